@@ -1,0 +1,119 @@
+"""Prunes trained ONNX models to a budget, without retraining, and proves what it did.
+
+The verbs are :func:`prune`, :func:`compare`, :func:`load` and :func:`couple`; everything they return is a frozen record
+of :mod:`onnx_oamip.records`, and everything they raise on purpose is an :class:`OamipError`. Names are imported when
+first used, so that ``import onnx_oamip`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .coupling import couple
+    from .errors import (
+        BudgetNotMet,
+        DataError,
+        EnvironmentMissing,
+        GateFailed,
+        ModelError,
+        OamipError,
+        OutputError,
+        SettingsError,
+    )
+    from .model import load
+    from .pipeline import compare, prune
+    from .records import (
+        Budget,
+        Cost,
+        Coupling,
+        Group,
+        Model,
+        Pinned,
+        Plan,
+        Pruned,
+        Report,
+        Scores,
+        Statistics,
+        Verification,
+    )
+    from .report import document
+    from .settings import Settings
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "coupling": ("couple",),
+    "errors": (
+        "BudgetNotMet",
+        "DataError",
+        "EnvironmentMissing",
+        "GateFailed",
+        "ModelError",
+        "OamipError",
+        "OutputError",
+        "SettingsError",
+    ),
+    "model": ("load",),
+    "pipeline": ("compare", "prune"),
+    "records": (
+        "Budget",
+        "Cost",
+        "Coupling",
+        "Group",
+        "Model",
+        "Pinned",
+        "Plan",
+        "Pruned",
+        "Report",
+        "Scores",
+        "Statistics",
+        "Verification",
+    ),
+    "report": ("document",),
+    "settings": ("Settings",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Budget",
+    "BudgetNotMet",
+    "Cost",
+    "Coupling",
+    "DataError",
+    "EnvironmentMissing",
+    "GateFailed",
+    "Group",
+    "Model",
+    "ModelError",
+    "OamipError",
+    "OutputError",
+    "Pinned",
+    "Plan",
+    "Pruned",
+    "Report",
+    "Scores",
+    "Settings",
+    "SettingsError",
+    "Statistics",
+    "Verification",
+    "__version__",
+    "compare",
+    "couple",
+    "document",
+    "load",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

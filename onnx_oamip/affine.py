@@ -1,0 +1,180 @@
+"""Linear consumers seen one way: ``y = W x + b`` with W as (groups, outputs, inputs, taps), whatever the operator.
+
+Reading and writing weights and biases of Conv, ConvTranspose, Gemm and MatMul goes through here, so that a refit never
+sees an operator's layout.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from .records import Array, Consumer, Floats, Node
+
+
+def weight_slot(consumer: Consumer) -> int:
+    """Input index of the weight that meets the consumer's data."""
+    return 1 - consumer.slot if consumer.slot < 2 else 1
+
+
+def matrix(node: Node, consumer: Consumer, weight: Array) -> Floats | None:
+    """The weight as (groups, outputs per group, inputs per group, taps), float64; None where it has no such form."""
+    groups = int(node.attrs.get("group", 1))
+    value = weight.astype(np.float64)
+    if node.op == "Conv":
+        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1)
+    if node.op == "ConvTranspose":
+        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1).transpose(0, 2, 1, 3)
+    if node.op not in ("Gemm", "MatMul") or value.ndim != 2:
+        return None
+    return (value.T if consumer.weight_axis == 0 else value)[None, :, :, None]
+
+
+def unmatrix(node: Node, consumer: Consumer, value: Floats, like: Array) -> Array:
+    """The inverse of :func:`matrix`: the weight in the layout and type of ``like`` (whose channel counts may differ)."""
+    if node.op == "Conv":
+        shaped = value.reshape(value.shape[0] * value.shape[1], value.shape[2], *like.shape[2:])
+    elif node.op == "ConvTranspose":
+        turned = value.transpose(0, 2, 1, 3)
+        shaped = turned.reshape(turned.shape[0] * turned.shape[1], turned.shape[2], *like.shape[2:])
+    else:
+        shaped = value[0, :, :, 0].T if consumer.weight_axis == 0 else value[0, :, :, 0]
+    return np.ascontiguousarray(shaped.astype(like.dtype))
+
+
+class Editor:
+    """Weights and biases of a proto, changed in place. Shared constants are copied for the node that changes them."""
+
+    def __init__(self, proto: onnx.ModelProto) -> None:
+        self.proto = proto
+        self._index()
+
+    def _index(self) -> None:
+        """Look everything up afresh: an insertion may move messages."""
+        proto = self.proto
+        self.nodes = {node.name: node for node in proto.graph.node}
+        self.tensors = {t.name: t for t in proto.graph.initializer}
+        self.readers: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
+        for node in proto.graph.node:
+            for slot, name in enumerate(node.input):
+                self.readers[name].append((node, slot))
+        self.outputs = {v.name for v in proto.graph.output}
+
+    def constant(self, name: str) -> Array | None:
+        """Value of an initialiser, or None."""
+        tensor = self.tensors.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def replace(self, node: onnx.NodeProto, slot: int, value: Array) -> None:
+        """Give input ``slot`` of the node a new constant value."""
+        name = node.input[slot] if slot < len(node.input) else ""
+        if name in self.tensors and len(self.readers[name]) == 1:
+            self.tensors[name].CopyFrom(numpy_helper.from_array(value, name))
+            return
+        fresh = self._unused(f"{name or node.name + '_input' + str(slot)}_refitted")
+        self.proto.graph.initializer.append(numpy_helper.from_array(value, fresh))
+        self.tensors[fresh] = self.proto.graph.initializer[-1]
+        while len(node.input) <= slot:
+            node.input.append("")
+        self.readers[name] = [r for r in self.readers[name] if r[0] is not node or r[1] != slot]
+        node.input[slot] = fresh
+        self.readers[fresh].append((node, slot))
+
+    def _unused(self, name: str) -> str:
+        result, i = name, 1
+        while result in self.tensors or result in self.readers:
+            result, i = f"{name}_{i}", i + 1
+        return result
+
+    def has_bias(self, node: onnx.NodeProto) -> bool:
+        """The node already adds a constant of its own."""
+        if node.op_type == "MatMul":
+            return self._following_add(node) is not None
+        return len(node.input) > 2 and bool(node.input[2])
+
+    def add_bias(self, consumer: Consumer, delta: Floats) -> bool:
+        """Add ``delta`` (outputs,) to what the consumer puts out; makes a bias where there is none.
+
+        Returns False where the bias is not a constant and therefore stays as it is.
+        """
+        node = self.nodes[consumer.node]
+        if node.op_type == "MatMul":
+            return self._add_after_matmul(node, consumer, delta)
+        column = node.op_type == "Gemm" and consumer.slot == 1
+        has = len(node.input) > 2 and bool(node.input[2])
+        beta = _attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
+        if node.op_type == "Gemm" and (not has or beta == 0):
+            # A factor of zero means that the constant there was never added.
+            _set_attribute(node, "beta", 1.0)
+            has, beta = False, 1.0
+        shift = (delta[:, None] if column else delta) / beta
+        if not has:
+            weight = self.constant(node.input[weight_slot(consumer)])
+            dtype = weight.dtype if weight is not None else np.dtype(np.float32)
+            self.replace(node, 2, np.ascontiguousarray(shift.astype(dtype)))
+            return True
+        old = self.constant(node.input[2])
+        if old is None:
+            return False
+        self.replace(node, 2, (old.astype(np.float64) + shift).astype(old.dtype))
+        return True
+
+    def _following_add(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
+        """The Add with a constant that alone reads the node's output: where a MatMul keeps its bias."""
+        readers = self.readers[node.output[0]]
+        if len(readers) != 1 or node.output[0] in self.outputs or readers[0][0].op_type != "Add":
+            return None
+        add, slot = readers[0]
+        other = 1 - slot
+        constant = self.tensors.get(add.input[other])
+        if constant is None or len(constant.dims) > 1 or (constant.dims and constant.dims[0] == 1):
+            return None
+        return add, other
+
+    def _add_after_matmul(self, node: onnx.NodeProto, consumer: Consumer, delta: Floats) -> bool:
+        weight = self.constant(node.input[weight_slot(consumer)])
+        assert weight is not None
+        found = self._following_add(node) if consumer.slot == 0 else None
+        if found is not None:
+            add, slot = found
+            old = self.constant(add.input[slot])
+            if old is not None and old.shape == delta.shape:
+                self.replace(add, slot, (old.astype(np.float64) + delta).astype(old.dtype))
+                return True
+        shift = (delta if consumer.slot == 0 else delta[:, None]).astype(weight.dtype)
+        inner = self._unused(f"{node.output[0]}_unbiased")
+        bias = self._unused(f"{node.name}_bias")
+        self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(shift), bias))
+        self.tensors[bias] = self.proto.graph.initializer[-1]
+        add = helper.make_node("Add", [inner, bias], [node.output[0]], self._unused(f"{node.name}_add_bias"))
+        node.output[0] = inner
+        place = next(i for i, n in enumerate(self.proto.graph.node) if n.name == node.name)
+        self.proto.graph.node.insert(place + 1, add)
+        self._index()
+        return True
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
+    return next((a.f for a in node.attribute if a.name == name), default)
+
+
+def _set_attribute(node: onnx.NodeProto, name: str, value: float) -> None:
+    for attribute in node.attribute:
+        if attribute.name == name:
+            attribute.f = value
+            return
+    node.attribute.append(helper.make_attribute(name, value))
+
+
+def stride_product(node: Node) -> int:
+    """Kernel taps of a transposed convolution are shared out over this many output positions."""
+    return int(np.prod(node.attrs.get("strides", [1]))) if node.op == "ConvTranspose" else 1
+
+
+def by_name(nodes: tuple[Node, ...]) -> Mapping[str, Node]:
+    """Nodes by their (unique) names."""
+    return {node.name: node for node in nodes}

@@ -1,0 +1,95 @@
+"""One streaming pass over the data: moments of what every consumer receives.
+
+Sums are taken inside the graph (two reductions per consumed tensor), so that a few numbers per channel leave the
+device instead of whole activations; they are accumulated in float64. Memory does not depend on the number of samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from .data import Samples
+from .errors import DataError
+from .records import Axis, Coupling, Floats, Model, Moments, Statistics
+from .runtime import Session
+
+Progress = Callable[[str, int, int], None]
+
+
+def collect(
+    model: Model,
+    coupling: Coupling,
+    samples: Samples,
+    device: str,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Moments (C,) per consumed axis over all samples and positions; float64."""
+    start = time.perf_counter()
+    sites = sorted({(c.data, c.axis) for c in coupling.consumers})
+    sums: dict[Axis, tuple[Floats, Floats]] = {}
+    counts = dict.fromkeys(sites, 0)
+    session = Session(_instrument(model, sites), device, what="the model with its statistics outputs") if sites else None
+    total = samples.usable()
+    names = [name for i in range(len(sites)) for name in (f"oamip_sum_{i}", f"oamip_square_{i}", f"oamip_size_{i}")]
+    for index, feed in samples.batches(batch_size):
+        if session is None:
+            break
+        outputs = session.run(feed, names)
+        for i, site in enumerate(sites):
+            first, second, size = outputs[3 * i : 3 * i + 3]
+            a, b = first.astype(np.float64), second.astype(np.float64)
+            if not (np.isfinite(a).all() and np.isfinite(b).all()):
+                raise DataError(
+                    f"the tensor '{site[0]}' takes NaN or infinite values on this data (samples {index[0]} to "
+                    f"{index[-1]}); the model overflows there, so no statistic would mean anything."
+                )
+            old = sums.get(site)
+            sums[site] = (a, b) if old is None else (old[0] + a, old[1] + b)
+            counts[site] += int(np.prod(size)) // max(len(a), 1)
+        if progress:
+            progress("calibrate", int(index[-1]) + 1, total)
+    moments = {
+        site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site]) for site in sites
+    }
+    return Statistics(moments, total, device, time.perf_counter() - start)
+
+
+def _instrument(model: Model, sites: list[Axis]) -> onnx.ModelProto:
+    """The model with, per site, the sum and the sum of squares along the axis, and the tensor's shape."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    graph = proto.graph
+    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    del graph.output[:]
+    cast: dict[str, str] = {}
+    for i, (tensor, axis) in enumerate(sites):
+        if tensor not in cast:
+            # Half precision would overflow in the sums; a cast of float32 to itself is removed by the runtime.
+            cast[tensor] = f"oamip_float_{i}"
+            graph.node.append(helper.make_node("Cast", [tensor], [cast[tensor]], f"oamip_cast_{i}", to=TensorProto.FLOAT))
+        axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
+        for kind, op, since in (("sum", "ReduceSum", 13), ("square", "ReduceSumSquare", 18)):
+            name = f"oamip_{kind}_{i}"
+            graph.node.append(_reduction(graph, op, cast[tensor], name, axes, opset >= since))
+            graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+        graph.node.append(helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}"))
+        graph.output.append(helper.make_tensor_value_info(f"oamip_size_{i}", TensorProto.INT64, None))
+    return proto
+
+
+def _reduction(
+    graph: onnx.GraphProto, op: str, source: str, name: str, axes: list[int], as_input: bool
+) -> onnx.NodeProto:
+    if not axes:  # a vector: an empty list of axes would mean all of them
+        inputs = [source] if op == "ReduceSum" else [source, source]
+        return helper.make_node("Identity" if op == "ReduceSum" else "Mul", inputs, [name], name)
+    if not as_input:
+        return helper.make_node(op, [source], [name], name, axes=axes, keepdims=0)
+    graph.initializer.append(helper.make_tensor(f"{name}_axes", TensorProto.INT64, [len(axes)], axes))
+    return helper.make_node(op, [source, f"{name}_axes"], [name], name, keepdims=0)

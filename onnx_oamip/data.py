@@ -1,0 +1,284 @@
+"""Calibration and evaluation data: what a file holds, checked against the model, cut into feeds.
+
+Format of ``.npz`` (``.npy`` for a model with one input): arrays by input name, optional ``labels``. Axis 0 counts
+samples: an array of the input's rank is batched along axis 0, one of rank + 1 holds one whole feed per index. An
+integer array for a floating input must say what its codes mean: ``NAME.scale`` and optional ``NAME.offset`` give
+``value * scale + offset``. Keys that start with ``eval.`` hold evaluation data in the same way.
+``module:function`` names a callable that yields feeds (dicts by input name), or an object with ``get_next()`` as ONNX
+Runtime's CalibrationDataReader has it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DataError
+from .model import symbol
+from .records import Array, Ints, Model, Port
+
+EVALUATION = "eval."
+LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Checked arrays by input name, ``count`` samples along axis 0.
+
+    ``whole``: every index is one whole feed (arrays have rank + 1). ``scales`` turns stored codes into values when a
+    batch is cut, so that compact arrays stay compact in memory.
+    """
+
+    arrays: Mapping[str, Array]
+    labels: Ints | None
+    count: int
+    whole: bool
+    scales: Mapping[str, tuple[float, float]]
+    dtypes: Mapping[str, np.dtype[Any]]
+    fixed_batch: int | None
+    source: str
+
+    def feed(self, index: Ints) -> dict[str, Array]:
+        """One feed of the samples at ``index`` (a single one for whole feeds)."""
+        feed = {}
+        for name, stored in self.arrays.items():
+            value = stored[int(index[0])] if self.whole else stored[index]
+            if name in self.scales:
+                scale, offset = self.scales[name]
+                value = value.astype(np.float32) * np.float32(scale) + np.float32(offset)
+            feed[name] = np.ascontiguousarray(value, self.dtypes[name])
+        return feed
+
+    def batches(self, size: int) -> Iterator[tuple[Ints, dict[str, Array]]]:
+        """(sample indices, feed) in order. A model with a fixed batch gets exactly that many, the rest is left out."""
+        step = 1 if self.whole else self.fixed_batch or size
+        stop = self.count - self.count % step if self.fixed_batch and not self.whole else self.count
+        for start in range(0, stop, step):
+            index = np.arange(start, min(start + step, stop), dtype=np.int64)
+            yield index, self.feed(index)
+
+    def usable(self) -> int:
+        """Samples that batches() will give."""
+        return self.count - self.count % self.fixed_batch if self.fixed_batch and not self.whole else self.count
+
+    def take(self, index: Ints) -> Samples:
+        """The samples at ``index``."""
+        return replace(
+            self,
+            arrays={k: v[index] for k, v in self.arrays.items()},
+            labels=None if self.labels is None else self.labels[index],
+            count=len(index),
+        )
+
+    def bindings(self, model: Model) -> dict[str, int]:
+        """Sizes of symbolic dimensions under this data, for one sample a feed (whole feeds: for one feed)."""
+        bound: dict[str, int] = {}
+        for port in model.inputs:
+            shape = self.arrays[port.name].shape[1:] if self.whole else (1, *self.arrays[port.name].shape[1:])
+            for axis in range(len(port.dims)):
+                name = symbol(port, axis)
+                if name is not None:
+                    bound.setdefault(name, int(shape[axis]))
+        return bound
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Array], model: Model, prefix: str = "") -> Samples | None:
+    """Read data and check it against the model's inputs.
+
+    ``prefix`` picks the keys of a part (``eval.``); None is returned where the source has no such part. Raises
+    DataError with one sentence: what was found, where, what was expected.
+    """
+    if isinstance(source, Mapping):
+        found, where = dict(source), "the data"
+    else:
+        found, where = _read(os.fspath(source), model)
+    part = {k.removeprefix(EVALUATION): v for k, v in found.items() if k.startswith(EVALUATION)}
+    if prefix == EVALUATION:
+        if not part:
+            return None
+        # Scales are said once and hold for both parts.
+        shared = {k: v for k, v in found.items() if k.endswith((".scale", ".offset"))}
+        found = {**shared, **part}
+    else:
+        found = {k: v for k, v in found.items() if not k.startswith(EVALUATION)}
+    return _check(found, model, where)
+
+
+def _read(source: str, model: Model) -> tuple[dict[str, Array], str]:
+    path = Path(source)
+    if path.is_dir():
+        raise DataError(f"{source} is a folder; give an .npz or .npy file, or module:function.")
+    if path.exists() or path.suffix in {".npz", ".npy"}:
+        return _read_numpy(path, model), str(path)
+    if ":" in source:
+        return _read_callable(source), source
+    raise DataError(f"{source}: no such data file; give an .npz or .npy file, or module:function.")
+
+
+def _read_numpy(path: Path, model: Model) -> dict[str, Array]:
+    if not path.exists():
+        raise DataError(f"{path}: no such data file; give an .npz or .npy file, or module:function.")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            if len(model.inputs) != 1:
+                names = ", ".join(p.name for p in model.inputs)
+                raise DataError(f"{path} holds one array but the model has the inputs {names}; use an .npz with those names.")
+            return {model.inputs[0].name: loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path} cannot be read as numpy data: {text.rstrip('.')}; write it with numpy.savez.") from error
+
+
+def _read_callable(source: str) -> dict[str, Array]:
+    module_name, _, function = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(importlib.import_module(module_name), function)()
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"--data {source}: {error}; expected an importable module:function that yields feeds.") from error
+    if hasattr(made, "get_next"):
+        reader, feeds = made, []
+        while (feed := reader.get_next()) is not None:
+            feeds.append(feed)
+    else:
+        feeds = list(made)
+    if not feeds or not all(isinstance(f, Mapping) for f in feeds):
+        raise DataError(f"--data {source} yielded no feeds; expected dicts of arrays by input name.")
+    try:
+        # One index is one whole feed: feeds of a fixed shape stack, whatever their own batch is.
+        return {name: np.stack([np.asarray(f[name]) for f in feeds]) for name in feeds[0]}
+    except (KeyError, ValueError) as error:
+        raise DataError(f"--data {source} yields feeds of unequal names or shapes ({error}); make them equal.") from error
+
+
+def _check(found: dict[str, Array], model: Model, where: str) -> Samples:
+    names = [p.name for p in model.inputs]
+    missing = [n for n in names if n not in found]
+    if missing:
+        have = ", ".join(sorted(k for k in found if not k.endswith((".scale", ".offset")))) or "nothing"
+        raise DataError(
+            f"{where} has arrays for {have} but the model's input is '{missing[0]}' "
+            f"({_expected(model.port(missing[0]))}); name the array after the input."
+        )
+    known = {*names, LABELS, *(f"{n}.{s}" for n in names for s in ("scale", "offset"))}
+    extra = sorted(set(found) - known)
+    if extra:
+        raise DataError(
+            f"{where} has an array '{extra[0]}' that is no input of the model; inputs are {', '.join(names)}, "
+            "and 'labels' is optional."
+        )
+    arrays, scales, dtypes, ranks = {}, {}, {}, set()
+    for port in model.inputs:
+        array = found[port.name]
+        scale = _scalar(found, f"{port.name}.scale", where)
+        offset = _scalar(found, f"{port.name}.offset", where)
+        arrays[port.name] = _check_array(array, port, scale is not None or offset is not None, where)
+        if scale is not None or offset is not None:
+            scales[port.name] = (1.0 if scale is None else scale, offset or 0.0)
+        dtypes[port.name] = port.dtype
+        ranks.add(array.ndim - len(port.dims))
+    if len(ranks) > 1:
+        raise DataError(f"{where} mixes batched arrays and whole feeds; give every input the same kind.")
+    counts = {name: len(a) for name, a in arrays.items()}
+    count = min(counts.values())
+    if count == 0:
+        raise DataError(f"{where} holds no samples; at least one is needed, a few hundred are better.")
+    if len(set(counts.values())) > 1:
+        raise DataError(f"{where} holds unequal numbers of samples ({counts}); axis 0 of every array counts samples.")
+    whole = ranks == {1}
+    first = model.inputs[0].dims[0] if model.inputs[0].dims else None
+    fixed = first if isinstance(first, int) and first > 0 and not whole else None
+    if fixed and count < fixed:
+        raise DataError(f"{where} holds {count} samples but the model takes {fixed} at a time; give at least {fixed}.")
+    labels = None if LABELS in names else found.get(LABELS)
+    if labels is not None:
+        labels = _check_labels(labels, count, whole, where)
+    return Samples(arrays, labels, count, whole, scales, dtypes, fixed, where)
+
+
+def _scalar(found: Mapping[str, Array], key: str, where: str) -> float | None:
+    if key not in found:
+        return None
+    value = np.asarray(found[key])
+    if value.size != 1 or not np.issubdtype(value.dtype, np.number) or not np.isfinite(value).all():
+        raise DataError(f"{where}: '{key}' must be one finite number.")
+    return float(value.reshape(-1)[0])
+
+
+def _expected(port: Port) -> str:
+    dims = ", ".join("?" if d is None else str(d) for d in port.dims)
+    return f"{port.dtype} [{dims}]"
+
+
+def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
+    label = f"{where}: array '{port.name}'"
+    if array.dtype == object:
+        raise DataError(f"{label} holds Python objects; expected {_expected(port)}.")
+    ok = np.issubdtype(array.dtype, np.number) if scaled else array.dtype == port.dtype
+    if not ok:
+        hint = f"; convert it, or say how to with '{port.name}.scale'" if array.dtype.kind in "iu" else "; convert it"
+        raise DataError(f"{label} is {array.dtype} but the model expects {_expected(port)}{hint}.")
+    rank = len(port.dims)
+    if array.ndim not in (rank, rank + 1):
+        raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}: axis 0 counts samples.")
+    shape = array.shape[1:] if array.ndim == rank + 1 else array.shape
+    for axis, (have, want) in enumerate(zip(shape, port.dims, strict=True)):
+        if isinstance(want, int) and want > 0 and have != want and not (axis == 0 and array.ndim == rank):
+            raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}.")
+    if array.dtype.kind in "fc" or array.dtype.kind == "V":
+        bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1) if array.size else np.zeros(0, bool)
+        if bad.any():
+            raise DataError(
+                f"{label} has NaN or infinite values, first in sample {int(np.argmax(bad))}; clean the data."
+            )
+    return array
+
+
+def _check_labels(labels: Array, count: int, whole: bool, where: str) -> Ints:
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where}: 'labels' is {labels.dtype}; expected integers, one class per sample.")
+    if len(labels) != count or (labels.ndim != 1 and not whole):
+        raise DataError(f"{where}: 'labels' has shape {labels.shape}; expected ({count},), one class per sample.")
+    if labels.size and labels.min() < 0:
+        raise DataError(f"{where}: 'labels' has the negative class {int(labels.min())}; classes count from 0.")
+    return labels.astype(np.int64)
+
+
+def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
+    """Four fifths for calibration, one fifth for evaluation (at least one sample each where there are two)."""
+    if samples.count < 2:
+        return samples, samples
+    order = np.random.default_rng(seed).permutation(samples.count)
+    cut = max(1, samples.count // 5)
+    if samples.fixed_batch:
+        cut = max(samples.fixed_batch, cut - cut % samples.fixed_batch)
+        if samples.count - cut < samples.fixed_batch:
+            return samples, samples
+    return samples.take(np.sort(order[cut:])), samples.take(np.sort(order[:cut]))
+
+
+def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
+    """Random feeds at the model's shapes, only to compare two graphs that must agree on any input; never statistics."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for port in model.inputs:
+        shape = (count, *model.shapes[port.name])
+        floating = port.dtype.kind not in "iub"
+        values = rng.standard_normal(shape) if floating else rng.integers(0, 2, shape)
+        arrays[port.name] = values.astype(port.dtype)
+    dtypes = {p.name: p.dtype for p in model.inputs}
+    return Samples(arrays, None, count, True, {}, dtypes, None, "random feeds")

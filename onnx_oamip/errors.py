@@ -1,0 +1,43 @@
+"""The errors a caller may meet. Every message is one sentence a user can act on.
+
+The message says what was found, where, what was expected and what to do. ``exit_code`` is the process status of the
+command line: 2 for bad input or environment, 1 for a budget or a verification gate that was not met.
+"""
+
+
+class OamipError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+    exit_code = 2
+
+
+class ModelError(OamipError, ValueError):
+    """The model file cannot be read, is not valid ONNX, or cannot be handled."""
+
+
+class DataError(OamipError, ValueError):
+    """The calibration or evaluation data does not fit the model."""
+
+
+class SettingsError(OamipError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class EnvironmentMissing(OamipError, RuntimeError):
+    """A package, device or licence that was asked for is not there."""
+
+
+class OutputError(OamipError, OSError):
+    """The result cannot be written where it was asked to go."""
+
+
+class BudgetNotMet(OamipError, RuntimeError):
+    """No plan meets the budget; the message names the groups that bind."""
+
+    exit_code = 1
+
+
+class GateFailed(OamipError, RuntimeError):
+    """The pruned model failed a verification gate and was not written."""
+
+    exit_code = 1

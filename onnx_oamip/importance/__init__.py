@@ -1,0 +1,36 @@
+"""Importance methods: one file each, one signature, an explicit ordered table.
+
+A method is ``score(model, coupling, statistics, settings) -> Scores``; it never sees an operator's type beyond the
+``linear`` facet, and larger means more important. To add one, write its file and add a line to METHODS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ..records import Coupling, Model, Scores, Statistics
+from ..settings import Settings
+from . import activation, magnitude, random
+
+ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """``needs_data``: the method reads statistics of a calibration pass."""
+
+    score: ScoreRule
+    needs_data: bool
+    summary: str
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "activation": Method(activation.score, True, "mean square of what consumers receive, times their weights"),
+        "l2": Method(magnitude.l2, False, "L2 norm of all weights of a unit, producers and consumers"),
+        "l1": Method(magnitude.l1, False, "L1 norm of all weights of a unit, producers and consumers"),
+        "random": Method(random.score, False, "a seeded random order, the baseline"),
+    }
+)

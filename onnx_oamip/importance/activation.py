@@ -1,0 +1,41 @@
+"""Mean square of what consumers receive, weighted by their weights.
+
+For a consumer ``y = sum_c W_c x_c`` the share of channel c is ``E[x_c^2] ||W_c||^2`` over the sum of all channels; a
+unit collects the shares of its channels in all its consumers. Shares make consumers of different scale comparable.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..records import Consumer, Coupling, Floats, Model, Scores, Statistics
+from ..settings import Settings
+
+
+def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+    """Shares of output energy per unit, summed over consumers."""
+    assert statistics is not None
+    total = np.zeros(coupling.n_units)
+    for consumer in coupling.consumers:
+        labels = coupling.axes[consumer.data, consumer.axis]
+        energy = statistics.moments[consumer.data, consumer.axis].mean_square * column_energy(model, consumer)
+        whole = energy.sum()
+        if whole > 0:
+            free = labels >= 0
+            total += np.bincount(labels[free], energy[free] / whole, minlength=coupling.n_units)
+    return Scores("activation", total)
+
+
+def column_energy(model: Model, consumer: Consumer) -> Floats:
+    """Squared norm of the weights that meet each channel (C,); ones where two activations meet."""
+    channels = model.shapes[consumer.data][consumer.axis]
+    if consumer.weight is None or consumer.weight not in model.constants:
+        return np.ones(channels)
+    weight, axis, groups = model.constants[consumer.weight], consumer.weight_axis, consumer.groups
+    if groups > 1 and weight.shape[axis] != channels:
+        # (outputs, channels per group, ...): channel j of group i meets the rows of group i only.
+        blocks = np.square(weight.astype(np.float64)).reshape(groups, -1, *weight.shape[1:])
+        return blocks.sum(axis=(1, *range(3, blocks.ndim))).reshape(-1)
+    others = tuple(a for a in range(weight.ndim) if a != axis)
+    energy: Floats = np.add.reduce(np.square(weight), axis=others, dtype=np.float64)
+    return energy

@@ -1,0 +1,45 @@
+"""Weight norms, coupled: a unit is judged by every weight that would go with it, in producers and in consumers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..ops import lookup
+from ..records import Coupling, Floats, Model, Scores, Statistics
+from ..settings import Settings
+
+
+def l1(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+    """Sum of absolute weights per unit."""
+    return Scores("l1", _sums(model, coupling, 1))
+
+
+def l2(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+    """Square root of the sum of squared weights per unit."""
+    return Scores("l2", np.sqrt(_sums(model, coupling, 2)))
+
+
+def _sums(model: Model, coupling: Coupling, power: int) -> Floats:
+    total = np.zeros(coupling.n_units)
+    for name in linear_weights(model):
+        weight = model.constants[name]
+        for axis in range(weight.ndim):
+            labels = coupling.axes.get((name, axis))
+            if labels is None:
+                continue
+            others = tuple(a for a in range(weight.ndim) if a != axis)
+            # Reduce in float64 without a float64 copy of the whole weight.
+            part = np.add.reduce(np.abs(weight) ** power, axis=others, dtype=np.float64)
+            free = labels >= 0
+            total += np.bincount(labels[free], part[free], minlength=coupling.n_units)
+    return total
+
+
+def linear_weights(model: Model) -> list[str]:
+    """Constants of rank 2 and more that linear operators read, once each, in graph order."""
+    names: dict[str, None] = {}
+    for node in model.nodes:
+        spec = lookup(node.domain, node.op, node.version)
+        if spec is not None and spec.linear:
+            names.update((n, None) for n in node.inputs[:2] if n in model.constants and model.constants[n].ndim > 1)
+    return list(names)

@@ -1,0 +1,386 @@
+"""ONNX file <-> Model. The only reader of model files; uses onnx-graphsurgeon to fold constants.
+
+What a model keeps: opset imports, metadata, doc strings, symbolic dimensions, input and output declarations. What
+changes on loading: constant subgraphs become initialisers, unnamed nodes get names, local functions are inlined,
+unused nodes go, and a reshape whose target was computed from shapes gets a constant target where that is provably
+the same (known lengths, at most one -1, 0 for a copied length).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.inliner
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from .errors import ModelError, OamipError
+from .records import Array, Model, Node, Port
+from .runtime import runtime
+
+DEFAULT_DOMAINS = ("", "ai.onnx")
+SMALL = 1024
+"""Constants above this many elements cannot matter for shapes and are left out of shape inference."""
+DEFAULT_SPATIAL = 64
+DEFAULT_LENGTH = 16
+
+
+def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
+    """Read, check and normalise a model.
+
+    ``bindings`` gives sizes of symbolic dimensions, by name (``batch``) or by place (``input.2``); without it the
+    leading dimension of every input is 1 and other symbols take a default (64 in images, 16 elsewhere).
+
+    Raises ModelError with one sentence for a missing, truncated or invalid file.
+    """
+    file = Path(path)
+    source, sha256, size = _read(file)
+    try:
+        proto = _normalise(source)
+        return from_proto(proto, bindings, str(file), sha256, size)
+    except OamipError:
+        raise
+    except Exception as error:  # a library refused the graph: say so instead of showing its traceback
+        raise ModelError(f"{file}: the graph cannot be normalised: {_first_line(error)}.") from error
+
+
+def from_proto(
+    proto: ModelProto,
+    bindings: Mapping[str, int] | None = None,
+    path: str = "",
+    sha256: str = "",
+    size: int | None = None,
+) -> Model:
+    """A Model from a normalised proto (as ``load`` and ``rewrite`` make it)."""
+    graph = proto.graph
+    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    inputs = tuple(_port(v) for v in graph.input if v.name not in constants)
+    bound = _bind(inputs, bindings or {})
+    inferred = _infer(proto, bound)
+    shapes, dtypes = _tensor_types(inferred)
+    for name, value in constants.items():
+        shapes[name], dtypes[name] = value.shape, value.dtype
+    versions = {o.domain: o.version for o in proto.opset_import}
+    nodes = tuple(_node(n, versions) for n in graph.node)
+    first = shapes.get(inputs[0].name, ()) if inputs else ()
+    return Model(
+        proto=proto,
+        nodes=nodes,
+        constants=constants,
+        shapes=shapes,
+        dtypes=dtypes,
+        inputs=inputs,
+        outputs=tuple(_port(v) for v in graph.output),
+        bindings=bound,
+        batch=first[0] if len(first) > 1 and first[0] > 0 else 1,
+        path=path,
+        sha256=sha256,
+        file_bytes=proto.ByteSize() if size is None else size,
+    )
+
+
+def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
+    """The same model with other sizes of its symbolic dimensions."""
+    if all(model.bindings.get(k) == v for k, v in bindings.items()):
+        return model
+    return from_proto(model.proto, bindings, model.path, model.sha256, model.file_bytes)
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def _read(file: Path) -> tuple[ModelProto, str, int]:
+    if not file.exists():
+        raise ModelError(f"{file}: no such file; give the path of an .onnx model.")
+    if file.is_dir():
+        raise ModelError(f"{file} is a folder; give the path of an .onnx file.")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(
+            f"{file} is not an ONNX model or is truncated ({len(data)} bytes do not parse); export it again."
+        ) from error
+    if not proto.ByteSize() or not proto.graph.node or not proto.opset_import:
+        raise ModelError(f"{file} is not an ONNX model: it holds no graph; give a file written by an ONNX exporter.")
+    digest = hashlib.sha256(data)
+    size = len(data)
+    for external in sorted(_external_files(proto)):
+        side = file.parent / external
+        if os.path.isabs(external) or not side.resolve().is_relative_to(file.parent.resolve()):
+            raise ModelError(f"{file} keeps weights in '{external}', outside its own folder; move them beside it.")
+        if not side.is_file():
+            raise ModelError(f"{file} keeps weights in '{external}', which is missing; put it beside the model.")
+        size += side.stat().st_size
+        with side.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    try:
+        onnx.load_external_data_for_model(proto, str(file.parent))
+        onnx.checker.check_model(str(file) if size > 1 << 30 else proto)
+    except Exception as error:
+        raise ModelError(f"{file} is not a valid ONNX model: {_first_line(error)}.") from error
+    return proto, digest.hexdigest(), size
+
+
+def _external_files(proto: ModelProto) -> set[str]:
+    return {
+        entry.value
+        for tensor in proto.graph.initializer
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+
+
+# --------------------------------------------------------------------------------------------------- normalising
+
+
+def _normalise(source: ModelProto) -> ModelProto:
+    runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    proto = onnx.inliner.inline_local_functions(source) if source.functions else source
+    graph = gs.import_onnx(proto)
+    graph.toposort(recurse_subgraphs=False)
+    graph.fold_constants(
+        fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
+    )
+    graph.cleanup(recurse_subgraphs=False)
+    taken = {node.name for node in graph.nodes if node.name}
+    seen: set[str] = set()
+    for i, node in enumerate(graph.nodes):
+        if not node.name or node.name in seen:
+            node.name = _unused(f"{node.op}_{i}", taken)
+        seen.add(node.name)
+        taken.add(node.name)
+    result = gs.export_onnx(graph, do_type_check=False)
+    restore(result, source)
+    _fix_reshapes(result)
+    return result
+
+
+def _keep_unfolded(node: gs.Node) -> bool:
+    """Quantised weights stay quantised; random and stateful operators stay."""
+    return node.op in {"DequantizeLinear", "QuantizeLinear"} or node.op.startswith(("Random", "Bernoulli", "Multinomial"))
+
+
+def _unused(name: str, taken: Iterable[str]) -> str:
+    taken = set(taken)
+    result, i = name, 1
+    while result in taken:
+        result, i = f"{name}_{i}", i + 1
+    return result
+
+
+def restore(proto: ModelProto, source: ModelProto) -> None:
+    """Put back what graphsurgeon drops: metadata, producer, doc strings, and the interface word for word."""
+    proto.ir_version = max(source.ir_version, 4)
+    proto.producer_name, proto.producer_version = source.producer_name, source.producer_version
+    proto.domain, proto.model_version, proto.doc_string = source.domain, source.model_version, source.doc_string
+    proto.graph.name, proto.graph.doc_string = source.graph.name, source.graph.doc_string
+    for mine, theirs in ((proto.metadata_props, source.metadata_props),
+                         (proto.graph.metadata_props, source.graph.metadata_props)):
+        del mine[:]
+        mine.extend(theirs)
+    used = {o.domain for o in proto.opset_import}
+    proto.opset_import.extend(o for o in source.opset_import if o.domain not in used)
+    constants = {t.name for t in source.graph.initializer}
+    declared = {v.name: v for v in (*source.graph.input, *source.graph.output)}
+    for values in (proto.graph.input, proto.graph.output):
+        for value in values:
+            if value.name in declared:
+                value.CopyFrom(declared[value.name])
+    docs = {n.name: n for n in source.graph.node if n.name}
+    for node in proto.graph.node:
+        if (old := docs.get(node.name)) is not None and old.op_type == node.op_type:
+            node.doc_string = old.doc_string
+            if not node.metadata_props:
+                node.metadata_props.extend(old.metadata_props)
+    # An input that is also an initialiser is a constant: it may shrink, so it is no longer offered as an input.
+    kept = [v for v in proto.graph.input if v.name not in constants]
+    del proto.graph.input[:]
+    proto.graph.input.extend(kept)
+    # Shapes of intermediate tensors are inferred afresh; old ones would be wrong after a cut.
+    del proto.graph.value_info[:]
+
+
+def _fix_reshapes(proto: ModelProto) -> None:
+    """Give reshapes constant targets where their symbolic shape allows it, and drop the computations behind."""
+    constants = {t.name for t in proto.graph.initializer}
+    computed = [n for n in proto.graph.node if n.op_type == "Reshape" and len(n.input) > 1 and n.input[1] not in constants]
+    if not computed:
+        return
+    inferred = onnx.shape_inference.infer_shapes(skeleton(proto), data_prop=True)
+    dims = {v.name: [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in v.type.tensor_type.shape.dim]
+            for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
+            if v.type.tensor_type.HasField("shape")}
+    for i, node in enumerate(computed):
+        target = _static_target(dims.get(node.input[0]), dims.get(node.output[0]))
+        if target is not None and not any(a.name == "allowzero" and a.i for a in node.attribute):
+            name = _unused(f"{node.output[0]}_target", constants)
+            constants.add(name)
+            proto.graph.initializer.append(numpy_helper.from_array(np.asarray(target, np.int64), name))
+            node.input[1] = name
+    graph = gs.import_onnx(proto)
+    graph.cleanup(recurse_subgraphs=False)
+    trimmed = gs.export_onnx(graph, do_type_check=False)
+    restore(trimmed, proto)
+    proto.CopyFrom(trimmed)
+
+
+def _static_target(before: list[int | str | None] | None, after: list[int | str | None] | None) -> list[int] | None:
+    if before is None or after is None:
+        return None
+    target: list[int] = []
+    for axis, size in enumerate(after):
+        if isinstance(size, int):
+            target.append(size)
+        elif size is not None and axis < len(before) and before[axis] == size:
+            target.append(0)
+        else:
+            target.append(-1)
+    return target if target.count(-1) <= 1 and all(isinstance(n, int) and n != 0 for n in after if isinstance(n, int)) else None
+
+
+# --------------------------------------------------------------------------------------------------------- shapes
+
+
+def skeleton(proto: ModelProto) -> ModelProto:
+    """A copy without the payload of large constants, which become inputs: enough for shape inference."""
+    result = ModelProto()
+    result.ir_version = max(proto.ir_version, 4)
+    result.opset_import.extend(proto.opset_import)
+    result.functions.extend(proto.functions)
+    graph = result.graph
+    graph.name = proto.graph.name or "graph"
+    graph.input.extend(proto.graph.input)
+    graph.output.extend(proto.graph.output)
+    graph.node.extend(proto.graph.node)
+    for tensor in proto.graph.initializer:
+        if int(np.prod(tensor.dims)) <= SMALL:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    return result
+
+
+def _port(value: onnx.ValueInfoProto) -> Port:
+    kind = value.type.tensor_type
+    if not value.type.HasField("tensor_type"):
+        raise ModelError(f"the graph input or output '{value.name}' is not a tensor; only tensors are supported.")
+    dims: list[int | str | None] = []
+    for d in kind.shape.dim:
+        dims.append(d.dim_value if d.HasField("dim_value") else d.dim_param or None)
+    return Port(value.name, _dtype(kind.elem_type), tuple(dims))
+
+
+def _dtype(elem_type: int) -> np.dtype[Any]:
+    if elem_type == TensorProto.BFLOAT16:
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type)) if elem_type else np.dtype(object)
+
+
+def symbol(port: Port, axis: int) -> str | None:
+    """Name of a symbolic dimension: its own, or 'input.axis' where it has none. None for a fixed length."""
+    dim = port.dims[axis]
+    if isinstance(dim, int) and dim > 0:
+        return None
+    return str(dim) if isinstance(dim, str) else f"{port.name}.{axis}"
+
+
+def _bind(inputs: tuple[Port, ...], wanted: Mapping[str, int]) -> dict[str, int]:
+    bound: dict[str, int] = {}
+    for port in inputs:
+        for axis in range(len(port.dims)):
+            name = symbol(port, axis)
+            if name is None:
+                continue
+            rest = DEFAULT_SPATIAL if len(port.dims) >= 4 else DEFAULT_LENGTH
+            default = 1 if axis == 0 and len(port.dims) > 1 else rest
+            bound.setdefault(name, int(wanted.get(name, default)))
+    return bound
+
+
+def _infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
+    copy = skeleton(proto)
+    names = {v.name for v in proto.graph.input}
+    for value in copy.graph.input:
+        if value.name in names:
+            port = _port(value)
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                name = symbol(port, axis)
+                if name is not None:
+                    dim.dim_value = bound[name]
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+
+
+def _tensor_types(graph: GraphProto) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype[Any]]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, np.dtype[Any]] = {}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if not value.type.HasField("tensor_type"):
+            continue
+        kind = value.type.tensor_type
+        if kind.elem_type:
+            dtypes[value.name] = _dtype(kind.elem_type)
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
+            shapes[value.name] = tuple(d.dim_value for d in kind.shape.dim)
+    return shapes, dtypes
+
+
+# ---------------------------------------------------------------------------------------------------------- nodes
+
+
+def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
+    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    attrs = {}
+    captures: set[str] = set()
+    for attribute in node.attribute:
+        if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
+            for graph in graphs:
+                captures |= _captured(graph)
+        else:
+            value: Any = onnx.helper.get_attribute_value(attribute)
+            attrs[attribute.name] = value.decode() if isinstance(value, bytes) else value
+    version = versions.get(node.domain, versions.get("" if not domain else node.domain, 1))
+    return Node(
+        node.name, node.op_type, domain, version, tuple(node.input), tuple(node.output), attrs, tuple(sorted(captures))
+    )
+
+
+def _captured(graph: GraphProto) -> set[str]:
+    own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+    read: set[str] = set()
+    for node in graph.node:
+        read |= set(node.input)
+        for attribute in node.attribute:
+            for inner in ([attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)):
+                read |= _captured(inner)
+        own |= set(node.output)
+    read |= {v.name for v in graph.output}
+    return read - own - {""}
+
+
+def digest(array: Array) -> str:
+    """sha256 of an array's bytes, in hex."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

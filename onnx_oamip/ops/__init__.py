@@ -1,0 +1,44 @@
+"""The operator table: one entry per operator, in families.
+
+To add an operator write one :class:`OpSpec` in its family's file and one case in ``tests/cases.py``; a test fails for
+an entry without a case.
+"""
+
+from __future__ import annotations
+
+from . import elementwise, linear, movement, norm, pool
+from .notation import opaque
+from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec
+
+REGISTRY: tuple[OpSpec, ...] = (
+    *linear.SPECS,
+    *norm.SPECS,
+    *pool.SPECS,
+    *elementwise.SPECS,
+    *movement.SPECS,
+)
+
+
+def _index(specs: tuple[OpSpec, ...]) -> dict[tuple[str, str], list[OpSpec]]:
+    table: dict[tuple[str, str], list[OpSpec]] = {}
+    for spec in specs:
+        entries = table.setdefault((spec.domain, spec.name), [])
+        for other in entries:
+            if spec.since <= (other.until or 10**9) and other.since <= (spec.until or 10**9):
+                raise ValueError(f"two entries for operator {spec.name} cover the same versions")
+        entries.append(spec)
+    return table
+
+
+_TABLE = _index(REGISTRY)
+
+
+def lookup(domain: str, name: str, version: int) -> OpSpec | None:
+    """The entry for an operator at an opset version, or None where it is not supported."""
+    for spec in _TABLE.get(("" if domain == "ai.onnx" else domain, name), ()):
+        if spec.since <= version <= (spec.until or version):
+            return spec
+    return None
+
+
+__all__ = ["REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "OpSpec", "lookup", "opaque"]

@@ -1,0 +1,191 @@
+"""Linear operators: convolutions and matrix products. They make channels and they consume them.
+
+Grouped convolution, two policies (a kernel's block structure must stay rectangular):
+
+* *whole groups*, where there are more groups than channels in one (depthwise is the extreme): a unit is a group with
+  all its inputs and outputs; ``group`` shrinks.
+* *slots*, otherwise: channel ``j`` of every group goes together, on either side; ``group`` stays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..records import Axis, Node
+from .notation import opaque, rule
+from .spec import Cuts, Edit, Labels, OpSpec, Shapes, operand
+
+_conv_dense = rule("n c *, o c *, o -> n o *")
+_transposed_dense = rule("n c *, c o *, o -> n o *")
+
+
+def _pin_spatial(node: Node, labels: Labels, name: str) -> None:
+    for axis in range(2, len(labels.shape(name) or ())):
+        labels.pin(labels.label(name, axis), f"it is a spatial axis of {node}")
+
+
+def conv(node: Node, labels: Labels) -> None:
+    """Conv of any group count."""
+    groups = int(node.attrs.get("group", 1))
+    if groups == 1:
+        _conv_dense(node, labels)
+        return
+    x, w = node.inputs[0], node.inputs[1]
+    shape = labels.shape(w)
+    data, rows, columns = labels.label(x, 1), labels.label(w, 0), labels.label(w, 1)
+    if shape is None or data is None or rows is None or columns is None:
+        opaque(node, labels, f"the grouped {node} reads an untracked input")
+        return
+    per_in, per_out = shape[1], shape[0] // groups
+    _pin_spatial(node, labels, x)
+    bias = operand(node, 2)
+    if bias is not None:
+        rows = labels.unify([(w, 0), (bias, 0)], node)
+    if rows is None:
+        labels.pin(data, f"the grouped {node} has an untracked bias")
+    elif _whole(groups, per_in):
+        first = data.reshape(groups, per_in)[:, :1]
+        labels.tie(data.reshape(groups, per_in), first)
+        labels.tie(rows.reshape(groups, per_out), first)
+    else:
+        labels.tie(data.reshape(groups, per_in), columns[None])
+        labels.tie(rows.reshape(groups, per_out), rows[None, :per_out])
+        labels.consume(node, (x, 1), (w, 1), groups)
+    labels.set(node.outputs[0], [None, rows] + [None] * (len(shape) - 2))
+
+
+def conv_transpose(node: Node, labels: Labels) -> None:
+    """ConvTranspose: the weight is (input channels, outputs per group, ...)."""
+    groups = int(node.attrs.get("group", 1))
+    if groups == 1:
+        _transposed_dense(node, labels)
+        return
+    x, w = node.inputs[0], node.inputs[1]
+    shape = labels.shape(w)
+    data = labels.label(x, 1)
+    if shape is None or data is None:
+        opaque(node, labels, f"the grouped {node} reads an untracked input")
+        return
+    per_in, per_out = shape[0] // groups, shape[1]
+    rows = labels.unify([(x, 1), (w, 0)], node)
+    columns = labels.label(w, 1)
+    bias = operand(node, 2)
+    bias_labels = labels.label(bias, 0) if bias else None
+    if rows is None or columns is None or (bias and bias_labels is None):
+        opaque(node, labels, f"the grouped {node} has an untracked weight or bias")
+        return
+    _pin_spatial(node, labels, x)
+    if _whole(groups, per_in):
+        first = rows.reshape(groups, per_in)[:, :1]
+        labels.tie(rows.reshape(groups, per_in), first)
+        out = np.repeat(first[:, 0], per_out)
+    else:
+        labels.tie(rows.reshape(groups, per_in), rows[None, :per_in])
+        out = np.tile(columns, groups)
+        labels.consume(node, (x, 1), (w, 0), groups)
+    if bias_labels is not None:
+        labels.tie(bias_labels, out)
+    labels.set(node.outputs[0], [None, out] + [None] * (len(shape) - 2))
+
+
+def _whole(groups: int, per_in: int) -> bool:
+    return groups > per_in
+
+
+def _regroup(node: Node, cuts: Cuts) -> Edit:
+    groups = int(node.attrs.get("group", 1))
+    if groups == 1:
+        return Edit()
+    weight = cuts.shape(node.inputs[1])
+    per_in = weight[1] if node.op == "Conv" else weight[0] // groups
+    return Edit({"group": cuts.kept(node.inputs[0], 1) // per_in}) if _whole(groups, per_in) else Edit()
+
+
+def _conv_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
+    out, w = node.outputs[0], node.inputs[1]
+    return (*((out, i) for i in range(len(shapes[out]))), *((w, i) for i in range(1, len(shapes[w]))))
+
+
+def _transposed_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
+    # Every input value meets every kernel element: input positions x (outputs per group) x kernel.
+    x, w = node.inputs[0], node.inputs[1]
+    return (*((x, i) for i in range(len(shapes[x]))), *((w, i) for i in range(1, len(shapes[w]))))
+
+
+def gemm(node: Node, labels: Labels) -> None:
+    """Y = alpha A' B' + beta C with optional transposes; C broadcasts to (m, n)."""
+    a = "k m" if node.attrs.get("transA", 0) else "m k"
+    b = "n k" if node.attrs.get("transB", 0) else "k n"
+    bias = operand(node, 2)
+    shape = labels.shape(bias) if bias else None
+    out = labels.shape(node.outputs[0])
+    if bias and (shape is None or out is None):
+        opaque(node, labels, f"{node} has a bias of unknown shape")
+        return
+    trimmed = Node(node.name, node.op, node.domain, node.version, node.inputs[:2], node.outputs, node.attrs)
+    rule(f"{a}, {b} -> m n")(trimmed, labels)
+    if not bias or shape is None or out is None:
+        return
+    # Align the bias from the right: a length of 1 (or no axis) is shared by all columns and needs no cut.
+    weight_axis = 0 if node.attrs.get("transB", 0) else 1
+    ties = {1: (node.inputs[1], weight_axis), 0: (node.inputs[0], 1 if node.attrs.get("transA", 0) else 0)}
+    for axis, n in enumerate(shape):
+        target = axis + 2 - len(shape)
+        if n > 1:
+            labels.unify([(bias, axis), ties[target]], node)
+
+
+def _gemm_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
+    k = 0 if node.attrs.get("transA", 0) else 1
+    return ((node.outputs[0], 0), (node.outputs[0], 1), (node.inputs[0], k))
+
+
+def matmul(node: Node, labels: Labels) -> None:
+    """numpy.matmul: the last axis of A meets the second to last of B; leading axes broadcast."""
+    a, b = node.inputs[:2]
+    sa, sb = labels.shape(a), labels.shape(b)
+    out = labels.shape(node.outputs[0])
+    if sa is None or sb is None or out is None or not sa or not sb:
+        opaque(node, labels, f"{node} has an operand of unknown shape")
+        return
+    inner = [(a, len(sa) - 1), (b, max(len(sb) - 2, 0))]
+    found = labels.unify(inner, node)
+    if found is not None:
+        constant = [labels.is_constant(t) for t, _ in inner]
+        if all(constant):
+            labels.pin(found, f"{node} multiplies two constants")
+        else:
+            data = 1 if constant[0] else 0
+            weight = inner[1 - data] if constant[1 - data] else None
+            labels.consume(node, inner[data], weight)
+    result: list[np.ndarray[tuple[int], np.dtype[np.int64]] | None] = []
+    lead = len(out) - (len(sa) > 1) - (len(sb) > 1)
+    for i in range(lead):
+        here = []
+        for name, shape in ((a, sa), (b, sb)):
+            axis = i - (lead - (len(shape) - 2))
+            if axis >= 0 and len(shape) > 2:
+                if shape[axis] == out[i]:
+                    here.append((name, axis))
+                elif not labels.is_constant(name):
+                    labels.pin(labels.label(name, axis), f"{node} broadcasts its single channel")
+        tracked = any(not labels.is_constant(t) and labels.label(t, x) is not None for t, x in here)
+        result.append(labels.unify(here, node) if tracked else None)
+    if len(sa) > 1:
+        result.append(labels.label(a, len(sa) - 2))
+    if len(sb) > 1:
+        result.append(labels.label(b, len(sb) - 1))
+    labels.set(node.outputs[0], result)
+
+
+def _matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
+    a, out = node.inputs[0], node.outputs[0]
+    return (*((out, i) for i in range(len(shapes[out]))), (a, len(shapes[a]) - 1))
+
+
+SPECS = (
+    OpSpec("Conv", conv, _regroup, _conv_cost, linear=True),
+    OpSpec("ConvTranspose", conv_transpose, _regroup, _transposed_cost, linear=True),
+    OpSpec("Gemm", gemm, cost=_gemm_cost, linear=True),
+    OpSpec("MatMul", matmul, cost=_matmul_cost, linear=True),
+)

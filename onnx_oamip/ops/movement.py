@@ -1,0 +1,452 @@
+"""Operators that move data: the rule applies the operator itself to the label arrays.
+
+A cut changes the constants these operators carry (reshape targets, split sizes, slice bounds, gather indices); each
+has a repair that recomputes them from what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..records import Array, Ints, Node
+from .notation import opaque
+from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, integers, operand
+
+Shape = tuple[int, ...]
+
+
+# ---------------------------------------------------------------------------------------------- reshape family
+
+
+def blocks(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:
+    """Smallest runs of axes (length above 1) of equal product on both sides. Nothing for unequal sizes.
+
+    >>> list(blocks((2, 3, 4), (2, 12)))
+    [([0], [0]), ([1, 2], [1])]
+    """
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    i = j = 0
+    while i < len(left) and j < len(right):
+        a, b = [left[i]], [right[j]]
+        pa, pb = before[left[i]], after[right[j]]
+        i, j = i + 1, j + 1
+        while pa != pb:
+            if pa < pb:
+                if i == len(left):
+                    return
+                pa *= before[left[i]]
+                a.append(left[i])
+                i += 1
+            else:
+                if j == len(right):
+                    return
+                pb *= after[right[j]]
+                b.append(right[j])
+                j += 1
+        yield a, b
+
+
+def reshaped(node: Node, labels: Labels, fixed: bool) -> None:
+    """Label arrays of any reshape with known shapes; ``fixed``: the target is a constant we can repair."""
+    name, result_name = node.inputs[0], node.outputs[0]
+    before, after = labels.shape(name), labels.shape(result_name)
+    if before is None or after is None or 0 in before:
+        opaque(node, labels, f"{node} has a shape that is not known before it runs")
+        return
+    axes = labels.axes(name)
+    result: list[LabelAxis] = [None] * len(after)
+    for axis, n in enumerate(before):
+        if n == 1:
+            labels.pin(axes[axis], f"it is the only index of an axis that {node} reshapes")
+    for left, right in blocks(before, after):
+        tracked = [a for a in left if axes[a] is not None]
+        if not tracked:
+            continue
+        if len(left) == len(right) == 1:
+            result[right[0]] = axes[left[0]]
+        elif not fixed:
+            for a in tracked:
+                labels.pin(axes[a], f"{node} takes its target shape from a computation")
+        elif len(right) == 1:
+            result[right[0]] = _merge(node, labels, axes, left, [before[a] for a in left])
+        elif len(left) == 1:
+            place, found = _split(node, labels, axes[left[0]], tuple(after[b] for b in right))
+            result[right[place]] = found
+        else:
+            for a in tracked:
+                labels.pin(axes[a], f"{node} regroups it across axes that do not line up")
+    labels.set(result_name, result)
+
+
+def _merge(node: Node, labels: Labels, axes: list[LabelAxis], left: list[int], sizes: list[int]) -> Ints:
+    """Several axes become one: the index set of a unit is a strided run of the merged axis."""
+    found: list[tuple[int, Ints]] = [(i, x) for i, a in enumerate(left) if (x := axes[a]) is not None]
+    # Only one tracked axis can stay free: the one with the most channels.
+    place, free = max(found, key=lambda item: item[1].size)
+    for i, other in found:
+        if i != place:
+            labels.pin(other, f"{node} merges it with another channel axis")
+    view = [1] * len(sizes)
+    view[place] = -1
+    return np.ascontiguousarray(np.broadcast_to(free.reshape(view), sizes)).reshape(-1)
+
+
+def _split(node: Node, labels: Labels, found: LabelAxis, sizes: Shape) -> tuple[int, Ints]:
+    """One axis becomes several: keep the axis along which labels vary, tie across the others.
+
+    Where labels vary along several axes (packed heads, channel shuffle) one must be chosen: by default the last,
+    so that slot ``j`` of every block goes together.
+    """
+    assert found is not None
+    block = found.reshape(sizes)
+    varying = [i for i in range(len(sizes)) if (block != block.take([0], i)).any()]
+    place = varying[0] if len(varying) == 1 else labels.choice(node, len(sizes) - 1)
+    first = block
+    for i in range(len(sizes)):
+        if i != place:
+            first = first.take([0], i)
+    labels.tie(block, first)
+    return place, first.reshape(-1)
+
+
+def _reshape(node: Node, labels: Labels) -> None:
+    fixed = "shape" in node.attrs or labels.constant(node.inputs[1]) is not None
+    reshaped(node, labels, fixed)
+
+
+def _same_elements(node: Node, labels: Labels) -> None:
+    reshaped(node, labels, True)
+
+
+def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
+    out = node.outputs[0]
+    target = integers(node, cuts, "shape", 1)
+    assert target is not None
+    fixed = target.copy()
+    for axis, value in enumerate(target):
+        if value > 0 and cuts.keep(out, axis) is not None:
+            fixed[axis] = cuts.kept(out, axis)
+    if (fixed == target).all():
+        return Edit()
+    return Edit({"shape": fixed.tolist()}) if "shape" in node.attrs else Edit(inputs={1: fixed})
+
+
+# ------------------------------------------------------------------------------------------------- permutation
+
+
+def _transpose(node: Node, labels: Labels) -> None:
+    axes = labels.axes(node.inputs[0])
+    order = node.attrs.get("perm")
+    if order is None:
+        order = list(range(len(axes)))[::-1]
+    labels.set(node.outputs[0], [axes[i] for i in order] if axes else [])
+
+
+def _depth_to_space(node: Node, labels: Labels) -> None:
+    """Channel ``c`` of the result takes blocksize**2 channels of the input, which go together."""
+    found, b = labels.label(node.inputs[0], 1), int(node.attrs["blocksize"])
+    result = None
+    if found is not None:
+        crd = node.attrs.get("mode", "DCR") == "CRD"
+        block = found.reshape(-1, b * b) if crd else found.reshape(b * b, -1).T
+        labels.tie(block, block[:, :1])
+        result = np.ascontiguousarray(block[:, 0])
+    _pin_space(node, labels)
+    labels.set(node.outputs[0], [None, result, None, None])
+
+
+def _space_to_depth(node: Node, labels: Labels) -> None:
+    found, b = labels.label(node.inputs[0], 1), int(node.attrs["blocksize"])
+    _pin_space(node, labels)
+    labels.set(node.outputs[0], [None, None if found is None else np.tile(found, b * b), None, None])
+
+
+def _pin_space(node: Node, labels: Labels) -> None:
+    for axis in (0, 2, 3):
+        labels.pin(labels.label(node.inputs[0], axis), f"it is a spatial axis of {node}")
+
+
+# ---------------------------------------------------------------------------------------------- join and divide
+
+
+def _concat(node: Node, labels: Labels) -> None:
+    shapes = [labels.shape(n) for n in node.inputs]
+    known = [s for s in shapes if s is not None]
+    if len(known) < len(shapes):
+        opaque(node, labels, f"{node} joins a tensor of unknown shape")
+        return
+    axis = int(node.attrs["axis"]) % len(known[0])
+    result: list[LabelAxis] = []
+    for a in range(len(known[0])):
+        if a != axis:
+            result.append(labels.unify([(n, a) for n in node.inputs], node) if _any(node, labels, a) else None)
+            continue
+        if not _any(node, labels, a):
+            result.append(None)
+            continue
+        parts = []
+        for name, shape in zip(node.inputs, known, strict=True):
+            found = labels.label(name, a)
+            parts.append(labels.fresh(shape[a], f"{node} joins it untracked") if found is None else found)
+        result.append(np.concatenate(parts))
+    labels.set(node.outputs[0], result)
+
+
+def _any(node: Node, labels: Labels, axis: int) -> bool:
+    return any(not labels.is_constant(n) and labels.label(n, axis) is not None for n in node.inputs if n)
+
+
+def _split_op(node: Node, labels: Labels) -> None:
+    name = node.inputs[0]
+    shapes = [labels.shape(n) for n in node.outputs]
+    shape = labels.shape(name)
+    known = [s for s in shapes if s is not None]
+    if shape is None or len(known) < len(shapes):
+        opaque(node, labels, f"{node} has outputs of unknown shape")
+        return
+    axis = int(node.attrs.get("axis", 0)) % len(shape)
+    axes = labels.axes(name)
+    bounds = np.cumsum([s[axis] for s in known])[:-1]
+    sizes = operand(node, 1)
+    found = axes[axis]
+    if found is not None and sizes and labels.constant(sizes) is None:
+        labels.pin(found, f"{node} takes its sizes from a computation")
+    parts: list[LabelAxis] = [None] * len(known) if found is None else list(np.split(found, bounds))
+    for out, part in zip(node.outputs, parts, strict=True):
+        labels.set(out, [part if a == axis else x for a, x in enumerate(axes)])
+
+
+def _split_repair(node: Node, cuts: Cuts) -> Edit:
+    axis = int(node.attrs.get("axis", 0)) % len(cuts.shape(node.inputs[0]))
+    if cuts.keep(node.inputs[0], axis) is None:
+        return Edit()
+    sizes = np.asarray([cuts.kept(out, axis) for out in node.outputs], np.int64)
+    if node.version < 13:
+        return Edit({"split": sizes.tolist()})
+    return Edit({"num_outputs": None}, {1: sizes})
+
+
+# ------------------------------------------------------------------------------------------------ pick and extend
+
+
+def _slice_bounds(node: Node, labels: Labels | Cuts, shape: Shape) -> dict[int, tuple[int, int, int]]:
+    """axis -> (start, stop, step) as Python's slice sees it. KeyError where a bound is computed."""
+    starts, ends = integers(node, labels, "starts", 1), integers(node, labels, "ends", 2)
+    axes, steps = integers(node, labels, "axes", 3), integers(node, labels, "steps", 4)
+    if starts is None or ends is None:
+        raise KeyError("starts")
+    where = np.arange(len(starts)) if axes is None else axes % len(shape)
+    by = np.ones(len(starts), np.int64) if steps is None else steps
+    result = {}
+    for a, start, stop, step in zip(where.tolist(), starts.tolist(), ends.tolist(), by.tolist(), strict=True):
+        # Python clips bounds beyond either end as ONNX does; a negative stop beyond the start means "to the front".
+        stop = None if step < 0 and stop < -shape[a] else stop
+        result[a] = (start, stop, step)
+    return result  # type: ignore[return-value]
+
+
+def _slice(node: Node, labels: Labels) -> None:
+    name = node.inputs[0]
+    shape = labels.shape(name)
+    if shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    axes = labels.axes(name)
+    try:
+        bounds = _slice_bounds(node, labels, shape)
+    except KeyError:
+        for found in axes:
+            labels.pin(found, f"{node} takes its bounds from a computation")
+        out = labels.shape(node.outputs[0])
+        same = out is not None and len(out) == len(shape)
+        labels.set(node.outputs[0], [x if same and out and out[a] == shape[a] else None for a, x in enumerate(axes)])
+        return
+    result = list(axes)
+    for a, (start, stop, step) in bounds.items():
+        found = axes[a]
+        if found is None:
+            continue
+        if step != 1:
+            labels.pin(found, f"{node} takes every {step}th of it")
+        result[a] = found[start:stop:step]
+    labels.set(node.outputs[0], result)
+
+
+def _slice_repair(node: Node, cuts: Cuts) -> Edit:
+    name = node.inputs[0]
+    shape = cuts.shape(name)
+    bounds = _slice_bounds(node, cuts, shape)
+    cut = {a for a in bounds if cuts.keep(name, a) is not None}
+    if not cut:
+        return Edit()
+    starts, ends = [], []
+    for a, (start, stop, step) in bounds.items():
+        keep = cuts.keep(name, a)
+        if keep is not None and a in cut:
+            low, high, _ = slice(start, stop, step).indices(shape[a])
+            start = int(keep[:low].sum())
+            stop = start + int(keep[low:high].sum())
+        starts.append(start)
+        ends.append(stop if stop is not None else np.iinfo(np.int64).min)
+    if "starts" in node.attrs:
+        return Edit({"starts": starts, "ends": ends})
+    return Edit(inputs={1: np.asarray(starts, np.int64), 2: np.asarray(ends, np.int64)})
+
+
+def _gather(node: Node, labels: Labels) -> None:
+    data, index = node.inputs[:2]
+    shape, index_shape = labels.shape(data), labels.shape(index)
+    if shape is None or index_shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    axis = int(node.attrs.get("axis", 0)) % len(shape)
+    axes = labels.axes(data)
+    found, picked = axes[axis], labels.constant(index)
+    labels.pin_all(index, f"{node} uses it as an index")
+    middle: list[LabelAxis] = [None] * len(index_shape)
+    if found is not None:
+        if picked is None:
+            labels.pin(found, f"{node} picks from it at run time")
+        elif picked.ndim == 1:
+            middle = [found[picked]]
+        else:
+            labels.pin(np.atleast_1d(found[picked]).reshape(-1), f"{node} picks it by position")
+    labels.set(node.outputs[0], [*axes[:axis], *middle, *axes[axis + 1 :]])
+
+
+def _gather_repair(node: Node, cuts: Cuts) -> Edit:
+    axis = int(node.attrs.get("axis", 0)) % len(cuts.shape(node.inputs[0]))
+    keep, picked = cuts.keep(node.inputs[0], axis), cuts.constant(node.inputs[1])
+    if keep is None or picked is None:
+        return Edit()
+    place = np.cumsum(keep) - 1
+    picked = np.where(picked < 0, picked + len(keep), picked)
+    fixed = place[picked[keep[picked]]] if picked.ndim == 1 else place[picked]
+    return Edit(inputs={1: fixed.astype(picked.dtype)})
+
+
+def _pad(node: Node, labels: Labels) -> None:
+    name = node.inputs[0]
+    axes, shape = labels.axes(name), labels.shape(name)
+    try:
+        pads = integers(node, labels, "pads", 1)
+        listed = integers(node, labels, "axes", 3) if node.version >= 18 else None
+    except KeyError:
+        pads, listed = None, None
+    if pads is None or shape is None:
+        opaque(node, labels, f"{node} takes its amounts from a computation")
+        return
+    where = np.arange(len(shape)) if listed is None else listed % len(shape)
+    result = list(axes)
+    for a, low, high in zip(where.tolist(), pads[: len(where)].tolist(), pads[len(where) :].tolist(), strict=True):
+        found = axes[a]
+        if found is None or (low == 0 and high == 0):
+            continue
+        if low < 0 or high < 0 or node.attrs.get("mode", "constant") != "constant":
+            labels.pin(found, f"{node} crops or repeats along it")
+            result[a] = None
+        else:
+            reason = f"{node} adds it as padding"
+            result[a] = np.concatenate([labels.fresh(low, reason), found, labels.fresh(high, reason)])
+    labels.set(node.outputs[0], result)
+
+
+def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:
+    """Resize, Expand, Tile: an axis passes where its length does not change."""
+    name, out = node.inputs[0], node.outputs[0]
+    before, after = labels.shape(name), labels.shape(out)
+    if before is None or after is None:
+        opaque(node, labels, f"{node} has a shape that is not known before it runs")
+        return
+    source = operand(node, slot)
+    computed = source is not None and labels.constant(source) is None
+    axes = labels.axes(name)
+    shift = len(after) - len(before)
+    result: list[LabelAxis] = [None] * len(after)
+    for a, found in enumerate(axes):
+        if found is None:
+            continue
+        if computed:
+            labels.pin(found, f"{node} takes its {what} from a computation")
+        if before[a] == after[a + shift]:
+            result[a + shift] = found
+        else:
+            labels.pin(found, f"{node} changes the length of this axis")
+    labels.set(out, result)
+
+
+def _resize(node: Node, labels: Labels) -> None:
+    _sized(node, labels, 3, "sizes")
+
+
+def _upsample(node: Node, labels: Labels) -> None:
+    _sized(node, labels, 1, "scales")
+
+
+def _expand(node: Node, labels: Labels) -> None:
+    _sized(node, labels, 1, "shape")
+
+
+def _resize_repair(node: Node, cuts: Cuts) -> Edit:
+    if operand(node, 3) is None:
+        return Edit()
+    axes = node.attrs.get("axes")
+    return _lengths(node, cuts, 3, None if axes is None else [a % len(cuts.shape(node.outputs[0])) for a in axes])
+
+
+def _expand_repair(node: Node, cuts: Cuts) -> Edit:
+    return _lengths(node, cuts, 1, None)
+
+
+def _lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
+    out = node.outputs[0]
+    value = cuts.constant(node.inputs[slot])
+    assert value is not None
+    # A target shorter than the result is aligned from the right (Expand).
+    where = axes or list(range(len(cuts.shape(out)) - len(value), len(cuts.shape(out))))
+    fixed: Array = value.copy()
+    for i, a in enumerate(where):
+        if cuts.keep(out, a) is not None and value[i] != 1:
+            fixed[i] = cuts.kept(out, a)
+    return Edit() if (fixed == value).all() else Edit(inputs={slot: fixed})
+
+
+def _shape(node: Node, labels: Labels) -> None:
+    """Reading a size does not hurt where only untracked axes are looked at."""
+    name = node.inputs[0]
+    axes = labels.axes(name)
+    start, stop = int(node.attrs.get("start", 0)), node.attrs.get("end")
+    seen: set[int] = set(range(len(axes))[slice(start, stop)])
+    readers = labels.readers(node.outputs[0])
+    picks = [labels.constant(r.inputs[1]) if r.op == "Gather" and len(r.inputs) > 1 else None for r in readers]
+    if readers and all(p is not None for p in picks):
+        order = sorted(seen)
+        seen = {order[int(i)] for p in picks if p is not None for i in np.atleast_1d(p)}
+    for a in seen:
+        labels.pin(axes[a], f"{node} reads its length at run time")
+    labels.set(node.outputs[0], [])
+
+
+SPECS = (
+    OpSpec("Reshape", _reshape, _reshape_repair),
+    OpSpec("Flatten", _same_elements),
+    OpSpec("Squeeze", _same_elements),
+    OpSpec("Unsqueeze", _same_elements),
+    OpSpec("Transpose", _transpose),
+    OpSpec("DepthToSpace", _depth_to_space),
+    OpSpec("SpaceToDepth", _space_to_depth),
+    OpSpec("Concat", _concat),
+    OpSpec("Split", _split_op, _split_repair),
+    OpSpec("Slice", _slice, _slice_repair),
+    OpSpec("Gather", _gather, _gather_repair),
+    OpSpec("Pad", _pad),
+    OpSpec("Resize", _resize, _resize_repair, since=11),
+    OpSpec("Resize", _upsample, until=10),
+    OpSpec("Upsample", _upsample),
+    OpSpec("Expand", _expand, _expand_repair),
+    OpSpec("Tile", _expand),
+    OpSpec("Shape", _shape),
+)

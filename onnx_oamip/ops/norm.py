@@ -1,0 +1,76 @@
+"""Normalisation: per-channel parameters go with their channel; a normalised axis is pinned."""
+
+from __future__ import annotations
+
+from ..records import Node
+from .notation import opaque, rule
+from .spec import Labels, OpSpec
+
+
+def _training(node: Node, labels: Labels) -> str | None:
+    if node.attrs.get("training_mode", 0):
+        return f"{node} is in training mode"
+    return None
+
+
+def _softmax(node: Node, labels: Labels) -> None:
+    shape = labels.shape(node.inputs[0])
+    if shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    axis = int(node.attrs.get("axis", -1 if node.version >= 13 else 1)) % max(len(shape), 1)
+    # Before opset 13 the input is flattened to two axes at `axis`, so everything behind it is normalised together.
+    normalised = range(axis, len(shape)) if node.version < 13 else [axis]
+    _pin_axes(node, labels, normalised)
+
+
+def _layer(node: Node, labels: Labels) -> None:
+    shape = labels.shape(node.inputs[0])
+    if shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    axis = int(node.attrs.get("axis", -1)) % max(len(shape), 1)
+    _pin_axes(node, labels, range(axis, len(shape)))
+
+
+def _channels(node: Node, labels: Labels) -> None:
+    _pin_axes(node, labels, [1])
+
+
+def _all_but_first(node: Node, labels: Labels) -> None:
+    _pin_axes(node, labels, range(1, len(labels.shape(node.inputs[0]) or ())))
+
+
+def _lp(node: Node, labels: Labels) -> None:
+    shape = labels.shape(node.inputs[0])
+    if shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    _pin_axes(node, labels, [int(node.attrs.get("axis", -1)) % max(len(shape), 1)])
+
+
+def _pin_axes(node: Node, labels: Labels, axes: range | list[int]) -> None:
+    data = labels.axes(node.inputs[0])
+    for axis in axes:
+        if axis < len(data):
+            labels.pin(data[axis], f"{node} normalises over this axis")
+    labels.set(node.outputs[0], data)
+    for name in node.outputs[1:]:
+        if name:
+            labels.set(name, [], f"{node} gives it as an extra output")
+
+
+SPECS = (
+    OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training)),
+    OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
+    OpSpec("LRN", _channels),
+    OpSpec("GroupNormalization", _channels),
+    OpSpec("LayerNormalization", _layer),
+    OpSpec("RMSNormalization", _layer),
+    OpSpec("SimplifiedLayerNormalization", _layer),
+    OpSpec("LpNormalization", _lp),
+    OpSpec("MeanVarianceNormalization", _all_but_first),
+    OpSpec("Softmax", _softmax),
+    OpSpec("LogSoftmax", _softmax),
+    OpSpec("Hardmax", _softmax),
+)

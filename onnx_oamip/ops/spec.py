@@ -1,0 +1,125 @@
+"""What the package knows about one operator, and the narrow handles its rules are given.
+
+A rule never sees a graph, a framework or a solver: ``channels`` sees :class:`Labels`, ``repair`` sees
+:class:`Cuts`, ``cost`` sees shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..records import Array, Axis, Bools, Ints, Node
+
+LabelAxis = Ints | None
+"""The labels of every index along one axis, or None where the axis is not tracked and can never shrink."""
+
+
+class Labels(Protocol):
+    """The handle of a channel rule: read the labels of inputs, tie and pin them, set those of outputs."""
+
+    def shape(self, tensor: str) -> tuple[int, ...] | None: ...
+    def constant(self, tensor: str) -> Array | None: ...
+    def is_constant(self, tensor: str) -> bool: ...
+    def readers(self, tensor: str) -> Sequence[Node]: ...
+    def label(self, tensor: str, axis: int) -> LabelAxis:
+        """Labels along one axis. A constant gets fresh labels when first asked."""
+        ...
+
+    def axes(self, tensor: str) -> list[LabelAxis]:
+        """Labels of all axes of an activation; for a constant, of all its axes (made fresh)."""
+        ...
+
+    def fresh(self, count: int, reason: str) -> Ints:
+        """New pinned labels, for channels that nobody may remove."""
+        ...
+
+    def tie(self, a: Ints, b: Ints) -> None:
+        """The channels of ``a`` and ``b`` (broadcast against each other) go together."""
+        ...
+
+    def pin(self, labels: LabelAxis, reason: str) -> None: ...
+    def pin_all(self, tensor: str, reason: str) -> None: ...
+    def unify(self, occurrences: Sequence[Axis], node: Node) -> LabelAxis:
+        """Tie several axes of equal length; where one is untracked, pin the others and return None."""
+        ...
+
+    def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
+        """Record that ``node`` sums over the axis ``data``, meeting ``weight`` along its axis."""
+        ...
+
+    def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
+        """Labels of an output; ``why`` explains untracked axes (default: as the node's first input)."""
+        ...
+
+    def choice(self, node: Node, default: int) -> int:
+        """Which side of an ambiguous split stays free: a position chosen by the search, or ``default``."""
+        ...
+
+
+class Cuts(Protocol):
+    """The handle of a repair rule: what is kept along an axis, and shapes and constants before the cut."""
+
+    def shape(self, tensor: str) -> tuple[int, ...]: ...
+    def constant(self, tensor: str) -> Array | None: ...
+    def keep(self, tensor: str, axis: int) -> Bools | None:
+        """Mask along the axis, or None where nothing is cut there."""
+        ...
+
+    def kept(self, tensor: str, axis: int) -> int:
+        """Length of the axis after the cut."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants."""
+
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[int, Array] = field(default_factory=dict)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+ChannelRule = Callable[[Node, Labels], None]
+RepairRule = Callable[[Node, Cuts], Edit]
+CostRule = Callable[[Node, Shapes], tuple[Axis, ...]]
+"""MACs of a node are the product of the lengths of the axes returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """Everything known about one operator. Only ``channels`` is required."""
+
+    name: str
+    channels: ChannelRule
+    repair: RepairRule | None = None
+    cost: CostRule | None = None
+    linear: bool = False
+    """Linear in its data input, with a constant weight: a consumer whose bias and weights can be refitted."""
+    domain: str = ""
+    since: int = 1
+    until: int | None = None
+
+
+def operand(node: Node, index: int) -> str | None:
+    """Name of input ``index``, or None where it is absent (an empty name counts as absent)."""
+    return (node.inputs[index] or None) if index < len(node.inputs) else None
+
+
+def integers(node: Node, labels: Labels | Cuts, name: str, index: int) -> Ints | None:
+    """An integer list given as attribute ``name`` (old opsets) or as constant input ``index``; None if neither.
+
+    Raises KeyError where the input is there but is not a constant, so that a rule can tell the two apart.
+    """
+    if name in node.attrs:
+        return np.atleast_1d(np.asarray(node.attrs[name], np.int64))
+    tensor = operand(node, index)
+    if tensor is None:
+        return None
+    value = labels.constant(tensor)
+    if value is None:
+        raise KeyError(tensor)
+    return np.atleast_1d(np.asarray(value, np.int64))

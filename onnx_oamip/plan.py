@@ -1,0 +1,172 @@
+"""Budget and scores -> which units stay.
+
+``uniform`` keeps the same share of every group; ``global`` keeps the units of largest score relative to their group's
+mean, wherever they are. Both land on the budget from below: a bisection on one number, then single steps while they
+fit. Widths are multiples of the alignment (in channels), or the full width; no group is ever emptied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cost import Ledger, full_widths
+from .errors import BudgetNotMet
+from .records import Bools, Budget, Cost, Coupling, Floats, Ints, Model, Plan, Scores
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Absolute limits; None where nothing was asked."""
+
+    macs: float | None
+    params: float | None
+    bytes: float | None
+
+    def holds(self, cost: Cost) -> bool:
+        """Every limit is met."""
+        pairs = ((cost.macs, self.macs), (cost.params, self.params), (cost.bytes, self.bytes))
+        return all(limit is None or value <= limit for value, limit in pairs)
+
+    def shares(self, cost: Cost) -> dict[str, float]:
+        """Cost over limit, by name, where there is a limit."""
+        pairs = {"macs": (cost.macs, self.macs), "params": (cost.params, self.params), "size": (cost.bytes, self.bytes)}
+        return {k: value / limit for k, (value, limit) in pairs.items() if limit}
+
+
+def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Limits:
+    """Shares turned absolute. ``reserve`` elements are set aside for biases that a refit will create."""
+
+    def share(part: float | None, whole: int, held: int) -> float | None:
+        return None if part is None else part * whole - (held if part < 1 else 0)
+
+    return Limits(
+        macs=share(budget.macs, before.macs, 0),
+        params=share(budget.params, before.params, reserve),
+        bytes=share(budget.size, before.bytes, reserve * itemsize),
+    )
+
+
+def allocate(
+    model: Model, coupling: Coupling, ledger: Ledger, scores: Scores, limit: Limits, settings: Settings
+) -> Plan:
+    """The plan: widths by the chosen allocation, within a group the units of highest score (ties: lower index).
+
+    Raises BudgetNotMet, naming what binds, where even the narrowest model is over a limit.
+    """
+    full = full_widths(coupling)
+    step = steps(coupling, settings.align)
+    floor = np.minimum(step, full)
+    ceiling = full
+    if settings.threshold is not None:
+        above = np.bincount(coupling.unit_group[scores.values >= settings.threshold], minlength=len(full))
+        ceiling = np.maximum(_snap(above, step, full), floor)
+
+    def fits(widths: Ints) -> bool:
+        return limit.holds(ledger.cost(widths))
+
+    if not fits(floor):
+        raise BudgetNotMet(_binding(model, coupling, ledger, limit, floor))
+    if fits(ceiling):
+        widths = ceiling
+    else:
+        search = _uniform if settings.allocate == "uniform" else _global
+        widths = search(coupling, scores, step, floor, ceiling, full, fits)
+        widths = _fill(coupling, ledger, limit, scores, widths, step, ceiling, full)
+    return Plan(
+        keep=best_units(coupling, scores.values, widths),
+        widths=widths,
+        allocation=settings.allocate,
+        predicted=ledger.cost(widths),
+    )
+
+
+def steps(coupling: Coupling, align: int) -> Ints:
+    """Units per alignment step: a unit that holds several channels needs fewer of itself."""
+    held = [min(g.multiplicity.values()) for g in coupling.groups]
+    return np.asarray([align // math.gcd(align, h) for h in held], np.int64)
+
+
+def best_units(coupling: Coupling, values: Floats, widths: Ints) -> Bools:
+    """The ``widths[g]`` units of largest value in every group."""
+    # lexsort is stable: by group, then by falling value, then by index.
+    order = np.lexsort((-values, coupling.unit_group))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    start = np.cumsum(full_widths(coupling)) - full_widths(coupling)
+    keep: Bools = place - start[coupling.unit_group] < widths[coupling.unit_group]
+    return keep
+
+
+def _snap(widths: Ints, step: Ints, full: Ints) -> Ints:
+    return np.where(widths >= full, full, widths // step * step)
+
+
+def _uniform(
+    coupling: Coupling, scores: Scores, step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
+) -> Ints:
+    def widths(share: float) -> Ints:
+        return np.clip(_snap(np.floor(share * full + 1e-9).astype(np.int64), step, full), floor, ceiling)
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(widths(middle)) else (low, middle)
+    return widths(low)
+
+
+def _global(
+    coupling: Coupling, scores: Scores, step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
+) -> Ints:
+    mean = np.bincount(coupling.unit_group, scores.values) / full
+    relative = scores.values / np.where(mean > 0, mean, 1)[coupling.unit_group]
+    order = np.argsort(relative, kind="stable")
+
+    def widths(removed: int) -> Ints:
+        gone = np.bincount(coupling.unit_group[order[:removed]], minlength=len(full))
+        return np.clip(_snap(full - gone, step, full), floor, ceiling)
+
+    low, high = 0, len(order)  # removing `high` fits, removing `low` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(widths(middle)) else (middle, high)
+    return widths(high)
+
+
+def _fill(
+    coupling: Coupling, ledger: Ledger, limit: Limits, scores: Scores, widths: Ints, step: Ints, ceiling: Ints, full: Ints
+) -> Ints:
+    """Give back single steps while they fit, the group of the largest kept share lost first."""
+    widths = widths.copy()
+    stuck = widths >= ceiling
+    while not stuck.all() and max(limit.shares(ledger.cost(widths)).values(), default=1.0) < 0.998:
+        g = int(np.argmin(np.where(stuck, np.inf, widths / full)))
+        wider = widths.copy()
+        wider[g] = min(widths[g] + step[g], full[g])
+        if wider[g] % step[g] and wider[g] != full[g]:
+            wider[g] = full[g]
+        if wider[g] <= ceiling[g] and limit.holds(ledger.cost(wider)):
+            widths = wider
+            stuck[g] = widths[g] >= ceiling[g]
+        else:
+            stuck[g] = True
+    return widths
+
+
+def _binding(model: Model, coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints) -> str:
+    least = ledger.cost(floor)
+    name, over = max(limit.shares(least).items(), key=lambda item: item[1])
+    lengths = ledger.lengths(floor)
+    values = ledger.terms(ledger.macs, lengths)
+    heavy = [f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)" for i in np.argsort(-values)[:3]]
+    reasons = [p.reason for p in coupling.pinned if p.count > 1]
+    why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
+    return (
+        f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups at their least width the model is "
+        f"still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
+        "ask for more or see 'onnx-oamip inspect'."
+    )

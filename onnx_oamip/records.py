@@ -1,0 +1,232 @@
+"""The frozen records that flow through the stages, one way.
+
+``Model -> Coupling -> Statistics -> Scores -> Plan -> Pruned -> Verification -> Report``
+
+Tensors are identified by name, units by their index in ``Coupling`` (``0 .. n_units - 1``). Arrays inside records are
+to be treated as read-only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Array = npt.NDArray[Any]
+Axis = tuple[str, int]
+"""One axis of one tensor: (tensor name, non-negative axis)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operator call. ``captures`` are outer tensors that only its subgraphs read."""
+
+    name: str
+    op: str
+    domain: str
+    version: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attrs: Mapping[str, Any]
+    captures: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op} '{self.name}'"
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A graph input or output: ``dims`` holds an int, a symbol's name, or None where nothing is known."""
+
+    name: str
+    dtype: np.dtype[Any]
+    dims: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: constants folded, nodes named, shapes known for one feed of ``batch`` samples.
+
+    ``proto`` is the normalised graph with symbolic dimensions as they were in the file; ``shapes`` holds concrete
+    shapes under ``bindings`` (symbol -> size).
+    """
+
+    proto: Any
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, Array]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, np.dtype[Any]]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    bindings: Mapping[str, int]
+    batch: int
+    path: str
+    sha256: str
+    file_bytes: int
+
+    def port(self, name: str) -> Port:
+        """The graph input called ``name``."""
+        return next(p for p in self.inputs if p.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A place where channels are summed over: ``node`` reads ``data`` along ``axis`` and contracts it.
+
+    ``weight`` is the constant that meets it along ``weight_axis`` (None where two activations meet). ``groups`` is the
+    number of channel blocks that share the weight axis (grouped convolution; 1 otherwise).
+    """
+
+    node: str
+    slot: int
+    data: str
+    axis: int
+    weight: str | None
+    weight_axis: int
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Units that occupy the same axes the same number of times, so that only their count matters for cost.
+
+    ``multiplicity`` maps every axis the group lives on to the number of indices one unit holds there.
+    """
+
+    name: str
+    units: Ints
+    multiplicity: Mapping[Axis, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Channels of a constant that cannot go, and why."""
+
+    tensor: str
+    axis: int
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """What must go together. ``axes`` maps an axis to the unit of each index (-1: pinned)."""
+
+    n_units: int
+    groups: tuple[Group, ...]
+    unit_group: Ints
+    axes: Mapping[Axis, Ints]
+    consumers: tuple[Consumer, ...]
+    pinned: tuple[Pinned, ...]
+
+    def keep(self, axis: Axis, units: Bools) -> Bools:
+        """Which indices of ``axis`` stay when ``units`` (n_units,) says which units stay."""
+        labels = self.axes[axis]
+        return np.where(labels < 0, True, units[labels]) if self.n_units else np.ones(labels.shape, bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Streaming moments of one tensor along one axis: per-channel mean and mean square, and the values seen."""
+
+    mean: Floats
+    mean_square: Floats
+    count: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the calibration data collected, per consumed axis."""
+
+    moments: Mapping[Axis, Moments]
+    samples: int
+    device: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One importance per unit: larger means keep. ``method`` names where they come from."""
+
+    method: str
+    values: Floats
+    programs: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Shares to keep, each in (0, 1], or None; ``threshold`` removes units that score below it."""
+
+    macs: float | None = None
+    params: float | None = None
+    size: float | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """``macs`` for one sample, ``params`` elements of floating constants, ``bytes`` of the file."""
+
+    macs: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units stay (n_units,), with the widths per group and what the allocation said."""
+
+    keep: Bools
+    widths: Ints
+    allocation: str
+    predicted: Cost
+    programs: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The rewritten model. ``raw`` is before refit, ``proto`` after it."""
+
+    raw: Any
+    proto: Any
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked about the written model; ``failures`` lists gates that did not hold."""
+
+    masked_equivalence: float | None
+    output_relative_error: float | None
+    agreement: float | None
+    accuracy_before: float | None
+    accuracy_after: float | None
+    batches: tuple[int, ...]
+    samples: int
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it; ``report.document`` turns it into the JSON of the command line."""
+
+    model: Model
+    output: str | None
+    output_sha256: str | None
+    before: Cost
+    after: Cost
+    budget: Budget
+    coupling: Coupling
+    scores: Scores
+    plan: Plan
+    verification: Verification
+    timings: Mapping[str, float]
+    settings: Mapping[str, Any]
+    notes: Sequence[str] = field(default_factory=tuple)

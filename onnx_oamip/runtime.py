@@ -1,0 +1,106 @@
+"""ONNX Runtime at one place: devices, sessions, and running feeds through a graph."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import onnx
+
+from .errors import EnvironmentMissing, ModelError
+from .records import Array
+
+LARGE = 1_900_000_000
+"""Protobuf cannot serialise 2 GB; above this a session is given a file with external data."""
+
+
+def runtime() -> Any:
+    """The onnxruntime module, quiet; EnvironmentMissing says what to install."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentMissing(
+            "ONNX Runtime is not installed; install it with pip install 'onnx-oamip[cpu]', or 'onnx-oamip[gpu]' for CUDA."
+        ) from error
+    onnxruntime.set_default_logger_severity(4)
+    return onnxruntime
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` takes CUDA where there is one. Asking for CUDA where there is none is an error, not a CPU run."""
+    available = "CUDAExecutionProvider" in runtime().get_available_providers()
+    if device == "cuda" and not (available and _cuda_works()):
+        found = ", ".join(runtime().get_available_providers())
+        raise EnvironmentMissing(
+            f"--device cuda was asked for but ONNX Runtime offers only {found} here; "
+            "install 'onnx-oamip[gpu]' on a machine with an NVIDIA GPU, or use --device cpu."
+        )
+    if device == "auto":
+        return "cuda" if available and _cuda_works() else "cpu"
+    return device
+
+
+def _cuda_works() -> bool:
+    """The provider may be compiled in without a driver: only a session tells."""
+    relu = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
+    )
+    rt = runtime()
+    try:
+        if hasattr(rt, "preload_dlls"):
+            rt.preload_dlls()
+        session = rt.InferenceSession(relu.SerializeToString(), providers=["CUDAExecutionProvider"])
+    except Exception:  # any failure here means the same: no CUDA
+        return False
+    return "CUDAExecutionProvider" in session.get_providers()
+
+
+class Session:
+    """A loaded graph on one device."""
+
+    def __init__(self, proto: Any, device: str, threads: int | None = None, what: str = "the model") -> None:
+        rt = runtime()
+        options = rt.SessionOptions()
+        options.log_severity_level = 4
+        if threads:
+            options.intra_op_num_threads = threads
+        providers = ["CPUExecutionProvider"]
+        if device == "cuda":
+            providers.insert(0, "CUDAExecutionProvider")
+        try:
+            if isinstance(proto, (str, os.PathLike)):
+                self._session = rt.InferenceSession(os.fspath(proto), options, providers=providers)
+            elif proto.ByteSize() < LARGE:
+                self._session = rt.InferenceSession(proto.SerializeToString(), options, providers=providers)
+            else:
+                self._session = _from_folder(rt, proto, options, providers)
+        except Exception as error:  # onnxruntime raises its own undocumented types
+            text = str(error).replace("\n", " ")[:300]
+            raise ModelError(f"ONNX Runtime cannot load {what}: {text}") from error
+        self.outputs = [o.name for o in self._session.get_outputs()]
+        self.inputs = [i.name for i in self._session.get_inputs()]
+
+    def run(self, feed: Mapping[str, Array], names: Sequence[str] | None = None) -> list[Array]:
+        """Outputs for one feed, in the order of ``names`` (default: all)."""
+        try:
+            found: list[Array] = self._session.run(list(names) if names else None, dict(feed))
+        except Exception as error:
+            text = str(error).replace("\n", " ")[:300]
+            raise ModelError(f"ONNX Runtime cannot run the model on this data: {text}") from error
+        return found
+
+    def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:
+        """Outputs for each feed in turn."""
+        for feed in feeds:
+            yield self.run(feed)
+
+
+def _from_folder(rt: Any, proto: Any, options: Any, providers: list[str]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.onnx")
+        copy = onnx.ModelProto()
+        copy.CopyFrom(proto)
+        onnx.save_model(copy, path, save_as_external_data=True, location="model.data")
+        return rt.InferenceSession(path, options, providers=providers)
