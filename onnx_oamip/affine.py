@@ -8,41 +8,125 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .records import Array, Consumer, Floats, Node
+from .records import Array, Floats, Node
 
 
-def weight_slot(consumer: Consumer) -> int:
-    """Input index of the weight that meets the consumer's data."""
-    return 1 - consumer.slot if consumer.slot < 2 else 1
+@dataclass(frozen=True)
+class Site:
+    """A linear node with a constant weight: which input is data, which axis of the weight it meets, how many blocks.
+
+    ``kernel`` is the spatial kernel of a convolution, empty for products.
+    """
+
+    node: Node
+    slot: int
+    weight_axis: int
+    groups: int
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def data(self) -> str:
+        """Name of the data input."""
+        return self.node.inputs[self.slot]
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight."""
+        return self.node.inputs[self.weight_slot]
+
+    @property
+    def weight_slot(self) -> int:
+        """Input index of the weight."""
+        return 1 - self.slot
+
+    @property
+    def factor(self) -> float:
+        """What the operator multiplies the product with."""
+        return float(self.node.attrs.get("alpha", 1.0)) if self.node.op == "Gemm" else 1.0
+
+    @property
+    def spatial(self) -> bool:
+        """A convolution: positions are pixels, a patch has taps."""
+        return self.node.op in ("Conv", "ConvTranspose")
+
+    @property
+    def data_axis(self) -> int:
+        """Axis of the data that is summed over (negative for products)."""
+        if self.spatial:
+            return 1
+        if self.node.op == "Gemm":
+            turned = self.node.attrs.get("transA" if self.slot == 0 else "transB", 0)
+            return (-2 if turned else -1) if self.slot == 0 else (-1 if turned else -2)
+        return -1 if self.slot == 0 else -2
+
+    @property
+    def output_axis(self) -> int:
+        """Axis of the output that counts the weight's outputs."""
+        if self.spatial:
+            return 1
+        return -1 if self.slot == 0 else -2
 
 
-def matrix(node: Node, consumer: Consumer, weight: Array) -> Floats | None:
-    """The weight as (groups, outputs per group, inputs per group, taps), float64; None where it has no such form."""
-    groups = int(node.attrs.get("group", 1))
-    value = weight.astype(np.float64)
-    if node.op == "Conv":
-        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1)
-    if node.op == "ConvTranspose":
-        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1).transpose(0, 2, 1, 3)
-    if node.op not in ("Gemm", "MatMul") or value.ndim != 2:
+def site(node: Node, known: Mapping[str, Array]) -> Site | None:
+    """The site of a linear node with one constant weight of a plain matrix form, else None."""
+    if node.op in ("Conv", "ConvTranspose"):
+        if node.inputs[1] not in known:
+            return None
+        kernel = tuple(known[node.inputs[1]].shape[2:])
+        return Site(node, 0, 1 if node.op == "Conv" else 0, int(node.attrs.get("group", 1)), kernel)
+    if node.op not in ("Gemm", "MatMul"):
         return None
-    return (value.T if consumer.weight_axis == 0 else value)[None, :, :, None]
+    fixed = [name in known for name in node.inputs[:2]]
+    if sum(fixed) != 1:
+        return None
+    slot = 0 if fixed[1] else 1
+    if known[node.inputs[1 - slot]].ndim != 2:
+        return None
+    if node.op == "Gemm":
+        turned = node.attrs.get("transB" if slot == 0 else "transA", 0)
+        axis = (1 if turned else 0) if slot == 0 else (0 if turned else 1)
+    else:
+        axis = 0 if slot == 0 else 1
+    return Site(node, slot, axis, 1)
 
 
-def unmatrix(node: Node, consumer: Consumer, value: Floats, like: Array) -> Array:
+def matrix(site: Site, weight: Array) -> Floats:
+    """The weight as (groups, outputs per group, inputs per group, taps), float64."""
+    value = weight.astype(np.float64)
+    groups = site.groups
+    if site.node.op == "Conv":
+        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1)
+    if site.node.op == "ConvTranspose":
+        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1).transpose(0, 2, 1, 3)
+    return (value.T if site.weight_axis == 0 else value)[None, :, :, None]
+
+
+def matrix_shape(site: Site, weight: Array) -> tuple[int, int, int, int]:
+    """Shape that :func:`matrix` would give, without the copy."""
+    shape, g = weight.shape, site.groups
+    taps = int(np.prod(shape[2:]))
+    if site.node.op == "Conv":
+        return g, shape[0] // g, shape[1], taps
+    if site.node.op == "ConvTranspose":
+        return g, shape[1], shape[0] // g, taps
+    return 1, shape[1 - site.weight_axis], shape[site.weight_axis], 1
+
+
+def unmatrix(site: Site, value: Floats, like: Array) -> Array:
     """The inverse of :func:`matrix`: the weight in the layout and type of ``like`` (whose channel counts may differ)."""
-    if node.op == "Conv":
+    if site.node.op == "Conv":
         shaped = value.reshape(value.shape[0] * value.shape[1], value.shape[2], *like.shape[2:])
-    elif node.op == "ConvTranspose":
+    elif site.node.op == "ConvTranspose":
         turned = value.transpose(0, 2, 1, 3)
         shaped = turned.reshape(turned.shape[0] * turned.shape[1], turned.shape[2], *like.shape[2:])
     else:
-        shaped = value[0, :, :, 0].T if consumer.weight_axis == 0 else value[0, :, :, 0]
+        shaped = value[0, :, :, 0].T if site.weight_axis == 0 else value[0, :, :, 0]
     return np.ascontiguousarray(shaped.astype(like.dtype))
 
 
@@ -96,15 +180,36 @@ class Editor:
             return self._following_add(node) is not None
         return len(node.input) > 2 and bool(node.input[2])
 
-    def add_bias(self, consumer: Consumer, delta: Floats) -> bool:
-        """Add ``delta`` (outputs,) to what the consumer puts out; makes a bias where there is none.
+    def bias(self, site: Site) -> Floats | None:
+        """What the node itself adds per output, zeros where nothing; None where it is not one constant per output."""
+        node = self.nodes[site.node.name]
+        weight = self.constant(node.input[site.weight_slot])
+        assert weight is not None
+        groups, outs, _, _ = matrix_shape(site, weight)
+        none = np.zeros(groups * outs)
+        if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
+            return none
+        found = self.constant(node.input[2])
+        if found is None:
+            return None
+        beta = _attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
+        value = beta * found.astype(np.float64)
+        if node.op_type == "Gemm":
+            per_column = value.reshape(1, -1) if value.ndim < 2 else value
+            value = per_column if site.slot == 0 else per_column.T
+            if value.shape[0] != 1:
+                return None
+        return none + value.reshape(-1)
+
+    def add_bias(self, site: Site, delta: Floats) -> bool:
+        """Add ``delta`` (outputs,) to what the node puts out; makes a bias where there is none.
 
         Returns False where the bias is not a constant and therefore stays as it is.
         """
-        node = self.nodes[consumer.node]
+        node = self.nodes[site.node.name]
         if node.op_type == "MatMul":
-            return self._add_after_matmul(node, consumer, delta)
-        column = node.op_type == "Gemm" and consumer.slot == 1
+            return self._add_after_matmul(node, site, delta)
+        column = node.op_type == "Gemm" and site.slot == 1
         has = len(node.input) > 2 and bool(node.input[2])
         beta = _attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
         if node.op_type == "Gemm" and (not has or beta == 0):
@@ -113,7 +218,7 @@ class Editor:
             has, beta = False, 1.0
         shift = (delta[:, None] if column else delta) / beta
         if not has:
-            weight = self.constant(node.input[weight_slot(consumer)])
+            weight = self.constant(node.input[site.weight_slot])
             dtype = weight.dtype if weight is not None else np.dtype(np.float32)
             self.replace(node, 2, np.ascontiguousarray(shift.astype(dtype)))
             return True
@@ -135,17 +240,17 @@ class Editor:
             return None
         return add, other
 
-    def _add_after_matmul(self, node: onnx.NodeProto, consumer: Consumer, delta: Floats) -> bool:
-        weight = self.constant(node.input[weight_slot(consumer)])
+    def _add_after_matmul(self, node: onnx.NodeProto, site: Site, delta: Floats) -> bool:
+        weight = self.constant(node.input[site.weight_slot])
         assert weight is not None
-        found = self._following_add(node) if consumer.slot == 0 else None
+        found = self._following_add(node) if site.slot == 0 else None
         if found is not None:
             add, slot = found
             old = self.constant(add.input[slot])
             if old is not None and old.shape == delta.shape:
                 self.replace(add, slot, (old.astype(np.float64) + delta).astype(old.dtype))
                 return True
-        shift = (delta if consumer.slot == 0 else delta[:, None]).astype(weight.dtype)
+        shift = (delta if site.slot == 0 else delta[:, None]).astype(weight.dtype)
         inner = self._unused(f"{node.output[0]}_unbiased")
         bias = self._unused(f"{node.name}_bias")
         self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(shift), bias))
@@ -168,13 +273,3 @@ def _set_attribute(node: onnx.NodeProto, name: str, value: float) -> None:
             attribute.f = value
             return
     node.attribute.append(helper.make_attribute(name, value))
-
-
-def stride_product(node: Node) -> int:
-    """Kernel taps of a transposed convolution are shared out over this many output positions."""
-    return int(np.prod(node.attrs.get("strides", [1]))) if node.op == "ConvTranspose" else 1
-
-
-def by_name(nodes: tuple[Node, ...]) -> Mapping[str, Node]:
-    """Nodes by their (unique) names."""
-    return {node.name: node for node in nodes}

@@ -31,7 +31,8 @@ def collect(
 ) -> Statistics:
     """Moments (C,) per consumed axis over all samples and positions; float64."""
     start = time.perf_counter()
-    sites = sorted({(c.data, c.axis) for c in coupling.consumers})
+    met = {(c.weight, c.weight_axis) for c in coupling.consumers if c.weight and c.weight not in model.constants}
+    sites = sorted({(c.data, c.axis) for c in coupling.consumers} | met)
     sums: dict[Axis, tuple[Floats, Floats]] = {}
     counts = dict.fromkeys(sites, 0)
     session = Session(_instrument(model, sites), device, what="the model with its statistics outputs") if sites else None

@@ -264,7 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    text = " ".join(message.split())
+    click.echo(f"Error: {text}{'' if text.endswith(('.', '?')) else '.'}", err=True)
     return status
 
 
@@ -276,7 +277,9 @@ def _print(document: Document, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    report.show(document, Console(highlight=False, markup=False, emoji=False))
+    from . import tables
+
+    tables.show(document, Console(highlight=False, markup=False, emoji=False))
 
 
 def _same_file(a: Path, b: Path | str) -> bool:

@@ -121,7 +121,7 @@ class _Labels:
 
     def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
         slot = node.inputs.index(data[0])
-        name, axis = weight if weight else (None, 0)
+        name, axis = weight or (None, 0)
         self.consumers.append(Consumer(node.name, slot, data[0], data[1], name, axis, groups))
 
     def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
@@ -215,7 +215,7 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
             held = {n for t, _ in group.multiplicity if t in readers for n in (t, *readers[t])}
             if any(fnmatchcase(n, pattern) for n in held):
                 chosen[g] = pattern
-    gone = np.asarray([bool(chosen[g]) for g in range(len(coupling.groups))])
+    gone = np.asarray([bool(chosen[g]) for g in range(len(coupling.groups))], bool)
     stays = ~gone[coupling.unit_group]
     renumber = np.where(stays, np.cumsum(stays) - 1, -1)
     axes = {key: np.where(x < 0, -1, renumber[x]) for key, x in coupling.axes.items()}

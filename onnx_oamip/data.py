@@ -148,14 +148,11 @@ def _read_callable(source: str) -> dict[str, Array]:
         sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"--data {source}: {error}; expected an importable module:function that yields feeds.") from error
-    if hasattr(made, "get_next"):
-        reader, feeds = made, []
-        while (feed := reader.get_next()) is not None:
-            feeds.append(feed)
-    else:
-        feeds = list(made)
+        feeds = list(iter(made.get_next, None)) if hasattr(made, "get_next") else list(made)
+    except Exception as error:  # the user's own code ran: whatever it raised is told as it is
+        raise DataError(
+            f"--data {source}: {type(error).__name__}: {error}; expected an importable module:function that yields feeds."
+        ) from error
     if not feeds or not all(isinstance(f, Mapping) for f in feeds):
         raise DataError(f"--data {source} yielded no feeds; expected dicts of arrays by input name.")
     try:
@@ -167,6 +164,8 @@ def _read_callable(source: str) -> dict[str, Array]:
 
 def _check(found: dict[str, Array], model: Model, where: str) -> Samples:
     names = [p.name for p in model.inputs]
+    if not names:
+        raise DataError("the model has no inputs, so there is nothing to calibrate it with.")
     missing = [n for n in names if n not in found]
     if missing:
         have = ", ".join(sorted(k for k in found if not k.endswith((".scale", ".offset")))) or "nothing"

@@ -27,6 +27,10 @@ class EnvironmentMissing(OamipError, RuntimeError):
     """A package, device or licence that was asked for is not there."""
 
 
+class SolverError(OamipError, RuntimeError):
+    """A solver is missing, refuses the program's size, or failed."""
+
+
 class OutputError(OamipError, OSError):
     """The result cannot be written where it was asked to go."""
 

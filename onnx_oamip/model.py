@@ -135,6 +135,15 @@ def _read(file: Path) -> tuple[ModelProto, str, int]:
     return proto, digest.hexdigest(), size
 
 
+def external_paths(path: str | os.PathLike[str]) -> list[Path]:
+    """Files beside a model that hold its weights; none where the model cannot be read (load says why)."""
+    try:
+        proto = onnx.load(os.fspath(path), load_external_data=False)
+    except (OSError, DecodeError):
+        return []
+    return [Path(path).parent / name for name in sorted(_external_files(proto))]
+
+
 def _external_files(proto: ModelProto) -> set[str]:
     return {
         entry.value
@@ -358,7 +367,7 @@ def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
         if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
             graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
             for graph in graphs:
-                captures |= _captured(graph)
+                captures |= captured(graph)
         else:
             value: Any = onnx.helper.get_attribute_value(attribute)
             attrs[attribute.name] = value.decode() if isinstance(value, bytes) else value
@@ -368,14 +377,25 @@ def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
     )
 
 
-def _captured(graph: GraphProto) -> set[str]:
+def reads(node: NodeProto) -> list[str]:
+    """Every tensor a node needs: its inputs and what its subgraphs take from outside."""
+    names = [n for n in node.input if n]
+    for attribute in node.attribute:
+        if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
+            names += sorted(set().union(*(captured(g) for g in graphs)) - set(names))
+    return names
+
+
+def captured(graph: GraphProto) -> set[str]:
+    """Outer tensors that a subgraph reads."""
     own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
     read: set[str] = set()
     for node in graph.node:
         read |= set(node.input)
         for attribute in node.attribute:
             for inner in ([attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)):
-                read |= _captured(inner)
+                read |= captured(inner)
         own |= set(node.output)
     read |= {v.name for v in graph.output}
     return read - own - {""}

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ def prune(
         asks = f"--importance {settings.importance}" if method.needs_data else f"--refit {settings.refit}"
         raise DataError(f"{asks} needs calibration data; give --data, or use --importance l2 --refit none.")
     device = resolve_device(settings.device)
-    target = None if output is None else check_output(path, output)
+    target = None if output is None else check_output(path, output, (source, eval_data))
 
     with clock("load"):
         model = models.load(path)
@@ -147,10 +147,9 @@ def _samples(model: Model, source: Source | None, eval_data: Source | None, seed
 
 def _something_free(model: Model, coupling: Coupling) -> None:
     if not coupling.n_units:
-        why = coupling.pinned[0].reason if coupling.pinned else "it has no linear layers"
-        raise BudgetNotMet(
-            f"no channel of {model.path} can be removed, for example because {why}; see 'onnx-oamip inspect'."
-        )
+        reasons = sorted((p.reason for p in coupling.pinned), key=lambda r: not r.startswith("--exclude"))
+        why = f", for example because {reasons[0]}" if reasons else ": it has no weights"
+        raise BudgetNotMet(f"no channel of {model.path} can be removed{why}; see 'onnx-oamip inspect'.")
 
 
 def _meets(budget: Budget, before: Cost, after: Cost) -> None:
@@ -198,7 +197,9 @@ def _prove(
     return replace(found, masked_equivalence=distance, batches=batches)
 
 
-def check_output(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
+def check_output(
+    path: str | os.PathLike[str], output: str | os.PathLike[str], sources: Iterable[Source | None] = ()
+) -> Path:
     """The output path, if it can be written to. Raises OutputError before any work is done."""
     target = Path(output)
     if not target.parent.is_dir():
@@ -207,8 +208,10 @@ def check_output(path: str | os.PathLike[str], output: str | os.PathLike[str]) -
         raise OutputError(f"the output {target} is a folder; give a file name.")
     if not os.access(target.parent, os.W_OK):
         raise OutputError(f"the output folder {target.parent} is not writable; choose another -o.")
-    if target.exists() and Path(path).exists() and target.samefile(path):
-        raise OutputError(f"the output {target} is the input model; choose another -o.")
+    inputs = [Path(path), *models.external_paths(path), *(Path(s) for s in sources if isinstance(s, (str, os.PathLike)))]
+    for written in (target, target.with_name(f"{target.name}.data")):
+        if any(written.exists() and p.exists() and written.samefile(p) for p in inputs):
+            raise OutputError(f"writing {target} would overwrite the input {written}; choose another -o.")
     return target
 
 

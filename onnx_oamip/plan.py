@@ -42,7 +42,7 @@ def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Lim
     """Shares turned absolute. ``reserve`` elements are set aside for biases that a refit will create."""
 
     def share(part: float | None, whole: int, held: int) -> float | None:
-        return None if part is None else part * whole - (held if part < 1 else 0)
+        return None if part is None else max(part * whole - (held if part < 1 else 0), 1.0)
 
     return Limits(
         macs=share(budget.macs, before.macs, 0),
@@ -163,10 +163,12 @@ def _binding(model: Model, coupling: Coupling, ledger: Ledger, limit: Limits, fl
     lengths = ledger.lengths(floor)
     values = ledger.terms(ledger.macs, lengths)
     heavy = [f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)" for i in np.argsort(-values)[:3]]
+    widest = sorted(coupling.groups, key=lambda g: -max(g.multiplicity.values()) * len(g.units))[:3]
     reasons = [p.reason for p in coupling.pinned if p.count > 1]
     why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
     return (
-        f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups at their least width the model is "
+        f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
+        f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the model is "
         f"still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
         "ask for more or see 'onnx-oamip inspect'."
     )

@@ -79,8 +79,9 @@ class Model:
 class Consumer:
     """A place where channels are summed over: ``node`` reads ``data`` along ``axis`` and contracts it.
 
-    ``weight`` is the constant that meets it along ``weight_axis`` (None where two activations meet). ``groups`` is the
-    number of channel blocks that share the weight axis (grouped convolution; 1 otherwise).
+    ``weight`` is what meets it along ``weight_axis``: a constant, another activation (attention scores), or None where
+    nothing does (a plain sum). ``groups`` is the number of channel blocks that share the weight axis (grouped
+    convolution; 1 otherwise).
     """
 
     node: str
@@ -141,13 +142,28 @@ class Moments:
 
 
 @dataclass(frozen=True)
+class Gram:
+    """Covariance of what one linear node reads, per block: ``matrix`` (groups, d, d), ``mean`` (groups, d).
+
+    ``taps`` columns stand for each channel; ``folded`` kernel taps were folded into the outputs (1: none).
+    """
+
+    matrix: Floats
+    mean: Floats
+    taps: int
+    folded: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Statistics:
-    """What one pass over the calibration data collected, per consumed axis."""
+    """What one pass over the calibration data collected: moments per consumed axis, Gram matrices per linear node."""
 
     moments: Mapping[Axis, Moments]
     samples: int
     device: str
     seconds: float
+    grams: Mapping[str, Gram] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,63 +1,380 @@
-"""What removed units carried is folded into their consumers.
+"""What removed units carried is folded into their consumers, without labels and without a training step.
 
 ``bias``: the mean of every removed channel moves, through its weights, into the consumer's bias. For a convolution
 with zero padding this is exact away from the border.
+
+``least-squares``: every linear node behind the cut is fitted anew, front to back. With x the input that the node gets
+in the cut model (already refitted in front of it) and y the output it gave in the original model, on the same rows,
+
+    minimise  sum_rows |y - (W0 + D) x - b|^2 + ridge |D|^2     over D and b,
+
+where W0 is what the cut left of its weights: ridge regression of the residual, pulled towards the original weights.
+The ridge strength is chosen per node by the error on held-out rows; where no strength beats D = 0 there, the weights
+stay and only the bias moves. Sums are in float64. (Channel pruning with least-squares reconstruction: He, Zhang and
+Sun, ICCV 2017; the front-to-back order corrects errors that earlier layers made.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
 import numpy as np
 import onnx
+from scipy.linalg import cho_factor, cho_solve
 
-from .affine import Editor, by_name, matrix, stride_product
-from .records import Bools, Coupling, Floats, Model, Pruned, Statistics
+from .affine import Editor, Site, matrix, matrix_shape, site, unmatrix
+from .calibrate import Progress
+from .data import Samples
+from .patches import data_rows, output_rows, pick, row_count
+from .records import Array, Bools, Coupling, Floats, Ints, Model, Pruned, Statistics
+from .subgraph import Frontier, Slicer, element_types
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Ridge strengths, relative to the mean diagonal of the Gram matrix, searched downhill from the middle."""
+ROWS_PER_UNKNOWN = 4
+LEAST_ROWS, MOST_ROWS = 4096, 16384
+GRAM_CAP = 4608
+"""Unknowns per output above which a Gram matrix gets too large; then removed channels are mixed into kept ones."""
+HELD_OUT = 0.2
+FRONTIER_BYTES = 1 << 30
+WIDE_VALUES = 1 << 25
+"""Values (rows x unknowns) kept of a node that is too wide for a Gram matrix."""
 
 
-def fold_means(
-    model: Model, coupling: Coupling, units: Bools, statistics: Statistics, raw: onnx.ModelProto
-) -> Pruned:
+@dataclass(frozen=True)
+class Fit:
+    """How one node was refitted. Errors are mean squared, relative to the variance of the original output."""
+
+    node: str
+    form: str
+    rows: int
+    unknowns: int
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
+def fold_means(model: Model, coupling: Coupling, units: Bools, statistics: Statistics, raw: onnx.ModelProto) -> Pruned:
     """The cut model ``raw`` with the means of removed channels in the consumers' biases, and notes."""
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
-    nodes = by_name(model.nodes)
+    nodes = {node.name: node for node in model.nodes}
     notes = []
     for consumer in coupling.consumers:
         keep = coupling.keep((consumer.data, consumer.axis), units)
-        if keep.all() or consumer.weight is None:
-            continue
         node = nodes[consumer.node]
-        weight = matrix(node, consumer, model.constants[consumer.weight]) if consumer.weight in model.constants else None
-        if weight is None:
+        if keep.all() or consumer.weight not in model.constants:
+            continue
+        place = site(node, model.constants)
+        if place is None:
             notes.append(f"{node}: its weight has no plain matrix form, so the mean of what was removed is not added")
             continue
+        weight = matrix(place, model.constants[place.weight])
         lost = np.where(keep, 0.0, statistics.moments[consumer.data, consumer.axis].mean)
-        alpha = float(node.attrs.get("alpha", 1.0)) if node.op == "Gemm" else 1.0
-        shift: Floats = alpha * np.einsum("goit,gi->go", weight, lost.reshape(len(weight), -1)).reshape(-1)
-        shift /= stride_product(node)
-        kept = output_mask(coupling, node.outputs[0], len(shift), units, len(model.shapes[node.outputs[0]]), consumer.slot)
-        if not editor.add_bias(consumer, shift[kept]):
+        shift: Floats = place.factor * np.einsum("goit,gi->go", weight, lost.reshape(len(weight), -1)).reshape(-1)
+        if node.op == "ConvTranspose":  # taps are shared out over the positions between two input pixels
+            shift /= int(np.prod(node.attrs.get("strides", [1])))
+        if not editor.add_bias(place, shift[output_mask(model, coupling, place, units)]):
             notes.append(f"{node}: its bias is computed, so the mean of what was removed is not added")
     return Pruned(raw, proto, tuple(notes))
 
 
-def output_mask(coupling: Coupling, output: str, size: int, units: Bools, rank: int, slot: int) -> Bools:
-    """Which of a consumer's own outputs stay: channels are axis 1 of images, the last (or second to last) of products."""
-    places = (1, rank - 1) if slot == 0 else (rank - 2,)
-    for axis in places:
-        labels = coupling.axes.get((output, axis))
-        if labels is not None and len(labels) == size:
-            return coupling.keep((output, axis), units)
-    return np.ones(size, bool)
+def output_mask(model: Model, coupling: Coupling, place: Site, units: Bools) -> Bools:
+    """Which of a linear node's own outputs stay."""
+    name = place.node.outputs[0]
+    axis = place.output_axis % len(model.shapes[name])
+    if (name, axis) in coupling.axes:
+        return coupling.keep((name, axis), units)
+    return np.ones(model.shapes[name][axis], bool)
 
 
 def new_biases(model: Model, coupling: Coupling) -> int:
-    """Elements that a refit may add: outputs of linear consumers that have no bias yet (before pruning)."""
+    """Elements that a refit may add: outputs of linear nodes that have no bias yet (before pruning)."""
     editor = Editor(model.proto)
     total = 0
-    for name in {c.node for c in coupling.consumers if c.weight is not None}:
-        node = editor.nodes[name]
-        if not editor.has_bias(node):
-            shape = model.shapes[node.output[0]]
-            total += max(shape[1:2] if node.op_type.startswith("Conv") else shape[-2:])
+    for node in model.nodes:
+        place = site(node, model.constants)
+        if place is not None and not editor.has_bias(editor.nodes[node.name]):
+            total += model.shapes[node.outputs[0]][place.output_axis]
     return total
+
+
+# --------------------------------------------------------------------------------------------------- least squares
+
+
+def least_squares(
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    raw: onnx.ModelProto,
+    samples: Samples,
+    device: str,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+    cap: int = GRAM_CAP,
+) -> tuple[Pruned, tuple[Fit, ...]]:
+    """The cut model with every linear node behind the cut refitted, front to back, and how each fit went."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(raw)
+    editor = Editor(proto)
+    places = _places(model, coupling, units)
+    feeds, used = _feeds(model, samples, batch_size)
+    types = element_types(model.proto, model.dtypes)
+    rng = np.random.default_rng(seed)
+    targets = _targets(model, places, feeds, types, device, rng, cap)
+    frontier = Frontier(proto, feeds, types, device)
+    fits: list[Fit] = []
+    notes: list[str] = []
+    if used < samples.usable():
+        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {FRONTIER_BYTES >> 20} MiB")
+    for i, place in enumerate(places):
+        fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
+        fits += [fit] if fit else []
+        notes += [note] if note else []
+        if progress:
+            progress("refit", i + 1, len(places))
+    return Pruned(raw, proto, tuple(notes)), tuple(fits)
+
+
+def _places(model: Model, coupling: Coupling, units: Bools) -> list[Site]:
+    """Linear nodes whose input changed: consumers of a cut, and everything linear behind one. Shared weights stay."""
+    slicer = Slicer(model.proto)
+    changed = {c.node for c in coupling.consumers if not coupling.keep((c.data, c.axis), units).all()}
+    behind = {slicer.nodes[i].name for i in slicer.descendants(o for n in slicer.nodes if n.name in changed for o in n.output)}
+    uses: dict[str, int] = {}
+    for node in model.nodes:
+        for name in node.inputs:
+            uses[name] = uses.get(name, 0) + 1
+    places = (site(n, model.constants) for n in model.nodes if n.name in changed | behind)
+    return [p for p in places if p is not None and uses[p.weight] == 1]
+
+
+def _feeds(model: Model, samples: Samples, batch_size: int) -> tuple[list[dict[str, Array]], int]:
+    """As many feeds as keep the widest frontier within its bound: the tensors alive at once, for all samples."""
+    largest = sorted((int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True)
+    per_sample = 4 * sum(largest[:3]) // max(model.batch, 1)
+    most = max(1, FRONTIER_BYTES // max(per_sample, 1))
+    feeds, used = [], 0
+    for index, feed in samples.batches(max(1, min(batch_size, most))):
+        if used and used + len(index) > most:
+            break
+        feeds.append(feed)
+        used += len(index)
+    return feeds, used
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the original node gave at sampled rows, per feed: output shape, row numbers, values (rows, outputs).
+
+    ``inputs`` (rows, channels, taps) is kept only where the node is too wide for a Gram matrix of its own.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    rows: tuple[Ints, ...]
+    values: tuple[Array, ...]
+    inputs: tuple[Array, ...]
+
+
+def _targets(
+    model: Model,
+    places: Sequence[Site],
+    feeds: list[dict[str, Array]],
+    types: dict[str, int],
+    device: str,
+    rng: np.random.Generator,
+    cap: int,
+) -> dict[str, _Target]:
+    """One walk through the original model: outputs of every node to be refitted, at sampled rows."""
+    frontier = Frontier(model.proto, feeds, types, device)
+    result = {}
+    for place in places:
+        name = place.node.outputs[0]
+        _, _, ins, taps = matrix_shape(place, model.constants[place.weight])
+        wide = ins * taps > cap
+        # Only what a frontier forgets first must be asked for first: the data, then the output.
+        data = frontier.reach([place.data])[place.data] if wide else []
+        outputs = frontier.reach([name])[name]
+        wanted = LEAST_ROWS if wide else int(np.clip(ROWS_PER_UNKNOWN * ins * taps, LEAST_ROWS, MOST_ROWS))
+        if wide:  # rows this wide are many values each: bound the values instead
+            wanted = max(256, min(wanted, WIDE_VALUES // (ins * taps)))
+        rows = tuple(pick(row_count(place, y.shape), -(-wanted // len(feeds)), rng) for y in outputs)
+        values = tuple(output_rows(place, y, r).astype(np.float32) for y, r in zip(outputs, rows, strict=True))
+        shapes = tuple(y.shape for y in outputs)
+        inputs = tuple(
+            data_rows(place, x, r, shape).astype(np.float32) for x, r, shape in zip(data, rows, shapes, strict=False)
+        )
+        result[place.node.name] = _Target(shapes, rows, values, inputs)
+    return result
+
+
+def _refit(
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    editor: Editor,
+    place: Site,
+    frontier: Frontier,
+    target: _Target,
+) -> tuple[Fit | None, str]:
+    node = editor.nodes[place.node.name]
+    current = editor.constant(node.input[place.weight_slot])
+    assert current is not None
+    attrs = {**place.node.attrs, "group": next((a.i for a in node.attribute if a.name == "group"), 1)}
+    here = replace(place, node=replace(place.node, attrs=attrs), groups=int(attrs["group"]) if place.spatial else 1)
+    bias = editor.bias(here)
+    if bias is None:
+        return None, f"{place.node}: its bias is not one constant per output, so it is not refitted"
+    w0 = here.factor * matrix(here, current)
+    groups, outs, ins, taps = w0.shape
+    data = node.input[place.slot]
+    inputs = frontier.reach([data])[data]
+    found = [data_rows(here, v, r, s) for v, r, s in zip(inputs, target.rows, target.shapes, strict=True)]
+    x = np.concatenate(found).transpose(1, 0, 2)
+    kept = output_mask(model, coupling, place, units)
+    y = np.concatenate(target.values).astype(np.float64)[:, kept].reshape(-1, groups, outs).transpose(1, 0, 2)
+    held = np.concatenate([np.arange(len(r)) >= (1 - HELD_OUT) * len(r) for r in target.rows])
+    residual = y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
+    form, note = "least squares", ""
+    if target.inputs:
+        mixed = _mixing(model, coupling, units, place, target, x, w0)
+        if mixed is None:
+            form, solve = "bias", None
+            note = f"{place.node}: {ins * taps} unknowns are too many and have no channel form, so only its bias is refitted"
+        else:
+            form, solve = "channel mixing", mixed
+            note = f"{place.node}: {ins * taps} unknowns are too many for a Gram matrix, so removed channels are mixed into kept ones"
+    else:
+        solve = _ridge(x, residual)
+        if x.shape[1] < ins * taps:
+            note = f"{place.node}: {x.shape[1]} rows for {ins * taps} unknowns; more calibration samples would help"
+    change, shift, ridge, errors = _best(x, residual, held, solve)
+    scale = float(y.var(axis=1).sum()) or 1.0
+    fit = Fit(place.node.name, form, x.shape[1], ins * taps, ridge, errors[0] / scale, errors[1] / scale)
+    if errors[1] < errors[0]:
+        if change is not None:
+            weight = w0 + change.transpose(0, 2, 1).reshape(w0.shape)
+            editor.replace(node, place.weight_slot, unmatrix(here, weight / here.factor, current))
+        editor.add_bias(here, shift.reshape(-1))
+    return fit, note
+
+
+Solve = Callable[[Bools, float], Floats]
+"""(rows to use, relative ridge) -> change of the weights (groups, inputs * taps, outputs)."""
+
+
+def _best(
+    x: Floats, residual: Floats, held: Bools, solve: Solve | None
+) -> tuple[Floats | None, Floats, float | None, tuple[float, float]]:
+    """Change, bias shift, ridge and the held-out errors before and after, for the strength that does best held out.
+
+    The candidates include no change at all and a change of the bias alone. The winner is solved again on all rows.
+    """
+    fitted = ~held
+
+    def error(change: Floats | None, shift: Floats) -> float:
+        left = residual[:, held] - shift[:, None]
+        if change is not None:
+            left = left - x[:, held] @ change
+        return float(np.square(left).mean(axis=1).sum())
+
+    def shift_of(change: Floats | None, rows: Bools) -> Floats:
+        mean = residual[:, rows].mean(axis=1)
+        return mean if change is None else mean - (x[:, rows].mean(axis=1)[:, None] @ change)[:, 0]
+
+    before = error(None, np.zeros_like(residual[:, 0]))
+    best: tuple[float, float | None] = (error(None, shift_of(None, fitted)), None)
+    if solve is not None:
+        tried: dict[int, float] = {}
+
+        def attempt(i: int) -> float:
+            if i not in tried:
+                change = solve(fitted, RIDGES[i])
+                tried[i] = error(change, shift_of(change, fitted))
+            return tried[i]
+
+        at = len(RIDGES) // 2
+        for step in (-1, 1):
+            while 0 <= at + step < len(RIDGES) and attempt(at + step) < attempt(at):
+                at += step
+        best = min(best, (attempt(at), RIDGES[at]), key=lambda found: found[0])
+    everything = np.ones_like(held)
+    final = None if best[1] is None or solve is None else solve(everything, best[1])
+    return final, shift_of(final, everything), best[1], (before, min(best[0], before))
+
+
+def _ridge(x: Floats, residual: Floats) -> Solve:
+    """Ridge regression of the residual on the centred data, per group; Gram matrices are made once per set of rows."""
+    made: dict[bytes, tuple[Floats, Floats]] = {}
+
+    def solve(rows: Bools, ridge: float) -> Floats:
+        key = rows.tobytes()
+        if key not in made:
+            centred = x[:, rows] - x[:, rows].mean(axis=1, keepdims=True)
+            target = residual[:, rows] - residual[:, rows].mean(axis=1, keepdims=True)
+            made[key] = (centred.transpose(0, 2, 1) @ centred, centred.transpose(0, 2, 1) @ target)
+        return solve_ridge(*made[key], ridge)
+
+    return solve
+
+
+def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
+    """(G + ridge * mean diag(G) * I)^-1 C for stacks G (g, d, d), C (g, d, o). Dead inputs get a zero row."""
+    size = gram.shape[-1]
+    diagonal = np.einsum("gii->gi", gram)
+    strength = ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12 * diagonal.max(initial=0.0) + 1e-300
+    loaded = gram + np.eye(size) * strength[:, :, None]
+    if len(gram) == 1:
+        return np.asarray(cho_solve(cho_factor(loaded[0], overwrite_a=True, check_finite=False), cross[0]))[None]
+    return np.asarray(np.linalg.solve(loaded, cross))
+
+
+def _mixing(
+    model: Model, coupling: Coupling, units: Bools, place: Site, target: _Target, x: Floats, w0: Floats
+) -> Solve | None:
+    """Removed channels are expressed by kept ones (a channels x channels Gram only), for nodes that are very wide.
+
+    With channel blocks z (original, all channels) and z' (cut, kept ones), ``z = z' A`` is fitted by ridge towards
+    "every kept channel is itself"; the weights of a removed channel are then spread over the kept ones.
+    """
+    name = place.data
+    axis = place.data_axis % len(model.shapes[name])
+    labels = coupling.axes.get((name, axis))
+    if labels is None or place.groups > 1 or (labels < 0).any():
+        return None
+    taps = w0.shape[3]
+    # Columns of one unit stand together: (unit, its columns); a unit's columns and taps play the same part.
+    order = np.argsort(labels, kind="stable")
+    present = np.unique(labels)
+    held = len(labels) // len(present)
+    stays = units[present]
+    original = np.concatenate(target.inputs).astype(np.float64)[:, 0]
+    rows = len(original)
+
+    def blocks(values: Floats, columns: Ints, count: int) -> Floats:
+        return values.reshape(rows, -1, taps)[:, columns].reshape(rows, count, held * taps)
+
+    z = blocks(original, order, len(present))
+    kept_order = np.argsort(labels[units[labels]], kind="stable")
+    zk = blocks(x[0], kept_order, int(stays.sum()))
+    left = z.copy()
+    left[:, stays] -= zk
+    full = matrix(place, model.constants[place.weight])[0] * place.factor
+    kept_outputs = output_mask(model, coupling, place, units)
+    weight = full[kept_outputs][:, order].reshape(w0.shape[1], len(present), held * taps)
+
+    def solve(use: Bools, ridge: float) -> Floats:
+        a, b = zk[use], left[use]
+        a, b = a - a.mean(axis=(0, 2), keepdims=True), b - b.mean(axis=(0, 2), keepdims=True)
+        gram = np.einsum("rkt,rlt->kl", a, a, optimize=True)
+        cross = np.einsum("rkt,rct->kc", a, b, optimize=True)
+        mixing = solve_ridge(gram[None], cross[None], ridge)[0]
+        change = np.einsum("kc,oct->okt", mixing, weight, optimize=True)
+        back = np.empty((w0.shape[1], len(kept_order), taps))
+        back[:, kept_order] = change.reshape(w0.shape[1], len(kept_order), taps)
+        return back.reshape(1, w0.shape[1], -1).transpose(0, 2, 1)
+
+    return solve

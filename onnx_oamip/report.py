@@ -1,7 +1,6 @@
-"""What a run says about itself: one JSON document per command, and the same document as terminal tables.
+"""What a run says about itself: one JSON document per command.
 
-The tables are drawn from the documents and from nothing else, so that both always say the same. Documents hold plain
-values only and are strict JSON: what is not a finite number is null.
+Documents hold plain values only and are strict JSON: what is not a finite number is null. ``tables`` draws them.
 """
 
 from __future__ import annotations
@@ -9,17 +8,13 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib import metadata
 from pathlib import PurePath
 from typing import Any, TypeAlias
 
 import numpy as np
-from rich import box
-from rich.console import Console, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from . import __version__
 from .cost import full_widths, ledger
@@ -28,13 +23,6 @@ from .records import Cost, Coupling, Floats, Model, Port, Report, Verification
 
 SCHEMA_VERSION = 1
 Document: TypeAlias = dict[str, Any]
-
-_ROWS = 40
-"""Rows of a terminal table before the rest is left to --json."""
-_BAR = 12
-
-
-# ------------------------------------------------------------------------------------------------------ documents
 
 
 def document(report: Report) -> Document:
@@ -80,7 +68,7 @@ def inspection(model: Model, coupling: Coupling) -> Document:
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(model),
-        "cost": _cost(ledger(model, coupling).cost(full_widths(coupling))),
+        "cost": _whole(model, coupling),
         "groups": [
             {
                 "name": group.name,
@@ -105,7 +93,7 @@ def comparison(original: Model, pruned: Model, verification: Verification) -> Do
     for model in (original, pruned):
         # Costs at full width do not depend on what could be cut.
         nothing = Coupling(0, (), np.zeros(0, np.int64), {}, (), ())
-        sides.append({**_model(model), "cost": _cost(ledger(model, nothing).cost(full_widths(nothing)))})
+        sides.append({**_model(model), "cost": _whole(model, nothing)})
     result = {
         "schema_version": SCHEMA_VERSION,
         "original": sides[0],
@@ -182,6 +170,11 @@ def _cost(cost: Cost) -> Document:
     return {"macs": cost.macs, "params": cost.params, "bytes": cost.bytes}
 
 
+def _whole(model: Model, coupling: Coupling) -> Document:
+    """The cost before any cut; bytes are those of the file as it lies there."""
+    return {**_cost(ledger(model, coupling).cost(full_widths(coupling))), "bytes": model.file_bytes}
+
+
 def _summary(values: Floats) -> Document:
     if not len(values):
         return {"min": None, "mean": None, "max": None}
@@ -242,177 +235,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no place in a report")
-
-
-# --------------------------------------------------------------------------------------------------------- tables
-
-
-def show(value: Document, console: Console) -> None:
-    """Draw a document of any command on a console, readable at 80 columns."""
-    draw = _prune if "groups" in value and "after" in value else _inspect if "groups" in value else _rest
-    first = True
-    for part in draw(value, console):
-        if not first:
-            console.print()
-        console.print(part, soft_wrap=isinstance(part, Text))
-        first = False
-
-
-def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
-    output = value["output"]["path"] or "(not written)"
-    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
-    yield _costs(value["before"], value["after"], value["budget"])
-    table = _table("group", ">units", ">kept", "share kept", ">mean score")
-    for group in value["groups"][:_ROWS]:
-        table.add_row(
-            _cell(group["name"]),
-            f"{group['units']:,}",
-            f"{group['kept']:,}",
-            _bar(group["level"], console),
-            _number(group["score"]["mean"]),
-        )
-    yield from _limited(table, value["groups"], "groups")
-    yield from _reasons(value["skipped"])
-    yield _checks(value["verification"])
-    if value["notes"]:
-        yield Text("\n".join(f"note: {note}" for note in value["notes"]))
-
-
-def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
-    model = value["model"]
-    opset = ", ".join(f"{domain} {version}" for domain, version in model["opset"].items())
-    yield Text.assemble((model["path"], "bold"), f"  opset {opset}")
-    table = _table("", "name", "type", "shape", header=False)
-    for kind in ("inputs", "outputs"):
-        for port in model[kind]:
-            dims = ", ".join("?" if d is None else str(d) for d in port["dims"])
-            table.add_row(kind[:-1], _cell(port["name"]), port["dtype"], _cell(f"[{dims}]"))
-    yield table
-    yield _costs(value["cost"])
-    table = _table("group", ">units", ">weights", "summed over by")
-    for group in value["groups"][:_ROWS]:
-        weights = len({a["tensor"] for a in group["axes"] if a["constant"]})
-        table.add_row(_cell(group["name"]), f"{group['units']:,}", str(weights), _cell(_some(group["consumers"])))
-    yield from _limited(table, value["groups"], "groups")
-    yield from _reasons(value["skipped"])
-
-
-def _rest(value: Document, _: Console) -> Iterator[RenderableType]:
-    if "operators" in value:
-        kinds: dict[str, list[str]] = {"counted and refitted": [], "counted": [], "repaired": [], "followed": []}
-        for op in value["operators"]:
-            kind = "counted and refitted" if op["macs"] and op["refit"] else "counted" if op["macs"] else ""
-            kinds[kind or ("repaired" if op["repair"] else "followed")].append(_operator(op))
-        table = _table("", "operators", header=False)
-        for kind, names in kinds.items():
-            if names:
-                table.add_row(kind, _cell(", ".join(names)))
-        yield table
-        yield Text(
-            f"{len(value['operators'])} entries. Counted: their multiply-accumulates are MACs. Repaired: attributes or\n"
-            "constants follow the cut. Channels that meet any other operator stay, with the reason."
-        )
-        return
-    before, after = value["original"], value["pruned"]
-    yield Text.assemble((before["path"], "bold"), " and ", (after["path"], "bold"))
-    yield _costs(before["cost"], after["cost"])
-    yield _checks(value["verification"])
-
-
-def _operator(op: Document) -> str:
-    name = f"{op['domain']}::{op['name']}" if op["domain"] else op["name"]
-    if op["until"] is not None:
-        return f"{name} (opset {op['since']}-{op['until']})"
-    return name if op["since"] == 1 else f"{name} (opset {op['since']}+)"
-
-
-def _costs(before: Document, after: Document | None = None, budget: Document | None = None) -> Table:
-    if after is None:
-        table = _table(">MACs", ">parameters", ">bytes")
-        table.add_row(*(f"{before[k]:,}" for k in ("macs", "params", "bytes")))
-        return table
-    table = _table("", ">before", ">after", ">kept", *([">budget"] if budget else []))
-    for key, name, wanted in (("macs", "MACs", "macs"), ("params", "parameters", "params"), ("bytes", "bytes", "size")):
-        row = [name, f"{before[key]:,}", f"{after[key]:,}", _percent(after[key] / before[key] if before[key] else None)]
-        table.add_row(*row, *([_percent(budget[wanted], "")] if budget else []))
-    return table
-
-
-def _checks(verification: Document) -> Table:
-    table = _table("check", ">result", header=False)
-    if verification["masked_equivalence"] is not None:
-        table.add_row("differs from the masked original by", _number(verification["masked_equivalence"]))
-    table.add_row("relative error of the outputs", _number(verification["output_relative_error"]))
-    if verification["agreement"] is not None:
-        table.add_row("same top class as the original", _percent(verification["agreement"], digits=2))
-    if verification["accuracy_after"] is not None:
-        before = _percent(verification["accuracy_before"], digits=2)
-        table.add_row("accuracy", f"{before} -> {_percent(verification['accuracy_after'], digits=2)}")
-    table.add_row("measured on", f"{verification['samples']:,} samples")
-    if verification["batches"]:
-        table.add_row("ran at batch", ", ".join(str(b) for b in verification["batches"]))
-    for failure in verification["failures"]:
-        table.add_row(Text("FAILED", "bold red"), _cell(failure))
-    return table
-
-
-def _reasons(skipped: Sequence[Document]) -> Iterator[RenderableType]:
-    if not skipped:
-        return
-    grouped: dict[str, list[Document]] = {}
-    for entry in skipped:
-        grouped.setdefault(entry["reason"], []).append(entry)
-    table = _table("cannot go, because", ">channels", "of")
-    ordered = sorted(grouped.items(), key=lambda item: -sum(e["channels"] for e in item[1]))
-    for reason, entries in ordered[:_ROWS]:
-        channels = sum(e["channels"] for e in entries)
-        table.add_row(_cell(reason), f"{channels:,}", _cell(_some(list(dict.fromkeys(e["tensor"] for e in entries)))))
-    yield from _limited(table, ordered, "reasons")
-
-
-def _limited(table: Table, rows: Sequence[Any], what: str) -> Iterator[RenderableType]:
-    if not rows:
-        yield Text(f"no {what}")
-        return
-    yield table
-    if len(rows) > _ROWS:
-        yield Text(f"... and {len(rows) - _ROWS:,} more {what}; --json lists all.")
-
-
-def _table(*columns: str, header: bool = True) -> Table:
-    """A plain table; a column whose name starts with '>' is flushed right and never wrapped."""
-    table = Table(box=box.SIMPLE_HEAD if header else None, show_header=header, show_edge=False, pad_edge=False)
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(
-            column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
-        )
-    return table
-
-
-def _cell(text: str) -> Text:
-    """Text that comes from a model: never read as markup."""
-    return Text(text, overflow="fold")
-
-
-def _bar(level: float, console: Console) -> Text:
-    encoding = (console.encoding or "").lower()
-    full, empty = ("█", "░") if encoding.startswith("utf") else ("#", ".")
-    filled = min(_BAR, max(round(level * _BAR), 1 if level > 0 else 0))
-    return Text(f"{full * filled}{empty * (_BAR - filled)} {100 * level:5.1f} %")
-
-
-def _percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
-    return missing if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _some(names: Sequence[str], limit: int = 2) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
-__all__ = ["Document", "comparison", "document", "dumps", "inspection", "operators", "show", "versions"]

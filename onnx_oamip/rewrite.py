@@ -51,7 +51,7 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
         spec = lookup(node.domain, node.op, node.version)
         if spec is not None and spec.repair is not None and not node.captures:
             edit = spec.repair(node, cuts)
-            if edit.attrs or edit.inputs:
+            if edit != Edit():
                 edits[node.name] = edit
     graph = gs.import_onnx(model.proto)
     tensors = graph.tensors()
@@ -60,9 +60,12 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
         tensors[name].values = compress(model.constants[name], name, cuts.masks)
     for node in graph.nodes:
         if node.name in edits:
-            _apply(graph, node, edits[node.name])
+            _apply(node, edits[node.name])
+            if edits[node.name].spread is not None:
+                _spread(graph, node, edits[node.name].spread, cuts, model)
     # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
     graph.cleanup(recurse_subgraphs=False, remove_unused_graph_inputs=False)
+    graph.toposort(recurse_subgraphs=False)
     result = gs.export_onnx(graph, do_type_check=False)
     restore(result, model.proto)
     return result
@@ -77,7 +80,31 @@ def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
     return np.ascontiguousarray(value)
 
 
-def _apply(graph: gs.Graph, node: gs.Node, edit: Edit) -> None:
+def _spread(graph: gs.Graph, node: gs.Node, axis: int, cuts: _Cuts, model: Model) -> None:
+    """Zeros at removed channels before the node (gather, then multiply by the mask), only kept ones after it."""
+    source, out = node.inputs[0], node.outputs[0]
+    keep = cuts.masks[source.name, axis]
+    index = np.where(keep, np.cumsum(keep) - 1, 0).astype(np.int64)
+    view = [1] * len(model.shapes[source.name])
+    view[axis] = -1
+    zero = keep.reshape(view).astype(model.dtypes[source.name])
+
+    def step(op: str, inputs: list[gs.Tensor], result: gs.Tensor, name: str) -> gs.Tensor:
+        attrs = {"axis": axis} if op == "Gather" else {}
+        graph.nodes.append(gs.Node(op, f"{node.name}_{name}", attrs, inputs, [result]))
+        return result
+
+    def made(name: str) -> gs.Variable:
+        return gs.Variable(f"{node.name}_{name}_out")
+
+    full = step("Gather", [source, gs.Constant(f"{node.name}_spread_index", index)], made("spread"), "spread")
+    node.inputs[0] = step("Mul", [full, gs.Constant(f"{node.name}_spread_mask", zero)], made("zero"), "zero")
+    node.outputs[0] = made("full")
+    kept = gs.Constant(f"{node.name}_kept_index", np.flatnonzero(keep).astype(np.int64))
+    step("Gather", [node.outputs[0], kept], out, "kept")
+
+
+def _apply(node: gs.Node, edit: Edit) -> None:
     for key, value in edit.attrs.items():
         if value is None:
             node.attrs.pop(key, None)

@@ -18,7 +18,7 @@ class Settings(BaseModel):
     macs: float | None = Field(None, gt=0, le=1)
     params: float | None = Field(None, gt=0, le=1)
     size: float | None = Field(None, gt=0, le=1)
-    threshold: float | None = Field(None, ge=0)
+    threshold: float | None = Field(None, ge=0, allow_inf_nan=False)
     importance: str = "activation"
     allocate: Literal["uniform", "global"] = "uniform"
     refit: Literal["none", "bias"] = "bias"

@@ -16,7 +16,7 @@ from .calibrate import Progress
 from .data import Samples
 from .errors import GateFailed
 from .model import symbol
-from .records import Array, Floats, Model, Port, Verification
+from .records import Array, Ints, Model, Port, Verification
 from .runtime import Session
 
 TOLERANCE = 1e-4
@@ -46,7 +46,7 @@ def structure(proto: onnx.ModelProto) -> None:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:  # the checker raises several types
         text = str(error).strip().splitlines()[0][:300]
-        raise GateFailed(f"the pruned model fails the ONNX checker: {text}; nothing was written.") from error
+        raise GateFailed(f"the pruned model fails the ONNX checker: {text}.") from error
 
 
 def difference(reference: Session, other: Session, samples: Samples, batch_size: int) -> float:
@@ -55,7 +55,10 @@ def difference(reference: Session, other: Session, samples: Samples, batch_size:
     for _, feed in samples.batches(batch_size):
         for a, b in zip(reference.run(feed), other.run(feed), strict=True):
             if _is_float(a):
-                worst = max(worst, _largest(a.astype(np.float64) - b.astype(np.float64)))
+                gap = _largest(a.astype(np.float64) - b.astype(np.float64))
+                if not np.isfinite(gap):  # NaN loses every comparison: it must not slip through max()
+                    return float("inf")
+                worst = max(worst, gap)
                 largest = max(largest, _largest(a))
             elif not np.array_equal(a, b):
                 return float("inf")
@@ -82,7 +85,7 @@ def compare(
     """Output error, agreement and accuracy of ``after`` against ``before`` on evaluation data."""
     total = samples.usable()
     found = _Measured()
-    head = _head(model)
+    ranked = head(model)
     for index, feed in samples.batches(batch_size):
         old, new = before.run(feed), after.run(feed)
         for a, b in zip(old, new, strict=True):
@@ -90,8 +93,8 @@ def compare(
                 a64, b64 = a.astype(np.float64), b.astype(np.float64)
                 found.squared += float(np.square(a64 - b64).sum())
                 found.scale += float(np.square(a64).sum())
-        if head is not None:
-            _rank(found, old[head], new[head], samples, index)
+        if ranked is not None:
+            _rank(found, old[ranked], new[ranked], samples, index)
         if progress:
             progress("verify", int(index[-1]) + 1, total)
     return Verification(
@@ -105,7 +108,7 @@ def compare(
     )
 
 
-def _head(model: Model) -> int | None:
+def head(model: Model) -> int | None:
     """Index of the classification head: the first floating output of shape (samples, classes)."""
     for i, port in enumerate(model.outputs):
         shape = model.shapes.get(port.name)
@@ -114,7 +117,7 @@ def _head(model: Model) -> int | None:
     return None
 
 
-def _rank(found: _Measured, old: Array, new: Array, samples: Samples, index: np.ndarray) -> None:  # type: ignore[type-arg]
+def _rank(found: _Measured, old: Array, new: Array, samples: Samples, index: Ints) -> None:
     a, b = _top(old), _top(new)
     found.agree += int((a == b).sum())
     found.ranked += len(a)
@@ -127,8 +130,8 @@ def _rank(found: _Measured, old: Array, new: Array, samples: Samples, index: np.
             found.labelled += len(a)
 
 
-def _top(logits: Array) -> Floats:
-    return logits.astype(np.float64).argmax(axis=-1)
+def _top(logits: Array) -> Ints:
+    return np.asarray(logits.astype(np.float64).argmax(axis=-1), np.int64)
 
 
 def runs_at(model: Model, session: Session, samples: Samples) -> tuple[int, ...]:
@@ -141,10 +144,10 @@ def runs_at(model: Model, session: Session, samples: Samples) -> tuple[int, ...]
         for port, value in zip(model.outputs, outputs, strict=True):
             if not samples.whole and _leads_with_batch(model, port) and len(value) != size:
                 raise GateFailed(
-                    f"the pruned model gives {len(value)} rows in '{port.name}' for a batch of {size}; nothing was written."
+                    f"the pruned model gives {len(value)} rows in '{port.name}' for a batch of {size}."
                 )
             if _is_float(value) and not np.isfinite(value.astype(np.float64)).all():
-                raise GateFailed(f"the pruned model gives NaN or infinity in '{port.name}'; nothing was written.")
+                raise GateFailed(f"the pruned model gives NaN or infinity in '{port.name}'.")
     return tuple(s for s in sizes if s is not None)
 
 

@@ -12,22 +12,24 @@ from types import MappingProxyType
 
 from ..records import Coupling, Model, Scores, Statistics
 from ..settings import Settings
-from . import activation, magnitude, random
+from . import activation, magnitude, obs, random
 
 ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """``needs_data``: the method reads statistics of a calibration pass."""
+    """``needs_data``: the method reads statistics of a calibration pass; ``needs_grams``: second moments too."""
 
     score: ScoreRule
     needs_data: bool
     summary: str
+    needs_grams: bool = False
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
+        "obs": Method(obs.score, True, "optimal brain surgeon order: loss after the best repair by the others", True),
         "activation": Method(activation.score, True, "mean square of what consumers receive, times their weights"),
         "l2": Method(magnitude.l2, False, "L2 norm of all weights of a unit, producers and consumers"),
         "l1": Method(magnitude.l1, False, "L1 norm of all weights of a unit, producers and consumers"),

@@ -18,7 +18,7 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     total = np.zeros(coupling.n_units)
     for consumer in coupling.consumers:
         labels = coupling.axes[consumer.data, consumer.axis]
-        energy = statistics.moments[consumer.data, consumer.axis].mean_square * column_energy(model, consumer)
+        energy = statistics.moments[consumer.data, consumer.axis].mean_square * meeting(model, consumer, statistics)
         whole = energy.sum()
         if whole > 0:
             free = labels >= 0
@@ -26,11 +26,13 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     return Scores("activation", total)
 
 
-def column_energy(model: Model, consumer: Consumer) -> Floats:
-    """Squared norm of the weights that meet each channel (C,); ones where two activations meet."""
+def meeting(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:
+    """Energy of what meets each channel (C,): squared norm of its weights, or mean square of the other activation."""
     channels = model.shapes[consumer.data][consumer.axis]
-    if consumer.weight is None or consumer.weight not in model.constants:
+    if consumer.weight is None:
         return np.ones(channels)
+    if consumer.weight not in model.constants:
+        return statistics.moments[consumer.weight, consumer.weight_axis].mean_square
     weight, axis, groups = model.constants[consumer.weight], consumer.weight_axis, consumer.groups
     if groups > 1 and weight.shape[axis] != channels:
         # (outputs, channels per group, ...): channel j of group i meets the rows of group i only.

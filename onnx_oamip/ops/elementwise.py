@@ -22,10 +22,9 @@ def passes(node: Node, labels: Labels) -> None:
 
 
 def _dropout(node: Node, labels: Labels) -> None:
-    """Inference: the identity. The mask it may also give is untracked."""
-    labels.set(node.outputs[0], labels.axes(node.inputs[0]))
-    for name in node.outputs[1:]:
-        labels.set(name, [], f"the mask of {node}")
+    """Inference: the identity. The mask it may also give has the shape of the data."""
+    for name in node.outputs:
+        labels.set(name, labels.axes(node.inputs[0]))
 
 
 def broadcast(node: Node, labels: Labels) -> None:

@@ -32,10 +32,14 @@ def conv(node: Node, labels: Labels) -> None:
         return
     x, w = node.inputs[0], node.inputs[1]
     shape = labels.shape(w)
-    data, rows, columns = labels.label(x, 1), labels.label(w, 0), labels.label(w, 1)
-    if shape is None or data is None or rows is None or columns is None:
+    data = labels.label(x, 1)
+    # Ask for the weight's labels last: an opaque node must not have claimed any.
+    if shape is None or data is None or not labels.is_constant(w):
         opaque(node, labels, f"the grouped {node} reads an untracked input")
         return
+    rows, columns = labels.label(w, 0), labels.label(w, 1)
+    assert rows is not None
+    assert columns is not None
     per_in, per_out = shape[1], shape[0] // groups
     _pin_spatial(node, labels, x)
     bias = operand(node, 2)
@@ -43,7 +47,9 @@ def conv(node: Node, labels: Labels) -> None:
         rows = labels.unify([(w, 0), (bias, 0)], node)
     if rows is None:
         labels.pin(data, f"the grouped {node} has an untracked bias")
+        labels.pin(columns, f"the grouped {node} has an untracked bias")
     elif _whole(groups, per_in):
+        labels.pin(columns, f"{node} loses whole groups, not channels within one")
         first = data.reshape(groups, per_in)[:, :1]
         labels.tie(data.reshape(groups, per_in), first)
         labels.tie(rows.reshape(groups, per_out), first)
@@ -67,17 +73,20 @@ def conv_transpose(node: Node, labels: Labels) -> None:
         opaque(node, labels, f"the grouped {node} reads an untracked input")
         return
     per_in, per_out = shape[0] // groups, shape[1]
-    rows = labels.unify([(x, 1), (w, 0)], node)
-    columns = labels.label(w, 1)
     bias = operand(node, 2)
-    bias_labels = labels.label(bias, 0) if bias else None
-    if rows is None or columns is None or (bias and bias_labels is None):
+    if not labels.is_constant(w) or (bias and not labels.is_constant(bias)):
         opaque(node, labels, f"the grouped {node} has an untracked weight or bias")
         return
+    rows = labels.unify([(x, 1), (w, 0)], node)
+    columns = labels.label(w, 1)
+    bias_labels = labels.label(bias, 0) if bias else None
+    assert rows is not None
+    assert columns is not None
     _pin_spatial(node, labels, x)
     if _whole(groups, per_in):
         first = rows.reshape(groups, per_in)[:, :1]
         labels.tie(rows.reshape(groups, per_in), first)
+        labels.pin(columns, f"{node} loses whole groups, not channels within one")
         out = np.repeat(first[:, 0], per_out)
     else:
         labels.tie(rows.reshape(groups, per_in), rows[None, :per_in])
@@ -156,8 +165,7 @@ def matmul(node: Node, labels: Labels) -> None:
             labels.pin(found, f"{node} multiplies two constants")
         else:
             data = 1 if constant[0] else 0
-            weight = inner[1 - data] if constant[1 - data] else None
-            labels.consume(node, inner[data], weight)
+            labels.consume(node, inner[data], inner[1 - data])
     result: list[np.ndarray[tuple[int], np.dtype[np.int64]] | None] = []
     lead = len(out) - (len(sa) > 1) - (len(sb) > 1)
     for i in range(lead):

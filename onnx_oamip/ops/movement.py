@@ -123,6 +123,8 @@ def _same_elements(node: Node, labels: Labels) -> None:
 
 def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
     out = node.outputs[0]
+    if "shape" not in node.attrs and cuts.constant(node.inputs[1]) is None:
+        return Edit()  # a computed target: what it could cut was pinned
     target = integers(node, cuts, "shape", 1)
     assert target is not None
     fixed = target.copy()
@@ -278,7 +280,12 @@ def _slice(node: Node, labels: Labels) -> None:
 def _slice_repair(node: Node, cuts: Cuts) -> Edit:
     name = node.inputs[0]
     shape = cuts.shape(name)
-    bounds = _slice_bounds(node, cuts, shape)
+    if all(cuts.keep(name, a) is None for a in range(len(shape))):
+        return Edit()
+    try:
+        bounds = _slice_bounds(node, cuts, shape)
+    except KeyError:
+        return Edit()  # computed bounds: the axes that they may move along were pinned
     cut = {a for a in bounds if cuts.keep(name, a) is not None}
     if not cut:
         return Edit()
@@ -404,7 +411,8 @@ def _expand_repair(node: Node, cuts: Cuts) -> Edit:
 def _lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
     out = node.outputs[0]
     value = cuts.constant(node.inputs[slot])
-    assert value is not None
+    if value is None:
+        return Edit()  # a computed length: what it could cut was pinned
     # A target shorter than the result is aligned from the right (Expand).
     where = axes or list(range(len(cuts.shape(out)) - len(value), len(cuts.shape(out))))
     fixed: Array = value.copy()

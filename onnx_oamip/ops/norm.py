@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..records import Node
-from .notation import opaque, rule
-from .spec import Labels, OpSpec
+from .notation import extra_outputs, opaque, rule
+from .spec import Cuts, Edit, Labels, OpSpec
 
 
 def _training(node: Node, labels: Labels) -> str | None:
@@ -37,6 +37,21 @@ def _channels(node: Node, labels: Labels) -> None:
     _pin_axes(node, labels, [1])
 
 
+def _neighbours(node: Node, labels: Labels) -> None:
+    """LRN divides by a sum over neighbouring channels: it consumes the axis and passes it on.
+
+    Exact because the cut model puts zeros back where neighbours went (``Edit.spread``).
+    """
+    data = labels.axes(node.inputs[0])
+    if len(data) > 1 and data[1] is not None:
+        labels.consume(node, (node.inputs[0], 1), None)
+    labels.set(node.outputs[0], data)
+
+
+def _spread(node: Node, cuts: Cuts) -> Edit:
+    return Edit() if cuts.keep(node.inputs[0], 1) is None else Edit(spread=1)
+
+
 def _all_but_first(node: Node, labels: Labels) -> None:
     _pin_axes(node, labels, range(1, len(labels.shape(node.inputs[0]) or ())))
 
@@ -55,19 +70,16 @@ def _pin_axes(node: Node, labels: Labels, axes: range | list[int]) -> None:
         if axis < len(data):
             labels.pin(data[axis], f"{node} normalises over this axis")
     labels.set(node.outputs[0], data)
-    for name in node.outputs[1:]:
-        if name:
-            labels.set(name, [], f"{node} gives it as an extra output")
+    extra_outputs(node, labels, 1)
 
 
 SPECS = (
     OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training)),
     OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
-    OpSpec("LRN", _channels),
+    OpSpec("LRN", _neighbours, _spread),
     OpSpec("GroupNormalization", _channels),
     OpSpec("LayerNormalization", _layer),
     OpSpec("RMSNormalization", _layer),
-    OpSpec("SimplifiedLayerNormalization", _layer),
     OpSpec("LpNormalization", _lp),
     OpSpec("MeanVarianceNormalization", _all_but_first),
     OpSpec("Softmax", _softmax),

@@ -80,8 +80,7 @@ def rule(signature: str, guard: Callable[[Node, Labels], str | None] | None = No
             shape = labels.shape(name)
             rank = len(shape) if shape is not None else len(term.head)
             labels.set(name, [result[s] for s in term.head] + [None] * (rank - len(term.head)))
-        for name in node.outputs[len(outputs) :]:
-            labels.set(name, [], f"{node} gives it as an extra output")
+        extra_outputs(node, labels, len(outputs))
 
     return apply
 
@@ -90,11 +89,19 @@ def _contract(node: Node, axes: list[Axis], found: LabelAxis, labels: Labels) ->
     if found is None:
         return
     data = [a for a in axes if not labels.is_constant(a[0])]
-    weights = [a for a in axes if labels.is_constant(a[0])]
+    others = [a for a in axes if a != data[0]] if data else []
     if data:
-        labels.consume(node, data[0], weights[0] if weights else None)
+        labels.consume(node, data[0], others[0] if others else None)
     else:
         labels.pin(found, f"{node} sums over it and no activation is involved")
+
+
+def extra_outputs(node: Node, labels: Labels, first: int) -> None:
+    """Indices and saved statistics: nobody follows them, so what they are made of stays."""
+    for name in node.outputs[first:]:
+        if name:
+            labels.pin_all(node.inputs[0], f"{node} gives '{name}' as an extra output")
+            labels.set(name, [], f"an extra output of {node}")
 
 
 def opaque(node: Node, labels: Labels, reason: str) -> None:

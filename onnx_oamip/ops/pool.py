@@ -50,6 +50,6 @@ SPECS = (
     ),
     *(
         OpSpec(f"Reduce{name}", _reduce)
-        for name in "Mean Sum Max Min Prod L1 L2 LogSum LogSumExp SumSquare".split()
+        for name in ["Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare"]
     ),
 )

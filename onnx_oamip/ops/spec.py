@@ -76,10 +76,15 @@ class Cuts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants."""
+    """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants.
+
+    ``spread`` is an axis along which the node must still see zeros where channels went: they are put back before it
+    and dropped after it.
+    """
 
     attrs: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[int, Array] = field(default_factory=dict)
+    spread: int | None = None
 
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -1,0 +1,148 @@
+"""Small graphs written as ONNX text, with seeded weights, and what the tests do with any graph."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
+
+from onnx_oamip import model as models
+from onnx_oamip import rewrite
+from onnx_oamip.records import Array, Bools, Coupling, Model
+from onnx_oamip.runtime import Session
+
+
+def build(
+    text: str,
+    opset: int = 17,
+    ir: int = 8,
+    domains: Mapping[str, int] | None = None,
+    seed: int = 0,
+    weights_as_inputs: bool = False,
+) -> ModelProto:
+    """The graph ``(inputs) => (outputs) <constants> { nodes }``.
+
+    Constants declared without a value get seeded random weights, so that a graph reads as its architecture. Outputs
+    declared as ``float[]`` get the shape that inference finds.
+    """
+    imports = ", ".join(f'"{d}": {v}' for d, v in {"": opset, **(domains or {})}.items())
+    proto = parser.parse_model(f"<ir_version: {ir}, opset_import: [{imports}]> case {text}")
+    graph = proto.graph
+    made = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
+    for value in graph.value_info:
+        if value.name not in made:
+            graph.initializer.append(random_weight(value, seed))
+            if weights_as_inputs:
+                graph.input.append(value)
+    del graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    found = {v.name: v for v in (*inferred.graph.output, *inferred.graph.value_info)}
+    for value in graph.output:
+        if not value.type.tensor_type.HasField("shape"):
+            value.CopyFrom(found[value.name])
+    return proto
+
+
+def random_weight(value: onnx.ValueInfoProto, seed: int) -> TensorProto:
+    """Weights of a variance that keeps activations near one; ``var*`` and ``gain*`` are positive."""
+    kind = value.type.tensor_type
+    shape = [d.dim_value for d in kind.shape.dim]
+    rng = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
+    if value.name.startswith(("var", "gain")):
+        values = rng.uniform(0.5, 1.5, shape)
+    elif len(shape) > 1:
+        # He scaling needs the fan-in; the smaller of the two plausible ones keeps signals from dying out.
+        fan = min(np.prod(shape[1:]), np.prod(shape) / shape[-1])
+        values = rng.standard_normal(shape) / np.sqrt(fan)
+    else:
+        values = 0.3 * rng.standard_normal(shape)
+    return numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), value.name)
+
+
+def load(proto: ModelProto, folder: Path, bindings: Mapping[str, int] | None = None) -> Model:
+    """Write and load: every test sees the graph as a user's file."""
+    path = folder / "case.onnx"
+    path.write_bytes(proto.SerializeToString())
+    return models.load(path, bindings)
+
+
+def feed(model: Model, seed: int, batch: int | None = None) -> dict[str, Array]:
+    """Random inputs; where the leading dimension is symbolic it is ``batch`` long. Integers are small indices."""
+    rng = np.random.default_rng([seed, 7])
+    made: dict[str, Array] = {}
+    for port in model.inputs:
+        shape = list(model.shapes[port.name])
+        if batch is not None and shape and not isinstance(port.dims[0], int):
+            shape[0] = batch
+        if port.dtype.kind == "b":
+            made[port.name] = rng.integers(0, 2, shape).astype(bool)
+        elif port.dtype.kind in "iu":
+            made[port.name] = rng.integers(0, 5, shape).astype(port.dtype)
+        else:
+            made[port.name] = rng.standard_normal(shape).astype(port.dtype)
+    return made
+
+
+def distance(reference: Sequence[Array], other: Sequence[Array]) -> float:
+    """Largest difference over the largest magnitude, over all outputs; infinite for unequal shapes or types."""
+    worst, scale = 0.0, 0.0
+    for a, b in zip(reference, other, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        a64, b64 = a.astype(np.float64), b.astype(np.float64)
+        both = np.isfinite(a64) & np.isfinite(b64)
+        if not np.array_equal(a64[~both], b64[~both], equal_nan=True):
+            return float("inf")
+        worst = max(worst, float(np.abs(a64 - b64)[both].max(initial=0.0)))
+        scale = max(scale, float(np.abs(a64)[both].max(initial=0.0)))
+    return worst / scale if scale else worst
+
+
+def random_keep(coupling: Coupling, rng: np.random.Generator, density: float) -> Bools:
+    """A random choice of units that leaves at least one in every group."""
+    keep = rng.random(coupling.n_units) < density
+    for group in coupling.groups:
+        if not keep[group.units].any():
+            keep[rng.choice(group.units)] = True
+    return keep
+
+
+def keep_one(coupling: Coupling, rng: np.random.Generator) -> Bools:
+    """One unit of every group: the narrowest model there is."""
+    keep = np.zeros(coupling.n_units, bool)
+    for group in coupling.groups:
+        keep[rng.choice(group.units)] = True
+    return keep
+
+
+def assert_exact(
+    model: Model, coupling: Coupling, keep: Bools, tolerance: float = 1e-5, batches: Sequence[int] = (1, 3)
+) -> ModelProto:
+    """The cut model is valid and equals the original with removed channels zeroed at their consumers."""
+    cut = rewrite.cut(model, coupling, keep)
+    onnx.checker.check_model(cut, full_check=True)
+    small, reference = Session(cut, "cpu"), Session(rewrite.mask(model, coupling, keep), "cpu")
+    assert small.inputs == [p.name for p in model.inputs]
+    for seed, batch in enumerate(batches):
+        values = feed(model, seed, batch)
+        apart = distance(reference.run(values), small.run(values))
+        assert apart <= tolerance, f"cut and masked differ by {apart:.2e} at batch {batch}, keep {keep.astype(int)}"
+    return cut
+
+
+def constants(proto: ModelProto) -> dict[str, Array]:
+    """Initialisers by name."""
+    return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+
+
+def operands(proto: ModelProto) -> Iterator[tuple[str, int, Array]]:
+    """Every constant where a node reads it: (node, slot, value). Names of constants do not matter to a graph."""
+    held = constants(proto)
+    for node in proto.graph.node:
+        for slot, name in enumerate(node.input):
+            if name in held:
+                yield node.name, slot, held[name]

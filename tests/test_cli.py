@@ -1,0 +1,560 @@
+"""The command line as a user meets it: help, documents, exit codes, one sentence per failure, README's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_oamip.cli import cli, main
+from onnx_oamip.errors import EnvironmentMissing
+from onnx_oamip.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("inspect", "prune", "verify", "ops")
+SIDES = ("macs", "params", "bytes")
+PRUNE_KEYS = {
+    "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "verification",
+    "timings", "settings", "versions",
+}  # fmt: skip
+VERIFICATION_KEYS = {
+    "masked_equivalence", "output_relative_error", "agreement", "accuracy_before", "accuracy_after",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict:
+        """stdout as one strict JSON document."""
+
+        def refuse(word: str) -> None:
+            raise ValueError(f"{word} is not JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = main([str(a) for a in arguments])
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+def perceptron(path: Path, hidden: int = 16) -> None:
+    """input (batch, 6) -> hidden -> relu -> logits (batch, 4)."""
+    rng = np.random.default_rng(1)
+    shapes = {"first.weight": (hidden, 6), "first.bias": (hidden,), "second.weight": (4, hidden), "second.bias": (4,)}
+    weights = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node("Gemm", ["input", "first.weight", "first.bias"], ["a"], "first", transB=1),
+        helper.make_node("Relu", ["a"], ["b"], "relu"),
+        helper.make_node("Gemm", ["b", "second.weight", "second.bias"], ["logits"], "second", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "perceptron",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 6])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
+        weights,
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with model.onnx and data.npz in it."""
+    monkeypatch.chdir(tmp_path)
+    perceptron(tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", input=samples(40), labels=np.arange(40) % 4)
+    return tmp_path
+
+
+def samples(count: int, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+
+
+PRUNE = ("prune", "model.onnx", "--data", "data.npz", "--macs", "0.5", "-o", "out.onnx")
+
+
+# ------------------------------------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.code == 0
+    assert "Usage: onnx-oamip" in result.out
+    assert cli.commands[command].help
+    for parameter in cli.commands[command].params:
+        if parameter.param_type_name == "option":
+            words = parameter.get_help_record(cli.make_context("onnx-oamip", [command], resilient_parsing=True))[1]
+            assert re.match(r"[A-Z].*[.\]]$", words, re.DOTALL), parameter.name
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from onnx_oamip.cli import main; main(['--help']);"
+        "print([m for m in ('numpy', 'onnx', 'scipy', 'pydantic', 'rich', 'onnxruntime') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.splitlines()[-1] == "[]"
+    assert all(re.search(rf"^  {c}  ", found.stdout, re.MULTILINE) for c in COMMANDS)
+
+
+def test_no_command_shows_help_and_is_an_error(run: Run) -> None:
+    result = run()
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Usage:")
+
+
+def test_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "onnx_oamip", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.fullmatch(r"onnx-oamip, version \d+\.\d+\.\d+\n", found.stdout)
+
+
+# ------------------------------------------------------------------------------------------------------- documents
+
+
+def test_prune_document(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    model = ROOT / "models" / "lenet300-mnist.onnx"
+    result = run("prune", model, "--data", ROOT / "models" / "mnist.npz", "--macs", "50%", "-o", out, "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert set(document) >= PRUNE_KEYS
+    assert document["schema_version"] == 1
+    assert document["model"]["path"] == str(model)
+    assert all(re.fullmatch("[0-9a-f]{64}", document[k]["sha256"]) for k in ("model", "output"))
+    assert document["output"]["path"] == str(out)
+    assert all(isinstance(document[when][k], int) for when in ("before", "after") for k in SIDES)
+    assert document["before"]["bytes"] == model.stat().st_size
+    assert document["after"]["bytes"] == out.stat().st_size
+    assert 0.48 <= document["after"]["macs"] / document["before"]["macs"] <= 0.5
+    assert document["budget"] == {"macs": 0.5, "params": None, "size": None, "threshold": None}
+    assert [(g["name"], g["units"]) for g in document["groups"]] == [("fc1.weight", 300), ("fc2.weight", 100)]
+    for group in document["groups"]:
+        assert set(group) == {"name", "units", "kept", "level", "score"}
+        assert group["level"] == group["kept"] / group["units"]
+        assert group["score"]["min"] <= group["score"]["mean"] <= group["score"]["max"]
+    assert {"tensor": "fc3.weight", "axis": 0, "channels": 10} in [
+        {k: s[k] for k in ("tensor", "axis", "channels")} for s in document["skipped"]
+    ]
+    assert all(s["reason"] for s in document["skipped"])
+    assert document["programs"] == []
+    verification = document["verification"]
+    assert set(verification) >= VERIFICATION_KEYS
+    assert verification["masked_equivalence"] <= 1e-4
+    assert verification["samples"] == 2000
+    assert 0 <= verification["accuracy_after"] <= 1
+    assert verification["failures"] == []
+    assert all(isinstance(v, float) for v in document["timings"].values())
+    assert document["settings"]["macs"] == 0.5
+    assert document["settings"]["importance"] == "activation"
+    assert set(document["versions"]) == {"onnx_oamip", "onnx", "onnxruntime", "numpy", "python", "onnx_graphsurgeon"}
+    assert documented_keys() == set(document)
+
+
+def test_inspect_document(run: Run, place: Path) -> None:
+    result = run("inspect", "model.onnx", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert document["model"]["inputs"] == [{"name": "input", "dtype": "float32", "dims": ["batch", 6]}]
+    assert document["model"]["opset"] == {"ai.onnx": 17}
+    assert document["cost"] == {"macs": 160, "params": 180, "bytes": (place / "model.onnx").stat().st_size}
+    (group,) = document["groups"]
+    assert (group["name"], group["units"], group["consumers"]) == ("first.weight", 16, ["second"])
+    assert {(a["tensor"], a["axis"]) for a in group["axes"] if a["constant"]} == {
+        ("first.weight", 0),
+        ("first.bias", 0),
+        ("second.weight", 1),
+    }
+    assert {(s["tensor"], s["axis"], s["channels"]) for s in document["skipped"]} == {
+        ("first.weight", 1, 6),
+        ("second.weight", 0, 4),
+    }
+
+
+def test_verify_document(run: Run, place: Path) -> None:
+    assert run(*PRUNE).code == 0
+    result = run("verify", "model.onnx", "out.onnx", "--data", "data.npz", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert document["pruned"]["cost"]["macs"] <= 80 < document["original"]["cost"]["macs"] == 160
+    assert document["verification"]["masked_equivalence"] is None
+    assert document["verification"]["samples"] == 40
+    assert document["verification"]["output_relative_error"] > 0
+    same = run("verify", "model.onnx", "model.onnx", "--data", "data.npz", "--json").document["verification"]
+    assert (same["output_relative_error"], same["agreement"]) == (0, 1)
+
+
+def test_verify_of_unlike_models_is_a_failed_gate(run: Run, place: Path) -> None:
+    other = onnx.load("model.onnx")
+    other.graph.output[0].name = other.graph.node[-1].output[0] = "elsewhere"
+    onnx.save_model(other, "other.onnx")
+    result = run("verify", "model.onnx", "other.onnx", "--data", "data.npz", "--json")
+    assert (result.code, result.out) == (1, "")
+    one_sentence(result)
+
+
+def test_ops_document(run: Run) -> None:
+    result = run("ops", "--json")
+    assert (result.code, result.err) == (0, "")
+    table = {op["name"]: op for op in result.document["operators"]}
+    assert table["Conv"]["macs"]
+    assert table["Conv"]["refit"]
+    assert not table["Relu"]["macs"]
+    assert set(table["Relu"]) == {"name", "domain", "since", "until", "macs", "refit", "repair"}
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def test_tables_fit_80_columns_and_say_what_the_documents_say(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    pruned = run(*PRUNE)
+    inspected = run("inspect", "model.onnx")
+    verified = run("verify", "model.onnx", "out.onnx", "--data", "data.npz")
+    listed = run("ops")
+    for result in (pruned, inspected, verified, listed):
+        assert (result.code, result.err) == (0, "")
+        assert max(map(len, result.out.splitlines())) <= 80
+    assert "model.onnx -> out.onnx" in pruned.out
+    assert re.search(r"MACs +160 +80 +50\.0 % +50\.0 %", pruned.out)
+    assert re.search(r"first\.weight +16 +8 ", pruned.out)
+    for name in ("first.weight", "second.weight", "graph input", "graph output"):
+        assert name in inspected.out
+    assert "same top class" in verified.out
+    assert "ConvTranspose" in listed.out
+
+
+def test_names_with_brackets_are_not_markup(run: Run, place: Path) -> None:
+    model = onnx.load("model.onnx")
+    for node in model.graph.node:
+        node.input[:] = [n.replace("first.weight", "[red]w[/nope]") for n in node.input]
+    model.graph.initializer[0].name = "[red]w[/nope]"
+    onnx.save_model(model, "model.onnx")
+    result = run("inspect", "model.onnx")
+    assert result.code == 0
+    assert "[red]w[/nope]" in result.out
+
+
+def test_plain_output_where_the_terminal_knows_no_blocks(place: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "onnx_oamip", *PRUNE],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    )
+    assert b"######......  50.0 %" in found.stdout
+    assert found.stderr == b""
+
+
+def test_quiet_prints_nothing(run: Run, place: Path) -> None:
+    assert run(*PRUNE, "-q") == Result(0, "", "")
+    assert (place / "out.onnx").exists()
+    assert run(*PRUNE, "-q", "--json").document["schema_version"] == 1
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+
+def test_options_reach_the_settings(run: Run, place: Path) -> None:
+    options = (
+        "--params 0.9 --size 95% --importance l2 --allocate global --refit none --align 4 --device cpu --seed 3 "
+        "--batch-size 8"
+    )
+    document = run(*PRUNE, "--json", *options.split()).document
+    assert document["groups"][0]["kept"] % 4 == 0
+    expected = {
+        "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "importance": "l2", "allocate": "global",
+        "refit": "none", "align": 4, "exclude": [], "device": "cpu", "seed": 3, "batch_size": 8,
+    }  # fmt: skip
+    assert document["settings"].items() >= expected.items()
+
+
+def test_every_setting_has_an_option_with_the_same_choices() -> None:
+    options = {p.name: p for p in cli.commands["prune"].params}
+    for name, field in Settings.model_fields.items():
+        assert name in options
+        if get_origin(field.annotation) is Literal:
+            assert set(options[name].type.choices) == set(get_args(field.annotation))
+
+
+def test_weight_scores_need_no_data(run: Run, place: Path) -> None:
+    choices = ("--importance", "l1", "--refit", "none", "--json")
+    result = run("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx", *choices)
+    assert result.code == 0
+    verification = result.document["verification"]
+    assert verification["masked_equivalence"] <= 1e-4
+    assert verification["agreement"] is None
+
+
+def test_threshold_alone(run: Run, place: Path) -> None:
+    scores = run(*PRUNE, "--json").document["groups"][0]["score"]
+    arguments = ("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--json", "--threshold")
+    assert run(*arguments, scores["min"]).document["groups"][0]["kept"] == 16
+    assert 0 < run(*arguments, scores["mean"]).document["groups"][0]["kept"] < 16
+
+
+def test_evaluation_data(run: Run, place: Path) -> None:
+    assert run(*PRUNE, "--json").document["verification"]["samples"] == 8
+    np.savez("held.npz", input=samples(12), labels=np.zeros(12, np.int64))
+    assert run(*PRUNE, "--json", "--eval-data", "held.npz").document["verification"]["samples"] == 12
+
+
+def test_feeds_from_a_function(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("feeds_for_a_test.py").write_text(
+        "import numpy as np\n"
+        "def feeds():\n"
+        "    for i in range(6):\n"
+        "        yield {'input': np.full((2, 6), i, np.float32)}\n"
+    )
+    monkeypatch.syspath_prepend(str(place))
+    result = run("prune", "model.onnx", "--data", "feeds_for_a_test:feeds", "--macs", "0.5", "-o", "o.onnx", "--json")
+    assert (result.code, result.err) == (0, "")
+
+
+# -------------------------------------------------------------------------------------------------------- failures
+
+
+def one_sentence(result: Result) -> None:
+    assert re.fullmatch(r"Error: [^\n]+[.?]\n", result.err), result.err
+    assert "Traceback" not in result.err
+
+
+def not_onnx() -> None:
+    Path("model.onnx").write_text("this is a letter, not a network\n" * 20)
+
+
+def truncated() -> None:
+    whole = Path("model.onnx").read_bytes()
+    Path("model.onnx").write_bytes(whole[: len(whole) // 2])
+
+
+def data(**arrays: object) -> Callable[[], None]:
+    return lambda: np.savez("data.npz", **arrays)
+
+
+def with_nan() -> None:
+    values = samples(8)
+    values[5, 2] = np.nan
+    np.savez("data.npz", input=values)
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
+    "missing model": (lambda: Path("model.onnx").unlink(), (), "no such file"),
+    "model is a folder": (lambda: (Path("model.onnx").unlink(), Path("model.onnx").mkdir()), (), "folder"),
+    "empty model": (lambda: Path("model.onnx").write_bytes(b""), (), "not an ONNX model"),
+    "not an ONNX model": (not_onnx, (), "not an ONNX model"),
+    "truncated model": (truncated, (), "truncated"),
+    "missing data": (lambda: Path("data.npz").unlink(), (), "no such data file"),
+    "data is no archive": (lambda: Path("data.npz").write_bytes(b"PK, but no archive"), (), "numpy"),
+    "names do not match": (data(image=samples(8)), (), "'input'"),
+    "an array too many": (data(input=samples(8), weights=samples(8)), (), "'weights'"),
+    "wrong type": (data(input=samples(8).astype(np.float64)), (), "float64"),
+    "codes without a scale": (data(input=np.ones((8, 6), np.uint8)), (), "input.scale"),
+    "wrong rank": (data(input=samples(8).reshape(-1)), (), "(48,)"),
+    "wrong width": (data(input=samples(8, 7)), (), "(8, 7)"),
+    "NaN in the data": (with_nan, (), "sample 5"),
+    "empty data": (data(input=samples(0)), (), "no samples"),
+    "labels do not match": (data(input=samples(8), labels=np.zeros(7, np.int64)), (), "labels"),
+    "no such function": (lambda: None, ("--data", "json:feeds"), "feeds"),
+    "budget of 0": (lambda: None, ("--macs", "0"), "--macs"),
+    "budget of 0 %": (lambda: None, ("--params", "0%"), "--params"),
+    "budget above 1": (lambda: None, ("--macs", "1.5"), "--macs"),
+    "budget above 100 %": (lambda: None, ("--size", "101%"), "--size"),
+    "budget that is no number": (lambda: None, ("--macs", "half"), "--macs"),
+    "budget that is NaN": (lambda: None, ("--macs", "nan"), "--macs"),
+    "threshold that is NaN": (lambda: None, ("--threshold", "nan"), "--threshold"),
+    "unknown importance": (lambda: None, ("--importance", "luck"), "activation"),
+    "pattern without a match": (lambda: None, ("--exclude", "third*"), "third*"),
+    "alignment of 0": (lambda: None, ("--align", "0"), "--align"),
+    "output folder missing": (lambda: None, ("-o", "nowhere/out.onnx"), "nowhere"),
+    "output is a folder": (lambda: Path("made").mkdir(), ("-o", "made"), "made"),
+    "output is the model": (lambda: None, ("-o", "./model.onnx"), "model.onnx"),
+    "output is the data": (lambda: None, ("-o", "./data.npz"), "data.npz"),
+    "unknown option": (lambda: None, ("--mac", "0.5"), "--mac"),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*") if "__pycache__" not in p.parts}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+    make, options, word = MISTAKES[mistake]
+    make()
+    before = contents(place)
+    result = run(*PRUNE, "--json", *options)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+    assert contents(place) == before
+
+
+def test_a_run_without_a_budget_or_without_data_says_what_to_give(run: Run, place: Path) -> None:
+    for arguments, word in (
+        (("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx"), "--macs"),
+        (("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx"), "--data"),
+        (("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "-o", "out.onnx"), "--data"),
+    ):
+        result = run(*arguments)
+        assert (result.code, result.out) == (2, "")
+        one_sentence(result)
+        assert word in result.err
+    assert not (place / "out.onnx").exists()
+
+
+def test_cuda_without_cuda(run: Run, place: Path) -> None:
+    from onnx_oamip.runtime import resolve_device
+
+    try:
+        resolve_device("cuda")
+    except EnvironmentMissing:
+        pass
+    else:
+        pytest.skip("CUDA works here")
+    result = run(*PRUNE, "--device", "cuda")
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert not (place / "out.onnx").exists()
+
+
+def test_no_runtime_says_what_to_install(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = run(*PRUNE)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert "onnx-oamip[cpu]" in result.err
+
+
+def test_a_budget_out_of_reach_exits_1_and_names_it(run: Run, place: Path) -> None:
+    result = run(*PRUNE, "--json", "--macs", "0.01")
+    assert (result.code, result.out) == (1, "")
+    one_sentence(result)
+    assert "--macs" in result.err
+    assert not (place / "out.onnx").exists()
+
+
+def test_an_old_output_survives_a_failure(run: Run, place: Path) -> None:
+    (place / "out.onnx").write_bytes(b"old")
+    assert run(*PRUNE, "--macs", "0.01").code == 1
+    assert (place / "out.onnx").read_bytes() == b"old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_interrupt_exits_130(place: Path) -> None:
+    Path("slow_feeds.py").write_text(
+        "import pathlib, time\n"
+        "def feeds():\n"
+        "    pathlib.Path('started').touch()\n"
+        "    time.sleep(60)\n"
+        "    yield {}\n"
+    )
+    arguments = ["prune", "model.onnx", "--data", "slow_feeds:feeds", "--macs", "0.5", "-o", "out.onnx"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnx_oamip", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(place)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if Path("started").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err.strip() == "Error: interrupted."
+    assert not Path("out.onnx").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def documented_keys() -> set[str]:
+    table = README.split("Keys of `prune`:")[1].split("\n\n")[1]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+
+
+def test_readme_shows_every_command_and_option_of_prune() -> None:
+    shown = set(re.findall(r"^onnx-oamip (\w+)", "".join(blocks("console")), re.MULTILINE))
+    assert shown == set(COMMANDS)
+    options = {o for p in cli.commands["prune"].params for o in p.opts if p.param_type_name == "option"}
+    assert {o for o in options if o.startswith("--")} - {"--output", "--quiet", "--json"} <= set(
+        re.findall(r"--[a-z-]+", README)
+    )
+
+
+def test_readme_commands_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, on a small network under the names of the larger ones."""
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    for name in set(re.findall(r"models/[\w-]+\.onnx", README)):
+        assert (ROOT / name).exists()
+        shutil.copy(ROOT / "models" / "lenet300-mnist.onnx", name)
+    whole = np.load(ROOT / "models" / "mnist.npz")
+    few = {k: whole[k] if k.endswith((".scale", ".offset")) else whole[k][:64] for k in whole.files}
+    for name in set(re.findall(r"models/[\w-]+\.npz", README)):
+        assert (ROOT / name).exists()
+        np.savez(name, **few)
+    ran = 0
+    for line in "".join(blocks("console")).splitlines():
+        for command in line.split("&&"):
+            words = shlex.split(command)
+            if words[0] in ("pip", "pytest"):
+                continue
+            assert words[0] == "onnx-oamip"
+            arguments, _, target = (list(part) for part in partition(words[1:], ">"))
+            result = run(*arguments)
+            assert (result.code, result.err) == (0, ""), command
+            if target:
+                Path(target[0]).write_text(result.out)
+                assert result.document["schema_version"] == 1
+            ran += 1
+    assert ran >= 8
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def partition(words: list[str], mark: str) -> tuple[list[str], list[str], list[str]]:
+    at = words.index(mark) if mark in words else len(words)
+    return words[:at], words[at : at + 1], words[at + 1 :]
