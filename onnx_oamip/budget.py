@@ -19,7 +19,7 @@ from scipy.sparse import csr_array
 from .cost import Ledger, Products
 from .errors import BudgetNotMet
 from .milp import Builder, Program
-from .milp.products import Levels, Polynomials, linearise, reduce
+from .milp.products import Levels, Polynomials, linearise, ordered, reduce
 from .records import Floats, Ints
 from .solvers import Limit, Notify, Solution, Termination, relative_gap, solve
 from .solvers import Limits as SolverLimits
@@ -27,6 +27,8 @@ from .solvers import Limits as SolverLimits
 SOLVER_LIMITS = SolverLimits(time_s=60.0, gap=1e-3)
 TIE_BREAK = 1e-6
 """Weight of the budget's use, relative to the loss: among equal losses, the wider plan."""
+MAGNITUDE = 1e3
+"""The program's objective at the start: large enough for the tie-break to stand above solvers' absolute tolerances."""
 BINDING = 0.995
 """A limit binds where this share of it is used."""
 ROUNDING = 1e-9
@@ -213,6 +215,12 @@ class _Budget:
         result: Ints = self.levels.width[self.first + level]
         return result
 
+    def level(self, values: Floats) -> Ints:
+        """Level of every group from the program's values: how many of its thresholds are passed."""
+        rungs = np.repeat(np.arange(len(self.widest)), self.widest)
+        passed: Ints = np.bincount(rungs[values[: len(rungs)] > 0.5], minlength=len(self.widest)).astype(np.int64)
+        return passed
+
     def used(self, level: Ints) -> Floats:
         """Share of every limit in use, from exact sums."""
         lengths = self.ledger.lengths(self.widths(level))
@@ -241,22 +249,21 @@ class _Formulation:
     def objective(self, budget: _Budget, level: Ints) -> float:
         """The program's objective at a choice of levels."""
         loss = float(budget.loss[budget.first + level].sum()) / self.unit
-        return loss - TIE_BREAK * float(budget.used(level).mean()) if len(budget.names) else loss
+        return loss - TIE_BREAK * MAGNITUDE * float(budget.used(level).mean()) if len(budget.names) else loss
 
 
 def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
-    """One binary a level, one-of rows, one row a limit, and the products' rows."""
-    levels, groups = budget.levels, len(budget.first)
+    """One binary a level, one row a limit, the products' rows; then all of it in thresholds."""
+    levels = budget.levels
     start = np.full(len(levels.group), np.nan)
     largest = float(np.abs(budget.loss).max(initial=0.0)) or 1.0
-    unit = largest
+    unit = largest / MAGNITUDE
     if incumbent is not None:
         start[:] = 0.0
         start[budget.first + incumbent] = 1.0
-        unit = max(abs(float(budget.loss[budget.first + incumbent].sum())), 1e-6 * largest)
+        unit = max(abs(float(budget.loss[budget.first + incumbent].sum())), 1e-3 * largest) / MAGNITUDE
     builder = Builder()
     binaries = builder.variables(len(levels.group), 0, 1, objective=budget.loss / unit, integer=True, start=start)
-    builder.rows(groups, (levels.group, binaries, 1.0), 1, 1)
     matrix, constant = linearise(builder, binaries, levels, budget.costs, start)
     matrix = csr_array(matrix / budget.scale[:, None])
     row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
@@ -264,14 +271,14 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
     limit_rows = builder.rows(matrix.shape[0], (row, matrix.indices, matrix.data), upper=room)
     program = builder.build()
     if not len(limit_rows):
-        return _Formulation(program, limit_rows, unit)
+        return _Formulation(ordered(program, levels), limit_rows, unit)
     use = np.bincount(matrix.indices, matrix.data, minlength=program.n_variables) / matrix.shape[0]
     program = replace(
         program,
-        objective=program.objective - TIE_BREAK * use,
-        offset=-TIE_BREAK * float(budget.share(constant + budget.constant).mean()),
+        objective=program.objective - TIE_BREAK * MAGNITUDE * use,
+        offset=-TIE_BREAK * MAGNITUDE * float(budget.share(constant + budget.constant).mean()),
     )
-    return _Formulation(program, limit_rows, unit)
+    return _Formulation(ordered(program, levels), limit_rows, unit)
 
 
 def _solve(
@@ -295,7 +302,7 @@ def _solve(
     for attempt in range(ATTEMPTS):
         if solution.values is None:
             break
-        level = np.flatnonzero(solution.values[: len(budget.levels.group)] > 0.5) - budget.first
+        level = budget.level(solution.values)
         if budget.holds(level):
             break
         over = np.maximum(budget.used(level) - 1, 0)

@@ -8,7 +8,7 @@ original model only: it is collected once, in one walk over the data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -118,7 +118,7 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
             channels = order.reshape(len(units), -1)
             columns = (channels[:, :, None] * per_channel + np.arange(per_channel)).reshape(len(units), -1)
             gram = found.matrix[block].copy()
-            gram[np.diag_indices_from(gram)] += RIDGE * np.trace(gram) / len(gram) + 1e-30
+            gram[np.diag_indices_from(gram)] += shrinkage(gram, found.rows) * np.trace(gram) / len(gram) + 1e-30
             # The variance of y, without the ridge: trace(W G W').
             scale = float(np.einsum("od,od->", weight[block] @ found.matrix[block], weight[block]))
             result.append(
@@ -127,21 +127,17 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
     return result
 
 
-def fold(problem: Problem) -> Problem:
-    """The channel form of a problem whose columns all belong to its units: repair mixes units at equal taps.
+def shrinkage(gram: Floats, rows: int) -> float:
+    """Relative ridge for a covariance of few rows: oracle-approximating shrinkage, never below RIDGE.
 
-    ``d`` shrinks to the number of units and outputs grow by the columns each holds, so an order costs next to nothing.
-    Where other groups share the consumer the problem is returned as it is.
+    Source: Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 58 (2010),
+    eq. 23, as a ratio of the target's weight to the sample's.
     """
-    units, held = problem.columns.shape
-    if held == 1 or units * held != problem.weight.shape[1]:
-        return problem
-    order = problem.columns.reshape(-1)
-    weight = problem.weight[:, order].reshape(-1, units, held).transpose(0, 2, 1).reshape(-1, units)
-    index = problem.columns.T  # (held, units): the Gram blocks of equal taps, averaged
-    gram = problem.gram[index[:, :, None], index[:, None, :]].mean(axis=0)
-    columns = np.arange(units)[:, None]
-    return replace(problem, weight=weight, gram=gram, mean=problem.mean[problem.columns].mean(axis=1), columns=columns)
+    p = len(gram)
+    trace, square = float(np.trace(gram)), float(np.square(gram).sum())
+    below = (rows + 1 - 2 / p) * (square - trace**2 / p)
+    weight = min(1.0, ((1 - 2 / p) * square + trace**2) / below) if below > 0 else 1.0
+    return max(RIDGE, weight / max(1 - weight, 1e-3))
 
 
 def compensate(problem: Problem, removed: Ints) -> tuple[Floats, Floats]:

@@ -2,7 +2,7 @@
 
 Times on a shared machine drift and jump. So models are never timed one after the other but in rounds, in random order
 within a round, and what compares them is a median over rounds of a ratio within a round. Where absolute times are
-needed, the lowest tenth of rounds stands for an unloaded machine. Latency is what a caller waits for: host arrays
+needed, the mean of the lowest quarter stands for an unloaded machine. Latency is what a caller waits for: host arrays
 in, host arrays out.
 """
 
@@ -33,8 +33,8 @@ from .runtime import LARGE, Session, resolve_device
 Source = onnx.ModelProto | str | os.PathLike[str]
 Feed = Mapping[str, Array]
 Call = Callable[[int], object]
-QUIET = 0.1
-"""Quantile of times that stands for an unloaded machine: load from outside only ever adds."""
+QUIET = 0.25
+"""Share of the shortest times whose mean stands for an unloaded machine: load from outside only ever adds."""
 WARM_RUNS = 3
 FEWEST_ROUNDS = 5
 BLOCK_SECONDS = 0.002
@@ -96,7 +96,7 @@ def bench(
     if not feeds:
         raise DataError("there is no feed to time the models on; give at least one sample.")
     sessions = [Session(s, device, threads, what=name) for s, name in zip(sources, names, strict=True)]
-    runs, medians = interleave([_caller(s, feeds) for s in sessions], seconds, rounds, seed)
+    runs, medians = interleave([caller(s, feeds) for s in sessions], seconds, rounds, seed)
     del sessions
     first = next(iter(feeds[0].values()))
     samples = len(first) if np.ndim(first) else 1
@@ -133,6 +133,8 @@ def interleave(
     while len(medians) < least or (time.perf_counter() < end and (rounds is None or len(medians) < rounds)):
         row = np.zeros(len(calls))
         for c in rng.permutation(len(calls)):
+            if inner > 1:
+                calls[c](len(medians))  # pays for the caches that another model filled
             block = [_seconds(calls[c], len(medians)) for _ in range(inner)]
             runs[c].extend(block)
             row[c] = np.median(block)
@@ -144,6 +146,13 @@ def _seconds(call: Call, feed: int) -> float:
     start = time.perf_counter()
     call(feed)
     return time.perf_counter() - start
+
+
+def quiet(times: Floats | Sequence[float]) -> Floats:
+    """Mean of the lowest quarter along the first axis."""
+    ordered = np.sort(np.asarray(times, float), axis=0)
+    calm: Floats = ordered[: max(1, int(len(ordered) * QUIET))].mean(axis=0)
+    return calm
 
 
 def paired(first: Floats, other: Floats) -> Ratio:
@@ -167,7 +176,7 @@ def compare_latency(
     device = resolve_device(device)
     feeds = feeds_of(samples, batch)
     sessions = [Session(s, device, threads) for s in (first, other)]
-    _, medians = interleave([_caller(s, feeds) for s in sessions], seconds)
+    _, medians = interleave([caller(s, feeds) for s in sessions], seconds)
     return paired(medians[:, 0], medians[:, 1])
 
 
@@ -194,7 +203,8 @@ def feeds_of(samples: Samples, batch: int, count: int = FEEDS) -> list[dict[str,
     return found
 
 
-def _caller(session: Session, feeds: Sequence[Feed]) -> Call:
+def caller(session: Session, feeds: Sequence[Feed]) -> Call:
+    """Runs a session on the feed of a number, without what else the feed may hold."""
     known = [{k: np.ascontiguousarray(v) for k, v in f.items() if k in session.inputs} for f in feeds]
     return lambda i: session.run(known[i % len(known)])
 
@@ -302,7 +312,7 @@ def find_step(device: str) -> Step:
     batch, size, threads = (64, 28, None) if device == "cuda" else (1, 14, 1)
     sessions = [Session(_stack(w, batch, size), device, threads) for w in STEP_WIDTHS]
     feed = [{"x": np.ones(1, np.float32)}]
-    _, medians = interleave([_caller(s, feed) for s in sessions], STEP_SECONDS)
+    _, medians = interleave([caller(s, feed) for s in sessions], STEP_SECONDS)
     return judge_step(medians, device)
 
 
@@ -325,15 +335,15 @@ def judge_step(times: Floats, device: str) -> Step:
 def _judge_half(times: Floats) -> int | None:
     if len(times) < 2:
         return None
-    quiet = np.quantile(times, QUIET, axis=0)
-    power = math.log(quiet[-1] / quiet[0]) / math.log(WIDE / NARROW)
+    calm = quiet(times)
+    power = math.log(calm[-1] / calm[0]) / math.log(WIDE / NARROW)
     if not 1 < power < 3:
         return None  # overhead or noise hides the arithmetic
     value = None
     for s in CANDIDATES:
         i = STEP_WIDTHS.index(NARROW + s)
-        smooth = quiet[i + 1] * (1 - ((NARROW + s) / STEP_WIDTHS[i + 1]) ** power)
-        if quiet[i + 1] - quiet[i] < smooth / 2:
+        smooth = calm[i + 1] * (1 - ((NARROW + s) / STEP_WIDTHS[i + 1]) ** power)
+        if calm[i + 1] - calm[i] < smooth / 2:
             break
         value = s
     return value

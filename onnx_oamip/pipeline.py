@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import onnx
 
-from . import calibrate, cost, data, plan, refit, rewrite, verify
+from . import calibrate, cost, data, gram, plan, rewrite, search, sensitivity, verify
 from . import model as models
 from .coupling import couple, exclude
 from .data import Samples
-from .errors import BudgetNotMet, DataError, GateFailed, OutputError, SettingsError
-from .importance import METHODS
-from .records import Array, Bools, Budget, Cost, Coupling, Model, Pruned, Report, Verification
-from .runtime import LARGE, Session, resolve_device
+from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
+from .importance import METHODS, Method
+from .latency import compare_latency
+from .output import check_output, write
+from .records import Array, Budget, Cost, Coupling, Model, Report, Scores, Statistics, Verification
+from .runtime import Session, resolve_device
+from .search import Attempt, Prepared
 from .settings import Settings
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
 PROOF_SAMPLES = 64
 """Samples on which pruned and masked are compared: exactness does not need more."""
+SENSITIVITY_SAMPLES = 128
+GRAM_SAMPLES = 512
+SLOWER = 1.02
+"""A pruned model is refused where even the optimistic end of its measured latency ratio is above this."""
 
 
 def prune(
@@ -44,17 +46,9 @@ def prune(
     OamipError: exit code 2 for bad input, 1 for a budget or gate that was not met; then no file is written.
     """
     clock = _Clock()
-    method = METHODS.get(settings.importance)
-    if method is None:
-        raise SettingsError(f"--importance '{settings.importance}' is unknown; choose one of {', '.join(METHODS)}.")
-    if settings.budget == Budget():
-        raise SettingsError("nothing says how much to keep; give --macs, --params, --size or --threshold.")
-    if source is None and (method.needs_data or settings.refit != "none"):
-        asks = f"--importance {settings.importance}" if method.needs_data else f"--refit {settings.refit}"
-        raise DataError(f"{asks} needs calibration data; give --data, or use --importance l2 --refit none.")
+    method = _check(settings, source)
     device = resolve_device(settings.device)
     target = None if output is None else check_output(path, output, (source, eval_data))
-
     with clock("load"):
         model = models.load(path)
         samples, held = _samples(model, source, eval_data, settings.seed)
@@ -67,27 +61,32 @@ def prune(
     statistics = None
     if source is not None:
         with clock("calibrate"):
-            statistics = calibrate.collect(model, coupling, samples, device, settings.batch_size, progress)
+            statistics = _statistics(model, coupling, samples, device, settings, method, progress)
     with clock("score"):
         scores = method.score(model, coupling, statistics, settings)
-    with clock("plan"):
-        reserve = refit.new_biases(model, coupling) if settings.refit != "none" else 0
-        limit = plan.limits(settings.budget, before, reserve)
-        chosen = plan.allocate(model, coupling, ledger, scores, limit, settings)
-    with clock("rewrite"):
-        raw = rewrite.cut(model, coupling, chosen.keep)
-    with clock("refit"):
-        pruned = Pruned(raw, raw)
-        if settings.refit == "bias" and statistics is not None:
-            pruned = refit.fold_means(model, coupling, chosen.keep, statistics, raw)
+    with clock("sensitivity"):
+        steps = plan.steps(model, coupling, settings.align, device)
+        ladder = None
+        if settings.allocate == "mip":
+            assert statistics is not None
+            feeds = [feed for _, feed in _parts(samples)[1].batches(settings.batch_size)]
+            found = sensitivity.measure(
+                model, coupling, statistics.grams, _order(scores, coupling), feeds, device, settings.workers, progress
+            )
+            ladder = search.rungs(coupling, found, steps, settings.floor)
+    ready = Prepared(
+        model, coupling, ledger, before, samples, held, statistics, scores, steps, ladder, device, settings
+    )
+    with clock("plan and refit"):
+        result = search.search(ready, progress)
     with clock("verify"):
-        after = cost.count(models.from_proto(pruned.proto, model.bindings))
-        _meets(settings.budget, before, after)
-        verification = _prove(model, coupling, chosen.keep, pruned, samples, held, device, settings, progress)
+        _meets(settings.budget, before, result.after)
+        verification = _prove(ready, result, progress)
+    after = result.after
     sha256 = None
     if target is not None:
         with clock("write"):
-            sha256, size = write(pruned.proto, target)
+            sha256, size = write(result.pruned.proto, target)
             after = replace(after, bytes=size)
     return Report(
         model=model,
@@ -98,11 +97,12 @@ def prune(
         budget=settings.budget,
         coupling=coupling,
         scores=scores,
-        plan=chosen,
+        plan=result.plan,
         verification=verification,
         timings=clock.seconds,
-        settings={**settings.model_dump(mode="json"), "device": device},
-        notes=(*chosen.notes, *pruned.notes),
+        settings={**settings.model_dump(mode="json"), "device": device, "steps": sorted(set(steps.tolist()))},
+        notes=(*result.plan.notes, *result.pruned.notes),
+        fits=result.pruned.fits,
     )
 
 
@@ -129,6 +129,67 @@ def compare(
     before = Session(model.proto, device, what=str(original))
     found = verify.compare(model, before, after, samples, settings.batch_size, progress)
     return replace(found, batches=batches)
+
+
+def _check(settings: Settings, source: Source | None) -> Method:
+    """Settings that contradict each other or the data, before any work."""
+    method = METHODS.get(settings.importance)
+    if method is None:
+        raise SettingsError(f"--importance '{settings.importance}' is unknown; choose one of {', '.join(METHODS)}.")
+    if settings.budget == Budget():
+        raise SettingsError(
+            "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
+        )
+    if settings.latency is not None and settings.allocate != "mip":
+        raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
+    if source is None:
+        asks = {
+            f"--importance {settings.importance}": method.needs_data,
+            f"--allocate {settings.allocate}": settings.allocate == "mip",
+            f"--refit {settings.refit}": settings.refit != "none",
+        }
+        for what, needed in asks.items():
+            if needed:
+                raise DataError(
+                    f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform --refit none."
+                )
+    return method
+
+
+def _statistics(
+    model: Model,
+    coupling: Coupling,
+    samples: Samples,
+    device: str,
+    settings: Settings,
+    method: Method,
+    progress: calibrate.Progress | None,
+) -> Statistics:
+    """Moments of all samples; second moments too where the method or the allocation asks for them."""
+    found = calibrate.collect(model, coupling, samples, device, settings.batch_size, progress)
+    if not (method.needs_grams or settings.allocate == "mip"):
+        return found
+    fitted, _ = _parts(samples)
+    feeds = [feed for _, feed in fitted.batches(settings.batch_size)]
+    return replace(found, grams=gram.collect(model, coupling, feeds, device, settings.seed, progress))
+
+
+def _parts(samples: Samples) -> tuple[Samples, Samples]:
+    """Samples for second moments and others for sensitivities: a repair is not judged on the rows that made it."""
+    count = samples.count
+    measured = min(SENSITIVITY_SAMPLES, count // 4)
+    if measured < (samples.fixed_batch or 1):
+        return samples, samples
+    split = count - measured
+    return samples.take(np.arange(min(split, GRAM_SAMPLES))), samples.take(np.arange(split, count))
+
+
+def _order(scores: Scores, coupling: Coupling) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Removal order as scores; ties fall as ``plan.best_units`` lets them fall (higher index first)."""
+    rank = np.lexsort((-np.arange(coupling.n_units), scores.values))
+    order = np.empty(coupling.n_units)
+    order[rank] = np.arange(coupling.n_units)
+    return order
 
 
 def _samples(model: Model, source: Source | None, eval_data: Source | None, seed: int) -> tuple[Samples, Samples | None]:
@@ -165,25 +226,17 @@ def _meets(budget: Budget, before: Cost, after: Cost) -> None:
             )
 
 
-def _prove(
-    model: Model,
-    coupling: Coupling,
-    keep: Bools,
-    pruned: Pruned,
-    samples: Samples,
-    held: Samples | None,
-    device: str,
-    settings: Settings,
-    progress: calibrate.Progress | None,
-) -> Verification:
+def _prove(ready: Prepared, result: Attempt, progress: calibrate.Progress | None) -> Verification:
+    """All gates and measurements on the final model. Raises GateFailed."""
+    model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
+    pruned = result.pruned
     verify.structure(pruned.proto)
-    size = settings.batch_size
     original = Session(model.proto, device, what=model.path)
     # Rounding of the proof must not depend on a provider's reduced precision: it is done on the CPU.
-    masked = Session(rewrite.mask(model, coupling, keep), "cpu", what="the masked model")
+    masked = Session(rewrite.mask(model, ready.coupling, result.plan.keep), "cpu", what="the masked model")
     cut = Session(pruned.raw, "cpu", what="the cut model")
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
-    distance = verify.difference(masked, cut, few, size)
+    distance = verify.difference(masked, cut, few, settings.batch_size)
     if not distance <= verify.tolerance(model):
         raise GateFailed(
             f"the cut model differs from the masked original by {distance:.2e} of the output's scale, more than "
@@ -191,58 +244,21 @@ def _prove(
         )
     final = Session(pruned.proto, device, what="the pruned model")
     batches = verify.runs_at(model, final, samples)
-    if held is None:
-        return Verification(distance, None, None, None, None, batches, 0)
-    found = verify.compare(model, original, final, held, size, progress)
-    return replace(found, masked_equivalence=distance, batches=batches)
+    ratio = None if result.plan.keep.all() else _not_slower(ready, result)
+    if ready.held is None:
+        return Verification(distance, None, None, None, None, batches, 0, latency_ratio=ratio)
+    found = verify.compare(model, original, final, ready.held, settings.batch_size, progress)
+    return replace(found, masked_equivalence=distance, batches=batches, latency_ratio=ratio)
 
 
-def check_output(
-    path: str | os.PathLike[str], output: str | os.PathLike[str], sources: Iterable[Source | None] = ()
-) -> Path:
-    """The output path, if it can be written to. Raises OutputError before any work is done."""
-    target = Path(output)
-    if not target.parent.is_dir():
-        raise OutputError(f"the output folder {target.parent} does not exist; make it or choose another -o.")
-    if target.is_dir():
-        raise OutputError(f"the output {target} is a folder; give a file name.")
-    if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"the output folder {target.parent} is not writable; choose another -o.")
-    inputs = [Path(path), *models.external_paths(path), *(Path(s) for s in sources if isinstance(s, (str, os.PathLike)))]
-    for written in (target, target.with_name(f"{target.name}.data")):
-        if any(written.exists() and p.exists() and written.samefile(p) for p in inputs):
-            raise OutputError(f"writing {target} would overwrite the input {written}; choose another -o.")
-    return target
-
-
-def write(proto: onnx.ModelProto, target: Path) -> tuple[str, int]:
-    """Write aside, flush, rename: the target is either complete or as it was. Returns (sha256, bytes)."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        side = f"{target.name}.data"
-        if proto.ByteSize() >= LARGE:
-            copy = onnx.ModelProto()
-            copy.CopyFrom(proto)
-            onnx.save_model(copy, str(folder / target.name), save_as_external_data=True, location=side)
-        else:
-            (folder / target.name).write_bytes(proto.SerializeToString(deterministic=True))
-        digest, size = hashlib.sha256(), 0
-        # Weights first: a model file never points at weights that are not there yet.
-        for name in (side, target.name):
-            if (folder / name).exists():
-                with (folder / name).open("rb+") as stream:
-                    os.fsync(stream.fileno())
-                size += (folder / name).stat().st_size
-                os.replace(folder / name, target.parent / name)
-        for name in (target.name, side) if proto.ByteSize() >= LARGE else (target.name,):
-            with (target.parent / name).open("rb") as stream:
-                while chunk := stream.read(1 << 24):
-                    digest.update(chunk)
-        return digest.hexdigest(), size
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _not_slower(ready: Prepared, result: Attempt) -> float:
+    found = compare_latency(ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=1.0)
+    if found.low > SLOWER and not ready.settings.force:
+        raise GateFailed(
+            f"the pruned model was measured slower than the original on {ready.device} ({found.median:.2f} of its time); "
+            "nothing was written; try --align 8 or --align 16, another budget, or --force."
+        )
+    return found.median
 
 
 class _Clock:

@@ -1,22 +1,26 @@
 """Budget and scores -> which units stay.
 
-``uniform`` keeps the same share of every group; ``global`` keeps the units of largest score relative to their group's
-mean, wherever they are. Both land on the budget from below: a bisection on one number, then single steps while they
+``mip`` chooses every group's width by the budget program from measured losses. ``uniform`` keeps the same share of
+every group; ``global`` keeps the units of largest score relative to their group's mean, wherever they are: these two land on the budget from below: a bisection on one number, then single steps while they
 fit. Widths are multiples of the alignment (in channels), or the full width; no group is ever emptied.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from .budget import Ladder, LinearisedLimit, choose
 from .cost import Ledger, full_widths
 from .errors import BudgetNotMet
+from .latency import find_step
 from .records import Bools, Budget, Cost, Coupling, Floats, Ints, Model, Plan, Scores
 from .settings import Settings
+from .solvers import Limits as SolverLimits
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,22 @@ def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Lim
 
 
 def allocate(
-    model: Model, coupling: Coupling, ledger: Ledger, scores: Scores, limit: Limits, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    ledger: Ledger,
+    scores: Scores,
+    limit: Limits,
+    settings: Settings,
+    step: Ints,
+    ladder: Ladder | None = None,
+    extra: Sequence[LinearisedLimit] = (),
 ) -> Plan:
     """The plan: widths by the chosen allocation, within a group the units of highest score (ties: lower index).
 
     Raises BudgetNotMet, naming what binds, where even the narrowest model is over a limit.
     """
     full = full_widths(coupling)
-    step = steps(coupling, settings.align)
-    floor = np.minimum(step, full)
+    floor = np.minimum(np.maximum(step, -(-np.ceil(settings.floor * full).astype(np.int64) // step) * step), full)
     ceiling = full
     if settings.threshold is not None:
         above = np.bincount(coupling.unit_group[scores.values >= settings.threshold], minlength=len(full))
@@ -70,25 +81,51 @@ def allocate(
         return limit.holds(ledger.cost(widths))
 
     if not fits(floor):
-        raise BudgetNotMet(_binding(model, coupling, ledger, limit, floor))
-    if fits(ceiling):
+        raise BudgetNotMet(_binding(coupling, ledger, limit, floor))
+    programs: tuple[Mapping[str, Any], ...] = ()
+    if ladder is not None:
+        below = Ladder(
+            tuple(w[w <= c] for w, c in zip(ladder.widths, ceiling, strict=True)),
+            tuple(loss[w <= c] for w, loss, c in zip(ladder.widths, ladder.cost, ceiling, strict=True)),
+        )
+        solver_limits = SolverLimits(time_s=settings.time_limit, gap=1e-3, seed=settings.seed)
+        choice = choose(ledger, below, limit, extra, settings.solver, solver_limits)
+        widths, programs = choice.widths, (choice.program,)
+    elif fits(ceiling):
         widths = ceiling
     else:
-        search = _uniform if settings.allocate == "uniform" else _global
-        widths = search(coupling, scores, step, floor, ceiling, full, fits)
-        widths = _fill(coupling, ledger, limit, scores, widths, step, ceiling, full)
+        if settings.allocate == "global":
+            widths = _global(coupling, scores, step, floor, ceiling, full, fits)
+        else:
+            widths = _uniform(step, floor, ceiling, full, fits)
+        widths = _fill(ledger, limit, widths, step, ceiling, full)
     return Plan(
         keep=best_units(coupling, scores.values, widths),
         widths=widths,
         allocation=settings.allocate,
         predicted=ledger.cost(widths),
+        programs=programs,
     )
 
 
-def steps(coupling: Coupling, align: int) -> Ints:
-    """Units per alignment step: a unit that holds several channels needs fewer of itself."""
-    held = [min(g.multiplicity.values()) for g in coupling.groups]
-    return np.asarray([align // math.gcd(align, h) for h in held], np.int64)
+def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> Ints:
+    """Units per alignment step of each group: a unit that holds several channels needs fewer of itself.
+
+    ``auto`` measures the step that the device likes and applies it where kernels block channels (convolutions), but
+    never more than a quarter of a group: a narrow layer has little time to win and much to lose.
+    """
+    result = []
+    wanted = find_step(device).value if align == "auto" else int(align)
+    for group in coupling.groups:
+        held = min(group.multiplicity.values())
+        channels = wanted
+        if align == "auto":
+            blocked = any(len(model.shapes[t]) > 2 for t, _ in group.multiplicity if t in model.constants)
+            channels = wanted if blocked else 1
+            while channels > 1 and channels * 4 > len(group.units) * held:
+                channels //= 2
+        result.append(channels // math.gcd(channels, held))
+    return np.asarray(result, np.int64)
 
 
 def best_units(coupling: Coupling, values: Floats, widths: Ints) -> Bools:
@@ -107,7 +144,7 @@ def _snap(widths: Ints, step: Ints, full: Ints) -> Ints:
 
 
 def _uniform(
-    coupling: Coupling, scores: Scores, step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
+    step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
 ) -> Ints:
     def widths(share: float) -> Ints:
         return np.clip(_snap(np.floor(share * full + 1e-9).astype(np.int64), step, full), floor, ceiling)
@@ -138,7 +175,7 @@ def _global(
 
 
 def _fill(
-    coupling: Coupling, ledger: Ledger, limit: Limits, scores: Scores, widths: Ints, step: Ints, ceiling: Ints, full: Ints
+    ledger: Ledger, limit: Limits, widths: Ints, step: Ints, ceiling: Ints, full: Ints
 ) -> Ints:
     """Give back single steps while they fit, the group of the largest kept share lost first."""
     widths = widths.copy()
@@ -157,7 +194,7 @@ def _fill(
     return widths
 
 
-def _binding(model: Model, coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints) -> str:
+def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints) -> str:
     least = ledger.cost(floor)
     name, over = max(limit.shares(least).items(), key=lambda item: item[1])
     lengths = ledger.lengths(floor)

@@ -1,8 +1,8 @@
 """An additive model of latency for the budget program, fitted to kernel times at a few widths.
 
-The network is pruned uniformly at a few levels and run with profiling. Kernels of linear nodes are told apart by name;
-each node's time is fitted by ``a + b * MACs``, everything else by ``c + d * activations``, all of them non-negative. So
-predicted seconds are a constant plus a sum of products of axis lengths: the form MACs and parameters have too.
+The network is cut to a few vectors of widths and run with profiling. Kernels of linear nodes are told apart by name;
+each node's time is fitted by ``a + b * MACs + c * activation``, everything else by ``d + e * activations``, all of them
+non-negative. So predicted seconds are a constant plus a sum of products of axis lengths, the form that MACs have too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +22,17 @@ from scipy.optimize import nnls
 
 from .cost import Ledger, Products, full_widths, ledger
 from .data import Samples
-from .latency import QUIET, WARM_RUNS, feeds_of
+from .latency import WARM_RUNS, caller, feeds_of, interleave, quiet
 from .ops import lookup
 from .records import Array, Bools, Coupling, Floats, Ints, Model
 from .rewrite import cut
 from .runtime import Session, resolve_device
 
-SHARES = (1.0, 0.75, 0.5, 0.35, 0.2)
+SHARES = (1.0, 0.6, 0.3)
 """Shares of the width at which the network is measured; each group takes its nearest width on the ladder."""
-FEWEST_RUNS, MOST_RUNS = 5, 200
+MIXED = 3
+"""Levels at which each group takes a random width: uniform ones cannot tell what depends on one side of a node only."""
+MOST_ROUNDS = 30
 PLAIN_BYTES = 1 << 29
 LINEAR = ("Conv", "Gemm", "MatMul", "Attention", "Einsum", "LSTM", "GRU", "RNN")
 """A kernel whose operator contains one of these does the arithmetic of a linear node, whatever was fused into it."""
@@ -77,14 +78,14 @@ def profile(
     seconds: float = 6.0,
     seed: int = 0,
 ) -> Table:
-    """Measure the network at a few uniform levels and fit the additive model.
+    """Measure the network at a few levels and fit the additive model.
 
     ``ladder`` holds the widths each group may take, in units. One run takes a feed of ``batch`` samples. The levels run
-    interleaved, in random order, for about ``seconds`` seconds (5 to 200 runs each).
+    interleaved, in random order, for about ``seconds`` seconds (5 to 30 rounds).
     """
     device = resolve_device(device)
     costs = ledger(model, coupling)
-    widths = level_widths(coupling, ladder)
+    widths = level_widths(coupling, ladder, seed=seed)
     protos = [cut(model, coupling, first_units(coupling, w)) for w in widths]
     walls, kernels = _run(protos, feeds_of(samples, batch), device, threads, seconds, seed)
     lengths = [costs.lengths(w) for w in widths]
@@ -95,9 +96,9 @@ def profile(
     shares = None if device == "cuda" else [
         assign(p, costs.nodes, k, m) for p, k, m in zip(protos, kernels, macs, strict=True)
     ]  # fmt: skip
-    constant, rates, other, by_node = fit(walls, None if shares is None else np.asarray(shares), macs, activations)
-    fitted = constant + macs @ rates + activations.sum(axis=1) * other
-    factor: Array = np.concatenate([rates, np.full(carriers.axes.shape[0], other)])
+    constant, rates, sizes, by_node = fit(walls, None if shares is None else np.asarray(shares), macs, activations)
+    fitted = constant + macs @ rates + activations @ sizes
+    factor: Array = np.concatenate([rates, sizes])
     return Table(
         constant=constant,
         products=Products(factor, np.concatenate([costs.macs.axes, carriers.axes])),
@@ -109,11 +110,15 @@ def profile(
     )
 
 
-def level_widths(coupling: Coupling, ladder: Sequence[Ints], shares: Sequence[float] = SHARES) -> Ints:
-    """Different width vectors (levels, groups): for each share the nearest width on every group's ladder."""
+def level_widths(
+    coupling: Coupling, ladder: Sequence[Ints], shares: Sequence[float] = SHARES, mixed: int = MIXED, seed: int = 0
+) -> Ints:
+    """Different width vectors (levels, groups): for each share the nearest rungs of the ladder, then random rungs."""
     full = full_widths(coupling)
-    steps = [np.asarray(rungs, np.int64) for rungs in ladder]
-    levels = [[int(r[np.argmin(np.abs(r - s * f))]) for r, f in zip(steps, full, strict=True)] for s in shares]
+    rng = np.random.default_rng(seed)
+    rungs = [np.asarray(r, np.int64) for r in ladder]
+    levels = [[int(r[np.argmin(np.abs(r - s * f))]) for r, f in zip(rungs, full, strict=True)] for s in shares]
+    levels += [[int(rng.choice(r)) for r in rungs] for _ in range(mixed)]
     different = list(dict.fromkeys(tuple(level) for level in levels))
     return np.asarray(different, np.int64).reshape(len(different), len(full))
 
@@ -126,20 +131,20 @@ def first_units(coupling: Coupling, widths: Ints) -> Bools:
     return keep
 
 
-def fit(walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats) -> tuple[float, Floats, float, bool]:
-    """Non-negative least squares of relative errors: constant, seconds per MAC by node, per element, by node?
+def fit(walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats) -> tuple[float, Floats, Floats, bool]:
+    """Non-negative least squares of relative errors: constant, seconds per MAC and per element of each node, by node?
 
     ``walls`` (levels,) are seconds of whole runs, ``nodes`` (levels, nodes) those of linear nodes, None if unknown;
-    ``macs`` and ``activations`` (levels, nodes) what they depend on. With few levels, later columns give way.
+    ``macs`` and ``activations`` (levels, nodes) what they depend on.
     """
-    size = activations.sum(axis=1)
+    ones, size = np.ones(len(walls)), activations.sum(axis=1)
     if nodes is None or not nodes.any():
-        constant, rate, other = _solve(walls, walls, np.ones(len(walls)), macs.sum(axis=1), size)
-        return constant, np.full(macs.shape[1], rate), other, False
-    pairs = [_solve(walls, nodes[:, n], np.ones(len(walls)), macs[:, n]) for n in range(macs.shape[1])]
+        constant, rate, other = _solve(walls, walls, ones, macs.sum(axis=1), size)
+        return constant, np.full(macs.shape[1], rate), np.full(macs.shape[1], other), False
+    each = np.asarray([_solve(walls, nodes[:, n], ones, macs[:, n], activations[:, n]) for n in range(macs.shape[1])])
     rest = np.maximum(walls - nodes.sum(axis=1), 0)
-    constant, other = _solve(walls, rest, np.ones(len(walls)), size)
-    return constant + sum(p[0] for p in pairs), np.asarray([p[1] for p in pairs]), other, True
+    constant, other = _solve(walls, rest, ones, size)
+    return constant + float(each[:, 0].sum()), each[:, 1], each[:, 2] + other, True
 
 
 def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:
@@ -188,21 +193,9 @@ def _run(
         sessions = [Session(p, device, threads, profile=f"{folder}/{i}") for i, p in enumerate(protos)]
         if twice:
             sessions += [Session(p, device, threads) for p in protos]
-        for session in sessions:
-            for i in range(WARM_RUNS):
-                session.run(feeds[i % len(feeds)])
-        rng = np.random.default_rng(seed)
-        rounds: list[Floats] = []
-        end = time.perf_counter() + seconds
-        while len(rounds) < FEWEST_RUNS or (time.perf_counter() < end and len(rounds) < MOST_RUNS):
-            row = np.zeros(len(sessions))
-            for i in rng.permutation(len(sessions)):
-                start = time.perf_counter()
-                sessions[i].run(feeds[len(rounds) % len(feeds)])
-                row[i] = time.perf_counter() - start
-            rounds.append(row)
+        runs, _ = interleave([caller(s, feeds) for s in sessions], seconds, MOST_ROUNDS, seed)
         events = [json.loads(Path(s.end_profile()).read_text()) for s in sessions[: len(protos)]]
-    walls = np.quantile(np.asarray(rounds)[:, -len(protos) :], QUIET, axis=0)
+    walls = np.asarray([quiet(r) for r in runs[-len(protos) :]])
     return walls, [_within(parse(e), wall) for e, wall in zip(events, walls, strict=True)]
 
 
@@ -214,7 +207,7 @@ def _within(kernels: Kernels, wall: float) -> Kernels:
 
 
 def parse(events: Sequence[Mapping[str, Any]], skip: int = WARM_RUNS) -> Kernels:
-    """Low quantile over runs of the time of each kernel in ONNX Runtime's profile, first ``skip`` runs left out."""
+    """Seconds of each kernel in ONNX Runtime's profile, as ``quiet`` over all runs but the first ``skip``."""
     runs: list[dict[str, float]] = []
     now: dict[str, float] = defaultdict(float)
     ops: dict[str, str] = {}
@@ -228,7 +221,7 @@ def parse(events: Sequence[Mapping[str, Any]], skip: int = WARM_RUNS) -> Kernels
             runs.append(dict(now))
             now.clear()
     kept = runs[skip:]
-    return {k: (op, float(np.quantile([r.get(k, 0.0) for r in kept], QUIET))) for k, op in ops.items()} if kept else {}
+    return {k: (op, float(quiet([r.get(k, 0.0) for r in kept]))) for k, op in ops.items()} if kept else {}
 
 
 def assign(proto: onnx.ModelProto, names: Sequence[str], kernels: Kernels, macs: Floats) -> Floats:

@@ -177,12 +177,17 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Shares to keep, each in (0, 1], or None; ``threshold`` removes units that score below it."""
+    """Shares to keep, each in (0, 1], or None; ``threshold`` removes units that score below it.
+
+    ``max_drop`` is the most accuracy (or agreement, without labels) that may be lost, in points.
+    """
 
     macs: float | None = None
     params: float | None = None
     size: float | None = None
     threshold: float | None = None
+    latency: float | None = None
+    max_drop: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +212,26 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How one node was refitted. Errors are mean squared, relative to the variance of the original output."""
+
+    node: str
+    form: str
+    rows: int
+    unknowns: int
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
 class Pruned:
-    """The rewritten model. ``raw`` is before refit, ``proto`` after it."""
+    """The rewritten model. ``raw`` is before refit, ``proto`` after it; ``fits`` tells how each node was refitted."""
 
     raw: Any
     proto: Any
     notes: tuple[str, ...] = ()
+    fits: tuple[Fit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,6 +246,7 @@ class Verification:
     batches: tuple[int, ...]
     samples: int
     failures: tuple[str, ...] = ()
+    latency_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -246,3 +266,4 @@ class Report:
     timings: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: Sequence[str] = field(default_factory=tuple)
+    fits: tuple[Fit, ...] = ()

@@ -27,7 +27,7 @@ from .affine import Editor, Site, matrix, matrix_shape, site, unmatrix
 from .calibrate import Progress
 from .data import Samples
 from .patches import data_rows, output_rows, pick, row_count
-from .records import Array, Bools, Coupling, Floats, Ints, Model, Pruned, Statistics
+from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, Statistics
 from .subgraph import Frontier, Slicer, element_types
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -40,19 +40,6 @@ HELD_OUT = 0.2
 FRONTIER_BYTES = 1 << 30
 WIDE_VALUES = 1 << 25
 """Values (rows x unknowns) kept of a node that is too wide for a Gram matrix."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """How one node was refitted. Errors are mean squared, relative to the variance of the original output."""
-
-    node: str
-    form: str
-    rows: int
-    unknowns: int
-    ridge: float | None
-    error_before: float
-    error_after: float
 
 
 def fold_means(model: Model, coupling: Coupling, units: Bools, statistics: Statistics, raw: onnx.ModelProto) -> Pruned:
@@ -90,7 +77,7 @@ def output_mask(model: Model, coupling: Coupling, place: Site, units: Bools) -> 
     return np.ones(model.shapes[name][axis], bool)
 
 
-def new_biases(model: Model, coupling: Coupling) -> int:
+def new_biases(model: Model) -> int:
     """Elements that a refit may add: outputs of linear nodes that have no bias yet (before pruning)."""
     editor = Editor(model.proto)
     total = 0
@@ -115,8 +102,8 @@ def least_squares(
     seed: int = 0,
     progress: Progress | None = None,
     cap: int = GRAM_CAP,
-) -> tuple[Pruned, tuple[Fit, ...]]:
-    """The cut model with every linear node behind the cut refitted, front to back, and how each fit went."""
+) -> Pruned:
+    """The cut model with every linear node behind the cut refitted, front to back."""
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
@@ -136,7 +123,7 @@ def least_squares(
         notes += [note] if note else []
         if progress:
             progress("refit", i + 1, len(places))
-    return Pruned(raw, proto, tuple(notes)), tuple(fits)
+    return Pruned(raw, proto, tuple(notes), tuple(fits))
 
 
 def _places(model: Model, coupling: Coupling, units: Bools) -> list[Site]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import SettingsError
 from .records import Budget
 
 
 class Settings(BaseModel):
-    """What a run was asked to do. Shares are fractions to keep; ``align`` is the step of widths."""
+    """What a run was asked to do.
+
+    Shares are fractions to keep; ``max_drop`` is in points; ``align`` is the step of widths in channels; ``floor`` the
+    least share of any group; ``time_limit`` (seconds) bounds every solver call.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -19,11 +23,18 @@ class Settings(BaseModel):
     params: float | None = Field(None, gt=0, le=1)
     size: float | None = Field(None, gt=0, le=1)
     threshold: float | None = Field(None, ge=0, allow_inf_nan=False)
-    importance: str = "activation"
-    allocate: Literal["uniform", "global"] = "uniform"
-    refit: Literal["none", "bias"] = "bias"
-    align: int = Field(1, ge=1)
+    latency: float | None = Field(None, gt=0, le=1)
+    max_drop: float | None = Field(None, ge=0, lt=100)
+    importance: str = "obs"
+    allocate: Literal["mip", "global", "uniform"] = "mip"
+    refit: Literal["least-squares", "bias", "none"] = "least-squares"
+    align: int | Literal["auto"] = "auto"
+    floor: float = Field(0.0, ge=0, le=1)
     exclude: tuple[str, ...] = ()
+    solver: Literal["auto", "gurobi", "highs"] = "auto"
+    time_limit: float = Field(60.0, gt=0, allow_inf_nan=False)
+    workers: int | None = Field(None, ge=1)
+    force: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, ge=1)
@@ -42,4 +53,10 @@ class Settings(BaseModel):
     @property
     def budget(self) -> Budget:
         """The part of the settings that says how much to keep."""
-        return Budget(self.macs, self.params, self.size, self.threshold)
+        return Budget(self.macs, self.params, self.size, self.threshold, self.latency, self.max_drop)
+
+    @model_validator(mode="after")
+    def _positive_step(self) -> Settings:
+        if isinstance(self.align, int) and self.align < 1:
+            raise ValueError("--align must be auto or at least 1")
+        return self

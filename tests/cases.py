@@ -163,15 +163,15 @@ case(
 case(
     "matmul-broadcast-stack",
     "MatMul",
-    """(float[N,4,5] x) => (float[] y) <float[6,5,7] w1, float[6,7,3] w2> {
+    """(float[N,4,5] x) => (float[] y) <float[6,5,7] w1, float[6,7,3] w2, int64[1] one = {1}> {
         u = Unsqueeze(x, one)
         m = MatMul(u, w1)
         h = Relu(m)
         o = MatMul(h, w2)
         y = ReduceSum<keepdims = 0>(o, one)
-    }""".replace("float[6,7,3] w2", "float[6,7,3] w2, int64[1] one = {1}"),
-    # Seven inner channels, and the six stacked matrices, which the sum at the end consumes.
-    units=7 + 6,
+    }""",
+    # The stack of six matrices comes from a broadcast axis, which is not tracked.
+    units=7,
 )
 case(
     "conv-1d",
@@ -317,7 +317,7 @@ case(
 
 # --------------------------------------------------------------------------------------------------- normalisation
 
-_IMAGE = """(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w1, float[4,8,1,1] w2{constants}> {{
+_IMAGE = """(float[N,3,6,6] x) => (float[{out}] y) <float[8,3,3,3] w1, float[4,8,1,1] w2{constants}> {{
     h = Conv<pads = [1, 1, 1, 1]>(x, w1)
     {body}
     y = Conv(r, w2)
@@ -325,10 +325,17 @@ _IMAGE = """(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w1, float[4,8,1,1]
 
 
 def image(
-    name: str, ops: str, body: str, units: int = 8, constants: str = "", pinned: str = "", opset: int = 17
+    name: str,
+    ops: str,
+    body: str,
+    units: int = 8,
+    constants: str = "",
+    pinned: str = "",
+    opset: int = 17,
+    out: str = "",
 ) -> None:
     """Convolution to 8 channels ``h``, the operator giving ``r``, convolution of ``r`` to 4 channels."""
-    text = _IMAGE.format(constants=", " + constants if constants else "", body=body)
+    text = _IMAGE.format(constants=", " + constants if constants else "", body=body, out=out)
     case(name, ops, text, units, (pinned,) if pinned else (), opset)
 
 
@@ -359,6 +366,7 @@ image(
     constants="float[8] gain, float[8] b",
     pinned="normalises over this axis",
     opset=21,
+    out="N,4,6,6",
 )
 image(
     "mean-variance-normalization",
@@ -366,6 +374,24 @@ image(
     "r = MeanVarianceNormalization<axes = [0, 2, 3]>(h)",
     units=0,
     pinned="normalises over this axis",
+    out="N,4,6,6",
+)
+for _size in (3, 21):
+    # The sum over neighbours is exact because zeros are put back where channels went.
+    image(f"lrn-{_size}", "LRN", f"r = LRN<size = {_size}, alpha = 0.7, beta = 0.8, bias = 1.5>(h)")
+case(
+    "lrn-twice",
+    "LRN",
+    """(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w1, float[6,8,1,1] w2, float[4,6,1,1] w3> {
+        c = Conv(x, w1)
+        h = Relu(c)
+        n = LRN<size = 5, alpha = 2.0>(h)
+        d = Conv(n, w2)
+        m = LRN<size = 3, alpha = 2.0>(d)
+        o = LRN<size = 3, alpha = 2.0>(m)
+        y = Conv(o, w3)
+    }""",
+    units=8 + 6,
 )
 
 _TOKENS = """(float[N,4,5] x) => (float[] y) <float[5,6] w1, float[6,7] w2, float[7,3] w3{constants}> {{
@@ -515,7 +541,7 @@ dense("is-nan", "IsNaN", "l = Log(h)  n = IsNaN(l)  r = Cast<to = 1>(n)")
 dense("is-inf", "IsInf", "c = Relu(h)  d = Reciprocal(c)  n = IsInf(d)  r = Cast<to = 1>(n)")
 dense("clip", "Clip", "r = Clip(h, low, high)", constants="float low = {-0.4}, float high = {0.6}")
 dense("clip-above", "Clip", "r = Clip(h, , high)", constants="float high = {0.2}")
-dense("clip-opset-6", "Clip", "r = Clip<min = -0.4, max = 0.6>(h)", opset=6)
+dense("clip-opset-10", "Clip", "r = Clip<min = -0.4, max = 0.6>(h)", opset=10)
 dense(
     "bitwise-not",
     "BitwiseNot",
@@ -596,7 +622,6 @@ for _name, _body, _constants, _opset in (
     ("flatten", "r = Flatten(h)", "", 17),
     ("reshape", "r = Reshape(h, to)", ", int64[2] to = {0, -1}", 17),
     ("reshape-literal", "r = Reshape(h, to)", ", int64[2] to = {-1, 128}", 17),
-    ("reshape-opset-4", "r = Reshape<shape = [0, -1]>(h)", "", 4),
     (
         "reshape-in-steps",
         "a = Reshape(h, first)  r = Reshape(a, second)",
@@ -605,7 +630,8 @@ for _name, _body, _constants, _opset in (
     ),
     ("flatten-channels-last", "t = Transpose<perm = [0, 2, 3, 1]>(h)  r = Flatten<axis = 1>(t)", "", 17),
 ):
-    case(_name, _body.split("= ")[-1].split("(")[0].split("<")[0], _FLAT.format(body=_body, constants=_constants), 8,
+    _op = "Flatten" if _name.startswith("flatten") else "Reshape"
+    case(_name, _op, _FLAT.format(body=_body, constants=_constants), 8,
          opset=_opset)  # fmt: skip
 case(
     "shape-driven-reshape",
@@ -636,6 +662,76 @@ case(
     # The second input has the shape of the flattened features.
     bindings={"N": 1, "A": 1, "B": 128},
 )
+for _op, _call, _inputs in (
+    ("Slice", "Slice(d, from, to)", "int64[4] from, int64[4] to"),
+    ("Pad", "Pad(d, pads)", "int64[8] pads"),
+    ("Resize", 'Resize<mode = "nearest">(d, , , size)', "int64[4] size"),
+    ("Expand", "Expand(d, ones)", "int64[4] ones"),
+    ("Tile", "Tile(d, ones)", "int64[4] ones"),
+    ("Split", "s, t = Split<axis = 2>(d, parts)", "int64[2] parts"),
+):
+    case(
+        f"{_op.lower()}-at-run-time",
+        _op,
+        f"""(float[N,3,10,6] x, {_inputs}) => (float[N,4,A,B] y)
+        <float[8,3,3,3] w1, float[8,8,1,1] w2, float[4,8,1,1] w3> {{
+            c = Conv(x, w1)
+            h = Relu(c)
+            d = Conv(h, w2)
+            {_call if _op == "Split" else f"s = {_call}"}
+            y = Conv(s, w3)
+        }}""",
+        units=8,
+        pinned="output of unknown shape",
+        bindings={"N": 1},
+    )
+# Sizes computed from shapes: inference may know the shape although the operand is no constant.
+_SIZED = """(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w1, float[8,8,1,1] w2, float[8,3,3,3] w4{constants},
+float[4,8,1,1] w3> {{
+    c = Conv(x, w1)
+    h = Relu(c)
+    d = Conv(h, w2)
+    o = Conv(x, w4)
+    {body}
+    y = Conv(r, w3)
+}}"""
+for _name, _op, _body, _constants, _units, _why in (
+    (
+        "resize-to-a-computed-size",
+        "Resize",
+        's = Shape(o)  t = Mul(s, twice)  r = Resize<mode = "nearest">(d, , , t)',
+        ", int64[4] twice = {1, 1, 2, 2}",
+        8,
+        "takes its sizes from a computation",
+    ),
+    (
+        "expand-to-a-computed-shape",
+        "Expand",
+        "g = GlobalMaxPool(d)  s = Shape(o)  r = Expand(g, s)",
+        "",
+        8,
+        "takes its shape from a computation",
+    ),
+    (
+        "slice-to-a-computed-end",
+        "Slice",
+        "s = Shape(o)  l = Gather(s, last)  r = Slice(d, from, l, last)",
+        ", int64[1] last = {3}, int64[1] from = {1}",
+        # Only the width of o is read: its channels may go.
+        8 + 8,
+        "output of unknown shape",
+    ),
+    (
+        "reshape-to-a-computed-size",
+        "Reshape",
+        "s = Shape(o)  r = Reshape(d, s)",
+        "",
+        # The target is provably a constant, and then nobody needs o.
+        8 + 8,
+        "graph output",
+    ),
+):
+    case(_name, _op, _SIZED.format(body=_body, constants=_constants), _units, _why, bindings={"N": 1})
 case(
     "squeeze",
     "Squeeze",
@@ -1151,6 +1247,105 @@ case(
     }""",
     # A recurrent weight: rows and columns name the same channels.
     units=8,
+)
+case(
+    "shared-constant-ties-layers",
+    "Mul",
+    """(float[N,3,6,6] x) => (float[] y)
+    <float[8,3,3,3] w1, float[8,8,3,3] w2, float[1,8,1,1] g, float[4,8,1,1] w3> {
+        c = Conv(x, w1)
+        a = Mul(c, g)
+        h = Relu(a)
+        d = Conv(h, w2)
+        b = Mul(d, g)
+        r = Relu(b)
+        y = Conv(r, w3)
+    }""",
+    # One constant scales both layers.
+    units=8,
+)
+case(
+    "tied-embedding",
+    "Gather Gemm",
+    """(int64[N] ids) => (float[] y) <float[5,8] table, float[8,6] w1, float[6,8] w2> {
+        e = Gather(table, ids)
+        a = MatMul(e, w1)
+        r = Relu(a)
+        b = MatMul(r, w2)
+        s = Add(e, b)
+        y = Gemm<transB = 1>(s, table)
+    }""",
+    units=8 + 6,
+)
+case(
+    "tokens-through-gemm",
+    "Reshape Gemm",
+    """(float[N,5,6] x) => (float[] y)
+    <float[6,8] w1, int64[2] flat = {-1, 8}, float[7,8] w2, float[7] b2, int64[3] back = {-1, 5, 7}, float[7,4] w3> {
+        e = MatMul(x, w1)
+        h = Relu(e)
+        f = Reshape(h, flat)
+        g = Gemm<transB = 1>(f, w2, b2)
+        r = Relu(g)
+        u = Reshape(r, back)
+        y = MatMul(u, w3)
+    }""",
+    units=8 + 7,
+)
+case(
+    "dense-block",
+    "Concat BatchNormalization",
+    """(float[N,3,6,6] x) => (float[] y)
+    <float[4,3,3,3] w1, float[4] gain1, float[4] b1, float[4] m1, float[4] var1, float[3,4,3,3] w2,
+     float[7] gain2, float[7] b2, float[7] m2, float[7] var2, float[3,7,3,3] w3, float[4,10,1,1] w4> {
+        a = Conv(x, w1)
+        n1 = BatchNormalization(a, gain1, b1, m1, var1)
+        r1 = Relu(n1)
+        b = Conv<pads = [1, 1, 1, 1]>(r1, w2)
+        c = Concat<axis = 1>(a, b)
+        n2 = BatchNormalization(c, gain2, b2, m2, var2)
+        r2 = Relu(n2)
+        d = Conv<pads = [1, 1, 1, 1]>(r2, w3)
+        e = Concat<axis = -3>(c, d)
+        y = Conv(e, w4)
+    }""",
+    units=4 + 3 + 3,
+)
+case(
+    "grouped-with-residual",
+    "Conv Add",
+    """(float[N,3,6,6] x) => (float[] y) <float[8,3,1,1] w1, float[8,4,3,3] w2, float[4,8,1,1] w3> {
+        h = Conv(x, w1)
+        g = Conv<group = 2, pads = [1, 1, 1, 1]>(h, w2)
+        s = Add(h, g)
+        y = Conv(s, w3)
+    }""",
+    units=4,
+)
+case(
+    "grouped-bias-from-outside",
+    "Conv",
+    """(float[N,3,6,6] x, float[8] c) => (float[] y) <float[8,3,1,1] w1, float[8,4,3,3] w2, float[4,8,1,1] w3> {
+        h = Conv(x, w1)
+        g = Conv<group = 2>(h, w2, c)
+        y = Conv(g, w3)
+    }""",
+    units=0,
+    pinned="untracked bias",
+)
+case(
+    "layer-norm-statistics-used",
+    "LayerNormalization",
+    """(float[N,4,5] x) => (float[] y, float[] z)
+    <float[5,6] w1, float[4,7] w2, float[4] gain> {
+        a = MatMul(x, w1)
+        t = Transpose<perm = [0, 2, 1]>(a)
+        n, mean = LayerNormalization(t, gain)
+        y = MatMul(n, w2)
+        z = Mul(mean, mean)
+    }""",
+    units=0,
+    pinned="extra output",
 )
 case(
     "weight-read-by-an-unknown-operator",

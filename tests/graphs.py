@@ -71,14 +71,23 @@ def load(proto: ModelProto, folder: Path, bindings: Mapping[str, int] | None = N
 
 
 def feed(model: Model, seed: int, batch: int | None = None) -> dict[str, Array]:
-    """Random inputs; where the leading dimension is symbolic it is ``batch`` long. Integers are small indices."""
+    """Random inputs; where the leading dimension is symbolic it is ``batch`` long. Integers are small indices.
+
+    Inputs that carry sizes hold what their names say for an image of 8 channels and 4 x 4 pixels.
+    """
+    sizes = {
+        "from": [0, 0, 0, 1], "to": [1, 8, 3, 4], "pads": [0, 0, 1, 0, 0, 0, 0, 2], "size": [1, 8, 6, 5],
+        "ones": [1, 1, 1, 1], "parts": [5, 3],
+    }  # fmt: skip
     rng = np.random.default_rng([seed, 7])
     made: dict[str, Array] = {}
     for port in model.inputs:
         shape = list(model.shapes[port.name])
         if batch is not None and shape and not isinstance(port.dims[0], int):
             shape[0] = batch
-        if port.dtype.kind == "b":
+        if port.name in sizes:
+            made[port.name] = np.asarray(sizes[port.name], np.int64)
+        elif port.dtype.kind == "b":
             made[port.name] = rng.integers(0, 2, shape).astype(bool)
         elif port.dtype.kind in "iu":
             made[port.name] = rng.integers(0, 5, shape).astype(port.dtype)

@@ -53,7 +53,7 @@ def knapsack(items: int, rows: int = 1, seed: int = 0, room: float = 0.5) -> Pro
     """Multi-dimensional knapsack: many rows make it hard, one makes it easy."""
     rng = np.random.default_rng(seed)
     weight = rng.integers(5, 100, (rows, items)).astype(float)
-    value = weight.mean(axis=0) + rng.integers(1, 30, items)
+    value = weight.sum(axis=0) / max(rows, 1) + rng.integers(1, 30, items)
     builder = Builder()
     take = builder.variables(items, 0, 1, objective=-value, integer=True)
     builder.rows(rows, (np.arange(rows)[:, None], take, weight), upper=np.floor(room * weight.sum(axis=1)))
@@ -287,7 +287,8 @@ def test_interrupt_ends_a_solve(solver: str) -> None:
         time.sleep(1.5)
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=30)
-    assert (process.returncode, out) == (0, "interrupted\n")
+    assert process.returncode == 0
+    assert out.endswith("interrupted\n")  # Gurobi adds a line of its own before
 
 
 # ------------------------------------------------------------------------------------------------------ cuts

@@ -19,8 +19,8 @@ from ..records import Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
 from . import activation
 
-ONE_BY_ONE = 64
-"""Groups up to this many units lose one unit a step; above it a step takes 1/64 of what is left."""
+ONE_BY_ONE = 32
+"""Groups up to this many units lose one unit a step; above it a step takes 1/32 of what is left."""
 
 
 def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
@@ -46,14 +46,15 @@ def eliminate(found: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
     curve: list[Floats] = []
     error = 0.0
     while (left := int(alive.sum())) > 0:
-        loss = np.zeros(count)
+        here = np.flatnonzero(alive)
+        loss = np.zeros(left)
         for state in states:
-            loss += state.losses()
-        loss[~alive] = np.inf
-        step = 1 if left <= ONE_BY_ONE else left // ONE_BY_ONE
-        chosen = np.argsort(loss, kind="stable")[:step]
+            loss += state.losses(here)
+        step = max(1, left // ONE_BY_ONE)
+        first = np.argsort(loss, kind="stable")[:step]
+        chosen = here[first]
         order.append(chosen)
-        curve.append(error + np.cumsum(np.maximum(loss[chosen], 0)))
+        curve.append(error + np.cumsum(np.maximum(loss[first], 0)))
         error = float(curve[-1][-1])
         alive[chosen] = False
         if step < left:
@@ -64,30 +65,35 @@ def eliminate(found: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
 
 
 class _State:
-    """One consumer while its inputs are taken away."""
+    """One consumer while its inputs are taken away. Columns already gone are dropped once they are a quarter."""
 
     def __init__(self, problem: Problem) -> None:
         self.scale = problem.scale
-        self.columns = problem.columns
+        self.columns = problem.columns.copy()
         self.weight = problem.weight.copy()
+        self.present = np.ones(len(problem.gram), bool)
         identity = np.eye(len(problem.gram))
         self.inverse = np.asarray(cho_solve(cho_factor(problem.gram, check_finite=False), identity))
 
-    def losses(self) -> Floats:
-        """Loss of removing each unit now (count,); meaningless for units already gone."""
-        blocks = self.inverse[self.columns[:, :, None], self.columns[:, None, :]]
-        weights = self.weight[:, self.columns].transpose(1, 0, 2)  # (units, outputs, k)
+    def losses(self, units: Ints) -> Floats:
+        """Loss of removing each of ``units`` now."""
+        columns = self.columns[units]
+        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+        weights = self.weight[:, columns].transpose(1, 0, 2)  # (units, outputs, k)
         energy = weights.transpose(0, 2, 1) @ weights
         return np.asarray(np.einsum("ukl,ulk->u", np.linalg.inv(blocks), energy)) / self.scale
 
     def remove(self, units: Ints) -> None:
-        """Take units away: repair the weights, downdate the inverse, leave a harmless identity in their place."""
+        """Take units away: repair the weights of the rest and downdate the inverse."""
         gone = self.columns[units].reshape(-1)
         rows = self.inverse[gone]
         part = np.linalg.solve(rows[:, gone], rows)
         self.weight -= self.weight[:, gone] @ part
         self.inverse -= rows.T @ part
-        self.weight[:, gone] = 0
-        self.inverse[gone] = 0
-        self.inverse[:, gone] = 0
-        self.inverse[gone, gone] = 1
+        self.present[gone] = False
+        if self.present.mean() < 0.75:
+            place = np.cumsum(self.present) - 1
+            self.columns = place[self.columns]  # of units still there; others point anywhere and are not asked for
+            self.inverse = self.inverse[np.ix_(self.present, self.present)]
+            self.weight = self.weight[:, self.present]
+            self.present = np.ones(len(self.inverse), bool)

@@ -11,6 +11,10 @@ polynomials in few *directions* (``sum_g held_g w_g`` with coprime ``held``), so
   (Adams and Sherali 1986, "A tight linearization and an algorithm for zero-one quadratic programming problems");
 - a product of two directions is the one with more groups as E, times the binaries of the other; a product of three or
   more takes the outcome as the next E.
+
+``ordered`` then writes the program in thresholds, ``t_l = x_l + x_(l+1) + ...`` (is the width at least that of level
+l?). The linear relaxation stays the same, but a branch on a threshold halves a ladder where one on a level cuts off a
+rung: HiGHS solves programs of DenseNet-121's size two to seven times faster so.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array, vstack
 
 from ..records import Floats, Ints
-from .program import Builder
+from .program import Builder, Program, Rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +137,56 @@ def linearise(
     varies = expression >= 0
     matrix = csr_array(polynomials.coefficients[:, varies] @ table.matrix(builder.n_variables)[expression[varies]])
     return matrix, np.asarray(polynomials.coefficients[:, ~varies].sum(axis=1), np.float64).reshape(-1)
+
+
+def ordered(program: Program, levels: Levels) -> Program:
+    """The program with its first variables, the levels' binaries, written as thresholds.
+
+    The narrowest level of a group has none: its threshold is 1. So a group's thresholds add up to the index of its
+    level, and there need not be rows that make it take one. Thresholds come first, then the other variables; the rows
+    keep their indices, and the order of thresholds is appended.
+    """
+    count, n = len(levels.group), program.n_variables
+    narrowest = np.zeros(count, bool)
+    narrowest[levels.first[:-1]] = True
+    rung = np.flatnonzero(~narrowest)
+    m = len(rung) + n - count
+    one = np.arange(m)
+    # x_l = t_l - t_(l+1), the other variables are themselves
+    change = csr_array(
+        coo_array(
+            (
+                np.concatenate([np.ones(m), -np.ones(len(rung))]),
+                (np.concatenate([rung, np.arange(count, n), rung - 1]), np.concatenate([one, one[: len(rung)]])),
+            ),
+            shape=(n, m),
+        )
+    )
+    fixed = np.zeros(n)
+    fixed[:count][narrowest] = 1.0
+    later = np.flatnonzero(~narrowest[rung - 1])
+    order = np.tile(np.arange(len(later)), 2)
+    steps = coo_array(
+        (np.repeat([1.0, -1.0], len(later)), (order, np.concatenate([later, later - 1]))), shape=(len(later), m)
+    )
+    start = program.start
+    if start is not None:
+        after = levels.group[-1:] - levels.group  # every later group's levels add up to 1
+        start = np.concatenate([(np.cumsum(start[:count][::-1])[::-1] - after)[rung], start[count:]])
+    matrix = csr_array(program.matrix @ change)
+    matrix.eliminate_zeros()
+    shift = program.matrix @ fixed
+    return Program(
+        objective=np.asarray(program.objective @ change),
+        lower=np.concatenate([np.zeros(len(rung)), program.lower[count:]]),
+        upper=np.concatenate([np.ones(len(rung)), program.upper[count:]]),
+        integer=np.concatenate([np.ones(len(rung), bool), program.integer[count:]]),
+        matrix=matrix,
+        row_lower=program.row_lower - shift,
+        row_upper=program.row_upper - shift,
+        offset=program.offset + float(program.objective @ fixed),
+        start=start,
+    ).with_rows(Rows(csr_array(steps), np.full(len(later), -np.inf), np.zeros(len(later))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,15 +120,27 @@ def _run(highs: Any) -> None:
     takes any. It also leaves this one free to hear Ctrl-C, which ends the solve and is raised on.
     """
     highs.HandleUserInterrupt = True
-    worker = threading.Thread(target=highs.run, daemon=True)
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            highs.run()
+        finally:
+            done.set()
+
+    worker = threading.Thread(target=work, daemon=True)
     worker.start()
     try:
-        while worker.is_alive():
-            worker.join(0.2)  # without a time, Windows would not hear Ctrl-C
+        # Not join: interrupted there, Python before 3.13 takes a running thread for ended. Not without a time: Windows
+        # would not hear Ctrl-C.
+        while not done.wait(0.2):
+            pass
     except KeyboardInterrupt:
         highs.cancelSolve()
-        worker.join(5)
+        done.wait(5)
         raise
+    finally:
+        worker.join(5)
 
 
 def _highspy() -> Any:

@@ -1,0 +1,225 @@
+"""From what was learnt about a model to one pruned model that meets its budget, as often as the budget needs.
+
+Statistics, scores and sensitivities are made once (``Prepared``). Counted budgets need one attempt; a measured latency
+is reached by correcting the additive model with measurements; ``max_drop`` by a bisection over the share of MACs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from . import cost, plan, refit, rewrite, verify
+from . import model as models
+from .budget import Ladder, LinearisedLimit
+from .calibrate import Progress
+from .data import Samples
+from .errors import BudgetNotMet
+from .latency import compare_latency
+from .profiling import Table, profile
+from .records import Cost, Coupling, Floats, Ints, Model, Plan, Pruned, Scores, Statistics, Verification
+from .runtime import Session
+from .sensitivity import Sensitivity
+from .settings import Settings
+
+RUNGS = 16
+"""Most widths per group that the budget program chooses from; losses between measured widths are interpolated."""
+LATENCY_TRIES = 6
+LATENCY_SLACK = 0.05
+DROP_TRIES = 7
+DROP_RESOLUTION = 0.02
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that does not depend on the budget."""
+
+    model: Model
+    coupling: Coupling
+    ledger: cost.Ledger
+    before: Cost
+    samples: Samples
+    held: Samples | None
+    statistics: Statistics | None
+    scores: Scores
+    steps: Ints
+    ladder: Ladder | None
+    device: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One plan, carried out."""
+
+    plan: Plan
+    pruned: Pruned
+    after: Cost
+
+
+def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: float) -> Ladder:
+    """Widths each group may take (multiples of its step, at most RUNGS of them) with interpolated losses."""
+    widths, losses = [], []
+    for group, found, s in zip(coupling.groups, sensitivities, step.tolist(), strict=True):
+        full = len(group.units)
+        least = min(full, max(s, -(-int(np.ceil(floor * full)) // s) * s))
+        every = np.unique(np.append(np.arange(least, full + 1, s), full))
+        if len(every) > RUNGS:
+            every = np.unique(every[np.round(np.linspace(0, len(every) - 1, RUNGS)).astype(int)])
+        widths.append(every.astype(np.int64))
+        losses.append(interpolate(found, every))
+    return Ladder(tuple(widths), tuple(losses))
+
+
+def interpolate(found: Sensitivity, widths: Ints) -> Floats:
+    """Losses at other widths: monotone cubic through the measured ones (never below zero, never rising with width)."""
+    if len(found.widths) == 1:
+        return np.zeros(len(widths))
+    return np.maximum(np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0)
+
+
+def attempt(ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...], progress: Progress | None) -> Attempt:
+    """Allocate, cut and refit once."""
+    chosen = allocate(ready, limit, extra)
+    return carry_out(ready, chosen, progress)
+
+
+def allocate(ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
+    """The plan under absolute limits."""
+    return plan.allocate(
+        ready.model, ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra
+    )
+
+
+def carry_out(ready: Prepared, chosen: Plan, progress: Progress | None = None) -> Attempt:
+    """Cut and refit as the settings say."""
+    raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
+    pruned = Pruned(raw, raw)
+    if chosen.keep.all():
+        pass
+    elif ready.settings.refit == "bias" and ready.statistics is not None:
+        pruned = refit.fold_means(ready.model, ready.coupling, chosen.keep, ready.statistics, raw)
+    elif ready.settings.refit == "least-squares":
+        s = ready.settings
+        pruned = refit.least_squares(
+            ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device, s.batch_size, s.seed, progress
+        )
+    after = cost.count(models.from_proto(pruned.proto, ready.model.bindings))
+    return Attempt(chosen, pruned, after)
+
+
+def search(ready: Prepared, progress: Progress | None = None) -> Attempt:
+    """The attempt that meets the budget. Raises BudgetNotMet, saying what binds, where there is none."""
+    settings, budget = ready.settings, ready.settings.budget
+    reserve = refit.new_biases(ready.model) if settings.refit != "none" else 0
+    limit = plan.limits(budget, ready.before, reserve)
+    extra: tuple[LinearisedLimit, ...] = ()
+    if budget.latency is not None:
+        extra = (_latency(ready, limit, budget.latency, progress),)
+    if budget.max_drop is not None:
+        return _smallest(ready, limit, extra, budget.max_drop, progress)
+    found = attempt(ready, limit, extra, progress)
+    for _ in range(3):
+        # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
+        over = found.after.bytes - (budget.size or 1.0) * ready.before.bytes
+        if budget.size is None or limit.bytes is None or over <= 0:
+            break
+        limit = replace(limit, bytes=limit.bytes - over)
+        found = attempt(ready, limit, extra, progress)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- latency
+
+
+def _latency(ready: Prepared, limit: plan.Limits, share: float, progress: Progress | None) -> LinearisedLimit:
+    """The latency row under which the measured latency of the cut model keeps ``share`` of the original's."""
+    assert ready.ladder is not None
+    table = profile(
+        ready.model, ready.coupling, ready.ladder.widths, ready.samples, ready.device, seed=ready.settings.seed
+    )
+    whole = table.seconds(ready.ledger.lengths(cost.full_widths(ready.coupling)))
+    target = share
+    best: LinearisedLimit | None = None
+    for i in range(LATENCY_TRIES):
+        row = LinearisedLimit("latency", table.products, table.constant, target * whole)
+        chosen = allocate(ready, limit, (row,))
+        measured = latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep))
+        if progress:
+            progress("latency", i + 1, LATENCY_TRIES)
+        if measured <= share:
+            best = row
+            if measured >= share * (1 - LATENCY_SLACK):
+                break
+        # The additive model is off by measured / target: aim where the measurement would land just below the share.
+        target *= (share * (1 - LATENCY_SLACK / 2)) / measured
+    if best is None:
+        raise BudgetNotMet(
+            f"the --latency budget cannot be met: the narrowest plan found still takes {measured:.2f} of the original's "
+            f"time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
+        )
+    return best
+
+
+def latency_ratio(ready: Prepared, proto: object, seconds: float = 2.0) -> float:
+    """Measured latency of a model over the original's, one sample at a time, medians of interleaved rounds."""
+    ratio = compare_latency(ready.model.proto, proto, ready.samples, ready.device, seconds=seconds)  # type: ignore[arg-type]
+    return ratio.median
+
+
+# ---------------------------------------------------------------------------------------------------- accuracy drop
+
+
+def _smallest(
+    ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...], points: float, progress: Progress | None
+) -> Attempt:
+    """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
+    if ready.held is None:
+        raise BudgetNotMet("--max-drop needs data to measure the drop on; give --data with enough samples, or --eval-data.")
+    original = Session(ready.model.proto, ready.device)
+    best: Attempt | None = None
+    low, high = 0.0, min(1.0, (limit.macs or ready.before.macs) / ready.before.macs)
+    share = high if high < 1 else 0.5
+    for i in range(DROP_TRIES):
+        try:
+            found = attempt(ready, replace(limit, macs=share * ready.before.macs), extra, None)
+            lost = _drop(ready, original, found)
+        except BudgetNotMet:
+            lost = np.inf
+        if progress:
+            progress("max-drop", i + 1, DROP_TRIES)
+        if lost <= points:
+            best, high = found, found.after.macs / ready.before.macs
+        else:
+            low = share
+        if high - low < DROP_RESOLUTION:
+            break
+        share = (low + high) / 2
+    if best is None:
+        whole = attempt(ready, limit, extra, None)
+        if _drop(ready, original, whole) > points:
+            raise BudgetNotMet(
+                f"no plan within the other budgets loses at most {points} points on {ready.held.source}; "
+                "ask for a larger drop or a larger budget."
+            )
+        best = whole
+    return best
+
+
+def _drop(ready: Prepared, original: Session, found: Attempt) -> float:
+    assert ready.held is not None
+    after = Session(found.pruned.proto, ready.device)
+    return drop(verify.compare(ready.model, original, after, ready.held, ready.settings.batch_size))
+
+
+def drop(found: Verification) -> float:
+    """Points of accuracy lost; without labels points of agreement short of 100; else of relative output error."""
+    if found.accuracy_before is not None and found.accuracy_after is not None:
+        return 100 * (found.accuracy_before - found.accuracy_after)
+    if found.agreement is not None:
+        return 100 * (1 - found.agreement)
+    return 100 * (found.output_relative_error or 0.0)
+
+
