@@ -33,7 +33,6 @@ BINDING = 0.995
 """A limit binds where this share of it is used."""
 ROUNDING = 1e-9
 """Relative error allowed in sums of measured (not counted) costs."""
-
 ATTEMPTS = 5
 """Solves, each with limits narrowed by what the last one's tolerance let through."""
 
@@ -80,6 +79,10 @@ class LinearisedLimit:
     products: Products
     constant: float
     limit: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.constant) and math.isfinite(self.limit)):
+            raise ValueError(f"the limit '{self.name}' is {self.limit} with the constant {self.constant}, not finite.")
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ def choose(
 class _Budget:
     """Levels, losses and limits. A level vector (groups,) counts from 0, the narrowest.
 
-    ``costs`` are the limited costs, ``bound`` their limits less their constants, ``scale`` what turns a use into a
-    share; the first ``counted`` of them are whole numbers.
+    ``costs`` plus ``constant`` must not exceed ``bound``; the first ``counted`` of them are whole numbers. ``sums`` are
+    the same costs as products of axis lengths, for exact counting.
     """
 
     names: tuple[str, ...]

@@ -45,10 +45,51 @@ def prune(
     ``source`` is calibration data (see ``data``), ``output`` the file to write (None: nothing is written). Raises
     OamipError: exit code 2 for bad input, 1 for a budget or gate that was not met; then no file is written.
     """
-    clock = _Clock()
+    clock = Clock()
+    _check(settings, source)
+    target = None if output is None else check_output(path, output, (source, eval_data))
+    ready = prepare(path, source, settings, eval_data, progress, clock)
+    with clock("plan and refit"):
+        result = search.search(ready, progress)
+    with clock("verify"):
+        _meets(settings.budget, ready.before, result.after)
+        verification = _prove(ready, result, progress)
+    after = result.after
+    sha256 = None
+    if target is not None:
+        with clock("write"):
+            sha256, size = write(result.pruned.proto, target)
+            after = replace(after, bytes=size)
+    return Report(
+        model=ready.model,
+        output=None if target is None else str(target),
+        output_sha256=sha256,
+        before=ready.before,
+        after=after,
+        budget=settings.budget,
+        coupling=ready.coupling,
+        scores=ready.scores,
+        plan=result.plan,
+        verification=verification,
+        timings=clock.seconds,
+        settings={**settings.model_dump(mode="json"), "device": ready.device, "steps": sorted(set(ready.steps.tolist()))},
+        notes=(*result.plan.notes, *result.pruned.notes),
+        fits=result.pruned.fits,
+    )
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    source: Source | None,
+    settings: Settings,
+    eval_data: Source | None = None,
+    progress: calibrate.Progress | None = None,
+    clock: Clock | None = None,
+) -> Prepared:
+    """Everything up to the plan: what does not depend on the budget and can serve many of them."""
+    clock = clock or Clock()
     method = _check(settings, source)
     device = resolve_device(settings.device)
-    target = None if output is None else check_output(path, output, (source, eval_data))
     with clock("load"):
         model = models.load(path)
         samples, held = _samples(model, source, eval_data, settings.seed)
@@ -74,35 +115,8 @@ def prune(
                 model, coupling, statistics.grams, _order(scores, coupling), feeds, device, settings.workers, progress
             )
             ladder = search.rungs(coupling, found, steps, settings.floor)
-    ready = Prepared(
+    return Prepared(
         model, coupling, ledger, before, samples, held, statistics, scores, steps, ladder, device, settings
-    )
-    with clock("plan and refit"):
-        result = search.search(ready, progress)
-    with clock("verify"):
-        _meets(settings.budget, before, result.after)
-        verification = _prove(ready, result, progress)
-    after = result.after
-    sha256 = None
-    if target is not None:
-        with clock("write"):
-            sha256, size = write(result.pruned.proto, target)
-            after = replace(after, bytes=size)
-    return Report(
-        model=model,
-        output=None if target is None else str(target),
-        output_sha256=sha256,
-        before=before,
-        after=after,
-        budget=settings.budget,
-        coupling=coupling,
-        scores=scores,
-        plan=result.plan,
-        verification=verification,
-        timings=clock.seconds,
-        settings={**settings.model_dump(mode="json"), "device": device, "steps": sorted(set(steps.tolist()))},
-        notes=(*result.plan.notes, *result.pruned.notes),
-        fits=result.pruned.fits,
     )
 
 
@@ -261,7 +275,7 @@ def _not_slower(ready: Prepared, result: Attempt) -> float:
     return found.median
 
 
-class _Clock:
+class Clock:
     """Seconds by stage."""
 
     def __init__(self) -> None:

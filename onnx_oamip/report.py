@@ -17,9 +17,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import __version__
+from .benchmark import Benchmark
 from .cost import full_widths, ledger
+from .latency import Timing
 from .ops import REGISTRY
-from .records import Cost, Coupling, Floats, Model, Port, Report, Verification
+from .records import Cost, Coupling, Fit, Floats, Model, Port, Report, Verification
+from .solvers import SolverRecord
 
 SCHEMA_VERSION = 1
 Document: TypeAlias = dict[str, Any]
@@ -39,6 +42,8 @@ def document(report: Report) -> Document:
             "params": report.budget.params,
             "size": report.budget.size,
             "threshold": report.budget.threshold,
+            "latency": report.budget.latency,
+            "max_drop": report.budget.max_drop,
         },
         "groups": [
             {
@@ -54,6 +59,7 @@ def document(report: Report) -> Document:
         "importance": report.scores.method,
         "allocation": report.plan.allocation,
         "programs": [*report.scores.programs, *report.plan.programs],
+        "fits": [_fit(fit) for fit in report.fits],
         "verification": _verification(report.verification),
         "notes": _distinct([*report.notes, *report.plan.notes]),
         "timings": report.timings,
@@ -125,6 +131,50 @@ def operators() -> Document:
     return _document(result)
 
 
+def solvers(found: Sequence[SolverRecord]) -> Document:
+    """The JSON document of ``solvers``; a null limit means any size."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "solvers": [
+            {
+                "name": solver.name,
+                "installed": solver.installed,
+                "usable": solver.usable,
+                "version": solver.version,
+                "licence": solver.licence,
+                "variables": solver.variables,
+                "rows": solver.rows,
+            }
+            for solver in found
+        ],
+        "versions": versions(),
+    }
+    return _document(result)
+
+
+def benchmark(found: Benchmark) -> Document:
+    """The JSON document of ``bench``: for every model its timings, one per batch size."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "device": found.device,
+        "threads": found.threads,
+        "batch": list(found.timings),
+        "seconds": found.seconds,
+        "data": found.source,
+        "models": [
+            {
+                "path": model.path,
+                "sha256": model.sha256,
+                "bytes": model.file_bytes,
+                "timings": [{"batch": batch, **_timing(timings[i])} for batch, timings in found.timings.items()],
+            }
+            for i, model in enumerate(found.models)
+        ],
+        "versions": versions(),
+    }
+    return _document(result)
+
+
 def dumps(value: Document) -> str:
     """Strict JSON text of a document."""
     return json.dumps(value, indent=2, allow_nan=False)
@@ -139,6 +189,8 @@ def versions() -> dict[str, str | None]:
         "numpy": _installed("numpy"),
         "python": platform.python_version(),
         "onnx_graphsurgeon": _installed("onnx-graphsurgeon"),
+        "gurobipy": _installed("gurobipy"),
+        "highspy": _installed("highspy"),
     }
 
 
@@ -202,9 +254,35 @@ def _verification(verification: Verification) -> Document:
         "agreement": verification.agreement,
         "accuracy_before": verification.accuracy_before,
         "accuracy_after": verification.accuracy_after,
+        "latency_ratio": verification.latency_ratio,
         "batches": verification.batches,
         "samples": verification.samples,
         "failures": verification.failures,
+    }
+
+
+def _fit(fit: Fit) -> Document:
+    return {
+        "node": fit.node,
+        "form": fit.form,
+        "rows": fit.rows,
+        "unknowns": fit.unknowns,
+        "ridge": fit.ridge,
+        "error_before": fit.error_before,
+        "error_after": fit.error_after,
+    }
+
+
+def _timing(timing: Timing) -> Document:
+    ratio = timing.ratio
+    return {
+        "p50_ms": timing.p50_ms,
+        "p95_ms": timing.p95_ms,
+        "mean_ms": timing.mean_ms,
+        "throughput": timing.throughput,
+        "runs": timing.runs,
+        "peak_bytes": timing.peak_bytes,
+        "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds},
     }
 
 

@@ -140,7 +140,7 @@ def _latency(ready: Prepared, limit: plan.Limits, share: float, progress: Progre
     table = profile(
         ready.model, ready.coupling, ready.ladder.widths, ready.samples, ready.device, seed=ready.settings.seed
     )
-    whole = table.seconds(ready.ledger.lengths(cost.full_widths(ready.coupling)))
+    whole = float(table.measured[0])  # the widest level; what the model fits there may be off
     target = share
     best: LinearisedLimit | None = None
     for i in range(LATENCY_TRIES):

@@ -21,10 +21,9 @@ _BAR = 12
 """Width of a bar, in characters."""
 
 
-
 def show(value: Document, console: Console) -> None:
     """Draw a document of any command on a console."""
-    draw = _prune if "groups" in value and "after" in value else _inspect if "groups" in value else _rest
+    draw = next(draw for key, draw in _DRAW.items() if key in value)
     first = True
     for part in draw(value, console):
         if not first:
@@ -36,7 +35,7 @@ def show(value: Document, console: Console) -> None:
 def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     output = value["output"]["path"] or "(not written)"
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
-    yield _costs(value["before"], value["after"], value["budget"])
+    yield _costs(value["before"], value["after"], value["budget"], value["verification"]["latency_ratio"])
     table = _table("group", ">units", ">kept", "share kept", ">scores")
     for group in value["groups"][:_ROWS]:
         table.add_row(
@@ -48,7 +47,9 @@ def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
         )
     yield from _limited(table, value["groups"], "groups")
     yield from _reasons(value["skipped"])
-    yield _checks(value["verification"])
+    yield from _programs(value["programs"])
+    yield from _fits(value["fits"])
+    yield _checks(value["verification"], value["budget"]["max_drop"])
     if value["notes"]:
         yield Text("\n".join(f"note: {note}" for note in value["notes"]))
 
@@ -72,27 +73,72 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
     yield from _reasons(value["skipped"])
 
 
-def _rest(value: Document, _: Console) -> Iterator[RenderableType]:
-    if "operators" in value:
-        kinds: dict[str, list[str]] = {"counted and refitted": [], "counted": [], "repaired": [], "followed": []}
-        for op in value["operators"]:
-            kind = "counted and refitted" if op["macs"] and op["refit"] else "counted" if op["macs"] else ""
-            kinds[kind or ("repaired" if op["repair"] else "followed")].append(_operator(op))
-        table = _table("", "operators", header=False)
-        for kind, names in kinds.items():
-            if names:
-                table.add_row(kind, _cell(", ".join(names)))
-        yield table
-        yield Text(
-            f"{len(value['operators'])} entries. Counted: their multiply-accumulates are MACs. Repaired:\n"
-            "attributes or constants follow the cut. Channels that meet any other operator\n"
-            "stay, with the reason."
-        )
-        return
+def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
     before, after = value["original"], value["pruned"]
     yield Text.assemble((before["path"], "bold"), " and ", (after["path"], "bold"))
     yield _costs(before["cost"], after["cost"])
     yield _checks(value["verification"])
+
+
+def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
+    threads = f", {_count(value['threads'], 'thread')}" if value["threads"] else ""
+    for place, batch in enumerate(value["batch"]):
+        yield Text(f"{_count(batch, 'sample')} a run on {value['device']}{threads}")
+        table = _table("model", ">p50 ms", ">p95 ms", ">samples/s", ">peak MiB", ">time, 95 %")
+        for model in value["models"]:
+            timing = model["timings"][place]
+            ratio, peak = timing["ratio"], timing["peak_bytes"]
+            table.add_row(
+                _cell(model["path"]),
+                f"{timing['p50_ms']:,.3f}",
+                f"{timing['p95_ms']:,.3f}",
+                f"{timing['throughput']:,.0f}",
+                "-" if peak is None else f"{peak / 2**20:,.1f}",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})",
+            )
+        yield table
+    yield Text(
+        "time: of the first model's, the median over rounds and its 95 % interval;\n"
+        "peak: memory that loading and running added to a fresh process."
+    )
+
+
+def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
+    kinds: dict[str, list[str]] = {"counted and refitted": [], "counted": [], "repaired": [], "followed": []}
+    for op in value["operators"]:
+        kind = "counted and refitted" if op["macs"] and op["refit"] else "counted" if op["macs"] else ""
+        kinds[kind or ("repaired" if op["repair"] else "followed")].append(_operator(op))
+    table = _table("", "operators", header=False)
+    for kind, names in kinds.items():
+        if names:
+            table.add_row(kind, _cell(", ".join(names)))
+    yield table
+    yield Text(
+        f"{len(value['operators'])} entries. Counted: their multiply-accumulates are MACs. Repaired:\n"
+        "attributes or constants follow the cut. Channels that meet any other operator\n"
+        "stay, with the reason."
+    )
+
+
+def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
+    table = _table("solver", "version", "usable", ">variables", ">rows", "licence")
+    for solver in value["solvers"]:
+        sizes = [f"{solver[k]:,}" if solver[k] else "any" if solver["usable"] else "-" for k in ("variables", "rows")]
+        usable = "yes" if solver["usable"] else "no"
+        table.add_row(solver["name"], solver["version"] or "-", usable, *sizes, _cell(solver["licence"]))
+    yield table
+    yield Text("--solver auto takes the first that is usable and whose licence allows the size.")
+
+
+_DRAW = {
+    "after": _prune,
+    "groups": _inspect,
+    "pruned": _verify,
+    "models": _bench,
+    "operators": _operators,
+    "solvers": _solvers,
+}
+"""How to draw a document, by a key that no other document before it in the list has."""
 
 
 def _operator(op: Document) -> str:
@@ -102,7 +148,9 @@ def _operator(op: Document) -> str:
     return name if op["since"] == 1 else f"{name} (opset {op['since']}+)"
 
 
-def _costs(before: Document, after: Document | None = None, budget: Document | None = None) -> Table:
+def _costs(
+    before: Document, after: Document | None = None, budget: Document | None = None, latency: float | None = None
+) -> Table:
     if after is None:
         table = _table(">MACs", ">parameters", ">bytes")
         table.add_row(*(f"{before[k]:,}" for k in ("macs", "params", "bytes")))
@@ -111,10 +159,49 @@ def _costs(before: Document, after: Document | None = None, budget: Document | N
     for key, name, wanted in (("macs", "MACs", "macs"), ("params", "parameters", "params"), ("bytes", "bytes", "size")):
         row = [name, f"{before[key]:,}", f"{after[key]:,}", _percent(after[key] / before[key] if before[key] else None)]
         table.add_row(*row, *([_percent(budget[wanted], "")] if budget else []))
+    if budget and latency is not None:
+        table.add_row("latency", "", f"{1 / latency:.2f} x faster", _percent(latency), _percent(budget["latency"], ""))
     return table
 
 
-def _checks(verification: Document) -> Table:
+def _programs(programs: Sequence[Document]) -> Iterator[RenderableType]:
+    if not programs:
+        return
+    table = _table("program", "solver", "status", ">gap", ">seconds", ">variables", ">rows", "what binds")
+    for program in programs:
+        limit = program.get("limit")
+        binding = program.get("binding")
+        table.add_row(
+            program["purpose"],
+            program["solver"],
+            _cell(f"{program['status']}, {limit} limit" if limit else program["status"]),
+            _percent(program["gap"], digits=2),
+            f"{program['seconds']:.2f}",
+            f"{program['variables']:,}",
+            f"{program['rows']:,}",
+            _cell("-" if binding is None else ", ".join(binding) or "nothing"),
+        )
+    yield table
+    reasons = dict.fromkeys((p["solver"], p["reason"]) for p in programs if p.get("reason") not in (None, "as asked"))
+    if reasons:
+        yield Text("\n".join(f"{solver} because {reason}" for solver, reason in reasons))
+
+
+def _fits(fits: Sequence[Document]) -> Iterator[RenderableType]:
+    if not fits:
+        return
+    counts: dict[str, int] = {}
+    for fit in fits:
+        counts[fit["form"]] = counts.get(fit["form"], 0) + 1
+    table = _table("refit", ">result", header=False)
+    table.add_row("nodes refitted", _cell(", ".join(f"{n:,} by {form}" for form, n in counts.items())))
+    worst = max(fits, key=lambda fit: fit["error_after"])
+    table.add_row("largest relative error left", _cell(f"{_number(worst['error_after'])} in {worst['node']}"))
+    table.add_row("there before the refit", _number(worst["error_before"]))
+    yield table
+
+
+def _checks(verification: Document, max_drop: float | None = None) -> Table:
     table = _table("check", ">result", header=False)
     if verification["masked_equivalence"] is not None:
         table.add_row("differs from the masked original by", _number(verification["masked_equivalence"]))
@@ -124,8 +211,9 @@ def _checks(verification: Document) -> Table:
     if verification["accuracy_after"] is not None:
         before = _percent(verification["accuracy_before"], digits=2)
         table.add_row("accuracy", f"{before} -> {_percent(verification['accuracy_after'], digits=2)}")
-    count = verification["samples"]
-    table.add_row("measured on", f"{count:,} sample{'' if count == 1 else 's'}" if count else "no data")
+    if max_drop is not None:
+        table.add_row("largest drop allowed", f"{max_drop:g} points")
+    table.add_row("measured on", _count(verification["samples"], "sample") if verification["samples"] else "no data")
     if verification["batches"]:
         table.add_row("ran at batch", ", ".join(str(b) for b in verification["batches"]))
     for failure in verification["failures"]:
@@ -181,6 +269,10 @@ def _bar(level: float, console: Console) -> Text:
 
 def _percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
     return missing if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: float | None) -> str:

@@ -285,7 +285,7 @@ def test_latency_is_one_more_limit(solver: str) -> None:
     full = full_widths(coupling)
     rates = np.asarray([1e-9, 5e-8, 1e-9, 2e-9])
     products = Products(rates, ledger.macs.axes)
-    line = LinearisedLimit("latency", products, 1e-6, math.inf)
+    line = LinearisedLimit("latency", products, 1e-6, 0.0)
     line = replace(line, limit=0.4 * measured(ledger, full, line))
     for seed in range(3):
         ladder = random_ladder(full, seed, levels=5)
@@ -402,6 +402,11 @@ def test_ladder_is_validated(widths: list[int], loss: list[float], message: str)
         Ladder((np.asarray(widths, np.int64),), (np.asarray(loss, np.float64),))
     with pytest.raises(ValueError, match="1 groups have widths, 0 have losses"):
         Ladder((np.ones(1, np.int64),), ())
+
+
+def test_a_limit_must_be_finite() -> None:
+    with pytest.raises(ValueError, match="the limit 'latency' is nan"):
+        LinearisedLimit("latency", net("dense")[2].macs, 0.0, math.nan)
 
 
 def test_ladder_must_fit_the_model() -> None:

@@ -11,11 +11,13 @@ from graphs import assert_exact, distance, feed, load, operands, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import FLAT, IMAGE, TOKENS, Network, networks
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from onnx_oamip import cost, rewrite
 from onnx_oamip import model as models
 from onnx_oamip.coupling import couple
-from onnx_oamip.records import Bools, Coupling, Ints, Model
+from onnx_oamip.records import Bools, Coupling, Model
 from onnx_oamip.runtime import Session
 
 BLOCKS = {name.removeprefix("block_") for name in (*IMAGE, *FLAT, *TOKENS)}
@@ -28,26 +30,42 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("networks")
 
 
-def _survivors(first: Coupling, kept: Bools, second: Coupling) -> Ints | None:
-    """For every unit of a model pruned once, which unit of the original it was.
+def _second_choice(
+    model: Model, first: Coupling, kept: Bools, again: Coupling, rng: np.random.Generator, density: float
+) -> tuple[Bools, Bools]:
+    """A further choice of units after ``kept``, said in units of the original and in those of the pruned model.
 
-    None where that has no answer: a policy that depends on widths (the groups of a convolution) has regrouped them.
+    Where widths decide what goes together (the groups of a convolution, a table with one column left), a unit of one
+    model is several of the other: what is connected through any axis is chosen as a whole.
     """
-    was = np.full(second.n_units, -1, np.int64)
-    now = np.full(first.n_units, -1, np.int64)
-    for key, labels in first.axes.items():
-        if key not in second.axes:
+    pinned = first.n_units + again.n_units
+    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for key in {*first.axes, *again.axes}:
+        if key[0] not in model.shapes:
+            continue  # made by the first cut
+        old = first.axes.get(key)
+        new = again.axes.get(key)
+        old = None if old is None else old[first.keep(key, kept)]
+        assert old is None or new is None or old.shape == new.shape, f"{key} has {new} where {old} should have stayed"
+        size = len(new) if old is None and new is not None else len(old) if old is not None else 0
+        old = np.full(size, -1) if old is None else old
+        new = np.full(size, -1) if new is None else new
+        left.append(np.where(old < 0, pinned, old))
+        right.append(np.where(new < 0, pinned, new + first.n_units))
+    a, b = np.concatenate(left), np.concatenate(right)
+    edges = coo_array((np.ones(len(a)), (a, b)), shape=(pinned + 1, pinned + 1))
+    count, part = connected_components(edges, directed=False)
+    union, second = kept.copy(), np.ones(again.n_units, bool)
+    for i in rng.permutation(count):
+        if i == part[pinned] or rng.random() < density:
             continue
-        old, new = labels[first.keep(key, kept)], second.axes[key]
-        assert old.shape == new.shape, f"{key}: {len(old)} indices should have stayed, {len(new)} did"
-        free = new >= 0
-        if (old[free] < 0).any():
-            return None
-        for a, b in zip(old[free].tolist(), new[free].tolist(), strict=True):
-            if was[b] not in (-1, a) or now[a] not in (-1, b):
-                return None
-            was[b], now[a] = a, b
-    return was if (was >= 0).all() else None
+        fewer = union & (part[: first.n_units] != i), second & (part[first.n_units : pinned] != i)
+        empties = any(
+            not keep[g.units].any() for keep, c in zip(fewer, (first, again), strict=True) for g in c.groups
+        )
+        if not empties:
+            union, second = fewer
+    return union, second
 
 
 def _exact(model: Model, coupling: Coupling, keep: Bools) -> None:
@@ -102,34 +120,27 @@ def _check_composition(folder: Path, examples: int) -> None:
         rng = np.random.default_rng(seed)
         model = load(network.proto, folder)
         coupling = couple(model)
-        first = random_keep(coupling, rng, density)
+        first = random_keep(coupling, rng, max(density, 0.5))
         half = load(rewrite.cut(model, coupling, first), folder)
         again = couple(half)
-        second = random_keep(again, rng, density)
-        twice = rewrite.cut(half, again, second)
-        seen["examples"] += 1
-        was = _survivors(coupling, first, again)
-        if was is None:
-            assert_exact(half, again, second, tolerance=2e-5)
-            return
-        union = first.copy()
-        union[was[~second]] = False
-        at_once = rewrite.cut(model, coupling, union)
+        union, second = _second_choice(model, coupling, first, again, rng, density)
+        twice = assert_exact(half, again, second, tolerance=2e-5, batches=(2,))
+        at_once = assert_exact(model, coupling, union, tolerance=2e-5, batches=(2,))
         values = feed(model, 5, 3)
         assert distance(Session(at_once, "cpu").run(values), Session(twice, "cpu").run(values)) <= 1e-6
         if "lrn" not in network.blocks:
+            # Names of constants differ; what every node reads does not.
             here = {(n, s): v for n, s, v in operands(at_once)}
             there = {(n, s): v for n, s, v in operands(twice)}
             assert here.keys() == there.keys()
             for place, value in here.items():
                 np.testing.assert_array_equal(value, there[place], err_msg=str(place))
-        seen["compared"] += 1
+        seen["examples"] += 1
         seen["twice"] += bool((~first).any() and (~second).any())
 
     holds()
     assert seen["examples"] >= examples
-    assert seen["compared"] >= 0.8 * seen["examples"]
-    assert seen["twice"] >= 0.6 * seen["examples"]
+    assert seen["twice"] >= 0.75 * seen["examples"], dict(seen)
 
 
 @pytest.mark.fuzz

@@ -133,13 +133,25 @@ def available() -> list[SolverRecord]:
     for backend in BACKENDS.values():
         installed = importlib.util.find_spec(backend.package) is not None
         licence = backend.licence() if installed else Licence("not installed", None, None, False)
-        version = importlib.metadata.version(backend.package) if installed else None
         found.append(
             SolverRecord(
-                backend.name, installed, version, licence.text, licence.variables, licence.rows, licence.usable
+                backend.name,
+                installed,
+                _version(backend.package),
+                licence.text,
+                licence.variables,
+                licence.rows,
+                licence.usable,
             )
         )
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # absent, or importable without metadata
+        return None
 
 
 def _choose(program: Program, solver: str, notify: Notify | None) -> tuple[Backend, str]:

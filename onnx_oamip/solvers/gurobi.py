@@ -21,7 +21,7 @@ from .spec import Backend, Licence, Limit, Limits, Solution, Termination, import
 
 NAME = "gurobi"
 SMALL = 2000
-"""Variables and rows of the licence inside the wheel (https://www.gurobi.com, "free, size-limited")."""
+"""Variables and rows that the licence inside the wheel takes (https://pypi.org/project/gurobipy)."""
 ABSOLUTE_GAP = 1e-9
 WAYS_OUT = "install a full licence (https://www.gurobi.com), or use --solver highs"
 _LIMITS = {

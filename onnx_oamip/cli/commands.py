@@ -1,0 +1,154 @@
+"""The group of commands, and those whose options are few."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import __version__
+from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
+from .prune import prune
+from .terminal import Progress, show
+
+
+class Commands(click.Group):
+    """Lists the commands in the order of a user's work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Names in the order in which they were added."""
+        return list(self.commands)
+
+
+@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="onnx-oamip", prog_name="onnx-oamip")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Prune a trained ONNX model to a budget, without retraining.
+
+    Exit status: 0 done; 1 a budget or a check was not met; 2 wrong usage, bad input or a missing environment.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help(), err=True)
+        ctx.exit(2)
+
+
+@cli.command()
+@click.argument("model", type=MODEL)
+@json_option
+def inspect(model: Path, as_json: bool) -> None:
+    """Show what of MODEL can go, what cannot, and why."""
+    from .. import report
+    from ..coupling import couple
+    from ..model import load
+
+    loaded = load(model)
+    show(report.inspection(loaded, couple(loaded)), as_json)
+
+
+cli.add_command(prune)
+
+
+@cli.command()
+@click.argument("original", type=MODEL)
+@click.argument("pruned", type=MODEL)
+@click.option(
+    "--data",
+    required=True,
+    metavar=DATA,
+    help="Samples to compare on: as for prune; where a file has keys that start with 'eval.', those are used.",
+)
+@device_option
+@batch_size_option
+@json_option
+@click.pass_context
+def verify(
+    ctx: click.Context, original: Path, pruned: Path, data: str, as_json: bool, device: str, batch_size: int
+) -> None:
+    """Run ORIGINAL and PRUNED side by side on the same samples.
+
+    The exit status is 1 where a check of the pruned model does not hold.
+    """
+    from .. import pipeline, report
+    from ..model import load
+    from ..settings import Settings
+
+    settings = Settings.create(device=device, batch_size=batch_size)
+    with Progress() as progress:
+        verification = pipeline.compare(original, pruned, data, settings, progress=progress)
+    show(report.comparison(load(original), load(pruned), verification), as_json)
+    if verification.failures:
+        ctx.exit(1)
+
+
+@cli.command()
+@click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL [MODEL ...]")
+@click.option(
+    "--data",
+    metavar=DATA,
+    help="Samples to run on: as for prune. Default: random numbers at the first model's shapes, which time as well.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="N",
+    help="Samples in one run; may be given more than once. Default: 1, or what the model is fixed to.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 86400, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="How long to measure at each batch size, all models together.",
+)
+@device_option
+@seed_option
+@json_option
+def bench(
+    models: tuple[Path, ...],
+    data: str | None,
+    batches: tuple[int, ...],
+    threads: int | None,
+    seconds: float,
+    device: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Time models side by side: latency, throughput and peak memory.
+
+    They take turns in random order in one run, so that what else the machine does hits all of them alike. The first
+    MODEL is what the others are compared with.
+    """
+    from .. import benchmark, report
+
+    with Progress() as progress:
+        found = benchmark.run(models, data, batches, device, threads, seconds, seed, progress)
+    show(report.benchmark(found), as_json)
+
+
+@cli.command()
+@json_option
+def ops(as_json: bool) -> None:
+    """List the operators whose channels can be followed."""
+    from .. import report
+
+    show(report.operators(), as_json)
+
+
+@cli.command()
+@json_option
+def solvers(as_json: bool) -> None:
+    """List the solvers found here, and what their licences allow."""
+    from .. import report
+    from .. import solvers as backends
+
+    show(report.solvers(backends.available()), as_json)

@@ -1,0 +1,82 @@
+"""What a command shows: its document on stdout, its progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..report import Document
+
+
+def show(document: Document, as_json: bool) -> None:
+    """Print a document as JSON or as tables."""
+    from .. import report
+
+    if as_json:
+        click.echo(report.dumps(document))
+        return
+    from rich.console import Console
+
+    from .. import tables
+
+    tables.show(document, Console(highlight=False, markup=False, emoji=False))
+
+
+class Progress:
+    """A line on stderr for work that takes over a second; nothing where stderr is not a terminal."""
+
+    DELAY = 1.0
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._wanted = not quiet and sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._tasks: dict[str, Any] = {}
+        self._display: Any = None
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Progress:
+        if self._wanted:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Display
+
+            self._display = Display(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._timer = threading.Timer(self.DELAY, self._start)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._display is None:
+            return
+        with self._lock:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._display.add_task(stage, total=total)
+        self._display.update(self._tasks[stage], completed=done, total=total)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._display is not None:
+                self._display.stop()
+            self._wanted = False
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._wanted:
+                self._display.start()

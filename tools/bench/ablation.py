@@ -1,0 +1,50 @@
+"""What each part is worth: order x refit x allocation at half the MACs, everything else equal.
+
+Widths are not aligned here, so that the comparison is about the methods. Statistics and sensitivities are made once
+per model and order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from onnx_oamip import pipeline, search, verify
+from onnx_oamip.runtime import Session
+from onnx_oamip.settings import Settings
+
+from .studies import MODELS, Row, paths, save
+
+ORDERS = ("l2", "activation", "obs")
+REFITS = ("none", "bias", "least-squares")
+ALLOCATIONS = ("uniform", "global", "mip")
+COLUMNS = ("model", "order", "allocation", *REFITS, "before")
+
+
+def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) -> str:
+    """One row per model, order and allocation; a column per refit (accuracy in percent)."""
+    rows: list[Row] = []
+    for name in names or tuple(MODELS):
+        model, data = paths(name)
+        for order in ORDERS:
+            settings = Settings.create(macs=macs, importance=order, align=1, seed=seed)
+            ready = pipeline.prepare(model, data, settings)
+            assert ready.held is not None
+            original = Session(ready.model.proto, ready.device)
+            for allocation in ALLOCATIONS:
+                row: Row = {"model": name, "order": order, "allocation": allocation}
+                here = replace(
+                    ready,
+                    ladder=ready.ladder if allocation == "mip" else None,
+                    settings=settings.model_copy(update={"allocate": allocation}),
+                )
+                for refit in REFITS:
+                    chosen = replace(here, settings=here.settings.model_copy(update={"refit": refit}))
+                    found = search.search(chosen)
+                    after = Session(found.pruned.proto, ready.device)
+                    v = verify.compare(ready.model, original, after, ready.held, settings.batch_size)
+                    assert v.accuracy_before is not None and v.accuracy_after is not None
+                    row[refit], row["before"] = round(100 * v.accuracy_after, 2), round(100 * v.accuracy_before, 2)
+                rows.append(row)
+                print(row, flush=True)
+    return save(out, "ablation", rows, COLUMNS, seed)

@@ -1,0 +1,39 @@
+"""README's results section, made from the saved studies: numbers there are never typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .studies import ROOT, table
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+TEXT = {
+    "budgets": "**Accuracy at a budget.** Default settings, 512 unlabelled calibration images, no fine-tuning; accuracy "
+    "in percent on 2,000 test images (one of them is 0.05 points).",
+    "speed": "**Latency and cost.** Ratios measured side by side in one run. The share of the ideal speed-up is MACs "
+    "kept over latency kept; pruning is counted in plain ONNX Runtime passes over the same calibration data.",
+    "ablation": "**What each part is worth.** Accuracy at half the MACs by order of removal, allocation of widths and "
+    "refit (the last three columns), widths not aligned.",
+}
+
+
+def section(results: Path) -> str:
+    """The Markdown between the markers, from whatever studies are there."""
+    parts = []
+    for study, text in TEXT.items():
+        file = results / f"{study}.json"
+        if file.exists():
+            record = json.loads(file.read_text())
+            seen = ", ".join(f"{k} {v}" for k, v in record["environment"].items())
+            again = f"`python -m tools.bench {study}`, seed {record['seed']}; {seen}."
+            parts.append(f"{text}\n\n{table(record['rows'], record['columns'])}\n\n{again}")
+    return "\n\n".join(parts)
+
+
+def write(results: Path) -> None:
+    """Replace the section in README."""
+    file = ROOT / "README.md"
+    head, _, rest = file.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    file.write_text(f"{head}{BEGIN}\n{section(results)}\n{END}{tail}")
