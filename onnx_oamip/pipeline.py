@@ -22,6 +22,7 @@ from .records import Array, Budget, Cost, Coupling, Model, Report, Scores, Stati
 from .runtime import Session, resolve_device
 from .search import Attempt, Prepared
 from .settings import Settings
+from .subgraph import affordable
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
 PROOF_SAMPLES = 64
@@ -184,7 +185,7 @@ def _statistics(
     if not (method.needs_grams or settings.allocate == "mip"):
         return found
     fitted, _ = _parts(samples)
-    feeds = [feed for _, feed in fitted.batches(settings.batch_size)]
+    feeds, _ = affordable(model, fitted, settings.batch_size)
     return replace(found, grams=gram.collect(model, coupling, feeds, device, settings.seed, progress))
 
 
@@ -258,19 +259,25 @@ def _prove(ready: Prepared, result: Attempt, progress: calibrate.Progress | None
         )
     final = Session(pruned.proto, device, what="the pruned model")
     batches = verify.runs_at(model, final, samples)
-    ratio = None if result.plan.keep.all() else _not_slower(ready, result)
+    ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
     if ready.held is None:
         return Verification(distance, None, None, None, None, batches, 0, latency_ratio=ratio)
     found = verify.compare(model, original, final, ready.held, settings.batch_size, progress)
     return replace(found, masked_equivalence=distance, batches=batches, latency_ratio=ratio)
 
 
-def _not_slower(ready: Prepared, result: Attempt) -> float:
-    found = compare_latency(ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=1.0)
-    if found.low > SLOWER and not ready.settings.force:
+def _measured_latency(ready: Prepared, result: Attempt) -> float:
+    """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
+    budget = ready.settings.latency
+    found = compare_latency(
+        ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=3.0 if budget else 1.0
+    )
+    allowed = SLOWER if budget is None else budget * (1 + search.LATENCY_SLACK)
+    if found.low > allowed and not ready.settings.force:
+        what = "slower than the original" if budget is None else f"over --latency {budget}"
         raise GateFailed(
-            f"the pruned model was measured slower than the original on {ready.device} ({found.median:.2f} of its time); "
-            "nothing was written; try --align 8 or --align 16, another budget, or --force."
+            f"the pruned model was measured {what} on {ready.device}: {found.median:.2f} of its time; nothing was "
+            "written; try --align 8 or --align 16, another budget, or --force."
         )
     return found.median
 

@@ -84,13 +84,9 @@ def allocate(
         raise BudgetNotMet(_binding(coupling, ledger, limit, floor))
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
-        below = Ladder(
-            tuple(w[w <= c] for w, c in zip(ladder.widths, ceiling, strict=True)),
-            tuple(loss[w <= c] for w, loss, c in zip(ladder.widths, ladder.cost, ceiling, strict=True)),
-        )
-        solver_limits = SolverLimits(time_s=settings.time_limit, gap=1e-3, seed=settings.seed)
-        choice = choose(ledger, below, limit, extra, settings.solver, solver_limits)
-        widths, programs = choice.widths, (choice.program,)
+        widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
+        if not extra:  # what the rungs left unused; a measured limit is not counted here and gets no filling
+            widths = _fill(ledger, limit, widths, step, ceiling, full)
     elif fits(ceiling):
         widths = ceiling
     else:
@@ -105,6 +101,39 @@ def allocate(
         allocation=settings.allocate,
         predicted=ledger.cost(widths),
         programs=programs,
+    )
+
+
+RUNGS = 12
+"""Most widths per group that one budget program chooses from."""
+
+
+def _programmed(
+    ladder: Ladder, ceiling: Ints, ledger: Ledger, limit: Limits, extra: Sequence[LinearisedLimit], settings: Settings
+) -> tuple[Ints, tuple[Mapping[str, Any], ...]]:
+    """Widths by the budget program: over rungs spread across each ladder, then over rungs next to the ones taken."""
+    solver_limits = SolverLimits(time_s=settings.time_limit, gap=1e-3, seed=settings.seed)
+    lengths = [int(np.searchsorted(w, c, side="right")) for w, c in zip(ladder.widths, ceiling, strict=True)]
+    rungs = [np.unique(np.round(np.linspace(0, n - 1, RUNGS)).astype(int)) for n in lengths]
+    coarse = choose(ledger, _at(ladder, rungs), limit, extra, settings.solver, solver_limits)
+    if all(len(r) == n for r, n in zip(rungs, lengths, strict=True)):
+        return coarse.widths, (coarse.program,)
+    near = []
+    for w, width, r, n in zip(ladder.widths, coarse.widths, rungs, lengths, strict=True):
+        at = int(np.searchsorted(w, width))
+        gap = int(np.diff(r).max(initial=1))
+        # Every width between the neighbouring rungs, thinned where there are too many; the one taken stays.
+        around = np.arange(max(0, at - gap), min(n, at + gap + 1))
+        stride = -(-len(around) // RUNGS)
+        near.append(around[(around - at) % stride == 0])
+    fine = choose(ledger, _at(ladder, near), limit, extra, settings.solver, solver_limits)
+    return fine.widths, (coarse.program, fine.program)
+
+
+def _at(ladder: Ladder, rungs: Sequence[Ints]) -> Ladder:
+    return Ladder(
+        tuple(w[r] for w, r in zip(ladder.widths, rungs, strict=True)),
+        tuple(c[r] for c, r in zip(ladder.cost, rungs, strict=True)),
     )
 
 

@@ -28,7 +28,7 @@ from .calibrate import Progress
 from .data import Samples
 from .patches import data_rows, output_rows, pick, row_count
 from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, Statistics
-from .subgraph import Frontier, Slicer, element_types
+from .subgraph import FRONTIER_BYTES, Frontier, Slicer, affordable, element_types
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridge strengths, relative to the mean diagonal of the Gram matrix, searched downhill from the middle."""
@@ -37,7 +37,6 @@ LEAST_ROWS, MOST_ROWS = 4096, 16384
 GRAM_CAP = 4608
 """Unknowns per output above which a Gram matrix gets too large; then removed channels are mixed into kept ones."""
 HELD_OUT = 0.2
-FRONTIER_BYTES = 1 << 30
 WIDE_VALUES = 1 << 25
 """Values (rows x unknowns) kept of a node that is too wide for a Gram matrix."""
 
@@ -107,14 +106,13 @@ def least_squares(
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
-    places = _places(model, coupling, units)
-    feeds, used = _feeds(model, samples, batch_size)
+    places, notes = _places(model, coupling, units)
+    feeds, used = affordable(model, samples, batch_size)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
     targets = _targets(model, places, feeds, types, device, rng, cap)
     frontier = Frontier(proto, feeds, types, device)
     fits: list[Fit] = []
-    notes: list[str] = []
     if used < samples.usable():
         notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {FRONTIER_BYTES >> 20} MiB")
     for i, place in enumerate(places):
@@ -126,8 +124,8 @@ def least_squares(
     return Pruned(raw, proto, tuple(notes), tuple(fits))
 
 
-def _places(model: Model, coupling: Coupling, units: Bools) -> list[Site]:
-    """Linear nodes whose input changed: consumers of a cut, and everything linear behind one. Shared weights stay."""
+def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site], list[str]]:
+    """Linear nodes whose input changed (consumers of a cut, and everything linear behind one), and what is left out."""
     slicer = Slicer(model.proto)
     changed = {c.node for c in coupling.consumers if not coupling.keep((c.data, c.axis), units).all()}
     behind = {slicer.nodes[i].name for i in slicer.descendants(o for n in slicer.nodes if n.name in changed for o in n.output)}
@@ -135,22 +133,16 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> list[Site]:
     for node in model.nodes:
         for name in node.inputs:
             uses[name] = uses.get(name, 0) + 1
-    places = (site(n, model.constants) for n in model.nodes if n.name in changed | behind)
-    return [p for p in places if p is not None and uses[p.weight] == 1]
-
-
-def _feeds(model: Model, samples: Samples, batch_size: int) -> tuple[list[dict[str, Array]], int]:
-    """As many feeds as keep the widest frontier within its bound: the tensors alive at once, for all samples."""
-    largest = sorted((int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True)
-    per_sample = 4 * sum(largest[:3]) // max(model.batch, 1)
-    most = max(1, FRONTIER_BYTES // max(per_sample, 1))
-    feeds, used = [], 0
-    for index, feed in samples.batches(max(1, min(batch_size, most))):
-        if used and used + len(index) > most:
-            break
-        feeds.append(feed)
-        used += len(index)
-    return feeds, used
+    places, notes = [], []
+    for node in model.nodes:
+        place = site(node, model.constants) if node.name in changed | behind else None
+        if place is not None and uses[place.weight] > 1:
+            notes.append(f"{node}: its weight '{place.weight}' is shared with another node, so it is not refitted")
+        elif place is not None:
+            places.append(place)
+        elif node.name in changed and any(n in model.constants for n in node.inputs[:2]):
+            notes.append(f"{node}: its weight has no plain matrix form, so it is not refitted")
+    return places, notes
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,12 @@ from .calibrate import Progress
 from .data import Samples
 from .errors import BudgetNotMet
 from .latency import compare_latency
-from .profiling import Table, profile
+from .profiling import profile
 from .records import Cost, Coupling, Floats, Ints, Model, Plan, Pruned, Scores, Statistics, Verification
 from .runtime import Session
 from .sensitivity import Sensitivity
 from .settings import Settings
 
-RUNGS = 16
-"""Most widths per group that the budget program chooses from; losses between measured widths are interpolated."""
 LATENCY_TRIES = 6
 LATENCY_SLACK = 0.05
 DROP_TRIES = 7
@@ -60,14 +58,12 @@ class Attempt:
 
 
 def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: float) -> Ladder:
-    """Widths each group may take (multiples of its step, at most RUNGS of them) with interpolated losses."""
+    """Widths each group may take (all multiples of its step) with losses interpolated between the measured ones."""
     widths, losses = [], []
     for group, found, s in zip(coupling.groups, sensitivities, step.tolist(), strict=True):
         full = len(group.units)
         least = min(full, max(s, -(-int(np.ceil(floor * full)) // s) * s))
         every = np.unique(np.append(np.arange(least, full + 1, s), full))
-        if len(every) > RUNGS:
-            every = np.unique(every[np.round(np.linspace(0, len(every) - 1, RUNGS)).astype(int)])
         widths.append(every.astype(np.int64))
         losses.append(interpolate(found, every))
     return Ladder(tuple(widths), tuple(losses))

@@ -8,12 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import onnx
 from onnx import helper
 
+from .data import Samples
 from .model import reads
-from .records import Array
+from .records import Array, Model
 from .runtime import Session
+
+
+FRONTIER_BYTES = 1 << 30
+"""Bound of the activations that a walk holds for all its feeds."""
+
+
+def affordable(model: Model, samples: Samples, batch_size: int) -> tuple[list[dict[str, Array]], int]:
+    """(feeds, samples used): as many as keep the widest frontier, about three of the largest tensors, in its bound."""
+    sizes = sorted((int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True)
+    most = max(1, FRONTIER_BYTES // max(4 * sum(sizes[:3]) // max(model.batch, 1), 1))
+    feeds: list[dict[str, Array]] = []
+    used = 0
+    for index, feed in samples.batches(min(batch_size, most)):
+        if used and used + len(index) > most:
+            break
+        feeds.append(feed)
+        used += len(index)
+    return feeds, used
 
 
 class Slicer:

@@ -6,6 +6,7 @@ Drawn from the documents and from nothing else, so that tables and JSON always s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich import box
@@ -81,20 +82,22 @@ def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
 
 
 def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
+    paths = [PurePath(model["path"]) for model in value["models"]]
+    names = [p.name for p in paths] if len({p.name for p in paths}) == len(set(paths)) else [str(p) for p in paths]
     threads = f", {_count(value['threads'], 'thread')}" if value["threads"] else ""
     for place, batch in enumerate(value["batch"]):
         yield Text(f"{_count(batch, 'sample')} a run on {value['device']}{threads}")
         table = _table("model", ">p50 ms", ">p95 ms", ">samples/s", ">peak MiB", ">time, 95 %")
-        for model in value["models"]:
+        for model, name in zip(value["models"], names, strict=True):
             timing = model["timings"][place]
             ratio, peak = timing["ratio"], timing["peak_bytes"]
             table.add_row(
-                _cell(model["path"]),
+                _cell(name),
                 f"{timing['p50_ms']:,.3f}",
                 f"{timing['p95_ms']:,.3f}",
                 f"{timing['throughput']:,.0f}",
                 "-" if peak is None else f"{peak / 2**20:,.1f}",
-                f"{ratio['median']:.2f} ({ratio['low']:.2f} .. {ratio['high']:.2f})",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
             )
         yield table
     yield Text(
@@ -182,9 +185,9 @@ def _programs(programs: Sequence[Document]) -> Iterator[RenderableType]:
             _cell("-" if binding is None else ", ".join(binding) or "nothing"),
         )
     yield table
-    reasons = dict.fromkeys((p["solver"], p["reason"]) for p in programs if p.get("reason") not in (None, "as asked"))
+    reasons = dict.fromkeys(p["reason"] for p in programs if p.get("reason") not in (None, "", "as asked"))
     if reasons:
-        yield Text("\n".join(f"{solver} because {reason}" for solver, reason in reasons))
+        yield Text("\n".join(f"solver: {reason}." for reason in reasons))
 
 
 def _fits(fits: Sequence[Document]) -> Iterator[RenderableType]:
@@ -196,8 +199,8 @@ def _fits(fits: Sequence[Document]) -> Iterator[RenderableType]:
     table = _table("refit", ">result", header=False)
     table.add_row("nodes refitted", _cell(", ".join(f"{n:,} by {form}" for form, n in counts.items())))
     worst = max(fits, key=lambda fit: fit["error_after"])
-    table.add_row("largest relative error left", _cell(f"{_number(worst['error_after'])} in {worst['node']}"))
-    table.add_row("there before the refit", _number(worst["error_before"]))
+    before, after = _number(worst["error_before"]), _number(worst["error_after"])
+    table.add_row("largest relative error left", _cell(f"{before} -> {after} in {worst['node']}"))
     yield table
 
 

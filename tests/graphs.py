@@ -155,3 +155,87 @@ def operands(proto: ModelProto) -> Iterator[tuple[str, int, Array]]:
         for slot, name in enumerate(node.input):
             if name in held:
                 yield node.name, slot, held[name]
+
+
+# A few networks that several test files look at.
+MLP = """(float[N,6] x) => (float[N,4] y)
+<float[6,12] w1, float[12] b1, float[12,10] w2, float[10] b2, float[10,4] w3, float[4] b3> {
+    a = Gemm(x, w1, b1)
+    h = Relu(a)
+    b = Gemm(h, w2, b2)
+    r = Relu(b)
+    y = Gemm(r, w3, b3)
+}"""
+CNN = """(float[N,3,8,8] x) => (float[N,5] y)
+<float[8,3,3,3] w1, float[8] b1, float[12,8,3,3] w2, float[12] gain, float[12] b2, float[12] m, float[12] var,
+ float[192,5] w3, float[5] b3> {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w1, b1)
+    h = Relu(a)
+    p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)
+    b = Conv<pads = [1, 1, 1, 1]>(p, w2)
+    n = BatchNormalization(b, gain, b2, m, var)
+    r = Relu(n)
+    f = Flatten(r)
+    y = Gemm(f, w3, b3)
+}"""
+RESIDUAL = """(float[N,3,6,6] x) => (float[N,4] y)
+<float[8,3,3,3] w1, float[6,8,3,3] w2, float[8,6,3,3] w3, float[8,4] w4> {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w1)
+    h = Relu(a)
+    b = Conv<pads = [1, 1, 1, 1]>(h, w2)
+    r = Relu(b)
+    c = Conv<pads = [1, 1, 1, 1]>(r, w3)
+    s = Add(h, c)
+    g = GlobalAveragePool(s)
+    f = Flatten(g)
+    y = MatMul(f, w4)
+}"""
+GROUPED = """(float[N,3,6,6] x) => (float[N,4,4,4] y)
+<float[12,3,1,1] w1, float[12,6,3,3] w2, float[12] b2, float[12,1,3,3] w3, float[4,12,3,3] w4> {
+    a = Conv(x, w1)
+    h = Relu(a)
+    g = Conv<group = 2, pads = [1, 1, 1, 1]>(h, w2, b2)
+    r = Relu(g)
+    d = Conv<group = 12, pads = [1, 1, 1, 1]>(r, w3)
+    t = Relu(d)
+    y = Conv(t, w4)
+}"""
+ATTENTION = """(float[N,5,6] x) => (float[N,5,4] y)
+<float[6,12] we, float[12,12] wq, float[12,12] wk, float[12,12] wv, int64[4] in = {0, 5, 3, 4},
+ int64[3] out = {0, 5, 12}, float[12,12] wo, float[12,4] wy> {
+    h = MatMul(x, we)
+    q = MatMul(h, wq)
+    k = MatMul(h, wk)
+    v = MatMul(h, wv)
+    q4 = Reshape(q, in)
+    k4 = Reshape(k, in)
+    v4 = Reshape(v, in)
+    qt = Transpose<perm = [0, 2, 1, 3]>(q4)
+    kt = Transpose<perm = [0, 2, 3, 1]>(k4)
+    vt = Transpose<perm = [0, 2, 1, 3]>(v4)
+    l = MatMul(qt, kt)
+    p = Softmax(l)
+    o = MatMul(p, vt)
+    ot = Transpose<perm = [0, 2, 1, 3]>(o)
+    om = Reshape(ot, out)
+    m = MatMul(om, wo)
+    s = Add(h, m)
+    y = MatMul(s, wy)
+}"""
+NETS = {"mlp": MLP, "cnn": CNN, "residual": RESIDUAL, "grouped": GROUPED, "attention": ATTENTION}
+
+
+def samples(model: Model, count: int, seed: int = 0) -> dict[str, Array]:
+    """``count`` random samples of every input, as arrays batched along axis 0."""
+    return feed(model, seed, count)
+
+
+def activations(model: Model, feeds: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
+    """Intermediate tensors as the original graph gives them."""
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    del proto.graph.output[:]
+    for name in names:
+        kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
+        proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    return dict(zip(names, Session(proto, "cpu").run(feeds, list(names)), strict=True))
