@@ -119,7 +119,7 @@ def matrix_shape(site: Site, weight: Array) -> tuple[int, int, int, int]:
 
 
 def unmatrix(site: Site, value: Floats, like: Array) -> Array:
-    """The inverse of :func:`matrix`: the weight in the layout and type of ``like`` (whose channel counts may differ)."""
+    """The inverse of :func:`matrix`: the weight in the layout and type of ``like``, whose channels may be others."""
     if site.node.op == "Conv":
         shaped = value.reshape(value.shape[0] * value.shape[1], value.shape[2], *like.shape[2:])
     elif site.node.op == "ConvTranspose":

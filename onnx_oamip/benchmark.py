@@ -14,6 +14,7 @@ from .errors import DataError, ModelError
 from .latency import Timing
 from .records import Array, Model
 from .runtime import resolve_device
+from .shapes import symbol
 
 Feeds = list[dict[str, Array]]
 
@@ -50,7 +51,7 @@ def run(
     _same_inputs(loaded)
     samples = None if source is None else data.load(source, loaded[0], data.EVALUATION) or data.load(source, loaded[0])
     timings: dict[int, tuple[Timing, ...]] = {}
-    wanted = list(dict.fromkeys(batches)) or [None]
+    wanted: list[int | None] = [*dict.fromkeys(batches)] or [None]
     for done, batch in enumerate(wanted):
         if progress:
             progress("bench", done, len(wanted))
@@ -76,7 +77,7 @@ def _feeds(model: Model, samples: Samples | None, batch: int | None, seed: int) 
     """Feeds of ``batch`` samples, and how many one really holds. Raises DataError where that is another number."""
     where = model.path
     if samples is None:
-        free = {models.symbol(p, 0) for p in model.inputs if len(p.dims) > 1}
+        free = {symbol(p, 0) for p in model.inputs if len(p.dims) > 1}
         bound = {name: batch for name in free if name is not None and batch is not None}
         samples = data.placeholder(models.rebind(model, bound), seed, latency.FEEDS)
     elif samples.fixed_batch is None:

@@ -35,7 +35,9 @@ def collect(
     sites = sorted({(c.data, c.axis) for c in coupling.consumers} | met)
     sums: dict[Axis, tuple[Floats, Floats]] = {}
     counts = dict.fromkeys(sites, 0)
-    session = Session(_instrument(model, sites), device, what="the model with its statistics outputs") if sites else None
+    session = None
+    if sites:
+        session = Session(_instrument(model, sites), device, what="the model with its statistics outputs")
     total = samples.usable()
     names = [name for i in range(len(sites)) for name in (f"oamip_sum_{i}", f"oamip_square_{i}", f"oamip_size_{i}")]
     for index, feed in samples.batches(batch_size):
@@ -73,7 +75,8 @@ def _instrument(model: Model, sites: list[Axis]) -> onnx.ModelProto:
         if tensor not in cast:
             # Half precision would overflow in the sums; a cast of float32 to itself is removed by the runtime.
             cast[tensor] = f"oamip_float_{i}"
-            graph.node.append(helper.make_node("Cast", [tensor], [cast[tensor]], f"oamip_cast_{i}", to=TensorProto.FLOAT))
+            to_float = helper.make_node("Cast", [tensor], [cast[tensor]], f"oamip_cast_{i}", to=TensorProto.FLOAT)
+            graph.node.append(to_float)
         axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
         for kind, op, since in (("sum", "ReduceSum", 13), ("square", "ReduceSumSquare", 18)):
             name = f"oamip_{kind}_{i}"

@@ -68,7 +68,9 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
             macs.append([index.setdefault(a, len(index)) for a in spec.cost(node, model.shapes)])
             names.append(node.name)
     floats = [n for n in model.constants if is_float(model.dtypes[n])]
-    constants = {n: [index.setdefault((n, a), len(index)) for a in range(len(model.shapes[n]))] for n in model.constants}
+    constants = {
+        n: [index.setdefault((n, a), len(index)) for a in range(len(model.shapes[n]))] for n in model.constants
+    }
     params = [constants[n] for n in floats]
     sizes = np.asarray([model.dtypes[n].itemsize for n in constants], np.int64)
 

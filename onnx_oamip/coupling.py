@@ -210,7 +210,9 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
     for pattern in patterns:
         names = {n for tensor, users in readers.items() for n in (tensor, *users)}
         if not any(fnmatchcase(n, pattern) for n in names):
-            raise SettingsError(f"--exclude '{pattern}' matches no weight and no node; see 'onnx-oamip inspect' for names.")
+            raise SettingsError(
+                f"--exclude '{pattern}' matches no weight and no node; see 'onnx-oamip inspect' for names."
+            )
         for g, group in enumerate(coupling.groups):
             held = {n for t, _ in group.multiplicity if t in readers for n in (t, *readers[t])}
             if any(fnmatchcase(n, pattern) for n in held):
@@ -294,18 +296,19 @@ def _groups(model: Model, axes: Mapping[Axis, Ints], n_units: int) -> tuple[tupl
     rank[order] = np.arange(len(order))
     unit_group = rank[inverse].astype(np.int64)
 
-    members = [[] for _ in order] if not n_units else np.split(
-        np.argsort(unit_group, kind="stable"), np.cumsum(np.bincount(unit_group, minlength=len(order)))[:-1]
-    )
+    members: list[Ints] = []
+    if n_units:
+        ends = np.cumsum(np.bincount(unit_group, minlength=len(order)))
+        members = np.split(np.argsort(unit_group, kind="stable"), ends[:-1])
     multiplicity: list[dict[Axis, int]] = [{} for _ in order]
     for key, x in axes.items():
-        found, counts = np.unique(unit_group[x[x >= 0]], return_counts=True)
-        for g, c in zip(found.tolist(), counts.tolist(), strict=True):
+        found, held = np.unique(unit_group[x[x >= 0]], return_counts=True)
+        for g, c in zip(found.tolist(), held.tolist(), strict=True):
             multiplicity[g][key] = c // len(members[g])
     names = _names(model, multiplicity)
     groups = tuple(
-        Group(name, np.asarray(units, np.int64), held)
-        for name, units, held in zip(names, members, multiplicity, strict=True)
+        Group(name, np.asarray(units, np.int64), axes_held)
+        for name, units, axes_held in zip(names, members, multiplicity, strict=True)
     )
     return groups, unit_group
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .model import symbol
 from .records import Array, Ints, Model, Port
+from .shapes import symbol
 
 EVALUATION = "eval."
 LABELS = "labels"
@@ -131,7 +131,9 @@ def _read_numpy(path: Path, model: Model) -> dict[str, Array]:
         if isinstance(loaded, np.ndarray):
             if len(model.inputs) != 1:
                 names = ", ".join(p.name for p in model.inputs)
-                raise DataError(f"{path} holds one array but the model has the inputs {names}; use an .npz with those names.")
+                raise DataError(
+                    f"{path} holds one array but the model has the inputs {names}; use an .npz with those names."
+                )
             return {model.inputs[0].name: loaded}
         with loaded:
             return {name: loaded[name] for name in loaded.files}
@@ -139,7 +141,9 @@ def _read_numpy(path: Path, model: Model) -> dict[str, Array]:
         if isinstance(error, DataError):
             raise
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be read as numpy data: {text.rstrip('.')}; write it with numpy.savez.") from error
+        raise DataError(
+            f"{path} cannot be read as numpy data: {text.rstrip('.')}; write it with numpy.savez."
+        ) from error
 
 
 def _read_callable(source: str) -> dict[str, Array]:
@@ -151,7 +155,8 @@ def _read_callable(source: str) -> dict[str, Array]:
         feeds = list(iter(made.get_next, None)) if hasattr(made, "get_next") else list(made)
     except Exception as error:  # the user's own code ran: whatever it raised is told as it is
         raise DataError(
-            f"--data {source}: {type(error).__name__}: {error}; expected an importable module:function that yields feeds."
+            f"--data {source}: {type(error).__name__}: {error}; expected an importable module:function that yields "
+            "feeds."
         ) from error
     if not feeds or not all(isinstance(f, Mapping) for f in feeds):
         raise DataError(f"--data {source} yielded no feeds; expected dicts of arrays by input name.")
@@ -159,7 +164,9 @@ def _read_callable(source: str) -> dict[str, Array]:
         # One index is one whole feed: feeds of a fixed shape stack, whatever their own batch is.
         return {name: np.stack([np.asarray(f[name]) for f in feeds]) for name in feeds[0]}
     except (KeyError, ValueError) as error:
-        raise DataError(f"--data {source} yields feeds of unequal names or shapes ({error}); make them equal.") from error
+        raise DataError(
+            f"--data {source} yields feeds of unequal names or shapes ({error}); make them equal."
+        ) from error
 
 
 def _check(found: dict[str, Array], model: Model, where: str) -> Samples:
@@ -233,7 +240,9 @@ def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
         raise DataError(f"{label} is {array.dtype} but the model expects {_expected(port)}{hint}.")
     rank = len(port.dims)
     if array.ndim not in (rank, rank + 1):
-        raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}: axis 0 counts samples.")
+        raise DataError(
+            f"{label} has shape {array.shape} but the model expects {_expected(port)}: axis 0 counts samples."
+        )
     shape = array.shape[1:] if array.ndim == rank + 1 else array.shape
     for axis, (have, want) in enumerate(zip(shape, port.dims, strict=True)):
         if isinstance(want, int) and want > 0 and have != want and not (axis == 0 and array.ndim == rank):

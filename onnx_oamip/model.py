@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
@@ -23,14 +22,11 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .errors import ModelError, OamipError
-from .records import Array, Model, Node, Port
+from .records import Array, Model, Node
 from .runtime import runtime
+from .shapes import bind, infer, port_of, static_target, symbolic, tensor_types
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
-SMALL = 1024
-"""Constants above this many elements cannot matter for shapes and are left out of shape inference."""
-DEFAULT_SPATIAL = 64
-DEFAULT_LENGTH = 16
 
 
 def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
@@ -62,10 +58,10 @@ def from_proto(
     """A Model from a normalised proto (as ``load`` and ``rewrite`` make it)."""
     graph = proto.graph
     constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    inputs = tuple(_port(v) for v in graph.input if v.name not in constants)
-    bound = _bind(inputs, bindings or {})
-    inferred = _infer(proto, bound)
-    shapes, dtypes = _tensor_types(inferred)
+    inputs = tuple(port_of(v) for v in graph.input if v.name not in constants)
+    bound = bind(inputs, bindings or {})
+    inferred = infer(proto, bound)
+    shapes, dtypes = tensor_types(inferred)
     for name, value in constants.items():
         shapes[name], dtypes[name] = value.shape, value.dtype
     versions = {o.domain: o.version for o in proto.opset_import}
@@ -78,7 +74,7 @@ def from_proto(
         shapes=shapes,
         dtypes=dtypes,
         inputs=inputs,
-        outputs=tuple(_port(v) for v in graph.output),
+        outputs=tuple(port_of(v) for v in graph.output),
         bindings=bound,
         batch=first[0] if len(first) > 1 and first[0] > 0 else 1,
         path=path,
@@ -179,7 +175,7 @@ def _normalise(source: ModelProto) -> ModelProto:
             node.name = _unused(f"{node.op}_{i}", taken)
         seen.add(node.name)
         taken.add(node.name)
-    result = gs.export_onnx(graph, do_type_check=False)
+    result: ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, source)
     _fix_reshapes(result)
     return result
@@ -187,7 +183,8 @@ def _normalise(source: ModelProto) -> ModelProto:
 
 def _keep_unfolded(node: gs.Node) -> bool:
     """Quantised weights stay quantised; random and stateful operators stay."""
-    return node.op in {"DequantizeLinear", "QuantizeLinear"} or node.op.startswith(("Random", "Bernoulli", "Multinomial"))
+    quantised = {"DequantizeLinear", "QuantizeLinear"}
+    return node.op in quantised or node.op.startswith(("Random", "Bernoulli", "Multinomial"))
 
 
 def _unused(name: str, taken: Iterable[str]) -> str:
@@ -233,15 +230,13 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
 def _fix_reshapes(proto: ModelProto) -> None:
     """Give reshapes constant targets where their symbolic shape allows it, and drop the computations behind."""
     constants = {t.name for t in proto.graph.initializer}
-    computed = [n for n in proto.graph.node if n.op_type == "Reshape" and len(n.input) > 1 and n.input[1] not in constants]
+    reshapes = [n for n in proto.graph.node if n.op_type == "Reshape" and len(n.input) > 1]
+    computed = [n for n in reshapes if n.input[1] not in constants]
     if not computed:
         return
-    inferred = onnx.shape_inference.infer_shapes(skeleton(proto), data_prop=True)
-    dims = {v.name: [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in v.type.tensor_type.shape.dim]
-            for v in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output)
-            if v.type.tensor_type.HasField("shape")}
-    for i, node in enumerate(computed):
-        target = _static_target(dims.get(node.input[0]), dims.get(node.output[0]))
+    dims = symbolic(proto)
+    for node in computed:
+        target = static_target(dims.get(node.input[0]), dims.get(node.output[0]))
         if target is not None and not any(a.name == "allowzero" and a.i for a in node.attribute):
             name = _unused(f"{node.output[0]}_target", constants)
             constants.add(name)
@@ -252,108 +247,6 @@ def _fix_reshapes(proto: ModelProto) -> None:
     trimmed = gs.export_onnx(graph, do_type_check=False)
     restore(trimmed, proto)
     proto.CopyFrom(trimmed)
-
-
-def _static_target(before: list[int | str | None] | None, after: list[int | str | None] | None) -> list[int] | None:
-    if before is None or after is None:
-        return None
-    target: list[int] = []
-    for axis, size in enumerate(after):
-        if isinstance(size, int):
-            target.append(size)
-        elif size is not None and axis < len(before) and before[axis] == size:
-            target.append(0)
-        else:
-            target.append(-1)
-    return target if target.count(-1) <= 1 and all(isinstance(n, int) and n != 0 for n in after if isinstance(n, int)) else None
-
-
-# --------------------------------------------------------------------------------------------------------- shapes
-
-
-def skeleton(proto: ModelProto) -> ModelProto:
-    """A copy without the payload of large constants, which become inputs: enough for shape inference."""
-    result = ModelProto()
-    result.ir_version = max(proto.ir_version, 4)
-    result.opset_import.extend(proto.opset_import)
-    result.functions.extend(proto.functions)
-    graph = result.graph
-    graph.name = proto.graph.name or "graph"
-    graph.input.extend(proto.graph.input)
-    graph.output.extend(proto.graph.output)
-    graph.node.extend(proto.graph.node)
-    for tensor in proto.graph.initializer:
-        if int(np.prod(tensor.dims)) <= SMALL:
-            graph.initializer.append(tensor)
-        else:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    return result
-
-
-def _port(value: onnx.ValueInfoProto) -> Port:
-    kind = value.type.tensor_type
-    if not value.type.HasField("tensor_type"):
-        raise ModelError(f"the graph input or output '{value.name}' is not a tensor; only tensors are supported.")
-    dims: list[int | str | None] = []
-    for d in kind.shape.dim:
-        dims.append(d.dim_value if d.HasField("dim_value") else d.dim_param or None)
-    return Port(value.name, _dtype(kind.elem_type), tuple(dims))
-
-
-def _dtype(elem_type: int) -> np.dtype[Any]:
-    if elem_type == TensorProto.BFLOAT16:
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type)) if elem_type else np.dtype(object)
-
-
-def symbol(port: Port, axis: int) -> str | None:
-    """Name of a symbolic dimension: its own, or 'input.axis' where it has none. None for a fixed length."""
-    dim = port.dims[axis]
-    if isinstance(dim, int) and dim > 0:
-        return None
-    return str(dim) if isinstance(dim, str) else f"{port.name}.{axis}"
-
-
-def _bind(inputs: tuple[Port, ...], wanted: Mapping[str, int]) -> dict[str, int]:
-    bound: dict[str, int] = {}
-    for port in inputs:
-        for axis in range(len(port.dims)):
-            name = symbol(port, axis)
-            if name is None:
-                continue
-            rest = DEFAULT_SPATIAL if len(port.dims) >= 4 else DEFAULT_LENGTH
-            default = 1 if axis == 0 and len(port.dims) > 1 else rest
-            bound.setdefault(name, int(wanted.get(name, default)))
-    return bound
-
-
-def _infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
-    copy = skeleton(proto)
-    names = {v.name for v in proto.graph.input}
-    for value in copy.graph.input:
-        if value.name in names:
-            port = _port(value)
-            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-                name = symbol(port, axis)
-                if name is not None:
-                    dim.dim_value = bound[name]
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
-
-
-def _tensor_types(graph: GraphProto) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype[Any]]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, np.dtype[Any]] = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        if not value.type.HasField("tensor_type"):
-            continue
-        kind = value.type.tensor_type
-        if kind.elem_type:
-            dtypes[value.name] = _dtype(kind.elem_type)
-        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-            shapes[value.name] = tuple(d.dim_value for d in kind.shape.dim)
-    return shapes, dtypes
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes

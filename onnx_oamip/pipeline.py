@@ -73,7 +73,11 @@ def prune(
         plan=result.plan,
         verification=verification,
         timings=clock.seconds,
-        settings={**settings.model_dump(mode="json"), "device": ready.device, "steps": sorted(set(ready.steps.tolist()))},
+        settings={
+            **settings.model_dump(mode="json"),
+            "device": ready.device,
+            "steps": sorted(set(ready.steps.tolist())),
+        },
         notes=(*result.plan.notes, *result.pruned.notes),
         fits=result.pruned.fits,
     )
@@ -166,7 +170,8 @@ def _check(settings: Settings, source: Source | None) -> Method:
         for what, needed in asks.items():
             if needed:
                 raise DataError(
-                    f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform --refit none."
+                    f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform "
+                    "--refit none."
                 )
     return method
 
@@ -207,7 +212,9 @@ def _order(scores: Scores, coupling: Coupling) -> np.ndarray[tuple[int], np.dtyp
     return order
 
 
-def _samples(model: Model, source: Source | None, eval_data: Source | None, seed: int) -> tuple[Samples, Samples | None]:
+def _samples(
+    model: Model, source: Source | None, eval_data: Source | None, seed: int
+) -> tuple[Samples, Samples | None]:
     """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""
     held = data.load(eval_data, model) if eval_data is not None else None
     if source is None:

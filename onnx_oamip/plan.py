@@ -1,8 +1,9 @@
 """Budget and scores -> which units stay.
 
 ``mip`` chooses every group's width by the budget program from measured losses. ``uniform`` keeps the same share of
-every group; ``global`` keeps the units of largest score relative to their group's mean, wherever they are: these two land on the budget from below: a bisection on one number, then single steps while they
-fit. Widths are multiples of the alignment (in channels), or the full width; no group is ever emptied.
+every group; ``global`` keeps the units of largest score relative to their group's mean, wherever they are. These two
+land on the budget from below: a bisection on one number, then single steps while they fit. Widths are multiples of the
+alignment (in channels), or the full width; no group is ever emptied.
 """
 
 from __future__ import annotations
@@ -56,7 +57,6 @@ def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Lim
 
 
 def allocate(
-    model: Model,
     coupling: Coupling,
     ledger: Ledger,
     scores: Scores,
@@ -234,7 +234,7 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints) -> 
     why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
     return (
         f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
-        f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the model is "
-        f"still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
+        f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the "
+        f"model is still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
         "ask for more or see 'onnx-oamip inspect'."
     )

@@ -28,6 +28,7 @@ from .calibrate import Progress
 from .data import Samples
 from .patches import data_rows, output_rows, pick, row_count
 from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, Statistics
+from .residual import Join, join
 from .subgraph import FRONTIER_BYTES, Frontier, Slicer, affordable, element_types
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -114,7 +115,8 @@ def least_squares(
     frontier = Frontier(proto, feeds, types, device)
     fits: list[Fit] = []
     if used < samples.usable():
-        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {FRONTIER_BYTES >> 20} MiB")
+        room = f"{FRONTIER_BYTES >> 20} MiB"
+        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {room}")
     for i, place in enumerate(places):
         fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
         fits += [fit] if fit else []
@@ -128,7 +130,8 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
     """Linear nodes whose input changed (consumers of a cut, and everything linear behind one), and what is left out."""
     slicer = Slicer(model.proto)
     changed = {c.node for c in coupling.consumers if not coupling.keep((c.data, c.axis), units).all()}
-    behind = {slicer.nodes[i].name for i in slicer.descendants(o for n in slicer.nodes if n.name in changed for o in n.output)}
+    outputs = (o for n in slicer.nodes if n.name in changed for o in n.output)
+    behind = {slicer.nodes[i].name for i in slicer.descendants(outputs)}
     uses: dict[str, int] = {}
     for node in model.nodes:
         for name in node.inputs:
@@ -149,13 +152,16 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
 class _Target:
     """What the original node gave at sampled rows, per feed: output shape, row numbers, values (rows, outputs).
 
-    ``inputs`` (rows, channels, taps) is kept only where the node is too wide for a Gram matrix of its own.
+    ``inputs`` (rows, channels, taps) is kept only where the node is too wide for a Gram matrix of its own; ``joined``
+    (rows, outputs) is the other branch of a residual sum that the node runs into, if there is one.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     rows: tuple[Ints, ...]
     values: tuple[Array, ...]
     inputs: tuple[Array, ...]
+    join: Join | None
+    joined: tuple[Array, ...]
 
 
 def _targets(
@@ -169,6 +175,8 @@ def _targets(
 ) -> dict[str, _Target]:
     """One walk through the original model: outputs of every node to be refitted, at sampled rows."""
     frontier = Frontier(model.proto, feeds, types, device)
+    slicer = Slicer(model.proto)
+    waiting = {place.node.name for place in places}
     result = {}
     for place in places:
         name = place.node.outputs[0]
@@ -176,6 +184,11 @@ def _targets(
         wide = ins * taps > cap
         # Only what a frontier forgets first must be asked for first: the data, then the output.
         data = frontier.reach([place.data])[place.data] if wide else []
+        joint = join(model, place)
+        if joint and any(slicer.nodes[i].name in waiting for i in slicer.needed([joint.other], ())):
+            joint = None  # the other branch is still to be refitted: it will take on this one's error
+        waiting.discard(place.node.name)
+        others = frontier.reach([name, joint.other])[joint.other] if joint else []
         outputs = frontier.reach([name])[name]
         wanted = LEAST_ROWS if wide else int(np.clip(ROWS_PER_UNKNOWN * ins * taps, LEAST_ROWS, MOST_ROWS))
         if wide:  # rows this wide are many values each: bound the values instead
@@ -186,7 +199,8 @@ def _targets(
         inputs = tuple(
             data_rows(place, x, r, shape).astype(np.float32) for x, r, shape in zip(data, rows, shapes, strict=False)
         )
-        result[place.node.name] = _Target(shapes, rows, values, inputs)
+        joined = tuple(output_rows(place, t, r).astype(np.float32) for t, r in zip(others, rows, strict=False))
+        result[place.node.name] = _Target(shapes, rows, values, inputs, joint, joined)
     return result
 
 
@@ -214,18 +228,27 @@ def _refit(
     found = [data_rows(here, v, r, s) for v, r, s in zip(inputs, target.rows, target.shapes, strict=True)]
     x = np.concatenate(found).transpose(1, 0, 2)
     kept = output_mask(model, coupling, place, units)
-    y = np.concatenate(target.values).astype(np.float64)[:, kept].reshape(-1, groups, outs).transpose(1, 0, 2)
-    held = np.concatenate([np.arange(len(r)) >= (1 - HELD_OUT) * len(r) for r in target.rows])
+    y = np.concatenate(target.values).astype(np.float64)[:, kept]
+    if target.join is not None:
+        now = frontier.reach([target.join.other])[target.join.other]
+        error = np.concatenate(target.joined)[:, kept] - np.concatenate(
+            [output_rows(here, t, r) for t, r in zip(now, target.rows, strict=True)]
+        )
+        y += target.join.correction(error, kept)
+    y = y.reshape(-1, groups, outs).transpose(1, 0, 2)
+    held = np.arange(len(y[0])) >= (1 - HELD_OUT) * len(y[0])  # rows come in the order of samples: the last ones
     residual = y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
     form, note = "least squares", ""
     if target.inputs:
         mixed = _mixing(model, coupling, units, place, target, x, w0)
         if mixed is None:
             form, solve = "bias", None
-            note = f"{place.node}: {ins * taps} unknowns are too many and have no channel form, so only its bias is refitted"
+            why = f"{ins * taps} unknowns are too many and have no channel form"
+            note = f"{place.node}: {why}, so only its bias is refitted"
         else:
             form, solve = "channel mixing", mixed
-            note = f"{place.node}: {ins * taps} unknowns are too many for a Gram matrix, so removed channels are mixed into kept ones"
+            why = f"{ins * taps} unknowns are too many for a Gram matrix"
+            note = f"{place.node}: {why}, so removed channels are mixed into kept ones"
     else:
         solve = _ridge(x, residual)
         if x.shape[1] < ins * taps:
@@ -261,7 +284,7 @@ def _best(
         return float(np.square(left).mean(axis=1).sum())
 
     def shift_of(change: Floats | None, rows: Bools) -> Floats:
-        mean = residual[:, rows].mean(axis=1)
+        mean: Floats = residual[:, rows].mean(axis=1)
         return mean if change is None else mean - (x[:, rows].mean(axis=1)[:, None] @ change)[:, 0]
 
     before = error(None, np.zeros_like(residual[:, 0]))

@@ -61,12 +61,13 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     for node in graph.nodes:
         if node.name in edits:
             _apply(node, edits[node.name])
-            if edits[node.name].spread is not None:
-                _spread(graph, node, edits[node.name].spread, cuts, model)
+            spread = edits[node.name].spread
+            if spread is not None:
+                _spread(graph, node, spread, cuts, model)
     # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
     graph.cleanup(recurse_subgraphs=False, remove_unused_graph_inputs=False)
     graph.toposort(recurse_subgraphs=False)
-    result = gs.export_onnx(graph, do_type_check=False)
+    result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, model.proto)
     return result
 

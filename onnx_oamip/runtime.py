@@ -22,7 +22,8 @@ def runtime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise EnvironmentMissing(
-            "ONNX Runtime is not installed; install it with pip install 'onnx-oamip[cpu]', or 'onnx-oamip[gpu]' for CUDA."
+            "ONNX Runtime is not installed; install it with pip install 'onnx-oamip[cpu]', or 'onnx-oamip[gpu]' for "
+            "CUDA."
         ) from error
     onnxruntime.set_default_logger_severity(4)
     return onnxruntime

@@ -76,7 +76,9 @@ def interpolate(found: Sensitivity, widths: Ints) -> Floats:
     return np.maximum(np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0)
 
 
-def attempt(ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...], progress: Progress | None) -> Attempt:
+def attempt(
+    ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...], progress: Progress | None
+) -> Attempt:
     """Allocate, cut and refit once."""
     chosen = allocate(ready, limit, extra)
     return carry_out(ready, chosen, progress)
@@ -85,7 +87,7 @@ def attempt(ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, .
 def allocate(ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
     """The plan under absolute limits."""
     return plan.allocate(
-        ready.model, ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra
+        ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra
     )
 
 
@@ -153,8 +155,8 @@ def _latency(ready: Prepared, limit: plan.Limits, share: float, progress: Progre
         target *= (share * (1 - LATENCY_SLACK / 2)) / measured
     if best is None:
         raise BudgetNotMet(
-            f"the --latency budget cannot be met: the narrowest plan found still takes {measured:.2f} of the original's "
-            f"time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
+            f"the --latency budget cannot be met: the narrowest plan found still takes {measured:.2f} of the "
+            f"original's time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
         )
     return best
 
@@ -173,7 +175,9 @@ def _smallest(
 ) -> Attempt:
     """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
     if ready.held is None:
-        raise BudgetNotMet("--max-drop needs data to measure the drop on; give --data with enough samples, or --eval-data.")
+        raise BudgetNotMet(
+            "--max-drop needs data to measure the drop on; give --data with enough samples, or --eval-data."
+        )
     original = Session(ready.model.proto, ready.device)
     best: Attempt | None = None
     low, high = 0.0, min(1.0, (limit.macs or ready.before.macs) / ready.before.macs)

@@ -231,7 +231,8 @@ class _Part:
             if weight.shape[1] != outs:  # taps were folded into the outputs
                 weight = weight.reshape(groups, outs, taps, ins).transpose(0, 1, 3, 2)
                 shift = shift.reshape(groups, outs, taps).sum(axis=2).reshape(-1)
-            result[f"oamip_weight_{name}"] = unmatrix(place, weight.reshape(groups, outs, ins, taps) / place.factor, like)
+            weight = weight.reshape(groups, outs, ins, taps) / place.factor
+            result[f"oamip_weight_{name}"] = unmatrix(place, weight, like)
             view = [1] * len(self.model.shapes[node.outputs[0]])
             view[place.output_axis] = -1
             result[f"oamip_shift_{name}"] = shift.reshape(view).astype(like.dtype)

@@ -17,7 +17,6 @@ from .model import reads
 from .records import Array, Model
 from .runtime import Session
 
-
 FRONTIER_BYTES = 1 << 30
 """Bound of the activations that a walk holds for all its feeds."""
 
@@ -88,7 +87,7 @@ class Slicer:
 
 def element_types(proto: onnx.ModelProto, dtypes: Mapping[str, object]) -> dict[str, int]:
     """ONNX element types by tensor name, from numpy dtypes and the graph's own inputs."""
-    types = {name: helper.np_dtype_to_tensor_dtype(dtype) for name, dtype in dtypes.items()}  # type: ignore[arg-type]
+    types = {name: int(helper.np_dtype_to_tensor_dtype(dtype)) for name, dtype in dtypes.items()}
     types.update({v.name: v.type.tensor_type.elem_type for v in proto.graph.input})
     return types
 
@@ -99,7 +98,9 @@ class Frontier:
     Every node runs once. ``feeds`` are batches; memory holds, for all of them, the tensors still to be read.
     """
 
-    def __init__(self, proto: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], types: Mapping[str, int], device: str) -> None:
+    def __init__(
+        self, proto: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], types: Mapping[str, int], device: str
+    ) -> None:
         self.proto = proto
         self.types = dict(types)
         self.device = device
@@ -126,7 +127,8 @@ class Frontier:
             names = session.inputs
             columns: list[list[Array]] = [[] for _ in outputs]
             for b in range(self.batches):
-                for column, value in zip(columns, session.run({n: self.tensors[n][b] for n in names}, outputs), strict=True):
+                values = session.run({n: self.tensors[n][b] for n in names}, outputs)
+                for column, value in zip(columns, values, strict=True):
                     column.append(value)
             self.tensors.update(zip(outputs, columns, strict=True))
             self.tensors = {n: v for n, v in self.tensors.items() if n in later or n in targets}

@@ -97,7 +97,7 @@ def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
                 f"{timing['p95_ms']:,.3f}",
                 f"{timing['throughput']:,.0f}",
                 "-" if peak is None else f"{peak / 2**20:,.1f}",
-                f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})",
+                f"{_times(ratio['median'])} ({_times(ratio['low'])}-{_times(ratio['high'])})",
             )
         yield table
     yield Text(
@@ -163,7 +163,7 @@ def _costs(
         row = [name, f"{before[key]:,}", f"{after[key]:,}", _percent(after[key] / before[key] if before[key] else None)]
         table.add_row(*row, *([_percent(budget[wanted], "")] if budget else []))
     if budget and latency is not None:
-        table.add_row("latency", "", f"{1 / latency:.2f} x faster", _percent(latency), _percent(budget["latency"], ""))
+        table.add_row("latency", "", f"{1 / latency:.2f} x as fast", _percent(latency), _percent(budget["latency"], ""))
     return table
 
 
@@ -276,6 +276,10 @@ def _percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -15,9 +15,9 @@ import onnx
 from .calibrate import Progress
 from .data import Samples
 from .errors import GateFailed
-from .model import symbol
 from .records import Array, Ints, Model, Port, Verification
 from .runtime import Session
+from .shapes import symbol
 
 TOLERANCE = 1e-4
 """Largest difference between pruned and masked outputs, relative to the output's scale (float32)."""

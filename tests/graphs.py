@@ -230,12 +230,14 @@ def samples(model: Model, count: int, seed: int = 0) -> dict[str, Array]:
     return feed(model, seed, count)
 
 
-def activations(model: Model, feeds: Mapping[str, Array], names: Sequence[str]) -> dict[str, Array]:
-    """Intermediate tensors as the original graph gives them."""
-    proto = ModelProto()
-    proto.CopyFrom(model.proto)
-    del proto.graph.output[:]
+def activations(
+    model: Model, feeds: Mapping[str, Array], names: Sequence[str], proto: ModelProto | None = None
+) -> dict[str, Array]:
+    """Intermediate tensors as the original graph gives them, or another one with the same tensors."""
+    shown = ModelProto()
+    shown.CopyFrom(proto or model.proto)
+    del shown.graph.output[:]
     for name in names:
         kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
-        proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    return dict(zip(names, Session(proto, "cpu").run(feeds, list(names)), strict=True))
+        shown.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    return dict(zip(names, Session(shown, "cpu").run(feeds, list(names)), strict=True))

@@ -22,18 +22,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_oamip.cli import cli, main
-from onnx_oamip.errors import EnvironmentMissing
+from onnx_oamip.errors import BudgetNotMet, EnvironmentMissing
 from onnx_oamip.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("inspect", "prune", "verify", "ops")
+COMMANDS = ("inspect", "prune", "verify", "bench", "ops", "solvers")
 SIDES = ("macs", "params", "bytes")
 PRUNE_KEYS = {
-    "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "verification",
-    "timings", "settings", "versions",
+    "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "fits",
+    "verification", "timings", "settings", "versions",
 }  # fmt: skip
 VERIFICATION_KEYS = {
-    "masked_equivalence", "output_relative_error", "agreement", "accuracy_before", "accuracy_after",
+    "masked_equivalence", "output_relative_error", "agreement", "accuracy_before", "accuracy_after", "latency_ratio",
 }  # fmt: skip
 
 
@@ -99,7 +99,10 @@ def samples(count: int, width: int = 6) -> np.ndarray:
     return np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
 
 
-PRUNE = ("prune", "model.onnx", "--data", "data.npz", "--macs", "0.5", "-o", "out.onnx")
+BASE = ("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--force")
+"""``--force``: so small a network is as fast when it is half, and a test is not about that."""
+PRUNE = (*BASE, "--macs", "0.5")
+VERSIONS = {"onnx_oamip", "onnx", "onnxruntime", "numpy", "python", "onnx_graphsurgeon", "gurobipy", "highspy"}
 
 
 # ------------------------------------------------------------------------------------------------------------ help
@@ -157,7 +160,9 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
     assert document["before"]["bytes"] == model.stat().st_size
     assert document["after"]["bytes"] == out.stat().st_size
     assert 0.48 <= document["after"]["macs"] / document["before"]["macs"] <= 0.5
-    assert document["budget"] == {"macs": 0.5, "params": None, "size": None, "threshold": None}
+    assert document["budget"] == {
+        "macs": 0.5, "params": None, "size": None, "threshold": None, "latency": None, "max_drop": None,
+    }  # fmt: skip
     assert [(g["name"], g["units"]) for g in document["groups"]] == [("fc1.weight", 300), ("fc2.weight", 100)]
     for group in document["groups"]:
         assert set(group) == {"name", "units", "kept", "level", "score"}
@@ -167,7 +172,18 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
         {k: s[k] for k in ("tensor", "axis", "channels")} for s in document["skipped"]
     ]
     assert all(s["reason"] for s in document["skipped"])
-    assert document["programs"] == []
+    program = document["programs"][-1]
+    assert (program["purpose"], program["status"], program["limit"]) == ("budget", "optimal", None)
+    assert program["solver"] in ("gurobi", "highs")
+    assert program["reason"]
+    assert program["used"].keys() == {"macs"}
+    assert 0.98 <= program["used"]["macs"] <= 1
+    assert [fit["node"] for fit in document["fits"]] == ["/fc2/Gemm", "/fc3/Gemm"][-len(document["fits"]) :]
+    for fit in document["fits"]:
+        assert set(fit) == {"node", "form", "rows", "unknowns", "ridge", "error_before", "error_after"}
+        assert fit["form"] == "least squares"
+        assert 0 <= fit["error_after"] <= fit["error_before"]
+    assert any(fit["error_after"] < fit["error_before"] for fit in document["fits"])
     verification = document["verification"]
     assert set(verification) >= VERIFICATION_KEYS
     assert verification["masked_equivalence"] <= 1e-4
@@ -176,8 +192,12 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
     assert verification["failures"] == []
     assert all(isinstance(v, float) for v in document["timings"].values())
     assert document["settings"]["macs"] == 0.5
-    assert document["settings"]["importance"] == "activation"
-    assert set(document["versions"]) == {"onnx_oamip", "onnx", "onnxruntime", "numpy", "python", "onnx_graphsurgeon"}
+    defaults = {"importance": "obs", "allocate": "mip", "refit": "least-squares", "align": "auto", "solver": "auto"}
+    assert document["settings"].items() >= defaults.items()
+    assert verification["accuracy_after"] > verification["accuracy_before"] - 0.03
+    assert verification["latency_ratio"] > 0
+    assert "latency_ratio" not in document
+    assert set(document["versions"]) == VERSIONS
     assert documented_keys() == set(document)
 
 
@@ -223,6 +243,91 @@ def test_verify_of_unlike_models_is_a_failed_gate(run: Run, place: Path) -> None
     one_sentence(result)
 
 
+def test_bench_document(run: Run, place: Path) -> None:
+    perceptron(place / "wide.onnx", 64)
+    models = ("model.onnx", "wide.onnx")
+    options = ("--batch", 3, "--batch", 1, "--seconds", 0.05, "--threads", 1, "--device", "cpu", "--json")
+    result = run("bench", *models, *options)
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert set(document) == {
+        "schema_version", "device", "threads", "batch", "seconds", "data", "models", "versions",
+    }  # fmt: skip
+    assert (document["device"], document["threads"], document["batch"]) == ("cpu", 1, [3, 1])
+    assert (document["seconds"], document["data"]) == (0.05, None)
+    assert [m["path"] for m in document["models"]] == list(models)
+    assert [m["bytes"] for m in document["models"]] == [Path(m).stat().st_size for m in models]
+    for model in document["models"]:
+        assert [t["batch"] for t in model["timings"]] == [3, 1]
+        for timing in model["timings"]:
+            assert set(timing) == {
+                "batch", "p50_ms", "p95_ms", "mean_ms", "throughput", "runs", "peak_bytes", "ratio",
+            }  # fmt: skip
+            assert 0 < timing["p50_ms"] <= timing["p95_ms"]
+            assert timing["throughput"] == pytest.approx(timing["batch"] / timing["p50_ms"] * 1e3)
+            ratio = timing["ratio"]
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert {t["ratio"]["median"] for t in document["models"][0]["timings"]} == {1}
+
+
+def test_bench_on_data(run: Run, place: Path) -> None:
+    result = run("bench", "model.onnx", "--data", "data.npz", "--batch", 4, "--seconds", 0.05, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert (result.document["batch"], result.document["data"]) == ([4], "data.npz")
+    assert len(result.document["models"]) == 1
+
+
+def test_bench_of_a_fixed_batch(run: Run, place: Path) -> None:
+    model = onnx.load("model.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 5
+    onnx.save_model(model, "model.onnx")
+    assert run("bench", "model.onnx", "--seconds", 0.05, "--json").document["batch"] == [5]
+    assert run("bench", "model.onnx", "--data", "data.npz", "--seconds", 0.05, "--json").document["batch"] == [5]
+    for data in ((), ("--data", "data.npz")):
+        result = run("bench", "model.onnx", *data, "--batch", 2, "--seconds", 0.05)
+        assert (result.code, result.out) == (2, "")
+        one_sentence(result)
+        assert "5 samples" in result.err
+
+
+BENCH_MISTAKES = {
+    "no model": ((), "MODEL"),
+    "missing model": (("model.onnx", "other.onnx"), "other.onnx"),
+    "missing data": (("model.onnx", "--data", "other.npz"), "other.npz"),
+    "more than there is": (("model.onnx", "--data", "data.npz", "--batch", "64"), "40"),
+    "batch of 0": (("model.onnx", "--batch", "0"), "--batch"),
+    "no time": (("model.onnx", "--seconds", "0"), "--seconds"),
+    "time that is NaN": (("model.onnx", "--seconds", "nan"), "--seconds"),
+    "other inputs": (("model.onnx", "renamed.onnx"), "image"),
+}
+
+
+@pytest.mark.parametrize("mistake", BENCH_MISTAKES)
+def test_a_mistake_of_bench_is_one_sentence(run: Run, place: Path, mistake: str) -> None:
+    renamed = onnx.load("model.onnx")
+    renamed.graph.input[0].name = renamed.graph.node[0].input[0] = "image"
+    onnx.save_model(renamed, "renamed.onnx")
+    arguments, word = BENCH_MISTAKES[mistake]
+    result = run("bench", *arguments, "--json")
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+
+
+def test_solvers_document(run: Run) -> None:
+    result = run("solvers", "--json")
+    assert (result.code, result.err) == (0, "")
+    found = {s["name"]: s for s in result.document["solvers"]}
+    assert list(found) == ["gurobi", "highs"]
+    for solver in found.values():
+        assert set(solver) == {"name", "installed", "usable", "version", "licence", "variables", "rows"}
+        assert solver["licence"]
+    assert found["highs"]["usable"]
+    assert found["highs"]["variables"] is None
+    assert found["highs"]["version"] == result.document["versions"]["highspy"]
+
+
 def test_ops_document(run: Run) -> None:
     result = run("ops", "--json")
     assert (result.code, result.err) == (0, "")
@@ -240,20 +345,33 @@ def test_tables_fit_80_columns_and_say_what_the_documents_say(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    pruned = run(*PRUNE)
-    inspected = run("inspect", "model.onnx")
-    verified = run("verify", "model.onnx", "out.onnx", "--data", "data.npz")
-    listed = run("ops")
-    for result in (pruned, inspected, verified, listed):
+    pruned = run(*PRUNE, "--max-drop", 90)
+    perceptron(place / "a-network-with-quite-a-long-name.onnx", 64)
+    names = ("model.onnx", "out.onnx", "a-network-with-quite-a-long-name.onnx")
+    found = {
+        "inspect": run("inspect", "model.onnx"),
+        "verify": run("verify", "model.onnx", "out.onnx", "--data", "data.npz"),
+        "bench": run("bench", *names, "--seconds", 0.05, "--batch", 1, "--batch", 16, "--threads", 2),
+        "ops": run("ops"),
+        "solvers": run("solvers"),
+    }
+    for result in (pruned, *found.values()):
         assert (result.code, result.err) == (0, "")
         assert max(map(len, result.out.splitlines())) <= 80
     assert "model.onnx -> out.onnx" in pruned.out
-    assert re.search(r"MACs +160 +80 +50\.0 % +50\.0 %", pruned.out)
-    assert re.search(r"first\.weight +16 +8 ", pruned.out)
+    assert re.search(r"MACs +160 +\d+ +[\d.]+ % +50\.0 %", pruned.out)
+    assert re.search(r"latency +[\d.]+ x as fast +[\d.]+ %", pruned.out)
+    assert re.search(r"first\.weight +16 +[1-8] ", pruned.out)
+    assert re.search(r"budget +(gurobi|highs) +optimal +0\.\d\d % ", pruned.out)
+    assert re.search(r"nodes refitted +1 by least squares", pruned.out)
+    assert re.search(r"largest drop allowed +90 points", pruned.out)
     for name in ("first.weight", "second.weight", "graph input", "graph output"):
-        assert name in inspected.out
-    assert "same top class" in verified.out
-    assert "ConvTranspose" in listed.out
+        assert name in found["inspect"].out
+    assert "same top class" in found["verify"].out
+    assert re.search(r"^16 samples a run on \w+, 2 threads$", found["bench"].out, re.MULTILINE)
+    assert re.search(r"model\.onnx +[\d.]+ +[\d.]+ +[\d,]+ +\S+ +1\.00 \(1\.00-1\.00\)", found["bench"].out)
+    assert "ConvTranspose" in found["ops"].out
+    assert re.search(r"highs +[\d.]+ +yes +any +any", found["solvers"].out)
 
 
 def test_names_with_brackets_are_not_markup(run: Run, place: Path) -> None:
@@ -289,16 +407,46 @@ def test_quiet_prints_nothing(run: Run, place: Path) -> None:
 
 def test_options_reach_the_settings(run: Run, place: Path) -> None:
     options = (
-        "--params 0.9 --size 95% --importance l2 --allocate global --refit none --align 4 --device cpu --seed 3 "
-        "--batch-size 8"
+        "--params 0.9 --size 95% --latency 100% --max-drop 99 --importance l2 --allocate mip --refit none --align 4 "
+        "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8"
     )
-    document = run(*PRUNE, "--json", *options.split()).document
-    assert document["groups"][0]["kept"] % 4 == 0
     expected = {
-        "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "importance": "l2", "allocate": "global",
-        "refit": "none", "align": 4, "exclude": [], "device": "cpu", "seed": 3, "batch_size": 8,
+        "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "latency": 1.0, "max_drop": 99.0,
+        "importance": "l2", "allocate": "mip", "refit": "none", "align": 4, "floor": 0.1, "exclude": ("second",),
+        "solver": "highs", "time_limit": 5.0, "workers": 1, "force": True, "device": "cpu", "seed": 3, "batch_size": 8,
     }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnx_oamip.pipeline.prune", lambda *a, **_: seen.append(a[3]) or refuse())
+        seen: list[Settings] = []
+        assert run(*PRUNE, *options.split()).code == 1
+    assert [s.model_dump() for s in seen] == [expected]
+
+
+def refuse() -> None:
+    raise BudgetNotMet("this is a test.")
+
+
+def test_settings_reach_the_result(run: Run, place: Path) -> None:
+    document = run(*PRUNE, "--json", "--align", 4, "--floor", "50%", "--solver", "highs", "--device", "cpu").document
+    assert document["groups"][0]["kept"] == 8
+    assert document["programs"][-1]["solver"] == "highs"
+    expected = {"macs": 0.5, "align": 4, "floor": 0.5, "solver": "highs", "device": "cpu", "workers": None}
     assert document["settings"].items() >= expected.items()
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+@pytest.mark.parametrize("refit", ["none", "bias", "least-squares"])
+def test_other_allocations_and_refits(run: Run, place: Path, allocate: str, refit: str) -> None:
+    document = run(*PRUNE, "--json", "--allocate", allocate, "--refit", refit, "--align", 1).document
+    assert (document["programs"], document["allocation"]) == ([], allocate)
+    assert document["groups"][0]["kept"] == 8
+    assert bool(document["fits"]) == (refit == "least-squares")
+
+
+def test_max_drop_alone(run: Run, place: Path) -> None:
+    """Random labels: what counts is that the promise holds on the samples that were measured."""
+    verification = run(*BASE, "--json", "--align", 1, "--max-drop", 10).document["verification"]
+    assert verification["accuracy_after"] >= verification["accuracy_before"] - 0.1
 
 
 def test_every_setting_has_an_option_with_the_same_choices() -> None:
@@ -310,7 +458,7 @@ def test_every_setting_has_an_option_with_the_same_choices() -> None:
 
 
 def test_weight_scores_need_no_data(run: Run, place: Path) -> None:
-    choices = ("--importance", "l1", "--refit", "none", "--json")
+    choices = ("--importance", "l1", "--allocate", "uniform", "--refit", "none", "--force", "--json")
     result = run("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx", *choices)
     assert result.code == 0
     verification = result.document["verification"]
@@ -319,8 +467,9 @@ def test_weight_scores_need_no_data(run: Run, place: Path) -> None:
 
 
 def test_threshold_alone(run: Run, place: Path) -> None:
-    scores = run(*PRUNE, "--json").document["groups"][0]["score"]
-    arguments = ("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--json", "--threshold")
+    choices = ("--importance", "activation", "--allocate", "uniform", "--align", 1, "--json")
+    scores = run(*PRUNE, *choices).document["groups"][0]["score"]
+    arguments = (*BASE, *choices, "--threshold")
     assert run(*arguments, scores["min"]).document["groups"][0]["kept"] == 16
     assert 0 < run(*arguments, scores["mean"]).document["groups"][0]["kept"] < 16
 
@@ -339,7 +488,7 @@ def test_feeds_from_a_function(run: Run, place: Path, monkeypatch: pytest.Monkey
         "        yield {'input': np.full((2, 6), i, np.float32)}\n"
     )
     monkeypatch.syspath_prepend(str(place))
-    result = run("prune", "model.onnx", "--data", "feeds_for_a_test:feeds", "--macs", "0.5", "-o", "o.onnx", "--json")
+    result = run(*PRUNE, "--data", "feeds_for_a_test:feeds", "--json")
     assert (result.code, result.err) == (0, "")
 
 
@@ -398,6 +547,18 @@ MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
     "unknown importance": (lambda: None, ("--importance", "luck"), "activation"),
     "pattern without a match": (lambda: None, ("--exclude", "third*"), "third*"),
     "alignment of 0": (lambda: None, ("--align", "0"), "--align"),
+    "alignment that is no number": (lambda: None, ("--align", "some"), "--align"),
+    "floor above 1": (lambda: None, ("--floor", "1.01"), "--floor"),
+    "floor below 0": (lambda: None, ("--floor=-5%",), "--floor"),
+    "drop below 0": (lambda: None, ("--max-drop=-1",), "--max-drop"),
+    "drop of 100 points": (lambda: None, ("--max-drop", "100"), "--max-drop"),
+    "drop that is NaN": (lambda: None, ("--max-drop", "nan"), "--max-drop"),
+    "latency of 0": (lambda: None, ("--latency", "0"), "--latency"),
+    "latency without the program": (lambda: None, ("--latency", "0.5", "--allocate", "uniform"), "--allocate mip"),
+    "unknown solver": (lambda: None, ("--solver", "cplex"), "'highs'"),
+    "no time": (lambda: None, ("--time-limit", "0"), "--time-limit"),
+    "time that is NaN": (lambda: None, ("--time-limit", "nan"), "--time-limit"),
+    "no workers": (lambda: None, ("--workers", "0"), "--workers"),
     "output folder missing": (lambda: None, ("-o", "nowhere/out.onnx"), "nowhere"),
     "output is a folder": (lambda: Path("made").mkdir(), ("-o", "made"), "made"),
     "output is the model": (lambda: None, ("-o", "./model.onnx"), "model.onnx"),
@@ -426,7 +587,12 @@ def test_a_run_without_a_budget_or_without_data_says_what_to_give(run: Run, plac
     for arguments, word in (
         (("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx"), "--macs"),
         (("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx"), "--data"),
-        (("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "-o", "out.onnx"), "--data"),
+        (("prune", "model.onnx", "--macs", "0.5", "--importance", "obs", "-o", "out.onnx"), "--importance obs"),
+        (("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "-o", "out.onnx"), "--allocate mip"),
+        (
+            ("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "--allocate", "global", "-o", "out.onnx"),
+            "--refit least-squares",
+        ),
     ):
         result = run(*arguments)
         assert (result.code, result.out) == (2, "")
@@ -550,7 +716,7 @@ def test_readme_commands_work(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
                 Path(target[0]).write_text(result.out)
                 assert result.document["schema_version"] == 1
             ran += 1
-    assert ran >= 8
+    assert ran >= 10
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
 

@@ -8,6 +8,7 @@ import click
 
 from .. import __version__
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
+from .options import seconds as positive
 from .prune import prune
 from .terminal import Progress, show
 
@@ -104,7 +105,8 @@ def verify(
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, 86400, min_open=True),
+    type=float,
+    callback=positive,
     default=10.0,
     show_default=True,
     metavar="S",

@@ -1,4 +1,4 @@
-"""Types of values and options that commands share."""
+"""What is checked about the values of options, and the options that commands share."""
 
 from __future__ import annotations
 
@@ -11,54 +11,57 @@ MODEL = click.Path(path_type=Path)
 DATA = "FILE|MODULE:FUNCTION"
 
 
-class Share(click.ParamType):
-    """A share to keep: above 0 (or from 0) and at most 1, or a percentage with its sign."""
-
-    name = "share"
-
-    def __init__(self, zero: bool = False) -> None:
-        self.zero = zero
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The share as a fraction."""
-        text = str(value).strip()
-        try:
-            number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        except ValueError:
-            number = math.nan
-        if not (0 < number <= 1 or (self.zero and number == 0)):
-            range_ = "from 0 to 1" if self.zero else "above 0 and at most 1"
-            self.fail(f"{text!r} is not a share to keep; give a number {range_}, or a percentage such as 50%.", param, ctx)
-        return number
+def share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
+    """A share to keep, above 0 and at most 1, from a number or a percentage with its sign."""
+    number = None if value is None else _fraction(value)
+    if number is not None and not 0 < number <= 1:
+        message = f"{value!r} is not a share to keep; give a number above 0 and at most 1, or a percentage such as 50%."
+        raise click.BadParameter(message, ctx, param)
+    return number
 
 
-class Alignment(click.ParamType):
-    """``auto`` or a number of channels."""
-
-    name = "alignment"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """A number, or ``auto`` as it is."""
-        text = str(value).strip()
-        if text == "auto":
-            return text
-        if not text.isdecimal() or int(text) < 1:
-            self.fail(f"{text!r} is no alignment; give auto or a whole number of channels from 1.", param, ctx)
-        return int(text)
+def floor(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """A share that may be 0."""
+    number = _fraction(value)
+    if not 0 <= number <= 1:
+        message = f"{value!r} is not a share; give a number from 0 to 1, or a percentage such as 10%."
+        raise click.BadParameter(message, ctx, param)
+    return number
 
 
-class Method(click.ParamType):
+def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """A time: above 0, and finite."""
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{value} is not a number of seconds above 0.", ctx, param)
+    return value
+
+
+def alignment(ctx: click.Context, param: click.Parameter, value: str) -> int | str:
+    """``auto`` as it is, or a number of channels."""
+    text = value.strip()
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        message = f"{text!r} is no alignment; give auto or a whole number of channels from 1."
+        raise click.BadParameter(message, ctx, param)
+    return int(text)
+
+
+def method(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """The name of an importance method, looked up in the registry."""
+    from ..importance import METHODS
 
-    name = "method"
+    if value not in METHODS:
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(METHODS)}.", ctx, param)
+    return value
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name, if there is such a method."""
-        from ..importance import METHODS
 
-        if value not in METHODS:
-            self.fail(f"{value!r} is not one of {', '.join(METHODS)}.", param, ctx)
-        return str(value)
+def _fraction(value: str) -> float:
+    text = value.strip()
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return math.nan
 
 
 class MethodOption(click.Option):

@@ -12,19 +12,20 @@ from ..errors import OutputError
 from .options import (
     DATA,
     MODEL,
-    Alignment,
-    Method,
     MethodOption,
-    Share,
+    alignment,
     batch_size_option,
     device_option,
+    floor,
     json_option,
+    method,
+    seconds,
     seed_option,
+    share,
 )
 from .terminal import Progress, show
 
 POINTS = click.FloatRange(0, 100, max_open=True)
-SECONDS = click.FloatRange(0, min_open=True)
 
 
 @click.command()
@@ -42,12 +43,12 @@ SECONDS = click.FloatRange(0, min_open=True)
     "or else a fifth of --data, held out from calibration.",
 )
 @click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.onnx", help="Where the pruned model goes.")
-@click.option("--macs", type=Share(), metavar="R", help="Share of the multiply-accumulates to keep, as 0.5 or 50%.")
-@click.option("--params", type=Share(), metavar="R", help="Share of the parameters to keep, as 0.5 or 50%.")
-@click.option("--size", type=Share(), metavar="R", help="Share of the file's bytes to keep, as 0.5 or 50%.")
+@click.option("--macs", callback=share, metavar="R", help="Share of the multiply-accumulates to keep, as 0.5 or 50%.")
+@click.option("--params", callback=share, metavar="R", help="Share of the parameters to keep, as 0.5 or 50%.")
+@click.option("--size", callback=share, metavar="R", help="Share of the file's bytes to keep, as 0.5 or 50%.")
 @click.option(
     "--latency",
-    type=Share(),
+    callback=share,
     metavar="R",
     help="Share of the latency to keep, as 0.5 or 50%: measured on the device, one sample at a time. Needs "
     "--allocate mip.",
@@ -65,7 +66,7 @@ SECONDS = click.FloatRange(0, min_open=True)
     metavar="T",
     help="Remove every unit whose score is below T, in the units of the chosen importance.",
 )
-@click.option("--importance", cls=MethodOption, type=Method(), default="obs", show_default=True, metavar="NAME")
+@click.option("--importance", cls=MethodOption, callback=method, default="obs", show_default=True, metavar="NAME")
 @click.option(
     "--allocate",
     type=click.Choice(["mip", "global", "uniform"]),
@@ -84,7 +85,7 @@ SECONDS = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--align",
-    type=Alignment(),
+    callback=alignment,
     default="auto",
     show_default=True,
     metavar="auto|N",
@@ -93,8 +94,8 @@ SECONDS = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--floor",
-    type=Share(zero=True),
-    default=0.0,
+    callback=floor,
+    default="0",
     show_default=True,
     metavar="R",
     help="Least share to keep of every group, as 0.1 or 10%.",
@@ -114,7 +115,8 @@ SECONDS = click.FloatRange(0, min_open=True)
 )
 @click.option(
     "--time-limit",
-    type=SECONDS,
+    type=float,
+    callback=seconds,
     default=60.0,
     show_default=True,
     metavar="S",

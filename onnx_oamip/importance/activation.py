@@ -37,7 +37,7 @@ def meeting(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:
     if groups > 1 and weight.shape[axis] != channels:
         # (outputs, channels per group, ...): channel j of group i meets the rows of group i only.
         blocks = np.square(weight.astype(np.float64)).reshape(groups, -1, *weight.shape[1:])
-        return blocks.sum(axis=(1, *range(3, blocks.ndim))).reshape(-1)
+        return np.asarray(blocks.sum(axis=(1, *range(3, blocks.ndim))).reshape(-1))
     others = tuple(a for a in range(weight.ndim) if a != axis)
     energy: Floats = np.add.reduce(np.square(weight), axis=others, dtype=np.float64)
     return energy

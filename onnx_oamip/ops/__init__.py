@@ -6,7 +6,7 @@ an entry without a case.
 
 from __future__ import annotations
 
-from . import elementwise, linear, movement, norm, pool
+from . import elementwise, linear, movement, norm, pool, reshape
 from .notation import opaque
 from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec
 
@@ -15,6 +15,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     *norm.SPECS,
     *pool.SPECS,
     *elementwise.SPECS,
+    *reshape.SPECS,
     *movement.SPECS,
 )
 

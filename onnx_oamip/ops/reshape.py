@@ -1,0 +1,137 @@
+"""Operators that keep the order of elements and change the axes: what one axis becomes when axes merge and divide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..records import Ints, Node
+from .notation import opaque
+from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, integers
+
+Shape = tuple[int, ...]
+
+
+def blocks(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:
+    """Smallest runs of axes (length above 1) of equal product on both sides. Nothing for unequal sizes.
+
+    >>> list(blocks((2, 3, 4), (2, 12)))
+    [([0], [0]), ([1, 2], [1])]
+    """
+    left = [i for i, n in enumerate(before) if n != 1]
+    right = [i for i, n in enumerate(after) if n != 1]
+    i = j = 0
+    while i < len(left) and j < len(right):
+        a, b = [left[i]], [right[j]]
+        pa, pb = before[left[i]], after[right[j]]
+        i, j = i + 1, j + 1
+        while pa != pb:
+            if pa < pb:
+                if i == len(left):
+                    return
+                pa *= before[left[i]]
+                a.append(left[i])
+                i += 1
+            else:
+                if j == len(right):
+                    return
+                pb *= after[right[j]]
+                b.append(right[j])
+                j += 1
+        yield a, b
+
+
+def reshaped(node: Node, labels: Labels, fixed: bool) -> None:
+    """Label arrays of any reshape with known shapes; ``fixed``: the target is a constant we can repair."""
+    name, result_name = node.inputs[0], node.outputs[0]
+    before, after = labels.shape(name), labels.shape(result_name)
+    if before is None or after is None or 0 in before:
+        opaque(node, labels, f"{node} has a shape that is not known before it runs")
+        return
+    axes = labels.axes(name)
+    result: list[LabelAxis] = [None] * len(after)
+    for axis, n in enumerate(before):
+        if n == 1:
+            labels.pin(axes[axis], f"it is the only index of an axis that {node} reshapes")
+    for left, right in blocks(before, after):
+        tracked = [a for a in left if axes[a] is not None]
+        if not tracked:
+            continue
+        if len(left) == len(right) == 1:
+            result[right[0]] = axes[left[0]]
+        elif not fixed:
+            for a in tracked:
+                labels.pin(axes[a], f"{node} takes its target shape from a computation")
+        elif len(right) == 1:
+            result[right[0]] = _merge(node, labels, axes, left, [before[a] for a in left])
+        elif len(left) == 1:
+            place, found = _split(node, labels, axes[left[0]], tuple(after[b] for b in right))
+            result[right[place]] = found
+        else:
+            for a in tracked:
+                labels.pin(axes[a], f"{node} regroups it across axes that do not line up")
+    labels.set(result_name, result)
+
+
+def _merge(node: Node, labels: Labels, axes: list[LabelAxis], left: list[int], sizes: list[int]) -> Ints:
+    """Several axes become one: the index set of a unit is a strided run of the merged axis."""
+    found: list[tuple[int, Ints]] = [(i, x) for i, a in enumerate(left) if (x := axes[a]) is not None]
+    # Only one tracked axis can stay free: the one with the most channels.
+    place, free = max(found, key=lambda item: item[1].size)
+    for i, other in found:
+        if i != place:
+            labels.pin(other, f"{node} merges it with another channel axis")
+    view = [1] * len(sizes)
+    view[place] = -1
+    return np.ascontiguousarray(np.broadcast_to(free.reshape(view), sizes)).reshape(-1)
+
+
+def _split(node: Node, labels: Labels, found: LabelAxis, sizes: Shape) -> tuple[int, Ints]:
+    """One axis becomes several: keep the axis along which labels vary, tie across the others.
+
+    Where labels vary along several axes (packed heads, channel shuffle) one must be chosen: by default the last,
+    so that slot ``j`` of every block goes together.
+    """
+    assert found is not None
+    block = found.reshape(sizes)
+    varying = [i for i in range(len(sizes)) if (block != block.take([0], i)).any()]
+    place = varying[0] if len(varying) == 1 else labels.choice(node, len(sizes) - 1)
+    first = block
+    for i in range(len(sizes)):
+        if i != place:
+            first = first.take([0], i)
+    labels.tie(block, first)
+    return place, first.reshape(-1)
+
+
+def _reshape(node: Node, labels: Labels) -> None:
+    fixed = "shape" in node.attrs or labels.constant(node.inputs[1]) is not None
+    reshaped(node, labels, fixed)
+
+
+def _same_elements(node: Node, labels: Labels) -> None:
+    reshaped(node, labels, True)
+
+
+def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
+    out = node.outputs[0]
+    if "shape" not in node.attrs and cuts.constant(node.inputs[1]) is None:
+        return Edit()  # a computed target: what it could cut was pinned
+    target = integers(node, cuts, "shape", 1)
+    assert target is not None
+    fixed = target.copy()
+    for axis, value in enumerate(target):
+        if value > 0 and cuts.keep(out, axis) is not None:
+            fixed[axis] = cuts.kept(out, axis)
+    if (fixed == target).all():
+        return Edit()
+    return Edit({"shape": fixed.tolist()}) if "shape" in node.attrs else Edit(inputs={1: fixed})
+
+
+SPECS = (
+    OpSpec("Reshape", _reshape, _reshape_repair),
+    OpSpec("Flatten", _same_elements),
+    OpSpec("Squeeze", _same_elements),
+    OpSpec("Unsqueeze", _same_elements),
+)
