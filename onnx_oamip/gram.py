@@ -21,6 +21,8 @@ from .subgraph import Frontier, element_types
 
 CAP = 2304
 """Unknowns above which only the channels x channels form is kept (taps folded into the outputs)."""
+MOST_COLUMNS = 8192
+"""Above this a consumer has no Gram matrix (half a gigabyte): its units are judged by their activations alone."""
 ROWS_PER_UNKNOWN = 3
 LEAST_ROWS, MOST_ROWS = 2048, 8192
 RIDGE = 1e-3
@@ -39,47 +41,62 @@ def collect(
     """Centred Gram matrices by consumer node, float64, over sampled rows of all feeds."""
     rng = np.random.default_rng(seed)
     frontier = Frontier(model.proto, feeds, element_types(model.proto, model.dtypes), device)
-    names = {c.node for c in coupling.consumers}
-    places = [p for n in model.nodes if n.name in names and (p := site(n, model.constants)) is not None]
+    axes = {c.node: coupling.axes[c.data, c.axis] for c in coupling.consumers}
+    places = [p for n in model.nodes if n.name in axes and (p := site(n, model.constants)) is not None]
     result = {}
     for i, place in enumerate(places):
-        result[place.node.name] = _one(model, place, frontier.reach([place.data])[place.data], rng, cap)
+        columns = _columns(place, model.constants[place.weight], axes[place.node.name], cap)
+        if len(columns) <= MOST_COLUMNS:
+            inputs = frontier.reach([place.data])[place.data]
+            result[place.node.name] = _one(model, place, inputs, columns, rng)
         if progress:
             progress("gram", i + 1, len(places))
     return result
 
 
-def _one(model: Model, place: Site, inputs: Sequence[Array], rng: np.random.Generator, cap: int) -> Gram:
-    groups, _, ins, taps = matrix_shape(place, model.constants[place.weight])
-    channel = ins * taps > cap
-    unknowns = ins if channel else ins * taps
-    wanted = int(np.clip(ROWS_PER_UNKNOWN * unknowns, LEAST_ROWS, MOST_ROWS))
-    if channel:  # every row gives one equation per tap
-        wanted = max(64, wanted // taps)
-    total = np.zeros((groups, unknowns))
-    gram = np.zeros((groups, unknowns, unknowns))
+def _columns(place: Site, weight: Array, labels: Ints, cap: int) -> Ints:
+    """(d, fold) inputs by column: one by one up to ``cap``, else the taps of a channel, or the inputs of a unit."""
+    groups, _, ins, taps = matrix_shape(place, weight)
+    every = np.arange(ins * taps)
+    if ins * taps <= cap:
+        return every[:, None]
+    if taps > 1:
+        return every.reshape(ins, taps)
+    counts = np.unique(labels, return_counts=True)[1]
+    if groups == 1 and (labels >= 0).all() and (counts == counts[0]).all():
+        return np.argsort(labels, kind="stable").reshape(len(counts), -1)
+    return every[:, None]
+
+
+def _one(model: Model, place: Site, inputs: Sequence[Array], columns: Ints, rng: np.random.Generator) -> Gram:
+    groups, _, _, taps = matrix_shape(place, model.constants[place.weight])
+    d, folded = columns.shape
+    wanted = max(64, int(np.clip(ROWS_PER_UNKNOWN * d, LEAST_ROWS, MOST_ROWS)) // folded)
+    total = np.zeros((groups, d))
+    gram = np.zeros((groups, d, d))
     count = 0
     per_feed = -(-wanted // len(inputs))
     for x in inputs:
         shape = (len(x), *model.shapes[place.node.outputs[0]][1:])
         rows = int(np.prod((len(x), *shape[2:]))) if place.spatial else x.size // x.shape[place.data_axis]
         found = data_rows(place, x, pick(rows, per_feed, rng), shape).transpose(1, 0, 2)
-        if channel:
-            found = found.reshape(groups, -1, ins, taps).transpose(0, 1, 3, 2).reshape(groups, -1, ins)
+        # Equal places of all columns make one equation each.
+        found = found[:, :, columns.T].reshape(groups, -1, d)
         total += found.sum(axis=1)
         gram += found.transpose(0, 2, 1) @ found
         count += found.shape[1]
     mean = total / count
     gram = gram / count - mean[:, :, None] * mean[:, None, :]
-    return Gram(gram, mean, 1 if channel else taps, taps if channel else 1, count)
+    return Gram(gram, mean, columns, taps, count)
 
 
 @dataclass(frozen=True)
 class Problem:
     """One consumer (one block of it) seen by one group: ``y = W x`` with the covariance of x.
 
-    ``weight`` (outputs, d), ``gram`` (d, d) with the ridge on its diagonal, ``mean`` (d,), ``columns`` (units, k): the
-    columns that each unit of the group holds; ``scale``: variance of y, so that consumers can be added up.
+    ``weight`` (outputs * fold, d), ``gram`` (d, d) with the ridge on its diagonal, ``mean`` (d,), ``columns`` (units,
+    k): the columns that each unit of the group holds; ``spread`` (d, fold): the node's own inputs behind each column;
+    ``scale``: variance of y, so that consumers can be added up.
     """
 
     consumer: Consumer
@@ -88,7 +105,15 @@ class Problem:
     gram: Floats
     mean: Floats
     columns: Ints
+    spread: Ints
     scale: float
+
+    def unfold(self, weight: Floats, shift: Floats) -> tuple[Floats, Floats]:
+        """(weight (outputs, inputs), shift (outputs,)) of the node's block from folded ones."""
+        d, fold = self.spread.shape
+        full = np.empty((len(weight) // fold, d * fold))
+        full[:, self.spread] = weight.reshape(-1, fold, d).transpose(0, 2, 1)
+        return full, shift.reshape(-1, fold).sum(axis=1)
 
 
 def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int) -> list[Problem]:
@@ -105,25 +130,20 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
         place = site(nodes[consumer.node], model.constants)
         assert place is not None
         weight = place.factor * matrix(place, model.constants[place.weight])
-        groups, outs, ins, taps = weight.shape
-        per_channel = found.taps
-        if found.folded > 1:
-            weight = weight.transpose(0, 1, 3, 2).reshape(groups, outs * taps, ins)
-        else:
-            weight = weight.reshape(groups, outs, ins * taps)
+        groups, outs, ins, _ = weight.shape
+        flat = weight.reshape(groups, outs, -1)
+        d, folded = found.columns.shape
         for block in range(groups):
-            local = labels[block * ins : (block + 1) * ins]
+            local = labels[block * ins : (block + 1) * ins][found.columns[:, 0] // found.taps]
             here = np.flatnonzero(np.isin(local, units))
-            order = here[np.argsort(local[here], kind="stable")]
-            channels = order.reshape(len(units), -1)
-            columns = (channels[:, :, None] * per_channel + np.arange(per_channel)).reshape(len(units), -1)
-            gram = found.matrix[block].copy()
+            columns = here[np.argsort(local[here], kind="stable")].reshape(len(units), -1)
+            part = flat[block][:, found.columns].transpose(0, 2, 1).reshape(outs * folded, d)
+            covariance = found.matrix[block]
+            gram = covariance.copy()
             gram[np.diag_indices_from(gram)] += shrinkage(gram, found.rows) * np.trace(gram) / len(gram) + 1e-30
             # The variance of y, without the ridge: trace(W G W').
-            scale = float(np.einsum("od,od->", weight[block] @ found.matrix[block], weight[block]))
-            result.append(
-                Problem(consumer, block, weight[block], gram, found.mean[block], columns, max(scale, 1e-30))
-            )
+            scale = max(float(np.einsum("od,od->", part @ covariance, part)), 1e-30)
+            result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale))
     return result
 
 

@@ -145,13 +145,14 @@ class Moments:
 class Gram:
     """Covariance of what one linear node reads, per block: ``matrix`` (groups, d, d), ``mean`` (groups, d).
 
-    ``taps`` columns stand for each channel; ``folded`` kernel taps were folded into the outputs (1: none).
+    ``columns`` (d, fold): the inputs (channel * taps + tap, within a block) that each of the d columns stands for. With
+    a fold above 1 the covariance is that of equal places of a channel, averaged, and places count as outputs.
     """
 
     matrix: Floats
     mean: Floats
+    columns: Ints
     taps: int
-    folded: int
     rows: int
 
 

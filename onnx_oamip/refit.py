@@ -309,16 +309,25 @@ def _best(
 
 
 def _ridge(x: Floats, residual: Floats) -> Solve:
-    """Ridge regression of the residual on the centred data, per group; Gram matrices are made once per set of rows."""
-    made: dict[bytes, tuple[Floats, Floats]] = {}
+    """Ridge regression of the residual on the centred data, per group; Gram matrices are made once per set of rows.
+
+    With fewer rows than unknowns the dual form is solved, ``X' (X X' + ridge I)^-1 R``: the same solution.
+    """
+    made: dict[bytes, tuple[Floats, Floats, Floats]] = {}
+    unknowns = x.shape[2]
 
     def solve(rows: Bools, ridge: float) -> Floats:
         key = rows.tobytes()
+        dual = int(rows.sum()) < unknowns
         if key not in made:
             centred = x[:, rows] - x[:, rows].mean(axis=1, keepdims=True)
             target = residual[:, rows] - residual[:, rows].mean(axis=1, keepdims=True)
-            made[key] = (centred.transpose(0, 2, 1) @ centred, centred.transpose(0, 2, 1) @ target)
-        return solve_ridge(*made[key], ridge)
+            turned = centred.transpose(0, 2, 1)
+            made[key] = (centred @ turned, target, turned) if dual else (turned @ centred, turned @ target, turned)
+        gram, right, turned = made[key]
+        # The strength is relative to the mean diagonal of X'X, in either form.
+        found = solve_ridge(gram, right, ridge * gram.shape[-1] / unknowns if dual else ridge)
+        return turned @ found if dual else found
 
     return solve
 

@@ -219,20 +219,15 @@ class _Part:
         result: dict[str, Array] = {}
         repaired: dict[str, list[tuple[Floats, Floats]]] = {}
         for problem in self.found:
-            repaired.setdefault(problem.consumer.node, []).append(compensate(problem, removed))
+            repaired.setdefault(problem.consumer.node, []).append(problem.unfold(*compensate(problem, removed)))
         for name, blocks in repaired.items():
             node = next(n for n in self.model.nodes if n.name == name)
             place = site(node, self.model.constants)
             assert place is not None
             like = self.model.constants[place.weight]
-            groups, outs, ins, taps = matrix_shape(place, like)
-            weight = np.stack([w for w, _ in blocks])
+            weight = np.stack([w for w, _ in blocks]).reshape(matrix_shape(place, like))
             shift = np.concatenate([s for _, s in blocks])
-            if weight.shape[1] != outs:  # taps were folded into the outputs
-                weight = weight.reshape(groups, outs, taps, ins).transpose(0, 1, 3, 2)
-                shift = shift.reshape(groups, outs, taps).sum(axis=2).reshape(-1)
-            weight = weight.reshape(groups, outs, ins, taps) / place.factor
-            result[f"oamip_weight_{name}"] = unmatrix(place, weight, like)
+            result[f"oamip_weight_{name}"] = unmatrix(place, weight / place.factor, like)
             view = [1] * len(self.model.shapes[node.outputs[0]])
             view[place.output_axis] = -1
             result[f"oamip_shift_{name}"] = shift.reshape(view).astype(like.dtype)

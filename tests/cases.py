@@ -596,8 +596,10 @@ _BINARY = {
         for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")
     },
     "BitShift": (
-        'p = Abs(a)  q = Abs(b)  i = Cast<to = 12>(p)  j = Cast<to = 12>(q)'
-        '  c = BitShift<direction = "LEFT">(i, j)  r = Cast<to = 1>(c)',
+        (
+            "p = Abs(a)  q = Abs(b)  i = Cast<to = 12>(p)  j = Cast<to = 12>(q)"
+            '  c = BitShift<direction = "LEFT">(i, j)  r = Cast<to = 1>(c)'
+        ),
         17,
     ),
 }
@@ -609,7 +611,8 @@ image("add-per-channel", "Add", "r = Add(h, b)", constants="float[8,1,1] b")
 image("mul-scalar", "Mul", "r = Mul(s, h)", constants="float s = {0.3}")
 image("mul-itself", "Mul", "r = Mul(h, h)")
 for _name, _op in (("gelu", "Gelu"), ("quick-gelu", "QuickGelu")):
-    dense(f"microsoft-{_name}", f"com.microsoft.{_op}", f"r = com.microsoft.{_op}(h)", domains={"com.microsoft": 1}, out="N,3")
+    _qualified = f"com.microsoft.{_op}"
+    dense(f"microsoft-{_name}", _qualified, f"r = {_qualified}(h)", domains={"com.microsoft": 1}, out="N,3")
 
 # ------------------------------------------------------------------------------------------- reshape and transpose
 
@@ -994,7 +997,8 @@ image(
     "float[9,8,1,1] w3, int64[8] pads = {0, -1, 0, 0, 0, 0, 0, 0}",
     "crops or repeats along it",
 )
-image("resize-scales", "Resize", 'r = Resize<mode = "nearest">(h, , by)', constants="float[4] by = {1.0, 1.0, 2.0, 2.0}")
+_DOUBLE = "float[4] by = {1.0, 1.0, 2.0, 2.0}"
+image("resize-scales", "Resize", 'r = Resize<mode = "nearest">(h, , by)', constants=_DOUBLE)
 image(
     "resize-opset-11",
     "Resize",
@@ -1002,8 +1006,7 @@ image(
     constants="float[0] roi = {}, float[4] by = {1.0, 1.0, 2.0, 2.0}",
     opset=11,
 )
-image("resize-opset-10", "Resize", 'r = Resize<mode = "nearest">(h, by)', constants="float[4] by = {1.0, 1.0, 2.0, 2.0}",
-      opset=10)  # fmt: skip
+image("resize-opset-10", "Resize", 'r = Resize<mode = "nearest">(h, by)', constants=_DOUBLE, opset=10)
 image(
     "resize-axes",
     "Resize",

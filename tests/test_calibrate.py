@@ -111,7 +111,8 @@ def test_half_precision(tmp_path: Path) -> None:
 
 def test_half_precision_sums_do_not_overflow(tmp_path: Path) -> None:
     """One activation fits into half precision, the sum of the squares of a batch does not."""
-    text = "(float16[N,2] x) => (float16[N,1] y) <float16[2,3] w1, float16[3,1] w2> { h = MatMul(x, w1) y = MatMul(h, w2) }"
+    text = """(float16[N,2] x) => (float16[N,1] y) <float16[2,3] w1, float16[3,1] w2>
+    { h = MatMul(x, w1) y = MatMul(h, w2) }"""
     proto = build(text)
     for tensor, value in zip(proto.graph.initializer, (np.full((2, 3), 100), np.zeros((3, 1))), strict=True):
         tensor.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float16), tensor.name))

@@ -169,7 +169,7 @@ def _permuted(proto: ModelProto, axes: dict[str, tuple[int, int]], order: Array)
 
 PERMUTED = {
     "mlp": ({"w1": (1, 1), "b1": (0, 1), "w2": (0, 1)}, "w1", 1),
-    "cnn": ({n: (0, 1) for n in ("w2", "gain", "b2", "m", "var")} | {"w3": (0, 16)}, "w2", 0),
+    "cnn": (dict.fromkeys(("w2", "gain", "b2", "m", "var"), (0, 1)) | {"w3": (0, 16)}, "w2", 0),
     "residual": ({"w1": (0, 1), "w2": (1, 1), "w3": (0, 1), "w4": (0, 1)}, "w1", 0),
 }
 

@@ -129,7 +129,8 @@ def test_measurements_are_those_of_the_file(task: Path) -> None:
         images = stored["eval.image"].astype(np.float32) / np.float32(128) - np.float32(1)
         labels = stored["eval.labels"]
     before, after = (
-        onnxruntime.InferenceSession(str(task / name)).run(None, {"image": images})[0] for name in ("model.onnx", "out.onnx")
+        onnxruntime.InferenceSession(str(task / name)).run(None, {"image": images})[0]
+        for name in ("model.onnx", "out.onnx")
     )
     found = report.verification
     assert found.accuracy_before == (before.argmax(1) == labels).mean() == 0.8
@@ -139,7 +140,9 @@ def test_measurements_are_those_of_the_file(task: Path) -> None:
     assert found.output_relative_error == pytest.approx(error, rel=1e-3)
 
 
-@pytest.mark.parametrize("chosen", [{}, {"importance": "l2", "allocate": "global"}, {"importance": "random", "seed": 3}])
+@pytest.mark.parametrize(
+    "chosen", [{}, {"importance": "l2", "allocate": "global"}, {"importance": "random", "seed": 3}]
+)
 def test_the_same_run_twice_is_byte_identical(task: Path, chosen: dict[str, object]) -> None:
     first = _prune(task, **chosen)
     content = (task / "out.onnx").read_bytes()
@@ -353,7 +356,7 @@ def test_a_budget_that_cannot_be_met(task: Path, exists: bool) -> None:
 def test_a_model_in_which_nothing_can_go(tmp_path: Path) -> None:
     text = "(float[N,5] x) => (float[N,3] y) <float[5,3] w> { y = MatMul(x, w) }"
     (tmp_path / "model.onnx").write_bytes(build(text).SerializeToString())
-    with pytest.raises(BudgetNotMet, match="no channel of .* can be removed, for example because"):
+    with pytest.raises(BudgetNotMet, match=r"no channel of .* can be removed, for example because"):
         prune(tmp_path / "model.onnx", {"x": np.zeros((4, 5), np.float32)}, tmp_path / "out.onnx", settings(macs=0.5))
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
@@ -379,7 +382,10 @@ def test_settings_that_say_nothing(task: Path) -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "part"),
-    [({"importance": "activation"}, "--importance activation"), ({"importance": "l2", "refit": "bias"}, "--refit bias")],
+    [
+        ({"importance": "activation"}, "--importance activation"),
+        ({"importance": "l2", "refit": "bias"}, "--refit bias"),
+    ],
 )
 def test_data_is_asked_for_where_it_is_needed(task: Path, chosen: dict[str, object], part: str) -> None:
     with pytest.raises(DataError, match=f"{part} needs calibration data"):

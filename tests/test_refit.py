@@ -47,7 +47,8 @@ def _cnn(declared: str, body: str) -> str:
 
 FOLDS = {
     "matmul": Fold(
-        "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2> { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
+        "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2>"
+        " { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
         "w1", (("y", 1),),
     ),
     "matmul with add": Fold(
@@ -66,11 +67,13 @@ FOLDS = {
         "w1", (("y", 1), ("o", 1)),
     ),
     "matmul of tokens": Fold(
-        "(float[N,4,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2> { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
+        "(float[N,4,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2>"
+        " { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
         "w1", (("y", 2),),
     ),
     "matmul, constant left": Fold(
-        "(float[N,5,4] x) => (float[] y) <float[8,5] w1, float[3,8] w2> { a = MatMul(w1, x) h = Relu(a) y = MatMul(w2, h) }",
+        "(float[N,5,4] x) => (float[] y) <float[8,5] w1, float[3,8] w2>"
+        " { a = MatMul(w1, x) h = Relu(a) y = MatMul(w2, h) }",
         "w1", (("y", 1),),
     ),
     "matmul, constant left, with add": Fold(
@@ -308,7 +311,8 @@ def test_computed_bias_is_left_alone(tmp_path: Path) -> None:
     coupling = couple(model)
     keep = _half(coupling, "w1")
     rng = np.random.default_rng(0)
-    arrays = {"x": rng.standard_normal((6, 1, 5)).astype(np.float32), "c": rng.standard_normal((6, 3)).astype(np.float32)}
+    shapes = {"x": (6, 1, 5), "c": (6, 3)}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     pruned = _folded(model, coupling, keep, arrays)
     assert any("its bias is computed" in note for note in pruned.notes)
     assert pruned.proto == pruned.raw

@@ -101,7 +101,8 @@ def test_values_that_are_no_numbers_never_agree(mlp: Model, value: float) -> Non
 
 
 def test_whole_numbers_must_be_equal(tmp_path: Path) -> None:
-    text = "(float[N,6] x) => (float[N,4] y, int64[N] z) <float[6,4] w> { y = MatMul(x, w)  z = ArgMax<axis = 1, keepdims = 0>(y) }"
+    text = """(float[N,6] x) => (float[N,4] y, int64[N] z) <float[6,4] w>
+    { y = MatMul(x, w)  z = ArgMax<axis = 1, keepdims = 0>(y) }"""
     model = load(build(text), tmp_path)
     found = _samples(model, samples(model, 30))
     reference = Session(model.proto, "cpu")
@@ -191,7 +192,8 @@ def test_two_batch_sizes_where_the_batch_is_free(mlp: Model, tmp_path: Path) -> 
 
 def test_rows_that_get_lost_fail(mlp: Model, tmp_path: Path) -> None:
     short = load(
-        build("(float[N,6] x) => (float[N,4] y) <float[6,4] w, int64[1] from = {0}, int64[1] to = {1}, int64[1] at = {0}>"
+        build("(float[N,6] x) => (float[N,4] y)"
+              " <float[6,4] w, int64[1] from = {0}, int64[1] to = {1}, int64[1] at = {0}>"
               " { m = MatMul(x, w)  y = Slice(m, from, to, at) }"),
         tmp_path,
     )  # fmt: skip

@@ -43,7 +43,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
                     found = search.search(chosen)
                     after = Session(found.pruned.proto, ready.device)
                     v = verify.compare(ready.model, original, after, ready.held, settings.batch_size)
-                    assert v.accuracy_before is not None and v.accuracy_after is not None
+                    assert v.accuracy_before is not None
+                    assert v.accuracy_after is not None
                     row[refit], row["before"] = round(100 * v.accuracy_after, 2), round(100 * v.accuracy_before, 2)
                 rows.append(row)
                 print(row, flush=True)

@@ -25,7 +25,9 @@ CASES = (
     ("vit-fashion", 0.6),
     ("vit-fashion", 0.5),
 )
-COLUMNS = ("model", "MACs asked", "MACs kept", "params kept", "before", "after", "points lost", "latency ratio", "seconds")
+COLUMNS = (
+    "model", "MACs asked", "MACs kept", "params kept", "before", "after", "points lost", "latency ratio", "seconds",
+)  # fmt: skip
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
@@ -38,7 +40,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
         start = time.perf_counter()
         report = pipeline.prune(model, data, None, Settings.create(macs=macs, seed=seed))
         v = report.verification
-        assert v.accuracy_before is not None and v.accuracy_after is not None
+        assert v.accuracy_before is not None
+        assert v.accuracy_after is not None
         rows.append({
             "model": name,
             "MACs asked": macs,

@@ -9,8 +9,8 @@ from .studies import ROOT, table
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TEXT = {
-    "budgets": "**Accuracy at a budget.** Default settings, 512 unlabelled calibration images, no fine-tuning; accuracy "
-    "in percent on 2,000 test images (one of them is 0.05 points).",
+    "budgets": "**Accuracy at a budget.** Default settings, 512 unlabelled calibration images, no fine-tuning; "
+    "accuracy in percent on 2,000 test images (one of them is 0.05 points).",
     "speed": "**Latency and cost.** Ratios measured side by side in one run. The share of the ideal speed-up is MACs "
     "kept over latency kept; pruning is counted in plain ONNX Runtime passes over the same calibration data.",
     "ablation": "**What each part is worth.** Accuracy at half the MACs by order of removal, allocation of widths and "

@@ -30,7 +30,8 @@ def paths(name: str) -> tuple[Path, Path]:
 def environment() -> dict[str, str]:
     """What a reader needs to judge a number."""
     packages = {p: metadata.version(p) for p in ("onnxruntime", "numpy", "scipy", "onnx")}
-    return {"machine": platform.machine(), "cores": str(os.cpu_count()), "python": platform.python_version(), **packages}
+    machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "python": platform.python_version()}
+    return {**machine, **packages}
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -52,5 +53,6 @@ def save(out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], see
     out.mkdir(parents=True, exist_ok=True)
     record = {"study": study, "environment": environment(), "seed": seed, "columns": list(columns), "rows": list(rows)}
     (out / f"{study}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\n## {study}\n\nseed {seed}; " + ", ".join(f"{k} {v}" for k, v in environment().items()) + f"\n\n{text}\n", flush=True)
+    seen = ", ".join(f"{k} {v}" for k, v in environment().items())
+    print(f"\n## {study}\n\nseed {seed}; {seen}\n\n{text}\n", flush=True)
     return text
