@@ -54,7 +54,7 @@ class Samples:
             if name in self.scales:
                 scale, offset = self.scales[name]
                 value = value.astype(np.float32) * np.float32(scale) + np.float32(offset)
-            feed[name] = np.ascontiguousarray(value, self.dtypes[name])
+            feed[name] = np.asarray(value, self.dtypes[name], order="C")
         return feed
 
     def batches(self, size: int) -> Iterator[tuple[Ints, dict[str, Array]]]:
@@ -239,7 +239,7 @@ def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
         hint = f"; convert it, or say how to with '{port.name}.scale'" if array.dtype.kind in "iu" else "; convert it"
         raise DataError(f"{label} is {array.dtype} but the model expects {_expected(port)}{hint}.")
     rank = len(port.dims)
-    if array.ndim not in (rank, rank + 1):
+    if array.ndim not in (rank, rank + 1) or array.ndim == 0:
         raise DataError(
             f"{label} has shape {array.shape} but the model expects {_expected(port)}: axis 0 counts samples."
         )

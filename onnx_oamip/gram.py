@@ -23,8 +23,8 @@ CAP = 2304
 """Unknowns above which only the channels x channels form is kept (taps folded into the outputs)."""
 MOST_COLUMNS = 8192
 """Above this a consumer has no Gram matrix (half a gigabyte): its units are judged by their activations alone."""
-ROWS_PER_UNKNOWN = 3
-LEAST_ROWS, MOST_ROWS = 2048, 8192
+ROWS_PER_UNKNOWN = 2
+LEAST_ROWS, MOST_ROWS = 4096, 8192
 RIDGE = 1e-3
 """Relative to the mean diagonal: keeps a Gram matrix of few rows from promising a perfect repair."""
 

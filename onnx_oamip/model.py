@@ -162,7 +162,7 @@ def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
     proto = onnx.inliner.inline_local_functions(source) if source.functions else source
-    graph = gs.import_onnx(proto)
+    graph = gs.import_onnx(_constants_as_tensors(proto))
     graph.toposort(recurse_subgraphs=False)
     graph.fold_constants(
         fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
@@ -178,6 +178,23 @@ def _normalise(source: ModelProto) -> ModelProto:
     result: ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, source)
     _fix_reshapes(result)
+    return result
+
+
+def _constants_as_tensors(proto: ModelProto) -> ModelProto:
+    """Constant nodes in their short forms (a float, a list of ints) written out as tensors of the right type."""
+    short = {"value_float": TensorProto.FLOAT, "value_floats": TensorProto.FLOAT, "value_int": TensorProto.INT64,
+             "value_ints": TensorProto.INT64}  # fmt: skip
+    if not any(n.op_type == "Constant" and n.attribute[0].name in short for n in proto.graph.node):
+        return proto
+    result = ModelProto()
+    result.CopyFrom(proto)
+    for node in result.graph.node:
+        if node.op_type == "Constant" and (name := node.attribute[0].name) in short:
+            value = onnx.helper.get_attribute_value(node.attribute[0])
+            dims, values = ([len(value)], list(value)) if name.endswith("s") else ([], [value])
+            tensor = onnx.helper.make_tensor("value", short[name], dims, values)
+            node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", tensor))
     return result
 
 
@@ -225,6 +242,19 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
     proto.graph.input.extend(kept)
     # Shapes of intermediate tensors are inferred afresh; old ones would be wrong after a cut.
     del proto.graph.value_info[:]
+    _unshadow(proto.graph, {t.name for t in proto.graph.initializer})
+
+
+def _unshadow(graph: GraphProto, outer: set[str]) -> None:
+    """Take out copies of outer constants that graphsurgeon leaves in subgraphs: one constant stays one."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs):
+                kept = [t for t in inner.initializer if t.name not in outer]
+                if len(kept) < len(inner.initializer):
+                    del inner.initializer[:]
+                    inner.initializer.extend(kept)
+                _unshadow(inner, outer | {t.name for t in kept})
 
 
 def _fix_reshapes(proto: ModelProto) -> None:

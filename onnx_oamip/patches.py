@@ -21,8 +21,8 @@ def pick(total: int, wanted: int, rng: np.random.Generator) -> Ints:
     """At most ``wanted`` of ``total`` rows, evenly spread (one at random in every stretch), ascending."""
     if wanted >= total:
         return np.arange(total, dtype=np.int64)
-    edges = np.linspace(0, total, wanted + 1)
-    return np.minimum((edges[:-1] + rng.random(wanted) * np.diff(edges)).astype(np.int64), total - 1)
+    edges = np.arange(wanted + 1) * total // wanted  # whole numbers: stretches do not overlap
+    return np.minimum(edges[:-1] + (rng.random(wanted) * np.diff(edges)).astype(np.int64), edges[1:] - 1)
 
 
 def data_rows(site: Site, x: Array, rows: Ints, output: tuple[int, ...]) -> Floats:

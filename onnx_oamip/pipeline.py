@@ -14,7 +14,7 @@ from . import calibrate, cost, data, gram, plan, rewrite, search, sensitivity, v
 from . import model as models
 from .coupling import couple, exclude
 from .data import Samples
-from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
+from .errors import BudgetNotMet, DataError, GateFailed, ModelError, SettingsError
 from .importance import METHODS, Method
 from .latency import compare_latency
 from .output import check_output, write
@@ -54,7 +54,10 @@ def prune(
         result = search.search(ready, progress)
     with clock("verify"):
         _meets(settings.budget, ready.before, result.after)
-        verification = _prove(ready, result, progress)
+        try:
+            verification = _prove(ready, result, progress)
+        except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
+            raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
     after = result.after
     sha256 = None
     if target is not None:
@@ -165,6 +168,8 @@ def _check(settings: Settings, source: Source | None) -> Method:
         asks = {
             f"--importance {settings.importance}": method.needs_data,
             f"--allocate {settings.allocate}": settings.allocate == "mip",
+            "--max-drop": settings.max_drop is not None,
+            "--latency": settings.latency is not None,
             f"--refit {settings.refit}": settings.refit != "none",
         }
         for what, needed in asks.items():

@@ -71,10 +71,11 @@ def fold_means(model: Model, coupling: Coupling, units: Bools, statistics: Stati
 def output_mask(model: Model, coupling: Coupling, place: Site, units: Bools) -> Bools:
     """Which of a linear node's own outputs stay."""
     name = place.node.outputs[0]
-    axis = place.output_axis % len(model.shapes[name])
-    if (name, axis) in coupling.axes:
-        return coupling.keep((name, axis), units)
-    return np.ones(model.shapes[name][axis], bool)
+    shape = model.shapes.get(name)
+    if shape is not None and (name, place.output_axis % len(shape)) in coupling.axes:
+        return coupling.keep((name, place.output_axis % len(shape)), units)
+    groups, outs, _, _ = matrix_shape(place, model.constants[place.weight])
+    return np.ones(groups * outs, bool)
 
 
 def new_biases(model: Model) -> int:

@@ -40,7 +40,9 @@ def join(model: Model, place: Site) -> Join | None:
             readers.setdefault(name, []).append(node)
     shown = {p.name for p in model.outputs}
     tensor = place.node.outputs[0]
-    shape = model.shapes[tensor]
+    shape = model.shapes.get(tensor)
+    if shape is None:
+        return None
     gain = np.ones(shape[place.output_axis])
     while len(readers.get(tensor, ())) == 1 and tensor not in shown:
         node = readers[tensor][0]

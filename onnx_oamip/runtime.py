@@ -70,6 +70,7 @@ class Session:
         profile: str | os.PathLike[str] | None = None,
     ) -> None:
         rt = runtime()
+        self._what = what
         options = rt.SessionOptions()
         options.log_severity_level = 4
         if threads:
@@ -99,7 +100,7 @@ class Session:
             found: list[Array] = self._session.run(list(names) if names else None, dict(feed))
         except Exception as error:
             text = str(error).replace("\n", " ")[:300]
-            raise ModelError(f"ONNX Runtime cannot run the model on this data: {text}") from error
+            raise ModelError(f"ONNX Runtime cannot run {self._what} on this data: {text}") from error
         return found
 
     def end_profile(self) -> str:

@@ -21,6 +21,7 @@ from onnx import helper
 from .affine import matrix_shape, site, unmatrix
 from .calibrate import Progress
 from .gram import Problem, compensate, problems
+from .model import reads
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model
 from .runtime import Session
 from .subgraph import Slicer, element_types
@@ -54,6 +55,7 @@ def measure(
     output error relative to the output's energy (anything else).
     """
     slicer = Slicer(model.proto)
+    types = _types(model, slicer, feeds, device)
     original = Session(model.proto, device, threads=None)
     wanted = _outputs(model)
     reference = [original.run(feed, wanted) for feed in feeds]
@@ -61,7 +63,7 @@ def measure(
 
     def one(g: int) -> Sensitivity:
         nonlocal done
-        found = _group(model, coupling, grams, order, feeds, reference, wanted, slicer, device, g)
+        found = _group(model, coupling, grams, order, feeds, reference, wanted, slicer, types, device, g)
         done += 1
         if progress:
             progress("sensitivity", done, len(coupling.groups))
@@ -83,6 +85,17 @@ def _outputs(model: Model) -> list[str]:
     return [model.outputs[place].name] if place is not None else floating or [p.name for p in model.outputs]
 
 
+def _types(model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str) -> dict[str, int]:
+    """Element types of all tensors; behind an operator that shape inference does not know, a run tells."""
+    types = element_types(model.proto, model.dtypes)
+    unknown = [o for node in slicer.nodes for o in node.output if o and o not in types]
+    if unknown and feeds:
+        session = Session(slicer.model(slicer.needed(unknown, ()), unknown, types), device)
+        found = session.run({n: feeds[0][n] for n in session.inputs}, unknown)
+        types.update((n, int(helper.np_dtype_to_tensor_dtype(v.dtype))) for n, v in zip(unknown, found, strict=True))
+    return types
+
+
 def _group(
     model: Model,
     coupling: Coupling,
@@ -92,15 +105,18 @@ def _group(
     reference: Sequence[list[Array]],
     wanted: list[str],
     slicer: Slicer,
+    types: Mapping[str, int],
     device: str,
     group: int,
 ) -> Sensitivity:
     units = coupling.groups[group].units
     removal = np.argsort(order[units], kind="stable")
     widths = levels(len(units))
-    part = _Part(model, coupling, slicer, group, problems(model, coupling, grams, group), wanted, device)
-    settings = [part.level(removal[: len(units) - w]) for w in widths[:-1]]
+    part = _Part(model, coupling, slicer, types, group, problems(model, coupling, grams, group), wanted, device)
     loss = np.zeros(len(widths))
+    if not part.reaches:
+        return Sensitivity(widths, loss)
+    settings = [part.level(removal[: len(units) - w]) for w in widths[:-1]]
     samples = 0
     for feed, truth in zip(feeds, reference, strict=True):
         boundary = part.boundary(feed)
@@ -139,6 +155,7 @@ class _Part:
         model: Model,
         coupling: Coupling,
         slicer: Slicer,
+        types: Mapping[str, int],
         group: int,
         found: list[Problem],
         wanted: list[str],
@@ -157,10 +174,12 @@ class _Part:
                 if c.node not in self.linear:
                     self.masked[c.node] = (c, labels)
         names = {c.node for c in consumers}
-        types = element_types(model.proto, model.dtypes)
         sources = [o for node in slicer.nodes if node.name in names for o in node.output if o]
         behind = slicer.descendants(sources) | {i for i, n in enumerate(slicer.nodes) if n.name in names}
         behind &= set(slicer.needed(wanted, ()))
+        self.reaches = bool(behind)  # else nobody reads these units, or only other outputs depend on them
+        if not behind:
+            return
         made = {o for i in behind for o in slicer.nodes[i].output if o}
         inputs = {n for i in behind for n in slicer.reads[i] if n not in made and n not in slicer.constants}
         # A wanted output in front of the group does not depend on it.
@@ -204,14 +223,17 @@ class _Part:
             nodes.append(copy)
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
-        read = {n for node in proto.graph.node for n in node.input}
+        read = {n for node in proto.graph.node for n in reads(node)}
         kept = [t for t in proto.graph.initializer if t.name in read]
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(kept)
 
     def boundary(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Tensors that cross from the original front into this part."""
-        values = dict(zip(self.computed, self.prefix.run(feed, self.computed), strict=True)) if self.prefix else {}
+        values: dict[str, Array] = {}
+        if self.prefix:
+            given = {n: feed[n] for n in self.prefix.inputs}
+            values = dict(zip(self.computed, self.prefix.run(given, self.computed), strict=True))
         return {name: values[name] if name in values else feed[name] for name in self.before}
 
     def level(self, removed: Ints) -> dict[str, Array]:

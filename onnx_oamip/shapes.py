@@ -11,6 +11,7 @@ import onnx
 from onnx import GraphProto, ModelProto, TensorProto
 
 from .errors import ModelError
+from .ops import lookup
 from .records import Port
 
 Dims = list[int | str | None]
@@ -64,6 +65,12 @@ def infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
                     dim.dim_value = bound[name]
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
+    versions = {o.domain: o.version for o in proto.opset_import}
+    for node in copy.graph.node:
+        spec = lookup(node.domain, node.op_type, versions.get(node.domain, 1))
+        if spec is not None and spec.same:  # for shapes it is the identity
+            node.op_type, node.domain = "Identity", ""
+            del node.attribute[:], node.input[1:], node.output[1:]
     return onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
 
 

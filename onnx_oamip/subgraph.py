@@ -81,7 +81,9 @@ class Slicer:
                 graph.initializer.append(self.constants[name])
             elif name not in made and all(v.name != name for v in graph.input):
                 graph.input.append(helper.make_tensor_value_info(name, dtypes[name], None))
-        graph.output.extend(helper.make_tensor_value_info(o, dtypes.get(o, 0), None) for o in outputs)
+        for name in outputs:  # the runtime finds a type that is not known here
+            kind = dtypes.get(name, 0)
+            graph.output.append(helper.make_tensor_value_info(name, kind, None) if kind else onnx.ValueInfoProto(name=name))
         return result
 
 
@@ -131,5 +133,7 @@ class Frontier:
                 for column, value in zip(columns, values, strict=True):
                     column.append(value)
             self.tensors.update(zip(outputs, columns, strict=True))
+            found = {n: c[0].dtype for n, c in zip(outputs, columns, strict=True) if c}
+            self.types.update((n, int(helper.np_dtype_to_tensor_dtype(t))) for n, t in found.items())
             self.tensors = {n: v for n, v in self.tensors.items() if n in later or n in targets}
         return {name: self.tensors[name] for name in targets}

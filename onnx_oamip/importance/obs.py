@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import cho_factor
+from scipy.linalg.lapack import dpotri
 
 from ..gram import Problem, problems
 from ..records import Coupling, Floats, Ints, Model, Scores, Statistics
@@ -64,6 +65,14 @@ def eliminate(found: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
     return np.concatenate(order), np.concatenate(curve) / total
 
 
+def _inverse(gram: Floats) -> Floats:
+    """Inverse of a positive definite matrix from its Cholesky factor, a third of the work of solving for I."""
+    factor, _ = cho_factor(gram, lower=True, check_finite=False)
+    lower, _ = dpotri(factor, lower=True, overwrite_c=True)
+    lower = np.tril(lower)
+    return np.ascontiguousarray(lower + np.tril(lower, -1).T)
+
+
 class _State:
     """One consumer while its inputs are taken away. Columns already gone are dropped once they are a quarter."""
 
@@ -72,8 +81,7 @@ class _State:
         self.columns = problem.columns.copy()
         self.weight = problem.weight.copy()
         self.present = np.ones(len(problem.gram), bool)
-        identity = np.eye(len(problem.gram))
-        self.inverse = np.asarray(cho_solve(cho_factor(problem.gram, check_finite=False), identity))
+        self.inverse = _inverse(problem.gram)
 
     def losses(self, units: Ints) -> Floats:
         """Loss of removing each of ``units`` now."""

@@ -23,8 +23,9 @@ def passes(node: Node, labels: Labels) -> None:
 
 def _dropout(node: Node, labels: Labels) -> None:
     """Inference: the identity. The mask it may also give has the shape of the data."""
-    for name in node.outputs:
-        labels.set(name, labels.axes(node.inputs[0]))
+    labels.set(node.outputs[0], labels.axes(node.inputs[0]))
+    for name in node.outputs[1:]:
+        labels.set(name, labels.axes(node.inputs[0]) if labels.shape(name) else [], f"the mask of {node}")
 
 
 def broadcast(node: Node, labels: Labels) -> None:
@@ -80,8 +81,8 @@ SPECS = (
     OpSpec("Dropout", _dropout),
     OpSpec("Identity", _cast),
     OpSpec("Cast", _cast),
-    OpSpec("Gelu", passes, domain="com.microsoft"),
-    OpSpec("QuickGelu", passes, domain="com.microsoft"),
+    OpSpec("Gelu", passes, domain="com.microsoft", same=True),
+    OpSpec("QuickGelu", passes, domain="com.microsoft", same=True),
     *(OpSpec(name, broadcast) for name in BINARY.split()),
     # The slope broadcasts one way, to the data; multidirectional alignment gives the same axes.
     OpSpec("PRelu", broadcast),

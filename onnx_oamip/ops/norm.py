@@ -77,7 +77,7 @@ SPECS = (
     OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training)),
     OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
     OpSpec("LRN", _neighbours, _spread),
-    OpSpec("GroupNormalization", _channels),
+    OpSpec("GroupNormalization", _channels, same=True),
     OpSpec("LayerNormalization", _layer),
     OpSpec("RMSNormalization", _layer),
     OpSpec("LpNormalization", _lp),

@@ -104,6 +104,8 @@ class OpSpec:
     cost: CostRule | None = None
     linear: bool = False
     """Linear in its data input, with a constant weight: a consumer whose bias and weights can be refitted."""
+    same: bool = False
+    """Shape and type of the first output are those of the first input, and ONNX's own inference does not know it."""
     domain: str = ""
     since: int = 1
     until: int | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import ablation, budgets, readme, speed
+from . import ablation, budgets, coupling, readme, speed
 
-STUDIES = {"budgets": budgets.run, "ablation": ablation.run, "speed": speed.run}
+STUDIES = {"budgets": budgets.run, "ablation": ablation.run, "speed": speed.run, "coupling": coupling.run}
 
 
 def main() -> None:

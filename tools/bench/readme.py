@@ -15,6 +15,7 @@ TEXT = {
     "kept over latency kept; pruning is counted in plain ONNX Runtime passes over the same calibration data.",
     "ablation": "**What each part is worth.** Accuracy at half the MACs by order of removal, allocation of widths and "
     "refit (the last three columns), widths not aligned.",
+    "coupling": "**Coupling.** Seconds to find what goes together, on graphs of the onnx package.",
 }
 
 
