@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from .model import reads
 from .records import Array, Floats, Node
 
 
@@ -146,6 +147,8 @@ class Editor:
         for node in proto.graph.node:
             for slot, name in enumerate(node.input):
                 self.readers[name].append((node, slot))
+            for name in set(reads(node)) - set(node.input):  # inside an If or a Loop
+                self.readers[name].append((node, -1))
         self.outputs = {v.name for v in proto.graph.output}
 
     def constant(self, name: str) -> Array | None:
@@ -156,7 +159,7 @@ class Editor:
     def replace(self, node: onnx.NodeProto, slot: int, value: Array) -> None:
         """Give input ``slot`` of the node a new constant value."""
         name = node.input[slot] if slot < len(node.input) else ""
-        if name in self.tensors and len(self.readers[name]) == 1:
+        if name in self.tensors and self._own(name):
             self.tensors[name].CopyFrom(numpy_helper.from_array(value, name))
             return
         fresh = self._unused(f"{name or node.name + '_input' + str(slot)}_refitted")
@@ -168,17 +171,32 @@ class Editor:
         node.input[slot] = fresh
         self.readers[fresh].append((node, slot))
 
+    def _own(self, name: str) -> bool:
+        """A constant with one reader, which may change it."""
+        return len(self.readers[name]) == 1 and name not in self.outputs
+
     def _unused(self, name: str) -> str:
         result, i = name, 1
-        while result in self.tensors or result in self.readers:
+        while result in self.tensors or result in self.readers or result in self.nodes:
             result, i = f"{name}_{i}", i + 1
         return result
 
-    def has_bias(self, node: onnx.NodeProto) -> bool:
-        """The node already adds a constant of its own."""
+    def room(self, site: Site) -> int:
+        """Elements that the model grows by when the node gets its first bias shift."""
+        node = self.nodes[site.node.name]
+        weight = self.constant(node.input[site.weight_slot])
+        assert weight is not None
+        groups, outs, _, _ = matrix_shape(site, weight)
+        name = node.input[2] if len(node.input) > 2 else ""
         if node.op_type == "MatMul":
-            return self._following_add(node) is not None
-        return len(node.input) > 2 and bool(node.input[2])
+            found = self._following_add(node) if site.slot == 0 else None
+            name = found[0].input[found[1]] if found else ""
+        old = self.constant(name) if name else None
+        if old is None:
+            return 0 if name else groups * outs
+        if node.op_type == "MatMul" and old.size != outs:
+            return outs
+        return max(old.size, groups * outs) - (old.size if self._own(name) else 0)
 
     def bias(self, site: Site) -> Floats | None:
         """What the node itself adds per output, zeros where nothing; None where it is not one constant per output."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .budget import Ladder, LinearisedLimit, choose
+from .budget import BINDING, Ladder, LinearisedLimit, choose
 from .cost import Ledger, full_widths
 from .errors import BudgetNotMet
 from .latency import find_step
@@ -87,6 +87,9 @@ def allocate(
         widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
         if not extra:  # what the rungs left unused; a measured limit is not counted here and gets no filling
             widths = _fill(ledger, limit, widths, step, ceiling, full)
+            used = limit.shares(ledger.cost(widths))
+            binding = [name for name, share in used.items() if share >= BINDING]
+            programs = (*programs[:-1], {**programs[-1], "used": used, "binding": binding})
     elif fits(ceiling):
         widths = ceiling
     else:

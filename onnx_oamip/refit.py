@@ -79,14 +79,10 @@ def output_mask(model: Model, coupling: Coupling, place: Site, units: Bools) -> 
 
 
 def new_biases(model: Model) -> int:
-    """Elements that a refit may add: outputs of linear nodes that have no bias yet (before pruning)."""
+    """Elements that a refit may add (before pruning): biases of linear nodes that have none of their own yet."""
     editor = Editor(model.proto)
-    total = 0
-    for node in model.nodes:
-        place = site(node, model.constants)
-        if place is not None and not editor.has_bias(editor.nodes[node.name]):
-            total += model.shapes[node.outputs[0]][place.output_axis]
-    return total
+    places = (site(node, model.constants) for node in model.nodes)
+    return sum(editor.room(place) for place in places if place is not None)
 
 
 # --------------------------------------------------------------------------------------------------- least squares
