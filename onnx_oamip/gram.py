@@ -139,8 +139,9 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
             columns = here[np.argsort(local[here], kind="stable")].reshape(len(units), -1)
             part = flat[block][:, found.columns].transpose(0, 2, 1).reshape(outs * folded, d)
             covariance = found.matrix[block]
-            gram = covariance.copy()
-            gram[np.diag_indices_from(gram)] += shrinkage(gram, found.rows) * np.trace(gram) / len(gram) + 1e-30
+            ridge = shrinkage(covariance, found.rows)
+            gram = covariance / (1 + ridge)  # the trace stays: a strong ridge must not make a consumer louder
+            gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram) + 1e-30
             # The variance of y, without the ridge: trace(W G W').
             scale = max(float(np.einsum("od,od->", part @ covariance, part)), 1e-30)
             result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale))

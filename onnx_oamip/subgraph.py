@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx
-from onnx import helper
+from onnx import ValueInfoProto, helper
 
 from .data import Samples
 from .model import reads
@@ -83,7 +83,7 @@ class Slicer:
                 graph.input.append(helper.make_tensor_value_info(name, dtypes[name], None))
         for name in outputs:  # the runtime finds a type that is not known here
             kind = dtypes.get(name, 0)
-            graph.output.append(helper.make_tensor_value_info(name, kind, None) if kind else onnx.ValueInfoProto(name=name))
+            graph.output.append(helper.make_tensor_value_info(name, kind, None) if kind else ValueInfoProto(name=name))
         return result
 
 

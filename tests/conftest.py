@@ -36,9 +36,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
-
-
-@pytest.fixture(scope="session")
-def models_folder() -> Path:
-    """The trained example networks that ship with the sources."""
-    return MODELS

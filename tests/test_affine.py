@@ -63,7 +63,7 @@ def test_round_trip(held: tuple[Site, Array, tuple[int, ...]], dtype: type) -> N
 
 def test_fewer_channels_are_fewer_rows_and_columns(held: tuple[Site, Array, tuple[int, ...]]) -> None:
     """What is left out of the matrix form is what is left out of the weight, where the layout has that channel."""
-    place, weight, (groups, outs, ins, taps) = held
+    place, weight, (groups, outs, ins, _) = held
     value = np.arange(weight.size, dtype=np.float32).reshape(weight.shape)
     rows = [True] + [False] * (outs - 2) + [True]
     columns = [True] * (ins - 1) + [False] if ins > 1 else [True]
@@ -159,7 +159,8 @@ def test_added_bias_is_added_to_the_output(biased: tuple[str, Model]) -> None:
     if isinstance(model.inputs[0].dims[0], int) and model.inputs[0].dims[0] == 5:
         feed = {"x": np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)}
     (before,), (after,) = Session(model.proto, "cpu").run(feed), Session(proto, "cpu").run(feed)
-    np.testing.assert_allclose(after - before, np.broadcast_to(_along(place, delta, before.ndim), before.shape), atol=2e-6)
+    expected = np.broadcast_to(_along(place, delta, before.ndim), before.shape)
+    np.testing.assert_allclose(after - before, expected, atol=2e-6)
     # And once more: what the first change made must be found again.
     assert editor.add_bias(place, delta)
     (twice,) = Session(proto, "cpu").run(feed)

@@ -47,7 +47,9 @@ NODES = {
         "ConvTranspose<strides = [2, 3], dilations = [2, 1], pads = [1, 0, 2, 1], output_padding = [1, 2]>(x, w, b)",
     ),
     "transposed 3d": ("N,2,3,3,4", "float[2,3,2,3,2] w", "ConvTranspose<strides = [2, 1, 3]>(x, w)"),
-    "transposed grouped": ("N,6,4,4", "float[6,3,2,3] w, float[6] b", "ConvTranspose<group = 2, strides = [2, 2]>(x, w, b)"),
+    "transposed grouped": (
+        "N,6,4,4", "float[6,3,2,3] w, float[6] b", "ConvTranspose<group = 2, strides = [2, 2]>(x, w, b)",
+    ),
     "transposed depthwise": ("N,4,4,4", "float[4,2,3,3] w", "ConvTranspose<group = 4, pads = [1, 1, 1, 1]>(x, w)"),
     "transposed to a shape": (
         "N,3,5,4", "float[3,4,3,2] w", "ConvTranspose<strides = [2, 3], output_shape = [10, 10]>(x, w)",
@@ -60,9 +62,9 @@ NODES = {
         "N,3,5,4", "float[3,4,3,2] w",
         "ConvTranspose<strides = [2, 3], output_shape = [10, 10], output_padding = [1, 0]>(x, w)",
     ),
-    "transposed upper": ("N,3,5,4", "float[3,4,3,4] w", 'ConvTranspose<strides = [2, 1], auto_pad = "SAME_UPPER">(x, w)'),
-    "transposed lower": ("N,3,5,4", "float[3,4,3,4] w", 'ConvTranspose<strides = [2, 1], auto_pad = "SAME_LOWER">(x, w)'),
-    "transposed valid": ("N,3,5,4", "float[3,4,3,4] w", 'ConvTranspose<strides = [2, 1], auto_pad = "VALID">(x, w)'),
+    "transposed upper": ("N,3,5,4", "float[3,4,3,4] w", 'ConvTranspose<strides=[2,1], auto_pad = "SAME_UPPER">(x, w)'),
+    "transposed lower": ("N,3,5,4", "float[3,4,3,4] w", 'ConvTranspose<strides=[2,1], auto_pad = "SAME_LOWER">(x, w)'),
+    "transposed valid": ("N,3,5,4", "float[3,4,3,4] w", 'ConvTranspose<strides=[2,1], auto_pad = "VALID">(x, w)'),
     "gemm": ("N,5", "float[5,4] w, float[4] b", "Gemm(x, w, b)"),
     "gemm transB": ("N,5", "float[4,5] w, float[4] b", "Gemm<transB = 1, alpha = 0.7, beta = 1.3>(x, w, b)"),
     "gemm transA": ("5,N", "float[5,4] w, float[1,4] b", "Gemm<transA = 1, alpha = 1.5>(x, w, b)"),

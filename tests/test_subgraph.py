@@ -306,8 +306,15 @@ def test_feeds_within_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = data.load(feed(model, 0, count), model)
     assert found is not None
     sample = 4 * (14 + 8 + 8) * 36
-    for room, size, expected in ((10**9, 16, [16, 16, 16, 2]), (20 * sample, 16, [16]), (32 * sample, 16, [16, 16]),
-                                 (7 * sample, 16, [7]), (sample // 2, 16, [1]), (33 * sample, 11, [11, 11, 11])):  # fmt: skip
+    cases = (
+        (10**9, 16, [16, 16, 16, 2]),
+        (20 * sample, 16, [16]),
+        (32 * sample, 16, [16, 16]),
+        (33 * sample, 11, [11, 11, 11]),
+        (7 * sample, 16, [7]),
+        (sample // 2, 16, [1]),
+    )
+    for room, size, expected in cases:
         monkeypatch.setattr(subgraph, "FRONTIER_BYTES", room)
         feeds, used = affordable(model, found, size)
         assert [len(f["x"]) for f in feeds] == expected
