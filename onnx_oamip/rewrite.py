@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 
 from .model import restore
 from .ops import Edit, lookup
-from .records import Array, Axis, Bools, Coupling, Model
+from .records import Array, Axis, Bools, Coupling, Ints, Model
 
 
 class _Cuts:
@@ -82,27 +82,44 @@ def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
 
 
 def _spread(graph: gs.Graph, node: gs.Node, axis: int, cuts: _Cuts, model: Model) -> None:
-    """Zeros at removed channels before the node (gather, then multiply by the mask), only kept ones after it."""
+    """Zeros at removed channels before the node (one is padded on, then gathered), only kept ones after it."""
     source, out = node.inputs[0], node.outputs[0]
     keep = cuts.masks[source.name, axis]
-    index = np.where(keep, np.cumsum(keep) - 1, 0).astype(np.int64)
-    view = [1] * len(model.shapes[source.name])
-    view[axis] = -1
-    zero = keep.reshape(view).astype(model.dtypes[source.name])
+    rank = len(model.shapes[source.name])
+    taken = {n.name for n in graph.nodes} | set(graph.tensors())
 
-    def step(op: str, inputs: list[gs.Tensor], result: gs.Tensor, name: str) -> gs.Tensor:
-        attrs = {"axis": axis} if op == "Gather" else {}
-        graph.nodes.append(gs.Node(op, f"{node.name}_{name}", attrs, inputs, [result]))
-        return result
+    def step(op: str, inputs: list[gs.Tensor], name: str, to: gs.Tensor | None = None, **attrs: object) -> gs.Tensor:
+        # A model that was pruned before has such nodes already.
+        unique = _unused(f"{node.name}_{name}", taken)
+        taken.add(unique)
+        found = to if to is not None else gs.Variable(f"{unique}_out")
+        graph.nodes.append(gs.Node(op, unique, attrs, inputs, [found]))
+        return found
 
-    def made(name: str) -> gs.Variable:
-        return gs.Variable(f"{node.name}_{name}_out")
+    def constant(name: str, value: Ints) -> gs.Constant:
+        unique = _unused(f"{node.name}_{name}", taken)
+        taken.add(unique)
+        return gs.Constant(unique, value)
 
-    full = step("Gather", [source, gs.Constant(f"{node.name}_spread_index", index)], made("spread"), "spread")
-    node.inputs[0] = step("Mul", [full, gs.Constant(f"{node.name}_spread_mask", zero)], made("zero"), "zero")
-    node.outputs[0] = made("full")
-    kept = gs.Constant(f"{node.name}_kept_index", np.flatnonzero(keep).astype(np.int64))
-    step("Gather", [node.outputs[0], kept], out, "kept")
+    pads = np.zeros(2 * rank, np.int64)
+    pads[rank + axis] = 1
+    if graph.opset < 11:
+        padded = step("Pad", [source], "zero", pads=pads.tolist())
+    else:
+        padded = step("Pad", [source, constant("zero_pads", pads)], "zero")
+    index = np.where(keep, np.cumsum(keep) - 1, keep.sum()).astype(np.int64)
+    node.inputs[0] = step("Gather", [padded, constant("spread_index", index)], "spread", axis=axis)
+    unique = _unused(f"{node.name}_full_out", taken)
+    node.outputs[0] = gs.Variable(unique)
+    kept = constant("kept_index", np.flatnonzero(keep).astype(np.int64))
+    step("Gather", [node.outputs[0], kept], "kept", out, axis=axis)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    result, i = name, 1
+    while result in taken or f"{result}_out" in taken:
+        result, i = f"{name}_{i}", i + 1
+    return result
 
 
 def _apply(node: gs.Node, edit: Edit) -> None:

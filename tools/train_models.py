@@ -668,7 +668,7 @@ the test images were not used to choose anything. "Parameters" counts the traina
 
 All 60,000 training images each; no network was pruned, quantised or distilled.
 
-| network | recipe | time on 2 CPU cores |
+| network | recipe | wall time, 2 CPU cores shared with other work |
 | --- | --- | ---: |
 """
 
