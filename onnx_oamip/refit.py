@@ -31,10 +31,10 @@ from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, S
 from .residual import Join, join
 from .subgraph import FRONTIER_BYTES, Frontier, Slicer, affordable, element_types
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge strengths, relative to the mean diagonal of the Gram matrix, searched downhill from the middle."""
-ROWS_PER_UNKNOWN = 4
-LEAST_ROWS, MOST_ROWS = 4096, 16384
+ROWS_PER_UNKNOWN = 6
+LEAST_ROWS, MOST_ROWS = 4096, 24576
 GRAM_CAP = 4608
 """Unknowns per output above which a Gram matrix gets too large; then removed channels are mixed into kept ones."""
 HELD_OUT = 0.2
@@ -131,7 +131,7 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
     behind = {slicer.nodes[i].name for i in slicer.descendants(outputs)}
     uses: dict[str, int] = {}
     for node in model.nodes:
-        for name in node.inputs:
+        for name in (*node.inputs, *node.captures):
             uses[name] = uses.get(name, 0) + 1
     places, notes = [], []
     for node in model.nodes:
@@ -233,7 +233,10 @@ def _refit(
         )
         y += target.join.correction(error, kept)
     y = y.reshape(-1, groups, outs).transpose(1, 0, 2)
-    held = np.arange(len(y[0])) >= (1 - HELD_OUT) * len(y[0])  # rows come in the order of samples: the last ones
+    rows = len(y[0])
+    if rows < 2:
+        return None, f"{place.node}: one row is too few to fit and to judge, so it is not refitted"
+    held = np.arange(rows) >= min((1 - HELD_OUT) * rows, rows - 1)  # rows come in the order of samples: the last ones
     residual = y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
     form, note = "least squares", ""
     if target.inputs:
@@ -356,8 +359,10 @@ def _mixing(
     taps = w0.shape[3]
     # Columns of one unit stand together: (unit, its columns); a unit's columns and taps play the same part.
     order = np.argsort(labels, kind="stable")
-    present = np.unique(labels)
-    held = len(labels) // len(present)
+    present, counts = np.unique(labels, return_counts=True)
+    if (counts != counts[0]).any():
+        return None
+    held = int(counts[0])
     stays = units[present]
     original = np.concatenate(target.inputs).astype(np.float64)[:, 0]
     rows = len(original)
