@@ -6,6 +6,7 @@ is reached by correcting the additive model with measurements; ``max_drop`` by a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from .runtime import Session
 from .sensitivity import Sensitivity
 from .settings import Settings
 
+SIZE_TRIES = 3
 LATENCY_TRIES = 6
 LATENCY_SLACK = 0.05
 DROP_TRIES = 7
@@ -79,9 +81,17 @@ def interpolate(found: Sensitivity, widths: Ints) -> Floats:
 def attempt(
     ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...], progress: Progress | None
 ) -> Attempt:
-    """Allocate, cut and refit once."""
-    chosen = allocate(ready, limit, extra)
-    return carry_out(ready, chosen, progress)
+    """Allocate, cut and refit; once more for each time that the file is larger than was predicted."""
+    found = carry_out(ready, allocate(ready, limit, extra), progress)
+    size = ready.settings.budget.size
+    for _ in range(SIZE_TRIES):
+        # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
+        over = 0.0 if size is None else found.after.bytes - size * ready.before.bytes
+        if limit.bytes is None or over <= 0:
+            break
+        limit = replace(limit, bytes=limit.bytes - over)
+        found = carry_out(ready, allocate(ready, limit, extra), progress)
+    return found
 
 
 def allocate(ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
@@ -118,15 +128,7 @@ def search(ready: Prepared, progress: Progress | None = None) -> Attempt:
         extra = (_latency(ready, limit, budget.latency, progress),)
     if budget.max_drop is not None:
         return _smallest(ready, limit, extra, budget.max_drop, progress)
-    found = attempt(ready, limit, extra, progress)
-    for _ in range(3):
-        # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
-        over = found.after.bytes - (budget.size or 1.0) * ready.before.bytes
-        if budget.size is None or limit.bytes is None or over <= 0:
-            break
-        limit = replace(limit, bytes=limit.bytes - over)
-        found = attempt(ready, limit, extra, progress)
-    return found
+    return attempt(ready, limit, extra, progress)
 
 
 # ------------------------------------------------------------------------------------------------------- latency
@@ -140,25 +142,47 @@ def _latency(ready: Prepared, limit: plan.Limits, share: float, progress: Progre
     )
     whole = float(table.measured[0])  # the widest level; what the model fits there may be off
     target = share
-    best: LinearisedLimit | None = None
+    tried: list[tuple[float, float]] = []  # (target, measured)
+
+    def row(target: float) -> LinearisedLimit:
+        return LinearisedLimit("latency", table.products, table.constant, target * whole)
+
     for i in range(LATENCY_TRIES):
-        row = LinearisedLimit("latency", table.products, table.constant, target * whole)
-        chosen = allocate(ready, limit, (row,))
-        measured = latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep))
+        try:
+            chosen = allocate(ready, limit, (row(target),))
+        except BudgetNotMet:
+            if all(measured > share for _, measured in tried):
+                raise
+            break
+        tried.append((target, latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep))))
         if progress:
             progress("latency", i + 1, LATENCY_TRIES)
-        if measured <= share:
-            best = row
-            if measured >= share * (1 - LATENCY_SLACK):
-                break
-        # The additive model is off by measured / target: aim where the measurement would land just below the share.
-        target *= (share * (1 - LATENCY_SLACK / 2)) / measured
-    if best is None:
+        if share * (1 - LATENCY_SLACK) <= tried[-1][1] <= share:
+            break
+        target = _aim(tried, share)
+    met = [(measured, target) for target, measured in tried if measured <= share]
+    if not met:
         raise BudgetNotMet(
-            f"the --latency budget cannot be met: the narrowest plan found still takes {measured:.2f} of the "
-            f"original's time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
+            f"the --latency budget cannot be met: the narrowest plan found still takes {min(m for _, m in tried):.2f} "
+            f"of the original's time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
         )
-    return best
+    return row(max(met)[1])
+
+
+def _aim(tried: Sequence[tuple[float, float]], share: float) -> float:
+    """The next target, where the measurement should land just below the share.
+
+    The additive model is off by measured / target; between a target that was met and one that was not, by less.
+    """
+    goal = share * (1 - LATENCY_SLACK / 2)
+    met = [(measured, target) for target, measured in tried if measured <= share]
+    missed = [(measured, target) for target, measured in tried if measured > share]
+    if met and missed:
+        (below, low), (above, high) = max(met), min(missed)
+        if low < high:  # noise may turn them around
+            return low + (high - low) * (goal - below) / (above - below)
+    target, measured = tried[-1]
+    return target * goal / measured
 
 
 def latency_ratio(ready: Prepared, proto: object, seconds: float = 2.0) -> float:
