@@ -399,7 +399,7 @@ def _unfitted(pruned: Pruned, node: str) -> ModelProto:
 def test_no_node_of_a_trained_model_gets_worse(
     name: str, source: str, count: int, share: float, slack: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On images that the refit has not seen, every node's output (or the sum it goes into) is nearer to the original."""
+    """On images that the refit has not seen, every node's output (or the sum behind it) is nearer to the original."""
     monkeypatch.setattr(refit, "MOST_ROWS", 4096)
     model, coupling, found, held = _shipped(name, source, count)
     rng = np.random.default_rng(0)
