@@ -148,12 +148,7 @@ def _latency(ready: Prepared, limit: plan.Limits, share: float, progress: Progre
         return LinearisedLimit("latency", table.products, table.constant, target * whole)
 
     for i in range(LATENCY_TRIES):
-        try:
-            chosen = allocate(ready, limit, (row(target),))
-        except BudgetNotMet:
-            if all(measured > share for _, measured in tried):
-                raise
-            break
+        chosen = allocate(ready, limit, (row(target),))
         tried.append((target, latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep))))
         if progress:
             progress("latency", i + 1, LATENCY_TRIES)

@@ -135,7 +135,7 @@ def solver(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("kinds", BUDGETS, ids="+".join)
+@pytest.mark.parametrize("kinds", BUDGETS, ids=lambda kinds: "+".join(sorted(kinds)))
 @pytest.mark.parametrize("jagged", [False, True])
 def test_matches_enumeration(name: str, kinds: set[str], jagged: bool, solver: str) -> None:
     _, coupling, ledger = net(name)

@@ -48,6 +48,10 @@ NETS = {
     "conv 2d": _net(
         "N,3,8,7", IMAGE, "float[8,3,3,3] w1, float[4,8,3,2] w", "Conv<strides = [2, 1], pads = [1, 0, 2, 1]>(h, w)"
     ),
+    "conv of shuffled channels": _net(
+        "N,3,6,6", "a = Conv(x, w1)  r = Relu(a)  h = Gather<axis = 1>(r, order)",
+        "float[8,3,3,3] w1, float[4,8,3,3] w, int64[8] order = {3, 0, 6, 1, 7, 2, 5, 4}", "Conv(h, w)",
+    ),
     "conv 3d": _net("N,2,5,4,5", IMAGE, "float[6,2,2,2,2] w1, float[4,6,2,1,2] w", "Conv(h, w)"),
     "conv grouped": _net(
         "N,3,6,6", IMAGE, "float[8,3,1,1] w1, float[6,4,3,3] w", "Conv<group = 2, pads = [1, 1, 1, 1]>(h, w)"
@@ -241,6 +245,7 @@ def test_problem_is_the_consumer(net: tuple[Model, Coupling]) -> None:
         assert problem.scale == pytest.approx(y.var(axis=0).sum(), rel=1e-4)
         np.testing.assert_array_equal(np.sort(problem.columns.reshape(-1)), np.arange(x.shape[1]))
         assert problem.columns.shape == (width, x.shape[1] // width)
+        assert problem.consumer.node == model.nodes[-1].name
         np.testing.assert_array_equal(np.linalg.eigvalsh(problem.gram) > 0, True)
 
 
