@@ -117,6 +117,7 @@ BIASES = {
     "matmul add": ("float[N,6,5] x", "float[5,4] w, float[4] b", "m = MatMul(x, w)  y = Add(m, b)"),
     "matmul add before": ("float[N,6,5] x", "float[5,4] w, float[4] b", "m = MatMul(x, w)  y = Add(b, m)"),
     "matmul add scalar": ("float[N,6,5] x", "float[5,4] w, float[1] b", "m = MatMul(x, w)  y = Add(m, b)"),
+    "matmul add row": ("float[N,6,5] x", "float[5,4] w, float[1,4] b", "m = MatMul(x, w)  y = Add(m, b)"),
     "matmul add table": ("float[N,6,5] x", "float[5,4] w, float[6,4] b", "m = MatMul(x, w)  y = Add(m, b)"),
     "matmul add itself": ("float[N,6,5] x", "float[5,4] w", "m = MatMul(x, w)  z = Sub(m, m)  y = Add(m, z)"),
     "matmul left add": ("float[N,4,4] x", "float[4,4] w, float[4] b", "m = MatMul(w, x)  y = Add(m, b)"),

@@ -225,7 +225,10 @@ def test_grouped_convolution_takes_over(slots: bool, tmp_path: Path) -> None:
     assert _error(model, pruned.proto, other) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["conv", "conv uneven", "conv of shuffled channels", "flatten", "gemm", "gemm scaled", "tokens", "transposed"])
+MIXED = ("conv", "conv uneven", "conv of shuffled channels", "flatten", "gemm", "gemm scaled", "tokens", "transposed")
+
+
+@pytest.mark.parametrize("name", MIXED)
 def test_a_copy_takes_over_by_mixing(name: str, tmp_path: Path) -> None:
     """The form for nodes that are too wide knows channels only, and finds the same copy."""
     model = _doubled(name, tmp_path)
