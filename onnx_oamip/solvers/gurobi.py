@@ -21,7 +21,7 @@ from .spec import Backend, Licence, Limit, Limits, Solution, Termination, import
 
 NAME = "gurobi"
 SMALL = 2000
-"""Variables and rows that the licence inside the wheel takes (https://pypi.org/project/gurobipy)."""
+"""Variables and rows that the licence inside the wheel takes (gurobipy's own project page)."""
 ABSOLUTE_GAP = 1e-9
 WAYS_OUT = "install a full licence (https://www.gurobi.com), or use --solver highs"
 _LIMITS = {
