@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from onnx import helper
+from threadpoolctl import threadpool_limits
 
 from .affine import matrix_shape, site, unmatrix
 from .calibrate import Progress
@@ -69,7 +70,8 @@ def measure(
             progress("sensitivity", done, len(coupling.groups))
         return found
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    # One thread a worker for linear algebra too, or the workers wait for each other.
+    with threadpool_limits(1), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         return tuple(pool.map(one, range(len(coupling.groups))))
 
 
