@@ -95,7 +95,7 @@ def bench(
         names = [f"model {i}" if isinstance(s, onnx.ModelProto) else Path(s).name for i, s in enumerate(sources)]
     if not feeds:
         raise DataError("there is no feed to time the models on; give at least one sample.")
-    sessions = [Session(s, device, threads, what=name) for s, name in zip(sources, names, strict=True)]
+    sessions = [Session(s, device, threads, what=name, spin=True) for s, name in zip(sources, names, strict=True)]
     runs, medians = interleave([caller(s, feeds) for s in sessions], seconds, rounds, seed)
     del sessions
     first = next(iter(feeds[0].values()))
@@ -175,7 +175,7 @@ def compare_latency(
     """Latency of ``other`` over that of ``first`` on feeds of ``batch`` samples, in about ``seconds`` seconds."""
     device = resolve_device(device)
     feeds = feeds_of(samples, batch)
-    sessions = [Session(s, device, threads) for s in (first, other)]
+    sessions = [Session(s, device, threads, spin=True) for s in (first, other)]
     _, medians = interleave([caller(s, feeds) for s in sessions], seconds)
     return paired(medians[:, 0], medians[:, 1])
 
@@ -241,7 +241,7 @@ def weigh(job: str) -> None:
     resolve_device(device)  # imports the runtime, so that it is not counted
     _forget_peak()
     before = _resident("VmRSS")
-    session = Session(path, device, threads)
+    session = Session(path, device, threads, spin=True)
     for _ in range(MEMORY_RUNS):
         session.run({k: v for k, v in feed.items() if k in session.inputs})
     sys.stdout.write(f"{max(_resident('VmHWM') - before, 0)}\n")
@@ -310,7 +310,7 @@ def find_step(device: str) -> Step:
     """
     device = resolve_device(device)
     batch, size, threads = (64, 28, None) if device == "cuda" else (1, 14, 1)
-    sessions = [Session(_stack(w, batch, size), device, threads) for w in STEP_WIDTHS]
+    sessions = [Session(_stack(w, batch, size), device, threads, spin=True) for w in STEP_WIDTHS]
     feed = [{"x": np.ones(1, np.float32)}]
     _, medians = interleave([caller(s, feed) for s in sessions], STEP_SECONDS)
     return judge_step(medians, device)

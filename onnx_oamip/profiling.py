@@ -190,9 +190,9 @@ def _run(
     """
     twice = sum(p.ByteSize() for p in protos) < PLAIN_BYTES
     with tempfile.TemporaryDirectory() as folder:
-        sessions = [Session(p, device, threads, profile=f"{folder}/{i}") for i, p in enumerate(protos)]
+        sessions = [Session(p, device, threads, profile=f"{folder}/{i}", spin=True) for i, p in enumerate(protos)]
         if twice:
-            sessions += [Session(p, device, threads) for p in protos]
+            sessions += [Session(p, device, threads, spin=True) for p in protos]
         runs, _ = interleave([caller(s, feeds) for s in sessions], seconds, MOST_ROUNDS, seed)
         events = [json.loads(Path(s.end_profile()).read_text()) for s in sessions[: len(protos)]]
     walls = np.asarray([quiet(r) for r in runs[-len(protos) :]])

@@ -16,12 +16,11 @@ Sun, ICCV 2017; the front-to-back order corrects errors that earlier layers made
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
-from scipy.linalg import cho_factor, cho_solve
 
 from .affine import Editor, Site, matrix, matrix_shape, site, unmatrix
 from .calibrate import Progress
@@ -29,11 +28,10 @@ from .data import Samples
 from .patches import data_rows, output_rows, pick, row_count
 from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, Statistics
 from .residual import Join, join
+from .ridge import Solve, best, ridge_regression, solve_ridge
 from .subgraph import FRONTIER_BYTES, Frontier, Slicer, affordable, element_types
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""Ridge strengths, relative to the mean diagonal of the Gram matrix, searched downhill from the middle."""
-ROWS_PER_UNKNOWN = 6
+ROWS_PER_UNKNOWN = 4
 LEAST_ROWS, MOST_ROWS = 4096, 24576
 GRAM_CAP = 4608
 """Unknowns per output above which a Gram matrix gets too large; then removed channels are mixed into kept ones."""
@@ -236,7 +234,7 @@ def _refit(
     rows = len(y[0])
     if rows < 2:
         return None, f"{place.node}: one row is too few to fit and to judge, so it is not refitted"
-    held = np.arange(rows) >= min((1 - HELD_OUT) * rows, rows - 1)  # rows come in the order of samples: the last ones
+    split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)  # rows come in the order of samples: the last are held
     residual = y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
     form, note = "least squares", ""
     if target.inputs:
@@ -250,10 +248,10 @@ def _refit(
             why = f"{ins * taps} unknowns are too many for a Gram matrix"
             note = f"{place.node}: {why}, so removed channels are mixed into kept ones"
     else:
-        solve = _ridge(x, residual)
+        solve = ridge_regression(x, residual, split)
         if x.shape[1] < ins * taps:
             note = f"{place.node}: {x.shape[1]} rows for {ins * taps} unknowns; more calibration samples would help"
-    change, shift, ridge, errors = _best(x, residual, held, solve)
+    change, shift, ridge, errors = best(x, residual, split, solve)
     scale = float(y.var(axis=1).sum()) or 1.0
     fit = Fit(place.node.name, form, x.shape[1], ins * taps, ridge, errors[0] / scale, errors[1] / scale)
     if errors[1] < errors[0]:
@@ -262,85 +260,6 @@ def _refit(
             editor.replace(node, place.weight_slot, unmatrix(here, weight / here.factor, current))
         editor.add_bias(here, shift.reshape(-1))
     return fit, note
-
-
-Solve = Callable[[Bools, float], Floats]
-"""(rows to use, relative ridge) -> change of the weights (groups, inputs * taps, outputs)."""
-
-
-def _best(
-    x: Floats, residual: Floats, held: Bools, solve: Solve | None
-) -> tuple[Floats | None, Floats, float | None, tuple[float, float]]:
-    """Change, bias shift, ridge and the held-out errors before and after, for the strength that does best held out.
-
-    The candidates include no change at all and a change of the bias alone. The winner is solved again on all rows.
-    """
-    fitted = ~held
-
-    def error(change: Floats | None, shift: Floats) -> float:
-        left = residual[:, held] - shift[:, None]
-        if change is not None:
-            left = left - x[:, held] @ change
-        return float(np.square(left).mean(axis=1).sum())
-
-    def shift_of(change: Floats | None, rows: Bools) -> Floats:
-        mean: Floats = residual[:, rows].mean(axis=1)
-        return mean if change is None else mean - (x[:, rows].mean(axis=1)[:, None] @ change)[:, 0]
-
-    before = error(None, np.zeros_like(residual[:, 0]))
-    best: tuple[float, float | None] = (error(None, shift_of(None, fitted)), None)
-    if solve is not None:
-        tried: dict[int, float] = {}
-
-        def attempt(i: int) -> float:
-            if i not in tried:
-                change = solve(fitted, RIDGES[i])
-                tried[i] = error(change, shift_of(change, fitted))
-            return tried[i]
-
-        at = len(RIDGES) // 2
-        for step in (-1, 1):
-            while 0 <= at + step < len(RIDGES) and attempt(at + step) < attempt(at):
-                at += step
-        best = min(best, (attempt(at), RIDGES[at]), key=lambda found: found[0])
-    everything = np.ones_like(held)
-    final = None if best[1] is None or solve is None else solve(everything, best[1])
-    return final, shift_of(final, everything), best[1], (before, min(best[0], before))
-
-
-def _ridge(x: Floats, residual: Floats) -> Solve:
-    """Ridge regression of the residual on the centred data, per group; Gram matrices are made once per set of rows.
-
-    With fewer rows than unknowns the dual form is solved, ``X' (X X' + ridge I)^-1 R``: the same solution.
-    """
-    made: dict[bytes, tuple[Floats, Floats, Floats]] = {}
-    unknowns = x.shape[2]
-
-    def solve(rows: Bools, ridge: float) -> Floats:
-        key = rows.tobytes()
-        dual = int(rows.sum()) < unknowns
-        if key not in made:
-            centred = x[:, rows] - x[:, rows].mean(axis=1, keepdims=True)
-            target = residual[:, rows] - residual[:, rows].mean(axis=1, keepdims=True)
-            turned = centred.transpose(0, 2, 1)
-            made[key] = (centred @ turned, target, turned) if dual else (turned @ centred, turned @ target, turned)
-        gram, right, turned = made[key]
-        # The strength is relative to the mean diagonal of X'X, in either form.
-        found = solve_ridge(gram, right, ridge * gram.shape[-1] / unknowns if dual else ridge)
-        return turned @ found if dual else found
-
-    return solve
-
-
-def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
-    """(G + ridge * mean diag(G) * I)^-1 C for stacks G (g, d, d), C (g, d, o). Dead inputs get a zero row."""
-    size = gram.shape[-1]
-    diagonal = np.einsum("gii->gi", gram)
-    strength = ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12 * diagonal.max(initial=0.0) + 1e-300
-    loaded = gram + np.eye(size) * strength[:, :, None]
-    if len(gram) == 1:
-        return np.asarray(cho_solve(cho_factor(loaded[0], overwrite_a=True, check_finite=False), cross[0]))[None]
-    return np.asarray(np.linalg.solve(loaded, cross))
 
 
 def _mixing(
@@ -379,8 +298,8 @@ def _mixing(
     kept_outputs = output_mask(model, coupling, place, units)
     weight = full[kept_outputs][:, order].reshape(w0.shape[1], len(present), held * taps)
 
-    def solve(use: Bools, ridge: float) -> Floats:
-        a, b = zk[use], left[use]
+    def solve(count: int, ridge: float) -> Floats:
+        a, b = zk[:count], left[:count]
         a, b = a - a.mean(axis=(0, 2), keepdims=True), b - b.mean(axis=(0, 2), keepdims=True)
         gram = np.einsum("rkt,rlt->kl", a, a, optimize=True)
         cross = np.einsum("rkt,rct->kc", a, b, optimize=True)

@@ -59,7 +59,12 @@ def _cuda_works() -> bool:
 
 
 class Session:
-    """A loaded graph on one device. ``profile`` is the prefix of a file that records every kernel of every run."""
+    """A loaded graph on one device.
+
+    ``profile`` is the prefix of a file that records every kernel of every run. ``spin``: idle threads wait busily, as
+    ONNX Runtime has it by default and a deployment does; without it, sessions that take turns leave each other the
+    cores.
+    """
 
     def __init__(
         self,
@@ -68,11 +73,14 @@ class Session:
         threads: int | None = None,
         what: str = "the model",
         profile: str | os.PathLike[str] | None = None,
+        spin: bool = False,
     ) -> None:
         rt = runtime()
         self._what = what
         options = rt.SessionOptions()
         options.log_severity_level = 4
+        if not spin:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads:
             options.intra_op_num_threads = threads
         if profile is not None:

@@ -28,7 +28,7 @@ from .runtime import Session
 from .subgraph import Slicer, element_types
 from .verify import head
 
-LEVELS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
 
 

@@ -15,7 +15,7 @@ from graphs import samples as random_samples
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
-from onnx_oamip import data, refit, rewrite, subgraph
+from onnx_oamip import data, refit, rewrite, ridge, subgraph
 from onnx_oamip import model as models
 from onnx_oamip.affine import Site, site
 from onnx_oamip.coupling import couple
@@ -269,7 +269,7 @@ def _by_hand(x: Floats, y: Floats, w0: Floats, b0: Floats) -> tuple[Floats, Floa
     nothing = np.zeros_like(w0)
     before = error(nothing, np.zeros_like(b0))
     tried = {None: error(nothing, r[:cut].mean(axis=0))}
-    tried.update({s: error(*_ridge(x[:cut], r[:cut], s)) for s in refit.RIDGES})
+    tried.update({s: error(*_ridge(x[:cut], r[:cut], s)) for s in ridge.RIDGES})
     best = min(tried, key=lambda s: tried[s])
     if tried[best] >= before:
         return w0, b0, best, before, before
@@ -842,8 +842,8 @@ def test_solve_ridge_leaves_dead_inputs_alone() -> None:
     gram = x.transpose(0, 2, 1) @ x
     cross = x.transpose(0, 2, 1) @ rng.standard_normal((2, 50, 4))
     for stack in (slice(0, 1), slice(0, 2)):
-        found = refit.solve_ridge(gram[stack], cross[stack], 1e-3)
+        found = ridge.solve_ridge(gram[stack], cross[stack], 1e-3)
         assert not found[:, 3].any()
         for g, c, w in zip(gram[stack], cross[stack], found, strict=True):
             np.testing.assert_allclose((g + 1e-3 * np.trace(g) / 6 * np.eye(6)) @ w, c, rtol=1e-6, atol=1e-8)
-    assert not refit.solve_ridge(np.zeros((1, 3, 3)), np.zeros((1, 3, 2)), 1e-2).any()
+    assert not ridge.solve_ridge(np.zeros((1, 3, 3)), np.zeros((1, 3, 2)), 1e-2).any()

@@ -9,17 +9,22 @@ step: a share of those left, so that the last ones are still told apart one by o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy.linalg import cho_factor
 from scipy.linalg.lapack import dpotri
+from threadpoolctl import threadpool_limits
 
 from ..gram import Problem, problems
 from ..records import Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
 from . import activation
 
+MIRROR = 256
+"""Rows mirrored at a time."""
 ONE_BY_ONE = 32
 """Groups up to this many units lose one unit a step; above it a step takes 1/32 of what is left."""
 
@@ -31,11 +36,17 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     """
     assert statistics is not None
     values = activation.score(model, coupling, statistics, settings).values.copy()
-    for g, group in enumerate(coupling.groups):
+
+    def one(g: int) -> tuple[Ints, Floats] | None:
         found = problems(model, coupling, statistics.grams, g)
-        if found:
-            order, curve = eliminate(found, len(group.units))
-            values[group.units[order]] = curve
+        return eliminate(found, len(coupling.groups[g].units)) if found else None
+
+    # Groups side by side, each with one thread for linear algebra: most matrices are too small to share.
+    with threadpool_limits(1), ThreadPoolExecutor(settings.workers or os.cpu_count() or 1) as pool:
+        for group, found in zip(coupling.groups, pool.map(one, range(len(coupling.groups))), strict=True):
+            if found is not None:
+                order, curve = found
+                values[group.units[order]] = curve
     return Scores("obs", values)
 
 
@@ -67,10 +78,16 @@ def eliminate(found: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
 
 def _inverse(gram: Floats) -> Floats:
     """Inverse of a positive definite matrix from its Cholesky factor, a third of the work of solving for I."""
-    factor, _ = cho_factor(gram, lower=True, check_finite=False)
-    lower, _ = dpotri(factor, lower=True, overwrite_c=True)
-    lower = np.tril(lower)
-    return np.ascontiguousarray(lower + np.tril(lower, -1).T)
+    # LAPACK counts columns first: its lower triangle is the upper one here.
+    factor, _ = cho_factor(gram.T, lower=True, check_finite=False)
+    inverse, _ = dpotri(factor, lower=True, overwrite_c=True)
+    inverse = inverse.T
+    for first in range(0, len(inverse), MIRROR):  # block by block: whole triangles would be copied several times
+        last = first + MIRROR
+        corner = inverse[first:last, first:last]
+        inverse[first:last, first:last] = np.triu(corner) + np.triu(corner, 1).T
+        inverse[last:, first:last] = inverse[first:last, last:].T
+    return np.ascontiguousarray(inverse)
 
 
 class _State:

@@ -73,7 +73,7 @@ def _plain_pass(model: Path, source: Path) -> float:
     loaded = models.load(model)
     samples = data.load(source, loaded)
     assert samples is not None
-    session = Session(loaded.proto, "cpu")
+    session = Session(loaded.proto, "cpu", spin=True)
     for _ in range(2):
         start = time.perf_counter()
         for _, feed in samples.batches(32):
