@@ -1,8 +1,8 @@
 """Prunes trained ONNX models to a budget, without retraining, and proves what it did.
 
-The verbs are :func:`prune`, :func:`compare`, :func:`load` and :func:`couple`; everything they return is a frozen record
-of :mod:`onnx_oamip.records`, and everything they raise on purpose is an :class:`OamipError`. Names are imported when
-first used, so that ``import onnx_oamip`` costs nothing.
+The verbs are :func:`prune`, :func:`score`, :func:`load_scores`, :func:`compare`, :func:`load` and :func:`couple`;
+everything they return is a frozen record, and everything they raise on purpose is an :class:`OamipError`. Names are
+imported when first used, so that ``import onnx_oamip`` costs nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .artefacts import Scored, load_scores
     from .coupling import couple
     from .errors import (
         BudgetNotMet,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .model import load
-    from .pipeline import compare, prune
+    from .pipeline import compare, prune, score
     from .records import (
         Budget,
         Cost,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "artefacts": ("Scored", "load_scores"),
     "coupling": ("couple",),
     "errors": (
         "BudgetNotMet",
@@ -56,7 +58,7 @@ _HOMES = {
         "SettingsError",
     ),
     "model": ("load",),
-    "pipeline": ("compare", "prune"),
+    "pipeline": ("compare", "prune", "score"),
     "records": (
         "Budget",
         "Cost",
@@ -93,6 +95,7 @@ __all__ = [
     "Plan",
     "Pruned",
     "Report",
+    "Scored",
     "Scores",
     "Settings",
     "SettingsError",
@@ -103,7 +106,9 @@ __all__ = [
     "couple",
     "document",
     "load",
+    "load_scores",
     "prune",
+    "score",
 ]
 
 

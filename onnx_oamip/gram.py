@@ -96,7 +96,7 @@ class Problem:
 
     ``weight`` (outputs * fold, d), ``gram`` (d, d) with the ridge on its diagonal, ``mean`` (d,), ``columns`` (units,
     k): the columns that each unit of the group holds; ``spread`` (d, fold): the node's own inputs behind each column;
-    ``scale``: variance of y, so that consumers can be added up.
+    ``scale``: variance of y, so that consumers can be added up; ``ridge``: what stands on the diagonal of ``gram``.
     """
 
     consumer: Consumer
@@ -107,6 +107,7 @@ class Problem:
     columns: Ints
     spread: Ints
     scale: float
+    ridge: float = 0.0
 
     def unfold(self, weight: Floats, shift: Floats) -> tuple[Floats, Floats]:
         """(weight (outputs, inputs), shift (outputs,)) of the node's block from folded ones."""
@@ -141,10 +142,11 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
             covariance = found.matrix[block]
             ridge = shrinkage(covariance, found.rows)
             gram = covariance / (1 + ridge)  # the trace stays: a strong ridge must not make a consumer louder
-            gram[np.diag_indices_from(gram)] += ridge * np.trace(gram) / len(gram) + 1e-30
+            load = float(ridge * np.trace(gram) / len(gram) + 1e-30)
+            gram[np.diag_indices_from(gram)] += load
             # The variance of y, without the ridge: trace(W G W').
             scale = max(float(np.einsum("od,od->", part @ covariance, part)), 1e-30)
-            result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale))
+            result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale, load))
     return result
 
 
@@ -161,14 +163,20 @@ def shrinkage(gram: Floats, rows: int) -> float:
     return max(RIDGE, weight / max(1 - weight, 1e-3))
 
 
-def compensate(problem: Problem, removed: Ints) -> tuple[Floats, Floats]:
-    """(weight (outputs, d) with zeros at the removed units' columns, bias shift (outputs,)) of least squared error."""
+def compensate(problem: Problem, removed: Ints, repair: str = "least-squares") -> tuple[Floats, Floats]:
+    """(weight (outputs, d) with zeros at the removed units' columns, bias shift (outputs,)).
+
+    ``repair``: the rest is fitted for the least squared error, or only the means are folded (``bias``), or nothing is
+    done (``none``).
+    """
     gone = problem.columns[removed].reshape(-1)
     stays = np.ones(problem.weight.shape[1], bool)
     stays[gone] = False
-    weight = np.zeros_like(problem.weight)
-    if stays.any():
+    weight = np.where(stays, problem.weight, 0.0)
+    if repair == "none":
+        return weight, np.zeros(len(weight))
+    if repair == "least-squares" and stays.any():
         cross = problem.gram[np.ix_(stays, gone)] @ problem.weight[:, gone].T
         factor = cho_factor(problem.gram[np.ix_(stays, stays)], overwrite_a=True, check_finite=False)
-        weight[:, stays] = problem.weight[:, stays] + np.asarray(cho_solve(factor, cross)).T
+        weight[:, stays] += np.asarray(cho_solve(factor, cross)).T
     return weight, (problem.weight - weight) @ problem.mean

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .affine import Site
+from .ops import taps
 from .records import Array, Floats, Ints
 
 
@@ -31,7 +32,7 @@ def data_rows(site: Site, x: Array, rows: Ints, output: tuple[int, ...]) -> Floa
         flat = np.moveaxis(x, site.data_axis, -1)
         return flat.reshape(-1, flat.shape[-1])[rows][:, None, :].astype(np.float64)
     image, pixel = np.divmod(rows, int(np.prod(output[2:])))
-    index = _tap_index(site, x.shape[2:], output[2:], pixel)  # (rows, taps), -1 outside the image
+    index = taps(site.node, site.kernel, x.shape[2:], output[2:], pixel)  # (rows, taps), -1 outside the image
     channels = x.shape[1]
     flat = x.reshape(len(x), channels, -1)
     found = flat[image[:, None], :, np.maximum(index, 0)]  # (rows, taps, channels)
@@ -45,48 +46,3 @@ def output_rows(site: Site, y: Array, rows: Ints) -> Floats:
     """(rows, outputs) float64: what the node gives at the same rows."""
     flat = np.moveaxis(y, site.output_axis, -1)
     return flat.reshape(-1, flat.shape[-1])[rows].astype(np.float64)
-
-
-def _tap_index(site: Site, before: tuple[int, ...], after: tuple[int, ...], positions: Ints) -> Ints:
-    """Flat input pixel that every kernel tap reads at every position, -1 for padding."""
-    attrs, rank = site.node.attrs, len(before)
-    kernel = list(site.kernel)
-    strides = [int(s) for s in attrs.get("strides", [1] * rank)]
-    dilations = [int(d) for d in attrs.get("dilations", [1] * rank)]
-    begins = _pad_begins(site, before, after, strides, dilations)
-    place = np.stack(np.unravel_index(positions, after), axis=-1)  # (rows, rank)
-    flat = np.zeros((*positions.shape, 1), np.int64)
-    inside = np.ones((*positions.shape, 1), bool)
-    for d in range(rank):
-        tap = np.arange(kernel[d]) * dilations[d]
-        if site.node.op == "Conv":
-            at = place[..., d, None] * strides[d] + tap - begins[d]
-            valid = (at >= 0) & (at < before[d])
-        else:
-            shifted = place[..., d, None] + begins[d] - tap
-            at = shifted // strides[d]
-            valid = (shifted % strides[d] == 0) & (at >= 0) & (at < before[d])
-        shape = (*positions.shape, -1)
-        flat = (flat[..., :, None] * before[d] + at[..., None, :]).reshape(shape)
-        inside = (inside[..., :, None] & valid[..., None, :]).reshape(shape)
-    return np.where(inside, flat, -1)
-
-
-def _pad_begins(
-    site: Site, before: tuple[int, ...], after: tuple[int, ...], strides: list[int], dilations: list[int]
-) -> list[int]:
-    """Padding before the first pixel per axis, given or derived as the operator specification does."""
-    attrs, transposed = site.node.attrs, site.node.op == "ConvTranspose"
-    rank = len(before)
-    mode = attrs.get("auto_pad", "NOTSET") or "NOTSET"
-    if mode == "VALID":
-        return [0] * rank
-    if mode == "NOTSET" and not (transposed and "output_shape" in attrs):
-        return [int(p) for p in attrs.get("pads", [0] * (2 * rank))[:rank]]
-    extra = attrs.get("output_padding", [0] * rank)
-    begins = []
-    for i, (n, m, k, s, d) in enumerate(zip(before, after, site.kernel, strides, dilations, strict=True)):
-        span = (k - 1) * d + 1
-        total = (n - 1) * s + extra[i] + span - m if transposed else max((m - 1) * s + span - n, 0)
-        begins.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
-    return begins

@@ -157,23 +157,47 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class Images:
+    """A few chosen samples and all they do: ``activations`` maps a tensor to (feeds, *its shape for one feed).
+
+    ``labels`` (feeds, rows): the class of every row of the ``logits`` tensor, -1 where a row does not count.
+    """
+
+    feeds: tuple[Mapping[str, Array], ...]
+    labels: Ints
+    logits: str
+    activations: Mapping[str, Array]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Statistics:
-    """What one pass over the calibration data collected: moments per consumed axis, Gram matrices per linear node."""
+    """What one pass over the calibration data collected: moments per consumed axis, Gram matrices per linear node.
+
+    ``images``: a few chosen samples with their activations, where the method asks for them.
+    """
 
     moments: Mapping[Axis, Moments]
     samples: int
     device: str
     seconds: float
     grams: Mapping[str, Gram] = field(default_factory=dict)
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One importance per unit: larger means keep. ``method`` names where they come from."""
+    """One importance per unit: larger means keep. ``method`` names where they come from.
+
+    ``programs``: one record for every program solved for them; ``notes``: what a reader should know about them;
+    ``others``: scores by name whose orders are worth a measurement beside this one (see ``sensitivity.choose``).
+    """
 
     method: str
     values: Floats
     programs: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    others: Mapping[str, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

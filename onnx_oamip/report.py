@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from . import __version__
+from .artefacts import Scored
 from .benchmark import Benchmark
 from .cost import full_widths, ledger
 from .latency import Timing
@@ -25,6 +26,8 @@ from .records import Cost, Coupling, Fit, Floats, Model, Port, Report, Verificat
 from .solvers import SolverRecord
 
 SCHEMA_VERSION = 1
+LOW = 0.1
+"""Score below which a unit goes in the published experiments."""
 Document: TypeAlias = dict[str, Any]
 
 
@@ -64,6 +67,29 @@ def document(report: Report) -> Document:
         "notes": _distinct([*report.notes, *report.plan.notes]),
         "timings": report.timings,
         "settings": report.settings,
+        "versions": versions(),
+    }
+    return _document(result)
+
+
+def scoring(found: Scored) -> Document:
+    """The JSON document of ``score``: per group how its scores are spread; ``below`` is the share under ``low``."""
+    groups = []
+    for group in found.coupling.groups:
+        values = found.scores.values[group.units]
+        spread = {**_summary(values), "median": np.median(values), "below": np.mean(values < LOW)}
+        groups.append({"name": group.name, "units": len(group.units), "score": spread})
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(found.model),
+        "output": {"path": found.output, "sha256": found.sha256},
+        "method": found.scores.method,
+        "low": LOW,
+        "groups": groups,
+        "programs": found.scores.programs,
+        "notes": _distinct(found.notes),
+        "timings": found.seconds,
+        "settings": found.settings,
         "versions": versions(),
     }
     return _document(result)

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from . import cost, plan, refit, rewrite, verify
+from . import constants, cost, plan, refit, rewrite, verify
 from . import model as models
 from .budget import Ladder, LinearisedLimit
 from .calibrate import Progress
 from .data import Samples
 from .errors import BudgetNotMet
+from .importance import METHODS
 from .latency import compare_latency
 from .profiling import profile
 from .records import Cost, Coupling, Floats, Ints, Model, Plan, Pruned, Scores, Statistics, Verification
@@ -114,14 +115,26 @@ def carry_out(ready: Prepared, chosen: Plan, progress: Progress | None = None) -
         pruned = refit.least_squares(
             ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device, s.batch_size, s.seed, progress
         )
+    elif folds_constants(ready.settings):
+        pruned = constants.fold_constants(
+            ready.model, ready.coupling, chosen.keep, ready.samples, ready.device, raw
+        )
     after = cost.count(models.from_proto(pruned.proto, ready.model.bindings))
     return Attempt(chosen, pruned, after)
+
+
+def folds_constants(settings: Settings) -> bool:
+    """Whether what removed units emit without their weights is folded: no refit, by a method that counts on it."""
+    # In the exact formulation and the decoupled programs a removed unit is gone, its constant with it.
+    published = settings.formulation == "paper" and settings.mode != "decoupled"
+    return settings.refit == "none" and METHODS[settings.importance].keeps_bias and published
 
 
 def search(ready: Prepared, progress: Progress | None = None) -> Attempt:
     """The attempt that meets the budget. Raises BudgetNotMet, saying what binds, where there is none."""
     settings, budget = ready.settings, ready.settings.budget
-    reserve = refit.new_biases(ready.model) if settings.refit != "none" else 0
+    adds = settings.refit != "none" or folds_constants(settings)
+    reserve = refit.new_biases(ready.model) if adds else 0
     limit = plan.limits(budget, ready.before, reserve)
     extra: tuple[LinearisedLimit, ...] = ()
     if budget.latency is not None:

@@ -10,9 +10,10 @@ copied to other processes, and results do not depend on the number of workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -28,6 +29,9 @@ from .runtime import Session
 from .subgraph import Slicer, element_types
 from .verify import head
 
+T = TypeVar("T")
+CHOICE = (0.7, 0.5, 0.3)
+"""Shares of a group's width at which orders of removal are compared."""
 LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
 
@@ -49,30 +53,86 @@ def measure(
     device: str,
     workers: int | None = None,
     progress: Progress | None = None,
+    repair: str = "least-squares",
 ) -> tuple[Sensitivity, ...]:
     """Per group the loss at a few widths, units removed by rising ``order`` (n_units,).
 
     The loss is the mean KL divergence from the original class probabilities (a classification head), or the squared
-    output error relative to the output's energy (anything else).
+    output error relative to the output's energy (anything else). ``repair``: how consumers make up for what went, as
+    ``--refit`` says.
     """
+
+    def one(part: _Part, g: int) -> Sensitivity:
+        units = coupling.groups[g].units
+        removal = np.argsort(order[units], kind="stable")
+        widths = levels(len(units))
+        loss = np.append(part.losses([removal[: len(units) - w] for w in widths[:-1]]), 0.0)
+        # More units never hurt: noise in the measurement must not make the program prefer fewer.
+        return Sensitivity(widths, np.maximum.accumulate(loss[::-1])[::-1])
+
+    return tuple(_by_group(model, coupling, grams, feeds, device, workers, progress, repair, "sensitivity", one))
+
+
+def choose(
+    model: Model,
+    coupling: Coupling,
+    grams: Mapping[str, Gram],
+    orders: Sequence[Floats],
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    repair: str = "least-squares",
+) -> Ints:
+    """Per group the index of the order of removal, of several (n_units,), under which the model loses least.
+
+    Losses as in :func:`measure`, at the widths of ``CHOICE``; their logarithms are added up, so that no width drowns
+    the others. The first order wins ties.
+    """
+
+    def one(part: _Part, g: int) -> int:
+        units = coupling.groups[g].units
+        gone = [len(units) - max(1, round(share * len(units))) for share in CHOICE]
+        sets = [np.argsort(order[units], kind="stable")[:n] for order in orders for n in gone]
+        found = part.losses(sets).reshape(len(orders), -1)
+        return int(np.argmin(np.log(found + 1e-9).sum(axis=1)))
+
+    found = _by_group(model, coupling, grams, feeds, device, workers, progress, repair, "choose", one)
+    return np.asarray(list(found), np.int64)
+
+
+def _by_group(
+    model: Model,
+    coupling: Coupling,
+    grams: Mapping[str, Gram],
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    workers: int | None,
+    progress: Progress | None,
+    repair: str,
+    stage: str,
+    judge: Callable[[_Part, int], T],
+) -> list[T]:
+    """``judge`` for the part of the graph behind every group, several groups at a time."""
     slicer = Slicer(model.proto)
     types = _types(model, slicer, feeds, device)
     original = Session(model.proto, device, threads=None)
     wanted = _outputs(model)
-    reference = [original.run(feed, wanted) for feed in feeds]
+    truth = _Truth(feeds, [original.run(feed, wanted) for feed in feeds], wanted)
     done = 0
 
-    def one(g: int) -> Sensitivity:
+    def one(g: int) -> T:
         nonlocal done
-        found = _group(model, coupling, grams, order, feeds, reference, wanted, slicer, types, device, g)
+        found = problems(model, coupling, grams, g)
+        result = judge(_Part(model, coupling, slicer, types, g, found, truth, device, repair), g)
         done += 1
         if progress:
-            progress("sensitivity", done, len(coupling.groups))
-        return found
+            progress(stage, done, len(coupling.groups))
+        return result
 
     # One thread a worker for linear algebra too, or the workers wait for each other.
     with threadpool_limits(1), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return tuple(pool.map(one, range(len(coupling.groups))))
+        return list(pool.map(one, range(len(coupling.groups))))
 
 
 def levels(width: int) -> Ints:
@@ -98,39 +158,6 @@ def _types(model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], d
     return types
 
 
-def _group(
-    model: Model,
-    coupling: Coupling,
-    grams: Mapping[str, Gram],
-    order: Floats,
-    feeds: Sequence[Mapping[str, Array]],
-    reference: Sequence[list[Array]],
-    wanted: list[str],
-    slicer: Slicer,
-    types: Mapping[str, int],
-    device: str,
-    group: int,
-) -> Sensitivity:
-    units = coupling.groups[group].units
-    removal = np.argsort(order[units], kind="stable")
-    widths = levels(len(units))
-    part = _Part(model, coupling, slicer, types, group, problems(model, coupling, grams, group), wanted, device)
-    loss = np.zeros(len(widths))
-    if not part.reaches:
-        return Sensitivity(widths, loss)
-    settings = [part.level(removal[: len(units) - w]) for w in widths[:-1]]
-    samples = 0
-    for feed, truth in zip(feeds, reference, strict=True):
-        boundary = part.boundary(feed)
-        weight = len(truth[0]) if truth[0].ndim else 1
-        samples += weight
-        for i, setting in enumerate(settings):
-            loss[i] += weight * divergence(model, truth, part.run(boundary, setting))
-    loss /= max(samples, 1)
-    # More units never hurt: noise in the measurement must not make the program prefer fewer.
-    return Sensitivity(widths, np.maximum.accumulate(loss[::-1])[::-1])
-
-
 def divergence(model: Model, truth: Sequence[Array], found: Sequence[Array]) -> float:
     """Mean KL divergence of class probabilities, or relative squared error of the outputs."""
     if head(model) is not None:
@@ -149,6 +176,15 @@ def _log_probabilities(values: Array) -> Floats:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
+@dataclass(frozen=True)
+class _Truth:
+    """What the original gives on every feed: the ``wanted`` outputs, in order."""
+
+    feeds: Sequence[Mapping[str, Array]]
+    outputs: Sequence[list[Array]]
+    wanted: list[str]
+
+
 class _Part:
     """The graph behind a group's consumers, with the numbers a level changes as inputs."""
 
@@ -160,10 +196,12 @@ class _Part:
         types: Mapping[str, int],
         group: int,
         found: list[Problem],
-        wanted: list[str],
+        truth: _Truth,
         device: str,
+        repair: str,
     ) -> None:
-        self.model, self.found = model, found
+        self.model, self.found, self.truth, self.repair = model, found, truth, repair
+        wanted = truth.wanted
         self.units = coupling.groups[group].units
         self.linear = {p.consumer.node: p.consumer for p in found}
         self.wanted = wanted
@@ -230,6 +268,21 @@ class _Part:
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(kept)
 
+    def losses(self, removed: Sequence[Ints]) -> Floats:
+        """Mean loss (sets,) with the units at each set of positions of the group taken away."""
+        loss = np.zeros(len(removed))
+        if not self.reaches:
+            return loss
+        settings = [self.level(r) for r in removed]
+        samples = 0
+        for feed, truth in zip(self.truth.feeds, self.truth.outputs, strict=True):
+            boundary = self.boundary(feed)
+            weight = len(truth[0]) if truth[0].ndim else 1
+            samples += weight
+            for i, setting in enumerate(settings):
+                loss[i] += weight * divergence(self.model, truth, self.run(boundary, setting))
+        return loss / max(samples, 1)
+
     def boundary(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Tensors that cross from the original front into this part."""
         values: dict[str, Array] = {}
@@ -243,7 +296,8 @@ class _Part:
         result: dict[str, Array] = {}
         repaired: dict[str, list[tuple[Floats, Floats]]] = {}
         for problem in self.found:
-            repaired.setdefault(problem.consumer.node, []).append(problem.unfold(*compensate(problem, removed)))
+            mended = compensate(problem, removed, self.repair)
+            repaired.setdefault(problem.consumer.node, []).append(problem.unfold(*mended))
         for name, blocks in repaired.items():
             node = next(n for n in self.model.nodes if n.name == name)
             place = site(node, self.model.constants)

@@ -15,6 +15,7 @@ class Settings(BaseModel):
 
     Shares are fractions to keep; ``max_drop`` is in points; ``align`` is the step of widths in channels; ``floor`` the
     least share of any group; ``time_limit`` (seconds) bounds every solver call.
+    ``mode`` to ``images_per_class`` are about the importance ``oamip`` alone; ``score_budget`` is a share as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +27,12 @@ class Settings(BaseModel):
     latency: float | None = Field(None, gt=0, le=1)
     max_drop: float | None = Field(None, ge=0, lt=100)
     importance: str = "obs"
+    mode: Literal["auto", "joint", "per-class", "decoupled"] = "auto"
+    formulation: Literal["paper", "exact"] = "exact"
+    loss_weight: float = Field(5.0, gt=0, allow_inf_nan=False)
+    score_budget: float | None = Field(None, gt=0, le=1)
+    relax: bool = False
+    images_per_class: int = Field(1, ge=1)
     allocate: Literal["mip", "global", "uniform"] = "mip"
     refit: Literal["least-squares", "bias", "none"] = "least-squares"
     align: int | Literal["auto"] = "auto"

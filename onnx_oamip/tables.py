@@ -55,6 +55,19 @@ def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
         yield Text("\n".join(f"note: {note}" for note in value["notes"]))
 
 
+def _score(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    table = _table("group", ">units", ">least", ">median", ">largest", f">below {value['low']:g}")
+    for group in value["groups"][:_ROWS]:
+        scores = group["score"]
+        spread = (_number(scores[key]) for key in ("min", "median", "max"))
+        table.add_row(_cell(group["name"]), f"{group['units']:,}", *spread, _percent(scores["below"]))
+    yield from _limited(table, value["groups"], "groups")
+    yield from _programs(value["programs"])
+    notes = [f"scored by {value['method']}", *(f"note: {note}" for note in value["notes"])]
+    yield Text("\n".join(notes))
+
+
 def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
     model = value["model"]
     opset = ", ".join(f"{domain} {version}" for domain, version in model["opset"].items())
@@ -135,6 +148,7 @@ def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
 
 _DRAW = {
     "after": _prune,
+    "method": _score,
     "groups": _inspect,
     "pruned": _verify,
     "models": _bench,

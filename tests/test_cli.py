@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -26,7 +28,7 @@ from onnx_oamip.errors import BudgetNotMet, EnvironmentMissing
 from onnx_oamip.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("inspect", "prune", "verify", "bench", "ops", "solvers")
+COMMANDS = ("inspect", "prune", "score", "verify", "bench", "ops", "solvers")
 SIDES = ("macs", "params", "bytes")
 PRUNE_KEYS = {
     "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "fits",
@@ -201,6 +203,31 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
     assert documented_keys() == set(document)
 
 
+def test_score_document(run: Run, place: Path) -> None:
+    result = run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--importance", "activation", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert set(document) == {
+        "schema_version", "model", "output", "method", "low", "groups", "programs", "notes", "timings", "settings",
+        "versions",
+    }  # fmt: skip
+    assert (document["schema_version"], document["method"], document["low"]) == (1, "activation", 0.1)
+    assert document["output"]["path"] == "s.npz"
+    assert document["output"]["sha256"] == hashlib.sha256((place / "s.npz").read_bytes()).hexdigest()
+    with np.load("s.npz", allow_pickle=False) as file:
+        values = file["values"]
+        assert str(file["model_sha256"]) == document["model"]["sha256"]
+    (group,) = document["groups"]
+    assert (group["name"], group["units"]) == ("first.weight", 16)
+    expected = {"min": values.min(), "mean": values.mean(), "median": np.median(values), "max": values.max()}
+    assert group["score"] == {**{k: float(v) for k, v in expected.items()}, "below": float((values < 0.1).mean())}
+    assert document["programs"] == []
+    assert document["notes"] == ["scored on 32 samples; as in prune, 8 others are left for evaluation"]
+    assert document["settings"].items() >= {"importance": "activation", "seed": 0, "samples": 32}.items()
+    assert set(document["timings"]) == {"load", "couple", "calibrate", "score", "write"}
+    assert set(document["versions"]) == VERSIONS
+
+
 def test_inspect_document(run: Run, place: Path) -> None:
     result = run("inspect", "model.onnx", "--json")
     assert (result.code, result.err) == (0, "")
@@ -351,6 +378,7 @@ def test_tables_fit_80_columns_and_say_what_the_documents_say(
     found = {
         "inspect": run("inspect", "model.onnx"),
         "verify": run("verify", "model.onnx", "out.onnx", "--data", "data.npz"),
+        "score": run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz"),
         "bench": run("bench", *names, "--seconds", 0.05, "--batch", 1, "--batch", 16, "--threads", 2),
         "ops": run("ops"),
         "solvers": run("solvers"),
@@ -370,6 +398,9 @@ def test_tables_fit_80_columns_and_say_what_the_documents_say(
     assert "same top class" in found["verify"].out
     assert re.search(r"^16 samples a run on \w+, 2 threads$", found["bench"].out, re.MULTILINE)
     assert re.search(r"model\.onnx +[\d.]+ +[\d.]+ +[\d,]+ +\S+ +1\.00 \(1\.00-1\.00\)", found["bench"].out)
+    assert "model.onnx -> s.npz" in found["score"].out
+    assert re.search(r"first\.weight +16 +\S+ +\S+ +\S+ +[\d.]+ %", found["score"].out)
+    assert "scored by obs" in found["score"].out
     assert "ConvTranspose" in found["ops"].out
     assert re.search(r"highs +[\d.]+ +yes +any +any", found["solvers"].out)
 
@@ -408,12 +439,15 @@ def test_quiet_prints_nothing(run: Run, place: Path) -> None:
 def test_options_reach_the_settings(run: Run, place: Path) -> None:
     options = (
         "--params 0.9 --size 95% --latency 100% --max-drop 99 --importance l2 --allocate mip --refit none --align 4 "
-        "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8"
+        "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
+        "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3"
     )
     expected = {
         "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "latency": 1.0, "max_drop": 99.0,
         "importance": "l2", "allocate": "mip", "refit": "none", "align": 4, "floor": 0.1, "exclude": ("second",),
         "solver": "highs", "time_limit": 5.0, "workers": 1, "force": True, "device": "cpu", "seed": 3, "batch_size": 8,
+        "mode": "joint", "formulation": "paper", "loss_weight": 2.0, "score_budget": 0.4, "relax": True,
+        "images_per_class": 3,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onnx_oamip.pipeline.prune", lambda *a, **_: seen.append(a[3]) or refuse())
@@ -441,6 +475,17 @@ def test_other_allocations_and_refits(run: Run, place: Path, allocate: str, refi
     assert (document["programs"], document["allocation"]) == ([], allocate)
     assert document["groups"][0]["kept"] == 8
     assert bool(document["fits"]) == (refit == "least-squares")
+
+
+def test_scores_from_a_file(run: Run, place: Path) -> None:
+    arguments = ("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--importance", "l1", "-q")
+    assert run(*arguments) == Result(0, "", "")
+    choices = ("--allocate", "uniform", "--align", 1, "--json")
+    by_file = run(*PRUNE, *choices, "--scores", "s.npz").document
+    at_once = run(*PRUNE, *choices, "--importance", "l1").document
+    assert by_file["output"] == at_once["output"]
+    assert by_file["importance"] == by_file["settings"]["importance"] == "l1"
+    assert by_file["settings"]["scores"] == "s.npz"
 
 
 def test_max_drop_alone(run: Run, place: Path) -> None:
@@ -581,6 +626,72 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(run: Run, place: Path, mis
     one_sentence(result)
     assert word in result.err
     assert contents(place) == before
+
+
+def other_scores() -> None:
+    perceptron(Path("other.onnx"), 12)
+    assert main(["score", "other.onnx", "--importance", "l2", "-o", "s.npz", "-q"]) == 0
+    Path("other.onnx").unlink()
+
+
+SCORES_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
+    "missing": (lambda: None, (), "no such file of scores"),
+    "a folder": (lambda: Path("s.npz").mkdir(), (), "folder"),
+    "no archive": (lambda: Path("s.npz").write_text("0.1 0.2"), (), "cannot be read as scores"),
+    "pickled": (lambda: Path("s.npz").write_bytes(pickle.dumps([0.1, 0.2])), (), "cannot be read as scores"),
+    "data": (lambda: np.savez("s.npz", input=samples(8)), (), "schema_version"),
+    "another model": (other_scores, (), "sha256"),
+    "two ways to score": (lambda: None, ("--importance", "obs"), "--importance"),
+    "written over": (lambda: Path("s.npz").touch(), ("-o", "./s.npz"), "--scores"),
+}
+
+
+@pytest.mark.parametrize("mistake", SCORES_MISTAKES)
+def test_a_mistake_about_scores_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+    make, options, word = SCORES_MISTAKES[mistake]
+    make()
+    before = contents(place)
+    result = run(*PRUNE, "--scores", "s.npz", "--json", *options)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+    assert contents(place) == before
+
+
+SCORE_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
+    "missing model": (lambda: Path("model.onnx").unlink(), (), "no such file"),
+    "missing data": (lambda: Path("data.npz").unlink(), (), "no such data file"),
+    "NaN in the data": (with_nan, (), "sample 5"),
+    "unknown importance": (lambda: None, ("--importance", "luck"), "activation"),
+    "pattern without a match": (lambda: None, ("--exclude", "third*"), "third*"),
+    "output folder missing": (lambda: None, ("-o", "nowhere/s.npz"), "nowhere"),
+    "output is a folder": (lambda: Path("made").mkdir(), ("-o", "made"), "made"),
+    "output is the model": (lambda: None, ("-o", "./model.onnx"), "model.onnx"),
+    "output is the data": (lambda: None, ("-o", "./data.npz"), "data.npz"),
+    "a budget": (lambda: None, ("--macs", "0.5"), "--macs"),
+}
+
+
+@pytest.mark.parametrize("mistake", SCORE_MISTAKES)
+def test_a_mistake_of_score_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+    make, options, word = SCORE_MISTAKES[mistake]
+    make()
+    before = contents(place)
+    result = run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--json", *options)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+    assert contents(place) == before
+
+
+def test_score_without_data_or_output_says_what_to_give(run: Run, place: Path) -> None:
+    for arguments, word in ((("-o", "s.npz"), "--data"), (("--data", "data.npz"), "--output")):
+        result = run("score", "model.onnx", *arguments)
+        assert (result.code, result.out) == (2, "")
+        one_sentence(result)
+        assert word in result.err
+    assert run("score", "model.onnx", "--data", "data.npz", "--exclude", "first*", "-o", "s.npz").code == 1
+    assert not (place / "s.npz").exists()
 
 
 def test_a_run_without_a_budget_or_without_data_says_what_to_give(run: Run, place: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip import calibrate, data, gram
+from onnx_oamip import calibrate, data, gram, images
 from onnx_oamip.coupling import couple
 from onnx_oamip.importance import METHODS
 from onnx_oamip.records import Array, Coupling, Model, Scores, Statistics
@@ -26,7 +26,8 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     moments = calibrate.collect(model, coupling, found, "cpu")
     feeds = [feed for _, feed in found.batches(32)]
     grams = gram.collect(model, coupling, feeds, "cpu", 0)
-    return Statistics(moments.moments, moments.samples, moments.device, moments.seconds, grams)
+    few = images.collect(model, found, "cpu", 1, 0)
+    return Statistics(moments.moments, moments.samples, moments.device, moments.seconds, grams, few)
 
 
 def _score(name: str, model: Model, coupling: Coupling, arrays: dict[str, Array]) -> Scores:

@@ -10,6 +10,7 @@ from .. import __version__
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
 from .options import seconds as positive
 from .prune import prune
+from .score import score
 from .terminal import Progress, show
 
 
@@ -48,6 +49,7 @@ def inspect(model: Path, as_json: bool) -> None:
 
 
 cli.add_command(prune)
+cli.add_command(score)
 
 
 @cli.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -99,3 +101,83 @@ seed_option = click.option(
     metavar="N",
     help="Seed of everything random; with the same seed a budget that is counted gives the same model.",
 )
+refit_option = click.option(
+    "--refit",
+    type=click.Choice(["least-squares", "bias", "none"]),
+    default="least-squares",
+    show_default=True,
+    help="How the rest makes up for what went: by weights fitted anew to the original outputs, by the mean folded into "
+    "the biases of what follows, or not at all. The scores of oamip and measured losses count on it.",
+)
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Groups that are scored or measured at the same time. Default: one for every core.",
+)
+solver_option = click.option(
+    "--solver",
+    type=click.Choice(["auto", "gurobi", "highs"]),
+    default="auto",
+    show_default=True,
+    help="What solves the programs; auto takes Gurobi where its licence allows the program's size, else HiGHS.",
+)
+time_limit_option = click.option(
+    "--time-limit",
+    type=float,
+    callback=seconds,
+    default=60.0,
+    show_default=True,
+    metavar="S",
+    help="Most seconds for one solve of a program; the best found by then is taken and its gap reported.",
+)
+
+
+def importance_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the importance oamip, for every command that scores."""
+    options = (
+        click.option(
+            "--mode",
+            type=click.Choice(["auto", "joint", "per-class", "decoupled"]),
+            default="auto",
+            show_default=True,
+            help="Of oamip: one program over the network, one for every class with the scores averaged, or one for "
+            "every layer; auto is joint where the program is small.",
+        ),
+        click.option(
+            "--formulation",
+            type=click.Choice(["paper", "exact"]),
+            default="exact",
+            show_default=True,
+            help="Of oamip, joint and per-class: whole keep variables with bounds that hold for all of them, or the "
+            "program as published, with continuous scores, bounds of the unpruned network and its k x k quirk.",
+        ),
+        click.option(
+            "--loss-weight",
+            type=click.FloatRange(0, min_open=True),
+            default=5.0,
+            show_default=True,
+            metavar="W",
+            help="Of oamip: weight of the loss against sparsity; more keeps more.",
+        ),
+        click.option(
+            "--score-budget",
+            callback=share,
+            metavar="R",
+            help="Of oamip, exact: the share of the units' multiply-accumulates that the program may keep, in place "
+            "of its reward for sparsity.",
+        ),
+        click.option("--relax", is_flag=True, help="Of oamip: no whole variables; faster, and no longer exact."),
+        click.option(
+            "--images-per-class",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Of oamip: calibration samples of every class that the program is over, the least certain of those "
+            "that the model gets right.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

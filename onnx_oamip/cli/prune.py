@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..errors import OutputError
+from ..errors import OutputError, SettingsError
 from .options import (
     DATA,
     MODEL,
@@ -17,11 +17,15 @@ from .options import (
     batch_size_option,
     device_option,
     floor,
+    importance_options,
     json_option,
     method,
-    seconds,
+    refit_option,
     seed_option,
     share,
+    solver_option,
+    time_limit_option,
+    workers_option,
 )
 from .terminal import Progress, show
 
@@ -68,6 +72,12 @@ POINTS = click.FloatRange(0, 100, max_open=True)
 )
 @click.option("--importance", cls=MethodOption, callback=method, default="obs", show_default=True, metavar="NAME")
 @click.option(
+    "--scores",
+    type=MODEL,
+    metavar="S.npz",
+    help="Take the scores that the score command wrote for this model, in place of --importance.",
+)
+@click.option(
     "--allocate",
     type=click.Choice(["mip", "global", "uniform"]),
     default="mip",
@@ -75,14 +85,7 @@ POINTS = click.FloatRange(0, 100, max_open=True)
     help="How a budget is spread: by a mixed-integer program over measured losses, by the lowest scores wherever they "
     "are, or as the same share of every group.",
 )
-@click.option(
-    "--refit",
-    type=click.Choice(["least-squares", "bias", "none"]),
-    default="least-squares",
-    show_default=True,
-    help="How the rest makes up for what went: by weights fitted anew to the original outputs, by the mean folded into "
-    "the biases of what follows, or not at all.",
-)
+@refit_option
 @click.option(
     "--align",
     callback=alignment,
@@ -106,28 +109,10 @@ POINTS = click.FloatRange(0, 100, max_open=True)
     metavar="PATTERN",
     help="Leave alone what matches this shell pattern, such as 'conv1*'; may be given more than once.",
 )
-@click.option(
-    "--solver",
-    type=click.Choice(["auto", "gurobi", "highs"]),
-    default="auto",
-    show_default=True,
-    help="What solves the program; auto takes Gurobi where its licence allows the program's size, else HiGHS.",
-)
-@click.option(
-    "--time-limit",
-    type=float,
-    callback=seconds,
-    default=60.0,
-    show_default=True,
-    metavar="S",
-    help="Most seconds for one solve of the program; the best plan found by then is taken and its gap reported.",
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Groups whose losses are measured at the same time. Default: one for every core.",
-)
+@importance_options
+@solver_option
+@time_limit_option
+@workers_option
 @click.option("--force", is_flag=True, help="Write the model even where it was measured slower than the original.")
 @device_option
 @seed_option
@@ -135,7 +120,14 @@ POINTS = click.FloatRange(0, 100, max_open=True)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr.")
 def prune(
-    model: Path, data: str | None, eval_data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any
+    model: Path,
+    data: str | None,
+    eval_data: str | None,
+    output: Path,
+    scores: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
 ) -> None:
     """Write a smaller MODEL to OUT.onnx that meets the budgets, and report what was done.
 
@@ -145,12 +137,16 @@ def prune(
     from .. import pipeline, report
     from ..settings import Settings
 
-    for name, source in (("the model", model), ("--data", data), ("--eval-data", eval_data)):
+    inputs = {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores}
+    for name, source in inputs.items():
         if source is not None and _same_file(output, source):
             raise OutputError(f"{output} is {name} itself; give -o another path.")
+    asked = click.get_current_context().get_parameter_source("importance")
+    if scores is not None and asked is click.core.ParameterSource.COMMANDLINE:
+        raise SettingsError("--scores says already how units are scored; leave out --importance.")
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
-        result = pipeline.prune(model, data, output, settings, eval_data=eval_data, progress=progress)
+        result = pipeline.prune(model, data, output, settings, eval_data, progress, scores)
     if as_json or not quiet:
         show(report.document(result), as_json)
 

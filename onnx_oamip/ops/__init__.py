@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from . import elementwise, linear, movement, norm, pool, reshape
 from .notation import opaque
-from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec
+from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, Refused, Terms
+from .windows import taps
 
 REGISTRY: tuple[OpSpec, ...] = (
     *linear.SPECS,
@@ -42,4 +43,4 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
     return None
 
 
-__all__ = ["REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "OpSpec", "lookup", "opaque"]
+__all__ = ["REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "OpSpec", "Refused", "Terms", "lookup", "opaque", "taps"]

@@ -5,8 +5,11 @@ Reference: ONNX operator specification, "Multidirectional Broadcasting".
 
 from __future__ import annotations
 
-from ..records import Axis, Node
-from .spec import LabelAxis, Labels, OpSpec
+import numpy as np
+
+from ..records import Array, Axis, Floats, Node
+from . import maps
+from .spec import EncodeRule, LabelAxis, Labels, OpSpec, Refused, Terms, operand
 
 
 def passes(node: Node, labels: Labels) -> None:
@@ -67,6 +70,126 @@ def _cast(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], labels.axes(node.inputs[0]))
 
 
+def _affine(node: Node, terms: Terms, x: str, weights: Array | float, offset: Array | float = 0.0) -> None:
+    """``out = weights * x + offset``, all broadcast to the output."""
+    shape = terms.shape(node.outputs[0])
+    matrix = maps.broadcast(terms.shape(x), shape, weights)
+    terms.affine(node.outputs[0], [(x, matrix)], np.broadcast_to(offset, shape))
+
+
+def same(node: Node, terms: Terms) -> None:
+    """The output is the first input. Dropout in inference; a cast between floating types (no rounding)."""
+    if node.op == "Cast" and int(node.attrs["to"]) not in (1, 10, 11, 16):
+        raise Refused(f"{node} casts to a type that is not floating")
+    training = operand(node, 2) if node.op == "Dropout" else None
+    if training is not None and (value := terms.constant(training)) is not None and value.any():
+        raise Refused(f"{node} is in training mode")
+    _affine(node, terms, node.inputs[0], 1.0)
+
+
+def _relu_encode(node: Node, terms: Terms) -> None:
+    terms.relu(node.outputs[0], node.inputs[0])
+
+
+def _slope(node: Node, terms: Terms) -> Floats:
+    if node.op == "LeakyRelu":
+        return np.asarray(node.attrs.get("alpha", 0.01), np.float64)
+    value = terms.constant(node.inputs[1])
+    if value is None:
+        raise Refused(f"{node} takes its slope from a computation")
+    return value.astype(np.float64)
+
+
+def _leaky_encode(node: Node, terms: Terms) -> None:
+    """``slope x + (1 - slope) max(x, 0)``."""
+    x, out = node.inputs[0], node.outputs[0]
+    shape, slope = terms.shape(x), _slope(node, terms)
+    positive = f"{out}/positive"
+    terms.relu(positive, x)
+    parts = [(x, maps.broadcast(shape, shape, slope)), (positive, maps.broadcast(shape, shape, 1 - slope))]
+    terms.affine(out, parts)
+
+
+def _clip_bound(node: Node, terms: Terms, name: str, index: int) -> float | None:
+    tensor = operand(node, index)
+    value = node.attrs.get(name) if tensor is None else terms.constant(tensor)
+    if tensor is not None and value is None:
+        raise Refused(f"{node} takes its bounds from a computation")
+    if value is None:
+        return None
+    bound = float(np.asarray(value, np.float64).reshape(()))
+    # Exporters write an absent side as the largest number of the type.
+    return bound if abs(bound) < 3e38 else None
+
+
+def _clip_encode(node: Node, terms: Terms) -> None:
+    """``low + max(x - low, 0)``, then ``high - max(high - x, 0)``: one after the other, so that bounds stay tight."""
+    x, out = node.inputs[0], node.outputs[0]
+    low, high = _clip_bound(node, terms, "min", 1), _clip_bound(node, terms, "max", 2)
+    shape = terms.shape(x)
+    same, minus = maps.broadcast(shape, shape), maps.broadcast(shape, shape, -1.0)
+    if low is not None:
+        terms.affine(f"{out}/above", [(x, same)], -low)
+        terms.relu(f"{out}/over", f"{out}/above")
+        terms.affine(f"{out}/low", [(f"{out}/over", same)], low)
+        x = f"{out}/low"
+    if high is not None:
+        terms.affine(f"{out}/below", [(x, minus)], high)
+        terms.relu(f"{out}/under", f"{out}/below")
+        terms.affine(f"{out}/high", [(f"{out}/under", minus)], high)
+        x = f"{out}/high"
+    terms.affine(out, [(x, same)])
+
+
+def _old_broadcast(node: Node, terms: Terms) -> None:
+    if node.version < 7 and len({terms.shape(n) for n in node.inputs}) > 1:
+        raise Refused(f"{node} broadcasts in the way of opset {node.version}")
+
+
+def _sum_encode(node: Node, terms: Terms) -> None:
+    """Add, Sub and Sum of activations and constants."""
+    _old_broadcast(node, terms)
+    after = terms.shape(node.outputs[0])
+    parts, offset = [], np.zeros(after)
+    for i, name in enumerate(node.inputs):
+        sign = -1.0 if node.op == "Sub" and i else 1.0
+        value = terms.constant(name)
+        if value is None:
+            parts.append((name, maps.broadcast(terms.shape(name), after, sign)))
+        else:
+            offset = offset + sign * value.astype(np.float64)
+    terms.affine(node.outputs[0], parts, offset)
+
+
+def _scale_encode(node: Node, terms: Terms) -> None:
+    """Mul with a constant, Div by one."""
+    _old_broadcast(node, terms)
+    values = [terms.constant(n) for n in node.inputs]
+    if node.op == "Div" and values[1] is not None:
+        _affine(node, terms, node.inputs[0], 1 / values[1].astype(np.float64))
+        return
+    for data, value in ((0, values[1]), (1, values[0])):
+        if node.op == "Mul" and value is not None:
+            _affine(node, terms, node.inputs[data], value.astype(np.float64))
+            return
+    raise Refused(f"{node} {'multiplies two activations' if node.op == 'Mul' else 'divides by an activation'}")
+
+
+def _neg_encode(node: Node, terms: Terms) -> None:
+    _affine(node, terms, node.inputs[0], -1.0)
+
+
+ENCODE: dict[str, EncodeRule] = {
+    "Relu": _relu_encode,
+    "LeakyRelu": _leaky_encode,
+    "Clip": _clip_encode,
+    "Neg": _neg_encode,
+    "Add": _sum_encode,
+    "Sub": _sum_encode,
+    "Sum": _sum_encode,
+    "Mul": _scale_encode,
+    "Div": _scale_encode,
+}
 UNARY = (
     "Relu LeakyRelu Sigmoid Tanh Elu Selu Celu ThresholdedRelu HardSigmoid HardSwish Softplus Softsign Gelu Mish "
     "Swish Erf Exp Log Sqrt Neg Abs Reciprocal Sign Floor Ceil Round Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh "
@@ -77,13 +200,13 @@ BINARY = (
     "BitwiseAnd BitwiseOr BitwiseXor BitShift"
 )
 SPECS = (
-    *(OpSpec(name, passes) for name in UNARY.split()),
-    OpSpec("Dropout", _dropout),
-    OpSpec("Identity", _cast),
-    OpSpec("Cast", _cast),
+    *(OpSpec(name, passes, encode=ENCODE.get(name)) for name in UNARY.split()),
+    OpSpec("Dropout", _dropout, encode=same, moves=True),
+    OpSpec("Identity", _cast, encode=same, moves=True),
+    OpSpec("Cast", _cast, encode=same),
     OpSpec("Gelu", passes, domain="com.microsoft", same=True),
     OpSpec("QuickGelu", passes, domain="com.microsoft", same=True),
-    *(OpSpec(name, broadcast) for name in BINARY.split()),
+    *(OpSpec(name, broadcast, encode=ENCODE.get(name)) for name in BINARY.split()),
     # The slope broadcasts one way, to the data; multidirectional alignment gives the same axes.
-    OpSpec("PRelu", broadcast),
+    OpSpec("PRelu", broadcast, encode=_leaky_encode),
 )

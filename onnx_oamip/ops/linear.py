@@ -10,10 +10,12 @@ Grouped convolution, two policies (a kernel's block structure must stay rectangu
 from __future__ import annotations
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from ..records import Axis, Node
+from ..records import Array, Axis, Node
+from . import maps
 from .notation import opaque, rule
-from .spec import Cuts, Edit, Labels, OpSpec, Shapes, operand
+from .spec import Cuts, Edit, Labels, OpSpec, Refused, Shapes, Terms, operand
 
 _conv_dense = rule("n c *, o c *, o -> n o *")
 _transposed_dense = rule("n c *, c o *, o -> n o *")
@@ -191,9 +193,59 @@ def _matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
     return (*((out, i) for i in range(len(shapes[out]))), (a, len(shapes[a]) - 1))
 
 
+def _constant(node: Node, terms: Terms, index: int) -> Array:
+    value = terms.constant(node.inputs[index])
+    if value is None:
+        raise Refused(f"{node} takes its {('data', 'weight', 'bias')[index]} from a computation")
+    return value.astype(np.float64)
+
+
+def _conv_encode(node: Node, terms: Terms) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    weight = _constant(node, terms, 1)
+    after = terms.shape(out)
+    bias = np.zeros(after[1]) if operand(node, 2) is None else _constant(node, terms, 2)
+    offset = np.broadcast_to(bias.reshape(-1, *[1] * (len(after) - 2)), after)
+    terms.affine(out, [(x, maps.convolution(node, weight, terms.shape(x), after))], offset)
+
+
+def _gemm_encode(node: Node, terms: Terms) -> None:
+    left = terms.constant(node.inputs[0]) is not None
+    slot = 1 if left else 0
+    x, out = node.inputs[slot], node.outputs[0]
+    weight = _constant(node, terms, 1 - slot)
+    names = ("transA", "transB")
+    if node.attrs.get(names[1 - slot], 0):
+        weight = weight.T
+    shape = terms.shape(x)
+    read = maps.places(shape).T if node.attrs.get(names[slot], 0) else maps.places(shape)
+    matrix = maps.product(weight, 1, read.shape[1]) if left else maps.product(weight.T, read.shape[0])
+    offset = np.zeros(())
+    if operand(node, 2) is not None:
+        offset = node.attrs.get("beta", 1.0) * _constant(node, terms, 2)
+    order = maps.gather(read, read.size)
+    terms.affine(out, [(x, csr_array(node.attrs.get("alpha", 1.0) * (matrix @ order)))], offset)
+
+
+def _matmul_encode(node: Node, terms: Terms) -> None:
+    left = terms.constant(node.inputs[0]) is not None
+    slot = 1 if left else 0
+    x, shape = node.inputs[slot], terms.shape(node.inputs[slot])
+    weight = _constant(node, terms, 1 - slot)
+    if weight.ndim > 2:
+        raise Refused(f"{node} has a weight of its own for every matrix of a batch")
+    if left:
+        trailing = shape[-1] if len(shape) > 1 else 1
+        size = shape[-2] if len(shape) > 1 else shape[0]
+        matrix = maps.product(np.atleast_2d(weight), int(np.prod(shape)) // (size * trailing), trailing)
+    else:
+        matrix = maps.product(weight.reshape(len(weight), -1).T, int(np.prod(shape[:-1])))
+    terms.affine(node.outputs[0], [(x, matrix)])
+
+
 SPECS = (
-    OpSpec("Conv", conv, _regroup, _conv_cost, linear=True),
+    OpSpec("Conv", conv, _regroup, _conv_cost, linear=True, encode=_conv_encode),
     OpSpec("ConvTranspose", conv_transpose, _regroup, _transposed_cost, linear=True),
-    OpSpec("Gemm", gemm, cost=_gemm_cost, linear=True),
-    OpSpec("MatMul", matmul, cost=_matmul_cost, linear=True),
+    OpSpec("Gemm", gemm, cost=_gemm_cost, linear=True, encode=_gemm_encode),
+    OpSpec("MatMul", matmul, cost=_matmul_cost, linear=True, encode=_matmul_encode),
 )

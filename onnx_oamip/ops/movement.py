@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..records import Array, Node
+from . import maps
 from .notation import opaque
-from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, integers, operand
+from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, Terms, integers, operand
 
 Shape = tuple[int, ...]
 
@@ -317,11 +318,35 @@ def _shape(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], [])
 
 
+# ------------------------------------------------------------------------------------------------------- encoding
+
+
+def _transpose_encode(node: Node, terms: Terms) -> None:
+    index = maps.places(terms.shape(node.inputs[0]))
+    terms.affine(node.outputs[0], [(node.inputs[0], maps.gather(index.transpose(node.attrs.get("perm")), index.size))])
+
+
+def _concat_encode(node: Node, terms: Terms) -> None:
+    """Every input's elements land where the operator puts its index array; constants land in the offset."""
+    axis, shapes = int(node.attrs["axis"]), [terms.shape(n) for n in node.inputs]
+    absent = [np.full(s, -1, np.int64) for s in shapes]
+    parts, offset = [], np.zeros(terms.shape(node.outputs[0]))
+    for i, (name, shape) in enumerate(zip(node.inputs, shapes, strict=True)):
+        index = maps.places(shape)
+        joined = np.concatenate([*absent[:i], index, *absent[i + 1 :]], axis=axis)
+        value = terms.constant(name)
+        if value is None:
+            parts.append((name, maps.gather(joined, index.size)))
+        else:
+            offset[joined >= 0] = value.reshape(-1)[joined[joined >= 0]]
+    terms.affine(node.outputs[0], parts, offset)
+
+
 SPECS = (
-    OpSpec("Transpose", _transpose),
+    OpSpec("Transpose", _transpose, encode=_transpose_encode, moves=True),
     OpSpec("DepthToSpace", _depth_to_space),
     OpSpec("SpaceToDepth", _space_to_depth),
-    OpSpec("Concat", _concat),
+    OpSpec("Concat", _concat, encode=_concat_encode),
     OpSpec("Split", _split_op, _split_repair),
     OpSpec("Slice", _slice, _slice_repair),
     OpSpec("Gather", _gather, _gather_repair),

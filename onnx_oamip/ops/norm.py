@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..records import Node
+from . import maps
 from .notation import extra_outputs, opaque, rule
-from .spec import Cuts, Edit, Labels, OpSpec
+from .spec import Cuts, Edit, Labels, OpSpec, Refused, Terms
 
 
 def _training(node: Node, labels: Labels) -> str | None:
@@ -73,8 +76,24 @@ def _pin_axes(node: Node, labels: Labels, axes: range | list[int]) -> None:
     extra_outputs(node, labels, 1)
 
 
+def _batch_encode(node: Node, terms: Terms) -> None:
+    """In inference: a scale and a shift per channel."""
+    if node.attrs.get("training_mode", 0):
+        raise Refused(f"{node} is in training mode")
+    found = [terms.constant(n) for n in node.inputs[1:5]]
+    if any(v is None for v in found):
+        raise Refused(f"{node} takes a parameter from a computation")
+    gain, bias, mean, variance = (np.asarray(v, np.float64) for v in found)
+    x, out = node.inputs[0], node.outputs[0]
+    shape = terms.shape(x)
+    scale = gain / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
+    view = (-1, *[1] * (len(shape) - 2))
+    matrix = maps.broadcast(shape, shape, scale.reshape(view))
+    terms.affine(out, [(x, matrix)], np.broadcast_to((bias - mean * scale).reshape(view), shape))
+
+
 SPECS = (
-    OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training)),
+    OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training), encode=_batch_encode),
     OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
     OpSpec("LRN", _neighbours, _spread),
     OpSpec("GroupNormalization", _channels, same=True),

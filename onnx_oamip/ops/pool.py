@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..records import Node
+from . import maps
 from .notation import opaque, rule
-from .spec import LabelAxis, Labels, OpSpec, integers
+from .spec import EncodeRule, LabelAxis, Labels, OpSpec, Refused, Terms, integers
 
 
 def _reduce(node: Node, labels: Labels) -> None:
@@ -42,14 +45,60 @@ def _reduce(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
+def _max_encode(node: Node, terms: Terms) -> None:
+    if any(node.outputs[1:]):
+        raise Refused(f"{node} gives its indices as well")
+    x, out = node.inputs[0], node.outputs[0]
+    terms.maximum(out, x, maps.windows(node, terms.shape(x), terms.shape(out)))
+
+
+def _average_encode(node: Node, terms: Terms) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    terms.affine(out, [(x, maps.average(node, terms.shape(x), terms.shape(out)))])
+
+
+def _global_average_encode(node: Node, terms: Terms) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    shape = terms.shape(x)
+    terms.affine(out, [(x, maps.reduction(shape, range(2, len(shape)), mean=True))])
+
+
+def _global_max_encode(node: Node, terms: Terms) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    shape = terms.shape(x)
+    terms.maximum(out, x, maps.places(shape).reshape(int(np.prod(shape[:2])), -1))
+
+
+def _reduce_encode(node: Node, terms: Terms) -> None:
+    x, out = node.inputs[0], node.outputs[0]
+    shape = terms.shape(x)
+    try:
+        listed = integers(node, terms, "axes", 1)
+    except KeyError as error:
+        raise Refused(f"{node} takes its axes from a computation") from error
+    if listed is not None and listed.size:
+        axes = [int(a) % len(shape) for a in listed]
+    else:
+        axes = [] if node.attrs.get("noop_with_empty_axes", 0) else list(range(len(shape)))
+    terms.affine(out, [(x, maps.reduction(shape, axes, mean=node.op == "ReduceMean"))])
+
+
+ENCODE: dict[str, EncodeRule] = {
+    "MaxPool": _max_encode,
+    "AveragePool": _average_encode,
+    "GlobalAveragePool": _global_average_encode,
+    "GlobalMaxPool": _global_max_encode,
+    "ReduceMean": _reduce_encode,
+    "ReduceSum": _reduce_encode,
+}
 _channelwise = rule("n c * -> n c *")
 SPECS = (
     *(
-        OpSpec(name, _channelwise)
+        OpSpec(name, _channelwise, encode=ENCODE.get(name))
         for name in ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
     ),
     *(
-        OpSpec(f"Reduce{name}", _reduce)
+        OpSpec(f"Reduce{name}", _reduce, encode=ENCODE.get(f"Reduce{name}"))
         for name in ["Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare"]
     ),
 )

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..records import Ints, Node
+from . import maps
 from .notation import opaque
-from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, integers
+from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, Terms, integers
 
 Shape = tuple[int, ...]
 
@@ -129,9 +130,14 @@ def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
     return Edit({"shape": fixed.tolist()}) if "shape" in node.attrs else Edit(inputs={1: fixed})
 
 
+def _encode(node: Node, terms: Terms) -> None:
+    index = maps.places(terms.shape(node.inputs[0]))
+    terms.affine(node.outputs[0], [(node.inputs[0], maps.gather(index, index.size))])
+
+
 SPECS = (
-    OpSpec("Reshape", _reshape, _reshape_repair),
-    OpSpec("Flatten", _same_elements),
-    OpSpec("Squeeze", _same_elements),
-    OpSpec("Unsqueeze", _same_elements),
+    OpSpec("Reshape", _reshape, _reshape_repair, encode=_encode, moves=True),
+    OpSpec("Flatten", _same_elements, encode=_encode, moves=True),
+    OpSpec("Squeeze", _same_elements, encode=_encode, moves=True),
+    OpSpec("Unsqueeze", _same_elements, encode=_encode, moves=True),
 )

@@ -1,7 +1,7 @@
 """What the package knows about one operator, and the narrow handles its rules are given.
 
 A rule never sees a graph, a framework or a solver: ``channels`` sees :class:`Labels`, ``repair`` sees
-:class:`Cuts`, ``cost`` sees shapes.
+:class:`Cuts`, ``cost`` sees shapes, ``encode`` sees :class:`Terms`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from ..records import Array, Axis, Bools, Ints, Node
 
@@ -74,6 +76,32 @@ class Cuts(Protocol):
         ...
 
 
+class Terms(Protocol):
+    """The handle of an encode rule: how a node's outputs follow from its inputs, for one feed, elements in C order.
+
+    Three statements are enough for piecewise linear networks; from each of them follow both the expressions of the
+    mixed-integer program and the intervals that bound them. A rule may name tensors in between as it likes.
+    """
+
+    def shape(self, tensor: str) -> tuple[int, ...]: ...
+    def constant(self, tensor: str) -> Array | None: ...
+    def affine(self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0) -> None:
+        """``out = sum of matrix @ tensor + offset``: matrices are (elements of out, elements of the tensor)."""
+        ...
+
+    def relu(self, out: str, x: str) -> None:
+        """``out = max(x, 0)``."""
+        ...
+
+    def maximum(self, out: str, x: str, windows: Ints) -> None:
+        """``out[i] = max_j x[windows[i, j]]``, -1 for a place outside; every window has at least one inside."""
+        ...
+
+
+class Refused(Exception):
+    """An encode rule met a form of its operator that it cannot state; the message says which."""
+
+
 @dataclass(frozen=True, slots=True)
 class Edit:
     """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants.
@@ -92,6 +120,7 @@ ChannelRule = Callable[[Node, Labels], None]
 RepairRule = Callable[[Node, Cuts], Edit]
 CostRule = Callable[[Node, Shapes], tuple[Axis, ...]]
 """MACs of a node are the product of the lengths of the axes returned."""
+EncodeRule = Callable[[Node, Terms], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +135,10 @@ class OpSpec:
     """Linear in its data input, with a constant weight: a consumer whose bias and weights can be refitted."""
     same: bool = False
     """Shape and type of the first output are those of the first input, and ONNX's own inference does not know it."""
+    encode: EncodeRule | None = None
+    """States the operator exactly by linear maps, ReLUs and maxima; raises Refused for a form it cannot state."""
+    moves: bool = False
+    """The first output holds the elements of the first input, in the same or another order, and nothing else."""
     domain: str = ""
     since: int = 1
     until: int | None = None
@@ -116,7 +149,7 @@ def operand(node: Node, index: int) -> str | None:
     return (node.inputs[index] or None) if index < len(node.inputs) else None
 
 
-def integers(node: Node, labels: Labels | Cuts, name: str, index: int) -> Ints | None:
+def integers(node: Node, labels: Labels | Cuts | Terms, name: str, index: int) -> Ints | None:
     """An integer list given as attribute ``name`` (old opsets) or as constant input ``index``; None if neither.
 
     Raises KeyError where the input is there but is not a constant, so that a rule can tell the two apart.

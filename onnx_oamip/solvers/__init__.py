@@ -89,12 +89,14 @@ def solve_with_cuts(
     solver: str = "auto",
     notify: Notify | None = None,
     rounds: int | None = None,
+    enough: Callable[[float], bool] | None = None,
 ) -> CutSolution:
     """Outer approximation: solve, ask ``separate`` for violated rows, add them, until there are none or time is out.
 
     Each round starts from the last one's integer values (continuous ones are left to the solver, since a cut has
     moved them). The bound is the best of all rounds; ``limits.time_s`` is for all of them together. A round that ends
-    without values ends the loop.
+    without values ends the loop. ``enough`` is asked after every round with the bound so far, and may end the loop
+    too: a caller that makes feasible points of its own knows when they are good enough.
     """
     limits = limits or Limits()
     began = time.perf_counter()
@@ -110,6 +112,8 @@ def solve_with_cuts(
         rows = None if last.values is None else separate(last.values)
         closed = last.values is not None and (rows is None or rows.count == 0)
         if closed or last.values is None or rows is None:
+            break
+        if enough is not None and bound is not None and enough(bound):
             break
         start = last.values.copy()
         start[~program.integer] = float("nan")

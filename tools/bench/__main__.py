@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import ablation, budgets, coupling, readme, speed
+from . import ablation, budgets, coupling, programs, readme, speed
 
-STUDIES = {"budgets": budgets.run, "ablation": ablation.run, "speed": speed.run, "coupling": coupling.run}
+STUDIES = {
+    "budgets": budgets.run,
+    "ablation": ablation.run,
+    "speed": speed.run,
+    "coupling": coupling.run,
+    "programs": programs.run,
+}
 
 
 def main() -> None:

@@ -1,0 +1,66 @@
+"""The ``score`` command and its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .options import (
+    DATA,
+    MODEL,
+    MethodOption,
+    batch_size_option,
+    device_option,
+    importance_options,
+    json_option,
+    method,
+    refit_option,
+    seed_option,
+    solver_option,
+    time_limit_option,
+    workers_option,
+)
+from .terminal import Progress, show
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option(
+    "--data",
+    metavar=DATA,
+    help="Calibration samples, as for prune. Only --importance l1, l2 or random does without.",
+)
+@click.option("-o", "--output", type=MODEL, required=True, metavar="S.npz", help="Where the scores go.")
+@click.option("--importance", cls=MethodOption, callback=method, default="obs", show_default=True, metavar="NAME")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Score nothing that matches this shell pattern, such as 'conv1*'; may be given more than once.",
+)
+@importance_options
+@refit_option
+@solver_option
+@time_limit_option
+@workers_option
+@device_option
+@seed_option
+@batch_size_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr.")
+def score(model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any) -> None:
+    """Write the importance of every unit of MODEL to S.npz, for prune --scores.
+
+    They are the scores that prune would find on the same data. The file says which model it belongs to and which
+    channels a unit stands for; numpy.load reads it.
+    """
+    from .. import pipeline, report
+    from ..settings import Settings
+
+    settings = Settings.create(**choices)
+    with Progress(quiet) as progress:
+        found = pipeline.score(model, data, output, settings, progress)
+    if as_json or not quiet:
+        show(report.scoring(found), as_json)

@@ -1,0 +1,1 @@
+"""Experiments on published protocols: not part of the package."""

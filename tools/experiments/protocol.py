@@ -1,0 +1,54 @@
+"""What is tried, in numbers: the published protocol and what these runs add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Bools = npt.NDArray[np.bool_]
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A published network: widths of its hidden layers and the threshold below which a score prunes."""
+
+    title: str
+    widths: tuple[int, ...]
+    threshold: float
+    convolutional: bool = False
+
+
+NETWORKS: Mapping[str, Network] = {
+    "fc3": Network("FC-3", (300, 100), 0.1),
+    "fc4": Network("FC-4", (200, 100, 100), 0.1),
+    "lenet5": Network("LeNet-5", (6, 16, 120, 84), 0.2, True),
+}
+DATA = ("mnist", "fashion")
+BATCH, RATE = 128, 1e-3
+WEIGHT = 5.0
+"""Lambda of the published runs: the weight of the loss against the reward for pruning."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One run. ``seconds``: time limit of one exact program, and of one published one."""
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    data: tuple[str, ...] = DATA
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: int = 5
+    seconds: float = 20.0
+    random_draws: int = 5
+    image_draws: int = 10
+    weights: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
+    per_class: tuple[int, ...] = (1, 2, 5)
+
+
+QUICK = Protocol(
+    seeds=(0,), epochs=1, seconds=2.0, random_draws=2, image_draws=2, weights=(1.0, 5.0), per_class=(1, 2)
+)
+"""A look at whether everything runs; its numbers mean little."""
