@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
-from . import calibrate, gram, images, sensitivity
+from . import calibrate, gram, images, refit, rewrite, sensitivity, verify
+from .cost import full_widths
 from .data import Samples
 from .importance import METHODS, Method
-from .records import Coupling, Floats, Model, Scores, Statistics
+from .plan import best_units
+from .records import Array, Coupling, Floats, Ints, Model, Scores, Statistics
+from .runtime import Session
 from .settings import Settings
 from .subgraph import affordable
 
 SENSITIVITY_SAMPLES = 128
 GRAM_SAMPLES = 512
 CHOICE_SAMPLES = 64
-"""Samples on which orders of removal are compared."""
+"""Samples on which orders of removal are compared for one group."""
+TRIALS = 64
+"""Choices of orders for all groups that are measured at most."""
 
 
 def statistics(
@@ -68,20 +75,79 @@ def scores(
     if not found.others:
         return found
     assert statistics is not None
-    few = parts(samples)[1]
-    few = few.take(np.arange(min(few.count, max(CHOICE_SAMPLES, samples.fixed_batch or 1))))
+    measured = parts(samples)[1]
+    few = measured.take(np.arange(min(measured.count, max(CHOICE_SAMPLES, samples.fixed_batch or 1))))
     feeds = [feed for _, feed in few.batches(settings.batch_size)]
-    orders = [found.values, *found.others.values()]
-    chosen = sensitivity.choose(
-        model, coupling, statistics.grams, orders, feeds, device, settings.workers, progress, settings.refit
+    names = ["the program", *found.others]
+    orders = np.stack([found.values, *found.others.values()])
+    alone = sensitivity.choose(
+        model, coupling, statistics.grams, list(orders), feeds, device, settings.workers, progress, settings.refit
     )
+    feeds = [feed for _, feed in measured.batches(settings.batch_size)]
+    picks = _together(model, coupling, statistics, orders, alone, feeds, device, settings.refit, progress)
     values = found.values.copy()
-    for group, pick in zip(coupling.groups, chosen.tolist(), strict=True):
+    for group, pick in zip(coupling.groups, picks.tolist(), strict=True):
         values[group.units[np.argsort(orders[pick][group.units], kind="stable")]] = np.sort(values[group.units])
-    names = [f"the program's {int((chosen == 0).sum())}"]
-    names += [f"{name} {n}" for i, name in enumerate(found.others, 1) if (n := int((chosen == i).sum()))]
-    note = f"orders of removal measured on {few.count} samples; least loss by groups: {', '.join(names)}"
+    counts = ", ".join(f"{name} {n}" for i, name in enumerate(names) if (n := int((picks == i).sum())))
+    note = f"orders of removal measured on {measured.count} samples; least loss by groups: {counts}"
     return replace(found, values=values, others={}, notes=(*found.notes, note))
+
+
+def _together(
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics,
+    orders: Floats,
+    alone: Ints,
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    repair: str,
+    progress: calibrate.Progress | None,
+) -> Ints:
+    """Per group an index into ``orders`` (orders, n_units), such that the whole model loses little.
+
+    Layers that lost units do not behave as layers alone: every order for all groups is measured, and ``alone`` (the
+    best per group); the best of them is then changed group by group while that helps, for ``TRIALS`` trials at most.
+    The loss is that of the cut model at the shares of ``sensitivity.CHOICE``, by its logarithms, and nowhere counts as
+    more than that of a model that says nothing: where all is lost, differences mean nothing.
+    """
+    original = Session(model.proto, device)
+    wanted = sensitivity.targets(model)
+    truth = [original.run(feed, wanted) for feed in feeds]
+    ranked = verify.head(model) is not None
+    nothing = float(np.log(truth[0][0].shape[1])) if ranked else 1.0  # uniform over the classes, or all zeros
+    groups = len(coupling.groups)
+    tried = 0
+
+    def loss(picks: Ints) -> float:
+        nonlocal tried
+        tried += 1
+        if progress:
+            progress("choose together", min(tried, TRIALS), TRIALS)
+        values = orders[picks[coupling.unit_group], np.arange(coupling.n_units)]
+        total = 0.0
+        for share in sensitivity.CHOICE:
+            widths = np.maximum(1, np.round(share * full_widths(coupling))).astype(np.int64)
+            keep = best_units(coupling, values, widths)
+            proto = rewrite.cut(model, coupling, keep)
+            if repair == "bias":
+                proto = refit.fold_means(model, coupling, keep, statistics, proto).proto
+            session = Session(proto, device, what="the cut model")
+            lost = [sensitivity.divergence(model, t, session.run(f, wanted)) for f, t in zip(feeds, truth, strict=True)]
+            total += float(np.log(min(float(np.mean(lost)), nothing) + 1e-9))
+        return total
+
+    starts = [alone, *(np.full(groups, i, np.int64) for i in range(len(orders)))]
+    losses = [loss(start) for start in starts]
+    best, least = starts[int(np.argmin(losses))].copy(), min(losses)
+    for g, i in product(range(groups), range(len(orders))):
+        if tried >= TRIALS:
+            break
+        trial = best.copy()
+        trial[g] = i
+        if i != best[g] and (found := loss(trial)) < least:
+            best, least = trial, found
+    return best
 
 
 def order(scores: Scores, coupling: Coupling) -> Floats:

@@ -117,7 +117,7 @@ def _by_group(
     slicer = Slicer(model.proto)
     types = _types(model, slicer, feeds, device)
     original = Session(model.proto, device, threads=None)
-    wanted = _outputs(model)
+    wanted = targets(model)
     truth = _Truth(feeds, [original.run(feed, wanted) for feed in feeds], wanted)
     done = 0
 
@@ -141,7 +141,8 @@ def levels(width: int) -> Ints:
     return np.unique(np.clip(np.round(shares * width), 1, width).astype(np.int64))
 
 
-def _outputs(model: Model) -> list[str]:
+def targets(model: Model) -> list[str]:
+    """The outputs that a loss looks at: the classification head, or all floating ones."""
     place = head(model)
     floating = [p.name for p in model.outputs if p.dtype.kind == "f"]
     return [model.outputs[place].name] if place is not None else floating or [p.name for p in model.outputs]

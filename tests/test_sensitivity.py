@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import CASES
-from graphs import ATTENTION, CNN, GROUPED, MLP, RESIDUAL, build, feed, load
+from graphs import ATTENTION, CNN, GROUPED, MLP, RESIDUAL, activations, build, feed, load, samples
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 from scipy.linalg import lstsq
 from scipy.special import rel_entr, softmax
 
-from onnx_oamip import gram, sensitivity
+from onnx_oamip import calibrate, data, gram, refit, rewrite, sensitivity
 from onnx_oamip.affine import matrix, site, unmatrix
 from onnx_oamip.coupling import couple
 from onnx_oamip.records import Array, Coupling, Floats, Gram, Ints, Model
 from onnx_oamip.runtime import Session
-from onnx_oamip.sensitivity import Sensitivity, divergence, levels, measure
+from onnx_oamip.sensitivity import Sensitivity, choose, divergence, levels, measure
 from onnx_oamip.verify import head
 
 # Classification heads and anything else; consumers of every kind, at one depth and at several.
@@ -474,3 +474,194 @@ def test_divergence_of_anything_else(tmp_path: Path) -> None:
     silent = [0 * a for a in old]
     assert divergence(model, silent, silent) == 0
     assert np.isfinite(divergence(model, silent, old))
+
+
+# --------------------------------------------------------------------------------------------- repairs and choices
+
+
+def _masked(model: Model, coupling: Coupling, group: int, gone: Ints) -> ModelProto:
+    keep = np.ones(coupling.n_units, bool)
+    keep[gone] = False
+    return rewrite.mask(model, coupling, keep)
+
+
+def _widths(coupling: Coupling, order: Floats, group: int) -> list[Ints]:
+    """What is gone at every level."""
+    units = coupling.groups[group].units
+    removal = units[np.argsort(order[units], kind="stable")]
+    return [removal[: len(units) - w] for w in levels(len(units))]
+
+
+def _never_rising(loss: Sequence[float]) -> Floats:
+    return np.asarray([max(loss[i:]) for i in range(len(loss))])
+
+
+@pytest.mark.parametrize("name", ["conv, pool, norm, flatten", "residual trunk", "grouped and depthwise, image output",
+                                  "attention, classes", "scaled products", "concatenation"])  # fmt: skip
+def test_without_repair_losses_are_those_of_the_masked_model(name: str, tmp_path: Path) -> None:
+    model = load(build(NETS[name]), tmp_path)
+    coupling = couple(model)
+    feeds = _feeds(model)
+    grams = gram.collect(model, coupling, feeds, "cpu")
+    order = _order(coupling)
+    found = measure(model, coupling, grams, order, feeds, "cpu", workers=1, repair="none")
+    for g, one in enumerate(found):
+        sets = _widths(coupling, order, g)
+        _assert_close(one, _never_rising([loss_by_hand(model, _masked(model, coupling, g, s), feeds) for s in sets]))
+
+
+@pytest.mark.parametrize("name", ["dense", "scaled products", "weights on the left", "attention, classes"])
+def test_losses_with_folded_means_are_those_of_the_cut_model(name: str, tmp_path: Path) -> None:
+    """Without borders, the mean of every removed channel is all that ``--refit bias`` knows."""
+    model = load(build(NETS[name]), tmp_path)
+    coupling = couple(model)
+    arrays = samples(model, 12)
+    loaded = data.load(arrays, model)
+    assert loaded is not None
+    feeds = [one for _, one in loaded.batches(4)]
+    statistics = calibrate.collect(model, coupling, loaded, "cpu", 4)
+    grams = gram.collect(model, coupling, feeds, "cpu")
+    order = _order(coupling)
+    found = measure(model, coupling, grams, order, feeds, "cpu", workers=1, repair="bias")
+    plain = measure(model, coupling, grams, order, feeds, "cpu", workers=1, repair="none")
+    for g, one in enumerate(found):
+        losses = []
+        for gone in _widths(coupling, order, g):
+            keep = np.ones(coupling.n_units, bool)
+            keep[gone] = False
+            cut = rewrite.cut(model, coupling, keep)
+            losses.append(loss_by_hand(model, refit.fold_means(model, coupling, keep, statistics, cut).proto, feeds))
+        _assert_close(one, _never_rising(losses))
+        if gram.problems(model, coupling, grams, g):
+            assert not np.allclose(one.loss, plain[g].loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["conv, pool, norm, flatten", "residual trunk", "concatenation"])
+def test_folded_means_keep_the_means_of_consumers(name: str, tmp_path: Path) -> None:
+    """Borders of padding too: the mean of every output, over all places, is that of the original."""
+    model = load(build(NETS[name]), tmp_path)
+    coupling = couple(model)
+    feeds = _feeds(model, (6,))
+    grams = gram.collect(model, coupling, feeds, "cpu")
+    nodes = {n.name: n for n in model.proto.graph.node}
+    rng = np.random.default_rng(0)
+    for g, group in enumerate(coupling.groups):
+        gone = rng.permutation(len(group.units))[: len(group.units) // 2]
+        found = gram.problems(model, coupling, grams, g)
+        assert found
+        for p in found:
+            place = site(next(n for n in model.nodes if n.name == p.consumer.node), model.constants)
+            assert place is not None
+            labels = coupling.axes[p.consumer.data, p.consumer.axis]
+            view = [1] * len(model.shapes[p.consumer.data])
+            view[p.consumer.axis] = -1
+            x = activations(model, feeds[0], [p.consumer.data])[p.consumer.data]
+            masked = x * (~np.isin(labels, group.units[gone])).reshape(view).astype(x.dtype)
+            weight = model.constants[place.weight]
+            graph = helper.make_graph(
+                [nodes[p.consumer.node]], "one",
+                [helper.make_tensor_value_info(p.consumer.data, 1, x.shape)],
+                [helper.make_tensor_value_info(place.node.outputs[0], 1, None)],
+                [numpy_helper.from_array(model.constants[n], n) for n in place.node.inputs if n in model.constants],
+            )  # fmt: skip
+            alone = helper.make_model(graph, opset_imports=model.proto.opset_import, ir_version=8)
+            run = Session(alone, "cpu").run
+            apart = run({p.consumer.data: x})[0] - run({p.consumer.data: masked})[0]
+            others = tuple(a for a in range(apart.ndim) if a != place.output_axis % apart.ndim)
+            kept, shift = p.unfold(*gram.compensate(p, gone, "bias"))
+            np.testing.assert_allclose(shift, apart.mean(axis=others), rtol=1e-4, atol=1e-5)
+            original = place.factor * matrix(place, weight).reshape(kept.shape)
+            assert ((kept == 0) | np.isclose(kept, original)).all()  # no weight moves
+            assert (kept == 0).any()
+
+
+@pytest.mark.parametrize("repair", ["least-squares", "none"])
+@pytest.mark.parametrize("name", ["dense", "residual trunk", "attention, classes"])
+def test_the_order_of_least_loss_is_chosen(name: str, repair: str, tmp_path: Path) -> None:
+    """Of four random orders, by the losses of whole models made by hand."""
+    model = load(build(NETS[name]), tmp_path)
+    coupling = couple(model)
+    feeds = _feeds(model)
+    grams = gram.collect(model, coupling, feeds, "cpu")
+    orders = [_order(coupling, seed) for seed in range(4)]
+    steps: list[tuple[str, int, int]] = []
+    found = choose(model, coupling, grams, orders, feeds, "cpu", 1, lambda *step: steps.append(step), repair=repair)
+    assert steps == [("choose", i + 1, len(coupling.groups)) for i in range(len(coupling.groups))]
+    assert found.dtype == np.int64
+    told = 0
+    for g, group in enumerate(coupling.groups):
+        total = []
+        for order in orders:
+            removal = group.units[np.argsort(order[group.units], kind="stable")]
+            logs = []
+            for share in (0.7, 0.5, 0.3):
+                gone = removal[: len(removal) - max(1, round(share * len(removal)))]
+                made = (
+                    _masked(model, coupling, g, gone) if repair == "none"
+                    else by_hand(model, coupling, grams, g, gone)
+                )  # fmt: skip
+                logs.append(np.log(loss_by_hand(model, made, feeds) + 1e-9))
+            total.append(sum(logs))
+        first, second = np.sort(total)[:2]
+        if second - first > 0.01:
+            assert found[g] == np.argmin(total)
+            told += 1
+    assert told >= len(coupling.groups) - 1
+    for workers in (2, None):
+        np.testing.assert_array_equal(
+            choose(model, coupling, grams, orders, feeds, "cpu", workers, repair=repair), found
+        )
+
+
+def test_a_good_order_beats_its_reverse_and_the_first_wins_ties(tmp_path: Path) -> None:
+    """Units that nobody listens to first, or last; a choice is made by group."""
+    proto = build(MLP)
+    for tensor in proto.graph.initializer:
+        if tensor.name in ("w2", "w3"):
+            value = numpy_helper.to_array(tensor).copy()
+            value[: len(value) // 2] *= 0.01
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    model = load(proto, tmp_path)
+    coupling = couple(model)
+    feeds = _feeds(model)
+    grams = gram.collect(model, coupling, feeds, "cpu")
+    good = np.empty(coupling.n_units)
+    for axis in (("h", 1), ("r", 1)):
+        good[coupling.axes[axis]] = np.arange(len(coupling.axes[axis]))
+    mixed = np.where(coupling.unit_group == 0, good, -good)
+
+    for repair in ("least-squares", "bias", "none"):
+
+        def pick(*orders: Floats, repair: str = repair) -> list[int]:
+            return choose(model, coupling, grams, orders, feeds, "cpu", 1, repair=repair).tolist()
+
+        assert pick(-good, good) == [1, 1]
+        assert pick(good, -good) == [0, 0]
+        assert pick(-good, mixed, good) == [1, 2]
+        assert pick(good, mixed, 2 * good) == [0, 0]
+        assert pick(-good, good, good, mixed) == [1, 1]
+        assert pick(good) == [0, 0]
+
+
+def test_no_choice_where_nothing_is_lost(tmp_path: Path) -> None:
+    """Groups of one unit, and units that nobody reads: the first order."""
+    text = """(float[N,5] x) => (float[N,3] y)
+    <float[5,8] w1, float[5,1] w2, float[1,3] w3, int64[1] from = {0}, int64[1] to = {5}, int64[1] axis = {1},
+     float[5,3] w4> {
+        h = MatMul(x, w1)
+        s = Slice(h, from, to, axis)
+        a = MatMul(s, w4)
+        b = MatMul(x, w2)
+        c = MatMul(b, w3)
+        y = Add(a, c)
+    }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    feeds = _feeds(model)
+    grams = gram.collect(model, coupling, feeds, "cpu")
+    orders = [_order(coupling, seed) for seed in range(3)]
+    found = choose(model, coupling, grams, orders, feeds, "cpu", 1)
+    assert sorted(len(g.units) for g in coupling.groups) == [1, 3, 5]
+    for group, pick in zip(coupling.groups, found.tolist(), strict=True):
+        if len(group.units) < 5:
+            assert pick == 0

@@ -109,6 +109,7 @@ def _walk(found: Sequence[Problem], count: int, name: str, settings: Settings) -
     least = loss_at(loss, keep)
     values = np.zeros(count)
     height = 0.0
+    removed: list[Ints] = []
     steps: list[_Step] = []
     for share in (*SHARES, 0.0):
         wanted = max(1, round(share * count)) if share else 0
@@ -125,8 +126,11 @@ def _walk(found: Sequence[Problem], count: int, name: str, settings: Settings) -
         top = max(height, min(1.0, (loss_at(loss, stays) - least) / len(found)))
         ranked = gone[np.argsort(loss.costs(keep)[gone], kind="stable")]
         values[ranked] = height + (top - height) * np.arange(1, len(gone) + 1) / len(gone)
+        removed.append(ranked)
         keep, height = stays, top
-    values[np.lexsort((np.arange(count), values))] = _rising(np.sort(values))
+    # Equal ones, where a smaller set loses no more or all is lost, by when they went: the sets must stay nested.
+    going = np.concatenate(removed)
+    values[going] = _rising(values[going])
     rank = np.empty(count)
     rank[order] = np.arange(count)
     other = values if settings.refit == "least-squares" else _path(_quadratic(found, settings.refit == "none"))

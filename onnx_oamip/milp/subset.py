@@ -304,7 +304,7 @@ def _worth(states: Sequence[_Swept]) -> Floats:
 
 def _shared_out(weight: Floats, free: Bools, count: int) -> Floats:
     """``min(1, weight / m)`` on the free ones, with m such that the sum is ``count``."""
-    weight = np.where(free, np.maximum(weight, 1e-12 * max(float(weight.max()), 1e-300)), 0.0)
+    weight = np.where(free, np.maximum(weight, 1e-12 * max(float(weight.max()), 1e-200)), 0.0)
     keep = np.zeros(len(weight))
     full = np.zeros(len(weight), bool)
     while True:  # each turn fills at least one more to 1, or ends

@@ -1,7 +1,7 @@
 """What each part is worth: order x refit x allocation at half the MACs, everything else equal.
 
-Widths are not aligned here, so that the comparison is about the methods. Statistics and sensitivities are made once
-per model and order.
+Widths are not aligned here, so that the comparison is about the methods. Sensitivities are measured under the
+refit that follows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onnx_oamip.settings import Settings
 
 from .studies import MODELS, Row, paths, save
 
-ORDERS = ("l2", "activation", "obs")
+ORDERS = ("l2", "activation", "obs", "oamip")
 REFITS = ("none", "bias", "least-squares")
 ALLOCATIONS = ("uniform", "global", "mip")
 COLUMNS = ("model", "order", "allocation", *REFITS, "before")
@@ -27,25 +27,23 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
     for name in names or tuple(MODELS):
         model, data = paths(name)
         for order in ORDERS:
-            settings = Settings.create(macs=macs, importance=order, align=1, seed=seed)
-            ready = pipeline.prepare(model, data, settings)
-            assert ready.held is not None
-            original = Session(ready.model.proto, ready.device)
-            for allocation in ALLOCATIONS:
-                row: Row = {"model": name, "order": order, "allocation": allocation}
-                here = replace(
-                    ready,
-                    ladder=ready.ladder if allocation == "mip" else None,
-                    settings=settings.model_copy(update={"allocate": allocation}),
-                )
-                for refit in REFITS:
-                    chosen = replace(here, settings=here.settings.model_copy(update={"refit": refit}))
-                    found = search.search(chosen)
-                    after = Session(found.pruned.proto, ready.device)
+            found: dict[str, Row] = {a: {"model": name, "order": order, "allocation": a} for a in ALLOCATIONS}
+            for refit in REFITS:
+                settings = Settings.create(macs=macs, importance=order, align=1, refit=refit, seed=seed)
+                ready = pipeline.prepare(model, data, settings)
+                assert ready.held is not None
+                original = Session(ready.model.proto, ready.device)
+                for allocation, row in found.items():
+                    here = replace(
+                        ready,
+                        ladder=ready.ladder if allocation == "mip" else None,
+                        settings=settings.model_copy(update={"allocate": allocation}),
+                    )
+                    after = Session(search.search(here).pruned.proto, ready.device)
                     v = verify.compare(ready.model, original, after, ready.held, settings.batch_size)
                     assert v.accuracy_before is not None
                     assert v.accuracy_after is not None
                     row[refit], row["before"] = round(100 * v.accuracy_after, 2), round(100 * v.accuracy_before, 2)
-                rows.append(row)
-                print(row, flush=True)
+            rows += found.values()
+            print(*found.values(), sep="\n", flush=True)
     return save(out, "ablation", rows, COLUMNS, seed)

@@ -81,10 +81,20 @@ def _plain_pass(model: Path, source: Path) -> float:
     return time.perf_counter() - start
 
 
-def random_weights(source: Path, target: Path, seed: int) -> None:
-    """The graph with He-scaled random weights; normalisation statistics stay positive."""
+def random_weights(source: Path, target: Path, seed: int, size: int | None = None) -> None:
+    """The graph with He-scaled random weights; normalisation statistics stay positive.
+
+    ``size``: other pixels of a side; the last pool then takes the whole map, whatever its size.
+    """
     rng = np.random.default_rng(seed)
     proto = models.load(source).proto
+    if size is not None:
+        dims = proto.graph.input[0].type.tensor_type.shape.dim
+        dims[2].dim_value = dims[3].dim_value = size
+        del proto.graph.value_info[:]
+        last = next(n for n in reversed(proto.graph.node) if n.op_type == "AveragePool")
+        last.op_type = "GlobalAveragePool"
+        del last.attribute[:]
     for tensor in proto.graph.initializer:
         value = numpy_helper.to_array(tensor)
         if value.dtype != np.float32 or value.ndim == 0 or value.size < 8:
