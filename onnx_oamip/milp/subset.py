@@ -125,17 +125,19 @@ class Quadratic:
 
 
 def _project(point: Floats, free: Bools, count: int) -> Floats:
-    """The nearest point with 0 <= s <= free and a sum of at most ``count``, by bisection of the shift."""
-    low, high = 0.0, float(max(point.max(initial=0.0), 0.0))
-    if np.clip(point[free], 0, 1).sum() <= count:
-        high = 0.0
-    for _ in range(60 if high else 0):
-        middle = (low + high) / 2
-        if np.clip(point[free] - middle, 0, 1).sum() > count:
-            low = middle
-        else:
-            high = middle
-    return np.where(free, np.clip(point - high, 0, 1), 0.0)
+    """The nearest point with 0 <= s <= free and a sum of ``count``: ``clip(point - shift, 0, 1)`` on the free ones.
+
+    The sum falls with the shift, straight between the places where an entry meets 0 or 1.
+    """
+    if not free.any():
+        return np.zeros(len(point))
+    ordered = np.sort(point[free])
+    shifts = np.sort(np.concatenate([ordered - 1, ordered]))
+    part = np.concatenate([[0.0], np.cumsum(ordered)])
+    above, below = np.searchsorted(ordered, shifts + 1, "right"), np.searchsorted(ordered, shifts, "right")
+    sums = len(ordered) - above + part[above] - part[below] - (above - below) * shifts
+    shift = np.interp(-float(count), -sums, shifts)
+    return np.where(free, np.clip(point - shift, 0, 1), 0.0)
 
 
 def _separable(matrix: Floats) -> Floats:
@@ -330,7 +332,7 @@ def _solve(fit: Fit, cross: Floats, present: Ints, share: Floats) -> Floats:
 
 
 class Subset:
-    """The program "keep at most ``count`` of the units in ``free``": binaries s, then the epigraph variable.
+    """The program "keep ``count`` of the units in ``free``": binaries s, then the epigraph variable.
 
     Tangent planes found for one count hold for every other: they are kept from call to call.
     """
@@ -353,8 +355,10 @@ class Subset:
         self._sides.append((value - float(gradient @ at)) / size)
 
     def program(self, free: Bools, count: int, start: Bools | None) -> Program:
-        """The program with all planes so far; without ``start``, its relaxation. More units never hurt, so the count
-        is an upper bound."""
+        """The program with all planes so far; without ``start``, its relaxation.
+
+        The count is exact: with units that cancel each other out, fewer could lose less.
+        """
         builder = Builder()
         keep = builder.variables(
             self.units,
@@ -366,7 +370,7 @@ class Subset:
         )
         builder.variables(1, 0.0, objective=1.0)
         builder.offset = float(self.loss.diagonal.sum())
-        builder.rows(1, (np.zeros(self.units, np.int64), keep, np.ones(self.units)), upper=float(count))
+        builder.rows(1, (np.zeros(self.units, np.int64), keep, np.ones(self.units)), float(count), float(count))
         if self._slopes:
             slopes = np.asarray(self._slopes)
             rows, columns = np.divmod(np.arange(slopes.size), self.units + 1)
