@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ OPSET = 17
 
 
 def build(name: str, seed: int, widths: Sequence[int] | None = None) -> nn.Sequential:
-    """A network at its initialisation by seed; ``widths`` of its hidden layers where they are not the published ones."""
+    """A network at its initialisation by seed; ``widths`` of its hidden layers where not the published ones."""
     torch.manual_seed(seed)
     wide = list(widths or NETWORKS[name].widths)
     parts: dict[str, nn.Module] = {}
@@ -40,11 +41,10 @@ def build(name: str, seed: int, widths: Sequence[int] | None = None) -> nn.Seque
     return model
 
 
-def part(name: str, seed: int, keep: Mapping[str, Bools]) -> nn.Sequential:
-    """The units of a network's initialisation that ``keep`` leaves (by weight name), as a network of their own."""
-    whole = build(name, seed).state_dict()
+def part(name: str, whole: Mapping[str, Tensor], keep: Mapping[str, Bools]) -> nn.Sequential:
+    """The units of a network (its state) that ``keep`` leaves, by weight name, as a network of their own."""
     chosen = {key.removesuffix(".weight"): np.flatnonzero(rows) for key, rows in keep.items()}
-    model = build(name, seed, [len(rows) for rows in chosen.values()])
+    model = build(name, 0, [len(rows) for rows in chosen.values()])
     before: np.ndarray | None = None
     for key, layer in model.named_children():
         if not isinstance(layer, nn.Linear | nn.Conv2d):
@@ -90,11 +90,11 @@ def scaled(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, data: Dataset) -> float:
     """Share of the test images that are right, in percent."""
     model.eval()
-    guess = [model(scaled(part)).argmax(1) for part in torch.from_numpy(data.test_images.copy()).split(1000)]
+    with torch.no_grad():
+        guess = [model(scaled(rows)).argmax(1) for rows in torch.from_numpy(data.test_images.copy()).split(1000)]
     return 100 * float((torch.cat(guess).numpy() == data.test_labels).mean())
 
 
@@ -109,6 +109,12 @@ def export(model: nn.Module, path: Path) -> None:
             dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
         )  # fmt: skip
     path.write_bytes(held.getvalue())
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The state of an exported network."""
+    held = onnx.load(path).graph.initializer
+    return {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in held}
 
 
 def make(name: str, data: Dataset, seed: int, epochs: int, path: Path) -> None:

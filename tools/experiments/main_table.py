@@ -1,0 +1,103 @@
+"""The main comparison: every method at the published program's own counts a layer, three treatments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from onnx_oamip.records import Floats, Ints
+
+from .case import TREATMENTS, Case, accuracy, below, choose, gone, mask, measured, program, score, settings
+from .protocol import Bools, Protocol
+
+METHODS = ("random", "critical", "l1", "activation", "paper", "exact", "decoupled")
+HALF = 0.5
+"""Exact keep variables are whole: below this a unit is removed by the program."""
+PER_CLASS_SHARE = 0.1
+"""Of an exact joint program's time limit, what one class's program is given."""
+
+
+MODES = ("joint", "per-class")
+
+
+def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[str, Any]:
+    """One trained network. ``exact``: the modes in which the exact program is tried, in turn."""
+    few = choose(case, case.samples)
+    asked = settings(seed=case.seed, time_limit=protocol.seconds)
+    paper, seconds = score(case, asked, few)
+    widths = below(case, paper.values, case.about.threshold)
+    keep = mask(case, paper.values, widths)
+    found: dict[str, Any] = {
+        "reference": accuracy(case, case.model.proto),
+        "images": int((few.labels >= 0).sum()),
+        "removed": _removed(case, widths),
+        "gone": gone(case, keep),
+        "paper": {**program(paper.programs), "wall": seconds},
+        "scores": paper.values.round(6).tolist(),
+        "keep": {name: np.flatnonzero(rows).tolist() for name, rows in case.by_weight(keep).items()},
+    }
+    results: dict[str, dict[str, float]] = {"paper": measured(case, keep)}
+    results["critical"] = measured(case, mask(case, -paper.values, widths))
+    for name in ("l1", "activation"):
+        results[name] = measured(case, mask(case, _values(case, name), widths))
+    draws = [mask(case, _values(case, "random", draw), widths) for draw in _seeds(case, protocol.random_draws)]
+    each = [measured(case, draw) for draw in draws]
+    results["random"] = {t: float(np.mean([e[t] for e in each])) for t in TREATMENTS}
+    found["random_spread"] = {t: float(np.std([e[t] for e in each])) for t in TREATMENTS}
+    found["exact"], values = _exact(case, protocol, exact)
+    if values is not None:
+        results["exact"] = measured(case, mask(case, values, widths))
+    results["decoupled"], found["decoupled"] = _decoupled(case, widths)
+    found["accuracy"] = results
+    return found
+
+
+def _exact(case: Case, protocol: Protocol, modes: Sequence[str]) -> tuple[dict[str, Any], Floats | None]:
+    """The first mode whose incumbent removes a unit; no scores where none does."""
+    few = choose(case, case.samples)
+    limits = {"joint": protocol.exact_seconds, "per-class": PER_CLASS_SHARE * protocol.exact_seconds}
+    tries: dict[str, Any] = {}
+    for mode in modes:
+        asked = settings(mode=mode, formulation="exact", seed=case.seed, time_limit=limits[mode])
+        scores, seconds = score(case, asked, few)
+        own = below(case, scores.values, HALF)
+        about = {"wall": seconds, "limit": limits[mode], "removed": _removed(case, own)}
+        tries[mode] = {**program(scores.programs), **about}
+        if (scores.values < HALF).any():
+            return {"which": mode, "tries": tries}, scores.values
+    return {"which": None, "tries": tries}, None
+
+
+def _decoupled(case: Case, widths: Ints) -> tuple[dict[str, float], dict[str, Any]]:
+    """Scored for the form in which the model will be mended, as the package does."""
+    results: dict[str, float] = {}
+    about: dict[str, Any] = {}
+    for refit, treatments in (("none", ("fold", "cut")), ("least-squares", ("refit",))):
+        asked = settings(mode="decoupled", formulation="exact", refit=refit, seed=case.seed)
+        scores, seconds = score(case, asked)
+        results |= measured(case, mask(case, scores.values, widths), treatments)
+        about[refit] = {**program(scores.programs), "wall": seconds}
+    return results, about
+
+
+def _values(case: Case, importance: str, seed: int | None = None) -> Floats:
+    asked = settings(importance=importance, seed=case.seed if seed is None else seed)
+    return score(case, asked)[0].values
+
+
+def _seeds(case: Case, count: int) -> list[int]:
+    """Seeds of random orders: others for every training of a network."""
+    return [100 * case.seed + i for i in range(count)]
+
+
+def _removed(case: Case, widths: Ints) -> list[int]:
+    return [len(g.units) - int(w) for g, w in zip(case.coupling.groups, widths, strict=True)]
+
+
+def to_tune(case: Case, scores: Floats) -> dict[str, dict[str, Bools]]:
+    """Masks that are trained further, at the counts of the published scores: rows that stay by weight, by method."""
+    widths = below(case, scores, case.about.threshold)
+    found = {"random": _values(case, "random", _seeds(case, 1)[0]), "l1": _values(case, "l1"), "paper": scores}
+    return {name: case.by_weight(mask(case, values, widths)) for name, values in found.items()}
