@@ -28,6 +28,8 @@ from ..solving import SHARE, Outcome, optimise, tightener
 from . import activation, decoupled
 
 GAP = 0.01
+WIDE = 0.1
+"""A program that ends with a wider gap is told about."""
 MOST = {"exact": 200, "paper": 60_000}
 """``auto`` takes the joint program up to this many (image, unit or pixel) pairs in ReLUs and maxima behind a gate.
 
@@ -85,6 +87,13 @@ def _programs(model: Model, coupling: Coupling, statistics: Statistics, settings
         labels = part.labels[part.labels >= 0]
         about = {"mode": mode, "formulation": settings.formulation, "images": labels.size}
         programs.append({**outcome.record, **about, "classes": np.unique(labels).tolist()})
+        if outcome.gap > WIDE:
+            width = "no bound" if np.isinf(outcome.gap) else f"a gap of {outcome.gap:.0%}"
+            kept = "all units kept" if (outcome.keep > 1 - 1e-6).all() else "its best point"
+            notes.append(
+                f"the {mode} program ended with {width} after {outcome.record['seconds']:.0f} s, so its scores are "
+                f"those of {kept}; give it more --time-limit, or take --relax, fewer images or --mode decoupled"
+            )
     values = (1 - TIE) * values + TIE * cheap
     if outside:
         rest = decoupled.score(model, coupling, statistics, settings)
