@@ -1,7 +1,7 @@
 """Linear consumers seen one way: ``y = W x + b`` with W as (groups, outputs, inputs, taps), whatever the operator.
 
-Reading and writing weights and biases of Conv, ConvTranspose, Gemm and MatMul goes through here, so that a refit never
-sees an operator's layout.
+Reading and writing weights and biases of Conv, ConvTranspose, Gemm, MatMul and plain Einsum goes through here, so that
+a refit never sees an operator's layout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .model import reads
-from .records import Array, Floats, Node
+from .ops import lookup, weight_axis
+from .records import Array, Floats, Model, Node
+
+PRODUCTS = ("MatMul", "Einsum")
+"""Operators without a bias of their own."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ def site(node: Node, known: Mapping[str, Array]) -> Site | None:
             return None
         kernel = tuple(known[node.inputs[1]].shape[2:])
         return Site(node, 0, 1 if node.op == "Conv" else 0, int(node.attrs.get("group", 1)), kernel)
+    if node.op == "Einsum" and len(node.inputs) == 2 and node.inputs[1] in known and node.inputs[0] not in known:
+        # The other ranks follow from the equation unless an ellipsis hides them, which changes nothing here.
+        rank = len(str(node.attrs["equation"]).replace(" ", "").split(",")[0].replace("...", ""))
+        axis = weight_axis(node, [rank, known[node.inputs[1]].ndim])
+        return None if axis is None else Site(node, 0, axis, 1)
     if node.op not in ("Gemm", "MatMul"):
         return None
     fixed = [name in known for name in node.inputs[:2]]
@@ -95,6 +104,17 @@ def site(node: Node, known: Mapping[str, Array]) -> Site | None:
     else:
         axis = 0 if slot == 0 else 1
     return Site(node, slot, axis, 1)
+
+
+def quantised(node: Node, model: Model) -> bool:
+    """Whether a weight of the node is kept as codes, which no refit may set freely."""
+    makers = {name: maker for maker in model.nodes for name in maker.outputs}
+    for name in node.inputs[:2]:
+        maker = makers.get(name)
+        spec = None if maker is None else lookup(maker.domain, maker.op, maker.version)
+        if maker is not None and spec is not None and spec.zero is not None and maker.inputs[0] in model.constants:
+            return True
+    return False
 
 
 def matrix(site: Site, weight: Array) -> Floats:
@@ -188,13 +208,13 @@ class Editor:
         assert weight is not None
         groups, outs, _, _ = matrix_shape(site, weight)
         name = node.input[2] if len(node.input) > 2 else ""
-        if node.op_type == "MatMul":
+        if node.op_type in PRODUCTS:
             found = self._following_add(node) if site.slot == 0 else None
             name = found[0].input[found[1]] if found else ""
         old = self.constant(name) if name else None
         if old is None:
             return 0 if name else groups * outs
-        if node.op_type == "MatMul" and old.size != outs:
+        if node.op_type in PRODUCTS and old.size != outs:
             return outs
         return max(old.size, groups * outs) - (old.size if self._own(name) else 0)
 
@@ -205,7 +225,7 @@ class Editor:
         assert weight is not None
         groups, outs, _, _ = matrix_shape(site, weight)
         none = np.zeros(groups * outs)
-        if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
+        if node.op_type in PRODUCTS or len(node.input) < 3 or not node.input[2]:
             return none
         found = self.constant(node.input[2])
         if found is None:
@@ -225,7 +245,7 @@ class Editor:
         Returns False where the bias is not a constant and therefore stays as it is.
         """
         node = self.nodes[site.node.name]
-        if node.op_type == "MatMul":
+        if node.op_type in PRODUCTS:
             return self._add_after_matmul(node, site, delta)
         column = node.op_type == "Gemm" and site.slot == 1
         has = len(node.input) > 2 and bool(node.input[2])

@@ -1,5 +1,7 @@
 """MACs, parameters and bytes as sums of products of axis lengths, evaluated for any widths at once.
 
+A factor may be the sum of several lengths (a recurrent node reads its input and its own output at every step).
+
 MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else; params
 are the elements of floating constants; bytes is the size of the file with its external data.
 """
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
-from .ops import lookup
+from .ops import Total, lookup
 from .records import Axis, Cost, Coupling, Ints, Model
 
 
@@ -59,12 +61,12 @@ class Ledger:
 
 def ledger(model: Model, coupling: Coupling) -> Ledger:
     """The cost functions of a model under a coupling."""
-    index: dict[Axis, int] = {}
+    index: dict[Axis | Total, int] = {}
     macs = []
     names = []
     for node in model.nodes:
         spec = lookup(node.domain, node.op, node.version)
-        if spec and spec.cost and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs)):
+        if spec and spec.cost and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n):
             macs.append([index.setdefault(a, len(index)) for a in spec.cost(node, model.shapes)])
             names.append(node.name)
     floats = [n for n in model.constants if is_float(model.dtypes[n])]
@@ -74,15 +76,21 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     params = [constants[n] for n in floats]
     sizes = np.asarray([model.dtypes[n].itemsize for n in constants], np.int64)
 
-    fixed = np.asarray([model.shapes[t][a] for t, a in index], np.int64).reshape(-1)
     rows, columns, values = [], [], []
+    fixed = np.zeros(len(index), np.int64)
+    on: dict[Axis, list[int]] = {}
+    for length, i in index.items():
+        axes, number = _sum(length)
+        fixed[i] = number + sum(model.shapes[t][a] for t, a in axes)
+        for axis in axes:
+            on.setdefault(axis, []).append(i)
     for g, group in enumerate(coupling.groups):
         for axis, held in group.multiplicity.items():
-            if axis in index:
-                rows.append(index[axis])
+            for i in on.get(axis, ()):
+                rows.append(i)
                 columns.append(g)
                 values.append(held)
-                fixed[index[axis]] -= held * len(group.units)
+                fixed[i] -= held * len(group.units)
     shape = (len(index), len(coupling.groups))
     per_unit = csr_array((np.asarray(values, np.int64), (rows, columns)), shape=shape)
     held_bytes = sum(model.constants[n].nbytes for n in model.constants)
@@ -96,6 +104,12 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         batch=model.batch,
         nodes=tuple(names),
     )
+
+
+def _sum(length: Axis | Total) -> Total:
+    """The axes whose lengths are added up, and what is added to them."""
+    first, second = length
+    return (((first, second),), 0) if isinstance(first, str) else (first, second)
 
 
 def count(model: Model) -> Cost:

@@ -38,6 +38,7 @@ class _Labels:
         self.choices = choices
         self.asked: dict[str, int] = {}
         self.node = ""
+        self._makers = {name: node for node in model.nodes for name in node.outputs if name}
         self._readers: dict[str, list[Node]] = defaultdict(list)
         for node in model.nodes:
             for name in (*node.inputs, *node.captures):
@@ -56,6 +57,12 @@ class _Labels:
 
     def readers(self, tensor: str) -> Sequence[Node]:
         return self._readers[tensor]
+
+    def maker(self, tensor: str) -> Node | None:
+        return self._makers.get(tensor)
+
+    def shown(self, tensor: str) -> bool:
+        return any(port.name == tensor for port in self.model.outputs)
 
     def label(self, tensor: str, axis: int) -> LabelAxis:
         if not self.is_constant(tensor):
@@ -185,8 +192,14 @@ def couple(model: Model) -> Coupling:
     best = _resolve(model, labels)
     choices: dict[str, int] = {}
     source = {node.name: node.inputs[0] for node in model.nodes if node.name in labels.asked}
+    # All together first: queries, keys and values of one attention are of use only as one.
+    stuck = dict.fromkeys((n for n in labels.asked if not any(tensor == source[n] for tensor, _ in best.axes)), 0)
+    if len(stuck) > 1:
+        trial = _resolve(model, _propagate(model, stuck))
+        if _pinned_count(trial) < _pinned_count(best):
+            best, choices = trial, dict(stuck)
     for name in labels.asked:
-        if any(tensor == source[name] for tensor, _ in best.axes):
+        if name in choices or any(tensor == source[name] for tensor, _ in best.axes):
             continue
         trial = _resolve(model, _propagate(model, {**choices, name: 0}))
         if _pinned_count(trial) < _pinned_count(best):
@@ -337,11 +350,14 @@ def _pinned(
     """Axes of weights (constants of rank 2 and more) with channels that cannot go."""
     result = []
     for key in labels.made:
-        if len(model.shapes[key[0]]) < 2 or not np.issubdtype(model.dtypes[key[0]], np.inexact):
+        kind = model.dtypes[key[0]]
+        quantised = np.issubdtype(kind, np.integer) and kind.itemsize == 1
+        if len(model.shapes[key[0]]) < 2 or not (quantised or np.issubdtype(kind, np.inexact)):
             continue
         found = reason[components[key]]
         stuck = found[found < len(labels.pins)]
         if stuck.size:
             text = labels.pins[int(np.bincount(stuck).argmax())][1]
-            result.append(Pinned(*key, int(stuck.size), text))
+            if text:
+                result.append(Pinned(*key, int(stuck.size), text))
     return tuple(result)

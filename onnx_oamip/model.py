@@ -2,8 +2,8 @@
 
 What a model keeps: opset imports, metadata, doc strings, symbolic dimensions, input and output declarations. What
 changes on loading: constant subgraphs become initialisers, unnamed nodes get names, local functions are inlined,
-unused nodes go, and a reshape whose target was computed from shapes gets a constant target where that is provably
-the same (known lengths, at most one -1, 0 for a copied length).
+unused nodes go, and what was computed from shapes (the target of a reshape, say) becomes constant where that is
+provably the same.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .errors import ModelError, OamipError
+from .folding import fold
 from .records import Array, Model, Node
 from .runtime import runtime
-from .shapes import bind, infer, port_of, static_target, symbolic, tensor_types
+from .shapes import ROUNDS, bind, infer, port_of, tensor_types
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -177,7 +178,7 @@ def _normalise(source: ModelProto) -> ModelProto:
         taken.add(node.name)
     result: ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, source)
-    _fix_reshapes(result)
+    _fix_shapes(result)
     return result
 
 
@@ -257,26 +258,20 @@ def _unshadow(graph: GraphProto, outer: set[str]) -> None:
                 _unshadow(inner, outer | {t.name for t in kept})
 
 
-def _fix_reshapes(proto: ModelProto) -> None:
-    """Give reshapes constant targets where their symbolic shape allows it, and drop the computations behind."""
-    constants = {t.name for t in proto.graph.initializer}
-    reshapes = [n for n in proto.graph.node if n.op_type == "Reshape" and len(n.input) > 1]
-    computed = [n for n in reshapes if n.input[1] not in constants]
-    if not computed:
-        return
-    dims = symbolic(proto)
-    for node in computed:
-        target = static_target(dims.get(node.input[0]), dims.get(node.output[0]))
-        if target is not None and not any(a.name == "allowzero" and a.i for a in node.attribute):
-            name = _unused(f"{node.output[0]}_target", constants)
-            constants.add(name)
-            proto.graph.initializer.append(numpy_helper.from_array(np.asarray(target, np.int64), name))
-            node.input[1] = name
-    graph = gs.import_onnx(proto)
-    graph.cleanup(recurse_subgraphs=False)
-    trimmed = gs.export_onnx(graph, do_type_check=False)
-    restore(trimmed, proto)
-    proto.CopyFrom(trimmed)
+def _fix_shapes(proto: ModelProto) -> None:
+    """Make constants of computed shapes, round after round, and drop the computations behind."""
+    for _ in range(ROUNDS):
+        if not fold(proto):
+            return
+        graph = gs.import_onnx(proto)
+        graph.toposort(recurse_subgraphs=False)
+        graph.fold_constants(
+            fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
+        )
+        graph.cleanup(recurse_subgraphs=False)
+        trimmed = gs.export_onnx(graph, do_type_check=False)
+        restore(trimmed, proto)
+        proto.CopyFrom(trimmed)
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from .affine import Editor, Site, matrix, matrix_shape, site, unmatrix
+from .affine import Editor, Site, matrix, matrix_shape, quantised, site, unmatrix
 from .calibrate import Progress
 from .data import Samples
 from .patches import data_rows, output_rows, pick, row_count
@@ -140,6 +140,8 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
             places.append(place)
         elif node.name in changed and any(n in model.constants for n in node.inputs[:2]):
             notes.append(f"{node}: its weight has no plain matrix form, so it is not refitted")
+        elif node.name in changed and quantised(node, model):
+            notes.append(f"{node}: its weight is quantised, so it is not refitted")
     return places, notes
 
 

@@ -15,7 +15,10 @@ from onnx import helper, numpy_helper
 
 from .model import restore
 from .ops import Edit, lookup
-from .records import Array, Axis, Bools, Coupling, Ints, Model
+from .records import Array, Axis, Bools, Consumer, Coupling, Model, Node
+
+PACKED = ("int4", "uint4", "float4_e2m1fn", "int2", "uint2")
+"""Element types smaller than a byte."""
 
 
 class _Cuts:
@@ -47,8 +50,11 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     """The model without the units that ``units`` (n_units,) leaves out. No refit."""
     cuts = _Cuts(model, coupling, units)
     edits: dict[str, Edit] = {}
+    touched = {tensor for tensor, _ in cuts.masks}
     for node in model.nodes:
         spec = lookup(node.domain, node.op, node.version)
+        if touched.isdisjoint((*node.inputs, *node.outputs)):
+            continue  # its shapes may not even be known
         if spec is not None and spec.repair is not None and not node.captures:
             edit = spec.repair(node, cuts)
             if edit != Edit():
@@ -56,7 +62,8 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     graph = gs.import_onnx(model.proto)
     tensors = graph.tensors()
     shrunk = {tensor for tensor, _ in cuts.masks if tensor in model.constants}
-    for name in shrunk:
+    packed = {name for name in shrunk if model.dtypes[name].name in PACKED}
+    for name in shrunk - packed:
         tensors[name].values = compress(model.constants[name], name, cuts.masks)
     for node in graph.nodes:
         if node.name in edits:
@@ -64,11 +71,17 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
             spread = edits[node.name].spread
             if spread is not None:
                 _spread(graph, node, spread, cuts, model)
+            if edits[node.name].scale != 1.0:
+                _scale(graph, node, edits[node.name].scale, model)
     # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
     graph.cleanup(recurse_subgraphs=False, remove_unused_graph_inputs=False)
     graph.toposort(recurse_subgraphs=False)
     result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, model.proto)
+    for tensor in result.graph.initializer:
+        if tensor.name in packed:  # graphsurgeon would write one value a byte
+            kept = compress(model.constants[tensor.name], tensor.name, cuts.masks)
+            tensor.CopyFrom(numpy_helper.from_array(kept, tensor.name))
     return result
 
 
@@ -96,7 +109,7 @@ def _spread(graph: gs.Graph, node: gs.Node, axis: int, cuts: _Cuts, model: Model
         graph.nodes.append(gs.Node(op, unique, attrs, inputs, [found]))
         return found
 
-    def constant(name: str, value: Ints) -> gs.Constant:
+    def constant(name: str, value: Array) -> gs.Constant:
         unique = _unused(f"{node.name}_{name}", taken)
         taken.add(unique)
         return gs.Constant(unique, value)
@@ -107,12 +120,19 @@ def _spread(graph: gs.Graph, node: gs.Node, axis: int, cuts: _Cuts, model: Model
         padded = step("Pad", [source], "zero", pads=pads.tolist())
     else:
         padded = step("Pad", [source, constant("zero_pads", pads)], "zero")
-    index = np.where(keep, np.cumsum(keep) - 1, keep.sum()).astype(np.int64)
+    index = np.where(keep, np.cumsum(keep) - 1, keep.sum()).astype(np.int32)
     node.inputs[0] = step("Gather", [padded, constant("spread_index", index)], "spread", axis=axis)
     unique = _unused(f"{node.name}_full_out", taken)
     node.outputs[0] = gs.Variable(unique)
-    kept = constant("kept_index", np.flatnonzero(keep).astype(np.int64))
+    kept = constant("kept_index", np.flatnonzero(keep).astype(np.int32))
     step("Gather", [node.outputs[0], kept], "kept", out, axis=axis)
+
+
+def _scale(graph: gs.Graph, node: gs.Node, factor: float, model: Model) -> None:
+    taken, out = {n.name for n in graph.nodes} | set(graph.tensors()), node.outputs[0]
+    node.outputs[0] = gs.Variable(_unused(f"{node.name}_unscaled", taken))
+    value = gs.Constant(_unused(f"{node.name}_scale", taken), np.asarray(factor, model.dtypes[out.name]))
+    graph.nodes.append(gs.Node("Mul", _unused(f"{node.name}_rescale", taken), {}, [node.outputs[0], value], [out]))
 
 
 def _unused(name: str, taken: set[str]) -> str:
@@ -131,33 +151,120 @@ def _apply(node: gs.Node, edit: Edit) -> None:
     for slot, value in edit.inputs.items():
         while len(node.inputs) <= slot:
             node.inputs.append(gs.Variable.empty())
-        node.inputs[slot] = gs.Constant(f"{node.name}_input{slot}_pruned", np.asarray(value))
+        name = f"{node.name}_input{slot}_pruned"
+        node.inputs[slot] = gs.Variable.empty() if value is None else gs.Constant(name, np.asarray(value))
 
 
 def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
-    """The original graph with removed channels multiplied by zero where consumers read them: the reference."""
+    """The original graph with removed channels multiplied by zero where consumers read them: the reference.
+
+    Where a channel meets a quantised constant, that constant is set to what stands for zero instead: a product between
+    quantised tensors would take the runtime's integer arithmetic apart, and with it the rounding that is compared.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     nodes = {node.name: node for node in proto.graph.node}
-    made: dict[Axis, str] = {}
-    before: dict[str, list[onnx.NodeProto]] = {}
+    masks = _Masks(model, coupling, units, proto)
     for i, consumer in enumerate(coupling.consumers):
-        key = (consumer.data, consumer.axis)
-        keep = coupling.keep(key, units)
-        if keep.all():
-            continue
-        node = nodes[consumer.node]
-        if key not in made:
-            view = [1] * len(model.shapes[consumer.data])
-            view[consumer.axis] = -1
-            values = keep.reshape(view).astype(model.dtypes[consumer.data])
-            made[key] = f"oamip_masked_{i}"
-            proto.graph.initializer.append(numpy_helper.from_array(values, f"oamip_mask_{i}"))
-            mul = helper.make_node("Mul", [consumer.data, f"oamip_mask_{i}"], [made[key]], f"oamip_apply_mask_{i}")
-            before.setdefault(consumer.node, []).append(mul)
-        node.input[consumer.slot] = made[key]
-    ordered = [part for node in proto.graph.node for part in (*before.get(node.name, ()), node)]
+        if not coupling.keep((consumer.data, consumer.axis), units).all():
+            masks.apply(consumer, nodes[consumer.node], i)
+    ordered = [part for node in proto.graph.node for part in (*masks.before.get(node.name, ()), node)]
     copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in ordered]
     del proto.graph.node[:]
     proto.graph.node.extend(copies)
     return proto
+
+
+class _Masks:
+    """What is added to a graph to mask channels; ``before`` are nodes to insert, by the name of the node behind."""
+
+    def __init__(self, model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto) -> None:
+        self._model, self._coupling, self._units, self._proto = model, coupling, units, proto
+        self._makers = {name: node for node in model.nodes for name in node.outputs}
+        self._known = {node.name: node for node in model.nodes}
+        self._cuts = _Cuts(model, coupling, units)
+        self._made: dict[Axis, str] = {}
+        self.before: dict[str, list[onnx.NodeProto]] = {}
+
+    def apply(self, consumer: Consumer, node: onnx.NodeProto, i: int) -> None:
+        """Mask what one consumer reads."""
+        mine = self._known[consumer.node]
+        sides = [(consumer.weight, consumer.weight_axis), (consumer.data, consumer.axis)]
+        for tensor, axis in sides:
+            slot = mine.inputs.index(tensor) if tensor in mine.inputs else -1
+            if tensor is None or slot < 0 or node.input[slot] != tensor:
+                continue
+            zero = self._zero(mine, slot)
+            if zero is None and not self._quantised(consumer.data):
+                continue  # what meets the constant is not quantised: floating arithmetic
+            stored = self._stored(tensor, axis, zero, f"oamip_{i}_{slot}", consumer.node)
+            if stored is not None:
+                node.input[slot] = stored
+                return
+        node.input[consumer.slot] = self._product(consumer, node.input[consumer.slot], i)
+
+    def _product(self, consumer: Consumer, source: str, i: int) -> str:
+        key = (consumer.data, consumer.axis)
+        if source == consumer.data and key in self._made:
+            return self._made[key]
+        view = [1] * len(self._model.shapes[consumer.data])
+        view[consumer.axis] = -1
+        keep = self._coupling.keep(key, self._units)
+        values = keep.reshape(view).astype(self._model.dtypes[consumer.data])
+        self._proto.graph.initializer.append(numpy_helper.from_array(values, f"oamip_mask_{i}"))
+        made = f"oamip_masked_{i}"
+        mul = helper.make_node("Mul", [source, f"oamip_mask_{i}"], [made], f"oamip_apply_mask_{i}")
+        self.before.setdefault(consumer.node, []).append(mul)
+        if source == consumer.data:
+            self._made[key] = made
+        return made
+
+    def _zero(self, node: Node, slot: int) -> Array | None:
+        spec = lookup(node.domain, node.op, node.version)
+        return spec.zero(node, self._cuts).get(slot) if spec is not None and spec.zero is not None else None
+
+    def _quantised(self, tensor: str) -> bool:
+        """Whether a tensor comes from a quantised one, element by element."""
+        node = self._makers.get(tensor)
+        spec = None if node is None else lookup(node.domain, node.op, node.version)
+        if node is None or spec is None:
+            return False
+        return self._zero(node, 0) is not None or (spec.moves and self._quantised(node.inputs[0]))
+
+    def _before(self, node: Node, tensor: str, axis: int) -> int | None:
+        """The axis that an operator which only moves elements took from its first input, where there is no doubt."""
+        spec = lookup(node.domain, node.op, node.version)
+        wanted, axes = self._coupling.axes.get((tensor, axis)), self._coupling.axes
+        if spec is None or not spec.moves or wanted is None:
+            return None
+        rank = len(self._model.shapes.get(node.inputs[0], ()))
+        same = [a for a in range(rank) if np.array_equal(axes.get((node.inputs[0], a), []), wanted)]
+        return same[0] if len(same) == 1 else None
+
+    def _stored(self, tensor: str, axis: int, zero: Array | None, name: str, behind: str) -> str | None:
+        """A masked copy of a quantised constant, or of the operators that read it element by element; else None."""
+        if tensor in self._model.constants:
+            value = self._model.constants[tensor]
+            if zero is None or (tensor, axis) not in self._coupling.axes:
+                return None
+            view = [1] * value.ndim
+            view[axis] = -1
+            keep = self._coupling.keep((tensor, axis), self._units).reshape(view)
+            masked = np.where(keep, value, np.broadcast_to(zero, value.shape).astype(value.dtype))
+            self._proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(masked), name))
+            return name
+        node = self._makers.get(tensor)
+        if node is None:
+            return None
+        inner = self._zero(node, 0)
+        before = axis if inner is not None else self._before(node, tensor, axis)
+        if before is None:
+            return None
+        source = self._stored(node.inputs[0], before, inner, f"{name}_in", behind)
+        if source is None:
+            return None
+        copy = onnx.NodeProto()
+        copy.CopyFrom(next(n for n in self._proto.graph.node if n.name == node.name))
+        copy.name, copy.input[0], copy.output[0] = f"{name}_{node.name}", source, name
+        self.before.setdefault(behind, []).append(copy)
+        return name

@@ -206,14 +206,16 @@ class _Part:
         self.units = coupling.groups[group].units
         self.linear = {p.consumer.node: p.consumer for p in found}
         self.wanted = wanted
-        self.masked: dict[str, tuple[Consumer, Ints]] = {}
+        # A node may read the group at several places (a recurrent one: its input and its own state).
+        self.masked: dict[str, list[tuple[str, Consumer, Ints]]] = {}
         consumers = []
         for c in coupling.consumers:
             labels = coupling.axes[c.data, c.axis]
             if np.isin(labels, self.units).any():
                 consumers.append(c)
                 if c.node not in self.linear:
-                    self.masked[c.node] = (c, labels)
+                    here = self.masked.setdefault(c.node, [])
+                    here.append((f"{len(here)}_{c.node}", c, labels))
         names = {c.node for c in consumers}
         sources = [o for node in slicer.nodes if node.name in names for o in node.output if o]
         behind = slicer.descendants(sources) | {i for i, n in enumerate(slicer.nodes) if n.name in names}
@@ -254,13 +256,12 @@ class _Part:
                 nodes.append(copy)
                 nodes.append(helper.make_node("Add", [inner, f"oamip_shift_{copy.name}"], [out]))
                 continue
-            if copy.name in self.masked:
-                consumer, _ = self.masked[copy.name]
+            for key, consumer, _ in self.masked.get(copy.name, ()):
                 kind = types[consumer.data]
-                proto.graph.input.append(helper.make_tensor_value_info(f"oamip_mask_{copy.name}", kind, None))
-                masked = f"oamip_masked_{copy.name}"
-                nodes.append(helper.make_node("Mul", [consumer.data, f"oamip_mask_{copy.name}"], [masked]))
-                copy.input[consumer.slot] = masked
+                proto.graph.input.append(helper.make_tensor_value_info(f"oamip_mask_{key}", kind, None))
+                source = copy.input[consumer.slot]
+                nodes.append(helper.make_node("Mul", [source, f"oamip_mask_{key}"], [f"oamip_masked_{key}"]))
+                copy.input[consumer.slot] = f"oamip_masked_{key}"
             nodes.append(copy)
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)
@@ -311,11 +312,11 @@ class _Part:
             view[place.output_axis] = -1
             result[f"oamip_shift_{name}"] = shift.reshape(view).astype(like.dtype)
         gone = self.units[removed]
-        for name, (consumer, labels) in self.masked.items():
+        for key, consumer, labels in (found for several in self.masked.values() for found in several):
             view = [1] * len(self.model.shapes[consumer.data])
             view[consumer.axis] = -1
             keep = ~np.isin(labels, gone)
-            result[f"oamip_mask_{name}"] = keep.reshape(view).astype(self.model.dtypes[consumer.data])
+            result[f"oamip_mask_{key}"] = keep.reshape(view).astype(self.model.dtypes[consumer.data])
         return result
 
     def run(self, boundary: Mapping[str, Array], setting: Mapping[str, Array]) -> list[Array]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from .errors import ModelError
-from .ops import lookup
-from .records import Port
+from .ops import MatrixRule, lookup
+from .records import Axis, Node, Port
+from .sizes import Entries, follow, numbers
 
 Dims = list[int | str | None]
 """Sizes of a tensor: a number, a symbol's name, or None where nothing is known."""
@@ -20,6 +22,8 @@ SMALL = 1024
 """Constants above this many elements cannot matter for shapes and are left out of shape inference."""
 DEFAULT_SPATIAL = 64
 DEFAULT_LENGTH = 16
+ROUNDS = 20
+PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103)
 
 
 def port_of(value: onnx.ValueInfoProto) -> Port:
@@ -71,7 +75,40 @@ def infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
         if spec is not None and spec.same:  # for shapes it is the identity
             node.op_type, node.domain = "Identity", ""
             del node.attribute[:], node.input[1:], node.output[1:]
-    return onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+        elif spec is not None and spec.matrix is not None:
+            _as_product(copy, node, spec.matrix, proto)
+    graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    # ONNX's own inference loses a computed shape at operators like Where: what is followed here is put in.
+    for _ in range(ROUNDS):
+        entries = known_values(copy, graph).entries
+        held = {t.name for t in copy.graph.initializer}
+        types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
+        fresh = [n for n, e in entries.items() if n not in held and n in types and numbers(e)]
+        if not fresh or set(tensor_types(graph)[0]).issuperset(n for node in copy.graph.node for n in node.output if n):
+            break
+        for node in copy.graph.node:
+            for i, name in enumerate(node.output):
+                if name in fresh:
+                    found = np.asarray(entries[name].astype(onnx.helper.tensor_dtype_to_np_dtype(types[name])))
+                    copy.graph.initializer.append(numpy_helper.from_array(found, name))
+                    node.output[i] = f"{name}/computed"
+        graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    return graph
+
+
+def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: ModelProto) -> None:
+    """For shapes it is the product of its first input with a matrix."""
+    attrs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    seen = Node(node.name, node.op_type, node.domain, 1, tuple(node.input), tuple(node.output), attrs)
+    held = {t.name: t for t in source.graph.initializer}
+    shape = rule(seen, {name: tuple(t.dims) for name, t in held.items()})
+    if shape is None:
+        return
+    name = f"oamip_matrix_{len(copy.graph.input)}"
+    kind = held[node.input[1]].data_type
+    copy.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, list(shape)))
+    node.op_type, node.domain, node.input[1] = "MatMul", "", name
+    del node.attribute[:], node.input[2:], node.output[1:]
 
 
 def tensor_types(graph: GraphProto) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype[Any]]]:
@@ -86,6 +123,8 @@ def tensor_types(graph: GraphProto) -> tuple[dict[str, tuple[int, ...]], dict[st
             dtypes[value.name] = _dtype(kind.elem_type)
         if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
             shapes[value.name] = tuple(d.dim_value for d in kind.shape.dim)
+    for tensor in graph.initializer:  # shapes that were computed, among them
+        shapes[tensor.name], dtypes[tensor.name] = tuple(tensor.dims), _dtype(tensor.data_type)
     return shapes, dtypes
 
 
@@ -98,33 +137,69 @@ def _dtype(elem_type: int) -> np.dtype[Any]:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
 
 
-def symbolic(proto: ModelProto) -> dict[str, Dims]:
-    """Dimensions of every tensor whose rank is known, with symbols as they were declared."""
-    graph = onnx.shape_inference.infer_shapes(skeleton(proto), data_prop=True).graph
-    return {
-        v.name: _dims(v.type.tensor_type.shape)
-        for v in (*graph.value_info, *graph.input, *graph.output)
-        if v.type.tensor_type.HasField("shape")
-    }
-
-
 def _dims(shape: onnx.TensorShapeProto) -> Dims:
     return [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in shape.dim]
 
 
-def static_target(before: Dims | None, after: Dims | None) -> list[int] | None:
-    """A constant target for a reshape between these dimensions, or None where there is no provably equal one."""
-    if before is None or after is None or 0 in after:
-        return None
-    target: list[int] = []
-    for axis, size in enumerate(after):
-        if isinstance(size, int):
-            target.append(size)
-        elif size is not None and axis < len(before) and before[axis] == size:
-            target.append(0)
-        else:
-            target.append(-1)
-    return target if target.count(-1) <= 1 else None
+@dataclass(frozen=True)
+class Values:
+    """What is known of a graph before it runs: dimensions, element types, and entries of integer tensors."""
+
+    dims: Mapping[str, Dims]
+    types: Mapping[str, int]
+    entries: Mapping[str, Entries]
+
+
+def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
+    """Dimensions as they were declared, and the lists that the graph computes from them."""
+    named: dict[str, Dims] = {}
+    if graph is None:
+        graph = onnx.shape_inference.infer_shapes(skeleton(proto), data_prop=True).graph
+        named = _named(proto)
+    listed = (*graph.value_info, *graph.input, *graph.output)
+    dims = {v.name: _dims(v.type.tensor_type.shape) for v in listed if v.type.tensor_type.HasField("shape")}
+    for name, found in named.items():
+        known = dims.get(name, [None] * len(found))
+        dims[name] = [a if isinstance(a, int) or b is None else b for a, b in zip(known, found, strict=True)]
+    for tensor in proto.graph.initializer:
+        dims[tensor.name] = list(tensor.dims)
+    types = {v.name: v.type.tensor_type.elem_type for v in listed if v.type.HasField("tensor_type")}
+    whole = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
+    small = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type in whole}
+    return Values(dims, types, follow(graph.node, small, dims, {n for n, kind in types.items() if kind in whole}))
+
+
+def _named(proto: ModelProto) -> dict[str, Dims]:
+    """Dynamic dimensions that ONNX's inference loses track of: lengths that equal a symbol's at three different sizes.
+
+    Two of the sizes are large primes, so that nothing else gives the same number. Fixed lengths are not taken.
+    """
+    held = {t.name for t in proto.graph.initializer}
+    inputs = tuple(port_of(v) for v in proto.graph.input if v.name not in held)
+    usual = bind(inputs, {})
+    if not usual or len(usual) > len(PRIMES):
+        return {}
+    sizes = [usual, dict(zip(usual, PRIMES, strict=False)), dict(zip(usual, PRIMES[::-1], strict=False))]
+    found = [tensor_types(infer(proto, s))[0] for s in sizes]
+    named: dict[str, Dims] = {}
+    for name in set(found[0]) & set(found[1]) & set(found[2]):
+        shapes = [f[name] for f in found]
+        if len({len(s) for s in shapes}) == 1:
+            columns = list(zip(*shapes, strict=True))
+            named[name] = [next((s for s in usual if c == tuple(b[s] for b in sizes)), None) for c in columns]
+    return named
+
+
+def symbol_homes(proto: ModelProto, dims: Mapping[str, Dims]) -> dict[str, Axis]:
+    """Where the length behind a symbol can be read: preferably from a graph input."""
+    found: dict[str, Axis] = {}
+    inputs = [v.name for v in proto.graph.input]
+    for name in (*inputs, *(n for n in dims if n not in inputs)):
+        for axis, d in enumerate(dims.get(name, [])):
+            if not isinstance(d, int):
+                # A dimension without a name is called after its place.
+                found.setdefault(d or f"{name}:{axis}", (name, axis))
+    return found
 
 
 def skeleton(proto: ModelProto) -> ModelProto:

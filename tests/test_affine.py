@@ -31,6 +31,8 @@ WEIGHTS = {
     "gemm left both": ("(float[N,5] x)", "Gemm<transA = 1, transB = 1>(w, x)", (5, 4), (1, 4, 5, 1)),
     "matmul": ("(float[N,6,5] x)", "MatMul(x, w)", (5, 4), (1, 4, 5, 1)),
     "matmul left": ("(float[N,5,6] x)", "MatMul(w, x)", (4, 5), (1, 4, 5, 1)),
+    "einsum": ("(float[N,6,5] x)", "Einsum<equation = \"bnd,dk->bnk\">(x, w)", (5, 4), (1, 4, 5, 1)),
+    "einsum transposed": ("(float[N,6,5] x)", "Einsum<equation = \"...d,kd->...k\">(x, w)", (4, 5), (1, 4, 5, 1)),
 }
 
 

@@ -19,9 +19,9 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("ops", "milp", "settings"),
     (
-        "runtime", "shapes", "model", "coupling", "cost", "data", "calibrate", "affine", "patches", "residual", "ridge",
-        "subgraph", "gram", "latency", "output", "artefacts", "images", "solvers", "region", "formulation",
-        "solving",
+        "runtime", "sizes", "shapes", "folding", "model", "coupling", "cost", "data", "calibrate", "affine",
+        "patches", "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts", "images", "solvers",
+        "region", "formulation", "solving",
     ),
     ("importance",),
     ("budget", "plan"),

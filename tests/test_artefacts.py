@@ -285,13 +285,14 @@ def test_scores_by_constants_that_are_folded_need_data(task: Path, monkeypatch: 
     monkeypatch.setattr(pipeline, "METHODS", keeping)
     monkeypatch.setattr(search, "METHODS", keeping)
     model, source = task / "model.onnx", task / "data.npz"
+    published = _settings(macs=0.5, refit="none", formulation="paper")
     score(model, None, task / "s.npz", _settings(importance="l1"))
     with pytest.raises(DataError, match="give --data"):
-        prune(model, None, task / "a.onnx", _settings(macs=0.5, refit="none"), scores=task / "s.npz")
-    folded = prune(model, source, task / "a.onnx", _settings(macs=0.5, refit="none"), scores=task / "s.npz")
+        prune(model, None, task / "a.onnx", published, scores=task / "s.npz")
+    folded = prune(model, source, task / "a.onnx", published, scores=task / "s.npz")
     monkeypatch.undo()
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
-    lost = prune(model, source, task / "b.onnx", _settings(macs=0.5, refit="none"), scores=task / "s.npz")
+    lost = prune(model, source, task / "b.onnx", published, scores=task / "s.npz")
     assert folded.verification.masked_equivalence == lost.verification.masked_equivalence
     assert folded.output_sha256 != lost.output_sha256
     assert any("pad with zeros" in note for note in folded.notes)

@@ -12,8 +12,9 @@ import pytest
 from cases import CASES, OpCase
 from graphs import assert_exact, distance, feed, keep_one, load, operands, random_keep
 
-from onnx_oamip import rewrite
+from onnx_oamip import cost, rewrite
 from onnx_oamip.coupling import couple
+from onnx_oamip.model import from_proto
 from onnx_oamip.ops import REGISTRY, lookup
 from onnx_oamip.records import Coupling, Model
 from onnx_oamip.runtime import Session
@@ -78,6 +79,25 @@ def test_one_unit_a_group(case: OpCase, coupled: tuple[Model, Coupling]) -> None
     after = sum(v.size for _, _, v in operands(cut))
     if coupling.n_units > len(coupling.groups):
         assert after < before
+
+
+def test_groups_alone(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+    """Half of one group, everything else whole: the widths of different groups do not depend on each other."""
+    model, coupling = coupled
+    rng = np.random.default_rng(17)
+    for group in coupling.groups if len(coupling.groups) > 1 else ():
+        keep = np.ones(coupling.n_units, bool)
+        keep[rng.permutation(group.units)[: len(group.units) // 2]] = False
+        assert_exact(model, coupling, keep, case.tolerance, _batches(case)[-1:])
+
+
+def test_costs_are_those_of_the_cut_model(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+    model, coupling = coupled
+    keep = random_keep(coupling, np.random.default_rng(23), 0.5)
+    widths = np.asarray([int(keep[g.units].sum()) for g in coupling.groups], np.int64)
+    predicted = cost.ledger(model, coupling).cost(widths)
+    counted = cost.count(from_proto(rewrite.cut(model, coupling, keep), model.bindings))
+    assert predicted.macs == counted.macs
 
 
 def test_empty_plan_is_the_identity(case: OpCase, coupled: tuple[Model, Coupling]) -> None:

@@ -6,13 +6,18 @@ an entry without a case.
 
 from __future__ import annotations
 
-from . import elementwise, linear, movement, norm, pool, reshape
+from . import attention, einsum, elementwise, linear, movement, norm, pool, quantize, recurrent, reshape
+from .einsum import weight_axis
 from .notation import opaque
-from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, Refused, Terms
+from .spec import Cuts, Edit, LabelAxis, Labels, MatrixRule, OpSpec, Refused, Terms, Total
 from .windows import taps
 
 REGISTRY: tuple[OpSpec, ...] = (
     *linear.SPECS,
+    *einsum.SPECS,
+    *recurrent.SPECS,
+    *attention.SPECS,
+    *quantize.SPECS,
     *norm.SPECS,
     *pool.SPECS,
     *elementwise.SPECS,
@@ -43,4 +48,7 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
     return None
 
 
-__all__ = ["REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "OpSpec", "Refused", "Terms", "lookup", "opaque", "taps"]
+__all__ = [
+    "REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "MatrixRule", "OpSpec", "Refused", "Terms", "Total", "lookup",
+    "opaque", "taps", "weight_axis",
+]  # fmt: skip

@@ -42,6 +42,7 @@ def broadcast(node: Node, labels: Labels) -> None:
         labels.set(node.outputs[0], [])
         return
     rank = max(len(s) for s in known)
+    scalar = all(labels.is_constant(n) or max(s, default=1) == 1 for n, s in zip(names, known, strict=True))
     result: list[LabelAxis] = []
     for i in range(rank):
         here: list[Axis] = []
@@ -51,19 +52,20 @@ def broadcast(node: Node, labels: Labels) -> None:
             if axis >= 0:
                 here.append((name, axis))
                 sizes.append(shape[axis])
-        result.append(_meet(node, labels, here, sizes))
+        result.append(_meet(node, labels, here, sizes, scalar))
     labels.set(node.outputs[0], result)
 
 
-def _meet(node: Node, labels: Labels, here: list[Axis], sizes: list[int]) -> LabelAxis:
+def _meet(node: Node, labels: Labels, here: list[Axis], sizes: list[int], scalar: bool) -> LabelAxis:
     size = max(sizes)
     full = [a for a, n in zip(here, sizes, strict=True) if n == size]
     for axis, n in zip(here, sizes, strict=True):
         if n != size and not labels.is_constant(axis[0]):
             labels.pin(labels.label(*axis), f"{node} broadcasts its single channel")
     tracked = [a for a in full if not labels.is_constant(a[0]) and labels.label(*a) is not None]
-    # Constants alone (a positional table along an untracked axis) need no labels: nothing there can shrink.
-    return labels.unify(full, node) if tracked else None
+    # Constants alone (a positional table along an untracked axis) need no labels: nothing there can shrink. A constant
+    # times one number is still the constant (scales of channels times the scale of what is quantised at run time).
+    return labels.unify(full, node) if tracked or (scalar and size > 1) else None
 
 
 def _cast(node: Node, labels: Labels) -> None:

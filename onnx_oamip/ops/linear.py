@@ -22,8 +22,9 @@ _transposed_dense = rule("n c *, c o *, o -> n o *")
 
 
 def _pin_spatial(node: Node, labels: Labels, name: str) -> None:
+    why = f"it is a spatial axis of {node}" if name == node.inputs[0] else ""
     for axis in range(2, len(labels.shape(name) or ())):
-        labels.pin(labels.label(name, axis), f"it is a spatial axis of {node}")
+        labels.pin(labels.label(name, axis), why)
 
 
 def conv(node: Node, labels: Labels) -> None:
@@ -36,12 +37,14 @@ def conv(node: Node, labels: Labels) -> None:
     shape = labels.shape(w)
     data = labels.label(x, 1)
     # Ask for the weight's labels last: an opaque node must not have claimed any.
-    if shape is None or data is None or not labels.is_constant(w):
+    if shape is None or data is None or not _followed(labels, w):
         opaque(node, labels, f"the grouped {node} reads an untracked input")
         return
     rows, columns = labels.label(w, 0), labels.label(w, 1)
     assert rows is not None
     assert columns is not None
+    if not labels.is_constant(w):
+        _pin_spatial(node, labels, w)
     per_in, per_out = shape[1], shape[0] // groups
     _pin_spatial(node, labels, x)
     bias = operand(node, 2)
@@ -62,6 +65,11 @@ def conv(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], [None, rows] + [None] * (len(shape) - 2))
 
 
+def _followed(labels: Labels, weight: str) -> bool:
+    """A constant, or one behind operators that pass its channels on (dequantisation)."""
+    return labels.is_constant(weight) or all(labels.label(weight, axis) is not None for axis in (0, 1))
+
+
 def conv_transpose(node: Node, labels: Labels) -> None:
     """ConvTranspose: the weight is (input channels, outputs per group, ...)."""
     groups = int(node.attrs.get("group", 1))
@@ -76,9 +84,11 @@ def conv_transpose(node: Node, labels: Labels) -> None:
         return
     per_in, per_out = shape[0] // groups, shape[1]
     bias = operand(node, 2)
-    if not labels.is_constant(w) or (bias and not labels.is_constant(bias)):
+    if not _followed(labels, w) or (bias and not labels.is_constant(bias) and labels.label(bias, 0) is None):
         opaque(node, labels, f"the grouped {node} has an untracked weight or bias")
         return
+    if not labels.is_constant(w):
+        _pin_spatial(node, labels, w)
     rows = labels.unify([(x, 1), (w, 0)], node)
     columns = labels.label(w, 1)
     bias_labels = labels.label(bias, 0) if bias else None
@@ -103,12 +113,12 @@ def _whole(groups: int, per_in: int) -> bool:
     return groups > per_in
 
 
-def _regroup(node: Node, cuts: Cuts) -> Edit:
+def regroup(node: Node, cuts: Cuts) -> Edit:
     groups = int(node.attrs.get("group", 1))
     if groups == 1:
         return Edit()
-    weight = cuts.shape(node.inputs[1])
-    per_in = weight[1] if node.op == "Conv" else weight[0] // groups
+    weight = cuts.shape(node.inputs[3 if node.op == "QLinearConv" else 1])
+    per_in = weight[0] // groups if node.op == "ConvTranspose" else weight[1]
     return Edit({"group": cuts.kept(node.inputs[0], 1) // per_in}) if _whole(groups, per_in) else Edit()
 
 
@@ -244,8 +254,8 @@ def _matmul_encode(node: Node, terms: Terms) -> None:
 
 
 SPECS = (
-    OpSpec("Conv", conv, _regroup, _conv_cost, linear=True, encode=_conv_encode),
-    OpSpec("ConvTranspose", conv_transpose, _regroup, _transposed_cost, linear=True),
+    OpSpec("Conv", conv, regroup, _conv_cost, linear=True, encode=_conv_encode),
+    OpSpec("ConvTranspose", conv_transpose, regroup, _transposed_cost, linear=True),
     OpSpec("Gemm", gemm, cost=_gemm_cost, linear=True, encode=_gemm_encode),
     OpSpec("MatMul", matmul, cost=_matmul_cost, linear=True, encode=_matmul_encode),
 )

@@ -249,20 +249,35 @@ def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:
         opaque(node, labels, f"{node} has a shape that is not known before it runs")
         return
     source = operand(node, slot)
-    computed = source is not None and labels.constant(source) is None
     axes = labels.axes(name)
     shift = len(after) - len(before)
+    where = [int(a) % len(after) for a in node.attrs.get("axes", range(len(after)))]
+    computed = set() if source is None else {where[i] for i in _computed(source, len(where), labels)}
     result: list[LabelAxis] = [None] * len(after)
     for a, found in enumerate(axes):
         if found is None:
             continue
-        if computed:
+        if a + shift in computed:
             labels.pin(found, f"{node} takes its {what} from a computation")
         if before[a] == after[a + shift]:
             result[a + shift] = found
         else:
             labels.pin(found, f"{node} changes the length of this axis")
     labels.set(out, result)
+
+
+def _computed(tensor: str, count: int, labels: Labels) -> list[int]:
+    """Places of a list of ``count`` lengths whose value is not known before it runs."""
+    if labels.constant(tensor) is not None:
+        return []
+    maker = labels.maker(tensor)
+    parts = [labels.shape(n) for n in maker.inputs] if maker is not None and maker.op == "Concat" else []
+    if maker is None or not parts or any(p is None or len(p) != 1 for p in parts):
+        return list(range(count))
+    fixed: list[bool] = []
+    for name, part in zip(maker.inputs, parts, strict=True):
+        fixed += [labels.constant(name) is not None] * (part[0] if part else 0)
+    return [i for i, known in enumerate(fixed) if not known]
 
 
 def _resize(node: Node, labels: Labels) -> None:
@@ -307,13 +322,13 @@ def _shape(node: Node, labels: Labels) -> None:
     name = node.inputs[0]
     axes = labels.axes(name)
     start, stop = int(node.attrs.get("start", 0)), node.attrs.get("end")
-    seen: set[int] = set(range(len(axes))[slice(start, stop)])
+    seen: set[int] = set(range(len(labels.shape(name) or axes))[slice(start, stop)])
     readers = labels.readers(node.outputs[0])
     picks = [labels.constant(r.inputs[1]) if r.op == "Gather" and len(r.inputs) > 1 else None for r in readers]
     if readers and all(p is not None for p in picks):
         order = sorted(seen)
-        seen = {order[int(i)] for p in picks if p is not None for i in np.atleast_1d(p)}
-    for a in seen:
+        seen = {order[int(i)] for p in picks if p is not None for i in np.atleast_1d(p).reshape(-1) if order}
+    for a in seen.intersection(range(len(axes))):
         labels.pin(axes[a], f"{node} reads its length at run time")
     labels.set(node.outputs[0], [])
 

@@ -28,26 +28,64 @@ def _softmax(node: Node, labels: Labels) -> None:
 
 
 def _layer(node: Node, labels: Labels) -> None:
+    """Statistics over one axis: it is consumed, with zeros where channels went, and passed on."""
     shape = labels.shape(node.inputs[0])
     if shape is None:
         opaque(node, labels, f"{node} reads a tensor of unknown shape")
         return
-    axis = int(node.attrs.get("axis", -1)) % max(len(shape), 1)
-    _pin_axes(node, labels, range(axis, len(shape)))
+    axis = _layer_axis(node, shape)
+    if axis != len(shape) - 1 or any(node.outputs[1:]):
+        _pin_axes(node, labels, range(axis, len(shape)))
+        return
+    for name in node.inputs[1:]:  # gain and bias meet the padded data and stay whole
+        if name and not labels.is_constant(name):
+            opaque(node, labels, f"{node} takes a parameter from a computation")
+            return
+    _consume_and_pass(node, labels, axis)
 
 
-def _channels(node: Node, labels: Labels) -> None:
-    _pin_axes(node, labels, [1])
+def _layer_axis(node: Node, shape: tuple[int, ...]) -> int:
+    return int(node.attrs.get("axis", -1)) % max(len(shape), 1)
+
+
+def _layer_spread(node: Node, cuts: Cuts) -> Edit:
+    axis = _layer_axis(node, cuts.shape(node.inputs[0]))
+    return Edit() if cuts.keep(node.inputs[0], axis) is None else Edit(spread=axis)
+
+
+def _groups(node: Node, labels: Labels) -> None:
+    """GroupNormalization: whole groups go. Gain and bias are per group before opset 21, per channel since."""
+    found, shape = labels.label(node.inputs[0], 1), labels.shape(node.inputs[0])
+    if shape is None or found is None or not all(labels.is_constant(n) for n in node.inputs[1:3]):
+        opaque(node, labels, f"{node} reads something untracked")
+        return
+    for axis in (0, *range(2, len(shape))):
+        labels.pin(labels.label(node.inputs[0], axis), f"{node} normalises over this axis")
+    blocks = found.reshape(int(node.attrs["num_groups"]), -1)
+    labels.tie(blocks, blocks[:, :1])
+    for name in node.inputs[1:3]:
+        made = labels.label(name, 0)
+        assert made is not None
+        labels.tie(made, found if made.size == found.size else np.ascontiguousarray(blocks[:, 0]))
+    labels.set(node.outputs[0], [None, found] + [None] * (len(shape) - 2))
+
+
+def _regroup(node: Node, cuts: Cuts) -> Edit:
+    channels, groups = cuts.shape(node.inputs[0])[1], int(node.attrs["num_groups"])
+    kept = cuts.kept(node.inputs[0], 1) * groups // channels
+    return Edit() if kept == groups else Edit({"num_groups": kept})
 
 
 def _neighbours(node: Node, labels: Labels) -> None:
-    """LRN divides by a sum over neighbouring channels: it consumes the axis and passes it on.
+    """LRN divides by a sum over neighbouring channels: it consumes the axis and passes it on."""
+    _consume_and_pass(node, labels, 1)
 
-    Exact because the cut model puts zeros back where neighbours went (``Edit.spread``).
-    """
+
+def _consume_and_pass(node: Node, labels: Labels, axis: int) -> None:
+    """Exact where zeros add nothing, or where the cut model puts them back (``Edit.spread``)."""
     data = labels.axes(node.inputs[0])
-    if len(data) > 1 and data[1] is not None:
-        labels.consume(node, (node.inputs[0], 1), None)
+    if axis < len(data) and data[axis] is not None:
+        labels.consume(node, (node.inputs[0], axis), None)
     labels.set(node.outputs[0], data)
 
 
@@ -64,7 +102,7 @@ def _lp(node: Node, labels: Labels) -> None:
     if shape is None:
         opaque(node, labels, f"{node} reads a tensor of unknown shape")
         return
-    _pin_axes(node, labels, [int(node.attrs.get("axis", -1)) % max(len(shape), 1)])
+    _consume_and_pass(node, labels, int(node.attrs.get("axis", -1)) % max(len(shape), 1))
 
 
 def _pin_axes(node: Node, labels: Labels, axes: range | list[int]) -> None:
@@ -96,9 +134,9 @@ SPECS = (
     OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training), encode=_batch_encode),
     OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
     OpSpec("LRN", _neighbours, _spread),
-    OpSpec("GroupNormalization", _channels, same=True),
-    OpSpec("LayerNormalization", _layer),
-    OpSpec("RMSNormalization", _layer),
+    OpSpec("GroupNormalization", _groups, _regroup, same=True),
+    OpSpec("LayerNormalization", _layer, _layer_spread),
+    OpSpec("RMSNormalization", _layer, _layer_spread),
     OpSpec("LpNormalization", _lp),
     OpSpec("MeanVarianceNormalization", _all_but_first),
     OpSpec("Softmax", _softmax),

@@ -70,7 +70,9 @@ def rule(signature: str, guard: Callable[[Node, Labels], str | None] | None = No
                     labels.pin(labels.label(name, axis), f"{node} works across this axis")
             if term.open and not labels.is_constant(name):
                 for axis in range(len(term.head), len(labels.axes(name))):
-                    labels.pin(labels.label(name, axis), f"it is a spatial axis of {node}")
+                    # Of a kernel that is computed it goes without saying.
+                    why = f"it is a spatial axis of {node}" if name == node.inputs[0] else ""
+                    labels.pin(labels.label(name, axis), why)
         result = {symbol: labels.unify(axes, node) for symbol, axes in where.items()}
         kept = {s for t in outputs for s in t.head}
         for symbol, axes in where.items():

@@ -7,11 +7,11 @@ import numpy as np
 from ..records import Node
 from . import maps
 from .notation import opaque, rule
-from .spec import EncodeRule, LabelAxis, Labels, OpSpec, Refused, Terms, integers
+from .spec import Cuts, Edit, EncodeRule, LabelAxis, Labels, OpSpec, Refused, Terms, integers
 
 
 def _reduce(node: Node, labels: Labels) -> None:
-    """Reductions over listed axes. A sum over a tracked axis consumes it; any other statistic pins it."""
+    """Reductions over listed axes: where zeros add nothing a tracked axis is consumed, another statistic pins it."""
     name = node.inputs[0]
     shape = labels.shape(name)
     try:
@@ -30,7 +30,7 @@ def _reduce(node: Node, labels: Labels) -> None:
         reduced = {int(a) % len(shape) for a in listed}
     axes = labels.axes(name)
     tracked = [a for a in sorted(reduced) if axes[a] is not None]
-    if node.op == "ReduceSum" and len(tracked) == 1:
+    if node.op in _ADDITIVE and len(tracked) == 1:
         labels.consume(node, (name, tracked[0]), None)
     else:
         for a in tracked:
@@ -43,6 +43,27 @@ def _reduce(node: Node, labels: Labels) -> None:
         elif keep:
             result.append(None)
     labels.set(node.outputs[0], result)
+
+
+_ADDITIVE = frozenset({"ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
+
+
+def _mean_repair(node: Node, cuts: Cuts) -> Edit:
+    """A mean over what is left counts what went: it is scaled down to the old length."""
+    if node.op != "ReduceMean":
+        return Edit()
+    name = node.inputs[0]
+    cut = [a for a in range(len(cuts.shape(name))) if cuts.keep(name, a) is not None]
+    try:
+        listed = integers(node, cuts, "axes", 1)
+    except KeyError:
+        return Edit()
+    reduced = range(len(cuts.shape(name))) if listed is None or not listed.size else listed % len(cuts.shape(name))
+    share = 1.0
+    for a in cut:
+        if a in reduced:
+            share *= cuts.kept(name, a) / cuts.shape(name)[a]
+    return Edit() if share == 1.0 else Edit(scale=share)
 
 
 def _max_encode(node: Node, terms: Terms) -> None:
@@ -98,7 +119,7 @@ SPECS = (
         for name in ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
     ),
     *(
-        OpSpec(f"Reduce{name}", _reduce, encode=ENCODE.get(f"Reduce{name}"))
+        OpSpec(f"Reduce{name}", _reduce, _mean_repair if name == "Mean" else None, encode=ENCODE.get(f"Reduce{name}"))
         for name in ["Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare"]
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -59,20 +60,61 @@ def reshaped(node: Node, labels: Labels, fixed: bool) -> None:
         tracked = [a for a in left if axes[a] is not None]
         if not tracked:
             continue
+        fine = refined([before[a] for a in left], [after[b] for b in right])
         if len(left) == len(right) == 1:
             result[right[0]] = axes[left[0]]
         elif not fixed:
             for a in tracked:
                 labels.pin(axes[a], f"{node} takes its target shape from a computation")
-        elif len(right) == 1:
-            result[right[0]] = _merge(node, labels, axes, left, [before[a] for a in left])
-        elif len(left) == 1:
-            place, found = _split(node, labels, axes[left[0]], tuple(after[b] for b in right))
-            result[right[place]] = found
-        else:
+        elif fine is None:
             for a in tracked:
                 labels.pin(axes[a], f"{node} regroups it across axes that do not line up")
+        else:
+            _regroup(node, labels, (axes, left), (result, right), fine)
     labels.set(result_name, result)
+
+
+def refined(before: list[int], after: list[int]) -> tuple[list[list[int]], list[list[int]]] | None:
+    """The coarsest lengths that make up both: those inside every axis before, and inside every axis after.
+
+    >>> refined([8, 5], [2, 20])
+    ([[2, 4], [5]], [[2], [4, 5]])
+    """
+    ends = [np.cumprod(x).tolist() for x in (before, after)]
+    cuts = sorted({*ends[0], *ends[1]})
+    if any(b % a for a, b in pairwise(cuts)):
+        return None
+    runs: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for side, stops in zip(runs, ends, strict=True):
+        low = 1
+        for stop in stops:
+            inside = [c for c in cuts if low < c <= stop]
+            side.append([c // p for p, c in zip([low, *inside], inside, strict=False)])
+            low = stop
+    return runs
+
+
+def _regroup(
+    node: Node, labels: Labels, source: tuple[list[LabelAxis], list[int]], target: tuple[list[LabelAxis], list[int]],
+    fine: tuple[list[list[int]], list[list[int]]],
+) -> None:  # fmt: skip
+    """Divide every axis into the common lengths, then merge those that make up a new axis."""
+    parts: list[LabelAxis] = []
+    for a, sizes in zip(source[1], fine[0], strict=True):
+        found = source[0][a]
+        pieces: list[LabelAxis] = [None] * len(sizes)
+        if found is not None and len(sizes) == 1:
+            pieces[0] = found
+        elif found is not None:
+            place, pieces_found = _split(node, labels, found, tuple(sizes))
+            pieces[place] = pieces_found
+        parts += pieces
+    at = 0
+    for b, sizes in zip(target[1], fine[1], strict=True):
+        run = list(range(at, at + len(sizes)))
+        at += len(sizes)
+        if any(parts[i] is not None for i in run):
+            target[0][b] = _merge(node, labels, parts, run, sizes)
 
 
 def _merge(node: Node, labels: Labels, axes: list[LabelAxis], left: list[int], sizes: list[int]) -> Ints:
@@ -92,12 +134,15 @@ def _split(node: Node, labels: Labels, found: LabelAxis, sizes: Shape) -> tuple[
     """One axis becomes several: keep the axis along which labels vary, tie across the others.
 
     Where labels vary along several axes (packed heads, channel shuffle) one must be chosen: by default the last,
-    so that slot ``j`` of every block goes together.
+    so that slot ``j`` of every block goes together; the first where every block is then normalised on its own
+    (GroupNorm as torch exports it).
     """
     assert found is not None
     block = found.reshape(sizes)
+    readers = labels.readers(node.outputs[0])
+    alone = bool(readers) and all(r.op == "InstanceNormalization" for r in readers)
     varying = [i for i in range(len(sizes)) if (block != block.take([0], i)).any()]
-    place = varying[0] if len(varying) == 1 else labels.choice(node, len(sizes) - 1)
+    place = varying[0] if len(varying) == 1 else labels.choice(node, 0 if alone else len(sizes) - 1)
     first = block
     for i in range(len(sizes)):
         if i != place:

@@ -27,6 +27,14 @@ class Labels(Protocol):
     def constant(self, tensor: str) -> Array | None: ...
     def is_constant(self, tensor: str) -> bool: ...
     def readers(self, tensor: str) -> Sequence[Node]: ...
+    def maker(self, tensor: str) -> Node | None:
+        """The node that makes a tensor, None for a graph input or a constant."""
+        ...
+
+    def shown(self, tensor: str) -> bool:
+        """Whether a tensor is an output of the graph."""
+        ...
+
     def label(self, tensor: str, axis: int) -> LabelAxis:
         """Labels along one axis. A constant gets fresh labels when first asked."""
         ...
@@ -43,14 +51,21 @@ class Labels(Protocol):
         """The channels of ``a`` and ``b`` (broadcast against each other) go together."""
         ...
 
-    def pin(self, labels: LabelAxis, reason: str) -> None: ...
+    def pin(self, labels: LabelAxis, reason: str) -> None:
+        """These stay; an empty reason for what nobody would take for channels."""
+        ...
+
     def pin_all(self, tensor: str, reason: str) -> None: ...
     def unify(self, occurrences: Sequence[Axis], node: Node) -> LabelAxis:
         """Tie several axes of equal length; where one is untracked, pin the others and return None."""
         ...
 
     def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
-        """Record that ``node`` sums over the axis ``data``, meeting ``weight`` along its axis."""
+        """Record that ``node`` sums over the axis ``data``, meeting ``weight`` along its axis.
+
+        ``data`` is what holds zeros where channels are masked: an activation, or a constant of the node where it meets
+        something that cannot be reached from outside (the recurrent weights of an LSTM meet the node's own output).
+        """
         ...
 
     def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
@@ -104,22 +119,29 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants.
+    """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants or drop.
 
     ``spread`` is an axis along which the node must still see zeros where channels went: they are put back before it
-    and dropped after it.
+    and dropped after it. ``scale`` multiplies the first output.
     """
 
     attrs: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Mapping[int, Array] = field(default_factory=dict)
+    inputs: Mapping[int, Array | None] = field(default_factory=dict)
     spread: int | None = None
+    scale: float = 1.0
 
 
 Shapes = Mapping[str, tuple[int, ...]]
 ChannelRule = Callable[[Node, Labels], None]
 RepairRule = Callable[[Node, Cuts], Edit]
-CostRule = Callable[[Node, Shapes], tuple[Axis, ...]]
-"""MACs of a node are the product of the lengths of the axes returned."""
+Total = tuple[tuple[Axis, ...], int]
+"""The sum of the lengths of some axes (one may be named twice) and a number."""
+CostRule = Callable[[Node, Shapes], tuple[Axis | Total, ...]]
+"""MACs of a node are the product of the lengths of the axes (and totals) returned."""
+MatrixRule = Callable[[Node, Shapes], tuple[int, int] | None]
+ZeroRule = Callable[[Node, Cuts], Mapping[int, Array]]
+"""What stands for zero in an input, by slot, broadcast to it: where such an input is a constant, channels that it meets
+are masked in it, so that quantised arithmetic stays what it is."""
 EncodeRule = Callable[[Node, Terms], None]
 
 
@@ -135,10 +157,15 @@ class OpSpec:
     """Linear in its data input, with a constant weight: a consumer whose bias and weights can be refitted."""
     same: bool = False
     """Shape and type of the first output are those of the first input, and ONNX's own inference does not know it."""
+    matrix: MatrixRule | None = None
+    """The shape of the matrix that, to judge by shapes, multiplies the first input; for what ONNX's inference does not
+    know. It is given the shapes of constants."""
     encode: EncodeRule | None = None
     """States the operator exactly by linear maps, ReLUs and maxima; raises Refused for a form it cannot state."""
     moves: bool = False
     """The first output holds the elements of the first input, in the same or another order, and nothing else."""
+    zero: ZeroRule | None = None
+    """For quantised operators. Slot 0 is the data of an operator that works element by element."""
     domain: str = ""
     since: int = 1
     until: int | None = None

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import ablation, budgets, coupling, programs, readme, speed
+from . import ablation, budgets, coupling, coverage, decoupled, importance, programs, readme, speed
 
 STUDIES = {
     "budgets": budgets.run,
     "ablation": ablation.run,
     "speed": speed.run,
     "coupling": coupling.run,
+    "coverage": coverage.run,
     "programs": programs.run,
+    "importance": importance.run,
+    "decoupled": decoupled.run,
 }
 
 

@@ -1,0 +1,61 @@
+"""Write README's table of supported operators from the registry: ``python -m tools.op_table``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from onnx_oamip.ops import REGISTRY, OpSpec
+
+FILE = Path(__file__).resolve().parents[1] / "README.md"
+BEGIN, END = "<!-- operators:begin -->", "<!-- operators:end -->"
+COLUMNS = ("operator", "channels", "repair", "cost", "encode")
+
+
+def table() -> str:
+    """One row for every set of operators that share their columns, by family."""
+    rows: dict[tuple[str, tuple[bool, ...]], list[str]] = {}
+    for spec in REGISTRY:
+        family = spec.channels.__module__.rsplit(".", 1)[-1]
+        has = (True, spec.repair is not None, spec.cost is not None, spec.encode is not None)
+        rows.setdefault((family, has), []).append(_name(spec))
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for (_, has), names in rows.items():
+        lines.append("| " + " | ".join((_listed(names), *("yes" if x else "-" for x in has))) + " |")
+    return "\n".join(lines)
+
+
+def _name(spec: OpSpec) -> str:
+    return f"{spec.domain}.{spec.name}" if spec.domain else spec.name
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{n}`" for n in dict.fromkeys(names))
+
+
+def section() -> str:
+    """What stands between the markers."""
+    return (
+        f"{BEGIN}\n"
+        "Channels are followed through all of these. Where repair is set, the node itself changes when channels go; "
+        "cost counts multiply-accumulates; encode states the operator in the importance program.\n\n"
+        f"{table()}\n{END}"
+    )
+
+
+def updated(text: str) -> str:
+    """README with the section as it should be. Raises ValueError where the markers are missing."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no {BEGIN} ... {END}")
+    return head + section() + tail
+
+
+def main() -> None:
+    """Rewrite the section."""
+    FILE.write_text(updated(FILE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
