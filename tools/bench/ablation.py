@@ -15,7 +15,7 @@ from onnx_oamip.settings import Settings
 
 from .studies import MODELS, Row, paths, save
 
-ORDERS = ("l2", "activation", "obs", "oamip")
+ORDERS = ("l2", "activation", "obs")
 REFITS = ("none", "bias", "least-squares")
 ALLOCATIONS = ("uniform", "global", "mip")
 COLUMNS = ("model", "order", "allocation", *REFITS, "before")

@@ -20,8 +20,8 @@ TEXT = {
     "decoupled": "**What `oamip` costs.** Decoupled scoring; a program has one variable a unit and one more.",
     "programs": "**The published program.** LeNet-300-100 on ten images to a gap of 1 %, against the same program "
     "written in CVXPY for Clarabel.",
-    "coverage": "**Architectures.** Share of the parameters kept (percent) when every group is halved, on small networks "
-    "with random weights exported by PyTorch both ways.",
+    "coverage": "**Architectures.** Share of the parameters kept (percent) when every group is halved, on small "
+    "networks with random weights exported by PyTorch both ways.",
     "coupling": "**Coupling.** Seconds to find what goes together, on graphs of the onnx package.",
 }
 
