@@ -608,4 +608,4 @@ def test_start_and_relaxation(name: str, solver: str) -> None:
     solution = solve(loose, Limits(time_s=20), solver)
     assert solution.objective is not None
     assert plane(loss, relaxed, free, 3) - 1e-7 <= solution.objective <= whole(loss, relaxed) + 1e-6
-    assert solution.objective <= hurried.objective + 1e-7
+    assert solution.objective <= hurried.objective + 1e-6  # a solver may miss a row by that much
