@@ -55,12 +55,12 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             vgg, fashion = paths("vgg-fashion")
             with np.load(fashion) as held:
                 arrays = dict(held)
-            for images in (64, 128, 256, 512):
+            for images in (64, 256, 512):
                 few = {k: v if k.endswith(".scale") or k.startswith("eval.") else v[:images] for k, v in arrays.items()}
                 np.savez(place / "few.npz", **few)
                 rows += [_row("vgg-fashion", vgg, place / "few.npz", refit, seed) for refit in REFITS]
         if not names or "dense" in names:
-            for width in (256, 512, 1024, 2048):
+            for width in (512, 1024, 2048):
                 _dense(width, place / "dense.onnx", rng)
                 np.savez(place / "dense.npz", x=rng.standard_normal((512, 64), np.float32))
                 name = f"dense {width}-{width}"
