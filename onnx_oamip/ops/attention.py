@@ -192,8 +192,9 @@ def _packed(node: Node, labels: Labels) -> None:
         units = _first(columns[: sizes[0]], heads)
         reason = _per_head(node, labels, 5, units, heads)
     if columns is None or reason is not None:
-        labels.pin(columns, reason or "")
-        opaque(node, labels, reason or "")
+        reason = reason or f"{node} has a weight whose columns are not followed"
+        labels.pin(columns, reason)
+        opaque(node, labels, reason)
         return
     for part in np.split(columns, 3):
         _heads(labels, part, units)
