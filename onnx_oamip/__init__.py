@@ -1,8 +1,9 @@
 """Prunes trained ONNX models to a budget, without retraining, and proves what it did.
 
-The verbs are :func:`prune`, :func:`score`, :func:`load_scores`, :func:`compare`, :func:`load` and :func:`couple`;
-everything they return is a frozen record, and everything they raise on purpose is an :class:`OamipError`. Names are
-imported when first used, so that ``import onnx_oamip`` costs nothing.
+The verbs are :func:`prune` and its stages :func:`score`, :func:`plan` and :func:`apply`, :func:`compare`,
+:func:`load`, :func:`couple` and :func:`load_scores`; everything they return is a frozen record, and everything they
+raise on purpose is an :class:`OamipError`. Names are imported when first used, so that ``import onnx_oamip`` costs
+nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
         SettingsError,
     )
     from .model import load
-    from .pipeline import compare, prune, score
+    from .pipeline import apply, compare, plan, prune, score
+    from .planfile import PlanFile, Planned
     from .records import (
         Budget,
         Cost,
@@ -58,7 +60,8 @@ _HOMES = {
         "SettingsError",
     ),
     "model": ("load",),
-    "pipeline": ("compare", "prune", "score"),
+    "pipeline": ("apply", "compare", "plan", "prune", "score"),
+    "planfile": ("PlanFile", "Planned"),
     "records": (
         "Budget",
         "Cost",
@@ -93,6 +96,8 @@ __all__ = [
     "OutputError",
     "Pinned",
     "Plan",
+    "PlanFile",
+    "Planned",
     "Pruned",
     "Report",
     "Scored",
@@ -102,11 +107,13 @@ __all__ = [
     "Statistics",
     "Verification",
     "__version__",
+    "apply",
     "compare",
     "couple",
     "document",
     "load",
     "load_scores",
+    "plan",
     "prune",
     "score",
 ]

@@ -65,10 +65,10 @@ def save_scores(
     written.
     """
     _finite(scores.values, coupling, "the scores")
-    order = [_axes(model, group) for group in coupling.groups]
+    order = [group_axes(model, group) for group in coupling.groups]
     index = np.zeros(coupling.n_units, np.int64)
     for group, axes in zip(coupling.groups, order, strict=True):
-        index[group.units] = _places(coupling, group, axes[0])
+        index[group.units] = places(coupling, group, axes[0])
     listed = [
         [{"tensor": t, "axis": a, "per_unit": group.multiplicity[t, a]} for t, a in axes]
         for group, axes in zip(coupling.groups, order, strict=True)
@@ -128,10 +128,10 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
         if group.name not in numbers:
             raise DataError(f"{path} has no scores for the group '{group.name}'; {_AGAIN} without --exclude.")
         units = np.flatnonzero(unit_group == numbers[group.name])
-        places = _places(coupling, group, _axes(model, group)[0])
-        if not np.array_equal(index[units], places):
+        here = places(coupling, group, group_axes(model, group)[0])
+        if not np.array_equal(index[units], here):
             raise DataError(
-                f"{path} has {len(units)} units in the group '{group.name}', and they are not the {len(places)} that "
+                f"{path} has {len(units)} units in the group '{group.name}', and they are not the {len(here)} that "
                 f"go together here; {_AGAIN} with the same data and the same version."
             )
         result[group.units] = values[units]
@@ -201,8 +201,9 @@ def _finite(values: Array, coupling: Coupling, where: str) -> None:
         )
 
 
-def _axes(model: Model, group: Group) -> list[Axis]:
-    """The axes of a group; the weight that it is called after comes first, then other constants."""
+def group_axes(model: Model, group: Group) -> list[Axis]:
+    """The axes of a group in the order that files list them: of the weight that it is called after, of other constants,
+    of activations."""
     return sorted(
         group.multiplicity,
         key=lambda axis: (
@@ -213,8 +214,8 @@ def _axes(model: Model, group: Group) -> list[Axis]:
     )
 
 
-def _places(coupling: Coupling, group: Group, axis: Axis) -> Ints:
-    """First index of every unit of a group on one of its axes."""
+def places(coupling: Coupling, group: Group, axis: Axis) -> Ints:
+    """First index of every unit (units,) of a group on one of its axes: the channel that it is known by."""
     labels = coupling.axes[axis]
     units, first = np.unique(labels, return_index=True)
     return np.asarray(first[np.searchsorted(units, group.units)], np.int64)

@@ -1,31 +1,31 @@
-"""prune(...) and its parts: the only place where the order of stages exists."""
+"""The verbs, and the order of stages: prune is plan and apply, and plan is prepare and search."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from . import artefacts, calibrate, cost, data, plan, rewrite, scoring, search, sensitivity, verify
+from . import artefacts, calibrate, data, planfile, rewrite, search, verify
 from . import model as models
+from . import prepare as preparing
 from .artefacts import Scored
-from .coupling import couple, exclude
-from .data import Samples
-from .errors import BudgetNotMet, DataError, GateFailed, ModelError, SettingsError
-from .importance import METHODS, Method
+from .errors import GateFailed, ModelError
 from .latency import compare_latency
 from .output import check_output, write
-from .records import Array, Budget, Cost, Coupling, Model, Report, Scores, Verification
+from .planfile import Planned
+from .prepare import BUDGETS, Clock, Source, prepare
+from .records import Budget, Cost, Report, Scores, Verification
 from .runtime import Session, resolve_device
-from .search import Attempt, Prepared
+from .search import Attempt, Prepared, Subject
 from .settings import Settings
 
-Source = str | os.PathLike[str] | Mapping[str, Array]
+File = str | os.PathLike[str]
 PROOF_SAMPLES = 64
 """Samples on which pruned and masked are compared: exactness does not need more."""
 GATE_SECONDS = (0.3, 2.0)
@@ -35,13 +35,13 @@ SLOWER = 1.02
 
 
 def prune(
-    path: str | os.PathLike[str],
+    path: File,
     source: Source | None,
-    output: str | os.PathLike[str] | None,
+    output: File | None,
     settings: Settings,
     eval_data: Source | None = None,
     progress: calibrate.Progress | None = None,
-    scores: str | os.PathLike[str] | None = None,
+    scores: File | None = None,
 ) -> Report:
     """Prune one model and write it if every gate holds.
 
@@ -50,13 +50,122 @@ def prune(
     2 for bad input, 1 for a budget or gate that was not met; then no file is written.
     """
     clock = Clock()
-    _check(settings, source, scores is not None)
+    preparing.check(settings, source, scores is not None)
     target = None if output is None else check_output(path, output, (source, eval_data, scores))
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
     with clock("plan and refit"):
         result = search.search(ready, progress)
+    _meets(settings.budget, ready.before, result.after)
+    return _finish(
+        ready, result, target, clock, progress, settings.budget, ready.scores, _asked(ready, scores), _notes(ready)
+    )
+
+
+def score(
+    path: File,
+    source: Source | None,
+    output: File,
+    settings: Settings,
+    progress: calibrate.Progress | None = None,
+) -> Scored:
+    """Score every unit of one model by ``settings.importance`` and write the scores to ``output`` (see ``artefacts``).
+
+    They are those that :func:`prune` would use: where ``source`` has no evaluation part, a fifth of it is held out.
+    Raises OamipError (exit code 2) for bad input; then no file is written.
+    """
+    clock = Clock()
+    method = preparing.named(settings)
+    target = check_output(path, output, (source,))
+    model, coupling, found, samples, held, device = preparing.score(path, source, settings, progress, clock)
+    used = samples.usable() if method.needs_data else 0
+    asked = {**settings.model_dump(mode="json"), "device": device, "samples": used}
+    with clock("write"):
+        content = artefacts.save_scores(target, model, coupling, found, asked)
+    notes: tuple[str, ...] = ()
+    if used and held is not None and held.source == samples.source:
+        notes = (f"scored on {used} samples; as in prune, {held.usable()} others are left for evaluation",)
+    digest = hashlib.sha256(content).hexdigest()
+    return Scored(model, coupling, found, str(target), digest, clock.seconds, asked, (*found.notes, *notes))
+
+
+def plan(
+    path: File,
+    source: Source | None,
+    output: File | None,
+    settings: Settings,
+    eval_data: Source | None = None,
+    progress: calibrate.Progress | None = None,
+    scores: File | None = None,
+) -> Planned:
+    """Choose what :func:`prune` would remove, and write that to ``output`` (None: nothing is written).
+
+    Raises OamipError as :func:`prune` does, where no plan meets the budget or something that was given is wrong.
+    """
+    clock = Clock()
+    preparing.check(settings, source, scores is not None)
+    target = None if output is None else check_output(path, output, (source, eval_data, scores))
+    ready = prepare(path, source, settings, eval_data, progress, clock, scores)
+    with clock("plan"):
+        chosen = search.plan(ready, progress)
+    asked, notes = _asked(ready, scores), _notes(ready)
+    digest = None
+    if target is not None:
+        losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
+        text = planfile.dumps(
+            ready.model, ready.coupling, chosen, ready.before, ready.scores.method, settings.budget, asked, losses,
+            ready.scores.programs, ready.scores.notes,
+        )  # fmt: skip
+        with clock("write"):
+            artefacts.write_bytes(text.encode(), target)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+    return Planned(
+        ready.model, ready.coupling, ready.scores, chosen, ready.before, settings.budget,
+        None if target is None else str(target), digest, clock.seconds, asked, notes,
+    )  # fmt: skip
+
+
+def apply(
+    path: File,
+    plan_file: File,
+    source: Source | None,
+    output: File | None,
+    changes: Mapping[str, Any] | None = None,
+    eval_data: Source | None = None,
+    progress: calibrate.Progress | None = None,
+) -> Report:
+    """Cut a model as a plan file says, refit, prove and write it: the second half of :func:`prune`.
+
+    Settings are those of the plan, but for ``changes`` (by name, as in :class:`Settings`). The plan decides, whatever
+    budget it was made for: someone may have edited it. Raises OamipError as :func:`prune` does.
+    """
+    clock = Clock()
+    found = planfile.load(plan_file)
+    target = None if output is None else check_output(path, output, (source, eval_data, plan_file))
+    made_with = {n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS}
+    settings = Settings.create(**{**made_with, "device": "auto", "cache": "auto", **(changes or {})})
+    ready = preparing.subject(path, source, settings, eval_data, progress, clock)
+    keep, notes = planfile.keep(found, ready.model, ready.coupling, plan_file)
+    chosen = planfile.to_plan(found, keep, ready.coupling, ready.ledger, notes)
+    with clock("refit"):
+        result = search.carry_out(ready, chosen, progress)
+    budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
+    asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": str(plan_file)}
+    return _finish(ready, result, target, clock, progress, budget, None, asked, _unmet(budget, ready, result))
+
+
+def _finish(
+    ready: Subject,
+    result: Attempt,
+    target: Path | None,
+    clock: Clock,
+    progress: calibrate.Progress | None,
+    budget: Budget,
+    scores: Scores | None,
+    asked: Mapping[str, Any],
+    notes: tuple[str, ...],
+) -> Report:
+    """Prove, write, report."""
     with clock("verify"):
-        _meets(settings.budget, ready.before, result.after)
         try:
             verification = _prove(ready, result, progress)
         except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
@@ -73,100 +182,31 @@ def prune(
         output_sha256=sha256,
         before=ready.before,
         after=after,
-        budget=settings.budget,
+        budget=budget,
         coupling=ready.coupling,
-        scores=ready.scores,
+        scores=scores,
         plan=result.plan,
         verification=verification,
         timings=clock.seconds,
-        settings={
-            **ready.settings.model_dump(mode="json"),
-            "device": ready.device,
-            "scores": None if scores is None else str(scores),
-            "steps": sorted(set(ready.steps.tolist())),
-        },
-        notes=(*ready.scores.notes, *result.plan.notes, *result.pruned.notes),
+        settings=asked,
+        notes=(*(scores.notes if scores else ()), *result.plan.notes, *result.pruned.notes, *notes),
         fits=result.pruned.fits,
     )
 
 
-def score(
-    path: str | os.PathLike[str],
-    source: Source | None,
-    output: str | os.PathLike[str],
-    settings: Settings,
-    progress: calibrate.Progress | None = None,
-) -> Scored:
-    """Score every unit of one model by ``settings.importance`` and write the scores to ``output`` (see ``artefacts``).
-
-    They are those that :func:`prune` would use: where ``source`` has no evaluation part, a fifth of it is held out.
-    Raises OamipError (exit code 2) for bad input; then no file is written.
-    """
-    clock = Clock()
-    method = _method(settings)
-    if source is None and method.needs_data:
-        raise DataError(f"--importance {settings.importance} needs calibration data; give --data.")
-    target = check_output(path, output, (source,))
-    device = resolve_device(settings.device)
-    model, coupling, samples, held = _open(path, source, None, settings, clock)
-    statistics = None
-    if method.needs_data:
-        with clock("calibrate"):
-            statistics = scoring.statistics(model, coupling, samples, device, settings, method.needs_grams, progress)
-    with clock("score"):
-        found = scoring.scores(model, coupling, statistics, samples, device, settings, method, progress)
-    used = samples.usable() if method.needs_data else 0
-    asked = {**settings.model_dump(mode="json"), "device": device, "samples": used}
-    with clock("write"):
-        content = artefacts.save_scores(target, model, coupling, found, asked)
-    notes: tuple[str, ...] = ()
-    if used and held is not None and held.source == samples.source:
-        notes = (f"scored on {used} samples; as in prune, {held.usable()} others are left for evaluation",)
-    digest = hashlib.sha256(content).hexdigest()
-    return Scored(model, coupling, found, str(target), digest, clock.seconds, asked, (*found.notes, *notes))
+def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
+    return {
+        **ready.settings.model_dump(mode="json"),
+        "device": ready.device,
+        "scores": None if scores is None else str(scores),
+        "steps": sorted(set(ready.steps.tolist())),
+    }
 
 
-def prepare(
-    path: str | os.PathLike[str],
-    source: Source | None,
-    settings: Settings,
-    eval_data: Source | None = None,
-    progress: calibrate.Progress | None = None,
-    clock: Clock | None = None,
-    scores: str | os.PathLike[str] | None = None,
-) -> Prepared:
-    """Everything up to the plan: what does not depend on the budget and can serve many of them."""
-    clock = clock or Clock()
-    method = _check(settings, source, scores is not None)
-    device = resolve_device(settings.device)
-    model, coupling, samples, held = _open(path, source, eval_data, settings, clock)
-    given = None
-    if scores is not None:
-        given = artefacts.load_scores(scores, model, coupling)
-        method, settings = _scored_by(given, settings, source)
-    ledger = cost.ledger(model, coupling)
-    before = replace(ledger.cost(cost.full_widths(coupling)), bytes=model.file_bytes)
-    statistics = None
-    if source is not None:
-        grams = settings.allocate == "mip" or (given is None and method.needs_grams)
-        with clock("calibrate"):
-            statistics = scoring.statistics(model, coupling, samples, device, settings, grams, progress)
-    with clock("score"):
-        found = given or scoring.scores(model, coupling, statistics, samples, device, settings, method, progress)
-    with clock("sensitivity"):
-        steps = plan.steps(model, coupling, settings.align, device)
-        ladder = None
-        if settings.allocate == "mip":
-            assert statistics is not None
-            feeds = [feed for _, feed in scoring.parts(samples)[1].batches(settings.batch_size)]
-            losses = sensitivity.measure(
-                model, coupling, statistics.grams, scoring.order(found, coupling), feeds, device,
-                settings.workers, progress, settings.refit,
-            )  # fmt: skip
-            ladder = search.rungs(coupling, losses, steps, settings.floor)
-    return Prepared(
-        model, coupling, ledger, before, samples, held, statistics, found, steps, ladder, device, settings
-    )
+def _notes(ready: Prepared) -> tuple[str, ...]:
+    if not ready.taken:
+        return ()
+    return (f"from the cache, as an earlier run on the same model and data found them: {', '.join(ready.taken)}",)
 
 
 def compare(
@@ -194,87 +234,6 @@ def compare(
     return replace(found, batches=batches)
 
 
-def _method(settings: Settings) -> Method:
-    method = METHODS.get(settings.importance)
-    if method is None:
-        raise SettingsError(f"--importance '{settings.importance}' is unknown; choose one of {', '.join(METHODS)}.")
-    return method
-
-
-def _check(settings: Settings, source: Source | None, scored: bool = False) -> Method:
-    """Settings that contradict each other or the data, before any work; ``scored``: there are scores already."""
-    method = _method(settings)
-    if settings.budget == Budget():
-        raise SettingsError(
-            "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
-        )
-    if settings.latency is not None and settings.allocate != "mip":
-        raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
-    if source is None:
-        asks = {
-            f"--importance {settings.importance}": method.needs_data and not scored,
-            f"--allocate {settings.allocate}": settings.allocate == "mip",
-            "--max-drop": settings.max_drop is not None,
-            "--latency": settings.latency is not None,
-            f"--refit {settings.refit}": settings.refit != "none",
-        }
-        for what, needed in asks.items():
-            if needed:
-                raise DataError(
-                    f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform "
-                    "--refit none."
-                )
-    return method
-
-
-def _scored_by(given: Scores, settings: Settings, source: Source | None) -> tuple[Method, Settings]:
-    """The method that made given scores, and the settings as if it had been asked for."""
-    settings = settings.model_copy(update={"importance": given.method})
-    method = _method(settings)
-    if source is None and search.folds_constants(settings):
-        raise DataError(
-            f"what units removed by {given.method} leave behind is found by running the model; give --data."
-        )
-    return method, settings
-
-
-def _open(
-    path: str | os.PathLike[str], source: Source | None, eval_data: Source | None, settings: Settings, clock: Clock
-) -> tuple[Model, Coupling, Samples, Samples | None]:
-    """The model at the data's shapes, what goes together in it, and (calibration, evaluation) samples."""
-    with clock("load"):
-        model = models.load(path)
-        samples, held = _samples(model, source, eval_data, settings.seed)
-        model = models.rebind(model, samples.bindings(model))
-    with clock("couple"):
-        coupling = exclude(model, couple(model), settings.exclude)
-        _something_free(model, coupling)
-    return model, coupling, samples, held
-
-
-def _samples(
-    model: Model, source: Source | None, eval_data: Source | None, seed: int
-) -> tuple[Samples, Samples | None]:
-    """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""
-    held = data.load(eval_data, model) if eval_data is not None else None
-    if source is None:
-        return held or data.placeholder(model, seed), held
-    samples = data.load(source, model)
-    assert samples is not None
-    if held is None:
-        held = data.load(source, model, data.EVALUATION)
-    if held is None:
-        return data.hold_out(samples, seed)
-    return samples, held
-
-
-def _something_free(model: Model, coupling: Coupling) -> None:
-    if not coupling.n_units:
-        reasons = sorted((p.reason for p in coupling.pinned), key=lambda r: not r.startswith("--exclude"))
-        why = f", for example because {reasons[0]}" if reasons else ": it has no weights"
-        raise BudgetNotMet(f"no channel of {model.path} can be removed{why}; see 'onnx-oamip inspect'.")
-
-
 def _meets(budget: Budget, before: Cost, after: Cost) -> None:
     for name, share, old, new in (
         ("macs", budget.macs, before.macs, after.macs),
@@ -288,7 +247,16 @@ def _meets(budget: Budget, before: Cost, after: Cost) -> None:
             )
 
 
-def _prove(ready: Prepared, result: Attempt, progress: calibrate.Progress | None) -> Verification:
+def _unmet(budget: Budget, ready: Subject, result: Attempt) -> tuple[str, ...]:
+    """A plan that was edited may keep more than its budget says: worth a note, and no more."""
+    try:
+        _meets(budget, ready.before, result.after)
+    except GateFailed:
+        return ("the plan keeps more than the budget that it was made for",)
+    return ()
+
+
+def _prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None) -> Verification:
     """All gates and measurements on the final model. Raises GateFailed."""
     model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
     pruned = result.pruned
@@ -313,7 +281,7 @@ def _prove(ready: Prepared, result: Attempt, progress: calibrate.Progress | None
     return replace(found, masked_equivalence=distance, batches=batches, latency_ratio=ratio)
 
 
-def _measured_latency(ready: Prepared, result: Attempt) -> float:
+def _measured_latency(ready: Subject, result: Attempt) -> float:
     """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
     budget = ready.settings.latency
     allowed = SLOWER if budget is None else budget * (1 + search.LATENCY_SLACK)
@@ -328,16 +296,3 @@ def _measured_latency(ready: Prepared, result: Attempt) -> float:
             "written; try --align 8 or --align 16, another budget, or --force."
         )
     return found.median
-
-
-class Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

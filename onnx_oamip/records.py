@@ -276,7 +276,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it; ``report.document`` turns it into the JSON of the command line."""
+    """All of it; ``report.document`` turns it into the JSON of the command line. A plan from a file has no scores."""
 
     model: Model
     output: str | None
@@ -285,7 +285,7 @@ class Report:
     after: Cost
     budget: Budget
     coupling: Coupling
-    scores: Scores
+    scores: Scores | None
     plan: Plan
     verification: Verification
     timings: Mapping[str, float]

@@ -22,7 +22,8 @@ from .benchmark import Benchmark
 from .cost import full_widths, ledger
 from .latency import Timing
 from .ops import REGISTRY
-from .records import Cost, Coupling, Fit, Floats, Model, Port, Report, Verification
+from .planfile import Planned
+from .records import Budget, Cost, Coupling, Fit, Floats, Model, Port, Report, Verification
 from .solvers import SolverRecord
 
 SCHEMA_VERSION = 1
@@ -34,34 +35,29 @@ Document: TypeAlias = dict[str, Any]
 def document(report: Report) -> Document:
     """The JSON document of ``prune``."""
     kept = np.asarray(report.plan.widths, np.int64)
+    # A plan from a file comes without scores: their summaries are null.
+    values = report.scores.values if report.scores else np.full(report.coupling.n_units, np.nan)
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(report.model),
         "output": {"path": report.output, "sha256": report.output_sha256},
         "before": _cost(report.before),
         "after": _cost(report.after),
-        "budget": {
-            "macs": report.budget.macs,
-            "params": report.budget.params,
-            "size": report.budget.size,
-            "threshold": report.budget.threshold,
-            "latency": report.budget.latency,
-            "max_drop": report.budget.max_drop,
-        },
+        "budget": _budget(report.budget),
         "groups": [
             {
                 "name": group.name,
                 "units": len(group.units),
                 "kept": int(width),
                 "level": int(width) / len(group.units),
-                "score": _summary(report.scores.values[group.units]),
+                "score": _summary(values[group.units]),
             }
             for group, width in zip(report.coupling.groups, kept, strict=True)
         ],
         "skipped": _skipped(report.coupling),
-        "importance": report.scores.method,
+        "importance": report.scores.method if report.scores else report.settings["importance"],
         "allocation": report.plan.allocation,
-        "programs": [*report.scores.programs, *report.plan.programs],
+        "programs": [*(report.scores.programs if report.scores else ()), *report.plan.programs],
         "fits": [_fit(fit) for fit in report.fits],
         "verification": _verification(report.verification),
         "notes": _distinct([*report.notes, *report.plan.notes]),
@@ -88,6 +84,33 @@ def scoring(found: Scored) -> Document:
         "groups": groups,
         "programs": found.scores.programs,
         "notes": _distinct(found.notes),
+        "timings": found.seconds,
+        "settings": found.settings,
+        "versions": versions(),
+    }
+    return _document(result)
+
+
+def planning(found: Planned) -> Document:
+    """The JSON document of ``plan``: as that of ``prune``, with what is predicted in place of what was measured."""
+    groups = []
+    for group, width in zip(found.coupling.groups, found.plan.widths.tolist(), strict=True):
+        units = len(group.units)
+        score = _summary(found.scores.values[group.units])
+        groups.append({"name": group.name, "units": units, "kept": width, "level": width / units, "score": score})
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(found.model),
+        "output": {"path": found.output, "sha256": found.sha256},
+        "before": _cost(found.before),
+        "predicted": _cost(found.plan.predicted),
+        "budget": _budget(found.budget),
+        "groups": groups,
+        "skipped": _skipped(found.coupling),
+        "importance": found.scores.method,
+        "allocation": found.plan.allocation,
+        "programs": [*found.scores.programs, *found.plan.programs],
+        "notes": _distinct([*found.scores.notes, *found.plan.notes, *found.notes]),
         "timings": found.seconds,
         "settings": found.settings,
         "versions": versions(),
@@ -242,6 +265,17 @@ def _model(model: Model) -> Document:
 
 def _port(port: Port) -> Document:
     return {"name": port.name, "dtype": port.dtype.name, "dims": list(port.dims)}
+
+
+def _budget(budget: Budget) -> Document:
+    return {
+        "macs": budget.macs,
+        "params": budget.params,
+        "size": budget.size,
+        "threshold": budget.threshold,
+        "latency": budget.latency,
+        "max_drop": budget.max_drop,
+    }
 
 
 def _cost(cost: Cost) -> Document:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
-from . import calibrate, gram, images, refit, rewrite, sensitivity, verify
+from . import cache, calibrate, gram, images, refit, rewrite, sensitivity, verify
+from .allocation import best_units
 from .cost import full_widths
 from .data import Samples
 from .importance import METHODS, Method
-from .plan import best_units
 from .records import Array, Coupling, Floats, Ints, Model, Scores, Statistics
 from .runtime import Session
 from .settings import Settings
@@ -34,9 +36,22 @@ def statistics(
     settings: Settings,
     grams: bool,
     progress: calibrate.Progress | None,
+    store: cache.Store | None = None,
+    known: Mapping[str, Any] | None = None,
 ) -> Statistics:
-    """Moments of all samples, images where the method asks; with ``grams`` second moments of the first samples too."""
-    found = calibrate.collect(model, coupling, samples, device, settings.batch_size, progress)
+    """Moments of all samples, images where the method asks; with ``grams`` second moments of the first samples too.
+
+    ``store`` and what the data is ``known`` by: where moments are looked up before they are collected.
+    """
+    store, known = store or cache.Store(), known or {}
+
+    start = time.perf_counter()
+    moments = store.keep(
+        cache.MOMENTS,
+        known,
+        lambda: calibrate.collect(model, coupling, samples, device, settings.batch_size, progress).moments,
+    )
+    found = Statistics(moments, samples.usable(), device, time.perf_counter() - start)
     if METHODS[settings.importance].needs_images and settings.mode != "decoupled":
         few = images.collect(model, samples, device, settings.images_per_class, settings.seed, settings.batch_size)
         found = replace(found, images=few)
@@ -44,7 +59,10 @@ def statistics(
         return found
     fitted, _ = parts(samples)
     feeds, _ = affordable(model, fitted, settings.batch_size)
-    return replace(found, grams=gram.collect(model, coupling, feeds, device, settings.seed, progress))
+    second = store.keep(
+        cache.GRAMS, known, lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress)
+    )
+    return replace(found, grams=second)
 
 
 def parts(samples: Samples) -> tuple[Samples, Samples]:
@@ -151,7 +169,7 @@ def _together(
 
 
 def order(scores: Scores, coupling: Coupling) -> Floats:
-    """Removal order as scores; ties fall as ``plan.best_units`` lets them fall (higher index first)."""
+    """Removal order as scores; ties fall as ``allocation.best_units`` lets them fall (higher index first)."""
     rank = np.lexsort((-np.arange(coupling.n_units), scores.values))
     order = np.empty(coupling.n_units)
     order[rank] = np.arange(coupling.n_units)

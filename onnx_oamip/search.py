@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from . import constants, cost, plan, refit, rewrite, verify
+from . import allocation, constants, cost, refit, rewrite, verify
 from . import model as models
 from .budget import Ladder, LinearisedLimit
 from .calibrate import Progress
@@ -34,8 +34,8 @@ DROP_RESOLUTION = 0.02
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that does not depend on the budget."""
+class Subject:
+    """A model with its data, ready to be cut. ``statistics`` are there where a refit by means asks for them."""
 
     model: Model
     coupling: Coupling
@@ -44,11 +44,18 @@ class Prepared:
     samples: Samples
     held: Samples | None
     statistics: Statistics | None
+    device: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Prepared(Subject):
+    """Everything that does not depend on the budget. ``taken``: what of it the cache had from an earlier run."""
+
     scores: Scores
     steps: Ints
     ladder: Ladder | None
-    device: str
-    settings: Settings
+    taken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def interpolate(found: Sensitivity, widths: Ints) -> Floats:
 
 
 def attempt(
-    ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...], progress: Progress | None
+    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...], progress: Progress | None
 ) -> Attempt:
     """Allocate, cut and refit; once more for each time that the file is larger than was predicted."""
     found = carry_out(ready, allocate(ready, limit, extra), progress)
@@ -95,14 +102,22 @@ def attempt(
     return found
 
 
-def allocate(ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
+def allocate(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
     """The plan under absolute limits."""
-    return plan.allocate(
+    return allocation.allocate(
         ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra
     )
 
 
-def carry_out(ready: Prepared, chosen: Plan, progress: Progress | None = None) -> Attempt:
+def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
+    """Per group the measured loss of the model with only that group as narrow as planned; None where none was."""
+    if ready.ladder is None:
+        return [None] * len(ready.coupling.groups)
+    rows = zip(ready.ladder.widths, ready.ladder.cost, chosen.widths.tolist(), strict=True)
+    return [float(np.interp(width, widths, cost)) for widths, cost, width in rows]
+
+
+def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) -> Attempt:
     """Cut and refit as the settings say."""
     raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
     pruned = Pruned(raw, raw)
@@ -130,24 +145,34 @@ def folds_constants(settings: Settings) -> bool:
     return settings.refit == "none" and METHODS[settings.importance].keeps_bias and published
 
 
+def plan(ready: Prepared, progress: Progress | None = None) -> Plan:
+    """The plan that :func:`search` would carry out; only budgets that are measured on a cut model need one made."""
+    if ready.settings.size is not None or ready.settings.max_drop is not None:
+        return search(ready, progress).plan
+    return allocate(ready, *_limits(ready, progress))
+
+
 def search(ready: Prepared, progress: Progress | None = None) -> Attempt:
     """The attempt that meets the budget. Raises BudgetNotMet, saying what binds, where there is none."""
-    settings, budget = ready.settings, ready.settings.budget
-    adds = settings.refit != "none" or folds_constants(settings)
-    reserve = refit.new_biases(ready.model) if adds else 0
-    limit = plan.limits(budget, ready.before, reserve)
-    extra: tuple[LinearisedLimit, ...] = ()
-    if budget.latency is not None:
-        extra = (_latency(ready, limit, budget.latency, progress),)
-    if budget.max_drop is not None:
-        return _smallest(ready, limit, extra, budget.max_drop, progress)
+    limit, extra = _limits(ready, progress)
+    if ready.settings.max_drop is not None:
+        return _smallest(ready, limit, extra, ready.settings.max_drop, progress)
     return attempt(ready, limit, extra, progress)
+
+
+def _limits(ready: Prepared, progress: Progress | None) -> tuple[allocation.Limits, tuple[LinearisedLimit, ...]]:
+    """The counted limits, and the row of a latency budget."""
+    adds = ready.settings.refit != "none" or folds_constants(ready.settings)
+    limit = allocation.limits(ready.settings.budget, ready.before, refit.new_biases(ready.model) if adds else 0)
+    if ready.settings.latency is None:
+        return limit, ()
+    return limit, (_latency(ready, limit, ready.settings.latency, progress),)
 
 
 # ------------------------------------------------------------------------------------------------------- latency
 
 
-def _latency(ready: Prepared, limit: plan.Limits, share: float, progress: Progress | None) -> LinearisedLimit:
+def _latency(ready: Prepared, limit: allocation.Limits, share: float, progress: Progress | None) -> LinearisedLimit:
     """The latency row under which the measured latency of the cut model keeps ``share`` of the original's."""
     assert ready.ladder is not None
     table = profile(
@@ -193,7 +218,7 @@ def _aim(tried: Sequence[tuple[float, float]], share: float) -> float:
     return target * goal / measured
 
 
-def latency_ratio(ready: Prepared, proto: object, seconds: float = 2.0) -> float:
+def latency_ratio(ready: Subject, proto: object, seconds: float = 2.0) -> float:
     """Measured latency of a model over the original's, one sample at a time, medians of interleaved rounds."""
     ratio = compare_latency(ready.model.proto, proto, ready.samples, ready.device, seconds=seconds)  # type: ignore[arg-type]
     return ratio.median
@@ -203,7 +228,11 @@ def latency_ratio(ready: Prepared, proto: object, seconds: float = 2.0) -> float
 
 
 def _smallest(
-    ready: Prepared, limit: plan.Limits, extra: tuple[LinearisedLimit, ...], points: float, progress: Progress | None
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+    points: float,
+    progress: Progress | None,
 ) -> Attempt:
     """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
     if ready.held is None:

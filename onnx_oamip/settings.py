@@ -14,7 +14,7 @@ class Settings(BaseModel):
     """What a run was asked to do.
 
     Shares are fractions to keep; ``max_drop`` is in points; ``align`` is the step of widths in channels; ``floor`` the
-    least share of any group; ``time_limit`` (seconds) bounds every solver call.
+    least share of any group; ``time_limit`` (seconds) bounds every solver call; ``cache`` is a folder, auto or off.
     ``mode`` to ``images_per_class`` are about the importance ``oamip`` alone; ``score_budget`` is a share as well.
     """
 
@@ -41,6 +41,7 @@ class Settings(BaseModel):
     solver: Literal["auto", "gurobi", "highs"] = "auto"
     time_limit: float = Field(60.0, gt=0, allow_inf_nan=False)
     workers: int | None = Field(None, ge=1)
+    cache: str = "auto"
     force: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
@@ -56,6 +57,13 @@ class Settings(BaseModel):
             name = ".".join(str(part) for part in first["loc"]) or "settings"
             what = first["msg"].replace("Input should be", "it should be")
             raise SettingsError(f"--{name.replace('_', '-')} is {first['input']!r}: {what}.") from error
+
+    @classmethod
+    def schema_document(cls) -> dict[str, Any]:
+        """The JSON schema of all settings under the command line's names, as a configuration file has them."""
+        schema = cls.model_json_schema()
+        schema["properties"] = {name.replace("_", "-"): value for name, value in schema["properties"].items()}
+        return schema
 
     @property
     def budget(self) -> Budget:

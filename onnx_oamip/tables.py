@@ -37,22 +37,38 @@ def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     output = value["output"]["path"] or "(not written)"
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
     yield _costs(value["before"], value["after"], value["budget"], value["verification"]["latency_ratio"])
-    table = _table("group", ">units", ">kept", "share kept", ">scores")
-    for group in value["groups"][:_ROWS]:
-        table.add_row(
-            _cell(group["name"]),
-            f"{group['units']:,}",
-            f"{group['kept']:,}",
-            _bar(group["level"], console),
-            f"{_number(group['score']['min'])} .. {_number(group['score']['max'])}",
-        )
-    yield from _limited(table, value["groups"], "groups")
+    yield from _groups(value["groups"], console)
     yield from _reasons(value["skipped"])
     yield from _programs(value["programs"])
     yield from _fits(value["fits"])
     yield _checks(value["verification"], value["budget"]["max_drop"])
     if value["notes"]:
         yield Text("\n".join(f"note: {note}" for note in value["notes"]))
+
+
+def _plan(value: Document, console: Console) -> Iterator[RenderableType]:
+    output = value["output"]["path"] or "(a dry run: nothing is written)"
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
+    yield _costs(value["before"], value["predicted"], value["budget"])
+    yield from _groups(value["groups"], console)
+    yield from _reasons(value["skipped"])
+    yield from _programs(value["programs"])
+    if value["notes"]:
+        yield Text("\n".join(f"note: {note}" for note in value["notes"]))
+
+
+def _groups(groups: Sequence[Document], console: Console) -> Iterator[RenderableType]:
+    table = _table("group", ">units", ">kept", "share kept", ">scores")
+    for group in groups[:_ROWS]:
+        scores = group["score"]
+        table.add_row(
+            _cell(group["name"]),
+            f"{group['units']:,}",
+            f"{group['kept']:,}",
+            _bar(group["level"], console),
+            "-" if scores["min"] is None else f"{_number(scores['min'])} .. {_number(scores['max'])}",
+        )
+    yield from _limited(table, groups, "groups")
 
 
 def _score(value: Document, _: Console) -> Iterator[RenderableType]:
@@ -148,6 +164,7 @@ def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
 
 _DRAW = {
     "after": _prune,
+    "predicted": _plan,
     "method": _score,
     "groups": _inspect,
     "pruned": _verify,
@@ -193,7 +210,7 @@ def _programs(programs: Sequence[Document]) -> Iterator[RenderableType]:
             program["solver"],
             _cell(f"{program['status']}, {limit} limit" if limit else program["status"]),
             _percent(program["gap"], digits=2),
-            f"{program['seconds']:.2f}",
+            "-" if program["seconds"] is None else f"{program['seconds']:.2f}",
             f"{program['variables']:,}",
             f"{program['rows']:,}",
             _cell("-" if binding is None else ", ".join(binding) or "nothing"),

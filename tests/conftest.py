@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# A test starts from nothing, and leaves nothing behind.
+os.environ["ONNX_OAMIP_CACHE"] = "off"
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
 

@@ -24,9 +24,11 @@ TIERS: tuple[tuple[str, ...], ...] = (
         "region", "formulation", "solving",
     ),
     ("importance",),
-    ("budget", "plan"),
+    ("budget", "allocation", "planfile"),
     ("rewrite", "refit", "constants", "verify", "profiling", "sensitivity", "benchmark", "report"),
+    ("cache",),
     ("search", "scoring"),
+    ("prepare",),
     ("pipeline",),
     ("tables",),
     ("cli",),
@@ -49,7 +51,9 @@ HOMES = {
     "highspy": ("solvers/highs.py",),
     "click": ("cli.py", "cli/*.py"),
     "rich": ("report.py", "tables.py", "cli.py", "cli/*.py"),
-    "pydantic": ("settings.py",),
+    "pydantic": ("settings.py", "planfile.py"),
+    "yaml": ("planfile.py",),
+    "platformdirs": ("cache.py",),
 }
 LINES = 400
 

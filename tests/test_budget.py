@@ -20,12 +20,12 @@ from scipy.sparse import csr_array
 
 from onnx_oamip import budget, cost, rewrite, solvers
 from onnx_oamip import model as models
+from onnx_oamip.allocation import best_units
 from onnx_oamip.budget import Ladder, LinearisedLimit, choose
 from onnx_oamip.cost import Ledger, Products, full_widths
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import BudgetNotMet
 from onnx_oamip.milp.products import reduce
-from onnx_oamip.plan import best_units
 from onnx_oamip.records import Coupling, Ints, Model
 from onnx_oamip.solvers import Limits as SolverLimits
 from onnx_oamip.solvers import Solution, Termination

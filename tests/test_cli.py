@@ -30,7 +30,7 @@ from onnx_oamip.latency import Ratio
 from onnx_oamip.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("inspect", "prune", "score", "verify", "bench", "ops", "solvers")
+COMMANDS = ("inspect", "prune", "score", "plan", "apply", "verify", "bench", "ops", "solvers", "config")
 SIDES = ("macs", "params", "bytes")
 PRUNE_KEYS = {
     "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "fits",
@@ -442,14 +442,15 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
     options = (
         "--params 0.9 --size 95% --latency 100% --max-drop 99 --importance l2 --allocate mip --refit none --align 4 "
         "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
-        "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3"
+        "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3 "
+        "--cache off"
     )
     expected = {
         "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "latency": 1.0, "max_drop": 99.0,
         "importance": "l2", "allocate": "mip", "refit": "none", "align": 4, "floor": 0.1, "exclude": ("second",),
         "solver": "highs", "time_limit": 5.0, "workers": 1, "force": True, "device": "cpu", "seed": 3, "batch_size": 8,
         "mode": "joint", "formulation": "paper", "loss_weight": 2.0, "score_budget": 0.4, "relax": True,
-        "images_per_class": 3,
+        "images_per_class": 3, "cache": "off",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onnx_oamip.pipeline.prune", lambda *a, **_: seen.append(a[3]) or refuse())

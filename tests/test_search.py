@@ -13,15 +13,15 @@ import pytest
 from conftest import MODELS
 from graphs import CNN, RESIDUAL, build, constants, load, samples
 
-from onnx_oamip import budget, cost, data, pipeline, plan, refit, rewrite, search
+from onnx_oamip import allocation, budget, cost, data, pipeline, refit, rewrite, search
 from onnx_oamip import model as models
+from onnx_oamip.allocation import best_units
 from onnx_oamip.budget import Ladder
 from onnx_oamip.cost import Products, full_widths
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import BudgetNotMet
-from onnx_oamip.plan import best_units
 from onnx_oamip.profiling import Table
-from onnx_oamip.records import Array, Coupling, Floats, Ints, Model, Verification
+from onnx_oamip.records import Array, Coupling, Floats, Ints, Model, Plan, Verification
 from onnx_oamip.runtime import Session
 from onnx_oamip.search import Attempt, Prepared, drop, interpolate, rungs
 from onnx_oamip.sensitivity import Sensitivity
@@ -156,7 +156,7 @@ def test_budgets_hold_in_the_model(name: str, budgets: dict[str, float], monkeyp
 # ------------------------------------------------------------------------------------------------ against enumeration
 
 
-def _enumerate(ready: Prepared, ladder: Ladder, limit: plan.Limits) -> float:
+def _enumerate(ready: Prepared, ladder: Ladder, limit: allocation.Limits) -> float:
     best = np.inf
     for levels in itertools.product(*(range(len(w)) for w in ladder.widths)):
         widths = np.asarray([w[i] for w, i in zip(ladder.widths, levels, strict=True)])
@@ -181,7 +181,7 @@ def test_resnet20_cut_down_matches_enumeration(limits: dict[str, float]) -> None
         c[np.searchsorted(w, mine)] for w, c, mine in zip(ready.ladder.widths, ready.ladder.cost, widths, strict=True)
     ]
     ladder = Ladder(tuple(widths), tuple(losses))
-    limit = plan.limits(settings(**limits).budget, ready.before, 0)
+    limit = allocation.limits(settings(**limits).budget, ready.before, 0)
     best = _enumerate(ready, ladder, limit)
     assert 0 < best < np.inf
     found = budget.choose(ready.ledger, ladder, limit, (), "auto", SolverLimits(time_s=60.0, gap=0.0))
@@ -197,7 +197,7 @@ def test_the_program_beats_equal_shares() -> None:
     """By its own measure, at the same MACs: that is what it is for."""
     ready = prepared("lenet5-mnist")
     assert ready.ladder is not None
-    limit = plan.limits(settings(macs=0.3).budget, ready.before, 0)
+    limit = allocation.limits(settings(macs=0.3).budget, ready.before, 0)
 
     def loss(widths: Ints) -> float:
         assert ready.ladder is not None
@@ -243,15 +243,15 @@ def test_rungs(step: int, floor: float) -> None:
 # --------------------------------------------------------------------------------------- alignment, floor, threshold
 
 
-def _plan(ready: Prepared, **values: object) -> plan.Plan:
+def _plan(ready: Prepared, **values: object) -> Plan:
     """Plan alone, on a ladder for these settings (the measured losses at the widths it has)."""
     asked_ = asked(ready, **values)
     assert ready.ladder is not None
-    steps = plan.steps(ready.model, ready.coupling, asked_.settings.align, "cpu")
+    steps = allocation.steps(ready.model, ready.coupling, asked_.settings.align, "cpu")
     measured = tuple(Sensitivity(w, c) for w, c in zip(ready.ladder.widths, ready.ladder.cost, strict=True))
     ladder = rungs(ready.coupling, measured, steps, asked_.settings.floor)
     asked_ = replace(asked_, steps=steps, ladder=ladder)
-    return search.allocate(asked_, plan.limits(asked_.settings.budget, ready.before, 0))
+    return search.allocate(asked_, allocation.limits(asked_.settings.budget, ready.before, 0))
 
 
 @pytest.mark.parametrize("align", [4, 8])

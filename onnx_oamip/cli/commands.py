@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from .. import __version__
+from .config import config
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
 from .options import seconds as positive
-from .prune import prune
+from .prune import apply, plan, prune
 from .score import score
 from .terminal import Progress, show
 
@@ -50,6 +51,8 @@ def inspect(model: Path, as_json: bool) -> None:
 
 cli.add_command(prune)
 cli.add_command(score)
+cli.add_command(plan)
+cli.add_command(apply)
 
 
 @cli.command()
@@ -156,3 +159,6 @@ def solvers(as_json: bool) -> None:
     from .. import solvers as backends
 
     show(report.solvers(backends.available()), as_json)
+
+
+cli.add_command(config)

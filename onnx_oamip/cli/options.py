@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ..errors import OutputError, SettingsError
+
 MODEL = click.Path(path_type=Path)
 DATA = "FILE|MODULE:FUNCTION"
+POINTS = click.FloatRange(0, 100, max_open=True)
 
 
 def share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
@@ -77,6 +81,9 @@ class MethodOption(click.Option):
         return super().get_help_record(ctx)
 
 
+importance_option = click.option(
+    "--importance", cls=MethodOption, callback=method, default="obs", show_default=True, metavar="NAME"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, no tables.")
 device_option = click.option(
     "--device",
@@ -108,6 +115,17 @@ refit_option = click.option(
     show_default=True,
     help="How the rest makes up for what went: by weights fitted anew to the original outputs, by the mean folded into "
     "the biases of what follows, or not at all. The scores of oamip and measured losses count on it.",
+)
+cache_option = click.option(
+    "--cache",
+    default="auto",
+    show_default=True,
+    metavar="DIR|auto|off",
+    help="Where to keep what was found out about a model and its data, so that another budget starts from it; auto is "
+    "$ONNX_OAMIP_CACHE, or else the user's cache folder.",
+)
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr."
 )
 workers_option = click.option(
     "--workers",
@@ -181,3 +199,105 @@ def importance_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+eval_option = click.option(
+    "--eval-data",
+    metavar=DATA,
+    help="Samples to measure the result on, in the same form. Default: the keys of --data that start with 'eval.', "
+    "or else a fifth of --data, held out from calibration.",
+)
+
+
+def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What to keep, how units are judged and how a budget is spread, for every command that plans."""
+    options = (
+        click.option(
+            "--macs", callback=share, metavar="R", help="Share of the multiply-accumulates to keep, as 0.5 or 50%."
+        ),
+        click.option("--params", callback=share, metavar="R", help="Share of the parameters to keep, as 0.5 or 50%."),
+        click.option("--size", callback=share, metavar="R", help="Share of the file's bytes to keep, as 0.5 or 50%."),
+        click.option(
+            "--latency",
+            callback=share,
+            metavar="R",
+            help="Share of the latency to keep, as 0.5 or 50%: measured on the device, one sample at a time. Needs "
+            "--allocate mip.",
+        ),
+        click.option(
+            "--max-drop",
+            type=POINTS,
+            metavar="P",
+            help="Find the fewest multiply-accumulates that lose at most P points on the evaluation samples: of "
+            "accuracy, or without labels of agreement with the original.",
+        ),
+        click.option(
+            "--threshold",
+            type=float,
+            metavar="T",
+            help="Remove every unit whose score is below T, in the units of the chosen importance.",
+        ),
+        importance_option,
+        click.option(
+            "--scores",
+            type=MODEL,
+            metavar="S.npz",
+            help="Take the scores that the score command wrote for this model, in place of --importance.",
+        ),
+        click.option(
+            "--allocate",
+            type=click.Choice(["mip", "global", "uniform"]),
+            default="mip",
+            show_default=True,
+            help="How a budget is spread: by a mixed-integer program over measured losses, by the lowest scores "
+            "wherever they are, or as the same share of every group.",
+        ),
+        refit_option,
+        click.option(
+            "--align",
+            callback=alignment,
+            default="auto",
+            show_default=True,
+            metavar="auto|N",
+            help="Keep channels in multiples of N where a group has that many; auto takes the step that was measured "
+            "to pay on the device, for convolutions.",
+        ),
+        click.option(
+            "--floor",
+            callback=floor,
+            default="0",
+            show_default=True,
+            metavar="R",
+            help="Least share to keep of every group, as 0.1 or 10%.",
+        ),
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave alone what matches this shell pattern, such as 'conv1*'; may be given more than once.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def check_paths(output: Path, inputs: Mapping[str, Path | str | None]) -> None:
+    """Raises OutputError where the output is one of the files that are read; names say how each was given."""
+    for name, source in inputs.items():
+        if source is not None and _same_file(output, source):
+            raise OutputError(f"{output} is {name} itself; give -o another path.")
+
+
+def _same_file(a: Path, b: Path | str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return os.path.abspath(a) == os.path.abspath(b)
+
+
+def check_scores(ctx: click.Context, scores: Path | None) -> None:
+    """Raises SettingsError where scores are given and an importance is asked for."""
+    asked = ctx.get_parameter_source("importance")
+    if scores is not None and asked is click.core.ParameterSource.COMMANDLINE:
+        raise SettingsError("--scores says already how units are scored; leave out --importance.")

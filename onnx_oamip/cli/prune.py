@@ -1,130 +1,75 @@
-"""The ``prune`` command and its options."""
+"""The commands ``prune``, ``plan`` and ``apply``: all at once, or what to remove and its removal one by one."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import OutputError, SettingsError
+from .config import config_option
 from .options import (
     DATA,
     MODEL,
-    MethodOption,
-    alignment,
     batch_size_option,
+    budget_options,
+    cache_option,
+    check_paths,
+    check_scores,
     device_option,
-    floor,
+    eval_option,
     importance_options,
     json_option,
-    method,
-    refit_option,
+    quiet_option,
     seed_option,
-    share,
     solver_option,
     time_limit_option,
     workers_option,
 )
 from .terminal import Progress, show
 
-POINTS = click.FloatRange(0, 100, max_open=True)
-
-
-@click.command()
-@click.argument("model", type=MODEL)
-@click.option(
+data_option = click.option(
     "--data",
     metavar=DATA,
     help="Calibration samples: an .npz or .npy file with arrays by input name, or a function that yields feeds. "
     "Only --importance l1, l2 or random with --allocate uniform or global and --refit none does without.",
 )
-@click.option(
-    "--eval-data",
-    metavar=DATA,
-    help="Samples to measure the result on, in the same form. Default: the keys of --data that start with 'eval.', "
-    "or else a fifth of --data, held out from calibration.",
+force_option = click.option(
+    "--force", is_flag=True, help="Write the model even where it was measured slower than the original."
 )
-@click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.onnx", help="Where the pruned model goes.")
-@click.option("--macs", callback=share, metavar="R", help="Share of the multiply-accumulates to keep, as 0.5 or 50%.")
-@click.option("--params", callback=share, metavar="R", help="Share of the parameters to keep, as 0.5 or 50%.")
-@click.option("--size", callback=share, metavar="R", help="Share of the file's bytes to keep, as 0.5 or 50%.")
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@data_option
+@eval_option
 @click.option(
-    "--latency",
-    callback=share,
-    metavar="R",
-    help="Share of the latency to keep, as 0.5 or 50%: measured on the device, one sample at a time. Needs "
-    "--allocate mip.",
+    "-o", "--output", type=MODEL, metavar="OUT.onnx", help="Where the pruned model goes; only --dry-run does without."
 )
-@click.option(
-    "--max-drop",
-    type=POINTS,
-    metavar="P",
-    help="Find the fewest multiply-accumulates that lose at most P points on the evaluation samples: of accuracy, or "
-    "without labels of agreement with the original.",
-)
-@click.option(
-    "--threshold",
-    type=float,
-    metavar="T",
-    help="Remove every unit whose score is below T, in the units of the chosen importance.",
-)
-@click.option("--importance", cls=MethodOption, callback=method, default="obs", show_default=True, metavar="NAME")
-@click.option(
-    "--scores",
-    type=MODEL,
-    metavar="S.npz",
-    help="Take the scores that the score command wrote for this model, in place of --importance.",
-)
-@click.option(
-    "--allocate",
-    type=click.Choice(["mip", "global", "uniform"]),
-    default="mip",
-    show_default=True,
-    help="How a budget is spread: by a mixed-integer program over measured losses, by the lowest scores wherever they "
-    "are, or as the same share of every group.",
-)
-@refit_option
-@click.option(
-    "--align",
-    callback=alignment,
-    default="auto",
-    show_default=True,
-    metavar="auto|N",
-    help="Keep channels in multiples of N where a group has that many; auto takes the step that was measured to pay on "
-    "the device, for convolutions.",
-)
-@click.option(
-    "--floor",
-    callback=floor,
-    default="0",
-    show_default=True,
-    metavar="R",
-    help="Least share to keep of every group, as 0.1 or 10%.",
-)
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave alone what matches this shell pattern, such as 'conv1*'; may be given more than once.",
-)
+@budget_options
 @importance_options
 @solver_option
 @time_limit_option
 @workers_option
-@click.option("--force", is_flag=True, help="Write the model even where it was measured slower than the original.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed; write nothing but the cache.")
+@force_option
 @device_option
 @seed_option
 @batch_size_option
+@cache_option
+@config_option
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr.")
+@quiet_option
+@click.pass_context
 def prune(
+    ctx: click.Context,
+    /,
     model: Path,
     data: str | None,
     eval_data: str | None,
-    output: Path,
+    output: Path | None,
     scores: Path | None,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
     **choices: Any,
@@ -137,22 +82,111 @@ def prune(
     from .. import pipeline, report
     from ..settings import Settings
 
-    inputs = {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores}
-    for name, source in inputs.items():
-        if source is not None and _same_file(output, source):
-            raise OutputError(f"{output} is {name} itself; give -o another path.")
-    asked = click.get_current_context().get_parameter_source("importance")
-    if scores is not None and asked is click.core.ParameterSource.COMMANDLINE:
-        raise SettingsError("--scores says already how units are scored; leave out --importance.")
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    if output is not None:
+        check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
+    check_scores(ctx, scores)
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
-        result = pipeline.prune(model, data, output, settings, eval_data, progress, scores)
+        if dry_run:
+            document = report.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
+        else:
+            document = report.document(pipeline.prune(model, data, output, settings, eval_data, progress, scores))
     if as_json or not quiet:
-        show(report.document(result), as_json)
+        show(document, as_json)
 
 
-def _same_file(a: Path, b: Path | str) -> bool:
-    try:
-        return os.path.samefile(a, b)
-    except OSError:
-        return os.path.abspath(a) == os.path.abspath(b)
+@click.command()
+@click.argument("model", type=MODEL)
+@data_option
+@eval_option
+@click.option("-o", "--output", type=MODEL, required=True, metavar="P.json", help="Where the plan goes.")
+@budget_options
+@importance_options
+@solver_option
+@time_limit_option
+@workers_option
+@device_option
+@seed_option
+@batch_size_option
+@cache_option
+@config_option
+@json_option
+@quiet_option
+@click.pass_context
+def plan(
+    ctx: click.Context,
+    /,
+    model: Path,
+    data: str | None,
+    eval_data: str | None,
+    output: Path,
+    scores: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
+) -> None:
+    """Write to P.json which units of MODEL prune would remove, for apply.
+
+    The file is made to be read and edited: every group with the units that stay, and what could not be removed with
+    the reason.
+    """
+    from .. import pipeline, report
+    from ..settings import Settings
+
+    check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
+    check_scores(ctx, scores)
+    settings = Settings.create(**choices)
+    with Progress(quiet) as progress:
+        found = pipeline.plan(model, data, output, settings, eval_data, progress, scores)
+    if as_json or not quiet:
+        show(report.planning(found), as_json)
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_file", type=MODEL, required=True, metavar="P.json", help="What stays, as plan wrote it.")
+@click.option(
+    "--data",
+    metavar=DATA,
+    help="Calibration samples, as for prune. Only a plan made with --refit none does without.",
+)
+@eval_option
+@click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.onnx", help="Where the pruned model goes.")
+@click.option(
+    "--refit",
+    type=click.Choice(["least-squares", "bias", "none"]),
+    help="As for prune. Default: as the plan was made with.",
+)
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="As for prune. Default: that of the plan.")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="As for prune. Default: that of the plan.")
+@force_option
+@device_option
+@cache_option
+@config_option
+@json_option
+@quiet_option
+def apply(
+    model: Path,
+    plan_file: Path,
+    data: str | None,
+    eval_data: str | None,
+    output: Path,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
+) -> None:
+    """Remove from MODEL what a plan says, refit what stays, and write OUT.onnx if every check holds.
+
+    With the data that the plan was made with this gives the very model that prune writes. A plan that was edited is
+    carried out as it stands; one made for another model of the same names or the same graph can be applied too.
+    """
+    from .. import pipeline, report
+
+    check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file})
+    changes = {name: value for name, value in choices.items() if value is not None}
+    with Progress(quiet) as progress:
+        found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress)
+    if as_json or not quiet:
+        show(report.document(found), as_json)

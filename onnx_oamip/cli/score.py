@@ -7,15 +7,17 @@ from typing import Any
 
 import click
 
+from .config import config_option
 from .options import (
     DATA,
     MODEL,
-    MethodOption,
     batch_size_option,
+    cache_option,
     device_option,
+    importance_option,
     importance_options,
     json_option,
-    method,
+    quiet_option,
     refit_option,
     seed_option,
     solver_option,
@@ -33,7 +35,7 @@ from .terminal import Progress, show
     help="Calibration samples, as for prune. Only --importance l1, l2 or random does without.",
 )
 @click.option("-o", "--output", type=MODEL, required=True, metavar="S.npz", help="Where the scores go.")
-@click.option("--importance", cls=MethodOption, callback=method, default="obs", show_default=True, metavar="NAME")
+@importance_option
 @click.option(
     "--exclude",
     multiple=True,
@@ -48,8 +50,10 @@ from .terminal import Progress, show
 @device_option
 @seed_option
 @batch_size_option
+@cache_option
+@config_option
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr.")
+@quiet_option
 def score(model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any) -> None:
     """Write the importance of every unit of MODEL to S.npz, for prune --scores.
 

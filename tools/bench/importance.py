@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_oamip import cost, pipeline, plan, search, verify
+from onnx_oamip import allocation, cost, pipeline, search, verify
 from onnx_oamip.records import Plan
 from onnx_oamip.runtime import Session
 from onnx_oamip.settings import Settings
@@ -40,7 +40,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                 full = cost.full_widths(ready.coupling)
                 for share in SHARES:
                     widths = np.maximum(1, np.round(share * full)).astype(np.int64)
-                    keep = plan.best_units(ready.coupling, ready.scores.values, widths)
+                    keep = allocation.best_units(ready.coupling, ready.scores.values, widths)
                     chosen = Plan(keep, widths, "uniform", replace(ready.before))
                     cut = search.carry_out(ready, chosen)
                     after = Session(cut.pruned.proto, ready.device)

@@ -14,10 +14,10 @@ import onnx
 from onnx_oamip import cost, images, scoring
 from onnx_oamip import data as feeds
 from onnx_oamip import model as models
+from onnx_oamip.allocation import best_units
 from onnx_oamip.constants import fold_constants
 from onnx_oamip.coupling import couple
 from onnx_oamip.importance import METHODS
-from onnx_oamip.plan import best_units
 from onnx_oamip.records import Array, Coupling, Floats, Images, Ints, Model, Scores, Statistics
 from onnx_oamip.refit import least_squares
 from onnx_oamip.rewrite import cut

@@ -9,7 +9,7 @@ import pytest
 from conftest import MODELS
 from graphs import NETS, build, load
 
-from onnx_oamip import cost, plan, rewrite
+from onnx_oamip import allocation, cost, rewrite
 from onnx_oamip import model as models
 from onnx_oamip.coupling import couple, exclude
 from onnx_oamip.errors import BudgetNotMet, SettingsError
@@ -53,9 +53,9 @@ def _plan(model: Model, coupling: Coupling, values: Floats | None = None, reserv
     asked = Settings.create(**{"allocate": "uniform", "align": 1, "importance": "l2", "refit": "none", **settings})
     ledger = cost.ledger(model, coupling)
     scores = METHODS["l2"].score(model, coupling, None, asked) if values is None else Scores("given", values)
-    limit = plan.limits(asked.budget, ledger.cost(cost.full_widths(coupling)), reserve)
-    steps = plan.steps(model, coupling, asked.align, "cpu")
-    return plan.allocate(coupling, ledger, scores, limit, asked, steps)
+    limit = allocation.limits(asked.budget, ledger.cost(cost.full_widths(coupling)), reserve)
+    steps = allocation.steps(model, coupling, asked.align, "cpu")
+    return allocation.allocate(coupling, ledger, scores, limit, asked, steps)
 
 
 def _full(model: Model, coupling: Coupling) -> tuple[int, int, int]:
@@ -281,7 +281,7 @@ def test_a_unit_of_several_channels_needs_fewer_of_itself(tmp_path: Path) -> Non
     # Slots behind the grouped convolution hold two channels everywhere: a step of 4 channels is two of them, of 3
     # channels three. Those in front hold one column of its weight, which is to be aligned as well.
     for align, step in ((1, 1), (2, 1), (3, 3), (4, 2), (6, 3), (8, 4)):
-        assert plan.steps(model, coupling, align, "cpu").tolist() == [align, step]
+        assert allocation.steps(model, coupling, align, "cpu").tolist() == [align, step]
 
 
 def test_alignment_beyond_a_group_keeps_it_whole(tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""What a run learnt about a model and its data, kept by content: pruning again at another budget starts from it.
+
+An entry is named by a digest of everything it depends on: the model file, the data, the settings that matter, the
+device, and the code itself. So nothing ever has to be declared stale; entries that were not used for longest go when
+the folder grows over its limit. Entries hold plain arrays and are written whole or not at all; one that cannot be read
+counts as missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache as once
+from importlib import metadata
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from platformdirs import user_cache_path
+
+from .artefacts import write_bytes
+from .data import Samples
+from .errors import OutputError
+from .records import Array, Gram, Model, Moments, Scores
+from .sensitivity import Sensitivity
+
+T = TypeVar("T")
+VARIABLE = "ONNX_OAMIP_CACHE"
+"""Environment variable: the folder, or ``off``. The flag and the configuration file win over it."""
+LIMIT = 2 << 30
+"""Bytes that all entries may take together."""
+LARGEST = LIMIT // 2
+"""Bytes above which one entry is not kept."""
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """One kind of entry: how it becomes arrays by name, and back."""
+
+    name: str
+    pack: Callable[[T], Mapping[str, Array]]
+    unpack: Callable[[Mapping[str, Array]], T]
+
+
+@dataclass
+class Store:
+    """A folder of entries (None: nothing is kept). ``taken`` lists the kinds that were found."""
+
+    folder: Path | None = None
+    taken: list[str] = field(default_factory=list)
+
+    def keep(self, kind: Kind[T], depends: Mapping[str, Any], make: Callable[[], T]) -> T:
+        """The entry for what it ``depends`` on (plain values); made and written where it is not there."""
+        if self.folder is None:
+            return make()
+        text = json.dumps({**depends, "code": _code(), "host": _host()}, sort_keys=True, default=str)
+        path = self.folder / f"{kind.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+        found = _read(path)
+        if found is not None:
+            with contextlib.suppress(KeyError, ValueError, TypeError):  # written by hand, or cut short
+                value = kind.unpack(found)
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+                self.taken.append(kind.name)
+                return value
+        value = make()
+        self._write(path, kind.pack(value))
+        return value
+
+    def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
+        if sum(a.nbytes for a in arrays.values()) > LARGEST:
+            return
+        stream = BytesIO()
+        np.savez(stream, **dict(arrays))  # type: ignore[arg-type]
+        # Whoever cleans up or fills the disk meanwhile costs the next run time, not this one its result.
+        with contextlib.suppress(OutputError):
+            write_bytes(stream.getvalue(), path)
+            self._shrink()
+
+    def _shrink(self) -> None:
+        assert self.folder is not None
+        with contextlib.suppress(OSError):
+            entries = [(p.stat(), p) for p in self.folder.glob("*.npz")]
+            total = 0
+            for about, path in sorted(entries, key=lambda entry: -entry[0].st_mtime):
+                total += about.st_size
+                if total > LIMIT:
+                    path.unlink(missing_ok=True)
+
+
+def open_store(where: str) -> Store:
+    """The cache at a folder, ``auto`` (the environment's, or the user's own) or ``off``.
+
+    Raises OutputError where a folder was asked for that cannot be written to; the user's own is then done without.
+    """
+    asked = where if where != "auto" else os.environ.get(VARIABLE) or "auto"
+    if asked == "off":
+        return Store()
+    folder = user_cache_path("onnx-oamip") if asked == "auto" else Path(asked)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if usable:
+        return Store(folder)
+    if asked == "auto":
+        return Store()
+    raise OutputError(f"the cache folder {folder} cannot be made or written to; choose another --cache, or off.")
+
+
+def identity(model: Model, samples: Samples) -> dict[str, Any]:
+    """What of a model and of data decides a statistic, as plain values."""
+    digest = hashlib.sha256()
+    for name in sorted(samples.arrays):
+        values = samples.arrays[name]
+        digest.update(f"{name} {values.dtype} {values.shape} {samples.scales.get(name)}".encode())
+        digest.update(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
+    if samples.labels is not None:
+        digest.update(np.ascontiguousarray(samples.labels).tobytes())
+    shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items())]
+    return {"model": model.sha256, "data": digest.hexdigest(), "shape": shape}
+
+
+@once
+def _code() -> str:
+    """Digest of this package's own sources: what other code has found is not taken."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "scipy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            digest.update(f"{name} {metadata.version(name)}".encode())
+    return digest.hexdigest()
+
+
+@once
+def _host() -> str:
+    return f"{platform.node()} {platform.machine()} {os.cpu_count()}"
+
+
+def _read(path: Path) -> dict[str, Array] | None:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
+        return None
+
+
+# -------------------------------------------------------------------------------------------------- kinds of entries
+
+
+def _text(value: Any) -> Array:
+    return np.asarray(json.dumps(value, default=_number), np.str_)
+
+
+def _number(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+
+
+def _pack_moments(found: Mapping[tuple[str, int], Moments]) -> dict[str, Array]:
+    index = [[tensor, axis, m.count] for (tensor, axis), m in found.items()]
+    arrays: dict[str, Array] = {"index": _text(index)}
+    for i, m in enumerate(found.values()):
+        arrays[f"mean{i}"], arrays[f"square{i}"] = m.mean, m.mean_square
+    return arrays
+
+
+def _unpack_moments(arrays: Mapping[str, Array]) -> dict[tuple[str, int], Moments]:
+    index = json.loads(str(arrays["index"]))
+    return {
+        (tensor, axis): Moments(arrays[f"mean{i}"], arrays[f"square{i}"], count)
+        for i, (tensor, axis, count) in enumerate(index)
+    }
+
+
+def _pack_grams(found: Mapping[str, Gram]) -> dict[str, Array]:
+    arrays: dict[str, Array] = {"index": _text([[name, g.taps, g.rows] for name, g in found.items()])}
+    for i, g in enumerate(found.values()):
+        arrays[f"matrix{i}"], arrays[f"mean{i}"], arrays[f"columns{i}"] = g.matrix, g.mean, g.columns
+    return arrays
+
+
+def _unpack_grams(arrays: Mapping[str, Array]) -> dict[str, Gram]:
+    index = json.loads(str(arrays["index"]))
+    return {
+        name: Gram(arrays[f"matrix{i}"], arrays[f"mean{i}"], arrays[f"columns{i}"], taps, rows)
+        for i, (name, taps, rows) in enumerate(index)
+    }
+
+
+def _pack_scores(found: Scores) -> dict[str, Array]:
+    about = {"method": found.method, "programs": found.programs, "notes": found.notes}
+    return {"values": found.values, "about": _text(about)}
+
+
+def _unpack_scores(arrays: Mapping[str, Array]) -> Scores:
+    about = json.loads(str(arrays["about"]))
+    return Scores(about["method"], arrays["values"], tuple(about["programs"]), tuple(about["notes"]))
+
+
+def _pack_losses(found: tuple[Sensitivity, ...]) -> dict[str, Array]:
+    arrays: dict[str, Array] = {"groups": np.asarray(len(found))}
+    for i, s in enumerate(found):
+        arrays[f"widths{i}"], arrays[f"loss{i}"] = s.widths, s.loss
+    return arrays
+
+
+def _unpack_losses(arrays: Mapping[str, Array]) -> tuple[Sensitivity, ...]:
+    return tuple(Sensitivity(arrays[f"widths{i}"], arrays[f"loss{i}"]) for i in range(int(arrays["groups"])))
+
+
+MOMENTS: Kind[Mapping[tuple[str, int], Moments]] = Kind("moments", _pack_moments, _unpack_moments)
+GRAMS: Kind[Mapping[str, Gram]] = Kind("grams", _pack_grams, _unpack_grams)
+SCORES: Kind[Scores] = Kind("scores", _pack_scores, _unpack_scores)
+LOSSES: Kind[tuple[Sensitivity, ...]] = Kind("losses", _pack_losses, _unpack_losses)
+STEPS: Kind[Array] = Kind("steps", lambda found: {"steps": found}, lambda arrays: arrays["steps"])

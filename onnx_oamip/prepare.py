@@ -1,0 +1,283 @@
+"""Everything up to the plan: what does not depend on the budget and can serve many of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache as once
+from typing import Any
+
+from . import allocation, artefacts, cache, calibrate, cost, data, scoring, search, sensitivity
+from . import model as models
+from .coupling import couple, exclude
+from .data import Samples
+from .errors import BudgetNotMet, DataError, SettingsError
+from .importance import METHODS, Method
+from .records import Array, Budget, Coupling, Model, Scores, Statistics
+from .runtime import resolve_device
+from .search import Prepared, Subject
+from .settings import Settings
+
+Source = str | os.PathLike[str] | Mapping[str, Array]
+BUDGETS = {"macs", "params", "size", "threshold", "latency", "max_drop"}
+_ELSEWHERE = BUDGETS | {"allocate", "align", "floor", "force", "workers", "cache", "exclude"}
+"""Settings that no score and no measured loss depends on, or that are told otherwise."""
+
+
+class Clock:
+    """Seconds by stage. A stage within another one counts for itself alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._book()
+        self._open.append(stage)
+        try:
+            yield
+        finally:
+            self._book()
+            self._open.pop()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    source: Source | None,
+    settings: Settings,
+    eval_data: Source | None = None,
+    progress: calibrate.Progress | None = None,
+    clock: Clock | None = None,
+    scores: str | os.PathLike[str] | None = None,
+) -> Prepared:
+    """Model, coupling, scores and measured losses: all that a plan is made from.
+
+    What an earlier run found out is taken from the cache. Raises OamipError for bad input.
+    """
+    clock = clock or Clock()
+    method = check(settings, source, scores is not None)
+    device = resolve_device(settings.device)
+    store = cache.open_store(settings.cache)
+    model, coupling, samples, held = load(path, source, eval_data, settings, clock)
+    given = None
+    if scores is not None:
+        given = artefacts.load_scores(scores, model, coupling)
+        method, settings = _scored_by(given, settings, source)
+    ledger = cost.ledger(model, coupling)
+    before = replace(ledger.cost(cost.full_widths(coupling)), bytes=model.file_bytes)
+    known = _known(model, samples, settings, device) if source is not None else {}
+
+    @once
+    def statistics() -> Statistics:
+        assert source is not None
+        grams = settings.allocate == "mip" or (given is None and method.needs_grams)
+        with clock("calibrate"):
+            return scoring.statistics(model, coupling, samples, device, settings, grams, progress, store, known)
+
+    with clock("score"):
+        needed = statistics if method.needs_data else lambda: None
+        found = given or _scores(store, known, model, coupling, needed, samples, device, settings, method, progress)
+    with clock("sensitivity"):
+        steps = store.keep(
+            cache.STEPS,
+            {"model": model.sha256, "align": settings.align, "device": device, "exclude": settings.exclude},
+            lambda: allocation.steps(model, coupling, settings.align, device),
+        )
+        ladder = None
+        if settings.allocate == "mip":
+            order = scoring.order(found, coupling)
+            feeds = [feed for _, feed in scoring.parts(samples)[1].batches(settings.batch_size)]
+            losses = store.keep(
+                cache.LOSSES,
+                {**known, "order": order.tolist(), "refit": settings.refit},
+                lambda: sensitivity.measure(
+                    model, coupling, statistics().grams, order, feeds, device, settings.workers, progress,
+                    settings.refit,
+                ),
+            )  # fmt: skip
+            ladder = search.rungs(coupling, losses, steps, settings.floor)
+    # What else is asked of the statistics depends on the refit alone.
+    moments = statistics() if source is not None and settings.refit == "bias" else None
+    return Prepared(
+        model, coupling, ledger, before, samples, held, moments, device, settings, found, steps, ladder,
+        tuple(dict.fromkeys(store.taken)),
+    )  # fmt: skip
+
+
+def subject(
+    path: str | os.PathLike[str],
+    source: Source | None,
+    settings: Settings,
+    eval_data: Source | None,
+    progress: calibrate.Progress | None,
+    clock: Clock,
+) -> Subject:
+    """A model and its data for a plan that is already made. Raises OamipError for bad input."""
+    if source is None and settings.refit != "none":
+        raise DataError(f"--refit {settings.refit} needs calibration data; give --data, or --refit none.")
+    device = resolve_device(settings.device)
+    store = cache.open_store(settings.cache)
+    model, coupling, samples, held = load(path, source, eval_data, settings, clock)
+    if source is None and search.folds_constants(settings):
+        raise DataError(f"what units removed by {settings.importance} leave behind is found by running; give --data.")
+    ledger = cost.ledger(model, coupling)
+    before = replace(ledger.cost(cost.full_widths(coupling)), bytes=model.file_bytes)
+    moments = None
+    if settings.refit == "bias":
+        known = _known(model, samples, settings, device)
+        with clock("calibrate"):
+            moments = scoring.statistics(model, coupling, samples, device, settings, False, progress, store, known)
+    return Subject(model, coupling, ledger, before, samples, held, moments, device, settings)
+
+
+def score(
+    path: str | os.PathLike[str],
+    source: Source | None,
+    settings: Settings,
+    progress: calibrate.Progress | None,
+    clock: Clock,
+) -> tuple[Model, Coupling, Scores, Samples, Samples | None, str]:
+    """(model, coupling, scores, calibration samples, evaluation samples, device): :func:`prepare` up to the scores."""
+    method = named(settings)
+    if source is None and method.needs_data:
+        raise DataError(f"--importance {settings.importance} needs calibration data; give --data.")
+    device = resolve_device(settings.device)
+    store = cache.open_store(settings.cache)
+    model, coupling, samples, held = load(path, source, None, settings, clock)
+    known = _known(model, samples, settings, device) if source is not None else {}
+
+    def statistics() -> Statistics | None:
+        if not method.needs_data:
+            return None
+        with clock("calibrate"):
+            return scoring.statistics(
+                model, coupling, samples, device, settings, method.needs_grams, progress, store, known
+            )
+
+    with clock("score"):
+        found = _scores(store, known, model, coupling, statistics, samples, device, settings, method, progress)
+    return model, coupling, found, samples, held, device
+
+
+def _scores(
+    store: cache.Store,
+    known: Mapping[str, Any],
+    model: Model,
+    coupling: Coupling,
+    statistics: Any,
+    samples: Samples,
+    device: str,
+    settings: Settings,
+    method: Method,
+    progress: calibrate.Progress | None,
+) -> Scores:
+    def make() -> Scores:
+        return scoring.scores(model, coupling, statistics(), samples, device, settings, method, progress)
+
+    if not method.needs_data:  # looking at weights alone costs less than looking up
+        return make()
+    return store.keep(cache.SCORES, {**settings.model_dump(mode="json", exclude=_ELSEWHERE), **known}, make)
+
+
+def _known(model: Model, samples: Samples, settings: Settings, device: str) -> dict[str, Any]:
+    """What every statistic depends on."""
+    return {
+        **cache.identity(model, samples),
+        "exclude": settings.exclude,
+        "device": device,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+    }
+
+
+def named(settings: Settings) -> Method:
+    """The importance method that was asked for. Raises SettingsError where there is none of that name."""
+    method = METHODS.get(settings.importance)
+    if method is None:
+        raise SettingsError(f"--importance '{settings.importance}' is unknown; choose one of {', '.join(METHODS)}.")
+    return method
+
+
+def check(settings: Settings, source: Source | None, scored: bool = False) -> Method:
+    """Settings that contradict each other or the data, before any work; ``scored``: there are scores already."""
+    method = named(settings)
+    if settings.budget == Budget():
+        raise SettingsError(
+            "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
+        )
+    if settings.latency is not None and settings.allocate != "mip":
+        raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
+    if source is None:
+        asks = {
+            f"--importance {settings.importance}": method.needs_data and not scored,
+            f"--allocate {settings.allocate}": settings.allocate == "mip",
+            "--max-drop": settings.max_drop is not None,
+            "--latency": settings.latency is not None,
+            f"--refit {settings.refit}": settings.refit != "none",
+        }
+        for what, needed in asks.items():
+            if needed:
+                raise DataError(
+                    f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform "
+                    "--refit none."
+                )
+    return method
+
+
+def load(
+    path: str | os.PathLike[str], source: Source | None, eval_data: Source | None, settings: Settings, clock: Clock
+) -> tuple[Model, Coupling, Samples, Samples | None]:
+    """The model at the data's shapes, what goes together in it, and (calibration, evaluation) samples."""
+    with clock("load"):
+        model = models.load(path)
+        samples, held = _samples(model, source, eval_data, settings.seed)
+        model = models.rebind(model, samples.bindings(model))
+    with clock("couple"):
+        coupling = exclude(model, couple(model), settings.exclude)
+        _something_free(model, coupling)
+    return model, coupling, samples, held
+
+
+def _scored_by(given: Scores, settings: Settings, source: Source | None) -> tuple[Method, Settings]:
+    """The method that made given scores, and the settings as if it had been asked for."""
+    settings = settings.model_copy(update={"importance": given.method})
+    method = named(settings)
+    if source is None and search.folds_constants(settings):
+        raise DataError(
+            f"what units removed by {given.method} leave behind is found by running the model; give --data."
+        )
+    return method, settings
+
+
+def _samples(
+    model: Model, source: Source | None, eval_data: Source | None, seed: int
+) -> tuple[Samples, Samples | None]:
+    """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""
+    held = data.load(eval_data, model) if eval_data is not None else None
+    if source is None:
+        return held or data.placeholder(model, seed), held
+    samples = data.load(source, model)
+    assert samples is not None
+    if held is None:
+        held = data.load(source, model, data.EVALUATION)
+    if held is None:
+        return data.hold_out(samples, seed)
+    return samples, held
+
+
+def _something_free(model: Model, coupling: Coupling) -> None:
+    if not coupling.n_units:
+        reasons = sorted((p.reason for p in coupling.pinned), key=lambda r: not r.startswith("--exclude"))
+        why = f", for example because {reasons[0]}" if reasons else ": it has no weights"
+        raise BudgetNotMet(f"no channel of {model.path} can be removed{why}; see 'onnx-oamip inspect'.")
