@@ -121,7 +121,9 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name in sorted(samples.arrays):
         values = samples.arrays[name]
-        digest.update(f"{name} {values.dtype} {values.shape} {samples.scales.get(name)}".encode())
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        for factor in samples.scales.get(name, ()):
+            digest.update(f"{factor.shape} {factor.tolist()}".encode())
         digest.update(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
     if samples.labels is not None:
         digest.update(np.ascontiguousarray(samples.labels).tobytes())

@@ -5,7 +5,8 @@ samples: an array of the input's rank is batched along axis 0, one of rank + 1 h
 integer array for a floating input must say what its codes mean: ``NAME.scale`` and optional ``NAME.offset`` give
 ``value * scale + offset``. Keys that start with ``eval.`` hold evaluation data in the same way.
 ``module:function`` names a callable that yields feeds (dicts by input name), or an object with ``get_next()`` as ONNX
-Runtime's CalibrationDataReader has it.
+Runtime's CalibrationDataReader has it. A folder of images and a Parquet file are read as ``Reading`` says
+(``pictures``, ``parquet``).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from . import parquet, pictures
 from .errors import DataError
-from .records import Array, Ints, Model, Port
+from .records import Array, Ints, Model, Port, Reading
 from .shapes import symbol
 
 EVALUATION = "eval."
@@ -41,7 +43,7 @@ class Samples:
     labels: Ints | None
     count: int
     whole: bool
-    scales: Mapping[str, tuple[float, float]]
+    scales: Mapping[str, tuple[Array, Array]]
     dtypes: Mapping[str, np.dtype[Any]]
     fixed_batch: int | None
     source: str
@@ -53,7 +55,7 @@ class Samples:
             value = stored[int(index[0])] if self.whole else stored[index]
             if name in self.scales:
                 scale, offset = self.scales[name]
-                value = value.astype(np.float32) * np.float32(scale) + np.float32(offset)
+                value = value.astype(np.float32) * scale + offset
             feed[name] = np.asarray(value, self.dtypes[name], order="C")
         return feed
 
@@ -90,16 +92,24 @@ class Samples:
         return bound
 
 
-def load(source: str | os.PathLike[str] | Mapping[str, Array], model: Model, prefix: str = "") -> Samples | None:
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Array],
+    model: Model,
+    prefix: str = "",
+    reading: Reading | None = None,
+) -> Samples | None:
     """Read data and check it against the model's inputs.
 
-    ``prefix`` picks the keys of a part (``eval.``); None is returned where the source has no such part. Raises
-    DataError with one sentence: what was found, where, what was expected.
+    ``prefix`` picks the keys of a part (``eval.``); None is returned where the source has no such part. ``reading``
+    says how images and tables are read. Raises DataError with one sentence: what was found, where, what was expected.
     """
     if isinstance(source, Mapping):
         found, where = dict(source), "the data"
     else:
-        found, where = _read(os.fspath(source), model)
+        path = Path(source)
+        if prefix == EVALUATION and (path.is_dir() or path.suffix == ".parquet"):
+            return None
+        found, where = _read(os.fspath(source), model, reading or Reading())
     part = {k.removeprefix(EVALUATION): v for k, v in found.items() if k.startswith(EVALUATION)}
     if prefix == EVALUATION:
         if not part:
@@ -112,20 +122,34 @@ def load(source: str | os.PathLike[str] | Mapping[str, Array], model: Model, pre
     return _check(found, model, where)
 
 
-def _read(source: str, model: Model) -> tuple[dict[str, Array], str]:
+_FORMS = "an .npz, .npy or .parquet file, a folder of images, or module:function"
+
+
+def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Array], str]:
     path = Path(source)
     if path.is_dir():
-        raise DataError(f"{source} is a folder; give an .npz or .npy file, or module:function.")
+        if len(model.inputs) != 1:
+            names = ", ".join(p.name for p in model.inputs)
+            raise DataError(f"{source} is a folder of images, but the model has the inputs {names}; give an .npz.")
+        port = model.inputs[0]
+        codes, labels, where = pictures.folder(path, port, reading)
+        scale, offset = pictures.affine(port, reading, where)
+        found = {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
+        return {**found, **({} if labels is None else {LABELS: labels})}, where
+    if path.suffix == ".parquet":
+        if not path.exists():
+            raise DataError(f"{source}: no such data file; give {_FORMS}.")
+        return parquet.load(path, model, reading), source
     if path.exists() or path.suffix in {".npz", ".npy"}:
         return _read_numpy(path, model), str(path)
     if ":" in source:
         return _read_callable(source), source
-    raise DataError(f"{source}: no such data file; give an .npz or .npy file, or module:function.")
+    raise DataError(f"{source}: no such data file; give {_FORMS}.")
 
 
 def _read_numpy(path: Path, model: Model) -> dict[str, Array]:
     if not path.exists():
-        raise DataError(f"{path}: no such data file; give an .npz or .npy file, or module:function.")
+        raise DataError(f"{path}: no such data file; give {_FORMS}.")
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -190,11 +214,12 @@ def _check(found: dict[str, Array], model: Model, where: str) -> Samples:
     arrays, scales, dtypes, ranks = {}, {}, {}, set()
     for port in model.inputs:
         array = found[port.name]
-        scale = _scalar(found, f"{port.name}.scale", where)
-        offset = _scalar(found, f"{port.name}.offset", where)
+        scale = _factor(found, f"{port.name}.scale", array, port, where)
+        offset = _factor(found, f"{port.name}.offset", array, port, where)
         arrays[port.name] = _check_array(array, port, scale is not None or offset is not None, where)
         if scale is not None or offset is not None:
-            scales[port.name] = (1.0 if scale is None else scale, offset or 0.0)
+            one, nothing = np.ones((), np.float32), np.zeros((), np.float32)
+            scales[port.name] = (one if scale is None else scale, nothing if offset is None else offset)
         dtypes[port.name] = port.dtype
         ranks.add(array.ndim - len(port.dims))
     if len(ranks) > 1:
@@ -216,13 +241,37 @@ def _check(found: dict[str, Array], model: Model, where: str) -> Samples:
     return Samples(arrays, labels, count, whole, scales, dtypes, fixed, where)
 
 
-def _scalar(found: Mapping[str, Array], key: str, where: str) -> float | None:
+def _factor(found: Mapping[str, Array], key: str, array: Array, port: Port, where: str) -> Array | None:
+    """A scale or an offset: one number, or numbers that meet a sample's channels as numpy broadcasts them."""
     if key not in found:
         return None
     value = np.asarray(found[key])
-    if value.size != 1 or not np.issubdtype(value.dtype, np.number) or not np.isfinite(value).all():
-        raise DataError(f"{where}: '{key}' must be one finite number.")
-    return float(value.reshape(-1)[0])
+    if not np.issubdtype(value.dtype, np.number) or value.dtype.kind == "c" or not np.isfinite(value).all():
+        raise DataError(f"{where}: '{key}' must hold finite numbers.")
+    value = value.astype(np.float32)
+    if value.size == 1:
+        return np.asarray(value.reshape(()), np.float32)
+    sample = array.shape[array.ndim - len(port.dims) + 1 :]
+    if value.ndim > len(sample) or any(a not in (1, b) for a, b in zip(value.shape[::-1], sample[::-1], strict=False)):
+        raise DataError(
+            f"{where}: '{key}' has shape {value.shape}, which does not broadcast to a sample's {sample}; give one "
+            "number, or one for every channel as (C, 1, 1)."
+        )
+    return value
+
+
+_LAYOUTS = ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1), (0, 4, 1, 2, 3), (0, 2, 3, 4, 1))
+"""Channels last to channels first and back."""
+
+
+def _moved(array: Array, order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(array.shape[a] for a in order)
+
+
+def _fits(shape: tuple[int, ...], dims: tuple[int | str | None, ...]) -> bool:
+    """The shape has every length that is fixed."""
+    pairs = zip(shape, dims, strict=True)
+    return all(not isinstance(want, int) or want <= 0 or have == want for have, want in pairs)
 
 
 def _expected(port: Port) -> str:
@@ -236,17 +285,24 @@ def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
         raise DataError(f"{label} holds Python objects; expected {_expected(port)}.")
     ok = np.issubdtype(array.dtype, np.number) if scaled else array.dtype == port.dtype
     if not ok:
-        hint = f"; convert it, or say how to with '{port.name}.scale'" if array.dtype.kind in "iu" else "; convert it"
+        hint = f"; convert it with array.astype('{port.dtype}')"
+        if array.dtype.kind in "iu":
+            hint += f", or say what its codes mean with '{port.name}.scale'"
         raise DataError(f"{label} is {array.dtype} but the model expects {_expected(port)}{hint}.")
     rank = len(port.dims)
     if array.ndim not in (rank, rank + 1) or array.ndim == 0:
+        one = array.ndim == rank - 1 and _fits(array.shape, port.dims[1:])
+        hint = "; for one sample write array[None]" if one else ""
         raise DataError(
-            f"{label} has shape {array.shape} but the model expects {_expected(port)}: axis 0 counts samples."
+            f"{label} has shape {array.shape} but the model expects {_expected(port)}: axis 0 counts samples{hint}."
         )
     shape = array.shape[1:] if array.ndim == rank + 1 else array.shape
     for axis, (have, want) in enumerate(zip(shape, port.dims, strict=True)):
         if isinstance(want, int) and want > 0 and have != want and not (axis == 0 and array.ndim == rank):
-            raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}.")
+            orders = [t for t in _LAYOUTS if len(t) == array.ndim == rank]
+            turned = next((t for t in orders if _fits(_moved(array, t)[1:], port.dims[1:])), None)
+            hint = f"; the layout fits after array.transpose({', '.join(map(str, turned))})" if turned else ""
+            raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}{hint}.")
     if array.dtype.kind in "fc" or array.dtype.kind == "V":
         bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1) if array.size else np.zeros(0, bool)
         if bad.any():

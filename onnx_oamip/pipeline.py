@@ -223,7 +223,8 @@ def compare(
         if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
             names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
             raise GateFailed(f"the two models have different {what}: {names[0]} against {names[1]}.")
-    samples = data.load(source, model, data.EVALUATION) or data.load(source, model)
+    reading = settings.reading
+    samples = data.load(source, model, data.EVALUATION, reading) or data.load(source, model, reading=reading)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     verify.structure(other.proto)

@@ -23,7 +23,11 @@ from .settings import Settings
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
 BUDGETS = {"macs", "params", "size", "threshold", "latency", "max_drop"}
-_ELSEWHERE = BUDGETS | {"allocate", "align", "floor", "force", "workers", "cache", "exclude"}
+READING = {
+    "image_size", "image_fit", "image_scale", "image_mean", "image_std", "image_layout", "image_color", "samples",
+    "column",
+}  # fmt: skip
+_ELSEWHERE = BUDGETS | READING | {"allocate", "align", "floor", "force", "workers", "cache", "exclude"}
 """Settings that no score and no measured loss depends on, or that are told otherwise."""
 
 
@@ -241,7 +245,7 @@ def load(
     """The model at the data's shapes, what goes together in it, and (calibration, evaluation) samples."""
     with clock("load"):
         model = models.load(path)
-        samples, held = _samples(model, source, eval_data, settings.seed)
+        samples, held = _samples(model, source, eval_data, settings)
         model = models.rebind(model, samples.bindings(model))
     with clock("couple"):
         coupling = exclude(model, couple(model), settings.exclude)
@@ -261,18 +265,19 @@ def _scored_by(given: Scores, settings: Settings, source: Source | None) -> tupl
 
 
 def _samples(
-    model: Model, source: Source | None, eval_data: Source | None, seed: int
+    model: Model, source: Source | None, eval_data: Source | None, settings: Settings
 ) -> tuple[Samples, Samples | None]:
     """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""
-    held = data.load(eval_data, model) if eval_data is not None else None
+    reading = settings.reading
+    held = data.load(eval_data, model, reading=reading) if eval_data is not None else None
     if source is None:
-        return held or data.placeholder(model, seed), held
-    samples = data.load(source, model)
+        return held or data.placeholder(model, settings.seed), held
+    samples = data.load(source, model, reading=reading)
     assert samples is not None
     if held is None:
-        held = data.load(source, model, data.EVALUATION)
+        held = data.load(source, model, data.EVALUATION, reading)
     if held is None:
-        return data.hold_out(samples, seed)
+        return data.hold_out(samples, settings.seed)
     return samples, held
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,26 @@ class Port:
     name: str
     dtype: np.dtype[Any]
     dims: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read from images and tables; defaults fit a network fed with values from 0 to 1.
+
+    ``size``: (height, width), None for the model's own; ``fit``: resize the short side and cut the middle out
+    (``crop``), the long side and fill up (``pad``), or both (``stretch``); ``mean`` and ``std`` per channel, in values
+    after ``scale``; ``most``: samples read at most, spread evenly over the classes; ``column``: of a table.
+    """
+
+    size: tuple[int, int] | None = None
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: Literal["auto", "nchw", "nhwc"] = "auto"
+    color: Literal["rgb", "bgr"] = "rgb"
+    most: int = 2048
+    column: str | None = None
 
 
 @dataclass(frozen=True)

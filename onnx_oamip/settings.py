@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import SettingsError
-from .records import Budget
+from .records import Budget, Reading
 
 
 class Settings(BaseModel):
@@ -15,6 +15,7 @@ class Settings(BaseModel):
 
     Shares are fractions to keep; ``max_drop`` is in points; ``align`` is the step of widths in channels; ``floor`` the
     least share of any group; ``time_limit`` (seconds) bounds every solver call; ``cache`` is a folder, auto or off.
+    ``image_size`` to ``column`` say how images and tables are read (see ``records.Reading``).
     ``mode`` to ``images_per_class`` are about the importance ``oamip`` alone; ``score_budget`` is a share as well.
     """
 
@@ -46,6 +47,15 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, ge=1)
+    image_size: tuple[int, int] | None = None
+    image_fit: Literal["crop", "pad", "stretch"] = "crop"
+    image_scale: float = Field(1 / 255, gt=0, allow_inf_nan=False)
+    image_mean: tuple[float, ...] = (0.0,)
+    image_std: tuple[float, ...] = (1.0,)
+    image_layout: Literal["auto", "nchw", "nhwc"] = "auto"
+    image_color: Literal["rgb", "bgr"] = "rgb"
+    samples: int = Field(2048, ge=1)
+    column: str | None = None
 
     @classmethod
     def create(cls, **values: Any) -> Settings:
@@ -70,8 +80,18 @@ class Settings(BaseModel):
         """The part of the settings that says how much to keep."""
         return Budget(self.macs, self.params, self.size, self.threshold, self.latency, self.max_drop)
 
+    @property
+    def reading(self) -> Reading:
+        """How samples are read from images and tables."""
+        return Reading(
+            self.image_size, self.image_fit, self.image_scale, self.image_mean, self.image_std, self.image_layout,
+            self.image_color, self.samples, self.column,
+        )  # fmt: skip
+
     @model_validator(mode="after")
     def _positive_step(self) -> Settings:
         if isinstance(self.align, int) and self.align < 1:
             raise ValueError("--align must be auto or at least 1")
+        if min(self.image_size or (1,)) < 1 or min(self.image_std, default=0) <= 0 or not self.image_mean:
+            raise ValueError("--image-size and --image-std must be above 0, and --image-mean not empty")
         return self

@@ -19,8 +19,9 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("ops", "milp", "settings"),
     (
-        "runtime", "sizes", "shapes", "folding", "model", "coupling", "cost", "data", "calibrate", "affine",
-        "patches", "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts", "images", "solvers",
+        "runtime", "sizes", "shapes", "folding", "model", "coupling", "cost", "pictures", "parquet", "data",
+        "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts",
+        "images", "solvers",
         "region", "formulation", "solving",
     ),
     ("importance",),
@@ -53,6 +54,8 @@ HOMES = {
     "rich": ("report.py", "tables.py", "cli.py", "cli/*.py"),
     "pydantic": ("settings.py", "planfile.py"),
     "yaml": ("planfile.py",),
+    "PIL": ("pictures.py",),
+    "pyarrow": ("parquet.py",),
     "platformdirs": ("cache.py",),
 }
 LINES = 400

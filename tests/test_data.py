@@ -193,25 +193,29 @@ def test_names_must_match(model: Model, pair: Model) -> None:
     _refused({"ids": np.zeros((4, 6), np.int64)}, pair, "'mask' (float32 [N, T])")
 
 
+WANTED = "but the model expects float32 [N, 3, 4, 4]"
+
+
 @pytest.mark.parametrize(
     ("array", "part"),
     [
-        (IMAGES.astype(np.float64), "is float64 but the model expects float32 [N, 3, 4, 4]; convert it."),
+        (IMAGES.astype(np.float64), f"is float64 {WANTED}; convert it with array.astype('float32')."),
         (IMAGES.astype(np.float16), "is float16"),
-        (np.zeros((10, 3, 4, 4), np.uint8), "is uint8 but the model expects float32 [N, 3, 4, 4]; convert it, or say"),
+        (np.zeros((10, 3, 4, 4), np.uint8), f"is uint8 {WANTED}; convert it with array.astype('float32'), or say"),
         (np.zeros((10, 3, 4, 4), bool), "is bool"),
         (np.zeros((10, 3, 4, 4), "U1"), "is <U1"),
         (IMAGES[:, 0], "axis 0 counts samples"),
         (IMAGES[None, None], "axis 0 counts samples"),
         (IMAGES[:, :2], "has shape (10, 2, 4, 4) but the model expects float32 [N, 3, 4, 4]."),
         (IMAGES[:, :, 1:], "has shape (10, 3, 3, 4)"),
-        (IMAGES.transpose(0, 2, 3, 1), "has shape (10, 4, 4, 3)"),
+        (IMAGES.transpose(0, 2, 3, 1), f"(10, 4, 4, 3) {WANTED}; the layout fits after array.transpose(0, 3, 1, 2)."),
+        (IMAGES[0], "for one sample write array[None]."),
         (IMAGES[:0], "holds no samples"),
         (np.float32(1.0), "has shape ()"),
     ],
     ids=[
         *("double", "half", "codes", "bool", "text", "rank low"),
-        *("rank high", "channels", "height", "nhwc", "empty", "0d"),
+        *("rank high", "channels", "height", "nhwc", "one", "empty", "0d"),
     ],
 )
 def test_types_and_shapes_must_match(model: Model, array: Array, part: str) -> None:
@@ -310,9 +314,20 @@ def test_codes_are_turned_into_values(model: Model, extra: Mapping[str, Array], 
     np.testing.assert_allclose(feed["x"], CODES[[0, 9]] * scale + offset, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("value", [np.asarray([1.0, 2.0]), np.asarray(np.nan), np.asarray("a"), np.asarray([])])
-def test_scale_must_be_one_number(model: Model, value: Array) -> None:
-    _refused({"x": CODES, "x.scale": value}, model, "'x.scale' must be one finite number")
+def test_codes_have_a_scale_for_every_channel(model: Model) -> None:
+    scale, offset = np.asarray([1.0, 2.0, 4.0]).reshape(3, 1, 1), np.asarray([[[-1.0]], [[0.0]], [[1.0]]])
+    feed = _load({"x": CODES, "x.scale": scale, "x.offset": offset}, model).feed(np.arange(4))
+    np.testing.assert_allclose(feed["x"], CODES[:4] * scale + offset, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.asarray(np.nan), np.asarray("a"), np.asarray([1.0, np.inf]), np.asarray(1j)])
+def test_scale_must_be_numbers(model: Model, value: Array) -> None:
+    _refused({"x": CODES, "x.scale": value}, model, "'x.scale' must hold finite numbers")
+
+
+@pytest.mark.parametrize("value", [np.ones(2), np.ones(3), np.ones((3, 4)), np.ones((1, 1, 1, 2)), np.zeros(0)])
+def test_scale_must_meet_a_sample(model: Model, value: Array) -> None:
+    _refused({"x": CODES, "x.scale": value}, model, "'x.scale' has shape", "does not broadcast to a sample's (3, 4, 4)")
 
 
 # --------------------------------------------------------------------------------------------------- evaluation part

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .. import __version__
-from .config import config
+from .config import config, config_option
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
 from .options import seconds as positive
 from .prune import apply, plan, prune
+from .reading import reading_options
 from .score import score
 from .terminal import Progress, show
 
@@ -66,10 +68,12 @@ cli.add_command(apply)
 )
 @device_option
 @batch_size_option
+@reading_options
+@config_option
 @json_option
 @click.pass_context
 def verify(
-    ctx: click.Context, original: Path, pruned: Path, data: str, as_json: bool, device: str, batch_size: int
+    ctx: click.Context, /, original: Path, pruned: Path, data: str, as_json: bool, **choices: Any
 ) -> None:
     """Run ORIGINAL and PRUNED side by side on the same samples.
 
@@ -79,7 +83,7 @@ def verify(
     from ..model import load
     from ..settings import Settings
 
-    settings = Settings.create(device=device, batch_size=batch_size)
+    settings = Settings.create(**choices)
     with Progress() as progress:
         verification = pipeline.compare(original, pruned, data, settings, progress=progress)
     show(report.comparison(load(original), load(pruned), verification), as_json)

@@ -17,6 +17,7 @@ import click
 
 from ..errors import SettingsError
 from .options import json_option
+from .reading import Separated
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -56,6 +57,9 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
     found = {p.name: content[name] for name, p in here.items() if name in content and p.name is not None}
     for name, value in found.items():
         parameter = next(p for p in here.values() if p.name == name)
+        if isinstance(value, list) and isinstance(parameter, Separated):
+            found[name] = parameter.separator.join(map(str, value))
+            continue
         if isinstance(value, list) != parameter.multiple:
             what = "one value, not a list" if isinstance(value, list) else "a list, in brackets"
             raise SettingsError(f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}.")

@@ -13,13 +13,13 @@ import click
 from ..errors import OutputError, SettingsError
 
 MODEL = click.Path(path_type=Path)
-DATA = "FILE|MODULE:FUNCTION"
+DATA = "FILE|FOLDER|MODULE:FUNCTION"
 POINTS = click.FloatRange(0, 100, max_open=True)
 
 
 def share(ctx: click.Context, param: click.Parameter, value: str | None) -> float | None:
     """A share to keep, above 0 and at most 1, from a number or a percentage with its sign."""
-    number = None if value is None else _fraction(value)
+    number = None if value is None else fraction(value)
     if number is not None and not 0 < number <= 1:
         message = f"{value!r} is not a share to keep; give a number above 0 and at most 1, or a percentage such as 50%."
         raise click.BadParameter(message, ctx, param)
@@ -28,7 +28,7 @@ def share(ctx: click.Context, param: click.Parameter, value: str | None) -> floa
 
 def floor(ctx: click.Context, param: click.Parameter, value: str) -> float:
     """A share that may be 0."""
-    number = _fraction(value)
+    number = fraction(value)
     if not 0 <= number <= 1:
         message = f"{value!r} is not a share; give a number from 0 to 1, or a percentage such as 10%."
         raise click.BadParameter(message, ctx, param)
@@ -62,7 +62,7 @@ def method(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-def _fraction(value: str) -> float:
+def fraction(value: str) -> float:
     text = value.strip()
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)

@@ -26,12 +26,14 @@ from .options import (
     time_limit_option,
     workers_option,
 )
+from .reading import reading_options
 from .terminal import Progress, show
 
 data_option = click.option(
     "--data",
     metavar=DATA,
-    help="Calibration samples: an .npz or .npy file with arrays by input name, or a function that yields feeds. "
+    help="Calibration samples: an .npz or .npy file with arrays by input name, a .parquet file, a folder of images (a "
+    "folder a class gives labels), or a function that yields feeds. "
     "Only --importance l1, l2 or random with --allocate uniform or global and --refit none does without.",
 )
 force_option = click.option(
@@ -56,6 +58,7 @@ force_option = click.option(
 @device_option
 @seed_option
 @batch_size_option
+@reading_options
 @cache_option
 @config_option
 @json_option
@@ -110,6 +113,7 @@ def prune(
 @device_option
 @seed_option
 @batch_size_option
+@reading_options
 @cache_option
 @config_option
 @json_option
@@ -163,6 +167,7 @@ def plan(
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="As for prune. Default: that of the plan.")
 @force_option
 @device_option
+@reading_options
 @cache_option
 @config_option
 @json_option

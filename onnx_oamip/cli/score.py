@@ -24,6 +24,7 @@ from .options import (
     time_limit_option,
     workers_option,
 )
+from .reading import reading_options
 from .terminal import Progress, show
 
 
@@ -50,6 +51,7 @@ from .terminal import Progress, show
 @device_option
 @seed_option
 @batch_size_option
+@reading_options
 @cache_option
 @config_option
 @json_option

@@ -1,0 +1,144 @@
+"""Images as samples: found in a folder, decoded, brought to the model's size and layout, kept as 8-bit codes.
+
+Values are ``(code * scale - mean) / std`` per colour channel. Codes stay 8-bit in memory and become values batch by
+batch, so that thousands of images fit.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .errors import DataError
+from .records import Array, Ints, Port, Reading
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an image input looks like: layout, channels and (height, width)."""
+
+    layout: str
+    channels: int
+    size: tuple[int, int]
+
+
+def folder(path: Path, port: Port, reading: Reading) -> tuple[Array, Ints | None, str]:
+    """(codes, labels, where they are from) of the images in a folder and the folders in it.
+
+    Where every image lies in a folder of its class the classes are numbered by the sorted names of these folders. Of
+    more than ``reading.most`` images every class gives its share, evenly spaced. Raises DataError for a folder without
+    images, for a file that is no image, and where the model's input is none.
+    """
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise DataError(f"{path} is a folder without images ({', '.join(sorted(SUFFIXES))}); give images or an .npz.")
+    by_class: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        parts = file.relative_to(path).parts
+        by_class[parts[0] if len(parts) > 1 else ""].append(file)
+    names = sorted(by_class)
+    chosen = files if len(files) <= reading.most else _spread(by_class, reading.most)
+    labelled = "" not in by_class and len(names) > 1
+    number = {name: i for i, name in enumerate(names)}
+    labels = [number[f.relative_to(path).parts[0]] for f in chosen] if labelled else None
+    codes = decode([(str(f), f.read_bytes) for f in chosen], port, reading, str(path))
+    some = f" ({len(chosen):,} of {len(files):,} images)" if len(chosen) < len(files) else ""
+    return codes, None if labels is None else np.asarray(labels, np.int64), f"{path}{some}"
+
+
+def _spread(by_class: dict[str, list[Path]], most: int) -> list[Path]:
+    """``most`` files, as even over the classes as these allow, each class evenly spaced."""
+    sizes = np.asarray([len(files) for files in by_class.values()])
+    quota = next(q for q in range(1, int(sizes.max()) + 1) if np.minimum(sizes, q).sum() >= most)
+    counts = np.minimum(sizes, quota)
+    counts[np.flatnonzero(counts == quota)[: counts.sum() - most]] -= 1
+    chosen: list[Path] = []
+    for files, count in zip(by_class.values(), counts.tolist(), strict=True):
+        chosen.extend(files[i] for i in np.linspace(0, len(files) - 1, count).round().astype(int))
+    return sorted(chosen)
+
+
+def decode(sources: Sequence[tuple[str, object]], port: Port, reading: Reading, where: str) -> Array:
+    """Codes (samples, *input shape without the batch) uint8 of named images: functions that give their bytes."""
+    form = image_form(port, reading, where)
+    height, width = form.size
+    codes = np.empty((len(sources), height, width, form.channels), np.uint8)
+    for i, (name, content) in enumerate(sources):
+        try:
+            data = content() if callable(content) else content
+            with Image.open(io.BytesIO(data)) as image:  # type: ignore[arg-type]
+                upright = ImageOps.exif_transpose(image).convert(MODES[form.channels])
+                codes[i] = np.asarray(_fitted(upright, form.size, reading.fit)).reshape(height, width, -1)
+        except (OSError, ValueError, TypeError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+            text = str(e).splitlines()[0] if str(e) else type(e).__name__
+            raise DataError(f"{name} cannot be read as an image: {text.rstrip('.')}; mend or remove it.") from e
+    if reading.color == "bgr" and form.channels >= 3:
+        codes[..., :3] = codes[..., 2::-1].copy()
+    return np.ascontiguousarray(codes.transpose(0, 3, 1, 2)) if form.layout == "nchw" else codes
+
+
+def affine(port: Port, reading: Reading, where: str) -> tuple[Array, Array]:
+    """(scale, offset) that turn codes into values, float32, of a shape that meets one sample channel by channel."""
+    form = image_form(port, reading, where)
+    parts = []
+    for name, given in (("mean", reading.mean), ("std", reading.std)):
+        if len(given) not in (1, form.channels):
+            raise DataError(
+                f"--image-{name} has {len(given)} values, but the input '{port.name}' has {form.channels} channels; "
+                f"give 1 or {form.channels}."
+            )
+        parts.append(np.broadcast_to(np.asarray(given, np.float64), (form.channels,)))
+    mean, std = parts
+    view = (form.channels, 1, 1) if form.layout == "nchw" else (form.channels,)
+    return (reading.scale / std).astype(np.float32).reshape(view), (-mean / std).astype(np.float32).reshape(view)
+
+
+def image_form(port: Port, reading: Reading, where: str) -> Form:
+    """Layout, channels and size of an image input. Raises DataError where it is none, or leaves the size open."""
+    dims = port.dims
+    expected = f"{port.dtype} [{', '.join('?' if d is None else str(d) for d in dims)}]"
+    if len(dims) != 4:
+        raise DataError(f"{where} holds images, but the model's input '{port.name}' is {expected}, without four axes.")
+    layout: str = reading.layout
+    if layout == "auto":
+        layout = "nhwc" if dims[3] in MODES and dims[1] not in MODES else "nchw"
+    channels, *sides = (dims[1], dims[2], dims[3]) if layout == "nchw" else (dims[3], dims[1], dims[2])
+    if not isinstance(channels, int) or channels not in MODES:
+        raise DataError(
+            f"{where} holds images, but the model's input '{port.name}' is {expected} and read as {layout} has "
+            f"{channels} channels; images have 1, 3 or 4: set --image-layout, or give an .npz."
+        )
+    size = []
+    for axis, (asked, own) in enumerate(zip(reading.size or (None, None), sides, strict=True)):
+        fixed = own if isinstance(own, int) and own > 0 else None
+        if fixed is None and asked is None:
+            raise DataError(
+                f"the model's input '{port.name}' is {expected}, which leaves the images' size open; say it with "
+                "--image-size, as 224 or 224x320."
+            )
+        if fixed is not None and asked is not None and asked != fixed:
+            raise DataError(
+                f"--image-size gives a {('height', 'width')[axis]} of {asked}, but the model's input '{port.name}' is "
+                f"{expected}."
+            )
+        size.append(int(asked or fixed or 0))
+    return Form(layout, channels, (size[0], size[1]))
+
+
+def _fitted(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+    wide = (size[1], size[0])
+    resample = Image.Resampling.BILINEAR
+    if fit == "stretch":
+        return image.resize(wide, resample)
+    if fit == "pad":
+        return ImageOps.pad(image, wide, resample)
+    return ImageOps.fit(image, wide, resample)
