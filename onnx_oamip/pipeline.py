@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import artefacts, calibrate, data, planfile, rewrite, search, verify
+from . import artefacts, calibrate, checkpoint, data, planfile, rewrite, search, verify
 from . import model as models
 from . import prepare as preparing
 from .artefacts import Scored
@@ -42,22 +42,24 @@ def prune(
     eval_data: Source | None = None,
     progress: calibrate.Progress | None = None,
     scores: File | None = None,
+    keep_map: File | None = None,
 ) -> Report:
     """Prune one model and write it if every gate holds.
 
     ``source`` is calibration data (see ``data``), ``output`` the file to write (None: nothing is written), ``scores``
-    a file that :func:`score` wrote, taken in place of scores by ``settings.importance``. Raises OamipError: exit code
+    a file that :func:`score` wrote, taken in place of scores by ``settings.importance``, ``keep_map`` a file to write
+    for :func:`checkpoint.cut`. Raises OamipError: exit code
     2 for bad input, 1 for a budget or gate that was not met; then no file is written.
     """
     clock = Clock()
     preparing.check(settings, source, scores is not None)
-    target = None if output is None else check_output(path, output, (source, eval_data, scores))
+    targets = _targets(path, output, keep_map, (source, eval_data, scores))
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
     with clock("plan and refit"):
         result = search.search(ready, progress)
     _meets(settings.budget, ready.before, result.after)
     return _finish(
-        ready, result, target, clock, progress, settings.budget, ready.scores, _asked(ready, scores), _notes(ready)
+        ready, result, targets, clock, progress, settings.budget, ready.scores, _asked(ready, scores), _notes(ready)
     )
 
 
@@ -132,6 +134,7 @@ def apply(
     changes: Mapping[str, Any] | None = None,
     eval_data: Source | None = None,
     progress: calibrate.Progress | None = None,
+    keep_map: File | None = None,
 ) -> Report:
     """Cut a model as a plan file says, refit, prove and write it: the second half of :func:`prune`.
 
@@ -140,7 +143,7 @@ def apply(
     """
     clock = Clock()
     found = planfile.load(plan_file)
-    target = None if output is None else check_output(path, output, (source, eval_data, plan_file))
+    targets = _targets(path, output, keep_map, (source, eval_data, plan_file))
     made_with = {n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS}
     settings = Settings.create(**{**made_with, "device": "auto", "cache": "auto", **(changes or {})})
     ready = preparing.subject(path, source, settings, eval_data, progress, clock)
@@ -150,13 +153,21 @@ def apply(
         result = search.carry_out(ready, chosen, progress)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
     asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": str(plan_file)}
-    return _finish(ready, result, target, clock, progress, budget, None, asked, _unmet(budget, ready, result))
+    return _finish(ready, result, targets, clock, progress, budget, None, asked, _unmet(budget, ready, result))
+
+
+def _targets(
+    path: File, output: File | None, keep_map: File | None, sources: tuple[object, ...]
+) -> tuple[Path | None, Path | None]:
+    """Where the model and its keep-map go. Raises OutputError before any work where they cannot."""
+    model = None if output is None else check_output(path, output, sources)
+    return model, None if keep_map is None else check_output(path, keep_map, (*sources, model))
 
 
 def _finish(
     ready: Subject,
     result: Attempt,
-    target: Path | None,
+    targets: tuple[Path | None, Path | None],
     clock: Clock,
     progress: calibrate.Progress | None,
     budget: Budget,
@@ -172,6 +183,9 @@ def _finish(
             raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
     after = result.after
     sha256 = None
+    target, keep_map = targets
+    if keep_map is not None:
+        checkpoint.save_keep_map(keep_map, ready.model, ready.coupling, result.plan.keep)
     if target is not None:
         with clock("write"):
             sha256, size = write(result.pruned.proto, target)

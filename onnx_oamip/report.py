@@ -19,6 +19,7 @@ import numpy as np
 from . import __version__
 from .artefacts import Scored
 from .benchmark import Benchmark
+from .checkpoint import Checkpoint
 from .cost import full_widths, ledger
 from .latency import Timing
 from .ops import REGISTRY
@@ -154,6 +155,21 @@ def comparison(original: Model, pruned: Model, verification: Verification) -> Do
         "original": sides[0],
         "pruned": sides[1],
         "verification": _verification(verification),
+        "versions": versions(),
+    }
+    return _document(result)
+
+
+def checkpoint(found: Checkpoint) -> Document:
+    """The JSON document of ``checkpoint``: every tensor of the state dict with its shapes."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "output": {"path": found.output, "sha256": found.sha256},
+        "tensors": [
+            {"name": t.name, "weight": t.weight, "before": list(t.before), "after": list(t.after)}
+            for t in found.tensors
+        ],
+        "unmatched": found.unmatched,
         "versions": versions(),
     }
     return _document(result)

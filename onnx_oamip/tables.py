@@ -135,6 +135,18 @@ def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
     )
 
 
+def _checkpoint(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text(f"-> {value['output']['path']}", "bold")
+    cut = [t for t in value["tensors"] if t["weight"] is not None]
+    table = _table("tensor", "before", "after")
+    for tensor in cut[:_ROWS]:
+        table.add_row(_cell(tensor["name"]), *(" x ".join(map(str, tensor[k])) for k in ("before", "after")))
+    yield from _limited(table, cut, "tensors")
+    yield Text(f"{len(value['tensors']) - len(cut)} tensors stay as they are.")
+    if value["unmatched"]:
+        yield Text(f"in no tensor, by name or by content: {', '.join(value['unmatched'])}")
+
+
 def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
     kinds: dict[str, list[str]] = {"counted and refitted": [], "counted": [], "repaired": [], "followed": []}
     for op in value["operators"]:
@@ -165,6 +177,7 @@ def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
 _DRAW = {
     "after": _prune,
     "predicted": _plan,
+    "tensors": _checkpoint,
     "method": _score,
     "groups": _inspect,
     "pruned": _verify,

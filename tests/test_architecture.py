@@ -21,7 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     (
         "runtime", "sizes", "shapes", "folding", "model", "coupling", "cost", "pictures", "parquet", "data",
         "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts",
-        "images", "solvers",
+        "checkpoint", "images", "solvers",
         "region", "formulation", "solving",
     ),
     ("importance",),
@@ -54,6 +54,7 @@ HOMES = {
     "rich": ("report.py", "tables.py", "cli.py", "cli/*.py"),
     "pydantic": ("settings.py", "planfile.py"),
     "yaml": ("planfile.py",),
+    "safetensors": ("checkpoint.py",),
     "PIL": ("pictures.py",),
     "pyarrow": ("parquet.py",),
     "platformdirs": ("cache.py",),

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from .checkpoint import checkpoint
 from .config import config, config_option
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
 from .options import seconds as positive
@@ -55,6 +56,7 @@ cli.add_command(prune)
 cli.add_command(score)
 cli.add_command(plan)
 cli.add_command(apply)
+cli.add_command(checkpoint)
 
 
 @cli.command()

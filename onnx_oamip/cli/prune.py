@@ -40,6 +40,13 @@ force_option = click.option(
     "--force", is_flag=True, help="Write the model even where it was measured slower than the original."
 )
 
+keep_map_option = click.option(
+    "--keep-map",
+    type=MODEL,
+    metavar="K.safetensors",
+    help="Write there which indices of every weight stayed, for the checkpoint command.",
+)
+
 
 @click.command()
 @click.argument("model", type=MODEL)
@@ -48,6 +55,7 @@ force_option = click.option(
 @click.option(
     "-o", "--output", type=MODEL, metavar="OUT.onnx", help="Where the pruned model goes; only --dry-run does without."
 )
+@keep_map_option
 @budget_options
 @importance_options
 @solver_option
@@ -71,6 +79,7 @@ def prune(
     data: str | None,
     eval_data: str | None,
     output: Path | None,
+    keep_map: Path | None,
     scores: Path | None,
     dry_run: bool,
     as_json: bool,
@@ -95,7 +104,8 @@ def prune(
         if dry_run:
             document = report.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
         else:
-            document = report.document(pipeline.prune(model, data, output, settings, eval_data, progress, scores))
+            found = pipeline.prune(model, data, output, settings, eval_data, progress, scores, keep_map)
+            document = report.document(found)
     if as_json or not quiet:
         show(document, as_json)
 
@@ -158,6 +168,7 @@ def plan(
 )
 @eval_option
 @click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.onnx", help="Where the pruned model goes.")
+@keep_map_option
 @click.option(
     "--refit",
     type=click.Choice(["least-squares", "bias", "none"]),
@@ -178,6 +189,7 @@ def apply(
     data: str | None,
     eval_data: str | None,
     output: Path,
+    keep_map: Path | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,
@@ -192,6 +204,6 @@ def apply(
     check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file})
     changes = {name: value for name, value in choices.items() if value is not None}
     with Progress(quiet) as progress:
-        found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress)
+        found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress, keep_map)
     if as_json or not quiet:
         show(report.document(found), as_json)

@@ -1,0 +1,39 @@
+"""The ``checkpoint`` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import MODEL, check_paths, json_option, quiet_option
+from .terminal import show
+
+
+@click.command()
+@click.option("--keep-map", type=MODEL, required=True, metavar="K.safetensors", help="What prune --keep-map wrote.")
+@click.option(
+    "--state-dict",
+    type=MODEL,
+    required=True,
+    metavar="S.safetensors",
+    help="Weights of the network that the model was exported from, as safetensors.torch.save_file writes them.",
+)
+@click.option("-o", "--output", type=MODEL, required=True, metavar="T.safetensors", help="Where the cut weights go.")
+@json_option
+@quiet_option
+def checkpoint(keep_map: Path, state_dict: Path, output: Path, as_json: bool, quiet: bool) -> None:
+    """Cut a PyTorch state dict as a model was pruned, for fine-tuning.
+
+    Weights are matched by name or by content, cut and not refitted. The network that takes them must be built with the
+    widths shown.
+    """
+    from .. import checkpoint as checkpoints
+    from .. import report
+    from ..output import check_output
+
+    check_paths(output, {"--keep-map": keep_map, "--state-dict": state_dict})
+    check_output(state_dict, output)
+    found = checkpoints.cut(keep_map, state_dict, output)
+    if as_json or not quiet:
+        show(report.checkpoint(found), as_json)
