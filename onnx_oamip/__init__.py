@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         OutputError,
         SettingsError,
     )
+    from .importance import Method, register
     from .model import load
     from .pipeline import apply, compare, plan, prune, score
     from .planfile import PlanFile, Planned
@@ -59,6 +60,7 @@ _HOMES = {
         "OutputError",
         "SettingsError",
     ),
+    "importance": ("Method", "register"),
     "model": ("load",),
     "pipeline": ("apply", "compare", "plan", "prune", "score"),
     "planfile": ("PlanFile", "Planned"),
@@ -90,6 +92,7 @@ __all__ = [
     "EnvironmentMissing",
     "GateFailed",
     "Group",
+    "Method",
     "Model",
     "ModelError",
     "OamipError",
@@ -115,6 +118,7 @@ __all__ = [
     "load_scores",
     "plan",
     "prune",
+    "register",
     "score",
 ]
 

@@ -15,7 +15,7 @@ from . import model as models
 from .coupling import couple, exclude
 from .data import Samples
 from .errors import BudgetNotMet, DataError, SettingsError
-from .importance import METHODS, Method
+from .importance import Method, find
 from .records import Array, Budget, Coupling, Model, Scores, Statistics
 from .runtime import resolve_device
 from .search import Prepared, Subject
@@ -189,7 +189,8 @@ def _scores(
     def make() -> Scores:
         return scoring.scores(model, coupling, statistics(), samples, device, settings, method, progress)
 
-    if not method.needs_data:  # looking at weights alone costs less than looking up
+    # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
+    if not method.needs_data or not method.score.__module__.startswith(f"{__package__}."):
         return make()
     return store.keep(cache.SCORES, {**settings.model_dump(mode="json", exclude=_ELSEWHERE), **known}, make)
 
@@ -207,10 +208,7 @@ def _known(model: Model, samples: Samples, settings: Settings, device: str) -> d
 
 def named(settings: Settings) -> Method:
     """The importance method that was asked for. Raises SettingsError where there is none of that name."""
-    method = METHODS.get(settings.importance)
-    if method is None:
-        raise SettingsError(f"--importance '{settings.importance}' is unknown; choose one of {', '.join(METHODS)}.")
-    return method
+    return find(settings.importance)
 
 
 def check(settings: Settings, source: Source | None, scored: bool = False) -> Method:

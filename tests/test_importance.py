@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip import calibrate, data, gram, images
+from onnx_oamip import calibrate, data, gram, images, importance, prune
 from onnx_oamip.coupling import couple
+from onnx_oamip.errors import EnvironmentMissing, SettingsError
 from onnx_oamip.importance import METHODS
 from onnx_oamip.records import Array, Coupling, Model, Scores, Statistics
 from onnx_oamip.settings import Settings
@@ -216,3 +218,52 @@ def test_a_dead_unit_scores_least(tmp_path: Path, name: str) -> None:
     scores = _score(name, model, coupling, samples(model, 60)).values
     units = coupling.axes["w1", 1]
     assert np.argmin(scores[units]) == 5
+
+
+# ------------------------------------------------------------------------------------------------ methods of others
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    known = set(METHODS)
+    yield
+    for name in set(METHODS) - known:
+        del importance._METHODS[name]
+
+
+def backwards(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+    """Later units first."""
+    assert statistics is not None, "a bare rule is given moments"
+    return Scores("backwards", np.arange(coupling.n_units, dtype=np.float64))
+
+
+def test_a_rule_of_ones_own_prunes(fresh: None, tmp_path: Path) -> None:
+    importance.register("backwards", backwards)
+    assert importance.find("backwards").summary == "Later units first"
+    proto = build("(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {"
+                  " h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }")  # fmt: skip
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    data = {"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)}
+    asked = Settings.create(macs=0.5, importance="backwards", allocate="uniform", refit="none", align=1, force=True)
+    report = prune(tmp_path / "m.onnx", data, None, asked)
+    assert report.plan.keep.tolist() == [False] * 6 + [True] * 6
+    with pytest.raises(SettingsError, match="there already"):
+        importance.register("backwards", backwards)
+    with pytest.raises(SettingsError, match="there already"):
+        importance.register("obs", backwards)
+
+
+def test_a_rule_of_an_installed_package(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("theirs", f"{__name__}:backwards", importance.ENTRY_POINTS),
+        EntryPoint("broken", "no_such_module:rule", importance.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(importance.metadata, "entry_points", lambda **_: points)
+    monkeypatch.setattr(EntryPoint, "load", lambda p: backwards if p.name == "theirs" else exec("import no_such"))
+    assert {"obs", "theirs", "broken"} <= set(importance.names())
+    assert importance.find("theirs").score is backwards
+    with pytest.raises(EnvironmentMissing, match="'broken' of no_such_module:rule cannot be loaded"):
+        importance.find("broken")
+    with pytest.raises(SettingsError, match=r"'other' is unknown; choose one of .*theirs"):
+        importance.find("other")

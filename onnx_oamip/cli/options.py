@@ -55,10 +55,10 @@ def alignment(ctx: click.Context, param: click.Parameter, value: str) -> int | s
 
 def method(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """The name of an importance method, looked up in the registry."""
-    from ..importance import METHODS
+    from ..importance import names
 
-    if value not in METHODS:
-        raise click.BadParameter(f"{value!r} is not one of {', '.join(METHODS)}.", ctx, param)
+    if value not in names():
+        raise click.BadParameter(f"{value!r} is not one of {', '.join(names())}.", ctx, param)
     return value
 
 

@@ -1,15 +1,19 @@
 """Importance methods: one file each, one signature, an explicit ordered table.
 
 A method is ``score(model, coupling, statistics, settings) -> Scores``; it never sees an operator's type beyond the
-``linear`` facet, and larger means more important. To add one, write its file and add a line to METHODS.
+``linear`` facet, and larger means more important. To add one here, write its file and add a line to the table. Other
+packages add theirs by :func:`register`, or by an entry point of the group ``onnx_oamip.importance`` whose name is the
+method's and whose object is a :class:`Method` or the rule itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from types import MappingProxyType
 
+from ..errors import EnvironmentMissing, SettingsError
 from ..records import Coupling, Model, Scores, Statistics
 from ..settings import Settings
 from . import activation, magnitude, oamip, obs, random
@@ -34,20 +38,59 @@ class Method:
     keeps_bias: bool = False
 
 
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "obs": Method(obs.score, True, "optimal brain surgeon order: loss after the best repair by the others", True),
-        "activation": Method(activation.score, True, "mean square of what consumers receive, times their weights"),
-        "l2": Method(magnitude.l2, False, "L2 norm of all weights of a unit, producers and consumers"),
-        "l1": Method(magnitude.l1, False, "L1 norm of all weights of a unit, producers and consumers"),
-        "oamip": Method(
-            oamip.score,
-            True,
-            "keep variables of a mixed-integer program over the network on a few images (see --mode)",
-            needs_grams=True,
-            needs_images=True,
-            keeps_bias=True,
-        ),
-        "random": Method(random.score, False, "a seeded random order, the baseline"),
-    }
-)
+_METHODS: dict[str, Method] = {
+    "obs": Method(obs.score, True, "optimal brain surgeon order: loss after the best repair by the others", True),
+    "activation": Method(activation.score, True, "mean square of what consumers receive, times their weights"),
+    "l2": Method(magnitude.l2, False, "L2 norm of all weights of a unit, producers and consumers"),
+    "l1": Method(magnitude.l1, False, "L1 norm of all weights of a unit, producers and consumers"),
+    "oamip": Method(
+        oamip.score,
+        True,
+        "keep variables of a mixed-integer program over the network on a few images (see --mode)",
+        needs_grams=True,
+        needs_images=True,
+        keeps_bias=True,
+    ),
+    "random": Method(random.score, False, "a seeded random order, the baseline"),
+}
+METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
+"""All methods by name, those registered meanwhile too."""
+ENTRY_POINTS = "onnx_oamip.importance"
+
+
+def register(name: str, method: Method | ScoreRule) -> None:
+    """Add a method; a bare rule reads moments of the calibration data. Raises SettingsError for a name that is taken.
+
+    >>> import numpy as np
+    >>> from onnx_oamip import Scores, register
+    >>> def first(model, coupling, statistics, settings):
+    ...     return Scores("first", -np.arange(coupling.n_units, dtype=float))
+    >>> register("first", first)
+    """
+    if name in _METHODS:
+        raise SettingsError(f"an importance method '{name}' is there already; choose another name.")
+    if not isinstance(method, Method):
+        text = (method.__doc__ or "").strip()
+        method = Method(method, True, text.splitlines()[0].rstrip(".") if text else f"a rule of {method.__module__}")
+    _METHODS[name] = method
+
+
+def find(name: str) -> Method:
+    """The method of that name, from the table or an installed package. Raises SettingsError where there is none."""
+    if name not in _METHODS:
+        for point in metadata.entry_points(group=ENTRY_POINTS):
+            if point.name == name:
+                try:
+                    register(name, point.load())
+                except Exception as error:  # another package's code: whatever it raises is told as it is
+                    raise EnvironmentMissing(
+                        f"the importance method '{name}' of {point.value} cannot be loaded: {error}."
+                    ) from error
+    if name not in _METHODS:
+        raise SettingsError(f"--importance '{name}' is unknown; choose one of {', '.join(names())}.")
+    return _METHODS[name]
+
+
+def names() -> list[str]:
+    """Names of all methods, those of installed packages too; nothing is loaded for that."""
+    return list(dict.fromkeys([*_METHODS, *(p.name for p in metadata.entry_points(group=ENTRY_POINTS))]))
