@@ -53,5 +53,5 @@ def write(folder: Path) -> None:
     network.eval()
     jax2onnx.to_onnx(
         network, [("B", 8, 8, 1)], return_mode="file", output_path=str(folder / "flax-jax2onnx.onnx"),
-        input_names=["image"], output_names=["logits"],
+        input_names=["image"], output_names=["logits"], opset=21,
     )  # fmt: skip
