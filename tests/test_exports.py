@@ -1,4 +1,4 @@
-"""Trained classifiers as five frameworks export them: one command halves each of them, exactly, and it still classifies.
+"""Trained classifiers as five frameworks export them: one command halves each, exactly, and it still classifies.
 
 ``tools/exports`` trained and exported them; ``made.json`` says with what.
 """

@@ -20,7 +20,7 @@ Array = npt.NDArray[np.generic]
 
 
 def write(folder: Path) -> None:
-    """Write ``digits.npz``: uint8 ``images`` and ``eval.images`` [n, 8, 8], int64 ``labels`` and ``eval.labels`` [n]."""
+    """Write ``digits.npz``: uint8 ``images`` [n, 8, 8] and int64 ``labels`` [n], and the same held out as ``eval.``."""
     from sklearn.datasets import load_digits
 
     found = load_digits()

@@ -1,7 +1,7 @@
 """scikit-learn: a scaler and an MLPClassifier by skl2onnx, in single and in double precision.
 
-Both give a label and probabilities. ``zipmap=False`` makes the probabilities a tensor; by default skl2onnx writes them as
-a sequence of dictionaries, which is no tensor.
+Both give a label and probabilities. ``zipmap=False`` makes the probabilities a tensor; by default skl2onnx writes them
+as a sequence of dictionaries, which is no tensor.
 """
 
 from __future__ import annotations
