@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT
 from onnx import ModelProto, TensorProto, helper
 
-from onnx_oamip import plan
+from onnx_oamip import allocation
 from onnx_oamip.cli import main
 from onnx_oamip.latency import Step
 from onnx_oamip.records import Array
@@ -80,7 +80,7 @@ def _halve(name: str, folder: Path) -> Halved:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         # The step that a busy machine measures decides nothing here.
-        patch.setattr(plan, "find_step", lambda _: Step(8, False, "not measured"))
+        patch.setattr(allocation, "find_step", lambda _: Step(8, False, "not measured"))
         code = main(command)
     assert code == 0
     return Halved(name, proto, onnx.load(out), json.loads(printed.getvalue()))

@@ -1,7 +1,7 @@
 """The data: scikit-learn's digits, all 1,797 images of 8x8 pixels, of which the last 500 are held out.
 
 They are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, UCI Machine Learning
-Repository, 1998, doi 10.24432/C50P49; CC BY 4.0), as scikit-learn bundles them (BSD 3-Clause). Pixels are whole numbers
+Repository, 1998, data set 80; CC BY 4.0), as scikit-learn bundles them (BSD 3-Clause). Pixels are whole numbers
 from 0 to 16, and networks are fed pixels / 16.
 """
 
