@@ -350,9 +350,7 @@ def _pinned(
     """Axes of weights (constants of rank 2 and more) with channels that cannot go."""
     result = []
     for key in labels.made:
-        kind = model.dtypes[key[0]]
-        quantised = np.issubdtype(kind, np.integer) and kind.itemsize == 1
-        if len(model.shapes[key[0]]) < 2 or not (quantised or np.issubdtype(kind, np.inexact)):
+        if not _is_weight(model, key[0]):
             continue
         found = reason[components[key]]
         stuck = found[found < len(labels.pins)]
@@ -360,4 +358,17 @@ def _pinned(
             text = labels.pins[int(np.bincount(stuck).argmax())][1]
             if text:
                 result.append(Pinned(*key, int(stuck.size), text))
+    # Weights that only operators read whose channels cannot be followed: nobody labelled them.
+    labelled = {tensor for tensor, _ in labels.made}
+    result += [
+        Pinned(name, 0, model.shapes[name][0], text)
+        for name, text in labels.whole.items()
+        if text and name not in labelled and _is_weight(model, name)
+    ]
     return tuple(result)
+
+
+def _is_weight(model: Model, name: str) -> bool:
+    kind = model.dtypes[name]
+    quantised = np.issubdtype(kind, np.integer) and kind.itemsize == 1
+    return len(model.shapes[name]) > 1 and bool(quantised or np.issubdtype(kind, np.inexact))

@@ -30,7 +30,10 @@ def port_of(value: onnx.ValueInfoProto) -> Port:
     """A declared input or output. Raises ModelError where it is no tensor."""
     kind = value.type.tensor_type
     if not value.type.HasField("tensor_type"):
-        raise ModelError(f"the graph input or output '{value.name}' is not a tensor; only tensors are supported.")
+        # Dictionaries of probabilities, one a sample, are what skl2onnx makes of a classifier where nothing is said.
+        maps = value.type.sequence_type.elem_type.HasField("map_type")
+        hint = "; for probabilities as one, export with skl2onnx's options={'zipmap': False}" if maps else ""
+        raise ModelError(f"the graph input or output '{value.name}' is not a tensor; only tensors are supported{hint}.")
     return Port(value.name, _dtype(kind.elem_type), tuple(_dims(kind.shape)))
 
 
@@ -73,8 +76,10 @@ def infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
     for node in copy.graph.node:
         spec = lookup(node.domain, node.op_type, versions.get(node.domain, 1))
         if spec is not None and spec.same:  # for shapes it is the identity
-            node.op_type, node.domain = "Identity", ""
+            node.op_type, node.domain = "Cast" if spec.floats else "Identity", ""
             del node.attribute[:], node.input[1:], node.output[1:]
+            if spec.floats:
+                node.attribute.append(onnx.helper.make_attribute("to", TensorProto.FLOAT))
         elif spec is not None and spec.matrix is not None:
             _as_product(copy, node, spec.matrix, proto)
     graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph

@@ -1583,3 +1583,4 @@ import cases_einsum  # noqa: E402, F401
 import cases_quantized  # noqa: E402, F401
 import cases_recurrent  # noqa: E402, F401
 import cases_shapes  # noqa: E402, F401
+import cases_tabular  # noqa: E402, F401

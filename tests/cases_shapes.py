@@ -172,3 +172,16 @@ case(
     }""",
     units=8,
 )
+case(
+    "weights-behind-an-unknown-operator",
+    "com.microsoft.FusedMatMul",
+    """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {
+        a = com.microsoft.FusedMatMul(x, w1)
+        h = Relu(a)
+        y = MatMul(h, w2)
+    }""",
+    units=0,
+    # Of both weights it is said why they stay.
+    pinned=("operator com.microsoft::FusedMatMul", "MatMul 'MatMul_2' has an output of unknown shape"),
+    domains={"com.microsoft": 1},
+)

@@ -6,7 +6,7 @@ an entry without a case.
 
 from __future__ import annotations
 
-from . import attention, einsum, elementwise, linear, movement, norm, pool, quantize, recurrent, reshape
+from . import attention, einsum, elementwise, linear, movement, norm, pool, quantize, recurrent, reshape, tabular
 from .einsum import weight_axis
 from .notation import opaque
 from .spec import Cuts, Edit, LabelAxis, Labels, MatrixRule, OpSpec, Refused, Terms, Total
@@ -23,6 +23,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     *elementwise.SPECS,
     *reshape.SPECS,
     *movement.SPECS,
+    *tabular.SPECS,
 )
 
 

@@ -157,6 +157,8 @@ class OpSpec:
     """Linear in its data input, with a constant weight: a consumer whose bias and weights can be refitted."""
     same: bool = False
     """Shape and type of the first output are those of the first input, and ONNX's own inference does not know it."""
+    floats: bool = False
+    """Together with ``same``: of the shape alone; the type is float32."""
     matrix: MatrixRule | None = None
     """The shape of the matrix that, to judge by shapes, multiplies the first input; for what ONNX's inference does not
     know. It is given the shapes of constants."""
