@@ -4,6 +4,43 @@ The verbs are :func:`prune` and its stages :func:`score`, :func:`plan` and :func
 :func:`load`, :func:`couple` and :func:`load_scores`; everything they return is a frozen record, and everything they
 raise on purpose is an :class:`OamipError`. Names are imported when first used, so that ``import onnx_oamip`` costs
 nothing.
+
+All at once, with a callback ``progress(stage, done, total)``:
+
+>>> import onnx_oamip
+>>> stages = set()
+>>> report = onnx_oamip.prune(
+...     "models/lenet300-mnist.onnx", "models/mnist.npz", "half.onnx",
+...     onnx_oamip.Settings(macs=0.5, importance="activation", force=True),
+...     progress=lambda stage, done, total: stages.add(stage),
+... )
+>>> report.after.macs <= 0.5 * report.before.macs, report.verification.accuracy_after > 0.97
+(True, True)
+>>> sorted(stages)
+['calibrate', 'gram', 'refit', 'sensitivity', 'verify']
+>>> [(group.name, width) for group, width in zip(report.coupling.groups, report.plan.widths.tolist())]
+... # doctest: +ELLIPSIS
+[('fc1.weight', ...), ('fc2.weight', ...)]
+
+Or stage by stage, with files in between that can be kept, read and edited:
+
+>>> settings = onnx_oamip.Settings(macs=0.3, force=True)
+>>> scored = onnx_oamip.score("models/lenet300-mnist.onnx", "models/mnist.npz", "scores.npz", settings)
+>>> planned = onnx_oamip.plan(
+...     "models/lenet300-mnist.onnx", "models/mnist.npz", "plan.json", settings, scores="scores.npz"
+... )
+>>> report = onnx_oamip.apply(
+...     "models/lenet300-mnist.onnx", "plan.json", "models/mnist.npz", "small.onnx", {"force": True}
+... )
+>>> report.after.macs == planned.plan.predicted.macs
+True
+
+What cannot be done is said in one sentence:
+
+>>> onnx_oamip.prune("models/lenet300-mnist.onnx", None, None, onnx_oamip.Settings(macs=0.5))
+Traceback (most recent call last):
+onnx_oamip.errors.DataError: --importance obs needs calibration data; give --data, or use --importance l2 --allocate
+uniform --refit none.
 """
 
 from __future__ import annotations
