@@ -1,9 +1,9 @@
 """Prunes trained ONNX models to a budget, without retraining, and proves what it did.
 
 The verbs are :func:`prune` and its stages :func:`score`, :func:`plan` and :func:`apply`, :func:`compare`,
-:func:`load`, :func:`couple` and :func:`load_scores`; everything they return is a frozen record, and everything they
-raise on purpose is an :class:`OamipError`. Names are imported when first used, so that ``import onnx_oamip`` costs
-nothing.
+:func:`load`, :func:`couple`, :func:`load_scores`, :func:`pack` and :func:`unpack`; everything they return is a frozen
+record, and everything they raise on purpose is an :class:`OamipError`. Names are imported when first used, so that
+``import onnx_oamip`` costs nothing.
 
 All at once, with a callback ``progress(stage, done, total)``:
 
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     )
     from .report import document
     from .settings import Settings
+    from .storage import Packed, Unpacked, pack, unpack
 
 __version__ = "0.1.0"
 
@@ -117,6 +118,7 @@ _HOMES = {
     ),
     "report": ("document",),
     "settings": ("Settings",),
+    "storage": ("Packed", "Unpacked", "pack", "unpack"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -134,6 +136,7 @@ __all__ = [
     "ModelError",
     "OamipError",
     "OutputError",
+    "Packed",
     "Pinned",
     "Plan",
     "PlanFile",
@@ -145,6 +148,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "Statistics",
+    "Unpacked",
     "Verification",
     "__version__",
     "apply",
@@ -153,10 +157,12 @@ __all__ = [
     "document",
     "load",
     "load_scores",
+    "pack",
     "plan",
     "prune",
     "register",
     "score",
+    "unpack",
 ]
 
 

@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
     Raises ModelError with one sentence for a missing, truncated or invalid file.
     """
     file = Path(path)
-    source, sha256, size = _read(file)
+    source, sha256, size = read(file)
     try:
         proto = _normalise(source)
         return from_proto(proto, bindings, str(file), sha256, size)
@@ -94,7 +94,8 @@ def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def _read(file: Path) -> tuple[ModelProto, str, int]:
+def read(file: Path) -> tuple[ModelProto, str, int]:
+    """(model as it is in the file, with external data, sha256, bytes). Raises ModelError as ``load`` does."""
     if not file.exists():
         raise ModelError(f"{file}: no such file; give the path of an .onnx model.")
     if file.is_dir():

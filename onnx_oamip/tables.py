@@ -174,7 +174,49 @@ def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
     yield Text("--solver auto takes the first that is usable and whose licence allows the size.")
 
 
+def _pack(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    before, rivals = value["before"]["bytes"], value["rivals"]
+    table = _table("", ">bytes", ">of the model")
+    sizes = {"model": before, "packed": value["after"]["bytes"]}
+    if rivals:
+        sizes |= {"zip": rivals["zip"], "fp16": rivals["fp16"], "fp16, zip": rivals["fp16_zip"]}
+    for name, size in sizes.items():
+        table.add_row(name, f"{size:,}", _percent(size / before))
+    yield table
+    columns = (">psi", ">zip", ">fp16, zip") if rivals else (">packed", ">psi")
+    table = _table("tensor", "method", ">values", ">bytes", *columns)
+    largest = sorted(value["tensors"], key=lambda t: -t["before"])
+    for tensor in largest[:_ROWS]:
+        psi = _percent(tensor["psi"])
+        others = [_percent(tensor["rivals"][key] / tensor["before"]) for key in ("zip", "fp16_zip") if rivals]
+        table.add_row(
+            _cell(tensor["name"] or "(no name)"),
+            tensor["method"],
+            "-" if tensor["clusters"] is None else str(tensor["clusters"]),
+            f"{tensor['before']:,}",
+            *([psi, *others] if rivals else [f"{tensor['after']:,}", psi]),
+        )
+    yield from _limited(table, largest, "tensors")
+    if value["verification"]:
+        yield _checks(value["verification"], value["settings"]["max_drop"])
+    if value["unpacked"]["lossless"]:
+        yield Text("every bit comes back")
+    elif not value["verification"]:
+        yield Text("note: what the shared values cost was not measured; --data measures it.")
+
+
+def _unpack(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["packed"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    lines = [f"{value['packed']['bytes']:,} bytes -> {value['output']['bytes']:,} bytes"]
+    lines += [f"and beside it {name}" for name in value["beside"]]
+    lines.append("bit by bit the original" if value["lossless"] else "weights share values: not the original bits")
+    yield Text("\n".join(lines))
+
+
 _DRAW = {
+    "ratio": _pack,
+    "packed": _unpack,
     "after": _prune,
     "predicted": _plan,
     "tensors": _checkpoint,

@@ -31,6 +31,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("search", "scoring"),
     ("prepare",),
     ("pipeline",),
+    ("storage",),
     ("tables",),
     ("cli",),
 )  # fmt: skip

@@ -30,7 +30,10 @@ from onnx_oamip.latency import Ratio
 from onnx_oamip.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("inspect", "prune", "score", "plan", "apply", "checkpoint", "verify", "bench", "ops", "solvers", "config")
+COMMANDS = (
+    "inspect", "prune", "score", "plan", "apply", "checkpoint", "verify", "bench", "pack", "unpack", "ops", "solvers",
+    "config",
+)  # fmt: skip
 SIDES = ("macs", "params", "bytes")
 PRUNE_KEYS = {
     "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "fits",

@@ -12,6 +12,7 @@ from .checkpoint import checkpoint
 from .config import config, config_option
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
 from .options import seconds as positive
+from .pack import pack, unpack
 from .prune import apply, plan, prune
 from .reading import reading_options
 from .score import score
@@ -146,6 +147,10 @@ def bench(
     with Progress() as progress:
         found = benchmark.run(models, data, batches, device, threads, seconds, seed, progress)
     show(report.benchmark(found), as_json)
+
+
+cli.add_command(pack)
+cli.add_command(unpack)
 
 
 @cli.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import ablation, budgets, coupling, coverage, decoupled, importance, programs, readme, speed
+from . import ablation, budgets, coupling, coverage, decoupled, importance, programs, readme, speed, storage
 
 STUDIES = {
     "budgets": budgets.run,
@@ -16,6 +16,7 @@ STUDIES = {
     "programs": programs.run,
     "importance": importance.run,
     "decoupled": decoupled.run,
+    "storage": storage.run,
 }
 
 

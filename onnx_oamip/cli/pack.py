@@ -1,0 +1,85 @@
+"""The ``pack`` and ``unpack`` commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import SettingsError
+from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
+from .terminal import Progress, show
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=MODEL, required=True, metavar="MODEL.oamip", help="Where the packed model goes.")
+@click.option("--lossless", is_flag=True, help="Keep every bit. So it is anyway without --data, --clusters and --bits.")
+@click.option(
+    "--clusters",
+    type=click.IntRange(2, 256),
+    metavar="K",
+    help="Distinct values that each weight matrix may hold, found by k-means. Default with --data: chosen for each, so "
+    "that --max-drop holds.",
+)
+@click.option("--bits", type=click.IntRange(1, 8), metavar="B", help="The same, as 2 to the power of B values.")
+@click.option(
+    "--data",
+    metavar=DATA,
+    help="Samples, as for prune: the fewest bytes are looked for that lose at most --max-drop points on them.",
+)
+@click.option(
+    "--eval-data",
+    metavar=DATA,
+    help="Samples to measure the drop on. Default: the keys of --data that start with 'eval.', or else a fifth of "
+    "--data.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100, max_open=True),
+    metavar="P",
+    help="Most points to lose: of accuracy, or without labels of agreement with the original.  [default: 0.5]",
+)
+@click.option("--report", "rivals", is_flag=True, help="Also show what zip, half precision and both come to.")
+@device_option
+@seed_option
+@batch_size_option
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr.")
+def pack(
+    model: Path, output: Path, bits: int | None, rivals: bool, as_json: bool, quiet: bool, **choices: Any
+) -> None:
+    """Write MODEL in fewer bytes to MODEL.oamip, to store or to ship.
+
+    Nothing is lost unless --data, --clusters or --bits say so. The unpacked model is as large and as fast as MODEL.
+    """
+    from .. import storage
+    from ..storage import document
+
+    if bits is not None:
+        if choices["clusters"] is not None:
+            raise SettingsError("--bits and --clusters say the same; leave out one of them.")
+        choices["clusters"] = 2**bits
+    with Progress(quiet) as progress:
+        found = storage.pack(model, output, progress=progress, **choices)
+    if as_json or not quiet:
+        show(document.packing(found, rivals), as_json)
+
+
+@click.command()
+@click.argument("packed", type=MODEL, metavar="MODEL.oamip")
+@click.option("-o", "--output", type=MODEL, required=True, metavar="MODEL.onnx", help="Where the model goes.")
+@json_option
+@click.option("-q", "--quiet", is_flag=True, help="Print no tables; errors still go to stderr.")
+def unpack(packed: Path, output: Path, as_json: bool, quiet: bool) -> None:
+    """Write the model that MODEL.oamip holds, as an ONNX file that any runtime loads.
+
+    Files that keep weights beside the model go beside MODEL.onnx under their own names.
+    """
+    from .. import storage
+    from ..storage import document
+
+    found = storage.unpack(packed, output)
+    if as_json or not quiet:
+        show(document.unpacking(found), as_json)
