@@ -18,16 +18,19 @@ import numpy as np
 from .. import search, verify
 from ..calibrate import Progress
 from ..data import Samples
+from ..errors import DataError
 from ..records import Array, Floats, Ints, Model, Verification
 from ..runtime import Session
 from . import codebook
 from .codebook import Codebook
 from .layout import Files, Place
 
-LEVELS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
-"""Sizes of codebooks that are tried; keeping a tensor exact is one more."""
+MEANS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+"""Sizes of codebooks by k-means that are tried."""
+GRIDS = (3, 5, 7, 9, 11, 15, 19, 25, 31, 39, 51, 65, 85, 111, 145, 191, 255)
+"""Sizes of codebooks by even grids; keeping a tensor exact is one more level."""
 PROBE = 8
-"""Size of the codebook at which a tensor's loss is measured."""
+"""Size of the codebook by k-means at which a tensor's loss is measured."""
 SAMPLES = 128
 """Calibration samples for that."""
 TRIES = 9
@@ -39,7 +42,7 @@ _RUINED = 1e30
 
 @dataclass(frozen=True)
 class Candidates:
-    """For each of ``places`` its codebooks at each of ``LEVELS``, and its bytes when it is kept exact (places,)."""
+    """For each of ``places`` its codebooks by ``MEANS`` and then ``GRIDS``, and its bytes when kept exact (places,)."""
 
     places: tuple[Place, ...]
     codebooks: tuple[tuple[Codebook, ...], ...]
@@ -65,13 +68,24 @@ class Judge:
             session = Session(path, self.device, what="the model with shared weights")
             return verify.compare(self.model, self.original, session, samples, self.batch_size)
 
+    def lost(self, found: Verification) -> float:
+        """Points lost. Raises DataError where nothing was measured: no floating output that is not zero throughout."""
+        if found.agreement is None and found.output_relative_error is None:
+            raise DataError(
+                f"no output of {self.model.path} is a float that is not zero on {self.held.source}, so that what is "
+                "lost cannot be measured; give --clusters without --data, or leave both out to lose nothing."
+            )
+        return search.drop(found)
+
 
 def candidates(files: Files, exact: Mapping[Place, int], seed: int, progress: Progress | None = None) -> Candidates:
     """Codebooks of every tensor that may share its values; ``exact``: bytes of those tensors kept exact."""
     found = []
     for i, place in enumerate(exact):
         seen = codebook.histogram(codebook.numbers(place, files.words(place)))
-        found.append(tuple(codebook.cluster(seen, k, place.form.dtype.itemsize, seed) for k in LEVELS))
+        size = place.form.dtype.itemsize
+        means = [codebook.cluster(seen, k, size, seed) for k in MEANS]
+        found.append((*means, *(codebook.grid(seen, k, size) for k in GRIDS)))
         if progress:
             progress("codebooks", i + 1, len(exact))
     return Candidates(tuple(exact), tuple(found), np.asarray(list(exact.values()), np.float64))
@@ -84,26 +98,28 @@ def smallest(
 
     Tensors that are best kept exact are left out; with all of them exact nothing is lost.
     """
-    error = np.asarray([[*(c.error for c in books), 0.0] for books in found.codebooks]).reshape(-1, len(LEVELS) + 1)
-    coded = np.asarray([[c.nbytes for c in books] for books in found.codebooks]).reshape(-1, len(LEVELS))
+    exact = len(MEANS) + len(GRIDS)
+    error = np.asarray([[*(c.error for c in books), 0.0] for books in found.codebooks]).reshape(-1, exact + 1)
+    coded = np.asarray([[c.nbytes for c in books] for books in found.codebooks]).reshape(-1, exact)
     nbytes = np.column_stack([coded, found.exact])
     loss = _weights(judge, found, progress)[:, None] * error
     low, high = np.log(LOSSES)
     at = (low + high) / 2
     best: dict[Place, Floats] = {}
     verification = judge.measure({}, judge.held)
+    judge.lost(verification)
     measured: dict[tuple[int, ...], Verification] = {}
     for i in range(TRIES if found.places else 0):
         levels = choose(loss, nbytes, float(np.exp(at)))
         values = {
             place: books[level].values
             for place, books, level in zip(found.places, found.codebooks, levels.tolist(), strict=True)
-            if level < len(LEVELS)
+            if level < exact
         }
         key = tuple(levels.tolist())
         if key not in measured:
             measured[key] = judge.measure(shared(judge.files, values), judge.held)
-        if search.drop(measured[key]) <= points:
+        if judge.lost(measured[key]) <= points:
             best, verification, low = values, measured[key], at
         else:
             high = at
@@ -140,12 +156,12 @@ def choose(loss: Floats, nbytes: Floats, allowed: float) -> Ints:
 
 
 def _weights(judge: Judge, found: Candidates, progress: Progress | None) -> Floats:
-    """Loss of each tensor's error (tensors,): of the outputs, or relative to the tensor where no output is a float."""
+    """Loss of each tensor's error (tensors,): of the outputs, or where they are zero of the tensor."""
     order = np.random.default_rng(0).permutation(judge.calibration.count)
     few = judge.calibration.take(np.sort(order[: max(SAMPLES, judge.calibration.fixed_batch or 1)]))
     result = np.zeros(len(found.places))
     for i, (place, books) in enumerate(zip(found.places, found.codebooks, strict=True)):
-        book = books[LEVELS.index(PROBE)]
+        book = books[MEANS.index(PROBE)]
         words = judge.files.words(place)
         if book.error > 0:
             relative = judge.measure({place: codebook.share(place, words, book.values)}, few).output_relative_error

@@ -5,6 +5,7 @@
 ``planes`` byte by byte (floats turned left by a bit, so that one plane is the exponent), each plane in its best coding
 ``index``  at most 256 distinct values, and for every entry its number among them in ``ceil(log2 k)`` bits
 ``ham``    the same with a canonical Huffman code over the numbers (HAM)
+``lz``     the same where what repeats among the numbers is found first, by DEFLATE or LZMA
 ``csc``    only what is not zero, with row numbers and column counts (see ``sparse``)
 ``sham``   the same where what is not zero has a codebook (sHAM)
 =========  ==========================================================================================================
@@ -23,7 +24,8 @@ from ..records import Array, Ints
 from . import entropy, sparse
 from .entropy import Damaged, Reader
 
-METHODS = ("raw", "planes", "index", "ham", "csc", "sham")
+METHODS = ("raw", "planes", "index", "ham", "lz", "csc", "sham")
+_SHARED = ("index", "ham", "lz")
 CODEBOOK = 256
 """Distinct values that a codebook may hold: a number among them is one byte."""
 SPARSE = 0.25
@@ -57,15 +59,20 @@ class Form:
 
 def encode(words: Array, form: Form) -> Coded:
     """The shortest blob that gives the words (count,) back."""
+    return _shortest(candidates(words, form), words.nbytes)
+
+
+def candidates(words: Array, form: Form) -> list[Coded]:
+    """Every blob that is worth a try; each of them gives the words (count,) back."""
     found = _dense(words, form)
     if words.size and form.rows and words.size % form.rows == 0 and np.mean(words == 0) >= SPARSE:
         left, blob = sparse.split(words, form.rows)
         inner = _shortest(_dense(left, _of_nonzeros(form, left.size)), left.nbytes)
-        shared = inner.method in ("index", "ham")
+        shared = inner.method in _SHARED
         blob += bytes([METHODS.index(inner.method)]) + inner.blob
         clusters = None if inner.clusters is None else inner.clusters + 1
         found.append(Coded("sham" if shared else "csc", blob, clusters))
-    return _shortest(found, words.nbytes)
+    return found
 
 
 def decode(method: str, blob: memoryview, form: Form) -> Array:
@@ -110,7 +117,8 @@ def _dense(words: Array, form: Form) -> list[Coded]:
         k = len(values)
         table = bytes([k - 1]) + np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
         found.append(Coded("index", table + _pack_bits(labels, _bits(k)), k))
-        found.append(Coded("ham", table + entropy.shrink(labels.astype(np.uint8).tobytes()), k))
+        found.append(Coded("ham", table + entropy.shrink(labels.astype(np.uint8).tobytes(), repeats=False), k))
+        found.append(Coded("lz", table + entropy.shrink(labels.astype(np.uint8).tobytes()), k))
     return found
 
 
@@ -119,14 +127,14 @@ def _decode_dense(method: str, reader: Reader, form: Form) -> Array:
         return reader.numbers(form.dtype, form.count)
     if method == "planes":
         return _turn(entropy.read_planes(reader, form.dtype, form.count), form, -1)
-    if method not in ("index", "ham"):
+    if method not in _SHARED:
         raise Damaged(f"no method is called {method!r}")
     k = reader.take(1)[0] + 1
     values = reader.numbers(form.dtype, k)
-    if method == "ham":
-        labels = np.frombuffer(reader.section(form.count), np.uint8)
-    else:
+    if method == "index":
         labels = _unpack_bits(reader.take(-(-form.count * _bits(k) // 8)), form.count, _bits(k))
+    else:
+        labels = np.frombuffer(reader.section(form.count), np.uint8)
     if labels.size and int(labels.max()) >= k:
         raise Damaged(f"a codebook of {k} values is asked for number {int(labels.max())}")
     return np.asarray(values[labels])

@@ -31,11 +31,12 @@ class Damaged(ValueError):
     """Packed bytes that do not say what they should; the message is part of a sentence."""
 
 
-def shrink(data: bytes) -> bytes:
-    """A section: how the bytes are coded, their packed length, and the shortest coding of them."""
+def shrink(data: bytes, repeats: bool = True) -> bytes:
+    """A section: how the bytes are coded, their packed length, and the shortest coding; perhaps Huffman's alone."""
     found = [(STORED, data)]
     if data:
         found.append((HUFFMAN, _deflate(data, zlib.Z_HUFFMAN_ONLY)))
+    if data and repeats:
         found.append((DEFLATE, _deflate(data, zlib.Z_DEFAULT_STRATEGY)))
         if len(found[2][1]) < REPEATS * len(found[1][1]):
             found.append((LZMA, lzma.compress(data, lzma.FORMAT_RAW, filters=_FILTERS)))

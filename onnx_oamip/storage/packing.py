@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import artefacts, pipeline, search
+from .. import artefacts, pipeline
 from .. import model as models
 from ..calibrate import Progress
 from ..errors import DataError, GateFailed, ModelError, OutputError, SettingsError
@@ -195,7 +195,7 @@ def _codebook(files: Files, place: Place, clusters: int, seed: int) -> Floats:
 
 def _within(judge: Judge, values: Mapping[Place, Floats], points: float) -> Verification:
     found = judge.measure(allocation.shared(judge.files, values), judge.held)
-    if not (lost := search.drop(found)) <= points:
+    if not (lost := judge.lost(found)) <= points:
         raise GateFailed(
             f"with this many shared values {lost:.2f} points are lost on {judge.held.source}, more than --max-drop "
             f"{points:g}; nothing was written; give more --clusters, or leave it out to have it chosen."
