@@ -3,6 +3,7 @@
 =========  ==========================================================================================================
 ``raw``    as they are
 ``planes`` byte by byte (floats turned left by a bit, so that one plane is the exponent), each plane in its best coding
+           where there is no codebook, or where it would say too much in too few bytes
 ``index``  at most 256 distinct values, and for every entry its number among them in ``ceil(log2 k)`` bits
 ``ham``    the same with a canonical Huffman code over the numbers (HAM)
 ``lz``     the same where what repeats among the numbers is found first, by DEFLATE or LZMA
@@ -91,12 +92,12 @@ def decode(method: str, blob: memoryview, form: Form) -> Array:
     return words
 
 
-def distinct(words: Array, most: int = CODEBOOK) -> tuple[Array, Ints, Ints] | None:
-    """(values, number of each word among them, how often each occurs), or None where there are more than ``most``."""
-    if len(np.unique(words[:_PROBE])) > most:
+def distinct(words: Array) -> tuple[Array, Ints] | None:
+    """(values, number of each word among them), or None where there are more than a codebook holds."""
+    if len(np.unique(words[:_PROBE])) > CODEBOOK:
         return None
-    values, labels, counts = np.unique(words, return_inverse=True, return_counts=True)
-    return None if len(values) > most else (values, labels.reshape(-1), counts)
+    values, labels = np.unique(words, return_inverse=True)
+    return None if len(values) > CODEBOOK else (values, labels.reshape(-1))
 
 
 def _of_nonzeros(form: Form, count: int) -> Form:
@@ -104,22 +105,32 @@ def _of_nonzeros(form: Form, count: int) -> Form:
 
 
 def _shortest(found: list[Coded], nbytes: int) -> Coded:
-    # Planes always keep to the limit on how much a blob may stand for.
+    # What stands for more than a reader allows is no choice; planes, HAM and raw never do.
     return min((c for c in found if entropy.within(nbytes, len(c.blob))), key=lambda c: len(c.blob))
 
 
 def _dense(words: Array, form: Form) -> list[Coded]:
     little = np.ascontiguousarray(words, words.dtype.newbyteorder("<")).tobytes()
-    found = [Coded("raw", little), Coded("planes", entropy.planes(_turn(words, form, 1)))]
+    found = [Coded("raw", little)]
     shared = distinct(words) if words.size else None
     if shared is not None:
-        values, labels, _ = shared
-        k = len(values)
-        table = bytes([k - 1]) + np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
-        found.append(Coded("index", table + _pack_bits(labels, _bits(k)), k))
-        found.append(Coded("ham", table + entropy.shrink(labels.astype(np.uint8).tobytes(), repeats=False), k))
-        found.append(Coded("lz", table + entropy.shrink(labels.astype(np.uint8).tobytes()), k))
+        found += _numbered(*shared)
+    # Where a codebook says more in its bytes than is allowed, planes come next; mostly it says less, and is shorter.
+    if shared is None or not entropy.within(words.nbytes, len(found[-1].blob)):
+        found.append(Coded("planes", entropy.planes(_turn(words, form, 1))))
     return found
+
+
+def _numbered(values: Array, labels: Ints) -> list[Coded]:
+    """Codings by a codebook, the one that finds repeats at the end."""
+    k = len(values)
+    table = bytes([k - 1]) + np.ascontiguousarray(values, values.dtype.newbyteorder("<")).tobytes()
+    numbers = labels.astype(np.uint8).tobytes()
+    return [
+        Coded("index", table + _pack_bits(labels, _bits(k)), k),
+        Coded("ham", table + entropy.shrink(numbers, repeats=False), k),
+        Coded("lz", table + entropy.shrink(numbers), k),
+    ]
 
 
 def _decode_dense(method: str, reader: Reader, form: Form) -> Array:

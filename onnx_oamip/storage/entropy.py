@@ -105,7 +105,7 @@ def entropy(counts: Sequence[int] | Array) -> float:
 
 
 def _deflate(data: bytes, strategy: int) -> bytes:
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+    coder = zlib.compressobj(6, zlib.DEFLATED, -15, 9, strategy)
     return coder.compress(data) + coder.flush()
 
 
