@@ -243,7 +243,7 @@ def load(
     """The model at the data's shapes, what goes together in it, and (calibration, evaluation) samples."""
     with clock("load"):
         model = models.load(path)
-        samples, held = _samples(model, source, eval_data, settings)
+        samples, held = samples_of(model, source, eval_data, settings)
         model = models.rebind(model, samples.bindings(model))
     with clock("couple"):
         coupling = exclude(model, couple(model), settings.exclude)
@@ -262,7 +262,7 @@ def _scored_by(given: Scores, settings: Settings, source: Source | None) -> tupl
     return method, settings
 
 
-def _samples(
+def samples_of(
     model: Model, source: Source | None, eval_data: Source | None, settings: Settings
 ) -> tuple[Samples, Samples | None]:
     """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""

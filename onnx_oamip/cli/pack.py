@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from ..errors import SettingsError
+from .config import config_option
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
+from .reading import reading_options
 from .terminal import Progress, show
 
 
@@ -45,6 +47,8 @@ from .terminal import Progress, show
 @device_option
 @seed_option
 @batch_size_option
+@reading_options
+@config_option
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr.")
 def pack(

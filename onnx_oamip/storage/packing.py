@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import artefacts, pipeline
+from .. import artefacts
 from .. import model as models
 from ..calibrate import Progress
 from ..errors import DataError, GateFailed, ModelError, OutputError, SettingsError
 from ..output import check_output
-from ..pipeline import Clock, Source
+from ..prepare import Clock, Source, samples_of
 from ..records import Floats, Verification
 from ..runtime import Session, resolve_device
 from ..settings import Settings
@@ -68,19 +68,21 @@ def pack(
     seed: int = 0,
     batch_size: int = 32,
     progress: Progress | None = None,
+    **reading: Any,
 ) -> Packed:
     """Write a model in fewer bytes, of which :func:`unpack` makes a model file again.
 
     Without samples and without ``clusters`` every bit comes back. ``clusters`` (2 to 256) is the number of values that
     each weight matrix may hold; with ``data`` it is chosen for each, so that at most ``max_drop`` points (of accuracy,
     without labels of agreement, without classes of relative output error; default 0.5) are lost on ``eval_data``, or
-    on the evaluation part of ``data``. Both: the given number, refused where it loses more.
+    on the evaluation part of ``data``. Both: the given number, refused where it loses more. ``reading`` says how images
+    and tables are read, as in :class:`Settings`.
 
     Raises OamipError: exit code 2 for bad input, 1 where more is lost than allowed; then no file is written.
     """
     _check(lossless, clusters, data, eval_data, max_drop)
     points = MAX_DROP if max_drop is None else max_drop
-    settings = Settings.create(max_drop=points, device=device, seed=seed, batch_size=batch_size)
+    settings = Settings.create(max_drop=points, device=device, seed=seed, batch_size=batch_size, **reading)
     clock = Clock()
     target = check_output(path, output, (data, eval_data))
     with clock("load"):
@@ -172,7 +174,7 @@ def _judge(
 ) -> Judge:
     device = resolve_device(settings.device)
     model = models.load(path)
-    samples, held = pipeline.samples_of(model, data, eval_data, settings.seed)
+    samples, held = samples_of(model, data, eval_data, settings)
     assert held is not None
     model = models.rebind(model, samples.bindings(model))
     original = Session(path, device, what=str(path))
