@@ -87,6 +87,9 @@ class _Labels:
         self.count += count
         return np.arange(self.count - count, self.count, dtype=np.int64)
 
+    def free(self, count: int) -> Ints:
+        return self._new(count)
+
     def fresh(self, count: int, reason: str) -> Ints:
         labels = self._new(count)
         self.pin(labels, reason)

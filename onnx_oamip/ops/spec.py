@@ -47,6 +47,10 @@ class Labels(Protocol):
         """New pinned labels, for channels that nobody may remove."""
         ...
 
+    def free(self, count: int) -> Ints:
+        """New labels, for channels that are made here and may go."""
+        ...
+
     def tie(self, a: Ints, b: Ints) -> None:
         """The channels of ``a`` and ``b`` (broadcast against each other) go together."""
         ...
