@@ -214,9 +214,8 @@ def _endless(proto: ModelProto) -> ModelProto:
             axes = whole.get(node.input[3]) if len(node.input) > 3 else None
             if axes is not None and len(node.input) > 2 and node.input[2] not in held:
                 longer.setdefault(origin, set()).update(int(a) % len(held[origin]) for a in axes)
-    for name, axes in longer.items():
-        if name not in read_whole:
-            _lengthen(result, name, axes)
+    for name in longer.keys() - read_whole:
+        _lengthen(result, name, longer[name])
     return result
 
 
