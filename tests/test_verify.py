@@ -146,6 +146,7 @@ SATURATED = """(float[N,9] x) => (float[N,7] y) <float[9,32] w1, float[32] b1, f
     {0}
 }}"""
 ENDS = {
+    "as good as nought": "far = Constant<value = float {-20.0}>()  z = Add(m3, far)  y = Sigmoid(z)",
     "near nought": "far = Constant<value = float {-14.0}>()  z = Add(m3, far)  y = Sigmoid(z)",
     "near one": "far = Constant<value = float {30.0}>()  z = Add(m3, far)  y = Sigmoid(z)",
     "certain of a class": "far = Constant<value = float {300.0}>()  z = Mul(m3, far)  y = Softmax(z)",
@@ -177,7 +178,10 @@ def test_a_right_cut_is_proved_however_little_the_outputs_say(end: str, tmp_path
     if end == "cancelled":
         assert proof.rounding is not None
         assert verify.TOLERANCE < proof.distance <= verify.ROUNDING * proof.rounding <= verify.ROUNDING_MOST
-    elif proof.distance <= verify.TOLERANCE:
+    elif proof.distance > verify.TOLERANCE:
+        assert proof.rounding is not None
+        assert proof.distance <= verify.ROUNDING * proof.rounding
+    else:
         assert proof.rounding is None
 
 

@@ -55,8 +55,8 @@ class Labels(Protocol):
         """The channels of ``a`` and ``b`` (broadcast against each other) go together."""
         ...
 
-    def pin(self, labels: LabelAxis, reason: str) -> None:
-        """These stay; an empty reason for what nobody would take for channels."""
+    def pin(self, labels: LabelAxis, reason: str, listed: bool = True) -> None:
+        """These stay; ``listed`` is False for what nobody would take for channels, such as the taps of a kernel."""
         ...
 
     def pin_all(self, tensor: str, reason: str) -> None: ...
