@@ -177,8 +177,9 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
 def _named(proto: ModelProto) -> dict[str, Dims]:
     """Dynamic dimensions that ONNX's inference loses track of: lengths that equal a symbol's at three different sizes.
 
-    Two of the sizes are large primes, so that nothing else gives the same number. Fixed lengths are not taken. A table
-    of positions or a causal mask is taken to be as long as it is asked for: beyond its end the model does not run.
+    Two of the sizes are large primes, so that nothing else gives the same number. Fixed lengths are not taken. Where
+    such a size is more than a table of positions or a causal mask holds, shapes end: behind a sum of both the model
+    does not run at that size. There, and only there, the table is taken to be as long as it is asked for.
     """
     held = {t.name for t in proto.graph.initializer}
     inputs = tuple(port_of(v) for v in proto.graph.input if v.name not in held)
@@ -186,8 +187,10 @@ def _named(proto: ModelProto) -> dict[str, Dims]:
     if not usual or len(usual) > len(PRIMES):
         return {}
     sizes = [usual, dict(zip(usual, PRIMES, strict=False)), dict(zip(usual, PRIMES[::-1], strict=False))]
+    found = [tensor_types(infer(proto, s))[0] for s in sizes]
     endless = _endless(proto)
-    found = [tensor_types(infer(endless, s))[0] for s in sizes]
+    if endless is not None:
+        found = [{**tensor_types(infer(endless, s))[0], **known} for s, known in zip(sizes, found, strict=True)]
     named: dict[str, Dims] = {}
     for name in set(found[0]) & set(found[1]) & set(found[2]):
         shapes = [f[name] for f in found]
@@ -197,8 +200,8 @@ def _named(proto: ModelProto) -> dict[str, Dims]:
     return named
 
 
-def _endless(proto: ModelProto) -> ModelProto:
-    """A skeleton in which constants that are only sliced to a computed length never end."""
+def _endless(proto: ModelProto) -> ModelProto | None:
+    """A skeleton in which constants that are only sliced to a computed length never end; None if there are none."""
     result = skeleton(proto)
     held = {t.name: list(t.dims) for t in proto.graph.initializer}
     whole = {t.name: numpy_helper.to_array(t) for t in result.graph.initializer}
@@ -214,9 +217,10 @@ def _endless(proto: ModelProto) -> ModelProto:
             axes = whole.get(node.input[3]) if len(node.input) > 3 else None
             if axes is not None and len(node.input) > 2 and node.input[2] not in held:
                 longer.setdefault(origin, set()).update(int(a) % len(held[origin]) for a in axes)
-    for name in longer.keys() - read_whole:
+    tables = longer.keys() - read_whole
+    for name in tables:
         _lengthen(result, name, longer[name])
-    return result
+    return result if tables else None
 
 
 def _lengthen(proto: ModelProto, name: str, axes: set[int]) -> None:

@@ -6,7 +6,14 @@ of fixed shapes. Needs torch.
 
 from __future__ import annotations
 
+import io
 import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -124,3 +131,76 @@ class Speech(nn.Module):
         for layer in self.decoder:
             y = layer(y, heard, self.mask[:length, :length])
         return self.norm(y) @ self.word.weight.T
+
+
+@dataclass(frozen=True)
+class Free:
+    """One network with open axes: ``axes`` names them for every input, ``inputs`` makes (samples, a length) of them."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int, int], dict[str, Tensor]]
+    axes: Mapping[str, Mapping[int, str]]
+    longest: int = 64
+
+
+def sentences(vocabulary: int) -> Callable[[int, int], dict[str, Tensor]]:
+    """Tokens, and a mask that hides the end of every other sentence."""
+
+    def make(count: int, length: int) -> dict[str, Tensor]:
+        mask = torch.ones(count, length, dtype=torch.int64)
+        mask[1::2, length - length // 3 :] = 0
+        return {"tokens": torch.randint(0, vocabulary, (count, length)), "attention_mask": mask}
+
+    return make
+
+
+def speech(bands: int, vocabulary: int) -> Callable[[int, int], dict[str, Tensor]]:
+    """A spectrogram of three frames a token, one more, and tokens."""
+
+    def make(count: int, length: int) -> dict[str, Tensor]:
+        tokens = torch.randint(0, vocabulary, (count, length))
+        return {"spectrogram": torch.randn(count, bands, 3 * length + 1), "tokens": tokens}
+
+    return make
+
+
+WORDS = {0: "batch", 1: "length"}
+NETWORKS = (
+    Free("sentence embedder", Embedder, sentences(200), {"tokens": WORDS, "attention_mask": WORDS}),
+    Free(
+        "speech encoder and decoder", Speech, speech(16, 120),
+        {"spectrogram": {0: "batch", 2: "frames"}, "tokens": WORDS},
+    ),
+)  # fmt: skip
+
+
+def build(entry: Free, seed: int) -> nn.Module:
+    """The network in evaluation mode, with gains and biases that are not trivial."""
+    torch.manual_seed(seed)
+    net = entry.make().eval()
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            if tensor.ndim == 1:
+                tensor.uniform_(0.5, 1.5) if name.endswith("weight") else tensor.normal_(0.0, 0.1)
+    return net
+
+
+def export(entry: Free, dynamo: bool, file: Path, seed: int) -> None:
+    """Write the network with all its axes open."""
+    net = build(entry, seed)
+    inputs = entry.inputs(3, 7)
+    names = list(inputs)
+    free: dict[str, Any] = {"dynamic_axes": {n: dict(axes) for n, axes in entry.axes.items()}}
+    if dynamo:
+        most = {"length": entry.longest, "frames": 2 * entry.longest}
+        dims = {
+            s: torch.export.Dim(s, min=4, max=most[s]) if s in most else torch.export.Dim(s)
+            for axes in entry.axes.values() for s in axes.values()
+        }  # fmt: skip
+        free = {"dynamic_shapes": tuple({a: dims[s] for a, s in entry.axes[n].items()} for n in names)}
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            net, tuple(inputs.values()), str(file), input_names=names, dynamo=dynamo, external_data=False, **free
+        )
