@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import ablation, budgets, coupling, coverage, decoupled, importance, programs, readme, speed
+from . import ablation, budgets, coupling, coverage, decoupled, foreign, importance, programs, readme, speed
 
 STUDIES = {
     "budgets": budgets.run,
@@ -13,6 +13,7 @@ STUDIES = {
     "speed": speed.run,
     "coupling": coupling.run,
     "coverage": coverage.run,
+    "foreign": foreign.run,
     "programs": programs.run,
     "importance": importance.run,
     "decoupled": decoupled.run,
