@@ -243,18 +243,6 @@ def test_no_samples_at_all_stay_none(tmp_path: Path) -> None:
         assert session.run({"x": np.ones((n, k, 6), np.float32)})[0].shape == (n, k, 2, 4)
 
 
-def test_weights_that_only_an_unknown_operator_reads_are_listed(tmp_path: Path) -> None:
-    text = """(float[N,6] x) => (float[N,5] y) <float[6,8] w1, float[8,8] w2, float[8,5] w3> {
-        h = MatMul(x, w1)
-        g = custom.Mixed(h, w2)
-        y = MatMul(g, w3)
-    }"""
-    model = load(build(text, domains={"custom": 1}), tmp_path)
-    found = {(p.tensor, p.axis): p.reason for p in couple(model).pinned}
-    assert {("w2", 0), ("w2", 1)} <= set(found)
-    assert "custom::Mixed" in found["w2", 0]
-
-
 # -------------------------------------------------------------------------------------------------- text recognition
 
 
