@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -19,6 +19,13 @@ from scipy.sparse.csgraph import connected_components
 from .errors import SettingsError
 from .ops import LabelAxis, lookup, opaque
 from .records import Array, Axis, Consumer, Coupling, Group, Ints, Model, Node, Pinned
+
+
+@dataclass(frozen=True, slots=True)
+class _Pin:
+    labels: Ints
+    reason: str
+    listed: bool
 
 
 class _Labels:
@@ -31,7 +38,7 @@ class _Labels:
         self.made: dict[Axis, Ints] = {}
         self.why: dict[str, str] = {}
         self.ties: list[tuple[Ints, Ints]] = []
-        self.pins: list[tuple[Ints, str]] = []
+        self.pins: list[_Pin] = []
         self.claims: set[tuple[str, Axis]] = set()
         self.whole: dict[str, str] = {}
         self.consumers: list[Consumer] = []
@@ -87,6 +94,9 @@ class _Labels:
         self.count += count
         return np.arange(self.count - count, self.count, dtype=np.int64)
 
+    def free(self, count: int) -> Ints:
+        return self._new(count)
+
     def fresh(self, count: int, reason: str) -> Ints:
         labels = self._new(count)
         self.pin(labels, reason)
@@ -97,9 +107,9 @@ class _Labels:
             left, right = np.broadcast_arrays(a, b)
             self.ties.append((left.reshape(-1), right.reshape(-1)))
 
-    def pin(self, labels: LabelAxis, reason: str) -> None:
+    def pin(self, labels: LabelAxis, reason: str, listed: bool = True) -> None:
         if labels is not None and labels.size:
-            self.pins.append((np.asarray(labels).reshape(-1), reason))
+            self.pins.append(_Pin(np.asarray(labels).reshape(-1), reason, listed))
 
     def pin_all(self, tensor: str, reason: str) -> None:
         if self.is_constant(tensor):
@@ -265,8 +275,8 @@ def _resolve(model: Model, labels: _Labels) -> Coupling:
     total, component = connected_components(edges, directed=False) if n else (0, np.zeros(0, np.int64))
 
     reason = np.full(total, len(labels.pins), np.int64)
-    for i, (pinned, _) in enumerate(labels.pins):
-        np.minimum.at(reason, component[pinned], i)
+    for i, pin in enumerate(labels.pins):
+        np.minimum.at(reason, component[pin.labels], i)
     free = reason == len(labels.pins)
 
     axes: dict[Axis, Ints] = dict(labels.made)
@@ -355,15 +365,15 @@ def _pinned(
         found = reason[components[key]]
         stuck = found[found < len(labels.pins)]
         if stuck.size:
-            text = labels.pins[int(np.bincount(stuck).argmax())][1]
-            if text:
-                result.append(Pinned(*key, int(stuck.size), text))
+            pin = labels.pins[int(np.bincount(stuck).argmax())]
+            if pin.listed:
+                result.append(Pinned(*key, int(stuck.size), pin.reason))
     # Weights that only operators read whose channels cannot be followed: nobody labelled them.
     labelled = {tensor for tensor, _ in labels.made}
     result += [
         Pinned(name, 0, model.shapes[name][0], text)
         for name, text in labels.whole.items()
-        if text and name not in labelled and _is_weight(model, name)
+        if name not in labelled and _is_weight(model, name)
     ]
     return tuple(result)
 

@@ -86,16 +86,46 @@ class _Editor:
         return node is not None and node.op_type == "Concat" and node.name.endswith("_node")
 
 
+def _turned(node: NodeProto, edit: _Editor) -> bool:
+    """Leading axes merged, the others transposed, the leading ones divided again: that is one transpose.
+
+    torch's exporter writes so the transposed keys of ``scaled_dot_product_attention``.
+    """
+    transpose = edit.makers.get(node.input[0])
+    merge = None if transpose is None or transpose.op_type != "Transpose" else edit.makers.get(transpose.input[0])
+    if transpose is None or merge is None or merge.op_type != "Reshape":
+        return False
+    before, merged, after = edit.lengths(merge.input[0]), edit.entries(merge.input[1]), edit.entries(node.input[1])
+    order = [list(a.ints) for a in transpose.attribute if a.name == "perm"]
+    if before is None or merged is None or after is None or not order or order[0][0] != 0:
+        return False
+    lead = len(before) - len(merged) + 1
+    perm = [*range(lead), *(lead + i - 1 for i in order[0][1:])]
+    same = list(merged[1:]) == list(before[lead:]) and list(after) == [before[i] for i in perm]
+    if lead < 1 or len(after) != len(before) or not same or any(not isinstance(v, Size) and v < 1 for v in after):
+        return False
+    node.op_type, node.input[0] = "Transpose", merge.input[0]
+    del node.input[1:], node.attribute[:]
+    node.attribute.append(helper.make_attribute("perm", perm))
+    edit.changed = True
+    return True
+
+
 def _reshape(node: NodeProto, at: int, edit: _Editor) -> None:  # noqa: ARG001
-    target, before = edit.entries(node.input[1]), edit.lengths(node.input[0])
-    if any(a.name == "allowzero" and a.i for a in node.attribute):
+    if _turned(node, edit):
         return
+    target, before = edit.entries(node.input[1]), edit.lengths(node.input[0])
+    literal = [a for a in node.attribute if a.name == "allowzero"]
     after = edit.facts.dims.get(node.output[0])
+    if any(a.i for a in literal) and (target is None or any(not isinstance(v, Size) and v == 0 for v in target)):
+        return  # a zero that is meant, or may be
     wanted = None if target is None or before is None else _target(list(target), before)
     if wanted is None:
         wanted = static_target(edit.facts.dims.get(node.input[0]), after)
     if wanted is not None:
         edit.read(node, 1, edit.constant(f"{node.output[0]}_target", np.asarray(wanted, np.int64)))
+        for attribute in literal:  # a zero of the new target copies a length
+            node.attribute.remove(attribute)
 
 
 def _target(target: list[Any], before: Entries) -> list[int] | None:

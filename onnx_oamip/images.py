@@ -8,35 +8,56 @@ predictions are the classes. Evaluation data is never looked at.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
 
 from .data import Samples
-from .records import Array, Floats, Images, Ints, Model
+from .records import Array, Floats, Images, Ints, Model, Node
 from .runtime import Session
 
 LIMIT_BYTES = 1 << 30
 """Bound of the activations held for all images together; above it none are, and no joint program can be made."""
 
 
-def head(model: Model) -> str | None:
-    """The logits: what the first floating output of shape (samples, classes) is made from by a final softmax, if any.
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A classification head: the place of the output of shape (samples, classes), and the tensor with its logits."""
+
+    index: int
+    logits: str
+
+
+def head(model: Model) -> Head | None:
+    """The first floating output of shape (samples, classes), two or more; its logits are what a softmax makes it from.
 
     None where the model has no such output.
     """
-    producers = {name: node for node in model.nodes for name in node.outputs}
-    for port in model.outputs:
+    for i, port in enumerate(model.outputs):
         shape = model.shapes.get(port.name)
-        if shape is None or len(shape) != 2 or shape[1] < 2 or not np.issubdtype(port.dtype, np.floating):
-            continue
-        node = producers.get(port.name)
-        if node is not None and node.op in ("Softmax", "LogSoftmax") and int(node.attrs.get("axis", -1)) in (-1, 1):
-            return node.inputs[0]
-        return port.name
+        if shape is not None and len(shape) == 2 and shape[1] > 1 and is_float(port.dtype):
+            maker = bent(model, port.name, ("Softmax", "LogSoftmax"))
+            across = maker is not None and int(maker.attrs.get("axis", -1)) in (-1, 1)
+            return Head(i, maker.inputs[0] if maker is not None and across else port.name)
     return None
+
+
+def bent(model: Model, name: str, ops: Collection[str]) -> Node | None:
+    """The node of one of these operators that makes a tensor, behind nothing but identities; None if another does."""
+    makers = {out: node for node in model.nodes for out in node.outputs}
+    node = makers.get(name)
+    while node is not None and node.op == "Identity":
+        node = makers.get(node.inputs[0])
+    return node if node is not None and node.op in ops else None
+
+
+def is_float(kind: np.dtype[Any]) -> bool:
+    """Whether an element type is floating, those that numpy does not know among them."""
+    return bool(np.issubdtype(kind, np.floating)) or "float" in kind.name
 
 
 def collect(
@@ -46,9 +67,10 @@ def collect(
 
     A class without a correctly classified sample gives none. Ties are broken by the seed.
     """
-    logits = head(model)
-    if logits is None:
+    found_head = head(model)
+    if found_head is None:
         return None
+    logits = found_head.logits
     outputs, place = _all_logits(model, samples, logits, device, batch_size)
     chosen, label, notes = _choose(outputs, samples, place, per_class, seed)
     inside = np.arange(len(place)) - np.searchsorted(place, place)  # places ascend
@@ -122,12 +144,12 @@ def floats(model: Model) -> list[str]:
     return [n for n in made if n in model.shapes and n in model.dtypes and np.issubdtype(model.dtypes[n], np.floating)]
 
 
-def showing(model: Model, names: Sequence[str]) -> onnx.ModelProto:
-    """The model with other outputs."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    del proto.graph.output[:]
+def showing(model: Model, names: Sequence[str], proto: onnx.ModelProto | None = None) -> onnx.ModelProto:
+    """The model (or ``proto``, made of it) with other outputs."""
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model.proto if proto is None else proto)
+    del shown.graph.output[:]
     for name in names:
         kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
-        proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    return proto
+        shown.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    return shown

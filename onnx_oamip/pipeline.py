@@ -277,23 +277,20 @@ def _prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None)
     pruned = result.pruned
     verify.structure(pruned.proto)
     original = Session(model.proto, device, what=model.path)
-    # Rounding of the proof must not depend on a provider's reduced precision: it is done on the CPU.
-    masked = Session(rewrite.mask(model, ready.coupling, result.plan.keep), "cpu", what="the masked model")
-    cut = Session(pruned.raw, "cpu", what="the cut model")
+    masked = rewrite.mask(model, ready.coupling, result.plan.keep)
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
-    distance = verify.difference(masked, cut, few, settings.batch_size)
-    if not distance <= verify.tolerance(model):
-        raise GateFailed(
-            f"the cut model differs from the masked original by {distance:.2e} of the output's scale, more than "
-            f"{verify.tolerance(model):.0e}; nothing was written, please report this model."
-        )
+    proof = verify.prove(model, masked, pruned.raw, few, settings.batch_size)
     final = Session(pruned.proto, device, what="the pruned model")
     batches = verify.runs_at(model, final, samples)
     ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
     if ready.held is None:
-        return Verification(distance, None, None, None, None, batches, 0, latency_ratio=ratio)
+        return Verification(
+            proof.distance, None, None, None, None, batches, 0, latency_ratio=ratio, rounding=proof.rounding
+        )
     found = verify.compare(model, original, final, ready.held, settings.batch_size, progress)
-    return replace(found, masked_equivalence=distance, batches=batches, latency_ratio=ratio)
+    return replace(
+        found, masked_equivalence=proof.distance, rounding=proof.rounding, batches=batches, latency_ratio=ratio
+    )
 
 
 def _measured_latency(ready: Subject, result: Attempt) -> float:

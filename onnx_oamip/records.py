@@ -281,7 +281,10 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked about the written model; ``failures`` lists gates that did not hold."""
+    """What was checked about the written model; ``failures`` lists gates that did not hold.
+
+    ``rounding`` is how far rounding alone moves the masked model, where ``masked_equivalence`` was held against it.
+    """
 
     masked_equivalence: float | None
     output_relative_error: float | None
@@ -292,6 +295,7 @@ class Verification:
     samples: int
     failures: tuple[str, ...] = ()
     latency_ratio: float | None = None
+    rounding: float | None = None
 
 
 @dataclass(frozen=True)

@@ -326,6 +326,7 @@ def _consumers(coupling: Coupling) -> list[list[str]]:
 def _verification(verification: Verification) -> Document:
     return {
         "masked_equivalence": verification.masked_equivalence,
+        "rounding": verification.rounding,
         "output_relative_error": verification.output_relative_error,
         "agreement": verification.agreement,
         "accuracy_before": verification.accuracy_before,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cache, calibrate, gram, images, refit, rewrite, sensitivity, verify
+from . import cache, calibrate, gram, images, refit, rewrite, sensitivity
 from .allocation import best_units
 from .cost import full_widths
 from .data import Samples
@@ -132,7 +132,7 @@ def _together(
     original = Session(model.proto, device)
     wanted = sensitivity.targets(model)
     truth = [original.run(feed, wanted) for feed in feeds]
-    ranked = verify.head(model) is not None
+    ranked = images.head(model) is not None
     nothing = float(np.log(truth[0][0].shape[1])) if ranked else 1.0  # uniform over the classes, or all zeros
     groups = len(coupling.groups)
     tried = 0

@@ -23,11 +23,11 @@ from threadpoolctl import threadpool_limits
 from .affine import matrix_shape, site, unmatrix
 from .calibrate import Progress
 from .gram import Problem, compensate, problems
+from .images import head
 from .model import reads
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model
 from .runtime import Session
 from .subgraph import Slicer, element_types
-from .verify import head
 
 T = TypeVar("T")
 CHOICE = (0.7, 0.5, 0.3)
@@ -145,7 +145,7 @@ def targets(model: Model) -> list[str]:
     """The outputs that a loss looks at: the classification head, or all floating ones."""
     place = head(model)
     floating = [p.name for p in model.outputs if p.dtype.kind == "f"]
-    return [model.outputs[place].name] if place is not None else floating or [p.name for p in model.outputs]
+    return [model.outputs[place.index].name] if place is not None else floating or [p.name for p in model.outputs]
 
 
 def _types(model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str) -> dict[str, int]:

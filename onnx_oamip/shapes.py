@@ -177,7 +177,9 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
 def _named(proto: ModelProto) -> dict[str, Dims]:
     """Dynamic dimensions that ONNX's inference loses track of: lengths that equal a symbol's at three different sizes.
 
-    Two of the sizes are large primes, so that nothing else gives the same number. Fixed lengths are not taken.
+    Two of the sizes are large primes, so that nothing else gives the same number. Fixed lengths are not taken. Where
+    such a size is more than a table of positions or a causal mask holds, shapes end: behind a sum of both the model
+    does not run at that size. There, and only there, the table is taken to be as long as it is asked for.
     """
     held = {t.name for t in proto.graph.initializer}
     inputs = tuple(port_of(v) for v in proto.graph.input if v.name not in held)
@@ -186,6 +188,9 @@ def _named(proto: ModelProto) -> dict[str, Dims]:
         return {}
     sizes = [usual, dict(zip(usual, PRIMES, strict=False)), dict(zip(usual, PRIMES[::-1], strict=False))]
     found = [tensor_types(infer(proto, s))[0] for s in sizes]
+    endless = _endless(proto)
+    if endless is not None:
+        found = [{**tensor_types(infer(endless, s))[0], **known} for s, known in zip(sizes, found, strict=True)]
     named: dict[str, Dims] = {}
     for name in set(found[0]) & set(found[1]) & set(found[2]):
         shapes = [f[name] for f in found]
@@ -193,6 +198,43 @@ def _named(proto: ModelProto) -> dict[str, Dims]:
             columns = list(zip(*shapes, strict=True))
             named[name] = [next((s for s in usual if c == tuple(b[s] for b in sizes)), None) for c in columns]
     return named
+
+
+def _endless(proto: ModelProto) -> ModelProto | None:
+    """A skeleton in which constants that are only sliced to a computed length never end; None if there are none."""
+    result = skeleton(proto)
+    held = {t.name: list(t.dims) for t in proto.graph.initializer}
+    whole = {t.name: numpy_helper.to_array(t) for t in result.graph.initializer}
+    source: dict[str, str] = {name: name for name in held}
+    longer: dict[str, set[int]] = {}
+    read_whole: set[str] = set()
+    for node in proto.graph.node:
+        for slot, name in enumerate(node.input):
+            if name in held and (node.op_type != "Slice" or slot > 0):
+                read_whole.add(name)
+        if node.op_type == "Slice" and node.input[0] in source:
+            origin = source[node.output[0]] = source[node.input[0]]
+            axes = whole.get(node.input[3]) if len(node.input) > 3 else None
+            if axes is not None and len(node.input) > 2 and node.input[2] not in held:
+                longer.setdefault(origin, set()).update(int(a) % len(held[origin]) for a in axes)
+    tables = longer.keys() - read_whole
+    for name in tables:
+        _lengthen(result, name, longer[name])
+    return result if tables else None
+
+
+def _lengthen(proto: ModelProto, name: str, axes: set[int]) -> None:
+    """Turn a constant into an input that is longer along some axes than any size that is tried."""
+    graph = proto.graph
+    kept = [t for t in graph.initializer if t.name != name]
+    if len(kept) < len(graph.initializer):
+        (table,) = [t for t in graph.initializer if t.name == name]
+        graph.input.append(onnx.helper.make_tensor_value_info(name, table.data_type, list(table.dims)))
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+    (value,) = [v for v in graph.input if v.name == name]
+    for axis in axes:
+        value.type.tensor_type.shape.dim[axis].dim_value = 2 * max(PRIMES)
 
 
 def symbol_homes(proto: ModelProto, dims: Mapping[str, Dims]) -> dict[str, Axis]:

@@ -6,6 +6,7 @@ here as far as it is known: an element is a number, or a :class:`Size`, a polyno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,11 +189,14 @@ def _evaluate(node: NodeProto, inputs: Sequence[Entries | None], shape: Entries 
     if node.op_type == "Reshape":
         return np.asarray(x.reshape(_plain(given[1])))
     if node.op_type == "Expand":
-        return np.array(np.broadcast_to(x, np.broadcast_shapes(x.shape, tuple(_plain(given[1])))))
+        wide = np.broadcast_shapes(x.shape, tuple(_plain(given[1])))
+        if math.prod(wide) > LIMIT:
+            raise Unknown
+        return np.array(np.broadcast_to(x, wide))
     if node.op_type == "ConstantOfShape":
         lengths = _plain(x)
         value = onnx.numpy_helper.to_array(attrs["value"]) if "value" in attrs else np.zeros(1)
-        if value.dtype.kind not in "ib" or int(np.prod(lengths)) > LIMIT:
+        if value.dtype.kind not in "ib" or math.prod(lengths) > LIMIT:
             raise Unknown
         return np.full(lengths, value.item(), object)
     if node.op_type == "Range":
@@ -220,7 +224,7 @@ def follow(
             made = np.asarray(_evaluate(node, [found.get(n) for n in node.input], known_shape), object)
         except (Unknown, ValueError, IndexError):
             known = dims.get(name)
-            if known is None or not all(isinstance(d, int) for d in known) or len(known) > 1:
+            if known is None or not all(isinstance(d, int) and d <= LIMIT for d in known) or len(known) > 1:
                 continue
             # A value that is not known before the model runs, at a known place.
             made = np.empty([int(d) for d in known if d is not None and not isinstance(d, str)], object)

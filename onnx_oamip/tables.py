@@ -294,6 +294,8 @@ def _checks(verification: Document, max_drop: float | None = None) -> Table:
     table = _table("check", ">result", header=False)
     if verification["masked_equivalence"] is not None:
         table.add_row("differs from the masked original by", _number(verification["masked_equivalence"]))
+    if verification["rounding"] is not None:
+        table.add_row("rounding alone moves the masked original by", _number(verification["rounding"]))
     table.add_row("relative error of the outputs", _number(verification["output_relative_error"]))
     if verification["agreement"] is not None:
         table.add_row("same top class as the original", _percent(verification["agreement"], digits=2))

@@ -1,7 +1,8 @@
 """Proof that a pruned model is what it claims to be. A failed gate means that nothing is written.
 
 Gates: the checker with full shape inference; ONNX Runtime loads and runs it, at two batch sizes where the batch is
-symbolic; before refit it equals the original with removed channels zeroed at their consumers; the budget is met.
+symbolic; before refit it equals the original with removed channels zeroed at their consumers, as far as rounding lets
+anybody tell; the budget is met.
 Measurements: relative output error, top-1 agreement, accuracy where labels are given.
 """
 
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from .calibrate import Progress
 from .data import Samples
 from .errors import GateFailed
-from .records import Array, Ints, Model, Port, Verification
+from .images import bent, head, is_float, showing
+from .ops import lookup
+from .records import Array, Floats, Ints, Model, Port, Verification
 from .runtime import Session
 from .shapes import symbol
 
@@ -23,6 +27,24 @@ TOLERANCE = 1e-4
 """Largest difference between pruned and masked outputs, relative to the output's scale (float32)."""
 TOLERANCE_HALF = 2e-2
 """The same for half-precision outputs, whose own rounding is about 1e-3 a layer."""
+ROUNDING = 4.0
+"""Times the measured rounding that a difference may be where it exceeds the tolerance."""
+ROUNDING_MOST = 1e-2
+"""Differences above this share of the scale are not put down to rounding: there it would hide what the cut does."""
+DRAWS = 3
+SATURATING = ("Sigmoid", "Softmax", "LogSoftmax", "Tanh", "HardSigmoid", "Softsign", "Erf")
+"""What they make of large numbers says little of them: what they read is compared too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How far the cut model is from the masked one, at most, over the scale of what is compared.
+
+    ``rounding`` is how far rounding alone moves the masked model there; None where the tolerance was enough.
+    """
+
+    distance: float
+    rounding: float | None
 
 
 @dataclass
@@ -49,30 +71,93 @@ def structure(proto: onnx.ModelProto) -> None:
         raise GateFailed(f"the pruned model fails the ONNX checker: {text}.") from error
 
 
-def difference(reference: Session, other: Session, samples: Samples, batch_size: int) -> float:
-    """Largest absolute difference over the largest reference magnitude, over all floating outputs and samples."""
-    worst, largest = 0.0, 0.0
+def prove(
+    model: Model, masked: onnx.ModelProto, cut: onnx.ModelProto, samples: Samples, batch_size: int
+) -> Proof:
+    """Gate 3: the cut model equals the masked one. Raises GateFailed.
+
+    Every output counts for itself, and so does what a final sigmoid or softmax reads: where that saturates, the output
+    would hide a wrong cut. An output may differ by :func:`tolerance`. Where the values of an output are small beside
+    what they are computed from, its rounding is more than that; then it may differ by ``ROUNDING`` times what the same
+    masked model differs by when each of its weights is moved by one unit in the last place, which is as exact as the
+    file knows them (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.5: backward error).
+    """
+    names = [port.name for port in model.outputs]
+    makers = [bent(model, name, SATURATING) for name in names]
+    wanted = list(dict.fromkeys([*names, *(node.inputs[0] for node in makers if node is not None)]))
+    # Of an output that is proved where it comes from, any rounding may be told.
+    most = np.full(len(wanted), ROUNDING_MOST)
+    most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
+    # Rounding must not depend on a provider's reduced precision: this is done on the CPU.
+    reference = Session(showing(model, wanted, masked), "cpu", what="the masked model")
+    other = Session(showing(model, wanted, cut), "cpu", what="the cut model")
+    found = differences(reference, other, samples, batch_size)
+    worst, rounding, allowed = float(found.max(initial=0.0)), None, np.full(len(found), tolerance(model))
+    if (np.isfinite(found) & (found > allowed) & (found <= most)).any():
+        own = np.zeros(len(found))
+        for draw in range(DRAWS):
+            twin = Session(showing(model, wanted, rounded(model, masked, draw)), "cpu", what="the masked model")
+            own = np.maximum(own, differences(reference, twin, samples, batch_size))
+        place = int(found.argmax())
+        rounding = float(own[place])
+        allowed = np.maximum(allowed, np.minimum(ROUNDING * own, most))
+    if not (found <= allowed).all():
+        place = int((found / allowed).argmax())
+        explained = "" if rounding is None else f" and more than rounding explains ({own[place]:.0e})"
+        raise GateFailed(
+            f"the cut model differs from the masked original by {found[place]:.2e} of the scale of '{wanted[place]}', "
+            f"more than {tolerance(model):.0e}{explained}; nothing was written, please report this model."
+        )
+    return Proof(worst, rounding)
+
+
+def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+    """A copy with every weight of an operator that multiplies moved by one unit in the last place, up or down."""
+    weights = {
+        name for node in model.nodes for name in node.inputs
+        if (spec := lookup(node.domain, node.op, node.version)) is not None and spec.cost is not None
+        and name in model.constants and model.constants[name].ndim > 1 and model.dtypes[name].kind == "f"
+    }  # fmt: skip
+    rng = np.random.default_rng(seed)
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    for tensor in result.graph.initializer:
+        if tensor.name in weights:
+            value = numpy_helper.to_array(tensor)
+            step = float(np.finfo(value.dtype).eps) * rng.choice(np.asarray([-1, 1], np.int8), value.shape)
+            moved = (value.astype(np.float64) * (1 + step)).astype(value.dtype)
+            tensor.CopyFrom(numpy_helper.from_array(np.where(np.isfinite(moved), moved, value), tensor.name))
+    return result
+
+
+def differences(reference: Session, other: Session, samples: Samples, batch_size: int) -> Floats:
+    """Of every output the largest absolute difference over the largest reference magnitude, over all samples.
+
+    Infinite where whole numbers differ, where only one side is a number, and beside a reference of nothing but zeros.
+    """
+    worst, largest = np.zeros(len(reference.outputs)), np.zeros(len(reference.outputs))
     for _, feed in samples.batches(batch_size):
-        for a, b in zip(reference.run(feed), other.run(feed), strict=True):
-            if _is_float(a):
-                gap = _largest(a.astype(np.float64) - b.astype(np.float64))
-                if not np.isfinite(gap):  # NaN loses every comparison: it must not slip through max()
-                    return float("inf")
-                worst = max(worst, gap)
-                largest = max(largest, _largest(a))
+        for i, (a, b) in enumerate(zip(reference.run(feed), other.run(feed), strict=True)):
+            if is_float(a.dtype):
+                gap = _gap(a.astype(np.float64), b.astype(np.float64))
+                # NaN loses every comparison: it must not slip through max()
+                worst[i] = max(worst[i], gap) if np.isfinite(gap) else np.inf
+                largest[i] = max(largest[i], _largest(a[np.isfinite(a)]))
             elif not np.array_equal(a, b):
-                return float("inf")
-    return worst / largest if largest else (0.0 if worst == 0 else float("inf"))
+                worst[i] = np.inf
+    return np.divide(worst, largest, out=np.where(worst > 0, np.inf, 0.0), where=(largest > 0) & np.isfinite(worst))
 
 
 def tolerance(model: Model) -> float:
     """How far pruned and masked may differ, by the precision of the model's outputs."""
-    half = any(p.dtype.itemsize < 4 and _is_float(np.zeros(0, p.dtype)) for p in model.outputs)
+    half = any(p.dtype.itemsize < 4 and is_float(p.dtype) for p in model.outputs)
     return TOLERANCE_HALF if half else TOLERANCE
 
 
-def _is_float(array: Array) -> bool:
-    return bool(np.issubdtype(array.dtype, np.floating)) or "float" in array.dtype.name
+def _gap(a: Floats, b: Floats) -> float:
+    """The largest difference; equal infinities (a masked logit) do not differ."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(np.where(a == b, 0.0, a - b)).max(initial=0.0))
 
 
 def _largest(array: Array) -> float:
@@ -89,12 +174,12 @@ def compare(
     for index, feed in samples.batches(batch_size):
         old, new = before.run(feed), after.run(feed)
         for a, b in zip(old, new, strict=True):
-            if _is_float(a):
+            if is_float(a.dtype):
                 a64, b64 = a.astype(np.float64), b.astype(np.float64)
                 found.squared += float(np.square(a64 - b64).sum())
                 found.scale += float(np.square(a64).sum())
         if ranked is not None:
-            _rank(found, old[ranked], new[ranked], samples, index)
+            _rank(found, old[ranked.index], new[ranked.index], samples, index)
         if progress:
             progress("verify", int(index[-1]) + 1, total)
     return Verification(
@@ -106,15 +191,6 @@ def compare(
         batches=(),
         samples=total,
     )
-
-
-def head(model: Model) -> int | None:
-    """Index of the classification head: the first floating output of shape (samples, classes)."""
-    for i, port in enumerate(model.outputs):
-        shape = model.shapes.get(port.name)
-        if shape is not None and len(shape) == 2 and shape[1] > 1 and _is_float(np.zeros(0, port.dtype)):
-            return i
-    return None
 
 
 def _rank(found: _Measured, old: Array, new: Array, samples: Samples, index: Ints) -> None:
@@ -146,7 +222,7 @@ def runs_at(model: Model, session: Session, samples: Samples) -> tuple[int, ...]
                 raise GateFailed(
                     f"the pruned model gives {len(value)} rows in '{port.name}' for a batch of {size}."
                 )
-            if _is_float(value) and not np.isfinite(value.astype(np.float64)).all():
+            if is_float(value.dtype) and not np.isfinite(value.astype(np.float64)).all():
                 raise GateFailed(f"the pruned model gives NaN or infinity in '{port.name}'.")
     return tuple(s for s in sizes if s is not None)
 

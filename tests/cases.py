@@ -1046,7 +1046,7 @@ dense(
     "expand-a-single-channel",
     "Expand",
     "a = Relu(h)  s = MatMul(a, w3)  r = Expand(s, to)",
-    8,
+    16,  # of the eight copies any may go
     "float[8,1] w3, int64[2] to = {1, 8}",
     "changes the length of this axis",
 )

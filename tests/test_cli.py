@@ -40,7 +40,8 @@ PRUNE_KEYS = {
     "verification", "timings", "settings", "versions",
 }  # fmt: skip
 VERIFICATION_KEYS = {
-    "masked_equivalence", "output_relative_error", "agreement", "accuracy_before", "accuracy_after", "latency_ratio",
+    "masked_equivalence", "rounding", "output_relative_error", "agreement", "accuracy_before", "accuracy_after",
+    "latency_ratio",
 }  # fmt: skip
 
 

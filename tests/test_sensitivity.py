@@ -17,10 +17,10 @@ from scipy.special import rel_entr, softmax
 from onnx_oamip import calibrate, data, gram, refit, rewrite, sensitivity
 from onnx_oamip.affine import matrix, site, unmatrix
 from onnx_oamip.coupling import couple
+from onnx_oamip.images import Head, head
 from onnx_oamip.records import Array, Coupling, Floats, Gram, Ints, Model
 from onnx_oamip.runtime import Session
 from onnx_oamip.sensitivity import Sensitivity, choose, divergence, levels, measure
-from onnx_oamip.verify import head
 
 # Classification heads and anything else; consumers of every kind, at one depth and at several.
 NETS = {
@@ -202,7 +202,8 @@ def by_hand(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: 
 def loss_by_hand(model: Model, changed: ModelProto, feeds: Sequence[Mapping[str, Array]]) -> float:
     """Mean KL divergence of class probabilities over samples, or mean over samples of the relative squared error."""
     before, after = Session(model.proto, "cpu"), Session(changed, "cpu")
-    place = head(model)
+    found_head = head(model)
+    place = None if found_head is None else found_head.index
     total, count = 0.0, 0
     for values in feeds:
         old = [a.astype(np.float64) for a in before.run(values)]
@@ -281,9 +282,10 @@ def test_kinds_of_consumers_are_what_they_should_be(tmp_path: Path) -> None:
     assert consumers("residual trunk") == {"w1": {"Conv", "MatMul"}, "w2": {"Conv"}}
     assert consumers("attention, classes")["wq"] == {"MatMul"}
     model = load(build(NETS["attention, classes"]), tmp_path)
-    assert head(model) == 0
+    assert head(model) == Head(0, model.outputs[0].name)
     assert head(load(build(NETS["attention, token output"]), tmp_path)) is None
-    assert head(load(build(NETS["classes in front of the group"]), tmp_path)) == 0
+    model = load(build(NETS["classes in front of the group"]), tmp_path)
+    assert head(model) == Head(0, model.outputs[0].name)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from graphs import NETS, build, constants, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip import data, verify
+from onnx_oamip import data, images, rewrite, verify
+from onnx_oamip.coupling import couple
 from onnx_oamip.data import Samples
 from onnx_oamip.errors import GateFailed
-from onnx_oamip.records import Array, Model
+from onnx_oamip.records import Array, Bools, Coupling, Model
 from onnx_oamip.runtime import Session
 
 
@@ -30,6 +32,10 @@ def _samples(model: Model, arrays: dict[str, Array]) -> Samples:
     found = data.load(arrays, model)
     assert found is not None
     return found
+
+
+def _apart(reference: Session, other: Session, found: Samples, batch_size: int) -> float:
+    return float(verify.differences(reference, other, found, batch_size).max())
 
 
 @pytest.fixture
@@ -71,8 +77,8 @@ def test_difference_is_relative_to_the_largest_output(mlp: Model) -> None:
     reference = Session(mlp.proto, "cpu")
     largest = np.abs(reference.run(found.feed(np.arange(50)))[0]).max()
     for batch_size in (7, 64):
-        assert verify.difference(reference, reference, found, batch_size) == 0
-        assert verify.difference(reference, other, found, batch_size) == pytest.approx(0.5 / largest, rel=1e-5)
+        assert _apart(reference, reference, found, batch_size) == 0
+        assert _apart(reference, other, found, batch_size) == pytest.approx(0.5 / largest, rel=1e-5)
 
 
 def test_one_wrong_sample_is_enough(tmp_path: Path) -> None:
@@ -87,7 +93,7 @@ def test_one_wrong_sample_is_enough(tmp_path: Path) -> None:
     other = load(build(text), tmp_path)
     x = np.zeros((40, 3), np.float32)
     x[13, 2] = 100.0  # in the second of five batches
-    apart = verify.difference(Session(model.proto, "cpu"), Session(other.proto, "cpu"), _samples(model, {"x": x}), 8)
+    apart = _apart(Session(model.proto, "cpu"), Session(other.proto, "cpu"), _samples(model, {"x": x}), 8)
     assert apart == pytest.approx(1.0 / (100.0 + constants(model.proto)["c"][2]), rel=1e-4)
 
 
@@ -97,7 +103,7 @@ def test_values_that_are_no_numbers_never_agree(mlp: Model, value: float) -> Non
     bias[1] = value
     other = Session(_changed(mlp.proto, "b3", bias), "cpu")
     found = _samples(mlp, samples(mlp, 5))
-    assert verify.difference(Session(mlp.proto, "cpu"), other, found, 32) == float("inf")
+    assert _apart(Session(mlp.proto, "cpu"), other, found, 32) == float("inf")
 
 
 def test_whole_numbers_must_be_equal(tmp_path: Path) -> None:
@@ -107,8 +113,8 @@ def test_whole_numbers_must_be_equal(tmp_path: Path) -> None:
     found = _samples(model, samples(model, 30))
     reference = Session(model.proto, "cpu")
     other = Session(_changed(model.proto, "w", constants(model.proto)["w"][:, ::-1]), "cpu")
-    assert verify.difference(reference, reference, found, 32) == 0
-    assert verify.difference(reference, other, found, 32) == float("inf")
+    assert _apart(reference, reference, found, 32) == 0
+    assert _apart(reference, other, found, 32) == float("inf")
 
 
 def test_outputs_of_zero(tmp_path: Path) -> None:
@@ -116,8 +122,8 @@ def test_outputs_of_zero(tmp_path: Path) -> None:
     other = load(build("(float[N,3] x) => (float[N,2] y) <float[3,2] w> { y = MatMul(x, w) }"), tmp_path)
     found = _samples(model, samples(model, 4))
     nothing = Session(model.proto, "cpu")
-    assert verify.difference(nothing, nothing, found, 32) == 0
-    assert verify.difference(nothing, Session(other.proto, "cpu"), found, 32) == float("inf")
+    assert _apart(nothing, nothing, found, 32) == 0
+    assert _apart(nothing, Session(other.proto, "cpu"), found, 32) == float("inf")
 
 
 def test_tolerance_follows_the_precision(tmp_path: Path, mlp: Model) -> None:
@@ -126,6 +132,141 @@ def test_tolerance_follows_the_precision(tmp_path: Path, mlp: Model) -> None:
     assert 1e-3 < verify.tolerance(half) < 0.1
     double = load(build(NETS["mlp"].replace("float", "double")), tmp_path)
     assert verify.tolerance(double) == 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------ prove
+
+SATURATED = """(float[N,9] x) => (float[N,7] y) <float[9,32] w1, float[32] b1, float[32,16] w2, float[16,7] w3> {{
+    m1 = MatMul(x, w1)
+    a1 = Add(m1, b1)
+    r1 = Relu(a1)
+    m2 = MatMul(r1, w2)
+    r2 = Relu(m2)
+    m3 = MatMul(r2, w3)
+    {0}
+}}"""
+ENDS = {
+    "as good as nought": "far = Constant<value = float {-20.0}>()  z = Add(m3, far)  y = Sigmoid(z)",
+    "near nought": "far = Constant<value = float {-14.0}>()  z = Add(m3, far)  y = Sigmoid(z)",
+    "near one": "far = Constant<value = float {30.0}>()  z = Add(m3, far)  y = Sigmoid(z)",
+    "certain of a class": "far = Constant<value = float {300.0}>()  z = Mul(m3, far)  y = Softmax(z)",
+    # What is left of a number when a much larger one was added to it and taken away again.
+    "cancelled": "far = Constant<value = float {1e4}>()  z = Add(m3, far)  y = Sub(z, far)",
+}
+
+
+def _proof(end: str, folder: Path) -> tuple[Model, Coupling, Bools, Samples]:
+    model = load(build(SATURATED.format(ENDS[end]), seed=3), folder)
+    coupling = couple(model)
+    assert coupling.n_units == 48
+    keep = np.random.default_rng(0).random(48) < 0.7
+    assert 24 < keep.sum() < 44
+    return model, coupling, keep, _samples(model, samples(model, 8192))
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_right_cut_is_proved_however_little_the_outputs_say(end: str, tmp_path: Path) -> None:
+    model, coupling, keep, found = _proof(end, tmp_path)
+    masked, cut = rewrite.mask(model, coupling, keep), rewrite.cut(model, coupling, keep)
+    # The same sums in another order, as another kernel may take them.
+    weights = constants(cut)
+    order = np.random.default_rng(1).permutation(weights["w1"].shape[1])
+    for name, axis in (("w1", 1), ("b1", 0), ("w2", 0)):
+        cut = _changed(cut, name, weights[name].take(order, axis))
+    proof = verify.prove(model, masked, cut, found, 4096)
+    assert proof.distance > 0
+    if end == "cancelled":
+        assert proof.rounding is not None
+        assert verify.TOLERANCE < proof.distance <= verify.ROUNDING * proof.rounding <= verify.ROUNDING_MOST
+    elif proof.distance > verify.TOLERANCE:
+        assert proof.rounding is not None
+        assert proof.distance <= verify.ROUNDING * proof.rounding
+    else:
+        assert proof.rounding is None
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("wrong", ["another unit", "its neighbour's bias", "rows in another order", "one weight"])
+def test_a_wrong_cut_is_refused_however_little_the_outputs_say(end: str, wrong: str, tmp_path: Path) -> None:
+    model, coupling, keep, found = _proof(end, tmp_path)
+    masked, cut = rewrite.mask(model, coupling, keep), rewrite.cut(model, coupling, keep)
+    if wrong == "another unit":
+        other = keep.copy()
+        inner = coupling.axes["w2", 0]
+        gone, kept = inner[~keep[inner]][0], inner[keep[inner]][0]
+        other[[gone, kept]] = [True, False]
+        cut = rewrite.cut(model, coupling, other)
+    elif wrong == "its neighbour's bias":
+        cut = _changed(cut, "b1", np.roll(constants(cut)["b1"], 1))
+    elif wrong == "rows in another order":
+        cut = _changed(cut, "w3", constants(cut)["w3"][::-1])
+    else:
+        value = constants(cut)["w2"].copy()
+        value[np.unravel_index(np.abs(value).argmax(), value.shape)] *= -1
+        cut = _changed(cut, "w2", value)
+    with pytest.raises(GateFailed, match="differs from the masked original") as caught:
+        verify.prove(model, masked, cut, found, 4096)
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
+
+
+def test_sigmoids_at_one_hide_a_wrong_cut_of_themselves(tmp_path: Path) -> None:
+    """What the gate sees beyond the outputs is needed: they alone would let a wrong cut through."""
+    model, coupling, keep, found = _proof("near one", tmp_path)
+    masked, cut = rewrite.mask(model, coupling, keep), rewrite.cut(model, coupling, keep)
+    wrong = _changed(cut, "w3", constants(cut)["w3"][::-1])
+    assert _apart(Session(masked, "cpu"), Session(wrong, "cpu"), found, 32) <= verify.TOLERANCE
+    with pytest.raises(GateFailed, match="scale of 'z'"):
+        verify.prove(model, masked, wrong, found, 4096)
+
+
+def test_rounding_that_hides_everything_proves_nothing(tmp_path: Path) -> None:
+    text = SATURATED.format("far = Constant<value = float {1e8}>()  z = Add(m3, far)  y = Sub(z, far)")
+    model = load(build(text, seed=3), tmp_path)
+    found = _samples(model, samples(model, 64))
+    wrong = _changed(model.proto, "w3", constants(model.proto)["w3"][::-1])
+    with pytest.raises(GateFailed, match="scale of 'y'"):
+        verify.prove(model, model.proto, wrong, found, 32)
+
+
+def test_every_output_counts_for_itself(tmp_path: Path) -> None:
+    """A large output must not hide what is wrong in a small one."""
+    text = """(float[N,6] x) => (float[N,4] y, float[N,4] z) <float[6,4] w, float[6,4] v, float far = {1e6}> {
+        m = MatMul(x, w)  y = Mul(m, far)  z = MatMul(x, v)
+    }"""
+    model = load(build(text), tmp_path)
+    found = _samples(model, samples(model, 30))
+    wrong = _changed(model.proto, "v", constants(model.proto)["v"][::-1])
+    with pytest.raises(GateFailed, match="scale of 'z'"):
+        verify.prove(model, model.proto, wrong, found, 32)
+    assert verify.prove(model, model.proto, model.proto, found, 32) == verify.Proof(0.0, None)
+
+
+def test_masked_logits_are_no_difference(tmp_path: Path) -> None:
+    text = """(float[N,6] x) => (float[N,4] y) <float[6,4] w, float[4] never = {0, -inf, 0, 0}> {
+        m = MatMul(x, w)  z = Add(m, never)  y = Softmax(z)
+    }""".replace("-inf", "-3.4e38")
+    model = load(build(text), tmp_path)
+    model = replace(model, proto=_changed(model.proto, "never", np.asarray([0, -np.inf, 0, 0], np.float32)))
+    found = _samples(model, samples(model, 30))
+    assert verify.prove(model, model.proto, model.proto, found, 32) == verify.Proof(0.0, None)
+    wrong = _changed(model.proto, "never", np.asarray([0, 0, -np.inf, 0], np.float32))
+    with pytest.raises(GateFailed):
+        verify.prove(model, model.proto, wrong, found, 32)
+
+
+def test_weights_are_moved_by_one_unit_in_the_last_place(mlp: Model) -> None:
+    before, after = constants(mlp.proto), constants(verify.rounded(mlp, mlp.proto, 0))
+    for name, value in before.items():
+        if value.ndim > 1:
+            moved = np.abs(after[name].astype(np.float64) - value) / np.spacing(np.abs(value))
+            assert moved.max() <= 2
+            assert (moved > 0).mean() > 0.9
+        else:
+            assert (after[name] == value).all()
+    again, other = constants(verify.rounded(mlp, mlp.proto, 0)), constants(verify.rounded(mlp, mlp.proto, 1))
+    assert (again["w1"] == after["w1"]).all()
+    assert (other["w1"] != after["w1"]).any()
 
 
 # ---------------------------------------------------------------------------------------------------------- compare
@@ -210,15 +351,20 @@ def test_outputs_that_are_no_numbers_fail(mlp: Model) -> None:
 
 
 def test_the_head_is_the_first_table_of_floats(tmp_path: Path, mlp: Model) -> None:
-    assert verify.head(mlp) == 0
+    assert images.head(mlp) == images.Head(0, "y")
     second = load(
         build("(float[N,6] x) => (float[N,6,1] a, int64[N,6] b, float[N,4] y) <float[6,4] w, int64[1] at = {2}> {"
               " a = Unsqueeze(x, at)  b = Cast<to = 7>(x)  y = MatMul(x, w) }"),
         tmp_path,
     )  # fmt: skip
-    assert verify.head(second) == 2
+    assert images.head(second) == images.Head(2, "y")
     none = load(build("(float[N,6] x) => (float[N,1] y) <float[6,1] w> { y = MatMul(x, w) }"), tmp_path)
-    assert verify.head(none) is None
+    assert images.head(none) is None
+    last = load(
+        build("(float[N,6] x) => (float[N,4] y) <float[6,4] w> { z = MatMul(x, w)  p = Softmax(z)  y = Identity(p) }"),
+        tmp_path,
+    )  # fmt: skip
+    assert images.head(last) == images.Head(0, "z")
 
 
 def test_checker_sees_the_final_model(mlp: Model) -> None:

@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch import nn
 
+from .bench import architectures_foreign as foreign
 from .bench import architectures_image as image
 from .bench import architectures_token as token
 from .bench.architectures import Architecture
@@ -66,26 +67,46 @@ NETWORKS = (
 )  # fmt: skip
 
 
+FOREIGN = (
+    foreign.Free(
+        "embedder", lambda: foreign.Embedder(20, 16, 4, 1, 24), foreign.sentences(20),
+        {"tokens": foreign.WORDS, "attention_mask": foreign.WORDS}, 24,
+    ),
+    foreign.Free(
+        "speech", lambda: foreign.Speech(4, 12, 16, 4, 1, 24), foreign.speech(4, 12),
+        {"spectrogram": {0: "batch", 2: "frames"}, "tokens": foreign.WORDS}, 24,
+    ),
+)  # fmt: skip
+
+
 def main() -> None:
     """Export every network both ways."""
     FOLDER.mkdir(exist_ok=True)
-    for entry in NETWORKS:
-        for exporter, dynamo in EXPORTERS.items():
-            with tempfile.TemporaryDirectory() as folder:
+    (FOLDER / "foreign").mkdir(exist_ok=True)
+    for exporter, dynamo in EXPORTERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            for entry in NETWORKS:
                 file, _ = export(entry, dynamo, Path(folder), 0)
-                proto = onnx.load(file)
-            # Stack traces of the exporter hold paths of this machine.
-            for node in proto.graph.node:
-                del node.metadata_props[:]
-                node.doc_string = ""
-            for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-                del value.metadata_props[:]
-            del proto.graph.metadata_props[:], proto.metadata_props[:], proto.graph.value_info[:]
-            for tensor in proto.graph.initializer:
-                del tensor.metadata_props[:]
-            target = FOLDER / f"{entry.name}-{exporter.lower()}.onnx"
-            onnx.save(proto, target)
-            print(target.name, target.stat().st_size)
+                _save(file, FOLDER / f"{entry.name}-{exporter.lower()}.onnx")
+            for free in FOREIGN:
+                file = Path(folder) / "free.onnx"
+                foreign.export(free, dynamo, file, 0)
+                _save(file, FOLDER / "foreign" / f"{free.name}-{exporter.lower()}.onnx")
+
+
+def _save(file: Path, target: Path) -> None:
+    """Without what the exporter says about the machine: stack traces hold paths."""
+    proto = onnx.load(file)
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del value.metadata_props[:]
+    del proto.graph.metadata_props[:], proto.metadata_props[:], proto.graph.value_info[:]
+    for tensor in proto.graph.initializer:
+        del tensor.metadata_props[:]
+    onnx.save(proto, target)
+    print(target.name, target.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,20 @@ an entry without a case.
 
 from __future__ import annotations
 
-from . import attention, einsum, elementwise, linear, movement, norm, pool, quantize, recurrent, reshape, tabular
+from . import (
+    attention,
+    einsum,
+    elementwise,
+    lengths,
+    linear,
+    movement,
+    norm,
+    pool,
+    quantize,
+    recurrent,
+    reshape,
+    tabular,
+)
 from .einsum import weight_axis
 from .notation import opaque
 from .spec import Cuts, Edit, LabelAxis, Labels, MatrixRule, OpSpec, Refused, Terms, Total
@@ -23,6 +36,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     *elementwise.SPECS,
     *reshape.SPECS,
     *movement.SPECS,
+    *lengths.SPECS,
     *tabular.SPECS,
 )
 

@@ -22,9 +22,10 @@ _transposed_dense = rule("n c *, c o *, o -> n o *")
 
 
 def _pin_spatial(node: Node, labels: Labels, name: str) -> None:
-    why = f"it is a spatial axis of {node}" if name == node.inputs[0] else ""
+    data = name == node.inputs[0]
+    why = f"it is a spatial axis of {node}" if data else f"it is an axis of the kernel of {node}"
     for axis in range(2, len(labels.shape(name) or ())):
-        labels.pin(labels.label(name, axis), why)
+        labels.pin(labels.label(name, axis), why, listed=data)
 
 
 def conv(node: Node, labels: Labels) -> None:

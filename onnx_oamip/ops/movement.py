@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..records import Array, Node
+from ..records import Node
 from . import maps
 from .notation import opaque
 from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, Terms, integers, operand
@@ -114,7 +114,7 @@ def _split_repair(node: Node, cuts: Cuts) -> Edit:
 # ------------------------------------------------------------------------------------------------ pick and extend
 
 
-def _slice_bounds(node: Node, labels: Labels | Cuts, shape: Shape) -> dict[int, tuple[int, int, int]]:
+def slice_bounds(node: Node, labels: Labels | Cuts, shape: Shape) -> dict[int, tuple[int, int, int]]:
     """axis -> (start, stop, step) as Python's slice sees it. KeyError where a bound is computed."""
     starts, ends = integers(node, labels, "starts", 1), integers(node, labels, "ends", 2)
     axes, steps = integers(node, labels, "axes", 3), integers(node, labels, "steps", 4)
@@ -130,6 +130,17 @@ def _slice_bounds(node: Node, labels: Labels | Cuts, shape: Shape) -> dict[int, 
     return result  # type: ignore[return-value]
 
 
+def _sliced(node: Node, labels: Labels, rank: int) -> list[int]:
+    """The axes that a Slice may shorten, whatever its bounds: all of them where even the list is computed."""
+    try:
+        axes, starts = integers(node, labels, "axes", 3), labels.shape(node.inputs[1])
+    except KeyError:
+        return list(range(rank))
+    if axes is None:
+        return list(range(starts[0] if starts else rank))
+    return [int(a) for a in axes % rank]
+
+
 def _slice(node: Node, labels: Labels) -> None:
     name = node.inputs[0]
     shape = labels.shape(name)
@@ -138,13 +149,15 @@ def _slice(node: Node, labels: Labels) -> None:
         return
     axes = labels.axes(name)
     try:
-        bounds = _slice_bounds(node, labels, shape)
+        bounds = slice_bounds(node, labels, shape)
     except KeyError:
-        for found in axes:
-            labels.pin(found, f"{node} takes its bounds from a computation")
         out = labels.shape(node.outputs[0])
-        same = out is not None and len(out) == len(shape)
-        labels.set(node.outputs[0], [x if same and out and out[a] == shape[a] else None for a, x in enumerate(axes)])
+        result = list(axes)
+        for a in _sliced(node, labels, len(shape)):
+            labels.pin(axes[a], f"{node} takes its bounds from a computation")
+            if out is None or out[a] != shape[a]:
+                result[a] = None
+        labels.set(node.outputs[0], result)
         return
     result = list(axes)
     for a, (start, stop, step) in bounds.items():
@@ -163,7 +176,7 @@ def _slice_repair(node: Node, cuts: Cuts) -> Edit:
     if all(cuts.keep(name, a) is None for a in range(len(shape))):
         return Edit()
     try:
-        bounds = _slice_bounds(node, cuts, shape)
+        bounds = slice_bounds(node, cuts, shape)
     except KeyError:
         return Edit()  # computed bounds: the axes that they may move along were pinned
     cut = {a for a in bounds if cuts.keep(name, a) is not None}
@@ -241,98 +254,6 @@ def _pad(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
-def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:
-    """Resize, Expand, Tile: an axis passes where its length does not change."""
-    name, out = node.inputs[0], node.outputs[0]
-    before, after = labels.shape(name), labels.shape(out)
-    if before is None or after is None:
-        opaque(node, labels, f"{node} has a shape that is not known before it runs")
-        return
-    source = operand(node, slot)
-    axes = labels.axes(name)
-    shift = len(after) - len(before)
-    where = [int(a) % len(after) for a in node.attrs.get("axes", range(len(after)))]
-    computed = set() if source is None else {where[i] for i in _computed(source, len(where), labels)}
-    result: list[LabelAxis] = [None] * len(after)
-    for a, found in enumerate(axes):
-        if found is None:
-            continue
-        if a + shift in computed:
-            labels.pin(found, f"{node} takes its {what} from a computation")
-        if before[a] == after[a + shift]:
-            result[a + shift] = found
-        else:
-            labels.pin(found, f"{node} changes the length of this axis")
-    labels.set(out, result)
-
-
-def _computed(tensor: str, count: int, labels: Labels) -> list[int]:
-    """Places of a list of ``count`` lengths whose value is not known before it runs."""
-    if labels.constant(tensor) is not None:
-        return []
-    maker = labels.maker(tensor)
-    parts = [labels.shape(n) for n in maker.inputs] if maker is not None and maker.op == "Concat" else []
-    if maker is None or not parts or any(p is None or len(p) != 1 for p in parts):
-        return list(range(count))
-    fixed: list[bool] = []
-    for name, part in zip(maker.inputs, parts, strict=True):
-        fixed += [labels.constant(name) is not None] * (part[0] if part else 0)
-    return [i for i, known in enumerate(fixed) if not known]
-
-
-def _resize(node: Node, labels: Labels) -> None:
-    _sized(node, labels, 3, "sizes")
-
-
-def _upsample(node: Node, labels: Labels) -> None:
-    _sized(node, labels, 1, "scales")
-
-
-def _expand(node: Node, labels: Labels) -> None:
-    _sized(node, labels, 1, "shape")
-
-
-def _resize_repair(node: Node, cuts: Cuts) -> Edit:
-    if operand(node, 3) is None:
-        return Edit()
-    axes = node.attrs.get("axes")
-    return _lengths(node, cuts, 3, None if axes is None else [a % len(cuts.shape(node.outputs[0])) for a in axes])
-
-
-def _expand_repair(node: Node, cuts: Cuts) -> Edit:
-    return _lengths(node, cuts, 1, None)
-
-
-def _lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
-    out = node.outputs[0]
-    value = cuts.constant(node.inputs[slot])
-    if value is None:
-        return Edit()  # a computed length: what it could cut was pinned
-    # A target shorter than the result is aligned from the right (Expand).
-    where = axes or list(range(len(cuts.shape(out)) - len(value), len(cuts.shape(out))))
-    fixed: Array = value.copy()
-    for i, a in enumerate(where):
-        if cuts.keep(out, a) is not None and value[i] != 1:
-            fixed[i] = cuts.kept(out, a)
-    return Edit() if (fixed == value).all() else Edit(inputs={slot: fixed})
-
-
-def _shape(node: Node, labels: Labels) -> None:
-    """Reading a size does not hurt where only untracked axes are looked at."""
-    name = node.inputs[0]
-    axes = labels.axes(name)
-    start, stop = int(node.attrs.get("start", 0)), node.attrs.get("end")
-    seen: set[int] = set(range(len(labels.shape(name) or axes))[slice(start, stop)])
-    readers = labels.readers(node.outputs[0])
-    picks = [labels.constant(r.inputs[1]) if r.op == "Gather" and len(r.inputs) > 1 else None for r in readers]
-    if readers and all(p is not None for p in picks):
-        order = sorted(seen)
-        seen = {order[int(i)] for p in picks if p is not None for i in np.atleast_1d(p).reshape(-1) if order}
-    for a in seen.intersection(range(len(axes))):
-        labels.pin(axes[a], f"{node} reads its length at run time")
-    labels.set(node.outputs[0], [])
-
-
 # ------------------------------------------------------------------------------------------------------- encoding
 
 
@@ -366,10 +287,4 @@ SPECS = (
     OpSpec("Slice", _slice, _slice_repair),
     OpSpec("Gather", _gather, _gather_repair),
     OpSpec("Pad", _pad),
-    OpSpec("Resize", _resize, _resize_repair, since=11),
-    OpSpec("Resize", _upsample, until=10),
-    OpSpec("Upsample", _upsample),
-    OpSpec("Expand", _expand, _expand_repair),
-    OpSpec("Tile", _expand),
-    OpSpec("Shape", _shape),
 )

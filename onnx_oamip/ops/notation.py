@@ -69,10 +69,10 @@ def rule(signature: str, guard: Callable[[Node, Labels], str | None] | None = No
                 if symbol.startswith("!"):
                     labels.pin(labels.label(name, axis), f"{node} works across this axis")
             if term.open and not labels.is_constant(name):
+                data = name == node.inputs[0]
+                why = f"it is a spatial axis of {node}" if data else f"it is an axis of the kernel of {node}"
                 for axis in range(len(term.head), len(labels.axes(name))):
-                    # Of a kernel that is computed it goes without saying.
-                    why = f"it is a spatial axis of {node}" if name == node.inputs[0] else ""
-                    labels.pin(labels.label(name, axis), why)
+                    labels.pin(labels.label(name, axis), why, listed=data)
         result = {symbol: labels.unify(axes, node) for symbol, axes in where.items()}
         kept = {s for t in outputs for s in t.head}
         for symbol, axes in where.items():

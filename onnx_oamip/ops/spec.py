@@ -47,12 +47,16 @@ class Labels(Protocol):
         """New pinned labels, for channels that nobody may remove."""
         ...
 
+    def free(self, count: int) -> Ints:
+        """New labels, for channels that are made here and may go."""
+        ...
+
     def tie(self, a: Ints, b: Ints) -> None:
         """The channels of ``a`` and ``b`` (broadcast against each other) go together."""
         ...
 
-    def pin(self, labels: LabelAxis, reason: str) -> None:
-        """These stay; an empty reason for what nobody would take for channels."""
+    def pin(self, labels: LabelAxis, reason: str, listed: bool = True) -> None:
+        """These stay; ``listed`` is False for what nobody would take for channels, such as the taps of a kernel."""
         ...
 
     def pin_all(self, tensor: str, reason: str) -> None: ...

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 from pathlib import Path
 
-from . import ablation, budgets, coupling, coverage, decoupled, importance, programs, readme, speed, storage
+from . import readme
 
-STUDIES = {
-    "budgets": budgets.run,
-    "ablation": ablation.run,
-    "speed": speed.run,
-    "coupling": coupling.run,
-    "coverage": coverage.run,
-    "programs": programs.run,
-    "importance": importance.run,
-    "decoupled": decoupled.run,
-    "storage": storage.run,
-}
+STUDIES = (
+    "budgets",
+    "ablation",
+    "speed",
+    "coupling",
+    "coverage",
+    "foreign",
+    "programs",
+    "importance",
+    "decoupled",
+    "storage",
+)
+"""One module each, with a function ``run(out, seed, models)``."""
 
 
 def main() -> None:
@@ -29,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], help="only this model; may be given more than once")
     chosen = parser.parse_args()
     for name in STUDIES if "all" in chosen.study else [s for s in chosen.study if s in STUDIES]:
-        STUDIES[name](chosen.out, chosen.seed, tuple(chosen.model))
+        import_module(f"{__package__}.{name}").run(chosen.out, chosen.seed, tuple(chosen.model))
     if "readme" in chosen.study:
         readme.write(chosen.out)
 
