@@ -128,13 +128,12 @@ def _check_composition(folder: Path, examples: int) -> None:
         at_once = assert_exact(model, coupling, union, tolerance=2e-5, batches=(2,))
         values = feed(model, 5, 3)
         assert distance(Session(at_once, "cpu").run(values), Session(twice, "cpu").run(values)) <= 1e-6
-        if not {"lrn", "layer_norm"} & set(network.blocks):  # zeros are put back in front of them twice
-            # Names of constants differ; what every node reads does not.
-            here = {(n, s): v for n, s, v in operands(at_once)}
-            there = {(n, s): v for n, s, v in operands(twice)}
-            assert here.keys() == there.keys()
-            for place, value in here.items():
-                np.testing.assert_array_equal(value, there[place], err_msg=str(place))
+        # Names of constants differ; what every node reads does not.
+        here = {(n, s): v for n, s, v in operands(at_once)}
+        there = {(n, s): v for n, s, v in operands(twice)}
+        assert here.keys() == there.keys()
+        for place, value in here.items():
+            np.testing.assert_array_equal(value, there[place], err_msg=str(place))
         seen["examples"] += 1
         seen["twice"] += bool((~first).any() and (~second).any())
 
