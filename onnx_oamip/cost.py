@@ -45,8 +45,7 @@ class Steps:
     def taken(self, widths: Ints) -> Bools:
         """Which steps come at these widths."""
         less: Bools = np.asarray(widths) < self.full
-        result: Bools = (self.members & less).any(axis=1)
-        return result
+        return np.asarray((self.members & less).any(axis=1), bool)
 
     @classmethod
     def none(cls) -> Steps:
