@@ -147,8 +147,13 @@ def _apply(node: gs.Node, edit: Edit) -> None:
     for slot, value in edit.inputs.items():
         while len(node.inputs) <= slot:
             node.inputs.append(gs.Variable.empty())
-        name = f"{node.name}_input{slot}_pruned"
-        node.inputs[slot] = gs.Variable.empty() if value is None else gs.Constant(name, np.asarray(value))
+        old = node.inputs[slot]
+        if value is None:
+            node.inputs[slot] = gs.Variable.empty()
+        elif isinstance(old, gs.Constant) and len(old.outputs) == 1:
+            old.values = np.asarray(value)
+        else:
+            node.inputs[slot] = gs.Constant(f"{node.name}_input{slot}_pruned", np.asarray(value))
 
 
 def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:

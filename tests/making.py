@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-Draw = Callable[[st.SearchStrategy[Any]], Any]
+Choose = Callable[[int], int]
+"""A number below the one given."""
 _RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 NEWEST = min(onnx.defs.onnx_opset_version(), 24 if _RUNTIME >= (1, 24) else 23 if _RUNTIME >= (1, 23) else 21)
 """The newest opset that is drawn: what the oldest supported releases know is less than what the newest do."""
@@ -65,14 +65,14 @@ STEPS = (
 
 
 class Maker:
-    """Appends to a graph; every choice is drawn, every weight is seeded."""
+    """Appends to a graph; every choice is that of ``choose``, every weight is seeded."""
 
-    def __init__(self, draw: Draw, opset: int = 0) -> None:
-        self.draw = draw
+    def __init__(self, choose: Choose, seed: int, opset: int = 0) -> None:
+        self.choose = choose
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
-        self.rng = np.random.default_rng(self.draw(st.integers(0, 2**32 - 1)))
+        self.rng = np.random.default_rng(seed)
         self.count = 0
         self.opset = opset or self.spread((NEWEST, NEWEST, NEWEST, *OPSETS))
 
@@ -81,13 +81,13 @@ class Maker:
         """Whether anything made so far jumps."""
         return any(node.op_type in STEPS for node in self.nodes)
 
-    # --- drawing ------------------------------------------------------------------------------------------------
+    # --- choosing ------------------------------------------------------------------------------------------------
 
     def pick(self, n: int) -> int:
-        return self.draw(st.sampled_from(range(n)))
+        return int(self.choose(n))
 
     def one_of(self, options: Sequence[Any]) -> Any:
-        return self.draw(st.sampled_from(options))
+        return options[self.pick(len(options))]
 
     def spread(self, options: Sequence[Any]) -> Any:
         """As ``one_of``, but all of them as often: Hypothesis likes to repeat itself, the seed does not."""

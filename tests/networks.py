@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from blocks import Sequences
 from hypothesis import strategies as st
-from making import IR, Draw, Maker, Value
+from making import IR, OPSETS, Choose, Maker, Value
 from onnx import ModelProto, TensorProto, helper
 
 
@@ -269,14 +270,14 @@ TOKENS = {
     "group_query": 10, "standard_attention": 23, "rms_norm": 23,
 }  # fmt: skip
 """Blocks by the kind of value that they take, with the first opset that has what they are made of."""
+KINDS = {"image": IMAGE, "flat": FLAT, "tokens": TOKENS}
 ONLY_TOKENS = tuple(name for name in TOKENS if name not in FLAT)
 
 
 @cache
 def known(kind: str, opset: int) -> tuple[str, ...]:
     """The blocks of a kind that an opset can write; those that only tokens have are drawn as often as all others."""
-    table = {"image": IMAGE, "flat": FLAT, "tokens": TOKENS}[kind]
-    found = tuple(name for name, since in table.items() if since <= opset)
+    found = tuple(name for name, since in KINDS[kind].items() if since <= opset)
     return (*found, *(name for name in found if name in ONLY_TOKENS for _ in range(2)))
 
 
@@ -290,6 +291,23 @@ def grow(make: Blocks, x: Value, steps: int, blocks: list[str]) -> Value:
         blocks.append(make.spread(known(kind, make.opset)))
         x = getattr(make, f"block_{blocks[-1]}")(x)
     return x
+
+
+def alone(kind: str, name: str, opset: int, choose: Choose, seed: int) -> ModelProto:
+    """A network with one block."""
+    make = Blocks(choose, seed, opset)
+    image = Value("x", (2, 4, 4))
+    x = make.conv(image, 5)
+    if kind != "image":
+        x = make.to_tokens(x) if kind == "tokens" else make.linear(make.to_vector(x), 7)
+    x = getattr(make, f"block_{name}")(x)
+    return finished(make, make.linear(x if kind == "flat" else make.to_vector(x), 3), image)
+
+
+def each() -> Iterator[tuple[str, str, int]]:
+    """Kind, name and opset of every block."""
+    for kind, table in KINDS.items():
+        yield from ((kind, name, opset) for name, since in table.items() for opset in OPSETS if since <= opset)
 
 
 def finished(make: Maker, result: Value, start: Value) -> ModelProto:
@@ -307,9 +325,9 @@ def finished(make: Maker, result: Value, start: Value) -> ModelProto:
 
 
 @st.composite
-def networks(draw: Draw) -> Network:
+def networks(draw: st.DrawFn) -> Network:
     """An image passes a few blocks, maybe as tokens, then as a vector; one or two branches meet at the end."""
-    make = Blocks(draw)
+    make = Blocks(lambda n: draw(st.sampled_from(range(n))), draw(st.integers(0, 2**32 - 1)))
     blocks: list[str] = []
     size = 2 * (1 + make.pick(2))
     image = Value("x", (2, size, size))

@@ -107,8 +107,8 @@ def test_predicted_costs_are_those_of_the_cut_model(name: str) -> None:
         counted = cost.count(models.from_proto(rewrite.cut(model, coupling, keep), model.bindings))
         predicted = ledger.cost(widths)
         assert (predicted.macs, predicted.params) == (counted.macs, counted.params)
-        # Not predicted: a repaired node has a copy of its own of a constant that others read, too.
-        assert predicted.bytes == pytest.approx(counted.bytes, abs=1000)
+        # Numbers in the file take more or fewer bytes.
+        assert predicted.bytes == pytest.approx(counted.bytes, abs=100)
 
 
 @pytest.mark.parametrize("name", [n for n in SHIPPED if n not in BIG])
