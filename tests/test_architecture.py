@@ -25,7 +25,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ),
     ("importance",),
     ("budget", "allocation", "planfile"),
-    ("rewrite", "refit", "constants", "verify", "profiling", "sensitivity", "benchmark", "report"),
+    ("rewrite", "refit", "scaling", "constants", "verify", "profiling", "sensitivity", "benchmark", "report"),
     ("cache",),
     ("search", "scoring"),
     ("prepare",),
