@@ -278,8 +278,8 @@ def _prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None)
     verify.structure(pruned.proto)
     original = Session(model.proto, device, what=model.path)
     # Rounding of the proof must not depend on a provider's reduced precision: it is done on the CPU.
-    masked = Session(rewrite.mask(model, ready.coupling, result.plan.keep), "cpu", what="the masked model")
-    cut = Session(pruned.raw, "cpu", what="the cut model")
+    masked = Session(rewrite.mask(model, ready.coupling, result.plan.keep), "cpu", what="the masked model", exact=True)
+    cut = Session(pruned.raw, "cpu", what="the cut model", exact=True)
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
     distance = verify.difference(masked, cut, few, settings.batch_size)
     if not distance <= verify.tolerance(model):

@@ -123,9 +123,6 @@ class Elementwise(Maker):
         along, axis = self.data(), {}
         if self.opset >= 13 and self.pick(2):
             c = self.along(x)[0]
-            # ONNX Runtime merges neighbouring pairs that have one scale each, with a rounding of its own: where one
-            # channel is left, it would do so in the cut model only.
-            x = self.node("Neg", [x.name], x.shape)
             along = [self.scales(c, 1), self.constant(self.rng.integers(100, 140, c), np.uint8, "z")]
             axis = {"axis": 1 if len(x.shape) == 3 else len(x.shape)}
         q = self.node("QuantizeLinear", [x.name, *along], x.shape, **axis)
