@@ -67,8 +67,8 @@ class Session:
 
     ``profile`` is the prefix of a file that records every kernel of every run. ``spin``: idle threads wait busily, as
     ONNX Runtime has it by default and a deployment does; without it, sessions that take turns leave each other the
-    cores. ``exact`` leaves out what rounds one way in a model and another way in a cut of it: four and eight bit weights
-    multiplied with activations that are rounded as well, and neighbouring quantisations merged into one.
+    cores. ``exact`` leaves out what rounds one way in a model and another way in a cut of it: weights of few bits
+    multiplied by activations that are rounded as well, and neighbouring quantisations merged into one.
     """
 
     def __init__(
