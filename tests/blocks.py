@@ -184,6 +184,20 @@ class Elementwise(Maker):
         return self.node("DequantizeLinear", [made.name, *along], shape)
 
 
+    def block_tabular(self, x: Value) -> Value:
+        """What scikit-learn's exporter puts in front of a network."""
+        size = self.one_of((x.shape[-1], 1))
+        offset, scale = self.rng.standard_normal(size).tolist(), self.rng.uniform(0.5, 1.5, size).tolist()
+        kind = self.pick(3)
+        if kind == 0:
+            return self.node("ai.onnx.ml.Scaler", [x.name], x.shape, offset=offset, scale=scale)
+        if kind == 1:
+            values = {"imputed_value_floats": offset, "replaced_value_float": 0.0}
+            return self.node("ai.onnx.ml.Imputer", [x.name], x.shape, **values)
+        away = self.within("positive", x)
+        return self.node("ai.onnx.ml.Normalizer", [away.name], x.shape, norm=self.one_of(("MAX", "L1", "L2")))
+
+
 class Statistics(Elementwise):
     """Normalisations and reductions. Variances are kept away from zero: there, nothing would be left but rounding."""
 

@@ -264,9 +264,10 @@ IMAGE = {
     "pool": 7, "per_channel": 7, "lrn": 7, "sum_of_channels": 7, "statistic": 8, "global": 7, "instance_norm": 7,
     "group_norm": 18, "mean_variance": 9, **ANY,
 }  # fmt: skip
-FLAT = {"linear": 7, "linear_residual": 7, "join": 7, "regroup": 7, "softmax": 7, "layer_norm": 17, **ANY}
+VECTORS = {"linear": 7, "linear_residual": 7, "join": 7, "regroup": 7, "softmax": 7, "layer_norm": 17, **ANY}
+FLAT = {**VECTORS, "tabular": 7}
 TOKENS = {
-    **FLAT, "place": 7, "attention": 7, "einsum": 12, "recurrent": 7, "packed_attention": 7, "multi_head": 7,
+    **VECTORS, "place": 7, "attention": 7, "einsum": 12, "recurrent": 7, "packed_attention": 7, "multi_head": 7,
     "group_query": 10, "standard_attention": 23, "rms_norm": 23,
 }  # fmt: skip
 """Blocks by the kind of value that they take, with the first opset that has what they are made of."""

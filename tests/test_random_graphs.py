@@ -145,7 +145,7 @@ def _check_exactness(folder: Path, examples: int) -> None:
     assert seen["many"] >= 0.6 * seen["examples"]
     assert min(seen[block] for block in BLOCKS) >= examples / 150, dict(seen)
     # What is drawn must still be there when the constant parts of a graph are folded.
-    assert len(followed) >= 0.95 * len(_drawable()), [s.name for s in _drawable() if id(s) not in followed]
+    assert len(followed) >= 0.9 * len(_drawable()), [s.name for s in _drawable() if id(s) not in followed]
 
 
 def _check_composition(folder: Path, examples: int) -> None:
