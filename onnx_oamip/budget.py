@@ -111,7 +111,7 @@ def choose(
     budget = _Budget.of(ledger, ladder, limits, extra)
     incumbent = _greedy(budget)
     floor = budget.used(budget.widest * 0)
-    if incumbent is None and not extra:
+    if incumbent is None and not extra and not budget.steps.any():
         raise BudgetNotMet(_over(budget, floor))
     formulation = _formulate(budget, incumbent)
     program = formulation.program
@@ -150,7 +150,8 @@ class _Budget:
     """Levels, losses and limits. A level vector (groups,) counts from 0, the narrowest.
 
     ``costs`` plus ``constant`` must not exceed ``bound``; the first ``counted`` of them are whole numbers. ``sums`` are
-    the same costs as products of axis lengths, for exact counting.
+    the same costs as products of axis lengths, for exact counting; ``steps`` (costs, steps) is what the ledger's steps
+    add to them.
     """
 
     names: tuple[str, ...]
@@ -164,6 +165,7 @@ class _Budget:
     ledger: Ledger
     sums: tuple[tuple[Ints | Floats, Ints], ...]
     counted: int
+    steps: Ints
 
     @classmethod
     def of(cls, ledger: Ledger, ladder: Ladder, limits: Targets, extra: Sequence[LinearisedLimit]) -> _Budget:
@@ -194,6 +196,7 @@ class _Budget:
             sums.append((line.products.factor, line.products.axes))
             constant.append(line.constant)
             bound.append(line.limit)
+        added = {"params": ledger.steps.params, "size": ledger.steps.bytes}
         return cls(
             names=tuple(names),
             levels=levels,
@@ -206,6 +209,7 @@ class _Budget:
             ledger=ledger,
             sums=tuple(sums),
             counted=counted,
+            steps=np.reshape([added.get(n, 0 * added["size"]) for n in names], (len(names), len(added["size"]))),
         )
 
     @property
@@ -226,9 +230,10 @@ class _Budget:
 
     def used(self, level: Ints) -> Floats:
         """Share of every limit in use, from exact sums."""
-        lengths = self.ledger.lengths(self.widths(level))
+        widths = self.widths(level)
+        lengths = self.ledger.lengths(widths)
         total = [float((factor * lengths[axes].prod(axis=1)).sum()) for factor, axes in self.sums]
-        return self.share(np.asarray(total) + self.constant)
+        return self.share(np.asarray(total) + self.constant + self.steps @ self.ledger.steps.taken(widths))
 
     def share(self, total: Floats) -> Floats:
         """Costs over limits, written so that the share is at most 1 exactly where the limit holds."""
@@ -271,7 +276,14 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
     matrix = csr_array(matrix / budget.scale[:, None])
     row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     room = (budget.bound - budget.constant - constant) / budget.scale
-    limit_rows = builder.rows(matrix.shape[0], (row, matrix.indices, matrix.data), upper=room)
+    limit, step = np.nonzero(budget.steps)
+    taken = _steps(builder, binaries, budget, incumbent)
+    entries = (
+        np.concatenate([row, limit]),
+        np.concatenate([matrix.indices, taken[step]]),
+        np.concatenate([matrix.data, budget.steps[limit, step] / budget.scale[limit]]),
+    )
+    limit_rows = builder.rows(matrix.shape[0], entries, upper=room)
     program = builder.build()
     if not len(limit_rows):
         return _Formulation(ordered(program, levels), limit_rows, unit)
@@ -282,6 +294,24 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
         offset=-TIE_BREAK * MAGNITUDE * float(budget.share(constant + budget.constant).mean()),
     )
     return _Formulation(ordered(program, levels), limit_rows, unit)
+
+
+def _steps(builder: Builder, binaries: Ints, budget: _Budget, incumbent: Ints | None) -> Ints:
+    """A variable for every step of a limit: at least 1 where a member is not at its full width (-1: for no limit)."""
+    steps, levels = budget.ledger.steps, budget.levels
+    used, top = np.flatnonzero(budget.steps.any(axis=0)), budget.first + budget.widest
+    result = np.full(len(steps.members), -1, np.int64)
+    if not len(used):
+        return result
+    whole = levels.width[top] >= steps.full
+    start = np.nan if incumbent is None else steps.taken(budget.widths(incumbent))[used]
+    sure = (steps.members[used] & ~whole).any(axis=1)
+    result[used] = builder.variables(len(used), sure, 1, start=start)
+    step, group = np.nonzero(steps.members[used] & whole)
+    row = np.arange(len(step))
+    entries = (np.tile(row, 2), np.concatenate([result[used][step], binaries[top[group]]]), 1.0)
+    builder.rows(len(step), entries, lower=1.0)
+    return result
 
 
 def _solve(
@@ -324,7 +354,7 @@ def _solve(
 
 
 def _greedy(budget: _Budget) -> Ints | None:
-    """Levels that hold, from the widest down, always by the least loss per share of a limit gained; None if stuck."""
+    """Levels that hold, from the widest down, by the least loss per share of a limit gained; None if stuck."""
     levels, first = budget.levels, budget.first
     level = budget.widest.copy()
     while not budget.holds(level):

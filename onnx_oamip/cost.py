@@ -9,13 +9,17 @@ are the elements of floating constants; bytes is the size of the file with its e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.sparse import csr_array
 
 from .ops import Total, lookup
-from .records import Axis, Cost, Coupling, Ints, Model
+from .records import Array, Axis, Bools, Cost, Coupling, Ints, Model
+from .restoring import Names, Present, scale, spread
+
+INDEX = 4
+"""Bytes of an index that says where a kept channel is."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,30 @@ class Products:
 
     factor: Ints
     axes: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What is added as soon as one of several groups is cut at all: the nodes that put zeros back, or scale a mean.
+
+    Step s comes where a group g of ``members`` (steps, groups) keeps fewer than its ``full[g]`` units.
+    """
+
+    members: Bools
+    full: Ints
+    params: Ints
+    bytes: Ints
+
+    def taken(self, widths: Ints) -> Bools:
+        """Which steps come at these widths."""
+        less: Bools = np.asarray(widths) < self.full
+        return np.asarray((self.members & less).any(axis=1), bool)
+
+    @classmethod
+    def none(cls) -> Steps:
+        """No steps, for any number of groups."""
+        nothing = np.zeros(0, np.int64)
+        return cls(np.zeros((0, 1), bool), np.zeros(1, np.int64), nothing, nothing)
 
 
 @dataclass(frozen=True)
@@ -38,6 +66,7 @@ class Ledger:
     overhead: int
     batch: int
     nodes: tuple[str, ...]
+    steps: Steps = field(default_factory=Steps.none)
 
     def lengths(self, widths: Ints) -> Ints:
         """Axis lengths, with a trailing 1 for the padding index -1."""
@@ -45,11 +74,11 @@ class Ledger:
 
     def cost(self, widths: Ints) -> Cost:
         """Costs when group g keeps ``widths[g]`` units."""
-        lengths = self.lengths(widths)
+        lengths, taken = self.lengths(widths), self.steps.taken(widths)
         return Cost(
             macs=int(self.terms(self.macs, lengths).sum()) // self.batch,
-            params=int(self.terms(self.params, lengths).sum()),
-            bytes=int(self.terms(self.bytes, lengths).sum()) + self.overhead,
+            params=int(self.terms(self.params, lengths).sum() + self.steps.params[taken].sum()),
+            bytes=int(self.terms(self.bytes, lengths).sum() + self.steps.bytes[taken].sum()) + self.overhead,
         )
 
     @staticmethod
@@ -75,6 +104,8 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     }
     params = [constants[n] for n in floats]
     sizes = np.asarray([model.dtypes[n].itemsize for n in constants], np.int64)
+    around = restored(model, coupling)
+    places = [[index.setdefault(r.axis, len(index))] for r in around if r.per_index]
 
     rows, columns, values = [], [], []
     fixed = np.zeros(len(index), np.int64)
@@ -93,17 +124,86 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
                 fixed[i] -= held * len(group.units)
     shape = (len(index), len(coupling.groups))
     per_unit = csr_array((np.asarray(values, np.int64), (rows, columns)), shape=shape)
+    uncut = sum(r.per_index * model.shapes[r.axis[0]][r.axis[1]] for r in around)
     held_bytes = sum(model.constants[n].nbytes for n in model.constants)
     return Ledger(
         fixed=fixed,
         per_unit=per_unit,
         macs=_products(macs, np.ones(len(macs), np.int64)),
         params=_products(params, np.ones(len(params), np.int64)),
-        bytes=_products(list(constants.values()), sizes),
-        overhead=max(model.proto.ByteSize() - held_bytes, 0),
+        bytes=_products(
+            [*constants.values(), *places], np.append(sizes, [r.per_index for r in around if r.per_index])
+        ),
+        overhead=max(model.proto.ByteSize() - held_bytes, 0) - uncut,
         batch=model.batch,
         nodes=tuple(names),
+        steps=_steps(around, coupling),
     )
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a cut of one axis adds around a node that reads it: ``per_index`` bytes for every index kept, too."""
+
+    axis: Axis
+    params: int
+    bytes: int
+    per_index: int
+
+
+class _Cut:
+    """Implements ``ops.Cuts`` for a cut of one axis, whatever goes."""
+
+    def __init__(self, model: Model, axis: Axis) -> None:
+        self._model, self._axis = model, axis
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        return self._model.shapes[tensor]
+
+    def constant(self, tensor: str) -> Array | None:
+        return self._model.constants.get(tensor)
+
+    def keep(self, tensor: str, axis: int) -> Bools | None:
+        if (tensor, axis) != self._axis:
+            return None
+        return np.arange(self._model.shapes[tensor][axis]) > 0
+
+    def kept(self, tensor: str, axis: int) -> int:
+        return self._model.shapes[tensor][axis] - ((tensor, axis) == self._axis)
+
+
+def restored(model: Model, coupling: Coupling) -> list[Restored]:
+    """What is added around every node that must see what went, by what its repair says."""
+    known = {node.name: node for node in model.nodes}
+    present, names = Present(model), Names(model)
+    result = []
+    for consumer in coupling.consumers:
+        node, axis = known[consumer.node], (consumer.data, consumer.axis)
+        spec = lookup(node.domain, node.op, node.version)
+        if consumer.weight is not None or spec is None or spec.repair is None:
+            continue
+        edit = spec.repair(node, _Cut(model, axis))
+        shape, size = model.shapes[consumer.data], model.shapes[consumer.data][consumer.axis]
+        if edit.spread is not None and present.spread(node, edit.spread) is None:
+            added = spread(node, len(shape), edit.spread, np.ones(size, bool), names)
+            result.append(Restored(axis, 0, added.nbytes(node), INDEX))
+        if edit.scale != 1.0 and present.scale(node) is None:
+            dtype = model.dtypes[node.outputs[0]]
+            result.append(Restored(axis, int(is_float(dtype)), scale(node, 1.0, dtype, names).nbytes(node), 0))
+    return result
+
+
+def _steps(around: Sequence[Restored], coupling: Coupling) -> Steps:
+    """Restored nodes by the groups whose cut brings them."""
+    held = [[r.axis in g.multiplicity for g in coupling.groups] for r in around]
+    rows = np.asarray(held, bool).reshape(len(around), len(coupling.groups))
+    members, place = np.unique(rows, axis=0, return_inverse=True)
+    if not len(around):
+        return Steps.none()
+    params, size = np.zeros((2, len(members)), np.int64)
+    np.add.at(params, place.reshape(-1), [r.params for r in around])
+    np.add.at(size, place.reshape(-1), [r.bytes for r in around])
+    return Steps(members, full_widths(coupling), params, size)
 
 
 def _sum(length: Axis | Total) -> Total:

@@ -7,6 +7,7 @@ with a ``repair`` rule need more.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from onnx import helper, numpy_helper
 from .model import restore
 from .ops import Edit, lookup
 from .records import Array, Axis, Bools, Consumer, Coupling, Model, Node
+from .restoring import Added, Names, Present, again, scale, spread
 
 PACKED = ("int4", "uint4", "float4_e2m1fn", "int2", "uint2")
 """Element types smaller than a byte."""
@@ -59,20 +61,27 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
             edit = spec.repair(node, cuts)
             if edit != Edit():
                 edits[node.name] = edit
+    if any(edit.spread is not None or edit.scale != 1.0 for edit in edits.values()):
+        _reuse(edits, cuts, model)
     graph = gs.import_onnx(model.proto)
     tensors = graph.tensors()
     shrunk = {tensor for tensor, _ in cuts.masks if tensor in model.constants}
     packed = {name for name in shrunk if model.dtypes[name].name in PACKED}
     for name in shrunk - packed:
         tensors[name].values = compress(model.constants[name], name, cuts.masks)
-    for node in graph.nodes:
-        if node.name in edits:
-            _apply(node, edits[node.name])
-            spread = edits[node.name].spread
-            if spread is not None:
-                _spread(graph, node, spread, cuts, model)
-            if edits[node.name].scale != 1.0:
-                _scale(graph, node, edits[node.name].scale, model)
+    known = {node.name: node for node in model.nodes}
+    names = Names(model)
+    for node in list(graph.nodes):
+        edit = edits.get(node.name, Edit())
+        _apply(node, edit)
+        if edit.spread is not None:
+            source = node.inputs[0].name
+            keep = cuts.masks[source, edit.spread]
+            added = spread(known[node.name], len(model.shapes[source]), edit.spread, keep, names)
+            _add(graph, node, added, tensors)
+        if edit.scale != 1.0:
+            added = scale(known[node.name], edit.scale, model.dtypes[node.outputs[0].name], names)
+            _add(graph, node, added, tensors)
     # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
     graph.cleanup(recurse_subgraphs=False, remove_unused_graph_inputs=False)
     graph.toposort(recurse_subgraphs=False)
@@ -94,52 +103,39 @@ def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
     return np.ascontiguousarray(value)
 
 
-def _spread(graph: gs.Graph, node: gs.Node, axis: int, cuts: _Cuts, model: Model) -> None:
-    """Zeros at removed channels before the node (one is padded on, then gathered), only kept ones after it."""
-    source, out = node.inputs[0], node.outputs[0]
-    keep = cuts.masks[source.name, axis]
-    rank = len(model.shapes[source.name])
-    taken = {n.name for n in graph.nodes} | set(graph.tensors())
-
-    def step(op: str, inputs: list[gs.Tensor], name: str, to: gs.Tensor | None = None, **attrs: object) -> gs.Tensor:
-        # A model that was pruned before has such nodes already.
-        unique = _unused(f"{node.name}_{name}", taken)
-        taken.add(unique)
-        found = to if to is not None else gs.Variable(f"{unique}_out")
-        graph.nodes.append(gs.Node(op, unique, attrs, inputs, [found]))
-        return found
-
-    def constant(name: str, value: Array) -> gs.Constant:
-        unique = _unused(f"{node.name}_{name}", taken)
-        taken.add(unique)
-        return gs.Constant(unique, value)
-
-    pads = np.zeros(2 * rank, np.int64)
-    pads[rank + axis] = 1
-    if graph.opset < 11:
-        padded = step("Pad", [source], "zero", pads=pads.tolist())
-    else:
-        padded = step("Pad", [source, constant("zero_pads", pads)], "zero")
-    index = np.where(keep, np.cumsum(keep) - 1, keep.sum()).astype(np.int32)
-    node.inputs[0] = step("Gather", [padded, constant("spread_index", index)], "spread", axis=axis)
-    unique = _unused(f"{node.name}_full_out", taken)
-    node.outputs[0] = gs.Variable(unique)
-    kept = constant("kept_index", np.flatnonzero(keep).astype(np.int32))
-    step("Gather", [node.outputs[0], kept], "kept", out, axis=axis)
+def _reuse(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None:
+    """Where a node has been restored before, edit the nodes that do it in place of adding more."""
+    present = Present(model)
+    for node in [n for n in model.nodes if n.name in edits]:
+        edit = edits[node.name]
+        if edit.spread is not None and (around := present.spread(node, edit.spread)) is not None:
+            source, axis = present.padded(around[0]), edit.spread
+            before, inside = (
+                np.ones(cuts.shape(t)[axis], bool) if (keep := cuts.keep(t, axis)) is None else keep
+                for t in (source, node.inputs[0])
+            )
+            edits.update(again(around, before, inside, model))
+            edits[node.name] = replace(edit, spread=None)
+        if edit.scale != 1.0 and (product := present.scale(node)) is not None:
+            mul, slot = product
+            number = model.constants[mul.inputs[slot]]
+            edits[mul.name] = Edit(inputs={slot: np.asarray(number * np.float64(edit.scale), number.dtype)})
+            edits[node.name] = replace(edit, scale=1.0)
 
 
-def _scale(graph: gs.Graph, node: gs.Node, factor: float, model: Model) -> None:
-    taken, out = {n.name for n in graph.nodes} | set(graph.tensors()), node.outputs[0]
-    node.outputs[0] = gs.Variable(_unused(f"{node.name}_unscaled", taken))
-    value = gs.Constant(_unused(f"{node.name}_scale", taken), np.asarray(factor, model.dtypes[out.name]))
-    graph.nodes.append(gs.Node("Mul", _unused(f"{node.name}_rescale", taken), {}, [node.outputs[0], value], [out]))
+def _add(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.Tensor]) -> None:
+    """Put new nodes around a node."""
 
+    def tensor(name: str) -> gs.Tensor:
+        if name not in tensors:
+            value = added.constants.get(name)
+            tensors[name] = gs.Variable(name) if value is None else gs.Constant(name, value)
+        return tensors[name]
 
-def _unused(name: str, taken: set[str]) -> str:
-    result, i = name, 1
-    while result in taken or f"{result}_out" in taken:
-        result, i = f"{name}_{i}", i + 1
-    return result
+    node.inputs[0], node.outputs[0] = tensor(added.reads), tensor(added.writes)
+    for step in added.steps:
+        inputs = [tensor(name) for name in step.inputs]
+        graph.nodes.append(gs.Node(step.op, step.name, dict(step.attrs), inputs, [tensor(step.output)]))
 
 
 def _apply(node: gs.Node, edit: Edit) -> None:
@@ -151,8 +147,13 @@ def _apply(node: gs.Node, edit: Edit) -> None:
     for slot, value in edit.inputs.items():
         while len(node.inputs) <= slot:
             node.inputs.append(gs.Variable.empty())
-        name = f"{node.name}_input{slot}_pruned"
-        node.inputs[slot] = gs.Variable.empty() if value is None else gs.Constant(name, np.asarray(value))
+        old = node.inputs[slot]
+        if value is None:
+            node.inputs[slot] = gs.Variable.empty()
+        elif isinstance(old, gs.Constant) and len(old.outputs) == 1:
+            old.values = np.asarray(value)
+        else:
+            node.inputs[slot] = gs.Constant(f"{node.name}_input{slot}_pruned", np.asarray(value))
 
 
 def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:

@@ -58,12 +58,17 @@ def _cuda_works() -> bool:
     return "CUDAExecutionProvider" in session.get_providers()
 
 
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.disable_double_qdq_remover": "1"}
+"""Products in float32; no merging of quantisations. A release that does not know an entry ignores it."""
+
+
 class Session:
     """A loaded graph on one device.
 
     ``profile`` is the prefix of a file that records every kernel of every run. ``spin``: idle threads wait busily, as
     ONNX Runtime has it by default and a deployment does; without it, sessions that take turns leave each other the
-    cores.
+    cores. ``exact`` leaves out what rounds one way in a model and another way in a cut of it: weights of few bits
+    multiplied by activations that are rounded as well, and neighbouring quantisations merged into one.
     """
 
     def __init__(
@@ -74,10 +79,13 @@ class Session:
         what: str = "the model",
         profile: str | os.PathLike[str] | None = None,
         spin: bool = False,
+        exact: bool = False,
     ) -> None:
         rt = runtime()
         self._what = what
         options = rt.SessionOptions()
+        for key, value in EXACT.items() if exact else ():
+            options.add_session_config_entry(key, value)
         options.log_severity_level = 4
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")

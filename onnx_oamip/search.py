@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from . import allocation, constants, cost, refit, rewrite, verify
+from . import allocation, constants, cost, refit, rewrite, scaling, verify
 from . import model as models
 from .budget import Ladder, LinearisedLimit
 from .calibrate import Progress
@@ -134,6 +134,8 @@ def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) ->
         pruned = constants.fold_constants(
             ready.model, ready.coupling, chosen.keep, ready.samples, ready.device, raw
         )
+    # Last: a refit fits the queries to what they gave before.
+    pruned = replace(pruned, proto=scaling.usual(ready.model, ready.coupling, chosen.keep, pruned.proto))
     after = cost.count(models.from_proto(pruned.proto, ready.model.bindings))
     return Attempt(chosen, pruned, after)
 

@@ -89,14 +89,15 @@ def prove(
     most = np.full(len(wanted), ROUNDING_MOST)
     most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
     # Rounding must not depend on a provider's reduced precision: this is done on the CPU.
-    reference = Session(showing(model, wanted, masked), "cpu", what="the masked model")
-    other = Session(showing(model, wanted, cut), "cpu", what="the cut model")
+    reference = Session(showing(model, wanted, masked), "cpu", what="the masked model", exact=True)
+    other = Session(showing(model, wanted, cut), "cpu", what="the cut model", exact=True)
     found = differences(reference, other, samples, batch_size)
     worst, rounding, allowed = float(found.max(initial=0.0)), None, np.full(len(found), tolerance(model))
     if (np.isfinite(found) & (found > allowed) & (found <= most)).any():
         own = np.zeros(len(found))
         for draw in range(DRAWS):
-            twin = Session(showing(model, wanted, rounded(model, masked, draw)), "cpu", what="the masked model")
+            moved = showing(model, wanted, rounded(model, masked, draw))
+            twin = Session(moved, "cpu", what="the masked model", exact=True)
             own = np.maximum(own, differences(reference, twin, samples, batch_size))
         place = int(found.argmax())
         rounding = float(own[place])

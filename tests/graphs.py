@@ -129,17 +129,33 @@ def keep_one(coupling: Coupling, rng: np.random.Generator) -> Bools:
 
 
 def assert_exact(
-    model: Model, coupling: Coupling, keep: Bools, tolerance: float = 1e-5, batches: Sequence[int] = (1, 3)
+    model: Model,
+    coupling: Coupling,
+    keep: Bools,
+    tolerance: float = 1e-5,
+    batches: Sequence[int] = (1, 3),
+    rounds: bool = False,
 ) -> ModelProto:
-    """The cut model is valid and equals the original with removed channels zeroed at their consumers."""
+    """The cut model is valid and equals the original with removed channels zeroed at their consumers.
+
+    Where the graph ``rounds``, a value on the edge of a step may fall to either side; then two of three further feeds
+    must be equal: what is wrong is wrong for all of them.
+    """
     cut = rewrite.cut(model, coupling, keep)
     onnx.checker.check_model(cut, full_check=True)
-    small, reference = Session(cut, "cpu"), Session(rewrite.mask(model, coupling, keep), "cpu")
+    masked = rewrite.mask(model, coupling, keep)
+    small, reference = (Session(proto, "cpu", exact=True) for proto in (cut, masked))
     assert small.inputs == [p.name for p in model.inputs]
-    for seed, batch in enumerate(batches):
+
+    def apart(seed: int, batch: int) -> float:
         values = feed(model, seed, batch)
-        apart = distance(reference.run(values), small.run(values))
-        assert apart <= tolerance, f"cut and masked differ by {apart:.2e} at batch {batch}, keep {keep.astype(int)}"
+        return distance(reference.run(values), small.run(values))
+
+    for seed, batch in enumerate(batches):
+        found = apart(seed, batch)
+        if found > tolerance and rounds:
+            found = sorted(apart(100 * (seed + 1) + i, batch) for i in range(3))[1]
+        assert found <= tolerance, f"cut and masked differ by {found:.2e} at batch {batch}, keep {keep.astype(int)}"
     return cut
 
 

@@ -2,88 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from blocks import Sequences
 from hypothesis import strategies as st
-from onnx import ModelProto, TensorProto, helper, numpy_helper
-
-Draw = Callable[[st.SearchStrategy], int]
-ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "LeakyRelu", "HardSwish", "Softplus", "Elu", "Abs")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor on the way: its name and its shape without the leading batch axis."""
-
-    name: str
-    shape: tuple[int, ...]
+from making import IR, OPSETS, Choose, Maker, Value
+from onnx import ModelProto, TensorProto, helper
 
 
 @dataclass(frozen=True)
 class Network:
-    """A graph, and the blocks that it was made of."""
+    """A graph, and the blocks that it was made of. ``rounds``: a value on the edge of a step may fall either way."""
 
     proto: ModelProto
     blocks: tuple[str, ...]
+    opset: int
+    rounds: bool
 
     def __repr__(self) -> str:
-        return f"Network({' '.join(self.blocks)})"
+        return f"Network(opset {self.opset}: {' '.join(self.blocks)})"
 
 
-class Maker:
-    """Appends blocks to a graph; every choice is drawn, every weight is seeded."""
-
-    def __init__(self, draw: Draw) -> None:
-        self.draw = draw
-        self.nodes: list = []
-        self.constants: list = []
-        self.rng = np.random.default_rng(self.pick(1000))
-        self.count = 0
-
-    # --- drawing ------------------------------------------------------------------------------------------------
-
-    def pick(self, n: int) -> int:
-        return self.draw(st.integers(0, n - 1))
-
-    def one_of(self, options: Sequence):
-        return options[self.pick(len(options))]
-
-    def channels(self) -> int:
-        return 2 + self.pick(7)
-
-    # --- building -----------------------------------------------------------------------------------------------
-
-    def name(self, what: str) -> str:
-        self.count += 1
-        return f"{what}_{self.count}"
-
-    def node(self, op: str, inputs: Sequence[str], shape: Sequence[int], **attrs) -> Value:
-        out = self.name(op.lower())
-        self.nodes.append(helper.make_node(op, list(inputs), [out], f"node_{out}", **attrs))
-        return Value(out, tuple(shape))
-
-    def weight(self, *shape: int) -> str:
-        fan = np.prod(shape[1:]) if len(shape) > 2 else shape[0]
-        return self.constant(self.rng.standard_normal(shape) * np.sqrt(1.5 / fan), np.float32, "w")
-
-    def bias(self, *shape: int) -> str:
-        return self.constant(0.3 * self.rng.standard_normal(shape), np.float32, "b")
-
-    def gain(self, *shape: int) -> str:
-        return self.constant(self.rng.uniform(0.5, 1.5, shape), np.float32, "g")
-
-    def ints(self, *values: int) -> str:
-        return self.constant(values, np.int64, "i")
-
-    def constant(self, values: object, dtype: type, what: str) -> str:
-        name = self.name(what)
-        self.constants.append(numpy_helper.from_array(np.asarray(values).astype(dtype), name))
-        return name
-
-    def activate(self, x: Value) -> Value:
-        return self.node(self.one_of(ACTIVATIONS), [x.name], x.shape)
+class Blocks(Sequences):
+    """Layers, joins and moves."""
 
     # --- images (C, H, W) ---------------------------------------------------------------------------------------
 
@@ -130,18 +74,15 @@ class Maker:
         first = 1 + self.pick(c - 1) if c > 1 else 0
         if not first:
             return self.activate(x)
-        names = [self.name("part"), self.name("part")]
-        node = helper.make_node("Split", [x.name, self.ints(first, c - first)], names, self.name("split"), axis=1)
-        self.nodes.append(node)
+        names = self.split(x, (first, c - first))
         left = self.activate(Value(names[0], (first, *x.shape[1:])))
         right = Value(names[1], (c - first, *x.shape[1:]))
-        return self.node("Concat", [right.name, left.name], x.shape, axis=-3)
+        return self.node("Concat", [right.name, left.name], x.shape, axis=self.axis(1, 4))
 
     def block_gated_halves(self, x: Value) -> Value:
         wide = self.conv(x, 2 * self.channels(), 1)
         half = (wide.shape[0] // 2, *x.shape[1:])
-        names = [self.name("half"), self.name("half")]
-        self.nodes.append(helper.make_node("Split", [wide.name], names, self.name("split"), axis=1, num_outputs=2))
+        names = self.split(wide, half[:1] * 2)
         gate = self.node("Sigmoid", [names[0]], half)
         return self.node("Mul", [gate.name, names[1]], half)
 
@@ -179,33 +120,32 @@ class Maker:
         low = self.pick(c - 2)
         high = low + 1 + self.pick(c - low)
         start, stop = (low, high) if self.pick(2) else (low - c, high - c if high < c else 2**62)
-        inputs = [x.name, self.ints(start), self.ints(stop), self.ints(1)]
-        return self.node("Slice", inputs, (high - low, h, w))
+        return self.slice(x, start, stop, 1, (high - low, h, w))
 
     def block_pad_shortcut(self, x: Value) -> Value:
         c, h, w = x.shape
         before, after = self.pick(3), 1 + self.pick(2)
         out = before + c + after
-        padded = self.node("Pad", [x.name, self.ints(0, before, 0, 0, 0, after, 0, 0)], (out, h, w))
+        padded = self.pad(x, (0, before, 0, 0, 0, after, 0, 0), (out, h, w))
         return self.activate(self.node("Add", [self.conv(x, out, 3).name, padded.name], (out, h, w)))
 
     def block_gather(self, x: Value) -> Value:
         c = x.shape[0]
-        order = [self.pick(2 * c) - c for _ in range(1 + self.pick(c + 2))]
+        low = c if self.opset >= 11 else 0
+        order = [self.pick(c + low) - low for _ in range(1 + self.pick(c + 2))]
         return self.node("Gather", [x.name, self.ints(*order)], (len(order), *x.shape[1:]), axis=1)
 
     def block_depth_to_space(self, x: Value) -> Value:
         _, h, w = x.shape
         out = 1 + self.pick(4)
         wide = self.conv(x, 4 * out, 1)
-        mode = self.one_of(("DCR", "CRD"))
-        spread = self.node("DepthToSpace", [wide.name], (out, 2 * h, 2 * w), blocksize=2, mode=mode)
+        mode = {"mode": self.one_of(("DCR", "CRD"))} if self.opset >= 11 else {}
+        spread = self.node("DepthToSpace", [wide.name], (out, 2 * h, 2 * w), blocksize=2, **mode)
         return self.node("MaxPool", [spread.name], (out, h, w), kernel_shape=[2, 2], strides=[2, 2])
 
     def block_space_to_depth(self, x: Value) -> Value:
         c, h, w = x.shape
-        inputs = [x.name, "", self.constant([1, 1, 2, 2], np.float32, "by")]
-        large = self.node("Resize", inputs, (c, 2 * h, 2 * w), mode="nearest")
+        large = self.resized(x, (c, 2 * h, 2 * w))
         return self.node("SpaceToDepth", [large.name], (4 * c, h, w), blocksize=2)
 
     def block_pixel_shuffle(self, x: Value) -> Value:
@@ -230,7 +170,7 @@ class Maker:
         return self.node("LRN", [x.name], x.shape, size=self.one_of((3, 5)), alpha=0.5, beta=0.75)
 
     def block_sum_of_channels(self, x: Value) -> Value:
-        total = self.node("ReduceSum", [x.name, self.ints(1)], (1, *x.shape[1:]))
+        total = self.reduce("ReduceSum", x, [1], (1, *x.shape[1:]))
         return self.conv(total, self.channels(), 3)
 
     # --- vectors (F,) and tokens (T, F) -------------------------------------------------------------------------
@@ -241,7 +181,7 @@ class Maker:
         if len(x.shape) == 1 and self.pick(2):
             turned = self.pick(2)
             weight = self.weight(out, size) if turned else self.weight(size, out)
-            bias = [self.bias(*self.one_of(((out,), (1, out), (1,))))] if self.pick(3) else []
+            bias = [self.bias(*self.one_of(((out,), (1, out), (1,))))] if self.pick(3) or self.opset < 11 else []
             attrs = {"alpha": self.one_of((1.0, 0.5)), "beta": self.one_of((1.0, 2.0))}
             return self.node("Gemm", [x.name, weight, *bias], shape, transB=turned, **attrs)
         made = self.node("MatMul", [x.name, self.weight(size, out)], shape)
@@ -257,7 +197,8 @@ class Maker:
     def block_join(self, x: Value) -> Value:
         other = self.linear(x, self.channels())
         size = x.shape[-1] + other.shape[-1]
-        return self.node("Concat", [other.name, x.name], (*x.shape[:-1], size), axis=-1)
+        axis = self.axis(len(x.shape), len(x.shape) + 1)
+        return self.node("Concat", [other.name, x.name], (*x.shape[:-1], size), axis=axis)
 
     def block_regroup(self, x: Value) -> Value:
         """Features as a small table and back, turned around."""
@@ -268,7 +209,8 @@ class Maker:
         return self.node("Reshape", [turned.name, self.ints(*[0] * len(x.shape), 6)], (*x.shape[:-1], 6))
 
     def block_softmax(self, x: Value) -> Value:
-        return self.node("Softmax", [x.name], x.shape, axis=self.one_of((1, -1)))
+        x = self.linear(x, self.channels())
+        return self.node("Softmax", [x.name], x.shape, axis=self.one_of((1, self.axis(len(x.shape), len(x.shape) + 1))))
 
     def block_attention(self, x: Value) -> Value:
         t, f = x.shape
@@ -279,7 +221,7 @@ class Maker:
             split = self.node("Reshape", [flat.name, self.ints(0, t, heads, size)], (t, heads, size))
             parts.append(self.node("Transpose", [split.name], (), perm=turn))
         scores = self.node("MatMul", [parts[0].name, parts[1].name], (heads, t, t))
-        weights = self.node("Softmax", [scores.name], scores.shape, axis=-1)
+        weights = self.node("Softmax", [scores.name], scores.shape, axis=3)
         mixed = self.node("MatMul", [weights.name, parts[2].name], (heads, t, size))
         turned = self.node("Transpose", [mixed.name], (t, heads, size), perm=[0, 2, 1, 3])
         flat = self.node("Reshape", [turned.name, self.ints(0, t, -1)], (t, heads * size))
@@ -303,64 +245,105 @@ class Maker:
         size = int(np.prod(x.shape))
         if len(x.shape) == 3 and self.pick(2):
             pooled = self.node(self.one_of(("GlobalAveragePool", "GlobalMaxPool")), [x.name], (x.shape[0], 1, 1))
-            return self.node("Squeeze", [pooled.name, self.ints(2, 3)], x.shape[:1])
+            return self.squeeze(pooled, (2, 3), x.shape[:1])
         if len(x.shape) == 2 and self.pick(2):
-            return self.node("ReduceMean", [x.name, self.ints(1)], x.shape[1:], keepdims=0)
+            return self.reduce("ReduceMean", x, [1], x.shape[1:], keepdims=0)
         if self.pick(2):
             return self.node("Flatten", [x.name], (size,))
         return self.node("Reshape", [x.name, self.ints(0, -1)], (size,))
 
 
-IMAGE = tuple(
-    f"block_{n}"
-    for n in (
-        "conv", "conv", "batch_norm", "depthwise", "grouped", "transposed", "residual", "dense_concat", "split",
-        "gated_halves", "squeeze_excite", "single_channel_gate", "shuffle", "channels_last", "slice", "pad_shortcut",
-        "gather", "depth_to_space", "space_to_depth", "pixel_shuffle", "pool", "per_channel", "lrn", "sum_of_channels",
+ANY = {
+    "chain": 7, "binary": 8, "logic": 9, "bits": 11, "batch_size": 7, "repeat": 8, "across": 7, "one_hot": 7,
+    "lp_norm": 7, "fake_quantised": 10, "quantised": 10, "integers": 11, "operators": 10,
+}  # fmt: skip
+IMAGE = {
+    "conv": 7, "batch_norm": 9, "depthwise": 7, "grouped": 7, "transposed": 7, "residual": 7, "dense_concat": 7,
+    "split": 7, "gated_halves": 7, "squeeze_excite": 7, "single_channel_gate": 7, "shuffle": 7, "channels_last": 7,
+    "slice": 7, "pad_shortcut": 7, "gather": 7, "depth_to_space": 7, "space_to_depth": 7, "pixel_shuffle": 7,
+    "pool": 7, "per_channel": 7, "lrn": 7, "sum_of_channels": 7, "statistic": 8, "global": 7, "instance_norm": 7,
+    "group_norm": 18, "mean_variance": 9, **ANY,
+}  # fmt: skip
+VECTORS = {"linear": 7, "linear_residual": 7, "join": 7, "regroup": 7, "softmax": 7, "layer_norm": 17, **ANY}
+FLAT = {**VECTORS, "tabular": 7}
+TOKENS = {
+    **VECTORS, "place": 7, "attention": 7, "einsum": 12, "recurrent": 7, "packed_attention": 7, "multi_head": 7,
+    "group_query": 10, "standard_attention": 23, "rms_norm": 23,
+}  # fmt: skip
+"""Blocks by the kind of value that they take, with the first opset that has what they are made of."""
+KINDS = {"image": IMAGE, "flat": FLAT, "tokens": TOKENS}
+ONLY_TOKENS = tuple(name for name in TOKENS if name not in FLAT)
+
+
+@cache
+def known(kind: str, opset: int) -> tuple[str, ...]:
+    """The blocks of a kind that an opset can write; those that only tokens have are drawn as often as all others."""
+    found = tuple(name for name, since in KINDS[kind].items() if since <= opset)
+    return (*found, *(name for name in found if name in ONLY_TOKENS for _ in range(2)))
+
+
+def grow(make: Blocks, x: Value, steps: int, blocks: list[str]) -> Value:
+    """A few blocks behind a value."""
+    kind = ("flat", "tokens", "image")[len(x.shape) - 1]
+    for _ in range(steps):
+        # Nothing may explode: a graph that grew wide is narrowed first.
+        if x.shape[0 if kind == "image" else -1] > 24:
+            x = make.block_conv(x) if kind == "image" else make.block_linear(x)
+        blocks.append(make.spread(known(kind, make.opset)))
+        x = getattr(make, f"block_{blocks[-1]}")(x)
+    return x
+
+
+def alone(kind: str, name: str, opset: int, choose: Choose, seed: int) -> ModelProto:
+    """A network with one block."""
+    make = Blocks(choose, seed, opset)
+    image = Value("x", (2, 4, 4))
+    x = make.conv(image, 5)
+    if kind != "image":
+        x = make.to_tokens(x) if kind == "tokens" else make.linear(make.to_vector(x), 7)
+    x = getattr(make, f"block_{name}")(x)
+    return finished(make, make.linear(x if kind == "flat" else make.to_vector(x), 3), image)
+
+
+def each() -> Iterator[tuple[str, str, int]]:
+    """Kind, name and opset of every block."""
+    for kind, table in KINDS.items():
+        yield from ((kind, name, opset) for name, since in table.items() for opset in OPSETS if since <= opset)
+
+
+def finished(make: Maker, result: Value, start: Value) -> ModelProto:
+    """The model of what was made between an image and a vector."""
+    graph = helper.make_graph(
+        make.nodes,
+        "random",
+        [helper.make_tensor_value_info(start.name, TensorProto.FLOAT, ["N", *start.shape])],
+        [helper.make_tensor_value_info(result.name, TensorProto.FLOAT, ["N", *result.shape])],
+        make.constants,
     )
-)  # fmt: skip
-FLAT = tuple(f"block_{n}" for n in ("linear", "linear", "linear_residual", "join", "regroup", "softmax", "layer_norm"))
-TOKENS = (*FLAT, "block_attention", "block_attention", "block_place")
+    domains = {"": make.opset, **{node.domain: 1 for node in make.nodes if node.domain}}
+    imports = [helper.make_opsetid(name, version) for name, version in domains.items()]
+    return helper.make_model(graph, opset_imports=imports, ir_version=IR[make.opset])
 
 
 @st.composite
-def networks(draw: Draw) -> Network:
+def networks(draw: st.DrawFn) -> Network:
     """An image passes a few blocks, maybe as tokens, then as a vector; one or two branches meet at the end."""
-    make = Maker(draw)
+    make = Blocks(lambda n: draw(st.sampled_from(range(n))), draw(st.integers(0, 2**32 - 1)))
     blocks: list[str] = []
     size = 2 * (1 + make.pick(2))
-
-    def grow(x: Value, table: Sequence[str], steps: int) -> Value:
-        for _ in range(steps):
-            block = make.one_of(table)
-            # Nothing may explode: a graph that grew wide is narrowed first.
-            if x.shape[0 if len(x.shape) == 3 else -1] > 24:
-                x = make.block_conv(x) if len(x.shape) == 3 else make.block_linear(x)
-            x = getattr(make, block)(x)
-            blocks.append(block.removeprefix("block_"))
-        return x
-
-    start = make.block_conv(Value("x", (2, size, size)))
-    trunk = grow(start, IMAGE, 1 + make.pick(4))
-    ends = [trunk]
+    image = Value("x", (2, size, size))
+    start = make.activate(make.conv(image, 6 + make.pick(6)))
+    ends = [grow(make, start, 1 + make.pick(3), blocks)]
     if make.pick(3) == 0:
-        ends.append(grow(start, IMAGE, 1 + make.pick(2)))
+        ends.append(grow(make, start, 1 + make.pick(2), blocks))
     vectors = []
     for end in ends:
-        if make.pick(3) == 0:
-            end = grow(make.to_tokens(end), TOKENS, 1 + make.pick(3))
-        vectors.append(grow(make.to_vector(end), FLAT, make.pick(3)))
+        if make.pick(2):
+            end = grow(make, make.to_tokens(end), 1 + make.pick(3), blocks)
+        vectors.append(grow(make, make.to_vector(end), make.pick(3), blocks))
     last = vectors[0]
     if len(vectors) == 2:
         widths = tuple(v.shape[-1] for v in vectors)
         last = make.node("Concat", [v.name for v in vectors], (sum(widths),), axis=1)
-    result = make.linear(last, 3)
-    graph = helper.make_graph(
-        make.nodes,
-        "random",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, size, size])],
-        [helper.make_tensor_value_info(result.name, TensorProto.FLOAT, ["N", 3])],
-        make.constants,
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    return Network(proto, tuple(blocks))
+    proto = finished(make, make.linear(last, 3), image)
+    return Network(proto, tuple(blocks), make.opset, make.rounds)

@@ -22,7 +22,7 @@ from onnx_oamip import budget, cost, rewrite, solvers
 from onnx_oamip import model as models
 from onnx_oamip.allocation import best_units
 from onnx_oamip.budget import Ladder, LinearisedLimit, choose
-from onnx_oamip.cost import Ledger, Products, full_widths
+from onnx_oamip.cost import Ledger, Products, Steps, full_widths
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import BudgetNotMet
 from onnx_oamip.milp.products import reduce
@@ -190,7 +190,13 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
         batch=draw(st.sampled_from([1, 2, 7])),
         nodes=(),
     )
-    ladder = random_ladder(rng.integers(1, 9, groups), int(rng.integers(1000)), levels=3, jagged=draw(st.booleans()))
+    full = rng.integers(1, 9, groups)
+    if (steps := draw(st.integers(0, 3))):
+        members = rng.random((steps, groups)) < 0.6
+        # Where a group's widest level is not its full width, the step is there whatever is chosen.
+        most = full + (rng.random(groups) < 0.2)
+        ledger = replace(ledger, steps=Steps(members, most, *rng.integers(0, 60, (2, steps))))
+    ladder = random_ladder(full, int(rng.integers(1000)), levels=3, jagged=draw(st.booleans()))
     line = LinearisedLimit("latency", products(rng.random(terms)), 0.5, 0.0)
     most = measured(ledger, np.asarray([w[-1] for w in ladder.widths]), line)
     return ledger, ladder, replace(line, limit=most * draw(st.floats(0.2, 1.1)))

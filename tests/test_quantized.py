@@ -184,3 +184,53 @@ def test_weights_behind_a_transposition_are_masked_in_store(tmp_path: Path) -> N
     stored = [v for n, v in constants(masked).items() if n.startswith("oamip_")]
     assert [v.shape for v in stored] == [(6, 8)]
     assert not stored[0][:, 1::2].any()
+
+
+TWICE = """(float[N,5] x) => (float[] y) <float[5,8] w1, float s1 = {0.05}, uint8 z1 = {130}, float[8] s2 =
+{0.021, 0.022, 0.023, 0.024, 0.026, 0.027, 0.028, 0.029}, uint8[8] z2 = {101, 102, 103, 104, 105, 106, 107, 108},
+float[8,3] w2> {
+    h = MatMul(x, w1)
+    q = QuantizeLinear(h, s1, z1)
+    d = DequantizeLinear(q, s1, z1)
+    r = QuantizeLinear<axis = 1>(d, s2, z2)
+    e = DequantizeLinear<axis = 1>(r, s2, z2)
+    y = MatMul(e, w2)
+}"""
+
+
+def test_quantised_twice_and_one_channel_left(tmp_path: Path) -> None:
+    """The runtime merges the two pairs where both have one scale: in the cut model, not in the masked one."""
+    model = load(build(TWICE), tmp_path)
+    coupling = couple(model)
+    assert_exact(model, coupling, np.arange(8) == 3, batches=(1, 50))
+
+
+@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 21, reason="this onnx does not know four-bit codes")
+def test_weights_of_four_bits_are_compared_in_float(tmp_path: Path) -> None:
+    """The runtime's products with such weights round activations to a byte: the last bit of a sum can be a step."""
+    rng = np.random.default_rng(0)
+    wide, inner, out, block = 512, 256, 96, 32
+    held = {
+        "w0": rng.standard_normal((5, wide)) / 2,
+        "w1": rng.standard_normal((wide, inner)) / np.sqrt(wide),
+        "s2": rng.uniform(0.01, 0.02, (inner // block, out)),
+        "w3": rng.standard_normal((out, 3)) / np.sqrt(out),
+    }
+    weights = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in held.items()]
+    weights.append(onnx.numpy_helper.from_array(rng.integers(-7, 7, (inner, out)).astype(ml_dtypes.int4), "w2"))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["g"]),
+        helper.make_node("Tanh", ["g"], ["t"]),
+        helper.make_node("MatMul", ["t", "w1"], ["a"]),
+        helper.make_node("Tanh", ["a"], ["h"]),
+        helper.make_node("DequantizeLinear", ["w2", "s2"], ["d"], axis=0, block_size=block),
+        helper.make_node("MatMul", ["h", "d"], ["b"]),
+        helper.make_node("Tanh", ["b"], ["c"]),
+        helper.make_node("MatMul", ["c", "w3"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", k]) for n, k in (("x", 5), ("y", 3))]
+    graph = helper.make_graph(nodes, "codes", ends[:1], ends[1:], weights)
+    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path)
+    coupling = couple(model)
+    for seed in range(2):
+        assert_exact(model, coupling, random_keep(coupling, np.random.default_rng(seed), 0.5), batches=(64, 512))

@@ -6,21 +6,26 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from graphs import assert_exact, distance, feed, load, operands, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import FLAT, IMAGE, TOKENS, Network, networks
+from making import NEWEST
+from networks import KINDS, Network, alone, each, networks
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from onnx_oamip import cost, rewrite
 from onnx_oamip import model as models
 from onnx_oamip.coupling import couple
+from onnx_oamip.ops import REGISTRY, OpSpec, lookup
 from onnx_oamip.records import Bools, Coupling, Model
 from onnx_oamip.runtime import Session
 
-BLOCKS = {name.removeprefix("block_") for name in (*IMAGE, *FLAT, *TOKENS)}
+BLOCKS = {name for blocks in KINDS.values() for name in blocks}
+UNDRAWN: dict[str, str] = {}
+"""Operators that no block has, with the reason."""
 SEEDS = st.integers(0, 2**16)
 DENSITIES = st.sampled_from((0.2, 0.5, 0.8))
 
@@ -68,12 +73,14 @@ def _second_choice(
     return union, second
 
 
-def _exact(model: Model, coupling: Coupling, keep: Bools) -> None:
-    cut = assert_exact(model, coupling, keep, tolerance=2e-5, batches=(1, 2))
+def _exact(model: Model, coupling: Coupling, keep: Bools, network: Network) -> None:
+    cut = assert_exact(model, coupling, keep, 2e-5, (1, 2), network.rounds)
     widths = np.asarray([int(keep[g.units].sum()) for g in coupling.groups], np.int64)
     predicted = cost.ledger(model, coupling).cost(widths)
     counted = cost.count(models.from_proto(cut, model.bindings))
     assert (predicted.macs, predicted.params) == (counted.macs, counted.params)
+    # Not predicted: sizes that an equal split did not have to say before, indices that a gather does not need any more.
+    assert abs(predicted.bytes - counted.bytes) <= 60 * (1 + len(network.blocks))
 
 
 def _identity(model: Model, coupling: Coupling) -> None:
@@ -85,8 +92,34 @@ def _identity(model: Model, coupling: Coupling) -> None:
     assert distance(Session(model.proto, "cpu").run(values), Session(same, "cpu").run(values)) == 0
 
 
+def _drawable() -> list[OpSpec]:
+    """The entries whose operators the newest opset drawn, or an older one, has."""
+    first: dict[tuple[str, str], int] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        key = (schema.domain, schema.name)
+        first[key] = min(first.get(key, schema.since_version), schema.since_version)
+    return [s for s in REGISTRY if max(first.get((s.domain, s.name), 1), s.since) <= NEWEST or s.domain]
+
+
+def test_every_operator_is_drawn() -> None:
+    drawn: set[int] = set()
+    for i, (kind, name, opset) in enumerate(each()):
+        for seed in range(12):
+            rng = np.random.default_rng([i, seed])
+            proto = alone(kind, name, opset, rng.integers, seed)
+            versions = {o.domain: o.version for o in proto.opset_import}
+            specs = (lookup(n.domain, n.op_type, versions[n.domain]) for n in proto.graph.node)
+            drawn.update(id(spec) for spec in specs if spec is not None)
+    names = {s.name for s in REGISTRY if id(s) in drawn}
+    missing = [f"{s.domain}::{s.name} (since {s.since})" for s in _drawable() if id(s) not in drawn]
+    missing = [name for name in missing if name.split("::")[1].split()[0] not in UNDRAWN]
+    assert not missing, f"no block in tests/networks.py or tests/blocks.py draws {missing}"
+    assert not names & UNDRAWN.keys()
+
+
 def _check_exactness(folder: Path, examples: int) -> None:
     seen: Counter[str] = Counter()
+    followed: set[int] = set()
 
     @settings(max_examples=examples)
     @given(network=networks(), seed=SEEDS, density=DENSITIES)
@@ -95,9 +128,11 @@ def _check_exactness(folder: Path, examples: int) -> None:
         coupling = couple(model)
         free = sum(len(g.units) - 1 for g in coupling.groups)
         keep = random_keep(coupling, np.random.default_rng(seed), density)
-        _exact(model, coupling, keep)
+        _exact(model, coupling, keep, network)
         _identity(model, coupling)
         seen.update(["examples", *network.blocks])
+        found = (lookup(n.domain, n.op, n.version) for n in model.nodes)
+        followed.update(id(spec) for spec in found if spec is not None)
         seen["prunable"] += any(len(g.units) > 1 for g in coupling.groups)
         seen["pruned"] += not keep.all()
         seen["many"] += free >= 8
@@ -108,7 +143,9 @@ def _check_exactness(folder: Path, examples: int) -> None:
     assert seen["prunable"] >= 0.95 * seen["examples"]
     assert seen["pruned"] >= 0.9 * seen["examples"]
     assert seen["many"] >= 0.6 * seen["examples"]
-    assert min(seen[block] for block in BLOCKS) >= examples / 60, dict(seen)
+    assert min(seen[block] for block in BLOCKS) >= examples / 150, dict(seen)
+    # What is drawn must still be there when the constant parts of a graph are folded.
+    assert len(followed) >= 0.9 * len(_drawable()), [s.name for s in _drawable() if id(s) not in followed]
 
 
 def _check_composition(folder: Path, examples: int) -> None:
@@ -124,17 +161,19 @@ def _check_composition(folder: Path, examples: int) -> None:
         half = load(rewrite.cut(model, coupling, first), folder)
         again = couple(half)
         union, second = _second_choice(model, coupling, first, again, rng, density)
-        twice = assert_exact(half, again, second, tolerance=2e-5, batches=(2,))
-        at_once = assert_exact(model, coupling, union, tolerance=2e-5, batches=(2,))
+        twice = assert_exact(half, again, second, 2e-5, (2,), network.rounds)
+        at_once = assert_exact(model, coupling, union, 2e-5, (2,), network.rounds)
+        # Names of constants differ; what every node reads does not, but for two shares multiplied in single precision.
+        here = {(n, s): v for n, s, v in operands(at_once)}
+        there = {(n, s): v for n, s, v in operands(twice)}
+        assert here.keys() == there.keys()
+        for (node, slot), value in here.items():
+            apart = 2e-7 if node.endswith("_rescale") else 0.0
+            np.testing.assert_allclose(there[node, slot], value, rtol=apart, atol=0, err_msg=f"{node}, {slot}")
         values = feed(model, 5, 3)
-        assert distance(Session(at_once, "cpu").run(values), Session(twice, "cpu").run(values)) <= 1e-6
-        if not {"lrn", "layer_norm"} & set(network.blocks):  # zeros are put back in front of them twice
-            # Names of constants differ; what every node reads does not.
-            here = {(n, s): v for n, s, v in operands(at_once)}
-            there = {(n, s): v for n, s, v in operands(twice)}
-            assert here.keys() == there.keys()
-            for place, value in here.items():
-                np.testing.assert_array_equal(value, there[place], err_msg=str(place))
+        same = all(np.array_equal(v, there[place]) for place, v in here.items())
+        found = distance(Session(at_once, "cpu").run(values), Session(twice, "cpu").run(values))
+        assert found <= 1e-6 or (network.rounds and not same)
         seen["examples"] += 1
         seen["twice"] += bool((~first).any() and (~second).any())
 

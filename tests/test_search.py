@@ -107,9 +107,8 @@ def test_predicted_costs_are_those_of_the_cut_model(name: str) -> None:
         counted = cost.count(models.from_proto(rewrite.cut(model, coupling, keep), model.bindings))
         predicted = ledger.cost(widths)
         assert (predicted.macs, predicted.params) == (counted.macs, counted.params)
-        # Nodes that put zeros back around a normalisation are not in the prediction.
-        restored = sum(node.op == "LayerNormalization" for node in model.nodes)
-        assert predicted.bytes == pytest.approx(counted.bytes, rel=0.01, abs=3000 + 1500 * restored)
+        # Numbers in the file take more or fewer bytes.
+        assert predicted.bytes == pytest.approx(counted.bytes, abs=100)
 
 
 @pytest.mark.parametrize("name", [n for n in SHIPPED if n not in BIG])

@@ -126,7 +126,7 @@ class Edit:
     """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants or drop.
 
     ``spread`` is an axis along which the node must still see zeros where channels went: they are put back before it
-    and dropped after it. ``scale`` multiplies the first output.
+    and dropped after it. ``scale`` multiplies the first output. Both add nodes (``restoring``), which costs count.
     """
 
     attrs: Mapping[str, Any] = field(default_factory=dict)
