@@ -28,8 +28,7 @@ from platformdirs import user_cache_path
 from .artefacts import write_bytes
 from .data import Samples
 from .errors import OutputError
-from .records import Array, Gram, Model, Moments, Scores
-from .sensitivity import Sensitivity
+from .records import Array, Gram, Model, Moments, Scores, Sensitivity
 
 T = TypeVar("T")
 VARIABLE = "ONNX_OAMIP_CACHE"

@@ -19,7 +19,7 @@ from .errors import GateFailed, ModelError
 from .latency import compare_latency
 from .output import check_output, write
 from .planfile import Planned
-from .prepare import BUDGETS, Clock, Source, prepare
+from .prepare import BUDGETS, Clock, Source, called, prepare
 from .records import Budget, Cost, Report, Scores, Verification
 from .runtime import Session, resolve_device
 from .search import Attempt, Prepared, Subject
@@ -57,10 +57,10 @@ def prune(
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
     with clock("plan and refit"):
         result = search.search(ready, progress)
-    _meets(settings.budget, ready.before, result.after)
-    return _finish(
-        ready, result, targets, clock, progress, settings.budget, ready.scores, _asked(ready, scores), _notes(ready)
-    )
+    meets(settings.budget, ready.before, result.after)
+    asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
+    found = _finish(ready, result, targets, clock, progress, settings.budget, ready.scores, asked, remarks(ready))
+    return replace(found, curves=ready.curves, tried=result.tried)
 
 
 def score(
@@ -109,7 +109,7 @@ def plan(
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
     with clock("plan"):
         chosen = search.plan(ready, progress)
-    asked, notes = _asked(ready, scores), _notes(ready)
+    asked, notes = _asked(ready, scores), remarks(ready)
     digest = None
     if target is not None:
         losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
@@ -153,6 +153,7 @@ def apply(
         result = search.carry_out(ready, chosen, progress)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
     asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": str(plan_file)}
+    asked |= {"data": called(source), "eval_data": called(eval_data)}
     return _finish(ready, result, targets, clock, progress, budget, None, asked, _unmet(budget, ready, result))
 
 
@@ -178,7 +179,7 @@ def _finish(
     """Prove, write, report."""
     with clock("verify"):
         try:
-            verification = _prove(ready, result, progress)
+            verification = prove(ready, result, progress)
         except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
             raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
     after = result.after
@@ -217,7 +218,8 @@ def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
     }
 
 
-def _notes(ready: Prepared) -> tuple[str, ...]:
+def remarks(ready: Prepared) -> tuple[str, ...]:
+    """What was not found out anew."""
     if not ready.taken:
         return ()
     return (f"from the cache, as an earlier run on the same model and data found them: {', '.join(ready.taken)}",)
@@ -249,7 +251,8 @@ def compare(
     return replace(found, batches=batches)
 
 
-def _meets(budget: Budget, before: Cost, after: Cost) -> None:
+def meets(budget: Budget, before: Cost, after: Cost) -> None:
+    """Raises GateFailed where a counted budget does not hold."""
     for name, share, old, new in (
         ("macs", budget.macs, before.macs, after.macs),
         ("params", budget.params, before.params, after.params),
@@ -265,13 +268,13 @@ def _meets(budget: Budget, before: Cost, after: Cost) -> None:
 def _unmet(budget: Budget, ready: Subject, result: Attempt) -> tuple[str, ...]:
     """A plan that was edited may keep more than its budget says: worth a note, and no more."""
     try:
-        _meets(budget, ready.before, result.after)
+        meets(budget, ready.before, result.after)
     except GateFailed:
         return ("the plan keeps more than the budget that it was made for",)
     return ()
 
 
-def _prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None) -> Verification:
+def prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None = None) -> Verification:
     """All gates and measurements on the final model. Raises GateFailed."""
     model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
     pruned = result.pruned

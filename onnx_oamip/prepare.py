@@ -16,13 +16,14 @@ from .coupling import couple, exclude
 from .data import Samples
 from .errors import BudgetNotMet, DataError, SettingsError
 from .importance import Method, find
-from .records import Array, Budget, Coupling, Model, Scores, Statistics
+from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statistics
 from .runtime import resolve_device
 from .search import Prepared, Subject
 from .settings import Settings
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
 BUDGETS = {"macs", "params", "size", "threshold", "latency", "max_drop"}
+ARRAYS = "(arrays)"
 READING = {
     "image_size", "image_fit", "image_scale", "image_mean", "image_std", "image_layout", "image_color", "samples",
     "column",
@@ -99,6 +100,7 @@ def prepare(
             lambda: allocation.steps(model, coupling, settings.align, device),
         )
         ladder = None
+        losses: tuple[Sensitivity, ...] = ()
         if settings.allocate == "mip":
             order = scoring.order(found, coupling)
             feeds = [feed for _, feed in scoring.parts(samples)[1].batches(settings.batch_size)]
@@ -115,7 +117,7 @@ def prepare(
     moments = statistics() if source is not None and settings.refit == "bias" else None
     return Prepared(
         model, coupling, ledger, before, samples, held, moments, device, settings, found, steps, ladder,
-        tuple(dict.fromkeys(store.taken)),
+        tuple(dict.fromkeys(store.taken)), losses,
     )  # fmt: skip
 
 
@@ -204,6 +206,11 @@ def _known(model: Model, samples: Samples, settings: Settings, device: str) -> d
         "seed": settings.seed,
         "batch_size": settings.batch_size,
     }
+
+
+def called(source: Source | None) -> str | None:
+    """What a source is called in reports: its path, or ``ARRAYS`` for arrays in memory."""
+    return source if source is None else ARRAYS if isinstance(source, Mapping) else os.fspath(source)
 
 
 def named(settings: Settings) -> Method:

@@ -220,6 +220,14 @@ class Scores:
     others: Mapping[str, Floats] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """``widths`` (levels,) ascending, last the full width; ``loss`` (levels,), never rising with width."""
+
+    widths: Ints
+    loss: Floats
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Shares to keep, each in (0, 1], or None; ``threshold`` removes units that score below it.
@@ -298,9 +306,57 @@ class Verification:
     rounding: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One try of a search for the smallest model: asked to keep the share ``asked`` of the MACs, it kept ``macs`` and
+    ``lost`` this many points on evaluation data. Both are None where no plan met the budgets."""
+
+    asked: float
+    macs: int | None
+    lost: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a frontier: asked to keep the share ``asked`` of the MACs; ``widths`` (groups,).
+
+    Where no plan met it, ``reason`` says why and the rest is None. ``output`` is its file, where it was saved.
+    """
+
+    asked: float
+    cost: Cost | None = None
+    widths: Ints | None = None
+    verification: Verification | None = None
+    reason: str | None = None
+    output: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What a model costs and still does at several budgets; ``report.frontier`` turns it into JSON.
+
+    ``accuracy`` is the original's, None without labels.
+    """
+
+    model: Model
+    coupling: Coupling
+    before: Cost
+    accuracy: float | None
+    importance: str
+    points: tuple[Point, ...]
+    timings: Mapping[str, float]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Report:
-    """All of it; ``report.document`` turns it into the JSON of the command line. A plan from a file has no scores."""
+    """All of it; ``report.document`` turns it into the JSON of the command line. A plan from a file has no scores.
+
+    ``curves``: the measured loss of every group at a few widths, where the allocation asked for it; ``tried``: what a
+    search for ``max_drop`` went through.
+    """
 
     model: Model
     output: str | None
@@ -316,3 +372,5 @@ class Report:
     settings: Mapping[str, Any]
     notes: Sequence[str] = field(default_factory=tuple)
     fits: tuple[Fit, ...] = ()
+    curves: tuple[Sensitivity, ...] = ()
+    tried: tuple[Trial, ...] = ()

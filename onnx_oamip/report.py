@@ -6,26 +6,22 @@ Documents hold plain values only and are strict JSON: what is not a finite numbe
 from __future__ import annotations
 
 import json
-import math
-import platform
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from importlib import metadata
-from pathlib import PurePath
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from . import __version__
 from .artefacts import Scored
 from .benchmark import Benchmark
 from .checkpoint import Checkpoint
 from .cost import full_widths, ledger
 from .latency import Timing
 from .ops import REGISTRY
+from .plain import plain_document
 from .planfile import Planned
-from .records import Budget, Cost, Coupling, Fit, Floats, Model, Port, Report, Verification
+from .records import Budget, Cost, Coupling, Fit, Floats, Frontier, Model, Point, Port, Report, Verification
 from .solvers import SolverRecord
+from .versions import versions
 
 SCHEMA_VERSION = 1
 LOW = 0.1
@@ -60,13 +56,32 @@ def document(report: Report) -> Document:
         "allocation": report.plan.allocation,
         "programs": [*(report.scores.programs if report.scores else ()), *report.plan.programs],
         "fits": [_fit(fit) for fit in report.fits],
+        "curves": [{"widths": curve.widths, "losses": curve.loss} for curve in report.curves],
+        "tried": [{"asked": t.asked, "macs": t.macs, "lost": t.lost} for t in report.tried],
         "verification": _verification(report.verification),
         "notes": _distinct([*report.notes, *report.plan.notes]),
         "timings": report.timings,
         "settings": report.settings,
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
+
+
+def frontier(found: Frontier) -> Document:
+    """The JSON document of ``frontier``: the model at every budget, by falling MACs."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(found.model),
+        "before": {**_cost(found.before), "accuracy": found.accuracy},
+        "groups": [{"name": group.name, "units": len(group.units)} for group in found.coupling.groups],
+        "points": [_point(point, found.before) for point in found.points],
+        "importance": found.importance,
+        "notes": _distinct(found.notes),
+        "timings": found.timings,
+        "settings": found.settings,
+        "versions": versions(),
+    }
+    return plain_document(result)
 
 
 def scoring(found: Scored) -> Document:
@@ -89,7 +104,7 @@ def scoring(found: Scored) -> Document:
         "settings": found.settings,
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def planning(found: Planned) -> Document:
@@ -116,7 +131,7 @@ def planning(found: Planned) -> Document:
         "settings": found.settings,
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def inspection(model: Model, coupling: Coupling) -> Document:
@@ -140,7 +155,7 @@ def inspection(model: Model, coupling: Coupling) -> Document:
         "skipped": _skipped(coupling),
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def comparison(original: Model, pruned: Model, verification: Verification) -> Document:
@@ -157,7 +172,7 @@ def comparison(original: Model, pruned: Model, verification: Verification) -> Do
         "verification": _verification(verification),
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def checkpoint(found: Checkpoint) -> Document:
@@ -172,7 +187,7 @@ def checkpoint(found: Checkpoint) -> Document:
         "unmatched": found.unmatched,
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def operators() -> Document:
@@ -193,7 +208,7 @@ def operators() -> Document:
         ],
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def solvers(found: Sequence[SolverRecord]) -> Document:
@@ -214,7 +229,7 @@ def solvers(found: Sequence[SolverRecord]) -> Document:
         ],
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def benchmark(found: Benchmark) -> Document:
@@ -237,35 +252,12 @@ def benchmark(found: Benchmark) -> Document:
         ],
         "versions": versions(),
     }
-    return _document(result)
+    return plain_document(result)
 
 
 def dumps(value: Document) -> str:
     """Strict JSON text of a document."""
     return json.dumps(value, indent=2, allow_nan=False)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what decides a result; null for what is not installed."""
-    return {
-        "onnx_oamip": __version__,
-        "onnx": _installed("onnx"),
-        "onnxruntime": _installed("onnxruntime", "onnxruntime-gpu"),
-        "numpy": _installed("numpy"),
-        "python": platform.python_version(),
-        "onnx_graphsurgeon": _installed("onnx-graphsurgeon"),
-        "gurobipy": _installed("gurobipy"),
-        "highspy": _installed("highspy"),
-    }
-
-
-def _installed(*names: str) -> str | None:
-    for name in names:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _model(model: Model) -> Document:
@@ -338,6 +330,25 @@ def _verification(verification: Verification) -> Document:
     }
 
 
+def _point(point: Point, before: Cost) -> Document:
+    """One point of a frontier; all that was not measured is null."""
+    whole, cost, proved = _cost(before), point.cost, point.verification
+    after = dict.fromkeys(whole) if cost is None else _cost(cost)
+    return {
+        "asked": point.asked,
+        **after,
+        "shares": {key: after[key] / whole[key] if after[key] is not None and whole[key] else None for key in whole},
+        "accuracy": proved and proved.accuracy_after,
+        "agreement": proved and proved.agreement,
+        "output_relative_error": proved and proved.output_relative_error,
+        "latency_ratio": proved and proved.latency_ratio,
+        "kept": point.widths,
+        "output": point.output,
+        "sha256": point.sha256,
+        "reason": point.reason,
+    }
+
+
 def _fit(fit: Fit) -> Document:
     return {
         "node": fit.node,
@@ -365,28 +376,3 @@ def _timing(timing: Timing) -> Document:
 
 def _distinct(notes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(notes))
-
-
-def _document(value: Mapping[str, Any]) -> Document:
-    return {name: _plain(item) for name, item in value.items()}
-
-
-def _plain(value: Any) -> Any:
-    """The same value in JSON's own types; numbers that JSON has no word for become null."""
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (Sequence, AbstractSet)):
-        return [_plain(v) for v in value]
-    if isinstance(value, PurePath):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no place in a report")

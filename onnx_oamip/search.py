@@ -21,9 +21,21 @@ from .errors import BudgetNotMet
 from .importance import METHODS
 from .latency import compare_latency
 from .profiling import profile
-from .records import Cost, Coupling, Floats, Ints, Model, Plan, Pruned, Scores, Statistics, Verification
+from .records import (
+    Cost,
+    Coupling,
+    Floats,
+    Ints,
+    Model,
+    Plan,
+    Pruned,
+    Scores,
+    Sensitivity,
+    Statistics,
+    Trial,
+    Verification,
+)
 from .runtime import Session
-from .sensitivity import Sensitivity
 from .settings import Settings
 
 SIZE_TRIES = 3
@@ -50,21 +62,26 @@ class Subject:
 
 @dataclass(frozen=True)
 class Prepared(Subject):
-    """Everything that does not depend on the budget. ``taken``: what of it the cache had from an earlier run."""
+    """Everything that does not depend on the budget. ``taken``: what of it the cache had from an earlier run.
+
+    ``curves``: the measured losses that the ladder was made from.
+    """
 
     scores: Scores
     steps: Ints
     ladder: Ladder | None
     taken: tuple[str, ...] = ()
+    curves: tuple[Sensitivity, ...] = ()
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One plan, carried out."""
+    """One plan, carried out; ``tried``: the tries of the search that chose it."""
 
     plan: Plan
     pruned: Pruned
     after: Cost
+    tried: tuple[Trial, ...] = ()
 
 
 def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: float) -> Ladder:
@@ -243,14 +260,17 @@ def _smallest(
         )
     original = Session(ready.model.proto, ready.device)
     best: Attempt | None = None
+    tried: list[Trial] = []
     low, high = 0.0, min(1.0, (limit.macs or ready.before.macs) / ready.before.macs)
     share = high if high < 1 else 0.5
     for i in range(DROP_TRIES):
         try:
             found = attempt(ready, replace(limit, macs=share * ready.before.macs), extra, None)
             lost = _drop(ready, original, found)
+            tried.append(Trial(share, found.after.macs, lost))
         except BudgetNotMet:
             lost = np.inf
+            tried.append(Trial(share, None, None))
         if progress:
             progress("max-drop", i + 1, DROP_TRIES)
         if lost <= points:
@@ -262,13 +282,15 @@ def _smallest(
         share = (low + high) / 2
     if best is None:
         whole = attempt(ready, limit, extra, None)
-        if _drop(ready, original, whole) > points:
+        lost = _drop(ready, original, whole)
+        tried.append(Trial(1.0, whole.after.macs, lost))
+        if lost > points:
             raise BudgetNotMet(
                 f"no plan within the other budgets loses at most {points} points on {ready.held.source}; "
                 "ask for a larger drop or a larger budget."
             )
         best = whole
-    return best
+    return replace(best, tried=tuple(tried))
 
 
 def _drop(ready: Prepared, original: Session, found: Attempt) -> float:

@@ -25,7 +25,7 @@ from .calibrate import Progress
 from .gram import Problem, compensate, problems
 from .images import head
 from .model import reads
-from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model
+from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model, Sensitivity
 from .runtime import Session
 from .subgraph import Slicer, element_types
 
@@ -34,14 +34,6 @@ CHOICE = (0.7, 0.5, 0.3)
 """Shares of a group's width at which orders of removal are compared."""
 LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """``widths`` (levels,) ascending, last the full width; ``loss`` (levels,), never rising with width."""
-
-    widths: Ints
-    loss: Floats
 
 
 def measure(

@@ -71,6 +71,24 @@ def _groups(groups: Sequence[Document], console: Console) -> Iterator[Renderable
     yield from _limited(table, groups, "groups")
 
 
+def _frontier(value: Document, _: Console) -> Iterator[RenderableType]:
+    before = value["before"]
+    accuracy = _percent(before["accuracy"], "not measured", 2)
+    yield Text.assemble((value["model"]["path"], "bold"), f"  {value['importance']} scores, accuracy {accuracy}")
+    yield _costs(before)
+    table = _table(">MACs asked", ">kept", ">params", ">bytes", ">accuracy", ">agreement", ">error", ">latency")
+    for point in value["points"]:
+        shares = (_percent(share) for share in (point["asked"], *point["shares"].values()))
+        right = (_percent(point[key], digits=2) for key in ("accuracy", "agreement"))
+        error, latency = _number(point["output_relative_error"]), _percent(point["latency_ratio"])
+        table.add_row(*shares, *right, error, latency)
+    yield table
+    lines = ["shares, and latency, of the original's; error: of the outputs, relative."]
+    lines += [f"at {_percent(p['asked'])}: {p['reason']}" for p in value["points"] if p["reason"]]
+    lines += [f"wrote {p['output']}" for p in value["points"] if p["output"]]
+    yield Text("\n".join([*lines, *(f"note: {note}" for note in value["notes"])]))
+
+
 def _score(value: Document, _: Console) -> Iterator[RenderableType]:
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
     table = _table("group", ">units", ">least", ">median", ">largest", f">below {value['low']:g}")
@@ -217,6 +235,7 @@ def _unpack(value: Document, _: Console) -> Iterator[RenderableType]:
 _DRAW = {
     "ratio": _pack,
     "packed": _unpack,
+    "points": _frontier,
     "after": _prune,
     "predicted": _plan,
     "tensors": _checkpoint,

@@ -31,8 +31,8 @@ from onnx_oamip.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    "inspect", "prune", "score", "plan", "apply", "checkpoint", "verify", "bench", "pack", "unpack", "ops", "solvers",
-    "config",
+    "inspect", "prune", "score", "plan", "apply", "checkpoint", "frontier", "verify", "bench", "pack", "unpack", "ops",
+    "solvers", "config",
 )  # fmt: skip
 SIDES = ("macs", "params", "bytes")
 PRUNE_KEYS = {

@@ -10,6 +10,7 @@ import click
 from .. import __version__
 from .checkpoint import checkpoint
 from .config import config, config_option
+from .frontier import frontier
 from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
 from .options import seconds as positive
 from .pack import pack, unpack
@@ -58,6 +59,7 @@ cli.add_command(score)
 cli.add_command(plan)
 cli.add_command(apply)
 cli.add_command(checkpoint)
+cli.add_command(frontier)
 
 
 @cli.command()

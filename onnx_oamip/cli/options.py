@@ -26,6 +26,15 @@ def share(ctx: click.Context, param: click.Parameter, value: str | None) -> floa
     return number
 
 
+def shares(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    """Several shares to keep, with commas between them."""
+    found = tuple(fraction(part) for part in value.split(","))
+    if not all(0 < number <= 1 for number in found):
+        message = f"{value!r} is not a list of shares to keep; give numbers above 0 and at most 1, as 0.8,0.5,25%."
+        raise click.BadParameter(message, ctx, param)
+    return found
+
+
 def floor(ctx: click.Context, param: click.Parameter, value: str) -> float:
     """A share that may be 0."""
     number = fraction(value)
@@ -123,6 +132,13 @@ cache_option = click.option(
     metavar="DIR|auto|off",
     help="Where to keep what was found out about a model and its data, so that another budget starts from it; auto is "
     "$ONNX_OAMIP_CACHE, or else the user's cache folder.",
+)
+report_option = click.option(
+    "--report",
+    "report_file",
+    type=MODEL,
+    metavar="R.html",
+    help="Write a page with tables and charts too: one file, to read offline or to print.",
 )
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr."
@@ -237,6 +253,16 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="T",
             help="Remove every unit whose score is below T, in the units of the chosen importance.",
         ),
+    )
+    command = planning_options(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How units are judged and how a budget is spread."""
+    options = (
         importance_option,
         click.option(
             "--scores",
@@ -285,11 +311,12 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def check_paths(output: Path, inputs: Mapping[str, Path | str | None]) -> None:
     """Raises OutputError where the output is one of the files that are read; names say how each was given."""
     for name, source in inputs.items():
-        if source is not None and _same_file(output, source):
+        if source is not None and same_file(output, source):
             raise OutputError(f"{output} is {name} itself; give -o another path.")
 
 
-def _same_file(a: Path, b: Path | str) -> bool:
+def same_file(a: Path | str, b: Path | str) -> bool:
+    """Both name one file, whether it exists or not."""
     try:
         return os.path.samefile(a, b)
     except OSError:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .config import config_option
+from .files import Page
 from .options import (
     DATA,
     MODEL,
@@ -21,6 +22,7 @@ from .options import (
     importance_options,
     json_option,
     quiet_option,
+    report_option,
     seed_option,
     solver_option,
     time_limit_option,
@@ -56,6 +58,7 @@ keep_map_option = click.option(
     "-o", "--output", type=MODEL, metavar="OUT.onnx", help="Where the pruned model goes; only --dry-run does without."
 )
 @keep_map_option
+@report_option
 @budget_options
 @importance_options
 @solver_option
@@ -81,6 +84,7 @@ def prune(
     output: Path | None,
     keep_map: Path | None,
     scores: Path | None,
+    report_file: Path | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -98,14 +102,19 @@ def prune(
         raise click.UsageError("Missing option '-o' / '--output'.")
     if output is not None:
         check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
+    if report_file is not None and dry_run:
+        raise click.UsageError("--report tells what was done, and --dry-run does nothing; leave out one of them.")
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
+    page = None if report_file is None else Page(report_file, model, data, eval_data, scores, output, keep_map)
     with Progress(quiet) as progress:
         if dry_run:
             document = report.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
         else:
             found = pipeline.prune(model, data, output, settings, eval_data, progress, scores, keep_map)
             document = report.document(found)
+    if page is not None:
+        page.write(found)
     if as_json or not quiet:
         show(document, as_json)
 
@@ -169,6 +178,7 @@ def plan(
 @eval_option
 @click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.onnx", help="Where the pruned model goes.")
 @keep_map_option
+@report_option
 @click.option(
     "--refit",
     type=click.Choice(["least-squares", "bias", "none"]),
@@ -190,6 +200,7 @@ def apply(
     eval_data: str | None,
     output: Path,
     keep_map: Path | None,
+    report_file: Path | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,
@@ -202,8 +213,11 @@ def apply(
     from .. import pipeline, report
 
     check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file})
+    page = None if report_file is None else Page(report_file, model, data, eval_data, plan_file, output, keep_map)
     changes = {name: value for name, value in choices.items() if value is not None}
     with Progress(quiet) as progress:
         found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress, keep_map)
+    if page is not None:
+        page.write(found)
     if as_json or not quiet:
         show(report.document(found), as_json)

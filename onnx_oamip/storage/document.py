@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..report import SCHEMA_VERSION, Document, versions
+from ..report import SCHEMA_VERSION, Document
+from ..versions import versions
 from .coding import Coded
 from .layout import Files, Place, type_name
 from .packing import Packed, Unpacked

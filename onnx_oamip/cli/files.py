@@ -1,0 +1,39 @@
+"""Files a command writes beside its result: checked before any work, written when the work is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import OutputError
+from .options import same_file
+
+if TYPE_CHECKING:
+    from ..records import Frontier, Report
+
+
+class Page:
+    """The HTML file of a run.
+
+    ``inputs`` and other outputs of the same run are not to be overwritten. Raises OutputError for a path that cannot
+    be written, EnvironmentMissing where what draws is not installed: both before any work.
+    """
+
+    def __init__(self, path: Path, model: Path, *others: Path | str | None) -> None:
+        from .. import html  # noqa: F401 - what is missing is told now
+        from ..output import check_output
+
+        given = [other for other in others if other is not None]
+        for other in (model, *given):
+            if same_file(path, other):
+                raise OutputError(f"{path} is given as another file of this run too; give --report another path.")
+        self._path = check_output(model, path, given, "--report")
+
+    def write(self, result: Report | Frontier) -> None:
+        """Write the page whole or not at all. Raises OutputError."""
+        from .. import html
+        from ..artefacts import write_bytes
+        from ..records import Report
+
+        draw = html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
+        write_bytes(draw, self._path)

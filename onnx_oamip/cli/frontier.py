@@ -1,0 +1,106 @@
+"""The ``frontier`` command and its options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .config import config_option
+from .files import Page
+from .options import (
+    DATA,
+    MODEL,
+    batch_size_option,
+    cache_option,
+    check_paths,
+    check_scores,
+    device_option,
+    eval_option,
+    importance_options,
+    json_option,
+    planning_options,
+    quiet_option,
+    report_option,
+    seed_option,
+    shares,
+    solver_option,
+    time_limit_option,
+    workers_option,
+)
+from .reading import Separated, reading_options
+from .terminal import Progress, show
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--data", required=True, metavar=DATA, help="Calibration samples, as for prune.")
+@eval_option
+@click.option(
+    "--levels",
+    cls=Separated,
+    callback=shares,
+    metavar="R,R,...",
+    default="0.8,0.65,0.5,0.35,0.25,0.15",
+    show_default=True,
+    help="Shares of the multiply-accumulates to keep, as 0.8,0.5,25%.",
+)
+@click.option("-o", "--output", type=MODEL, metavar="F.json", help="Write the JSON document to a file too.")
+@report_option
+@click.option("--save-dir", type=MODEL, metavar="DIR", help="Write the model of every level to this folder.")
+@planning_options
+@importance_options
+@solver_option
+@time_limit_option
+@workers_option
+@device_option
+@seed_option
+@batch_size_option
+@reading_options
+@cache_option
+@config_option
+@json_option
+@quiet_option
+@click.pass_context
+def frontier(
+    ctx: click.Context,
+    /,
+    model: Path,
+    data: str,
+    eval_data: str | None,
+    levels: tuple[float, ...],
+    output: Path | None,
+    report_file: Path | None,
+    save_dir: Path | None,
+    scores: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
+) -> None:
+    """Prune MODEL to several budgets in one run, and show what each costs and still does.
+
+    What does not depend on the budget is found once. Every model passes the checks of prune, but for its speed: that
+    is measured, and shown. A level that cannot be met is shown with the reason.
+    """
+    from .. import report
+    from ..artefacts import write_bytes
+    from ..frontier import frontier as run
+    from ..output import check_output
+    from ..settings import Settings
+
+    check_scores(ctx, scores)
+    settings = Settings.create(**choices)
+    page = None if report_file is None else Page(report_file, model, data, eval_data, scores, output)
+    target = None if output is None else check_output(model, output, (data, eval_data, scores))
+    if output is not None:
+        check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
+    with Progress(quiet) as progress:
+        found = run(model, data, settings, levels, eval_data, progress, scores, save_dir)
+    document = report.frontier(found)
+    if target is not None:
+        write_bytes(f"{report.dumps(document)}\n".encode(), target)
+    if page is not None:
+        page.write(found)
+    if as_json or not quiet:
+        show(document, as_json)
