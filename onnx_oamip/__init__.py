@@ -51,6 +51,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .artefacts import Scored, load_scores
     from .coupling import couple
+    from .curve import frontier
     from .errors import (
         BudgetNotMet,
         DataError,
@@ -88,6 +89,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "artefacts": ("Scored", "load_scores"),
     "coupling": ("couple",),
+    "curve": ("frontier",),
     "errors": (
         "BudgetNotMet",
         "DataError",
@@ -155,6 +157,7 @@ __all__ = [
     "compare",
     "couple",
     "document",
+    "frontier",
     "load",
     "load_scores",
     "pack",

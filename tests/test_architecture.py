@@ -30,7 +30,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("search", "scoring"),
     ("prepare",),
     ("pipeline",),
-    ("storage", "frontier"),
+    ("storage", "curve"),
     ("tables", "html"),
     ("cli",),
 )  # fmt: skip

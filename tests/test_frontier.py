@@ -16,10 +16,10 @@ from browser import Tree, assert_fetches_nothing, assert_ids_are_sound, assert_w
 from graphs import CNN, build
 
 from onnx_oamip import Settings, pipeline, prune, search
-from onnx_oamip import frontier as frontiers
+from onnx_oamip import curve as frontiers
 from onnx_oamip.cli import main
+from onnx_oamip.curve import frontier
 from onnx_oamip.errors import BudgetNotMet, GateFailed, OamipError, OutputError, SettingsError
-from onnx_oamip.frontier import frontier
 from onnx_oamip.html import frontier_page
 from onnx_oamip.latency import Ratio
 from onnx_oamip.records import Frontier, Group, Point

@@ -85,7 +85,7 @@ def frontier(
     """
     from .. import report
     from ..artefacts import write_bytes
-    from ..frontier import frontier as run
+    from ..curve import frontier as run
     from ..output import check_output
     from ..settings import Settings
 
