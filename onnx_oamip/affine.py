@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .model import reads
+from .bodies import reads
 from .ops import lookup, weight_axis
 from .records import Array, Floats, Model, Node
 

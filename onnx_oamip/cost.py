@@ -2,8 +2,9 @@
 
 A factor may be the sum of several lengths (a recurrent node reads its input and its own output at every step).
 
-MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else; params
-are the elements of floating constants; bytes is the size of the file with its external data.
+MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else, those
+of branches and bodies of loops counted as if each ran once; params are the elements of floating constants; bytes is the
+size of the file with its external data.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     index: dict[Axis | Total, int] = {}
     macs = []
     names = []
-    for node in model.nodes:
+    for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if spec and spec.cost and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n):
             macs.append([index.setdefault(a, len(index)) for a in spec.cost(node, model.shapes)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import onnx
 import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from . import bodies
 from .errors import ModelError, OamipError
 from .folding import fold
-from .records import Array, Model, Node
+from .records import Array, Body, Model, Node
 from .runtime import runtime
-from .shapes import ROUNDS, bind, infer, port_of, tensor_types
+from .shapes import ROUNDS, all_types, bind, port_of
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -61,12 +62,11 @@ def from_proto(
     constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     inputs = tuple(port_of(v) for v in graph.input if v.name not in constants)
     bound = bind(inputs, bindings or {})
-    inferred = infer(proto, bound)
-    shapes, dtypes = tensor_types(inferred)
-    for name, value in constants.items():
-        shapes[name], dtypes[name] = value.shape, value.dtype
     versions = {o.domain: o.version for o in proto.opset_import}
     nodes = tuple(_node(n, versions) for n in graph.node)
+    shapes, dtypes = all_types(proto, bound, nodes)
+    for name, value in constants.items():
+        shapes[name], dtypes[name] = value.shape, value.dtype
     first = shapes.get(inputs[0].name, ()) if inputs else ()
     return Model(
         proto=proto,
@@ -163,55 +163,59 @@ def _first_line(error: Exception) -> str:
 def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
-    proto = onnx.inliner.inline_local_functions(source) if source.functions else source
-    graph = gs.import_onnx(_constants_as_tensors(proto))
-    graph.toposort(recurse_subgraphs=False)
-    graph.fold_constants(
-        fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
-    )
-    graph.cleanup(recurse_subgraphs=False)
-    taken = {node.name for node in graph.nodes if node.name}
-    seen: set[str] = set()
-    for i, node in enumerate(graph.nodes):
-        if not node.name or node.name in seen:
-            node.name = _unused(f"{node.op}_{i}", taken)
-        seen.add(node.name)
-        taken.add(node.name)
-    result: ModelProto = gs.export_onnx(graph, do_type_check=False)
-    restore(result, source)
-    _fix_shapes(result)
+    source = onnx.inliner.inline_local_functions(source) if source.functions else source
+    _constants_as_tensors(source)
+    bodies.flatten(source)
+    result = _folded(source)
+    while bodies.resolve(result):
+        result = _folded(result)
+    for _ in range(ROUNDS):  # constants of computed shapes, round after round, and off with the computations behind
+        if not fold(result):
+            break
+        result = _folded(result)
+        while bodies.resolve(result):
+            result = _folded(result)
     return result
 
 
-def _constants_as_tensors(proto: ModelProto) -> ModelProto:
+def _folded(source: ModelProto) -> ModelProto:
+    """In order, named, without unused nodes, and with constants in place of what is computed from constants."""
+    graph = gs.import_onnx(source)
+    graph.toposort(recurse_subgraphs=False)
+    graph.fold_constants(
+        fold_shapes=False, flatten_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
+    )
+    graph.cleanup()
+    every = [graph, *graph.subgraphs(recursive=True)]
+    taken = {node.name for g in every for node in g.nodes if node.name}
+    seen: set[str] = set()
+    for g in every:
+        for i, node in enumerate(g.nodes):
+            if not node.name or node.name in seen:
+                node.name = bodies.unused(f"{node.op}_{i}", taken)
+            seen.add(node.name)
+            taken.add(node.name)
+    result: ModelProto = gs.export_onnx(graph, do_type_check=False)
+    restore(result, source)
+    return result
+
+
+def _constants_as_tensors(proto: ModelProto) -> None:
     """Constant nodes in their short forms (a float, a list of ints) written out as tensors of the right type."""
     short = {"value_float": TensorProto.FLOAT, "value_floats": TensorProto.FLOAT, "value_int": TensorProto.INT64,
              "value_ints": TensorProto.INT64}  # fmt: skip
-    if not any(n.op_type == "Constant" and n.attribute[0].name in short for n in proto.graph.node):
-        return proto
-    result = ModelProto()
-    result.CopyFrom(proto)
-    for node in result.graph.node:
+    for node in bodies.nodes(proto.graph):
         if node.op_type == "Constant" and (name := node.attribute[0].name) in short:
             value = onnx.helper.get_attribute_value(node.attribute[0])
             dims, values = ([len(value)], list(value)) if name.endswith("s") else ([], [value])
             tensor = onnx.helper.make_tensor("value", short[name], dims, values)
             node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", tensor))
-    return result
 
 
 def _keep_unfolded(node: gs.Node) -> bool:
     """Quantised weights stay quantised; random and stateful operators stay."""
     quantised = {"DequantizeLinear", "QuantizeLinear"}
     return node.op in quantised or node.op.startswith(("Random", "Bernoulli", "Multinomial"))
-
-
-def _unused(name: str, taken: Iterable[str]) -> str:
-    taken = set(taken)
-    result, i = name, 1
-    while result in taken:
-        result, i = f"{name}_{i}", i + 1
-    return result
 
 
 def restore(proto: ModelProto, source: ModelProto) -> None:
@@ -244,35 +248,8 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
     proto.graph.input.extend(kept)
     # Shapes of intermediate tensors are inferred afresh; old ones would be wrong after a cut.
     del proto.graph.value_info[:]
-    _unshadow(proto.graph, {t.name for t in proto.graph.initializer})
-
-
-def _unshadow(graph: GraphProto, outer: set[str]) -> None:
-    """Take out copies of outer constants that graphsurgeon leaves in subgraphs: one constant stays one."""
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs):
-                kept = [t for t in inner.initializer if t.name not in outer]
-                if len(kept) < len(inner.initializer):
-                    del inner.initializer[:]
-                    inner.initializer.extend(kept)
-                _unshadow(inner, outer | {t.name for t in kept})
-
-
-def _fix_shapes(proto: ModelProto) -> None:
-    """Make constants of computed shapes, round after round, and drop the computations behind."""
-    for _ in range(ROUNDS):
-        if not fold(proto):
-            return
-        graph = gs.import_onnx(proto)
-        graph.toposort(recurse_subgraphs=False)
-        graph.fold_constants(
-            fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
-        )
-        graph.cleanup(recurse_subgraphs=False)
-        trimmed = gs.export_onnx(graph, do_type_check=False)
-        restore(trimmed, proto)
-        proto.CopyFrom(trimmed)
+    # graphsurgeon puts constants into the bodies that read them.
+    bodies.lift(proto)
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes
@@ -281,43 +258,20 @@ def _fix_shapes(proto: ModelProto) -> None:
 def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     attrs = {}
-    captures: set[str] = set()
     for attribute in node.attribute:
-        if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
-            for graph in graphs:
-                captures |= captured(graph)
-        else:
+        if attribute.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
             value: Any = onnx.helper.get_attribute_value(attribute)
             attrs[attribute.name] = value.decode() if isinstance(value, bytes) else value
+    held = {
+        name: Body(
+            tuple(v.name for v in g.input), tuple(v.name for v in g.output), tuple(_node(n, versions) for n in g.node)
+        )
+        for name, g in bodies.held(node).items()
+    }
     version = versions.get(node.domain, versions.get("" if not domain else node.domain, 1))
-    return Node(
-        node.name, node.op_type, domain, version, tuple(node.input), tuple(node.output), attrs, tuple(sorted(captures))
-    )
-
-
-def reads(node: NodeProto) -> list[str]:
-    """Every tensor a node needs: its inputs and what its subgraphs take from outside."""
-    names = [n for n in node.input if n]
-    for attribute in node.attribute:
-        if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
-            names += sorted(set().union(*(captured(g) for g in graphs)) - set(names))
-    return names
-
-
-def captured(graph: GraphProto) -> set[str]:
-    """Outer tensors that a subgraph reads."""
-    own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-    read: set[str] = set()
-    for node in graph.node:
-        read |= set(node.input)
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)):
-                read |= captured(inner)
-        own |= set(node.output)
-    read |= {v.name for v in graph.output}
-    return read - own - {""}
+    captures = tuple(sorted(set(bodies.reads(node)) - set(node.input)))
+    inputs, outputs = tuple(node.input), tuple(node.output)
+    return Node(node.name, node.op_type, domain, version, inputs, outputs, attrs, captures, held)
 
 
 def digest(array: Array) -> str:

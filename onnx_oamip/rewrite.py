@@ -13,6 +13,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
+from . import bodies
 from .model import restore
 from .ops import Edit, lookup
 from .records import Array, Axis, Bools, Consumer, Coupling, Model, Node
@@ -51,7 +52,7 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     cuts = _Cuts(model, coupling, units)
     edits: dict[str, Edit] = {}
     touched = {tensor for tensor, _ in cuts.masks}
-    for node in model.nodes:
+    for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if touched.isdisjoint((*node.inputs, *node.outputs)):
             continue  # its shapes may not even be known
@@ -60,29 +61,43 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
             if edit != Edit():
                 edits[node.name] = edit
     graph = gs.import_onnx(model.proto)
-    tensors = graph.tensors()
+    every = [graph, *graph.subgraphs(recursive=True)]
+    tensors: dict[str, gs.Tensor] = {}
+    for part in reversed(every):
+        tensors.update(part.tensors())
     shrunk = {tensor for tensor, _ in cuts.masks if tensor in model.constants}
     packed = {name for name in shrunk if model.dtypes[name].name in PACKED}
     for name in shrunk - packed:
         tensors[name].values = compress(model.constants[name], name, cuts.masks)
-    for node in graph.nodes:
-        if node.name in edits:
-            _apply(node, edits[node.name])
-            spread = edits[node.name].spread
-            if spread is not None:
-                _spread(graph, node, spread, cuts, model)
-            if edits[node.name].scale != 1.0:
-                _scale(graph, node, edits[node.name].scale, model)
+    for part in every:
+        for node in list(part.nodes):
+            if node.name in edits:
+                _apply(node, edits[node.name])
+                spread = edits[node.name].spread
+                if spread is not None:
+                    _spread(part, node, spread, cuts, model)
+                if edits[node.name].scale != 1.0:
+                    _scale(part, node, edits[node.name].scale, model)
     # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
-    graph.cleanup(recurse_subgraphs=False, remove_unused_graph_inputs=False)
-    graph.toposort(recurse_subgraphs=False)
+    graph.cleanup(remove_unused_graph_inputs=False)
+    graph.toposort()
     result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, model.proto)
+    _declare(result.graph, cuts)
     for tensor in result.graph.initializer:
         if tensor.name in packed:  # graphsurgeon would write one value a byte
             kept = compress(model.constants[tensor.name], tensor.name, cuts.masks)
             tensor.CopyFrom(numpy_helper.from_array(kept, tensor.name))
     return result
+
+
+def _declare(graph: onnx.GraphProto, cuts: _Cuts) -> None:
+    """What bodies say about the shapes of their inputs and outputs follows the cut."""
+    for body in list(bodies.graphs(graph))[1:]:
+        for value in (*body.input, *body.output):
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                if dim.HasField("dim_value") and (value.name, axis) in cuts.masks:
+                    dim.dim_value = cuts.kept(value.name, axis)
 
 
 def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
@@ -99,7 +114,7 @@ def _spread(graph: gs.Graph, node: gs.Node, axis: int, cuts: _Cuts, model: Model
     source, out = node.inputs[0], node.outputs[0]
     keep = cuts.masks[source.name, axis]
     rank = len(model.shapes[source.name])
-    taken = {n.name for n in graph.nodes} | set(graph.tensors())
+    taken = {n.name for n in graph.nodes} | set(graph.tensors()) | bodies.names(model.proto.graph)
 
     def step(op: str, inputs: list[gs.Tensor], name: str, to: gs.Tensor | None = None, **attrs: object) -> gs.Tensor:
         # A model that was pruned before has such nodes already.
@@ -129,7 +144,8 @@ def _spread(graph: gs.Graph, node: gs.Node, axis: int, cuts: _Cuts, model: Model
 
 
 def _scale(graph: gs.Graph, node: gs.Node, factor: float, model: Model) -> None:
-    taken, out = {n.name for n in graph.nodes} | set(graph.tensors()), node.outputs[0]
+    taken = {n.name for n in graph.nodes} | set(graph.tensors()) | bodies.names(model.proto.graph)
+    out = node.outputs[0]
     node.outputs[0] = gs.Variable(_unused(f"{node.name}_unscaled", taken))
     value = gs.Constant(_unused(f"{node.name}_scale", taken), np.asarray(factor, model.dtypes[out.name]))
     graph.nodes.append(gs.Node("Mul", _unused(f"{node.name}_rescale", taken), {}, [node.outputs[0], value], [out]))
@@ -163,15 +179,12 @@ def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    nodes = {node.name: node for node in proto.graph.node}
+    nodes = {node.name: node for node in bodies.nodes(proto.graph)}
     masks = _Masks(model, coupling, units, proto)
-    for i, consumer in enumerate(coupling.consumers):
+    for i, consumer in enumerate((*coupling.consumers, *coupling.inside)):
         if not coupling.keep((consumer.data, consumer.axis), units).all():
             masks.apply(consumer, nodes[consumer.node], i)
-    ordered = [part for node in proto.graph.node for part in (*masks.before.get(node.name, ()), node)]
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in ordered]
-    del proto.graph.node[:]
-    proto.graph.node.extend(copies)
+    bodies.insert(proto.graph, lambda node: [*masks.before.get(node.name, ()), node])
     return proto
 
 
@@ -180,8 +193,10 @@ class _Masks:
 
     def __init__(self, model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto) -> None:
         self._model, self._coupling, self._units, self._proto = model, coupling, units, proto
-        self._makers = {name: node for node in model.nodes for name in node.outputs}
-        self._known = {node.name: node for node in model.nodes}
+        self._makers = {name: node for node in model.every for name in node.outputs}
+        self._known = {node.name: node for node in model.every}
+        self._shared = {node.name for node in model.nodes}  # what is made in a body is not seen elsewhere
+        self._protos = {node.name: node for node in bodies.nodes(proto.graph)}
         self._cuts = _Cuts(model, coupling, units)
         self._made: dict[Axis, str] = {}
         self.before: dict[str, list[onnx.NodeProto]] = {}
@@ -205,7 +220,8 @@ class _Masks:
 
     def _product(self, consumer: Consumer, source: str, i: int) -> str:
         key = (consumer.data, consumer.axis)
-        if source == consumer.data and key in self._made:
+        shared = source == consumer.data and consumer.node in self._shared
+        if shared and key in self._made:
             return self._made[key]
         view = [1] * len(self._model.shapes[consumer.data])
         view[consumer.axis] = -1
@@ -215,7 +231,7 @@ class _Masks:
         made = f"oamip_masked_{i}"
         mul = helper.make_node("Mul", [source, f"oamip_mask_{i}"], [made], f"oamip_apply_mask_{i}")
         self.before.setdefault(consumer.node, []).append(mul)
-        if source == consumer.data:
+        if shared:
             self._made[key] = made
         return made
 
@@ -264,7 +280,7 @@ class _Masks:
         if source is None:
             return None
         copy = onnx.NodeProto()
-        copy.CopyFrom(next(n for n in self._proto.graph.node if n.name == node.name))
+        copy.CopyFrom(self._protos[node.name])
         copy.name, copy.input[0], copy.output[0] = f"{name}_{node.name}", source, name
         self.before.setdefault(behind, []).append(copy)
         return name

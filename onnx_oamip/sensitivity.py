@@ -21,10 +21,10 @@ from onnx import helper
 from threadpoolctl import threadpool_limits
 
 from .affine import matrix_shape, site, unmatrix
+from .bodies import reads
 from .calibrate import Progress
 from .gram import Problem, compensate, problems
 from .images import head
-from .model import reads
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model
 from .runtime import Session
 from .subgraph import Slicer, element_types

@@ -19,7 +19,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("ops", "milp", "settings"),
     (
-        "runtime", "sizes", "shapes", "folding", "model", "coupling", "cost", "pictures", "parquet", "data",
+        "runtime", "bodies", "sizes", "shapes", "folding", "model", "coupling", "cost", "pictures", "parquet", "data",
         "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts",
         "checkpoint", "images", "solvers",
         "region", "formulation", "solving",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from . import (
     attention,
+    control,
     einsum,
     elementwise,
     lengths,
@@ -38,6 +39,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     *movement.SPECS,
     *lengths.SPECS,
     *tabular.SPECS,
+    *control.SPECS,
 )
 
 
