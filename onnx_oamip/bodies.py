@@ -1,4 +1,4 @@
-"""Graphs inside nodes: the branches of If, the bodies of Loop and Scan.
+"""Graphs inside nodes: the branches of If, the bodies of Loop and Scan; and functions that a model brings along.
 
 After :func:`flatten` every tensor and node name occurs once in the whole model and all constants of bodies are
 initialisers of the graph, so that a body is just a longer way to write nodes: labels, cuts and costs see no border.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
@@ -62,6 +63,23 @@ def captured(graph: GraphProto) -> set[str]:
         own |= set(node.output)
     read |= {v.name for v in graph.output} - own
     return read - {""}
+
+
+# ------------------------------------------------------------------------------------------------------- functions
+
+
+def inline(proto: ModelProto) -> ModelProto:
+    """The model without local functions: every call is replaced by what it calls."""
+    if not proto.functions:
+        return proto
+    # The inliner forgets the values that a function declares for attributes which a call leaves out.
+    defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in proto.functions}
+    scopes = [proto.graph.node, *(f.node for f in proto.functions)]
+    for node in (n for listed in scopes for top in listed for n in (top, *(m for g in inner(top) for m in nodes(g)))):
+        given = {a.name for a in node.attribute}
+        declared = defaults.get((node.domain, node.op_type, node.overload), ())
+        node.attribute.extend(a for a in declared if a.name not in given)
+    return onnx.inliner.inline_local_functions(proto)
 
 
 # ------------------------------------------------------------------------------------------------------ flattening

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
@@ -163,7 +162,7 @@ def _first_line(error: Exception) -> str:
 def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
-    source = onnx.inliner.inline_local_functions(source) if source.functions else source
+    source = bodies.inline(source)
     _constants_as_tensors(source)
     bodies.flatten(source)
     result = _folded(source)

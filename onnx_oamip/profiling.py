@@ -157,7 +157,7 @@ def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:
 
 def _activations(model: Model, costs: Ledger) -> Products:
     """The activation each linear node makes (or takes), as products of the ledger's axes."""
-    nodes = {node.name: node for node in model.nodes}
+    nodes = {node.name: node for node in model.every}
     axes = np.full_like(costs.macs.axes, -1)
     for n, name in enumerate(costs.nodes):
         node = nodes[name]

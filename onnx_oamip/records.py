@@ -114,6 +114,11 @@ class Model:
         """All nodes, those in bodies among them."""
         return tuple(within(self.nodes))
 
+    @property
+    def homes(self) -> dict[str, str]:
+        """The node of the graph itself by every node in its bodies."""
+        return {inner.name: node.name for node in self.nodes for inner in within((node,))}
+
     def port(self, name: str) -> Port:
         """The graph input called ``name``."""
         return next(p for p in self.inputs if p.name == name)

@@ -1,4 +1,5 @@
-"""Cases for If, Loop and Scan: units that live inside a body, cross into it, leave it, or are carried from step to step."""
+"""Cases for If, Loop and Scan: units that live inside a body, cross into it, leave it,
+are carried along."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ case(
     """(float[N,5] x, bool flag) => (float[N,3] y)
     <float[5,6] a1, float[6] ab, float[6,3] a2, float[5,8] b1, float[8,7] b2, float[7,3] b3> {
         y = If(flag) <
-            then_branch = yes () => (float[N,3] u) { p = MatMul(x, a1)  q = Add(p, ab)  r = Relu(q)  u = MatMul(r, a2) },
+            then_branch = yes () => (float[N,3] u) {
+                p = MatMul(x, a1)  q = Add(p, ab)  r = Relu(q)  u = MatMul(r, a2)
+            },
             else_branch = no () => (float[N,3] v) {
                 p2 = MatMul(x, b1)  r2 = Relu(p2)  q2 = MatMul(r2, b2)  s2 = Tanh(q2)  v = MatMul(s2, b3)
             }
