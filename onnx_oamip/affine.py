@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from .bodies import reads
 from .ops import lookup, weight_axis
 from .records import Array, Floats, Model, Node
+from .weights import array
 
 PRODUCTS = ("MatMul", "Einsum")
 """Operators without a bias of their own."""
@@ -174,7 +175,7 @@ class Editor:
     def constant(self, name: str) -> Array | None:
         """Value of an initialiser, or None."""
         tensor = self.tensors.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        return None if tensor is None else array(tensor)
 
     def replace(self, node: onnx.NodeProto, slot: int, value: Array) -> None:
         """Give input ``slot`` of the node a new constant value."""

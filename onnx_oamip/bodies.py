@@ -48,6 +48,26 @@ def names(graph: GraphProto) -> set[str]:
     return found - {""}
 
 
+def tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor a model holds: initialisers and attributes, in bodies and functions too."""
+    for graph in graphs(proto.graph):
+        yield from graph.initializer
+    for node in _calls(proto):
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+
+
+def _calls(proto: ModelProto) -> Iterator[NodeProto]:
+    """All nodes of the graph, of its functions, and of the bodies in both."""
+    for listed in (proto.graph.node, *(f.node for f in proto.functions)):
+        for top in listed:
+            yield top
+            for body in inner(top):
+                yield from nodes(body)
+
+
 def reads(node: NodeProto) -> list[str]:
     """Every tensor a node needs: its inputs and what its bodies take from outside."""
     found = [n for n in node.input if n]
@@ -74,8 +94,7 @@ def inline(proto: ModelProto) -> ModelProto:
         return proto
     # The inliner forgets the values that a function declares for attributes which a call leaves out.
     defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in proto.functions}
-    scopes = [proto.graph.node, *(f.node for f in proto.functions)]
-    for node in (n for listed in scopes for top in listed for n in (top, *(m for g in inner(top) for m in nodes(g)))):
+    for node in _calls(proto):
         given = {a.name for a in node.attribute}
         declared = defaults.get((node.domain, node.op_type, node.overload), ())
         node.attribute.extend(a for a in declared if a.name not in given)

@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 
 from .ops import Total, lookup
 from .records import Axis, Cost, Coupling, Ints, Model
+from .weights import size
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         macs=_products(macs, np.ones(len(macs), np.int64)),
         params=_products(params, np.ones(len(params), np.int64)),
         bytes=_products(list(constants.values()), sizes),
-        overhead=max(model.proto.ByteSize() - held_bytes, 0),
+        overhead=max(size(model.proto) - held_bytes, 0),
         batch=model.batch,
         nodes=tuple(names),
     )

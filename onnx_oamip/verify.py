@@ -22,6 +22,7 @@ from .ops import lookup
 from .records import Array, Floats, Ints, Model, Port, Verification
 from .runtime import Session
 from .shapes import symbol
+from .weights import checkable
 
 TOLERANCE = 1e-4
 """Largest difference between pruned and masked outputs, relative to the output's scale (float32)."""
@@ -65,7 +66,7 @@ class _Measured:
 def structure(proto: onnx.ModelProto) -> None:
     """Gate 1: valid ONNX with consistent shapes. Raises GateFailed."""
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(checkable(proto), full_check=True)
     except Exception as error:  # the checker raises several types
         text = str(error).strip().splitlines()[0][:300]
         raise GateFailed(f"the pruned model fails the ONNX checker: {text}.") from error

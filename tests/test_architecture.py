@@ -19,10 +19,9 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records"),
     ("ops", "milp", "settings"),
     (
-        "runtime", "bodies", "sizes", "shapes", "folding", "model", "coupling", "cost", "pictures", "parquet", "data",
-        "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts",
-        "checkpoint", "images", "solvers",
-        "region", "formulation", "solving",
+        "weights", "runtime", "bodies", "sizes", "shapes", "folding", "model", "coupling", "cost", "pictures",
+        "parquet", "data", "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram", "latency",
+        "output", "artefacts", "checkpoint", "images", "solvers",
     ),
     ("importance",),
     ("budget", "allocation", "planfile"),
