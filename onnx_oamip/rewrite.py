@@ -13,13 +13,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
-from . import bodies
+from . import bodies, weights
 from .model import restore
 from .ops import Edit, lookup
 from .records import Array, Axis, Bools, Consumer, Coupling, Model, Node
-
-PACKED = ("int4", "uint4", "float4_e2m1fn", "int2", "uint2")
-"""Element types smaller than a byte."""
 
 
 class _Cuts:
@@ -62,13 +59,6 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
                 edits[node.name] = edit
     graph = gs.import_onnx(model.proto)
     every = [graph, *graph.subgraphs(recursive=True)]
-    tensors: dict[str, gs.Tensor] = {}
-    for part in reversed(every):
-        tensors.update(part.tensors())
-    shrunk = {tensor for tensor, _ in cuts.masks if tensor in model.constants}
-    packed = {name for name in shrunk if model.dtypes[name].name in PACKED}
-    for name in shrunk - packed:
-        tensors[name].values = compress(model.constants[name], name, cuts.masks)
     for part in every:
         for node in list(part.nodes):
             if node.name in edits:
@@ -84,10 +74,11 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, model.proto)
     _declare(result.graph, cuts)
-    for tensor in result.graph.initializer:
-        if tensor.name in packed:  # graphsurgeon would write one value a byte
+    aside = bool(weights.references(model.proto))
+    for tensor in result.graph.initializer:  # one after the other: a large model is not held twice
+        if tensor.name in touched and tensor.name in model.constants:
             kept = compress(model.constants[tensor.name], tensor.name, cuts.masks)
-            tensor.CopyFrom(numpy_helper.from_array(kept, tensor.name))
+            tensor.CopyFrom(weights.tensor(kept, tensor.name, aside))
     return result
 
 

@@ -2,14 +2,17 @@
 
 In a model of ``MAPPED`` bytes and more, a tensor of ``LEAST`` bytes and more keeps no payload of its own but a
 reference (path, offset, length), however the file held it. Graphs can then be copied freely, sessions of ONNX Runtime
-share one mapping of the weights, and what was not cut goes from file to file.
+share one mapping of the weights, and what was not cut goes from file to file. Weights that are made anew for such a
+model go to temporary files (``TMPDIR`` says where).
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,6 +41,9 @@ PACKED = frozenset(
 """Element types smaller than a byte."""
 TWO_BITS = frozenset(kind for name in ("INT2", "UINT2") if (kind := getattr(TensorProto, name, None)))
 KNOWN = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED, TensorProto.STRING}
+MEMORY = "memory"
+"""Stands for a file where the value is handed over."""
+ROOT = Path.cwd().anchor
 GRAPH, INITIALIZER, RAW = 7, 5, 9
 """Field numbers of onnx.proto: the graph in a model, an initialiser in a graph, the bytes in a tensor."""
 BYTES = 2
@@ -82,7 +88,15 @@ def array(tensor: TensorProto) -> Array:
         return numpy_helper.to_array(tensor)
     path, offset, _ = place(tensor)
     kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).newbyteorder("<")
-    return np.memmap(path, kind, "r", offset, tuple(tensor.dims)).view(np.ndarray)
+    there = os.stat(path)
+    held = _mapped(path, there.st_ino, there.st_mtime_ns, there.st_size)
+    return held[offset : offset + size_of(tensor)].view(kind).reshape(tuple(tensor.dims))
+
+
+@lru_cache(maxsize=1024)
+def _mapped(path: str, *state: int) -> Array:  # noqa: ARG001 (a file that changed is mapped anew)
+    """All bytes of a file, mapped once for all who read it."""
+    return np.memmap(path, np.uint8, "r").view(np.ndarray)
 
 
 def hold(tensor: TensorProto) -> None:
@@ -94,6 +108,35 @@ def hold(tensor: TensorProto) -> None:
             tensor.raw_data = stream.read(size_of(tensor))
         tensor.ClearField("external_data")
         tensor.data_location = TensorProto.DEFAULT
+
+
+class _Store:
+    """A folder for new weights of large models; it goes with the process."""
+
+    def __init__(self) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def path(self) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="onnx-oamip-")
+        self._count += 1
+        return Path(self._folder.name) / str(self._count)
+
+
+_STORE = _Store()
+
+
+def tensor(value: Array, name: str, aside: bool) -> TensorProto:
+    """A new weight; a large one goes to a file of its own in the folder for temporary files where ``aside``."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    if not aside or value.nbytes < LEAST or kind not in WHOLE_BYTES:
+        return numpy_helper.from_array(value, name)
+    path = _STORE.path()
+    result = TensorProto(name=name, dims=value.shape, data_type=kind)
+    with path.open("wb") as stream:
+        refer(result, path, *_append(stream, value))
+    return result
 
 
 def references(proto: ModelProto) -> list[TensorProto]:
@@ -209,8 +252,8 @@ def _whole(data: mmap.mmap, parts: list[tuple[int, int, int, int, int]]) -> bool
 
 
 def detached(proto: ModelProto) -> tuple[ModelProto, dict[str, Array]]:
-    """(a graph that can be serialised, values by name of the initialisers that it only names)."""
-    values = {t.name: array(t) for t in references(proto)}
+    """(a graph that can be serialised, values by name of the initialisers that it names and no file holds)."""
+    values: dict[str, Array] = {}
     if proto.ByteSize() < LARGE:
         return proto, values
     small = ModelProto()
@@ -226,8 +269,19 @@ def detached(proto: ModelProto) -> tuple[ModelProto, dict[str, Array]]:
         else:
             values[tensor.name] = numpy_helper.to_array(tensor)
             named = small.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-            refer(named, "memory", 0, size_of(tensor))
+            refer(named, MEMORY, 0, size_of(tensor))
     return small, values
+
+
+def under_root(proto: ModelProto) -> ModelProto:
+    """A copy whose references start at ``ROOT``: the runtime takes no absolute paths."""
+    result = ModelProto()
+    result.CopyFrom(proto)
+    for tensor in references(result):
+        path, offset, length = place(tensor)
+        if path != MEMORY:
+            refer(tensor, Path(path).relative_to(ROOT).as_posix(), offset, length or size_of(tensor))
+    return result
 
 
 def aligned(value: Array) -> Array:
@@ -246,16 +300,16 @@ def checkable(proto: ModelProto) -> ModelProto:
     """The model as the checker takes it: weights in files, and those too large to hand over, become inputs."""
     if not references(proto) and proto.ByteSize() < LARGE:
         return proto
-    small, values = detached(proto)
+    small, _ = detached(proto)
     result = ModelProto()
     result.CopyFrom(small)
     del result.graph.initializer[:]
     given = {value.name for value in small.graph.input}
     for tensor in small.graph.initializer:
-        if tensor.name in values and tensor.name not in given:
+        if is_reference(tensor) and tensor.name not in given:
             port = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             result.graph.input.append(port)
-        elif tensor.name not in values:
+        elif not is_reference(tensor):
             result.graph.initializer.append(tensor)
     return result
 
@@ -275,9 +329,9 @@ def save(proto: ModelProto, path: Path, side: str) -> list[str]:
     result = ModelProto()
     result.CopyFrom(small)
     with (path.parent / side).open("wb") as stream:
-        for tensor in result.graph.initializer:
-            if tensor.name in values:
-                refer(tensor, side, *_append(stream, values[tensor.name]))
+        for tensor in references(result):
+            value = values[tensor.name] if tensor.name in values else array(tensor)
+            refer(tensor, side, *_append(stream, value))
     path.write_bytes(result.SerializeToString(deterministic=True))
     return [path.name, side]
 
