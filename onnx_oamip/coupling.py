@@ -208,9 +208,8 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     labels.follow(model.nodes)
     for port in model.outputs:
         labels.pin_all(port.name, f"it is part of the graph output '{port.name}'")
-    uses = _readers(model)
     for key, made in labels.made.items():
-        for node in uses[key[0]]:
+        for node in labels.readers(key[0]):
             if (node.name, key) not in labels.claims:
                 labels.pin(made, labels.whole.get(key[0], f"{node} reads '{key[0]}' whole"))
     return labels

@@ -21,7 +21,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     (
         "weights", "runtime", "bodies", "sizes", "shapes", "folding", "model", "coupling", "cost", "pictures",
         "parquet", "data", "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram", "latency",
-        "output", "artefacts", "checkpoint", "images", "solvers",
+        "output", "artefacts", "checkpoint", "images", "solvers", "region", "formulation", "solving",
     ),
     ("importance",),
     ("budget", "allocation", "planfile"),
