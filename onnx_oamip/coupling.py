@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .errors import SettingsError
-from .ops import LabelAxis, lookup, opaque
+from .ops import LabelAxis, followed, lookup, opaque, readers
 from .records import Array, Axis, Body, Consumer, Coupling, Group, Ints, Model, Node, Pinned
 
 
@@ -48,7 +48,7 @@ class _Labels:
         self.inside: list[Consumer] = []
         self._depth = 0
         self._makers = {name: node for node in model.every for name in node.outputs if name}
-        self._readers = _readers(model)
+        self._readers = readers(model)
         self._shown = {p.name for p in model.outputs}
         self._shown |= {n for node in model.every for body in node.bodies.values() for n in body.outputs}
 
@@ -176,7 +176,7 @@ class _Labels:
             if spec is None:
                 where = f"{node.domain}::{node.op}" if node.domain else node.op
                 opaque(node, self, f"operator {where} (node '{node.name}') is not supported")
-            elif not _followed(node) and (node.bodies or node.captures):
+            elif not followed(node) and (node.bodies or node.captures):
                 opaque(node, self, f"{node} has a subgraph that is not followed")
             elif any(n and n not in self.model.shapes for n in node.outputs[:1]) and not node.bodies:
                 opaque(node, self, f"{node} has an output of unknown shape")
@@ -184,21 +184,6 @@ class _Labels:
                 spec.channels(node, self)
 
     first = ""
-
-
-def _followed(node: Node) -> bool:
-    spec = lookup(node.domain, node.op, node.version)
-    return spec is not None and spec.flow is not None
-
-
-def _readers(model: Model) -> dict[str, list[Node]]:
-    """Who reads a tensor. Where bodies are followed, the nodes in them read, and the node itself what they give."""
-    readers: dict[str, list[Node]] = defaultdict(list)
-    for node in model.every:
-        given = [n for body in node.bodies.values() for n in body.outputs] if _followed(node) else node.captures
-        for name in (*node.inputs, *given):
-            readers[name].append(node)
-    return readers
 
 
 def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
