@@ -14,9 +14,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .model import reads
+from .bodies import reads
 from .ops import lookup, weight_axis
 from .records import Array, Floats, Model, Node
+from .weights import array, references, tensor
 
 PRODUCTS = ("MatMul", "Einsum")
 """Operators without a bias of their own."""
@@ -156,6 +157,7 @@ class Editor:
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
+        self._aside = bool(references(proto))
         self._index()
 
     def _index(self) -> None:
@@ -173,17 +175,17 @@ class Editor:
 
     def constant(self, name: str) -> Array | None:
         """Value of an initialiser, or None."""
-        tensor = self.tensors.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        held = self.tensors.get(name)
+        return None if held is None else array(held)
 
     def replace(self, node: onnx.NodeProto, slot: int, value: Array) -> None:
         """Give input ``slot`` of the node a new constant value."""
         name = node.input[slot] if slot < len(node.input) else ""
         if name in self.tensors and self._own(name):
-            self.tensors[name].CopyFrom(numpy_helper.from_array(value, name))
+            self.tensors[name].CopyFrom(tensor(value, name, self._aside))
             return
         fresh = self._unused(f"{name or node.name + '_input' + str(slot)}_refitted")
-        self.proto.graph.initializer.append(numpy_helper.from_array(value, fresh))
+        self.proto.graph.initializer.append(tensor(value, fresh, self._aside))
         self.tensors[fresh] = self.proto.graph.initializer[-1]
         while len(node.input) <= slot:
             node.input.append("")

@@ -2,8 +2,9 @@
 
 A factor may be the sum of several lengths (a recurrent node reads its input and its own output at every step).
 
-MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else; params
-are the elements of floating constants; bytes is the size of the file with its external data.
+MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else, those
+of branches and bodies of loops counted as if each ran once; params are the elements of floating constants; bytes is the
+size of the file with its external data.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scipy.sparse import csr_array
 from .ops import Total, lookup
 from .records import Array, Axis, Bools, Cost, Coupling, Ints, Model
 from .restoring import Names, Present, scale, spread
+from .weights import size
 
 INDEX = 4
 """Bytes of an index that says where a kept channel is."""
@@ -93,7 +95,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     index: dict[Axis | Total, int] = {}
     macs = []
     names = []
-    for node in model.nodes:
+    for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if spec and spec.cost and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n):
             macs.append([index.setdefault(a, len(index)) for a in spec.cost(node, model.shapes)])
@@ -134,7 +136,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         bytes=_products(
             [*constants.values(), *places], np.append(sizes, [r.per_index for r in around if r.per_index])
         ),
-        overhead=max(model.proto.ByteSize() - held_bytes, 0) - uncut,
+        overhead=max(size(model.proto) - held_bytes, 0) - uncut,
         batch=model.batch,
         nodes=tuple(names),
         steps=_steps(around, coupling),
@@ -174,18 +176,18 @@ class _Cut:
 
 def restored(model: Model, coupling: Coupling) -> list[Restored]:
     """What is added around every node that must see what went, by what its repair says."""
-    known = {node.name: node for node in model.nodes}
+    known = {node.name: node for node in model.every}
     present, names = Present(model), Names(model)
     result = []
-    for consumer in coupling.consumers:
+    for consumer in (*coupling.consumers, *coupling.inside):
         node, axis = known[consumer.node], (consumer.data, consumer.axis)
         spec = lookup(node.domain, node.op, node.version)
         if consumer.weight is not None or spec is None or spec.repair is None:
             continue
         edit = spec.repair(node, _Cut(model, axis))
-        shape, size = model.shapes[consumer.data], model.shapes[consumer.data][consumer.axis]
+        shape = model.shapes[consumer.data]
         if edit.spread is not None and present.spread(node, edit.spread) is None:
-            added = spread(node, len(shape), edit.spread, np.ones(size, bool), names)
+            added = spread(node, len(shape), edit.spread, np.ones(shape[consumer.axis], bool), names)
             result.append(Restored(axis, 0, added.nbytes(node), INDEX))
         if edit.scale != 1.0 and present.scale(node) is None:
             dtype = model.dtypes[node.outputs[0]]

@@ -17,8 +17,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .errors import SettingsError
-from .ops import LabelAxis, lookup, opaque
-from .records import Array, Axis, Consumer, Coupling, Group, Ints, Model, Node, Pinned
+from .ops import LabelAxis, followed, lookup, opaque, readers
+from .records import Array, Axis, Body, Consumer, Coupling, Group, Ints, Model, Node, Pinned
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,12 @@ class _Labels:
         self.choices = choices
         self.asked: dict[str, int] = {}
         self.node = ""
-        self._makers = {name: node for node in model.nodes for name in node.outputs if name}
-        self._readers: dict[str, list[Node]] = defaultdict(list)
-        for node in model.nodes:
-            for name in (*node.inputs, *node.captures):
-                self._readers[name].append(node)
+        self.inside: list[Consumer] = []
+        self._depth = 0
+        self._makers = {name: node for node in model.every for name in node.outputs if name}
+        self._readers = readers(model)
+        self._shown = {p.name for p in model.outputs}
+        self._shown |= {n for node in model.every for body in node.bodies.values() for n in body.outputs}
 
     # --- what rules may ask -----------------------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ class _Labels:
         return self._makers.get(tensor)
 
     def shown(self, tensor: str) -> bool:
-        return any(port.name == tensor for port in self.model.outputs)
+        return tensor in self._shown
 
     def label(self, tensor: str, axis: int) -> LabelAxis:
         if not self.is_constant(tensor):
@@ -139,7 +140,8 @@ class _Labels:
     def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
         slot = node.inputs.index(data[0])
         name, axis = weight or (None, 0)
-        self.consumers.append(Consumer(node.name, slot, data[0], data[1], name, axis, groups))
+        listed = self.inside if self._depth else self.consumers
+        listed.append(Consumer(node.name, slot, data[0], data[1], name, axis, groups))
 
     def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
         if not tensor:
@@ -158,6 +160,29 @@ class _Labels:
         self.asked[node.name] = default
         return self.choices.get(node.name, default)
 
+    def enter(self, body: Body) -> None:
+        here = self.node, self.first
+        self._depth += 1
+        self.follow(body.nodes)
+        self._depth -= 1
+        self.node, self.first = here
+
+    def follow(self, nodes: Sequence[Node]) -> None:
+        """Apply the rule of every node in turn."""
+        for node in nodes:
+            self.node = node.name
+            self.first = node.inputs[0] if node.inputs else ""
+            spec = lookup(node.domain, node.op, node.version)
+            if spec is None:
+                where = f"{node.domain}::{node.op}" if node.domain else node.op
+                opaque(node, self, f"operator {where} (node '{node.name}') is not supported")
+            elif not followed(node) and (node.bodies or node.captures):
+                opaque(node, self, f"{node} has a subgraph that is not followed")
+            elif any(n and n not in self.model.shapes for n in node.outputs[:1]) and not node.bodies:
+                opaque(node, self, f"{node} has an output of unknown shape")
+            else:
+                spec.channels(node, self)
+
     first = ""
 
 
@@ -165,27 +190,11 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     labels = _Labels(model, choices)
     for port in model.inputs:
         labels.set(port.name, [], f"a graph input ({port.name})")
-    for node in model.nodes:
-        labels.node = node.name
-        labels.first = node.inputs[0] if node.inputs else ""
-        spec = lookup(node.domain, node.op, node.version)
-        if spec is None:
-            where = f"{node.domain}::{node.op}" if node.domain else node.op
-            opaque(node, labels, f"operator {where} (node '{node.name}') is not supported")
-        elif node.captures:
-            opaque(node, labels, f"{node} has a subgraph that reads outer tensors")
-        elif any(n and n not in model.shapes for n in node.outputs[:1]):
-            opaque(node, labels, f"{node} has an output of unknown shape")
-        else:
-            spec.channels(node, labels)
+    labels.follow(model.nodes)
     for port in model.outputs:
         labels.pin_all(port.name, f"it is part of the graph output '{port.name}'")
-    uses: dict[str, list[Node]] = defaultdict(list)
-    for node in model.nodes:
-        for name in (*node.inputs, *node.captures):
-            uses[name].append(node)
     for key, made in labels.made.items():
-        for node in uses[key[0]]:
+        for node in labels.readers(key[0]):
             if (node.name, key) not in labels.claims:
                 labels.pin(made, labels.whole.get(key[0], f"{node} reads '{key[0]}' whole"))
     return labels
@@ -201,7 +210,7 @@ def couple(model: Model) -> Coupling:
     labels = _propagate(model, {})
     best = _resolve(model, labels)
     choices: dict[str, int] = {}
-    source = {node.name: node.inputs[0] for node in model.nodes if node.name in labels.asked}
+    source = {node.name: node.inputs[0] for node in model.every if node.name in labels.asked}
     # All together first: queries, keys and values of one attention are of use only as one.
     stuck = dict.fromkeys((n for n in labels.asked if not any(tensor == source[n] for tensor, _ in best.axes)), 0)
     if len(stuck) > 1:
@@ -225,7 +234,7 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
     if not patterns:
         return coupling
     readers: dict[str, set[str]] = defaultdict(set)
-    for node in model.nodes:
+    for node in model.every:
         for name in node.inputs:
             if name in model.constants:
                 readers[name].add(node.name)
@@ -259,6 +268,7 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
         unit_group=group_number[coupling.unit_group[stays]],
         axes=kept_axes,
         consumers=tuple(c for c in coupling.consumers if (c.data, c.axis) in kept_axes),
+        inside=tuple(c for c in coupling.inside if (c.data, c.axis) in kept_axes),
         pinned=(*coupling.pinned, *pinned),
     )
 
@@ -301,6 +311,7 @@ def _resolve(model: Model, labels: _Labels) -> Coupling:
         unit_group=unit_group,
         axes=tracked,
         consumers=tuple(c for c in labels.consumers if (c.data, c.axis) in tracked),
+        inside=tuple(c for c in labels.inside if (c.data, c.axis) in tracked),
         pinned=_pinned(model, labels, components, reason),
     )
 
@@ -339,7 +350,7 @@ def _groups(model: Model, axes: Mapping[Axis, Ints], n_units: int) -> tuple[tupl
 def _names(model: Model, multiplicity: Sequence[Mapping[Axis, int]]) -> list[str]:
     """A group is called after the weight of the first node that makes it; a second one of that name gets '#2'."""
     order: dict[str, int] = {}
-    for node in model.nodes:
+    for node in model.every:
         for name in node.inputs:
             if name in model.constants and len(model.shapes[name]) > 1:
                 order.setdefault(name, len(order))

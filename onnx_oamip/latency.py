@@ -25,10 +25,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from . import weights
 from .data import Samples
 from .errors import DataError
 from .records import Array, Floats
-from .runtime import LARGE, Session, resolve_device
+from .runtime import Session, resolve_device
 
 Source = onnx.ModelProto | str | os.PathLike[str]
 Feed = Mapping[str, Array]
@@ -269,14 +270,9 @@ def _resident(what: str) -> int:
 
 
 def _on_disk(proto: onnx.ModelProto, folder: str) -> str:
-    path = os.path.join(folder, "model.onnx")
-    if proto.ByteSize() < LARGE:
-        Path(path).write_bytes(proto.SerializeToString())
-    else:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(proto)
-        onnx.save_model(copy, path, save_as_external_data=True, location="model.data")
-    return path
+    path = Path(folder) / "model.onnx"
+    weights.save(proto, path, "model.data")
+    return str(path)
 
 
 # ------------------------------------------------------------------------------------------------ step of widths

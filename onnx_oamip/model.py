@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
+from . import bodies, weights
 from .errors import ModelError, OamipError
 from .folding import fold
-from .records import Array, Model, Node
+from .records import Array, Body, Model, Node
 from .runtime import runtime
-from .shapes import ROUNDS, bind, infer, port_of, tensor_types
+from .shapes import ROUNDS, all_types, bind, port_of
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -58,15 +58,14 @@ def from_proto(
 ) -> Model:
     """A Model from a normalised proto (as ``load`` and ``rewrite`` make it)."""
     graph = proto.graph
-    constants = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    constants = {t.name: weights.array(t) for t in graph.initializer}
     inputs = tuple(port_of(v) for v in graph.input if v.name not in constants)
     bound = bind(inputs, bindings or {})
-    inferred = infer(proto, bound)
-    shapes, dtypes = tensor_types(inferred)
-    for name, value in constants.items():
-        shapes[name], dtypes[name] = value.shape, value.dtype
     versions = {o.domain: o.version for o in proto.opset_import}
     nodes = tuple(_node(n, versions) for n in graph.node)
+    shapes, dtypes = all_types(proto, bound, nodes)
+    for name, value in constants.items():
+        shapes[name], dtypes[name] = value.shape, value.dtype
     first = shapes.get(inputs[0].name, ()) if inputs else ()
     return Model(
         proto=proto,
@@ -80,7 +79,7 @@ def from_proto(
         batch=first[0] if len(first) > 1 and first[0] > 0 else 1,
         path=path,
         sha256=sha256,
-        file_bytes=proto.ByteSize() if size is None else size,
+        file_bytes=weights.size(proto) if size is None else size,
     )
 
 
@@ -101,55 +100,94 @@ def read(file: Path) -> tuple[ModelProto, str, int]:
     if file.is_dir():
         raise ModelError(f"{file} is a folder; give the path of an .onnx file.")
     try:
-        data = file.read_bytes()
+        size = file.stat().st_size
+        digest = hashlib.sha256()
+        _add(digest, file)
+        proto = weights.parse(file)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
-    proto = ModelProto()
-    try:
-        proto.ParseFromString(data)
     except DecodeError as error:
         raise ModelError(
-            f"{file} is not an ONNX model or is truncated ({len(data)} bytes do not parse); export it again."
+            f"{file} is not an ONNX model or is truncated ({size} bytes do not parse); export it again."
         ) from error
-    if not proto.ByteSize() or not proto.graph.node or not proto.opset_import:
+    if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"{file} is not an ONNX model: it holds no graph; give a file written by an ONNX exporter.")
-    digest = hashlib.sha256(data)
-    size = len(data)
-    for external in sorted(_external_files(proto)):
-        side = file.parent / external
-        if os.path.isabs(external) or not side.resolve().is_relative_to(file.parent.resolve()):
-            raise ModelError(f"{file} keeps weights in '{external}', outside its own folder; move them beside it.")
-        if not side.is_file():
-            raise ModelError(f"{file} keeps weights in '{external}', which is missing; put it beside the model.")
+    sides = _sides(file, proto)
+    for side in sides.values():
         size += side.stat().st_size
-        with side.open("rb") as stream:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
+        _add(digest, side)
+    _settle(file, proto, {**sides, str(file.resolve()): file}, size)
     try:
-        onnx.load_external_data_for_model(proto, str(file.parent))
-        onnx.checker.check_model(str(file) if size > 1 << 30 else proto)
+        onnx.checker.check_model(weights.checkable(proto))
     except Exception as error:
         raise ModelError(f"{file} is not a valid ONNX model: {_first_line(error)}.") from error
     return proto, digest.hexdigest(), size
 
 
+def _add(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(weights.CHUNK):
+            digest.update(chunk)
+
+
+def _sides(file: Path, proto: ModelProto) -> dict[str, Path]:
+    """Files beside a model that hold its weights, by the name it gives them, all in its folder and there."""
+    found: dict[str, Path] = {}
+    for name in sorted(_external_files(proto) - {str(file.resolve())}):
+        side = file.parent / name
+        if os.path.isabs(name) or not side.resolve().is_relative_to(file.parent.resolve()):
+            raise ModelError(f"{file} keeps weights in '{name}', outside its own folder; move them beside it.")
+        if not side.is_file():
+            raise ModelError(f"{file} keeps weights in '{name}', which is missing; put it beside the model.")
+        found[name] = side
+    return found
+
+
+def _settle(file: Path, proto: ModelProto, sides: Mapping[str, Path], size: int) -> None:
+    """Let large weights of a large model name the place in their file, and read all others in.
+
+    ``sides``: files by the name that the model gives them, its own among them.
+    """
+    main = len(proto.graph.initializer)
+    for i, tensor in enumerate(bodies.tensors(proto)):  # those of the graph itself come first
+        if not weights.is_reference(tensor):
+            continue
+        location, offset, length = _place(file, tensor)
+        if location not in sides or tensor.data_type not in weights.KNOWN:
+            raise ModelError(f"{file}: the weight '{tensor.name}' names no data file, or no type of its elements.")
+        held = weights.size_of(tensor)
+        there = sides[location].stat().st_size
+        if (length is not None and length != held) or offset + held > there:
+            raise ModelError(
+                f"{file}: the weight '{tensor.name}' of {held} bytes does not fit its place in '{location}' "
+                f"({there} bytes, offset {offset}, length {length}); copy the data file again or export the model anew."
+            )
+        weights.refer(tensor, sides[location].resolve(), offset, held)
+        large = size >= weights.MAPPED and held >= weights.LEAST and tensor.data_type in weights.WHOLE_BYTES
+        if not large or i >= main:
+            weights.hold(tensor)
+
+
+def _place(file: Path, tensor: TensorProto) -> tuple[str, int, int | None]:
+    try:
+        return weights.place(tensor)
+    except ValueError as error:
+        raise ModelError(f"{file}: the weight '{tensor.name}' has no place in its data file: {error}.") from error
+
+
 def external_paths(path: str | os.PathLike[str]) -> list[Path]:
     """Files beside a model that hold its weights; none where the model cannot be read (load says why)."""
     try:
-        proto = onnx.load(os.fspath(path), load_external_data=False)
+        proto = weights.parse(Path(path))
     except (OSError, DecodeError):
         return []
-    return [Path(path).parent / name for name in sorted(_external_files(proto))]
+    names = _external_files(proto) - {str(Path(path).resolve())}
+    return [Path(path).parent / name for name in sorted(names)]
 
 
 def _external_files(proto: ModelProto) -> set[str]:
-    return {
-        entry.value
-        for tensor in proto.graph.initializer
-        if tensor.data_location == TensorProto.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    said = (e for t in bodies.tensors(proto) if weights.is_reference(t) for e in t.external_data)
+    return {e.value for e in said if e.key == "location"}
 
 
 def _first_line(error: Exception) -> str:
@@ -163,55 +201,74 @@ def _first_line(error: Exception) -> str:
 def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
-    proto = onnx.inliner.inline_local_functions(source) if source.functions else source
-    graph = gs.import_onnx(_constants_as_tensors(proto))
-    graph.toposort(recurse_subgraphs=False)
-    graph.fold_constants(
-        fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
-    )
-    graph.cleanup(recurse_subgraphs=False)
-    taken = {node.name for node in graph.nodes if node.name}
-    seen: set[str] = set()
-    for i, node in enumerate(graph.nodes):
-        if not node.name or node.name in seen:
-            node.name = _unused(f"{node.op}_{i}", taken)
-        seen.add(node.name)
-        taken.add(node.name)
-    result: ModelProto = gs.export_onnx(graph, do_type_check=False)
-    restore(result, source)
-    _fix_shapes(result)
+    source = bodies.inline(source)
+    _constants_as_tensors(source)
+    bodies.flatten(source)
+    result = _folded(source)
+    while bodies.resolve(result):
+        result = _folded(result)
+    for _ in range(ROUNDS):  # constants of computed shapes, round after round, and off with the computations behind
+        if not fold(result):
+            break
+        result = _folded(result)
+        while bodies.resolve(result):
+            result = _folded(result)
     return result
 
 
-def _constants_as_tensors(proto: ModelProto) -> ModelProto:
+def _folded(source: ModelProto) -> ModelProto:
+    """In order, named, without unused nodes, and with constants in place of what is computed from constants."""
+    _hold_foldable(source)
+    graph = gs.import_onnx(source)
+    graph.toposort(recurse_subgraphs=False)
+    graph.fold_constants(
+        fold_shapes=False, flatten_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
+    )
+    graph.cleanup()
+    every = [graph, *graph.subgraphs(recursive=True)]
+    taken = {node.name for g in every for node in g.nodes if node.name}
+    seen: set[str] = set()
+    for g in every:
+        for i, node in enumerate(g.nodes):
+            if not node.name or node.name in seen:
+                node.name = bodies.unused(f"{node.op}_{i}", taken)
+            seen.add(node.name)
+            taken.add(node.name)
+    result: ModelProto = gs.export_onnx(graph, do_type_check=False)
+    restore(result, source)
+    return result
+
+
+def _hold_foldable(proto: ModelProto) -> None:
+    """Read in what folding will read: weights of nodes that see nothing but constants."""
+    tensors = {t.name: t for t in proto.graph.initializer}
+    known = set(tensors)
+    for node in bodies.nodes(proto.graph):
+        read = bodies.reads(node)
+        if known.issuperset(read) and not _keep_unfolded(node):
+            known.update(node.output)
+            for name in read:
+                if name in tensors:
+                    weights.hold(tensors[name])
+
+
+def _constants_as_tensors(proto: ModelProto) -> None:
     """Constant nodes in their short forms (a float, a list of ints) written out as tensors of the right type."""
     short = {"value_float": TensorProto.FLOAT, "value_floats": TensorProto.FLOAT, "value_int": TensorProto.INT64,
              "value_ints": TensorProto.INT64}  # fmt: skip
-    if not any(n.op_type == "Constant" and n.attribute[0].name in short for n in proto.graph.node):
-        return proto
-    result = ModelProto()
-    result.CopyFrom(proto)
-    for node in result.graph.node:
+    for node in bodies.nodes(proto.graph):
         if node.op_type == "Constant" and (name := node.attribute[0].name) in short:
             value = onnx.helper.get_attribute_value(node.attribute[0])
             dims, values = ([len(value)], list(value)) if name.endswith("s") else ([], [value])
             tensor = onnx.helper.make_tensor("value", short[name], dims, values)
             node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", tensor))
-    return result
 
 
-def _keep_unfolded(node: gs.Node) -> bool:
+def _keep_unfolded(node: gs.Node | NodeProto) -> bool:
     """Quantised weights stay quantised; random and stateful operators stay."""
     quantised = {"DequantizeLinear", "QuantizeLinear"}
-    return node.op in quantised or node.op.startswith(("Random", "Bernoulli", "Multinomial"))
-
-
-def _unused(name: str, taken: Iterable[str]) -> str:
-    taken = set(taken)
-    result, i = name, 1
-    while result in taken:
-        result, i = f"{name}_{i}", i + 1
-    return result
+    op = node.op_type if isinstance(node, NodeProto) else node.op
+    return op in quantised or op.startswith(("Random", "Bernoulli", "Multinomial"))
 
 
 def restore(proto: ModelProto, source: ModelProto) -> None:
@@ -244,35 +301,8 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
     proto.graph.input.extend(kept)
     # Shapes of intermediate tensors are inferred afresh; old ones would be wrong after a cut.
     del proto.graph.value_info[:]
-    _unshadow(proto.graph, {t.name for t in proto.graph.initializer})
-
-
-def _unshadow(graph: GraphProto, outer: set[str]) -> None:
-    """Take out copies of outer constants that graphsurgeon leaves in subgraphs: one constant stays one."""
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs):
-                kept = [t for t in inner.initializer if t.name not in outer]
-                if len(kept) < len(inner.initializer):
-                    del inner.initializer[:]
-                    inner.initializer.extend(kept)
-                _unshadow(inner, outer | {t.name for t in kept})
-
-
-def _fix_shapes(proto: ModelProto) -> None:
-    """Make constants of computed shapes, round after round, and drop the computations behind."""
-    for _ in range(ROUNDS):
-        if not fold(proto):
-            return
-        graph = gs.import_onnx(proto)
-        graph.toposort(recurse_subgraphs=False)
-        graph.fold_constants(
-            fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
-        )
-        graph.cleanup(recurse_subgraphs=False)
-        trimmed = gs.export_onnx(graph, do_type_check=False)
-        restore(trimmed, proto)
-        proto.CopyFrom(trimmed)
+    # graphsurgeon puts constants into the bodies that read them.
+    bodies.lift(proto)
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes
@@ -281,43 +311,20 @@ def _fix_shapes(proto: ModelProto) -> None:
 def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     attrs = {}
-    captures: set[str] = set()
     for attribute in node.attribute:
-        if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
-            for graph in graphs:
-                captures |= captured(graph)
-        else:
+        if attribute.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
             value: Any = onnx.helper.get_attribute_value(attribute)
             attrs[attribute.name] = value.decode() if isinstance(value, bytes) else value
+    held = {
+        name: Body(
+            tuple(v.name for v in g.input), tuple(v.name for v in g.output), tuple(_node(n, versions) for n in g.node)
+        )
+        for name, g in bodies.held(node).items()
+    }
     version = versions.get(node.domain, versions.get("" if not domain else node.domain, 1))
-    return Node(
-        node.name, node.op_type, domain, version, tuple(node.input), tuple(node.output), attrs, tuple(sorted(captures))
-    )
-
-
-def reads(node: NodeProto) -> list[str]:
-    """Every tensor a node needs: its inputs and what its subgraphs take from outside."""
-    names = [n for n in node.input if n]
-    for attribute in node.attribute:
-        if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            graphs = [attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)
-            names += sorted(set().union(*(captured(g) for g in graphs)) - set(names))
-    return names
-
-
-def captured(graph: GraphProto) -> set[str]:
-    """Outer tensors that a subgraph reads."""
-    own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-    read: set[str] = set()
-    for node in graph.node:
-        read |= set(node.input)
-        for attribute in node.attribute:
-            for inner in ([attribute.g] if attribute.type == AttributeProto.GRAPH else list(attribute.graphs)):
-                read |= captured(inner)
-        own |= set(node.output)
-    read |= {v.name for v in graph.output}
-    return read - own - {""}
+    captures = tuple(sorted(set(bodies.reads(node)) - set(node.input)))
+    inputs, outputs = tuple(node.input), tuple(node.output)
+    return Node(node.name, node.op_type, domain, version, inputs, outputs, attrs, captures, held)
 
 
 def digest(array: Array) -> str:

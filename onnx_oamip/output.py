@@ -11,9 +11,9 @@ from pathlib import Path
 
 import onnx
 
+from . import weights
 from .errors import OutputError
 from .model import external_paths
-from .runtime import LARGE
 
 
 def check_output(
@@ -35,30 +35,45 @@ def check_output(
 
 
 def write(proto: onnx.ModelProto, target: Path) -> tuple[str, int]:
-    """Write aside, flush, rename: the target is either complete or as it was. Returns (sha256, bytes)."""
+    """Write aside, flush, rename: the target is either complete or as it was. Returns (sha256, bytes).
+
+    Weights beside the model go to a file that was not there before, so that a model file never points at weights of
+    another one; the ones it had before are removed last.
+    """
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        side = f"{target.name}.data"
-        if proto.ByteSize() >= LARGE:
-            copy = onnx.ModelProto()
-            copy.CopyFrom(proto)
-            onnx.save_model(copy, str(folder / target.name), save_as_external_data=True, location=side)
-        else:
-            (folder / target.name).write_bytes(proto.SerializeToString(deterministic=True))
+        old = [p for p in external_paths(target) if _ours(p, target)]
+        names = weights.save(proto, folder / target.name, _free(target))
         digest, size = hashlib.sha256(), 0
-        # Weights first: a model file never points at weights that are not there yet.
-        for name in (side, target.name):
-            if (folder / name).exists():
-                with (folder / name).open("rb+") as stream:
-                    os.fsync(stream.fileno())
-                size += (folder / name).stat().st_size
-                os.replace(folder / name, target.parent / name)
-        for name in (target.name, side) if proto.ByteSize() >= LARGE else (target.name,):
+        for name in reversed(names):  # the model comes last
+            with (folder / name).open("rb+") as stream:
+                os.fsync(stream.fileno())
+            size += (folder / name).stat().st_size
+            os.replace(folder / name, target.parent / name)
+        for path in old:
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+        for name in names:
             with (target.parent / name).open("rb") as stream:
-                while chunk := stream.read(1 << 24):
+                while chunk := stream.read(weights.CHUNK):
                     digest.update(chunk)
         return digest.hexdigest(), size
     except OSError as error:
         raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free(target: Path) -> str:
+    """A name for the weights beside a model that no file has."""
+    name, i = f"{target.name}.data", 1
+    while (target.parent / name).exists():
+        name, i = f"{target.name}.{i}.data", i + 1
+    return name
+
+
+def _ours(path: Path, target: Path) -> bool:
+    """Whether a file of weights has a name that ``write`` gives."""
+    number = path.name.removeprefix(f"{target.name}.").removesuffix("data").removesuffix(".")
+    named = path.name.startswith(f"{target.name}.") and path.name.endswith(".data")
+    return path.parent == target.parent and named and (number == "" or number.isdecimal())

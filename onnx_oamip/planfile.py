@@ -249,7 +249,7 @@ def topology(model: Model) -> str:
         return numbers.setdefault(tensor, len(numbers)) if tensor else -1
 
     lines: list[Any] = [[number(p.name), str(p.dtype), len(p.dims)] for p in model.inputs]
-    for node in model.nodes:
+    for node in model.every:
         constants = [list(model.shapes[n]) if n in model.constants else None for n in node.inputs]
         joined = [[number(n) for n in node.inputs], [number(n) for n in node.outputs]]
         lines.append([node.op, node.domain, *joined, constants, len(node.captures)])

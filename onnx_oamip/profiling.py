@@ -27,6 +27,7 @@ from .ops import lookup
 from .records import Array, Bools, Coupling, Floats, Ints, Model
 from .rewrite import cut
 from .runtime import Session, resolve_device
+from .weights import size
 
 SHARES = (1.0, 0.6, 0.3)
 """Shares of the width at which the network is measured; each group takes its nearest width on the ladder."""
@@ -157,7 +158,7 @@ def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:
 
 def _activations(model: Model, costs: Ledger) -> Products:
     """The activation each linear node makes (or takes), as products of the ledger's axes."""
-    nodes = {node.name: node for node in model.nodes}
+    nodes = {node.name: node for node in model.every}
     axes = np.full_like(costs.macs.axes, -1)
     for n, name in enumerate(costs.nodes):
         node = nodes[name]
@@ -188,7 +189,7 @@ def _run(
 
     Whole runs are timed in sessions without profiling, but for models so large that it does not matter and memory does.
     """
-    twice = sum(p.ByteSize() for p in protos) < PLAIN_BYTES
+    twice = sum(size(p) for p in protos) < PLAIN_BYTES
     with tempfile.TemporaryDirectory() as folder:
         sessions = [Session(p, device, threads, profile=f"{folder}/{i}", spin=True) for i, p in enumerate(protos)]
         if twice:

@@ -8,7 +8,7 @@ to be treated as read-only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ Axis = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operator call. ``captures`` are outer tensors that only its subgraphs read."""
+    """One operator call. ``captures`` are outer tensors that only its bodies read; ``bodies`` by attribute name."""
 
     name: str
     op: str
@@ -35,9 +35,27 @@ class Node:
     outputs: tuple[str, ...]
     attrs: Mapping[str, Any]
     captures: tuple[str, ...] = ()
+    bodies: Mapping[str, Body] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.op} '{self.name}'"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A graph inside a node: a branch of If, the body of Loop or Scan. Its constants are those of the model."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+
+
+def within(nodes: Iterable[Node]) -> Iterator[Node]:
+    """Nodes and those in their bodies, every body before the node that holds it."""
+    for node in nodes:
+        for body in node.bodies.values():
+            yield from within(body.nodes)
+        yield node
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +92,8 @@ class Model:
     """A loaded model: constants folded, nodes named, shapes known for one feed of ``batch`` samples.
 
     ``proto`` is the normalised graph with symbolic dimensions as they were in the file; ``shapes`` holds concrete
-    shapes under ``bindings`` (symbol -> size).
+    shapes under ``bindings`` (symbol -> size). ``nodes`` are those of the graph itself; names of tensors and nodes are
+    unique over the bodies too (see ``bodies``).
     """
 
     proto: Any
@@ -89,6 +108,16 @@ class Model:
     path: str
     sha256: str
     file_bytes: int
+
+    @property
+    def every(self) -> tuple[Node, ...]:
+        """All nodes, those in bodies among them."""
+        return tuple(within(self.nodes))
+
+    @property
+    def homes(self) -> dict[str, str]:
+        """The node of the graph itself by every node in its bodies."""
+        return {inner.name: node.name for node in self.nodes for inner in within((node,))}
 
     def port(self, name: str) -> Port:
         """The graph input called ``name``."""
@@ -137,7 +166,10 @@ class Pinned:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What must go together. ``axes`` maps an axis to the unit of each index (-1: pinned)."""
+    """What must go together. ``axes`` maps an axis to the unit of each index (-1: pinned).
+
+    ``inside``: consumers in the bodies of If, Loop and Scan, whose data no statistic reaches.
+    """
 
     n_units: int
     groups: tuple[Group, ...]
@@ -145,6 +177,7 @@ class Coupling:
     axes: Mapping[Axis, Ints]
     consumers: tuple[Consumer, ...]
     pinned: tuple[Pinned, ...]
+    inside: tuple[Consumer, ...] = ()
 
     def keep(self, axis: Axis, units: Bools) -> Bools:
         """Which indices of ``axis`` stay when ``units`` (n_units,) says which units stay."""

@@ -46,7 +46,7 @@ def fold_means(model: Model, coupling: Coupling, units: Bools, statistics: Stati
     proto.CopyFrom(raw)
     editor = Editor(proto)
     nodes = {node.name: node for node in model.nodes}
-    notes = []
+    notes = _bodies(model, coupling, units)
     for consumer in coupling.consumers:
         keep = coupling.keep((consumer.data, consumer.axis), units)
         node = nodes[consumer.node]
@@ -124,14 +124,17 @@ def least_squares(
 def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site], list[str]]:
     """Linear nodes whose input changed (consumers of a cut, and everything linear behind one), and what is left out."""
     slicer = Slicer(model.proto)
-    changed = {c.node for c in coupling.consumers if not coupling.keep((c.data, c.axis), units).all()}
+    homes = model.homes
+    cut = [c for c in (*coupling.consumers, *coupling.inside) if not coupling.keep((c.data, c.axis), units).all()]
+    changed = {homes[c.node] for c in cut}
     outputs = (o for n in slicer.nodes if n.name in changed for o in n.output)
     behind = {slicer.nodes[i].name for i in slicer.descendants(outputs)}
     uses: dict[str, int] = {}
     for node in model.nodes:
         for name in (*node.inputs, *node.captures):
             uses[name] = uses.get(name, 0) + 1
-    places, notes = [], []
+    places = []
+    notes = _bodies(model, coupling, units)
     for node in model.nodes:
         place = site(node, model.constants) if node.name in changed | behind else None
         if place is not None and uses[place.weight] > 1:
@@ -143,6 +146,14 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
         elif node.name in changed and quantised(node, model):
             notes.append(f"{node}: its weight is quantised, so it is not refitted")
     return places, notes
+
+
+def _bodies(model: Model, coupling: Coupling, units: Bools) -> list[str]:
+    """Notes on the nodes whose bodies lost channels: nothing is measured in there."""
+    cut = [c.node for c in coupling.inside if not coupling.keep((c.data, c.axis), units).all()]
+    holders = {model.homes[name] for name in cut}
+    return [f"{n}: its body lost channels and is not refitted, as no data is seen inside" for n in model.nodes
+            if n.name in holders]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ def _skipped(coupling: Coupling) -> list[Document]:
 def _consumers(coupling: Coupling) -> list[list[str]]:
     """Names of the nodes that sum over each group's channels, in graph order."""
     found: list[dict[str, None]] = [{} for _ in coupling.groups]
-    for consumer in coupling.consumers:
+    for consumer in (*coupling.consumers, *coupling.inside):
         units = coupling.axes[consumer.data, consumer.axis]
         for group in np.unique(coupling.unit_group[units[units >= 0]]).tolist():
             found[group].setdefault(consumer.node)

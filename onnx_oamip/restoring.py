@@ -51,8 +51,9 @@ class Names:
     """Names that are not taken."""
 
     def __init__(self, model: Model) -> None:
-        self._taken = {n.name for n in model.nodes} | set(model.shapes) | set(model.constants)
-        self._taken.update(name for n in model.nodes for name in (*n.inputs, *n.outputs, *n.captures))
+        self._taken = {n.name for n in model.every} | set(model.shapes) | set(model.constants)
+        self._taken.update(name for n in model.every for name in (*n.inputs, *n.outputs, *n.captures))
+        self._taken.update(name for n in model.every for b in n.bodies.values() for name in (*b.inputs, *b.outputs))
 
     def new(self, name: str) -> str:
         """The name, or with a number where it is taken."""
@@ -100,10 +101,11 @@ class Present:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._makers = {name: n for n in model.nodes for name in n.outputs}
+        self._makers = {name: n for n in model.every for name in n.outputs}
         self._readers: dict[str, list[Node]] = {port.name: [] for port in model.outputs}
         self._shown = set(self._readers)
-        for n in model.nodes:
+        self._shown.update(name for n in model.every for body in n.bodies.values() for name in body.outputs)
+        for n in model.every:
             for name in (*n.inputs, *n.captures):
                 self._readers.setdefault(name, []).append(n)
 

@@ -14,13 +14,11 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
+from . import bodies, weights
 from .model import restore
 from .ops import Edit, lookup
 from .records import Array, Axis, Bools, Consumer, Coupling, Model, Node
 from .restoring import Added, Names, Present, again, scale, spread
-
-PACKED = ("int4", "uint4", "float4_e2m1fn", "int2", "uint2")
-"""Element types smaller than a byte."""
 
 
 class _Cuts:
@@ -53,7 +51,7 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     cuts = _Cuts(model, coupling, units)
     edits: dict[str, Edit] = {}
     touched = {tensor for tensor, _ in cuts.masks}
-    for node in model.nodes:
+    for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if touched.isdisjoint((*node.inputs, *node.outputs)):
             continue  # its shapes may not even be known
@@ -64,34 +62,42 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     if any(edit.spread is not None or edit.scale != 1.0 for edit in edits.values()):
         _reuse(edits, cuts, model)
     graph = gs.import_onnx(model.proto)
-    tensors = graph.tensors()
-    shrunk = {tensor for tensor, _ in cuts.masks if tensor in model.constants}
-    packed = {name for name in shrunk if model.dtypes[name].name in PACKED}
-    for name in shrunk - packed:
-        tensors[name].values = compress(model.constants[name], name, cuts.masks)
-    known = {node.name: node for node in model.nodes}
+    known = {node.name: node for node in model.every}
     names = Names(model)
-    for node in list(graph.nodes):
-        edit = edits.get(node.name, Edit())
-        _apply(node, edit)
-        if edit.spread is not None:
-            source = node.inputs[0].name
-            keep = cuts.masks[source, edit.spread]
-            added = spread(known[node.name], len(model.shapes[source]), edit.spread, keep, names)
-            _add(graph, node, added, tensors)
-        if edit.scale != 1.0:
-            added = scale(known[node.name], edit.scale, model.dtypes[node.outputs[0].name], names)
-            _add(graph, node, added, tensors)
+    for part in (graph, *graph.subgraphs(recursive=True)):
+        tensors = part.tensors()
+        for node in [n for n in part.nodes if n.name in edits]:
+            edit = edits[node.name]
+            _apply(node, edit)
+            if edit.spread is not None:
+                source = node.inputs[0].name
+                keep = cuts.masks[source, edit.spread]
+                added = spread(known[node.name], len(model.shapes[source]), edit.spread, keep, names)
+                _add(part, node, added, tensors)
+            if edit.scale != 1.0:
+                added = scale(known[node.name], edit.scale, model.dtypes[node.outputs[0].name], names)
+                _add(part, node, added, tensors)
     # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
-    graph.cleanup(recurse_subgraphs=False, remove_unused_graph_inputs=False)
-    graph.toposort(recurse_subgraphs=False)
+    graph.cleanup(remove_unused_graph_inputs=False)
+    graph.toposort()
     result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, model.proto)
-    for tensor in result.graph.initializer:
-        if tensor.name in packed:  # graphsurgeon would write one value a byte
+    _declare(result.graph, cuts)
+    aside = bool(weights.references(model.proto))
+    for tensor in result.graph.initializer:  # one after the other: a large model is not held twice
+        if tensor.name in touched and tensor.name in model.constants:
             kept = compress(model.constants[tensor.name], tensor.name, cuts.masks)
-            tensor.CopyFrom(numpy_helper.from_array(kept, tensor.name))
+            tensor.CopyFrom(weights.tensor(kept, tensor.name, aside))
     return result
+
+
+def _declare(graph: onnx.GraphProto, cuts: _Cuts) -> None:
+    """What bodies say about the shapes of their inputs and outputs follows the cut."""
+    for body in list(bodies.graphs(graph))[1:]:
+        for value in (*body.input, *body.output):
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                if dim.HasField("dim_value") and (value.name, axis) in cuts.masks:
+                    dim.dim_value = cuts.kept(value.name, axis)
 
 
 def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
@@ -106,7 +112,7 @@ def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
 def _reuse(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None:
     """Where a node has been restored before, edit the nodes that do it in place of adding more."""
     present = Present(model)
-    for node in [n for n in model.nodes if n.name in edits]:
+    for node in [n for n in model.every if n.name in edits]:
         edit = edits[node.name]
         if edit.spread is not None and (around := present.spread(node, edit.spread)) is not None:
             source, axis = present.padded(around[0]), edit.spread
@@ -164,15 +170,12 @@ def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    nodes = {node.name: node for node in proto.graph.node}
+    nodes = {node.name: node for node in bodies.nodes(proto.graph)}
     masks = _Masks(model, coupling, units, proto)
-    for i, consumer in enumerate(coupling.consumers):
+    for i, consumer in enumerate((*coupling.consumers, *coupling.inside)):
         if not coupling.keep((consumer.data, consumer.axis), units).all():
             masks.apply(consumer, nodes[consumer.node], i)
-    ordered = [part for node in proto.graph.node for part in (*masks.before.get(node.name, ()), node)]
-    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in ordered]
-    del proto.graph.node[:]
-    proto.graph.node.extend(copies)
+    bodies.insert(proto.graph, lambda node: [*masks.before.get(node.name, ()), node])
     return proto
 
 
@@ -181,8 +184,10 @@ class _Masks:
 
     def __init__(self, model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto) -> None:
         self._model, self._coupling, self._units, self._proto = model, coupling, units, proto
-        self._makers = {name: node for node in model.nodes for name in node.outputs}
-        self._known = {node.name: node for node in model.nodes}
+        self._makers = {name: node for node in model.every for name in node.outputs}
+        self._known = {node.name: node for node in model.every}
+        self._shared = {node.name for node in model.nodes}  # what is made in a body is not seen elsewhere
+        self._protos = {node.name: node for node in bodies.nodes(proto.graph)}
         self._cuts = _Cuts(model, coupling, units)
         self._made: dict[Axis, str] = {}
         self.before: dict[str, list[onnx.NodeProto]] = {}
@@ -206,7 +211,8 @@ class _Masks:
 
     def _product(self, consumer: Consumer, source: str, i: int) -> str:
         key = (consumer.data, consumer.axis)
-        if source == consumer.data and key in self._made:
+        shared = source == consumer.data and consumer.node in self._shared
+        if shared and key in self._made:
             return self._made[key]
         view = [1] * len(self._model.shapes[consumer.data])
         view[consumer.axis] = -1
@@ -216,7 +222,7 @@ class _Masks:
         made = f"oamip_masked_{i}"
         mul = helper.make_node("Mul", [source, f"oamip_mask_{i}"], [made], f"oamip_apply_mask_{i}")
         self.before.setdefault(consumer.node, []).append(mul)
-        if source == consumer.data:
+        if shared:
             self._made[key] = made
         return made
 
@@ -265,7 +271,7 @@ class _Masks:
         if source is None:
             return None
         copy = onnx.NodeProto()
-        copy.CopyFrom(next(n for n in self._proto.graph.node if n.name == node.name))
+        copy.CopyFrom(self._protos[node.name])
         copy.name, copy.input[0], copy.output[0] = f"{name}_{node.name}", source, name
         self.before.setdefault(behind, []).append(copy)
         return name

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
 
+from . import weights
 from .errors import EnvironmentMissing, ModelError
 from .records import Array
 
-LARGE = 1_900_000_000
-"""Protobuf cannot serialise 2 GB; above this a session is given a file with external data."""
+FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def runtime() -> Any:
@@ -100,10 +99,17 @@ class Session:
         try:
             if isinstance(proto, (str, os.PathLike)):
                 self._session = rt.InferenceSession(os.fspath(proto), options, providers=providers)
-            elif proto.ByteSize() < LARGE:
-                self._session = rt.InferenceSession(proto.SerializeToString(), options, providers=providers)
             else:
-                self._session = _from_folder(rt, proto, options, providers)
+                small, self._held = weights.detached(proto)
+                if weights.references(small):
+                    # The session maps files itself, and makes copies in its own order only where speed is measured.
+                    small = weights.under_root(small)
+                    options.add_session_config_entry(FOLDER, weights.ROOT)
+                    if not spin:
+                        options.add_session_config_entry("session.disable_prepacking", "1")
+                values = [rt.OrtValue.ortvalue_from_numpy(weights.aligned(v)) for v in self._held.values()]
+                options.add_external_initializers(list(self._held), values)
+                self._session = rt.InferenceSession(small.SerializeToString(), options, providers=providers)
         except Exception as error:  # onnxruntime raises its own undocumented types
             text = str(error).replace("\n", " ")[:300]
             raise ModelError(f"ONNX Runtime cannot load {what}: {text}") from error
@@ -127,12 +133,3 @@ class Session:
         """Outputs for each feed in turn."""
         for feed in feeds:
             yield self.run(feed)
-
-
-def _from_folder(rt: Any, proto: Any, options: Any, providers: list[str]) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.onnx")
-        copy = onnx.ModelProto()
-        copy.CopyFrom(proto)
-        onnx.save_model(copy, path, save_as_external_data=True, location="model.data")
-        return rt.InferenceSession(path, options, providers=providers)

@@ -21,10 +21,10 @@ from onnx import helper
 from threadpoolctl import threadpool_limits
 
 from .affine import matrix_shape, site, unmatrix
+from .bodies import insert, reads
 from .calibrate import Progress
 from .gram import Problem, compensate, problems
 from .images import head
-from .model import reads
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model, Sensitivity
 from .runtime import Session
 from .subgraph import Slicer, element_types
@@ -200,15 +200,15 @@ class _Part:
         self.wanted = wanted
         # A node may read the group at several places (a recurrent one: its input and its own state).
         self.masked: dict[str, list[tuple[str, Consumer, Ints]]] = {}
-        consumers = []
-        for c in coupling.consumers:
+        homes = model.homes
+        names: set[str] = set()
+        for c in (*coupling.consumers, *coupling.inside):
             labels = coupling.axes[c.data, c.axis]
             if np.isin(labels, self.units).any():
-                consumers.append(c)
+                names.add(homes[c.node])
                 if c.node not in self.linear:
                     here = self.masked.setdefault(c.node, [])
                     here.append((f"{len(here)}_{c.node}", c, labels))
-        names = {c.node for c in consumers}
         sources = [o for node in slicer.nodes if node.name in names for o in node.output if o]
         behind = slicer.descendants(sources) | {i for i, n in enumerate(slicer.nodes) if n.name in names}
         behind &= set(slicer.needed(wanted, ()))
@@ -231,8 +231,9 @@ class _Part:
 
     def _open(self, proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
         """Turn weights into inputs, add bias shifts behind and masks before the consumers."""
-        nodes = []
-        for node in proto.graph.node:
+
+        def opened(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+            nodes: list[onnx.NodeProto] = []
             copy = onnx.NodeProto()
             copy.CopyFrom(node)
             place = None
@@ -247,7 +248,7 @@ class _Part:
                 copy.output[0] = inner
                 nodes.append(copy)
                 nodes.append(helper.make_node("Add", [inner, f"oamip_shift_{copy.name}"], [out]))
-                continue
+                return nodes
             for key, consumer, _ in self.masked.get(copy.name, ()):
                 kind = types[consumer.data]
                 proto.graph.input.append(helper.make_tensor_value_info(f"oamip_mask_{key}", kind, None))
@@ -255,8 +256,9 @@ class _Part:
                 nodes.append(helper.make_node("Mul", [source, f"oamip_mask_{key}"], [f"oamip_masked_{key}"]))
                 copy.input[consumer.slot] = f"oamip_masked_{key}"
             nodes.append(copy)
-        del proto.graph.node[:]
-        proto.graph.node.extend(nodes)
+            return nodes
+
+        insert(proto.graph, opened)
         read = {n for node in proto.graph.node for n in reads(node)}
         kept = [t for t in proto.graph.initializer if t.name in read]
         del proto.graph.initializer[:]

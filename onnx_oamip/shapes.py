@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from . import bodies
 from .errors import ModelError
 from .ops import MatrixRule, lookup
 from .records import Axis, Node, Port
@@ -59,8 +60,12 @@ def bind(inputs: tuple[Port, ...], wanted: Mapping[str, int]) -> dict[str, int]:
     return bound
 
 
-def infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
-    """The graph with shapes inferred under sizes for its symbolic dimensions."""
+Shapes = dict[str, tuple[int, ...]]
+Types = dict[str, np.dtype[Any]]
+
+
+def infer(proto: ModelProto, bound: Mapping[str, int], known: Shapes | None = None) -> GraphProto:
+    """The graph with shapes inferred under sizes for its symbolic dimensions; ``known`` are shapes found elsewhere."""
     copy = skeleton(proto)
     names = {v.name for v in proto.graph.input}
     for value in copy.graph.input:
@@ -72,6 +77,13 @@ def infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
                     dim.dim_value = bound[name]
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
+    for name, shape in (known or {}).items():
+        copy.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 0, list(shape)))
+    return _inferred(copy, proto)
+
+
+def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
+    """Shapes of a graph whose inputs have theirs; ``proto`` holds the constants."""
     versions = {o.domain: o.version for o in proto.opset_import}
     for node in copy.graph.node:
         spec = lookup(node.domain, node.op_type, versions.get(node.domain, 1))
@@ -101,6 +113,110 @@ def infer(proto: ModelProto, bound: Mapping[str, int]) -> GraphProto:
     return graph
 
 
+def all_types(
+    proto: ModelProto, bound: Mapping[str, int], nodes: Sequence[Node]
+) -> tuple[Shapes, Types]:
+    """(shapes, types) of the tensors of a graph and of all its bodies, as far as they are known."""
+    shapes, dtypes = tensor_types(infer(proto, bound))
+    protos = {n.name: n for n in bodies.nodes(proto.graph)}
+    found: Shapes = {}
+    while any(node.bodies for node in nodes):
+        inside, kinds, given = _follow(proto, protos, nodes, shapes, dtypes)
+        fresh = {n: s for n, s in given.items() if n not in shapes}
+        if not fresh:
+            return {**inside, **shapes}, {**kinds, **dtypes}
+        found.update(fresh)  # what a loop gives is known: on from there
+        shapes, dtypes = tensor_types(infer(proto, bound, found))
+        shapes.update({n: s for n, s in found.items() if n not in shapes})
+    return shapes, dtypes
+
+
+def _follow(
+    proto: ModelProto,
+    protos: Mapping[str, NodeProto],
+    nodes: Sequence[Node],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+) -> tuple[Shapes, Types, Shapes]:
+    """(shapes, types) of the tensors in the bodies of the nodes, and the shapes that the nodes give, by induction.
+
+    What is carried from step to step is taken to have the shape of the first value; where a step gives it another one,
+    nothing is known of it, and it is all done again.
+    """
+    inside: Shapes = {}
+    kinds: Types = {}
+    given: Shapes = {}
+    for node in nodes:
+        spec = lookup(node.domain, node.op, node.version)
+        if spec is None or spec.flow is None:
+            continue
+        flow = spec.flow(node)
+        entering = {x: shapes[first] for (first, _), x in flow.enters if first in shapes}
+        for outer, x, axis in flow.slices:
+            if outer in shapes:
+                entering[x] = tuple(np.delete(shapes[outer], axis).tolist())
+        while True:
+            here, types = dict(shapes), dict(dtypes)
+            for key, body in node.bodies.items():
+                graph = bodies.held(protos[node.name])[key]
+                _body(proto, protos, graph, body.nodes, entering, here, types)
+            wrong = [x for (_, made), x in flow.enters if x in entering and here.get(made) != entering[x]]
+            if not wrong:
+                break
+            for x in wrong:
+                del entering[x]
+        inside.update({n: s for n, s in here.items() if n not in shapes})
+        kinds.update({n: t for n, t in types.items() if n not in dtypes})
+        for (a, b), out in flow.joins:
+            if a in here and here[a] == here.get(b):
+                given[out] = here[a]
+        for made, out, axis in flow.stacks:
+            scanned = [shapes[outer][along] for outer, _, along in flow.slices if outer in shapes]
+            if made in here and scanned:
+                place = axis % (len(here[made]) + 1)
+                given[out] = (*here[made][:place], scanned[0], *here[made][place:])
+    return inside, kinds, given
+
+
+def _body(
+    proto: ModelProto,
+    protos: Mapping[str, NodeProto],
+    graph: GraphProto,
+    nodes: Sequence[Node],
+    entering: Mapping[str, tuple[int, ...]],
+    shapes: Shapes,
+    dtypes: Types,
+) -> None:
+    """Add the shapes and types of one body's tensors, and of the bodies within."""
+    copy = ModelProto(ir_version=max(proto.ir_version, 4))
+    copy.opset_import.extend(proto.opset_import)
+    copy.graph.name = graph.name or "body"
+    copy.graph.node.extend(graph.node)
+    for value in graph.input:
+        kind = value.type.tensor_type.elem_type
+        scalar = value.type.tensor_type.HasField("shape") and not value.type.tensor_type.shape.dim
+        shape = entering.get(value.name, () if scalar else None)
+        copy.graph.input.append(onnx.helper.make_tensor_value_info(value.name, kind, shape))
+    read = {n for node in graph.node for n in bodies.reads(node)}
+    made = {n for node in graph.node for n in node.output} | {v.name for v in graph.input}
+    for tensor in proto.graph.initializer:
+        if tensor.name in read and int(np.prod(tensor.dims)) <= SMALL:
+            copy.graph.initializer.append(tensor)
+            made.add(tensor.name)
+    for name in sorted(read - made):
+        kind = int(onnx.helper.np_dtype_to_tensor_dtype(dtypes[name])) if name in dtypes else 0
+        copy.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shapes.get(name)))
+    copy.graph.output.extend(onnx.ValueInfoProto(name=v.name, type=v.type) for v in graph.output)
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    found, types = tensor_types(_inferred(copy, proto))
+    shapes.update(found)
+    dtypes.update(types)
+    inside, kinds, _ = _follow(proto, protos, nodes, shapes, dtypes)
+    shapes.update(inside)
+    dtypes.update(kinds)
+
+
 def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: ModelProto) -> None:
     """For shapes it is the product of its first input with a matrix."""
     attrs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
@@ -116,10 +232,10 @@ def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: Mod
     del node.attribute[:], node.input[2:], node.output[1:]
 
 
-def tensor_types(graph: GraphProto) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype[Any]]]:
+def tensor_types(graph: GraphProto) -> tuple[Shapes, Types]:
     """(shapes, types) of the tensors of an inferred graph, as far as they are known."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, np.dtype[Any]] = {}
+    shapes: Shapes = {}
+    dtypes: Types = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         if not value.type.HasField("tensor_type"):
             continue

@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 from onnx import ValueInfoProto, helper
 
+from .bodies import reads
 from .data import Samples
-from .model import reads
 from .records import Array, Model
 from .runtime import Session
 

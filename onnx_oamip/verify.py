@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
 from .calibrate import Progress
 from .data import Samples
@@ -22,6 +21,8 @@ from .ops import lookup
 from .records import Array, Floats, Ints, Model, Port, Verification
 from .runtime import Session
 from .shapes import symbol
+from .weights import array, checkable, references
+from .weights import tensor as stored
 
 TOLERANCE = 1e-4
 """Largest difference between pruned and masked outputs, relative to the output's scale (float32)."""
@@ -65,7 +66,7 @@ class _Measured:
 def structure(proto: onnx.ModelProto) -> None:
     """Gate 1: valid ONNX with consistent shapes. Raises GateFailed."""
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(checkable(proto), full_check=True)
     except Exception as error:  # the checker raises several types
         text = str(error).strip().splitlines()[0][:300]
         raise GateFailed(f"the pruned model fails the ONNX checker: {text}.") from error
@@ -122,12 +123,13 @@ def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     rng = np.random.default_rng(seed)
     result = onnx.ModelProto()
     result.CopyFrom(proto)
+    aside = bool(references(proto))
     for tensor in result.graph.initializer:
         if tensor.name in weights:
-            value = numpy_helper.to_array(tensor)
+            value = array(tensor)
             step = float(np.finfo(value.dtype).eps) * rng.choice(np.asarray([-1, 1], np.int8), value.shape)
             moved = (value.astype(np.float64) * (1 + step)).astype(value.dtype)
-            tensor.CopyFrom(numpy_helper.from_array(np.where(np.isfinite(moved), moved, value), tensor.name))
+            tensor.CopyFrom(stored(np.where(np.isfinite(moved), moved, value), tensor.name, aside))
     return result
 
 

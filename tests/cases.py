@@ -1460,8 +1460,8 @@ case(
         >
         y = MatMul(o, w3)
     }""",
-    units=6,
-    pinned="If",
+    units=14,
+    pinned="graph output",
 )
 case(
     "if-reads-an-outer-weight",
@@ -1478,7 +1478,7 @@ case(
         >
     }""",
     units=6,
-    pinned="If",
+    pinned="graph output",
 )
 case(
     "initialisers-as-inputs",
@@ -1579,6 +1579,7 @@ def _without_names() -> ModelProto:
 CASES.append(OpCase("shared-reshape-target", ("Reshape",), _without_names, units=16, opset=13))
 
 import cases_attention  # noqa: E402, F401 (each adds its cases)
+import cases_bodies  # noqa: E402, F401
 import cases_einsum  # noqa: E402, F401
 import cases_quantized  # noqa: E402, F401
 import cases_recurrent  # noqa: E402, F401

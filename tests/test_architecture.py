@@ -19,9 +19,9 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("errors", "records", "plain", "versions"),
     ("ops", "milp", "settings"),
     (
-        "runtime", "sizes", "shapes", "folding", "model", "coupling", "restoring", "cost", "pictures", "parquet",
-        "data", "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram", "latency", "output",
-        "artefacts", "checkpoint", "images", "solvers", "region", "formulation", "solving",
+        "weights", "runtime", "bodies", "sizes", "shapes", "folding", "model", "coupling", "restoring", "cost",
+        "pictures", "parquet", "data", "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram",
+        "latency", "output", "artefacts", "checkpoint", "images", "solvers", "region", "formulation", "solving",
     ),
     ("importance",),
     ("budget", "allocation", "planfile"),

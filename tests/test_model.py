@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graphs import build, distance, feed, keep_one, load
+from graphs import assert_exact, build, distance, feed, keep_one, load
 from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper, parser
 
 from onnx_oamip import model as models
@@ -372,3 +372,69 @@ def test_quantised_weights_stay_quantised(tmp_path: Path) -> None:
     model = load(proto, tmp_path)
     assert [n.op for n in model.nodes] == ["DequantizeLinear", "MatMul"]
     assert model.constants["codes"].dtype == np.int8
+
+
+# ------------------------------------------------------------------------------------------ precisions and opsets
+
+
+def _exact_after_loading(proto: ModelProto, folder: Path, units: int, tolerance: float) -> Model:
+    model = load(proto, folder)
+    values = feed(model, 1, 2)
+    apart = distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values))
+    assert apart <= tolerance
+    coupling = couple(model)
+    assert coupling.n_units == units, coupling.pinned
+    assert_exact(model, coupling, keep_one(coupling, np.random.default_rng(0)), tolerance, (1, 2))
+    return model
+
+
+def test_half_precision_inside_single_precision(tmp_path: Path) -> None:
+    proto = build(
+        """(float[N,3,6,6] x) => (float[N,4] y)
+        <float16[8,3,3,3] w1, float16[8] b1, float16[128,10] w2, float[10,4] w3> {
+            half = Cast<to = 10>(x)
+            c = Conv(half, w1, b1)
+            h = Relu(c)
+            f = Flatten(h)
+            m = MatMul(f, w2)
+            whole = Cast<to = 1>(m)
+            y = MatMul(whole, w3)
+        }"""
+    )
+    model = _exact_after_loading(proto, tmp_path, 18, 2e-2)
+    kinds = {n: model.dtypes[n].name for n in ("w1", "b1", "w2", "w3")}
+    assert kinds == {"w1": "float16", "b1": "float16", "w2": "float16", "w3": "float32"}
+
+
+def test_bfloat16_weights(tmp_path: Path) -> None:
+    """Stored in half the bytes and used in single precision."""
+    proto = build(
+        """(float[N,5] x) => (float[N,3] y) <bfloat16[5,8] w1, bfloat16[8,3] w2> {
+            v1 = Cast<to = 1>(w1)
+            a = MatMul(x, v1)
+            h = Relu(a)
+            v2 = Cast<to = 1>(w2)
+            y = MatMul(h, v2)
+        }"""
+    )
+    _exact_after_loading(proto, tmp_path, 8, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float", "double"])
+def test_constant_nodes_as_weights(tmp_path: Path, kind: str) -> None:
+    proto = build(f"({kind}[N,5] x) => ({kind}[N,3] y) <{kind}[5,8] w1, {kind}[8] b1, {kind}[8,3] w2> {{ "
+                  "a = MatMul(x, w1)  c = Add(a, b1)  h = Relu(c)  y = MatMul(h, w2) }")  # fmt: skip
+    for tensor in list(proto.graph.initializer):
+        proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+    del proto.graph.initializer[:]
+    model = _exact_after_loading(proto, tmp_path, 8, 2e-2 if kind == "float16" else 1e-5)
+    assert set(model.constants) == {"w1", "b1", "w2"}
+    assert model.constants["w1"].dtype == model.inputs[0].dtype
+
+
+@pytest.mark.parametrize("opset", range(9, min(onnx.defs.onnx_opset_version(), 24) + 1))
+def test_every_opset(tmp_path: Path, opset: int) -> None:
+    proto = build(NET, opset=opset, ir=3 if opset == 9 else 8, weights_as_inputs=opset == 9)
+    model = _exact_after_loading(proto, tmp_path, 8, 1e-5)
+    assert {o.domain: o.version for o in model.proto.opset_import}[""] == opset
+    assert {n.version for n in model.nodes} == {opset}

@@ -14,7 +14,7 @@ import pytest
 from graphs import NETS, build, constants, load
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip import compare, cost, output, pipeline, prune, rewrite
+from onnx_oamip import compare, cost, output, pipeline, prune, rewrite, weights
 from onnx_oamip import model as models
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import BudgetNotMet, DataError, GateFailed, OutputError, SettingsError
@@ -440,7 +440,8 @@ def test_a_write_that_fails_leaves_the_old_file(task: Path, monkeypatch: pytest.
 
 
 def test_large_models_keep_their_weights_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output, "LARGE", 1000)
+    monkeypatch.setattr(weights, "LARGE", 1000)
+    monkeypatch.setattr(weights, "LEAST", 100)
     proto = build(TEXT)
     digest, size = output.write(proto, tmp_path / "large.onnx")
     files = sorted(p.name for p in tmp_path.iterdir())

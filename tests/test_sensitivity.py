@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from scipy.linalg import lstsq
 from scipy.special import rel_entr, softmax
 
-from onnx_oamip import calibrate, data, gram, refit, rewrite, sensitivity
+from onnx_oamip import bodies, calibrate, data, gram, refit, rewrite, sensitivity
 from onnx_oamip.affine import matrix, site, unmatrix
 from onnx_oamip.coupling import couple
 from onnx_oamip.images import Head, head
@@ -141,8 +141,8 @@ def by_hand(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: 
     removed = [place_of[u] for u in gone.tolist()]
     before: dict[str, list[NodeProto]] = {}
     behind: dict[str, NodeProto] = {}
-    nodes = {n.name: n for n in proto.graph.node}
-    for i, consumer in enumerate(coupling.consumers):
+    nodes = {n.name: n for n in bodies.nodes(proto.graph)}
+    for i, consumer in enumerate((*coupling.consumers, *coupling.inside)):
         labels = coupling.axes[consumer.data, consumer.axis]
         if not np.isin(labels, gone).any():
             continue
@@ -189,13 +189,10 @@ def by_hand(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: 
         proto.graph.initializer.append(numpy_helper.from_array(bias, f"shift{i}"))
         behind[node.name] = helper.make_node("Add", [f"inner{i}", f"shift{i}"], [node.output[0]], f"add{i}")
         node.output[0] = f"inner{i}"
-    ordered = [
-        NodeProto.FromString(part.SerializeToString())
-        for node in proto.graph.node
-        for part in (*before.get(node.name, ()), node, *([behind[node.name]] if node.name in behind else []))
-    ]
-    del proto.graph.node[:]
-    proto.graph.node.extend(ordered)
+    def around(node: NodeProto) -> list[NodeProto]:
+        return [*before.get(node.name, ()), node, *([behind[node.name]] if node.name in behind else [])]
+
+    bodies.insert(proto.graph, around)
     return proto
 
 

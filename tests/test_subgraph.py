@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
 from onnx_oamip import data, subgraph
-from onnx_oamip.model import reads
+from onnx_oamip.bodies import reads
 from onnx_oamip.records import Array, Model
 from onnx_oamip.runtime import Session
 from onnx_oamip.subgraph import Frontier, Slicer, affordable, element_types

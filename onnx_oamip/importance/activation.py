@@ -2,6 +2,7 @@
 
 For a consumer ``y = sum_c W_c x_c`` the share of channel c is ``E[x_c^2] ||W_c||^2`` over the sum of all channels; a
 unit collects the shares of its channels in all its consumers. Shares make consumers of different scale comparable.
+Inside the bodies of If, Loop and Scan nothing is measured: all channels count there as equally strong.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     """Shares of output energy per unit, summed over consumers."""
     assert statistics is not None
     total = np.zeros(coupling.n_units)
-    for consumer in coupling.consumers:
+    for consumer in (*coupling.consumers, *coupling.inside):
         labels = coupling.axes[consumer.data, consumer.axis]
-        energy = statistics.moments[consumer.data, consumer.axis].mean_square * meeting(model, consumer, statistics)
+        known = statistics.moments.get((consumer.data, consumer.axis))
+        energy = meeting(model, consumer, statistics)
+        if known is not None:  # inside a body nothing is measured, and the weights have to do
+            energy = known.mean_square * energy
         whole = energy.sum()
         if whole > 0:
             free = labels >= 0
@@ -32,7 +36,8 @@ def meeting(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:
     if consumer.weight is None:
         return np.ones(channels)
     if consumer.weight not in model.constants:
-        return statistics.moments[consumer.weight, consumer.weight_axis].mean_square
+        known = statistics.moments.get((consumer.weight, consumer.weight_axis))
+        return np.ones(channels) if known is None else known.mean_square
     weight, axis, groups = model.constants[consumer.weight], consumer.weight_axis, consumer.groups
     if groups > 1 and weight.shape[axis] != channels:
         # (outputs, channels per group, ...): channel j of group i meets the rows of group i only.

@@ -38,7 +38,7 @@ def _sums(model: Model, coupling: Coupling, power: int) -> Floats:
 def linear_weights(model: Model) -> list[str]:
     """Constants of rank 2 and more that linear operators read, once each, in graph order."""
     names: dict[str, None] = {}
-    for node in model.nodes:
+    for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if spec is not None and spec.linear:
             names.update((n, None) for n in node.inputs[:2] if n in model.constants and model.constants[n].ndim > 1)

@@ -6,8 +6,12 @@ an entry without a case.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
+from ..records import Model, Node
 from . import (
     attention,
+    control,
     einsum,
     elementwise,
     lengths,
@@ -38,6 +42,7 @@ REGISTRY: tuple[OpSpec, ...] = (
     *movement.SPECS,
     *lengths.SPECS,
     *tabular.SPECS,
+    *control.SPECS,
 )
 
 
@@ -63,7 +68,23 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
     return None
 
 
+def followed(node: Node) -> bool:
+    """Whether channels are followed into the bodies of a node."""
+    spec = lookup(node.domain, node.op, node.version)
+    return spec is not None and spec.flow is not None
+
+
+def readers(model: Model) -> dict[str, list[Node]]:
+    """Who reads a tensor. Where bodies are followed, the nodes in them read, and the node itself what they give."""
+    found: dict[str, list[Node]] = defaultdict(list)
+    for node in model.every:
+        given = [n for body in node.bodies.values() for n in body.outputs] if followed(node) else node.captures
+        for name in (*node.inputs, *given):
+            found[name].append(node)
+    return found
+
+
 __all__ = [
-    "REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "MatrixRule", "OpSpec", "Refused", "Terms", "Total", "lookup",
-    "opaque", "taps", "weight_axis",
+    "REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "MatrixRule", "OpSpec", "Refused", "Terms", "Total",
+    "followed", "lookup", "opaque", "readers", "taps", "weight_axis",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
-from ..records import Array, Axis, Bools, Ints, Node
+from ..records import Array, Axis, Body, Bools, Ints, Node
 
 LabelAxis = Ints | None
 """The labels of every index along one axis, or None where the axis is not tracked and can never shrink."""
@@ -76,6 +76,10 @@ class Labels(Protocol):
         """Labels of an output; ``why`` explains untracked axes (default: as the node's first input)."""
         ...
 
+    def enter(self, body: Body) -> None:
+        """Follow the nodes of a body whose inputs have their labels."""
+        ...
+
     def choice(self, node: Node, default: int) -> int:
         """Which side of an ambiguous split stays free: a position chosen by the search, or ``default``."""
         ...
@@ -135,6 +139,21 @@ class Edit:
     scale: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How tensors pass between a node and its bodies.
+
+    ``joins``: (either of two, which output of the node it is); ``enters``: (first value, value of the step before),
+    which input of the body it is; ``slices``: (outer tensor, input of the body, axis along which it is taken apart);
+    ``stacks``: (output of the body, output of the node, new axis).
+    """
+
+    joins: tuple[tuple[tuple[str, str], str], ...] = ()
+    enters: tuple[tuple[tuple[str, str], str], ...] = ()
+    slices: tuple[tuple[str, str, int], ...] = ()
+    stacks: tuple[tuple[str, str, int], ...] = ()
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 ChannelRule = Callable[[Node, Labels], None]
 RepairRule = Callable[[Node, Cuts], Edit]
@@ -172,6 +191,8 @@ class OpSpec:
     """The first output holds the elements of the first input, in the same or another order, and nothing else."""
     zero: ZeroRule | None = None
     """For quantised operators. Slot 0 is the data of an operator that works element by element."""
+    flow: Callable[[Node], Flow] | None = None
+    """For nodes with bodies that are followed: what passes in and out."""
     domain: str = ""
     since: int = 1
     until: int | None = None

@@ -19,6 +19,7 @@ STUDIES = (
     "importance",
     "decoupled",
     "storage",
+    "large",
 )
 """One module each, with a function ``run(out, seed, models)``."""
 
