@@ -164,7 +164,7 @@ def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
     proto = onnx.inliner.inline_local_functions(source) if source.functions else source
-    graph = gs.import_onnx(_constants_as_tensors(proto))
+    graph = gs.import_onnx(_constants_as_tensors(_dense(proto)))
     graph.toposort(recurse_subgraphs=False)
     graph.fold_constants(
         fold_shapes=False, recurse_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
@@ -180,6 +180,24 @@ def _normalise(source: ModelProto) -> ModelProto:
     result: ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, source)
     _fix_shapes(result)
+    return result
+
+
+def _dense(proto: ModelProto) -> ModelProto:
+    """Constants that are stored sparsely written out, zeros and all."""
+    if not proto.graph.sparse_initializer:
+        return proto
+    result = ModelProto()
+    result.CopyFrom(proto)
+    for sparse in proto.graph.sparse_initializer:
+        values, index = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        full = np.zeros(tuple(sparse.dims), values.dtype)
+        if index.ndim == 2:
+            full[tuple(index.T)] = values
+        else:
+            full.reshape(-1)[index] = values
+        result.graph.initializer.append(numpy_helper.from_array(full, sparse.values.name))
+    del result.graph.sparse_initializer[:]
     return result
 
 
@@ -226,7 +244,7 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
         mine.extend(theirs)
     used = {o.domain for o in proto.opset_import}
     proto.opset_import.extend(o for o in source.opset_import if o.domain not in used)
-    constants = {t.name for t in source.graph.initializer}
+    constants = {t.name for t in source.graph.initializer} | {t.values.name for t in source.graph.sparse_initializer}
     declared = {v.name: v for v in (*source.graph.input, *source.graph.output)}
     for values in (proto.graph.input, proto.graph.output):
         for value in values:

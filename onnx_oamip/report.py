@@ -10,6 +10,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import PurePath
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ from .cost import full_widths, ledger
 from .latency import Timing
 from .ops import REGISTRY
 from .planfile import Planned
-from .records import Budget, Cost, Coupling, Fit, Floats, Model, Port, Report, Verification
+from .records import Budget, Connections, Cost, Coupling, Fit, Floats, Model, Port, Report, Verification
 from .solvers import SolverRecord
 
 SCHEMA_VERSION = 1
@@ -60,6 +61,7 @@ def document(report: Report) -> Document:
         "allocation": report.plan.allocation,
         "programs": [*(report.scores.programs if report.scores else ()), *report.plan.programs],
         "fits": [_fit(fit) for fit in report.fits],
+        "connections": None if report.connections is None else _connections(report.connections),
         "verification": _verification(report.verification),
         "notes": _distinct([*report.notes, *report.plan.notes]),
         "timings": report.timings,
@@ -336,6 +338,11 @@ def _verification(verification: Verification) -> Document:
         "samples": verification.samples,
         "failures": verification.failures,
     }
+
+
+def _connections(found: Connections) -> Document:
+    sizes = {"total": found.total, "kept": found.kept, "compression": found.total / max(found.kept, 1)}
+    return {**sizes, **asdict(found)}
 
 
 def _fit(fit: Fit) -> Document:
