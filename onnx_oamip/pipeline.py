@@ -78,7 +78,7 @@ def _thin(
     """:func:`prune` by connections: the same network with zeros (see ``connections``)."""
     target, keep_map = targets
     if keep_map is not None:
-        raise SettingsError("a keep-map tells which units stay; --granularity connection removes none, so leave it out.")
+        raise SettingsError("a keep-map is about units, and --granularity connection removes none; leave it out.")
     device = resolve_device(settings.device)
     model, coupling, samples, held = preparing.load(path, source, eval_data, settings, clock)
     assert held is not None
