@@ -241,6 +241,16 @@ class Editor:
                 return None
         return none + value.reshape(-1)
 
+    def whole_bias(self, site: Site) -> Floats | None:
+        """As :meth:`bias`, with the constant that is added right behind a product: all that ``add_bias`` adds to."""
+        node = self.nodes[site.node.name]
+        none = self.bias(site)
+        if node.op_type not in PRODUCTS or none is None or site.slot != 0:
+            return none
+        found = self._following_add(node)
+        old = None if found is None else self.constant(found[0].input[found[1]])
+        return none if old is None or old.shape != none.shape else old.astype(np.float64)
+
     def add_bias(self, site: Site, delta: Floats) -> bool:
         """Add ``delta`` (outputs,) to what the node puts out; makes a bias where there is none.
 

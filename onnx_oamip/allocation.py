@@ -76,6 +76,9 @@ def allocate(
     if settings.threshold is not None:
         above = np.bincount(coupling.unit_group[scores.values >= settings.threshold], minlength=len(full))
         ceiling = np.maximum(_snap(above, step, full), floor)
+    if settings.alpha is not None:  # its rules give what must go a score of 0; nothing else goes for a step's sake
+        wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
+        ceiling = np.minimum(ceiling, np.clip(-(-wanted // step) * step, floor, full))
 
     def fits(widths: Ints) -> bool:
         return limit.holds(ledger.cost(widths))

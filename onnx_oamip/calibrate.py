@@ -80,16 +80,17 @@ def _instrument(model: Model, sites: list[Axis]) -> onnx.ModelProto:
         axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
         for kind, op, since in (("sum", "ReduceSum", 13), ("square", "ReduceSumSquare", 18)):
             name = f"oamip_{kind}_{i}"
-            graph.node.append(_reduction(graph, op, cast[tensor], name, axes, opset >= since))
+            graph.node.append(reduction(graph, op, cast[tensor], name, axes, opset >= since))
             graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
         graph.node.append(helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}"))
         graph.output.append(helper.make_tensor_value_info(f"oamip_size_{i}", TensorProto.INT64, None))
     return proto
 
 
-def _reduction(
+def reduction(
     graph: onnx.GraphProto, op: str, source: str, name: str, axes: list[int], as_input: bool
 ) -> onnx.NodeProto:
+    """A node that reduces ``source`` over ``axes``, given as an input (and added to the graph) or as an attribute."""
     if not axes:  # a vector: an empty list of axes would mean all of them
         inputs = [source] if op == "ReduceSum" else [source, source]
         return helper.make_node("Identity" if op == "ReduceSum" else "Mul", inputs, [name], name)

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from . import bodies, weights
 from .errors import ModelError, OamipError
@@ -202,6 +202,7 @@ def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
     source = bodies.inline(source)
+    _dense(source)
     _constants_as_tensors(source)
     bodies.flatten(source)
     result = _folded(source)
@@ -252,6 +253,20 @@ def _hold_foldable(proto: ModelProto) -> None:
                     weights.hold(tensors[name])
 
 
+def _dense(proto: ModelProto) -> None:
+    """Constants that are stored sparsely written out, zeros and all."""
+    for graph in bodies.graphs(proto.graph):
+        for sparse in graph.sparse_initializer:
+            values, index = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+            full = np.zeros(tuple(sparse.dims), values.dtype)
+            if index.ndim == 2:
+                full[tuple(index.T)] = values
+            else:
+                full.reshape(-1)[index] = values
+            graph.initializer.append(numpy_helper.from_array(full, sparse.values.name))
+        del graph.sparse_initializer[:]
+
+
 def _constants_as_tensors(proto: ModelProto) -> None:
     """Constant nodes in their short forms (a float, a list of ints) written out as tensors of the right type."""
     short = {"value_float": TensorProto.FLOAT, "value_floats": TensorProto.FLOAT, "value_int": TensorProto.INT64,
@@ -283,7 +298,7 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
         mine.extend(theirs)
     used = {o.domain for o in proto.opset_import}
     proto.opset_import.extend(o for o in source.opset_import if o.domain not in used)
-    constants = {t.name for t in source.graph.initializer}
+    constants = {t.name for t in source.graph.initializer} | {t.values.name for t in source.graph.sparse_initializer}
     declared = {v.name: v for v in (*source.graph.input, *source.graph.output)}
     for values in (proto.graph.input, proto.graph.output):
         for value in values:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from . import artefacts, calibrate, checkpoint, data, planfile, rewrite, search, verify
+from . import artefacts, calibrate, checkpoint, connections, cost, data, iterations, planfile, rewrite, search, verify
 from . import model as models
 from . import prepare as preparing
 from .artefacts import Scored
-from .errors import GateFailed, ModelError
+from .errors import GateFailed, ModelError, SettingsError
 from .latency import compare_latency
 from .output import check_output, write
 from .planfile import Planned
@@ -24,6 +24,7 @@ from .records import Budget, Cost, Report, Scores, Verification
 from .runtime import Session, resolve_device
 from .search import Attempt, Prepared, Subject
 from .settings import Settings
+from .thinning import Opened
 
 File = str | os.PathLike[str]
 PROOF_SAMPLES = 64
@@ -54,13 +55,59 @@ def prune(
     clock = Clock()
     preparing.check(settings, source, scores is not None)
     targets = _targets(path, output, keep_map, (source, eval_data, scores))
+    if settings.granularity == "connection":
+        return _thin(path, source, targets, settings, eval_data, progress, clock)
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
     with clock("plan and refit"):
-        result = search.search(ready, progress)
+        ready, result = iterations.approach(ready, progress)
     meets(settings.budget, ready.before, result.after)
     asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
     found = _finish(ready, result, targets, clock, progress, settings.budget, ready.scores, asked, remarks(ready))
     return replace(found, curves=ready.curves, tried=result.tried)
+
+
+def _thin(
+    path: str | os.PathLike[str],
+    source: Source | None,
+    targets: tuple[Path | None, Path | None],
+    settings: Settings,
+    eval_data: Source | None,
+    progress: calibrate.Progress | None,
+    clock: Clock,
+) -> Report:
+    """:func:`prune` by connections: the same network with zeros (see ``connections``)."""
+    target, keep_map = targets
+    if keep_map is not None:
+        raise SettingsError("a keep-map is about units, and --granularity connection removes none; leave it out.")
+    device = resolve_device(settings.device)
+    model, coupling, samples, held = preparing.load(path, source, eval_data, settings, clock)
+    assert held is not None
+    with clock("connections"):
+        found = connections.prune(Opened(model, coupling, samples, held, device, settings), progress)
+    before, after = cost.count(model), cost.count(models.from_proto(found.dense, model.bindings))
+    before, sha256 = replace(before, bytes=model.file_bytes), None
+    after = replace(after, bytes=found.proto.ByteSize())
+    if target is not None:
+        with clock("write"):
+            sha256, size = write(found.proto, target)
+            after = replace(after, bytes=size)
+    return Report(
+        model=model,
+        output=None if target is None else str(target),
+        output_sha256=sha256,
+        before=before,
+        after=after,
+        budget=settings.budget,
+        coupling=coupling,
+        scores=found.scores,
+        plan=found.plan,
+        verification=found.verification,
+        timings=clock.seconds,
+        settings={**settings.model_dump(mode="json"), "device": device, "scores": None, "steps": []},
+        notes=found.notes,
+        fits=found.fits,
+        connections=found.connections,
+    )
 
 
 def score(
@@ -104,6 +151,8 @@ def plan(
     Raises OamipError as :func:`prune` does, where no plan meets the budget or something that was given is wrong.
     """
     clock = Clock()
+    if settings.granularity == "connection" or settings.iterations > 1:
+        raise SettingsError("a plan is made in one go and of units; connections and iterations need prune.")
     preparing.check(settings, source, scores is not None)
     target = None if output is None else check_output(path, output, (source, eval_data, scores))
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)

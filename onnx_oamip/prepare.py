@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache as once
 from typing import Any
 
-from . import allocation, artefacts, cache, calibrate, cost, data, scoring, search, sensitivity
+from . import allocation, artefacts, cache, calibrate, connections, cost, data, iterations, scoring, search, sensitivity
 from . import model as models
 from .coupling import couple, exclude
 from .data import Samples
@@ -86,7 +86,7 @@ def prepare(
     @once
     def statistics() -> Statistics:
         assert source is not None
-        grams = settings.allocate == "mip" or (given is None and method.needs_grams)
+        grams = iterations.programmed(settings) or (given is None and method.needs_grams)
         with clock("calibrate"):
             return scoring.statistics(model, coupling, samples, device, settings, grams, progress, store, known)
 
@@ -101,7 +101,7 @@ def prepare(
         )
         ladder = None
         losses: tuple[Sensitivity, ...] = ()
-        if settings.allocate == "mip":
+        if iterations.programmed(settings):
             order = scoring.order(found, coupling)
             feeds = [feed for _, feed in scoring.parts(samples)[1].batches(settings.batch_size)]
             losses = store.keep(
@@ -221,16 +221,19 @@ def named(settings: Settings) -> Method:
 def check(settings: Settings, source: Source | None, scored: bool = False) -> Method:
     """Settings that contradict each other or the data, before any work; ``scored``: there are scores already."""
     method = named(settings)
-    if settings.budget == Budget():
+    if settings.granularity == "connection":
+        connections.check(settings, scored)
+    elif settings.budget == Budget() and settings.alpha is None:
         raise SettingsError(
             "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
         )
+    iterations.check(settings, scored)
     if settings.latency is not None and settings.allocate != "mip":
         raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
     if source is None:
         asks = {
             f"--importance {settings.importance}": method.needs_data and not scored,
-            f"--allocate {settings.allocate}": settings.allocate == "mip",
+            f"--allocate {settings.allocate}": iterations.programmed(settings),
             "--max-drop": settings.max_drop is not None,
             "--latency": settings.latency is not None,
             f"--refit {settings.refit}": settings.refit != "none",
@@ -254,7 +257,8 @@ def load(
         model = models.rebind(model, samples.bindings(model))
     with clock("couple"):
         coupling = exclude(model, couple(model), settings.exclude)
-        _something_free(model, coupling)
+        if settings.granularity == "unit":
+            _something_free(model, coupling)
     return model, coupling, samples, held
 
 

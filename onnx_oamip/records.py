@@ -224,10 +224,25 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Signal:
+    """Absolute signal (``signals.collect``): how much of it every channel brings to what reads it.
+
+    ``means``: axis -> (C,) mean of |x| over samples and positions; 0 where a channel never says anything.
+    ``kernels``: convolution -> (groups, outputs, inputs) mean over samples of the Frobenius norm of one kernel's
+    absolute map, where it was asked for. ``joins``: sum of two branches -> (its channel axis, norms (2, C) of the
+    branches' mean absolute maps).
+    """
+
+    means: Mapping[Axis, Floats]
+    kernels: Mapping[str, Floats]
+    joins: Mapping[str, tuple[int, Floats]]
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What one pass over the calibration data collected: moments per consumed axis, Gram matrices per linear node.
 
-    ``images``: a few chosen samples with their activations, where the method asks for them.
+    ``images``: a few chosen samples with their activations; ``signal``: absolute signal; where the method asks.
     """
 
     moments: Mapping[Axis, Moments]
@@ -236,6 +251,7 @@ class Statistics:
     seconds: float
     grams: Mapping[str, Gram] = field(default_factory=dict)
     images: Images | None = None
+    signal: Signal | None = None
 
 
 @dataclass(frozen=True)
@@ -383,6 +399,45 @@ class Frontier:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LayerConnections:
+    """Weights and biases of one layer that are not zero, before (``total``) and after (``kept``)."""
+
+    node: str
+    total: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of scoring, pruning and refitting, and what was left after it.
+
+    ``alpha``: the share of signal that every unit kept, or where connections are ranked all together, of those left.
+    """
+
+    alpha: float
+    kept: int
+
+
+@dataclass(frozen=True)
+class Connections:
+    """What was pruned connection by connection; ``sparse``: zeros are not stored."""
+
+    layers: tuple[LayerConnections, ...]
+    rounds: tuple[Round, ...]
+    sparse: bool
+
+    @property
+    def total(self) -> int:
+        """Weights and biases of all layers."""
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        """Those that are not zero."""
+        return sum(layer.kept for layer in self.layers)
+
+
 @dataclass(frozen=True)
 class Report:
     """All of it; ``report.document`` turns it into the JSON of the command line. A plan from a file has no scores.
@@ -407,3 +462,4 @@ class Report:
     fits: tuple[Fit, ...] = ()
     curves: tuple[Sensitivity, ...] = ()
     tried: tuple[Trial, ...] = ()
+    connections: Connections | None = None

@@ -106,7 +106,7 @@ def least_squares(
     feeds, used = affordable(model, samples, batch_size)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
-    targets = _targets(model, places, feeds, types, device, rng, cap)
+    targets = collect_targets(model, places, feeds, types, device, rng, cap)
     frontier = Frontier(proto, feeds, types, device)
     fits: list[Fit] = []
     if used < samples.usable():
@@ -157,7 +157,7 @@ def _bodies(model: Model, coupling: Coupling, units: Bools) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """What the original node gave at sampled rows, per feed: output shape, row numbers, values (rows, outputs).
 
     ``inputs`` (rows, channels, taps) is kept only where the node is too wide for a Gram matrix of its own; ``joined``
@@ -172,7 +172,7 @@ class _Target:
     joined: tuple[Array, ...]
 
 
-def _targets(
+def collect_targets(
     model: Model,
     places: Sequence[Site],
     feeds: list[dict[str, Array]],
@@ -180,8 +180,8 @@ def _targets(
     device: str,
     rng: np.random.Generator,
     cap: int,
-) -> dict[str, _Target]:
-    """One walk through the original model: outputs of every node to be refitted, at sampled rows."""
+) -> dict[str, Target]:
+    """One walk through the original model, by node name: outputs of every node to be refitted, at sampled rows."""
     frontier = Frontier(model.proto, feeds, types, device)
     slicer = Slicer(model.proto)
     waiting = {place.node.name for place in places}
@@ -208,7 +208,7 @@ def _targets(
             data_rows(place, x, r, shape).astype(np.float32) for x, r, shape in zip(data, rows, shapes, strict=False)
         )
         joined = tuple(output_rows(place, t, r).astype(np.float32) for t, r in zip(others, rows, strict=False))
-        result[place.node.name] = _Target(shapes, rows, values, inputs, joint, joined)
+        result[place.node.name] = Target(shapes, rows, values, inputs, joint, joined)
     return result
 
 
@@ -219,7 +219,7 @@ def _refit(
     editor: Editor,
     place: Site,
     frontier: Frontier,
-    target: _Target,
+    target: Target,
 ) -> tuple[Fit | None, str]:
     node = editor.nodes[place.node.name]
     current = editor.constant(node.input[place.weight_slot])
@@ -276,7 +276,7 @@ def _refit(
 
 
 def _mixing(
-    model: Model, coupling: Coupling, units: Bools, place: Site, target: _Target, x: Floats, w0: Floats
+    model: Model, coupling: Coupling, units: Bools, place: Site, target: Target, x: Floats, w0: Floats
 ) -> Solve | None:
     """Removed channels are expressed by kept ones (a channels x channels Gram only), for nodes that are very wide.
 

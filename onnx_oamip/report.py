@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,7 +20,20 @@ from .latency import Timing
 from .ops import REGISTRY
 from .plain import plain_document
 from .planfile import Planned
-from .records import Budget, Cost, Coupling, Fit, Floats, Frontier, Model, Point, Port, Report, Verification
+from .records import (
+    Budget,
+    Connections,
+    Cost,
+    Coupling,
+    Fit,
+    Floats,
+    Frontier,
+    Model,
+    Point,
+    Port,
+    Report,
+    Verification,
+)
 from .solvers import SolverRecord
 from .versions import versions
 
@@ -58,6 +72,7 @@ def document(report: Report) -> Document:
         "fits": [_fit(fit) for fit in report.fits],
         "curves": [{"widths": curve.widths, "losses": curve.loss} for curve in report.curves],
         "tried": [{"asked": t.asked, "macs": t.macs, "lost": t.lost} for t in report.tried],
+        "connections": None if report.connections is None else _connections(report.connections),
         "verification": _verification(report.verification),
         "notes": _distinct([*report.notes, *report.plan.notes]),
         "timings": report.timings,
@@ -347,6 +362,11 @@ def _point(point: Point, before: Cost) -> Document:
         "sha256": point.sha256,
         "reason": point.reason,
     }
+
+
+def _connections(found: Connections) -> Document:
+    sizes = {"total": found.total, "kept": found.kept, "compression": found.total / max(found.kept, 1)}
+    return {**sizes, **asdict(found)}
 
 
 def _fit(fit: Fit) -> Document:

@@ -6,7 +6,7 @@ strength |D|^2``. Sums are in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -21,12 +21,12 @@ Solve = Callable[[int, float], Floats]
 
 
 def best(
-    x: Floats, residual: Floats, split: int, solve: Solve | None
+    x: Floats, residual: Floats, split: int, solve: Solve | None, ridges: Sequence[float] = RIDGES
 ) -> tuple[Floats | None, Floats, float | None, tuple[float, float]]:
     """Change, bias shift, ridge and the held-out errors before and after, for the strength that does best held out.
 
     Rows from ``split`` on are held out. The candidates include no change at all and a change of the bias alone. The
-    winner is solved again on all rows.
+    winner is solved again on all rows. ``ridges`` are searched downhill from the middle.
     """
     rows = x.shape[1]
     means = {n: (x[:, :n].mean(axis=1), residual[:, :n].mean(axis=1)) for n in (split, rows)}
@@ -49,15 +49,15 @@ def best(
 
         def attempt(i: int) -> float:
             if i not in tried:
-                change = solve(split, RIDGES[i])
+                change = solve(split, ridges[i])
                 tried[i] = error(change, shift_of(change, split))
             return tried[i]
 
-        at = len(RIDGES) // 2
+        at = len(ridges) // 2
         for step in (-1, 1):
-            while 0 <= at + step < len(RIDGES) and attempt(at + step) < attempt(at):
+            while 0 <= at + step < len(ridges) and attempt(at + step) < attempt(at):
                 at += step
-        best = min(best, (attempt(at), RIDGES[at]), key=lambda found: found[0])
+        best = min(best, (attempt(at), ridges[at]), key=lambda found: found[0])
     final = None if best[1] is None or solve is None else solve(rows, best[1])
     return final, shift_of(final, rows), best[1], (before, min(best[0], before))
 
@@ -68,9 +68,16 @@ def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
     The Gram matrix of all rows is that of the leading ``split`` plus that of the rest: every row is multiplied once.
     With fewer rows than unknowns the dual form is solved, ``X' (X X' + ridge I)^-1 R``: the same solution.
     """
-    _, rows, unknowns = x.shape
-    if rows < unknowns:
+    if x.shape[1] < x.shape[2]:
         return _dual(x, residual)
+    normal = normal_equations(x, residual, split)
+    return lambda count, ridge: solve_ridge(*normal[count], ridge)
+
+
+def normal_equations(x: Floats, residual: Floats, split: int) -> dict[int, tuple[Floats, Floats]]:
+    """Centred Gram matrices (groups, d, d) and right sides (groups, d, outputs) of the leading ``split`` rows and of
+    all, by their number."""
+    _, rows, unknowns = x.shape
     near = x[:, :split].mean(axis=1, keepdims=True)  # of about the right place: no digits are lost in the sums
     gram = np.zeros((len(x), unknowns, unknowns))
     right = np.zeros((len(x), unknowns, residual.shape[2]))
@@ -85,7 +92,7 @@ def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
             right - last * mean.transpose(0, 2, 1) @ residual[:, :last].mean(axis=1, keepdims=True),
         )
 
-    return lambda count, ridge: solve_ridge(*normal[count], ridge)
+    return normal
 
 
 def _dual(x: Floats, residual: Floats) -> Solve:

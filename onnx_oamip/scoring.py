@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cache, calibrate, gram, images, refit, rewrite, sensitivity
+from . import cache, calibrate, gram, images, refit, rewrite, sensitivity, signals
 from .allocation import best_units
 from .cost import full_widths
 from .data import Samples
@@ -39,7 +39,7 @@ def statistics(
     store: cache.Store | None = None,
     known: Mapping[str, Any] | None = None,
 ) -> Statistics:
-    """Moments of all samples, images where the method asks; with ``grams`` second moments of the first samples too.
+    """Moments of all samples, images and signal where the method asks; with ``grams`` second moments of the first.
 
     ``store`` and what the data is ``known`` by: where moments are looked up before they are collected.
     """
@@ -55,6 +55,10 @@ def statistics(
     if METHODS[settings.importance].needs_images and settings.mode != "decoupled":
         few = images.collect(model, samples, device, settings.images_per_class, settings.seed, settings.batch_size)
         found = replace(found, images=few)
+    if METHODS[settings.importance].needs_signal:
+        exact = settings.signal == "paper"
+        heard = signals.collect(model, coupling, samples, device, settings.batch_size, progress, exact)
+        found = replace(found, signal=heard)
     if not grams:
         return found
     fitted, _ = parts(samples)

@@ -17,6 +17,8 @@ class Settings(BaseModel):
     least share of any group; ``time_limit`` (seconds) bounds every solver call; ``cache`` is a folder, auto or off.
     ``image_size`` to ``column`` say how images and tables are read (see ``records.Reading``).
     ``mode`` to ``images_per_class`` are about the importance ``oamip`` alone; ``score_budget`` is a share as well.
+    ``alpha`` (a share of absolute signal to keep) and ``signal`` are about ``nnrelief``; ``sparse`` is about the
+    granularity ``connection``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +36,11 @@ class Settings(BaseModel):
     score_budget: float | None = Field(None, gt=0, le=1)
     relax: bool = False
     images_per_class: int = Field(1, ge=1)
+    alpha: float | None = Field(None, gt=0, le=1)
+    signal: Literal["mean", "paper"] = "mean"
+    granularity: Literal["unit", "connection"] = "unit"
+    iterations: int = Field(1, ge=1)
+    sparse: bool = False
     allocate: Literal["mip", "global", "uniform"] = "mip"
     refit: Literal["least-squares", "bias", "none"] = "least-squares"
     align: int | Literal["auto"] = "auto"

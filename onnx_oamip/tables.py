@@ -38,6 +38,8 @@ def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
     yield _costs(value["before"], value["after"], value["budget"], value["verification"]["latency_ratio"])
     yield from _groups(value["groups"], console)
+    if value["connections"]:
+        yield from _connections(value["connections"], console)
     yield from _reasons(value["skipped"])
     yield from _programs(value["programs"])
     yield from _fits(value["fits"])
@@ -270,6 +272,17 @@ def _costs(
     if budget and latency is not None:
         table.add_row("latency", "", f"{1 / latency:.2f} x as fast", _percent(latency), _percent(budget["latency"], ""))
     return table
+
+
+def _connections(found: Document, console: Console) -> Iterator[RenderableType]:
+    table = _table("layer", ">connections", ">kept", "share kept")
+    whole = {"node": "all layers", "total": found["total"], "kept": found["kept"]}
+    for layer in [*found["layers"][:_ROWS], whole]:
+        share = layer["kept"] / max(layer["total"], 1)
+        table.add_row(_cell(layer["node"]), f"{layer['total']:,}", f"{layer['kept']:,}", _bar(share, console))
+    yield from _limited(table, found["layers"], "layers")
+    rounds = _count(len(found["rounds"]), "round")
+    yield Text(f"{found['compression']:.1f} times fewer connections after {rounds}")
 
 
 def _programs(programs: Sequence[Document]) -> Iterator[RenderableType]:

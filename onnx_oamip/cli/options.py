@@ -168,7 +168,7 @@ time_limit_option = click.option(
 
 
 def importance_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of the importance oamip, for every command that scores."""
+    """The options of the importances oamip and nnrelief, for every command that scores."""
     options = (
         click.option(
             "--mode",
@@ -210,6 +210,21 @@ def importance_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="Of oamip: calibration samples of every class that the program is over, the least certain of those "
             "that the model gets right.",
+        ),
+        click.option(
+            "--alpha",
+            callback=share,
+            metavar="A",
+            help="Of nnrelief: the share of absolute signal that the connections kept must carry into every unit, as "
+            "0.95; units left without a connection go. Says how much goes where no budget does.",
+        ),
+        click.option(
+            "--signal",
+            type=click.Choice(["mean", "paper"]),
+            default="mean",
+            show_default=True,
+            help="Of nnrelief, for convolutions: signal from the mean of every channel, or as published from every "
+            "kernel's own map, which takes longer.",
         ),
     )
     for option in reversed(options):

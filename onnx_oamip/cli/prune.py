@@ -61,6 +61,24 @@ keep_map_option = click.option(
 @report_option
 @budget_options
 @importance_options
+@click.option(
+    "--granularity",
+    type=click.Choice(["unit", "connection"]),
+    default="unit",
+    show_default=True,
+    help="What goes: whole units, so that the model shrinks, or single connections, whose weights become zero in a "
+    "model of the same shape. Connections need --importance nnrelief, and take --alpha, or --params or --max-drop, "
+    "which rank all connections together, but with --allocate uniform find one alpha.",
+)
+@click.option(
+    "--iterations",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Score, prune and refit N times, a counted budget reached in equal factors.",
+)
+@click.option("--sparse", is_flag=True, help="Of connections: store constants that are mostly zero as sparse tensors.")
 @solver_option
 @time_limit_option
 @workers_option
@@ -92,8 +110,8 @@ def prune(
 ) -> None:
     """Write a smaller MODEL to OUT.onnx that meets the budgets, and report what was done.
 
-    At least one of --macs, --params, --size, --latency, --max-drop and --threshold says how much goes. With more than
-    one, all are met. Nothing is written unless every check holds.
+    At least one of --macs, --params, --size, --latency, --max-drop, --threshold and --alpha says how much goes. With
+    more than one, all are met. Nothing is written unless every check holds.
     """
     from .. import pipeline, report
     from ..settings import Settings

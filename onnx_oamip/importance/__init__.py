@@ -16,7 +16,7 @@ from types import MappingProxyType
 from ..errors import EnvironmentMissing, SettingsError
 from ..records import Coupling, Model, Scores, Statistics
 from ..settings import Settings
-from . import activation, magnitude, oamip, obs, random
+from . import activation, magnitude, nnrelief, oamip, obs, random
 
 ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 
@@ -24,7 +24,7 @@ ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 @dataclass(frozen=True, slots=True)
 class Method:
     """``needs_data``: the method reads statistics of a calibration pass; ``needs_grams``: second moments too;
-    ``needs_images``: a few chosen samples with their activations.
+    ``needs_images``: a few chosen samples with their activations; ``needs_signal``: absolute signal.
 
     ``keeps_bias``: the method takes a removed unit to lose its weights and to keep its bias, so that the constant it
     then emits is folded into its consumers where nothing else is refitted.
@@ -36,11 +36,15 @@ class Method:
     needs_grams: bool = False
     needs_images: bool = False
     keeps_bias: bool = False
+    needs_signal: bool = False
 
 
 _METHODS: dict[str, Method] = {
     "obs": Method(obs.score, True, "optimal brain surgeon order: loss after the best repair by the others", True),
     "activation": Method(activation.score, True, "mean square of what consumers receive, times their weights"),
+    "nnrelief": Method(
+        nnrelief.score, True, "share of the absolute signal of what follows (see --alpha)", needs_signal=True
+    ),
     "l2": Method(magnitude.l2, False, "L2 norm of all weights of a unit, producers and consumers"),
     "l1": Method(magnitude.l1, False, "L1 norm of all weights of a unit, producers and consumers"),
     "oamip": Method(

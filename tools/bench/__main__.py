@@ -10,6 +10,7 @@ from . import readme
 
 STUDIES = (
     "budgets",
+    "connections",
     "ablation",
     "speed",
     "coupling",

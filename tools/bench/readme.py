@@ -15,6 +15,9 @@ TEXT = {
     "kept over latency kept; pruning is counted in plain ONNX Runtime passes over the same calibration data.",
     "ablation": "**What each part is worth.** Accuracy at half the MACs by order of removal, allocation of widths and "
     "refit (the last three columns), widths not aligned.",
+    "connections": "**Connections.** Single connections pruned by NNrelief without retraining: how many times fewer, "
+    "and the accuracy in percent. The paper's more than 50 times (VGG, CIFAR-10) come with "
+    "retraining after every round.",
     "importance": "**Which units go.** Accuracy in percent with the same share of units kept in every group, by "
     "importance and refit.",
     "decoupled": "**What `oamip` costs.** Decoupled scoring; a program has one variable a unit and one more.",
