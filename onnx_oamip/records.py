@@ -191,10 +191,25 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """Activations pooled over positions: ``values`` maps an axis to (samples, channels) float32, rows the same samples.
+
+    ``taps``: by convolution (samples, channels, taps), what every tap of its kernel reads on average over the output's
+    positions. ``labels`` (samples,): classes, where they are known.
+    """
+
+    values: Mapping[Axis, Array]
+    taps: Mapping[str, Array]
+    labels: Ints | None
+    samples: int
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What one pass over the calibration data collected: moments per consumed axis, Gram matrices per linear node.
 
-    ``images``: a few chosen samples with their activations, where the method asks for them.
+    ``images``: a few chosen samples with their activations, ``pooled``: activations of many samples pooled over
+    positions, where the method asks for them.
     """
 
     moments: Mapping[Axis, Moments]
@@ -203,6 +218,7 @@ class Statistics:
     seconds: float
     grams: Mapping[str, Gram] = field(default_factory=dict)
     images: Images | None = None
+    pooled: Pooled | None = None
 
 
 @dataclass(frozen=True)

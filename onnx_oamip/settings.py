@@ -17,6 +17,8 @@ class Settings(BaseModel):
     least share of any group; ``time_limit`` (seconds) bounds every solver call; ``cache`` is a folder, auto or off.
     ``image_size`` to ``column`` say how images and tables are read (see ``records.Reading``).
     ``mode`` to ``images_per_class`` are about the importance ``oamip`` alone; ``score_budget`` is a share as well.
+    ``phi`` is about ``snacs``, ``score_time`` (seconds) about ``mint``. ``limits`` bounds what any plan may take from a
+    group, ``protect`` is the share of every group that it may not touch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,10 +36,14 @@ class Settings(BaseModel):
     score_budget: float | None = Field(None, gt=0, le=1)
     relax: bool = False
     images_per_class: int = Field(1, ge=1)
+    phi: Literal["weight", "weight_sq", "exp_weight", "none"] = "weight"
+    score_time: float = Field(300.0, gt=0, allow_inf_nan=False)
     allocate: Literal["mip", "global", "uniform"] = "mip"
     refit: Literal["least-squares", "bias", "none"] = "least-squares"
     align: int | Literal["auto"] = "auto"
     floor: float = Field(0.0, ge=0, le=1)
+    limits: Literal["none", "snacs"] = "none"
+    protect: float = Field(0.0, ge=0, lt=1)
     exclude: tuple[str, ...] = ()
     solver: Literal["auto", "gurobi", "highs"] = "auto"
     time_limit: float = Field(60.0, gt=0, allow_inf_nan=False)

@@ -11,7 +11,7 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip import calibrate, data, gram, images, importance, prune
+from onnx_oamip import calibrate, data, gram, images, importance, pooled, prune
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import EnvironmentMissing, SettingsError
 from onnx_oamip.importance import METHODS
@@ -29,7 +29,8 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     feeds = [feed for _, feed in found.batches(32)]
     grams = gram.collect(model, coupling, feeds, "cpu", 0)
     few = images.collect(model, found, "cpu", 1, 0)
-    return Statistics(moments.moments, moments.samples, moments.device, moments.seconds, grams, few)
+    seen = pooled.collect(model, coupling, found, "cpu")
+    return Statistics(moments.moments, moments.samples, moments.device, moments.seconds, grams, few, seen)
 
 
 def _score(name: str, model: Model, coupling: Coupling, arrays: dict[str, Array]) -> Scores:
