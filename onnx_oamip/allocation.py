@@ -84,9 +84,10 @@ def allocate(
         return limit.holds(ledger.cost(widths))
 
     if not fits(narrowest):
-        free = least(0.0, step, full)
-        bound = fits(free) and "without --floor, --limits and --protect it can be met"
-        raise BudgetNotMet(_binding(coupling, ledger, limit, narrowest, bound or "ask for more"))
+        advice = "ask for more or see 'onnx-oamip inspect'"
+        if fits(least(0.0, step, full)):
+            advice = "it can be met without --floor, --limits and --protect"
+        raise BudgetNotMet(_binding(coupling, ledger, limit, narrowest, advice))
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
         widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
@@ -252,5 +253,5 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
         f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
         f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the "
         f"model is still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
-        f"{advice} or see 'onnx-oamip inspect'."
+        f"{advice}."
     )

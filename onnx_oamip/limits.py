@@ -149,7 +149,7 @@ class _Layer:
         result = np.ones(len(coupling.groups))
         for g in np.unique(coupling.unit_group[self.labels[self.labels >= 0]]).tolist():
             units = order[coupling.unit_group[order] == g]  # as a plan takes them
-            counts = np.round(LEVELS / 100 * len(units)).astype(np.int64)
+            counts = LEVELS * len(units) // 100  # one unit always stays
             left, gone, value, values = self.linear, 0, 0.0, []
             for i, count in enumerate(counts.tolist()):
                 if count > gone or i == 0:
