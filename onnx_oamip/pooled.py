@@ -33,15 +33,15 @@ FOLDED = ("BatchNormalization", "Add", "Mul", "Sub")
 class Pair:
     """One block of one linear consumer: the channels that it reads (parents) and gives (children).
 
-    ``parents`` (samples, p) and ``children`` (samples, c) are pooled activations; columns of one unit (a flattened map)
-    are averaged into one parent. ``weight`` (c, p): mean absolute weight. ``parent_units`` (p,) and ``child_units``
-    (c,) are -1 for channels that belong to no unit.
+    ``parents`` (samples, p) and ``children`` (samples, c) are pooled activations, float32; columns of one unit (a
+    flattened map) are averaged into one parent. ``weight`` (c, p): mean absolute weight. ``parent_units`` (p,) and
+    ``child_units`` (c,) are -1 for channels that belong to no unit.
     """
 
     consumer: Consumer
     block: int
-    parents: Floats
-    children: Floats
+    parents: Array
+    children: Array
     weight: Floats
     parent_units: Ints
     child_units: Ints
@@ -86,7 +86,8 @@ def collect(
     """Pooled activations of at most ``most`` samples, as many of every class as there are labels for.
 
     ``by_tap``: also what every tap of a convolution's kernel reads, pooled, from which the node's pooled output follows
-    for any weights. Raises DataError where an activation is not finite.
+    for any weights; left out where it is the pooled activation itself. Raises DataError where an activation is not
+    finite.
     """
     chosen = _choose(samples, most, seed)
     few = samples.take(chosen)
@@ -95,7 +96,7 @@ def collect(
     held = 1 if few.whole else few.fixed_batch or 1
     # Several samples in one fixed feed are told apart along axis 0 only.
     wanted = [a for a in dict.fromkeys(ends) if held == 1 or (a[1] > 0 and model.shapes[a[0]][0] % held == 0)]
-    windows = {p.node.name: p for _, p in places if by_tap and p.spatial and (p.data, 1) in wanted}
+    windows = {p.node.name: p for _, p in places if by_tap and (p.data, 1) in wanted and _looks_around(model, p)}
     if not wanted:
         return Pooled({}, {}, few.labels, few.usable())
     session = Session(_instrument(model, wanted, windows), device, what="the model with its pooled activations")
@@ -119,6 +120,12 @@ def collect(
             progress("pool", int(index[-1]) + 1, rows)
     labels = None if few.labels is None or few.labels.ndim != 1 else few.labels[:rows]
     return Pooled(values, read, labels, rows)
+
+
+def _looks_around(model: Model, place: Site) -> bool:
+    """A convolution that does not read every pixel once: its mean output does not follow from the mean pixel."""
+    moved = model.shapes[place.data][2:] != model.shapes[place.node.outputs[0]][2:]
+    return place.spatial and (moved or int(np.prod(place.kernel)) > 1)
 
 
 def _choose(samples: Samples, most: int, seed: int) -> Ints:
@@ -220,10 +227,9 @@ def pairs(model: Model, coupling: Coupling, pooled: Pooled) -> Iterator[Pair]:
         for block in range(groups):
             here, there = slice(block * ins, (block + 1) * ins), slice(block * outs, (block + 1) * outs)
             units, mean = _parents(labels[here])
-            yield Pair(
-                consumer, block, read[:, here] @ mean, given[:, there].astype(np.float64), weight[block] @ mean,
-                units, made[there],
-            )  # fmt: skip
+            single = mean.shape[0] == mean.shape[1] and (mean.indices == np.arange(len(units))).all()
+            parents = read[:, here] if single else read[:, here] @ mean.astype(np.float32)
+            yield Pair(consumer, block, parents, given[:, there], weight[block] @ mean, units, made[there])
 
 
 def _parents(labels: Ints) -> tuple[Ints, csr_array]:
@@ -237,8 +243,9 @@ def _parents(labels: Ints) -> tuple[Ints, csr_array]:
     return np.where(found < top, found, -1).astype(np.int64), mean
 
 
-def standardise(values: Floats) -> Floats:
-    """Columns of mean 0 and variance 1; a constant column becomes zeros."""
+def standardise(values: Array) -> Floats:
+    """Columns of mean 0 and variance 1, float64; a constant column becomes zeros."""
+    values = values.astype(np.float64)
     centred = values - values.mean(axis=0)
     spread = centred.std(axis=0)
     still = spread <= 1e-6 * (np.abs(values).max(axis=0, initial=0.0) + 1e-30)

@@ -130,7 +130,8 @@ ROWS["group-norm"] = Row(
 
 ROWS["residual-add"] = Row(
     """(float[N,3,6,6] x) => (float[] y)
-    <float[8,3,1,1] w1, float[8] b1, float[5,8,1,1] w2, float[5] b2, float[8,5,1,1] w3, float[8] b3, float[4,8,3,3] w4> {
+    <float[8,3,1,1] w1, float[8] b1, float[5,8,1,1] w2, float[5] b2, float[8,5,1,1] w3, float[8] b3,
+     float[4,8,3,3] w4> {
         a = Conv(x, w1, b1)
         b = Conv(a, w2, b2)
         h = Relu(b)
@@ -143,7 +144,8 @@ ROWS["residual-add"] = Row(
 )
 ROWS["squeeze-excite-mul"] = Row(
     """(float[N,3,6,6] x) => (float[] y)
-    <float[8,3,1,1] w1, float[8] b1, float[5,8,1,1] w2, float[5] b2, float[8,5,1,1] w3, float[8] b3, float[4,8,3,3] w4> {
+    <float[8,3,1,1] w1, float[8] b1, float[5,8,1,1] w2, float[5] b2, float[8,5,1,1] w3, float[8] b3,
+     float[4,8,3,3] w4> {
         a = Conv(x, w1, b1)
         g = GlobalAveragePool(a)
         b = Conv(g, w2, b2)

@@ -1,4 +1,4 @@
-"""SNACS: its estimator against golden values and a slow loop, propagation by hand, limits and protection in every plan."""
+"""SNACS: its estimator against golden values and a slow loop, propagation by hand, limits and protection of plans."""
 
 from __future__ import annotations
 
@@ -127,9 +127,10 @@ def edges(found: Floats, true: Bools) -> float:
 
 
 def toy(seed: int, samples: int, even: bool = False) -> tuple[Floats, Floats, Bools]:
-    """32 correlated rectified parents, 16 noisy children of 4 parents each; ``even``: of their sizes, not their signs."""
+    """32 correlated rectified parents, 16 noisy children of 4 each; ``even``: of their sizes, not their signs."""
     rng = np.random.default_rng(seed)
-    hidden = rng.standard_normal((samples, 4)) @ rng.standard_normal((4, 32)) / 2 + 0.7 * rng.standard_normal((samples, 32))
+    hidden = rng.standard_normal((samples, 4)) @ rng.standard_normal((4, 32)) / 2
+    hidden += 0.7 * rng.standard_normal((samples, 32))
     parents = hidden if even else np.maximum(hidden, 0)
     weight = np.zeros((16, 32))
     for row in weight:
@@ -177,12 +178,11 @@ def test_every_phi_scores(tmp_path: Path, phi: str) -> None:
 # -------------------------------------------------------------------------------------------------------- propagation
 
 
-def _seen(folder: Path, net: str, count: int, labels: bool = False) -> tuple[Model, Coupling, dict[str, Array], Statistics]:
+def _seen(folder: Path, net: str, count: int) -> tuple[Model, Coupling, dict[str, Array], Statistics]:
     model = load(build(NETS[net]), folder)
     coupling = couple(model)
     arrays = samples(model, count)
-    given = {**arrays, "labels": np.arange(count) % 3} if labels else arrays
-    found = data.load(given, model)
+    found = data.load(arrays, model)
     assert found is not None
     seen = pooled.collect(model, coupling, found, "cpu", by_tap=True)
     return model, coupling, arrays, Statistics({}, count, "cpu", 0.0, pooled=seen)
@@ -237,7 +237,7 @@ def test_a_residual_sum_inherits_from_all_its_readers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped"])
 def test_pooled_is_the_mean_over_space(tmp_path: Path, net: str) -> None:
-    model, coupling, arrays, seen = _seen(tmp_path, net, 37)
+    model, _, arrays, seen = _seen(tmp_path, net, 37)
     assert seen.pooled is not None
     assert seen.pooled.values
     values = activations(model, arrays, sorted({tensor for tensor, _ in seen.pooled.values}))
@@ -248,7 +248,7 @@ def test_pooled_is_the_mean_over_space(tmp_path: Path, net: str) -> None:
 
 
 def test_children_are_read_behind_a_normalisation(tmp_path: Path) -> None:
-    model, coupling, _, seen = _seen(tmp_path, "cnn", 5)
+    *_, seen = _seen(tmp_path, "cnn", 5)
     assert seen.pooled is not None
     assert {t for t, _ in seen.pooled.values} == {"p", "n", "f", "y"}
 
@@ -371,7 +371,7 @@ def _learnable(folder: Path) -> Chain:
 @pytest.mark.parametrize("allocate", ["mip", "global", "uniform"])
 def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
     model, _, arrays = _learnable(tmp_path)
-    wish = {"macs": 0.45, "allocate": allocate, "refit": "bias", "importance": "activation", "align": 1, "device": "cpu"}
+    wish = {"macs": 0.45, "allocate": allocate, "refit": "bias", "importance": "activation", "align": 1}
     free = pipeline.prepare(model.path, arrays, Settings.create(**wish))
     bound = pipeline.prepare(model.path, arrays, Settings.create(**wish, limits="snacs"))
     full = cost.full_widths(bound.coupling)
@@ -481,8 +481,8 @@ def test_snacs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     file, out = tmp_path / "data.npz", tmp_path / "out.onnx"
     np.savez(file, **arrays)
     args = ["prune", model.path, "--data", str(file), "-o", str(out), "--macs", "70%", "--importance", "snacs"]
-    args += ["--limits", "snacs", "--protect", "10%", "--phi", "weight_sq", "--allocate", "uniform", "--force", "--json"]
-    assert main([*args, "--align", "1", "--device", "cpu"]) == 0
+    args += ["--limits", "snacs", "--protect", "10%", "--phi", "weight_sq", "--allocate", "uniform", "--align", "1"]
+    assert main([*args, "--force", "--json"]) == 0
     assert out.exists()
     assert "--limits snacs (accuracy of an SVM" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..gram import shrinkage
 from ..pooled import pairs, standardise
-from ..records import Coupling, Floats, Model, Scores, Statistics
+from ..records import Array, Coupling, Floats, Model, Scores, Statistics
 from ..settings import Settings
 from .propagation import propagate
 
@@ -23,7 +23,7 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     return Scores("correlation", propagate(model, coupling, statistics, found))
 
 
-def partial(parents: Floats, children: Floats) -> Floats:
+def partial(parents: Array, children: Array) -> Floats:
     """|Partial correlation| (c, p) of every child with every parent, given all other parents; rows are samples.
 
     With S the parents' correlations, b = S^-1 s and r the child's residual variance, the precision matrix of parents

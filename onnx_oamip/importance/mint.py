@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..pooled import Pair, pairs, standardise
-from ..records import Bools, Coupling, Floats, Ints, Model, Scores, Statistics
+from ..records import Array, Bools, Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
 from .correlation import partial
 from .propagation import propagate
@@ -74,7 +74,7 @@ def _notes(every: Sequence[Pair], found: Sequence[Sequence[Floats]], seconds: fl
     return (note,)
 
 
-def dependence(parents: Floats, children: Floats, seed: int = 0, ends: float = np.inf) -> Floats | None:
+def dependence(parents: Array, children: Array, seed: int = 0, ends: float = np.inf) -> Floats | None:
     """Estimate (c, p) of I(X; Y | Z) from one random split, filters in at most GROUPS groups of neighbours a side.
 
     Rows of ``parents`` (samples, p) and ``children`` (samples, c) are of the same samples. Not clipped: independent
@@ -105,7 +105,7 @@ def dependence(parents: Floats, children: Floats, seed: int = 0, ends: float = n
     return np.repeat(np.repeat(values, sizes[0], axis=0), sizes[1], axis=1)
 
 
-def _grouped(values: Floats) -> list[Floats]:
+def _grouped(values: Array) -> list[Floats]:
     size = -(-values.shape[1] // GROUPS)
     whole = standardise(values)
     return [whole[:, start : start + size] for start in range(0, values.shape[1], size)]

@@ -39,19 +39,19 @@ WIDTHS = (0.8, 1.0, 1.2, 1.4, 1.6)
 """Widths of a hash cell, in standard deviations; the estimate is the mean over all, each with shifts of its own."""
 REACH = 4.0
 """Values further out than this share the last cell."""
-TABLE = 1 << 21
+TABLE = 1 << 18
 """Most cells of a table of counts; more parents are taken block by block."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One hashing: ``parents`` (samples, p) and ``children`` (samples, c) hold cells from 0 to ``cells`` - 1.
+    """One hashing: ``parents`` (samples, p) and ``children`` (samples, c) hold cells from 0 to ``cells`` - 1, as bytes.
 
     ``order`` (samples,): the random order by which samples of equal Z change places for the null.
     """
 
-    parents: Ints
-    children: Ints
+    parents: Array
+    children: Array
     cells: int
     order: Ints
 
@@ -91,7 +91,7 @@ def weigh(weight: Floats, phi: str) -> Floats:
     return np.exp(-np.square(scaled) / 2) if phi == "exp_weight" else np.ones_like(scaled)
 
 
-def dependence(parents: Floats, children: Floats, seed: int = 0, conditions: int = CONDITIONS) -> Floats:
+def dependence(parents: Array, children: Array, seed: int = 0, conditions: int = CONDITIONS) -> Floats:
     """ACMI (c, p) with phi = 1 of every child and parent, given the others that correlate most with the child.
 
     ``parents`` (samples, p) and ``children`` (samples, c) are paired by row. The null is subtracted and what then is
@@ -127,10 +127,9 @@ def draws(parents: Floats, children: Floats, seed: int) -> Sequence[Draw]:
     return result
 
 
-def _hash(values: Floats, width: float, shift: float) -> Ints:
+def _hash(values: Floats, width: float, shift: float) -> Array:
     lowest = np.floor((shift - REACH) / width)
-    codes: Ints = (np.floor((np.clip(values, -REACH, REACH) + shift) / width) - lowest).astype(np.int64)
-    return codes
+    return np.asarray(np.floor((np.clip(values, -REACH, REACH) + shift) / width) - lowest).astype(np.uint8)
 
 
 def shuffled(z: Ints, order: Ints) -> Ints:
@@ -142,7 +141,7 @@ def shuffled(z: Ints, order: Ints) -> Ints:
 
 def _child(draw: Draw, c: int, given: Ints) -> Floats:
     """Estimate less null (p,) of one child with all parents under one hashing."""
-    x = draw.children[:, c]
+    x = draw.children[:, c].astype(np.int64)
     count = draw.parents.shape[1]
     inside = given[:-1]
     result = np.zeros(count)

@@ -18,6 +18,7 @@ STUDIES = (
     "programs",
     "importance",
     "decoupled",
+    "estimators",
     "storage",
 )
 """One module each, with a function ``run(out, seed, models)``."""
