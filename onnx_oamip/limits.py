@@ -1,6 +1,6 @@
 """What no plan may take: upper limits of what can go from a group, and units that always stay.
 
-Both are parts of SNACS (Ganesh, Blanchard, Corso, Sekeh, arXiv 2006.12463) that bound any importance and any allocation.
+Both are parts of SNACS (Ganesh, Blanchard, Corso, Sekeh, arXiv 2006.12463); they bound any importance and allocation.
 
 Upper limits (its operating constraints): for every layer a classifier learns the classes from the layer's pooled
 outputs, the layer loses ever more of its inputs, and the limit is the largest share at which the frozen classifier has

@@ -10,7 +10,7 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from scipy.stats import rankdata
 
-from onnx_oamip import cost, data, limits, pipeline, plan, pooled
+from onnx_oamip import allocation, cost, data, limits, pipeline, pooled
 from onnx_oamip.cli import main
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import BudgetNotMet, DataError, SettingsError
@@ -375,7 +375,7 @@ def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
     free = pipeline.prepare(model.path, arrays, Settings.create(**wish))
     bound = pipeline.prepare(model.path, arrays, Settings.create(**wish, limits="snacs"))
     full = cost.full_widths(bound.coupling)
-    least = plan.least(bound.floor, bound.steps, full)
+    least = allocation.least(bound.floor, bound.steps, full)
     assert (bound.floor > 0).all()
     assert any("SVM" in note for note in bound.scores.notes)
     chosen = [_allocated(ready) for ready in (free, bound)]
@@ -394,7 +394,7 @@ def test_a_budget_that_the_limits_do_not_allow_says_so(tmp_path: Path) -> None:
 def _allocated(ready):
     from onnx_oamip import search
 
-    return search.allocate(ready, plan.limits(ready.settings.budget, ready.before, 0))
+    return search.allocate(ready, allocation.limits(ready.settings.budget, ready.before, 0))
 
 
 @pytest.mark.parametrize("allocate", ["mip", "global", "uniform"])

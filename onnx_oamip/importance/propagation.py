@@ -1,11 +1,11 @@
 """From the dependence between single channels to one importance a unit: backwards through the network, layer by layer.
 
 SNACS (Ganesh, Blanchard, Corso, Sekeh, "Slimming Neural Networks using Adaptive Connectivity Scores", arXiv
-2006.12463): a layer's parents inherit the importance of its children in the shares ``rho'(c, p) = rho(c, p) / sum_p rho(c, p)``, and
-the last layer's children count equally. The authors' code knows chains of layers; here a child inherits from every
-consumer of its unit that lies behind it, so that residual sums and concatenations count all who read them. The
-importance of a layer's children is scaled to a sum of one, which in a chain it has anyway; without it, sums of paths
-would grow with every residual block.
+2006.12463): a layer's parents inherit the importance of its children in the shares
+``rho'(c, p) = rho(c, p) / sum_p rho(c, p)``, and the last layer's children count equally. The authors' code knows
+chains of layers; here a child inherits from every consumer of its unit that lies behind it, so that residual sums and
+concatenations count all who read them. The importance of a layer's children is scaled to a sum of one, which in a chain
+it has anyway; without it, sums of paths would grow with every residual block.
 """
 
 from __future__ import annotations

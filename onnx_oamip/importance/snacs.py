@@ -1,7 +1,7 @@
 """SNACS: adaptive conditional mutual information between adjacent layers, by hashing, propagated to the units.
 
-Ganesh, Blanchard, Corso and Sekeh (arXiv 2006.12463); hashing after Noshad, Zeng and Hero (EDGE, arXiv 1801.09125). For a child X,
-a parent Y and other parents Z, with ``q = P(X|Z) P(Y|Z) P(Z)`` and ``g(t) = (t - 1)^2 / (2 (t + 1))``::
+Ganesh, Blanchard, Corso and Sekeh (arXiv 2006.12463); hashing after Noshad, Zeng and Hero (EDGE, arXiv 1801.09125).
+For a child X, a parent Y and other parents Z, with ``q = P(X|Z) P(Y|Z) P(Z)``, ``g(t) = (t - 1)^2 / (2 (t + 1))``::
 
     I(X; Y | Z) = phi E_q[g(dP / dq)] = phi (1 - 2 E_P[1 / (1 + t)]),    t = N_ijk N_k / (N_ik N_jk)
 
