@@ -116,7 +116,8 @@ def _network(name: str, seed: int) -> list[Row]:
     rows: list[Row] = []
     for method in ("snacs", "mint", "correlation"):
         settings = Settings.create(
-            macs=0.5, importance=method, allocate="uniform", refit="none", seed=seed, workers=1, device="cpu"
+            macs=0.5, importance=method, allocate="uniform", refit="none", seed=seed, workers=1, device="cpu",
+            cache="off",
         )
         start = time.perf_counter()
         pipeline.prepare(model, source, settings)
@@ -124,7 +125,8 @@ def _network(name: str, seed: int) -> list[Row]:
             {"study": "network", "estimator": method, "case": name, "seconds": time.perf_counter() - start}
         )
     settings = Settings.create(
-        macs=0.5, importance="l2", allocate="uniform", refit="none", limits="snacs", seed=seed, workers=1, device="cpu"
+        macs=0.5, importance="l2", allocate="uniform", refit="none", limits="snacs", seed=seed, workers=1, device="cpu",
+        cache="off",
     )
     seconds = _seconds(lambda: pipeline.prepare(model, source, settings))
     return [*rows, {"study": "network", "estimator": "--limits snacs", "case": name, "seconds": seconds}]
