@@ -65,26 +65,32 @@ def allocate(
     step: Ints,
     ladder: Ladder | None = None,
     extra: Sequence[LinearisedLimit] = (),
+    floor: Floats | None = None,
 ) -> Plan:
     """The plan: widths by the chosen allocation, within a group the units of highest score (ties: lower index).
+
+    ``floor`` (groups,): the least share of every group, ``settings.floor`` of all where it is not given.
 
     Raises BudgetNotMet, naming what binds, where even the narrowest model is over a limit.
     """
     full = full_widths(coupling)
-    floor = np.minimum(np.maximum(step, -(-np.ceil(settings.floor * full).astype(np.int64) // step) * step), full)
+    narrowest = least(settings.floor if floor is None else floor, step, full)
     ceiling = full
     if settings.threshold is not None:
         above = np.bincount(coupling.unit_group[scores.values >= settings.threshold], minlength=len(full))
-        ceiling = np.maximum(_snap(above, step, full), floor)
+        ceiling = np.maximum(_snap(above, step, full), narrowest)
     if settings.alpha is not None:  # its rules give what must go a score of 0; nothing else goes for a step's sake
         wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
-        ceiling = np.minimum(ceiling, np.clip(-(-wanted // step) * step, floor, full))
+        ceiling = np.minimum(ceiling, np.clip(-(-wanted // step) * step, narrowest, full))
 
     def fits(widths: Ints) -> bool:
         return limit.holds(ledger.cost(widths))
 
-    if not fits(floor):
-        raise BudgetNotMet(_binding(coupling, ledger, limit, floor))
+    if not fits(narrowest):
+        advice = "ask for more or see 'onnx-oamip inspect'"
+        if fits(least(0.0, step, full)):
+            advice = "it can be met without --floor, --limits and --protect"
+        raise BudgetNotMet(_binding(coupling, ledger, limit, narrowest, advice))
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
         widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
@@ -97,9 +103,9 @@ def allocate(
         widths = ceiling
     else:
         if settings.allocate == "global":
-            widths = _global(coupling, scores, step, floor, ceiling, full, fits)
+            widths = _global(coupling, scores, step, narrowest, ceiling, full, fits)
         else:
-            widths = _uniform(step, floor, ceiling, full, fits)
+            widths = _uniform(step, narrowest, ceiling, full, fits)
         widths = _fill(ledger, limit, widths, step, ceiling, full)
     return Plan(
         keep=best_units(coupling, scores.values, widths),
@@ -110,6 +116,15 @@ def allocate(
     )
 
 
+def least(floor: Floats | float, step: Ints, full: Ints) -> Ints:
+    """Narrowest width of every group: a multiple of its step that holds the share ``floor``, or the full width."""
+    share = np.ceil(floor * full - ROUNDING).astype(np.int64)
+    widths: Ints = np.minimum(np.maximum(step, -(-share // step) * step), full)
+    return widths
+
+
+ROUNDING = 1e-9
+"""A share of a group that is a whole number of units but for rounding is that number."""
 RUNGS = 12
 """Most widths per group that one budget program chooses from."""
 
@@ -229,9 +244,8 @@ def _fill(
     return widths
 
 
-def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints) -> str:
-    least = ledger.cost(floor)
-    name, over = max(limit.shares(least).items(), key=lambda item: item[1])
+def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, advice: str) -> str:
+    name, over = max(limit.shares(ledger.cost(floor)).items(), key=lambda item: item[1])
     lengths = ledger.lengths(floor)
     values = ledger.terms(ledger.macs, lengths)
     heavy = [f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)" for i in np.argsort(-values)[:3]]
@@ -242,5 +256,5 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints) -> 
         f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
         f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the "
         f"model is still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
-        "ask for more or see 'onnx-oamip inspect'."
+        f"{advice}."
     )

@@ -58,7 +58,7 @@ def ladder(
         ready.model, coupling, found.grams, scoring.order(scores, coupling), feeds, ready.device,
         settings.workers, progress, settings.refit,
     )  # fmt: skip
-    return search.rungs(coupling, losses, ready.steps, settings.floor)
+    return search.rungs(coupling, losses, ready.steps, ready.floor)
 
 
 def approach(ready: Prepared, progress: Progress | None = None) -> tuple[Prepared, Attempt]:

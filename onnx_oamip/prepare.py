@@ -10,7 +10,20 @@ from dataclasses import replace
 from functools import cache as once
 from typing import Any
 
-from . import allocation, artefacts, cache, calibrate, connections, cost, data, iterations, scoring, search, sensitivity
+from . import (
+    allocation,
+    artefacts,
+    cache,
+    calibrate,
+    connections,
+    cost,
+    data,
+    iterations,
+    limits,
+    scoring,
+    search,
+    sensitivity,
+)
 from . import model as models
 from .coupling import couple, exclude
 from .data import Samples
@@ -28,7 +41,9 @@ READING = {
     "image_size", "image_fit", "image_scale", "image_mean", "image_std", "image_layout", "image_color", "samples",
     "column",
 }  # fmt: skip
-_ELSEWHERE = BUDGETS | READING | {"allocate", "align", "floor", "force", "workers", "cache", "exclude"}
+_ELSEWHERE = BUDGETS | READING | {
+    "allocate", "align", "floor", "limits", "protect", "force", "workers", "cache", "exclude",
+}  # fmt: skip
 """Settings that no score and no measured loss depends on, or that are told otherwise."""
 
 
@@ -90,9 +105,19 @@ def prepare(
         with clock("calibrate"):
             return scoring.statistics(model, coupling, samples, device, settings, grams, progress, store, known)
 
+    @once
+    def pooled() -> Statistics:
+        whole = statistics()
+        with clock("calibrate"):
+            return scoring.pool(whole, model, coupling, samples, device, settings, progress)
+
     with clock("score"):
-        needed = statistics if method.needs_data else lambda: None
+        needed = (pooled if method.needs_pooled else statistics) if method.needs_data else lambda: None
         found = given or _scores(store, known, model, coupling, needed, samples, device, settings, method, progress)
+    with clock("limits"):
+        seen = pooled() if settings.limits != "none" else None
+        bounds = limits.bound(model, coupling, seen, found, settings)
+        found = bounds.scores
     with clock("sensitivity"):
         steps = store.keep(
             cache.STEPS,
@@ -112,11 +137,11 @@ def prepare(
                     settings.refit,
                 ),
             )  # fmt: skip
-            ladder = search.rungs(coupling, losses, steps, settings.floor)
+            ladder = search.rungs(coupling, losses, steps, bounds.floor)
     # What else is asked of the statistics depends on the refit alone.
     moments = statistics() if source is not None and settings.refit == "bias" else None
     return Prepared(
-        model, coupling, ledger, before, samples, held, moments, device, settings, found, steps, ladder,
+        model, coupling, ledger, before, samples, held, moments, device, settings, found, bounds.floor, steps, ladder,
         tuple(dict.fromkeys(store.taken)), losses,
     )  # fmt: skip
 
@@ -167,9 +192,12 @@ def score(
         if not method.needs_data:
             return None
         with clock("calibrate"):
-            return scoring.statistics(
+            whole = scoring.statistics(
                 model, coupling, samples, device, settings, method.needs_grams, progress, store, known
             )
+            if not method.needs_pooled:
+                return whole
+            return scoring.pool(whole, model, coupling, samples, device, settings, progress)
 
     with clock("score"):
         found = _scores(store, known, model, coupling, statistics, samples, device, settings, method, progress)
@@ -236,6 +264,7 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> Me
             f"--allocate {settings.allocate}": iterations.programmed(settings),
             "--max-drop": settings.max_drop is not None,
             "--latency": settings.latency is not None,
+            f"--limits {settings.limits}": settings.limits != "none",
             f"--refit {settings.refit}": settings.refit != "none",
         }
         for what, needed in asks.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cache, calibrate, gram, images, refit, rewrite, sensitivity, signals
+from . import cache, calibrate, gram, images, pooled, refit, rewrite, sensitivity, signals
 from .allocation import best_units
 from .cost import full_widths
 from .data import Samples
@@ -67,6 +67,23 @@ def statistics(
         cache.GRAMS, known, lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress)
     )
     return replace(found, grams=second)
+
+
+def pool(
+    found: Statistics,
+    model: Model,
+    coupling: Coupling,
+    samples: Samples,
+    device: str,
+    settings: Settings,
+    progress: calibrate.Progress | None,
+) -> Statistics:
+    """The statistics with pooled activations, as ``--limits`` and some methods ask for them."""
+    limited = settings.limits != "none"
+    seen = pooled.collect(
+        model, coupling, samples, device, settings.seed, settings.batch_size, by_tap=limited, progress=progress
+    )
+    return replace(found, pooled=seen)
 
 
 def parts(samples: Samples) -> tuple[Samples, Samples]:

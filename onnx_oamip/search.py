@@ -65,9 +65,11 @@ class Prepared(Subject):
     """Everything that does not depend on the budget. ``taken``: what of it the cache had from an earlier run.
 
     ``curves``: the measured losses that the ladder was made from.
+    ``floor`` (groups,): the least share of every group that stays in any plan.
     """
 
     scores: Scores
+    floor: Floats
     steps: Ints
     ladder: Ladder | None
     taken: tuple[str, ...] = ()
@@ -84,13 +86,16 @@ class Attempt:
     tried: tuple[Trial, ...] = ()
 
 
-def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: float) -> Ladder:
-    """Widths each group may take (all multiples of its step) with losses interpolated between the measured ones."""
+def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: Floats | float) -> Ladder:
+    """Widths each group may take (all multiples of its step) with losses interpolated between the measured ones.
+
+    ``floor``: the least share of a group, one for all or (groups,).
+    """
     widths, losses = [], []
-    for group, found, s in zip(coupling.groups, sensitivities, step.tolist(), strict=True):
-        full = len(group.units)
-        least = min(full, max(s, -(-int(np.ceil(floor * full)) // s) * s))
-        every = np.unique(np.append(np.arange(least, full + 1, s), full))
+    wide = cost.full_widths(coupling)
+    narrow = allocation.least(floor, step, wide)
+    for found, s, first, full in zip(sensitivities, step.tolist(), narrow.tolist(), wide.tolist(), strict=True):
+        every = np.unique(np.append(np.arange(first, full + 1, s), full))
         widths.append(every.astype(np.int64))
         losses.append(interpolate(found, every))
     return Ladder(tuple(widths), tuple(losses))
@@ -122,7 +127,8 @@ def attempt(
 def allocate(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
     """The plan under absolute limits."""
     return allocation.allocate(
-        ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra
+        ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra,
+        ready.floor,
     )
 
 

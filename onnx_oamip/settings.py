@@ -19,6 +19,8 @@ class Settings(BaseModel):
     ``mode`` to ``images_per_class`` are about the importance ``oamip`` alone; ``score_budget`` is a share as well.
     ``alpha`` (a share of absolute signal to keep) and ``signal`` are about ``nnrelief``; ``sparse`` is about the
     granularity ``connection``.
+    ``phi`` is about ``snacs``, ``score_time`` (seconds) about ``mint``. ``limits`` bounds what any plan may take from a
+    group, ``protect`` is the share of every group that it may not touch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,10 +43,14 @@ class Settings(BaseModel):
     granularity: Literal["unit", "connection"] = "unit"
     iterations: int = Field(1, ge=1)
     sparse: bool = False
+    phi: Literal["weight", "weight_sq", "exp_weight", "none"] = "weight"
+    score_time: float = Field(300.0, gt=0, allow_inf_nan=False)
     allocate: Literal["mip", "global", "uniform"] = "mip"
     refit: Literal["least-squares", "bias", "none"] = "least-squares"
     align: int | Literal["auto"] = "auto"
     floor: float = Field(0.0, ge=0, le=1)
+    limits: Literal["none", "snacs"] = "none"
+    protect: float = Field(0.0, ge=0, lt=1)
     exclude: tuple[str, ...] = ()
     solver: Literal["auto", "gurobi", "highs"] = "auto"
     time_limit: float = Field(60.0, gt=0, allow_inf_nan=False)

@@ -11,7 +11,7 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip import calibrate, data, gram, images, importance, prune, signals
+from onnx_oamip import calibrate, data, gram, images, importance, pooled, prune, signals
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import EnvironmentMissing, SettingsError
 from onnx_oamip.importance import METHODS
@@ -30,7 +30,9 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     grams = gram.collect(model, coupling, feeds, "cpu", 0)
     few = images.collect(model, found, "cpu", 1, 0)
     heard = signals.collect(model, coupling, found, "cpu")
-    return Statistics(moments.moments, moments.samples, moments.device, moments.seconds, grams, few, heard)
+    seen = pooled.collect(model, coupling, found, "cpu")
+    about = (moments.samples, moments.device, moments.seconds)
+    return Statistics(moments.moments, *about, grams, few, heard, seen)
 
 
 def _score(name: str, model: Model, coupling: Coupling, arrays: dict[str, Array]) -> Scores:

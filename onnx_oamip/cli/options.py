@@ -44,6 +44,15 @@ def floor(ctx: click.Context, param: click.Parameter, value: str) -> float:
     return number
 
 
+def protected(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    """A share that may be 0 but not 1."""
+    number = fraction(value)
+    if not 0 <= number < 1:
+        message = f"{value!r} is not a share; give a number from 0 and below 1, or a percentage such as 10%."
+        raise click.BadParameter(message, ctx, param)
+    return number
+
+
 def seconds(ctx: click.Context, param: click.Parameter, value: float) -> float:
     """A time: above 0, and finite."""
     if not 0 < value < math.inf:
@@ -168,7 +177,7 @@ time_limit_option = click.option(
 
 
 def importance_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of the importances oamip and nnrelief, for every command that scores."""
+    """The options of single importance methods, for every command that scores."""
     options = (
         click.option(
             "--mode",
@@ -225,6 +234,23 @@ def importance_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Of nnrelief, for convolutions: signal from the mean of every channel, or as published from every "
             "kernel's own map, which takes longer.",
+        ),
+        click.option(
+            "--phi",
+            type=click.Choice(["weight", "weight_sq", "exp_weight", "none"]),
+            default="weight",
+            show_default=True,
+            help="Of snacs: what information is multiplied with: the mean absolute weight w between two channels over "
+            "the largest of the layer, its square, exp(-w^2 / 2), or nothing.",
+        ),
+        click.option(
+            "--score-time",
+            type=float,
+            callback=seconds,
+            default=300.0,
+            show_default=True,
+            metavar="S",
+            help="Of mint: most seconds for its estimates; layers not reached by then are scored by correlation.",
         ),
     )
     for option in reversed(options):
@@ -310,6 +336,23 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             metavar="R",
             help="Least share to keep of every group, as 0.1 or 10%.",
+        ),
+        click.option(
+            "--limits",
+            type=click.Choice(["none", "snacs"]),
+            default="none",
+            show_default=True,
+            help="Most that any plan may take from a group: snacs finds for every layer how many of its inputs can go "
+            "before what it says about the classes (without labels: its output) has lost 70 % of what it loses at all.",
+        ),
+        click.option(
+            "--protect",
+            callback=protected,
+            default="0",
+            show_default=True,
+            metavar="R",
+            help="Share of every group that no plan may touch, as 0.1 or 10%: the units that following layers weigh "
+            "most.",
         ),
         click.option(
             "--exclude",

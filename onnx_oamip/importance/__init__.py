@@ -16,7 +16,7 @@ from types import MappingProxyType
 from ..errors import EnvironmentMissing, SettingsError
 from ..records import Coupling, Model, Scores, Statistics
 from ..settings import Settings
-from . import activation, magnitude, nnrelief, oamip, obs, random
+from . import activation, correlation, magnitude, mint, nnrelief, oamip, obs, random, snacs
 
 ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 
@@ -24,7 +24,8 @@ ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 @dataclass(frozen=True, slots=True)
 class Method:
     """``needs_data``: the method reads statistics of a calibration pass; ``needs_grams``: second moments too;
-    ``needs_images``: a few chosen samples with their activations; ``needs_signal``: absolute signal.
+    ``needs_images``: a few chosen samples with their activations; ``needs_signal``: absolute signal; ``needs_pooled``:
+    activations of many samples pooled over positions.
 
     ``keeps_bias``: the method takes a removed unit to lose its weights and to keep its bias, so that the constant it
     then emits is folded into its consumers where nothing else is refitted.
@@ -35,6 +36,7 @@ class Method:
     summary: str
     needs_grams: bool = False
     needs_images: bool = False
+    needs_pooled: bool = False
     keeps_bias: bool = False
     needs_signal: bool = False
 
@@ -54,6 +56,21 @@ _METHODS: dict[str, Method] = {
         needs_grams=True,
         needs_images=True,
         keeps_bias=True,
+    ),
+    "snacs": Method(
+        snacs.score,
+        True,
+        "conditional mutual information between layers by hashing, times weights (see --phi)",
+        needs_pooled=True,
+    ),
+    "mint": Method(
+        mint.score,
+        True,
+        "experimental, mutual information between groups of filters by spanning trees (see --score-time)",
+        needs_pooled=True,
+    ),
+    "correlation": Method(
+        correlation.score, True, "partial correlation of what a layer gives with what it reads", needs_pooled=True
     ),
     "random": Method(random.score, False, "a seeded random order, the baseline"),
 }

@@ -18,16 +18,21 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     assert statistics is not None
     total = np.zeros(coupling.n_units)
     for consumer in (*coupling.consumers, *coupling.inside):
-        labels = coupling.axes[consumer.data, consumer.axis]
-        known = statistics.moments.get((consumer.data, consumer.axis))
-        energy = meeting(model, consumer, statistics)
-        if known is not None:  # inside a body nothing is measured, and the weights have to do
-            energy = known.mean_square * energy
-        whole = energy.sum()
-        if whole > 0:
-            free = labels >= 0
-            total += np.bincount(labels[free], energy[free] / whole, minlength=coupling.n_units)
+        total += shares(model, coupling, statistics, consumer)
     return Scores("activation", total)
+
+
+def shares(model: Model, coupling: Coupling, statistics: Statistics, consumer: Consumer) -> Floats:
+    """Share of one consumer's energy that each unit brings (n_units,)."""
+    labels = coupling.axes[consumer.data, consumer.axis]
+    known = statistics.moments.get((consumer.data, consumer.axis))
+    energy = meeting(model, consumer, statistics)
+    if known is not None:  # inside a body nothing is measured, and the weights have to do
+        energy = known.mean_square * energy
+    whole = energy.sum()
+    free = labels >= 0
+    share = energy[free] / (whole if whole > 0 else 1.0)
+    return np.bincount(labels[free], share, minlength=coupling.n_units).astype(np.float64)
 
 
 def meeting(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:

@@ -19,6 +19,7 @@ STUDIES = (
     "programs",
     "importance",
     "decoupled",
+    "estimators",
     "storage",
     "large",
 )

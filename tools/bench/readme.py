@@ -25,6 +25,7 @@ TEXT = {
     "written in CVXPY for Clarabel.",
     "storage": "**Packed files.** Size in percent of each version's bytes; codebooks chosen on 1,000 test images to "
     "lose at most half a point there, accuracies on 1,000 others. Unpacked weights are dense again.",
+    "estimators": "**Dependence between layers.** Seconds, whether true edges are found, and memory.",
     "coverage": "**Architectures.** Share of the parameters kept (percent) when every group is halved, on small "
     "networks with random weights exported by PyTorch both ways.",
     "coupling": "**Coupling.** Seconds to find what goes together, on graphs of the onnx package.",

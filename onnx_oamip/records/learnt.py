@@ -1,0 +1,117 @@
+"""Records of what a run learns: statistics of the calibration data, scores, and losses by width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .graph import Array, Axis, Floats, Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Streaming moments of one tensor along one axis: per-channel mean and mean square, and the values seen."""
+
+    mean: Floats
+    mean_square: Floats
+    count: int
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Covariance of what one linear node reads, per block: ``matrix`` (groups, d, d), ``mean`` (groups, d).
+
+    ``columns`` (d, fold): the inputs (channel * taps + tap, within a block) that each of the d columns stands for. With
+    a fold above 1 the covariance is that of equal places of a channel, averaged, and places count as outputs.
+    """
+
+    matrix: Floats
+    mean: Floats
+    columns: Ints
+    taps: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Images:
+    """A few chosen samples and all they do: ``activations`` maps a tensor to (feeds, *its shape for one feed).
+
+    ``labels`` (feeds, rows): the class of every row of the ``logits`` tensor, -1 where a row does not count.
+    """
+
+    feeds: tuple[Mapping[str, Array], ...]
+    labels: Ints
+    logits: str
+    activations: Mapping[str, Array]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Absolute signal (``signals.collect``): how much of it every channel brings to what reads it.
+
+    ``means``: axis -> (C,) mean of |x| over samples and positions; 0 where a channel never says anything.
+    ``kernels``: convolution -> (groups, outputs, inputs) mean over samples of the Frobenius norm of one kernel's
+    absolute map, where it was asked for. ``joins``: sum of two branches -> (its channel axis, norms (2, C) of the
+    branches' mean absolute maps).
+    """
+
+    means: Mapping[Axis, Floats]
+    kernels: Mapping[str, Floats]
+    joins: Mapping[str, tuple[int, Floats]]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Activations pooled over positions: ``values`` maps an axis to (samples, channels) float32, rows the same samples.
+
+    ``taps``: by convolution (samples, channels, taps), what every tap of its kernel reads on average over the output's
+    positions. ``labels`` (samples,): classes, where they are known.
+    """
+
+    values: Mapping[Axis, Array]
+    taps: Mapping[str, Array]
+    labels: Ints | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pass over the calibration data collected: moments per consumed axis, Gram matrices per linear node.
+
+    ``images``: a few chosen samples with their activations, ``signal``: absolute signal, ``pooled``: activations of
+    many samples pooled over positions; where the method asks for them.
+    """
+
+    moments: Mapping[Axis, Moments]
+    samples: int
+    device: str
+    seconds: float
+    grams: Mapping[str, Gram] = field(default_factory=dict)
+    images: Images | None = None
+    signal: Signal | None = None
+    pooled: Pooled | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One importance per unit: larger means keep. ``method`` names where they come from.
+
+    ``programs``: one record for every program solved for them; ``notes``: what a reader should know about them;
+    ``others``: scores by name whose orders are worth a measurement beside this one (see ``sensitivity.choose``).
+    """
+
+    method: str
+    values: Floats
+    programs: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+    others: Mapping[str, Floats] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """``widths`` (levels,) ascending, last the full width; ``loss`` (levels,), never rising with width."""
+
+    widths: Ints
+    loss: Floats
