@@ -742,6 +742,20 @@ for _name, _op, _body, _constants, _units, _why in (
     ),
 ):
     case(_name, _op, _SIZED.format(body=_body, constants=_constants), _units, _why, bindings={"N": 1})
+for _opset in (12, 17):
+    case(
+        f"squeeze-of-all-ones-opset-{_opset}",
+        "Squeeze",
+        """(float[2,3,6,6] x) => (float[2,4] y) <float[8,3,3,3] w1, float[8,4] w2> {
+        h = Conv(x, w1)
+        p = GlobalAveragePool(h)
+        r = Squeeze(p)
+        y = MatMul(r, w2)
+    }""",
+        # With one channel left its axis is of length one as well.
+        units=8,
+        opset=_opset,
+    )
 case(
     "squeeze",
     "Squeeze",

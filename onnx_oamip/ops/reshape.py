@@ -10,7 +10,7 @@ import numpy as np
 from ..records import Ints, Node
 from . import maps
 from .notation import opaque
-from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, Terms, integers
+from .spec import Cuts, Edit, LabelAxis, Labels, OpSpec, Terms, integers, operand
 
 Shape = tuple[int, ...]
 
@@ -175,6 +175,17 @@ def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
     return Edit({"shape": fixed.tolist()}) if "shape" in node.attrs else Edit(inputs={1: fixed})
 
 
+def _squeeze_repair(node: Node, cuts: Cuts) -> Edit:
+    """Without axes it takes every axis of one: an axis of which one channel is left must not go with them."""
+    source = node.inputs[0]
+    shape = cuts.shape(source)
+    narrowed = any(n > 1 and cuts.kept(source, a) == 1 for a, n in enumerate(shape))
+    if operand(node, 1) or "axes" in node.attrs or not narrowed:
+        return Edit()
+    axes = [a for a, n in enumerate(shape) if n == 1]
+    return Edit({"axes": axes}) if node.version < 13 else Edit(inputs={1: np.asarray(axes, np.int64)})
+
+
 def _encode(node: Node, terms: Terms) -> None:
     index = maps.places(terms.shape(node.inputs[0]))
     terms.affine(node.outputs[0], [(node.inputs[0], maps.gather(index, index.size))])
@@ -183,6 +194,6 @@ def _encode(node: Node, terms: Terms) -> None:
 SPECS = (
     OpSpec("Reshape", _reshape, _reshape_repair, encode=_encode, moves=True),
     OpSpec("Flatten", _same_elements, encode=_encode, moves=True),
-    OpSpec("Squeeze", _same_elements, encode=_encode, moves=True),
+    OpSpec("Squeeze", _same_elements, _squeeze_repair, encode=_encode, moves=True),
     OpSpec("Unsqueeze", _same_elements, encode=_encode, moves=True),
 )
