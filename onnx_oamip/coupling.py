@@ -26,6 +26,7 @@ class _Pin:
     labels: Ints
     reason: str
     listed: bool
+    given: bool
 
 
 class _Labels:
@@ -37,6 +38,7 @@ class _Labels:
         self.known: dict[str, list[LabelAxis]] = {}
         self.made: dict[Axis, Ints] = {}
         self.why: dict[str, str] = {}
+        self.given: set[str] = set()
         self.ties: list[tuple[Ints, Ints]] = []
         self.pins: list[_Pin] = []
         self.claims: set[tuple[str, Axis]] = set()
@@ -108,16 +110,16 @@ class _Labels:
             left, right = np.broadcast_arrays(a, b)
             self.ties.append((left.reshape(-1), right.reshape(-1)))
 
-    def pin(self, labels: LabelAxis, reason: str, listed: bool = True) -> None:
+    def pin(self, labels: LabelAxis, reason: str, listed: bool = True, given: bool = False) -> None:
         if labels is not None and labels.size:
-            self.pins.append(_Pin(np.asarray(labels).reshape(-1), reason, listed))
+            self.pins.append(_Pin(np.asarray(labels).reshape(-1), reason, listed, given))
 
-    def pin_all(self, tensor: str, reason: str) -> None:
+    def pin_all(self, tensor: str, reason: str, given: bool = False) -> None:
         if self.is_constant(tensor):
             # A constant read whole keeps every axis; those another node labels are pinned at the end.
             self.whole.setdefault(tensor, reason)
         for found in self.known.get(tensor, []):
-            self.pin(found, reason)
+            self.pin(found, reason, given=given)
 
     def unify(self, occurrences: Sequence[Axis], node: Node) -> LabelAxis:
         found = [(axis, self.label(*axis)) for axis in occurrences]
@@ -126,7 +128,8 @@ class _Labels:
         if missing:
             name = missing[0][0]
             for _, labels in tracked:
-                self.pin(labels, f"{node} ties it to '{name}', {self.why.get(name, 'untracked')}")
+                why = f"{node} ties it to '{name}', {self.why.get(name, 'untracked')}"
+                self.pin(labels, why, given=name in self.given)
             return None
         first = tracked[0][1]
         for axis, labels in tracked[1:]:
@@ -155,6 +158,8 @@ class _Labels:
             checked.append(labels)
         self.known[tensor] = checked
         self.why[tensor] = why or self.why.get(self.first, "untracked")
+        if not why and self.first in self.given:
+            self.given.add(tensor)
 
     def choice(self, node: Node, default: int) -> int:
         self.asked[node.name] = default
@@ -190,9 +195,10 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     labels = _Labels(model, choices)
     for port in model.inputs:
         labels.set(port.name, [], f"a graph input ({port.name})")
+        labels.given.add(port.name)
     labels.follow(model.nodes)
     for port in model.outputs:
-        labels.pin_all(port.name, f"it is part of the graph output '{port.name}'")
+        labels.pin_all(port.name, f"it is part of the graph output '{port.name}'", given=True)
     for key, made in labels.made.items():
         for node in labels.readers(key[0]):
             if (node.name, key) not in labels.claims:
@@ -255,7 +261,7 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
     axes = {key: np.where(x < 0, -1, renumber[x]) for key, x in coupling.axes.items()}
     group_number = np.cumsum(~gone) - 1
     pinned = [
-        Pinned(t, a, held * len(group.units), f"--exclude '{chosen[g]}' keeps it")
+        Pinned(t, a, held * len(group.units), f"--exclude '{chosen[g]}' keeps it", True)
         for g, group in enumerate(coupling.groups)
         if gone[g]
         for (t, a), held in group.multiplicity.items()
@@ -378,7 +384,7 @@ def _pinned(
         if stuck.size:
             pin = labels.pins[int(np.bincount(stuck).argmax())]
             if pin.listed:
-                result.append(Pinned(*key, int(stuck.size), pin.reason))
+                result.append(Pinned(*key, int(stuck.size), pin.reason, pin.given))
     # Weights that only operators read whose channels cannot be followed: nobody labelled them.
     labelled = {tensor for tensor, _ in labels.made}
     result += [

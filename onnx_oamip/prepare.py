@@ -27,8 +27,9 @@ from . import (
 from . import model as models
 from .coupling import couple, exclude
 from .data import Samples
-from .errors import BudgetNotMet, DataError, SettingsError
+from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
 from .importance import Method, find
+from .ops import lookup
 from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statistics
 from .runtime import resolve_device
 from .search import Prepared, Subject
@@ -42,7 +43,7 @@ READING = {
     "column",
 }  # fmt: skip
 _ELSEWHERE = BUDGETS | READING | {
-    "allocate", "align", "floor", "limits", "protect", "force", "workers", "cache", "exclude",
+    "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "cache", "exclude",
 }  # fmt: skip
 """Settings that no score and no measured loss depends on, or that are told otherwise."""
 
@@ -288,6 +289,8 @@ def load(
         coupling = exclude(model, couple(model), settings.exclude)
         if settings.granularity == "unit":
             _something_free(model, coupling)
+            if settings.strict:
+                _nothing_skipped(model, coupling)
     return model, coupling, samples, held
 
 
@@ -317,6 +320,22 @@ def samples_of(
     if held is None:
         return data.hold_out(samples, settings.seed)
     return samples, held
+
+
+def _nothing_skipped(model: Model, coupling: Coupling) -> None:
+    """Raises GateFailed where channels of a layer stay for another reason than the model's inputs and outputs."""
+    layers: set[str] = set()
+    for node in model.every:
+        spec = lookup(node.domain, node.op, node.version)
+        if spec is None or spec.cost is not None:  # nobody knows what is a layer to an operator that is not known
+            layers.update(node.inputs)
+    found = {p.tensor: p.reason for p in coupling.pinned if not p.given and p.tensor in layers}
+    if found:
+        listed = [f"'{name}', because {reason}" for name, reason in found.items()]
+        raise GateFailed(
+            f"--strict: channels of {len(found)} layers cannot be removed: {'; '.join(listed[:3])}"
+            f"{'; ...' if len(listed) > 3 else ''}. Leave out --strict, or name them with --exclude."
+        )
 
 
 def _something_free(model: Model, coupling: Coupling) -> None:

@@ -57,6 +57,7 @@ class Settings(BaseModel):
     workers: int | None = Field(None, ge=1)
     cache: str = "auto"
     force: bool = False
+    strict: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, ge=1)

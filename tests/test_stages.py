@@ -361,3 +361,29 @@ def test_a_shipped_model_goes_through_the_stages(tmp_path: Path) -> None:
     apply(model, tmp_path / "p.json", data, tmp_path / "b.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert planfile.load(tmp_path / "p.json").budget["macs"] == 0.4
+
+
+# --------------------------------------------------------------------------------------------------------- strict
+
+
+
+def test_strict_is_content_with_what_inputs_and_outputs_hold(task: Path) -> None:
+    """The first layer's inputs and the last one's outputs stay in every model."""
+    prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(strict=True))
+    for name in ("resnet20-fashion", "vgg-fashion", "mobilenet-fashion", "vit-fashion"):
+        model = models.load(MODELS / f"{name}.onnx")
+        assert all(p.given for p in couple(model).pinned), name
+
+
+def test_strict_refuses_layers_that_stay(task: Path) -> None:
+    """A sum over an axis that nobody can follow keeps the channels of the layers around."""
+    proto = build(TEXT.replace("d = Conv(s, w5)", "q = CumSum(s, at)\n    d = Conv(q, w5)").replace(
+        "float[5, 8] w4,", "float[5, 8] w4, int64 at = {1},"))  # fmt: skip
+    (task / "odd.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(GateFailed, match=r"--strict: channels of \d layers cannot be removed: 'w1', because"):
+        prune(task / "odd.onnx", task / "data.npz", task / "b.onnx", asked(strict=True))
+    assert not (task / "b.onnx").exists()
+    prune(task / "odd.onnx", task / "data.npz", task / "b.onnx", asked(macs=0.8))
+    pinned = {p.tensor: p for p in couple(models.load(task / "odd.onnx")).pinned}
+    assert not pinned["w3"].given
+    assert pinned["w4"].given

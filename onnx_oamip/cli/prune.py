@@ -41,7 +41,11 @@ data_option = click.option(
 force_option = click.option(
     "--force", is_flag=True, help="Write the model even where it was measured slower than the original."
 )
-
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Fail where channels of a layer cannot be removed for another reason than the model's inputs and outputs.",
+)
 keep_map_option = click.option(
     "--keep-map",
     type=MODEL,
@@ -84,6 +88,7 @@ keep_map_option = click.option(
 @workers_option
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed; write nothing but the cache.")
 @force_option
+@strict_option
 @device_option
 @seed_option
 @batch_size_option
@@ -146,6 +151,7 @@ def prune(
 @importance_options
 @solver_option
 @time_limit_option
+@strict_option
 @workers_option
 @device_option
 @seed_option
@@ -205,6 +211,7 @@ def plan(
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="As for prune. Default: that of the plan.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="As for prune. Default: that of the plan.")
 @force_option
+@strict_option
 @device_option
 @reading_options
 @cache_option

@@ -55,7 +55,7 @@ def conv(node: Node, labels: Labels) -> None:
         labels.pin(data, f"the grouped {node} has an untracked bias")
         labels.pin(columns, f"the grouped {node} has an untracked bias")
     elif _whole(groups, per_in):
-        labels.pin(columns, f"{node} loses whole groups, not channels within one")
+        labels.pin(columns, f"{node} loses whole groups, not channels within one", listed=per_in > 1)
         first = data.reshape(groups, per_in)[:, :1]
         labels.tie(data.reshape(groups, per_in), first)
         labels.tie(rows.reshape(groups, per_out), first)

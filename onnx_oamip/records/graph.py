@@ -150,12 +150,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """Channels of a constant that cannot go, and why."""
+    """Channels of a constant that cannot go, and why.
+
+    ``given``: they cannot because of what the model's inputs and outputs are, or because nobody may touch them.
+    """
 
     tensor: str
     axis: int
     count: int
     reason: str
+    given: bool = False
 
 
 @dataclass(frozen=True)
