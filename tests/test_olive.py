@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from conftest import MODELS
+from conftest import MODELS, ROOT
 
 from onnx_oamip import pipeline
 from onnx_oamip.errors import DataError, SettingsError
@@ -87,6 +87,17 @@ def test_pass_prunes_in_a_workflow(olive: Any) -> None:
     settings = Settings.create(macs=0.5, importance="l2", allocate="global", seed=2, device="cpu")
     pipeline.prune(MODELS / "lenet5-mnist.onnx", MODELS / "mnist.npz", "direct.onnx", settings)
     assert proto.graph == onnx.load("direct.onnx").graph
+
+
+def test_the_workflow_of_the_readme_runs(olive: Any, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```json\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    flow = next(json.loads(block) for block in blocks if "OnnxOamip" in block)
+    (tmp_path / "models").symlink_to(MODELS)
+    flow["passes"]["prune"].update({"importance": "l2", "allocate": "global"})
+    proto, found = run(olive, {**flow, "cache_dir": "cache", "log_severity_level": 3})
+    assert found["after"]["macs"] <= 0.5 * found["before"]["macs"]
+    assert "DynamicQuantizeLinear" in {node.op_type for node in proto.graph.node}
 
 
 def test_pruned_then_quantised_on_a_data_set_of_olive(olive: Any) -> None:
