@@ -130,6 +130,14 @@ def test_what_is_wrong_is_told(olive: Any, options: dict[str, Any], error: type[
         run(olive, workflow(options))
 
 
+def test_a_budget_that_is_not_met_gives_no_model(olive: Any) -> None:
+    from olive.workflows import run as start
+
+    found = start(workflow({"macs": 0.0001, "data_config": "digits"}), package_config=olive.package_config())
+    assert not found.has_output_model()
+    assert not list(Path("out").glob("**/*.onnx"))
+
+
 def test_options_are_the_settings_and_budgets_can_be_searched(olive: Any) -> None:
     from olive.hardware import DEFAULT_CPU_ACCELERATOR as CPU
 
