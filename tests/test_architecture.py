@@ -33,7 +33,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("prepare",),
     ("pipeline",),
     ("storage", "curve"),
-    ("tables", "html"),
+    ("tables", "html", "tracking", "olive"),
     ("cli",),
 )  # fmt: skip
 TIER = {name: i for i, names in enumerate(TIERS) for name in names}
@@ -63,6 +63,8 @@ HOMES = {
     "platformdirs": ("cache.py",),
     "jinja2": ("html/layout.py",),
     "matplotlib": ("html/charts.py",),
+    "mlflow": ("tracking.py",),
+    "olive": ("olive.py",),
 }
 LINES = 400
 

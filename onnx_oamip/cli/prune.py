@@ -52,6 +52,15 @@ keep_map_option = click.option(
     metavar="K.safetensors",
     help="Write there which indices of every weight stayed, for the checkpoint command.",
 )
+mlflow_option = click.option(
+    "--mlflow",
+    "tracking_uri",
+    is_flag=False,
+    flag_value="",
+    metavar="[URI]",
+    help="Log settings, measurements and files as an MLflow run, at this tracking URI or at the one MLflow is set to; "
+    "its environment variables say the rest.",
+)
 
 
 @click.command()
@@ -94,6 +103,7 @@ keep_map_option = click.option(
 @batch_size_option
 @reading_options
 @cache_option
+@mlflow_option
 @config_option
 @json_option
 @quiet_option
@@ -108,6 +118,7 @@ def prune(
     keep_map: Path | None,
     scores: Path | None,
     report_file: Path | None,
+    tracking_uri: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -118,7 +129,7 @@ def prune(
     At least one of --macs, --params, --size, --latency, --max-drop, --threshold and --alpha says how much goes. With
     more than one, all are met. Nothing is written unless every check holds.
     """
-    from .. import pipeline, report
+    from .. import pipeline, report, tracking
     from ..settings import Settings
 
     if output is None and not dry_run:
@@ -130,14 +141,17 @@ def prune(
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
     page = None if report_file is None else Page(report_file, model, data, eval_data, scores, output, keep_map)
-    with Progress(quiet) as progress:
+    asked = {**settings.model_dump(mode="json", exclude={"device"}), "model": model, "data": data}
+    with tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
         if dry_run:
             document = report.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
+            log(document, ())
         else:
             found = pipeline.prune(model, data, output, settings, eval_data, progress, scores, keep_map)
+            if page is not None:
+                page.write(found)
             document = report.document(found)
-    if page is not None:
-        page.write(found)
+            log(document, (keep_map, report_file))
     if as_json or not quiet:
         show(document, as_json)
 
@@ -215,6 +229,7 @@ def plan(
 @device_option
 @reading_options
 @cache_option
+@mlflow_option
 @config_option
 @json_option
 @quiet_option
@@ -226,6 +241,7 @@ def apply(
     output: Path,
     keep_map: Path | None,
     report_file: Path | None,
+    tracking_uri: str | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,
@@ -235,14 +251,17 @@ def apply(
     With the data that the plan was made with this gives the very model that prune writes. A plan that was edited is
     carried out as it stands; one made for another model of the same names or the same graph can be applied too.
     """
-    from .. import pipeline, report
+    from .. import pipeline, report, tracking
 
     check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file})
     page = None if report_file is None else Page(report_file, model, data, eval_data, plan_file, output, keep_map)
     changes = {name: value for name, value in choices.items() if value is not None}
-    with Progress(quiet) as progress:
+    asked = {"model": model, "data": data, "plan": plan_file}
+    with tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
         found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress, keep_map)
-    if page is not None:
-        page.write(found)
+        if page is not None:
+            page.write(found)
+        document = report.document(found)
+        log(document, (keep_map, report_file))
     if as_json or not quiet:
-        show(report.document(found), as_json)
+        show(document, as_json)
