@@ -54,8 +54,6 @@ class _Labels:
         self._shown = {p.name for p in model.outputs}
         self._shown |= {n for node in model.every for body in node.bodies.values() for n in body.outputs}
 
-    # --- what rules may ask -----------------------------------------------------------------------------------
-
     def shape(self, tensor: str) -> tuple[int, ...] | None:
         return self.model.shapes.get(tensor)
 
