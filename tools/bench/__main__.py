@@ -1,4 +1,8 @@
-"""``python -m tools.bench STUDY [STUDY ...] [--out DIR] [--seed N] [--model NAME]``; ``all`` runs every study."""
+"""``python -m tools.bench STUDY [STUDY ...] [--out DIR] [--seed N] [--model NAME]``; ``all`` runs every study.
+
+``readme`` writes RESULTS.md, README's headline and its picture from the studies kept in ``tools/bench/results``; with
+``--out DIR`` those found in DIR are taken over first.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +33,19 @@ STUDIES = (
 
 
 def main() -> None:
-    """Run the studies that were named and put their tables into README."""
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
+    """Run the studies that were named, and write the pages if asked to."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, formatter_class=raw)
     parser.add_argument("study", nargs="+", choices=[*STUDIES, "all", "readme"])
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--out", type=Path, help="folder of the JSON files; default for studies: results")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", action="append", default=[], help="only this model; may be given more than once")
     chosen = parser.parse_args()
     os.environ["ONNX_OAMIP_CACHE"] = "off"  # what an earlier run found out would be neither timed nor made again
     for name in STUDIES if "all" in chosen.study else [s for s in chosen.study if s in STUDIES]:
-        import_module(f"{__package__}.{name}").run(chosen.out, chosen.seed, tuple(chosen.model))
+        import_module(f"{__package__}.{name}").run(chosen.out or Path("results"), chosen.seed, tuple(chosen.model))
     if "readme" in chosen.study:
-        readme.write(chosen.out)
+        readme.publish(chosen.out)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,191 @@
-"""README's results section, made from the saved studies: numbers there are never typed by hand."""
+"""Pages made from saved studies, never typed by hand: RESULTS.md, README's headline and its picture."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from .studies import ROOT, table
+from . import picture
+from .studies import ROOT, Row, table
 
+SAVED = Path(__file__).parent / "results"
+"""The studies that the pages are made from, one JSON file each, as ``studies.save`` writes them."""
+PAGE = Path(__file__).parent / "RESULTS.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
 TEXT = {
-    "budgets": "**Accuracy at a budget.** Default settings, 512 unlabelled calibration images, no fine-tuning; "
-    "accuracy in percent on 2,000 test images (one of them is 0.05 points).",
-    "speed": "**Latency and cost.** Ratios measured side by side in one run. The share of the ideal speed-up is MACs "
-    "kept over latency kept; pruning is counted in plain ONNX Runtime passes over the same calibration data.",
-    "ablation": "**What each part is worth.** Accuracy at half the MACs by order of removal, allocation of widths and "
-    "refit (the last three columns), widths not aligned.",
-    "connections": "**Connections.** Single connections pruned by NNrelief without retraining: how many times fewer, "
-    "and the accuracy in percent. The paper's more than 50 times (VGG, CIFAR-10) come with "
-    "retraining after every round.",
-    "importance": "**Which units go.** Accuracy in percent with the same share of units kept in every group, by "
-    "importance and refit.",
-    "decoupled": "**What `oamip` costs.** Decoupled scoring; a program has one variable a unit and one more.",
-    "programs": "**The published program.** LeNet-300-100 on ten images to a gap of 1 %, against the same program "
-    "written in CVXPY for Clarabel.",
-    "storage": "**Packed files.** Size in percent of each version's bytes; codebooks chosen on 1,000 test images to "
-    "lose at most half a point there, accuracies on 1,000 others. Unpacked weights are dense again.",
-    "estimators": "**Dependence between layers.** Seconds, whether true edges are found, and memory.",
-    "coverage": "**Architectures.** Share of the parameters kept (percent) when every group is halved, on small "
-    "networks with random weights exported by PyTorch both ways.",
-    "coupling": "**Coupling.** Seconds to find what goes together, on graphs of the onnx package.",
-    "large": "**Large models.** `inspect` on a transformer with random weights, 250 million parameters of 4 bytes.",
+    "budgets": (
+        "Accuracy at a budget",
+        (
+            "Default settings, 512 unlabelled calibration images, no fine-tuning; accuracy in percent on 2,000 test "
+            "images (one of them is 0.05 points)."
+        ),
+    ),
+    "speed": (
+        "Latency and cost",
+        (
+            "Ratios measured side by side in one run. The share of the ideal speed-up is MACs kept over latency kept; "
+            "pruning is counted in plain ONNX Runtime passes over the same calibration data."
+        ),
+    ),
+    "ablation": (
+        "What each part is worth",
+        (
+            "Accuracy at half the MACs by order of removal, allocation of widths and refit (`none`, `bias`, "
+            "`least-squares`), widths not aligned."
+        ),
+    ),
+    "importance": (
+        "Which units go",
+        "Accuracy in percent with the same share of units kept in every group, by importance and refit.",
+    ),
+    "connections": (
+        "Connections",
+        (
+            "Single connections pruned by NNrelief without retraining: how many times fewer, and the accuracy in "
+            "percent. The paper's more than 50 times (VGG, CIFAR-10) come with retraining after every round."
+        ),
+    ),
+    "decoupled": (
+        "What oamip costs",
+        "Decoupled scoring; a program has one variable a unit and one more.",
+    ),
+    "programs": (
+        "The published program",
+        "LeNet-300-100 on ten images to a gap of 1 %, against the same program written in CVXPY for Clarabel.",
+    ),
+    "estimators": (
+        "Dependence between layers",
+        "Seconds, whether true edges are found, and memory.",
+    ),
+    "storage": (
+        "Packed files",
+        (
+            "Size in percent of each version's bytes; codebooks chosen on 1,000 test images to lose at most half a "
+            "point there, accuracies on 1,000 others. Unpacked weights are dense again."
+        ),
+    ),
+    "coverage": (
+        "Architectures",
+        (
+            "Share of the parameters kept (percent) when every group is halved, on small networks with random weights "
+            "exported by PyTorch both ways; beside it what others keep of the same network when asked for half of the "
+            "channels, or how they end."
+        ),
+    ),
+    "foreign": (
+        "Models that others made",
+        "Cut to seven tenths of every group, with their own weights where they come with any.",
+    ),
+    "coupling": (
+        "Coupling",
+        "Seconds to find what goes together, on graphs of the onnx package.",
+    ),
+    "large": (
+        "Large models",
+        "`inspect` on a transformer with random weights, 250 million parameters of 4 bytes.",
+    ),
 }
+"""Title and text of every study, in the order of the page."""
 
 SHOWN = {"coverage": ("network", "exporter", "kept %", "onnxsim %", "Torch-Pruning %", "cut = masked")}
-"""Columns of a study that README shows, where that is not all."""
+"""Columns of a study that the page shows, where that is not all."""
 
 
-def section(results: Path) -> str:
-    """The Markdown between the markers, from whatever studies are there."""
+def page(results: Path) -> str:
+    """RESULTS.md, from whatever studies are there."""
+    found = {study: _read(results, study) for study in TEXT if (results / f"{study}.json").exists()}
+    parts = [
+        "# Results",
+        (
+            "Every table is made by `python -m tools.bench readme` from the studies saved in [results](results), "
+            "and every study by the command under its table. OAMIP's published protocol has "
+            "[a page of their own](../experiments/results/README.md)."
+        ),
+        "\n".join(f"- [{TEXT[study][0]}](#{TEXT[study][0].lower().replace(' ', '-')})" for study in found),
+    ]
+    for study, record in found.items():
+        title, text = TEXT[study]
+        parts += [f"## {title}", text, table(record["rows"], SHOWN.get(study, record["columns"])), _again(record)]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(results: Path) -> str:
+    """What README shows between its markers."""
     parts = []
-    for study, text in TEXT.items():
-        file = results / f"{study}.json"
-        if file.exists():
-            record = json.loads(file.read_text())
-            seen = ", ".join(f"{k} {v}" for k, v in record["environment"].items())
-            again = f"`python -m tools.bench {study}`, seed {record['seed']}; {seen}."
-            parts.append(f"{text}\n\n{table(record['rows'], SHOWN.get(study, record['columns']))}\n\n{again}")
-    return "\n\n".join(parts)
+    for study, rows, columns in (
+        ("budgets", _aligned, ("model", "MACs kept", "params kept", "before", "after", "points lost")),
+        ("speed", _all, None),
+        ("coverage", _compared, ("tool", "median kept %", "most kept %", "given", "not done")),
+    ):
+        record = _read(results, study)
+        title, text = TEXT[study]
+        parts.append(f"**{title}.** {text}\n\n{table(rows(record), columns or record['columns'])}")
+    return "\n\n".join([*parts, f"Measured on {_environment(_read(results, 'budgets'))}."])
 
 
-def write(results: Path) -> None:
-    """Replace the section in README."""
-    file = ROOT / "README.md"
-    head, _, rest = file.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    file.write_text(f"{head}{BEGIN}\n{section(results)}\n{END}{tail}")
+def updated(text: str, results: Path) -> str:
+    """README with the headline as it should be. Raises ValueError where the markers are missing."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md has no {BEGIN} ... {END}")
+    return f"{head}{BEGIN}\n{headline(results)}\n{END}{tail}"
+
+
+def publish(new: Path | None = None) -> None:
+    """Keep the studies found in ``new``, if any, and write both pages and the picture from all that are kept."""
+    if new is not None:
+        for study in TEXT:
+            file = new / f"{study}.json"
+            if file.exists() and file.resolve().parent != SAVED.resolve():
+                shutil.copyfile(file, SAVED / file.name)
+    PAGE.write_text(page(SAVED), encoding="utf-8")
+    README.write_text(updated(README.read_text(encoding="utf-8"), SAVED), encoding="utf-8")
+    picture.write(_read(SAVED, "budgets")["rows"], _read(SAVED, "ablation")["rows"])
+
+
+def _read(results: Path, study: str) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((results / f"{study}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def _environment(record: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in record["environment"].items())
+
+
+def _again(record: dict[str, Any]) -> str:
+    return f"`python -m tools.bench {record['study']}`, seed {record['seed']}; {_environment(record)}."
+
+
+def _all(record: dict[str, Any]) -> list[Row]:
+    return list(record["rows"])
+
+
+def _aligned(record: dict[str, Any]) -> list[Row]:
+    return [row for row in record["rows"] if row["align"] == "auto"]
+
+
+def _compared(record: dict[str, Any]) -> list[Row]:
+    rows = record["rows"]
+    networks = {row["network"]: row["Torch-Pruning %"] for row in rows}  # pruned before they are exported
+    return [
+        {"tool": "onnx-oamip", **_spread(row["kept %"] for row in rows)},
+        {"tool": "onnxsim", **_spread(row["onnxsim %"] for row in rows)},
+        {"tool": "Torch-Pruning (PyTorch, before the export)", **_spread(networks.values())},
+    ]
+
+
+def _spread(cells: Iterable[Any]) -> Row:
+    """Of the cases that a tool was given ("n/a": it was not): numbers where it finished, text where it did not."""
+    given = [cell for cell in cells if cell != "n/a"]
+    kept = [float(cell) for cell in given if isinstance(cell, (int, float))]
+    return {
+        "median kept %": f"{median(kept):.1f}", "most kept %": f"{max(kept):.1f}", "given": len(given),
+        "not done": len(given) - len(kept),
+    }  # fmt: skip

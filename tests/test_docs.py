@@ -1,0 +1,147 @@
+"""README and the pages behind it: links hold, generated parts are fresh, and what is listed is what there is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from conftest import ROOT
+
+from onnx_oamip.cli import cli
+from onnx_oamip.planfile import GroupEntry
+from tools.bench import __main__ as bench
+from tools.bench import picture, readme
+
+PAGES = (
+    "README.md", "docs/reference.md", "docs/methods.md", "models/README.md", "tools/bench/RESULTS.md",
+    "tools/experiments/results/README.md",
+)  # fmt: skip
+PACKAGE = ROOT / "onnx_oamip"
+
+
+def text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def prose(page: str) -> str:
+    """Without blocks of code, in which brackets are no links and # is no heading."""
+    return re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: str) -> set[str]:
+    """Ids of the headings as GitHub makes them."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        words = re.sub(r"\[([^]]*)]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found[slug] = found.get(slug, 0) + 1
+    return {f"{slug}-{i}" if i else slug for slug, count in found.items() for i in range(count)}
+
+
+def links(page: str) -> list[str]:
+    return re.findall(r"]\(([^)\s]+)\)", re.sub(r"`[^`\n]+`", "", prose(page)))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in links(page):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = unquote(link).partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(str(target.relative_to(ROOT))), link
+
+
+def test_readme_leads_to_every_page() -> None:
+    reached = {(ROOT / link.partition("#")[0]).resolve() for link in links("README.md") if not link.startswith("#")}
+    assert {(ROOT / page).resolve() for page in PAGES[1:]} <= reached
+
+
+def test_results_are_fresh() -> None:
+    assert readme.updated(text("README.md"), readme.SAVED) == text("README.md"), "run: python -m tools.bench readme"
+    assert readme.page(readme.SAVED) == text("tools/bench/RESULTS.md"), "run: python -m tools.bench readme"
+
+
+def test_the_picture_shows_the_saved_rows() -> None:
+    budgets, ablation = (json.loads((readme.SAVED / f"{s}.json").read_text())["rows"] for s in ("budgets", "ablation"))
+    drawn = picture.FILE.read_text(encoding="utf-8")
+    assert picture.digest(budgets, ablation) in drawn, "run: python -m tools.bench readme"
+    changed = [{**row, "after": row["after"] + 1} for row in budgets]
+    assert picture.digest(changed, ablation) != picture.digest(budgets, ablation)
+    again = picture.draw(budgets, ablation)
+    assert again == picture.draw(budgets, ablation)
+    assert again.startswith(b"<?xml")
+
+
+def test_every_study_has_its_text_and_is_small() -> None:
+    assert set(readme.TEXT) == set(bench.STUDIES)
+    files = list(readme.SAVED.iterdir())
+    assert {p.stem for p in files} <= set(bench.STUDIES)
+    assert sum(p.stat().st_size for p in files) < 300_000
+    for file in files:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        assert record["study"] == file.stem
+        assert record["rows"]
+        assert record["environment"]
+
+
+def test_publishing_takes_over_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SAVED", "PAGE", "README"):
+        monkeypatch.setattr(readme, name, tmp_path / name)
+    new = tmp_path / "new"
+    for folder in (tmp_path / "SAVED", new):
+        folder.mkdir()
+    for file in (ROOT / "tools/bench/results").iterdir():
+        (tmp_path / "SAVED" / file.name).write_text(file.read_text())
+    record = json.loads((tmp_path / "SAVED/budgets.json").read_text())
+    record["rows"] = [{**record["rows"][0], "model": "another", "after": 12.34}]
+    (new / "budgets.json").write_text(json.dumps(record))
+    (tmp_path / "README").write_text(f"before {readme.BEGIN} old {readme.END} after")
+    drawn = []
+    monkeypatch.setattr(readme.picture, "write", lambda budgets, _: drawn.extend(budgets))
+    readme.publish(new)
+    shown = (tmp_path / "README").read_text()
+    assert shown.startswith(f"before {readme.BEGIN}\n**Accuracy")
+    assert shown.endswith(f"{readme.END} after")
+    assert "| another | 0.50 | 0.50 | 98.45 | 12.34 |" in shown
+    assert "| another |" in (tmp_path / "PAGE").read_text()
+    assert json.loads((tmp_path / "SAVED/budgets.json").read_text())["rows"] == record["rows"] == drawn
+
+
+def test_missing_markers_are_said() -> None:
+    with pytest.raises(ValueError, match="results:begin"):
+        readme.updated("no markers", readme.SAVED)
+
+
+def test_design_lists_every_module() -> None:
+    design = text("README.md").partition("\n## Design\n")[2].partition("\n## ")[0]
+    table = design.partition("| --- | --- |\n")[2].partition("\n\n")[0]
+    listed = [name for row in table.splitlines() for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])]
+    files = {p.name for p in PACKAGE.glob("*.py") if not p.name.startswith("__")}
+    folders = {f"{p.name}/" for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == files | folders
+
+
+def test_every_option_is_in_the_reference() -> None:
+    shown = set(re.findall(r"--[a-z][a-z-]+", text("docs/reference.md") + text("README.md")))
+    for name, command in cli.commands.items():
+        options = {o for p in command.params if p.param_type_name == "option" for o in p.opts if o.startswith("--")}
+        assert options - {"--output", "--quiet"} <= shown, name
+
+
+def test_the_plan_shown_is_one() -> None:
+    blocks = re.findall(r"^```json\n(.*?)^```", text("README.md"), re.MULTILINE | re.DOTALL)
+    shown = [GroupEntry.model_validate_json(block) for block in blocks if '"keep"' in block]
+    assert len(shown) == 1
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_about_one_machine(page: str) -> None:
+    assert not re.search(r"/(?:home|root|tmp|Users|work|mnt)/", text(page))
