@@ -10,7 +10,7 @@ from urllib.parse import unquote
 import pytest
 from conftest import ROOT
 
-from onnx_oamip.cli import cli
+from onnx_oamip.cli import cli, main
 from onnx_oamip.planfile import GroupEntry
 from tools.bench import __main__ as bench
 from tools.bench import picture, readme
@@ -130,10 +130,22 @@ def test_design_lists_every_module() -> None:
 
 
 def test_every_option_is_in_the_reference() -> None:
-    shown = set(re.findall(r"--[a-z][a-z-]+", text("docs/reference.md") + text("README.md")))
+    tables = text("docs/reference.md").partition("\n## Budgets\n")[2].partition("\n## Configuration files\n")[0]
+    shown = set(re.findall(r"--[a-z][a-z-]+", tables))
     for name, command in cli.commands.items():
         options = {o for p in command.params if p.param_type_name == "option" for o in p.opts if o.startswith("--")}
         assert options - {"--output", "--quiet"} <= shown, name
+
+
+def test_the_output_shown_is_what_comes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (command, shown), *others = re.findall(
+        r"^```console\nonnx-oamip ([^\n]+)\n```\n\n```text\n(.*?)^```", text("README.md"), re.MULTILINE | re.DOTALL
+    )
+    assert others == []
+    monkeypatch.chdir(ROOT)
+    assert main(command.split()) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.rstrip() for line in lines] == shown.splitlines()
 
 
 def test_the_plan_shown_is_one() -> None:

@@ -105,7 +105,7 @@ def page(results: Path) -> str:
         (
             "Every table is made by `python -m tools.bench readme` from the studies saved in [results](results), "
             "and every study by the command under its table. OAMIP's published protocol has "
-            "[a page of their own](../experiments/results/README.md)."
+            "[a page of its own](../experiments/results/README.md)."
         ),
         "\n".join(f"- [{TEXT[study][0]}](#{TEXT[study][0].lower().replace(' ', '-')})" for study in found),
     ]
