@@ -797,12 +797,13 @@ def test_interrupt_exits_130(place: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- README
 
-README, REFERENCE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/reference.md"))
+PAGES = ("README.md", "docs/reference.md", "docs/pipelines.md")
+README, REFERENCE, PIPELINES = ((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
 
 
 def blocks(language: str) -> list[str]:
-    """Blocks of README and of the reference, in this order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", f"{README}\n{REFERENCE}", re.MULTILINE | re.DOTALL)
+    """Blocks of the pages, in their order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", f"{README}\n{REFERENCE}\n{PIPELINES}", re.MULTILINE | re.DOTALL)
 
 
 def documented_keys() -> set[str]:

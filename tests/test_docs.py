@@ -16,8 +16,8 @@ from tools.bench import __main__ as bench
 from tools.bench import picture, readme
 
 PAGES = (
-    "README.md", "docs/reference.md", "docs/methods.md", "models/README.md", "tools/bench/RESULTS.md",
-    "tools/experiments/results/README.md",
+    "README.md", "docs/reference.md", "docs/methods.md", "docs/pipelines.md", "models/README.md",
+    "tools/bench/RESULTS.md", "tools/experiments/results/README.md",
 )  # fmt: skip
 PACKAGE = ROOT / "onnx_oamip"
 

@@ -89,9 +89,9 @@ def test_pass_prunes_in_a_workflow(olive: Any) -> None:
     assert proto.graph == onnx.load("direct.onnx").graph
 
 
-def test_the_workflow_of_the_readme_runs(olive: Any, tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```json\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+def test_the_workflow_of_the_page_runs(olive: Any, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     flow = next(json.loads(block) for block in blocks if "OnnxOamip" in block)
     (tmp_path / "models").symlink_to(MODELS)
     flow["passes"]["prune"].update({"importance": "l2", "allocate": "global"})

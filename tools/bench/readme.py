@@ -44,6 +44,10 @@ TEXT = {
         "Which units go",
         "Accuracy in percent with the same share of units kept in every group, by importance and refit.",
     ),
+    "methods": (
+        "Methods side by side",
+        "Accuracy in percent by importance method, at the same budget, with widths as even as the budget allows.",
+    ),
     "connections": (
         "Connections",
         (
