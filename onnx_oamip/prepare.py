@@ -221,7 +221,7 @@ def _scores(
         return scoring.scores(model, coupling, statistics(), samples, device, settings, method, progress)
 
     # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
-    if not method.needs_data or not method.score.__module__.startswith(f"{__package__}."):
+    if not method.needs_data or not str(getattr(method.score, "__module__", "")).startswith(f"{__package__}."):
         return make()
     return store.keep(cache.SCORES, {**settings.model_dump(mode="json", exclude=_ELSEWHERE), **known}, make)
 
