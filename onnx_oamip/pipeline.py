@@ -49,8 +49,8 @@ def prune(
 
     ``source`` is calibration data (see ``data``), ``output`` the file to write (None: nothing is written), ``scores``
     a file that :func:`score` wrote, taken in place of scores by ``settings.importance``, ``keep_map`` a file to write
-    for :func:`checkpoint.cut`. Raises OamipError: exit code
-    2 for bad input, 1 for a budget or gate that was not met; then no file is written.
+    for :func:`checkpoint.cut`. Raises OamipError: exit code 2 for bad input, 1 for a budget or gate that was not met;
+    then no file is written.
     """
     clock = Clock()
     preparing.check(settings, source, scores is not None)
