@@ -29,6 +29,7 @@ from .artefacts import write_bytes
 from .data import Samples
 from .errors import OutputError
 from .records import Array, Gram, Model, Moments, Scores, Sensitivity
+from .versions import sources
 
 T = TypeVar("T")
 VARIABLE = "ONNX_OAMIP_CACHE"
@@ -132,10 +133,8 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
 
 @once
 def _code() -> str:
-    """Digest of this package's own sources: what other code has found is not taken."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """Digest of this package's own sources and what it calls: what other code has found is not taken."""
+    digest = hashlib.sha256(sources().encode())
     for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "scipy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             digest.update(f"{name} {metadata.version(name)}".encode())

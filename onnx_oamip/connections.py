@@ -50,6 +50,8 @@ def check(settings: Settings, scored: bool = False) -> None:
         raise SettingsError(
             f"--granularity connection needs --importance nnrelief, not {settings.importance}: the others score units."
         )
+    if settings.scheduler is not None:
+        raise SettingsError("--granularity connection has nothing to do for a cluster; leave out --scheduler.")
     for name in ("macs", "size", "latency", "threshold"):
         if getattr(settings, name) is not None:
             raise SettingsError(

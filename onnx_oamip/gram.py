@@ -19,6 +19,8 @@ from .patches import data_rows, pick
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model
 from .subgraph import Frontier, element_types
 
+Job = tuple[int, Mapping[str, Gram]]
+"""A group, and second moments by the nodes that read it."""
 CAP = 2304
 """Unknowns above which only the channels x channels form is kept (taps folded into the outputs)."""
 MOST_COLUMNS = 8192
@@ -147,6 +149,15 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
             # The variance of y, without the ridge: trace(W G W').
             scale = max(float(np.einsum("od,od->", part @ covariance, part)), 1e-30)
             result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale, load))
+    return result
+
+
+def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
+    """Every group with the second moments that its problems are made from, to be worked on wherever there is room."""
+    result: list[Job] = []
+    for g, group in enumerate(coupling.groups):
+        readers = (c.node for c in coupling.consumers if np.isin(coupling.axes[c.data, c.axis], group.units).any())
+        result.append((g, {name: grams[name] for name in readers if name in grams}))
     return result
 
 

@@ -56,7 +56,7 @@ def ladder(
     feeds = [feed for _, feed in scoring.parts(ready.samples)[1].batches(settings.batch_size)]
     losses = sensitivity.measure(
         ready.model, coupling, found.grams, scoring.order(scores, coupling), feeds, ready.device,
-        settings.workers, progress, settings.refit,
+        settings.workers, progress, settings.refit, settings.scheduler,
     )  # fmt: skip
     return search.rungs(coupling, losses, ready.steps, ready.floor)
 

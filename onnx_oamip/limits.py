@@ -15,18 +15,16 @@ one. The authors' code takes signed weights and protects the smallest; here the 
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from .affine import Site, matrix
 from .allocation import best_units
 from .cost import full_widths
+from .executors import executor
 from .pooled import outlet, sites
 from .records import Axis, Bools, Coupling, Floats, Ints, Model, Pooled, Scores, Statistics
 from .settings import Settings
@@ -63,7 +61,7 @@ def bound(
     if settings.limits == "snacs" and len(full):
         assert statistics is not None
         assert statistics.pooled is not None
-        most, how = upper(model, coupling, statistics.pooled, scores, settings.workers)
+        most, how = upper(model, coupling, statistics.pooled, scores, settings.workers, settings.scheduler)
         floor = np.maximum(floor, 1 - most)
         tight = [f"{coupling.groups[g].name} {most[g]:.0%}" for g in np.argsort(most, kind="stable")[:3]]
         note = f"--limits snacs ({how}): the least may go from {', '.join(tight)}"
@@ -75,7 +73,12 @@ def bound(
 
 
 def upper(
-    model: Model, coupling: Coupling, pooled: Pooled, scores: Scores, workers: int | None = None
+    model: Model,
+    coupling: Coupling,
+    pooled: Pooled,
+    scores: Scores,
+    workers: int | None = None,
+    scheduler: str | None = None,
 ) -> tuple[Floats, str]:
     """(largest share (groups,) that may go, how it was judged); the least over a group's linear consumers.
 
@@ -86,21 +89,36 @@ def upper(
     ranked = labels is not None and len(np.unique(labels[few])) > 1
     how = f"accuracy of an SVM on {len(few)} samples" if ranked else "no labels: linear CKA of layers' outputs"
     order = np.lexsort((-np.arange(coupling.n_units), scores.values))
-    usable = [
-        (c.data, c.axis, place)
-        for c, place in sites(model, coupling)
-        if (c.data, c.axis) in pooled.values and outlet(model, place) in pooled.values
-    ]
-
-    def one(job: tuple[str, int, Site]) -> Floats:
-        data, axis, place = job
-        layer = _Layer(model, coupling, pooled, place, (data, axis), few)
-        judge = classifier(layer.original, labels[few]) if ranked and labels is not None else similarity(layer.original)
-        return layer.limits(coupling, order, judge)
-
-    with threadpool_limits(1), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        found = list(pool.map(one, usable))
+    usable = []
+    for consumer, place in sites(model, coupling):
+        ends = ((consumer.data, consumer.axis), outlet(model, place))
+        if all(axis in pooled.values for axis in ends):
+            taps = {name: read for name, read in pooled.taps.items() if name == place.node.name}
+            here = replace(pooled, values={axis: pooled.values[axis] for axis in ends}, taps=taps)
+            usable.append((ends[0], place, here))
+    found = executor(workers, scheduler).map(_one, _Whole(model, coupling, few, order, ranked), usable)
     return np.min([np.ones(len(coupling.groups)), *found], axis=0), how
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """What the work on every layer shares: samples looked at, the order (n_units,) of removal, whether labels count."""
+
+    model: Model
+    coupling: Coupling
+    few: Ints
+    order: Ints
+    ranked: bool
+
+
+def _one(whole: _Whole, job: tuple[Axis, Site, Pooled]) -> Floats:
+    data, place, pooled = job
+    layer = _Layer(whole.model, whole.coupling, pooled, place, data, whole.few)
+    if whole.ranked and pooled.labels is not None:
+        judge = classifier(layer.original, pooled.labels[whole.few])
+    else:
+        judge = similarity(layer.original)
+    return layer.limits(whole.coupling, whole.order, judge)
 
 
 def upper_limit(levels: Ints, values: Floats, tolerance: float = TOLERANCE) -> int:

@@ -152,7 +152,7 @@ def dumps(
         "budget": {n: getattr(budget, n) for n in ("macs", "params", "size", "latency", "max_drop", "threshold")},
         "before": {"macs": before.macs, "params": before.params, "bytes": before.bytes},
         "predicted": {n: getattr(plan.predicted, n) for n in ("macs", "params", "bytes")},
-        "settings": {n: v for n, v in settings.items() if n not in ("cache", "force", "workers")},
+        "settings": {n: v for n, v in settings.items() if n not in ("cache", "force", "workers", "scheduler")},
         "programs": [{k: v for k, v in p.items() if k != "seconds"} for p in (*programs, *plan.programs)],
         "notes": list(dict.fromkeys((*notes, *plan.notes))),
         "skipped": [

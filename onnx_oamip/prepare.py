@@ -18,6 +18,7 @@ from . import (
     connections,
     cost,
     data,
+    executors,
     iterations,
     limits,
     scoring,
@@ -43,7 +44,7 @@ READING = {
     "column",
 }  # fmt: skip
 _ELSEWHERE = BUDGETS | READING | {
-    "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "cache", "exclude",
+    "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "scheduler", "cache", "exclude",
 }  # fmt: skip
 """Settings that no score and no measured loss depends on, or that are told otherwise."""
 
@@ -89,6 +90,7 @@ def prepare(
     clock = clock or Clock()
     method = check(settings, source, scores is not None)
     device = resolve_device(settings.device)
+    executors.check(settings.scheduler, device)
     store = cache.open_store(settings.cache)
     model, coupling, samples, held = load(path, source, eval_data, settings, clock)
     given = None
@@ -135,7 +137,7 @@ def prepare(
                 {**known, "order": order.tolist(), "refit": settings.refit},
                 lambda: sensitivity.measure(
                     model, coupling, statistics().grams, order, feeds, device, settings.workers, progress,
-                    settings.refit,
+                    settings.refit, settings.scheduler,
                 ),
             )  # fmt: skip
             ladder = search.rungs(coupling, losses, steps, bounds.floor)
@@ -185,6 +187,7 @@ def score(
     if source is None and method.needs_data:
         raise DataError(f"--importance {settings.importance} needs calibration data; give --data.")
     device = resolve_device(settings.device)
+    executors.check(settings.scheduler, device)
     store = cache.open_store(settings.cache)
     model, coupling, samples, held = load(path, source, None, settings, clock)
     known = _known(model, samples, settings, device) if source is not None else {}

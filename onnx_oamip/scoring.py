@@ -120,8 +120,9 @@ def scores(
     names = ["the program", *found.others]
     orders = np.stack([found.values, *found.others.values()])
     alone = sensitivity.choose(
-        model, coupling, statistics.grams, list(orders), feeds, device, settings.workers, progress, settings.refit
-    )
+        model, coupling, statistics.grams, list(orders), feeds, device, settings.workers, progress, settings.refit,
+        settings.scheduler,
+    )  # fmt: skip
     feeds = [feed for _, feed in measured.batches(settings.batch_size)]
     picks = _together(model, coupling, statistics, orders, alone, feeds, device, settings.refit, progress)
     values = found.values.copy()

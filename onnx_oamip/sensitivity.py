@@ -4,26 +4,24 @@ For every group one part of the graph is made: everything behind its first consu
 shifts and masks as inputs. A level then only feeds other numbers; nothing in front of the group runs again and no
 session is rebuilt. Cost: about (1 + levels) halves of a forward pass per group. Groups run in parallel threads, each
 with single-threaded sessions: ONNX Runtime and LAPACK release the interpreter lock, weights are shared instead of
-copied to other processes, and results do not depend on the number of workers.
+copied to other processes, and results do not depend on the number of workers, nor on whether a cluster does the work.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import onnx
 from onnx import helper
-from threadpoolctl import threadpool_limits
 
 from .affine import matrix_shape, site, unmatrix
 from .bodies import insert, reads
 from .calibrate import Progress
-from .gram import Problem, compensate, problems
+from .executors import executor
+from .gram import Job, compensate, jobs, problems
 from .images import head
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model, Sensitivity
 from .runtime import Session
@@ -46,23 +44,16 @@ def measure(
     workers: int | None = None,
     progress: Progress | None = None,
     repair: str = "least-squares",
+    scheduler: str | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Per group the loss at a few widths, units removed by rising ``order`` (n_units,).
 
     The loss is the mean KL divergence from the original class probabilities (a classification head), or the squared
     output error relative to the output's energy (anything else). ``repair``: how consumers make up for what went, as
-    ``--refit`` says.
+    ``--refit`` says. ``workers`` threads, or the cluster of a Dask ``scheduler``.
     """
-
-    def one(part: _Part, g: int) -> Sensitivity:
-        units = coupling.groups[g].units
-        removal = np.argsort(order[units], kind="stable")
-        widths = levels(len(units))
-        loss = np.append(part.losses([removal[: len(units) - w] for w in widths[:-1]]), 0.0)
-        # More units never hurt: noise in the measurement must not make the program prefer fewer.
-        return Sensitivity(widths, np.maximum.accumulate(loss[::-1])[::-1])
-
-    return tuple(_by_group(model, coupling, grams, feeds, device, workers, progress, repair, "sensitivity", one))
+    whole = _whole(model, coupling, [order], feeds, device, repair)
+    return tuple(_by_group(_measure, whole, grams, workers, scheduler, progress, "sensitivity"))
 
 
 def choose(
@@ -75,56 +66,81 @@ def choose(
     workers: int | None = None,
     progress: Progress | None = None,
     repair: str = "least-squares",
+    scheduler: str | None = None,
 ) -> Ints:
     """Per group the index of the order of removal, of several (n_units,), under which the model loses least.
 
     Losses as in :func:`measure`, at the widths of ``CHOICE``; their logarithms are added up, so that no width drowns
     the others. The first order wins ties.
     """
-
-    def one(part: _Part, g: int) -> int:
-        units = coupling.groups[g].units
-        gone = [len(units) - max(1, round(share * len(units))) for share in CHOICE]
-        sets = [np.argsort(order[units], kind="stable")[:n] for order in orders for n in gone]
-        found = part.losses(sets).reshape(len(orders), -1)
-        return int(np.argmin(np.log(found + 1e-9).sum(axis=1)))
-
-    found = _by_group(model, coupling, grams, feeds, device, workers, progress, repair, "choose", one)
-    return np.asarray(list(found), np.int64)
+    whole = _whole(model, coupling, orders, feeds, device, repair)
+    found = _by_group(_choose, whole, grams, workers, scheduler, progress, "choose")
+    return np.asarray(found, np.int64)
 
 
-def _by_group(
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """What the work on every group shares; ``types``: element types of all tensors."""
+
+    model: Model
+    coupling: Coupling
+    slicer: Slicer
+    types: Mapping[str, int]
+    truth: _Truth
+    orders: Sequence[Floats]
+    device: str
+    repair: str
+
+
+def _whole(
     model: Model,
     coupling: Coupling,
-    grams: Mapping[str, Gram],
+    orders: Sequence[Floats],
     feeds: Sequence[Mapping[str, Array]],
     device: str,
-    workers: int | None,
-    progress: Progress | None,
     repair: str,
-    stage: str,
-    judge: Callable[[_Part, int], T],
-) -> list[T]:
-    """``judge`` for the part of the graph behind every group, several groups at a time."""
+) -> _Whole:
     slicer = Slicer(model.proto)
     types = _types(model, slicer, feeds, device)
     original = Session(model.proto, device, threads=None)
     wanted = targets(model)
     truth = _Truth(feeds, [original.run(feed, wanted) for feed in feeds], wanted)
-    done = 0
+    return _Whole(model, coupling, slicer, types, truth, orders, device, repair)
 
-    def one(g: int) -> T:
-        nonlocal done
-        found = problems(model, coupling, grams, g)
-        result = judge(_Part(model, coupling, slicer, types, g, found, truth, device, repair), g)
-        done += 1
+
+def _by_group(
+    task: Callable[[_Whole, Job], T],
+    whole: _Whole,
+    grams: Mapping[str, Gram],
+    workers: int | None,
+    scheduler: str | None,
+    progress: Progress | None,
+    stage: str,
+) -> list[T]:
+    """``task`` for every group, several at a time."""
+
+    def told(done: int, total: int) -> None:
         if progress:
-            progress(stage, done, len(coupling.groups))
-        return result
+            progress(stage, done, total)
 
-    # One thread a worker for linear algebra too, or the workers wait for each other.
-    with threadpool_limits(1), ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        return list(pool.map(one, range(len(coupling.groups))))
+    return executor(workers, scheduler, whole.device).map(task, whole, jobs(whole.coupling, grams), told)
+
+
+def _measure(whole: _Whole, job: Job) -> Sensitivity:
+    units = whole.coupling.groups[job[0]].units
+    removal = np.argsort(whole.orders[0][units], kind="stable")
+    widths = levels(len(units))
+    loss = np.append(_Part(whole, *job).losses([removal[: len(units) - w] for w in widths[:-1]]), 0.0)
+    # More units never hurt: noise in the measurement must not make the program prefer fewer.
+    return Sensitivity(widths, np.maximum.accumulate(loss[::-1])[::-1])
+
+
+def _choose(whole: _Whole, job: Job) -> int:
+    units = whole.coupling.groups[job[0]].units
+    gone = [len(units) - max(1, round(share * len(units))) for share in CHOICE]
+    sets = [np.argsort(order[units], kind="stable")[:n] for order in whole.orders for n in gone]
+    found = _Part(whole, *job).losses(sets).reshape(len(whole.orders), -1)
+    return int(np.argmin(np.log(found + 1e-9).sum(axis=1)))
 
 
 def levels(width: int) -> Ints:
@@ -181,20 +197,11 @@ class _Truth:
 class _Part:
     """The graph behind a group's consumers, with the numbers a level changes as inputs."""
 
-    def __init__(
-        self,
-        model: Model,
-        coupling: Coupling,
-        slicer: Slicer,
-        types: Mapping[str, int],
-        group: int,
-        found: list[Problem],
-        truth: _Truth,
-        device: str,
-        repair: str,
-    ) -> None:
-        self.model, self.found, self.truth, self.repair = model, found, truth, repair
-        wanted = truth.wanted
+    def __init__(self, whole: _Whole, group: int, grams: Mapping[str, Gram]) -> None:
+        model, coupling, slicer, types = whole.model, whole.coupling, whole.slicer, whole.types
+        found = problems(model, coupling, grams, group)
+        self.model, self.found, self.truth, self.repair = model, found, whole.truth, whole.repair
+        wanted = whole.truth.wanted
         self.units = coupling.groups[group].units
         self.linear = {p.consumer.node: p.consumer for p in found}
         self.wanted = wanted
@@ -222,11 +229,11 @@ class _Part:
         prefix = slicer.needed(self.before, ())
         graph_inputs = {p.name for p in model.inputs}
         computed = [n for n in self.before if n not in graph_inputs]
-        self.prefix = Session(slicer.model(prefix, computed, types), device, 1) if computed else None
+        self.prefix = Session(slicer.model(prefix, computed, types), whole.device, 1) if computed else None
         self.computed = computed
         proto = slicer.model(sorted(behind), [w for w in wanted if w in made], types)
         self._open(proto, types)
-        self.suffix = Session(proto, device, 1, what="a part of the model")
+        self.suffix = Session(proto, whole.device, 1, what="a part of the model")
         self.made = made
 
     def _open(self, proto: onnx.ModelProto, types: Mapping[str, int]) -> None:

@@ -15,6 +15,7 @@ class Settings(BaseModel):
 
     Shares are fractions to keep; ``max_drop`` is in points; ``align`` is the step of widths in channels; ``floor`` the
     least share of any group; ``time_limit`` (seconds) bounds every solver call; ``cache`` is a folder, auto or off.
+    ``scheduler`` is the address of a Dask scheduler whose workers take the place of ``workers`` threads here.
     ``image_size`` to ``column`` say how images and tables are read (see ``records.Reading``).
     ``mode`` to ``images_per_class`` are about the importance ``oamip`` alone; ``score_budget`` is a share as well.
     ``alpha`` (a share of absolute signal to keep) and ``signal`` are about ``nnrelief``; ``sparse`` is about the
@@ -55,6 +56,7 @@ class Settings(BaseModel):
     solver: Literal["auto", "gurobi", "highs"] = "auto"
     time_limit: float = Field(60.0, gt=0, allow_inf_nan=False)
     workers: int | None = Field(None, ge=1)
+    scheduler: str | None = Field(None, min_length=1)
     cache: str = "auto"
     force: bool = False
     strict: bool = False

@@ -45,6 +45,9 @@ class Slicer:
         self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
         self.constants = {t.name: t for t in proto.graph.initializer}
 
+    def __reduce__(self) -> tuple[type[Slicer], tuple[onnx.ModelProto]]:
+        return Slicer, (self.proto,)  # the index is made anew where it arrives
+
     def needed(self, targets: Iterable[str], given: Iterable[str]) -> list[int]:
         """Nodes (in order) that compute ``targets`` from ``given`` tensors, constants and graph inputs."""
         stop = set(given)

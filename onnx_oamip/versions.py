@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 from . import __version__
 
@@ -20,6 +23,15 @@ def versions() -> dict[str, str | None]:
         "gurobipy": _installed("gurobipy"),
         "highspy": _installed("highspy"),
     }
+
+
+@cache
+def sources() -> str:
+    """Digest of this package's own sources, which a version's number does not tell apart."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _installed(*names: str) -> str | None:

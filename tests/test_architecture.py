@@ -22,7 +22,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
         "weights", "runtime", "bodies", "sizes", "shapes", "folding", "model", "coupling", "restoring", "cost",
         "pictures", "parquet", "data", "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram",
         "latency", "output", "artefacts", "checkpoint", "images", "solvers", "region", "formulation", "solving",
-        "signals", "pooled",
+        "signals", "pooled", "executors",
     ),
     ("importance",),
     ("budget", "allocation", "planfile", "limits"),
@@ -65,6 +65,8 @@ HOMES = {
     "matplotlib": ("html/charts.py",),
     "mlflow": ("tracking.py",),
     "olive": ("olive.py",),
+    "distributed": ("executors/cluster.py",),
+    "dask": ("executors/cluster.py",),
 }
 LINES = 400
 

@@ -451,6 +451,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
     options = (
         "--params 0.9 --size 95% --latency 100% --max-drop 99 --importance l2 --allocate mip --refit none --align 4 "
         "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
+        "--scheduler tcp://host:1 "
         "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3 "
         "--cache off --image-size 24x32 --image-fit pad --image-scale 0.5 --image-mean 1,2,3 --image-std 4 "
         "--image-layout nhwc --image-color bgr --samples 99 --column c "
@@ -461,6 +462,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "latency": 1.0, "max_drop": 99.0,
         "importance": "l2", "allocate": "mip", "refit": "none", "align": 4, "floor": 0.1, "exclude": ("second",),
         "solver": "highs", "time_limit": 5.0, "workers": 1, "force": True, "device": "cpu", "seed": 3, "batch_size": 8,
+        "scheduler": "tcp://host:1",
         "mode": "joint", "formulation": "paper", "loss_weight": 2.0, "score_budget": 0.4, "relax": True,
         "images_per_class": 3, "cache": "off", "image_size": (24, 32), "image_fit": "pad", "image_scale": 0.5,
         "image_mean": (1.0, 2.0, 3.0), "image_std": (4.0,), "image_layout": "nhwc", "image_color": "bgr", "samples": 99,

@@ -23,6 +23,7 @@ from .options import (
     planning_options,
     quiet_option,
     report_option,
+    scheduler_option,
     seed_option,
     shares,
     solver_option,
@@ -54,6 +55,7 @@ from .terminal import Progress, show
 @solver_option
 @time_limit_option
 @workers_option
+@scheduler_option
 @device_option
 @seed_option
 @batch_size_option

@@ -158,6 +158,12 @@ workers_option = click.option(
     metavar="N",
     help="Groups that are scored or measured at the same time. Default: one for every core.",
 )
+scheduler_option = click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Score and measure groups on the workers of the Dask scheduler at this address, such as tcp://host:8786, in "
+    "place of --workers here. The result is the same. Needs the extra 'cluster'.",
+)
 solver_option = click.option(
     "--solver",
     type=click.Choice(["auto", "gurobi", "highs"]),

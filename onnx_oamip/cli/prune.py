@@ -23,6 +23,7 @@ from .options import (
     json_option,
     quiet_option,
     report_option,
+    scheduler_option,
     seed_option,
     solver_option,
     time_limit_option,
@@ -95,6 +96,7 @@ mlflow_option = click.option(
 @solver_option
 @time_limit_option
 @workers_option
+@scheduler_option
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed; write nothing but the cache.")
 @force_option
 @strict_option
@@ -167,6 +169,7 @@ def prune(
 @time_limit_option
 @strict_option
 @workers_option
+@scheduler_option
 @device_option
 @seed_option
 @batch_size_option

@@ -19,6 +19,7 @@ from .options import (
     json_option,
     quiet_option,
     refit_option,
+    scheduler_option,
     seed_option,
     solver_option,
     time_limit_option,
@@ -48,6 +49,7 @@ from .terminal import Progress, show
 @solver_option
 @time_limit_option
 @workers_option
+@scheduler_option
 @device_option
 @seed_option
 @batch_size_option

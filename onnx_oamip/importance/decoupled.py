@@ -15,17 +15,15 @@ units: it is the consumers' relative loss at which a unit goes, in [0, 1].
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from ..gram import Problem, problems
+from ..executors import executor
+from ..gram import Job, Problem, jobs, problems
 from ..milp.subset import Fit, Loss, Quadratic, Repaired, Subset, loss_at
 from ..records import Bools, Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
@@ -52,25 +50,21 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     assert statistics is not None
     simple = activation.score(model, coupling, statistics, settings).values
     values = np.zeros(coupling.n_units)
-
-    def one(g: int) -> _Walk | None:
-        found = problems(model, coupling, statistics.grams, g)
-        return _walk(found, len(coupling.groups[g].units), coupling.groups[g].name, settings) if found else None
-
     records: list[Mapping[str, Any]] = []
     without: list[str] = []
     repaired, other = simple.copy(), simple.copy()
-    with threadpool_limits(1), ThreadPoolExecutor(settings.workers or os.cpu_count() or 1) as pool:
-        for group, found in zip(coupling.groups, pool.map(one, range(len(coupling.groups))), strict=True):
-            if found is None:
-                top = max(float(simple[group.units].max()), 1e-30)
-                values[group.units] = simple[group.units] / top
-                without.append(group.name)
-                continue
-            values[group.units] = found.values
-            repaired[group.units] = found.repaired
-            other[group.units] = found.other
-            records.append(found.record)
+    place = executor(settings.workers, settings.scheduler)
+    every = place.map(_one, (model, coupling, settings), jobs(coupling, statistics.grams))
+    for group, found in zip(coupling.groups, every, strict=True):
+        if found is None:
+            top = max(float(simple[group.units].max()), 1e-30)
+            values[group.units] = simple[group.units] / top
+            without.append(group.name)
+            continue
+        values[group.units] = found.values
+        repaired[group.units] = found.repaired
+        other[group.units] = found.other
+        records.append(found.record)
     notes = []
     if without:
         listed = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
@@ -97,6 +91,13 @@ class _Walk:
     repaired: Floats
     other: Floats
     record: Mapping[str, Any]
+
+
+def _one(whole: tuple[Model, Coupling, Settings], job: Job) -> _Walk | None:
+    model, coupling, settings = whole
+    group = coupling.groups[job[0]]
+    found = problems(model, coupling, job[1], job[0])
+    return _walk(found, len(group.units), group.name, settings) if found else None
 
 
 def _walk(found: Sequence[Problem], count: int, name: str, settings: Settings) -> _Walk:

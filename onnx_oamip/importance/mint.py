@@ -13,14 +13,13 @@ would decide all distances. Experimental: a tree a block is slow, and filters of
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from ..executors import executor
 from ..pooled import Pair, pairs, standardise
 from ..records import Array, Bools, Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
@@ -42,24 +41,38 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     assert statistics is not None
     assert statistics.pooled is not None
     every = list(pairs(model, coupling, statistics.pooled))
-    ends = time.monotonic() + settings.score_time
     found: list[list[Floats]] = [[] for _ in every]
-
-    def one(job: tuple[int, int]) -> None:
-        split, i = job
-        values = dependence(every[i].parents, every[i].children, settings.seed + split, ends)
+    end = _Deadline(time.monotonic() + settings.score_time)
+    jobs = [(i, settings.seed + split, end) for split in range(SPLITS) for i in range(len(every))]
+    made = executor(settings.workers, settings.scheduler).map(_one, every, jobs)
+    for (i, _, _), values in zip(jobs, made, strict=True):
         if values is not None:
             found[i].append(values)
-
-    jobs = [(split, i) for split in range(SPLITS) for i in range(len(every))]
-    with threadpool_limits(1), ThreadPoolExecutor(settings.workers or os.cpu_count() or 1) as pool:
-        list(pool.map(one, jobs))
     rho = [
         np.maximum(np.mean(estimates, axis=0), 0.0) if estimates else partial(pair.parents, pair.children)
         for pair, estimates in zip(every, found, strict=True)
     ]
     values = propagate(model, coupling, statistics, zip(every, rho, strict=True))
     return Scores("mint", values, notes=_notes(every, found, settings.score_time))
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    """A time on the monotonic clock; it reaches another machine, whose clock differs, as the seconds left."""
+
+    at: float
+
+    def __reduce__(self) -> tuple[Callable[[float], _Deadline], tuple[float]]:
+        return _Deadline.after, (self.at - time.monotonic(),)
+
+    @staticmethod
+    def after(seconds: float) -> _Deadline:
+        return _Deadline(time.monotonic() + seconds)
+
+
+def _one(every: Sequence[Pair], job: tuple[int, int, _Deadline]) -> Floats | None:
+    pair, seed, end = every[job[0]], job[1], job[2]
+    return dependence(pair.parents, pair.children, seed, end.at)
 
 
 def _notes(every: Sequence[Pair], found: Sequence[Sequence[Floats]], seconds: float) -> tuple[str, ...]:

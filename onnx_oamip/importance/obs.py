@@ -9,16 +9,14 @@ step: a share of those left, so that the last ones are still told apart one by o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy.linalg import cho_factor
 from scipy.linalg.lapack import dpotri
-from threadpoolctl import threadpool_limits
 
-from ..gram import Problem, problems
+from ..executors import executor
+from ..gram import Job, Problem, jobs, problems
 from ..records import Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
 from . import activation
@@ -36,18 +34,20 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     """
     assert statistics is not None
     values = activation.score(model, coupling, statistics, settings).values.copy()
-
-    def one(g: int) -> tuple[Ints, Floats] | None:
-        found = problems(model, coupling, statistics.grams, g)
-        return eliminate(found, len(coupling.groups[g].units)) if found else None
-
     # Groups side by side, each with one thread for linear algebra: most matrices are too small to share.
-    with threadpool_limits(1), ThreadPoolExecutor(settings.workers or os.cpu_count() or 1) as pool:
-        for group, found in zip(coupling.groups, pool.map(one, range(len(coupling.groups))), strict=True):
-            if found is not None:
-                order, curve = found
-                values[group.units[order]] = curve
+    place = executor(settings.workers, settings.scheduler)
+    every = place.map(_one, (model, coupling), jobs(coupling, statistics.grams))
+    for group, found in zip(coupling.groups, every, strict=True):
+        if found is not None:
+            order, curve = found
+            values[group.units[order]] = curve
     return Scores("obs", values)
+
+
+def _one(whole: tuple[Model, Coupling], job: Job) -> tuple[Ints, Floats] | None:
+    model, coupling = whole
+    found = problems(model, coupling, job[1], job[0])
+    return eliminate(found, len(coupling.groups[job[0]].units)) if found else None
 
 
 def eliminate(found: Sequence[Problem], count: int) -> tuple[Ints, Floats]:

@@ -20,14 +20,12 @@ cells that were seen leaves out the mass of q in the others, where g is 1/2. Fur
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from ..executors import executor
 from ..pooled import Pair, pairs, standardise
 from ..records import Array, Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
@@ -61,14 +59,13 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     assert statistics is not None
     assert statistics.pooled is not None
     every = list(pairs(model, coupling, statistics.pooled))
-
-    def one(pair: Pair) -> Floats:
-        return weigh(pair.weight, settings.phi) * dependence(pair.parents, pair.children, settings.seed)
-
-    with threadpool_limits(1), ThreadPoolExecutor(settings.workers or os.cpu_count() or 1) as pool:
-        found = zip(every, pool.map(one, every), strict=True)
-        values = propagate(model, coupling, statistics, found)
+    found = executor(settings.workers, settings.scheduler).map(_one, settings, every)
+    values = propagate(model, coupling, statistics, zip(every, found, strict=True))
     return Scores("snacs", values, notes=_notes(statistics.pooled.samples))
+
+
+def _one(settings: Settings, pair: Pair) -> Floats:
+    return weigh(pair.weight, settings.phi) * dependence(pair.parents, pair.children, settings.seed)
 
 
 def _notes(samples: int) -> tuple[str, ...]:
