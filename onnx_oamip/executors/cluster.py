@@ -209,8 +209,8 @@ class _Run:
             return False
         except KilledWorker as error:
             raise EnvironmentMissing(
-                f"one piece of work took {error.allowed_failures + 1} workers with it, most likely for want of memory; "
-                "give the workers more, or each fewer threads."
+                f"workers died at the same piece of work ({error.allowed_failures + 1} of them), most likely for want of "
+                "memory; give them more, or each fewer threads."
             ) from error
         except Exception:
             if not future.cancelled():
