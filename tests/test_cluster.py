@@ -276,8 +276,12 @@ def test_other_versions(
     told = _refused(place, capsys, "--scheduler", address)
     assert "the worker tcp://" in told
     assert f"has numpy {np.__version__}, and here is 1.0; install the same on both." in told
-    monkeypatch.setattr(cluster, "facts", lambda: tuple((n, "1.0" if n == "distributed" else v) for n, v in known))
-    assert "the scheduler has distributed" in _refused(place, capsys, "--scheduler", address)
+
+
+def test_a_scheduler_of_another_version(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "misfit", pieces.misfit)
+    with pytest.raises(EnvironmentMissing, match=r"the scheduler tcp://\S+ has python 1\.0, and here"):
+        cluster.Cluster(address).check()
 
 
 def test_a_worker_of_other_versions_that_comes_later(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,10 +41,14 @@ TICK = 1.0
 """Seconds between looks at the workers while no result comes."""
 FETCH = 60.0
 """Seconds for one result to arrive; after that it is asked for again."""
+SENDS = 3
+"""Times that sending the shared data may fail."""
 AHEAD = 2
 """Pieces sent for every thread of the cluster: the next one is there when one is done, and the rest waits here."""
 DECISIVE = ("scipy", "scikit-learn", "threadpoolctl", "distributed")
 """Packages that decide a result or whether processes understand each other, besides ``versions.versions``."""
+ALIKE = ("onnx_oamip", "python", "distributed")
+"""What the scheduler must have too."""
 Facts = tuple[tuple[str, str | None], ...]
 
 
@@ -114,15 +118,22 @@ class Cluster:
         """Raises EnvironmentMissing unless the scheduler and all its workers are as this process is."""
         ours = facts()
         try:
-            theirs = client.get_versions()["scheduler"]
             found: dict[str, Any] = client.run(misfit, ours, self.device, on_error="return")
         except Exception as error:
             raise EnvironmentMissing(
                 f"--scheduler {self.scheduler}: its workers do not answer ({_line(error)}); look at their logs."
             ) from error
-        other = theirs["packages"]["distributed"]
-        if other != dict(ours)["distributed"]:
-            raise EnvironmentMissing(f"the scheduler {_other('distributed', other, dict(ours)['distributed'])}.")
+        # The scheduler works out nothing, but reads what it passes on.
+        alike = tuple((name, version) for name, version in ours if name in ALIKE)
+        try:
+            why = client.run_on_scheduler(misfit, alike, "cpu")
+        except Exception as error:
+            raise EnvironmentMissing(
+                f"the scheduler {self.scheduler} cannot read what onnx-oamip sends ({_line(error)}); install the same "
+                "version there."
+            ) from error
+        if why:
+            raise EnvironmentMissing(f"the scheduler {self.scheduler} {why}.")
         if not found:
             raise EnvironmentMissing(
                 f"the cluster at --scheduler {self.scheduler} has no worker; start some with 'dask worker "
@@ -149,6 +160,7 @@ class _Run:
         self.running: dict[Future, int] = {}
         self.found: dict[int, Any] = {}
         self.held: Future | None = None
+        self.missed = 0
         self.seen = time.monotonic()
 
     def results(self, progress: Told | None) -> list[Any]:
@@ -169,6 +181,11 @@ class _Run:
 
     def _threads(self) -> int:
         """Threads of all workers, 0 while there are none. Raises EnvironmentMissing where that takes too long."""
+        done = f"with {len(self.found)} of {len(self.items)} pieces of work done"
+        if self.client.status == "closed":
+            raise EnvironmentMissing(
+                f"the scheduler {self.cluster.scheduler} went away, {done}; run again when it is back."
+            )
         count = 0
         with contextlib.suppress(Exception):  # no answer is no worker
             count = sum(self.client.nthreads().values())
@@ -177,8 +194,8 @@ class _Run:
             self.seen = now
         elif now - self.seen > PATIENCE:
             raise EnvironmentMissing(
-                f"no worker is left at --scheduler {self.cluster.scheduler}, with {len(self.found)} of "
-                f"{len(self.items)} pieces of work done; look at their logs, start new ones and run again."
+                f"no worker is left at --scheduler {self.cluster.scheduler}, {done}; look at their logs, start new "
+                "ones and run again."
             )
         return count
 
@@ -187,8 +204,15 @@ class _Run:
         import dask
 
         if threads and self.held is None:
-            with contextlib.suppress(TimeoutError):  # the workers went meanwhile
+            try:
                 self.held = self.client.scatter(self.parcel, broadcast=True, hash=False)
+            except Exception as error:  # workers may have gone meanwhile
+                self.missed += 1
+                if self.missed == SENDS:
+                    raise EnvironmentMissing(
+                        f"the workers of --scheduler {self.cluster.scheduler} do not take the model ({_line(error)}); "
+                        "look at their logs."
+                    ) from error
         while self.held is not None and self.waiting and len(self.running) < AHEAD * threads:
             index = self.waiting.popleft()
             piece = pickle.dumps((self.task, self.items[index]), pickle.HIGHEST_PROTOCOL)
@@ -203,14 +227,14 @@ class _Run:
         index = self.running[future]
         try:
             self.found[index] = future.result(timeout=FETCH)
-        except TimeoutError as error:
+        except (TimeoutError, asyncio.TimeoutError) as error:
             if future.status == "error":
                 raise error  # the task's own
             return False
         except KilledWorker as error:
             raise EnvironmentMissing(
-                f"workers died at the same piece of work ({error.allowed_failures + 1} of them), most likely for want of "
-                "memory; give them more, or each fewer threads."
+                f"workers died at the same piece of work ({error.allowed_failures + 1} of them), most likely for want "
+                "of memory; give them more, or each fewer threads."
             ) from error
         except Exception:
             if not future.cancelled():
@@ -297,15 +321,17 @@ _ONE_THREAD = _OneThread()
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What goes wrong is said in one sentence, not in distributed's own log and warnings too."""
-    log = logging.getLogger("distributed")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
+    logs = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL + 1)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"distributed\.")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _line(error: BaseException) -> str:
