@@ -134,6 +134,8 @@ class Cluster:
             ) from error
         if why:
             raise EnvironmentMissing(f"the scheduler {self.scheduler} {why}.")
+        # One that is going away just now is none.
+        found = {address: answer for address, answer in found.items() if not isinstance(answer, OSError)}
         if not found:
             raise EnvironmentMissing(
                 f"the cluster at --scheduler {self.scheduler} has no worker; start some with 'dask worker "
