@@ -32,7 +32,7 @@ from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
 from .importance import Method, find
 from .ops import lookup
 from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statistics
-from .runtime import resolve_device
+from .runtime import Session, resolve_device
 from .search import Prepared, Subject
 from .settings import Settings
 
@@ -288,6 +288,9 @@ def load(
         model = models.load(path)
         samples, held = samples_of(model, source, eval_data, settings)
         model = models.rebind(model, samples.bindings(model))
+        # What does not run cannot be proved: say so before the work.
+        _, first = next(samples.batches(settings.batch_size))
+        Session(model.proto, "cpu", what=model.path).run(first)
     with clock("couple"):
         coupling = exclude(model, couple(model), settings.exclude)
         if settings.granularity == "unit":
