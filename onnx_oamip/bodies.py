@@ -96,9 +96,9 @@ def captured(graph: GraphProto) -> set[str]:
 # ------------------------------------------------------------------------------------------------------- functions
 
 
-INLINED = 50_000
+INLINED = 20_000
 """Nodes that a model may have once its functions are written out, unless it is not ``TIMES`` as many as it had."""
-TIMES = 20
+TIMES = 50
 
 
 def inline(proto: ModelProto) -> ModelProto:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
 from . import bodies, weights
 from .errors import ModelError
@@ -23,6 +24,8 @@ LONGEST = 1 << 18
 FOLDED = 1 << 26
 """Bytes that a constant made by folding may have, unless it is not ``TIMES`` as large as the model."""
 TIMES = 16
+SPARSE = 256
+"""Times its file that a constant which is stored sparsely may take."""
 WIDTH = 8
 """Bytes of an element, at most."""
 GROWING = frozenset({
@@ -34,7 +37,11 @@ GROWING = frozenset({
 
 
 def memory() -> int:
-    """Bytes of memory that are free, or that this machine has where it does not tell."""
+    """Bytes that this process can still have: what is free, or what the machine has where it does not tell."""
+    return min(_free(), _allowed())
+
+
+def _free() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -45,6 +52,18 @@ def memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return UNKNOWN_MEMORY
+
+
+def _allowed() -> int:
+    """What is left of a limit set for the process (``ulimit -v``)."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - used, 0)
 
 
 def amount(size: int) -> str:
@@ -64,17 +83,29 @@ def check(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype[A
         )
 
 
+def check_written_out(stored: SparseTensorProto, proto: ModelProto) -> None:
+    """Raises ModelError where a constant that is stored sparsely is very large with its zeros."""
+    size = math.prod(stored.dims) * WIDTH
+    if min(stored.dims, default=1) < 0 or size > max(FOLDED, SPARSE * proto.ByteSize()):
+        raise ModelError(
+            f"the sparse constant '{stored.values.name}' of shape {tuple(stored.dims)} asks for up to {amount(size)} with "
+            "its zeros, more than is sensible for this file; store it densely."
+        )
+
+
 def inferred(proto: ModelProto) -> GraphProto:
     """The graph with the shapes that ONNX infers, lists of lengths followed where none of them is very long.
 
     onnx keeps every element of every list of whole numbers, 70 bytes each: a few bytes of a file can ask for all memory.
     """
     plain = onnx.shape_inference.infer_shapes(proto).graph
+    filled = {n for node in bodies.nodes(plain) if node.op_type == "ConstantOfShape" for n in node.output}
     whole = {TensorProto.INT64, TensorProto.INT32}
     for graph in bodies.graphs(plain):
         for value in (*graph.value_info, *graph.input, *graph.output):
             kind = value.type.tensor_type
-            if kind.elem_type in whole and len(kind.shape.dim) == 1 and kind.shape.dim[0].dim_value > LONGEST:
+            listed = kind.elem_type in whole or value.name in filled
+            if listed and len(kind.shape.dim) == 1 and kind.shape.dim[0].dim_value > LONGEST:
                 return plain
     return onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
 

@@ -12,6 +12,7 @@ Runtime's CalibrationDataReader has it. A folder of images and a Parquet file ar
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ from .shapes import symbol
 
 EVALUATION = "eval."
 LABELS = "labels"
+FEW_BYTES = 1 << 28
+"""Of random feeds: large inputs get fewer."""
 
 
 @dataclass(frozen=True)
@@ -316,6 +319,8 @@ def _check_labels(labels: Array, count: int, whole: bool, where: str) -> Ints:
         raise DataError(f"{where}: 'labels' is {labels.dtype}; expected integers, one class per sample.")
     if labels.ndim == 0 or len(labels) != count or (labels.ndim != 1 and not whole):
         raise DataError(f"{where}: 'labels' has shape {labels.shape}; expected ({count},), one class per sample.")
+    if labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{where}: 'labels' has the class {int(labels.max())}, which is none.")
     if labels.size and labels.min() < 0:
         raise DataError(f"{where}: 'labels' has the negative class {int(labels.min())}; classes count from 0.")
     return labels.astype(np.int64)
@@ -338,6 +343,8 @@ def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
     """Random feeds at the model's shapes, only to compare two graphs that must agree on any input; never statistics."""
     rng = np.random.default_rng(seed)
     arrays = {}
+    largest = max((math.prod(model.shapes[p.name]) * p.dtype.itemsize for p in model.inputs), default=0)
+    count = min(count, max(1, FEW_BYTES // max(largest, 1)))
     for port in model.inputs:
         shape = (count, *model.shapes[port.name])
         floating = port.dtype.kind not in "iub"

@@ -137,7 +137,11 @@ def _sides(file: Path, proto: ModelProto) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in sorted(_external_files(proto) - {str(file.resolve())}):
         side = file.parent / name
-        if os.path.isabs(name) or not side.resolve().is_relative_to(file.parent.resolve()):
+        try:
+            within = not os.path.isabs(name) and side.resolve().is_relative_to(file.parent.resolve())
+        except (OSError, RuntimeError, ValueError):  # links in a circle, or no name that a file can have
+            within = False
+        if not within:
             raise ModelError(f"{file} keeps weights in '{name}', outside its own folder; move them beside it.")
         if not side.is_file():
             raise ModelError(f"{file} keeps weights in '{name}', which is missing; put it beside the model.")
@@ -278,6 +282,7 @@ def _dense(proto: ModelProto) -> None:
     for graph in bodies.graphs(proto.graph):
         for sparse in graph.sparse_initializer:
             values, index = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+            bounds.check_written_out(sparse, proto)
             full = np.zeros(tuple(sparse.dims), values.dtype)
             if index.ndim == 2:
                 full[tuple(index.T)] = values

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 SEED = 20
-SECONDS = 20
-"""A case that takes longer is one that hangs: they take milliseconds."""
+SECONDS = 10
+"""Processor time of a case, most of which take milliseconds; more is a hang. Waiting may take ``WAIT`` times as long."""
+WAIT = 10
 SPACE = 3 << 30
 """Address space of a worker above what its libraries take."""
 RESIDENT = 256 << 20
@@ -185,7 +187,10 @@ def _one(kind: str, number: int, root: Path, watch: _Watch) -> Outcome:
     (root / "box" / "secret.bin").write_bytes(bytes(4096))
     start = _peak(reset=True)
     watch.seen.clear()
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    faulthandler.dump_traceback_later(SECONDS * WAIT, exit=True)
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(spent.ru_utime + spent.ru_stime) + SECONDS + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     try:
         outcome = RUNS[kind](number, folder, watch)
     except (Exception, SystemExit) as error:
@@ -237,6 +242,7 @@ def prepare(root: Path) -> _Watch:
 def work(kind: str) -> None:
     """Numbers come in line by line, outcomes go out."""
     faulthandler.enable()
+    faulthandler.register(signal.SIGXCPU, chain=True)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
@@ -285,7 +291,7 @@ def outcomes(kind: str, numbers: Iterable[int]) -> Iterator[Outcome]:
             said = errors.read()
             trace = "".join(f"{x.strip()}; " for x in said.splitlines() if "File " in x and "onnx" in x)[:900]
             head = next((x for x in said.splitlines() if x.startswith(("Fatal", "Timeout"))), said[-300:])
-            yield Outcome(number, "hung" if "Timeout" in head else "died", f"status {status}, {head}: {trace}")
+            yield Outcome(number, "hung" if "Timeout" in head or status == -signal.SIGXCPU else "died", f"status {status}, {head}: {trace}")
         if worker is not None:
             assert worker.stdin is not None
             worker.stdin.close()
