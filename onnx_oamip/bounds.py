@@ -88,15 +88,15 @@ def check_written_out(stored: SparseTensorProto, proto: ModelProto) -> None:
     size = math.prod(stored.dims) * WIDTH
     if min(stored.dims, default=1) < 0 or size > max(FOLDED, SPARSE * proto.ByteSize()):
         raise ModelError(
-            f"the sparse constant '{stored.values.name}' of shape {tuple(stored.dims)} asks for up to {amount(size)} with "
-            "its zeros, more than is sensible for this file; store it densely."
+            f"the sparse constant '{stored.values.name}' of shape {tuple(stored.dims)} asks for up to {amount(size)} "
+            "with its zeros, more than is sensible for this file; store it densely."
         )
 
 
 def inferred(proto: ModelProto) -> GraphProto:
     """The graph with the shapes that ONNX infers, lists of lengths followed where none of them is very long.
 
-    onnx keeps every element of every list of whole numbers, 70 bytes each: a few bytes of a file can ask for all memory.
+    onnx keeps every element of every list of whole numbers, 70 bytes each: a small file can ask for all memory.
     """
     plain = onnx.shape_inference.infer_shapes(proto).graph
     filled = {n for node in bodies.nodes(plain) if node.op_type == "ConstantOfShape" for n in node.output}

@@ -206,7 +206,7 @@ def _first_line(error: Exception) -> str:
 
 def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
-    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL + 1  # it prints what it raises as well
     source = bodies.inline(source)
     _dense(source)
     _constants_as_tensors(source)

@@ -11,7 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from . import artefacts, calibrate, checkpoint, connections, cost, data, images, iterations, planfile, rewrite, search, verify
+from . import (
+    artefacts,
+    calibrate,
+    checkpoint,
+    connections,
+    cost,
+    data,
+    images,
+    iterations,
+    planfile,
+    rewrite,
+    search,
+    verify,
+)
 from . import model as models
 from . import prepare as preparing
 from .artefacts import Scored

@@ -25,15 +25,17 @@ from typing import Any
 
 SEED = 20
 SECONDS = 10
-"""Processor time of a case, most of which take milliseconds; more is a hang. Waiting may take ``WAIT`` times as long."""
+"""Processor time of a case, most of which take milliseconds; more is a hang. Waiting may take ``WAIT`` times that."""
 WAIT = 10
 SPACE = 3 << 30
 """Address space of a worker above what its libraries take."""
 RESIDENT = 256 << 20
 MULTIPLE = 16
 """A case may make the process grow by ``RESIDENT`` bytes, and by ``MULTIPLE`` times its file."""
-QUICK = ("--macs", "0.5", "--importance", "l2", "--allocate", "uniform", "--refit", "none", "--force", "--device", "cpu")
-EXHAUSTED = re.compile(r"bad.?alloc|unable to allocate|failed to allocate|out of memory|MemoryError|cannot allocate", re.I)
+QUICK = (
+    "--macs", "0.5", "--importance", "l2", "--allocate", "uniform", "--refit", "none", "--force", "--device", "cpu",
+)  # fmt: skip
+EXHAUSTED = re.compile(r"bad.?alloc|(un|not )able to allocate|failed to alloc|out of memory|memoryerror", re.IGNORECASE)
 TRACE = re.compile(r"Traceback|Error\('|<class '")
 
 
@@ -216,7 +218,6 @@ def prepare(root: Path) -> _Watch:
     """Everything that is loaded once, and the bounds of the process."""
     # What is imported later would count as reaching out.
     import PIL.Image
-    import pyarrow.parquet
     from graphs import build
 
     from onnx_oamip import html, pipeline, report  # noqa: F401
@@ -262,7 +263,8 @@ def outcomes(kind: str, numbers: Iterable[int]) -> Iterator[Outcome]:
 
     package = str(Path(onnx_oamip.__file__).parent.parent)  # the worker tests what its parent does
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                   "PYTHONWARNINGS": "ignore",
                    "ONNX_OAMIP_CACHE": "off", "COLUMNS": "200"}  # fmt: skip
     worker: subprocess.Popen[str] | None = None
     with tempfile.TemporaryFile("w+") as errors:
@@ -291,7 +293,8 @@ def outcomes(kind: str, numbers: Iterable[int]) -> Iterator[Outcome]:
             said = errors.read()
             trace = "".join(f"{x.strip()}; " for x in said.splitlines() if "File " in x and "onnx" in x)[:900]
             head = next((x for x in said.splitlines() if x.startswith(("Fatal", "Timeout"))), said[-300:])
-            yield Outcome(number, "hung" if "Timeout" in head or status == -signal.SIGXCPU else "died", f"status {status}, {head}: {trace}")
+            ended = "hung" if "Timeout" in head or status == -signal.SIGXCPU else "died"
+            yield Outcome(number, ended, f"status {status}, {head}: {trace}")
         if worker is not None:
             assert worker.stdin is not None
             worker.stdin.close()

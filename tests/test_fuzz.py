@@ -42,7 +42,10 @@ def test_mutated_files(kind: str, request: pytest.FixtureRequest) -> None:
 
 def test_a_worker_that_dies_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     real = fuzzing.subprocess.Popen
-    program = "import os, sys; [os.abort() if x == '1\\n' else print('[0, \"refused\", \"\"]', flush=True) for x in sys.stdin]"
+    program = (
+        "import os, sys\nfor x in sys.stdin:\n  if int(x) == 1: os.abort()\n"
+        "  print('[0, \"refused\", \"\"]', flush=True)"
+    )
     monkeypatch.setattr(fuzzing.subprocess, "Popen", lambda args, **rest: real([args[0], "-c", program], **rest))
     assert [o.kind for o in fuzzing.outcomes("model", [0, 1, 2])] == ["refused", "died", "refused"]
 
@@ -50,8 +53,12 @@ def test_a_worker_that_dies_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_must_not_be_is_seen() -> None:
     assert fuzzing.judge(0, "fine\n", "") == ""
     assert fuzzing.judge(2, "", "Error: the model is broken; mend it.\n") == ""
-    for status, out, err in ((1, "", "Traceback\n"), (2, "", "Error: a\nb.\n"), (2, "", "Error: \x1b[31m.\n"), (0, "\x1b", ""),
-                             (139, "", ""), (2, "", f"Error: {'x' * 3000}.\n"), (2, "", "Error: std::bad_alloc.\n")):  # fmt: skip
+    wrong = (
+        (1, "", "Traceback\n"), (2, "", "Error: a\nb.\n"), (2, "", "Error: \x1b[31m.\n"), (0, "\x1b", ""),
+        (139, "", ""),
+        (2, "", f"Error: {'x' * 3000}.\n"), (2, "", "Error: std::bad_alloc.\n"),
+    )  # fmt: skip
+    for status, out, err in wrong:
         assert fuzzing.judge(status, out, err), err
 
 
@@ -154,8 +161,10 @@ def _narrow() -> ModelProto:
 
 def _never() -> ModelProto:
     """Sound to ONNX, and refused by every runtime once it runs."""
-    return build("(float[N,5] x) => (float[N,3] y, int64[1] z) <float[5,8] w1, float[8,3] w2, int64[2] to = {-1, 7}> {"
-                 " a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2)  t = Reshape(x, to)  z = Shape<end=1>(t) }")  # fmt: skip
+    return build("(float[N,5] x) => (float[N,3] y, int64[1] z)"
+                 " <float[5,8] w1, float[8,3] w2, int64[2] to = {-1, 7}> {"
+                 " a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2)"
+                 "  t = Reshape(x, to)  z = Shape<end=1>(t) }")  # fmt: skip
 
 
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
@@ -219,7 +228,8 @@ def test_what_does_not_fit_its_operator(
     assert main(_prune(place)) == 2
     assert "ONNX Runtime cannot" in capsys.readouterr().err
     assert main(["inspect", str(place / "m.onnx")]) == inspected
-    assert ("LSTM 'LSTM_0' has inputs or attributes that do not fit its operator" in capsys.readouterr().err) == (inspected == 2)
+    sentence = "LSTM 'LSTM_0' has inputs or attributes that do not fit its operator"
+    assert (sentence in capsys.readouterr().err) == (inspected == 2)
 
 
 def test_what_cannot_run_is_refused_before_the_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +241,8 @@ def test_what_cannot_run_is_refused_before_the_work(place: Path, capsys: pytest.
 
 def test_a_model_is_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
-    for path, what in ((tmp_path, "is a folder"), (tmp_path / "pipe.onnx", "is a pipe or a device"), ("/dev/zero", "device")):
+    kinds = {tmp_path: "is a folder", tmp_path / "pipe.onnx": "is a pipe or a device", Path("/dev/zero"): "a device"}
+    for path, what in kinds.items():
         with pytest.raises(ModelError, match=what):
             models.load(path)
 
@@ -312,13 +323,14 @@ def _head(shape: str, kind: str = "'<f4'") -> bytes:
     return said(f"{{'descr': {kind}, 'fortran_order': False, 'shape': {shape}, }}")
 
 
+FOURTH = np.arange(6)[:, None, None, None] == 4
 RECORDS = np.zeros(6, [("a", "f4"), ("b", "i8")])
 BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "pickle": (".npy", b"\x80\x04\x95\x00.", "does not start as an .npy or .npz file does"),
     "pickled objects": (".npy", npy(np.asarray([object()], object)), "holds Python objects"),
-    "pickled objects in an archive": (".npz", _zipped(x=npy(np.asarray([{}], object))), "array 'x' holds Python objects"),
+    "pickled objects in an archive": (".npz", _zipped(x=npy(np.asarray([{}], object))), "'x' holds Python objects"),
     "records": (".npy", npy(RECORDS), "holds records of type"),
-    "more than is there": (".npy", _head("(1000000000000,)"), "it is truncated: (1000000000000,) of float32 is 3.6 TiB"),
+    "more than is there": (".npy", _head("(1000000000000,)"), "is truncated: (1000000000000,) of float32 is 3.6 TiB"),
     "lengths that overflow": (".npy", _head("(99999, 99999, 99999, 99999, 99999)"), "EiB"),
     "a negative length": (".npy", _head("(-1, 3, 4, 4)"), "has the shape (-1, 3, 4, 4), which is none"),
     "a length of truth": (".npy", _head("(True, 3, 4, 4)"), "which is none"),
@@ -332,7 +344,7 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "an archive cut off": (".npz", _zipped(x=npy(GOOD))[:-9], "cannot be read as numpy data"),
     "a bomb": (".npz", _bomb(), "asks for 7.8 TiB of memory and this machine has"),
     "no array": (".npz", _zipped(x=b"text"), "the header of its array 'x' is broken"),
-    "not a number": (".npz", _zipped(x=npy(np.where(np.arange(6)[:, None, None, None] == 4, np.nan, GOOD).astype("f4"))),
+    "not a number": (".npz", _zipped(x=npy(np.where(FOURTH, np.float32(np.nan), GOOD))),
                      "array 'x' has NaN or infinite values, first in sample 4"),
     "no samples": (".npz", _zipped(x=npy(GOOD[:0])), "holds no samples"),
     "one label for all": (".npz", _zipped(x=npy(GOOD), labels=npy(np.asarray(1))), "'labels' has shape ()"),
