@@ -159,6 +159,15 @@ def _narrow() -> ModelProto:
     return proto
 
 
+def _typeless() -> ModelProto:
+    """An attribute that says it is a tensor, and is none."""
+    proto = _simple()
+    proto.graph.node[0].domain = "unknown"
+    proto.graph.node[0].attribute.append(helper.make_attribute("axis", TensorProto(data_type=0)))
+    proto.opset_import.append(helper.make_opsetid("unknown", 1))
+    return proto
+
+
 def _never() -> ModelProto:
     """Sound to ONNX, and refused by every runtime once it runs."""
     return build("(float[N,5] x) => (float[N,3] y, int64[1] z)"
@@ -177,6 +186,7 @@ BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "sparse values outside": (_outside("../secret.bin", "sparse"), "outside its own folder"),
     "constant outside": (_outside("../secret.bin", "attribute"), "outside its own folder"),
     "sparse constant outside": (_outside("../secret.bin", "sparse attribute"), "outside its own folder"),
+    "tensor of no type": (_typeless, "Unsupported type: 0"),
     "sparse and huge": (_sparse, "more than is sensible for this file"),
     "fill": (_large("ConstantOfShape", ["shape"]), "asks for 4.0 TiB of memory"),
     "expand": (_large("Expand", ["one", "shape"]), "asks for 8.0 TiB of memory"),
