@@ -6,11 +6,13 @@ initialisers of the graph, so that a body is just a longer way to write nodes: l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx
 import onnx.inliner
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from .errors import ModelError
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
 
@@ -50,13 +52,20 @@ def names(graph: GraphProto) -> set[str]:
 
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
     """Every tensor a model holds: initialisers and attributes, in bodies and functions too."""
-    for graph in graphs(proto.graph):
+    called = [body for f in proto.functions for node in f.node for body in inner(node)]
+    every = [*graphs(proto.graph), *(g for body in called for g in graphs(body))]
+    for graph in every:
         yield from graph.initializer
-    for node in _calls(proto):
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.TENSOR:
-                yield attribute.t
-            yield from attribute.tensors
+    attributes = [a for f in proto.functions for a in f.attribute_proto]
+    attributes += [a for node in _calls(proto) for a in node.attribute]
+    for attribute in attributes:  # whatever type it says it has
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+    sparse = [s for graph in every for s in graph.sparse_initializer]
+    sparse += [s for a in attributes for s in (a.sparse_tensor, *a.sparse_tensors)]
+    for stored in sparse:
+        yield from (stored.values, stored.indices)
 
 
 def _calls(proto: ModelProto) -> Iterator[NodeProto]:
@@ -64,8 +73,7 @@ def _calls(proto: ModelProto) -> Iterator[NodeProto]:
     for listed in (proto.graph.node, *(f.node for f in proto.functions)):
         for top in listed:
             yield top
-            for body in inner(top):
-                yield from nodes(body)
+            yield from _within(top)
 
 
 def reads(node: NodeProto) -> list[str]:
@@ -88,10 +96,24 @@ def captured(graph: GraphProto) -> set[str]:
 # ------------------------------------------------------------------------------------------------------- functions
 
 
+INLINED = 20_000
+"""Nodes that a model may have once its functions are written out, unless it is not ``TIMES`` as many as it had."""
+TIMES = 50
+
+
 def inline(proto: ModelProto) -> ModelProto:
-    """The model without local functions: every call is replaced by what it calls."""
+    """The model without local functions: every call is replaced by what it calls.
+
+    Raises ModelError where a function calls itself, or where few nodes stand for very many.
+    """
     if not proto.functions:
         return proto
+    held, whole = sum(1 for _ in _calls(proto)), _written_out(proto)
+    if whole > max(INLINED, TIMES * held):
+        raise ModelError(
+            f"the {held} nodes of the model are {whole} once its functions are written out, more than is sensible; "
+            "export it without functions."
+        )
     # The inliner forgets the values that a function declares for attributes which a call leaves out.
     defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in proto.functions}
     for node in _calls(proto):
@@ -99,6 +121,42 @@ def inline(proto: ModelProto) -> ModelProto:
         declared = defaults.get((node.domain, node.op_type, node.overload), ())
         node.attribute.extend(a for a in declared if a.name not in given)
     return onnx.inliner.inline_local_functions(proto)
+
+
+def _written_out(proto: ModelProto) -> int:
+    """Nodes of a graph without its functions. Raises ModelError where a function calls itself."""
+    calls = {_key(f): [n for top in f.node for n in (top, *_within(top))] for f in proto.functions}
+    sizes: dict[tuple[str, str, str], int | None] = {}
+
+    def size(listed: Iterable[NodeProto]) -> int:
+        total = 0
+        for node in listed:
+            key = (_domain(node.domain), node.op_type, node.overload)
+            if key in calls and key not in sizes:
+                sizes[key] = None
+                sizes[key] = size(calls[key])
+            inside = sizes.get(key, 1)
+            if inside is None:
+                raise ModelError(
+                    f"the function '{node.op_type}' of the model calls itself, which ONNX does not allow; export the "
+                    "model again."
+                )
+            total += inside
+        return total
+
+    return size(nodes(proto.graph))
+
+
+def _key(function: FunctionProto) -> tuple[str, str, str]:
+    return _domain(function.domain), function.name, function.overload
+
+
+def _domain(name: str) -> str:
+    return "" if name == "ai.onnx" else name
+
+
+def _within(node: NodeProto) -> Iterator[NodeProto]:
+    return (inside for body in inner(node) for inside in nodes(body))
 
 
 # ------------------------------------------------------------------------------------------------------ flattening

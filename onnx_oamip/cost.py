@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.sparse import csr_array
 
-from .ops import Total, lookup
+from .ops import Total, lookup, trusting
 from .records import Array, Axis, Bools, Cost, Coupling, Ints, Model
 from .restoring import Names, Present, scale, spread
 from .weights import size
@@ -98,7 +98,9 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if spec and spec.cost and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n):
-            macs.append([index.setdefault(a, len(index)) for a in spec.cost(node, model.shapes)])
+            with trusting(node):
+                terms = spec.cost(node, model.shapes)
+            macs.append([index.setdefault(a, len(index)) for a in terms])
             names.append(node.name)
     floats = [n for n in model.constants if is_float(model.dtypes[n])]
     constants = {
@@ -184,7 +186,8 @@ def restored(model: Model, coupling: Coupling) -> list[Restored]:
         spec = lookup(node.domain, node.op, node.version)
         if consumer.weight is not None or spec is None or spec.repair is None:
             continue
-        edit = spec.repair(node, _Cut(model, axis))
+        with trusting(node):
+            edit = spec.repair(node, _Cut(model, axis))
         shape = model.shapes[consumer.data]
         if edit.spread is not None and present.spread(node, edit.spread) is None:
             added = spread(node, len(shape), edit.spread, np.ones(shape[consumer.axis], bool), names)

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .errors import SettingsError
-from .ops import LabelAxis, followed, lookup, opaque, readers
+from .ops import LabelAxis, followed, lookup, opaque, readers, trusting
 from .records import Array, Axis, Body, Consumer, Coupling, Group, Ints, Model, Node, Pinned
 
 
@@ -184,7 +184,8 @@ class _Labels:
             elif any(n and n not in self.model.shapes for n in node.outputs[:1]) and not node.bodies:
                 opaque(node, self, f"{node} has an output of unknown shape")
             else:
-                spec.channels(node, self)
+                with trusting(node):
+                    spec.channels(node, self)
 
     first = ""
 

@@ -12,9 +12,9 @@ Runtime's CalibrationDataReader has it. A folder of images and a Parquet file ar
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from . import parquet, pictures
+from . import arrays, parquet, pictures
 from .errors import DataError
 from .records import Array, Ints, Model, Port, Reading
 from .shapes import symbol
 
 EVALUATION = "eval."
 LABELS = "labels"
+FEW_BYTES = 1 << 28
+"""Of random feeds: large inputs get fewer."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def load(
     says how images and tables are read. Raises DataError with one sentence: what was found, where, what was expected.
     """
     if isinstance(source, Mapping):
-        found, where = dict(source), "the data"
+        found, where = _plain(source), "the data"
     else:
         path = Path(source)
         if prefix == EVALUATION and (path.is_dir() or path.suffix == ".parquet"):
@@ -120,6 +122,17 @@ def load(
     else:
         found = {k: v for k, v in found.items() if not k.startswith(EVALUATION)}
     return _check(found, model, where)
+
+
+def _plain(source: Mapping[str, Array]) -> dict[str, Array]:
+    """A caller's own arrays, by name and in this machine's byte order."""
+    for name in source:
+        if not isinstance(name, str):
+            raise DataError(f"the data has the key {name!r}, which is no name of an input; keys are names.")
+    try:
+        return {name: arrays.native(np.asarray(value)) for name, value in source.items()}
+    except ValueError as error:
+        raise DataError(f"the data holds something that is no array of numbers: {error}.") from error
 
 
 _FORMS = "an .npz, .npy or .parquet file, a folder of images, or module:function"
@@ -150,24 +163,13 @@ def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Array]
 def _read_numpy(path: Path, model: Model) -> dict[str, Array]:
     if not path.exists():
         raise DataError(f"{path}: no such data file; give {_FORMS}.")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            if len(model.inputs) != 1:
-                names = ", ".join(p.name for p in model.inputs)
-                raise DataError(
-                    f"{path} holds one array but the model has the inputs {names}; use an .npz with those names."
-                )
-            return {model.inputs[0].name: loaded}
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        if isinstance(error, DataError):
-            raise
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{path} cannot be read as numpy data: {text.rstrip('.')}; write it with numpy.savez."
-        ) from error
+    loaded = arrays.load(path)
+    if isinstance(loaded, dict):
+        return loaded
+    if len(model.inputs) != 1:
+        names = ", ".join(p.name for p in model.inputs)
+        raise DataError(f"{path} holds one array but the model has the inputs {names}; use an .npz with those names.")
+    return {model.inputs[0].name: loaded}
 
 
 def _read_callable(source: str) -> dict[str, Array]:
@@ -315,8 +317,10 @@ def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
 def _check_labels(labels: Array, count: int, whole: bool, where: str) -> Ints:
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: 'labels' is {labels.dtype}; expected integers, one class per sample.")
-    if len(labels) != count or (labels.ndim != 1 and not whole):
+    if labels.ndim == 0 or len(labels) != count or (labels.ndim != 1 and not whole):
         raise DataError(f"{where}: 'labels' has shape {labels.shape}; expected ({count},), one class per sample.")
+    if labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{where}: 'labels' has the class {int(labels.max())}, which is none.")
     if labels.size and labels.min() < 0:
         raise DataError(f"{where}: 'labels' has the negative class {int(labels.min())}; classes count from 0.")
     return labels.astype(np.int64)
@@ -339,6 +343,8 @@ def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
     """Random feeds at the model's shapes, only to compare two graphs that must agree on any input; never statistics."""
     rng = np.random.default_rng(seed)
     arrays = {}
+    largest = max((math.prod(model.shapes[p.name]) * p.dtype.itemsize for p in model.inputs), default=0)
+    count = min(count, max(1, FEW_BYTES // max(largest, 1)))
     for port in model.inputs:
         shape = (count, *model.shapes[port.name])
         floating = port.dtype.kind not in "iub"

@@ -5,10 +5,21 @@ command line: 2 for bad input or environment, 1 for a budget or a verification g
 """
 
 
+from .text import visible
+
+MOST = 1500
+"""Characters of a message; of a longer one the middle is left out."""
+
+
 class OamipError(Exception):
     """Root of all errors raised on purpose by this package."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        """One line, however odd the names in it."""
+        text = message if len(message) <= MOST else f"{message[: MOST * 2 // 3]} ... {message[-(MOST // 3) :]}"
+        super().__init__(visible(text))
 
 
 class ModelError(OamipError, ValueError):

@@ -17,6 +17,7 @@ import onnx
 from onnx import helper
 
 from .data import Samples
+from .errors import DataError
 from .records import Array, Floats, Images, Ints, Model, Node
 from .runtime import Session
 
@@ -44,6 +45,19 @@ def head(model: Model) -> Head | None:
             across = maker is not None and int(maker.attrs.get("axis", -1)) in (-1, 1)
             return Head(i, maker.inputs[0] if maker is not None and across else port.name)
     return None
+
+
+def check_labels(model: Model, samples: Samples) -> None:
+    """Raises DataError where a label is no class of the model's classification head; other models take any."""
+    found = head(model)
+    if found is None or samples.labels is None:
+        return
+    classes = model.shapes[model.outputs[found.index].name][1]
+    if samples.labels.max(initial=0) >= classes:
+        raise DataError(
+            f"{samples.source}: 'labels' has the class {int(samples.labels.max())}, but the model's output "
+            f"'{model.outputs[found.index].name}' has {classes} classes, which count from 0."
+        )
 
 
 def bent(model: Model, name: str, ops: Collection[str]) -> Node | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from . import bodies, weights
+from . import bodies, bounds, weights
 from .errors import ModelError, OamipError
 from .folding import fold
 from .records import Array, Body, Model, Node
 from .runtime import runtime
-from .shapes import ROUNDS, all_types, bind, port_of
+from .shapes import ROUNDS, all_types, bind, port_of, skeleton
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -66,6 +66,7 @@ def from_proto(
     shapes, dtypes = all_types(proto, bound, nodes)
     for name, value in constants.items():
         shapes[name], dtypes[name] = value.shape, value.dtype
+    bounds.check(shapes, dtypes)
     first = shapes.get(inputs[0].name, ()) if inputs else ()
     return Model(
         proto=proto,
@@ -97,8 +98,9 @@ def read(file: Path) -> tuple[ModelProto, str, int]:
     """(model as it is in the file, with external data, sha256, bytes). Raises ModelError as ``load`` does."""
     if not file.exists():
         raise ModelError(f"{file}: no such file; give the path of an .onnx model.")
-    if file.is_dir():
-        raise ModelError(f"{file} is a folder; give the path of an .onnx file.")
+    if not file.is_file():
+        what = "folder" if file.is_dir() else "pipe or a device"
+        raise ModelError(f"{file} is a {what}; give the path of an .onnx file.")
     try:
         size = file.stat().st_size
         digest = hashlib.sha256()
@@ -135,7 +137,11 @@ def _sides(file: Path, proto: ModelProto) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in sorted(_external_files(proto) - {str(file.resolve())}):
         side = file.parent / name
-        if os.path.isabs(name) or not side.resolve().is_relative_to(file.parent.resolve()):
+        try:
+            within = not os.path.isabs(name) and side.resolve().is_relative_to(file.parent.resolve())
+        except (OSError, RuntimeError, ValueError):  # links in a circle, or no name that a file can have
+            within = False
+        if not within:
             raise ModelError(f"{file} keeps weights in '{name}', outside its own folder; move them beside it.")
         if not side.is_file():
             raise ModelError(f"{file} keeps weights in '{name}', which is missing; put it beside the model.")
@@ -200,7 +206,7 @@ def _first_line(error: Exception) -> str:
 
 def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
-    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL + 1  # it prints what it raises as well
     source = bodies.inline(source)
     _dense(source)
     _constants_as_tensors(source)
@@ -219,11 +225,29 @@ def _normalise(source: ModelProto) -> ModelProto:
 
 def _folded(source: ModelProto) -> ModelProto:
     """In order, named, without unused nodes, and with constants in place of what is computed from constants."""
-    _hold_foldable(source)
+    left, waits = bounds.unfoldable(source, skeleton(source))
+    result = _fold_all(source, left)
+    while waits:  # what was folded says how large the others are
+        before = left
+        left, waits = bounds.unfoldable(result, skeleton(result))
+        if left == before:
+            break
+        result = _fold_all(result, left)
+    return result
+
+
+def _fold_all(source: ModelProto, left: set[str]) -> ModelProto:
+    """:func:`_folded` but for the tensors in ``left``."""
+
+    def stays(node: gs.Node | NodeProto) -> bool:
+        outputs = node.output if isinstance(node, NodeProto) else [tensor.name for tensor in node.outputs]
+        return _keep_unfolded(node) or not left.isdisjoint(outputs)
+
+    _hold_foldable(source, stays)
     graph = gs.import_onnx(source)
     graph.toposort(recurse_subgraphs=False)
     graph.fold_constants(
-        fold_shapes=False, flatten_subgraphs=False, error_ok=True, should_exclude_node=_keep_unfolded
+        fold_shapes=False, flatten_subgraphs=False, error_ok=True, should_exclude_node=stays
     )
     graph.cleanup()
     every = [graph, *graph.subgraphs(recursive=True)]
@@ -240,13 +264,13 @@ def _folded(source: ModelProto) -> ModelProto:
     return result
 
 
-def _hold_foldable(proto: ModelProto) -> None:
+def _hold_foldable(proto: ModelProto, stays: Callable[[NodeProto], bool]) -> None:
     """Read in what folding will read: weights of nodes that see nothing but constants."""
     tensors = {t.name: t for t in proto.graph.initializer}
     known = set(tensors)
     for node in bodies.nodes(proto.graph):
         read = bodies.reads(node)
-        if known.issuperset(read) and not _keep_unfolded(node):
+        if known.issuperset(read) and not stays(node):
             known.update(node.output)
             for name in read:
                 if name in tensors:
@@ -258,6 +282,7 @@ def _dense(proto: ModelProto) -> None:
     for graph in bodies.graphs(proto.graph):
         for sparse in graph.sparse_initializer:
             values, index = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+            bounds.check_written_out(sparse, proto)
             full = np.zeros(tuple(sparse.dims), values.dtype)
             if index.ndim == 2:
                 full[tuple(index.T)] = values

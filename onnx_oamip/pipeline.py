@@ -11,7 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from . import artefacts, calibrate, checkpoint, connections, cost, data, iterations, planfile, rewrite, search, verify
+from . import (
+    artefacts,
+    calibrate,
+    checkpoint,
+    connections,
+    cost,
+    data,
+    images,
+    iterations,
+    planfile,
+    rewrite,
+    search,
+    verify,
+)
 from . import model as models
 from . import prepare as preparing
 from .artefacts import Scored
@@ -292,6 +305,7 @@ def compare(
     samples = data.load(source, model, data.EVALUATION, reading) or data.load(source, model, reading=reading)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
+    images.check_labels(model, samples)
     verify.structure(other.proto)
     after = Session(other.proto, device, what=str(pruned))
     batches = verify.runs_at(model, after, samples)

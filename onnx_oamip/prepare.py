@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache as once
+from itertools import islice
 from typing import Any
 
 from . import (
@@ -19,6 +20,7 @@ from . import (
     cost,
     data,
     executors,
+    images,
     iterations,
     limits,
     scoring,
@@ -32,7 +34,7 @@ from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
 from .importance import Method, find
 from .ops import lookup
 from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statistics
-from .runtime import resolve_device
+from .runtime import Session, resolve_device
 from .search import Prepared, Subject
 from .settings import Settings
 
@@ -288,6 +290,13 @@ def load(
         model = models.load(path)
         samples, held = samples_of(model, source, eval_data, settings)
         model = models.rebind(model, samples.bindings(model))
+        for part in (samples, held):
+            if part is not None:
+                images.check_labels(model, part)
+        # What does not run cannot be proved: say so before the work.
+        session = Session(model.proto, "cpu", what=model.path)
+        for _, feed in islice(samples.batches(settings.batch_size), None if source is None else 1):
+            session.run(feed)
     with clock("couple"):
         coupling = exclude(model, couple(model), settings.exclude)
         if settings.granularity == "unit":

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 
 from . import bodies, weights
 from .model import restore
-from .ops import Edit, lookup
+from .ops import Edit, lookup, trusting
 from .records import Array, Axis, Bools, Consumer, Coupling, Model, Node
 from .restoring import Added, Names, Present, again, scale, spread
 
@@ -56,7 +56,8 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
         if touched.isdisjoint((*node.inputs, *node.outputs)):
             continue  # its shapes may not even be known
         if spec is not None and spec.repair is not None and not node.captures:
-            edit = spec.repair(node, cuts)
+            with trusting(node):
+                edit = spec.repair(node, cuts)
             if edit != Edit():
                 edits[node.name] = edit
     if any(edit.spread is not None or edit.scale != 1.0 for edit in edits.values()):

@@ -12,8 +12,9 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from . import bodies
+from .bounds import inferred
 from .errors import ModelError
-from .ops import MatrixRule, lookup
+from .ops import MatrixRule, lookup, trusting
 from .records import Axis, Node, Port
 from .sizes import Entries, follow, numbers
 
@@ -94,7 +95,7 @@ def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
                 node.attribute.append(onnx.helper.make_attribute("to", TensorProto.FLOAT))
         elif spec is not None and spec.matrix is not None:
             _as_product(copy, node, spec.matrix, proto)
-    graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+    graph = inferred(copy)
     # ONNX's own inference loses a computed shape at operators like Where: what is followed here is put in.
     for _ in range(ROUNDS):
         entries = known_values(copy, graph).entries
@@ -109,7 +110,7 @@ def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
                     found = np.asarray(entries[name].astype(onnx.helper.tensor_dtype_to_np_dtype(types[name])))
                     copy.graph.initializer.append(numpy_helper.from_array(found, name))
                     node.output[i] = f"{name}/computed"
-        graph = onnx.shape_inference.infer_shapes(copy, data_prop=True).graph
+        graph = inferred(copy)
     return graph
 
 
@@ -150,7 +151,8 @@ def _follow(
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.flow is None:
             continue
-        flow = spec.flow(node)
+        with trusting(node):
+            flow = spec.flow(node)
         entering = {x: shapes[first] for (first, _), x in flow.enters if first in shapes}
         for outer, x, axis in flow.slices:
             if outer in shapes:
@@ -275,7 +277,7 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
     """Dimensions as they were declared, and the lists that the graph computes from them."""
     named: dict[str, Dims] = {}
     if graph is None:
-        graph = onnx.shape_inference.infer_shapes(skeleton(proto), data_prop=True).graph
+        graph = inferred(skeleton(proto))
         named = _named(proto)
     listed = (*graph.value_info, *graph.input, *graph.output)
     dims = {v.name: _dims(v.type.tensor_type.shape) for v in listed if v.type.tensor_type.HasField("shape")}

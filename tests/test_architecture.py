@@ -16,13 +16,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point upwards in this list, or sideways where that makes no circle. A new module needs a place here.
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "records", "plain", "versions"),
+    ("text", "errors", "records", "plain", "versions"),
     ("ops", "milp", "settings"),
     (
-        "weights", "runtime", "bodies", "sizes", "shapes", "folding", "model", "coupling", "restoring", "cost",
-        "pictures", "parquet", "data", "calibrate", "affine", "patches", "residual", "ridge", "subgraph", "gram",
-        "latency", "output", "artefacts", "checkpoint", "images", "solvers", "region", "formulation", "solving",
-        "signals", "pooled", "executors",
+        "weights", "runtime", "bodies", "bounds", "sizes", "shapes", "folding", "model", "coupling", "restoring",
+        "cost", "pictures", "parquet", "arrays", "data", "calibrate", "affine", "patches", "residual", "ridge",
+        "subgraph", "gram", "latency", "output", "artefacts", "checkpoint", "images", "solvers", "region",
+        "formulation", "solving", "signals", "pooled", "executors",
     ),
     ("importance",),
     ("budget", "allocation", "planfile", "limits"),

@@ -22,6 +22,7 @@ from onnx_oamip.html import charts, prune_page, wording
 from onnx_oamip.latency import Ratio
 from onnx_oamip.records import Coupling, Fit, Group, Pinned, Plan, Report, Sensitivity, Trial
 from onnx_oamip.report import document
+from onnx_oamip.text import visible
 
 SECTIONS = ["widths", "errors", "sensitivity", "scores", "skipped", "programs", "checks", "again"]
 HOSTILE = (
@@ -243,7 +244,7 @@ def test_foreign_texts_are_escaped(hostile_page: bytes) -> None:
     tree = Tree(page)
     for section in ("widths", "skipped", "errors", "checks"):
         for name in HOSTILE:
-            assert wording.visible(name) in tree.sections[section], section
+            assert visible(name) in tree.sections[section], section
     assert any(t.startswith("esc\\x1b[3") for t in tree.texts)
     assert "a&b&amp;c" in tree.texts, "names are texts in drawings too, and no formulas"
     assert any(t.startswith("$\\frac{1") for t in tree.texts)
@@ -252,8 +253,8 @@ def test_foreign_texts_are_escaped(hostile_page: bytes) -> None:
 
 
 def test_what_is_invisible_is_spelt_out() -> None:
-    assert wording.visible("a\x00b\u200bc\ud800\n") == "a\\x00b\\u200bc\\ud800\\x0a"
-    assert wording.visible("Größe 漢字 é") == "Größe 漢字 é"
+    assert visible("a\x00b\u200bc\ud800\n") == "a\\x00b\\u200bc\\ud800\\x0a"
+    assert visible("Größe 漢字 é") == "Größe 漢字 é"
 
 
 @pytest.mark.parametrize("name", ["layer.weight", "W" * 200, "漢" * 80, "\U0001f600" * 50, "i" * 500, "", "$x$"])

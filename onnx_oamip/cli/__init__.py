@@ -29,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message(), error.exit_code)
     except OamipError as error:
         return _fail(str(error), error.exit_code)
+    except MemoryError as error:
+        return _fail(
+            f"the memory of this machine is not enough ({error}); give smaller inputs, fewer samples or a smaller "
+            "--batch-size.", OamipError.exit_code,
+        )  # fmt: skip
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted.", INTERRUPTED)
     return status if isinstance(status, int) else 0

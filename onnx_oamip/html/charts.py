@@ -33,7 +33,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 _LOG.setLevel(_LEVEL)
 
 from ..records import Bools, Floats  # noqa: E402
-from .wording import visible  # noqa: E402
+from ..text import visible  # noqa: E402
 
 WIDE, NARROW = 420, 190
 INK, MUTED, GRID, BEFORE, AFTER, MARK = "#1c2733", "#5d6b7a", "#e4e9ef", "#cbd5e0", "#1f5fa8", "#c2571a"

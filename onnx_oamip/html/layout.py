@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from jinja2 import Environment, StrictUndefined
 
-from .wording import pieces, visible
+from ..text import visible
+from .wording import pieces
 
 
 @dataclass(frozen=True)

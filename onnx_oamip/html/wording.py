@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
 DASH = "\u2013"
 """Stands for what was not measured."""
 SPACE = "\u00a0"
 """Between a number and its unit: no line ends there."""
-_HIDDEN = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def visible(text: str) -> str:
-    """The text with control, formatting, surrogate and unassigned characters spelt out, as in ``\\u202e``."""
-    return "".join(_spelt(c) if unicodedata.category(c) in _HIDDEN else c for c in text)
 
 
 def pieces(text: str) -> list[str]:
     """The text cut behind what separates the parts of a name, where a line may end."""
     return re.findall(r"[^./_:#,]*[./_:#,]+|[^./_:#,]+", text)
-
-
-def _spelt(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
 def count(value: int) -> str:

@@ -7,7 +7,10 @@ an entry without a case.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from ..errors import ModelError, OamipError
 from ..records import Model, Node
 from . import (
     attention,
@@ -68,6 +71,20 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
     return None
 
 
+@contextmanager
+def trusting(node: Node) -> Iterator[None]:
+    """Around a rule of a node. Raises ModelError where it breaks: rules trust what ONNX defines of an operator."""
+    try:
+        yield
+    except (OamipError, Refused):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{node} has inputs or attributes that do not fit its operator ({type(error).__name__}: {error}); export "
+            "the model again."
+        ) from error
+
+
 def followed(node: Node) -> bool:
     """Whether channels are followed into the bodies of a node."""
     spec = lookup(node.domain, node.op, node.version)
@@ -86,5 +103,5 @@ def readers(model: Model) -> dict[str, list[Node]]:
 
 __all__ = [
     "REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "MatrixRule", "OpSpec", "Refused", "Terms", "Total",
-    "followed", "lookup", "opaque", "readers", "taps", "weight_axis",
+    "followed", "lookup", "opaque", "readers", "taps", "trusting", "weight_axis",
 ]  # fmt: skip

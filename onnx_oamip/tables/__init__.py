@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from ..report import Document
+from ..text import visible
 from .parts import (
     ROWS,
     bar,
@@ -40,8 +41,17 @@ def show(value: Document, console: Console) -> None:
     for part in draw(value, console):
         if not first:
             console.print()
+        if isinstance(part, Text):
+            part = _shown(part)
         console.print(part, soft_wrap=isinstance(part, Text))
         first = False
+
+
+def _shown(lines: Text) -> Text:
+    """Lines of text with what is invisible in them spelt out."""
+    if lines.plain.replace("\n", "").isprintable():
+        return lines
+    return Text("\n".join(visible(line) for line in lines.plain.split("\n")))
 
 
 def _prune(value: Document, console: Console) -> Iterator[RenderableType]:

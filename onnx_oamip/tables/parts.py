@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..report import Document
+from ..text import visible
 
 ROWS = 40
 """Rows of a table before the rest is left to --json."""
@@ -146,8 +147,8 @@ def grid(*columns: str, header: bool = True) -> Table:
 
 
 def cell(text: str) -> Text:
-    """Text that comes from a model: never read as markup."""
-    return Text(text, overflow="fold")
+    """Text that comes from a model: never read as markup, and nothing in it is hidden."""
+    return Text(visible(text), overflow="fold")
 
 
 def bar(level: float, console: Console) -> Text:
