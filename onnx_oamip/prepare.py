@@ -35,6 +35,7 @@ from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statis
 from .runtime import resolve_device
 from .search import Prepared, Subject
 from .settings import Settings
+from .subgraph import run_size
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
 BUDGETS = {"macs", "params", "size", "threshold", "latency", "max_drop"}
@@ -45,6 +46,7 @@ READING = {
 }  # fmt: skip
 _ELSEWHERE = BUDGETS | READING | {
     "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "scheduler", "cache", "exclude",
+    "batch_size", "max_memory", "no_provenance",
 }  # fmt: skip
 """Settings that no score and no measured loss depends on, or that are told otherwise."""
 
@@ -131,7 +133,8 @@ def prepare(
         losses: tuple[Sensitivity, ...] = ()
         if iterations.programmed(settings):
             order = scoring.order(found, coupling)
-            feeds = [feed for _, feed in scoring.parts(samples)[1].batches(settings.batch_size)]
+            batch = run_size(model, settings.room)
+            feeds = [feed for _, feed in scoring.parts(samples)[1].batches(batch)]
             losses = store.keep(
                 cache.LOSSES,
                 {**known, "order": order.tolist(), "refit": settings.refit},
@@ -236,7 +239,7 @@ def _known(model: Model, samples: Samples, settings: Settings, device: str) -> d
         "exclude": settings.exclude,
         "device": device,
         "seed": settings.seed,
-        "batch_size": settings.batch_size,
+        "room": settings.room,
     }
 
 
