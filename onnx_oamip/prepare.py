@@ -239,7 +239,7 @@ def _known(model: Model, samples: Samples, settings: Settings, device: str) -> d
         "exclude": settings.exclude,
         "device": device,
         "seed": settings.seed,
-        "room": settings.room,
+        "max_memory": settings.max_memory,
     }
 
 

@@ -64,8 +64,9 @@ def statistics(
         return found
     fitted, _ = parts(samples)
     feeds, _ = affordable(model, fitted, batch, settings.room)
+    cap = gram.CAP if settings.max_memory is None else gram.cap(coupling, settings.room)
     second = store.keep(
-        cache.GRAMS, known, lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress)
+        cache.GRAMS, known, lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress, cap)
     )
     return replace(found, grams=second)
 

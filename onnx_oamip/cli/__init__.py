@@ -6,6 +6,7 @@ Everything heavy is imported inside the commands, so that help and usage errors 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a file that went away: the environment, wherever it struck
         where = f" {error.filename}" if error.filename else ""
         return _fail(f"the system refused a file{where}: {error.strerror or error}; see to it and run again.", 2)
+    except Exception as error:  # nobody foresaw it, so the lines of where it was belong to the report
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__} in onnx-oamip itself; please report it with the lines above.", 2)
     return status if isinstance(status, int) else 0
 
 

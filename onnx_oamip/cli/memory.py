@@ -23,6 +23,7 @@ max_memory_option = click.option(
     "--max-memory",
     callback=size,
     metavar="SIZE",
-    help="Keep what is held while learning within this, such as 2GB: fewer samples at a time and, where many would not "
-    "fit, fewer of them; coarser second moments. It can change the result. Default: as much as 1 GiB of activations.",
+    help="Aim at this much memory, such as 2GB: while learning a quarter of it goes to activations and a quarter to "
+    "second moments, so there are fewer samples at a time, and coarser moments of wide layers. It is no hard limit, "
+    "and it can change the result. Default: 1 GiB of activations.",
 )
