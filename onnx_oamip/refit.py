@@ -97,7 +97,7 @@ def least_squares(
     seed: int = 0,
     progress: Progress | None = None,
     cap: int = GRAM_CAP,
-    room: int = FRONTIER_BYTES,
+    room: int | None = None,
 ) -> Pruned:
     """The cut model with every linear node behind the cut refitted, front to back."""
     proto = onnx.ModelProto()
@@ -111,7 +111,8 @@ def least_squares(
     frontier = Frontier(proto, feeds, types, device)
     fits: list[Fit] = []
     if used < samples.usable():
-        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {room >> 20} MiB")
+        size = (FRONTIER_BYTES if room is None else room) >> 20
+        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB")
     for i, place in enumerate(places):
         fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
         fits += [fit] if fit else []

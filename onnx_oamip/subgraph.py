@@ -40,10 +40,10 @@ def _most(model: Model, room: int) -> int:
 
 
 def affordable(
-    model: Model, samples: Samples, batch_size: int, room: int = FRONTIER_BYTES
+    model: Model, samples: Samples, batch_size: int, room: int | None = None
 ) -> tuple[list[dict[str, Array]], int]:
-    """(feeds, samples used): as many as keep the widest frontier within ``room`` bytes."""
-    most = _most(model, room)
+    """(feeds, samples used): as many as keep the widest frontier within ``room`` bytes (``FRONTIER_BYTES``)."""
+    most = _most(model, FRONTIER_BYTES if room is None else room)
     feeds: list[dict[str, Array]] = []
     used = 0
     for index, feed in samples.batches(min(batch_size, most)):

@@ -1,4 +1,4 @@
-"""Whatever fails, and wherever: the old files stay, nothing is left behind, and the next run starts from what was learnt."""
+"""Whatever fails, wherever: old files stay, nothing is left behind, the next run starts from what was learnt."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_old_files(
     owner = Path if point == "write_bytes" else os
     with monkeypatch.context() as patch:
         patch.setattr(owner, point, _full(point, getattr(owner, point), lambda where: where.endswith(f"/{which}")))
-        patch.setattr("onnx_oamip.html.prune_page", lambda report: b"page")
+        patch.setattr("onnx_oamip.html.prune_page", lambda _: b"page")
         assert main(command(task, "--importance", "l2", "--allocate", "uniform", "--refit", "none")) == 2
     text = capsys.readouterr().err
     assert text == f"Error: {task / which} cannot be written: No space left on device.\n"
@@ -368,7 +368,7 @@ def test_solvers_that_all_fail_leave_the_old_files(
 ) -> None:
     real = dict(solvers.BACKENDS)
     backends(gurobi=_failing, highs=_failing)
-    with pytest.raises(SolverError, match="gurobi failed .*licence server.*highs failed"):
+    with pytest.raises(SolverError, match=r"gurobi failed .*licence server.*highs failed"):
         go(task)
     with pytest.raises(SolverError, match="licence server"):
         go(task, solver="gurobi")

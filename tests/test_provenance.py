@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from onnx_oamip import plan as make_plan
 from onnx_oamip.cli import main
 from onnx_oamip.latency import Ratio
 from onnx_oamip.settings import Settings
+from tools import licences
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +125,11 @@ def test_nothing_asks_the_network(task: Path, monkeypatch: pytest.MonkeyPatch) -
     common = ["--data", str(task / "data.npz"), "--macs", "0.5", "--align", "1", "-q", "--force"]
     files = ["-o", str(task / "a.onnx"), "--report", str(task / "a.html"), "--keep-map", str(task / "a.safetensors")]
     assert main(["prune", str(task / "model.onnx"), *common, *files, "--importance", "oamip"]) == 0
+
+
+def test_every_dependency_has_a_known_licence() -> None:
+    """Permissive ones, and that of Gurobi, whose wheel brings its own limits."""
+    known = re.compile(r"MIT|BSD|Apache|HPND|PSF|Python Software Foundation|0BSD")
+    found = {name: told for name, _, told in licences.table()}
+    assert {"numpy", "onnx", "scipy", "click", "highspy"} <= set(found)
+    assert {name: told for name, told in found.items() if not known.search(told)} in ({}, {"gurobipy": "Proprietary"})
