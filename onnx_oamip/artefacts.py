@@ -23,7 +23,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -34,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .errors import DataError, OutputError
+from .aside import write_bytes
+from .errors import DataError
 from .records import Array, Axis, Coupling, Group, Ints, Model, Scores
 
 SCORES_VERSION = 1
@@ -141,21 +141,6 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: 'programs' is no JSON list of objects; {_AGAIN}.") from error
     return Scores(texts["method"], result, programs)
-
-
-def write_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
-    """Write aside, flush, rename: the file is either complete or as it was. Raises OutputError."""
-    target = Path(path)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            aside = Path(folder) / target.name
-            with aside.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(aside, target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from error
 
 
 _AGAIN = "run 'onnx-oamip score' again"

@@ -25,7 +25,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from platformdirs import user_cache_path
 
-from .artefacts import write_bytes
+from .aside import write_bytes
 from .data import Samples
 from .errors import OutputError
 from .records import Array, Gram, Model, Moments, Scores, Sensitivity

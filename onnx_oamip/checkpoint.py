@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .artefacts import write_bytes
+from .aside import write_bytes
 from .errors import DataError
 from .records import Array, Bools, Coupling, Ints, Model
 
@@ -72,12 +72,17 @@ def save_keep_map(
     path: str | os.PathLike[str], model: Model, coupling: Coupling, keep: Bools
 ) -> None:
     """Write the keep-map of a pruned model, whole or not at all. Raises OutputError."""
+    write_bytes(keep_map(model, coupling, keep), path)
+
+
+def keep_map(model: Model, coupling: Coupling, keep: Bools) -> bytes:
+    """The content of the keep-map of a pruned model."""
     found = weights(model, coupling, keep)
     arrays = {f"{name}:{axis}": index for name, w in found.items() for axis, index in w.kept.items()}
     about = {name: {"shape": list(w.shape), "digests": list(w.digests)} for name, w in found.items()}
     # One entry: the library keeps no order among several, and the same map should be the same bytes.
     metadata = {"kind": KIND, "schema_version": VERSION, "model_sha256": model.sha256, "weights": about}
-    write_bytes(save(arrays, metadata={KEY: json.dumps(metadata)}), path)
+    return bytes(save(arrays, metadata={KEY: json.dumps(metadata)}))
 
 
 def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
@@ -103,7 +108,7 @@ def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
 
 
 def cut(
-    keep_map: str | os.PathLike[str], state_dict: str | os.PathLike[str], output: str | os.PathLike[str]
+    map_file: str | os.PathLike[str], state_dict: str | os.PathLike[str], output: str | os.PathLike[str]
 ) -> Checkpoint:
     """Cut the tensors of a state dict (safetensors) as a keep-map says, and write them to ``output``.
 
@@ -111,7 +116,7 @@ def cut(
     Raises DataError where files cannot be read, where a tensor has another shape than its weight, and where nothing
     matches; OutputError where the result cannot be written.
     """
-    found = load_keep_map(keep_map)
+    found = load_keep_map(map_file)
     state, metadata = _read(state_dict, "a state dict as safetensors.torch.save_file writes it")
     result: dict[str, Array] = {}
     tensors: list[Cut] = []
@@ -125,7 +130,7 @@ def cut(
         tensors.append(Cut(name, weight, tuple(value.shape), tuple(result[name].shape)))
     if found and not matched:
         raise DataError(
-            f"{state_dict} has none of the {len(found)} weights of {keep_map}, neither by name "
+            f"{state_dict} has none of the {len(found)} weights of {map_file}, neither by name "
             f"({', '.join(found)[:80]}) nor by content; give the state dict that the model was exported from."
         )
     content = save(result, metadata=metadata)

@@ -6,18 +6,20 @@ where zeros are left out (``--sparse``) or compressed; what matters is the count
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 
-from . import cost, search, verify
+from . import cost, provenance, search, verify
 from .calibrate import Progress
 from .errors import BudgetNotMet, SettingsError
 from .records import Connections, Fit, LayerConnections, Plan, Scores, Verification
 from .runtime import Session
 from .settings import Settings
-from .thinning import Bench, Opened, Thinned, held
+from .subgraph import run_size
+from .thinning import Bench, Opened, State, Thinned, held
 
 DROP_TRIES = 7
 LEAST_SHARE = 1e-3
@@ -73,6 +75,8 @@ def prune(opened: Opened, progress: Progress | None = None) -> Result:
             f"no connection of {model.path} can be pruned: no linear layer has constant weights of its own."
         )
     found = bench.thin(settings.params) if settings.max_drop is None else _smallest(bench, settings.max_drop)
+    if not settings.no_provenance:
+        provenance.sign(found.proto, model.sha256, _digest(found.state))
     proto = _sparse(found.proto) if settings.sparse else found.proto
     layers = tuple(LayerConnections(name, bench.size(name), held(found.state, name)) for name in bench.free)
     widths = np.bincount(
@@ -97,6 +101,15 @@ def prune(opened: Opened, progress: Progress | None = None) -> Result:
     )
 
 
+def _digest(state: State) -> str:
+    """SHA-256 of which connections stay: by layer in order of names, its name and one bit a weight."""
+    digest = hashlib.sha256()
+    for name in sorted(state.weights):
+        digest.update(name.encode())
+        digest.update(np.packbits(state.weights[name] != 0).tobytes())
+    return digest.hexdigest()
+
+
 def _smallest(bench: Bench, points: float) -> Thinned:
     """The fewest connections that lose at most ``points`` on the evaluation samples, by bisection on a log scale."""
     opened = bench.opened
@@ -104,7 +117,8 @@ def _smallest(bench: Bench, points: float) -> Thinned:
 
     def lost(found: Thinned) -> float:
         after = Session(found.proto, opened.device)
-        seen = verify.compare(opened.model, original, after, opened.held, opened.settings.batch_size)
+        batch = run_size(opened.model, opened.settings.room)
+        seen = verify.compare(opened.model, original, after, opened.held, batch)
         return search.drop(seen)
 
     least: Thinned | None = None

@@ -7,6 +7,7 @@ original model only: it is collected once, in one walk over the data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,14 @@ def collect(
         if progress:
             progress("gram", i + 1, len(places))
     return result
+
+
+def cap(coupling: Coupling, room: int) -> int:
+    """Unknowns up to which a matrix holds every one, such that all matrices of that size take at most ``room`` bytes.
+
+    Wider ones are kept in the channels x channels form, as above ``CAP``.
+    """
+    return min(CAP, math.isqrt(room // (8 * max(1, len({c.node for c in coupling.consumers})))))
 
 
 def _columns(place: Site, weight: Array, labels: Ints, cap: int) -> Ints:

@@ -20,6 +20,7 @@ from .importance import METHODS
 from .records import Bools, Budget, Coupling, Floats, Ints, Scores
 from .search import Attempt, Prepared
 from .settings import Settings
+from .subgraph import run_size
 
 
 def check(settings: Settings, scored: bool) -> None:
@@ -53,7 +54,8 @@ def ladder(
     if not programmed(settings):
         return None
     found = scoring.statistics(ready.model, coupling, ready.samples, ready.device, settings, True, progress)
-    feeds = [feed for _, feed in scoring.parts(ready.samples)[1].batches(settings.batch_size)]
+    batch = run_size(ready.model, settings.room)
+    feeds = [feed for _, feed in scoring.parts(ready.samples)[1].batches(batch)]
     losses = sensitivity.measure(
         ready.model, coupling, found.grams, scoring.order(scores, coupling), feeds, ready.device,
         settings.workers, progress, settings.refit, settings.scheduler,

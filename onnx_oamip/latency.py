@@ -14,7 +14,6 @@ import pickle
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from . import weights
+from . import aside, weights
 from .data import Samples
 from .errors import DataError
 from .records import Array, Floats
@@ -218,8 +217,8 @@ def peak_memory(source: Source, feed: Feed, device: str, threads: int | None = N
 
     The runtime itself is not counted, nor is memory on a GPU. None where the system does not tell (Windows).
     """
-    with tempfile.TemporaryDirectory() as folder:
-        job = Path(folder) / "job"
+    with aside.scratch() as folder:
+        job = folder / "job"
         path = _on_disk(source, folder) if isinstance(source, onnx.ModelProto) else os.fspath(Path(source).absolute())
         job.write_bytes(pickle.dumps((path, dict(feed), device, threads)))
         home = str(Path(__file__).parents[1])
@@ -269,8 +268,8 @@ def _resident(what: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _on_disk(proto: onnx.ModelProto, folder: str) -> str:
-    path = Path(folder) / "model.onnx"
+def _on_disk(proto: onnx.ModelProto, folder: Path) -> str:
+    path = folder / "model.onnx"
     weights.save(proto, path, "model.data")
     return str(path)
 

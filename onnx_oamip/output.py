@@ -1,19 +1,22 @@
-"""Where results go: checked before any work, written aside, flushed and renamed, so that nothing is ever half there."""
+"""Where results go: checked before any work, written aside and renamed (see ``aside``)."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import onnx
 
 from . import weights
+from .aside import Batch, telling
 from .errors import OutputError
 from .model import external_paths
+from .records import Report
 
 
 def check_output(
@@ -34,34 +37,74 @@ def check_output(
     return target
 
 
-def write(proto: onnx.ModelProto, target: Path) -> tuple[str, int]:
-    """Write aside, flush, rename: the target is either complete or as it was. Returns (sha256, bytes).
+class Page(Protocol):
+    """A page about a run, to be written with its model."""
+
+    path: Path
+
+    def draw(self, report: Report) -> bytes:
+        """The page."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a run writes (None: it does not): all of it, or nothing.
+
+    They are renamed in the order page, keep-map, weights beside the model, model: whoever sees the new model sees all
+    else new.
+    """
+
+    model: Path | None
+    keep_map: Path | None = None
+    page: Page | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model that was written aside: its ``sha256``, with the weights beside it, and ``bytes`` of all its files.
+
+    ``stale``: weights beside the model that was there before.
+    """
+
+    sha256: str
+    bytes: int
+    stale: tuple[Path, ...]
+
+    def sweep(self) -> None:
+        """Remove the weights of the model that was there before; after the renames."""
+        for path in self.stale:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def stage(batch: Batch, proto: onnx.ModelProto, target: Path) -> Written:
+    """Write a model aside; ``batch.commit`` renames it. Raises OutputError.
 
     Weights beside the model go to a file that was not there before, so that a model file never points at weights of
-    another one; the ones it had before are removed last.
+    another one. The model comes last, so that what it points at is there.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with telling(target):
         old = [p for p in external_paths(target) if _ours(p, target)]
+        folder = batch.folder(target)
         names = weights.save(proto, folder / target.name, _free(target))
         digest, size = hashlib.sha256(), 0
-        for name in reversed(names):  # the model comes last
-            with (folder / name).open("rb+") as stream:
-                os.fsync(stream.fileno())
-            size += (folder / name).stat().st_size
-            os.replace(folder / name, target.parent / name)
-        for path in old:
-            if path.name not in names:
-                path.unlink(missing_ok=True)
         for name in names:
-            with (target.parent / name).open("rb") as stream:
+            with (folder / name).open("rb") as stream:
                 while chunk := stream.read(weights.CHUNK):
                     digest.update(chunk)
-        return digest.hexdigest(), size
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                    size += len(chunk)
+        for name in reversed(names):
+            batch.take(folder / name, target.parent / name)
+        return Written(digest.hexdigest(), size, tuple(p for p in old if p.name not in names))
+
+
+def write(proto: onnx.ModelProto, target: Path) -> tuple[str, int]:
+    """Write one model: the target is either complete or as it was. Returns (sha256, bytes). Raises OutputError."""
+    with Batch() as batch:
+        written = stage(batch, proto, target)
+        batch.commit()
+    written.sweep()
+    return written.sha256, written.bytes
 
 
 def _free(target: Path) -> str:

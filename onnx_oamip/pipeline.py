@@ -6,10 +6,10 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from . import (
     artefacts,
@@ -28,9 +28,10 @@ from . import (
 from . import model as models
 from . import prepare as preparing
 from .artefacts import Scored
+from .aside import Batch, write_bytes
 from .errors import GateFailed, ModelError, SettingsError
 from .latency import compare_latency
-from .output import check_output, write
+from .output import Page, Targets, Written, check_output, stage
 from .planfile import Planned
 from .prepare import BUDGETS, Clock, Source, called, prepare
 from .records import Budget, Cost, Report, Scores, Verification
@@ -57,17 +58,18 @@ def prune(
     progress: calibrate.Progress | None = None,
     scores: File | None = None,
     keep_map: File | None = None,
+    page: Page | None = None,
 ) -> Report:
     """Prune one model and write it if every gate holds.
 
     ``source`` is calibration data (see ``data``), ``output`` the file to write (None: nothing is written), ``scores``
     a file that :func:`score` wrote, taken in place of scores by ``settings.importance``, ``keep_map`` a file to write
-    for :func:`checkpoint.cut`. Raises OamipError: exit code 2 for bad input, 1 for a budget or gate that was not met;
-    then no file is written.
+    for :func:`checkpoint.cut`, ``page`` what draws a page about the run. Raises OamipError: exit code 2 for bad input,
+    1 for a budget or gate that was not met; then no file is written.
     """
     clock = Clock()
     preparing.check(settings, source, scores is not None)
-    targets = _targets(path, output, keep_map, (source, eval_data, scores))
+    targets = _targets(path, output, keep_map, page, (source, eval_data, scores))
     if settings.granularity == "connection":
         return _thin(path, source, targets, settings, eval_data, progress, clock)
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
@@ -75,22 +77,20 @@ def prune(
         ready, result = iterations.approach(ready, progress)
     meets(settings.budget, ready.before, result.after)
     asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
-    found = _finish(ready, result, targets, clock, progress, settings.budget, ready.scores, asked, remarks(ready))
-    return replace(found, curves=ready.curves, tried=result.tried)
+    return _finish(ready, result, targets, clock, progress, settings.budget, ready.scores, asked, remarks(ready))
 
 
 def _thin(
     path: str | os.PathLike[str],
     source: Source | None,
-    targets: tuple[Path | None, Path | None],
+    targets: Targets,
     settings: Settings,
     eval_data: Source | None,
     progress: calibrate.Progress | None,
     clock: Clock,
 ) -> Report:
     """:func:`prune` by connections: the same network with zeros (see ``connections``)."""
-    target, keep_map = targets
-    if keep_map is not None:
+    if targets.keep_map is not None:
         raise SettingsError("a keep-map is about units, and --granularity connection removes none; leave it out.")
     device = resolve_device(settings.device)
     model, coupling, samples, held = preparing.load(path, source, eval_data, settings, clock)
@@ -98,18 +98,12 @@ def _thin(
     with clock("connections"):
         found = connections.prune(Opened(model, coupling, samples, held, device, settings), progress)
     before, after = cost.count(model), cost.count(models.from_proto(found.dense, model.bindings))
-    before, sha256 = replace(before, bytes=model.file_bytes), None
-    after = replace(after, bytes=found.proto.ByteSize())
-    if target is not None:
-        with clock("write"):
-            sha256, size = write(found.proto, target)
-            after = replace(after, bytes=size)
-    return Report(
+    report = Report(
         model=model,
-        output=None if target is None else str(target),
-        output_sha256=sha256,
-        before=before,
-        after=after,
+        output=None,
+        output_sha256=None,
+        before=replace(before, bytes=model.file_bytes),
+        after=replace(after, bytes=found.proto.ByteSize()),
         budget=settings.budget,
         coupling=coupling,
         scores=found.scores,
@@ -121,6 +115,7 @@ def _thin(
         fits=found.fits,
         connections=found.connections,
     )
+    return _write(report, found.proto, None, targets, clock)
 
 
 def score(
@@ -180,7 +175,7 @@ def plan(
             ready.scores.programs, ready.scores.notes,
         )  # fmt: skip
         with clock("write"):
-            artefacts.write_bytes(text.encode(), target)
+            write_bytes(text.encode(), target)
         digest = hashlib.sha256(text.encode()).hexdigest()
     return Planned(
         ready.model, ready.coupling, ready.scores, chosen, ready.before, settings.budget,
@@ -197,6 +192,7 @@ def apply(
     eval_data: Source | None = None,
     progress: calibrate.Progress | None = None,
     keep_map: File | None = None,
+    page: Page | None = None,
 ) -> Report:
     """Cut a model as a plan file says, refit, prove and write it: the second half of :func:`prune`.
 
@@ -205,7 +201,7 @@ def apply(
     """
     clock = Clock()
     found = planfile.load(plan_file)
-    targets = _targets(path, output, keep_map, (source, eval_data, plan_file))
+    targets = _targets(path, output, keep_map, page, (source, eval_data, plan_file))
     made_with = {n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS}
     settings = Settings.create(**{**made_with, "device": "auto", "cache": "auto", **(changes or {})})
     ready = preparing.subject(path, source, settings, eval_data, progress, clock)
@@ -220,17 +216,17 @@ def apply(
 
 
 def _targets(
-    path: File, output: File | None, keep_map: File | None, sources: tuple[object, ...]
-) -> tuple[Path | None, Path | None]:
-    """Where the model and its keep-map go. Raises OutputError before any work where they cannot."""
+    path: File, output: File | None, keep_map: File | None, page: Page | None, sources: tuple[object, ...]
+) -> Targets:
+    """Where the model and what belongs to it go. Raises OutputError before any work where they cannot."""
     model = None if output is None else check_output(path, output, sources)
-    return model, None if keep_map is None else check_output(path, keep_map, (*sources, model))
+    return Targets(model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page)
 
 
 def _finish(
     ready: Subject,
     result: Attempt,
-    targets: tuple[Path | None, Path | None],
+    targets: Targets,
     clock: Clock,
     progress: calibrate.Progress | None,
     budget: Budget,
@@ -244,21 +240,12 @@ def _finish(
             verification = prove(ready, result, progress)
         except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
             raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
-    after = result.after
-    sha256 = None
-    target, keep_map = targets
-    if keep_map is not None:
-        checkpoint.save_keep_map(keep_map, ready.model, ready.coupling, result.plan.keep)
-    if target is not None:
-        with clock("write"):
-            sha256, size = write(result.pruned.proto, target)
-            after = replace(after, bytes=size)
-    return Report(
+    report = Report(
         model=ready.model,
-        output=None if target is None else str(target),
-        output_sha256=sha256,
+        output=None,
+        output_sha256=None,
         before=ready.before,
-        after=after,
+        after=result.after,
         budget=budget,
         coupling=ready.coupling,
         scores=scores,
@@ -268,7 +255,37 @@ def _finish(
         settings=asked,
         notes=(*(scores.notes if scores else ()), *result.plan.notes, *result.pruned.notes, *notes),
         fits=result.pruned.fits,
+        curves=ready.curves if isinstance(ready, Prepared) else (),
+        tried=result.tried,
     )
+    keep_map = None
+    if targets.keep_map is not None:
+        keep_map = checkpoint.keep_map(ready.model, ready.coupling, result.plan.keep)
+    return _write(report, result.pruned.proto, keep_map, targets, clock)
+
+
+def _write(report: Report, proto: onnx.ModelProto, keep_map: bytes | None, targets: Targets, clock: Clock) -> Report:
+    """Write what was asked for, all of it or nothing; the report with what was written."""
+    with Batch() as batch:
+        written: Written | None = None
+        with clock("write"):
+            if keep_map is not None and targets.keep_map is not None:
+                batch.add(targets.keep_map, keep_map)
+            if targets.model is not None:
+                written = stage(batch, proto, targets.model)
+                report = replace(
+                    report,
+                    output=str(targets.model),
+                    output_sha256=written.sha256,
+                    after=replace(report.after, bytes=written.bytes),
+                )
+        if targets.page is not None:
+            batch.add(targets.page.path, targets.page.draw(report), first=True)
+        with clock("write"):
+            batch.commit()
+            if written is not None:
+                written.sweep()
+    return report
 
 
 def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:

@@ -163,6 +163,12 @@ def dumps(
     return _short(json.dumps(document, indent=2, default=_plain)) + "\n"
 
 
+def digest(model: Model, coupling: Coupling, kept: Bools) -> str:
+    """SHA-256 of which units (n_units,) stay: of the JSON object of the lists ``keep`` by group, keys sorted."""
+    lists = {g.name: np.flatnonzero(kept[_numbered(model, coupling, g)]).tolist() for g in coupling.groups}
+    return hashlib.sha256(json.dumps(lists, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def load(path: str | os.PathLike[str]) -> PlanFile:
     """The plan that a file holds. Raises DataError with the line and the rule where it holds none."""
     file = Path(path)

@@ -37,6 +37,7 @@ from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statis
 from .runtime import Session, resolve_device
 from .search import Prepared, Subject
 from .settings import Settings
+from .subgraph import run_size
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
 BUDGETS = {"macs", "params", "size", "threshold", "latency", "max_drop"}
@@ -47,6 +48,7 @@ READING = {
 }  # fmt: skip
 _ELSEWHERE = BUDGETS | READING | {
     "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "scheduler", "cache", "exclude",
+    "batch_size", "max_memory", "no_provenance",
 }  # fmt: skip
 """Settings that no score and no measured loss depends on, or that are told otherwise."""
 
@@ -133,7 +135,8 @@ def prepare(
         losses: tuple[Sensitivity, ...] = ()
         if iterations.programmed(settings):
             order = scoring.order(found, coupling)
-            feeds = [feed for _, feed in scoring.parts(samples)[1].batches(settings.batch_size)]
+            batch = run_size(model, settings.room)
+            feeds = [feed for _, feed in scoring.parts(samples)[1].batches(batch)]
             losses = store.keep(
                 cache.LOSSES,
                 {**known, "order": order.tolist(), "refit": settings.refit},
@@ -238,7 +241,7 @@ def _known(model: Model, samples: Samples, settings: Settings, device: str) -> d
         "exclude": settings.exclude,
         "device": device,
         "seed": settings.seed,
-        "batch_size": settings.batch_size,
+        "max_memory": settings.max_memory,
     }
 
 

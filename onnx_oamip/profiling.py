@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import numpy as np
 import onnx
 from scipy.optimize import nnls
 
+from . import aside
 from .cost import Ledger, Products, full_widths, ledger
 from .data import Samples
 from .latency import WARM_RUNS, caller, feeds_of, interleave, quiet
@@ -190,7 +190,7 @@ def _run(
     Whole runs are timed in sessions without profiling, but for models so large that it does not matter and memory does.
     """
     twice = sum(size(p) for p in protos) < PLAIN_BYTES
-    with tempfile.TemporaryDirectory() as folder:
+    with aside.scratch() as folder:
         sessions = [Session(p, device, threads, profile=f"{folder}/{i}", spin=True) for i, p in enumerate(protos)]
         if twice:
             sessions += [Session(p, device, threads, spin=True) for p in protos]

@@ -97,21 +97,22 @@ def least_squares(
     seed: int = 0,
     progress: Progress | None = None,
     cap: int = GRAM_CAP,
+    room: int | None = None,
 ) -> Pruned:
     """The cut model with every linear node behind the cut refitted, front to back."""
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
     places, notes = _places(model, coupling, units)
-    feeds, used = affordable(model, samples, batch_size)
+    feeds, used = affordable(model, samples, batch_size, room)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
     targets = collect_targets(model, places, feeds, types, device, rng, cap)
     frontier = Frontier(proto, feeds, types, device)
     fits: list[Fit] = []
     if used < samples.usable():
-        room = f"{FRONTIER_BYTES >> 20} MiB"
-        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {room}")
+        size = (FRONTIER_BYTES if room is None else room) >> 20
+        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB")
     for i, place in enumerate(places):
         fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
         fits += [fit] if fit else []

@@ -18,7 +18,7 @@ from .importance import METHODS, Method
 from .records import Array, Coupling, Floats, Ints, Model, Scores, Statistics
 from .runtime import Session
 from .settings import Settings
-from .subgraph import affordable
+from .subgraph import affordable, run_size
 
 SENSITIVITY_SAMPLES = 128
 GRAM_SAMPLES = 512
@@ -46,25 +46,27 @@ def statistics(
     store, known = store or cache.Store(), known or {}
 
     start = time.perf_counter()
+    batch = run_size(model, settings.room)
     moments = store.keep(
         cache.MOMENTS,
         known,
-        lambda: calibrate.collect(model, coupling, samples, device, settings.batch_size, progress).moments,
+        lambda: calibrate.collect(model, coupling, samples, device, batch, progress).moments,
     )
     found = Statistics(moments, samples.usable(), device, time.perf_counter() - start)
     if METHODS[settings.importance].needs_images and settings.mode != "decoupled":
-        few = images.collect(model, samples, device, settings.images_per_class, settings.seed, settings.batch_size)
+        few = images.collect(model, samples, device, settings.images_per_class, settings.seed, batch)
         found = replace(found, images=few)
     if METHODS[settings.importance].needs_signal:
         exact = settings.signal == "paper"
-        heard = signals.collect(model, coupling, samples, device, settings.batch_size, progress, exact)
+        heard = signals.collect(model, coupling, samples, device, batch, progress, exact)
         found = replace(found, signal=heard)
     if not grams:
         return found
     fitted, _ = parts(samples)
-    feeds, _ = affordable(model, fitted, settings.batch_size)
+    feeds, _ = affordable(model, fitted, batch, settings.room)
+    cap = gram.CAP if settings.max_memory is None else gram.cap(coupling, settings.room)
     second = store.keep(
-        cache.GRAMS, known, lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress)
+        cache.GRAMS, known, lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress, cap)
     )
     return replace(found, grams=second)
 
@@ -80,9 +82,8 @@ def pool(
 ) -> Statistics:
     """The statistics with pooled activations, as ``--limits`` and some methods ask for them."""
     limited = settings.limits != "none"
-    seen = pooled.collect(
-        model, coupling, samples, device, settings.seed, settings.batch_size, by_tap=limited, progress=progress
-    )
+    batch = run_size(model, settings.room)
+    seen = pooled.collect(model, coupling, samples, device, settings.seed, batch, by_tap=limited, progress=progress)
     return replace(found, pooled=seen)
 
 
@@ -116,14 +117,15 @@ def scores(
     assert statistics is not None
     measured = parts(samples)[1]
     few = measured.take(np.arange(min(measured.count, max(CHOICE_SAMPLES, samples.fixed_batch or 1))))
-    feeds = [feed for _, feed in few.batches(settings.batch_size)]
+    batch = run_size(model, settings.room)
+    feeds = [feed for _, feed in few.batches(batch)]
     names = ["the program", *found.others]
     orders = np.stack([found.values, *found.others.values()])
     alone = sensitivity.choose(
         model, coupling, statistics.grams, list(orders), feeds, device, settings.workers, progress, settings.refit,
         settings.scheduler,
     )  # fmt: skip
-    feeds = [feed for _, feed in measured.batches(settings.batch_size)]
+    feeds = [feed for _, feed in measured.batches(batch)]
     picks = _together(model, coupling, statistics, orders, alone, feeds, device, settings.refit, progress)
     values = found.values.copy()
     for group, pick in zip(coupling.groups, picks.tolist(), strict=True):

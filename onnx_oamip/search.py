@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from . import allocation, constants, cost, refit, rewrite, scaling, verify
+from . import allocation, constants, cost, planfile, provenance, refit, rewrite, scaling, verify
 from . import model as models
 from .budget import Ladder, LinearisedLimit
 from .calibrate import Progress
@@ -37,6 +37,7 @@ from .records import (
 )
 from .runtime import Session
 from .settings import Settings
+from .subgraph import run_size
 
 SIZE_TRIES = 3
 LATENCY_TRIES = 6
@@ -153,14 +154,18 @@ def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) ->
     elif ready.settings.refit == "least-squares":
         s = ready.settings
         pruned = refit.least_squares(
-            ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device, s.batch_size, s.seed, progress
-        )
+            ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device, run_size(ready.model, s.room),
+            s.seed, progress, room=s.room,
+        )  # fmt: skip
     elif folds_constants(ready.settings):
         pruned = constants.fold_constants(
             ready.model, ready.coupling, chosen.keep, ready.samples, ready.device, raw
         )
     # Last: a refit fits the queries to what they gave before.
     pruned = replace(pruned, proto=scaling.usual(ready.model, ready.coupling, chosen.keep, pruned.proto))
+    if not ready.settings.no_provenance:
+        what = planfile.digest(ready.model, ready.coupling, chosen.keep)
+        provenance.sign(pruned.proto, ready.model.sha256, what)
     after = cost.count(models.from_proto(pruned.proto, ready.model.bindings))
     return Attempt(chosen, pruned, after)
 
@@ -304,7 +309,8 @@ def _smallest(
 def _drop(ready: Prepared, original: Session, found: Attempt) -> float:
     assert ready.held is not None
     after = Session(found.pruned.proto, ready.device)
-    return drop(verify.compare(ready.model, original, after, ready.held, ready.settings.batch_size))
+    batch = run_size(ready.model, ready.settings.room)
+    return drop(verify.compare(ready.model, original, after, ready.held, batch))
 
 
 def drop(found: Verification) -> float:

@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import SettingsError
 from .records import Budget, Reading
 
+ROOM = 1 << 30
+"""Bytes of activations that are held at once where nothing bounds memory."""
+LEAST_MEMORY = 1 << 28
+PART = 4
+"""Activations, what is computed from them, and ONNX Runtime's own copies share what a run may take."""
+
 
 class Settings(BaseModel):
     """What a run was asked to do.
@@ -22,6 +28,8 @@ class Settings(BaseModel):
     granularity ``connection``.
     ``phi`` is about ``snacs``, ``score_time`` (seconds) about ``mint``. ``limits`` bounds what any plan may take from a
     group, ``protect`` is the share of every group that it may not touch.
+    ``batch_size`` is of comparisons alone; ``max_memory`` (bytes) bounds what is held while learning;
+    ``no_provenance`` writes nothing about the model's origin into it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +71,8 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, ge=1)
+    max_memory: int | None = Field(None, ge=LEAST_MEMORY)
+    no_provenance: bool = False
     image_size: tuple[int, int] | None = None
     image_fit: Literal["crop", "pad", "stretch"] = "crop"
     image_scale: float = Field(1 / 255, gt=0, allow_inf_nan=False)
@@ -103,6 +113,11 @@ class Settings(BaseModel):
             self.image_size, self.image_fit, self.image_scale, self.image_mean, self.image_std, self.image_layout,
             self.image_color, self.samples, self.column,
         )  # fmt: skip
+
+    @property
+    def room(self) -> int:
+        """Bytes of activations that are held at once."""
+        return ROOM if self.max_memory is None else min(ROOM, self.max_memory // PART)
 
     @model_validator(mode="after")
     def _positive_step(self) -> Settings:

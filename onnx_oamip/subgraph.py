@@ -16,15 +16,34 @@ from .bodies import reads
 from .data import Samples
 from .records import Array, Model
 from .runtime import Session
+from .settings import ROOM
 
-FRONTIER_BYTES = 1 << 30
+FRONTIER_BYTES = ROOM
 """Bound of the activations that a walk holds for all its feeds."""
+RUN = 32
+"""Samples in one run of the model, at most, wherever something is learnt."""
 
 
-def affordable(model: Model, samples: Samples, batch_size: int) -> tuple[list[dict[str, Array]], int]:
-    """(feeds, samples used): as many as keep the widest frontier, about three of the largest tensors, in its bound."""
+def run_size(model: Model, room: int = FRONTIER_BYTES) -> int:
+    """Samples in one run wherever something is learnt: ``RUN``, or as many as keep the widest frontier in ``room``.
+
+    It follows from the model alone: kernels round another way at another batch, and what is learnt, and with it the
+    pruned file, should not depend on the batch size that someone compares models at.
+    """
+    return min(RUN, _most(model, room))
+
+
+def _most(model: Model, room: int) -> int:
+    """Samples whose widest frontier, about three of the largest tensors, takes ``room`` bytes; at least one."""
     sizes = sorted((int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True)
-    most = max(1, FRONTIER_BYTES // max(4 * sum(sizes[:3]) // max(model.batch, 1), 1))
+    return max(1, room // max(4 * sum(sizes[:3]) // max(model.batch, 1), 1))
+
+
+def affordable(
+    model: Model, samples: Samples, batch_size: int, room: int | None = None
+) -> tuple[list[dict[str, Array]], int]:
+    """(feeds, samples used): as many as keep the widest frontier within ``room`` bytes (``FRONTIER_BYTES``)."""
+    most = _most(model, FRONTIER_BYTES if room is None else room)
     feeds: list[dict[str, Array]] = []
     used = 0
     for index, feed in samples.batches(min(batch_size, most)):

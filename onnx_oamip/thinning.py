@@ -28,7 +28,7 @@ from .records import Bools, Coupling, Fit, Floats, Model, Round, Scores
 from .refit import GRAM_CAP, HELD_OUT, Target, collect_targets
 from .ridge import RIDGES, best
 from .settings import Settings
-from .subgraph import Frontier, affordable, element_types
+from .subgraph import Frontier, affordable, element_types, run_size
 from .supports import supported
 
 ROUNDING = 1e-10
@@ -92,7 +92,8 @@ class Bench:
         )
         self.total = sum(self.size(name) for name in self.free)
         self.targets: Mapping[str, Target] | None = None
-        self._feeds = affordable(model, opened.samples, opened.settings.batch_size)[0]
+        self._batch = run_size(model, opened.settings.room)
+        self._feeds = affordable(model, opened.samples, self._batch, opened.settings.room)[0]
         self._types = element_types(model.proto, model.dtypes)
 
     def size(self, name: str) -> int:
@@ -137,7 +138,7 @@ class Bench:
         opened, settings = self.opened, self.opened.settings
         exact = settings.signal == "paper"
         heard = signals.collect(
-            view, opened.coupling, opened.samples, opened.device, settings.batch_size, self.progress, exact
+            view, opened.coupling, opened.samples, opened.device, self._batch, self.progress, exact
         )
         layers = nnrelief.layers(view, opened.coupling, heard)
         values, worth = nnrelief.worth(view, opened.coupling, heard, layers)

@@ -8,6 +8,7 @@ model go to temporary files (``TMPDIR`` says where).
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
 import tempfile
@@ -21,6 +22,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from . import aside
 from .records import Array
 
 MAPPED = 1 << 28
@@ -114,23 +116,24 @@ class _Store:
     """A folder for new weights of large models; it goes with the process."""
 
     def __init__(self) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._count = 0
 
     def path(self) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="onnx-oamip-")
+            self._folder = aside.make(Path(tempfile.gettempdir()), aside.SCRATCH)
+            atexit.register(aside.remove, self._folder)
         self._count += 1
-        return Path(self._folder.name) / str(self._count)
+        return self._folder / str(self._count)
 
 
 _STORE = _Store()
 
 
-def tensor(value: Array, name: str, aside: bool) -> TensorProto:
-    """A new weight; a large one goes to a file of its own in the folder for temporary files where ``aside``."""
+def tensor(value: Array, name: str, away: bool) -> TensorProto:
+    """A new weight; a large one goes to a file of its own in the folder for temporary files where ``away``."""
     kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-    if not aside or value.nbytes < LEAST or kind not in WHOLE_BYTES:
+    if not away or value.nbytes < LEAST or kind not in WHOLE_BYTES:
         return numpy_helper.from_array(value, name)
     path = _STORE.path()
     result = TensorProto(name=name, dims=value.shape, data_type=kind)

@@ -456,7 +456,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "--cache off --image-size 24x32 --image-fit pad --image-scale 0.5 --image-mean 1,2,3 --image-std 4 "
         "--image-layout nhwc --image-color bgr --samples 99 --column c "
         "--alpha 0.9 --signal paper --granularity connection --iterations 2 --sparse "
-        "--phi exp_weight --score-time 7 --limits snacs --protect 20% --strict"
+        "--phi exp_weight --score-time 7 --limits snacs --protect 20% --strict --max-memory 2GB --no-provenance"
     )
     expected = {
         "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "latency": 1.0, "max_drop": 99.0,
@@ -468,6 +468,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "image_mean": (1.0, 2.0, 3.0), "image_std": (4.0,), "image_layout": "nhwc", "image_color": "bgr", "samples": 99,
         "column": "c", "alpha": 0.9, "signal": "paper", "granularity": "connection", "iterations": 2, "sparse": True,
         "phi": "exp_weight", "score_time": 7.0, "limits": "snacs", "protect": 0.2, "strict": True,
+        "max_memory": 2 << 30, "no_provenance": True,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("onnx_oamip.pipeline.prune", lambda *a, **_: seen.append(a[3]) or refuse())

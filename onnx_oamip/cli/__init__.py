@@ -6,17 +6,16 @@ Everything heavy is imported inside the commands, so that help and usage errors 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from ..errors import OamipError
 from .commands import cli
+from .interrupt import INTERRUPTED, TERMINATED, Terminated, heard
 
 __all__ = ["cli", "main"]
-
-INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; every failure is one sentence on stderr."""
@@ -24,18 +23,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = cli.main(arguments, prog_name="onnx-oamip", standalone_mode=False)
+        with heard():
+            status = cli.main(arguments, prog_name="onnx-oamip", standalone_mode=False)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except OamipError as error:
         return _fail(str(error), error.exit_code)
-    except MemoryError as error:
-        return _fail(
-            f"the memory of this machine is not enough ({error}); give smaller inputs, fewer samples or a smaller "
-            "--batch-size.", OamipError.exit_code,
-        )  # fmt: skip
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__ or error, Terminated):
+            return _fail("terminated.", TERMINATED)
         return _fail("interrupted.", INTERRUPTED)
+    except MemoryError:
+        return _fail("there is not enough memory; give --max-memory, fewer samples, or a smaller model.", 2)
+    except OSError as error:  # a full disk, a file that went away: the environment, wherever it struck
+        where = f" {error.filename}" if error.filename else ""
+        return _fail(f"the system refused a file{where}: {error.strerror or error}; see to it and run again.", 2)
+    except Exception as error:  # nobody foresaw it, so the lines of where it was belong to the report
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__} in onnx-oamip itself; please report it with the lines above.", 2)
     return status if isinstance(status, int) else 0
 
 

@@ -27,13 +27,17 @@ class Page:
         for other in (model, *given):
             if same_file(path, other):
                 raise OutputError(f"{path} is given as another file of this run too; give --report another path.")
-        self._path = check_output(model, path, given, "--report")
+        self.path = check_output(model, path, given, "--report")
+
+    def draw(self, result: Report | Frontier) -> bytes:
+        """The page."""
+        from .. import html
+        from ..records import Report
+
+        return html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
 
     def write(self, result: Report | Frontier) -> None:
         """Write the page whole or not at all. Raises OutputError."""
-        from .. import html
-        from ..artefacts import write_bytes
-        from ..records import Report
+        from ..aside import write_bytes
 
-        draw = html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
-        write_bytes(draw, self._path)
+        write_bytes(self.draw(result), self.path)

@@ -9,6 +9,7 @@ import click
 
 from .config import config_option
 from .files import Page
+from .memory import max_memory_option
 from .options import (
     DATA,
     MODEL,
@@ -59,6 +60,7 @@ from .terminal import Progress, show
 @device_option
 @seed_option
 @batch_size_option
+@max_memory_option
 @reading_options
 @cache_option
 @config_option
@@ -86,7 +88,7 @@ def frontier(
     is measured, and shown. A level that cannot be met is shown with the reason.
     """
     from .. import report
-    from ..artefacts import write_bytes
+    from ..aside import write_bytes
     from ..curve import frontier as run
     from ..output import check_output
     from ..settings import Settings

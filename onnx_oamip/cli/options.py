@@ -116,7 +116,8 @@ batch_size_option = click.option(
     default=32,
     show_default=True,
     metavar="N",
-    help="Samples that the model is run on at a time; a model with a fixed batch keeps its own.",
+    help="Samples that models are run on at a time to be compared; a model with a fixed batch keeps its own. What is "
+    "written does not depend on it.",
 )
 seed_option = click.option(
     "--seed",

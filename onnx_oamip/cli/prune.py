@@ -9,6 +9,7 @@ import click
 
 from .config import config_option
 from .files import Page
+from .memory import max_memory_option
 from .options import (
     DATA,
     MODEL,
@@ -46,6 +47,11 @@ strict_option = click.option(
     "--strict",
     is_flag=True,
     help="Fail where channels of a layer cannot be removed for another reason than the model's inputs and outputs.",
+)
+no_provenance_option = click.option(
+    "--no-provenance",
+    is_flag=True,
+    help="Leave out of the model's metadata which file it was made from, by which plan and version.",
 )
 keep_map_option = click.option(
     "--keep-map",
@@ -100,9 +106,11 @@ mlflow_option = click.option(
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed; write nothing but the cache.")
 @force_option
 @strict_option
+@no_provenance_option
 @device_option
 @seed_option
 @batch_size_option
+@max_memory_option
 @reading_options
 @cache_option
 @mlflow_option
@@ -149,9 +157,7 @@ def prune(
             document = report.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
             log(document, ())
         else:
-            found = pipeline.prune(model, data, output, settings, eval_data, progress, scores, keep_map)
-            if page is not None:
-                page.write(found)
+            found = pipeline.prune(model, data, output, settings, eval_data, progress, scores, keep_map, page)
             document = report.document(found)
             log(document, (keep_map, report_file))
     if as_json or not quiet:
@@ -173,6 +179,7 @@ def prune(
 @device_option
 @seed_option
 @batch_size_option
+@max_memory_option
 @reading_options
 @cache_option
 @config_option
@@ -227,6 +234,8 @@ def plan(
 )
 @click.option("--seed", type=click.IntRange(min=0), metavar="N", help="As for prune. Default: that of the plan.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="As for prune. Default: that of the plan.")
+@max_memory_option
+@no_provenance_option
 @force_option
 @strict_option
 @device_option
@@ -261,9 +270,7 @@ def apply(
     changes = {name: value for name, value in choices.items() if value is not None}
     asked = {"model": model, "data": data, "plan": plan_file}
     with tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
-        found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress, keep_map)
-        if page is not None:
-            page.write(found)
+        found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress, keep_map, page)
         document = report.document(found)
         log(document, (keep_map, report_file))
     if as_json or not quiet:

@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from .config import config_option
+from .memory import max_memory_option
 from .options import (
     DATA,
     MODEL,
-    batch_size_option,
     cache_option,
     device_option,
     importance_option,
@@ -52,7 +52,7 @@ from .terminal import Progress, show
 @scheduler_option
 @device_option
 @seed_option
-@batch_size_option
+@max_memory_option
 @reading_options
 @cache_option
 @config_option

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import SettingsError, SolverError
@@ -76,10 +76,18 @@ def solve(
 
     ``notify`` is told where ``auto`` passes over an installed solver; ``Solution.reason`` always says why this one.
     Raises SettingsError for an unknown name, SolverError where the solver asked for is not there, has no licence, or
-    a licence too small for the program.
+    a licence too small for the program, or where it fails. Under ``auto`` the next backend takes over from one that
+    fails (a licence that was lost meanwhile, say).
     """
-    backend, reason = _choose(program, solver, notify)
-    return replace(backend.solve(program, limits or Limits()), reason=reason)
+    failed: dict[str, str] = {}
+    while True:
+        backend, reason = _choose(program, solver, notify, failed)
+        try:
+            return replace(backend.solve(program, limits or Limits()), reason=reason)
+        except SolverError as error:
+            if solver != "auto":
+                raise
+            failed[backend.name] = f"{backend.name} failed ({str(error).rstrip('.')})"
 
 
 def solve_with_cuts(
@@ -158,7 +166,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _choose(program: Program, solver: str, notify: Notify | None) -> tuple[Backend, str]:
+def _choose(
+    program: Program, solver: str, notify: Notify | None, failed: Mapping[str, str]
+) -> tuple[Backend, str]:
     if solver != "auto":
         backend = BACKENDS.get(solver)
         if backend is None:
@@ -169,14 +179,15 @@ def _choose(program: Program, solver: str, notify: Notify | None) -> tuple[Backe
         return backend, "as asked"
     passed: list[str] = []
     for backend in BACKENDS.values():
-        obstacle = _obstacle(backend, program)
+        obstacle = failed.get(backend.name) or _obstacle(backend, program)
         if obstacle is None:
             reason = "; ".join([*passed, f"{backend.name} takes it: {backend.licence().text}"])
             if passed and notify is not None:
                 notify(f"solving with {backend.name}: {'; '.join(passed)}.")
             return backend, reason
         passed.append(obstacle)
-    raise SolverError(f"no solver can be used: {'; '.join(passed)}; install one with pip install highspy.")
+    way = "try another --time-limit" if failed else "install one with pip install highspy"
+    raise SolverError(f"no solver can be used: {'; '.join(passed)}; {way}.")
 
 
 def _obstacle(backend: Backend, program: Program) -> str | None:

@@ -8,14 +8,12 @@ the drop that is measured on evaluation samples is just within what was allowed.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from .. import search, verify
+from .. import aside, search, verify
 from ..calibrate import Progress
 from ..data import Samples
 from ..errors import DataError
@@ -63,8 +61,8 @@ class Judge:
 
     def measure(self, words: Mapping[Place, Array], samples: Samples) -> Verification:
         """The model with these tensors beside the original."""
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            path = self.files.substitute(words).write(Path(folder), "model.onnx")
+        with aside.scratch() as folder:
+            path = self.files.substitute(words).write(folder, "model.onnx")
             session = Session(path, self.device, what="the model with shared weights")
             return verify.compare(self.model, self.original, session, samples, self.batch_size)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import artefacts
 from .. import model as models
+from ..aside import Batch, write_bytes
 from ..calibrate import Progress
 from ..errors import DataError, GateFailed, ModelError, OutputError, SettingsError
 from ..output import check_output
@@ -121,7 +121,7 @@ def pack(
         if container.read(packed, str(target)) != contents:
             raise GateFailed(f"{path} does not come out of its packed form as it went in; please report this model.")
     with clock("write"):
-        artefacts.write_bytes(packed, target)
+        write_bytes(packed, target)
     sha256 = hashlib.sha256(packed).hexdigest()
     return Packed(
         str(path), str(target), sha256, len(packed), original, contents, verification, clock.seconds
@@ -148,10 +148,12 @@ def unpack(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Unpa
     for name, side in sides.items():
         if side.exists() and (side.is_dir() or side.read_bytes() != contents.files.contents[name]):
             raise OutputError(f"{side} is there already, with something else in it; unpack into another folder.")
-    for name, side in sides.items():
-        side.parent.mkdir(parents=True, exist_ok=True)
-        artefacts.write_bytes(contents.files.contents[name], side)
-    artefacts.write_bytes(contents.files.contents[""], target)
+    with Batch() as batch:
+        for name, side in sides.items():
+            side.parent.mkdir(parents=True, exist_ok=True)
+            batch.add(side, contents.files.contents[name])
+        batch.add(target, contents.files.contents[""])
+        batch.commit()
     return Unpacked(str(file), hashlib.sha256(packed).hexdigest(), len(packed), str(target), contents)
 
 

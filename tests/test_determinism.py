@@ -1,0 +1,134 @@
+"""The same model, data, seed and versions give the same bytes, however the work was divided."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from conftest import MODELS
+from graphs import build
+
+from onnx_oamip import couple, data, gram, pipeline, prune, subgraph
+from onnx_oamip import model as models
+from onnx_oamip.cli import memory
+from onnx_oamip.latency import Ratio
+from onnx_oamip.settings import Settings
+
+FEW = {
+    "lenet300-mnist": "mnist",
+    "lenet5-mnist": "mnist",
+    "vit-fashion": "fashion-mnist",
+}
+REST = dict.fromkeys(("mobilenet-fashion", "resnet20-fashion", "vgg-fashion"), "fashion-mnist")
+DIVIDED: tuple[dict[str, Any], ...] = (
+    {"workers": 1, "batch_size": 32},
+    {"workers": 2, "batch_size": 1},
+    {"workers": 4, "batch_size": 512},
+)
+
+
+@pytest.fixture(autouse=True)
+def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+
+
+def samples(name: str, count: int) -> dict[str, np.ndarray]:
+    with np.load(MODELS / f"{name}.npz") as found:
+        whole = {k: found[k] for k in found.files if not k.startswith("eval.")}
+    return {k: v[:count] if v.ndim else v for k, v in whole.items()}
+
+
+def written(model: Path, arrays: dict[str, np.ndarray], target: Path, **values: Any) -> bytes:
+    settings = Settings.create(**{"macs": 0.5, "device": "cpu", "cache": "off", "align": 1, **values})
+    prune(model, arrays, target, settings)
+    return target.read_bytes()
+
+
+@pytest.mark.parametrize("name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
+def test_shipped_models_come_out_the_same(name: str, tmp_path: Path) -> None:
+    count = 128 if name in FEW else 512
+    arrays = samples({**FEW, **REST}[name], count)
+    found = {
+        written(MODELS / f"{name}.onnx", arrays, tmp_path / "out.onnx", **divided) for divided in DIVIDED
+    }
+    assert len(found) == 1
+
+
+TEXT = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
+<float[12, 3, 3, 3] w1, float[12] b1, float[16, 12, 3, 3] w2, float[16] b2, float[5, 16] w4, float[5] b4> {
+    a = Conv<pads = [1, 1, 1, 1]>(image, w1, b1)
+    h = Relu(a)
+    b = Conv<pads = [1, 1, 1, 1]>(h, w2, b2)
+    r = Relu(b)
+    g = GlobalAveragePool(r)
+    f = Flatten(g)
+    scores = Gemm<transB = 1>(f, w4, b4)
+}"""
+CHOICES: dict[str, dict[str, Any]] = {
+    "bias": {"refit": "bias", "allocate": "global", "importance": "activation"},
+    "oamip": {"importance": "oamip", "mode": "decoupled"},
+    "nnrelief": {"importance": "nnrelief"},
+    "snacs": {"importance": "snacs", "macs": 0.9},
+    "drop": {"macs": None, "max_drop": 20.0},
+    "size": {"macs": None, "size": 0.7},
+    "rounds": {"iterations": 2},
+    "connections": {
+        "macs": None, "params": 0.5, "granularity": "connection", "importance": "nnrelief",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_way_of_pruning_comes_out_the_same(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    images = np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)
+    arrays = {"image": images, "labels": np.arange(90) % 5}
+    found = {written(path, arrays, tmp_path / "out.onnx", **{**CHOICES[name], **divided}) for divided in DIVIDED}
+    assert len(found) == 1
+
+
+def test_the_seed_matters(tmp_path: Path) -> None:
+    """Bytes are not the same because nothing was done: another seed gives others."""
+    model, arrays = MODELS / "lenet5-mnist.onnx", samples("mnist", 160)
+    assert written(model, arrays, tmp_path / "a.onnx") != written(model, arrays, tmp_path / "b.onnx", seed=1)
+
+
+def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    model = models.rebind(models.load(path), {"batch": 1})
+    sample = 4 * (16 * 64 + 16 * 64 + 12 * 64)
+    assert subgraph.run_size(model) == subgraph.RUN
+    assert subgraph.run_size(model, 5 * sample) == 5
+    assert subgraph.run_size(model, 1) == 1
+    found = data.load({"image": np.zeros((40, 3, 8, 8), np.float32)}, model)
+    assert found is not None
+    feeds, used = subgraph.affordable(model, found, subgraph.run_size(model, 10 * sample), 10 * sample)
+    assert (len(feeds), used) == (1, 10)
+
+
+def test_less_memory_means_smaller_runs_and_smaller_matrices(tmp_path: Path) -> None:
+    least = 1 << 28
+    assert Settings(max_memory=least).room == least // 4
+    assert Settings().room == Settings(max_memory=1 << 40).room == 1 << 30
+    coupling = couple(models.load(MODELS / "vgg-fashion.onnx"))
+    consumers = len({c.node for c in coupling.consumers})
+    assert 8 * consumers * gram.cap(coupling, least // 4) ** 2 <= least // 4
+    assert gram.cap(coupling, 1 << 60) == gram.CAP
+    path = MODELS / "lenet5-mnist.onnx"
+    assert written(path, samples("mnist", 64), tmp_path / "a.onnx", max_memory=least)
+
+
+@pytest.mark.parametrize(("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20), ("7", 7)])
+def test_sizes_of_memory(text: str, value: int) -> None:
+    assert memory.size(click.Context(click.Command("x")), click.Option(["--x"]), text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2XB", "nan"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="not a size"):
+        memory.size(click.Context(click.Command("x")), click.Option(["--x"]), text)
