@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,8 @@ def paths(name: str) -> tuple[Path, Path]:
 
 def environment() -> dict[str, str]:
     """What a reader needs to judge a number."""
-    packages = {p: metadata.version(p) for p in ("onnxruntime", "numpy", "scipy", "onnx")}
+    used = [p for p in ("torch", "torch-pruning", "onnxsim") if p.replace("-", "_") in sys.modules]
+    packages = {p: metadata.version(p) for p in ("onnxruntime", "numpy", "scipy", "onnx", *used)}
     machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "python": platform.python_version()}
     return {**machine, **packages}
 
@@ -50,9 +52,14 @@ def _cell(value: Any) -> str:
 def save(out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int) -> str:
     """Print and store the rows of a study; returns its Markdown."""
     text = table(rows, columns)
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"study": study, "environment": environment(), "seed": seed, "columns": list(columns), "rows": list(rows)}
-    (out / f"{study}.json").write_text(json.dumps(record, indent=1) + "\n")
+    store(out, study, rows, columns, seed)
     seen = ", ".join(f"{k} {v}" for k, v in environment().items())
     print(f"\n## {study}\n\nseed {seed}; {seen}\n\n{text}\n", flush=True)
     return text
+
+
+def store(out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int) -> None:
+    """Store the rows that there are so far: a study that is stopped leaves what it found."""
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"study": study, "environment": environment(), "seed": seed, "columns": list(columns), "rows": list(rows)}
+    (out / f"{study}.json").write_text(json.dumps(record, indent=1) + "\n")

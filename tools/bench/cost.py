@@ -1,0 +1,116 @@
+"""What pruning costs as networks grow: seconds by stage and peak memory against width, depth, samples and resolution.
+
+Plain stacks of 3 x 3 convolutions with seeded random weights, fed noise: accuracy means nothing, sizes do. One size at
+a time moves, the others stay as in ``BASE``. The exponent b of seconds = a * size ** b is fitted by least squares of
+logarithms (``exponents``). Every run is a process of its own, on one thread if OMP_NUM_THREADS says so.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from .studies import ROOT, Row, save, store
+
+BASE: Mapping[str, int] = {"width": 32, "depth": 4, "samples": 128, "resolution": 16}
+SWEEPS: Mapping[str, tuple[int, ...]] = {
+    "width": (16, 32, 64, 128),
+    "depth": (2, 4, 8, 16),
+    "samples": (64, 128, 256, 512),
+    "resolution": (8, 16, 32, 64),
+}
+STAGES = ("calibrate", "sensitivity", "plan and refit")
+GATE = "verify"
+"""The stage that holds the latency gate, which measures for as long as it was told: no part of ``seconds``."""
+COLUMNS = ("varied", *BASE, "seconds", *STAGES, "other stages", GATE, "peak MiB")
+EXPONENTS = ("varied", "seconds", *STAGES, "peak MiB")
+ONE = """
+import json, resource, sys
+from onnx_oamip import pipeline
+from onnx_oamip.settings import Settings
+settings = Settings.create(macs=0.5, align=1, force=True, workers=1, seed=int(sys.argv[3]), cache="off")
+report = pipeline.prune(sys.argv[1], sys.argv[2], None, settings)
+print(json.dumps([report.timings, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+"""
+
+
+def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
+    """One row per size; ``names`` are of what varies. ``cost-exponents`` has a row for each of them."""
+    rows: list[Row] = []
+    for varied, values in SWEEPS.items():
+        if names and varied not in names:
+            continue
+        for value in values:
+            rows.append({"varied": varied, **_measured({**BASE, varied: value}, seed)})
+            print(rows[-1], flush=True)
+            store(out, "cost", rows, COLUMNS, seed)
+    save(out, "cost-exponents", exponents(rows), EXPONENTS, seed)
+    return save(out, "cost", rows, COLUMNS, seed)
+
+
+def exponents(rows: Sequence[Row]) -> list[Row]:
+    """For every size that varies the exponent of seconds, of each stage and of the peak memory."""
+    found = []
+    for varied in dict.fromkeys(r["varied"] for r in rows):
+        here = [r for r in rows if r["varied"] == varied]
+        sizes = [r[varied] for r in here]
+        found.append({"varied": varied, **{c: exponent(sizes, [r.get(c) for r in here]) for c in EXPONENTS[1:]}})
+    return found
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """b of values = a * sizes ** b by least squares of logarithms; None for under two values above zero."""
+    pairs = [(s, v) for s, v in zip(sizes, values, strict=True) if v is not None and v > 0]
+    if len(pairs) < 2:
+        return None
+    slope, _ = np.polyfit(*np.log(np.asarray(pairs, np.float64)).T, 1)
+    return round(float(slope), 2)
+
+
+def _measured(size: Mapping[str, int], seed: int) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        model, data = Path(folder) / "stack.onnx", Path(folder) / "noise.npz"
+        rng = np.random.default_rng(seed)
+        stack(model, size["width"], size["depth"], size["resolution"], rng)
+        shape = (size["samples"], 3, size["resolution"], size["resolution"])
+        few = rng.standard_normal((32, *shape[1:]), np.float32)
+        np.savez(data, **{"x": rng.standard_normal(shape, np.float32), "eval.x": few})
+        command = [sys.executable, "-c", ONE, str(model), str(data), str(seed)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"pruning {dict(size)} failed: {done.stderr.strip().splitlines()[-1]}")
+    timings, peak = json.loads(done.stdout.splitlines()[-1])
+    row: Row = {**size, "seconds": round(sum(v for k, v in timings.items() if k != GATE), 3)}
+    row |= {stage: round(timings.get(stage, 0.0), 3) for stage in STAGES}
+    row["other stages"] = round(sum(v for k, v in timings.items() if k not in (*STAGES, GATE)), 3)
+    row[GATE] = round(timings[GATE], 3)
+    return {**row, "peak MiB": round(peak)}
+
+
+def stack(target: Path, width: int, depth: int, resolution: int, rng: np.random.Generator) -> None:
+    """``depth`` convolutions with ReLU, the mean over the map, 10 outputs."""
+    nodes, constants, last = [], [], "x"
+    for i in range(depth):
+        inner = width if i else 3
+        weight = rng.standard_normal((width, inner, 3, 3)) * np.sqrt(2 / (9 * inner))
+        constants.append(numpy_helper.from_array(weight.astype(np.float32), f"w{i}"))
+        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], pads=[1, 1, 1, 1]))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
+        last = f"r{i}"
+    head = (rng.standard_normal((10, width)) * np.sqrt(1 / width)).astype(np.float32)
+    constants.append(numpy_helper.from_array(head, "head"))
+    nodes.append(helper.make_node("GlobalAveragePool", [last], ["mean"]))
+    nodes.append(helper.make_node("Flatten", ["mean"], ["flat"]))
+    nodes.append(helper.make_node("Gemm", ["flat", "head"], ["y"], transB=1))
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, resolution, resolution])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])
+    graph = helper.make_graph(nodes, "stack", [x], [y], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), target)
