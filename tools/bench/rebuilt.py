@@ -1,7 +1,7 @@
 """The shipped networks as torch modules again, with the weights of their ONNX files, so that no checkpoint is needed.
 
-Layers are matched in the order in which they run: exporters rename some weights and transpose others. What is left
-(norms, positions) goes by name. Batch normalisation that the file has folded stays folded. Needs torch.
+Weights are matched by name; those that exporters rename and transpose, in the order in which layers run. Batch
+normalisation that the file has folded stays folded. Needs torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ def rebuild(name: str, file: Path | None = None) -> nn.Module:
     if not any(node.op_type == "BatchNormalization" for node in proto.graph.node):
         _fold(net)
     state: dict[str, Any] = {}
-    for (path, layer), node in zip(_layers(net), _nodes(proto, values), strict=True):
+    layers, nodes = _layers(net), _nodes(proto, values)
+    named = {node.input[1]: node for node in nodes}
+    taken = {f"{path}.weight" for path, _ in layers} & set(named)
+    left = iter([node for node in nodes if node.input[1] not in taken])
+    for path, layer in layers:
+        node = named[f"{path}.weight"] if f"{path}.weight" in taken else next(left)
         weight = values[node.input[1]]
         turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _attribute(node, "transB"))
         state[f"{path}.weight"] = weight.T if turned else weight
