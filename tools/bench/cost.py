@@ -1,8 +1,9 @@
-"""What pruning costs as networks grow: seconds by stage and peak memory against width, depth, samples and resolution.
+"""What pruning costs as networks grow: seconds and memory against width, depth, samples and resolution.
 
 Plain stacks of 3 x 3 convolutions with seeded random weights, fed noise: accuracy means nothing, sizes do. One size at
 a time moves, the others stay as in ``BASE``. The exponent b of seconds = a * size ** b is fitted by least squares of
-logarithms (``exponents``). Every run is a process of its own, on one thread if OMP_NUM_THREADS says so.
+logarithms (``exponents``). Memory is what a run added at its peak, in a process of its own; threads are as many as
+OMP_NUM_THREADS says.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from onnx import TensorProto, helper, numpy_helper
 
 from .studies import ROOT, Row, save, store
 
-BASE: Mapping[str, int] = {"width": 32, "depth": 4, "samples": 128, "resolution": 16}
+BASE: Mapping[str, int] = {"width": 64, "depth": 4, "samples": 256, "resolution": 16}
 SWEEPS: Mapping[str, tuple[int, ...]] = {
-    "width": (16, 32, 64, 128),
+    "width": (32, 64, 128, 256),
     "depth": (2, 4, 8, 16),
-    "samples": (64, 128, 256, 512),
+    "samples": (128, 256, 512, 1024),
     "resolution": (8, 16, 32, 64),
 }
 STAGES = ("calibrate", "sensitivity", "plan and refit")
 GATE = "verify"
 """The stage that holds the latency gate, which measures for as long as it was told: no part of ``seconds``."""
-COLUMNS = ("varied", *BASE, "seconds", *STAGES, "other stages", GATE, "peak MiB")
-EXPONENTS = ("varied", "seconds", *STAGES, "peak MiB")
+COLUMNS = ("varied", *BASE, "seconds", *STAGES, "other stages", GATE, "peak MiB added")
+EXPONENTS = ("varied", "seconds", *STAGES, "peak MiB added")
 ONE = """
-import json, resource, sys
-from onnx_oamip import pipeline
+import json, sys
+from onnx_oamip import latency, pipeline
 from onnx_oamip.settings import Settings
+latency.resolve_device("cpu")  # imports the runtime
+latency._forget_peak()
+before = latency._resident("VmRSS")
 settings = Settings.create(macs=0.5, align=1, force=True, workers=1, seed=int(sys.argv[3]), cache="off")
 report = pipeline.prune(sys.argv[1], sys.argv[2], None, settings)
-print(json.dumps([report.timings, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+print(json.dumps([report.timings, (latency._resident("VmHWM") - before) / 2**20]))
 """
 
 
@@ -92,7 +96,7 @@ def _measured(size: Mapping[str, int], seed: int) -> Row:
     row |= {stage: round(timings.get(stage, 0.0), 3) for stage in STAGES}
     row["other stages"] = round(sum(v for k, v in timings.items() if k not in (*STAGES, GATE)), 3)
     row[GATE] = round(timings[GATE], 3)
-    return {**row, "peak MiB": round(peak)}
+    return {**row, "peak MiB added": round(peak)}
 
 
 def stack(target: Path, width: int, depth: int, resolution: int, rng: np.random.Generator) -> None:
