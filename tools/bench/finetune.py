@@ -2,7 +2,7 @@
 
 Both start from the pruned ONNX file, whose weights are put back into the torch network (``rebuilt``), and train by the
 network's own recipe with a twentieth of its learning rate, one cosine cycle without warm-up. Needs the ``experiments``
-extra, and ``--mnist DIR`` and ``--fashion DIR`` with the IDX files.
+extra, and ``--mnist DIR`` and ``--fashion DIR`` with the IDX files; a network without them is left out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(
                 rows.append(row)
                 print(row, flush=True)
                 store(out, "finetune", rows, COLUMNS, seed)
-    return save(out, "finetune", rows, COLUMNS, seed)
+    return save(out, "finetune", rows, COLUMNS, seed) if rows else ""
 
 
 def _ours(bench: Bench, share: float, seed: int) -> onnx.ModelProto:
