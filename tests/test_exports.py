@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT
 from onnx import ModelProto, TensorProto, helper
 
-from onnx_oamip import allocation
+from onnx_oamip import allocation, provenance
 from onnx_oamip.cli import main
 from onnx_oamip.latency import Step
 from onnx_oamip.records import Array
@@ -173,7 +173,8 @@ def test_the_interface_is_untouched(halved: Halved) -> None:
     for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "ir_version"):
         assert getattr(after, field) == getattr(before, field), field
     assert after.graph.name == before.graph.name
-    assert list(after.metadata_props) == list(before.metadata_props)
+    # One entry is new: where the model comes from.
+    assert [p for p in after.metadata_props if p.key != provenance.KEY] == list(before.metadata_props)
     assert NOTE in {(p.key, p.value) for p in after.metadata_props}
     assert {(o.domain, o.version) for o in after.opset_import} == {(o.domain, o.version) for o in before.opset_import}
     batch = after.graph.input[0].type.tensor_type.shape.dim[0]
