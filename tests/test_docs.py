@@ -80,9 +80,9 @@ def test_the_picture_shows_the_saved_rows() -> None:
 
 
 def test_every_study_has_its_text_and_is_small() -> None:
-    assert set(readme.TEXT) == set(bench.STUDIES)
+    assert {name.partition("-")[0] for name in readme.TEXT} == set(bench.STUDIES)
     files = list(readme.SAVED.iterdir())
-    assert {p.stem for p in files} <= set(bench.STUDIES)
+    assert {p.stem for p in files} <= set(readme.TEXT)
     assert sum(p.stat().st_size for p in files) < 300_000
     for file in files:
         record = json.loads(file.read_text(encoding="utf-8"))
