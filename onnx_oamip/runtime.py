@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
 
-from . import weights
+from . import bodies, weights
 from .errors import EnvironmentMissing, ModelError
 from .records import Array
 
 FOLDER = "session.model_external_initializers_file_folder_path"
+PATIENCE = 120.0
+"""Seconds that one run of a graph with a Loop may take: a few bytes can ask for one without an end."""
 
 
 def runtime() -> Any:
@@ -82,6 +85,7 @@ class Session:
     ) -> None:
         rt = runtime()
         self._what = what
+        self._watched = False
         options = rt.SessionOptions()
         for key, value in EXACT.items() if exact else ():
             options.add_session_config_entry(key, value)
@@ -100,6 +104,7 @@ class Session:
             if isinstance(proto, (str, os.PathLike)):
                 self._session = rt.InferenceSession(os.fspath(proto), options, providers=providers)
             else:
+                self._watched = not spin and any(n.op_type == "Loop" for n in bodies.nodes(proto.graph))
                 small, self._held = weights.detached(proto)
                 if weights.references(small):
                     # The session maps files itself, and makes copies in its own order only where speed is measured.
@@ -117,12 +122,27 @@ class Session:
         self.inputs = [i.name for i in self._session.get_inputs()]
 
     def run(self, feed: Mapping[str, Array], names: Sequence[str] | None = None) -> list[Array]:
-        """Outputs for one feed, in the order of ``names`` (default: all)."""
+        """Outputs for one feed, in the order of ``names`` (default: all).
+
+        Raises ModelError for what cannot run, and for a Loop that goes on for more than ``PATIENCE`` seconds.
+        """
+        options = runtime().RunOptions() if self._watched else None
+        clock = None if options is None else threading.Timer(PATIENCE, setattr, (options, "terminate", True))
         try:
-            found: list[Array] = self._session.run(list(names) if names else None, dict(feed))
+            if clock is not None:
+                clock.start()
+            found: list[Array] = self._session.run(list(names) if names else None, dict(feed), options)
         except Exception as error:
+            if options is not None and options.terminate:
+                raise ModelError(
+                    f"{self._what} was not done with one feed after {PATIENCE:g} seconds, and it has a Loop, which may "
+                    "never end; bound its trip count."
+                ) from error
             text = str(error).replace("\n", " ")[:300]
             raise ModelError(f"ONNX Runtime cannot run {self._what} on this data: {text}") from error
+        finally:
+            if clock is not None:
+                clock.cancel()
         return found
 
     def end_profile(self) -> str:

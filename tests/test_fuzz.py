@@ -18,7 +18,7 @@ from graphs import build
 from mutations import DATA_MODEL, npy, said
 from onnx import ModelProto, TensorProto, helper
 
-from onnx_oamip import arrays, bodies, data, pipeline
+from onnx_oamip import arrays, bodies, data, pipeline, runtime
 from onnx_oamip import model as models
 from onnx_oamip.cli import main
 from onnx_oamip.errors import MOST, DataError, ModelError
@@ -270,6 +270,21 @@ def test_a_long_list_is_not_followed_and_does_no_harm(place: Path) -> None:
             tensor.int64_data[0] = 300_000
     (place / "m.onnx").write_bytes(proto.SerializeToString())
     assert main(_prune(place)) == 0
+
+
+@pytest.mark.parametrize("count", ["count", ""])
+def test_a_loop_without_an_end_is_given_up(
+    count: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = build("(float[N,5] x) => (float[N,3] y)"
+                  " <float[5,6] w, float[6,3] v, int64 count = {9223372036854775807}, bool go = {1}> {"
+                  f" h = MatMul(x, w)  s = Loop({count}, go, h) <body = step (int64 i, bool c, float[n,6] s)"
+                  " => (bool d, float[n,6] t) { d = Identity(c)  t = Relu(s) }>  y = MatMul(s, v) }")  # fmt: skip
+    (place / "m.onnx").write_bytes(proto.SerializeToString())
+    monkeypatch.setattr(runtime, "PATIENCE", 0.3)
+    assert main(_prune(place)) == 2
+    assert "after 0.3 seconds, and it has a Loop, which may never end" in capsys.readouterr().err
+    assert not (place / "out.onnx").exists()
 
 
 ODD = "w\n\x1b[31m<b>\x00\u202e"
