@@ -9,7 +9,7 @@ size of the file with its external data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,6 +100,8 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         if spec and spec.cost and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n):
             with trusting(node):
                 terms = spec.cost(node, model.shapes)
+                for term in terms:
+                    _full(term, model.shapes)
             macs.append([index.setdefault(a, len(index)) for a in terms])
             names.append(node.name)
     floats = [n for n in model.constants if is_float(model.dtypes[n])]
@@ -115,9 +117,8 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     fixed = np.zeros(len(index), np.int64)
     on: dict[Axis, list[int]] = {}
     for length, i in index.items():
-        axes, number = _sum(length)
-        fixed[i] = number + sum(model.shapes[t][a] for t, a in axes)
-        for axis in axes:
+        fixed[i] = _full(length, model.shapes)
+        for axis in _sum(length)[0]:
             on.setdefault(axis, []).append(i)
     for g, group in enumerate(coupling.groups):
         for axis, held in group.multiplicity.items():
@@ -215,6 +216,12 @@ def _sum(length: Axis | Total) -> Total:
     """The axes whose lengths are added up, and what is added to them."""
     first, second = length
     return (((first, second),), 0) if isinstance(first, str) else (first, second)
+
+
+def _full(length: Axis | Total, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """A length of the whole model."""
+    axes, number = _sum(length)
+    return number + sum(shapes[t][a] for t, a in axes)
 
 
 def count(model: Model) -> Cost:

@@ -151,6 +151,12 @@ def _states() -> ModelProto:
                  " y = LSTM<hidden_size=6>(x, w, r, b) }")  # fmt: skip
 
 
+def _flat_states() -> ModelProto:
+    """An LSTM whose recurrent weights are lengths."""
+    return build("(float[4,1,5] x, int32[1] n) => (float[4,1,1,6] y) <float[1,24,5] w> {"
+                 " y = LSTM<hidden_size=6>(x, w, n) }")  # fmt: skip
+
+
 def _narrow() -> ModelProto:
     """A sum of what does not broadcast."""
     proto = _simple()
@@ -230,7 +236,7 @@ def test_a_function_that_calls_itself() -> None:
         bodies.inline(_endless())
 
 
-@pytest.mark.parametrize(("make", "inspected"), [(_states, 2), (_narrow, 0)])
+@pytest.mark.parametrize(("make", "inspected"), [(_states, 2), (_flat_states, 2), (_narrow, 0)])
 def test_what_does_not_fit_its_operator(
     make: Callable[[], ModelProto], inspected: int, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
