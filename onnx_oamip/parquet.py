@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from . import pages
+from .bounds import amount, memory
 from .errors import DataError, EnvironmentMissing
 from .pictures import affine, decode
 from .records import Array, Model, Port, Reading
 
 LABELS = ("labels", "label")
+BATCH = 128
+"""Rows that are decoded at a time; texts of one batch are held in one array, which has room for 2 GiB."""
+_TEXTS = ("BYTE_ARRAY",)
 
 
 def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
@@ -28,28 +33,61 @@ def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
     except ImportError as error:
         raise EnvironmentMissing(f"reading {path} needs the package pyarrow; pip install pyarrow.") from error
     try:
-        file = reader.ParquetFile(path)
-        names = file.schema_arrow.names
-        columns = _columns(names, model, reading, path)
-        labels = next((n for n in LABELS if n in names and n not in columns.values()), None)
-        wanted = [*columns.values(), *([labels] if labels else [])]
-        parts, rows = [], 0
-        for batch in file.iter_batches(batch_size=min(reading.most, 1024), columns=wanted):
-            parts.append(batch)
-            rows += batch.num_rows
-            if rows >= reading.most:
-                break
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0].rstrip('.')}.") from error
-    if not rows:
-        raise DataError(f"{path} holds no rows; at least one sample is needed, a few hundred are better.")
-    table = pyarrow.Table.from_batches(parts).slice(0, reading.most)
-    found: dict[str, Any] = {}
-    for name, column in columns.items():
-        found.update(_array(table.column(column), column, model.port(name), reading, path))
-    if labels:
-        found["labels"] = np.asarray(table.column(labels).to_numpy(zero_copy_only=False))
+        with path.open("rb") as stream:
+            file = reader.ParquetFile(stream)
+            names = file.schema_arrow.names
+            columns = _columns(names, model, reading, path)
+            labels = next((n for n in LABELS if n in names and n not in columns.values()), None)
+            wanted = [*columns.values(), *([labels] if labels else [])]
+            # Texts stay in their dictionaries: a text of a megabyte that stands in every row is held once.
+            texts = [c.path for c in map(file.schema.column, range(len(file.schema))) if c.physical_type in _TEXTS]
+            file = reader.ParquetFile(stream, read_dictionary=texts)
+            parts, rows, held = [], 0, 0
+            for group in range(file.num_row_groups):
+                if not file.metadata.row_group(group).num_rows:
+                    continue
+                _fits(path, held + _asked(stream, file.metadata.row_group(group), wanted))
+                for batch in file.iter_batches(min(reading.most, BATCH), [group], wanted):
+                    parts.append(batch)
+                    rows += batch.num_rows
+                    held += batch.nbytes
+                    if rows >= reading.most:
+                        break
+                if rows >= reading.most:
+                    break
+        if not rows:
+            raise DataError(f"{path} holds no rows; at least one sample is needed, a few hundred are better.")
+        table = pyarrow.Table.from_batches(parts).slice(0, reading.most)
+        found: dict[str, Any] = {}
+        for name, column in columns.items():
+            found.update(_array(table.column(column), column, model.port(name), reading, path))
+        if labels:
+            found["labels"] = _stacked(_plain(table.column(labels)), f"{path}, column '{labels}'")
+    except (DataError, EnvironmentMissing):
+        raise
+    except Exception as error:  # what broken files make pyarrow raise is not documented
+        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise DataError(f"{path} cannot be read as Parquet: {text.rstrip('.')}; write it again.") from error
     return found
+
+
+def _asked(stream: IO[bytes], group: Any, wanted: Sequence[str]) -> int:
+    """Bytes that a row group takes at most once its columns are decoded, by what its pages say."""
+    total = 0
+    for chunk in map(group.column, range(group.num_columns)):
+        if chunk.path_in_schema.partition(".")[0] in {name.partition(".")[0] for name in wanted}:
+            first = chunk.dictionary_page_offset
+            start = chunk.data_page_offset if first is None else min(first, chunk.data_page_offset)
+            total += pages.decoded(stream, start, chunk.total_compressed_size)
+    return total
+
+
+def _fits(path: Path, size: int) -> None:
+    if size > (free := memory()):
+        raise DataError(
+            f"{path} asks for {amount(size)} of memory and this machine has {amount(free)}; give fewer samples, or "
+            "write the file in smaller row groups."
+        )
 
 
 def _columns(names: list[str], model: Model, reading: Reading, path: Path) -> dict[str, str]:
@@ -70,20 +108,24 @@ def _columns(names: list[str], model: Model, reading: Reading, path: Path) -> di
 def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> Mapping[str, Any]:
     import pyarrow
 
-    kind = column.type
+    types = pyarrow.types
     where = f"{path}, column '{name}'"
     if column.null_count:
         raise DataError(f"{where} has {column.null_count} empty cells; remove those rows.")
-    if pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
-        cells = column.to_pylist()
-        content = [c.get("bytes") if isinstance(c, dict) else c for c in cells]
-        codes = decode([(f"{where}, row {i}", c) for i, c in enumerate(content)], port, reading, where)
+    chunks = column.chunks
+    if types.is_struct(column.type):
+        if "bytes" not in [field.name for field in column.type]:
+            raise DataError(f"{where} holds records without 'bytes', so no images; choose another with --column.")
+        chunks = [chunk.field("bytes") for chunk in chunks]
+    kind = chunks[0].type
+    if types.is_dictionary(kind) and types.is_binary(kind.value_type):
+        # Chunk by chunk: all dictionaries together may be more than one array holds.
+        held = [(chunk.dictionary, chunk.indices.to_pylist()) for chunk in chunks]
+        cells = [bytes if at is None else texts[at].as_py for texts, places in held for at in places]
+        codes = decode([(f"{where}, row {i}", cell) for i, cell in enumerate(cells)], port, reading, where)
         scale, offset = affine(port, reading, where)
         return {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
-    try:
-        values: Array = np.stack([_nested(c) for c in column.to_pylist()])
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{where} holds values of unequal shapes; every row needs the shape of the input.") from error
+    values = _stacked(_plain(column), where)
     fixed = port.dims[1:]
     if values.ndim == 2 and len(fixed) > 1 and all(isinstance(d, int) and d > 0 for d in fixed):
         whole = int(np.prod([d for d in fixed if isinstance(d, int)]))
@@ -94,5 +136,31 @@ def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> 
     return {port.name: values.astype(port.dtype) if same and values.dtype.kind in "iuf" else values}
 
 
-def _nested(cell: Any) -> Array:
-    return np.asarray(cell)
+def _plain(column: Any) -> Any:
+    """One array of a column's chunks, of the type that an extension of Arrow's stores."""
+    import pyarrow
+
+    whole = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
+    return whole.storage if isinstance(whole, pyarrow.ExtensionArray) else whole
+
+
+def _stacked(column: Any, where: str) -> Array:
+    """Numbers, or lists of lists of them that are of one length on every level, as one array."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    kinds = pyarrow.types
+    shape = [len(column)]
+    while kinds.is_nested(column.type) and hasattr(column, "flatten") and hasattr(column, "value_lengths"):
+        lengths = column.value_lengths()
+        ends = compute.min_max(lengths).as_py()
+        if column.null_count or ends["min"] != ends["max"]:
+            raise DataError(f"{where} holds values of unequal shapes; every row needs the shape of the input.")
+        shape.append(ends["max"] or 0)
+        column = _plain(column.flatten())
+    if column.null_count:
+        raise DataError(f"{where} has lists with {column.null_count} empty places; remove those rows.")
+    kind = column.type.value_type if kinds.is_dictionary(column.type) else column.type
+    if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)):
+        raise DataError(f"{where} holds {kind}; expected numbers, lists of numbers, or images.")
+    return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from .records import Array, Ints, Port, Reading
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+PIXELS = 1 << 24
+"""Pixels that any image may have; 4 bytes each while it is read."""
+DENSITY = 64
+"""... and for each byte of it: photographs have 2 to 20, one colour has thousands."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,36 @@ def _spread(by_class: dict[str, list[Path]], most: int) -> list[Path]:
     return sorted(chosen)
 
 
-def decode(sources: Sequence[tuple[str, object]], port: Port, reading: Reading, where: str) -> Array:
+def decode(sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str) -> Array:
     """Codes (samples, *input shape without the batch) uint8 of named images: functions that give their bytes."""
     form = image_form(port, reading, where)
     height, width = form.size
     codes = np.empty((len(sources), height, width, form.channels), np.uint8)
     for i, (name, content) in enumerate(sources):
         try:
-            data = content() if callable(content) else content
-            with Image.open(io.BytesIO(data)) as image:  # type: ignore[arg-type]
-                upright = ImageOps.exif_transpose(image).convert(MODES[form.channels])
-                codes[i] = np.asarray(_fitted(upright, form.size, reading.fit)).reshape(height, width, -1)
-        except (OSError, ValueError, TypeError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-            text = str(e).splitlines()[0] if str(e) else type(e).__name__
-            raise DataError(f"{name} cannot be read as an image: {text.rstrip('.')}; mend or remove it.") from e
+            data = content()
+            with Image.open(io.BytesIO(data)) as image:
+                _bounded(image, len(data))
+                ImageOps.exif_transpose(image, in_place=True)
+                mode = MODES[form.channels]
+                same = image if image.mode == mode else image.convert(mode)
+                codes[i] = np.asarray(_fitted(same, form.size, reading.fit)).reshape(height, width, -1)
+        except UnidentifiedImageError as error:
+            what = "it has no format of images that is known" if data else "it is empty"
+            raise DataError(f"{name} cannot be read as an image: {what}; mend or remove it.") from error
+        except Exception as error:  # what broken images make Pillow raise is not documented
+            text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise DataError(f"{name} cannot be read as an image: {text.rstrip('.')}; mend or remove it.") from error
     if reading.color == "bgr" and form.channels >= 3:
         codes[..., :3] = codes[..., 2::-1].copy()
     return np.ascontiguousarray(codes.transpose(0, 3, 1, 2)) if form.layout == "nchw" else codes
+
+
+def _bounded(image: Image.Image, size: int) -> None:
+    """Raises ValueError for an image of ``size`` bytes that is much larger once it is decoded."""
+    most = max(PIXELS, DENSITY * size)
+    if image.width * image.height > most:
+        raise ValueError(f"it has {image.width} x {image.height} pixels in {size:,} bytes, more than {most:,}")
 
 
 def affine(port: Port, reading: Reading, where: str) -> tuple[Array, Array]:
