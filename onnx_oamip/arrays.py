@@ -20,11 +20,20 @@ HEADER = 10_000
 """Most bytes of a header, as numpy has it: longer ones take long to parse."""
 
 
-def load(path: Path) -> Array | dict[str, Array]:
+class _Broken(ValueError):
+    """Why a file cannot be read, and what it should hold where that is to be said."""
+
+    def __init__(self, why: str, of: str = "") -> None:
+        super().__init__(why)
+        self.of = of
+
+
+def load(path: Path, what: str = "numpy data", again: str = "") -> Array | dict[str, Array]:
     """The array of a .npy file, or the arrays of a .npz file by name, in this machine's byte order.
 
-    Raises DataError with one sentence for whatever is no such file, for Python objects and records, and for a file
-    that says it holds more than the machine has memory.
+    ``what`` it is to be read as and how to make it ``again`` are for people. Raises DataError with one sentence for
+    whatever is no such file, for Python objects and records, and for a file that says it holds more than the machine
+    has memory.
     """
     try:
         with path.open("rb") as stream:
@@ -33,16 +42,18 @@ def load(path: Path) -> Array | dict[str, Array]:
             if start == MAGIC:
                 size = path.stat().st_size
                 _fits(path, size)
-                return _array(stream, size, path, "it")
+                return _array(stream, size, "it")
             if start.startswith(PACKED):
                 return _archive(stream, path)
+        raise _Broken("it does not start as an .npy or .npz file does")
     except DataError:
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:  # what a broken archive makes zipfile and zlib raise is not documented
-        raise _refused(path, _said(error)) from error
-    raise _refused(path, "it does not start as an .npy or .npz file does")
+        of = error.of if isinstance(error, _Broken) else ""
+        again = again or (f"write it as arrays of {of}" if of else "write it with numpy.savez")
+        raise DataError(f"{path} cannot be read as {what}: {_said(error)}; {again}.") from error
 
 
 def native(array: Array) -> Array:
@@ -60,7 +71,7 @@ def _archive(stream: IO[bytes], path: Path) -> dict[str, Array]:
             if name in found:
                 raise DataError(f"{path} holds '{name}' twice; keep one of them.")
             with archive.open(member) as inside:
-                found[name] = _array(inside, member.file_size, path, f"its array '{name}'")
+                found[name] = _array(inside, member.file_size, f"its array '{name}'")
     return found
 
 
@@ -73,32 +84,27 @@ def _fits(path: Path, size: int) -> None:
         )
 
 
-def _array(stream: IO[bytes], size: int, path: Path, what: str) -> Array:
+def _array(stream: IO[bytes], size: int, what: str) -> Array:
     """One array of ``size`` bytes with its header."""
     try:
         version = np.lib.format.read_magic(stream)
         shape, fortran, kind = _header(stream, version)
     except Exception as error:  # the header is text that numpy parses: anything may come out of that
-        raise _refused(path, f"the header of {what} is broken, {_said(error)}") from error
+        raise _Broken(f"the header of {what} is broken, {_said(error)}") from error
     if kind.hasobject:
-        raise _refused(path, f"{what} holds Python objects, which could run code", "numbers")
+        raise _Broken(f"{what} holds Python objects, which could run code", "numbers")
     if kind.names is not None or kind.subdtype is not None or not kind.itemsize:
-        raise _refused(path, f"{what} holds records of type {str(kind)[:100]}", "numbers")
+        raise _Broken(f"{what} holds records of type {str(kind)[:100]}", "numbers")
     if any(type(length) is not int or length < 0 for length in shape):
-        raise _refused(path, f"{what} has the shape {shape}, which is none")
+        raise _Broken(f"{what} has the shape {shape}, which is none")
     asked = math.prod(shape) * kind.itemsize
     content = bytearray(asked if asked <= size else 0)
     done = _fill(stream, content)
     if done < asked:
         there = amount(done or size)
-        raise _refused(path, f"{what} is truncated: {shape} of {kind} is {amount(asked)}, and {there} are there")
+        raise _Broken(f"{what} is truncated: {shape} of {kind} is {amount(asked)}, and {there} are there")
     flat = np.frombuffer(content, kind)
     return native(flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape))
-
-
-def _refused(path: Path, why: str, of: str = "") -> DataError:
-    again = f"write it as arrays of {of}" if of else "write it with numpy.savez"
-    return DataError(f"{path} cannot be read as numpy data: {why}; {again}.")
 
 
 def _header(stream: IO[bytes], version: tuple[int, int]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -23,8 +23,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__
+from . import __version__, arrays
 from .aside import write_bytes
 from .errors import DataError
 from .records import Array, Axis, Coupling, Group, Ints, Model, Scores
@@ -83,7 +81,7 @@ def save_scores(
         "group_axes": json.dumps(listed),
     }
     stream = io.BytesIO()
-    arrays: dict[str, Any] = {
+    made: dict[str, Any] = {
         "schema_version": np.int64(SCORES_VERSION),
         **{name: np.asarray(text, np.str_) for name, text in texts.items()},
         "values": np.asarray(scores.values, np.float64),
@@ -91,7 +89,7 @@ def save_scores(
         "group_names": np.asarray([g.name for g in coupling.groups], np.str_),
         "unit_index": index,
     }
-    np.savez(stream, **arrays)
+    np.savez(stream, **made)
     write_bytes(stream.getvalue(), path)
     return stream.getvalue()
 
@@ -150,20 +148,12 @@ def _read(file: Path) -> dict[str, Array]:
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "no such file of scores"
         raise DataError(f"{file}: {what}; give what 'onnx-oamip score' wrote.")
-    try:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            raise ValueError("it holds one array")
-        with loaded:
-            missing = [key for key in _KEYS if key not in loaded.files]
-            if missing:
-                raise ValueError(f"it has no '{missing[0]}'")
-            return {key: loaded[key] for key in _KEYS}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"{file} cannot be read as scores: {text.rstrip('.')}; give what 'onnx-oamip score' wrote."
-        ) from error
+    found = arrays.load(file, "scores", "give what 'onnx-oamip score' wrote")
+    missing = [key for key in _KEYS if key not in found] if isinstance(found, dict) else []
+    if missing or not isinstance(found, dict):
+        why = f"it has no '{missing[0]}'" if missing else "it holds one array"
+        raise DataError(f"{file} cannot be read as scores: {why}; give what 'onnx-oamip score' wrote.")
+    return {key: found[key] for key in _KEYS}
 
 
 def _text(value: Array, name: str, path: object) -> str:

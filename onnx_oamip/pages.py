@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import IO, Any
 
-VALUE = 16
-"""Bytes that one value may take while it is decoded: itself, and its levels of nesting."""
 PREFIXED = 7
 """DELTA_BYTE_ARRAY: texts as what they do not share with the one before, so that sizes are known by decoding alone."""
 _LARGEST = 1 << 20
@@ -19,12 +17,12 @@ _LARGEST = 1 << 20
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 
 
-def decoded(stream: IO[bytes], start: int, size: int) -> int:
-    """Bytes that the pages of a column chunk at ``start`` of ``size`` bytes take at most, texts in dictionaries once.
+def decoded(stream: IO[bytes], start: int, size: int) -> tuple[int, int]:
+    """(bytes, values) of the pages of a column chunk at ``start`` of ``size`` bytes, texts in dictionaries once.
 
     Raises ValueError for what are no pages.
     """
-    total, at = 0, start
+    total, values, at = 0, 0, start
     while at < start + size:
         stream.seek(at)
         reader = _Compact(stream.read(_LARGEST))
@@ -36,9 +34,10 @@ def decoded(stream: IO[bytes], start: int, size: int) -> int:
             raise ValueError("a page of it has a header that makes no sense")
         if isinstance(about, dict) and about.get(4 if 8 in header else 2) == PREFIXED:
             raise ValueError("it stores texts by what they share (DELTA_BYTE_ARRAY), which is not read")
-        total += int(here or 0) + VALUE * int(count or 0)
+        total += int(here or 0)
+        values += int(count or 0)
         at += reader.at + int(packed or 0)
-    return total
+    return total, values
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,10 @@ from .records import Array, Model, Port, Reading
 LABELS = ("labels", "label")
 BATCH = 128
 """Rows that are decoded at a time; texts of one batch are held in one array, which has room for 2 GiB."""
+VALUE = 16
+"""Bytes that one value may take while it is decoded: itself, and its levels of nesting."""
+DENSE, FREE = 16, 1 << 22
+"""Times its bytes that the texts of a column chunk may take, if they take more than ``FREE``: images are packed."""
 _TEXTS = ("BYTE_ARRAY",)
 
 
@@ -78,7 +83,10 @@ def _asked(stream: IO[bytes], group: Any, wanted: Sequence[str]) -> int:
         if chunk.path_in_schema.partition(".")[0] in {name.partition(".")[0] for name in wanted}:
             first = chunk.dictionary_page_offset
             start = chunk.data_page_offset if first is None else min(first, chunk.data_page_offset)
-            total += pages.decoded(stream, start, chunk.total_compressed_size)
+            size, values = pages.decoded(stream, start, chunk.total_compressed_size)
+            if chunk.physical_type in _TEXTS and size > max(FREE, DENSE * chunk.total_compressed_size):
+                raise ValueError(f"{amount(chunk.total_compressed_size)} stand for {amount(size)} of text in it")
+            total += size + VALUE * values
     return total
 
 
@@ -121,7 +129,7 @@ def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> 
     if types.is_dictionary(kind) and types.is_binary(kind.value_type):
         # Chunk by chunk: all dictionaries together may be more than one array holds.
         held = [(chunk.dictionary, chunk.indices.to_pylist()) for chunk in chunks]
-        cells = [bytes if at is None else texts[at].as_py for texts, places in held for at in places]
+        cells = [partial(_text, texts, at) for texts, places in held for at in places]
         codes = decode([(f"{where}, row {i}", cell) for i, cell in enumerate(cells)], port, reading, where)
         scale, offset = affine(port, reading, where)
         return {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
@@ -134,6 +142,11 @@ def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> 
     # Lists say nothing of the width of their numbers.
     same = (values.dtype.kind in "iu") == (port.dtype.kind in "iu") or values.dtype.kind in "iu"
     return {port.name: values.astype(port.dtype) if same and values.dtype.kind in "iuf" else values}
+
+
+def _text(texts: Any, at: int | None) -> bytes:
+    """One text of a dictionary, copied when it is asked for."""
+    return b"" if at is None else texts[at].as_py()
 
 
 def _plain(column: Any) -> Any:
@@ -151,9 +164,8 @@ def _stacked(column: Any, where: str) -> Array:
 
     kinds = pyarrow.types
     shape = [len(column)]
-    while kinds.is_nested(column.type) and hasattr(column, "flatten") and hasattr(column, "value_lengths"):
-        lengths = column.value_lengths()
-        ends = compute.min_max(lengths).as_py()
+    while any(f(column.type) for f in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)):
+        ends = compute.min_max(compute.list_value_length(column)).as_py()
         if column.null_count or ends["min"] != ends["max"]:
             raise DataError(f"{where} holds values of unequal shapes; every row needs the shape of the input.")
         shape.append(ends["max"] or 0)

@@ -168,8 +168,11 @@ def run_data(number: int, folder: Path, watch: _Watch) -> Outcome:
     model.write_bytes(build(mutations.DATA_MODEL).SerializeToString())
     name, files = mutations.data(np.random.default_rng([SEED, 1, number]))
     for inner, content in files.items():
-        (folder / inner).parent.mkdir(exist_ok=True)
-        (folder / inner).write_bytes(content)
+        (folder / inner).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (folder / inner).write_bytes(content)
+        else:
+            (folder / inner).symlink_to(content)
     before = _files(folder)
     out = folder / "out.onnx"
     ended = _call(["prune", str(model), "--data", str(folder / name), "-o", str(out), "--cache", "off", *QUICK], watch)

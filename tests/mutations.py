@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 import zipfile
@@ -455,13 +456,27 @@ _RULES: tuple[Callable[[ModelProto, Rng, dict[str, bytes | str]], None], ...] = 
 
 DATA_MODEL = "(float[N,3,4,4] x) => (float[] y) <float[6,3,3,3] w, float[2,24] v> { a = Conv(x, w)  f = Flatten(a)  y = Gemm<transB=1>(f, v) }"  # noqa: E501
 KINDS = (".npz", ".npz", ".npz", ".npy", ".npy", ".parquet", "images")
+ZEROS = base64.b85decode(
+    b"P(e~L6$BLs6&g$x0u=xf001bpFa00{ApigX0000L02MkFOe__EfPjDm6%Z8$6$Tst001bpFa01L=>Px-"
+    b"00003{_y|*{{sOA0001hfPjDm0|9`5fPe%56$BYfH2@d}b7N>_ZDADx05t*_0eBSx6$VT^0000r1Q-"
+    b"NtX>)WH0ss{PB?1@+Wo%__Wo~pO9!#tg2oV4P02Trn92p!Y02~zp88rX~5E(cDcm!-|b94t~Y-"
+    b"Md_Zgdq47Jz_&fCLtd0T!?UCO#$zDJ&HP6#x|i02Kfg5ETLdJSipu{{R2~0~tmD004l1fPe%5000(@0Tu!#2o|sb04N}EVRCVGWp"
+    b"piLaBwYQa&m8XAa-SPb7^mGATl;CFfK6}92@`u0L=gZ08l|vF#"
+)
+"""A Parquet file with one row in its column ``x``, a list of 2^29 zeros."""
 
 
-def data(rng: Rng) -> tuple[str, dict[str, bytes]]:
-    """(name of the file or folder, contents by path) of one broken or odd source of samples."""
+def data(rng: Rng) -> tuple[str, dict[str, bytes | str]]:
+    """(name of the file or folder, by path contents or where a link points to) of one broken or odd source."""
     kind = KINDS[int(rng.integers(len(KINDS)))]
     if kind == "images":
-        return "images", {f"images/{i}.png": _image(rng) for i in range(int(rng.integers(1, 4)))}
+        folder = str(rng.choice(["images", "images/a", "images/b"]))
+        pictures: dict[str, bytes | str] = {f"{folder}/{i}.png": _image(rng) for i in range(int(rng.integers(1, 4)))}
+        if rng.random() < 0.2:
+            pictures["images/link.png"] = str(
+                rng.choice(["0.png", "link.png", "/etc/passwd", "/dev/zero", "..", "missing", "../model.onnx"])
+            )
+        return "images", pictures
     content = {".npz": _npz, ".npy": lambda r: npy(_array(r), r), ".parquet": _parquet}[kind](rng)
     return f"data{kind}", {f"data{kind}": scrambled(content, rng) if rng.random() < 0.3 else content}
 
@@ -539,32 +554,100 @@ def _parquet(rng: Rng) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if rng.random() < 0.1:
+        bomb = _some([ZEROS, _texts()], rng)
+        return _lying(bomb, rng) if rng.random() < 0.5 else bomb
+    picture = _picture("PNG", "RGB", (4, 4))
     columns: list[Any] = [
         [[0.5] * 48] * 6, [[0.5] * 47] * 6, [[0.5]] * 5 + [[1.0, 2.0]], [None] * 6, ["a"] * 6, [1.0] * 6,
         [b"\x89PNG\r\n\x1a\n" + rng.bytes(20)] * 6, [{"bytes": b"x", "path": None}] * 6, [{"other": 1}] * 6,
-        [[[float("nan")] * 48]] * 6, [[]] * 6, [[None] * 48] * 6,
+        [[[float("nan")] * 48]] * 6, [[]] * 6, [[None] * 48] * 6, [picture] * 6, [{"bytes": picture, "path": "a"}] * 6,
+        [_image(rng) for _ in range(6)], [[[[0.5] * 4] * 4] * 3] * 6, [{"bytes": None, "path": None}] * 6, [None] * 6,
+        [[{"a": [1]}]] * 6, [b""] * 6, [[0.5] * 48] * 3000, pa.array([[("a", 1)]] * 6, _map()),
+        pa.array([1] * 6).cast(pa.decimal128(30)), pa.array([0] * 6).cast(pa.timestamp("ns")), _deep(rng),
     ]  # fmt: skip
-    table = {"x": _some(columns, rng)}
+    table: dict[str, Any] = {"x": _some(columns, rng)}
+    count = len(table["x"])
     if rng.random() < 0.5:
-        table["label"] = _some([[0, 1] * 3, ["a"] * 6, [None] * 6, [-1] * 6, [10**9] * 6, [[1]] * 6], rng)
+        cells = _some([[0, 1], ["a"], [None], [-1], [10**9], [[1]], [2**62], [0.5], [True]], rng)
+        table["label"] = (cells * count)[:count]
+    for name in ("labels", "x.y", "X", "\x1b", "a\nb"):
+        if rng.random() < 0.05:
+            table[name] = [1] * count
     stream = io.BytesIO()
-    pq.write_table(pa.table(table), stream)
+    pq.write_table(
+        pa.table(table), stream, row_group_size=int(rng.choice([1, 2, 5, 10_000])),
+        compression=str(rng.choice(["none", "snappy", "gzip", "zstd"])), use_dictionary=bool(rng.random() < 0.7),
+        data_page_version=str(rng.choice(["1.0", "2.0"])), data_page_size=int(rng.choice([1, 1 << 20])),
+    )  # fmt: skip
+    return stream.getvalue()
+
+
+@cache
+def _texts() -> bytes:
+    """A text of 64 MiB in each of a thousand rows, in few bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = pa.array([bytes(1 << 26)], pa.binary())
+    stream = io.BytesIO()
+    pq.write_table(
+        pa.table({"x": pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), text)}), stream,
+        compression="zstd", store_schema=False, write_statistics=False,
+    )  # fmt: skip
+    return stream.getvalue()
+
+
+def _map() -> Any:
+    import pyarrow as pa
+
+    return pa.map_(pa.string(), pa.int32())
+
+
+def _deep(rng: Rng) -> Any:
+    """Lists in lists."""
+    import pyarrow as pa
+
+    value = pa.array([1.0] * 6)
+    for _ in range(int(rng.integers(1, 60))):
+        value = pa.ListArray.from_arrays(pa.array(range(7), pa.int32()), value)
+    return value
+
+
+def _lying(content: bytes, rng: Rng) -> bytes:
+    """Another number somewhere in what a Parquet file says of itself."""
+    data = bytearray(content)
+    start = len(data) - 8 - struct.unpack("<I", data[-8:-4])[0]
+    for _ in range(int(rng.integers(1, 4))):
+        at = int(rng.integers(start if rng.random() < 0.7 else 4, len(data) - 8))
+        data[at] = data[at] & 128 | int(rng.integers(128))
+    return bytes(data)
+
+
+def _picture(form: str, mode: str, size: tuple[int, int]) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new(mode, size).save(stream, form)
     return stream.getvalue()
 
 
 def _image(rng: Rng) -> bytes:
-    from PIL import Image
-
-    stream = io.BytesIO()
-    size = _some([(4, 4), (1, 1), (300, 2)], rng)
-    Image.new(str(rng.choice(["RGB", "L", "1", "P", "RGBA", "I;16", "F"])), size).save(
-        stream, "TIFF"
-    )
-    content = stream.getvalue()
-    if rng.random() < 0.2:  # a PNG that says it is huge
+    kind = float(rng.random())
+    if kind < 0.1:  # a PNG that says it is huge
         content = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-        content += _chunk(b"IDAT", b"x") + _chunk(b"IEND", b"")
-    return scrambled(content, rng) if rng.random() < 0.5 else content
+        return content + _chunk(b"IDAT", b"x") + _chunk(b"IEND", b"")
+    if kind < 0.2:  # one that is: few bytes of one colour
+        side = int(rng.choice([3000, 9000, 13000]))
+        return _picture("PNG", str(rng.choice(["1", "L"])), (side, side))
+    form = str(rng.choice(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]))
+    modes = {"JPEG": ["RGB", "L", "CMYK"], "PPM": ["RGB", "L", "1"], "WEBP": ["RGB", "RGBA"], "GIF": ["P", "L"],
+             "BMP": ["RGB", "L", "P"], "TIFF": ["RGB", "L", "F", "I;16", "CMYK", "LAB"]}  # fmt: skip
+    mode = str(rng.choice(modes.get(form, ["RGB", "L", "1", "P", "RGBA", "LA", "I;16"])))
+    content = _picture(form, mode, _some([(4, 4), (1, 1), (300, 2)], rng))
+    if kind < 0.3:
+        return content[: int(rng.integers(len(content) + 1))]
+    return scrambled(content, rng) if kind < 0.6 else content
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
