@@ -96,7 +96,7 @@ def captured(graph: GraphProto) -> set[str]:
 # ------------------------------------------------------------------------------------------------------- functions
 
 
-INLINED = 20_000
+INLINED = 10_000
 """Nodes that a model may have once its functions are written out, unless it is not ``TIMES`` as many as it had."""
 TIMES = 50
 

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import platform
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache as once
@@ -25,6 +24,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from platformdirs import user_cache_path
 
+from . import arrays
 from .aside import write_bytes
 from .data import Samples
 from .errors import OutputError
@@ -56,29 +56,32 @@ class Store:
     folder: Path | None = None
     taken: list[str] = field(default_factory=list)
 
-    def keep(self, kind: Kind[T], depends: Mapping[str, Any], make: Callable[[], T]) -> T:
-        """The entry for what it ``depends`` on (plain values); made and written where it is not there."""
+    def keep(
+        self, kind: Kind[T], depends: Mapping[str, Any], make: Callable[[], T], fits: Callable[[T], bool]
+    ) -> T:
+        """The entry for what it ``depends`` on (plain values); made and written where it is not there.
+
+        So it is where the one that is there does not fit: whoever may write to the folder may write anything.
+        """
         if self.folder is None:
             return make()
         text = json.dumps({**depends, "code": _code(), "host": _host()}, sort_keys=True, default=str)
         path = self.folder / f"{kind.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
-        found = _read(path)
-        if found is not None:
-            with contextlib.suppress(KeyError, ValueError, TypeError):  # written by hand, or cut short
-                value = kind.unpack(found)
-                with contextlib.suppress(OSError):
-                    os.utime(path)
-                self.taken.append(kind.name)
-                return value
+        value = _taken(kind, path, fits)
+        if value is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            self.taken.append(kind.name)
+            return value
         value = make()
         self._write(path, kind.pack(value))
         return value
 
-    def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
-        if sum(a.nbytes for a in arrays.values()) > LARGEST:
+    def _write(self, path: Path, made: Mapping[str, Array]) -> None:
+        if sum(a.nbytes for a in made.values()) > LARGEST:
             return
         stream = BytesIO()
-        np.savez(stream, **dict(arrays))  # type: ignore[arg-type]
+        np.savez(stream, **dict(made))  # type: ignore[arg-type]
         # Whoever cleans up or fills the disk meanwhile costs the next run time, not this one its result.
         with contextlib.suppress(OutputError):
             write_bytes(stream.getvalue(), path)
@@ -146,12 +149,15 @@ def _host() -> str:
     return f"{platform.node()} {platform.machine()} {os.cpu_count()}"
 
 
-def _read(path: Path) -> dict[str, Array] | None:
+def _taken(kind: Kind[T], path: Path, fits: Callable[[T], bool]) -> T | None:
+    """What an entry holds; None where there is none, or one that was written by hand or cut short."""
+    if not path.is_file():
+        return None
     try:
-        loaded = np.load(path, allow_pickle=False)
-        with loaded:
-            return {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile):
+        found = arrays.load(path)
+        value = kind.unpack(found) if isinstance(found, dict) else None
+        return value if value is not None and fits(value) else None
+    except Exception:  # it may hold anything, and is made anew
         return None
 
 
@@ -168,31 +174,31 @@ def _number(value: Any) -> Any:
 
 def _pack_moments(found: Mapping[tuple[str, int], Moments]) -> dict[str, Array]:
     index = [[tensor, axis, m.count] for (tensor, axis), m in found.items()]
-    arrays: dict[str, Array] = {"index": _text(index)}
+    held: dict[str, Array] = {"index": _text(index)}
     for i, m in enumerate(found.values()):
-        arrays[f"mean{i}"], arrays[f"square{i}"] = m.mean, m.mean_square
-    return arrays
+        held[f"mean{i}"], held[f"square{i}"] = m.mean, m.mean_square
+    return held
 
 
-def _unpack_moments(arrays: Mapping[str, Array]) -> dict[tuple[str, int], Moments]:
-    index = json.loads(str(arrays["index"]))
+def _unpack_moments(held: Mapping[str, Array]) -> dict[tuple[str, int], Moments]:
+    index = json.loads(str(held["index"]))
     return {
-        (tensor, axis): Moments(arrays[f"mean{i}"], arrays[f"square{i}"], count)
+        (tensor, axis): Moments(held[f"mean{i}"], held[f"square{i}"], count)
         for i, (tensor, axis, count) in enumerate(index)
     }
 
 
 def _pack_grams(found: Mapping[str, Gram]) -> dict[str, Array]:
-    arrays: dict[str, Array] = {"index": _text([[name, g.taps, g.rows] for name, g in found.items()])}
+    held: dict[str, Array] = {"index": _text([[name, g.taps, g.rows] for name, g in found.items()])}
     for i, g in enumerate(found.values()):
-        arrays[f"matrix{i}"], arrays[f"mean{i}"], arrays[f"columns{i}"] = g.matrix, g.mean, g.columns
-    return arrays
+        held[f"matrix{i}"], held[f"mean{i}"], held[f"columns{i}"] = g.matrix, g.mean, g.columns
+    return held
 
 
-def _unpack_grams(arrays: Mapping[str, Array]) -> dict[str, Gram]:
-    index = json.loads(str(arrays["index"]))
+def _unpack_grams(held: Mapping[str, Array]) -> dict[str, Gram]:
+    index = json.loads(str(held["index"]))
     return {
-        name: Gram(arrays[f"matrix{i}"], arrays[f"mean{i}"], arrays[f"columns{i}"], taps, rows)
+        name: Gram(held[f"matrix{i}"], held[f"mean{i}"], held[f"columns{i}"], taps, rows)
         for i, (name, taps, rows) in enumerate(index)
     }
 
@@ -202,24 +208,24 @@ def _pack_scores(found: Scores) -> dict[str, Array]:
     return {"values": found.values, "about": _text(about)}
 
 
-def _unpack_scores(arrays: Mapping[str, Array]) -> Scores:
-    about = json.loads(str(arrays["about"]))
-    return Scores(about["method"], arrays["values"], tuple(about["programs"]), tuple(about["notes"]))
+def _unpack_scores(held: Mapping[str, Array]) -> Scores:
+    about = json.loads(str(held["about"]))
+    return Scores(about["method"], held["values"], tuple(about["programs"]), tuple(about["notes"]))
 
 
 def _pack_losses(found: tuple[Sensitivity, ...]) -> dict[str, Array]:
-    arrays: dict[str, Array] = {"groups": np.asarray(len(found))}
+    held: dict[str, Array] = {"groups": np.asarray(len(found))}
     for i, s in enumerate(found):
-        arrays[f"widths{i}"], arrays[f"loss{i}"] = s.widths, s.loss
-    return arrays
+        held[f"widths{i}"], held[f"loss{i}"] = s.widths, s.loss
+    return held
 
 
-def _unpack_losses(arrays: Mapping[str, Array]) -> tuple[Sensitivity, ...]:
-    return tuple(Sensitivity(arrays[f"widths{i}"], arrays[f"loss{i}"]) for i in range(int(arrays["groups"])))
+def _unpack_losses(held: Mapping[str, Array]) -> tuple[Sensitivity, ...]:
+    return tuple(Sensitivity(held[f"widths{i}"], held[f"loss{i}"]) for i in range(int(held["groups"])))
 
 
 MOMENTS: Kind[Mapping[tuple[str, int], Moments]] = Kind("moments", _pack_moments, _unpack_moments)
 GRAMS: Kind[Mapping[str, Gram]] = Kind("grams", _pack_grams, _unpack_grams)
 SCORES: Kind[Scores] = Kind("scores", _pack_scores, _unpack_scores)
 LOSSES: Kind[tuple[Sensitivity, ...]] = Kind("losses", _pack_losses, _unpack_losses)
-STEPS: Kind[Array] = Kind("steps", lambda found: {"steps": found}, lambda arrays: arrays["steps"])
+STEPS: Kind[Array] = Kind("steps", lambda found: {"steps": found}, lambda held: held["steps"])

@@ -7,7 +7,7 @@ device instead of whole activations; they are accumulated in float64. Memory doe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
@@ -31,8 +31,7 @@ def collect(
 ) -> Statistics:
     """Moments (C,) per consumed axis over all samples and positions; float64."""
     start = time.perf_counter()
-    met = {(c.weight, c.weight_axis) for c in coupling.consumers if c.weight and c.weight not in model.constants}
-    sites = sorted({(c.data, c.axis) for c in coupling.consumers} | met)
+    sites = _sites(model, coupling)
     sums: dict[Axis, tuple[Floats, Floats]] = {}
     counts = dict.fromkeys(sites, 0)
     session = None
@@ -61,6 +60,21 @@ def collect(
         site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site]) for site in sites
     }
     return Statistics(moments, total, device, time.perf_counter() - start)
+
+
+def _sites(model: Model, coupling: Coupling) -> list[Axis]:
+    met = {(c.weight, c.weight_axis) for c in coupling.consumers if c.weight and c.weight not in model.constants}
+    return sorted({(c.data, c.axis) for c in coupling.consumers} | met)
+
+
+def fits(moments: Mapping[Axis, Moments], model: Model, coupling: Coupling) -> bool:
+    """Whether these may be the moments of a model: one for each consumed axis, of its length, finite."""
+    return list(moments) == _sites(model, coupling) and all(
+        type(m.count) is int and m.count > 0
+        and all(v.dtype == np.float64 and v.shape == (model.shapes[tensor][axis],) and np.isfinite(v).all()
+                for v in (m.mean, m.mean_square))
+        for (tensor, axis), m in moments.items()
+    )  # fmt: skip
 
 
 def _instrument(model: Model, sites: list[Axis]) -> onnx.ModelProto:

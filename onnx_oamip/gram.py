@@ -44,17 +44,36 @@ def collect(
     """Centred Gram matrices by consumer node, float64, over sampled rows of all feeds."""
     rng = np.random.default_rng(seed)
     frontier = Frontier(model.proto, feeds, element_types(model.proto, model.dtypes), device)
-    axes = {c.node: coupling.axes[c.data, c.axis] for c in coupling.consumers}
-    places = [p for n in model.nodes if n.name in axes and (p := site(n, model.constants)) is not None]
+    places = _places(model, coupling, cap)
     result = {}
-    for i, place in enumerate(places):
-        columns = _columns(place, model.constants[place.weight], axes[place.node.name], cap)
+    for i, (place, columns) in enumerate(places):
         if len(columns) <= MOST_COLUMNS:
             inputs = frontier.reach([place.data])[place.data]
             result[place.node.name] = _one(model, place, inputs, columns, rng)
         if progress:
             progress("gram", i + 1, len(places))
     return result
+
+
+def _places(model: Model, coupling: Coupling, cap: int) -> list[tuple[Site, Ints]]:
+    """Consumers, each with the inputs (d, fold) of its columns."""
+    axes = {c.node: coupling.axes[c.data, c.axis] for c in coupling.consumers}
+    places = [p for n in model.nodes if n.name in axes and (p := site(n, model.constants)) is not None]
+    return [(p, _columns(p, model.constants[p.weight], axes[p.node.name], cap)) for p in places]
+
+
+def fits(grams: Mapping[str, Gram], model: Model, coupling: Coupling, cap: int = CAP) -> bool:
+    """Whether these may be the matrices of a model: one for each consumer, of its size, finite."""
+    held = [(p, columns) for p, columns in _places(model, coupling, cap) if len(columns) <= MOST_COLUMNS]
+    if list(grams) != [p.node.name for p, _ in held]:
+        return False
+    for (place, columns), g in zip(held, grams.values(), strict=True):
+        groups, d = matrix_shape(place, model.constants[place.weight])[0], len(columns)
+        whole = g.matrix.shape == (groups, d, d) and g.mean.shape == (groups, d) and type(g.rows) is int
+        finite = all(v.dtype == np.float64 and np.isfinite(v).all() for v in (g.matrix, g.mean))
+        if not (whole and finite and type(g.taps) is int and np.array_equal(g.columns, columns)):
+            return False
+    return True
 
 
 def cap(coupling: Coupling, room: int) -> int:

@@ -11,6 +11,8 @@ from functools import cache as once
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
 from . import (
     allocation,
     artefacts,
@@ -126,10 +128,12 @@ def prepare(
         bounds = limits.bound(model, coupling, seen, found, settings)
         found = bounds.scores
     with clock("sensitivity"):
+        wide = cost.full_widths(coupling)
         steps = store.keep(
             cache.STEPS,
             {"model": model.sha256, "align": settings.align, "device": device, "exclude": settings.exclude},
             lambda: allocation.steps(model, coupling, settings.align, device),
+            lambda found: found.dtype == np.int64 and found.shape == wide.shape and bool((found > 0).all()),
         )
         ladder = None
         losses: tuple[Sensitivity, ...] = ()
@@ -144,6 +148,7 @@ def prepare(
                     model, coupling, statistics().grams, order, feeds, device, settings.workers, progress,
                     settings.refit, settings.scheduler,
                 ),
+                lambda found: sensitivity.fits(found, wide),
             )  # fmt: skip
             ladder = search.rungs(coupling, losses, steps, bounds.floor)
     # What else is asked of the statistics depends on the refit alone.
@@ -231,7 +236,8 @@ def _scores(
     # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
     if not method.needs_data or not str(getattr(method.score, "__module__", "")).startswith(f"{__package__}."):
         return make()
-    return store.keep(cache.SCORES, {**settings.model_dump(mode="json", exclude=_ELSEWHERE), **known}, make)
+    depends = {**settings.model_dump(mode="json", exclude=_ELSEWHERE), **known}
+    return store.keep(cache.SCORES, depends, make, lambda found: scoring.fits(found, coupling))
 
 
 def _known(model: Model, samples: Samples, settings: Settings, device: str) -> dict[str, Any]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
 
-from . import bodies, weights
+from . import bodies, bounds, weights
 from .errors import EnvironmentMissing, ModelError
 from .records import Array
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 PATIENCE = 120.0
 """Seconds that one run of a graph with a Loop may take: a few bytes can ask for one without an end."""
+TICK = 0.2
+"""Seconds between looks at the clock and the memory meanwhile."""
 
 
 def runtime() -> Any:
@@ -62,6 +65,15 @@ def _cuda_works() -> bool:
 
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.disable_double_qdq_remover": "1"}
 """Products in float32; no merging of quantisations. A release that does not know an entry ignores it."""
+
+
+def _watch(options: Any, done: threading.Event) -> None:
+    """End a run that takes more than its time, or most of the memory that was free."""
+    end, least = time.monotonic() + PATIENCE, bounds.memory() // 4
+    while not done.wait(min(TICK, PATIENCE)):
+        if time.monotonic() >= end or bounds.memory() < least:
+            options.terminate = True
+            return
 
 
 class Session:
@@ -127,22 +139,21 @@ class Session:
         Raises ModelError for what cannot run, and for a Loop that goes on for more than ``PATIENCE`` seconds.
         """
         options = runtime().RunOptions() if self._watched else None
-        clock = None if options is None else threading.Timer(PATIENCE, setattr, (options, "terminate", True))
+        done = threading.Event()
         try:
-            if clock is not None:
-                clock.start()
+            if options is not None:
+                threading.Thread(target=_watch, args=(options, done), daemon=True).start()
             found: list[Array] = self._session.run(list(names) if names else None, dict(feed), options)
         except Exception as error:
             if options is not None and options.terminate:
                 raise ModelError(
-                    f"{self._what} was not done with one feed after {PATIENCE:g} seconds, and it has a Loop, which may "
-                    "never end; bound its trip count."
+                    f"{self._what} was not done with one feed after {PATIENCE:g} seconds or took all memory, and it has "
+                    "a Loop, which may never end; bound its trip count."
                 ) from error
             text = str(error).replace("\n", " ")[:300]
             raise ModelError(f"ONNX Runtime cannot run {self._what} on this data: {text}") from error
         finally:
-            if clock is not None:
-                clock.cancel()
+            done.set()
         return found
 
     def end_profile(self) -> str:

@@ -51,6 +51,7 @@ def statistics(
         cache.MOMENTS,
         known,
         lambda: calibrate.collect(model, coupling, samples, device, batch, progress).moments,
+        lambda found: calibrate.fits(found, model, coupling),
     )
     found = Statistics(moments, samples.usable(), device, time.perf_counter() - start)
     if METHODS[settings.importance].needs_images and settings.mode != "decoupled":
@@ -66,9 +67,20 @@ def statistics(
     feeds, _ = affordable(model, fitted, batch, settings.room)
     cap = gram.CAP if settings.max_memory is None else gram.cap(coupling, settings.room)
     second = store.keep(
-        cache.GRAMS, known, lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress, cap)
+        cache.GRAMS,
+        known,
+        lambda: gram.collect(model, coupling, feeds, device, settings.seed, progress, cap),
+        lambda found: gram.fits(found, model, coupling, cap),
     )
     return replace(found, grams=second)
+
+
+def fits(found: Scores, coupling: Coupling) -> bool:
+    """Whether these may be the scores of the units of a coupling."""
+    texts = all(isinstance(text, str) for text in (found.method, *found.notes))
+    whole = found.values.dtype == np.float64 and found.values.shape == (coupling.n_units,)
+    records = all(isinstance(program, dict) for program in found.programs)
+    return whole and texts and records and bool(np.isfinite(found.values).all())
 
 
 def pool(

@@ -34,6 +34,16 @@ LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
 
 
+def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
+    """Whether these may be the losses of groups that are this wide (groups,)."""
+    return len(found) == len(wide) and all(
+        s.widths.dtype == np.int64 and s.loss.dtype == np.float64 and s.widths.shape == s.loss.shape == (s.loss.size,)
+        and s.loss.size > 0 and s.widths[0] > 0 and (np.diff(s.widths) > 0).all() and s.widths[-1] == full
+        and np.isfinite(s.loss).all()
+        for s, full in zip(found, wide.tolist(), strict=True)
+    )  # fmt: skip
+
+
 def measure(
     model: Model,
     coupling: Coupling,

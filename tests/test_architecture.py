@@ -21,8 +21,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
     (
         "aside", "weights", "runtime", "bodies", "bounds", "sizes", "shapes", "folding", "model", "coupling",
         "restoring", "cost", "pictures", "pages", "parquet", "arrays", "data", "calibrate", "affine", "patches",
-        "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts", "checkpoint", "images", "solvers", "region",
-        "formulation", "solving", "signals", "pooled", "executors",
+        "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts", "checkpoint", "images", "solvers",
+        "region", "formulation", "solving", "signals", "pooled", "executors",
     ),
     ("importance",),
     ("budget", "allocation", "planfile", "provenance", "limits"),

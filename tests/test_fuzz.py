@@ -95,6 +95,10 @@ def _doubling() -> ModelProto:
     return _calls(*((f"f{i}", [f"f{i + 1}"] * 2) for i in range(40)), ("f40", ["Relu"]))
 
 
+def _fivefold() -> ModelProto:
+    return _calls(*((f"f{i}", [f"f{i + 1}"] * 5) for i in range(6)), ("f6", ["Relu"]))
+
+
 def _outside(where: str, place: str) -> Callable[[], ModelProto]:
     def make() -> ModelProto:
         proto = _simple()
@@ -177,6 +181,7 @@ def _never() -> ModelProto:
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "functions in a circle": (_endless, "f"),  # some releases of onnx see it themselves
     "functions that double": (_doubling, "once its functions are written out"),
+    "functions that call five": (_fivefold, "once its functions are written out"),
     "weight outside": (_outside("../secret.bin", "weight"), "outside its own folder"),
     "weight at an absolute path": (_outside("/etc/passwd", "weight"), "outside its own folder"),
     "weight behind links in a circle": (_outside("circle.bin", "weight"), "outside its own folder"),
@@ -289,7 +294,7 @@ def test_a_loop_without_an_end_is_given_up(
     (place / "m.onnx").write_bytes(proto.SerializeToString())
     monkeypatch.setattr(runtime, "PATIENCE", 0.3)
     assert main(_prune(place)) == 2
-    assert "after 0.3 seconds, and it has a Loop, which may never end" in capsys.readouterr().err
+    assert "after 0.3 seconds or took all memory, and it has a Loop, which may never end" in capsys.readouterr().err
     assert not (place / "out.onnx").exists()
 
 

@@ -328,15 +328,15 @@ def test_the_cache_stays_under_its_limit(folder: Path, monkeypatch: pytest.Monke
     store = cache.open_store(str(folder))
     now = time.time()
     for i in range(8):
-        store.keep(cache.STEPS, {"i": i}, lambda: np.zeros(1000, np.int64))
+        store.keep(cache.STEPS, {"i": i}, lambda: np.zeros(1000, np.int64), lambda _: True)
         for path in folder.iterdir():
             if path.stat().st_mtime > now:
                 os.utime(path, (now - 100 + i, now - 100 + i))
     sizes = [p.stat().st_size for p in folder.iterdir()]
     assert sum(sizes) <= 40_000
     assert len(sizes) == 4
-    store.keep(cache.STEPS, {"i": 7}, lambda: pytest.fail("the newest stays"))
-    store.keep(cache.STEPS, {"large": 1}, lambda: np.zeros(10_000, np.int64))
+    store.keep(cache.STEPS, {"i": 7}, lambda: pytest.fail("the newest stays"), lambda _: True)
+    store.keep(cache.STEPS, {"large": 1}, lambda: np.zeros(10_000, np.int64), lambda _: True)
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 40_000
 
 
