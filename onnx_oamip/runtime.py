@@ -147,8 +147,8 @@ class Session:
         except Exception as error:
             if options is not None and options.terminate:
                 raise ModelError(
-                    f"{self._what} was not done with one feed after {PATIENCE:g} seconds or took all memory, and it has "
-                    "a Loop, which may never end; bound its trip count."
+                    f"{self._what} was not done with one feed after {PATIENCE:g} seconds or took all memory, and it "
+                    "has a Loop, which may never end; bound its trip count."
                 ) from error
             text = str(error).replace("\n", " ")[:300]
             raise ModelError(f"ONNX Runtime cannot run {self._what} on this data: {text}") from error
