@@ -96,12 +96,14 @@ def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
         kept: dict[str, dict[int, Ints]] = {name: {} for name in about}
         for key, index in arrays.items():
             name, _, axis = key.rpartition(":")
+            if not axis.isdecimal():
+                raise ValueError(f"an axis called {axis!r}")
             kept[name][int(axis)] = _checked(index, int(about[name]["shape"][int(axis)]))
         return {
             name: Weight(tuple(entry["shape"]), kept[name], (entry["digests"][0], entry["digests"][1]))
             for name, entry in about.items()
         }
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is a damaged keep-map ({error}); write it again.") from error
@@ -189,6 +191,6 @@ def _read(path: str | os.PathLike[str], what: str) -> tuple[dict[str, Array], di
     try:
         with safe_open(os.fspath(path), "np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} cannot be read as safetensors: {text.rstrip('.')}; give {what}.") from error

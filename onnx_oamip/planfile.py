@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,9 @@ class GroupEntry(_Record):
         if self.keep and (min(self.keep) < 0 or max(self.keep) >= self.units):
             stray = min(self.keep) if min(self.keep) < 0 else max(self.keep)
             raise ValueError(f"'keep' lists unit {stray}, but the units of this group are 0 to {self.units - 1}")
-        if len(set(self.keep)) != len(self.keep):
-            twice = next(u for u in self.keep if self.keep.count(u) > 1)
-            raise ValueError(f"'keep' lists unit {twice} twice")
+        unit, count = next(iter(Counter(self.keep).most_common(1)), (0, 0))
+        if count > 1:
+            raise ValueError(f"'keep' lists unit {unit} twice")
         if self.kept != len(self.keep):
             raise ValueError(f"'kept' says {self.kept}, but 'keep' lists {len(self.keep)} units; make the two agree")
         return self
@@ -180,7 +181,7 @@ def load(path: str | os.PathLike[str]) -> PlanFile:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as text: {error}; give what 'onnx-oamip plan' wrote.") from error
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(f"{file} is no valid JSON, {where}; {_AGAIN}.") from error
@@ -289,11 +290,20 @@ def _too_long(text: str) -> bool:
     return max(map(len, text.splitlines())) > 110
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; readers differ in which of two values of a name they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"'{name}' stands twice in one object")
+    return found
+
+
 def _line(text: str, place: Sequence[str | int]) -> int:
     """The line of the value at a path. JSON is YAML, whose parser knows lines."""
     try:
         node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return 1
     for part in place:
         if isinstance(node, yaml.MappingNode):

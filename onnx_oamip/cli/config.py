@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
             return tomllib.load(stream)
     except OSError as error:
         raise SettingsError(f"the configuration {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets, no TOML
         raise SettingsError(f"the configuration {path} is no valid TOML: {error}.") from error
 
 

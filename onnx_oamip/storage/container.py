@@ -97,7 +97,7 @@ def read(data: bytes, where: str) -> Contents:
         return _read(memoryview(data))
     except Damaged as error:
         raise ModelError(f"{where} {error}; pack the model again, or copy the file again.") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error, RecursionError) as error:
+    except Exception as error:  # the header may hold anything
         raise ModelError(f"{where} has a header that makes no sense; pack the model again.") from error
 
 
