@@ -135,10 +135,30 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
         result[group.units] = values[units]
     _finite(result, coupling, str(path))
     try:
-        programs = tuple(dict(p) for p in json.loads(texts["programs"]))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: 'programs' is no JSON list of objects; {_AGAIN}.") from error
+        programs = tuple(check_program({"seconds": None, **p}) for p in json.loads(texts["programs"]))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: 'programs' is no JSON list of records of programs; {_AGAIN}.") from error
     return Scores(texts["method"], result, programs)
+
+
+_PROGRAM: Mapping[str, tuple[type, ...]] = {
+    "purpose": (str,), "solver": (str,), "status": (str,), "gap": (float, int, type(None)), "variables": (int,),
+    "rows": (int,),
+}  # fmt: skip
+_MORE: Mapping[str, tuple[type, ...]] = {
+    "seconds": (float, int, type(None)), "limit": (str, type(None)), "reason": (str, type(None)),
+    "binding": (list, type(None)),
+}  # fmt: skip
+
+
+def check_program(program: dict[str, Any]) -> dict[str, Any]:
+    """A record of a program from a file, as it is. Raises ValueError where it is none."""
+    for name, kinds in (*_PROGRAM.items(), *_MORE.items()):
+        if (name in program or name in _PROGRAM) and not isinstance(program.get(name), kinds):
+            raise ValueError(f"'{name}' of a program is missing or of another type")
+    if not all(isinstance(text, str) for text in program.get("binding") or ()):
+        raise ValueError("'binding' of a program lists something that is no text")
+    return program
 
 
 _AGAIN = "run 'onnx-oamip score' again"

@@ -16,14 +16,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from . import __version__
-from .artefacts import group_axes, places
+from .artefacts import check_program, group_axes, places
 from .cost import Ledger
 from .errors import DataError
 from .records import Axis, Bools, Budget, Cost, Coupling, Group, Ints, Model, Plan, Scores
@@ -96,7 +96,7 @@ class PlanFile(_Record):
     before: CostEntry
     predicted: CostEntry
     settings: dict[str, Any]
-    programs: tuple[dict[str, Any], ...] = ()
+    programs: tuple[Annotated[dict[str, Any], AfterValidator(check_program)], ...] = ()
     notes: tuple[str, ...] = ()
     skipped: tuple[dict[str, Any], ...] = ()
     groups: tuple[GroupEntry, ...]

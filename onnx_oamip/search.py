@@ -18,7 +18,7 @@ from .budget import Ladder, LinearisedLimit
 from .calibrate import Progress
 from .data import Samples
 from .errors import BudgetNotMet, DataError
-from .importance import METHODS
+from .importance import find
 from .latency import compare_latency
 from .profiling import profile
 from .records import (
@@ -174,7 +174,7 @@ def folds_constants(settings: Settings) -> bool:
     """Whether what removed units emit without their weights is folded: no refit, by a method that counts on it."""
     # In the exact formulation and the decoupled programs a removed unit is gone, its constant with it.
     published = settings.formulation == "paper" and settings.mode != "decoupled"
-    return settings.refit == "none" and METHODS[settings.importance].keeps_bias and published
+    return settings.refit == "none" and find(settings.importance).keeps_bias and published
 
 
 def plan(ready: Prepared, progress: Progress | None = None) -> Plan:

@@ -555,7 +555,7 @@ def _parquet(rng: Rng) -> bytes:
     import pyarrow.parquet as pq
 
     if rng.random() < 0.1:
-        bomb = _some([ZEROS, _texts()], rng)
+        bomb = _some([ZEROS, repeated_text()], rng)
         return _lying(bomb, rng) if rng.random() < 0.5 else bomb
     picture = _picture("PNG", "RGB", (4, 4))
     columns: list[Any] = [
@@ -584,7 +584,7 @@ def _parquet(rng: Rng) -> bytes:
 
 
 @cache
-def _texts() -> bytes:
+def repeated_text() -> bytes:
     """A text of 64 MiB in each of a thousand rows, in few bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -612,6 +612,14 @@ def _deep(rng: Rng) -> Any:
     for _ in range(int(rng.integers(1, 60))):
         value = pa.ListArray.from_arrays(pa.array(range(7), pa.int32()), value)
     return value
+
+
+def understated(content: bytes) -> bytes:
+    """``ZEROS`` with a footer that says it holds one value."""
+    start = len(content) - 8 - struct.unpack("<I", content[-8:-4])[0]
+    number = b"\x80\x80\x80\x80\x04"  # 2^29, as Thrift has it
+    assert number in content[start:]
+    return content[:start] + content[start:].replace(number, b"\x82\x80\x80\x80\x00", 1)
 
 
 def _lying(content: bytes, rng: Rng) -> bytes:

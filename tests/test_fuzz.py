@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import zipfile
 from collections.abc import Callable
@@ -13,12 +14,16 @@ import fuzzing
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from graphs import build
-from mutations import DATA_MODEL, npy, said
+from mutations import DATA_MODEL, ZEROS, npy, repeated_text, said, understated
 from onnx import ModelProto, TensorProto, helper
+from PIL import Image
+from safetensors.numpy import save
 
-from onnx_oamip import arrays, bodies, data, pipeline, runtime
+from onnx_oamip import arrays, bodies, checkpoint, data, parquet, pipeline, runtime
 from onnx_oamip import model as models
 from onnx_oamip.cli import main
 from onnx_oamip.errors import MOST, DataError, ModelError
@@ -34,7 +39,9 @@ CASES = {"model": (500, 20_000), "data": (200, 5_000)}
 def test_mutated_files(kind: str, request: pytest.FixtureRequest) -> None:
     few, many = CASES[kind]
     number = many if request.config.getoption("--slow") else few
-    counts, bad = fuzzing.summary(kind, range(number))
+    # Under pytest-xdist the other processors have tests of their own.
+    alone = request.config.getoption("--slow") and "PYTEST_XDIST_WORKER" not in os.environ
+    counts, bad = fuzzing.summary(kind, range(number), (os.cpu_count() or 1) if alone else 1)
     assert not bad, "\n".join(map(str, bad[:20]))
     # The files are broken enough to be refused, and whole enough to get somewhere.
     assert counts["pruned"] > 0.04 * number, counts
@@ -316,6 +323,19 @@ def test_odd_names_are_spelt_out(place: Path, capsys: pytest.CaptureFixture[str]
     assert models.load(place / "out.onnx").inputs[0].name == f"x{ODD}"
 
 
+def test_odd_names_do_no_harm_in_a_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    proto = _simple()
+    script = "<script>alert(1)</script><img src=x onerror=alert(2)>&quot;\"'" + ODD
+    proto.graph.initializer[0].name = proto.graph.node[0].input[1] = script
+    for node in proto.graph.node:
+        node.name = script + node.op_type
+    (place / "m.onnx").write_bytes(proto.SerializeToString())
+    assert main([*_prune(place), "--report", str(place / "r.html")]) == 0, capsys.readouterr().err
+    page = (place / "r.html").read_text(encoding="utf-8")
+    assert "alert(1)" in page
+    assert not any(bad in page for bad in ("<script>alert", "<img src=x", "\x1b", "\x00", "\u202e"))
+
+
 def test_an_error_is_one_line_of_bounded_length() -> None:
     text = str(ModelError(f"the node '{ODD}{'n' * 10**6}' is odd; mend it."))
     assert text.isprintable()
@@ -404,6 +424,57 @@ def test_broken_data(name: str, model: Model, tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == [path.name]
 
 
+def _png(width: int, height: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("1", (width, height)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+TABLES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a row of 2^29 zeros": (lambda: ZEROS, "asks for 8.0 GiB of memory and this machine has"),
+    "the same, and the footer says 1": (lambda: understated(ZEROS), "asks for 8.0 GiB of memory and this machine has"),
+    "a text in every row": (repeated_text, "of text in it"),
+    "texts by what they share": (lambda: _columns(b"x" * 9, column_encoding={"x": "DELTA_BYTE_ARRAY"},
+                                                   use_dictionary=False), "DELTA_BYTE_ARRAY"),
+    "pictures of one colour": (lambda: _columns(_png(9000, 9000)), "9000 x 9000 pixels in"),
+    "half a picture": (lambda: _columns(_png(40, 40)[:45]), "row 0 cannot be read as an image"),
+    "no picture": (lambda: _columns(b""), "row 0 cannot be read as an image: it is empty"),
+    "no bytes": (lambda: _columns({"other": 1}), "records without 'bytes'"),
+    "texts": (lambda: _columns("a"), "'x' holds string; expected numbers"),
+    "holes": (lambda: _columns([0.5, None]), "with 6 empty places"),
+}  # fmt: skip
+
+
+def _columns(cell: Any, **choices: Any) -> bytes:
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"x": [cell] * 6}), stream, **choices)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_broken_tables(name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "memory", lambda: 1 << 30)
+    make, sentence = TABLES[name]
+    (tmp_path / "d.parquet").write_bytes(make())
+    with pytest.raises(DataError) as caught:
+        data.load(tmp_path / "d.parquet", model)
+    assert sentence in str(caught.value)
+
+
+def test_links_among_pictures(model: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(_png(4, 4))
+    for name, where in (("b", "a.png"), ("circle", "circle.png"), ("zero", "/dev/zero"), ("gone", "gone")):
+        (folder / f"{name}.png").symlink_to(where)
+    found = data.load(folder, model)
+    assert found is not None
+    assert found.count == 2
+    (folder / "c.png").symlink_to("/etc/passwd")
+    with pytest.raises(DataError, match=r"c\.png cannot be read as an image: it has no format"):
+        data.load(folder, model)
+
+
 ACCEPTED: dict[str, Any] = {
     "big-endian": GOOD.astype(">f4"), "Fortran order": np.asfortranarray(GOOD), "one sample": GOOD[:1],
     "the same sample": np.repeat(GOOD[:1], 6, axis=0), "constant channels": np.ones_like(GOOD),
@@ -456,3 +527,104 @@ def test_labels_beyond_the_classes(place: Path, capsys: pytest.CaptureFixture[st
     assert "'labels' has the class 2, but the model's output 'y' has 2 classes" in capsys.readouterr().err
     assert main(["verify", str(place / "m.onnx"), str(place / "m.onnx"), "--data", str(place / "d.npz")]) == 2
     assert "which count from 0" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- other files, one by one
+
+
+def _set(**values: Any) -> Callable[[str], str]:
+    return lambda text: json.dumps({**json.loads(text), **values})
+
+
+def _twice(text: str) -> str:
+    found = json.loads(text)
+    found["groups"][0].update(units=10**5, kept=10**5, keep=[*range(10**5 - 1), 10**5 - 2])
+    return json.dumps(found)
+
+
+DEEP = "[" * 5000 + "]" * 5000
+PLANS: dict[str, tuple[Callable[[str], str], str]] = {
+    "deep": (lambda _: DEEP, "is no valid JSON"),
+    "deep inside": (lambda text: text.replace('"settings": {', '"settings": {"a": ' + DEEP[4600:5400] + ", "), "limit"),
+    "long": (_twice, "'keep' lists unit 99998 twice"),
+    "a key twice": (lambda text: text.replace('"kind"', '"kind": "x", "kind"'), "'kind' stands twice"),
+    "digits": (lambda text: text.replace('"schema_version": 1', '"schema_version": ' + "9" * 5000), "no valid JSON"),
+    "a method that is none": (lambda text: text.replace('"importance": "l2"', '"importance": "\\u001b"'), "unknown"),
+    "programs that are none": (_set(programs=[{"purpose": "a", "solver": 3}]), "'solver' of a program"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_broken_plans(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, sentence = PLANS[name]
+    (place / "m.onnx").write_bytes(_simple().SerializeToString())
+    asked = ["--macs", "0.5", "--importance", "l2", "--allocate", "uniform", "--refit", "none", "--cache", "off"]
+    assert main(["plan", str(place / "m.onnx"), "-o", str(place / "p.json"), *asked]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    (place / "p.json").write_text(change((place / "p.json").read_text()))
+    given = ["--plan", str(place / "p.json"), "-o", str(place / "out.onnx"), "--refit", "none", "--force"]
+    status = main(["apply", str(place / "m.onnx"), *given])
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert not fuzzing.judge(status, out, err)
+    assert sentence in err
+    assert not (place / "out.onnx").exists()
+
+
+CONFIGS = {
+    "deep": (f"macs = {DEEP}", "is no valid TOML"),
+    "digits": (f"seed = {'9' * 5000}", "is no valid TOML"),
+    "without end": ("seed = inf", "'inf' is not a valid"),
+    "a date": ("seed = 2020-01-01", "'2020-01-01' is not a valid"),
+    "half": ("seed = 1.5", "'1.5' is not a valid"),
+    "no name of a file": ('data = "\\u0000"', "no such data file"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_broken_configurations(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, sentence = CONFIGS[name]
+    (place / "m.onnx").write_bytes(_simple().SerializeToString())
+    (place / "c.toml").write_text(text)
+    status = main(_prune(place, "--config", str(place / "c.toml")))
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert not fuzzing.judge(status, out, err)
+    assert sentence in err
+
+
+def test_what_others_put_into_the_cache_is_made_anew(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "m.onnx").write_bytes(_simple().SerializeToString())
+    np.savez(place / "d.npz", x=np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32))
+    asked = ["prune", str(place / "m.onnx"), "-o", str(place / "out.onnx"), "--data", str(place / "d.npz"),
+             "--cache", str(place / "cache"), "--macs", "0.5", "--align", "1", "--force", "--device", "cpu"]  # fmt: skip
+    assert main(asked) == 0, capsys.readouterr().err
+    good, whole = (place / "out.onnx").read_bytes(), {p: p.read_bytes() for p in (place / "cache").glob("*.npz")}
+    assert {p.name.partition("-")[0] for p in whole} >= {"grams", "scores", "steps", "losses"}
+
+    def broken(path: Path, change: Callable[[Any], Any]) -> None:
+        with np.load(path) as held:
+            np.savez(path, **{name: change(held[name]) for name in held.files})
+
+    for spoil in (
+        lambda p: p.write_bytes(b"\x80\x04\x95\x00."),
+        lambda p: p.write_bytes(_zipped(index=npy(np.asarray([object()], object)))),
+        lambda p: p.write_bytes(whole[p][:-40]),
+        lambda p: broken(p, lambda a: a[..., :-1] if a.ndim else a),
+        lambda p: broken(p, lambda a: a * np.nan if a.dtype.kind == "f" else a - 99 if a.dtype.kind == "i" else a),
+        lambda p: broken(p, lambda a: np.asarray("[" * 9999) if a.dtype.kind == "U" else a[None]),
+    ):
+        for path in whole:
+            spoil(path)
+        assert main(asked) == 0, capsys.readouterr().err
+        assert (place / "out.onnx").read_bytes() == good
+
+
+def test_an_axis_that_is_none_in_a_keep_map(tmp_path: Path) -> None:
+    about = {"w": {"shape": [4, 5], "digests": ["", ""]}}
+    for axis in ("-1", "7", "x", "9" * 5000):
+        header = {"kind": "keep-map", "schema_version": 1, "weights": about}
+        content = save({f"w:{axis}": np.arange(2)}, metadata={"onnx_oamip": json.dumps(header)})
+        (tmp_path / "k.safetensors").write_bytes(content)
+        with pytest.raises(DataError, match="damaged keep-map"):
+            checkpoint.load_keep_map(tmp_path / "k.safetensors")

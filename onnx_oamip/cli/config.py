@@ -66,6 +66,8 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
         if isinstance(value, bool) != bool(parameter.is_flag):
             what = "true or false" if parameter.is_flag else "no switch"
             raise SettingsError(f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}.")
+        if not isinstance(value, (bool, list)):
+            found[name] = str(value)  # dates, infinity: read as on the command line
     ctx.default_map = {**(ctx.default_map or {}), **found}
     return path
 

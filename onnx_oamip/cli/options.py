@@ -384,7 +384,7 @@ def same_file(a: Path | str, b: Path | str) -> bool:
     """Both name one file, whether it exists or not."""
     try:
         return os.path.samefile(a, b)
-    except OSError:
+    except (OSError, ValueError):  # a configuration can name what no file is called
         return os.path.abspath(a) == os.path.abspath(b)
 
 

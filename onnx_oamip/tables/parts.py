@@ -61,8 +61,8 @@ def program_rows(programs: Sequence[Document]) -> Iterator[RenderableType]:
         limit = program.get("limit")
         binding = program.get("binding")
         table.add_row(
-            program["purpose"],
-            program["solver"],
+            cell(program["purpose"]),
+            cell(program["solver"]),
             cell(f"{program['status']}, {limit} limit" if limit else program["status"]),
             percent(program["gap"], digits=2),
             "-" if program["seconds"] is None else f"{program['seconds']:.2f}",
