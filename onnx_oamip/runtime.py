@@ -76,6 +76,16 @@ def _watch(options: Any, done: threading.Event) -> None:
             return
 
 
+def _check_bias(nodes: Iterable[onnx.NodeProto], what: str) -> None:
+    """Raises ModelError for an Attention of ONNX Runtime's own without a bias: its kernel for the CPU reads one."""
+    for node in nodes:
+        if (node.domain, node.op_type) == ("com.microsoft", "Attention") and not any(node.input[2:3]):
+            raise ModelError(
+                f"ONNX Runtime cannot run {what}: Attention '{node.name}' of com.microsoft has no bias, without which "
+                "the process crashes on a CPU; give it one of zeros."
+            )
+
+
 class Session:
     """A loaded graph on one device.
 
@@ -116,7 +126,10 @@ class Session:
             if isinstance(proto, (str, os.PathLike)):
                 self._session = rt.InferenceSession(os.fspath(proto), options, providers=providers)
             else:
-                self._watched = not spin and any(n.op_type == "Loop" for n in bodies.nodes(proto.graph))
+                nodes = list(bodies.nodes(proto.graph))
+                self._watched = not spin and any(n.op_type == "Loop" for n in nodes)
+                if device == "cpu":
+                    _check_bias(nodes, what)
                 small, self._held = weights.detached(proto)
                 if weights.references(small):
                     # The session maps files itself, and makes copies in its own order only where speed is measured.
@@ -127,6 +140,8 @@ class Session:
                 values = [rt.OrtValue.ortvalue_from_numpy(weights.aligned(v)) for v in self._held.values()]
                 options.add_external_initializers(list(self._held), values)
                 self._session = rt.InferenceSession(small.SerializeToString(), options, providers=providers)
+        except ModelError:
+            raise
         except Exception as error:  # onnxruntime raises its own undocumented types
             text = str(error).replace("\n", " ")[:300]
             raise ModelError(f"ONNX Runtime cannot load {what}: {text}") from error

@@ -474,7 +474,7 @@ def data(rng: Rng) -> tuple[str, dict[str, bytes | str]]:
         pictures: dict[str, bytes | str] = {f"{folder}/{i}.png": _image(rng) for i in range(int(rng.integers(1, 4)))}
         if rng.random() < 0.2:
             pictures["images/link.png"] = str(
-                rng.choice(["0.png", "link.png", "/etc/passwd", "/dev/zero", "..", "missing", "../model.onnx"])
+                rng.choice(["0.png", "link.png", "/etc/hostname", "/dev/zero", "..", "missing", "../model.onnx"])
             )
         return "images", pictures
     content = {".npz": _npz, ".npy": lambda r: npy(_array(r), r), ".parquet": _parquet}[kind](rng)

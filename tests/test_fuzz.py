@@ -168,6 +168,18 @@ def _flat_states() -> ModelProto:
                  " y = LSTM<hidden_size=6>(x, w, n) }")  # fmt: skip
 
 
+def test_attention_without_a_bias_is_not_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    proto = build("(float[2,4,6] x) => (float[2,4,3] y) <float[6,24] w, float[6,8] u, float[8,3] v> {"
+                  " h = MatMul(x, u)  y = MatMul(h, v) }")  # fmt: skip
+    attention = helper.make_node("Attention", ["x", "w"], ["h"], domain="com.microsoft", num_heads=4)
+    proto.graph.node[0].CopyFrom(attention)
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    (place / "m.onnx").write_bytes(proto.SerializeToString())
+    assert main(_prune(place)) == 2
+    assert "has no bias, without which the process crashes" in capsys.readouterr().err
+    assert main(["inspect", str(place / "m.onnx")]) == 0
+
+
 def _narrow() -> ModelProto:
     """A sum of what does not broadcast."""
     proto = _simple()
@@ -597,7 +609,8 @@ def test_what_others_put_into_the_cache_is_made_anew(place: Path, capsys: pytest
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
     np.savez(place / "d.npz", x=np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32))
     asked = ["prune", str(place / "m.onnx"), "-o", str(place / "out.onnx"), "--data", str(place / "d.npz"),
-             "--cache", str(place / "cache"), "--macs", "0.5", "--align", "1", "--force", "--device", "cpu"]  # fmt: skip
+             "--cache", str(place / "cache"),
+             "--macs", "0.5", "--align", "1", "--force", "--device", "cpu"]  # fmt: skip
     assert main(asked) == 0, capsys.readouterr().err
     good, whole = (place / "out.onnx").read_bytes(), {p: p.read_bytes() for p in (place / "cache").glob("*.npz")}
     assert {p.name.partition("-")[0] for p in whole} >= {"grams", "scores", "steps", "losses"}
