@@ -284,7 +284,7 @@ def test_scoring_asks_for_data_where_the_method_does(task: Path) -> None:
 def test_scores_by_constants_that_are_folded_need_data(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeping = {**METHODS, "l1": replace(METHODS["l1"], keeps_bias=True)}
     monkeypatch.setattr(prepare, "find", keeping.__getitem__)
-    monkeypatch.setattr(search, "METHODS", keeping)
+    monkeypatch.setattr(search, "find", keeping.__getitem__)
     model, source = task / "model.onnx", task / "data.npz"
     published = _settings(macs=0.5, refit="none", formulation="paper")
     score(model, None, task / "s.npz", _settings(importance="l1"))
