@@ -74,6 +74,7 @@ def solve(program: Program, limits: Limits) -> Solution:
                 f"a program of {program.n_variables:,} variables and {rows(program):,} rows is over the size of the "
                 f"Gurobi licence found here ({licence().text}); {WAYS_OUT}."
             ) from error
+        licence.cache_clear()  # it may be gone: whoever chooses a solver next looks again
         raise SolverError(f"Gurobi failed: {str(error).rstrip('.')}; try --solver highs.") from error
 
 
