@@ -62,8 +62,8 @@ def ladder(
         batch = run_size(ready.model, settings.room)
         feeds = [feed for _, feed in scoring.parts(ready.samples)[1].batches(batch)]
         return sensitivity.measure(
-            ready.model, coupling, found.grams, order, feeds, ready.device, settings.workers, progress, settings.refit,
-            settings.scheduler,
+            ready.model, coupling, found.grams, order, feeds, ready.device, scoring.workers(ready.model, settings),
+            progress, settings.refit, settings.scheduler,
         )
 
     known = {**ready.known, "order": order.tolist(), "refit": settings.refit}

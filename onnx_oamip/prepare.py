@@ -141,8 +141,8 @@ def prepare(
                 cache.LOSSES,
                 {**known, "order": order.tolist(), "refit": settings.refit},
                 lambda: sensitivity.measure(
-                    model, coupling, statistics().grams, order, feeds, device, settings.workers, progress,
-                    settings.refit, settings.scheduler,
+                    model, coupling, statistics().grams, order, feeds, device, scoring.workers(model, settings),
+                    progress, settings.refit, settings.scheduler,
                 ),
             )  # fmt: skip
             ladder = search.rungs(coupling, losses, steps, bounds.floor)
