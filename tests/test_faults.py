@@ -518,7 +518,10 @@ def test_a_full_disk_under_the_cache_costs_time_alone(task: Path, point: str, mo
     owner = Path if point == "write_bytes" else os
     with monkeypatch.context() as patch:
         patch.setattr(owner, point, _full(point, getattr(owner, point), lambda where: "/cache/" in where))
-        go(task)
+        notes = go(task).notes
+    told = [n for n in notes if n.startswith("not all of what was learnt is kept for the next run: ")]
+    assert len(told) == 1
+    assert told[0].endswith(".npz cannot be written: No space left on device")
     assert (task / "out.onnx").read_bytes() == reference
     assert not list((task / "cache").iterdir())
 
@@ -532,6 +535,39 @@ def test_a_folder_that_is_read_only_is_refused_before_any_work(task: Path, monke
             go(task)
     finally:
         task.chmod(0o700)
+
+
+def test_a_folder_or_a_place_of_no_use_is_refused_before_any_work(
+    task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("onnx_oamip.model.load", lambda *_: pytest.fail("work was done"))
+    (task / "out.onnx").unlink()
+    (task / "out.onnx").mkdir()
+    assert main(command(task)) == 2
+    assert capsys.readouterr().err == f"Error: the output {task / 'out.onnx'} is a folder; give a file name.\n"
+    (task / "out.onnx").rmdir()
+    with monkeypatch.context() as patch:  # what a system says about a folder that is read-only
+        patch.setattr(os, "access", lambda path, _: Path(path) != task)
+        assert main(command(task)) == 2
+    assert f"the output folder {task} is not writable" in capsys.readouterr().err
+    (task / "cache").write_bytes(OLD)
+    assert main(command(task)) == 2
+    text = capsys.readouterr().err
+    assert text == (
+        f"Error: the cache folder {task / 'cache'} cannot be made or written to; choose another --cache, or off.\n"
+    )
+    assert names(task) == {"model.onnx", "data.npz", *WRITTEN[1:]}
+
+
+def test_a_cache_of_ones_own_that_cannot_be_written_is_told_once(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ONNX_OAMIP_CACHE")
+    (task / "cache").write_bytes(OLD)
+    monkeypatch.setattr("onnx_oamip.cache.user_cache_path", lambda _: task / "cache" / "onnx-oamip")
+    report = go(task, cache="auto")
+    told = [note for note in report.notes if "nothing is kept for the next run" in note]
+    assert len(told) == 1
+    assert str(task / "cache") in told[0]
+    assert report.output_sha256
 
 
 def test_old_weights_and_a_model_that_points_at_them_stay_together(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
