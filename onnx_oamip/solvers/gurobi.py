@@ -6,7 +6,9 @@ larger model. A full licence is found where Gurobi itself looks for one (GRB_LIC
 
 from __future__ import annotations
 
+import _thread
 import functools
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,7 +120,9 @@ def _load(gp: Any, model: Any, program: Program) -> Any:
 def _read(gp: Any, model: Any, held: Any, program: Program, limits: Limits, began: float) -> Solution:
     names = {getattr(gp.GRB.Status, n): n for n in dir(gp.GRB.Status) if n.isupper()}
     status = names.get(model.Status, str(model.Status))
-    if status == "INTERRUPTED":  # Ctrl-C: gurobipy swallows it
+    if status == "INTERRUPTED":  # Ctrl-C: gurobipy swallows it, and ends but one of the solves that run in threads
+        if threading.current_thread() is not threading.main_thread():
+            _thread.interrupt_main()
         raise KeyboardInterrupt
     values = bound = None
     if model.SolCount:
