@@ -68,7 +68,7 @@ STAGES = {
     "calibrate": Stage("calibrate.collect"),
     "gram": Stage("gram.collect", MOMENTS),
     "pool": Stage("pooled.collect", GRAMS, {"importance": "mint"}),
-    "score": Stage("scoring.scores", GRAMS),
+    "score": Stage("scoring.scores", GRAMS, spreads=True),
     "joint": Stage("importance.oamip.program", GRAMS, _oamip("joint", formulation="paper"), solves=True),
     "per-class": Stage("importance.oamip.program", GRAMS, _oamip("per-class", formulation="paper"), solves=True),
     "decoupled": Stage("importance.decoupled.score", GRAMS, _oamip("decoupled"), solves=True, spreads=True),
@@ -315,6 +315,7 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
         return lambda: inside.__setitem__(0, inside[0] + by)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnx_oamip.executors.cluster.PATIENCE", 300.0)  # a busy machine is slow to start another
         patch.setattr(Cluster, "map", watched)
         # The stage of mint begins where it asks for a place to work, and ends with the run.
         _begun(patch, stage, count(1), count(0 if stage.place.endswith("executor") else -1))
@@ -349,6 +350,9 @@ def test_a_fault_at_a_stage(
             _no_licence(task, stage)
         else:
             local = request.getfixturevalue("cluster")
+            until = time.monotonic() + 120
+            while len(local.scheduler.workers) < 2 and time.monotonic() < until:  # the last case killed one
+                time.sleep(0.05)
             _lost_worker(task, stage, local.scheduler_address, lambda: _kill_one(local))
             assert (task / "out.onnx").read_bytes() == reference
         before = kinds(task / "cache")
