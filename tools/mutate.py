@@ -138,7 +138,8 @@ def _forked(work: Callable[[], object], seconds: float) -> object:
         told = pipe.read()
     status = os.waitpid(pid, 0)[1]
     if os.WIFSIGNALED(status):
-        return "time" if os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM) else "crash"
+        ends = (signal.SIGPROF, signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM)
+        return "time" if os.WTERMSIG(status) in ends else "crash"
     return pickle.loads(told) if told else "crash"
 
 
@@ -259,7 +260,7 @@ class Runner:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("module", nargs="+", choices=sorted(TESTS))
-    parser.add_argument("--sample", type=int, default=0, help="mutants a module, in random order; all where it is not given")
+    parser.add_argument("--sample", type=int, default=0, help="mutants a module, drawn at random (0: all of them)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, nargs="*", help="only mutants of these lines")
     parser.add_argument("--seconds", type=float, default=5.0, help="time of the tests that one mutant is shown to")
