@@ -328,6 +328,8 @@ def test_budget_that_cannot_be_met(coupled: tuple[Model, Coupling]) -> None:
     lengths = ledger.lengths(np.ones(len(coupling.groups), np.int64))
     heaviest = ledger.nodes[int(np.argmax(ledger.terms(ledger.macs, lengths)))]
     assert heaviest in text
+    why = next(p.reason for p in coupling.pinned if p.count > 1)
+    assert f"channels there cannot go, for example because {why}; ask for more" in text
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
-from graphs import NETS, build, load
+from graphs import NETS, assert_exact, build, load
 
 from onnx_oamip.coupling import couple, exclude
 from onnx_oamip.records import Coupling, Model, Pinned
@@ -18,11 +19,10 @@ SPLIT = """(float[N,3,6,6] x) => (float[N,4,4,4] y, float[N,5,4,4] z)
         y = Conv(h, w2)
         z = Conv(g, w3)
     }"""
-LOOP = """(float[N,6] x) => (float[N,4] y)
-    <float[6,8] w1, float[8,10] w2, float[10,8] w3, float[8,4] w4, bool go = {1}> {
+BRANCHES = """(float[N,6] x, bool go) => (float[N,4] y)
+    <float[6,8] w1, float[8,10] w2, float[10,8] w3, float[8,4] w4> {
         h = MatMul(x, w1)
-        c = Identity(go)
-        s = If(c) <
+        s = If(go) <
             then_branch = yes () => (float[N,8] p) { a = MatMul(h, w2)  r = Relu(a)  p = MatMul(r, w3) },
             else_branch = no () => (float[N,8] q) { q = Relu(h) }
         >
@@ -76,12 +76,26 @@ def test_what_is_pinned_is_counted_with_the_reason_of_most(tmp_path: Path) -> No
     assert "a graph input (x)" in found["w1", 1].reason
 
 
+def test_weights_of_codes_are_weights_and_indices_are_none(tmp_path: Path) -> None:
+    text = """(float[N,6] x) => (float[N,4] y, float[] z)
+        <float[6,8] w1, int8[8,4] w2 = {""" + ", ".join(str(i - 16) for i in range(32)) + """}, float scale = {0.25},
+         int64[1,2] where = {3, 5}> {
+            h = MatMul(x, w1)
+            d = DequantizeLinear(w2, scale)
+            y = MatMul(h, d)
+            z = Gather<axis = 1>(x, where)
+        }"""
+    _, coupling = _coupled(text, tmp_path)
+    assert [g.name for g in coupling.groups] == ["w1"]
+    assert {p.tensor for p in coupling.pinned} == {"w1", "w2"}
+
+
 CUTS = {
     "residual": (NETS["residual"], ["w1", "w2"]),
     "grouped": (NETS["grouped"], ["w1", "w2"]),
     "attention": (NETS["attention"], ["we", "wq", "wv"]),
     "split": (SPLIT, ["w2", "w3"]),
-    "branches": (LOOP, ["w1", "w2"]),
+    "branches": (BRANCHES, ["w1", "w2"]),
 }
 
 
@@ -132,3 +146,66 @@ def test_the_pattern_that_took_a_group_is_told(tmp_path: Path) -> None:
         ("w1", "--exclude 'w2' keeps it"), ("w2", "--exclude 'w2' keeps it"), ("w1", "--exclude 'w3' keeps it"),
         ("w3", "--exclude 'w3' keeps it"),
     }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be tied
+
+
+def test_channels_in_a_branch_are_consumed_inside(tmp_path: Path) -> None:
+    """What a branch sums over has no statistic; what is summed over behind the branch has one again."""
+    _, coupling = _coupled(BRANCHES, tmp_path)
+    assert [g.name for g in coupling.groups] == ["w1", "w2"]
+    assert [c.weight for c in coupling.inside] == ["w2", "w3"]
+    assert [(c.weight, c.data, c.axis, c.slot, c.weight_axis) for c in coupling.consumers] == [("w4", "s", 1, 0, 0)]
+
+
+def test_a_constant_that_another_node_reads_whole_stays(tmp_path: Path) -> None:
+    """The bias is a number for every input feature there, none of which may go."""
+    text = """(float[N,6] x, float[N,8] v) => (float[N,4] y, float[N,8] z)
+        <float[8,6] w1, float[8] b1, float[8,7] w2, float[7,4] w3> {
+            h = Gemm<transB = 1>(x, w1, b1)
+            r = Relu(h)
+            s = MatMul(r, w2)
+            t = Relu(s)
+            y = MatMul(t, w3)
+            z = Add(v, b1)
+        }"""
+    model, coupling = _coupled(text, tmp_path)
+    assert [g.name for g in coupling.groups] == ["w2"]
+    (node,) = (n for n in model.nodes if n.outputs == ("z",))
+    why = {(p.tensor, p.axis): (p.reason, p.given) for p in coupling.pinned}
+    assert why["w1", 0] == why["w2", 0] == (f"{node} reads 'b1' whole", False)
+    keep = np.arange(coupling.n_units) % 2 == 0
+    assert_exact(model, coupling, keep, 1e-6, (1, 3))
+
+
+def test_axes_of_different_length_are_not_tied(tmp_path: Path) -> None:
+    """Such a model runs nowhere; what is wrong with it is told of both sides."""
+    text = """(float[N,3,6,6] x) => (float[] y) <float[8,3,1,1] w1, float[4,9,1,1] w2> {
+        h = Conv(x, w1)
+        y = Conv(h, w2)
+    }"""
+    model, coupling = _coupled(text, tmp_path)
+    assert coupling.n_units == 0
+    why = {(p.tensor, p.axis): (p.count, p.reason) for p in coupling.pinned}
+    reason = f"{model.nodes[1]} ties axes of different length at 'w2'"
+    assert (why["w1", 0], why["w2", 1]) == ((8, reason), (9, reason))
+
+
+def test_a_body_where_none_belongs_is_not_followed(tmp_path: Path) -> None:
+    """ONNX refuses it of its own operators, and says nothing of those of other domains."""
+    text = """(float[N,6] x) => (float[N,4] y) <float[6,8] w1, float[8,4] w2> {
+        h = MatMul(x, w1)
+        r = Relu(h)
+        y = MatMul(r, w2)
+    }"""
+    proto = build(text, domains={"com.microsoft": 1})
+    proto.graph.node[1].op_type, proto.graph.node[1].domain = "Gelu", "com.microsoft"
+    inner = onnx.parser.parse_graph("g () => (float[N,8] p) { p = Identity(h) }")
+    proto.graph.node[1].attribute.append(onnx.helper.make_attribute("extra", inner))
+    model = load(proto, tmp_path)
+    coupling = couple(model)
+    assert coupling.n_units == 0
+    assert [p.reason for p in coupling.pinned if p.tensor == "w1" and p.axis == 1] == [
+        f"{model.nodes[1]} has a subgraph that is not followed"
+    ]

@@ -802,6 +802,28 @@ def test_the_seed_picks_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert first.fits[0].rows == 300 < 64 * 16
 
 
+def test_rows_follow_the_unknowns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows for each of the 8 x 9 weights of an output, within bounds; as many values as were allowed if wide."""
+    model = load(build(CNN), tmp_path)
+    coupling = couple(model)
+    keep, found = _without(coupling, "w1", [1, 4]), _samples(model, 64)
+    bounds = {"LEAST_ROWS": 40, "MOST_ROWS": 300, "WIDE_VALUES": 72 * 270}
+
+    def rows(cap: int = refit.GRAM_CAP, **changed: int) -> int:
+        for name, value in {**bounds, **changed}.items():
+            monkeypatch.setattr(refit, name, value)
+        return _fit(model, coupling, keep, found, cap=cap).fits[0].rows
+
+    assert rows() == 288
+    assert rows(MOST_ROWS=200) == 200
+    assert rows(LEAST_ROWS=400, MOST_ROWS=500) == 400
+    assert rows(cap=20, LEAST_ROWS=400) == 270
+    assert rows(cap=20, LEAST_ROWS=262) == 262
+    assert rows(cap=20, WIDE_VALUES=1) == 256
+    assert rows(cap=71) == 256  # 72 unknowns are wide
+    assert rows(cap=72) == 288
+
+
 def test_what_memory_allows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(build(CNN), tmp_path)
     coupling = couple(model)

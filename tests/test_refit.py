@@ -51,6 +51,11 @@ FOLDS = {
         " { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
         "w1", (("y", 1),),
     ),
+    "the second of two": Fold(
+        "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,6] w2, float[6,3] w3>"
+        " { a = MatMul(x, w1) h = Relu(a) b = MatMul(h, w2) r = Relu(b) y = MatMul(r, w3) }",
+        "w2", (("y", 1),),
+    ),
     "matmul with add": Fold(
         "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2, float[3] b> {"
         " a = MatMul(x, w1) h = Relu(a) o = MatMul(h, w2) y = Add(b, o) }",
