@@ -39,7 +39,7 @@ CASES = ["tests/test_cases.py::test_units_and_reasons", "tests/test_cases.py::te
 PLANS = ["tests/test_allocation.py", "tests/test_budget.py", "-k", "not any_ledger and not densenet"]
 REFITS = ["tests/test_least_squares.py", "tests/test_refit.py", "-k", "not trained_model"]
 TESTS = {
-    "coupling": ["tests/test_allocation.py", *CASES, "-k", "test_cases or exclude or by_hand"],
+    "coupling": ["tests/test_coupling.py", "tests/test_allocation.py", *CASES, "-k", "not test_allocation or exclude"],
     "affine": ["tests/test_affine.py", "tests/test_refit.py"],
     "allocation": PLANS,
     "budget": PLANS,
@@ -211,8 +211,10 @@ class Runner:
         every = mutants(source)
         rng = random.Random(self.args.seed)
         chosen = every
-        if self.args.only:
-            chosen = [m for m in every if set(m.lines) & set(self.args.only)]
+        if self.args.again:
+            known = self.args.again.read_text()
+            near = [m for m in every if f"{name}.py:{m.lines.start} " in known]
+            chosen = [m for m in near if f"{name}.py:{m.lines.start} {difference(source, m.make())}\n" in known]
         if self.args.sample:
             chosen = rng.sample(chosen, min(self.args.sample, len(chosen)))
         count: Counter[str] = Counter()
@@ -262,7 +264,8 @@ def main() -> None:
     parser.add_argument("module", nargs="+", choices=sorted(TESTS))
     parser.add_argument("--sample", type=int, default=0, help="mutants a module, drawn at random (0: all of them)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, nargs="*", help="only mutants of these lines")
+    parser.add_argument("--again", type=Path, help="only the mutants that this file, written with --out, tells")
+    parser.add_argument("--tests", nargs="+", help="what pytest is to collect, instead of what goes with the module")
     parser.add_argument("--seconds", type=float, default=5.0, help="time of the tests that one mutant is shown to")
     parser.add_argument("--minutes", type=float, default=1e6, help="take no further mutant of a module after that time")
     parser.add_argument("--out", type=Path, help="also write what is printed to this file")
@@ -270,7 +273,7 @@ def main() -> None:
     os.chdir(ROOT)
     batches: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in args.module:
-        batches[tuple(TESTS[name])].append(name)
+        batches[tuple(args.tests or TESTS[name])].append(name)
     told: list[str] = []
     for tests, names in batches.items():
         runner = Runner(names, args)
