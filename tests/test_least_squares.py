@@ -706,6 +706,7 @@ def test_gain_up_to_the_sum(tmp_path: Path) -> None:
         ("d = MatMul(h, w2)  e = Relu(d)  y = Add(e, z)", None),
         ("d = MatMul(h, w2)  y = Add(d, d)", None),
         ("d = MatMul(h, w2)  e = Relu(d)  y = Add(e, d)", None),
+        ("d = MatMul(h, w2)  e = Add(d, z)  g = Relu(d)  y = Mul(e, g)", None),
         ("d = MatMul(h, w2)  y = Add(d, one)", None),
         ("d = MatMul(h, w2)  y = Sub(z, d)", None),
     ],
@@ -869,3 +870,17 @@ def test_solve_ridge_leaves_dead_inputs_alone() -> None:
         for g, c, w in zip(gram[stack], cross[stack], found, strict=True):
             np.testing.assert_allclose((g + 1e-3 * np.trace(g) / 6 * np.eye(6)) @ w, c, rtol=1e-6, atol=1e-8)
     assert not ridge.solve_ridge(np.zeros((1, 3, 3)), np.zeros((1, 3, 2)), 1e-2).any()
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e8])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_solve_ridge_knows_no_unit(scale: float, groups: int) -> None:
+    """Strengths are relative: inputs in other units give the same outputs, also where some input is dead."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(groups, 50, 6))
+    x[:, :, 2] = 0
+    y = rng.normal(size=(groups, 50, 4))
+    turned = x.transpose(0, 2, 1)
+    plain = ridge.solve_ridge(turned @ x, turned @ y, 1e-2)
+    other = ridge.solve_ridge(scale * turned @ x, scale * turned @ y, 1e-2)
+    np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)
