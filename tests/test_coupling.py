@@ -209,3 +209,11 @@ def test_a_body_where_none_belongs_is_not_followed(tmp_path: Path) -> None:
     assert [p.reason for p in coupling.pinned if p.tensor == "w1" and p.axis == 1] == [
         f"{model.nodes[1]} has a subgraph that is not followed"
     ]
+
+
+@pytest.mark.parametrize("nodes", ["y = Relu(x)", "y = MatMul(x, w)", "h = MatMul(x, w)  y = Abs(h)"])
+def test_a_model_without_anything_to_cut(nodes: str, tmp_path: Path) -> None:
+    _, coupling = _coupled(f"(float[N,6] x) => (float[] y) <float[6,6] w> {{ {nodes} }}", tmp_path)
+    assert (coupling.n_units, coupling.groups, coupling.consumers) == (0, (), ())
+    assert coupling.axes == {}
+    assert sorted(p.count for p in coupling.pinned) == ([6, 6] if "w" in nodes else [])
