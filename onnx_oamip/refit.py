@@ -25,6 +25,7 @@ import onnx
 from .affine import Editor, Site, matrix, matrix_shape, quantised, site, unmatrix
 from .calibrate import Progress
 from .data import Samples
+from .errors import memory_for
 from .patches import data_rows, output_rows, pick, row_count
 from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, Statistics
 from .residual import Join, join
@@ -86,6 +87,19 @@ def new_biases(model: Model) -> int:
 # --------------------------------------------------------------------------------------------------- least squares
 
 
+def fits(found: Pruned, raw: onnx.ModelProto) -> bool:
+    """Whether this may be what a refit made of a cut model: its graph and more, weights of the same shapes."""
+    old, new = raw.graph, found.proto.graph
+    made = {(node.op_type, *node.output) for node in new.node}
+    held = {t.name: t for t in new.initializer}
+    same = all(t.name not in held or (held[t.name].dims, held[t.name].data_type) == (t.dims, t.data_type)
+               for t in old.initializer)  # fmt: skip
+    ports = list(old.input) == list(new.input) and list(old.output) == list(new.output)
+    whole = ports and list(raw.opset_import) == list(found.proto.opset_import) and not found.proto.functions
+    inside = not any(t.external_data for t in new.initializer)
+    return whole and same and inside and made.issuperset((node.op_type, *node.output) for node in old.node)
+
+
 def least_squares(
     model: Model,
     coupling: Coupling,
@@ -114,7 +128,8 @@ def least_squares(
         size = (FRONTIER_BYTES if room is None else room) >> 20
         notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB")
     for i, place in enumerate(places):
-        fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
+        with memory_for(f"the refit of {place.node}"):
+            fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
         fits += [fit] if fit else []
         notes += [note] if note else []
         if progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import onnx
 
 from . import bodies, bounds, weights
-from .errors import EnvironmentMissing, ModelError
+from .errors import EnvironmentMissing, ModelError, OamipError, OutOfMemory
 from .records import Array
 
 FOLDER = "session.model_external_initializers_file_folder_path"
@@ -86,6 +87,20 @@ def _check_bias(nodes: Iterable[onnx.NodeProto], what: str) -> None:
             )
 
 
+_NO_ROOM = re.compile(r"bad.alloc|failed to allocate|out of memory|available memory", re.IGNORECASE)
+"""What ONNX Runtime's own errors say where memory has run out."""
+
+
+def _refusal(error: Exception, what: str) -> OamipError:
+    """ONNX Runtime's error, of an undocumented type, as what it means."""
+    text = str(error).replace("\n", " ")[:300]
+    if isinstance(error, MemoryError) or _NO_ROOM.search(text):
+        return OutOfMemory(
+            f"there is not enough memory to {what}; give a smaller --max-memory, fewer samples, or a smaller model."
+        )
+    return ModelError(f"ONNX Runtime cannot {what}: {text}")
+
+
 class Session:
     """A loaded graph on one device.
 
@@ -143,8 +158,7 @@ class Session:
         except ModelError:
             raise
         except Exception as error:  # onnxruntime raises its own undocumented types
-            text = str(error).replace("\n", " ")[:300]
-            raise ModelError(f"ONNX Runtime cannot load {what}: {text}") from error
+            raise _refusal(error, f"load {what}") from error
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = [i.name for i in self._session.get_inputs()]
 
@@ -165,8 +179,7 @@ class Session:
                     f"{self._what} was not done with one feed after {PATIENCE:g} seconds or took all memory, and it "
                     "has a Loop, which may never end; bound its trip count."
                 ) from error
-            text = str(error).replace("\n", " ")[:300]
-            raise ModelError(f"ONNX Runtime cannot run {self._what} on this data: {text}") from error
+            raise _refusal(error, f"run {self._what} on this data") from error
         finally:
             done.set()
         return found
