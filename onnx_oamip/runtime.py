@@ -77,14 +77,16 @@ def _watch(options: Any, done: threading.Event) -> None:
             return
 
 
-def _check_bias(nodes: Iterable[onnx.NodeProto], what: str) -> None:
-    """Raises ModelError for an Attention of ONNX Runtime's own without a bias: its kernel for the CPU reads one."""
+def _check_crashes(nodes: Iterable[onnx.NodeProto], what: str) -> None:
+    """Raises ModelError for what ends the process in ONNX Runtime's kernels for the CPU, where errors are due."""
     for node in nodes:
+        why = ""
         if (node.domain, node.op_type) == ("com.microsoft", "Attention") and not any(node.input[2:3]):
-            raise ModelError(
-                f"ONNX Runtime cannot run {what}: Attention '{node.name}' of com.microsoft has no bias, without which "
-                "the process crashes on a CPU; give it one of zeros."
-            )
+            why = "has no bias; give it one of zeros"
+        if "Conv" in node.op_type and any(a.name == "group" and a.i < 1 for a in node.attribute):
+            why = "has less than one group; export the model again"
+        if why:
+            raise ModelError(f"ONNX Runtime cannot run {what}, it would crash: {node.op_type} '{node.name}' {why}.")
 
 
 _NO_ROOM = re.compile(r"bad.alloc|failed to allocate|out of memory|available memory", re.IGNORECASE)
@@ -144,7 +146,7 @@ class Session:
                 nodes = list(bodies.nodes(proto.graph))
                 self._watched = not spin and any(n.op_type == "Loop" for n in nodes)
                 if device == "cpu":
-                    _check_bias(nodes, what)
+                    _check_crashes(nodes, what)
                 small, self._held = weights.detached(proto)
                 if weights.references(small):
                     # The session maps files itself, and makes copies in its own order only where speed is measured.

@@ -168,16 +168,38 @@ def _flat_states() -> ModelProto:
                  " y = LSTM<hidden_size=6>(x, w, n) }")  # fmt: skip
 
 
-def test_attention_without_a_bias_is_not_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _no_bias() -> ModelProto:
     proto = build("(float[2,4,6] x) => (float[2,4,3] y) <float[6,24] w, float[6,8] u, float[8,3] v> {"
                   " h = MatMul(x, u)  y = MatMul(h, v) }")  # fmt: skip
     attention = helper.make_node("Attention", ["x", "w"], ["h"], domain="com.microsoft", num_heads=4)
     proto.graph.node[0].CopyFrom(attention)
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    (place / "m.onnx").write_bytes(proto.SerializeToString())
-    assert main(_prune(place)) == 2
-    assert "has no bias, without which the process crashes" in capsys.readouterr().err
-    assert main(["inspect", str(place / "m.onnx")]) == 0
+    return proto
+
+
+def _no_group(op: str) -> Callable[[], ModelProto]:
+    def make() -> ModelProto:
+        proto = build("(float[N,3,5,5] x) => (float[N,4,5,5] y) <float[4,3,1,1] w> { y = Conv(x, w) }")
+        proto.graph.node[0].op_type = op
+        proto.graph.node[0].attribute.append(helper.make_attribute("group", 0))
+        return proto
+
+    return make
+
+
+@pytest.mark.parametrize(("make", "why"), [
+    (_no_bias, "has no bias"), (_no_group("Conv"), "than one group"),
+    (_no_group("ConvTranspose"), "than one group"),
+])  # fmt: skip
+def test_what_ends_the_runtime_is_not_run(
+    make: Callable[[], ModelProto], why: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "m.onnx").write_bytes(make().SerializeToString())
+    status = main(_prune(place))
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert not fuzzing.judge(status, out, err)
+    assert why in err
 
 
 def _narrow() -> ModelProto:
