@@ -325,9 +325,10 @@ def compare(
     images.check_labels(model, samples)
     verify.structure(other.proto)
     after = Session(other.proto, device, what=str(pruned))
-    batches = verify.runs_at(model, after, samples)
     before = Session(model.proto, device, what=str(original))
+    batches = verify.runs_at(model, after, samples, before)
     found = verify.compare(model, before, after, samples, settings.batch_size, progress)
+    verify.numbers(model, found)
     return replace(found, batches=batches)
 
 
@@ -364,13 +365,14 @@ def prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None =
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
     proof = verify.prove(model, masked, pruned.raw, few, settings.batch_size)
     final = Session(pruned.proto, device, what="the pruned model")
-    batches = verify.runs_at(model, final, samples)
+    batches = verify.runs_at(model, final, samples, original)
     ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
     if ready.held is None:
         return Verification(
             proof.distance, None, None, None, None, batches, 0, latency_ratio=ratio, rounding=proof.rounding
         )
     found = verify.compare(model, original, final, ready.held, settings.batch_size, progress)
+    verify.numbers(model, found)
     return replace(
         found, masked_equivalence=proof.distance, rounding=proof.rounding, batches=batches, latency_ratio=ratio
     )
