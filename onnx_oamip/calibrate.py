@@ -38,8 +38,7 @@ def collect(
     Raises DataError where a consumed tensor is not finite.
     """
     start = time.perf_counter()
-    met = {(c.weight, c.weight_axis) for c in coupling.consumers if c.weight and c.weight not in model.constants}
-    sites = sorted({(c.data, c.axis) for c in coupling.consumers} | met)
+    sites = consumed(model, coupling)
     sums: dict[Axis, tuple[Floats, Floats]] = {}
     counts = dict.fromkeys(sites, 0)
     session = None
@@ -67,6 +66,12 @@ def collect(
         site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site]) for site in sites
     }
     return Statistics(moments, total, device, time.perf_counter() - start)
+
+
+def consumed(model: Model, coupling: Coupling) -> list[Axis]:
+    """The axes that consumers sum over, those of activations that stand in for weights among them."""
+    met = {(c.weight, c.weight_axis) for c in coupling.consumers if c.weight and c.weight not in model.constants}
+    return sorted({(c.data, c.axis) for c in coupling.consumers} | met)
 
 
 def _again(model: Model, site: Axis, feed: Mapping[str, Array], device: str) -> tuple[Floats, Floats]:

@@ -387,7 +387,7 @@ def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
 def test_a_budget_that_the_limits_do_not_allow_says_so(tmp_path: Path) -> None:
     model, _, arrays = _learnable(tmp_path)
     wish = {"macs": 0.05, "allocate": "uniform", "refit": "none", "importance": "l2", "align": 1, "device": "cpu"}
-    with pytest.raises(BudgetNotMet, match="it can be met without --floor, --limits and --protect"):
+    with pytest.raises(BudgetNotMet, match="it can be met without --limits snacs"):
         _allocated(pipeline.prepare(model.path, arrays, Settings.create(**wish, limits="snacs")))
 
 

@@ -33,6 +33,7 @@ STUDIES = (
     "calibration",
     "cost",
     "finetune",
+    "cuda",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
 EXTRA = ("seeds", "fashion", "mnist")
