@@ -8,7 +8,7 @@ are ruled out, a logarithm of 0 that is masked afterwards.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -64,7 +64,7 @@ def by_sample(value: Array, count: int) -> Bools:
     return np.full(count, bool(sound.all()))
 
 
-def _largest(kind: np.dtype[np.generic]) -> float:
+def _largest(kind: np.dtype[Any]) -> float:
     return float(np.finfo(kind).max) if kind.kind == "f" else 3.4e38  # bfloat16 has float32's range
 
 
