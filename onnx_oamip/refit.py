@@ -245,7 +245,7 @@ def _refit(
         )
         y += target.join.correction(error, kept)
     y = y.reshape(-1, groups, outs).transpose(1, 0, 2)
-    sound: Bools = np.isfinite(y).all(axis=(0, 2)) & np.isfinite(x).all(axis=(0, 2))
+    sound = np.asarray(np.isfinite(y).all(axis=(0, 2)) & np.isfinite(x).all(axis=(0, 2)))
     note = ""
     if not sound.all():
         note = f"{place.node}: {int((~sound).sum())} of {sound.size} rows are not finite and not fitted to"
