@@ -33,7 +33,7 @@ IMAGES = 20_000
 RIVAL = "Torch-Pruning L2, one ratio"
 SHARES_OF_RATE = (0.02, 0.1, 0.5)
 COLUMNS = (
-    "model", "MACs asked", "method", "MACs kept", "before", "pruned", *(f"{k} epochs" for k in EPOCHS), "learning rate",
+    "model", "MACs asked", "method", "MACs kept", "before", "pruned", *(f"{k} epochs" for k in EPOCHS), "learning rate", "images an epoch",
 )  # fmt: skip
 RATES = ("model", "MACs asked", "method", *(f"{share} of the rate" for share in SHARES_OF_RATE))
 
@@ -62,7 +62,7 @@ def run(
                 rates.append({**{k: row[k] for k in RATES[:3]}, **{
                     f"{k} of the rate": round(unseen, 2) for k, (_, unseen) in tried.items()
                 }})  # fmt: skip
-                row["learning rate"] = f"{best * RECIPES[name].lr:g}"
+                row |= {"learning rate": f"{best * RECIPES[name].lr:g}", "images an epoch": IMAGES}
                 for epochs in EPOCHS:
                     again = epochs > 1
                     found = tuned(name, proto, data, epochs, best * RECIPES[name].lr, seed) if again else tried[best]

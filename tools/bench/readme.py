@@ -91,10 +91,7 @@ TEXT = {
     ),
     "finetune": (
         "With a short fine-tune",
-        (
-            "The same epochs (20,000 training images each) after pruning by ours and by Torch-Pruning's L2; accuracy "
-            "in percent. Every row trains at its own best of three learning rates."
-        ),
+        "The same epochs after pruning by ours and by Torch-Pruning's L2; accuracy in percent.",
     ),
     "finetune-rates": (
         "Learning rates of the fine-tune",
