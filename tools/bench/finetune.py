@@ -33,7 +33,8 @@ IMAGES = 20_000
 RIVAL = "Torch-Pruning L2, one ratio"
 SHARES_OF_RATE = (0.02, 0.1, 0.5)
 COLUMNS = (
-    "model", "MACs asked", "method", "MACs kept", "before", "pruned", *(f"{k} epochs" for k in EPOCHS), "learning rate", "images an epoch",
+    "model", "MACs asked", "method", "MACs kept", "before", "pruned", *(f"{k} epochs" for k in EPOCHS), "learning rate",
+    "images an epoch",
 )  # fmt: skip
 RATES = ("model", "MACs asked", "method", *(f"{share} of the rate" for share in SHARES_OF_RATE))
 
