@@ -38,7 +38,8 @@ class Samples:
     """Checked arrays by input name, ``count`` samples along axis 0.
 
     ``whole``: every index is one whole feed (arrays have rank + 1). ``scales`` turns stored codes into values when a
-    batch is cut, so that compact arrays stay compact in memory.
+    batch is cut, so that compact arrays stay compact in memory. ``origin``: numbers of the samples in the source, where
+    these are some of them.
     """
 
     arrays: Mapping[str, Array]
@@ -49,6 +50,7 @@ class Samples:
     dtypes: Mapping[str, np.dtype[Any]]
     fixed_batch: int | None
     source: str
+    origin: Ints | None = None
 
     def feed(self, index: Ints) -> dict[str, Array]:
         """One feed of the samples at ``index`` (a single one for whole feeds)."""
@@ -80,6 +82,7 @@ class Samples:
             arrays={k: v[index] for k, v in self.arrays.items()},
             labels=None if self.labels is None else self.labels[index],
             count=len(index),
+            origin=index if self.origin is None else self.origin[index],
         )
 
     def bindings(self, model: Model) -> dict[str, int]:
@@ -308,8 +311,10 @@ def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
     if array.dtype.kind in "fc" or array.dtype.kind == "V":
         bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1) if array.size else np.zeros(0, bool)
         if bad.any():
+            mask = not np.isnan(array).any() and not np.isposinf(array).any()
+            hint = ", and where -inf masks something, write the type's lowest number" if mask else ""
             raise DataError(
-                f"{label} has NaN or infinite values, first in sample {int(np.argmax(bad))}; clean the data."
+                f"{label} has NaN or infinite values, first in sample {int(np.argmax(bad))}; clean the data{hint}."
             )
     return array
 

@@ -29,6 +29,8 @@ MOST_COLUMNS = 8192
 """Above this a consumer has no Gram matrix (half a gigabyte): its units are judged by their activations alone."""
 ROWS_PER_UNKNOWN = 2
 LEAST_ROWS, MOST_ROWS = 4096, 8192
+TINY = 1e-150
+"""Stands for a variance of 0. Far below the squares of any activation in float32, so that scales do not matter."""
 RIDGE = 1e-3
 """Relative to the mean diagonal: keeps a Gram matrix of few rows from promising a perfect repair."""
 
@@ -155,10 +157,10 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
             covariance = found.matrix[block]
             ridge = shrinkage(covariance, found.rows)
             gram = covariance / (1 + ridge)  # the trace stays: a strong ridge must not make a consumer louder
-            load = float(ridge * np.trace(gram) / len(gram) + 1e-30)
+            load = float(ridge * np.trace(gram) / len(gram) + TINY)
             gram[np.diag_indices_from(gram)] += load
             # The variance of y, without the ridge: trace(W G W').
-            scale = max(float(np.einsum("od,od->", part @ covariance, part)), 1e-30)
+            scale = max(float(np.einsum("od,od->", part @ covariance, part)), TINY)
             result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale, load))
     return result
 

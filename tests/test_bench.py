@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnx_oamip.errors import EnvironmentMissing
+from onnx_oamip.records import Moments
 from onnx_oamip.runtime import Session
-from tools.bench import calibration, cost, rivals, rivals_figure, studies
+from tools.bench import calibration, cost, cuda, rivals, rivals_figure, studies
 
 
 @pytest.mark.parametrize("target", [0.8, 0.5, 0.15])
@@ -83,6 +85,61 @@ def test_exponents_of_made_data() -> None:
     assert found["seconds"] == 2.5
     assert found["peak MiB added"] == 0.0
     assert found["calibrate"] is None
+
+
+def test_exponents_leave_the_start_up_out() -> None:
+    """Seconds that are a constant plus a power; small sizes, which other work dominates, do not count."""
+    made = [{"varied": "depth", "depth": s, "seconds": 2.0 + 0.1 * s**1.5 + (s < 8)} for s in (2, 4, 8, 16)]
+    (plain,) = cost.exponents(made)
+    (found,) = cost.exponents(made, {"seconds": 2.0})
+    assert plain["seconds"] is not None
+    assert plain["seconds"] < 1.3
+    assert found["seconds"] == 1.5
+
+
+def test_cost_counts_in_plain_passes() -> None:
+    row = cost._measured({"width": 4, "depth": 2, "samples": 40, "resolution": 4}, 0)
+    assert row["passes"] > 1
+    assert set(cost.COLUMNS) - set(row) == {"varied"}
+
+
+def test_the_gpu_study_measures_the_cpu_against_itself(tmp_path: Path) -> None:
+    cost.stack(tmp_path / "stack.onnx", 6, 3, 8, np.random.default_rng(0))
+    np.savez(tmp_path / "noise.npz", x=np.random.default_rng(1).standard_normal((40, 3, 8, 8), np.float32))
+    row = cuda.measured(tmp_path / "stack.onnx", tmp_path / "noise.npz", "cpu")
+    assert set(cuda.COLUMNS) - set(row) == {"model"}
+    assert (row["samples"], row["apart"], row["copies %"]) == (40, 0.0, 0.0)
+    assert row["CPU s"] == row["GPU s"] > 0
+    assert 0 <= row["transfers %"] <= 100
+
+
+def test_moments_are_compared_by_their_scale() -> None:
+    one = {("x", 1): Moments(np.asarray([0.0, 1.0]), np.asarray([4.0, 100.0]), 8)}
+    other = {("x", 1): Moments(np.asarray([0.5, 1.0]), np.asarray([4.0, 101.0]), 8)}
+    assert cuda.apart(one, one) == 0
+    assert cuda.apart(one, other) == pytest.approx(0.05)
+    assert cuda.apart(one, {}) == np.inf
+
+
+def test_copies_are_told_from_other_kernels() -> None:
+    def node(op: str, micros: int, name: str = "n_kernel_time") -> dict[str, object]:
+        return {"cat": "Node", "name": name, "dur": micros, "args": {"op_name": op}}
+
+    events = [node("Conv", 60), node("MemcpyToHost", 30), node("MemcpyFromHost", 10), node("Conv", 9, "n_fence_before")]
+    assert cuda.copied([*events, {"cat": "Session", "name": "model_run", "dur": 500}]) == (40.0, 100.0)
+    assert cuda.copied([]) == (0.0, 0.0)
+
+
+def test_the_gpu_study_says_where_it_cannot_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(_: str) -> str:
+        raise EnvironmentMissing("there is no GPU.")
+
+    monkeypatch.setattr(cuda, "resolve_device", missing)
+    assert cuda.run(tmp_path / "out", 0) == ""
+    assert capsys.readouterr().out == "cuda: left out; there is no GPU.\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_stack_is_the_network_that_was_asked_for(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ STUDIES = (
     "cost",
     "resume",
     "finetune",
+    "cuda",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
 EXTRA = ("seeds", "fashion", "mnist")

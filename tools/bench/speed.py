@@ -47,7 +47,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
 def _row(name: str, model: Path, source: Path, budget: dict[str, float]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "out.onnx"
-        plain = _plain_pass(model, source)
+        plain = plain_pass(model, source)
         start = time.perf_counter()
         report = pipeline.prune(model, source, target, Settings.create(**budget))
         spent = time.perf_counter() - start
@@ -68,7 +68,7 @@ def _row(name: str, model: Path, source: Path, budget: dict[str, float]) -> Row:
     return row
 
 
-def _plain_pass(model: Path, source: Path) -> float:
+def plain_pass(model: Path, source: Path) -> float:
     """Seconds of one ONNX Runtime pass over the calibration data, second of two."""
     loaded = models.load(model)
     samples = data.load(source, loaded)
