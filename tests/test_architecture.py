@@ -20,9 +20,9 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("ops", "milp", "settings"),
     (
         "aside", "weights", "runtime", "bodies", "bounds", "sizes", "shapes", "folding", "model", "coupling",
-        "restoring", "cost", "pictures", "parquet", "arrays", "data", "calibrate", "affine", "patches", "residual",
-        "ridge", "subgraph", "gram", "latency", "output", "artefacts", "checkpoint", "images", "solvers", "region",
-        "formulation", "solving", "signals", "pooled", "executors",
+        "restoring", "cost", "rows", "pictures", "parquet", "arrays", "data", "calibrate", "affine", "patches",
+        "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts", "checkpoint", "images", "solvers",
+        "region", "formulation", "solving", "signals", "pooled", "executors",
     ),
     ("importance",),
     ("budget", "allocation", "planfile", "provenance", "limits"),
