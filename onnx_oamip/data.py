@@ -111,6 +111,7 @@ def load(
     ``prefix`` picks the keys of a part (``eval.``); None is returned where the source has no such part. ``reading``
     says how images and tables are read. Raises DataError with one sentence: what was found, where, what was expected.
     """
+    found: dict[str, Values]
     if isinstance(source, Mapping):
         found, where = _plain(source), "the data"
     else:
@@ -130,7 +131,7 @@ def load(
     return _check(found, model, where)
 
 
-def _plain(source: Mapping[str, Array]) -> dict[str, Array]:
+def _plain(source: Mapping[str, Array]) -> dict[str, Values]:
     """A caller's own arrays, by name and in this machine's byte order."""
     for name in source:
         if not isinstance(name, str):

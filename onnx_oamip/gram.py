@@ -109,7 +109,8 @@ class _Sum:
     def wanted(self, feeds: int) -> int:
         """Rows to be sampled from each of so many feeds."""
         d, folded = self.columns.shape
-        return -(-max(64, int(np.clip(ROWS_PER_UNKNOWN * d, LEAST_ROWS, MOST_ROWS)) // folded) // feeds)
+        whole: int = max(64, min(max(ROWS_PER_UNKNOWN * d, LEAST_ROWS), MOST_ROWS) // folded)
+        return -(-whole // feeds)
 
     def rows(self, batch: Fraction) -> int:
         """Rows that a feed of ``batch`` times the model's own batch should have."""

@@ -68,7 +68,7 @@ class Rows:
 
         def read(index: Ints) -> Array:
             found = np.empty((len(index), *shape[1:]), dtype)
-            view = memoryview(found.reshape(-1).view(np.uint8))
+            view = _bytes(found)
             # What stands together is read together.
             cuts = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
             for first, last in pairwise(cuts):
@@ -152,9 +152,7 @@ class Spool:
 
     def append(self, part: bytes | memoryview | Array) -> None:
         """Add values in C order."""
-        content = part
-        if isinstance(part, np.ndarray):
-            content = memoryview(np.ascontiguousarray(part).reshape(-1).view(np.uint8))
+        content = _bytes(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part
         self.bytes += len(content)
         try:
             if self._file is None and self.bytes > HELD:
@@ -185,6 +183,11 @@ class Spool:
             return found if dtype.isnative else found.astype(dtype.newbyteorder("="))
         return Rows.at(File(self._file, self._what, fixed=False), 0, shape, dtype)
 
+
+
+def _bytes(values: Array) -> memoryview:
+    """The memory of an array in C order."""
+    return values.reshape(-1).view(np.uint8).data
 
 
 def room() -> int:

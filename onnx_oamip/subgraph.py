@@ -152,8 +152,8 @@ class _Part:
 class _Parts:
     """A graph taken apart front to back, as far as asked. Every node is in one part."""
 
-    def __init__(self, proto: onnx.ModelProto, types: Mapping[str, int], device: str) -> None:
-        self.proto, self.types, self.device = proto, dict(types), device
+    def __init__(self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False) -> None:
+        self.proto, self.types, self.device, self.lean = proto, dict(types), device, lean
         self.done: set[str] = set()
 
     def next(self, targets: Sequence[str], held: Collection[str]) -> _Part | None:
@@ -169,7 +169,8 @@ class _Parts:
         outputs = [n for n in made if n in later or n in targets]
         for name in outputs:
             self.types.setdefault(name, 0)
-        session = Session(slicer.model(nodes, outputs, self.types), self.device, what="a part of the model")
+        part = slicer.model(nodes, outputs, self.types)
+        session = Session(part, self.device, what="a part of the model", lean=self.lean)
         return _Part(session, outputs, later.union(targets))
 
     def saw(self, values: Mapping[str, Array]) -> None:
@@ -220,7 +221,7 @@ def stream(
     The same parts as a ``Frontier`` runs when it is asked for one target after another, so that values are the same to
     the bit; memory holds one feed.
     """
-    parts = _Parts(proto, types, device)
+    parts = _Parts(proto, types, device, lean=True)  # all of them stay open
     steps: list[_Part | None] = []
     for b, feed in enumerate(feeds):
         held = dict(feed)

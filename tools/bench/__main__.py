@@ -32,6 +32,7 @@ STUDIES = (
     "rivals",
     "calibration",
     "cost",
+    "memory",
     "finetune",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""

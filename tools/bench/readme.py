@@ -105,6 +105,13 @@ TEXT = {
         "Growth of the cost",
         "Exponent b of seconds = a * size^b, fitted to the study above.",
     ),
+    "memory": (
+        "Memory by samples",
+        (
+            "Peaks of a process beyond what it holds after its imports: all pages that are resident, and its own alone "
+            "(no file behind them). The ratio is that of the most samples to the fewest."
+        ),
+    ),
     "coverage": (
         "Architectures",
         (
