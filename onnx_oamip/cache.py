@@ -29,6 +29,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from platformdirs import user_cache_path
 
+from . import rows
 from .aside import write_bytes
 from .data import Samples
 from .errors import OutputError
@@ -144,7 +145,8 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
         for factor in samples.scales.get(name, ()):
             digest.update(f"{factor.shape} {factor.tolist()}".encode())
-        digest.update(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
+        for block in rows.blocks(values):
+            digest.update(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
     if samples.labels is not None:
         digest.update(np.ascontiguousarray(samples.labels).tobytes())
     shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items())]

@@ -16,7 +16,7 @@ Sun, ICCV 2017; the front-to-back order corrects errors that earlier layers made
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -178,7 +178,7 @@ class Target:
 def collect_targets(
     model: Model,
     places: Sequence[Site],
-    feeds: list[dict[str, Array]],
+    feeds: Sequence[Mapping[str, Array]],
     types: dict[str, int],
     device: str,
     rng: np.random.Generator,

@@ -33,6 +33,7 @@ STUDIES = (
     "calibration",
     "cost",
     "resume",
+    "memory",
     "finetune",
     "cuda",
 )

@@ -129,6 +129,13 @@ TEXT = {
             "empty cache (half the MACs, widths in steps of 8)."
         ),
     ),
+    "memory": (
+        "Memory by samples",
+        (
+            "Peaks of a process beyond what it holds after its imports: all pages that are resident, and its own alone "
+            "(no file behind them). The ratio is that of the most samples to the fewest."
+        ),
+    ),
     "coverage": (
         "Architectures",
         (
