@@ -92,8 +92,8 @@ RECIPES = {
         weight_decay=5e-4, shift=2, flip=True, bf16=True, channels_last=True, warmup=0.25,
     ),
     "vgg16": Recipe(
-        Vgg16, "fashion-mnist", "VGG-16 with batch normalisation", epochs=2, optimiser="SGD-Nesterov", lr=0.05,
-        weight_decay=5e-4, shift=2, flip=True, bf16=True, channels_last=True, warmup=0.25,
+        Vgg16, "fashion-mnist", "VGG-16 with batch normalisation", epochs=2, optimiser="SGD-Nesterov", lr=0.02,
+        weight_decay=5e-4, shift=2, flip=True, smoothing=0.1, bf16=True, channels_last=True, warmup=0.25,
     ),
 }  # fmt: skip
 
