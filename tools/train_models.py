@@ -449,7 +449,7 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     count, reach = len(images), recipe.shift
     padded = nn.functional.pad(images[:, 0], (reach, reach, reach, reach))
     offsets = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
-    steps = torch.arange(28)
+    steps = torch.arange(images.shape[-1])
     rows, columns = steps + offsets[0], steps + offsets[1]
     if recipe.flip:
         flipped = torch.rand(count, 1, generator=generator) < 0.5

@@ -29,6 +29,7 @@ STUDIES = (
     "estimators",
     "storage",
     "large",
+    "larger",
     "rivals",
     "calibration",
     "cost",
@@ -38,7 +39,7 @@ STUDIES = (
     "cuda",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
-EXTRA = ("seeds", "fashion", "mnist")
+EXTRA = ("seeds", "fashion", "mnist", "larger")
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of rivals: so many seeds from --seed on")
     parser.add_argument("--fashion", type=Path, metavar="DIR", help="of finetune: the IDX files of Fashion-MNIST")
     parser.add_argument("--mnist", type=Path, metavar="DIR", help="of finetune: the IDX files of MNIST")
+    parser.add_argument("--larger", type=Path, metavar="DIR", help="of larger: what tools.make_larger_models made")
     parser.add_argument("--model", action="append", default=[], help="only this model; may be given more than once")
     chosen = parser.parse_args()
     os.environ["ONNX_OAMIP_CACHE"] = "off"  # what an earlier run found out would be neither timed nor made again
