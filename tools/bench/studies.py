@@ -30,10 +30,12 @@ def paths(name: str) -> tuple[Path, Path]:
 
 def environment() -> dict[str, str]:
     """What a reader needs to judge a number."""
-    used = [p for p in ("torch", "torch-pruning", "onnxsim") if p.replace("-", "_") in sys.modules]
+    optional = ("highspy", "gurobipy", "torch", "torch-pruning", "onnxsim")
+    used = [p for p in optional if p.replace("-", "_") in sys.modules]
     packages = {p: metadata.version(p) for p in ("onnxruntime", "numpy", "scipy", "onnx", *used)}
     machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "python": platform.python_version()}
-    return {**machine, **packages}
+    fixed = {k: v for k, v in os.environ.items() if k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return {**machine, **packages, **fixed}
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
