@@ -58,6 +58,8 @@ LEVEL = 0.05
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), seeds: int = 1) -> str:
     """One row per model and budget; ours and random are means over ``seeds`` seeds from ``seed`` on."""
+    from . import peers  # noqa: F401  before hours of work: what it needs may not be installed
+
     every = range(seed, seed + seeds)
     for name in names or tuple(MODELS):
         rows: list[Row] = []

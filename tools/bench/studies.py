@@ -6,10 +6,14 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from onnx_oamip import allocation, latency
+from onnx_oamip.runtime import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
@@ -21,6 +25,27 @@ MODELS = {
     "vit-fashion": "fashion-mnist",
 }
 Row = dict[str, Any]
+
+
+class LeftOut(Exception):
+    """A study lacks something; the message is a sentence that says what, and what to do."""
+
+
+@contextmanager
+def known_step(known: bool = True) -> Iterator[None]:
+    """``--align auto`` takes the step of widths that the device has by default, not the one it is measured to like.
+
+    The measurement may come out differently the next time, and other widths have another accuracy.
+    """
+    measured = allocation.find_step
+    if known:
+        allocation.find_step = lambda device: latency.Step(  # type: ignore[assignment]
+            latency.DEFAULT_STEP[resolve_device(device)], False, "the default of the device"
+        )
+    try:
+        yield
+    finally:
+        allocation.find_step = measured
 
 
 def paths(name: str) -> tuple[Path, Path]:
@@ -51,17 +76,26 @@ def _cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def save(out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int) -> str:
+def save(
+    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = ()
+) -> str:
     """Print and store the rows of a study; returns its Markdown."""
     text = table(rows, columns)
-    store(out, study, rows, columns, seed)
+    store(out, study, rows, columns, seed, clocked)
     seen = ", ".join(f"{k} {v}" for k, v in environment().items())
     print(f"\n## {study}\n\nseed {seed}; {seen}\n\n{text}\n", flush=True)
     return text
 
 
-def store(out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int) -> None:
-    """Store the rows that there are so far: a study that is stopped leaves what it found."""
+def store(
+    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = ()
+) -> None:
+    """Store the rows that there are so far: a study that is stopped leaves what it found.
+
+    ``clocked``: keys of rows that hold what a clock or a memory gauge read, or follow from it, and that a second run
+    will not give again. All others it must (``agree``).
+    """
     out.mkdir(parents=True, exist_ok=True)
-    record = {"study": study, "environment": environment(), "seed": seed, "columns": list(columns), "rows": list(rows)}
-    (out / f"{study}.json").write_text(json.dumps(record, indent=1) + "\n")
+    record: dict[str, Any] = {"study": study, "environment": environment(), "seed": seed, "columns": list(columns)}
+    record |= {"clocked": list(clocked), "rows": list(rows)}
+    (out / f"{study}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
