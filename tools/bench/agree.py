@@ -64,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clocked = ", ".join(dict.fromkeys([*first.get("clocked", ()), *other.get("clocked", ())]))
         told = f"{len(found)} of {len(first['rows'])} rows differ" if found else f"{len(first['rows'])} rows agree"
         print(f"{study}: {told}{f' (not compared: {clocked})' if clocked else ''}")
+        here, there = first["environment"], other["environment"]
+        if here != there:
+            keys = [k for k in dict.fromkeys([*here, *there]) if here.get(k) != there.get(k)]
+            changed = ", ".join(f"{k} {here.get(k, MISSING)} and {there.get(k, MISSING)}" for k in keys)
+            print(f"  measured in different environments: {changed}")
         print("".join(f"  {line}\n" for line in found), end="")
     if not compared:
         print("nothing was compared: there is no study in both folders.")

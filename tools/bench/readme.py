@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
-from . import picture
+from . import latency_figure, picture, rivals, rivals_figure
 from .studies import ROOT, Row, table
 
 SAVED = Path(__file__).parent / "results"
 """The studies that the pages are made from, one JSON file each, as ``studies.save`` writes them."""
 PAGE = Path(__file__).parent / "RESULTS.md"
 README = ROOT / "README.md"
+DRAWN = ROOT / "docs"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 TEXT = {
@@ -78,8 +79,10 @@ TEXT = {
         "Against others at equal MACs",
         (
             "Accuracy in percent without retraining on the same 512 calibration images (Taylor and Hessian also get "
-            "labels). Ours is the mean of three seeds; of each rival the best of its variants, picked row by row by "
-            "the accuracy shown, which favours it. Random has our allocation and no refit."
+            "labels), all widths in steps of one channel. Ours is the mean of three seeds, which shuffle those images, "
+            "with the lowest and the highest; of each rival the best of its variants, picked row by row by the "
+            "accuracy shown, which favours it. The standard error is that of the lead on the same 2,000 test images. "
+            "Random has our allocation and no refit. A dash: the tool did not come down to that budget."
         ),
     ),
     "rivals-summary": (
@@ -88,6 +91,25 @@ TEXT = {
             "No training, the same images, the same MACs on the exported file: ours (mean of three seeds) beside the "
             "best variant of the best of onnxsim's and Torch-Pruning's methods for each model."
         ),
+    ),
+    "rivals-importances": (
+        "Every importance at equal MACs",
+        (
+            "Accuracy in percent of ours by importance, one seed, with the default allocation and refit; `obs` is the "
+            "default."
+        ),
+    ),
+    "latency": (
+        "Ideal, predicted and measured speed-up",
+        (
+            "How many times faster than the original, in ONNX Runtime. Ideal is MACs over MACs kept, predicted the "
+            "additive model behind `--latency`, measured the median of paired ratios with its 95 % interval. Ours with "
+            "the measured step of widths (the default), with `--align 1`, and onnxsim (L2 norm) at the same budget."
+        ),
+    ),
+    "latency-accuracy": (
+        "Accuracy behind the speed-ups",
+        "Accuracy in percent of the models timed above; `step` is the step of widths that was measured.",
     ),
     "finetune": (
         "With a short fine-tune",
@@ -128,6 +150,15 @@ TEXT = {
 }
 """Title and text of every study and of what it sums up (``study-...``), in the order of the page."""
 
+FIGURES: dict[str, tuple[Callable[[Sequence[Row], Path], None], str]] = {
+    "rivals": (
+        rivals_figure.draw,
+        "Accuracy over MACs kept, a panel a network: ours stays near the original where the best of each rival falls.",
+    ),
+    "latency": (latency_figure.draw, "Measured speed-up over the ideal one, a panel for each of threads and batch."),
+}
+"""Of studies that have one: what draws it from the rows, and what it shows, for those who do not see it."""
+
 SHOWN = {"coverage": ("network", "exporter", "kept %", "onnxsim %", "Torch-Pruning %", "cut = masked")}
 """Columns of a study that the page shows, where that is not all."""
 
@@ -139,14 +170,21 @@ def page(results: Path) -> str:
         "# Results",
         (
             "Every table is made by `python -m tools.bench readme` from the studies saved in [results](results), "
-            "and every study by the command under its table. OAMIP's published protocol has "
+            "and every study by the command under its table; [all of them](../../README.md#reproduce-the-results) by "
+            "`python -m tools.bench all`. OAMIP's published protocol has "
             "[a page of its own](../experiments/results/README.md)."
         ),
         "\n".join(f"- [{TEXT[study][0]}](#{TEXT[study][0].lower().replace(' ', '-')})" for study in found),
     ]
     for study, record in found.items():
         title, text = TEXT[study]
-        parts += [f"## {title}", text, table(record["rows"], SHOWN.get(study, record["columns"])), _again(record)]
+        parts += [f"## {title}", text]
+        if study in FIGURES:
+            parts.append(f"![{FIGURES[study][1]}](../../docs/{study}.svg)")
+        parts.append(table(record["rows"], SHOWN.get(study, record["columns"])))
+        if study == "rivals":
+            parts.append("\n".join(f"- {line}" for line in rivals.remarks(record["rows"])))
+        parts.append(_again(record))
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,12 +194,20 @@ def headline(results: Path) -> str:
     for study, rows, columns in (
         ("budgets", _aligned, ("model", "MACs kept", "params kept", "before", "after", "points lost")),
         ("rivals-summary", _all, None),
+        ("rivals", None, None),
+        ("latency", _means, ("device", "threads", "batch", "MACs asked", *MEANS)),
         ("speed", _all, None),
         ("coverage", _compared, ("tool", "median kept %", "most kept %", "given", "not done")),
     ):
+        if not (results / f"{study}.json").exists():
+            continue
         record = _read(results, study)
         title, text = TEXT[study]
-        parts.append(f"**{title}.** {text}\n\n{table(rows(record), columns or record['columns'])}")
+        if rows is None:
+            parts.append(" ".join(rivals.remarks(record["rows"])))
+        else:
+            more = f" {MEANS_OF}" if rows is _means else ""
+            parts.append(f"**{title}.** {text}{more}\n\n{table(rows(record), columns or record['columns'])}")
     return "\n\n".join([*parts, f"Measured on {_environment(_read(results, 'budgets'))}."])
 
 
@@ -175,7 +221,7 @@ def updated(text: str, results: Path) -> str:
 
 
 def publish(new: Path | None = None) -> None:
-    """Keep the studies found in ``new``, if any, and write both pages and the picture from all that are kept."""
+    """Keep the studies found in ``new``, if any, and write both pages and the pictures from all that are kept."""
     if new is not None:
         for study in TEXT:
             file = new / f"{study}.json"
@@ -183,7 +229,10 @@ def publish(new: Path | None = None) -> None:
                 shutil.copyfile(file, SAVED / file.name)
     PAGE.write_text(page(SAVED), encoding="utf-8")
     README.write_text(updated(README.read_text(encoding="utf-8"), SAVED), encoding="utf-8")
-    picture.write(_read(SAVED, "budgets")["rows"], _read(SAVED, "ablation")["rows"])
+    picture.write(_read(SAVED, "rivals")["rows"], DRAWN / picture.NAME)
+    for study, (draw, _) in FIGURES.items():
+        if (SAVED / f"{study}.json").exists():
+            draw(_read(SAVED, study)["rows"], DRAWN / f"{study}.svg")
 
 
 def _read(results: Path, study: str) -> dict[str, Any]:
@@ -206,6 +255,24 @@ def _all(record: dict[str, Any]) -> list[Row]:
 
 def _aligned(record: dict[str, Any]) -> list[Row]:
     return [row for row in record["rows"] if row["align"] == "auto"]
+
+
+MEANS = ("ideal", "predicted", "ours", "ideal, align 1", "align 1", "ideal, onnxsim", "onnxsim")
+MEANS_OF = "Geometric means over the networks; of onnxsim over those that it could cut so far."
+
+
+def _means(record: dict[str, Any]) -> list[Row]:
+    """Geometric means over the networks, of the columns that every network has in that setting."""
+    keys = ("device", "threads", "batch", "MACs asked")
+    found = []
+    for setting in dict.fromkeys(tuple(row[k] for k in keys) for row in record["rows"]):
+        here = [row for row in record["rows"] if tuple(row[k] for k in keys) == setting]
+        row: Row = dict(zip(keys, setting, strict=True))
+        for column in MEANS:
+            seen = [r[column] for r in here if column in r]
+            row[column] = geometric_mean(seen) if seen else None
+        found.append(row)
+    return found
 
 
 def _compared(record: dict[str, Any]) -> list[Row]:

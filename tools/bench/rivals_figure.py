@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .studies import Row
+from .studies import Row, digest
 
 LINES = {"ours": ("#111111", 2.4, "lowest", "highest"), "random": ("#8c959f", 1.2, "random low", "random high")}
 FAMILIES = {"onnxsim": "#d95f02", "Torch-Pruning": "#1f78b4"}
@@ -32,7 +32,8 @@ def draw(rows: Sequence[Row], target: Path) -> None:
         if known:
             figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+        about = {"Date": None, "Description": f"rows: {digest(rows)}"}
+        figure.savefig(target, metadata=about if target.suffix == ".svg" else None)
 
 
 def _panel(axes: Axes, rows: Sequence[Row]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -61,6 +62,11 @@ def environment() -> dict[str, str]:
     machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "python": platform.python_version()}
     fixed = {k: v for k, v in os.environ.items() if k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     return {**machine, **packages, **fixed}
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows, for pictures to say what they show."""
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
