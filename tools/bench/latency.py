@@ -36,7 +36,7 @@ ALIGN: Mapping[str, Any] = {"ours": "auto", "align 1": 1}
 RIVAL = "onnxsim"
 METHODS = (*ALIGN, RIVAL)
 THREADS, BATCHES = (1, 2), (1, 32)
-SECONDS, PROFILE_SECONDS = 6.0, 2.0
+SECONDS, PROFILE_SECONDS = 4.0, 1.5
 """Of all models of one network side by side, and of the additive model's measurements, in one setting."""
 COLUMNS = (
     "model", "device", "threads", "batch", "MACs asked", "ideal", "predicted", "ours", "95 %", "ideal, align 1",

@@ -280,11 +280,12 @@ def remarks(found: Sequence[Row]) -> list[str]:
             f"{row['model']} at {row['MACs asked']:.0%} of the MACs: {row['best rival']} is ahead by "
             f"{-row['ours ahead by']:.2f} points ({-row['ours ahead by'] / max(row['standard error'], 0.01):.1f} "
             f"standard errors); of the images {row['only rival right']} are right by it alone and "
-            f"{row['only ours right']} by ours alone (exact McNemar test: p = {row['McNemar p']:.2f}), and ours loses "
-            f"{row['before'] - row['ours']:.2f} points to the original."
+            f"{row['only ours right']} by ours alone (exact McNemar test: p = {row['McNemar p']:.2f})."
         )
+        lost = row["before"] - row["ours"]
+        text += f" Ours loses {lost:.2f} points to the original." if lost > 0 else " Ours is not below the original."
         if row["McNemar p"] >= LEVEL:
-            text += " That is within the noise of the images, and the rival's variant was picked by this accuracy."
+            text += " The lead is within the noise of the images, and the rival's variant was picked by this accuracy."
         told.append(text)
     return told
 
