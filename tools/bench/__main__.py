@@ -22,7 +22,31 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import readme
-from .driver import EXTRA, STUDIES, drive
+from .driver import drive
+
+STUDIES = (
+    "budgets",
+    "connections",
+    "ablation",
+    "speed",
+    "coupling",
+    "coverage",
+    "foreign",
+    "programs",
+    "importance",
+    "methods",
+    "decoupled",
+    "estimators",
+    "storage",
+    "large",
+    "rivals",
+    "latency",
+    "calibration",
+    "cost",
+    "finetune",
+)
+"""One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
+EXTRA = ("seeds", "fashion", "mnist")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

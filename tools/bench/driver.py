@@ -17,29 +17,6 @@ from onnx_oamip.errors import EnvironmentMissing
 
 from .studies import LeftOut, known_step
 
-STUDIES = (
-    "budgets",
-    "connections",
-    "ablation",
-    "speed",
-    "coupling",
-    "coverage",
-    "foreign",
-    "programs",
-    "importance",
-    "methods",
-    "decoupled",
-    "estimators",
-    "storage",
-    "large",
-    "rivals",
-    "latency",
-    "calibration",
-    "cost",
-    "finetune",
-)
-"""One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
-EXTRA = ("seeds", "fashion", "mnist")
 OWN = ("onnx_oamip", "tools")
 TIMED = ("speed", "latency", "cost")
 """Studies of time: there the step of widths is measured. Others take the device's default and are the same again."""
