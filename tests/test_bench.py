@@ -222,6 +222,13 @@ def test_speedups_are_ratios_to_the_original(monkeypatch: pytest.MonkeyPatch) ->
     assert set(half) <= {*latency.COLUMNS, *latency.CLOCKED}
 
 
+def test_slow_cuts_are_told_with_what_they_add() -> None:
+    made = [speedups("a", 1, 0.5, ours=0.8), speedups("a", 32, 0.5), speedups("b", 1, 0.5)]
+    (line,) = latency.remarks(made, [{"model": "a", "MACs asked": 0.5, "nodes added": "9 Pad, 18 Gather"}])
+    assert line.startswith("a at 50% of the MACs is slower than the original (cpu, threads 1, batch 1: 0.80 times")
+    assert "9 Pad, 18 Gather" in line
+
+
 def test_studies_of_accuracy_take_no_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = allocation.find_step
     with studies.known_step():

@@ -9,7 +9,8 @@ ratios: all models of a network take turns in rounds of random order, so that lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -42,9 +43,9 @@ COLUMNS = (
     "model", "device", "threads", "batch", "MACs asked", "ideal", "predicted", "ours", "95 %", "ideal, align 1",
     "predicted, align 1", "align 1", "ideal, onnxsim", "onnxsim",
 )  # fmt: skip
-ACCURACY = ("model", "MACs asked", "step", "before", *METHODS)
+ACCURACY = ("model", "MACs asked", "step", "before", *METHODS, "nodes added", "nodes added, align 1")
 CLOCKED = (*COLUMNS[5:], *(f"{m}, {end}" for m in METHODS for end in ("low", "high")), "error", "rounds")
-CLOCKED_ACCURACY = ("step", "ours", "MACs, ours")
+CLOCKED_ACCURACY = ("step", "ours", "MACs, ours", "nodes added")
 """The step of widths is measured, and what is cut follows it."""
 
 
@@ -70,7 +71,9 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     store(out, "latency", rows, COLUMNS, seed, CLOCKED)
     draw(rows, out / "latency.svg")
     save(out, "latency-accuracy", accuracies, ACCURACY, seed, CLOCKED_ACCURACY)
-    return save(out, "latency", rows, COLUMNS, seed, CLOCKED)
+    text = save(out, "latency", rows, COLUMNS, seed, CLOCKED)
+    print("\n".join(remarks(rows, accuracies)))
+    return text
 
 
 class _Made:
@@ -118,8 +121,40 @@ def _accuracy(bench: Bench, budget: float, made: _Made) -> Row:
         proto = made.protos.get((method, budget))
         if proto is not None:
             row |= {method: round(bench.accuracy(proto), 2), f"MACs, {method}": round(bench.share(proto), 4)}
+            if method in ALIGN:
+                row["nodes added" if method == "ours" else f"nodes added, {method}"] = _added(made.ready, proto)
     print(row, flush=True)
     return row
+
+
+def _added(ready: search.Prepared, proto: onnx.ModelProto) -> str | None:
+    """Kinds of nodes that a cut has more of: around a normalisation of odd width, zeros are put back."""
+    before = Counter(node.op_type for node in ready.model.proto.graph.node)
+    more = Counter(node.op_type for node in proto.graph.node) - before
+    return ", ".join(f"{count} {op}" for op, count in sorted(more.items())) or None
+
+
+def remarks(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[str]:
+    """One sentence for every network and budget at which ours is slower than the original somewhere."""
+    added = {(row["model"], row["MACs asked"]): row.get("nodes added") for row in accuracies}
+    found: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        if row.get("ours", 1.0) < 1:
+            found.setdefault((row["model"], row["MACs asked"]), []).append(row)
+    told = []
+    for (model, budget), slow in found.items():
+        where = "; ".join(
+            f"{r['device']}{'' if r['threads'] is None else ', threads ' + str(r['threads'])}, batch {r['batch']}: "
+            f"{r['ours']:.2f} times as fast"
+            for r in slow
+        )
+        text = f"{model} at {budget:.0%} of the MACs is slower than the original ({where})."
+        more = added.get((model, budget))
+        if more:
+            text += f" The cut adds nodes ({more})"
+            text += ", which put zeros back around normalisations." if "Pad" in more else "."
+        told.append(f"{text} `prune` does not write a model that it measures slower, unless told to by `--force`.")
+    return told
 
 
 def _timed(bench: Bench, made: _Made, device: str, threads: int | None, batch: int, seed: int) -> list[Row]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from . import latency_figure, picture, rivals, rivals_figure
+from . import latency, latency_figure, picture, rivals, rivals_figure
 from .studies import ROOT, Row, table
 
 SAVED = Path(__file__).parent / "results"
@@ -109,7 +109,10 @@ TEXT = {
     ),
     "latency-accuracy": (
         "Accuracy behind the speed-ups",
-        "Accuracy in percent of the models timed above; `step` is the step of widths that was measured.",
+        (
+            "Accuracy in percent of the models timed above, and what nodes the cut added; `step` is the step of widths "
+            "that was measured."
+        ),
     ),
     "finetune": (
         "With a short fine-tune",
@@ -182,8 +185,9 @@ def page(results: Path) -> str:
         if study in FIGURES:
             parts.append(f"![{FIGURES[study][1]}](../../docs/{study}.svg)")
         parts.append(table(record["rows"], SHOWN.get(study, record["columns"])))
-        if study == "rivals":
-            parts.append("\n".join(f"- {line}" for line in rivals.remarks(record["rows"])))
+        told = _remarks(results, record)
+        if told:
+            parts.append("\n".join(f"- {line}" for line in told))
         parts.append(_again(record))
     return "\n\n".join(parts) + "\n"
 
@@ -204,7 +208,7 @@ def headline(results: Path) -> str:
         record = _read(results, study)
         title, text = TEXT[study]
         if rows is None:
-            parts.append(" ".join(rivals.remarks(record["rows"])))
+            parts.append(" ".join(_remarks(results, record)))
         else:
             more = f" {MEANS_OF}" if rows is _means else ""
             parts.append(f"**{title}.** {text}{more}\n\n{table(rows(record), columns or record['columns'])}")
@@ -238,6 +242,15 @@ def publish(new: Path | None = None) -> None:
 def _read(results: Path, study: str) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((results / f"{study}.json").read_text(encoding="utf-8"))
     return record
+
+
+def _remarks(results: Path, record: dict[str, Any]) -> list[str]:
+    """Sentences on single rows: where we are behind, and why."""
+    if record["study"] == "rivals":
+        return rivals.remarks(record["rows"])
+    if record["study"] == "latency":
+        return latency.remarks(record["rows"], _read(results, "latency-accuracy")["rows"])
+    return []
 
 
 def _environment(record: dict[str, Any]) -> str:
