@@ -22,7 +22,6 @@ from tools.bench import (
     latency,
     latency_figure,
     picture,
-    readme,
     rivals,
     rivals_figure,
     studies,
@@ -197,11 +196,15 @@ def speedups(model: str, batch: int, budget: float, **more: float) -> studies.Ro
     return row | {f"{m}, {end}": row[m] for m in ("ours", "align 1") for end in ("low", "high")}
 
 
-def test_means_of_speedups_are_geometric_and_skip_what_is_not_there() -> None:
-    made = [speedups("a", 1, 0.5, ours=1.0), speedups("b", 1, 0.5, ours=4.0, onnxsim=3.0), speedups("a", 32, 0.5)]
-    first, second = readme._means({"rows": made})
-    assert (first["batch"], first["ours"], first["ideal"], first["onnxsim"]) == pytest.approx((1, 2.0, 2.0, 3.0))
-    assert (second["batch"], second["onnxsim"]) == (32, None)
+def test_means_are_over_the_networks_that_every_method_cut() -> None:
+    theirs = {"onnxsim": 3.0, "ideal, onnxsim": 2.0}
+    made = [speedups("a", 1, 0.5, ours=1.0, **theirs), speedups("b", 1, 0.5, ours=4.0, **theirs), speedups("c", 1, 0.5)]
+    still = [{"before": 90.0, "ours": 89.0, "align 1": 89.5, "onnxsim": x} for x in (80.0, 60.0)]
+    known = [{"model": model, "MACs asked": 0.5, **row} for model, row in zip("ab", still, strict=True)]
+    (row,) = latency.means(made, known)
+    assert (row["threads"], row["batch"], row["networks"]) == (1, 1, 2)
+    assert (row["ours"], row["ideal"], row["onnxsim"]) == (2.0, 2.0, 3.0)
+    assert (row["lost, ours"], row["lost, align 1"], row["lost, onnxsim"]) == (1.0, 0.5, 20.0)
 
 
 def test_speedups_are_ratios_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:

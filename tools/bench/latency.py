@@ -4,7 +4,8 @@ Ours at half and at a quarter of the MACs, once with the step of widths that was
 default) and once with ``--align 1``; onnxsim by L2 norm with its ratio bisected to the same budgets. Ideal is MACs
 before over MACs kept; predicted is what the additive model behind ``--latency`` says. Measured is a median of paired
 ratios: all models of a network take turns in rounds of random order, so that load from elsewhere meets all of them.
-``latency-accuracy`` has what each of the models still does. Needs the ``experiments`` extra, and a quiet machine.
+``latency-accuracy`` has what each of the models still does, ``latency-means`` both over all networks. Needs the
+``experiments`` extra, and a quiet machine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -44,6 +46,9 @@ COLUMNS = (
     "predicted, align 1", "align 1", "ideal, onnxsim", "onnxsim",
 )  # fmt: skip
 ACCURACY = ("model", "MACs asked", "step", "before", *METHODS, "nodes added", "nodes added, align 1")
+MEANS = ("ideal", "predicted", "ours", "ideal, align 1", "align 1", "ideal, onnxsim", "onnxsim")
+LOST = tuple(f"lost, {method}" for method in METHODS)
+MEAN_COLUMNS = ("device", "threads", "batch", "MACs asked", "networks", *MEANS, *LOST)
 CLOCKED = (*COLUMNS[5:], *(f"{m}, {end}" for m in METHODS for end in ("low", "high")), "error", "rounds")
 CLOCKED_ACCURACY = ("step", "ours", "MACs, ours", "nodes added")
 """The step of widths is measured, and what is cut follows it."""
@@ -71,6 +76,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     store(out, "latency", rows, COLUMNS, seed, CLOCKED)
     draw(rows, out / "latency.svg")
     save(out, "latency-accuracy", accuracies, ACCURACY, seed, CLOCKED_ACCURACY)
+    save(out, "latency-means", means(rows, accuracies), MEAN_COLUMNS, seed, (*MEANS, "lost, ours"))
     text = save(out, "latency", rows, COLUMNS, seed, CLOCKED)
     print("\n".join(remarks(rows, accuracies)))
     return text
@@ -132,6 +138,24 @@ def _added(ready: search.Prepared, proto: onnx.ModelProto) -> str | None:
     before = Counter(node.op_type for node in ready.model.proto.graph.node)
     more = Counter(node.op_type for node in proto.graph.node) - before
     return ", ".join(f"{count} {op}" for op, count in sorted(more.items())) or None
+
+
+def means(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[Row]:
+    """Per setting and budget, over the networks that every method cut so far."""
+    known = {(row["model"], row["MACs asked"]): row for row in accuracies}
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if all(method in row for method in METHODS):
+            found.setdefault(tuple(row[key] for key in COLUMNS[1:5]), []).append(row)
+    result = []
+    for setting, here in found.items():
+        fresh: Row = dict(zip(COLUMNS[1:5], setting, strict=True)) | {"networks": len(here)}
+        fresh |= {column: round(geometric_mean(row[column] for row in here), 3) for column in MEANS}
+        beside = [known[row["model"], row["MACs asked"]] for row in here]
+        for method, column in zip(METHODS, LOST, strict=True):
+            fresh[column] = round(fmean(row["before"] - row[method] for row in beside), 2)
+        result.append(fresh)
+    return result
 
 
 def remarks(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[str]:
