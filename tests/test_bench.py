@@ -124,6 +124,18 @@ def test_importances_are_those_of_the_first_seed() -> None:
     assert row == {"model": "a", "MACs asked": 0.5, "before": 90.0, "obs": 88.0, "l2": 70.0, "mint": None}
 
 
+def test_models_that_were_run_apart_are_concluded_together(tmp_path: Path) -> None:
+    for name, version in (("lenet300-mnist", "1"), ("lenet5-mnist", "2")):
+        made = rows(name, {"ours": (88.0, 89.0), "ours (l2)": 70.0, "onnxsim L2": 80.0})
+        environment = {"machine": "made", "torch": version}
+        studies.store(tmp_path, f"rivals-rows-{name}", made, rivals.ROWS, 0, measured=environment)
+    rivals.conclude(tmp_path, 0)
+    record = json.loads((tmp_path / "rivals.json").read_text())
+    assert [row["model"] for row in record["rows"]] == ["lenet300-mnist", "lenet5-mnist"]
+    assert record["environment"] == {"machine": "made", "torch": "1 and 2"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".svg"}
+
+
 def test_a_seed_shuffles_images_with_their_labels(tmp_path: Path) -> None:
     bench = rivals.Bench("lenet300-mnist")
     assert bench.shuffled(0, tmp_path) == bench.data

@@ -34,7 +34,7 @@ from onnx_oamip.runtime import Session
 from onnx_oamip.settings import Settings
 
 from .rivals_figure import draw
-from .studies import MODELS, Row, paths, save, store
+from .studies import MODELS, Row, paths, save, store, together
 
 BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
 OURS: Mapping[str, dict[str, str]] = {"ours": {}, "random": {"importance": "random", "refit": "none"}}
@@ -81,15 +81,15 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), seeds: int = 1) -> st
 
 def conclude(out: Path, seed: int) -> str:
     """What all rows in the folder come to."""
-    rows = []
-    for name in MODELS:
-        file = out / f"rivals-rows-{name}.json"
-        rows += json.loads(file.read_text())["rows"] if file.exists() else []
+    files = [out / f"rivals-rows-{name}.json" for name in MODELS]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    rows = [row for record in records for row in record["rows"]]
+    measured = together(record["environment"] for record in records)
     found = best(rows)
     draw(found, out / "rivals.svg")
-    save(out, "rivals-importances", importances(rows), IMPORTANCE_COLUMNS, seed)
-    save(out, "rivals-summary", summary(rows), SUMMARY, seed)
-    text = save(out, "rivals", found, COLUMNS, seed)
+    save(out, "rivals-importances", importances(rows), IMPORTANCE_COLUMNS, seed, measured=measured)
+    save(out, "rivals-summary", summary(rows), SUMMARY, seed, measured=measured)
+    text = save(out, "rivals", found, COLUMNS, seed, measured=measured)
     print("\n".join(remarks(found)))
     return text
 

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -83,25 +83,40 @@ def _cell(value: Any) -> str:
 
 
 def save(
-    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = ()
-) -> str:
+    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = (),
+    measured: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
     """Print and store the rows of a study; returns its Markdown."""
     text = table(rows, columns)
-    store(out, study, rows, columns, seed, clocked)
-    seen = ", ".join(f"{k} {v}" for k, v in environment().items())
+    record = store(out, study, rows, columns, seed, clocked, measured)
+    seen = ", ".join(f"{k} {v}" for k, v in record["environment"].items())
     print(f"\n## {study}\n\nseed {seed}; {seen}\n\n{text}\n", flush=True)
     return text
 
 
 def store(
-    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = ()
-) -> None:
-    """Store the rows that there are so far: a study that is stopped leaves what it found.
+    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = (),
+    measured: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Store the rows that there are so far, in one step: a study that is stopped leaves what it found.
 
     ``clocked``: keys of rows that hold what a clock or a memory gauge read, or follow from it, and that a second run
-    will not give again. All others it must (``agree``).
+    will not give again. All others it must (``agree``). ``measured``: the environment, where it is not this one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"study": study, "environment": environment(), "seed": seed, "columns": list(columns)}
-    record |= {"clocked": list(clocked), "rows": list(rows)}
-    (out / f"{study}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record: dict[str, Any] = {"study": study, "environment": dict(measured or environment()), "seed": seed}
+    record |= {"columns": list(columns), "clocked": list(clocked), "rows": list(rows)}
+    part = out / f"{study}.json.part"
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(out / f"{study}.json")
+    return record
+
+
+def together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """One environment of several: what differs is listed."""
+    found: dict[str, list[str]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            if value not in found.setdefault(key, []):
+                found[key].append(value)
+    return {key: " and ".join(values) for key, values in found.items()}
