@@ -81,7 +81,7 @@ def allocate(
         ceiling = np.maximum(_snap(above, step, full), narrowest)
     if settings.alpha is not None:  # its rules give what must go a score of 0; nothing else goes for a step's sake
         wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
-        ceiling = np.minimum(ceiling, np.clip(-(-wanted // step) * step, narrowest, full))
+        ceiling = np.minimum(ceiling, np.maximum(-(-wanted // step) * step, narrowest))
 
     def fits(widths: Ints) -> bool:
         return limit.holds(ledger.cost(widths))
@@ -227,15 +227,16 @@ def _global(
 def _fill(
     ledger: Ledger, limit: Limits, widths: Ints, step: Ints, ceiling: Ints, full: Ints
 ) -> Ints:
-    """Give back single steps while they fit, the group of the largest kept share lost first."""
+    """Give back single steps while they fit, the group of the largest kept share lost first.
+
+    Widths are multiples of the step, or full; so they stay.
+    """
     widths = widths.copy()
     stuck = widths >= ceiling
     while not stuck.all() and max(limit.shares(ledger.cost(widths)).values(), default=1.0) < 0.998:
         g = int(np.argmin(np.where(stuck, np.inf, widths / full)))
         wider = widths.copy()
         wider[g] = min(widths[g] + step[g], full[g])
-        if wider[g] % step[g] and wider[g] != full[g]:
-            wider[g] = full[g]
         if wider[g] <= ceiling[g] and limit.holds(ledger.cost(wider)):
             widths = wider
             stuck[g] = widths[g] >= ceiling[g]

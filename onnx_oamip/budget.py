@@ -392,9 +392,7 @@ def _polish(budget: _Budget, level: Ints) -> Ints:
 
 
 def _over(budget: _Budget, used: Floats) -> str:
-    """The sentence for limits that cannot be met together."""
+    """The sentence for limits that the narrowest widths are over: costs only fall with the width, so nothing holds."""
     shares = zip(budget.names, used, strict=True)
     over = [f"{name} ({share:.2f} times its limit)" for name, share in shares if share > 1]
-    if not over:
-        return f"the limits on {', '.join(budget.names)} cannot be met together; ask for more."
     return f"with every group at its narrowest width the model is still over {' and '.join(over)}; ask for more."

@@ -9,6 +9,7 @@ counts as missing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,17 +20,21 @@ from dataclasses import dataclass, field
 from functools import cache as once
 from importlib import metadata
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
 from platformdirs import user_cache_path
 
 from .aside import write_bytes
 from .data import Samples
 from .errors import OutputError
-from .records import Array, Gram, Model, Moments, Scores, Sensitivity
+from .records import Array, Fit, Gram, Model, Moments, Pruned, Scores, Sensitivity
 from .versions import sources
+from .weights import references
 
 T = TypeVar("T")
 VARIABLE = "ONNX_OAMIP_CACHE"
@@ -42,19 +47,30 @@ LARGEST = LIMIT // 2
 
 @dataclass(frozen=True)
 class Kind(Generic[T]):
-    """One kind of entry: how it becomes arrays by name, and back."""
+    """One kind of entry: how it becomes arrays by name (None: this one cannot be kept), and back."""
 
     name: str
-    pack: Callable[[T], Mapping[str, Array]]
+    pack: Callable[[T], Mapping[str, Array] | None]
     unpack: Callable[[Mapping[str, Array]], T]
 
 
 @dataclass
 class Store:
-    """A folder of entries (None: nothing is kept). ``taken`` lists the kinds that were found."""
+    """A folder of entries (None: nothing is kept).
+
+    ``taken`` lists the kinds that were found, ``refused`` says why something was not kept that was to be (empty: all
+    was).
+    """
 
     folder: Path | None = None
     taken: list[str] = field(default_factory=list)
+    refused: str = ""
+
+    def remarks(self) -> tuple[str, ...]:
+        """What was not found out anew, and what the next run will have to find out again."""
+        known = ", ".join(dict.fromkeys(self.taken))
+        found = (f"from the cache, as an earlier run on the same model and data found them: {known}",) if known else ()
+        return (*found, *((self.refused,) if self.refused else ()))
 
     def keep(self, kind: Kind[T], depends: Mapping[str, Any], make: Callable[[], T]) -> T:
         """The entry for what it ``depends`` on (plain values); made and written where it is not there."""
@@ -71,7 +87,9 @@ class Store:
                 self.taken.append(kind.name)
                 return value
         value = make()
-        self._write(path, kind.pack(value))
+        arrays = kind.pack(value)
+        if arrays is not None:
+            self._write(path, arrays)
         return value
 
     def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
@@ -80,9 +98,11 @@ class Store:
         stream = BytesIO()
         np.savez(stream, **dict(arrays))  # type: ignore[arg-type]
         # Whoever cleans up or fills the disk meanwhile costs the next run time, not this one its result.
-        with contextlib.suppress(OutputError):
+        try:
             write_bytes(stream.getvalue(), path)
             self._shrink()
+        except OutputError as error:
+            self.refused = f"not all of what was learnt is kept for the next run: {str(error).rstrip('.')}"
 
     def _shrink(self) -> None:
         assert self.folder is not None
@@ -112,7 +132,7 @@ def open_store(where: str) -> Store:
     if usable:
         return Store(folder)
     if asked == "auto":
-        return Store()
+        return Store(refused=f"nothing is kept for the next run: {folder}, the cache, cannot be made or written to")
     raise OutputError(f"the cache folder {folder} cannot be made or written to; choose another --cache, or off.")
 
 
@@ -129,6 +149,11 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
         digest.update(np.ascontiguousarray(samples.labels).tobytes())
     shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items())]
     return {"model": model.sha256, "data": digest.hexdigest(), "shape": shape}
+
+
+def content(proto: onnx.ModelProto) -> str:
+    """Digest of a model that no file holds yet; of weights in files, where they are."""
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 
 
 @once
@@ -218,8 +243,40 @@ def _unpack_losses(arrays: Mapping[str, Array]) -> tuple[Sensitivity, ...]:
     return tuple(Sensitivity(arrays[f"widths{i}"], arrays[f"loss{i}"]) for i in range(int(arrays["groups"])))
 
 
+def _pack_refit(found: Pruned) -> dict[str, Array] | None:
+    """All but ``raw``, which is quick to make. Weights in files of this process go with it: then nothing is kept."""
+    if references(found.proto):
+        return None
+    about = [found.notes, [dataclasses.astuple(fit) for fit in found.fits]]
+    return {"proto": np.frombuffer(found.proto.SerializeToString(), np.uint8), "about": _text(about)}
+
+
+def _unpack_refit(arrays: Mapping[str, Array]) -> Pruned:
+    notes, fits = json.loads(str(arrays["about"]))
+    try:
+        proto = onnx.ModelProto.FromString(arrays["proto"].tobytes())
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+    return Pruned(None, proto, tuple(notes), tuple(Fit(*fit) for fit in fits))
+
+
+def _pack_outputs(found: list[list[Array]]) -> dict[str, Array] | None:
+    """A file holds numbers that numpy knows itself."""
+    for value in chain(*found):
+        if not isinstance(value, np.ndarray) or value.dtype.isbuiltin != 1 or value.dtype.kind not in "biuf":
+            return None
+    named = {f"{b} {i}": value for b, values in enumerate(found) for i, value in enumerate(values)}
+    return {"count": np.asarray([len(values) for values in found], np.int64), **named}
+
+
+def _unpack_outputs(arrays: Mapping[str, Array]) -> list[list[Array]]:
+    return [[arrays[f"{b} {i}"] for i in range(n)] for b, n in enumerate(arrays["count"].tolist())]
+
+
 MOMENTS: Kind[Mapping[tuple[str, int], Moments]] = Kind("moments", _pack_moments, _unpack_moments)
 GRAMS: Kind[Mapping[str, Gram]] = Kind("grams", _pack_grams, _unpack_grams)
 SCORES: Kind[Scores] = Kind("scores", _pack_scores, _unpack_scores)
 LOSSES: Kind[tuple[Sensitivity, ...]] = Kind("losses", _pack_losses, _unpack_losses)
+REFITS: Kind[Pruned] = Kind("refit", _pack_refit, _unpack_refit)
+OUTPUTS: Kind[list[list[Array]]] = Kind("outputs", _pack_outputs, _unpack_outputs)
 STEPS: Kind[Array] = Kind("steps", lambda found: {"steps": found}, lambda arrays: arrays["steps"])

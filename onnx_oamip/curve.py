@@ -79,7 +79,7 @@ def frontier(
             "steps": sorted(set(ready.steps.tolist())),
             "evaluated": proofs[0].samples,
         },
-        notes=(*ready.scores.notes, *pipeline.remarks(ready)),
+        notes=(*ready.scores.notes, *ready.store.remarks()),
     )
 
 

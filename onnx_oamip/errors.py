@@ -4,6 +4,8 @@ The message says what was found, where, what was expected and what to do. ``exit
 command line: 2 for bad input or environment, 1 for a budget or a verification gate that was not met.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .text import visible
 
@@ -40,6 +42,19 @@ class EnvironmentMissing(OamipError, RuntimeError):
 
 class SolverError(OamipError, RuntimeError):
     """A solver is missing, refuses the program's size, or failed."""
+
+
+class OutOfMemory(OamipError, MemoryError):
+    """A piece of work does not fit in memory."""
+
+
+@contextmanager
+def memory_for(what: str, advice: str = "give a smaller --max-memory, --workers 1 or fewer samples") -> Iterator[None]:
+    """Where memory runs out inside, say what for and what helps: raises OutOfMemory."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(f"there is not enough memory for {what}; {advice}.") from error
 
 
 class OutputError(OamipError, OSError):

@@ -16,6 +16,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from .affine import Site, matrix, matrix_shape, site
 from .calibrate import Progress
+from .errors import memory_for
 from .patches import data_rows, pick
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model
 from .subgraph import Frontier, element_types
@@ -50,8 +51,9 @@ def collect(
     for i, place in enumerate(places):
         columns = _columns(place, model.constants[place.weight], axes[place.node.name], cap)
         if len(columns) <= MOST_COLUMNS:
-            inputs = frontier.reach([place.data])[place.data]
-            result[place.node.name] = _one(model, place, inputs, columns, rng)
+            with memory_for(f"the second moments of what {place.node} reads"):
+                inputs = frontier.reach([place.data])[place.data]
+                result[place.node.name] = _one(model, place, inputs, columns, rng)
         if progress:
             progress("gram", i + 1, len(places))
     return result

@@ -10,14 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from . import cache, scoring, search, sensitivity
 from . import model as models
-from . import scoring, search, sensitivity
 from .budget import Ladder
 from .calibrate import Progress
 from .coupling import couple, exclude
 from .errors import SettingsError
 from .importance import METHODS
-from .records import Bools, Budget, Coupling, Floats, Ints, Scores
+from .records import Bools, Budget, Coupling, Floats, Ints, Scores, Sensitivity
 from .search import Attempt, Prepared
 from .settings import Settings
 from .subgraph import run_size
@@ -53,13 +53,21 @@ def ladder(
     settings, coupling = ready.settings, ready.coupling
     if not programmed(settings):
         return None
-    found = scoring.statistics(ready.model, coupling, ready.samples, ready.device, settings, True, progress)
-    batch = run_size(ready.model, settings.room)
-    feeds = [feed for _, feed in scoring.parts(ready.samples)[1].batches(batch)]
-    losses = sensitivity.measure(
-        ready.model, coupling, found.grams, scoring.order(scores, coupling), feeds, ready.device,
-        settings.workers, progress, settings.refit, settings.scheduler,
-    )  # fmt: skip
+    order = scoring.order(scores, coupling)
+
+    def measure() -> tuple[Sensitivity, ...]:
+        found = scoring.statistics(
+            ready.model, coupling, ready.samples, ready.device, settings, True, progress, ready.store, ready.known
+        )
+        batch = run_size(ready.model, settings.room)
+        feeds = [feed for _, feed in scoring.parts(ready.samples)[1].batches(batch)]
+        return sensitivity.measure(
+            ready.model, coupling, found.grams, order, feeds, ready.device, scoring.workers(ready.model, settings),
+            progress, settings.refit, settings.scheduler,
+        )
+
+    known = {**ready.known, "order": order.tolist(), "refit": settings.refit}
+    losses = ready.store.keep(cache.LOSSES, known, measure)
     return search.rungs(coupling, losses, ready.steps, ready.floor)
 
 
@@ -87,7 +95,8 @@ def _rescored(ready: Prepared, left: Attempt, progress: Progress | None) -> Prep
     statistics = None
     if method.needs_data:
         statistics = scoring.statistics(
-            model, coupling, ready.samples, ready.device, settings, method.needs_grams, progress
+            model, coupling, ready.samples, ready.device, settings, method.needs_grams, progress, ready.store,
+            {**ready.known, "left": cache.content(proto)},
         )
     found = scoring.scores(
         model, coupling, statistics, ready.samples, ready.device, settings, method, progress

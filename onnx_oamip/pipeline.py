@@ -73,11 +73,13 @@ def prune(
     if settings.granularity == "connection":
         return _thin(path, source, targets, settings, eval_data, progress, clock)
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
+    with clock("verify"):  # before the plan: a run that is killed in between has it already
+        answers = search.answers(ready, settings.batch_size)
     with clock("plan and refit"):
         ready, result = iterations.approach(ready, progress)
     meets(settings.budget, ready.before, result.after)
     asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
-    return _finish(ready, result, targets, clock, progress, settings.budget, ready.scores, asked, remarks(ready))
+    return _finish(ready, result, targets, clock, progress, settings.budget, ready.scores, asked, (), answers)
 
 
 def _thin(
@@ -166,7 +168,7 @@ def plan(
     ready = prepare(path, source, settings, eval_data, progress, clock, scores)
     with clock("plan"):
         chosen = search.plan(ready, progress)
-    asked, notes = _asked(ready, scores), remarks(ready)
+    asked, notes = _asked(ready, scores), ready.store.remarks()
     digest = None
     if target is not None:
         losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
@@ -233,11 +235,12 @@ def _finish(
     scores: Scores | None,
     asked: Mapping[str, Any],
     notes: tuple[str, ...],
+    answers: verify.Answers | None = None,
 ) -> Report:
     """Prove, write, report."""
     with clock("verify"):
         try:
-            verification = prove(ready, result, progress)
+            verification = prove(ready, result, progress, answers)
         except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
             raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
     report = Report(
@@ -253,7 +256,9 @@ def _finish(
         verification=verification,
         timings=clock.seconds,
         settings=asked,
-        notes=(*(scores.notes if scores else ()), *result.plan.notes, *result.pruned.notes, *notes),
+        notes=(
+            *(scores.notes if scores else ()), *result.plan.notes, *result.pruned.notes, *notes, *ready.store.remarks()
+        ),
         fits=result.pruned.fits,
         curves=ready.curves if isinstance(ready, Prepared) else (),
         tried=result.tried,
@@ -295,13 +300,6 @@ def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
         "scores": None if scores is None else str(scores),
         "steps": sorted(set(ready.steps.tolist())),
     }
-
-
-def remarks(ready: Prepared) -> tuple[str, ...]:
-    """What was not found out anew."""
-    if not ready.taken:
-        return ()
-    return (f"from the cache, as an earlier run on the same model and data found them: {', '.join(ready.taken)}",)
 
 
 def compare(
@@ -354,12 +352,16 @@ def _unmet(budget: Budget, ready: Subject, result: Attempt) -> tuple[str, ...]:
     return ()
 
 
-def prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None = None) -> Verification:
-    """All gates and measurements on the final model. Raises GateFailed."""
+def prove(
+    ready: Subject,
+    result: Attempt,
+    progress: calibrate.Progress | None = None,
+    answers: verify.Answers | None = None,
+) -> Verification:
+    """All gates and measurements on the final model; ``answers``: the original's, where known. Raises GateFailed."""
     model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
     pruned = result.pruned
     verify.structure(pruned.proto)
-    original = Session(model.proto, device, what=model.path)
     masked = rewrite.mask(model, ready.coupling, result.plan.keep)
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
     proof = verify.prove(model, masked, pruned.raw, few, settings.batch_size)
@@ -370,7 +372,8 @@ def prove(ready: Subject, result: Attempt, progress: calibrate.Progress | None =
         return Verification(
             proof.distance, None, None, None, None, batches, 0, latency_ratio=ratio, rounding=proof.rounding
         )
-    found = verify.compare(model, original, final, ready.held, settings.batch_size, progress)
+    answers = answers or search.answers(ready, settings.batch_size) or Session(model.proto, device, what=model.path)
+    found = verify.compare(model, answers, final, ready.held, settings.batch_size, progress)
     return replace(
         found, masked_equivalence=proof.distance, rounding=proof.rounding, batches=batches, latency_ratio=ratio
     )

@@ -141,16 +141,16 @@ def prepare(
                 cache.LOSSES,
                 {**known, "order": order.tolist(), "refit": settings.refit},
                 lambda: sensitivity.measure(
-                    model, coupling, statistics().grams, order, feeds, device, settings.workers, progress,
-                    settings.refit, settings.scheduler,
+                    model, coupling, statistics().grams, order, feeds, device, scoring.workers(model, settings),
+                    progress, settings.refit, settings.scheduler,
                 ),
             )  # fmt: skip
             ladder = search.rungs(coupling, losses, steps, bounds.floor)
     # What else is asked of the statistics depends on the refit alone.
     moments = statistics() if source is not None and settings.refit == "bias" else None
     return Prepared(
-        model, coupling, ledger, before, samples, held, moments, device, settings, found, bounds.floor, steps, ladder,
-        tuple(dict.fromkeys(store.taken)), losses,
+        model, coupling, ledger, before, samples, held, moments, device, settings, store, known, found, bounds.floor,
+        steps, ladder, losses,
     )  # fmt: skip
 
 
@@ -173,11 +173,11 @@ def subject(
     ledger = cost.ledger(model, coupling)
     before = replace(ledger.cost(cost.full_widths(coupling)), bytes=model.file_bytes)
     moments = None
+    known = _known(model, samples, settings, device) if source is not None else {}
     if settings.refit == "bias":
-        known = _known(model, samples, settings, device)
         with clock("calibrate"):
             moments = scoring.statistics(model, coupling, samples, device, settings, False, progress, store, known)
-    return Subject(model, coupling, ledger, before, samples, held, moments, device, settings)
+    return Subject(model, coupling, ledger, before, samples, held, moments, device, settings, store, known)
 
 
 def score(

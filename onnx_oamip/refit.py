@@ -25,6 +25,7 @@ import onnx
 from .affine import Editor, Site, matrix, matrix_shape, quantised, site, unmatrix
 from .calibrate import Progress
 from .data import Samples
+from .errors import memory_for
 from .patches import data_rows, output_rows, pick, row_count
 from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, Statistics
 from .residual import Join, join
@@ -114,7 +115,8 @@ def least_squares(
         size = (FRONTIER_BYTES if room is None else room) >> 20
         notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB")
     for i, place in enumerate(places):
-        fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
+        with memory_for(f"the refit of {place.node}"):
+            fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
         fits += [fit] if fit else []
         notes += [note] if note else []
         if progress:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
 
 from . import weights
-from .errors import EnvironmentMissing, ModelError
+from .errors import EnvironmentMissing, ModelError, OamipError, OutOfMemory
 from .records import Array
 
 FOLDER = "session.model_external_initializers_file_folder_path"
@@ -59,6 +60,20 @@ def _cuda_works() -> bool:
 
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.disable_double_qdq_remover": "1"}
 """Products in float32; no merging of quantisations. A release that does not know an entry ignores it."""
+
+
+_NO_ROOM = re.compile(r"bad.alloc|failed to allocate|out of memory|available memory", re.IGNORECASE)
+"""What ONNX Runtime's own errors say where memory has run out."""
+
+
+def _refusal(error: Exception, what: str) -> OamipError:
+    """ONNX Runtime's error, of an undocumented type, as what it means."""
+    text = str(error).replace("\n", " ")[:300]
+    if isinstance(error, MemoryError) or _NO_ROOM.search(text):
+        return OutOfMemory(
+            f"there is not enough memory to {what}; give a smaller --max-memory, fewer samples, or a smaller model."
+        )
+    return ModelError(f"ONNX Runtime cannot {what}: {text}")
 
 
 class Session:
@@ -111,8 +126,7 @@ class Session:
                 options.add_external_initializers(list(self._held), values)
                 self._session = rt.InferenceSession(small.SerializeToString(), options, providers=providers)
         except Exception as error:  # onnxruntime raises its own undocumented types
-            text = str(error).replace("\n", " ")[:300]
-            raise ModelError(f"ONNX Runtime cannot load {what}: {text}") from error
+            raise _refusal(error, f"load {what}") from error
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = [i.name for i in self._session.get_inputs()]
 
@@ -121,8 +135,7 @@ class Session:
         try:
             found: list[Array] = self._session.run(list(names) if names else None, dict(feed))
         except Exception as error:
-            text = str(error).replace("\n", " ")[:300]
-            raise ModelError(f"ONNX Runtime cannot run {self._what} on this data: {text}") from error
+            raise _refusal(error, f"run {self._what} on this data") from error
         return found
 
     def end_profile(self) -> str:

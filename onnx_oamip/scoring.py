@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from .importance import METHODS, Method
 from .records import Array, Coupling, Floats, Ints, Model, Scores, Statistics
 from .runtime import Session
 from .settings import Settings
-from .subgraph import affordable, run_size
+from .subgraph import affordable, run_size, side_by_side
 
 SENSITIVITY_SAMPLES = 128
 GRAM_SAMPLES = 512
@@ -87,6 +88,13 @@ def pool(
     return replace(found, pooled=seen)
 
 
+def workers(model: Model, settings: Settings) -> int | None:
+    """Threads that run parts of the model at the same time: as asked, but what they hold together fits in memory."""
+    if settings.max_memory is None:
+        return settings.workers
+    return min(settings.workers or os.cpu_count() or 1, side_by_side(model, settings.room))
+
+
 def parts(samples: Samples) -> tuple[Samples, Samples]:
     """Samples for second moments and others for sensitivities: a repair is not judged on the rows that made it."""
     count = samples.count
@@ -122,8 +130,8 @@ def scores(
     names = ["the program", *found.others]
     orders = np.stack([found.values, *found.others.values()])
     alone = sensitivity.choose(
-        model, coupling, statistics.grams, list(orders), feeds, device, settings.workers, progress, settings.refit,
-        settings.scheduler,
+        model, coupling, statistics.grams, list(orders), feeds, device, workers(model, settings), progress,
+        settings.refit, settings.scheduler,
     )  # fmt: skip
     feeds = [feed for _, feed in measured.batches(batch)]
     picks = _together(model, coupling, statistics, orders, alone, feeds, device, settings.refit, progress)

@@ -6,13 +6,14 @@ is reached by correcting the additive model with measurements; ``max_drop`` by a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from . import allocation, constants, cost, planfile, provenance, refit, rewrite, scaling, verify
+from . import allocation, cache, constants, cost, planfile, provenance, refit, rewrite, scaling, verify
 from . import model as models
 from .budget import Ladder, LinearisedLimit
 from .calibrate import Progress
@@ -22,6 +23,7 @@ from .importance import METHODS
 from .latency import compare_latency
 from .profiling import profile
 from .records import (
+    Array,
     Cost,
     Coupling,
     Floats,
@@ -44,13 +46,18 @@ LATENCY_TRIES = 6
 LATENCY_SLACK = 0.05
 DROP_TRIES = 7
 DROP_RESOLUTION = 0.02
+ANSWERS = 1 << 26
+"""Bytes of the original's outputs on the evaluation data that are held, and kept for the next run."""
 DIGITS = 9
 """Of a drop in points: 100 * (0.99 - 0.985) is a little over 0.5, which its samples do not say."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with its data, ready to be cut. ``statistics`` are there where a refit by means asks for them."""
+    """A model with its data, ready to be cut. ``statistics`` are there where a refit by means asks for them.
+
+    ``store``: where what follows is looked up and kept, by what model, data and settings are ``known`` by.
+    """
 
     model: Model
     coupling: Coupling
@@ -61,11 +68,13 @@ class Subject:
     statistics: Statistics | None
     device: str
     settings: Settings
+    store: cache.Store
+    known: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Prepared(Subject):
-    """Everything that does not depend on the budget. ``taken``: what of it the cache had from an earlier run.
+    """Everything that does not depend on the budget.
 
     ``curves``: the measured losses that the ladder was made from.
     ``floor`` (groups,): the least share of every group that stays in any plan.
@@ -75,7 +84,6 @@ class Prepared(Subject):
     floor: Floats
     steps: Ints
     ladder: Ladder | None
-    taken: tuple[str, ...] = ()
     curves: tuple[Sensitivity, ...] = ()
 
 
@@ -153,10 +161,16 @@ def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) ->
         pruned = refit.fold_means(ready.model, ready.coupling, chosen.keep, ready.statistics, raw)
     elif ready.settings.refit == "least-squares":
         s = ready.settings
-        pruned = refit.least_squares(
-            ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device, run_size(ready.model, s.room),
-            s.seed, progress, room=s.room,
+        kept = {**ready.known, "units": planfile.digest(ready.model, ready.coupling, chosen.keep)}
+        found = ready.store.keep(
+            cache.REFITS,
+            kept,
+            lambda: refit.least_squares(
+                ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device,
+                run_size(ready.model, s.room), s.seed, progress, room=s.room,
+            ),
         )  # fmt: skip
+        pruned = replace(found, raw=raw)
     elif folds_constants(ready.settings):
         pruned = constants.fold_constants(
             ready.model, ready.coupling, chosen.keep, ready.samples, ready.device, raw
@@ -168,6 +182,26 @@ def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) ->
         provenance.sign(pruned.proto, ready.model.sha256, what)
     after = cost.count(models.from_proto(pruned.proto, ready.model.bindings))
     return Attempt(chosen, pruned, after)
+
+
+def answers(ready: Subject, batch: int) -> verify.Recorded | None:
+    """What the original gives on the evaluation samples in batches of ``batch``; None where that is over ``ANSWERS``.
+
+    No plan changes it, so it is found out once.
+    """
+    model, held = ready.model, ready.held
+    if held is None or any(port.name not in model.shapes for port in model.outputs):
+        return None
+    each = sum(int(np.prod(model.shapes[p.name])) * p.dtype.itemsize for p in model.outputs)
+    if each * held.count > ANSWERS * (1 if held.whole else model.batch):
+        return None
+
+    def run() -> list[list[Array]]:
+        session = Session(model.proto, ready.device, what=model.path)
+        return list(session.stream(feed for _, feed in held.batches(batch)))
+
+    known = {**cache.identity(model, held), "device": ready.device, "batch": batch}
+    return verify.Recorded(ready.store.keep(cache.OUTPUTS, known, run))
 
 
 def folds_constants(settings: Settings) -> bool:
@@ -271,7 +305,8 @@ def _smallest(
         raise BudgetNotMet(
             "--max-drop needs data to measure the drop on; give --data with enough samples, or --eval-data."
         )
-    original = Session(ready.model.proto, ready.device)
+    batch = run_size(ready.model, ready.settings.room)
+    original = answers(ready, batch) or Session(ready.model.proto, ready.device)
     best: Attempt | None = None
     tried: list[Trial] = []
     low, high = 0.0, min(1.0, (limit.macs or ready.before.macs) / ready.before.macs)
@@ -306,7 +341,7 @@ def _smallest(
     return replace(best, tried=tuple(tried))
 
 
-def _drop(ready: Prepared, original: Session, found: Attempt) -> float:
+def _drop(ready: Prepared, original: verify.Answers, found: Attempt) -> float:
     assert ready.held is not None
     after = Session(found.pruned.proto, ready.device)
     batch = run_size(ready.model, ready.settings.room)

@@ -20,6 +20,7 @@ from onnx import helper
 from .affine import matrix_shape, site, unmatrix
 from .bodies import insert, reads
 from .calibrate import Progress
+from .errors import memory_for
 from .executors import executor
 from .gram import Job, compensate, jobs, problems
 from .images import head
@@ -130,7 +131,7 @@ def _measure(whole: _Whole, job: Job) -> Sensitivity:
     units = whole.coupling.groups[job[0]].units
     removal = np.argsort(whole.orders[0][units], kind="stable")
     widths = levels(len(units))
-    loss = np.append(_Part(whole, *job).losses([removal[: len(units) - w] for w in widths[:-1]]), 0.0)
+    loss = np.append(_losses(whole, job, [removal[: len(units) - w] for w in widths[:-1]]), 0.0)
     # More units never hurt: noise in the measurement must not make the program prefer fewer.
     return Sensitivity(widths, np.maximum.accumulate(loss[::-1])[::-1])
 
@@ -139,8 +140,14 @@ def _choose(whole: _Whole, job: Job) -> int:
     units = whole.coupling.groups[job[0]].units
     gone = [len(units) - max(1, round(share * len(units))) for share in CHOICE]
     sets = [np.argsort(order[units], kind="stable")[:n] for order in whole.orders for n in gone]
-    found = _Part(whole, *job).losses(sets).reshape(len(whole.orders), -1)
+    found = _losses(whole, job, sets).reshape(len(whole.orders), -1)
     return int(np.argmin(np.log(found + 1e-9).sum(axis=1)))
+
+
+def _losses(whole: _Whole, job: Job, removed: Sequence[Ints]) -> Floats:
+    """See :meth:`_Part.losses`. Raises OutOfMemory, naming the group."""
+    with memory_for(f"the losses of the group '{whole.coupling.groups[job[0]].name}'"):
+        return _Part(whole, *job).losses(removed)
 
 
 def levels(width: int) -> Ints:

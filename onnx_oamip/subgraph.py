@@ -33,6 +33,11 @@ def run_size(model: Model, room: int = FRONTIER_BYTES) -> int:
     return min(RUN, _most(model, room))
 
 
+def side_by_side(model: Model, room: int) -> int:
+    """Runs of :func:`run_size` samples whose widest frontiers fit in ``room`` bytes together; at least one."""
+    return max(1, _most(model, room) // run_size(model, room))
+
+
 def _most(model: Model, room: int) -> int:
     """Samples whose widest frontier, about three of the largest tensors, takes ``room`` bytes; at least one."""
     sizes = sorted((int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True)

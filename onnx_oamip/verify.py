@@ -8,7 +8,10 @@ Measurements: relative output error, top-1 agreement, accuracy where labels are 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import tee
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -46,6 +49,25 @@ class Proof:
 
     distance: float
     rounding: float | None
+
+
+class Answers(Protocol):
+    """What gives a model's outputs for one feed after the other: a session, or :class:`Recorded`."""
+
+    def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:
+        """Outputs for each feed in turn."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Outputs that are known already, batch by batch: the feeds must be those that they were found for."""
+
+    outputs: list[list[Array]]
+
+    def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:  # noqa: ARG002
+        """See :class:`Answers`; the feeds are not looked at."""
+        return iter(self.outputs)
 
 
 @dataclass
@@ -168,14 +190,16 @@ def _largest(array: Array) -> float:
 
 
 def compare(
-    model: Model, before: Session, after: Session, samples: Samples, batch_size: int, progress: Progress | None = None
+    model: Model, before: Answers, after: Session, samples: Samples, batch_size: int, progress: Progress | None = None
 ) -> Verification:
     """Output error, agreement and accuracy of ``after`` against ``before`` on evaluation data."""
     total = samples.usable()
     found = _Measured()
     ranked = head(model)
-    for index, feed in samples.batches(batch_size):
-        old, new = before.run(feed), after.run(feed)
+    batches, same = tee(samples.batches(batch_size))
+    known = before.stream(feed for _, feed in same)
+    for (index, feed), old in zip(batches, known, strict=True):
+        new = after.run(feed)
         for a, b in zip(old, new, strict=True):
             if is_float(a.dtype):
                 a64, b64 = a.astype(np.float64), b.astype(np.float64)

@@ -52,3 +52,8 @@ def threads(shared: object, item: int) -> int:
 def misfit(expected: tuple[tuple[str, str | None], ...], device: str) -> str | None:
     """As ``cluster.misfit`` where only the scheduler, which is asked for less, is another version."""
     return None if len(expected) > 3 else f"has {expected[1][0]} 1.0, and here is another"
+
+
+def stay(shared: object, item: object) -> None:
+    """Longer than anybody waits."""
+    time.sleep(600)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import MODELS
 from graphs import NETS, build, load
 
-from onnx_oamip import allocation, cost, rewrite
+from onnx_oamip import allocation, budget, cost, latency, rewrite
 from onnx_oamip import model as models
+from onnx_oamip.budget import Choice, Ladder, LinearisedLimit
 from onnx_oamip.coupling import couple, exclude
 from onnx_oamip.errors import BudgetNotMet, SettingsError
 from onnx_oamip.importance import METHODS
 from onnx_oamip.records import Budget, Coupling, Floats, Model, Plan, Scores
 from onnx_oamip.settings import Settings
+from onnx_oamip.solvers import Limits as SolverLimits
 
 SHIPPED = sorted(p.stem for p in MODELS.glob("*.onnx"))
 
@@ -324,6 +328,8 @@ def test_budget_that_cannot_be_met(coupled: tuple[Model, Coupling]) -> None:
     lengths = ledger.lengths(np.ones(len(coupling.groups), np.int64))
     heaviest = ledger.nodes[int(np.argmax(ledger.terms(ledger.macs, lengths)))]
     assert heaviest in text
+    why = next(p.reason for p in coupling.pinned if p.count > 1)
+    assert f"channels there cannot go, for example because {why}; ask for more" in text
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
@@ -355,6 +361,217 @@ def test_threshold_with_alignment(tmp_path: Path) -> None:
     values = np.concatenate([np.linspace(0, 1, 120), np.linspace(0, 1, 80)])
     found = _plan(model, coupling, values, threshold=0.5, align=8)
     assert found.widths.tolist() == [56, 40]  # 60 and 40 reach it
+
+# -------------------------------------------------------------------------------------------- widths from a program
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One call of the budget program."""
+
+    ladder: Ladder
+    extra: tuple[LinearisedLimit, ...]
+    solver: str
+    limits: SolverLimits
+    taken: list[int]
+
+
+def _losses(full: list[int], scale: tuple[float, ...] = (1.0, 3.0)) -> Ladder:
+    """Every width of every group, with losses that fall ever slower."""
+    widths = tuple(np.arange(1, n + 1) for n in full)
+    return Ladder(widths, tuple(a * (1 - w / n) ** 2 for a, w, n in zip(scale, widths, full, strict=True)))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[_Asked]:
+    calls: list[_Asked] = []
+
+    def choose(ledger: cost.Ledger, ladder: Ladder, *args: Any) -> Choice:
+        found = budget.choose(ledger, ladder, *args)
+        calls.append(_Asked(ladder, args[1], args[2], args[3], found.widths.tolist()))
+        return found
+
+    monkeypatch.setattr(allocation, "choose", choose)
+    return calls
+
+
+def _programmed(
+    model: Model, coupling: Coupling, ladder: Ladder, extra: tuple[LinearisedLimit, ...] = (), align: int = 1,
+    values: Floats | None = None, **settings: Any,
+) -> Plan:  # fmt: skip
+    wanted = Settings.create(**{"solver": "highs", "align": align, "refit": "none", **settings})
+    ledger = cost.ledger(model, coupling)
+    limit = allocation.limits(wanted.budget, ledger.cost(cost.full_widths(coupling)), 0)
+    scores = Scores("given", np.arange(coupling.n_units, dtype=np.float64) if values is None else values)
+    steps = allocation.steps(model, coupling, align, "cpu")
+    return allocation.allocate(coupling, ledger, scores, limit, wanted, steps, ladder, extra)
+
+
+def test_a_program_over_rungs_comes_close_to_every_width(tmp_path: Path, asked: list[_Asked]) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    ladder = _losses([120, 80])
+    found = _programmed(model, coupling, ladder, macs=0.4, solver="highs", time_limit=31.0, seed=5)
+    first, second = np.meshgrid(*ladder.widths, indexing="ij")
+    macs = 60 * first + first * second + 10 * second
+    total = ladder.cost[0][:, None] + ladder.cost[1][None]
+    best = total[macs <= 0.4 * macs[-1, -1]].min()
+    assert total[found.widths[0] - 1, found.widths[1] - 1] <= 1.005 * best
+    _assert_sound(coupling, found)
+    # Twice: rungs from end to end, then all between the neighbours of those taken, as many at most.
+    coarse, fine = asked
+    for widths, taken, near, n in zip(coarse.ladder.widths, coarse.taken, fine.ladder.widths, (120, 80), strict=True):
+        assert len(widths) == allocation.RUNGS
+        assert (widths[0], widths[-1]) == (1, n)
+        assert np.ptp(np.diff(widths)) <= 1
+        gap = int(np.diff(widths).max())
+        assert taken in near
+        assert max(1, taken - gap) <= near[0] <= taken <= near[-1] <= min(n, taken + gap)
+        assert near[-1] - near[0] >= gap - 1
+        assert len(near) <= allocation.RUNGS
+        assert np.ptp(np.diff(near)) == 0
+    for call in asked:
+        assert call.solver == "highs"
+        assert call.limits == SolverLimits(time_s=31.0, gap=1e-3, seed=5)
+        for g, widths in enumerate(call.ladder.widths):
+            np.testing.assert_array_equal(call.ladder.cost[g], ladder.cost[g][widths - 1])
+    # What is told is told of the plan, which fills what the rungs left.
+    assert found.allocation == "mip"
+    assert [p["purpose"] for p in found.programs] == ["budget", "budget"]
+    assert found.programs[-1]["used"] == {"macs": pytest.approx(found.predicted.macs / (0.4 * 17600), abs=1e-12)}
+    assert found.programs[-1]["binding"] == ["macs"]
+    assert (found.widths >= fine.taken).all()
+    ledger = cost.ledger(model, coupling)
+    for wider in found.widths + np.eye(2, dtype=np.int64):
+        assert (wider > [120, 80]).any() or ledger.cost(wider).macs > 0.4 * 17600
+
+
+def test_few_widths_are_one_program(tmp_path: Path, asked: list[_Asked]) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    few = Ladder((np.array([10, 60, 120]), np.arange(69, 81)), (np.array([2.0, 1.0, 0.0]), np.linspace(1, 0, 12)))
+    found = _programmed(model, coupling, few, params=0.6)
+    assert len(found.programs) == len(asked) == 1
+    for given, widths in zip(few.widths, asked[0].ladder.widths, strict=True):
+        np.testing.assert_array_equal(given, widths)
+
+
+def test_the_ends_of_a_ladder_are_in_reach(tmp_path: Path, asked: list[_Asked]) -> None:
+    """All of one group is worth the most, all of the other nothing: what is taken has a neighbour on one side only."""
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    ladder = _losses([120, 80], (1e-6, 1.0))
+    found = _programmed(model, coupling, ladder, params=0.2)
+    assert found.widths[0] < 40
+    assert found.widths[1] == 80
+    assert asked[1].ladder.widths[1][-1] == 80
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_a_program_keeps_below_the_threshold(tmp_path: Path, align: int) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    values = np.concatenate([np.linspace(0, 1, 120), np.linspace(0, 1, 80)])
+    widths = tuple(np.arange(align, n + 1, align) for n in (120, 80))
+    ladder = Ladder(widths, tuple(1 - w / w[-1] for w in widths))
+    found = _programmed(model, coupling, ladder, align=align, values=values, threshold=0.5, macs=0.9)
+    assert found.widths.tolist() == ([60, 40] if align == 1 else [56, 40])
+    assert (values[found.keep] >= 0.5).all()
+
+
+def test_a_measured_limit_is_one_of_the_programs(tmp_path: Path, asked: list[_Asked]) -> None:
+    """Nothing is filled then: counted limits say nothing of what was measured."""
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    ledger = cost.ledger(model, coupling)
+    line = LinearisedLimit("latency", ledger.macs, 10.0, 0.5 * 17600)
+    found = _programmed(model, coupling, _losses([120, 80]), (line,), params=0.9)
+    assert found.predicted.macs + 10 <= 0.5 * 17600
+    assert [call.extra for call in asked] == [(line,), (line,)]
+    assert found.widths.tolist() == asked[-1].taken
+    assert found.predicted.params < 0.7 * _full(model, coupling)[1]
+    assert set(found.programs[-1]["used"]) == {"params", "latency"}
+
+
+def test_a_floor_of_its_own_for_every_group(tmp_path: Path) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    ledger = cost.ledger(model, coupling)
+    wanted = Settings.create(allocate="global", align=1, refit="none", macs=0.5, floor=0.1)
+    limit = allocation.limits(wanted.budget, ledger.cost(cost.full_widths(coupling)), 0)
+    values = np.concatenate([np.ones(120), 1 + np.arange(80.0)])
+    steps = np.ones(2, np.int64)
+    plan = allocation.allocate(
+        coupling, ledger, Scores("given", values), limit, wanted, steps, floor=np.array([0.1, 0.9])
+    )
+    assert plan.widths[1] >= 72
+    with pytest.raises(BudgetNotMet, match=r"it can be met without --floor, --limits and --protect\.$"):
+        allocation.allocate(coupling, ledger, Scores("given", values), limit, wanted, steps, floor=np.array([0.9, 0.9]))
+
+
+def test_what_must_go_goes_whatever_fits(tmp_path: Path) -> None:
+    """Scores of 0 are what the rules of NNrelief took: no budget brings them back, and no step takes more."""
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    values = np.concatenate([np.repeat([0.0, 1.0], [75, 45]), np.repeat([0.0, 1.0], [60, 20])])
+    found = _plan(model, coupling, values, importance="nnrelief", alpha=0.9)
+    np.testing.assert_array_equal(found.keep, values > 0)
+    aligned = _plan(model, coupling, values, importance="nnrelief", alpha=0.9, align=8)
+    assert aligned.widths.tolist() == [48, 24]
+    none = _plan(model, coupling, 0 * values, importance="nnrelief", alpha=0.9)
+    assert none.widths.tolist() == [1, 1]
+
+
+def test_auto_measures_a_step_for_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a group is the most; products of matrices have no blocks of channels."""
+    devices = []
+
+    def step(device: str) -> latency.Step:
+        devices.append(device)
+        return latency.Step(16, True, "")
+
+    monkeypatch.setattr(allocation, "find_step", step)
+    dense = load(build(WIDE["wide-mlp"]), tmp_path)
+    assert allocation.steps(dense, couple(dense), "auto", "cuda").tolist() == [1, 1]
+    image = load(build(WIDE["wide-residual"]), tmp_path)
+    # Groups of 40, 48 and 64 channels: 16 is more than a quarter of the first two.
+    assert allocation.steps(image, couple(image), "auto", "cuda").tolist() == [8, 8, 16]
+    narrow = load(build(NETS["residual"]), tmp_path)
+    assert [len(g.units) for g in couple(narrow).groups] == [8, 6]
+    assert allocation.steps(narrow, couple(narrow), "auto", "cuda").tolist() == [2, 1]
+    assert devices == ["cuda"] * 3
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_a_group_that_is_no_multiple_may_stay_whole(tmp_path: Path, allocate: str) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    assert _plan(model, coupling, allocate=allocate, threshold=0.0, align=7).keep.all()
+    values = np.concatenate([np.full(120, 2.0), np.linspace(0, 1, 80)])
+    found = _plan(model, coupling, values, allocate=allocate, threshold=0.5, align=7)
+    assert found.widths.tolist() == [120, 35]  # 40 reach it
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_a_budget_takes_nothing_from_below_the_threshold_back(tmp_path: Path, allocate: str) -> None:
+    """The budget asks for less than the threshold does of one group, and leaves the other more room than it may use."""
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    values = np.concatenate([np.repeat([0.0, 1.0], [110, 10]), np.linspace(0.9, 1, 80)])
+    found = _plan(model, coupling, values, allocate=allocate, threshold=0.5, params=0.1)
+    assert found.widths[0] == 10
+    assert 0.9 * 0.1 <= found.predicted.params / _full(model, coupling)[1] <= 0.1
+    assert found.widths[1] < 80
+
+
+def test_global_sees_scores_relative_to_their_group(tmp_path: Path) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    values = np.random.default_rng(3).uniform(size=coupling.n_units)
+    louder = values * np.repeat([1.0, 1000.0], [120, 80])
+    found = [_plan(model, coupling, v, allocate="global", macs=0.5).widths.tolist() for v in (values, louder)]
+    assert found[0] == found[1]
+    assert max(found[0]) < 100
 
 
 # ------------------------------------------------------------------------------------------------------- exclusions

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import time
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -339,6 +340,48 @@ def test_what_a_solver_lets_through_is_solved_again(monkeypatch: pytest.MonkeyPa
         found += len(calls) > 1
         assert choice.program["gap"] < 0.5 or len(calls) > 1
     assert found
+
+
+def test_a_solver_that_never_holds_leaves_the_greedy_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each solve has narrower limits and what time is left; what is never met is said to be no optimum."""
+    _, coupling, ledger = net("residual")
+    full = full_widths(coupling)
+    targets = replace(shares(ledger.cost(full), {"macs", "params"}, 0.5), bytes=2 * ledger.cost(full).bytes)
+    ladder = random_ladder(full, 0)
+    asked: list[tuple[np.ndarray, SolverLimits]] = []
+
+    def wrong(program: solvers.Program, limits: SolverLimits, *_: object) -> Solution:
+        asked.append((program.row_upper, limits))
+        time.sleep(0.001)
+        wide = np.ones(program.n_variables)  # every group as wide as can be
+        return Solution(Termination.OPTIMAL, None, wide, None, 0.0, None, 1.0, "highs")
+
+    monkeypatch.setattr(budget, "solve", wrong)
+    choice = choose(ledger, ladder, targets, solver_limits=SolverLimits(time_s=30.0, gap=0.0))
+    assert fits(ledger, choice.widths, targets)
+    assert (choice.program["status"], choice.program["limit"]) == ("feasible", "numeric")
+    assert len(asked) == budget.ATTEMPTS
+    for (before, earlier), (after, later) in itertools.pairwise(asked):
+        assert ((after < before).sum(), (after > before).sum()) == (2, 0)
+        assert earlier.time_s is not None
+        assert later.time_s is not None
+        assert 1 <= later.time_s < earlier.time_s
+        assert later.gap == 0
+    # Two costs are twice as large as they may be: each is narrowed by twice that, and the third stays as it was.
+    over = (asked[0][0] - asked[1][0])[asked[1][0] < asked[0][0]]
+    np.testing.assert_allclose(over, 2.0, rtol=0.01)
+
+
+def test_a_solver_without_an_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, coupling, ledger = net("dense")
+
+    def late(*_: object) -> Solution:
+        return Solution(Termination.NO_SOLUTION, solvers.Limit.TIME, None, None, 0.0, None, 7.4, "highs")
+
+    monkeypatch.setattr(budget, "solve", late)
+    line = LinearisedLimit("latency", Products(np.ones(4), ledger.macs.axes), 0.0, 1.0)
+    with pytest.raises(BudgetNotMet, match="found no widths within 7 s and its other limits; give it more time"):
+        choose(ledger, random_ladder(full_widths(coupling), 0), Targets(), (line,))
 
 
 def test_time_limit_keeps_the_best_plan(monkeypatch: pytest.MonkeyPatch) -> None:

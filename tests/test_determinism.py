@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from onnx_oamip import couple, data, gram, pipeline, prune, subgraph
 from onnx_oamip import model as models
 from onnx_oamip.cli import memory
 from onnx_oamip.latency import Ratio
+from onnx_oamip.runtime import Session
 from onnx_oamip.settings import Settings
 
 FEW = {
@@ -121,6 +123,76 @@ def test_less_memory_means_smaller_runs_and_smaller_matrices(tmp_path: Path) -> 
     assert gram.cap(coupling, 1 << 60) == gram.CAP
     path = MODELS / "lenet5-mnist.onnx"
     assert written(path, samples("mnist", 64), tmp_path / "a.onnx", max_memory=least)
+
+
+WIDE = """(float[batch, 4, 256, 256] image) => (float[batch, 5] scores)
+<float[4, 4, 1, 1] w1, float[4, 4, 1, 1] w2, float[5, 4] w3> {
+    a = Conv(image, w1)
+    b = Relu(a)
+    c = Conv(b, w2)
+    d = Relu(c)
+    g = GlobalAveragePool(d)
+    f = Flatten(g)
+    scores = Gemm<transB = 1>(f, w3)
+}"""
+"""Activations of a mebibyte each."""
+
+
+def test_activations_and_matrices_keep_to_their_share_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What walks hold, what runs take and give at the same time, and all second moments: bytes of arrays, counted."""
+    least = 1 << 28
+    lock = threading.Lock()
+    most = {"frontier": 0, "runs": 0, "samples": 0, "grams": 0}
+    now = 0
+
+    def noted(what: str, size: int) -> None:
+        most[what] = max(most[what], size)
+
+    reach, run, collect = subgraph.Frontier.reach, Session.run, gram.collect
+
+    def reached(self: Any, targets: Any) -> Any:
+        before = {id(v): v.nbytes for values in self.tensors.values() for v in values}
+        found = reach(self, targets)
+        after = {id(v): v.nbytes for values in self.tensors.values() for v in values}
+        noted("frontier", sum({**before, **after}.values()))
+        return found
+
+    def ran(self: Any, feed: Any, names: Any = None) -> Any:
+        nonlocal now
+        inside = threading.current_thread() is not threading.main_thread()
+        size = sum(v.nbytes for v in feed.values())
+        with lock:
+            now += size
+            noted("runs", now)
+        try:
+            found = run(self, feed, names)
+        finally:
+            with lock:
+                now -= size
+        noted("runs", size + sum(v.nbytes for v in found))
+        if inside:
+            noted("samples", max(len(v) for v in feed.values()))
+        return found
+
+    def collected(*args: Any, **options: Any) -> Any:
+        found = collect(*args, **options)
+        noted("grams", sum(g.matrix.nbytes for g in found.values()))
+        return found
+
+    monkeypatch.setattr(subgraph.Frontier, "reach", reached)
+    monkeypatch.setattr(Session, "run", ran)
+    monkeypatch.setattr(gram, "collect", collected)
+    path = tmp_path / "wide.onnx"
+    path.write_bytes(build(WIDE).SerializeToString())
+    images = np.random.default_rng(0).normal(size=(120, 4, 256, 256)).astype(np.float32)
+    assert written(path, {"image": images}, tmp_path / "a.onnx", max_memory=least, batch_size=8, workers=4, macs=0.6)
+    room = least // 4
+    assert most["samples"] == room // (3 << 20), "as many samples as the three largest tensors leave room for"
+    assert room // 2 < most["frontier"] <= room
+    assert room // 2 < most["runs"] <= room
+    assert 0 < most["grams"] <= room
 
 
 @pytest.mark.parametrize(("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20), ("7", 7)])

@@ -706,6 +706,7 @@ def test_gain_up_to_the_sum(tmp_path: Path) -> None:
         ("d = MatMul(h, w2)  e = Relu(d)  y = Add(e, z)", None),
         ("d = MatMul(h, w2)  y = Add(d, d)", None),
         ("d = MatMul(h, w2)  e = Relu(d)  y = Add(e, d)", None),
+        ("d = MatMul(h, w2)  e = Add(d, z)  g = Relu(d)  y = Mul(e, g)", None),
         ("d = MatMul(h, w2)  y = Add(d, one)", None),
         ("d = MatMul(h, w2)  y = Sub(z, d)", None),
     ],
@@ -802,6 +803,28 @@ def test_the_seed_picks_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert first.fits[0].rows == 300 < 64 * 16
 
 
+def test_rows_follow_the_unknowns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows for each of the 8 x 9 weights of an output, within bounds; as many values as were allowed if wide."""
+    model = load(build(CNN), tmp_path)
+    coupling = couple(model)
+    keep, found = _without(coupling, "w1", [1, 4]), _samples(model, 64)
+    bounds = {"LEAST_ROWS": 40, "MOST_ROWS": 300, "WIDE_VALUES": 72 * 270}
+
+    def rows(cap: int = refit.GRAM_CAP, **changed: int) -> int:
+        for name, value in {**bounds, **changed}.items():
+            monkeypatch.setattr(refit, name, value)
+        return _fit(model, coupling, keep, found, cap=cap).fits[0].rows
+
+    assert rows() == 288
+    assert rows(MOST_ROWS=200) == 200
+    assert rows(LEAST_ROWS=400, MOST_ROWS=500) == 400
+    assert rows(cap=20, LEAST_ROWS=400) == 270
+    assert rows(cap=20, LEAST_ROWS=262) == 262
+    assert rows(cap=20, WIDE_VALUES=1) == 256
+    assert rows(cap=71) == 256  # 72 unknowns are wide
+    assert rows(cap=72) == 288
+
+
 def test_what_memory_allows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(build(CNN), tmp_path)
     coupling = couple(model)
@@ -847,3 +870,17 @@ def test_solve_ridge_leaves_dead_inputs_alone() -> None:
         for g, c, w in zip(gram[stack], cross[stack], found, strict=True):
             np.testing.assert_allclose((g + 1e-3 * np.trace(g) / 6 * np.eye(6)) @ w, c, rtol=1e-6, atol=1e-8)
     assert not ridge.solve_ridge(np.zeros((1, 3, 3)), np.zeros((1, 3, 2)), 1e-2).any()
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e8])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_solve_ridge_knows_no_unit(scale: float, groups: int) -> None:
+    """Strengths are relative: inputs in other units give the same outputs, also where some input is dead."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(groups, 50, 6))
+    x[:, :, 2] = 0
+    y = rng.normal(size=(groups, 50, 4))
+    turned = x.transpose(0, 2, 1)
+    plain = ridge.solve_ridge(turned @ x, turned @ y, 1e-2)
+    other = ridge.solve_ridge(scale * turned @ x, scale * turned @ y, 1e-2)
+    np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)

@@ -51,6 +51,11 @@ FOLDS = {
         " { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
         "w1", (("y", 1),),
     ),
+    "the second of two": Fold(
+        "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,6] w2, float[6,3] w3>"
+        " { a = MatMul(x, w1) h = Relu(a) b = MatMul(h, w2) r = Relu(b) y = MatMul(r, w3) }",
+        "w2", (("y", 1),),
+    ),
     "matmul with add": Fold(
         "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2, float[3] b> {"
         " a = MatMul(x, w1) h = Relu(a) o = MatMul(h, w2) y = Add(b, o) }",
@@ -349,3 +354,20 @@ def test_room_is_reserved_for_every_bias_that_a_refit_may_make(tmp_path: Path) -
     pruned = _folded(model, coupling, keep, samples(model, 8))
     added = sum(v.size for v in constants(pruned.proto).values()) - sum(v.size for v in constants(pruned.raw).values())
     assert 0 < added <= reserved
+
+
+def test_what_cannot_be_folded_is_no_end(tmp_path: Path) -> None:
+    """A weight of three axes stands in front of a plain one, which gets its mean all the same."""
+    text = """(float[N,4,5] x) => (float[] y, float[] z) <float[5,8] w1, float[1,8,3] w2, float[8,3] w3> {
+        a = MatMul(x, w1)
+        h = Relu(a)
+        y = MatMul(h, w2)
+        z = MatMul(h, w3)
+    }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    arrays = samples(model, 48)
+    pruned = _folded(model, coupling, _half(coupling, "w1"), arrays)
+    assert [n.split(": ")[1].split(",")[0] for n in pruned.notes] == ["its weight has no plain matrix form"]
+    before, after = (activations(model, arrays, ["z"], p)["z"] for p in (model.proto, pruned.proto))
+    np.testing.assert_allclose(_means(after, 2), _means(before, 2), atol=1e-5 * float(np.abs(before).max()))

@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 
@@ -289,6 +290,22 @@ def test_interrupt_ends_a_solve(solver: str) -> None:
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert out.endswith("interrupted\n")  # Gurobi adds a line of its own before
+
+
+def test_ctrl_c_is_heard_after_solves_that_overlapped(solver: str) -> None:
+    """A handler that a solver puts in place while it works is gone behind the last of them."""
+
+    def work(seconds: float) -> None:
+        solvers.solve(knapsack(200, 40), Limits(time_s=seconds, gap=0.0), solver)
+
+    threads = [threading.Thread(target=work, args=(seconds,)) for seconds in (0.6, 1.2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 # ------------------------------------------------------------------------------------------------------ cuts

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import memory_for
 from ..executors import executor
 from ..gram import Job, Problem, jobs, problems
 from ..milp.subset import Fit, Loss, Quadratic, Repaired, Subset, loss_at
@@ -96,8 +97,9 @@ class _Walk:
 def _one(whole: tuple[Model, Coupling, Settings], job: Job) -> _Walk | None:
     model, coupling, settings = whole
     group = coupling.groups[job[0]]
-    found = problems(model, coupling, job[1], job[0])
-    return _walk(found, len(group.units), group.name, settings) if found else None
+    with memory_for(f"the programs of the group '{group.name}'"):
+        found = problems(model, coupling, job[1], job[0])
+        return _walk(found, len(group.units), group.name, settings) if found else None
 
 
 def _walk(found: Sequence[Problem], count: int, name: str, settings: Settings) -> _Walk:
@@ -245,7 +247,7 @@ def _record(name: str, subset: Subset, steps: Sequence[_Step], seconds: float) -
     return {
         "purpose": "importance",
         "group": name,
-        "solver": solved[-1].solver if solved else None,
+        "solver": ", ".join(dict.fromkeys(s.solver for s in solved)) or None,
         "reason": solved[-1].reason if solved else "nothing to choose",
         "status": (Termination.OPTIMAL if gap <= GAP else Termination.FEASIBLE).value,
         "limit": limit.value if limit else None,

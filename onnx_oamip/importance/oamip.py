@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import cost
-from ..errors import SettingsError, SolverError
+from ..errors import SettingsError, SolverError, memory_for
 from ..formulation import Formulation, formulate
 from ..records import Coupling, Floats, Images, Model, Scores, Statistics
 from ..region import Form, extent
@@ -80,7 +80,8 @@ def _programs(model: Model, coupling: Coupling, statistics: Statistics, settings
     programs: list[Mapping[str, Any]] = []
     outside: dict[int, str] = {}
     for part in parts:
-        formulation, outcome = program(model, coupling, part, settings, cheap)
+        with memory_for(f"the {mode} importance program", "use --mode decoupled, or fewer --images-per-class"):
+            formulation, outcome = program(model, coupling, part, settings, cheap)
         values[formulation.units] += outcome.keep / len(parts)
         outside.update(formulation.outside)
         notes += outcome.notices

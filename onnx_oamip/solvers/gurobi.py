@@ -6,7 +6,11 @@ larger model. A full licence is found where Gurobi itself looks for one (GRB_LIC
 
 from __future__ import annotations
 
+import _thread
+import ctypes
 import functools
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +78,7 @@ def solve(program: Program, limits: Limits) -> Solution:
                 f"a program of {program.n_variables:,} variables and {rows(program):,} rows is over the size of the "
                 f"Gurobi licence found here ({licence().text}); {WAYS_OUT}."
             ) from error
+        licence.cache_clear()  # it may be gone: whoever chooses a solver next looks again
         raise SolverError(f"Gurobi failed: {str(error).rstrip('.')}; try --solver highs.") from error
 
 
@@ -117,7 +122,9 @@ def _load(gp: Any, model: Any, program: Program) -> Any:
 def _read(gp: Any, model: Any, held: Any, program: Program, limits: Limits, began: float) -> Solution:
     names = {getattr(gp.GRB.Status, n): n for n in dir(gp.GRB.Status) if n.isupper()}
     status = names.get(model.Status, str(model.Status))
-    if status == "INTERRUPTED":  # Ctrl-C: gurobipy swallows it
+    if status == "INTERRUPTED":  # Ctrl-C: gurobipy swallows it, and ends but one of the solves that run in threads
+        if threading.current_thread() is not threading.main_thread():
+            _thread.interrupt_main()
         raise KeyboardInterrupt
     values = bound = None
     if model.SolCount:
@@ -143,10 +150,42 @@ def _read(gp: Any, model: Any, held: Any, program: Program, limits: Limits, bega
 @contextmanager
 def _env(gp: Any) -> Iterator[Any]:
     """A silent environment: no licence banner, no log."""
-    with gp.Env(empty=True) as env:
+    with _INTERRUPTS, gp.Env(empty=True) as env:
         env.setParam("OutputFlag", 0)
         env.start()
         yield env
+
+
+class _Interrupts:
+    """Gives Ctrl-C back to Python behind every solve.
+
+    gurobipy puts a handler of its own in place while it solves, and then what was there before: of solves that overlap
+    in threads the last one puts back the first one's handler, and nobody would hear Ctrl-C any more. ``signal.signal``
+    is for the main thread alone, so this takes the C functions behind it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._handler: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                get = ctypes.pythonapi.PyOS_getsig
+                get.argtypes, get.restype = [ctypes.c_int], ctypes.c_void_p
+                self._handler = get(signal.SIGINT)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            put = ctypes.pythonapi.PyOS_setsig
+            put.argtypes, put.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+            put(signal.SIGINT, self._handler)
+
+
+_INTERRUPTS = _Interrupts()
 
 
 def _gurobipy() -> Any:

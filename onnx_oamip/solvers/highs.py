@@ -121,10 +121,13 @@ def _run(highs: Any) -> None:
     """
     highs.HandleUserInterrupt = True
     done = threading.Event()
+    failed: list[Exception] = []
 
     def work() -> None:
         try:
             highs.run()
+        except Exception as error:  # what its C++ throws, such as a lack of memory
+            failed.append(error)
         finally:
             done.set()
 
@@ -141,6 +144,9 @@ def _run(highs: Any) -> None:
         raise
     finally:
         worker.join(5)
+    if failed:
+        what = str(failed[0]).rstrip(".") or type(failed[0]).__name__
+        raise SolverError(f"HiGHS failed: {what}; try --solver gurobi.") from failed[0]
 
 
 def _highspy() -> Any:

@@ -43,6 +43,7 @@ STUDIES = (
     "latency",
     "calibration",
     "cost",
+    "resume",
     "finetune",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""

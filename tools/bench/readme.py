@@ -139,6 +139,13 @@ TEXT = {
         "Growth of the cost",
         "Exponent b of seconds = a * size^b, fitted to the study above.",
     ),
+    "resume": (
+        "Starting again",
+        (
+            "A run killed at the start of a stage and started again, with what it had kept, over a whole run from an "
+            "empty cache (half the MACs, widths in steps of 8)."
+        ),
+    ),
     "coverage": (
         "Architectures",
         (

@@ -1,0 +1,103 @@
+"""What a run that was killed costs once more: seconds of the rerun over those of a whole run from an empty cache.
+
+The whole run, the killed one and the rerun are processes of their own, as a shell starts them, so that importing
+counts. A run is killed (SIGKILL) at the first call of a stage, and so is never asked to put anything in order.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from .studies import Row, paths, save
+
+COLUMNS = ("model", "killed at", "whole s", "rerun s", "rerun / whole", "of processor time")
+STAGES = {
+    "calibrate": "calibrate.collect",
+    "score": "scoring.scores",
+    "sensitivity": "sensitivity.measure",
+    "plan": "allocation.allocate",
+    "refit": "refit.least_squares",
+    "verify": "verify.prove",
+}
+"""Where a run is killed, in the order of the run: the function that begins a stage."""
+RUNS = 3
+KILLED = """
+import os, signal, sys
+from importlib import import_module
+
+module, name = sys.argv[1].rsplit(".", 1)
+setattr(import_module(f"onnx_oamip.{module}"), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+from onnx_oamip.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
+    """Medians over ``RUNS`` runs at half the MACs; every rerun must write the very file of the whole run."""
+    rows: list[Row] = []
+    for name in names or ("vgg-fashion", "resnet20-fashion"):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += _rows(name, Path(folder), seed)
+    return save(out, "resume", rows, COLUMNS, seed)
+
+
+def _rows(name: str, folder: Path, seed: int) -> list[Row]:
+    model, source = paths(name)
+    output = folder / "out.onnx"
+
+    def arguments(cache: Path) -> list[str]:
+        return [
+            "prune", str(model), "--data", str(source), "--macs", "0.5", "--align", "8", "--seed", str(seed),
+            "--device", "cpu", "--force", "-q", "--cache", str(cache), "-o", str(output),
+        ]  # fmt: skip
+
+    def whole(cache: Path) -> tuple[float, float]:
+        start, before = time.perf_counter(), _processor()
+        subprocess.run([sys.executable, "-m", "onnx_oamip", *arguments(cache)], check=True, env=_environment())
+        return time.perf_counter() - start, _processor() - before
+
+    full = [whole(folder / f"whole {i}") for i in range(RUNS)]
+    written = output.read_bytes()
+    rows: list[Row] = []
+    for stage, place in STAGES.items():
+        again = []
+        for i in range(RUNS):
+            cache = folder / f"{stage} {i}"
+            output.unlink()
+            killed = [sys.executable, "-c", KILLED, place, *arguments(cache)]
+            end = subprocess.run(killed, env=_environment(), check=False).returncode
+            if end != -signal.SIGKILL or output.exists():
+                raise RuntimeError(f"{name}: the run was not killed at {stage} but ended with {end}")
+            again.append(whole(cache))
+            if output.read_bytes() != written:
+                raise RuntimeError(f"{name}: the rerun after {stage} wrote another model")
+        (seconds, busy), (once, busy_once) = (tuple(map(median, zip(*times, strict=True))) for times in (again, full))
+        rows.append({
+            "model": name,
+            "killed at": stage,
+            "whole s": round(once, 1),
+            "rerun s": round(seconds, 1),
+            "rerun / whole": round(seconds / once, 2),
+            "of processor time": round(busy / busy_once, 2),
+        })
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _processor() -> float:
+    """Seconds that all processes started from here have computed: what else runs on the machine adds none."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _environment() -> dict[str, str]:
+    """The cache is where the command line says."""
+    return {name: value for name, value in os.environ.items() if name != "ONNX_OAMIP_CACHE"}
