@@ -34,6 +34,7 @@ STAGES = ("calibrate", "sensitivity", "plan and refit")
 GATE = "verify"
 """The stage that holds the latency gate, which measures for as long as it was told: no part of ``seconds``."""
 COLUMNS = ("varied", *BASE, "seconds", "passes", *STAGES, "other stages", GATE, "peak MiB added")
+CLOCKED = ("seconds", "passes", *STAGES, "other stages", GATE, "peak MiB added")
 EXPONENTS = ("varied", "seconds", *STAGES, "peak MiB added")
 ONE = """
 import json, sys
@@ -61,9 +62,9 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
         for value in values:
             rows.append({"varied": varied, **_measured({**BASE, varied: value}, seed)})
             print(rows[-1], flush=True)
-            store(out, "cost", rows, COLUMNS, seed)
-    save(out, "cost-exponents", exponents(rows, start), EXPONENTS, seed)
-    return save(out, "cost", [start, *rows], COLUMNS, seed)
+            store(out, "cost", rows, COLUMNS, seed, CLOCKED)
+    save(out, "cost-exponents", exponents(rows, start), EXPONENTS, seed, CLOCKED)
+    return save(out, "cost", [start, *rows], COLUMNS, seed, CLOCKED)
 
 
 def exponents(rows: Sequence[Row], start: Mapping[str, float] | None = None) -> list[Row]:

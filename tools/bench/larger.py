@@ -59,6 +59,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None =
             rows.append(row)
             print({k: v for k, v in row.items() if v is not None}, flush=True)
             store(out, "larger", rows, COLUMNS, seed)
+    if not rows:
+        return ""
     save(out, "larger-summary", summary(rows), SUMMARY, seed)
     return save(out, "larger", rows, COLUMNS, seed)
 

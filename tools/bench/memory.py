@@ -26,6 +26,7 @@ FORMS = (".npy float32", ".npz float32", ".npz float32 compressed", ".npz uint8 
 STAGES = (".npy float32",)
 """Forms of which every stage has a row; of the others only the whole run has."""
 COLUMNS = ("model", "data", "run", "stage", "memory", *(f"{n:,} MiB" for n in COUNTS), "ratio")
+CLOCKED = COLUMNS[5:]
 EVERY = 0.001
 STATUS = Path("/proc/self/status")
 
@@ -45,8 +46,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                         row: Row = {"model": name, "data": form, "run": verb, "stage": stage, "memory": memory}
                         rows.append({**row, **dict(columns), "ratio": round(peaks[-1] / max(peaks[0], 1), 2)})
                         print(rows[-1], flush=True)
-                store(out, "memory", rows, COLUMNS, seed)
-    return save(out, "memory", rows, COLUMNS, seed)
+                store(out, "memory", rows, COLUMNS, seed, CLOCKED)
+    return save(out, "memory", rows, COLUMNS, seed, CLOCKED)
 
 
 def _measured(name: str, form: str, verb: str, count: int, seed: int) -> dict[str, tuple[float, float]]:
