@@ -26,11 +26,13 @@ from .solvers import Limits as SolverLimits
 
 @dataclass(frozen=True)
 class Limits:
-    """Absolute limits; None where nothing was asked."""
+    """Absolute limits; None where nothing was asked. ``before`` and the costs set aside make shares of them again."""
 
     macs: float | None
     params: float | None
     bytes: float | None
+    before: Cost | None = None
+    aside: tuple[int, int, int] = (0, 0, 0)
 
     def holds(self, cost: Cost) -> bool:
         """Every limit is met."""
@@ -41,6 +43,18 @@ class Limits:
         """Cost over limit, by name, where there is a limit."""
         pairs = {"macs": (cost.macs, self.macs), "params": (cost.params, self.params), "size": (cost.bytes, self.bytes)}
         return {k: value / limit for k, (value, limit) in pairs.items() if limit}
+
+    def least(self, cost: Cost) -> dict[str, float]:
+        """The least share of every limited cost that ``cost`` meets, rounded up to four digits."""
+        if self.before is None:
+            return {}
+        whole, now = ((c.macs, c.params, c.bytes) for c in (self.before, cost))
+        asked = zip(("macs", "params", "size"), (self.macs, self.params, self.bytes), strict=True)
+        parts = zip(asked, whole, now, self.aside, strict=True)
+        return {
+            k: math.ceil(1e4 * (n + held) / max(w, 1)) / 1e4
+            for (k, limit), w, n, held in parts if limit is not None
+        }  # fmt: skip
 
 
 def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Limits:
@@ -53,6 +67,8 @@ def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Lim
         macs=share(budget.macs, before.macs, 0),
         params=share(budget.params, before.params, reserve),
         bytes=share(budget.size, before.bytes, reserve * itemsize),
+        before=before,
+        aside=(0, reserve, reserve * itemsize),
     )
 
 
@@ -87,13 +103,15 @@ def allocate(
         return limit.holds(ledger.cost(widths))
 
     if not fits(narrowest):
-        advice = "ask for more or see 'onnx-oamip inspect'"
-        if fits(least(0.0, step, full)):
-            advice = "it can be met without --floor, --limits and --protect"
-        raise BudgetNotMet(_binding(coupling, ledger, limit, narrowest, advice))
+        raise BudgetNotMet(_binding(coupling, ledger, limit, narrowest, _advice(coupling, settings, step, fits)))
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
-        widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
+        try:
+            widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
+        except BudgetNotMet as error:
+            held = ", ".join((*_floors(settings), *_others(coupling, settings)))
+            told = f"; what keeps widths up: {held}." if held else "."
+            raise BudgetNotMet(f"{str(error).rstrip('.')}{told}") from error
         if not extra:  # what the rungs left unused; a measured limit is not counted here and gets no filling
             widths = _fill(ledger, limit, widths, step, ceiling, full)
             used = limit.shares(ledger.cost(widths))
@@ -253,9 +271,41 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
     widest = sorted(coupling.groups, key=lambda g: -max(g.multiplicity.values()) * len(g.units))[:3]
     reasons = [p.reason for p in coupling.pinned if p.count > 1]
     why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
+    shares = limit.least(ledger.cost(floor))
+    reach = f"the least that can be met is {', '.join(f'--{k} {v:g}' for k, v in shares.items())}; " if shares else ""
     return (
         f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
         f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the "
         f"model is still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
-        f"{advice}."
+        f"{reach}{advice}."
     )
+
+
+def _advice(coupling: Coupling, settings: Settings, step: Ints, fits: Callable[[Ints], bool]) -> str:
+    """Which of the settings that keep widths up bind: those without which the budget can be met."""
+    full = full_widths(coupling)
+    floors, others = _floors(settings), _others(coupling, settings)
+    excluded = [name for name in others if name.startswith("--exclude")]
+    one = np.ones_like(step)
+    if floors and fits(least(0.0, step, full)):
+        return f"it can be met without {' and '.join(floors)}"
+    if fits(least(0.0, one, full)):
+        return f"it can be met without {' and '.join((*floors, f'--align {settings.align}'))}, that is with --align 1"
+    if excluded:
+        return f"{' and '.join(excluded)} keeps channels that could go; ask for more, or exclude less"
+    return "ask for more or see 'onnx-oamip inspect'"
+
+
+def _floors(settings: Settings) -> tuple[str, ...]:
+    """Options that say how much of every group stays."""
+    asked = (
+        ("--floor", settings.floor, 0.0), ("--limits", settings.limits, "none"), ("--protect", settings.protect, 0.0),
+    )  # fmt: skip
+    return tuple(f"{name} {value}" for name, value, unset in asked if value != unset)
+
+
+def _others(coupling: Coupling, settings: Settings) -> tuple[str, ...]:
+    """Other options that keep channels: the step of widths, and what was excluded."""
+    excluded = dict.fromkeys(p.reason.removesuffix(" keeps it") for p in coupling.pinned if p.given)
+    align = (f"--align {settings.align}",) if settings.align not in ("auto", 1) else ()
+    return (*align, *(reason for reason in excluded if reason.startswith("--exclude")))

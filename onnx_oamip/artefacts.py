@@ -173,7 +173,7 @@ def _read(file: Path) -> dict[str, Array]:
     if missing or not isinstance(found, dict):
         why = f"it has no '{missing[0]}'" if missing else "it holds one array"
         raise DataError(f"{file} cannot be read as scores: {why}; give what 'onnx-oamip score' wrote.")
-    return {key: found[key] for key in _KEYS}
+    return {key: np.asarray(found[key]) for key in _KEYS}
 
 
 def _text(value: Array, name: str, path: object) -> str:

@@ -28,7 +28,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from platformdirs import user_cache_path
 
-from . import arrays
+from . import arrays, rows
 from .aside import write_bytes
 from .data import Samples
 from .errors import OutputError
@@ -151,7 +151,8 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
         digest.update(f"{name} {values.dtype} {values.shape}".encode())
         for factor in samples.scales.get(name, ()):
             digest.update(f"{factor.shape} {factor.tolist()}".encode())
-        digest.update(np.ascontiguousarray(values).view(np.uint8).reshape(-1).data)
+        for block in rows.blocks(values):
+            digest.update(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
     if samples.labels is not None:
         digest.update(np.ascontiguousarray(samples.labels).tobytes())
     shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items())]
@@ -184,8 +185,10 @@ def _taken(kind: Kind[T], path: Path, fits: Callable[[T], bool]) -> T | None:
         return None
     try:
         found = arrays.load(path)
-        value = kind.unpack(found) if isinstance(found, dict) else None
-        return value if value is not None and fits(value) else None
+        if not isinstance(found, dict):
+            return None
+        value = kind.unpack({name: np.asarray(values) for name, values in found.items()})
+        return value if fits(value) else None
     except Exception:  # it may hold anything, and is made anew
         return None
 

@@ -86,9 +86,10 @@ def prune(opened: Opened, progress: Progress | None = None) -> Result:
     if settings.sparse:  # ONNX's shape inference does not look into sparse constants
         onnx.checker.check_model(proto)
     after = Session(proto, opened.device, what="the pruned model")
-    batches = verify.runs_at(model, after, opened.samples)
     before = Session(model.proto, opened.device, what=model.path)
+    batches = verify.runs_at(model, after, opened.samples, lambda: before)
     seen = verify.compare(model, before, after, opened.held, settings.batch_size, progress)
+    verify.numbers(model, seen)
     return Result(
         proto=proto,
         dense=found.proto,

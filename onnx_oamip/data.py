@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, parquet, pictures
+from . import arrays, parquet, pictures, rows
 from .errors import DataError
 from .records import Array, Ints, Model, Port, Reading
+from .rows import Spool, Values
 from .shapes import symbol
 
 EVALUATION = "eval."
@@ -38,10 +39,11 @@ class Samples:
     """Checked arrays by input name, ``count`` samples along axis 0.
 
     ``whole``: every index is one whole feed (arrays have rank + 1). ``scales`` turns stored codes into values when a
-    batch is cut, so that compact arrays stay compact in memory.
+    batch is cut, so that compact arrays stay compact; large arrays may stay in a file (``rows``), from which a feed
+    reads its part. ``origin``: numbers of the samples in the source, where these are some of them.
     """
 
-    arrays: Mapping[str, Array]
+    arrays: Mapping[str, Values]
     labels: Ints | None
     count: int
     whole: bool
@@ -49,6 +51,7 @@ class Samples:
     dtypes: Mapping[str, np.dtype[Any]]
     fixed_batch: int | None
     source: str
+    origin: Ints | None = None
 
     def feed(self, index: Ints) -> dict[str, Array]:
         """One feed of the samples at ``index`` (a single one for whole feeds)."""
@@ -61,12 +64,16 @@ class Samples:
             feed[name] = np.asarray(value, self.dtypes[name], order="C")
         return feed
 
-    def batches(self, size: int) -> Iterator[tuple[Ints, dict[str, Array]]]:
-        """(sample indices, feed) in order. A model with a fixed batch gets exactly that many, the rest is left out."""
+    def divided(self, size: int) -> Iterator[Ints]:
+        """Sample indices by feed. A model with a fixed batch gets exactly that many, the rest is left out."""
         step = 1 if self.whole else self.fixed_batch or size
-        stop = self.count - self.count % step if self.fixed_batch and not self.whole else self.count
+        stop = self.usable()
         for start in range(0, stop, step):
-            index = np.arange(start, min(start + step, stop), dtype=np.int64)
+            yield np.arange(start, min(start + step, stop), dtype=np.int64)
+
+    def batches(self, size: int) -> Iterator[tuple[Ints, dict[str, Array]]]:
+        """(sample indices, feed) in order, as :meth:`divided`."""
+        for index in self.divided(size):
             yield index, self.feed(index)
 
     def usable(self) -> int:
@@ -77,9 +84,10 @@ class Samples:
         """The samples at ``index``."""
         return replace(
             self,
-            arrays={k: v[index] for k, v in self.arrays.items()},
+            arrays={k: rows.take(v, index) for k, v in self.arrays.items()},
             labels=None if self.labels is None else self.labels[index],
             count=len(index),
+            origin=index if self.origin is None else self.origin[index],
         )
 
     def bindings(self, model: Model) -> dict[str, int]:
@@ -105,6 +113,7 @@ def load(
     ``prefix`` picks the keys of a part (``eval.``); None is returned where the source has no such part. ``reading``
     says how images and tables are read. Raises DataError with one sentence: what was found, where, what was expected.
     """
+    found: dict[str, Values]
     if isinstance(source, Mapping):
         found, where = _plain(source), "the data"
     else:
@@ -124,7 +133,7 @@ def load(
     return _check(found, model, where)
 
 
-def _plain(source: Mapping[str, Array]) -> dict[str, Array]:
+def _plain(source: Mapping[str, Array]) -> dict[str, Values]:
     """A caller's own arrays, by name and in this machine's byte order."""
     for name in source:
         if not isinstance(name, str):
@@ -138,7 +147,7 @@ def _plain(source: Mapping[str, Array]) -> dict[str, Array]:
 _FORMS = "an .npz, .npy or .parquet file, a folder of images, or module:function"
 
 
-def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Array], str]:
+def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Values], str]:
     path = Path(source)
     if path.is_dir():
         if len(model.inputs) != 1:
@@ -147,7 +156,7 @@ def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Array]
         port = model.inputs[0]
         codes, labels, where = pictures.folder(path, port, reading)
         scale, offset = pictures.affine(port, reading, where)
-        found = {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
+        found: dict[str, Values] = {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
         return {**found, **({} if labels is None else {LABELS: labels})}, where
     if path.suffix == ".parquet":
         if not path.exists():
@@ -160,7 +169,7 @@ def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Array]
     raise DataError(f"{source}: no such data file; give {_FORMS}.")
 
 
-def _read_numpy(path: Path, model: Model) -> dict[str, Array]:
+def _read_numpy(path: Path, model: Model) -> dict[str, Values]:
     if not path.exists():
         raise DataError(f"{path}: no such data file; give {_FORMS}.")
     loaded = arrays.load(path)
@@ -172,30 +181,62 @@ def _read_numpy(path: Path, model: Model) -> dict[str, Array]:
     return {model.inputs[0].name: loaded}
 
 
-def _read_callable(source: str) -> dict[str, Array]:
+def _read_callable(source: str) -> dict[str, Values]:
     module_name, _, function = source.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module_name), function)()
-        feeds = list(iter(made.get_next, None)) if hasattr(made, "get_next") else list(made)
+        feeds = iter(made.get_next, None) if hasattr(made, "get_next") else iter(made)
+        first = next(feeds, None)
     except Exception as error:  # the user's own code ran: whatever it raised is told as it is
-        raise DataError(
-            f"--data {source}: {type(error).__name__}: {error}; expected an importable module:function that yields "
-            "feeds."
-        ) from error
-    if not feeds or not all(isinstance(f, Mapping) for f in feeds):
-        raise DataError(f"--data {source} yielded no feeds; expected dicts of arrays by input name.")
-    try:
-        # One index is one whole feed: feeds of a fixed shape stack, whatever their own batch is.
-        return {name: np.stack([np.asarray(f[name]) for f in feeds]) for name in feeds[0]}
-    except (KeyError, ValueError) as error:
-        raise DataError(
-            f"--data {source} yields feeds of unequal names or shapes ({error}); make them equal."
-        ) from error
+        raise _raised(source, error) from error
+    if not isinstance(first, Mapping) or not first:
+        raise _no_feeds(source)
+    # One index is one whole feed: feeds of a fixed shape stack, whatever their own batch is.
+    wanted = {name: _shape_of(value) for name, value in first.items()}
+    spools = {name: Spool(f"--data {source}: what it yields for '{name}'") for name in first}
+    count = 0
+    feed: Any = first
+    while feed is not None:
+        if not isinstance(feed, Mapping):
+            raise _no_feeds(source)
+        for name, spool in spools.items():
+            if name not in feed or _shape_of(feed[name]) != wanted[name]:
+                what = f"'{name}' is {_told(_shape_of(feed[name]))}" if name in feed else f"there is no '{name}'"
+                raise DataError(
+                    f"--data {source} yields feeds of unequal names or shapes, or types (in the first '{name}' is "
+                    f"{_told(wanted[name])}, in feed {count} {what}); make them equal."
+                )
+            spool.append(np.asarray(feed[name]))
+        count += 1
+        try:
+            feed = next(feeds, None)
+        except Exception as error:
+            raise _raised(source, error) from error
+    return {name: spools[name].finish((count, *shape), kind) for name, (shape, kind) in wanted.items()}
 
 
-def _check(found: dict[str, Array], model: Model, where: str) -> Samples:
+def _shape_of(value: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    found = np.asarray(value)
+    return found.shape, found.dtype
+
+
+def _told(about: tuple[tuple[int, ...], np.dtype[Any]]) -> str:
+    return f"{about[1]} of shape {about[0]}"
+
+
+def _raised(source: str, error: Exception) -> DataError:
+    return DataError(
+        f"--data {source}: {type(error).__name__}: {error}; expected an importable module:function that yields feeds."
+    )
+
+
+def _no_feeds(source: str) -> DataError:
+    return DataError(f"--data {source} yielded no feeds; expected dicts of arrays by input name.")
+
+
+def _check(found: dict[str, Values], model: Model, where: str) -> Samples:
     names = [p.name for p in model.inputs]
     if not names:
         raise DataError("the model has no inputs, so there is nothing to calibrate it with.")
@@ -237,13 +278,14 @@ def _check(found: dict[str, Array], model: Model, where: str) -> Samples:
     fixed = first if isinstance(first, int) and first > 0 and not whole else None
     if fixed and count < fixed:
         raise DataError(f"{where} holds {count} samples but the model takes {fixed} at a time; give at least {fixed}.")
-    labels = None if LABELS in names else found.get(LABELS)
-    if labels is not None:
-        labels = _check_labels(labels, count, whole, where)
+    given = None if LABELS in names else found.get(LABELS)
+    labels = None
+    if given is not None:
+        labels = _check_labels(np.asarray(given), count, whole, where)
     return Samples(arrays, labels, count, whole, scales, dtypes, fixed, where)
 
 
-def _factor(found: Mapping[str, Array], key: str, array: Array, port: Port, where: str) -> Array | None:
+def _factor(found: Mapping[str, Values], key: str, array: Values, port: Port, where: str) -> Array | None:
     """A scale or an offset: one number, or numbers that meet a sample's channels as numpy broadcasts them."""
     if key not in found:
         return None
@@ -266,7 +308,7 @@ _LAYOUTS = ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1), (0, 4, 1, 2, 3), (0, 2, 3, 4,
 """Channels last to channels first and back."""
 
 
-def _moved(array: Array, order: tuple[int, ...]) -> tuple[int, ...]:
+def _moved(array: Values, order: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(array.shape[a] for a in order)
 
 
@@ -281,7 +323,7 @@ def _expected(port: Port) -> str:
     return f"{port.dtype} [{dims}]"
 
 
-def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
+def _check_array(array: Values, port: Port, scaled: bool, where: str) -> Values:
     label = f"{where}: array '{port.name}'"
     if array.dtype == object:
         raise DataError(f"{label} holds Python objects; expected {_expected(port)}.")
@@ -306,11 +348,10 @@ def _check_array(array: Array, port: Port, scaled: bool, where: str) -> Array:
             hint = f"; the layout fits after array.transpose({', '.join(map(str, turned))})" if turned else ""
             raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}{hint}.")
     if array.dtype.kind in "fc" or array.dtype.kind == "V":
-        bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1) if array.size else np.zeros(0, bool)
-        if bad.any():
-            raise DataError(
-                f"{label} has NaN or infinite values, first in sample {int(np.argmax(bad))}; clean the data."
-            )
+        wrong = rows.first_not_finite(array)
+        if wrong is not None:
+            hint = ", and where -inf masks something, write the type's lowest number" if wrong.masks else ""
+            raise DataError(f"{label} has NaN or infinite values, first in sample {wrong.row}; clean the data{hint}.")
     return array
 
 

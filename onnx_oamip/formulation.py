@@ -21,7 +21,9 @@ from .region import Form, Region, gate_sites, nothing_encodable, readers_of, reg
 EPSILON = 1e-5
 """How far an input may move for the bounds of ``paper``: the published code's value (images are not clamped here)."""
 BIG = 1e6
-"""Rows with coefficients above this say nothing at the solvers' tolerance of 1e-6: then there is no program."""
+"""Logits that may reach this are not told apart at the solvers' tolerance of 1e-6 of a range: there is no program."""
+MOST = 1e30
+"""Bounds above this are no numbers to solvers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,13 @@ def formulate(
             blocked[error.node] = error.reason
 
 
+def _beyond(size: float, where: str) -> str:
+    return (
+        f"bounds of the importance program reach {size:.1e} at {where}, beyond what solvers resolve; "
+        "use --mode decoupled."
+    )
+
+
 class _Blocked(Exception):
     def __init__(self, node: int, reason: str) -> None:
         super().__init__(reason)
@@ -106,13 +115,13 @@ class _Graph:
         """Everything: the region's rules one after the other, then the objective."""
         for i in self.region.nodes:
             self._encode(i)
-            if self.encoder.largest > BIG:
-                raise SolverError(
-                    f"bounds of the importance program reach {self.encoder.largest:.1e} at {self.model.nodes[i]}, "
-                    "beyond what solvers resolve; use --mode decoupled."
-                )
+            if not self.encoder.largest <= MOST:
+                raise SolverError(_beyond(self.encoder.largest, str(self.model.nodes[i])))
         reward = self._reward(cost)
         logits = self._value(self.images.logits)
+        widest = float(np.maximum(np.abs(logits.lower), np.abs(logits.upper)).max(initial=0.0))
+        if not widest <= BIG:
+            raise SolverError(_beyond(widest, f"the logits '{self.images.logits}'"))
         program, loss = objective(self.encoder, logits, self.images.labels.reshape(-1), self.form.weight, reward)
         pending = self.encoder.pending(program.n_variables)
         units = np.flatnonzero(self.region.included)
@@ -150,6 +159,8 @@ class _Graph:
         """Constants among the parts (weights read as data) go the same way as activations."""
         size = parts[0][1].shape[0] if parts else int(np.prod(self.shapes[out]))
         shift = np.asarray(offset, np.float64)
+        if not np.isfinite(shift).all():
+            raise Refused(f"a constant added to make '{out}' is infinite")
         if shift.size not in (1, size):
             shift = np.broadcast_to(shift, self.shapes[out])
         flat = np.broadcast_to(shift.reshape(-1), size)
@@ -180,6 +191,8 @@ class _Graph:
                 if name not in self.images.activations:
                     raise Refused(f"'{name}' is no activation of floating type")
                 slack = EPSILON if self.form.kind == "paper" else 0.0
+                if not np.isfinite(self.images.activations[name]).all():
+                    raise Refused(f"'{name}' takes infinite values")
                 self.known[name] = Expression.of(self.images.activations[name], slack)
         return self.known[name]
 

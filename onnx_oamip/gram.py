@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -19,7 +20,7 @@ from .calibrate import Progress
 from .errors import memory_for
 from .patches import data_rows, pick
 from .records import Array, Consumer, Coupling, Floats, Gram, Ints, Model
-from .subgraph import Frontier, element_types
+from .subgraph import element_types, stream
 
 Job = tuple[int, Mapping[str, Gram]]
 """A group, and second moments by the nodes that read it."""
@@ -29,6 +30,8 @@ MOST_COLUMNS = 8192
 """Above this a consumer has no Gram matrix (half a gigabyte): its units are judged by their activations alone."""
 ROWS_PER_UNKNOWN = 2
 LEAST_ROWS, MOST_ROWS = 4096, 8192
+TINY = 1e-150
+"""Stands for a variance of 0. Far below the squares of any activation in float32, so that scales do not matter."""
 RIDGE = 1e-3
 """Relative to the mean diagonal: keeps a Gram matrix of few rows from promising a perfect repair."""
 
@@ -42,19 +45,36 @@ def collect(
     progress: Progress | None = None,
     cap: int = CAP,
 ) -> dict[str, Gram]:
-    """Centred Gram matrices by consumer node, float64, over sampled rows of all feeds."""
-    rng = np.random.default_rng(seed)
-    frontier = Frontier(model.proto, feeds, element_types(model.proto, model.dtypes), device)
-    places = _places(model, coupling, cap)
-    result = {}
-    for i, (place, columns) in enumerate(places):
+    """Centred Gram matrices by consumer node, float64, over sampled rows of all feeds; one feed is held at a time."""
+    sums = []
+    for place, columns in _places(model, coupling, cap):
         if len(columns) <= MOST_COLUMNS:
-            with memory_for(f"the second moments of what {place.node} reads"):
-                inputs = frontier.reach([place.data])[place.data]
-                result[place.node.name] = _one(model, place, inputs, columns, rng)
-        if progress:
-            progress("gram", i + 1, len(places))
-    return result
+            with memory_for(_reading(place)):
+                sums.append(_Sum(model, place, columns))
+    batches = [_batch(model, feed) for feed in feeds]
+    rng = np.random.default_rng(seed)
+    rows = [[pick(total.rows(batch), total.wanted(len(feeds)), rng) for batch in batches] for total in sums]
+    types = element_types(model.proto, model.dtypes)
+    for b, i, value in stream(model.proto, feeds, [total.place.data for total in sums], types, device):
+        count = sums[i].count(value)
+        if count != sums[i].rows(batches[b]):  # a size that only a run tells
+            rows[i][b] = pick(count, sums[i].wanted(len(feeds)), np.random.default_rng((seed, i, b)))
+        with memory_for(_reading(sums[i].place)):
+            sums[i].add(value, rows[i][b])
+        if progress and i + 1 == len(sums):
+            progress("gram", b + 1, len(feeds))
+    return {total.place.node.name: total.gram() for total in sums}
+
+
+def _reading(place: Site) -> str:
+    return f"the second moments of what {place.node} reads"
+
+
+def _batch(model: Model, feed: Mapping[str, Array]) -> Fraction:
+    """How many times the batch that the model's shapes are of a feed holds."""
+    name = model.inputs[0].name
+    shape = model.shapes.get(name, ())
+    return Fraction(len(feed[name]), shape[0]) if shape and shape[0] else Fraction(1)
 
 
 def _places(model: Model, coupling: Coupling, cap: int) -> list[tuple[Site, Ints]]:
@@ -100,26 +120,51 @@ def _columns(place: Site, weight: Array, labels: Ints, cap: int) -> Ints:
     return every[:, None]
 
 
-def _one(model: Model, place: Site, inputs: Sequence[Array], columns: Ints, rng: np.random.Generator) -> Gram:
-    groups, _, _, taps = matrix_shape(place, model.constants[place.weight])
-    d, folded = columns.shape
-    wanted = max(64, int(np.clip(ROWS_PER_UNKNOWN * d, LEAST_ROWS, MOST_ROWS)) // folded)
-    total = np.zeros((groups, d))
-    gram = np.zeros((groups, d, d))
-    count = 0
-    per_feed = -(-wanted // len(inputs))
-    for x in inputs:
-        shape = (len(x), *model.shapes[place.node.outputs[0]][1:])
-        rows = int(np.prod((len(x), *shape[2:]))) if place.spatial else x.size // x.shape[place.data_axis]
-        found = data_rows(place, x, pick(rows, per_feed, rng), shape).transpose(1, 0, 2)
+class _Sum:
+    """Sums of what one consumer reads: over rows (groups, d), and of their products (groups, d, d)."""
+
+    def __init__(self, model: Model, place: Site, columns: Ints) -> None:
+        self.place, self.columns = place, columns
+        self.groups, _, _, self.taps = matrix_shape(place, model.constants[place.weight])
+        self.data, self.output = model.shapes[place.data], model.shapes[place.node.outputs[0]]
+        d = len(columns)
+        self.total = np.zeros((self.groups, d))
+        self.square = np.zeros((self.groups, d, d))
+        self.seen = 0
+
+    def wanted(self, feeds: int) -> int:
+        """Rows to be sampled from each of so many feeds."""
+        d, folded = self.columns.shape
+        whole: int = max(64, min(max(ROWS_PER_UNKNOWN * d, LEAST_ROWS), MOST_ROWS) // folded)
+        return -(-whole // feeds)
+
+    def rows(self, batch: Fraction) -> int:
+        """Rows that a feed of ``batch`` times the model's own batch should have."""
+        place = self.place
+        if place.spatial:
+            return int(batch * self.data[0]) * int(np.prod(self.output[2:]))
+        return int(batch * int(np.prod(self.data))) // self.data[place.data_axis]
+
+    def count(self, x: Array) -> int:
+        """Rows that there are in what the consumer reads of a feed."""
+        place = self.place
+        return len(x) * int(np.prod(self.output[2:])) if place.spatial else x.size // x.shape[place.data_axis]
+
+    def add(self, x: Array, rows: Ints) -> None:
+        """Take up the rows of a feed."""
+        found = data_rows(self.place, x, rows, (len(x), *self.output[1:])).transpose(1, 0, 2)
         # Equal places of all columns make one equation each.
-        found = found[:, :, columns.T].reshape(groups, -1, d)
-        total += found.sum(axis=1)
-        gram += found.transpose(0, 2, 1) @ found
-        count += found.shape[1]
-    mean = total / count
-    gram = gram / count - mean[:, :, None] * mean[:, None, :]
-    return Gram(gram, mean, columns, taps, count)
+        found = found[:, :, self.columns.T].reshape(self.groups, -1, len(self.columns))
+        self.total += found.sum(axis=1)
+        self.square += found.transpose(0, 2, 1) @ found
+        self.seen += found.shape[1]
+
+    def gram(self) -> Gram:
+        """The centred matrix; the sums are used up."""
+        mean = self.total / self.seen
+        self.square /= self.seen
+        self.square -= mean[:, :, None] * mean[:, None, :]
+        return Gram(self.square, mean, self.columns, self.taps, self.seen)
 
 
 @dataclass(frozen=True)
@@ -174,10 +219,10 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
             covariance = found.matrix[block]
             ridge = shrinkage(covariance, found.rows)
             gram = covariance / (1 + ridge)  # the trace stays: a strong ridge must not make a consumer louder
-            load = float(ridge * np.trace(gram) / len(gram) + 1e-30)
+            load = float(ridge * np.trace(gram) / len(gram) + TINY)
             gram[np.diag_indices_from(gram)] += load
             # The variance of y, without the ridge: trace(W G W').
-            scale = max(float(np.einsum("od,od->", part @ covariance, part)), 1e-30)
+            scale = max(float(np.einsum("od,od->", part @ covariance, part)), TINY)
             result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale, load))
     return result
 

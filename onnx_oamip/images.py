@@ -91,7 +91,7 @@ def collect(
     feeds, labels = _feeds(samples, place[chosen], inside[chosen], label, model.shapes[logits][0])
     names = floats(model)
     size = sum(4 * int(np.prod(model.shapes[n])) for n in names) * len(feeds)
-    if size > LIMIT_BYTES:
+    if size > LIMIT_BYTES or not feeds:
         return Images(tuple(feeds), labels, logits, {}, tuple(notes))
     session = Session(showing(model, names), device, what="the model with its activations")
     runs = [session.run(feed, names) for feed in feeds]

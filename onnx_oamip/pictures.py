@@ -1,7 +1,7 @@
 """Images as samples: found in a folder, decoded, brought to the model's size and layout, kept as 8-bit codes.
 
-Values are ``(code * scale - mean) / std`` per colour channel. Codes stay 8-bit in memory and become values batch by
-batch, so that thousands of images fit.
+Values are ``(code * scale - mean) / std`` per colour channel. Codes stay 8-bit, many of them in a temporary file, and
+become values batch by batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
 from .records import Array, Ints, Port, Reading
+from .rows import Spool, Values
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -35,7 +36,7 @@ class Form:
     size: tuple[int, int]
 
 
-def folder(path: Path, port: Port, reading: Reading) -> tuple[Array, Ints | None, str]:
+def folder(path: Path, port: Port, reading: Reading) -> tuple[Values, Ints | None, str]:
     """(codes, labels, where they are from) of the images in a folder and the folders in it.
 
     Where every image lies in a folder of its class the classes are numbered by the sorted names of these folders. Of
@@ -71,12 +72,12 @@ def _spread(by_class: dict[str, list[Path]], most: int) -> list[Path]:
     return sorted(chosen)
 
 
-def decode(sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str) -> Array:
+def decode(sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str) -> Values:
     """Codes (samples, *input shape without the batch) uint8 of named images: functions that give their bytes."""
     form = image_form(port, reading, where)
     height, width = form.size
-    codes = np.empty((len(sources), height, width, form.channels), np.uint8)
-    for i, (name, content) in enumerate(sources):
+    spool = Spool(f"the images of {where}")
+    for name, content in sources:
         try:
             data = content()
             with Image.open(io.BytesIO(data)) as image:
@@ -84,16 +85,18 @@ def decode(sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, readi
                 ImageOps.exif_transpose(image, in_place=True)
                 mode = MODES[form.channels]
                 same = image if image.mode == mode else image.convert(mode)
-                codes[i] = np.asarray(_fitted(same, form.size, reading.fit)).reshape(height, width, -1)
+                code = np.asarray(_fitted(same, form.size, reading.fit)).reshape(height, width, form.channels)
         except UnidentifiedImageError as error:
             what = "it has no format of images that is known" if data else "it is empty"
             raise DataError(f"{name} cannot be read as an image: {what}; mend or remove it.") from error
         except Exception as error:  # what broken images make Pillow raise is not documented
             text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise DataError(f"{name} cannot be read as an image: {text.rstrip('.')}; mend or remove it.") from error
-    if reading.color == "bgr" and form.channels >= 3:
-        codes[..., :3] = codes[..., 2::-1].copy()
-    return np.ascontiguousarray(codes.transpose(0, 3, 1, 2)) if form.layout == "nchw" else codes
+        if reading.color == "bgr" and form.channels >= 3:
+            code = np.concatenate([code[..., 2::-1], code[..., 3:]], axis=-1)
+        spool.append(code.transpose(2, 0, 1) if form.layout == "nchw" else code)
+    shape = (form.channels, height, width) if form.layout == "nchw" else (height, width, form.channels)
+    return spool.finish((len(sources), *shape), np.dtype(np.uint8))
 
 
 def _bounded(image: Image.Image, size: int) -> None:

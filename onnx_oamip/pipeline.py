@@ -323,9 +323,10 @@ def compare(
     images.check_labels(model, samples)
     verify.structure(other.proto)
     after = Session(other.proto, device, what=str(pruned))
-    batches = verify.runs_at(model, after, samples)
     before = Session(model.proto, device, what=str(original))
+    batches = verify.runs_at(model, after, samples, lambda: before)
     found = verify.compare(model, before, after, samples, settings.batch_size, progress)
+    verify.numbers(model, found)
     return replace(found, batches=batches)
 
 
@@ -366,7 +367,7 @@ def prove(
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
     proof = verify.prove(model, masked, pruned.raw, few, settings.batch_size)
     final = Session(pruned.proto, device, what="the pruned model")
-    batches = verify.runs_at(model, final, samples)
+    batches = verify.runs_at(model, final, samples, lambda: Session(model.proto, device, what=model.path))
     ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
     if ready.held is None:
         return Verification(
@@ -374,6 +375,7 @@ def prove(
         )
     answers = answers or search.answers(ready, settings.batch_size) or Session(model.proto, device, what=model.path)
     found = verify.compare(model, answers, final, ready.held, settings.batch_size, progress)
+    verify.numbers(model, found)
     return replace(
         found, masked_equivalence=proof.distance, rounding=proof.rounding, batches=batches, latency_ratio=ratio
     )

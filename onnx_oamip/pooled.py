@@ -18,8 +18,8 @@ from scipy.sparse import csr_array
 from .affine import Site, matrix, site
 from .calibrate import Progress
 from .data import Samples
-from .errors import DataError
 from .ops import taps
+from .overflow import refuse
 from .records import Array, Axis, Consumer, Coupling, Floats, Ints, Model, Pooled
 from .runtime import Session
 
@@ -65,7 +65,7 @@ def outlet(model: Model, place: Site) -> Axis:
             break
         others = [model.constants.get(i) for i in readers[0].inputs if i and i != name]
         channels = model.shapes[name][axis]
-        per_channel = all(o is not None and o.size in (1, channels) for o in others)
+        per_channel = all(o is not None and o.size in (1, channels) and np.isfinite(o).all() for o in others)
         if not per_channel or not others or model.shapes.get(readers[0].outputs[0]) != model.shapes[name]:
             break
         name = readers[0].outputs[0]
@@ -111,11 +111,10 @@ def collect(
         found = session.run(feed, names)
         for target, value in zip((*values.values(), *read.values()), found, strict=True):
             target[index] = _by_sample(value, len(index), target.shape[1:])
-        if not all(np.isfinite(value).all() for value in found):
-            raise DataError(
-                f"activations take NaN or infinite values on this data (samples {index[0]} to {index[-1]}); the model "
-                "overflows there, so no statistic would mean anything."
-            )
+        tensors = [*(tensor for tensor, _ in wanted), *(place.data for place in windows.values())]
+        for tensor, value in zip(tensors, found, strict=True):
+            if not np.isfinite(value).all():
+                refuse(model, samples, tensor, device, batch_size)
         if progress:
             progress("pool", int(index[-1]) + 1, rows)
     labels = None if few.labels is None or few.labels.ndim != 1 else few.labels[:rows]

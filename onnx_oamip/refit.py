@@ -16,7 +16,7 @@ Sun, ICCV 2017; the front-to-back order corrects errors that earlier layers made
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -191,7 +191,7 @@ class Target:
 def collect_targets(
     model: Model,
     places: Sequence[Site],
-    feeds: list[dict[str, Array]],
+    feeds: Sequence[Mapping[str, Array]],
     types: dict[str, int],
     device: str,
     rng: np.random.Generator,
@@ -260,33 +260,49 @@ def _refit(
         )
         y += target.join.correction(error, kept)
     y = y.reshape(-1, groups, outs).transpose(1, 0, 2)
+    sound = np.asarray(np.isfinite(y).all(axis=(0, 2)) & np.isfinite(x).all(axis=(0, 2)))
+    note = ""
+    if not sound.all():
+        note = f"{place.node}: {int((~sound).sum())} of {sound.size} rows are not finite and not fitted to"
+        x, y = x[:, sound], y[:, sound]
+        wide = (np.concatenate(target.inputs)[sound],) if target.inputs else ()
+        target = replace(target, inputs=wide)
     rows = len(y[0])
-    if rows < 2:
-        return None, f"{place.node}: one row is too few to fit and to judge, so it is not refitted"
+    if not rows:
+        return None, note
     split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)  # rows come in the order of samples: the last are held
     residual = y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
-    form, note = "least squares", ""
+    if rows < 2:
+        editor.add_bias(here, residual.reshape(-1))
+        return None, f"{place.node}: one row is too few to fit and to judge, so only its bias moves"
+    form = "least squares"
     if target.inputs:
         mixed = _mixing(model, coupling, units, place, target, x, w0)
         if mixed is None:
             form, solve = "bias", None
             why = f"{ins * taps} unknowns are too many and have no channel form"
-            note = f"{place.node}: {why}, so only its bias is refitted"
+            note = note or f"{place.node}: {why}, so only its bias is refitted"
         else:
             form, solve = "channel mixing", mixed
             why = f"{ins * taps} unknowns are too many for a Gram matrix"
-            note = f"{place.node}: {why}, so removed channels are mixed into kept ones"
+            note = note or f"{place.node}: {why}, so removed channels are mixed into kept ones"
     else:
         solve = ridge_regression(x, residual, split)
         if x.shape[1] < ins * taps:
-            note = f"{place.node}: {x.shape[1]} rows for {ins * taps} unknowns; more calibration samples would help"
+            note = note or (
+                f"{place.node}: {x.shape[1]} rows for {ins * taps} unknowns; more calibration samples would help"
+            )
     change, shift, ridge, errors = best(x, residual, split, solve)
     scale = float(y.var(axis=1).sum()) or 1.0
     fit = Fit(place.node.name, form, x.shape[1], ins * taps, ridge, errors[0] / scale, errors[1] / scale)
     if errors[1] < errors[0]:
         if change is not None:
             weight = w0 + change.transpose(0, 2, 1).reshape(w0.shape)
-            editor.replace(node, place.weight_slot, unmatrix(here, weight / here.factor, current))
+            with np.errstate(over="ignore"):
+                fresh = unmatrix(here, weight / here.factor, current)
+            if not np.isfinite(fresh).all():
+                return None, f"{place.node}: fitted weights are out of range for {current.dtype}, so it is not refitted"
+            editor.replace(node, place.weight_slot, fresh)
         editor.add_bias(here, shift.reshape(-1))
     return fit, note
 

@@ -109,7 +109,8 @@ class Session:
     ``profile`` is the prefix of a file that records every kernel of every run. ``spin``: idle threads wait busily, as
     ONNX Runtime has it by default and a deployment does; without it, sessions that take turns leave each other the
     cores. ``exact`` leaves out what rounds one way in a model and another way in a cut of it: weights of few bits
-    multiplied by activations that are rounded as well, and neighbouring quantisations merged into one.
+    multiplied by activations that are rounded as well, and neighbouring quantisations merged into one. ``lean`` gives
+    memory back after every run, for sessions of which many are open at once.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Session:
         profile: str | os.PathLike[str] | None = None,
         spin: bool = False,
         exact: bool = False,
+        lean: bool = False,
     ) -> None:
         rt = runtime()
         self._what = what
@@ -131,6 +133,8 @@ class Session:
         options.log_severity_level = 4
         if not spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if lean:
+            options.enable_cpu_mem_arena = False
         if threads:
             options.intra_op_num_threads = threads
         if profile is not None:

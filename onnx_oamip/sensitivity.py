@@ -20,7 +20,7 @@ from onnx import helper
 from .affine import matrix_shape, site, unmatrix
 from .bodies import insert, reads
 from .calibrate import Progress
-from .errors import memory_for
+from .errors import DataError, memory_for
 from .executors import executor
 from .gram import Job, compensate, jobs, problems
 from .images import head
@@ -31,6 +31,8 @@ from .subgraph import Slicer, element_types
 T = TypeVar("T")
 CHOICE = (0.7, 0.5, 0.3)
 """Shares of a group's width at which orders of removal are compared."""
+LOST = 30.0
+"""The loss of a cut that overflows: about that of a probability which rounds to 0."""
 LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
 
@@ -116,6 +118,13 @@ def _whole(
     original = Session(model.proto, device, threads=None)
     wanted = targets(model)
     truth = _Truth(feeds, [original.run(feed, wanted) for feed in feeds], wanted)
+    for outputs in truth.outputs:
+        for name, value in zip(wanted, outputs, strict=True):
+            if value.dtype.kind == "f" and (np.isnan(value) | np.isposinf(value)).any():
+                raise DataError(
+                    f"the model's output '{name}' is NaN or infinite on some of this data, so no loss can be measured; "
+                    "leave out the samples at which it is, or prune the model in float32."
+                )
     return _Whole(model, coupling, slicer, types, truth, orders, device, repair)
 
 
@@ -185,13 +194,20 @@ def _types(model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], d
 
 
 def divergence(model: Model, truth: Sequence[Array], found: Sequence[Array]) -> float:
-    """Mean KL divergence of class probabilities, or relative squared error of the outputs."""
-    if head(model) is not None:
-        p, q = _log_probabilities(truth[0]), _log_probabilities(found[0])
-        return float((np.exp(p) * (p - q)).sum(axis=1).mean())
-    error = sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in zip(truth, found, strict=True))
-    energy = sum(float(np.square(a.astype(np.float64)).sum()) for a in truth)
-    return error / energy if energy else error
+    """Mean KL divergence of class probabilities, or relative squared error of the outputs.
+
+    Where the original is infinite (a class that is ruled out) so must be what is compared, and nothing is lost there;
+    ``LOST`` where only one of them is a number.
+    """
+    with np.errstate(invalid="ignore"):
+        if head(model) is not None:
+            p, q = _log_probabilities(truth[0]), _log_probabilities(found[0])
+            loss = float(np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1).mean())
+            return loss if np.isfinite(loss) else LOST
+        pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(truth, found, strict=True)]
+        error = sum(float(np.square(np.where(a == b, 0.0, a - b)).sum()) for a, b in pairs)
+    energy = sum(float(np.square(a[np.isfinite(a)]).sum()) for a, _ in pairs)
+    return (error / energy if energy else error) if np.isfinite(error) else LOST
 
 
 def _log_probabilities(values: Array) -> Floats:

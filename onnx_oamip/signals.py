@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from .affine import Site, matrix, matrix_shape, site
 from .calibrate import Progress, reduction
 from .data import Samples
-from .errors import DataError
+from .overflow import refuse
 from .records import Axis, Coupling, Floats, Model, Node, Signal
 from .runtime import Session
 
@@ -132,11 +132,9 @@ def collect(
             if name.startswith(("oamip_abs_", "oamip_map_")):
                 part = value.astype(np.float64)
                 if not np.isfinite(part).all():
-                    tensor = sites[int(name.rsplit("_", 1)[1])][0] if name.startswith("oamip_abs_") else "a branch"
-                    raise DataError(
-                        f"the tensor '{tensor}' takes NaN or infinite values on this data (samples {index[0]} to "
-                        f"{index[-1]}); the model overflows there, so no statistic would mean anything."
-                    )
+                    kind, at = name.split("_")[1], [int(i) for i in name.split("_")[2:]]
+                    tensor = sites[at[0]][0] if kind == "abs" else sums[at[0]].inputs[at[1]]
+                    refuse(model, samples, tensor, device, batch_size)
                 totals[name] = totals[name] + part if name in totals else part
         for i, axis in enumerate(sites):
             counts[axis] += int(np.prod(found[f"oamip_size_{i}"])) // max(len(found[f"oamip_abs_{i}"]), 1)

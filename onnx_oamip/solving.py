@@ -221,14 +221,15 @@ def tightener(limits: Limits, solver: str, seconds: float) -> Any:
             if spent > seconds:
                 break
             row = csr_array(rows.matrix[[i]])
+            unit = float(np.abs(row.data).max(initial=0.0)) or 1.0  # solvers' tolerances are absolute
             objective = np.zeros(program.n_variables)
-            objective[row.indices] = row.data
+            objective[row.indices] = row.data / unit
             for sign, side in ((1.0, lower), (-1.0, upper)):
-                at = replace(relaxed, objective=sign * objective, offset=sign * rows.constant[i])
+                at = replace(relaxed, objective=sign * objective, offset=sign * rows.constant[i] / unit)
                 found = solve(at, replace(limits, time_s=1.0), solver)
                 if found.termination is Termination.OPTIMAL and found.bound is not None:
                     # The solver's own tolerance must not cut a point off.
-                    value = sign * (found.bound - 1e-6 * (1 + abs(found.bound)))
+                    value = sign * (found.bound - 1e-6 * (1 + abs(found.bound))) * unit
                     side[i] = max(side[i], value) if sign > 0 else min(side[i], value)
             spent += time.perf_counter() - began
         return np.minimum(lower, upper), np.maximum(lower, upper)

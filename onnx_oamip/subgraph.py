@@ -1,12 +1,14 @@
 """Parts of a graph as models of their own, so that no run computes more than it must.
 
 ``Slicer`` cuts out what leads from some tensors to others. ``Frontier`` walks a graph front to back over all feeds
-and holds only the tensors that later nodes still read.
+and holds only the tensors that later nodes still read; ``stream`` takes one feed after another through the same parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import onnx
@@ -14,7 +16,7 @@ from onnx import ValueInfoProto, helper
 
 from .bodies import reads
 from .data import Samples
-from .records import Array, Model
+from .records import Array, Ints, Model
 from .runtime import Session
 from .settings import ROOM
 
@@ -44,19 +46,36 @@ def _most(model: Model, room: int) -> int:
     return max(1, room // max(4 * sum(sizes[:3]) // max(model.batch, 1), 1))
 
 
-def affordable(
-    model: Model, samples: Samples, batch_size: int, room: int | None = None
-) -> tuple[list[dict[str, Array]], int]:
+class Feeds(Sequence[dict[str, Array]]):
+    """Feeds of the samples at each of ``index``, made when they are asked for."""
+
+    def __init__(self, samples: Samples, index: Sequence[Ints]) -> None:
+        self._samples, self._index = samples, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Array]: ...
+    @overload
+    def __getitem__(self, place: slice) -> Feeds: ...
+    def __getitem__(self, place: int | slice) -> dict[str, Array] | Feeds:
+        if isinstance(place, slice):
+            return Feeds(self._samples, self._index[place])
+        return self._samples.feed(self._index[place])
+
+
+def affordable(model: Model, samples: Samples, batch_size: int, room: int | None = None) -> tuple[Feeds, int]:
     """(feeds, samples used): as many as keep the widest frontier within ``room`` bytes (``FRONTIER_BYTES``)."""
     most = _most(model, FRONTIER_BYTES if room is None else room)
-    feeds: list[dict[str, Array]] = []
+    chosen: list[Ints] = []
     used = 0
-    for index, feed in samples.batches(min(batch_size, most)):
+    for index in samples.divided(min(batch_size, most)):
         if used and used + len(index) > most:
             break
-        feeds.append(feed)
+        chosen.append(index)
         used += len(index)
-    return feeds, used
+    return Feeds(samples, chosen), used
 
 
 class Slicer:
@@ -121,6 +140,49 @@ def element_types(proto: onnx.ModelProto, dtypes: Mapping[str, object]) -> dict[
     return types
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What leads from some tensors to the next ones: ``names`` it gives, and what is ``read`` of all after it."""
+
+    session: Session
+    names: list[str]
+    read: Set[str]
+
+    def run(self, held: Mapping[str, Array]) -> dict[str, Array]:
+        """Its tensors by name, from those that are held."""
+        found = self.session.run({n: held[n] for n in self.session.inputs}, self.names)
+        return dict(zip(self.names, found, strict=True))
+
+
+class _Parts:
+    """A graph taken apart front to back, as far as asked. Every node is in one part."""
+
+    def __init__(self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False) -> None:
+        self.proto, self.types, self.device, self.lean = proto, dict(types), device, lean
+        self.done: set[str] = set()
+
+    def next(self, targets: Sequence[str], held: Collection[str]) -> _Part | None:
+        """The part that leads to ``targets`` from tensors that are ``held``; None where they are held themselves."""
+        slicer = Slicer(self.proto)
+        nodes = slicer.needed(targets, held)
+        if not nodes:
+            return None
+        self.done.update(slicer.nodes[i].name for i in nodes)
+        rest = [i for i, node in enumerate(slicer.nodes) if node.name not in self.done]
+        later = {n for i in rest for n in slicer.reads[i]}
+        made = [n for i in nodes for n in slicer.nodes[i].output if n]
+        outputs = [n for n in made if n in later or n in targets]
+        for name in outputs:
+            self.types.setdefault(name, 0)
+        part = slicer.model(nodes, outputs, self.types)
+        session = Session(part, self.device, what="a part of the model", lean=self.lean)
+        return _Part(session, outputs, later.union(targets))
+
+    def saw(self, values: Mapping[str, Array]) -> None:
+        """Note the types of what a part gave: those that nobody knew are read by the next."""
+        self.types.update((n, int(helper.np_dtype_to_tensor_dtype(v.dtype))) for n, v in values.items())
+
+
 class Frontier:
     """Activations of one graph over a fixed list of feeds, computed forward as far as asked.
 
@@ -130,37 +192,51 @@ class Frontier:
     def __init__(
         self, proto: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], types: Mapping[str, int], device: str
     ) -> None:
-        self.proto = proto
-        self.types = dict(types)
-        self.device = device
         self.tensors: dict[str, list[Array]] = {}
-        for name in feeds[0] if feeds else ():
-            self.tensors[name] = [feed[name] for feed in feeds]
+        for feed in feeds:
+            for name, value in feed.items():
+                self.tensors.setdefault(name, []).append(value)
         self.batches = len(feeds)
-        self.done: set[str] = set()
+        self._parts = _Parts(proto, types, device)
 
     def reach(self, targets: Sequence[str]) -> dict[str, list[Array]]:
         """Values of tensors, one array per feed. Runs what is missing and forgets what nobody reads any more."""
-        slicer = Slicer(self.proto)
-        nodes = slicer.needed(targets, self.tensors)
-        if nodes:
-            self.done.update(slicer.nodes[i].name for i in nodes)
-            rest = [i for i, node in enumerate(slicer.nodes) if node.name not in self.done]
-            later = {n for i in rest for n in slicer.reads[i]}
-            made = [n for i in nodes for n in slicer.nodes[i].output if n]
-            outputs = [n for n in made if n in later or n in targets]
-            for name in outputs:
-                self.types.setdefault(name, 0)
-            part = slicer.model(nodes, outputs, self.types)
-            session = Session(part, self.device, what="a part of the model")
-            names = session.inputs
-            columns: list[list[Array]] = [[] for _ in outputs]
+        part = self._parts.next(targets, self.tensors)
+        if part is not None:
+            columns: dict[str, list[Array]] = {name: [] for name in part.names}
             for b in range(self.batches):
-                values = session.run({n: self.tensors[n][b] for n in names}, outputs)
-                for column, value in zip(columns, values, strict=True):
-                    column.append(value)
-            self.tensors.update(zip(outputs, columns, strict=True))
-            found = {n: c[0].dtype for n, c in zip(outputs, columns, strict=True) if c}
-            self.types.update((n, int(helper.np_dtype_to_tensor_dtype(t))) for n, t in found.items())
-            self.tensors = {n: v for n, v in self.tensors.items() if n in later or n in targets}
+                found = part.run({n: self.tensors[n][b] for n in part.session.inputs})
+                for name, value in found.items():
+                    columns[name].append(value)
+            self._parts.saw({name: column[0] for name, column in columns.items() if column})
+            self.tensors.update(columns)
+            self.tensors = {n: v for n, v in self.tensors.items() if n in part.read}
         return {name: self.tensors[name] for name in targets}
+
+
+def stream(
+    proto: onnx.ModelProto,
+    feeds: Iterable[Mapping[str, Array]],
+    targets: Sequence[str],
+    types: Mapping[str, int],
+    device: str,
+) -> Iterator[tuple[int, int, Array]]:
+    """(feed, place among the targets, value), feed by feed; ``targets`` are in the order of the graph.
+
+    The same parts as a ``Frontier`` runs when it is asked for one target after another, so that values are the same to
+    the bit; memory holds one feed.
+    """
+    parts = _Parts(proto, types, device, lean=True)  # all of them stay open
+    steps: list[_Part | None] = []
+    for b, feed in enumerate(feeds):
+        held = dict(feed)
+        for i, target in enumerate(targets):
+            if b == 0:
+                steps.append(parts.next([target], held))
+            step = steps[i]
+            if step is not None:
+                held.update(found := step.run(held))
+                if b == 0:
+                    parts.saw(found)
+                held = {n: v for n, v in held.items() if n in step.read}
+            yield b, i, held[target]

@@ -8,7 +8,7 @@ Measurements: relative output error, top-1 agreement, accuracy where labels are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import tee
 from typing import Protocol
@@ -197,14 +197,15 @@ def compare(
     found = _Measured()
     ranked = head(model)
     batches, same = tee(samples.batches(batch_size))
-    known = before.stream(feed for _, feed in same)
-    for (index, feed), old in zip(batches, known, strict=True):
+    answers = before.stream(feed for _, feed in same)
+    for (index, feed), old in zip(batches, answers, strict=True):
         new = after.run(feed)
         for a, b in zip(old, new, strict=True):
             if is_float(a.dtype):
                 a64, b64 = a.astype(np.float64), b.astype(np.float64)
-                found.squared += float(np.square(a64 - b64).sum())
-                found.scale += float(np.square(a64).sum())
+                known = np.isfinite(a64)  # nothing is off from what is no number in the original
+                found.squared += float(np.square(a64[known] - b64[known]).sum())
+                found.scale += float(np.square(a64[known]).sum())
         if ranked is not None:
             _rank(found, old[ranked.index], new[ranked.index], samples, index)
         if progress:
@@ -237,21 +238,46 @@ def _top(logits: Array) -> Ints:
     return np.asarray(logits.astype(np.float64).argmax(axis=-1), np.int64)
 
 
-def runs_at(model: Model, session: Session, samples: Samples) -> tuple[int, ...]:
-    """Gate 2: batch sizes at which the pruned model ran with outputs of the right length. Raises GateFailed."""
+def runs_at(
+    model: Model, session: Session, samples: Samples, before: Callable[[], Session] | None = None
+) -> tuple[int, ...]:
+    """Gate 2: batch sizes at which the pruned model ran with outputs of the right length. Raises GateFailed.
+
+    Outputs must be numbers, but where the original gives none either; ``before`` makes its session where that is asked.
+    """
     sizes = [1] if samples.whole else [samples.fixed_batch] if samples.fixed_batch else [1, 2]
     for size in sizes:
         assert size is not None
         index = np.arange(size, dtype=np.int64) % samples.count
-        outputs = session.run(samples.feed(index))
-        for port, value in zip(model.outputs, outputs, strict=True):
+        feed = samples.feed(index)
+        outputs = session.run(feed)
+        sound = all(np.isfinite(v).all() for v in outputs if is_float(v.dtype))
+        truths = before().run(feed) if before and not sound else [None] * len(outputs)
+        for port, value, truth in zip(model.outputs, outputs, truths, strict=True):
             if not samples.whole and _leads_with_batch(model, port) and len(value) != size:
                 raise GateFailed(
                     f"the pruned model gives {len(value)} rows in '{port.name}' for a batch of {size}."
                 )
-            if is_float(value.dtype) and not np.isfinite(value.astype(np.float64)).all():
+            if is_float(value.dtype) and not _sound(value, truth):
                 raise GateFailed(f"the pruned model gives NaN or infinity in '{port.name}'.")
     return tuple(s for s in sizes if s is not None)
+
+
+def _sound(value: Array, truth: Array | None) -> bool:
+    """Whether all values are numbers, or the very infinities of the original (classes that are ruled out)."""
+    found = value.astype(np.float64)
+    same = False if truth is None or truth.shape != value.shape else (truth == value) | np.isnan(truth)
+    return bool((np.isfinite(found) | same).all())
+
+
+def numbers(model: Model, found: Verification) -> None:
+    """Raises GateFailed where a comparison met outputs that are no numbers any more."""
+    error = found.output_relative_error
+    if error is not None and not np.isfinite(error):
+        raise GateFailed(
+            f"the pruned model gives NaN or infinity on the evaluation data where {model.path} gives numbers; nothing "
+            "was written, ask for less, or prune in float32."
+        )
 
 
 def _leads_with_batch(model: Model, port: Port) -> bool:

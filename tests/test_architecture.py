@@ -20,7 +20,8 @@ TIERS: tuple[tuple[str, ...], ...] = (
     ("ops", "milp", "settings"),
     (
         "aside", "weights", "runtime", "bodies", "bounds", "sizes", "shapes", "folding", "model", "coupling",
-        "restoring", "cost", "pictures", "pages", "parquet", "arrays", "data", "calibrate", "affine", "patches",
+        "restoring", "cost", "rows", "pictures", "pages", "parquet", "arrays", "data", "overflow", "calibrate",
+        "affine", "patches",
         "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts", "checkpoint", "images", "solvers",
         "region", "formulation", "solving", "signals", "pooled", "executors",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import MODELS
 from graphs import build
 
-from onnx_oamip import couple, data, gram, pipeline, prune, subgraph
+from onnx_oamip import apply, couple, data, frontier, gram, pipeline, plan, prune, score, subgraph
 from onnx_oamip import model as models
 from onnx_oamip.cli import memory
 from onnx_oamip.latency import Ratio
@@ -25,11 +26,12 @@ FEW = {
     "vit-fashion": "fashion-mnist",
 }
 REST = dict.fromkeys(("mobilenet-fashion", "resnet20-fashion", "vgg-fashion"), "fashion-mnist")
-DIVIDED: tuple[dict[str, Any], ...] = (
-    {"workers": 1, "batch_size": 32},
-    {"workers": 2, "batch_size": 1},
-    {"workers": 4, "batch_size": 512},
+WORKERS, BATCHES = (1, 2, 4), (1, 32, 512)
+DIVIDED: tuple[dict[str, Any], ...] = tuple(
+    {"workers": workers, "batch_size": batch} for workers, batch in product(WORKERS, BATCHES)
 )
+FEW_DIVIDED = tuple({"workers": w, "batch_size": b} for w, b in zip(WORKERS, (32, 1, 512), strict=True))
+"""Every number of workers and every batch once."""
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,7 @@ def written(model: Path, arrays: dict[str, np.ndarray], target: Path, **values: 
 
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
 def test_shipped_models_come_out_the_same(name: str, tmp_path: Path) -> None:
+    """The written files of every number of workers with every batch size, byte by byte."""
     count = 128 if name in FEW else 512
     arrays = samples({**FEW, **REST}[name], count)
     found = {
@@ -77,6 +80,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "drop": {"macs": None, "max_drop": 20.0},
     "size": {"macs": None, "size": 0.7},
     "rounds": {"iterations": 2},
+    "joint": {"importance": "oamip", "mode": "joint", "relax": True},
     "connections": {
         "macs": None, "params": 0.5, "granularity": "connection", "importance": "nnrelief",
     },
@@ -89,8 +93,52 @@ def test_every_way_of_pruning_comes_out_the_same(name: str, tmp_path: Path) -> N
     path.write_bytes(build(TEXT).SerializeToString())
     images = np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)
     arrays = {"image": images, "labels": np.arange(90) % 5}
-    found = {written(path, arrays, tmp_path / "out.onnx", **{**CHOICES[name], **divided}) for divided in DIVIDED}
+    found = {written(path, arrays, tmp_path / "out.onnx", **{**CHOICES[name], **divided}) for divided in FEW_DIVIDED}
     assert len(found) == 1
+
+
+def test_every_verb_comes_out_the_same(tmp_path: Path) -> None:
+    """Scores, plans, what is made of them, and the models of a frontier; solver times are all that differs."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    rng = np.random.default_rng(0)
+    arrays = {"image": rng.normal(size=(90, 3, 8, 8)).astype(np.float32), "labels": np.arange(90) % 5}
+    found = []
+    for i, divided in enumerate(FEW_DIVIDED):
+        here = tmp_path / str(i)
+        (here / "f").mkdir(parents=True)
+        settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, **divided)
+        score(path, arrays, here / "s.npz", settings)
+        chosen = plan(path, arrays, here / "p.json", settings, scores=here / "s.npz")
+        apply(path, here / "p.json", arrays, here / "o.onnx", divided)
+        frontier(path, arrays, settings, (0.7, 0.4), save_dir=here / "f")
+        models_made = [p.read_bytes() for p in (here / "o.onnx", *sorted((here / "f").iterdir()))]
+        with np.load(here / "s.npz") as scores:
+            values = {k: scores[k].tobytes() for k in scores.files if scores[k].dtype.kind == "f"}
+        found.append((values, chosen.plan.keep.tobytes(), models_made))
+    assert len(found[0][2]) == 3
+    assert found[0][0]
+    assert found[1:] == found[:1] * 2
+
+
+def test_what_is_learnt_runs_at_a_batch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch that somebody asks for reaches a run of the model behind which something is decided."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    arrays = {"image": np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)}
+    seen: dict[int, set[int]] = {}
+    divided = data.Samples.divided
+
+    def watch(self: data.Samples, size: int) -> Any:
+        seen[batch].add(size)
+        return divided(self, size)
+
+    monkeypatch.setattr(data.Samples, "divided", watch)
+    for batch in BATCHES:
+        seen[batch] = set()
+        settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, batch_size=batch)
+        score(path, arrays, tmp_path / "s.npz", settings)
+    assert seen[1] - {1} == seen[32] == seen[512] - {512} == {subgraph.RUN}
 
 
 def test_the_seed_matters(tmp_path: Path) -> None:

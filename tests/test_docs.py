@@ -14,6 +14,7 @@ from onnx_oamip.cli import cli, main
 from onnx_oamip.planfile import GroupEntry
 from tools.bench import __main__ as bench
 from tools.bench import picture, readme
+from tools.bench.studies import digest
 
 PAGES = (
     "README.md", "docs/reference.md", "docs/methods.md", "docs/pipelines.md", "models/README.md",
@@ -68,15 +69,26 @@ def test_results_are_fresh() -> None:
     assert readme.page(readme.SAVED) == text("tools/bench/RESULTS.md"), "run: python -m tools.bench readme"
 
 
-def test_the_picture_shows_the_saved_rows() -> None:
-    budgets, ablation = (json.loads((readme.SAVED / f"{s}.json").read_text())["rows"] for s in ("budgets", "ablation"))
-    drawn = picture.FILE.read_text(encoding="utf-8")
-    assert picture.digest(budgets, ablation) in drawn, "run: python -m tools.bench readme"
-    changed = [{**row, "after": row["after"] + 1} for row in budgets]
-    assert picture.digest(changed, ablation) != picture.digest(budgets, ablation)
-    again = picture.draw(budgets, ablation)
-    assert again == picture.draw(budgets, ablation)
-    assert again.startswith(b"<?xml")
+def test_a_number_that_was_edited_is_found() -> None:
+    page = text("README.md")
+    begin, end = page.index(readme.BEGIN), page.index(readme.END)
+    numbers = [found for found in re.finditer(r"(?<=\| )-?\d+\.\d+(?= \|)", page) if begin < found.start() < end]
+    assert len(numbers) > 50
+    for found in numbers[:: len(numbers) // 7]:
+        edited = f"{page[: found.start()]}{float(found[0]) + 0.01:.2f}{page[found.end() :]}"
+        assert readme.updated(edited, readme.SAVED) != edited
+
+
+@pytest.mark.parametrize("name", [picture.NAME.removesuffix(".svg"), *readme.FIGURES])
+def test_pictures_show_the_saved_rows(name: str) -> None:
+    file = readme.SAVED / f"{'rivals' if name == 'accuracy' else name}.json"
+    if not file.exists():
+        assert not (readme.DRAWN / f"{name}.svg").exists()
+        return
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    drawn = (readme.DRAWN / f"{name}.svg").read_text(encoding="utf-8")
+    assert digest(rows) in drawn, "run: python -m tools.bench readme"
+    assert digest([{**rows[0], "ours": 0.0}, *rows[1:]]) != digest(rows)
 
 
 def test_every_study_has_its_text_and_is_small() -> None:
@@ -104,14 +116,19 @@ def test_publishing_takes_over_what_is_new(tmp_path: Path, monkeypatch: pytest.M
     (new / "budgets.json").write_text(json.dumps(record))
     (tmp_path / "README").write_text(f"before {readme.BEGIN} old {readme.END} after")
     drawn = []
-    monkeypatch.setattr(readme.picture, "write", lambda budgets, _: drawn.extend(budgets))
+    monkeypatch.setattr(readme, "DRAWN", tmp_path / "docs")
+    monkeypatch.setattr(readme.picture, "write", lambda rivals, _: drawn.extend(rivals))
     readme.publish(new)
     shown = (tmp_path / "README").read_text()
     assert shown.startswith(f"before {readme.BEGIN}\n**Accuracy")
     assert shown.endswith(f"{readme.END} after")
     assert re.search(r"\| another \| 0\.50 \| [\d.]+ \| 98\.00 \| 12\.34 \|", shown)
     assert "| another |" in (tmp_path / "PAGE").read_text()
-    assert json.loads((tmp_path / "SAVED/budgets.json").read_text())["rows"] == record["rows"] == drawn
+    assert json.loads((tmp_path / "SAVED/budgets.json").read_text())["rows"] == record["rows"]
+    assert drawn == json.loads((tmp_path / "SAVED/rivals.json").read_text())["rows"]
+    assert {p.name for p in (tmp_path / "docs").iterdir()} == {
+        f"{study}.svg" for study in readme.FIGURES if (readme.SAVED / f"{study}.json").exists()
+    }
 
 
 def test_missing_markers_are_said() -> None:

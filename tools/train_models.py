@@ -449,7 +449,7 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     count, reach = len(images), recipe.shift
     padded = nn.functional.pad(images[:, 0], (reach, reach, reach, reach))
     offsets = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
-    steps = torch.arange(28)
+    steps = torch.arange(images.shape[-1])
     rows, columns = steps + offsets[0], steps + offsets[1]
     if recipe.flip:
         flipped = torch.rand(count, 1, generator=generator) < 0.5
@@ -471,6 +471,16 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimiser == "AdamW":
         return torch.optim.AdamW(groups, lr=recipe.lr)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
+
+
+def loss_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+    """The loss of one batch of uint8 images, augmented and computed as the recipe says."""
+    x = augment(images, recipe, generator).float() * float(SCALE)
+    if recipe.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16) if recipe.bf16 else contextlib.nullcontext():
+        logits = model(x)
+    return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=recipe.smoothing)
 
 
 @torch.no_grad()
@@ -509,7 +519,6 @@ def train(name: str, recipe: Recipe, data: Dataset, options: Options) -> tuple[n
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, recipe.lr, total_steps=epochs * steps + 1, pct_start=recipe.warmup, cycle_momentum=False
     )
-    loss_of = nn.CrossEntropyLoss(label_smoothing=recipe.smoothing)
     checkpoint = options.checkpoints / f"{name}.ckpt" if options.checkpoints else None
     first, seconds = 0, 0.0
     if options.resume and checkpoint and checkpoint.exists():
@@ -528,12 +537,7 @@ def train(name: str, recipe: Recipe, data: Dataset, options: Options) -> tuple[n
         total = torch.zeros(())
         for start in range(0, count, recipe.batch):
             rows = order[start : start + recipe.batch]
-            x = augment(images[rows], recipe, generator).float() * float(SCALE)
-            if recipe.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16) if recipe.bf16 else contextlib.nullcontext():
-                logits = model(x)
-            loss = loss_of(logits.float(), labels[rows])
+            loss = loss_on(model, images[rows], labels[rows], recipe, generator)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()

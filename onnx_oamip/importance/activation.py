@@ -11,6 +11,7 @@ import numpy as np
 
 from ..records import Consumer, Coupling, Floats, Model, Scores, Statistics
 from ..settings import Settings
+from .magnitude import sums
 
 
 def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
@@ -46,8 +47,7 @@ def meeting(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:
     weight, axis, groups = model.constants[consumer.weight], consumer.weight_axis, consumer.groups
     if groups > 1 and weight.shape[axis] != channels:
         # (outputs, channels per group, ...): channel j of group i meets the rows of group i only.
-        blocks = np.square(weight.astype(np.float64)).reshape(groups, -1, *weight.shape[1:])
-        return np.asarray(blocks.sum(axis=(1, *range(3, blocks.ndim))).reshape(-1))
+        blocks = weight.reshape(groups, -1, *weight.shape[1:])
+        return sums(blocks, (1, *range(3, blocks.ndim)), 2).reshape(-1)
     others = tuple(a for a in range(weight.ndim) if a != axis)
-    energy: Floats = np.add.reduce(np.square(weight), axis=others, dtype=np.float64)
-    return energy
+    return sums(weight, others, 2)

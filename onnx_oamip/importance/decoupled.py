@@ -24,7 +24,7 @@ import numpy as np
 
 from ..errors import memory_for
 from ..executors import executor
-from ..gram import Job, Problem, jobs, problems
+from ..gram import TINY, Job, Problem, jobs, problems
 from ..milp.subset import Fit, Loss, Quadratic, Repaired, Subset, loss_at
 from ..records import Bools, Coupling, Floats, Ints, Model, Scores, Statistics
 from ..settings import Settings
@@ -181,7 +181,7 @@ def quadratic(problem: Problem, centred: bool) -> Floats:
     weight = problem.weight[:, flat]
     each = (weight.T @ weight) * moments[np.ix_(flat, flat)]
     units, held = columns.shape
-    scale = max(float(np.einsum("od,od->", problem.weight @ moments, problem.weight)), 1e-30)
+    scale = max(float(np.einsum("od,od->", problem.weight @ moments, problem.weight)), TINY)
     result: Floats = each.reshape(units, held, units, held).sum(axis=(1, 3)) / scale
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..ops import lookup
-from ..records import Coupling, Floats, Model, Scores, Statistics
+from ..records import Array, Coupling, Floats, Model, Scores, Statistics
 from ..settings import Settings
 
 
@@ -28,11 +28,22 @@ def _sums(model: Model, coupling: Coupling, power: int) -> Floats:
             if labels is None:
                 continue
             others = tuple(a for a in range(weight.ndim) if a != axis)
-            # Reduce in float64 without a float64 copy of the whole weight.
-            part = np.add.reduce(np.abs(weight) ** power, axis=others, dtype=np.float64)
+            part = sums(weight, others, power)
             free = labels >= 0
             total += np.bincount(labels[free], part[free], minlength=coupling.n_units)
     return total
+
+
+def sums(weight: Array, axes: tuple[int, ...], power: int) -> Floats:
+    """Sums of ``|weight| ** power`` over ``axes``, in float64 without a float64 copy of the whole weight.
+
+    Powers are taken of weights scaled to at most 1, by a power of two: in their own type they may overflow, and in half
+    precision even weights of 1e-4 have squares of 0.
+    """
+    magnitude = np.abs(weight.astype(np.float32) if weight.dtype.itemsize < 4 else weight)
+    exponent = int(np.frexp(float(magnitude.max(initial=0.0)))[1])
+    found = np.add.reduce(np.ldexp(magnitude, -exponent) ** power, axis=axes, dtype=np.float64)
+    return np.asarray(np.ldexp(found, power * exponent), np.float64)
 
 
 def linear_weights(model: Model) -> list[str]:

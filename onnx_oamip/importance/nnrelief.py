@@ -116,7 +116,8 @@ def contributions(model: Model, place: Site, signal: Signal, bias: Floats | None
     else:
         mean = signal.means[data_axis(model, place)].reshape(groups, 1, ins)
         reached = weight.sum(axis=3) * mean * (scale * spread)
-    own = np.zeros(groups * outs) if bias is None else np.abs(bias) * scale
+    # An infinite bias rules a class out: it is no signal.
+    own = np.zeros(groups * outs) if bias is None else np.where(np.isfinite(bias), np.abs(bias), 0.0) * scale
     return reached, own.reshape(groups, outs)
 
 

@@ -55,7 +55,7 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     if mode != "decoupled":
         try:
             found = _programs(model, coupling, statistics, settings, mode)
-        except SolverError as error:
+        except (SettingsError, SolverError) as error:
             if settings.mode != "auto":
                 raise
             mode, why = "decoupled", f"since the joint program failed: {str(error).rstrip('.')}"
@@ -147,7 +147,7 @@ def _mode(model: Model, coupling: Coupling, statistics: Statistics, settings: Se
     if images is None:
         return "decoupled", "since the model has no output of shape (samples, classes)"
     if not images.activations:
-        return "decoupled", "since the activations of the images do not fit in memory"
+        return "decoupled", f"since {_nothing(images)}"
     try:
         size = extent(model, coupling, images, Form(settings.formulation))
     except SettingsError as error:
@@ -167,8 +167,15 @@ def _images(statistics: Statistics) -> Images:
             "--importance oamip needs a classifier, with an output of shape (samples, classes); use --mode decoupled."
         )
     if not images.activations:
-        raise SettingsError("the activations of the images do not fit in memory; use --mode decoupled.")
+        raise SettingsError(f"{_nothing(images)}; use --mode decoupled.")
     return images
+
+
+def _nothing(images: Images) -> str:
+    """Why there are no activations."""
+    if not images.feeds:
+        return "no calibration sample is classified as its label says"
+    return "the activations of the images do not fit in memory"
 
 
 def by_class(images: Images) -> list[Images]:

@@ -1,7 +1,9 @@
 """From statements about tensors (affine, ReLU, maximum, gate) to expressions, variables and rows.
 
 Bounds decide what they can: a ReLU whose sign is known, or a maximum whose winner is, stays an expression and costs
-neither a variable nor a binary. What is left is stated by big-M rows with the bounds of each row.
+neither a variable nor a binary. What is left is stated by big-M rows with the bounds of each row. A variable counts in
+units of its own bound, and a row is divided by its largest coefficient, both as powers of two: solvers' tolerances are
+absolute, and so mean the same share of a range whatever the scale of the weights.
 
 Two encoders say what a keep variable s in {0, 1} does:
 
@@ -37,8 +39,13 @@ class Lazy:
     upper: Floats
 
 
+def power_of_two(size: Floats) -> Floats:
+    """The least power of two above each size; 1 for a size of 0."""
+    return np.where(size > 0, np.ldexp(1.0, np.frexp(size)[1]), 1.0)
+
+
 class Encoder:
-    """Makes one program. ``keep`` are the indices of the keep variables; ``largest`` the greatest big-M so far."""
+    """Makes one program. ``keep`` are the indices of the keep variables; ``largest`` the greatest bound so far."""
 
     def __init__(self, images: int, keep: int, relax_keep: bool, relax: bool, tighten: Tighten | None = None) -> None:
         self.images = images
@@ -92,28 +99,28 @@ class Encoder:
         window, place = np.nonzero(candidate[where])
         source = index[where[window], place]
         least, most = self._span(floor[where], ceiling[where])
-        y = self.variables(len(where), least, most)
+        y, unit = self.measured(least, most)
         z = self.variables(len(source), 0.0, 1.0, integer=True)
         x_low, _ = self._span(x.lower[source], x.upper[source])
         margin = most[window] - x_low
         self.largest = max(self.largest, float(margin.max()))
         rows = x.take(source)
-        self.rows(rows, -1.0, [(y[window], 1.0)], lower=rows.constant)
-        self.rows(rows, -1.0, [(y[window], 1.0), (z, margin)], upper=rows.constant + margin)
+        self.rows(rows, -1.0, [(y[window], unit[window])], lower=rows.constant)
+        self.rows(rows, -1.0, [(y[window], unit[window]), (z, margin)], upper=rows.constant + margin)
         self.builder.rows(len(where), (window, z, 1.0), lower=1.0, upper=1.0)
 
         def step(values: Floats) -> None:
             found = rows.at(values)
             top = np.full(len(where), -np.inf)
             np.maximum.at(top, window, found)
-            values[y] = top
+            values[y] = top / unit
             hit = np.flatnonzero(found >= top[window])
             _, first = np.unique(window[hit], return_index=True)
             values[z] = 0.0
             values[z[hit[first]]] = 1.0
 
         self.steps.append(step)
-        return plus(result, where, y, 1.0, self.builder.n_variables)
+        return plus(result, where, y, unit, self.builder.n_variables)
 
     def _dominate(self, x: Expression, index: Ints, candidate: Bools, best: Ints) -> Ints:
         """Take from the open windows' candidates those that one of them is never below; (windows,) that one.
@@ -145,6 +152,11 @@ class Encoder:
         self.upper = np.append(self.upper, np.broadcast_to(upper, count))
         return self.builder.variables(count, lower, upper, integer=integer)
 
+    def measured(self, lower: Floats, upper: Floats) -> tuple[Ints, Floats]:
+        """New variables, and the unit in which each one counts: together they stand for numbers in [lower, upper]."""
+        unit = power_of_two(np.maximum(np.abs(lower), np.abs(upper)))
+        return self.variables(len(unit), lower / unit, upper / unit), unit
+
     def rows(
         self,
         expression: Expression,
@@ -160,7 +172,10 @@ class Encoder:
         row = np.concatenate([entries.row, *(each for _ in others)])
         column = np.concatenate([entries.col, *(v for v, _ in others)])
         value = np.concatenate([sign * entries.data, *(np.broadcast_to(w, count) for _, w in others)])
-        self.builder.rows(count, (row, column, value), lower, upper)
+        top = np.zeros(count)
+        np.maximum.at(top, row, np.abs(value))
+        unit = power_of_two(top)
+        self.builder.rows(count, (row, column, value / unit[row]), lower / unit, upper / unit)
 
     def require(self, expression: Expression, lower: Floats | float, upper: Floats | float) -> None:
         """Rows to add lazily. One that holds a single variable is a bound of it, at once."""
@@ -188,12 +203,10 @@ class Encoder:
         """All lazy rows over ``columns`` variables."""
         if not self.lazy:
             return Rows(csr_array((0, columns)), np.zeros(0), np.zeros(0))
-        matrix = vstack([widen(part.rows.matrix, columns) for part in self.lazy], format="csr")
-        return Rows(
-            csr_array(matrix),
-            np.concatenate([part.lower for part in self.lazy]),
-            np.concatenate([part.upper for part in self.lazy]),
-        )
+        matrix = csr_array(vstack([widen(part.rows.matrix, columns) for part in self.lazy], format="csr"))
+        unit = power_of_two(abs(matrix).max(axis=1).toarray().reshape(-1))
+        lower, upper = (np.concatenate([getattr(part, side) for part in self.lazy]) for side in ("lower", "upper"))
+        return Rows(csr_array(matrix / unit[:, None]), lower / unit, upper / unit)
 
     def complete(self, keep: Floats, count: int) -> Floats:
         """All variables' values for given keep variables: the network evaluated, in the order of its statements."""
@@ -239,20 +252,20 @@ class Exact(Encoder):
         if len(rest):
             rows, s = x.take(rest), self.keep[unit[rest]]
             low, high = rows.lower, rows.upper
-            h = self.variables(len(rest), np.minimum(low, 0), np.maximum(high, 0))
+            h, size = self.measured(np.minimum(low, 0), np.maximum(high, 0))
             self.largest = max(self.largest, float(np.maximum(np.abs(low), np.abs(high)).max()))
             nothing = Expression.of(np.zeros(len(rest)))
-            self.rows(nothing, 1.0, [(h, 1.0), (s, -high)], upper=0.0)
+            self.rows(nothing, 1.0, [(h, size), (s, -high)], upper=0.0)
             if (low != 0).any():
-                self.rows(nothing, 1.0, [(h, 1.0), (s, -low)], lower=0.0)
-            self.rows(rows, -1.0, [(h, 1.0), (s, -high)], lower=rows.constant - high)
-            self.rows(rows, -1.0, [(h, 1.0), (s, -low)], upper=rows.constant - low)
+                self.rows(nothing, 1.0, [(h, size), (s, -low)], lower=0.0)
+            self.rows(rows, -1.0, [(h, size), (s, -high)], lower=rows.constant - high)
+            self.rows(rows, -1.0, [(h, size), (s, -low)], upper=rows.constant - low)
 
             def step(values: Floats) -> None:
-                values[h] = values[s] * rows.at(values)
+                values[h] = values[s] * rows.at(values) / size
 
             self.steps.append(step)
-            result = plus(result, rest, h, 1.0, self.builder.n_variables)
+            result = plus(result, rest, h, size, self.builder.n_variables)
         return replace(result, lower=lower, upper=upper)
 
     def relu(self, a: Expression, unit: Ints | None) -> Expression:
@@ -277,30 +290,31 @@ class Exact(Encoder):
             where = np.flatnonzero(mixed)
             rows, low, high = a.take(where), a.lower[where], a.upper[where]
             self.largest = max(self.largest, float(np.maximum(-low, high).max()))
-            h = self.variables(len(where), 0.0, high)
+            h, size = self.measured(np.zeros(len(where)), high)
             v = self.variables(len(where), 0.0, 1.0, integer=not self.relax)
             nothing = Expression.of(np.zeros(len(where)))
             kept = np.full(len(where), -1) if unit is None else unit[where]
             gated = np.flatnonzero(kept >= 0)
             s = self.keep[kept[gated]]
             free = np.flatnonzero(kept < 0)
-            self.rows(rows.take(free), -1.0, [(h[free], 1.0)], lower=rows.constant[free])
+            self.rows(rows.take(free), -1.0, [(h[free], size[free])], lower=rows.constant[free])
             self.rows(
-                rows.take(gated), -1.0, [(h[gated], 1.0), (s, -high[gated])], lower=(rows.constant - high)[gated]
-            )
+                rows.take(gated), -1.0, [(h[gated], size[gated]), (s, -high[gated])],
+                lower=(rows.constant - high)[gated],
+            )  # fmt: skip
             self.rows(nothing.take(gated), 1.0, [(v[gated], 1.0), (s, -1.0)], upper=0.0)
-            self.rows(rows, -1.0, [(h, 1.0), (v, -low)], upper=rows.constant - low)
-            self.rows(nothing, 1.0, [(h, 1.0), (v, -high)], upper=0.0)
+            self.rows(rows, -1.0, [(h, size), (v, -low)], upper=rows.constant - low)
+            self.rows(nothing, 1.0, [(h, size), (v, -high)], upper=0.0)
 
             def step(values: Floats) -> None:
                 found = rows.at(values)
                 share = np.ones(len(where))
                 share[gated] = values[s]
-                values[h] = share * np.maximum(found, 0)
+                values[h] = share * np.maximum(found, 0) / size
                 values[v] = share * (found > 0)
 
             self.steps.append(step)
-            result = plus(result, where, h, 1.0, self.builder.n_variables)
+            result = plus(result, where, h, size, self.builder.n_variables)
         # A gated row may be 0 whatever its own interval.
         floor = np.where((unit >= 0) if unit is not None else False, 0.0, lower)
         return replace(result, lower=floor, upper=upper)
@@ -330,19 +344,19 @@ class Paper(Encoder):
             where = np.flatnonzero(mixed)
             rows, low, top = scored.take(where), a.lower[where], high[where]
             self.largest = max(self.largest, float(np.maximum(-low, top).max()))
-            h = self.variables(len(where), 0.0, top)
+            h, size = self.measured(np.zeros(len(where)), top)
             v = self.variables(len(where), 0.0, 1.0, integer=not self.relax)
-            self.rows(rows, -1.0, [(h, 1.0)], lower=rows.constant)
-            self.rows(rows, -1.0, [(h, 1.0), (v, -low)], upper=rows.constant - low)
-            self.rows(Expression.of(np.zeros(len(where))), 1.0, [(h, 1.0), (v, -top)], upper=0.0)
+            self.rows(rows, -1.0, [(h, size)], lower=rows.constant)
+            self.rows(rows, -1.0, [(h, size), (v, -low)], upper=rows.constant - low)
+            self.rows(Expression.of(np.zeros(len(where))), 1.0, [(h, size), (v, -top)], upper=0.0)
 
             def step(values: Floats) -> None:
                 found = rows.at(values)
-                values[h] = np.maximum(found, 0)
+                values[h] = np.maximum(found, 0) / size
                 values[v] = found > 0
 
             self.steps.append(step)
-            result = plus(result, where, h, 1.0, self.builder.n_variables)
+            result = plus(result, where, h, size, self.builder.n_variables)
         return replace(result, lower=np.maximum(a.lower, 0), upper=high)
 
     def _scored(self, x: Expression, unit: Ints, high: Floats) -> Expression:

@@ -1,18 +1,28 @@
 """``python -m tools.bench STUDY [STUDY ...] [--out DIR] [--seed N] [--model NAME]``; ``all`` runs every study.
 
-``readme`` writes RESULTS.md, README's headline and its picture from the studies kept in ``tools/bench/results``; with
-``--out DIR`` those found in DIR are taken over first.
+Every study prints its environment, its seed and a table, and saves them as JSON in DIR. It runs in a process of its
+own, so that none disturbs the next. One that lacks something (a package, training images, a GPU) is left out with a
+sentence that says what to do; one that fails stops none of the others. What became of each comes last, and the exit
+status is 1 where one failed, or none ran.
+
+``readme`` writes RESULTS.md, README's headline and the pictures from the studies kept in ``tools/bench/results``; with
+``--out DIR`` those found in DIR are taken over first. ``python -m tools.bench.agree DIR DIR`` compares two runs.
+
+What studies need beside ``pip install -e '.[cpu,dev]'``:
+  coverage, estimators, foreign, latency, programs, rivals: the extra experiments (torch, onnxsim and others)
+  finetune, and the larger counts of calibration: training images, --mnist DIR and --fashion DIR, folders with the
+    four IDX files of MNIST and of Fashion-MNIST, gzipped or plain (models/README.md says from where)
+  rows for CUDA in latency: the extra gpu in place of cpu, and an NVIDIA GPU
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-from importlib import import_module
-from inspect import signature
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import readme
+from .driver import drive
 
 STUDIES = (
     "budgets",
@@ -29,36 +39,43 @@ STUDIES = (
     "estimators",
     "storage",
     "large",
+    "larger",
     "rivals",
+    "latency",
     "calibration",
     "cost",
     "resume",
+    "memory",
     "finetune",
+    "cuda",
 )
 """One module each, with a function ``run(out, seed, models)``; some take an option of ``EXTRA`` as well."""
-EXTRA = ("seeds", "fashion", "mnist")
+EXTRA = ("seeds", "fashion", "mnist", "larger")
 
 
-def main() -> None:
-    """Run the studies that were named, and write the pages if asked to."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the studies that were named, and write the pages if asked to; the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
+    listed = f"all, readme, or some of: {', '.join(STUDIES)}"
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, formatter_class=raw)
-    parser.add_argument("study", nargs="+", choices=[*STUDIES, "all", "readme"])
+    parser.add_argument("study", nargs="+", choices=[*STUDIES, "all", "readme"], metavar="STUDY", help=listed)
     parser.add_argument("--out", type=Path, help="folder of the JSON files; default for studies: results")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=1, help="of rivals: so many seeds from --seed on")
-    parser.add_argument("--fashion", type=Path, metavar="DIR", help="of finetune: the IDX files of Fashion-MNIST")
-    parser.add_argument("--mnist", type=Path, metavar="DIR", help="of finetune: the IDX files of MNIST")
+    parser.add_argument("--seeds", type=int, default=3, help="of rivals: so many seeds from --seed on")
+    for option, title in (("--fashion", "Fashion-MNIST"), ("--mnist", "MNIST")):
+        parser.add_argument(option, type=Path, metavar="DIR", help=f"IDX files of {title}: for finetune, calibration")
+    parser.add_argument("--larger", type=Path, metavar="DIR", help="of larger: what tools.make_larger_models made")
     parser.add_argument("--model", action="append", default=[], help="only this model; may be given more than once")
-    chosen = parser.parse_args()
-    os.environ["ONNX_OAMIP_CACHE"] = "off"  # what an earlier run found out would be neither timed nor made again
-    for name in STUDIES if "all" in chosen.study else [s for s in chosen.study if s in STUDIES]:
-        study = import_module(f"{__package__}.{name}").run
-        more = {n: v for n, v in vars(chosen).items() if n in EXTRA and n in signature(study).parameters}
-        study(chosen.out or Path("results"), chosen.seed, tuple(chosen.model), **more)
+    chosen = parser.parse_args(arguments)
+    names = STUDIES if "all" in chosen.study else [s for s in chosen.study if s in STUDIES]
+    extra = {key: getattr(chosen, key) for key in EXTRA}
+    status = 0
+    if names:
+        status = drive(names, chosen.out or Path("results"), chosen.seed, tuple(chosen.model), extra)
     if "readme" in chosen.study:
         readme.publish(chosen.out)
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -36,6 +36,9 @@ def run(
     rows: list[Row] = []
     folders = {"mnist": mnist, "fashion-mnist": fashion}
     for name in names or NAMES:
+        if folders[MODELS[name]] is None:
+            option = MODELS[name].split("-")[0]
+            print(f"{name}: only the images that are shipped; --{option} DIR brings counts up to {max(COUNTS)}")
         model, data = paths(name)
         with np.load(data) as held:
             arrays = dict(held)

@@ -27,6 +27,7 @@ WAYS = (
 )
 POINT = 1.0
 COLUMNS = ("model", "allocation", "refit", "rounds", "compression", "before", "after", "points lost")
+CLOCKED = ("seconds",)
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
@@ -40,7 +41,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
         if within:
             best = max(within, key=lambda row: float(row["compression"]))
             rows.append({**best, "model": f"{name}, smallest within a point"})
-    return save(out, "connections", rows, COLUMNS, seed)
+    return save(out, "connections", rows, COLUMNS, seed, CLOCKED)
 
 
 def _row(name: str, way: tuple[str, str, int], seed: int, share: float) -> Row | None:

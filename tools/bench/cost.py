@@ -1,9 +1,10 @@
 """What pruning costs as networks grow: seconds and memory against width, depth, samples and resolution.
 
 Plain stacks of 3 x 3 convolutions with seeded random weights, fed noise: accuracy means nothing, sizes do. One size at
-a time moves, the others stay as in ``BASE``. The exponent b of seconds = a * size ** b is fitted by least squares of
-logarithms (``exponents``). Memory is what a run added at its peak, in a process of its own; threads are as many as
-OMP_NUM_THREADS says.
+a time moves, the others stay as in ``BASE``. The exponent b of seconds = start-up + a * size ** b is that between the
+larger half of the sizes (``exponents``), once what ``START``, a stack of next to no work, takes is off: smaller sizes
+cost more to set up than to work on. ``passes`` are the seconds in plain ONNX Runtime passes over the same data. Memory
+is what a run added at its peak, in a process of its own; threads are as many as OMP_NUM_THREADS says.
 """
 
 from __future__ import annotations
@@ -21,52 +22,66 @@ from onnx import TensorProto, helper, numpy_helper
 
 from .studies import ROOT, Row, save, store
 
-BASE: Mapping[str, int] = {"width": 64, "depth": 4, "samples": 256, "resolution": 16}
+BASE: Mapping[str, int] = {"width": 64, "depth": 4, "samples": 128, "resolution": 8}
+START: Mapping[str, int] = {"width": 4, "depth": 2, "samples": 8, "resolution": 4}
 SWEEPS: Mapping[str, tuple[int, ...]] = {
     "width": (32, 64, 128, 256),
     "depth": (2, 4, 8, 16),
     "samples": (128, 256, 512, 1024),
-    "resolution": (8, 16, 32, 64),
+    "resolution": (4, 8, 16, 32),
 }
 STAGES = ("calibrate", "sensitivity", "plan and refit")
 GATE = "verify"
 """The stage that holds the latency gate, which measures for as long as it was told: no part of ``seconds``."""
-COLUMNS = ("varied", *BASE, "seconds", *STAGES, "other stages", GATE, "peak MiB added")
+COLUMNS = ("varied", *BASE, "seconds", "passes", *STAGES, "other stages", GATE, "peak MiB added")
+CLOCKED = ("seconds", "passes", *STAGES, "other stages", GATE, "peak MiB added")
 EXPONENTS = ("varied", "seconds", *STAGES, "peak MiB added")
 ONE = """
 import json, sys
 from onnx_oamip import latency, pipeline
 from onnx_oamip.settings import Settings
+from tools.bench.speed import plain_pass
 latency.resolve_device("cpu")  # imports the runtime
 latency._forget_peak()
 before = latency._resident("VmRSS")
 settings = Settings.create(macs=0.5, align=1, force=True, workers=1, seed=int(sys.argv[3]), cache="off")
 report = pipeline.prune(sys.argv[1], sys.argv[2], None, settings)
-print(json.dumps([report.timings, (latency._resident("VmHWM") - before) / 2**20]))
+peak = (latency._resident("VmHWM") - before) / 2**20
+print(json.dumps([report.timings, peak, plain_pass(sys.argv[1], sys.argv[2])]))
 """
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     """One row per size; ``names`` are of what varies. ``cost-exponents`` has a row for each of them."""
     rows: list[Row] = []
+    start = {"varied": "start-up", **_measured(START, seed)}
+    print(start, flush=True)
     for varied, values in SWEEPS.items():
         if names and varied not in names:
             continue
         for value in values:
             rows.append({"varied": varied, **_measured({**BASE, varied: value}, seed)})
             print(rows[-1], flush=True)
-            store(out, "cost", rows, COLUMNS, seed)
-    save(out, "cost-exponents", exponents(rows), EXPONENTS, seed)
-    return save(out, "cost", rows, COLUMNS, seed)
+            store(out, "cost", rows, COLUMNS, seed, CLOCKED)
+    save(out, "cost-exponents", exponents(rows, start), EXPONENTS, seed, CLOCKED)
+    return save(out, "cost", [start, *rows], COLUMNS, seed, CLOCKED)
 
 
-def exponents(rows: Sequence[Row]) -> list[Row]:
-    """For every size that varies the exponent of seconds, of each stage and of the peak memory."""
+def exponents(rows: Sequence[Row], start: Mapping[str, float] | None = None) -> list[Row]:
+    """For every size that varies the exponent of seconds, of each stage and of the peak memory.
+
+    Of the larger half of the sizes, and of what is above ``start``.
+    """
     found = []
     for varied in dict.fromkeys(r["varied"] for r in rows):
-        here = [r for r in rows if r["varied"] == varied]
+        here = sorted((r for r in rows if r["varied"] == varied), key=lambda r: float(r[varied]))
+        here = here[min(len(here) // 2, max(len(here) - 2, 0)) :]
         sizes = [r[varied] for r in here]
-        found.append({"varied": varied, **{c: exponent(sizes, [r.get(c) for r in here]) for c in EXPONENTS[1:]}})
+        row: Row = {"varied": varied}
+        for column in EXPONENTS[1:]:
+            less = (start or {}).get(column, 0.0)
+            row[column] = exponent(sizes, [None if r.get(column) is None else r[column] - less for r in here])
+        found.append(row)
     return found
 
 
@@ -91,8 +106,9 @@ def _measured(size: Mapping[str, int], seed: int) -> Row:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"pruning {dict(size)} failed: {done.stderr.strip().splitlines()[-1]}")
-    timings, peak = json.loads(done.stdout.splitlines()[-1])
+    timings, peak, plain = json.loads(done.stdout.splitlines()[-1])
     row: Row = {**size, "seconds": round(sum(v for k, v in timings.items() if k != GATE), 3)}
+    row["passes"] = round(row["seconds"] / plain, 1)
     row |= {stage: round(timings.get(stage, 0.0), 3) for stage in STAGES}
     row["other stages"] = round(sum(v for k, v in timings.items() if k not in (*STAGES, GATE)), 3)
     row[GATE] = round(timings[GATE], 3)

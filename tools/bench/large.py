@@ -14,6 +14,7 @@ from ..make_large_model import make
 from .studies import ROOT, Row, save
 
 COLUMNS = ("model", "weights", "file MB", "inspect s", "peak MB")
+CLOCKED = ("inspect s", "peak MB")
 LAYERS = {"transformer-20": 20}
 MEASURE = """
 import json, resource, subprocess, sys, time
@@ -41,7 +42,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     "model": name, "weights": where, "file MB": round(size / 1e6), "inspect s": round(seconds, 1),
                     "peak MB": round(peak),
                 })  # fmt: skip
-    return save(out, "large", rows, COLUMNS, seed)
+    return save(out, "large", rows, COLUMNS, seed, CLOCKED)
 
 
 def _measure(path: Path) -> tuple[float, float]:

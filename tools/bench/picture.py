@@ -1,38 +1,32 @@
-"""README's picture: accuracy against the multiply-accumulates kept, and what the repair is worth at half of them."""
+"""README's picture: accuracy against the multiply-accumulates kept, and beside the best rival at half of them."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .studies import ROOT, Row
+import numpy as np
 
-FILE = ROOT / "docs" / "accuracy.svg"
+from .studies import Row, digest
+
+NAME = "accuracy.svg"
 COLOURS = ("#1f5fa8", "#d2691e", "#2a8f5b", "#a33b6f", "#6f5bb5", "#7a6a2b")
 INK, QUIET, BAD = "#24292f", "#8c959f", "#c4502f"
-LIFT = {"mobilenet-fashion": -11, "resnet20-fashion": -23}
-"""Points by which names are moved apart where two curves end together."""
-USUAL = ("l2", "uniform", "none")
-"""Order, allocation and refit of plain magnitude pruning, as the study of the parts has it."""
-OURS = ("obs", "mip", "least-squares")
+RIVALS = ("onnxsim", "Torch-Pruning")
+HALF = 0.5
+APART = 0.055
+"""Least distance of two names, as a share of the height."""
 
 
-def write(budgets: Sequence[Row], ablation: Sequence[Row], file: Path = FILE) -> None:
-    """Draw the rows of two studies as an SVG that says in its metadata which rows it shows."""
+def write(rivals: Sequence[Row], file: Path) -> None:
+    """Draw rows of the study ``rivals`` as an SVG that says in its metadata which rows it shows."""
     file.parent.mkdir(exist_ok=True)
-    file.write_bytes(draw(budgets, ablation))
+    file.write_bytes(draw(rivals))
 
 
-def digest(budgets: Sequence[Row], ablation: Sequence[Row]) -> str:
-    """SHA-256 of what the picture shows."""
-    return hashlib.sha256(json.dumps([_curves(budgets), _pairs(ablation)]).encode()).hexdigest()
-
-
-def draw(budgets: Sequence[Row], ablation: Sequence[Row]) -> bytes:
+def draw(rivals: Sequence[Row]) -> bytes:
     """The SVG; the same rows give the same bytes under the same version of matplotlib."""
     import matplotlib as mpl
 
@@ -46,16 +40,15 @@ def draw(budgets: Sequence[Row], ablation: Sequence[Row]) -> bytes:
 
         figure = Figure(figsize=(10, 4.1), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
-        pairs = _pairs(ablation)
-        names = [name for name, *_ in pairs]
-        for name, kept, accuracy in _curves(budgets):
-            colour = COLOURS[names.index(name) % len(COLOURS)]
-            left.plot(kept, accuracy, color=colour, marker="o", markersize=4.5, linewidth=1.8)
-            left.annotate(
-                name, (kept[-1], accuracy[-1]), (8, LIFT.get(name, 0)), textcoords="offset points", va="center",
-                fontsize=9, color=colour,
-            )  # fmt: skip
-        left.set_xlim(103, -12)
+        curves, pairs = _curves(rivals), _pairs(rivals)
+        bottom = min(low for *_, lows, _ in curves for low in lows) - 2
+        ends = _spread([accuracy[-1] for _, _, accuracy, _, _ in curves], APART * (101 - bottom))
+        for (name, kept, accuracy, low, high), end, colour in zip(curves, ends, COLOURS, strict=False):
+            left.fill_between(kept, low, high, color=colour, alpha=0.2, linewidth=0)
+            left.plot(kept, accuracy, color=colour, marker="o", markersize=4, linewidth=1.8)
+            left.text(kept[-1] - 2, end, name, va="center", fontsize=9, color=colour)
+        left.set_xlim(103, -20)
+        left.set_ylim(bottom, 101)
         left.set_xticks((100, 75, 50, 25))
         left.set_title("Accuracy as a model shrinks")
         left.set_xlabel("multiply-accumulates kept, %")
@@ -64,16 +57,16 @@ def draw(budgets: Sequence[Row], ablation: Sequence[Row]) -> bytes:
 
         beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9}
         rows = range(len(pairs), 0, -1)
-        for y, (_, before, usual, ours) in zip(rows, pairs, strict=True):
-            right.plot((usual, ours), (y, y), color="#d0d7de", linewidth=2.5, zorder=1)
+        for y, (_, before, rival, ours) in zip(rows, pairs, strict=True):
+            right.plot((rival, ours), (y, y), color="#d0d7de", linewidth=2.5, zorder=1)
             right.plot(before, y, "|", color=INK, markersize=13, markeredgewidth=1.6)
-            right.plot(usual, y, "o", color=BAD, markersize=6.5)
+            right.plot(rival, y, "o", color=BAD, markersize=6.5)
             right.plot(ours, y, "o", color=COLOURS[0], markersize=6.5)
-            right.annotate(f"{usual:.0f}", (usual, y), (-8, 0), **beside, ha="right")
-            right.annotate(f"{ours:.1f}", (before, y), (8, 0), **beside, ha="left")
-        right.set_yticks(rows, names)
+            right.annotate(f"{rival:.1f}", (rival, y), (-8, 0), **beside, ha="right")
+            right.annotate(f"{ours:.1f}", (max(before, ours), y), (8, 0), **beside, ha="left")
+        right.set_yticks(rows, [name for name, *_ in pairs])
         right.set_ylim(0.4, len(pairs) + 0.6)
-        right.set_xlim(0, 113)
+        right.set_xlim(0, 115)
         right.set_xticks(range(0, 101, 25))
         right.tick_params(axis="y", length=0)
         right.spines["left"].set_visible(False)
@@ -81,35 +74,54 @@ def draw(budgets: Sequence[Row], ablation: Sequence[Row]) -> bytes:
         right.set_axisbelow(True)
         right.set_title("At half of the multiply-accumulates")
         right.set_xlabel("test accuracy, %")
-        marks = (("o", BAD, "smallest weights out"), ("o", COLOURS[0], "onnx-oamip"), ("|", INK, "original"))
+        marks = (("o", BAD, "best rival"), ("o", COLOURS[0], "onnx-oamip"), ("|", INK, "original"))
         for mark, colour, text in marks:
             right.plot([], [], mark, color=colour, markersize=7, markeredgewidth=1.6, label=text)
         figure.legend(
             *right.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower right", ncols=3
         )
         buffer = io.BytesIO()
-        about = {"Date": None, "Title": "onnx-oamip", "Description": f"rows: {digest(budgets, ablation)}"}
+        about = {"Date": None, "Title": "onnx-oamip", "Description": f"rows: {digest(rivals)}"}
         figure.savefig(buffer, format="svg", metadata=about)
     return buffer.getvalue()
 
 
-def _curves(budgets: Sequence[Row]) -> list[tuple[str, list[float], list[float]]]:
-    """(model, percent of MACs kept, accuracy), from the original on."""
-    rows = [row for row in budgets if row["align"] == "auto"]
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """Places at least ``gap`` apart, in the same order, and as a whole where they were."""
+    order = np.argsort(places, kind="stable")
+    found = np.asarray(places, float)[order]
+    moved = found.copy()
+    for i in range(1, len(moved)):
+        moved[i] = max(moved[i], moved[i - 1] + gap)
+    for i in range(1, len(moved)):  # every run that was pushed up sinks back around its middle
+        if moved[i] == moved[i - 1] + gap and (i + 1 == len(moved) or moved[i + 1] > moved[i] + gap):
+            start = i
+            while start > 0 and moved[start] == moved[start - 1] + gap:
+                start -= 1
+            down = float((moved[start : i + 1] - found[start : i + 1]).mean())
+            room = moved[start] - (moved[start - 1] + gap) if start else down
+            moved[start : i + 1] -= min(down, room)
+    result = np.empty_like(moved)
+    result[order] = moved
+    return [float(v) for v in result]
+
+
+def _curves(rivals: Sequence[Row]) -> list[tuple[str, list[float], list[float], list[float], list[float]]]:
+    """(model, percent of MACs kept, mean accuracy of ours, lowest, highest), from the original on."""
     found = []
-    for name in dict.fromkeys(row["model"] for row in rows):
-        mine = sorted((row for row in rows if row["model"] == name), key=lambda row: -row["MACs kept"])
-        kept = [100.0, *(100 * row["MACs kept"] for row in mine)]
-        found.append((name, kept, [mine[0]["before"], *(row["after"] for row in mine)]))
+    for name in dict.fromkeys(row["model"] for row in rivals):
+        mine = [row for row in rivals if row["model"] == name and "ours" in row]
+        mine.sort(key=lambda row: -row["MACs asked"])
+        before = mine[0]["before"]
+        kept = [100.0, *(100 * row["ours MACs"] for row in mine)]
+        found.append((name, kept, *([before, *(row[key] for row in mine)] for key in ("ours", "lowest", "highest"))))
     return found
 
 
-def _pairs(ablation: Sequence[Row]) -> list[tuple[str, float, float, float]]:
-    """(model, accuracy before, by plain magnitude pruning, by the defaults), at the same share of the MACs."""
-    cells = {
-        (row["model"], row["order"], row["allocation"], refit): (row["before"], row[refit])
-        for row in ablation
-        for refit in ("none", "least-squares")
-    }
-    names = dict.fromkeys(row["model"] for row in ablation)
-    return [(name, *cells[(name, *USUAL)], cells[(name, *OURS)][1]) for name in names]
+def _pairs(rivals: Sequence[Row]) -> list[tuple[str, float, float, float]]:
+    """(model, accuracy before, by the best rival, by the defaults), at half of the MACs."""
+    return [
+        (row["model"], row["before"], max(row[rival] for rival in RIVALS if rival in row), row["ours"])
+        for row in rivals
+        if row["MACs asked"] == HALF and "ours" in row and any(rival in row for rival in RIVALS)
+    ]

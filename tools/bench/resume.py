@@ -19,6 +19,7 @@ from statistics import median
 from .studies import Row, paths, save
 
 COLUMNS = ("model", "killed at", "whole s", "rerun s", "rerun / whole", "of processor time")
+CLOCKED = COLUMNS[2:]
 STAGES = {
     "calibrate": "calibrate.collect",
     "score": "scoring.scores",
@@ -46,7 +47,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     for name in names or ("vgg-fashion", "resnet20-fashion"):
         with tempfile.TemporaryDirectory() as folder:
             rows += _rows(name, Path(folder), seed)
-    return save(out, "resume", rows, COLUMNS, seed)
+    return save(out, "resume", rows, COLUMNS, seed, CLOCKED)
 
 
 def _rows(name: str, folder: Path, seed: int) -> list[Row]:

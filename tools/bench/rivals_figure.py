@@ -1,4 +1,4 @@
-"""Accuracy over MACs kept, one panel per model: ours, chance, and every variant of each rival with its best."""
+"""Accuracy over MACs kept, one panel per model: ours and chance with their range over seeds, the best of each rival."""
 
 from __future__ import annotations
 
@@ -6,51 +6,45 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .studies import Row
+from .studies import Row, digest
 
-LINES = {"ours": ("#111111", 2.6), "random": ("#999999", 1.2)}
+LINES = {"ours": ("#111111", 2.4, "lowest", "highest"), "random": ("#8c959f", 1.2, "random low", "random high")}
 FAMILIES = {"onnxsim": "#d95f02", "Torch-Pruning": "#1f78b4"}
 
 
 def draw(rows: Sequence[Row], target: Path) -> None:
-    """Write the curves as SVG (or what the suffix says); the same rows give the same bytes."""
+    """Write rows of the study ``rivals`` as SVG (or what the suffix says); the same rows give the same bytes."""
     names = list(dict.fromkeys(r["model"] for r in rows))
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
-    with matplotlib.rc_context({"svg.hashsalt": "rivals", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(3.6 * columns, 2.9 * lines + 0.5), layout="constrained")
+    columns = max(1, min(3, len(names)))
+    lines = max(1, -(-len(names) // columns))
+    with matplotlib.rc_context({"svg.hashsalt": "rivals", "font.family": "DejaVu Sans", "font.size": 9}):
+        figure = Figure(figsize=(3.6 * columns, 2.7 * lines + 0.5), layout="constrained", facecolor="white")
         for place, name in enumerate(names):
             axes = figure.add_subplot(lines, columns, place + 1)
-            _panel(axes, [r for r in rows if r["model"] == name and "accuracy" in r])
+            _panel(axes, sorted((r for r in rows if r["model"] == name), key=lambda r: r["MACs asked"]))
             axes.set_title(name)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        known = {}
+        for axes in figure.axes:
+            known |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        if known:
+            figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, metadata={"Date": None} if target.suffix == ".svg" else None)
+        about = {"Date": None, "Description": f"rows: {digest(rows)}"}
+        figure.savefig(target, metadata=about if target.suffix == ".svg" else None)
 
 
 def _panel(axes: Axes, rows: Sequence[Row]) -> None:
     for family, colour in FAMILIES.items():
-        theirs = [r for r in rows if r["method"].startswith(family)]
-        for method in dict.fromkeys(r["method"] for r in theirs):
-            seen = sorted((r["MACs kept"], r["accuracy"]) for r in theirs if r["method"] == method)
-            axes.plot(*_percent(seen), color=colour, linewidth=0.6, alpha=0.35)
-        budgets = sorted({r["MACs asked"] for r in theirs})
-        tops = [max((r for r in theirs if r["MACs asked"] == b), key=lambda r: r["accuracy"]) for b in budgets]
-        seen = [(r["MACs kept"], r["accuracy"]) for r in tops]
-        axes.plot(*_percent(seen), color=colour, lw=1.6, marker="o", ms=3, label=f"{family}, best variant")
-    for method, (colour, width) in LINES.items():
-        mine = [r for r in rows if r["method"] == method]
-        budgets = sorted({r["MACs asked"] for r in mine})
-        seen = [
-            tuple(float(np.mean([r[k] for r in mine if r["MACs asked"] == b])) for k in ("MACs kept", "accuracy"))
-            for b in budgets
-        ]
-        axes.plot(*_percent(seen), color=colour, linewidth=width, marker="o", markersize=4, label=method)
+        seen = [(r[f"{family} MACs"], r[family]) for r in rows if family in r]
+        axes.plot(*_percent(seen), color=colour, lw=1.5, marker="o", ms=3, label=f"{family}, best variant")
+    for method, (colour, width, low, high) in LINES.items():
+        mine = [r for r in rows if method in r]
+        where, accuracy = _percent([(r[f"{method} MACs"], r[method]) for r in mine])
+        axes.fill_between(where, [r[low] for r in mine], [r[high] for r in mine], color=colour, alpha=0.25, lw=0)
+        axes.plot(where, accuracy, color=colour, linewidth=width, marker="o", markersize=3.5, label=method)
     if rows:
         axes.axhline(rows[0]["before"], color="#111111", linewidth=0.6, linestyle=":")
     axes.set(xlabel="MACs kept, %", ylabel="accuracy, %", xlim=(10, 85), ylim=(0, 102))

@@ -22,6 +22,7 @@ from .studies import MODELS, Row, paths, save
 MAX_DROP = 0.5
 SHARES = ("lossless", "lossy", "zip", "fp16", "fp16, zip")
 COLUMNS = ("model", "version", "bytes", *(f"{s} %" for s in SHARES), "before", "after", "lost", "lost where searched")
+CLOCKED = ("seconds",)
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
@@ -37,7 +38,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             for version, path in (("whole", model), ("half the MACs", half)):
                 rows.append({"model": name, "version": version, **_row(path, data, Path(folder), seed)})
                 print(rows[-1], flush=True)
-    return save(out, "storage", rows, COLUMNS, seed)
+    return save(out, "storage", rows, COLUMNS, seed, CLOCKED)
 
 
 def _row(model: Path, data: Path, folder: Path, seed: int) -> Row:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from onnx_oamip import allocation, latency
+from onnx_oamip.runtime import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
@@ -23,6 +28,27 @@ MODELS = {
 Row = dict[str, Any]
 
 
+class LeftOut(Exception):
+    """A study lacks something; the message is a sentence that says what, and what to do."""
+
+
+@contextmanager
+def known_step(known: bool = True) -> Iterator[None]:
+    """``--align auto`` takes the step of widths that the device has by default, not the one it is measured to like.
+
+    The measurement may come out differently the next time, and other widths have another accuracy.
+    """
+    measured = allocation.find_step
+    if known:
+        allocation.find_step = lambda device: latency.Step(  # type: ignore[assignment]
+            latency.DEFAULT_STEP[resolve_device(device)], False, "the default of the device"
+        )
+    try:
+        yield
+    finally:
+        allocation.find_step = measured
+
+
 def paths(name: str) -> tuple[Path, Path]:
     """(model, data) of a shipped network."""
     return ROOT / "models" / f"{name}.onnx", ROOT / "models" / f"{MODELS[name]}.npz"
@@ -30,10 +56,17 @@ def paths(name: str) -> tuple[Path, Path]:
 
 def environment() -> dict[str, str]:
     """What a reader needs to judge a number."""
-    used = [p for p in ("torch", "torch-pruning", "onnxsim") if p.replace("-", "_") in sys.modules]
+    optional = ("highspy", "gurobipy", "torch", "torch-pruning", "onnxsim")
+    used = [p for p in optional if p.replace("-", "_") in sys.modules]
     packages = {p: metadata.version(p) for p in ("onnxruntime", "numpy", "scipy", "onnx", *used)}
     machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "python": platform.python_version()}
-    return {**machine, **packages}
+    fixed = {k: v for k, v in os.environ.items() if k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return {**machine, **packages, **fixed}
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows, for pictures to say what they show."""
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -49,17 +82,41 @@ def _cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def save(out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int) -> str:
+def save(
+    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = (),
+    measured: Mapping[str, str] | None = None,
+) -> str:  # fmt: skip
     """Print and store the rows of a study; returns its Markdown."""
     text = table(rows, columns)
-    store(out, study, rows, columns, seed)
-    seen = ", ".join(f"{k} {v}" for k, v in environment().items())
+    record = store(out, study, rows, columns, seed, clocked, measured)
+    seen = ", ".join(f"{k} {v}" for k, v in record["environment"].items())
     print(f"\n## {study}\n\nseed {seed}; {seen}\n\n{text}\n", flush=True)
     return text
 
 
-def store(out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int) -> None:
-    """Store the rows that there are so far: a study that is stopped leaves what it found."""
+def store(
+    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = (),
+    measured: Mapping[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Store the rows that there are so far, in one step: a study that is stopped leaves what it found.
+
+    ``clocked``: keys of rows that hold what a clock or a memory gauge read, or follow from it, and that a second run
+    will not give again. All others it must (``agree``). ``measured``: the environment, where it is not this one.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    record = {"study": study, "environment": environment(), "seed": seed, "columns": list(columns), "rows": list(rows)}
-    (out / f"{study}.json").write_text(json.dumps(record, indent=1) + "\n")
+    record: dict[str, Any] = {"study": study, "environment": dict(measured or environment()), "seed": seed}
+    record |= {"columns": list(columns), "clocked": list(clocked), "rows": list(rows)}
+    part = out / f"{study}.json.part"
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(out / f"{study}.json")
+    return record
+
+
+def together(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """One environment of several: what differs is listed."""
+    found: dict[str, list[str]] = {}
+    for environment in environments:
+        for key, value in environment.items():
+            if value not in found.setdefault(key, []):
+                found[key].append(value)
+    return {key: " and ".join(values) for key, values in found.items()}

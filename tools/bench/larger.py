@@ -1,0 +1,211 @@
+"""Larger networks at equal MACs, without retraining: ResNet-56, VGG-16 and EfficientNet-Lite0 with published weights.
+
+``--larger DIR`` names the folder that ``tools/make_larger_models.py`` fills. All methods get the same 512 calibration
+images; Taylor gets their labels too. Networks with labelled test images are judged by accuracy; EfficientNet-Lite0 by
+how often its first answer is that of the original on crops of photographs that no method has seen, and beside it by
+how many of the first five answers are the same, and by the mean Kullback-Leibler divergence of its answers from the
+original's. What is not installed or not in DIR is left out, and said.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from onnx_oamip import cost, prepare, search
+from onnx_oamip import model as models
+from onnx_oamip.errors import BudgetNotMet
+from onnx_oamip.records import Array, Cost
+from onnx_oamip.runtime import Session
+from onnx_oamip.settings import Settings
+
+from .rivals import OURS, bisect
+from .studies import Row, save, store
+
+if TYPE_CHECKING:
+    from .larger_rivals import Peer
+
+NETWORKS = ("efficientnet-lite0", "resnet56", "vgg16")
+BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25)
+BATCH = 32
+FIRST = 5
+COLUMNS = (
+    "model", "MACs asked", "method", "MACs kept", "params kept", "judged by", "before", "after", "points lost",
+    "first five kept %", "divergence", "why not",
+)  # fmt: skip
+SUMMARY = (
+    "model", "MACs asked", "judged by", "before", "ours", "random", "its figure", "best rival", "ours ahead by",
+)  # fmt: skip
+
+
+def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
+    """One row per network, budget and method; ``larger-summary`` has one per network and budget."""
+    rows: list[Row] = []
+    for name in names or NETWORKS:
+        if missing := absent(name, larger):
+            print(missing, flush=True)
+            continue
+        assert larger is not None
+        bench = Bench(name, larger)
+        for row in _rows(bench, seed):
+            rows.append(row)
+            print({k: v for k, v in row.items() if v is not None}, flush=True)
+            store(out, "larger", rows, COLUMNS, seed)
+    if not rows:
+        return ""
+    save(out, "larger-summary", summary(rows), SUMMARY, seed)
+    return save(out, "larger", rows, COLUMNS, seed)
+
+
+def absent(name: str, folder: Path | None) -> str | None:
+    """One sentence on what is missing for a network and how to make it; None where nothing is."""
+    how = f"make it with `python -m tools.make_larger_models {name} --fashion DIR --photographs DIR --out DIR`"
+    if folder is None:
+        return f"{name} is left out: no folder was given with --larger; {how}."
+    files = [f"{name}.onnx", f"{name}.npz"]
+    lost = [file for file in files if not (folder / file).is_file()]
+    return f"{name} is left out: {folder} has no {' and no '.join(lost)}; {how}." if lost else None
+
+
+class Bench:
+    """A network with its data: how MACs and answers are judged, the same way for every method.
+
+    Data without ``eval.labels`` is judged by agreement: the original's first answers are the truth.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.model, self.data = folder / f"{name}.onnx", folder / f"{name}.npz"
+        with np.load(self.data) as held:
+            self.scale, self.offset = held["input.scale"], held.get("input.offset", np.float32(0))
+            self.images, self.unseen = held["input"], held["eval.input"]
+            labels, truth = held.get("labels"), held.get("eval.labels")
+        self.original = onnx.load(self.model)
+        self.cost = cost_of(self.original)
+        self.expected = self.answers(self.original, self.unseen)
+        self.judged = "agreement" if truth is None else "accuracy"
+        self.truth = self.expected.argmax(1) if truth is None else truth
+        self.labels = self.answers(self.original, self.images).argmax(1) if labels is None else labels
+        self.before = 100 * float((self.expected.argmax(1) == self.truth).mean())
+
+    def feeds(self, images: Array) -> Iterator[dict[str, Array]]:
+        """What the network is fed, batch by batch."""
+        for i in range(0, len(images), BATCH):
+            yield {"input": images[i : i + BATCH].astype(np.float32) * self.scale + self.offset}
+
+    def answers(self, proto: onnx.ModelProto, images: Array) -> Array:
+        """Logits [images, classes] in ONNX Runtime."""
+        session = Session(proto, "cpu")
+        return np.concatenate([session.run(feed)[0] for feed in self.feeds(images)])
+
+    def share(self, proto: onnx.ModelProto) -> float:
+        """MACs over those of the original."""
+        return cost_of(proto).macs / self.cost.macs
+
+    def row(self, budget: float, method: str, proto: onnx.ModelProto | None, why: str = "") -> Row:
+        """``proto`` None: no such model, and ``why``."""
+        row: Row = {"model": self.name, "MACs asked": budget, "method": method, "judged by": self.judged}
+        row |= {"before": round(self.before, 2), "why not": why or None}
+        if proto is None:
+            return row
+        found, kept = self.answers(proto, self.unseen), cost_of(proto)
+        after = 100 * float((found.argmax(1) == self.truth).mean())
+        return row | {
+            "MACs kept": round(kept.macs / self.cost.macs, 4),
+            "params kept": round(kept.params / self.cost.params, 4),
+            "after": round(after, 2),
+            "points lost": round(self.before - after, 2),
+            "first five kept %": round(100 * first_kept(self.expected, found), 2),
+            "divergence": round(divergence(self.expected, found), 4),
+        }
+
+
+def cost_of(proto: onnx.ModelProto) -> Cost:
+    """Costs of a file as any exporter writes it: shapes that it computes from constants are folded first."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(proto, path)
+        return cost.count(models.load(path))
+
+
+def first_kept(expected: Array, found: Array, first: int = FIRST) -> float:
+    """Mean share of the ``first`` largest logits of each row that are among the ``first`` largest of ``found``."""
+    best, here = (np.argpartition(-x, first - 1, axis=1)[:, :first] for x in (expected, found))
+    return float((best[:, :, None] == here[:, None, :]).any(2).mean())
+
+
+def divergence(expected: Array, found: Array) -> float:
+    """Mean Kullback-Leibler divergence, in nats, of the softmax of ``found`` from that of ``expected``."""
+    p, q = (x.astype(np.float64) - x.max(1, keepdims=True) for x in (expected, found))
+    p, q = (x - np.log(np.exp(x).sum(1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def _rows(bench: Bench, seed: int) -> Iterator[Row]:
+    for method, changes in OURS.items():
+        yield from _ours(bench, method, changes, seed)
+    missing = [p for p in ("torch", "torch_pruning", "onnxsim") if importlib.util.find_spec(p) is None]
+    if missing:
+        print(f"{bench.name}: rivals are left out: {', '.join(missing)} not installed.", flush=True)
+        return
+    from .larger_rivals import peers
+
+    for method, peer in peers(bench).items():
+        yield from _theirs(bench, method, peer)
+
+
+def _ours(bench: Bench, method: str, changes: dict[str, str], seed: int) -> Iterator[Row]:
+    with TemporaryDirectory() as kept:
+        settings = Settings.create(macs=BUDGETS[0], seed=seed, cache=kept, **changes)
+        ready = prepare.prepare(bench.model, bench.data, settings)
+        for budget in BUDGETS:
+            here = replace(ready, settings=settings.model_copy(update={"macs": budget}))
+            try:
+                yield bench.row(budget, method, search.search(here).pruned.proto)
+            except BudgetNotMet as error:
+                yield bench.row(budget, method, None, str(error))
+
+
+def _theirs(bench: Bench, method: str, peer: Peer) -> Iterator[Row]:
+    failed: list[str] = []
+    cut: Callable[[float], onnx.ModelProto] = cache(peer.cut)
+
+    @cache
+    def share(ratio: float) -> float:
+        try:
+            return bench.share(cut(ratio))
+        except Exception as error:  # whatever a rival raises is its result at this ratio
+            failed.append(f"{type(error).__name__}: {str(error).strip()[:80]}")
+            return float("nan")
+
+    for budget in BUDGETS:
+        ratio = bisect(share, budget)
+        if ratio is None:
+            yield bench.row(budget, method, None, failed[-1] if failed else "MACs not reached")
+        else:
+            yield bench.row(budget, method, peer.refit(cut(ratio)))
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Per network and budget: ours, chance and the best rival, picked by the very figure that is shown."""
+    found = []
+    for model, budget in dict.fromkeys((r["model"], r["MACs asked"]) for r in rows):
+        here = [r for r in rows if (r["model"], r["MACs asked"]) == (model, budget)]
+        after = {r["method"]: r["after"] for r in here if "after" in r}
+        row: Row = {c: here[0][c] for c in SUMMARY[:4]} | {method: after.get(method) for method in OURS}
+        rivals = {method: value for method, value in after.items() if method not in OURS}
+        if rivals:
+            top = max(rivals, key=lambda method: rivals[method])
+            row |= {"best rival": top, "its figure": rivals[top]}
+            if row["ours"] is not None:
+                row["ours ahead by"] = round(row["ours"] - rivals[top], 2)
+        found.append(row)
+    return found
