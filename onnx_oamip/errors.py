@@ -62,7 +62,7 @@ class RuleFailed(Exception):
     """A rule of ``ops`` broke on a node: ``RuleFailed(node, reason)``.
 
     Not an OamipError. Either the rule is wrong, or the node does not fit its operator; who runs the model can tell
-    (``prepare.judged``).
+    (``verify.judged``).
     """
 
     def __str__(self) -> str:

@@ -11,8 +11,6 @@ from functools import cache as once
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from . import (
     allocation,
     artefacts,
@@ -32,7 +30,7 @@ from . import (
 from . import model as models
 from .coupling import couple, exclude
 from .data import Samples
-from .errors import BudgetNotMet, DataError, GateFailed, ModelError, RuleFailed, SettingsError
+from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
 from .importance import Method, find
 from .ops import lookup
 from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statistics
@@ -311,25 +309,6 @@ def load(
             if settings.strict:
                 _nothing_skipped(model, coupling)
     return model, coupling, samples, held
-
-
-@contextmanager
-def judged(model: Model) -> Iterator[None]:
-    """Around rules on a model that has not run yet. Where one breaks, the runtime says whose fault it is.
-
-    Raises ModelError where the model does not run either; else the rule is wrong, and its error goes on.
-    """
-    try:
-        yield
-    except RuleFailed as failed:
-        try:
-            Session(model.proto, "cpu", what="it").run(data.placeholder(model, 0, 1).feed(np.zeros(1, np.int64)))
-        except ModelError as refused:
-            raise ModelError(
-                f"{failed.args[0]} has inputs or attributes that do not fit its operator: "
-                f"{str(refused).rstrip('.')}; export the model again."
-            ) from failed
-        raise
 
 
 def _scored_by(given: Scores, settings: Settings, source: Source | None) -> tuple[Method, Settings]:

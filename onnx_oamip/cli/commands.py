@@ -49,7 +49,7 @@ def inspect(model: Path, as_json: bool) -> None:
     from .. import report
     from ..coupling import couple
     from ..model import load
-    from ..prepare import judged
+    from ..verify import judged
 
     loaded = load(model)
     with judged(loaded):
