@@ -7,6 +7,7 @@ alive and not lost.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +35,15 @@ def fold_constants(
     ``units`` (n_units,) says which units stay. All others lose their weights at once in a copy of the original, which
     runs on a few of ``samples``; what every consumer then receives on the removed channels goes, times its weights,
     into its bias. A channel that is no constant, because a residual branch feeds it too or because zeros were averaged
-    in at a border, is folded by its mean and noted. Noted as well are convolutions that pad with zeros (exact away from
-    the border) and transposed ones (exact on average). Without a note the result equals the copy. Raises ModelError
-    where the copy does not run.
+    in at a border, is folded by its mean and noted; so is one that no linear node makes, for it had no weights to lose.
+    Noted as well are convolutions that pad with zeros (exact away from the border) and transposed ones (exact on
+    average). Without a note the result equals the copy. Raises ModelError where the copy does not run.
     """
     consumers = [c for c in coupling.consumers if not coupling.keep((c.data, c.axis), units).all()]
     proto = zeroed(model, coupling, units)
     levels = _levels(model, proto, sorted({(c.data, c.axis) for c in consumers}), samples, device)
     nodes = {node.name: node for node in model.nodes}
+    weightless = _weightless(model, coupling) & ~units
     notes, uneven = [], 0
     for consumer in consumers:
         node, level = nodes[consumer.node], levels[consumer.data, consumer.axis]
@@ -50,8 +52,12 @@ def fold_constants(
         if not scale:
             continue
         varying = int((level.spread[gone] > VARIES * scale).sum())
+        # What only looks constant on these samples, an activation in saturation say, is none.
+        unmade = int((~coupling.keep((consumer.data, consumer.axis), ~weightless)).sum())
         if consumer.weight is None or consumer.weight not in model.constants:
             notes.append(f"{node}: it has no constant weights, so the constants of what was removed are not added")
+        elif unmade:
+            notes.append(f"{node}: {unmade} removed channels come from no layer with weights; their mean is added")
         elif varying:
             notes.append(f"{node}: {varying} removed channels vary though their weights are zero; their mean is added")
         else:
@@ -94,6 +100,26 @@ def zeroed(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
             if value is not model.constants[name]:
                 editor.replace(editor.nodes[node.name], slot, np.ascontiguousarray(value))
     return proto
+
+
+def _weightless(model: Model, coupling: Coupling) -> Bools:
+    """Units (n_units,) that a node other than a linear one makes of inputs without them, as a gain makes channels."""
+    read = {(c.weight, c.weight_axis) for c in coupling.consumers}
+
+    def carried(names: Iterable[str]) -> Bools:
+        held = np.zeros(coupling.n_units + 1, bool)  # the last place takes what is pinned
+        for name in names:
+            for axis in range(len(model.shapes.get(name, ()))):
+                if (name, axis) in coupling.axes and (name, axis) not in read:
+                    held[coupling.axes[name, axis]] = True
+        return held[:-1]
+
+    found = np.zeros(coupling.n_units, bool)
+    for node in model.nodes:
+        spec = lookup(node.domain, node.op, node.version)
+        if spec is None or not spec.linear:
+            found |= carried(node.outputs) & ~carried(n for n in node.inputs if n not in model.constants)
+    return found
 
 
 @dataclass(frozen=True)

@@ -71,3 +71,15 @@ class GateFailed(OamipError, RuntimeError):
     """The pruned model failed a verification gate and was not written."""
 
     exit_code = 1
+
+
+class RuleFailed(Exception):
+    """A rule of ``ops`` broke on a node: ``RuleFailed(node, reason)``.
+
+    Not an OamipError. Either the rule is wrong, or the node does not fit its operator; who runs the model can tell
+    (``verify.judged``).
+    """
+
+    def __str__(self) -> str:
+        node, reason = self.args
+        return f"the rule of {node} failed: {reason}"

@@ -21,10 +21,10 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from . import bodies, bounds, weights
-from .errors import ModelError, OamipError
+from .errors import ModelError, OamipError, RuleFailed
 from .folding import fold
 from .records import Array, Body, Model, Node
-from .runtime import runtime
+from .runtime import Session, runtime
 from .shapes import ROUNDS, all_types, bind, port_of, skeleton
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
@@ -44,6 +44,9 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
         proto = _normalise(source)
         return from_proto(proto, bindings, str(file), sha256, size)
     except OamipError:
+        raise
+    except RuleFailed:
+        Session(file, "cpu", what=str(file))  # what the runtime refuses is no mistake of a rule
         raise
     except Exception as error:  # a library refused the graph: say so instead of showing its traceback
         raise ModelError(f"{file}: the graph cannot be normalised: {_first_line(error)}.") from error

@@ -36,7 +36,7 @@ from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
 from .importance import Method, find
 from .ops import lookup
 from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statistics
-from .runtime import Session, resolve_device
+from .runtime import UNFUSED, Session, resolve_device
 from .search import Prepared, Subject
 from .settings import Settings
 from .subgraph import run_size
@@ -306,6 +306,8 @@ def load(
         session = Session(model.proto, "cpu", what=model.path)
         for _, feed in islice(samples.batches(settings.batch_size), None if source is None else 1):
             session.run(feed)
+        if session.unfused:
+            model = replace(model, notes=(*model.notes, UNFUSED))
     with clock("couple"):
         coupling = exclude(model, couple(model), settings.exclude)
         if settings.granularity == "unit":

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from scipy.optimize import nnls
 
 from . import aside
 from .cost import Ledger, Products, full_widths, ledger
@@ -150,6 +149,8 @@ def fit(walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats) 
 
 def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:
     """Coefficients >= 0 of ``target`` on ``columns``, each row weighted by 1 / ``scale``."""
+    from scipy.optimize import nnls  # brings much of scipy, for --latency alone
+
     matrix = np.stack(columns, axis=1) / scale[:, None]
     size = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
     found, _ = nnls(matrix / size, target / scale)

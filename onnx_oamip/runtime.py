@@ -6,7 +6,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -23,7 +26,12 @@ TICK = 0.2
 
 
 def runtime() -> Any:
-    """The onnxruntime module, quiet; EnvironmentMissing says what to install."""
+    """The onnxruntime module, quiet; EnvironmentMissing says what to install.
+
+    Since 1.29 its makers' builds keep an identifier of the machine on disk and send them names and digests of models
+    that are loaded (docs/Privacy.md of ONNX Runtime). What runs here is nobody else's business.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         import onnxruntime
     except ImportError as error:
@@ -32,6 +40,7 @@ def runtime() -> Any:
             "CUDA."
         ) from error
     onnxruntime.set_default_logger_severity(4)
+    onnxruntime.disable_telemetry_events()  # where somebody had imported it before
     return onnxruntime
 
 
@@ -66,6 +75,12 @@ def _cuda_works() -> bool:
 
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.disable_double_qdq_remover": "1"}
 """Products in float32; no merging of quantisations. A release that does not know an entry ignores it."""
+FUSION = "QDQSelectorActionTransformer"
+"""What makes one integer kernel of an operator between DequantizeLinear and QuantizeLinear."""
+UNFUSED = (
+    "ONNX Runtime refuses this model once it has fused its quantised operators, so it was run and timed without that; "
+    f"the result needs the same: InferenceSession(path, disabled_optimizers=['{FUSION}'])"
+)
 
 
 def _watch(options: Any, done: threading.Event) -> None:
@@ -109,8 +124,12 @@ class Session:
     ``profile`` is the prefix of a file that records every kernel of every run. ``spin``: idle threads wait busily, as
     ONNX Runtime has it by default and a deployment does; without it, sessions that take turns leave each other the
     cores. ``exact`` leaves out what rounds one way in a model and another way in a cut of it: weights of few bits
-    multiplied by activations that are rounded as well, and neighbouring quantisations merged into one. ``lean`` gives
-    memory back after every run, for sessions of which many are open at once.
+    multiplied by activations that are rounded as well, neighbouring quantisations merged into one, and integer kernels
+    of what stands between quantisations. ``lean`` gives memory back after every run, for sessions of which many are
+    open at once.
+
+    ``unfused``: without those kernels. ONNX Runtime makes them also where they then refuse the scales, one for every
+    channel; what fails with them and runs without them is run without them.
     """
 
     def __init__(
@@ -124,28 +143,16 @@ class Session:
         exact: bool = False,
         lean: bool = False,
     ) -> None:
-        rt = runtime()
-        self._what = what
-        self._watched = False
-        options = rt.SessionOptions()
-        for key, value in EXACT.items() if exact else ():
-            options.add_session_config_entry(key, value)
-        options.log_severity_level = 4
+        entries = dict(EXACT) if exact else {}
         if not spin:
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        if lean:
-            options.enable_cpu_mem_arena = False
-        if threads:
-            options.intra_op_num_threads = threads
-        if profile is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = os.fspath(profile)
-        providers = ["CPUExecutionProvider"]
-        if device == "cuda":
-            providers.insert(0, "CUDAExecutionProvider")
-        try:
+            entries["session.intra_op.allow_spinning"] = "0"
+        self._what, self.unfused = what, exact
+        self._held: Mapping[str, Array] = {}
+        self._watched = False
+        with _saying(f"load {what}"):
+            content: str | bytes
             if isinstance(proto, (str, os.PathLike)):
-                self._session = rt.InferenceSession(os.fspath(proto), options, providers=providers)
+                content = os.fspath(proto)
             else:
                 nodes = list(bodies.nodes(proto.graph))
                 self._watched = not spin and any(n.op_type == "Loop" for n in nodes)
@@ -155,16 +162,20 @@ class Session:
                 if weights.references(small):
                     # The session maps files itself, and makes copies in its own order only where speed is measured.
                     small = weights.under_root(small)
-                    options.add_session_config_entry(FOLDER, weights.ROOT)
+                    entries[FOLDER] = weights.ROOT
                     if not spin:
-                        options.add_session_config_entry("session.disable_prepacking", "1")
-                values = [rt.OrtValue.ortvalue_from_numpy(weights.aligned(v)) for v in self._held.values()]
-                options.add_external_initializers(list(self._held), values)
-                self._session = rt.InferenceSession(small.SerializeToString(), options, providers=providers)
-        except ModelError:
-            raise
-        except Exception as error:  # onnxruntime raises its own undocumented types
-            raise _refusal(error, f"load {what}") from error
+                        entries["session.disable_prepacking"] = "1"
+                content = small.SerializeToString()
+            opened = partial(_opened, content, self._held, entries, device, threads, profile, lean)
+            try:
+                self._session = opened(exact)
+            except Exception:
+                if exact or not _quantised(content):
+                    raise
+                self._session, self.unfused = opened(True), True
+            # Some kernels refuse only when they run; what is opened from its path costs nothing to keep at hand.
+            waiting = not self.unfused and (isinstance(content, str) or _quantised(content))
+            self._again: Callable[[], Any] | None = partial(opened, True) if waiting else None
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = [i.name for i in self._session.get_inputs()]
 
@@ -173,19 +184,35 @@ class Session:
 
         Raises ModelError for what cannot run, and for a Loop that goes on for more than ``PATIENCE`` seconds.
         """
-        options = runtime().RunOptions() if self._watched else None
-        done = threading.Event()
+        wanted, given = list(names) if names else None, dict(feed)
+        with _saying(f"run {self._what} on this data"):
+            try:
+                found = self._run(wanted, given)
+            except OamipError:
+                raise
+            except Exception:
+                if self._again is None:
+                    raise
+                self._session, self.unfused = self._again(), True
+                found = self._run(wanted, given)
+        self._again = None
+        return found
+
+    def _run(self, names: list[str] | None, feed: dict[str, Array]) -> list[Array]:
+        if not self._watched:
+            found: list[Array] = self._session.run(names, feed)
+            return found
+        options, done = runtime().RunOptions(), threading.Event()
+        threading.Thread(target=_watch, args=(options, done), daemon=True).start()
         try:
-            if options is not None:
-                threading.Thread(target=_watch, args=(options, done), daemon=True).start()
-            found: list[Array] = self._session.run(list(names) if names else None, dict(feed), options)
+            found = self._session.run(names, feed, options)
         except Exception as error:
-            if options is not None and options.terminate:
+            if options.terminate:
                 raise ModelError(
                     f"{self._what} was not done with one feed after {PATIENCE:g} seconds or took all memory, and it "
                     "has a Loop, which may never end; bound its trip count."
                 ) from error
-            raise _refusal(error, f"run {self._what} on this data") from error
+            raise
         finally:
             done.set()
         return found
@@ -198,3 +225,49 @@ class Session:
         """Outputs for each feed in turn."""
         for feed in feeds:
             yield self.run(feed)
+
+
+def _opened(
+    content: str | bytes,
+    held: Mapping[str, Array],
+    entries: Mapping[str, str],
+    device: str,
+    threads: int | None,
+    profile: str | os.PathLike[str] | None,
+    lean: bool,
+    unfused: bool,
+) -> Any:
+    rt = runtime()
+    options = rt.SessionOptions()
+    options.log_severity_level = 4
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    if lean:
+        options.enable_cpu_mem_arena = False
+    if threads:
+        options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = os.fspath(profile)
+    options.add_external_initializers(
+        list(held), [rt.OrtValue.ortvalue_from_numpy(weights.aligned(v)) for v in held.values()]
+    )
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"][device != "cuda" :]
+    return rt.InferenceSession(
+        content, options, providers=providers, disabled_optimizers=[FUSION] if unfused else None
+    )
+
+
+def _quantised(content: str | bytes) -> bool:
+    """Whether a file, or a serialised graph, has what the fusion starts from."""
+    return b"DequantizeLinear" in (content if isinstance(content, bytes) else Path(content).read_bytes())
+
+
+@contextmanager
+def _saying(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OamipError:
+        raise
+    except Exception as error:  # onnxruntime raises its own undocumented types
+        raise _refusal(error, what) from error

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
 from . import allocation, cache, constants, cost, planfile, provenance, refit, rewrite, scaling, verify
 from . import model as models
@@ -116,6 +115,8 @@ def interpolate(found: Sensitivity, widths: Ints) -> Floats:
     """Losses at other widths: monotone cubic through the measured ones (never below zero, never rising with width)."""
     if len(found.widths) == 1:
         return np.zeros(len(widths))
+    from scipy.interpolate import PchipInterpolator  # brings half of scipy
+
     return np.maximum(np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0)
 
 

@@ -9,6 +9,7 @@ Measurements: relative output error, top-1 agreement, accuracy where labels are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import tee
 from typing import Protocol
@@ -17,8 +18,8 @@ import numpy as np
 import onnx
 
 from .calibrate import Progress
-from .data import Samples
-from .errors import GateFailed
+from .data import Samples, placeholder
+from .errors import GateFailed, ModelError, RuleFailed
 from .images import bent, head, is_float, showing
 from .ops import lookup
 from .records import Array, Floats, Ints, Model, Port, Verification
@@ -92,6 +93,25 @@ def structure(proto: onnx.ModelProto) -> None:
     except Exception as error:  # the checker raises several types
         text = str(error).strip().splitlines()[0][:300]
         raise GateFailed(f"the pruned model fails the ONNX checker: {text}.") from error
+
+
+@contextmanager
+def judged(model: Model) -> Iterator[None]:
+    """Around rules on a model that has not run yet. Where one breaks, the runtime says whose fault it is.
+
+    Raises ModelError where the model does not run either; else the rule is wrong, and its error goes on.
+    """
+    try:
+        yield
+    except RuleFailed as failed:
+        try:
+            Session(model.proto, "cpu", what="it").run(placeholder(model, 0, 1).feed(np.zeros(1, np.int64)))
+        except ModelError as refused:
+            raise ModelError(
+                f"{failed.args[0]} has inputs or attributes that do not fit its operator: "
+                f"{str(refused).rstrip('.')}; export the model again."
+            ) from failed
+        raise
 
 
 def prove(

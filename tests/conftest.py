@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 # A test starts from nothing, and leaves nothing behind.
 os.environ["ONNX_OAMIP_CACHE"] = "off"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import the runtime before the package does
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"

@@ -58,10 +58,16 @@ ACTIVATIONS = _activations()
 
 
 STEPS = (
-    "Sign", "Floor", "Ceil", "Round", "Shrink", "ThresholdedRelu", "Cast", "Mod", "Hardmax", "Equal", "Greater", "Less",
+    "Sign", "Floor", "Ceil", "Round", "Shrink", "ThresholdedRelu", "Mod", "Hardmax", "Equal", "Greater", "Less",
     "GreaterOrEqual", "LessOrEqual", "QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
 )  # fmt: skip
 """Operators that jump: a difference in the last bit of what they read may be one of a whole step in what they give."""
+
+
+def jumps(node: NodeProto) -> bool:
+    """Whether a node is one of ``STEPS``, or a cast to what has no fractions."""
+    to = next((a.i for a in node.attribute if a.name == "to"), TensorProto.FLOAT)
+    return node.op_type in STEPS or (node.op_type == "Cast" and to != TensorProto.FLOAT)
 
 
 class Maker:
@@ -75,11 +81,6 @@ class Maker:
         self.rng = np.random.default_rng(seed)
         self.count = 0
         self.opset = opset or self.spread((NEWEST, NEWEST, NEWEST, *OPSETS))
-
-    @property
-    def rounds(self) -> bool:
-        """Whether anything made so far jumps."""
-        return any(node.op_type in STEPS for node in self.nodes)
 
     # --- choosing ------------------------------------------------------------------------------------------------
 

@@ -9,18 +9,22 @@ from functools import cache
 import numpy as np
 from blocks import Sequences
 from hypothesis import strategies as st
-from making import IR, OPSETS, Choose, Maker, Value
+from making import IR, OPSETS, Choose, Maker, Value, jumps
 from onnx import ModelProto, TensorProto, helper
 
 
 @dataclass(frozen=True)
 class Network:
-    """A graph, and the blocks that it was made of. ``rounds``: a value on the edge of a step may fall either way."""
+    """A graph, and the blocks that it was made of."""
 
     proto: ModelProto
     blocks: tuple[str, ...]
     opset: int
-    rounds: bool
+
+    @property
+    def rounds(self) -> bool:
+        """A value on the edge of a step may fall either way."""
+        return any(jumps(node) for node in self.proto.graph.node)
 
     def __repr__(self) -> str:
         return f"Network(opset {self.opset}: {' '.join(self.blocks)})"
@@ -346,4 +350,4 @@ def networks(draw: st.DrawFn) -> Network:
         widths = tuple(v.shape[-1] for v in vectors)
         last = make.node("Concat", [v.name for v in vectors], (sum(widths),), axis=1)
     proto = finished(make, make.linear(last, 3), image)
-    return Network(proto, tuple(blocks), make.opset, make.rounds)
+    return Network(proto, tuple(blocks), make.opset)

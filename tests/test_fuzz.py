@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from onnx import ModelProto, TensorProto, helper
 from PIL import Image
 from safetensors.numpy import save
 
-from onnx_oamip import arrays, bodies, checkpoint, data, parquet, pipeline, runtime
+from onnx_oamip import arrays, bodies, checkpoint, coupling, data, ops, parquet, pipeline, runtime
 from onnx_oamip import model as models
 from onnx_oamip.cli import main
 from onnx_oamip.errors import MOST, DataError, ModelError
 from onnx_oamip.latency import Ratio
+from onnx_oamip.ops import OpSpec
 from onnx_oamip.records import Model
 
 CASES = {"model": (500, 20_000), "data": (200, 5_000)}
@@ -290,8 +292,28 @@ def test_what_does_not_fit_its_operator(
     assert main(_prune(place)) == 2
     assert "ONNX Runtime cannot" in capsys.readouterr().err
     assert main(["inspect", str(place / "m.onnx")]) == inspected
-    sentence = "LSTM 'LSTM_0' has inputs or attributes that do not fit its operator"
+    sentence = "LSTM 'LSTM_0' has inputs or attributes that do not fit its operator: ONNX Runtime cannot"
     assert (sentence in capsys.readouterr().err) == (inspected == 2)
+
+
+def test_a_rule_that_breaks_on_a_sound_node_is_our_mistake(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise IndexError("tuple index out of range")
+
+    def lookup(*key: Any) -> OpSpec | None:
+        spec = ops.lookup(*key)
+        return replace(spec, channels=broken) if spec is not None and spec.name == "Relu" else spec
+
+    monkeypatch.setattr(coupling, "lookup", lookup)
+    (place / "m.onnx").write_bytes(_simple().SerializeToString())
+    for arguments in (_prune(place), ["inspect", str(place / "m.onnx")]):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert "RuleFailed: the rule of Relu 'Relu_1' failed: IndexError: tuple index out of range" in told
+        assert told.endswith("Error: RuleFailed in onnx-oamip itself; please report it with the lines above.\n")
+    assert not (place / "out.onnx").exists()
 
 
 def test_what_cannot_run_is_refused_before_the_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

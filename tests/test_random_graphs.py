@@ -142,7 +142,7 @@ def _check_exactness(folder: Path, examples: int) -> None:
     seldom = [(kind, name, opset) for kind, name, opset in each() if seen[name] < examples / 150]
     for i, (kind, name, opset) in enumerate(seldom):
         rng = np.random.default_rng([1, i])
-        network = Network(alone(kind, name, opset, rng.integers, i), (name,), opset, rounds=True)
+        network = Network(alone(kind, name, opset, rng.integers, i), (name,), opset)
         model = load(network.proto, folder)
         coupling = couple(model)
         _exact(model, coupling, random_keep(coupling, rng, 0.5), network)

@@ -49,9 +49,12 @@ def inspect(model: Path, as_json: bool) -> None:
     from .. import report
     from ..coupling import couple
     from ..model import load
+    from ..verify import judged
 
     loaded = load(model)
-    show(report.inspection(loaded, couple(loaded)), as_json)
+    with judged(loaded):
+        found = report.inspection(loaded, couple(loaded))
+    show(found, as_json)
 
 
 cli.add_command(prune)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from types import MappingProxyType
 
 from ..errors import EnvironmentMissing, SettingsError
 from ..records import Coupling, Model, Scores, Statistics
 from ..settings import Settings
-from . import activation, correlation, magnitude, mint, nnrelief, oamip, obs, random, snacs
 
 ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 
@@ -41,16 +40,26 @@ class Method:
     needs_signal: bool = False
 
 
+def _rule(file: str, name: str = "score") -> ScoreRule:
+    """The rule in a file of this folder, which is imported when the rule is first used: names cost nothing."""
+
+    def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+        rule: ScoreRule = getattr(import_module(f"{__name__}.{file}"), name)
+        return rule(model, coupling, statistics, settings)
+
+    return score
+
+
 _METHODS: dict[str, Method] = {
-    "obs": Method(obs.score, True, "optimal brain surgeon order: loss after the best repair by the others", True),
-    "activation": Method(activation.score, True, "mean square of what consumers receive, times their weights"),
+    "obs": Method(_rule("obs"), True, "optimal brain surgeon order: loss after the best repair by the others", True),
+    "activation": Method(_rule("activation"), True, "mean square of what consumers receive, times their weights"),
     "nnrelief": Method(
-        nnrelief.score, True, "share of the absolute signal of what follows (see --alpha)", needs_signal=True
+        _rule("nnrelief"), True, "share of the absolute signal of what follows (see --alpha)", needs_signal=True
     ),
-    "l2": Method(magnitude.l2, False, "L2 norm of all weights of a unit, producers and consumers"),
-    "l1": Method(magnitude.l1, False, "L1 norm of all weights of a unit, producers and consumers"),
+    "l2": Method(_rule("magnitude", "l2"), False, "L2 norm of all weights of a unit, producers and consumers"),
+    "l1": Method(_rule("magnitude", "l1"), False, "L1 norm of all weights of a unit, producers and consumers"),
     "oamip": Method(
-        oamip.score,
+        _rule("oamip"),
         True,
         "keep variables of a mixed-integer program over the network on a few images (see --mode)",
         needs_grams=True,
@@ -58,21 +67,21 @@ _METHODS: dict[str, Method] = {
         keeps_bias=True,
     ),
     "snacs": Method(
-        snacs.score,
+        _rule("snacs"),
         True,
         "conditional mutual information between layers by hashing, times weights (see --phi)",
         needs_pooled=True,
     ),
     "mint": Method(
-        mint.score,
+        _rule("mint"),
         True,
         "experimental, mutual information between groups of filters by spanning trees (see --score-time)",
         needs_pooled=True,
     ),
     "correlation": Method(
-        correlation.score, True, "partial correlation of what a layer gives with what it reads", needs_pooled=True
+        _rule("correlation"), True, "partial correlation of what a layer gives with what it reads", needs_pooled=True
     ),
-    "random": Method(random.score, False, "a seeded random order, the baseline"),
+    "random": Method(_rule("random"), False, "a seeded random order, the baseline"),
 }
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 """All methods by name, those registered meanwhile too."""

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import ModelError, OamipError
+from ..errors import OamipError, RuleFailed
 from ..records import Model, Node
 from . import (
     attention,
@@ -73,16 +73,13 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
 
 @contextmanager
 def trusting(node: Node) -> Iterator[None]:
-    """Around a rule of a node. Raises ModelError where it breaks: rules trust what ONNX defines of an operator."""
+    """Around a rule of a node. Raises RuleFailed where it breaks: rules trust what ONNX defines of an operator."""
     try:
         yield
     except (OamipError, Refused):
         raise
     except Exception as error:
-        raise ModelError(
-            f"{node} has inputs or attributes that do not fit its operator ({type(error).__name__}: {error}); export "
-            "the model again."
-        ) from error
+        raise RuleFailed(str(node), f"{type(error).__name__}: {error}") from error
 
 
 def followed(node: Node) -> bool:

@@ -87,7 +87,7 @@ class Model:
 
     ``proto`` is the normalised graph with symbolic dimensions as they were in the file; ``shapes`` holds concrete
     shapes under ``bindings`` (symbol -> size). ``nodes`` are those of the graph itself; names of tensors and nodes are
-    unique over the bodies too (see ``bodies``).
+    unique over the bodies too (see ``bodies``). ``notes``: what a reader of a report should know about it.
     """
 
     proto: Any
@@ -102,6 +102,7 @@ class Model:
     path: str
     sha256: str
     file_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def every(self) -> tuple[Node, ...]:
