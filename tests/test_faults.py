@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -29,7 +30,7 @@ from graphs import build
 from test_solvers import knapsack
 from test_stages import TEXT
 
-from onnx_oamip import aside, pipeline, prune, solvers
+from onnx_oamip import aside, importance, pipeline, prune, solvers
 from onnx_oamip.cli import main
 from onnx_oamip.errors import OutOfMemory, OutputError, SolverError
 from onnx_oamip.latency import Ratio
@@ -373,6 +374,8 @@ def test_a_fault_at_a_stage(
 def test_cells_are_left_out_by_what_stages_do(task: Path) -> None:
     """Programs are solved, and work is spread, by the stages that say so, and by no others."""
     executors = import_module("onnx_oamip.executors")
+    for found in pkgutil.iter_modules(importance.__path__, f"{importance.__name__}."):
+        import_module(found.name)  # methods are imported when they are first used
     homes = [m for m in list(sys.modules.values()) if getattr(m, "executor", None) is executors.executor]
     seen: dict[str, set[str]] = {"solves": set(), "spreads": set()}
     inside: list[str] = []
@@ -718,7 +721,7 @@ def test_a_worker_that_fails_leaves_the_old_files(
     ("place", "values", "what"),
     [
         ("sensitivity._Part.losses", {}, r"the losses of the group 'w\d'"),
-        ("gram._one", {}, r"the second moments of what Conv '.*' reads"),
+        ("gram._Sum", {}, r"the second moments of what Conv '.*' reads"),
         ("refit._refit", {}, r"the refit of Conv '.*'"),
         ("importance.decoupled._walk", _oamip("decoupled"), r"the programs of the group 'w\d'"),
         ("importance.oamip.formulate", _oamip("joint", formulation="paper"), "the joint importance program"),
