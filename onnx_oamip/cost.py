@@ -49,6 +49,11 @@ class Steps:
         less: Bools = np.asarray(widths) < self.full
         return np.asarray((self.members & less).any(axis=1), bool)
 
+    def brought_by(self, widths: Ints) -> Bools:
+        """(groups,): which groups bring steps by being cut."""
+        less: Bools = np.asarray(widths) < self.full
+        return np.asarray((self.members & less).any(axis=0), bool)
+
     @classmethod
     def none(cls) -> Steps:
         """No steps, for any number of groups."""

@@ -391,8 +391,10 @@ def _measured_latency(ready: Subject, result: Attempt) -> float:
             break
     if found.low > allowed and not ready.settings.force:
         what = "slower than the original" if budget is None else f"over --latency {budget}"
+        named = " ".join(f"--exclude '{name}'" for name in search.adding(ready, result.plan)[:3])
+        advice = f"{named}, where a cut adds nodes" if named else "--align 8 or 16"
         raise GateFailed(
             f"the pruned model was measured {what} on {ready.device}: {found.median:.2f} of its time; nothing was "
-            "written; try --align 8 or --align 16, another budget, or --force."
+            f"written; try {advice}, another budget, or --force."
         )
     return found.median

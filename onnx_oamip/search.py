@@ -152,6 +152,12 @@ def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
     return [float(np.interp(width, widths, cost)) for widths, cost, width in rows]
 
 
+def adding(ready: Subject, chosen: Plan) -> list[str]:
+    """Names of the groups whose cut adds nodes, as a normalisation has to see the zeros of what went."""
+    brought = ready.ledger.steps.brought_by(chosen.widths)
+    return [ready.coupling.groups[g].name for g in np.flatnonzero(brought)]
+
+
 def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) -> Attempt:
     """Cut and refit as the settings say."""
     raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)

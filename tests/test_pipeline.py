@@ -341,6 +341,25 @@ def test_slower_than_the_original_is_refused(task: Path, monkeypatch: pytest.Mon
     _untouched(task, "out.onnx")
 
 
+def test_where_nodes_are_added_a_slower_model_names_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A normalisation has to see the zeros of what went; without its stream nothing has to be put back."""
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
+    text = """(float[N,8] x) => (float[N,3] y)
+    <float[8,12] w0, float[12] scale, float[12] bias, float[12,16] w1, float[16,3] w2> {
+        s = MatMul(x, w0)
+        n = LayerNormalization<axis = -1>(s, scale, bias)
+        h = MatMul(n, w1)
+        r = Relu(h)
+        y = MatMul(r, w2)
+    }"""
+    (tmp_path / "model.onnx").write_bytes(build(text).SerializeToString())
+    arrays = {"x": np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)}
+    for exclude, said in ((), "try --exclude 'w0', where a cut adds nodes, "), (("w0",), "try --align 8 or 16, "):
+        wanted = settings(macs=0.6, exclude=exclude)
+        with pytest.raises(GateFailed, match=said):
+            prune(tmp_path / "model.onnx", arrays, tmp_path / "out.onnx", wanted)
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_budget_that_cannot_be_met(task: Path, exists: bool) -> None:
     if exists:
