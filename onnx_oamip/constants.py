@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
+from ml_dtypes import finfo
 from onnx import helper
 
 from .affine import Editor
 from .data import Samples
+from .images import is_float
 from .ops import lookup
 from .records import Axis, Bools, Coupling, Floats, Model, Moments, Node, Pruned, Statistics
 from .refit import fold_means
@@ -23,8 +26,12 @@ from .runtime import Session
 
 SAMPLES = 16
 """Samples that are looked at: what is constant needs no more than one, and what is not gets its mean over these."""
-VARIES = 1e-3
-"""Spread of a channel, over the largest value of its tensor's removed channels, above which it is no constant."""
+VARIES = 1e-5
+"""Spread of a channel, over the largest value of its tensor's removed channels, above which it is no constant.
+
+Equal sums at several places differ in their last bits, and by no more: what a normalisation makes of values far above
+its epsilon differs by 1e-4 and is none. Types with fewer digits may differ by two of their steps.
+"""
 
 
 def fold_constants(
@@ -51,7 +58,7 @@ def fold_constants(
         scale = (np.abs(level.mean) + level.spread)[gone].max()
         if not scale:
             continue
-        varying = int((level.spread[gone] > VARIES * scale).sum())
+        varying = int((level.spread[gone] > _rounding(model.dtypes[consumer.data]) * scale).sum())
         # What only looks constant on these samples, an activation in saturation say, is none.
         unmade = int((~coupling.keep((consumer.data, consumer.axis), ~weightless)).sum())
         if consumer.weight is None or consumer.weight not in model.constants:
@@ -72,6 +79,11 @@ def fold_constants(
     used = max((level.count for level in levels.values()), default=0)
     folded = fold_means(model, coupling, units, Statistics(moments, used, device, 0.0), raw)
     return Pruned(raw, folded.proto, (*notes, *folded.notes))
+
+
+def _rounding(dtype: np.dtype[Any]) -> float:
+    step = float(finfo(dtype).eps) if is_float(dtype) else 0.0  # type: ignore[no-untyped-call]
+    return max(VARIES, 2 * step)
 
 
 def zeroed(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
