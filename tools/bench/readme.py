@@ -83,7 +83,7 @@ TEXT = {
             "hundredth of it where its steps allow. Ours is the mean of three seeds, which shuffle those images, with "
             "the lowest and the highest; of each rival the best of its variants, picked row by row by the "
             "accuracy shown, which favours it. The standard error is that of the lead on the same 2,000 test images. "
-            "Random has our allocation and no refit. Torch-Pruning was not run on EfficientNet-Lite0."
+            "Random has our allocation and no refit. A dash: the tool did not come down to that budget."
         ),
     ),
     "rivals-summary": (
