@@ -195,9 +195,10 @@ def restored(model: Model, coupling: Coupling) -> list[Restored]:
         with trusting(node):
             edit = spec.repair(node, _Cut(model, axis))
         shape = model.shapes[consumer.data]
-        if edit.spread is not None and present.spread(node, edit.spread) is None:
-            added = spread(node, len(shape), edit.spread, np.ones(shape[consumer.axis], bool), names)
-            result.append(Restored(axis, 0, added.nbytes(node), INDEX))
+        if edit.spread is not None and present.spread(node, edit.spread, edit.ordered) is None:
+            every = np.ones(shape[consumer.axis], bool)
+            added = spread(node, len(shape), edit.spread, edit.ordered, every, names)
+            result.append(Restored(axis, 0, added.nbytes(node), INDEX if edit.ordered else 0))
         if edit.scale != 1.0 and present.scale(node) is None:
             dtype = model.dtypes[node.outputs[0]]
             result.append(Restored(axis, int(is_float(dtype)), scale(node, 1.0, dtype, names).nbytes(node), 0))

@@ -73,7 +73,8 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
             if edit.spread is not None:
                 source = node.inputs[0].name
                 keep = cuts.masks[source, edit.spread]
-                added = spread(known[node.name], len(model.shapes[source]), edit.spread, keep, names)
+                rank = len(model.shapes[source])
+                added = spread(known[node.name], rank, edit.spread, edit.ordered, keep, names)
                 _add(part, node, added, tensors)
             if edit.scale != 1.0:
                 added = scale(known[node.name], edit.scale, model.dtypes[node.outputs[0].name], names)
@@ -115,14 +116,15 @@ def _reuse(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None:
     present = Present(model)
     for node in [n for n in model.every if n.name in edits]:
         edit = edits[node.name]
-        if edit.spread is not None and (around := present.spread(node, edit.spread)) is not None:
-            source, axis = present.padded(around[0]), edit.spread
+        if edit.spread is not None and (around := present.spread(node, edit.spread, edit.ordered)) is not None:
+            axis = edit.spread
             before, inside = (
                 np.ones(cuts.shape(t)[axis], bool) if (keep := cuts.keep(t, axis)) is None else keep
-                for t in (source, node.inputs[0])
+                for t in (around.source, node.inputs[0])
             )
-            edits.update(again(around, before, inside, model))
-            edits[node.name] = replace(edit, spread=None)
+            edits.update(again(around, axis, before, inside, model))
+            # Where gathers place the zeros, the node's parameters stay in their places too.
+            edits[node.name] = replace(edit, spread=None, inputs={} if around.ordered else edit.inputs)
         if edit.scale != 1.0 and (product := present.scale(node)) is not None:
             mul, slot = product
             number = model.constants[mul.inputs[slot]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..records import Node
+from ..records import Array, Node
 from . import maps
 from .notation import extra_outputs, opaque, rule
 from .spec import Cuts, Edit, Labels, OpSpec, Refused, Terms
@@ -49,8 +49,20 @@ def _layer_axis(node: Node, shape: tuple[int, ...]) -> int:
 
 
 def _layer_spread(node: Node, cuts: Cuts) -> Edit:
+    """Mean and variance do not mind the order: zeros come last, gain and bias of what is kept first."""
     axis = _layer_axis(node, cuts.shape(node.inputs[0]))
-    return Edit() if cuts.keep(node.inputs[0], axis) is None else Edit(spread=axis)
+    keep = cuts.keep(node.inputs[0], axis)
+    if keep is None:
+        return Edit()
+    inputs: dict[int, Array | None] = {}
+    for slot in range(1, len(node.inputs)):
+        value = cuts.constant(node.inputs[slot])
+        if value is not None and value.shape[-1:] == keep.shape:
+            # What is behind the kept ones is dropped: zero, so that one cut leaves the same as two.
+            first = np.zeros_like(value)
+            first[..., : keep.sum()] = value[..., keep]
+            inputs[slot] = first
+    return Edit(inputs=inputs, spread=axis, ordered=False)
 
 
 def _groups(node: Node, labels: Labels) -> None:

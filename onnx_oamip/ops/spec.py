@@ -130,12 +130,14 @@ class Edit:
     """How a node must change after slicing: attributes to set or drop (None), inputs to replace by constants or drop.
 
     ``spread`` is an axis along which the node must still see zeros where channels went: they are put back before it
-    and dropped after it. ``scale`` multiplies the first output. Both add nodes (``restoring``), which costs count.
+    and dropped after it; not ``ordered``, where their places mean nothing to the node as edited: they come last.
+    ``scale`` multiplies the first output. Both add nodes (``restoring``), which costs count.
     """
 
     attrs: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[int, Array | None] = field(default_factory=dict)
     spread: int | None = None
+    ordered: bool = True
     scale: float = 1.0
 
 
