@@ -129,9 +129,9 @@ def least_squares(
         notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB")
     for i, place in enumerate(places):
         with memory_for(f"the refit of {place.node}"):
-            fit, note = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
+            fit, said = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
         fits += [fit] if fit else []
-        notes += [note] if note else []
+        notes += [f"{place.node}: {'; '.join(said)}"] if said else []
         if progress:
             progress("refit", i + 1, len(places))
     return Pruned(raw, proto, tuple(notes), tuple(fits))
@@ -236,7 +236,7 @@ def _refit(
     place: Site,
     frontier: Frontier,
     target: Target,
-) -> tuple[Fit | None, str]:
+) -> tuple[Fit | None, list[str]]:
     node = editor.nodes[place.node.name]
     current = editor.constant(node.input[place.weight_slot])
     assert current is not None
@@ -244,7 +244,7 @@ def _refit(
     here = replace(place, node=replace(place.node, attrs=attrs), groups=int(attrs["group"]) if place.spatial else 1)
     bias = editor.bias(here)
     if bias is None:
-        return None, f"{place.node}: its bias is not one constant per output, so it is not refitted"
+        return None, ["its bias is not one constant per output, so it is not refitted"]
     w0 = here.factor * matrix(here, current)
     groups, outs, ins, taps = w0.shape
     data = node.input[place.slot]
@@ -261,37 +261,35 @@ def _refit(
         y += target.join.correction(error, kept)
     y = y.reshape(-1, groups, outs).transpose(1, 0, 2)
     sound = np.asarray(np.isfinite(y).all(axis=(0, 2)) & np.isfinite(x).all(axis=(0, 2)))
-    note = ""
+    said: list[str] = []
     if not sound.all():
-        note = f"{place.node}: {int((~sound).sum())} of {sound.size} rows are not finite and not fitted to"
+        said.append(f"{int((~sound).sum())} of {sound.size} rows are not finite and not fitted to")
         x, y = x[:, sound], y[:, sound]
         wide = (np.concatenate(target.inputs)[sound],) if target.inputs else ()
         target = replace(target, inputs=wide)
     rows = len(y[0])
     if not rows:
-        return None, note
+        return None, said
     split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)  # rows come in the order of samples: the last are held
     residual = y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
     if rows < 2:
         editor.add_bias(here, residual.reshape(-1))
-        return None, f"{place.node}: one row is too few to fit and to judge, so only its bias moves"
+        said.append("one row is too few to fit and to judge, so only its bias moves")
+        return None, said
     form = "least squares"
     if target.inputs:
         mixed = _mixing(model, coupling, units, place, target, x, w0)
         if mixed is None:
             form, solve = "bias", None
-            why = f"{ins * taps} unknowns are too many and have no channel form"
-            note = note or f"{place.node}: {why}, so only its bias is refitted"
+            said.append(f"{ins * taps} unknowns are too many and have no channel form, so only its bias is refitted")
         else:
             form, solve = "channel mixing", mixed
-            why = f"{ins * taps} unknowns are too many for a Gram matrix"
-            note = note or f"{place.node}: {why}, so removed channels are mixed into kept ones"
+            many = f"{ins * taps} unknowns are too many for a Gram matrix"
+            said.append(f"{many}, so removed channels are mixed into kept ones")
     else:
         solve = ridge_regression(x, residual, split)
         if x.shape[1] < ins * taps:
-            note = note or (
-                f"{place.node}: {x.shape[1]} rows for {ins * taps} unknowns; more calibration samples would help"
-            )
+            said.append(f"{x.shape[1]} rows for {ins * taps} unknowns, so more calibration samples would help")
     change, shift, ridge, errors = best(x, residual, split, solve)
     scale = float(y.var(axis=1).sum()) or 1.0
     fit = Fit(place.node.name, form, x.shape[1], ins * taps, ridge, errors[0] / scale, errors[1] / scale)
@@ -301,10 +299,11 @@ def _refit(
             with np.errstate(over="ignore"):
                 fresh = unmatrix(here, weight / here.factor, current)
             if not np.isfinite(fresh).all():
-                return None, f"{place.node}: fitted weights are out of range for {current.dtype}, so it is not refitted"
+                said.append(f"fitted weights are out of range for {current.dtype}, so it is not refitted")
+                return None, said
             editor.replace(node, place.weight_slot, fresh)
         editor.add_bias(here, shift.reshape(-1))
-    return fit, note
+    return fit, said
 
 
 def _mixing(

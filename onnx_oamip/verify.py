@@ -16,13 +16,14 @@ from typing import Protocol
 
 import numpy as np
 import onnx
+from ml_dtypes import finfo
 
 from .calibrate import Progress
 from .data import Samples, placeholder
 from .errors import GateFailed, ModelError, RuleFailed
 from .images import bent, head, is_float, showing
 from .ops import lookup
-from .records import Array, Floats, Ints, Model, Port, Verification
+from .records import Array, Bools, Floats, Ints, Model, Port, Verification
 from .runtime import Session
 from .shapes import symbol
 from .weights import array, checkable, references
@@ -77,8 +78,8 @@ class _Measured:
 
     squared: float = 0.0
     scale: float = 0.0
-    worst: float = 0.0
-    largest: float = 0.0
+    lost: int = 0
+    """Infinities of the original in place of which stands an ordinary number."""
     agree: int = 0
     right_before: int = 0
     right_after: int = 0
@@ -223,22 +224,30 @@ def compare(
         for a, b in zip(old, new, strict=True):
             if is_float(a.dtype):
                 a64, b64 = a.astype(np.float64), b.astype(np.float64)
-                known = np.isfinite(a64)  # nothing is off from what is no number in the original
+                known = np.isfinite(a64)
                 found.squared += float(np.square(a64[known] - b64[known]).sum())
                 found.scale += float(np.square(a64[known]).sum())
+                found.lost += int((np.isinf(a64) & ~_beyond(a, b64)).sum())
         if ranked is not None:
             _rank(found, old[ranked.index], new[ranked.index], samples, index)
         if progress:
             progress("verify", int(index[-1]) + 1, total)
+    error = float(np.sqrt(found.squared / found.scale)) if found.scale else None
     return Verification(
         masked_equivalence=None,
-        output_relative_error=float(np.sqrt(found.squared / found.scale)) if found.scale else None,
+        output_relative_error=np.inf if found.lost else error,
         agreement=found.agree / found.ranked if found.ranked else None,
         accuracy_before=found.right_before / found.labelled if found.labelled else None,
         accuracy_after=found.right_after / found.labelled if found.labelled else None,
         batches=(),
         samples=total,
     )
+
+
+def _beyond(old: Array, new: Floats) -> Bools:
+    """Where ``new`` is as large as half the largest number of the type of ``old``, with the sign of that."""
+    most = float(finfo(old.dtype).max)  # type: ignore[no-untyped-call]
+    return np.asarray(np.sign(old.astype(np.float64)) * new >= most / 2)
 
 
 def _rank(found: _Measured, old: Array, new: Array, samples: Samples, index: Ints) -> None:
@@ -295,8 +304,8 @@ def numbers(model: Model, found: Verification) -> None:
     error = found.output_relative_error
     if error is not None and not np.isfinite(error):
         raise GateFailed(
-            f"the pruned model gives NaN or infinity on the evaluation data where {model.path} gives numbers; nothing "
-            "was written, ask for less, or prune in float32."
+            "on the evaluation data the outputs of the pruned model hold NaN or infinity where there are numbers "
+            f"in those of {model.path}, or the other way round; nothing was written, ask for less, or prune in float32."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -324,7 +325,7 @@ def test_fewer_rows_than_unknowns(tmp_path: Path) -> None:
     found = _samples(model, 40)
     pruned = _fit(model, coupling, keep, found)
     (fit,) = pruned.fits
-    assert any(f"{fit.rows} rows for {fit.unknowns} unknowns; more calibration samples" in n for n in pruned.notes)
+    assert any(f"{fit.rows} rows for {fit.unknowns} unknowns, so more calibration samples" in n for n in pruned.notes)
     assert (fit.rows, fit.unknowns) == (40, 50)
     c = {k: v.astype(np.float64) for k, v in model.constants.items()}
     stays = keep[coupling.axes["w1", 1]]
@@ -336,6 +337,24 @@ def test_fewer_rows_than_unknowns(tmp_path: Path) -> None:
     np.testing.assert_allclose(made["b2"], b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
     enough = _fit(model, coupling, keep, _samples(model, 100))
     assert not enough.notes
+
+
+def test_every_reason_is_told(tmp_path: Path) -> None:
+    """Rows that are no numbers do not hide that those that are left are few."""
+    text = """(float[N,30] x) => (float[N,3] y) <float[30,60] w1, float[60,3] w2> {
+        a = MatMul(x, w1)
+        h = Relu(a)
+        y = MatMul(h, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    keep = _without(coupling, "w1", range(0, 60, 6))
+    found = _samples(model, 40)
+    far = dict(found.arrays)
+    far["x"] = np.asarray(far["x"]).copy()
+    far["x"][:4] = 1e38
+    (note,) = _fit(model, coupling, keep, replace(found, arrays=far)).notes
+    assert "4 of 40 rows are not finite and not fitted to; 36 rows for 50 unknowns, so more calibration" in note
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])

@@ -255,6 +255,36 @@ def test_masked_logits_are_no_difference(tmp_path: Path) -> None:
         verify.prove(model, model.proto, wrong, found, 32)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "sound"),
+    [
+        (-np.inf, -np.inf, True),
+        (-np.inf, -3.0, False),
+        (np.inf, -np.inf, False),
+        (np.inf, np.nan, False),
+        (np.inf, 3e38, True),  # an overflow that just is none any more
+        (np.nan, 1.0, True),
+    ],
+)
+def test_an_infinity_that_becomes_a_number_counts(old: float, new: float, sound: bool, tmp_path: Path) -> None:
+    """A class that is ruled out in the original must stay so; what was no number at all may become anything."""
+    text = """(float[N,6] x) => (float[N,4] y) <float[6,4] w, float[4] never = {0, 1, 0, 0}> {
+        m = MatMul(x, w)  y = Add(m, never)
+    }"""
+    model = load(build(text), tmp_path)
+    found = _samples(model, samples(model, 30))
+    before, after = (
+        _changed(model.proto, "never", np.asarray([0, value, 0, 0], np.float32)) for value in (old, new)
+    )
+    compared = verify.compare(model, Session(before, "cpu"), Session(after, "cpu"), found, 8)
+    if sound:
+        verify.numbers(model, compared)
+        assert compared.output_relative_error == 0
+    else:
+        with pytest.raises(GateFailed, match="or the other way round"):
+            verify.numbers(model, compared)
+
+
 def test_weights_are_moved_by_one_unit_in_the_last_place(mlp: Model) -> None:
     before, after = constants(mlp.proto), constants(verify.rounded(mlp, mlp.proto, 0))
     for name, value in before.items():
