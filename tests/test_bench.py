@@ -20,6 +20,7 @@ from tools.bench import (
     calibration,
     cost,
     cuda,
+    drawing,
     driver,
     latency,
     latency_figure,
@@ -135,7 +136,7 @@ def test_models_that_were_run_apart_are_concluded_together(tmp_path: Path) -> No
     record = json.loads((tmp_path / "rivals.json").read_text())
     assert [row["model"] for row in record["rows"]] == ["lenet300-mnist", "lenet5-mnist"]
     assert record["environment"] == {"machine": "made", "torch": "1 and 2"}
-    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".svg"}
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json"}
 
 
 def test_a_seed_shuffles_images_with_their_labels(tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_curves_are_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 def test_names_in_the_picture_keep_apart() -> None:
     places = [98.6, 94.4, 93.5, 87.0, 86.9, 79.6]
-    found = picture._spread(places, 1.2)
+    found = drawing.spread(places, 1.2)
     assert min(-np.diff(found)) >= 1.2 - 1e-9
     assert np.abs(np.subtract(found, places)).max() <= 0.6
     assert found[0] == 98.6

@@ -1,9 +1,9 @@
 """``python -m tools.bench STUDY [STUDY ...] [--out DIR] [--seed N] [--model NAME]``; ``all`` runs every study.
 
-Every study prints its environment, its seed and a table, and saves them as JSON in DIR. It runs in a process of its
-own, so that none disturbs the next. One that lacks something (a package, training images, a GPU) is left out with a
-sentence that says what to do; one that fails stops none of the others. What became of each comes last, and the exit
-status is 1 where one failed, or none ran.
+Every study prints its environment, its seed and a table, saves them as JSON in DIR, and beside it draws its picture, if
+it has one (``figures``). It runs in a process of its own, so that none disturbs the next. One that lacks something (a
+package, training images, a GPU) is left out with a sentence that says what to do; one that fails stops none of the
+others. What became of each comes last, and the exit status is 1 where one failed, or none ran.
 
 ``readme`` writes RESULTS.md, README's headline and the pictures from the studies kept in ``tools/bench/results``; with
 ``--out DIR`` those found in DIR are taken over first. ``python -m tools.bench.agree DIR DIR`` compares two runs.

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from onnx_oamip.errors import EnvironmentMissing
 
+from . import figures
 from .studies import LeftOut, known_step
 
 OWN = ("onnx_oamip", "tools")
@@ -38,6 +39,7 @@ def study(name: str, out: Path, seed: int, models: tuple[str, ...], extra: Mappi
         more = {key: value for key, value in extra.items() if key in signature(run).parameters}
         with known_step(name not in TIMED):
             text = run(out, seed, models, **more)
+        figures.draw(name, out, out)
     except (LeftOut, EnvironmentMissing) as missing:
         return Outcome(name, "left out", str(missing))
     except ModuleNotFoundError as missing:

@@ -30,7 +30,6 @@ from onnx_oamip.records import Ints
 from onnx_oamip.runtime import Session, resolve_device
 from onnx_oamip.settings import Settings
 
-from .latency_figure import draw
 from .rivals import Bench, bisect
 from .studies import MODELS, Row, save, store
 
@@ -74,7 +73,6 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                 for batch in BATCHES:
                     rows += _timed(bench, made, device, threads, batch, seed)
                     store(out, "latency", rows, COLUMNS, seed, CLOCKED)
-    draw(rows, out / "latency.svg")
     save(out, "latency-accuracy", accuracies, ACCURACY, seed, CLOCKED_ACCURACY)
     save(out, "latency-means", means(rows, accuracies), MEAN_COLUMNS, seed, (*MEANS, "lost, ours"))
     text = save(out, "latency", rows, COLUMNS, seed, CLOCKED)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from .studies import Row, digest
+from .drawing import FAMILIES, OURS, PALE, QUIET, legend, sheet
+from .studies import Row
 
-IDEAL = "#57606a"
 MARKS = {
-    "onnxsim": ("^", "#d95f02", 0.26, "onnxsim, L2"),
+    "onnxsim": ("^", FAMILIES["onnxsim"], 0.26, "onnxsim, L2"),
     "align 1": ("s", "#7f9fc6", 0.0, "ours, --align 1"),
-    "ours": ("o", "#111111", -0.26, "ours"),
+    "ours": ("o", OURS, -0.26, "ours"),
 }
 """Mark, colour, place within the line, and name in the legend."""
 TICKS = (0.5, 1, 2, 4, 8, 16)
@@ -29,9 +27,7 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     deep = max(1, -(-len(places) // columns))
     seen = [r[k] for r in rows for k in (*MARKS, "ideal", "predicted") if k in r]
     span = min([0.9, *(0.9 * v for v in seen)]), max([2.0, *(1.15 * v for v in seen)])
-    with matplotlib.rc_context({"svg.hashsalt": "latency", "font.family": "DejaVu Sans", "font.size": 9}):
-        size = (2.35 * columns + 1.7, (0.34 * len(lines) + 0.7) * deep + 0.5)
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    with sheet(rows, target, 2.35 * columns + 1.7, (0.34 * len(lines) + 0.7) * deep + 0.5) as figure:
         for number, place in enumerate(places):
             axes = figure.add_subplot(deep, columns, number + 1)
             _panel(axes, [r for r in rows if (r["device"], r["threads"], r["batch"]) == place], lines)
@@ -46,21 +42,13 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             axes.set_xticks([], minor=True)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", alpha=0.25)
-        known: dict[str, object] = {}
-        for axes in figure.axes:
-            handles, labels = axes.get_legend_handles_labels()
-            known |= dict(zip(labels, handles, strict=True))
-        if known:
-            figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        about = {"Date": None, "Description": f"rows: {digest(rows)}"}
-        figure.savefig(target, metadata=about if target.suffix == ".svg" else None)
+        legend(figure)
 
 
 def _panel(axes: Axes, rows: Sequence[Row], lines: Sequence[tuple[str, float]]) -> None:
     for line in range(0, len(lines), 2):
         axes.axhspan(line - 0.5, line + 0.5, color="#f3f5f7", linewidth=0, zorder=0)
-    axes.axvline(1, color="#8c959f", linewidth=0.8, zorder=1)
+    axes.axvline(1, color=PALE, linewidth=0.8, zorder=1)
 
     def at(row: Row, shift: float) -> float:
         return lines.index((row["model"], row["MACs asked"])) + shift
@@ -69,7 +57,7 @@ def _panel(axes: Axes, rows: Sequence[Row], lines: Sequence[tuple[str, float]]) 
         mine = [r for r in rows if key in r]
         shift = 0.0 if key == "ideal" else MARKS["ours"][2]
         axes.plot(
-            [r[key] for r in mine], [at(r, shift) for r in mine], mark, color=IDEAL, label=label,
+            [r[key] for r in mine], [at(r, shift) for r in mine], mark, color=QUIET, label=label,
             markersize=22 if key == "ideal" else 6, markerfacecolor="none", markeredgewidth=1.0,
         )  # fmt: skip
     for method, (mark, colour, shift, label) in MARKS.items():

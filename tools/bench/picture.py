@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from .drawing import spread
 from .studies import Row, digest
 
 NAME = "accuracy.svg"
@@ -42,7 +41,7 @@ def draw(rivals: Sequence[Row]) -> bytes:
         left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
         curves, pairs = _curves(rivals), _pairs(rivals)
         bottom = min(low for *_, lows, _ in curves for low in lows) - 2
-        ends = _spread([accuracy[-1] for _, _, accuracy, _, _ in curves], APART * (101 - bottom))
+        ends = spread([accuracy[-1] for _, _, accuracy, _, _ in curves], APART * (101 - bottom))
         for (name, kept, accuracy, low, high), end, colour in zip(curves, ends, COLOURS, strict=False):
             left.fill_between(kept, low, high, color=colour, alpha=0.2, linewidth=0)
             left.plot(kept, accuracy, color=colour, marker="o", markersize=4, linewidth=1.8)
@@ -84,26 +83,6 @@ def draw(rivals: Sequence[Row]) -> bytes:
         about = {"Date": None, "Title": "onnx-oamip", "Description": f"rows: {digest(rivals)}"}
         figure.savefig(buffer, format="svg", metadata=about)
     return buffer.getvalue()
-
-
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """Places at least ``gap`` apart, in the same order, and as a whole where they were."""
-    order = np.argsort(places, kind="stable")
-    found = np.asarray(places, float)[order]
-    moved = found.copy()
-    for i in range(1, len(moved)):
-        moved[i] = max(moved[i], moved[i - 1] + gap)
-    for i in range(1, len(moved)):  # every run that was pushed up sinks back around its middle
-        if moved[i] == moved[i - 1] + gap and (i + 1 == len(moved) or moved[i + 1] > moved[i] + gap):
-            start = i
-            while start > 0 and moved[start] == moved[start - 1] + gap:
-                start -= 1
-            down = float((moved[start : i + 1] - found[start : i + 1]).mean())
-            room = moved[start] - (moved[start - 1] + gap) if start else down
-            moved[start : i + 1] -= min(down, room)
-    result = np.empty_like(moved)
-    result[order] = moved
-    return [float(v) for v in result]
 
 
 def _curves(rivals: Sequence[Row]) -> list[tuple[str, list[float], list[float], list[float], list[float]]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from . import latency, latency_figure, picture, rivals, rivals_figure
+from . import figures, latency, picture, rivals
+from .figures import FIGURES
 from .studies import ROOT, Row, table
 
 SAVED = Path(__file__).parent / "results"
@@ -209,15 +210,6 @@ TEXT = {
 }
 """Title and text of every study and of what it sums up (``study-...``), in the order of the page."""
 
-FIGURES: dict[str, tuple[Callable[[Sequence[Row], Path], None], str]] = {
-    "rivals": (
-        rivals_figure.draw,
-        "Accuracy over MACs kept, a panel a network: ours stays near the original where the best of each rival falls.",
-    ),
-    "latency": (latency_figure.draw, "Measured speed-up over the ideal one, a panel for each of threads and batch."),
-}
-"""Of studies that have one: what draws it from the rows, and what it shows, for those who do not see it."""
-
 SHOWN = {"coverage": ("network", "exporter", "kept %", "onnxsim %", "Torch-Pruning %", "cut = masked")}
 """Columns of a study that the page shows, where that is not all."""
 
@@ -239,7 +231,7 @@ def page(results: Path) -> str:
         title, text = TEXT[study]
         parts += [f"## {title}", text]
         if study in FIGURES:
-            parts.append(f"![{FIGURES[study][1]}](../../docs/{study}.svg)")
+            parts += [f"![{FIGURES[study].told}](../../docs/{study}.svg)", f"*{FIGURES[study].caption}*"]
         parts.append(table(record["rows"], SHOWN.get(study, record["columns"])))
         told = _remarks(results, record)
         if told:
@@ -291,9 +283,8 @@ def publish(new: Path | None = None) -> None:
     PAGE.write_text(page(SAVED), encoding="utf-8")
     README.write_text(updated(README.read_text(encoding="utf-8"), SAVED), encoding="utf-8")
     picture.write(_read(SAVED, "rivals")["rows"], DRAWN / picture.NAME)
-    for study, (draw, _) in FIGURES.items():
-        if (SAVED / f"{study}.json").exists():
-            draw(_read(SAVED, study)["rows"], DRAWN / f"{study}.svg")
+    for study in FIGURES:
+        figures.draw(study, SAVED, DRAWN)
 
 
 def _read(results: Path, study: str) -> dict[str, Any]:

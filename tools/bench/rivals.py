@@ -33,7 +33,6 @@ from onnx_oamip.records import Bools, Floats
 from onnx_oamip.runtime import Session
 from onnx_oamip.settings import Settings
 
-from .rivals_figure import draw
 from .studies import MODELS, Row, paths, save, store, together
 
 BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
@@ -86,7 +85,6 @@ def conclude(out: Path, seed: int) -> str:
     rows = [row for record in records for row in record["rows"]]
     measured = together(record["environment"] for record in records)
     found = best(rows)
-    draw(found, out / "rivals.svg")
     save(out, "rivals-importances", importances(rows), IMPORTANCE_COLUMNS, seed, measured=measured)
     save(out, "rivals-summary", summary(rows), SUMMARY, seed, measured=measured)
     text = save(out, "rivals", found, COLUMNS, seed, measured=measured)

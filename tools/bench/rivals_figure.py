@@ -5,35 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from .studies import Row, digest
+from .drawing import FAMILIES, OURS, PALE, legend, sheet
+from .studies import Row
 
-LINES = {"ours": ("#111111", 2.4, "lowest", "highest"), "random": ("#8c959f", 1.2, "random low", "random high")}
-FAMILIES = {"onnxsim": "#d95f02", "Torch-Pruning": "#1f78b4"}
+LINES = {"ours": (OURS, 2.4, "lowest", "highest"), "random": (PALE, 1.2, "random low", "random high")}
 
 
 def draw(rows: Sequence[Row], target: Path) -> None:
     """Write rows of the study ``rivals`` as SVG (or what the suffix says); the same rows give the same bytes."""
+    panels(rows, rows, target)
+
+
+def draw_larger(rows: Sequence[Row], target: Path) -> None:
+    """The same picture of rows of the study ``larger``, which hold one seed."""
+    found = []
+    for model, budget in dict.fromkeys((r["model"], r["MACs asked"]) for r in rows):
+        here = [r for r in rows if (r["model"], r["MACs asked"]) == (model, budget)]
+        row: Row = {k: here[0][k] for k in ("model", "MACs asked", "judged by", "before")}
+        for name in (*FAMILIES, *LINES):
+            done = [r for r in here if "after" in r and r["method"].startswith(name)]
+            if done:
+                best = max(done, key=lambda r: r["after"])
+                row |= {name: best["after"], f"{name} MACs": best["MACs kept"]}
+        found.append(row)
+    panels(rows, found, target)
+
+
+def panels(shown: Sequence[Row], rows: Sequence[Row], target: Path) -> None:
+    """A panel a model of ``rows``, which were made from the rows ``shown`` of a study."""
     names = list(dict.fromkeys(r["model"] for r in rows))
     columns = max(1, min(3, len(names)))
     lines = max(1, -(-len(names) // columns))
-    with matplotlib.rc_context({"svg.hashsalt": "rivals", "font.family": "DejaVu Sans", "font.size": 9}):
-        figure = Figure(figsize=(3.6 * columns, 2.7 * lines + 0.5), layout="constrained", facecolor="white")
+    with sheet(shown, target, 3.6 * columns, 2.7 * lines + 0.5) as figure:
         for place, name in enumerate(names):
             axes = figure.add_subplot(lines, columns, place + 1)
             _panel(axes, sorted((r for r in rows if r["model"] == name), key=lambda r: r["MACs asked"]))
             axes.set_title(name)
-        known = {}
-        for axes in figure.axes:
-            known |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        if known:
-            figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        about = {"Date": None, "Description": f"rows: {digest(rows)}"}
-        figure.savefig(target, metadata=about if target.suffix == ".svg" else None)
+        legend(figure)
 
 
 def _panel(axes: Axes, rows: Sequence[Row]) -> None:
@@ -43,11 +53,13 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
     for method, (colour, width, low, high) in LINES.items():
         mine = [r for r in rows if method in r]
         where, accuracy = _percent([(r[f"{method} MACs"], r[method]) for r in mine])
-        axes.fill_between(where, [r[low] for r in mine], [r[high] for r in mine], color=colour, alpha=0.25, lw=0)
+        if any(low in r for r in mine):
+            axes.fill_between(where, [r[low] for r in mine], [r[high] for r in mine], color=colour, alpha=0.25, lw=0)
         axes.plot(where, accuracy, color=colour, linewidth=width, marker="o", markersize=3.5, label=method)
     if rows:
         axes.axhline(rows[0]["before"], color="#111111", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="MACs kept, %", ylabel="accuracy, %", xlim=(10, 85), ylim=(0, 102))
+    judged = rows[0].get("judged by", "accuracy") if rows else "accuracy"
+    axes.set(xlabel="MACs kept, %", ylabel=f"{judged}, %", xlim=(10, 85), ylim=(0, 102))
     axes.grid(alpha=0.25)
 
 
