@@ -20,7 +20,6 @@ from tools.bench import (
     calibration,
     cost,
     cuda,
-    drawing,
     driver,
     latency,
     latency_figure,
@@ -250,14 +249,6 @@ def test_curves_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     for file, drawn in {"r.svg": made, "l.svg": timed, "p.svg": made}.items():
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
         assert studies.digest(drawn) in (tmp_path / "one" / file).read_text()
-
-
-def test_names_in_the_picture_keep_apart() -> None:
-    places = [98.6, 94.4, 93.5, 87.0, 86.9, 79.6]
-    found = drawing.spread(places, 1.2)
-    assert min(-np.diff(found)) >= 1.2 - 1e-9
-    assert np.abs(np.subtract(found, places)).max() <= 0.6
-    assert found[0] == 98.6
 
 
 def speedups(model: str, batch: int, budget: float, **more: float) -> studies.Row:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -60,7 +61,7 @@ def _short(number: re.Match[str]) -> str:
 
 def legend(figure: Figure) -> None:
     """One for all panels, below them; nothing where no line has a name."""
-    known: dict[str, object] = {}
+    known: dict[str, Any] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
@@ -102,7 +103,7 @@ def decades(axes: Axes, values: Sequence[float], which: str = "y", room: float =
 def accuracies(axes: Axes, lowest: float, highest: float) -> None:
     """A y axis of accuracy in percent spaced by the logarithm of the error: near 100, tenths of a point show."""
 
-    def error(accuracy: np.ndarray) -> np.ndarray:
+    def error(accuracy: Any) -> Any:
         return -np.log10(np.maximum(100 - np.asarray(accuracy, float), LEAST))
 
     axes.set_yscale("function", functions=(error, lambda e: 100 - 10 ** -np.asarray(e, float)))

@@ -40,7 +40,7 @@ def _line(axes: Axes, row: Row) -> tuple[float, str, str]:
     """A line with its figures, ours above it and a rival's below; its name."""
     mine, found = row["method"] == "ours", _accuracies(row)
     colour, mark, width, where = (INK, "o", 2.2, (0, 9)) if mine else (BLUE, "s", 1.5, (10, -9))
-    axes.plot(found.keys(), found.values(), color=colour, marker=mark, ms=4, lw=width)
+    axes.plot(list(found), list(found.values()), color=colour, marker=mark, ms=4, lw=width)
     for epoch, accuracy in found.items():
         axes.annotate(
             f"{accuracy:.2f}", (epoch, accuracy), where, textcoords="offset points", ha="center", va="center",

@@ -30,7 +30,7 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             for row in (r for r in shown if (r["model"], r["data"], r["run"]) == (model, data, verb)):
                 peaks, (colour, mark) = _peaks(row), LOOKS[row["stage"]]
                 sizes(axes, list(peaks))
-                axes.plot(peaks.keys(), peaks.values(), color=colour, marker=mark, ms=4, lw=1.4)
+                axes.plot(list(peaks), list(peaks.values()), color=colour, marker=mark, ms=4, lw=1.4)
                 names.append((list(peaks.values())[-1], row["stage"], colour))
             axes.set(title=f"{verb}, {model}, {data}", xlabel="calibration samples", ylabel="peak memory, MiB")
             axes.grid(alpha=0.25)
