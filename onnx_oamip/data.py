@@ -281,7 +281,7 @@ def _check(found: dict[str, Values], model: Model, where: str) -> Samples:
     given = None if LABELS in names else found.get(LABELS)
     labels = None
     if given is not None:
-        labels = _check_labels(np.asarray(given), count, whole, where)
+        labels = _check_labels(given, count, whole, where)
     return Samples(arrays, labels, count, whole, scales, dtypes, fixed, where)
 
 
@@ -289,19 +289,21 @@ def _factor(found: Mapping[str, Values], key: str, array: Values, port: Port, wh
     """A scale or an offset: one number, or numbers that meet a sample's channels as numpy broadcasts them."""
     if key not in found:
         return None
-    value = np.asarray(found[key])
-    if not np.issubdtype(value.dtype, np.number) or value.dtype.kind == "c" or not np.isfinite(value).all():
+    given = found[key]
+    if not np.issubdtype(given.dtype, np.number) or given.dtype.kind == "c":
         raise DataError(f"{where}: '{key}' must hold finite numbers.")
-    value = value.astype(np.float32)
-    if value.size == 1:
-        return np.asarray(value.reshape(()), np.float32)
     sample = array.shape[array.ndim - len(port.dims) + 1 :]
-    if value.ndim > len(sample) or any(a not in (1, b) for a, b in zip(value.shape[::-1], sample[::-1], strict=False)):
+    meets = all(a in (1, b) for a, b in zip(given.shape[::-1], sample[::-1], strict=False))
+    if given.size != 1 and (given.ndim > len(sample) or not meets):
         raise DataError(
-            f"{where}: '{key}' has shape {value.shape}, which does not broadcast to a sample's {sample}; give one "
+            f"{where}: '{key}' has shape {given.shape}, which does not broadcast to a sample's {sample}; give one "
             "number, or one for every channel as (C, 1, 1)."
         )
-    return value
+    value = np.asarray(given)  # only now: a small file may say that it holds much
+    if not np.isfinite(value).all():
+        raise DataError(f"{where}: '{key}' must hold finite numbers.")
+    value = value.astype(np.float32)
+    return np.asarray(value.reshape(()), np.float32) if value.size == 1 else value
 
 
 _LAYOUTS = ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1), (0, 4, 1, 2, 3), (0, 2, 3, 4, 1))
@@ -355,11 +357,12 @@ def _check_array(array: Values, port: Port, scaled: bool, where: str) -> Values:
     return array
 
 
-def _check_labels(labels: Array, count: int, whole: bool, where: str) -> Ints:
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{where}: 'labels' is {labels.dtype}; expected integers, one class per sample.")
-    if labels.ndim == 0 or len(labels) != count or (labels.ndim != 1 and not whole):
-        raise DataError(f"{where}: 'labels' has shape {labels.shape}; expected ({count},), one class per sample.")
+def _check_labels(given: Values, count: int, whole: bool, where: str) -> Ints:
+    if not np.issubdtype(given.dtype, np.integer):
+        raise DataError(f"{where}: 'labels' is {given.dtype}; expected integers, one class per sample.")
+    if given.ndim == 0 or len(given) != count or (given.ndim != 1 and not whole):
+        raise DataError(f"{where}: 'labels' has shape {given.shape}; expected ({count},), one class per sample.")
+    labels = np.asarray(given)  # only now: a small file may say that it holds many
     if labels.size and labels.max() > np.iinfo(np.int64).max:
         raise DataError(f"{where}: 'labels' has the class {int(labels.max())}, which is none.")
     if labels.size and labels.min() < 0:

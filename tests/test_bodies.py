@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from graphs import assert_exact, build, distance, feed, keep_one, load, random_keep
 from hypothesis import given, settings
@@ -422,7 +423,10 @@ def test_local_functions(tmp_path: Path, name: str) -> None:
     model = load(proto, tmp_path)
     assert not model.proto.functions
     onnx.checker.check_model(model.proto, full_check=True)
-    _same(proto, model)
+    # Before 1.27 the runtime takes one of two overloads for both.
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if name != "overloads" or version >= (1, 27):
+        _same(proto, model)
     coupling = couple(model)
     assert coupling.n_units == units, coupling.pinned
     assert_exact(model, coupling, keep_one(coupling, np.random.default_rng(0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -320,7 +321,10 @@ def test_codes_have_a_scale_for_every_channel(model: Model) -> None:
     np.testing.assert_allclose(feed["x"], CODES[:4] * scale + offset, rtol=1e-6)
 
 
-@pytest.mark.parametrize("value", [np.asarray(np.nan), np.asarray("a"), np.asarray([1.0, np.inf]), np.asarray(1j)])
+ONE_INFINITE = np.asarray([1.0, np.inf, 1.0]).reshape(3, 1, 1)
+
+
+@pytest.mark.parametrize("value", [np.asarray(np.nan), np.asarray("a"), ONE_INFINITE, np.asarray(1j)])
 def test_scale_must_be_numbers(model: Model, value: Array) -> None:
     _refused({"x": CODES, "x.scale": value}, model, "'x.scale' must hold finite numbers")
 
@@ -328,6 +332,21 @@ def test_scale_must_be_numbers(model: Model, value: Array) -> None:
 @pytest.mark.parametrize("value", [np.ones(2), np.ones(3), np.ones((3, 4)), np.ones((1, 1, 1, 2)), np.zeros(0)])
 def test_scale_must_meet_a_sample(model: Model, value: Array) -> None:
     _refused({"x": CODES, "x.scale": value}, model, "'x.scale' has shape", "does not broadcast to a sample's (3, 4, 4)")
+
+
+@pytest.mark.parametrize("key", ["labels", "x.scale", "x.offset"])
+def test_what_a_small_file_says_it_holds_is_not_read_before_it_fits(model: Model, tmp_path: Path, key: str) -> None:
+    """Zeros are packed a thousand times smaller than they are: a shape that is wrong is refused by the header alone."""
+    path = tmp_path / "d.npz"
+    np.savez_compressed(path, x=CODES, **{"x.scale": np.float32(1), key: np.zeros(1 << 26, np.uint8)})
+    assert path.stat().st_size < 1 << 17
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"has shape \(67108864,\)"):
+            data.load(path, model)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
 
 
 # --------------------------------------------------------------------------------------------------- evaluation part
