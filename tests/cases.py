@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx
+import onnxruntime
 from graphs import build
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -32,6 +34,18 @@ class OpCase:
 
 
 CASES: list[OpCase] = []
+NEED_NEWER_RUNTIME = {"swish": (1, 24), "reduce-nothing": (1, 24), "qdq-weight-transposed": (1, 28)}
+"""Opset 24, a reduction over no axes, and a transposition between a weight and its scale, which older releases rewrite
+into something that they refuse: the last release for Python 3.10 (1.23) takes none of them."""
+
+
+def unknown_here(case: OpCase) -> str:
+    """Why the installed onnx or ONNX Runtime cannot take a case, cut or not; empty where they can."""
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if version < NEED_NEWER_RUNTIME.get(case.name, version):
+        return f"ONNX Runtime {onnxruntime.__version__} cannot run this graph, cut or not"
+    newest = onnx.defs.onnx_opset_version()
+    return f"this onnx knows opsets up to {newest}" if case.opset > newest else ""
 
 
 def case(
