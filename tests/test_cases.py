@@ -6,7 +6,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from cases import CASES, OpCase, unknown_here
 from graphs import assert_exact, distance, feed, keep_one, load, operands, random_keep
