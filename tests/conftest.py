@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import HealthCheck, settings
 # A test starts from nothing, and leaves nothing behind.
 os.environ["ONNX_OAMIP_CACHE"] = "off"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import the runtime before the package does
+
+# A shell ignores Ctrl-C for what it runs in the background, and every process started from here would too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "models"
