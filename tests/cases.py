@@ -34,9 +34,16 @@ class OpCase:
 
 
 CASES: list[OpCase] = []
-NEED_NEWER_RUNTIME = {"swish": (1, 24), "reduce-nothing": (1, 24), "qdq-weight-transposed": (1, 28)}
-"""Opset 24, a reduction over no axes, and a transposition between a weight and its scale, which older releases rewrite
-into something that they refuse: the last release for Python 3.10 (1.23) takes none of them."""
+NEED_NEWER_RUNTIME = {
+    "swish": (1, 24),
+    "reduce-nothing": (1, 24),
+    "standard-attention-groups": (1, 24),
+    "standard-attention-states-given-out": (1, 24),
+    "standard-attention-mask-by-head": (1, 25),
+    "qdq-weight-transposed": (1, 28),
+}
+"""Opset 24, a reduction over no axes, forms of Attention that are refused or answered at random, and a transposition
+between a weight and its scale that is rewritten wrongly: the last release for Python 3.10 (1.23) takes none of them."""
 
 
 def unknown_here(case: OpCase) -> str:
