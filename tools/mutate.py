@@ -13,6 +13,7 @@ One line a mutant that no test noticed, and a count a module. With ``--sample`` 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import difflib
 import functools
@@ -83,6 +84,23 @@ def mutants(source: str) -> list[Mutant]:
         place = places[found.original_node]
         make = functools.partial(made, found.original_node, found.mutated_node)
         result.append(Mutant(range(place.start.line, place.end.line + 1), make))
+    return result
+
+
+def readers(source: str) -> dict[int, set[int]]:
+    """Of the lines that define constants of a file, the lines that read these: no test runs the former by itself."""
+    tree = ast.parse(source)
+    read: dict[str, set[int]] = defaultdict(set)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            read[node.id].add(node.lineno)
+    result: dict[int, set[int]] = defaultdict(set)
+    for node in tree.body:
+        target = node.target if isinstance(node, ast.AnnAssign) else None
+        for named in node.targets if isinstance(node, ast.Assign) else [target]:
+            if isinstance(named, ast.Name):
+                for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                    result[line] |= read[named.id]
     return result
 
 
@@ -208,7 +226,7 @@ class Runner:
     def one(self, session: pytest.Session, name: str, module: ModuleType, seen: Seen) -> None:
         path = Path(str(module.__file__))
         source = path.read_text()
-        every = mutants(source)
+        every, reading = mutants(source), readers(source)
         rng = random.Random(self.args.seed)
         chosen = every
         if self.args.again:
@@ -222,7 +240,8 @@ class Runner:
         for mutant in chosen:
             if time.monotonic() > until:
                 break
-            found = {i for n in mutant.lines for i in seen.lines.get((str(path), n), ())}
+            touched = {*mutant.lines, *(line for n in mutant.lines for line in reading.get(n, ()))}
+            found = {i for n in touched for i in seen.lines.get((str(path), n), ())}
             wanted = list(self.order(sorted(found), seen, rng))
             verdict = "no test"
             if wanted:
