@@ -54,7 +54,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _wait(local: Any, count: int) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120  # on a busy machine they take their time
     while len(local.scheduler.workers) != count:
         assert time.monotonic() < until, "the workers do not come"
         time.sleep(0.05)
