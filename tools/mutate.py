@@ -45,7 +45,7 @@ TESTS = {
     "allocation": PLANS,
     "budget": PLANS,
     "refit": REFITS,
-    "residual": REFITS,
+    "residual": ["tests/test_residual.py", *REFITS],
     "ridge": REFITS,
 }
 """What pytest is asked to collect, by module."""
