@@ -46,7 +46,7 @@ TESTS = {
     "budget": PLANS,
     "refit": REFITS,
     "residual": ["tests/test_residual.py", *REFITS],
-    "ridge": REFITS,
+    "ridge": ["tests/test_ridge.py", *REFITS],
 }
 """What pytest is asked to collect, by module."""
 SLOW = 2.0
