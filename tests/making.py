@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 Choose = Callable[[int], int]
 """A number below the one given."""
 _RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-NEWEST = min(onnx.defs.onnx_opset_version(), 24 if _RUNTIME >= (1, 24) else 23 if _RUNTIME >= (1, 23) else 21)
+NEWEST = min(onnx.defs.onnx_opset_version(), 24 if _RUNTIME >= (1, 24) else 21)
 """The newest opset that is drawn: what the oldest supported releases know is less than what the newest do."""
 OPSETS = (NEWEST, 17, 10, 9)
 IR = {NEWEST: 10 if NEWEST < 23 else 11, 17: 8, 10: 5, 9: 4}
