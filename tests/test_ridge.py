@@ -107,3 +107,15 @@ def test_nothing_is_better_than_a_worse_bias() -> None:
 def test_strengths() -> None:
     """Powers of ten around a hundredth of the mean diagonal, in order."""
     np.testing.assert_allclose(np.log10(ridge.RIDGES), np.arange(-4, 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [6, 10])
+@pytest.mark.parametrize("strength", ridge.RIDGES)
+def test_both_forms_have_the_same_solution(count: int, strength: float) -> None:
+    """With fewer rows than unknowns, by groups, wherever the data lie."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((3, ROWS, 14)) + rng.standard_normal((3, 1, 14))
+    residual = rng.standard_normal((3, ROWS, 2)) + 5
+    found = ridge.ridge_regression(x, residual, SPLIT)(count, strength)
+    normal = ridge.normal_equations(x, residual, SPLIT)[count]
+    np.testing.assert_allclose(found, ridge.solve_ridge(*normal, strength), rtol=1e-6, atol=1e-9)

@@ -242,6 +242,8 @@ class Runner:
                 break
             touched = {*mutant.lines, *(line for n in mutant.lines for line in reading.get(n, ()))}
             found = {i for n in touched for i in seen.lines.get((str(path), n), ())}
+            if not found and any(n in reading for n in mutant.lines):
+                found = set(seen.seconds)  # a default of a parameter, or what only tests read
             wanted = list(self.order(sorted(found), seen, rng))
             verdict = "no test"
             if wanted:
