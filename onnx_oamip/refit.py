@@ -90,14 +90,17 @@ def new_biases(model: Model) -> int:
 def fits(found: Pruned, raw: onnx.ModelProto) -> bool:
     """Whether this may be what a refit made of a cut model: its graph and more, weights of the same shapes."""
     old, new = raw.graph, found.proto.graph
-    made = {(node.op_type, *node.output) for node in new.node}
+    # A product that gets a bias hands its output on to a sum, which gives it under the old name.
+    nodes = {(node.op_type, node.name) for node in new.node}
+    made = {name for node in new.node for name in node.output}
     held = {t.name: t for t in new.initializer}
     same = all(t.name not in held or (held[t.name].dims, held[t.name].data_type) == (t.dims, t.data_type)
                for t in old.initializer)  # fmt: skip
     ports = list(old.input) == list(new.input) and list(old.output) == list(new.output)
     whole = ports and list(raw.opset_import) == list(found.proto.opset_import) and not found.proto.functions
     inside = not any(t.external_data for t in new.initializer)
-    return whole and same and inside and made.issuperset((node.op_type, *node.output) for node in old.node)
+    kept = all((node.op_type, node.name) in nodes and made.issuperset(node.output) for node in old.node)
+    return whole and same and inside and kept
 
 
 def least_squares(

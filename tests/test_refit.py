@@ -5,7 +5,8 @@ Sums over a consumer's rows are linear, so the mean output over the calibration 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from cases import CASES
 from graphs import activations, build, constants, load, samples
+from onnx import FunctionProto, ModelProto, StringStringEntryProto, TensorProto
 
 from onnx_oamip import calibrate, data, refit, rewrite
 from onnx_oamip.coupling import couple
@@ -371,3 +373,47 @@ def test_what_cannot_be_folded_is_no_end(tmp_path: Path) -> None:
     assert [n.split(": ")[1].split(",")[0] for n in pruned.notes] == ["its weight has no plain matrix form"]
     before, after = (activations(model, arrays, ["z"], p)["z"] for p in (model.proto, pruned.proto))
     np.testing.assert_allclose(_means(after, 2), _means(before, 2), atol=1e-5 * float(np.abs(before).max()))
+
+
+def _first(proto: ModelProto, name: str) -> TensorProto:
+    return next(t for t in proto.graph.initializer if t.name == name)
+
+
+CHANGES: dict[str, Callable[[ModelProto], object]] = {
+    "an input's name": lambda p: setattr(p.graph.input[0], "name", "z"),
+    "an output's name": lambda p: setattr(p.graph.output[0], "name", "z"),
+    "an output more": lambda p: p.graph.output.append(p.graph.output[0]),
+    "an opset": lambda p: setattr(p.opset_import[0], "version", 13),
+    "a function": lambda p: p.functions.append(FunctionProto(name="f", domain="d")),
+    "a shape": lambda p: _first(p, "w1").dims.reverse(),
+    "a type": lambda p: setattr(_first(p, "w2"), "data_type", TensorProto.INT32),
+    "data beside the file": lambda p: _first(p, "w2").external_data.append(StringStringEntryProto(key="location")),
+    "another operator": lambda p: setattr(p.graph.node[1], "op_type", "Sigmoid"),
+    "a node less": lambda p: p.graph.node.pop(1),
+    "another name of a tensor": lambda p: p.graph.node[1].output.__setitem__(0, "q"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_cannot_be_a_refit_of_a_cut_model(change: str, tmp_path: Path) -> None:
+    """Other weights, a bias more, a weight of another name: that is a refit. Anything else is somebody's own file."""
+    text = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {
+        a = MatMul(x, w1)
+        h = Relu(a)
+        y = MatMul(h, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    keep = _half(coupling, "w1")
+    raw = rewrite.cut(model, coupling, keep)
+    samples_ = data.load({"x": samples(model, 40)["x"]}, model)
+    assert samples_ is not None
+    found = refit.least_squares(model, coupling, keep, raw, samples_, "cpu")
+    assert found.proto != raw
+    assert refit.fits(found, raw)
+    assert refit.fits(Pruned(raw, raw), raw)
+    other = ModelProto()
+    other.CopyFrom(found.proto)
+    CHANGES[change](other)
+    assert other != found.proto
+    assert not refit.fits(replace(found, proto=other), raw)
