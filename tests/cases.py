@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
-import onnxruntime
-from graphs import build
+from graphs import RUNTIME, build
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 
@@ -48,9 +47,8 @@ between a weight and its scale that is rewritten wrongly: the last release for P
 
 def unknown_here(case: OpCase) -> str:
     """Why the installed onnx or ONNX Runtime cannot take a case, cut or not; empty where they can."""
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if version < NEED_NEWER_RUNTIME.get(case.name, version):
-        return f"ONNX Runtime {onnxruntime.__version__} cannot run this graph, cut or not"
+    if case.name in NEED_NEWER_RUNTIME and RUNTIME < NEED_NEWER_RUNTIME[case.name]:
+        return f"ONNX Runtime {'.'.join(map(str, RUNTIME))} cannot run this graph, cut or not"
     newest = onnx.defs.onnx_opset_version()
     return f"this onnx knows opsets up to {newest}" if case.opset > newest else ""
 

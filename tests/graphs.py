@@ -8,12 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 
 from onnx_oamip import model as models
 from onnx_oamip import rewrite
 from onnx_oamip.records import Array, Bools, Coupling, Model
 from onnx_oamip.runtime import Session
+
+RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+"""The release of ONNX Runtime: what an older one cannot do is left out there."""
+OPSET = min(onnx.defs.onnx_opset_version(), 24 if RUNTIME >= (1, 24) else 23)
+"""The newest opset that both know."""
 
 
 def build(

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from graphs import OPSET, RUNTIME
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 Choose = Callable[[int], int]
 """A number below the one given."""
-_RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-NEWEST = min(onnx.defs.onnx_opset_version(), 24 if _RUNTIME >= (1, 24) else 21)
+NEWEST = OPSET if RUNTIME >= (1, 24) else 21
 """The newest opset that is drawn: what the oldest supported releases know is less than what the newest do."""
 OPSETS = (NEWEST, 17, 10, 9)
 IR = {NEWEST: 10 if NEWEST < 23 else 11, 17: 8, 10: 5, 9: 4}
@@ -77,7 +75,7 @@ class Maker:
         self.choose = choose
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
-        self.inputs: list[onnx.ValueInfoProto] = []
+        self.inputs: list[ValueInfoProto] = []
         self.rng = np.random.default_rng(seed)
         self.count = 0
         self.opset = opset or self.spread((NEWEST, NEWEST, NEWEST, *OPSETS))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
-from graphs import assert_exact, build, distance, feed, keep_one, load, random_keep
+from graphs import RUNTIME, assert_exact, build, distance, feed, keep_one, load, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper, parser
@@ -424,8 +423,7 @@ def test_local_functions(tmp_path: Path, name: str) -> None:
     assert not model.proto.functions
     onnx.checker.check_model(model.proto, full_check=True)
     # Before 1.27 the runtime takes one of two overloads for both.
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    if name != "overloads" or version >= (1, 27):
+    if name != "overloads" or RUNTIME >= (1, 27):
         _same(proto, model)
     coupling = couple(model)
     assert coupling.n_units == units, coupling.pinned

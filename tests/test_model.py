@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graphs import assert_exact, build, distance, feed, keep_one, load
+from graphs import OPSET, assert_exact, build, distance, feed, keep_one, load
 from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper, parser
 
 from onnx_oamip import model as models
@@ -432,7 +432,7 @@ def test_constant_nodes_as_weights(tmp_path: Path, kind: str) -> None:
     assert model.constants["w1"].dtype == model.inputs[0].dtype
 
 
-@pytest.mark.parametrize("opset", range(9, min(onnx.defs.onnx_opset_version(), 24) + 1))
+@pytest.mark.parametrize("opset", range(9, OPSET + 1))
 def test_every_opset(tmp_path: Path, opset: int) -> None:
     proto = build(NET, opset=opset, ir=3 if opset == 9 else 8, weights_as_inputs=opset == 9)
     model = _exact_after_loading(proto, tmp_path, 8, 1e-5)

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from cases import CASES
-from graphs import CNN, assert_exact, build, constants, distance, feed, load, random_keep
+from graphs import CNN, RUNTIME, assert_exact, build, constants, distance, feed, load, random_keep
 from onnx import helper
 
 from onnx_oamip import cost, data, refit, rewrite
@@ -53,6 +53,8 @@ UNITS = {"qdq": 8 + 12, "qdq-channel": 8 + 12, "dynamic": 8 + 12, "dynamic-chann
 @pytest.mark.parametrize("how", UNITS)
 def test_what_the_runtime_writes_is_pruned_exactly(how: str, tmp_path: Path) -> None:
     """To the last bit of every rounding: the reference masks integers, so that both run the same integer kernels."""
+    if how.startswith("dynamic") and RUNTIME < (1, 24):
+        pytest.skip("this ONNX Runtime has no ConvInteger with signed weights, which its own quantiser writes")
     model = load(_written(how, tmp_path), tmp_path)
     coupling = couple(model)
     assert coupling.n_units == UNITS[how], [p.reason for p in coupling.pinned]
