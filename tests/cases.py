@@ -47,7 +47,7 @@ between a weight and its scale that is rewritten wrongly: the last release for P
 
 def unknown_here(case: OpCase) -> str:
     """Why the installed onnx or ONNX Runtime cannot take a case, cut or not; empty where they can."""
-    if case.name in NEED_NEWER_RUNTIME and RUNTIME < NEED_NEWER_RUNTIME[case.name]:
+    if case.name in NEED_NEWER_RUNTIME and NEED_NEWER_RUNTIME[case.name] > RUNTIME:
         return f"ONNX Runtime {'.'.join(map(str, RUNTIME))} cannot run this graph, cut or not"
     newest = onnx.defs.onnx_opset_version()
     return f"this onnx knows opsets up to {newest}" if case.opset > newest else ""
