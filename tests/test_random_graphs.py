@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from graphs import assert_exact, distance, feed, load, operands, random_keep
+from graphs import RUNTIME, assert_exact, distance, feed, load, operands, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import NEWEST
@@ -155,7 +155,9 @@ def _check_exactness(folder: Path, examples: int) -> None:
     assert seen["prunable"] >= 0.95 * seen["examples"]
     assert seen["pruned"] >= 0.9 * seen["examples"]
     assert seen["many"] >= 0.6 * seen["examples"]
-    assert min(seen[block] for block in BLOCKS) >= examples / 150, dict(seen)
+    drawn = {name for _, name, _ in each()}
+    assert drawn == BLOCKS or RUNTIME < (1, 24)
+    assert min(seen[block] for block in drawn) >= examples / 150, dict(seen)
     # What is drawn must still be there when the constant parts of a graph are folded.
     assert len(followed) >= 0.9 * len(_drawable()), [s.name for s in _drawable() if id(s) not in followed]
 
