@@ -96,11 +96,11 @@ def readers(source: str) -> dict[int, set[int]]:
             read[node.id].add(node.lineno)
     result: dict[int, set[int]] = defaultdict(set)
     for node in tree.body:
-        target = node.target if isinstance(node, ast.AnnAssign) else None
-        for named in node.targets if isinstance(node, ast.Assign) else [target]:
-            if isinstance(named, ast.Name):
-                for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
-                    result[line] |= read[named.id]
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            for named in ast.walk(node):
+                if isinstance(named, ast.Name) and isinstance(named.ctx, ast.Store):
+                    for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                        result[line] |= read[named.id]
     return result
 
 
