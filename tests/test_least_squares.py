@@ -576,6 +576,31 @@ def test_a_wide_node_behind_the_cut(tmp_path: Path) -> None:
     assert _error(model, pruned.proto, other) < 0.8 * _error(model, pruned.raw, other)
 
 
+def test_a_wide_node_whose_data_overflow_in_places(tmp_path: Path) -> None:
+    """Rows that are no numbers are left out of what is mixed, too; both are told, with the numbers."""
+    text = """(float[N,6] x) => (float[N,4] y) <float[6,12] w1, float[12,4] w2> {
+        a = MatMul(x, w1)
+        h = Relu(a)
+        y = MatMul(h, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    keep = _without(coupling, "w1", range(4))
+    found = _samples(model, 300)
+    values = np.asarray(found.arrays["x"]).copy()
+    values[7:12] = np.sign(values[7:12]) * 2e38
+    pruned = _fit(model, coupling, keep, replace(found, arrays={"x": values}), cap=10)
+    (fit,) = pruned.fits
+    assert (fit.form, fit.unknowns) == ("channel mixing", 8)
+    assert 290 <= fit.rows < 300
+    (note,) = pruned.notes
+    assert f"{300 - fit.rows} of 300 rows are not finite and not fitted to; " in note
+    assert "; 8 unknowns are too many for a Gram matrix, so removed channels are mixed into kept ones" in note
+    clean = replace(found, arrays={"x": np.delete(values, np.arange(7, 12), axis=0)}, count=295)
+    least = _fit(model, coupling, keep, clean, cap=10)
+    assert fit.error_after < 1.2 * least.fits[0].error_after
+
+
 def test_shared_weights_are_left_alone(tmp_path: Path) -> None:
     text = """(float[N,5] a, float[N,5] b) => (float[] y) <float[5,8] wa, float[5,8] wb, float[8,3] u, float[3] c> {
         ma = MatMul(a, wa)
