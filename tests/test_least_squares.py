@@ -352,7 +352,7 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     found = _samples(model, 40)
     far = dict(found.arrays)
     far["x"] = np.asarray(far["x"]).copy()
-    far["x"][:4] = 1e38
+    far["x"][:4] = 3e38
     (note,) = _fit(model, coupling, keep, replace(found, arrays=far)).notes
     assert "4 of 40 rows are not finite and not fitted to; 36 rows for 50 unknowns, so more calibration" in note
 
@@ -930,3 +930,20 @@ def test_solve_ridge_knows_no_unit(scale: float, groups: int) -> None:
     plain = ridge.solve_ridge(turned @ x, turned @ y, 1e-2)
     other = ridge.solve_ridge(scale * turned @ x, scale * turned @ y, 1e-2)
     np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_samples_are_as_many_as_there_is_room_for(tmp_path: Path) -> None:
+    text = """(float[N,64] x) => (float[N,4] y) <float[64,512] w1, float[512,4] w2> {
+        a = MatMul(x, w1)
+        h = Relu(a)
+        y = MatMul(h, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    keep = _without(coupling, "w1", range(256))
+    found = _samples(model, 2000)
+    (note,) = (n for n in _fit(model, coupling, keep, found, room=1 << 20).notes if n.startswith("least squares"))
+    used, of, size = (int(word) for word in note.split() if word.isdigit())
+    assert (of, size) == (2000, 1)
+    assert 0 < used < 2000
+    assert not any("samples, as many" in n for n in _fit(model, coupling, keep, found).notes)
