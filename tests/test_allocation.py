@@ -17,7 +17,7 @@ from onnx_oamip.budget import Choice, Ladder, LinearisedLimit
 from onnx_oamip.coupling import couple, exclude
 from onnx_oamip.errors import BudgetNotMet, SettingsError
 from onnx_oamip.importance import METHODS
-from onnx_oamip.records import Budget, Coupling, Floats, Model, Plan, Scores
+from onnx_oamip.records import Budget, Cost, Coupling, Floats, Model, Plan, Scores
 from onnx_oamip.settings import Settings
 from onnx_oamip.solvers import Limits as SolverLimits
 
@@ -646,3 +646,54 @@ def test_budget_of_settings() -> None:
     found = Settings.create(macs=0.5, params=0.25, threshold=2.0).budget
     assert (found.macs, found.params, found.size, found.threshold) == (0.5, 0.25, None, 2.0)
     assert Settings().budget == Budget()
+
+
+# ------------------------------------------------------------------------------------------------- limits and floors
+
+
+@pytest.mark.parametrize(
+    ("floor", "step", "full", "expected"),
+    [
+        (0.0, 1, 10, 1),
+        (0.0, 4, 10, 4),
+        (0.2, 1, 10, 2),
+        (0.21, 1, 10, 3),
+        (0.1 + 0.2, 1, 10, 3),  # a little over 0.3
+        (1 / 3, 1, 9, 3),
+        (0.5, 4, 10, 8),
+        (0.4, 4, 10, 4),
+        (0.41, 4, 10, 8),
+        (0.9, 4, 10, 10),
+        (0.1, 16, 10, 10),
+        (1.0, 3, 10, 10),
+    ],
+)
+def test_the_narrowest_width(floor: float, step: int, full: int, expected: int) -> None:
+    found = allocation.least(floor, np.asarray([step]), np.asarray([full]))
+    assert found.tolist() == [expected]
+    assert found.dtype == np.int64
+    each = allocation.least(np.asarray([floor, 1.0]), np.asarray([step, 2]), np.asarray([full, 7]))
+    assert each.tolist() == [expected, 7]
+
+
+def test_shares_become_limits_and_limits_shares() -> None:
+    before = Cost(1000, 200, 4000)
+    found = allocation.limits(Budget(macs=0.5, params=0.5, size=0.25), before, reserve=10)
+    # What a refit adds is set aside: ten biases of four bytes.
+    assert (found.macs, found.params, found.bytes) == (500, 90, 960)
+    assert found.aside == (0, 10, 40)
+    assert found.holds(Cost(500, 90, 960))
+    assert not any(found.holds(c) for c in (Cost(501, 90, 960), Cost(5, 91, 9), Cost(5, 9, 961)))
+    assert found.shares(Cost(250, 45, 960)) == {"macs": 0.5, "params": 0.5, "size": 1.0}
+    assert found.least(Cost(333, 60, 999)) == {"macs": 0.333, "params": 0.35, "size": 0.2598}
+    half = allocation.limits(Budget(params=0.5), before, 10, itemsize=2)
+    assert (half.macs, half.params, half.bytes, half.aside) == (None, 90, None, (0, 10, 20))
+    assert half.least(Cost(1, 1, 1)) == {"params": 0.055}
+    # All of it is all of it, refit or not; nothing at all is never asked for.
+    whole = allocation.limits(Budget(macs=1.0, params=1.0, size=1.0), before, 10)
+    assert (whole.macs, whole.params, whole.bytes) == (1000, 200, 4000)
+    tiny = allocation.limits(Budget(macs=0.0001, params=0.01, size=0.001), before, 10)
+    assert (tiny.macs, tiny.params, tiny.bytes) == (1, 1, 1)
+    assert allocation.Limits(1.0, None, None).least(Cost(1, 1, 1)) == {}
+    nothing = allocation.limits(Budget(macs=0.5), Cost(0, 0, 0), 0)
+    assert nothing.least(Cost(3, 0, 0)) == {"macs": 3.0}
