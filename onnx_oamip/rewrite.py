@@ -161,6 +161,7 @@ def _apply(node: gs.Node, edit: Edit) -> None:
             node.inputs[slot] = gs.Variable.empty()
         elif isinstance(old, gs.Constant) and len(old.outputs) == 1:
             old.values = np.asarray(value)
+            old.data_location = None  # it may have been in a file of its own
         else:
             node.inputs[slot] = gs.Constant(f"{node.name}_input{slot}_pruned", np.asarray(value))
 

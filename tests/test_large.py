@@ -30,7 +30,13 @@ FOLDED = """(float[N,6] x) => (float[N,4] y) <float[12,6] w1, float[12,10] w2, f
     b = MatMul(h, w2)
     y = MatMul(b, w3)
 }"""
-TEXTS = {**NETS, "folded": FOLDED}
+# Its gain and bias are put into another order.
+NORMALISED = """(float[N,4,5] x) => (float[N,4,3] y) <float[5,32] w1, float[32] gain, float[32] b, float[32,3] w2> {
+    h = MatMul(x, w1)
+    r = LayerNormalization(h, gain, b)
+    y = MatMul(r, w2)
+}"""
+TEXTS = {**NETS, "folded": FOLDED, "normalised": NORMALISED}
 
 
 @pytest.fixture
