@@ -52,7 +52,7 @@ FIGURES: Mapping[str, Drawn] = {
         ),
         (
             "Of each rival the best of its variants at every budget, by the figure shown; the dotted line is the "
-            "original. A rival without a line was not run, or did not come down to the budgets. One seed, hence no "
+            "original. A rival without a line did not come down to the budgets. One seed, hence no "
             "bands."
         ),
     ),

@@ -107,7 +107,7 @@ TEXT = {
         "Larger networks in short",
         (
             "Ours and the best rival at the same MACs, picked row by row by the figure shown, which favours the rival. "
-            "Random has our allocation and no refit. Torch-Pruning was not run on EfficientNet-Lite0."
+            "Random has our allocation and no refit."
         ),
     ),
     "rivals-importances": (
