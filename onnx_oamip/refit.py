@@ -26,8 +26,9 @@ from .affine import Editor, Site, matrix, matrix_shape, quantised, site, unmatri
 from .calibrate import Progress
 from .data import Samples
 from .errors import memory_for
+from .ops import lookup
 from .patches import data_rows, output_rows, pick, row_count
-from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Pruned, Statistics
+from .records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Node, Pruned, Statistics
 from .residual import Join, join
 from .ridge import Solve, best, ridge_regression, solve_ridge
 from .subgraph import FRONTIER_BYTES, Frontier, Slicer, affordable, element_types
@@ -160,11 +161,17 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
             notes.append(f"{node}: its weight '{place.weight}' is shared with another node, so it is not refitted")
         elif place is not None:
             places.append(place)
-        elif node.name in changed and any(n in model.constants for n in node.inputs[:2]):
+        elif node.name in changed and _multiplies(node) and any(n in model.constants for n in node.inputs[:2]):
             notes.append(f"{node}: its weight has no plain matrix form, so it is not refitted")
         elif node.name in changed and quantised(node, model):
             notes.append(f"{node}: its weight is quantised, so it is not refitted")
     return places, notes
+
+
+def _multiplies(node: Node) -> bool:
+    """Whether a node has weights that a refit could be expected to change; the gain of a normalisation is none."""
+    spec = lookup(node.domain, node.op, node.version)
+    return spec is not None and spec.cost is not None
 
 
 def _bodies(model: Model, coupling: Coupling, units: Bools) -> list[str]:

@@ -947,3 +947,16 @@ def test_samples_are_as_many_as_there_is_room_for(tmp_path: Path) -> None:
     assert (of, size) == (2000, 1)
     assert 0 < used < 2000
     assert not any("samples, as many" in n for n in _fit(model, coupling, keep, found).notes)
+
+
+def test_a_normalisation_is_nothing_to_refit(tmp_path: Path) -> None:
+    """It reads a cut and holds a gain, but nobody would look for its name among what was left out."""
+    text = """(float[N,4,5] x) => (float[N,4,3] y) <float[5,12] w1, float[12] gain, float[12,3] w2> {
+        h = MatMul(x, w1)
+        r = LayerNormalization(h, gain)
+        y = MatMul(r, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    pruned = _fit(model, couple(model), _without(couple(model), "w1", [1, 4]), _samples(model, 40))
+    assert len(pruned.fits) == 1
+    assert not pruned.notes
