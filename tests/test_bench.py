@@ -176,6 +176,12 @@ def test_exponents_leave_the_start_up_out() -> None:
     assert found["seconds"] == 1.5
 
 
+def test_cost_is_about_no_network(tmp_path: Path) -> None:
+    """With --model NAME every study runs, and this one is left out."""
+    assert cost.run(tmp_path, 0, ("lenet5-mnist",)) == ""
+    assert not list(tmp_path.iterdir())
+
+
 def test_cost_counts_in_plain_passes() -> None:
     row = cost._measured({"width": 4, "depth": 2, "samples": 40, "resolution": 4}, 0)
     assert row["passes"] > 1

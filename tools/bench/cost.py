@@ -54,11 +54,13 @@ print(json.dumps([report.timings, peak, plain_pass(sys.argv[1], sys.argv[2])]))
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     """One row per size; ``names`` are of what varies. ``cost-exponents`` has a row for each of them."""
     rows: list[Row] = []
+    chosen = {varied: values for varied, values in SWEEPS.items() if not names or varied in names}
+    if not chosen:
+        print(f"cost is about no network: --model names what varies there, of {', '.join(SWEEPS)}.", flush=True)
+        return ""
     start = {"varied": "start-up", **_measured(START, seed)}
     print(start, flush=True)
-    for varied, values in SWEEPS.items():
-        if names and varied not in names:
-            continue
+    for varied, values in chosen.items():
         for value in values:
             rows.append({"varied": varied, **_measured({**BASE, varied: value}, seed)})
             print(rows[-1], flush=True)
