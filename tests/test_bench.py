@@ -397,3 +397,9 @@ def test_a_study_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = driver.apart("coupling", tmp_path, 0, ("light_zfnet512",), {})
     assert found == driver.Outcome("coupling", "done")
     assert json.loads((tmp_path / "coupling.json").read_text())["rows"]
+
+
+def test_a_study_without_rows_is_no_result(tmp_path: Path) -> None:
+    """Nothing is stored that would take the place of the results there are."""
+    assert studies.save(tmp_path, "coupling", [], ("model",), 0) == ""
+    assert not list(tmp_path.iterdir())

@@ -86,7 +86,9 @@ def save(
     out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = (),
     measured: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
-    """Print and store the rows of a study; returns its Markdown."""
+    """Print and store the rows of a study; returns its Markdown. Without rows nothing is stored: that is no result."""
+    if not rows:
+        return ""
     text = table(rows, columns)
     record = store(out, study, rows, columns, seed, clocked, measured)
     seen = ", ".join(f"{k} {v}" for k, v in record["environment"].items())
