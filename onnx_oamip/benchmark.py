@@ -47,6 +47,7 @@ def run(
     ``batches`` one sample is run at a time, or as many as the model is fixed to.
     """
     device = resolve_device(device)
+    data.check(source)
     loaded = tuple(models.load(path) for path in paths)
     _same_inputs(loaded)
     samples = None if source is None else data.load(source, loaded[0], data.EVALUATION) or data.load(source, loaded[0])

@@ -102,6 +102,16 @@ class Samples:
         return bound
 
 
+def check(*sources: str | os.PathLike[str] | Mapping[str, Array] | None) -> None:
+    """Raise EnvironmentMissing where reading one of the sources needs an extra that is not installed."""
+    for source in sources:
+        if isinstance(source, (str, os.PathLike)):
+            if Path(source).is_dir():
+                pictures.check(os.fspath(source))
+            elif Path(source).suffix == ".parquet":
+                parquet.check(Path(source))
+
+
 def load(
     source: str | os.PathLike[str] | Mapping[str, Array],
     model: Model,
@@ -158,20 +168,16 @@ def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Values
         scale, offset = pictures.affine(port, reading, where)
         found: dict[str, Values] = {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
         return {**found, **({} if labels is None else {LABELS: labels})}, where
-    if path.suffix == ".parquet":
-        if not path.exists():
-            raise DataError(f"{source}: no such data file; give {_FORMS}.")
-        return parquet.load(path, model, reading), source
-    if path.exists() or path.suffix in {".npz", ".npy"}:
-        return _read_numpy(path, model), str(path)
-    if ":" in source:
+    if ":" in source and not path.exists() and path.suffix not in {".npz", ".npy", ".parquet"}:
         return _read_callable(source), source
-    raise DataError(f"{source}: no such data file; give {_FORMS}.")
+    if not path.exists():
+        raise DataError(f"{source}: no such data file; give {_FORMS}.")
+    if path.suffix == ".parquet":
+        return parquet.load(path, model, reading), source
+    return _read_numpy(path, model), str(path)
 
 
 def _read_numpy(path: Path, model: Model) -> dict[str, Values]:
-    if not path.exists():
-        raise DataError(f"{path}: no such data file; give {_FORMS}.")
     loaded = arrays.load(path)
     if isinstance(loaded, dict):
         return loaded
@@ -279,9 +285,7 @@ def _check(found: dict[str, Values], model: Model, where: str) -> Samples:
     if fixed and count < fixed:
         raise DataError(f"{where} holds {count} samples but the model takes {fixed} at a time; give at least {fixed}.")
     given = None if LABELS in names else found.get(LABELS)
-    labels = None
-    if given is not None:
-        labels = _check_labels(given, count, whole, where)
+    labels = None if given is None else _check_labels(given, count, whole, where)
     return Samples(arrays, labels, count, whole, scales, dtypes, fixed, where)
 
 
@@ -308,10 +312,6 @@ def _factor(found: Mapping[str, Values], key: str, array: Values, port: Port, wh
 
 _LAYOUTS = ((0, 3, 1, 2), (0, 2, 3, 1), (0, 2, 1), (0, 4, 1, 2, 3), (0, 2, 3, 4, 1))
 """Channels last to channels first and back."""
-
-
-def _moved(array: Values, order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(array.shape[a] for a in order)
 
 
 def _fits(shape: tuple[int, ...], dims: tuple[int | str | None, ...]) -> bool:
@@ -346,7 +346,7 @@ def _check_array(array: Values, port: Port, scaled: bool, where: str) -> Values:
     for axis, (have, want) in enumerate(zip(shape, port.dims, strict=True)):
         if isinstance(want, int) and want > 0 and have != want and not (axis == 0 and array.ndim == rank):
             orders = [t for t in _LAYOUTS if len(t) == array.ndim == rank]
-            turned = next((t for t in orders if _fits(_moved(array, t)[1:], port.dims[1:])), None)
+            turned = next((t for t in orders if _fits(tuple(array.shape[a] for a in t[1:]), port.dims[1:])), None)
             hint = f"; the layout fits after array.transpose({', '.join(map(str, turned))})" if turned else ""
             raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}{hint}.")
     if array.dtype.kind in "fc" or array.dtype.kind == "V":

@@ -25,6 +25,7 @@ from .affine import Site, matrix
 from .allocation import best_units
 from .cost import full_widths
 from .executors import executor
+from .extras import imports_of
 from .pooled import outlet, sites
 from .records import Axis, Bools, Coupling, Floats, Ints, Model, Pooled, Scores, Statistics
 from .settings import Settings
@@ -46,6 +47,12 @@ class Bounds:
 
     floor: Floats
     scores: Scores
+
+
+def check() -> None:
+    """Raise EnvironmentMissing where the extra ``pack``, for the classifier, is not installed."""
+    with imports_of("pack", "--limits snacs"):
+        import sklearn.svm  # noqa: F401
 
 
 def bound(

@@ -31,7 +31,10 @@ try:
     from olive.passes.pass_config import PassConfigParam
     from olive.search.search_parameter import Categorical
 except ImportError as missing:
-    raise ImportError(f"onnx_oamip.olive needs the package olive-ai ({missing}); pip install olive-ai.") from missing
+    raise ImportError(
+        f"onnx_oamip.olive needs the packages of the extra 'olive' ({missing}); install them with pip install "
+        "'onnx-oamip[olive]'."
+    ) from missing
 
 SEARCHED = ("macs", "params", "size", "latency", "max_drop")
 """Budgets that a search of Olive may be given lists of values for."""

@@ -12,6 +12,7 @@ import numpy as np
 from . import pages
 from .bounds import amount, memory
 from .errors import DataError, EnvironmentMissing
+from .extras import imports_of
 from .pictures import affine, decode
 from .records import Array, Model, Port, Reading
 
@@ -25,18 +26,23 @@ DENSE, FREE = 16, 1 << 22
 _TEXTS = ("BYTE_ARRAY",)
 
 
+def check(path: Path) -> None:
+    """Raise EnvironmentMissing, naming the file, where the extra ``parquet`` is not installed."""
+    with imports_of("parquet", f"reading {path}"):
+        import pyarrow.parquet  # noqa: F401
+
+
 def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
     """Arrays by input name, ``labels`` where there is such a column, and scales of images.
 
     An input takes the column of its name; the input of a model that has only one takes ``reading.column``, or the only
     column beside the labels. Images are bytes, or records of bytes as the datasets library writes them. Raises
-    DataError for what cannot be read or does not fit, EnvironmentMissing without pyarrow.
+    DataError for what cannot be read or does not fit, EnvironmentMissing without pyarrow, or of images without Pillow.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet as reader
-    except ImportError as error:
-        raise EnvironmentMissing(f"reading {path} needs the package pyarrow; pip install pyarrow.") from error
+    check(path)
+    import pyarrow
+    import pyarrow.parquet as reader
+
     try:
         with path.open("rb") as stream:
             file = reader.ParquetFile(stream)

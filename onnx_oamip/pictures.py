@@ -11,13 +11,17 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import DataError
+from .extras import imports_of
 from .records import Array, Ints, Port, Reading
 from .rows import Spool, Values
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -34,6 +38,12 @@ class Form:
     layout: str
     channels: int
     size: tuple[int, int]
+
+
+def check(where: str) -> None:
+    """Raise EnvironmentMissing, naming the data, where the extra ``images`` is not installed."""
+    with imports_of("images", f"reading the images of {where}"):
+        import PIL.Image  # noqa: F401
 
 
 def folder(path: Path, port: Port, reading: Reading) -> tuple[Values, Ints | None, str]:
@@ -74,6 +84,9 @@ def _spread(by_class: dict[str, list[Path]], most: int) -> list[Path]:
 
 def decode(sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str) -> Values:
     """Codes (samples, *input shape without the batch) uint8 of named images: functions that give their bytes."""
+    check(where)
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     form = image_form(port, reading, where)
     height, width = form.size
     spool = Spool(f"the images of {where}")
@@ -155,6 +168,8 @@ def image_form(port: Port, reading: Reading, where: str) -> Form:
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+    from PIL import Image, ImageOps
+
     wide = (size[1], size[0])
     resample = Image.Resampling.BILINEAR
     if fit == "stretch":

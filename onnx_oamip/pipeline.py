@@ -303,21 +303,18 @@ def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
 
 
 def compare(
-    original: str | os.PathLike[str],
-    pruned: str | os.PathLike[str],
-    source: Source,
-    settings: Settings,
-    progress: calibrate.Progress | None = None,
+    original: File, pruned: File, source: Source, settings: Settings, progress: calibrate.Progress | None = None
 ) -> Verification:
     """Check a pruned file against its original on data: checker, two batch sizes, error, agreement, accuracy."""
+    data.check(source)
     device = resolve_device(settings.device)
     model, other = models.load(original), models.load(pruned)
     for ours, theirs, what in ((model.inputs, other.inputs, "inputs"), (model.outputs, other.outputs, "outputs")):
         if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
             names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
             raise GateFailed(f"the two models have different {what}: {names[0]} against {names[1]}.")
-    reading = settings.reading
-    samples = data.load(source, model, data.EVALUATION, reading) or data.load(source, model, reading=reading)
+    held = data.load(source, model, data.EVALUATION, settings.reading)
+    samples = held or data.load(source, model, reading=settings.reading)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     images.check_labels(model, samples)

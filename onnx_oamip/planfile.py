@@ -9,17 +9,17 @@ can be applied to another of the same names, or of the same topology: it is then
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from . import __version__
@@ -29,6 +29,7 @@ from .errors import DataError
 from .records import Axis, Bools, Budget, Cost, Coupling, Group, Ints, Model, Plan, Scores
 
 PLAN_VERSION = 1
+_DECODER = json.JSONDecoder()
 _AGAIN = "mend it, or run 'onnx-oamip plan' again"
 
 
@@ -300,20 +301,38 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _line(text: str, place: Sequence[str | int]) -> int:
-    """The line of the value at a path. JSON is YAML, whose parser knows lines."""
-    try:
-        node = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError):
-        return 1
+    """Line of the value at a path of valid JSON, or of the innermost value on the path that exists."""
+    position = _between(text, 0)
     for part in place:
-        if isinstance(node, yaml.MappingNode):
-            inner = next((v for k, v in node.value if k.value == part), None)
-        else:
-            inner = node.value[part] if isinstance(node, yaml.SequenceNode) and isinstance(part, int) else None
-        if inner is None:
+        found = next((start for key, start in _members(text, position) if key == part), None)
+        if found is None:
             break
-        node = inner
-    return int(node.start_mark.line) + 1 if node is not None else 1
+        position = found
+    return text.count("\n", 0, position) + 1
+
+
+def _members(text: str, position: int) -> Iterator[tuple[str | int, int]]:
+    """(key or index, position of the value) of each member of the object or array at a position of valid JSON."""
+    opening = text[position]
+    if opening not in "{[":
+        return
+    position = _between(text, position + 1)
+    for index in itertools.count():
+        if text[position] in "}]":
+            return
+        key: str | int = index
+        if opening == "{":
+            key, end = _DECODER.raw_decode(text, position)
+            position = _between(text, end)
+        yield key, position
+        position = _between(text, _DECODER.raw_decode(text, position)[1])
+
+
+def _between(text: str, position: int) -> int:
+    """Position of the next value, or of the bracket that closes, behind white space and separators."""
+    while text[position] in " \t\n\r,:":
+        position += 1
+    return position
 
 
 def _dotted(content: Any, place: Sequence[str | int]) -> str:

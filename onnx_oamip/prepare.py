@@ -271,6 +271,8 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> Me
             "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
         )
     iterations.check(settings, scored)
+    if settings.limits == "snacs":
+        limits.check()
     if settings.latency is not None and settings.allocate != "mip":
         raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
     if source is None:
@@ -295,6 +297,7 @@ def load(
     path: str | os.PathLike[str], source: Source | None, eval_data: Source | None, settings: Settings, clock: Clock
 ) -> tuple[Model, Coupling, Samples, Samples | None]:
     """The model at the data's shapes, what goes together in it, and (calibration, evaluation) samples."""
+    data.check(source, eval_data)
     with clock("load"):
         model = models.load(path)
         samples, held = samples_of(model, source, eval_data, settings)

@@ -14,7 +14,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .errors import EnvironmentMissing, OutputError
+from .errors import OutputError
+from .extras import imports_of
 from .model import external_paths
 
 Document: TypeAlias = Mapping[str, Any]
@@ -41,10 +42,8 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
     if uri is None:
         yield lambda *_: None
         return
-    try:
+    with imports_of("mlflow", "--mlflow"):
         import mlflow
-    except ImportError as error:
-        raise EnvironmentMissing("--mlflow needs the package mlflow; pip install mlflow.") from error
     given = _parameters(asked)
     with _told(mlflow, "cannot be used; nothing was done"):
         if uri:

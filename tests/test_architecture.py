@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Imports point upwards in this list, or sideways where that makes no circle. A new module needs a place here.
 TIERS: tuple[tuple[str, ...], ...] = (
-    ("text", "errors", "records", "plain", "versions"),
+    ("text", "errors", "extras", "records", "plain", "versions"),
     ("ops", "milp", "settings"),
     (
         "aside", "weights", "runtime", "bodies", "bounds", "sizes", "shapes", "folding", "model", "coupling",
@@ -56,7 +56,6 @@ HOMES = {
     "click": ("cli.py", "cli/*.py"),
     "rich": ("report.py", "tables/*.py", "cli.py", "cli/*.py"),
     "pydantic": ("settings.py", "planfile.py"),
-    "yaml": ("planfile.py",),
     "sklearn": ("limits.py", "storage/codebook.py"),
     "safetensors": ("checkpoint.py",),
     "PIL": ("pictures.py",),

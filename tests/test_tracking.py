@@ -182,7 +182,10 @@ def test_without_mlflow_nothing_is_done(
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.setattr(pipeline, "prune", lambda *_: pytest.fail("no work without the package"))
     assert prune(data, "--macs", "0.5", "--mlflow") == 2
-    assert capfd.readouterr().err == "Error: --mlflow needs the package mlflow; pip install mlflow.\n"
+    assert capfd.readouterr().err == (
+        "Error: --mlflow needs the packages of the extra 'mlflow' (mlflow); install them with pip install "
+        "'onnx-oamip[mlflow]'.\n"
+    )
     assert not Path("out.onnx").exists()
 
 

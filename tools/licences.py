@@ -18,14 +18,14 @@ else:
     import tomli as tomllib
 
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
-RUNTIMES = ("cpu", "gpu")
-"""Extras of which one is needed."""
+EXTRAS = ("cpu", "gpu", "report", "images", "pack", "parquet")
+"""Runtimes, of which one is needed, and what features of the command line need."""
 
 
 def required() -> list[str]:
-    """Names of the direct dependencies, runtimes among them, as the project declares them."""
+    """Names of the direct dependencies, with those of ``EXTRAS``, as the project declares them."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for e in RUNTIMES for line in project["optional-dependencies"][e])]
+    lines = [*project["dependencies"], *(line for e in EXTRAS for line in project["optional-dependencies"][e])]
     return sorted({re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0] for line in lines})
 
 

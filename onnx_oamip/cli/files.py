@@ -16,11 +16,11 @@ class Page:
     """The HTML file of a run.
 
     ``inputs`` and other outputs of the same run are not to be overwritten. Raises OutputError for a path that cannot
-    be written, EnvironmentMissing where what draws is not installed: both before any work.
+    be written, EnvironmentMissing where a package of the extra ``report`` is not installed: both before any work.
     """
 
     def __init__(self, path: Path, model: Path, *others: Path | str | None) -> None:
-        from .. import html  # noqa: F401 - what is missing is told now
+        from .. import html  # noqa: F401 - raises where a package is missing
         from ..output import check_output
 
         given = [other for other in others if other is not None]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from ..errors import EnvironmentMissing
+from ..extras import imports_of
 from ..runtime import resolve_device
 from ..versions import sources, versions
 from .parcel import Parcel, pack
@@ -79,12 +80,8 @@ class Cluster:
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:
-        try:
+        with imports_of("cluster", "--scheduler"):
             from distributed import Client
-        except ImportError as error:
-            raise EnvironmentMissing(
-                "--scheduler needs the package distributed; install it with pip install 'onnx-oamip[cluster]'."
-            ) from error
         with _quiet():
             self._knock()
             client = Client(self.scheduler, timeout=TIMEOUT, set_as_default=False, name="onnx-oamip")

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from threadpoolctl import threadpool_limits
 
+from ..extras import imports_of
 from ..records import Array, Floats
 from . import entropy
 from .layout import Place, type_name
@@ -45,6 +46,12 @@ class Codebook:
     values: Floats
     error: float
     nbytes: float
+
+
+def check() -> None:
+    """Raise EnvironmentMissing where the extra ``pack``, for k-means, is not installed."""
+    with imports_of("pack", "sharing weights (--data, --clusters or --bits)"):
+        import sklearn.cluster  # noqa: F401
 
 
 def shares(place: Place, words: Array) -> bool:
@@ -126,7 +133,7 @@ def share(place: Place, words: Array, values: Floats) -> Array:
 def _lloyd(points: Floats, weights: Floats, k: int, seed: int) -> Floats:
     if len(points) <= k:
         return points
-    # Heavy to import, and only weight sharing needs it.
+    check()
     from sklearn.cluster import KMeans
 
     order = np.argsort(points, kind="stable")

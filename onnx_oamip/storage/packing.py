@@ -12,6 +12,7 @@ from typing import Any
 from .. import model as models
 from ..aside import Batch, write_bytes
 from ..calibrate import Progress
+from ..data import check as check_sources
 from ..errors import DataError, GateFailed, ModelError, OutputError, SettingsError
 from ..output import check_output
 from ..prepare import Clock, Source, samples_of
@@ -85,9 +86,12 @@ def pack(
     settings = Settings.create(max_drop=points, device=device, seed=seed, batch_size=batch_size, **reading)
     clock = Clock()
     target = check_output(path, output, (data, eval_data))
+    exact = clusters is None and data is None
+    check_sources(data, eval_data)
+    if not exact:
+        codebook.check()
     with clock("load"):
         original = layout.read(path)
-        exact = clusters is None and data is None
         judge = None if data is None else _judge(path, original, data, eval_data, settings)
     codes: dict[Place, coding.Coded] = {}
     values: dict[Place, Floats] = {}
