@@ -208,7 +208,7 @@ def _rename(graph: GraphProto, outer: Mapping[str, str], taken: set[str]) -> Non
 
 
 def lift(proto: ModelProto) -> None:
-    """Move the constants of bodies, whose names are their own, to the graph."""
+    """Move the constants of bodies, whose names are their own, to the graph; what a body returns it makes itself."""
     main = proto.graph
     there = {t.name for t in main.initializer}
     for graph in list(graphs(main))[1:]:
@@ -234,6 +234,26 @@ def lift(proto: ModelProto) -> None:
             there.add(node.output[0])
         if len(plain) < len(graph.node):
             _replace(graph, plain)
+    own_outputs(main)
+
+
+def own_outputs(main: GraphProto) -> None:
+    """Insert an Identity wherever a body returns an outer tensor: ONNX demands that it returns one of its own.
+
+    In place, on a flattened graph.
+    """
+    taken: set[str] = set()
+    for body in list(graphs(main))[1:]:
+        own = {v.name for v in body.input} | {n for node in body.node for n in node.output}
+        for value in body.output:
+            if value.name in own:
+                continue
+            taken = taken or names(main)
+            returned = unused(f"{value.name}_returned", taken)
+            label = unused(f"{returned}_identity", taken)
+            taken |= {returned, label}
+            body.node.append(onnx.helper.make_node("Identity", [value.name], [returned], label))
+            value.name = returned
 
 
 def unused(name: str, taken: set[str]) -> str:

@@ -118,7 +118,7 @@ def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]
     graph = proto.graph
     known = {t.name for t in graph.initializer}
     candidates: list[NodeProto] = []
-    for node in bodies.nodes(graph):
+    for node in graph.node:
         if known.issuperset(bodies.reads(node)):
             known.update(node.output)
             candidates.append(node)

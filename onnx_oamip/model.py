@@ -28,6 +28,8 @@ from .runtime import Session, runtime
 from .shapes import ROUNDS, all_types, bind, port_of, skeleton
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
+UNFOLDED = ("DequantizeLinear", "QuantizeLinear", "Random", "Bernoulli", "Multinomial")
+"""Prefixes of the operators that are kept although all they read is constant."""
 
 
 def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
@@ -249,8 +251,13 @@ def _fold_all(source: ModelProto, left: set[str]) -> ModelProto:
     _hold_foldable(source, stays)
     graph = gs.import_onnx(source)
     graph.toposort(recurse_subgraphs=False)
+    # Not in bodies: there graphsurgeon ignores `stays`, and folds with only some pairs of onnx and ONNX Runtime.
     graph.fold_constants(
-        fold_shapes=False, flatten_subgraphs=False, error_ok=True, should_exclude_node=stays
+        fold_shapes=False,
+        recurse_subgraphs=False,
+        flatten_subgraphs=False,
+        error_ok=True,
+        should_exclude_node=stays,
     )
     graph.cleanup()
     every = [graph, *graph.subgraphs(recursive=True)]
@@ -271,7 +278,7 @@ def _hold_foldable(proto: ModelProto, stays: Callable[[NodeProto], bool]) -> Non
     """Read in what folding will read: weights of nodes that see nothing but constants."""
     tensors = {t.name: t for t in proto.graph.initializer}
     known = set(tensors)
-    for node in bodies.nodes(proto.graph):
+    for node in proto.graph.node:
         read = bodies.reads(node)
         if known.issuperset(read) and not stays(node):
             known.update(node.output)
@@ -308,10 +315,12 @@ def _constants_as_tensors(proto: ModelProto) -> None:
 
 
 def _keep_unfolded(node: gs.Node | NodeProto) -> bool:
-    """Quantised weights stay quantised; random and stateful operators stay."""
-    quantised = {"DequantizeLinear", "QuantizeLinear"}
-    op = node.op_type if isinstance(node, NodeProto) else node.op
-    return op in quantised or op.startswith(("Random", "Bernoulli", "Multinomial"))
+    """Quantised weights stay quantised; random and stateful operators stay, and nodes with one of them in a body."""
+    if isinstance(node, NodeProto):
+        ops = {node.op_type, *(n.op_type for body in bodies.inner(node) for n in bodies.nodes(body))}
+    else:
+        ops = {node.op, *(n.op for body in node.subgraphs(recursive=True) for n in body.nodes)}
+    return any(op.startswith(UNFOLDED) for op in ops)
 
 
 def restore(proto: ModelProto, source: ModelProto) -> None:
