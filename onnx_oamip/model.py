@@ -1,7 +1,8 @@
 """ONNX file <-> Model. The only reader of model files; uses onnx-graphsurgeon to fold constants.
 
 What a model keeps: opset imports, metadata, doc strings, symbolic dimensions, input and output declarations. What
-changes on loading: constant subgraphs become initialisers, unnamed nodes get names, local functions are inlined,
+changes on loading: what the graph computes from constants becomes an initialiser (what a body computes does not), a
+body returns an outer value or a constant through an Identity, unnamed nodes get names, local functions are inlined,
 unused nodes go, and what was computed from shapes (the target of a reshape, say) becomes constant where that is
 provably the same.
 """
