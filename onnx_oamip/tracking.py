@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,7 +67,7 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
             mlflow.log_params(given)
         yield log
     except BaseException as error:
-        with suppress(Exception), redirect_stdout(sys.stderr):  # what failed first is what the user must see
+        with suppress(Exception):  # what failed first is what the user must see
             mlflow.set_tag("error", str(error) or type(error).__name__)
             mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
@@ -102,10 +101,9 @@ def _parameters(values: Mapping[str, Any]) -> dict[str, str]:
 
 @contextmanager
 def _told(mlflow: Any, what: str) -> Iterator[None]:
-    """Errors of MLflow, and of whatever client its stores use, as one sentence; stdout is left to the command."""
+    """Errors of MLflow, and of whatever client its stores use, as one sentence."""
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if "MLFLOW_ALLOW_FILE_STORE" in str(error):

@@ -463,6 +463,20 @@ def test_limits_out_of_range(values: dict, message: str) -> None:
         Limits(**values)
 
 
+def test_a_solve_from_python_prints_nothing(solver: str) -> None:
+    """Not even the banner that HiGHS prints once in a process, here while solves overlap in threads."""
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from test_solvers import EXACT, knapsack, solvers\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        f"    found = list(pool.map(lambda n: solvers.solve(knapsack(n), EXACT, {solver!r}), range(5, 13)))\n"
+        f"assert all(f.solver == {solver!r} and f.found for f in found)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_importing_the_package_imports_no_solver() -> None:
     code = "import sys, onnx_oamip.budget; print({'gurobipy', 'highspy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -8,17 +8,30 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import click
 
 from ..errors import OamipError
 from .commands import cli
 from .interrupt import INTERRUPTED, TERMINATED, Terminated, heard
+from .stdout import reserved
 
 __all__ = ["cli", "main"]
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; every failure is one sentence on stderr."""
+    """Run the command line and return its exit status; every failure is one sentence on stderr.
+
+    Args:
+        arguments: Command and options, for a call from Python. None takes those of the process, which then is the
+            program ``onnx-oamip``: from here to its end, only the command writes to stdout.
+    """
+    with reserved() if arguments is None else nullcontext():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -17,11 +17,18 @@ from .pack import pack, unpack
 from .prune import apply, plan, prune
 from .reading import reading_options
 from .score import score
+from .stdout import document_only
 from .terminal import Progress, show
 
 
 class Commands(click.Group):
-    """Lists the commands in the order of a user's work, not of the alphabet."""
+    """Lists the commands in the order of a user's work, and keeps stdout for what they show."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Adds a command; what else is printed while it runs is written to stderr."""
+        if cmd.callback is not None:
+            cmd.callback = document_only(cmd.callback)
+        super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Names in the order in which they were added."""

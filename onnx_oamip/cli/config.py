@@ -18,6 +18,7 @@ import click
 from ..errors import SettingsError
 from .options import json_option
 from .reading import Separated
+from .stdout import stream
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,7 +107,7 @@ def config(ctx: click.Context, command: str, path: Path | None, schema: bool, as
     if schema:
         from ..settings import Settings
 
-        click.echo(json.dumps(Settings.schema_document(), indent=2))
+        click.echo(json.dumps(Settings.schema_document(), indent=2), file=stream())
         return
     group = ctx.parent.command if ctx.parent is not None else None
     found = group.commands.get(command) if isinstance(group, click.Group) else None
@@ -127,13 +128,13 @@ def config(ctx: click.Context, command: str, path: Path | None, schema: bool, as
         from_file = source is click.core.ParameterSource.DEFAULT_MAP
         rows[name] = {"value": _plain(value), "source": "file" if from_file else "default"}
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "command": command, "options": rows}, indent=2))
+        click.echo(json.dumps({"schema_version": 1, "command": command, "options": rows}, indent=2), file=stream())
         return
-    click.echo(f"# onnx-oamip {command}")
+    click.echo(f"# onnx-oamip {command}", file=stream())
     for name, row in rows.items():
         text = "" if row["value"] in (None, []) else json.dumps(row["value"], ensure_ascii=False)
         note = f"  # from {path}" if row["source"] == "file" else ""
-        click.echo(f"{name} = {text}{note}" if text else f"# {name} =")
+        click.echo(f"{name} = {text}{note}" if text else f"# {name} =", file=stream())
 
 
 def _plain(value: Any) -> Any:

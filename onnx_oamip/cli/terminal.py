@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .stdout import stream
+
 if TYPE_CHECKING:
     from ..report import Document
 
@@ -18,13 +20,13 @@ def show(document: Document, as_json: bool) -> None:
     from .. import report
 
     if as_json:
-        click.echo(report.dumps(document))
+        click.echo(report.dumps(document), file=stream())
         return
     from rich.console import Console
 
     from .. import tables
 
-    tables.show(document, Console(highlight=False, markup=False, emoji=False))
+    tables.show(document, Console(file=stream(), highlight=False, markup=False, emoji=False))
 
 
 class Progress:

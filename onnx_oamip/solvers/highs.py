@@ -39,7 +39,7 @@ def solve(program: Program, limits: Limits) -> Solution:
     """Solve with HiGHS; raises SolverError where HiGHS refuses the program or fails without a solution."""
     highspy = _highspy()
     began = time.perf_counter()
-    highs = highspy.Highs()
+    highs = _silent(highspy)
     options: dict[str, Any] = {
         "output_flag": False,
         "mip_rel_gap": limits.gap,
@@ -85,6 +85,21 @@ def solve(program: Program, limits: Limits) -> Solution:
         raise SolverError(f"HiGHS ended with status {status}; try --solver gurobi.")
     ended = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
     return solution(program, NAME, seconds, ended, limit, values, bound)
+
+
+def _silent(highspy: Any) -> Any:
+    """A HiGHS solver that prints nothing, its banner included.
+
+    HiGHS prints its banner at the first call that is not about options, and highspy's constructor makes one: it enables
+    callbacks. So the output is turned off there, before any caller of the constructor could do it.
+    """
+
+    class Silent(highspy.Highs):  # type: ignore[misc]
+        def enableCallbacks(self) -> None:  # noqa: N802 - highspy's name
+            self.setOptionValue("output_flag", False)
+            super().enableCallbacks()
+
+    return Silent()
 
 
 def _load(highs: Any, program: Program) -> Any:
