@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, documents, exit codes, one sentence per failure, README's commands."""
+"""The command line as a user meets it: help, documents, exit codes, one sentence per failure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,17 +18,11 @@ from typing import Literal, get_args, get_origin
 
 import numpy as np
 import onnx
-import pyarrow
-import pyarrow.parquet
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
-from safetensors.numpy import save_file
 
-from onnx_oamip import importance, pipeline
 from onnx_oamip.cli import cli, main
 from onnx_oamip.errors import BudgetNotMet, EnvironmentMissing
-from onnx_oamip.latency import Ratio
 from onnx_oamip.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +40,14 @@ VERIFICATION_KEYS = {
     "masked_equivalence", "rounding", "output_relative_error", "agreement", "accuracy_before", "accuracy_after",
     "latency_ratio",
 }  # fmt: skip
+
+
+def documented_keys() -> set[str]:
+    """Top-level keys of prune's document, from the table in docs/."""
+    page = (ROOT / "docs" / "reference" / "json.md").read_text(encoding="utf-8")
+    table = page.split("Keys of `prune`:")[1].split("\n\n")[1]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
 
 
 @dataclass(frozen=True)
@@ -796,93 +796,3 @@ def test_interrupt_exits_130(place: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert err.strip() == "Error: interrupted."
     assert not Path("out.onnx").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------- README
-
-PAGES = ("README.md", "docs/reference.md", "docs/pipelines.md")
-README, REFERENCE, PIPELINES = ((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
-
-
-def blocks(language: str) -> list[str]:
-    """Blocks of the pages, in their order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", f"{README}\n{REFERENCE}\n{PIPELINES}", re.MULTILINE | re.DOTALL)
-
-
-def documented_keys() -> set[str]:
-    table = REFERENCE.split("Keys of `prune`:")[1].split("\n\n")[1]
-    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
-    return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
-
-
-def test_readme_shows_every_command_and_option_of_prune() -> None:
-    shown = set(re.findall(r"^onnx-oamip (\w+)", "".join(blocks("console")), re.MULTILINE))
-    assert shown == set(COMMANDS)
-    options = {o for p in cli.commands["prune"].params for o in p.opts if p.param_type_name == "option"}
-    table = REFERENCE.partition("\n## Budgets\n")[2].partition("\n## Configuration files\n")[0]
-    assert {o for o in options if o.startswith("--")} - {"--output", "--quiet"} <= set(
-        re.findall(r"--[a-z-]+", table)
-    )
-
-
-def materials(folder: Path) -> None:
-    """What README's commands find: models and data under their names, and the files that it shows."""
-    (folder / "models").mkdir()
-    for name in set(re.findall(r"models/[\w-]+\.onnx", README)):
-        assert (ROOT / name).exists()
-        shutil.copy(ROOT / "models" / "lenet300-mnist.onnx", folder / name)
-    whole = np.load(ROOT / "models" / "mnist.npz")
-    few = {k: whole[k] if k.endswith((".scale", ".offset")) else whole[k][:64] for k in whole.files}
-    for name in set(re.findall(r"models/[\w-]+\.npz", README)):
-        assert (ROOT / name).exists()
-        np.savez(folder / name, **few)
-    for i, (pixels, label) in enumerate(zip(few["input"], few["labels"].tolist(), strict=True)):
-        (folder / f"images/{label}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels[0]).save(folder / f"images/{label}/{i}.png")
-    values = (few["input"].reshape(64, -1) * np.float32(1 / 255)).tolist()
-    pyarrow.parquet.write_table(
-        pyarrow.table({"pixels": values, "label": few["labels"]}), folder / "samples.parquet"
-    )
-    weights = onnx.load(ROOT / "models" / "lenet300-mnist.onnx").graph.initializer
-    save_file({t.name: numpy_helper.to_array(t) for t in weights}, folder / "trained.safetensors")
-    for block in (*blocks("toml"), *blocks("python")):
-        if named := re.match(r"# (\w+\.\w+)\n", block):
-            (folder / named[1]).write_text(block)
-
-
-def test_readme_commands_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As written, on a small network under the names of the larger ones, whose speed says nothing about them."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
-    monkeypatch.chdir(tmp_path)
-    materials(tmp_path)
-    before = set(sys.modules)
-    ran = 0
-    for line in "".join(blocks("console")).splitlines():
-        for command in line.split("&&"):
-            words = shlex.split(command)
-            if words[0] in ("pip", "pytest"):
-                continue
-            assert words[0] == "onnx-oamip"
-            arguments, _, target = (list(part) for part in partition(words[1:], ">"))
-            result = run(*arguments)
-            assert (result.code, result.err) == (0, ""), command
-            if target:
-                Path(target[0]).write_text(result.out)
-                assert result.document["schema_version"] == 1
-            ran += 1
-    assert ran >= 20
-    known = set(importance.METHODS)
-    try:
-        for block in blocks("python"):
-            exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
-    finally:
-        for method in set(importance.METHODS) - known:
-            del importance._METHODS[method]
-        for module in set(sys.modules) - before:
-            if getattr(sys.modules[module], "__file__", None) == str(tmp_path / f"{module}.py"):
-                del sys.modules[module]
-
-
-def partition(words: list[str], mark: str) -> tuple[list[str], list[str], list[str]]:
-    at = words.index(mark) if mark in words else len(words)
-    return words[:at], words[at : at + 1], words[at + 1 :]

@@ -1,26 +1,32 @@
-"""README and the pages behind it: links hold, generated parts are fresh, and what is listed is what there is."""
+"""README and docs/: links and navigation targets exist, generated parts are fresh, listings are complete."""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from conftest import ROOT
 
+import onnx_oamip
 from onnx_oamip.cli import cli, main
 from onnx_oamip.planfile import GroupEntry
 from tools.bench import __main__ as bench
 from tools.bench import picture, readme
 from tools.bench.studies import digest
 
-PAGES = (
-    "README.md", "docs/reference.md", "docs/methods.md", "docs/pipelines.md", "models/README.md",
-    "tools/bench/RESULTS.md", "tools/experiments/results/README.md",
-)  # fmt: skip
+DOCS = tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
+ROOT_PAGES = tuple(sorted(path.name for path in ROOT.glob("*.md")))
+PAGES = (*ROOT_PAGES, *DOCS, "models/README.md", "tools/experiments/results/README.md")
 PACKAGE = ROOT / "onnx_oamip"
+RESULTS = "docs/results.md"
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
 
 def text(page: str) -> str:
@@ -59,21 +65,69 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in anchors(str(target.relative_to(ROOT))), link
 
 
+@pytest.mark.parametrize("page", DOCS)
+def test_pages_of_the_site_link_only_inside_it(page: str) -> None:
+    """A file outside docs/ is not part of the built site; such pages name it as code instead of linking to it."""
+    for link in links(page):
+        if not link.startswith(("http://", "https://", "#")):
+            target = ((ROOT / page).parent / unquote(link).partition("#")[0]).resolve()
+            assert target.is_relative_to(ROOT / "docs"), link
+
+
+def nav_targets(entries: list[Any]) -> list[str]:
+    """Pages named in mkdocs.yml, sections included."""
+    targets: list[str] = []
+    for entry in entries:
+        (value,) = entry.values()
+        targets += [value] if isinstance(value, str) else nav_targets(value)
+    return targets
+
+
+def test_navigation_has_every_page_once() -> None:
+    assert sorted(f"docs/{target}" for target in nav_targets(SITE["nav"])) == sorted(DOCS)
+
+
+def test_site_requests_nothing_from_other_hosts() -> None:
+    assert SITE["theme"]["font"] is False
+    assert not {"extra_css", "extra_javascript"} & set(SITE)
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    """Strict: a warning, about a link or a docstring for example, fails the build."""
+    pytest.importorskip("mkdocs", reason="needs the extra 'docs'")
+    pytest.importorskip("mkdocstrings", reason="needs the extra 'docs'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "prune" in (tmp_path / "site" / "reference" / "api.html").read_text(encoding="utf-8")
+
+
+def test_api_page_has_every_public_name() -> None:
+    shown = re.findall(r"^::: onnx_oamip\.(\w+)$", text("docs/reference/api.md"), re.MULTILINE)
+    assert len(shown) == len(set(shown))
+    assert set(shown) == set(onnx_oamip.__all__) - {"__version__"}
+
+
+def test_readme_is_short() -> None:
+    assert len(text("README.md").splitlines()) <= 300
+
+
 def test_readme_leads_to_every_page() -> None:
     reached = {(ROOT / link.partition("#")[0]).resolve() for link in links("README.md") if not link.startswith("#")}
-    assert {(ROOT / page).resolve() for page in PAGES[1:]} <= reached
+    home = ("README.md", "docs/index.md")  # the home page of the site, which repeats the README
+    assert {(ROOT / page).resolve() for page in PAGES if page not in home} <= reached
 
 
 def test_results_are_fresh() -> None:
     assert readme.updated(text("README.md"), readme.SAVED) == text("README.md"), "run: python -m tools.bench readme"
-    assert readme.page(readme.SAVED) == text("tools/bench/RESULTS.md"), "run: python -m tools.bench readme"
+    assert readme.page(readme.SAVED) == text(RESULTS), "run: python -m tools.bench readme"
 
 
-def test_a_number_that_was_edited_is_found() -> None:
+def test_an_edited_number_is_noticed() -> None:
     page = text("README.md")
     begin, end = page.index(readme.BEGIN), page.index(readme.END)
     numbers = [found for found in re.finditer(r"(?<=\| )-?\d+\.\d+(?= \|)", page) if begin < found.start() < end]
-    assert len(numbers) > 50
+    assert len(numbers) > 30
     for found in numbers[:: len(numbers) // 7]:
         edited = f"{page[: found.start()]}{float(found[0]) + 0.01:.2f}{page[found.end() :]}"
         assert readme.updated(edited, readme.SAVED) != edited
@@ -114,16 +168,20 @@ def test_publishing_takes_over_what_is_new(tmp_path: Path, monkeypatch: pytest.M
     record = json.loads((tmp_path / "SAVED/budgets.json").read_text())
     record["rows"] = [{**record["rows"][0], "model": "another", "MACs kept": 0.5, "before": 98.0, "after": 12.34}]
     (new / "budgets.json").write_text(json.dumps(record))
+    summary = json.loads((tmp_path / "SAVED/rivals-summary.json").read_text())
+    summary["rows"] = [{**summary["rows"][0], "model": "another", "lost by ours": 12.34}]
+    (new / "rivals-summary.json").write_text(json.dumps(summary))
     (tmp_path / "README").write_text(f"before {readme.BEGIN} old {readme.END} after")
     drawn = []
     monkeypatch.setattr(readme, "DRAWN", tmp_path / "docs")
     monkeypatch.setattr(readme.picture, "write", lambda rivals, _: drawn.extend(rivals))
     readme.publish(new)
     shown = (tmp_path / "README").read_text()
-    assert shown.startswith(f"before {readme.BEGIN}\n**Accuracy")
+    assert shown.startswith(f"before {readme.BEGIN}\n**Points lost")
     assert shown.endswith(f"{readme.END} after")
-    assert re.search(r"\| another \| 0\.50 \| [\d.]+ \| 98\.00 \| 12\.34 \|", shown)
-    assert "| another |" in (tmp_path / "PAGE").read_text()
+    assert "| another | 12.34 |" in shown
+    row = r"\| another \| auto \| [\d.]+ \| 0\.50 \| [\d.]+ \| 98\.00 \| 12\.34 \|"
+    assert re.search(row, (tmp_path / "PAGE").read_text())
     assert json.loads((tmp_path / "SAVED/budgets.json").read_text())["rows"] == record["rows"]
     assert drawn == json.loads((tmp_path / "SAVED/rivals.json").read_text())["rows"]
     assert {p.name for p in (tmp_path / "docs").iterdir()} == {
@@ -137,7 +195,7 @@ def test_missing_markers_are_said() -> None:
 
 
 def test_design_lists_every_module() -> None:
-    design = text("README.md").partition("\n## Design\n")[2].partition("\n## ")[0]
+    design = text("docs/design.md").partition("\n## Modules\n")[2].partition("\n## ")[0]
     table = design.partition("| --- | --- |\n")[2].partition("\n\n")[0]
     listed = [name for row in table.splitlines() for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])]
     files = {p.name for p in PACKAGE.glob("*.py") if not p.name.startswith("__")}
@@ -147,7 +205,7 @@ def test_design_lists_every_module() -> None:
 
 
 def test_every_option_is_in_the_reference() -> None:
-    tables = text("docs/reference.md").partition("\n## Budgets\n")[2].partition("\n## Configuration files\n")[0]
+    tables = text("docs/reference/options.md").partition("\n## Budgets\n")[2].partition("\n## Configuration files\n")[0]
     shown = set(re.findall(r"--[a-z][a-z-]+", tables))
     for name, command in cli.commands.items():
         options = {o for p in command.params if p.param_type_name == "option" for o in p.opts if o.startswith("--")}
@@ -156,7 +214,9 @@ def test_every_option_is_in_the_reference() -> None:
 
 def test_the_output_shown_is_what_comes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (command, shown), *others = re.findall(
-        r"^```console\nonnx-oamip ([^\n]+)\n```\n\n```text\n(.*?)^```", text("README.md"), re.MULTILINE | re.DOTALL
+        r"^```console\nonnx-oamip ([^\n]+)\n```\n\n```text\n(.*?)^```",
+        "\n".join(map(text, PAGES)),
+        re.MULTILINE | re.DOTALL,
     )
     assert others == []
     monkeypatch.chdir(ROOT)
@@ -166,7 +226,7 @@ def test_the_output_shown_is_what_comes(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_the_plan_shown_is_one() -> None:
-    blocks = re.findall(r"^```json\n(.*?)^```", text("README.md"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```json\n(.*?)^```", "\n".join(map(text, DOCS)), re.MULTILINE | re.DOTALL)
     shown = [GroupEntry.model_validate_json(block) for block in blocks if '"keep"' in block]
     assert len(shown) == 1
 

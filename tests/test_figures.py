@@ -95,7 +95,7 @@ def test_pictures_are_told_and_captioned(study: str) -> None:
         assert text.endswith(".")
         assert not set("[]*\n") & set(text)
     if study in SAVED:
-        assert f"![{told}](../../docs/{study}.svg)\n\n*{caption}*\n" in readme.PAGE.read_text(encoding="utf-8")
+        assert f"![{told}](figures/{study}.svg)\n\n*{caption}*\n" in readme.PAGE.read_text(encoding="utf-8")
 
 
 def test_exponents_in_the_picture_are_the_saved_ones(tmp_path: Path, sheets: list[Figure]) -> None:

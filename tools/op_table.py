@@ -1,4 +1,4 @@
-"""Write README's table of supported operators from the registry: ``python -m tools.op_table``."""
+"""Writes the table of supported operators in docs/guide/operators.md: ``python -m tools.op_table``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onnx_oamip.ops import REGISTRY, OpSpec
 
-FILE = Path(__file__).resolve().parents[1] / "README.md"
+FILE = Path(__file__).resolve().parents[1] / "docs" / "guide" / "operators.md"
 BEGIN, END = "<!-- operators:begin -->", "<!-- operators:end -->"
 COLUMNS = ("operator", "channels", "repair", "cost", "encode")
 
@@ -34,21 +34,22 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def section() -> str:
-    """What stands between the markers."""
+    """Return the text between the markers, markers included."""
     return (
         f"{BEGIN}\n"
-        "Channels are followed through all of these. Where repair is set, the node itself changes when channels go; "
-        "cost counts multiply-accumulates; encode states the operator in the importance program.\n\n"
+        "Channels are traced through every operator below. *repair*: attributes or constant inputs are rewritten when "
+        "channels are removed; *cost*: multiply-accumulates are counted; *encode*: the importance program can contain "
+        "the operator.\n\n"
         f"{table()}\n{END}"
     )
 
 
 def updated(text: str) -> str:
-    """README with the section as it should be. Raises ValueError where the markers are missing."""
+    """Return the page with a fresh section. Raises ValueError if it has no markers."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md has no {BEGIN} ... {END}")
+        raise ValueError(f"{FILE.name} has no {BEGIN} ... {END}")
     return head + section() + tail
 
 

@@ -5,8 +5,8 @@ it has one (``figures``). It runs in a process of its own, so that none disturbs
 package, training images, a GPU) is left out with a sentence that says what to do; one that fails stops none of the
 others. What became of each comes last, and the exit status is 1 where one failed, or none ran.
 
-``readme`` writes RESULTS.md, README's headline and the pictures from the studies kept in ``tools/bench/results``; with
-``--out DIR`` those found in DIR are taken over first. ``python -m tools.bench.agree DIR DIR`` compares two runs.
+``readme`` writes docs/results.md, README's headline and the figures from the studies in ``tools/bench/results``; with
+``--out DIR`` those found in DIR are copied there first. ``python -m tools.bench.agree DIR DIR`` compares two runs.
 
 What studies need beside ``pip install -e '.[cpu,dev]'``:
   coverage, estimators, foreign, latency, programs, rivals: the extra experiments (torch, onnxsim and others)

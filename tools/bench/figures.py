@@ -88,13 +88,13 @@ FIGURES: Mapping[str, Drawn] = {
         ),
         (
             "Beside each line how it grows between the two largest sizes, above the start-up (dotted: all stages of a "
-            "stack of next to no work). The latency gate is left out, as it measures for as long as it is told. One "
+            "stack of almost no work). The latency check is left out, because it measures for a fixed time. One "
             "run each."
         ),
     ),
     "memory": Drawn(
         memory_figure.draw,
-        "Peak memory by number of samples, a line a stage: all stages but the refit stay about as they are.",
+        "Peak memory by number of samples, a line a stage: only that of the refit grows.",
         "The process's own memory (no file behind it), by stage; the axis of samples is logarithmic.",
     ),
 }

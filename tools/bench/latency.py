@@ -175,7 +175,7 @@ def remarks(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[str]:
         if more:
             text += f" The cut adds nodes ({more})"
             text += ", which put zeros back around normalisations." if "Pad" in more else "."
-        told.append(f"{text} `prune` does not write a model that it measures slower, unless told to by `--force`.")
+        told.append(f"{text} `prune` does not write a model that it measures slower, without `--force`.")
     return told
 
 

@@ -1,8 +1,9 @@
-"""Pages made from saved studies, never typed by hand: RESULTS.md, README's headline and its picture."""
+"""Writes the pages that show saved studies: docs/results.md, the headline tables of README.md, and the figures."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,9 +16,9 @@ from .studies import ROOT, Row, table
 
 SAVED = Path(__file__).parent / "results"
 """The studies that the pages are made from, one JSON file each, as ``studies.save`` writes them."""
-PAGE = Path(__file__).parent / "RESULTS.md"
+PAGE = ROOT / "docs" / "results.md"
 README = ROOT / "README.md"
-DRAWN = ROOT / "docs"
+DRAWN = ROOT / "docs" / "figures"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 TEXT = {
@@ -36,14 +37,14 @@ TEXT = {
         ),
     ),
     "ablation": (
-        "What each part is worth",
+        "Ablation",
         (
             "Accuracy at half the MACs by order of removal, allocation of widths and refit (`none`, `bias`, "
             "`least-squares`), widths not aligned."
         ),
     ),
     "importance": (
-        "Which units go",
+        "Unit selection",
         "Accuracy in percent with the same share of units kept in every group, by importance and refit.",
     ),
     "methods": (
@@ -53,13 +54,13 @@ TEXT = {
     "connections": (
         "Connections",
         (
-            "Single connections pruned by NNrelief without retraining: how many times fewer, and the accuracy in "
+            "Single connections pruned by NNrelief without retraining: factor of compression, and the accuracy in "
             "percent. The paper's more than 50 times (VGG, CIFAR-10) come with retraining after every round."
         ),
     ),
     "decoupled": (
-        "What oamip costs",
-        "Decoupled scoring; a program has one variable a unit and one more.",
+        "Cost of oamip",
+        "Decoupled scoring; a program has one variable per unit and one more.",
     ),
     "programs": (
         "The published program",
@@ -67,7 +68,7 @@ TEXT = {
     ),
     "estimators": (
         "Dependence between layers",
-        "Seconds, whether true edges are found, and memory.",
+        "Seconds, detection of true edges, and memory.",
     ),
     "storage": (
         "Packed files",
@@ -104,7 +105,7 @@ TEXT = {
         ),
     ),
     "larger-summary": (
-        "Larger networks in short",
+        "Larger networks, summary",
         (
             "Ours and the best rival at the same MACs, picked row by row by the figure shown, which favours the rival. "
             "Random has our allocation and no refit."
@@ -136,12 +137,12 @@ TEXT = {
     "latency-accuracy": (
         "Accuracy behind the speed-ups",
         (
-            "Accuracy in percent of the models timed above, and what nodes the cut added; `step` is the step of widths "
-            "that was measured."
+            "Accuracy in percent of the models timed above, and the nodes that pruning added; `step` is the step of "
+            "widths that was measured."
         ),
     ),
     "finetune": (
-        "With a short fine-tune",
+        "A short fine-tune",
         "The same epochs after pruning by ours and by Torch-Pruning's L2; accuracy in percent.",
     ),
     "finetune-rates": (
@@ -149,7 +150,7 @@ TEXT = {
         "Accuracy in percent on 8,000 other test images after one epoch, by share of the network's own learning rate.",
     ),
     "calibration": (
-        "How much calibration",
+        "Calibration set size",
         "Unlabelled images of the network's own domain, of another one, and noise; accuracy in percent.",
     ),
     "cost": (
@@ -163,7 +164,7 @@ TEXT = {
         "Growth of the cost",
         (
             "Exponent b of seconds = start-up + a * size^b between the two largest sizes of the study above; the "
-            "start-up is what a stack of next to no work takes."
+            "start-up is the time of a stack of almost no work."
         ),
     ),
     "cuda": (
@@ -174,64 +175,66 @@ TEXT = {
         ),
     ),
     "resume": (
-        "Starting again",
+        "Resuming",
         (
-            "A run killed at the start of a stage and started again, with what it had kept, over a whole run from an "
-            "empty cache (half the MACs, widths in steps of 8)."
+            "A run that was killed at the start of a stage and started again with its cache, relative to a whole run "
+            "from an empty cache (half the MACs, widths in steps of 8)."
         ),
     ),
     "memory": (
         "Memory by samples",
         (
-            "Peaks of a process beyond what it holds after its imports: all pages that are resident, and its own alone "
-            "(no file behind them). The ratio is that of the most samples to the fewest."
+            "Peak memory of a process beyond its memory after imports: all resident pages, and its anonymous pages "
+            "alone. The ratio is that of the most samples to the fewest."
         ),
     ),
     "coverage": (
         "Architectures",
         (
             "Share of the parameters kept (percent) when every group is halved, on small networks with random weights "
-            "exported by PyTorch both ways; beside it what others keep of the same network when asked for half of the "
-            "channels, or how they end."
+            "exported by PyTorch both ways; beside it the share that others keep of the same network when asked for "
+            "half of the channels, or how they fail."
         ),
     ),
     "foreign": (
-        "Models that others made",
-        "Cut to seven tenths of every group, with their own weights where they come with any.",
+        "Third-party models",
+        "Pruned to seven tenths of every group, with their own weights if they are distributed with any.",
     ),
     "coupling": (
         "Coupling",
-        "Seconds to find what goes together, on graphs of the onnx package.",
+        "Seconds to find the units, on graphs of the onnx package.",
     ),
     "large": (
         "Large models",
         "`inspect` on a transformer with random weights, 250 million parameters of 4 bytes.",
     ),
 }
-"""Title and text of every study and of what it sums up (``study-...``), in the order of the page."""
+"""Title and text of every study and of its summaries (``study-...``), in the order of the page."""
 
 SHOWN = {"coverage": ("network", "exporter", "kept %", "onnxsim %", "Torch-Pruning %", "cut = masked")}
-"""Columns of a study that the page shows, where that is not all."""
+"""Columns of a study that the page shows, if not all."""
 
 
 def page(results: Path) -> str:
-    """RESULTS.md, from whatever studies are there."""
+    """Return the text of docs/results.md, from all studies found in ``results``."""
     found = {study: _read(results, study) for study in TEXT if (results / f"{study}.json").exists()}
     parts = [
         "# Results",
         (
-            "Every table is made by `python -m tools.bench readme` from the studies saved in [results](results), "
-            "and every study by the command under its table; [all of them](../../README.md#reproduce-the-results) by "
-            "`python -m tools.bench all`. OAMIP's published protocol has "
-            "[a page of its own](../experiments/results/README.md)."
+            "Every table is written by `python -m tools.bench readme` from the studies saved in "
+            "`tools/bench/results`, and every study by the command under its table; see "
+            "[how to reproduce them](reproduce.md). OAMIP's published protocol has a page of its own in "
+            "`tools/experiments/results`."
         ),
-        "\n".join(f"- [{TEXT[study][0]}](#{TEXT[study][0].lower().replace(' ', '-')})" for study in found),
+        "\n".join(f"- [{TEXT[study][0]}](#{_anchor(TEXT[study][0])})" for study in found),
     ]
     for study, record in found.items():
         title, text = TEXT[study]
         parts += [f"## {title}", text]
         if study in FIGURES:
-            parts += [f"![{FIGURES[study].told}](../../docs/{study}.svg)", f"*{FIGURES[study].caption}*"]
+            parts += [f"![{FIGURES[study].told}](figures/{study}.svg)", f"*{FIGURES[study].caption}*"]
+        if study == "coverage":
+            parts += [table(_compared(record), COMPARED), "By network and exporter:"]
         parts.append(table(record["rows"], SHOWN.get(study, record["columns"])))
         told = _remarks(results, record)
         if told:
@@ -241,31 +244,18 @@ def page(results: Path) -> str:
 
 
 def headline(results: Path) -> str:
-    """What README shows between its markers."""
+    """Return the text between the markers of README.md: the tables that compare with other pruners."""
     parts = []
-    for study, rows, columns in (
-        ("budgets", _aligned, ("model", "MACs kept", "params kept", "before", "after", "points lost")),
-        ("rivals-summary", _all, None),
-        ("rivals", None, None),
-        ("larger-summary", _halved, None),
-        ("latency-means", _one_thread, None),
-        ("speed", _all, None),
-        ("coverage", _compared, ("tool", "median kept %", "most kept %", "given", "not done")),
-    ):
-        if not (results / f"{study}.json").exists():
-            continue
-        record = _read(results, study)
-        title, text = TEXT[study]
-        if rows is None:
-            first, *others = _remarks(results, record)
-            parts.append("\n".join([first, *(f"- {line}" for line in others)]))
-        else:
-            parts.append(f"**{title}.** {text}\n\n{table(rows(record), columns or record['columns'])}")
-    return "\n\n".join([*parts, f"Measured on {_environment(_read(results, 'budgets'))}."])
+    for study, rows in (("rivals-summary", _all), ("larger-summary", _halved)):
+        if (results / f"{study}.json").exists():
+            record = _read(results, study)
+            title, text = TEXT[study]
+            parts.append(f"**{title}.** {text}\n\n{table(rows(record), record['columns'])}")
+    return "\n\n".join([*parts, f"Measured on {_environment(_read(results, 'rivals-summary'))}."])
 
 
 def updated(text: str, results: Path) -> str:
-    """README with the headline as it should be. Raises ValueError where the markers are missing."""
+    """Return README.md with a fresh headline. Raises ValueError if it has no markers."""
     head, begin, rest = text.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
@@ -274,7 +264,7 @@ def updated(text: str, results: Path) -> str:
 
 
 def publish(new: Path | None = None) -> None:
-    """Keep the studies found in ``new``, if any, and write both pages and the pictures from all that are kept."""
+    """Copy the studies found in ``new``, if given, then write both pages and the figures from all saved studies."""
     if new is not None:
         for study in TEXT:
             file = new / f"{study}.json"
@@ -293,12 +283,17 @@ def _read(results: Path, study: str) -> dict[str, Any]:
 
 
 def _remarks(results: Path, record: dict[str, Any]) -> list[str]:
-    """Sentences on single rows: where we are behind, and why."""
+    """Return sentences on single rows: where onnx-oamip is behind, and why."""
     if record["study"] == "rivals":
         return rivals.remarks(record["rows"])
     if record["study"] == "latency":
         return latency.remarks(record["rows"], _read(results, "latency-accuracy")["rows"])
     return []
+
+
+def _anchor(title: str) -> str:
+    """Return the id that GitHub and Python-Markdown give to a heading."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
 def _environment(record: dict[str, Any]) -> str:
@@ -318,16 +313,11 @@ def _halved(record: dict[str, Any]) -> list[Row]:
     return [row for row in record["rows"] if row["MACs asked"] == 0.5]
 
 
-def _one_thread(record: dict[str, Any]) -> list[Row]:
-    """Two threads on two cores meet whatever else the machine does: RESULTS.md has them with their intervals."""
-    return [row for row in record["rows"] if row["threads"] == 1]
-
-
-def _aligned(record: dict[str, Any]) -> list[Row]:
-    return [row for row in record["rows"] if row["align"] == "auto"]
+COMPARED = ("tool", "median kept %", "most kept %", "given", "not done")
 
 
 def _compared(record: dict[str, Any]) -> list[Row]:
+    """Return one row per tool: the share that it keeps over all networks."""
     rows = record["rows"]
     networks = {row["network"]: row["Torch-Pruning %"] for row in rows}  # pruned before they are exported
     return [
@@ -338,7 +328,7 @@ def _compared(record: dict[str, Any]) -> list[Row]:
 
 
 def _spread(cells: Iterable[Any]) -> Row:
-    """Of the cases that a tool was given ("n/a": it was not): numbers where it finished, text where it did not."""
+    """Summarise cells: a number if the tool finished, a text if it failed, "n/a" if it was not given the network."""
     given = [cell for cell in cells if cell != "n/a"]
     kept = [float(cell) for cell in given if isinstance(cell, (int, float))]
     return {

@@ -269,7 +269,7 @@ def _paired(ours: Sequence[Row], rival: Row) -> Row:
 
 
 def remarks(found: Sequence[Row]) -> list[str]:
-    """One sentence for every row in which a rival is ahead, or that nobody is."""
+    """Return a count of the rows without a better rival, and one sentence for every row with one."""
     behind = [r for r in found if r.get("ours ahead by", 0.0) < 0]
     rows = sum("ours ahead by" in r for r in found)
     told = [f"Ours is at or above every variant of every rival in {rows - len(behind)} of {rows} rows."]

@@ -2,7 +2,7 @@
 
     python -m tools.exports                     every framework that is installed
     python -m tools.exports pytorch jax         these
-    python -m tools.exports --table             prune every export by the same command, and put the table into README
+    python -m tools.exports --table             prune every export by the same command, and write docs/guide/exports.md
 
 ``pip install -e '.[cpu,exports]'`` brings all of them, gigabytes. One after the other in environments of their own does
 as well: a run keeps the files, and the lines of ``made.json``, that it does not make anew. Each needs little:

@@ -59,13 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.exports", description=__doc__)
     parser.add_argument("framework", nargs="*", help=f"of {', '.join(MODULES)}; without one, all that are installed")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--table", action="store_true", help="prune what is there and put the table into README")
+    parser.add_argument("--table", action="store_true", help="prune what is there and write docs/guide/exports.md")
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.framework) - set(MODULES)):
         parser.error(f"no framework is called {unknown[0]}; there are {', '.join(MODULES)}")
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.table:
-        table.write(chosen.out, ROOT / "README.md")
+        table.write(chosen.out, ROOT / "docs" / "guide" / "exports.md")
         return
     if not (chosen.out / digits.FILE).exists():
         digits.write(chosen.out)

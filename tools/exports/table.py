@@ -1,4 +1,4 @@
-"""Every export pruned by the same command, and README's table of what came out."""
+"""Every export pruned by the same command, and the table of docs/guide/exports.md."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def _row(folder: Path, name: str, versions: dict[str, str], place: Path) -> Row:
     }
 
 
-def write(folder: Path, readme: Path) -> None:
-    """Put the table between the markers. ValueError where they are missing."""
-    head, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+def write(folder: Path, page: Path) -> None:
+    """Put the table between the markers. Raises ValueError if they are missing."""
+    head, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{readme} has no {BEGIN} ... {END}")
+        raise ValueError(f"{page} has no {BEGIN} ... {END}")
     seen = ", ".join(f"{k} {v}" for k, v in environment().items())
     text = f"{table(rows(folder), COLUMNS)}\n\n`python -m tools.exports --table`; {seen}."
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
+    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}", encoding="utf-8")
