@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from .data import Samples
 from .images import showing
 from .overflow import refuse
-from .records import Array, Axis, Coupling, Floats, Model, Moments, Statistics
+from .records import Array, Axis, Coupling, Floats, Model, Moments, Request, Statistics
 from .runtime import Session
 
 Progress = Callable[[str, int, int], None]
@@ -65,7 +65,7 @@ def collect(
     moments = {
         site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site]) for site in sites
     }
-    return Statistics(moments, total, device, time.perf_counter() - start)
+    return Statistics({Request.MOMENTS: moments}, total, device, time.perf_counter() - start)
 
 
 def consumed(model: Model, coupling: Coupling) -> list[Axis]:

@@ -13,13 +13,13 @@ import numpy as np
 import onnx
 
 from . import cost, provenance, search, verify
-from .calibrate import Progress
+from .context import Context
+from .data import Samples
 from .errors import BudgetNotMet, SettingsError
 from .records import Connections, Fit, LayerConnections, Plan, Scores, Verification
 from .runtime import Session
 from .settings import Settings
-from .subgraph import run_size
-from .thinning import Bench, Opened, State, Thinned, held
+from .thinning import Bench, State, Thinned, held
 
 DROP_TRIES = 7
 LEAST_SHARE = 1e-3
@@ -66,10 +66,11 @@ def check(settings: Settings, scored: bool = False) -> None:
         raise SettingsError(f"--granularity connection takes one of --alpha, --params and --max-drop, not {names}.")
 
 
-def prune(opened: Opened, progress: Progress | None = None) -> Result:
+def prune(opened: Context) -> Result:
     """Prune, refit and check. Raises BudgetNotMet where the budget cannot be met, GateFailed where a gate fails."""
     settings, model = opened.settings, opened.model
-    bench = Bench(opened, progress)
+    evaluation = _evaluation(opened)
+    bench = Bench(opened)
     if not bench.free:
         raise BudgetNotMet(
             f"no connection of {model.path} can be pruned: no linear layer has constant weights of its own."
@@ -88,7 +89,7 @@ def prune(opened: Opened, progress: Progress | None = None) -> Result:
     after = Session(proto, opened.device, what="the pruned model")
     before = Session(model.proto, opened.device, what=model.path)
     batches = verify.runs_at(model, after, opened.samples, lambda: before)
-    seen = verify.compare(model, before, after, opened.held, settings.batch_size, progress)
+    seen = verify.compare(model, before, after, evaluation, settings.batch_size, opened.progress)
     verify.numbers(model, seen)
     return Result(
         proto=proto,
@@ -102,6 +103,12 @@ def prune(opened: Opened, progress: Progress | None = None) -> Result:
     )
 
 
+def _evaluation(opened: Context) -> Samples:
+    """The held-out samples: there are some wherever there is data, and this granularity needs data."""
+    assert opened.held is not None
+    return opened.held
+
+
 def _digest(state: State) -> str:
     """SHA-256 of which connections stay: by layer in order of names, its name and one bit a weight."""
     digest = hashlib.sha256()
@@ -113,13 +120,12 @@ def _digest(state: State) -> str:
 
 def _smallest(bench: Bench, points: float) -> Thinned:
     """The fewest connections that lose at most ``points`` on the evaluation samples, by bisection on a log scale."""
-    opened = bench.opened
+    opened, evaluation = bench.opened, _evaluation(bench.opened)
     original = Session(opened.model.proto, opened.device)
 
     def lost(found: Thinned) -> float:
         after = Session(found.proto, opened.device)
-        batch = run_size(opened.model, opened.settings.room)
-        seen = verify.compare(opened.model, original, after, opened.held, batch)
+        seen = verify.compare(opened.model, original, after, evaluation, opened.batch)
         return search.drop(seen)
 
     least: Thinned | None = None
@@ -139,7 +145,7 @@ def _smallest(bench: Bench, points: float) -> Thinned:
             bench.progress("max-drop", i + 1, DROP_TRIES)
     if least is None:
         raise BudgetNotMet(
-            f"no share of connections that was tried loses at most {points} points on {opened.held.source}; ask for a "
+            f"no share of connections that was tried loses at most {points} points on {evaluation.source}; ask for a "
             "larger drop."
         )
     return least

@@ -20,7 +20,7 @@ from .affine import Editor
 from .data import Samples
 from .images import is_float
 from .ops import lookup
-from .records import Axis, Bools, Coupling, Floats, Model, Moments, Node, Pruned, Statistics
+from .records import Axis, Bools, Coupling, Floats, Model, Moments, Node, Pruned, Request, Statistics
 from .refit import fold_means
 from .runtime import Session
 
@@ -77,7 +77,7 @@ def fold_constants(
     # To a consumer, a constant is a channel whose mean is all there is.
     moments = {key: Moments(level.mean, np.square(level.mean), level.count) for key, level in levels.items()}
     used = max((level.count for level in levels.values()), default=0)
-    folded = fold_means(model, coupling, units, Statistics(moments, used, device, 0.0), raw)
+    folded = fold_means(model, coupling, units, Statistics({Request.MOMENTS: moments}, used, device), raw)
     return Pruned(raw, folded.proto, (*notes, *folded.notes))
 
 

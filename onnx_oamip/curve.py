@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import pipeline, search
+from . import iterations, pipeline
 from .calibrate import Progress
+from .context import Clock
 from .errors import BudgetNotMet, GateFailed, ModelError, SettingsError
 from .output import check_output, write
-from .prepare import Clock, Source, called, prepare
+from .prepare import Source, called, prepare
 from .records import Frontier, Point
 from .search import Prepared
 from .settings import Settings
@@ -48,12 +49,14 @@ def frontier(
     asked = [Settings.create(**{**settings.model_dump(), "macs": share, "force": True}) for share in shares]
     targets = {share: _target(path, save_dir, share, (source, eval_data, scores)) for share in shares}
     clock = Clock()
-    ready = prepare(path, source, asked[0], eval_data, progress, clock, scores)
+    ready = prepare(
+        path, source, asked[0], eval_data=eval_data, progress=progress, clock=clock, scores=scores
+    )
     points = []
     for i, share in enumerate(shares):
         here = replace(ready, settings=ready.settings.model_copy(update={"macs": share}))
         with clock("plan, refit and verify"):
-            points.append(_point(here, share, targets[share], progress))
+            points.append(_point(here, share, targets[share]))
         if progress:
             progress("frontier", i + 1, len(shares))
     proofs = [p.verification for p in points if p.verification is not None]
@@ -92,12 +95,12 @@ def _target(
     return check_output(path, Path(folder) / f"{Path(path).stem}-macs{share}.onnx", sources, "--save-dir")
 
 
-def _point(ready: Prepared, share: float, target: Path | None, progress: Progress | None) -> Point:
+def _point(ready: Prepared, share: float, target: Path | None) -> Point:
     """The model of one level, written where it is proved."""
     try:
-        found = search.search(ready, progress)
+        ready, found = iterations.approach(ready)
         pipeline.meets(ready.settings.budget, ready.before, found.after)
-        verification = pipeline.prove(ready, found, progress)
+        verification = pipeline.prove(ready, found)
     except (BudgetNotMet, GateFailed, ModelError) as error:
         return Point(share, reason=str(error))
     point = Point(share, found.after, np.asarray(found.plan.widths, np.int64), verification)

@@ -10,17 +10,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import cache, cost, scoring, search, sensitivity
+from . import cache, ladders, scoring, search
 from . import model as models
-from .budget import Ladder
-from .calibrate import Progress
+from .context import Collected
 from .coupling import couple, exclude
 from .errors import SettingsError
-from .importance import METHODS
-from .records import Bools, Budget, Coupling, Floats, Ints, Scores, Sensitivity
+from .records import Bools, Coupling, Floats, Ints
 from .search import Attempt, Prepared
 from .settings import Settings
-from .subgraph import run_size
 
 
 def check(settings: Settings, scored: bool) -> None:
@@ -41,38 +38,7 @@ def check(settings: Settings, scored: bool) -> None:
             )
 
 
-def programmed(settings: Settings) -> bool:
-    """Whether losses are measured for the budget program: an alpha alone leaves it nothing to choose."""
-    return settings.allocate == "mip" and settings.budget != Budget()
-
-
-def ladder(
-    ready: Prepared, scores: Scores, progress: Progress | None
-) -> Ladder | None:
-    """Losses by width of the original in another order; None where no program asks for them."""
-    settings, coupling = ready.settings, ready.coupling
-    if not programmed(settings):
-        return None
-    order = scoring.order(scores, coupling)
-
-    def measure() -> tuple[Sensitivity, ...]:
-        found = scoring.statistics(
-            ready.model, coupling, ready.samples, ready.device, settings, True, progress, ready.store, ready.known
-        )
-        batch = run_size(ready.model, settings.room)
-        feeds = [feed for _, feed in scoring.parts(ready.samples)[1].batches(batch)]
-        return sensitivity.measure(
-            ready.model, coupling, found.grams, order, feeds, ready.device, scoring.workers(ready.model, settings),
-            progress, settings.refit, settings.scheduler,
-        )
-
-    known = {**ready.known, "order": order.tolist(), "refit": settings.refit}
-    wide = cost.full_widths(coupling)
-    losses = ready.store.keep(cache.LOSSES, known, measure, lambda found: sensitivity.fits(found, wide))
-    return search.rungs(coupling, losses, ready.steps, ready.floor)
-
-
-def approach(ready: Prepared, progress: Progress | None = None) -> tuple[Prepared, Attempt]:
+def approach(ready: Prepared) -> tuple[Prepared, Attempt]:
     """The last of ``settings.iterations`` attempts, and what it was made from. Raises BudgetNotMet."""
     asked = ready.settings
     rounds = asked.iterations
@@ -80,31 +46,32 @@ def approach(ready: Prepared, progress: Progress | None = None) -> tuple[Prepare
         shares = {name: getattr(asked, name) for name in ("macs", "params", "size")}
         softer = {name: share ** (i / rounds) for name, share in shares.items() if share is not None}
         here = replace(ready, settings=asked.model_copy(update=softer))
-        ready = _rescored(ready, search.search(here, progress), progress)
-        if progress:
-            progress("round", i, rounds)
-    return ready, search.search(ready, progress)
+        ready = _rescored(ready, search.search(here))
+        if ready.progress:
+            ready.progress("round", i, rounds)
+    return ready, search.search(ready)
 
 
-def _rescored(ready: Prepared, left: Attempt, progress: Progress | None) -> Prepared:
-    """The same task with the scores of the model that an attempt left; what has gone scores below everything."""
-    settings, keep = ready.settings, left.plan.keep
-    proto = left.pruned.proto
+def _rescored(ready: Prepared, left: Attempt) -> Prepared:
+    """The same task with the scores of the model that an attempt left, under the constraints of the original.
+
+    Removed units score below all others. Losses are measured on the original again, in the new order.
+    """
+    keep, proto = left.plan.keep, left.pruned.proto
     model = models.from_proto(proto, ready.model.bindings, ready.model.path, ready.model.sha256)
-    coupling = exclude(model, couple(model), settings.exclude)
-    method = METHODS[settings.importance]
-    statistics = None
-    if method.needs_data:
-        statistics = scoring.statistics(
-            model, coupling, ready.samples, ready.device, settings, method.needs_grams, progress, ready.store,
-            {**ready.known, "left": cache.content(proto)},
-        )
-    found = scoring.scores(
-        model, coupling, statistics, ready.samples, ready.device, settings, method, progress
+    coupling = exclude(model, couple(model), ready.settings.exclude)
+    remaining = replace(
+        ready,
+        model=model,
+        coupling=coupling,
+        known={**ready.known, "left": cache.content(proto)},
+        collected=Collected(),
     )
+    found = scoring.score(remaining)
     values = below(ready.scores.values, keep, units(ready.coupling, coupling, keep), found.values)
-    scores = replace(found, values=values, others={})
-    return replace(ready, scores=scores, ladder=ladder(ready, scores, progress))
+    scores = ready.constraints.apply(ready.coupling, replace(found, values=values))
+    ladder, curves = ladders.measure(ready, scores, step=ready.steps, floor=ready.constraints.floor)
+    return replace(ready, scores=scores, ladder=ladder, curves=curves)
 
 
 def units(whole: Coupling, part: Coupling, keep: Bools) -> Ints:

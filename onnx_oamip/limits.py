@@ -23,12 +23,13 @@ import numpy as np
 
 from .affine import Site, matrix
 from .allocation import best_units
+from .collecting import collect
+from .context import Context
 from .cost import full_widths
 from .executors import executor
 from .extras import imports_of
 from .pooled import outlet, sites
-from .records import Axis, Bools, Coupling, Floats, Ints, Model, Pooled, Scores, Statistics
-from .settings import Settings
+from .records import Axis, Bools, Coupling, Floats, Ints, Model, Pooled, Request, Scores
 
 LEVELS = np.arange(1, 98, 2)
 """Percentages of a group that are taken away."""
@@ -42,11 +43,27 @@ Judge = Callable[[Floats], float]
 
 
 @dataclass(frozen=True)
-class Bounds:
-    """``floor`` (groups,): the share of every group that must stay; scores in which protected units rank highest."""
+class Constraints:
+    """Lower bounds on the units that every plan keeps, found once on the original model.
+
+    They hold for the whole run: a round of ``--iterations`` scores the remaining units anew, but the protected units
+    are the ones chosen on the original, and shares are shares of the original's groups.
+
+    Attributes:
+        floor: Least share of every group (groups,).
+        protected: Units that no plan removes (n_units,).
+        notes: What a reader should know about them.
+    """
 
     floor: Floats
-    scores: Scores
+    protected: Bools
+    notes: tuple[str, ...] = ()
+
+    def apply(self, coupling: Coupling, scores: Scores) -> Scores:
+        """Scores in which protected units rank highest in their group, with the notes of these constraints."""
+        if self.protected.any():
+            scores = promote(coupling, scores, self.protected)
+        return replace(scores, notes=(*scores.notes, *self.notes))
 
 
 def check() -> None:
@@ -55,25 +72,30 @@ def check() -> None:
         import sklearn.svm  # noqa: F401
 
 
-def bound(
-    model: Model, coupling: Coupling, statistics: Statistics | None, scores: Scores, settings: Settings
-) -> Bounds:
-    """What ``--floor``, ``--limits`` and ``--protect`` ask for together; notes of what was found join the scores'."""
+def constraints(context: Context, scores: Scores) -> Constraints:
+    """Find the constraints that ``--floor``, ``--limits`` and ``--protect`` impose together.
+
+    Args:
+        context: The original model; ``--limits`` collects pooled activations of its samples.
+        scores: Scores of its units: upper limits depend on the order of removal.
+    """
+    model, coupling, settings = context.model, context.coupling, context.settings
     full = full_widths(coupling)
     floor = np.full(len(full), settings.floor)
-    if settings.protect > 0:
-        kept = protected(model, coupling, settings.protect)
-        scores = promote(coupling, scores, kept)
-        floor = np.maximum(floor, np.bincount(coupling.unit_group[kept], minlength=len(full)) / np.maximum(full, 1))
-    if settings.limits == "snacs" and len(full):
-        assert statistics is not None
-        assert statistics.pooled is not None
-        most, how = upper(model, coupling, statistics.pooled, scores, settings.workers, settings.scheduler)
-        floor = np.maximum(floor, 1 - most)
-        tight = [f"{coupling.groups[g].name} {most[g]:.0%}" for g in np.argsort(most, kind="stable")[:3]]
-        note = f"--limits snacs ({how}): the least may go from {', '.join(tight)}"
-        scores = replace(scores, notes=(*scores.notes, note))
-    return Bounds(floor, scores)
+    kept = np.zeros(coupling.n_units, bool)
+    notes: tuple[str, ...] = ()
+    with context.clock("limits"):
+        if settings.protect > 0:
+            kept = protected(model, coupling, settings.protect)
+            scores = promote(coupling, scores, kept)
+            floor = np.maximum(floor, np.bincount(coupling.unit_group[kept], minlength=len(full)) / np.maximum(full, 1))
+        if settings.limits == "snacs" and len(full):
+            pooled = collect(context, {Request.POOLED_ACTIVATIONS}).pooled
+            most, how = upper(model, coupling, pooled, scores, settings.workers, settings.scheduler)
+            floor = np.maximum(floor, 1 - most)
+            tight = [f"{coupling.groups[g].name} {most[g]:.0%}" for g in np.argsort(most, kind="stable")[:3]]
+            notes = (f"--limits snacs ({how}): the least may go from {', '.join(tight)}",)
+    return Constraints(floor, kept, notes)
 
 
 # -------------------------------------------------------------------------------------------------------- upper limits

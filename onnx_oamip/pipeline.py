@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -29,18 +28,18 @@ from . import model as models
 from . import prepare as preparing
 from .artefacts import Scored
 from .aside import Batch, write_bytes
+from .context import Clock, Context
 from .errors import GateFailed, ModelError, SettingsError
+from .importance import find
 from .latency import compare_latency
 from .output import Page, Targets, Written, check_output, stage
 from .planfile import Planned
-from .prepare import BUDGETS, Clock, Source, called, prepare
-from .records import Budget, Cost, Report, Scores, Verification
+from .prepare import BUDGETS, File, Source, called, prepare
+from .records import Budget, Cost, Report, Verification
 from .runtime import Session, resolve_device
-from .search import Attempt, Prepared, Subject
+from .search import Attempt, Prepared
 from .settings import Settings
-from .thinning import Opened
 
-File = str | os.PathLike[str]
 PROOF_SAMPLES = 64
 """Samples on which pruned and masked are compared: exactness does not need more."""
 GATE_SECONDS = (0.3, 2.0)
@@ -71,34 +70,29 @@ def prune(
     preparing.check(settings, source, scores is not None)
     targets = _targets(path, output, keep_map, page, (source, eval_data, scores))
     if settings.granularity == "connection":
-        return _thin(path, source, targets, settings, eval_data, progress, clock)
-    ready = prepare(path, source, settings, eval_data, progress, clock, scores)
+        context = preparing.open_context(
+            path, source, settings, eval_data=eval_data, progress=progress, clock=clock
+        )
+        return _thin(context, targets)
+    ready = prepare(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
+    )
     with clock("verify"):  # before the plan: a run that is killed in between has it already
         answers = search.answers(ready, settings.batch_size)
     with clock("plan and refit"):
-        ready, result = iterations.approach(ready, progress)
+        ready, result = iterations.approach(ready)
     meets(settings.budget, ready.before, result.after)
     asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
-    return _finish(ready, result, targets, clock, progress, settings.budget, ready.scores, asked, (), answers)
+    return _finish(ready, result, targets, budget=settings.budget, asked=asked, answers=answers)
 
 
-def _thin(
-    path: str | os.PathLike[str],
-    source: Source | None,
-    targets: Targets,
-    settings: Settings,
-    eval_data: Source | None,
-    progress: calibrate.Progress | None,
-    clock: Clock,
-) -> Report:
+def _thin(context: Context, targets: Targets) -> Report:
     """:func:`prune` by connections: the same network with zeros (see ``connections``)."""
     if targets.keep_map is not None:
         raise SettingsError("a keep-map is about units, and --granularity connection removes none; leave it out.")
-    device = resolve_device(settings.device)
-    model, coupling, samples, held = preparing.load(path, source, eval_data, settings, clock)
-    assert held is not None
-    with clock("connections"):
-        found = connections.prune(Opened(model, coupling, samples, held, device, settings), progress)
+    model, settings = context.model, context.settings
+    with context.clock("connections"):
+        found = connections.prune(context)
     before, after = cost.count(model), cost.count(models.from_proto(found.dense, model.bindings))
     report = Report(
         model=model,
@@ -107,17 +101,17 @@ def _thin(
         before=replace(before, bytes=model.file_bytes),
         after=replace(after, bytes=found.proto.ByteSize()),
         budget=settings.budget,
-        coupling=coupling,
+        coupling=context.coupling,
         scores=found.scores,
         plan=found.plan,
         verification=found.verification,
-        timings=clock.seconds,
-        settings={**settings.model_dump(mode="json"), "device": device, "scores": None, "steps": []},
+        timings=context.clock.seconds,
+        settings={**settings.model_dump(mode="json"), "device": context.device, "scores": None, "steps": []},
         notes=found.notes,
         fits=found.fits,
         connections=found.connections,
     )
-    return _write(report, found.proto, None, targets, clock)
+    return _write(report, found.proto, None, targets, context.clock)
 
 
 def score(
@@ -133,11 +127,12 @@ def score(
     Raises OamipError (exit code 2) for bad input; then no file is written.
     """
     clock = Clock()
-    method = preparing.named(settings)
+    method = find(settings.importance)
     target = check_output(path, output, (source,))
-    model, coupling, found, samples, held, device = preparing.score(path, source, settings, progress, clock)
-    used = samples.usable() if method.needs_data else 0
-    asked = {**settings.model_dump(mode="json"), "device": device, "samples": used}
+    context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
+    model, coupling, samples, held = context.model, context.coupling, context.samples, context.held
+    used = samples.usable() if method.requests(settings) else 0
+    asked = {**settings.model_dump(mode="json"), "device": context.device, "samples": used}
     with clock("write"):
         content = artefacts.save_scores(target, model, coupling, found, asked)
     notes: tuple[str, ...] = ()
@@ -165,9 +160,11 @@ def plan(
         raise SettingsError("a plan is made in one go and of units; connections and iterations need prune.")
     preparing.check(settings, source, scores is not None)
     target = None if output is None else check_output(path, output, (source, eval_data, scores))
-    ready = prepare(path, source, settings, eval_data, progress, clock, scores)
+    ready = prepare(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
+    )
     with clock("plan"):
-        chosen = search.plan(ready, progress)
+        chosen = search.plan(ready)
     asked, notes = _asked(ready, scores), ready.store.remarks()
     digest = None
     if target is not None:
@@ -206,15 +203,19 @@ def apply(
     targets = _targets(path, output, keep_map, page, (source, eval_data, plan_file))
     made_with = {n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS}
     settings = Settings.create(**{**made_with, "device": "auto", "cache": "auto", **(changes or {})})
-    ready = preparing.subject(path, source, settings, eval_data, progress, clock)
+    ready = preparing.open_for_plan(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock
+    )
     keep, notes = planfile.keep(found, ready.model, ready.coupling, plan_file)
     chosen = planfile.to_plan(found, keep, ready.coupling, ready.ledger, notes)
     with clock("refit"):
-        result = search.carry_out(ready, chosen, progress)
+        result = search.carry_out(ready, chosen)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
     asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": str(plan_file)}
     asked |= {"data": called(source), "eval_data": called(eval_data)}
-    return _finish(ready, result, targets, clock, progress, budget, None, asked, _unmet(budget, ready, result))
+    return _finish(
+        ready, result, targets, budget=budget, asked=asked, notes=_unmet(budget, ready, result)
+    )
 
 
 def _targets(
@@ -226,21 +227,21 @@ def _targets(
 
 
 def _finish(
-    ready: Subject,
+    ready: Context,
     result: Attempt,
     targets: Targets,
-    clock: Clock,
-    progress: calibrate.Progress | None,
+    *,
     budget: Budget,
-    scores: Scores | None,
     asked: Mapping[str, Any],
-    notes: tuple[str, ...],
+    notes: tuple[str, ...] = (),
     answers: verify.Answers | None = None,
 ) -> Report:
-    """Prove, write, report."""
+    """Verify, write and report the result of a plan."""
+    scores = ready.scores if isinstance(ready, Prepared) else None
+    clock = ready.clock
     with clock("verify"):
         try:
-            verification = prove(ready, result, progress, answers)
+            verification = prove(ready, result, answers)
         except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
             raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
     report = Report(
@@ -303,7 +304,11 @@ def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
 
 
 def compare(
-    original: File, pruned: File, source: Source, settings: Settings, progress: calibrate.Progress | None = None
+    original: File,
+    pruned: File,
+    source: Source,
+    settings: Settings,
+    progress: calibrate.Progress | None = None,
 ) -> Verification:
     """Check a pruned file against its original on data: checker, two batch sizes, error, agreement, accuracy."""
     data.check(source)
@@ -341,7 +346,7 @@ def meets(budget: Budget, before: Cost, after: Cost) -> None:
             )
 
 
-def _unmet(budget: Budget, ready: Subject, result: Attempt) -> tuple[str, ...]:
+def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:
     """A plan that was edited may keep more than its budget says: worth a note, and no more."""
     try:
         meets(budget, ready.before, result.after)
@@ -350,12 +355,7 @@ def _unmet(budget: Budget, ready: Subject, result: Attempt) -> tuple[str, ...]:
     return ()
 
 
-def prove(
-    ready: Subject,
-    result: Attempt,
-    progress: calibrate.Progress | None = None,
-    answers: verify.Answers | None = None,
-) -> Verification:
+def prove(ready: Context, result: Attempt, answers: verify.Answers | None = None) -> Verification:
     """All gates and measurements on the final model; ``answers``: the original's, where known. Raises GateFailed."""
     model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
     pruned = result.pruned
@@ -371,14 +371,14 @@ def prove(
             proof.distance, None, None, None, None, batches, 0, latency_ratio=ratio, rounding=proof.rounding
         )
     answers = answers or search.answers(ready, settings.batch_size) or Session(model.proto, device, what=model.path)
-    found = verify.compare(model, answers, final, ready.held, settings.batch_size, progress)
+    found = verify.compare(model, answers, final, ready.held, settings.batch_size, ready.progress)
     verify.numbers(model, found)
     return replace(
         found, masked_equivalence=proof.distance, rounding=proof.rounding, batches=batches, latency_ratio=ratio
     )
 
 
-def _measured_latency(ready: Subject, result: Attempt) -> float:
+def _measured_latency(ready: Context, result: Attempt) -> float:
     """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
     budget = ready.settings.latency
     allowed = SLOWER if budget is None else budget * (1 + search.LATENCY_SLACK)

@@ -1,13 +1,10 @@
-"""Everything up to the plan: what does not depend on the budget and can serve many of them."""
+"""Prepares a plan: loads the model and its data, scores all units, and measures losses, for any number of budgets."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache as once
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -24,220 +21,126 @@ from . import (
     executors,
     images,
     iterations,
+    ladders,
     limits,
     scoring,
     search,
-    sensitivity,
 )
 from . import model as models
+from .context import Clock, Context
 from .coupling import couple, exclude
 from .data import Samples
 from .errors import BudgetNotMet, DataError, GateFailed, SettingsError
-from .importance import Method, find
+from .importance import find
 from .ops import lookup
-from .records import Array, Budget, Coupling, Model, Scores, Sensitivity, Statistics
+from .records import Array, Budget, Coupling, Model, Request, Scores
 from .runtime import UNFUSED, Session, resolve_device
-from .search import Prepared, Subject
+from .search import Prepared
 from .settings import Settings
-from .subgraph import run_size
 
-Source = str | os.PathLike[str] | Mapping[str, Array]
-BUDGETS = {"macs", "params", "size", "threshold", "latency", "max_drop"}
+File = str | os.PathLike[str]
+Source = File | Mapping[str, Array]
+BUDGETS = {budget.name for budget in fields(Budget)}
 ARRAYS = "(arrays)"
-READING = {
-    "image_size", "image_fit", "image_scale", "image_mean", "image_std", "image_layout", "image_color", "samples",
-    "column",
-}  # fmt: skip
-_ELSEWHERE = BUDGETS | READING | {
-    "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "scheduler", "cache", "exclude",
-    "batch_size", "max_memory", "no_provenance",
-}  # fmt: skip
-"""Settings that no score and no measured loss depends on, or that are told otherwise."""
-
-
-class Clock:
-    """Seconds by stage. A stage within another one counts for itself alone."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._book()
-        self._open.append(stage)
-        try:
-            yield
-        finally:
-            self._book()
-            self._open.pop()
-
-    def _book(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
-        self._since = now
 
 
 def prepare(
-    path: str | os.PathLike[str],
+    path: File,
     source: Source | None,
     settings: Settings,
+    *,
     eval_data: Source | None = None,
     progress: calibrate.Progress | None = None,
     clock: Clock | None = None,
-    scores: str | os.PathLike[str] | None = None,
+    scores: File | None = None,
 ) -> Prepared:
-    """Model, coupling, scores and measured losses: all that a plan is made from.
+    """Load a model, score its units, find the constraints on plans, and measure losses.
 
-    What an earlier run found out is taken from the cache. Raises OamipError for bad input.
+    Args:
+        path: The model file.
+        source: Calibration data (see ``data``); None where nothing that was asked for needs any.
+        settings: What the run was asked to do.
+        eval_data: Held-out data; a part of the calibration data where it is None.
+        progress: Callback ``(stage, done, total)``.
+        clock: Seconds by stage are added to it.
+        scores: A file of scores that take the place of those by ``settings.importance``.
+
+    Returns:
+        Everything that a plan is made from, for any budget.
+
+    Raises:
+        OamipError: Bad input.
     """
-    clock = clock or Clock()
-    method = check(settings, source, scores is not None)
-    device = resolve_device(settings.device)
-    executors.check(settings.scheduler, device)
-    store = cache.open_store(settings.cache)
-    model, coupling, samples, held = load(path, source, eval_data, settings, clock)
-    given = None
-    if scores is not None:
-        given = artefacts.load_scores(scores, model, coupling)
-        method, settings = _scored_by(given, settings, source)
-    ledger = cost.ledger(model, coupling)
-    before = replace(ledger.cost(cost.full_widths(coupling)), bytes=model.file_bytes)
-    known = _known(model, samples, settings, device) if source is not None else {}
-
-    @once
-    def statistics() -> Statistics:
-        assert source is not None
-        grams = iterations.programmed(settings) or (given is None and method.needs_grams)
-        with clock("calibrate"):
-            return scoring.statistics(model, coupling, samples, device, settings, grams, progress, store, known)
-
-    @once
-    def pooled() -> Statistics:
-        whole = statistics()
-        with clock("calibrate"):
-            return scoring.pool(whole, model, coupling, samples, device, settings, progress)
-
-    with clock("score"):
-        needed = (pooled if method.needs_pooled else statistics) if method.needs_data else lambda: None
-        found = given or _scores(store, known, model, coupling, needed, samples, device, settings, method, progress)
-    with clock("limits"):
-        seen = pooled() if settings.limits != "none" else None
-        bounds = limits.bound(model, coupling, seen, found, settings)
-        found = bounds.scores
-    with clock("sensitivity"):
-        wide = cost.full_widths(coupling)
-        steps = store.keep(
-            cache.STEPS,
-            {"model": model.sha256, "align": settings.align, "device": device, "exclude": settings.exclude},
-            lambda: allocation.steps(model, coupling, settings.align, device),
-            lambda found: found.dtype == np.int64 and found.shape == wide.shape and bool((found > 0).all()),
-        )
-        ladder = None
-        losses: tuple[Sensitivity, ...] = ()
-        if iterations.programmed(settings):
-            order = scoring.order(found, coupling)
-            batch = run_size(model, settings.room)
-            feeds = [feed for _, feed in scoring.parts(samples)[1].batches(batch)]
-            losses = store.keep(
-                cache.LOSSES,
-                {**known, "order": order.tolist(), "refit": settings.refit},
-                lambda: sensitivity.measure(
-                    model, coupling, statistics().grams, order, feeds, device, scoring.workers(model, settings),
-                    progress, settings.refit, settings.scheduler,
-                ),
-                lambda found: sensitivity.fits(found, wide),
-            )  # fmt: skip
-            ladder = search.rungs(coupling, losses, steps, bounds.floor)
-    # What else is asked of the statistics depends on the refit alone.
-    moments = statistics() if source is not None and settings.refit == "bias" else None
+    check(settings, source, scores is not None)
+    executors.check(settings.scheduler, resolve_device(settings.device))
+    context = open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
+    if scores is None:
+        found = scoring.score(context)
+    else:
+        found = artefacts.load_scores(scores, context.model, context.coupling)
+        context = replace(context, settings=_scored_by(found, settings, source))
+    constraints = limits.constraints(context, found)
+    found = constraints.apply(context.coupling, found)
+    with context.clock("sensitivity"):
+        steps = _steps(context)
+        ladder, curves = ladders.measure(context, found, step=steps, floor=constraints.floor)
+    context.collected.forget(but=_needed_later(context.settings))
+    inherited = {field.name: getattr(context, field.name) for field in fields(Context)}
     return Prepared(
-        model, coupling, ledger, before, samples, held, moments, device, settings, store, known, found, bounds.floor,
-        steps, ladder, losses,
-    )  # fmt: skip
+        **inherited, scores=found, constraints=constraints, steps=steps, ladder=ladder, curves=curves
+    )
 
 
-def subject(
-    path: str | os.PathLike[str],
+def open_for_plan(
+    path: File,
     source: Source | None,
     settings: Settings,
-    eval_data: Source | None,
-    progress: calibrate.Progress | None,
-    clock: Clock,
-) -> Subject:
-    """A model and its data for a plan that is already made. Raises OamipError for bad input."""
+    *,
+    eval_data: Source | None = None,
+    progress: calibrate.Progress | None = None,
+    clock: Clock | None = None,
+) -> Context:
+    """Load a model and its data for a plan that is already made. Raises OamipError for bad input."""
     if source is None and settings.refit != "none":
         raise DataError(f"--refit {settings.refit} needs calibration data; give --data, or --refit none.")
-    device = resolve_device(settings.device)
-    store = cache.open_store(settings.cache)
-    model, coupling, samples, held = load(path, source, eval_data, settings, clock)
     if source is None and search.folds_constants(settings):
         raise DataError(f"what units removed by {settings.importance} leave behind is found by running; give --data.")
-    ledger = cost.ledger(model, coupling)
-    before = replace(ledger.cost(cost.full_widths(coupling)), bytes=model.file_bytes)
-    moments = None
-    known = _known(model, samples, settings, device) if source is not None else {}
-    if settings.refit == "bias":
-        with clock("calibrate"):
-            moments = scoring.statistics(model, coupling, samples, device, settings, False, progress, store, known)
-    return Subject(model, coupling, ledger, before, samples, held, moments, device, settings, store, known)
+    return open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
 
 
 def score(
-    path: str | os.PathLike[str],
+    path: File,
     source: Source | None,
     settings: Settings,
-    progress: calibrate.Progress | None,
-    clock: Clock,
-) -> tuple[Model, Coupling, Scores, Samples, Samples | None, str]:
-    """(model, coupling, scores, calibration samples, evaluation samples, device): :func:`prepare` up to the scores."""
-    method = named(settings)
-    if source is None and method.needs_data:
+    *,
+    progress: calibrate.Progress | None = None,
+    clock: Clock | None = None,
+) -> tuple[Context, Scores]:
+    """:func:`prepare` up to the scores. They have no constraints applied: those belong to a plan."""
+    if source is None and find(settings.importance).requests(settings):
         raise DataError(f"--importance {settings.importance} needs calibration data; give --data.")
-    device = resolve_device(settings.device)
-    executors.check(settings.scheduler, device)
-    store = cache.open_store(settings.cache)
-    model, coupling, samples, held = load(path, source, None, settings, clock)
-    known = _known(model, samples, settings, device) if source is not None else {}
-
-    def statistics() -> Statistics | None:
-        if not method.needs_data:
-            return None
-        with clock("calibrate"):
-            whole = scoring.statistics(
-                model, coupling, samples, device, settings, method.needs_grams, progress, store, known
-            )
-            if not method.needs_pooled:
-                return whole
-            return scoring.pool(whole, model, coupling, samples, device, settings, progress)
-
-    with clock("score"):
-        found = _scores(store, known, model, coupling, statistics, samples, device, settings, method, progress)
-    return model, coupling, found, samples, held, device
+    executors.check(settings.scheduler, resolve_device(settings.device))
+    context = open_context(path, source, settings, progress=progress, clock=clock)
+    return context, scoring.score(context)
 
 
-def _scores(
-    store: cache.Store,
-    known: Mapping[str, Any],
-    model: Model,
-    coupling: Coupling,
-    statistics: Any,
-    samples: Samples,
-    device: str,
-    settings: Settings,
-    method: Method,
-    progress: calibrate.Progress | None,
-) -> Scores:
-    def make() -> Scores:
-        return scoring.scores(model, coupling, statistics(), samples, device, settings, method, progress)
+def _needed_later(settings: Settings) -> set[Request]:
+    """Statistics of the original model that are read after its scores and losses are known."""
+    refitting = {Request.MOMENTS} if settings.refit == "bias" else set()
+    measuring_again = {Request.COVARIANCE} if settings.iterations > 1 and ladders.programmed(settings) else set()
+    return refitting | measuring_again
 
-    # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
-    if not method.needs_data or not str(getattr(method.score, "__module__", "")).startswith(f"{__package__}."):
-        return make()
-    depends = {**settings.model_dump(mode="json", exclude=_ELSEWHERE), **known}
-    return store.keep(cache.SCORES, depends, make, lambda found: scoring.fits(found, coupling))
+
+def _steps(context: Context) -> Any:
+    """Units per alignment step of every group (groups,)."""
+    model, coupling, settings, device = context.model, context.coupling, context.settings, context.device
+    wide = cost.full_widths(coupling)
+    return context.store.keep(
+        cache.STEPS,
+        {"model": model.sha256, "align": settings.align, "device": device, "exclude": settings.exclude},
+        lambda: allocation.steps(model, coupling, settings.align, device),
+        lambda found: found.dtype == np.int64 and found.shape == wide.shape and bool((found > 0).all()),
+    )
 
 
 def _known(model: Model, samples: Samples, settings: Settings, device: str) -> dict[str, Any]:
@@ -256,14 +159,9 @@ def called(source: Source | None) -> str | None:
     return source if source is None else ARRAYS if isinstance(source, Mapping) else os.fspath(source)
 
 
-def named(settings: Settings) -> Method:
-    """The importance method that was asked for. Raises SettingsError where there is none of that name."""
-    return find(settings.importance)
-
-
-def check(settings: Settings, source: Source | None, scored: bool = False) -> Method:
+def check(settings: Settings, source: Source | None, scored: bool = False) -> None:
     """Settings that contradict each other or the data, before any work; ``scored``: there are scores already."""
-    method = named(settings)
+    method = find(settings.importance)
     if settings.granularity == "connection":
         connections.check(settings, scored)
     elif settings.budget == Budget() and settings.alpha is None:
@@ -277,8 +175,8 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> Me
         raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
     if source is None:
         asks = {
-            f"--importance {settings.importance}": method.needs_data and not scored,
-            f"--allocate {settings.allocate}": iterations.programmed(settings),
+            f"--importance {settings.importance}": bool(method.requests(settings)) and not scored,
+            f"--allocate {settings.allocate}": ladders.programmed(settings),
             "--max-drop": settings.max_drop is not None,
             "--latency": settings.latency is not None,
             f"--limits {settings.limits}": settings.limits != "none",
@@ -290,14 +188,25 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> Me
                     f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform "
                     "--refit none."
                 )
-    return method
 
 
-def load(
-    path: str | os.PathLike[str], source: Source | None, eval_data: Source | None, settings: Settings, clock: Clock
-) -> tuple[Model, Coupling, Samples, Samples | None]:
-    """The model at the data's shapes, what goes together in it, and (calibration, evaluation) samples."""
+def open_context(
+    path: File,
+    source: Source | None,
+    settings: Settings,
+    *,
+    eval_data: Source | None = None,
+    progress: calibrate.Progress | None = None,
+    clock: Clock | None = None,
+) -> Context:
+    """Load a model at the shapes of its data, and find its units: what every verb begins with.
+
+    Raises OamipError for a model, data or device that cannot be used.
+    """
     data.check(source, eval_data)
+    clock = clock or Clock()
+    device = resolve_device(settings.device)
+    store = cache.open_store(settings.cache)
     with clock("load"):
         model = models.load(path)
         samples, held = samples_of(model, source, eval_data, settings)
@@ -317,18 +226,29 @@ def load(
             _something_free(model, coupling)
             if settings.strict:
                 _nothing_skipped(model, coupling)
-    return model, coupling, samples, held
+    return Context(
+        model=model,
+        coupling=coupling,
+        samples=samples,
+        held=held,
+        device=device,
+        settings=settings,
+        store=store,
+        known=_known(model, samples, settings, device),
+        progress=progress,
+        clock=clock,
+    )
 
 
-def _scored_by(given: Scores, settings: Settings, source: Source | None) -> tuple[Method, Settings]:
-    """The method that made given scores, and the settings as if it had been asked for."""
+def _scored_by(given: Scores, settings: Settings, source: Source | None) -> Settings:
+    """The settings as if the method that made given scores had been asked for. Raises OamipError where it cannot be."""
     settings = settings.model_copy(update={"importance": given.method})
-    method = named(settings)
+    find(given.method)
     if source is None and search.folds_constants(settings):
         raise DataError(
             f"what units removed by {given.method} leave behind is found by running the model; give --data."
         )
-    return method, settings
+    return settings
 
 
 def samples_of(

@@ -6,39 +6,24 @@ is reached by correcting the additive model with measurements; ``max_drop`` by a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from . import allocation, cache, constants, cost, planfile, provenance, refit, rewrite, scaling, verify
 from . import model as models
 from .budget import Ladder, LinearisedLimit
-from .calibrate import Progress
-from .data import Samples
+from .collecting import collect
+from .context import Context
 from .errors import BudgetNotMet, DataError
 from .importance import find
 from .latency import compare_latency
+from .limits import Constraints
 from .profiling import profile
-from .records import (
-    Array,
-    Cost,
-    Coupling,
-    Floats,
-    Ints,
-    Model,
-    Plan,
-    Pruned,
-    Scores,
-    Sensitivity,
-    Statistics,
-    Trial,
-    Verification,
-)
+from .records import Array, Cost, Ints, Model, Plan, Pruned, Request, Scores, Sensitivity, Trial, Verification
 from .runtime import Session
 from .settings import Settings
-from .subgraph import run_size
 
 SIZE_TRIES = 3
 LATENCY_TRIES = 6
@@ -51,36 +36,20 @@ DIGITS = 9
 """Of a drop in points: 100 * (0.99 - 0.985) is a little over 0.5, which its samples do not say."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model with its data, ready to be cut. ``statistics`` are there where a refit by means asks for them.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared(Context):
+    """A context with its scores, constraints and measured losses: everything that does not depend on the budget.
 
-    ``store``: where what follows is looked up and kept, by what model, data and settings are ``known`` by.
-    """
-
-    model: Model
-    coupling: Coupling
-    ledger: cost.Ledger
-    before: Cost
-    samples: Samples
-    held: Samples | None
-    statistics: Statistics | None
-    device: str
-    settings: Settings
-    store: cache.Store
-    known: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Prepared(Subject):
-    """Everything that does not depend on the budget.
-
-    ``curves``: the measured losses that the ladder was made from.
-    ``floor`` (groups,): the least share of every group that stays in any plan.
+    Attributes:
+        scores: Scores with the constraints applied.
+        constraints: What every plan keeps.
+        steps: Units per alignment step of every group (groups,).
+        ladder: Losses at every width that a plan may choose; None where no program needs them.
+        curves: The measured losses that the ladder was made from.
     """
 
     scores: Scores
-    floor: Floats
+    constraints: Constraints
     steps: Ints
     ladder: Ladder | None
     curves: tuple[Sensitivity, ...] = ()
@@ -96,35 +65,9 @@ class Attempt:
     tried: tuple[Trial, ...] = ()
 
 
-def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: Floats | float) -> Ladder:
-    """Widths each group may take (all multiples of its step) with losses interpolated between the measured ones.
-
-    ``floor``: the least share of a group, one for all or (groups,).
-    """
-    widths, losses = [], []
-    wide = cost.full_widths(coupling)
-    narrow = allocation.least(floor, step, wide)
-    for found, s, first, full in zip(sensitivities, step.tolist(), narrow.tolist(), wide.tolist(), strict=True):
-        every = np.unique(np.append(np.arange(first, full + 1, s), full))
-        widths.append(every.astype(np.int64))
-        losses.append(interpolate(found, every))
-    return Ladder(tuple(widths), tuple(losses))
-
-
-def interpolate(found: Sensitivity, widths: Ints) -> Floats:
-    """Losses at other widths: monotone cubic through the measured ones (never below zero, never rising with width)."""
-    if len(found.widths) == 1:
-        return np.zeros(len(widths))
-    from scipy.interpolate import PchipInterpolator  # brings half of scipy
-
-    return np.maximum(np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0)
-
-
-def attempt(
-    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...], progress: Progress | None
-) -> Attempt:
+def attempt(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]) -> Attempt:
     """Allocate, cut and refit; once more for each time that the file is larger than was predicted."""
-    found = carry_out(ready, allocate(ready, limit, extra), progress)
+    found = carry_out(ready, allocate(ready, limit, extra))
     size = ready.settings.budget.size
     for _ in range(SIZE_TRIES):
         # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
@@ -132,7 +75,7 @@ def attempt(
         if limit.bytes is None or over <= 0:
             break
         limit = replace(limit, bytes=limit.bytes - over)
-        found = carry_out(ready, allocate(ready, limit, extra), progress)
+        found = carry_out(ready, allocate(ready, limit, extra))
     return found
 
 
@@ -140,7 +83,7 @@ def allocate(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedL
     """The plan under absolute limits."""
     return allocation.allocate(
         ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra,
-        ready.floor,
+        ready.constraints.floor,
     )
 
 
@@ -152,20 +95,20 @@ def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
     return [float(np.interp(width, widths, cost)) for widths, cost, width in rows]
 
 
-def adding(ready: Subject, chosen: Plan) -> list[str]:
+def adding(ready: Context, chosen: Plan) -> list[str]:
     """Names of the groups whose cut adds nodes, as a normalisation has to see the zeros of what went."""
     brought = ready.ledger.steps.brought_by(chosen.widths)
     return [ready.coupling.groups[g].name for g in np.flatnonzero(brought)]
 
 
-def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) -> Attempt:
+def carry_out(ready: Context, chosen: Plan) -> Attempt:
     """Cut and refit as the settings say."""
     raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
     pruned = Pruned(raw, raw)
     if chosen.keep.all():
         pass
-    elif ready.settings.refit == "bias" and ready.statistics is not None:
-        pruned = refit.fold_means(ready.model, ready.coupling, chosen.keep, ready.statistics, raw)
+    elif ready.settings.refit == "bias":
+        pruned = refit.fold_means(ready.model, ready.coupling, chosen.keep, collect(ready, {Request.MOMENTS}), raw)
     elif ready.settings.refit == "least-squares":
         s = ready.settings
         kept = {**ready.known, "units": planfile.digest(ready.model, ready.coupling, chosen.keep)}
@@ -174,7 +117,7 @@ def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) ->
             kept,
             lambda: refit.least_squares(
                 ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device,
-                run_size(ready.model, s.room), s.seed, progress, room=s.room,
+                ready.batch, s.seed, ready.progress, room=s.room,
             ),
             lambda found: refit.fits(found, raw),
         )  # fmt: skip
@@ -192,7 +135,7 @@ def carry_out(ready: Subject, chosen: Plan, progress: Progress | None = None) ->
     return Attempt(chosen, pruned, after)
 
 
-def answers(ready: Subject, batch: int) -> verify.Recorded | None:
+def answers(ready: Context, batch: int) -> verify.Recorded | None:
     """What the original gives on the evaluation samples in batches of ``batch``; None where that is over ``ANSWERS``.
 
     No plan changes it, so it is found out once.
@@ -228,34 +171,34 @@ def folds_constants(settings: Settings) -> bool:
     return settings.refit == "none" and find(settings.importance).keeps_bias and published
 
 
-def plan(ready: Prepared, progress: Progress | None = None) -> Plan:
+def plan(ready: Prepared) -> Plan:
     """The plan that :func:`search` would carry out; only budgets that are measured on a cut model need one made."""
     if ready.settings.size is not None or ready.settings.max_drop is not None:
-        return search(ready, progress).plan
-    return allocate(ready, *_limits(ready, progress))
+        return search(ready).plan
+    return allocate(ready, *_limits(ready))
 
 
-def search(ready: Prepared, progress: Progress | None = None) -> Attempt:
+def search(ready: Prepared) -> Attempt:
     """The attempt that meets the budget. Raises BudgetNotMet, saying what binds, where there is none."""
-    limit, extra = _limits(ready, progress)
+    limit, extra = _limits(ready)
     if ready.settings.max_drop is not None:
-        return _smallest(ready, limit, extra, ready.settings.max_drop, progress)
-    return attempt(ready, limit, extra, progress)
+        return _smallest(ready, limit, extra, ready.settings.max_drop)
+    return attempt(ready, limit, extra)
 
 
-def _limits(ready: Prepared, progress: Progress | None) -> tuple[allocation.Limits, tuple[LinearisedLimit, ...]]:
+def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, ...]]:
     """The counted limits, and the row of a latency budget."""
     adds = ready.settings.refit != "none" or folds_constants(ready.settings)
     limit = allocation.limits(ready.settings.budget, ready.before, refit.new_biases(ready.model) if adds else 0)
     if ready.settings.latency is None:
         return limit, ()
-    return limit, (_latency(ready, limit, ready.settings.latency, progress),)
+    return limit, (_latency(ready, limit, ready.settings.latency),)
 
 
 # ------------------------------------------------------------------------------------------------------- latency
 
 
-def _latency(ready: Prepared, limit: allocation.Limits, share: float, progress: Progress | None) -> LinearisedLimit:
+def _latency(ready: Prepared, limit: allocation.Limits, share: float) -> LinearisedLimit:
     """The latency row under which the measured latency of the cut model keeps ``share`` of the original's."""
     assert ready.ladder is not None
     table = profile(
@@ -271,8 +214,8 @@ def _latency(ready: Prepared, limit: allocation.Limits, share: float, progress: 
     for i in range(LATENCY_TRIES):
         chosen = allocate(ready, limit, (row(target),))
         tried.append((target, latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep))))
-        if progress:
-            progress("latency", i + 1, LATENCY_TRIES)
+        if ready.progress:
+            ready.progress("latency", i + 1, LATENCY_TRIES)
         if share * (1 - LATENCY_SLACK) <= tried[-1][1] <= share:
             break
         target = _aim(tried, share)
@@ -301,7 +244,7 @@ def _aim(tried: Sequence[tuple[float, float]], share: float) -> float:
     return target * goal / measured
 
 
-def latency_ratio(ready: Subject, proto: object, seconds: float = 2.0) -> float:
+def latency_ratio(ready: Context, proto: object, seconds: float = 2.0) -> float:
     """Measured latency of a model over the original's, one sample at a time, medians of interleaved rounds."""
     ratio = compare_latency(ready.model.proto, proto, ready.samples, ready.device, seconds=seconds)  # type: ignore[arg-type]
     return ratio.median
@@ -311,33 +254,29 @@ def latency_ratio(ready: Subject, proto: object, seconds: float = 2.0) -> float:
 
 
 def _smallest(
-    ready: Prepared,
-    limit: allocation.Limits,
-    extra: tuple[LinearisedLimit, ...],
-    points: float,
-    progress: Progress | None,
+    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...], points: float
 ) -> Attempt:
     """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
     if ready.held is None:
         raise BudgetNotMet(
             "--max-drop needs data to measure the drop on; give --data with enough samples, or --eval-data."
         )
-    batch = run_size(ready.model, ready.settings.room)
-    original = answers(ready, batch) or Session(ready.model.proto, ready.device)
+    original = answers(ready, ready.batch) or Session(ready.model.proto, ready.device)
+    silent = replace(ready, progress=None)  # progress is that of the bisection
     best: Attempt | None = None
     tried: list[Trial] = []
     low, high = 0.0, min(1.0, (limit.macs or ready.before.macs) / ready.before.macs)
     share = high if high < 1 else 0.5
     for i in range(DROP_TRIES):
         try:
-            found = attempt(ready, replace(limit, macs=share * ready.before.macs), extra, None)
+            found = attempt(silent, replace(limit, macs=share * ready.before.macs), extra)
             lost = _drop(ready, original, found)
             tried.append(Trial(share, found.after.macs, lost))
         except BudgetNotMet:
             lost = np.inf
             tried.append(Trial(share, None, None))
-        if progress:
-            progress("max-drop", i + 1, DROP_TRIES)
+        if ready.progress:
+            ready.progress("max-drop", i + 1, DROP_TRIES)
         if lost <= points:
             best, high = found, found.after.macs / ready.before.macs
         else:
@@ -346,7 +285,7 @@ def _smallest(
             break
         share = (low + high) / 2
     if best is None:
-        whole = attempt(ready, limit, extra, None)
+        whole = attempt(silent, limit, extra)
         lost = _drop(ready, original, whole)
         tried.append(Trial(1.0, whole.after.macs, lost))
         if lost > points:
@@ -361,8 +300,7 @@ def _smallest(
 def _drop(ready: Prepared, original: verify.Answers, found: Attempt) -> float:
     assert ready.held is not None
     after = Session(found.pruned.proto, ready.device)
-    batch = run_size(ready.model, ready.settings.room)
-    return drop(verify.compare(ready.model, original, after, ready.held, batch))
+    return drop(verify.compare(ready.model, original, after, ready.held, ready.batch))
 
 
 def drop(found: Verification) -> float:

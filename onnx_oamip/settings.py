@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +15,11 @@ ROOM = 1 << 30
 LEAST_MEMORY = 1 << 28
 PART = 4
 """Activations, what is computed from them, and ONNX Runtime's own copies share what a run may take."""
+READING = {
+    "image_size", "image_fit", "image_scale", "image_mean", "image_std", "image_layout", "image_color", "samples",
+    "column",
+}  # fmt: skip
+"""Settings that say how samples are read."""
 
 
 class Settings(BaseModel):
@@ -105,6 +111,11 @@ class Settings(BaseModel):
     def budget(self) -> Budget:
         """The part of the settings that says how much to keep."""
         return Budget(self.macs, self.params, self.size, self.threshold, self.latency, self.max_drop)
+
+    @property
+    def without_budget(self) -> Settings:
+        """These settings without anything that says how much to keep."""
+        return self.model_copy(update=dict.fromkeys((budget.name for budget in fields(Budget)), None))
 
     @property
     def reading(self) -> Reading:

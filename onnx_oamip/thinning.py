@@ -18,35 +18,22 @@ import onnx
 
 from . import signals
 from .affine import Editor, Site, matrix, unmatrix
-from .calibrate import Progress
-from .data import Samples
+from .collecting import collect
+from .context import Collected, Context
 from .errors import BudgetNotMet
 from .importance import nnrelief
 from .importance.nnrelief import Selection
 from .patches import data_rows, output_rows
-from .records import Bools, Coupling, Fit, Floats, Model, Round, Scores
+from .records import Bools, Coupling, Fit, Floats, Model, Request, Round, Scores
 from .refit import GRAM_CAP, HELD_OUT, Target, collect_targets
 from .ridge import RIDGES, best
-from .settings import Settings
-from .subgraph import Frontier, affordable, element_types, run_size
+from .subgraph import Frontier, affordable, element_types
 from .supports import supported
 
 ROUNDING = 1e-10
 """Error, relative to the variance of what a layer gives, that single precision alone makes."""
 SHARE_STEPS = 40
 """Halvings of alpha on the way to a share of connections."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What there is to prune: the model at the data's shapes, calibration and evaluation samples."""
-
-    model: Model
-    coupling: Coupling
-    samples: Samples
-    held: Samples
-    device: str
-    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -73,8 +60,8 @@ class Thinned:
 class Bench:
     """What all rounds and all tries share: the original, and what its layers gave on the calibration samples."""
 
-    def __init__(self, opened: Opened, progress: Progress | None) -> None:
-        self.opened, self.progress = opened, progress
+    def __init__(self, opened: Context) -> None:
+        self.opened, self.progress = opened, opened.progress
         model = opened.model
         uses: dict[str, int] = {}
         for node in model.nodes:
@@ -92,8 +79,7 @@ class Bench:
         )
         self.total = sum(self.size(name) for name in self.free)
         self.targets: Mapping[str, Target] | None = None
-        self._batch = run_size(model, opened.settings.room)
-        self._feeds = affordable(model, opened.samples, self._batch, opened.settings.room)[0]
+        self._feeds = affordable(model, opened.samples, opened.batch, opened.settings.room)[0]
         self._types = element_types(model.proto, model.dtypes)
 
     def size(self, name: str) -> int:
@@ -136,10 +122,9 @@ class Bench:
 
     def _scored(self, view: Model, share: float | None) -> tuple[Scores, Callable[[float], Selection]]:
         opened, settings = self.opened, self.opened.settings
-        exact = settings.signal == "paper"
-        heard = signals.collect(
-            view, opened.coupling, opened.samples, opened.device, self._batch, self.progress, exact
-        )
+        # Every round scores other weights: what was collected before says nothing about them.
+        now = replace(opened, model=view, collected=Collected())
+        heard = collect(now, {Request.ABSOLUTE_ACTIVATIONS}).signal
         layers = nnrelief.layers(view, opened.coupling, heard)
         values, worth = nnrelief.worth(view, opened.coupling, heard, layers)
         everywhere = worth if share is not None and settings.allocate != "uniform" else None

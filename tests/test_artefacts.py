@@ -17,7 +17,7 @@ from graphs import CNN, MLP, RESIDUAL, build, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_oamip import artefacts, pipeline, prepare, prune, score, search
+from onnx_oamip import artefacts, pipeline, prune, score, search
 from onnx_oamip import model as models
 from onnx_oamip.artefacts import load_scores, save_scores
 from onnx_oamip.coupling import couple, exclude
@@ -283,7 +283,6 @@ def test_scoring_asks_for_data_where_the_method_does(task: Path) -> None:
 
 def test_scores_by_constants_that_are_folded_need_data(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeping = {**METHODS, "l1": replace(METHODS["l1"], keeps_bias=True)}
-    monkeypatch.setattr(prepare, "find", keeping.__getitem__)
     monkeypatch.setattr(search, "find", keeping.__getitem__)
     model, source = task / "model.onnx", task / "data.npz"
     published = _settings(macs=0.5, refit="none", formulation="paper")

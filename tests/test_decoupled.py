@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from graphs import ATTENTION, MLP, NETS, build, load, samples
 from onnx import ModelProto, numpy_helper
 
 from onnx_oamip import calibrate, data, gram, scoring, sensitivity
+from onnx_oamip.collecting import collect, parts
+from onnx_oamip.context import Context
 from onnx_oamip.coupling import couple
 from onnx_oamip.gram import Problem, compensate, problems
 from onnx_oamip.importance import METHODS, activation, decoupled, obs
 from onnx_oamip.milp.subset import Repaired
-from onnx_oamip.records import Array, Bools, Consumer, Coupling, Floats, Ints, Model, Scores, Statistics
+from onnx_oamip.records import Array, Bools, Consumer, Coupling, Floats, Ints, Model, Request, Scores, Statistics
 from onnx_oamip.settings import Settings
 
 REFITS = ("least-squares", "bias", "none")
@@ -49,7 +52,7 @@ def _ready(proto: ModelProto, folder: Path, count: int = 64, arrays: Mapping[str
     collected = calibrate.collect(model, coupling, found, "cpu", 16)
     feeds = [feed for _, feed in found.batches(16)]
     grams = gram.collect(model, coupling, feeds, "cpu")
-    return model, coupling, Statistics(collected.moments, count, "cpu", 0.0, grams)
+    return model, coupling, Statistics({**collected.answers, Request.COVARIANCE: grams}, count, "cpu")
 
 
 def _score(ready: Ready, **values: Any) -> Scores:
@@ -357,7 +360,7 @@ def test_groups_without_second_moments_take_their_activation(refit: str, tmp_pat
     units = coupling.groups[_group(coupling, "wq")].units
     np.testing.assert_allclose(found.values[units], plain[units] / plain[units].max(), rtol=1e-12)
     # No moments at all: every group.
-    bare = Statistics(statistics.moments, statistics.samples, "cpu", 0.0, {})
+    bare = replace(statistics, answers={**statistics.answers, Request.COVARIANCE: {}})
     found = _score((model, coupling, bare), refit=refit)
     assert found.programs == ()
     assert found.notes[0].startswith(f"{len(names)} groups have no consumer")
@@ -454,10 +457,9 @@ def test_scores_change_hands_within_groups(net: str, refit: str, tmp_path: Path)
     found = data.load(samples(model, 400), model)
     assert found is not None
     settings = _settings(refit=refit)
-    statistics = scoring.statistics(model, coupling, found, "cpu", settings, True, None)
-    assert statistics.images is None  # decoupled programs need none
-    own = decoupled.score(model, coupling, statistics, settings)
-    result = scoring.scores(model, coupling, statistics, found, "cpu", settings, METHODS["oamip"], None)
+    context = Context(model, coupling, found, None, "cpu", settings)
+    own = decoupled.score(model, coupling, collect(context, METHODS["oamip"].requests(settings)), settings)
+    result = scoring.score(context)
     assert result.method == "oamip"
     assert not result.others
     assert result.programs[0]["purpose"] == "importance"
@@ -490,7 +492,6 @@ def test_choices_are_measured_on_samples_that_made_no_moment(tmp_path: Path, mon
     found = data.load(arrays, model)
     assert found is not None
     settings = _settings(refit="none")
-    statistics = scoring.statistics(model, coupling, found, "cpu", settings, True, None)
     seen: list[Sequence[Mapping[str, Array]]] = []
     choose = sensitivity.choose
 
@@ -500,8 +501,8 @@ def test_choices_are_measured_on_samples_that_made_no_moment(tmp_path: Path, mon
         return choose(*args)
 
     monkeypatch.setattr(sensitivity, "choose", recorded)
-    scoring.scores(model, coupling, statistics, found, "cpu", settings, METHODS["oamip"], None)
-    fitted, _ = scoring.parts(found)
+    scoring.score(Context(model, coupling, found, None, "cpu", settings))
+    fitted, _ = parts(found)
     used = {row.tobytes() for row in fitted.arrays["x"]}
     rows = {row.tobytes() for batch in seen[0] for row in batch["x"]}
     assert len(rows) >= 32

@@ -69,7 +69,7 @@ STAGES = {
     "calibrate": Stage("calibrate.collect"),
     "gram": Stage("gram.collect", MOMENTS),
     "pool": Stage("pooled.collect", GRAMS, {"importance": "mint"}),
-    "score": Stage("scoring.scores", GRAMS, spreads=True),
+    "score": Stage("scoring.apply_method", GRAMS, spreads=True),
     "joint": Stage("importance.oamip.program", GRAMS, _oamip("joint", formulation="paper"), solves=True),
     "per-class": Stage("importance.oamip.program", GRAMS, _oamip("per-class", formulation="paper"), solves=True),
     "decoupled": Stage("importance.decoupled.score", GRAMS, _oamip("decoupled"), solves=True, spreads=True),

@@ -310,7 +310,7 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
-    monkeypatch.setattr(frontiers.search, "search", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(search, "search", lambda *_: pytest.fail("work was done"))
     assert main([*BASE, *MISTAKES[mistake]]) == 2
     out, err = capfd.readouterr()
     assert out == ""

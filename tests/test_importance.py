@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from onnx_oamip import calibrate, data, gram, images, importance, pooled, prune,
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import EnvironmentMissing, SettingsError
 from onnx_oamip.importance import METHODS
-from onnx_oamip.records import Array, Coupling, Model, Scores, Statistics
+from onnx_oamip.records import Array, Coupling, Model, Request, Scores, Statistics
 from onnx_oamip.settings import Settings
 
 SETTINGS = Settings.create(macs=0.5, device="cpu")
@@ -31,13 +32,25 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     few = images.collect(model, found, "cpu", 1, 0)
     heard = signals.collect(model, coupling, found, "cpu")
     seen = pooled.collect(model, coupling, found, "cpu")
-    about = (moments.samples, moments.device, moments.seconds)
-    return Statistics(moments.moments, *about, grams, few, heard, seen)
+    answers = {
+        Request.MOMENTS: moments.moments,
+        Request.COVARIANCE: grams,
+        Request.CLASS_SAMPLES: few,
+        Request.ABSOLUTE_ACTIVATIONS: heard,
+        Request.POOLED_ACTIVATIONS: seen,
+    }
+    assert set(answers) == set(Request)
+    return Statistics(answers, moments.samples, moments.device)
 
 
 def _score(name: str, model: Model, coupling: Coupling, arrays: dict[str, Array]) -> Scores:
     method = METHODS[name]
-    statistics = _statistics(model, coupling, arrays) if method.needs_data else None
+    wanted = method.requests(SETTINGS)
+    if not wanted:
+        return method.score(model, coupling, None, SETTINGS)
+    every = _statistics(model, coupling, arrays)
+    # Nothing but what the method requests: reading anything else raises.
+    statistics = replace(every, answers={request: every.answers[request] for request in wanted})
     return method.score(model, coupling, statistics, SETTINGS)
 
 
@@ -64,7 +77,7 @@ def test_every_method_is_described() -> None:
         assert name == name.lower()
         assert method.summary
         assert not method.summary.endswith(".")
-        assert method.needs_data or not method.needs_grams
+        assert method.requests(SETTINGS) <= set(Request)
 
 
 def test_random_depends_on_the_seed_alone(tmp_path: Path) -> None:

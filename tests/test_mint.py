@@ -14,7 +14,7 @@ from onnx_oamip.coupling import couple
 from onnx_oamip.importance import METHODS, mint
 from onnx_oamip.importance.correlation import partial
 from onnx_oamip.importance.propagation import propagate
-from onnx_oamip.records import Floats, Statistics
+from onnx_oamip.records import Floats, Request, Statistics
 from onnx_oamip.settings import Settings
 
 
@@ -80,7 +80,8 @@ def test_time_that_runs_out_is_told(tmp_path: Path) -> None:
     coupling = couple(model)
     found = data.load(samples(model, 90), model)
     assert found is not None
-    seen = Statistics({}, 90, "cpu", 0.0, pooled=pooled.collect(model, coupling, found, "cpu"))
+    answer = pooled.collect(model, coupling, found, "cpu")
+    seen = Statistics({Request.MOMENTS: {}, Request.POOLED_ACTIVATIONS: answer}, 90, "cpu")
     assert seen.pooled is not None
     hurried = METHODS["mint"].score(model, coupling, seen, Settings.create(macs=0.5, score_time=1e-9, workers=1))
     (note,) = hurried.notes

@@ -17,7 +17,7 @@ from onnx_oamip.affine import Editor
 from onnx_oamip.coupling import couple
 from onnx_oamip.importance import nnrelief
 from onnx_oamip.importance.nnrelief import Layer, Mask, contributions, faint, keep_alpha, needed, shares
-from onnx_oamip.records import Array, Coupling, Model, Signal, Statistics
+from onnx_oamip.records import Array, Coupling, Model, Request, Signal, Statistics
 from onnx_oamip.settings import Settings
 
 
@@ -288,7 +288,7 @@ def test_dead_units_have_no_connection_at_any_alpha(tmp_path: Path) -> None:
     assert {3, 7} <= set(np.flatnonzero(~coupling.keep(("h", 1), ~silent)).tolist())
     kept = nnrelief.rule(model, coupling, signal, found)(1.0)
     assert not kept.units[silent].any()
-    statistics = Statistics({}, 30, "cpu", 0.0, signal=signal)
+    statistics = Statistics({Request.ABSOLUTE_ACTIVATIONS: signal}, 30, "cpu")
     scores = nnrelief.score(model, coupling, statistics, Settings.create(importance="nnrelief", alpha=1.0))
     assert (scores.values[silent] == 0).all()
     assert (scores.values[~silent] > 0).all()

@@ -17,7 +17,7 @@ from onnx_oamip.coupling import couple
 from onnx_oamip.data import Samples
 from onnx_oamip.errors import SettingsError, SolverError
 from onnx_oamip.importance import METHODS, oamip
-from onnx_oamip.records import Array, Coupling, Model, Scores, Statistics
+from onnx_oamip.records import Array, Coupling, Images, Model, Request, Scores, Statistics
 from onnx_oamip.runtime import Session
 from onnx_oamip.settings import Settings
 
@@ -38,6 +38,12 @@ def _settings(**values: Any) -> Settings:
     return Settings.create(**{"macs": 0.5, "importance": "oamip", "solver": "highs", "time_limit": 20, **values})
 
 
+def _statistics(moments: Statistics, few: Images | None) -> Statistics:
+    """What a program over the network reads; the layer-wise program has no covariance to work with."""
+    answers = {**moments.answers, Request.COVARIANCE: {}, Request.CLASS_SAMPLES: few}
+    return Statistics(answers, moments.samples, "cpu")
+
+
 def _ready(text: str, folder: Path, per_class: int = 1, count: int = 60) -> tuple[Model, Coupling, Statistics]:
     model = load(build(text, seed=SEED), folder)
     samples = data.load(random_samples(model, count), model)
@@ -45,7 +51,7 @@ def _ready(text: str, folder: Path, per_class: int = 1, count: int = 60) -> tupl
     coupling = couple(model)
     moments = calibrate.collect(model, coupling, samples, "cpu")
     few = images.collect(model, samples, "cpu", per_class, 0)
-    return model, coupling, Statistics(moments.moments, count, "cpu", 0.0, {}, few)
+    return model, coupling, _statistics(moments, few)
 
 
 def _score(text: str, folder: Path, **values: Any) -> Scores:
@@ -285,7 +291,7 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
     assert sorted(found.labels[found.labels >= 0].tolist()) == [0, 1, 2, 3]
     coupling = couple(model)
     moments = calibrate.collect(model, coupling, _samples(model, arrays), "cpu")
-    statistics = Statistics(moments.moments, 60, "cpu", 0.0, {}, found)
+    statistics = _statistics(moments, found)
     scores = oamip.score(model, coupling, statistics, _settings(mode="joint", formulation="paper"))
     plain = _score(MLP, tmp_path, mode="joint", formulation="paper")
     np.testing.assert_allclose(scores.values, plain.values, atol=1e-5)
@@ -304,6 +310,7 @@ def test_prune_by_oamip(tmp_path: Path) -> None:
     assert report.verification.accuracy_after > 0.5
 
 
-def test_the_method_asks_for_images() -> None:
-    assert METHODS["oamip"].needs_images
-    assert not any(m.needs_images for n, m in METHODS.items() if n != "oamip")
+@pytest.mark.parametrize("mode", ["auto", "joint", "per-class", "decoupled"])
+def test_programs_over_the_network_request_samples_of_every_class(mode: str) -> None:
+    requesting = [n for n, m in METHODS.items() if Request.CLASS_SAMPLES in m.requests(_settings(mode=mode))]
+    assert requesting == ([] if mode == "decoupled" else ["oamip"])

@@ -15,7 +15,7 @@ from onnx_oamip import calibrate, data, gram
 from onnx_oamip.coupling import couple
 from onnx_oamip.gram import Problem, problems
 from onnx_oamip.importance import METHODS, activation, obs
-from onnx_oamip.records import Array, Consumer, Coupling, Floats, Ints, Model, Scores, Statistics
+from onnx_oamip.records import Array, Consumer, Coupling, Floats, Ints, Model, Request, Scores, Statistics
 from onnx_oamip.settings import Settings
 
 SETTINGS = Settings(macs=0.5)
@@ -200,9 +200,8 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     assert found is not None
     collected = calibrate.collect(model, coupling, found, "cpu", 16)
     feeds = [feed for _, feed in found.batches(16)]
-    return Statistics(
-        collected.moments, collected.samples, "cpu", 0.0, gram.collect(model, coupling, feeds, "cpu")
-    )
+    grams = gram.collect(model, coupling, feeds, "cpu")
+    return Statistics({**collected.answers, Request.COVARIANCE: grams}, collected.samples, "cpu")
 
 
 def _score(model: Model, coupling: Coupling, statistics: Statistics) -> Scores:

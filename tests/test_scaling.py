@@ -131,7 +131,7 @@ def test_it_comes_after_the_refit(fit: str, tmp_path: Path) -> None:
     values = feed(model, 0, 64)
     settings = Settings.create(macs=0.6, refit=fit, importance="l2", allocate="uniform", align=1, seed=1)
     ready = pipeline.prepare(tmp_path / "case.onnx", values, settings)
-    found = search.attempt(ready, search.allocation.limits(settings.budget, ready.before, 0), (), None)
+    found = search.attempt(ready, search.allocation.limits(settings.budget, ready.before, 0), ())
     kept = int(found.plan.keep[next(g for g in ready.coupling.groups if ("wk", 1) in g.multiplicity).units].sum())
     assert kept < 8
     assert _number(found.pruned.proto) == pytest.approx(math.sqrt(kept))

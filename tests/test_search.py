@@ -20,10 +20,11 @@ from onnx_oamip.budget import Ladder
 from onnx_oamip.cost import Products, full_widths
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import BudgetNotMet
+from onnx_oamip.ladders import interpolate, rungs
 from onnx_oamip.profiling import Table
 from onnx_oamip.records import Array, Coupling, Floats, Ints, Model, Plan, Verification
 from onnx_oamip.runtime import Session
-from onnx_oamip.search import Attempt, Prepared, drop, interpolate, rungs
+from onnx_oamip.search import Attempt, Prepared, drop
 from onnx_oamip.sensitivity import Sensitivity
 from onnx_oamip.settings import Settings
 from onnx_oamip.solvers import Limits as SolverLimits
@@ -328,7 +329,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_max_drop_is_met_by_a_smaller_model(name: str, points: float, few_rows: None) -> None:
     ready = asked(prepared(name), max_drop=points)
     steps: list[tuple[str, int, int]] = []
-    found = search.search(ready, lambda *step: steps.append(step))
+    found = search.search(replace(ready, progress=lambda *step: steps.append(step)))
     assert _measured_drop(ready, found) <= points
     assert found.after.macs < 0.6 * ready.before.macs
     assert found.after.bytes < ready.before.bytes

@@ -10,7 +10,7 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from scipy.stats import rankdata
 
-from onnx_oamip import allocation, cost, data, limits, pipeline, pooled
+from onnx_oamip import allocation, cost, data, ladders, limits, pipeline, pooled
 from onnx_oamip.cli import main
 from onnx_oamip.coupling import couple
 from onnx_oamip.errors import BudgetNotMet, DataError, SettingsError
@@ -18,7 +18,7 @@ from onnx_oamip.importance import METHODS, snacs
 from onnx_oamip.importance.correlation import partial
 from onnx_oamip.importance.propagation import propagate, share
 from onnx_oamip.pooled import standardise
-from onnx_oamip.records import Array, Bools, Coupling, Floats, Model, Scores, Statistics
+from onnx_oamip.records import Array, Bools, Coupling, Floats, Model, Request, Scores, Statistics
 from onnx_oamip.settings import Settings
 
 Chain = tuple[Model, Coupling, dict[str, Array]]
@@ -185,7 +185,7 @@ def _seen(folder: Path, net: str, count: int) -> tuple[Model, Coupling, dict[str
     found = data.load(arrays, model)
     assert found is not None
     seen = pooled.collect(model, coupling, found, "cpu", by_tap=True)
-    return model, coupling, arrays, Statistics({}, count, "cpu", 0.0, pooled=seen)
+    return model, coupling, arrays, Statistics({Request.MOMENTS: {}, Request.POOLED_ACTIVATIONS: seen}, count, "cpu")
 
 
 def test_propagation_by_hand(tmp_path: Path) -> None:
@@ -205,7 +205,8 @@ def test_propagation_by_hand(tmp_path: Path) -> None:
     last = np.asarray([[3.0, 1.0], [1.0, 1.0], [0.0, 0.0]])  # rows (3/4, 1/4), (1/2, 1/2), (1/2, 1/2)
     first = np.asarray([[1.0, 4.0], [1.0, 0.0]])  # rows (1/5, 4/5), (1, 0)
     pairs = {p.consumer.data: p for p in pooled.pairs(model, coupling, seen)}
-    values = propagate(model, coupling, Statistics({}, 20, "cpu", 0.0), [(pairs["h"], first), (pairs["r"], last)])
+    bare = Statistics({Request.MOMENTS: {}}, 20, "cpu")
+    values = propagate(model, coupling, bare, [(pairs["h"], first), (pairs["r"], last)])
     late = np.asarray([(3 / 4 + 1) / 3, (1 / 4 + 1) / 3])
     early = np.asarray([late[0] / 5 + late[1], late[0] * 4 / 5])
     # Shares of a layer sum to one; scores are relative to a group's mean.
@@ -375,8 +376,8 @@ def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
     free = pipeline.prepare(model.path, arrays, Settings.create(**wish))
     bound = pipeline.prepare(model.path, arrays, Settings.create(**wish, limits="snacs"))
     full = cost.full_widths(bound.coupling)
-    least = allocation.least(bound.floor, bound.steps, full)
-    assert (bound.floor > 0).all()
+    least = allocation.least(bound.constraints.floor, bound.steps, full)
+    assert (bound.constraints.floor > 0).all()
     assert any("SVM" in note for note in bound.scores.notes)
     chosen = [_allocated(ready) for ready in (free, bound)]
     assert (chosen[0].widths < least).any()
@@ -422,11 +423,11 @@ def test_floors_of_single_groups_hold(tmp_path: Path, allocate: str) -> None:
             tuple(w[s] for w, s in zip(ready.ladder.widths, stays, strict=True)),
             tuple(c[s] for c, s in zip(ready.ladder.cost, stays, strict=True)),
         )
-    held = _allocated(replace(ready, floor=floor, ladder=ladder)).widths
+    held = _allocated(replace(ready, constraints=replace(ready.constraints, floor=floor), ladder=ladder)).widths
     assert held[g] >= full[g] - 1
     assert held.sum() < full.sum()
     losses = search.Sensitivity(np.asarray([1, full[g]]), np.asarray([1.0, 0.0]))
-    rungs = search.rungs(ready.coupling, (losses,) * len(full), ready.steps, floor)
+    rungs = ladders.rungs(ready.coupling, (losses,) * len(full), ready.steps, floor)
     assert rungs.widths[g].tolist() == [full[g] - 1, full[g]]
     assert all(rungs.widths[i][0] == 1 for i in range(len(full)) if i != g)
 
@@ -439,7 +440,7 @@ def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None
     (note,) = [n for n in ready.scores.notes if "--limits" in n]
     assert "no labels" in note
     assert "CKA" in note
-    assert (ready.floor > 0).all()
+    assert (ready.constraints.floor > 0).all()
 
 
 @pytest.mark.parametrize("allocate", ["global", "uniform", "mip"])

@@ -7,10 +7,9 @@ from pathlib import PurePath
 import numpy as np
 
 from .. import report as documents
-from ..prepare import READING
 from ..records import Report
 from ..report import Document
-from ..settings import Settings
+from ..settings import READING, Settings
 from . import charts
 from .layout import Block, Bullets, Card, Figure, Figures, Note, Page, Pairs, Part, Section, Table, render
 from .page import ROWS, SMALL_CHARTS, again, largest, limited, paged

@@ -14,30 +14,36 @@ from importlib import import_module, metadata
 from types import MappingProxyType
 
 from ..errors import EnvironmentMissing, SettingsError
-from ..records import Coupling, Model, Scores, Statistics
+from ..records import Coupling, Model, Request, Scores, Statistics
 from ..settings import Settings
 
 ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
+Requests = frozenset[Request]
+WEIGHTS_ONLY: Requests = frozenset()
+MOMENTS: Requests = frozenset({Request.MOMENTS})
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """``needs_data``: the method reads statistics of a calibration pass; ``needs_grams``: second moments too;
-    ``needs_images``: a few chosen samples with their activations; ``needs_signal``: absolute signal; ``needs_pooled``:
-    activations of many samples pooled over positions.
+    """An importance method: its rule, one line about it, and the statistics that the rule reads.
 
-    ``keeps_bias``: the method takes a removed unit to lose its weights and to keep its bias, so that the constant it
-    then emits is folded into its consumers where nothing else is refitted.
+    Attributes:
+        score: The rule. Its statistics are None where it requests none.
+        summary: One line without a full stop.
+        requires: The statistics that the rule reads, or a function of the settings that returns them. Empty: the rule
+            reads weights alone and needs no calibration data.
+        keeps_bias: The method takes a removed unit to lose its weights and to keep its bias, so that the constant it
+            then emits is folded into its consumers where nothing else is refitted.
     """
 
     score: ScoreRule
-    needs_data: bool
     summary: str
-    needs_grams: bool = False
-    needs_images: bool = False
-    needs_pooled: bool = False
+    requires: Requests | Callable[[Settings], Requests] = MOMENTS
     keeps_bias: bool = False
-    needs_signal: bool = False
+
+    def requests(self, settings: Settings) -> Requests:
+        """The statistics that the rule reads under these settings."""
+        return self.requires(settings) if callable(self.requires) else self.requires
 
 
 def _rule(file: str, name: str = "score") -> ScoreRule:
@@ -50,38 +56,47 @@ def _rule(file: str, name: str = "score") -> ScoreRule:
     return score
 
 
+def _oamip_requests(settings: Settings) -> Requests:
+    """Programs over the whole network need samples of every class; the layer-wise programs do not."""
+    layer_wise = MOMENTS | {Request.COVARIANCE}
+    return layer_wise if settings.mode == "decoupled" else layer_wise | {Request.CLASS_SAMPLES}
+
+
+_DEPENDENCE = MOMENTS | {Request.POOLED_ACTIVATIONS}
 _METHODS: dict[str, Method] = {
-    "obs": Method(_rule("obs"), True, "optimal brain surgeon order: loss after the best repair by the others", True),
-    "activation": Method(_rule("activation"), True, "mean square of what consumers receive, times their weights"),
-    "nnrelief": Method(
-        _rule("nnrelief"), True, "share of the absolute signal of what follows (see --alpha)", needs_signal=True
+    "obs": Method(
+        _rule("obs"),
+        "optimal brain surgeon order: loss after the best repair by the others",
+        MOMENTS | {Request.COVARIANCE},
     ),
-    "l2": Method(_rule("magnitude", "l2"), False, "L2 norm of all weights of a unit, producers and consumers"),
-    "l1": Method(_rule("magnitude", "l1"), False, "L1 norm of all weights of a unit, producers and consumers"),
+    "activation": Method(_rule("activation"), "mean square of what consumers receive, times their weights"),
+    "nnrelief": Method(
+        _rule("nnrelief"),
+        "share of the absolute signal of what follows (see --alpha)",
+        frozenset({Request.ABSOLUTE_ACTIVATIONS}),
+    ),
+    "l2": Method(_rule("magnitude", "l2"), "L2 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
+    "l1": Method(_rule("magnitude", "l1"), "L1 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
     "oamip": Method(
         _rule("oamip"),
-        True,
         "keep variables of a mixed-integer program over the network on a few images (see --mode)",
-        needs_grams=True,
-        needs_images=True,
+        _oamip_requests,
         keeps_bias=True,
     ),
     "snacs": Method(
         _rule("snacs"),
-        True,
         "conditional mutual information between layers by hashing, times weights (see --phi)",
-        needs_pooled=True,
+        _DEPENDENCE,
     ),
     "mint": Method(
         _rule("mint"),
-        True,
         "experimental, mutual information between groups of filters by spanning trees (see --score-time)",
-        needs_pooled=True,
+        _DEPENDENCE,
     ),
     "correlation": Method(
-        _rule("correlation"), True, "partial correlation of what a layer gives with what it reads", needs_pooled=True
+        _rule("correlation"), "partial correlation of what a layer gives with what it reads", _DEPENDENCE
     ),
-    "random": Method(_rule("random"), False, "a seeded random order, the baseline"),
+    "random": Method(_rule("random"), "a seeded random order, the baseline", WEIGHTS_ONLY),
 }
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 """All methods by name, those registered meanwhile too."""
@@ -101,7 +116,7 @@ def register(name: str, method: Method | ScoreRule) -> None:
         raise SettingsError(f"an importance method '{name}' is there already; choose another name.")
     if not isinstance(method, Method):
         text = (method.__doc__ or "").strip()
-        method = Method(method, True, text.splitlines()[0].rstrip(".") if text else f"a rule of {method.__module__}")
+        method = Method(method, text.splitlines()[0].rstrip(".") if text else f"a rule of {method.__module__}")
     _METHODS[name] = method
 
 

@@ -18,7 +18,6 @@ from .propagation import propagate
 def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
     """Importance of every unit, the mean of its group 1, propagated as SNACS does from partial correlations."""
     assert statistics is not None
-    assert statistics.pooled is not None
     found = ((pair, partial(pair.parents, pair.children)) for pair in pairs(model, coupling, statistics.pooled))
     return Scores("correlation", propagate(model, coupling, statistics, found))
 

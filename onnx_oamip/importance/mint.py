@@ -39,7 +39,6 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     passed, the splits made so far count, and layers without one take their partial correlations; a note says so.
     """
     assert statistics is not None
-    assert statistics.pooled is not None
     every = list(pairs(model, coupling, statistics.pooled))
     found: list[list[Floats]] = [[] for _ in every]
     end = _Deadline(time.monotonic() + settings.score_time)

@@ -86,7 +86,6 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     the classes at the end, and split at a residual sum as its branches share its signal.
     """
     assert statistics is not None
-    assert statistics.signal is not None
     signal = statistics.signal
     found = layers(model, coupling, signal)
     values = outgoing(model, coupling, signal, found)

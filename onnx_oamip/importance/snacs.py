@@ -57,7 +57,6 @@ class Draw:
 def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
     """Importance of every unit, the mean of its group 1."""
     assert statistics is not None
-    assert statistics.pooled is not None
     every = list(pairs(model, coupling, statistics.pooled))
     found = executor(settings.workers, settings.scheduler).map(_one, settings, every)
     values = propagate(model, coupling, statistics, zip(every, found, strict=True))

@@ -25,7 +25,7 @@ from .graph import (
     Reading,
     within,
 )
-from .learnt import Gram, Images, Moments, Pooled, Scores, Sensitivity, Signal, Statistics
+from .learnt import Gram, Images, Moments, Pooled, Request, Scores, Sensitivity, Signal, Statistics
 from .results import (
     Budget,
     Connections,
@@ -71,6 +71,7 @@ __all__ = [
     "Pruned",
     "Reading",
     "Report",
+    "Request",
     "Round",
     "Scores",
     "Sensitivity",

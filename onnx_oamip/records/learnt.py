@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, cast
 
+from ..errors import SettingsError
 from .graph import Array, Axis, Floats, Ints
 
 
@@ -76,22 +78,66 @@ class Pooled:
     samples: int
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What one pass over the calibration data collected: moments per consumed axis, Gram matrices per linear node.
+class Request(Enum):
+    """A kind of statistic of the calibration samples that an importance method or a stage asks for.
 
-    ``images``: a few chosen samples with their activations, ``signal``: absolute signal, ``pooled``: activations of
-    many samples pooled over positions; where the method asks for them.
+    ``MOMENTS``: mean and mean square of every channel that a consumer reads. ``COVARIANCE``: covariance of the input of
+    every linear node. ``CLASS_SAMPLES``: a few correctly classified samples of every class with all activations.
+    ``ABSOLUTE_ACTIVATIONS``: mean absolute activation of every channel that a consumer reads, and norms at residual
+    sums. ``POOLED_ACTIVATIONS``: activations of many samples, averaged over positions.
     """
 
-    moments: Mapping[Axis, Moments]
+    MOMENTS = "moments"
+    COVARIANCE = "covariance"
+    CLASS_SAMPLES = "class samples"
+    ABSOLUTE_ACTIVATIONS = "absolute activations"
+    POOLED_ACTIVATIONS = "pooled activations"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of the calibration samples, by the request that they answer.
+
+    Reading a statistic that was not requested raises SettingsError: an empty answer would look like a measured one.
+    """
+
+    answers: Mapping[Request, Any]
     samples: int
     device: str
-    seconds: float
-    grams: Mapping[str, Gram] = field(default_factory=dict)
-    images: Images | None = None
-    signal: Signal | None = None
-    pooled: Pooled | None = None
+    seconds: float = 0.0
+
+    @property
+    def moments(self) -> Mapping[Axis, Moments]:
+        """Moments by consumed axis."""
+        return cast("Mapping[Axis, Moments]", self._answer(Request.MOMENTS))
+
+    @property
+    def grams(self) -> Mapping[str, Gram]:
+        """Covariance matrices by linear node."""
+        return cast("Mapping[str, Gram]", self._answer(Request.COVARIANCE))
+
+    @property
+    def images(self) -> Images | None:
+        """Samples of every class; None for a model without an output of shape (samples, classes)."""
+        return cast("Images | None", self._answer(Request.CLASS_SAMPLES))
+
+    @property
+    def signal(self) -> Signal:
+        """Mean absolute activations."""
+        return cast("Signal", self._answer(Request.ABSOLUTE_ACTIVATIONS))
+
+    @property
+    def pooled(self) -> Pooled:
+        """Activations averaged over positions."""
+        return cast("Pooled", self._answer(Request.POOLED_ACTIVATIONS))
+
+    def _answer(self, request: Request) -> Any:
+        if request not in self.answers:
+            raise SettingsError(
+                f"an importance method reads the statistic '{request.value}' without requesting it; add "
+                f"Request.{request.name} to the `requires` of its Method."
+            )
+        return self.answers[request]
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any
 from .. import model as models
 from ..aside import Batch, write_bytes
 from ..calibrate import Progress
+from ..context import Clock
 from ..data import check as check_sources
 from ..errors import DataError, GateFailed, ModelError, OutputError, SettingsError
 from ..output import check_output
-from ..prepare import Clock, Source, samples_of
+from ..prepare import Source, samples_of
 from ..records import Floats, Verification
 from ..runtime import Session, resolve_device
 from ..settings import Settings

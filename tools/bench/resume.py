@@ -22,7 +22,7 @@ COLUMNS = ("model", "killed at", "whole s", "rerun s", "rerun / whole", "of proc
 CLOCKED = COLUMNS[2:]
 STAGES = {
     "calibrate": "calibrate.collect",
-    "score": "scoring.scores",
+    "score": "scoring.apply_method",
     "sensitivity": "sensitivity.measure",
     "plan": "allocation.allocate",
     "refit": "refit.least_squares",

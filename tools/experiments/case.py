@@ -15,10 +15,12 @@ from onnx_oamip import cost, images, scoring
 from onnx_oamip import data as feeds
 from onnx_oamip import model as models
 from onnx_oamip.allocation import best_units
+from onnx_oamip.collecting import collect
 from onnx_oamip.constants import fold_constants
+from onnx_oamip.context import Context
 from onnx_oamip.coupling import couple
 from onnx_oamip.importance import METHODS
-from onnx_oamip.records import Array, Coupling, Floats, Images, Ints, Model, Scores, Statistics
+from onnx_oamip.records import Array, Coupling, Floats, Images, Ints, Model, Request, Scores, Statistics
 from onnx_oamip.refit import least_squares
 from onnx_oamip.rewrite import cut
 from onnx_oamip.runtime import Session
@@ -28,6 +30,7 @@ from .data import Dataset
 from .protocol import NETWORKS, WEIGHT, Bools, Network
 
 DEVICE = "cpu"
+LAYER_WISE = frozenset({Request.MOMENTS, Request.COVARIANCE})
 TREATMENTS = ("fold", "cut", "refit")
 """What is done about removed units: their constants folded as published; nothing; least squares on the consumers."""
 EVALUATE = 1000
@@ -71,7 +74,7 @@ def open_case(path: Path, network: str, data: Dataset, seed: int) -> Case:
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
     plain = settings(importance="oamip", mode="decoupled")
-    statistics = scoring.statistics(model, coupling, samples, DEVICE, plain, True, None)
+    statistics = collect(Context(model, coupling, samples, None, DEVICE, plain), LAYER_WISE)
     return Case(network, data, seed, model, coupling, samples, statistics)
 
 
@@ -98,11 +101,11 @@ def settings(**values: Any) -> Settings:
 
 def score(case: Case, asked: Settings, few: Images | None = None) -> tuple[Scores, float]:
     """(scores, seconds) by a method of the package; ``few`` images for a program over the whole network."""
+    context = Context(case.model, case.coupling, case.samples, None, DEVICE, asked)
+    collect(context, LAYER_WISE)  # outside the measurement, for comparisons of orders of removal
     began = time.perf_counter()
-    statistics = replace(case.statistics, images=few)
-    found = scoring.scores(
-        case.model, case.coupling, statistics, case.samples, DEVICE, asked, METHODS[asked.importance], None
-    )
+    statistics = replace(case.statistics, answers={**case.statistics.answers, Request.CLASS_SAMPLES: few})
+    found = scoring.apply_method(context, METHODS[asked.importance], statistics)
     return found, time.perf_counter() - began
 
 
