@@ -15,7 +15,7 @@ with labels for its classes is not balanced (``Term.balanced``): its loss is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,8 +28,8 @@ from .terms import Form, Objective, Scale, Term
 
 DOMINANT = 0.8
 """Share of all decisions above which a class is the background."""
-CLASSES = 2048
-"""Classes with which a background is looked for."""
+ROOM = 1 << 24
+"""Sums of probabilities by decision that are held at most, per term."""
 LEAST = 1e-3
 """Smallest spread of decisions, over the largest possible one."""
 SUM = 1e-3
@@ -171,39 +171,65 @@ class _Answers:
 
 
 class _Classes(_Answers):
-    """By decision of the original: counts, sums of class probabilities, sums of negated entropies."""
+    """By decision of the original: counts and sums of negated entropies; sums of class probabilities.
+
+    ``by_decision``: sums of probabilities of the positions with a decision, None where they are not needed or take more
+    than ``ROOM`` numbers; then no background is looked for.
+    """
+
+    def __init__(self, term: Term, form: Form) -> None:
+        super().__init__(term, form)
+        self.by_decision: dict[int, Floats] | None = {} if term.balanced and term.kind == "classes" else None
 
     def fits(self, rows: Floats) -> bool:
         return bool((rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=SUM))
 
     def sums_of(self, rows: Floats) -> tuple[Floats, ...]:
         log = log_classes(rows, self.form)
-        split = self.term.balanced and self.term.kind == "classes" and rows.shape[1] <= CLASSES
-        decision = log.argmax(axis=1) if split else np.zeros(len(rows), np.int64)
-        sides = rows.shape[1] if split else 1
-        probability = np.zeros((sides, rows.shape[1]))
-        if len(rows):
+        probability, negentropy = np.exp(log), weighted(log).sum(axis=1)
+        decision = log.argmax(axis=1)
+        if self.by_decision is not None and len(rows):
             order = np.argsort(decision, kind="stable")
             seen, starts = np.unique(decision[order], return_index=True)
-            probability[seen] = np.add.reduceat(np.exp(log)[order], starts, axis=0)
-        negentropy = np.bincount(decision, weighted(log).sum(axis=1), minlength=sides)
-        return np.bincount(decision, minlength=sides).astype(np.float64), probability, negentropy.astype(np.float64)
+            sums = np.add.reduceat(probability[order], starts, axis=0)
+            self._split(dict(zip(seen.tolist(), sums, strict=True)))
+        counts = (np.bincount(decision, weights, rows.shape[1]) for weights in (None, negentropy))
+        decided, entropies = (count.astype(np.float64) for count in counts)
+        return decided, entropies, probability.sum(axis=0)
+
+    def merge(self, other: _Answers) -> None:
+        assert isinstance(other, _Classes)
+        super().merge(other)
+        self._split(other.by_decision)
+
+    def _split(self, sums: Mapping[int, Floats] | None) -> None:
+        """Add sums of probabilities by decision."""
+        if self.by_decision is None or sums is None:
+            self.by_decision = None
+            return
+        for decision, values in sums.items():
+            self.by_decision[decision] = self.by_decision.get(decision, 0.0) + values
+        if sum(values.size for values in self.by_decision.values()) > ROOM:
+            self.by_decision = None
 
     def scale(self, variance: Floats) -> Scale:
         if self.sums is None:
             return Scale(self.form, 1.0, variance, -1, np.ones((1, 2)))
-        decided, probability, negentropy = self.sums
+        decided, negentropy, probability = self.sums
         total = max(float(decided.sum()), 1.0)
         most = int(decided.argmax())
         share = float(decided[most]) / total
-        dominated = len(decided) > 1 and DOMINANT < share < 1
-        balance = np.asarray([[0.5 / share, 0.5 / (1 - share)]]) if dominated else np.ones((1, 2))
-        weight = np.full(len(decided), balance[0, 1])
-        weight[most] = balance[0, 0]
-        mean = weight @ probability / total
-        spread = float(weight @ negentropy) / total - float(weighted(_log(mean)).sum())
+        background, low, high = -1, 1.0, 1.0
+        inside = np.zeros_like(probability)
+        if self.by_decision is not None and DOMINANT < share < 1:
+            background, low, high = most, 0.5 / share, 0.5 / (1 - share)
+            inside = self.by_decision[most]
+        weight = np.full(len(decided), high)
+        weight[background] = low
+        mean = (low * inside + high * (probability - inside)) / total
+        spread = float(weight @ negentropy) / total - float(weighted(_log(np.maximum(mean, 0.0))).sum())
         least = LEAST * float(np.log(max(len(mean), 2)))
-        return Scale(self.form, max(spread, least), variance, most if dominated else -1, balance)
+        return Scale(self.form, max(spread, least), variance, background, np.asarray([[low, high]]))
 
 
 class _Binary(_Answers):

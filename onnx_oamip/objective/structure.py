@@ -44,8 +44,8 @@ class Graph:
 
     @cached_property
     def makers(self) -> dict[str, Node]:
-        """The node of the graph itself that gives a tensor."""
-        return {out: node for node in self.model.nodes for out in node.outputs if out}
+        """The node that gives a tensor, in the graph itself or in a body."""
+        return {out: node for node in self.model.every for out in node.outputs if out}
 
     @cached_property
     def given(self) -> frozenset[str]:
@@ -61,6 +61,13 @@ class Graph:
         """The operator that gives a tensor; empty where there is none that is known."""
         node = self.maker(tensor)
         return "" if node is None else node.op
+
+    def branches(self, tensor: str) -> list[str]:
+        """What the branches of an If give for a tensor; empty where another operator gives it."""
+        node = self.maker(tensor)
+        if node is None or node.op != "If":
+            return []
+        return [body.outputs[node.outputs.index(tensor)] for body in node.bodies.values()]
 
     def shape(self, tensor: str) -> tuple[int, ...] | None:
         """The shape for one feed; None where it depends on values or is not known."""
@@ -196,7 +203,9 @@ class Graph:
         shape = self.shape(tensor)
         if rank == 2 or shape is None:
             return 1
-        return 1 if shape[1] <= shape[-1] else rank - 1
+        dims = next((port.dims for port in self.model.outputs if port.name == tensor), shape)
+        fixed = [axis for axis in (1, rank - 1) if isinstance(dims[axis], int)]  # channels have a fixed number
+        return min(fixed or [1, rank - 1], key=lambda axis: shape[axis])
 
     def _channels(self, tensor: str, depth: int) -> int | None:
         """The channel axis as the layers behind a tensor have it."""

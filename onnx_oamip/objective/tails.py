@@ -74,7 +74,10 @@ class Tails:
             return [self._term(boxes, "values", tail="boxes of NonMaxSuppression")]
         node = origin.node
         if node is not None:
-            rules = (self._classes, self._binary, self._embedding, self._concat, self._reduced, self._probabilities)
+            rules = (
+                self._classes, self._binary, self._embedding, self._concat, self._reduced, self._branch,
+                self._probabilities,
+            )  # fmt: skip
             for rule in rules:
                 if found := rule(origin, node):
                     return found
@@ -149,19 +152,33 @@ class Tails:
         term = self._term(origin.tensor, "binary", form="probabilities", tail=f"{node.op} of probabilities")
         return [replace(term, part=origin.part)]
 
+    def _branch(self, origin: Origin, node: Node) -> list[Term]:
+        """Answers of one kind from all branches of an If; their logits lie inside, out of reach."""
+        found = [self.explain(name) for name in self.graph.branches(origin.tensor)]
+        kinds = {(term.kind, term.axis) for terms in found for term in terms}
+        if len(kinds) != 1 or any(len(terms) != 1 for terms in found):
+            return []
+        kind, axis = kinds.pop()
+        if kind not in ("classes", "embedding"):
+            return []
+        return [replace(self._term(origin.tensor, kind, axis, tail=node.op), part=origin.part)]
+
     def probable(self, tensor: str, depth: int = 0) -> bool:
         """Whether a tensor holds probabilities by its structure."""
         if tensor not in self._probable:
             self._probable[tensor] = False
-            node = self.graph.trace(tensor).node
-            self._probable[tensor] = node is not None and depth < DEPTH and self._gives_probabilities(node, depth)
+            origin = self.graph.trace(tensor)
+            if origin.node is not None and depth < DEPTH:
+                self._probable[tensor] = self._gives_probabilities(origin.node, origin.tensor, depth)
         return self._probable[tensor]
 
-    def _gives_probabilities(self, node: Node, depth: int) -> bool:
+    def _gives_probabilities(self, node: Node, tensor: str, depth: int) -> bool:
         if node.op == "HardSigmoid" or sigmoid(self.graph, node) is not None:
             return True
         if node.op not in ("LogSoftmax", "Log") and softmax(self.graph, node) is not None:
             return True
+        if branches := self.graph.branches(tensor):
+            return all(self.probable(name, depth + 1) for name in branches)
         computed = [name for name in node.inputs if name and self.graph.constant(name) is None]
         if node.op == "Sub":
             return self.graph.number(node.inputs[0]) == 1 and self.probable(node.inputs[1], depth + 1)

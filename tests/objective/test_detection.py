@@ -391,6 +391,21 @@ def test_floats_from_a_subgraph_are_read_themselves(tmp_path: Path) -> None:
     assert (term.kind, term.tensor) == ("ambiguous", "y")
 
 
+@pytest.mark.parametrize(("after", "kind"), [("Sigmoid", "binary"), ("Softmax", "classes"), ("LogSoftmax", "classes")])
+def test_answers_from_all_branches_are_read_behind_them(after: str, kind: str, tmp_path: Path) -> None:
+    """A cascade of two detectors, the second in a branch."""
+    term = only(detect(load(_branches(TensorProto.FLOAT, after), tmp_path)))
+    assert (term.kind, term.tensor, term.axis, term.assumption) == (kind, "y", 1, "")
+
+
+def test_channels_of_unknown_layers_have_a_fixed_number(tmp_path: Path) -> None:
+    """The state of a recurrent network behind an operator that is not known."""
+    text = """(float[N, 6] x) => (float[2, N, 64] h, float[N, 4, T] m) <float[6, 4] w>
+        { l = MatMul(x, w) h, m = some.Thing(l) }"""
+    found = detect(load(build(text, domains={"some": 1}), tmp_path))
+    assert [(t.output, t.axis) for t in found.terms] == [("h", 2), ("m", 1)]
+
+
 def test_integers_from_a_subgraph_are_compared_for_equality(tmp_path: Path) -> None:
     found = detect(load(_branches(TensorProto.INT64, "ArgMax"), tmp_path))
     assert (only(found).kind, only(found).tensor) == ("exact", "y")

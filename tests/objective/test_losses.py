@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import entr, expit, log_softmax, logit, rel_entr, softmax
 
 from onnx_oamip.errors import DataError
-from onnx_oamip.objective import Normaliser, Objective, Part, Term, compare, loss, sums
+from onnx_oamip.objective import Normaliser, Objective, Part, Term, compare, loss, normaliser, sums
 from onnx_oamip.objective.losses import LOST
 from onnx_oamip.objective.moments import COLUMNS
 from onnx_oamip.records import Array, Floats
@@ -29,10 +29,10 @@ KINDS = {t.kind: t for t in (CLASSES, BINARY, VALUES, EMBEDDING, AMBIGUOUS, EXAC
 
 def scaled(terms: Sequence[Term], *batches: Sequence[Array]) -> Objective:
     """The objective with its scales, from batches of the original's outputs."""
-    normaliser = Normaliser(Objective(tuple(terms)))
+    statistics = Normaliser(Objective(tuple(terms)))
     for batch in batches:
-        normaliser.update(batch)
-    return normaliser.finish()
+        statistics.update(batch)
+    return statistics.finish()
 
 
 def outputs(kind: str, seed: int, rows: int = 40, columns: int = 3) -> Array:
@@ -158,6 +158,43 @@ def test_rare_positions_weigh_as_much_as_the_background() -> None:
     assert compare(objective, [truth], [sides[0]]).total == pytest.approx(compare(objective, [truth], [sides[1]]).total)
 
 
+def test_too_many_decisions_have_no_background(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = np.repeat(5 * np.eye(5), [18, 1, 1, 0, 0], axis=0)
+    first, second = truth[:19], truth[19:]
+    assert _background(scaled([CLASSES], [first], [second])) == 0
+    monkeypatch.setattr(normaliser, "ROOM", 10)
+    for batches in ([first], [second]), ([second], [first]):
+        assert _background(scaled([CLASSES], *batches)) == -1
+    one, other = Normaliser(Objective((CLASSES,))), Normaliser(Objective((CLASSES,)))
+    one.update([first])
+    other.update([second])
+    one.merge(other)
+    found = one.finish().terms[0].scale
+    assert found is not None
+    p = softmax(truth, axis=1)
+    assert found.spread == pytest.approx(rel_entr(p, p.mean(axis=0)).sum() / len(p))
+    assert _background(one.finish()) == -1
+
+
+def _background(objective: Objective) -> int:
+    scale = objective.terms[0].scale
+    assert scale is not None
+    return scale.background
+
+
+def test_the_spread_with_a_background_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((100, 3)) + np.asarray([4.0, 0.0, 0.0])
+    truth[:5, 0] -= 8.0
+    p = softmax(truth, axis=1)
+    rare = truth.argmax(axis=1) != 0
+    weight = np.where(rare, 0.5 / rare.mean(), 0.5 / (~rare).mean())[:, None]
+    scale = scaled([CLASSES], [truth[:50]], [truth[50:]]).terms[0].scale
+    assert scale is not None
+    assert scale.background == 0
+    assert scale.spread == pytest.approx((weight * rel_entr(p, (weight * p).mean(axis=0))).sum() / len(p), rel=1e-9)
+
+
 def test_rare_positives_of_a_binary_term_weigh_as_much_column_by_column() -> None:
     truth = np.full((40, 2), -1.0)
     truth[:2, 0] = truth[:20, 1] = 1.0
@@ -203,10 +240,10 @@ def test_terms_that_share_a_tensor_read_it_once() -> None:
     objective = Objective((boxes, Term("z", "z", "z", "ignore"), scores))
     assert objective.tensors == ["y"]
     truth, found = outputs("values", 0, columns=5), outputs("values", 1, columns=5)
-    normaliser = Normaliser(objective)
-    normaliser.update([truth])
+    statistics = Normaliser(objective)
+    statistics.update([truth])
     expected = [by_hand("values", truth[:, :2], found[:, :2]), by_hand("binary", truth[:, 2:], found[:, 2:])]
-    assert compare(normaliser.finish(), [truth], [found]).terms == pytest.approx(expected, rel=1e-12)
+    assert compare(statistics.finish(), [truth], [found]).terms == pytest.approx(expected, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------ dead columns
