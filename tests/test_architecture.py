@@ -23,7 +23,7 @@ TIERS: tuple[tuple[str, ...], ...] = (
         "restoring", "cost", "rows", "pictures", "pages", "parquet", "arrays", "data", "overflow", "calibrate",
         "affine", "patches",
         "residual", "ridge", "subgraph", "gram", "latency", "output", "artefacts", "checkpoint", "images", "solvers",
-        "region", "formulation", "solving", "signals", "pooled", "executors",
+        "region", "formulation", "solving", "signals", "pooled", "executors", "objective",
     ),
     ("importance",),
     ("budget", "allocation", "planfile", "provenance"),
@@ -46,6 +46,7 @@ ONLY = {
     "milp": {"errors", "records"},
     "solvers": {"errors", "records", "milp"},
     "coupling": {"errors", "records", "ops"},
+    "objective": {"errors", "records", "ops"},
 }
 
 # Libraries with an interface that changes, or that not everybody has: each behind one door.

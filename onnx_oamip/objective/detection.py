@@ -1,0 +1,335 @@
+"""The objective of a model, from its structure, the labels of its data and what the user says.
+
+What the structure leaves open is never guessed in silence: raw floats [N, K] without labels get the kind ``ambiguous``
+(their loss is the worse of class divergence and squared error), and every assumption is a note that names the option
+which says otherwise. Labels make classes (whole numbers below the number of classes), binary terms (zeros and ones) or
+values (floats). The user's choice goes before both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import DataError, SettingsError
+from ..records import Array, Model
+from .structure import Graph
+from .tails import Tails
+from .terms import CHOICES, Kind, Objective, Term
+
+ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")
+"""Kinds in the order in which labels look for their term."""
+NOT_SCORES = frozenset({
+    "Tanh", "Sin", "Cos", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
+    "GroupNormalization", "InstanceNormalization", "LSTM", "GRU", "RNN", "Softplus", "Erf",
+})  # fmt: skip
+"""Operators that do not end in class scores."""
+
+
+def detect(
+    model: Model,
+    labels: Array | None = None,
+    task: str | None = None,
+    outputs: Mapping[str, tuple[str, float]] | None = None,
+) -> Objective:
+    """Find the terms by which a pruned model is judged.
+
+    Args:
+        model: The original.
+        labels: Labels of the data, samples along axis 0: classes, zeros and ones, or floats.
+        task: The kind of the model's output (``--task``), for models with one output to decide about.
+        outputs: (kind, weight) by name of an output, or of a term (``--output``).
+
+    Returns:
+        The objective without scales (``normaliser.Normaliser`` finds them).
+
+    Raises:
+        SettingsError: ``task`` or ``outputs`` name no output, or a kind that it cannot have.
+        DataError: A label is no class of the term that the labels belong to.
+    """
+    chosen = dict(outputs or {})
+    tails = Tails(Graph(model))
+    terms, notes = _found(tails, chosen)
+    for name in chosen:
+        if name not in {t.name for t in terms} | {t.output for t in terms} | {p.name for p in model.outputs}:
+            have = ", ".join(f"'{port.name}'" for port in model.outputs)
+            raise SettingsError(f"--output names '{name}', but the outputs of {model.path or 'the model'} are {have}.")
+    terms = [_chosen(tails, term, chosen[term.name]) if _by_part(term, chosen) else term for term in terms]
+    if task is not None:
+        terms = _told(tails, terms, task)
+    if labels is not None:
+        terms, note = _labelled(tails, terms, labels)
+        notes += note
+    terms, more = _once(_settled(tails, terms))
+    if terms and all(term.kind == "ignore" for term in terms) and any(term.source == "user" for term in terms):
+        raise SettingsError("every output is ignored, so nothing could be measured; leave one --output out.")
+    return Objective(tuple(terms), (*notes, *more, *(t.assumption for t in terms if t.assumption)))
+
+
+def _found(tails: Tails, chosen: Mapping[str, tuple[str, float]]) -> tuple[list[Term], list[str]]:
+    """(terms of all outputs, notes)."""
+    graph, terms, notes = tails.graph, [], []
+    for name in dict.fromkeys(port.name for port in graph.model.outputs):
+        whole = Term(name, name, name, "ignore", graph.channel_axis(name))
+        if name in graph.given or graph.constant(name) is not None:
+            what = "an input of the model" if name in graph.given else "a constant"
+            terms.append(whole)
+            notes.append(f"output '{name}' is {what}, which pruning does not change: it is not measured")
+        elif name in chosen:
+            terms.append(_chosen(tails, whole, chosen[name]))
+        else:
+            terms += _of_output(tails, name)
+    return terms, notes
+
+
+def _of_output(tails: Tails, name: str) -> list[Term]:
+    """The terms of one output by structure."""
+    found = tails.terms(name)
+    if not found:
+        note = (
+            f"output '{name}' comes from no floating tensor that can be found, so it is compared for equality; "
+            f"leave it out with --output {name}=ignore"
+        )
+        return [Term(name, name, name, "exact", assumption=note)]
+    alone = len(found) == 1
+    return [replace(term, name=name if alone else f"{name}/{_short(term)}", output=name) for term in found]
+
+
+def _short(term: Term) -> str:
+    return term.tensor if term.part is None else f"{term.tensor}{term.part}"
+
+
+# ------------------------------------------------------------------------------------------------------ user's choice
+
+
+def _by_part(term: Term, chosen: Mapping[str, tuple[str, float]]) -> bool:
+    return term.name in chosen and term.output not in chosen
+
+
+def _chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
+    """A term of the kind and weight that the user says."""
+    kind, weight = choice
+    if kind not in CHOICES:
+        raise SettingsError(f"--output {term.name}={kind}: the kinds are {', '.join(CHOICES)}.")
+    if not (math.isfinite(weight) and weight > 0):
+        raise SettingsError(f"--output {term.name}={kind}:{weight:g}: a weight is a number above 0.")
+    return replace(_as(tails, term, kind, f"--output {term.name}={kind}"), weight=float(weight))
+
+
+def _as(tails: Tails, term: Term, kind: str, option: str) -> Term:
+    """A term turned into another kind. Raises SettingsError where it cannot be one."""
+    plain = replace(term, kind="ignore", source="user", assumption="", form="auto", threshold=None, tail="")
+    if kind == "ignore":
+        return plain
+    found = tails.terms(term.tensor) if term.name == term.output else [term]
+    same = [t for t in found if t.kind == kind]
+    if len(same) == 1 == len(found):
+        return replace(same[0], name=term.name, output=term.output, weight=term.weight, source="user")
+    floats = tails.graph.floating(term.tensor)
+    if not floats and len(found) == 1:  # decisions, and one tensor of floats that they are made from
+        plain, floats = replace(plain, tensor=found[0].tensor, axis=found[0].axis, part=found[0].part), True
+    if not floats:
+        raise SettingsError(
+            f"{option} does not fit: '{term.name}' holds {_type(tails.graph.model, term.output)} and comes from no "
+            "single floating tensor; leave it out, or say ignore."
+        )
+    columns = _columns(tails, plain)
+    if kind in ("classes", "embedding") and columns is not None and columns < 2:
+        what = "classes" if kind == "classes" else "vectors"
+        raise SettingsError(f"{option} does not fit: '{term.name}' has one column, and {what} need at least two.")
+    return replace(plain, kind=kind)  # type: ignore[arg-type]
+
+
+def _type(model: Model, name: str) -> str:
+    return next((port.dtype.name for port in model.outputs if port.name == name), "no floats")
+
+
+def _columns(tails: Tails, term: Term) -> int | None:
+    shape = tails.graph.shape(term.tensor)
+    if shape is None:
+        return None
+    if term.axis is None or term.axis >= len(shape):
+        return 1
+    return term.part.stop - term.part.start if term.part and term.part.axis == term.axis else shape[term.axis]
+
+
+def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
+    """The terms where ``--task`` gives the kind of what the structure leaves open, or of the only output."""
+    kinds = [kind for kind in CHOICES if kind != "ignore"]
+    if task not in kinds:
+        raise SettingsError(f"--task {task}: the tasks are {', '.join(kinds)}.")
+    free = [t for t in terms if t.kind != "ignore" and t.source != "user"]
+    outputs = {t.output for t in free}
+    if len(outputs) == 1:
+        name = next(iter(outputs))
+        whole = Term(name, name, name, "ignore", tails.graph.channel_axis(name))
+        return [*(t for t in terms if t.output != name), _as(tails, whole, task, f"--task {task}")]
+    decided = any(t.kind in ("classes", "binary") for t in free)
+    vectors = task in ("classes", "embedding")
+    opened = [t for t in free if t.kind == "ambiguous" and not (vectors and _columns(tails, t) == 1)]
+    if decided or not opened:
+        raise SettingsError(
+            f"--task {task} does not say which of the model's {len(outputs)} outputs it is about; "
+            "give --output NAME=KIND."
+        )
+    return [_as(tails, t, task, f"--task {task}") if t in opened else t for t in terms]
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+def _labelled(tails: Tails, terms: list[Term], labels: Array) -> tuple[list[Term], list[str]]:
+    """(terms, notes) where the labels belong to the first term that they fit."""
+    wrong: Term | None = None
+    for kind in ORDER:
+        for place, term in enumerate(terms):
+            if term.kind != kind:
+                continue
+            fitting = _fit(tails, term, labels)
+            if fitting is not None:
+                return [*terms[:place], fitting, *terms[place + 1 :]], []
+            if kind in ("classes", "ambiguous") and _whole(labels) and _one_class(tails, term, labels):
+                wrong = wrong or term
+    if wrong is not None:
+        raise DataError(
+            f"'labels' has the class {int(labels.max())}, but the model's output '{wrong.output}' has "
+            f"{_columns(tails, wrong)} classes, which count from 0."
+        )
+    return terms, [f"labels of shape {labels.shape} fit no output of the model and are not used"]
+
+
+def _fit(tails: Tails, term: Term, labels: Array) -> Term | None:
+    """The term that the labels make of this one, None where they do not fit."""
+    columns = _columns(tails, term)
+    bits = _whole(labels) and bool(np.isin(labels, (0, 1)).all())
+    kind: Kind | None = None
+    if not _whole(labels):
+        fits = term.kind in ("ambiguous", "values") and _one_number(tails, term, labels)
+        kind = "values" if fits else None
+    elif bits and term.kind != "classes" and _one_number(tails, term, labels) and (columns == 1 or labels.ndim > 1):
+        kind = "binary"
+    elif term.kind != "values" and columns is not None and columns > 1 and _one_class(tails, term, labels):
+        kind = "classes" if labels.min(initial=0) >= 0 and labels.max(initial=0) < columns else None
+    if kind is None or (term.source == "user" and term.kind != kind):
+        return None
+    form = term.form if term.kind == kind else "auto"
+    source = term.source if term.kind == kind else "labels"
+    return replace(
+        term, kind=kind, labelled=True, form=form, source=source, assumption="",
+        balanced=term.balanced and kind != "classes",
+    )  # fmt: skip
+
+
+def _whole(labels: Array) -> bool:
+    return labels.dtype.kind in "iub"
+
+
+def _one_class(tails: Tails, term: Term, labels: Array) -> bool:
+    """Whether there is one label for every decision of a sample."""
+    shape = tails.graph.shape(term.tensor)
+    if shape is None or term.axis is None or term.axis == 0 or term.part is not None:
+        return False
+    return _per_sample(labels, tuple(n for axis, n in enumerate(shape) if axis != term.axis))
+
+
+def _one_number(tails: Tails, term: Term, labels: Array) -> bool:
+    """Whether there is one label for every number of a sample."""
+    shape = tails.graph.shape(term.tensor)
+    return shape is not None and term.part is None and _per_sample(labels, shape)
+
+
+def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
+    """Whether labels have this shape behind their samples; lengths of 1 do not count. Or one whole feed each."""
+    given = tuple(n for n in labels.shape[1:] if n != 1)
+    return given in (tuple(n for n in shape[1:] if n != 1), tuple(n for n in shape if n != 1))
+
+
+# -------------------------------------------------------------------------------------------------------- assumptions
+
+
+def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
+    """Every term with a kind that can be measured, and what was assumed."""
+    decided = any(t.kind in ("classes", "binary") and t.source != "labels" for t in terms)
+    open_maps = [t for t in terms if t.kind == "ambiguous" and (tails.graph.rank(t.tensor) or 0) > 3]
+    result = []
+    for term in terms:
+        if term.kind == "ambiguous" and term.source != "user":
+            result.append(_opened(tails, term, decided, len(open_maps) > 1))
+        elif term.kind == "binary" and term.source == "structure" and tails.graph.like_an_input(term.tensor):
+            note = f"output '{term.output}' has the shape of an input picture: its sigmoid gives values, not decisions"
+            result.append(replace(_as_values(term), assumption=_otherwise(note, term, "binary")))
+        else:
+            result.append(term)
+    return result
+
+
+def _opened(tails: Tails, term: Term, decided: bool, several_maps: bool) -> Term:
+    """What raw floats are taken for."""
+    reason = _why_values(tails, term, decided, several_maps)
+    shape = ", ".join(["N", *map(str, (tails.graph.shape(term.tensor) or ("?", "?"))[1:])])
+    if reason is None:
+        note = (
+            f"output '{term.output}' [{shape}] may hold class scores or values: the loss takes the worse of class "
+            f"divergence and squared error; --output {term.output}=classes or {term.output}=values says which"
+        )
+        return replace(term, assumption=note)
+    note = f"output '{term.output}' [{shape}] is taken for values, {reason}"
+    columns = _columns(tails, term)
+    if columns is not None and columns < 2:
+        return replace(_as_values(term), assumption=_otherwise(note, term, "binary"))
+    return replace(_as_values(term), assumption=_otherwise(note, term, "classes"))
+
+
+def _why_values(tails: Tails, term: Term, decided: bool, several_maps: bool) -> str | None:
+    """Why raw floats are no class scores; None where they may be."""
+    graph, columns = tails.graph, _columns(tails, term)
+    rank = graph.rank(term.tensor)
+    if rank is None or columns is None:
+        return "as its shape is not known"
+    if columns < 2 or term.axis in (None, 0):
+        return "as it has one column"
+    if decided:
+        return "as another output holds decisions"
+    if (behind := graph.trace(term.tensor).node) is not None and behind.op in NOT_SCORES:
+        return f"as it ends in {behind.op}"
+    if rank > 3 and several_maps:
+        return "as there are several maps"
+    return "as it has the shape of an input picture" if graph.like_an_input(term.tensor) else None
+
+
+def _as_values(term: Term) -> Term:
+    return replace(term, kind="values", form="auto", threshold=None)
+
+
+def _otherwise(note: str, term: Term, kind: str) -> str:
+    return f"{note}; --output {term.output}={kind} says otherwise"
+
+
+def _once(terms: list[Term]) -> tuple[list[Term], list[str]]:
+    """(terms, notes) with every slice of a tensor measured once, by its structure where one output has any."""
+    found: dict[object, Term] = {}
+    notes = []
+    for i, term in enumerate(terms):
+        if term.kind == "ignore":
+            found[i] = term
+            continue
+        key = (term.tensor, term.part)
+        known = found.get(key)
+        if known is None:
+            found[key] = term
+            continue
+        if known.output != term.output:
+            notes.append(f"output '{term.output}' is measured with '{known.output}', which holds the same numbers")
+        better = _rank(term) < _rank(known)
+        found[key] = term if better else known
+    return list(found.values()), notes
+
+
+def _rank(term: Term) -> tuple[bool, bool, int]:
+    """Smaller where more is known about a term."""
+    return term.source != "user", not term.labelled, 1 if term.kind in ("ambiguous", "values", "exact") else 0
+
+

@@ -1,0 +1,84 @@
+"""Errors of single positions: divergences of decisions, squared errors, angles.
+
+Infinities follow one rule: equal ones cost nothing, and a position at which only one side is a number costs infinity.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..records import Floats
+from .terms import Form
+
+SMALLEST = 1e-12
+"""Probabilities are clipped here before their logarithm is taken."""
+
+
+def log_classes(values: Floats, form: Form) -> Floats:
+    """Log-probabilities (positions, classes)."""
+    if form == "probabilities":
+        return np.asarray(np.log(np.maximum(values, SMALLEST)))
+    with np.errstate(invalid="ignore"):
+        shifted = values - values.max(axis=1, keepdims=True)
+        return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+def log_binary(values: Floats, form: Form, threshold: float | None) -> tuple[Floats, Floats]:
+    """Log-probabilities (positions, columns) of yes and of no."""
+    if form == "probabilities":
+        inside = np.clip(values, SMALLEST, 1 - SMALLEST)
+        return np.log(inside), np.log1p(-inside)
+    odds = values - (threshold or 0.0) if form == "scores" else values
+    with np.errstate(invalid="ignore"):
+        return -np.logaddexp(0.0, -odds), -np.logaddexp(0.0, odds)
+
+
+def weighted(log: Floats) -> Floats:
+    """``p log p`` by element, 0 where p is 0."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isneginf(log), 0.0, np.exp(log) * log)
+
+
+def class_divergence(truth: Floats, found: Floats, form: Form) -> Floats:
+    """KL divergence (positions,) of class probabilities."""
+    p, q = log_classes(truth, form), log_classes(found, form)
+    with np.errstate(invalid="ignore"):
+        loss = np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1)
+    return lost(np.where((truth == found).all(axis=1), 0.0, np.maximum(loss, 0.0)))
+
+
+def binary_divergence(truth: Floats, found: Floats, form: Form, threshold: float | None) -> Floats:
+    """KL divergence (positions, columns) of independent yes/no answers."""
+    (yes, no), (new_yes, new_no) = log_binary(truth, form, threshold), log_binary(found, form, threshold)
+    with np.errstate(invalid="ignore"):
+        loss = np.exp(yes) * (yes - new_yes) + np.exp(no) * (no - new_no)
+        return lost(np.where(truth == found, 0.0, np.maximum(loss, 0.0)))
+
+
+def squared_error(truth: Floats, found: Floats) -> Floats:
+    """Squared differences (positions, columns)."""
+    with np.errstate(invalid="ignore"):
+        return lost(np.square(np.where(truth == found, 0.0, truth - found)))
+
+
+def angle(truth: Floats, found: Floats) -> Floats:
+    """1 - cosine (positions,); a vector of zeros is at right angles to every other one."""
+    with np.errstate(invalid="ignore"):
+        a, b = directions(truth), directions(found)
+        loss = np.square(a - b).sum(axis=1) / 2  # exact where both are equal, unlike 1 - a.b
+    alone = a.any(axis=1) != b.any(axis=1)
+    return lost(np.where(alone, 1.0, loss))
+
+
+def directions(values: Floats) -> Floats:
+    """Vectors (positions, components) at length 1; zeros stay zeros."""
+    with np.errstate(invalid="ignore"):
+        largest = np.abs(values).max(axis=1, keepdims=True, initial=0.0)
+        near = np.divide(values, largest, out=np.zeros_like(values), where=largest != 0)
+        length = np.linalg.norm(near, axis=1, keepdims=True)
+        return np.asarray(np.divide(near, length, out=np.zeros_like(near), where=length != 0))
+
+
+def lost(loss: Floats) -> Floats:
+    """The loss with infinity in place of what is no number."""
+    return np.where(np.isnan(loss), np.inf, loss)

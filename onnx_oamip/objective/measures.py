@@ -1,0 +1,338 @@
+"""What a pruned model still does, term by term: agreement, recall, explained variance, cosine, worst term first.
+
+Every measure has ``lost``, points from 0 to 100 that ``--max-drop`` bounds, and ``measure``, the name of what they are
+points of:
+
+- ``classes``: accuracy where the labels belong to the term; else the agreement of decisions, or where one class takes
+  more than ``normaliser.DOMINANT`` of them, the recall of all others if that is worse;
+- ``binary``: accuracy with labels (balanced accuracy where fewer than ``RARE`` of them are positive); else the worst of
+  agreement, recall and precision of decisions;
+- ``values``: squared error over the variance about the mean, in the worst column;
+- ``embedding``: 1 - mean cosine;
+- ``ambiguous``: the worse of the agreement of decisions and the error over variance;
+- ``exact``: unequal entries.
+
+Recall and precision are those of what the original finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..records import Array, Bools, Floats, Ints
+from .divergences import angle, squared_error
+from .moments import COLUMNS, Moments
+from .normaliser import DOMINANT, cutoff
+from .terms import Objective, Term
+
+RARE = 0.05
+"""Share of decisions below which they are rare, and of positive decisions below which a warning is given."""
+LISTED = 10
+"""Rare classes listed at most."""
+DIGITS = 9
+"""Decimals of points: 100 * (0.99 - 0.985) is a little over 0.5, which its samples do not say."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """How well one term is kept.
+
+    ``values``: numbers by name (``agreement``, ``accuracy_before``, ``recall``, ``error_over_variance``, ...), None
+    where nothing could be measured; ``classes``: (class, share of the original's decisions, recall) of rare classes,
+    worst first; ``columns``: error over variance by column.
+    """
+
+    term: str
+    output: str
+    kind: str
+    measure: str
+    lost: float
+    values: Mapping[str, float | None]
+    classes: tuple[tuple[int, float, float], ...] = ()
+    columns: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Measures:
+    """Streaming comparison of a pruned model with the original, for a scaled objective; can be merged."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._counts = [_counters(term) for term in objective.judged]
+
+    def update(self, before: Sequence[Array], after: Sequence[Array], labels: Array | None = None) -> None:
+        """Add a batch: arrays in the order of ``objective.tensors``, and the labels of its samples."""
+        pairs = self.objective.pairs(before, after)
+        for term, counts, (old, new) in zip(self.objective.judged, self._counts, pairs, strict=True):
+            given = labels if term.labelled else None
+            for count in counts:
+                count.update(old, new, given)
+
+    def merge(self, other: Measures) -> None:
+        """Add all batches of another one."""
+        for mine, theirs in zip(self._counts, other._counts, strict=True):
+            for count, more in zip(mine, theirs, strict=True):
+                count.merge(more)
+
+    def results(self) -> tuple[Measure, ...]:
+        """One measure a term, by falling loss; the order of terms where they lose the same."""
+        found = [_worst(t, [c.result() for c in cs]) for t, cs in zip(self.objective.judged, self._counts, strict=True)]
+        return tuple(sorted(found, key=lambda measure: -measure.lost))
+
+
+class _Counter:
+    """Sums over batches, by name; added up as they are."""
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+        self.sums: dict[str, Floats] = {}
+
+    def update(self, old: Array, new: Array, labels: Array | None) -> None:
+        """Add a batch."""
+        raise NotImplementedError
+
+    def result(self) -> Measure:
+        """The measure of all batches."""
+        raise NotImplementedError
+
+    def merge(self, other: _Counter) -> None:
+        """Add the batches of another counter."""
+        self.add(**other.sums)
+
+    def add(self, **sums: Floats | float) -> None:
+        """Add up sums by name."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, np.zeros(())) + np.asarray(value, np.float64)
+
+    def sum(self, name: str) -> float:
+        """A sum that is one number."""
+        return float(self.sums.get(name, np.zeros(())).sum())
+
+    def share(self, part: str, whole: str) -> float | None:
+        """One sum over another; None where the latter is zero."""
+        return self.sum(part) / self.sum(whole) if self.sum(whole) else None
+
+    def measure(self, name: str, kept: float | None, values: Mapping[str, float | None], **more: object) -> Measure:
+        """The measure whose points are what is short of 1."""
+        lost = 0.0 if kept is None else round(float(np.clip(100 * (1 - kept), 0.0, 100.0)), DIGITS)
+        return Measure(self.term.name, self.term.output, self.term.kind, name, lost, values, **more)  # type: ignore[arg-type]
+
+
+class _Decisions(_Counter):
+    """Agreement of class decisions: counts by the original's decision."""
+
+    def update(self, old: Array, new: Array, labels: Array | None) -> None:
+        before, after = self.term.rows(old), self.term.rows(new)
+        same_shape = before.shape == after.shape
+        a = before.argmax(axis=1)
+        b = after.argmax(axis=1) if same_shape else np.full(len(a), -1)
+        b = np.where(np.isnan(after).any(axis=1), -1, b) if same_shape else b
+        classes = before.shape[1]
+        self.add(
+            decided=np.bincount(a, minlength=classes).astype(np.float64),
+            kept=np.bincount(a[a == b], minlength=classes).astype(np.float64),
+        )
+        truth = None if labels is None else np.asarray(labels).reshape(-1)
+        if truth is not None and len(truth) == len(a):
+            self.add(labelled=len(a), right=float((a == truth).sum()), right_after=float((b == truth).sum()))
+
+    def result(self) -> Measure:
+        decided = self.sums.get("decided", np.zeros(1))
+        kept = self.sums.get("kept", np.zeros(1))
+        agreement = self.share("kept", "decided")
+        values: dict[str, float | None] = {
+            "agreement": agreement,
+            "accuracy_before": self.share("right", "labelled"),
+            "accuracy_after": self.share("right_after", "labelled"),
+        }
+        rare, warnings = _rare(decided, kept), []
+        background = int(decided.argmax())
+        others = decided.sum() - decided[background]
+        recall = None
+        if decided[background] > DOMINANT * decided.sum() and others:
+            recall = float((kept.sum() - kept[background]) / others)
+            values.update(background=float(background), positives=float(others / decided.sum()), recall=recall)
+            if others < RARE * decided.sum():
+                warnings.append(_few(self.term, others / decided.sum()))
+        drop = _drop(values)
+        if drop is not None:
+            return self.measure("accuracy", 1 - drop, values, classes=rare, warnings=tuple(warnings))
+        name, worst = "agreement of decisions", agreement
+        if recall is not None and agreement is not None and recall < agreement:
+            name, worst = f"recall of all decisions but class {background}", recall
+        return self.measure(name, worst, values, classes=rare, warnings=tuple(warnings))
+
+
+class _Binary(_Counter):
+    """Agreement, recall and precision of decisions at a threshold."""
+
+    def update(self, old: Array, new: Array, labels: Array | None) -> None:
+        assert self.term.scale is not None, "the objective has no scales yet"
+        limit = cutoff(self.term.threshold, self.term.scale.form)
+        before, after = self.term.rows(old), self.term.rows(new)
+        a = before > limit
+        # Where there is no number any more, the decision is the other one.
+        b = np.where(np.isnan(after), ~a, after > limit) if after.shape == before.shape else ~a
+        self.add(all=a.size, both=(a & b).sum(), neither=(~a & ~b).sum(), before=a.sum(), after=b.sum())
+        truth = None if labels is None else np.asarray(labels).reshape(-1) > 0
+        if truth is not None and truth.size == a.size:
+            self._labelled(a.reshape(-1), b.reshape(-1), truth)
+
+    def _labelled(self, a: Bools, b: Bools, truth: Bools) -> None:
+        self.add(
+            labelled=truth.size, positive=truth.sum(), negative=(~truth).sum(),
+            found=(a & truth).sum(), found_after=(b & truth).sum(),
+            refused=(~a & ~truth).sum(), refused_after=(~b & ~truth).sum(),
+        )  # fmt: skip
+
+    def result(self) -> Measure:
+        whole = self.sum("all")
+        positives = self.share("before", "all")
+        found: dict[str, float | None] = {
+            "agreement": (self.sum("both") + self.sum("neither")) / whole if whole else None,
+            "recall": self.share("both", "before"),
+            "precision": self.share("both", "after"),
+        }
+        few = positives is not None and positives < RARE
+        warnings = (_few(self.term, positives or 0.0),) if few else ()
+        values = {**found, "positives": positives}
+        for when in ("", "_after"):
+            right = self.sum(f"found{when}") + self.sum(f"refused{when}")
+            name = "after" if when else "before"
+            labelled = self.sum("labelled")
+            values[f"accuracy_{name}"] = right / labelled if labelled else None
+            sides = (self.share(f"found{when}", "positive"), self.share(f"refused{when}", "negative"))
+            both = [side for side in sides if side is not None]
+            values[f"balanced_accuracy_{name}"] = sum(both) / len(both) if both else None
+        drop = _drop(values)
+        if drop is None:
+            known = {name: value for name, value in found.items() if value is not None}
+            name = min(known, key=lambda name: known[name], default="agreement")
+            return self.measure(f"{name} of decisions", known.get(name), values, warnings=warnings)
+        rare = self.sum("positive") < RARE * self.sum("labelled")
+        balanced = _drop(values, "balanced_accuracy")
+        if rare and balanced is not None:
+            return self.measure("balanced accuracy", 1 - balanced, values, warnings=warnings)
+        return self.measure("accuracy", 1 - drop, values, warnings=warnings)
+
+
+class _Values(_Counter):
+    """Squared error of every column over its variance on the data that is compared."""
+
+    def __init__(self, term: Term) -> None:
+        super().__init__(term)
+        self.moments = Moments()
+
+    def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
+        before, after = self.term.rows(old), self.term.rows(new)
+        known = np.isfinite(before)
+        error = squared_error(before, after) if after.shape == before.shape else np.full(before.shape, np.inf)
+        self.moments.update(before)
+        self.add(error=error.sum(axis=0), energy=np.square(np.where(known, before, 0.0)).sum(axis=0))
+
+    def merge(self, other: _Counter) -> None:
+        super().merge(other)
+        assert isinstance(other, _Values)
+        self.moments.merge(other.moments)
+
+    def result(self) -> Measure:
+        assert self.term.scale is not None, "the objective has no scales yet"
+        error = self.sums.get("error", np.zeros(0))
+        if not error.size:
+            return self.measure("error over variance", None, {"error_over_variance": None, "relative_error": None})
+        divisors = self.moments.divisors(self.term.scale.variance)
+        columns = error / np.maximum(self.moments.count, 1) / divisors
+        place = int(columns.argmax())
+        whole, worst = float(columns.mean()), float(columns.max())
+        energy = self.sum("energy")
+        values = {
+            "error_over_variance": whole,
+            "r2": 1 - whole,
+            "worst_column": float(place),
+            "worst_error_over_variance": worst,
+            "relative_error": float(np.sqrt(error.sum() / energy)) if energy else None,
+        }
+        if not 1 < columns.size <= COLUMNS:
+            return self.measure("error over variance", 1 - whole, values)
+        name = f"error over variance of column {place}"
+        return self.measure(name, 1 - worst, values, columns=tuple(columns.tolist()))
+
+
+class _Cosines(_Counter):
+    """Cosines of vectors, kept one by one for their percentile."""
+
+    def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
+        before, after = self.term.rows(old), self.term.rows(new)
+        if before.shape != after.shape:
+            cosine = np.full(len(before), -1.0)
+        else:
+            cosine = 1 - np.minimum(angle(before, after), 2.0)
+        self.merge_cosines(cosine)
+
+    def merge(self, other: _Counter) -> None:
+        self.merge_cosines(other.sums.get("cosine", np.zeros(0)))
+
+    def merge_cosines(self, cosine: Floats) -> None:
+        """Add cosines."""
+        self.sums["cosine"] = np.concatenate([self.sums.get("cosine", np.zeros(0)), cosine])
+
+    def result(self) -> Measure:
+        cosine = self.sums.get("cosine", np.zeros(0))
+        mean = float(cosine.mean()) if cosine.size else None
+        low = float(np.percentile(cosine, 1)) if cosine.size else None
+        return self.measure("mean cosine", mean, {"cosine": mean, "cosine_1st_percentile": low})
+
+
+class _Equal(_Counter):
+    """Entries that are equal."""
+
+    def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
+        equal = float((old == new).sum()) if old.shape == new.shape else 0.0
+        self.add(all=old.size, equal=equal)
+
+    def result(self) -> Measure:
+        equal = self.share("equal", "all")
+        return self.measure("equal entries", equal, {"equal": equal})
+
+
+def _counters(term: Term) -> list[_Counter]:
+    if term.kind == "ambiguous":
+        return [_Decisions(term), _Values(term)]
+    kinds = {"classes": _Decisions, "binary": _Binary, "values": _Values, "embedding": _Cosines, "exact": _Equal}
+    return [kinds[term.kind](term)]
+
+
+def _worst(term: Term, found: Sequence[Measure]) -> Measure:
+    """The measure that loses most, with the numbers of all."""
+    worst = max(found, key=lambda measure: measure.lost)
+    values = {name: value for measure in found for name, value in measure.values.items()}
+    columns = next((m.columns for m in found if m.columns), ())
+    classes = next((m.classes for m in found if m.classes), ())
+    warnings = tuple(w for m in found for w in m.warnings)
+    return Measure(
+        term.name, term.output, term.kind, worst.measure, worst.lost, values, classes, columns, warnings
+    )
+
+
+def _drop(values: Mapping[str, float | None], name: str = "accuracy") -> float | None:
+    before, after = values.get(f"{name}_before"), values.get(f"{name}_after")
+    return None if before is None or after is None else before - after
+
+
+def _rare(decided: Floats, kept: Floats) -> tuple[tuple[int, float, float], ...]:
+    """(class, share, recall) of classes that the original rarely decides for, worst first."""
+    total = max(decided.sum(), 1)
+    few = np.flatnonzero((decided > 0) & (decided < RARE * total))
+    recall = kept[few] / np.maximum(decided[few], 1)
+    order: Ints = np.argsort(recall, kind="stable")[:LISTED]
+    return tuple((int(few[i]), float(decided[few[i]] / total), float(recall[i])) for i in order)
+
+
+def _few(term: Term, share: float) -> str:
+    return (
+        f"only {100 * share:.2g} % of the decisions of '{term.name}' are positive on this data; agreement says little, "
+        "look at the recall"
+    )

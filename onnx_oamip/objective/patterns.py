@@ -1,0 +1,147 @@
+"""Compositions of elementary operators that stand for one: sigmoid, softmax, division by a vector's length."""
+
+from __future__ import annotations
+
+from ..records import Node
+from .structure import Graph
+
+LENGTH_WRAPPERS = frozenset({"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"})
+"""Operators between a vector's length and the division by it."""
+
+
+def sigmoid(graph: Graph, node: Node) -> str | None:
+    """The x of ``1 / (1 + exp(-x))``."""
+    if node.op == "Sigmoid":
+        return node.inputs[0]
+    if node.op == "Div" and graph.number(node.inputs[0]) == 1:
+        below = graph.maker(node.inputs[1])
+    elif node.op == "Reciprocal":
+        below = graph.maker(node.inputs[0])
+    else:
+        return None
+    if below is None or below.op != "Add" or all(graph.number(name) != 1 for name in below.inputs):
+        return None
+    power = next((graph.maker(name) for name in below.inputs if graph.op(name) == "Exp"), None)
+    negated = graph.maker(power.inputs[0]) if power is not None else None
+    return negated.inputs[0] if negated is not None and negated.op == "Neg" else None
+
+
+def softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
+    """(logits, axis) of Softmax, LogSoftmax, or what is written out as them."""
+    if node.op in ("Softmax", "LogSoftmax"):
+        return _softmax(graph, node)
+    if node.op == "Log":
+        inner = graph.maker(node.inputs[0])
+        return softmax(graph, inner) if inner is not None and inner.op != "Log" else None
+    if node.op == "Sub" and (total := graph.maker(node.inputs[1])) is not None and total.op == "ReduceLogSumExp":
+        axis = _one_axis(graph, total)
+        same = total.inputs[0] == node.inputs[0]
+        return (node.inputs[0], axis) if same and axis is not None else None
+    if node.op != "Div" or (total := graph.maker(node.inputs[1])) is None or total.op != "ReduceSum":
+        return None
+    power, axis = graph.maker(node.inputs[0]), _one_axis(graph, total)
+    if power is None or power.op != "Exp" or total.inputs[0] != node.inputs[0] or axis is None:
+        return None
+    shifted = graph.maker(power.inputs[0])
+    stable = shifted is not None and shifted.op == "Sub" and graph.op(shifted.inputs[1]) == "ReduceMax"
+    return (shifted.inputs[0] if shifted is not None and stable else power.inputs[0]), axis
+
+
+def _softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
+    rank = graph.rank(node.inputs[0]) or graph.rank(node.outputs[0])
+    if rank is None:
+        return None
+    axis = int(node.attrs.get("axis", -1 if node.version >= 13 else 1)) % max(rank, 1)
+    shape = graph.shape(node.inputs[0])
+    last = shape is not None and all(size == 1 for size in shape[axis + 1 :])
+    if node.version < 13 and axis < rank - 1 and not last:  # one distribution over all axes from here on
+        return None
+    return node.inputs[0], axis
+
+
+def unit_vectors(graph: Graph, node: Node) -> tuple[str, int] | None:
+    """(tensor, axis) where a node divides vectors by their Euclidean length."""
+    if node.op == "LpNormalization":
+        rank = graph.rank(node.inputs[0])
+        euclidean = int(node.attrs.get("p", 2)) == 2
+        return (node.inputs[0], int(node.attrs.get("axis", -1)) % rank) if rank and euclidean else None
+    if node.op == "Div":
+        source, divisor, inverse = node.inputs[0], node.inputs[1], False
+    elif node.op == "Mul":
+        source, divisor = _factors(graph, node)
+        inverse = True
+    else:
+        return None
+    axis = _length_axis(graph, divisor, source, inverse) if divisor else None
+    return (source, axis) if axis is not None else None
+
+
+def _factors(graph: Graph, node: Node) -> tuple[str, str]:
+    """(vectors, the inverse of their length); empty where none of the factors is an inverse."""
+    for source, other in (node.inputs, node.inputs[::-1]):
+        made = graph.maker(_unwrapped(graph, other))
+        power = graph.number(made.inputs[1]) if made is not None and made.op == "Pow" else None
+        one = graph.number(made.inputs[0]) if made is not None and made.op == "Div" else None
+        if made is not None and (made.op == "Reciprocal" or power == -0.5 or one == 1):
+            return source, other
+    return "", ""
+
+
+def _unwrapped(graph: Graph, tensor: str) -> str:
+    """The tensor behind small constants that keep a division from overflowing, and behind reshapes."""
+    while (node := graph.maker(tensor)) is not None and node.op in LENGTH_WRAPPERS:
+        others = [name for name in node.inputs[:2] if name and graph.constant(name) is None]
+        computed = [name for name in others if graph.floating(name)]
+        if not computed or (node.op in ("Add", "Max") and len(computed) > 1):
+            break
+        tensor = computed[0]
+    return tensor
+
+
+def _length_axis(graph: Graph, divisor: str, source: str, inverse: bool) -> int | None:
+    """The axis of which ``divisor`` holds the Euclidean length of ``source`` (``inverse``: 1 over it)."""
+    node = graph.maker(_unwrapped(graph, divisor))
+    if node is None:
+        return None
+    if inverse and node.op == "Reciprocal":
+        return _length_axis(graph, node.inputs[0], source, False)
+    if inverse and node.op == "Div":
+        return _length_axis(graph, node.inputs[1], source, False)
+    if node.op == "ReduceL2" and not inverse:
+        return _one_axis(graph, node) if _same(graph, node.inputs[0], source) else None
+    power = graph.number(node.inputs[1]) if node.op == "Pow" else None
+    if not (node.op == "Sqrt" and not inverse) and power != (-0.5 if inverse else 0.5):
+        return None
+    total = graph.maker(_unwrapped(graph, node.inputs[0]))
+    if total is None:
+        return None
+    squares = graph.maker(total.inputs[0])
+    if total.op == "ReduceSumSquare":
+        return _one_axis(graph, total) if _same(graph, total.inputs[0], source) else None
+    if total.op != "ReduceSum" or squares is None or not _squares(graph, squares, source):
+        return None
+    return _one_axis(graph, total)
+
+
+def _squares(graph: Graph, node: Node, source: str) -> bool:
+    """Whether a node gives the squares of ``source``."""
+    if node.op == "Mul":
+        return all(_same(graph, name, source) for name in node.inputs)
+    return node.op == "Pow" and graph.number(node.inputs[1]) == 2 and _same(graph, node.inputs[0], source)
+
+
+def _same(graph: Graph, tensor: str, source: str) -> bool:
+    """Whether a tensor is ``source``, or its absolute value."""
+    while (node := graph.maker(tensor)) is not None and node.op in ("Identity", "Abs") and tensor != source:
+        tensor = node.inputs[0]
+    while (node := graph.maker(source)) is not None and node.op == "Identity" and tensor != source:
+        source = node.inputs[0]
+    return tensor == source
+
+
+def _one_axis(graph: Graph, node: Node) -> int | None:
+    """The axis of a reduction over one."""
+    axes, rank = graph.integers(node, 1, "axes"), graph.rank(node.inputs[0])
+    if axes is None or len(axes) != 1 or not rank:
+        return None
+    return axes[0] % rank

@@ -1,0 +1,248 @@
+"""The graph read from its outputs backwards: producers, axes, and what lies behind operators that only move entries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..ops import lookup
+from ..records import Array, Model, Node
+from .terms import Part
+
+UNCHANGED = frozenset({"Identity", "Dropout"})
+RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+MAPS = (
+    "Conv", "ConvTranspose", "ConvInteger", "Pool", "BatchNormalization", "InstanceNormalization", "Resize",
+)  # fmt: skip
+"""Ends of the names of operators with channels on axis 1."""
+DEPTH = 200
+"""Steps that are followed behind an output."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The tensor behind operators that only move entries, the slice of it that is left, and its producer.
+
+    ``seen``: tensors on the way, the first and the last one among them.
+    """
+
+    tensor: str
+    part: Part | None
+    node: Node | None
+    seen: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A model with its producers."""
+
+    model: Model
+
+    @cached_property
+    def makers(self) -> dict[str, Node]:
+        """The node that gives a tensor, in the graph itself or in a body."""
+        return {out: node for node in self.model.every for out in node.outputs if out}
+
+    @cached_property
+    def given(self) -> frozenset[str]:
+        """Names of graph inputs."""
+        return frozenset(port.name for port in self.model.inputs)
+
+    def maker(self, tensor: str) -> Node | None:
+        """The producer of a tensor; None for inputs, constants, and operators of other domains."""
+        node = self.makers.get(tensor)
+        return node if node is not None and node.domain in ("", "ai.onnx", "ai.onnx.ml") else None
+
+    def op(self, tensor: str) -> str:
+        """The operator that gives a tensor; empty where there is none that is known."""
+        node = self.maker(tensor)
+        return "" if node is None else node.op
+
+    def branches(self, tensor: str) -> list[str]:
+        """What the branches of an If give for a tensor; empty where another operator gives it."""
+        node = self.maker(tensor)
+        if node is None or node.op != "If":
+            return []
+        return [body.outputs[node.outputs.index(tensor)] for body in node.bodies.values()]
+
+    def shape(self, tensor: str) -> tuple[int, ...] | None:
+        """The shape for one feed; None where it depends on values or is not known."""
+        if tensor in self.model.shapes:
+            return self.model.shapes[tensor]
+        declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
+        bound = [self.model.bindings.get(d) if isinstance(d, str) else d for d in declared or (None,)]
+        known = tuple(d for d in bound if d is not None)
+        return known if len(known) == len(bound) else None
+
+    def rank(self, tensor: str) -> int | None:
+        """The number of axes, of graph outputs as they declare it."""
+        shape = self.shape(tensor)
+        if shape is not None:
+            return len(shape)
+        return next((len(p.dims) for p in self.model.outputs if p.name == tensor and p.dims), None)
+
+    def floating(self, tensor: str) -> bool:
+        """Whether a tensor is floating; those of unknown type are not."""
+        kind = self.model.dtypes.get(tensor)
+        if kind is None:
+            kind = next((p.dtype for p in self.model.outputs if p.name == tensor), None)
+        return kind is not None and (bool(np.issubdtype(kind, np.floating)) or "float" in kind.name)
+
+    def constant(self, tensor: str) -> Array | None:
+        """The value of a constant."""
+        return self.model.constants.get(tensor)
+
+    def number(self, tensor: str) -> float | None:
+        """The value of a constant with one element."""
+        value = self.constant(tensor)
+        return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
+
+    def integers(self, node: Node, slot: int, attribute: str) -> list[int] | None:
+        """A list that later opsets give as an input and earlier ones as an attribute; None where it is not constant."""
+        if attribute in node.attrs:
+            return [int(a) for a in np.atleast_1d(node.attrs[attribute])]
+        if len(node.inputs) <= slot or not node.inputs[slot]:
+            return None
+        value = self.constant(node.inputs[slot])
+        return None if value is None else [int(a) for a in value.reshape(-1)]
+
+    def heavy(self, node: Node) -> bool:
+        """Whether a node counts multiply-accumulates."""
+        spec = lookup(node.domain, node.op, node.version)
+        return spec is not None and spec.cost is not None
+
+    # ------------------------------------------------------------------------------------------------- moved entries
+
+    def trace(self, tensor: str) -> Origin:
+        """Go back through casts between floats, reshapes, transpositions and slices."""
+        part: Part | None = None
+        seen = [tensor]
+        while (node := self.maker(tensor)) is not None:
+            step = self._step(node, tensor, part)
+            if step is None:
+                break
+            tensor, part = step
+            seen.append(tensor)
+        return Origin(tensor, part, node, tuple(seen))
+
+    def _step(self, node: Node, tensor: str, part: Part | None) -> tuple[str, Part | None] | None:
+        source = node.inputs[0] if node.inputs else ""
+        if node.op in UNCHANGED and tensor == node.outputs[0]:
+            return source, part
+        if node.op == "Cast" and self.floating(source) and self.floating(tensor):
+            return source, part
+        if node.op == "DequantizeLinear" and self.op(source) == "QuantizeLinear":
+            return self.makers[source].inputs[0], part
+        if node.op == "QuantizeLinear":
+            return source, part
+        if node.op == "Transpose":
+            return source, self._transposed(node, source, part)
+        if node.op in RESHAPES:
+            moved = None if part is None else self.axis_before(node, part.axis)
+            if part is None or moved is None:
+                return (source, None) if part is None else None
+            return source, Part(moved, part.start, part.stop)
+        cut = self._cut(node, tensor)
+        return (source, cut) if cut is not None and part is None else None
+
+    def _transposed(self, node: Node, source: str, part: Part | None) -> Part | None:
+        if part is None:
+            return None
+        order = node.attrs.get("perm") or range(self.rank(source) or 0)[::-1]
+        return Part(int(order[part.axis]), part.start, part.stop)
+
+    def _cut(self, node: Node, tensor: str) -> Part | None:
+        """The slice of its input that a node gives; None where it gives something else."""
+        source = node.inputs[0] if node.inputs else ""
+        shape = self.shape(source)
+        if shape is None:
+            return None
+        if node.op == "Slice":
+            return self._slice(node, shape)
+        axis = int(node.attrs.get("axis", 0)) % max(len(shape), 1)
+        if node.op == "Split":
+            sizes = [self.shape(out) for out in node.outputs]
+            place = node.outputs.index(tensor)
+            known = [size[axis] for size in sizes[: place + 1] if size is not None]
+            return Part(axis, sum(known[:-1]), sum(known)) if len(known) == place + 1 else None
+        if node.op == "Gather" and (index := self.constant(node.inputs[1])) is not None:
+            places = index.reshape(-1).astype(np.int64) % max(shape[axis], 1)
+            if len(places) and (np.diff(places) == 1).all():
+                return Part(axis, int(places[0]), int(places[-1]) + 1)
+        return None
+
+    def _slice(self, node: Node, shape: Sequence[int]) -> Part | None:
+        starts, ends = self.integers(node, 1, "starts"), self.integers(node, 2, "ends")
+        axes, steps = self.integers(node, 3, "axes"), self.integers(node, 4, "steps")
+        if starts is None or ends is None or len(starts) != 1 or (steps or [1]) != [1]:
+            return None
+        if axes is None and len(node.inputs) > 3 and node.inputs[3]:
+            return None
+        axis = (axes or [0])[0] % len(shape)
+        start, stop, _ = slice(starts[0], ends[0]).indices(shape[axis])
+        return Part(axis, start, stop) if start < stop else None
+
+    def axis_before(self, node: Node, axis: int) -> int | None:
+        """The axis in front of a reshape that holds the same entries as ``axis`` behind it."""
+        return _matching(self.shape(node.outputs[0]), self.shape(node.inputs[0]), axis)
+
+    # ------------------------------------------------------------------------------------------------------- channels
+
+    def channel_axis(self, tensor: str) -> int | None:
+        """The axis of classes, columns or channels; None where a tensor has one column or an unknown rank."""
+        rank = self.rank(tensor)
+        if rank is None or rank < 2:
+            return None
+        found = self._channels(tensor, 0)
+        if found is not None:
+            return found
+        shape = self.shape(tensor)
+        if rank == 2 or shape is None:
+            return 1
+        dims = next((port.dims for port in self.model.outputs if port.name == tensor), shape)
+        fixed = [axis for axis in (1, rank - 1) if isinstance(dims[axis], int)]  # channels have a fixed number
+        return min(fixed or [1, rank - 1], key=lambda axis: shape[axis])
+
+    def _channels(self, tensor: str, depth: int) -> int | None:
+        """The channel axis as the layers behind a tensor have it."""
+        node, shape = self.maker(tensor), self.shape(tensor)
+        if node is None or shape is None or len(shape) < 2 or depth > DEPTH:
+            return None
+        if node.op.endswith(MAPS):
+            return 1
+        if self.heavy(node) or node.op == "LayerNormalization":
+            return len(shape) - 1
+        source = node.inputs[0] if node.inputs else ""
+        if node.op == "Transpose":
+            inner = self._channels(source, depth + 1)
+            order = list(node.attrs.get("perm") or range(len(shape))[::-1])
+            return None if inner is None else order.index(inner)
+        if node.op in RESHAPES:
+            inner = self._channels(source, depth + 1)
+            return None if inner is None else _matching(self.shape(source), shape, inner)
+        for name in node.inputs:
+            if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
+                return self._channels(name, depth + 1)
+        return None
+
+    def like_an_input(self, tensor: str) -> bool:
+        """Whether a tensor is a picture in three colours as one of the inputs is."""
+        shape = self.shape(tensor)
+        if shape is None or len(shape) != 4 or 3 not in (shape[1], shape[3]):
+            return False
+        return any(self.shape(name) == shape for name in self.given)
+
+
+def _matching(shape: tuple[int, ...] | None, other: tuple[int, ...] | None, axis: int) -> int | None:
+    """The axis of ``other`` that holds the entries of an axis of ``shape`` after a reshape."""
+    if shape is None or other is None:
+        return None
+    before, length = math.prod(shape[:axis]), shape[axis]
+    fits = [i for i, size in enumerate(other) if size == length and math.prod(other[:i]) == before]
+    return fits[0] if fits else None
+
+

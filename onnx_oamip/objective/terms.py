@@ -1,0 +1,142 @@
+"""Records of the objective: the terms by which a pruned model is judged.
+
+A term reads one tensor of the graph (or a slice of it) in the original and in the pruned model and compares the two. It
+is found by structure (``detection``), scaled on the original's outputs (``normaliser``), and read by everything that
+judges (``losses``, ``measures``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from ..records import Array, Floats
+
+Kind: TypeAlias = Literal["classes", "binary", "values", "embedding", "ambiguous", "exact", "ignore"]
+"""What a tensor holds. ``ambiguous``: class scores or values, the loss takes the worse; ``exact``: equal or not."""
+Form: TypeAlias = Literal["auto", "logits", "probabilities", "scores"]
+"""How decisions are stored. ``auto``: logits or probabilities, found on data; ``scores``: compared with a threshold."""
+Source: TypeAlias = Literal["structure", "labels", "user"]
+
+CHOICES: tuple[Kind, ...] = ("classes", "binary", "values", "embedding", "ignore")
+"""Kinds that a user can choose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The slice ``start:stop`` of a tensor along one axis."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"[{self.start}:{self.stop}] of axis {self.axis}"
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """What one unit of a term's loss is, found on the original's outputs (``normaliser.Normaliser``).
+
+    ``spread``: loss of the average answer (classes, binary, embedding); ``variance`` (columns,): what squared errors
+    are divided by (values); ``background``: the class of most of the original's decisions, -1 where none dominates;
+    ``balance`` (columns or 1, 2): weights of positions that the original decides negatively and positively.
+    """
+
+    form: Form
+    spread: float
+    variance: Floats
+    background: int
+    balance: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One tensor that the pruned model must keep, and how its error is measured.
+
+    ``output``: the graph output that it was found for; ``axis``: classes, columns or vector components, None for one
+    column; ``threshold``: of a binary decision, in the tensor's own units, None for even odds; ``tail``: what lies
+    between the tensor and the output; ``assumption``: what was assumed, and the option that says otherwise;
+    ``labelled``: the labels of the data belong to this term; ``balanced``: rare positives weigh as much as the rest;
+    ``scale``: None before the original's outputs were seen.
+    """
+
+    name: str
+    output: str
+    tensor: str
+    kind: Kind
+    axis: int | None = None
+    part: Part | None = None
+    weight: float = 1.0
+    form: Form = "auto"
+    threshold: float | None = None
+    tail: str = ""
+    assumption: str = ""
+    source: Source = "structure"
+    labelled: bool = False
+    balanced: bool = True
+    scale: Scale | None = None
+
+    @property
+    def normaliser(self) -> float | None:
+        """Loss of the average answer before scaling: one number for the report."""
+        if self.scale is None:
+            return None
+        return float(self.scale.variance.mean()) if self.kind == "values" else self.scale.spread
+
+    def rows(self, array: Array) -> Floats:
+        """The term's numbers in an array of its tensor: (positions, columns) in float64."""
+        if self.part is not None:
+            array = array[(slice(None),) * self.part.axis + (slice(self.part.start, self.part.stop),)]
+        values = array.astype(np.float64)
+        if self.axis is None or values.ndim == 0:
+            return values.reshape(-1, 1)
+        return np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """All terms, those that are ignored among them; ``notes``: what a reader of the report should know."""
+
+    terms: tuple[Term, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> tuple[Term, ...]:
+        """Terms that are not ignored."""
+        return tuple(term for term in self.terms if term.kind != "ignore")
+
+    @property
+    def tensors(self) -> list[str]:
+        """Tensors that the judged terms read, each named once."""
+        return list(dict.fromkeys(term.tensor for term in self.judged))
+
+    def pairs(self, *outputs: Sequence[Array]) -> list[tuple[Array, ...]]:
+        """The arrays of each judged term, from arrays in the order of ``tensors``."""
+        place = {name: i for i, name in enumerate(self.tensors)}
+        return [tuple(arrays[place[term.tensor]] for arrays in outputs) for term in self.judged]
+
+
+def document(objective: Objective) -> list[Mapping[str, Any]]:
+    """The JSON of the terms."""
+    return [
+        {
+            "name": term.name,
+            "output": term.output,
+            "tensor": term.tensor,
+            "part": None if term.part is None else [term.part.axis, term.part.start, term.part.stop],
+            "kind": term.kind,
+            "axis": term.axis,
+            "weight": term.weight,
+            "threshold": term.threshold,
+            "normaliser": term.normaliser,
+            "tail": term.tail or None,
+            "assumption": term.assumption or None,
+            "source": term.source,
+            "labelled": term.labelled,
+        }
+        for term in objective.terms
+    ]

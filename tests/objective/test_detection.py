@@ -1,0 +1,538 @@
+"""Terms found by structure, by labels and by what the user says, on small graphs with one tail each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import build, load
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from onnx_oamip.errors import DataError, SettingsError
+from onnx_oamip.objective import Objective, Part, Term, detect, document
+from onnx_oamip.records import Model
+
+TWO = """(float[N, 6] x) => (float[] a, float[] b) <float[6, 3] wa, float[6, 1] wb>
+    { a = MatMul(x, wa) b = MatMul(x, wb) }"""
+LOGIT = float(np.log(0.55 / 0.45))
+
+DENSE = "(float[N, 6] x) => ({outs}) <float[6, {k}] w> {{ l = MatMul(x, w) {tail} }}"
+SEQUENCE = "(float[N, 5, 6] x) => ({outs}) <float[6, {k}] w> {{ l = MatMul(x, w) {tail} }}"
+MAP = "(float[N, 3, 8, 8] x) => ({outs}) <float[{k}, 3, 1, 1] w> {{ l = Conv(x, w) {tail} }}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A graph, the terms that are right for it as (kind, tensor, axis), and the threshold of the last one."""
+
+    text: str
+    expected: tuple[tuple[str, str, int | None], ...]
+    opset: int = 17
+    threshold: float | None = None
+    part: Part | None = None
+
+
+def dense(outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object) -> Pattern:
+    return Pattern(DENSE.format(outs=outs, tail=tail, k=k), expected, **more)  # type: ignore[arg-type]
+
+
+def sequence(outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object) -> Pattern:
+    return Pattern(SEQUENCE.format(outs=outs, tail=tail, k=k), expected, **more)  # type: ignore[arg-type]
+
+
+def maps(outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object) -> Pattern:
+    return Pattern(MAP.format(outs=outs, tail=tail, k=k), expected, **more)  # type: ignore[arg-type]
+
+
+NMS = """(float[1, 3, 8, 8] x) => ({outs}) <float[4, 3, 1, 1] wb, float[2, 3, 1, 1] ws, int64[3] sb = {{1, 4, -1}},
+    int64[3] ss = {{1, 2, -1}}, int64[1] most = {{20}}, float[1] iou = {{0.5}}, float[1] low = {{0.55}},
+    int64 two = {{2}}, int64[1] one1 = {{1}}, int64[1] zero1 = {{0}}> {{
+    pb = Conv(x, wb) ps = Conv(x, ws) fb = Reshape(pb, sb) boxes0 = Transpose <perm = [0, 2, 1]> (fb)
+    boxes = Sigmoid(boxes0) fs = Reshape(ps, ss) {scores}
+    sel = NonMaxSuppression(boxes, scores, most, iou, low) boxid = Gather <axis = 1> (sel, two)
+    bid = Squeeze(boxid, one1) flat = Squeeze(boxes, zero1) dets = Gather <axis = 0> (flat, bid) }}"""
+
+PRODUCT = Pattern(
+    "(float[N, 5, 6] x) => (float[] y) <float[6, 1] wo, float[6, 3] wc> "
+    "{ o = MatMul(x, wo) c = MatMul(x, wc) p = Sigmoid(o) q = Sigmoid(c) y = Mul(p, q) }",
+    (("binary", "y", 2),),
+)
+BOXES_AND_SCORES = Pattern(
+    "(float[N, 3, 8, 8] x) => (float[] y) <float[4, 3, 1, 1] wb, float[6, 3, 1, 1] wc, int64[3] sb = {0, 4, 64}, "
+    "int64[3] sc = {0, 6, 64}, float px = {640.0}> { b5 = Conv(x, wb) c5 = Conv(x, wc) b6 = Sigmoid(b5) "
+    "c6 = Sigmoid(c5) b7 = Reshape(b6, sb) c7 = Reshape(c6, sc) b8 = Mul(b7, px) y = Concat <axis = 1> (b8, c7) }",
+    (("values", "b8", 1), ("binary", "c5", 1)),
+)
+PLAIN_PARTS = Pattern(
+    "(float[N, 6] x) => (float[] y) <float[6, 2] wa, float[6, 3] wb> "
+    "{ a = MatMul(x, wa) b = MatMul(x, wb) y = Concat <axis = 1> (a, b) }",
+    (("ambiguous", "y", 1),),
+)
+
+PATTERNS: dict[str, Pattern] = {
+    # ------------------------------------------------------------------------------------------------ softmax, sigmoid
+    "softmax": dense("float[] y", "y = Softmax(l)", ("classes", "l", 1)),
+    "log-softmax": dense("float[] y", "y = LogSoftmax <axis = 1> (l)", ("classes", "l", 1)),
+    "log of a softmax": dense("float[] y", "p = Softmax(l) y = Log(p)", ("classes", "l", 1)),
+    "softmax before opset 13": dense("float[] y", "y = Softmax(l)", ("classes", "l", 1), opset=12),
+    "softmax over all positions before opset 13": sequence(
+        "float[] y", "y = Softmax <axis = 1> (l)", ("ambiguous", "y", 2), opset=12
+    ),
+    "softmax over maps": maps("float[] y", "y = Softmax <axis = 1> (l)", ("classes", "l", 1)),
+    "softmax behind a transposition": maps(
+        "float[] y", "t = Transpose <perm = [0, 2, 3, 1]> (l) y = Softmax(t)", ("classes", "t", 3)
+    ),
+    "transposed softmax": sequence(
+        "float[] y", "p = Softmax(l) y = Transpose <perm = [0, 2, 1]> (p)", ("classes", "l", 2)
+    ),
+    "one class of a softmax": dense(
+        "float[] y",
+        "p = Softmax(l) i = Constant <value_ints = [1]> () y = Gather <axis = 1> (p, i)",
+        ("classes", "l", 1),
+    ),
+    "one position of a softmax": sequence(
+        "float[] y",
+        "p = Softmax(l) i = Constant <value_int = 0> () y = Gather <axis = 1> (p, i)",
+        ("classes", "l", 2),
+        part=Part(1, 0, 1),
+    ),
+    "softmax written out": dense(
+        "float[] y",
+        "m = ReduceMax <axes = [1]> (l) d = Sub(l, m) e = Exp(d) a = Constant <value_ints = [1]> () "
+        "s = ReduceSum(e, a) y = Div(e, s)",
+        ("classes", "l", 1),
+    ),
+    "log-softmax written out": dense(
+        "float[] y", "s = ReduceLogSumExp <axes = [1]> (l) y = Sub(l, s)", ("classes", "l", 1)
+    ),
+    "softmax cast to half": dense("float16[] y", "p = Softmax(l) y = Cast <to = 10> (p)", ("classes", "l", 1)),
+    "sigmoid": dense("float[] y", "y = Sigmoid(l)", ("binary", "l", 1)),
+    "one sigmoid": dense("float[] y", "y = Sigmoid(l)", ("binary", "l", 1), k=1),
+    "sigmoid over maps": maps("float[] y", "y = Sigmoid(l)", ("binary", "l", 1), k=1),
+    "hard sigmoid": dense("float[] y", "y = HardSigmoid(l)", ("binary", "y", 1)),
+    "sigmoid written out": dense(
+        "float[] y",
+        "n = Neg(l) e = Exp(n) one = Constant <value_float = 1.0> () a = Add(e, one) y = Div(one, a)",
+        ("binary", "l", 1),
+    ),
+    "one minus a sigmoid beside it": dense(
+        "float[] y",
+        "p = Sigmoid(l) one = Constant <value_float = 1.0> () q = Sub(one, p) y = Concat <axis = 1> (q, p)",
+        ("binary", "l", 1),
+        k=1,
+    ),
+    "scaled sigmoid": dense(
+        "float[] y", "p = Sigmoid(l) c = Constant <value_float = 640.0> () y = Mul(p, c)", ("ambiguous", "y", 1)
+    ),
+    "product of probabilities": PRODUCT,
+    # ---------------------------------------------------------------------------------------------------- unit vectors
+    "lp normalisation": dense("float[] y", "y = LpNormalization <axis = 1> (l)", ("embedding", "l", 1)),
+    "divided by ReduceL2": dense("float[] y", "d = ReduceL2 <axes = [1]> (l) y = Div(l, d)", ("embedding", "l", 1)),
+    "divided by ReduceL2, clipped and expanded": dense(
+        "float[] y",
+        "d = ReduceL2 <axes = [-1]> (l) e = Constant <value_float = 1e-12> () c = Clip(d, e) "
+        "s = Shape(l) b = Expand(c, s) y = Div(l, b)",
+        ("embedding", "l", 1),
+    ),
+    "divided by the root of squares": dense(
+        "float[] y",
+        "q = Mul(l, l) a = Constant <value_ints = [1]> () s = ReduceSum(q, a) e = Constant <value_float = 1e-9> () "
+        "m = Max(s, e) r = Sqrt(m) y = Div(l, r)",
+        ("embedding", "l", 1),
+    ),
+    "times the inverse root of squares": dense(
+        "float[] y",
+        "two = Constant <value_float = 2.0> () q = Pow(l, two) a = Constant <value_ints = [1]> () s = ReduceSum(q, a) "
+        "r = Sqrt(s) i = Reciprocal(r) y = Mul(l, i)",
+        ("embedding", "l", 1),
+    ),
+    "divided by the length of another": dense(
+        "float[] y", "o = Exp(l) d = ReduceL2 <axes = [1]> (o) y = Div(l, d)", ("ambiguous", "y", 1)
+    ),
+    # ------------------------------------------------------------------------------------------------------- decisions
+    "argmax of a tagger": sequence("int64[] y", "y = ArgMax <axis = -1, keepdims = 0> (l)", ("classes", "l", 2)),
+    "argmax of a segmenter": maps("int64[] y", "y = ArgMax <axis = 1, keepdims = 0> (l)", ("classes", "l", 1)),
+    "argmax of a softmax": maps(
+        "int64[] y", "p = Softmax <axis = 1> (l) y = ArgMax <axis = 1> (p)", ("classes", "l", 1)
+    ),
+    "argmax of a sigmoid": dense("int64[] y", "p = Sigmoid(l) y = ArgMax <axis = 1> (p)", ("classes", "l", 1)),
+    "argmax cast to a byte": maps(
+        "uint8[] y", "i = ArgMax <axis = 1, keepdims = 0> (l) y = Cast <to = 2> (i)", ("classes", "l", 1)
+    ),
+    "argmax looked up in a table": dense(
+        "float[] y", "t = Constant <value_floats = [1.0, 5.0, 9.0, 2.0]> () i = ArgMax <axis = 1, keepdims = 0> (l) "
+        "y = Gather(t, i)", ("classes", "l", 1)
+    ),
+    "top five": dense(
+        "float[] v, int64[] i", "k = Constant <value_ints = [2]> () v, i = TopK(l, k)", ("classes", "l", 1)
+    ),
+    "top of a softmax": dense(
+        "float[] v, int64[] i",
+        "p = Softmax(l) k = Constant <value_ints = [1]> () v, i = TopK(p, k)",
+        ("classes", "l", 1),
+    ),
+    "top of sigmoids": sequence(
+        "float[] v, int64[] i",
+        "p = Sigmoid(l) s = Constant <value_ints = [0, -1]> () f = Reshape(p, s) k = Constant <value_ints = [3]> () "
+        "v, i = TopK(f, k)",
+        ("binary", "l", 2),
+    ),
+    "sigmoid above a threshold": dense(
+        "bool[] y", "p = Sigmoid(l) c = Constant <value_float = 0.55> () y = Greater(p, c)",
+        ("binary", "l", 1), threshold=LOGIT,
+    ),
+    "scores above a threshold": dense(
+        "float[] y", "c = Constant <value_float = 3.0> () g = Greater(l, c) y = Cast <to = 1> (g)",
+        ("binary", "l", 1), threshold=3.0,
+    ),
+    "thresholded mask": maps(
+        "uint8[] y",
+        "p = Sigmoid(l) c = Constant <value_float = 0.55> () g = Less(c, p) a = Constant <value_int = 255> () "
+        "z = Constant <value_int = 0> () w8 = Where(g, a, z) y = Cast <to = 2> (w8)",
+        ("binary", "l", 1), k=1, threshold=LOGIT,
+    ),
+    "rounded values": dense("int64[] y", "r = Round(l) y = Cast <to = 7> (r)", ("values", "l", 1)),
+    "picture in bytes": maps(
+        "uint8[] y",
+        "c = Constant <value_float = 255.0> () m = Mul(l, c) y = Cast <to = 2> (m)",
+        ("values", "m", 1),
+        k=3,
+    ),
+    "leaky activation written out": dense(
+        "float[] y",
+        "z = Constant <value_float = 0.0> () s = Constant <value_float = 0.1> () g = Greater(l, z) m = Mul(l, s) "
+        "y = Where(g, l, m)",
+        ("ambiguous", "y", 1),
+    ),
+    "values above 0 only": dense(
+        "float[] y",
+        "z = Constant <value_float = 0.0> () g = Greater(l, z) c = Cast <to = 1> (g) y = Mul(l, c)",
+        ("values", "l", 1),
+    ),
+    "suppressed boxes": Pattern(
+        NMS.format(outs="float[n, 4] dets, int64[n, 3] sel", scores="scores = Sigmoid(fs)"),
+        (("values", "boxes", 2), ("binary", "fs", 1)),
+        threshold=LOGIT,
+    ),
+    "suppressed boxes by softmax": Pattern(
+        NMS.format(outs="float[n, 4] dets, int64[n, 3] sel", scores="scores = Softmax <axis = 1> (fs)"),
+        (("values", "boxes", 2), ("classes", "fs", 1)),
+    ),
+    "suppressed boxes by plain scores": Pattern(
+        NMS.format(outs="float[n, 4] dets", scores="scores = Identity(fs)"),
+        (("values", "boxes", 2), ("binary", "fs", 1)),
+        threshold=float(np.float32(0.55)),
+    ),
+    # ----------------------------------------------------------------------------------------------------------- parts
+    "boxes and scores in one": BOXES_AND_SCORES,
+    "concat of plain parts": PLAIN_PARTS,
+    "scores sliced from one map": sequence(
+        "float[] y",
+        "p = Sigmoid(l) s4 = Constant <value_ints = [4]> () s0 = Constant <value_ints = [0]> () "
+        "e = Constant <value_ints = [9]> () a = Constant <value_ints = [2]> () xy = Slice(p, s0, s4, a) "
+        "c = Slice(p, s4, e, a) q = Constant <value_float = 32.0> () b = Mul(xy, q) y = Concat <axis = 2> (b, c)",
+        ("values", "b", 2), ("binary", "l", 2), k=9, part=Part(2, 4, 9),
+    ),
+    # ---------------------------------------------------------------------------------------------------- plain values
+    "raw scores or values": dense("float[] l", "", ("ambiguous", "l", 1)),
+    "raw taggers": sequence("float[] l", "", ("ambiguous", "l", 2)),
+    "one column": dense("float[] l", "", ("values", "l", 1), k=1),
+    "a map of one channel": maps("float[] l", "", ("values", "l", 1), k=1),
+    "picture to picture": maps("float[] l", "", ("values", "l", 1), k=3),
+    "tanh": dense("float[] y", "y = Tanh(l)", ("values", "y", 1)),
+    "quantised output": dense(
+        "uint8[] y",
+        "s = Constant <value_float = 0.1> () z = Constant <value = uint8 {0}> () y = QuantizeLinear(l, s, z)",
+        ("values", "l", 1),
+    ),
+    # ------------------------------------------------------------------------------------------------- several outputs
+    "logits beside their softmax": dense("float[] l, float[] y", "y = Softmax(l)", ("classes", "l", 1)),
+    "logits beside their argmax": dense("float[] l, int64[] y", "y = ArgMax <axis = 1> (l)", ("classes", "l", 1)),
+    "the same numbers twice": dense("float[] y, float[] z", "y = Identity(l) z = Identity(l)", ("ambiguous", "l", 1)),
+    "an input among the outputs": dense(
+        "float[] l, float[N, 6] x", "", ("ambiguous", "l", 1), ("ignore", "x", 1)
+    ),
+    "a cast of an input": (
+        Pattern(
+            "(float[N, 6] x, int64[N, 6] t) => (float[] l, int32[] u) <float[6, 1] w> "
+            "{ l = MatMul(x, w) u = Cast <to = 6> (t) }",
+            (("values", "l", 1), ("exact", "u", None)),
+        )
+    ),
+    "mask made of the input": Pattern(
+        "(float[N, 4] x, int64[N, 4] t) => (float[] y) <float[4, 4] w, int64 zero = {0}, float low = {-10000.0}> "
+        "{ l = MatMul(x, w) g = Equal(t, zero) y = Where(g, low, l) }",
+        (("ambiguous", "y", 1),),
+    ),
+    "an operator that nobody knows": Pattern(
+        '(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w> { l = MatMul(x, w) y = some.Thing(l) }',
+        (("ambiguous", "y", 1),),
+    ),
+}  # fmt: skip
+
+def model_of(pattern: Pattern, folder: Path) -> Model:
+    domains = {"some": 1} if "some." in pattern.text else None
+    return load(build(pattern.text, pattern.opset, domains=domains), folder)
+
+
+def only(found: Objective) -> Term:
+    (term,) = found.judged
+    return term
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern(name: str, tmp_path: Path) -> None:
+    pattern = PATTERNS[name]
+    model = model_of(pattern, tmp_path)
+    found = detect(model)
+    assert tuple((t.kind, t.tensor, t.axis) for t in found.terms) == pattern.expected
+    assert all(t.output in {p.name for p in model.outputs} for t in found.terms)
+    last = found.terms[-1]
+    if pattern.threshold is None:
+        assert last.threshold is None
+    else:
+        assert last.threshold == pytest.approx(pattern.threshold, abs=1e-6)
+    assert last.part == pattern.part
+    assert len(document(found)) == len(found.terms)
+    # What was assumed names the option that says otherwise.
+    assert all("--output" in t.assumption for t in found.terms if t.kind in ("ambiguous", "exact"))
+    assert all(t.assumption in found.notes for t in found.terms if t.assumption)
+
+
+# ------------------------------------------------------------------------------------------- several outputs, subgraphs
+
+
+def test_parts_are_named_after_their_output(tmp_path: Path) -> None:
+    found = detect(model_of(PATTERNS["boxes and scores in one"], tmp_path))
+    assert [(t.name, t.output) for t in found.terms] == [("y/b8", "y"), ("y/c5", "y")]
+
+
+def test_outputs_that_share_a_tensor_are_noted(tmp_path: Path) -> None:
+    found = detect(model_of(PATTERNS["logits beside their softmax"], tmp_path))
+    assert found.notes == ("output 'y' is measured with 'l', which holds the same numbers",)
+
+
+def test_an_output_that_is_an_input_is_noted(tmp_path: Path) -> None:
+    found = detect(model_of(PATTERNS["an input among the outputs"], tmp_path))
+    assert found.tensors == ["l"]
+    assert "output 'x' is an input of the model, which pruning does not change: it is not measured" in found.notes
+
+
+def test_an_output_that_is_a_constant_is_noted(tmp_path: Path) -> None:
+    text = "(float[N, 6] x) => (float[] l, float[3] c) <float[6, 4] w, float[3] k> { l = MatMul(x, w) c = Identity(k) }"
+    found = detect(load(build(text), tmp_path))
+    assert [(t.output, t.kind) for t in found.terms] == [("l", "ambiguous"), ("c", "ignore")]
+    assert any("'c' is a constant" in note for note in found.notes)
+
+
+def test_boxes_beside_a_softmax_are_values(tmp_path: Path) -> None:
+    """The order of MTCNN's last network: box, landmarks, classes."""
+    text = """(float[N, 16] x) => (float[] box, float[] marks, float[] cls)
+        <float[16, 8] w1, float[8, 4] wb, float[8, 10] wm, float[8, 2] wc>
+        { a = MatMul(x, w1) r = Relu(a) box = MatMul(r, wb) marks = MatMul(r, wm) l = MatMul(r, wc)
+          cls = Softmax(l) }"""
+    model = load(build(text), tmp_path)
+    found = detect(model)
+    assert [(t.output, t.kind) for t in found.terms] == [("box", "values"), ("marks", "values"), ("cls", "classes")]
+    labelled = detect(model, np.asarray([0, 1, 1]))
+    assert [t.labelled for t in labelled.terms] == [False, False, True]
+
+
+def test_five_softmax_heads_all_count(tmp_path: Path) -> None:
+    heads = " ".join(f"l{i} = MatMul(x, w{i}) y{i} = Softmax(l{i})" for i in range(5))
+    outs, weights = ", ".join(f"float[] y{i}" for i in range(5)), ", ".join(f"float[6, {i + 2}] w{i}" for i in range(5))
+    found = detect(load(build(f"(float[N, 6] x) => ({outs}) <{weights}> {{ {heads} }}"), tmp_path))
+    assert [(t.tensor, t.kind) for t in found.terms] == [(f"l{i}", "classes") for i in range(5)]
+
+
+def test_detection_head_of_three_scales(tmp_path: Path) -> None:
+    """Decoded as YOLOv5 does: sigmoid, offsets and sizes from slices of it, scales joined along the boxes."""
+    parts, weights = [], []
+    for i in range(3):
+        weights.append(f"float[7, 3, 1, 1] w{i}")
+        parts.append(f"""c{i} = Conv(x, w{i}) r{i} = Reshape(c{i}, s) t{i} = Transpose <perm = [0, 2, 1]> (r{i})
+            p{i} = Sigmoid(t{i}) xy{i}, wh{i}, o{i} = Split <axis = 2> (p{i}, sizes) m{i} = Mul(xy{i}, g)
+            q{i} = Mul(wh{i}, g) v{i} = Mul(q{i}, q{i}) y{i} = Concat <axis = 2> (m{i}, v{i}, o{i})""")
+    text = f"""(float[N, 3, 4, 4] x) => (float[] y) <{", ".join(weights)}, int64[3] s = {{0, 7, 16}}, float g = {{2.0}},
+        int64[3] sizes = {{2, 2, 3}}> {{ {" ".join(parts)} y = Concat <axis = 1> (y0, y1, y2) }}"""
+    found = detect(load(build(text), tmp_path))
+    expected = []
+    for i in range(3):
+        expected += [(f"m{i}", "values", None), (f"v{i}", "values", None), (f"t{i}", "binary", Part(2, 4, 7))]
+    assert [(t.tensor, t.kind, t.part) for t in found.terms] == expected
+
+
+def _branches(kind: int, after: str) -> ModelProto:
+    """y made in both branches of an If, from a float in front of it."""
+    shape = ["N", 4] if kind == TensorProto.FLOAT else ["N"]
+    graphs = []
+    for name in ("then", "else"):
+        attributes = {"axis": 1, "keepdims": 0} if after == "ArgMax" else {}
+        node = helper.make_node(after, ["l"], [f"{name}_y"], **attributes)
+        out = helper.make_tensor_value_info(f"{name}_y", kind, shape)
+        graphs.append(helper.make_graph([node], name, [], [out]))
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["l"]),
+        helper.make_node("If", ["c"], ["y"], then_branch=graphs[0], else_branch=graphs[1]),
+    ]
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), "w")
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6]),
+        helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+    ]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", kind, shape)], [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_floats_from_a_subgraph_are_read_themselves(tmp_path: Path) -> None:
+    term = only(detect(load(_branches(TensorProto.FLOAT, "Relu"), tmp_path)))
+    assert (term.kind, term.tensor) == ("ambiguous", "y")
+
+
+@pytest.mark.parametrize(("after", "kind"), [("Sigmoid", "binary"), ("Softmax", "classes"), ("LogSoftmax", "classes")])
+def test_answers_from_all_branches_are_read_behind_them(after: str, kind: str, tmp_path: Path) -> None:
+    """A cascade of two detectors, the second in a branch."""
+    term = only(detect(load(_branches(TensorProto.FLOAT, after), tmp_path)))
+    assert (term.kind, term.tensor, term.axis, term.assumption) == (kind, "y", 1, "")
+
+
+def test_channels_of_unknown_layers_have_a_fixed_number(tmp_path: Path) -> None:
+    """The state of a recurrent network behind an operator that is not known."""
+    text = """(float[N, 6] x) => (float[2, N, 64] h, float[N, 4, T] m) <float[6, 4] w>
+        { l = MatMul(x, w) h, m = some.Thing(l) }"""
+    found = detect(load(build(text, domains={"some": 1}), tmp_path))
+    assert [(t.output, t.axis) for t in found.terms] == [("h", 2), ("m", 1)]
+
+
+def test_integers_from_a_subgraph_are_compared_for_equality(tmp_path: Path) -> None:
+    found = detect(load(_branches(TensorProto.INT64, "ArgMax"), tmp_path))
+    assert (only(found).kind, only(found).tensor) == ("exact", "y")
+    assert "compared for equality" in found.notes[0]
+    assert "--output y=ignore" in found.notes[0]
+
+
+def test_a_long_chain_of_cheap_operators(tmp_path: Path) -> None:
+    """Doubling a tensor many times: no path is followed twice, and none for ever."""
+    steps = " ".join(f"v{i + 1} = Mul(v{i}, v{i})" for i in range(400))
+    text = f"(float[N, 6] x) => (float[] v400) <float[6, 4] w> {{ l = MatMul(x, w) v0 = Sigmoid(l) {steps} }}"
+    assert only(detect(load(build(text), tmp_path))).tensor == "v400"
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "kind"),
+    [
+        ("softmax", np.asarray([0, 3, 1]), "classes"),
+        ("raw scores or values", np.asarray([0, 3, 1]), "classes"),
+        ("raw scores or values", np.eye(4, dtype=np.int64)[:3], "binary"),
+        ("raw scores or values", np.random.default_rng(0).random((3, 4)), "values"),
+        ("raw taggers", np.zeros((3, 5), np.int64), "classes"),
+        ("argmax of a segmenter", np.zeros((3, 8, 8), np.int64), "classes"),
+        ("one sigmoid", np.asarray([0, 1, 1]), "binary"),
+        ("one sigmoid", np.asarray([[0], [1], [1]]), "binary"),
+        ("one column", np.asarray([0, 1, 1]), "binary"),
+        ("one column", np.asarray([0.5, 0.1, 2.0]), "values"),
+        ("sigmoid", np.asarray([[0, 1, 1, 0]] * 3), "binary"),
+        ("sigmoid", np.asarray([3, 1, 2]), "classes"),
+    ],
+)
+def test_labels_that_fit(name: str, labels: np.ndarray, kind: str, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    pattern = PATTERNS[name]
+    term = only(detect(model_of(pattern, tmp_path), labels))
+    assert term.kind == kind
+    assert term.labelled
+    assert not term.assumption
+    assert term.balanced == (kind != "classes")
+
+
+@pytest.mark.parametrize("name", ["softmax", "raw scores or values"])
+def test_a_label_that_is_no_class(name: str, tmp_path: Path) -> None:
+    pattern = PATTERNS[name]
+    with pytest.raises(DataError, match=r"has the class 4, but the model's output '\w' has 4 classes, which"):
+        detect(model_of(pattern, tmp_path), np.asarray([1, 4]))
+
+
+@pytest.mark.parametrize("labels", [np.zeros((3, 7), np.int64), np.zeros((3, 7)), np.asarray([0.5, 0.2])])
+def test_labels_that_fit_nothing_are_noted(labels: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    pattern = PATTERNS["softmax"]
+    found = detect(model_of(pattern, tmp_path), labels)
+    assert not only(found).labelled
+    assert any("fit no output" in note for note in found.notes)
+
+
+def test_labels_go_to_the_head_that_they_fit(tmp_path: Path) -> None:
+    found = detect(load(build(TWO.replace("[6, 1]", "[6, 5]")), tmp_path), np.asarray([4, 0]))
+    assert [(t.kind, t.labelled) for t in found.terms] == [("ambiguous", False), ("classes", True)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the user
+
+
+
+
+def test_the_user_says_kinds_and_weights(tmp_path: Path) -> None:
+    model = load(build(TWO), tmp_path)
+    found = detect(model, outputs={"a": ("embedding", 2.0), "b": ("binary", 0.5)})
+    assert [(t.kind, t.weight, t.source) for t in found.terms] == [("embedding", 2.0, "user"), ("binary", 0.5, "user")]
+    assert not found.notes
+    ignored = detect(model, outputs={"b": ("ignore", 1.0)})
+    assert ignored.tensors == ["a"]
+    assert len(ignored.terms) == 2
+
+
+def test_the_user_goes_before_the_structure(tmp_path: Path) -> None:
+    pattern = PATTERNS["softmax"]
+    model = model_of(pattern, tmp_path)
+    assert (only(detect(model, task="values")).kind, only(detect(model, task="values")).tensor) == ("values", "y")
+    assert only(detect(model, task="classes")).tensor == "l"
+    assert only(detect(model, np.asarray([0, 1]), outputs={"y": ("values", 1.0)})).kind == "values"
+
+
+def test_the_user_weighs_a_part(tmp_path: Path) -> None:
+    found = detect(model_of(PATTERNS["boxes and scores in one"], tmp_path), outputs={"y/b8": ("values", 3.0)})
+    assert [(t.tensor, t.kind, t.weight) for t in found.terms] == [("b8", "values", 3.0), ("c5", "binary", 1.0)]
+
+
+def test_a_task_settles_what_is_open(tmp_path: Path) -> None:
+    found = detect(load(build(TWO), tmp_path), task="classes")
+    assert [(t.output, t.kind) for t in found.terms] == [("a", "classes"), ("b", "values")]
+    argmax = PATTERNS["argmax of a tagger"]
+    assert only(detect(model_of(argmax, tmp_path), task="classes")).tensor == "l"
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "message"),
+    [
+        (None, {"c": ("values", 1.0)}, "--output names 'c', but the outputs of .* are 'a', 'b'"),
+        (None, {"a": ("boxes", 1.0)}, "--output a=boxes: the kinds are classes, binary, values, embedding, ignore"),
+        (None, {"a": ("values", 0.0)}, "--output a=values:0: a weight is a number above 0"),
+        (None, {"a": ("values", float("nan"))}, "a weight is a number above 0"),
+        (None, {"b": ("classes", 1.0)}, "--output b=classes does not fit: 'b' has one column"),
+        (None, {"b": ("embedding", 1.0)}, "--output b=embedding does not fit: 'b' has one column"),
+        (None, {"a": ("ignore", 1.0), "b": ("ignore", 1.0)}, "every output is ignored"),
+        ("ignore", {}, "--task ignore: the tasks are classes, binary, values, embedding"),
+        ("classes", {"a": ("ignore", 1.0)}, "--task classes does not fit: 'b' has one column"),
+    ],
+)
+def test_what_the_user_cannot_say(
+    task: str | None, outputs: dict[str, tuple[str, float]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=message):
+        detect(load(build(TWO), tmp_path), task=task, outputs=outputs)
+
+
+def test_integers_that_come_from_no_float_have_no_kind(tmp_path: Path) -> None:
+    model = load(_branches(TensorProto.INT64, "ArgMax"), tmp_path)
+    with pytest.raises(SettingsError, match="'y' holds int64 and comes from no single floating tensor"):
+        detect(model, outputs={"y": ("values", 1.0)})
+
+
+def test_a_task_beside_known_outputs(tmp_path: Path) -> None:
+    text = """(float[N, 6] x) => (float[] a, float[] b) <float[6, 3] wa, float[6, 2] wb>
+        { l = MatMul(x, wa) m = MatMul(x, wb) a = Softmax(l) b = Sigmoid(m) }"""
+    with pytest.raises(SettingsError, match="which of the model's 2 outputs it is about; give --output"):
+        detect(load(build(text), tmp_path), task="values")

@@ -1,0 +1,329 @@
+"""Measures of what a pruned model still does, against hand computation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnx_oamip.objective import Measure, Measures, Normaliser, Objective, Part, Term
+from onnx_oamip.records import Array
+
+CLASSES = Term("c", "c", "c", "classes", 1, form="logits")
+BINARY = Term("b", "b", "b", "binary", 1, form="logits")
+VALUES = Term("v", "v", "v", "values", 1)
+EMBEDDING = Term("e", "e", "e", "embedding", 1)
+AMBIGUOUS = Term("a", "a", "a", "ambiguous", 1)
+EXACT = Term("x", "x", "x", "exact")
+KINDS = {t.kind: t for t in (CLASSES, BINARY, VALUES, EMBEDDING, AMBIGUOUS, EXACT)}
+
+
+def scaled(terms: Sequence[Term], truth: Sequence[Array]) -> Objective:
+    normaliser = Normaliser(Objective(tuple(terms)))
+    normaliser.update(truth)
+    return normaliser.finish()
+
+
+def measured(term: Term, truth: Array, found: Array, labels: Array | None = None) -> Measure:
+    measures = Measures(scaled([term], [truth]))
+    measures.update([truth], [found], labels)
+    (result,) = measures.results()
+    return result
+
+
+def one_hot(classes: Sequence[int], count: int = 3) -> Array:
+    return np.eye(count)[np.asarray(classes)]
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+def test_agreement_of_classes() -> None:
+    found = measured(CLASSES, one_hot([0, 1, 2, 0]), one_hot([0, 1, 1, 0]))
+    assert found.values["agreement"] == 0.75
+    assert found.values["accuracy_before"] is None
+    assert (found.measure, found.lost) == ("agreement of decisions", 25.0)
+    assert not found.warnings
+
+
+def test_accuracy_of_classes() -> None:
+    term = replace(CLASSES, labelled=True)
+    found = measured(term, one_hot([0, 1, 2, 0]), one_hot([0, 1, 1, 0]), np.asarray([0, 1, 2, 1]))
+    assert (found.values["accuracy_before"], found.values["accuracy_after"]) == (0.75, 0.5)
+    assert (found.measure, found.lost) == ("accuracy", 25.0)
+
+
+def test_a_better_accuracy_loses_nothing() -> None:
+    found = measured(replace(CLASSES, labelled=True), one_hot([0, 1]), one_hot([0, 2]), np.asarray([0, 2]))
+    assert found.lost == 0.0
+    assert found.values["agreement"] == 0.5
+
+
+def test_labels_belong_to_the_labelled_term_alone() -> None:
+    found = measured(CLASSES, one_hot([0, 1]), one_hot([0, 2]), np.asarray([0, 2]))
+    assert found.values["accuracy_before"] is None
+    assert found.lost == 50.0
+
+
+def test_accuracy_by_position() -> None:
+    """Labels of a segmenter: one for each pixel."""
+    rng = np.random.default_rng(0)
+    truth, found = rng.standard_normal((2, 4, 3, 5, 6))
+    labels = rng.integers(0, 3, (4, 5, 6))
+    result = measured(replace(CLASSES, labelled=True), truth, found, labels)
+    assert result.values["agreement"] == (truth.argmax(1) == found.argmax(1)).mean()
+    assert result.values["accuracy_before"] == (truth.argmax(1) == labels).mean()
+    assert result.values["accuracy_after"] == (found.argmax(1) == labels).mean()
+
+
+def test_rare_classes_are_judged_by_their_recall() -> None:
+    """99 % of the positions agree, and one of three faces is found."""
+    before = np.zeros(200, int)
+    before[:3] = 1
+    after = before.copy()
+    after[1:3] = 0
+    found = measured(CLASSES, one_hot(before.tolist(), 2), one_hot(after.tolist(), 2))
+    assert found.values["agreement"] == 0.99
+    assert found.values["recall"] == pytest.approx(1 / 3)
+    assert found.values["background"] == 0
+    assert found.measure == "recall of all decisions but class 0"
+    assert found.lost == pytest.approx(200 / 3)
+    assert found.classes == ((1, 3 / 200, pytest.approx(1 / 3)),)
+    assert found.warnings == (
+        "only 1.5 % of the decisions of 'c' are positive on this data; agreement says little, look at the recall",
+    )
+
+
+def test_false_alarms_count_as_well() -> None:
+    before = np.zeros(100, int)
+    before[:10] = 1
+    after = np.where(np.arange(100) < 60, 1, 0)
+    found = measured(CLASSES, one_hot(before.tolist(), 2), one_hot(after.tolist(), 2))
+    assert found.values["recall"] == 1.0
+    assert (found.measure, found.lost) == ("agreement of decisions", 50.0)
+    assert not found.warnings
+
+
+def test_rare_classes_of_many_are_listed_worst_first() -> None:
+    before = np.repeat([0, 1, 2, 3], [60, 38, 1, 1])
+    after = np.where(before == 3, 0, before)
+    found = measured(CLASSES, one_hot(before.tolist(), 4), one_hot(after.tolist(), 4))
+    assert found.classes == ((3, 0.01, 0.0), (2, 0.01, 1.0))
+    assert (found.measure, found.lost) == ("agreement of decisions", 1.0)
+
+
+def test_classes_that_are_no_numbers_agree_with_nothing() -> None:
+    found = one_hot([0, 1, 2])
+    found[1] = np.nan
+    assert measured(CLASSES, one_hot([0, 1, 2]), found).values["agreement"] == pytest.approx(2 / 3)
+
+
+# -------------------------------------------------------------------------------------------------------------- binary
+
+
+def bits(text: str) -> Array:
+    return np.asarray([[1.0 if bit == "1" else -1.0] for bit in text])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "agreement", "recall", "precision", "worst"),
+    [
+        ("1100", "1100", 1.0, 1.0, 1.0, ("agreement of decisions", 0.0)),
+        ("1100", "1000", 0.75, 0.5, 1.0, ("recall of decisions", 50.0)),
+        ("1000", "1110", 0.5, 1.0, 1 / 3, ("precision of decisions", pytest.approx(200 / 3))),
+        ("1110", "0001", 0.0, 0.0, 0.0, ("agreement of decisions", 100.0)),
+        ("0000", "0001", 0.75, None, 0.0, ("precision of decisions", 100.0)),
+        ("0000", "0000", 1.0, None, None, ("agreement of decisions", 0.0)),
+        ("1111", "0000", 0.0, 0.0, None, ("agreement of decisions", 100.0)),
+    ],
+)
+def test_binary_decisions(
+    before: str, after: str, agreement: float, recall: float | None, precision: float | None, worst: tuple[str, float]
+) -> None:
+    found = measured(BINARY, bits(before), bits(after))
+    assert found.values["agreement"] == agreement
+    assert found.values["recall"] == recall
+    assert found.values["precision"] == pytest.approx(precision)
+    assert (found.measure, found.lost) == worst
+
+
+def test_the_threshold_decides() -> None:
+    term = replace(BINARY, threshold=2.0)
+    truth, found = np.asarray([[1.0], [3.0], [2.5]]), np.asarray([[1.9], [2.1], [1.0]])
+    result = measured(term, truth, found)
+    assert result.values["agreement"] == pytest.approx(2 / 3)
+    assert result.values["recall"] == 0.5
+
+
+def test_probabilities_are_decided_at_a_half() -> None:
+    truth, found = np.asarray([[0.6], [0.4], [0.9]]), np.asarray([[0.4], [0.1], [0.6]])
+    assert measured(replace(BINARY, form="auto"), truth, found).values["agreement"] == pytest.approx(2 / 3)
+
+
+def test_few_positives_give_a_warning() -> None:
+    truth = bits("1" + "0" * 29)
+    found = measured(BINARY, truth, -np.ones_like(truth))
+    assert found.values["positives"] == pytest.approx(1 / 30)
+    assert found.lost == 100.0
+    assert "only 3.3 % of the decisions of 'b' are positive" in found.warnings[0]
+
+
+def test_accuracy_of_binary_labels() -> None:
+    found = measured(replace(BINARY, labelled=True), bits("1100"), bits("1010"), np.asarray([1, 1, 0, 0]))
+    assert (found.values["accuracy_before"], found.values["accuracy_after"]) == (1.0, 0.5)
+    assert (found.measure, found.lost) == ("accuracy", 50.0)
+
+
+def test_rare_positive_labels_are_balanced() -> None:
+    """All answers are no: accuracy loses 2 points, balanced accuracy 50."""
+    labels = np.zeros(50, int)
+    labels[0] = 1
+    truth = np.where(labels[:, None] == 1, 1.0, -1.0)
+    found = measured(replace(BINARY, labelled=True), truth, -np.ones_like(truth), labels)
+    assert found.values["accuracy_after"] == 0.98
+    assert (found.measure, found.lost) == ("balanced accuracy", 50.0)
+
+
+def test_labels_of_several_columns() -> None:
+    rng = np.random.default_rng(0)
+    truth, found = rng.standard_normal((2, 20, 3))
+    labels = rng.integers(0, 2, (20, 3))
+    result = measured(replace(BINARY, labelled=True), truth, found, labels)
+    assert result.values["accuracy_before"] == pytest.approx(((truth > 0) == labels).mean())
+    assert result.values["accuracy_after"] == pytest.approx(((found > 0) == labels).mean())
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+def test_error_over_variance_by_column() -> None:
+    """Age and weight: the loss is that of the worse one."""
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((100, 2)) * np.asarray([10, 20]) + np.asarray([35, 75])
+    found = truth + rng.standard_normal((100, 2)) * np.asarray([1, 10])
+    result = measured(VALUES, truth, found)
+    expected = np.square(truth - found).mean(axis=0) / truth.var(axis=0)
+    assert result.columns == pytest.approx(tuple(expected), rel=1e-12)
+    assert result.values["error_over_variance"] == pytest.approx(expected.mean(), rel=1e-12)
+    assert result.values["r2"] == pytest.approx(1 - expected.mean(), rel=1e-12)
+    assert result.values["relative_error"] == pytest.approx(np.linalg.norm(truth - found) / np.linalg.norm(truth))
+    assert result.measure == "error over variance of column 1"
+    assert result.lost == pytest.approx(100 * expected[1])
+
+
+def test_values_that_are_lost() -> None:
+    truth = np.random.default_rng(0).standard_normal((10, 2))
+    found = truth.copy()
+    found[0, 1] = np.nan
+    assert measured(VALUES, truth, found).lost == 100.0
+    assert measured(VALUES, truth, truth[:-1]).lost == 100.0
+
+
+def test_variance_is_that_of_the_data_compared() -> None:
+    rng = np.random.default_rng(0)
+    calibration, truth = rng.standard_normal((30, 2)), 5 * rng.standard_normal((30, 2))
+    measures = Measures(scaled([VALUES], [calibration]))
+    measures.update([truth], [truth + 1])
+    (result,) = measures.results()
+    assert result.columns == pytest.approx(tuple(1 / truth.var(axis=0)))
+
+
+def test_one_sample_is_measured_by_the_calibration_data() -> None:
+    calibration = np.random.default_rng(0).standard_normal((30, 2))
+    measures = Measures(scaled([VALUES], [calibration]))
+    measures.update([calibration[:1]], [calibration[:1] + 0.1])
+    (result,) = measures.results()
+    assert result.columns == pytest.approx(tuple(0.01 / calibration.var(axis=0)))
+
+
+def test_a_part_is_measured_alone() -> None:
+    truth = np.random.default_rng(0).standard_normal((30, 5))
+    found = truth + np.asarray([9.0, 0, 0, 9, 9])
+    assert measured(replace(VALUES, part=Part(1, 1, 3)), truth, found).lost == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ the rest
+
+
+def test_cosines() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((200, 8))
+    found = truth + rng.standard_normal((200, 8))
+    cosine = (truth * found).sum(1) / np.linalg.norm(truth, axis=1) / np.linalg.norm(found, axis=1)
+    result = measured(EMBEDDING, truth, found)
+    assert result.values["cosine"] == pytest.approx(cosine.mean())
+    assert result.values["cosine_1st_percentile"] == pytest.approx(np.percentile(cosine, 1))
+    assert (result.measure, result.lost) == ("mean cosine", pytest.approx(100 * (1 - cosine.mean())))
+    assert measured(EMBEDDING, truth, -truth).lost == 100.0
+
+
+def test_equal_entries() -> None:
+    result = measured(EXACT, np.asarray([1, 2, 3, 4]), np.asarray([1, 2, 0, 4]))
+    assert (result.values["equal"], result.measure, result.lost) == (0.75, "equal entries", 25.0)
+    assert measured(EXACT, np.asarray(["a", "b"]), np.asarray(["a", "c"])).lost == 50.0
+    assert measured(EXACT, np.asarray([1, 2]), np.asarray([1, 2, 3])).lost == 100.0
+
+
+def test_an_ambiguous_term_loses_the_worse() -> None:
+    """The second of two targets is always the larger one: the argmax says nothing, the variance does."""
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((50, 2)) + np.asarray([0, 100])
+    found = np.broadcast_to(truth.mean(axis=0), truth.shape)
+    result = measured(AMBIGUOUS, truth, found)
+    assert result.values["agreement"] == 1.0
+    assert result.lost == 100.0
+    assert result.measure.startswith("error over variance")
+    near = one_hot([0, 1, 2, 0]) * 0.01 + np.asarray([10.0, 10.0, 10.0]) * np.arange(4)[:, None]
+    turned = near - 0.02 * one_hot([0, 1, 2, 0])
+    assert measured(AMBIGUOUS, near, turned).measure == "agreement of decisions"
+
+
+def test_the_worst_term_comes_first() -> None:
+    truth = [one_hot([0, 1, 2, 0]), bits("1100"), np.arange(8.0).reshape(4, 2)]
+    found = [one_hot([0, 1, 1, 0]), bits("1000"), np.arange(8.0).reshape(4, 2)]
+    measures = Measures(scaled([CLASSES, BINARY, VALUES], truth))
+    measures.update(truth, found)
+    assert [(m.term, m.lost) for m in measures.results()] == [("b", 50.0), ("c", 25.0), ("v", 0.0)]
+
+
+def test_nothing_measured_loses_nothing() -> None:
+    objective = scaled(list(KINDS.values()), [np.random.default_rng(0).standard_normal((4, 3))] * 6)
+    assert [m.lost for m in Measures(objective).results()] == [0.0] * 6
+
+
+@given(
+    st.sampled_from(list(KINDS)), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 10_000),
+    st.booleans(),
+)  # fmt: skip
+def test_how_batches_are_split_says_nothing(kind: str, sizes: list[int], seed: int, labelled: bool) -> None:
+    rng = np.random.default_rng(seed)
+    rows = sum(sizes) + 1
+    truth, found = rng.standard_normal((2, rows, 3))
+    if kind == "exact":
+        truth, found = truth > 0, found > 0
+    labels = rng.integers(0, 2, (rows, 3)) if kind == "binary" else rng.integers(0, 3, rows)
+    objective = scaled([replace(KINDS[kind], labelled=labelled)], [truth])  # type: ignore[index]
+    whole, first, second = (Measures(objective) for _ in range(3))
+    whole.update([truth], [found], labels)
+    for i, part in enumerate(np.split(np.arange(rows), np.cumsum(sizes))):
+        (first if i % 2 else second).update([truth[part]], [found[part]], labels[part])
+    first.merge(second)
+    (a,), (b,) = whole.results(), first.results()
+    assert b.lost == pytest.approx(a.lost, rel=1e-9)
+    assert b.measure == a.measure
+    assert {k for k, v in b.values.items() if v is None} == {k for k, v in a.values.items() if v is None}
+    known = {k: v for k, v in a.values.items() if v is not None}
+    assert {k: b.values[k] for k in known} == pytest.approx(known, rel=1e-9)
+
+
+@given(st.sampled_from(list(KINDS)), st.integers(0, 10_000))
+def test_points_lie_between_0_and_100(kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    truth, found = rng.standard_normal((2, 20, 3)) * 10.0 ** rng.integers(-3, 4)
+    result = measured(KINDS[kind], truth, found)  # type: ignore[index]
+    assert 0 <= result.lost <= 100
+    assert measured(KINDS[kind], truth, truth).lost == 0  # type: ignore[index]
