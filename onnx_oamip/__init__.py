@@ -49,10 +49,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .artefacts import Scored, load_scores
-    from .coupling import couple
-    from .curve import frontier
-    from .errors import (
+    from onnx_oamip.artifacts.score_files import Scored, load_scores
+    from onnx_oamip.graph.coupling import couple
+    from onnx_oamip.api.frontier import frontier
+    from onnx_oamip.core.errors import (
         BudgetNotMet,
         DataError,
         EnvironmentMissing,
@@ -62,11 +62,17 @@ if TYPE_CHECKING:
         OutputError,
         SettingsError,
     )
-    from .importance import Method, register
-    from .model import load
-    from .pipeline import apply, compare, plan, prune, score
-    from .planfile import PlanFile, Planned
-    from .records import (
+    from onnx_oamip.importance import Method, register
+    from onnx_oamip.graph.loading import load
+    from onnx_oamip.api.pipeline import (
+        apply,
+        compare,
+        plan,
+        prune,
+        score,
+    )
+    from onnx_oamip.artifacts.plan_files import PlanFile, Planned
+    from onnx_oamip.core.records import (
         Budget,
         Cost,
         Coupling,
@@ -81,17 +87,22 @@ if TYPE_CHECKING:
         Statistics,
         Verification,
     )
-    from .report import document
-    from .settings import Settings
-    from .storage import Packed, Unpacked, pack, unpack
+    from onnx_oamip.reporting.documents import document
+    from onnx_oamip.core.settings import Settings
+    from onnx_oamip.published.packing import (
+        Packed,
+        Unpacked,
+        pack,
+        unpack,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "artefacts": ("Scored", "load_scores"),
-    "coupling": ("couple",),
-    "curve": ("frontier",),
-    "errors": (
+    "artifacts.score_files": ("Scored", "load_scores"),
+    "graph.coupling": ("couple",),
+    "api.frontier": ("frontier",),
+    "core.errors": (
         "BudgetNotMet",
         "DataError",
         "EnvironmentMissing",
@@ -102,10 +113,10 @@ _HOMES = {
         "SettingsError",
     ),
     "importance": ("Method", "register"),
-    "model": ("load",),
-    "pipeline": ("apply", "compare", "plan", "prune", "score"),
-    "planfile": ("PlanFile", "Planned"),
-    "records": (
+    "graph.loading": ("load",),
+    "api.pipeline": ("apply", "compare", "plan", "prune", "score"),
+    "artifacts.plan_files": ("PlanFile", "Planned"),
+    "core.records": (
         "Budget",
         "Cost",
         "Coupling",
@@ -120,9 +131,9 @@ _HOMES = {
         "Statistics",
         "Verification",
     ),
-    "report": ("document",),
-    "settings": ("Settings",),
-    "storage": ("Packed", "Unpacked", "pack", "unpack"),
+    "reporting.documents": ("document",),
+    "core.settings": ("Settings",),
+    "published.packing": ("Packed", "Unpacked", "pack", "unpack"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

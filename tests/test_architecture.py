@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from onnx_oamip.ops import REGISTRY
+from onnx_oamip.graph.ops import REGISTRY
 
 PACKAGE = ROOT / "onnx_oamip"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -152,7 +152,7 @@ def test_solvers_are_reached_through_their_front() -> None:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module:
-                assert not node.module.endswith(("solvers.gurobi", "solvers.highs")), path
+                assert not node.module.endswith(("programs.solvers.gurobi", "programs.solvers.highs")), path
 
 
 def test_coupling_names_no_operator() -> None:

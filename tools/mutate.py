@@ -36,17 +36,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ["tests/test_cases.py::test_units_and_reasons", "tests/test_cases.py::test_one_unit_a_group"]
-PLANS = ["tests/test_allocation.py", "tests/test_budget.py", "-k", "not any_ledger and not densenet"]
-REFITS = ["tests/test_least_squares.py", "tests/test_refit.py", "-k", "not trained_model"]
+CASES = ["tests/graph/ops/test_cases.py::test_units_and_reasons", "tests/graph/ops/test_cases.py::test_one_unit_a_group"]
+PLANS = ["tests/planning/test_allocation.py", "tests/planning/test_budget_program.py", "-k", "not any_ledger and not densenet"]
+REFITS = ["tests/repair/test_least_squares.py", "tests/repair/test_bias.py", "-k", "not trained_model"]
 TESTS = {
-    "coupling": ["tests/test_coupling.py", "tests/test_allocation.py", *CASES, "-k", "not test_allocation or exclude"],
-    "affine": ["tests/test_affine.py", "tests/test_refit.py"],
-    "allocation": PLANS,
-    "budget": PLANS,
-    "refit": REFITS,
-    "residual": ["tests/test_residual.py", *REFITS],
-    "ridge": ["tests/test_ridge.py", *REFITS],
+    "graph.coupling": ["tests/graph/test_coupling.py", "tests/planning/test_allocation.py", *CASES, "-k", "not test_allocation or exclude"],
+    "graph.linear_layers": ["tests/graph/test_linear_layers.py", "tests/repair/test_bias.py"],
+    "planning.allocation": PLANS,
+    "planning.budget_program": PLANS,
+    "repair.least_squares": REFITS,
+    "repair.residual_joins": ["tests/repair/test_residual_joins.py", *REFITS],
+    "repair.ridge": ["tests/repair/test_ridge.py", *REFITS],
 }
 """What pytest is asked to collect, by module."""
 SLOW = 2.0

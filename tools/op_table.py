@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from onnx_oamip.ops import REGISTRY, OpSpec
+from onnx_oamip.graph.ops import REGISTRY, OpSpec
 
 FILE = Path(__file__).resolve().parents[1] / "docs" / "guide" / "operators.md"
 BEGIN, END = "<!-- operators:begin -->", "<!-- operators:end -->"

@@ -12,10 +12,15 @@ from contextlib import nullcontext
 
 import click
 
-from ..errors import OamipError
-from .commands import cli
-from .interrupt import INTERRUPTED, TERMINATED, Terminated, heard
-from .stdout import reserved
+from onnx_oamip.core.errors import OamipError
+from onnx_oamip.cli.commands import cli
+from onnx_oamip.cli.interrupt import (
+    INTERRUPTED,
+    TERMINATED,
+    Terminated,
+    heard,
+)
+from onnx_oamip.cli.stdout import reserved
 
 __all__ = ["cli", "main"]
 

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import click
 
-from .options import MODEL, check_paths, json_option, quiet_option
-from .terminal import show
+from onnx_oamip.cli.options import (
+    MODEL,
+    check_paths,
+    json_option,
+    quiet_option,
+)
+from onnx_oamip.cli.terminal import show
 
 
 @click.command()
@@ -28,12 +33,12 @@ def checkpoint(keep_map: Path, state_dict: Path, output: Path, as_json: bool, qu
     Weights are matched by name or by content, cut and not refitted. The network that takes them must be built with the
     widths shown.
     """
-    from .. import checkpoint as checkpoints
-    from .. import report
-    from ..output import check_output
+    from onnx_oamip.artifacts import keep_maps as checkpoints
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.artifacts.output import check_output
 
     check_paths(output, {"--keep-map": keep_map, "--state-dict": state_dict})
     check_output(state_dict, output)
     found = checkpoints.cut(keep_map, state_dict, output)
     if as_json or not quiet:
-        show(report.checkpoint(found), as_json)
+        show(documents.checkpoint(found), as_json)

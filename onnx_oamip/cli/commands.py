@@ -7,18 +7,25 @@ from typing import Any
 
 import click
 
-from .. import __version__
-from .checkpoint import checkpoint
-from .config import config, config_option
-from .frontier import frontier
-from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
-from .options import seconds as positive
-from .pack import pack, unpack
-from .prune import apply, plan, prune
-from .reading import reading_options
-from .score import score
-from .stdout import document_only
-from .terminal import Progress, show
+from onnx_oamip import __version__
+from onnx_oamip.cli.checkpoint import checkpoint
+from onnx_oamip.cli.config import config, config_option
+from onnx_oamip.cli.frontier import frontier
+from onnx_oamip.cli.options import (
+    DATA,
+    MODEL,
+    batch_size_option,
+    device_option,
+    json_option,
+    seed_option,
+)
+from onnx_oamip.cli.options import seconds as positive
+from onnx_oamip.cli.pack import pack, unpack
+from onnx_oamip.cli.prune import apply, plan, prune
+from onnx_oamip.cli.reading import reading_options
+from onnx_oamip.cli.score import score
+from onnx_oamip.cli.stdout import document_only
+from onnx_oamip.cli.terminal import Progress, show
 
 
 class Commands(click.Group):
@@ -53,14 +60,14 @@ def cli(ctx: click.Context) -> None:
 @json_option
 def inspect(model: Path, as_json: bool) -> None:
     """Show what of MODEL can go, what cannot, and why."""
-    from .. import report
-    from ..coupling import couple
-    from ..model import load
-    from ..verify import judged
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.graph.coupling import couple
+    from onnx_oamip.graph.loading import load
+    from onnx_oamip.verification.equivalence import judged
 
     loaded = load(model)
     with judged(loaded):
-        found = report.inspection(loaded, couple(loaded))
+        found = documents.inspection(loaded, couple(loaded))
     show(found, as_json)
 
 
@@ -94,14 +101,15 @@ def verify(
 
     The exit status is 1 where a check of the pruned model does not hold.
     """
-    from .. import pipeline, report
-    from ..model import load
-    from ..settings import Settings
+    from onnx_oamip.api import pipeline
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.graph.loading import load
+    from onnx_oamip.core.settings import Settings
 
     settings = Settings.create(**choices)
     with Progress() as progress:
         verification = pipeline.compare(original, pruned, data, settings, progress=progress)
-    show(report.comparison(load(original), load(pruned), verification), as_json)
+    show(documents.comparison(load(original), load(pruned), verification), as_json)
     if verification.failures:
         ctx.exit(1)
 
@@ -154,11 +162,12 @@ def bench(
     They take turns in random order in one run, so that what else the machine does hits all of them alike. The first
     MODEL is what the others are compared with.
     """
-    from .. import benchmark, report
+    from onnx_oamip.verification import benchmark
+    from onnx_oamip.reporting import documents
 
     with Progress() as progress:
         found = benchmark.run(models, data, batches, device, threads, seconds, seed, progress)
-    show(report.benchmark(found), as_json)
+    show(documents.benchmark(found), as_json)
 
 
 cli.add_command(pack)
@@ -169,19 +178,19 @@ cli.add_command(unpack)
 @json_option
 def ops(as_json: bool) -> None:
     """List the operators whose channels can be followed."""
-    from .. import report
+    from onnx_oamip.reporting import documents
 
-    show(report.operators(), as_json)
+    show(documents.operators(), as_json)
 
 
 @cli.command()
 @json_option
 def solvers(as_json: bool) -> None:
     """List the solvers found here, and what their licences allow."""
-    from .. import report
-    from .. import solvers as backends
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.programs import solvers as backends
 
-    show(report.solvers(backends.available()), as_json)
+    show(documents.solvers(backends.available()), as_json)
 
 
 cli.add_command(config)

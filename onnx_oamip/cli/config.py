@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
-from ..errors import SettingsError
-from .options import json_option
-from .reading import Separated
-from .stdout import stream
+from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.cli.options import json_option
+from onnx_oamip.cli.reading import Separated
+from onnx_oamip.cli.stdout import stream
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -105,7 +105,7 @@ def config(ctx: click.Context, command: str, path: Path | None, schema: bool, as
     Options without a value are comments. With --json, one object with the value and where it comes from.
     """
     if schema:
-        from ..settings import Settings
+        from onnx_oamip.core.settings import Settings
 
         click.echo(json.dumps(Settings.schema_document(), indent=2), file=stream())
         return

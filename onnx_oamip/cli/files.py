@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import OutputError
-from .options import same_file
+from onnx_oamip.core.errors import OutputError
+from onnx_oamip.cli.options import same_file
 
 if TYPE_CHECKING:
-    from ..records import Frontier, Report
+    from onnx_oamip.core.records import Frontier, Report
 
 
 class Page:
@@ -20,8 +20,8 @@ class Page:
     """
 
     def __init__(self, path: Path, model: Path, *others: Path | str | None) -> None:
-        from .. import html  # noqa: F401 - raises where a package is missing
-        from ..output import check_output
+        from onnx_oamip.reporting import html  # noqa: F401 - raises where a package is missing
+        from onnx_oamip.artifacts.output import check_output
 
         given = [other for other in others if other is not None]
         for other in (model, *given):
@@ -31,13 +31,13 @@ class Page:
 
     def draw(self, result: Report | Frontier) -> bytes:
         """The page."""
-        from .. import html
-        from ..records import Report
+        from onnx_oamip.reporting import html
+        from onnx_oamip.core.records import Report
 
         return html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
 
     def write(self, result: Report | Frontier) -> None:
         """Write the page whole or not at all. Raises OutputError."""
-        from ..aside import write_bytes
+        from onnx_oamip.core.atomic_files import write_bytes
 
         write_bytes(self.draw(result), self.path)

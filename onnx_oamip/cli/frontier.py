@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from .config import config_option
-from .files import Page
-from .memory import max_memory_option
-from .options import (
+from onnx_oamip.cli.config import config_option
+from onnx_oamip.cli.files import Page
+from onnx_oamip.cli.memory import max_memory_option
+from onnx_oamip.cli.options import (
     DATA,
     MODEL,
     batch_size_option,
@@ -31,8 +31,8 @@ from .options import (
     time_limit_option,
     workers_option,
 )
-from .reading import Separated, reading_options
-from .terminal import Progress, show
+from onnx_oamip.cli.reading import Separated, reading_options
+from onnx_oamip.cli.terminal import Progress, show
 
 
 @click.command()
@@ -87,11 +87,11 @@ def frontier(
     What does not depend on the budget is found once. Every model passes the checks of prune, but for its speed: that
     is measured, and shown. A level that cannot be met is shown with the reason.
     """
-    from .. import report
-    from ..aside import write_bytes
-    from ..curve import frontier as run
-    from ..output import check_output
-    from ..settings import Settings
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.core.atomic_files import write_bytes
+    from onnx_oamip.api.frontier import frontier as run
+    from onnx_oamip.artifacts.output import check_output
+    from onnx_oamip.core.settings import Settings
 
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
@@ -101,9 +101,9 @@ def frontier(
         check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
     with Progress(quiet) as progress:
         found = run(model, data, settings, levels, eval_data, progress, scores, save_dir)
-    document = report.frontier(found)
+    document = documents.frontier(found)
     if target is not None:
-        write_bytes(f"{report.dumps(document)}\n".encode(), target)
+        write_bytes(f"{documents.dumps(document)}\n".encode(), target)
     if page is not None:
         page.write(found)
     if as_json or not quiet:

@@ -61,7 +61,7 @@ def _watch(ear: int, done: threading.Event) -> None:
 
 def _leave(code: int) -> None:
     """End the process without unwinding; what it wrote aside goes, what it wrote is whole."""
-    from ..aside import remove_all
+    from onnx_oamip.core.atomic_files import remove_all
 
     remove_all()
     with suppress(OSError, ValueError):

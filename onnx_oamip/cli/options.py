@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ..errors import OutputError, SettingsError
+from onnx_oamip.core.errors import OutputError, SettingsError
 
 MODEL = click.Path(path_type=Path)
 DATA = "FILE|FOLDER|MODULE:FUNCTION"
@@ -73,7 +73,7 @@ def alignment(ctx: click.Context, param: click.Parameter, value: str) -> int | s
 
 def method(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """The name of an importance method, looked up in the registry."""
-    from ..importance import names
+    from onnx_oamip.importance import names
 
     if value not in names():
         raise click.BadParameter(f"{value!r} is not one of {', '.join(names())}.", ctx, param)
@@ -93,7 +93,7 @@ class MethodOption(click.Option):
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
         """The help, made when it is asked for: the registry is heavy to import."""
-        from ..importance import METHODS
+        from onnx_oamip.importance import METHODS
 
         self.help = "How units are scored: " + "; ".join(f"{n}, {m.summary}" for n, m in METHODS.items()) + "."
         return super().get_help_record(ctx)

@@ -7,11 +7,18 @@ from typing import Any
 
 import click
 
-from ..errors import SettingsError
-from .config import config_option
-from .options import DATA, MODEL, batch_size_option, device_option, json_option, seed_option
-from .reading import reading_options
-from .terminal import Progress, show
+from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.cli.config import config_option
+from onnx_oamip.cli.options import (
+    DATA,
+    MODEL,
+    batch_size_option,
+    device_option,
+    json_option,
+    seed_option,
+)
+from onnx_oamip.cli.reading import reading_options
+from onnx_oamip.cli.terminal import Progress, show
 
 
 @click.command()
@@ -58,15 +65,15 @@ def pack(
 
     Nothing is lost unless --data, --clusters or --bits say so. The unpacked model is as large and as fast as MODEL.
     """
-    from .. import storage
-    from ..storage import document
+    from onnx_oamip.published import packing
+    from onnx_oamip.published.packing import document
 
     if bits is not None:
         if choices["clusters"] is not None:
             raise SettingsError("--bits and --clusters say the same; leave out one of them.")
         choices["clusters"] = 2**bits
     with Progress(quiet) as progress:
-        found = storage.pack(model, output, progress=progress, **choices)
+        found = packing.pack(model, output, progress=progress, **choices)
     if as_json or not quiet:
         show(document.packing(found, rivals), as_json)
 
@@ -81,9 +88,9 @@ def unpack(packed: Path, output: Path, as_json: bool, quiet: bool) -> None:
 
     Files that keep weights beside the model go beside MODEL.onnx under their own names.
     """
-    from .. import storage
-    from ..storage import document
+    from onnx_oamip.published import packing
+    from onnx_oamip.published.packing import document
 
-    found = storage.unpack(packed, output)
+    found = packing.unpack(packed, output)
     if as_json or not quiet:
         show(document.unpacking(found), as_json)

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from .config import config_option
-from .files import Page
-from .memory import max_memory_option
-from .options import (
+from onnx_oamip.cli.config import config_option
+from onnx_oamip.cli.files import Page
+from onnx_oamip.cli.memory import max_memory_option
+from onnx_oamip.cli.options import (
     DATA,
     MODEL,
     batch_size_option,
@@ -30,8 +30,8 @@ from .options import (
     time_limit_option,
     workers_option,
 )
-from .reading import reading_options
-from .terminal import Progress, show
+from onnx_oamip.cli.reading import reading_options
+from onnx_oamip.cli.terminal import Progress, show
 
 data_option = click.option(
     "--data",
@@ -139,8 +139,10 @@ def prune(
     At least one of --macs, --params, --size, --latency, --max-drop, --threshold and --alpha says how much goes. With
     more than one, all are met. Nothing is written unless every check holds.
     """
-    from .. import pipeline, report, tracking
-    from ..settings import Settings
+    from onnx_oamip.api import pipeline
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.integrations import mlflow_tracking
+    from onnx_oamip.core.settings import Settings
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -152,13 +154,13 @@ def prune(
     settings = Settings.create(**choices)
     page = None if report_file is None else Page(report_file, model, data, eval_data, scores, output, keep_map)
     asked = {**settings.model_dump(mode="json", exclude={"device"}), "model": model, "data": data}
-    with tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
+    with mlflow_tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
         if dry_run:
-            document = report.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
+            document = documents.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
             log(document, ())
         else:
             found = pipeline.prune(model, data, output, settings, eval_data, progress, scores, keep_map, page)
-            document = report.document(found)
+            document = documents.document(found)
             log(document, (keep_map, report_file))
     if as_json or not quiet:
         show(document, as_json)
@@ -203,8 +205,9 @@ def plan(
     The file is made to be read and edited: every group with the units that stay, and what could not be removed with
     the reason.
     """
-    from .. import pipeline, report
-    from ..settings import Settings
+    from onnx_oamip.api import pipeline
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.core.settings import Settings
 
     check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
     check_scores(ctx, scores)
@@ -212,7 +215,7 @@ def plan(
     with Progress(quiet) as progress:
         found = pipeline.plan(model, data, output, settings, eval_data, progress, scores)
     if as_json or not quiet:
-        show(report.planning(found), as_json)
+        show(documents.planning(found), as_json)
 
 
 @click.command()
@@ -263,15 +266,17 @@ def apply(
     With the data that the plan was made with this gives the very model that prune writes. A plan that was edited is
     carried out as it stands; one made for another model of the same names or the same graph can be applied too.
     """
-    from .. import pipeline, report, tracking
+    from onnx_oamip.api import pipeline
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.integrations import mlflow_tracking
 
     check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file})
     page = None if report_file is None else Page(report_file, model, data, eval_data, plan_file, output, keep_map)
     changes = {name: value for name, value in choices.items() if value is not None}
     asked = {"model": model, "data": data, "plan": plan_file}
-    with tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
+    with mlflow_tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
         found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress, keep_map, page)
-        document = report.document(found)
+        document = documents.document(found)
         log(document, (keep_map, report_file))
     if as_json or not quiet:
         show(document, as_json)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from .options import fraction
+from onnx_oamip.cli.options import fraction
 
 
 class Separated(click.Option):

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from .config import config_option
-from .memory import max_memory_option
-from .options import (
+from onnx_oamip.cli.config import config_option
+from onnx_oamip.cli.memory import max_memory_option
+from onnx_oamip.cli.options import (
     DATA,
     MODEL,
     cache_option,
@@ -25,8 +25,8 @@ from .options import (
     time_limit_option,
     workers_option,
 )
-from .reading import reading_options
-from .terminal import Progress, show
+from onnx_oamip.cli.reading import reading_options
+from onnx_oamip.cli.terminal import Progress, show
 
 
 @click.command()
@@ -64,11 +64,12 @@ def score(model: Path, data: str | None, output: Path, as_json: bool, quiet: boo
     They are the scores that prune would find on the same data. The file says which model it belongs to and which
     channels a unit stands for; numpy.load reads it.
     """
-    from .. import pipeline, report
-    from ..settings import Settings
+    from onnx_oamip.api import pipeline
+    from onnx_oamip.reporting import documents
+    from onnx_oamip.core.settings import Settings
 
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
         found = pipeline.score(model, data, output, settings, progress)
     if as_json or not quiet:
-        show(report.scoring(found), as_json)
+        show(documents.scoring(found), as_json)

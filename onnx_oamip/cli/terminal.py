@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .stdout import stream
+from onnx_oamip.cli.stdout import stream
 
 if TYPE_CHECKING:
-    from ..report import Document
+    from onnx_oamip.reporting.documents import Document
 
 
 def show(document: Document, as_json: bool) -> None:
     """Print a document as JSON or as tables."""
-    from .. import report
+    from onnx_oamip.reporting import documents
 
     if as_json:
-        click.echo(report.dumps(document), file=stream())
+        click.echo(documents.dumps(document), file=stream())
         return
     from rich.console import Console
 
-    from .. import tables
+    from onnx_oamip.reporting import tables
 
     tables.show(document, Console(file=stream(), highlight=False, markup=False, emoji=False))
 

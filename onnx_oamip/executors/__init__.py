@@ -6,8 +6,8 @@ over as they are; a cluster gets ``shared`` once a worker process. Results are t
 
 from __future__ import annotations
 
-from .spec import Executor
-from .threads import Threads
+from onnx_oamip.executors.spec import Executor
+from onnx_oamip.executors.threads import Threads
 
 __all__ = ["Executor", "Threads", "check", "executor"]
 
@@ -19,7 +19,7 @@ def executor(workers: int | None = None, scheduler: str | None = None, device: s
     """
     if scheduler is None:
         return Threads(workers)
-    from .cluster import Cluster
+    from onnx_oamip.executors.cluster import Cluster
 
     return Cluster(scheduler, device)
 
@@ -27,6 +27,6 @@ def executor(workers: int | None = None, scheduler: str | None = None, device: s
 def check(scheduler: str | None, device: str = "cpu") -> None:
     """Raises EnvironmentMissing where a cluster is asked for that cannot be used from here; quick."""
     if scheduler is not None:
-        from .cluster import Cluster
+        from onnx_oamip.executors.cluster import Cluster
 
         Cluster(scheduler, device).check()

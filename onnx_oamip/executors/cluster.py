@@ -24,12 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from ..errors import EnvironmentMissing
-from ..extras import imports_of
-from ..runtime import resolve_device
-from ..versions import sources, versions
-from .parcel import Parcel, pack
-from .spec import I, S, T, Told
+from onnx_oamip.core.errors import EnvironmentMissing
+from onnx_oamip.core.extras import imports_of
+from onnx_oamip.graph.runtime import resolve_device
+from onnx_oamip.core.versions import sources, versions
+from onnx_oamip.executors.parcel import Parcel, pack
+from onnx_oamip.executors.spec import (
+    I,
+    S,
+    T,
+    Told,
+)
 
 if TYPE_CHECKING:
     from distributed import Client, Future

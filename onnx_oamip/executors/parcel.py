@@ -10,9 +10,9 @@ from dataclasses import fields
 from io import BytesIO
 from typing import Any
 
-from .. import weights
-from ..errors import ModelError
-from ..records import Model
+from onnx_oamip.graph import external_data
+from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.records import Model
 
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was changed last (ns)."""
@@ -55,12 +55,12 @@ class _Pickler(pickle.Pickler):
         """Constants of a model are what its graph holds already."""
         if not isinstance(value, Model):
             return NotImplemented
-        if value.proto.ByteSize() >= weights.LARGE:
+        if value.proto.ByteSize() >= external_data.LARGE:
             raise ModelError(
                 f"{value.path} holds {value.proto.ByteSize() / 1e9:.1f} GB of weights in a form that cannot be sent to "
                 "a cluster; leave out --scheduler."
             )
-        files = {weights.place(t)[0] for t in weights.references(value.proto)}
+        files = {external_data.place(t)[0] for t in external_data.references(value.proto)}
         parts = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "constants"}
         return _model, (parts, {path: _stamp(path) for path in sorted(files)})
 
@@ -72,7 +72,7 @@ def _model(parts: Mapping[str, Any], files: Mapping[str, Stamp]) -> Model:
                 f"a worker of the cluster does not see the file {path} as it is here, and large weights stay in their "
                 "file; put it (or with TMPDIR what is made anew) on storage that all share, or leave out --scheduler."
             )
-    return Model(**parts, constants={t.name: weights.array(t) for t in parts["proto"].graph.initializer})
+    return Model(**parts, constants={t.name: external_data.array(t) for t in parts["proto"].graph.initializer})
 
 
 def _stamp(path: str) -> Stamp | None:

@@ -10,7 +10,12 @@ from dataclasses import dataclass
 
 from threadpoolctl import threadpool_limits
 
-from .spec import I, S, T, Told
+from onnx_oamip.executors.spec import (
+    I,
+    S,
+    T,
+    Told,
+)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,15 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import MappingProxyType
 
-from ..errors import EnvironmentMissing, SettingsError
-from ..records import Coupling, Model, Request, Scores, Statistics
-from ..settings import Settings
+from onnx_oamip.core.errors import EnvironmentMissing, SettingsError
+from onnx_oamip.core.records import (
+    Coupling,
+    Model,
+    Request,
+    Scores,
+    Statistics,
+)
+from onnx_oamip.core.settings import Settings
 
 ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 Requests = frozenset[Request]
@@ -46,11 +52,11 @@ class Method:
         return self.requires(settings) if callable(self.requires) else self.requires
 
 
-def _rule(file: str, name: str = "score") -> ScoreRule:
-    """The rule in a file of this folder, which is imported when the rule is first used: names cost nothing."""
+def _rule(module: str, name: str = "score") -> ScoreRule:
+    """Rule of a module of this package, imported when the rule is first used: names cost nothing."""
 
     def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
-        rule: ScoreRule = getattr(import_module(f"{__name__}.{file}"), name)
+        rule: ScoreRule = getattr(import_module(f"onnx_oamip.{module}"), name)
         return rule(model, coupling, statistics, settings)
 
     return score
@@ -65,38 +71,38 @@ def _oamip_requests(settings: Settings) -> Requests:
 _DEPENDENCE = MOMENTS | {Request.POOLED_ACTIVATIONS}
 _METHODS: dict[str, Method] = {
     "obs": Method(
-        _rule("obs"),
+        _rule("importance.obs"),
         "optimal brain surgeon order: loss after the best repair by the others",
         MOMENTS | {Request.COVARIANCE},
     ),
-    "activation": Method(_rule("activation"), "mean square of what consumers receive, times their weights"),
+    "activation": Method(_rule("importance.activation"), "mean square of what consumers receive, times their weights"),
     "nnrelief": Method(
-        _rule("nnrelief"),
+        _rule("published.nnrelief.score"),
         "share of the absolute signal of what follows (see --alpha)",
         frozenset({Request.ABSOLUTE_ACTIVATIONS}),
     ),
-    "l2": Method(_rule("magnitude", "l2"), "L2 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
-    "l1": Method(_rule("magnitude", "l1"), "L1 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
+    "l2": Method(_rule("importance.magnitude", "l2"), "L2 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
+    "l1": Method(_rule("importance.magnitude", "l1"), "L1 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
     "oamip": Method(
-        _rule("oamip"),
+        _rule("importance.oamip.select"),
         "keep variables of a mixed-integer program over the network on a few images (see --mode)",
         _oamip_requests,
         keeps_bias=True,
     ),
     "snacs": Method(
-        _rule("snacs"),
+        _rule("published.dependence.snacs"),
         "conditional mutual information between layers by hashing, times weights (see --phi)",
         _DEPENDENCE,
     ),
     "mint": Method(
-        _rule("mint"),
+        _rule("published.dependence.mint"),
         "experimental, mutual information between groups of filters by spanning trees (see --score-time)",
         _DEPENDENCE,
     ),
     "correlation": Method(
-        _rule("correlation"), "partial correlation of what a layer gives with what it reads", _DEPENDENCE
+        _rule("published.dependence.correlation"), "partial correlation of what a layer gives with what it reads", _DEPENDENCE
     ),
-    "random": Method(_rule("random"), "a seeded random order, the baseline", WEIGHTS_ONLY),
+    "random": Method(_rule("importance.random"), "a seeded random order, the baseline", WEIGHTS_ONLY),
 }
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 """All methods by name, those registered meanwhile too."""

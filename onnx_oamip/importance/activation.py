@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..records import Consumer, Coupling, Floats, Model, Scores, Statistics
-from ..settings import Settings
-from .magnitude import sums
+from onnx_oamip.core.records import (
+    Consumer,
+    Coupling,
+    Floats,
+    Model,
+    Scores,
+    Statistics,
+)
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.importance.magnitude import sums
 
 
 def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:

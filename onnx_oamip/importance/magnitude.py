@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ops import lookup
-from ..records import Array, Coupling, Floats, Model, Scores, Statistics
-from ..settings import Settings
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.core.records import (
+    Array,
+    Coupling,
+    Floats,
+    Model,
+    Scores,
+    Statistics,
+)
+from onnx_oamip.core.settings import Settings
 
 
 def l1(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:

@@ -15,11 +15,23 @@ import numpy as np
 from scipy.linalg import cho_factor
 from scipy.linalg.lapack import dpotri
 
-from ..executors import executor
-from ..gram import Job, Problem, jobs, problems
-from ..records import Coupling, Floats, Ints, Model, Scores, Statistics
-from ..settings import Settings
-from . import activation
+from onnx_oamip.executors import executor
+from onnx_oamip.statistics.covariances import (
+    Job,
+    Problem,
+    jobs,
+    problems,
+)
+from onnx_oamip.core.records import (
+    Coupling,
+    Floats,
+    Ints,
+    Model,
+    Scores,
+    Statistics,
+)
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.importance import activation
 
 MIRROR = 256
 """Rows mirrored at a time."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..records import Coupling, Model, Scores, Statistics
-from ..settings import Settings
+from onnx_oamip.core.records import (
+    Coupling,
+    Model,
+    Scores,
+    Statistics,
+)
+from onnx_oamip.core.settings import Settings
 
 
 def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from .detection import detect
-from .losses import Loss, compare, loss, sums
-from .measures import Measure, Measures
-from .normaliser import Normaliser
-from .terms import CHOICES, Kind, Objective, Part, Scale, Term, document
+from onnx_oamip.objective.detection import detect
+from onnx_oamip.objective.losses import (
+    Loss,
+    compare,
+    loss,
+    sums,
+)
+from onnx_oamip.objective.measures import Measure, Measures
+from onnx_oamip.objective.normaliser import Normaliser
+from onnx_oamip.objective.terms import (
+    CHOICES,
+    Kind,
+    Objective,
+    Part,
+    Scale,
+    Term,
+    document,
+)
 
 __all__ = [
     "CHOICES",

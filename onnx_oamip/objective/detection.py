@@ -14,11 +14,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import DataError, SettingsError
-from ..records import Array, Model
-from .structure import Graph
-from .tails import Tails
-from .terms import CHOICES, Kind, Objective, Term
+from onnx_oamip.core.errors import DataError, SettingsError
+from onnx_oamip.core.records import Array, Model
+from onnx_oamip.objective.structure import Graph
+from onnx_oamip.objective.tails import Tails
+from onnx_oamip.objective.terms import (
+    CHOICES,
+    Kind,
+    Objective,
+    Term,
+)
 
 ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")
 """Kinds in the order in which labels look for their term."""

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..records import Array, Floats
-from .divergences import angle, binary_divergence, class_divergence, log_classes, squared_error
-from .normaliser import cutoff
-from .terms import Objective, Scale, Term
+from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.objective.divergences import (
+    angle,
+    binary_divergence,
+    class_divergence,
+    log_classes,
+    squared_error,
+)
+from onnx_oamip.objective.normaliser import cutoff
+from onnx_oamip.objective.terms import Objective, Scale, Term
 
 LOST = 1000.0
 """Largest loss of a term, and that of outputs which are not finite where the original's are."""

@@ -22,11 +22,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..records import Array, Bools, Floats, Ints
-from .divergences import angle, squared_error
-from .moments import COLUMNS, Moments
-from .normaliser import DOMINANT, cutoff
-from .terms import Objective, Term
+from onnx_oamip.core.records import (
+    Array,
+    Bools,
+    Floats,
+    Ints,
+)
+from onnx_oamip.objective.divergences import angle, squared_error
+from onnx_oamip.objective.moments import COLUMNS, Moments
+from onnx_oamip.objective.normaliser import DOMINANT, cutoff
+from onnx_oamip.objective.terms import Objective, Term
 
 RARE = 0.05
 """Share of decisions below which they are rare, and of positive decisions below which a warning is given."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..records import Floats
+from onnx_oamip.core.records import Floats
 
 COLUMNS = 64
 """Columns that are scaled one by one; more of them share their mean variance."""

@@ -20,11 +20,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..errors import DataError
-from ..records import Array, Floats
-from .divergences import directions, log_binary, log_classes, weighted
-from .moments import Moments
-from .terms import Form, Objective, Scale, Term
+from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.objective.divergences import (
+    directions,
+    log_binary,
+    log_classes,
+    weighted,
+)
+from onnx_oamip.objective.moments import Moments
+from onnx_oamip.objective.terms import (
+    Form,
+    Objective,
+    Scale,
+    Term,
+)
 
 DOMINANT = 0.8
 """Share of all decisions above which a class is the background."""

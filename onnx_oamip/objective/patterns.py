@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..records import Node
-from .structure import Graph
+from onnx_oamip.core.records import Node
+from onnx_oamip.objective.structure import Graph
 
 LENGTH_WRAPPERS = frozenset({"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"})
 """Operators between a vector's length and the division by it."""

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ..ops import lookup
-from ..records import Array, Model, Node
-from .terms import Part
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.core.records import Array, Model, Node
+from onnx_oamip.objective.terms import Part
 
 UNCHANGED = frozenset({"Identity", "Dropout"})
 RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})

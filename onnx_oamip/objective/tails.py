@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..records import Node
-from .patterns import sigmoid, softmax, unit_vectors
-from .structure import DEPTH, Graph, Origin
-from .terms import Form, Kind, Term
+from onnx_oamip.core.records import Node
+from onnx_oamip.objective.patterns import sigmoid, softmax, unit_vectors
+from onnx_oamip.objective.structure import DEPTH, Graph, Origin
+from onnx_oamip.objective.terms import Form, Kind, Term
 
 COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 DECISIONS = COMPARISONS | {

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from ..records import Array, Floats
+from onnx_oamip.core.records import Array, Floats
 
 Kind: TypeAlias = Literal["classes", "binary", "values", "embedding", "ambiguous", "exact", "ignore"]
 """What a tensor holds. ``ambiguous``: class scores or values, the loss takes the worse; ``exact``: equal or not."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from onnx_oamip import pipeline, search, verify
-from onnx_oamip.runtime import Session
-from onnx_oamip.settings import Settings
+from onnx_oamip.api import pipeline
+from onnx_oamip.planning import search
+from onnx_oamip.verification import equivalence
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
 
 from .studies import MODELS, Row, paths, save
 
@@ -40,7 +42,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
                         settings=settings.model_copy(update={"allocate": allocation}),
                     )
                     after = Session(search.search(here).pruned.proto, ready.device)
-                    v = verify.compare(ready.model, original, after, ready.held, settings.batch_size)
+                    v = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
                     assert v.accuracy_before is not None
                     assert v.accuracy_after is not None
                     row[refit], row["before"] = round(100 * v.accuracy_after, 2), round(100 * v.accuracy_before, 2)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from onnx_oamip import pipeline
-from onnx_oamip.settings import Settings
+from onnx_oamip.api import pipeline
+from onnx_oamip.core.settings import Settings
 
 from .studies import Row, paths, save
 

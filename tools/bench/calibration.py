@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip import prepare, search, verify
-from onnx_oamip.runtime import Session
-from onnx_oamip.settings import Settings
+from onnx_oamip.api import prepare
+from onnx_oamip.planning import search
+from onnx_oamip.verification import equivalence
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
 
 from .studies import MODELS, ROOT, Row, paths, save, store
 
@@ -53,7 +55,7 @@ def run(
                 for share, column in zip(SHARES, COLUMNS[3:], strict=False):
                     here = replace(ready, settings=settings.model_copy(update={"macs": share}))
                     after = Session(search.search(here).pruned.proto, ready.device)
-                    seen = verify.compare(ready.model, original, after, ready.held, settings.batch_size)
+                    seen = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
                     assert seen.accuracy_after is not None
                     assert seen.accuracy_before is not None
                     row[column] = round(100 * seen.accuracy_after, 2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from onnx_oamip import model as models
-from onnx_oamip.coupling import couple
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 
 from .speed import ZOO
 from .studies import Row, save

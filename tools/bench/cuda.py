@@ -18,14 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip import calibrate, data
-from onnx_oamip import model as models
-from onnx_oamip.coupling import couple
-from onnx_oamip.data import Samples
-from onnx_oamip.errors import EnvironmentMissing
-from onnx_oamip.records import Axis, Coupling, Model, Moments
-from onnx_oamip.runtime import Session, resolve_device, runtime
-from onnx_oamip.subgraph import run_size
+from onnx_oamip.statistics import calibration
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.core.errors import EnvironmentMissing
+from onnx_oamip.core.records import (
+    Axis,
+    Coupling,
+    Model,
+    Moments,
+)
+from onnx_oamip.graph.runtime import Session, resolve_device, runtime
+from onnx_oamip.graph.partial_execution import run_size
 
 from .speed import ZOO, random_weights
 from .studies import MODELS, Row, paths, save, store
@@ -62,7 +68,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
 def measured(path: Path, source: Path, device: str) -> Row:
     """All columns but the name, ``device`` in the GPU's place."""
     model = models.load(path)
-    samples = data.load(source, model)
+    samples = dataset.load(source, model)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
@@ -70,7 +76,7 @@ def measured(path: Path, source: Path, device: str) -> Row:
     found, seconds = {}, {}
     for where in dict.fromkeys(("cpu", device)):
         for _ in range(2):
-            begun = calibrate.collect(model, coupling, samples, where, batch)
+            begun = calibration.collect(model, coupling, samples, where, batch)
         found[where], seconds[where] = begun.moments, begun.seconds
     copies, whole = copied(profiled(model, coupling, samples, device, batch))
     plain, bound = transfers(model, coupling, samples, device, batch)
@@ -154,4 +160,4 @@ def _second(passes: Sequence[Any]) -> float:
 
 def _statistics(model: Model, coupling: Coupling) -> Any:
     """The graph that the calibration pass runs."""
-    return calibrate._instrument(model, calibrate.consumed(model, coupling))
+    return calibration._instrument(model, calibration.consumed(model, coupling))

@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from onnx_oamip.errors import EnvironmentMissing
+from onnx_oamip.core.errors import EnvironmentMissing
 
 from . import figures
 from .studies import LeftOut, known_step

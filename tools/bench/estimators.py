@@ -23,14 +23,17 @@ import numpy as np
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
-from onnx_oamip import data, limits, pipeline, pooled
-from onnx_oamip import model as models
-from onnx_oamip.coupling import couple
-from onnx_oamip.importance import mint, snacs
-from onnx_oamip.importance.correlation import partial
-from onnx_oamip.pooled import standardise
-from onnx_oamip.records import Bools, Floats
-from onnx_oamip.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.planning import plan_constraints
+from onnx_oamip.api import pipeline
+from onnx_oamip.published.dependence import pooled_activations
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.published.dependence import mint, snacs
+from onnx_oamip.published.dependence.correlation import partial
+from onnx_oamip.published.dependence.pooled_activations import standardise
+from onnx_oamip.core.records import Bools, Floats
+from onnx_oamip.core.settings import Settings
 
 from .speed import ZOO, random_weights
 from .studies import Row, paths, save
@@ -194,16 +197,16 @@ def pool_resnet(seed: int) -> None:
         random_weights(ZOO / "light_resnet50.onnx", path, seed, SIDE)
         model = models.load(path)
         images = np.random.default_rng(seed).standard_normal((SAMPLES, 3, SIDE, SIDE), np.float32)
-        samples = data.load({model.inputs[0].name: images}, model)
+        samples = dataset.load({model.inputs[0].name: images}, model)
         assert samples is not None
         coupling = couple(model)
         start = time.perf_counter()
-        seen = pooled.collect(model, coupling, samples, "cpu", seed, by_tap=True)
+        seen = pooled_activations.collect(model, coupling, samples, "cpu", seed, by_tap=True)
         seconds = time.perf_counter() - start
-        pairs = list(pooled.pairs(model, coupling, seen))
+        pairs = list(pooled_activations.pairs(model, coupling, seen))
         wide = max(pairs, key=lambda p: p.weight.size)
         snacs.dependence(wide.parents, wide.children[:, :4], seed)
-        limits.sensitivity(model, coupling)
+        plan_constraints.sensitivity(model, coupling)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     channels = sum(v.shape[1] for v in seen.values.values())
     text = f"pooling ({channels} channels, {len(pairs)} pairs of layers)"

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 import onnx
 import torch
 
-from onnx_oamip import pipeline
-from onnx_oamip.settings import Settings
+from onnx_oamip.api import pipeline
+from onnx_oamip.core.settings import Settings
 
 from ..train_models import EVAL_IMAGES, RECIPES, Dataset, load_dataset, loss_on, make_optimiser, torch_accuracy
 from . import peers, rebuilt

@@ -19,10 +19,10 @@ import numpy as np
 import onnx
 
 from onnx_oamip import prune
-from onnx_oamip.errors import OamipError
-from onnx_oamip.records import Array, Report
-from onnx_oamip.runtime import Session
-from onnx_oamip.settings import Settings
+from onnx_oamip.core.errors import OamipError
+from onnx_oamip.core.records import Array, Report
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
 
 from .coverage import EXPORTERS
 from .studies import ROOT, Row, save

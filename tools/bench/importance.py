@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_oamip import allocation, cost, pipeline, search, verify
-from onnx_oamip.records import Plan
-from onnx_oamip.runtime import Session
-from onnx_oamip.settings import Settings
+from onnx_oamip.planning import allocation, search
+from onnx_oamip.graph import cost
+from onnx_oamip.api import pipeline
+from onnx_oamip.verification import equivalence
+from onnx_oamip.core.records import Plan
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
 
 from .studies import MODELS, Row, paths, save
 
@@ -44,7 +47,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     chosen = Plan(keep, widths, "uniform", replace(ready.before))
                     cut = search.carry_out(ready, chosen)
                     after = Session(cut.pruned.proto, ready.device)
-                    seen = verify.compare(ready.model, original, after, ready.held, settings.batch_size)
+                    seen = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
                     assert seen.accuracy_after is not None
                     fresh: Row = {"model": name, "refit": refit, "units kept": f"{share:.0%}"}
                     row = found.setdefault((refit, share), fresh)

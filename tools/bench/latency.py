@@ -22,13 +22,22 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_oamip import cost, data, prepare, search
-from onnx_oamip.errors import BudgetNotMet, EnvironmentMissing
-from onnx_oamip.latency import caller, feeds_of, find_step, interleave, paired
-from onnx_oamip.profiling import profile
-from onnx_oamip.records import Ints
-from onnx_oamip.runtime import Session, resolve_device
-from onnx_oamip.settings import Settings
+from onnx_oamip.graph import cost
+from onnx_oamip.data import dataset
+from onnx_oamip.api import prepare
+from onnx_oamip.planning import search
+from onnx_oamip.core.errors import BudgetNotMet, EnvironmentMissing
+from onnx_oamip.verification.latency import (
+    caller,
+    feeds_of,
+    find_step,
+    interleave,
+    paired,
+)
+from onnx_oamip.planning.latency_model import profile
+from onnx_oamip.core.records import Ints
+from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.core.settings import Settings
 
 from .rivals import Bench, bisect
 from .studies import MODELS, Row, save, store
@@ -182,7 +191,7 @@ def remarks(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[str]:
 def _timed(bench: Bench, made: _Made, device: str, threads: int | None, batch: int, seed: int) -> list[Row]:
     """One row per budget, all of them from the same rounds."""
     ready = made.ready
-    samples = data.load(bench.data, ready.model)
+    samples = dataset.load(bench.data, ready.model)
     assert samples is not None
     feeds = feeds_of(samples, batch)
     # Any width, since ``align 1`` takes any.

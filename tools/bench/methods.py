@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from onnx_oamip import prepare, search, verify
-from onnx_oamip.runtime import Session
-from onnx_oamip.settings import Settings
+from onnx_oamip.api import prepare
+from onnx_oamip.planning import search
+from onnx_oamip.verification import equivalence
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
 
 from .studies import Row, paths, save
 
@@ -42,7 +44,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     for share in SHARES:
                         here = replace(ready, settings=settings.model_copy(update={"macs": share}))
                         after = Session(search.search(here).pruned.proto, ready.device)
-                        seen = verify.compare(ready.model, original, after, ready.held, settings.batch_size)
+                        seen = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
                         assert seen.accuracy_after is not None
                         assert seen.accuracy_before is not None
                         row = found[share, refit]

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip import data, images, solving
-from onnx_oamip import model as models
-from onnx_oamip.coupling import couple
-from onnx_oamip.formulation import EPSILON, formulate
-from onnx_oamip.records import Coupling, Images, Model
-from onnx_oamip.region import Form
-from onnx_oamip.solvers import Limits
+from onnx_oamip.data import dataset
+from onnx_oamip.statistics import class_samples
+from onnx_oamip.importance.oamip import solve
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance.oamip.formulation import EPSILON, formulate
+from onnx_oamip.core.records import Coupling, Images, Model
+from onnx_oamip.importance.oamip.region import Form
+from onnx_oamip.programs.solvers import Limits
 
 from .studies import Row, paths, save
 
@@ -38,11 +40,11 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
         return ""
     path, source = paths(NAME)
     model = models.load(path)
-    samples = data.load(str(source), model)
+    samples = dataset.load(str(source), model)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
-    held = images.collect(model, samples, "cpu", 1, seed)
+    held = class_samples.collect(model, samples, "cpu", 1, seed)
     assert held is not None
     rows = [_ours(model, coupling, held, solver, seed) for solver in ("highs", "gurobi")]
     rows += [_published(model, held, gap) for gap in (GAP, None)]
@@ -58,7 +60,7 @@ def _ours(model: Model, coupling: Coupling, held: Images, solver: str, seed: int
     for _ in range(3):
         start = time.perf_counter()
         formulation = formulate(model, coupling, held, Form("paper", WEIGHT))
-        outcome = solving.optimise(formulation, Limits(time_s=600, gap=GAP, seed=seed), solver)
+        outcome = solve.optimise(formulation, Limits(time_s=600, gap=GAP, seed=seed), solver)
         best = min(best, time.perf_counter() - start)
     return {
         "program": "onnx-oamip, joint, paper",

@@ -18,7 +18,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from onnx_oamip.runtime import Session
+from onnx_oamip.graph.runtime import Session
 
 from ..train_models import OPSET, RECIPES
 from .studies import paths

@@ -21,12 +21,12 @@ from .studies import Row, paths, save
 COLUMNS = ("model", "killed at", "whole s", "rerun s", "rerun / whole", "of processor time")
 CLOCKED = COLUMNS[2:]
 STAGES = {
-    "calibrate": "calibrate.collect",
-    "score": "scoring.apply_method",
-    "sensitivity": "sensitivity.measure",
-    "plan": "allocation.allocate",
-    "refit": "refit.least_squares",
-    "verify": "verify.prove",
+    "calibrate": "statistics.calibration.collect",
+    "score": "planning.scoring.apply_method",
+    "sensitivity": "planning.sensitivity.measure",
+    "plan": "planning.allocation.allocate",
+    "refit": "repair.least_squares.least_squares",
+    "verify": "verification.equivalence.prove",
 }
 """Where a run is killed, in the order of the run: the function that begins a stage."""
 RUNS = 3

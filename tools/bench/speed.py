@@ -15,11 +15,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_oamip import data, pipeline
-from onnx_oamip import model as models
-from onnx_oamip.latency import compare_latency
-from onnx_oamip.runtime import Session
-from onnx_oamip.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.api import pipeline
+from onnx_oamip.graph import loading as models
+from onnx_oamip.verification.latency import compare_latency
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
 
 from .studies import Row, paths, save
 
@@ -53,7 +54,7 @@ def _row(name: str, model: Path, source: Path, budget: dict[str, float]) -> Row:
         start = time.perf_counter()
         report = pipeline.prune(model, source, target, Settings.create(**budget))
         spent = time.perf_counter() - start
-        samples = data.load(source, report.model)
+        samples = dataset.load(source, report.model)
         assert samples is not None
         ratio = compare_latency(report.model.proto, str(target), samples, "cpu", seconds=10.0)
     kept = report.after.macs / report.before.macs
@@ -73,7 +74,7 @@ def _row(name: str, model: Path, source: Path, budget: dict[str, float]) -> Row:
 def plain_pass(model: Path, source: Path) -> float:
     """Seconds of one ONNX Runtime pass over the calibration data, second of two."""
     loaded = models.load(model)
-    samples = data.load(source, loaded)
+    samples = dataset.load(source, loaded)
     assert samples is not None
     session = Session(loaded.proto, "cpu", spin=True)
     for _ in range(2):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_oamip import pipeline, storage
-from onnx_oamip.records import Array
-from onnx_oamip.settings import Settings
-from onnx_oamip.storage import document
+from onnx_oamip.api import pipeline
+from onnx_oamip.published import packing
+from onnx_oamip.core.records import Array
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.published.packing import document
 
 from .studies import MODELS, Row, paths, save
 
@@ -44,11 +45,11 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
 def _row(model: Path, data: Path, folder: Path, seed: int) -> Row:
     start = time.perf_counter()
     searched, unseen = _halves(data)
-    exact = storage.pack(model, folder / "exact.oamip", lossless=True)
-    lossy = storage.pack(
+    exact = packing.pack(model, folder / "exact.oamip", lossless=True)
+    lossy = packing.pack(
         model, folder / "lossy.oamip", data=data, eval_data=searched, max_drop=MAX_DROP, seed=seed
     )
-    storage.unpack(folder / "lossy.oamip", folder / "lossy.onnx")
+    packing.unpack(folder / "lossy.oamip", folder / "lossy.onnx")
     found = pipeline.compare(model, folder / "lossy.onnx", unseen, Settings.create())
     told = document.packing(exact, rivals=True)
     sizes = {"lossless": exact.nbytes, "lossy": lossy.nbytes, **told["rivals"]}

@@ -11,20 +11,32 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_oamip import cost, images, scoring
-from onnx_oamip import data as feeds
-from onnx_oamip import model as models
-from onnx_oamip.allocation import best_units
-from onnx_oamip.collecting import collect
-from onnx_oamip.constants import fold_constants
-from onnx_oamip.context import Context
-from onnx_oamip.coupling import couple
+from onnx_oamip.graph import cost
+from onnx_oamip.statistics import class_samples
+from onnx_oamip.planning import scoring
+from onnx_oamip.data import dataset as feeds
+from onnx_oamip.graph import loading as models
+from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.statistics.collector import collect
+from onnx_oamip.repair.removed_constants import fold_constants
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance import METHODS
-from onnx_oamip.records import Array, Coupling, Floats, Images, Ints, Model, Request, Scores, Statistics
-from onnx_oamip.refit import least_squares
-from onnx_oamip.rewrite import cut
-from onnx_oamip.runtime import Session
-from onnx_oamip.settings import Settings
+from onnx_oamip.core.records import (
+    Array,
+    Coupling,
+    Floats,
+    Images,
+    Ints,
+    Model,
+    Request,
+    Scores,
+    Statistics,
+)
+from onnx_oamip.repair.least_squares import least_squares
+from onnx_oamip.graph.surgery.rewrite import cut
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
 
 from .data import Dataset
 from .protocol import NETWORKS, WEIGHT, Bools, Network
@@ -111,7 +123,7 @@ def score(case: Case, asked: Settings, few: Images | None = None) -> tuple[Score
 
 def choose(case: Case, samples: feeds.Samples, per_class: int = 1) -> Images:
     """The package's choice: of the samples that are classified correctly, per class those it is least sure of."""
-    found = images.collect(case.model, samples, DEVICE, per_class, case.seed)
+    found = class_samples.collect(case.model, samples, DEVICE, per_class, case.seed)
     assert found is not None
     return found
 

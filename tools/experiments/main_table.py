@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.records import Floats, Ints
+from onnx_oamip.core.records import Floats, Ints
 
 from .case import TREATMENTS, Case, accuracy, below, choose, gone, mask, measured, program, score, settings
 from .protocol import Bools, Protocol

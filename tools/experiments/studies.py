@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
-from onnx_oamip.records import Floats, Images, Scores
+from onnx_oamip.core.records import Floats, Images, Scores
 
 from .case import Case, below, choose, choose_any, gone, mask, measured, program, score, settings
 from .protocol import Protocol

@@ -1,0 +1,1 @@
+"""TODO onnx_oamip/api."""

@@ -1,0 +1,116 @@
+"""A model at several budgets: what it costs and what it still does, all from one preparation.
+
+Statistics, scores and sensitivities are made once; every budget then is a plan, a cut, a refit and all checks of
+``prune``. Speed is measured and told, not a condition: where a model is slower than the original, the curve shows it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from onnx_oamip.planning import iterative
+from onnx_oamip.api import pipeline
+from onnx_oamip.statistics.calibration import Progress
+from onnx_oamip.statistics.context import Clock
+from onnx_oamip.core.errors import (
+    BudgetNotMet,
+    GateFailed,
+    ModelError,
+    SettingsError,
+)
+from onnx_oamip.artifacts.output import check_output, write
+from onnx_oamip.api.prepare import Source, called, prepare
+from onnx_oamip.core.records import Frontier, Point
+from onnx_oamip.planning.search import Prepared
+from onnx_oamip.core.settings import Settings
+
+LEVELS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
+"""Shares of the multiply-accumulates at which a model is looked at."""
+
+
+def frontier(
+    path: str | os.PathLike[str],
+    source: Source,
+    settings: Settings,
+    levels: Sequence[float] = LEVELS,
+    eval_data: Source | None = None,
+    progress: Progress | None = None,
+    scores: str | os.PathLike[str] | None = None,
+    save_dir: str | os.PathLike[str] | None = None,
+) -> Frontier:
+    """Prune one model to each share of its MACs in ``levels``, widest first.
+
+    Other budgets of ``settings`` hold at every level. With ``save_dir`` the models are written there as
+    ``MODEL-macs0.5.onnx``. A level that cannot be met is a point with a reason. Raises OamipError: as
+    :func:`onnx_oamip.prune` for bad input, and BudgetNotMet where no level can be met.
+    """
+    shares = sorted(set(levels), reverse=True)
+    if not shares:
+        raise SettingsError("there are no levels; give at least one share of the MACs to keep.")
+    asked = [Settings.create(**{**settings.model_dump(), "macs": share, "force": True}) for share in shares]
+    targets = {share: _target(path, save_dir, share, (source, eval_data, scores)) for share in shares}
+    clock = Clock()
+    ready = prepare(
+        path, source, asked[0], eval_data=eval_data, progress=progress, clock=clock, scores=scores
+    )
+    points = []
+    for i, share in enumerate(shares):
+        here = replace(ready, settings=ready.settings.model_copy(update={"macs": share}))
+        with clock("plan, refit and verify"):
+            points.append(_point(here, share, targets[share]))
+        if progress:
+            progress("frontier", i + 1, len(shares))
+    proofs = [p.verification for p in points if p.verification is not None]
+    if not proofs:
+        raise BudgetNotMet(f"no level can be met; at {shares[0]:g}: {points[0].reason}")
+    kept = {k: v for k, v in ready.settings.model_dump(mode="json").items() if k not in ("macs", "force")}
+    return Frontier(
+        model=ready.model,
+        coupling=ready.coupling,
+        before=ready.before,
+        accuracy=proofs[0].accuracy_before,
+        importance=ready.scores.method,
+        points=tuple(points),
+        timings=clock.seconds,
+        settings={
+            "levels": shares,
+            **kept,
+            "device": ready.device,
+            "data": called(source),
+            "eval_data": called(eval_data),
+            "scores": called(scores),
+            "save_dir": called(save_dir),
+            "steps": sorted(set(ready.steps.tolist())),
+            "evaluated": proofs[0].samples,
+        },
+        notes=(*ready.scores.notes, *ready.store.remarks()),
+    )
+
+
+def _target(
+    path: str | os.PathLike[str], folder: str | os.PathLike[str] | None, share: float, sources: tuple[object, ...]
+) -> Path | None:
+    """Where the model of one level goes. Raises OutputError where it cannot be written there."""
+    if folder is None:
+        return None
+    return check_output(path, Path(folder) / f"{Path(path).stem}-macs{share}.onnx", sources, "--save-dir")
+
+
+def _point(ready: Prepared, share: float, target: Path | None) -> Point:
+    """The model of one level, written where it is proved."""
+    try:
+        ready, found = iterative.approach(ready)
+        pipeline.meets(ready.settings.budget, ready.before, found.after)
+        verification = pipeline.prove(ready, found)
+    except (BudgetNotMet, GateFailed, ModelError) as error:
+        return Point(share, reason=str(error))
+    point = Point(share, found.after, np.asarray(found.plan.widths, np.int64), verification)
+    if target is None:
+        return point
+    sha256, size = write(found.pruned.proto, target)
+    return replace(point, cost=replace(found.after, bytes=size), output=str(target), sha256=sha256)

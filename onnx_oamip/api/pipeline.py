@@ -1,0 +1,408 @@
+"""The verbs, and the order of stages: prune is plan and apply, and plan is prepare and search."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_oamip.artifacts import score_files, keep_maps, plan_files
+from onnx_oamip.statistics import calibration, class_samples
+from onnx_oamip.published.nnrelief import connections
+from onnx_oamip.graph import cost
+from onnx_oamip.data import dataset
+from onnx_oamip.planning import iterative, search
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.verification import equivalence
+from onnx_oamip.graph import loading as models
+from onnx_oamip.api import prepare as preparing
+from onnx_oamip.artifacts.score_files import Scored
+from onnx_oamip.core.atomic_files import Batch, write_bytes
+from onnx_oamip.statistics.context import Clock, Context
+from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
+from onnx_oamip.importance import find
+from onnx_oamip.verification.latency import compare_latency
+from onnx_oamip.artifacts.output import (
+    Page,
+    Targets,
+    Written,
+    check_output,
+    stage,
+)
+from onnx_oamip.artifacts.plan_files import Planned
+from onnx_oamip.api.prepare import (
+    BUDGETS,
+    File,
+    Source,
+    called,
+    prepare,
+)
+from onnx_oamip.core.records import (
+    Budget,
+    Cost,
+    Report,
+    Verification,
+)
+from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.planning.search import Attempt, Prepared
+from onnx_oamip.core.settings import Settings
+
+PROOF_SAMPLES = 64
+"""Samples on which pruned and masked are compared: exactness does not need more."""
+GATE_SECONDS = (0.3, 2.0)
+"""Time for the latency gate: a first look, and a longer one where that does not show the pruned model to be faster."""
+SLOWER = 1.02
+"""A pruned model is refused where even the optimistic end of its measured latency ratio is above this."""
+
+
+def prune(
+    path: File,
+    source: Source | None,
+    output: File | None,
+    settings: Settings,
+    eval_data: Source | None = None,
+    progress: calibration.Progress | None = None,
+    scores: File | None = None,
+    keep_map: File | None = None,
+    page: Page | None = None,
+) -> Report:
+    """Prune one model and write it if every gate holds.
+
+    ``source`` is calibration data (see ``data``), ``output`` the file to write (None: nothing is written), ``scores``
+    a file that :func:`score` wrote, taken in place of scores by ``settings.importance``, ``keep_map`` a file to write
+    for :func:`checkpoint.cut`, ``page`` what draws a page about the run. Raises OamipError: exit code 2 for bad input,
+    1 for a budget or gate that was not met; then no file is written.
+    """
+    clock = Clock()
+    preparing.check(settings, source, scores is not None)
+    targets = _targets(path, output, keep_map, page, (source, eval_data, scores))
+    if settings.granularity == "connection":
+        context = preparing.open_context(
+            path, source, settings, eval_data=eval_data, progress=progress, clock=clock
+        )
+        return _thin(context, targets)
+    ready = prepare(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
+    )
+    with clock("verify"):  # before the plan: a run that is killed in between has it already
+        answers = search.answers(ready, settings.batch_size)
+    with clock("plan and refit"):
+        ready, result = iterative.approach(ready)
+    meets(settings.budget, ready.before, result.after)
+    asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
+    return _finish(ready, result, targets, budget=settings.budget, asked=asked, answers=answers)
+
+
+def _thin(context: Context, targets: Targets) -> Report:
+    """:func:`prune` by connections: the same network with zeros (see ``connections``)."""
+    if targets.keep_map is not None:
+        raise SettingsError("a keep-map is about units, and --granularity connection removes none; leave it out.")
+    model, settings = context.model, context.settings
+    with context.clock("connections"):
+        found = connections.prune(context)
+    before, after = cost.count(model), cost.count(models.from_proto(found.dense, model.bindings))
+    report = Report(
+        model=model,
+        output=None,
+        output_sha256=None,
+        before=replace(before, bytes=model.file_bytes),
+        after=replace(after, bytes=found.proto.ByteSize()),
+        budget=settings.budget,
+        coupling=context.coupling,
+        scores=found.scores,
+        plan=found.plan,
+        verification=found.verification,
+        timings=context.clock.seconds,
+        settings={**settings.model_dump(mode="json"), "device": context.device, "scores": None, "steps": []},
+        notes=found.notes,
+        fits=found.fits,
+        connections=found.connections,
+    )
+    return _write(report, found.proto, None, targets, context.clock)
+
+
+def score(
+    path: File,
+    source: Source | None,
+    output: File,
+    settings: Settings,
+    progress: calibration.Progress | None = None,
+) -> Scored:
+    """Score every unit of one model by ``settings.importance`` and write the scores to ``output`` (see ``artefacts``).
+
+    They are those that :func:`prune` would use: where ``source`` has no evaluation part, a fifth of it is held out.
+    Raises OamipError (exit code 2) for bad input; then no file is written.
+    """
+    clock = Clock()
+    method = find(settings.importance)
+    target = check_output(path, output, (source,))
+    context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
+    model, coupling, samples, held = context.model, context.coupling, context.samples, context.held
+    used = samples.usable() if method.requests(settings) else 0
+    asked = {**settings.model_dump(mode="json"), "device": context.device, "samples": used}
+    with clock("write"):
+        content = score_files.save_scores(target, model, coupling, found, asked)
+    notes: tuple[str, ...] = ()
+    if used and held is not None and held.source == samples.source:
+        notes = (f"scored on {used} samples; as in prune, {held.usable()} others are left for evaluation",)
+    digest = hashlib.sha256(content).hexdigest()
+    return Scored(model, coupling, found, str(target), digest, clock.seconds, asked, (*found.notes, *notes))
+
+
+def plan(
+    path: File,
+    source: Source | None,
+    output: File | None,
+    settings: Settings,
+    eval_data: Source | None = None,
+    progress: calibration.Progress | None = None,
+    scores: File | None = None,
+) -> Planned:
+    """Choose what :func:`prune` would remove, and write that to ``output`` (None: nothing is written).
+
+    Raises OamipError as :func:`prune` does, where no plan meets the budget or something that was given is wrong.
+    """
+    clock = Clock()
+    if settings.granularity == "connection" or settings.iterations > 1:
+        raise SettingsError("a plan is made in one go and of units; connections and iterations need prune.")
+    preparing.check(settings, source, scores is not None)
+    target = None if output is None else check_output(path, output, (source, eval_data, scores))
+    ready = prepare(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
+    )
+    with clock("plan"):
+        chosen = search.plan(ready)
+    asked, notes = _asked(ready, scores), ready.store.remarks()
+    digest = None
+    if target is not None:
+        losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
+        text = plan_files.dumps(
+            ready.model, ready.coupling, chosen, ready.before, ready.scores.method, settings.budget, asked, losses,
+            ready.scores.programs, ready.scores.notes,
+        )  # fmt: skip
+        with clock("write"):
+            write_bytes(text.encode(), target)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+    return Planned(
+        ready.model, ready.coupling, ready.scores, chosen, ready.before, settings.budget,
+        None if target is None else str(target), digest, clock.seconds, asked, notes,
+    )  # fmt: skip
+
+
+def apply(
+    path: File,
+    plan_file: File,
+    source: Source | None,
+    output: File | None,
+    changes: Mapping[str, Any] | None = None,
+    eval_data: Source | None = None,
+    progress: calibration.Progress | None = None,
+    keep_map: File | None = None,
+    page: Page | None = None,
+) -> Report:
+    """Cut a model as a plan file says, refit, prove and write it: the second half of :func:`prune`.
+
+    Settings are those of the plan, but for ``changes`` (by name, as in :class:`Settings`). The plan decides, whatever
+    budget it was made for: someone may have edited it. Raises OamipError as :func:`prune` does.
+    """
+    clock = Clock()
+    found = plan_files.load(plan_file)
+    targets = _targets(path, output, keep_map, page, (source, eval_data, plan_file))
+    made_with = {n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS}
+    settings = Settings.create(**{**made_with, "device": "auto", "cache": "auto", **(changes or {})})
+    ready = preparing.open_for_plan(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock
+    )
+    keep, notes = plan_files.keep(found, ready.model, ready.coupling, plan_file)
+    chosen = plan_files.to_plan(found, keep, ready.coupling, ready.ledger, notes)
+    with clock("refit"):
+        result = search.carry_out(ready, chosen)
+    budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
+    asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": str(plan_file)}
+    asked |= {"data": called(source), "eval_data": called(eval_data)}
+    return _finish(
+        ready, result, targets, budget=budget, asked=asked, notes=_unmet(budget, ready, result)
+    )
+
+
+def _targets(
+    path: File, output: File | None, keep_map: File | None, page: Page | None, sources: tuple[object, ...]
+) -> Targets:
+    """Where the model and what belongs to it go. Raises OutputError before any work where they cannot."""
+    model = None if output is None else check_output(path, output, sources)
+    return Targets(model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page)
+
+
+def _finish(
+    ready: Context,
+    result: Attempt,
+    targets: Targets,
+    *,
+    budget: Budget,
+    asked: Mapping[str, Any],
+    notes: tuple[str, ...] = (),
+    answers: equivalence.Answers | None = None,
+) -> Report:
+    """Verify, write and report the result of a plan."""
+    scores = ready.scores if isinstance(ready, Prepared) else None
+    clock = ready.clock
+    with clock("verify"):
+        try:
+            verification = prove(ready, result, answers)
+        except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
+            raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
+    report = Report(
+        model=ready.model,
+        output=None,
+        output_sha256=None,
+        before=ready.before,
+        after=result.after,
+        budget=budget,
+        coupling=ready.coupling,
+        scores=scores,
+        plan=result.plan,
+        verification=verification,
+        timings=clock.seconds,
+        settings=asked,
+        notes=(
+            *(scores.notes if scores else ()), *result.plan.notes, *result.pruned.notes, *notes, *ready.store.remarks()
+        ),
+        fits=result.pruned.fits,
+        curves=ready.curves if isinstance(ready, Prepared) else (),
+        tried=result.tried,
+    )
+    keep_map = None
+    if targets.keep_map is not None:
+        keep_map = keep_maps.keep_map(ready.model, ready.coupling, result.plan.keep)
+    return _write(report, result.pruned.proto, keep_map, targets, clock)
+
+
+def _write(report: Report, proto: onnx.ModelProto, keep_map: bytes | None, targets: Targets, clock: Clock) -> Report:
+    """Write what was asked for, all of it or nothing; the report with what was written."""
+    with Batch() as batch:
+        written: Written | None = None
+        with clock("write"):
+            if keep_map is not None and targets.keep_map is not None:
+                batch.add(targets.keep_map, keep_map)
+            if targets.model is not None:
+                written = stage(batch, proto, targets.model)
+                report = replace(
+                    report,
+                    output=str(targets.model),
+                    output_sha256=written.sha256,
+                    after=replace(report.after, bytes=written.bytes),
+                )
+        if targets.page is not None:
+            batch.add(targets.page.path, targets.page.draw(report), first=True)
+        with clock("write"):
+            batch.commit()
+            if written is not None:
+                written.sweep()
+    return report
+
+
+def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
+    return {
+        **ready.settings.model_dump(mode="json"),
+        "device": ready.device,
+        "scores": None if scores is None else str(scores),
+        "steps": sorted(set(ready.steps.tolist())),
+    }
+
+
+def compare(
+    original: File,
+    pruned: File,
+    source: Source,
+    settings: Settings,
+    progress: calibration.Progress | None = None,
+) -> Verification:
+    """Check a pruned file against its original on data: checker, two batch sizes, error, agreement, accuracy."""
+    dataset.check(source)
+    device = resolve_device(settings.device)
+    model, other = models.load(original), models.load(pruned)
+    for ours, theirs, what in ((model.inputs, other.inputs, "inputs"), (model.outputs, other.outputs, "outputs")):
+        if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
+            names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
+            raise GateFailed(f"the two models have different {what}: {names[0]} against {names[1]}.")
+    held = dataset.load(source, model, dataset.EVALUATION, settings.reading)
+    samples = held or dataset.load(source, model, reading=settings.reading)
+    assert samples is not None
+    model = models.rebind(model, samples.bindings(model))
+    class_samples.check_labels(model, samples)
+    equivalence.structure(other.proto)
+    after = Session(other.proto, device, what=str(pruned))
+    before = Session(model.proto, device, what=str(original))
+    batches = equivalence.runs_at(model, after, samples, lambda: before)
+    found = equivalence.compare(model, before, after, samples, settings.batch_size, progress)
+    equivalence.numbers(model, found)
+    return replace(found, batches=batches)
+
+
+def meets(budget: Budget, before: Cost, after: Cost) -> None:
+    """Raises GateFailed where a counted budget does not hold."""
+    for name, share, old, new in (
+        ("macs", budget.macs, before.macs, after.macs),
+        ("params", budget.params, before.params, after.params),
+        ("size", budget.size, before.bytes, after.bytes),
+    ):
+        if share is not None and new > share * old:
+            raise GateFailed(
+                f"the pruned model keeps {new / max(old, 1):.4f} of its {name}, more than --{name} {share}; "
+                "nothing was written."
+            )
+
+
+def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:
+    """A plan that was edited may keep more than its budget says: worth a note, and no more."""
+    try:
+        meets(budget, ready.before, result.after)
+    except GateFailed:
+        return ("the plan keeps more than the budget that it was made for",)
+    return ()
+
+
+def prove(ready: Context, result: Attempt, answers: equivalence.Answers | None = None) -> Verification:
+    """All gates and measurements on the final model; ``answers``: the original's, where known. Raises GateFailed."""
+    model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
+    pruned = result.pruned
+    equivalence.structure(pruned.proto)
+    masked = rewrite.mask(model, ready.coupling, result.plan.keep)
+    few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
+    proof = equivalence.prove(model, masked, pruned.raw, few, settings.batch_size)
+    final = Session(pruned.proto, device, what="the pruned model")
+    batches = equivalence.runs_at(model, final, samples, lambda: Session(model.proto, device, what=model.path))
+    ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
+    if ready.held is None:
+        return Verification(
+            proof.distance, None, None, None, None, batches, 0, latency_ratio=ratio, rounding=proof.rounding
+        )
+    answers = answers or search.answers(ready, settings.batch_size) or Session(model.proto, device, what=model.path)
+    found = equivalence.compare(model, answers, final, ready.held, settings.batch_size, ready.progress)
+    equivalence.numbers(model, found)
+    return replace(
+        found, masked_equivalence=proof.distance, rounding=proof.rounding, batches=batches, latency_ratio=ratio
+    )
+
+
+def _measured_latency(ready: Context, result: Attempt) -> float:
+    """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
+    budget = ready.settings.latency
+    allowed = SLOWER if budget is None else budget * (1 + search.LATENCY_SLACK)
+    for seconds in GATE_SECONDS if budget is None else (3.0,):
+        found = compare_latency(ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=seconds)
+        if found.high < 1:
+            break
+    if found.low > allowed and not ready.settings.force:
+        what = "slower than the original" if budget is None else f"over --latency {budget}"
+        named = " ".join(f"--exclude '{name}'" for name in search.adding(ready, result.plan)[:3])
+        advice = f"{named}, where a cut adds nodes" if named else "--align 8 or 16"
+        raise GateFailed(
+            f"the pruned model was measured {what} on {ready.device}: {found.median:.2f} of its time; nothing was "
+            f"written; try {advice}, another budget, or --force."
+        )
+    return found.median

@@ -1,0 +1,301 @@
+"""Prepares a plan: loads the model and its data, scores all units, and measures losses, for any number of budgets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from onnx_oamip.planning import (
+    allocation,
+    iterative,
+    width_losses,
+    plan_constraints,
+    scoring,
+    search,
+)
+from onnx_oamip.artifacts import score_files, cache
+from onnx_oamip.statistics import calibration, class_samples
+from onnx_oamip.published.nnrelief import connections
+from onnx_oamip.graph import cost
+from onnx_oamip.data import dataset
+from onnx_oamip import executors
+from onnx_oamip.graph import loading as models
+from onnx_oamip.statistics.context import Clock, Context
+from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.core.errors import (
+    BudgetNotMet,
+    DataError,
+    GateFailed,
+    SettingsError,
+)
+from onnx_oamip.importance import find
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.core.records import (
+    Array,
+    Budget,
+    Coupling,
+    Model,
+    Request,
+    Scores,
+)
+from onnx_oamip.graph.runtime import UNFUSED, Session, resolve_device
+from onnx_oamip.planning.search import Prepared
+from onnx_oamip.core.settings import Settings
+
+File = str | os.PathLike[str]
+Source = File | Mapping[str, Array]
+BUDGETS = {budget.name for budget in fields(Budget)}
+ARRAYS = "(arrays)"
+
+
+def prepare(
+    path: File,
+    source: Source | None,
+    settings: Settings,
+    *,
+    eval_data: Source | None = None,
+    progress: calibration.Progress | None = None,
+    clock: Clock | None = None,
+    scores: File | None = None,
+) -> Prepared:
+    """Load a model, score its units, find the constraints on plans, and measure losses.
+
+    Args:
+        path: The model file.
+        source: Calibration data (see ``data``); None where nothing that was asked for needs any.
+        settings: What the run was asked to do.
+        eval_data: Held-out data; a part of the calibration data where it is None.
+        progress: Callback ``(stage, done, total)``.
+        clock: Seconds by stage are added to it.
+        scores: A file of scores that take the place of those by ``settings.importance``.
+
+    Returns:
+        Everything that a plan is made from, for any budget.
+
+    Raises:
+        OamipError: Bad input.
+    """
+    check(settings, source, scores is not None)
+    executors.check(settings.scheduler, resolve_device(settings.device))
+    context = open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
+    if scores is None:
+        found = scoring.score(context)
+    else:
+        found = score_files.load_scores(scores, context.model, context.coupling)
+        context = replace(context, settings=_scored_by(found, settings, source))
+    constraints = plan_constraints.constraints(context, found)
+    found = constraints.apply(context.coupling, found)
+    with context.clock("sensitivity"):
+        steps = _steps(context)
+        ladder, curves = width_losses.measure(context, found, step=steps, floor=constraints.floor)
+    context.collected.forget(but=_needed_later(context.settings))
+    inherited = {field.name: getattr(context, field.name) for field in fields(Context)}
+    return Prepared(
+        **inherited, scores=found, constraints=constraints, steps=steps, ladder=ladder, curves=curves
+    )
+
+
+def open_for_plan(
+    path: File,
+    source: Source | None,
+    settings: Settings,
+    *,
+    eval_data: Source | None = None,
+    progress: calibration.Progress | None = None,
+    clock: Clock | None = None,
+) -> Context:
+    """Load a model and its data for a plan that is already made. Raises OamipError for bad input."""
+    if source is None and settings.refit != "none":
+        raise DataError(f"--refit {settings.refit} needs calibration data; give --data, or --refit none.")
+    if source is None and search.folds_constants(settings):
+        raise DataError(f"what units removed by {settings.importance} leave behind is found by running; give --data.")
+    return open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
+
+
+def score(
+    path: File,
+    source: Source | None,
+    settings: Settings,
+    *,
+    progress: calibration.Progress | None = None,
+    clock: Clock | None = None,
+) -> tuple[Context, Scores]:
+    """:func:`prepare` up to the scores. They have no constraints applied: those belong to a plan."""
+    if source is None and find(settings.importance).requests(settings):
+        raise DataError(f"--importance {settings.importance} needs calibration data; give --data.")
+    executors.check(settings.scheduler, resolve_device(settings.device))
+    context = open_context(path, source, settings, progress=progress, clock=clock)
+    return context, scoring.score(context)
+
+
+def _needed_later(settings: Settings) -> set[Request]:
+    """Statistics of the original model that are read after its scores and losses are known."""
+    refitting = {Request.MOMENTS} if settings.refit == "bias" else set()
+    measuring_again = {Request.COVARIANCE} if settings.iterations > 1 and width_losses.programmed(settings) else set()
+    return refitting | measuring_again
+
+
+def _steps(context: Context) -> Any:
+    """Units per alignment step of every group (groups,)."""
+    model, coupling, settings, device = context.model, context.coupling, context.settings, context.device
+    wide = cost.full_widths(coupling)
+    return context.store.keep(
+        cache.STEPS,
+        {"model": model.sha256, "align": settings.align, "device": device, "exclude": settings.exclude},
+        lambda: allocation.steps(model, coupling, settings.align, device),
+        lambda found: found.dtype == np.int64 and found.shape == wide.shape and bool((found > 0).all()),
+    )
+
+
+def _known(model: Model, samples: Samples, settings: Settings, device: str) -> dict[str, Any]:
+    """What every statistic depends on."""
+    return {
+        **cache.identity(model, samples),
+        "exclude": settings.exclude,
+        "device": device,
+        "seed": settings.seed,
+        "max_memory": settings.max_memory,
+    }
+
+
+def called(source: Source | None) -> str | None:
+    """What a source is called in reports: its path, or ``ARRAYS`` for arrays in memory."""
+    return source if source is None else ARRAYS if isinstance(source, Mapping) else os.fspath(source)
+
+
+def check(settings: Settings, source: Source | None, scored: bool = False) -> None:
+    """Settings that contradict each other or the data, before any work; ``scored``: there are scores already."""
+    method = find(settings.importance)
+    if settings.granularity == "connection":
+        connections.check(settings, scored)
+    elif settings.budget == Budget() and settings.alpha is None:
+        raise SettingsError(
+            "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
+        )
+    iterative.check(settings, scored)
+    if settings.limits == "snacs":
+        plan_constraints.check()
+    if settings.latency is not None and settings.allocate != "mip":
+        raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
+    if source is None:
+        asks = {
+            f"--importance {settings.importance}": bool(method.requests(settings)) and not scored,
+            f"--allocate {settings.allocate}": width_losses.programmed(settings),
+            "--max-drop": settings.max_drop is not None,
+            "--latency": settings.latency is not None,
+            f"--limits {settings.limits}": settings.limits != "none",
+            f"--refit {settings.refit}": settings.refit != "none",
+        }
+        for what, needed in asks.items():
+            if needed:
+                raise DataError(
+                    f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform "
+                    "--refit none."
+                )
+
+
+def open_context(
+    path: File,
+    source: Source | None,
+    settings: Settings,
+    *,
+    eval_data: Source | None = None,
+    progress: calibration.Progress | None = None,
+    clock: Clock | None = None,
+) -> Context:
+    """Load a model at the shapes of its data, and find its units: what every verb begins with.
+
+    Raises OamipError for a model, data or device that cannot be used.
+    """
+    dataset.check(source, eval_data)
+    clock = clock or Clock()
+    device = resolve_device(settings.device)
+    store = cache.open_store(settings.cache)
+    with clock("load"):
+        model = models.load(path)
+        samples, held = samples_of(model, source, eval_data, settings)
+        model = models.rebind(model, samples.bindings(model))
+        for part in (samples, held):
+            if part is not None:
+                class_samples.check_labels(model, part)
+        # What does not run cannot be proved: say so before the work.
+        session = Session(model.proto, "cpu", what=model.path)
+        for _, feed in islice(samples.batches(settings.batch_size), None if source is None else 1):
+            session.run(feed)
+        if session.unfused:
+            model = replace(model, notes=(*model.notes, UNFUSED))
+    with clock("couple"):
+        coupling = exclude(model, couple(model), settings.exclude)
+        if settings.granularity == "unit":
+            _something_free(model, coupling)
+            if settings.strict:
+                _nothing_skipped(model, coupling)
+    return Context(
+        model=model,
+        coupling=coupling,
+        samples=samples,
+        held=held,
+        device=device,
+        settings=settings,
+        store=store,
+        known=_known(model, samples, settings, device),
+        progress=progress,
+        clock=clock,
+    )
+
+
+def _scored_by(given: Scores, settings: Settings, source: Source | None) -> Settings:
+    """The settings as if the method that made given scores had been asked for. Raises OamipError where it cannot be."""
+    settings = settings.model_copy(update={"importance": given.method})
+    find(given.method)
+    if source is None and search.folds_constants(settings):
+        raise DataError(
+            f"what units removed by {given.method} leave behind is found by running the model; give --data."
+        )
+    return settings
+
+
+def samples_of(
+    model: Model, source: Source | None, eval_data: Source | None, settings: Settings
+) -> tuple[Samples, Samples | None]:
+    """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""
+    reading = settings.reading
+    held = dataset.load(eval_data, model, reading=reading) if eval_data is not None else None
+    if source is None:
+        return held or dataset.placeholder(model, settings.seed), held
+    samples = dataset.load(source, model, reading=reading)
+    assert samples is not None
+    if held is None:
+        held = dataset.load(source, model, dataset.EVALUATION, reading)
+    if held is None:
+        return dataset.hold_out(samples, settings.seed)
+    return samples, held
+
+
+def _nothing_skipped(model: Model, coupling: Coupling) -> None:
+    """Raises GateFailed where channels of a layer stay for another reason than the model's inputs and outputs."""
+    layers: set[str] = set()
+    for node in model.every:
+        spec = lookup(node.domain, node.op, node.version)
+        if spec is None or spec.cost is not None:  # nobody knows what is a layer to an operator that is not known
+            layers.update(node.inputs)
+    found = {p.tensor: p.reason for p in coupling.pinned if not p.given and p.tensor in layers}
+    if found:
+        listed = [f"'{name}', because {reason}" for name, reason in found.items()]
+        raise GateFailed(
+            f"--strict: channels of {len(found)} layers cannot be removed: {'; '.join(listed[:3])}"
+            f"{'; ...' if len(listed) > 3 else ''}. Leave out --strict, or name them with --exclude."
+        )
+
+
+def _something_free(model: Model, coupling: Coupling) -> None:
+    if not coupling.n_units:
+        reasons = sorted((p.reason for p in coupling.pinned), key=lambda r: not r.startswith("--exclude"))
+        why = f", for example because {reasons[0]}" if reasons else ": it has no weights"
+        raise BudgetNotMet(f"no channel of {model.path} can be removed{why}; see 'onnx-oamip inspect'.")

@@ -1,0 +1,85 @@
+"""The errors a caller may meet. Every message is one sentence a user can act on.
+
+The message says what was found, where, what was expected and what to do. ``exit_code`` is the process status of the
+command line: 2 for bad input or environment, 1 for a budget or a verification gate that was not met.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from onnx_oamip.core.printable import visible
+
+MOST = 1500
+"""Characters of a message; of a longer one the middle is left out."""
+
+
+class OamipError(Exception):
+    """Root of all errors raised on purpose by this package."""
+
+    exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        """One line, however odd the names in it."""
+        text = message if len(message) <= MOST else f"{message[: MOST * 2 // 3]} ... {message[-(MOST // 3) :]}"
+        super().__init__(visible(text))
+
+
+class ModelError(OamipError, ValueError):
+    """The model file cannot be read, is not valid ONNX, or cannot be handled."""
+
+
+class DataError(OamipError, ValueError):
+    """The calibration or evaluation data does not fit the model."""
+
+
+class SettingsError(OamipError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class EnvironmentMissing(OamipError, RuntimeError):
+    """A package, device or licence that was asked for is not there."""
+
+
+class SolverError(OamipError, RuntimeError):
+    """A solver is missing, refuses the program's size, or failed."""
+
+
+class OutOfMemory(OamipError, MemoryError):
+    """A piece of work does not fit in memory."""
+
+
+@contextmanager
+def memory_for(what: str, advice: str = "give a smaller --max-memory, --workers 1 or fewer samples") -> Iterator[None]:
+    """Where memory runs out inside, say what for and what helps: raises OutOfMemory."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(f"there is not enough memory for {what}; {advice}.") from error
+
+
+class OutputError(OamipError, OSError):
+    """The result cannot be written where it was asked to go."""
+
+
+class BudgetNotMet(OamipError, RuntimeError):
+    """No plan meets the budget; the message names the groups that bind."""
+
+    exit_code = 1
+
+
+class GateFailed(OamipError, RuntimeError):
+    """The pruned model failed a verification gate and was not written."""
+
+    exit_code = 1
+
+
+class RuleFailed(Exception):
+    """A rule of ``ops`` broke on a node: ``RuleFailed(node, reason)``.
+
+    Not an OamipError. Either the rule is wrong, or the node does not fit its operator; who runs the model can tell
+    (``verify.judged``).
+    """
+
+    def __str__(self) -> str:
+        node, reason = self.args
+        return f"the rule of {node} failed: {reason}"

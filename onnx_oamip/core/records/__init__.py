@@ -1,0 +1,93 @@
+"""The frozen records that flow through the stages, one way.
+
+``Model -> Coupling -> Statistics -> Scores -> Plan -> Pruned -> Verification -> Report``
+
+Tensors are identified by name, units by their index in ``Coupling`` (``0 .. n_units - 1``). Arrays inside records are
+to be treated as read-only.
+"""
+
+from __future__ import annotations
+
+from onnx_oamip.core.records.graph import (
+    Array,
+    Axis,
+    Body,
+    Bools,
+    Consumer,
+    Coupling,
+    Floats,
+    Group,
+    Ints,
+    Model,
+    Node,
+    Pinned,
+    Port,
+    Reading,
+    within,
+)
+from onnx_oamip.core.records.statistics import (
+    Gram,
+    Images,
+    Moments,
+    Pooled,
+    Request,
+    Scores,
+    Sensitivity,
+    Signal,
+    Statistics,
+)
+from onnx_oamip.core.records.results import (
+    Budget,
+    Connections,
+    Cost,
+    Fit,
+    Frontier,
+    LayerConnections,
+    Plan,
+    Point,
+    Pruned,
+    Report,
+    Round,
+    Trial,
+    Verification,
+)
+
+__all__ = [
+    "Array",
+    "Axis",
+    "Body",
+    "Bools",
+    "Budget",
+    "Connections",
+    "Consumer",
+    "Cost",
+    "Coupling",
+    "Fit",
+    "Floats",
+    "Frontier",
+    "Gram",
+    "Group",
+    "Images",
+    "Ints",
+    "LayerConnections",
+    "Model",
+    "Moments",
+    "Node",
+    "Pinned",
+    "Plan",
+    "Point",
+    "Pooled",
+    "Port",
+    "Pruned",
+    "Reading",
+    "Report",
+    "Request",
+    "Round",
+    "Scores",
+    "Sensitivity",
+    "Signal",
+    "Statistics",
+    "Trial",
+    "Verification",
+    "within",
+]

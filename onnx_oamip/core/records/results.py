@@ -1,0 +1,203 @@
+"""Records of what is asked and what comes of it: budget, plan, pruned model, verification, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from onnx_oamip.core.records.graph import (
+    Bools,
+    Coupling,
+    Ints,
+    Model,
+)
+from onnx_oamip.core.records.statistics import Scores, Sensitivity
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Shares to keep, each in (0, 1], or None; ``threshold`` removes units that score below it.
+
+    ``max_drop`` is the most accuracy (or agreement, without labels) that may be lost, in points.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    size: float | None = None
+    threshold: float | None = None
+    latency: float | None = None
+    max_drop: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """``macs`` for one sample, ``params`` elements of floating constants, ``bytes`` of the file."""
+
+    macs: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units stay (n_units,), with the widths per group and what the allocation said."""
+
+    keep: Bools
+    widths: Ints
+    allocation: str
+    predicted: Cost
+    programs: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one node was refitted. Errors are mean squared, relative to the variance of the original output."""
+
+    node: str
+    form: str
+    rows: int
+    unknowns: int
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The rewritten model. ``raw`` is before refit, ``proto`` after it; ``fits`` tells how each node was refitted."""
+
+    raw: Any
+    proto: Any
+    notes: tuple[str, ...] = ()
+    fits: tuple[Fit, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked about the written model; ``failures`` lists gates that did not hold.
+
+    ``rounding`` is how far rounding alone moves the masked model, where ``masked_equivalence`` was held against it.
+    """
+
+    masked_equivalence: float | None
+    output_relative_error: float | None
+    agreement: float | None
+    accuracy_before: float | None
+    accuracy_after: float | None
+    batches: tuple[int, ...]
+    samples: int
+    failures: tuple[str, ...] = ()
+    latency_ratio: float | None = None
+    rounding: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One try of a search for the smallest model: asked to keep the share ``asked`` of the MACs, it kept ``macs`` and
+    ``lost`` this many points on evaluation data. Both are None where no plan met the budgets."""
+
+    asked: float
+    macs: int | None
+    lost: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a frontier: asked to keep the share ``asked`` of the MACs; ``widths`` (groups,).
+
+    Where no plan met it, ``reason`` says why and the rest is None. ``output`` is its file, where it was saved.
+    """
+
+    asked: float
+    cost: Cost | None = None
+    widths: Ints | None = None
+    verification: Verification | None = None
+    reason: str | None = None
+    output: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What a model costs and still does at several budgets; ``report.frontier`` turns it into JSON.
+
+    ``accuracy`` is the original's, None without labels.
+    """
+
+    model: Model
+    coupling: Coupling
+    before: Cost
+    accuracy: float | None
+    importance: str
+    points: tuple[Point, ...]
+    timings: Mapping[str, float]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConnections:
+    """Weights and biases of one layer that are not zero, before (``total``) and after (``kept``)."""
+
+    node: str
+    total: int
+    kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of scoring, pruning and refitting, and what was left after it.
+
+    ``alpha``: the share of signal that every unit kept, or where connections are ranked all together, of those left.
+    """
+
+    alpha: float
+    kept: int
+
+
+@dataclass(frozen=True)
+class Connections:
+    """What was pruned connection by connection; ``sparse``: zeros are not stored."""
+
+    layers: tuple[LayerConnections, ...]
+    rounds: tuple[Round, ...]
+    sparse: bool
+
+    @property
+    def total(self) -> int:
+        """Weights and biases of all layers."""
+        return sum(layer.total for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        """Those that are not zero."""
+        return sum(layer.kept for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of it; ``report.document`` turns it into the JSON of the command line. A plan from a file has no scores.
+
+    ``curves``: the measured loss of every group at a few widths, where the allocation asked for it; ``tried``: what a
+    search for ``max_drop`` went through.
+    """
+
+    model: Model
+    output: str | None
+    output_sha256: str | None
+    before: Cost
+    after: Cost
+    budget: Budget
+    coupling: Coupling
+    scores: Scores | None
+    plan: Plan
+    verification: Verification
+    timings: Mapping[str, float]
+    settings: Mapping[str, Any]
+    notes: Sequence[str] = field(default_factory=tuple)
+    fits: tuple[Fit, ...] = ()
+    curves: tuple[Sensitivity, ...] = ()
+    tried: tuple[Trial, ...] = ()
+    connections: Connections | None = None

@@ -1,0 +1,114 @@
+"""The operator table: one entry per operator, in families.
+
+To add an operator write one :class:`OpSpec` in its family's file and one case in ``tests/cases.py``; a test fails for
+an entry without a case.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from onnx_oamip.core.errors import OamipError, RuleFailed
+from onnx_oamip.core.records import Model, Node
+from onnx_oamip.graph.ops import (
+    attention,
+    control,
+    einsum,
+    elementwise,
+    lengths,
+    linear,
+    movement,
+    norm,
+    pool,
+    quantize,
+    recurrent,
+    reshape,
+    tabular,
+)
+from onnx_oamip.graph.ops.einsum import weight_axis
+from onnx_oamip.graph.ops.notation import opaque
+from onnx_oamip.graph.ops.spec import (
+    Cuts,
+    Edit,
+    LabelAxis,
+    Labels,
+    MatrixRule,
+    OpSpec,
+    Refused,
+    Terms,
+    Total,
+)
+from onnx_oamip.graph.ops.windows import taps
+
+REGISTRY: tuple[OpSpec, ...] = (
+    *linear.SPECS,
+    *einsum.SPECS,
+    *recurrent.SPECS,
+    *attention.SPECS,
+    *quantize.SPECS,
+    *norm.SPECS,
+    *pool.SPECS,
+    *elementwise.SPECS,
+    *reshape.SPECS,
+    *movement.SPECS,
+    *lengths.SPECS,
+    *tabular.SPECS,
+    *control.SPECS,
+)
+
+
+def _index(specs: tuple[OpSpec, ...]) -> dict[tuple[str, str], list[OpSpec]]:
+    table: dict[tuple[str, str], list[OpSpec]] = {}
+    for spec in specs:
+        entries = table.setdefault((spec.domain, spec.name), [])
+        for other in entries:
+            if spec.since <= (other.until or 10**9) and other.since <= (spec.until or 10**9):
+                raise ValueError(f"two entries for operator {spec.name} cover the same versions")
+        entries.append(spec)
+    return table
+
+
+_TABLE = _index(REGISTRY)
+
+
+def lookup(domain: str, name: str, version: int) -> OpSpec | None:
+    """The entry for an operator at an opset version, or None where it is not supported."""
+    for spec in _TABLE.get(("" if domain == "ai.onnx" else domain, name), ()):
+        if spec.since <= version <= (spec.until or version):
+            return spec
+    return None
+
+
+@contextmanager
+def trusting(node: Node) -> Iterator[None]:
+    """Around a rule of a node. Raises RuleFailed where it breaks: rules trust what ONNX defines of an operator."""
+    try:
+        yield
+    except (OamipError, Refused):
+        raise
+    except Exception as error:
+        raise RuleFailed(str(node), f"{type(error).__name__}: {error}") from error
+
+
+def followed(node: Node) -> bool:
+    """Whether channels are followed into the bodies of a node."""
+    spec = lookup(node.domain, node.op, node.version)
+    return spec is not None and spec.flow is not None
+
+
+def readers(model: Model) -> dict[str, list[Node]]:
+    """Who reads a tensor. Where bodies are followed, the nodes in them read, and the node itself what they give."""
+    found: dict[str, list[Node]] = defaultdict(list)
+    for node in model.every:
+        given = [n for body in node.bodies.values() for n in body.outputs] if followed(node) else node.captures
+        for name in (*node.inputs, *given):
+            found[name].append(node)
+    return found
+
+
+__all__ = [
+    "REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "MatrixRule", "OpSpec", "Refused", "Terms", "Total",
+    "followed", "lookup", "opaque", "readers", "taps", "trusting", "weight_axis",
+]  # fmt: skip

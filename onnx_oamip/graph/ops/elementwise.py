@@ -1,0 +1,227 @@
+"""Elementwise operators: every axis passes through; broadcasting ties what meets.
+
+Reference: ONNX operator specification, "Multidirectional Broadcasting".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_oamip.core.records import (
+    Array,
+    Axis,
+    Floats,
+    Node,
+)
+from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.spec import (
+    EncodeRule,
+    LabelAxis,
+    Labels,
+    OpSpec,
+    Refused,
+    Terms,
+    operand,
+)
+
+
+def passes(node: Node, labels: Labels) -> None:
+    """The first input's axes pass through; the others (bounds, ratios) are scalars."""
+    axes = labels.axes(node.inputs[0])
+    for name in node.inputs[1:]:
+        if name and (labels.shape(name) or ()) not in ((), (1,)):
+            broadcast(node, labels)
+            return
+    for name in node.outputs:
+        if name:
+            labels.set(name, axes)
+
+
+def _dropout(node: Node, labels: Labels) -> None:
+    """Inference: the identity. The mask it may also give has the shape of the data."""
+    labels.set(node.outputs[0], labels.axes(node.inputs[0]))
+    for name in node.outputs[1:]:
+        labels.set(name, labels.axes(node.inputs[0]) if labels.shape(name) else [], f"the mask of {node}")
+
+
+def broadcast(node: Node, labels: Labels) -> None:
+    """Multidirectional broadcasting: axes aligned from the right go together; a length of 1 has no say."""
+    names = [n for n in node.inputs if n]
+    shapes = [labels.shape(n) for n in names]
+    known = [s for s in shapes if s is not None]
+    if len(known) < len(names):
+        for name in names:
+            labels.pin_all(name, f"{node} broadcasts a tensor of unknown shape")
+        labels.set(node.outputs[0], [])
+        return
+    rank = max(len(s) for s in known)
+    scalar = all(labels.is_constant(n) or max(s, default=1) == 1 for n, s in zip(names, known, strict=True))
+    result: list[LabelAxis] = []
+    for i in range(rank):
+        here: list[Axis] = []
+        sizes = []
+        for name, shape in zip(names, known, strict=True):
+            axis = i - (rank - len(shape))
+            if axis >= 0:
+                here.append((name, axis))
+                sizes.append(shape[axis])
+        result.append(_meet(node, labels, here, sizes, scalar))
+    labels.set(node.outputs[0], result)
+
+
+def _meet(node: Node, labels: Labels, here: list[Axis], sizes: list[int], scalar: bool) -> LabelAxis:
+    size = max(sizes)
+    full = [a for a, n in zip(here, sizes, strict=True) if n == size]
+    for axis, n in zip(here, sizes, strict=True):
+        if n != size and not labels.is_constant(axis[0]):
+            labels.pin(labels.label(*axis), f"{node} broadcasts its single channel")
+    tracked = [a for a in full if not labels.is_constant(a[0]) and labels.label(*a) is not None]
+    # Constants alone (a positional table along an untracked axis) need no labels: nothing there can shrink. A constant
+    # times one number is still the constant (scales of channels times the scale of what is quantised at run time).
+    return labels.unify(full, node) if tracked or (scalar and size > 1) else None
+
+
+def _cast(node: Node, labels: Labels) -> None:
+    labels.set(node.outputs[0], labels.axes(node.inputs[0]))
+
+
+def _affine(node: Node, terms: Terms, x: str, weights: Array | float, offset: Array | float = 0.0) -> None:
+    """``out = weights * x + offset``, all broadcast to the output."""
+    shape = terms.shape(node.outputs[0])
+    matrix = maps.broadcast(terms.shape(x), shape, weights)
+    terms.affine(node.outputs[0], [(x, matrix)], np.broadcast_to(offset, shape))
+
+
+def same(node: Node, terms: Terms) -> None:
+    """The output is the first input. Dropout in inference; a cast between floating types (no rounding)."""
+    if node.op == "Cast" and int(node.attrs["to"]) not in (1, 10, 11, 16):
+        raise Refused(f"{node} casts to a type that is not floating")
+    training = operand(node, 2) if node.op == "Dropout" else None
+    if training is not None and (value := terms.constant(training)) is not None and value.any():
+        raise Refused(f"{node} is in training mode")
+    _affine(node, terms, node.inputs[0], 1.0)
+
+
+def _relu_encode(node: Node, terms: Terms) -> None:
+    terms.relu(node.outputs[0], node.inputs[0])
+
+
+def _slope(node: Node, terms: Terms) -> Floats:
+    if node.op == "LeakyRelu":
+        return np.asarray(node.attrs.get("alpha", 0.01), np.float64)
+    value = terms.constant(node.inputs[1])
+    if value is None:
+        raise Refused(f"{node} takes its slope from a computation")
+    return value.astype(np.float64)
+
+
+def _leaky_encode(node: Node, terms: Terms) -> None:
+    """``slope x + (1 - slope) max(x, 0)``."""
+    x, out = node.inputs[0], node.outputs[0]
+    shape, slope = terms.shape(x), _slope(node, terms)
+    positive = f"{out}/positive"
+    terms.relu(positive, x)
+    parts = [(x, maps.broadcast(shape, shape, slope)), (positive, maps.broadcast(shape, shape, 1 - slope))]
+    terms.affine(out, parts)
+
+
+def _clip_bound(node: Node, terms: Terms, name: str, index: int) -> float | None:
+    tensor = operand(node, index)
+    value = node.attrs.get(name) if tensor is None else terms.constant(tensor)
+    if tensor is not None and value is None:
+        raise Refused(f"{node} takes its bounds from a computation")
+    if value is None:
+        return None
+    bound = float(np.asarray(value, np.float64).reshape(()))
+    # Exporters write an absent side as the largest number of the type.
+    return bound if abs(bound) < 3e38 else None
+
+
+def _clip_encode(node: Node, terms: Terms) -> None:
+    """``low + max(x - low, 0)``, then ``high - max(high - x, 0)``: one after the other, so that bounds stay tight."""
+    x, out = node.inputs[0], node.outputs[0]
+    low, high = _clip_bound(node, terms, "min", 1), _clip_bound(node, terms, "max", 2)
+    shape = terms.shape(x)
+    same, minus = maps.broadcast(shape, shape), maps.broadcast(shape, shape, -1.0)
+    if low is not None:
+        terms.affine(f"{out}/above", [(x, same)], -low)
+        terms.relu(f"{out}/over", f"{out}/above")
+        terms.affine(f"{out}/low", [(f"{out}/over", same)], low)
+        x = f"{out}/low"
+    if high is not None:
+        terms.affine(f"{out}/below", [(x, minus)], high)
+        terms.relu(f"{out}/under", f"{out}/below")
+        terms.affine(f"{out}/high", [(f"{out}/under", minus)], high)
+        x = f"{out}/high"
+    terms.affine(out, [(x, same)])
+
+
+def _old_broadcast(node: Node, terms: Terms) -> None:
+    if node.version < 7 and len({terms.shape(n) for n in node.inputs}) > 1:
+        raise Refused(f"{node} broadcasts in the way of opset {node.version}")
+
+
+def _sum_encode(node: Node, terms: Terms) -> None:
+    """Add, Sub and Sum of activations and constants."""
+    _old_broadcast(node, terms)
+    after = terms.shape(node.outputs[0])
+    parts, offset = [], np.zeros(after)
+    for i, name in enumerate(node.inputs):
+        sign = -1.0 if node.op == "Sub" and i else 1.0
+        value = terms.constant(name)
+        if value is None:
+            parts.append((name, maps.broadcast(terms.shape(name), after, sign)))
+        else:
+            offset = offset + sign * value.astype(np.float64)
+    terms.affine(node.outputs[0], parts, offset)
+
+
+def _scale_encode(node: Node, terms: Terms) -> None:
+    """Mul with a constant, Div by one."""
+    _old_broadcast(node, terms)
+    values = [terms.constant(n) for n in node.inputs]
+    if node.op == "Div" and values[1] is not None:
+        _affine(node, terms, node.inputs[0], 1 / values[1].astype(np.float64))
+        return
+    for data, value in ((0, values[1]), (1, values[0])):
+        if node.op == "Mul" and value is not None:
+            _affine(node, terms, node.inputs[data], value.astype(np.float64))
+            return
+    raise Refused(f"{node} {'multiplies two activations' if node.op == 'Mul' else 'divides by an activation'}")
+
+
+def _neg_encode(node: Node, terms: Terms) -> None:
+    _affine(node, terms, node.inputs[0], -1.0)
+
+
+ENCODE: dict[str, EncodeRule] = {
+    "Relu": _relu_encode,
+    "LeakyRelu": _leaky_encode,
+    "Clip": _clip_encode,
+    "Neg": _neg_encode,
+    "Add": _sum_encode,
+    "Sub": _sum_encode,
+    "Sum": _sum_encode,
+    "Mul": _scale_encode,
+    "Div": _scale_encode,
+}
+UNARY = (
+    "Relu LeakyRelu Sigmoid Tanh Elu Selu Celu ThresholdedRelu HardSigmoid HardSwish Softplus Softsign Gelu Mish "
+    "Swish Erf Exp Log Sqrt Neg Abs Reciprocal Sign Floor Ceil Round Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh "
+    "Acosh Atanh Not IsNaN IsInf Clip Shrink BitwiseNot"
+)
+BINARY = (
+    "Add Sub Mul Div Pow Mod Min Max Sum Mean Where And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual "
+    "BitwiseAnd BitwiseOr BitwiseXor BitShift"
+)
+SPECS = (
+    *(OpSpec(name, passes, encode=ENCODE.get(name)) for name in UNARY.split()),
+    OpSpec("Dropout", _dropout, encode=same, moves=True),
+    OpSpec("Identity", _cast, encode=same, moves=True),
+    OpSpec("Cast", _cast, encode=same),
+    OpSpec("Gelu", passes, domain="com.microsoft", same=True),
+    OpSpec("QuickGelu", passes, domain="com.microsoft", same=True),
+    *(OpSpec(name, broadcast, encode=ENCODE.get(name)) for name in BINARY.split()),
+    # The slope broadcasts one way, to the data; multidirectional alignment gives the same axes.
+    OpSpec("PRelu", broadcast, encode=_leaky_encode),
+)

@@ -1,0 +1,145 @@
+"""Operators that repeat, resize or read along axes: an axis passes where its length does not change."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_oamip.core.records import Array, Node
+from onnx_oamip.graph.ops.movement import slice_bounds
+from onnx_oamip.graph.ops.notation import opaque
+from onnx_oamip.graph.ops.spec import (
+    Cuts,
+    Edit,
+    LabelAxis,
+    Labels,
+    OpSpec,
+    operand,
+)
+
+
+def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:
+    name, out = node.inputs[0], node.outputs[0]
+    before, after = labels.shape(name), labels.shape(out)
+    if before is None or after is None:
+        opaque(node, labels, f"{node} has a shape that is not known before it runs")
+        return
+    source = operand(node, slot)
+    axes = labels.axes(name)
+    shift = len(after) - len(before)
+    where = [int(a) % len(after) for a in node.attrs.get("axes", range(len(after)))]
+    computed = set() if source is None else {where[i] for i in _computed(source, len(where), labels)}
+    result: list[LabelAxis] = [None] * len(after)
+    for a, found in enumerate(axes):
+        if found is None:
+            continue
+        if a + shift in computed:
+            labels.pin(found, f"{node} takes its {what} from a computation")
+        if before[a] == after[a + shift]:
+            result[a + shift] = found
+        else:
+            labels.pin(found, f"{node} changes the length of this axis")
+    labels.set(out, result)
+
+
+def _computed(tensor: str, count: int, labels: Labels) -> list[int]:
+    """Places of a list of ``count`` lengths whose value is not known before it runs."""
+    if labels.constant(tensor) is not None:
+        return []
+    maker = labels.maker(tensor)
+    parts = [labels.shape(n) for n in maker.inputs] if maker is not None and maker.op == "Concat" else []
+    if maker is None or not parts or any(p is None or len(p) != 1 for p in parts):
+        return list(range(count))
+    fixed: list[bool] = []
+    for name, part in zip(maker.inputs, parts, strict=True):
+        fixed += [labels.constant(name) is not None] * (part[0] if part else 0)
+    return [i for i, known in enumerate(fixed) if not known]
+
+
+def _resize(node: Node, labels: Labels) -> None:
+    _sized(node, labels, 3, "sizes")
+
+
+def _upsample(node: Node, labels: Labels) -> None:
+    _sized(node, labels, 1, "scales")
+
+
+def _expand(node: Node, labels: Labels) -> None:
+    """As the others; of equal copies along an axis made here any may go, where their number is a constant."""
+    _sized(node, labels, 1, "shape")
+    name, out = node.inputs[0], node.outputs[0]
+    target, before, after = labels.constant(node.inputs[1]), labels.shape(name), labels.shape(out)
+    if target is None or before is None or after is None:
+        return
+    known, shift, first = labels.axes(out), len(after) - len(before), len(after) - len(target)
+    copies = [a for a, n in enumerate(after) if n > 1 and a >= first and (a < shift or before[a - shift] == 1)]
+    for a in copies:
+        known[a] = labels.free(after[a])
+    labels.set(out, known)
+
+
+def _tile(node: Node, labels: Labels) -> None:
+    _sized(node, labels, 1, "repeats")
+
+
+def _resize_repair(node: Node, cuts: Cuts) -> Edit:
+    if operand(node, 3) is None:
+        return Edit()
+    axes = node.attrs.get("axes")
+    return _lengths(node, cuts, 3, None if axes is None else [a % len(cuts.shape(node.outputs[0])) for a in axes])
+
+
+def _expand_repair(node: Node, cuts: Cuts) -> Edit:
+    return _lengths(node, cuts, 1, None)
+
+
+def _lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
+    out = node.outputs[0]
+    value = cuts.constant(node.inputs[slot])
+    if value is None:
+        return Edit()  # a computed length: what it could cut was pinned
+    # A target shorter than the result is aligned from the right (Expand).
+    where = axes or list(range(len(cuts.shape(out)) - len(value), len(cuts.shape(out))))
+    fixed: Array = value.copy()
+    for i, a in enumerate(where):
+        if cuts.keep(out, a) is not None and value[i] != 1:
+            fixed[i] = cuts.kept(out, a)
+    return Edit() if (fixed == value).all() else Edit(inputs={slot: fixed})
+
+
+def _looks(reader: Node, labels: Labels, order: list[int]) -> list[int] | None:
+    """The axes whose lengths a reader of a shape takes from it, None where that is not known."""
+    if reader.op == "Gather":
+        picks = labels.constant(reader.inputs[1])
+        return None if picks is None or not order else [order[int(i)] for i in np.atleast_1d(picks).reshape(-1)]
+    if reader.op == "Slice":
+        try:
+            ((start, stop, step),) = slice_bounds(reader, labels, (len(order),)).values()
+        except (KeyError, ValueError):
+            return None
+        return order[start:stop:step]
+    return None
+
+
+def _shape(node: Node, labels: Labels) -> None:
+    """Reading a size does not hurt where only untracked axes are looked at."""
+    name = node.inputs[0]
+    axes = labels.axes(name)
+    start, stop = int(node.attrs.get("start", 0)), node.attrs.get("end")
+    seen: set[int] = set(range(len(labels.shape(name) or axes))[slice(start, stop)])
+    order = sorted(seen)
+    looks = [_looks(r, labels, order) for r in labels.readers(node.outputs[0])]
+    if looks and all(x is not None for x in looks):
+        seen = {a for x in looks if x is not None for a in x}
+    for a in seen.intersection(range(len(axes))):
+        labels.pin(axes[a], f"{node} reads its length at run time")
+    labels.set(node.outputs[0], [])
+
+
+SPECS = (
+    OpSpec("Resize", _resize, _resize_repair, since=11),
+    OpSpec("Resize", _upsample, until=10),
+    OpSpec("Upsample", _upsample),
+    OpSpec("Expand", _expand, _expand_repair),
+    OpSpec("Tile", _tile),
+    OpSpec("Shape", _shape),
+)

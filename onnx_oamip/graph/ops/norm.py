@@ -1,0 +1,164 @@
+"""Normalisation: per-channel parameters go with their channel; a normalised axis is pinned."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_oamip.core.records import Array, Node
+from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.notation import extra_outputs, opaque, rule
+from onnx_oamip.graph.ops.spec import (
+    Cuts,
+    Edit,
+    Labels,
+    OpSpec,
+    Refused,
+    Terms,
+)
+
+
+def _training(node: Node, labels: Labels) -> str | None:
+    if node.attrs.get("training_mode", 0):
+        return f"{node} is in training mode"
+    return None
+
+
+def _softmax(node: Node, labels: Labels) -> None:
+    shape = labels.shape(node.inputs[0])
+    if shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    axis = int(node.attrs.get("axis", -1 if node.version >= 13 else 1)) % max(len(shape), 1)
+    # Before opset 13 the input is flattened to two axes at `axis`, so everything behind it is normalised together.
+    normalised = range(axis, len(shape)) if node.version < 13 else [axis]
+    _pin_axes(node, labels, normalised)
+
+
+def _layer(node: Node, labels: Labels) -> None:
+    """Statistics over one axis: it is consumed, with zeros where channels went, and passed on."""
+    shape = labels.shape(node.inputs[0])
+    if shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    axis = _layer_axis(node, shape)
+    if axis != len(shape) - 1 or any(node.outputs[1:]):
+        _pin_axes(node, labels, range(axis, len(shape)))
+        return
+    for name in node.inputs[1:]:  # gain and bias meet the padded data and stay whole
+        if name and not labels.is_constant(name):
+            opaque(node, labels, f"{node} takes a parameter from a computation")
+            return
+    _consume_and_pass(node, labels, axis)
+
+
+def _layer_axis(node: Node, shape: tuple[int, ...]) -> int:
+    return int(node.attrs.get("axis", -1)) % max(len(shape), 1)
+
+
+def _layer_spread(node: Node, cuts: Cuts) -> Edit:
+    """Mean and variance do not mind the order: zeros come last, gain and bias of what is kept first."""
+    axis = _layer_axis(node, cuts.shape(node.inputs[0]))
+    keep = cuts.keep(node.inputs[0], axis)
+    if keep is None:
+        return Edit()
+    inputs: dict[int, Array | None] = {}
+    for slot in range(1, len(node.inputs)):
+        value = cuts.constant(node.inputs[slot])
+        if value is not None and value.shape[-1:] == keep.shape:
+            # What is behind the kept ones is dropped: zero, so that one cut leaves the same as two.
+            first = np.zeros_like(value)
+            first[..., : keep.sum()] = value[..., keep]
+            inputs[slot] = first
+    return Edit(inputs=inputs, spread=axis, ordered=False)
+
+
+def _groups(node: Node, labels: Labels) -> None:
+    """GroupNormalization: whole groups go. Gain and bias are per group before opset 21, per channel since."""
+    found, shape = labels.label(node.inputs[0], 1), labels.shape(node.inputs[0])
+    if shape is None or found is None or not all(labels.is_constant(n) for n in node.inputs[1:3]):
+        opaque(node, labels, f"{node} reads something untracked")
+        return
+    for axis in (0, *range(2, len(shape))):
+        labels.pin(labels.label(node.inputs[0], axis), f"{node} normalises over this axis")
+    blocks = found.reshape(int(node.attrs["num_groups"]), -1)
+    labels.tie(blocks, blocks[:, :1])
+    for name in node.inputs[1:3]:
+        made = labels.label(name, 0)
+        assert made is not None
+        labels.tie(made, found if made.size == found.size else np.ascontiguousarray(blocks[:, 0]))
+    labels.set(node.outputs[0], [None, found] + [None] * (len(shape) - 2))
+
+
+def _regroup(node: Node, cuts: Cuts) -> Edit:
+    channels, groups = cuts.shape(node.inputs[0])[1], int(node.attrs["num_groups"])
+    kept = cuts.kept(node.inputs[0], 1) * groups // channels
+    return Edit() if kept == groups else Edit({"num_groups": kept})
+
+
+def _neighbours(node: Node, labels: Labels) -> None:
+    """LRN divides by a sum over neighbouring channels: it consumes the axis and passes it on."""
+    _consume_and_pass(node, labels, 1)
+
+
+def _consume_and_pass(node: Node, labels: Labels, axis: int) -> None:
+    """Exact where zeros add nothing, or where the cut model puts them back (``Edit.spread``)."""
+    data = labels.axes(node.inputs[0])
+    if axis < len(data) and data[axis] is not None:
+        labels.consume(node, (node.inputs[0], axis), None)
+    labels.set(node.outputs[0], data)
+
+
+def _spread(node: Node, cuts: Cuts) -> Edit:
+    return Edit() if cuts.keep(node.inputs[0], 1) is None else Edit(spread=1)
+
+
+def _all_but_first(node: Node, labels: Labels) -> None:
+    _pin_axes(node, labels, range(1, len(labels.shape(node.inputs[0]) or ())))
+
+
+def _lp(node: Node, labels: Labels) -> None:
+    shape = labels.shape(node.inputs[0])
+    if shape is None:
+        opaque(node, labels, f"{node} reads a tensor of unknown shape")
+        return
+    _consume_and_pass(node, labels, int(node.attrs.get("axis", -1)) % max(len(shape), 1))
+
+
+def _pin_axes(node: Node, labels: Labels, axes: range | list[int]) -> None:
+    data = labels.axes(node.inputs[0])
+    for axis in axes:
+        if axis < len(data):
+            labels.pin(data[axis], f"{node} normalises over this axis")
+    labels.set(node.outputs[0], data)
+    extra_outputs(node, labels, 1)
+
+
+def _batch_encode(node: Node, terms: Terms) -> None:
+    """In inference: a scale and a shift per channel."""
+    if node.attrs.get("training_mode", 0):
+        raise Refused(f"{node} is in training mode")
+    found = [terms.constant(n) for n in node.inputs[1:5]]
+    if any(v is None for v in found):
+        raise Refused(f"{node} takes a parameter from a computation")
+    gain, bias, mean, variance = (np.asarray(v, np.float64) for v in found)
+    x, out = node.inputs[0], node.outputs[0]
+    shape = terms.shape(x)
+    scale = gain / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
+    view = (-1, *[1] * (len(shape) - 2))
+    matrix = maps.broadcast(shape, shape, scale.reshape(view))
+    terms.affine(out, [(x, matrix)], np.broadcast_to((bias - mean * scale).reshape(view), shape))
+
+
+SPECS = (
+    OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training), encode=_batch_encode),
+    OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
+    OpSpec("LRN", _neighbours, _spread),
+    OpSpec("GroupNormalization", _groups, _regroup, same=True),
+    OpSpec("LayerNormalization", _layer, _layer_spread),
+    OpSpec("RMSNormalization", _layer, _layer_spread),
+    OpSpec("LpNormalization", _lp),
+    OpSpec("MeanVarianceNormalization", _all_but_first),
+    OpSpec("Softmax", _softmax),
+    OpSpec("LogSoftmax", _softmax),
+    OpSpec("Hardmax", _softmax),
+)

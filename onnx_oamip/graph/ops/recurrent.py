@@ -1,0 +1,129 @@
+"""Recurrent operators: LSTM, GRU and RNN lose hidden units. Reference: ONNX operator specification, opsets 7 to 22.
+
+With G gates (4, 3, 1), D directions and h hidden units, ``W`` is (D, G h, inputs), ``R`` (D, G h, h), ``B`` (D, 2 G h)
+and the peepholes ``P`` (D, 3 h): gates are stacked, so a hidden unit holds one row of every gate. The last axis of
+``R`` meets the node's own output of the step before: there the unit is consumed inside the node, and to mask it is to
+zero its column of ``R``. What is left of a masked unit then reaches no other unit, whatever its activations, clip or
+initial state are, because everything else in the three cells acts unit by unit.
+
+Both directions live in the same arrays, so that hidden unit ``j`` of either goes together with that of the other.
+"""
+
+from __future__ import annotations
+
+from onnx import TensorProto, numpy_helper
+
+from onnx_oamip.core.records import Axis, Ints, Node
+from onnx_oamip.graph.ops.notation import opaque
+from onnx_oamip.graph.ops.spec import (
+    Cuts,
+    Edit,
+    LabelAxis,
+    Labels,
+    OpSpec,
+    Shapes,
+    Total,
+    operand,
+)
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+STATES = (5, 6)
+"""Inputs with a state to start from; the specification takes zeros where they are absent."""
+STILL = ("Identity", "Cast", "Expand", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Tile", "Gather")
+"""Operators that make zeros of zeros."""
+
+
+def _recurrent(node: Node, labels: Labels) -> None:
+    x, w, r = node.inputs[:3]
+    gates = GATES[node.op]
+    shape = labels.shape(r)
+    weights = {1: w, 2: r, 3: operand(node, 3), 7: operand(node, 7)}
+    if shape is None or not all(labels.is_constant(n) for n in weights.values() if n):
+        opaque(node, labels, f"{node} takes its weights from a computation")
+        return
+    _pin_steps(node, labels)
+    hidden = labels.label(r, 2)
+    assert hidden is not None
+    _stack(labels, w, gates, hidden)
+    _stack(labels, r, gates, hidden)
+    if weights[3]:
+        _stack(labels, weights[3], 2 * gates, hidden)
+    if weights[7]:
+        _stack(labels, weights[7], 3, hidden)
+    if labels.unify([(x, 2), (w, 2)], node) is not None:
+        labels.consume(node, (x, 2), (w, 2))
+    for slot in STATES:
+        state = operand(node, slot)
+        if state is None:
+            continue
+        if not labels.is_constant(state):
+            blank = zeros(state, labels)
+            for axis in (0, 1, 2) if blank else (0, 1):
+                labels.pin(labels.label(state, axis), f"{node} {'starts from zeros' if blank else 'steps'} along it")
+            if blank:
+                continue  # where hidden units go, the repair drops it
+        labels.unify([(r, 2), (state, 2)], node)
+    outputs = [name for name in node.outputs if name]
+    # What the recurrent weights meet is the hidden state, not the cell: Y, or Y_h where only that is asked for.
+    seen = next((name for name in node.outputs[:2] if name), None)
+    labels.consume(node, (r, 2), (seen, _last(labels, seen)) if seen else None)
+    for name in outputs:
+        axes: list[LabelAxis] = [None] * _last(labels, name)
+        labels.set(name, [*axes, hidden], f"{node} steps along this axis")
+
+
+def _last(labels: Labels, name: str) -> int:
+    return len(labels.shape(name) or ()) - 1
+
+
+def _stack(labels: Labels, name: str, parts: int, hidden: Ints) -> None:
+    """Every part of axis 1 holds the hidden units in order."""
+    found = labels.label(name, 1)
+    assert found is not None
+    labels.tie(found.reshape(parts, -1), hidden[None])
+
+
+def _pin_steps(node: Node, labels: Labels) -> None:
+    for axis in (0, 1):
+        labels.pin(labels.label(node.inputs[0], axis), f"{node} steps along this axis")
+    lengths = operand(node, 4)
+    if lengths is not None:
+        labels.pin_all(lengths, f"{node} takes it as lengths of sequences")
+
+
+def zeros(tensor: str, labels: Labels) -> bool:
+    """Whether a tensor holds nothing but zeros, whatever its shape: made by filling, stretching and moving zeros."""
+    value = labels.constant(tensor)
+    if value is not None:
+        return not value.any()
+    node = labels.maker(tensor)
+    if node is None or node.domain:
+        return False
+    if node.op == "ConstantOfShape":
+        fill = node.attrs.get("value")
+        return not isinstance(fill, TensorProto) or not numpy_helper.to_array(fill).any()
+    if node.op == "Concat":
+        return all(zeros(name, labels) for name in node.inputs)
+    return node.op in STILL and zeros(node.inputs[0], labels)
+
+
+def _repair(node: Node, cuts: Cuts) -> Edit:
+    keep = cuts.keep(node.inputs[2], 2)
+    if keep is None:
+        return Edit()
+    # A computed state that does not shrink with the hidden units held zeros: that is what an absent one means.
+    gone: dict[int, None] = {}
+    for slot in STATES:
+        state = operand(node, slot)
+        if state is not None and cuts.keep(state, 2) is None:
+            gone[slot] = None
+    return Edit({"hidden_size": cuts.kept(node.inputs[2], 2)}, gone)
+
+
+def _cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
+    """At every step each gate of each direction meets the input and the state before."""
+    x, w, r = node.inputs[:3]
+    return ((x, 0), (x, 1), (w, 0), (w, 1), (((w, 2), (r, 2)), 0))
+
+
+SPECS = tuple(OpSpec(name, _recurrent, _repair, _cost, since=7) for name in GATES)

@@ -1,0 +1,326 @@
+"""Budget and scores -> which units stay.
+
+``mip`` chooses every group's width by the budget program from measured losses. ``uniform`` keeps the same share of
+every group; ``global`` keeps the units of largest score relative to their group's mean, wherever they are. These two
+land on the budget from below: a bisection on one number, then single steps while they fit. Widths are multiples of the
+alignment (in channels), or the full width; no group is ever emptied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnx_oamip.planning.budget_program import (
+    BINDING,
+    Ladder,
+    LinearisedLimit,
+    choose,
+)
+from onnx_oamip.graph.cost import Ledger, full_widths
+from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.verification.latency import find_step
+from onnx_oamip.core.records import (
+    Bools,
+    Budget,
+    Cost,
+    Coupling,
+    Floats,
+    Ints,
+    Model,
+    Plan,
+    Scores,
+)
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.programs.solvers import Limits as SolverLimits
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Absolute limits; None where nothing was asked. ``before`` and the costs set aside make shares of them again."""
+
+    macs: float | None
+    params: float | None
+    bytes: float | None
+    before: Cost | None = None
+    aside: tuple[int, int, int] = (0, 0, 0)
+
+    def holds(self, cost: Cost) -> bool:
+        """Every limit is met."""
+        pairs = ((cost.macs, self.macs), (cost.params, self.params), (cost.bytes, self.bytes))
+        return all(limit is None or value <= limit for value, limit in pairs)
+
+    def shares(self, cost: Cost) -> dict[str, float]:
+        """Cost over limit, by name, where there is a limit."""
+        pairs = {"macs": (cost.macs, self.macs), "params": (cost.params, self.params), "size": (cost.bytes, self.bytes)}
+        return {k: value / limit for k, (value, limit) in pairs.items() if limit}
+
+    def least(self, cost: Cost) -> dict[str, float]:
+        """The least share of every limited cost that ``cost`` meets, rounded up to four digits."""
+        if self.before is None:
+            return {}
+        whole, now = ((c.macs, c.params, c.bytes) for c in (self.before, cost))
+        asked = zip(("macs", "params", "size"), (self.macs, self.params, self.bytes), strict=True)
+        parts = zip(asked, whole, now, self.aside, strict=True)
+        return {
+            k: math.ceil(1e4 * (n + held) / max(w, 1)) / 1e4
+            for (k, limit), w, n, held in parts if limit is not None
+        }  # fmt: skip
+
+
+def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Limits:
+    """Shares turned absolute. ``reserve`` elements are set aside for biases that a refit will create."""
+
+    def share(part: float | None, whole: int, held: int) -> float | None:
+        return None if part is None else max(part * whole - (held if part < 1 else 0), 1.0)
+
+    return Limits(
+        macs=share(budget.macs, before.macs, 0),
+        params=share(budget.params, before.params, reserve),
+        bytes=share(budget.size, before.bytes, reserve * itemsize),
+        before=before,
+        aside=(0, reserve, reserve * itemsize),
+    )
+
+
+def allocate(
+    coupling: Coupling,
+    ledger: Ledger,
+    scores: Scores,
+    limit: Limits,
+    settings: Settings,
+    step: Ints,
+    ladder: Ladder | None = None,
+    extra: Sequence[LinearisedLimit] = (),
+    floor: Floats | None = None,
+) -> Plan:
+    """The plan: widths by the chosen allocation, within a group the units of highest score (ties: lower index).
+
+    ``floor`` (groups,): the least share of every group, ``settings.floor`` of all where it is not given.
+
+    Raises BudgetNotMet, naming what binds, where even the narrowest model is over a limit.
+    """
+    full = full_widths(coupling)
+    narrowest = least(settings.floor if floor is None else floor, step, full)
+    ceiling = full
+    if settings.threshold is not None:
+        above = np.bincount(coupling.unit_group[scores.values >= settings.threshold], minlength=len(full))
+        ceiling = np.maximum(_snap(above, step, full), narrowest)
+    if settings.alpha is not None:  # its rules give what must go a score of 0; nothing else goes for a step's sake
+        wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
+        ceiling = np.minimum(ceiling, np.maximum(-(-wanted // step) * step, narrowest))
+
+    def fits(widths: Ints) -> bool:
+        return limit.holds(ledger.cost(widths))
+
+    if not fits(narrowest):
+        raise BudgetNotMet(_binding(coupling, ledger, limit, narrowest, _advice(coupling, settings, step, fits)))
+    programs: tuple[Mapping[str, Any], ...] = ()
+    if ladder is not None:
+        try:
+            widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
+        except BudgetNotMet as error:
+            held = ", ".join((*_floors(settings), *_others(coupling, settings)))
+            told = f"; what keeps widths up: {held}." if held else "."
+            raise BudgetNotMet(f"{str(error).rstrip('.')}{told}") from error
+        if not extra:  # what the rungs left unused; a measured limit is not counted here and gets no filling
+            widths = _fill(ledger, limit, widths, step, ceiling, full)
+            used = limit.shares(ledger.cost(widths))
+            binding = [name for name, share in used.items() if share >= BINDING]
+            programs = (*programs[:-1], {**programs[-1], "used": used, "binding": binding})
+    elif fits(ceiling):
+        widths = ceiling
+    else:
+        if settings.allocate == "global":
+            widths = _global(coupling, scores, step, narrowest, ceiling, full, fits)
+        else:
+            widths = _uniform(step, narrowest, ceiling, full, fits)
+        widths = _fill(ledger, limit, widths, step, ceiling, full)
+    return Plan(
+        keep=best_units(coupling, scores.values, widths),
+        widths=widths,
+        allocation=settings.allocate,
+        predicted=ledger.cost(widths),
+        programs=programs,
+    )
+
+
+def least(floor: Floats | float, step: Ints, full: Ints) -> Ints:
+    """Narrowest width of every group: a multiple of its step that holds the share ``floor``, or the full width."""
+    share = np.ceil(floor * full - ROUNDING).astype(np.int64)
+    widths: Ints = np.minimum(np.maximum(step, -(-share // step) * step), full)
+    return widths
+
+
+ROUNDING = 1e-9
+"""A share of a group that is a whole number of units but for rounding is that number."""
+RUNGS = 12
+"""Most widths per group that one budget program chooses from."""
+
+
+def _programmed(
+    ladder: Ladder, ceiling: Ints, ledger: Ledger, limit: Limits, extra: Sequence[LinearisedLimit], settings: Settings
+) -> tuple[Ints, tuple[Mapping[str, Any], ...]]:
+    """Widths by the budget program: over rungs spread across each ladder, then over rungs next to the ones taken."""
+    solver_limits = SolverLimits(time_s=settings.time_limit, gap=1e-3, seed=settings.seed)
+    lengths = [int(np.searchsorted(w, c, side="right")) for w, c in zip(ladder.widths, ceiling, strict=True)]
+    rungs = [np.unique(np.round(np.linspace(0, n - 1, RUNGS)).astype(int)) for n in lengths]
+    coarse = choose(ledger, _at(ladder, rungs), limit, extra, settings.solver, solver_limits)
+    if all(len(r) == n for r, n in zip(rungs, lengths, strict=True)):
+        return coarse.widths, (coarse.program,)
+    near = []
+    for w, width, r, n in zip(ladder.widths, coarse.widths, rungs, lengths, strict=True):
+        at = int(np.searchsorted(w, width))
+        gap = int(np.diff(r).max(initial=1))
+        # Every width between the neighbouring rungs, thinned where there are too many; the one taken stays.
+        around = np.arange(max(0, at - gap), min(n, at + gap + 1))
+        stride = -(-len(around) // RUNGS)
+        near.append(around[(around - at) % stride == 0])
+    fine = choose(ledger, _at(ladder, near), limit, extra, settings.solver, solver_limits)
+    return fine.widths, (coarse.program, fine.program)
+
+
+def _at(ladder: Ladder, rungs: Sequence[Ints]) -> Ladder:
+    return Ladder(
+        tuple(w[r] for w, r in zip(ladder.widths, rungs, strict=True)),
+        tuple(c[r] for c, r in zip(ladder.cost, rungs, strict=True)),
+    )
+
+
+def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> Ints:
+    """Units per alignment step of each group: a unit that holds several channels needs fewer of itself.
+
+    ``auto`` measures the step that the device likes and applies it where kernels block channels (convolutions), but
+    never more than a quarter of a group: a narrow layer has little time to win and much to lose.
+    """
+    result = []
+    wanted = find_step(device).value if align == "auto" else int(align)
+    for group in coupling.groups:
+        held = min(group.multiplicity.values())
+        channels = wanted
+        if align == "auto":
+            blocked = any(len(model.shapes[t]) > 2 for t, _ in group.multiplicity if t in model.constants)
+            channels = wanted if blocked else 1
+            while channels > 1 and channels * 4 > len(group.units) * held:
+                channels //= 2
+        result.append(channels // math.gcd(channels, held))
+    return np.asarray(result, np.int64)
+
+
+def best_units(coupling: Coupling, values: Floats, widths: Ints) -> Bools:
+    """The ``widths[g]`` units of largest value in every group."""
+    # lexsort is stable: by group, then by falling value, then by index.
+    order = np.lexsort((-values, coupling.unit_group))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    start = np.cumsum(full_widths(coupling)) - full_widths(coupling)
+    keep: Bools = place - start[coupling.unit_group] < widths[coupling.unit_group]
+    return keep
+
+
+def _snap(widths: Ints, step: Ints, full: Ints) -> Ints:
+    return np.where(widths >= full, full, widths // step * step)
+
+
+def _uniform(
+    step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
+) -> Ints:
+    def widths(share: float) -> Ints:
+        return np.clip(_snap(np.floor(share * full + 1e-9).astype(np.int64), step, full), floor, ceiling)
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(widths(middle)) else (low, middle)
+    return widths(low)
+
+
+def _global(
+    coupling: Coupling, scores: Scores, step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
+) -> Ints:
+    mean = np.bincount(coupling.unit_group, scores.values) / full
+    relative = scores.values / np.where(mean > 0, mean, 1)[coupling.unit_group]
+    order = np.argsort(relative, kind="stable")
+
+    def widths(removed: int) -> Ints:
+        gone = np.bincount(coupling.unit_group[order[:removed]], minlength=len(full))
+        return np.clip(_snap(full - gone, step, full), floor, ceiling)
+
+    low, high = 0, len(order)  # removing `high` fits, removing `low` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(widths(middle)) else (middle, high)
+    return widths(high)
+
+
+def _fill(
+    ledger: Ledger, limit: Limits, widths: Ints, step: Ints, ceiling: Ints, full: Ints
+) -> Ints:
+    """Give back single steps while they fit, the group of the largest kept share lost first.
+
+    Widths are multiples of the step, or full; so they stay.
+    """
+    widths = widths.copy()
+    stuck = widths >= ceiling
+    while not stuck.all() and max(limit.shares(ledger.cost(widths)).values(), default=1.0) < 0.998:
+        g = int(np.argmin(np.where(stuck, np.inf, widths / full)))
+        wider = widths.copy()
+        wider[g] = min(widths[g] + step[g], full[g])
+        if wider[g] <= ceiling[g] and limit.holds(ledger.cost(wider)):
+            widths = wider
+            stuck[g] = widths[g] >= ceiling[g]
+        else:
+            stuck[g] = True
+    return widths
+
+
+def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, advice: str) -> str:
+    name, over = max(limit.shares(ledger.cost(floor)).items(), key=lambda item: item[1])
+    lengths = ledger.lengths(floor)
+    values = ledger.terms(ledger.macs, lengths)
+    heavy = [f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)" for i in np.argsort(-values)[:3]]
+    widest = sorted(coupling.groups, key=lambda g: -max(g.multiplicity.values()) * len(g.units))[:3]
+    reasons = [p.reason for p in coupling.pinned if p.count > 1]
+    why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
+    shares = limit.least(ledger.cost(floor))
+    reach = f"the least that can be met is {', '.join(f'--{k} {v:g}' for k, v in shares.items())}; " if shares else ""
+    return (
+        f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
+        f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the "
+        f"model is still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
+        f"{reach}{advice}."
+    )
+
+
+def _advice(coupling: Coupling, settings: Settings, step: Ints, fits: Callable[[Ints], bool]) -> str:
+    """Which of the settings that keep widths up bind: those without which the budget can be met."""
+    full = full_widths(coupling)
+    floors, others = _floors(settings), _others(coupling, settings)
+    excluded = [name for name in others if name.startswith("--exclude")]
+    one = np.ones_like(step)
+    if floors and fits(least(0.0, step, full)):
+        return f"it can be met without {' and '.join(floors)}"
+    if fits(least(0.0, one, full)):
+        return f"it can be met without {' and '.join((*floors, f'--align {settings.align}'))}, that is with --align 1"
+    if excluded:
+        return f"{' and '.join(excluded)} keeps channels that could go; ask for more, or exclude less"
+    return "ask for more or see 'onnx-oamip inspect'"
+
+
+def _floors(settings: Settings) -> tuple[str, ...]:
+    """Options that say how much of every group stays."""
+    asked = (
+        ("--floor", settings.floor, 0.0), ("--limits", settings.limits, "none"), ("--protect", settings.protect, 0.0),
+    )  # fmt: skip
+    return tuple(f"{name} {value}" for name, value, unset in asked if value != unset)
+
+
+def _others(coupling: Coupling, settings: Settings) -> tuple[str, ...]:
+    """Other options that keep channels: the step of widths, and what was excluded."""
+    excluded = dict.fromkeys(p.reason.removesuffix(" keeps it") for p in coupling.pinned if p.given)
+    align = (f"--align {settings.align}",) if settings.align not in ("auto", 1) else ()
+    return (*align, *(reason for reason in excluded if reason.startswith("--exclude")))

@@ -1,0 +1,106 @@
+"""Budgets approached in rounds: score, prune, refit, and score again what is left.
+
+Every round cuts the original anew by all that has gone so far and refits it against the original; what the round before
+left is only scored. Counted budgets shrink by the same factor every round, an alpha is taken each time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from onnx_oamip.artifacts import cache
+from onnx_oamip.planning import width_losses, scoring, search
+from onnx_oamip.graph import loading as models
+from onnx_oamip.statistics.context import Collected
+from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.records import (
+    Bools,
+    Coupling,
+    Floats,
+    Ints,
+)
+from onnx_oamip.planning.search import Attempt, Prepared
+from onnx_oamip.core.settings import Settings
+
+
+def check(settings: Settings, scored: bool) -> None:
+    """Raises SettingsError for settings that contradict rounds, or an alpha that nobody asks for."""
+    if settings.alpha is not None and settings.importance != "nnrelief" and not scored:
+        raise SettingsError(f"--alpha is about --importance nnrelief, not {settings.importance}.")
+    if settings.sparse and settings.granularity != "connection":
+        raise SettingsError("--sparse is about --granularity connection: units that go leave no zeros.")
+    if settings.iterations == 1 or settings.granularity == "connection":
+        return
+    if scored:
+        raise SettingsError("--iterations scores the model anew each time; leave out --scores.")
+    for name in ("latency", "max_drop", "threshold"):
+        if getattr(settings, name) is not None:
+            raise SettingsError(
+                f"--iterations approaches counted budgets, not --{name.replace('_', '-')}; give --macs, --params, "
+                "--size or --alpha."
+            )
+
+
+def approach(ready: Prepared) -> tuple[Prepared, Attempt]:
+    """The last of ``settings.iterations`` attempts, and what it was made from. Raises BudgetNotMet."""
+    asked = ready.settings
+    rounds = asked.iterations
+    for i in range(1, rounds):
+        shares = {name: getattr(asked, name) for name in ("macs", "params", "size")}
+        softer = {name: share ** (i / rounds) for name, share in shares.items() if share is not None}
+        here = replace(ready, settings=asked.model_copy(update=softer))
+        ready = _rescored(ready, search.search(here))
+        if ready.progress:
+            ready.progress("round", i, rounds)
+    return ready, search.search(ready)
+
+
+def _rescored(ready: Prepared, left: Attempt) -> Prepared:
+    """The same task with the scores of the model that an attempt left, under the constraints of the original.
+
+    Removed units score below all others. Losses are measured on the original again, in the new order.
+    """
+    keep, proto = left.plan.keep, left.pruned.proto
+    model = models.from_proto(proto, ready.model.bindings, ready.model.path, ready.model.sha256)
+    coupling = exclude(model, couple(model), ready.settings.exclude)
+    remaining = replace(
+        ready,
+        model=model,
+        coupling=coupling,
+        known={**ready.known, "left": cache.content(proto)},
+        collected=Collected(),
+    )
+    found = scoring.score(remaining)
+    values = below(ready.scores.values, keep, units(ready.coupling, coupling, keep), found.values)
+    scores = ready.constraints.apply(ready.coupling, replace(found, values=values))
+    ladder, curves = width_losses.measure(ready, scores, step=ready.steps, floor=ready.constraints.floor)
+    return replace(ready, scores=scores, ladder=ladder, curves=curves)
+
+
+def units(whole: Coupling, part: Coupling, keep: Bools) -> Ints:
+    """The unit of ``whole`` that every unit of ``part`` is, where ``part`` is what ``keep`` (n_units,) left of it.
+
+    -1 for a unit that shares no named axis with it.
+    """
+    result = np.full(part.n_units, -1, np.int64)
+    for key, labels in part.axes.items():
+        if key in whole.axes:
+            old = whole.axes[key][whole.keep(key, keep)]
+            if len(old) == len(labels):
+                free = (labels >= 0) & (old >= 0)
+                result[labels[free]] = old[free]
+    return result
+
+
+def below(before: Floats, keep: Bools, places: Ints, values: Floats) -> Floats:
+    """Scores (n_units,): of units that are left the new ones, of those that have gone 0.
+
+    A unit that is left but is no longer told apart keeps its score of before.
+    """
+    result = np.where(keep, before, 0.0)
+    known = places >= 0
+    result[places[known]] = values[known]
+    return result

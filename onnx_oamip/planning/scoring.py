@@ -1,0 +1,170 @@
+"""Scores of all units by the importance method of the settings, and the order of removal that loses least."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import product
+
+import numpy as np
+
+from onnx_oamip.artifacts import cache
+from onnx_oamip.repair import least_squares
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.planning import sensitivity
+from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.statistics.collector import collect, parts
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.graph.cost import full_widths
+from onnx_oamip.statistics.class_samples import head
+from onnx_oamip.importance import Method, find
+from onnx_oamip.core.records import (
+    Budget,
+    Coupling,
+    Floats,
+    Ints,
+    Request,
+    Scores,
+    Statistics,
+)
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import READING
+
+CHOICE_SAMPLES = 64
+"""Samples on which orders of removal are compared for one group."""
+TRIALS = 64
+"""Choices of orders for all groups that are measured at most."""
+_IRRELEVANT = READING | {budget.name for budget in fields(Budget)} | {
+    "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "scheduler", "cache", "exclude",
+    "batch_size", "max_memory", "no_provenance",
+}  # fmt: skip
+"""Settings that no score depends on, or that the identity of the context covers."""
+
+
+def score(context: Context) -> Scores:
+    """Score every unit of a model by the importance method of the settings.
+
+    The one path to scores: every verb and every round of ``--iterations`` takes it. The statistics that the method
+    requests are collected first; scores that rest on them are taken from the store where an earlier run kept them.
+
+    Args:
+        context: The model, its calibration samples and the settings.
+
+    Returns:
+        One score per unit. Constraints on plans are not part of it (see ``limits.constraints``).
+    """
+    settings = context.settings
+    method = find(settings.importance)
+    requests = method.requests(settings)
+
+    def make() -> Scores:
+        statistics = collect(context, requests) if requests else None
+        return apply_method(context, method, statistics)
+
+    with context.clock("score"):
+        # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
+        built_in = str(getattr(method.score, "__module__", "")).startswith("onnx_oamip.")
+        if not requests or not built_in:
+            return make()
+        depends = {**settings.model_dump(mode="json", exclude=_IRRELEVANT), **context.known}
+        return context.store.keep(cache.SCORES, depends, make, lambda found: fits(found, context.coupling))
+
+
+def fits(found: Scores, coupling: Coupling) -> bool:
+    """Whether these may be the scores of the units of a coupling."""
+    texts = all(isinstance(text, str) for text in (found.method, *found.notes))
+    whole = found.values.dtype == np.float64 and found.values.shape == (coupling.n_units,)
+    records = all(isinstance(program, dict) for program in found.programs)
+    return whole and texts and records and bool(np.isfinite(found.values).all())
+
+
+def apply_method(context: Context, method: Method, statistics: Statistics | None) -> Scores:
+    """The method's scores; where it offers other orders as well, per group the order that was measured to lose least.
+
+    The scores of a group keep their values and change hands.
+    """
+    model, coupling, settings = context.model, context.coupling, context.settings
+    found = method.score(model, coupling, statistics, settings)
+    if not found.others:
+        return found
+    measured = parts(context.samples)[1]
+    few = measured.take(np.arange(min(measured.count, max(CHOICE_SAMPLES, context.samples.fixed_batch or 1))))
+    names = ["the program", *found.others]
+    orders = np.stack([found.values, *found.others.values()])
+    alone = sensitivity.choose(
+        model,
+        coupling,
+        collect(context, {Request.COVARIANCE}).grams,
+        list(orders),
+        [feed for _, feed in few.batches(context.batch)],
+        context.device,
+        context.workers,
+        context.progress,
+        settings.refit,
+        settings.scheduler,
+    )
+    picks = _together(context, orders, alone)
+    values = found.values.copy()
+    for group, pick in zip(coupling.groups, picks.tolist(), strict=True):
+        values[group.units[np.argsort(orders[pick][group.units], kind="stable")]] = np.sort(values[group.units])
+    counts = ", ".join(f"{name} {n}" for i, name in enumerate(names) if (n := int((picks == i).sum())))
+    note = f"orders of removal measured on {measured.count} samples; least loss by groups: {counts}"
+    return replace(found, values=values, others={}, notes=(*found.notes, note))
+
+
+def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
+    """Per group an index into ``orders`` (orders, n_units), such that the whole model loses little.
+
+    Layers that lost units do not behave as layers alone: every order for all groups is measured, and ``alone`` (the
+    best per group); the best of them is then changed group by group while that helps, for ``TRIALS`` trials at most.
+    The loss is that of the cut model at the shares of ``sensitivity.CHOICE``, by its logarithms, and nowhere counts as
+    more than that of a model that says nothing: where all is lost, differences mean nothing.
+    """
+    model, coupling, device, progress = context.model, context.coupling, context.device, context.progress
+    repair = context.settings.refit
+    moments = collect(context, {Request.MOMENTS}) if repair == "bias" else None
+    feeds = [feed for _, feed in parts(context.samples)[1].batches(context.batch)]
+    original = Session(model.proto, device)
+    wanted = sensitivity.targets(model)
+    truth = [original.run(feed, wanted) for feed in feeds]
+    ranked = head(model) is not None
+    nothing = float(np.log(truth[0][0].shape[1])) if ranked else 1.0  # uniform over the classes, or all zeros
+    groups = len(coupling.groups)
+    tried = 0
+
+    def loss(picks: Ints) -> float:
+        nonlocal tried
+        tried += 1
+        if progress:
+            progress("choose together", min(tried, TRIALS), TRIALS)
+        values = orders[picks[coupling.unit_group], np.arange(coupling.n_units)]
+        total = 0.0
+        for share in sensitivity.CHOICE:
+            widths = np.maximum(1, np.round(share * full_widths(coupling))).astype(np.int64)
+            keep = best_units(coupling, values, widths)
+            proto = rewrite.cut(model, coupling, keep)
+            if moments is not None:
+                proto = least_squares.fold_means(model, coupling, keep, moments, proto).proto
+            session = Session(proto, device, what="the cut model")
+            lost = [sensitivity.divergence(model, t, session.run(f, wanted)) for f, t in zip(feeds, truth, strict=True)]
+            total += float(np.log(min(float(np.mean(lost)), nothing) + 1e-9))
+        return total
+
+    starts = [alone, *(np.full(groups, i, np.int64) for i in range(len(orders)))]
+    losses = [loss(start) for start in starts]
+    best, least = starts[int(np.argmin(losses))].copy(), min(losses)
+    for g, i in product(range(groups), range(len(orders))):
+        if tried >= TRIALS:
+            break
+        trial = best.copy()
+        trial[g] = i
+        if i != best[g] and (found := loss(trial)) < least:
+            best, least = trial, found
+    return best
+
+
+def order(scores: Scores, coupling: Coupling) -> Floats:
+    """Removal order as scores; ties are broken as ``allocation.best_units`` breaks them (higher index first)."""
+    rank = np.lexsort((-np.arange(coupling.n_units), scores.values))
+    order = np.empty(coupling.n_units)
+    order[rank] = np.arange(coupling.n_units)
+    return order

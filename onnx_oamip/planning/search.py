@@ -1,0 +1,339 @@
+"""From what was learnt about a model to one pruned model that meets its budget, as often as the budget needs.
+
+Statistics, scores and sensitivities are made once (``Prepared``). Counted budgets need one attempt; a measured latency
+is reached by correcting the additive model with measurements; ``max_drop`` by a bisection over the share of MACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_oamip.planning import allocation
+from onnx_oamip.artifacts import cache, plan_files, provenance
+from onnx_oamip.repair import removed_constants, least_squares
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.surgery import rewrite, attention_scale
+from onnx_oamip.verification import equivalence
+from onnx_oamip.graph import loading as models
+from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
+from onnx_oamip.statistics.collector import collect
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.core.errors import BudgetNotMet, DataError
+from onnx_oamip.importance import find
+from onnx_oamip.verification.latency import compare_latency
+from onnx_oamip.planning.plan_constraints import Constraints
+from onnx_oamip.planning.latency_model import profile
+from onnx_oamip.core.records import (
+    Array,
+    Cost,
+    Ints,
+    Model,
+    Plan,
+    Pruned,
+    Request,
+    Scores,
+    Sensitivity,
+    Trial,
+    Verification,
+)
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
+
+SIZE_TRIES = 3
+LATENCY_TRIES = 6
+LATENCY_SLACK = 0.05
+DROP_TRIES = 7
+DROP_RESOLUTION = 0.02
+ANSWERS = 1 << 26
+"""Bytes of the original's outputs on the evaluation data that are held, and kept for the next run."""
+DIGITS = 9
+"""Of a drop in points: 100 * (0.99 - 0.985) is a little over 0.5, which its samples do not say."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared(Context):
+    """A context with its scores, constraints and measured losses: everything that does not depend on the budget.
+
+    Attributes:
+        scores: Scores with the constraints applied.
+        constraints: What every plan keeps.
+        steps: Units per alignment step of every group (groups,).
+        ladder: Losses at every width that a plan may choose; None where no program needs them.
+        curves: The measured losses that the ladder was made from.
+    """
+
+    scores: Scores
+    constraints: Constraints
+    steps: Ints
+    ladder: Ladder | None
+    curves: tuple[Sensitivity, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One plan, carried out; ``tried``: the tries of the search that chose it."""
+
+    plan: Plan
+    pruned: Pruned
+    after: Cost
+    tried: tuple[Trial, ...] = ()
+
+
+def attempt(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]) -> Attempt:
+    """Allocate, cut and refit; once more for each time that the file is larger than was predicted."""
+    found = carry_out(ready, allocate(ready, limit, extra))
+    size = ready.settings.budget.size
+    for _ in range(SIZE_TRIES):
+        # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
+        over = 0.0 if size is None else found.after.bytes - size * ready.before.bytes
+        if limit.bytes is None or over <= 0:
+            break
+        limit = replace(limit, bytes=limit.bytes - over)
+        found = carry_out(ready, allocate(ready, limit, extra))
+    return found
+
+
+def allocate(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
+    """The plan under absolute limits."""
+    return allocation.allocate(
+        ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra,
+        ready.constraints.floor,
+    )
+
+
+def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
+    """Per group the measured loss of the model with only that group as narrow as planned; None where none was."""
+    if ready.ladder is None:
+        return [None] * len(ready.coupling.groups)
+    rows = zip(ready.ladder.widths, ready.ladder.cost, chosen.widths.tolist(), strict=True)
+    return [float(np.interp(width, widths, cost)) for widths, cost, width in rows]
+
+
+def adding(ready: Context, chosen: Plan) -> list[str]:
+    """Names of the groups whose cut adds nodes, as a normalisation has to see the zeros of what went."""
+    brought = ready.ledger.steps.brought_by(chosen.widths)
+    return [ready.coupling.groups[g].name for g in np.flatnonzero(brought)]
+
+
+def carry_out(ready: Context, chosen: Plan) -> Attempt:
+    """Cut and refit as the settings say."""
+    raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
+    pruned = Pruned(raw, raw)
+    if chosen.keep.all():
+        pass
+    elif ready.settings.refit == "bias":
+        pruned = least_squares.fold_means(ready.model, ready.coupling, chosen.keep, collect(ready, {Request.MOMENTS}), raw)
+    elif ready.settings.refit == "least-squares":
+        s = ready.settings
+        kept = {**ready.known, "units": plan_files.digest(ready.model, ready.coupling, chosen.keep)}
+        found = ready.store.keep(
+            cache.REFITS,
+            kept,
+            lambda: least_squares.least_squares(
+                ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device,
+                ready.batch, s.seed, ready.progress, room=s.room,
+            ),
+            lambda found: least_squares.fits(found, raw),
+        )  # fmt: skip
+        pruned = replace(found, raw=raw)
+    elif folds_constants(ready.settings):
+        pruned = removed_constants.fold_constants(
+            ready.model, ready.coupling, chosen.keep, ready.samples, ready.device, raw
+        )
+    # Last: a refit fits the queries to what they gave before.
+    pruned = replace(pruned, proto=attention_scale.usual(ready.model, ready.coupling, chosen.keep, pruned.proto))
+    if not ready.settings.no_provenance:
+        what = plan_files.digest(ready.model, ready.coupling, chosen.keep)
+        provenance.sign(pruned.proto, ready.model.sha256, what)
+    after = cost.count(models.from_proto(pruned.proto, ready.model.bindings))
+    return Attempt(chosen, pruned, after)
+
+
+def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
+    """What the original gives on the evaluation samples in batches of ``batch``; None where that is over ``ANSWERS``.
+
+    No plan changes it, so it is found out once.
+    """
+    model, held = ready.model, ready.held
+    if held is None or any(port.name not in model.shapes for port in model.outputs):
+        return None
+    each = sum(int(np.prod(model.shapes[p.name])) * p.dtype.itemsize for p in model.outputs)
+    if each * held.count > ANSWERS * (1 if held.whole else model.batch):
+        return None
+
+    def run() -> list[list[Array]]:
+        session = Session(model.proto, ready.device, what=model.path)
+        return list(session.stream(feed for _, feed in held.batches(batch)))
+
+    known = {**cache.identity(model, held), "device": ready.device, "batch": batch}
+    taken = [1 if held.whole else len(index) for index, _ in held.batches(batch)]
+    return equivalence.Recorded(ready.store.keep(cache.OUTPUTS, known, run, lambda found: _given(found, model, taken)))
+
+
+def _given(found: Sequence[Sequence[Array]], model: Model, taken: Sequence[int]) -> bool:
+    """Whether these may be the outputs of a model for batches of so many samples."""
+    wanted = [(model.shapes[port.name], port.dtype) for port in model.outputs]
+    return [[(v.shape, v.dtype) for v in values] for values in found] == [
+        [((*(length * n for length in shape[:1]), *shape[1:]), dtype) for shape, dtype in wanted] for n in taken
+    ]
+
+
+def folds_constants(settings: Settings) -> bool:
+    """Whether what removed units emit without their weights is folded: no refit, by a method that counts on it."""
+    # In the exact formulation and the decoupled programs a removed unit is gone, its constant with it.
+    published = settings.formulation == "paper" and settings.mode != "decoupled"
+    return settings.refit == "none" and find(settings.importance).keeps_bias and published
+
+
+def plan(ready: Prepared) -> Plan:
+    """The plan that :func:`search` would carry out; only budgets that are measured on a cut model need one made."""
+    if ready.settings.size is not None or ready.settings.max_drop is not None:
+        return search(ready).plan
+    return allocate(ready, *_limits(ready))
+
+
+def search(ready: Prepared) -> Attempt:
+    """The attempt that meets the budget. Raises BudgetNotMet, saying what binds, where there is none."""
+    limit, extra = _limits(ready)
+    if ready.settings.max_drop is not None:
+        return _smallest(ready, limit, extra, ready.settings.max_drop)
+    return attempt(ready, limit, extra)
+
+
+def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, ...]]:
+    """The counted limits, and the row of a latency budget."""
+    adds = ready.settings.refit != "none" or folds_constants(ready.settings)
+    limit = allocation.limits(ready.settings.budget, ready.before, least_squares.new_biases(ready.model) if adds else 0)
+    if ready.settings.latency is None:
+        return limit, ()
+    return limit, (_latency(ready, limit, ready.settings.latency),)
+
+
+# ------------------------------------------------------------------------------------------------------- latency
+
+
+def _latency(ready: Prepared, limit: allocation.Limits, share: float) -> LinearisedLimit:
+    """The latency row under which the measured latency of the cut model keeps ``share`` of the original's."""
+    assert ready.ladder is not None
+    table = profile(
+        ready.model, ready.coupling, ready.ladder.widths, ready.samples, ready.device, seed=ready.settings.seed
+    )
+    whole = float(table.measured[0])  # the widest level; what the model fits there may be off
+    target = share
+    tried: list[tuple[float, float]] = []  # (target, measured)
+
+    def row(target: float) -> LinearisedLimit:
+        return LinearisedLimit("latency", table.products, table.constant, target * whole)
+
+    for i in range(LATENCY_TRIES):
+        chosen = allocate(ready, limit, (row(target),))
+        tried.append((target, latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep))))
+        if ready.progress:
+            ready.progress("latency", i + 1, LATENCY_TRIES)
+        if share * (1 - LATENCY_SLACK) <= tried[-1][1] <= share:
+            break
+        target = _aim(tried, share)
+    met = [(measured, target) for target, measured in tried if measured <= share]
+    if not met:
+        raise BudgetNotMet(
+            f"the --latency budget cannot be met: the narrowest plan found still takes {min(m for _, m in tried):.2f} "
+            f"of the original's time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
+        )
+    return row(max(met)[1])
+
+
+def _aim(tried: Sequence[tuple[float, float]], share: float) -> float:
+    """The next target, where the measurement should land just below the share.
+
+    The additive model is off by measured / target; between a target that was met and one that was not, by less.
+    """
+    goal = share * (1 - LATENCY_SLACK / 2)
+    met = [(measured, target) for target, measured in tried if measured <= share]
+    missed = [(measured, target) for target, measured in tried if measured > share]
+    if met and missed:
+        (below, low), (above, high) = max(met), min(missed)
+        if low < high:  # noise may turn them around
+            return low + (high - low) * (goal - below) / (above - below)
+    target, measured = tried[-1]
+    return target * goal / measured
+
+
+def latency_ratio(ready: Context, proto: object, seconds: float = 2.0) -> float:
+    """Measured latency of a model over the original's, one sample at a time, medians of interleaved rounds."""
+    ratio = compare_latency(ready.model.proto, proto, ready.samples, ready.device, seconds=seconds)  # type: ignore[arg-type]
+    return ratio.median
+
+
+# ---------------------------------------------------------------------------------------------------- accuracy drop
+
+
+def _smallest(
+    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...], points: float
+) -> Attempt:
+    """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
+    if ready.held is None:
+        raise BudgetNotMet(
+            "--max-drop needs data to measure the drop on; give --data with enough samples, or --eval-data."
+        )
+    original = answers(ready, ready.batch) or Session(ready.model.proto, ready.device)
+    silent = replace(ready, progress=None)  # progress is that of the bisection
+    best: Attempt | None = None
+    tried: list[Trial] = []
+    low, high = 0.0, min(1.0, (limit.macs or ready.before.macs) / ready.before.macs)
+    share = high if high < 1 else 0.5
+    for i in range(DROP_TRIES):
+        try:
+            found = attempt(silent, replace(limit, macs=share * ready.before.macs), extra)
+            lost = _drop(ready, original, found)
+            tried.append(Trial(share, found.after.macs, lost))
+        except BudgetNotMet:
+            lost = np.inf
+            tried.append(Trial(share, None, None))
+        if ready.progress:
+            ready.progress("max-drop", i + 1, DROP_TRIES)
+        if lost <= points:
+            best, high = found, found.after.macs / ready.before.macs
+        else:
+            low = share
+        if high - low < DROP_RESOLUTION:
+            break
+        share = (low + high) / 2
+    if best is None:
+        whole = attempt(silent, limit, extra)
+        lost = _drop(ready, original, whole)
+        tried.append(Trial(1.0, whole.after.macs, lost))
+        if lost > points:
+            raise BudgetNotMet(
+                f"no plan within the other budgets loses at most {points} points on {ready.held.source}; "
+                "ask for a larger drop or a larger budget."
+            )
+        best = whole
+    return replace(best, tried=tuple(tried))
+
+
+def _drop(ready: Prepared, original: equivalence.Answers, found: Attempt) -> float:
+    assert ready.held is not None
+    after = Session(found.pruned.proto, ready.device)
+    return drop(equivalence.compare(ready.model, original, after, ready.held, ready.batch))
+
+
+def drop(found: Verification) -> float:
+    """Points of accuracy lost; without labels points of agreement short of 100; else of relative output error.
+
+    Raises DataError where none of them could be measured.
+    """
+    if found.accuracy_before is not None and found.accuracy_after is not None:
+        return round(100 * (found.accuracy_before - found.accuracy_after), DIGITS)
+    if found.agreement is not None:
+        return round(100 * (1 - found.agreement), DIGITS)
+    if found.output_relative_error is None:
+        raise DataError(
+            "no loss can be measured on the evaluation data: the model has no floating-point output that is not all "
+            "zero; give another budget than --max-drop."
+        )
+    return 100 * found.output_relative_error
+
+

@@ -1,0 +1,375 @@
+"""What each group's width costs: the loss of the model with only that group narrowed and its consumers repaired.
+
+For every group one part of the graph is made: everything behind its first consumer, with the consumers' weights, bias
+shifts and masks as inputs. A level then only feeds other numbers; nothing in front of the group runs again and no
+session is rebuilt. Cost: about (1 + levels) halves of a forward pass per group. Groups run in parallel threads, each
+with single-threaded sessions: ONNX Runtime and LAPACK release the interpreter lock, weights are shared instead of
+copied to other processes, and results do not depend on the number of workers, nor on whether a cluster does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
+from onnx_oamip.graph.subgraphs import insert, reads
+from onnx_oamip.statistics.calibration import Progress
+from onnx_oamip.core.errors import DataError, memory_for
+from onnx_oamip.executors import executor
+from onnx_oamip.statistics.covariances import (
+    Job,
+    compensate,
+    jobs,
+    problems,
+)
+from onnx_oamip.statistics.class_samples import head
+from onnx_oamip.core.records import (
+    Array,
+    Consumer,
+    Coupling,
+    Floats,
+    Gram,
+    Ints,
+    Model,
+    Sensitivity,
+)
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.partial_execution import Slicer, element_types
+
+T = TypeVar("T")
+CHOICE = (0.7, 0.5, 0.3)
+"""Shares of a group's width at which orders of removal are compared."""
+LOST = 30.0
+"""The loss of a cut that overflows: about that of a probability which rounds to 0."""
+LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
+"""Shares of a group's width at which the loss is measured; the full width costs nothing."""
+
+
+def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
+    """Whether these may be the losses of groups that are this wide (groups,)."""
+    return len(found) == len(wide) and all(
+        s.widths.dtype == np.int64 and s.loss.dtype == np.float64 and s.widths.shape == s.loss.shape == (s.loss.size,)
+        and s.loss.size > 0 and s.widths[0] > 0 and (np.diff(s.widths) > 0).all() and s.widths[-1] == full
+        and np.isfinite(s.loss).all()
+        for s, full in zip(found, wide.tolist(), strict=True)
+    )  # fmt: skip
+
+
+def measure(
+    model: Model,
+    coupling: Coupling,
+    grams: Mapping[str, Gram],
+    order: Floats,
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    repair: str = "least-squares",
+    scheduler: str | None = None,
+) -> tuple[Sensitivity, ...]:
+    """Per group the loss at a few widths, units removed by rising ``order`` (n_units,).
+
+    The loss is the mean KL divergence from the original class probabilities (a classification head), or the squared
+    output error relative to the output's energy (anything else). ``repair``: how consumers make up for what went, as
+    ``--refit`` says. ``workers`` threads, or the cluster of a Dask ``scheduler``.
+    """
+    whole = _whole(model, coupling, [order], feeds, device, repair)
+    return tuple(_by_group(_measure, whole, grams, workers, scheduler, progress, "sensitivity"))
+
+
+def choose(
+    model: Model,
+    coupling: Coupling,
+    grams: Mapping[str, Gram],
+    orders: Sequence[Floats],
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    repair: str = "least-squares",
+    scheduler: str | None = None,
+) -> Ints:
+    """Per group the index of the order of removal, of several (n_units,), under which the model loses least.
+
+    Losses as in :func:`measure`, at the widths of ``CHOICE``; their logarithms are added up, so that no width drowns
+    the others. The first order wins ties.
+    """
+    whole = _whole(model, coupling, orders, feeds, device, repair)
+    found = _by_group(_choose, whole, grams, workers, scheduler, progress, "choose")
+    return np.asarray(found, np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """What the work on every group shares; ``types``: element types of all tensors."""
+
+    model: Model
+    coupling: Coupling
+    slicer: Slicer
+    types: Mapping[str, int]
+    truth: _Truth
+    orders: Sequence[Floats]
+    device: str
+    repair: str
+
+
+def _whole(
+    model: Model,
+    coupling: Coupling,
+    orders: Sequence[Floats],
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    repair: str,
+) -> _Whole:
+    slicer = Slicer(model.proto)
+    types = _types(model, slicer, feeds, device)
+    original = Session(model.proto, device, threads=None)
+    wanted = targets(model)
+    truth = _Truth(feeds, [original.run(feed, wanted) for feed in feeds], wanted)
+    for outputs in truth.outputs:
+        for name, value in zip(wanted, outputs, strict=True):
+            if value.dtype.kind == "f" and (np.isnan(value) | np.isposinf(value)).any():
+                raise DataError(
+                    f"the model's output '{name}' is NaN or infinite on some of this data, so no loss can be measured; "
+                    "leave out the samples at which it is, or prune the model in float32."
+                )
+    return _Whole(model, coupling, slicer, types, truth, orders, device, repair)
+
+
+def _by_group(
+    task: Callable[[_Whole, Job], T],
+    whole: _Whole,
+    grams: Mapping[str, Gram],
+    workers: int | None,
+    scheduler: str | None,
+    progress: Progress | None,
+    stage: str,
+) -> list[T]:
+    """``task`` for every group, several at a time."""
+
+    def told(done: int, total: int) -> None:
+        if progress:
+            progress(stage, done, total)
+
+    return executor(workers, scheduler, whole.device).map(task, whole, jobs(whole.coupling, grams), told)
+
+
+def _measure(whole: _Whole, job: Job) -> Sensitivity:
+    units = whole.coupling.groups[job[0]].units
+    removal = np.argsort(whole.orders[0][units], kind="stable")
+    widths = levels(len(units))
+    loss = np.append(_losses(whole, job, [removal[: len(units) - w] for w in widths[:-1]]), 0.0)
+    # More units never hurt: noise in the measurement must not make the program prefer fewer.
+    return Sensitivity(widths, np.maximum.accumulate(loss[::-1])[::-1])
+
+
+def _choose(whole: _Whole, job: Job) -> int:
+    units = whole.coupling.groups[job[0]].units
+    gone = [len(units) - max(1, round(share * len(units))) for share in CHOICE]
+    sets = [np.argsort(order[units], kind="stable")[:n] for order in whole.orders for n in gone]
+    found = _losses(whole, job, sets).reshape(len(whole.orders), -1)
+    return int(np.argmin(np.log(found + 1e-9).sum(axis=1)))
+
+
+def _losses(whole: _Whole, job: Job, removed: Sequence[Ints]) -> Floats:
+    """See :meth:`_Part.losses`. Raises OutOfMemory, naming the group."""
+    with memory_for(f"the losses of the group '{whole.coupling.groups[job[0]].name}'"):
+        return _Part(whole, *job).losses(removed)
+
+
+def levels(width: int) -> Ints:
+    """Widths measured for a group, ascending, the full width last; 1 is always among them."""
+    shares = np.asarray([1 / width, *sorted(LEVELS), 1.0])
+    return np.unique(np.clip(np.round(shares * width), 1, width).astype(np.int64))
+
+
+def targets(model: Model) -> list[str]:
+    """The outputs that a loss looks at: the classification head, or all floating ones."""
+    place = head(model)
+    floating = [p.name for p in model.outputs if p.dtype.kind == "f"]
+    return [model.outputs[place.index].name] if place is not None else floating or [p.name for p in model.outputs]
+
+
+def _types(model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str) -> dict[str, int]:
+    """Element types of all tensors; behind an operator that shape inference does not know, a run tells."""
+    types = element_types(model.proto, model.dtypes)
+    unknown = [o for node in slicer.nodes for o in node.output if o and o not in types]
+    if unknown and feeds:
+        session = Session(slicer.model(slicer.needed(unknown, ()), unknown, types), device)
+        found = session.run({n: feeds[0][n] for n in session.inputs}, unknown)
+        types.update((n, int(helper.np_dtype_to_tensor_dtype(v.dtype))) for n, v in zip(unknown, found, strict=True))
+    return types
+
+
+def divergence(model: Model, truth: Sequence[Array], found: Sequence[Array]) -> float:
+    """Mean KL divergence of class probabilities, or relative squared error of the outputs.
+
+    Where the original is infinite (a class that is ruled out) so must be what is compared, and nothing is lost there;
+    ``LOST`` where only one of them is a number.
+    """
+    with np.errstate(invalid="ignore"):
+        if head(model) is not None:
+            p, q = _log_probabilities(truth[0]), _log_probabilities(found[0])
+            loss = float(np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1).mean())
+            return loss if np.isfinite(loss) else LOST
+        pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(truth, found, strict=True)]
+        error = sum(float(np.square(np.where(a == b, 0.0, a - b)).sum()) for a, b in pairs)
+    energy = sum(float(np.square(a[np.isfinite(a)]).sum()) for a, _ in pairs)
+    return (error / energy if energy else error) if np.isfinite(error) else LOST
+
+
+def _log_probabilities(values: Array) -> Floats:
+    found = values.astype(np.float64)
+    if (found >= 0).all() and np.allclose(found.sum(axis=1), 1, atol=1e-3):
+        return np.log(np.maximum(found, 1e-12))  # the model ends in a softmax of its own
+    shifted = found - found.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What the original gives on every feed: the ``wanted`` outputs, in order."""
+
+    feeds: Sequence[Mapping[str, Array]]
+    outputs: Sequence[list[Array]]
+    wanted: list[str]
+
+
+class _Part:
+    """The graph behind a group's consumers, with the numbers a level changes as inputs."""
+
+    def __init__(self, whole: _Whole, group: int, grams: Mapping[str, Gram]) -> None:
+        model, coupling, slicer, types = whole.model, whole.coupling, whole.slicer, whole.types
+        found = problems(model, coupling, grams, group)
+        self.model, self.found, self.truth, self.repair = model, found, whole.truth, whole.repair
+        wanted = whole.truth.wanted
+        self.units = coupling.groups[group].units
+        self.linear = {p.consumer.node: p.consumer for p in found}
+        self.wanted = wanted
+        # A node may read the group at several places (a recurrent one: its input and its own state).
+        self.masked: dict[str, list[tuple[str, Consumer, Ints]]] = {}
+        homes = model.homes
+        names: set[str] = set()
+        for c in (*coupling.consumers, *coupling.inside):
+            labels = coupling.axes[c.data, c.axis]
+            if np.isin(labels, self.units).any():
+                names.add(homes[c.node])
+                if c.node not in self.linear:
+                    here = self.masked.setdefault(c.node, [])
+                    here.append((f"{len(here)}_{c.node}", c, labels))
+        sources = [o for node in slicer.nodes if node.name in names for o in node.output if o]
+        behind = slicer.descendants(sources) | {i for i, n in enumerate(slicer.nodes) if n.name in names}
+        behind &= set(slicer.needed(wanted, ()))
+        self.reaches = bool(behind)  # else nobody reads these units, or only other outputs depend on them
+        if not behind:
+            return
+        made = {o for i in behind for o in slicer.nodes[i].output if o}
+        inputs = {n for i in behind for n in slicer.reads[i] if n not in made and n not in slicer.constants}
+        # A wanted output in front of the group does not depend on it.
+        self.before = sorted(inputs | {w for w in wanted if w not in made})
+        prefix = slicer.needed(self.before, ())
+        graph_inputs = {p.name for p in model.inputs}
+        computed = [n for n in self.before if n not in graph_inputs]
+        self.prefix = Session(slicer.model(prefix, computed, types), whole.device, 1) if computed else None
+        self.computed = computed
+        proto = slicer.model(sorted(behind), [w for w in wanted if w in made], types)
+        self._open(proto, types)
+        self.suffix = Session(proto, whole.device, 1, what="a part of the model")
+        self.made = made
+
+    def _open(self, proto: onnx.ModelProto, types: Mapping[str, int]) -> None:
+        """Turn weights into inputs, add bias shifts behind and masks before the consumers."""
+
+        def opened(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+            nodes: list[onnx.NodeProto] = []
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            place = None
+            if copy.name in self.linear:
+                place = site(next(n for n in self.model.nodes if n.name == copy.name), self.model.constants)
+                assert place is not None
+                kind = types[place.weight]
+                copy.input[place.weight_slot] = f"oamip_weight_{copy.name}"
+                proto.graph.input.append(helper.make_tensor_value_info(copy.input[place.weight_slot], kind, None))
+                proto.graph.input.append(helper.make_tensor_value_info(f"oamip_shift_{copy.name}", kind, None))
+                inner, out = f"oamip_inner_{copy.name}", copy.output[0]
+                copy.output[0] = inner
+                nodes.append(copy)
+                nodes.append(helper.make_node("Add", [inner, f"oamip_shift_{copy.name}"], [out]))
+                return nodes
+            for key, consumer, _ in self.masked.get(copy.name, ()):
+                kind = types[consumer.data]
+                proto.graph.input.append(helper.make_tensor_value_info(f"oamip_mask_{key}", kind, None))
+                source = copy.input[consumer.slot]
+                nodes.append(helper.make_node("Mul", [source, f"oamip_mask_{key}"], [f"oamip_masked_{key}"]))
+                copy.input[consumer.slot] = f"oamip_masked_{key}"
+            nodes.append(copy)
+            return nodes
+
+        insert(proto.graph, opened)
+        read = {n for node in proto.graph.node for n in reads(node)}
+        kept = [t for t in proto.graph.initializer if t.name in read]
+        del proto.graph.initializer[:]
+        proto.graph.initializer.extend(kept)
+
+    def losses(self, removed: Sequence[Ints]) -> Floats:
+        """Mean loss (sets,) with the units at each set of positions of the group taken away."""
+        loss = np.zeros(len(removed))
+        if not self.reaches:
+            return loss
+        settings = [self.level(r) for r in removed]
+        samples = 0
+        for feed, truth in zip(self.truth.feeds, self.truth.outputs, strict=True):
+            boundary = self.boundary(feed)
+            weight = len(truth[0]) if truth[0].ndim else 1
+            samples += weight
+            for i, setting in enumerate(settings):
+                loss[i] += weight * divergence(self.model, truth, self.run(boundary, setting))
+        return loss / max(samples, 1)
+
+    def boundary(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Tensors that cross from the original front into this part."""
+        values: dict[str, Array] = {}
+        if self.prefix:
+            given = {n: feed[n] for n in self.prefix.inputs}
+            values = dict(zip(self.computed, self.prefix.run(given, self.computed), strict=True))
+        return {name: values[name] if name in values else feed[name] for name in self.before}
+
+    def level(self, removed: Ints) -> dict[str, Array]:
+        """Inputs that take away the units at positions ``removed`` of the group and repair the consumers."""
+        result: dict[str, Array] = {}
+        repaired: dict[str, list[tuple[Floats, Floats]]] = {}
+        for problem in self.found:
+            mended = compensate(problem, removed, self.repair)
+            repaired.setdefault(problem.consumer.node, []).append(problem.unfold(*mended))
+        for name, blocks in repaired.items():
+            node = next(n for n in self.model.nodes if n.name == name)
+            place = site(node, self.model.constants)
+            assert place is not None
+            like = self.model.constants[place.weight]
+            weight = np.stack([w for w, _ in blocks]).reshape(matrix_shape(place, like))
+            shift = np.concatenate([s for _, s in blocks])
+            result[f"oamip_weight_{name}"] = unmatrix(place, weight / place.factor, like)
+            view = [1] * len(self.model.shapes[node.outputs[0]])
+            view[place.output_axis] = -1
+            result[f"oamip_shift_{name}"] = shift.reshape(view).astype(like.dtype)
+        gone = self.units[removed]
+        for key, consumer, labels in (found for several in self.masked.values() for found in several):
+            view = [1] * len(self.model.shapes[consumer.data])
+            view[consumer.axis] = -1
+            keep = ~np.isin(labels, gone)
+            result[f"oamip_mask_{key}"] = keep.reshape(view).astype(self.model.dtypes[consumer.data])
+        return result
+
+    def run(self, boundary: Mapping[str, Array], setting: Mapping[str, Array]) -> list[Array]:
+        """The wanted outputs at one level."""
+        feed = {n: v for n, v in {**boundary, **setting}.items() if n in self.suffix.inputs}
+        names = [w for w in self.wanted if w in self.made]
+        found = dict(zip(names, self.suffix.run(feed, names), strict=True))
+        return [found[w] if w in found else boundary[w] for w in self.wanted]

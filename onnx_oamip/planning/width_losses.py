@@ -1,0 +1,91 @@
+"""Losses by width of every group: measured at a few widths, interpolated to every width that a plan may choose."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnx_oamip.planning import allocation, scoring, sensitivity
+from onnx_oamip.artifacts import cache
+from onnx_oamip.graph import cost
+from onnx_oamip.planning.budget_program import Ladder
+from onnx_oamip.statistics.collector import collect, parts
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.core.records import (
+    Budget,
+    Coupling,
+    Floats,
+    Ints,
+    Request,
+    Scores,
+    Sensitivity,
+)
+from onnx_oamip.core.settings import Settings
+
+
+def programmed(settings: Settings) -> bool:
+    """Whether losses are measured for the budget program: an alpha alone leaves it nothing to choose."""
+    return settings.allocate == "mip" and settings.budget != Budget()
+
+
+def measure(
+    context: Context, scores: Scores, *, step: Ints, floor: Floats
+) -> tuple[Ladder | None, tuple[Sensitivity, ...]]:
+    """Measure the losses of the original model when its units are removed in the order of some scores.
+
+    Args:
+        context: The original model, whose groups are narrowed one at a time.
+        scores: They give the order of removal.
+        step: Units per alignment step of every group (groups,).
+        floor: Least share of every group (groups,).
+
+    Returns:
+        (losses at every width that a plan may choose, losses as measured); (None, ()) where no program needs them.
+    """
+    model, coupling, settings = context.model, context.coupling, context.settings
+    if not programmed(settings):
+        return None, ()
+    order = scoring.order(scores, coupling)
+
+    def run() -> tuple[Sensitivity, ...]:
+        feeds = [feed for _, feed in parts(context.samples)[1].batches(context.batch)]
+        return sensitivity.measure(
+            model,
+            coupling,
+            collect(context, {Request.COVARIANCE}).grams,
+            order,
+            feeds,
+            context.device,
+            context.workers,
+            context.progress,
+            settings.refit,
+            settings.scheduler,
+        )
+
+    known = {**context.known, "order": order.tolist(), "refit": settings.refit}
+    wide = cost.full_widths(coupling)
+    curves = context.store.keep(cache.LOSSES, known, run, lambda found: sensitivity.fits(found, wide))
+    return rungs(coupling, curves, step, floor), curves
+
+
+def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: Floats | float) -> Ladder:
+    """Widths each group may take (all multiples of its step) with losses interpolated between the measured ones.
+
+    ``floor``: the least share of a group, one for all or (groups,).
+    """
+    widths, losses = [], []
+    wide = cost.full_widths(coupling)
+    narrow = allocation.least(floor, step, wide)
+    for found, s, first, full in zip(sensitivities, step.tolist(), narrow.tolist(), wide.tolist(), strict=True):
+        every = np.unique(np.append(np.arange(first, full + 1, s), full))
+        widths.append(every.astype(np.int64))
+        losses.append(interpolate(found, every))
+    return Ladder(tuple(widths), tuple(losses))
+
+
+def interpolate(found: Sensitivity, widths: Ints) -> Floats:
+    """Losses at other widths: monotone cubic through the measured ones (never below zero, never rising with width)."""
+    if len(found.widths) == 1:
+        return np.zeros(len(widths))
+    from scipy.interpolate import PchipInterpolator  # brings half of scipy
+
+    return np.maximum(np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0)

@@ -1,0 +1,234 @@
+"""pack(...) and unpack(...): what the commands of the same names do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx_oamip.graph import loading as models
+from onnx_oamip.core.atomic_files import Batch, write_bytes
+from onnx_oamip.statistics.calibration import Progress
+from onnx_oamip.statistics.context import Clock
+from onnx_oamip.data.dataset import check as check_sources
+from onnx_oamip.core.errors import (
+    DataError,
+    GateFailed,
+    ModelError,
+    OutputError,
+    SettingsError,
+)
+from onnx_oamip.artifacts.output import check_output
+from onnx_oamip.api.prepare import Source, samples_of
+from onnx_oamip.core.records import Floats, Verification
+from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.published.packing import (
+    allocation,
+    codebook,
+    coding,
+    container,
+    layout,
+)
+from onnx_oamip.published.packing.allocation import Judge
+from onnx_oamip.published.packing.container import Contents
+from onnx_oamip.published.packing.layout import Files, Place
+
+MAX_DROP = 0.5
+"""Points that may be lost where samples are given and nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed model: ``original`` as it was, ``contents`` as it comes out again, ``sha256`` and ``nbytes`` packed.
+
+    ``verification`` is None where nothing was measured: then no bit differs, or no samples were given.
+    """
+
+    path: str
+    output: str
+    sha256: str
+    nbytes: int
+    original: Files
+    contents: Contents
+    verification: Verification | None
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """A model that was unpacked: ``packed_sha256`` and ``packed_bytes`` of the packed file."""
+
+    path: str
+    packed_sha256: str
+    packed_bytes: int
+    output: str
+    contents: Contents
+
+
+def pack(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    lossless: bool = False,
+    clusters: int | None = None,
+    data: Source | None = None,
+    eval_data: Source | None = None,
+    max_drop: float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    **reading: Any,
+) -> Packed:
+    """Write a model in fewer bytes, of which :func:`unpack` makes a model file again.
+
+    Without samples and without ``clusters`` every bit comes back. ``clusters`` (2 to 256) is the number of values that
+    each weight matrix may hold; with ``data`` it is chosen for each, so that at most ``max_drop`` points (of accuracy,
+    without labels of agreement, without classes of relative output error; default 0.5) are lost on ``eval_data``, or
+    on the evaluation part of ``data``. Both: the given number, refused where it loses more. ``reading`` says how images
+    and tables are read, as in :class:`Settings`.
+
+    Raises OamipError: exit code 2 for bad input, 1 where more is lost than allowed; then no file is written.
+    """
+    _check(lossless, clusters, data, eval_data, max_drop)
+    points = MAX_DROP if max_drop is None else max_drop
+    settings = Settings.create(max_drop=points, device=device, seed=seed, batch_size=batch_size, **reading)
+    clock = Clock()
+    target = check_output(path, output, (data, eval_data))
+    exact = clusters is None and data is None
+    check_sources(data, eval_data)
+    if not exact:
+        codebook.check()
+    with clock("load"):
+        original = layout.read(path)
+        judge = None if data is None else _judge(path, original, data, eval_data, settings)
+    codes: dict[Place, coding.Coded] = {}
+    values: dict[Place, Floats] = {}
+    verification = None
+    if not exact:
+        shareable = [p for p in original.places if codebook.shares(p, original.words(p))]
+        with clock("codebooks"):
+            if clusters is None:
+                assert judge is not None
+                codes = _encode(original, shareable, progress)
+                bytes_exact = {place: len(code.blob) for place, code in codes.items()}
+                found = allocation.candidates(original, bytes_exact, seed, progress)
+                values, verification = allocation.smallest(judge, found, points, progress)
+            else:
+                values = {place: _codebook(original, place, clusters, seed) for place in shareable}
+                verification = None if judge is None else _within(judge, values, points)
+    with clock("encode"):
+        files = original.substitute(allocation.shared(original, values))
+        codes = {place: code for place, code in codes.items() if place not in values}
+        codes |= _encode(files, [p for p in files.places if p not in codes], progress)
+        asked: dict[str, Any] = {
+            "lossless": exact,
+            "clusters": clusters,
+            "max_drop": None if data is None else points,
+            "seed": seed,
+        }
+        ordered = tuple(codes[place] for place in files.places)
+        contents = Contents(files, ordered, original.sha256, files.sha256 == original.sha256, asked)
+        packed = container.write(contents)
+    with clock("verify"):
+        if container.read(packed, str(target)) != contents:
+            raise GateFailed(f"{path} does not come out of its packed form as it went in; please report this model.")
+    with clock("write"):
+        write_bytes(packed, target)
+    sha256 = hashlib.sha256(packed).hexdigest()
+    return Packed(
+        str(path), str(target), sha256, len(packed), original, contents, verification, clock.seconds
+    )
+
+
+def unpack(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Unpacked:
+    """Write the model of a packed file, and the files that it keeps its weights in beside it.
+
+    Raises ModelError for a file that is damaged or of another version, OutputError where a file beside the model would
+    be overwritten by another one; then no file is written.
+    """
+    file = Path(path)
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise ModelError(f"{file}: {what}; give what 'onnx-oamip pack' wrote.")
+    target = check_output(file, output)
+    try:
+        packed = file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
+    contents = container.read(packed, str(file))
+    sides = {name: _beside(target, name) for name in contents.files.contents if name}
+    for name, side in sides.items():
+        if side.exists() and (side.is_dir() or side.read_bytes() != contents.files.contents[name]):
+            raise OutputError(f"{side} is there already, with something else in it; unpack into another folder.")
+    with Batch() as batch:
+        for name, side in sides.items():
+            side.parent.mkdir(parents=True, exist_ok=True)
+            batch.add(side, contents.files.contents[name])
+        batch.add(target, contents.files.contents[""])
+        batch.commit()
+    return Unpacked(str(file), hashlib.sha256(packed).hexdigest(), len(packed), str(target), contents)
+
+
+def _check(
+    lossless: bool, clusters: int | None, data: Source | None, eval_data: Source | None, max_drop: float | None
+) -> None:
+    """Settings that contradict each other."""
+    asked = {"--clusters or --bits": clusters, "--data": data, "--eval-data": eval_data, "--max-drop": max_drop}
+    for name, value in asked.items():
+        if lossless and value is not None:
+            raise SettingsError(f"--lossless keeps every bit, which leaves {name} nothing to say; leave one out.")
+        if name in ("--eval-data", "--max-drop") and value is not None and data is None:
+            raise DataError(f"{name} is about what is measured on samples; give --data as well.")
+    if clusters is not None and not 2 <= clusters <= coding.CODEBOOK:
+        raise SettingsError(f"--clusters is {clusters}: it should be from 2 to {coding.CODEBOOK}.")
+
+
+def _judge(
+    path: str | os.PathLike[str], files: Files, data: Source, eval_data: Source | None, settings: Settings
+) -> Judge:
+    device = resolve_device(settings.device)
+    model = models.load(path)
+    samples, held = samples_of(model, data, eval_data, settings)
+    assert held is not None
+    model = models.rebind(model, samples.bindings(model))
+    original = Session(path, device, what=str(path))
+    return Judge(files, model, original, samples, held, device, settings.batch_size)
+
+
+def _encode(files: Files, places: list[Place], progress: Progress | None) -> dict[Place, coding.Coded]:
+    found = {}
+    for i, place in enumerate(places):
+        found[place] = coding.encode(files.words(place), place.form)
+        if progress:
+            progress("encode", i + 1, len(places))
+    return found
+
+
+def _codebook(files: Files, place: Place, clusters: int, seed: int) -> Floats:
+    seen = codebook.histogram(codebook.numbers(place, files.words(place)))
+    return codebook.cluster(seen, clusters, place.form.dtype.itemsize, seed).values
+
+
+def _within(judge: Judge, values: Mapping[Place, Floats], points: float) -> Verification:
+    found = judge.measure(allocation.shared(judge.files, values), judge.held)
+    if not (lost := judge.lost(found)) <= points:
+        raise GateFailed(
+            f"with this many shared values {lost:.2f} points are lost on {judge.held.source}, more than --max-drop "
+            f"{points:g}; nothing was written; give more --clusters, or leave it out to have it chosen."
+        )
+    return found
+
+
+def _beside(target: Path, name: str) -> Path:
+    """Where a file beside the model goes. Raises OutputError where that is the model's place or leads elsewhere."""
+    side = target.parent / name
+    if side.resolve() == target.resolve():
+        raise OutputError(f"the model keeps weights in a file called {name}; give -o another name.")
+    if not side.resolve().is_relative_to(target.parent.resolve()):
+        raise OutputError(f"{side} leads out of the folder of {target}; unpack into another folder.")
+    return side

@@ -1,0 +1,64 @@
+"""Residual joins: where a linear node's output is added to another branch that is computed before it.
+
+A refit that only rebuilds its own node's output leaves the error that the other branch has gathered. The node can take
+it on: its target becomes ``y + (t - t') / gain``, where t and t' are the other branch in the original and in the cut
+model and gain is what normalisation does between the node and the sum (He, Zhang and Sun, ICCV 2017, section 3.3,
+"enhancement for multi-branch networks", here with the normalisation in between and for any operator).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_oamip.graph.linear_layers import Site
+from onnx_oamip.core.records import Floats, Model, Node
+
+LEAST_GAIN = 1e-2
+"""Relative to the largest gain: a channel that normalisation mutes is not asked to carry an error."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """The other branch of a node's sum, and the gain (outputs,) from the node to the sum; 0 where it is too small."""
+
+    other: str
+    gain: Floats
+
+    def correction(self, error: Floats, kept: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Floats:
+        """What the node must add to undo ``error`` (rows, kept outputs) of the other branch."""
+        gain = self.gain[kept]
+        return np.where(gain != 0, error / np.where(gain != 0, gain, 1), 0)
+
+
+def join(model: Model, place: Site) -> Join | None:
+    """The join a linear node's output runs into through biases and normalisation only, or None."""
+    readers: dict[str, list[Node]] = {}
+    for node in model.nodes:
+        for name in (*node.inputs, *node.captures):
+            readers.setdefault(name, []).append(node)
+    shown = {p.name for p in model.outputs}
+    tensor = place.node.outputs[0]
+    shape = model.shapes.get(tensor)
+    if shape is None:
+        return None
+    gain = np.ones(shape[place.output_axis])
+    while len(readers.get(tensor, ())) == 1 and tensor not in shown:
+        node = readers[tensor][0]
+        if node.op == "BatchNormalization" and all(n in model.constants for n in node.inputs[1:5]):
+            scale, variance = (model.constants[node.inputs[i]].astype(np.float64) for i in (1, 4))
+            gain = gain * scale / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
+        elif node.op in ("Add", "Sum") and len(node.inputs) == 2:
+            other = node.inputs[1] if node.inputs[0] == tensor else node.inputs[0]
+            if other not in model.constants:
+                if model.shapes.get(other) != shape or other == tensor:
+                    return None
+                muted = np.abs(gain) < LEAST_GAIN * np.abs(gain).max(initial=0.0)
+                return Join(other, np.where(muted, 0.0, gain))
+        elif node.op not in ("Identity", "Dropout"):
+            return None
+        tensor = node.outputs[0]
+        if model.shapes.get(tensor) != shape:
+            return None
+    return None

@@ -1,0 +1,398 @@
+"""What a run says about itself: one JSON document per command.
+
+Documents hold plain values only and are strict JSON: what is not a finite number is null. ``tables`` draws them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from onnx_oamip.artifacts.score_files import Scored
+from onnx_oamip.verification.benchmark import Benchmark
+from onnx_oamip.artifacts.keep_maps import Checkpoint
+from onnx_oamip.graph.cost import full_widths, ledger
+from onnx_oamip.verification.latency import Timing
+from onnx_oamip.graph.ops import REGISTRY
+from onnx_oamip.core.json_values import plain_document
+from onnx_oamip.artifacts.plan_files import Planned
+from onnx_oamip.core.records import (
+    Budget,
+    Connections,
+    Cost,
+    Coupling,
+    Fit,
+    Floats,
+    Frontier,
+    Model,
+    Point,
+    Port,
+    Report,
+    Verification,
+)
+from onnx_oamip.programs.solvers import SolverRecord
+from onnx_oamip.core.versions import versions
+
+SCHEMA_VERSION = 1
+LOW = 0.1
+"""Score below which a unit goes in the published experiments."""
+Document: TypeAlias = dict[str, Any]
+
+
+def document(report: Report) -> Document:
+    """The JSON document of ``prune``."""
+    kept = np.asarray(report.plan.widths, np.int64)
+    # A plan from a file comes without scores: their summaries are null.
+    values = report.scores.values if report.scores else np.full(report.coupling.n_units, np.nan)
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(report.model),
+        "output": {"path": report.output, "sha256": report.output_sha256},
+        "before": _cost(report.before),
+        "after": _cost(report.after),
+        "budget": _budget(report.budget),
+        "groups": [
+            {
+                "name": group.name,
+                "units": len(group.units),
+                "kept": int(width),
+                "level": int(width) / len(group.units),
+                "score": _summary(values[group.units]),
+            }
+            for group, width in zip(report.coupling.groups, kept, strict=True)
+        ],
+        "skipped": _skipped(report.coupling),
+        "importance": report.scores.method if report.scores else report.settings["importance"],
+        "allocation": report.plan.allocation,
+        "programs": [*(report.scores.programs if report.scores else ()), *report.plan.programs],
+        "fits": [_fit(fit) for fit in report.fits],
+        "curves": [{"widths": curve.widths, "losses": curve.loss} for curve in report.curves],
+        "tried": [{"asked": t.asked, "macs": t.macs, "lost": t.lost} for t in report.tried],
+        "connections": None if report.connections is None else _connections(report.connections),
+        "verification": _verification(report.verification),
+        "notes": _distinct([*report.model.notes, *report.notes, *report.plan.notes]),
+        "timings": report.timings,
+        "settings": report.settings,
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def frontier(found: Frontier) -> Document:
+    """The JSON document of ``frontier``: the model at every budget, by falling MACs."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(found.model),
+        "before": {**_cost(found.before), "accuracy": found.accuracy},
+        "groups": [{"name": group.name, "units": len(group.units)} for group in found.coupling.groups],
+        "points": [_point(point, found.before) for point in found.points],
+        "importance": found.importance,
+        "notes": _distinct([*found.model.notes, *found.notes]),
+        "timings": found.timings,
+        "settings": found.settings,
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def scoring(found: Scored) -> Document:
+    """The JSON document of ``score``: per group how its scores are spread; ``below`` is the share under ``low``."""
+    groups = []
+    for group in found.coupling.groups:
+        values = found.scores.values[group.units]
+        spread = {**_summary(values), "median": np.median(values), "below": np.mean(values < LOW)}
+        groups.append({"name": group.name, "units": len(group.units), "score": spread})
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(found.model),
+        "output": {"path": found.output, "sha256": found.sha256},
+        "method": found.scores.method,
+        "low": LOW,
+        "groups": groups,
+        "programs": found.scores.programs,
+        "notes": _distinct([*found.model.notes, *found.notes]),
+        "timings": found.seconds,
+        "settings": found.settings,
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def planning(found: Planned) -> Document:
+    """The JSON document of ``plan``: as that of ``prune``, with what is predicted in place of what was measured."""
+    groups = []
+    for group, width in zip(found.coupling.groups, found.plan.widths.tolist(), strict=True):
+        units = len(group.units)
+        score = _summary(found.scores.values[group.units])
+        groups.append({"name": group.name, "units": units, "kept": width, "level": width / units, "score": score})
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(found.model),
+        "output": {"path": found.output, "sha256": found.sha256},
+        "before": _cost(found.before),
+        "predicted": _cost(found.plan.predicted),
+        "budget": _budget(found.budget),
+        "groups": groups,
+        "skipped": _skipped(found.coupling),
+        "importance": found.scores.method,
+        "allocation": found.plan.allocation,
+        "programs": [*found.scores.programs, *found.plan.programs],
+        "notes": _distinct([*found.model.notes, *found.scores.notes, *found.plan.notes, *found.notes]),
+        "timings": found.seconds,
+        "settings": found.settings,
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def inspection(model: Model, coupling: Coupling) -> Document:
+    """The JSON document of ``inspect``: what can go, what cannot, and why."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "model": _model(model),
+        "cost": _whole(model, coupling),
+        "groups": [
+            {
+                "name": group.name,
+                "units": len(group.units),
+                "axes": [
+                    {"tensor": tensor, "axis": axis, "per_unit": held, "constant": tensor in model.constants}
+                    for (tensor, axis), held in group.multiplicity.items()
+                ],
+                "consumers": consumers,
+            }
+            for group, consumers in zip(coupling.groups, _consumers(coupling), strict=True)
+        ],
+        "skipped": _skipped(coupling),
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def comparison(original: Model, pruned: Model, verification: Verification) -> Document:
+    """The JSON document of ``verify``."""
+    sides = []
+    for model in (original, pruned):
+        # Costs at full width do not depend on what could be cut.
+        nothing = Coupling(0, (), np.zeros(0, np.int64), {}, (), ())
+        sides.append({**_model(model), "cost": _whole(model, nothing)})
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "original": sides[0],
+        "pruned": sides[1],
+        "verification": _verification(verification),
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def checkpoint(found: Checkpoint) -> Document:
+    """The JSON document of ``checkpoint``: every tensor of the state dict with its shapes."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "output": {"path": found.output, "sha256": found.sha256},
+        "tensors": [
+            {"name": t.name, "weight": t.weight, "before": list(t.before), "after": list(t.after)}
+            for t in found.tensors
+        ],
+        "unmatched": found.unmatched,
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def operators() -> Document:
+    """The JSON document of ``ops``: every operator whose channels can be followed."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "operators": [
+            {
+                "name": spec.name,
+                "domain": spec.domain,
+                "since": spec.since,
+                "until": spec.until,
+                "macs": spec.cost is not None,
+                "refit": spec.linear,
+                "repair": spec.repair is not None,
+            }
+            for spec in sorted(REGISTRY, key=lambda s: (s.domain, s.name.lower(), s.since))
+        ],
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def solvers(found: Sequence[SolverRecord]) -> Document:
+    """The JSON document of ``solvers``; a null limit means any size."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "solvers": [
+            {
+                "name": solver.name,
+                "installed": solver.installed,
+                "usable": solver.usable,
+                "version": solver.version,
+                "licence": solver.licence,
+                "variables": solver.variables,
+                "rows": solver.rows,
+            }
+            for solver in found
+        ],
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def benchmark(found: Benchmark) -> Document:
+    """The JSON document of ``bench``: for every model its timings, one per batch size."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "device": found.device,
+        "threads": found.threads,
+        "batch": list(found.timings),
+        "seconds": found.seconds,
+        "data": found.source,
+        "models": [
+            {
+                "path": model.path,
+                "sha256": model.sha256,
+                "bytes": model.file_bytes,
+                "timings": [{"batch": batch, **_timing(timings[i])} for batch, timings in found.timings.items()],
+            }
+            for i, model in enumerate(found.models)
+        ],
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def dumps(value: Document) -> str:
+    """Strict JSON text of a document."""
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
+def _model(model: Model) -> Document:
+    return {
+        "path": model.path,
+        "sha256": model.sha256,
+        "inputs": [_port(p) for p in model.inputs],
+        "outputs": [_port(p) for p in model.outputs],
+        "opset": {o.domain or "ai.onnx": o.version for o in model.proto.opset_import},
+        "bindings": model.bindings,
+    }
+
+
+def _port(port: Port) -> Document:
+    return {"name": port.name, "dtype": port.dtype.name, "dims": list(port.dims)}
+
+
+def _budget(budget: Budget) -> Document:
+    return {
+        "macs": budget.macs,
+        "params": budget.params,
+        "size": budget.size,
+        "threshold": budget.threshold,
+        "latency": budget.latency,
+        "max_drop": budget.max_drop,
+    }
+
+
+def _cost(cost: Cost) -> Document:
+    return {"macs": cost.macs, "params": cost.params, "bytes": cost.bytes}
+
+
+def _whole(model: Model, coupling: Coupling) -> Document:
+    """The cost before any cut; bytes are those of the file as it lies there."""
+    return {**_cost(ledger(model, coupling).cost(full_widths(coupling))), "bytes": model.file_bytes}
+
+
+def _summary(values: Floats) -> Document:
+    if not len(values):
+        return {"min": None, "mean": None, "max": None}
+    return {"min": values.min(), "mean": values.mean(), "max": values.max()}
+
+
+def _skipped(coupling: Coupling) -> list[Document]:
+    return [{"tensor": p.tensor, "axis": p.axis, "channels": p.count, "reason": p.reason} for p in coupling.pinned]
+
+
+def _consumers(coupling: Coupling) -> list[list[str]]:
+    """Names of the nodes that sum over each group's channels, in graph order."""
+    found: list[dict[str, None]] = [{} for _ in coupling.groups]
+    for consumer in (*coupling.consumers, *coupling.inside):
+        units = coupling.axes[consumer.data, consumer.axis]
+        for group in np.unique(coupling.unit_group[units[units >= 0]]).tolist():
+            found[group].setdefault(consumer.node)
+    return [list(names) for names in found]
+
+
+def _verification(verification: Verification) -> Document:
+    return {
+        "masked_equivalence": verification.masked_equivalence,
+        "rounding": verification.rounding,
+        "output_relative_error": verification.output_relative_error,
+        "agreement": verification.agreement,
+        "accuracy_before": verification.accuracy_before,
+        "accuracy_after": verification.accuracy_after,
+        "latency_ratio": verification.latency_ratio,
+        "batches": verification.batches,
+        "samples": verification.samples,
+        "failures": verification.failures,
+    }
+
+
+def _point(point: Point, before: Cost) -> Document:
+    """One point of a frontier; all that was not measured is null."""
+    whole, cost, proved = _cost(before), point.cost, point.verification
+    after = dict.fromkeys(whole) if cost is None else _cost(cost)
+    return {
+        "asked": point.asked,
+        **after,
+        "shares": {key: after[key] / whole[key] if after[key] is not None and whole[key] else None for key in whole},
+        "accuracy": proved and proved.accuracy_after,
+        "agreement": proved and proved.agreement,
+        "output_relative_error": proved and proved.output_relative_error,
+        "latency_ratio": proved and proved.latency_ratio,
+        "kept": point.widths,
+        "output": point.output,
+        "sha256": point.sha256,
+        "reason": point.reason,
+    }
+
+
+def _connections(found: Connections) -> Document:
+    sizes = {"total": found.total, "kept": found.kept, "compression": found.total / max(found.kept, 1)}
+    return {**sizes, **asdict(found)}
+
+
+def _fit(fit: Fit) -> Document:
+    return {
+        "node": fit.node,
+        "form": fit.form,
+        "rows": fit.rows,
+        "unknowns": fit.unknowns,
+        "ridge": fit.ridge,
+        "error_before": fit.error_before,
+        "error_after": fit.error_after,
+    }
+
+
+def _timing(timing: Timing) -> Document:
+    ratio = timing.ratio
+    return {
+        "p50_ms": timing.p50_ms,
+        "p95_ms": timing.p95_ms,
+        "mean_ms": timing.mean_ms,
+        "throughput": timing.throughput,
+        "runs": timing.runs,
+        "peak_bytes": timing.peak_bytes,
+        "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds},
+    }
+
+
+def _distinct(notes: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(notes))

@@ -1,0 +1,362 @@
+"""Charts as SVG that lies inside a page: same numbers in, same bytes out.
+
+A chart is drawn one unit to a CSS pixel at the width of a telephone, and a page puts several side by side: text has one
+size on every screen. Texts stay texts, in the reader's fonts; they are measured in a wide one, so that they fit. What
+matplotlib says about itself, its style rules and every id that nothing refers to are taken out, and the ids that are
+left differ from chart to chart.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from xml.etree import ElementTree
+
+import numpy as np
+
+_LOG = logging.getLogger("matplotlib")
+_LEVEL = _LOG.level
+_LOG.setLevel(logging.ERROR)  # it tells about its font cache on stderr
+
+import matplotlib.style  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.font_manager import FontProperties  # noqa: E402
+from matplotlib.textpath import TextToPath  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402
+
+_LOG.setLevel(_LEVEL)
+
+from onnx_oamip.core.records import Bools, Floats  # noqa: E402
+from onnx_oamip.core.printable import visible  # noqa: E402
+
+WIDE, NARROW = 420, 190
+INK, MUTED, GRID, BEFORE, AFTER, MARK = "#1c2733", "#5d6b7a", "#e4e9ef", "#cbd5e0", "#1f5fa8", "#c2571a"
+SIZE = 10.5
+_FONT = FontProperties(family=["DejaVu Sans"], size=SIZE)
+_STYLE = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": SIZE,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 3,
+    "xtick.major.pad": 6,
+    "ytick.major.size": 3,
+    "svg.fonttype": "none",
+    "path.simplify": False,
+}
+_ROW, _NAME, _VALUE, _TOP, _FOOT = 20, 160, 92, 6, 44
+"""Of a chart of rows, in pixels: height of a row, widths of the columns of names and values, margins."""
+
+
+def widths(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
+    """Horizontal bars: (group, units before, units after); ``most`` is where the axis ends."""
+    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Channels before and after") as (fig, done):
+        axes = _rows(fig, [name for name, _, _ in rows])
+        places = np.arange(len(rows))
+        axes.barh(places, [units for _, units, _ in rows], height=0.62, color=BEFORE)
+        axes.barh(places, [kept for _, _, kept in rows], height=0.62, color=AFTER)
+        axes.set_xlim(0, most)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.set_xlabel("channels")
+        _values(axes, [f"{units:,} → {kept:,}" for _, units, kept in rows])
+    return done()
+
+
+def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[float, float]) -> str:
+    """Two dots a row on a logarithmic axis: (node, error before its refit, error after); ``span`` is the axis."""
+    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Relative error of every node, refitted") as (fig, done):
+        axes = _rows(fig, [name for name, _, _ in rows])
+        places = np.arange(len(rows))
+        low = span[0]
+        before, after = (np.maximum([row[i] for row in rows], low) for i in (1, 2))
+        axes.set_xscale("log")
+        axes.set_xlim(*span)
+        axes.hlines(places, after, before, color=BEFORE, linewidth=2.5)
+        axes.scatter(before, places, s=26, color="white", edgecolors=MARK, linewidths=1.4, zorder=3, clip_on=False)
+        axes.scatter(after, places, s=26, color=AFTER, zorder=4, clip_on=False)
+        _powers(axes, "x", span)
+        axes.grid(axis="x")
+        axes.set_xlabel("error / variance of the output")
+        _values(axes, [f"{a:.2g} → {b:.2g}" for _, a, b in rows])
+    return done()
+
+
+def sensitivity(shares: Floats, losses: Floats, chosen: float, span: tuple[float, float], salt: str) -> str:
+    """A group's loss (levels,) by the share of it that is kept (levels,), the chosen share marked.
+
+    ``span`` is the logarithmic axis; what is below it is drawn at its foot.
+    """
+    with _figure(NARROW, 146, salt, "Loss by share kept") as (fig, done):
+        axes = _axes(fig, 46, 17, 8, 42)
+        floor = np.maximum(losses, span[0])
+        axes.set_yscale("log")
+        axes.set_ylim(*span)
+        axes.set_xlim(0, 1)
+        axes.grid()
+        axes.axvline(chosen, color=MARK, linewidth=1, clip_on=False)
+        axes.plot(shares, floor, color=AFTER, linewidth=1.4, marker="o", markersize=3, clip_on=False)
+        height = np.exp(np.interp(chosen, shares, np.log(floor)))
+        axes.plot([chosen], [height], marker="o", markersize=7, color="white", markeredgecolor=MARK,
+                  markeredgewidth=1.6, clip_on=False, zorder=5)  # fmt: skip
+        _powers(axes, "y", span)
+        _shares(axes, [0, 0.5, 1])
+        axes.set_xlabel("share kept")
+        axes.set_ylabel("loss")
+    return done()
+
+
+def scores(values: Floats, kept: Bools, salt: str) -> str:
+    """A histogram of a group's scores (units,), kept and removed; logarithmic where they span decades."""
+    with _figure(NARROW, 146, salt, "Scores of the units") as (fig, done):
+        axes = _axes(fig, 46, 17, 8, 42)
+        values, kept = values[np.isfinite(values)], kept[np.isfinite(values)]
+        positive = values[values > 0]
+        low, high = (float(positive.min()), float(positive.max())) if len(positive) else (0.0, 0.0)
+        logarithmic = low > 0 and high > 30 * low
+        if logarithmic:
+            edges = np.geomspace(low, high, 17)
+            axes.set_xscale("log")
+        else:
+            least, most = float(values.min(initial=0)), float(values.max(initial=0))
+            edges = np.linspace(least, most if most > least else least + 1, 17)
+        drawn = np.clip(values, edges[0], edges[-1])
+        for units, colour in ((drawn, BEFORE), (drawn[kept], AFTER)):
+            axes.stairs(np.histogram(units, edges)[0], edges, fill=True, color=colour)
+        axes.set_ylim(0, None)
+        axes.set_xlim(edges[0], edges[-1])
+        if logarithmic:
+            _powers(axes, "x", (low, high))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.set_xlabel("score")
+        axes.set_ylabel("units")
+    return done()
+
+
+def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str) -> str:
+    """The tries of a search: (share of MACs kept, points lost, whether it was taken) and what may be lost at most.
+
+    A try that misses by far is a triangle at the upper edge, so that what lies around the limit can be told apart.
+    """
+    with _figure(WIDE, 270, salt, "Points lost by share of MACs kept") as (fig, done):
+        axes = _axes(fig, 50, 14, 12, 44)
+        axes.grid()
+        axes.axhline(allowed, color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
+        x, y, taken = (np.asarray(column) for column in zip(*tries, strict=True))
+        low, high = min(0.0, float(y.min())), max(float(y.max()), allowed)
+        far = y > 5 * allowed if allowed > 0 else np.zeros(len(y), bool)
+        if far.any():
+            high = max(float(y[~far].max(initial=0)), 2 * allowed)
+        foot, top = low - 0.08 * max(high - low, 0.1), high + 0.12 * max(high - low, 0.1)
+        shown = np.where(far, top, y)
+        order = np.argsort(x, kind="stable")
+        axes.plot(x[order], shown[order], color=BEFORE, linewidth=1.4, zorder=2)
+        for part, marker in ((~far, "o"), (far, "^")):
+            axes.scatter(x[part], shown[part], s=32, marker=marker, color="white", edgecolors=AFTER, linewidths=1.4,
+                         zorder=3, clip_on=False)  # fmt: skip
+        axes.scatter(x[taken], shown[taken], s=52, color=AFTER, zorder=4, clip_on=False)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(foot, top)
+        _shares(axes)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.set_xlabel("share of MACs kept")
+        axes.set_ylabel("points lost")
+    return done()
+
+
+def frontier(points: Sequence[tuple[float, float]], whole: float | None, name: str, salt: str) -> str:
+    """A quality in [0, 1] by the share of MACs kept, every point with its value; ``whole`` is the original's."""
+    with _figure(WIDE, 270, salt, f"{name} by share of MACs kept") as (fig, done):
+        axes = _axes(fig, 56, 20, 22, 44)
+        axes.grid()
+        x, y = (np.asarray(column, np.float64) for column in zip(*sorted(points), strict=True))
+        seen = np.append(y, [] if whole is None else [whole])
+        if whole is not None:
+            axes.axhline(whole, color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
+            axes.scatter([1], [whole], s=34, color="white", edgecolors=MARK, linewidths=1.4, zorder=4, clip_on=False)
+        axes.plot(x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False)
+        low, high = float(seen.min()), float(seen.max())
+        room = max(high - low, 0.002)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(low - 0.22 * room, high + 0.12 * room)
+        for a, b in zip(x.tolist(), y.tolist(), strict=True):
+            axes.annotate(f"{100 * b:.1f}", (a, b), (5, -12), textcoords="offset points", fontsize=9.5, zorder=6)
+        _shares(axes)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g} %"))
+        axes.set_xlabel("share of MACs kept")
+        axes.set_title(name, fontsize=SIZE, color=MUTED, loc="left", pad=6)
+    return done()
+
+
+def latency(points: Sequence[tuple[float, float]], salt: str) -> str:
+    """Measured latency over the original's by the share of MACs kept, beside the line on which the two are equal."""
+    with _figure(WIDE, 270, salt, "Latency by share of MACs kept") as (fig, done):
+        axes = _axes(fig, 56, 20, 22, 44)
+        axes.grid()
+        x, y = (np.asarray(column, np.float64) for column in zip(*sorted(points), strict=True))
+        axes.plot([0, 1], [0, 1], color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.plot(x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False)
+        for a, b in zip(x.tolist(), y.tolist(), strict=True):
+            axes.annotate(f"{100 * b:.0f}", (a, b), (0, 8), textcoords="offset points", ha="center", fontsize=9.5,
+                          zorder=6)  # fmt: skip
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, max(1.0, 1.12 * float(y.max())))
+        _shares(axes)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g} %"))
+        axes.set_xlabel("share of MACs kept")
+        axes.set_title("latency, of the original's", fontsize=SIZE, color=MUTED, loc="left", pad=6)
+    return done()
+
+
+def decades(values: Sequence[float]) -> tuple[float, float]:
+    """Whole powers of ten around all positive values, six decades at most, one at least."""
+    found = np.asarray(values, np.float64)
+    found = found[np.isfinite(found) & (found > 0)]
+    if not len(found):
+        return 0.1, 1.0
+    high = int(np.ceil(np.log10(found.max())))
+    low = min(max(int(np.floor(np.log10(found.min()))), high - 6), high - 1)
+    return 10.0**low, 10.0**high
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def _axes(fig: Figure, left: float, right: float, top: float, foot: float) -> Axes:
+    """Axes with margins in pixels."""
+    width, height = (72 * v for v in fig.get_size_inches())
+    return fig.add_axes((left / width, foot / height, (width - left - right) / width, (height - top - foot) / height))
+
+
+def _rows(fig: Figure, names: Sequence[str]) -> Axes:
+    """Axes with one named row after another, from the top."""
+    axes = _axes(fig, _NAME, _VALUE, _TOP, _FOOT)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
+    axes.set_yticklabels([shortened(name, _NAME - 10) for name in names], color=INK)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    return axes
+
+
+def _values(axes: Axes, texts: Sequence[str]) -> None:
+    for place, text in enumerate(texts):
+        axes.annotate(text, (1, place), (_VALUE - 2, 0), xycoords=("axes fraction", "data"),
+                      textcoords="offset points", ha="right", va="center_baseline", fontsize=9.5)  # fmt: skip
+
+
+def _shares(axes: Axes, ticks: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+
+
+def _powers(axes: Axes, side: str, span: tuple[float, float]) -> None:
+    """At most four ticks at powers of ten."""
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    if np.log10(span[1] / span[0]) < 2 and np.floor(np.log10(span[1])) == np.ceil(np.log10(span[0])) - 1:
+        axis.set_major_locator(FixedLocator([span[0], span[1]]))  # no power of ten in between
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.1g}"))
+    else:
+        axis.set_major_locator(LogLocator(numticks=4))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: "10" + f"{round(np.log10(v))}".translate(raised)))
+    axis.set_minor_locator(NullLocator())
+
+
+def shortened(text: str, room: float) -> str:
+    """The text, visible, at most ``room`` pixels wide in a wide font.
+
+    Words of a name shrink to their first letter, from the left, as in ``e.l.3.attention.dense.weight``: numbers, which
+    tell layers apart, stay. What is too long even so loses its middle.
+    """
+    text = visible(text)[:400]
+    found = text
+    words = list(re.finditer(r"[^\W\d_]{2,}(?=[./_:])", text))
+    for i in range(len(words)):
+        if _extent(found) <= room:
+            return found
+        end = words[i].end()
+        found = re.sub(r"([^\W\d_])[^\W\d_]+(?=[./_:])", r"\1", text[:end] + text[end : end + 1]) + text[end + 1 :]
+    kept, short = len(found), found
+    while kept > 2 and (extent := _extent(short)) > room:
+        kept = max(min(kept - 1, int(kept * room / extent)), 2)
+        short = f"{found[: kept - kept // 2]}…{found[-(kept // 2) :]}"
+    return short
+
+
+def _extent(text: str) -> float:
+    """Width in pixels in a wide font; the measure of what it lacks is a box, and wide scripts are wider than that."""
+    with _quietly():
+        extent, _, _ = TextToPath().get_text_width_height_descent(text, _FONT, False)
+    return float(extent) + 0.5 * SIZE * sum(ord(c) > 0x2E7F for c in text)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts draw the texts
+        yield
+
+
+@contextmanager
+def _figure(width: float, height: float, salt: str, label: str) -> Iterator[tuple[Figure, Callable[[], str]]]:
+    """A figure in pixels, and what turns it into SVG once it is left."""
+    result: list[str] = []
+    with _quietly(), matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": salt}]):
+        figure = Figure((width / 72, height / 72), dpi=72, facecolor="none")
+        FigureCanvasSVG(figure)
+        yield figure, lambda: result[0]
+        for axes in figure.axes:
+            axes.set_facecolor("none")
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        result.append(_inline(stream.getvalue(), salt, label, width, height))
+
+
+def _inline(content: bytes, salt: str, label: str, width: float, height: float) -> str:
+    """The drawing alone: no prologue, no namespaces, no style rules for the whole page, no id without a reference."""
+    root = ElementTree.fromstring(content)
+    used = set(re.findall(rb"(?:url\(#|href=\"#)([^)\"]+)", content))
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.tail = None
+        for child in [c for c in element if c.tag.rpartition("}")[2] in ("metadata", "style")]:
+            element.remove(child)
+        if element.text is not None and not element.text.strip() and element.tag != "text":
+            element.text = None
+        for name in list(element.attrib):
+            value = element.attrib.pop(name)
+            name = name.rpartition("}")[2]
+            if name == "id":
+                if value.encode() not in used:
+                    continue
+                value = f"{salt}-{value}"
+            value = f"#{salt}-{value[1:]}" if name == "href" else value.replace("url(#", f"url(#{salt}-")
+            element.set(name, re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", value))
+    root.attrib.clear()
+    root.attrib.update(
+        {"role": "img", "aria-label": label, "viewBox": f"0 0 {width:g} {height:g}", "width": f"{width:g}",
+         "height": f"{height:g}"}
+    )  # fmt: skip
+    return ElementTree.tostring(root, encoding="unicode")

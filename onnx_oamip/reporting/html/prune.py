@@ -1,0 +1,285 @@
+"""The page of ``prune``, drawn from its document; only the scores of single units come from the report itself."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+import numpy as np
+
+from onnx_oamip.reporting import documents
+from onnx_oamip.core.records import Report
+from onnx_oamip.reporting.documents import Document
+from onnx_oamip.core.settings import READING, Settings
+from onnx_oamip.reporting.html import charts
+from onnx_oamip.reporting.html.layout import (
+    Block,
+    Bullets,
+    Card,
+    Figure,
+    Figures,
+    Note,
+    Page,
+    Pairs,
+    Part,
+    Section,
+    Table,
+    render,
+)
+from onnx_oamip.reporting.html.page import (
+    ROWS,
+    SMALL_CHARTS,
+    again,
+    largest,
+    limited,
+    paged,
+)
+from onnx_oamip.reporting.html.wording import (
+    DASH,
+    count,
+    number,
+    percent,
+    plural,
+    short,
+)
+
+APPLIED = ("refit", "seed", "batch_size", "force", "device", "cache", *sorted(READING))
+"""Settings that apply has as options."""
+
+
+def prune_page(report: Report) -> bytes:
+    """The page of ``prune``: the same report gives the same bytes."""
+    value = documents.document(report)
+    groups = report.coupling.groups
+    value["values"] = [report.scores.values[group.units] for group in groups] if report.scores else []
+    value["keep"] = [report.plan.keep[group.units] for group in groups]
+    model, output = value["model"]["path"], value["output"]["path"]
+    sections = [
+        _widths(value), _errors(value), _sensitivity(value), _scores(value), _search(value), _skipped(value),
+        _programs(value), _checks(value),
+        again(value, "apply", APPLIED) if "plan" in value["settings"] else again(value, "prune", Settings.model_fields),
+    ]  # fmt: skip
+    return render(
+        Page(
+            kicker="Pruned by onnx-oamip",
+            title=PurePath(model).name,
+            lead=[
+                f"{model} → {output or '(not written)'}",
+                f"{_asked(value['budget'])} {_how(value)}",
+            ],
+            cards=_cards(value),
+            sections=[s for s in sections if s is not None],
+        )
+    )
+
+
+def _asked(budget: Document) -> str:
+    names = {"macs": "MACs", "params": "parameters", "size": "bytes", "latency": "latency"}
+    wanted = [f"{percent(budget[key])} of the {name}" for key, name in names.items() if budget[key] is not None]
+    asked = [f"to keep at most {' and '.join(wanted)}"] if wanted else []
+    if budget["max_drop"] is not None:
+        asked.append(f"to lose at most {budget['max_drop']:g} points")
+    if budget["threshold"] is not None:
+        asked.append(f"to remove what scores below {budget['threshold']:g}")
+    return f"Asked {', '.join(asked)}." if asked else "No budget was asked for."
+
+
+def _how(value: Document) -> str:
+    how = {"Scores": value["importance"], "Allocation": value["allocation"], "Refit": value["settings"]["refit"]}
+    return " ".join(f"{name}: {method}." for name, method in how.items())
+
+
+def _cards(value: Document) -> list[Card]:
+    before, after, checks = value["before"], value["after"], value["verification"]
+    cards = []
+    for key, name, unit in (("macs", "MACs", ""), ("params", "Parameters", ""), ("bytes", "File", "B")):
+        share = after[key] / before[key] if before[key] else None
+        cards.append(Card(name, short(after[key], unit), f"{percent(share)} of {short(before[key], unit)}", share))
+    ratio = checks["latency_ratio"]
+    if ratio is not None:
+        cards.append(Card("Latency", percent(ratio), f"{1 / ratio:.2f} times as fast", ratio))
+    if checks["accuracy_after"] is not None:
+        lost = 100 * (checks["accuracy_before"] - checks["accuracy_after"])
+        note = f"{_points(lost)} {percent(checks['accuracy_before'], 2)}"
+        cards.append(Card("Accuracy", percent(checks["accuracy_after"], 2), note, checks["accuracy_after"]))
+    elif checks["agreement"] is not None:
+        note = f"same top class, {plural(checks['samples'], 'sample')}"
+        cards.append(Card("Agreement", percent(checks["agreement"], 2), note, checks["agreement"]))
+    elif checks["output_relative_error"] is not None:
+        note = f"relative, {plural(checks['samples'], 'sample')}"
+        cards.append(Card("Output error", number(checks["output_relative_error"]), note))
+    return cards
+
+
+def _points(lost: float) -> str:
+    return f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'}" if round(lost, 2) else "the same as"
+
+
+def _widths(value: Document) -> Section:
+    groups = value["groups"]
+    shown = largest([g["units"] for g in groups], ROWS)
+    rows = [(groups[i]["name"], groups[i]["units"], groups[i]["kept"]) for i in shown]
+    table = [
+        [g["name"], count(g["units"]), count(g["kept"]), percent(g["level"]),
+         *(number(g["score"][k]) for k in ("min", "mean", "max"))]
+        for g in (groups[i] for i in shown)
+    ]  # fmt: skip
+    most = max(g["units"] for g in groups)
+    columns = ("group", ">units", ">kept", ">share", ">least score", ">mean", ">largest")
+    units, kept = (sum(g[k] for g in groups) for k in ("units", "kept"))
+    lead = (
+        f"A group is a set of channels that can only go together with the same indices elsewhere; it is named after "
+        f"one of its weights. {count(kept)} of {count(units)} units in {plural(len(groups), 'group')} are kept."
+    )
+    parts: list[Part] = [
+        Figures([Figure(charts.widths(part, f"w{i}", most)) for i, part in enumerate(paged(rows))], "wide"),
+        *limited(shown, groups, "groups"),
+        Table.of(columns, table),
+    ]
+    return Section("widths", "Widths", lead, parts)
+
+
+def _errors(value: Document) -> Section | None:
+    fits = value["fits"]
+    if not fits:
+        return None
+    shown = largest([fit["error_before"] or 0.0 for fit in fits], ROWS)
+    errors = [(fits[i]["node"], fits[i]["error_before"], fits[i]["error_after"]) for i in shown]
+    rows = [row for row in errors if None not in row]  # what is not finite has no place on an axis
+    span = charts.decades([error for row in rows for error in row[1:]])
+    lead = (
+        "What is left of the output of every node that was refitted, in graph order: mean squared error on held-out "
+        "samples over the variance of the original output. Open: before its refit. Filled: after."
+    )
+    table = [
+        [f["node"], f["form"], count(f["rows"]), count(f["unknowns"]), number(f["ridge"]),
+         number(f["error_before"]), number(f["error_after"])]
+        for f in (fits[i] for i in shown)
+    ]  # fmt: skip
+    columns = ("node", "refit", ">rows", ">unknowns", ">ridge", ">error before", ">after")
+    drawn = [Figure(charts.errors(part, f"e{i}", span)) for i, part in enumerate(paged(rows))]
+    parts: list[Part] = [Figures(drawn, "wide"), *limited(shown, fits, "nodes"), Table.of(columns, table)]
+    return Section("errors", "Error along the network", lead, parts)
+
+
+def _sensitivity(value: Document) -> Section | None:
+    curves, groups = value["curves"], value["groups"]
+    if not curves:
+        return None
+    shown = largest([g["units"] for g in groups], SMALL_CHARTS)
+    losses = [np.asarray([np.nan if x is None else x for x in c["losses"]]) for c in curves]
+    span = charts.decades(np.concatenate(losses).tolist())
+    drawn = []
+    for i in shown:
+        group, finite = groups[i], np.isfinite(losses[i])
+        shares = np.asarray(curves[i]["widths"]) / group["units"]
+        svg = charts.sensitivity(shares[finite], losses[i][finite], group["level"], span, f"s{i}")
+        drawn.append(Figure(svg, group["name"], f"{count(group['kept'])} of {plural(group['units'], 'unit')} kept"))
+    lead = (
+        "The measured loss of the model with only this group narrowed and what reads it repaired: divergence of the "
+        "class probabilities, or relative squared error of the outputs. The line marks the width that was chosen. "
+        "One scale for all groups; at full width nothing is lost, which is drawn at the foot."
+    )
+    parts = [Figures(drawn, "narrow"), *limited(shown, groups, "groups")]
+    return Section("sensitivity", "Sensitivity", lead, parts)
+
+
+def _scores(value: Document) -> Section | None:
+    groups = value["groups"]
+    if not value["values"]:
+        return None
+    shown = largest([g["units"] for g in groups], SMALL_CHARTS)
+    drawn = [
+        Figure(charts.scores(value["values"][i], value["keep"][i], f"h{i}"), groups[i]["name"], _spread(groups[i]))
+        for i in shown
+    ]
+    lead = (
+        f"How the {value['importance']} scores of each group's units are spread. Dark: kept. Light: removed. Scores "
+        "compare units of one group; where they span decades the axis is logarithmic, and zeros stand at its left end."
+    )
+    return Section("scores", "Scores", lead, [Figures(drawn, "narrow"), *limited(shown, groups, "groups")])
+
+
+def _spread(group: Document) -> str:
+    return f"{number(group['score']['min'])} to {number(group['score']['max'])}"
+
+
+def _search(value: Document) -> Section | None:
+    tried, allowed = value["tried"], value["budget"]["max_drop"]
+    if not tried or allowed is None:
+        return None
+    whole, final = value["before"]["macs"], value["after"]["macs"]
+    met = [t for t in tried if t["lost"] is not None]
+    drawn = [(t["macs"] / whole, t["lost"], t["macs"] == final) for t in met]
+    rows = [
+        [percent(t["asked"]), percent(None if t["macs"] is None else t["macs"] / whole),
+         "no plan" if t["lost"] is None else f"{t['lost']:.2f}"]
+        for t in tried
+    ]  # fmt: skip
+    lead = (
+        f"The fewest multiply-accumulates that lose at most {allowed:g} points (dashed), by bisection. Filled: the "
+        "model that was taken. A triangle lost more than five times that."
+    )
+    parts: list[Part] = [Table.of((">MACs asked", ">MACs kept", ">points lost"), rows)]
+    if drawn:
+        parts.insert(0, Figures([Figure(charts.drops(drawn, allowed, "d"))], "wide"))
+    return Section("search", "Search", lead, parts)
+
+
+def _skipped(value: Document) -> Section:
+    reasons: dict[str, list[Document]] = {}
+    for entry in value["skipped"]:
+        reasons.setdefault(entry["reason"], []).append(entry)
+    ordered = sorted(reasons.items(), key=lambda item: -sum(e["channels"] for e in item[1]))
+    rows = [
+        [reason, count(sum(e["channels"] for e in entries)), ", ".join(dict.fromkeys(e["tensor"] for e in entries))]
+        for reason, entries in ordered[:ROWS]
+    ]
+    parts: list[Part] = [Table.of(("reason", ">channels", "of"), rows)] if rows else [Note("Nothing was skipped.")]
+    if len(ordered) > ROWS:
+        parts.append(Note(f"Showing the {ROWS} largest of {count(len(ordered))} reasons."))
+    return Section("skipped", "What could not go", "Channels that stay, and why.", parts)
+
+
+def _programs(value: Document) -> Section | None:
+    programs = value["programs"]
+    if not programs:
+        return None
+    rows = [
+        [p["purpose"], p["solver"], f"{p['status']}, {p['limit']} limit" if p.get("limit") else p["status"],
+         percent(p["gap"], 2), DASH if p["seconds"] is None else f"{p['seconds']:.2f} s",
+         count(p["variables"]), count(p["rows"]),
+         DASH if p.get("binding") is None else ", ".join(p["binding"]) or "nothing"]
+        for p in programs[:ROWS]
+    ]  # fmt: skip
+    columns = ("program", "solver", "status", ">gap", ">time", ">variables", ">rows", "what binds")
+    reasons = list(dict.fromkeys(p["reason"] for p in programs if p.get("reason") not in (None, "", "as asked")))
+    parts: list[Part] = [Table.of(columns, rows)]
+    if len(programs) > ROWS:
+        parts.append(Note(f"Showing the first {ROWS} of {count(len(programs))} programs."))
+    if reasons:
+        parts.append(Bullets([f"Solver: {reason}." for reason in reasons[:ROWS]]))
+    return Section("programs", "Programs", "Mathematical programs behind the result, and how they ended.", parts)
+
+
+def _checks(value: Document) -> Section:
+    found, max_drop = value["verification"], value["budget"]["max_drop"]
+    rows = [
+        ("differs from the masked original by", number(found["masked_equivalence"])),
+        ("relative error of the outputs", number(found["output_relative_error"])),
+        ("same top class as the original", percent(found["agreement"], 2)),
+        ("accuracy before", percent(found["accuracy_before"], 2)),
+        ("accuracy after", percent(found["accuracy_after"], 2)),
+        ("latency, of the original's", percent(found["latency_ratio"])),
+        ("largest drop allowed", DASH if max_drop is None else f"{max_drop:g} points"),
+        ("measured on", plural(found["samples"], "sample") if found["samples"] else "no data"),
+        ("ran at batch", ", ".join(str(b) for b in found["batches"]) or DASH),
+    ]
+    parts: list[Part] = [Pairs([Block("Measured", rows)])]
+    parts += [Note(f"Failed: {failure}", warn=True) for failure in found["failures"]]
+    if value["notes"]:
+        parts += [Note("Remarks on single layers:"), Bullets(value["notes"])]
+    lead = (
+        "Nothing is written unless the model passes the ONNX checker, runs, meets its budgets, and equals the original "
+        "with the removed channels set to zero (before the refit)."
+    )
+    return Section("checks", "Checks", lead, parts)

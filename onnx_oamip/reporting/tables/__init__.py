@@ -1,0 +1,272 @@
+"""The documents of ``report`` as terminal tables, readable at 80 columns.
+
+Drawn from the documents and from nothing else, so that tables and JSON always say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from onnx_oamip.reporting.documents import Document
+from onnx_oamip.core.printable import visible
+from onnx_oamip.reporting.tables.parts import (
+    ROWS,
+    bar,
+    cell,
+    checks,
+    connection_rows,
+    costs,
+    count,
+    fit_rows,
+    grid,
+    limited,
+    number,
+    operator_name,
+    percent,
+    program_rows,
+    reason_rows,
+    some,
+    times,
+)
+
+
+def show(value: Document, console: Console) -> None:
+    """Draw a document of any command on a console."""
+    draw = next(draw for key, draw in _DRAW.items() if key in value)
+    first = True
+    for part in draw(value, console):
+        if not first:
+            console.print()
+        if isinstance(part, Text):
+            part = _shown(part)
+        console.print(part, soft_wrap=isinstance(part, Text))
+        first = False
+
+
+def _shown(lines: Text) -> Text:
+    """Lines of text with what is invisible in them spelt out."""
+    if lines.plain.replace("\n", "").isprintable():
+        return lines
+    return Text("\n".join(visible(line) for line in lines.plain.split("\n")))
+
+
+def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
+    output = value["output"]["path"] or "(not written)"
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
+    yield costs(value["before"], value["after"], value["budget"], value["verification"]["latency_ratio"])
+    yield from _groups(value["groups"], console)
+    if value["connections"]:
+        yield from connection_rows(value["connections"], console)
+    yield from reason_rows(value["skipped"])
+    yield from program_rows(value["programs"])
+    yield from fit_rows(value["fits"])
+    yield checks(value["verification"], value["budget"]["max_drop"])
+    if value["notes"]:
+        yield Text("\n".join(f"note: {note}" for note in value["notes"]))
+
+
+def _plan(value: Document, console: Console) -> Iterator[RenderableType]:
+    output = value["output"]["path"] or "(a dry run: nothing is written)"
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
+    yield costs(value["before"], value["predicted"], value["budget"])
+    yield from _groups(value["groups"], console)
+    yield from reason_rows(value["skipped"])
+    yield from program_rows(value["programs"])
+    if value["notes"]:
+        yield Text("\n".join(f"note: {note}" for note in value["notes"]))
+
+
+def _groups(groups: Sequence[Document], console: Console) -> Iterator[RenderableType]:
+    table = grid("group", ">units", ">kept", "share kept", ">scores")
+    for group in groups[:ROWS]:
+        scores = group["score"]
+        table.add_row(
+            cell(group["name"]),
+            f"{group['units']:,}",
+            f"{group['kept']:,}",
+            bar(group["level"], console),
+            "-" if scores["min"] is None else f"{number(scores['min'])} .. {number(scores['max'])}",
+        )
+    yield from limited(table, groups, "groups")
+
+
+def _frontier(value: Document, _: Console) -> Iterator[RenderableType]:
+    before = value["before"]
+    accuracy = percent(before["accuracy"], "not measured", 2)
+    yield Text.assemble((value["model"]["path"], "bold"), f"  {value['importance']} scores, accuracy {accuracy}")
+    yield costs(before)
+    table = grid(">MACs asked", ">kept", ">params", ">bytes", ">accuracy", ">agreement", ">error", ">latency")
+    for point in value["points"]:
+        shares = (percent(share) for share in (point["asked"], *point["shares"].values()))
+        right = (percent(point[key], digits=2) for key in ("accuracy", "agreement"))
+        error, latency = number(point["output_relative_error"]), percent(point["latency_ratio"])
+        table.add_row(*shares, *right, error, latency)
+    yield table
+    lines = ["shares, and latency, of the original's; error: of the outputs, relative."]
+    lines += [f"at {percent(p['asked'])}: {p['reason']}" for p in value["points"] if p["reason"]]
+    lines += [f"wrote {p['output']}" for p in value["points"] if p["output"]]
+    yield Text("\n".join([*lines, *(f"note: {note}" for note in value["notes"])]))
+
+
+def _score(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    table = grid("group", ">units", ">least", ">median", ">largest", f">below {value['low']:g}")
+    for group in value["groups"][:ROWS]:
+        scores = group["score"]
+        spread = (number(scores[key]) for key in ("min", "median", "max"))
+        table.add_row(cell(group["name"]), f"{group['units']:,}", *spread, percent(scores["below"]))
+    yield from limited(table, value["groups"], "groups")
+    yield from program_rows(value["programs"])
+    notes = [f"scored by {value['method']}", *(f"note: {note}" for note in value["notes"])]
+    yield Text("\n".join(notes))
+
+
+def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
+    model = value["model"]
+    opset = ", ".join(f"{domain} {version}" for domain, version in model["opset"].items())
+    yield Text.assemble((model["path"], "bold"), f"  opset {opset}")
+    table = grid("", "name", "type", "shape", header=False)
+    for kind in ("inputs", "outputs"):
+        for port in model[kind]:
+            dims = ", ".join("?" if d is None else str(d) for d in port["dims"])
+            table.add_row(kind[:-1], cell(port["name"]), port["dtype"], cell(f"[{dims}]"))
+    yield table
+    yield costs(value["cost"])
+    table = grid("group", ">units", ">weights", "summed over by")
+    for group in value["groups"][:ROWS]:
+        weights = len({a["tensor"] for a in group["axes"] if a["constant"]})
+        table.add_row(cell(group["name"]), f"{group['units']:,}", str(weights), cell(some(group["consumers"])))
+    yield from limited(table, value["groups"], "groups")
+    yield from reason_rows(value["skipped"])
+
+
+def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
+    before, after = value["original"], value["pruned"]
+    yield Text.assemble((before["path"], "bold"), " and ", (after["path"], "bold"))
+    yield costs(before["cost"], after["cost"])
+    yield checks(value["verification"])
+
+
+def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
+    paths = [PurePath(model["path"]) for model in value["models"]]
+    names = [p.name for p in paths] if len({p.name for p in paths}) == len(set(paths)) else [str(p) for p in paths]
+    threads = f", {count(value['threads'], 'thread')}" if value["threads"] else ""
+    for place, batch in enumerate(value["batch"]):
+        yield Text(f"{count(batch, 'sample')} a run on {value['device']}{threads}")
+        table = grid("model", ">p50 ms", ">p95 ms", ">samples/s", ">peak MiB", ">time, 95 %")
+        for model, name in zip(value["models"], names, strict=True):
+            timing = model["timings"][place]
+            ratio, peak = timing["ratio"], timing["peak_bytes"]
+            table.add_row(
+                cell(name),
+                f"{timing['p50_ms']:,.3f}",
+                f"{timing['p95_ms']:,.3f}",
+                f"{timing['throughput']:,.0f}",
+                "-" if peak is None else f"{peak / 2**20:,.1f}",
+                f"{times(ratio['median'])} ({times(ratio['low'])}-{times(ratio['high'])})",
+            )
+        yield table
+    yield Text(
+        "time: of the first model's, the median over rounds and its 95 % interval;\n"
+        "peak: memory that loading and running added to a fresh process."
+    )
+
+
+def _checkpoint(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text(f"-> {value['output']['path']}", "bold")
+    cut = [t for t in value["tensors"] if t["weight"] is not None]
+    table = grid("tensor", "before", "after")
+    for tensor in cut[:ROWS]:
+        table.add_row(cell(tensor["name"]), *(" x ".join(map(str, tensor[k])) for k in ("before", "after")))
+    yield from limited(table, cut, "tensors")
+    yield Text(f"{len(value['tensors']) - len(cut)} tensors stay as they are.")
+    if value["unmatched"]:
+        yield Text(f"in no tensor, by name or by content: {', '.join(value['unmatched'])}")
+
+
+def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
+    kinds: dict[str, list[str]] = {"counted and refitted": [], "counted": [], "repaired": [], "followed": []}
+    for op in value["operators"]:
+        kind = "counted and refitted" if op["macs"] and op["refit"] else "counted" if op["macs"] else ""
+        kinds[kind or ("repaired" if op["repair"] else "followed")].append(operator_name(op))
+    table = grid("", "operators", header=False)
+    for kind, names in kinds.items():
+        if names:
+            table.add_row(kind, cell(", ".join(names)))
+    yield table
+    yield Text(
+        f"{len(value['operators'])} entries. Counted: their multiply-accumulates are MACs. Repaired:\n"
+        "attributes or constants follow the cut. Channels that meet any other operator\n"
+        "stay, with the reason."
+    )
+
+
+def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
+    table = grid("solver", "version", "usable", ">variables", ">rows", "licence")
+    for solver in value["solvers"]:
+        sizes = [f"{solver[k]:,}" if solver[k] else "any" if solver["usable"] else "-" for k in ("variables", "rows")]
+        usable = "yes" if solver["usable"] else "no"
+        table.add_row(solver["name"], solver["version"] or "-", usable, *sizes, cell(solver["licence"]))
+    yield table
+    yield Text("--solver auto takes the first that is usable and whose licence allows the size.")
+
+
+def _pack(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    before, rivals = value["before"]["bytes"], value["rivals"]
+    table = grid("", ">bytes", ">of the model")
+    sizes = {"model": before, "packed": value["after"]["bytes"]}
+    if rivals:
+        sizes |= {"zip": rivals["zip"], "fp16": rivals["fp16"], "fp16, zip": rivals["fp16_zip"]}
+    for name, size in sizes.items():
+        table.add_row(name, f"{size:,}", percent(size / before))
+    yield table
+    columns = (">psi", ">zip", ">fp16, zip") if rivals else (">packed", ">psi")
+    table = grid("tensor", "method", ">values", ">bytes", *columns)
+    largest = sorted(value["tensors"], key=lambda t: -t["before"])
+    for tensor in largest[:ROWS]:
+        psi = percent(tensor["psi"])
+        others = [percent(tensor["rivals"][key] / tensor["before"]) for key in ("zip", "fp16_zip") if rivals]
+        table.add_row(
+            cell(tensor["name"] or "(no name)"),
+            tensor["method"],
+            "-" if tensor["clusters"] is None else str(tensor["clusters"]),
+            f"{tensor['before']:,}",
+            *([psi, *others] if rivals else [f"{tensor['after']:,}", psi]),
+        )
+    yield from limited(table, largest, "tensors")
+    if value["verification"]:
+        yield checks(value["verification"], value["settings"]["max_drop"])
+    if value["unpacked"]["lossless"]:
+        yield Text("every bit comes back")
+    elif not value["verification"]:
+        yield Text("note: what the shared values cost was not measured; --data measures it.")
+
+
+def _unpack(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["packed"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    lines = [f"{value['packed']['bytes']:,} bytes -> {value['output']['bytes']:,} bytes"]
+    lines += [f"and beside it {name}" for name in value["beside"]]
+    lines.append("bit by bit the original" if value["lossless"] else "weights share values: not the original bits")
+    yield Text("\n".join(lines))
+
+
+_DRAW = {
+    "ratio": _pack,
+    "packed": _unpack,
+    "points": _frontier,
+    "after": _prune,
+    "predicted": _plan,
+    "tensors": _checkpoint,
+    "method": _score,
+    "groups": _inspect,
+    "pruned": _verify,
+    "models": _bench,
+    "operators": _operators,
+    "solvers": _solvers,
+}
+"""How to draw a document, by a key that no other document before it in the list has."""

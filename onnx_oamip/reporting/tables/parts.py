@@ -1,0 +1,179 @@
+"""What several tables have in common, and how a cell says a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from onnx_oamip.reporting.documents import Document
+from onnx_oamip.core.printable import visible
+
+ROWS = 40
+"""Rows of a table before the rest is left to --json."""
+BAR = 12
+"""Width of a bar, in characters."""
+
+
+def operator_name(op: Document) -> str:
+    name = f"{op['domain']}::{op['name']}" if op["domain"] else op["name"]
+    if op["until"] is not None:
+        return f"{name} (opset {op['since']}-{op['until']})"
+    return name if op["since"] == 1 else f"{name} (opset {op['since']}+)"
+
+
+def costs(
+    before: Document, after: Document | None = None, budget: Document | None = None, latency: float | None = None
+) -> Table:
+    if after is None:
+        table = grid(">MACs", ">parameters", ">bytes")
+        table.add_row(*(f"{before[k]:,}" for k in ("macs", "params", "bytes")))
+        return table
+    table = grid("", ">before", ">after", ">kept", *([">budget"] if budget else []))
+    for key, name, wanted in (("macs", "MACs", "macs"), ("params", "parameters", "params"), ("bytes", "bytes", "size")):
+        row = [name, f"{before[key]:,}", f"{after[key]:,}", percent(after[key] / before[key] if before[key] else None)]
+        table.add_row(*row, *([percent(budget[wanted], "")] if budget else []))
+    if budget and latency is not None:
+        table.add_row("latency", "", f"{1 / latency:.2f} x as fast", percent(latency), percent(budget["latency"], ""))
+    return table
+
+
+def connection_rows(found: Document, console: Console) -> Iterator[RenderableType]:
+    table = grid("layer", ">connections", ">kept", "share kept")
+    whole = {"node": "all layers", "total": found["total"], "kept": found["kept"]}
+    for layer in [*found["layers"][:ROWS], whole]:
+        share = layer["kept"] / max(layer["total"], 1)
+        table.add_row(cell(layer["node"]), f"{layer['total']:,}", f"{layer['kept']:,}", bar(share, console))
+    yield from limited(table, found["layers"], "layers")
+    rounds = count(len(found["rounds"]), "round")
+    yield Text(f"{found['compression']:.1f} times fewer connections after {rounds}")
+
+
+def program_rows(programs: Sequence[Document]) -> Iterator[RenderableType]:
+    if not programs:
+        return
+    table = grid("program", "solver", "status", ">gap", ">seconds", ">variables", ">rows", "what binds")
+    for program in programs:
+        limit = program.get("limit")
+        binding = program.get("binding")
+        table.add_row(
+            cell(program["purpose"]),
+            cell(program["solver"]),
+            cell(f"{program['status']}, {limit} limit" if limit else program["status"]),
+            percent(program["gap"], digits=2),
+            "-" if program["seconds"] is None else f"{program['seconds']:.2f}",
+            f"{program['variables']:,}",
+            f"{program['rows']:,}",
+            cell("-" if binding is None else ", ".join(binding) or "nothing"),
+        )
+    yield table
+    reasons = dict.fromkeys(p["reason"] for p in programs if p.get("reason") not in (None, "", "as asked"))
+    if reasons:
+        yield Text("\n".join(f"solver: {reason}." for reason in reasons))
+
+
+def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
+    if not fits:
+        return
+    counts: dict[str, int] = {}
+    for fit in fits:
+        counts[fit["form"]] = counts.get(fit["form"], 0) + 1
+    table = grid("refit", ">result", header=False)
+    table.add_row("nodes refitted", cell(", ".join(f"{n:,} by {form}" for form, n in counts.items())))
+    worst = max(fits, key=lambda fit: fit["error_after"])
+    before, after = number(worst["error_before"]), number(worst["error_after"])
+    table.add_row("largest relative error left", cell(f"{before} -> {after} in {worst['node']}"))
+    yield table
+
+
+def checks(verification: Document, max_drop: float | None = None) -> Table:
+    table = grid("check", ">result", header=False)
+    if verification["masked_equivalence"] is not None:
+        table.add_row("differs from the masked original by", number(verification["masked_equivalence"]))
+    if verification["rounding"] is not None:
+        table.add_row("rounding alone moves the masked original by", number(verification["rounding"]))
+    table.add_row("relative error of the outputs", number(verification["output_relative_error"]))
+    if verification["agreement"] is not None:
+        table.add_row("same top class as the original", percent(verification["agreement"], digits=2))
+    if verification["accuracy_after"] is not None:
+        before = percent(verification["accuracy_before"], digits=2)
+        table.add_row("accuracy", f"{before} -> {percent(verification['accuracy_after'], digits=2)}")
+    if max_drop is not None:
+        table.add_row("largest drop allowed", f"{max_drop:g} points")
+    table.add_row("measured on", count(verification["samples"], "sample") if verification["samples"] else "no data")
+    if verification["batches"]:
+        table.add_row("ran at batch", ", ".join(str(b) for b in verification["batches"]))
+    for failure in verification["failures"]:
+        table.add_row(Text("FAILED", "bold red"), cell(failure))
+    return table
+
+
+def reason_rows(skipped: Sequence[Document]) -> Iterator[RenderableType]:
+    if not skipped:
+        return
+    grouped: dict[str, list[Document]] = {}
+    for entry in skipped:
+        grouped.setdefault(entry["reason"], []).append(entry)
+    table = grid("cannot go, because", ">channels", "of")
+    ordered = sorted(grouped.items(), key=lambda item: -sum(e["channels"] for e in item[1]))
+    for reason, entries in ordered[:ROWS]:
+        channels = sum(e["channels"] for e in entries)
+        table.add_row(cell(reason), f"{channels:,}", cell(some(list(dict.fromkeys(e["tensor"] for e in entries)))))
+    yield from limited(table, ordered, "reasons")
+
+
+def limited(table: Table, rows: Sequence[Any], what: str) -> Iterator[RenderableType]:
+    if not rows:
+        yield Text(f"no {what}")
+        return
+    yield table
+    if len(rows) > ROWS:
+        yield Text(f"... and {len(rows) - ROWS:,} more {what}; --json lists all.")
+
+
+def grid(*columns: str, header: bool = True) -> Table:
+    """A plain table; a column whose name starts with '>' is flushed right and never wrapped."""
+    table = Table(box=box.SIMPLE_HEAD if header else None, show_header=header, show_edge=False, pad_edge=False)
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(
+            column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
+    return table
+
+
+def cell(text: str) -> Text:
+    """Text that comes from a model: never read as markup, and nothing in it is hidden."""
+    return Text(visible(text), overflow="fold")
+
+
+def bar(level: float, console: Console) -> Text:
+    encoding = (console.encoding or "").lower()
+    full, empty = ("█", "░") if encoding.startswith("utf") else ("#", ".")
+    filled = min(BAR, max(round(level * BAR), 1 if level > 0 else 0))
+    return Text(f"{full * filled}{empty * (BAR - filled)} {100 * level:5.1f} %")
+
+
+def percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
+    return missing if value is None else f"{100 * value:.{digits}f} %"
+
+
+def count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def some(names: Sequence[str], limit: int = 2) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

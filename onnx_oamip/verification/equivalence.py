@@ -1,0 +1,327 @@
+"""Proof that a pruned model is what it claims to be. A failed gate means that nothing is written.
+
+Gates: the checker with full shape inference; ONNX Runtime loads and runs it, at two batch sizes where the batch is
+symbolic; before refit it equals the original with removed channels zeroed at their consumers, as far as rounding lets
+anybody tell; the budget is met.
+Measurements: relative output error, top-1 agreement, accuracy where labels are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import tee
+from typing import Protocol
+
+import numpy as np
+import onnx
+from ml_dtypes import finfo
+
+from onnx_oamip.statistics.calibration import Progress
+from onnx_oamip.data.dataset import Samples, placeholder
+from onnx_oamip.core.errors import GateFailed, ModelError, RuleFailed
+from onnx_oamip.statistics.class_samples import (
+    bent,
+    head,
+    is_float,
+    showing,
+)
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.core.records import (
+    Array,
+    Bools,
+    Floats,
+    Ints,
+    Model,
+    Port,
+    Verification,
+)
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.shape_inference import symbol
+from onnx_oamip.graph.external_data import array, checkable, references
+from onnx_oamip.graph.external_data import tensor as stored
+
+TOLERANCE = 1e-4
+"""Largest difference between pruned and masked outputs, relative to the output's scale (float32)."""
+TOLERANCE_HALF = 2e-2
+"""The same for half-precision outputs, whose own rounding is about 1e-3 a layer."""
+ROUNDING = 4.0
+"""Times the measured rounding that a difference may be where it exceeds the tolerance."""
+ROUNDING_MOST = 1e-2
+"""Differences above this share of the scale are not put down to rounding: there it would hide what the cut does."""
+DRAWS = 3
+SATURATING = ("Sigmoid", "Softmax", "LogSoftmax", "Tanh", "HardSigmoid", "Softsign", "Erf")
+"""What they make of large numbers says little of them: what they read is compared too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How far the cut model is from the masked one, at most, over the scale of what is compared.
+
+    ``rounding`` is how far rounding alone moves the masked model there; None where the tolerance was enough.
+    """
+
+    distance: float
+    rounding: float | None
+
+
+class Answers(Protocol):
+    """What gives a model's outputs for one feed after the other: a session, or :class:`Recorded`."""
+
+    def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:
+        """Outputs for each feed in turn."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Outputs that are known already, batch by batch: the feeds must be those that they were found for."""
+
+    outputs: list[list[Array]]
+
+    def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:  # noqa: ARG002
+        """See :class:`Answers`; the feeds are not looked at."""
+        return iter(self.outputs)
+
+
+@dataclass
+class _Measured:
+    """Running comparison of two models over batches."""
+
+    squared: float = 0.0
+    scale: float = 0.0
+    lost: int = 0
+    """Infinities of the original in place of which stands an ordinary number."""
+    agree: int = 0
+    right_before: int = 0
+    right_after: int = 0
+    ranked: int = 0
+    labelled: int = 0
+
+
+def structure(proto: onnx.ModelProto) -> None:
+    """Gate 1: valid ONNX with consistent shapes. Raises GateFailed."""
+    try:
+        onnx.checker.check_model(checkable(proto), full_check=True)
+    except Exception as error:  # the checker raises several types
+        text = str(error).strip().splitlines()[0][:300]
+        raise GateFailed(f"the pruned model fails the ONNX checker: {text}.") from error
+
+
+@contextmanager
+def judged(model: Model) -> Iterator[None]:
+    """Around rules on a model that has not run yet. Where one breaks, the runtime says whose fault it is.
+
+    Raises ModelError where the model does not run either; else the rule is wrong, and its error goes on.
+    """
+    try:
+        yield
+    except RuleFailed as failed:
+        try:
+            Session(model.proto, "cpu", what="it").run(placeholder(model, 0, 1).feed(np.zeros(1, np.int64)))
+        except ModelError as refused:
+            raise ModelError(
+                f"{failed.args[0]} has inputs or attributes that do not fit its operator: "
+                f"{str(refused).rstrip('.')}; export the model again."
+            ) from failed
+        raise
+
+
+def prove(
+    model: Model, masked: onnx.ModelProto, cut: onnx.ModelProto, samples: Samples, batch_size: int
+) -> Proof:
+    """Gate 3: the cut model equals the masked one. Raises GateFailed.
+
+    Every output counts for itself, and so does what a final sigmoid or softmax reads: where that saturates, the output
+    would hide a wrong cut. An output may differ by :func:`tolerance`. Where the values of an output are small beside
+    what they are computed from, its rounding is more than that; then it may differ by ``ROUNDING`` times what the same
+    masked model differs by when each of its weights is moved by one unit in the last place, which is as exact as the
+    file knows them (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.5: backward error).
+    """
+    names = [port.name for port in model.outputs]
+    makers = [bent(model, name, SATURATING) for name in names]
+    wanted = list(dict.fromkeys([*names, *(node.inputs[0] for node in makers if node is not None)]))
+    # Of an output that is proved where it comes from, any rounding may be told.
+    most = np.full(len(wanted), ROUNDING_MOST)
+    most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
+    # Rounding must not depend on a provider's reduced precision: this is done on the CPU.
+    reference = Session(showing(model, wanted, masked), "cpu", what="the masked model", exact=True)
+    other = Session(showing(model, wanted, cut), "cpu", what="the cut model", exact=True)
+    found = differences(reference, other, samples, batch_size)
+    worst, rounding, allowed = float(found.max(initial=0.0)), None, np.full(len(found), tolerance(model))
+    if (np.isfinite(found) & (found > allowed) & (found <= most)).any():
+        own = np.zeros(len(found))
+        for draw in range(DRAWS):
+            moved = showing(model, wanted, rounded(model, masked, draw))
+            twin = Session(moved, "cpu", what="the masked model", exact=True)
+            own = np.maximum(own, differences(reference, twin, samples, batch_size))
+        place = int(found.argmax())
+        rounding = float(own[place])
+        allowed = np.maximum(allowed, np.minimum(ROUNDING * own, most))
+    if not (found <= allowed).all():
+        place = int((found / allowed).argmax())
+        explained = "" if rounding is None else f" and more than rounding explains ({own[place]:.0e})"
+        raise GateFailed(
+            f"the cut model differs from the masked original by {found[place]:.2e} of the scale of '{wanted[place]}', "
+            f"more than {tolerance(model):.0e}{explained}; nothing was written, please report this model."
+        )
+    return Proof(worst, rounding)
+
+
+def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+    """A copy with every weight of an operator that multiplies moved by one unit in the last place, up or down."""
+    weights = {
+        name for node in model.nodes for name in node.inputs
+        if (spec := lookup(node.domain, node.op, node.version)) is not None and spec.cost is not None
+        and name in model.constants and model.constants[name].ndim > 1 and model.dtypes[name].kind == "f"
+    }  # fmt: skip
+    rng = np.random.default_rng(seed)
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    aside = bool(references(proto))
+    for tensor in result.graph.initializer:
+        if tensor.name in weights:
+            value = array(tensor)
+            step = float(np.finfo(value.dtype).eps) * rng.choice(np.asarray([-1, 1], np.int8), value.shape)
+            moved = (value.astype(np.float64) * (1 + step)).astype(value.dtype)
+            tensor.CopyFrom(stored(np.where(np.isfinite(moved), moved, value), tensor.name, aside))
+    return result
+
+
+def differences(reference: Session, other: Session, samples: Samples, batch_size: int) -> Floats:
+    """Of every output the largest absolute difference over the largest reference magnitude, over all samples.
+
+    Infinite where whole numbers differ, where only one side is a number, and beside a reference of nothing but zeros.
+    """
+    worst, largest = np.zeros(len(reference.outputs)), np.zeros(len(reference.outputs))
+    for _, feed in samples.batches(batch_size):
+        for i, (a, b) in enumerate(zip(reference.run(feed), other.run(feed), strict=True)):
+            if is_float(a.dtype):
+                gap = _gap(a.astype(np.float64), b.astype(np.float64))
+                # NaN loses every comparison: it must not slip through max()
+                worst[i] = max(worst[i], gap) if np.isfinite(gap) else np.inf
+                largest[i] = max(largest[i], _largest(a[np.isfinite(a)]))
+            elif not np.array_equal(a, b):
+                worst[i] = np.inf
+    return np.divide(worst, largest, out=np.where(worst > 0, np.inf, 0.0), where=(largest > 0) & np.isfinite(worst))
+
+
+def tolerance(model: Model) -> float:
+    """How far pruned and masked may differ, by the precision of the model's outputs."""
+    half = any(p.dtype.itemsize < 4 and is_float(p.dtype) for p in model.outputs)
+    return TOLERANCE_HALF if half else TOLERANCE
+
+
+def _gap(a: Floats, b: Floats) -> float:
+    """The largest difference; equal infinities (a masked logit) do not differ."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(np.where(a == b, 0.0, a - b)).max(initial=0.0))
+
+
+def _largest(array: Array) -> float:
+    return float(np.abs(array.astype(np.float64)).max(initial=0.0))
+
+
+def compare(
+    model: Model, before: Answers, after: Session, samples: Samples, batch_size: int, progress: Progress | None = None
+) -> Verification:
+    """Output error, agreement and accuracy of ``after`` against ``before`` on evaluation data."""
+    total = samples.usable()
+    found = _Measured()
+    ranked = head(model)
+    batches, same = tee(samples.batches(batch_size))
+    answers = before.stream(feed for _, feed in same)
+    for (index, feed), old in zip(batches, answers, strict=True):
+        new = after.run(feed)
+        for a, b in zip(old, new, strict=True):
+            if is_float(a.dtype):
+                a64, b64 = a.astype(np.float64), b.astype(np.float64)
+                known = np.isfinite(a64)
+                found.squared += float(np.square(a64[known] - b64[known]).sum())
+                found.scale += float(np.square(a64[known]).sum())
+                found.lost += int((np.isinf(a64) & ~_beyond(a, b64)).sum())
+        if ranked is not None:
+            _rank(found, old[ranked.index], new[ranked.index], samples, index)
+        if progress:
+            progress("verify", int(index[-1]) + 1, total)
+    error = float(np.sqrt(found.squared / found.scale)) if found.scale else None
+    return Verification(
+        masked_equivalence=None,
+        output_relative_error=np.inf if found.lost else error,
+        agreement=found.agree / found.ranked if found.ranked else None,
+        accuracy_before=found.right_before / found.labelled if found.labelled else None,
+        accuracy_after=found.right_after / found.labelled if found.labelled else None,
+        batches=(),
+        samples=total,
+    )
+
+
+def _beyond(old: Array, new: Floats) -> Bools:
+    """Where ``new`` is as large as half the largest number of the type of ``old``, with the sign of that."""
+    most = float(finfo(old.dtype).max)  # type: ignore[no-untyped-call]
+    return np.asarray(np.sign(old.astype(np.float64)) * new >= most / 2)
+
+
+def _rank(found: _Measured, old: Array, new: Array, samples: Samples, index: Ints) -> None:
+    a, b = _top(old), _top(new)
+    found.agree += int((a == b).sum())
+    found.ranked += len(a)
+    labels = samples.labels
+    if labels is not None:
+        truth = labels[index].reshape(-1)
+        if len(truth) == len(a):
+            found.right_before += int((a == truth).sum())
+            found.right_after += int((b == truth).sum())
+            found.labelled += len(a)
+
+
+def _top(logits: Array) -> Ints:
+    return np.asarray(logits.astype(np.float64).argmax(axis=-1), np.int64)
+
+
+def runs_at(
+    model: Model, session: Session, samples: Samples, before: Callable[[], Session] | None = None
+) -> tuple[int, ...]:
+    """Gate 2: batch sizes at which the pruned model ran with outputs of the right length. Raises GateFailed.
+
+    Outputs must be numbers, but where the original gives none either; ``before`` makes its session where that is asked.
+    """
+    sizes = [1] if samples.whole else [samples.fixed_batch] if samples.fixed_batch else [1, 2]
+    for size in sizes:
+        assert size is not None
+        index = np.arange(size, dtype=np.int64) % samples.count
+        feed = samples.feed(index)
+        outputs = session.run(feed)
+        sound = all(np.isfinite(v).all() for v in outputs if is_float(v.dtype))
+        truths = before().run(feed) if before and not sound else [None] * len(outputs)
+        for port, value, truth in zip(model.outputs, outputs, truths, strict=True):
+            if not samples.whole and _leads_with_batch(model, port) and len(value) != size:
+                raise GateFailed(
+                    f"the pruned model gives {len(value)} rows in '{port.name}' for a batch of {size}."
+                )
+            if is_float(value.dtype) and not _sound(value, truth):
+                raise GateFailed(f"the pruned model gives NaN or infinity in '{port.name}'.")
+    return tuple(s for s in sizes if s is not None)
+
+
+def _sound(value: Array, truth: Array | None) -> bool:
+    """Whether all values are numbers, or the very infinities of the original (classes that are ruled out)."""
+    found = value.astype(np.float64)
+    same = False if truth is None or truth.shape != value.shape else (truth == value) | np.isnan(truth)
+    return bool((np.isfinite(found) | same).all())
+
+
+def numbers(model: Model, found: Verification) -> None:
+    """Raises GateFailed where a comparison met outputs that are no numbers any more."""
+    error = found.output_relative_error
+    if error is not None and not np.isfinite(error):
+        raise GateFailed(
+            "on the evaluation data the outputs of the pruned model hold NaN or infinity where there are numbers "
+            f"in those of {model.path}, or the other way round; nothing was written, ask for less, or prune in float32."
+        )
+
+
+def _leads_with_batch(model: Model, port: Port) -> bool:
+    first = model.inputs[0]
+    return bool(port.dims and first.dims) and symbol(port, 0) == symbol(first, 0) and port.dims[0] == first.dims[0]

@@ -1,0 +1,396 @@
+"""Stage by stage is the same as all at once; plan files are honoured or refused by line; the cache changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import MODELS
+from graphs import build
+
+from onnx_oamip import (
+    apply,
+    couple,
+    prune,
+    score,
+)
+from onnx_oamip.artifacts import cache, plan_files
+from onnx_oamip.api import pipeline
+from onnx_oamip.graph import loading as models
+from onnx_oamip import plan as make_plan
+from onnx_oamip.core.errors import DataError, GateFailed, OutputError
+from onnx_oamip.verification.latency import Ratio
+from onnx_oamip.core.settings import Settings
+
+TEXT = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
+<float[12, 3, 3, 3] w1, float[12] b1, float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3,
+ float[8, 12, 1, 1] w5, float[5, 8] w4, float[5] b4> {
+    a = Conv<pads = [1, 1, 1, 1]>(image, w1, b1)
+    h = Relu(a)
+    b = Conv<pads = [1, 1, 1, 1]>(h, w2, b2)
+    r = Relu(b)
+    c = Conv<pads = [1, 1, 1, 1]>(r, w3)
+    s = Add(h, c)
+    d = Conv(s, w5)
+    t = Relu(d)
+    g = GlobalAveragePool(t)
+    f = Flatten(g)
+    scores = Gemm<transB = 1>(f, w4, b4)
+}"""
+CHOICES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "bias": {"refit": "bias", "allocate": "uniform", "importance": "activation"},
+    "none": {"refit": "none", "allocate": "global", "importance": "l2"},
+    "size": {"macs": None, "size": 0.6},
+    "drop": {"macs": None, "max_drop": 20.0},
+    "seed": {"seed": 3, "batch_size": 16},
+    "exclude": {"exclude": ("w5",)},
+    "oamip": {"importance": "oamip", "mode": "decoupled"},
+}
+
+
+@pytest.fixture(autouse=True)
+def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A folder with model.onnx and data.npz."""
+    (tmp_path / "model.onnx").write_bytes(build(TEXT).SerializeToString())
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(120, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", image=images, labels=np.arange(120) % 5)
+    return tmp_path
+
+
+def asked(**values: object) -> Settings:
+    return Settings.create(**{"macs": 0.5, "align": 1, "device": "cpu", "workers": 1, **values})
+
+
+def _stages(task: Path, scored: bool, **values: object) -> bytes:
+    model, data = task / "model.onnx", task / "data.npz"
+    scores = None
+    if scored:
+        scores = task / "s.npz"
+        score(model, data, scores, asked(**values))
+        values = {k: v for k, v in values.items() if k != "importance"}
+    make_plan(model, data, task / "p.json", asked(**values), scores=scores)
+    apply(model, task / "p.json", data, task / "b.onnx")
+    return (task / "b.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_prune_is_score_plan_and_apply(task: Path, name: str) -> None:
+    report = prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(**CHOICES[name]))
+    assert not report.plan.keep.all()
+    assert _stages(task, True, **CHOICES[name]) == (task / "a.onnx").read_bytes()
+    if name == "default":
+        assert _stages(task, False) == (task / "a.onnx").read_bytes()
+
+
+@pytest.mark.parametrize("budget", [{"latency": 0.9}])
+def test_a_latency_plan_is_carried_out(task: Path, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnx_oamip.planning.search.latency_ratio", lambda *_, **__: 0.88)
+    found = make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked(macs=None, **budget))
+    report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    np.testing.assert_array_equal(report.plan.keep, found.plan.keep)
+    assert report.budget.latency == 0.9
+
+
+def test_a_plan_is_the_same_every_time_and_readable(task: Path) -> None:
+    texts = []
+    for _ in range(2):
+        make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
+        texts.append((task / "p.json").read_text())
+    assert texts[0] == texts[1]
+    found = json.loads(texts[0])
+    model = models.load(task / "model.onnx")
+    assert found["model"]["sha256"] == model.sha256
+    assert {g["name"]: g["units"] for g in found["groups"]} == {
+        g.name: len(g.units) for g in couple(model).groups
+    }
+    assert {s["reason"] for s in found["skipped"]} == {p.reason for p in couple(model).pinned}
+    for group in found["groups"]:
+        assert group["kept"] == len(group["keep"])
+        assert group["loss"] >= 0
+        assert f'"keep": {json.dumps(group["keep"])}' in texts[0], "a list of units stands on one line"
+
+
+def test_a_plan_edited_by_hand_is_honoured(task: Path) -> None:
+    make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
+    content = json.loads((task / "p.json").read_text())
+    group = next(g for g in content["groups"] if g["name"] == "w2")
+    group["keep"], group["kept"] = [1, 4, 15], 3
+    (task / "p.json").write_text(json.dumps(content))
+    report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx", {"refit": "none"})
+    written = models.load(task / "b.onnx")
+    original = models.load(task / "model.onnx")
+    np.testing.assert_array_equal(written.constants["b2"], original.constants["b2"][[1, 4, 15]])
+    assert report.after.macs == report.plan.predicted.macs
+    # It now keeps more than was asked for: said, and not refused.
+    whole = {g["name"]: list(range(g["units"])) for g in content["groups"]}
+    for g in content["groups"]:
+        g["keep"], g["kept"] = whole[g["name"]], g["units"]
+    (task / "p.json").write_text(json.dumps(content))
+    report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    assert report.plan.keep.all()
+    assert any("more than the budget" in note for note in report.notes)
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content, indent=1))
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
+    "kept": (lambda c: c["groups"][1].update(kept=2), "groups", "'kept' says 2, but 'keep' lists"),
+    "outside": (lambda c: c["groups"][0].update(keep=[0, 99], kept=2), "groups", "lists unit 99, but the units"),
+    "negative": (lambda c: c["groups"][0].update(keep=[-1, 0], kept=2), "groups", "lists unit -1"),
+    "twice": (lambda c: c["groups"][0].update(keep=[3, 3], kept=2), "groups", "lists unit 3 twice"),
+    "none left": (lambda c: c["groups"][0].update(keep=[], kept=0), "kept", "greater than or equal to 1"),
+    "a word": (lambda c: c["groups"][0].update(kept="six"), "kept", "valid integer"),
+    "a fraction": (lambda c: c["groups"][0]["keep"].__setitem__(0, 0.5), "keep", "valid integer"),
+    "a typing error": (lambda c: c["groups"][0].update(kepe=[1]), "kepe", "Extra inputs"),
+    "missing": (lambda c: c["groups"][1].pop("units"), "units", "required"),
+    "another kind": (lambda c: c.update(kind="a poem"), "kind", "onnx-oamip plan"),
+    "a digest": (lambda c: c["model"].update(sha256="abc"), "sha256", "pattern"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_plan_that_is_wrong_is_refused_by_line_and_rule(task: Path, name: str) -> None:
+    make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
+    change, key, rule = BROKEN[name]
+    _edit(task / "p.json", change)
+    with pytest.raises(DataError) as error:
+        apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    text = str(error.value)
+    assert rule in text
+    assert "'groups' number" in text or key in text
+    line = int(text.split(", line ")[1].split(",")[0])
+    lines = (task / "p.json").read_text().splitlines()
+    if name in ("a word", "another kind", "a digest", "none left", "a typing error"):
+        assert f'"{key}"' in lines[line - 1]
+    elif name == "a fraction":
+        assert lines[line - 1].strip().startswith("0.5")
+    else:
+        assert lines[line - 1].strip() == "{", "the group that is wrong begins there"
+    assert not (task / "b.onnx").exists()
+
+
+def test_a_plan_file_that_is_no_plan(task: Path) -> None:
+    bad = {
+        "text": ("not json", "no valid JSON, line 1"),
+        "cut": ('{\n "kind": "onnx-oamip plan",\n', "no valid JSON, line 3"),
+        "list": ("[1, 2]", "the whole file"),
+        "newer": ('{"kind": "onnx-oamip plan", "schema_version": 9}', "schema version 9"),
+        "deep": ("[" * 100_000, "no valid JSON"),
+    }
+    for name, (text, rule) in bad.items():
+        (task / "p.json").write_text(text)
+        with pytest.raises(DataError, match=rule):
+            apply(task / "model.onnx", task / "p.json", None, task / f"{name}.onnx")
+    (task / "p.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="as text"):
+        apply(task / "model.onnx", task / "p.json", None, task / "b.onnx")
+    with pytest.raises(DataError, match="no such plan file"):
+        apply(task / "model.onnx", task / "nothing.json", None, task / "b.onnx")
+    with pytest.raises(OutputError, match="would overwrite"):
+        make_plan(task / "model.onnx", task / "data.npz", task / "model.onnx", asked())
+
+
+# ------------------------------------------------------------------------------------------------- another model
+
+
+def test_a_plan_goes_over_to_a_model_of_the_same_names(task: Path) -> None:
+    found = make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked(refit="none"))
+    (task / "other.onnx").write_bytes(build(TEXT, seed=7).SerializeToString())
+    report = apply(task / "other.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    np.testing.assert_array_equal(report.plan.keep, found.plan.keep)
+    assert any("matched by name" in note for note in report.notes)
+
+
+def test_a_plan_goes_over_to_the_same_graph_under_other_names(task: Path) -> None:
+    found = make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked(refit="none"))
+    renamed = TEXT
+    for i, name in enumerate(("w1", "b1", "w2", "b2", "w3", "w4", "b4", "w5")):
+        renamed = renamed.replace(name, f"other_{9 - i}")
+    (task / "other.onnx").write_bytes(build(renamed, seed=3).SerializeToString())
+    report = apply(task / "other.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    np.testing.assert_array_equal(report.plan.keep, found.plan.keep)
+    assert any("order of the same graph" in note for note in report.notes)
+
+
+def test_a_plan_for_something_else_is_refused(task: Path) -> None:
+    make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
+    wider = TEXT.replace("float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3",
+                         "float[18, 12, 3, 3] w2, float[18] b2, float[12, 18, 3, 3] w3")  # fmt: skip
+    (task / "wider.onnx").write_bytes(build(wider).SerializeToString())
+    with pytest.raises(DataError, match=r"16 units in the group 'w2'.*has 18"):
+        apply(task / "wider.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    (task / "other.onnx").write_bytes(build(wider.replace("w2", "v2")).SerializeToString())
+    with pytest.raises(DataError, match=r"names the group 'w2', which .* does not have"):
+        apply(task / "other.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+
+
+def test_groups_that_a_plan_leaves_out_stay_whole(task: Path) -> None:
+    make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
+    _edit(task / "p.json", lambda c: c.update(groups=[g for g in c["groups"] if g["name"] != "w2"]))
+    report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    assert models.load(task / "b.onnx").constants["b2"].shape == (16,)
+    assert any("does not name 1 group" in note for note in report.notes)
+    _edit(task / "p.json", lambda c: c.update(groups=c["groups"] * 2))
+    with pytest.raises(DataError, match="twice"):
+        apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "c.onnx")
+
+
+def test_apply_has_gates_too(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
+    with pytest.raises(GateFailed, match="slower"):
+        apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
+    assert not (task / "b.onnx").exists()
+    apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx", {"force": True})
+    with pytest.raises(DataError, match="needs calibration data"):
+        apply(task / "model.onnx", task / "p.json", None, task / "c.onnx")
+    apply(task / "model.onnx", task / "p.json", None, task / "c.onnx", {"refit": "none", "force": True})
+
+
+# --------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", ["default", "bias", "oamip", "exclude"])
+def test_the_cache_changes_no_byte(task: Path, folder: Path, name: str) -> None:
+    values = CHOICES[name]
+    bare = prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(**values))
+    first = prune(task / "model.onnx", task / "data.npz", task / "b.onnx", asked(**values, cache=str(folder)))
+    second = prune(task / "model.onnx", task / "data.npz", task / "c.onnx", asked(**values, cache=str(folder)))
+    assert (task / "a.onnx").read_bytes() == (task / "b.onnx").read_bytes() == (task / "c.onnx").read_bytes()
+    assert not any("cache" in note for note in (*bare.notes, *first.notes))
+    assert any("from the cache" in note for note in second.notes)
+    assert second.scores is not None
+    assert first.scores is not None
+    assert second.scores.notes == first.scores.notes
+    assert len(second.scores.programs) == len(first.scores.programs)
+
+
+def test_another_budget_learns_nothing_anew(task: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = asked(cache=str(folder))
+    make_plan(task / "model.onnx", task / "data.npz", task / "p.json", kept)
+    for name in ("statistics.calibration.collect", "statistics.covariances.collect", "planning.sensitivity.measure", "planning.allocation.steps"):
+        monkeypatch.setattr(f"onnx_oamip.{name}", lambda *_, **__: pytest.fail("learnt again"))
+    other = make_plan(task / "model.onnx", task / "data.npz", task / "q.json", asked(macs=0.3, cache=str(folder)))
+    assert other.plan.predicted.macs <= 0.3 * other.before.macs
+    assert any("from the cache" in note for note in other.notes)
+
+
+def test_what_a_result_depends_on_is_found_out_anew(task: Path, folder: Path) -> None:
+    def taken(**values: object) -> str:
+        found = make_plan(task / "model.onnx", task / "data.npz", None, asked(cache=str(folder), **values))
+        return " ".join(n for n in found.notes if "cache" in n)
+
+    assert taken() == ""
+    assert "scores" in taken()
+    assert taken(seed=1) == taken(batch_size=7) == "" or "scores" not in taken(seed=2)
+    assert "losses" not in taken(refit="bias")
+    assert "scores" not in taken(exclude=("w5",))
+    arrays = dict(np.load(task / "data.npz"))
+    arrays["image"][0, 0, 0, 0] += 1
+    np.savez(task / "data.npz", **arrays)
+    assert "scores" not in taken()
+    proto = onnx.load(task / "model.onnx")
+    proto.producer_name = "somebody else"
+    onnx.save_model(proto, task / "model.onnx")
+    assert "scores" not in taken()
+
+
+def test_a_broken_entry_counts_as_missing(task: Path, folder: Path) -> None:
+    kept = asked(cache=str(folder))
+    prune(task / "model.onnx", task / "data.npz", task / "a.onnx", kept)
+    for i, path in enumerate(sorted(folder.iterdir())):
+        content = path.read_bytes()
+        path.write_bytes([b"", content[: len(content) // 2], b"\0" * 64, b"PK\x03\x04 nonsense"][i % 4])
+    found = prune(task / "model.onnx", task / "data.npz", task / "b.onnx", kept)
+    assert not any("cache" in note for note in found.notes)
+    assert (task / "a.onnx").read_bytes() == (task / "b.onnx").read_bytes()
+
+
+def test_the_cache_stays_under_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LIMIT", 40_000)
+    monkeypatch.setattr(cache, "LARGEST", 20_000)
+    store = cache.open_store(str(folder))
+    now = time.time()
+    for i in range(8):
+        store.keep(cache.STEPS, {"i": i}, lambda: np.zeros(1000, np.int64), lambda _: True)
+        for path in folder.iterdir():
+            if path.stat().st_mtime > now:
+                os.utime(path, (now - 100 + i, now - 100 + i))
+    sizes = [p.stat().st_size for p in folder.iterdir()]
+    assert sum(sizes) <= 40_000
+    assert len(sizes) == 4
+    store.keep(cache.STEPS, {"i": 7}, lambda: pytest.fail("the newest stays"), lambda _: True)
+    store.keep(cache.STEPS, {"large": 1}, lambda: np.zeros(10_000, np.int64), lambda _: True)
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 40_000
+
+
+def test_where_the_cache_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNX_OAMIP_CACHE", str(folder))
+    assert cache.open_store("auto").folder == folder
+    assert cache.open_store("off").folder is None
+    assert cache.open_store(str(tmp_path / "x")).folder == tmp_path / "x"
+    monkeypatch.setenv("ONNX_OAMIP_CACHE", "off")
+    assert cache.open_store("auto").folder is None
+    monkeypatch.delenv("ONNX_OAMIP_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made or written"):
+        cache.open_store(str(tmp_path / "file"))
+
+
+def test_a_shipped_model_goes_through_the_stages(tmp_path: Path) -> None:
+    model, data = MODELS / "lenet5-mnist.onnx", MODELS / "mnist.npz"
+    prune(model, data, tmp_path / "a.onnx", asked(macs=0.4))
+    make_plan(model, data, tmp_path / "p.json", asked(macs=0.4))
+    apply(model, tmp_path / "p.json", data, tmp_path / "b.onnx")
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert plan_files.load(tmp_path / "p.json").budget["macs"] == 0.4
+
+
+# --------------------------------------------------------------------------------------------------------- strict
+
+
+
+def test_strict_is_content_with_what_inputs_and_outputs_hold(task: Path) -> None:
+    """The first layer's inputs and the last one's outputs stay in every model."""
+    prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(strict=True))
+    for name in ("resnet20-fashion", "vgg-fashion", "mobilenet-fashion", "vit-fashion"):
+        model = models.load(MODELS / f"{name}.onnx")
+        assert all(p.given for p in couple(model).pinned), name
+
+
+def test_strict_refuses_layers_that_stay(task: Path) -> None:
+    """A sum over an axis that nobody can follow keeps the channels of the layers around."""
+    proto = build(TEXT.replace("d = Conv(s, w5)", "q = CumSum(s, at)\n    d = Conv(q, w5)").replace(
+        "float[5, 8] w4,", "float[5, 8] w4, int64 at = {1},"))  # fmt: skip
+    (task / "odd.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(GateFailed, match=r"--strict: channels of \d layers cannot be removed: 'w1', because"):
+        prune(task / "odd.onnx", task / "data.npz", task / "b.onnx", asked(strict=True))
+    assert not (task / "b.onnx").exists()
+    prune(task / "odd.onnx", task / "data.npz", task / "b.onnx", asked(macs=0.8))
+    pinned = {p.tensor: p for p in couple(models.load(task / "odd.onnx")).pinned}
+    assert not pinned["w3"].given
+    assert pinned["w4"].given

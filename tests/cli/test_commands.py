@@ -1,0 +1,797 @@
+"""The command line as a user meets it: help, documents, exit codes, one sentence per failure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from onnx_oamip.cli import cli, main
+from onnx_oamip.core.errors import BudgetNotMet, EnvironmentMissing
+from onnx_oamip.core.settings import Settings
+
+COMMANDS = (
+    "inspect", "prune", "score", "plan", "apply", "checkpoint", "frontier", "verify", "bench", "pack", "unpack", "ops",
+    "solvers", "config",
+)  # fmt: skip
+SIDES = ("macs", "params", "bytes")
+PRUNE_KEYS = {
+    "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "fits",
+    "connections",
+    "verification", "timings", "settings", "versions",
+}  # fmt: skip
+VERIFICATION_KEYS = {
+    "masked_equivalence", "rounding", "output_relative_error", "agreement", "accuracy_before", "accuracy_after",
+    "latency_ratio",
+}  # fmt: skip
+
+
+def documented_keys() -> set[str]:
+    """Top-level keys of prune's document, from the table in docs/."""
+    page = (ROOT / "docs" / "reference" / "json.md").read_text(encoding="utf-8")
+    table = page.split("Keys of `prune`:")[1].split("\n\n")[1]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict:
+        """stdout as one strict JSON document."""
+
+        def refuse(word: str) -> None:
+            raise ValueError(f"{word} is not JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = main([str(a) for a in arguments])
+        return Result(code, *capfd.readouterr())
+
+    return call
+
+
+def perceptron(path: Path, hidden: int = 16) -> None:
+    """input (batch, 6) -> hidden -> relu -> logits (batch, 4)."""
+    rng = np.random.default_rng(1)
+    shapes = {"first.weight": (hidden, 6), "first.bias": (hidden,), "second.weight": (4, hidden), "second.bias": (4,)}
+    weights = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), n) for n, s in shapes.items()]
+    nodes = [
+        helper.make_node("Gemm", ["input", "first.weight", "first.bias"], ["a"], "first", transB=1),
+        helper.make_node("Relu", ["a"], ["b"], "relu"),
+        helper.make_node("Gemm", ["b", "second.weight", "second.bias"], ["logits"], "second", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "perceptron",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 6])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
+        weights,
+    )
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with model.onnx and data.npz in it."""
+    monkeypatch.chdir(tmp_path)
+    perceptron(tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", input=samples(40), labels=np.arange(40) % 4)
+    return tmp_path
+
+
+def samples(count: int, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+
+
+BASE = ("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--force")
+"""``--force``: so small a network is as fast when it is half, and a test is not about that."""
+PRUNE = (*BASE, "--macs", "0.5")
+VERSIONS = {"onnx_oamip", "onnx", "onnxruntime", "numpy", "python", "onnx_graphsurgeon", "gurobipy", "highspy"}
+
+
+# ------------------------------------------------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.code == 0
+    assert "Usage: onnx-oamip" in result.out
+    assert cli.commands[command].help
+    for parameter in cli.commands[command].params:
+        if parameter.param_type_name == "option":
+            words = parameter.get_help_record(cli.make_context("onnx-oamip", [command], resilient_parsing=True))[1]
+            assert re.match(r"[A-Z].*[.\]]$", words, re.DOTALL), parameter.name
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from onnx_oamip.cli import main; main(['--help']);"
+        "print([m for m in ('numpy', 'onnx', 'scipy', 'pydantic', 'rich', 'onnxruntime') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.splitlines()[-1] == "[]"
+    assert all(re.search(rf"^  {c}  ", found.stdout, re.MULTILINE) for c in COMMANDS)
+
+
+def test_no_command_shows_help_and_is_an_error(run: Run) -> None:
+    result = run()
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Usage:")
+
+
+def test_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "onnx_oamip", "--version"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.fullmatch(r"onnx-oamip, version \d+\.\d+\.\d+\n", found.stdout)
+
+
+# ------------------------------------------------------------------------------------------------------- documents
+
+
+def test_prune_document(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    model = ROOT / "models" / "lenet300-mnist.onnx"
+    result = run("prune", model, "--data", ROOT / "models" / "mnist.npz", "--macs", "50%", "-o", out, "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert set(document) >= PRUNE_KEYS
+    assert document["schema_version"] == 1
+    assert document["model"]["path"] == str(model)
+    assert all(re.fullmatch("[0-9a-f]{64}", document[k]["sha256"]) for k in ("model", "output"))
+    assert document["output"]["path"] == str(out)
+    assert all(isinstance(document[when][k], int) for when in ("before", "after") for k in SIDES)
+    assert document["before"]["bytes"] == model.stat().st_size
+    assert document["after"]["bytes"] == out.stat().st_size
+    assert 0.48 <= document["after"]["macs"] / document["before"]["macs"] <= 0.5
+    assert document["budget"] == {
+        "macs": 0.5, "params": None, "size": None, "threshold": None, "latency": None, "max_drop": None,
+    }  # fmt: skip
+    assert [(g["name"], g["units"]) for g in document["groups"]] == [("fc1.weight", 300), ("fc2.weight", 100)]
+    for group in document["groups"]:
+        assert set(group) == {"name", "units", "kept", "level", "score"}
+        assert group["level"] == group["kept"] / group["units"]
+        assert group["score"]["min"] <= group["score"]["mean"] <= group["score"]["max"]
+    assert {"tensor": "fc3.weight", "axis": 0, "channels": 10} in [
+        {k: s[k] for k in ("tensor", "axis", "channels")} for s in document["skipped"]
+    ]
+    assert all(s["reason"] for s in document["skipped"])
+    program = document["programs"][-1]
+    assert (program["purpose"], program["status"], program["limit"]) == ("budget", "optimal", None)
+    assert program["solver"] in ("gurobi", "highs")
+    assert program["reason"]
+    assert program["used"].keys() == {"macs"}
+    assert 0.98 <= program["used"]["macs"] <= 1
+    assert [fit["node"] for fit in document["fits"]] == ["/fc2/Gemm", "/fc3/Gemm"][-len(document["fits"]) :]
+    for fit in document["fits"]:
+        assert set(fit) == {"node", "form", "rows", "unknowns", "ridge", "error_before", "error_after"}
+        assert fit["form"] == "least squares"
+        assert 0 <= fit["error_after"] <= fit["error_before"]
+    assert any(fit["error_after"] < fit["error_before"] for fit in document["fits"])
+    verification = document["verification"]
+    assert set(verification) >= VERIFICATION_KEYS
+    assert verification["masked_equivalence"] <= 1e-4
+    assert verification["samples"] == 2000
+    assert 0 <= verification["accuracy_after"] <= 1
+    assert verification["failures"] == []
+    assert all(isinstance(v, float) for v in document["timings"].values())
+    assert document["settings"]["macs"] == 0.5
+    defaults = {"importance": "obs", "allocate": "mip", "refit": "least-squares", "align": "auto", "solver": "auto"}
+    assert document["settings"].items() >= defaults.items()
+    assert verification["accuracy_after"] > verification["accuracy_before"] - 0.03
+    assert verification["latency_ratio"] > 0
+    assert "latency_ratio" not in document
+    assert set(document["versions"]) == VERSIONS
+    assert documented_keys() == set(document)
+
+
+def test_score_document(run: Run, place: Path) -> None:
+    result = run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--importance", "activation", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert set(document) == {
+        "schema_version", "model", "output", "method", "low", "groups", "programs", "notes", "timings", "settings",
+        "versions",
+    }  # fmt: skip
+    assert (document["schema_version"], document["method"], document["low"]) == (1, "activation", 0.1)
+    assert document["output"]["path"] == "s.npz"
+    assert document["output"]["sha256"] == hashlib.sha256((place / "s.npz").read_bytes()).hexdigest()
+    with np.load("s.npz", allow_pickle=False) as file:
+        values = file["values"]
+        assert str(file["model_sha256"]) == document["model"]["sha256"]
+    (group,) = document["groups"]
+    assert (group["name"], group["units"]) == ("first.weight", 16)
+    expected = {"min": values.min(), "mean": values.mean(), "median": np.median(values), "max": values.max()}
+    assert group["score"] == {**{k: float(v) for k, v in expected.items()}, "below": float((values < 0.1).mean())}
+    assert document["programs"] == []
+    assert document["notes"] == ["scored on 32 samples; as in prune, 8 others are left for evaluation"]
+    assert document["settings"].items() >= {"importance": "activation", "seed": 0, "samples": 32}.items()
+    assert set(document["timings"]) == {"load", "couple", "calibrate", "score", "write"}
+    assert set(document["versions"]) == VERSIONS
+
+
+def test_inspect_document(run: Run, place: Path) -> None:
+    result = run("inspect", "model.onnx", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert document["model"]["inputs"] == [{"name": "input", "dtype": "float32", "dims": ["batch", 6]}]
+    assert document["model"]["opset"] == {"ai.onnx": 17}
+    assert document["cost"] == {"macs": 160, "params": 180, "bytes": (place / "model.onnx").stat().st_size}
+    (group,) = document["groups"]
+    assert (group["name"], group["units"], group["consumers"]) == ("first.weight", 16, ["second"])
+    assert {(a["tensor"], a["axis"]) for a in group["axes"] if a["constant"]} == {
+        ("first.weight", 0),
+        ("first.bias", 0),
+        ("second.weight", 1),
+    }
+    assert {(s["tensor"], s["axis"], s["channels"]) for s in document["skipped"]} == {
+        ("first.weight", 1, 6),
+        ("second.weight", 0, 4),
+    }
+
+
+def test_verify_document(run: Run, place: Path) -> None:
+    assert run(*PRUNE).code == 0
+    result = run("verify", "model.onnx", "out.onnx", "--data", "data.npz", "--json")
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert document["pruned"]["cost"]["macs"] <= 80 < document["original"]["cost"]["macs"] == 160
+    assert document["verification"]["masked_equivalence"] is None
+    assert document["verification"]["samples"] == 40
+    assert document["verification"]["output_relative_error"] > 0
+    same = run("verify", "model.onnx", "model.onnx", "--data", "data.npz", "--json").document["verification"]
+    assert (same["output_relative_error"], same["agreement"]) == (0, 1)
+
+
+def test_verify_of_unlike_models_is_a_failed_gate(run: Run, place: Path) -> None:
+    other = onnx.load("model.onnx")
+    other.graph.output[0].name = other.graph.node[-1].output[0] = "elsewhere"
+    onnx.save_model(other, "other.onnx")
+    result = run("verify", "model.onnx", "other.onnx", "--data", "data.npz", "--json")
+    assert (result.code, result.out) == (1, "")
+    one_sentence(result)
+
+
+def test_bench_document(run: Run, place: Path) -> None:
+    perceptron(place / "wide.onnx", 64)
+    models = ("model.onnx", "wide.onnx")
+    options = ("--batch", 3, "--batch", 1, "--seconds", 0.05, "--threads", 1, "--device", "cpu", "--json")
+    result = run("bench", *models, *options)
+    assert (result.code, result.err) == (0, "")
+    document = result.document
+    assert set(document) == {
+        "schema_version", "device", "threads", "batch", "seconds", "data", "models", "versions",
+    }  # fmt: skip
+    assert (document["device"], document["threads"], document["batch"]) == ("cpu", 1, [3, 1])
+    assert (document["seconds"], document["data"]) == (0.05, None)
+    assert [m["path"] for m in document["models"]] == list(models)
+    assert [m["bytes"] for m in document["models"]] == [Path(m).stat().st_size for m in models]
+    for model in document["models"]:
+        assert [t["batch"] for t in model["timings"]] == [3, 1]
+        for timing in model["timings"]:
+            assert set(timing) == {
+                "batch", "p50_ms", "p95_ms", "mean_ms", "throughput", "runs", "peak_bytes", "ratio",
+            }  # fmt: skip
+            assert 0 < timing["p50_ms"] <= timing["p95_ms"]
+            assert timing["throughput"] == pytest.approx(timing["batch"] / timing["p50_ms"] * 1e3)
+            ratio = timing["ratio"]
+            assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert {t["ratio"]["median"] for t in document["models"][0]["timings"]} == {1}
+
+
+def test_bench_on_data(run: Run, place: Path) -> None:
+    result = run("bench", "model.onnx", "--data", "data.npz", "--batch", 4, "--seconds", 0.05, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert (result.document["batch"], result.document["data"]) == ([4], "data.npz")
+    assert len(result.document["models"]) == 1
+
+
+def test_bench_of_a_fixed_batch(run: Run, place: Path) -> None:
+    model = onnx.load("model.onnx")
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 5
+    onnx.save_model(model, "model.onnx")
+    assert run("bench", "model.onnx", "--seconds", 0.05, "--json").document["batch"] == [5]
+    assert run("bench", "model.onnx", "--data", "data.npz", "--seconds", 0.05, "--json").document["batch"] == [5]
+    for data in ((), ("--data", "data.npz")):
+        result = run("bench", "model.onnx", *data, "--batch", 2, "--seconds", 0.05)
+        assert (result.code, result.out) == (2, "")
+        one_sentence(result)
+        assert "5 samples" in result.err
+
+
+BENCH_MISTAKES = {
+    "no model": ((), "MODEL"),
+    "missing model": (("model.onnx", "other.onnx"), "other.onnx"),
+    "missing data": (("model.onnx", "--data", "other.npz"), "other.npz"),
+    "more than there is": (("model.onnx", "--data", "data.npz", "--batch", "64"), "40"),
+    "batch of 0": (("model.onnx", "--batch", "0"), "--batch"),
+    "no time": (("model.onnx", "--seconds", "0"), "--seconds"),
+    "time that is NaN": (("model.onnx", "--seconds", "nan"), "--seconds"),
+    "other inputs": (("model.onnx", "renamed.onnx"), "image"),
+}
+
+
+@pytest.mark.parametrize("mistake", BENCH_MISTAKES)
+def test_a_mistake_of_bench_is_one_sentence(run: Run, place: Path, mistake: str) -> None:
+    renamed = onnx.load("model.onnx")
+    renamed.graph.input[0].name = renamed.graph.node[0].input[0] = "image"
+    onnx.save_model(renamed, "renamed.onnx")
+    arguments, word = BENCH_MISTAKES[mistake]
+    result = run("bench", *arguments, "--json")
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+
+
+def test_solvers_document(run: Run) -> None:
+    result = run("solvers", "--json")
+    assert (result.code, result.err) == (0, "")
+    found = {s["name"]: s for s in result.document["solvers"]}
+    assert list(found) == ["gurobi", "highs"]
+    for solver in found.values():
+        assert set(solver) == {"name", "installed", "usable", "version", "licence", "variables", "rows"}
+        assert solver["licence"]
+    assert found["highs"]["usable"]
+    assert found["highs"]["variables"] is None
+    assert found["highs"]["version"] == result.document["versions"]["highspy"]
+
+
+def test_ops_document(run: Run) -> None:
+    result = run("ops", "--json")
+    assert (result.code, result.err) == (0, "")
+    table = {op["name"]: op for op in result.document["operators"]}
+    assert table["Conv"]["macs"]
+    assert table["Conv"]["refit"]
+    assert not table["Relu"]["macs"]
+    assert set(table["Relu"]) == {"name", "domain", "since", "until", "macs", "refit", "repair"}
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def test_tables_fit_80_columns_and_say_what_the_documents_say(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    pruned = run(*PRUNE, "--max-drop", 90)
+    perceptron(place / "a-network-with-quite-a-long-name.onnx", 64)
+    names = ("model.onnx", "out.onnx", "a-network-with-quite-a-long-name.onnx")
+    found = {
+        "inspect": run("inspect", "model.onnx"),
+        "verify": run("verify", "model.onnx", "out.onnx", "--data", "data.npz"),
+        "score": run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz"),
+        "bench": run("bench", *names, "--seconds", 0.05, "--batch", 1, "--batch", 16, "--threads", 2),
+        "ops": run("ops"),
+        "solvers": run("solvers"),
+    }
+    for result in (pruned, *found.values()):
+        assert (result.code, result.err) == (0, "")
+        assert max(map(len, result.out.splitlines())) <= 80
+    assert "model.onnx -> out.onnx" in pruned.out
+    assert re.search(r"MACs +160 +\d+ +[\d.]+ % +50\.0 %", pruned.out)
+    assert re.search(r"latency +[\d.]+ x as fast +[\d.]+ %", pruned.out)
+    assert re.search(r"first\.weight +16 +[1-8] ", pruned.out)
+    assert re.search(r"budget +(gurobi|highs) +optimal +0\.\d\d % ", pruned.out)
+    assert re.search(r"nodes refitted +1 by least squares", pruned.out)
+    assert re.search(r"largest drop allowed +90 points", pruned.out)
+    for name in ("first.weight", "second.weight", "graph input", "graph output"):
+        assert name in found["inspect"].out
+    assert "same top class" in found["verify"].out
+    assert re.search(r"^16 samples a run on \w+, 2 threads$", found["bench"].out, re.MULTILINE)
+    assert re.search(r"model\.onnx +[\d.]+ +[\d.]+ +[\d,]+ +\S+ +1\.00 \(1\.00-1\.00\)", found["bench"].out)
+    assert "model.onnx -> s.npz" in found["score"].out
+    assert re.search(r"first\.weight +16 +\S+ +\S+ +\S+ +[\d.]+ %", found["score"].out)
+    assert "scored by obs" in found["score"].out
+    assert "ConvTranspose" in found["ops"].out
+    assert re.search(r"highs +[\d.]+ +yes +any +any", found["solvers"].out)
+
+
+def test_names_with_brackets_are_not_markup(run: Run, place: Path) -> None:
+    model = onnx.load("model.onnx")
+    for node in model.graph.node:
+        node.input[:] = [n.replace("first.weight", "[red]w[/nope]") for n in node.input]
+    model.graph.initializer[0].name = "[red]w[/nope]"
+    onnx.save_model(model, "model.onnx")
+    result = run("inspect", "model.onnx")
+    assert result.code == 0
+    assert "[red]w[/nope]" in result.out
+
+
+def test_plain_output_where_the_terminal_knows_no_blocks(place: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "onnx_oamip", *PRUNE],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    )
+    assert b"######......  50.0 %" in found.stdout
+    assert found.stderr == b""
+
+
+def test_quiet_prints_nothing(run: Run, place: Path) -> None:
+    assert run(*PRUNE, "-q") == Result(0, "", "")
+    assert (place / "out.onnx").exists()
+    assert run(*PRUNE, "-q", "--json").document["schema_version"] == 1
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+
+def test_options_reach_the_settings(run: Run, place: Path) -> None:
+    options = (
+        "--params 0.9 --size 95% --latency 100% --max-drop 99 --importance l2 --allocate mip --refit none --align 4 "
+        "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
+        "--scheduler tcp://host:1 "
+        "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3 "
+        "--cache off --image-size 24x32 --image-fit pad --image-scale 0.5 --image-mean 1,2,3 --image-std 4 "
+        "--image-layout nhwc --image-color bgr --samples 99 --column c "
+        "--alpha 0.9 --signal paper --granularity connection --iterations 2 --sparse "
+        "--phi exp_weight --score-time 7 --limits snacs --protect 20% --strict --max-memory 2GB --no-provenance"
+    )
+    expected = {
+        "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "latency": 1.0, "max_drop": 99.0,
+        "importance": "l2", "allocate": "mip", "refit": "none", "align": 4, "floor": 0.1, "exclude": ("second",),
+        "solver": "highs", "time_limit": 5.0, "workers": 1, "force": True, "device": "cpu", "seed": 3, "batch_size": 8,
+        "scheduler": "tcp://host:1",
+        "mode": "joint", "formulation": "paper", "loss_weight": 2.0, "score_budget": 0.4, "relax": True,
+        "images_per_class": 3, "cache": "off", "image_size": (24, 32), "image_fit": "pad", "image_scale": 0.5,
+        "image_mean": (1.0, 2.0, 3.0), "image_std": (4.0,), "image_layout": "nhwc", "image_color": "bgr", "samples": 99,
+        "column": "c", "alpha": 0.9, "signal": "paper", "granularity": "connection", "iterations": 2, "sparse": True,
+        "phi": "exp_weight", "score_time": 7.0, "limits": "snacs", "protect": 0.2, "strict": True,
+        "max_memory": 2 << 30, "no_provenance": True,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnx_oamip.api.pipeline.prune", lambda *a, **_: seen.append(a[3]) or refuse())
+        seen: list[Settings] = []
+        assert run(*PRUNE, *options.split()).code == 1
+    assert [s.model_dump() for s in seen] == [expected]
+
+
+def refuse() -> None:
+    raise BudgetNotMet("this is a test.")
+
+
+def test_settings_reach_the_result(run: Run, place: Path) -> None:
+    document = run(*PRUNE, "--json", "--align", 4, "--floor", "50%", "--solver", "highs", "--device", "cpu").document
+    assert document["groups"][0]["kept"] == 8
+    assert document["programs"][-1]["solver"] == "highs"
+    expected = {"macs": 0.5, "align": 4, "floor": 0.5, "solver": "highs", "device": "cpu", "workers": None}
+    assert document["settings"].items() >= expected.items()
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+@pytest.mark.parametrize("refit", ["none", "bias", "least-squares"])
+def test_other_allocations_and_refits(run: Run, place: Path, allocate: str, refit: str) -> None:
+    document = run(*PRUNE, "--json", "--allocate", allocate, "--refit", refit, "--align", 1).document
+    assert (document["programs"], document["allocation"]) == ([], allocate)
+    assert document["groups"][0]["kept"] == 8
+    assert bool(document["fits"]) == (refit == "least-squares")
+
+
+def test_scores_from_a_file(run: Run, place: Path) -> None:
+    arguments = ("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--importance", "l1", "-q")
+    assert run(*arguments) == Result(0, "", "")
+    choices = ("--allocate", "uniform", "--align", 1, "--json")
+    by_file = run(*PRUNE, *choices, "--scores", "s.npz").document
+    at_once = run(*PRUNE, *choices, "--importance", "l1").document
+    assert by_file["output"] == at_once["output"]
+    assert by_file["importance"] == by_file["settings"]["importance"] == "l1"
+    assert by_file["settings"]["scores"] == "s.npz"
+
+
+def test_max_drop_alone(run: Run, place: Path) -> None:
+    """Random labels: what counts is that the promise holds on the samples that were measured."""
+    verification = run(*BASE, "--json", "--align", 1, "--max-drop", 10).document["verification"]
+    assert verification["accuracy_after"] >= verification["accuracy_before"] - 0.1
+
+
+def test_every_setting_has_an_option_with_the_same_choices() -> None:
+    options = {p.name: p for p in cli.commands["prune"].params}
+    for name, field in Settings.model_fields.items():
+        assert name in options
+        if get_origin(field.annotation) is Literal:
+            assert set(options[name].type.choices) == set(get_args(field.annotation))
+
+
+def test_weight_scores_need_no_data(run: Run, place: Path) -> None:
+    choices = ("--importance", "l1", "--allocate", "uniform", "--refit", "none", "--force", "--json")
+    result = run("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx", *choices)
+    assert result.code == 0
+    verification = result.document["verification"]
+    assert verification["masked_equivalence"] <= 1e-4
+    assert verification["agreement"] is None
+
+
+def test_threshold_alone(run: Run, place: Path) -> None:
+    choices = ("--importance", "activation", "--allocate", "uniform", "--align", 1, "--json")
+    scores = run(*PRUNE, *choices).document["groups"][0]["score"]
+    arguments = (*BASE, *choices, "--threshold")
+    assert run(*arguments, scores["min"]).document["groups"][0]["kept"] == 16
+    assert 0 < run(*arguments, scores["mean"]).document["groups"][0]["kept"] < 16
+
+
+def test_evaluation_data(run: Run, place: Path) -> None:
+    assert run(*PRUNE, "--json").document["verification"]["samples"] == 8
+    np.savez("held.npz", input=samples(12), labels=np.zeros(12, np.int64))
+    assert run(*PRUNE, "--json", "--eval-data", "held.npz").document["verification"]["samples"] == 12
+
+
+def test_feeds_from_a_function(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("feeds_for_a_test.py").write_text(
+        "import numpy as np\n"
+        "def feeds():\n"
+        "    for i in range(6):\n"
+        "        yield {'input': np.full((2, 6), i, np.float32)}\n"
+    )
+    monkeypatch.syspath_prepend(str(place))
+    result = run(*PRUNE, "--data", "feeds_for_a_test:feeds", "--json")
+    assert (result.code, result.err) == (0, "")
+
+
+# -------------------------------------------------------------------------------------------------------- failures
+
+
+def one_sentence(result: Result) -> None:
+    assert re.fullmatch(r"Error: [^\n]+[.?]\n", result.err), result.err
+    assert "Traceback" not in result.err
+
+
+def not_onnx() -> None:
+    Path("model.onnx").write_text("this is a letter, not a network\n" * 20)
+
+
+def truncated() -> None:
+    whole = Path("model.onnx").read_bytes()
+    Path("model.onnx").write_bytes(whole[: len(whole) // 2])
+
+
+def data(**arrays: object) -> Callable[[], None]:
+    return lambda: np.savez("data.npz", **arrays)
+
+
+def with_nan() -> None:
+    values = samples(8)
+    values[5, 2] = np.nan
+    np.savez("data.npz", input=values)
+
+
+MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
+    "missing model": (lambda: Path("model.onnx").unlink(), (), "no such file"),
+    "model is a folder": (lambda: (Path("model.onnx").unlink(), Path("model.onnx").mkdir()), (), "folder"),
+    "empty model": (lambda: Path("model.onnx").write_bytes(b""), (), "not an ONNX model"),
+    "not an ONNX model": (not_onnx, (), "not an ONNX model"),
+    "truncated model": (truncated, (), "truncated"),
+    "missing data": (lambda: Path("data.npz").unlink(), (), "no such data file"),
+    "data is no archive": (lambda: Path("data.npz").write_bytes(b"PK, but no archive"), (), "numpy"),
+    "names do not match": (data(image=samples(8)), (), "'input'"),
+    "an array too many": (data(input=samples(8), weights=samples(8)), (), "'weights'"),
+    "wrong type": (data(input=samples(8).astype(np.float64)), (), "float64"),
+    "codes without a scale": (data(input=np.ones((8, 6), np.uint8)), (), "input.scale"),
+    "wrong rank": (data(input=samples(8).reshape(-1)), (), "(48,)"),
+    "wrong width": (data(input=samples(8, 7)), (), "(8, 7)"),
+    "NaN in the data": (with_nan, (), "sample 5"),
+    "empty data": (data(input=samples(0)), (), "no samples"),
+    "labels do not match": (data(input=samples(8), labels=np.zeros(7, np.int64)), (), "labels"),
+    "no such function": (lambda: None, ("--data", "json:feeds"), "feeds"),
+    "budget of 0": (lambda: None, ("--macs", "0"), "--macs"),
+    "budget of 0 %": (lambda: None, ("--params", "0%"), "--params"),
+    "budget above 1": (lambda: None, ("--macs", "1.5"), "--macs"),
+    "budget above 100 %": (lambda: None, ("--size", "101%"), "--size"),
+    "budget that is no number": (lambda: None, ("--macs", "half"), "--macs"),
+    "budget that is NaN": (lambda: None, ("--macs", "nan"), "--macs"),
+    "threshold that is NaN": (lambda: None, ("--threshold", "nan"), "--threshold"),
+    "unknown importance": (lambda: None, ("--importance", "luck"), "activation"),
+    "pattern without a match": (lambda: None, ("--exclude", "third*"), "third*"),
+    "alignment of 0": (lambda: None, ("--align", "0"), "--align"),
+    "alignment that is no number": (lambda: None, ("--align", "some"), "--align"),
+    "floor above 1": (lambda: None, ("--floor", "1.01"), "--floor"),
+    "floor below 0": (lambda: None, ("--floor=-5%",), "--floor"),
+    "drop below 0": (lambda: None, ("--max-drop=-1",), "--max-drop"),
+    "drop of 100 points": (lambda: None, ("--max-drop", "100"), "--max-drop"),
+    "drop that is NaN": (lambda: None, ("--max-drop", "nan"), "--max-drop"),
+    "latency of 0": (lambda: None, ("--latency", "0"), "--latency"),
+    "latency without the program": (lambda: None, ("--latency", "0.5", "--allocate", "uniform"), "--allocate mip"),
+    "unknown solver": (lambda: None, ("--solver", "cplex"), "'highs'"),
+    "no time": (lambda: None, ("--time-limit", "0"), "--time-limit"),
+    "time that is NaN": (lambda: None, ("--time-limit", "nan"), "--time-limit"),
+    "no workers": (lambda: None, ("--workers", "0"), "--workers"),
+    "output folder missing": (lambda: None, ("-o", "nowhere/out.onnx"), "nowhere"),
+    "output is a folder": (lambda: Path("made").mkdir(), ("-o", "made"), "made"),
+    "output is the model": (lambda: None, ("-o", "./model.onnx"), "model.onnx"),
+    "output is the data": (lambda: None, ("-o", "./data.npz"), "data.npz"),
+    "unknown option": (lambda: None, ("--mac", "0.5"), "--mac"),
+}
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*") if "__pycache__" not in p.parts}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+    make, options, word = MISTAKES[mistake]
+    make()
+    before = contents(place)
+    result = run(*PRUNE, "--json", *options)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+    assert contents(place) == before
+
+
+def other_scores() -> None:
+    perceptron(Path("other.onnx"), 12)
+    assert main(["score", "other.onnx", "--importance", "l2", "-o", "s.npz", "-q"]) == 0
+    Path("other.onnx").unlink()
+
+
+SCORES_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
+    "missing": (lambda: None, (), "no such file of scores"),
+    "a folder": (lambda: Path("s.npz").mkdir(), (), "folder"),
+    "no archive": (lambda: Path("s.npz").write_text("0.1 0.2"), (), "cannot be read as scores"),
+    "pickled": (lambda: Path("s.npz").write_bytes(pickle.dumps([0.1, 0.2])), (), "cannot be read as scores"),
+    "data": (lambda: np.savez("s.npz", input=samples(8)), (), "schema_version"),
+    "another model": (other_scores, (), "sha256"),
+    "two ways to score": (lambda: None, ("--importance", "obs"), "--importance"),
+    "written over": (lambda: Path("s.npz").touch(), ("-o", "./s.npz"), "--scores"),
+}
+
+
+@pytest.mark.parametrize("mistake", SCORES_MISTAKES)
+def test_a_mistake_about_scores_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+    make, options, word = SCORES_MISTAKES[mistake]
+    make()
+    before = contents(place)
+    result = run(*PRUNE, "--scores", "s.npz", "--json", *options)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+    assert contents(place) == before
+
+
+SCORE_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
+    "missing model": (lambda: Path("model.onnx").unlink(), (), "no such file"),
+    "missing data": (lambda: Path("data.npz").unlink(), (), "no such data file"),
+    "NaN in the data": (with_nan, (), "sample 5"),
+    "unknown importance": (lambda: None, ("--importance", "luck"), "activation"),
+    "pattern without a match": (lambda: None, ("--exclude", "third*"), "third*"),
+    "output folder missing": (lambda: None, ("-o", "nowhere/s.npz"), "nowhere"),
+    "output is a folder": (lambda: Path("made").mkdir(), ("-o", "made"), "made"),
+    "output is the model": (lambda: None, ("-o", "./model.onnx"), "model.onnx"),
+    "output is the data": (lambda: None, ("-o", "./data.npz"), "data.npz"),
+    "a budget": (lambda: None, ("--macs", "0.5"), "--macs"),
+}
+
+
+@pytest.mark.parametrize("mistake", SCORE_MISTAKES)
+def test_a_mistake_of_score_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+    make, options, word = SCORE_MISTAKES[mistake]
+    make()
+    before = contents(place)
+    result = run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--json", *options)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert word in result.err
+    assert contents(place) == before
+
+
+def test_score_without_data_or_output_says_what_to_give(run: Run, place: Path) -> None:
+    for arguments, word in ((("-o", "s.npz"), "--data"), (("--data", "data.npz"), "--output")):
+        result = run("score", "model.onnx", *arguments)
+        assert (result.code, result.out) == (2, "")
+        one_sentence(result)
+        assert word in result.err
+    assert run("score", "model.onnx", "--data", "data.npz", "--exclude", "first*", "-o", "s.npz").code == 1
+    assert not (place / "s.npz").exists()
+
+
+def test_a_run_without_a_budget_or_without_data_says_what_to_give(run: Run, place: Path) -> None:
+    for arguments, word in (
+        (("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx"), "--macs"),
+        (("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx"), "--data"),
+        (("prune", "model.onnx", "--macs", "0.5", "--importance", "obs", "-o", "out.onnx"), "--importance obs"),
+        (("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "-o", "out.onnx"), "--allocate mip"),
+        (
+            ("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "--allocate", "global", "-o", "out.onnx"),
+            "--refit least-squares",
+        ),
+    ):
+        result = run(*arguments)
+        assert (result.code, result.out) == (2, "")
+        one_sentence(result)
+        assert word in result.err
+    assert not (place / "out.onnx").exists()
+
+
+def test_cuda_without_cuda(run: Run, place: Path) -> None:
+    from onnx_oamip.graph.runtime import resolve_device
+
+    try:
+        resolve_device("cuda")
+    except EnvironmentMissing:
+        pass
+    else:
+        pytest.skip("CUDA works here")
+    result = run(*PRUNE, "--device", "cuda")
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert not (place / "out.onnx").exists()
+
+
+def test_no_runtime_says_what_to_install(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = run(*PRUNE)
+    assert (result.code, result.out) == (2, "")
+    one_sentence(result)
+    assert "onnx-oamip[cpu]" in result.err
+
+
+def test_a_budget_out_of_reach_exits_1_and_names_it(run: Run, place: Path) -> None:
+    result = run(*PRUNE, "--json", "--macs", "0.01")
+    assert (result.code, result.out) == (1, "")
+    one_sentence(result)
+    assert "--macs" in result.err
+    assert not (place / "out.onnx").exists()
+
+
+def test_an_old_output_survives_a_failure(run: Run, place: Path) -> None:
+    (place / "out.onnx").write_bytes(b"old")
+    assert run(*PRUNE, "--macs", "0.01").code == 1
+    assert (place / "out.onnx").read_bytes() == b"old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_interrupt_exits_130(place: Path) -> None:
+    Path("slow_feeds.py").write_text(
+        "import pathlib, time\n"
+        "def feeds():\n"
+        "    pathlib.Path('started').touch()\n"
+        "    time.sleep(60)\n"
+        "    yield {}\n"
+    )
+    arguments = ["prune", "model.onnx", "--data", "slow_feeds:feeds", "--macs", "0.5", "-o", "out.onnx"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "onnx_oamip", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(place)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if Path("started").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert err.strip() == "Error: interrupted."
+    assert not Path("out.onnx").exists()

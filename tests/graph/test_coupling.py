@@ -1,0 +1,219 @@
+"""Couplings by themselves: what a group is called, in what order units stand, and what is left without some groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import NETS, assert_exact, build, load
+
+from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.core.records import Coupling, Model, Pinned
+
+SPLIT = """(float[N,3,6,6] x) => (float[N,4,4,4] y, float[N,5,4,4] z)
+    <float[9,3,3,3] w1, float[9] b1, int64[2] parts = {6, 3}, float[4,6,1,1] w2, float[5,3,1,1] w3> {
+        a = Conv(x, w1, b1)
+        h, g = Split<axis = 1>(a, parts)
+        y = Conv(h, w2)
+        z = Conv(g, w3)
+    }"""
+BRANCHES = """(float[N,6] x, bool go) => (float[N,4] y)
+    <float[6,8] w1, float[8,10] w2, float[10,8] w3, float[8,4] w4> {
+        h = MatMul(x, w1)
+        s = If(go) <
+            then_branch = yes () => (float[N,8] p) { a = MatMul(h, w2)  r = Relu(a)  p = MatMul(r, w3) },
+            else_branch = no () => (float[N,8] q) { q = Relu(h) }
+        >
+        y = MatMul(s, w4)
+    }"""
+
+
+def _coupled(text: str, folder: Path) -> tuple[Model, Coupling]:
+    model = load(build(text), folder)
+    return model, couple(model)
+
+
+def test_two_groups_of_one_weight_have_two_names(tmp_path: Path) -> None:
+    model, coupling = _coupled(SPLIT, tmp_path)
+    assert [g.name for g in coupling.groups] == ["w1", "w1#2"]
+    first, second = coupling.groups
+    # The weight that comes first in the graph, not one of those that read it; units in the order of its channels.
+    np.testing.assert_array_equal(coupling.axes["w1", 0], np.arange(9))
+    np.testing.assert_array_equal(first.units, np.arange(6))
+    np.testing.assert_array_equal(second.units, np.arange(6, 9))
+    np.testing.assert_array_equal(coupling.unit_group, [0] * 6 + [1] * 3)
+    assert {t for t, _ in first.multiplicity if t in model.constants} == {"w1", "b1", "w2"}
+    assert {t for t, _ in second.multiplicity if t in model.constants} == {"w1", "b1", "w3"}
+    assert set(first.multiplicity.values()) == set(second.multiplicity.values()) == {1}
+
+
+@pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped", "attention"])
+def test_units_stand_in_the_order_of_the_graph(net: str, tmp_path: Path) -> None:
+    model, coupling = _coupled(NETS[net], tmp_path)
+    seen = np.concatenate([coupling.axes[key] for key in coupling.axes if key[0] in model.constants])
+    free = seen[seen >= 0]
+    first = np.unique(free, return_index=True)[1]
+    assert sorted(set(free.tolist())) == list(range(coupling.n_units))
+    for g, group in enumerate(coupling.groups):
+        np.testing.assert_array_equal(coupling.unit_group[group.units], g)
+        assert (np.diff(group.units) > 0).all()
+        for key, x in coupling.axes.items():
+            held = np.isin(x, group.units).sum()
+            assert held == group.multiplicity.get(key, 0) * len(group.units)
+    assert (np.diff(first) > 0).all()
+    assert (np.diff([group.units[0] for group in coupling.groups]) > 0).all()
+
+
+def test_what_is_pinned_is_counted_with_the_reason_of_most(tmp_path: Path) -> None:
+    _, coupling = _coupled(SPLIT, tmp_path)
+    found = {(p.tensor, p.axis): p for p in coupling.pinned}
+    assert set(found) == {("w1", 1), ("w2", 0), ("w3", 0)}  # the interface; a bias is no weight
+    assert {k: p.count for k, p in found.items()} == {("w1", 1): 3, ("w2", 0): 4, ("w3", 0): 5}
+    assert all(p.given for p in found.values())
+    assert found["w2", 0].reason == "it is part of the graph output 'y'"
+    assert "a graph input (x)" in found["w1", 1].reason
+
+
+def test_weights_of_codes_are_weights_and_indices_are_none(tmp_path: Path) -> None:
+    text = """(float[N,6] x) => (float[N,4] y, float[] z)
+        <float[6,8] w1, int8[8,4] w2 = {""" + ", ".join(str(i - 16) for i in range(32)) + """}, float scale = {0.25},
+         int64[1,2] where = {3, 5}> {
+            h = MatMul(x, w1)
+            d = DequantizeLinear(w2, scale)
+            y = MatMul(h, d)
+            z = Gather<axis = 1>(x, where)
+        }"""
+    _, coupling = _coupled(text, tmp_path)
+    assert [g.name for g in coupling.groups] == ["w1"]
+    assert {p.tensor for p in coupling.pinned} == {"w1", "w2"}
+
+
+CUTS = {
+    "residual": (NETS["residual"], ["w1", "w2"]),
+    "grouped": (NETS["grouped"], ["w1", "w2"]),
+    "attention": (NETS["attention"], ["we", "wq", "wv"]),
+    "split": (SPLIT, ["w2", "w3"]),
+    "branches": (BRANCHES, ["w1", "w2"]),
+}
+
+
+@pytest.mark.parametrize(("net", "pattern"), [(n, p) for n, (_, patterns) in CUTS.items() for p in patterns])
+def test_without_a_group_all_else_is_as_it_was(net: str, pattern: str, tmp_path: Path) -> None:
+    model, coupling = _coupled(CUTS[net][0], tmp_path)
+    fewer = exclude(model, coupling, [pattern])
+    names = [g.name for g in fewer.groups]
+    assert len(names) < len(coupling.groups)
+    stays = np.zeros(coupling.n_units, bool)
+    for group in coupling.groups:
+        stays[group.units] = group.name in names
+    assert fewer.n_units == stays.sum() == len(fewer.unit_group)
+    rng = np.random.default_rng(0)
+    keep = np.ones(coupling.n_units, bool)
+    keep[stays] = rng.uniform(size=fewer.n_units) < 0.5
+    for key in coupling.axes:
+        whole = coupling.keep(key, keep)
+        assert (key in fewer.axes) == bool((stays[coupling.axes[key]] & (coupling.axes[key] >= 0)).any())
+        np.testing.assert_array_equal(fewer.keep(key, keep[stays]) if key in fewer.axes else True, whole)
+        assert fewer.axes.get(key, coupling.axes[key]).min() >= -1
+    kept = [g for g in coupling.groups if g.name in names]
+    for g, (old, new) in enumerate(zip(kept, fewer.groups, strict=True)):
+        assert (old.name, old.multiplicity) == (new.name, new.multiplicity)
+        np.testing.assert_array_equal(np.flatnonzero(stays)[new.units], old.units)
+        np.testing.assert_array_equal(fewer.unit_group[new.units], g)
+    for was, now in ((coupling.consumers, fewer.consumers), (coupling.inside, fewer.inside)):
+        assert now == tuple(c for c in was if (c.data, c.axis) in fewer.axes)
+    # Every weight that a group leaves is told, as something that nobody may touch.
+    added = fewer.pinned[len(coupling.pinned) :]
+    assert fewer.pinned[: len(coupling.pinned)] == coupling.pinned
+    expected = [
+        Pinned(*key, held * len(g.units), f"--exclude '{pattern}' keeps it", True)
+        for g in coupling.groups if g.name not in names
+        for key, held in g.multiplicity.items() if key[0] in model.constants and len(model.shapes[key[0]]) > 1
+    ]  # fmt: skip
+    assert list(added) == expected
+    assert expected
+
+
+def test_the_pattern_that_took_a_group_is_told(tmp_path: Path) -> None:
+    model, coupling = _coupled(SPLIT, tmp_path)
+    fewer = exclude(model, coupling, ["w2", "w3"])
+    assert fewer.n_units == 0
+    assert (fewer.groups, fewer.axes, fewer.consumers) == ((), {}, ())
+    reasons = {(p.tensor, p.reason) for p in fewer.pinned[len(coupling.pinned) :]}
+    assert reasons == {
+        ("w1", "--exclude 'w2' keeps it"), ("w2", "--exclude 'w2' keeps it"), ("w1", "--exclude 'w3' keeps it"),
+        ("w3", "--exclude 'w3' keeps it"),
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what cannot be tied
+
+
+def test_channels_in_a_branch_are_consumed_inside(tmp_path: Path) -> None:
+    """What a branch sums over has no statistic; what is summed over behind the branch has one again."""
+    _, coupling = _coupled(BRANCHES, tmp_path)
+    assert [g.name for g in coupling.groups] == ["w1", "w2"]
+    assert [c.weight for c in coupling.inside] == ["w2", "w3"]
+    assert [(c.weight, c.data, c.axis, c.slot, c.weight_axis) for c in coupling.consumers] == [("w4", "s", 1, 0, 0)]
+
+
+def test_a_constant_that_another_node_reads_whole_stays(tmp_path: Path) -> None:
+    """The bias is a number for every input feature there, none of which may go."""
+    text = """(float[N,6] x, float[N,8] v) => (float[N,4] y, float[N,8] z)
+        <float[8,6] w1, float[8] b1, float[8,7] w2, float[7,4] w3> {
+            h = Gemm<transB = 1>(x, w1, b1)
+            r = Relu(h)
+            s = MatMul(r, w2)
+            t = Relu(s)
+            y = MatMul(t, w3)
+            z = Add(v, b1)
+        }"""
+    model, coupling = _coupled(text, tmp_path)
+    assert [g.name for g in coupling.groups] == ["w2"]
+    (node,) = (n for n in model.nodes if n.outputs == ("z",))
+    why = {(p.tensor, p.axis): (p.reason, p.given) for p in coupling.pinned}
+    assert why["w1", 0] == why["w2", 0] == (f"{node} reads 'b1' whole", False)
+    keep = np.arange(coupling.n_units) % 2 == 0
+    assert_exact(model, coupling, keep, 1e-6, (1, 3))
+
+
+def test_axes_of_different_length_are_not_tied(tmp_path: Path) -> None:
+    """Such a model runs nowhere; what is wrong with it is told of both sides."""
+    text = """(float[N,3,6,6] x) => (float[] y) <float[8,3,1,1] w1, float[4,9,1,1] w2> {
+        h = Conv(x, w1)
+        y = Conv(h, w2)
+    }"""
+    model, coupling = _coupled(text, tmp_path)
+    assert coupling.n_units == 0
+    why = {(p.tensor, p.axis): (p.count, p.reason) for p in coupling.pinned}
+    reason = f"{model.nodes[1]} ties axes of different length at 'w2'"
+    assert (why["w1", 0], why["w2", 1]) == ((8, reason), (9, reason))
+
+
+def test_a_body_where_none_belongs_is_not_followed(tmp_path: Path) -> None:
+    """ONNX refuses it of its own operators, and says nothing of those of other domains."""
+    text = """(float[N,6] x) => (float[N,4] y) <float[6,8] w1, float[8,4] w2> {
+        h = MatMul(x, w1)
+        r = Relu(h)
+        y = MatMul(r, w2)
+    }"""
+    proto = build(text, domains={"com.microsoft": 1})
+    proto.graph.node[1].op_type, proto.graph.node[1].domain = "Gelu", "com.microsoft"
+    inner = onnx.parser.parse_graph("g () => (float[N,8] p) { p = Identity(h) }")
+    proto.graph.node[1].attribute.append(onnx.helper.make_attribute("extra", inner))
+    model = load(proto, tmp_path)
+    coupling = couple(model)
+    assert coupling.n_units == 0
+    assert [p.reason for p in coupling.pinned if p.tensor == "w1" and p.axis == 1] == [
+        f"{model.nodes[1]} has a subgraph that is not followed"
+    ]
+
+
+@pytest.mark.parametrize("nodes", ["y = Relu(x)", "y = MatMul(x, w)", "h = MatMul(x, w)  y = Abs(h)"])
+def test_a_model_without_anything_to_cut(nodes: str, tmp_path: Path) -> None:
+    _, coupling = _coupled(f"(float[N,6] x) => (float[] y) <float[6,6] w> {{ {nodes} }}", tmp_path)
+    assert (coupling.n_units, coupling.groups, coupling.consumers) == (0, (), ())
+    assert coupling.axes == {}
+    assert sorted(p.count for p in coupling.pinned) == ([6, 6] if "w" in nodes else [])

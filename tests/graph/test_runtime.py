@@ -1,0 +1,143 @@
+"""Sessions: what ONNX Runtime fuses and then refuses, and that nothing of a run leaves the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT
+from graphs import build
+
+from onnx_oamip.api import pipeline
+from onnx_oamip import prune
+from onnx_oamip.core.errors import ModelError
+from onnx_oamip.verification.latency import Ratio, bench
+from onnx_oamip.reporting.documents import document
+from onnx_oamip.graph.runtime import (
+    FUSION,
+    UNFUSED,
+    Session,
+    runtime,
+)
+from onnx_oamip.core.settings import Settings
+
+SPREAD = """(float[N,3,6,6] x) => (float[N,5] y)
+<float[8,3,3,3] w1, float[8] b1, float[8] gain, uint8[8] z = {120, 120, 120, 120, 120, 120, 120, 120},
+ float[1] so = {0.05}, uint8[1] zo = {110}, float[8,5] w2, float[5] b2> {
+    a = Conv(x, w1, b1)  q = QuantizeLinear<axis = 1>(a, gain, z)  d = DequantizeLinear<axis = 1>(q, gain, z)
+    g = OPERATOR  p = QuantizeLinear(g, so, zo)  r = DequantizeLinear(p, so, zo)  m = GlobalMaxPool(r)
+    e = Flatten(m)  y = Gemm(e, w2, b2)
+}"""
+"""A scale for every channel of an activation, and an operator that has an integer kernel."""
+REFUSED = {"GlobalAveragePool(d)": "as it runs", "Sigmoid(d)": "as it is loaded", "Add(d, d)": "as it is loaded"}
+FEED = {"x": np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)}
+
+
+def spread(operator: str) -> onnx.ModelProto:
+    return build(SPREAD.replace("OPERATOR", operator))
+
+
+@pytest.mark.parametrize("form", ["proto", "path"])
+@pytest.mark.parametrize("operator", REFUSED)
+def test_what_is_refused_once_fused_is_run_as_it_is_written(operator: str, form: str, tmp_path: Path) -> None:
+    rt, proto = runtime(), spread(operator)
+    (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
+    plain = rt.SessionOptions()
+    plain.log_severity_level = 4
+    plain.graph_optimization_level = rt.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = Session(proto if form == "proto" else tmp_path / "a.onnx", "cpu")
+    found = session.run(FEED)
+    assert session.unfused
+    np.testing.assert_allclose(
+        found[0], rt.InferenceSession(proto.SerializeToString(), plain).run(None, FEED)[0], rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(Exception, match="cale"):
+        rt.InferenceSession(proto.SerializeToString()).run(None, FEED)
+
+
+def test_what_runs_fused_is_run_so() -> None:
+    session = Session(spread("MaxPool<kernel_shape = [2, 2]>(d)"), "cpu")
+    session.run(FEED)
+    assert not session.unfused
+
+
+def test_what_does_not_run_either_way_is_told_once() -> None:
+    session = Session(spread("Relu(d)"), "cpu", what="this model")
+    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run this model on this data: .*x"):
+        session.run({"x": FEED["x"][:, :2]})
+    broken = spread("Relu(d)")
+    broken.graph.node[0].op_type = "Nothing"
+    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot load the model: "):
+        Session(broken, "cpu")
+
+
+@pytest.mark.parametrize("operator", REFUSED)
+def test_such_a_model_is_pruned_and_the_report_says_how_it_runs(
+    operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    (tmp_path / "a.onnx").write_bytes(spread(operator).SerializeToString())
+    data = {"x": np.random.default_rng(1).standard_normal((60, 3, 6, 6)).astype(np.float32)}
+    report = prune(tmp_path / "a.onnx", data, tmp_path / "b.onnx", Settings.create(macs=0.6, align=1, device="cpu"))
+    assert document(report)["notes"].count(UNFUSED) == 1
+    assert report.verification.masked_equivalence is not None
+    assert report.verification.masked_equivalence <= 1e-6
+    # It runs as the note says.
+    rt = runtime()
+    loaded = rt.InferenceSession(str(tmp_path / "b.onnx"), disabled_optimizers=[FUSION])
+    np.testing.assert_array_equal(loaded.run(None, FEED)[0], Session(tmp_path / "b.onnx", "cpu").run(FEED)[0])
+    assert len(bench([tmp_path / "a.onnx", tmp_path / "b.onnx"], [FEED], "cpu", rounds=1, memory=False)) == 2
+
+
+LISTENER = """
+import sys
+
+seen = []
+NETWORK = {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind"}
+sys.addaudithook(lambda event, args: seen.append(f"{event} {args[1:2]}") if event in NETWORK else None)
+if sys.argv[1] == "ask":
+    import socket
+    try:
+        socket.create_connection(("localhost", 9), timeout=0.1).close()
+    except OSError:
+        pass
+else:
+    from onnx_oamip.cli import main
+    assert main(sys.argv[2:]) == 0
+print(len(seen), *seen)
+"""
+
+
+def listened(home: Path, *arguments: str) -> tuple[str, list[str]]:
+    """(what a fresh process asked of the network, files that it left in its home)."""
+    told = {"ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "TF_BUILD", "GITHUB_ACTIONS", "XDG_CACHE_HOME"}
+    env = {k: v for k, v in os.environ.items() if k not in told}
+    env |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENER, *arguments], env=env, capture_output=True, text=True, check=True, timeout=300
+    )
+    return done.stdout.splitlines()[-1], sorted(p.name for p in home.rglob("*") if p.is_file())
+
+
+def test_nothing_is_asked_of_the_network(tmp_path: Path) -> None:
+    """Neither by Python, nor by a runtime that keeps an identifier and reports what it loads."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "a.onnx").write_bytes(spread("Relu(d)").SerializeToString())
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(1).standard_normal((60, 3, 6, 6)).astype(np.float32))
+    files = ["--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "b.onnx"), "--report", str(tmp_path / "b.html")]
+    asked, left = listened(
+        home, "prune", "prune", str(tmp_path / "a.onnx"), *files, "--macs", "0.6", "--align", "1", "-q", "--force"
+    )
+    assert asked == "0"
+    assert (tmp_path / "b.html").exists()
+    assert not [name for name in left if "deviceid" in name or name.startswith("onnxruntime")], left
+
+
+def test_the_listener_hears(tmp_path: Path) -> None:
+    assert int(listened(tmp_path, "ask")[0].split()[0]) > 0

@@ -1,0 +1,59 @@
+"""Partial correlation: against regressions pair by pair, and what it is the baseline for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_oamip.published.dependence.correlation import partial
+from onnx_oamip.published.dependence.pooled_activations import standardise
+from onnx_oamip.core.records import Floats
+
+
+def _residual(target: Floats, others: Floats) -> Floats:
+    return target - others @ np.linalg.lstsq(others, target, rcond=None)[0]
+
+
+def test_it_is_the_correlation_of_what_the_others_do_not_explain() -> None:
+    rng = np.random.default_rng(0)
+    parents = rng.standard_normal((4000, 5)) @ rng.standard_normal((5, 5))
+    children = parents @ rng.standard_normal((5, 3)) + 2 * rng.standard_normal((4000, 3))
+    found = partial(parents, children)
+    x, y = standardise(parents), standardise(children)
+    for c in range(3):
+        for p in range(5):
+            others = np.delete(x, p, axis=1)
+            a, b = _residual(x[:, p], others), _residual(y[:, c], others)
+            exact = abs(float(a @ b) / np.sqrt(float(a @ a) * float(b @ b)))
+            assert found[c, p] == pytest.approx(exact, abs=0.05)
+
+
+def test_a_parent_that_the_others_explain_counts_little() -> None:
+    rng = np.random.default_rng(1)
+    first = rng.standard_normal(3000)
+    parents = np.stack([first, first + 0.5 * rng.standard_normal(3000)], axis=1)
+    children = (first + 0.5 * rng.standard_normal(3000))[:, None]
+    found = partial(parents, children)[0]
+    plain = np.abs(np.corrcoef(parents.T, children.T))[2, :2]
+    assert plain[1] > 0.7
+    assert found[1] < 0.1 < 0.5 < found[0]
+
+
+def test_independent_and_constant_columns() -> None:
+    rng = np.random.default_rng(2)
+    parents = rng.standard_normal((2000, 4))
+    parents[:, 2] = 1.0
+    found = partial(parents, rng.standard_normal((2000, 3)))
+    assert np.isfinite(found).all()
+    assert found.max() < 0.1
+    assert (found[:, 2] == 0).all()
+
+
+def test_an_exact_function_still_has_an_order() -> None:
+    """A linear layer's output is one of its inputs: the ridge keeps larger weights above smaller ones."""
+    rng = np.random.default_rng(3)
+    parents = rng.standard_normal((2000, 4))
+    children = parents @ np.asarray([[1.0], [0.5], [0.25], [0.125]])
+    found = partial(parents, children)[0]
+    assert (np.diff(found) < 0).all()
+    assert found[0] < 1

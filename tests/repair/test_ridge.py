@@ -1,0 +1,121 @@
+"""The search for a ridge strength by itself: which strengths are tried, and what the errors it is told are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnx_oamip.repair import ridge
+from onnx_oamip.core.records import Floats
+
+ROWS, SPLIT = 10, 6
+
+
+def _problem(groups: int = 2, outputs: int = 3) -> tuple[Floats, Floats]:
+    """Rows with two inputs and outputs that are twice the first, by group, and an offset that differs by output."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((groups, ROWS, 2))
+    return x, 2 * x[:, :, :1] + np.arange(outputs) + 1.0
+
+
+def _search(values: list[float]) -> tuple[list[tuple[int, float]], float | None, tuple[float, float]]:
+    """What is asked of a solver whose answer at strength i is off by ``values[i]``, the strength taken, the errors."""
+    x, residual = _problem()
+    asked: list[tuple[int, float]] = []
+
+    def solve(count: int, strength: float) -> Floats:
+        asked.append((count, strength))
+        change = np.zeros((2, 2, 3))
+        change[:, 0] = 2 + values[int(strength)]
+        return change
+
+    change, shift, taken, errors = ridge.best(x, residual, SPLIT, solve, [float(i) for i in range(len(values))])
+    if taken is not None:
+        assert change is not None
+        assert change[0, 0, 0] == 2 + values[int(taken)]
+        np.testing.assert_allclose(shift, residual.mean(axis=1) - (x.mean(axis=1)[:, None] @ change)[:, 0])
+    return asked, taken, errors
+
+
+@pytest.mark.parametrize(
+    ("values", "tried", "taken"),
+    [
+        # From the middle (of six: the fourth) to one side as long as it gets better, then to the other.
+        ([6, 5, 4, 3, 2, 1], [3, 2, 4, 5], 5),
+        ([1, 2, 3, 4, 5, 6], [3, 2, 1, 0], 0),
+        ([9, 9, 2, 1, 2, 9], [3, 2, 4], 3),
+        ([0, 9, 1, 2, 3, 4], [3, 2, 1], 2),  # a hollow behind a rise is not looked for
+        ([9, 9, 1, 1, 1, 0], [3, 2, 4], 3),  # nor is one behind a plain
+        ([3, 2, 1], [1, 0, 2], 2),
+    ],
+)
+def test_the_search_walks_downhill(values: list[float], tried: list[int], taken: int) -> None:
+    asked, found, errors = _search([0.01 * v for v in values])
+    order = list(dict.fromkeys(int(strength) for count, strength in asked if count == SPLIT))
+    assert sorted(order) == sorted(tried)
+    assert [count for count, _ in asked].count(SPLIT) == len(tried)  # each is solved once
+    assert asked[-1] == (ROWS, float(taken))  # and the winner again, on all rows
+    assert found == taken
+    assert 0 < errors[1] < errors[0]
+
+
+def test_errors_are_of_the_rows_held_out() -> None:
+    """Per output the mean square over those rows, summed over groups and outputs, after the shift of the others."""
+    x, residual = _problem()
+    _, _, errors = _search([0.5])
+    left = residual - x @ np.stack([np.stack([np.full(3, 2.5), np.zeros(3)])] * 2)
+    left -= left[:, :SPLIT].mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(errors[0], np.square(residual[:, SPLIT:]).mean(axis=1).sum())
+    np.testing.assert_allclose(errors[1], np.square(left[:, SPLIT:]).mean(axis=1).sum())
+
+
+def test_a_tie_is_the_bias_alone() -> None:
+    """A change that gains nothing beside a shift of the bias is not made."""
+    x, residual = _problem()
+    change, shift, taken, errors = ridge.best(0 * x, residual, SPLIT, lambda *_: np.zeros((2, 2, 3)), [1.0])
+    assert change is None
+    assert taken is None
+    np.testing.assert_allclose(shift, residual.mean(axis=1))
+    assert errors[1] < errors[0]
+
+
+def test_one_output_and_one_group() -> None:
+    x, residual = _problem(1, 1)
+    change, _, taken, errors = ridge.best(x, residual, SPLIT, ridge.ridge_regression(x, residual, SPLIT))
+    assert taken == ridge.RIDGES[0]  # what is exactly linear needs none
+    assert change is not None
+    np.testing.assert_allclose(change[0, :, 0], [2, 0], atol=1e-3)
+    assert errors[1] < 1e-6 * errors[0]
+
+
+def test_without_a_solver_only_the_bias_moves() -> None:
+    x, residual = _problem()
+    change, shift, taken, errors = ridge.best(x, residual, SPLIT, None)
+    assert (change, taken) == (None, None)
+    np.testing.assert_allclose(shift, residual.mean(axis=1))
+    assert errors[1] < errors[0]
+
+
+def test_nothing_is_better_than_a_worse_bias() -> None:
+    """Where the held-out rows are right already, a shift would spoil them: the error after is that before."""
+    x, residual = _problem()
+    residual = residual * (np.arange(ROWS) < SPLIT)[:, None]
+    _, _, _, errors = ridge.best(x, residual, SPLIT, None)
+    assert errors == (0.0, 0.0)
+
+
+def test_strengths() -> None:
+    """Powers of ten around a hundredth of the mean diagonal, in order."""
+    np.testing.assert_allclose(np.log10(ridge.RIDGES), np.arange(-4, 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [6, 10])
+@pytest.mark.parametrize("strength", ridge.RIDGES)
+def test_both_forms_have_the_same_solution(count: int, strength: float) -> None:
+    """With fewer rows than unknowns, by groups, wherever the data lie."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((3, ROWS, 14)) + rng.standard_normal((3, 1, 14))
+    residual = rng.standard_normal((3, ROWS, 2)) + 5
+    found = ridge.ridge_regression(x, residual, SPLIT)(count, strength)
+    normal = ridge.normal_equations(x, residual, SPLIT)[count]
+    np.testing.assert_allclose(found, ridge.solve_ridge(*normal, strength), rtol=1e-6, atol=1e-9)

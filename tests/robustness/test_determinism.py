@@ -1,0 +1,265 @@
+"""The same model, data, seed and versions give the same bytes, however the work was divided."""
+
+from __future__ import annotations
+
+import threading
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from conftest import MODELS
+from graphs import build
+
+from onnx_oamip import (
+    apply,
+    couple,
+    frontier,
+    plan,
+    prune,
+    score,
+)
+from onnx_oamip.data import dataset
+from onnx_oamip.statistics import covariances
+from onnx_oamip.api import pipeline
+from onnx_oamip.graph import partial_execution
+from onnx_oamip.graph import loading as models
+from onnx_oamip.cli import memory
+from onnx_oamip.verification.latency import Ratio
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.core.settings import Settings
+
+FEW = {
+    "lenet300-mnist": "mnist",
+    "lenet5-mnist": "mnist",
+    "vit-fashion": "fashion-mnist",
+}
+REST = dict.fromkeys(("mobilenet-fashion", "resnet20-fashion", "vgg-fashion"), "fashion-mnist")
+WORKERS, BATCHES = (1, 2, 4), (1, 32, 512)
+DIVIDED: tuple[dict[str, Any], ...] = tuple(
+    {"workers": workers, "batch_size": batch} for workers, batch in product(WORKERS, BATCHES)
+)
+FEW_DIVIDED = tuple({"workers": w, "batch_size": b} for w, b in zip(WORKERS, (32, 1, 512), strict=True))
+"""Every number of workers and every batch once."""
+
+
+@pytest.fixture(autouse=True)
+def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+
+
+def samples(name: str, count: int) -> dict[str, np.ndarray]:
+    with np.load(MODELS / f"{name}.npz") as found:
+        whole = {k: found[k] for k in found.files if not k.startswith("eval.")}
+    return {k: v[:count] if v.ndim else v for k, v in whole.items()}
+
+
+def written(model: Path, arrays: dict[str, np.ndarray], target: Path, **values: Any) -> bytes:
+    settings = Settings.create(**{"macs": 0.5, "device": "cpu", "cache": "off", "align": 1, **values})
+    prune(model, arrays, target, settings)
+    return target.read_bytes()
+
+
+@pytest.mark.parametrize("name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
+def test_shipped_models_come_out_the_same(name: str, tmp_path: Path) -> None:
+    """The written files of every number of workers with every batch size, byte by byte."""
+    count = 128 if name in FEW else 512
+    arrays = samples({**FEW, **REST}[name], count)
+    found = {
+        written(MODELS / f"{name}.onnx", arrays, tmp_path / "out.onnx", **divided) for divided in DIVIDED
+    }
+    assert len(found) == 1
+
+
+TEXT = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
+<float[12, 3, 3, 3] w1, float[12] b1, float[16, 12, 3, 3] w2, float[16] b2, float[5, 16] w4, float[5] b4> {
+    a = Conv<pads = [1, 1, 1, 1]>(image, w1, b1)
+    h = Relu(a)
+    b = Conv<pads = [1, 1, 1, 1]>(h, w2, b2)
+    r = Relu(b)
+    g = GlobalAveragePool(r)
+    f = Flatten(g)
+    scores = Gemm<transB = 1>(f, w4, b4)
+}"""
+CHOICES: dict[str, dict[str, Any]] = {
+    "bias": {"refit": "bias", "allocate": "global", "importance": "activation"},
+    "oamip": {"importance": "oamip", "mode": "decoupled"},
+    "nnrelief": {"importance": "nnrelief"},
+    "snacs": {"importance": "snacs", "macs": 0.9},
+    "drop": {"macs": None, "max_drop": 20.0},
+    "size": {"macs": None, "size": 0.7},
+    "rounds": {"iterations": 2},
+    "joint": {"importance": "oamip", "mode": "joint", "relax": True},
+    "connections": {
+        "macs": None, "params": 0.5, "granularity": "connection", "importance": "nnrelief",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_way_of_pruning_comes_out_the_same(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    images = np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)
+    arrays = {"image": images, "labels": np.arange(90) % 5}
+    found = {written(path, arrays, tmp_path / "out.onnx", **{**CHOICES[name], **divided}) for divided in FEW_DIVIDED}
+    assert len(found) == 1
+
+
+def test_every_verb_comes_out_the_same(tmp_path: Path) -> None:
+    """Scores, plans, what is made of them, and the models of a frontier; solver times are all that differs."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    rng = np.random.default_rng(0)
+    arrays = {"image": rng.normal(size=(90, 3, 8, 8)).astype(np.float32), "labels": np.arange(90) % 5}
+    found = []
+    for i, divided in enumerate(FEW_DIVIDED):
+        here = tmp_path / str(i)
+        (here / "f").mkdir(parents=True)
+        settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, **divided)
+        score(path, arrays, here / "s.npz", settings)
+        chosen = plan(path, arrays, here / "p.json", settings, scores=here / "s.npz")
+        apply(path, here / "p.json", arrays, here / "o.onnx", divided)
+        frontier(path, arrays, settings, (0.7, 0.4), save_dir=here / "f")
+        models_made = [p.read_bytes() for p in (here / "o.onnx", *sorted((here / "f").iterdir()))]
+        with np.load(here / "s.npz") as scores:
+            values = {k: scores[k].tobytes() for k in scores.files if scores[k].dtype.kind == "f"}
+        found.append((values, chosen.plan.keep.tobytes(), models_made))
+    assert len(found[0][2]) == 3
+    assert found[0][0]
+    assert found[1:] == found[:1] * 2
+
+
+def test_what_is_learnt_runs_at_a_batch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch that somebody asks for reaches a run of the model behind which something is decided."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    arrays = {"image": np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)}
+    seen: dict[int, set[int]] = {}
+    divided = dataset.Samples.divided
+
+    def watch(self: dataset.Samples, size: int) -> Any:
+        seen[batch].add(size)
+        return divided(self, size)
+
+    monkeypatch.setattr(dataset.Samples, "divided", watch)
+    for batch in BATCHES:
+        seen[batch] = set()
+        settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, batch_size=batch)
+        score(path, arrays, tmp_path / "s.npz", settings)
+    assert seen[1] - {1} == seen[32] == seen[512] - {512} == {partial_execution.RUN}
+
+
+def test_the_seed_matters(tmp_path: Path) -> None:
+    """Bytes are not the same because nothing was done: another seed gives others."""
+    model, arrays = MODELS / "lenet5-mnist.onnx", samples("mnist", 160)
+    assert written(model, arrays, tmp_path / "a.onnx") != written(model, arrays, tmp_path / "b.onnx", seed=1)
+
+
+def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    model = models.rebind(models.load(path), {"batch": 1})
+    sample = 4 * (16 * 64 + 16 * 64 + 12 * 64)
+    assert partial_execution.run_size(model) == partial_execution.RUN
+    assert partial_execution.run_size(model, 5 * sample) == 5
+    assert partial_execution.run_size(model, 1) == 1
+    found = dataset.load({"image": np.zeros((40, 3, 8, 8), np.float32)}, model)
+    assert found is not None
+    feeds, used = partial_execution.affordable(model, found, partial_execution.run_size(model, 10 * sample), 10 * sample)
+    assert (len(feeds), used) == (1, 10)
+
+
+def test_less_memory_means_smaller_runs_and_smaller_matrices(tmp_path: Path) -> None:
+    least = 1 << 28
+    assert Settings(max_memory=least).room == least // 4
+    assert Settings().room == Settings(max_memory=1 << 40).room == 1 << 30
+    coupling = couple(models.load(MODELS / "vgg-fashion.onnx"))
+    consumers = len({c.node for c in coupling.consumers})
+    assert 8 * consumers * covariances.cap(coupling, least // 4) ** 2 <= least // 4
+    assert covariances.cap(coupling, 1 << 60) == covariances.CAP
+    path = MODELS / "lenet5-mnist.onnx"
+    assert written(path, samples("mnist", 64), tmp_path / "a.onnx", max_memory=least)
+
+
+WIDE = """(float[batch, 4, 256, 256] image) => (float[batch, 5] scores)
+<float[4, 4, 1, 1] w1, float[4, 4, 1, 1] w2, float[5, 4] w3> {
+    a = Conv(image, w1)
+    b = Relu(a)
+    c = Conv(b, w2)
+    d = Relu(c)
+    g = GlobalAveragePool(d)
+    f = Flatten(g)
+    scores = Gemm<transB = 1>(f, w3)
+}"""
+"""Activations of a mebibyte each."""
+
+
+def test_activations_and_matrices_keep_to_their_share_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What walks hold, what runs take and give at the same time, and all second moments: bytes of arrays, counted."""
+    least = 1 << 28
+    lock = threading.Lock()
+    most = {"frontier": 0, "runs": 0, "samples": 0, "grams": 0}
+    now = 0
+
+    def noted(what: str, size: int) -> None:
+        most[what] = max(most[what], size)
+
+    reach, run, collect = partial_execution.Frontier.reach, Session.run, covariances.collect
+
+    def reached(self: Any, targets: Any) -> Any:
+        before = {id(v): v.nbytes for values in self.tensors.values() for v in values}
+        found = reach(self, targets)
+        after = {id(v): v.nbytes for values in self.tensors.values() for v in values}
+        noted("frontier", sum({**before, **after}.values()))
+        return found
+
+    def ran(self: Any, feed: Any, names: Any = None) -> Any:
+        nonlocal now
+        inside = threading.current_thread() is not threading.main_thread()
+        size = sum(v.nbytes for v in feed.values())
+        with lock:
+            now += size
+            noted("runs", now)
+        try:
+            found = run(self, feed, names)
+        finally:
+            with lock:
+                now -= size
+        noted("runs", size + sum(v.nbytes for v in found))
+        if inside:
+            noted("samples", max(len(v) for v in feed.values()))
+        return found
+
+    def collected(*args: Any, **options: Any) -> Any:
+        found = collect(*args, **options)
+        noted("grams", sum(g.matrix.nbytes for g in found.values()))
+        return found
+
+    monkeypatch.setattr(partial_execution.Frontier, "reach", reached)
+    monkeypatch.setattr(Session, "run", ran)
+    monkeypatch.setattr(covariances, "collect", collected)
+    path = tmp_path / "wide.onnx"
+    path.write_bytes(build(WIDE).SerializeToString())
+    images = np.random.default_rng(0).normal(size=(120, 4, 256, 256)).astype(np.float32)
+    assert written(path, {"image": images}, tmp_path / "a.onnx", max_memory=least, batch_size=8, workers=4, macs=0.6)
+    room = least // 4
+    assert most["samples"] == room // (3 << 20), "as many samples as the three largest tensors leave room for"
+    assert room // 2 < most["frontier"] <= room
+    assert room // 2 < most["runs"] <= room
+    assert 0 < most["grams"] <= room
+
+
+@pytest.mark.parametrize(("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20), ("7", 7)])
+def test_sizes_of_memory(text: str, value: int) -> None:
+    assert memory.size(click.Context(click.Command("x")), click.Option(["--x"]), text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2XB", "nan"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="not a size"):
+        memory.size(click.Context(click.Command("x")), click.Option(["--x"]), text)

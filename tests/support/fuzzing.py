@@ -1,0 +1,331 @@
+"""A process that hands broken files to the command line, case after case, and the watch over it.
+
+``python tests/fuzzing.py model 17 23`` runs single cases in the foreground and keeps their files.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEED = 20
+SECONDS = 10
+"""Processor time of a case, most of which take milliseconds; more is a hang. Waiting may take ``WAIT`` times that."""
+WAIT = 10
+SPACE = 3 << 30
+"""Address space of a worker above what its libraries take."""
+RESIDENT = 256 << 20
+MULTIPLE = 16
+"""A case may make the process grow by ``RESIDENT`` bytes, and by ``MULTIPLE`` times its file."""
+QUICK = (
+    "--macs", "0.5", "--importance", "l2", "--allocate", "uniform", "--refit", "none", "--force", "--device", "cpu",
+)  # fmt: skip
+EXHAUSTED = re.compile(r"bad.?alloc|(un|not )able to allocate|failed to alloc|out of memory|memoryerror", re.IGNORECASE)
+TRACE = re.compile(r"Traceback|Error\('|<class '")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one case ended: ``pruned``, ``inspected``, ``refused`` (a sentence), or what must not be."""
+
+    case: int
+    kind: str
+    text: str = ""
+
+    @property
+    def good(self) -> bool:
+        """A verified model or a sentence."""
+        return self.kind in ("pruned", "refused")
+
+
+# ----------------------------------------------------------------------------------------------------- the worker
+
+
+class _Watch:
+    """Notes every file that is opened for writing outside the folder, and everything that is started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+        self.seen: list[str] = []
+        self.on = False
+        sys.addaudithook(self._hook)
+
+    def __enter__(self) -> None:
+        self.on = True
+
+    def __exit__(self, *_: object) -> None:
+        self.on = False
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event == "open":
+            path, _, flags = args
+            writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if isinstance(path, (str, bytes)):
+                where = os.path.realpath(os.fsdecode(path))
+                secret = where == "/etc/passwd" or where.endswith("secret.bin")
+                if (writes and not where.startswith(self.folder)) or secret:
+                    self.seen.append(f"opened {where}")
+        elif event in ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "pickle.find_class",
+                       "socket.connect", "ctypes.dlopen", "os.symlink", "os.chmod", "os.kill"):  # fmt: skip
+            self.seen.append(f"{event} {args[:1]}")
+
+
+def _peak(reset: bool = False) -> int:
+    """Largest resident size so far, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) << 10
+
+
+def _call(arguments: list[str], watch: _Watch | None = None) -> tuple[int, str, str]:
+    from onnx_oamip.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), watch or nullcontext():
+        status = main(arguments)
+    return status, out.getvalue(), err.getvalue()
+
+
+def judge(status: int, out: str, err: str) -> str:
+    """What is wrong with how a command ended; nothing where it is a result or one sentence."""
+    if any(not c.isprintable() and c != "\n" for c in out):
+        return f"prints control characters: {out[:500]!r}"
+    if status == 0:
+        return ""
+    sentence = err.removesuffix("\n")
+    if status not in (1, 2) or out:
+        return f"status {status}: {out[:100]}{err[:300]}"
+    if not sentence.startswith("Error: ") or "\n" in sentence or not sentence.isprintable():
+        return f"not one line: {err[:500]!r}"
+    if len(sentence) > 2000:
+        return f"{len(sentence)} characters"
+    if EXHAUSTED.search(sentence) and "asks for" not in sentence:
+        return f"memory: {sentence[:500]}"
+    return "" if sentence.endswith((".", "?", "!")) else f"not a sentence: {sentence[:300]}"
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def run_model(number: int, folder: Path, watch: _Watch) -> Outcome:
+    """Prune (and look at) one mutated model."""
+    import mutations
+    import numpy as np
+    import onnx
+
+    content, beside = mutations.model(np.random.default_rng([SEED, 0, number]))
+    place, target = folder / "in", folder / "out"
+    place.mkdir(), target.mkdir()
+    path = place / "model.onnx"
+    path.write_bytes(content)
+    for name, what in beside.items():
+        if isinstance(what, bytes):
+            (place / name).write_bytes(what)
+        else:
+            (place / name).symlink_to(what)
+    before = _files(place)
+    status, out, err = _call(["prune", str(path), "-o", str(target / "out.onnx"), "--cache", "off", *QUICK], watch)
+    wrong = judge(status, out, err)
+    written = _files(target)
+    if not wrong and (written != ({"out.onnx"} if status == 0 else set()) or _files(place) != before):
+        wrong = f"files: {written}, {_files(place) ^ before}"
+    if not wrong and status == 0:
+        onnx.checker.check_model(str(target / "out.onnx"))
+    if not wrong:
+        looked = _call(["inspect", str(path), *(["--json"] if number % 2 else [])], watch)
+        wrong = judge(*looked)
+        if not wrong and looked[0] and not status:
+            wrong = f"pruned, but inspect says {looked[2]}"
+    return Outcome(number, "wrong" if wrong else "refused" if status else "pruned", wrong or err.strip())
+
+
+def run_data(number: int, folder: Path, watch: _Watch) -> Outcome:
+    """Prune a sound model with one broken source of samples."""
+    import mutations
+    import numpy as np
+    from graphs import build
+
+    model = folder / "model.onnx"
+    model.write_bytes(build(mutations.DATA_MODEL).SerializeToString())
+    name, files = mutations.data(np.random.default_rng([SEED, 1, number]))
+    for inner, content in files.items():
+        (folder / inner).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            (folder / inner).write_bytes(content)
+        else:
+            (folder / inner).symlink_to(content)
+    before = _files(folder)
+    out = folder / "out.onnx"
+    ended = _call(["prune", str(model), "--data", str(folder / name), "-o", str(out), "--cache", "off", *QUICK], watch)
+    wrong = judge(*ended)
+    if not wrong and _files(folder) - before != (set() if ended[0] else {"out.onnx"}):
+        wrong = f"files: {_files(folder) ^ before}"
+    return Outcome(number, "wrong" if wrong else "refused" if ended[0] else "pruned", wrong or ended[2].strip())
+
+
+RUNS = {"model": run_model, "data": run_data}
+
+
+def _one(kind: str, number: int, root: Path, watch: _Watch) -> Outcome:
+    folder = root / "box" / "case"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (root / "box" / "secret.bin").write_bytes(bytes(4096))
+    start = _peak(reset=True)
+    watch.seen.clear()
+    faulthandler.dump_traceback_later(SECONDS * WAIT, exit=True)
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    limit = int(spent.ru_utime + spent.ru_stime) + SECONDS + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    try:
+        outcome = RUNS[kind](number, folder, watch)
+    except (Exception, SystemExit) as error:
+        at = error.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        where = "" if at is None else f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}"
+        outcome = Outcome(number, "raised", f"{type(error).__name__} at {where}: {str(error)[:300]}")
+        if os.environ.get("FUZZ_TRACE"):
+            raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    grown = _peak() - start
+    if outcome.good and watch.seen:
+        return Outcome(number, "reached out", "; ".join(watch.seen))
+    if outcome.good and grown > RESIDENT + MULTIPLE * size:
+        return Outcome(number, "memory", f"{grown >> 20} MiB for {size} bytes: {outcome.text}")
+    return outcome
+
+
+def prepare(root: Path) -> _Watch:
+    """Everything that is loaded once, and the bounds of the process."""
+    # What is imported later would count as reaching out.
+    import PIL.Image
+    from graphs import build
+
+    from onnx_oamip.reporting import html, documents
+    from onnx_oamip.api import pipeline
+    from onnx_oamip.graph import runtime  # noqa: F401
+    from onnx_oamip.verification.latency import Ratio
+
+    PIL.Image.init()
+    pipeline.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)  # nothing is timed here
+    runtime.PATIENCE = 1.0
+    tempfile.tempdir = str(root)
+    os.chdir(root)
+    warm = root / "warm.onnx"
+    warm.write_bytes(build("(float[N,4] x) => (float[] y) <float[4,8] a, float[8,2] b> { h = MatMul(x, a)  r = Relu(h)"
+                           "  y = MatMul(r, b) }").SerializeToString())  # fmt: skip
+    for command in (["prune", str(warm), "-o", str(root / "warm-out.onnx"), "--cache", "off", *QUICK],
+                    ["inspect", str(warm)], ["inspect", str(warm), "--json"]):  # fmt: skip
+        status, _, err = _call(command)
+        assert status == 0, err
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + SPACE, used + SPACE))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return _Watch(root)
+
+
+def work(kind: str) -> None:
+    """Numbers come in line by line, outcomes go out."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGXCPU, chain=True)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+        watch = prepare(Path(root).resolve())
+        for line in sys.stdin:
+            outcome = _one(kind, int(line), Path(root).resolve(), watch)
+            answers.write(json.dumps([outcome.case, outcome.kind, outcome.text]) + "\n")
+            answers.flush()
+
+
+# ------------------------------------------------------------------------------------------------------ the watch
+
+
+def outcomes(kind: str, numbers: Iterable[int]) -> Iterator[Outcome]:
+    """Outcomes in order; a worker that dies is one, and another worker goes on behind it."""
+    import onnx_oamip
+
+    package = str(Path(onnx_oamip.__file__).parent.parent)  # the worker tests what its parent does
+    paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+                   "PYTHONWARNINGS": "ignore",
+                   "ONNX_OAMIP_CACHE": "off", "COLUMNS": "200"}  # fmt: skip
+    worker: subprocess.Popen[str] | None = None
+    with tempfile.TemporaryFile("w+") as errors:
+        for number in numbers:
+            if worker is None:
+                errors.seek(0), errors.truncate()
+                worker = subprocess.Popen(
+                    [sys.executable, __file__, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                    text=True, env=environment,
+                )  # fmt: skip
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            answer = ""
+            try:
+                worker.stdin.write(f"{number}\n")
+                worker.stdin.flush()
+                answer = worker.stdout.readline()
+            except BrokenPipeError:
+                pass
+            if answer:
+                yield Outcome(*json.loads(answer))
+                continue
+            status = worker.wait()
+            worker = None
+            errors.seek(0)
+            said = errors.read()
+            trace = "".join(f"{x.strip()}; " for x in said.splitlines() if "File " in x and "onnx" in x)[:900]
+            head = next((x for x in said.splitlines() if x.startswith(("Fatal", "Timeout"))), said[-300:])
+            ended = "hung" if "Timeout" in head or status == -signal.SIGXCPU else "died"
+            yield Outcome(number, ended, f"status {status}, {head}: {trace}")
+        if worker is not None:
+            assert worker.stdin is not None
+            worker.stdin.close()
+            worker.wait()
+
+
+def summary(kind: str, numbers: Sequence[int], workers: int = 1) -> tuple[Counter[str], list[Outcome]]:
+    """(outcomes by kind, those that must not be), found by so many processes side by side."""
+    with ThreadPoolExecutor(workers) as threads:
+        parts = threads.map(lambda i: list(outcomes(kind, numbers[i::workers])), range(workers))
+        found = sorted((o for part in parts for o in part), key=lambda o: o.case)
+    return Counter(o.kind for o in found), [o for o in found if not o.good]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        work(sys.argv[1])
+    else:
+        kind, *numbers = sys.argv[1:]
+        listed = range(*map(int, numbers)) if len(numbers) == 2 else map(int, numbers)
+        counted: Counter[str] = Counter()
+        for found in outcomes(kind, listed):
+            counted[found.kind] += 1
+            if not found.good or len(numbers) != 2:
+                sys.stdout.write(f"{found.case} {found.kind}: {found.text[:700]}\n")
+                sys.stdout.flush()
+        sys.stdout.write(f"{dict(counted)}\n")
