@@ -48,10 +48,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from onnx_oamip.core.version import __version__
+
 if TYPE_CHECKING:
-    from onnx_oamip.artifacts.score_files import Scored, load_scores
-    from onnx_oamip.graph.coupling import couple
     from onnx_oamip.api.frontier import frontier
+    from onnx_oamip.api.pipeline import (
+        apply,
+        compare,
+        plan,
+        prune,
+        score,
+    )
+    from onnx_oamip.artifacts.plan_files import PlanFile, Planned
+    from onnx_oamip.artifacts.score_files import Scored, load_scores
     from onnx_oamip.core.errors import (
         BudgetNotMet,
         DataError,
@@ -62,16 +71,6 @@ if TYPE_CHECKING:
         OutputError,
         SettingsError,
     )
-    from onnx_oamip.importance import Method, register
-    from onnx_oamip.graph.loading import load
-    from onnx_oamip.api.pipeline import (
-        apply,
-        compare,
-        plan,
-        prune,
-        score,
-    )
-    from onnx_oamip.artifacts.plan_files import PlanFile, Planned
     from onnx_oamip.core.records import (
         Budget,
         Cost,
@@ -87,16 +86,17 @@ if TYPE_CHECKING:
         Statistics,
         Verification,
     )
-    from onnx_oamip.reporting.documents import document
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.graph.coupling import couple
+    from onnx_oamip.graph.loading import load
+    from onnx_oamip.importance import Method, register
     from onnx_oamip.published.packing import (
         Packed,
         Unpacked,
         pack,
         unpack,
     )
-
-__version__ = "0.1.0"
+    from onnx_oamip.reporting.documents import document
 
 _HOMES = {
     "artifacts.score_files": ("Scored", "load_scores"),

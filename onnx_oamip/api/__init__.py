@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/api."""
+"""The verbs of the package: prune and its stages."""

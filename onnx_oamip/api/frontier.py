@@ -13,21 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_oamip.planning import iterative
 from onnx_oamip.api import pipeline
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.statistics.context import Clock
+from onnx_oamip.api.prepare import prepare
+from onnx_oamip.artifacts.output import check_output, write
+from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import (
     BudgetNotMet,
     GateFailed,
     ModelError,
     SettingsError,
 )
-from onnx_oamip.artifacts.output import check_output, write
-from onnx_oamip.api.prepare import Source, called, prepare
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Frontier, Point
-from onnx_oamip.planning.search import Prepared
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.sources import Source, called
+from onnx_oamip.planning import iterative
+from onnx_oamip.planning.search import Prepared
 
 LEVELS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
 """Shares of the multiply-accumulates at which a model is looked at."""

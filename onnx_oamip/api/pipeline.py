@@ -10,22 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_oamip.artifacts import score_files, keep_maps, plan_files
-from onnx_oamip.statistics import calibration, class_samples
-from onnx_oamip.published.nnrelief import connections
-from onnx_oamip.graph import cost
-from onnx_oamip.data import dataset
-from onnx_oamip.planning import iterative, search
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.verification import equivalence
-from onnx_oamip.graph import loading as models
 from onnx_oamip.api import prepare as preparing
-from onnx_oamip.artifacts.score_files import Scored
-from onnx_oamip.core.atomic_files import Batch, write_bytes
-from onnx_oamip.statistics.context import Clock, Context
-from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
-from onnx_oamip.importance import find
-from onnx_oamip.verification.latency import compare_latency
+from onnx_oamip.api.prepare import BUDGETS, prepare
+from onnx_oamip.artifacts import keep_maps, plan_files, score_files
 from onnx_oamip.artifacts.output import (
     Page,
     Targets,
@@ -34,22 +21,32 @@ from onnx_oamip.artifacts.output import (
     stage,
 )
 from onnx_oamip.artifacts.plan_files import Planned
-from onnx_oamip.api.prepare import (
-    BUDGETS,
-    File,
-    Source,
-    called,
-    prepare,
-)
+from onnx_oamip.artifacts.score_files import Scored
+from onnx_oamip.core.atomic_files import Batch, write_bytes
+from onnx_oamip.core.clock import Clock
+from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Budget,
     Cost,
     Report,
     Verification,
 )
-from onnx_oamip.graph.runtime import Session, resolve_device
-from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.data.sources import File, Source, called
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.importance import find
+from onnx_oamip.planning import iterative, search
+from onnx_oamip.planning.search import Attempt, Prepared
+from onnx_oamip.published.nnrelief import connections
+from onnx_oamip.statistics import class_samples
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.verification import equivalence
+from onnx_oamip.verification.latency import compare_latency
 
 PROOF_SAMPLES = 64
 """Samples on which pruned and masked are compared: exactness does not need more."""
@@ -65,7 +62,7 @@ def prune(
     output: File | None,
     settings: Settings,
     eval_data: Source | None = None,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
     scores: File | None = None,
     keep_map: File | None = None,
     page: Page | None = None,
@@ -130,7 +127,7 @@ def score(
     source: Source | None,
     output: File,
     settings: Settings,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Scored:
     """Score every unit of one model by ``settings.importance`` and write the scores to ``output`` (see ``artefacts``).
 
@@ -159,7 +156,7 @@ def plan(
     output: File | None,
     settings: Settings,
     eval_data: Source | None = None,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
     scores: File | None = None,
 ) -> Planned:
     """Choose what :func:`prune` would remove, and write that to ``output`` (None: nothing is written).
@@ -200,7 +197,7 @@ def apply(
     output: File | None,
     changes: Mapping[str, Any] | None = None,
     eval_data: Source | None = None,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
     keep_map: File | None = None,
     page: Page | None = None,
 ) -> Report:
@@ -319,7 +316,7 @@ def compare(
     pruned: File,
     source: Source,
     settings: Settings,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Check a pruned file against its original on data: checker, two batch sizes, error, agreement, accuracy."""
     dataset.check(source)

@@ -2,56 +2,53 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from onnx_oamip.planning import (
-    allocation,
-    iterative,
-    width_losses,
-    plan_constraints,
-    scoring,
-    search,
-)
-from onnx_oamip.artifacts import score_files, cache
-from onnx_oamip.statistics import calibration, class_samples
-from onnx_oamip.published.nnrelief import connections
-from onnx_oamip.graph import cost
-from onnx_oamip.data import dataset
 from onnx_oamip import executors
-from onnx_oamip.graph import loading as models
-from onnx_oamip.statistics.context import Clock, Context
-from onnx_oamip.graph.coupling import couple, exclude
-from onnx_oamip.data.dataset import Samples
+from onnx_oamip.artifacts import cache, score_files
+from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import (
     BudgetNotMet,
     DataError,
     GateFailed,
     SettingsError,
 )
-from onnx_oamip.importance import find
-from onnx_oamip.graph.ops import lookup
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
-    Array,
     Budget,
     Coupling,
     Model,
     Request,
     Scores,
 )
-from onnx_oamip.graph.runtime import UNFUSED, Session, resolve_device
-from onnx_oamip.planning.search import Prepared
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.sources import File, Source, samples_of
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.runtime import UNFUSED, Session, resolve_device
+from onnx_oamip.importance import find
+from onnx_oamip.planning import (
+    allocation,
+    iterative,
+    plan_constraints,
+    scoring,
+    search,
+    width_losses,
+)
+from onnx_oamip.planning.search import Prepared
+from onnx_oamip.published.nnrelief import connections
+from onnx_oamip.statistics import class_samples
+from onnx_oamip.statistics.context import Context
 
-File = str | os.PathLike[str]
-Source = File | Mapping[str, Array]
 BUDGETS = {budget.name for budget in fields(Budget)}
-ARRAYS = "(arrays)"
 
 
 def prepare(
@@ -60,7 +57,7 @@ def prepare(
     settings: Settings,
     *,
     eval_data: Source | None = None,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
     clock: Clock | None = None,
     scores: File | None = None,
 ) -> Prepared:
@@ -107,7 +104,7 @@ def open_for_plan(
     settings: Settings,
     *,
     eval_data: Source | None = None,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> Context:
     """Load a model and its data for a plan that is already made. Raises OamipError for bad input."""
@@ -123,7 +120,7 @@ def score(
     source: Source | None,
     settings: Settings,
     *,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> tuple[Context, Scores]:
     """:func:`prepare` up to the scores. They have no constraints applied: those belong to a plan."""
@@ -164,11 +161,6 @@ def _known(model: Model, samples: Samples, settings: Settings, device: str) -> d
     }
 
 
-def called(source: Source | None) -> str | None:
-    """What a source is called in reports: its path, or ``ARRAYS`` for arrays in memory."""
-    return source if source is None else ARRAYS if isinstance(source, Mapping) else os.fspath(source)
-
-
 def check(settings: Settings, source: Source | None, scored: bool = False) -> None:
     """Settings that contradict each other or the data, before any work; ``scored``: there are scores already."""
     method = find(settings.importance)
@@ -206,7 +198,7 @@ def open_context(
     settings: Settings,
     *,
     eval_data: Source | None = None,
-    progress: calibration.Progress | None = None,
+    progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> Context:
     """Load a model at the shapes of its data, and find its units: what every verb begins with.
@@ -259,23 +251,6 @@ def _scored_by(given: Scores, settings: Settings, source: Source | None) -> Sett
             f"what units removed by {given.method} leave behind is found by running the model; give --data."
         )
     return settings
-
-
-def samples_of(
-    model: Model, source: Source | None, eval_data: Source | None, settings: Settings
-) -> tuple[Samples, Samples | None]:
-    """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""
-    reading = settings.reading
-    held = dataset.load(eval_data, model, reading=reading) if eval_data is not None else None
-    if source is None:
-        return held or dataset.placeholder(model, settings.seed), held
-    samples = dataset.load(source, model, reading=reading)
-    assert samples is not None
-    if held is None:
-        held = dataset.load(source, model, dataset.EVALUATION, reading)
-    if held is None:
-        return dataset.hold_out(samples, settings.seed)
-    return samples, held
 
 
 def _nothing_skipped(model: Model, coupling: Coupling) -> None:

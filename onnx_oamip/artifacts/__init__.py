@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/artifacts."""
+"""Files between commands: scores, plans, keep-maps, the cache and the pruned model."""

@@ -28,9 +28,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from platformdirs import user_cache_path
 
-from onnx_oamip.data import numpy_files, out_of_core
 from onnx_oamip.core.atomic_files import write_bytes
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import OutputError
 from onnx_oamip.core.records import (
     Array,
@@ -43,6 +41,8 @@ from onnx_oamip.core.records import (
     Sensitivity,
 )
 from onnx_oamip.core.versions import sources
+from onnx_oamip.data import numpy_files, out_of_core
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.external_data import references
 
 T = TypeVar("T")

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import onnx
 
-from onnx_oamip.graph import external_data
 from onnx_oamip.core.atomic_files import Batch, telling
 from onnx_oamip.core.errors import OutputError
-from onnx_oamip.graph.loading import external_paths
 from onnx_oamip.core.records import Report
+from onnx_oamip.graph import external_data
+from onnx_oamip.graph.loading import external_paths
 
 
 def check_output(

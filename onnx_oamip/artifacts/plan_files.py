@@ -22,9 +22,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from onnx_oamip import __version__
 from onnx_oamip.artifacts.score_files import check_program, group_axes, places
-from onnx_oamip.graph.cost import Ledger
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Axis,
@@ -38,6 +36,8 @@ from onnx_oamip.core.records import (
     Plan,
     Scores,
 )
+from onnx_oamip.core.version import __version__
+from onnx_oamip.graph.cost import Ledger
 
 PLAN_VERSION = 1
 _DECODER = json.JSONDecoder()

@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from onnx_oamip import __version__
+from onnx_oamip.core.version import __version__
 
 KEY = "onnx_oamip.artifacts.provenance"
 

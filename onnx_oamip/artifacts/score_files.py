@@ -30,8 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip import __version__
-from onnx_oamip.data import numpy_files
 from onnx_oamip.core.atomic_files import write_bytes
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
@@ -43,6 +41,8 @@ from onnx_oamip.core.records import (
     Model,
     Scores,
 )
+from onnx_oamip.core.version import __version__
+from onnx_oamip.data import numpy_files
 
 SCORES_VERSION = 1
 _TEXTS = ("model_sha256", "model_path", "tool_version", "method", "settings", "programs", "group_axes")

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 
 import click
 
-from onnx_oamip.core.errors import OamipError
 from onnx_oamip.cli.commands import cli
 from onnx_oamip.cli.interrupt import (
     INTERRUPTED,
@@ -21,6 +20,7 @@ from onnx_oamip.cli.interrupt import (
     heard,
 )
 from onnx_oamip.cli.stdout import reserved
+from onnx_oamip.core.errors import OamipError
 
 __all__ = ["cli", "main"]
 

@@ -34,8 +34,8 @@ def checkpoint(keep_map: Path, state_dict: Path, output: Path, as_json: bool, qu
     widths shown.
     """
     from onnx_oamip.artifacts import keep_maps as checkpoints
-    from onnx_oamip.reporting import documents
     from onnx_oamip.artifacts.output import check_output
+    from onnx_oamip.reporting import documents
 
     check_paths(output, {"--keep-map": keep_map, "--state-dict": state_dict})
     check_output(state_dict, output)

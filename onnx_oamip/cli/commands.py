@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from onnx_oamip import __version__
 from onnx_oamip.cli.checkpoint import checkpoint
 from onnx_oamip.cli.config import config, config_option
 from onnx_oamip.cli.frontier import frontier
@@ -26,6 +25,7 @@ from onnx_oamip.cli.reading import reading_options
 from onnx_oamip.cli.score import score
 from onnx_oamip.cli.stdout import document_only
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.version import __version__
 
 
 class Commands(click.Group):
@@ -60,9 +60,9 @@ def cli(ctx: click.Context) -> None:
 @json_option
 def inspect(model: Path, as_json: bool) -> None:
     """Show what of MODEL can go, what cannot, and why."""
-    from onnx_oamip.reporting import documents
     from onnx_oamip.graph.coupling import couple
     from onnx_oamip.graph.loading import load
+    from onnx_oamip.reporting import documents
     from onnx_oamip.verification.equivalence import judged
 
     loaded = load(model)
@@ -102,9 +102,9 @@ def verify(
     The exit status is 1 where a check of the pruned model does not hold.
     """
     from onnx_oamip.api import pipeline
-    from onnx_oamip.reporting import documents
-    from onnx_oamip.graph.loading import load
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.graph.loading import load
+    from onnx_oamip.reporting import documents
 
     settings = Settings.create(**choices)
     with Progress() as progress:
@@ -162,8 +162,8 @@ def bench(
     They take turns in random order in one run, so that what else the machine does hits all of them alike. The first
     MODEL is what the others are compared with.
     """
-    from onnx_oamip.verification import benchmark
     from onnx_oamip.reporting import documents
+    from onnx_oamip.verification import benchmark
 
     with Progress() as progress:
         found = benchmark.run(models, data, batches, device, threads, seconds, seed, progress)
@@ -187,8 +187,8 @@ def ops(as_json: bool) -> None:
 @json_option
 def solvers(as_json: bool) -> None:
     """List the solvers found here, and what their licences allow."""
-    from onnx_oamip.reporting import documents
     from onnx_oamip.programs import solvers as backends
+    from onnx_oamip.reporting import documents
 
     show(documents.solvers(backends.available()), as_json)
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
-from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.cli.options import json_option
 from onnx_oamip.cli.reading import Separated
 from onnx_oamip.cli.stdout import stream
+from onnx_oamip.core.errors import SettingsError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_oamip.core.errors import OutputError
 from onnx_oamip.cli.options import same_file
+from onnx_oamip.core.errors import OutputError
 
 if TYPE_CHECKING:
     from onnx_oamip.core.records import Frontier, Report
@@ -20,8 +20,8 @@ class Page:
     """
 
     def __init__(self, path: Path, model: Path, *others: Path | str | None) -> None:
-        from onnx_oamip.reporting import html  # noqa: F401 - raises where a package is missing
         from onnx_oamip.artifacts.output import check_output
+        from onnx_oamip.reporting import html  # noqa: F401 - raises where a package is missing
 
         given = [other for other in others if other is not None]
         for other in (model, *given):
@@ -31,8 +31,8 @@ class Page:
 
     def draw(self, result: Report | Frontier) -> bytes:
         """The page."""
-        from onnx_oamip.reporting import html
         from onnx_oamip.core.records import Report
+        from onnx_oamip.reporting import html
 
         return html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
 

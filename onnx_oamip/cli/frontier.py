@@ -87,11 +87,11 @@ def frontier(
     What does not depend on the budget is found once. Every model passes the checks of prune, but for its speed: that
     is measured, and shown. A level that cannot be met is shown with the reason.
     """
-    from onnx_oamip.reporting import documents
-    from onnx_oamip.core.atomic_files import write_bytes
     from onnx_oamip.api.frontier import frontier as run
     from onnx_oamip.artifacts.output import check_output
+    from onnx_oamip.core.atomic_files import write_bytes
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.reporting import documents
 
     check_scores(ctx, scores)
     settings = Settings.create(**choices)

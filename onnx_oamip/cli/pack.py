@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.cli.config import config_option
 from onnx_oamip.cli.options import (
     DATA,
@@ -19,6 +18,7 @@ from onnx_oamip.cli.options import (
 )
 from onnx_oamip.cli.reading import reading_options
 from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.core.errors import SettingsError
 
 
 @click.command()

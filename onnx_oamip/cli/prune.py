@@ -140,9 +140,9 @@ def prune(
     more than one, all are met. Nothing is written unless every check holds.
     """
     from onnx_oamip.api import pipeline
-    from onnx_oamip.reporting import documents
-    from onnx_oamip.integrations import mlflow_tracking
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.integrations import mlflow_tracking
+    from onnx_oamip.reporting import documents
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -206,8 +206,8 @@ def plan(
     the reason.
     """
     from onnx_oamip.api import pipeline
-    from onnx_oamip.reporting import documents
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.reporting import documents
 
     check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
     check_scores(ctx, scores)
@@ -267,8 +267,8 @@ def apply(
     carried out as it stands; one made for another model of the same names or the same graph can be applied too.
     """
     from onnx_oamip.api import pipeline
-    from onnx_oamip.reporting import documents
     from onnx_oamip.integrations import mlflow_tracking
+    from onnx_oamip.reporting import documents
 
     check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file})
     page = None if report_file is None else Page(report_file, model, data, eval_data, plan_file, output, keep_map)

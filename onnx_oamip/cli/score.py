@@ -65,8 +65,8 @@ def score(model: Path, data: str | None, output: Path, as_json: bool, quiet: boo
     channels a unit stands for; numpy.load reads it.
     """
     from onnx_oamip.api import pipeline
-    from onnx_oamip.reporting import documents
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.reporting import documents
 
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/core."""
+"""Foundations without knowledge of models: errors, records, settings, files, progress."""

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from onnx_oamip import __version__
+from onnx_oamip.core.version import __version__
 
 
 def versions() -> dict[str, str | None]:

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/data."""
+"""Calibration and evaluation samples, and the readers of their formats."""

@@ -22,12 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.data import (
-    numpy_files,
-    parquet,
-    images,
-    out_of_core,
-)
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Array,
@@ -35,6 +29,12 @@ from onnx_oamip.core.records import (
     Model,
     Port,
     Reading,
+)
+from onnx_oamip.data import (
+    images,
+    numpy_files,
+    out_of_core,
+    parquet,
 )
 from onnx_oamip.data.out_of_core import Spool, Values
 from onnx_oamip.graph.shape_inference import symbol

@@ -15,7 +15,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from onnx_oamip.graph.input_guards import amount, memory
 from onnx_oamip.core.errors import DataError, OutputError
 from onnx_oamip.core.records import Array
 from onnx_oamip.data.out_of_core import (
@@ -26,6 +25,7 @@ from onnx_oamip.data.out_of_core import (
     Values,
     room,
 )
+from onnx_oamip.graph.input_guards import amount, memory
 
 MAGIC = b"\x93NUMPY"
 PACKED = b"PK"

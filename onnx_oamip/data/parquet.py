@@ -9,17 +9,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from onnx_oamip.data import parquet_pages
-from onnx_oamip.graph.input_guards import amount, memory
 from onnx_oamip.core.errors import DataError, EnvironmentMissing
 from onnx_oamip.core.extras import imports_of
-from onnx_oamip.data.images import affine, decode
 from onnx_oamip.core.records import (
     Array,
     Model,
     Port,
     Reading,
 )
+from onnx_oamip.data import parquet_pages
+from onnx_oamip.data.images import affine, decode
+from onnx_oamip.graph.input_guards import amount, memory
 
 LABELS = ("labels", "label")
 BATCH = 128

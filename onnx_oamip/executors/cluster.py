@@ -26,7 +26,6 @@ from threadpoolctl import threadpool_limits
 
 from onnx_oamip.core.errors import EnvironmentMissing
 from onnx_oamip.core.extras import imports_of
-from onnx_oamip.graph.runtime import resolve_device
 from onnx_oamip.core.versions import sources, versions
 from onnx_oamip.executors.parcel import Parcel, pack
 from onnx_oamip.executors.spec import (
@@ -35,6 +34,7 @@ from onnx_oamip.executors.spec import (
     T,
     Told,
 )
+from onnx_oamip.graph.runtime import resolve_device
 
 if TYPE_CHECKING:
     from distributed import Client, Future

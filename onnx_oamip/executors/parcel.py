@@ -10,9 +10,9 @@ from dataclasses import fields
 from io import BytesIO
 from typing import Any
 
-from onnx_oamip.graph import external_data
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import Model
+from onnx_oamip.graph import external_data
 
 Stamp = tuple[int, int]
 """Bytes of a file, and when it was changed last (ns)."""

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/graph."""
+"""ONNX graphs: loading, shapes, execution, operators, coupling, cost and surgery."""

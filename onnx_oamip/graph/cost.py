@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.sparse import csr_array
 
-from onnx_oamip.graph.ops import Total, lookup, trusting
 from onnx_oamip.core.records import (
     Array,
     Axis,
@@ -25,13 +24,14 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
 )
+from onnx_oamip.graph.external_data import size
+from onnx_oamip.graph.ops import Total, lookup, trusting
 from onnx_oamip.graph.ops.inserted_nodes import (
     Names,
     Present,
     scale,
     spread,
 )
-from onnx_oamip.graph.external_data import size
 
 INDEX = 4
 """Bytes of an index that says where a kept channel is."""

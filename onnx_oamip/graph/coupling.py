@@ -17,14 +17,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from onnx_oamip.core.errors import SettingsError
-from onnx_oamip.graph.ops import (
-    LabelAxis,
-    followed,
-    lookup,
-    opaque,
-    readers,
-    trusting,
-)
 from onnx_oamip.core.records import (
     Array,
     Axis,
@@ -36,6 +28,14 @@ from onnx_oamip.core.records import (
     Model,
     Node,
     Pinned,
+)
+from onnx_oamip.graph.ops import (
+    LabelAxis,
+    followed,
+    lookup,
+    opaque,
+    readers,
+    trusting,
 )
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
 
-from onnx_oamip.graph import subgraphs, external_data
 from onnx_oamip.core.errors import ModelError
+from onnx_oamip.graph import external_data, subgraphs
 
 UNKNOWN_MEMORY = 1 << 34
 """Taken for the memory of a machine that does not tell."""

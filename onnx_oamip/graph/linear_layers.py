@@ -14,8 +14,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from onnx_oamip.graph.subgraphs import reads
-from onnx_oamip.graph.ops import lookup, weight_axis
 from onnx_oamip.core.records import (
     Array,
     Floats,
@@ -23,6 +21,8 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.graph.external_data import array, references, tensor
+from onnx_oamip.graph.ops import lookup, weight_axis
+from onnx_oamip.graph.subgraphs import reads
 
 PRODUCTS = ("MatMul", "Einsum")
 """Operators without a bias of their own."""

@@ -21,16 +21,16 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from onnx_oamip.graph import subgraphs, input_guards, external_data
 from onnx_oamip.core.errors import ModelError, OamipError, RuleFailed
-from onnx_oamip.graph.shape_folding import fold
 from onnx_oamip.core.records import (
     Array,
     Body,
     Model,
     Node,
 )
+from onnx_oamip.graph import external_data, input_guards, subgraphs
 from onnx_oamip.graph.runtime import Session, runtime
+from onnx_oamip.graph.shape_folding import fold
 from onnx_oamip.graph.shape_inference import (
     ROUNDS,
     all_types,

@@ -14,7 +14,6 @@ from typing import Any
 
 import onnx
 
-from onnx_oamip.graph import subgraphs, input_guards, external_data
 from onnx_oamip.core.errors import (
     EnvironmentMissing,
     ModelError,
@@ -22,6 +21,7 @@ from onnx_oamip.core.errors import (
     OutOfMemory,
 )
 from onnx_oamip.core.records import Array
+from onnx_oamip.graph import external_data, input_guards, subgraphs
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 PATIENCE = 120.0

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.records import Axis, Node, Port
 from onnx_oamip.graph import subgraphs
 from onnx_oamip.graph.input_guards import inferred
-from onnx_oamip.core.errors import ModelError
 from onnx_oamip.graph.ops import MatrixRule, lookup, trusting
-from onnx_oamip.core.records import Axis, Node, Port
 from onnx_oamip.graph.symbolic_dims import Entries, follow, numbers
 
 Dims = list[int | str | None]

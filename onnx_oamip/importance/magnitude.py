@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_oamip.graph.ops import lookup
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -14,6 +13,7 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.ops import lookup
 
 
 def l1(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:

@@ -15,13 +15,6 @@ import numpy as np
 from scipy.linalg import cho_factor
 from scipy.linalg.lapack import dpotri
 
-from onnx_oamip.executors import executor
-from onnx_oamip.statistics.covariances import (
-    Job,
-    Problem,
-    jobs,
-    problems,
-)
 from onnx_oamip.core.records import (
     Coupling,
     Floats,
@@ -31,7 +24,14 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.executors import executor
 from onnx_oamip.importance import activation
+from onnx_oamip.statistics.covariances import (
+    Job,
+    Problem,
+    jobs,
+    problems,
+)
 
 MIRROR = 256
 """Rows mirrored at a time."""

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/integrations."""
+"""Other programs: Olive and MLflow."""

@@ -16,10 +16,10 @@ import numpy as np
 import onnx
 
 from onnx_oamip.api import pipeline
-from onnx_oamip.reporting import documents
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.reporting import documents
 
 try:
     from olive.common.config_utils import validate_config

@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from onnx_oamip.graph.ops import lookup
 from onnx_oamip.core.records import Array, Model, Node
+from onnx_oamip.graph.ops import lookup
 from onnx_oamip.objective.terms import Part
 
 UNCHANGED = frozenset({"Identity", "Dropout"})

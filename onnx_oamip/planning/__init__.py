@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/planning."""
+"""From scores to widths: sensitivities, the budget program, allocation and search."""

@@ -15,15 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.planning.budget_program import (
-    BINDING,
-    Ladder,
-    LinearisedLimit,
-    choose,
-)
-from onnx_oamip.graph.cost import Ledger, full_widths
 from onnx_oamip.core.errors import BudgetNotMet
-from onnx_oamip.verification.latency import find_step
 from onnx_oamip.core.records import (
     Bools,
     Budget,
@@ -36,7 +28,15 @@ from onnx_oamip.core.records import (
     Scores,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.cost import Ledger, full_widths
+from onnx_oamip.planning.budget_program import (
+    BINDING,
+    Ladder,
+    LinearisedLimit,
+    choose,
+)
 from onnx_oamip.programs.solvers import Limits as SolverLimits
+from onnx_oamip.verification.latency import find_step
 
 
 @dataclass(frozen=True)

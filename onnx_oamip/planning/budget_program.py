@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.sparse import csr_array
 
-from onnx_oamip.graph.cost import Ledger, Products
 from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.core.records import Floats, Ints
+from onnx_oamip.graph.cost import Ledger, Products
 from onnx_oamip.programs import Builder, Program
 from onnx_oamip.programs.products import (
     Levels,
@@ -26,7 +27,6 @@ from onnx_oamip.programs.products import (
     ordered,
     reduce,
 )
-from onnx_oamip.core.records import Floats, Ints
 from onnx_oamip.programs.solvers import (
     Limit,
     Notify,

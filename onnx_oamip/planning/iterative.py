@@ -11,10 +11,6 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_oamip.artifacts import cache
-from onnx_oamip.planning import width_losses, scoring, search
-from onnx_oamip.graph import loading as models
-from onnx_oamip.statistics.context import Collected
-from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records import (
     Bools,
@@ -22,8 +18,12 @@ from onnx_oamip.core.records import (
     Floats,
     Ints,
 )
-from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.planning import scoring, search, width_losses
+from onnx_oamip.planning.search import Attempt, Prepared
+from onnx_oamip.statistics.context import Collected
 
 
 def check(settings: Settings, scored: bool) -> None:

@@ -19,21 +19,6 @@ import numpy as np
 import onnx
 
 from onnx_oamip.core import atomic_files
-from onnx_oamip.graph.cost import (
-    Ledger,
-    Products,
-    full_widths,
-    ledger,
-)
-from onnx_oamip.data.dataset import Samples
-from onnx_oamip.verification.latency import (
-    WARM_RUNS,
-    caller,
-    feeds_of,
-    interleave,
-    quiet,
-)
-from onnx_oamip.graph.ops import lookup
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -42,9 +27,24 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
 )
-from onnx_oamip.graph.surgery.rewrite import cut
-from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.cost import (
+    Ledger,
+    Products,
+    full_widths,
+    ledger,
+)
 from onnx_oamip.graph.external_data import size
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.graph.surgery.rewrite import cut
+from onnx_oamip.verification.latency import (
+    WARM_RUNS,
+    caller,
+    feeds_of,
+    interleave,
+    quiet,
+)
 
 SHARES = (1.0, 0.6, 0.3)
 """Shares of the width at which the network is measured; each group takes its nearest width on the ladder."""

@@ -21,14 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_oamip.graph.linear_layers import Site, matrix
-from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.statistics.collector import collect
-from onnx_oamip.statistics.context import Context
-from onnx_oamip.graph.cost import full_widths
-from onnx_oamip.executors import executor
 from onnx_oamip.core.extras import imports_of
-from onnx_oamip.published.dependence.pooled_activations import outlet, sites
 from onnx_oamip.core.records import (
     Axis,
     Bools,
@@ -40,6 +33,13 @@ from onnx_oamip.core.records import (
     Request,
     Scores,
 )
+from onnx_oamip.executors import executor
+from onnx_oamip.graph.cost import full_widths
+from onnx_oamip.graph.linear_layers import Site, matrix
+from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.published.dependence.pooled_activations import outlet, sites
+from onnx_oamip.statistics.collector import collect
+from onnx_oamip.statistics.context import Context
 
 LEVELS = np.arange(1, 98, 2)
 """Percentages of a group that are taken away."""

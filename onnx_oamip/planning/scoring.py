@@ -8,15 +8,6 @@ from itertools import product
 import numpy as np
 
 from onnx_oamip.artifacts import cache
-from onnx_oamip.repair import least_squares
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.planning import sensitivity
-from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.statistics.collector import collect, parts
-from onnx_oamip.statistics.context import Context
-from onnx_oamip.graph.cost import full_widths
-from onnx_oamip.statistics.class_samples import head
-from onnx_oamip.importance import Method, find
 from onnx_oamip.core.records import (
     Budget,
     Coupling,
@@ -26,8 +17,17 @@ from onnx_oamip.core.records import (
     Scores,
     Statistics,
 )
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import READING
+from onnx_oamip.graph.cost import full_widths
+from onnx_oamip.graph.outputs import head
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.importance import Method, find
+from onnx_oamip.planning import sensitivity
+from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.repair import least_squares
+from onnx_oamip.statistics.collector import collect, parts
+from onnx_oamip.statistics.context import Context
 
 CHOICE_SAMPLES = 64
 """Samples on which orders of removal are compared for one group."""

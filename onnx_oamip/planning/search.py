@@ -11,21 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_oamip.planning import allocation
 from onnx_oamip.artifacts import cache, plan_files, provenance
-from onnx_oamip.repair import removed_constants, least_squares
-from onnx_oamip.graph import cost
-from onnx_oamip.graph.surgery import rewrite, attention_scale
-from onnx_oamip.verification import equivalence
-from onnx_oamip.graph import loading as models
-from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
-from onnx_oamip.statistics.collector import collect
-from onnx_oamip.statistics.context import Context
 from onnx_oamip.core.errors import BudgetNotMet, DataError
-from onnx_oamip.importance import find
-from onnx_oamip.verification.latency import compare_latency
-from onnx_oamip.planning.plan_constraints import Constraints
-from onnx_oamip.planning.latency_model import profile
 from onnx_oamip.core.records import (
     Array,
     Cost,
@@ -39,8 +26,21 @@ from onnx_oamip.core.records import (
     Trial,
     Verification,
 )
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import attention_scale, rewrite
+from onnx_oamip.importance import find
+from onnx_oamip.planning import allocation
+from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
+from onnx_oamip.planning.latency_model import profile
+from onnx_oamip.planning.plan_constraints import Constraints
+from onnx_oamip.repair import least_squares, removed_constants
+from onnx_oamip.statistics.collector import collect
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.verification import equivalence
+from onnx_oamip.verification.latency import compare_latency
 
 SIZE_TRIES = 3
 LATENCY_TRIES = 6

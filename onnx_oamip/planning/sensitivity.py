@@ -17,18 +17,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
-from onnx_oamip.graph.subgraphs import insert, reads
-from onnx_oamip.statistics.calibration import Progress
 from onnx_oamip.core.errors import DataError, memory_for
-from onnx_oamip.executors import executor
-from onnx_oamip.statistics.covariances import (
-    Job,
-    compensate,
-    jobs,
-    problems,
-)
-from onnx_oamip.statistics.class_samples import head
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Consumer,
@@ -39,8 +29,18 @@ from onnx_oamip.core.records import (
     Model,
     Sensitivity,
 )
-from onnx_oamip.graph.runtime import Session
+from onnx_oamip.executors import executor
+from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
+from onnx_oamip.graph.outputs import head
 from onnx_oamip.graph.partial_execution import Slicer, element_types
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.subgraphs import insert, reads
+from onnx_oamip.statistics.covariances import (
+    Job,
+    compensate,
+    jobs,
+    problems,
+)
 
 T = TypeVar("T")
 CHOICE = (0.7, 0.5, 0.3)

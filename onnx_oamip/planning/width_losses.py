@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_oamip.planning import allocation, scoring, sensitivity
 from onnx_oamip.artifacts import cache
-from onnx_oamip.graph import cost
-from onnx_oamip.planning.budget_program import Ladder
-from onnx_oamip.statistics.collector import collect, parts
-from onnx_oamip.statistics.context import Context
 from onnx_oamip.core.records import (
     Budget,
     Coupling,
@@ -20,6 +15,11 @@ from onnx_oamip.core.records import (
     Sensitivity,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost
+from onnx_oamip.planning import allocation, scoring, sensitivity
+from onnx_oamip.planning.budget_program import Ladder
+from onnx_oamip.statistics.collector import collect, parts
+from onnx_oamip.statistics.context import Context
 
 
 def programmed(settings: Settings) -> bool:

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/published."""
+"""Published systems that are not the default path, as plug-ins."""

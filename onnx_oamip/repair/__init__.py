@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/repair."""
+"""Compensation of removed units: least-squares reconstruction of the layers behind them."""

@@ -22,25 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from onnx_oamip.graph.linear_layers import (
-    Editor,
-    Site,
-    matrix,
-    matrix_shape,
-    quantised,
-    site,
-    unmatrix,
-)
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import memory_for
-from onnx_oamip.graph.ops import lookup
-from onnx_oamip.graph.im2col import (
-    data_rows,
-    output_rows,
-    pick,
-    row_count,
-)
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -53,19 +36,31 @@ from onnx_oamip.core.records import (
     Pruned,
     Statistics,
 )
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import FRONTIER_BYTES, affordable
+from onnx_oamip.graph.im2col import (
+    data_rows,
+    output_rows,
+    pick,
+    row_count,
+)
+from onnx_oamip.graph.linear_layers import (
+    Editor,
+    Site,
+    matrix,
+    matrix_shape,
+    quantised,
+    site,
+    unmatrix,
+)
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.ridge import (
     Solve,
     best,
     ridge_regression,
     solve_ridge,
-)
-from onnx_oamip.graph.partial_execution import (
-    FRONTIER_BYTES,
-    Frontier,
-    Slicer,
-    affordable,
-    element_types,
 )
 
 ROWS_PER_UNKNOWN = 4

@@ -16,10 +16,6 @@ import onnx
 from ml_dtypes import finfo
 from onnx import helper
 
-from onnx_oamip.graph.linear_layers import Editor
-from onnx_oamip.data.dataset import Samples
-from onnx_oamip.statistics.class_samples import is_float
-from onnx_oamip.graph.ops import lookup
 from onnx_oamip.core.records import (
     Axis,
     Bools,
@@ -32,8 +28,12 @@ from onnx_oamip.core.records import (
     Request,
     Statistics,
 )
-from onnx_oamip.repair.least_squares import fold_means
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.linear_layers import Editor
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.outputs import is_float
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.repair.least_squares import fold_means
 
 SAMPLES = 16
 """Samples that are looked at: what is constant needs no more than one, and what is not gets its mean over these."""

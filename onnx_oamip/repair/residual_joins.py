@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_oamip.graph.linear_layers import Site
 from onnx_oamip.core.records import Floats, Model, Node
+from onnx_oamip.graph.linear_layers import Site
 
 LEAST_GAIN = 1e-2
 """Relative to the largest gain: a channel that normalisation mutes is not asked to carry an error."""

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/reporting."""
+"""JSON documents, terminal tables and HTML pages."""

@@ -12,14 +12,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from onnx_oamip.artifacts.score_files import Scored
-from onnx_oamip.verification.benchmark import Benchmark
 from onnx_oamip.artifacts.keep_maps import Checkpoint
-from onnx_oamip.graph.cost import full_widths, ledger
-from onnx_oamip.verification.latency import Timing
-from onnx_oamip.graph.ops import REGISTRY
-from onnx_oamip.core.json_values import plain_document
 from onnx_oamip.artifacts.plan_files import Planned
+from onnx_oamip.artifacts.score_files import Scored
+from onnx_oamip.core.json_values import plain_document
 from onnx_oamip.core.records import (
     Budget,
     Connections,
@@ -34,8 +30,12 @@ from onnx_oamip.core.records import (
     Report,
     Verification,
 )
-from onnx_oamip.programs.solvers import SolverRecord
 from onnx_oamip.core.versions import versions
+from onnx_oamip.graph.cost import full_widths, ledger
+from onnx_oamip.graph.ops import REGISTRY
+from onnx_oamip.programs.solvers import SolverRecord
+from onnx_oamip.verification.benchmark import Benchmark
+from onnx_oamip.verification.latency import Timing
 
 SCHEMA_VERSION = 1
 LOW = 0.1

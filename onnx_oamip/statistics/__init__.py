@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/statistics."""
+"""Statistics of the calibration samples, collected on request."""

@@ -8,15 +8,13 @@ Where squares leave the range of float32 (values beyond 1e19, or below 1e-16), a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from onnx_oamip.data.dataset import Samples
-from onnx_oamip.statistics.class_samples import showing
-from onnx_oamip.statistics.overflow import refuse
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Axis,
@@ -27,9 +25,11 @@ from onnx_oamip.core.records import (
     Request,
     Statistics,
 )
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.outputs import showing
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.statistics.overflow import refuse
 
-Progress = Callable[[str, int, int], None]
 FAINT = 1e-30
 """Sums of squares below this have lost digits in float32, whose numbers thin out from 1e-38 on."""
 

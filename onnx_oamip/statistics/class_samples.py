@@ -8,15 +8,8 @@ predictions are the classes. Evaluation data is never looked at.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
-import onnx
-from onnx import helper
 
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Array,
@@ -24,34 +17,13 @@ from onnx_oamip.core.records import (
     Images,
     Ints,
     Model,
-    Node,
 )
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.outputs import floats, head, showing
 from onnx_oamip.graph.runtime import Session
 
 LIMIT_BYTES = 1 << 30
 """Bound of the activations held for all images together; above it none are, and no joint program can be made."""
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A classification head: the place of the output of shape (samples, classes), and the tensor with its logits."""
-
-    index: int
-    logits: str
-
-
-def head(model: Model) -> Head | None:
-    """The first floating output of shape (samples, classes), two or more; its logits are what a softmax makes it from.
-
-    None where the model has no such output.
-    """
-    for i, port in enumerate(model.outputs):
-        shape = model.shapes.get(port.name)
-        if shape is not None and len(shape) == 2 and shape[1] > 1 and is_float(port.dtype):
-            maker = bent(model, port.name, ("Softmax", "LogSoftmax"))
-            across = maker is not None and int(maker.attrs.get("axis", -1)) in (-1, 1)
-            return Head(i, maker.inputs[0] if maker is not None and across else port.name)
-    return None
 
 
 def check_labels(model: Model, samples: Samples) -> None:
@@ -65,20 +37,6 @@ def check_labels(model: Model, samples: Samples) -> None:
             f"{samples.source}: 'labels' has the class {int(samples.labels.max())}, but the model's output "
             f"'{model.outputs[found.index].name}' has {classes} classes, which count from 0."
         )
-
-
-def bent(model: Model, name: str, ops: Collection[str]) -> Node | None:
-    """The node of one of these operators that makes a tensor, behind nothing but identities; None if another does."""
-    makers = {out: node for node in model.nodes for out in node.outputs}
-    node = makers.get(name)
-    while node is not None and node.op == "Identity":
-        node = makers.get(node.inputs[0])
-    return node if node is not None and node.op in ops else None
-
-
-def is_float(kind: np.dtype[Any]) -> bool:
-    """Whether an element type is floating, those that numpy does not know among them."""
-    return bool(np.issubdtype(kind, np.floating)) or "float" in kind.name
 
 
 def collect(
@@ -159,18 +117,3 @@ def _feeds(samples: Samples, place: Ints, inside: Ints, label: Ints, rows: int) 
     return feeds, labels
 
 
-def floats(model: Model) -> list[str]:
-    """Every activation of floating type and known shape, each named once."""
-    made = dict.fromkeys(n for node in model.nodes for n in node.outputs if n)
-    return [n for n in made if n in model.shapes and n in model.dtypes and np.issubdtype(model.dtypes[n], np.floating)]
-
-
-def showing(model: Model, names: Sequence[str], proto: onnx.ModelProto | None = None) -> onnx.ModelProto:
-    """The model (or ``proto``, made of it) with other outputs."""
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model.proto if proto is None else proto)
-    del shown.graph.output[:]
-    for name in names:
-        kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
-        shown.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    return shown

@@ -10,11 +10,6 @@ from typing import Any
 import numpy as np
 
 from onnx_oamip.artifacts import cache
-from onnx_oamip.statistics import calibration, covariances, class_samples
-from onnx_oamip.published.dependence import pooled_activations
-from onnx_oamip.published.nnrelief import absolute_signal
-from onnx_oamip.statistics.context import Context
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.records import (
     Axis,
     Gram,
@@ -25,7 +20,12 @@ from onnx_oamip.core.records import (
     Signal,
     Statistics,
 )
-from onnx_oamip.graph.partial_execution import affordable
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import affordable
+from onnx_oamip.published.dependence import pooled_activations
+from onnx_oamip.published.nnrelief import absolute_signal
+from onnx_oamip.statistics import calibration, class_samples, covariances
+from onnx_oamip.statistics.context import Context
 
 SENSITIVITY_SAMPLES = 128
 GRAM_SAMPLES = 512

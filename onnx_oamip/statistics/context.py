@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from onnx_oamip.graph import cost
 from onnx_oamip.artifacts.cache import Store
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.data.dataset import Samples
+from onnx_oamip.core.clock import Clock
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Cost,
     Coupling,
@@ -21,32 +18,9 @@ from onnx_oamip.core.records import (
     Request,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.graph.partial_execution import run_size, side_by_side
-
-
-class Clock:
-    """Seconds by stage. A stage within another one counts for itself alone."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._open: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._book()
-        self._open.append(stage)
-        try:
-            yield
-        finally:
-            self._book()
-            self._open.pop()
-
-    def _book(self) -> None:
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
-        self._since = now
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import run_size, side_by_side
+from onnx_oamip.graph import cost
 
 
 @dataclass(frozen=True, eq=False)

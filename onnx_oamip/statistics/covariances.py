@@ -15,15 +15,8 @@ from fractions import Fraction
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from onnx_oamip.graph.linear_layers import (
-    Site,
-    matrix,
-    matrix_shape,
-    site,
-)
-from onnx_oamip.statistics.calibration import Progress
 from onnx_oamip.core.errors import memory_for
-from onnx_oamip.graph.im2col import data_rows, pick
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Consumer,
@@ -32,6 +25,13 @@ from onnx_oamip.core.records import (
     Gram,
     Ints,
     Model,
+)
+from onnx_oamip.graph.im2col import data_rows, pick
+from onnx_oamip.graph.linear_layers import (
+    Site,
+    matrix,
+    matrix_shape,
+    site,
 )
 from onnx_oamip.graph.partial_execution import element_types, stream
 

@@ -12,18 +12,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import DataError
-from onnx_oamip.statistics.class_samples import floats, showing
 from onnx_oamip.core.records import (
     Array,
     Bools,
     Ints,
     Model,
 )
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import ROOM
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.outputs import floats, showing
 from onnx_oamip.graph.partial_execution import Slicer
+from onnx_oamip.graph.runtime import Session
 
 
 def refuse(model: Model, samples: Samples, tensor: str, device: str, batch_size: int) -> NoReturn:

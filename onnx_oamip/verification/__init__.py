@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/verification."""
+"""Checks of a pruned model against its original, and measured latency."""

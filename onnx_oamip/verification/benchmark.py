@@ -6,16 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx_oamip.data import dataset
-from onnx_oamip.verification import latency
-from onnx_oamip.graph import loading as models
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import DataError, ModelError
-from onnx_oamip.verification.latency import Timing
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Array, Model
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import resolve_device
 from onnx_oamip.graph.shape_inference import symbol
+from onnx_oamip.verification import latency
+from onnx_oamip.verification.latency import Timing
 
 Feeds = list[dict[str, Array]]
 

@@ -18,16 +18,8 @@ import numpy as np
 import onnx
 from ml_dtypes import finfo
 
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.data.dataset import Samples, placeholder
 from onnx_oamip.core.errors import GateFailed, ModelError, RuleFailed
-from onnx_oamip.statistics.class_samples import (
-    bent,
-    head,
-    is_float,
-    showing,
-)
-from onnx_oamip.graph.ops import lookup
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -37,10 +29,13 @@ from onnx_oamip.core.records import (
     Port,
     Verification,
 )
-from onnx_oamip.graph.runtime import Session
-from onnx_oamip.graph.shape_inference import symbol
+from onnx_oamip.data.dataset import Samples, placeholder
 from onnx_oamip.graph.external_data import array, checkable, references
 from onnx_oamip.graph.external_data import tensor as stored
+from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.outputs import bent, head, is_float, showing
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.shape_inference import symbol
 
 TOLERANCE = 1e-4
 """Largest difference between pruned and masked outputs, relative to the output's scale (float32)."""

@@ -25,10 +25,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_oamip.core import atomic_files
-from onnx_oamip.graph import external_data
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import external_data
 from onnx_oamip.graph.runtime import Session, resolve_device
 
 Source = onnx.ModelProto | str | os.PathLike[str]

@@ -16,11 +16,10 @@ from browser import Tree, assert_fetches_nothing, assert_ids_are_sound, assert_w
 from graphs import CNN, build
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import pipeline
-from onnx_oamip.planning import search
 from onnx_oamip.api import frontier as frontiers
-from onnx_oamip.cli import main
+from onnx_oamip.api import pipeline
 from onnx_oamip.api.frontier import frontier
+from onnx_oamip.cli import main
 from onnx_oamip.core.errors import (
     BudgetNotMet,
     GateFailed,
@@ -28,11 +27,12 @@ from onnx_oamip.core.errors import (
     OutputError,
     SettingsError,
 )
-from onnx_oamip.reporting.html import frontier_page
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.records import Frontier, Group, Point
+from onnx_oamip.planning import search
 from onnx_oamip.reporting.documents import document
 from onnx_oamip.reporting.documents import frontier as frontier_document
+from onnx_oamip.reporting.html import frontier_page
+from onnx_oamip.verification.latency import Ratio
 
 LEVELS = (0.7, 0.4)
 KEYS = {

@@ -15,12 +15,8 @@ from graphs import NETS, build, constants, load
 from onnx import ModelProto, numpy_helper
 
 from onnx_oamip import compare, prune
-from onnx_oamip.graph import cost, external_data
-from onnx_oamip.artifacts import output
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
+from onnx_oamip.artifacts import output
 from onnx_oamip.core.errors import (
     BudgetNotMet,
     DataError,
@@ -28,9 +24,13 @@ from onnx_oamip.core.errors import (
     OutputError,
     SettingsError,
 )
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.records import Array, Report
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost, external_data
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.verification.latency import Ratio
 
 TEXT = """(float[batch,3,8,8] image) => (float[batch,5] scores)
 <float[24,3,3,3] w1, float[24] b1, float[32,24,3,3] w2, float[32] gain, float[32] b2, float[32] m, float[32] var,

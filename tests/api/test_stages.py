@@ -21,13 +21,13 @@ from onnx_oamip import (
     prune,
     score,
 )
-from onnx_oamip.artifacts import cache, plan_files
-from onnx_oamip.api import pipeline
-from onnx_oamip.graph import loading as models
 from onnx_oamip import plan as make_plan
+from onnx_oamip.api import pipeline
+from onnx_oamip.artifacts import cache, plan_files
 from onnx_oamip.core.errors import DataError, GateFailed, OutputError
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import loading as models
+from onnx_oamip.verification.latency import Ratio
 
 TEXT = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
 <float[12, 3, 3, 3] w1, float[12] b1, float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3,

@@ -12,15 +12,15 @@ from graphs import build
 from safetensors.numpy import load_file, save_file
 
 from onnx_oamip import apply, plan, prune
-from onnx_oamip.artifacts import keep_maps
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph import loading as models
+from onnx_oamip.artifacts import keep_maps
 from onnx_oamip.cli import main
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import DataError, OutputError
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.verification.latency import Ratio
 
 QUICK = {"importance": "l2", "allocate": "uniform", "refit": "none", "align": 1, "device": "cpu"}
 

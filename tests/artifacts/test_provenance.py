@@ -23,12 +23,12 @@ from onnx_oamip import (
     prune,
     unpack,
 )
+from onnx_oamip import plan as make_plan
 from onnx_oamip.api import pipeline
 from onnx_oamip.artifacts import provenance
-from onnx_oamip import plan as make_plan
 from onnx_oamip.cli import main
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.verification.latency import Ratio
 from tools import licences
 
 

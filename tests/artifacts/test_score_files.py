@@ -17,16 +17,11 @@ from graphs import CNN, MLP, RESIDUAL, build, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_oamip.artifacts import score_files
-from onnx_oamip.api import pipeline
 from onnx_oamip import prune, score
-from onnx_oamip.planning import search
-from onnx_oamip.graph import loading as models
+from onnx_oamip.api import pipeline
+from onnx_oamip.artifacts import score_files
 from onnx_oamip.artifacts.score_files import load_scores, save_scores
-from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.core.errors import DataError, OamipError, OutputError
-from onnx_oamip.importance import METHODS
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -34,6 +29,11 @@ from onnx_oamip.core.records import (
     Scores,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.importance import METHODS
+from onnx_oamip.planning import search
+from onnx_oamip.verification.latency import Ratio
 
 PROGRAM = {"purpose": "importance", "solver": "highs", "status": "optimal", "gap": 0.0, "seconds": 1.5, "variables": 4}
 PROGRAMS = ({**PROGRAM, "rows": np.int64(7)},)

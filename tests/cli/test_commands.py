@@ -19,6 +19,7 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import onnx
 import pytest
+from conftest import ROOT
 from onnx import TensorProto, helper, numpy_helper
 
 from onnx_oamip.cli import cli, main

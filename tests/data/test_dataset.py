@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from graphs import build, load
 
-from onnx_oamip.data import dataset
-from onnx_oamip.data.dataset import EVALUATION, Samples, hold_out
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import EVALUATION, Samples, hold_out
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((10, 3, 4, 4)).astype(np.float32)

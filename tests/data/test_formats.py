@@ -13,11 +13,11 @@ import pytest
 from graphs import build, load
 from PIL import Image
 
-from onnx_oamip.data import dataset
 from onnx_oamip.cli import main
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model, Reading
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
 
 RNG = np.random.default_rng(0)
 

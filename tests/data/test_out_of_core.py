@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from graphs import NETS, build, load
 
-from onnx_oamip.data import numpy_files, dataset, out_of_core
 from onnx_oamip.artifacts import cache
-from onnx_oamip.data.dataset import Samples, hold_out
 from onnx_oamip.core.errors import DataError, OutputError
 from onnx_oamip.core.records import Array, Model
+from onnx_oamip.data import dataset, numpy_files, out_of_core
+from onnx_oamip.data.dataset import Samples, hold_out
 from onnx_oamip.data.out_of_core import Rows, Spool
 
 VALUES = np.random.default_rng(0).standard_normal((50, 3, 4)).astype(np.float32)

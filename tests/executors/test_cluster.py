@@ -17,12 +17,11 @@ import pytest
 from graphs import NETS, RESIDUAL, build, load, samples
 
 from onnx_oamip import cli
-from onnx_oamip.data import dataset
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph import external_data
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import EnvironmentMissing, ModelError, SettingsError
+from onnx_oamip.core.records import Array
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
 from onnx_oamip.executors import (
     Executor,
     Threads,
@@ -30,9 +29,10 @@ from onnx_oamip.executors import (
     executor,
     parcel,
 )
+from onnx_oamip.graph import external_data
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.published.dependence import mint
-from onnx_oamip.core.records import Array
-from onnx_oamip.core.settings import Settings
 
 pytest.importorskip("distributed", reason="the package distributed is not installed (the extra 'cluster')")
 NOWHERE = "tcp://127.0.0.1:9"

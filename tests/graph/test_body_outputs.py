@@ -10,11 +10,11 @@ import pytest
 from graphs import assert_exact, build, distance, keep_one, load, random_keep
 from onnx import ModelProto, NodeProto, numpy_helper
 
-from onnx_oamip.graph import subgraphs
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import Array, Model
+from onnx_oamip.graph import subgraphs
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 TRUE = "Constant<value = bool {1}>()"
 ONES = "Constant<value = float[1,8] {1,2,3,4,5,6,7,8}>()"

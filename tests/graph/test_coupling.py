@@ -9,8 +9,8 @@ import onnx
 import pytest
 from graphs import NETS, assert_exact, build, load
 
-from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.core.records import Coupling, Model, Pinned
+from onnx_oamip.graph.coupling import couple, exclude
 
 SPLIT = """(float[N,3,6,6] x) => (float[N,4,4,4] y, float[N,5,4,4] z)
     <float[9,3,3,3] w1, float[9] b1, int64[2] parts = {6, 3}, float[4,6,1,1] w2, float[5,3,1,1] w3> {

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from conftest import ROOT
-
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
+from conftest import ROOT
 from graphs import assert_exact, constants
 from onnx import ModelProto
 
+from onnx_oamip.core.records import Bools, Coupling, Model
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.core.records import Bools, Coupling, Model
 
 FOLDER = ROOT / "tests" / "data"
 EXPORTERS = ("torchscript", "dynamo")

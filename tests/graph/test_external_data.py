@@ -14,16 +14,16 @@ from conftest import ROOT
 from graphs import NETS, assert_exact, build, distance, feed, random_keep
 from onnx import ModelProto, TensorProto, external_data_helper, numpy_helper
 
-from onnx_oamip.graph import loading as models
-from onnx_oamip.artifacts import output
 from onnx_oamip.api import pipeline
+from onnx_oamip.artifacts import output
+from onnx_oamip.core.errors import ModelError, OutputError
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import external_data
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.verification import equivalence
-from onnx_oamip.graph import external_data
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.core.errors import ModelError, OutputError
-from onnx_oamip.graph.runtime import Session
-from onnx_oamip.core.settings import Settings
 from tools.make_large_model import make
 
 # A linear weight that is folded before use, and one that stays quantised.

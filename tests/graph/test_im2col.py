@@ -12,6 +12,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from onnx_oamip.core.records import (
+    Array,
+    Floats,
+    Ints,
+    Model,
+)
+from onnx_oamip.graph.im2col import (
+    data_rows,
+    output_rows,
+    pick,
+    row_count,
+)
 from onnx_oamip.graph.linear_layers import (
     Editor,
     Site,
@@ -19,18 +31,6 @@ from onnx_oamip.graph.linear_layers import (
     site,
 )
 from onnx_oamip.graph.loading import from_proto
-from onnx_oamip.graph.im2col import (
-    data_rows,
-    output_rows,
-    pick,
-    row_count,
-)
-from onnx_oamip.core.records import (
-    Array,
-    Floats,
-    Ints,
-    Model,
-)
 from onnx_oamip.graph.runtime import Session
 
 # Name -> (input, constants, the node that makes y). One node each; biases where the operator takes them.

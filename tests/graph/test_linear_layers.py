@@ -10,6 +10,7 @@ import pytest
 from graphs import build, constants, distance, load, samples
 from onnx import ModelProto
 
+from onnx_oamip.core.records import Array, Floats, Model
 from onnx_oamip.graph.linear_layers import (
     Editor,
     Site,
@@ -18,7 +19,6 @@ from onnx_oamip.graph.linear_layers import (
     site,
     unmatrix,
 )
-from onnx_oamip.core.records import Array, Floats, Model
 from onnx_oamip.graph.runtime import Session
 
 # Name -> (operator call, shape of the weight w, groups, outputs per group, inputs per group, taps).

@@ -10,12 +10,12 @@ import pytest
 from graphs import OPSET, assert_exact, build, distance, feed, keep_one, load
 from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper, parser
 
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import Model
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 NET = """(float[N,3,6,6] x) => (float[N,4] y) <float[8,3,3,3] w1, float[8] b1, float[128,4] w2> {
     c = Conv(x, w1, b1)

@@ -20,8 +20,6 @@ import pytest
 from graphs import build, distance, feed, load, random_keep
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import (
     Axis,
     Bools,
@@ -29,7 +27,9 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
 )
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 r = np.arange
 ROWS: dict[str, Row] = {}

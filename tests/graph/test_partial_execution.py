@@ -14,17 +14,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
-from onnx_oamip.data import dataset
-from onnx_oamip.graph import partial_execution
-from onnx_oamip.graph.subgraphs import reads
 from onnx_oamip.core.records import Array, Model
+from onnx_oamip.data import dataset
+from onnx_oamip.data import feeds as feed_batches
+from onnx_oamip.data.feeds import affordable
+from onnx_oamip.graph import partial_execution
+from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.graph.partial_execution import (
-    Frontier,
-    Slicer,
-    affordable,
-    element_types,
-)
+from onnx_oamip.graph.subgraphs import reads
 
 BRANCHES = """(float[N,3,6,6] x, float[N,8,6,6] z) => (float[] y, float[] e)
 <float[8,3,3,3] w1, float[6,8,1,1] w2, float[8,6,3,3] w3, float[4,14,1,1] w4, float[4] b4> {
@@ -321,7 +318,7 @@ def test_feeds_within_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (sample // 2, 16, [1]),
     )
     for room, size, expected in cases:
-        monkeypatch.setattr(partial_execution, "FRONTIER_BYTES", room)
+        monkeypatch.setattr(feed_batches, "FRONTIER_BYTES", room)
         feeds, used = affordable(model, found, size)
         assert [len(f["x"]) for f in feeds] == expected
         assert used == sum(expected)

@@ -16,13 +16,13 @@ from networks import KINDS, Network, alone, each, networks
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from onnx_oamip.core.records import Bools, Coupling, Model
 from onnx_oamip.graph import cost
-from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.ops import REGISTRY, OpSpec, lookup
-from onnx_oamip.core.records import Bools, Coupling, Model
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 BLOCKS = {name for blocks in KINDS.values() for name in blocks}
 UNDRAWN: dict[str, str] = dict.fromkeys(("If", "Loop", "Scan"), "random bodies have a test of their own, test_bodies")

@@ -13,18 +13,18 @@ import pytest
 from conftest import ROOT
 from graphs import build
 
-from onnx_oamip.api import pipeline
 from onnx_oamip import prune
+from onnx_oamip.api import pipeline
 from onnx_oamip.core.errors import ModelError
-from onnx_oamip.verification.latency import Ratio, bench
-from onnx_oamip.reporting.documents import document
+from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.runtime import (
     FUSION,
     UNFUSED,
     Session,
     runtime,
 )
-from onnx_oamip.core.settings import Settings
+from onnx_oamip.reporting.documents import document
+from onnx_oamip.verification.latency import Ratio, bench
 
 SPREAD = """(float[N,3,6,6] x) => (float[N,5] y)
 <float[8,3,3,3] w1, float[8] b1, float[8] gain, uint8[8] z = {120, 120, 120, 120, 120, 120, 120, 120},

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import GraphProto, ModelProto, TensorProto, helper, numpy_helper, parser
 
-from onnx_oamip.graph import subgraphs, cost
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.core.records import Model
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost, subgraphs
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import from_proto
-from onnx_oamip.core.records import Model
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.surgery import rewrite
 
 BRANCHES = """(float[N,6] x, bool flag) => (float[N,4] y)
 <float[6,12] w0, float[12,16] w1, float[16] b1, float[16,10] w2, float[12,14] v1, float[14,10] v2, float[10,4] w3> {

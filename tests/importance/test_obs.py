@@ -11,11 +11,6 @@ import pytest
 from graphs import ATTENTION, CNN, GROUPED, MLP, NETS, RESIDUAL, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.statistics import calibration, covariances
-from onnx_oamip.data import dataset
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.statistics.covariances import Problem, problems
-from onnx_oamip.importance import METHODS, activation, obs
 from onnx_oamip.core.records import (
     Array,
     Consumer,
@@ -28,6 +23,11 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance import METHODS, activation, obs
+from onnx_oamip.statistics import calibration, covariances
+from onnx_oamip.statistics.covariances import Problem, problems
 
 SETTINGS = Settings(macs=0.5)
 

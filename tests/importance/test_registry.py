@@ -12,14 +12,8 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.statistics import calibration, covariances, class_samples
-from onnx_oamip.data import dataset
 from onnx_oamip import importance, prune
-from onnx_oamip.published.dependence import pooled_activations
-from onnx_oamip.published.nnrelief import absolute_signal
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import EnvironmentMissing, SettingsError
-from onnx_oamip.importance import METHODS
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -29,6 +23,12 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance import METHODS
+from onnx_oamip.published.dependence import pooled_activations
+from onnx_oamip.published.nnrelief import absolute_signal
+from onnx_oamip.statistics import calibration, class_samples, covariances
 
 SETTINGS = Settings.create(macs=0.5, device="cpu")
 

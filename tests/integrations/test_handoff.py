@@ -22,9 +22,9 @@ from onnxruntime import InferenceSession
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from onnx_oamip import Settings, load, prune
-from onnx_oamip.data import dataset
 from onnx_oamip.api import pipeline
 from onnx_oamip.cli import cli
+from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import EVALUATION, Samples
 from onnx_oamip.verification.latency import Ratio
 

@@ -13,8 +13,8 @@ import pytest
 from conftest import MODELS
 
 from onnx_oamip.api import pipeline
-from onnx_oamip.integrations import mlflow_tracking
 from onnx_oamip.cli import main
+from onnx_oamip.integrations import mlflow_tracking
 from onnx_oamip.verification.latency import Ratio
 
 MODEL = MODELS / "lenet300-mnist.onnx"

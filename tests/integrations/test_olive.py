@@ -13,8 +13,8 @@ from conftest import MODELS, ROOT
 
 from onnx_oamip.api import pipeline
 from onnx_oamip.core.errors import DataError, SettingsError
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.verification.latency import Ratio
 
 DATA_SETS = '''
 import numpy as np

@@ -11,6 +11,7 @@ from graphs import build, load
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_oamip.core.errors import DataError, SettingsError
+from onnx_oamip.core.records import Model
 from onnx_oamip.objective import (
     Objective,
     Part,
@@ -18,7 +19,6 @@ from onnx_oamip.objective import (
     detect,
     document,
 )
-from onnx_oamip.core.records import Model
 
 TWO = """(float[N, 6] x) => (float[] a, float[] b) <float[6, 3] wa, float[6, 1] wb>
     { a = MatMul(x, wa) b = MatMul(x, wb) }"""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import entr, expit, log_softmax, logit, rel_entr, softmax
 
 from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.records import Array, Floats
 from onnx_oamip.objective import (
     Normaliser,
     Objective,
@@ -25,7 +26,6 @@ from onnx_oamip.objective import (
 )
 from onnx_oamip.objective.losses import LOST
 from onnx_oamip.objective.moments import COLUMNS
-from onnx_oamip.core.records import Array, Floats
 
 CLASSES = Term("c", "c", "c", "classes", 1, form="logits")
 BINARY = Term("b", "b", "b", "binary", 1, form="logits")

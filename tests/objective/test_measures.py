@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnx_oamip.core.records import Array
 from onnx_oamip.objective import (
     Measure,
     Measures,
@@ -18,7 +19,6 @@ from onnx_oamip.objective import (
     Part,
     Term,
 )
-from onnx_oamip.core.records import Array
 
 CLASSES = Term("c", "c", "c", "classes", 1, form="logits")
 BINARY = Term("b", "b", "b", "binary", 1, form="logits")

@@ -11,15 +11,7 @@ import pytest
 from conftest import MODELS
 from graphs import NETS, build, load
 
-from onnx_oamip.planning import allocation, budget_program
-from onnx_oamip.graph import cost
-from onnx_oamip.verification import latency
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph import loading as models
-from onnx_oamip.planning.budget_program import Choice, Ladder, LinearisedLimit
-from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.core.errors import BudgetNotMet, SettingsError
-from onnx_oamip.importance import METHODS
 from onnx_oamip.core.records import (
     Budget,
     Cost,
@@ -30,7 +22,15 @@ from onnx_oamip.core.records import (
     Scores,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.importance import METHODS
+from onnx_oamip.planning import allocation, budget_program
+from onnx_oamip.planning.budget_program import Choice, Ladder, LinearisedLimit
 from onnx_oamip.programs.solvers import Limits as SolverLimits
+from onnx_oamip.verification import latency
 
 SHIPPED = sorted(p.stem for p in MODELS.glob("*.onnx"))
 

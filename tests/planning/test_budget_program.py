@@ -19,13 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from onnx_oamip.planning import budget_program
+from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.core.records import Coupling, Ints, Model
 from onnx_oamip.graph import cost
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.programs import solvers
 from onnx_oamip.graph import loading as models
-from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit, choose
 from onnx_oamip.graph.cost import (
     Ledger,
     Products,
@@ -33,9 +30,12 @@ from onnx_oamip.graph.cost import (
     full_widths,
 )
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.planning import budget_program
+from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit, choose
+from onnx_oamip.programs import solvers
 from onnx_oamip.programs.products import reduce
-from onnx_oamip.core.records import Coupling, Ints, Model
 from onnx_oamip.programs.solvers import Limits as SolverLimits
 from onnx_oamip.programs.solvers import Solution, Termination
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from conftest import ROOT
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from graphs import build, load
 from onnx import ModelProto
 
-from onnx_oamip.graph import cost
-from onnx_oamip.data import dataset
-from onnx_oamip.planning import latency_model
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.verification.latency import WARM_RUNS
 from onnx_oamip.core.records import (
     Coupling,
     Floats,
     Ints,
     Model,
 )
-from onnx_oamip.graph.surgery.rewrite import cut
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery.rewrite import cut
+from onnx_oamip.planning import latency_model
+from onnx_oamip.verification.latency import WARM_RUNS
 
 LENET = ROOT / "models" / "lenet5-mnist.onnx"
 RESIDUAL = """(float[n, 3, 12, 12] x) => (float[] y)

@@ -13,20 +13,8 @@ import pytest
 from conftest import MODELS
 from graphs import CNN, RESIDUAL, build, constants, load, samples
 
-from onnx_oamip.planning import allocation, budget_program, search
-from onnx_oamip.graph import cost
-from onnx_oamip.data import dataset
 from onnx_oamip.api import pipeline
-from onnx_oamip.repair import least_squares
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph import loading as models
-from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.planning.budget_program import Ladder
-from onnx_oamip.graph.cost import Products, full_widths
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import BudgetNotMet
-from onnx_oamip.planning.width_losses import interpolate, rungs
-from onnx_oamip.planning.latency_model import Table
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -36,11 +24,23 @@ from onnx_oamip.core.records import (
     Plan,
     Verification,
 )
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.cost import Products, full_widths
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.planning import allocation, budget_program, search
+from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.planning.budget_program import Ladder
+from onnx_oamip.planning.latency_model import Table
 from onnx_oamip.planning.search import Attempt, Prepared, drop
 from onnx_oamip.planning.sensitivity import Sensitivity
-from onnx_oamip.core.settings import Settings
+from onnx_oamip.planning.width_losses import interpolate, rungs
 from onnx_oamip.programs.solvers import Limits as SolverLimits
+from onnx_oamip.repair import least_squares
 from onnx_oamip.verification.equivalence import compare
 
 SHIPPED = sorted(path.stem for path in MODELS.glob("*.onnx"))

@@ -14,15 +14,6 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from scipy.linalg import lstsq
 from scipy.special import rel_entr, softmax
 
-from onnx_oamip.graph import subgraphs
-from onnx_oamip.statistics import calibration, covariances
-from onnx_oamip.data import dataset
-from onnx_oamip.repair import least_squares
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.planning import sensitivity
-from onnx_oamip.graph.linear_layers import matrix, site, unmatrix
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.statistics.class_samples import Head, head
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -31,7 +22,14 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
 )
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import subgraphs
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.linear_layers import matrix, site, unmatrix
+from onnx_oamip.graph.outputs import Head, head
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.planning import sensitivity
 from onnx_oamip.planning.sensitivity import (
     Sensitivity,
     choose,
@@ -39,6 +37,8 @@ from onnx_oamip.planning.sensitivity import (
     levels,
     measure,
 )
+from onnx_oamip.repair import least_squares
+from onnx_oamip.statistics import calibration, covariances
 
 # Classification heads and anything else; consumers of every kind, at one depth and at several.
 NETS = {

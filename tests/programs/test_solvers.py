@@ -17,9 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from onnx_oamip.programs import solvers
 from onnx_oamip.core.errors import SettingsError, SolverError
-from onnx_oamip.programs import Builder, Program, Rows
+from onnx_oamip.programs import Builder, Program, Rows, solvers
 from onnx_oamip.programs.solvers import (
     Licence,
     Limit,

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_oamip.core.records import Bools, Floats
+from onnx_oamip.programs.solvers import BACKENDS, Limits, solve
 from onnx_oamip.programs.subset import (
     Fit,
     Loss,
@@ -22,8 +24,6 @@ from onnx_oamip.programs.subset import (
     _Swept,
     loss_at,
 )
-from onnx_oamip.core.records import Bools, Floats
-from onnx_oamip.programs.solvers import BACKENDS, Limits, solve
 
 SEEDS = st.integers(0, 2**32 - 1)
 SOLVERS = [pytest.param(n, marks=pytest.mark.skipif(not b.licence().usable, reason="no licence")) for n, b in

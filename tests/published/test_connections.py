@@ -13,21 +13,20 @@ from graphs import NETS, build, constants, distance, feed
 from graphs import load as load_case
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.data import dataset
-from onnx_oamip.planning import iterative
-from onnx_oamip.api import pipeline
 from onnx_oamip import prune
-from onnx_oamip.reporting import documents
-from onnx_oamip.published.nnrelief import absolute_signal, masked_ridge
-from onnx_oamip.graph import loading as models
+from onnx_oamip.api import pipeline
 from onnx_oamip.cli import main
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import BudgetNotMet
-from onnx_oamip.published.nnrelief import score
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.records import Array, Report
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.planning import iterative
+from onnx_oamip.published.nnrelief import absolute_signal, masked_ridge, score
+from onnx_oamip.reporting import documents
+from onnx_oamip.verification.latency import Ratio
 
 CHAIN = """(float[batch,1,10,10] image) => (float[batch,4] scores)
 <float[10,1,3,3] w1, float[10] b1, float[14,10,3,3] w2, float[14] b2, float[126,20] w3, float[20] b3, float[20,4] w4,

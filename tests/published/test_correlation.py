@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onnx_oamip.core.records import Floats
 from onnx_oamip.published.dependence.correlation import partial
 from onnx_oamip.published.dependence.pooled_activations import standardise
-from onnx_oamip.core.records import Floats
 
 
 def _residual(target: Floats, others: Floats) -> Floats:

@@ -9,15 +9,14 @@ import pytest
 from graphs import NETS, build, load, samples
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from onnx_oamip.data import dataset
-from onnx_oamip.published.dependence import pooled_activations
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS
-from onnx_oamip.published.dependence import mint
-from onnx_oamip.published.dependence.correlation import partial
-from onnx_oamip.published.dependence.propagation import propagate
 from onnx_oamip.core.records import Floats, Request, Statistics
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance import METHODS
+from onnx_oamip.published.dependence import mint, pooled_activations
+from onnx_oamip.published.dependence.correlation import partial
+from onnx_oamip.published.dependence.propagation import propagate
 
 
 def estimate(parents: Floats, children: Floats, splits: int = 3) -> Floats:

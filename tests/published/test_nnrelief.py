@@ -12,20 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.data import dataset
-from onnx_oamip.published.nnrelief import absolute_signal
-from onnx_oamip.graph.linear_layers import Editor
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.published.nnrelief import score
-from onnx_oamip.published.nnrelief.score import (
-    Layer,
-    Mask,
-    contributions,
-    faint,
-    keep_alpha,
-    needed,
-    shares,
-)
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -35,6 +21,19 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.linear_layers import Editor
+from onnx_oamip.published.nnrelief import absolute_signal, score
+from onnx_oamip.published.nnrelief.score import (
+    Layer,
+    Mask,
+    contributions,
+    faint,
+    keep_alpha,
+    needed,
+    shares,
+)
 
 
 def heard(model: Model, values: dict[str, Array], exact: bool = False, batch: int = 7) -> Signal:

@@ -10,19 +10,9 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from scipy.stats import rankdata
 
-from onnx_oamip.planning import allocation, width_losses, plan_constraints
-from onnx_oamip.graph import cost
-from onnx_oamip.data import dataset
 from onnx_oamip.api import pipeline
-from onnx_oamip.published.dependence import pooled_activations
 from onnx_oamip.cli import main
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import BudgetNotMet, DataError, SettingsError
-from onnx_oamip.importance import METHODS
-from onnx_oamip.published.dependence import snacs
-from onnx_oamip.published.dependence.correlation import partial
-from onnx_oamip.published.dependence.propagation import propagate, share
-from onnx_oamip.published.dependence.pooled_activations import standardise
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -34,6 +24,15 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance import METHODS
+from onnx_oamip.planning import allocation, plan_constraints, width_losses
+from onnx_oamip.published.dependence import pooled_activations, snacs
+from onnx_oamip.published.dependence.correlation import partial
+from onnx_oamip.published.dependence.pooled_activations import standardise
+from onnx_oamip.published.dependence.propagation import propagate, share
 
 Chain = tuple[Model, Coupling, dict[str, Array]]
 

@@ -24,11 +24,11 @@ import pytest
 from conftest import ROOT
 from onnx import ModelProto, TensorProto, helper
 
-from onnx_oamip.planning import allocation
 from onnx_oamip.artifacts import provenance
 from onnx_oamip.cli import main
-from onnx_oamip.verification.latency import Step
 from onnx_oamip.core.records import Array
+from onnx_oamip.planning import allocation
+from onnx_oamip.verification.latency import Step
 
 FOLDER = ROOT / "tests" / "exports"
 DROP = {

@@ -6,8 +6,6 @@ that stay open, and the same outputs at other sizes than those of the data.
 
 from __future__ import annotations
 
-from conftest import ROOT
-
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,18 +14,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import ROOT
 from graphs import build, distance, load
 
-from onnx_oamip.data import dataset
-from onnx_oamip.api import pipeline
 from onnx_oamip import prune
-from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.api import pipeline
+from onnx_oamip.core.records import Array, Coupling, Model
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.verification.latency import Ratio
-from onnx_oamip.core.records import Array, Coupling, Model
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.verification.latency import Ratio
 
 FOLDER = ROOT / "tests" / "data" / "foreign"
 EXPORTERS = ("torchscript", "dynamo")

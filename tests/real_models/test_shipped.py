@@ -9,11 +9,11 @@ import onnxruntime
 import pytest
 from conftest import MODELS
 
-from onnx_oamip.api import pipeline
 from onnx_oamip import prune
-from onnx_oamip.verification.latency import Ratio
+from onnx_oamip.api import pipeline
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.verification.latency import Ratio
 
 NAMES = ("lenet300-mnist", "lenet5-mnist", "vgg-fashion", "resnet20-fashion", "mobilenet-fashion", "vit-fashion")
 

@@ -10,10 +10,10 @@ import onnxruntime
 import pytest
 from zoo import FOLDER, NAMES, image, images, with_weights
 
-from onnx_oamip.api import pipeline
 from onnx_oamip import prune
-from onnx_oamip.verification.latency import Ratio
+from onnx_oamip.api import pipeline
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.verification.latency import Ratio
 
 LARGE = {"vgg19"}
 """More than half a gigabyte of weights."""

@@ -16,11 +16,6 @@ from cases import CASES
 from graphs import activations, build, constants, load, samples
 from onnx import FunctionProto, ModelProto, StringStringEntryProto, TensorProto
 
-from onnx_oamip.statistics import calibration
-from onnx_oamip.data import dataset
-from onnx_oamip.repair import least_squares
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -29,7 +24,12 @@ from onnx_oamip.core.records import (
     Pruned,
     Statistics,
 )
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.repair import least_squares
+from onnx_oamip.statistics import calibration
 
 
 @dataclass(frozen=True)

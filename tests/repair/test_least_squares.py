@@ -16,14 +16,6 @@ from graphs import samples as random_samples
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
-from onnx_oamip.data import dataset
-from onnx_oamip.repair import least_squares, ridge
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph import partial_execution
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.linear_layers import Site, site
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -32,8 +24,16 @@ from onnx_oamip.core.records import (
     Model,
     Pruned,
 )
-from onnx_oamip.repair.residual_joins import join
+from onnx_oamip.data import dataset
+from onnx_oamip.data import feeds as feed_batches
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.linear_layers import Site, site
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.repair import least_squares, ridge
+from onnx_oamip.repair.residual_joins import join
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -888,7 +888,7 @@ def test_what_memory_allows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = _samples(model, 80)
     assert not [n for n in _fit(model, coupling, keep, found).notes if "used" in n]
     sample = 4 * (8 * 64 + 8 * 64 + 12 * 16)
-    monkeypatch.setattr(partial_execution, "FRONTIER_BYTES", 50 * sample)
+    monkeypatch.setattr(feed_batches, "FRONTIER_BYTES", 50 * sample)
     notes = _fit(model, coupling, keep, found).notes
     assert len([n for n in notes if "least squares used" in n and "of 80 samples" in n]) == 1
 

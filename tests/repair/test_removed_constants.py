@@ -13,10 +13,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from networks import Network, networks
 
-from onnx_oamip.data import dataset
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.repair.removed_constants import fold_constants, zeroed
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -24,7 +20,11 @@ from onnx_oamip.core.records import (
     Model,
     Pruned,
 )
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.repair.removed_constants import fold_constants, zeroed
 
 EXACT = {
     "dense": """(float[N,6] x) => (float[N,4] y)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from graphs import build, load
 
-from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.core.records import Array, Model
+from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.repair.residual_joins import LEAST_GAIN, Join, join
 
 HEAD = "(float[N,3,4,4] x) => (float[N,4,4,4] y{more}) <float[4,3,1,1] w1, float[4,3,1,1] w2{constants}>"

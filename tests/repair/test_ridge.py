@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_oamip.repair import ridge
 from onnx_oamip.core.records import Floats
+from onnx_oamip.repair import ridge
 
 ROWS, SPLIT = 10, 6
 

@@ -19,8 +19,7 @@ from graphs import CNN, build
 from onnx_oamip import Settings, prune
 from onnx_oamip.api import pipeline
 from onnx_oamip.cli import main
-from onnx_oamip.reporting.html import charts, prune_page, wording
-from onnx_oamip.verification.latency import Ratio
+from onnx_oamip.core.printable import visible
 from onnx_oamip.core.records import (
     Coupling,
     Fit,
@@ -32,7 +31,8 @@ from onnx_oamip.core.records import (
     Trial,
 )
 from onnx_oamip.reporting.documents import document
-from onnx_oamip.core.printable import visible
+from onnx_oamip.reporting.html import charts, prune_page, wording
+from onnx_oamip.verification.latency import Ratio
 
 SECTIONS = ["widths", "errors", "sensitivity", "scores", "skipped", "programs", "checks", "again"]
 HOSTILE = (

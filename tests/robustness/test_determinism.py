@@ -21,15 +21,16 @@ from onnx_oamip import (
     prune,
     score,
 )
-from onnx_oamip.data import dataset
-from onnx_oamip.statistics import covariances
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph import partial_execution
-from onnx_oamip.graph import loading as models
 from onnx_oamip.cli import memory
-from onnx_oamip.verification.latency import Ratio
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.data import feeds as feed_batches
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph import partial_execution
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.statistics import covariances
+from onnx_oamip.verification.latency import Ratio
 
 FEW = {
     "lenet300-mnist": "mnist",
@@ -149,7 +150,7 @@ def test_what_is_learnt_runs_at_a_batch_of_its_own(tmp_path: Path, monkeypatch: 
         seen[batch] = set()
         settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, batch_size=batch)
         score(path, arrays, tmp_path / "s.npz", settings)
-    assert seen[1] - {1} == seen[32] == seen[512] - {512} == {partial_execution.RUN}
+    assert seen[1] - {1} == seen[32] == seen[512] - {512} == {feed_batches.RUN}
 
 
 def test_the_seed_matters(tmp_path: Path) -> None:
@@ -163,12 +164,12 @@ def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
     path.write_bytes(build(TEXT).SerializeToString())
     model = models.rebind(models.load(path), {"batch": 1})
     sample = 4 * (16 * 64 + 16 * 64 + 12 * 64)
-    assert partial_execution.run_size(model) == partial_execution.RUN
-    assert partial_execution.run_size(model, 5 * sample) == 5
-    assert partial_execution.run_size(model, 1) == 1
+    assert feed_batches.run_size(model) == feed_batches.RUN
+    assert feed_batches.run_size(model, 5 * sample) == 5
+    assert feed_batches.run_size(model, 1) == 1
     found = dataset.load({"image": np.zeros((40, 3, 8, 8), np.float32)}, model)
     assert found is not None
-    feeds, used = partial_execution.affordable(model, found, partial_execution.run_size(model, 10 * sample), 10 * sample)
+    feeds, used = feed_batches.affordable(model, found, feed_batches.run_size(model, 10 * sample), 10 * sample)
     assert (len(feeds), used) == (1, 10)
 
 

@@ -30,16 +30,15 @@ from graphs import build
 from test_solvers import knapsack
 from test_stages import TEXT
 
-from onnx_oamip.core import atomic_files
 from onnx_oamip import importance, prune
 from onnx_oamip.api import pipeline
-from onnx_oamip.programs import solvers
 from onnx_oamip.cli import main
+from onnx_oamip.core import atomic_files
 from onnx_oamip.core.errors import OutOfMemory, OutputError, SolverError
-from onnx_oamip.verification.latency import Ratio
-from onnx_oamip.programs import Program
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.programs import Program, solvers
 from onnx_oamip.programs.solvers import Limit, Limits, Termination
+from onnx_oamip.verification.latency import Ratio
 
 MOMENTS = ("moments",)
 GRAMS = (*MOMENTS, "grams")

@@ -24,21 +24,21 @@ from onnx import ModelProto, TensorProto, helper
 from PIL import Image
 from safetensors.numpy import save
 
-from onnx_oamip.data import numpy_files, dataset, parquet
+from onnx_oamip.api import pipeline
+from onnx_oamip.artifacts import keep_maps
+from onnx_oamip.cli import main
+from onnx_oamip.core.errors import MOST, DataError, ModelError
+from onnx_oamip.core.records import Model
+from onnx_oamip.data import dataset, numpy_files, parquet
 from onnx_oamip.graph import (
-    subgraphs,
     coupling,
     ops,
     runtime,
+    subgraphs,
 )
-from onnx_oamip.artifacts import keep_maps
-from onnx_oamip.api import pipeline
 from onnx_oamip.graph import loading as models
-from onnx_oamip.cli import main
-from onnx_oamip.core.errors import MOST, DataError, ModelError
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.graph.ops import OpSpec
-from onnx_oamip.core.records import Model
+from onnx_oamip.verification.latency import Ratio
 
 CASES = {"model": (500, 20_000), "data": (200, 5_000)}
 """Mutated files by default, and with --slow."""

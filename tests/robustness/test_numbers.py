@@ -18,26 +18,26 @@ from onnx import numpy_helper
 from test_determinism import TEXT
 
 from onnx_oamip import couple, prune
-from onnx_oamip.data import dataset
-from onnx_oamip.statistics import class_samples
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph import loading as models
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import BudgetNotMet, DataError, SolverError
-from onnx_oamip.importance.oamip.formulation import Formulation, formulate
-from onnx_oamip.importance import magnitude
-from onnx_oamip.verification.latency import Ratio
 from onnx_oamip.core.records import (
     Coupling,
     Images,
     Model,
     Report,
 )
-from onnx_oamip.importance.oamip.region import Form
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.importance import magnitude
+from onnx_oamip.importance.oamip.formulation import Formulation, formulate
+from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.solve import optimise
+from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.statistics import class_samples
+from onnx_oamip.verification.latency import Ratio
 
 
 @pytest.fixture(autouse=True)

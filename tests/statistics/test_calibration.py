@@ -12,9 +12,6 @@ import onnx
 import pytest
 from graphs import NETS, activations, build, load, samples
 
-from onnx_oamip.statistics import calibration
-from onnx_oamip.data import dataset
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import DataError, EnvironmentMissing
 from onnx_oamip.core.records import (
     Array,
@@ -22,7 +19,10 @@ from onnx_oamip.core.records import (
     Model,
     Statistics,
 )
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import resolve_device
+from onnx_oamip.statistics import calibration
 
 
 def _collect(

@@ -11,15 +11,6 @@ import pytest
 from graphs import activations, build, feed, load
 from onnx import ModelProto, helper, numpy_helper
 
-from onnx_oamip.statistics import covariances
-from onnx_oamip.graph.linear_layers import site
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.statistics.covariances import (
-    Problem,
-    compensate,
-    problems,
-    shrinkage,
-)
 from onnx_oamip.core.records import (
     Array,
     Consumer,
@@ -29,7 +20,16 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
 )
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.statistics import covariances
+from onnx_oamip.statistics.covariances import (
+    Problem,
+    compensate,
+    problems,
+    shrinkage,
+)
 
 
 @dataclass(frozen=True)

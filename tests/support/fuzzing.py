@@ -224,9 +224,8 @@ def prepare(root: Path) -> _Watch:
     import PIL.Image
     from graphs import build
 
-    from onnx_oamip.reporting import html, documents
     from onnx_oamip.api import pipeline
-    from onnx_oamip.graph import runtime  # noqa: F401
+    from onnx_oamip.graph import runtime
     from onnx_oamip.verification.latency import Ratio
 
     PIL.Image.init()

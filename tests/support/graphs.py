@@ -11,15 +11,15 @@ import onnx
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.core.records import (
     Array,
     Bools,
     Coupling,
     Model,
 )
+from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 RUNTIME = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
 """The release of ONNX Runtime: what an older one cannot do is left out there."""

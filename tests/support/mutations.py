@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from conftest import ROOT
-
 import base64
 import io
 import struct
 import zipfile
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from cases import CASES, unknown_here
+from conftest import ROOT
 from google.protobuf.descriptor import FieldDescriptor as Field
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_oamip.planning import allocation, search
 from onnx_oamip.api import prepare
 from onnx_oamip.core.errors import EnvironmentMissing
-from onnx_oamip.verification.latency import DEFAULT_STEP
 from onnx_oamip.core.records import Moments
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.planning import allocation, search
+from onnx_oamip.verification.latency import DEFAULT_STEP
 from tools.bench import (
     agree,
     calibration,

@@ -11,12 +11,6 @@ import pytest
 from graphs import NETS, build, constants, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.data import dataset
-from onnx_oamip.statistics import class_samples
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.verification import equivalence
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import GateFailed
 from onnx_oamip.core.records import (
     Array,
@@ -24,7 +18,13 @@ from onnx_oamip.core.records import (
     Coupling,
     Model,
 )
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import outputs
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.verification import equivalence
 
 
 def _changed(proto: ModelProto, name: str, value: Array) -> ModelProto:
@@ -389,20 +389,20 @@ def test_outputs_that_are_no_numbers_fail(mlp: Model) -> None:
 
 
 def test_the_head_is_the_first_table_of_floats(tmp_path: Path, mlp: Model) -> None:
-    assert class_samples.head(mlp) == class_samples.Head(0, "y")
+    assert outputs.head(mlp) == outputs.Head(0, "y")
     second = load(
         build("(float[N,6] x) => (float[N,6,1] a, int64[N,6] b, float[N,4] y) <float[6,4] w, int64[1] at = {2}> {"
               " a = Unsqueeze(x, at)  b = Cast<to = 7>(x)  y = MatMul(x, w) }"),
         tmp_path,
     )  # fmt: skip
-    assert class_samples.head(second) == class_samples.Head(2, "y")
+    assert outputs.head(second) == outputs.Head(2, "y")
     none = load(build("(float[N,6] x) => (float[N,1] y) <float[6,1] w> { y = MatMul(x, w) }"), tmp_path)
-    assert class_samples.head(none) is None
+    assert outputs.head(none) is None
     last = load(
         build("(float[N,6] x) => (float[N,4] y) <float[6,4] w> { z = MatMul(x, w)  p = Softmax(z)  y = Identity(p) }"),
         tmp_path,
     )  # fmt: skip
-    assert class_samples.head(last) == class_samples.Head(0, "z")
+    assert outputs.head(last) == outputs.Head(0, "z")
 
 
 def test_checker_sees_the_final_model(mlp: Model) -> None:

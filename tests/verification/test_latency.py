@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from conftest import ROOT
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +9,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from graphs import build, load
 
-from onnx_oamip.data import dataset
-from onnx_oamip.verification import latency
 from onnx_oamip.core.errors import DataError, EnvironmentMissing
-from onnx_oamip.verification.latency import CANDIDATES, STEP_WIDTHS
 from onnx_oamip.core.records import Floats
+from onnx_oamip.data import dataset
 from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.verification import latency
+from onnx_oamip.verification.latency import CANDIDATES, STEP_WIDTHS
 
 LENET = ROOT / "models" / "lenet5-mnist.onnx"
 SMALL = """(float[n, 3, 8, 8] x) => (float[] y) <float[8, 3, 3, 3] w1, float[4, 8, 3, 3] w2>

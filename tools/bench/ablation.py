@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from onnx_oamip.api import pipeline
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.verification import equivalence
-from onnx_oamip.graph.runtime import Session
-from onnx_oamip.core.settings import Settings
 
 from .studies import MODELS, Row, paths, save
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from onnx_oamip.api import prepare
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.verification import equivalence
-from onnx_oamip.graph.runtime import Session
-from onnx_oamip.core.settings import Settings
 
 from .studies import MODELS, ROOT, Row, paths, save, store
 

@@ -20,16 +20,16 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import (
     Array,
     Bools,
     Coupling,
     Model,
 )
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 from .studies import Row, save
 

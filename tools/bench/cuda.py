@@ -18,11 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.statistics import calibration
-from onnx_oamip.data import dataset
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import EnvironmentMissing
 from onnx_oamip.core.records import (
     Axis,
@@ -30,8 +25,13 @@ from onnx_oamip.core.records import (
     Model,
     Moments,
 )
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import run_size
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session, resolve_device, runtime
-from onnx_oamip.graph.partial_execution import run_size
+from onnx_oamip.statistics import calibration
 
 from .speed import ZOO, random_weights
 from .studies import MODELS, Row, paths, save, store

@@ -23,17 +23,16 @@ import numpy as np
 from scipy.stats import rankdata
 from threadpoolctl import threadpool_limits
 
-from onnx_oamip.data import dataset
-from onnx_oamip.planning import plan_constraints
 from onnx_oamip.api import pipeline
-from onnx_oamip.published.dependence import pooled_activations
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.published.dependence import mint, snacs
-from onnx_oamip.published.dependence.correlation import partial
-from onnx_oamip.published.dependence.pooled_activations import standardise
 from onnx_oamip.core.records import Bools, Floats
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.planning import plan_constraints
+from onnx_oamip.published.dependence import mint, pooled_activations, snacs
+from onnx_oamip.published.dependence.correlation import partial
+from onnx_oamip.published.dependence.pooled_activations import standardise
 
 from .speed import ZOO, random_weights
 from .studies import Row, paths, save

@@ -21,8 +21,8 @@ import onnx
 from onnx_oamip import prune
 from onnx_oamip.core.errors import OamipError
 from onnx_oamip.core.records import Array, Report
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.runtime import Session
 
 from .coverage import EXPORTERS
 from .studies import ROOT, Row, save

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_oamip.planning import allocation, search
-from onnx_oamip.graph import cost
 from onnx_oamip.api import pipeline
-from onnx_oamip.verification import equivalence
 from onnx_oamip.core.records import Plan
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.planning import allocation, search
+from onnx_oamip.verification import equivalence
 
 from .studies import MODELS, Row, paths, save
 

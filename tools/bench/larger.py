@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 
-from onnx_oamip.graph import cost
 from onnx_oamip.api import prepare
-from onnx_oamip.planning import search
-from onnx_oamip.graph import loading as models
 from onnx_oamip.core.errors import BudgetNotMet
 from onnx_oamip.core.records import Array, Cost
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.planning import search
 
 from .rivals import OURS, bisect
 from .studies import Row, save, store

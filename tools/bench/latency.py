@@ -22,11 +22,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_oamip.graph import cost
-from onnx_oamip.data import dataset
 from onnx_oamip.api import prepare
-from onnx_oamip.planning import search
 from onnx_oamip.core.errors import BudgetNotMet, EnvironmentMissing
+from onnx_oamip.core.records import Ints
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.planning import search
+from onnx_oamip.planning.latency_model import profile
 from onnx_oamip.verification.latency import (
     caller,
     feeds_of,
@@ -34,10 +38,6 @@ from onnx_oamip.verification.latency import (
     interleave,
     paired,
 )
-from onnx_oamip.planning.latency_model import profile
-from onnx_oamip.core.records import Ints
-from onnx_oamip.graph.runtime import Session, resolve_device
-from onnx_oamip.core.settings import Settings
 
 from .rivals import Bench, bisect
 from .studies import MODELS, Row, save, store

@@ -64,9 +64,9 @@ def _measured(name: str, form: str, verb: str, count: int, seed: int) -> dict[st
 def child(asked: str) -> None:
     """Run one verb and print its peaks as JSON."""
     from onnx_oamip.api import pipeline
-    from onnx_oamip.planning import search  # noqa: F401  (imports are not counted)
-    from onnx_oamip.graph.runtime import resolve_device
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.graph.runtime import resolve_device
+    from onnx_oamip.planning import search  # noqa: F401  (imports are not counted)
 
     verb, model, data, output, count, seed = json.loads(asked)
     settings = Settings.create(

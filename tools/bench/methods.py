@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from onnx_oamip.api import prepare
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.verification import equivalence
-from onnx_oamip.graph.runtime import Session
-from onnx_oamip.core.settings import Settings
 
 from .studies import Row, paths, save
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from onnx_oamip.core.records import Coupling, Images, Model
 from onnx_oamip.data import dataset
-from onnx_oamip.statistics import class_samples
-from onnx_oamip.importance.oamip import solve
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance.oamip import solve
 from onnx_oamip.importance.oamip.formulation import EPSILON, formulate
-from onnx_oamip.core.records import Coupling, Images, Model
 from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.statistics import class_samples
 
 from .studies import Row, paths, save
 

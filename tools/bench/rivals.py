@@ -26,14 +26,14 @@ import numpy as np
 import onnx
 from scipy.stats import binomtest
 
-from onnx_oamip.graph import cost
 from onnx_oamip.api import prepare
-from onnx_oamip.planning import search
-from onnx_oamip.graph import loading as models
 from onnx_oamip.core.errors import BudgetNotMet
 from onnx_oamip.core.records import Bools, Floats
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.planning import search
 
 from .studies import MODELS, Row, paths, save, store, together
 

@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_oamip.data import dataset
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph import loading as models
-from onnx_oamip.verification.latency import compare_latency
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.verification.latency import compare_latency
 
 from .studies import Row, paths, save
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from onnx_oamip.api import pipeline
-from onnx_oamip.published import packing
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.published import packing
 from onnx_oamip.published.packing import document
 
 from .studies import MODELS, Row, paths, save

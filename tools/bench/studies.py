@@ -13,9 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from onnx_oamip.graph.runtime import resolve_device
 from onnx_oamip.planning import allocation
 from onnx_oamip.verification import latency
-from onnx_oamip.graph.runtime import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {

@@ -11,17 +11,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_oamip.graph import cost
-from onnx_oamip.statistics import class_samples
-from onnx_oamip.planning import scoring
-from onnx_oamip.data import dataset as feeds
-from onnx_oamip.graph import loading as models
-from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.statistics.collector import collect
-from onnx_oamip.repair.removed_constants import fold_constants
-from onnx_oamip.statistics.context import Context
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -33,10 +22,21 @@ from onnx_oamip.core.records import (
     Scores,
     Statistics,
 )
-from onnx_oamip.repair.least_squares import least_squares
-from onnx_oamip.graph.surgery.rewrite import cut
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset as feeds
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery.rewrite import cut
+from onnx_oamip.importance import METHODS
+from onnx_oamip.planning import scoring
+from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.repair.least_squares import least_squares
+from onnx_oamip.repair.removed_constants import fold_constants
+from onnx_oamip.statistics import class_samples
+from onnx_oamip.statistics.collector import collect
+from onnx_oamip.statistics.context import Context
 
 from .data import Dataset
 from .protocol import NETWORKS, WEIGHT, Bools, Network

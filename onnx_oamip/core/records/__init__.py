@@ -25,17 +25,6 @@ from onnx_oamip.core.records.graph import (
     Reading,
     within,
 )
-from onnx_oamip.core.records.statistics import (
-    Gram,
-    Images,
-    Moments,
-    Pooled,
-    Request,
-    Scores,
-    Sensitivity,
-    Signal,
-    Statistics,
-)
 from onnx_oamip.core.records.results import (
     Budget,
     Connections,
@@ -50,6 +39,17 @@ from onnx_oamip.core.records.results import (
     Round,
     Trial,
     Verification,
+)
+from onnx_oamip.core.records.statistics import (
+    Gram,
+    Images,
+    Moments,
+    Pooled,
+    Request,
+    Scores,
+    Sensitivity,
+    Signal,
+    Statistics,
 )
 
 __all__ = [

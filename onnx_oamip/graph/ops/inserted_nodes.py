@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from onnx import helper, numpy_helper
 
-from onnx_oamip.graph.ops import Edit
 from onnx_oamip.core.records import (
     Array,
     Bools,
     Model,
     Node,
 )
+from onnx_oamip.graph.ops import Edit
 
 
 @dataclass(frozen=True)

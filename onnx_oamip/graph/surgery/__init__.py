@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/graph/surgery."""
+"""Rewriting a graph: removal of units, and attributes that follow."""

@@ -14,9 +14,6 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
-from onnx_oamip.graph import subgraphs, external_data
-from onnx_oamip.graph.loading import restore
-from onnx_oamip.graph.ops import Edit, lookup, trusting
 from onnx_oamip.core.records import (
     Array,
     Axis,
@@ -26,6 +23,9 @@ from onnx_oamip.core.records import (
     Model,
     Node,
 )
+from onnx_oamip.graph import external_data, subgraphs
+from onnx_oamip.graph.loading import restore
+from onnx_oamip.graph.ops import Edit, lookup, trusting
 from onnx_oamip.graph.ops.inserted_nodes import (
     Added,
     Names,

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/importance/oamip."""
+"""OAMIP: neuron importance by mixed-integer programming (ElAraby, Wolf, Carvalho, CPAIOR 2023)."""

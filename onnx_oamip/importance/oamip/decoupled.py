@@ -23,22 +23,6 @@ from typing import Any
 import numpy as np
 
 from onnx_oamip.core.errors import memory_for
-from onnx_oamip.executors import executor
-from onnx_oamip.statistics.covariances import (
-    TINY,
-    Job,
-    Problem,
-    jobs,
-    problems,
-)
-from onnx_oamip.programs.subset import (
-    Fit,
-    Loss,
-    Quadratic,
-    Repaired,
-    Subset,
-    loss_at,
-)
 from onnx_oamip.core.records import (
     Bools,
     Coupling,
@@ -49,6 +33,8 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.executors import executor
+from onnx_oamip.importance import activation, magnitude, obs
 from onnx_oamip.programs.solvers import (
     Limits,
     Solution,
@@ -56,7 +42,21 @@ from onnx_oamip.programs.solvers import (
     relative_gap,
     solve,
 )
-from onnx_oamip.importance import activation, magnitude, obs
+from onnx_oamip.programs.subset import (
+    Fit,
+    Loss,
+    Quadratic,
+    Repaired,
+    Subset,
+    loss_at,
+)
+from onnx_oamip.statistics.covariances import (
+    TINY,
+    Job,
+    Problem,
+    jobs,
+    problems,
+)
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of a group's units at which its program is solved."""

@@ -13,6 +13,26 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 
 from onnx_oamip.core.errors import SettingsError, SolverError
+from onnx_oamip.core.records import (
+    Array,
+    Axis,
+    Coupling,
+    Floats,
+    Images,
+    Ints,
+    Model,
+    Node,
+)
+from onnx_oamip.graph.ops import Refused, lookup
+from onnx_oamip.importance.oamip.region import (
+    Form,
+    Region,
+    gate_sites,
+    nothing_encodable,
+    readers_of,
+    region,
+    without_rule,
+)
 from onnx_oamip.programs import (
     Encoder,
     Exact,
@@ -24,26 +44,6 @@ from onnx_oamip.programs import (
     Rows,
     Tighten,
     objective,
-)
-from onnx_oamip.graph.ops import Refused, lookup
-from onnx_oamip.core.records import (
-    Array,
-    Axis,
-    Coupling,
-    Floats,
-    Images,
-    Ints,
-    Model,
-    Node,
-)
-from onnx_oamip.importance.oamip.region import (
-    Form,
-    Region,
-    gate_sites,
-    nothing_encodable,
-    readers_of,
-    region,
-    without_rule,
 )
 
 EPSILON = 1e-5

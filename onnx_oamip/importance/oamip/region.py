@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 
 from onnx_oamip.core.errors import SettingsError
-from onnx_oamip.graph.ops import lookup
 from onnx_oamip.core.records import (
     Axis,
     Bools,
@@ -22,6 +21,7 @@ from onnx_oamip.core.records import (
     Images,
     Model,
 )
+from onnx_oamip.graph.ops import lookup
 
 PIECEWISE = frozenset({"Relu", "LeakyRelu", "PRelu", "Clip", "MaxPool", "GlobalMaxPool"})
 """Operators whose rules say more than linear maps; only used to estimate a program's size."""

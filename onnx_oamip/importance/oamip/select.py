@@ -17,9 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.graph import cost
 from onnx_oamip.core.errors import SettingsError, SolverError, memory_for
-from onnx_oamip.importance.oamip.formulation import Formulation, formulate
 from onnx_oamip.core.records import (
     Coupling,
     Floats,
@@ -28,17 +26,19 @@ from onnx_oamip.core.records import (
     Scores,
     Statistics,
 )
-from onnx_oamip.importance.oamip.region import Form, extent
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.graph import cost
+from onnx_oamip.importance import activation
+from onnx_oamip.importance.oamip import decoupled
+from onnx_oamip.importance.oamip.formulation import Formulation, formulate
+from onnx_oamip.importance.oamip.region import Form, extent
 from onnx_oamip.importance.oamip.solve import (
     SHARE,
     Outcome,
     optimise,
     tightener,
 )
-from onnx_oamip.importance import activation
-from onnx_oamip.importance.oamip import decoupled
+from onnx_oamip.programs.solvers import Limits
 
 GAP = 0.01
 WIDE = 0.1

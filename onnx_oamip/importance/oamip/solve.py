@@ -14,6 +14,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from onnx_oamip.core.errors import SolverError
+from onnx_oamip.core.records import Bools, Floats
 from onnx_oamip.importance.oamip.formulation import Formulation
 from onnx_oamip.programs import (
     ACCEPTED,
@@ -22,7 +23,6 @@ from onnx_oamip.programs import (
     Rows,
     Separation,
 )
-from onnx_oamip.core.records import Bools, Floats
 from onnx_oamip.programs.solvers import (
     CutSolution,
     Limits,

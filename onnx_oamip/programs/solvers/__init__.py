@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from onnx_oamip.core.errors import SettingsError, SolverError
-from onnx_oamip.programs import Program, Rows
 from onnx_oamip.core.records import Floats
+from onnx_oamip.programs import Program, Rows
 from onnx_oamip.programs.solvers import gurobi, highs
 from onnx_oamip.programs.solvers.spec import (
     Backend,

@@ -14,8 +14,8 @@ from enum import Enum
 import numpy as np
 
 from onnx_oamip.core.errors import SettingsError, SolverError
-from onnx_oamip.programs import Program
 from onnx_oamip.core.records import Floats
+from onnx_oamip.programs import Program
 
 INFINITE = 1e30
 """A solver's bound of this size means that it has none."""

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/published/dependence."""
+"""SNACS, MINT and partial correlation: importance by dependence between adjacent layers."""

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_oamip.statistics.covariances import shrinkage
-from onnx_oamip.published.dependence.pooled_activations import pairs, standardise
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -19,7 +17,9 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.published.dependence.pooled_activations import pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
+from onnx_oamip.statistics.covariances import shrinkage
 
 
 def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:

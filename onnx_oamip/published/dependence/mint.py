@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_oamip.executors import executor
-from onnx_oamip.published.dependence.pooled_activations import Pair, pairs, standardise
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -32,7 +30,9 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.executors import executor
 from onnx_oamip.published.dependence.correlation import partial
+from onnx_oamip.published.dependence.pooled_activations import Pair, pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
 
 GROUPS = 16

@@ -15,11 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from scipy.sparse import csr_array
 
-from onnx_oamip.graph.linear_layers import Site, matrix, site
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.ops import taps
-from onnx_oamip.statistics.overflow import refuse
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Axis,
@@ -30,7 +26,11 @@ from onnx_oamip.core.records import (
     Model,
     Pooled,
 )
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.linear_layers import Site, matrix, site
+from onnx_oamip.graph.ops import taps
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.statistics.overflow import refuse
 
 SAMPLES = 2000
 """Most samples that are pooled: estimators of dependence need that many rows, and memory grows with them."""

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from onnx_oamip.published.dependence.pooled_activations import Pair
 from onnx_oamip.core.records import (
     Consumer,
     Coupling,
@@ -24,6 +23,7 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.importance import activation
+from onnx_oamip.published.dependence.pooled_activations import Pair
 
 Scored = tuple[Pair, Floats]
 """A pair of layers with rho (children, parents), none of it negative."""

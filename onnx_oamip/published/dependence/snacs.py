@@ -25,8 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_oamip.executors import executor
-from onnx_oamip.published.dependence.pooled_activations import Pair, pairs, standardise
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -37,6 +35,8 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.executors import executor
+from onnx_oamip.published.dependence.pooled_activations import Pair, pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
 
 CONDITIONS = 2

@@ -1,1 +1,1 @@
-"""TODO onnx_oamip/published/nnrelief."""
+"""Neural Network Relief: importance of connections by absolute signal (Dekhovich et al.)."""

@@ -14,15 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnx_oamip.graph.linear_layers import (
-    Site,
-    matrix,
-    matrix_shape,
-    site,
-)
-from onnx_oamip.statistics.calibration import Progress, reduction
-from onnx_oamip.data.dataset import Samples
-from onnx_oamip.statistics.overflow import refuse
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Axis,
     Coupling,
@@ -31,7 +23,16 @@ from onnx_oamip.core.records import (
     Node,
     Signal,
 )
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.linear_layers import (
+    Site,
+    matrix,
+    matrix_shape,
+    site,
+)
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.statistics.calibration import reduction
+from onnx_oamip.statistics.overflow import refuse
 
 PATCH_BYTES = 1 << 28
 """Bound of the patches that one run holds for one convolution; it sets how many samples run at a time."""

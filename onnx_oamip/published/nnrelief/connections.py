@@ -12,12 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from onnx_oamip.graph import cost
 from onnx_oamip.artifacts import provenance
-from onnx_oamip.planning import search
-from onnx_oamip.verification import equivalence
-from onnx_oamip.statistics.context import Context
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import BudgetNotMet, SettingsError
 from onnx_oamip.core.records import (
     Connections,
@@ -27,14 +22,19 @@ from onnx_oamip.core.records import (
     Scores,
     Verification,
 )
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.planning import search
 from onnx_oamip.published.nnrelief.rounds import (
     Bench,
     State,
     Thinned,
     held,
 )
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.verification import equivalence
 
 DROP_TRIES = 7
 LEAST_SHARE = 1e-3

@@ -16,19 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 
-from onnx_oamip.published.nnrelief import absolute_signal
-from onnx_oamip.graph.linear_layers import (
-    Editor,
-    Site,
-    matrix,
-    unmatrix,
-)
-from onnx_oamip.statistics.collector import collect
-from onnx_oamip.statistics.context import Collected, Context
 from onnx_oamip.core.errors import BudgetNotMet
-from onnx_oamip.published.nnrelief import score
-from onnx_oamip.published.nnrelief.score import Selection
-from onnx_oamip.graph.im2col import data_rows, output_rows
 from onnx_oamip.core.records import (
     Bools,
     Coupling,
@@ -39,6 +27,18 @@ from onnx_oamip.core.records import (
     Round,
     Scores,
 )
+from onnx_oamip.data.feeds import affordable
+from onnx_oamip.graph.im2col import data_rows, output_rows
+from onnx_oamip.graph.linear_layers import (
+    Editor,
+    Site,
+    matrix,
+    unmatrix,
+)
+from onnx_oamip.graph.partial_execution import Frontier, element_types
+from onnx_oamip.published.nnrelief import absolute_signal, score
+from onnx_oamip.published.nnrelief.masked_ridge import supported
+from onnx_oamip.published.nnrelief.score import Selection
 from onnx_oamip.repair.least_squares import (
     GRAM_CAP,
     HELD_OUT,
@@ -46,8 +46,8 @@ from onnx_oamip.repair.least_squares import (
     collect_targets,
 )
 from onnx_oamip.repair.ridge import RIDGES, best
-from onnx_oamip.graph.partial_execution import Frontier, affordable, element_types
-from onnx_oamip.published.nnrelief.masked_ridge import supported
+from onnx_oamip.statistics.collector import collect
+from onnx_oamip.statistics.context import Collected, Context
 
 ROUNDING = 1e-10
 """Error, relative to the variance of what a layer gives, that single precision alone makes."""

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_oamip.graph.linear_layers import Editor, Site, matrix
 from onnx_oamip.core.records import (
     Bools,
     Consumer,
@@ -46,6 +45,7 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.linear_layers import Editor, Site, matrix
 from onnx_oamip.published.nnrelief.absolute_signal import (
     data_axis,
     depthwise,

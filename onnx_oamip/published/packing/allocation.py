@@ -14,11 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_oamip.core import atomic_files
-from onnx_oamip.planning import search
-from onnx_oamip.verification import equivalence
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Floats,
@@ -26,10 +23,13 @@ from onnx_oamip.core.records import (
     Model,
     Verification,
 )
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.planning import search
 from onnx_oamip.published.packing import codebook
 from onnx_oamip.published.packing.codebook import Codebook
 from onnx_oamip.published.packing.layout import Files, Place
+from onnx_oamip.verification import equivalence
 
 MEANS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 """Sizes of codebooks by k-means that are tried."""

@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip import __version__
 from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.version import __version__
 from onnx_oamip.published.packing import coding, entropy
 from onnx_oamip.published.packing.coding import Coded
 from onnx_oamip.published.packing.entropy import Damaged, Reader

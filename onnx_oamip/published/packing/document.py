@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.reporting.documents import SCHEMA_VERSION, Document
 from onnx_oamip.core.versions import versions
 from onnx_oamip.published.packing.coding import Coded
 from onnx_oamip.published.packing.layout import Files, Place, type_name
 from onnx_oamip.published.packing.packing import Packed, Unpacked
+from onnx_oamip.reporting.documents import SCHEMA_VERSION, Document
 
 SINGLE = 4
 """Bytes of a float32: psi is bytes over what as many float32 would take."""

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from onnx_oamip.graph import loading as models
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import Array
+from onnx_oamip.graph import loading as models
 from onnx_oamip.published.packing.coding import Form
 
 LEAST = 256

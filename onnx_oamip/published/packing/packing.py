@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx_oamip.graph import loading as models
+from onnx_oamip.artifacts.output import check_output
 from onnx_oamip.core.atomic_files import Batch, write_bytes
-from onnx_oamip.statistics.calibration import Progress
-from onnx_oamip.statistics.context import Clock
-from onnx_oamip.data.dataset import check as check_sources
+from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import (
     DataError,
     GateFailed,
@@ -21,11 +19,13 @@ from onnx_oamip.core.errors import (
     OutputError,
     SettingsError,
 )
-from onnx_oamip.artifacts.output import check_output
-from onnx_oamip.api.prepare import Source, samples_of
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Floats, Verification
-from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.dataset import check as check_sources
+from onnx_oamip.data.sources import Source, samples_of
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.published.packing import (
     allocation,
     codebook,

@@ -32,8 +32,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 _LOG.setLevel(_LEVEL)
 
-from onnx_oamip.core.records import Bools, Floats  # noqa: E402
 from onnx_oamip.core.printable import visible  # noqa: E402
+from onnx_oamip.core.records import Bools, Floats  # noqa: E402
 
 WIDE, NARROW = 420, 190
 INK, MUTED, GRID, BEFORE, AFTER, MARK = "#1c2733", "#5d6b7a", "#e4e9ef", "#cbd5e0", "#1f5fa8", "#c2571a"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from onnx_oamip.reporting import documents
 from onnx_oamip.core.records import Frontier
-from onnx_oamip.reporting.documents import Document
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.reporting import documents
+from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.html import charts
 from onnx_oamip.reporting.html.layout import (
     Bullets,

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from onnx_oamip.api.prepare import ARRAYS
-from onnx_oamip.reporting.documents import Document
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.sources import ARRAYS
+from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.html.layout import (
     Block,
     Code,

@@ -6,10 +6,10 @@ from pathlib import PurePath
 
 import numpy as np
 
-from onnx_oamip.reporting import documents
 from onnx_oamip.core.records import Report
-from onnx_oamip.reporting.documents import Document
 from onnx_oamip.core.settings import READING, Settings
+from onnx_oamip.reporting import documents
+from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.html import charts
 from onnx_oamip.reporting.html.layout import (
     Block,

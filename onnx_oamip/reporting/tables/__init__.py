@@ -11,8 +11,8 @@ from pathlib import PurePath
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from onnx_oamip.reporting.documents import Document
 from onnx_oamip.core.printable import visible
+from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.tables.parts import (
     ROWS,
     bar,

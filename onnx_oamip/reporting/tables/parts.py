@@ -10,8 +10,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from onnx_oamip.reporting.documents import Document
 from onnx_oamip.core.printable import visible
+from onnx_oamip.reporting.documents import Document
 
 ROWS = 40
 """Rows of a table before the rest is left to --json."""

@@ -9,10 +9,10 @@ import onnx
 import pytest
 from graphs import build, load
 
-from onnx_oamip.graph import cost
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import Coupling, Model
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.surgery import rewrite
 
 MS = {"com.microsoft": 1}
 

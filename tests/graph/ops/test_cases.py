@@ -10,13 +10,13 @@ import pytest
 from cases import CASES, OpCase, unknown_here
 from graphs import assert_exact, distance, feed, keep_one, load, operands, random_keep
 
+from onnx_oamip.core.records import Coupling, Model
 from onnx_oamip.graph import cost
-from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import from_proto
 from onnx_oamip.graph.ops import REGISTRY, lookup
-from onnx_oamip.core.records import Coupling, Model
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 BY_NAME = {case.name: case for case in CASES}
 

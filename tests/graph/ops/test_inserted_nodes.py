@@ -10,17 +10,17 @@ import onnx
 import pytest
 from graphs import assert_exact, build, constants, distance, feed, load, operands
 
-from onnx_oamip.graph import cost
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import (
     Bools,
     Cost,
     Coupling,
     Model,
 )
+from onnx_oamip.graph import cost
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 NORMALISED = """(float[N,4,5] x) => (float[] y) <float[5,12] w1, float[12,3] w2{constants}> {{
     h = MatMul(x, w1)

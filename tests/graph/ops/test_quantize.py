@@ -14,13 +14,13 @@ from cases import CASES
 from graphs import CNN, RUNTIME, assert_exact, build, constants, distance, feed, load, random_keep
 from onnx import helper
 
-from onnx_oamip.graph import cost
-from onnx_oamip.data import dataset
-from onnx_oamip.repair import least_squares
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import Array
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.repair import least_squares
 
 quantization = pytest.importorskip("onnxruntime.quantization")
 

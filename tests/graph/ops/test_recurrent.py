@@ -11,9 +11,9 @@ from graphs import build, distance, feed, load, operands, random_keep
 from onnx.reference import ReferenceEvaluator
 
 from onnx_oamip.graph import cost
-from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 

@@ -11,12 +11,12 @@ from graphs import build, constants, distance, feed, load
 from onnx import ModelProto
 
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph.surgery import rewrite, attention_scale
-from onnx_oamip.planning import search
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import Bools, Coupling, Model
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import attention_scale, rewrite
+from onnx_oamip.planning import search
 
 _TEXT = """(float[N,5,6] x) => (float[N,5,4] y{out}) <float[6,16] wq, float[16] bq, float[6,16] wk, float[6,16] wv,
 int64[4] in = {{0, 5, 2, 8}}, int64[3] to = {{0, 5, 16}}, float[16,4] wo, float s = {{{number}}}{constants}> {{

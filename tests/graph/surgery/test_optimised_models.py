@@ -15,16 +15,16 @@ from conftest import MODELS
 from graphs import assert_exact, distance, load, random_keep
 from onnx import ModelProto
 
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.surgery import rewrite, attention_scale
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.records import (
     Array,
     Bools,
     Coupling,
     Group,
 )
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import attention_scale, rewrite
 
 
 def _kind(group: Group) -> str:

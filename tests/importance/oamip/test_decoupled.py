@@ -13,16 +13,6 @@ import pytest
 from graphs import ATTENTION, MLP, NETS, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip.statistics import calibration, covariances
-from onnx_oamip.data import dataset
-from onnx_oamip.planning import scoring, sensitivity
-from onnx_oamip.statistics.collector import collect, parts
-from onnx_oamip.statistics.context import Context
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.statistics.covariances import Problem, compensate, problems
-from onnx_oamip.importance import METHODS, activation, obs
-from onnx_oamip.importance.oamip import decoupled
-from onnx_oamip.programs.subset import Repaired
 from onnx_oamip.core.records import (
     Array,
     Bools,
@@ -36,6 +26,16 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.importance import METHODS, activation, obs
+from onnx_oamip.importance.oamip import decoupled
+from onnx_oamip.planning import scoring, sensitivity
+from onnx_oamip.programs.subset import Repaired
+from onnx_oamip.statistics import calibration, covariances
+from onnx_oamip.statistics.collector import collect, parts
+from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.covariances import Problem, compensate, problems
 
 REFITS = ("least-squares", "bias", "none")
 KEYS = {

@@ -12,13 +12,7 @@ from graphs import build, feed, load, random_keep
 from hypothesis import given, settings
 from networks import Network, networks
 
-from onnx_oamip.statistics import class_samples as collected
-from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.programs import solvers
-from onnx_oamip.graph.coupling import couple
 from onnx_oamip.core.errors import SettingsError
-from onnx_oamip.importance.oamip.formulation import Formulation, formulate
-from onnx_oamip.graph.ops import REGISTRY
 from onnx_oamip.core.records import (
     Bools,
     Coupling,
@@ -26,8 +20,14 @@ from onnx_oamip.core.records import (
     Images,
     Model,
 )
-from onnx_oamip.importance.oamip.region import Form
+from onnx_oamip.graph import outputs
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.ops import REGISTRY
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.importance.oamip.formulation import Formulation, formulate
+from onnx_oamip.importance.oamip.region import Form
+from onnx_oamip.programs import solvers
 from onnx_oamip.programs.solvers import Limits, Termination
 
 # From c (float[N,4,5,5], behind two convolutions with a gate between them) to z, with the constants that this takes.
@@ -99,9 +99,9 @@ def _make(name: str, folder: Path) -> Model:
 
 def images_of(model: Model, count: int = IMAGES, seed: int = 0) -> Images:
     """Random images with all their activations; the first floating output stands for logits, class 0 everywhere."""
-    names = collected.floats(model)
+    names = outputs.floats(model)
     feeds = tuple(feed(model, seed + i) for i in range(count))
-    session = Session(collected.showing(model, names), "cpu")
+    session = Session(outputs.showing(model, names), "cpu")
     runs = [session.run(f, names) for f in feeds]
     held = {n: np.stack([run[i] for run in runs]) for i, n in enumerate(names)}
     held |= {p.name: np.stack([f[p.name] for f in feeds]) for p in model.inputs}
@@ -116,7 +116,7 @@ def outputs_of(model: Model, coupling: Coupling, images: Images, units: Bools) -
     fall to the other side than it did in the activations that the program is made of.
     """
     masked = rewrite.mask(model, coupling, units)
-    session = Session(collected.showing(model, collected.floats(model), masked), "cpu")
+    session = Session(outputs.showing(model, outputs.floats(model), masked), "cpu")
     return np.stack([session.run(f, [images.logits])[0] for f in images.feeds]).reshape(-1).astype(np.float64)
 
 

@@ -12,23 +12,23 @@ from conftest import MODELS
 from graphs import build, load
 from scipy.optimize import linprog
 
-from onnx_oamip.data import dataset
-from onnx_oamip.statistics import class_samples
-from onnx_oamip.importance.oamip import solve
-from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance.oamip.formulation import Formulation, formulate
-from onnx_oamip.importance.oamip.select import unit_costs
 from onnx_oamip.core.records import (
     Coupling,
     Floats,
     Images,
     Model,
 )
-from onnx_oamip.importance.oamip.region import Form
+from onnx_oamip.data import dataset
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.importance.oamip import solve
+from onnx_oamip.importance.oamip.formulation import Formulation, formulate
+from onnx_oamip.importance.oamip.region import Form
+from onnx_oamip.importance.oamip.select import unit_costs
 from onnx_oamip.importance.oamip.solve import Outcome
+from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.statistics import class_samples
 
 SOLVERS = ("highs", "gurobi")
 # Networks of 12 units. GATE(x, m) is x itself, or x times an input m: then one session serves every choice.

@@ -12,14 +12,8 @@ from conftest import MODELS
 from graphs import CNN, MLP, build, load
 from graphs import samples as random_samples
 
-from onnx_oamip.statistics import calibration, class_samples
-from onnx_oamip.data import dataset
 from onnx_oamip.api import pipeline
-from onnx_oamip.graph.coupling import couple
-from onnx_oamip.data.dataset import Samples
 from onnx_oamip.core.errors import SettingsError, SolverError
-from onnx_oamip.importance import METHODS
-from onnx_oamip.importance.oamip import select
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -29,8 +23,14 @@ from onnx_oamip.core.records import (
     Scores,
     Statistics,
 )
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.importance import METHODS
+from onnx_oamip.importance.oamip import select
+from onnx_oamip.statistics import calibration, class_samples
 
 SEED = 3
 """Random weights by which the networks here see all of their classes."""
