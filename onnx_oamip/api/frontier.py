@@ -27,7 +27,7 @@ from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Frontier, Point
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import Source, called
-from onnx_oamip.planning import iterative
+from onnx_oamip.planning import iterative, search
 from onnx_oamip.planning.search import Prepared
 
 LEVELS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
@@ -106,7 +106,7 @@ def _point(ready: Prepared, share: float, target: Path | None) -> Point:
     """The model of one level, written where it is proved."""
     try:
         ready, found = iterative.approach(ready)
-        pipeline.meets(ready.settings.budget, ready.before, found.after)
+        search.meets(ready.settings.budget, ready.before, found.after)
         verification = pipeline.prove(ready, found)
     except (BudgetNotMet, GateFailed, ModelError) as error:
         return Point(share, reason=str(error))

@@ -28,7 +28,6 @@ from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Budget,
-    Cost,
     Report,
     Verification,
 )
@@ -89,7 +88,7 @@ def prune(
         answers = search.answers(ready, settings.batch_size)
     with clock("plan and refit"):
         ready, result = iterative.approach(ready)
-    meets(settings.budget, ready.before, result.after)
+    search.meets(settings.budget, ready.before, result.after)
     asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
     return _finish(ready, result, targets, budget=settings.budget, asked=asked, answers=answers)
 
@@ -340,24 +339,10 @@ def compare(
     return replace(found, batches=batches)
 
 
-def meets(budget: Budget, before: Cost, after: Cost) -> None:
-    """Raises GateFailed where a counted budget does not hold."""
-    for name, share, old, new in (
-        ("macs", budget.macs, before.macs, after.macs),
-        ("params", budget.params, before.params, after.params),
-        ("size", budget.size, before.bytes, after.bytes),
-    ):
-        if share is not None and new > share * old:
-            raise GateFailed(
-                f"the pruned model keeps {new / max(old, 1):.4f} of its {name}, more than --{name} {share}; "
-                "nothing was written."
-            )
-
-
 def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:
     """A plan that was edited may keep more than its budget says: worth a note, and no more."""
     try:
-        meets(budget, ready.before, result.after)
+        search.meets(budget, ready.before, result.after)
     except GateFailed:
         return ("the plan keeps more than the budget that it was made for",)
     return ()

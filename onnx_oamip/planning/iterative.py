@@ -96,11 +96,21 @@ def units(whole: Coupling, part: Coupling, keep: Bools) -> Ints:
 
 
 def below(before: Floats, keep: Bools, places: Ints, values: Floats) -> Floats:
-    """Scores (n_units,): of units that are left the new ones, of those that have gone 0.
+    """Scores (n_units,) of the original's units after a round.
 
-    A unit that is left but is no longer told apart keeps its score of before.
+    Args:
+        before: Scores of the round before.
+        keep: Units that remain.
+        places: The original's unit of every unit of the remaining model, -1 where it is not found.
+        values: New scores of the units of the remaining model.
+
+    Returns:
+        New scores of remaining units, or those of before where a unit is not found again. Removed units score 0, or
+        below the least remaining score where that is not above 0.
     """
-    result = np.where(keep, before, 0.0)
+    result = before.copy()
     known = places >= 0
     result[places[known]] = values[known]
+    least = result[keep].min(initial=np.inf)
+    result[~keep] = 0.0 if least > 0 else np.nextafter(least, -np.inf)
     return result

@@ -283,7 +283,10 @@ def protected(model: Model, coupling: Coupling, share: float) -> Bools:
 
 
 def promote(coupling: Coupling, scores: Scores, kept: Bools) -> Scores:
-    """Scores whose values in a group change hands so that ``kept`` units have the largest, in the old order else."""
+    """Scores whose values in a group change hands so that ``kept`` units have the largest, in the old order else.
+
+    A score above 0 stays above 0: under ``--alpha`` a unit with a score of 0 must go.
+    """
     values = scores.values.copy()
     for group in coupling.groups:
         units = group.units
@@ -293,4 +296,5 @@ def promote(coupling: Coupling, scores: Scores, kept: Bools) -> Scores:
         if held:
             ranked[-held:] = np.nextafter(ranked[-held:], np.inf)  # above all others, also where scores are equal
         values[units[order]] = ranked
+    values = np.where((scores.values > 0) & (values <= 0), scores.values, values)
     return replace(scores, values=values)

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_oamip.artifacts import cache, plan_files, provenance
-from onnx_oamip.core.errors import BudgetNotMet, DataError
+from onnx_oamip.core.errors import BudgetNotMet, DataError, GateFailed
 from onnx_oamip.core.records import (
     Array,
+    Budget,
     Cost,
     Ints,
     Model,
@@ -91,7 +92,10 @@ def attempt(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLi
         over = 0.0 if size is None else found.after.bytes - size * ready.before.bytes
         if limit.bytes is None or over <= 0:
             break
-        limit = replace(limit, bytes=limit.bytes - over)
+        tighter = limit.bytes - over
+        if found.plan.predicted.bytes <= tighter:  # the same plan would be chosen again
+            tighter = found.plan.predicted.bytes - over
+        limit = replace(limit, bytes=tighter)
         found = carry_out(ready, allocate(ready, limit, extra))
     return found
 
@@ -191,8 +195,24 @@ def folds_constants(settings: Settings) -> bool:
 def plan(ready: Prepared) -> Plan:
     """The plan that :func:`search` would carry out; only budgets that are measured on a cut model need one made."""
     if ready.settings.size is not None or ready.settings.max_drop is not None:
-        return search(ready).plan
+        found = search(ready)
+        meets(ready.settings.budget, ready.before, found.after)
+        return found.plan
     return allocate(ready, *_limits(ready))
+
+
+def meets(budget: Budget, before: Cost, after: Cost) -> None:
+    """Raises GateFailed where a counted budget does not hold."""
+    for name, share, old, new in (
+        ("macs", budget.macs, before.macs, after.macs),
+        ("params", budget.params, before.params, after.params),
+        ("size", budget.size, before.bytes, after.bytes),
+    ):
+        if share is not None and new > share * old:
+            raise GateFailed(
+                f"the pruned model keeps {new / max(old, 1):.4f} of its {name}, more than --{name} {share}; "
+                "nothing was written."
+            )
 
 
 def search(ready: Prepared) -> Attempt:

@@ -75,6 +75,13 @@ def check(settings: Settings, scored: bool = False) -> None:
                 f"--{name} is about units, and --granularity connection keeps them all; give --alpha, --params or "
                 "--max-drop."
             )
+    constraints = {"limits": settings.limits != "none", "protect": settings.protect > 0, "floor": settings.floor > 0}
+    for name, given in constraints.items():
+        if given:
+            raise SettingsError(
+                f"--{name} is about units, and --granularity connection keeps them all; leave it out, or name layers "
+                "that keep all connections with --exclude."
+            )
     asked = [name for name in ("alpha", "params", "max_drop") if getattr(settings, name) is not None]
     if len(asked) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
@@ -88,7 +95,8 @@ def prune(opened: Context) -> Result:
     bench = Bench(opened)
     if not bench.free:
         raise BudgetNotMet(
-            f"no connection of {model.path} can be pruned: no linear layer has constant weights of its own."
+            f"no connection of {model.path} can be pruned: all linear layers are excluded, or have no constant weights "
+            "of their own."
         )
     found = bench.thin(settings.params) if settings.max_drop is None else _smallest(bench, settings.max_drop)
     if not settings.no_provenance:

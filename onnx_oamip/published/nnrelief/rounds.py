@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx
@@ -87,10 +88,14 @@ class Bench:
             for name in (*node.inputs, *node.captures):
                 uses[name] = uses.get(name, 0) + 1
         places = [p for p in absolute_signal.places(model) if not absolute_signal.depthwise(model, p)]
-        self.sites = {p.node.name: p for p in places if uses[p.weight] == 1}
+        alone = [p for p in places if uses[p.weight] == 1]
+        self.sites = {p.node.name: p for p in alone if not _excluded(p, opened.settings.exclude)}
         self.free = tuple(self.sites)
-        shared = len(places) - len(self.free)
-        self.notes = (f"{shared} layers share their weight with others and keep all connections",) if shared else ()
+        kept = {
+            "layers share their weight with others": len(places) - len(alone),
+            "layers are excluded": len(alone) - len(self.free),
+        }
+        self.notes = tuple(f"{count} {why} and keep all connections" for why, count in kept.items() if count)
         editor = Editor(model.proto)
         self.original = State(
             {name: matrix(p, model.constants[p.weight]) for name, p in self.sites.items()},
@@ -144,7 +149,10 @@ class Bench:
         # Every round scores other weights: what was collected before says nothing about them.
         now = replace(opened, model=view, collected=Collected())
         heard = collect(now, {Request.ABSOLUTE_ACTIVATIONS}).signal
-        layers = score.layers(view, opened.coupling, heard)
+        layers = tuple(
+            replace(layer, prunable=layer.prunable and layer.place.node.name in self.sites)
+            for layer in score.layers(view, opened.coupling, heard)
+        )
         values, worth = score.worth(view, opened.coupling, heard, layers)
         everywhere = worth if share is not None and settings.allocate != "uniform" else None
         return Scores("nnrelief", values), score.rule(view, opened.coupling, heard, layers, everywhere)
@@ -211,6 +219,11 @@ class Bench:
             if self.progress:
                 self.progress("refit", i + 1, len(places))
         return State(weights, biases), proto, tuple(fits)
+
+
+def _excluded(place: Site, patterns: Sequence[str]) -> bool:
+    """Whether a pattern of ``--exclude`` names the node or its weight."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (place.node.name, place.weight))
 
 
 def _live(
