@@ -30,7 +30,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     print_blob=True,
 )
-settings.register_profile("explore", settings.get_profile("ci"), max_examples=1000, derandomize=False)
+settings.register_profile(
+    "explore", settings.get_profile("ci"), max_examples=1000, derandomize=False
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

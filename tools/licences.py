@@ -25,15 +25,24 @@ EXTRAS = ("cpu", "gpu", "report", "images", "pack", "parquet")
 def required() -> list[str]:
     """Names of the direct dependencies, with those of ``EXTRAS``, as the project declares them."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for e in EXTRAS for line in project["optional-dependencies"][e])]
+    lines = [
+        *project["dependencies"],
+        *(line for e in EXTRAS for line in project["optional-dependencies"][e]),
+    ]
     return sorted({re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0] for line in lines})
 
 
 def licence(name: str) -> str | None:
     """What a distribution says about its licence; None where it says nothing."""
     about = metadata.metadata(name)
-    classifiers = [c.rpartition(" :: ")[2] for c in about.get_all("Classifier") or [] if c.startswith("License ::")]
-    told = about.get("License-Expression") or ", ".join(c for c in classifiers if c != "OSI Approved")
+    classifiers = [
+        c.rpartition(" :: ")[2]
+        for c in about.get_all("Classifier") or []
+        if c.startswith("License ::")
+    ]
+    told = about.get("License-Expression") or ", ".join(
+        c for c in classifiers if c != "OSI Approved"
+    )
     text = (about.get("License") or "").strip().splitlines()
     return told or (text[0] if text else None)
 

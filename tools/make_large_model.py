@@ -39,7 +39,9 @@ class _Writer:
         start = -(-self.data.tell() // ALIGN) * ALIGN
         self.data.seek(start)
         self.data.write(value.data)
-        tensor = TensorProto(name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype))
+        tensor = TensorProto(
+            name=name, dims=value.shape, data_type=helper.np_dtype_to_tensor_dtype(value.dtype)
+        )
         tensor.data_location = TensorProto.EXTERNAL
         for key, text in (("location", self.location), ("offset", start), ("length", value.nbytes)):
             tensor.external_data.add(key=key, value=str(text))
@@ -49,8 +51,12 @@ class _Writer:
     def linear(self, x: str, ins: int, outs: int, name: str) -> str:
         weight = self.rng.standard_normal((ins, outs), np.float32)
         weight *= np.float32(ins**-0.5)
-        product = self.node("MatMul", [x, self.constant(f"{name}.weight", weight)], f"{name}_product")
-        return self.node("Add", [product, self.constant(f"{name}.bias", np.zeros(outs, np.float32))], name)
+        product = self.node(
+            "MatMul", [x, self.constant(f"{name}.weight", weight)], f"{name}_product"
+        )
+        return self.node(
+            "Add", [product, self.constant(f"{name}.bias", np.zeros(outs, np.float32))], name
+        )
 
     def norm(self, x: str, width: int, name: str) -> str:
         scale = self.constant(f"{name}.scale", np.ones(width, np.float32))
@@ -63,7 +69,9 @@ class _Writer:
         return self.node("Mul", [self.node("Mul", [x, error], f"{name}_gated"), "half"], name)
 
     def heads(self, x: str, name: str, perm: list[int]) -> str:
-        return self.node("Transpose", [self.node("Reshape", [x, "split"], f"{name}_split")], name, perm=perm)
+        return self.node(
+            "Transpose", [self.node("Reshape", [x, "split"], f"{name}_split")], name, perm=perm
+        )
 
     def layer(self, x: str, width: int, name: str) -> str:
         h = self.norm(x, width, f"{name}.before")
@@ -76,7 +84,9 @@ class _Writer:
         attention = self.node("Softmax", [scaled], f"{name}.attention", axis=-1)
         mixed = self.node("MatMul", [attention, values], f"{name}.mixed")
         back = self.node("Transpose", [mixed], f"{name}.back", perm=[0, 2, 1, 3])
-        out = self.linear(self.node("Reshape", [back, "join"], f"{name}.joined"), width, width, f"{name}.out")
+        out = self.linear(
+            self.node("Reshape", [back, "join"], f"{name}.joined"), width, width, f"{name}.out"
+        )
         x = self.node("Add", [x, out], f"{name}.attended")
         up = self.linear(self.norm(x, width, f"{name}.between"), width, 4 * width, f"{name}.up")
         down = self.linear(self.gelu(up, f"{name}.gelu"), 4 * width, width, f"{name}.down")
@@ -90,14 +100,21 @@ def make(path: Path, layers: int = 20, width: int = 1024, heads: int = 16, seed:
     data = path.with_name(f"{path.name}.data")
     with data.open("wb") as stream:
         writer = _Writer(stream, data.name, np.random.default_rng(seed))
-        for name, number in (("root_two", 2**0.5), ("one", 1), ("half", 0.5), ("scale", (width / heads) ** -0.5)):
+        for name, number in (
+            ("root_two", 2**0.5),
+            ("one", 1),
+            ("half", 0.5),
+            ("scale", (width / heads) ** -0.5),
+        ):
             writer.constant(name, np.asarray(number, np.float32))
         writer.constant("split", np.asarray([0, 0, heads, width // heads], np.int64))
         writer.constant("join", np.asarray([0, 0, width], np.int64))
         x = writer.linear("x", INPUTS, width, "embed")
         for i in range(layers):
             x = writer.layer(x, width, f"layer{i}")
-        pooled = writer.node("ReduceMean", [writer.norm(x, width, "last")], "pooled", axes=[1], keepdims=0)
+        pooled = writer.node(
+            "ReduceMean", [writer.norm(x, width, "last")], "pooled", axes=[1], keepdims=0
+        )
         writer.linear(pooled, width, CLASSES, "logits")
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "length", INPUTS])
     made = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])

@@ -59,13 +59,34 @@ class ResNet56(ResNet20):
     def __init__(self) -> None:
         super().__init__()
         widths = [16] * 10 + [32] * 9 + [64] * 9
-        self.blocks = nn.Sequential(*(BasicBlock(a, b, 1 if a == b else 2) for a, b in pairwise(widths)))
+        self.blocks = nn.Sequential(
+            *(BasicBlock(a, b, 1 if a == b else 2) for a, b in pairwise(widths))
+        )
 
 
 class Vgg16(nn.Module):
     """VGG-16 for 32x32 images: the published convolutions, batch normalisation, one dense layer."""
 
-    PLAN = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512, None, 512, 512, 512, None)
+    PLAN = (
+        64,
+        64,
+        None,
+        128,
+        128,
+        None,
+        256,
+        256,
+        256,
+        None,
+        512,
+        512,
+        512,
+        None,
+        512,
+        512,
+        512,
+        None,
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +96,11 @@ class Vgg16(nn.Module):
             if out is None:
                 layers.append(nn.MaxPool2d(2))
                 continue
-            layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(width, out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             width = out
         self.features = nn.Sequential(*layers)
         self.flatten = nn.Flatten()
@@ -88,33 +113,64 @@ class Vgg16(nn.Module):
 
 RECIPES = {
     "resnet56": Recipe(
-        ResNet56, "fashion-mnist", "ResNet-56, CIFAR style", epochs=2, optimiser="SGD-Nesterov", lr=0.2,
-        weight_decay=5e-4, shift=2, flip=True, bf16=True, channels_last=True, warmup=0.25,
+        ResNet56,
+        "fashion-mnist",
+        "ResNet-56, CIFAR style",
+        epochs=2,
+        optimiser="SGD-Nesterov",
+        lr=0.2,
+        weight_decay=5e-4,
+        shift=2,
+        flip=True,
+        bf16=True,
+        channels_last=True,
+        warmup=0.25,
     ),
     "vgg16": Recipe(
-        Vgg16, "fashion-mnist", "VGG-16 with batch normalisation", epochs=2, optimiser="SGD-Nesterov", lr=0.02,
-        weight_decay=5e-4, shift=2, flip=True, smoothing=0.1, bf16=True, channels_last=True, warmup=0.25,
+        Vgg16,
+        "fashion-mnist",
+        "VGG-16 with batch normalisation",
+        epochs=2,
+        optimiser="SGD-Nesterov",
+        lr=0.02,
+        weight_decay=5e-4,
+        shift=2,
+        flip=True,
+        smoothing=0.1,
+        bf16=True,
+        channels_last=True,
+        warmup=0.25,
     ),
-}  # fmt: skip
+}
 
 
 def padded(data: Dataset) -> Dataset:
     """Images of 28x28 as 32x32, zeros around."""
     edge = ((0, 0), (0, 0), (2, 2), (2, 2))
     return Dataset(
-        np.pad(data.train_images, edge), data.train_labels, np.pad(data.test_images, edge), data.test_labels
+        np.pad(data.train_images, edge),
+        data.train_labels,
+        np.pad(data.test_images, edge),
+        data.test_labels,
     )
 
 
 def export(net: nn.Module, path: Path, shape: tuple[int, ...] = SHAPE) -> None:
     """Write ONNX for inference: batch normalisation folded, the batch dynamic."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this exporter is the older one; folding constants is meant
+        warnings.simplefilter(
+            "ignore"
+        )  # this exporter is the older one; folding constants is meant
         torch.onnx.export(
-            net.eval(), (torch.zeros(2, *shape),), str(path), dynamo=False, opset_version=OPSET,
-            input_names=["input"], output_names=["logits"],
+            net.eval(),
+            (torch.zeros(2, *shape),),
+            str(path),
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["logits"],
             dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-        )  # fmt: skip
+        )
 
 
 def make_trained(name: str, data: Dataset, out: Path, options: Options) -> None:
@@ -162,14 +218,23 @@ def make_photographed(folder: Path, out: Path) -> None:
     found = photographs.find(folder)
     halves = photographs.split(found)
     if min(map(len, halves)) == 0:
-        raise FileNotFoundError(f"{folder} has no photographs of the packages that tools/photographs.py names.")
+        raise FileNotFoundError(
+            f"{folder} has no photographs of the packages that tools/photographs.py names."
+        )
     seen, unseen = (photographs.crops(half, CROPS, seed) for seed, half in enumerate(halves))
     net = efficientnet_lite()
     path = out / f"{PHOTOGRAPHED}.onnx"
     export(net, path, (3, photographs.SIZE, photographs.SIZE))
     np.savez(out / f"{PHOTOGRAPHED}.npz", **{"input": seen, "eval.input": unseen}, **CODES)
-    about = {"about": "EfficientNet-Lite0 with its published weights", "photographs": [len(half) for half in halves]}
-    record(out, PHOTOGRAPHED, {**about, "parameters": sum(p.numel() for p in net.parameters()), "sha256": sha256(path)})
+    about = {
+        "about": "EfficientNet-Lite0 with its published weights",
+        "photographs": [len(half) for half in halves],
+    }
+    record(
+        out,
+        PHOTOGRAPHED,
+        {**about, "parameters": sum(p.numel() for p in net.parameters()), "sha256": sha256(path)},
+    )
 
 
 def rebuild(name: str, out: Path) -> nn.Module:
@@ -194,14 +259,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.make_larger_models", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     names = (*RECIPES, PHOTOGRAPHED)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all if none is given")
-    parser.add_argument("--fashion", type=Path, metavar="DIR", help="folder of Fashion-MNIST's four IDX files")
-    parser.add_argument("--photographs", type=Path, metavar="DIR", help="folder with the unpacked Debian packages")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all if none is given"
+    )
+    parser.add_argument(
+        "--fashion", type=Path, metavar="DIR", help="folder of Fashion-MNIST's four IDX files"
+    )
+    parser.add_argument(
+        "--photographs", type=Path, metavar="DIR", help="folder with the unpacked Debian packages"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the files go")
-    parser.add_argument("--epochs", type=int, help="train for this many epochs instead of the recipe's")
-    parser.add_argument("--train-images", type=int, metavar="N", help="train on the first N images only")
-    parser.add_argument("--threads", type=int, default=2, help="of torch; the last digits depend on it")
-    parser.add_argument("--resume", action="store_true", help="go on from the states kept in the output folder")
+    parser.add_argument(
+        "--epochs", type=int, help="train for this many epochs instead of the recipe's"
+    )
+    parser.add_argument(
+        "--train-images", type=int, metavar="N", help="train on the first N images only"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of torch; the last digits depend on it"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the states kept in the output folder"
+    )
     args = parser.parse_args()
     wanted = args.names or list(names)
     if unknown := sorted(set(wanted) - set(names)):
@@ -210,7 +289,9 @@ def main() -> int:
     if trained and args.fashion is None:
         parser.error(f"{trained[0]} needs the folder of Fashion-MNIST's files, --fashion DIR")
     if PHOTOGRAPHED in wanted and args.photographs is None:
-        parser.error(f"{PHOTOGRAPHED} needs the folder with the unpacked packages, --photographs DIR")
+        parser.error(
+            f"{PHOTOGRAPHED} needs the folder with the unpacked packages, --photographs DIR"
+        )
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     if PHOTOGRAPHED in wanted:

@@ -37,7 +37,9 @@ def _pooled(*layers: nn.Module, width: int) -> nn.Module:
 
 def _generator() -> nn.Module:
     head = (nn.Linear(6, 256), nn.Unflatten(1, (16, 4, 4)), nn.BatchNorm2d(16), nn.ReLU())
-    return nn.Sequential(*head, nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1))
+    return nn.Sequential(
+        *head, nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1)
+    )
 
 
 NETWORKS = (
@@ -48,11 +50,14 @@ NETWORKS = (
     Architecture("yolo", lambda: image.Yolo(3, 4, 8), lambda: _pixels(32)),
     Architecture(
         "squeeze-excite",
-        lambda: _pooled(image.conv(3, 16), image.Inverted(16, 16, 1, nn.SiLU, excite=True), width=16),
+        lambda: _pooled(
+            image.conv(3, 16), image.Inverted(16, 16, 1, nn.SiLU, excite=True), width=16
+        ),
         lambda: _pixels(8),
     ),
     Architecture(
-        "shuffle", lambda: _pooled(image.conv(3, 72), image.ShuffleOne(72, 3), image.ShuffleTwo(72), width=72),
+        "shuffle",
+        lambda: _pooled(image.conv(3, 72), image.ShuffleOne(72, 3), image.ShuffleTwo(72), width=72),
         lambda: _pixels(8),
     ),
     Architecture("unet-resize", lambda: image.UNet(transposed=False, width=8), lambda: _pixels(16)),
@@ -60,23 +65,31 @@ NETWORKS = (
     Architecture(
         "group-norm",
         lambda: _pooled(
-            image.conv(3, 16, norm=image.group_norm), image.Basic(16, 16, 1, 1, image.group_norm), width=16
+            image.conv(3, 16, norm=image.group_norm),
+            image.Basic(16, 16, 1, 1, image.group_norm),
+            width=16,
         ),
         lambda: _pixels(8),
     ),
-)  # fmt: skip
+)
 
 
 FOREIGN = (
     foreign.Free(
-        "embedder", lambda: foreign.Embedder(20, 16, 4, 1, 24), foreign.sentences(20),
-        {"tokens": foreign.WORDS, "attention_mask": foreign.WORDS}, 24,
+        "embedder",
+        lambda: foreign.Embedder(20, 16, 4, 1, 24),
+        foreign.sentences(20),
+        {"tokens": foreign.WORDS, "attention_mask": foreign.WORDS},
+        24,
     ),
     foreign.Free(
-        "speech", lambda: foreign.Speech(4, 12, 16, 4, 1, 24), foreign.speech(4, 12),
-        {"spectrogram": {0: "batch", 2: "frames"}, "tokens": foreign.WORDS}, 24,
+        "speech",
+        lambda: foreign.Speech(4, 12, 16, 4, 1, 24),
+        foreign.speech(4, 12),
+        {"spectrogram": {0: "batch", 2: "frames"}, "tokens": foreign.WORDS},
+        24,
     ),
-)  # fmt: skip
+)
 
 
 def main() -> None:

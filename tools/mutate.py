@@ -36,11 +36,30 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ["tests/graph/ops/test_cases.py::test_units_and_reasons", "tests/graph/ops/test_cases.py::test_one_unit_a_group"]
-PLANS = ["tests/planning/test_allocation.py", "tests/planning/test_budget_program.py", "-k", "not any_ledger and not densenet"]
-REFITS = ["tests/repair/test_least_squares.py", "tests/repair/test_bias.py", "-k", "not trained_model"]
+CASES = [
+    "tests/graph/ops/test_cases.py::test_units_and_reasons",
+    "tests/graph/ops/test_cases.py::test_one_unit_a_group",
+]
+PLANS = [
+    "tests/planning/test_allocation.py",
+    "tests/planning/test_budget_program.py",
+    "-k",
+    "not any_ledger and not densenet",
+]
+REFITS = [
+    "tests/repair/test_least_squares.py",
+    "tests/repair/test_bias.py",
+    "-k",
+    "not trained_model",
+]
 TESTS = {
-    "graph.coupling": ["tests/graph/test_coupling.py", "tests/planning/test_allocation.py", *CASES, "-k", "not test_allocation or exclude"],
+    "graph.coupling": [
+        "tests/graph/test_coupling.py",
+        "tests/planning/test_allocation.py",
+        *CASES,
+        "-k",
+        "not test_allocation or exclude",
+    ],
     "graph.linear_layers": ["tests/graph/test_linear_layers.py", "tests/repair/test_bias.py"],
     "planning.allocation": PLANS,
     "planning.budget_program": PLANS,
@@ -69,7 +88,9 @@ def mutants(source: str) -> list[Mutant]:
     from mutmut.mutation.mutators import mutation_operators, operator_string
     from mutmut.mutation.pragma_handling import IgnoredCode
 
-    raised = {i for i, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("raise ")}
+    raised = {
+        i for i, line in enumerate(source.splitlines(), 1) if line.lstrip().startswith("raise ")
+    }
     wrapper = MetadataWrapper(cst.parse_module(source))
     operators = [o for o in mutation_operators if o[1] is not operator_string]
     visitor = MutationVisitor(operators, IgnoredCode(raised, raised, set()))
@@ -107,7 +128,9 @@ def readers(source: str) -> dict[int, set[int]]:
 def difference(source: str, code: str) -> str:
     """The lines that differ, in one line of text."""
     lines = difflib.unified_diff(source.splitlines(), code.splitlines(), n=0, lineterm="")
-    return " ".join(t[0] + t[1:].strip() for t in lines if t[:1] in "+-" and t[:3] not in ("+++", "---"))
+    return " ".join(
+        t[0] + t[1:].strip() for t in lines if t[:1] in "+-" and t[:3] not in ("+++", "---")
+    )
 
 
 def apply(module: ModuleType, code: str) -> None:
@@ -123,7 +146,9 @@ def apply(module: ModuleType, code: str) -> None:
         elif getattr(new, "__module__", None) == module.__name__:
             _swap(old, new)
         elif name.isupper() and new != old:
-            for other in [m for n, m in sys.modules.items() if n.startswith(("onnx_oamip", "test_")) and m]:
+            for other in [
+                m for n, m in sys.modules.items() if n.startswith(("onnx_oamip", "test_")) and m
+            ]:
                 if vars(other).get(name) is old:
                     setattr(other, name, new)
 
@@ -133,7 +158,11 @@ def _swap(old: Any, new: Any) -> None:
         if not isinstance(new, FunctionType) and hasattr(new, unwrap):
             old, new = getattr(old, unwrap), getattr(new, unwrap)
     if isinstance(old, FunctionType) and isinstance(new, FunctionType):
-        old.__code__, old.__defaults__, old.__kwdefaults__ = new.__code__, new.__defaults__, new.__kwdefaults__
+        old.__code__, old.__defaults__, old.__kwdefaults__ = (
+            new.__code__,
+            new.__defaults__,
+            new.__kwdefaults__,
+        )
 
 
 def _forked(work: Callable[[], object], seconds: float) -> object:
@@ -232,7 +261,11 @@ class Runner:
         if self.args.again:
             known = self.args.again.read_text()
             near = [m for m in every if f"{name}.py:{m.lines.start} " in known]
-            chosen = [m for m in near if f"{name}.py:{m.lines.start} {difference(source, m.make())}\n" in known]
+            chosen = [
+                m
+                for m in near
+                if f"{name}.py:{m.lines.start} {difference(source, m.make())}\n" in known
+            ]
         if self.args.sample:
             chosen = rng.sample(chosen, min(self.args.sample, len(chosen)))
         count: Counter[str] = Counter()
@@ -253,7 +286,9 @@ class Runner:
             count[verdict] += 1
             if verdict not in ("killed", "time", "crash"):
                 shown = f"{len(wanted)} of {len(found)} tests"
-                self.say(f"{verdict} ({shown}) {name}.py:{mutant.lines.start} {difference(source, mutant.make())}")
+                self.say(
+                    f"{verdict} ({shown}) {name}.py:{mutant.lines.start} {difference(source, mutant.make())}"
+                )
         numbers = ", ".join(f"{k} {v}" for k, v in sorted(count.items()))
         self.say(f"{name}: {sum(count.values())} of {len(every)} mutants: {numbers}")
 
@@ -274,21 +309,38 @@ class Runner:
         except Exception:  # it cannot even be loaded
             return "killed"
         for item, seconds in tests.items():
-            signal.setitimer(signal.ITIMER_PROF, 1 + 10 * seconds)  # what runs on and on is killed by it
+            signal.setitimer(
+                signal.ITIMER_PROF, 1 + 10 * seconds
+            )  # what runs on and on is killed by it
             if _fails(item):
                 return "killed"
         return "survived"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("module", nargs="+", choices=sorted(TESTS))
-    parser.add_argument("--sample", type=int, default=0, help="mutants a module, drawn at random (0: all of them)")
+    parser.add_argument(
+        "--sample", type=int, default=0, help="mutants a module, drawn at random (0: all of them)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--again", type=Path, help="only the mutants that this file, written with --out, tells")
-    parser.add_argument("--tests", nargs="+", help="what pytest is to collect, instead of what goes with the module")
-    parser.add_argument("--seconds", type=float, default=5.0, help="time of the tests that one mutant is shown to")
-    parser.add_argument("--minutes", type=float, default=1e6, help="take no further mutant of a module after that time")
+    parser.add_argument(
+        "--again", type=Path, help="only the mutants that this file, written with --out, tells"
+    )
+    parser.add_argument(
+        "--tests", nargs="+", help="what pytest is to collect, instead of what goes with the module"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="time of the tests that one mutant is shown to"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=1e6,
+        help="take no further mutant of a module after that time",
+    )
     parser.add_argument("--out", type=Path, help="also write what is printed to this file")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -298,7 +350,16 @@ def main() -> None:
     told: list[str] = []
     for tests, names in batches.items():
         runner = Runner(names, args)
-        options = ["-q", "-s", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options = [
+            "-q",
+            "-s",
+            "--tb=no",
+            "--assert=plain",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+        ]
         pytest.main([*options, *tests], plugins=[runner])
         told += runner.told
     if args.out:

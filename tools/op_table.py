@@ -21,7 +21,9 @@ def table() -> str:
         rows.setdefault((family, has), []).append(_name(spec))
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for (_, has), names in rows.items():
-        lines.append("| " + " | ".join((_listed(names), *("yes" if x else "-" for x in has))) + " |")
+        lines.append(
+            "| " + " | ".join((_listed(names), *("yes" if x else "-" for x in has))) + " |"
+        )
     return "\n".join(lines)
 
 

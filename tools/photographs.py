@@ -22,9 +22,13 @@ import numpy.typing as npt
 from PIL import Image
 
 RESOURCES = (
-    "categorization", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals",
+    "categorization",
+    "erase",
+    "explore_farm_animals",
+    "explore_monuments",
+    "explore_world_animals",
     "explore_world_music",
-)  # fmt: skip
+)
 BACKGROUNDS = ("", "mate/nature")
 LEAST = 200
 """Pixels that the shorter side of a photograph has at least; smaller ones are icons."""
@@ -51,7 +55,9 @@ def find(folder: Path) -> list[Image.Image]:
             files[path.read_bytes()] = None
     images = [Image.open(io.BytesIO(data)) for data in files]
     images = [image for image in images if image.mode == "RGB" and min(image.size) >= LEAST]
-    small = [np.asarray(image.resize(THUMBNAIL, Image.Resampling.BOX), np.float32) for image in images]
+    small = [
+        np.asarray(image.resize(THUMBNAIL, Image.Resampling.BOX), np.float32) for image in images
+    ]
     seen: list[npt.NDArray[np.float32]] = []
     kept = []
     for image, thumbnail in zip(images, small, strict=True):
@@ -96,6 +102,8 @@ def crops(photographs: Sequence[Image.Image], count: int, seed: int = SEED) -> P
             left, top = (int(rng.integers(n - side + 1)) for n in image.size)
             mirrored = bool(rng.random() < 0.5)
         box = (left, top, left + side, top + side)
-        pixels = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box, reducing_gap=3.0))
+        pixels = np.asarray(
+            image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box, reducing_gap=3.0)
+        )
         made.append(pixels[:, ::-1] if mirrored else pixels)
     return np.ascontiguousarray(np.stack(made).transpose(0, 3, 1, 2))

@@ -93,7 +93,11 @@ class Vgg(nn.Module):
             if out is None:
                 layers.append(nn.MaxPool2d(2))
                 continue
-            layers += [nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [
+                nn.Conv2d(width, out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
+            ]
             width = out
         self.features = nn.Sequential(*layers)
         self.flatten = nn.Flatten()
@@ -119,7 +123,9 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if width != out or stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return relu(f(x) + shortcut(x))."""
@@ -183,9 +189,13 @@ class MobileNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()
+        )
         self.blocks = nn.Sequential(*(InvertedResidual(*block) for block in self.BLOCKS))
-        self.head = nn.Sequential(nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU6())
+        self.head = nn.Sequential(
+            nn.Conv2d(64, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU6()
+        )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(128, CLASSES)
@@ -246,7 +256,10 @@ class VisionTransformer(nn.Module):
         self.patch = nn.Conv2d(1, self.DIM, 4, 4)
         self.position = nn.Parameter(torch.randn(1, self.TOKENS, self.DIM) * 0.02)
         self.blocks = nn.Sequential(
-            *(EncoderBlock(self.TOKENS, self.DIM, self.HEADS, self.HIDDEN) for _ in range(self.DEPTH))
+            *(
+                EncoderBlock(self.TOKENS, self.DIM, self.HEADS, self.HIDDEN)
+                for _ in range(self.DEPTH)
+            )
         )
         self.norm = nn.LayerNorm(self.DIM)
         self.head = nn.Linear(self.DIM, CLASSES)
@@ -400,7 +413,11 @@ class Dataset:
 def read_idx(folder: Path, stem: str) -> Bytes:
     """Read an IDX file of unsigned bytes, ``stem`` or ``stem.gz``, whatever its number of axes."""
     path = folder / stem
-    raw = path.read_bytes() if path.exists() else gzip.decompress((folder / f"{stem}.gz").read_bytes())
+    raw = (
+        path.read_bytes()
+        if path.exists()
+        else gzip.decompress((folder / f"{stem}.gz").read_bytes())
+    )
     if raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"{stem}: not an IDX file of unsigned bytes")
     rank = raw[3]
@@ -454,7 +471,9 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
     if recipe.flip:
         flipped = torch.rand(count, 1, generator=generator) < 0.5
         columns = torch.where(flipped, columns.flip(1), columns)
-    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+    return padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]][
+        :, None
+    ]
 
 
 # ------------------------------------------------------------------------------------ training
@@ -473,7 +492,9 @@ def make_optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
 
 
-def loss_on(model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+def loss_on(
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, generator: torch.Generator
+) -> Tensor:
     """The loss of one batch of uint8 images, augmented and computed as the recipe says."""
     x = augment(images, recipe, generator).float() * float(SCALE)
     if recipe.channels_last:
@@ -504,7 +525,9 @@ class Options:
     resume: bool
 
 
-def train(name: str, recipe: Recipe, data: Dataset, options: Options) -> tuple[nn.Module, int, float]:
+def train(
+    name: str, recipe: Recipe, data: Dataset, options: Options
+) -> tuple[nn.Module, int, float]:
     """Train one network; return it with the epochs trained and the seconds they took."""
     torch.manual_seed(recipe.seed)
     epochs = options.epochs or recipe.epochs
@@ -517,7 +540,11 @@ def train(name: str, recipe: Recipe, data: Dataset, options: Options) -> tuple[n
     optimiser = make_optimiser(model, recipe)
     steps = math.ceil(count / recipe.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, recipe.lr, total_steps=epochs * steps + 1, pct_start=recipe.warmup, cycle_momentum=False
+        optimiser,
+        recipe.lr,
+        total_steps=epochs * steps + 1,
+        pct_start=recipe.warmup,
+        cycle_momentum=False,
     )
     checkpoint = options.checkpoints / f"{name}.ckpt" if options.checkpoints else None
     first, seconds = 0, 0.0
@@ -545,7 +572,9 @@ def train(name: str, recipe: Recipe, data: Dataset, options: Options) -> tuple[n
             total += loss.detach() * len(rows)
         spent = time.perf_counter() - began
         seconds += spent
-        score = torch_accuracy(model, data.test_images[:EVAL_IMAGES], data.test_labels[:EVAL_IMAGES])
+        score = torch_accuracy(
+            model, data.test_images[:EVAL_IMAGES], data.test_labels[:EVAL_IMAGES]
+        )
         print(
             f"{name}: epoch {epoch + 1}/{epochs}, loss {float(total) / count:.4f}, "
             f"first {EVAL_IMAGES} test images {score:.2f} %, {spent:.1f} s",
@@ -574,9 +603,13 @@ def train(name: str, recipe: Recipe, data: Dataset, options: Options) -> tuple[n
 
 def export(model: nn.Module, recipe: Recipe, path: Path) -> None:
     """Export to ONNX with a dynamic batch axis, keeping or folding batch normalisation."""
-    mode = torch.onnx.TrainingMode.PRESERVE if recipe.keep_batchnorm else torch.onnx.TrainingMode.EVAL
+    mode = (
+        torch.onnx.TrainingMode.PRESERVE if recipe.keep_batchnorm else torch.onnx.TrainingMode.EVAL
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this exporter is the older one; folding constants is meant
+        warnings.simplefilter(
+            "ignore"
+        )  # this exporter is the older one; folding constants is meant
         torch.onnx.export(
             model,
             (torch.zeros(2, 1, 28, 28),),
@@ -772,19 +805,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}; all if none is given"
     )
-    parser.add_argument("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files")
+    parser.add_argument(
+        "--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files"
+    )
     parser.add_argument(
         "--fashion", type=Path, metavar="DIR", help="folder of Fashion-MNIST's four IDX files"
     )
-    parser.add_argument("--out", type=Path, default=Path("models"), metavar="DIR", help="where the files go")
-    parser.add_argument("--epochs", type=int, help="train for this many epochs instead of the recipe's")
-    parser.add_argument("--train-images", type=int, metavar="N", help="train on the first N images only")
+    parser.add_argument(
+        "--out", type=Path, default=Path("models"), metavar="DIR", help="where the files go"
+    )
+    parser.add_argument(
+        "--epochs", type=int, help="train for this many epochs instead of the recipe's"
+    )
+    parser.add_argument(
+        "--train-images", type=int, metavar="N", help="train on the first N images only"
+    )
     parser.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="save the state here after each epoch"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the states in --checkpoints")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the states in --checkpoints"
+    )
     parser.add_argument("--data-only", action="store_true", help="write the .npz files and stop")
-    parser.add_argument("--readme", action="store_true", help="rewrite README.md from accuracy.json and stop")
+    parser.add_argument(
+        "--readme", action="store_true", help="rewrite README.md from accuracy.json and stop"
+    )
     args = parser.parse_args(arguments)
     unknown = sorted(set(args.names) - set(RECIPES))
     if unknown:

@@ -53,8 +53,13 @@ def frontier(
     shares = sorted(set(levels), reverse=True)
     if not shares:
         raise SettingsError("there are no levels; give at least one share of the MACs to keep.")
-    asked = [Settings.create(**{**settings.model_dump(), "macs": share, "force": True}) for share in shares]
-    targets = {share: _target(path, save_dir, share, (source, eval_data, scores)) for share in shares}
+    asked = [
+        Settings.create(**{**settings.model_dump(), "macs": share, "force": True})
+        for share in shares
+    ]
+    targets = {
+        share: _target(path, save_dir, share, (source, eval_data, scores)) for share in shares
+    }
     clock = Clock()
     ready = prepare(
         path, source, asked[0], eval_data=eval_data, progress=progress, clock=clock, scores=scores
@@ -69,7 +74,11 @@ def frontier(
     proofs = [p.verification for p in points if p.verification is not None]
     if not proofs:
         raise BudgetNotMet(f"no level can be met; at {shares[0]:g}: {points[0].reason}")
-    kept = {k: v for k, v in ready.settings.model_dump(mode="json").items() if k not in ("macs", "force")}
+    kept = {
+        k: v
+        for k, v in ready.settings.model_dump(mode="json").items()
+        if k not in ("macs", "force")
+    }
     return Frontier(
         model=ready.model,
         coupling=ready.coupling,
@@ -94,12 +103,17 @@ def frontier(
 
 
 def _target(
-    path: str | os.PathLike[str], folder: str | os.PathLike[str] | None, share: float, sources: tuple[object, ...]
+    path: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None,
+    share: float,
+    sources: tuple[object, ...],
 ) -> Path | None:
     """Where the model of one level goes. Raises OutputError where it cannot be written there."""
     if folder is None:
         return None
-    return check_output(path, Path(folder) / f"{Path(path).stem}-macs{share}.onnx", sources, "--save-dir")
+    return check_output(
+        path, Path(folder) / f"{Path(path).stem}-macs{share}.onnx", sources, "--save-dir"
+    )
 
 
 def _point(ready: Prepared, share: float, target: Path | None) -> Point:

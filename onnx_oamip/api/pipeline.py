@@ -96,7 +96,9 @@ def prune(
 def _thin(context: Context, targets: Targets) -> Report:
     """:func:`prune` by connections: the same network with zeros (see ``connections``)."""
     if targets.keep_map is not None:
-        raise SettingsError("a keep-map is about units, and --granularity connection removes none; leave it out.")
+        raise SettingsError(
+            "a keep-map is about units, and --granularity connection removes none; leave it out."
+        )
     model, settings = context.model, context.settings
     with context.clock("connections"):
         found = connections.prune(context)
@@ -113,7 +115,12 @@ def _thin(context: Context, targets: Targets) -> Report:
         plan=found.plan,
         verification=found.verification,
         timings=context.clock.seconds,
-        settings={**settings.model_dump(mode="json"), "device": context.device, "scores": None, "steps": []},
+        settings={
+            **settings.model_dump(mode="json"),
+            "device": context.device,
+            "scores": None,
+            "steps": [],
+        },
         notes=found.notes,
         fits=found.fits,
         connections=found.connections,
@@ -144,9 +151,13 @@ def score(
         content = score_files.save_scores(target, model, coupling, found, asked)
     notes: tuple[str, ...] = ()
     if used and held is not None and held.source == samples.source:
-        notes = (f"scored on {used} samples; as in prune, {held.usable()} others are left for evaluation",)
+        notes = (
+            f"scored on {used} samples; as in prune, {held.usable()} others are left for evaluation",
+        )
     digest = hashlib.sha256(content).hexdigest()
-    return Scored(model, coupling, found, str(target), digest, clock.seconds, asked, (*found.notes, *notes))
+    return Scored(
+        model, coupling, found, str(target), digest, clock.seconds, asked, (*found.notes, *notes)
+    )
 
 
 def plan(
@@ -164,7 +175,9 @@ def plan(
     """
     clock = Clock()
     if settings.granularity == "connection" or settings.iterations > 1:
-        raise SettingsError("a plan is made in one go and of units; connections and iterations need prune.")
+        raise SettingsError(
+            "a plan is made in one go and of units; connections and iterations need prune."
+        )
     preparing.check(settings, source, scores is not None)
     target = None if output is None else check_output(path, output, (source, eval_data, scores))
     ready = prepare(
@@ -177,16 +190,33 @@ def plan(
     if target is not None:
         losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
         text = plan_files.dumps(
-            ready.model, ready.coupling, chosen, ready.before, ready.scores.method, settings.budget, asked, losses,
-            ready.scores.programs, ready.scores.notes,
-        )  # fmt: skip
+            ready.model,
+            ready.coupling,
+            chosen,
+            ready.before,
+            ready.scores.method,
+            settings.budget,
+            asked,
+            losses,
+            ready.scores.programs,
+            ready.scores.notes,
+        )
         with clock("write"):
             write_bytes(text.encode(), target)
         digest = hashlib.sha256(text.encode()).hexdigest()
     return Planned(
-        ready.model, ready.coupling, ready.scores, chosen, ready.before, settings.budget,
-        None if target is None else str(target), digest, clock.seconds, asked, notes,
-    )  # fmt: skip
+        ready.model,
+        ready.coupling,
+        ready.scores,
+        chosen,
+        ready.before,
+        settings.budget,
+        None if target is None else str(target),
+        digest,
+        clock.seconds,
+        asked,
+        notes,
+    )
 
 
 def apply(
@@ -208,8 +238,12 @@ def apply(
     clock = Clock()
     found = plan_files.load(plan_file)
     targets = _targets(path, output, keep_map, page, (source, eval_data, plan_file))
-    made_with = {n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS}
-    settings = Settings.create(**{**made_with, "device": "auto", "cache": "auto", **(changes or {})})
+    made_with = {
+        n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS
+    }
+    settings = Settings.create(
+        **{**made_with, "device": "auto", "cache": "auto", **(changes or {})}
+    )
     ready = preparing.open_for_plan(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
@@ -226,11 +260,17 @@ def apply(
 
 
 def _targets(
-    path: File, output: File | None, keep_map: File | None, page: Page | None, sources: tuple[object, ...]
+    path: File,
+    output: File | None,
+    keep_map: File | None,
+    page: Page | None,
+    sources: tuple[object, ...],
 ) -> Targets:
     """Where the model and what belongs to it go. Raises OutputError before any work where they cannot."""
     model = None if output is None else check_output(path, output, sources)
-    return Targets(model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page)
+    return Targets(
+        model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page
+    )
 
 
 def _finish(
@@ -250,7 +290,9 @@ def _finish(
         try:
             verification = prove(ready, result, answers)
         except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
-            raise GateFailed(f"{str(error).rstrip('.')}; nothing was written, please report this model.") from error
+            raise GateFailed(
+                f"{str(error).rstrip('.')}; nothing was written, please report this model."
+            ) from error
     report = Report(
         model=ready.model,
         output=None,
@@ -265,7 +307,11 @@ def _finish(
         timings=clock.seconds,
         settings=asked,
         notes=(
-            *(scores.notes if scores else ()), *result.plan.notes, *result.pruned.notes, *notes, *ready.store.remarks()
+            *(scores.notes if scores else ()),
+            *result.plan.notes,
+            *result.pruned.notes,
+            *notes,
+            *ready.store.remarks(),
         ),
         fits=result.pruned.fits,
         curves=ready.curves if isinstance(ready, Prepared) else (),
@@ -277,7 +323,9 @@ def _finish(
     return _write(report, result.pruned.proto, keep_map, targets, clock)
 
 
-def _write(report: Report, proto: onnx.ModelProto, keep_map: bytes | None, targets: Targets, clock: Clock) -> Report:
+def _write(
+    report: Report, proto: onnx.ModelProto, keep_map: bytes | None, targets: Targets, clock: Clock
+) -> Report:
     """Write what was asked for, all of it or nothing; the report with what was written."""
     with Batch() as batch:
         written: Written | None = None
@@ -321,10 +369,15 @@ def compare(
     dataset.check(source)
     device = resolve_device(settings.device)
     model, other = models.load(original), models.load(pruned)
-    for ours, theirs, what in ((model.inputs, other.inputs, "inputs"), (model.outputs, other.outputs, "outputs")):
+    for ours, theirs, what in (
+        (model.inputs, other.inputs, "inputs"),
+        (model.outputs, other.outputs, "outputs"),
+    ):
         if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
             names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
-            raise GateFailed(f"the two models have different {what}: {names[0]} against {names[1]}.")
+            raise GateFailed(
+                f"the two models have different {what}: {names[0]} against {names[1]}."
+            )
     held = dataset.load(source, model, dataset.EVALUATION, settings.reading)
     samples = held or dataset.load(source, model, reading=settings.reading)
     assert samples is not None
@@ -348,7 +401,9 @@ def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:
     return ()
 
 
-def prove(ready: Context, result: Attempt, answers: equivalence.Answers | None = None) -> Verification:
+def prove(
+    ready: Context, result: Attempt, answers: equivalence.Answers | None = None
+) -> Verification:
     """All gates and measurements on the final model; ``answers``: the original's, where known. Raises GateFailed."""
     model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
     pruned = result.pruned
@@ -357,17 +412,37 @@ def prove(ready: Context, result: Attempt, answers: equivalence.Answers | None =
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
     proof = equivalence.prove(model, masked, pruned.raw, few, settings.batch_size)
     final = Session(pruned.proto, device, what="the pruned model")
-    batches = equivalence.runs_at(model, final, samples, lambda: Session(model.proto, device, what=model.path))
+    batches = equivalence.runs_at(
+        model, final, samples, lambda: Session(model.proto, device, what=model.path)
+    )
     ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
     if ready.held is None:
         return Verification(
-            proof.distance, None, None, None, None, batches, 0, latency_ratio=ratio, rounding=proof.rounding
+            proof.distance,
+            None,
+            None,
+            None,
+            None,
+            batches,
+            0,
+            latency_ratio=ratio,
+            rounding=proof.rounding,
         )
-    answers = answers or search.answers(ready, settings.batch_size) or Session(model.proto, device, what=model.path)
-    found = equivalence.compare(model, answers, final, ready.held, settings.batch_size, ready.progress)
+    answers = (
+        answers
+        or search.answers(ready, settings.batch_size)
+        or Session(model.proto, device, what=model.path)
+    )
+    found = equivalence.compare(
+        model, answers, final, ready.held, settings.batch_size, ready.progress
+    )
     equivalence.numbers(model, found)
     return replace(
-        found, masked_equivalence=proof.distance, rounding=proof.rounding, batches=batches, latency_ratio=ratio
+        found,
+        masked_equivalence=proof.distance,
+        rounding=proof.rounding,
+        batches=batches,
+        latency_ratio=ratio,
     )
 
 
@@ -376,7 +451,9 @@ def _measured_latency(ready: Context, result: Attempt) -> float:
     budget = ready.settings.latency
     allowed = SLOWER if budget is None else budget * (1 + search.LATENCY_SLACK)
     for seconds in GATE_SECONDS if budget is None else (3.0,):
-        found = compare_latency(ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=seconds)
+        found = compare_latency(
+            ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=seconds
+        )
         if found.high < 1:
             break
     if found.low > allowed and not ready.settings.force:

@@ -80,7 +80,9 @@ def prepare(
     """
     check(settings, source, scores is not None)
     executors.check(settings.scheduler, resolve_device(settings.device))
-    context = open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
+    context = open_context(
+        path, source, settings, eval_data=eval_data, progress=progress, clock=clock
+    )
     if scores is None:
         found = scoring.score(context)
     else:
@@ -94,7 +96,12 @@ def prepare(
     context.collected.forget(but=_needed_later(context.settings))
     inherited = {field.name: getattr(context, field.name) for field in fields(Context)}
     return Prepared(
-        **inherited, scores=found, constraints=constraints, steps=steps, ladder=ladder, curves=curves
+        **inherited,
+        scores=found,
+        constraints=constraints,
+        steps=steps,
+        ladder=ladder,
+        curves=curves,
     )
 
 
@@ -109,9 +116,13 @@ def open_for_plan(
 ) -> Context:
     """Load a model and its data for a plan that is already made. Raises OamipError for bad input."""
     if source is None and settings.refit != "none":
-        raise DataError(f"--refit {settings.refit} needs calibration data; give --data, or --refit none.")
+        raise DataError(
+            f"--refit {settings.refit} needs calibration data; give --data, or --refit none."
+        )
     if source is None and search.folds_constants(settings):
-        raise DataError(f"what units removed by {settings.importance} leave behind is found by running; give --data.")
+        raise DataError(
+            f"what units removed by {settings.importance} leave behind is found by running; give --data."
+        )
     return open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
 
 
@@ -134,19 +145,35 @@ def score(
 def _needed_later(settings: Settings) -> set[Request]:
     """Statistics of the original model that are read after its scores and losses are known."""
     refitting = {Request.MOMENTS} if settings.refit == "bias" else set()
-    measuring_again = {Request.COVARIANCE} if settings.iterations > 1 and width_losses.programmed(settings) else set()
+    measuring_again = (
+        {Request.COVARIANCE}
+        if settings.iterations > 1 and width_losses.programmed(settings)
+        else set()
+    )
     return refitting | measuring_again
 
 
 def _steps(context: Context) -> Any:
     """Units per alignment step of every group (groups,)."""
-    model, coupling, settings, device = context.model, context.coupling, context.settings, context.device
+    model, coupling, settings, device = (
+        context.model,
+        context.coupling,
+        context.settings,
+        context.device,
+    )
     wide = cost.full_widths(coupling)
     return context.store.keep(
         cache.STEPS,
-        {"model": model.sha256, "align": settings.align, "device": device, "exclude": settings.exclude},
+        {
+            "model": model.sha256,
+            "align": settings.align,
+            "device": device,
+            "exclude": settings.exclude,
+        },
         lambda: allocation.steps(model, coupling, settings.align, device),
-        lambda found: found.dtype == np.int64 and found.shape == wide.shape and bool((found > 0).all()),
+        lambda found: (
+            found.dtype == np.int64 and found.shape == wide.shape and bool((found > 0).all())
+        ),
     )
 
 
@@ -174,7 +201,9 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     if settings.limits == "snacs":
         plan_constraints.check()
     if settings.latency is not None and settings.allocate != "mip":
-        raise SettingsError(f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times.")
+        raise SettingsError(
+            f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times."
+        )
     if source is None:
         asks = {
             f"--importance {settings.importance}": bool(method.requests(settings)) and not scored,
@@ -258,7 +287,9 @@ def _nothing_skipped(model: Model, coupling: Coupling) -> None:
     layers: set[str] = set()
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
-        if spec is None or spec.cost is not None:  # nobody knows what is a layer to an operator that is not known
+        if (
+            spec is None or spec.cost is not None
+        ):  # nobody knows what is a layer to an operator that is not known
             layers.update(node.inputs)
     found = {p.tensor: p.reason for p in coupling.pinned if not p.given and p.tensor in layers}
     if found:
@@ -271,6 +302,10 @@ def _nothing_skipped(model: Model, coupling: Coupling) -> None:
 
 def _something_free(model: Model, coupling: Coupling) -> None:
     if not coupling.n_units:
-        reasons = sorted((p.reason for p in coupling.pinned), key=lambda r: not r.startswith("--exclude"))
+        reasons = sorted(
+            (p.reason for p in coupling.pinned), key=lambda r: not r.startswith("--exclude")
+        )
         why = f", for example because {reasons[0]}" if reasons else ": it has no weights"
-        raise BudgetNotMet(f"no channel of {model.path} can be removed{why}; see 'onnx-oamip inspect'.")
+        raise BudgetNotMet(
+            f"no channel of {model.path} can be removed{why}; see 'onnx-oamip inspect'."
+        )

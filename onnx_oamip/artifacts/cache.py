@@ -78,7 +78,11 @@ class Store:
     def remarks(self) -> tuple[str, ...]:
         """What was not found out anew, and what the next run will have to find out again."""
         known = ", ".join(dict.fromkeys(self.taken))
-        found = (f"from the cache, as an earlier run on the same model and data found them: {known}",) if known else ()
+        found = (
+            (f"from the cache, as an earlier run on the same model and data found them: {known}",)
+            if known
+            else ()
+        )
         return (*found, *((self.refused,) if self.refused else ()))
 
     def keep(
@@ -94,7 +98,9 @@ class Store:
         """
         if self.folder is None:
             return make()
-        text = json.dumps({**depends, "code": _code(), "host": _host()}, sort_keys=True, default=str)
+        text = json.dumps(
+            {**depends, "code": _code(), "host": _host()}, sort_keys=True, default=str
+        )
         path = self.folder / f"{kind.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
         value = _taken(kind, path, fits)
         if value is not None:
@@ -118,7 +124,9 @@ class Store:
             write_bytes(stream.getvalue(), path)
             self._shrink()
         except OutputError as error:
-            self.refused = f"not all of what was learnt is kept for the next run: {str(error).rstrip('.')}"
+            self.refused = (
+                f"not all of what was learnt is kept for the next run: {str(error).rstrip('.')}"
+            )
 
     def _shrink(self) -> None:
         assert self.folder is not None
@@ -148,8 +156,12 @@ def open_store(where: str) -> Store:
     if usable:
         return Store(folder)
     if asked == "auto":
-        return Store(refused=f"nothing is kept for the next run: {folder}, the cache, cannot be made or written to")
-    raise OutputError(f"the cache folder {folder} cannot be made or written to; choose another --cache, or off.")
+        return Store(
+            refused=f"nothing is kept for the next run: {folder}, the cache, cannot be made or written to"
+        )
+    raise OutputError(
+        f"the cache folder {folder} cannot be made or written to; choose another --cache, or off."
+    )
 
 
 def identity(model: Model, samples: Samples) -> dict[str, Any]:
@@ -262,7 +274,9 @@ def _pack_losses(found: tuple[Sensitivity, ...]) -> dict[str, Array]:
 
 
 def _unpack_losses(held: Mapping[str, Array]) -> tuple[Sensitivity, ...]:
-    return tuple(Sensitivity(held[f"widths{i}"], held[f"loss{i}"]) for i in range(int(held["groups"])))
+    return tuple(
+        Sensitivity(held[f"widths{i}"], held[f"loss{i}"]) for i in range(int(held["groups"]))
+    )
 
 
 def _pack_refit(found: Pruned) -> dict[str, Array] | None:
@@ -270,7 +284,10 @@ def _pack_refit(found: Pruned) -> dict[str, Array] | None:
     if references(found.proto):
         return None
     about = [found.notes, [dataclasses.astuple(fit) for fit in found.fits]]
-    return {"proto": np.frombuffer(found.proto.SerializeToString(), np.uint8), "about": _text(about)}
+    return {
+        "proto": np.frombuffer(found.proto.SerializeToString(), np.uint8),
+        "about": _text(about),
+    }
 
 
 def _unpack_refit(arrays: Mapping[str, Array]) -> Pruned:
@@ -285,7 +302,11 @@ def _unpack_refit(arrays: Mapping[str, Array]) -> Pruned:
 def _pack_outputs(found: list[list[Array]]) -> dict[str, Array] | None:
     """A file holds numbers that numpy knows itself."""
     for value in chain(*found):
-        if not isinstance(value, np.ndarray) or value.dtype.isbuiltin != 1 or value.dtype.kind not in "biuf":
+        if (
+            not isinstance(value, np.ndarray)
+            or value.dtype.isbuiltin != 1
+            or value.dtype.kind not in "biuf"
+        ):
             return None
     named = {f"{b} {i}": value for b, values in enumerate(found) for i, value in enumerate(values)}
     return {"count": np.asarray([len(values) for values in found], np.int64), **named}

@@ -70,7 +70,8 @@ def weights(model: Model, coupling: Coupling, keep: Bools) -> dict[str, Weight]:
             if not stays.all():
                 kept.setdefault(tensor, {})[axis] = np.flatnonzero(stays).astype(np.int64)
     return {
-        name: Weight(model.constants[name].shape, axes, _digests(model.constants[name])) for name, axes in kept.items()
+        name: Weight(model.constants[name].shape, axes, _digests(model.constants[name]))
+        for name, axes in kept.items()
     }
 
 
@@ -84,10 +85,19 @@ def save_keep_map(
 def keep_map(model: Model, coupling: Coupling, keep: Bools) -> bytes:
     """The content of the keep-map of a pruned model."""
     found = weights(model, coupling, keep)
-    arrays = {f"{name}:{axis}": index for name, w in found.items() for axis, index in w.kept.items()}
-    about = {name: {"shape": list(w.shape), "digests": list(w.digests)} for name, w in found.items()}
+    arrays = {
+        f"{name}:{axis}": index for name, w in found.items() for axis, index in w.kept.items()
+    }
+    about = {
+        name: {"shape": list(w.shape), "digests": list(w.digests)} for name, w in found.items()
+    }
     # One entry: the library keeps no order among several, and the same map should be the same bytes.
-    metadata = {"kind": KIND, "schema_version": VERSION, "model_sha256": model.sha256, "weights": about}
+    metadata = {
+        "kind": KIND,
+        "schema_version": VERSION,
+        "model_sha256": model.sha256,
+        "weights": about,
+    }
     return bytes(save(arrays, metadata={KEY: json.dumps(metadata)}))
 
 
@@ -97,7 +107,9 @@ def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
     try:
         header = json.loads(metadata.get(KEY, "{}"))
         if header.get("kind") != KIND or header.get("schema_version") != VERSION:
-            raise DataError(f"{path} is no keep-map of this version; write one with 'onnx-oamip prune --keep-map'.")
+            raise DataError(
+                f"{path} is no keep-map of this version; write one with 'onnx-oamip prune --keep-map'."
+            )
         about = header["weights"]
         kept: dict[str, dict[int, Ints]] = {name: {} for name in about}
         for key, index in arrays.items():
@@ -106,17 +118,29 @@ def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
                 raise ValueError(f"an axis called {axis!r}")
             kept[name][int(axis)] = _checked(index, int(about[name]["shape"][int(axis)]))
         return {
-            name: Weight(tuple(entry["shape"]), kept[name], (entry["digests"][0], entry["digests"][1]))
+            name: Weight(
+                tuple(entry["shape"]), kept[name], (entry["digests"][0], entry["digests"][1])
+            )
             for name, entry in about.items()
         }
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is a damaged keep-map ({error}); write it again.") from error
 
 
 def cut(
-    map_file: str | os.PathLike[str], state_dict: str | os.PathLike[str], output: str | os.PathLike[str]
+    map_file: str | os.PathLike[str],
+    state_dict: str | os.PathLike[str],
+    output: str | os.PathLike[str],
 ) -> Checkpoint:
     """Cut the tensors of a state dict (safetensors) as a keep-map says, and write them to ``output``.
 
@@ -130,7 +154,9 @@ def cut(
     tensors: list[Cut] = []
     matched: set[str] = set()
     for name, value in state.items():
-        weight, turned = (name, False) if name in found else _by_content(name, value, found, state_dict)
+        weight, turned = (
+            (name, False) if name in found else _by_content(name, value, found, state_dict)
+        )
         result[name] = value
         if weight is not None:
             matched.add(weight)
@@ -163,7 +189,9 @@ def _by_content(
     return (same[0], digest != found[same[0]].digests[0]) if same else (None, False)
 
 
-def _cut(value: Array, weight: Weight, turned: bool, name: str, path: str | os.PathLike[str]) -> Array:
+def _cut(
+    value: Array, weight: Weight, turned: bool, name: str, path: str | os.PathLike[str]
+) -> Array:
     shape = weight.shape[::-1] if turned else weight.shape
     if value.shape != shape:
         raise DataError(
@@ -188,7 +216,9 @@ def _digests(value: Array) -> tuple[str, str]:
 
 
 def _digest(value: Array) -> str:
-    return hashlib.sha256(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
+    ).hexdigest()
 
 
 def _read(path: str | os.PathLike[str], what: str) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -196,7 +226,11 @@ def _read(path: str | os.PathLike[str], what: str) -> tuple[dict[str, Array], di
         raise DataError(f"{path}: no such file; give {what}.")
     try:
         with safe_open(os.fspath(path), "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = file.keys()  # the file itself cannot be iterated
+            tensors = {name: file.get_tensor(name) for name in names}
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be read as safetensors: {text.rstrip('.')}; give {what}.") from error
+        raise DataError(
+            f"{path} cannot be read as safetensors: {text.rstrip('.')}; give {what}."
+        ) from error

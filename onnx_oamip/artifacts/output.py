@@ -20,20 +20,33 @@ from onnx_oamip.graph.loading import external_paths
 
 
 def check_output(
-    path: str | os.PathLike[str], output: str | os.PathLike[str], sources: Iterable[object] = (), option: str = "-o"
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    sources: Iterable[object] = (),
+    option: str = "-o",
 ) -> Path:
     """The output path given as ``option``, if it can be written to. Raises OutputError before any work is done."""
     target = Path(output)
     if not target.parent.is_dir():
-        raise OutputError(f"the output folder {target.parent} does not exist; make it or choose another {option}.")
+        raise OutputError(
+            f"the output folder {target.parent} does not exist; make it or choose another {option}."
+        )
     if target.is_dir():
         raise OutputError(f"the output {target} is a folder; give a file name.")
     if not os.access(target.parent, os.W_OK):
-        raise OutputError(f"the output folder {target.parent} is not writable; choose another {option}.")
-    inputs = [Path(path), *external_paths(path), *(Path(s) for s in sources if isinstance(s, (str, os.PathLike)))]
+        raise OutputError(
+            f"the output folder {target.parent} is not writable; choose another {option}."
+        )
+    inputs = [
+        Path(path),
+        *external_paths(path),
+        *(Path(s) for s in sources if isinstance(s, (str, os.PathLike))),
+    ]
     for written in (target, target.with_name(f"{target.name}.data")):
         if any(written.exists() and p.exists() and written.samefile(p) for p in inputs):
-            raise OutputError(f"writing {target} would overwrite the input {written}; choose another {option}.")
+            raise OutputError(
+                f"writing {target} would overwrite the input {written}; choose another {option}."
+            )
     return target
 
 

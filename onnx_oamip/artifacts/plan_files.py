@@ -86,12 +86,16 @@ class GroupEntry(_Record):
     def _consistent(self) -> GroupEntry:
         if self.keep and (min(self.keep) < 0 or max(self.keep) >= self.units):
             stray = min(self.keep) if min(self.keep) < 0 else max(self.keep)
-            raise ValueError(f"'keep' lists unit {stray}, but the units of this group are 0 to {self.units - 1}")
+            raise ValueError(
+                f"'keep' lists unit {stray}, but the units of this group are 0 to {self.units - 1}"
+            )
         unit, count = next(iter(Counter(self.keep).most_common(1)), (0, 0))
         if count > 1:
             raise ValueError(f"'keep' lists unit {unit} twice")
         if self.kept != len(self.keep):
-            raise ValueError(f"'kept' says {self.kept}, but 'keep' lists {len(self.keep)} units; make the two agree")
+            raise ValueError(
+                f"'kept' says {self.kept}, but 'keep' lists {len(self.keep)} units; make the two agree"
+            )
         return self
 
 
@@ -132,10 +136,17 @@ class Planned:
 
 
 def dumps(
-    model: Model, coupling: Coupling, plan: Plan, before: Cost, importance: str, budget: Budget,
-    settings: Mapping[str, Any], losses: Sequence[float | None], programs: Sequence[Mapping[str, Any]] = (),
+    model: Model,
+    coupling: Coupling,
+    plan: Plan,
+    before: Cost,
+    importance: str,
+    budget: Budget,
+    settings: Mapping[str, Any],
+    losses: Sequence[float | None],
+    programs: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
-) -> str:  # fmt: skip
+) -> str:
     """The text of a plan file; ``losses`` has one value a group, or None where none was measured.
 
     Nothing in it changes from run to run where the plan does not: no times, no dates.
@@ -150,7 +161,8 @@ def dumps(
                 "kept": len(kept),
                 "loss": loss,
                 "axes": [
-                    {"tensor": t, "axis": a, "per_unit": group.multiplicity[t, a]} for t, a in _weights(model, group)
+                    {"tensor": t, "axis": a, "per_unit": group.multiplicity[t, a]}
+                    for t, a in _weights(model, group)
                 ],
                 "keep": kept.tolist(),
             }
@@ -162,14 +174,22 @@ def dumps(
         "model": {"path": model.path, "sha256": model.sha256, "topology": topology(model)},
         "importance": importance,
         "allocation": plan.allocation,
-        "budget": {n: getattr(budget, n) for n in ("macs", "params", "size", "latency", "max_drop", "threshold")},
+        "budget": {
+            n: getattr(budget, n)
+            for n in ("macs", "params", "size", "latency", "max_drop", "threshold")
+        },
         "before": {"macs": before.macs, "params": before.params, "bytes": before.bytes},
         "predicted": {n: getattr(plan.predicted, n) for n in ("macs", "params", "bytes")},
-        "settings": {n: v for n, v in settings.items() if n not in ("cache", "force", "workers", "scheduler")},
-        "programs": [{k: v for k, v in p.items() if k != "seconds"} for p in (*programs, *plan.programs)],
+        "settings": {
+            n: v for n, v in settings.items() if n not in ("cache", "force", "workers", "scheduler")
+        },
+        "programs": [
+            {k: v for k, v in p.items() if k != "seconds"} for p in (*programs, *plan.programs)
+        ],
         "notes": list(dict.fromkeys((*notes, *plan.notes))),
         "skipped": [
-            {"tensor": p.tensor, "axis": p.axis, "channels": p.count, "reason": p.reason} for p in coupling.pinned
+            {"tensor": p.tensor, "axis": p.axis, "channels": p.count, "reason": p.reason}
+            for p in coupling.pinned
         ],
         "groups": groups,
     }
@@ -178,8 +198,13 @@ def dumps(
 
 def digest(model: Model, coupling: Coupling, kept: Bools) -> str:
     """SHA-256 of which units (n_units,) stay: of the JSON object of the lists ``keep`` by group, keys sorted."""
-    lists = {g.name: np.flatnonzero(kept[_numbered(model, coupling, g)]).tolist() for g in coupling.groups}
-    return hashlib.sha256(json.dumps(lists, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    lists = {
+        g.name: np.flatnonzero(kept[_numbered(model, coupling, g)]).tolist()
+        for g in coupling.groups
+    }
+    return hashlib.sha256(
+        json.dumps(lists, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def load(path: str | os.PathLike[str]) -> PlanFile:
@@ -191,22 +216,32 @@ def load(path: str | os.PathLike[str]) -> PlanFile:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as text: {error}; give what 'onnx-oamip plan' wrote.") from error
+        raise DataError(
+            f"{file} cannot be read as text: {error}; give what 'onnx-oamip plan' wrote."
+        ) from error
     try:
         content = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        where = (
+            f"line {error.lineno}: {error.msg}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         raise DataError(f"{file} is no valid JSON, {where}; {_AGAIN}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if isinstance(version, int) and version != PLAN_VERSION:
-        raise DataError(f"{file} has schema version {version}, but this version reads {PLAN_VERSION}; {_AGAIN}.")
+        raise DataError(
+            f"{file} has schema version {version}, but this version reads {PLAN_VERSION}; {_AGAIN}."
+        )
     try:
         return PlanFile.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = [p for p in first["loc"] if isinstance(p, (str, int))]
         rule = first["msg"].removeprefix("Value error, ").rstrip(".")
-        raise DataError(f"{file}, line {_line(text, place)}, {_dotted(content, place)}: {rule}; {_AGAIN}.") from error
+        raise DataError(
+            f"{file}, line {_line(text, place)}, {_dotted(content, place)}: {rule}; {_AGAIN}."
+        ) from error
 
 
 def keep(
@@ -225,7 +260,9 @@ def keep(
         same = found.model.topology == topology(model) and len(found.groups) == len(coupling.groups)
         if any(g is None for _, g in pairs) and same:
             pairs = list(zip(found.groups, coupling.groups, strict=True))
-            notes.append(f"the plan was made for {found.model.path}; groups are matched by the order of the same graph")
+            notes.append(
+                f"the plan was made for {found.model.path}; groups are matched by the order of the same graph"
+            )
         else:
             notes.append(f"the plan was made for {found.model.path}; groups are matched by name")
     named: set[str] = set()
@@ -249,15 +286,21 @@ def keep(
         result[_numbered(model, coupling, group)] = stays
     left = [g.name for g in coupling.groups if g.name not in named]
     if left and len(pairs) != len(coupling.groups):
-        notes.append(f"the plan does not name {len(left)} groups, which stay whole: {', '.join(left[:3])}")
+        notes.append(
+            f"the plan does not name {len(left)} groups, which stay whole: {', '.join(left[:3])}"
+        )
     return result, tuple(notes)
 
 
-def to_plan(found: PlanFile, kept: Bools, coupling: Coupling, ledger: Ledger, notes: Sequence[str]) -> Plan:
+def to_plan(
+    found: PlanFile, kept: Bools, coupling: Coupling, ledger: Ledger, notes: Sequence[str]
+) -> Plan:
     """The record that later stages read, with the cost of what is kept counted again."""
     widths = np.bincount(coupling.unit_group[kept], minlength=len(coupling.groups)).astype(np.int64)
     programs = tuple({"seconds": None, **program} for program in found.programs)
-    return Plan(kept, widths, found.allocation, ledger.cost(widths), programs, (*found.notes, *notes))
+    return Plan(
+        kept, widths, found.allocation, ledger.cost(widths), programs, (*found.notes, *notes)
+    )
 
 
 def topology(model: Model) -> str:
@@ -291,7 +334,9 @@ def _numbered(model: Model, coupling: Coupling, group: Group) -> Ints:
 def _short(text: str) -> str:
     """JSON with lists of numbers and small objects on one line each, which reads better; strings hold no breaks."""
     text = re.sub(r"\[\n[\s\d,]+\]", _flat, text)
-    return re.sub(r"\{\n[^{}\[\]]{1,200}\}", lambda found: min(_flat(found), found[0], key=_too_long), text)
+    return re.sub(
+        r"\{\n[^{}\[\]]{1,200}\}", lambda found: min(_flat(found), found[0], key=_too_long), text
+    )
 
 
 def _flat(found: re.Match[str]) -> str:
@@ -355,7 +400,9 @@ def _dotted(content: Any, place: Sequence[str | int]) -> str:
         except (KeyError, IndexError, TypeError):  # a key that is missing, and all behind it
             content = None
         name = content.get("name") if isinstance(content, dict) else None
-        words.append(f"'{part}'" if isinstance(part, str) else f"number {part}{f' ({name})' if name else ''}")
+        words.append(
+            f"'{part}'" if isinstance(part, str) else f"number {part}{f' ({name})' if name else ''}"
+        )
     return " ".join(words) or "the whole file"
 
 

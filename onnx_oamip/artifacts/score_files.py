@@ -45,7 +45,15 @@ from onnx_oamip.core.version import __version__
 from onnx_oamip.data import numpy_files
 
 SCORES_VERSION = 1
-_TEXTS = ("model_sha256", "model_path", "tool_version", "method", "settings", "programs", "group_axes")
+_TEXTS = (
+    "model_sha256",
+    "model_path",
+    "tool_version",
+    "method",
+    "settings",
+    "programs",
+    "group_axes",
+)
 _KEYS = ("schema_version", *_TEXTS, "values", "unit_group", "group_names", "unit_index")
 
 
@@ -64,7 +72,11 @@ class Scored:
 
 
 def save_scores(
-    path: str | os.PathLike[str], model: Model, coupling: Coupling, scores: Scores, settings: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    model: Model,
+    coupling: Coupling,
+    scores: Scores,
+    settings: Mapping[str, Any],
 ) -> bytes:
     """Write the scores of a model's units, whole or not at all; the bytes written.
 
@@ -128,12 +140,16 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
         raise DataError(f"{path} has arrays of types that no scores have; {_AGAIN}.")
     if not values.shape == unit_group.shape == index.shape == (values.size,):
         shapes = f"{values.shape}, {unit_group.shape} and {index.shape}"
-        raise DataError(f"{path}: values, unit_group and unit_index have the shapes {shapes}, not one; {_AGAIN}.")
+        raise DataError(
+            f"{path}: values, unit_group and unit_index have the shapes {shapes}, not one; {_AGAIN}."
+        )
     result = np.zeros(coupling.n_units)
     numbers = {str(name): i for i, name in enumerate(names)}
     for group in coupling.groups:
         if group.name not in numbers:
-            raise DataError(f"{path} has no scores for the group '{group.name}'; {_AGAIN} without --exclude.")
+            raise DataError(
+                f"{path} has no scores for the group '{group.name}'; {_AGAIN} without --exclude."
+            )
         units = np.flatnonzero(unit_group == numbers[group.name])
         here = places(coupling, group, group_axes(model, group)[0])
         if not np.array_equal(index[units], here):
@@ -144,20 +160,30 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
         result[group.units] = values[units]
     _finite(result, coupling, str(path))
     try:
-        programs = tuple(check_program({"seconds": None, **p}) for p in json.loads(texts["programs"]))
+        programs = tuple(
+            check_program({"seconds": None, **p}) for p in json.loads(texts["programs"])
+        )
     except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: 'programs' is no JSON list of records of programs; {_AGAIN}.") from error
+        raise DataError(
+            f"{path}: 'programs' is no JSON list of records of programs; {_AGAIN}."
+        ) from error
     return Scores(texts["method"], result, programs)
 
 
 _PROGRAM: Mapping[str, tuple[type, ...]] = {
-    "purpose": (str,), "solver": (str,), "status": (str,), "gap": (float, int, type(None)), "variables": (int,),
+    "purpose": (str,),
+    "solver": (str,),
+    "status": (str,),
+    "gap": (float, int, type(None)),
+    "variables": (int,),
     "rows": (int,),
-}  # fmt: skip
+}
 _MORE: Mapping[str, tuple[type, ...]] = {
-    "seconds": (float, int, type(None)), "limit": (str, type(None)), "reason": (str, type(None)),
+    "seconds": (float, int, type(None)),
+    "limit": (str, type(None)),
+    "reason": (str, type(None)),
     "binding": (list, type(None)),
-}  # fmt: skip
+}
 
 
 def check_program(program: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +207,9 @@ def _read(file: Path) -> dict[str, Array]:
     missing = [key for key in _KEYS if key not in found] if isinstance(found, dict) else []
     if missing or not isinstance(found, dict):
         why = f"it has no '{missing[0]}'" if missing else "it holds one array"
-        raise DataError(f"{file} cannot be read as scores: {why}; give what 'onnx-oamip score' wrote.")
+        raise DataError(
+            f"{file} cannot be read as scores: {why}; give what 'onnx-oamip score' wrote."
+        )
     return {key: np.asarray(found[key]) for key in _KEYS}
 
 

@@ -52,13 +52,25 @@ def _run(arguments: Sequence[str] | None) -> int:
             return _fail("terminated.", TERMINATED)
         return _fail("interrupted.", INTERRUPTED)
     except MemoryError:
-        return _fail("there is not enough memory; give --max-memory, fewer samples, or a smaller model.", 2)
-    except OSError as error:  # a full disk, a file that went away: the environment, wherever it struck
+        return _fail(
+            "there is not enough memory; give --max-memory, fewer samples, or a smaller model.", 2
+        )
+    except (
+        OSError
+    ) as error:  # a full disk, a file that went away: the environment, wherever it struck
         where = f" {error.filename}" if error.filename else ""
-        return _fail(f"the system refused a file{where}: {error.strerror or error}; see to it and run again.", 2)
-    except Exception as error:  # nobody foresaw it, so the lines of where it was belong to the report
+        return _fail(
+            f"the system refused a file{where}: {error.strerror or error}; see to it and run again.",
+            2,
+        )
+    except (
+        Exception
+    ) as error:  # nobody foresaw it, so the lines of where it was belong to the report
         traceback.print_exc()
-        return _fail(f"{type(error).__name__} in onnx-oamip itself; please report it with the lines above.", 2)
+        return _fail(
+            f"{type(error).__name__} in onnx-oamip itself; please report it with the lines above.",
+            2,
+        )
     return status if isinstance(status, int) else 0
 
 

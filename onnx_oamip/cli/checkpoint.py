@@ -16,7 +16,13 @@ from onnx_oamip.cli.terminal import show
 
 
 @click.command()
-@click.option("--keep-map", type=MODEL, required=True, metavar="K.safetensors", help="What prune --keep-map wrote.")
+@click.option(
+    "--keep-map",
+    type=MODEL,
+    required=True,
+    metavar="K.safetensors",
+    help="What prune --keep-map wrote.",
+)
 @click.option(
     "--state-dict",
     type=MODEL,
@@ -24,7 +30,14 @@ from onnx_oamip.cli.terminal import show
     metavar="S.safetensors",
     help="Weights of the network that the model was exported from, as safetensors.torch.save_file writes them.",
 )
-@click.option("-o", "--output", type=MODEL, required=True, metavar="T.safetensors", help="Where the cut weights go.")
+@click.option(
+    "-o",
+    "--output",
+    type=MODEL,
+    required=True,
+    metavar="T.safetensors",
+    help="Where the cut weights go.",
+)
 @json_option
 @quiet_option
 def checkpoint(keep_map: Path, state_dict: Path, output: Path, as_json: bool, quiet: bool) -> None:

@@ -42,7 +42,11 @@ class Commands(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, package_name="onnx-oamip", prog_name="onnx-oamip")
 @click.pass_context
 def cli(ctx: click.Context) -> None:

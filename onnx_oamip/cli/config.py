@@ -34,8 +34,13 @@ def read(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             return tomllib.load(stream)
     except OSError as error:
-        raise SettingsError(f"the configuration {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets in brackets, no TOML
+        raise SettingsError(
+            f"the configuration {path} cannot be read: {error.strerror}."
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of thousands of digits, brackets in brackets, no TOML
         raise SettingsError(f"the configuration {path} is no valid TOML: {error}.") from error
 
 
@@ -51,11 +56,17 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; is it {close[0]}" if close else ""
-            raise SettingsError(f"the configuration {path} sets '{name}', which is no option of any command{hint}?")
+            raise SettingsError(
+                f"the configuration {path} sets '{name}', which is no option of any command{hint}?"
+            )
         if isinstance(value, dict):
-            raise SettingsError(f"the configuration {path} has a table '{name}'; options stand side by side in it.")
+            raise SettingsError(
+                f"the configuration {path} has a table '{name}'; options stand side by side in it."
+            )
     here = dict(options(ctx.command))
-    found = {p.name: content[name] for name, p in here.items() if name in content and p.name is not None}
+    found = {
+        p.name: content[name] for name, p in here.items() if name in content and p.name is not None
+    }
     for name, value in found.items():
         parameter = next(p for p in here.values() if p.name == name)
         if isinstance(value, list) and isinstance(parameter, Separated):
@@ -63,10 +74,14 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
             continue
         if isinstance(value, list) != parameter.multiple:
             what = "one value, not a list" if isinstance(value, list) else "a list, in brackets"
-            raise SettingsError(f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}.")
+            raise SettingsError(
+                f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}."
+            )
         if isinstance(value, bool) != bool(parameter.is_flag):
             what = "true or false" if parameter.is_flag else "no switch"
-            raise SettingsError(f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}.")
+            raise SettingsError(
+                f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}."
+            )
         if not isinstance(value, (bool, list)):
             found[name] = str(value)  # dates, infinity: read as on the command line
     ctx.default_map = {**(ctx.default_map or {}), **found}
@@ -94,12 +109,27 @@ config_option = click.option(
 
 
 @click.command()
-@click.option("--of", "command", default="prune", show_default=True, metavar="COMMAND", help="Whose options to show.")
-@click.option("--config", "path", type=click.Path(path_type=Path), metavar="FILE.toml", help="The file in effect.")
+@click.option(
+    "--of",
+    "command",
+    default="prune",
+    show_default=True,
+    metavar="COMMAND",
+    help="Whose options to show.",
+)
+@click.option(
+    "--config",
+    "path",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="The file in effect.",
+)
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the settings instead.")
 @json_option
 @click.pass_context
-def config(ctx: click.Context, command: str, path: Path | None, schema: bool, as_json: bool) -> None:
+def config(
+    ctx: click.Context, command: str, path: Path | None, schema: bool, as_json: bool
+) -> None:
     """Show the configuration in effect: every option of a command with its value, as a file to start from.
 
     Options without a value are comments. With --json, one object with the value and where it comes from.
@@ -116,7 +146,9 @@ def config(ctx: click.Context, command: str, path: Path | None, schema: bool, as
     given = [] if path is None else ["--config", str(path)]
     needed = [p for p in found.params if isinstance(p, click.Argument) or p.required]
     for parameter in needed:  # it is not run: what it needs does not matter
-        parameter_value = ["-"] if isinstance(parameter, click.Argument) else [parameter.opts[-1], "-"]
+        parameter_value = (
+            ["-"] if isinstance(parameter, click.Argument) else [parameter.opts[-1], "-"]
+        )
         given.extend(parameter_value)
     inner = found.make_context(command, given, parent=ctx.parent)
     rows = {}
@@ -128,7 +160,10 @@ def config(ctx: click.Context, command: str, path: Path | None, schema: bool, as
         from_file = source is click.core.ParameterSource.DEFAULT_MAP
         rows[name] = {"value": _plain(value), "source": "file" if from_file else "default"}
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "command": command, "options": rows}, indent=2), file=stream())
+        click.echo(
+            json.dumps({"schema_version": 1, "command": command, "options": rows}, indent=2),
+            file=stream(),
+        )
         return
     click.echo(f"# onnx-oamip {command}", file=stream())
     for name, row in rows.items():

@@ -26,7 +26,9 @@ class Page:
         given = [other for other in others if other is not None]
         for other in (model, *given):
             if same_file(path, other):
-                raise OutputError(f"{path} is given as another file of this run too; give --report another path.")
+                raise OutputError(
+                    f"{path} is given as another file of this run too; give --report another path."
+                )
         self.path = check_output(model, path, given, "--report")
 
     def draw(self, result: Report | Frontier) -> bytes:

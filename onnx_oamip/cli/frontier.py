@@ -48,9 +48,13 @@ from onnx_oamip.cli.terminal import Progress, show
     show_default=True,
     help="Shares of the multiply-accumulates to keep, as 0.8,0.5,25%.",
 )
-@click.option("-o", "--output", type=MODEL, metavar="F.json", help="Write the JSON document to a file too.")
+@click.option(
+    "-o", "--output", type=MODEL, metavar="F.json", help="Write the JSON document to a file too."
+)
 @report_option
-@click.option("--save-dir", type=MODEL, metavar="DIR", help="Write the model of every level to this folder.")
+@click.option(
+    "--save-dir", type=MODEL, metavar="DIR", help="Write the model of every level to this folder."
+)
 @planning_options
 @importance_options
 @solver_option
@@ -95,10 +99,15 @@ def frontier(
 
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
-    page = None if report_file is None else Page(report_file, model, data, eval_data, scores, output)
+    page = (
+        None if report_file is None else Page(report_file, model, data, eval_data, scores, output)
+    )
     target = None if output is None else check_output(model, output, (data, eval_data, scores))
     if output is not None:
-        check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
+        check_paths(
+            output,
+            {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores},
+        )
     with Progress(quiet) as progress:
         found = run(model, data, settings, levels, eval_data, progress, scores, save_dir)
     document = documents.frontier(found)

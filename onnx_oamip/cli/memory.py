@@ -15,7 +15,9 @@ def size(ctx: click.Context, param: click.Parameter, value: str | int | None) ->
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", str(value).strip().upper())
     if found is None or not float(found[1]):
-        raise click.BadParameter(f"{value!r} is not a size; give a number of bytes, or one such as 2GB.", ctx, param)
+        raise click.BadParameter(
+            f"{value!r} is not a size; give a number of bytes, or one such as 2GB.", ctx, param
+        )
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -39,7 +39,9 @@ def floor(ctx: click.Context, param: click.Parameter, value: str) -> float:
     """A share that may be 0."""
     number = fraction(value)
     if not 0 <= number <= 1:
-        message = f"{value!r} is not a share; give a number from 0 to 1, or a percentage such as 10%."
+        message = (
+            f"{value!r} is not a share; give a number from 0 to 1, or a percentage such as 10%."
+        )
         raise click.BadParameter(message, ctx, param)
     return number
 
@@ -95,14 +97,25 @@ class MethodOption(click.Option):
         """The help, made when it is asked for: the registry is heavy to import."""
         from onnx_oamip.importance import METHODS
 
-        self.help = "How units are scored: " + "; ".join(f"{n}, {m.summary}" for n, m in METHODS.items()) + "."
+        self.help = (
+            "How units are scored: "
+            + "; ".join(f"{n}, {m.summary}" for n, m in METHODS.items())
+            + "."
+        )
         return super().get_help_record(ctx)
 
 
 importance_option = click.option(
-    "--importance", cls=MethodOption, callback=method, default="obs", show_default=True, metavar="NAME"
+    "--importance",
+    cls=MethodOption,
+    callback=method,
+    default="obs",
+    show_default=True,
+    metavar="NAME",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, no tables.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout, no tables."
+)
 device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -151,7 +164,10 @@ report_option = click.option(
     help="Write a page with tables and charts too: one file, to read offline or to print.",
 )
 quiet_option = click.option(
-    "-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr."
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="Print no tables and no progress; errors still go to stderr.",
 )
 workers_option = click.option(
     "--workers",
@@ -217,7 +233,11 @@ def importance_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Of oamip, exact: the share of the units' multiply-accumulates that the program may keep, in place "
             "of its reward for sparsity.",
         ),
-        click.option("--relax", is_flag=True, help="Of oamip: no whole variables; faster, and no longer exact."),
+        click.option(
+            "--relax",
+            is_flag=True,
+            help="Of oamip: no whole variables; faster, and no longer exact.",
+        ),
         click.option(
             "--images-per-class",
             type=click.IntRange(min=1),
@@ -277,10 +297,23 @@ def budget_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What to keep, how units are judged and how a budget is spread, for every command that plans."""
     options = (
         click.option(
-            "--macs", callback=share, metavar="R", help="Share of the multiply-accumulates to keep, as 0.5 or 50%."
+            "--macs",
+            callback=share,
+            metavar="R",
+            help="Share of the multiply-accumulates to keep, as 0.5 or 50%.",
         ),
-        click.option("--params", callback=share, metavar="R", help="Share of the parameters to keep, as 0.5 or 50%."),
-        click.option("--size", callback=share, metavar="R", help="Share of the file's bytes to keep, as 0.5 or 50%."),
+        click.option(
+            "--params",
+            callback=share,
+            metavar="R",
+            help="Share of the parameters to keep, as 0.5 or 50%.",
+        ),
+        click.option(
+            "--size",
+            callback=share,
+            metavar="R",
+            help="Share of the file's bytes to keep, as 0.5 or 50%.",
+        ),
         click.option(
             "--latency",
             callback=share,

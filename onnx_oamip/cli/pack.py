@@ -23,8 +23,19 @@ from onnx_oamip.core.errors import SettingsError
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=MODEL, required=True, metavar="MODEL.oamip", help="Where the packed model goes.")
-@click.option("--lossless", is_flag=True, help="Keep every bit. So it is anyway without --data, --clusters and --bits.")
+@click.option(
+    "-o",
+    "--output",
+    type=MODEL,
+    required=True,
+    metavar="MODEL.oamip",
+    help="Where the packed model goes.",
+)
+@click.option(
+    "--lossless",
+    is_flag=True,
+    help="Keep every bit. So it is anyway without --data, --clusters and --bits.",
+)
 @click.option(
     "--clusters",
     type=click.IntRange(2, 256),
@@ -32,7 +43,12 @@ from onnx_oamip.core.errors import SettingsError
     help="Distinct values that each weight matrix may hold, found by k-means. Default with --data: chosen for each, so "
     "that --max-drop holds.",
 )
-@click.option("--bits", type=click.IntRange(1, 8), metavar="B", help="The same, as 2 to the power of B values.")
+@click.option(
+    "--bits",
+    type=click.IntRange(1, 8),
+    metavar="B",
+    help="The same, as 2 to the power of B values.",
+)
 @click.option(
     "--data",
     metavar=DATA,
@@ -50,16 +66,29 @@ from onnx_oamip.core.errors import SettingsError
     metavar="P",
     help="Most points to lose: of accuracy, or without labels of agreement with the original.  [default: 0.5]",
 )
-@click.option("--report", "rivals", is_flag=True, help="Also show what zip, half precision and both come to.")
+@click.option(
+    "--report", "rivals", is_flag=True, help="Also show what zip, half precision and both come to."
+)
 @device_option
 @seed_option
 @batch_size_option
 @reading_options
 @config_option
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="Print no tables and no progress; errors still go to stderr.")
+@click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    help="Print no tables and no progress; errors still go to stderr.",
+)
 def pack(
-    model: Path, output: Path, bits: int | None, rivals: bool, as_json: bool, quiet: bool, **choices: Any
+    model: Path,
+    output: Path,
+    bits: int | None,
+    rivals: bool,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
 ) -> None:
     """Write MODEL in fewer bytes to MODEL.oamip, to store or to ship.
 
@@ -80,7 +109,9 @@ def pack(
 
 @click.command()
 @click.argument("packed", type=MODEL, metavar="MODEL.oamip")
-@click.option("-o", "--output", type=MODEL, required=True, metavar="MODEL.onnx", help="Where the model goes.")
+@click.option(
+    "-o", "--output", type=MODEL, required=True, metavar="MODEL.onnx", help="Where the model goes."
+)
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="Print no tables; errors still go to stderr.")
 def unpack(packed: Path, output: Path, as_json: bool, quiet: bool) -> None:

@@ -41,7 +41,9 @@ data_option = click.option(
     "Only --importance l1, l2 or random with --allocate uniform or global and --refit none does without.",
 )
 force_option = click.option(
-    "--force", is_flag=True, help="Write the model even where it was measured slower than the original."
+    "--force",
+    is_flag=True,
+    help="Write the model even where it was measured slower than the original.",
 )
 strict_option = click.option(
     "--strict",
@@ -75,7 +77,11 @@ mlflow_option = click.option(
 @data_option
 @eval_option
 @click.option(
-    "-o", "--output", type=MODEL, metavar="OUT.onnx", help="Where the pruned model goes; only --dry-run does without."
+    "-o",
+    "--output",
+    type=MODEL,
+    metavar="OUT.onnx",
+    help="Where the pruned model goes; only --dry-run does without.",
 )
 @keep_map_option
 @report_option
@@ -98,12 +104,18 @@ mlflow_option = click.option(
     metavar="N",
     help="Score, prune and refit N times, a counted budget reached in equal factors.",
 )
-@click.option("--sparse", is_flag=True, help="Of connections: store constants that are mostly zero as sparse tensors.")
+@click.option(
+    "--sparse",
+    is_flag=True,
+    help="Of connections: store constants that are mostly zero as sparse tensors.",
+)
 @solver_option
 @time_limit_option
 @workers_option
 @scheduler_option
-@click.option("--dry-run", is_flag=True, help="Only show what would be removed; write nothing but the cache.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only show what would be removed; write nothing but the cache."
+)
 @force_option
 @strict_option
 @no_provenance_option
@@ -147,19 +159,32 @@ def prune(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     if output is not None:
-        check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
+        check_paths(
+            output,
+            {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores},
+        )
     if report_file is not None and dry_run:
-        raise click.UsageError("--report tells what was done, and --dry-run does nothing; leave out one of them.")
+        raise click.UsageError(
+            "--report tells what was done, and --dry-run does nothing; leave out one of them."
+        )
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
-    page = None if report_file is None else Page(report_file, model, data, eval_data, scores, output, keep_map)
+    page = (
+        None
+        if report_file is None
+        else Page(report_file, model, data, eval_data, scores, output, keep_map)
+    )
     asked = {**settings.model_dump(mode="json", exclude={"device"}), "model": model, "data": data}
     with mlflow_tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
         if dry_run:
-            document = documents.planning(pipeline.plan(model, data, None, settings, eval_data, progress, scores))
+            document = documents.planning(
+                pipeline.plan(model, data, None, settings, eval_data, progress, scores)
+            )
             log(document, ())
         else:
-            found = pipeline.prune(model, data, output, settings, eval_data, progress, scores, keep_map, page)
+            found = pipeline.prune(
+                model, data, output, settings, eval_data, progress, scores, keep_map, page
+            )
             document = documents.document(found)
             log(document, (keep_map, report_file))
     if as_json or not quiet:
@@ -170,7 +195,9 @@ def prune(
 @click.argument("model", type=MODEL)
 @data_option
 @eval_option
-@click.option("-o", "--output", type=MODEL, required=True, metavar="P.json", help="Where the plan goes.")
+@click.option(
+    "-o", "--output", type=MODEL, required=True, metavar="P.json", help="Where the plan goes."
+)
 @budget_options
 @importance_options
 @solver_option
@@ -209,7 +236,9 @@ def plan(
     from onnx_oamip.core.settings import Settings
     from onnx_oamip.reporting import documents
 
-    check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores})
+    check_paths(
+        output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores}
+    )
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
@@ -220,14 +249,28 @@ def plan(
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--plan", "plan_file", type=MODEL, required=True, metavar="P.json", help="What stays, as plan wrote it.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=MODEL,
+    required=True,
+    metavar="P.json",
+    help="What stays, as plan wrote it.",
+)
 @click.option(
     "--data",
     metavar=DATA,
     help="Calibration samples, as for prune. Only a plan made with --refit none does without.",
 )
 @eval_option
-@click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.onnx", help="Where the pruned model goes.")
+@click.option(
+    "-o",
+    "--output",
+    type=MODEL,
+    required=True,
+    metavar="OUT.onnx",
+    help="Where the pruned model goes.",
+)
 @keep_map_option
 @report_option
 @click.option(
@@ -235,8 +278,18 @@ def plan(
     type=click.Choice(["least-squares", "bias", "none"]),
     help="As for prune. Default: as the plan was made with.",
 )
-@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="As for prune. Default: that of the plan.")
-@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="As for prune. Default: that of the plan.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="As for prune. Default: that of the plan.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="As for prune. Default: that of the plan.",
+)
 @max_memory_option
 @no_provenance_option
 @force_option
@@ -270,12 +323,20 @@ def apply(
     from onnx_oamip.integrations import mlflow_tracking
     from onnx_oamip.reporting import documents
 
-    check_paths(output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file})
-    page = None if report_file is None else Page(report_file, model, data, eval_data, plan_file, output, keep_map)
+    check_paths(
+        output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file}
+    )
+    page = (
+        None
+        if report_file is None
+        else Page(report_file, model, data, eval_data, plan_file, output, keep_map)
+    )
     changes = {name: value for name, value in choices.items() if value is not None}
     asked = {"model": model, "data": data, "plan": plan_file}
     with mlflow_tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
-        found = pipeline.apply(model, plan_file, data, output, changes, eval_data, progress, keep_map, page)
+        found = pipeline.apply(
+            model, plan_file, data, output, changes, eval_data, progress, keep_map, page
+        )
         document = documents.document(found)
         log(document, (keep_map, report_file))
     if as_json or not quiet:

@@ -34,7 +34,9 @@ def numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[flo
     """Finite numbers with commas between them."""
     found = tuple(fraction(part) for part in value.split(","))
     if not all(math.isfinite(n) for n in found):
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.485,0.456,0.406.", ctx, param)
+        raise click.BadParameter(
+            f"{value!r} is no list of numbers such as 0.485,0.456,0.406.", ctx, param
+        )
     return found
 
 
@@ -104,7 +106,9 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Most images or rows to read, evenly over the classes.",
         ),
         click.option(
-            "--column", metavar="NAME", help="Of a Parquet file: the column that the model's only input takes."
+            "--column",
+            metavar="NAME",
+            help="Of a Parquet file: the column that the model's only input takes.",
         ),
     )
     for option in reversed(options):

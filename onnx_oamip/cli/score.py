@@ -36,7 +36,9 @@ from onnx_oamip.cli.terminal import Progress, show
     metavar=DATA,
     help="Calibration samples, as for prune. Only --importance l1, l2 or random does without.",
 )
-@click.option("-o", "--output", type=MODEL, required=True, metavar="S.npz", help="Where the scores go.")
+@click.option(
+    "-o", "--output", type=MODEL, required=True, metavar="S.npz", help="Where the scores go."
+)
 @importance_option
 @click.option(
     "--exclude",
@@ -58,7 +60,9 @@ from onnx_oamip.cli.terminal import Progress, show
 @config_option
 @json_option
 @quiet_option
-def score(model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any) -> None:
+def score(
+    model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any
+) -> None:
     """Write the importance of every unit of MODEL to S.npz, for prune --scores.
 
     They are the scores that prune would find on the same data. The file says which model it belongs to and which

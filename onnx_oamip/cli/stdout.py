@@ -44,7 +44,9 @@ def reserved() -> Iterator[None]:
         yield
     finally:
         sys.stdout = sys.stderr
-        with suppress(OSError):  # every document is flushed where it is written, and its errors are reported there
+        with suppress(
+            OSError
+        ):  # every document is flushed where it is written, and its errors are reported there
             own.close()
 
 

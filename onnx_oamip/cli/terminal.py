@@ -69,7 +69,10 @@ class Progress:
         self._display.update(self._tasks[stage], completed=done, total=total)
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with self._lock:
             if self._timer is not None:

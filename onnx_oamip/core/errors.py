@@ -20,7 +20,11 @@ class OamipError(Exception):
 
     def __init__(self, message: str = "") -> None:
         """One line, however odd the names in it."""
-        text = message if len(message) <= MOST else f"{message[: MOST * 2 // 3]} ... {message[-(MOST // 3) :]}"
+        text = (
+            message
+            if len(message) <= MOST
+            else f"{message[: MOST * 2 // 3]} ... {message[-(MOST // 3) :]}"
+        )
         super().__init__(visible(text))
 
 
@@ -49,7 +53,9 @@ class OutOfMemory(OamipError, MemoryError):
 
 
 @contextmanager
-def memory_for(what: str, advice: str = "give a smaller --max-memory, --workers 1 or fewer samples") -> Iterator[None]:
+def memory_for(
+    what: str, advice: str = "give a smaller --max-memory, --workers 1 or fewer samples"
+) -> Iterator[None]:
     """Where memory runs out inside, say what for and what helps: raises OutOfMemory."""
     try:
         yield

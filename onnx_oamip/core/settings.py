@@ -16,9 +16,16 @@ LEAST_MEMORY = 1 << 28
 PART = 4
 """Activations, what is computed from them, and ONNX Runtime's own copies share what a run may take."""
 READING = {
-    "image_size", "image_fit", "image_scale", "image_mean", "image_std", "image_layout", "image_color", "samples",
+    "image_size",
+    "image_fit",
+    "image_scale",
+    "image_mean",
+    "image_std",
+    "image_layout",
+    "image_color",
+    "samples",
     "column",
-}  # fmt: skip
+}
 """Settings that say how samples are read."""
 
 
@@ -98,32 +105,47 @@ class Settings(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "settings"
             what = first["msg"].replace("Input should be", "it should be")
-            raise SettingsError(f"--{name.replace('_', '-')} is {first['input']!r}: {what}.") from error
+            raise SettingsError(
+                f"--{name.replace('_', '-')} is {first['input']!r}: {what}."
+            ) from error
 
     @classmethod
     def schema_document(cls) -> dict[str, Any]:
         """The JSON schema of all settings under the command line's names, as a configuration file has them."""
         schema = cls.model_json_schema()
-        schema["properties"] = {name.replace("_", "-"): value for name, value in schema["properties"].items()}
+        schema["properties"] = {
+            name.replace("_", "-"): value for name, value in schema["properties"].items()
+        }
         return schema
 
     @property
     def budget(self) -> Budget:
         """The part of the settings that says how much to keep."""
-        return Budget(self.macs, self.params, self.size, self.threshold, self.latency, self.max_drop)
+        return Budget(
+            self.macs, self.params, self.size, self.threshold, self.latency, self.max_drop
+        )
 
     @property
     def without_budget(self) -> Settings:
         """These settings without anything that says how much to keep."""
-        return self.model_copy(update=dict.fromkeys((budget.name for budget in fields(Budget)), None))
+        return self.model_copy(
+            update=dict.fromkeys((budget.name for budget in fields(Budget)), None)
+        )
 
     @property
     def reading(self) -> Reading:
         """How samples are read from images and tables."""
         return Reading(
-            self.image_size, self.image_fit, self.image_scale, self.image_mean, self.image_std, self.image_layout,
-            self.image_color, self.samples, self.column,
-        )  # fmt: skip
+            self.image_size,
+            self.image_fit,
+            self.image_scale,
+            self.image_mean,
+            self.image_std,
+            self.image_layout,
+            self.image_color,
+            self.samples,
+            self.column,
+        )
 
     @property
     def room(self) -> int:
@@ -134,6 +156,12 @@ class Settings(BaseModel):
     def _positive_step(self) -> Settings:
         if isinstance(self.align, int) and self.align < 1:
             raise ValueError("--align must be auto or at least 1")
-        if min(self.image_size or (1,)) < 1 or min(self.image_std, default=0) <= 0 or not self.image_mean:
-            raise ValueError("--image-size and --image-std must be above 0, and --image-mean not empty")
+        if (
+            min(self.image_size or (1,)) < 1
+            or min(self.image_std, default=0) <= 0
+            or not self.image_mean
+        ):
+            raise ValueError(
+                "--image-size and --image-std must be above 0, and --image-mean not empty"
+            )
         return self

@@ -89,7 +89,11 @@ class Samples:
 
     def usable(self) -> int:
         """Samples that batches() will give."""
-        return self.count - self.count % self.fixed_batch if self.fixed_batch and not self.whole else self.count
+        return (
+            self.count - self.count % self.fixed_batch
+            if self.fixed_batch and not self.whole
+            else self.count
+        )
 
     def take(self, index: Ints) -> Samples:
         """The samples at ``index``."""
@@ -105,7 +109,11 @@ class Samples:
         """Sizes of symbolic dimensions under this data, for one sample a feed (whole feeds: for one feed)."""
         bound: dict[str, int] = {}
         for port in model.inputs:
-            shape = self.arrays[port.name].shape[1:] if self.whole else (1, *self.arrays[port.name].shape[1:])
+            shape = (
+                self.arrays[port.name].shape[1:]
+                if self.whole
+                else (1, *self.arrays[port.name].shape[1:])
+            )
             for axis in range(len(port.dims)):
                 name = symbol(port, axis)
                 if name is not None:
@@ -158,11 +166,15 @@ def _plain(source: Mapping[str, Array]) -> dict[str, Values]:
     """A caller's own arrays, by name and in this machine's byte order."""
     for name in source:
         if not isinstance(name, str):
-            raise DataError(f"the data has the key {name!r}, which is no name of an input; keys are names.")
+            raise DataError(
+                f"the data has the key {name!r}, which is no name of an input; keys are names."
+            )
     try:
         return {name: numpy_files.native(np.asarray(value)) for name, value in source.items()}
     except ValueError as error:
-        raise DataError(f"the data holds something that is no array of numbers: {error}.") from error
+        raise DataError(
+            f"the data holds something that is no array of numbers: {error}."
+        ) from error
 
 
 _FORMS = "an .npz, .npy or .parquet file, a folder of images, or module:function"
@@ -173,11 +185,17 @@ def _read(source: str, model: Model, reading: Reading) -> tuple[dict[str, Values
     if path.is_dir():
         if len(model.inputs) != 1:
             names = ", ".join(p.name for p in model.inputs)
-            raise DataError(f"{source} is a folder of images, but the model has the inputs {names}; give an .npz.")
+            raise DataError(
+                f"{source} is a folder of images, but the model has the inputs {names}; give an .npz."
+            )
         port = model.inputs[0]
         codes, labels, where = images.folder(path, port, reading)
         scale, offset = images.affine(port, reading, where)
-        found: dict[str, Values] = {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
+        found: dict[str, Values] = {
+            port.name: codes,
+            f"{port.name}.scale": scale,
+            f"{port.name}.offset": offset,
+        }
         return {**found, **({} if labels is None else {LABELS: labels})}, where
     if ":" in source and not path.exists() and path.suffix not in {".npz", ".npy", ".parquet"}:
         return _read_callable(source), source
@@ -194,7 +212,9 @@ def _read_numpy(path: Path, model: Model) -> dict[str, Values]:
         return loaded
     if len(model.inputs) != 1:
         names = ", ".join(p.name for p in model.inputs)
-        raise DataError(f"{path} holds one array but the model has the inputs {names}; use an .npz with those names.")
+        raise DataError(
+            f"{path} holds one array but the model has the inputs {names}; use an .npz with those names."
+        )
     return {model.inputs[0].name: loaded}
 
 
@@ -220,7 +240,11 @@ def _read_callable(source: str) -> dict[str, Values]:
             raise _no_feeds(source)
         for name, spool in spools.items():
             if name not in feed or _shape_of(feed[name]) != wanted[name]:
-                what = f"'{name}' is {_told(_shape_of(feed[name]))}" if name in feed else f"there is no '{name}'"
+                what = (
+                    f"'{name}' is {_told(_shape_of(feed[name]))}"
+                    if name in feed
+                    else f"there is no '{name}'"
+                )
                 raise DataError(
                     f"--data {source} yields feeds of unequal names or shapes, or types (in the first '{name}' is "
                     f"{_told(wanted[name])}, in feed {count} {what}); make them equal."
@@ -231,7 +255,9 @@ def _read_callable(source: str) -> dict[str, Values]:
             feed = next(feeds, None)
         except Exception as error:
             raise _raised(source, error) from error
-    return {name: spools[name].finish((count, *shape), kind) for name, (shape, kind) in wanted.items()}
+    return {
+        name: spools[name].finish((count, *shape), kind) for name, (shape, kind) in wanted.items()
+    }
 
 
 def _shape_of(value: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -259,7 +285,10 @@ def _check(found: dict[str, Values], model: Model, where: str) -> Samples:
         raise DataError("the model has no inputs, so there is nothing to calibrate it with.")
     missing = [n for n in names if n not in found]
     if missing:
-        have = ", ".join(sorted(k for k in found if not k.endswith((".scale", ".offset")))) or "nothing"
+        have = (
+            ", ".join(sorted(k for k in found if not k.endswith((".scale", ".offset"))))
+            or "nothing"
+        )
         raise DataError(
             f"{where} has arrays for {have} but the model's input is '{missing[0]}' "
             f"({_expected(model.port(missing[0]))}); name the array after the input."
@@ -276,31 +305,46 @@ def _check(found: dict[str, Values], model: Model, where: str) -> Samples:
         array = found[port.name]
         scale = _factor(found, f"{port.name}.scale", array, port, where)
         offset = _factor(found, f"{port.name}.offset", array, port, where)
-        arrays[port.name] = _check_array(array, port, scale is not None or offset is not None, where)
+        arrays[port.name] = _check_array(
+            array, port, scale is not None or offset is not None, where
+        )
         if scale is not None or offset is not None:
             one, nothing = np.ones((), np.float32), np.zeros((), np.float32)
-            scales[port.name] = (one if scale is None else scale, nothing if offset is None else offset)
+            scales[port.name] = (
+                one if scale is None else scale,
+                nothing if offset is None else offset,
+            )
         dtypes[port.name] = port.dtype
         ranks.add(array.ndim - len(port.dims))
     if len(ranks) > 1:
-        raise DataError(f"{where} mixes batched arrays and whole feeds; give every input the same kind.")
+        raise DataError(
+            f"{where} mixes batched arrays and whole feeds; give every input the same kind."
+        )
     counts = {name: len(a) for name, a in arrays.items()}
     count = min(counts.values())
     if count == 0:
-        raise DataError(f"{where} holds no samples; at least one is needed, a few hundred are better.")
+        raise DataError(
+            f"{where} holds no samples; at least one is needed, a few hundred are better."
+        )
     if len(set(counts.values())) > 1:
-        raise DataError(f"{where} holds unequal numbers of samples ({counts}); axis 0 of every array counts samples.")
+        raise DataError(
+            f"{where} holds unequal numbers of samples ({counts}); axis 0 of every array counts samples."
+        )
     whole = ranks == {1}
     first = model.inputs[0].dims[0] if model.inputs[0].dims else None
     fixed = first if isinstance(first, int) and first > 0 and not whole else None
     if fixed and count < fixed:
-        raise DataError(f"{where} holds {count} samples but the model takes {fixed} at a time; give at least {fixed}.")
+        raise DataError(
+            f"{where} holds {count} samples but the model takes {fixed} at a time; give at least {fixed}."
+        )
     given = None if LABELS in names else found.get(LABELS)
     labels = None if given is None else _check_labels(given, count, whole, where)
     return Samples(arrays, labels, count, whole, scales, dtypes, fixed, where)
 
 
-def _factor(found: Mapping[str, Values], key: str, array: Values, port: Port, where: str) -> Array | None:
+def _factor(
+    found: Mapping[str, Values], key: str, array: Values, port: Port, where: str
+) -> Array | None:
     """A scale or an offset: one number, or numbers that meet a sample's channels as numpy broadcasts them."""
     if key not in found:
         return None
@@ -355,29 +399,55 @@ def _check_array(array: Values, port: Port, scaled: bool, where: str) -> Values:
         )
     shape = array.shape[1:] if array.ndim == rank + 1 else array.shape
     for axis, (have, want) in enumerate(zip(shape, port.dims, strict=True)):
-        if isinstance(want, int) and want > 0 and have != want and not (axis == 0 and array.ndim == rank):
+        if (
+            isinstance(want, int)
+            and want > 0
+            and have != want
+            and not (axis == 0 and array.ndim == rank)
+        ):
             orders = [t for t in _LAYOUTS if len(t) == array.ndim == rank]
-            turned = next((t for t in orders if _fits(tuple(array.shape[a] for a in t[1:]), port.dims[1:])), None)
-            hint = f"; the layout fits after array.transpose({', '.join(map(str, turned))})" if turned else ""
-            raise DataError(f"{label} has shape {array.shape} but the model expects {_expected(port)}{hint}.")
+            turned = next(
+                (t for t in orders if _fits(tuple(array.shape[a] for a in t[1:]), port.dims[1:])),
+                None,
+            )
+            hint = (
+                f"; the layout fits after array.transpose({', '.join(map(str, turned))})"
+                if turned
+                else ""
+            )
+            raise DataError(
+                f"{label} has shape {array.shape} but the model expects {_expected(port)}{hint}."
+            )
     if array.dtype.kind in "fc" or array.dtype.kind == "V":
         wrong = out_of_core.first_not_finite(array)
         if wrong is not None:
-            hint = ", and where -inf masks something, write the type's lowest number" if wrong.masks else ""
-            raise DataError(f"{label} has NaN or infinite values, first in sample {wrong.row}; clean the data{hint}.")
+            hint = (
+                ", and where -inf masks something, write the type's lowest number"
+                if wrong.masks
+                else ""
+            )
+            raise DataError(
+                f"{label} has NaN or infinite values, first in sample {wrong.row}; clean the data{hint}."
+            )
     return array
 
 
 def _check_labels(given: Values, count: int, whole: bool, where: str) -> Ints:
     if not np.issubdtype(given.dtype, np.integer):
-        raise DataError(f"{where}: 'labels' is {given.dtype}; expected integers, one class per sample.")
+        raise DataError(
+            f"{where}: 'labels' is {given.dtype}; expected integers, one class per sample."
+        )
     if given.ndim == 0 or len(given) != count or (given.ndim != 1 and not whole):
-        raise DataError(f"{where}: 'labels' has shape {given.shape}; expected ({count},), one class per sample.")
+        raise DataError(
+            f"{where}: 'labels' has shape {given.shape}; expected ({count},), one class per sample."
+        )
     labels = np.asarray(given)  # only now: a small file may say that it holds many
     if labels.size and labels.max() > np.iinfo(np.int64).max:
         raise DataError(f"{where}: 'labels' has the class {int(labels.max())}, which is none.")
     if labels.size and labels.min() < 0:
-        raise DataError(f"{where}: 'labels' has the negative class {int(labels.min())}; classes count from 0.")
+        raise DataError(
+            f"{where}: 'labels' has the negative class {int(labels.min())}; classes count from 0."
+        )
     return labels.astype(np.int64)
 
 
@@ -398,7 +468,9 @@ def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
     """Random feeds at the model's shapes, only to compare two graphs that must agree on any input; never statistics."""
     rng = np.random.default_rng(seed)
     arrays = {}
-    largest = max((math.prod(model.shapes[p.name]) * p.dtype.itemsize for p in model.inputs), default=0)
+    largest = max(
+        (math.prod(model.shapes[p.name]) * p.dtype.itemsize for p in model.inputs), default=0
+    )
     count = min(count, max(1, FEW_BYTES // max(largest, 1)))
     for port in model.inputs:
         shape = (count, *model.shapes[port.name])

@@ -26,18 +26,17 @@ def run_size(model: Model, room: int = FRONTIER_BYTES) -> int:
     return min(RUN, _most(model, room))
 
 
-
 def side_by_side(model: Model, room: int) -> int:
     """Runs of :func:`run_size` samples whose widest frontiers fit in ``room`` bytes together; at least one."""
     return max(1, _most(model, room) // run_size(model, room))
 
 
-
 def _most(model: Model, room: int) -> int:
     """Samples whose widest frontier, about three of the largest tensors, takes ``room`` bytes; at least one."""
-    sizes = sorted((int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True)
+    sizes = sorted(
+        (int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True
+    )
     return max(1, room // max(4 * sum(sizes[:3]) // max(model.batch, 1), 1))
-
 
 
 class Feeds(Sequence[dict[str, Array]]):
@@ -59,8 +58,9 @@ class Feeds(Sequence[dict[str, Array]]):
         return self._samples.feed(self._index[place])
 
 
-
-def affordable(model: Model, samples: Samples, batch_size: int, room: int | None = None) -> tuple[Feeds, int]:
+def affordable(
+    model: Model, samples: Samples, batch_size: int, room: int | None = None
+) -> tuple[Feeds, int]:
     """(feeds, samples used): as many as keep the widest frontier within ``room`` bytes (``FRONTIER_BYTES``)."""
     most = _most(model, FRONTIER_BYTES if room is None else room)
     chosen: list[Ints] = []
@@ -71,4 +71,3 @@ def affordable(model: Model, samples: Samples, batch_size: int, room: int | None
         chosen.append(index)
         used += len(index)
     return Feeds(samples, chosen), used
-

@@ -60,7 +60,9 @@ def folder(path: Path, port: Port, reading: Reading) -> tuple[Values, Ints | Non
     """
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
-        raise DataError(f"{path} is a folder without images ({', '.join(sorted(SUFFIXES))}); give images or an .npz.")
+        raise DataError(
+            f"{path} is a folder without images ({', '.join(sorted(SUFFIXES))}); give images or an .npz."
+        )
     by_class: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         parts = file.relative_to(path).parts
@@ -87,7 +89,9 @@ def _spread(by_class: dict[str, list[Path]], most: int) -> list[Path]:
     return sorted(chosen)
 
 
-def decode(sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str) -> Values:
+def decode(
+    sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str
+) -> Values:
     """Codes (samples, *input shape without the batch) uint8 of named images: functions that give their bytes."""
     check(where)
     from PIL import Image, ImageOps, UnidentifiedImageError
@@ -103,17 +107,25 @@ def decode(sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, readi
                 ImageOps.exif_transpose(image, in_place=True)
                 mode = MODES[form.channels]
                 same = image if image.mode == mode else image.convert(mode)
-                code = np.asarray(_fitted(same, form.size, reading.fit)).reshape(height, width, form.channels)
+                code = np.asarray(_fitted(same, form.size, reading.fit)).reshape(
+                    height, width, form.channels
+                )
         except UnidentifiedImageError as error:
             what = "it has no format of images that is known" if data else "it is empty"
-            raise DataError(f"{name} cannot be read as an image: {what}; mend or remove it.") from error
+            raise DataError(
+                f"{name} cannot be read as an image: {what}; mend or remove it."
+            ) from error
         except Exception as error:  # what broken images make Pillow raise is not documented
             text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise DataError(f"{name} cannot be read as an image: {text.rstrip('.')}; mend or remove it.") from error
+            raise DataError(
+                f"{name} cannot be read as an image: {text.rstrip('.')}; mend or remove it."
+            ) from error
         if reading.color == "bgr" and form.channels >= 3:
             code = np.concatenate([code[..., 2::-1], code[..., 3:]], axis=-1)
         spool.append(code.transpose(2, 0, 1) if form.layout == "nchw" else code)
-    shape = (form.channels, height, width) if form.layout == "nchw" else (height, width, form.channels)
+    shape = (
+        (form.channels, height, width) if form.layout == "nchw" else (height, width, form.channels)
+    )
     return spool.finish((len(sources), *shape), np.dtype(np.uint8))
 
 
@@ -121,7 +133,9 @@ def _bounded(image: Image.Image, size: int) -> None:
     """Raises ValueError for an image of ``size`` bytes that is much larger once it is decoded."""
     most = max(PIXELS, DENSITY * size)
     if image.width * image.height > most:
-        raise ValueError(f"it has {image.width} x {image.height} pixels in {size:,} bytes, more than {most:,}")
+        raise ValueError(
+            f"it has {image.width} x {image.height} pixels in {size:,} bytes, more than {most:,}"
+        )
 
 
 def affine(port: Port, reading: Reading, where: str) -> tuple[Array, Array]:
@@ -137,7 +151,9 @@ def affine(port: Port, reading: Reading, where: str) -> tuple[Array, Array]:
         parts.append(np.broadcast_to(np.asarray(given, np.float64), (form.channels,)))
     mean, std = parts
     view = (form.channels, 1, 1) if form.layout == "nchw" else (form.channels,)
-    return (reading.scale / std).astype(np.float32).reshape(view), (-mean / std).astype(np.float32).reshape(view)
+    return (reading.scale / std).astype(np.float32).reshape(view), (-mean / std).astype(
+        np.float32
+    ).reshape(view)
 
 
 def image_form(port: Port, reading: Reading, where: str) -> Form:
@@ -145,11 +161,15 @@ def image_form(port: Port, reading: Reading, where: str) -> Form:
     dims = port.dims
     expected = f"{port.dtype} [{', '.join('?' if d is None else str(d) for d in dims)}]"
     if len(dims) != 4:
-        raise DataError(f"{where} holds images, but the model's input '{port.name}' is {expected}, without four axes.")
+        raise DataError(
+            f"{where} holds images, but the model's input '{port.name}' is {expected}, without four axes."
+        )
     layout: str = reading.layout
     if layout == "auto":
         layout = "nhwc" if dims[3] in MODES and dims[1] not in MODES else "nchw"
-    channels, *sides = (dims[1], dims[2], dims[3]) if layout == "nchw" else (dims[3], dims[1], dims[2])
+    channels, *sides = (
+        (dims[1], dims[2], dims[3]) if layout == "nchw" else (dims[3], dims[1], dims[2])
+    )
     if not isinstance(channels, int) or channels not in MODES:
         raise DataError(
             f"{where} holds images, but the model's input '{port.name}' is {expected} and read as {layout} has "

@@ -65,7 +65,9 @@ def load(path: Path, what: str = "numpy data", again: str = "") -> Values | dict
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # what a broken archive makes zipfile and zlib raise is not documented
+    except (
+        Exception
+    ) as error:  # what a broken archive makes zipfile and zlib raise is not documented
         of = error.of if isinstance(error, _Broken) else ""
         again = again or (f"write it as arrays of {of}" if of else "write it with numpy.savez")
         raise DataError(f"{path} cannot be read as {what}: {_said(error)}; {again}.") from error
@@ -104,7 +106,14 @@ def _archive(stream: IO[bytes], path: Path, held: File) -> dict[str, Values]:
             offset = _offset(held, member) if plain else 0
             with archive.open(member) as inside:
                 found[name] = _array(
-                    _Place(inside, path, f"its array '{name}'", member.file_size, held if plain else None, offset)
+                    _Place(
+                        inside,
+                        path,
+                        f"its array '{name}'",
+                        member.file_size,
+                        held if plain else None,
+                        offset,
+                    )
                 )
     return found
 
@@ -122,9 +131,10 @@ def _fits(path: Path, listed: Sequence[zipfile.ZipInfo]) -> None:
     whole = path.stat().st_size
     small = sum(m.file_size for m in listed if m.file_size <= HELD)
     unpacked = sum(
-        m.file_size for m in listed
+        m.file_size
+        for m in listed
         if m.file_size > HELD and (m.compress_type != zipfile.ZIP_STORED or m.file_size > whole)
-    )  # fmt: skip
+    )
     if small > (free := memory()) or unpacked > room():
         raise DataError(
             f"{path} asks for {amount(small + unpacked)} of memory and this machine has {amount(free)}, and "
@@ -139,7 +149,9 @@ def _array(place: _Place) -> Values:
         version = np.lib.format.read_magic(stream)
         shape, fortran, kind = _header(stream, version)
         start = stream.tell()
-    except Exception as error:  # the header is text that numpy parses: anything may come out of that
+    except (
+        Exception
+    ) as error:  # the header is text that numpy parses: anything may come out of that
         raise _Broken(f"the header of {what} is broken, {_said(error)}") from error
     if kind.hasobject:
         raise _Broken(f"{what} holds Python objects, which could run code", "numbers")
@@ -151,7 +163,9 @@ def _array(place: _Place) -> Values:
     done, values = _content(place, start, shape, fortran and len(shape) > 1, kind)
     if values is None:
         there = amount(done or place.size)
-        raise _Broken(f"{what} is truncated: {shape} of {kind} is {amount(asked)}, and {there} are there")
+        raise _Broken(
+            f"{what} is truncated: {shape} of {kind} is {amount(asked)}, and {there} are there"
+        )
     return values
 
 
@@ -184,7 +198,11 @@ def _content(
         values = spool.finish(shape, kind)
     else:
         # In an archive a checksum is compared once all has been read.
-        done = sum(map(len, _parts(place.stream, asked))) if place.offset else min(asked, place.size - start)
+        done = (
+            sum(map(len, _parts(place.stream, asked)))
+            if place.offset
+            else min(asked, place.size - start)
+        )
         values = Rows.at(place.file, place.offset + start, shape, kind)
     return done, values if done == asked else None
 
@@ -196,10 +214,13 @@ def _parts(stream: IO[bytes], size: int) -> Iterator[bytes]:
         size -= len(part)
 
 
-def _header(stream: IO[bytes], version: tuple[int, int]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _header(
+    stream: IO[bytes], version: tuple[int, int]
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     readers: Mapping[tuple[int, int], Any] = {
-        (1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0,
-    }  # fmt: skip
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     if version not in readers:
         raise ValueError(f"format version {version[0]}.{version[1]} is not read")
     shape, fortran, kind = readers[version](stream, max_header_size=HEADER)

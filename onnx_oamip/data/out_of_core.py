@@ -47,7 +47,9 @@ class File:
                 changed = not read
                 done += read or 0
         if changed:
-            raise DataError(f"{self._name} was changed while it was read; leave it as it is until the run is over.")
+            raise DataError(
+                f"{self._name} was changed while it was read; leave it as it is until the run is over."
+            )
 
 
 def _state(stream: IO[bytes]) -> tuple[int, int]:
@@ -58,7 +60,9 @@ def _state(stream: IO[bytes]) -> tuple[int, int]:
 class Rows:
     """An array (rows, ...) that ``read`` gives parts of: indices along axis 0 (n,), none negative, to (n, ...)."""
 
-    def __init__(self, read: Callable[[Ints], Array], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, read: Callable[[Ints], Array], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
         self._read, self.shape, self.dtype = read, shape, dtype
 
     @classmethod
@@ -151,7 +155,9 @@ def first_not_finite(values: Values) -> NotFinite | None:
     for block in blocks(values) if values.size else ():
         bad = ~np.isfinite(block.reshape(len(block), -1)).all(axis=1)
         if bad.any():
-            return NotFinite(done + int(np.argmax(bad)), not (np.isnan(block) | np.isposinf(block)).any())
+            return NotFinite(
+                done + int(np.argmax(bad)), not (np.isnan(block) | np.isposinf(block)).any()
+            )
         done += len(block)
     return None
 
@@ -200,7 +206,6 @@ class Spool:
             found = np.frombuffer(bytearray(b"".join(self._parts)), dtype).reshape(shape)
             return found if dtype.isnative else found.astype(dtype.newbyteorder("="))
         return Rows.at(File(self._file, self._what, fixed=False), 0, shape, dtype)
-
 
 
 def _bytes(values: Array) -> memoryview:

@@ -56,7 +56,11 @@ def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
             labels = next((n for n in LABELS if n in names and n not in columns.values()), None)
             wanted = [*columns.values(), *([labels] if labels else [])]
             # Texts stay in their dictionaries: a text of a megabyte that stands in every row is held once.
-            texts = [c.path for c in map(file.schema.column, range(len(file.schema))) if c.physical_type in _TEXTS]
+            texts = [
+                c.path
+                for c in map(file.schema.column, range(len(file.schema)))
+                if c.physical_type in _TEXTS
+            ]
             file = reader.ParquetFile(stream, read_dictionary=texts)
             parts, rows, held = [], 0, 0
             for group in range(file.num_row_groups):
@@ -72,7 +76,9 @@ def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
                 if rows >= reading.most:
                     break
         if not rows:
-            raise DataError(f"{path} holds no rows; at least one sample is needed, a few hundred are better.")
+            raise DataError(
+                f"{path} holds no rows; at least one sample is needed, a few hundred are better."
+            )
         table = pyarrow.Table.from_batches(parts).slice(0, reading.most)
         found: dict[str, Any] = {}
         for name, column in columns.items():
@@ -83,7 +89,9 @@ def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
         raise
     except Exception as error:  # what broken files make pyarrow raise is not documented
         text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise DataError(f"{path} cannot be read as Parquet: {text.rstrip('.')}; write it again.") from error
+        raise DataError(
+            f"{path} cannot be read as Parquet: {text.rstrip('.')}; write it again."
+        ) from error
     return found
 
 
@@ -95,8 +103,12 @@ def _asked(stream: IO[bytes], group: Any, wanted: Sequence[str]) -> int:
             first = chunk.dictionary_page_offset
             start = chunk.data_page_offset if first is None else min(first, chunk.data_page_offset)
             size, values = parquet_pages.decoded(stream, start, chunk.total_compressed_size)
-            if chunk.physical_type in _TEXTS and size > max(FREE, DENSE * chunk.total_compressed_size):
-                raise ValueError(f"{amount(chunk.total_compressed_size)} stand for {amount(size)} of text in it")
+            if chunk.physical_type in _TEXTS and size > max(
+                FREE, DENSE * chunk.total_compressed_size
+            ):
+                raise ValueError(
+                    f"{amount(chunk.total_compressed_size)} stand for {amount(size)} of text in it"
+                )
             total += size + VALUE * values
     return total
 
@@ -113,14 +125,22 @@ def _columns(names: list[str], model: Model, reading: Reading, path: Path) -> di
     inputs = [p.name for p in model.inputs]
     if len(inputs) == 1:
         others = [n for n in names if n not in LABELS]
-        chosen = reading.column or (inputs[0] if inputs[0] in names else others[0] if len(others) == 1 else None)
+        chosen = reading.column or (
+            inputs[0] if inputs[0] in names else others[0] if len(others) == 1 else None
+        )
         if chosen is None or chosen not in names:
-            what = f"no column '{chosen}'" if chosen else f"several columns and none called '{inputs[0]}'"
+            what = (
+                f"no column '{chosen}'"
+                if chosen
+                else f"several columns and none called '{inputs[0]}'"
+            )
             raise DataError(f"{path} has {what}; choose one of {', '.join(names)} with --column.")
         return {inputs[0]: chosen}
     missing = [n for n in inputs if n not in names]
     if missing:
-        raise DataError(f"{path} has no column '{missing[0]}' for that input; it has {', '.join(names)}.")
+        raise DataError(
+            f"{path} has no column '{missing[0]}' for that input; it has {', '.join(names)}."
+        )
     return {n: n for n in inputs}
 
 
@@ -134,14 +154,18 @@ def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> 
     chunks = column.chunks
     if types.is_struct(column.type):
         if "bytes" not in [field.name for field in column.type]:
-            raise DataError(f"{where} holds records without 'bytes', so no images; choose another with --column.")
+            raise DataError(
+                f"{where} holds records without 'bytes', so no images; choose another with --column."
+            )
         chunks = [chunk.field("bytes") for chunk in chunks]
     kind = chunks[0].type
     if types.is_dictionary(kind) and types.is_binary(kind.value_type):
         # Chunk by chunk: all dictionaries together may be more than one array holds.
         held = [(chunk.dictionary, chunk.indices.to_pylist()) for chunk in chunks]
         cells = [partial(_text, texts, at) for texts, places in held for at in places]
-        codes = decode([(f"{where}, row {i}", cell) for i, cell in enumerate(cells)], port, reading, where)
+        codes = decode(
+            [(f"{where}, row {i}", cell) for i, cell in enumerate(cells)], port, reading, where
+        )
         scale, offset = affine(port, reading, where)
         return {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
     values = _stacked(_plain(column), where)
@@ -175,14 +199,20 @@ def _stacked(column: Any, where: str) -> Array:
 
     kinds = pyarrow.types
     shape = [len(column)]
-    while any(f(column.type) for f in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)):
+    while any(
+        f(column.type) for f in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)
+    ):
         ends = compute.min_max(compute.list_value_length(column)).as_py()
         if column.null_count or ends["min"] != ends["max"]:
-            raise DataError(f"{where} holds values of unequal shapes; every row needs the shape of the input.")
+            raise DataError(
+                f"{where} holds values of unequal shapes; every row needs the shape of the input."
+            )
         shape.append(ends["max"] or 0)
         column = _plain(column.flatten())
     if column.null_count:
-        raise DataError(f"{where} has lists with {column.null_count} empty places; remove those rows.")
+        raise DataError(
+            f"{where} has lists with {column.null_count} empty places; remove those rows."
+        )
     kind = column.type.value_type if kinds.is_dictionary(column.type) else column.type
     if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)):
         raise DataError(f"{where} holds {kind}; expected numbers, lists of numbers, or images.")

@@ -33,7 +33,9 @@ def decoded(stream: IO[bytes], start: int, size: int) -> tuple[int, int]:
         if not all(isinstance(n, int) and n >= 0 for n in (here, packed, count)):
             raise ValueError("a page of it has a header that makes no sense")
         if isinstance(about, dict) and about.get(4 if 8 in header else 2) == PREFIXED:
-            raise ValueError("it stores texts by what they share (DELTA_BYTE_ARRAY), which is not read")
+            raise ValueError(
+                "it stores texts by what they share (DELTA_BYTE_ARRAY), which is not read"
+            )
         total += int(here or 0)
         values += int(count or 0)
         at += reader.at + int(packed or 0)

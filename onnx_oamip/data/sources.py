@@ -20,8 +20,9 @@ ARRAYS = "(arrays)"
 
 def called(source: Source | None) -> str | None:
     """What a source is called in reports: its path, or ``ARRAYS`` for arrays in memory."""
-    return source if source is None else ARRAYS if isinstance(source, Mapping) else os.fspath(source)
-
+    return (
+        source if source is None else ARRAYS if isinstance(source, Mapping) else os.fspath(source)
+    )
 
 
 def samples_of(
@@ -39,4 +40,3 @@ def samples_of(
     if held is None:
         return dataset.hold_out(samples, settings.seed)
     return samples, held
-

@@ -12,7 +12,9 @@ from onnx_oamip.executors.threads import Threads
 __all__ = ["Executor", "Threads", "check", "executor"]
 
 
-def executor(workers: int | None = None, scheduler: str | None = None, device: str = "cpu") -> Executor:
+def executor(
+    workers: int | None = None, scheduler: str | None = None, device: str = "cpu"
+) -> Executor:
     """``workers`` threads (None: one for every core), or the cluster of the Dask ``scheduler`` at that address.
 
     ``device``: where tasks run models, ``cpu`` or ``cuda``; workers that do not have it are refused.

@@ -80,7 +80,9 @@ class Cluster:
             try:
                 return run.results(progress)
             finally:
-                with contextlib.suppress(Exception):  # a scheduler that is gone has nothing to cancel
+                with contextlib.suppress(
+                    Exception
+                ):  # a scheduler that is gone has nothing to cancel
                     client.cancel(list(run.running))
 
     @contextlib.contextmanager
@@ -89,7 +91,9 @@ class Cluster:
             from distributed import Client
         with _quiet():
             self._knock()
-            client = Client(self.scheduler, timeout=TIMEOUT, set_as_default=False, name="onnx-oamip")
+            client = Client(
+                self.scheduler, timeout=TIMEOUT, set_as_default=False, name="onnx-oamip"
+            )
             try:
                 self._meet(client)
                 yield client
@@ -110,7 +114,11 @@ class Cluster:
                 if thread.submit(asyncio.run, ask()).result() == "Scheduler":
                     return
         except Exception as error:  # whatever a socket, a name or another protocol raises
-            why = "" if isinstance(error, (TimeoutError, asyncio.TimeoutError)) else f" ({_line(error)})"
+            why = (
+                ""
+                if isinstance(error, (TimeoutError, asyncio.TimeoutError))
+                else f" ({_line(error)})"
+            )
         raise EnvironmentMissing(
             f"--scheduler {self.scheduler}: no Dask scheduler answers there within {TIMEOUT:g} s{why}; give the "
             "address that 'dask scheduler' shows, such as tcp://host:8786."
@@ -137,7 +145,9 @@ class Cluster:
         if why:
             raise EnvironmentMissing(f"the scheduler {self.scheduler} {why}.")
         # One that is going away just now is none.
-        found = {address: answer for address, answer in found.items() if not isinstance(answer, OSError)}
+        found = {
+            address: answer for address, answer in found.items() if not isinstance(answer, OSError)
+        }
         if not found:
             raise EnvironmentMissing(
                 f"the cluster at --scheduler {self.scheduler} has no worker; start some with 'dask worker "
@@ -156,9 +166,20 @@ class _Run:
     """One map: what was sent and not come back."""
 
     def __init__(
-        self, cluster: Cluster, client: Client, task: Callable[[Any, Any], Any], parcel: Parcel, items: Sequence[Any]
+        self,
+        cluster: Cluster,
+        client: Client,
+        task: Callable[[Any, Any], Any],
+        parcel: Parcel,
+        items: Sequence[Any],
     ) -> None:
-        self.cluster, self.client, self.task, self.parcel, self.items = cluster, client, task, parcel, items
+        self.cluster, self.client, self.task, self.parcel, self.items = (
+            cluster,
+            client,
+            task,
+            parcel,
+            items,
+        )
         self.facts = facts()
         self.waiting = deque(range(len(items)))
         self.running: dict[Future, int] = {}
@@ -174,7 +195,9 @@ class _Run:
         while len(self.found) < len(self.items):
             self._send(self._threads())
             if self.running:
-                with contextlib.suppress(Exception):  # time is out, or a future was lost: each one tells below
+                with contextlib.suppress(
+                    Exception
+                ):  # time is out, or a future was lost: each one tells below
                     wait(list(self.running), timeout=TICK, return_when="FIRST_COMPLETED")
             else:
                 time.sleep(TICK / 10)
@@ -221,7 +244,9 @@ class _Run:
             index = self.waiting.popleft()
             piece = pickle.dumps((self.task, self.items[index]), pickle.HIGHEST_PROTOCOL)
             with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-                future = self.client.submit(perform, self.held, piece, self.facts, self.cluster.device, pure=False)
+                future = self.client.submit(
+                    perform, self.held, piece, self.facts, self.cluster.device, pure=False
+                )
             self.running[future] = index
 
     def _take(self, future: Future) -> bool:
@@ -292,7 +317,9 @@ def facts() -> Facts:
 
 
 def _other(what: str, theirs: str | None, ours: str | None) -> str:
-    return f"has {what} {theirs or '(none)'}, and here is {ours or '(none)'}; install the same on both"
+    return (
+        f"has {what} {theirs or '(none)'}, and here is {ours or '(none)'}; install the same on both"
+    )
 
 
 class _OneThread:

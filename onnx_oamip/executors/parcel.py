@@ -72,7 +72,10 @@ def _model(parts: Mapping[str, Any], files: Mapping[str, Stamp]) -> Model:
                 f"a worker of the cluster does not see the file {path} as it is here, and large weights stay in their "
                 "file; put it (or with TMPDIR what is made anew) on storage that all share, or leave out --scheduler."
             )
-    return Model(**parts, constants={t.name: external_data.array(t) for t in parts["proto"].graph.initializer})
+    return Model(
+        **parts,
+        constants={t.name: external_data.array(t) for t in parts["proto"].graph.initializer},
+    )
 
 
 def _stamp(path: str) -> Stamp | None:

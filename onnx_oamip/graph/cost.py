@@ -98,7 +98,8 @@ class Ledger:
         return Cost(
             macs=int(self.terms(self.macs, lengths).sum()) // self.batch,
             params=int(self.terms(self.params, lengths).sum() + self.steps.params[taken].sum()),
-            bytes=int(self.terms(self.bytes, lengths).sum() + self.steps.bytes[taken].sum()) + self.overhead,
+            bytes=int(self.terms(self.bytes, lengths).sum() + self.steps.bytes[taken].sum())
+            + self.overhead,
         )
 
     @staticmethod
@@ -115,7 +116,11 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     names = []
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
-        if spec and spec.cost and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n):
+        if (
+            spec
+            and spec.cost
+            and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n)
+        ):
             with trusting(node):
                 terms = spec.cost(node, model.shapes)
                 for term in terms:
@@ -124,7 +129,8 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
             names.append(node.name)
     floats = [n for n in model.constants if is_float(model.dtypes[n])]
     constants = {
-        n: [index.setdefault((n, a), len(index)) for a in range(len(model.shapes[n]))] for n in model.constants
+        n: [index.setdefault((n, a), len(index)) for a in range(len(model.shapes[n]))]
+        for n in model.constants
     }
     params = [constants[n] for n in floats]
     sizes = np.asarray([model.dtypes[n].itemsize for n in constants], np.int64)
@@ -155,7 +161,8 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         macs=_products(macs, np.ones(len(macs), np.int64)),
         params=_products(params, np.ones(len(params), np.int64)),
         bytes=_products(
-            [*constants.values(), *places], np.append(sizes, [r.per_index for r in around if r.per_index])
+            [*constants.values(), *places],
+            np.append(sizes, [r.per_index for r in around if r.per_index]),
         ),
         overhead=max(size(model.proto) - held_bytes, 0) - uncut,
         batch=model.batch,
@@ -214,7 +221,9 @@ def restored(model: Model, coupling: Coupling) -> list[Restored]:
             result.append(Restored(axis, 0, added.nbytes(node), INDEX if edit.ordered else 0))
         if edit.scale != 1.0 and present.scale(node) is None:
             dtype = model.dtypes[node.outputs[0]]
-            result.append(Restored(axis, int(is_float(dtype)), scale(node, 1.0, dtype, names).nbytes(node), 0))
+            result.append(
+                Restored(axis, int(is_float(dtype)), scale(node, 1.0, dtype, names).nbytes(node), 0)
+            )
     return result
 
 

@@ -70,7 +70,9 @@ class _Labels:
         self._makers = {name: node for node in model.every for name in node.outputs if name}
         self._readers = readers(model)
         self._shown = {p.name for p in model.outputs}
-        self._shown |= {n for node in model.every for body in node.bodies.values() for n in body.outputs}
+        self._shown |= {
+            n for node in model.every for body in node.bodies.values() for n in body.outputs
+        }
 
     def shape(self, tensor: str) -> tuple[int, ...] | None:
         return self.model.shapes.get(tensor)
@@ -199,7 +201,9 @@ class _Labels:
                 opaque(node, self, f"operator {where} (node '{node.name}') is not supported")
             elif not followed(node) and (node.bodies or node.captures):
                 opaque(node, self, f"{node} has a subgraph that is not followed")
-            elif any(n and n not in self.model.shapes for n in node.outputs[:1]) and not node.bodies:
+            elif (
+                any(n and n not in self.model.shapes for n in node.outputs[:1]) and not node.bodies
+            ):
                 opaque(node, self, f"{node} has an output of unknown shape")
             else:
                 with trusting(node):
@@ -235,7 +239,9 @@ def couple(model: Model) -> Coupling:
     choices: dict[str, int] = {}
     source = {node.name: node.inputs[0] for node in model.every if node.name in labels.asked}
     # All together first: queries, keys and values of one attention are of use only as one.
-    stuck = dict.fromkeys((n for n in labels.asked if not any(tensor == source[n] for tensor, _ in best.axes)), 0)
+    stuck = dict.fromkeys(
+        (n for n in labels.asked if not any(tensor == source[n] for tensor, _ in best.axes)), 0
+    )
     if len(stuck) > 1:
         trial = _resolve(model, _propagate(model, stuck))
         if _pinned_count(trial) < _pinned_count(best):
@@ -287,7 +293,11 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
     kept_axes = {key: x for key, x in axes.items() if (x >= 0).any()}
     return Coupling(
         n_units=int(stays.sum()),
-        groups=tuple(replace(g, units=renumber[g.units]) for i, g in enumerate(coupling.groups) if not gone[i]),
+        groups=tuple(
+            replace(g, units=renumber[g.units])
+            for i, g in enumerate(coupling.groups)
+            if not gone[i]
+        ),
         unit_group=group_number[coupling.unit_group[stays]],
         axes=kept_axes,
         consumers=tuple(c for c in coupling.consumers if (c.data, c.axis) in kept_axes),
@@ -305,7 +315,9 @@ def _resolve(model: Model, labels: _Labels) -> Coupling:
     left = np.concatenate([a for a, _ in labels.ties]) if labels.ties else np.zeros(0, np.int64)
     right = np.concatenate([b for _, b in labels.ties]) if labels.ties else np.zeros(0, np.int64)
     edges = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(n, n))
-    total, component = connected_components(edges, directed=False) if n else (0, np.zeros(0, np.int64))
+    total, component = (
+        connected_components(edges, directed=False) if n else (0, np.zeros(0, np.int64))
+    )
 
     reason = np.full(total, len(labels.pins), np.int64)
     for i, pin in enumerate(labels.pins):
@@ -339,7 +351,9 @@ def _resolve(model: Model, labels: _Labels) -> Coupling:
     )
 
 
-def _groups(model: Model, axes: Mapping[Axis, Ints], n_units: int) -> tuple[tuple[Group, ...], Ints]:
+def _groups(
+    model: Model, axes: Mapping[Axis, Ints], n_units: int
+) -> tuple[tuple[Group, ...], Ints]:
     """Units with the same number of indices on the same axes form a group (a random 64-bit sum tells)."""
     rng = np.random.default_rng(0)
     signature = np.zeros(n_units, np.uint64)

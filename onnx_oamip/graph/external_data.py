@@ -31,17 +31,32 @@ LARGE = 1_900_000_000
 """Protobuf cannot serialise 2 GB; above this the weights are written beside the graph."""
 CHUNK = 1 << 24
 ALIGN = 4096
-WHOLE_BYTES = frozenset({
-    TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8,
-    TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.UINT32, TensorProto.INT64, TensorProto.UINT64,
-})  # fmt: skip
+WHOLE_BYTES = frozenset(
+    {
+        TensorProto.FLOAT,
+        TensorProto.DOUBLE,
+        TensorProto.FLOAT16,
+        TensorProto.INT8,
+        TensorProto.UINT8,
+        TensorProto.INT16,
+        TensorProto.UINT16,
+        TensorProto.INT32,
+        TensorProto.UINT32,
+        TensorProto.INT64,
+        TensorProto.UINT64,
+    }
+)
 """Element types that numpy has, one element after the other."""
 
 PACKED = frozenset(
-    kind for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2") if (kind := getattr(TensorProto, name, None))
+    kind
+    for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
+    if (kind := getattr(TensorProto, name, None))
 )
 """Element types smaller than a byte."""
-TWO_BITS = frozenset(kind for name in ("INT2", "UINT2") if (kind := getattr(TensorProto, name, None)))
+TWO_BITS = frozenset(
+    kind for name in ("INT2", "UINT2") if (kind := getattr(TensorProto, name, None))
+)
 KNOWN = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED, TensorProto.STRING}
 MEMORY = "memory"
 """Stands for a file where the value is handed over."""
@@ -60,7 +75,10 @@ def is_reference(tensor: TensorProto) -> bool:
 def place(tensor: TensorProto) -> tuple[str, int, int | None]:
     """(file, offset, length or None where it is not said) of a payload in a file. Raises ValueError for bad numbers."""
     said = {e.key: e.value for e in tensor.external_data}
-    offset, length = int(said.get("offset") or 0), int(said["length"]) if said.get("length") else None
+    offset, length = (
+        int(said.get("offset") or 0),
+        int(said["length"]) if said.get("length") else None,
+    )
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"'{tensor.name}' has a negative offset or length")
     return said.get("location", ""), offset, length
@@ -68,7 +86,15 @@ def place(tensor: TensorProto) -> tuple[str, int, int | None]:
 
 def refer(tensor: TensorProto, path: str | os.PathLike[str], offset: int, length: int) -> None:
     """Make a tensor name its payload instead of holding it."""
-    for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "external_data"):
+    for field in (
+        "raw_data",
+        "float_data",
+        "int32_data",
+        "int64_data",
+        "double_data",
+        "uint64_data",
+        "external_data",
+    ):
         tensor.ClearField(field)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", os.fspath(path)), ("offset", offset), ("length", length)):
@@ -247,7 +273,11 @@ def _without_weights(data: mmap.mmap) -> tuple[bytes, dict[int, tuple[int, int]]
 
 def _whole(data: mmap.mmap, parts: list[tuple[int, int, int, int, int]]) -> bool:
     """Whether a tensor, given by its fields, is of a type with whole bytes."""
-    kinds = [_varint(data, content)[0] for number, wire, _, content, _ in parts if (number, wire) == (2, 0)]
+    kinds = [
+        _varint(data, content)[0]
+        for number, wire, _, content, _ in parts
+        if (number, wire) == (2, 0)
+    ]
     return bool(kinds) and kinds[-1] in WHOLE_BYTES
 
 
@@ -271,7 +301,9 @@ def detached(proto: ModelProto) -> tuple[ModelProto, dict[str, Array]]:
             small.graph.initializer.append(tensor)
         else:
             values[tensor.name] = numpy_helper.to_array(tensor)
-            named = small.graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+            named = small.graph.initializer.add(
+                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
+            )
             refer(named, MEMORY, 0, size_of(tensor))
     return small, values
 
@@ -283,7 +315,9 @@ def under_root(proto: ModelProto) -> ModelProto:
     for tensor in references(result):
         path, offset, length = place(tensor)
         if path != MEMORY:
-            refer(tensor, Path(path).relative_to(ROOT).as_posix(), offset, length or size_of(tensor))
+            refer(
+                tensor, Path(path).relative_to(ROOT).as_posix(), offset, length or size_of(tensor)
+            )
     return result
 
 
@@ -310,7 +344,9 @@ def checkable(proto: ModelProto) -> ModelProto:
     given = {value.name for value in small.graph.input}
     for tensor in small.graph.initializer:
         if is_reference(tensor) and tensor.name not in given:
-            port = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            port = onnx.helper.make_tensor_value_info(
+                tensor.name, tensor.data_type, list(tensor.dims)
+            )
             result.graph.input.append(port)
         elif not is_reference(tensor):
             result.graph.initializer.append(tensor)

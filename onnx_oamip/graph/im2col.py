@@ -23,7 +23,9 @@ def pick(total: int, wanted: int, rng: np.random.Generator) -> Ints:
     if wanted >= total:
         return np.arange(total, dtype=np.int64)
     edges = np.arange(wanted + 1) * total // wanted  # whole numbers: stretches do not overlap
-    return np.minimum(edges[:-1] + (rng.random(wanted) * np.diff(edges)).astype(np.int64), edges[1:] - 1)
+    return np.minimum(
+        edges[:-1] + (rng.random(wanted) * np.diff(edges)).astype(np.int64), edges[1:] - 1
+    )
 
 
 def data_rows(site: Site, x: Array, rows: Ints, output: tuple[int, ...]) -> Floats:
@@ -32,7 +34,9 @@ def data_rows(site: Site, x: Array, rows: Ints, output: tuple[int, ...]) -> Floa
         flat = np.moveaxis(x, site.data_axis, -1)
         return flat.reshape(-1, flat.shape[-1])[rows][:, None, :].astype(np.float64)
     image, pixel = np.divmod(rows, int(np.prod(output[2:])))
-    index = taps(site.node, site.kernel, x.shape[2:], output[2:], pixel)  # (rows, taps), -1 outside the image
+    index = taps(
+        site.node, site.kernel, x.shape[2:], output[2:], pixel
+    )  # (rows, taps), -1 outside the image
     channels = x.shape[1]
     flat = x.reshape(len(x), channels, -1)
     found = flat[image[:, None], :, np.maximum(index, 0)]  # (rows, taps, channels)

@@ -28,11 +28,31 @@ SPARSE = 256
 """Times its file that a constant which is stored sparsely may take."""
 WIDTH = 8
 """Bytes of an element, at most."""
-GROWING = frozenset({
-    "ConstantOfShape", "Expand", "Tile", "Range", "Pad", "Resize", "Upsample", "OneHot", "Loop", "Scan", "EyeLike",
-    "ConvTranspose", "MaxUnpool", "CenterCropPad", "Col2Im", "BlackmanWindow", "HannWindow",
-    "HammingWindow", "DFT", "MelWeightMatrix", "TfIdfVectorizer",
-})  # fmt: skip
+GROWING = frozenset(
+    {
+        "ConstantOfShape",
+        "Expand",
+        "Tile",
+        "Range",
+        "Pad",
+        "Resize",
+        "Upsample",
+        "OneHot",
+        "Loop",
+        "Scan",
+        "EyeLike",
+        "ConvTranspose",
+        "MaxUnpool",
+        "CenterCropPad",
+        "Col2Im",
+        "BlackmanWindow",
+        "HannWindow",
+        "HammingWindow",
+        "DFT",
+        "MelWeightMatrix",
+        "TfIdfVectorizer",
+    }
+)
 """Operators whose result is as large as a value says."""
 
 
@@ -99,7 +119,12 @@ def inferred(proto: ModelProto) -> GraphProto:
     onnx keeps every element of every list of whole numbers, 70 bytes each: a small file can ask for all memory.
     """
     plain = onnx.shape_inference.infer_shapes(proto).graph
-    filled = {n for node in subgraphs.nodes(plain) if node.op_type == "ConstantOfShape" for n in node.output}
+    filled = {
+        n
+        for node in subgraphs.nodes(plain)
+        if node.op_type == "ConstantOfShape"
+        for n in node.output
+    }
     whole = {TensorProto.INT64, TensorProto.INT32}
     for graph in subgraphs.graphs(plain):
         for value in (*graph.value_info, *graph.input, *graph.output):

@@ -91,7 +91,12 @@ def site(node: Node, known: Mapping[str, Array]) -> Site | None:
             return None
         kernel = tuple(known[node.inputs[1]].shape[2:])
         return Site(node, 0, 1 if node.op == "Conv" else 0, int(node.attrs.get("group", 1)), kernel)
-    if node.op == "Einsum" and len(node.inputs) == 2 and node.inputs[1] in known and node.inputs[0] not in known:
+    if (
+        node.op == "Einsum"
+        and len(node.inputs) == 2
+        and node.inputs[1] in known
+        and node.inputs[0] not in known
+    ):
         # The other ranks follow from the equation unless an ellipsis hides them, which changes nothing here.
         rank = len(str(node.attrs["equation"]).replace(" ", "").split(",")[0].replace("...", ""))
         axis = weight_axis(node, [rank, known[node.inputs[1]].ndim])
@@ -118,7 +123,12 @@ def quantised(node: Node, model: Model) -> bool:
     for name in node.inputs[:2]:
         maker = makers.get(name)
         spec = None if maker is None else lookup(maker.domain, maker.op, maker.version)
-        if maker is not None and spec is not None and spec.zero is not None and maker.inputs[0] in model.constants:
+        if (
+            maker is not None
+            and spec is not None
+            and spec.zero is not None
+            and maker.inputs[0] in model.constants
+        ):
             return True
     return False
 
@@ -130,7 +140,9 @@ def matrix(site: Site, weight: Array) -> Floats:
     if site.node.op == "Conv":
         return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1)
     if site.node.op == "ConvTranspose":
-        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1).transpose(0, 2, 1, 3)
+        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1).transpose(
+            0, 2, 1, 3
+        )
     return (value.T if site.weight_axis == 0 else value)[None, :, :, None]
 
 
@@ -308,9 +320,13 @@ class Editor:
         shift = (delta if site.slot == 0 else delta[:, None]).astype(weight.dtype)
         inner = self._unused(f"{node.output[0]}_unbiased")
         bias = self._unused(f"{node.name}_bias")
-        self.proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(shift), bias))
+        self.proto.graph.initializer.append(
+            numpy_helper.from_array(np.ascontiguousarray(shift), bias)
+        )
         self.tensors[bias] = self.proto.graph.initializer[-1]
-        add = helper.make_node("Add", [inner, bias], [node.output[0]], self._unused(f"{node.name}_add_bias"))
+        add = helper.make_node(
+            "Add", [inner, bias], [node.output[0]], self._unused(f"{node.name}_add_bias")
+        )
         node.output[0] = inner
         place = next(i for i, n in enumerate(self.proto.graph.node) if n.name == node.name)
         self.proto.graph.node.insert(place + 1, add)

@@ -62,8 +62,12 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
     except RuleFailed:
         Session(file, "cpu", what=str(file))  # what the runtime refuses is no mistake of a rule
         raise
-    except Exception as error:  # a library refused the graph: say so instead of showing its traceback
-        raise ModelError(f"{file}: the graph cannot be normalised: {_first_line(error)}.") from error
+    except (
+        Exception
+    ) as error:  # a library refused the graph: say so instead of showing its traceback
+        raise ModelError(
+            f"{file}: the graph cannot be normalised: {_first_line(error)}."
+        ) from error
 
 
 def from_proto(
@@ -130,7 +134,9 @@ def read(file: Path) -> tuple[ModelProto, str, int]:
             f"{file} is not an ONNX model or is truncated ({size} bytes do not parse); export it again."
         ) from error
     if not proto.graph.node or not proto.opset_import:
-        raise ModelError(f"{file} is not an ONNX model: it holds no graph; give a file written by an ONNX exporter.")
+        raise ModelError(
+            f"{file} is not an ONNX model: it holds no graph; give a file written by an ONNX exporter."
+        )
     sides = _sides(file, proto)
     for side in sides.values():
         size += side.stat().st_size
@@ -155,13 +161,23 @@ def _sides(file: Path, proto: ModelProto) -> dict[str, Path]:
     for name in sorted(_external_files(proto) - {str(file.resolve())}):
         side = file.parent / name
         try:
-            within = not os.path.isabs(name) and side.resolve().is_relative_to(file.parent.resolve())
-        except (OSError, RuntimeError, ValueError):  # links in a circle, or no name that a file can have
+            within = not os.path.isabs(name) and side.resolve().is_relative_to(
+                file.parent.resolve()
+            )
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ):  # links in a circle, or no name that a file can have
             within = False
         if not within:
-            raise ModelError(f"{file} keeps weights in '{name}', outside its own folder; move them beside it.")
+            raise ModelError(
+                f"{file} keeps weights in '{name}', outside its own folder; move them beside it."
+            )
         if not side.is_file():
-            raise ModelError(f"{file} keeps weights in '{name}', which is missing; put it beside the model.")
+            raise ModelError(
+                f"{file} keeps weights in '{name}', which is missing; put it beside the model."
+            )
         found[name] = side
     return found
 
@@ -177,7 +193,9 @@ def _settle(file: Path, proto: ModelProto, sides: Mapping[str, Path], size: int)
             continue
         location, offset, length = _place(file, tensor)
         if location not in sides or tensor.data_type not in external_data.KNOWN:
-            raise ModelError(f"{file}: the weight '{tensor.name}' names no data file, or no type of its elements.")
+            raise ModelError(
+                f"{file}: the weight '{tensor.name}' names no data file, or no type of its elements."
+            )
         held = external_data.size_of(tensor)
         there = sides[location].stat().st_size
         if (length is not None and length != held) or offset + held > there:
@@ -186,7 +204,11 @@ def _settle(file: Path, proto: ModelProto, sides: Mapping[str, Path], size: int)
                 f"({there} bytes, offset {offset}, length {length}); copy the data file again or export the model anew."
             )
         external_data.refer(tensor, sides[location].resolve(), offset, held)
-        large = size >= external_data.MAPPED and held >= external_data.LEAST and tensor.data_type in external_data.WHOLE_BYTES
+        large = (
+            size >= external_data.MAPPED
+            and held >= external_data.LEAST
+            and tensor.data_type in external_data.WHOLE_BYTES
+        )
         if not large or i >= main:
             external_data.hold(tensor)
 
@@ -195,7 +217,9 @@ def _place(file: Path, tensor: TensorProto) -> tuple[str, int, int | None]:
     try:
         return external_data.place(tensor)
     except ValueError as error:
-        raise ModelError(f"{file}: the weight '{tensor.name}' has no place in its data file: {error}.") from error
+        raise ModelError(
+            f"{file}: the weight '{tensor.name}' has no place in its data file: {error}."
+        ) from error
 
 
 def external_paths(path: str | os.PathLike[str]) -> list[Path]:
@@ -209,7 +233,12 @@ def external_paths(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _external_files(proto: ModelProto) -> set[str]:
-    said = (e for t in subgraphs.tensors(proto) if external_data.is_reference(t) for e in t.external_data)
+    said = (
+        e
+        for t in subgraphs.tensors(proto)
+        if external_data.is_reference(t)
+        for e in t.external_data
+    )
     return {e.value for e in said if e.key == "location"}
 
 
@@ -223,7 +252,9 @@ def _first_line(error: Exception) -> str:
 
 def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
-    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL + 1  # it prints what it raises as well
+    gs.logger.G_LOGGER.severity = (
+        gs.logger.G_LOGGER.CRITICAL + 1
+    )  # it prints what it raises as well
     source = subgraphs.inline(source)
     _dense(source)
     _constants_as_tensors(source)
@@ -231,7 +262,9 @@ def _normalise(source: ModelProto) -> ModelProto:
     result = _folded(source)
     while subgraphs.resolve(result):
         result = _folded(result)
-    for _ in range(ROUNDS):  # constants of computed shapes, round after round, and off with the computations behind
+    for _ in range(
+        ROUNDS
+    ):  # constants of computed shapes, round after round, and off with the computations behind
         if not fold(result):
             break
         result = _folded(result)
@@ -257,7 +290,9 @@ def _fold_all(source: ModelProto, left: set[str]) -> ModelProto:
     """:func:`_folded` but for the tensors in ``left``."""
 
     def stays(node: gs.Node | NodeProto) -> bool:
-        outputs = node.output if isinstance(node, NodeProto) else [tensor.name for tensor in node.outputs]
+        outputs = (
+            node.output if isinstance(node, NodeProto) else [tensor.name for tensor in node.outputs]
+        )
         return _keep_unfolded(node) or not left.isdisjoint(outputs)
 
     _hold_foldable(source, stays)
@@ -303,7 +338,10 @@ def _dense(proto: ModelProto) -> None:
     """Constants that are stored sparsely written out, zeros and all."""
     for graph in subgraphs.graphs(proto.graph):
         for sparse in graph.sparse_initializer:
-            values, index = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+            values, index = (
+                numpy_helper.to_array(sparse.values),
+                numpy_helper.to_array(sparse.indices),
+            )
             input_guards.check_written_out(sparse, proto)
             full = np.zeros(tuple(sparse.dims), values.dtype)
             if index.ndim == 2:
@@ -316,8 +354,12 @@ def _dense(proto: ModelProto) -> None:
 
 def _constants_as_tensors(proto: ModelProto) -> None:
     """Constant nodes in their short forms (a float, a list of ints) written out as tensors of the right type."""
-    short = {"value_float": TensorProto.FLOAT, "value_floats": TensorProto.FLOAT, "value_int": TensorProto.INT64,
-             "value_ints": TensorProto.INT64}  # fmt: skip
+    short = {
+        "value_float": TensorProto.FLOAT,
+        "value_floats": TensorProto.FLOAT,
+        "value_int": TensorProto.INT64,
+        "value_ints": TensorProto.INT64,
+    }
     for node in subgraphs.nodes(proto.graph):
         if node.op_type == "Constant" and (name := node.attribute[0].name) in short:
             value = onnx.helper.get_attribute_value(node.attribute[0])
@@ -329,7 +371,10 @@ def _constants_as_tensors(proto: ModelProto) -> None:
 def _keep_unfolded(node: gs.Node | NodeProto) -> bool:
     """Quantised weights stay quantised; random and stateful operators stay, and nodes with one of them in a body."""
     if isinstance(node, NodeProto):
-        ops = {node.op_type, *(n.op_type for body in subgraphs.inner(node) for n in subgraphs.nodes(body))}
+        ops = {
+            node.op_type,
+            *(n.op_type for body in subgraphs.inner(node) for n in subgraphs.nodes(body)),
+        }
     else:
         ops = {node.op, *(n.op for body in node.subgraphs(recursive=True) for n in body.nodes)}
     return any(op.startswith(UNFOLDED) for op in ops)
@@ -339,15 +384,23 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
     """Put back what graphsurgeon drops: metadata, producer, doc strings, and the interface word for word."""
     proto.ir_version = max(source.ir_version, 4)
     proto.producer_name, proto.producer_version = source.producer_name, source.producer_version
-    proto.domain, proto.model_version, proto.doc_string = source.domain, source.model_version, source.doc_string
+    proto.domain, proto.model_version, proto.doc_string = (
+        source.domain,
+        source.model_version,
+        source.doc_string,
+    )
     proto.graph.name, proto.graph.doc_string = source.graph.name, source.graph.doc_string
-    for mine, theirs in ((proto.metadata_props, source.metadata_props),
-                         (proto.graph.metadata_props, source.graph.metadata_props)):
+    for mine, theirs in (
+        (proto.metadata_props, source.metadata_props),
+        (proto.graph.metadata_props, source.graph.metadata_props),
+    ):
         del mine[:]
         mine.extend(theirs)
     used = {o.domain for o in proto.opset_import}
     proto.opset_import.extend(o for o in source.opset_import if o.domain not in used)
-    constants = {t.name for t in source.graph.initializer} | {t.values.name for t in source.graph.sparse_initializer}
+    constants = {t.name for t in source.graph.initializer} | {
+        t.values.name for t in source.graph.sparse_initializer
+    }
     declared = {v.name: v for v in (*source.graph.input, *source.graph.output)}
     for values in (proto.graph.input, proto.graph.output):
         for value in values:
@@ -381,7 +434,9 @@ def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
             attrs[attribute.name] = value.decode() if isinstance(value, bytes) else value
     held = {
         name: Body(
-            tuple(v.name for v in g.input), tuple(v.name for v in g.output), tuple(_node(n, versions) for n in g.node)
+            tuple(v.name for v in g.input),
+            tuple(v.name for v in g.output),
+            tuple(_node(n, versions) for n in g.node),
         )
         for name, g in subgraphs.held(node).items()
     }

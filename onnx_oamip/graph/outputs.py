@@ -24,7 +24,6 @@ class Head:
     logits: str
 
 
-
 def head(model: Model) -> Head | None:
     """The first floating output of shape (samples, classes), two or more; its logits are what a softmax makes it from.
 
@@ -39,7 +38,6 @@ def head(model: Model) -> Head | None:
     return None
 
 
-
 def bent(model: Model, name: str, ops: Collection[str]) -> Node | None:
     """The node of one of these operators that makes a tensor, behind nothing but identities; None if another does."""
     makers = {out: node for node in model.nodes for out in node.outputs}
@@ -49,21 +47,24 @@ def bent(model: Model, name: str, ops: Collection[str]) -> Node | None:
     return node if node is not None and node.op in ops else None
 
 
-
 def is_float(kind: np.dtype[Any]) -> bool:
     """Whether an element type is floating, those that numpy does not know among them."""
     return bool(np.issubdtype(kind, np.floating)) or "float" in kind.name
 
 
-
 def floats(model: Model) -> list[str]:
     """Every activation of floating type and known shape, each named once."""
     made = dict.fromkeys(n for node in model.nodes for n in node.outputs if n)
-    return [n for n in made if n in model.shapes and n in model.dtypes and np.issubdtype(model.dtypes[n], np.floating)]
+    return [
+        n
+        for n in made
+        if n in model.shapes and n in model.dtypes and np.issubdtype(model.dtypes[n], np.floating)
+    ]
 
 
-
-def showing(model: Model, names: Sequence[str], proto: onnx.ModelProto | None = None) -> onnx.ModelProto:
+def showing(
+    model: Model, names: Sequence[str], proto: onnx.ModelProto | None = None
+) -> onnx.ModelProto:
     """The model (or ``proto``, made of it) with other outputs."""
     shown = onnx.ModelProto()
     shown.CopyFrom(model.proto if proto is None else proto)
@@ -72,4 +73,3 @@ def showing(model: Model, names: Sequence[str], proto: onnx.ModelProto | None = 
         kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
         shown.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     return shown
-

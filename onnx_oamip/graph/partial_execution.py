@@ -24,7 +24,9 @@ class Slicer:
         self.proto = proto
         self.nodes = list(proto.graph.node)
         self.reads = [reads(node) for node in self.nodes]
-        self.producer = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
+        self.producer = {
+            name: i for i, node in enumerate(self.nodes) for name in node.output if name
+        }
         self.constants = {t.name: t for t in proto.graph.initializer}
 
     def __reduce__(self) -> tuple[type[Slicer], tuple[onnx.ModelProto]]:
@@ -52,7 +54,9 @@ class Slicer:
                 touched.update(n for n in node.output if n)
         return found
 
-    def model(self, nodes: Sequence[int], outputs: Sequence[str], dtypes: Mapping[str, int]) -> onnx.ModelProto:
+    def model(
+        self, nodes: Sequence[int], outputs: Sequence[str], dtypes: Mapping[str, int]
+    ) -> onnx.ModelProto:
         """The nodes as a model. What they read and none of them makes becomes an input, of element type ``dtypes``."""
         made = {name for i in nodes for name in self.nodes[i].output if name}
         read = dict.fromkeys(name for i in nodes for name in self.reads[i])
@@ -68,7 +72,11 @@ class Slicer:
                 graph.input.append(helper.make_tensor_value_info(name, dtypes[name], None))
         for name in outputs:  # the runtime finds a type that is not known here
             kind = dtypes.get(name, 0)
-            graph.output.append(helper.make_tensor_value_info(name, kind, None) if kind else ValueInfoProto(name=name))
+            graph.output.append(
+                helper.make_tensor_value_info(name, kind, None)
+                if kind
+                else ValueInfoProto(name=name)
+            )
         return result
 
 
@@ -96,7 +104,9 @@ class _Part:
 class _Parts:
     """A graph taken apart front to back, as far as asked. Every node is in one part."""
 
-    def __init__(self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False) -> None:
+    def __init__(
+        self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False
+    ) -> None:
         self.proto, self.types, self.device, self.lean = proto, dict(types), device, lean
         self.done: set[str] = set()
 
@@ -119,7 +129,9 @@ class _Parts:
 
     def saw(self, values: Mapping[str, Array]) -> None:
         """Note the types of what a part gave: those that nobody knew are read by the next."""
-        self.types.update((n, int(helper.np_dtype_to_tensor_dtype(v.dtype))) for n, v in values.items())
+        self.types.update(
+            (n, int(helper.np_dtype_to_tensor_dtype(v.dtype))) for n, v in values.items()
+        )
 
 
 class Frontier:
@@ -129,7 +141,11 @@ class Frontier:
     """
 
     def __init__(
-        self, proto: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], types: Mapping[str, int], device: str
+        self,
+        proto: onnx.ModelProto,
+        feeds: Sequence[Mapping[str, Array]],
+        types: Mapping[str, int],
+        device: str,
     ) -> None:
         self.tensors: dict[str, list[Array]] = {}
         for feed in feeds:

@@ -101,12 +101,16 @@ def _check_crashes(nodes: Iterable[onnx.NodeProto], what: str) -> None:
     """Raises ModelError for what ends the process in ONNX Runtime's kernels for the CPU, where errors are due."""
     for node in nodes:
         why = ""
-        if (node.domain, node.op_type) == ("com.microsoft", "Attention") and not any(node.input[2:3]):
+        if (node.domain, node.op_type) == ("com.microsoft", "Attention") and not any(
+            node.input[2:3]
+        ):
             why = "has no bias; give it one of zeros"
         if "Conv" in node.op_type and any(a.name == "group" and a.i < 1 for a in node.attribute):
             why = "has less than one group; export the model again"
         if why:
-            raise ModelError(f"ONNX Runtime cannot run {what}, it would crash: {node.op_type} '{node.name}' {why}.")
+            raise ModelError(
+                f"ONNX Runtime cannot run {what}, it would crash: {node.op_type} '{node.name}' {why}."
+            )
 
 
 _NO_ROOM = re.compile(r"bad.alloc|failed to allocate|out of memory|available memory", re.IGNORECASE)
@@ -255,7 +259,8 @@ def _opened(
         options.enable_profiling = True
         options.profile_file_prefix = os.fspath(profile)
     options.add_external_initializers(
-        list(held), [rt.OrtValue.ortvalue_from_numpy(external_data.aligned(v)) for v in held.values()]
+        list(held),
+        [rt.OrtValue.ortvalue_from_numpy(external_data.aligned(v)) for v in held.values()],
     )
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"][device != "cuda" :]
     return rt.InferenceSession(
@@ -265,7 +270,9 @@ def _opened(
 
 def _quantised(content: str | bytes) -> bool:
     """Whether a file, or a serialised graph, has what the fusion starts from."""
-    return b"DequantizeLinear" in (content if isinstance(content, bytes) else Path(content).read_bytes())
+    return b"DequantizeLinear" in (
+        content if isinstance(content, bytes) else Path(content).read_bytes()
+    )
 
 
 @contextmanager

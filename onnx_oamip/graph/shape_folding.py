@@ -40,7 +40,9 @@ class _Editor:
         self.facts: Values = known_values(proto)
         self.homes = symbol_homes(proto, self.facts.dims)
         self.constants = {t.name for t in self.graph.initializer}
-        self.taken = self.constants | {n for node in self.graph.node for n in (*node.output, node.name)}
+        self.taken = self.constants | {
+            n for node in self.graph.node for n in (*node.output, node.name)
+        }
         self.taken |= {v.name for v in self.graph.input}
         self.before: dict[int, list[NodeProto]] = {}
         self.makers = {n: node for node in self.graph.node for n in node.output}
@@ -71,7 +73,9 @@ class _Editor:
         node.input[slot] = name
         self.changed = True
 
-    def joined(self, at: int, node: NodeProto, slot: int, wanted: Sequence[Any], source: Sequence[int]) -> None:
+    def joined(
+        self, at: int, node: NodeProto, slot: int, wanted: Sequence[Any], source: Sequence[int]
+    ) -> None:
         """Give ``node`` a list of numbers and of lengths read where they come from; ``source``: old places."""
         old, pieces = node.input[slot], []
         made = self.before.setdefault(at, [])
@@ -84,7 +88,9 @@ class _Editor:
         for value, place in zip(wanted, source, strict=True):
             home = self.homes.get(value.symbol or "") if isinstance(value, Size) else None
             if not isinstance(value, Size):
-                pieces.append(self.constant(f"{node.output[0]}_length", np.asarray([value], np.int64)))
+                pieces.append(
+                    self.constant(f"{node.output[0]}_length", np.asarray([value], np.int64))
+                )
                 continue
             tensor = old if home is None else step("Shape", [home[0]])
             index = place if home is None else home[1]
@@ -104,17 +110,30 @@ def _turned(node: NodeProto, edit: _Editor) -> bool:
     torch's exporter writes so the transposed keys of ``scaled_dot_product_attention``.
     """
     transpose = edit.makers.get(node.input[0])
-    merge = None if transpose is None or transpose.op_type != "Transpose" else edit.makers.get(transpose.input[0])
+    merge = (
+        None
+        if transpose is None or transpose.op_type != "Transpose"
+        else edit.makers.get(transpose.input[0])
+    )
     if transpose is None or merge is None or merge.op_type != "Reshape":
         return False
-    before, merged, after = edit.lengths(merge.input[0]), edit.entries(merge.input[1]), edit.entries(node.input[1])
+    before, merged, after = (
+        edit.lengths(merge.input[0]),
+        edit.entries(merge.input[1]),
+        edit.entries(node.input[1]),
+    )
     order = [list(a.ints) for a in transpose.attribute if a.name == "perm"]
     if before is None or merged is None or after is None or not order or order[0][0] != 0:
         return False
     lead = len(before) - len(merged) + 1
     perm = [*range(lead), *(lead + i - 1 for i in order[0][1:])]
     same = list(merged[1:]) == list(before[lead:]) and list(after) == [before[i] for i in perm]
-    if lead < 1 or len(after) != len(before) or not same or any(not isinstance(v, Size) and v < 1 for v in after):
+    if (
+        lead < 1
+        or len(after) != len(before)
+        or not same
+        or any(not isinstance(v, Size) and v < 1 for v in after)
+    ):
         return False
     node.op_type, node.input[0] = "Transpose", merge.input[0]
     del node.input[1:], node.attribute[:]
@@ -129,7 +148,9 @@ def _reshape(node: NodeProto, at: int, edit: _Editor) -> None:  # noqa: ARG001
     target, before = edit.entries(node.input[1]), edit.lengths(node.input[0])
     literal = [a for a in node.attribute if a.name == "allowzero"]
     after = edit.facts.dims.get(node.output[0])
-    if any(a.i for a in literal) and (target is None or any(not isinstance(v, Size) and v == 0 for v in target)):
+    if any(a.i for a in literal) and (
+        target is None or any(not isinstance(v, Size) and v == 0 for v in target)
+    ):
         return  # a zero that is meant, or may be
     wanted = None if target is None or before is None else _target(list(target), before)
     if wanted is None:
@@ -142,7 +163,10 @@ def _reshape(node: NodeProto, at: int, edit: _Editor) -> None:  # noqa: ARG001
 
 def _target(target: list[Any], before: Entries) -> list[int] | None:
     """The same target in numbers: 0 for a copied length, -1 for at most one that is not known."""
-    full = [before[i] if isinstance(v, int) and v == 0 and i < len(before) else v for i, v in enumerate(target)]
+    full = [
+        before[i] if isinstance(v, int) and v == 0 and i < len(before) else v
+        for i, v in enumerate(target)
+    ]
     if -1 in full:  # what is left for it
         place = full.index(-1)
         rest = [v for i, v in enumerate(full) if i != place]
@@ -208,12 +232,16 @@ def _resize(node: NodeProto, at: int, edit: _Editor) -> None:
     if edit.version >= 18 and "keep_aspect_ratio_policy" not in named:
         node.attribute.append(helper.make_attribute("axes", change))
         if whole:
-            edit.read(node, 3, edit.constant(f"{node.output[0]}_sizes", np.asarray(wanted, np.int64)))
+            edit.read(
+                node, 3, edit.constant(f"{node.output[0]}_sizes", np.asarray(wanted, np.int64))
+            )
         else:
             edit.joined(at, node, 3, wanted, change)
     elif whole and all(isinstance(before[i], int) and target[i] % before[i] == 0 for i in change):
         scales = [target[i] / before[i] if i in change else 1.0 for i in range(len(before))]
-        edit.read(node, 2, edit.constant(f"{node.output[0]}_scales", np.asarray(scales, np.float32)))
+        edit.read(
+            node, 2, edit.constant(f"{node.output[0]}_scales", np.asarray(scales, np.float32))
+        )
         del node.input[3:]
 
 
@@ -224,17 +252,24 @@ def _drop_expand(node: NodeProto, edit: _Editor) -> None:
     if full is None or before is None or any(v.name == node.output[0] for v in edit.graph.output):
         return
     pairs = [[x for x in n.input if x != node.output[0]] for n in readers]
-    if any(n.op_type not in ("Add", "Sub", "Mul", "Div") or len(p) != 1 for n, p in zip(readers, pairs, strict=True)):
+    if any(
+        n.op_type not in ("Add", "Sub", "Mul", "Div") or len(p) != 1
+        for n, p in zip(readers, pairs, strict=True)
+    ):
         return
     others = [edit.lengths(p[0]) for p in pairs]
-    if edit.version >= 7 and all(o is not None and len(o) == len(full) and all(o == full) for o in others):
+    if edit.version >= 7 and all(
+        o is not None and len(o) == len(full) and all(o == full) for o in others
+    ):
         for n in readers:
             edit.read(n, list(n.input).index(node.output[0]), node.input[0])
 
 
 _RULES: dict[str, tuple[int, Callable[[NodeProto, int, _Editor], None]]] = {
-    "Reshape": (1, _reshape), "Expand": (1, _expand), "Resize": (3, _resize),
-}  # fmt: skip
+    "Reshape": (1, _reshape),
+    "Expand": (1, _expand),
+    "Resize": (3, _resize),
+}
 
 
 def fold(proto: ModelProto) -> bool:
@@ -246,10 +281,17 @@ def fold(proto: ModelProto) -> bool:
     for node in proto.graph.node:
         for i, name in enumerate(node.output):
             entries = edit.entries(name)
-            if entries is None or name in kept or not numbers(entries) or name not in edit.facts.types:
+            if (
+                entries is None
+                or name in kept
+                or not numbers(entries)
+                or name not in edit.facts.types
+            ):
                 continue
             node.output[i] = edit.name(f"{name}_computed")
-            value = np.asarray(entries.astype(helper.tensor_dtype_to_np_dtype(edit.facts.types[name])))
+            value = np.asarray(
+                entries.astype(helper.tensor_dtype_to_np_dtype(edit.facts.types[name]))
+            )
             proto.graph.initializer.append(numpy_helper.from_array(value, name))
             edit.constants.add(name)
             edit.changed = True
@@ -260,7 +302,9 @@ def fold(proto: ModelProto) -> bool:
         if rule is not None and slot < len(node.input) and node.input[slot] not in edit.constants:
             rule(node, at, edit)
     if edit.before:
-        nodes = [n for at, node in enumerate(proto.graph.node) for n in (*edit.before.get(at, ()), node)]
+        nodes = [
+            n for at, node in enumerate(proto.graph.node) for n in (*edit.before.get(at, ()), node)
+        ]
         copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
         del proto.graph.node[:]
         proto.graph.node.extend(copies)

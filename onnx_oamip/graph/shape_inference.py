@@ -34,8 +34,14 @@ def port_of(value: onnx.ValueInfoProto) -> Port:
     if not value.type.HasField("tensor_type"):
         # Dictionaries of probabilities, one a sample, are what skl2onnx makes of a classifier where nothing is said.
         maps = value.type.sequence_type.elem_type.HasField("map_type")
-        hint = "; for probabilities as one, export with skl2onnx's options={'zipmap': False}" if maps else ""
-        raise ModelError(f"the graph input or output '{value.name}' is not a tensor; only tensors are supported{hint}.")
+        hint = (
+            "; for probabilities as one, export with skl2onnx's options={'zipmap': False}"
+            if maps
+            else ""
+        )
+        raise ModelError(
+            f"the graph input or output '{value.name}' is not a tensor; only tensors are supported{hint}."
+        )
     return Port(value.name, _dtype(kind.elem_type), tuple(_dims(kind.shape)))
 
 
@@ -102,12 +108,16 @@ def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
         held = {t.name for t in copy.graph.initializer}
         types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
         fresh = [n for n, e in entries.items() if n not in held and n in types and numbers(e)]
-        if not fresh or set(tensor_types(graph)[0]).issuperset(n for node in copy.graph.node for n in node.output if n):
+        if not fresh or set(tensor_types(graph)[0]).issuperset(
+            n for node in copy.graph.node for n in node.output if n
+        ):
             break
         for node in copy.graph.node:
             for i, name in enumerate(node.output):
                 if name in fresh:
-                    found = np.asarray(entries[name].astype(onnx.helper.tensor_dtype_to_np_dtype(types[name])))
+                    found = np.asarray(
+                        entries[name].astype(onnx.helper.tensor_dtype_to_np_dtype(types[name]))
+                    )
                     copy.graph.initializer.append(numpy_helper.from_array(found, name))
                     node.output[i] = f"{name}/computed"
         graph = inferred(copy)
@@ -162,7 +172,9 @@ def _follow(
             for key, body in node.bodies.items():
                 graph = subgraphs.held(protos[node.name])[key]
                 _body(proto, protos, graph, body.nodes, entering, here, types)
-            wrong = [x for (_, made), x in flow.enters if x in entering and here.get(made) != entering[x]]
+            wrong = [
+                x for (_, made), x in flow.enters if x in entering and here.get(made) != entering[x]
+            ]
             if not wrong:
                 break
             for x in wrong:
@@ -222,7 +234,9 @@ def _body(
 def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: ModelProto) -> None:
     """For shapes it is the product of its first input with a matrix."""
     attrs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    seen = Node(node.name, node.op_type, node.domain, 1, tuple(node.input), tuple(node.output), attrs)
+    seen = Node(
+        node.name, node.op_type, node.domain, 1, tuple(node.input), tuple(node.output), attrs
+    )
     held = {t.name: t for t in source.graph.initializer}
     shape = rule(seen, {name: tuple(t.dims) for name, t in held.items()})
     if shape is None:
@@ -280,16 +294,26 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
         graph = inferred(skeleton(proto))
         named = _named(proto)
     listed = (*graph.value_info, *graph.input, *graph.output)
-    dims = {v.name: _dims(v.type.tensor_type.shape) for v in listed if v.type.tensor_type.HasField("shape")}
+    dims = {
+        v.name: _dims(v.type.tensor_type.shape)
+        for v in listed
+        if v.type.tensor_type.HasField("shape")
+    }
     for name, found in named.items():
         known = dims.get(name, [None] * len(found))
-        dims[name] = [a if isinstance(a, int) or b is None else b for a, b in zip(known, found, strict=True)]
+        dims[name] = [
+            a if isinstance(a, int) or b is None else b for a, b in zip(known, found, strict=True)
+        ]
     for tensor in proto.graph.initializer:
         dims[tensor.name] = list(tensor.dims)
     types = {v.name: v.type.tensor_type.elem_type for v in listed if v.type.HasField("tensor_type")}
     whole = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
     small = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type in whole}
-    return Values(dims, types, follow(graph.node, small, dims, {n for n, kind in types.items() if kind in whole}))
+    return Values(
+        dims,
+        types,
+        follow(graph.node, small, dims, {n for n, kind in types.items() if kind in whole}),
+    )
 
 
 def _named(proto: ModelProto) -> dict[str, Dims]:
@@ -304,17 +328,26 @@ def _named(proto: ModelProto) -> dict[str, Dims]:
     usual = bind(inputs, {})
     if not usual or len(usual) > len(PRIMES):
         return {}
-    sizes = [usual, dict(zip(usual, PRIMES, strict=False)), dict(zip(usual, PRIMES[::-1], strict=False))]
+    sizes = [
+        usual,
+        dict(zip(usual, PRIMES, strict=False)),
+        dict(zip(usual, PRIMES[::-1], strict=False)),
+    ]
     found = [tensor_types(infer(proto, s))[0] for s in sizes]
     endless = _endless(proto)
     if endless is not None:
-        found = [{**tensor_types(infer(endless, s))[0], **known} for s, known in zip(sizes, found, strict=True)]
+        found = [
+            {**tensor_types(infer(endless, s))[0], **known}
+            for s, known in zip(sizes, found, strict=True)
+        ]
     named: dict[str, Dims] = {}
     for name in set(found[0]) & set(found[1]) & set(found[2]):
         shapes = [f[name] for f in found]
         if len({len(s) for s in shapes}) == 1:
             columns = list(zip(*shapes, strict=True))
-            named[name] = [next((s for s in usual if c == tuple(b[s] for b in sizes)), None) for c in columns]
+            named[name] = [
+                next((s for s in usual if c == tuple(b[s] for b in sizes)), None) for c in columns
+            ]
     return named
 
 
@@ -347,7 +380,9 @@ def _lengthen(proto: ModelProto, name: str, axes: set[int]) -> None:
     kept = [t for t in graph.initializer if t.name != name]
     if len(kept) < len(graph.initializer):
         (table,) = [t for t in graph.initializer if t.name == name]
-        graph.input.append(onnx.helper.make_tensor_value_info(name, table.data_type, list(table.dims)))
+        graph.input.append(
+            onnx.helper.make_tensor_value_info(name, table.data_type, list(table.dims))
+        )
         del graph.initializer[:]
         graph.initializer.extend(kept)
     (value,) = [v for v in graph.input if v.name == name]
@@ -382,5 +417,7 @@ def skeleton(proto: ModelProto) -> ModelProto:
         if int(np.prod(tensor.dims)) <= SMALL:
             graph.initializer.append(tensor)
         else:
-            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
     return result

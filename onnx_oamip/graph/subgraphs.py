@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx
 import onnx.inliner
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    numpy_helper,
+)
 
 from onnx_oamip.core.errors import ModelError
 
@@ -281,7 +289,9 @@ def resolve(proto: ModelProto) -> bool:
     known = {t.name: t for t in proto.graph.initializer if t.data_type == TensorProto.BOOL}
     changed = False
     for graph in graphs(proto.graph):
-        while (at := next((i for i, n in enumerate(graph.node) if _decided(n, known)), None)) is not None:
+        while (
+            at := next((i for i, n in enumerate(graph.node) if _decided(n, known)), None)
+        ) is not None:
             node = graph.node[at]
             taken = bool(numpy_helper.to_array(known[node.input[0]]).reshape(-1)[0])
             body = held(node)[BRANCHES[taken]]
@@ -294,7 +304,9 @@ def resolve(proto: ModelProto) -> bool:
                     called[value.name] = out
                 elif out:  # a tensor from outside, or one that is given twice
                     source = called.get(value.name, value.name)
-                    step = onnx.helper.make_node("Identity", [source], [out], f"{node.name or out}/taken/{out}")
+                    step = onnx.helper.make_node(
+                        "Identity", [source], [out], f"{node.name or out}/taken/{out}"
+                    )
                     inlined.append(step)
             _replace(graph, [*graph.node[:at], *inlined, *graph.node[at + 1 :]])
             changed = True

@@ -54,7 +54,9 @@ class Size:
         return _collect([*self.terms, *_terms(other)])
 
     def __mul__(self, other: Any) -> Any:
-        return _collect([(tuple(sorted(a + b)), f * g) for a, f in self.terms for b, g in _terms(other)])
+        return _collect(
+            [(tuple(sorted(a + b)), f * g) for a, f in self.terms for b, g in _terms(other)]
+        )
 
     def __sub__(self, other: Any) -> Any:
         return self + other * -1
@@ -173,7 +175,9 @@ def _evaluate(node: NodeProto, inputs: Sequence[Entries | None], shape: Entries 
     if node.op_type == "Cast" and attrs["to"] in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
         return _each(lambda v: v if isinstance(v, Size) else int(v))(x)
     if node.op_type == "Gather":
-        return np.take(x, np.asarray(_plain(given[1])).reshape(given[1].shape), axis=attrs.get("axis", 0))
+        return np.take(
+            x, np.asarray(_plain(given[1])).reshape(given[1].shape), axis=attrs.get("axis", 0)
+        )
     if node.op_type == "Concat":
         return np.concatenate(given, axis=attrs["axis"])
     if node.op_type in ("Squeeze", "Unsqueeze"):
@@ -183,7 +187,9 @@ def _evaluate(node: NodeProto, inputs: Sequence[Entries | None], shape: Entries 
         return np.asarray(np.expand_dims(x, tuple(axes or ())))
     if node.op_type == "Slice" and x.ndim == 1:
         bounds = [a for i, a in enumerate(given[1:5]) if a is not None and i != 2]
-        start, stop, *rest = (_plain(a)[0] for a in bounds) if bounds else (attrs["starts"][0], attrs["ends"][0])
+        start, stop, *rest = (
+            (_plain(a)[0] for a in bounds) if bounds else (attrs["starts"][0], attrs["ends"][0])
+        )
         step = rest[0] if rest else 1
         return np.asarray(x[start : None if step < 0 and stop < -len(x) else stop : step])
     if node.op_type == "Reshape":
@@ -214,20 +220,32 @@ def follow(
     integers: set[str],
 ) -> dict[str, Entries]:
     """Entries of every tensor in ``integers`` that is made of shapes; ``constants`` are those of integer type."""
-    found = {n: v.astype(object) for n, v in constants.items() if v.dtype.kind in "ib" and v.size <= LIMIT}
+    found = {
+        n: v.astype(object)
+        for n, v in constants.items()
+        if v.dtype.kind in "ib" and v.size <= LIMIT
+    }
     for node in nodes:
         name = node.output[0] if node.output else ""
         if node.domain not in ("", "ai.onnx") or name not in integers or not node.input:
             continue
         try:
             known_shape = lengths(node.input[0], dims)
-            made = np.asarray(_evaluate(node, [found.get(n) for n in node.input], known_shape), object)
+            made = np.asarray(
+                _evaluate(node, [found.get(n) for n in node.input], known_shape), object
+            )
         except (Unknown, ValueError, IndexError):
             known = dims.get(name)
-            if known is None or not all(isinstance(d, int) and d <= LIMIT for d in known) or len(known) > 1:
+            if (
+                known is None
+                or not all(isinstance(d, int) and d <= LIMIT for d in known)
+                or len(known) > 1
+            ):
                 continue
             # A value that is not known before the model runs, at a known place.
-            made = np.empty([int(d) for d in known if d is not None and not isinstance(d, str)], object)
+            made = np.empty(
+                [int(d) for d in known if d is not None and not isinstance(d, str)], object
+            )
             for at in np.ndindex(made.shape):
                 made[at] = Size.of(f"{VALUE}{name}{list(at)}")
         if made.size <= LIMIT:

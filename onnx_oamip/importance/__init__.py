@@ -55,7 +55,9 @@ class Method:
 def _rule(module: str, name: str = "score") -> ScoreRule:
     """Rule of a module of this package, imported when the rule is first used: names cost nothing."""
 
-    def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+    def score(
+        model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    ) -> Scores:
         rule: ScoreRule = getattr(import_module(f"onnx_oamip.{module}"), name)
         return rule(model, coupling, statistics, settings)
 
@@ -75,14 +77,24 @@ _METHODS: dict[str, Method] = {
         "optimal brain surgeon order: loss after the best repair by the others",
         MOMENTS | {Request.COVARIANCE},
     ),
-    "activation": Method(_rule("importance.activation"), "mean square of what consumers receive, times their weights"),
+    "activation": Method(
+        _rule("importance.activation"), "mean square of what consumers receive, times their weights"
+    ),
     "nnrelief": Method(
         _rule("published.nnrelief.score"),
         "share of the absolute signal of what follows (see --alpha)",
         frozenset({Request.ABSOLUTE_ACTIVATIONS}),
     ),
-    "l2": Method(_rule("importance.magnitude", "l2"), "L2 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
-    "l1": Method(_rule("importance.magnitude", "l1"), "L1 norm of all weights of a unit, producers and consumers", WEIGHTS_ONLY),
+    "l2": Method(
+        _rule("importance.magnitude", "l2"),
+        "L2 norm of all weights of a unit, producers and consumers",
+        WEIGHTS_ONLY,
+    ),
+    "l1": Method(
+        _rule("importance.magnitude", "l1"),
+        "L1 norm of all weights of a unit, producers and consumers",
+        WEIGHTS_ONLY,
+    ),
     "oamip": Method(
         _rule("importance.oamip.select"),
         "keep variables of a mixed-integer program over the network on a few images (see --mode)",
@@ -100,9 +112,13 @@ _METHODS: dict[str, Method] = {
         _DEPENDENCE,
     ),
     "correlation": Method(
-        _rule("published.dependence.correlation"), "partial correlation of what a layer gives with what it reads", _DEPENDENCE
+        _rule("published.dependence.correlation"),
+        "partial correlation of what a layer gives with what it reads",
+        _DEPENDENCE,
     ),
-    "random": Method(_rule("importance.random"), "a seeded random order, the baseline", WEIGHTS_ONLY),
+    "random": Method(
+        _rule("importance.random"), "a seeded random order, the baseline", WEIGHTS_ONLY
+    ),
 }
 METHODS: Mapping[str, Method] = MappingProxyType(_METHODS)
 """All methods by name, those registered meanwhile too."""
@@ -122,7 +138,9 @@ def register(name: str, method: Method | ScoreRule) -> None:
         raise SettingsError(f"an importance method '{name}' is there already; choose another name.")
     if not isinstance(method, Method):
         text = (method.__doc__ or "").strip()
-        method = Method(method, text.splitlines()[0].rstrip(".") if text else f"a rule of {method.__module__}")
+        method = Method(
+            method, text.splitlines()[0].rstrip(".") if text else f"a rule of {method.__module__}"
+        )
     _METHODS[name] = method
 
 
@@ -133,15 +151,21 @@ def find(name: str) -> Method:
             if point.name == name:
                 try:
                     register(name, point.load())
-                except Exception as error:  # another package's code: whatever it raises is told as it is
+                except (
+                    Exception
+                ) as error:  # another package's code: whatever it raises is told as it is
                     raise EnvironmentMissing(
                         f"the importance method '{name}' of {point.value} cannot be loaded: {error}."
                     ) from error
     if name not in _METHODS:
-        raise SettingsError(f"--importance '{name}' is unknown; choose one of {', '.join(names())}.")
+        raise SettingsError(
+            f"--importance '{name}' is unknown; choose one of {', '.join(names())}."
+        )
     return _METHODS[name]
 
 
 def names() -> list[str]:
     """Names of all methods, those of installed packages too; nothing is loaded for that."""
-    return list(dict.fromkeys([*_METHODS, *(p.name for p in metadata.entry_points(group=ENTRY_POINTS))]))
+    return list(
+        dict.fromkeys([*_METHODS, *(p.name for p in metadata.entry_points(group=ENTRY_POINTS))])
+    )

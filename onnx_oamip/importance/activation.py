@@ -21,7 +21,9 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.importance.magnitude import sums
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Shares of output energy per unit, summed over consumers."""
     assert statistics is not None
     total = np.zeros(coupling.n_units)

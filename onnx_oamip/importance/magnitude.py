@@ -16,12 +16,16 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.ops import lookup
 
 
-def l1(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def l1(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Sum of absolute weights per unit."""
     return Scores("l1", _sums(model, coupling, 1))
 
 
-def l2(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def l2(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Square root of the sum of squared weights per unit."""
     return Scores("l2", np.sqrt(_sums(model, coupling, 2)))
 
@@ -59,5 +63,9 @@ def linear_weights(model: Model) -> list[str]:
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
         if spec is not None and spec.linear:
-            names.update((n, None) for n in node.inputs[:2] if n in model.constants and model.constants[n].ndim > 1)
+            names.update(
+                (n, None)
+                for n in node.inputs[:2]
+                if n in model.constants and model.constants[n].ndim > 1
+            )
     return list(names)

@@ -39,7 +39,9 @@ ONE_BY_ONE = 32
 """Groups up to this many units lose one unit a step; above it a step takes 1/32 of what is left."""
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Per unit the error at which it goes: monotone along the order of its group, 1 is the consumers' whole variance.
 
     Groups without a linear consumer (attention scores) take their activation score.
@@ -94,7 +96,9 @@ def _inverse(gram: Floats) -> Floats:
     factor, _ = cho_factor(gram.T, lower=True, check_finite=False)
     inverse, _ = dpotri(factor, lower=True, overwrite_c=True)
     inverse = inverse.T
-    for first in range(0, len(inverse), MIRROR):  # block by block: whole triangles would be copied several times
+    for first in range(
+        0, len(inverse), MIRROR
+    ):  # block by block: whole triangles would be copied several times
         last = first + MIRROR
         corner = inverse[first:last, first:last]
         inverse[first:last, first:last] = np.triu(corner) + np.triu(corner, 1).T
@@ -130,7 +134,9 @@ class _State:
         self.present[gone] = False
         if self.present.mean() < 0.75:
             place = np.cumsum(self.present) - 1
-            self.columns = place[self.columns]  # of units still there; others point anywhere and are not asked for
+            self.columns = place[
+                self.columns
+            ]  # of units still there; others point anywhere and are not asked for
             self.inverse = self.inverse[np.ix_(self.present, self.present)]
             self.weight = self.weight[:, self.present]
             self.present = np.ones(len(self.inverse), bool)

@@ -13,6 +13,8 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Uniform in (0, 1), the same for the same seed."""
     return Scores("random", np.random.default_rng(settings.seed).random(coupling.n_units))

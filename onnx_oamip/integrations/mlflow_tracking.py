@@ -22,9 +22,14 @@ Log: TypeAlias = Callable[[Document, Iterable[Path | None]], None]
 """Takes the document of a run and files beside the model to keep with it; None stands for a file not asked for."""
 
 MEASURED = (
-    "masked_equivalence", "output_relative_error", "agreement", "accuracy_before", "accuracy_after", "latency_ratio",
+    "masked_equivalence",
+    "output_relative_error",
+    "agreement",
+    "accuracy_before",
+    "accuracy_after",
+    "latency_ratio",
     "samples",
-)  # fmt: skip
+)
 LONGEST = 6000
 """Characters of a parameter's value that every MLflow server takes."""
 
@@ -53,10 +58,14 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
         written = document["output"]["path"]
         kept = f"; the model itself was written to {written}" if written else ""
         with _told(mlflow, f"did not take the result{kept}"):
-            found = _parameters({**document["settings"], "model_sha256": document["model"]["sha256"]})
+            found = _parameters(
+                {**document["settings"], "model_sha256": document["model"]["sha256"]}
+            )
             mlflow.log_params({name: value for name, value in found.items() if name not in given})
             mlflow.log_metrics(metrics(document))
-            mlflow.set_tags({f"version.{name}": value for name, value in document["versions"].items() if value})
+            mlflow.set_tags(
+                {f"version.{name}": value for name, value in document["versions"].items() if value}
+            )
             mlflow.log_dict(dict(document), "report.json")
             for path in (*([Path(written), *external_paths(written)] if written else ()), *files):
                 if path is not None:
@@ -85,17 +94,32 @@ def metrics(document: Document) -> dict[str, float]:
     found: dict[str, float | None] = {}
     for name, old in document["before"].items():
         new = document[when][name]
-        found.update({f"{name}_before": old, f"{name}_{when}": new, f"{name}_kept": new / old if old else None})
+        found.update(
+            {
+                f"{name}_before": old,
+                f"{name}_{when}": new,
+                f"{name}_kept": new / old if old else None,
+            }
+        )
     checked = document.get("verification", {})
     found.update({name: checked.get(name) for name in MEASURED})
     found.update({name: len(document[name]) for name in ("groups", "skipped")})
-    found.update({f"seconds.{stage.replace(' ', '_')}": value for stage, value in document["timings"].items()})
+    found.update(
+        {
+            f"seconds.{stage.replace(' ', '_')}": value
+            for stage, value in document["timings"].items()
+        }
+    )
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, str]:
     """Parameters as text: words and paths as they are, all else as JSON; what is not set is left out."""
-    found = {n: str(v) if isinstance(v, (str, Path)) else json.dumps(v) for n, v in values.items() if v is not None}
+    found = {
+        n: str(v) if isinstance(v, (str, Path)) else json.dumps(v)
+        for n, v in values.items()
+        if v is not None
+    }
     return {name: text[:LONGEST] for name, text in found.items()}
 
 
@@ -110,4 +134,6 @@ def _told(mlflow: Any, what: str) -> Iterator[None]:
             why = "it keeps runs in folders only where MLFLOW_ALLOW_FILE_STORE=true is set, and otherwise in a database"
             why = f"{why} such as sqlite:///mlflow.db"
         text = f"MLflow at {mlflow.get_tracking_uri()} {what}: {why}."
-        raise OutputError(re.sub(r"//[^/@\s]*@", "//", text)) from error  # a URI may hold a password
+        raise OutputError(
+            re.sub(r"//[^/@\s]*@", "//", text)
+        ) from error  # a URI may hold a password

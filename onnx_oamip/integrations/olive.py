@@ -68,9 +68,12 @@ class OnnxOamip(Pass):  # type: ignore[misc]
             for name, field in SETTINGS.items()
         }
         for name, use in (("data", "calibrate with"), ("eval_data", "measure on")):
-            options[name] = PassConfigParam(type_=str, description=f"Samples to {use}, as for onnx-oamip prune.")
+            options[name] = PassConfigParam(
+                type_=str, description=f"Samples to {use}, as for onnx-oamip prune."
+            )
             options[f"{name}_config"] = PassConfigParam(
-                type_=DataConfig | dict, description=f"Samples to {use}: batches by input name, with or without labels."
+                type_=DataConfig | dict,
+                description=f"Samples to {use}: batches by input name, with or without labels.",
             )
         return {**options, **get_external_data_config()}
 
@@ -80,13 +83,23 @@ class OnnxOamip(Pass):  # type: ignore[misc]
 
     def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
         if not isinstance(model, ONNXModelHandler):
-            raise SettingsError(f"OnnxOamip prunes ONNX models, not {type(model).__name__}; convert the model first.")
-        device = "cuda" if self.accelerator_spec.execution_provider == "CUDAExecutionProvider" else "cpu"
-        settings = Settings.create(**{name: getattr(config, name) for name in SETTINGS}, device=device)
+            raise SettingsError(
+                f"OnnxOamip prunes ONNX models, not {type(model).__name__}; convert the model first."
+            )
+        device = (
+            "cuda" if self.accelerator_spec.execution_provider == "CUDAExecutionProvider" else "cpu"
+        )
+        settings = Settings.create(
+            **{name: getattr(config, name) for name in SETTINGS}, device=device
+        )
         output = Path(resolve_onnx_path(output_model_path))
         output.parent.mkdir(parents=True, exist_ok=True)
         found = pipeline.prune(
-            model.model_path, _source(config, "data"), output, settings, _source(config, "eval_data")
+            model.model_path,
+            _source(config, "data"),
+            output,
+            settings,
+            _source(config, "eval_data"),
         )
         document = documents.document(found)
         pruned = model_proto_to_olive_model(onnx.load(output), output, config)
@@ -97,7 +110,9 @@ class OnnxOamip(Pass):  # type: ignore[misc]
 
 def package_config() -> dict[str, Any]:
     """Olive's package configuration with this pass in it."""
-    content: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(
+        Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8")
+    )
     content["passes"][OnnxOamip.__name__] = {
         "module_path": f"onnx_oamip.integrations.olive.{OnnxOamip.__name__}",
         "supported_providers": ["CPUExecutionProvider", "CUDAExecutionProvider"],
@@ -121,11 +136,17 @@ def _source(config: Any, name: str) -> str | Mapping[str, Array] | None:
     batches = list(validate_config(given, DataConfig).to_data_container().create_dataloader())
     pairs = [b if isinstance(b, (tuple, list)) and len(b) == 2 else (b, None) for b in batches]
     if not pairs or not all(isinstance(inputs, Mapping) for inputs, _ in pairs):
-        raise DataError(f"{name}_config yields no batches by input name; its data set must give dicts of arrays.")
+        raise DataError(
+            f"{name}_config yields no batches by input name; its data set must give dicts of arrays."
+        )
     try:
-        found = {key: np.concatenate([_array(inputs[key]) for inputs, _ in pairs]) for key in pairs[0][0]}
+        found = {
+            key: np.concatenate([_array(inputs[key]) for inputs, _ in pairs]) for key in pairs[0][0]
+        }
     except (KeyError, ValueError) as error:
-        message = f"{name}_config yields batches of unequal names or shapes ({error}); make them equal."
+        message = (
+            f"{name}_config yields batches of unequal names or shapes ({error}); make them equal."
+        )
         raise DataError(message) from error
     return {**_labels([labels for _, labels in pairs]), **found}
 

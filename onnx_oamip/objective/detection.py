@@ -27,10 +27,23 @@ from onnx_oamip.objective.terms import (
 
 ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")
 """Kinds in the order in which labels look for their term."""
-NOT_SCORES = frozenset({
-    "Tanh", "Sin", "Cos", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
-    "GroupNormalization", "InstanceNormalization", "LSTM", "GRU", "RNN", "Softplus", "Erf",
-})  # fmt: skip
+NOT_SCORES = frozenset(
+    {
+        "Tanh",
+        "Sin",
+        "Cos",
+        "LayerNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "Softplus",
+        "Erf",
+    }
+)
 """Operators that do not end in class scores."""
 
 
@@ -59,18 +72,31 @@ def detect(
     tails = Tails(Graph(model))
     terms, notes = _found(tails, chosen)
     for name in chosen:
-        if name not in {t.name for t in terms} | {t.output for t in terms} | {p.name for p in model.outputs}:
+        if name not in {t.name for t in terms} | {t.output for t in terms} | {
+            p.name for p in model.outputs
+        }:
             have = ", ".join(f"'{port.name}'" for port in model.outputs)
-            raise SettingsError(f"--output names '{name}', but the outputs of {model.path or 'the model'} are {have}.")
-    terms = [_chosen(tails, term, chosen[term.name]) if _by_part(term, chosen) else term for term in terms]
+            raise SettingsError(
+                f"--output names '{name}', but the outputs of {model.path or 'the model'} are {have}."
+            )
+    terms = [
+        _chosen(tails, term, chosen[term.name]) if _by_part(term, chosen) else term
+        for term in terms
+    ]
     if task is not None:
         terms = _told(tails, terms, task)
     if labels is not None:
         terms, note = _labelled(tails, terms, labels)
         notes += note
     terms, more = _once(_settled(tails, terms))
-    if terms and all(term.kind == "ignore" for term in terms) and any(term.source == "user" for term in terms):
-        raise SettingsError("every output is ignored, so nothing could be measured; leave one --output out.")
+    if (
+        terms
+        and all(term.kind == "ignore" for term in terms)
+        and any(term.source == "user" for term in terms)
+    ):
+        raise SettingsError(
+            "every output is ignored, so nothing could be measured; leave one --output out."
+        )
     return Objective(tuple(terms), (*notes, *more, *(t.assumption for t in terms if t.assumption)))
 
 
@@ -82,7 +108,9 @@ def _found(tails: Tails, chosen: Mapping[str, tuple[str, float]]) -> tuple[list[
         if name in graph.given or graph.constant(name) is not None:
             what = "an input of the model" if name in graph.given else "a constant"
             terms.append(whole)
-            notes.append(f"output '{name}' is {what}, which pruning does not change: it is not measured")
+            notes.append(
+                f"output '{name}' is {what}, which pruning does not change: it is not measured"
+            )
         elif name in chosen:
             terms.append(_chosen(tails, whole, chosen[name]))
         else:
@@ -100,7 +128,10 @@ def _of_output(tails: Tails, name: str) -> list[Term]:
         )
         return [Term(name, name, name, "exact", assumption=note)]
     alone = len(found) == 1
-    return [replace(term, name=name if alone else f"{name}/{_short(term)}", output=name) for term in found]
+    return [
+        replace(term, name=name if alone else f"{name}/{_short(term)}", output=name)
+        for term in found
+    ]
 
 
 def _short(term: Term) -> str:
@@ -120,22 +151,33 @@ def _chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
     if kind not in CHOICES:
         raise SettingsError(f"--output {term.name}={kind}: the kinds are {', '.join(CHOICES)}.")
     if not (math.isfinite(weight) and weight > 0):
-        raise SettingsError(f"--output {term.name}={kind}:{weight:g}: a weight is a number above 0.")
+        raise SettingsError(
+            f"--output {term.name}={kind}:{weight:g}: a weight is a number above 0."
+        )
     return replace(_as(tails, term, kind, f"--output {term.name}={kind}"), weight=float(weight))
 
 
 def _as(tails: Tails, term: Term, kind: str, option: str) -> Term:
     """A term turned into another kind. Raises SettingsError where it cannot be one."""
-    plain = replace(term, kind="ignore", source="user", assumption="", form="auto", threshold=None, tail="")
+    plain = replace(
+        term, kind="ignore", source="user", assumption="", form="auto", threshold=None, tail=""
+    )
     if kind == "ignore":
         return plain
     found = tails.terms(term.tensor) if term.name == term.output else [term]
     same = [t for t in found if t.kind == kind]
     if len(same) == 1 == len(found):
-        return replace(same[0], name=term.name, output=term.output, weight=term.weight, source="user")
+        return replace(
+            same[0], name=term.name, output=term.output, weight=term.weight, source="user"
+        )
     floats = tails.graph.floating(term.tensor)
-    if not floats and len(found) == 1:  # decisions, and one tensor of floats that they are made from
-        plain, floats = replace(plain, tensor=found[0].tensor, axis=found[0].axis, part=found[0].part), True
+    if (
+        not floats and len(found) == 1
+    ):  # decisions, and one tensor of floats that they are made from
+        plain, floats = (
+            replace(plain, tensor=found[0].tensor, axis=found[0].axis, part=found[0].part),
+            True,
+        )
     if not floats:
         raise SettingsError(
             f"{option} does not fit: '{term.name}' holds {_type(tails.graph.model, term.output)} and comes from no "
@@ -144,7 +186,9 @@ def _as(tails: Tails, term: Term, kind: str, option: str) -> Term:
     columns = _columns(tails, plain)
     if kind in ("classes", "embedding") and columns is not None and columns < 2:
         what = "classes" if kind == "classes" else "vectors"
-        raise SettingsError(f"{option} does not fit: '{term.name}' has one column, and {what} need at least two.")
+        raise SettingsError(
+            f"{option} does not fit: '{term.name}' has one column, and {what} need at least two."
+        )
     return replace(plain, kind=kind)  # type: ignore[arg-type]
 
 
@@ -158,7 +202,11 @@ def _columns(tails: Tails, term: Term) -> int | None:
         return None
     if term.axis is None or term.axis >= len(shape):
         return 1
-    return term.part.stop - term.part.start if term.part and term.part.axis == term.axis else shape[term.axis]
+    return (
+        term.part.stop - term.part.start
+        if term.part and term.part.axis == term.axis
+        else shape[term.axis]
+    )
 
 
 def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
@@ -174,7 +222,9 @@ def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
         return [*(t for t in terms if t.output != name), _as(tails, whole, task, f"--task {task}")]
     decided = any(t.kind in ("classes", "binary") for t in free)
     vectors = task in ("classes", "embedding")
-    opened = [t for t in free if t.kind == "ambiguous" and not (vectors and _columns(tails, t) == 1)]
+    opened = [
+        t for t in free if t.kind == "ambiguous" and not (vectors and _columns(tails, t) == 1)
+    ]
     if decided or not opened:
         raise SettingsError(
             f"--task {task} does not say which of the model's {len(outputs)} outputs it is about; "
@@ -196,7 +246,11 @@ def _labelled(tails: Tails, terms: list[Term], labels: Array) -> tuple[list[Term
             fitting = _fit(tails, term, labels)
             if fitting is not None:
                 return [*terms[:place], fitting, *terms[place + 1 :]], []
-            if kind in ("classes", "ambiguous") and _whole(labels) and _one_class(tails, term, labels):
+            if (
+                kind in ("classes", "ambiguous")
+                and _whole(labels)
+                and _one_class(tails, term, labels)
+            ):
                 wrong = wrong or term
     if wrong is not None:
         raise DataError(
@@ -214,18 +268,33 @@ def _fit(tails: Tails, term: Term, labels: Array) -> Term | None:
     if not _whole(labels):
         fits = term.kind in ("ambiguous", "values") and _one_number(tails, term, labels)
         kind = "values" if fits else None
-    elif bits and term.kind != "classes" and _one_number(tails, term, labels) and (columns == 1 or labels.ndim > 1):
+    elif (
+        bits
+        and term.kind != "classes"
+        and _one_number(tails, term, labels)
+        and (columns == 1 or labels.ndim > 1)
+    ):
         kind = "binary"
-    elif term.kind != "values" and columns is not None and columns > 1 and _one_class(tails, term, labels):
+    elif (
+        term.kind != "values"
+        and columns is not None
+        and columns > 1
+        and _one_class(tails, term, labels)
+    ):
         kind = "classes" if labels.min(initial=0) >= 0 and labels.max(initial=0) < columns else None
     if kind is None or (term.source == "user" and term.kind != kind):
         return None
     form = term.form if term.kind == kind else "auto"
     source = term.source if term.kind == kind else "labels"
     return replace(
-        term, kind=kind, labelled=True, form=form, source=source, assumption="",
+        term,
+        kind=kind,
+        labelled=True,
+        form=form,
+        source=source,
+        assumption="",
         balanced=term.balanced and kind != "classes",
-    )  # fmt: skip
+    )
 
 
 def _whole(labels: Array) -> bool:
@@ -258,12 +327,18 @@ def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
 def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
     """Every term with a kind that can be measured, and what was assumed."""
     decided = any(t.kind in ("classes", "binary") and t.source != "labels" for t in terms)
-    open_maps = [t for t in terms if t.kind == "ambiguous" and (tails.graph.rank(t.tensor) or 0) > 3]
+    open_maps = [
+        t for t in terms if t.kind == "ambiguous" and (tails.graph.rank(t.tensor) or 0) > 3
+    ]
     result = []
     for term in terms:
         if term.kind == "ambiguous" and term.source != "user":
             result.append(_opened(tails, term, decided, len(open_maps) > 1))
-        elif term.kind == "binary" and term.source == "structure" and tails.graph.like_an_input(term.tensor):
+        elif (
+            term.kind == "binary"
+            and term.source == "structure"
+            and tails.graph.like_an_input(term.tensor)
+        ):
             note = f"output '{term.output}' has the shape of an input picture: its sigmoid gives values, not decisions"
             result.append(replace(_as_values(term), assumption=_otherwise(note, term, "binary")))
         else:
@@ -327,7 +402,9 @@ def _once(terms: list[Term]) -> tuple[list[Term], list[str]]:
             found[key] = term
             continue
         if known.output != term.output:
-            notes.append(f"output '{term.output}' is measured with '{known.output}', which holds the same numbers")
+            notes.append(
+                f"output '{term.output}' is measured with '{known.output}', which holds the same numbers"
+            )
         better = _rank(term) < _rank(known)
         found[key] = term if better else known
     return list(found.values()), notes
@@ -335,6 +412,8 @@ def _once(terms: list[Term]) -> tuple[list[Term], list[str]]:
 
 def _rank(term: Term) -> tuple[bool, bool, int]:
     """Smaller where more is known about a term."""
-    return term.source != "user", not term.labelled, 1 if term.kind in ("ambiguous", "values", "exact") else 0
-
-
+    return (
+        term.source != "user",
+        not term.labelled,
+        1 if term.kind in ("ambiguous", "values", "exact") else 0,
+    )

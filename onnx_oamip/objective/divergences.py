@@ -49,7 +49,10 @@ def class_divergence(truth: Floats, found: Floats, form: Form) -> Floats:
 
 def binary_divergence(truth: Floats, found: Floats, form: Form, threshold: float | None) -> Floats:
     """KL divergence (positions, columns) of independent yes/no answers."""
-    (yes, no), (new_yes, new_no) = log_binary(truth, form, threshold), log_binary(found, form, threshold)
+    (yes, no), (new_yes, new_no) = (
+        log_binary(truth, form, threshold),
+        log_binary(found, form, threshold),
+    )
     with np.errstate(invalid="ignore"):
         loss = np.exp(yes) * (yes - new_yes) + np.exp(no) * (no - new_no)
         return lost(np.where(truth == found, 0.0, np.maximum(loss, 0.0)))

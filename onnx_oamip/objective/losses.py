@@ -47,7 +47,9 @@ def sums(objective: Objective, truth: Sequence[Array], found: Sequence[Array]) -
         What ``loss`` takes, after sums over any number of batches.
     """
     pairs = objective.pairs(truth, found)
-    return np.stack([np.zeros(3), *(_sum(t, a, b) for t, (a, b) in zip(objective.judged, pairs, strict=True))])[1:]
+    return np.stack(
+        [np.zeros(3), *(_sum(t, a, b) for t, (a, b) in zip(objective.judged, pairs, strict=True))]
+    )[1:]
 
 
 def loss(objective: Objective, total: Floats) -> Loss:
@@ -87,7 +89,9 @@ def _sum(term: Term, truth: Array, found: Array) -> Floats:
 def _classes(scale: Scale, old: Floats, new: Floats) -> float:
     divergence = class_divergence(old, new, scale.form)
     if scale.background >= 0:
-        positive = (log_classes(old, scale.form).argmax(axis=1) != scale.background).astype(np.int64)
+        positive = (log_classes(old, scale.form).argmax(axis=1) != scale.background).astype(
+            np.int64
+        )
         divergence = divergence * scale.balance[0, positive]
     return float(divergence.sum() / scale.spread)
 

@@ -68,10 +68,14 @@ class Measures:
         self.objective = objective
         self._counts = [_counters(term) for term in objective.judged]
 
-    def update(self, before: Sequence[Array], after: Sequence[Array], labels: Array | None = None) -> None:
+    def update(
+        self, before: Sequence[Array], after: Sequence[Array], labels: Array | None = None
+    ) -> None:
         """Add a batch: arrays in the order of ``objective.tensors``, and the labels of its samples."""
         pairs = self.objective.pairs(before, after)
-        for term, counts, (old, new) in zip(self.objective.judged, self._counts, pairs, strict=True):
+        for term, counts, (old, new) in zip(
+            self.objective.judged, self._counts, pairs, strict=True
+        ):
             given = labels if term.labelled else None
             for count in counts:
                 count.update(old, new, given)
@@ -84,7 +88,10 @@ class Measures:
 
     def results(self) -> tuple[Measure, ...]:
         """One measure a term, by falling loss; the order of terms where they lose the same."""
-        found = [_worst(t, [c.result() for c in cs]) for t, cs in zip(self.objective.judged, self._counts, strict=True)]
+        found = [
+            _worst(t, [c.result() for c in cs])
+            for t, cs in zip(self.objective.judged, self._counts, strict=True)
+        ]
         return tuple(sorted(found, key=lambda measure: -measure.lost))
 
 
@@ -120,7 +127,9 @@ class _Counter:
         """One sum over another; None where the latter is zero."""
         return self.sum(part) / self.sum(whole) if self.sum(whole) else None
 
-    def measure(self, name: str, kept: float | None, values: Mapping[str, float | None], **more: object) -> Measure:
+    def measure(
+        self, name: str, kept: float | None, values: Mapping[str, float | None], **more: object
+    ) -> Measure:
         """The measure whose points are what is short of 1."""
         lost = 0.0 if kept is None else round(float(np.clip(100 * (1 - kept), 0.0, 100.0)), DIGITS)
         return Measure(self.term.name, self.term.output, self.term.kind, name, lost, values, **more)  # type: ignore[arg-type]
@@ -142,7 +151,11 @@ class _Decisions(_Counter):
         )
         truth = None if labels is None else np.asarray(labels).reshape(-1)
         if truth is not None and len(truth) == len(a):
-            self.add(labelled=len(a), right=float((a == truth).sum()), right_after=float((b == truth).sum()))
+            self.add(
+                labelled=len(a),
+                right=float((a == truth).sum()),
+                right_after=float((b == truth).sum()),
+            )
 
     def result(self) -> Measure:
         decided = self.sums.get("decided", np.zeros(1))
@@ -159,12 +172,16 @@ class _Decisions(_Counter):
         recall = None
         if decided[background] > DOMINANT * decided.sum() and others:
             recall = float((kept.sum() - kept[background]) / others)
-            values.update(background=float(background), positives=float(others / decided.sum()), recall=recall)
+            values.update(
+                background=float(background), positives=float(others / decided.sum()), recall=recall
+            )
             if others < RARE * decided.sum():
                 warnings.append(_few(self.term, others / decided.sum()))
         drop = _drop(values)
         if drop is not None:
-            return self.measure("accuracy", 1 - drop, values, classes=rare, warnings=tuple(warnings))
+            return self.measure(
+                "accuracy", 1 - drop, values, classes=rare, warnings=tuple(warnings)
+            )
         name, worst = "agreement of decisions", agreement
         if recall is not None and agreement is not None and recall < agreement:
             name, worst = f"recall of all decisions but class {background}", recall
@@ -181,17 +198,23 @@ class _Binary(_Counter):
         a = before > limit
         # Where there is no number any more, the decision is the other one.
         b = np.where(np.isnan(after), ~a, after > limit) if after.shape == before.shape else ~a
-        self.add(all=a.size, both=(a & b).sum(), neither=(~a & ~b).sum(), before=a.sum(), after=b.sum())
+        self.add(
+            all=a.size, both=(a & b).sum(), neither=(~a & ~b).sum(), before=a.sum(), after=b.sum()
+        )
         truth = None if labels is None else np.asarray(labels).reshape(-1) > 0
         if truth is not None and truth.size == a.size:
             self._labelled(a.reshape(-1), b.reshape(-1), truth)
 
     def _labelled(self, a: Bools, b: Bools, truth: Bools) -> None:
         self.add(
-            labelled=truth.size, positive=truth.sum(), negative=(~truth).sum(),
-            found=(a & truth).sum(), found_after=(b & truth).sum(),
-            refused=(~a & ~truth).sum(), refused_after=(~b & ~truth).sum(),
-        )  # fmt: skip
+            labelled=truth.size,
+            positive=truth.sum(),
+            negative=(~truth).sum(),
+            found=(a & truth).sum(),
+            found_after=(b & truth).sum(),
+            refused=(~a & ~truth).sum(),
+            refused_after=(~b & ~truth).sum(),
+        )
 
     def result(self) -> Measure:
         whole = self.sum("all")
@@ -209,7 +232,10 @@ class _Binary(_Counter):
             name = "after" if when else "before"
             labelled = self.sum("labelled")
             values[f"accuracy_{name}"] = right / labelled if labelled else None
-            sides = (self.share(f"found{when}", "positive"), self.share(f"refused{when}", "negative"))
+            sides = (
+                self.share(f"found{when}", "positive"),
+                self.share(f"refused{when}", "negative"),
+            )
             both = [side for side in sides if side is not None]
             values[f"balanced_accuracy_{name}"] = sum(both) / len(both) if both else None
         drop = _drop(values)
@@ -234,9 +260,15 @@ class _Values(_Counter):
     def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
         before, after = self.term.rows(old), self.term.rows(new)
         known = np.isfinite(before)
-        error = squared_error(before, after) if after.shape == before.shape else np.full(before.shape, np.inf)
+        error = (
+            squared_error(before, after)
+            if after.shape == before.shape
+            else np.full(before.shape, np.inf)
+        )
         self.moments.update(before)
-        self.add(error=error.sum(axis=0), energy=np.square(np.where(known, before, 0.0)).sum(axis=0))
+        self.add(
+            error=error.sum(axis=0), energy=np.square(np.where(known, before, 0.0)).sum(axis=0)
+        )
 
     def merge(self, other: _Counter) -> None:
         super().merge(other)
@@ -247,7 +279,9 @@ class _Values(_Counter):
         assert self.term.scale is not None, "the objective has no scales yet"
         error = self.sums.get("error", np.zeros(0))
         if not error.size:
-            return self.measure("error over variance", None, {"error_over_variance": None, "relative_error": None})
+            return self.measure(
+                "error over variance", None, {"error_over_variance": None, "relative_error": None}
+            )
         divisors = self.moments.divisors(self.term.scale.variance)
         columns = error / np.maximum(self.moments.count, 1) / divisors
         place = int(columns.argmax())
@@ -306,7 +340,13 @@ class _Equal(_Counter):
 def _counters(term: Term) -> list[_Counter]:
     if term.kind == "ambiguous":
         return [_Decisions(term), _Values(term)]
-    kinds = {"classes": _Decisions, "binary": _Binary, "values": _Values, "embedding": _Cosines, "exact": _Equal}
+    kinds = {
+        "classes": _Decisions,
+        "binary": _Binary,
+        "values": _Values,
+        "embedding": _Cosines,
+        "exact": _Equal,
+    }
     return [kinds[term.kind](term)]
 
 
@@ -318,7 +358,15 @@ def _worst(term: Term, found: Sequence[Measure]) -> Measure:
     classes = next((m.classes for m in found if m.classes), ())
     warnings = tuple(w for m in found for w in m.warnings)
     return Measure(
-        term.name, term.output, term.kind, worst.measure, worst.lost, values, classes, columns, warnings
+        term.name,
+        term.output,
+        term.kind,
+        worst.measure,
+        worst.lost,
+        values,
+        classes,
+        columns,
+        warnings,
     )
 
 

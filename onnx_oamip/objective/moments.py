@@ -46,7 +46,9 @@ class Moments:
             return
         both = np.maximum(self.count + other.count, 1)
         gap = other.mean - self.mean
-        self.deviation = self.deviation + other.deviation + np.square(gap) * self.count * other.count / both
+        self.deviation = (
+            self.deviation + other.deviation + np.square(gap) * self.count * other.count / both
+        )
         self.mean = self.mean + gap * other.count / both
         self.count = self.count + other.count
 

@@ -81,7 +81,10 @@ class Normaliser:
     def finish(self) -> Objective:
         """The objective with the scale of every judged term."""
         scales = iter([sums.scale() for sums in self._sums])
-        terms = [term if term.kind == "ignore" else replace(term, scale=next(scales)) for term in self.objective.terms]
+        terms = [
+            term if term.kind == "ignore" else replace(term, scale=next(scales))
+            for term in self.objective.terms
+        ]
         return replace(self.objective, terms=tuple(terms))
 
 
@@ -92,9 +95,13 @@ class _Sums:
         self.term = term
         self.moments = Moments() if term.kind in ("values", "ambiguous") else None
         self.direction = _Direction() if term.kind == "embedding" else None
-        forms: tuple[Form, ...] = ("probabilities", "logits") if term.form == "auto" else (term.form,)
+        forms: tuple[Form, ...] = (
+            ("probabilities", "logits") if term.form == "auto" else (term.form,)
+        )
         reader = {"classes": _Classes, "ambiguous": _Classes, "binary": _Binary}.get(term.kind)
-        self.answers: list[_Answers] = [] if reader is None else [reader(term, form) for form in forms]
+        self.answers: list[_Answers] = (
+            [] if reader is None else [reader(term, form) for form in forms]
+        )
 
     def update(self, rows: Floats) -> None:
         for statistic in (self.moments, self.direction, *self.answers):
@@ -165,7 +172,11 @@ class _Answers:
 
     def add(self, sums: tuple[Floats, ...]) -> None:
         """Add sums."""
-        self.sums = sums if self.sums is None else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
+        self.sums = (
+            sums
+            if self.sums is None
+            else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
+        )
 
     def fits(self, rows: Floats) -> bool:
         """Whether rows may be probabilities."""
@@ -189,7 +200,9 @@ class _Classes(_Answers):
 
     def __init__(self, term: Term, form: Form) -> None:
         super().__init__(term, form)
-        self.by_decision: dict[int, Floats] | None = {} if term.balanced and term.kind == "classes" else None
+        self.by_decision: dict[int, Floats] | None = (
+            {} if term.balanced and term.kind == "classes" else None
+        )
 
     def fits(self, rows: Floats) -> bool:
         return bool((rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=SUM))
@@ -237,7 +250,9 @@ class _Classes(_Answers):
         weight = np.full(len(decided), high)
         weight[background] = low
         mean = (low * inside + high * (probability - inside)) / total
-        spread = float(weight @ negentropy) / total - float(weighted(_log(np.maximum(mean, 0.0))).sum())
+        spread = float(weight @ negentropy) / total - float(
+            weighted(_log(np.maximum(mean, 0.0))).sum()
+        )
         least = LEAST * float(np.log(max(len(mean), 2)))
         return Scale(self.form, max(spread, least), variance, background, np.asarray([[low, high]]))
 
@@ -253,7 +268,10 @@ class _Binary(_Answers):
         positive = rows > cutoff(self.term.threshold, self.form)
         parts = (np.ones_like(rows), np.exp(yes), weighted(yes) + weighted(no))
         sides = (~positive, positive)
-        return tuple(np.stack([np.where(side, part, 0.0).sum(axis=0) for side in sides], axis=1) for part in parts)
+        return tuple(
+            np.stack([np.where(side, part, 0.0).sum(axis=0) for side in sides], axis=1)
+            for part in parts
+        )
 
     def scale(self, variance: Floats) -> Scale:
         if self.sums is None:

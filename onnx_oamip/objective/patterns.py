@@ -5,7 +5,9 @@ from __future__ import annotations
 from onnx_oamip.core.records import Node
 from onnx_oamip.objective.structure import Graph
 
-LENGTH_WRAPPERS = frozenset({"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"})
+LENGTH_WRAPPERS = frozenset(
+    {"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"}
+)
 """Operators between a vector's length and the division by it."""
 
 
@@ -33,17 +35,27 @@ def softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
     if node.op == "Log":
         inner = graph.maker(node.inputs[0])
         return softmax(graph, inner) if inner is not None and inner.op != "Log" else None
-    if node.op == "Sub" and (total := graph.maker(node.inputs[1])) is not None and total.op == "ReduceLogSumExp":
+    if (
+        node.op == "Sub"
+        and (total := graph.maker(node.inputs[1])) is not None
+        and total.op == "ReduceLogSumExp"
+    ):
         axis = _one_axis(graph, total)
         same = total.inputs[0] == node.inputs[0]
         return (node.inputs[0], axis) if same and axis is not None else None
-    if node.op != "Div" or (total := graph.maker(node.inputs[1])) is None or total.op != "ReduceSum":
+    if (
+        node.op != "Div"
+        or (total := graph.maker(node.inputs[1])) is None
+        or total.op != "ReduceSum"
+    ):
         return None
     power, axis = graph.maker(node.inputs[0]), _one_axis(graph, total)
     if power is None or power.op != "Exp" or total.inputs[0] != node.inputs[0] or axis is None:
         return None
     shifted = graph.maker(power.inputs[0])
-    stable = shifted is not None and shifted.op == "Sub" and graph.op(shifted.inputs[1]) == "ReduceMax"
+    stable = (
+        shifted is not None and shifted.op == "Sub" and graph.op(shifted.inputs[1]) == "ReduceMax"
+    )
     return (shifted.inputs[0] if shifted is not None and stable else power.inputs[0]), axis
 
 
@@ -54,7 +66,9 @@ def _softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
     axis = int(node.attrs.get("axis", -1 if node.version >= 13 else 1)) % max(rank, 1)
     shape = graph.shape(node.inputs[0])
     last = shape is not None and all(size == 1 for size in shape[axis + 1 :])
-    if node.version < 13 and axis < rank - 1 and not last:  # one distribution over all axes from here on
+    if (
+        node.version < 13 and axis < rank - 1 and not last
+    ):  # one distribution over all axes from here on
         return None
     return node.inputs[0], axis
 
@@ -64,7 +78,9 @@ def unit_vectors(graph: Graph, node: Node) -> tuple[str, int] | None:
     if node.op == "LpNormalization":
         rank = graph.rank(node.inputs[0])
         euclidean = int(node.attrs.get("p", 2)) == 2
-        return (node.inputs[0], int(node.attrs.get("axis", -1)) % rank) if rank and euclidean else None
+        return (
+            (node.inputs[0], int(node.attrs.get("axis", -1)) % rank) if rank and euclidean else None
+        )
     if node.op == "Div":
         source, divisor, inverse = node.inputs[0], node.inputs[1], False
     elif node.op == "Mul":
@@ -127,12 +143,20 @@ def _squares(graph: Graph, node: Node, source: str) -> bool:
     """Whether a node gives the squares of ``source``."""
     if node.op == "Mul":
         return all(_same(graph, name, source) for name in node.inputs)
-    return node.op == "Pow" and graph.number(node.inputs[1]) == 2 and _same(graph, node.inputs[0], source)
+    return (
+        node.op == "Pow"
+        and graph.number(node.inputs[1]) == 2
+        and _same(graph, node.inputs[0], source)
+    )
 
 
 def _same(graph: Graph, tensor: str, source: str) -> bool:
     """Whether a tensor is ``source``, or its absolute value."""
-    while (node := graph.maker(tensor)) is not None and node.op in ("Identity", "Abs") and tensor != source:
+    while (
+        (node := graph.maker(tensor)) is not None
+        and node.op in ("Identity", "Abs")
+        and tensor != source
+    ):
         tensor = node.inputs[0]
     while (node := graph.maker(source)) is not None and node.op == "Identity" and tensor != source:
         source = node.inputs[0]

@@ -16,8 +16,14 @@ from onnx_oamip.objective.terms import Part
 UNCHANGED = frozenset({"Identity", "Dropout"})
 RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 MAPS = (
-    "Conv", "ConvTranspose", "ConvInteger", "Pool", "BatchNormalization", "InstanceNormalization", "Resize",
-)  # fmt: skip
+    "Conv",
+    "ConvTranspose",
+    "ConvInteger",
+    "Pool",
+    "BatchNormalization",
+    "InstanceNormalization",
+    "Resize",
+)
 """Ends of the names of operators with channels on axis 1."""
 DEPTH = 200
 """Steps that are followed behind an output."""
@@ -74,7 +80,9 @@ class Graph:
         if tensor in self.model.shapes:
             return self.model.shapes[tensor]
         declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
-        bound = [self.model.bindings.get(d) if isinstance(d, str) else d for d in declared or (None,)]
+        bound = [
+            self.model.bindings.get(d) if isinstance(d, str) else d for d in declared or (None,)
+        ]
         known = tuple(d for d in bound if d is not None)
         return known if len(known) == len(bound) else None
 
@@ -204,7 +212,9 @@ class Graph:
         if rank == 2 or shape is None:
             return 1
         dims = next((port.dims for port in self.model.outputs if port.name == tensor), shape)
-        fixed = [axis for axis in (1, rank - 1) if isinstance(dims[axis], int)]  # channels have a fixed number
+        fixed = [
+            axis for axis in (1, rank - 1) if isinstance(dims[axis], int)
+        ]  # channels have a fixed number
         return min(fixed or [1, rank - 1], key=lambda axis: shape[axis])
 
     def _channels(self, tensor: str, depth: int) -> int | None:
@@ -237,12 +247,12 @@ class Graph:
         return any(self.shape(name) == shape for name in self.given)
 
 
-def _matching(shape: tuple[int, ...] | None, other: tuple[int, ...] | None, axis: int) -> int | None:
+def _matching(
+    shape: tuple[int, ...] | None, other: tuple[int, ...] | None, axis: int
+) -> int | None:
     """The axis of ``other`` that holds the entries of an axis of ``shape`` after a reshape."""
     if shape is None or other is None:
         return None
     before, length = math.prod(shape[:axis]), shape[axis]
     fits = [i for i, size in enumerate(other) if size == length and math.prod(other[:i]) == before]
     return fits[0] if fits else None
-
-

@@ -20,25 +20,102 @@ from onnx_oamip.objective.terms import Form, Kind, Term
 
 COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 DECISIONS = COMPARISONS | {
-    "ArgMax", "ArgMin", "TopK", "NonMaxSuppression", "Hardmax", "NonZero", "Compress", "Equal", "OneHot", "Unique",
-    "Sign", "Round", "Floor", "Ceil", "Binarizer",
-}  # fmt: skip
+    "ArgMax",
+    "ArgMin",
+    "TopK",
+    "NonMaxSuppression",
+    "Hardmax",
+    "NonZero",
+    "Compress",
+    "Equal",
+    "OneHot",
+    "Unique",
+    "Sign",
+    "Round",
+    "Floor",
+    "Ceil",
+    "Binarizer",
+}
 """Operators whose results jump where their inputs change a little."""
 CHEAP = DECISIONS | {
-    "Identity", "Cast", "CastLike", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split",
-    "Gather", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "Concat", "Expand", "Tile", "Pad", "Where",
-    "Not", "And", "Or", "Xor", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "Clip", "Pow", "Sqrt",
-    "Exp", "Log", "Reciprocal", "Sum", "Mean", "ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean", "ReduceProd",
-    "CumSum", "Sigmoid", "HardSigmoid", "Softmax", "LogSoftmax", "MaxPool", "QuantizeLinear", "DequantizeLinear",
-    "LabelEncoder", "ArrayFeatureExtractor", "BitShift", "IsNaN", "ReverseSequence",
-}  # fmt: skip
+    "Identity",
+    "Cast",
+    "CastLike",
+    "Reshape",
+    "Flatten",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Slice",
+    "Split",
+    "Gather",
+    "GatherND",
+    "GatherElements",
+    "ScatterND",
+    "ScatterElements",
+    "Concat",
+    "Expand",
+    "Tile",
+    "Pad",
+    "Where",
+    "Not",
+    "And",
+    "Or",
+    "Xor",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Mod",
+    "Neg",
+    "Abs",
+    "Min",
+    "Max",
+    "Clip",
+    "Pow",
+    "Sqrt",
+    "Exp",
+    "Log",
+    "Reciprocal",
+    "Sum",
+    "Mean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceSum",
+    "ReduceMean",
+    "ReduceProd",
+    "CumSum",
+    "Sigmoid",
+    "HardSigmoid",
+    "Softmax",
+    "LogSoftmax",
+    "MaxPool",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "LabelEncoder",
+    "ArrayFeatureExtractor",
+    "BitShift",
+    "IsNaN",
+    "ReverseSequence",
+}
 """Operators that may follow the last layer."""
 STRUCTURAL = frozenset({"Shape", "Size", "Range", "ConstantOfShape", "EyeLike"})
 """Operators that read lengths, not values."""
 OPEN: tuple[Kind, ...] = ("ambiguous", "values")
-STAY_PROBABLE = frozenset({
-    "Mul", "Sqrt", "ReduceMax", "Max", "Min", "Clip", "MaxPool", "ReduceMin", "Mean", "ReduceMean",
-})  # fmt: skip
+STAY_PROBABLE = frozenset(
+    {
+        "Mul",
+        "Sqrt",
+        "ReduceMax",
+        "Max",
+        "Min",
+        "Clip",
+        "MaxPool",
+        "ReduceMin",
+        "Mean",
+        "ReduceMean",
+    }
+)
 """Operators that make probabilities of probabilities."""
 
 
@@ -54,8 +131,14 @@ class Tails:
     _probable: dict[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        suppressed = [n for n in self.graph.model.nodes if n.op == "NonMaxSuppression" and n.domain in ("", "ai.onnx")]
-        self.boxes = frozenset(name for n in suppressed for name in self.graph.trace(n.inputs[0]).seen)
+        suppressed = [
+            n
+            for n in self.graph.model.nodes
+            if n.op == "NonMaxSuppression" and n.domain in ("", "ai.onnx")
+        ]
+        self.boxes = frozenset(
+            name for n in suppressed for name in self.graph.trace(n.inputs[0]).seen
+        )
 
     def terms(self, tensor: str) -> list[Term]:
         """The terms behind a tensor; none where no float in front of it can be reached."""
@@ -75,9 +158,14 @@ class Tails:
         node = origin.node
         if node is not None:
             rules = (
-                self._classes, self._binary, self._embedding, self._concat, self._reduced, self._branch,
+                self._classes,
+                self._binary,
+                self._embedding,
+                self._concat,
+                self._reduced,
+                self._branch,
                 self._probabilities,
-            )  # fmt: skip
+            )
             for rule in rules:
                 if found := rule(origin, node):
                     return found
@@ -85,7 +173,9 @@ class Tails:
             tensor = self.graph.makers[tensor].inputs[0]
         return [self._term(tensor, "ambiguous")]
 
-    def _term(self, tensor: str, kind: Kind, axis: int | None = None, form: Form = "auto", tail: str = "") -> Term:
+    def _term(
+        self, tensor: str, kind: Kind, axis: int | None = None, form: Form = "auto", tail: str = ""
+    ) -> Term:
         place = self.graph.channel_axis(tensor) if axis is None else axis
         return Term("", "", tensor, kind, place, form=form, tail=tail)
 
@@ -94,7 +184,9 @@ class Tails:
         if found is None:
             return []
         logits, axis = found
-        term = self._term(logits, "classes", axis, "logits", f"{_called(node, 'Softmax')} over axis {axis}")
+        term = self._term(
+            logits, "classes", axis, "logits", f"{_called(node, 'Softmax')} over axis {axis}"
+        )
         # A slice of the classes is decided by all of them.
         whole = origin.part is None or origin.part.axis == axis
         return [term if whole else replace(term, part=origin.part)]
@@ -107,7 +199,11 @@ class Tails:
         if node.op == "HardSigmoid":
             found = self._term(origin.tensor, "binary", form="probabilities", tail="HardSigmoid")
             return [replace(found, part=origin.part)]
-        if node.op == "Sub" and self.graph.number(node.inputs[0]) == 1 and self.probable(node.inputs[1]):
+        if (
+            node.op == "Sub"
+            and self.graph.number(node.inputs[0]) == 1
+            and self.probable(node.inputs[1])
+        ):
             return self.explain(node.inputs[1])  # 1 - p decides as p does
         return []
 
@@ -124,7 +220,11 @@ class Tails:
         """The parts of a Concat, where any of them is more than a plain tensor; else none."""
         if node.op != "Concat" or origin.part is not None:
             return []
-        computed = [name for name in node.inputs if self.graph.constant(name) is None and name not in self.graph.given]
+        computed = [
+            name
+            for name in node.inputs
+            if self.graph.constant(name) is None and name not in self.graph.given
+        ]
         found = [self.explain(name) for name in computed]
         if all(len(terms) == 1 and terms[0].kind == "ambiguous" for terms in found):
             return []
@@ -143,13 +243,17 @@ class Tails:
         """The largest of several probabilities is decided by all of them."""
         if node.op not in ("ReduceMax", "TopK") or not self.probable(node.inputs[0]):
             return []
-        return [replace(term, tail=f"{term.tail}, {node.op}") for term in self.explain(node.inputs[0])]
+        return [
+            replace(term, tail=f"{term.tail}, {node.op}") for term in self.explain(node.inputs[0])
+        ]
 
     def _probabilities(self, origin: Origin, node: Node) -> list[Term]:
         """Products and other combinations of probabilities."""
         if not self.probable(origin.tensor):
             return []
-        term = self._term(origin.tensor, "binary", form="probabilities", tail=f"{node.op} of probabilities")
+        term = self._term(
+            origin.tensor, "binary", form="probabilities", tail=f"{node.op} of probabilities"
+        )
         return [replace(term, part=origin.part)]
 
     def _branch(self, origin: Origin, node: Node) -> list[Term]:
@@ -169,7 +273,9 @@ class Tails:
             self._probable[tensor] = False
             origin = self.graph.trace(tensor)
             if origin.node is not None and depth < DEPTH:
-                self._probable[tensor] = self._gives_probabilities(origin.node, origin.tensor, depth)
+                self._probable[tensor] = self._gives_probabilities(
+                    origin.node, origin.tensor, depth
+                )
         return self._probable[tensor]
 
     def _gives_probabilities(self, node: Node, tensor: str, depth: int) -> bool:
@@ -181,7 +287,9 @@ class Tails:
             return all(self.probable(name, depth + 1) for name in branches)
         computed = [name for name in node.inputs if name and self.graph.constant(name) is None]
         if node.op == "Sub":
-            return self.graph.number(node.inputs[0]) == 1 and self.probable(node.inputs[1], depth + 1)
+            return self.graph.number(node.inputs[0]) == 1 and self.probable(
+                node.inputs[1], depth + 1
+            )
         alone = node.op == "Mul" and len(computed) < 2  # by a constant: a size, not a probability
         stays = node.op in STAY_PROBABLE and not alone and bool(computed)
         return stays and all(self.probable(name, depth + 1) for name in computed)
@@ -213,7 +321,9 @@ class Tails:
             node = self.graph.makers.get(tensor)
             if node is not None and node.op not in STRUCTURAL:
                 cheap = node.op in CHEAP and self.graph.maker(tensor) is not None
-                inside = depth < DEPTH and any(self.learnt(name, depth + 1) for name in node.inputs if name)
+                inside = depth < DEPTH and any(
+                    self.learnt(name, depth + 1) for name in node.inputs if name
+                )
                 self._learnt[tensor] = not cheap or inside
         return self._learnt[tensor]
 
@@ -256,7 +366,9 @@ class Tails:
         axis = int(node.attrs.get("axis", 0 if node.op == "ArgMax" else -1)) % max(rank, 1)
         behind = self.graph.maker(source)  # a sigmoid does not change which is largest
         logits = sigmoid(self.graph, behind) if behind is not None else None
-        return [self._term(logits or source, "classes", axis, "auto", f"{node.op} over axis {axis}")]
+        return [
+            self._term(logits or source, "classes", axis, "auto", f"{node.op} over axis {axis}")
+        ]
 
     def _top(self, node: Node, seen: set[str], depth: int) -> list[Term]:
         source = node.inputs[0]
@@ -268,7 +380,9 @@ class Tails:
 
     def _suppressed(self, node: Node, seen: set[str], depth: int) -> list[Term]:
         """Scores of NonMaxSuppression, decided at its threshold."""
-        limit = self.graph.number(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else None
+        limit = (
+            self.graph.number(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else None
+        )
         found = self._scores(node.inputs[1], seen, depth)
         return [self._at(term, limit, "scores of NonMaxSuppression", "auto") for term in found]
 
@@ -304,7 +418,9 @@ def _distinct(terms: Iterable[Term]) -> list[Term]:
     found: dict[object, Term] = {}
     for term in terms:
         key = (term.tensor, term.part)
-        more = key in found and found[key].kind in OPEN and term.kind not in OPEN and not _sign(term)
+        more = (
+            key in found and found[key].kind in OPEN and term.kind not in OPEN and not _sign(term)
+        )
         if key not in found or _sign(found[key]) or more:
             found[key] = term
     return list(found.values())

@@ -15,7 +15,9 @@ import numpy as np
 
 from onnx_oamip.core.records import Array, Floats
 
-Kind: TypeAlias = Literal["classes", "binary", "values", "embedding", "ambiguous", "exact", "ignore"]
+Kind: TypeAlias = Literal[
+    "classes", "binary", "values", "embedding", "ambiguous", "exact", "ignore"
+]
 """What a tensor holds. ``ambiguous``: class scores or values, the loss takes the worse; ``exact``: equal or not."""
 Form: TypeAlias = Literal["auto", "logits", "probabilities", "scores"]
 """How decisions are stored. ``auto``: logits or probabilities, found on data; ``scores``: compared with a threshold."""
@@ -90,7 +92,9 @@ class Term:
     def rows(self, array: Array) -> Floats:
         """The term's numbers in an array of its tensor: (positions, columns) in float64."""
         if self.part is not None:
-            array = array[(slice(None),) * self.part.axis + (slice(self.part.start, self.part.stop),)]
+            array = array[
+                (slice(None),) * self.part.axis + (slice(self.part.start, self.part.stop),)
+            ]
         values = array.astype(np.float64)
         if self.axis is None or values.ndim == 0:
             return values.reshape(-1, 1)
@@ -127,7 +131,9 @@ def document(objective: Objective) -> list[Mapping[str, Any]]:
             "name": term.name,
             "output": term.output,
             "tensor": term.tensor,
-            "part": None if term.part is None else [term.part.axis, term.part.start, term.part.stop],
+            "part": None
+            if term.part is None
+            else [term.part.axis, term.part.start, term.part.stop],
             "kind": term.kind,
             "axis": term.axis,
             "weight": term.weight,

@@ -56,7 +56,11 @@ class Limits:
 
     def shares(self, cost: Cost) -> dict[str, float]:
         """Cost over limit, by name, where there is a limit."""
-        pairs = {"macs": (cost.macs, self.macs), "params": (cost.params, self.params), "size": (cost.bytes, self.bytes)}
+        pairs = {
+            "macs": (cost.macs, self.macs),
+            "params": (cost.params, self.params),
+            "size": (cost.bytes, self.bytes),
+        }
         return {k: value / limit for k, (value, limit) in pairs.items() if limit}
 
     def least(self, cost: Cost) -> dict[str, float]:
@@ -68,8 +72,9 @@ class Limits:
         parts = zip(asked, whole, now, self.aside, strict=True)
         return {
             k: math.ceil(1e4 * (n + held) / max(w, 1)) / 1e4
-            for (k, limit), w, n, held in parts if limit is not None
-        }  # fmt: skip
+            for (k, limit), w, n, held in parts
+            if limit is not None
+        }
 
 
 def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Limits:
@@ -108,9 +113,13 @@ def allocate(
     narrowest = least(settings.floor if floor is None else floor, step, full)
     ceiling = full
     if settings.threshold is not None:
-        above = np.bincount(coupling.unit_group[scores.values >= settings.threshold], minlength=len(full))
+        above = np.bincount(
+            coupling.unit_group[scores.values >= settings.threshold], minlength=len(full)
+        )
         ceiling = np.maximum(_snap(above, step, full), narrowest)
-    if settings.alpha is not None:  # its rules give what must go a score of 0; nothing else goes for a step's sake
+    if (
+        settings.alpha is not None
+    ):  # its rules give what must go a score of 0; nothing else goes for a step's sake
         wanted = np.bincount(coupling.unit_group[scores.values > 0], minlength=len(full))
         ceiling = np.minimum(ceiling, np.maximum(-(-wanted // step) * step, narrowest))
 
@@ -118,7 +127,9 @@ def allocate(
         return limit.holds(ledger.cost(widths))
 
     if not fits(narrowest):
-        raise BudgetNotMet(_binding(coupling, ledger, limit, narrowest, _advice(coupling, settings, step, fits)))
+        raise BudgetNotMet(
+            _binding(coupling, ledger, limit, narrowest, _advice(coupling, settings, step, fits))
+        )
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
         try:
@@ -127,7 +138,9 @@ def allocate(
             held = ", ".join((*_floors(settings), *_others(coupling, settings)))
             told = f"; what keeps widths up: {held}." if held else "."
             raise BudgetNotMet(f"{str(error).rstrip('.')}{told}") from error
-        if not extra:  # what the rungs left unused; a measured limit is not counted here and gets no filling
+        if (
+            not extra
+        ):  # what the rungs left unused; a measured limit is not counted here and gets no filling
             widths = _fill(ledger, limit, widths, step, ceiling, full)
             used = limit.shares(ledger.cost(widths))
             binding = [name for name, share in used.items() if share >= BINDING]
@@ -163,11 +176,19 @@ RUNGS = 12
 
 
 def _programmed(
-    ladder: Ladder, ceiling: Ints, ledger: Ledger, limit: Limits, extra: Sequence[LinearisedLimit], settings: Settings
+    ladder: Ladder,
+    ceiling: Ints,
+    ledger: Ledger,
+    limit: Limits,
+    extra: Sequence[LinearisedLimit],
+    settings: Settings,
 ) -> tuple[Ints, tuple[Mapping[str, Any], ...]]:
     """Widths by the budget program: over rungs spread across each ladder, then over rungs next to the ones taken."""
     solver_limits = SolverLimits(time_s=settings.time_limit, gap=1e-3, seed=settings.seed)
-    lengths = [int(np.searchsorted(w, c, side="right")) for w, c in zip(ladder.widths, ceiling, strict=True)]
+    lengths = [
+        int(np.searchsorted(w, c, side="right"))
+        for w, c in zip(ladder.widths, ceiling, strict=True)
+    ]
     rungs = [np.unique(np.round(np.linspace(0, n - 1, RUNGS)).astype(int)) for n in lengths]
     coarse = choose(ledger, _at(ladder, rungs), limit, extra, settings.solver, solver_limits)
     if all(len(r) == n for r, n in zip(rungs, lengths, strict=True)):
@@ -203,7 +224,9 @@ def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> In
         held = min(group.multiplicity.values())
         channels = wanted
         if align == "auto":
-            blocked = any(len(model.shapes[t]) > 2 for t, _ in group.multiplicity if t in model.constants)
+            blocked = any(
+                len(model.shapes[t]) > 2 for t, _ in group.multiplicity if t in model.constants
+            )
             channels = wanted if blocked else 1
             while channels > 1 and channels * 4 > len(group.units) * held:
                 channels //= 2
@@ -230,7 +253,9 @@ def _uniform(
     step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
 ) -> Ints:
     def widths(share: float) -> Ints:
-        return np.clip(_snap(np.floor(share * full + 1e-9).astype(np.int64), step, full), floor, ceiling)
+        return np.clip(
+            _snap(np.floor(share * full + 1e-9).astype(np.int64), step, full), floor, ceiling
+        )
 
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -240,7 +265,13 @@ def _uniform(
 
 
 def _global(
-    coupling: Coupling, scores: Scores, step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
+    coupling: Coupling,
+    scores: Scores,
+    step: Ints,
+    floor: Ints,
+    ceiling: Ints,
+    full: Ints,
+    fits: Callable[[Ints], bool],
 ) -> Ints:
     mean = np.bincount(coupling.unit_group, scores.values) / full
     relative = scores.values / np.where(mean > 0, mean, 1)[coupling.unit_group]
@@ -282,12 +313,19 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
     name, over = max(limit.shares(ledger.cost(floor)).items(), key=lambda item: item[1])
     lengths = ledger.lengths(floor)
     values = ledger.terms(ledger.macs, lengths)
-    heavy = [f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)" for i in np.argsort(-values)[:3]]
+    heavy = [
+        f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)"
+        for i in np.argsort(-values)[:3]
+    ]
     widest = sorted(coupling.groups, key=lambda g: -max(g.multiplicity.values()) * len(g.units))[:3]
     reasons = [p.reason for p in coupling.pinned if p.count > 1]
     why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
     shares = limit.least(ledger.cost(floor))
-    reach = f"the least that can be met is {', '.join(f'--{k} {v:g}' for k, v in shares.items())}; " if shares else ""
+    reach = (
+        f"the least that can be met is {', '.join(f'--{k} {v:g}' for k, v in shares.items())}; "
+        if shares
+        else ""
+    )
     return (
         f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
         f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the "
@@ -296,7 +334,9 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
     )
 
 
-def _advice(coupling: Coupling, settings: Settings, step: Ints, fits: Callable[[Ints], bool]) -> str:
+def _advice(
+    coupling: Coupling, settings: Settings, step: Ints, fits: Callable[[Ints], bool]
+) -> str:
     """Which of the settings that keep widths up bind: those without which the budget can be met."""
     full = full_widths(coupling)
     floors, others = _floors(settings), _others(coupling, settings)
@@ -307,15 +347,19 @@ def _advice(coupling: Coupling, settings: Settings, step: Ints, fits: Callable[[
     if fits(least(0.0, one, full)):
         return f"it can be met without {' and '.join((*floors, f'--align {settings.align}'))}, that is with --align 1"
     if excluded:
-        return f"{' and '.join(excluded)} keeps channels that could go; ask for more, or exclude less"
+        return (
+            f"{' and '.join(excluded)} keeps channels that could go; ask for more, or exclude less"
+        )
     return "ask for more or see 'onnx-oamip inspect'"
 
 
 def _floors(settings: Settings) -> tuple[str, ...]:
     """Options that say how much of every group stays."""
     asked = (
-        ("--floor", settings.floor, 0.0), ("--limits", settings.limits, "none"), ("--protect", settings.protect, 0.0),
-    )  # fmt: skip
+        ("--floor", settings.floor, 0.0),
+        ("--limits", settings.limits, "none"),
+        ("--protect", settings.protect, 0.0),
+    )
     return tuple(f"{name} {value}" for name, value, unset in asked if value != unset)
 
 

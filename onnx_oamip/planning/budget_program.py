@@ -73,12 +73,18 @@ class Ladder:
 
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.cost):
-            raise ValueError(f"{len(self.widths)} groups have widths, {len(self.cost)} have losses.")
+            raise ValueError(
+                f"{len(self.widths)} groups have widths, {len(self.cost)} have losses."
+            )
         for g, (widths, cost) in enumerate(zip(self.widths, self.cost, strict=True)):
             if len(widths) == 0 or widths[0] < 1 or (np.diff(widths) <= 0).any():
-                raise ValueError(f"group {g} has the widths {widths.tolist()}, expected positive and ascending.")
+                raise ValueError(
+                    f"group {g} has the widths {widths.tolist()}, expected positive and ascending."
+                )
             if cost.shape != widths.shape or not np.isfinite(cost).all():
-                raise ValueError(f"group {g} has the losses {cost.tolist()}, expected {len(widths)} finite numbers.")
+                raise ValueError(
+                    f"group {g} has the losses {cost.tolist()}, expected {len(widths)} finite numbers."
+                )
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,9 @@ class LinearisedLimit:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.constant) and math.isfinite(self.limit)):
-            raise ValueError(f"the limit '{self.name}' is {self.limit} with the constant {self.constant}, not finite.")
+            raise ValueError(
+                f"the limit '{self.name}' is {self.limit} with the constant {self.constant}, not finite."
+            )
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,9 @@ def choose(
     level = _polish(budget, level)
     used = budget.used(level)
     objective = formulation.objective(budget, level)
-    gap = None if solution.bound is None else relative_gap(objective, min(solution.bound, objective))
+    gap = (
+        None if solution.bound is None else relative_gap(objective, min(solution.bound, objective))
+    )
     status = solution.termination if solution.found else Termination.FEASIBLE
     record = {
         "purpose": "budget",
@@ -152,7 +162,9 @@ def choose(
         "variables": program.n_variables,
         "rows": program.n_rows,
         "objective": float(budget.loss[budget.first + level].sum()),
-        "binding": [name for name, share in zip(budget.names, used, strict=True) if share >= BINDING],
+        "binding": [
+            name for name, share in zip(budget.names, used, strict=True) if share >= BINDING
+        ],
         "used": {name: float(share) for name, share in zip(budget.names, used, strict=True)},
     }
     return Choice(budget.widths(level), record)
@@ -181,12 +193,17 @@ class _Budget:
     steps: Ints
 
     @classmethod
-    def of(cls, ledger: Ledger, ladder: Ladder, limits: Targets, extra: Sequence[LinearisedLimit]) -> _Budget:
+    def of(
+        cls, ledger: Ledger, ladder: Ladder, limits: Targets, extra: Sequence[LinearisedLimit]
+    ) -> _Budget:
         sizes = np.asarray([len(w) for w in ladder.widths], np.int64)
         groups = ledger.per_unit.shape[1]
         if len(sizes) != groups:
             raise ValueError(f"the ladder has {len(sizes)} groups, the model {groups}.")
-        levels = Levels(np.repeat(np.arange(groups), sizes), np.concatenate([np.zeros(0, np.int64), *ladder.widths]))
+        levels = Levels(
+            np.repeat(np.arange(groups), sizes),
+            np.concatenate([np.zeros(0, np.int64), *ladder.widths]),
+        )
         names: list[str] = []
         sums: list[tuple[Ints | Floats, Ints]] = []
         constant: list[float] = []
@@ -216,13 +233,17 @@ class _Budget:
             loss=np.concatenate([np.zeros(0), *ladder.cost]),
             first=np.cumsum(sizes) - sizes,
             widest=sizes - 1,
-            costs=reduce(ledger.fixed, ledger.per_unit, [(np.asarray(f, np.float64), a) for f, a in sums]),
+            costs=reduce(
+                ledger.fixed, ledger.per_unit, [(np.asarray(f, np.float64), a) for f, a in sums]
+            ),
             constant=np.asarray(constant, np.float64),
             bound=np.asarray(bound, np.float64),
             ledger=ledger,
             sums=tuple(sums),
             counted=counted,
-            steps=np.reshape([added.get(n, 0 * added["size"]) for n in names], (len(names), len(added["size"]))),
+            steps=np.reshape(
+                [added.get(n, 0 * added["size"]) for n in names], (len(names), len(added["size"]))
+            ),
         )
 
     @property
@@ -238,7 +259,9 @@ class _Budget:
     def level(self, values: Floats) -> Ints:
         """Level of every group from the program's values: how many of its thresholds are passed."""
         rungs = np.repeat(np.arange(len(self.widest)), self.widest)
-        passed: Ints = np.bincount(rungs[values[: len(rungs)] > 0.5], minlength=len(self.widest)).astype(np.int64)
+        passed: Ints = np.bincount(
+            rungs[values[: len(rungs)] > 0.5], minlength=len(self.widest)
+        ).astype(np.int64)
         return passed
 
     def used(self, level: Ints) -> Floats:
@@ -246,7 +269,9 @@ class _Budget:
         widths = self.widths(level)
         lengths = self.ledger.lengths(widths)
         total = [float((factor * lengths[axes].prod(axis=1)).sum()) for factor, axes in self.sums]
-        return self.share(np.asarray(total) + self.constant + self.steps @ self.ledger.steps.taken(widths))
+        return self.share(
+            np.asarray(total) + self.constant + self.steps @ self.ledger.steps.taken(widths)
+        )
 
     def share(self, total: Floats) -> Floats:
         """Costs over limits, written so that the share is at most 1 exactly where the limit holds."""
@@ -256,7 +281,9 @@ class _Budget:
     def holds(self, level: Ints) -> bool:
         """Every limit is met: counted ones exactly, measured ones up to rounding."""
         used = self.used(level)
-        return bool((used[: self.counted] <= 1).all() and (used[self.counted :] <= 1 + ROUNDING).all())
+        return bool(
+            (used[: self.counted] <= 1).all() and (used[self.counted :] <= 1 + ROUNDING).all()
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +297,11 @@ class _Formulation:
     def objective(self, budget: _Budget, level: Ints) -> float:
         """The program's objective at a choice of levels."""
         loss = float(budget.loss[budget.first + level].sum()) / self.unit
-        return loss - TIE_BREAK * MAGNITUDE * float(budget.used(level).mean()) if len(budget.names) else loss
+        return (
+            loss - TIE_BREAK * MAGNITUDE * float(budget.used(level).mean())
+            if len(budget.names)
+            else loss
+        )
 
 
 def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
@@ -282,9 +313,13 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
     if incumbent is not None:
         start[:] = 0.0
         start[budget.first + incumbent] = 1.0
-        unit = max(abs(float(budget.loss[budget.first + incumbent].sum())), 1e-3 * largest) / MAGNITUDE
+        unit = (
+            max(abs(float(budget.loss[budget.first + incumbent].sum())), 1e-3 * largest) / MAGNITUDE
+        )
     builder = Builder()
-    binaries = builder.variables(len(levels.group), 0, 1, objective=budget.loss / unit, integer=True, start=start)
+    binaries = builder.variables(
+        len(levels.group), 0, 1, objective=budget.loss / unit, integer=True, start=start
+    )
     matrix, constant = linearise(builder, binaries, levels, budget.costs, start)
     matrix = csr_array(matrix / budget.scale[:, None])
     row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
@@ -357,7 +392,11 @@ def _solve(
             upper = program.row_upper.copy()
             upper[formulation.limit_rows] -= 2 * over + np.where(over > 0, ROUNDING, 0)
             program = replace(program, row_upper=upper)
-            left = None if limits.time_s is None else max(limits.time_s - (time.perf_counter() - began), 1.0)
+            left = (
+                None
+                if limits.time_s is None
+                else max(limits.time_s - (time.perf_counter() - began), 1.0)
+            )
             solution = solve(program, replace(limits, time_s=left), solver)
     if level is None and solution.termination is Termination.OPTIMAL:
         solution = replace(solution, termination=Termination.FEASIBLE, limit=Limit.NUMERIC)

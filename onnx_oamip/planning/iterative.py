@@ -31,7 +31,9 @@ def check(settings: Settings, scored: bool) -> None:
     if settings.alpha is not None and settings.importance != "nnrelief" and not scored:
         raise SettingsError(f"--alpha is about --importance nnrelief, not {settings.importance}.")
     if settings.sparse and settings.granularity != "connection":
-        raise SettingsError("--sparse is about --granularity connection: units that go leave no zeros.")
+        raise SettingsError(
+            "--sparse is about --granularity connection: units that go leave no zeros."
+        )
     if settings.iterations == 1 or settings.granularity == "connection":
         return
     if scored:
@@ -50,7 +52,9 @@ def approach(ready: Prepared) -> tuple[Prepared, Attempt]:
     rounds = asked.iterations
     for i in range(1, rounds):
         shares = {name: getattr(asked, name) for name in ("macs", "params", "size")}
-        softer = {name: share ** (i / rounds) for name, share in shares.items() if share is not None}
+        softer = {
+            name: share ** (i / rounds) for name, share in shares.items() if share is not None
+        }
         here = replace(ready, settings=asked.model_copy(update=softer))
         ready = _rescored(ready, search.search(here))
         if ready.progress:
@@ -76,7 +80,9 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
     found = scoring.score(remaining)
     values = below(ready.scores.values, keep, units(ready.coupling, coupling, keep), found.values)
     scores = ready.constraints.apply(ready.coupling, replace(found, values=values))
-    ladder, curves = width_losses.measure(ready, scores, step=ready.steps, floor=ready.constraints.floor)
+    ladder, curves = width_losses.measure(
+        ready, scores, step=ready.steps, floor=ready.constraints.floor
+    )
     return replace(ready, scores=scores, ladder=ladder, curves=curves)
 
 

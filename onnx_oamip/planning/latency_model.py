@@ -82,7 +82,9 @@ class Table:
     def scaled(self, ratio: float) -> Table:
         """All times multiplied: corrects the model by a measured over predicted latency."""
         factor: Array = self.products.factor * ratio
-        return replace(self, constant=self.constant * ratio, products=replace(self.products, factor=factor))
+        return replace(
+            self, constant=self.constant * ratio, products=replace(self.products, factor=factor)
+        )
 
 
 def profile(
@@ -107,14 +109,22 @@ def profile(
     protos = [cut(model, coupling, first_units(coupling, w)) for w in widths]
     walls, kernels = _run(protos, feeds_of(samples, batch), device, threads, seconds, seed)
     lengths = [costs.lengths(w) for w in widths]
-    macs = np.asarray([Ledger.terms(costs.macs, n) for n in lengths], float).reshape(len(widths), -1)
+    macs = np.asarray([Ledger.terms(costs.macs, n) for n in lengths], float).reshape(
+        len(widths), -1
+    )
     carriers = _activations(model, costs)
-    activations = np.asarray([Ledger.terms(carriers, n) for n in lengths], float).reshape(len(widths), -1)
+    activations = np.asarray([Ledger.terms(carriers, n) for n in lengths], float).reshape(
+        len(widths), -1
+    )
     # The profile of the CUDA provider holds launches, not work.
-    shares = None if device == "cuda" else [
-        assign(p, costs.nodes, k, m) for p, k, m in zip(protos, kernels, macs, strict=True)
-    ]  # fmt: skip
-    constant, rates, sizes, by_node = fit(walls, None if shares is None else np.asarray(shares), macs, activations)
+    shares = (
+        None
+        if device == "cuda"
+        else [assign(p, costs.nodes, k, m) for p, k, m in zip(protos, kernels, macs, strict=True)]
+    )
+    constant, rates, sizes, by_node = fit(
+        walls, None if shares is None else np.asarray(shares), macs, activations
+    )
     fitted = constant + macs @ rates + activations @ sizes
     factor: Array = np.concatenate([rates, sizes])
     return Table(
@@ -129,13 +139,20 @@ def profile(
 
 
 def level_widths(
-    coupling: Coupling, ladder: Sequence[Ints], shares: Sequence[float] = SHARES, mixed: int = MIXED, seed: int = 0
+    coupling: Coupling,
+    ladder: Sequence[Ints],
+    shares: Sequence[float] = SHARES,
+    mixed: int = MIXED,
+    seed: int = 0,
 ) -> Ints:
     """Different width vectors (levels, groups): for each share the nearest rungs of the ladder, then random rungs."""
     full = full_widths(coupling)
     rng = np.random.default_rng(seed)
     rungs = [np.asarray(r, np.int64) for r in ladder]
-    levels = [[int(r[np.argmin(np.abs(r - s * f))]) for r, f in zip(rungs, full, strict=True)] for s in shares]
+    levels = [
+        [int(r[np.argmin(np.abs(r - s * f))]) for r, f in zip(rungs, full, strict=True)]
+        for s in shares
+    ]
     levels += [[int(rng.choice(r)) for r in rungs] for _ in range(mixed)]
     different = list(dict.fromkeys(tuple(level) for level in levels))
     return np.asarray(different, np.int64).reshape(len(different), len(full))
@@ -149,7 +166,9 @@ def first_units(coupling: Coupling, widths: Ints) -> Bools:
     return keep
 
 
-def fit(walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats) -> tuple[float, Floats, Floats, bool]:
+def fit(
+    walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats
+) -> tuple[float, Floats, Floats, bool]:
     """Non-negative least squares of relative errors: constant, seconds per MAC and per element of each node, by node?
 
     ``walls`` (levels,) are seconds of whole runs, ``nodes`` (levels, nodes) those of linear nodes, None if unknown;
@@ -159,7 +178,12 @@ def fit(walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats) 
     if nodes is None or not nodes.any():
         constant, rate, other = _solve(walls, walls, ones, macs.sum(axis=1), size)
         return constant, np.full(macs.shape[1], rate), np.full(macs.shape[1], other), False
-    each = np.asarray([_solve(walls, nodes[:, n], ones, macs[:, n], activations[:, n]) for n in range(macs.shape[1])])
+    each = np.asarray(
+        [
+            _solve(walls, nodes[:, n], ones, macs[:, n], activations[:, n])
+            for n in range(macs.shape[1])
+        ]
+    )
     rest = np.maximum(walls - nodes.sum(axis=1), 0)
     constant, other = _solve(walls, rest, ones, size)
     return constant + float(each[:, 0].sum()), each[:, 1], each[:, 2] + other, True
@@ -210,7 +234,10 @@ def _run(
     """
     twice = sum(size(p) for p in protos) < PLAIN_BYTES
     with atomic_files.scratch() as folder:
-        sessions = [Session(p, device, threads, profile=f"{folder}/{i}", spin=True) for i, p in enumerate(protos)]
+        sessions = [
+            Session(p, device, threads, profile=f"{folder}/{i}", spin=True)
+            for i, p in enumerate(protos)
+        ]
         if twice:
             sessions += [Session(p, device, threads, spin=True) for p in protos]
         runs, _ = interleave([caller(s, feeds) for s in sessions], seconds, MOST_ROUNDS, seed)
@@ -241,7 +268,11 @@ def parse(events: Sequence[Mapping[str, Any]], skip: int = WARM_RUNS) -> Kernels
             runs.append(dict(now))
             now.clear()
     kept = runs[skip:]
-    return {k: (op, float(quiet([r.get(k, 0.0) for r in kept]))) for k, op in ops.items()} if kept else {}
+    return (
+        {k: (op, float(quiet([r.get(k, 0.0) for r in kept]))) for k, op in ops.items()}
+        if kept
+        else {}
+    )
 
 
 def assign(proto: onnx.ModelProto, names: Sequence[str], kernels: Kernels, macs: Floats) -> Floats:

@@ -98,12 +98,18 @@ def constraints(context: Context, scores: Scores) -> Constraints:
         if settings.protect > 0:
             kept = protected(model, coupling, settings.protect)
             scores = promote(coupling, scores, kept)
-            floor = np.maximum(floor, np.bincount(coupling.unit_group[kept], minlength=len(full)) / np.maximum(full, 1))
+            floor = np.maximum(
+                floor,
+                np.bincount(coupling.unit_group[kept], minlength=len(full)) / np.maximum(full, 1),
+            )
         if settings.limits == "snacs" and len(full):
             pooled = collect(context, {Request.POOLED_ACTIVATIONS}).pooled
             most, how = upper(model, coupling, pooled, scores, settings.workers, settings.scheduler)
             floor = np.maximum(floor, 1 - most)
-            tight = [f"{coupling.groups[g].name} {most[g]:.0%}" for g in np.argsort(most, kind="stable")[:3]]
+            tight = [
+                f"{coupling.groups[g].name} {most[g]:.0%}"
+                for g in np.argsort(most, kind="stable")[:3]
+            ]
             notes = (f"--limits snacs ({how}): the least may go from {', '.join(tight)}",)
     return Constraints(floor, kept, notes)
 
@@ -126,7 +132,11 @@ def upper(
     labels = pooled.labels
     few = np.random.default_rng(0).permutation(pooled.samples)[:ROWS]
     ranked = labels is not None and len(np.unique(labels[few])) > 1
-    how = f"accuracy of an SVM on {len(few)} samples" if ranked else "no labels: linear CKA of layers' outputs"
+    how = (
+        f"accuracy of an SVM on {len(few)} samples"
+        if ranked
+        else "no labels: linear CKA of layers' outputs"
+    )
     order = np.lexsort((-np.arange(coupling.n_units), scores.values))
     usable = []
     for consumer, place in sites(model, coupling):
@@ -135,7 +145,9 @@ def upper(
             taps = {name: read for name, read in pooled.taps.items() if name == place.node.name}
             here = replace(pooled, values={axis: pooled.values[axis] for axis in ends}, taps=taps)
             usable.append((ends[0], place, here))
-    found = executor(workers, scheduler).map(_one, _Whole(model, coupling, few, order, ranked), usable)
+    found = executor(workers, scheduler).map(
+        _one, _Whole(model, coupling, few, order, ranked), usable
+    )
     return np.min([np.ones(len(coupling.groups)), *found], axis=0), how
 
 
@@ -186,7 +198,9 @@ class _Layer:
         after = pooled.values[outlet(model, place)][rows].astype(np.float64)
         centred = self.linear - self.linear.mean(axis=0)
         energy = np.square(centred).sum(axis=0)
-        self.factor = np.where(energy > 0, (centred * after).sum(axis=0) / np.where(energy > 0, energy, 1.0), 0.0)
+        self.factor = np.where(
+            energy > 0, (centred * after).sum(axis=0) / np.where(energy > 0, energy, 1.0), 0.0
+        )
         self.shift = after.mean(axis=0) - self.factor * self.linear.mean(axis=0)
         self.original = np.maximum(after, 0.0)
 
@@ -234,7 +248,9 @@ def classifier(original: Floats, labels: Ints) -> Judge:
 
     machine = SVC(kernel="precomputed", tol=1e-5, random_state=0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about data that no machine can learn from: its accuracy says so
+        warnings.simplefilter(
+            "ignore"
+        )  # about data that no machine can learn from: its accuracy says so
         machine.fit(kernel(original), labels)
     return lambda found: float((machine.predict(kernel(found)) == labels).mean())
 
@@ -294,7 +310,9 @@ def promote(coupling: Coupling, scores: Scores, kept: Bools) -> Scores:
         ranked = np.sort(scores.values[units])
         held = int(kept[units].sum())
         if held:
-            ranked[-held:] = np.nextafter(ranked[-held:], np.inf)  # above all others, also where scores are equal
+            ranked[-held:] = np.nextafter(
+                ranked[-held:], np.inf
+            )  # above all others, also where scores are equal
         values[units[order]] = ranked
     values = np.where((scores.values > 0) & (values <= 0), scores.values, values)
     return replace(scores, values=values)

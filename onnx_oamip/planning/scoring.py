@@ -33,10 +33,26 @@ CHOICE_SAMPLES = 64
 """Samples on which orders of removal are compared for one group."""
 TRIALS = 64
 """Choices of orders for all groups that are measured at most."""
-_IRRELEVANT = READING | {budget.name for budget in fields(Budget)} | {
-    "allocate", "align", "floor", "limits", "protect", "force", "strict", "workers", "scheduler", "cache", "exclude",
-    "batch_size", "max_memory", "no_provenance",
-}  # fmt: skip
+_IRRELEVANT = (
+    READING
+    | {budget.name for budget in fields(Budget)}
+    | {
+        "allocate",
+        "align",
+        "floor",
+        "limits",
+        "protect",
+        "force",
+        "strict",
+        "workers",
+        "scheduler",
+        "cache",
+        "exclude",
+        "batch_size",
+        "max_memory",
+        "no_provenance",
+    }
+)
 """Settings that no score depends on, or that the identity of the context covers."""
 
 
@@ -66,7 +82,9 @@ def score(context: Context) -> Scores:
         if not requests or not built_in:
             return make()
         depends = {**settings.model_dump(mode="json", exclude=_IRRELEVANT), **context.known}
-        return context.store.keep(cache.SCORES, depends, make, lambda found: fits(found, context.coupling))
+        return context.store.keep(
+            cache.SCORES, depends, make, lambda found: fits(found, context.coupling)
+        )
 
 
 def fits(found: Scores, coupling: Coupling) -> bool:
@@ -87,7 +105,9 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     if not found.others:
         return found
     measured = parts(context.samples)[1]
-    few = measured.take(np.arange(min(measured.count, max(CHOICE_SAMPLES, context.samples.fixed_batch or 1))))
+    few = measured.take(
+        np.arange(min(measured.count, max(CHOICE_SAMPLES, context.samples.fixed_batch or 1)))
+    )
     names = ["the program", *found.others]
     orders = np.stack([found.values, *found.others.values()])
     alone = sensitivity.choose(
@@ -105,8 +125,12 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     picks = _together(context, orders, alone)
     values = found.values.copy()
     for group, pick in zip(coupling.groups, picks.tolist(), strict=True):
-        values[group.units[np.argsort(orders[pick][group.units], kind="stable")]] = np.sort(values[group.units])
-    counts = ", ".join(f"{name} {n}" for i, name in enumerate(names) if (n := int((picks == i).sum())))
+        values[group.units[np.argsort(orders[pick][group.units], kind="stable")]] = np.sort(
+            values[group.units]
+        )
+    counts = ", ".join(
+        f"{name} {n}" for i, name in enumerate(names) if (n := int((picks == i).sum()))
+    )
     note = f"orders of removal measured on {measured.count} samples; least loss by groups: {counts}"
     return replace(found, values=values, others={}, notes=(*found.notes, note))
 
@@ -119,7 +143,12 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
     The loss is that of the cut model at the shares of ``sensitivity.CHOICE``, by its logarithms, and nowhere counts as
     more than that of a model that says nothing: where all is lost, differences mean nothing.
     """
-    model, coupling, device, progress = context.model, context.coupling, context.device, context.progress
+    model, coupling, device, progress = (
+        context.model,
+        context.coupling,
+        context.device,
+        context.progress,
+    )
     repair = context.settings.refit
     moments = collect(context, {Request.MOMENTS}) if repair == "bias" else None
     feeds = [feed for _, feed in parts(context.samples)[1].batches(context.batch)]
@@ -127,7 +156,9 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
     wanted = sensitivity.targets(model)
     truth = [original.run(feed, wanted) for feed in feeds]
     ranked = head(model) is not None
-    nothing = float(np.log(truth[0][0].shape[1])) if ranked else 1.0  # uniform over the classes, or all zeros
+    nothing = (
+        float(np.log(truth[0][0].shape[1])) if ranked else 1.0
+    )  # uniform over the classes, or all zeros
     groups = len(coupling.groups)
     tried = 0
 
@@ -145,7 +176,10 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
             if moments is not None:
                 proto = least_squares.fold_means(model, coupling, keep, moments, proto).proto
             session = Session(proto, device, what="the cut model")
-            lost = [sensitivity.divergence(model, t, session.run(f, wanted)) for f, t in zip(feeds, truth, strict=True)]
+            lost = [
+                sensitivity.divergence(model, t, session.run(f, wanted))
+                for f, t in zip(feeds, truth, strict=True)
+            ]
             total += float(np.log(min(float(np.mean(lost)), nothing) + 1e-9))
         return total
 

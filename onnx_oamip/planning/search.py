@@ -83,7 +83,9 @@ class Attempt:
     tried: tuple[Trial, ...] = ()
 
 
-def attempt(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]) -> Attempt:
+def attempt(
+    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]
+) -> Attempt:
     """Allocate, cut and refit; once more for each time that the file is larger than was predicted."""
     found = carry_out(ready, allocate(ready, limit, extra))
     size = ready.settings.budget.size
@@ -100,10 +102,19 @@ def attempt(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLi
     return found
 
 
-def allocate(ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...] = ()) -> Plan:
+def allocate(
+    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...] = ()
+) -> Plan:
     """The plan under absolute limits."""
     return allocation.allocate(
-        ready.coupling, ready.ledger, ready.scores, limit, ready.settings, ready.steps, ready.ladder, extra,
+        ready.coupling,
+        ready.ledger,
+        ready.scores,
+        limit,
+        ready.settings,
+        ready.steps,
+        ready.ladder,
+        extra,
         ready.constraints.floor,
     )
 
@@ -129,7 +140,9 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     if chosen.keep.all():
         pass
     elif ready.settings.refit == "bias":
-        pruned = least_squares.fold_means(ready.model, ready.coupling, chosen.keep, collect(ready, {Request.MOMENTS}), raw)
+        pruned = least_squares.fold_means(
+            ready.model, ready.coupling, chosen.keep, collect(ready, {Request.MOMENTS}), raw
+        )
     elif ready.settings.refit == "least-squares":
         s = ready.settings
         kept = {**ready.known, "units": plan_files.digest(ready.model, ready.coupling, chosen.keep)}
@@ -137,18 +150,28 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
             cache.REFITS,
             kept,
             lambda: least_squares.least_squares(
-                ready.model, ready.coupling, chosen.keep, raw, ready.samples, ready.device,
-                ready.batch, s.seed, ready.progress, room=s.room,
+                ready.model,
+                ready.coupling,
+                chosen.keep,
+                raw,
+                ready.samples,
+                ready.device,
+                ready.batch,
+                s.seed,
+                ready.progress,
+                room=s.room,
             ),
             lambda found: least_squares.fits(found, raw),
-        )  # fmt: skip
+        )
         pruned = replace(found, raw=raw)
     elif folds_constants(ready.settings):
         pruned = removed_constants.fold_constants(
             ready.model, ready.coupling, chosen.keep, ready.samples, ready.device, raw
         )
     # Last: a refit fits the queries to what they gave before.
-    pruned = replace(pruned, proto=attention_scale.usual(ready.model, ready.coupling, chosen.keep, pruned.proto))
+    pruned = replace(
+        pruned, proto=attention_scale.usual(ready.model, ready.coupling, chosen.keep, pruned.proto)
+    )
     if not ready.settings.no_provenance:
         what = plan_files.digest(ready.model, ready.coupling, chosen.keep)
         provenance.sign(pruned.proto, ready.model.sha256, what)
@@ -174,14 +197,17 @@ def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
 
     known = {**cache.identity(model, held), "device": ready.device, "batch": batch}
     taken = [1 if held.whole else len(index) for index, _ in held.batches(batch)]
-    return equivalence.Recorded(ready.store.keep(cache.OUTPUTS, known, run, lambda found: _given(found, model, taken)))
+    return equivalence.Recorded(
+        ready.store.keep(cache.OUTPUTS, known, run, lambda found: _given(found, model, taken))
+    )
 
 
 def _given(found: Sequence[Sequence[Array]], model: Model, taken: Sequence[int]) -> bool:
     """Whether these may be the outputs of a model for batches of so many samples."""
     wanted = [(model.shapes[port.name], port.dtype) for port in model.outputs]
     return [[(v.shape, v.dtype) for v in values] for values in found] == [
-        [((*(length * n for length in shape[:1]), *shape[1:]), dtype) for shape, dtype in wanted] for n in taken
+        [((*(length * n for length in shape[:1]), *shape[1:]), dtype) for shape, dtype in wanted]
+        for n in taken
     ]
 
 
@@ -226,7 +252,9 @@ def search(ready: Prepared) -> Attempt:
 def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, ...]]:
     """The counted limits, and the row of a latency budget."""
     adds = ready.settings.refit != "none" or folds_constants(ready.settings)
-    limit = allocation.limits(ready.settings.budget, ready.before, least_squares.new_biases(ready.model) if adds else 0)
+    limit = allocation.limits(
+        ready.settings.budget, ready.before, least_squares.new_biases(ready.model) if adds else 0
+    )
     if ready.settings.latency is None:
         return limit, ()
     return limit, (_latency(ready, limit, ready.settings.latency),)
@@ -239,7 +267,12 @@ def _latency(ready: Prepared, limit: allocation.Limits, share: float) -> Lineari
     """The latency row under which the measured latency of the cut model keeps ``share`` of the original's."""
     assert ready.ladder is not None
     table = profile(
-        ready.model, ready.coupling, ready.ladder.widths, ready.samples, ready.device, seed=ready.settings.seed
+        ready.model,
+        ready.coupling,
+        ready.ladder.widths,
+        ready.samples,
+        ready.device,
+        seed=ready.settings.seed,
     )
     whole = float(table.measured[0])  # the widest level; what the model fits there may be off
     target = share
@@ -250,7 +283,9 @@ def _latency(ready: Prepared, limit: allocation.Limits, share: float) -> Lineari
 
     for i in range(LATENCY_TRIES):
         chosen = allocate(ready, limit, (row(target),))
-        tried.append((target, latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep))))
+        tried.append(
+            (target, latency_ratio(ready, rewrite.cut(ready.model, ready.coupling, chosen.keep)))
+        )
         if ready.progress:
             ready.progress("latency", i + 1, LATENCY_TRIES)
         if share * (1 - LATENCY_SLACK) <= tried[-1][1] <= share:
@@ -355,5 +390,3 @@ def drop(found: Verification) -> float:
             "zero; give another budget than --max-drop."
         )
     return 100 * found.output_relative_error
-
-

@@ -54,11 +54,16 @@ LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
     """Whether these may be the losses of groups that are this wide (groups,)."""
     return len(found) == len(wide) and all(
-        s.widths.dtype == np.int64 and s.loss.dtype == np.float64 and s.widths.shape == s.loss.shape == (s.loss.size,)
-        and s.loss.size > 0 and s.widths[0] > 0 and (np.diff(s.widths) > 0).all() and s.widths[-1] == full
+        s.widths.dtype == np.int64
+        and s.loss.dtype == np.float64
+        and s.widths.shape == s.loss.shape == (s.loss.size,)
+        and s.loss.size > 0
+        and s.widths[0] > 0
+        and (np.diff(s.widths) > 0).all()
+        and s.widths[-1] == full
         and np.isfinite(s.loss).all()
         for s, full in zip(found, wide.tolist(), strict=True)
-    )  # fmt: skip
+    )
 
 
 def measure(
@@ -157,7 +162,9 @@ def _by_group(
         if progress:
             progress(stage, done, total)
 
-    return executor(workers, scheduler, whole.device).map(task, whole, jobs(whole.coupling, grams), told)
+    return executor(workers, scheduler, whole.device).map(
+        task, whole, jobs(whole.coupling, grams), told
+    )
 
 
 def _measure(whole: _Whole, job: Job) -> Sensitivity:
@@ -193,17 +200,26 @@ def targets(model: Model) -> list[str]:
     """The outputs that a loss looks at: the classification head, or all floating ones."""
     place = head(model)
     floating = [p.name for p in model.outputs if p.dtype.kind == "f"]
-    return [model.outputs[place.index].name] if place is not None else floating or [p.name for p in model.outputs]
+    return (
+        [model.outputs[place.index].name]
+        if place is not None
+        else floating or [p.name for p in model.outputs]
+    )
 
 
-def _types(model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str) -> dict[str, int]:
+def _types(
+    model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str
+) -> dict[str, int]:
     """Element types of all tensors; behind an operator that shape inference does not know, a run tells."""
     types = element_types(model.proto, model.dtypes)
     unknown = [o for node in slicer.nodes for o in node.output if o and o not in types]
     if unknown and feeds:
         session = Session(slicer.model(slicer.needed(unknown, ()), unknown, types), device)
         found = session.run({n: feeds[0][n] for n in session.inputs}, unknown)
-        types.update((n, int(helper.np_dtype_to_tensor_dtype(v.dtype))) for n, v in zip(unknown, found, strict=True))
+        types.update(
+            (n, int(helper.np_dtype_to_tensor_dtype(v.dtype)))
+            for n, v in zip(unknown, found, strict=True)
+        )
     return types
 
 
@@ -218,7 +234,9 @@ def divergence(model: Model, truth: Sequence[Array], found: Sequence[Array]) -> 
             p, q = _log_probabilities(truth[0]), _log_probabilities(found[0])
             loss = float(np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1).mean())
             return loss if np.isfinite(loss) else LOST
-        pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(truth, found, strict=True)]
+        pairs = [
+            (a.astype(np.float64), b.astype(np.float64)) for a, b in zip(truth, found, strict=True)
+        ]
         error = sum(float(np.square(np.where(a == b, 0.0, a - b)).sum()) for a, b in pairs)
     energy = sum(float(np.square(a[np.isfinite(a)]).sum()) for a, _ in pairs)
     return (error / energy if energy else error) if np.isfinite(error) else LOST
@@ -264,19 +282,30 @@ class _Part:
                     here = self.masked.setdefault(c.node, [])
                     here.append((f"{len(here)}_{c.node}", c, labels))
         sources = [o for node in slicer.nodes if node.name in names for o in node.output if o]
-        behind = slicer.descendants(sources) | {i for i, n in enumerate(slicer.nodes) if n.name in names}
+        behind = slicer.descendants(sources) | {
+            i for i, n in enumerate(slicer.nodes) if n.name in names
+        }
         behind &= set(slicer.needed(wanted, ()))
-        self.reaches = bool(behind)  # else nobody reads these units, or only other outputs depend on them
+        self.reaches = bool(
+            behind
+        )  # else nobody reads these units, or only other outputs depend on them
         if not behind:
             return
         made = {o for i in behind for o in slicer.nodes[i].output if o}
-        inputs = {n for i in behind for n in slicer.reads[i] if n not in made and n not in slicer.constants}
+        inputs = {
+            n
+            for i in behind
+            for n in slicer.reads[i]
+            if n not in made and n not in slicer.constants
+        }
         # A wanted output in front of the group does not depend on it.
         self.before = sorted(inputs | {w for w in wanted if w not in made})
         prefix = slicer.needed(self.before, ())
         graph_inputs = {p.name for p in model.inputs}
         computed = [n for n in self.before if n not in graph_inputs]
-        self.prefix = Session(slicer.model(prefix, computed, types), whole.device, 1) if computed else None
+        self.prefix = (
+            Session(slicer.model(prefix, computed, types), whole.device, 1) if computed else None
+        )
         self.computed = computed
         proto = slicer.model(sorted(behind), [w for w in wanted if w in made], types)
         self._open(proto, types)
@@ -292,12 +321,18 @@ class _Part:
             copy.CopyFrom(node)
             place = None
             if copy.name in self.linear:
-                place = site(next(n for n in self.model.nodes if n.name == copy.name), self.model.constants)
+                place = site(
+                    next(n for n in self.model.nodes if n.name == copy.name), self.model.constants
+                )
                 assert place is not None
                 kind = types[place.weight]
                 copy.input[place.weight_slot] = f"oamip_weight_{copy.name}"
-                proto.graph.input.append(helper.make_tensor_value_info(copy.input[place.weight_slot], kind, None))
-                proto.graph.input.append(helper.make_tensor_value_info(f"oamip_shift_{copy.name}", kind, None))
+                proto.graph.input.append(
+                    helper.make_tensor_value_info(copy.input[place.weight_slot], kind, None)
+                )
+                proto.graph.input.append(
+                    helper.make_tensor_value_info(f"oamip_shift_{copy.name}", kind, None)
+                )
                 inner, out = f"oamip_inner_{copy.name}", copy.output[0]
                 copy.output[0] = inner
                 nodes.append(copy)
@@ -305,9 +340,13 @@ class _Part:
                 return nodes
             for key, consumer, _ in self.masked.get(copy.name, ()):
                 kind = types[consumer.data]
-                proto.graph.input.append(helper.make_tensor_value_info(f"oamip_mask_{key}", kind, None))
+                proto.graph.input.append(
+                    helper.make_tensor_value_info(f"oamip_mask_{key}", kind, None)
+                )
                 source = copy.input[consumer.slot]
-                nodes.append(helper.make_node("Mul", [source, f"oamip_mask_{key}"], [f"oamip_masked_{key}"]))
+                nodes.append(
+                    helper.make_node("Mul", [source, f"oamip_mask_{key}"], [f"oamip_masked_{key}"])
+                )
                 copy.input[consumer.slot] = f"oamip_masked_{key}"
             nodes.append(copy)
             return nodes
@@ -360,11 +399,15 @@ class _Part:
             view[place.output_axis] = -1
             result[f"oamip_shift_{name}"] = shift.reshape(view).astype(like.dtype)
         gone = self.units[removed]
-        for key, consumer, labels in (found for several in self.masked.values() for found in several):
+        for key, consumer, labels in (
+            found for several in self.masked.values() for found in several
+        ):
             view = [1] * len(self.model.shapes[consumer.data])
             view[consumer.axis] = -1
             keep = ~np.isin(labels, gone)
-            result[f"oamip_mask_{key}"] = keep.reshape(view).astype(self.model.dtypes[consumer.data])
+            result[f"oamip_mask_{key}"] = keep.reshape(view).astype(
+                self.model.dtypes[consumer.data]
+            )
         return result
 
     def run(self, boundary: Mapping[str, Array], setting: Mapping[str, Array]) -> list[Array]:

@@ -63,11 +63,15 @@ def measure(
 
     known = {**context.known, "order": order.tolist(), "refit": settings.refit}
     wide = cost.full_widths(coupling)
-    curves = context.store.keep(cache.LOSSES, known, run, lambda found: sensitivity.fits(found, wide))
+    curves = context.store.keep(
+        cache.LOSSES, known, run, lambda found: sensitivity.fits(found, wide)
+    )
     return rungs(coupling, curves, step, floor), curves
 
 
-def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: Floats | float) -> Ladder:
+def rungs(
+    coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: Floats | float
+) -> Ladder:
     """Widths each group may take (all multiples of its step) with losses interpolated between the measured ones.
 
     ``floor``: the least share of a group, one for all or (groups,).
@@ -75,7 +79,9 @@ def rungs(coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints
     widths, losses = [], []
     wide = cost.full_widths(coupling)
     narrow = allocation.least(floor, step, wide)
-    for found, s, first, full in zip(sensitivities, step.tolist(), narrow.tolist(), wide.tolist(), strict=True):
+    for found, s, first, full in zip(
+        sensitivities, step.tolist(), narrow.tolist(), wide.tolist(), strict=True
+    ):
         every = np.unique(np.append(np.arange(first, full + 1, s), full))
         widths.append(every.astype(np.int64))
         losses.append(interpolate(found, every))
@@ -88,4 +94,6 @@ def interpolate(found: Sensitivity, widths: Ints) -> Floats:
         return np.zeros(len(widths))
     from scipy.interpolate import PchipInterpolator  # brings half of scipy
 
-    return np.maximum(np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0)
+    return np.maximum(
+        np.asarray(PchipInterpolator(found.widths, found.loss)(widths), np.float64), 0.0
+    )

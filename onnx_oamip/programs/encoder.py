@@ -53,7 +53,9 @@ def power_of_two(size: Floats) -> Floats:
 class Encoder:
     """Makes one program. ``keep`` are the indices of the keep variables; ``largest`` the greatest bound so far."""
 
-    def __init__(self, images: int, keep: int, relax_keep: bool, relax: bool, tighten: Tighten | None = None) -> None:
+    def __init__(
+        self, images: int, keep: int, relax_keep: bool, relax: bool, tighten: Tighten | None = None
+    ) -> None:
         self.images = images
         self.builder = Builder()
         self.relax = relax
@@ -112,7 +114,9 @@ class Encoder:
         self.largest = max(self.largest, float(margin.max()))
         rows = x.take(source)
         self.rows(rows, -1.0, [(y[window], unit[window])], lower=rows.constant)
-        self.rows(rows, -1.0, [(y[window], unit[window]), (z, margin)], upper=rows.constant + margin)
+        self.rows(
+            rows, -1.0, [(y[window], unit[window]), (z, margin)], upper=rows.constant + margin
+        )
         self.builder.rows(len(where), (window, z, 1.0), lower=1.0, upper=1.0)
 
         def step(values: Floats) -> None:
@@ -144,7 +148,10 @@ class Encoder:
         if len(window):
             better, other = x.take(index[window, top[window]]), x.take(index[window, place])
             apart = Expression(
-                csr_array(better.matrix - other.matrix), better.constant - other.constant, better.lower, better.upper
+                csr_array(better.matrix - other.matrix),
+                better.constant - other.constant,
+                better.lower,
+                better.upper,
             )
             beaten = apart.reach(self.lower, self.upper)[0] >= 0
             candidate[window[beaten], place[beaten]] = False
@@ -152,7 +159,9 @@ class Encoder:
 
     # --- building ---------------------------------------------------------------------------------------------
 
-    def variables(self, count: int, lower: Floats | float, upper: Floats | float, integer: bool = False) -> Ints:
+    def variables(
+        self, count: int, lower: Floats | float, upper: Floats | float, integer: bool = False
+    ) -> Ints:
         """New variables; their bounds are remembered for intervals."""
         self.lower = np.append(self.lower, np.broadcast_to(lower, count))
         self.upper = np.append(self.upper, np.broadcast_to(upper, count))
@@ -177,7 +186,9 @@ class Encoder:
         each = np.arange(count)
         row = np.concatenate([entries.row, *(each for _ in others)])
         column = np.concatenate([entries.col, *(v for v, _ in others)])
-        value = np.concatenate([sign * entries.data, *(np.broadcast_to(w, count) for _, w in others)])
+        value = np.concatenate(
+            [sign * entries.data, *(np.broadcast_to(w, count) for _, w in others)]
+        )
         top = np.zeros(count)
         np.maximum.at(top, row, np.abs(value))
         unit = power_of_two(top)
@@ -203,15 +214,24 @@ class Encoder:
     def program(self) -> Program:
         """The program as it stands, with the bounds that were found since its variables were made."""
         built = self.builder.build()
-        return replace(built, lower=np.maximum(built.lower, self.lower), upper=np.minimum(built.upper, self.upper))
+        return replace(
+            built,
+            lower=np.maximum(built.lower, self.lower),
+            upper=np.minimum(built.upper, self.upper),
+        )
 
     def pending(self, columns: int) -> Rows:
         """All lazy rows over ``columns`` variables."""
         if not self.lazy:
             return Rows(csr_array((0, columns)), np.zeros(0), np.zeros(0))
-        matrix = csr_array(vstack([widen(part.rows.matrix, columns) for part in self.lazy], format="csr"))
+        matrix = csr_array(
+            vstack([widen(part.rows.matrix, columns) for part in self.lazy], format="csr")
+        )
         unit = power_of_two(abs(matrix).max(axis=1).toarray().reshape(-1))
-        lower, upper = (np.concatenate([getattr(part, side) for part in self.lazy]) for side in ("lower", "upper"))
+        lower, upper = (
+            np.concatenate([getattr(part, side) for part in self.lazy])
+            for side in ("lower", "upper")
+        )
         return Rows(csr_array(matrix / unit[:, None]), lower / unit, upper / unit)
 
     def complete(self, keep: Floats, count: int) -> Floats:
@@ -254,7 +274,9 @@ class Exact(Encoder):
         lower = np.where(gated, np.minimum(x.lower, 0), x.lower)
         upper = np.where(gated, np.maximum(x.upper, 0), x.upper)
         result = only(x, ~gated)
-        result = plus(result, simple, self.keep[unit[simple]], x.constant[simple], self.builder.n_variables)
+        result = plus(
+            result, simple, self.keep[unit[simple]], x.constant[simple], self.builder.n_variables
+        )
         if len(rest):
             rows, s = x.take(rest), self.keep[unit[rest]]
             low, high = rows.lower, rows.upper
@@ -305,9 +327,11 @@ class Exact(Encoder):
             free = np.flatnonzero(kept < 0)
             self.rows(rows.take(free), -1.0, [(h[free], size[free])], lower=rows.constant[free])
             self.rows(
-                rows.take(gated), -1.0, [(h[gated], size[gated]), (s, -high[gated])],
+                rows.take(gated),
+                -1.0,
+                [(h[gated], size[gated]), (s, -high[gated])],
                 lower=(rows.constant - high)[gated],
-            )  # fmt: skip
+            )
             self.rows(nothing.take(gated), 1.0, [(v[gated], 1.0), (s, -1.0)], upper=0.0)
             self.rows(rows, -1.0, [(h, size), (v, -low)], upper=rows.constant - low)
             self.rows(nothing, 1.0, [(h, size), (v, -high)], upper=0.0)

@@ -51,7 +51,9 @@ class Expression:
 
     def take(self, rows: Ints) -> Expression:
         """The rows at ``rows``, in that order."""
-        return Expression(self.matrix[rows], self.constant[rows], self.lower[rows], self.upper[rows])
+        return Expression(
+            self.matrix[rows], self.constant[rows], self.lower[rows], self.upper[rows]
+        )
 
     def within(self, lower: Floats, upper: Floats) -> Expression:
         """The same rows with a narrower interval. Rounding may let two intervals of one number miss each other."""
@@ -80,7 +82,9 @@ def widen(matrix: csr_array, columns: int) -> csr_array:
     return csr_array((matrix.data, matrix.indices, matrix.indptr), shape=(matrix.shape[0], columns))
 
 
-def combine(parts: Sequence[tuple[csr_array, Expression]], offset: Floats, images: int) -> Expression:
+def combine(
+    parts: Sequence[tuple[csr_array, Expression]], offset: Floats, images: int
+) -> Expression:
     """``sum of map @ expression + offset`` for every image; ``offset`` (elements of one image,)."""
     columns = max((e.matrix.shape[1] for _, e in parts), default=0)
     size = len(offset)
@@ -88,7 +92,9 @@ def combine(parts: Sequence[tuple[csr_array, Expression]], offset: Floats, image
     constant, lower, upper = (np.tile(offset, (images, 1)) for _ in range(3))
     for linear, expression in parts:
         constant += (linear @ expression.constant.reshape(images, -1).T).T
-        low, high = bounds(linear, expression.lower.reshape(images, -1).T, expression.upper.reshape(images, -1).T)
+        low, high = bounds(
+            linear, expression.lower.reshape(images, -1).T, expression.upper.reshape(images, -1).T
+        )
         lower, upper = lower + low.T, upper + high.T
         if expression.matrix.nnz:
             matrix = matrix + _everywhere(linear, expression.matrix, images, columns)
@@ -100,7 +106,8 @@ def _everywhere(linear: csr_array, matrix: csr_array, images: int, columns: int)
     entries = matrix.tocoo()
     image, element = np.divmod(entries.row.astype(np.int64), linear.shape[1])
     wide = coo_array(
-        (entries.data, (element, image * columns + entries.col)), shape=(linear.shape[1], images * columns)
+        (entries.data, (element, image * columns + entries.col)),
+        shape=(linear.shape[1], images * columns),
     )
     result = (linear @ csr_array(wide)).tocoo()
     image, column = np.divmod(result.col.astype(np.int64), columns)
@@ -113,12 +120,18 @@ def only(expression: Expression, rows: Bools) -> Expression:
     mask = rows.astype(np.float64)
     matrix = csr_array(expression.matrix.multiply(mask[:, None]))
     matrix.eliminate_zeros()
-    parts = (np.where(rows, v, 0.0) for v in (expression.constant, expression.lower, expression.upper))
+    parts = (
+        np.where(rows, v, 0.0) for v in (expression.constant, expression.lower, expression.upper)
+    )
     return Expression(matrix, *parts)
 
 
-def plus(expression: Expression, rows: Ints, variables: Ints, weights: Floats | float, columns: int) -> Expression:
+def plus(
+    expression: Expression, rows: Ints, variables: Ints, weights: Floats | float, columns: int
+) -> Expression:
     """``expression`` with ``weights * variables`` added at ``rows``; its interval is left to the caller."""
     values = np.broadcast_to(np.asarray(weights, np.float64), rows.shape)
     added = coo_array((values, (rows, variables)), shape=(expression.rows, columns))
-    return replace(expression, matrix=csr_array(widen(expression.matrix, columns) + csr_array(added)))
+    return replace(
+        expression, matrix=csr_array(widen(expression.matrix, columns) + csr_array(added))
+    )

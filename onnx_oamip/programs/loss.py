@@ -57,7 +57,8 @@ class Loss:
         )
         constant = mix @ self.logits.constant[rows]
         each = coo_array(
-            (np.ones(len(images)), (np.arange(len(images)), self.epigraph[images])), shape=(len(images), columns)
+            (np.ones(len(images)), (np.arange(len(images)), self.epigraph[images])),
+            shape=(len(images), columns),
         )
         matrix = csr_array(each) - mix @ widen(self.logits.matrix, columns)[rows]
         return Rows(csr_array(matrix), level + constant, np.full(len(images), np.inf))
@@ -82,7 +83,9 @@ class Reward:
         return float(found.sum() - (found.min() if len(found) > 1 else 0.0))
 
 
-def objective(encoder: Encoder, logits: Expression, label: Ints, weight: float, reward: Reward) -> tuple[Program, Loss]:
+def objective(
+    encoder: Encoder, logits: Expression, label: Ints, weight: float, reward: Reward
+) -> tuple[Program, Loss]:
     """``weight * mean loss + S(s)``, S the sum of the (m - 1) largest I_l (one layer: I_1); or the loss and a budget.
 
     The sum of all but the smallest is ``sum_l I_l + max_l (-I_l)``: one more variable and a row a layer. ``label``
@@ -121,7 +124,9 @@ def _least(encoder: Encoder, layers: Sequence[tuple[Ints, float]]) -> Ints:
     for index, n in layers:
         each = np.zeros(len(index) + 1, np.int64)
         column = np.append(encoder.keep[index], top)
-        encoder.builder.rows(1, (each, column, np.append(np.full(len(index), 1 / n), 1.0)), lower=2 * len(index) / n)
+        encoder.builder.rows(
+            1, (each, column, np.append(np.full(len(index), 1 / n), 1.0)), lower=2 * len(index) / n
+        )
     return top
 
 
@@ -139,7 +144,9 @@ class Separation:
     ``accuracy``: what missing planes may hide, relative to the objective. ``room``: most range rows of one round.
     """
 
-    def __init__(self, program: Program, loss: Loss, pending: Rows, accuracy: float, room: int = 150) -> None:
+    def __init__(
+        self, program: Program, loss: Loss, pending: Rows, accuracy: float, room: int = 150
+    ) -> None:
         self.program = program
         self.loss = loss
         self.pending = pending
@@ -184,14 +191,20 @@ class Separation:
         if len(below):
             blocks.append(self.loss.tangents(outputs, below, columns))
             if moved is not None:
-                blocks.append(self.loss.tangents(self.loss.outputs(moved), np.arange(len(self.loss.label)), columns))
+                blocks.append(
+                    self.loss.tangents(
+                        self.loss.outputs(moved), np.arange(len(self.loss.label)), columns
+                    )
+                )
         blocks = [b for b in blocks if b.count]
         return stack(blocks) if blocks else None
 
     def _tolerance(self, values: Floats) -> float:
         """Least gap of one image that is worth a plane."""
         scale = min(abs(self.program.value(values)), abs(self.truth(values)[1]))
-        return max(self.accuracy * scale, self.accuracy * FEASIBLE) / (self.loss.weight * len(self.loss.label))
+        return max(self.accuracy * scale, self.accuracy * FEASIBLE) / (
+            self.loss.weight * len(self.loss.label)
+        )
 
     def _ranges(self, values: Floats) -> Rows:
         """The most violated range rows, one-sided, each once."""

@@ -39,7 +39,11 @@ class Levels:
     @property
     def first(self) -> Ints:
         """Index of every group's narrowest level, with the number of levels at the end."""
-        return np.searchsorted(self.group, np.arange(self.group[-1] + 2)) if len(self.group) else np.zeros(1, np.int64)
+        return (
+            np.searchsorted(self.group, np.arange(self.group[-1] + 2))
+            if len(self.group)
+            else np.zeros(1, np.int64)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,18 +103,27 @@ def reduce(fixed: Ints, per_unit: csr_array, sums: Sequence[tuple[Floats, Ints]]
         for subset in range(2**degree):  # expand the product of (fixed + step * direction)
             taken = (subset >> np.arange(degree) & 1).astype(bool)
             rest = np.where(varies & ~taken, constant[axes], 1.0).prod(axis=1)
-            value = base * rest * np.where(taken, step[axes], 1.0).prod(axis=1) * varies[:, taken].all(axis=1)
+            value = (
+                base
+                * rest
+                * np.where(taken, step[axes], 1.0).prod(axis=1)
+                * varies[:, taken].all(axis=1)
+            )
             use = value != 0
             found.append((b, np.where(taken, direction[axes], -1)[use], value[use]))
     degree = max((m.shape[1] for _, m, _ in found), default=0)
-    padded = [np.pad(m, ((0, 0), (0, degree - m.shape[1])), constant_values=-1) for _, m, _ in found]
+    padded = [
+        np.pad(m, ((0, 0), (0, degree - m.shape[1])), constant_values=-1) for _, m, _ in found
+    ]
     rows = -np.sort(-np.concatenate([*padded, np.zeros((0, degree), np.int64)]), axis=1)
     monomials, place = np.unique(rows, axis=0, return_inverse=True)
     owner = np.repeat([b for b, _, _ in found], [len(v) for _, _, v in found]).astype(np.int64)
     value = np.concatenate([*(v for _, _, v in found), np.zeros(0)])
     shape = (len(sums), len(monomials))
     return Polynomials(
-        csr_array(directions), monomials, csr_array(coo_array((value, (owner, place.reshape(-1))), shape=shape))
+        csr_array(directions),
+        monomials,
+        csr_array(coo_array((value, (owner, place.reshape(-1))), shape=shape)),
     )
 
 
@@ -128,15 +141,21 @@ def linearise(
     for depth in range(1, chain.shape[1]):
         further = chain[:, depth] >= 0
         pairs, place = np.unique(
-            np.stack([expression[further], chain[further, depth]], axis=1), axis=0, return_inverse=True
+            np.stack([expression[further], chain[further, depth]], axis=1),
+            axis=0,
+            return_inverse=True,
         )
         if len(pairs):
             expression = expression.copy()
             expression[further] = table.count + place.reshape(-1)
             table = table.multiply(builder, binaries, levels, factors, pairs, start)
     varies = expression >= 0
-    matrix = csr_array(polynomials.coefficients[:, varies] @ table.matrix(builder.n_variables)[expression[varies]])
-    return matrix, np.asarray(polynomials.coefficients[:, ~varies].sum(axis=1), np.float64).reshape(-1)
+    matrix = csr_array(
+        polynomials.coefficients[:, varies] @ table.matrix(builder.n_variables)[expression[varies]]
+    )
+    return matrix, np.asarray(polynomials.coefficients[:, ~varies].sum(axis=1), np.float64).reshape(
+        -1
+    )
 
 
 def ordered(program: Program, levels: Levels) -> Program:
@@ -157,7 +176,10 @@ def ordered(program: Program, levels: Levels) -> Program:
         coo_array(
             (
                 np.concatenate([np.ones(m), -np.ones(len(rung))]),
-                (np.concatenate([rung, np.arange(count, n), rung - 1]), np.concatenate([one, one[: len(rung)]])),
+                (
+                    np.concatenate([rung, np.arange(count, n), rung - 1]),
+                    np.concatenate([one, one[: len(rung)]]),
+                ),
             ),
             shape=(n, m),
         )
@@ -167,12 +189,15 @@ def ordered(program: Program, levels: Levels) -> Program:
     later = np.flatnonzero(~narrowest[rung - 1])
     order = np.tile(np.arange(len(later)), 2)
     steps = coo_array(
-        (np.repeat([1.0, -1.0], len(later)), (order, np.concatenate([later, later - 1]))), shape=(len(later), m)
+        (np.repeat([1.0, -1.0], len(later)), (order, np.concatenate([later, later - 1]))),
+        shape=(len(later), m),
     )
     start = program.start
     if start is not None:
         after = levels.group[-1:] - levels.group  # every later group's levels add up to 1
-        start = np.concatenate([(np.cumsum(start[:count][::-1])[::-1] - after)[rung], start[count:]])
+        start = np.concatenate(
+            [(np.cumsum(start[:count][::-1])[::-1] - after)[rung], start[count:]]
+        )
     matrix = csr_array(program.matrix @ change)
     matrix.eliminate_zeros()
     shift = program.matrix @ fixed
@@ -204,7 +229,11 @@ def _factors(levels: Levels, polynomials: Polynomials) -> tuple[_Factors, Ints]:
     groups = np.diff(directions.indptr)
     power = (monomials >= 0).astype(np.int64)
     for j in range(1, monomials.shape[1]):  # powers of one group are one factor
-        same = (monomials[:, j] >= 0) & (monomials[:, j] == monomials[:, j - 1]) & (groups[monomials[:, j]] == 1)
+        same = (
+            (monomials[:, j] >= 0)
+            & (monomials[:, j] == monomials[:, j - 1])
+            & (groups[monomials[:, j]] == 1)
+        )
         power[same, j] += power[same, j - 1]
         power[same, j - 1] = 0
     base = monomials.shape[1] + 1
@@ -214,14 +243,18 @@ def _factors(levels: Levels, polynomials: Polynomials) -> tuple[_Factors, Ints]:
     chain = place.reshape(code.shape) - absent
     direction, exponent = np.divmod(known[absent:], base)
 
-    widths = csr_array((levels.width.astype(np.float64), (levels.group, np.arange(len(levels.group)))),
-                       shape=(directions.shape[1], len(levels.group)))  # fmt: skip
+    widths = csr_array(
+        (levels.width.astype(np.float64), (levels.group, np.arange(len(levels.group)))),
+        shape=(directions.shape[1], len(levels.group)),
+    )
     forms = csr_array(directions @ widths)[direction]
     forms.data **= np.repeat(exponent, np.diff(forms.indptr))
     first = levels.first
     low = (directions @ levels.width[first[:-1]].astype(np.float64))[direction] ** exponent
     high = (directions @ levels.width[first[1:] - 1].astype(np.float64))[direction] ** exponent
-    order = np.argsort(np.where(chain < 0, 1, -np.append(groups[direction], 0)[chain]), axis=1, kind="stable")
+    order = np.argsort(
+        np.where(chain < 0, 1, -np.append(groups[direction], 0)[chain]), axis=1, kind="stable"
+    )
     return _Factors(forms, low, high), np.take_along_axis(chain, order, 1)
 
 
@@ -238,7 +271,10 @@ class _Table:
     def of(cls, factors: _Factors, binaries: Ints, start: Floats) -> _Table:
         forms = factors.forms
         columns = binaries[forms.indices]
-        form = csr_array((forms.data, columns, forms.indptr), shape=(forms.shape[0], int(columns.max(initial=-1)) + 1))
+        form = csr_array(
+            (forms.data, columns, forms.indptr),
+            shape=(forms.shape[0], int(columns.max(initial=-1)) + 1),
+        )
         return cls((form,), factors.low, factors.high, forms @ start)
 
     @property
@@ -246,11 +282,20 @@ class _Table:
         return len(self.low)
 
     def matrix(self, columns: int) -> csr_array:
-        wide = [csr_array((p.data, p.indices, p.indptr), shape=(p.shape[0], columns)) for p in self.parts]
+        wide = [
+            csr_array((p.data, p.indices, p.indptr), shape=(p.shape[0], columns))
+            for p in self.parts
+        ]
         return csr_array(vstack(wide, format="csr"))
 
     def multiply(
-        self, builder: Builder, binaries: Ints, levels: Levels, factors: _Factors, pairs: Ints, start: Floats
+        self,
+        builder: Builder,
+        binaries: Ints,
+        levels: Levels,
+        factors: _Factors,
+        pairs: Ints,
+        start: Floats,
     ) -> _Table:
         """This table with the products (expression, factor) of ``pairs`` appended."""
         expression, factor = pairs.T
@@ -258,17 +303,25 @@ class _Table:
         forms = factors.forms[factor]
         row = np.repeat(np.arange(len(pairs)), np.diff(forms.indptr))
         # One variable for every distinct (expression, level): their product, scaled to [0, 1].
-        known, place = np.unique(expression[row] * len(binaries) + forms.indices, return_inverse=True)
+        known, place = np.unique(
+            expression[row] * len(binaries) + forms.indices, return_inverse=True
+        )
         of, level = np.divmod(known, len(binaries))
         scaled = (self.start - self.low) / spread
         product = builder.variables(len(known), 0.0, 1.0, start=start[level] * scaled[of])
         each = np.arange(len(known))
         builder.rows(
             len(known),
-            (np.stack([each, each]), np.stack([product, binaries[level]]), np.array([[1.0], [-1.0]])),
+            (
+                np.stack([each, each]),
+                np.stack([product, binaries[level]]),
+                np.array([[1.0], [-1.0]]),
+            ),
             upper=0.0,
         )
-        blocks, block = np.unique(of * (levels.group[-1] + 1) + levels.group[level], return_inverse=True)
+        blocks, block = np.unique(
+            of * (levels.group[-1] + 1) + levels.group[level], return_inverse=True
+        )
         whole = blocks // (levels.group[-1] + 1)
         lines = self.matrix(builder.n_variables)[whole]
         ratio = np.repeat(1 / spread[whole], np.diff(lines.indptr))
@@ -282,8 +335,13 @@ class _Table:
         builder.rows(len(blocks), entries, lower=side, upper=side)
         new = coo_array(
             (
-                np.concatenate([forms.data * self.low[expression[row]], forms.data * spread[expression[row]]]),
-                (np.concatenate([row, row]), np.concatenate([binaries[forms.indices], product[place]])),
+                np.concatenate(
+                    [forms.data * self.low[expression[row]], forms.data * spread[expression[row]]]
+                ),
+                (
+                    np.concatenate([row, row]),
+                    np.concatenate([binaries[forms.indices], product[place]]),
+                ),
             ),
             shape=(len(pairs), builder.n_variables),
         )

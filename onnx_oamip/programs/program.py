@@ -33,9 +33,18 @@ class Rows:
 
     def __post_init__(self) -> None:
         count = self.matrix.shape[0]
-        _expect(self.lower.shape == (count,), f"row_lower has shape {self.lower.shape}, expected ({count},)")
-        _expect(self.upper.shape == (count,), f"row_upper has shape {self.upper.shape}, expected ({count},)")
-        _expect(bool(np.isfinite(self.matrix.data).all()), "the matrix holds a coefficient that is not finite")
+        _expect(
+            self.lower.shape == (count,),
+            f"row_lower has shape {self.lower.shape}, expected ({count},)",
+        )
+        _expect(
+            self.upper.shape == (count,),
+            f"row_upper has shape {self.upper.shape}, expected ({count},)",
+        )
+        _expect(
+            bool(np.isfinite(self.matrix.data).all()),
+            "the matrix holds a coefficient that is not finite",
+        )
         _sides("row", self.lower, self.upper)
 
     @property
@@ -66,9 +75,17 @@ class Program:
         n = len(self.objective)
         for name in ("objective", "lower", "upper", "integer", "start"):
             value = getattr(self, name)
-            _expect(value is None or value.shape == (n,), f"{name} has shape {np.shape(value)}, expected ({n},)")
-        _expect(self.integer.dtype == np.bool_, f"integer has dtype {self.integer.dtype}, expected bool")
-        _expect(self.matrix.shape[1] == n, f"the matrix has {self.matrix.shape[1]} columns for {n} variables")
+            _expect(
+                value is None or value.shape == (n,),
+                f"{name} has shape {np.shape(value)}, expected ({n},)",
+            )
+        _expect(
+            self.integer.dtype == np.bool_, f"integer has dtype {self.integer.dtype}, expected bool"
+        )
+        _expect(
+            self.matrix.shape[1] == n,
+            f"the matrix has {self.matrix.shape[1]} columns for {n} variables",
+        )
         wild = ~np.isfinite(self.objective)
         if wild.any():
             raise ValueError(f"objective[{_first(wild)}] is not finite.")
@@ -165,9 +182,15 @@ class Builder:
         inside = row.size == 0 or (row.min() >= 0 and row.max() < count)
         _expect(bool(inside), f"a block of {count} rows has an entry outside rows 0 to {count - 1}")
         self._entries.append(
-            (self._m + row.ravel().astype(np.int64), column.ravel().astype(np.int64), value.ravel().astype(np.float64))
+            (
+                self._m + row.ravel().astype(np.int64),
+                column.ravel().astype(np.int64),
+                value.ravel().astype(np.float64),
+            )
         )
-        self._sides.append((_spread(lower, (count,), "row_lower"), _spread(upper, (count,), "row_upper")))
+        self._sides.append(
+            (_spread(lower, (count,), "row_lower"), _spread(upper, (count,), "row_upper"))
+        )
         index = self._m + np.arange(count, dtype=np.int64)
         self._m += count
         return index
@@ -180,10 +203,14 @@ class Builder:
     def build(self) -> Program:
         """The program; raises ValueError for a row that names a variable that was never added."""
         row, column, value = (_joined([e[i] for e in self._entries]) for i in range(3))
-        low, high, objective, integer, start = (_joined([v[i] for v in self._variables]) for i in range(5))
+        low, high, objective, integer, start = (
+            _joined([v[i] for v in self._variables]) for i in range(5)
+        )
         outside = (column < 0) | (column >= self._n)
         if outside.any():
-            raise ValueError(f"row {row[_first(outside)]:.0f} names a variable that is not one of the {self._n}.")
+            raise ValueError(
+                f"row {row[_first(outside)]:.0f} names a variable that is not one of the {self._n}."
+            )
         place = (row.astype(np.int64), column.astype(np.int64))
         return Program(
             objective=objective,
@@ -202,7 +229,9 @@ def _spread(value: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Floats:
     try:
         return np.broadcast_to(np.asarray(value, np.float64), shape).ravel()
     except ValueError as error:
-        raise ValueError(f"{name} has shape {np.shape(value)}, which does not spread over {shape}.") from error
+        raise ValueError(
+            f"{name} has shape {np.shape(value)}, which does not spread over {shape}."
+        ) from error
 
 
 def _joined(parts: list[Any]) -> Any:
@@ -213,7 +242,9 @@ def _sides(what: str, lower: Floats, upper: Floats) -> None:
     wrong = ~(lower <= upper) | (lower == INFINITY) | (upper == -INFINITY)
     if wrong.any():
         i = _first(wrong)
-        raise ValueError(f"{what} {i} has lower {lower[i]} and upper {upper[i]}, expected lower <= upper, neither NaN.")
+        raise ValueError(
+            f"{what} {i} has lower {lower[i]} and upper {upper[i]}, expected lower <= upper, neither NaN."
+        )
 
 
 def _first(mask: Bools) -> int:

@@ -134,7 +134,10 @@ def _project(point: Floats, free: Bools, count: int) -> Floats:
     ordered = np.sort(point[free])
     shifts = np.sort(np.concatenate([ordered - 1, ordered]))
     part = np.concatenate([[0.0], np.cumsum(ordered)])
-    above, below = np.searchsorted(ordered, shifts + 1, "right"), np.searchsorted(ordered, shifts, "right")
+    above, below = (
+        np.searchsorted(ordered, shifts + 1, "right"),
+        np.searchsorted(ordered, shifts, "right"),
+    )
     sums = len(ordered) - above + part[above] - part[below] - (above - below) * shifts
     shift = np.interp(-float(count), -sums, shifts)
     return np.where(free, np.clip(point - shift, 0, 1), 0.0)
@@ -147,7 +150,9 @@ def _separable(matrix: Floats) -> Floats:
     if not live.any():
         return np.zeros(len(matrix))
     root = np.sqrt(own[live])
-    least = float(eigvalsh(matrix[np.ix_(live, live)] / np.outer(root, root), subset_by_index=[0, 0])[0])
+    least = float(
+        eigvalsh(matrix[np.ix_(live, live)] / np.outer(root, root), subset_by_index=[0, 0])[0]
+    )
     return np.where(live, max(least - 1e-9, 0.0) * own, 0.0)
 
 
@@ -174,9 +179,13 @@ class Repaired:
     def __init__(self, fits: Sequence[Fit], order: Ints) -> None:
         self.fits, self.order = fits, order
         self.diagonal = np.zeros(len(fits[0].columns))
-        self.work = float(sum(f.weight.shape[1] ** 2 * (f.weight.shape[1] / 3 + 4 * len(f.weight)) for f in fits))
+        self.work = float(
+            sum(f.weight.shape[1] ** 2 * (f.weight.shape[1] / 3 + 4 * len(f.weight)) for f in fits)
+        )
         self._cross = [fit.weight @ fit.covariance for fit in fits]
-        self._energy = [float(np.einsum("od,od->", c, f.weight)) for c, f in zip(self._cross, fits, strict=True)]
+        self._energy = [
+            float(np.einsum("od,od->", c, f.weight)) for c, f in zip(self._cross, fits, strict=True)
+        ]
 
     def convex(self, keep: Floats) -> tuple[float, Floats]:
         value, gradient = 0.0, np.zeros(len(keep))
@@ -198,7 +207,9 @@ class Repaired:
         stays[ordered[len(ordered) - count :]] = True
         if not turns or stays.sum() == keep.sum():
             return stays
-        states = [_Swept(fit, cross, stays) for fit, cross in zip(self.fits, self._cross, strict=True)]
+        states = [
+            _Swept(fit, cross, stays) for fit, cross in zip(self.fits, self._cross, strict=True)
+        ]
         own = _worth(states)
         small = 1e-9 * float(np.abs(own).sum())
         for _ in range(turns):
@@ -211,7 +222,9 @@ class Repaired:
             for state in states:
                 state.sweep(gone)
             stays[gone] = False
-            if gone == back or own[back] + after[gone] <= small:  # the worth of one that goes is negative
+            if (
+                gone == back or own[back] + after[gone] <= small
+            ):  # the worth of one that goes is negative
                 stays[gone], stays[back] = True, False
                 break
             own = _worth(states)
@@ -240,7 +253,9 @@ class Repaired:
 
     def costs(self, keep: Bools) -> Floats:
         """The others repaired: ``tr(V_j (H_jj)^-1 V_j')``, H the inverse of what is there."""
-        states = [_Swept(fit, cross, keep) for fit, cross in zip(self.fits, self._cross, strict=True)]
+        states = [
+            _Swept(fit, cross, keep) for fit, cross in zip(self.fits, self._cross, strict=True)
+        ]
         return np.where(keep, -_worth(states), 0.0)
 
 
@@ -270,7 +285,9 @@ class _Swept:
         self.table[np.ix_(rest, rest)] -= between.T @ solved
         self.table[np.ix_(here, rest)] = solved
         self.table[np.ix_(rest, here)] = solved.T
-        self.table[np.ix_(here, here)] = -np.asarray(cho_solve(factor, np.eye(len(here)), check_finite=False))
+        self.table[np.ix_(here, here)] = -np.asarray(
+            cho_solve(factor, np.eye(len(here)), check_finite=False)
+        )
         self.outputs[:, rest] -= fitted @ between
         self.outputs[:, here] = fitted
 
@@ -327,7 +344,9 @@ def _solve(fit: Fit, cross: Floats, present: Ints, share: Floats) -> Floats:
     root = np.sqrt(share)
     loaded = fit.covariance[np.ix_(present, present)] * np.outer(root, root)
     loaded[np.diag_indices_from(loaded)] += fit.ridge
-    solved = cho_solve(cho_factor(loaded, overwrite_a=True, check_finite=False), (cross[:, present] * root).T)
+    solved = cho_solve(
+        cho_factor(loaded, overwrite_a=True, check_finite=False), (cross[:, present] * root).T
+    )
     return np.asarray(solved, np.float64).T * root
 
 
@@ -370,9 +389,16 @@ class Subset:
         )
         builder.variables(1, 0.0, objective=1.0)
         builder.offset = float(self.loss.diagonal.sum())
-        builder.rows(1, (np.zeros(self.units, np.int64), keep, np.ones(self.units)), float(count), float(count))
+        builder.rows(
+            1,
+            (np.zeros(self.units, np.int64), keep, np.ones(self.units)),
+            float(count),
+            float(count),
+        )
         if self._slopes:
             slopes = np.asarray(self._slopes)
             rows, columns = np.divmod(np.arange(slopes.size), self.units + 1)
-            builder.rows(len(slopes), (rows, columns, slopes.ravel()), lower=np.asarray(self._sides))
+            builder.rows(
+                len(slopes), (rows, columns, slopes.ravel()), lower=np.asarray(self._sides)
+            )
         return builder.build()

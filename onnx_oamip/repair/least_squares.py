@@ -72,7 +72,9 @@ WIDE_VALUES = 1 << 25
 """Values (rows x unknowns) kept of a node that is too wide for a Gram matrix."""
 
 
-def fold_means(model: Model, coupling: Coupling, units: Bools, statistics: Statistics, raw: onnx.ModelProto) -> Pruned:
+def fold_means(
+    model: Model, coupling: Coupling, units: Bools, statistics: Statistics, raw: onnx.ModelProto
+) -> Pruned:
     """The cut model ``raw`` with the means of removed channels in the consumers' biases, and notes."""
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
@@ -86,15 +88,23 @@ def fold_means(model: Model, coupling: Coupling, units: Bools, statistics: Stati
             continue
         place = site(node, model.constants)
         if place is None:
-            notes.append(f"{node}: its weight has no plain matrix form, so the mean of what was removed is not added")
+            notes.append(
+                f"{node}: its weight has no plain matrix form, so the mean of what was removed is not added"
+            )
             continue
         weight = matrix(place, model.constants[place.weight])
         lost = np.where(keep, 0.0, statistics.moments[consumer.data, consumer.axis].mean)
-        shift: Floats = place.factor * np.einsum("goit,gi->go", weight, lost.reshape(len(weight), -1)).reshape(-1)
-        if node.op == "ConvTranspose":  # taps are shared out over the positions between two input pixels
+        shift: Floats = place.factor * np.einsum(
+            "goit,gi->go", weight, lost.reshape(len(weight), -1)
+        ).reshape(-1)
+        if (
+            node.op == "ConvTranspose"
+        ):  # taps are shared out over the positions between two input pixels
             shift /= int(np.prod(node.attrs.get("strides", [1])))
         if not editor.add_bias(place, shift[output_mask(model, coupling, place, units)]):
-            notes.append(f"{node}: its bias is computed, so the mean of what was removed is not added")
+            notes.append(
+                f"{node}: its bias is computed, so the mean of what was removed is not added"
+            )
     return Pruned(raw, proto, tuple(notes))
 
 
@@ -125,12 +135,20 @@ def fits(found: Pruned, raw: onnx.ModelProto) -> bool:
     nodes = {(node.op_type, node.name) for node in new.node}
     made = {name for node in new.node for name in node.output}
     held = {t.name: t for t in new.initializer}
-    same = all(t.name not in held or (held[t.name].dims, held[t.name].data_type) == (t.dims, t.data_type)
-               for t in old.initializer)  # fmt: skip
+    same = all(
+        t.name not in held or (held[t.name].dims, held[t.name].data_type) == (t.dims, t.data_type)
+        for t in old.initializer
+    )
     ports = list(old.input) == list(new.input) and list(old.output) == list(new.output)
-    whole = ports and list(raw.opset_import) == list(found.proto.opset_import) and not found.proto.functions
+    whole = (
+        ports
+        and list(raw.opset_import) == list(found.proto.opset_import)
+        and not found.proto.functions
+    )
     inside = not any(t.external_data for t in new.initializer)
-    kept = all((node.op_type, node.name) in nodes and made.issuperset(node.output) for node in old.node)
+    kept = all(
+        (node.op_type, node.name) in nodes and made.issuperset(node.output) for node in old.node
+    )
     return whole and same and inside and kept
 
 
@@ -160,10 +178,14 @@ def least_squares(
     fits: list[Fit] = []
     if used < samples.usable():
         size = (FRONTIER_BYTES if room is None else room) >> 20
-        notes.append(f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB")
+        notes.append(
+            f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB"
+        )
     for i, place in enumerate(places):
         with memory_for(f"the refit of {place.node}"):
-            fit, said = _refit(model, coupling, units, editor, place, frontier, targets.pop(place.node.name))
+            fit, said = _refit(
+                model, coupling, units, editor, place, frontier, targets.pop(place.node.name)
+            )
         fits += [fit] if fit else []
         notes += [f"{place.node}: {'; '.join(said)}"] if said else []
         if progress:
@@ -175,7 +197,11 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
     """Linear nodes whose input changed (consumers of a cut, and everything linear behind one), and what is left out."""
     slicer = Slicer(model.proto)
     homes = model.homes
-    cut = [c for c in (*coupling.consumers, *coupling.inside) if not coupling.keep((c.data, c.axis), units).all()]
+    cut = [
+        c
+        for c in (*coupling.consumers, *coupling.inside)
+        if not coupling.keep((c.data, c.axis), units).all()
+    ]
     changed = {homes[c.node] for c in cut}
     outputs = (o for n in slicer.nodes if n.name in changed for o in n.output)
     behind = {slicer.nodes[i].name for i in slicer.descendants(outputs)}
@@ -188,10 +214,16 @@ def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site],
     for node in model.nodes:
         place = site(node, model.constants) if node.name in changed | behind else None
         if place is not None and uses[place.weight] > 1:
-            notes.append(f"{node}: its weight '{place.weight}' is shared with another node, so it is not refitted")
+            notes.append(
+                f"{node}: its weight '{place.weight}' is shared with another node, so it is not refitted"
+            )
         elif place is not None:
             places.append(place)
-        elif node.name in changed and _multiplies(node) and any(n in model.constants for n in node.inputs[:2]):
+        elif (
+            node.name in changed
+            and _multiplies(node)
+            and any(n in model.constants for n in node.inputs[:2])
+        ):
             notes.append(f"{node}: its weight has no plain matrix form, so it is not refitted")
         elif node.name in changed and quantised(node, model):
             notes.append(f"{node}: its weight is quantised, so it is not refitted")
@@ -208,8 +240,11 @@ def _bodies(model: Model, coupling: Coupling, units: Bools) -> list[str]:
     """Notes on the nodes whose bodies lost channels: nothing is measured in there."""
     cut = [c.node for c in coupling.inside if not coupling.keep((c.data, c.axis), units).all()]
     holders = {model.homes[name] for name in cut}
-    return [f"{n}: its body lost channels and is not refitted, as no data is seen inside" for n in model.nodes
-            if n.name in holders]  # fmt: skip
+    return [
+        f"{n}: its body lost channels and is not refitted, as no data is seen inside"
+        for n in model.nodes
+        if n.name in holders
+    ]
 
 
 @dataclass(frozen=True)
@@ -250,20 +285,33 @@ def collect_targets(
         data = frontier.reach([place.data])[place.data] if wide else []
         joint = join(model, place)
         if joint and any(slicer.nodes[i].name in waiting for i in slicer.needed([joint.other], ())):
-            joint = None  # the other branch is still to be refitted: it will take on this one's error
+            joint = (
+                None  # the other branch is still to be refitted: it will take on this one's error
+            )
         waiting.discard(place.node.name)
         others = frontier.reach([name, joint.other])[joint.other] if joint else []
         outputs = frontier.reach([name])[name]
-        wanted = LEAST_ROWS if wide else int(np.clip(ROWS_PER_UNKNOWN * ins * taps, LEAST_ROWS, MOST_ROWS))
+        wanted = (
+            LEAST_ROWS
+            if wide
+            else int(np.clip(ROWS_PER_UNKNOWN * ins * taps, LEAST_ROWS, MOST_ROWS))
+        )
         if wide:  # rows this wide are many values each: bound the values instead
             wanted = max(256, min(wanted, WIDE_VALUES // (ins * taps)))
-        rows = tuple(pick(row_count(place, y.shape), -(-wanted // len(feeds)), rng) for y in outputs)
-        values = tuple(output_rows(place, y, r).astype(np.float32) for y, r in zip(outputs, rows, strict=True))
+        rows = tuple(
+            pick(row_count(place, y.shape), -(-wanted // len(feeds)), rng) for y in outputs
+        )
+        values = tuple(
+            output_rows(place, y, r).astype(np.float32) for y, r in zip(outputs, rows, strict=True)
+        )
         shapes = tuple(y.shape for y in outputs)
         inputs = tuple(
-            data_rows(place, x, r, shape).astype(np.float32) for x, r, shape in zip(data, rows, shapes, strict=False)
+            data_rows(place, x, r, shape).astype(np.float32)
+            for x, r, shape in zip(data, rows, shapes, strict=False)
         )
-        joined = tuple(output_rows(place, t, r).astype(np.float32) for t, r in zip(others, rows, strict=False))
+        joined = tuple(
+            output_rows(place, t, r).astype(np.float32) for t, r in zip(others, rows, strict=False)
+        )
         result[place.node.name] = Target(shapes, rows, values, inputs, joint, joined)
     return result
 
@@ -280,8 +328,15 @@ def _refit(
     node = editor.nodes[place.node.name]
     current = editor.constant(node.input[place.weight_slot])
     assert current is not None
-    attrs = {**place.node.attrs, "group": next((a.i for a in node.attribute if a.name == "group"), 1)}
-    here = replace(place, node=replace(place.node, attrs=attrs), groups=int(attrs["group"]) if place.spatial else 1)
+    attrs = {
+        **place.node.attrs,
+        "group": next((a.i for a in node.attribute if a.name == "group"), 1),
+    }
+    here = replace(
+        place,
+        node=replace(place.node, attrs=attrs),
+        groups=int(attrs["group"]) if place.spatial else 1,
+    )
     bias = editor.bias(here)
     if bias is None:
         return None, ["its bias is not one constant per output, so it is not refitted"]
@@ -289,7 +344,9 @@ def _refit(
     groups, outs, ins, taps = w0.shape
     data = node.input[place.slot]
     inputs = frontier.reach([data])[data]
-    found = [data_rows(here, v, r, s) for v, r, s in zip(inputs, target.rows, target.shapes, strict=True)]
+    found = [
+        data_rows(here, v, r, s) for v, r, s in zip(inputs, target.rows, target.shapes, strict=True)
+    ]
     x = np.concatenate(found).transpose(1, 0, 2)
     kept = output_mask(model, coupling, place, units)
     y = np.concatenate(target.values).astype(np.float64)[:, kept]
@@ -310,8 +367,12 @@ def _refit(
     rows = len(y[0])
     if not rows:
         return None, said
-    split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)  # rows come in the order of samples: the last are held
-    residual = y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
+    split = min(
+        int(np.ceil((1 - HELD_OUT) * rows)), rows - 1
+    )  # rows come in the order of samples: the last are held
+    residual = (
+        y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
+    )
     if rows < 2:
         editor.add_bias(here, residual.reshape(-1))
         said.append("one row is too few to fit and to judge, so only its bias moves")
@@ -321,7 +382,9 @@ def _refit(
         mixed = _mixing(model, coupling, units, place, target, x, w0)
         if mixed is None:
             form, solve = "bias", None
-            said.append(f"{ins * taps} unknowns are too many and have no channel form, so only its bias is refitted")
+            said.append(
+                f"{ins * taps} unknowns are too many and have no channel form, so only its bias is refitted"
+            )
         else:
             form, solve = "channel mixing", mixed
             many = f"{ins * taps} unknowns are too many for a Gram matrix"
@@ -329,17 +392,23 @@ def _refit(
     else:
         solve = ridge_regression(x, residual, split)
         if x.shape[1] < ins * taps:
-            said.append(f"{x.shape[1]} rows for {ins * taps} unknowns, so more calibration samples would help")
+            said.append(
+                f"{x.shape[1]} rows for {ins * taps} unknowns, so more calibration samples would help"
+            )
     change, shift, ridge, errors = best(x, residual, split, solve)
     scale = float(y.var(axis=1).sum()) or 1.0
-    fit = Fit(place.node.name, form, x.shape[1], ins * taps, ridge, errors[0] / scale, errors[1] / scale)
+    fit = Fit(
+        place.node.name, form, x.shape[1], ins * taps, ridge, errors[0] / scale, errors[1] / scale
+    )
     if errors[1] < errors[0]:
         if change is not None:
             weight = w0 + change.transpose(0, 2, 1).reshape(w0.shape)
             with np.errstate(over="ignore"):
                 fresh = unmatrix(here, weight / here.factor, current)
             if not np.isfinite(fresh).all():
-                said.append(f"fitted weights are out of range for {current.dtype}, so it is not refitted")
+                said.append(
+                    f"fitted weights are out of range for {current.dtype}, so it is not refitted"
+                )
                 return None, said
             editor.replace(node, place.weight_slot, fresh)
         editor.add_bias(here, shift.reshape(-1))
@@ -347,7 +416,13 @@ def _refit(
 
 
 def _mixing(
-    model: Model, coupling: Coupling, units: Bools, place: Site, target: Target, x: Floats, w0: Floats
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    place: Site,
+    target: Target,
+    x: Floats,
+    w0: Floats,
 ) -> Solve | None:
     """Removed channels are expressed by kept ones (a channels x channels Gram only), for nodes that are very wide.
 

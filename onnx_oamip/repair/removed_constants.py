@@ -46,7 +46,12 @@ its epsilon differs by 1e-4 and is none. Types with fewer digits may differ by t
 
 
 def fold_constants(
-    model: Model, coupling: Coupling, units: Bools, samples: Samples, device: str, raw: onnx.ModelProto
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    samples: Samples,
+    device: str,
+    raw: onnx.ModelProto,
 ) -> Pruned:
     """The cut model ``raw`` with what the removed units emit on zero weights in their consumers' biases, and notes.
 
@@ -73,11 +78,17 @@ def fold_constants(
         # What only looks constant on these samples, an activation in saturation say, is none.
         unmade = int((~coupling.keep((consumer.data, consumer.axis), ~weightless)).sum())
         if consumer.weight is None or consumer.weight not in model.constants:
-            notes.append(f"{node}: it has no constant weights, so the constants of what was removed are not added")
+            notes.append(
+                f"{node}: it has no constant weights, so the constants of what was removed are not added"
+            )
         elif unmade:
-            notes.append(f"{node}: {unmade} removed channels come from no layer with weights; their mean is added")
+            notes.append(
+                f"{node}: {unmade} removed channels come from no layer with weights; their mean is added"
+            )
         elif varying:
-            notes.append(f"{node}: {varying} removed channels vary though their weights are zero; their mean is added")
+            notes.append(
+                f"{node}: {varying} removed channels vary though their weights are zero; their mean is added"
+            )
         else:
             uneven += _uneven(node, model.constants[consumer.weight].shape[2:])
     if uneven:
@@ -86,9 +97,14 @@ def fold_constants(
             "folded constants are exact only away from the border, or on average"
         )
     # To a consumer, a constant is a channel whose mean is all there is.
-    moments = {key: Moments(level.mean, np.square(level.mean), level.count) for key, level in levels.items()}
+    moments = {
+        key: Moments(level.mean, np.square(level.mean), level.count)
+        for key, level in levels.items()
+    }
     used = max((level.count for level in levels.values()), default=0)
-    folded = fold_means(model, coupling, units, Statistics({Request.MOMENTS: moments}, used, device), raw)
+    folded = fold_means(
+        model, coupling, units, Statistics({Request.MOMENTS: moments}, used, device), raw
+    )
     return Pruned(raw, folded.proto, (*notes, *folded.notes))
 
 
@@ -141,7 +157,9 @@ def _weightless(model: Model, coupling: Coupling) -> Bools:
     for node in model.nodes:
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or not spec.linear:
-            found |= carried(node.outputs) & ~carried(n for n in node.inputs if n not in model.constants)
+            found |= carried(node.outputs) & ~carried(
+                n for n in node.inputs if n not in model.constants
+            )
     return found
 
 
@@ -178,7 +196,9 @@ def _levels(
             # Sums of equal float32 values drift: they are taken in float64.
             rows = np.moveaxis(values[name], axis, 0).astype(np.float64)
             rows = rows.reshape(len(rows), -1)
-            found[name, axis].append(np.stack([rows.mean(axis=1), rows.min(axis=1), rows.max(axis=1)]))
+            found[name, axis].append(
+                np.stack([rows.mean(axis=1), rows.min(axis=1), rows.max(axis=1)])
+            )
     result = {}
     for key, parts in found.items():
         mean, low, high = np.stack(parts, axis=1)

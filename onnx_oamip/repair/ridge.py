@@ -78,7 +78,9 @@ def normal_equations(x: Floats, residual: Floats, split: int) -> dict[int, tuple
     """Centred Gram matrices (groups, d, d) and right sides (groups, d, outputs) of the leading ``split`` rows and of
     all, by their number."""
     _, rows, unknowns = x.shape
-    near = x[:, :split].mean(axis=1, keepdims=True)  # of about the right place: no digits are lost in the sums
+    near = x[:, :split].mean(
+        axis=1, keepdims=True
+    )  # of about the right place: no digits are lost in the sums
     gram = np.zeros((len(x), unknowns, unknowns))
     right = np.zeros((len(x), unknowns, residual.shape[2]))
     normal: dict[int, tuple[Floats, Floats]] = {}
@@ -115,8 +117,12 @@ def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
     """(G + ridge * mean diag(G) * I)^-1 C for stacks G (g, d, d), C (g, d, o). Dead inputs get a zero row."""
     size = gram.shape[-1]
     diagonal = np.einsum("gii->gi", gram)
-    strength = ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12 * diagonal.max(initial=0.0) + 1e-300
+    strength = (
+        ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12 * diagonal.max(initial=0.0) + 1e-300
+    )
     loaded = gram + np.eye(size) * strength[:, :, None]
     if len(gram) == 1:
-        return np.asarray(cho_solve(cho_factor(loaded[0], overwrite_a=True, check_finite=False), cross[0]))[None]
+        return np.asarray(
+            cho_solve(cho_factor(loaded[0], overwrite_a=True, check_finite=False), cross[0])
+        )[None]
     return np.asarray(np.linalg.solve(loaded, cross))

@@ -88,7 +88,9 @@ def frontier(found: Frontier) -> Document:
         "schema_version": SCHEMA_VERSION,
         "model": _model(found.model),
         "before": {**_cost(found.before), "accuracy": found.accuracy},
-        "groups": [{"name": group.name, "units": len(group.units)} for group in found.coupling.groups],
+        "groups": [
+            {"name": group.name, "units": len(group.units)} for group in found.coupling.groups
+        ],
         "points": [_point(point, found.before) for point in found.points],
         "importance": found.importance,
         "notes": _distinct([*found.model.notes, *found.notes]),
@@ -128,7 +130,15 @@ def planning(found: Planned) -> Document:
     for group, width in zip(found.coupling.groups, found.plan.widths.tolist(), strict=True):
         units = len(group.units)
         score = _summary(found.scores.values[group.units])
-        groups.append({"name": group.name, "units": units, "kept": width, "level": width / units, "score": score})
+        groups.append(
+            {
+                "name": group.name,
+                "units": units,
+                "kept": width,
+                "level": width / units,
+                "score": score,
+            }
+        )
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(found.model),
@@ -141,7 +151,9 @@ def planning(found: Planned) -> Document:
         "importance": found.scores.method,
         "allocation": found.plan.allocation,
         "programs": [*found.scores.programs, *found.plan.programs],
-        "notes": _distinct([*found.model.notes, *found.scores.notes, *found.plan.notes, *found.notes]),
+        "notes": _distinct(
+            [*found.model.notes, *found.scores.notes, *found.plan.notes, *found.notes]
+        ),
         "timings": found.seconds,
         "settings": found.settings,
         "versions": versions(),
@@ -160,7 +172,12 @@ def inspection(model: Model, coupling: Coupling) -> Document:
                 "name": group.name,
                 "units": len(group.units),
                 "axes": [
-                    {"tensor": tensor, "axis": axis, "per_unit": held, "constant": tensor in model.constants}
+                    {
+                        "tensor": tensor,
+                        "axis": axis,
+                        "per_unit": held,
+                        "constant": tensor in model.constants,
+                    }
                     for (tensor, axis), held in group.multiplicity.items()
                 ],
                 "consumers": consumers,
@@ -261,7 +278,10 @@ def benchmark(found: Benchmark) -> Document:
                 "path": model.path,
                 "sha256": model.sha256,
                 "bytes": model.file_bytes,
-                "timings": [{"batch": batch, **_timing(timings[i])} for batch, timings in found.timings.items()],
+                "timings": [
+                    {"batch": batch, **_timing(timings[i])}
+                    for batch, timings in found.timings.items()
+                ],
             }
             for i, model in enumerate(found.models)
         ],
@@ -317,7 +337,10 @@ def _summary(values: Floats) -> Document:
 
 
 def _skipped(coupling: Coupling) -> list[Document]:
-    return [{"tensor": p.tensor, "axis": p.axis, "channels": p.count, "reason": p.reason} for p in coupling.pinned]
+    return [
+        {"tensor": p.tensor, "axis": p.axis, "channels": p.count, "reason": p.reason}
+        for p in coupling.pinned
+    ]
 
 
 def _consumers(coupling: Coupling) -> list[list[str]]:
@@ -352,7 +375,10 @@ def _point(point: Point, before: Cost) -> Document:
     return {
         "asked": point.asked,
         **after,
-        "shares": {key: after[key] / whole[key] if after[key] is not None and whole[key] else None for key in whole},
+        "shares": {
+            key: after[key] / whole[key] if after[key] is not None and whole[key] else None
+            for key in whole
+        },
         "accuracy": proved and proved.accuracy_after,
         "agreement": proved and proved.agreement,
         "output_relative_error": proved and proved.output_relative_error,
@@ -365,7 +391,11 @@ def _point(point: Point, before: Cost) -> Document:
 
 
 def _connections(found: Connections) -> Document:
-    sizes = {"total": found.total, "kept": found.kept, "compression": found.total / max(found.kept, 1)}
+    sizes = {
+        "total": found.total,
+        "kept": found.kept,
+        "compression": found.total / max(found.kept, 1),
+    }
     return {**sizes, **asdict(found)}
 
 
@@ -390,7 +420,12 @@ def _timing(timing: Timing) -> Document:
         "throughput": timing.throughput,
         "runs": timing.runs,
         "peak_bytes": timing.peak_bytes,
-        "ratio": {"median": ratio.median, "low": ratio.low, "high": ratio.high, "rounds": ratio.rounds},
+        "ratio": {
+            "median": ratio.median,
+            "low": ratio.low,
+            "high": ratio.high,
+            "rounds": ratio.rounds,
+        },
     }
 
 

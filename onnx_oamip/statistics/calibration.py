@@ -52,9 +52,15 @@ def collect(
     counts = dict.fromkeys(sites, 0)
     session = None
     if sites:
-        session = Session(_instrument(model, sites), device, what="the model with its statistics outputs")
+        session = Session(
+            _instrument(model, sites), device, what="the model with its statistics outputs"
+        )
     total = samples.usable()
-    names = [name for i in range(len(sites)) for name in (f"oamip_sum_{i}", f"oamip_square_{i}", f"oamip_size_{i}")]
+    names = [
+        name
+        for i in range(len(sites))
+        for name in (f"oamip_sum_{i}", f"oamip_square_{i}", f"oamip_size_{i}")
+    ]
     for index, feed in samples.batches(batch_size):
         if session is None:
             break
@@ -72,28 +78,40 @@ def collect(
         if progress:
             progress("calibrate", int(index[-1]) + 1, total)
     moments = {
-        site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site]) for site in sites
+        site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site])
+        for site in sites
     }
     return Statistics({Request.MOMENTS: moments}, total, device, time.perf_counter() - start)
 
 
 def consumed(model: Model, coupling: Coupling) -> list[Axis]:
     """The axes that consumers sum over, those of activations that stand in for weights among them."""
-    met = {(c.weight, c.weight_axis) for c in coupling.consumers if c.weight and c.weight not in model.constants}
+    met = {
+        (c.weight, c.weight_axis)
+        for c in coupling.consumers
+        if c.weight and c.weight not in model.constants
+    }
     return sorted({(c.data, c.axis) for c in coupling.consumers} | met)
 
 
 def fits(moments: Mapping[Axis, Moments], model: Model, coupling: Coupling) -> bool:
     """Whether these may be the moments of a model: one for each consumed axis, of its length, finite."""
     return list(moments) == consumed(model, coupling) and all(
-        type(m.count) is int and m.count > 0
-        and all(v.dtype == np.float64 and v.shape == (model.shapes[tensor][axis],) and np.isfinite(v).all()
-                for v in (m.mean, m.mean_square))
+        type(m.count) is int
+        and m.count > 0
+        and all(
+            v.dtype == np.float64
+            and v.shape == (model.shapes[tensor][axis],)
+            and np.isfinite(v).all()
+            for v in (m.mean, m.mean_square)
+        )
         for (tensor, axis), m in moments.items()
-    )  # fmt: skip
+    )
 
 
-def _again(model: Model, site: Axis, feed: Mapping[str, Array], device: str) -> tuple[Floats, Floats]:
+def _again(
+    model: Model, site: Axis, feed: Mapping[str, Array], device: str
+) -> tuple[Floats, Floats]:
     """(sums, sums of squares) of one feed along an axis, in float64 throughout."""
     tensor, axis = site
     value = Session(showing(model, [tensor]), device).run(feed, [tensor])[0].astype(np.float64)
@@ -114,15 +132,21 @@ def _instrument(model: Model, sites: list[Axis]) -> onnx.ModelProto:
         if tensor not in cast:
             # Half precision would overflow in the sums; a cast of float32 to itself is removed by the runtime.
             cast[tensor] = f"oamip_float_{i}"
-            to_float = helper.make_node("Cast", [tensor], [cast[tensor]], f"oamip_cast_{i}", to=TensorProto.FLOAT)
+            to_float = helper.make_node(
+                "Cast", [tensor], [cast[tensor]], f"oamip_cast_{i}", to=TensorProto.FLOAT
+            )
             graph.node.append(to_float)
         axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
         for kind, op, since in (("sum", "ReduceSum", 13), ("square", "ReduceSumSquare", 18)):
             name = f"oamip_{kind}_{i}"
             graph.node.append(reduction(graph, op, cast[tensor], name, axes, opset >= since))
             graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-        graph.node.append(helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}"))
-        graph.output.append(helper.make_tensor_value_info(f"oamip_size_{i}", TensorProto.INT64, None))
+        graph.node.append(
+            helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}")
+        )
+        graph.output.append(
+            helper.make_tensor_value_info(f"oamip_size_{i}", TensorProto.INT64, None)
+        )
     return proto
 
 
@@ -135,5 +159,7 @@ def reduction(
         return helper.make_node("Identity" if op == "ReduceSum" else "Mul", inputs, [name], name)
     if not as_input:
         return helper.make_node(op, [source], [name], name, axes=axes, keepdims=0)
-    graph.initializer.append(helper.make_tensor(f"{name}_axes", TensorProto.INT64, [len(axes)], axes))
+    graph.initializer.append(
+        helper.make_tensor(f"{name}_axes", TensorProto.INT64, [len(axes)], axes)
+    )
     return helper.make_node(op, [source, f"{name}_axes"], [name], name, keepdims=0)

@@ -79,7 +79,9 @@ def _all_logits(
     return np.concatenate(rows), np.concatenate(places)
 
 
-def _choose(outputs: Floats, samples: Samples, place: Ints, per_class: int, seed: int) -> tuple[Ints, Ints, list[str]]:
+def _choose(
+    outputs: Floats, samples: Samples, place: Ints, per_class: int, seed: int
+) -> tuple[Ints, Ints, list[str]]:
     """(rows, their classes, notes), ordered by class."""
     guess = outputs.argmax(axis=1)
     truth = guess
@@ -99,11 +101,15 @@ def _choose(outputs: Floats, samples: Samples, place: Ints, per_class: int, seed
     rank = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
     chosen = order[rank < per_class]
     if len(classes) < outputs.shape[1]:
-        notes.append(f"{outputs.shape[1] - len(classes)} of {outputs.shape[1]} classes have no correct sample")
+        notes.append(
+            f"{outputs.shape[1] - len(classes)} of {outputs.shape[1]} classes have no correct sample"
+        )
     return chosen, truth[chosen].astype(np.int64), notes
 
 
-def _feeds(samples: Samples, place: Ints, inside: Ints, label: Ints, rows: int) -> tuple[list[dict[str, Array]], Ints]:
+def _feeds(
+    samples: Samples, place: Ints, inside: Ints, label: Ints, rows: int
+) -> tuple[list[dict[str, Array]], Ints]:
     """One feed an image, or as many as a fixed batch takes; labels (feeds, rows), -1 where a row does not count.
 
     ``inside`` is the row of a sample's feed that counts, where one sample is a whole feed of several ``rows``.
@@ -112,8 +118,8 @@ def _feeds(samples: Samples, place: Ints, inside: Ints, label: Ints, rows: int) 
     padded = np.resize(place, -(-len(place) // step) * step)
     feeds = [samples.feed(padded[i : i + step]) for i in range(0, len(padded), step)]
     labels = np.full((len(feeds), rows), -1, np.int64)
-    feed, row = (np.arange(len(place)), inside) if samples.whole else np.divmod(np.arange(len(place)), step)
+    feed, row = (
+        (np.arange(len(place)), inside) if samples.whole else np.divmod(np.arange(len(place)), step)
+    )
     labels[feed, row] = label
     return feeds, labels
-
-

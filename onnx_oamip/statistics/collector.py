@@ -56,7 +56,9 @@ def collect(context: Context, requests: Iterable[Request]) -> Statistics:
             for request, make in COLLECTORS.items()
             if request in wanted
         }
-    return Statistics(answers, context.samples.usable(), context.device, time.perf_counter() - start)
+    return Statistics(
+        answers, context.samples.usable(), context.device, time.perf_counter() - start
+    )
 
 
 def parts(samples: Samples) -> tuple[Samples, Samples]:
@@ -74,9 +76,11 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
     return context.store.keep(
         cache.MOMENTS,
         context.known,
-        lambda: calibration.collect(
-            model, coupling, context.samples, context.device, context.batch, context.progress
-        ).moments,
+        lambda: (
+            calibration.collect(
+                model, coupling, context.samples, context.device, context.batch, context.progress
+            ).moments
+        ),
         lambda found: calibration.fits(found, model, coupling),
     )
 
@@ -85,11 +89,15 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     model, coupling, settings = context.model, context.coupling, context.settings
     fitted, _ = parts(context.samples)
     feeds, _ = affordable(model, fitted, context.batch, settings.room)
-    cap = covariances.CAP if settings.max_memory is None else covariances.cap(coupling, settings.room)
+    cap = (
+        covariances.CAP if settings.max_memory is None else covariances.cap(coupling, settings.room)
+    )
     return context.store.keep(
         cache.GRAMS,
         context.known,
-        lambda: covariances.collect(model, coupling, feeds, context.device, settings.seed, context.progress, cap),
+        lambda: covariances.collect(
+            model, coupling, feeds, context.device, settings.seed, context.progress, cap
+        ),
         lambda found: covariances.fits(found, model, coupling, cap),
     )
 
@@ -97,7 +105,12 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
 def _class_samples(context: Context) -> Images | None:
     settings = context.settings
     return class_samples.collect(
-        context.model, context.samples, context.device, settings.images_per_class, settings.seed, context.batch
+        context.model,
+        context.samples,
+        context.device,
+        settings.images_per_class,
+        settings.seed,
+        context.batch,
     )
 
 
@@ -126,11 +139,13 @@ def _pooled_activations(context: Context) -> Pooled:
     )
 
 
-COLLECTORS: Mapping[Request, Callable[[Context], Any]] = MappingProxyType({
-    Request.MOMENTS: _moments,
-    Request.CLASS_SAMPLES: _class_samples,
-    Request.ABSOLUTE_ACTIVATIONS: _absolute_activations,
-    Request.COVARIANCE: _covariance,
-    Request.POOLED_ACTIVATIONS: _pooled_activations,
-})
+COLLECTORS: Mapping[Request, Callable[[Context], Any]] = MappingProxyType(
+    {
+        Request.MOMENTS: _moments,
+        Request.CLASS_SAMPLES: _class_samples,
+        Request.ABSOLUTE_ACTIVATIONS: _absolute_activations,
+        Request.COVARIANCE: _covariance,
+        Request.POOLED_ACTIVATIONS: _pooled_activations,
+    }
+)
 """How every request is answered, in the order of the passes over the samples."""

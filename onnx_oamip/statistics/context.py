@@ -74,7 +74,10 @@ class Context:
         """Threads that run parts of the model at the same time: as asked, bounded by the activations they hold."""
         if self.settings.max_memory is None:
             return self.settings.workers
-        return min(self.settings.workers or os.cpu_count() or 1, side_by_side(self.model, self.settings.room))
+        return min(
+            self.settings.workers or os.cpu_count() or 1,
+            side_by_side(self.model, self.settings.room),
+        )
 
 
 class Collected:
@@ -93,10 +96,18 @@ class Collected:
 
     def forget(self, but: Collection[Request]) -> None:
         """Free the memory of all answers except those to some requests."""
-        self._entries = {request: entry for request, entry in self._entries.items() if request in but}
+        self._entries = {
+            request: entry for request, entry in self._entries.items() if request in but
+        }
 
 
 def _interchangeable(one: Context, other: Context) -> bool:
     """Statistics do not depend on the budget; everything else must be the same."""
-    same = all(getattr(one, name) is getattr(other, name) for name in ("model", "coupling", "samples"))
-    return same and one.device == other.device and one.settings.without_budget == other.settings.without_budget
+    same = all(
+        getattr(one, name) is getattr(other, name) for name in ("model", "coupling", "samples")
+    )
+    return (
+        same
+        and one.device == other.device
+        and one.settings.without_budget == other.settings.without_budget
+    )

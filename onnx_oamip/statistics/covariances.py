@@ -66,12 +66,19 @@ def collect(
                 sums.append(_Sum(model, place, columns))
     batches = [_batch(model, feed) for feed in feeds]
     rng = np.random.default_rng(seed)
-    rows = [[pick(total.rows(batch), total.wanted(len(feeds)), rng) for batch in batches] for total in sums]
+    rows = [
+        [pick(total.rows(batch), total.wanted(len(feeds)), rng) for batch in batches]
+        for total in sums
+    ]
     types = element_types(model.proto, model.dtypes)
-    for b, i, value in stream(model.proto, feeds, [total.place.data for total in sums], types, device):
+    for b, i, value in stream(
+        model.proto, feeds, [total.place.data for total in sums], types, device
+    ):
         count = sums[i].count(value)
         if count != sums[i].rows(batches[b]):  # a size that only a run tells
-            rows[i][b] = pick(count, sums[i].wanted(len(feeds)), np.random.default_rng((seed, i, b)))
+            rows[i][b] = pick(
+                count, sums[i].wanted(len(feeds)), np.random.default_rng((seed, i, b))
+            )
         with memory_for(_reading(sums[i].place)):
             sums[i].add(value, rows[i][b])
         if progress and i + 1 == len(sums):
@@ -93,18 +100,24 @@ def _batch(model: Model, feed: Mapping[str, Array]) -> Fraction:
 def _places(model: Model, coupling: Coupling, cap: int) -> list[tuple[Site, Ints]]:
     """Consumers, each with the inputs (d, fold) of its columns."""
     axes = {c.node: coupling.axes[c.data, c.axis] for c in coupling.consumers}
-    places = [p for n in model.nodes if n.name in axes and (p := site(n, model.constants)) is not None]
+    places = [
+        p for n in model.nodes if n.name in axes and (p := site(n, model.constants)) is not None
+    ]
     return [(p, _columns(p, model.constants[p.weight], axes[p.node.name], cap)) for p in places]
 
 
 def fits(grams: Mapping[str, Gram], model: Model, coupling: Coupling, cap: int = CAP) -> bool:
     """Whether these may be the matrices of a model: one for each consumer, of its size, finite."""
-    held = [(p, columns) for p, columns in _places(model, coupling, cap) if len(columns) <= MOST_COLUMNS]
+    held = [
+        (p, columns) for p, columns in _places(model, coupling, cap) if len(columns) <= MOST_COLUMNS
+    ]
     if list(grams) != [p.node.name for p, _ in held]:
         return False
     for (place, columns), g in zip(held, grams.values(), strict=True):
         groups, d = matrix_shape(place, model.constants[place.weight])[0], len(columns)
-        whole = g.matrix.shape == (groups, d, d) and g.mean.shape == (groups, d) and type(g.rows) is int
+        whole = (
+            g.matrix.shape == (groups, d, d) and g.mean.shape == (groups, d) and type(g.rows) is int
+        )
         finite = all(v.dtype == np.float64 and np.isfinite(v).all() for v in (g.matrix, g.mean))
         if not (whole and finite and type(g.taps) is int and np.array_equal(g.columns, columns)):
             return False
@@ -161,7 +174,11 @@ class _Sum:
     def count(self, x: Array) -> int:
         """Rows that there are in what the consumer reads of a feed."""
         place = self.place
-        return len(x) * int(np.prod(self.output[2:])) if place.spatial else x.size // x.shape[place.data_axis]
+        return (
+            len(x) * int(np.prod(self.output[2:]))
+            if place.spatial
+            else x.size // x.shape[place.data_axis]
+        )
 
     def add(self, x: Array, rows: Ints) -> None:
         """Take up the rows of a feed."""
@@ -207,7 +224,9 @@ class Problem:
         return full, shift.reshape(-1, fold).sum(axis=1)
 
 
-def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int) -> list[Problem]:
+def problems(
+    model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int
+) -> list[Problem]:
     """The problems of all linear consumers of a group, in graph order."""
     units = coupling.groups[group].units
     nodes = {n.name: n for n in model.nodes}
@@ -231,12 +250,26 @@ def problems(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group:
             part = flat[block][:, found.columns].transpose(0, 2, 1).reshape(outs * folded, d)
             covariance = found.matrix[block]
             ridge = shrinkage(covariance, found.rows)
-            gram = covariance / (1 + ridge)  # the trace stays: a strong ridge must not make a consumer louder
+            gram = covariance / (
+                1 + ridge
+            )  # the trace stays: a strong ridge must not make a consumer louder
             load = float(ridge * np.trace(gram) / len(gram) + TINY)
             gram[np.diag_indices_from(gram)] += load
             # The variance of y, without the ridge: trace(W G W').
             scale = max(float(np.einsum("od,od->", part @ covariance, part)), TINY)
-            result.append(Problem(consumer, block, part, gram, found.mean[block], columns, found.columns, scale, load))
+            result.append(
+                Problem(
+                    consumer,
+                    block,
+                    part,
+                    gram,
+                    found.mean[block],
+                    columns,
+                    found.columns,
+                    scale,
+                    load,
+                )
+            )
     return result
 
 
@@ -244,7 +277,11 @@ def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
     """Every group with the second moments that its problems are made from, to be worked on wherever there is room."""
     result: list[Job] = []
     for g, group in enumerate(coupling.groups):
-        readers = (c.node for c in coupling.consumers if np.isin(coupling.axes[c.data, c.axis], group.units).any())
+        readers = (
+            c.node
+            for c in coupling.consumers
+            if np.isin(coupling.axes[c.data, c.axis], group.units).any()
+        )
         result.append((g, {name: grams[name] for name in readers if name in grams}))
     return result
 
@@ -262,7 +299,9 @@ def shrinkage(gram: Floats, rows: int) -> float:
     return max(RIDGE, weight / max(1 - weight, 1e-3))
 
 
-def compensate(problem: Problem, removed: Ints, repair: str = "least-squares") -> tuple[Floats, Floats]:
+def compensate(
+    problem: Problem, removed: Ints, repair: str = "least-squares"
+) -> tuple[Floats, Floats]:
     """(weight (outputs, d) with zeros at the removed units' columns, bias shift (outputs,)).
 
     ``repair``: the rest is fitted for the least squared error, or only the means are folded (``bias``), or nothing is
@@ -276,6 +315,8 @@ def compensate(problem: Problem, removed: Ints, repair: str = "least-squares") -
         return weight, np.zeros(len(weight))
     if repair == "least-squares" and stays.any():
         cross = problem.gram[np.ix_(stays, gone)] @ problem.weight[:, gone].T
-        factor = cho_factor(problem.gram[np.ix_(stays, stays)], overwrite_a=True, check_finite=False)
+        factor = cho_factor(
+            problem.gram[np.ix_(stays, stays)], overwrite_a=True, check_finite=False
+        )
         weight[:, stays] += np.asarray(cho_solve(factor, cross)).T
     return weight, (problem.weight - weight) @ problem.mean

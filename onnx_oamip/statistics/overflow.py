@@ -36,7 +36,11 @@ def refuse(model: Model, samples: Samples, tensor: str, device: str, batch_size:
         value = session.run(feed, [tensor])[0].astype(np.float64)
         here = index[~by_sample(value, len(index))]
         if len(here) and first is None:
-            first = samples.feed(here[:1]) if samples.fixed_batch in (None, 1) and not samples.whole else feed
+            first = (
+                samples.feed(here[:1])
+                if samples.fixed_batch in (None, 1) and not samples.whole
+                else feed
+            )
         bad.append(here)
         largest = max(largest, float(np.abs(value).max(initial=0.0)))
     found = np.unique(np.concatenate(bad))
@@ -53,7 +57,11 @@ def refuse(model: Model, samples: Samples, tensor: str, device: str, batch_size:
     source = _origin(model, tensor, first, device)
     since = f" from {source} on" if source else ""
     ends = f" ({kind} ends at {_largest(kind):.3g})" if half else ""
-    advice = "prune the model in float32 and convert the result" if half else "scale the inputs as in training"
+    advice = (
+        "prune the model in float32 and convert the result"
+        if half
+        else "scale the inputs as in training"
+    )
     raise DataError(
         f"the tensor '{tensor}'{reader} takes NaN or infinite values in {len(found)} of {samples.usable()} calibration "
         f"samples, first in sample {int(numbers.min())} of {samples.source},{since}{ends}, so no statistic would mean "
@@ -82,8 +90,12 @@ def _origin(model: Model, tensor: str, feed: Mapping[str, Array], device: str) -
     if not names or sum(4 * int(np.prod(model.shapes[n])) for n in names) > ROOM:
         return ""
     found = dict(zip(names, Session(showing(model, names), device).run(feed, names), strict=True))
-    sound = {name: bool(np.isfinite(value.astype(np.float64)).all()) for name, value in found.items()}
+    sound = {
+        name: bool(np.isfinite(value.astype(np.float64)).all()) for name, value in found.items()
+    }
     for node in model.nodes:
-        if any(not sound.get(o, True) for o in node.outputs) and all(sound.get(n, True) for n in node.inputs):
+        if any(not sound.get(o, True) for o in node.outputs) and all(
+            sound.get(n, True) for n in node.inputs
+        ):
             return str(node)
     return ""

@@ -51,7 +51,11 @@ def run(
     dataset.check(source)
     loaded = tuple(models.load(path) for path in paths)
     _same_inputs(loaded)
-    samples = None if source is None else dataset.load(source, loaded[0], dataset.EVALUATION) or dataset.load(source, loaded[0])
+    samples = (
+        None
+        if source is None
+        else dataset.load(source, loaded[0], dataset.EVALUATION) or dataset.load(source, loaded[0])
+    )
     timings: dict[int, tuple[Timing, ...]] = {}
     wanted: list[int | None] = [*dict.fromkeys(batches)] or [None]
     for done, batch in enumerate(wanted):
@@ -59,23 +63,34 @@ def run(
             progress("bench", done, len(wanted))
         feeds, size = _feeds(loaded[0], samples, batch, seed)
         names = [m.path for m in loaded]
-        timings[size] = latency.bench(names, feeds, device, threads, seconds, names=names, seed=seed)
-    return Benchmark(loaded, timings, device, threads, seconds, None if samples is None else samples.source)
+        timings[size] = latency.bench(
+            names, feeds, device, threads, seconds, names=names, seed=seed
+        )
+    return Benchmark(
+        loaded, timings, device, threads, seconds, None if samples is None else samples.source
+    )
 
 
 def _same_inputs(loaded: Sequence[Model]) -> None:
     first = loaded[0]
     for other in loaded[1:]:
-        ours, theirs = ({(p.name, p.dtype.name, len(p.dims)) for p in m.inputs} for m in (first, other))
+        ours, theirs = (
+            {(p.name, p.dtype.name, len(p.dims)) for p in m.inputs} for m in (first, other)
+        )
         if ours != theirs:
-            names = [", ".join(f"{n} ({kind}, rank {rank})" for n, kind, rank in sorted(s)) for s in (ours, theirs)]
+            names = [
+                ", ".join(f"{n} ({kind}, rank {rank})" for n, kind, rank in sorted(s))
+                for s in (ours, theirs)
+            ]
             raise ModelError(
                 f"{first.path} takes {names[0]} but {other.path} takes {names[1]}; models timed side by side need the "
                 "same inputs."
             )
 
 
-def _feeds(model: Model, samples: Samples | None, batch: int | None, seed: int) -> tuple[Feeds, int]:
+def _feeds(
+    model: Model, samples: Samples | None, batch: int | None, seed: int
+) -> tuple[Feeds, int]:
     """Feeds of ``batch`` samples, and how many one really holds. Raises DataError where that is another number."""
     where = model.path
     if samples is None:
@@ -88,5 +103,7 @@ def _feeds(model: Model, samples: Samples | None, batch: int | None, seed: int) 
     first = next(iter(feeds[0].values()))
     size = len(first) if first.ndim else 1
     if batch is not None and size != batch:
-        raise DataError(f"--batch {batch} cannot be timed: {where} gives {size} samples at a time; leave --batch out.")
+        raise DataError(
+            f"--batch {batch} cannot be timed: {where} gives {size} samples at a time; leave --batch out."
+        )
     return feeds, size

@@ -114,7 +114,9 @@ def judged(model: Model) -> Iterator[None]:
         yield
     except RuleFailed as failed:
         try:
-            Session(model.proto, "cpu", what="it").run(placeholder(model, 0, 1).feed(np.zeros(1, np.int64)))
+            Session(model.proto, "cpu", what="it").run(
+                placeholder(model, 0, 1).feed(np.zeros(1, np.int64))
+            )
         except ModelError as refused:
             raise ModelError(
                 f"{failed.args[0]} has inputs or attributes that do not fit its operator: "
@@ -144,7 +146,11 @@ def prove(
     reference = Session(showing(model, wanted, masked), "cpu", what="the masked model", exact=True)
     other = Session(showing(model, wanted, cut), "cpu", what="the cut model", exact=True)
     found = differences(reference, other, samples, batch_size)
-    worst, rounding, allowed = float(found.max(initial=0.0)), None, np.full(len(found), tolerance(model))
+    worst, rounding, allowed = (
+        float(found.max(initial=0.0)),
+        None,
+        np.full(len(found), tolerance(model)),
+    )
     if (np.isfinite(found) & (found > allowed) & (found <= most)).any():
         own = np.zeros(len(found))
         for draw in range(DRAWS):
@@ -156,7 +162,9 @@ def prove(
         allowed = np.maximum(allowed, np.minimum(ROUNDING * own, most))
     if not (found <= allowed).all():
         place = int((found / allowed).argmax())
-        explained = "" if rounding is None else f" and more than rounding explains ({own[place]:.0e})"
+        explained = (
+            "" if rounding is None else f" and more than rounding explains ({own[place]:.0e})"
+        )
         raise GateFailed(
             f"the cut model differs from the masked original by {found[place]:.2e} of the scale of '{wanted[place]}', "
             f"more than {tolerance(model):.0e}{explained}; nothing was written, please report this model."
@@ -167,10 +175,15 @@ def prove(
 def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     """A copy with every weight of an operator that multiplies moved by one unit in the last place, up or down."""
     weights = {
-        name for node in model.nodes for name in node.inputs
-        if (spec := lookup(node.domain, node.op, node.version)) is not None and spec.cost is not None
-        and name in model.constants and model.constants[name].ndim > 1 and model.dtypes[name].kind == "f"
-    }  # fmt: skip
+        name
+        for node in model.nodes
+        for name in node.inputs
+        if (spec := lookup(node.domain, node.op, node.version)) is not None
+        and spec.cost is not None
+        and name in model.constants
+        and model.constants[name].ndim > 1
+        and model.dtypes[name].kind == "f"
+    }
     rng = np.random.default_rng(seed)
     result = onnx.ModelProto()
     result.CopyFrom(proto)
@@ -178,7 +191,9 @@ def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     for tensor in result.graph.initializer:
         if tensor.name in weights:
             value = array(tensor)
-            step = float(np.finfo(value.dtype).eps) * rng.choice(np.asarray([-1, 1], np.int8), value.shape)
+            step = float(np.finfo(value.dtype).eps) * rng.choice(
+                np.asarray([-1, 1], np.int8), value.shape
+            )
             moved = (value.astype(np.float64) * (1 + step)).astype(value.dtype)
             tensor.CopyFrom(stored(np.where(np.isfinite(moved), moved, value), tensor.name, aside))
     return result
@@ -199,7 +214,12 @@ def differences(reference: Session, other: Session, samples: Samples, batch_size
                 largest[i] = max(largest[i], _largest(a[np.isfinite(a)]))
             elif not np.array_equal(a, b):
                 worst[i] = np.inf
-    return np.divide(worst, largest, out=np.where(worst > 0, np.inf, 0.0), where=(largest > 0) & np.isfinite(worst))
+    return np.divide(
+        worst,
+        largest,
+        out=np.where(worst > 0, np.inf, 0.0),
+        where=(largest > 0) & np.isfinite(worst),
+    )
 
 
 def tolerance(model: Model) -> float:
@@ -219,7 +239,12 @@ def _largest(array: Array) -> float:
 
 
 def compare(
-    model: Model, before: Answers, after: Session, samples: Samples, batch_size: int, progress: Progress | None = None
+    model: Model,
+    before: Answers,
+    after: Session,
+    samples: Samples,
+    batch_size: int,
+    progress: Progress | None = None,
 ) -> Verification:
     """Output error, agreement and accuracy of ``after`` against ``before`` on evaluation data."""
     total = samples.usable()
@@ -303,7 +328,9 @@ def runs_at(
 def _sound(value: Array, truth: Array | None) -> bool:
     """Whether all values are numbers, or the very infinities of the original (classes that are ruled out)."""
     found = value.astype(np.float64)
-    same = False if truth is None or truth.shape != value.shape else (truth == value) | np.isnan(truth)
+    same = (
+        False if truth is None or truth.shape != value.shape else (truth == value) | np.isnan(truth)
+    )
     return bool((np.isfinite(found) | same).all())
 
 
@@ -319,4 +346,8 @@ def numbers(model: Model, found: Verification) -> None:
 
 def _leads_with_batch(model: Model, port: Port) -> bool:
     first = model.inputs[0]
-    return bool(port.dims and first.dims) and symbol(port, 0) == symbol(first, 0) and port.dims[0] == first.dims[0]
+    return (
+        bool(port.dims and first.dims)
+        and symbol(port, 0) == symbol(first, 0)
+        and port.dims[0] == first.dims[0]
+    )

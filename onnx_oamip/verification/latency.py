@@ -93,10 +93,16 @@ def bench(
     """
     device = resolve_device(device)
     if names is None:
-        names = [f"model {i}" if isinstance(s, onnx.ModelProto) else Path(s).name for i, s in enumerate(sources)]
+        names = [
+            f"model {i}" if isinstance(s, onnx.ModelProto) else Path(s).name
+            for i, s in enumerate(sources)
+        ]
     if not feeds:
         raise DataError("there is no feed to time the models on; give at least one sample.")
-    sessions = [Session(s, device, threads, what=name, spin=True) for s, name in zip(sources, names, strict=True)]
+    sessions = [
+        Session(s, device, threads, what=name, spin=True)
+        for s, name in zip(sources, names, strict=True)
+    ]
     runs, medians = interleave([caller(s, feeds) for s in sessions], seconds, rounds, seed)
     del sessions
     first = next(iter(feeds[0].values()))
@@ -108,7 +114,16 @@ def bench(
         peak = peak_memory(sources[i], feeds[0], device, threads) if memory else None
         ratio = paired(medians[:, 0], medians[:, i])
         result.append(
-            Timing(name, p50 * 1e3, p95 * 1e3, float(times.mean()) * 1e3, samples / p50, len(times), peak, ratio)
+            Timing(
+                name,
+                p50 * 1e3,
+                p95 * 1e3,
+                float(times.mean()) * 1e3,
+                samples / p50,
+                len(times),
+                peak,
+                ratio,
+            )
         )
     return tuple(result)
 
@@ -131,7 +146,9 @@ def interleave(
     medians: list[Floats] = []
     end = time.perf_counter() + seconds
     least = min(FEWEST_ROUNDS, rounds or FEWEST_ROUNDS)
-    while len(medians) < least or (time.perf_counter() < end and (rounds is None or len(medians) < rounds)):
+    while len(medians) < least or (
+        time.perf_counter() < end and (rounds is None or len(medians) < rounds)
+    ):
         row = np.zeros(len(calls))
         for c in rng.permutation(len(calls)):
             if inner > 1:
@@ -206,7 +223,9 @@ def feeds_of(samples: Samples, batch: int, count: int = FEEDS) -> list[dict[str,
 
 def caller(session: Session, feeds: Sequence[Feed]) -> Call:
     """Runs a session on the feed of a number, without what else the feed may hold."""
-    known = [{k: np.ascontiguousarray(v) for k, v in f.items() if k in session.inputs} for f in feeds]
+    known = [
+        {k: np.ascontiguousarray(v) for k, v in f.items() if k in session.inputs} for f in feeds
+    ]
     return lambda i: session.run(known[i % len(known)])
 
 
@@ -220,7 +239,11 @@ def peak_memory(source: Source, feed: Feed, device: str, threads: int | None = N
     """
     with atomic_files.scratch() as folder:
         job = folder / "job"
-        path = _on_disk(source, folder) if isinstance(source, onnx.ModelProto) else os.fspath(Path(source).absolute())
+        path = (
+            _on_disk(source, folder)
+            if isinstance(source, onnx.ModelProto)
+            else os.fspath(Path(source).absolute())
+        )
         job.write_bytes(pickle.dumps((path, dict(feed), device, threads)))
         home = str(Path(__file__).parents[1])
         paths = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
@@ -228,9 +251,12 @@ def peak_memory(source: Source, feed: Feed, device: str, threads: int | None = N
         try:
             done = subprocess.run(
                 [sys.executable, "-c", code, str(job)],
-                capture_output=True, text=True, timeout=MEMORY_TIMEOUT, check=True,
+                capture_output=True,
+                text=True,
+                timeout=MEMORY_TIMEOUT,
+                check=True,
                 env={**os.environ, "PYTHONPATH": paths},
-            )  # fmt: skip
+            )
             return int(done.stdout.split()[-1])
         except (subprocess.SubprocessError, OSError, ValueError, IndexError):
             return None
@@ -323,9 +349,15 @@ def judge_step(times: Floats, device: str) -> Step:
     known = [f for f in found if f]
     if len(known) == 2 and max(known) <= 2 * min(known):
         value = max(known)
-        return Step(value, True, f"measured on this {device}: widths that are multiples of {value} pay")
+        return Step(
+            value, True, f"measured on this {device}: widths that are multiples of {value} pay"
+        )
     value = DEFAULT_STEP[device]
-    return Step(value, False, f"the measurement on this {device} was inconclusive; {value} is the default there")
+    return Step(
+        value,
+        False,
+        f"the measurement on this {device} was inconclusive; {value} is the default there",
+    )
 
 
 def _judge_half(times: Floats) -> int | None:

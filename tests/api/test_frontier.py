@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from browser import Tree, assert_fetches_nothing, assert_ids_are_sound, assert_well_laid_out, needs_chromium
+from browser import (
+    Tree,
+    assert_fetches_nothing,
+    assert_ids_are_sound,
+    assert_well_laid_out,
+    needs_chromium,
+)
 from graphs import CNN, build
 
 from onnx_oamip import Settings, prune
@@ -36,12 +42,32 @@ from onnx_oamip.verification.latency import Ratio
 
 LEVELS = (0.7, 0.4)
 KEYS = {
-    "schema_version", "model", "before", "groups", "points", "importance", "notes", "timings", "settings", "versions",
-}  # fmt: skip
+    "schema_version",
+    "model",
+    "before",
+    "groups",
+    "points",
+    "importance",
+    "notes",
+    "timings",
+    "settings",
+    "versions",
+}
 POINT = {
-    "asked", "macs", "params", "bytes", "shares", "accuracy", "agreement", "output_relative_error", "latency_ratio",
-    "kept", "output", "sha256", "reason",
-}  # fmt: skip
+    "asked",
+    "macs",
+    "params",
+    "bytes",
+    "shares",
+    "accuracy",
+    "agreement",
+    "output_relative_error",
+    "latency_ratio",
+    "kept",
+    "output",
+    "sha256",
+    "reason",
+}
 
 
 def settings(**values: object) -> Settings:
@@ -62,7 +88,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("frontier")
     onnx.save_model(build(CNN), path / "net.onnx")
     rng = np.random.default_rng(0)
-    np.savez(path / "data.npz", x=rng.normal(size=(60, 3, 8, 8)).astype(np.float32), labels=np.arange(60) % 5)
+    np.savez(
+        path / "data.npz",
+        x=rng.normal(size=(60, 3, 8, 8)).astype(np.float32),
+        labels=np.arange(60) % 5,
+    )
     return path
 
 
@@ -70,7 +100,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path) -> Frontier:
     (folder / "saved").mkdir()
     return frontier(
-        folder / "net.onnx", str(folder / "data.npz"), settings(), LEVELS[::-1], save_dir=folder / "saved"
+        folder / "net.onnx",
+        str(folder / "data.npz"),
+        settings(),
+        LEVELS[::-1],
+        save_dir=folder / "saved",
     )
 
 
@@ -94,8 +128,9 @@ def test_a_point_is_what_prune_gives(folder: Path, found: Frontier, tmp_path: Pa
     assert saved.read_bytes() == (tmp_path / "a.onnx").read_bytes()
     assert point["bytes"] == saved.stat().st_size
     assert frontier_document(found)["before"] == {
-        **alone["before"], "accuracy": alone["verification"]["accuracy_before"],
-    }  # fmt: skip
+        **alone["before"],
+        "accuracy": alone["verification"]["accuracy_before"],
+    }
 
 
 def test_shares_hold_and_fall(found: Frontier) -> None:
@@ -109,7 +144,10 @@ def test_shares_hold_and_fall(found: Frontier) -> None:
             assert point["shares"][key] == point[key] / value["before"][key]
         assert len(point["kept"]) == len(value["groups"])
         assert all(0 < k <= g["units"] for k, g in zip(point["kept"], value["groups"], strict=True))
-    assert value["settings"].items() >= {"levels": list(LEVELS), "importance": "obs", "seed": 0}.items()
+    assert (
+        value["settings"].items()
+        >= {"levels": list(LEVELS), "importance": "obs", "seed": 0}.items()
+    )
     assert "macs" not in value["settings"]
     assert json.loads(json.dumps(value, allow_nan=False)) == value
 
@@ -130,9 +168,14 @@ def test_is_prepared_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(search, "search", spy)
     stages: list[tuple[int, int]] = []
     frontier(
-        folder / "net.onnx", str(folder / "data.npz"), settings(), (0.5, 0.6, 0.5),
-        progress=lambda stage, done, total: stages.append((done, total)) if stage == "frontier" else None,
-    )  # fmt: skip
+        folder / "net.onnx",
+        str(folder / "data.npz"),
+        settings(),
+        (0.5, 0.6, 0.5),
+        progress=lambda stage, done, total: (
+            stages.append((done, total)) if stage == "frontier" else None
+        ),
+    )
     assert len(prepared) == 1
     assert budgets == [0.6, 0.5], "each share once"
     assert stages == [(1, 2), (2, 2)]
@@ -152,7 +195,9 @@ def test_a_level_out_of_reach_is_told(folder: Path) -> None:
         frontier(folder / "net.onnx", str(folder / "data.npz"), settings(floor=0.5), (0.01,))
 
 
-def test_a_model_that_fails_a_check_is_not_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_a_check_is_not_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prove = pipeline.prove
 
     def fail(ready: search.Prepared, *rest: object) -> object:
@@ -161,14 +206,20 @@ def test_a_model_that_fails_a_check_is_not_saved(folder: Path, tmp_path: Path, m
         return prove(ready, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(pipeline, "prove", fail)
-    run = frontier(folder / "net.onnx", str(folder / "data.npz"), settings(), LEVELS, save_dir=tmp_path)
+    run = frontier(
+        folder / "net.onnx", str(folder / "data.npz"), settings(), LEVELS, save_dir=tmp_path
+    )
     assert [p.reason for p in run.points] == [None, "it differs from the masked original."]
     assert [p.name for p in tmp_path.iterdir()] == ["net-macs0.7.onnx"]
 
 
-def test_slower_models_are_shown(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slower_models_are_shown(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
-    run = frontier(folder / "net.onnx", str(folder / "data.npz"), settings(), LEVELS, save_dir=tmp_path)
+    run = frontier(
+        folder / "net.onnx", str(folder / "data.npz"), settings(), LEVELS, save_dir=tmp_path
+    )
     assert [p["latency_ratio"] for p in frontier_document(run)["points"]] == [1.5, 1.5]
     assert len(list(tmp_path.iterdir())) == 2
     assert "150.0" in Tree(frontier_page(run)).sections["points"]
@@ -176,9 +227,13 @@ def test_slower_models_are_shown(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("levels", "save_dir", "error"),
-    [((), None, SettingsError), ((0.5, 1.5), None, SettingsError), ((0.5, 0), None, SettingsError),
-     ((0.5,), "no", OutputError)],
-)  # fmt: skip
+    [
+        ((), None, SettingsError),
+        ((0.5, 1.5), None, SettingsError),
+        ((0.5, 0), None, SettingsError),
+        ((0.5,), "no", OutputError),
+    ],
+)
 def test_bad_input_is_an_error(
     folder: Path,
     tmp_path: Path,
@@ -208,14 +263,20 @@ def test_page_says_what_the_document_says(found: Frontier) -> None:
         assert row == [
             f"{100 * point['asked']:.1f} %",
             *(f"{100 * point['shares'][k]:.1f} %" for k in ("macs", "params", "bytes")),
-            f"{100 * point['accuracy']:.2f} %", f"{100 * point['agreement']:.2f} %",
-            f"{point['output_relative_error']:.3g}", f"{100 * point['latency_ratio']:.1f} %",
-        ]  # fmt: skip
+            f"{100 * point['accuracy']:.2f} %",
+            f"{100 * point['agreement']:.2f} %",
+            f"{point['output_relative_error']:.3g}",
+            f"{100 * point['latency_ratio']:.1f} %",
+        ]
     widths = plain(tree, "widths")
     assert widths[0][2:] == [f"{100 * p['shares']['macs']:.0f} %" for p in value["points"]]
     for row, i in zip(widths[1:], range(len(value["groups"])), strict=True):
         group = value["groups"][i]
-        assert row == [group["name"], str(group["units"]), *(str(p["kept"][i]) for p in value["points"])]
+        assert row == [
+            group["name"],
+            str(group["units"]),
+            *(str(p["kept"][i]) for p in value["points"]),
+        ]
     assert len(tree.named("svg")) == 2
     for point in value["points"]:
         assert f"{100 * point['accuracy']:.1f}" in tree.texts
@@ -229,7 +290,10 @@ def test_page_is_quiet_safe_and_the_same_again(found: Frontier) -> None:
     groups = tuple(Group(hostile, g.units, g.multiplicity) for g in found.coupling.groups)
     point = Point(0.9, reason=hostile)
     changed = replace(
-        found, coupling=replace(found.coupling, groups=groups), points=(point, *found.points[1:]), notes=(hostile,)
+        found,
+        coupling=replace(found.coupling, groups=groups),
+        points=(point, *found.points[1:]),
+        notes=(hostile,),
     )
     for run in (found, changed):
         page = frontier_page(run)
@@ -296,7 +360,10 @@ def test_command_prints_a_table(
     assert "at 0.1 %: " in out
     assert "wrote d/net-macs0.4.onnx" in out
     assert max(len(line) for line in out.splitlines() if not line.startswith(("at", "wrote"))) <= 80
-    assert sorted(p.name for p in (place / "d").iterdir()) == ["net-macs0.4.onnx", "net-macs0.7.onnx"]
+    assert sorted(p.name for p in (place / "d").iterdir()) == [
+        "net-macs0.4.onnx",
+        "net-macs0.7.onnx",
+    ]
 
 
 MISTAKES = {
@@ -338,13 +405,17 @@ def test_no_level_at_all_exits_1(place: Path, capfd: pytest.CaptureFixture[str])
 def test_the_command_on_the_page_gives_the_same(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*BASE, "--levels", "0.7,0.4", "--floor", "0.1", "--report", "f.html", "--json"]) == 0
+    assert (
+        main([*BASE, "--levels", "0.7,0.4", "--floor", "0.1", "--report", "f.html", "--json"]) == 0
+    )
     first = json.loads(capfd.readouterr().out)
     again = Tree((place / "f.html").read_bytes()).sections["again"]
     command = again[again.index("onnx-oamip frontier") : again.index("Budget and data")]
     words = shlex.split(command.strip().replace("\\\n", " "))
     given = {word for word in words if word.startswith("--")}
-    assert given == {"--data", "--levels", "--align", "--floor", "--device"}, "what was asked, and the device"
+    assert given == {"--data", "--levels", "--align", "--floor", "--device"}, (
+        "what was asked, and the device"
+    )
     assert main([*words[1:], "--json"]) == 0
     second = json.loads(capfd.readouterr().out)
     assert second["points"] == first["points"]

@@ -20,28 +20,46 @@ from graphs import CNN, MLP, RESIDUAL, build, constants, feed
 
 from onnx_oamip import apply, document, frontier, plan, prune, score
 from onnx_oamip.api import pipeline
+from onnx_oamip.api.prepare import prepare
+from onnx_oamip.core.errors import BudgetNotMet, OamipError, SettingsError
+from onnx_oamip.core.records import Array, Bools, Coupling, Floats, Model, Report
+from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.graph.coupling import couple, exclude
-from onnx_oamip.core.errors import BudgetNotMet, OamipError, SettingsError
-from onnx_oamip.verification.latency import Ratio
-from onnx_oamip.api.prepare import prepare
-from onnx_oamip.core.records import Array, Bools, Coupling, Floats, Model, Report
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.verification.latency import Ratio
 
 Row = dict[str, Any]
 NETS = {"mlp": MLP, "cnn": CNN, "residual": RESIDUAL}
 EXCLUDED = "w1"
 METHODS: dict[str, Row] = {
-    **{name: {"importance": name} for name in (
-        "obs", "activation", "nnrelief", "l2", "l1", "random", "snacs", "mint", "correlation",
-    )},
-    **{f"oamip {mode} {form}": {"importance": "oamip", "mode": mode, "formulation": form} for mode, form in (
-        ("auto", "exact"), ("joint", "paper"), ("joint", "exact"), ("per-class", "paper"), ("decoupled", "exact"),
-    )},
-}  # fmt: skip
+    **{
+        name: {"importance": name}
+        for name in (
+            "obs",
+            "activation",
+            "nnrelief",
+            "l2",
+            "l1",
+            "random",
+            "snacs",
+            "mint",
+            "correlation",
+        )
+    },
+    **{
+        f"oamip {mode} {form}": {"importance": "oamip", "mode": mode, "formulation": form}
+        for mode, form in (
+            ("auto", "exact"),
+            ("joint", "paper"),
+            ("joint", "exact"),
+            ("per-class", "paper"),
+            ("decoupled", "exact"),
+        )
+    },
+}
 UNITS: dict[str, Sequence[Any]] = {
     "method": tuple(METHODS),
     "verb": ("prune", "score and prune", "plan and apply", "frontier"),
@@ -66,14 +84,22 @@ CONNECTIONS: dict[str, Sequence[Any]] = {
     "excluded": (False, True),
     "net": tuple(NETS),
 }
-BUDGETS = {"macs": 0.75, "params": 0.75, "size": 0.8, "alpha": 0.9, "threshold": 0.05, "max_drop": 30.0}
+BUDGETS = {
+    "macs": 0.75,
+    "params": 0.75,
+    "size": 0.8,
+    "alpha": 0.9,
+    "threshold": 0.05,
+    "max_drop": 30.0,
+}
 
 
 def consistent(row: Mapping[str, Any]) -> bool:
     """No two values contradict each other: those that do are in ``REFUSED``."""
     alpha = row["budget"] != "alpha" or row["method"] == "nnrelief"
     rounds = row["iterations"] == 1 or (
-        row["verb"] in ("prune", "frontier") and row["budget"] in ("macs", "params", "size", "alpha")
+        row["verb"] in ("prune", "frontier")
+        and row["budget"] in ("macs", "params", "size", "alpha")
     )
     levels = row["verb"] != "frontier" or row["budget"] in ("macs", "params", "size")
     return alpha and rounds and levels
@@ -85,7 +111,10 @@ def covering(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool
 
     def draw(fixed: Row, tries: int) -> Iterator[Row]:
         for _ in range(tries):
-            row = {name: fixed[name] if name in fixed else rng.choice(values) for name, values in factors.items()}
+            row = {
+                name: fixed[name] if name in fixed else rng.choice(values)
+                for name, values in factors.items()
+            }
             if allowed(row):
                 yield row
 
@@ -100,7 +129,9 @@ def covering(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool
         drawn = list(itertools.islice(draw(dict(first), 2000), 50))
         if drawn:
             rows.append(max(drawn, key=lambda row: sum(pair in open_ for pair in pairs(row))))
-        for pair in pairs(rows[-1]) if drawn else (first,):  # a pair that no row can hold is left out
+        for pair in (
+            pairs(rows[-1]) if drawn else (first,)
+        ):  # a pair that no row can hold is left out
             open_.pop(pair, None)
     return rows
 
@@ -124,25 +155,31 @@ def given(folder: Path, net: str) -> Path:
     path.write_bytes(build(NETS[net]).SerializeToString())
     model = models.load(path)
     values = feed(model, 1, 48)
-    np.savez(folder / "data.npz", **values, labels=Session(model.proto, "cpu").run(values)[0].argmax(axis=1))
+    np.savez(
+        folder / "data.npz",
+        **values,
+        labels=Session(model.proto, "cpu").run(values)[0].argmax(axis=1),
+    )
     return path
 
 
 def settings(row: Row, **more: Any) -> Settings:
     options = {key: value for key, value in row.items() if key in Settings.model_fields}
-    return Settings.create(**{
-        **METHODS[row.get("method", "nnrelief")],
-        **options,
-        row["budget"]: BUDGETS[row["budget"]],
-        "exclude": (EXCLUDED,) if row["excluded"] else (),
-        "device": "cpu",
-        "workers": 1,
-        "solver": "highs",
-        "time_limit": 1.0,
-        "cache": "off",
-        "force": True,
-        **more,
-    })
+    return Settings.create(
+        **{
+            **METHODS[row.get("method", "nnrelief")],
+            **options,
+            row["budget"]: BUDGETS[row["budget"]],
+            "exclude": (EXCLUDED,) if row["excluded"] else (),
+            "device": "cpu",
+            "workers": 1,
+            "solver": "highs",
+            "time_limit": 1.0,
+            "cache": "off",
+            "force": True,
+            **more,
+        }
+    )
 
 
 def refused(error: OamipError, folder: Path, kinds: tuple[type[OamipError], ...]) -> None:
@@ -211,9 +248,13 @@ def check_units(folder: Path, row: Row, keep: Bools, coupling: Coupling) -> None
     model = models.load(folder / "model.onnx")
     values = importance_of_units(model, coupling)
     least = np.full(len(coupling.groups), row["floor"])
-    if row["limits"] == "snacs" and row["iterations"] > 1:  # three rounds must keep to what one round finds
+    if (
+        row["limits"] == "snacs" and row["iterations"] > 1
+    ):  # three rounds must keep to what one round finds
         once = settings(row, iterations=1)
-        least = np.maximum(least, prepare(model.path, str(folder / "data.npz"), once).constraints.floor)
+        least = np.maximum(
+            least, prepare(model.path, str(folder / "data.npz"), once).constraints.floor
+        )
     for group, floor in zip(coupling.groups, least, strict=True):
         kept, count = keep[group.units], len(group.units)
         assert kept.sum() >= max(1, np.ceil(floor * count - 1e-6))
@@ -233,8 +274,17 @@ def test_units(row: Row, tmp_path: Path) -> None:
     try:
         report = run(tmp_path, row, wanted)
     except OamipError as error:
-        keeping = row["limits"] != "none" or row["floor"] or row["protect"] or row["excluded"] or row["align"] > 1
-        kinds = (*((BudgetNotMet,) if keeping else ()), *((SettingsError,) if "oamip" in row["method"] else ()))
+        keeping = (
+            row["limits"] != "none"
+            or row["floor"]
+            or row["protect"]
+            or row["excluded"]
+            or row["align"] > 1
+        )
+        kinds = (
+            *((BudgetNotMet,) if keeping else ()),
+            *((SettingsError,) if "oamip" in row["method"] else ()),
+        )
         refused(error, tmp_path, kinds)
         return
     if report is None:
@@ -249,13 +299,17 @@ def test_units(row: Row, tmp_path: Path) -> None:
     assert told["settings"]["iterations"] == row["iterations"]
     assert told["verification"]["masked_equivalence"] is not None
     if row["budget"] == "alpha" and row["iterations"] == 1 and report.scores is not None:
-        assert keep[report.scores.values > 0].all(), "alpha removes nothing but units without a connection"
+        assert keep[report.scores.values > 0].all(), (
+            "alpha removes nothing but units without a connection"
+        )
     if row["budget"] == "max_drop":
         found = report.verification
         assert found.accuracy_before is not None
         assert found.accuracy_after is not None
         assert 100 * (found.accuracy_before - found.accuracy_after) <= BUDGETS["max_drop"] + 1e-6
-    if row["refit"] == "none" and "paper" not in row["method"]:  # nothing but the cut: zeros do the same
+    if (
+        row["refit"] == "none" and "paper" not in row["method"]
+    ):  # nothing but the cut: zeros do the same
         values = feed(model, 7, 5)
         masked = Session(rewrite.mask(model, coupling, keep), "cpu").run(values)[0]
         small = Session(onnx.load(tmp_path / "out.onnx"), "cpu").run(values)[0]
@@ -296,7 +350,9 @@ def test_connections(row: Row, tmp_path: Path) -> None:
         assert report.connections.kept <= BUDGETS["params"] * report.connections.total
     if row["excluded"]:
         excluded = constants(build(NETS[row["net"]]))[EXCLUDED]
-        assert [zeros[key] for key, value in before.items() if np.array_equal(value, excluded)] == [0]
+        assert [zeros[key] for key, value in before.items() if np.array_equal(value, excluded)] == [
+            0
+        ]
 
 
 def _weights(model: Model) -> dict[tuple[str, int], Array]:
@@ -312,7 +368,11 @@ def _weights(model: Model) -> dict[tuple[str, int], Array]:
 # ----------------------------------------------------------------------------------------------------- contradictions
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "connections of another method": {"granularity": "connection", "importance": "obs", "params": 0.5},
+    "connections of another method": {
+        "granularity": "connection",
+        "importance": "obs",
+        "params": 0.5,
+    },
     "connections to MACs": {"granularity": "connection", "importance": "nnrelief", "macs": 0.5},
     "connections and protected units": {"protect": 0.3},
     "connections and limits of units": {"limits": "snacs"},
@@ -326,7 +386,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("values", REFUSED.values(), ids=REFUSED)
 def test_contradictions_are_one_sentence(values: Row, tmp_path: Path) -> None:
     path = given(tmp_path, "mlp")
-    base = {} if len(values) > 1 else {"granularity": "connection", "importance": "nnrelief", "params": 0.5}
+    base = (
+        {}
+        if len(values) > 1
+        else {"granularity": "connection", "importance": "nnrelief", "params": 0.5}
+    )
     wanted = Settings.create(**{"device": "cpu", "cache": "off", **base, **values})
     with pytest.raises(SettingsError) as caught:
         prune(path, str(tmp_path / "data.npz"), tmp_path / "out.onnx", wanted)

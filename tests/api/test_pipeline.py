@@ -59,7 +59,13 @@ def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settings(**values: object) -> Settings:
     """Choices that take no time and do not depend on the machine."""
-    quick = {"importance": "activation", "allocate": "uniform", "refit": "bias", "align": 1, "device": "cpu"}
+    quick = {
+        "importance": "activation",
+        "allocate": "uniform",
+        "refit": "bias",
+        "align": 1,
+        "device": "cpu",
+    }
     return Settings.create(**{**quick, **values})
 
 
@@ -78,15 +84,23 @@ def task(tmp_path: Path) -> Path:
     np.savez(
         tmp_path / "data.npz",
         **{
-            "image": images, "image.scale": np.float32(1 / 128), "image.offset": np.float32(-1),
-            "eval.image": held, "eval.labels": labels,
+            "image": images,
+            "image.scale": np.float32(1 / 128),
+            "image.offset": np.float32(-1),
+            "eval.image": held,
+            "eval.labels": labels,
         },
-    )  # fmt: skip
+    )
     return tmp_path
 
 
 def _prune(task: Path, **values: object) -> Report:
-    return prune(task / "model.onnx", task / "data.npz", task / "out.onnx", settings(**{"macs": 0.5, **values}))
+    return prune(
+        task / "model.onnx",
+        task / "data.npz",
+        task / "out.onnx",
+        settings(**{"macs": 0.5, **values}),
+    )
 
 
 def _untouched(task: Path, *also: str) -> None:
@@ -122,10 +136,14 @@ def test_the_report_tells_what_was_written(task: Path) -> None:
 
 def test_the_file_runs_anywhere(task: Path) -> None:
     _prune(task)
-    session = onnxruntime.InferenceSession(str(task / "out.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(task / "out.onnx"), providers=["CPUExecutionProvider"]
+    )
     rng = np.random.default_rng(1)
     for batch in (1, 7):
-        (scores,) = session.run(None, {"image": rng.standard_normal((batch, 3, 8, 8)).astype(np.float32)})
+        (scores,) = session.run(
+            None, {"image": rng.standard_normal((batch, 3, 8, 8)).astype(np.float32)}
+        )
         assert scores.shape == (batch, 5)
         assert np.isfinite(scores).all()
     (port,) = session.get_inputs()
@@ -146,7 +164,9 @@ def test_measurements_are_those_of_the_file(task: Path) -> None:
     assert found.accuracy_before == (before.argmax(1) == labels).mean() == 0.8
     assert found.accuracy_after == (after.argmax(1) == labels).mean()
     assert found.agreement == (before.argmax(1) == after.argmax(1)).mean()
-    error = np.linalg.norm(before.astype(np.float64) - after) / np.linalg.norm(before.astype(np.float64))
+    error = np.linalg.norm(before.astype(np.float64) - after) / np.linalg.norm(
+        before.astype(np.float64)
+    )
     assert found.output_relative_error == pytest.approx(error, rel=1e-3)
 
 
@@ -168,7 +188,9 @@ def test_the_seed_matters_where_it_should(task: Path) -> None:
 
 
 def test_the_refit_helps(task: Path) -> None:
-    without, with_it = (_prune(task, importance="l2", refit=r).verification for r in ("none", "bias"))
+    without, with_it = (
+        _prune(task, importance="l2", refit=r).verification for r in ("none", "bias")
+    )
     assert without.output_relative_error is not None
     assert with_it.output_relative_error is not None
     assert with_it.output_relative_error < 0.9 * without.output_relative_error
@@ -176,7 +198,9 @@ def test_the_refit_helps(task: Path) -> None:
     assert without.masked_equivalence == with_it.masked_equivalence
 
 
-@pytest.mark.parametrize("shares", [{"params": 0.4}, {"size": 0.4}, {"macs": 0.7, "params": 0.5, "size": 0.6}])
+@pytest.mark.parametrize(
+    "shares", [{"params": 0.4}, {"size": 0.4}, {"macs": 0.7, "params": 0.5, "size": 0.6}]
+)
 def test_every_budget_holds_in_the_file(task: Path, shares: dict[str, float]) -> None:
     report = _prune(task, **{"macs": None, **shares})
     kept = {
@@ -243,13 +267,21 @@ def test_a_fifth_is_held_out_where_there_is_no_evaluation_data(task: Path) -> No
 
 def test_progress_names_its_stages(task: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    prune(task / "model.onnx", task / "data.npz", None, settings(macs=0.5), progress=lambda *s: seen.append(s))
+    prune(
+        task / "model.onnx",
+        task / "data.npz",
+        None,
+        settings(macs=0.5),
+        progress=lambda *s: seen.append(s),
+    )
     assert {"calibrate", "verify"} <= {name for name, _, _ in seen}
     assert all(0 < done <= total for _, done, total in seen)
 
 
 def test_a_fixed_batch_stays_fixed(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx").write_bytes(build(NETS["mlp"].replace("N,", "4,")).SerializeToString())
+    (tmp_path / "model.onnx").write_bytes(
+        build(NETS["mlp"].replace("N,", "4,")).SerializeToString()
+    )
     rng = np.random.default_rng(0)
     report = prune(
         tmp_path / "model.onnx",
@@ -332,7 +364,9 @@ def test_a_lost_batch_axis_is_never_written(task: Path, monkeypatch: pytest.Monk
                 node.op_type = "Reshape"
                 node.input.append("flat")
         width = next(t.dims[0] for t in proto.graph.initializer if t.name == "w5")
-        proto.graph.initializer.append(numpy_helper.from_array(np.asarray([1, width], np.int64), "flat"))
+        proto.graph.initializer.append(
+            numpy_helper.from_array(np.asarray([1, width], np.int64), "flat")
+        )
         return proto
 
     monkeypatch.setattr(rewrite, "cut", cut)
@@ -351,7 +385,9 @@ def test_slower_than_the_original_is_refused(task: Path, monkeypatch: pytest.Mon
     _untouched(task, "out.onnx")
 
 
-def test_where_nodes_are_added_a_slower_model_names_the_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nodes_are_added_a_slower_model_names_the_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A normalisation has to see the zeros of what went; without its stream nothing has to be put back."""
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
     text = """(float[N,8] x) => (float[N,3] y)
@@ -364,7 +400,10 @@ def test_where_nodes_are_added_a_slower_model_names_the_cut(tmp_path: Path, monk
     }"""
     (tmp_path / "model.onnx").write_bytes(build(text).SerializeToString())
     arrays = {"x": np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)}
-    for exclude, said in ((), "try --exclude 'w0', where a cut adds nodes, "), (("w0",), "try --align 8 or 16, "):
+    for exclude, said in (
+        ((), "try --exclude 'w0', where a cut adds nodes, "),
+        (("w0",), "try --align 8 or 16, "),
+    ):
         wanted = settings(macs=0.6, exclude=exclude)
         with pytest.raises(GateFailed, match=said):
             prune(tmp_path / "model.onnx", arrays, tmp_path / "out.onnx", wanted)
@@ -386,7 +425,12 @@ def test_a_model_in_which_nothing_can_go(tmp_path: Path) -> None:
     text = "(float[N,5] x) => (float[N,3] y) <float[5,3] w> { y = MatMul(x, w) }"
     (tmp_path / "model.onnx").write_bytes(build(text).SerializeToString())
     with pytest.raises(BudgetNotMet, match=r"no channel of .* can be removed, for example because"):
-        prune(tmp_path / "model.onnx", {"x": np.zeros((4, 5), np.float32)}, tmp_path / "out.onnx", settings(macs=0.5))
+        prune(
+            tmp_path / "model.onnx",
+            {"x": np.zeros((4, 5), np.float32)},
+            tmp_path / "out.onnx",
+            settings(macs=0.5),
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
@@ -416,7 +460,9 @@ def test_settings_that_say_nothing(task: Path) -> None:
         ({"importance": "l2", "refit": "bias"}, "--refit bias"),
     ],
 )
-def test_data_is_asked_for_where_it_is_needed(task: Path, chosen: dict[str, object], part: str) -> None:
+def test_data_is_asked_for_where_it_is_needed(
+    task: Path, chosen: dict[str, object], part: str
+) -> None:
     with pytest.raises(DataError, match=f"{part} needs calibration data"):
         prune(task / "model.onnx", None, task / "out.onnx", settings(macs=0.5, **chosen))
     _untouched(task)
@@ -447,14 +493,25 @@ def test_outputs_that_cannot_be(task: Path, name: str, part: str) -> None:
 
 def test_output_may_not_overwrite_the_weights_of_the_input(tmp_path: Path) -> None:
     onnx.save_model(
-        build(TEXT), str(tmp_path / "in.onnx"), save_as_external_data=True, location="out.onnx.data", size_threshold=0
+        build(TEXT),
+        str(tmp_path / "in.onnx"),
+        save_as_external_data=True,
+        location="out.onnx.data",
+        size_threshold=0,
     )
     with pytest.raises(OutputError, match="would overwrite the input"):
-        prune(tmp_path / "in.onnx", None, tmp_path / "out.onnx", settings(macs=0.5, importance="l2", refit="none"))
+        prune(
+            tmp_path / "in.onnx",
+            None,
+            tmp_path / "out.onnx",
+            settings(macs=0.5, importance="l2", refit="none"),
+        )
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_a_write_that_fails_leaves_the_old_file(task: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+def test_a_write_that_fails_leaves_the_old_file(
+    task: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
     (task / "out.onnx").write_bytes(b"what was there before")
 
     def fail(*_: object) -> None:
@@ -468,7 +525,9 @@ def test_a_write_that_fails_leaves_the_old_file(task: Path, monkeypatch: pytest.
     _untouched(task, "out.onnx")
 
 
-def test_large_models_keep_their_weights_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_keep_their_weights_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(external_data, "LARGE", 1000)
     monkeypatch.setattr(external_data, "LEAST", 100)
     proto = build(TEXT)
@@ -509,4 +568,7 @@ def test_a_pruned_file_can_be_pruned_again(task: Path) -> None:
     first = _prune(task)
     again = prune(task / "out.onnx", task / "data.npz", task / "twice.onnx", settings(macs=0.5))
     assert 0.23 <= again.after.macs / first.before.macs <= 0.25
-    assert couple(load(onnx.load(task / "twice.onnx"), task)).n_units < couple(models.load(task / "out.onnx")).n_units
+    assert (
+        couple(load(onnx.load(task / "twice.onnx"), task)).n_units
+        < couple(models.load(task / "out.onnx")).n_units
+    )

@@ -97,9 +97,13 @@ def test_prune_is_score_plan_and_apply(task: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [{"latency": 0.9}])
-def test_a_latency_plan_is_carried_out(task: Path, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_latency_plan_is_carried_out(
+    task: Path, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("onnx_oamip.planning.search.latency_ratio", lambda *_, **__: 0.88)
-    found = make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked(macs=None, **budget))
+    found = make_plan(
+        task / "model.onnx", task / "data.npz", task / "p.json", asked(macs=None, **budget)
+    )
     report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
     np.testing.assert_array_equal(report.plan.keep, found.plan.keep)
     assert report.budget.latency == 0.9
@@ -121,7 +125,9 @@ def test_a_plan_is_the_same_every_time_and_readable(task: Path) -> None:
     for group in found["groups"]:
         assert group["kept"] == len(group["keep"])
         assert group["loss"] >= 0
-        assert f'"keep": {json.dumps(group["keep"])}' in texts[0], "a list of units stands on one line"
+        assert f'"keep": {json.dumps(group["keep"])}' in texts[0], (
+            "a list of units stands on one line"
+        )
 
 
 def test_a_plan_edited_by_hand_is_honoured(task: Path) -> None:
@@ -130,7 +136,9 @@ def test_a_plan_edited_by_hand_is_honoured(task: Path) -> None:
     group = next(g for g in content["groups"] if g["name"] == "w2")
     group["keep"], group["kept"] = [1, 4, 15], 3
     (task / "p.json").write_text(json.dumps(content))
-    report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx", {"refit": "none"})
+    report = apply(
+        task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx", {"refit": "none"}
+    )
     written = models.load(task / "b.onnx")
     original = models.load(task / "model.onnx")
     np.testing.assert_array_equal(written.constants["b2"], original.constants["b2"][[1, 4, 15]])
@@ -153,10 +161,18 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
     "kept": (lambda c: c["groups"][1].update(kept=2), "groups", "'kept' says 2, but 'keep' lists"),
-    "outside": (lambda c: c["groups"][0].update(keep=[0, 99], kept=2), "groups", "lists unit 99, but the units"),
+    "outside": (
+        lambda c: c["groups"][0].update(keep=[0, 99], kept=2),
+        "groups",
+        "lists unit 99, but the units",
+    ),
     "negative": (lambda c: c["groups"][0].update(keep=[-1, 0], kept=2), "groups", "lists unit -1"),
     "twice": (lambda c: c["groups"][0].update(keep=[3, 3], kept=2), "groups", "lists unit 3 twice"),
-    "none left": (lambda c: c["groups"][0].update(keep=[], kept=0), "kept", "greater than or equal to 1"),
+    "none left": (
+        lambda c: c["groups"][0].update(keep=[], kept=0),
+        "kept",
+        "greater than or equal to 1",
+    ),
     "a word": (lambda c: c["groups"][0].update(kept="six"), "kept", "valid integer"),
     "a fraction": (lambda c: c["groups"][0]["keep"].__setitem__(0, 0.5), "keep", "valid integer"),
     "a typing error": (lambda c: c["groups"][0].update(kepe=[1]), "kepe", "Extra inputs"),
@@ -232,8 +248,10 @@ def test_a_plan_goes_over_to_the_same_graph_under_other_names(task: Path) -> Non
 
 def test_a_plan_for_something_else_is_refused(task: Path) -> None:
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
-    wider = TEXT.replace("float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3",
-                         "float[18, 12, 3, 3] w2, float[18] b2, float[12, 18, 3, 3] w3")  # fmt: skip
+    wider = TEXT.replace(
+        "float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3",
+        "float[18, 12, 3, 3] w2, float[18] b2, float[12, 18, 3, 3] w3",
+    )
     (task / "wider.onnx").write_bytes(build(wider).SerializeToString())
     with pytest.raises(DataError, match=r"16 units in the group 'w2'.*has 18"):
         apply(task / "wider.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
@@ -262,7 +280,13 @@ def test_apply_has_gates_too(task: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx", {"force": True})
     with pytest.raises(DataError, match="needs calibration data"):
         apply(task / "model.onnx", task / "p.json", None, task / "c.onnx")
-    apply(task / "model.onnx", task / "p.json", None, task / "c.onnx", {"refit": "none", "force": True})
+    apply(
+        task / "model.onnx",
+        task / "p.json",
+        None,
+        task / "c.onnx",
+        {"refit": "none", "force": True},
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- cache
@@ -277,9 +301,17 @@ def folder(tmp_path: Path) -> Path:
 def test_the_cache_changes_no_byte(task: Path, folder: Path, name: str) -> None:
     values = CHOICES[name]
     bare = prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(**values))
-    first = prune(task / "model.onnx", task / "data.npz", task / "b.onnx", asked(**values, cache=str(folder)))
-    second = prune(task / "model.onnx", task / "data.npz", task / "c.onnx", asked(**values, cache=str(folder)))
-    assert (task / "a.onnx").read_bytes() == (task / "b.onnx").read_bytes() == (task / "c.onnx").read_bytes()
+    first = prune(
+        task / "model.onnx", task / "data.npz", task / "b.onnx", asked(**values, cache=str(folder))
+    )
+    second = prune(
+        task / "model.onnx", task / "data.npz", task / "c.onnx", asked(**values, cache=str(folder))
+    )
+    assert (
+        (task / "a.onnx").read_bytes()
+        == (task / "b.onnx").read_bytes()
+        == (task / "c.onnx").read_bytes()
+    )
     assert not any("cache" in note for note in (*bare.notes, *first.notes))
     assert any("from the cache" in note for note in second.notes)
     assert second.scores is not None
@@ -288,19 +320,30 @@ def test_the_cache_changes_no_byte(task: Path, folder: Path, name: str) -> None:
     assert len(second.scores.programs) == len(first.scores.programs)
 
 
-def test_another_budget_learns_nothing_anew(task: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_budget_learns_nothing_anew(
+    task: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = asked(cache=str(folder))
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", kept)
-    for name in ("statistics.calibration.collect", "statistics.covariances.collect", "planning.sensitivity.measure", "planning.allocation.steps"):
+    for name in (
+        "statistics.calibration.collect",
+        "statistics.covariances.collect",
+        "planning.sensitivity.measure",
+        "planning.allocation.steps",
+    ):
         monkeypatch.setattr(f"onnx_oamip.{name}", lambda *_, **__: pytest.fail("learnt again"))
-    other = make_plan(task / "model.onnx", task / "data.npz", task / "q.json", asked(macs=0.3, cache=str(folder)))
+    other = make_plan(
+        task / "model.onnx", task / "data.npz", task / "q.json", asked(macs=0.3, cache=str(folder))
+    )
     assert other.plan.predicted.macs <= 0.3 * other.before.macs
     assert any("from the cache" in note for note in other.notes)
 
 
 def test_what_a_result_depends_on_is_found_out_anew(task: Path, folder: Path) -> None:
     def taken(**values: object) -> str:
-        found = make_plan(task / "model.onnx", task / "data.npz", None, asked(cache=str(folder), **values))
+        found = make_plan(
+            task / "model.onnx", task / "data.npz", None, asked(cache=str(folder), **values)
+        )
         return " ".join(n for n in found.notes if "cache" in n)
 
     assert taken() == ""
@@ -323,7 +366,9 @@ def test_a_broken_entry_counts_as_missing(task: Path, folder: Path) -> None:
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", kept)
     for i, path in enumerate(sorted(folder.iterdir())):
         content = path.read_bytes()
-        path.write_bytes([b"", content[: len(content) // 2], b"\0" * 64, b"PK\x03\x04 nonsense"][i % 4])
+        path.write_bytes(
+            [b"", content[: len(content) // 2], b"\0" * 64, b"PK\x03\x04 nonsense"][i % 4]
+        )
     found = prune(task / "model.onnx", task / "data.npz", task / "b.onnx", kept)
     assert not any("cache" in note for note in found.notes)
     assert (task / "a.onnx").read_bytes() == (task / "b.onnx").read_bytes()
@@ -373,7 +418,6 @@ def test_a_shipped_model_goes_through_the_stages(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- strict
 
 
-
 def test_strict_is_content_with_what_inputs_and_outputs_hold(task: Path) -> None:
     """The first layer's inputs and the last one's outputs stay in every model."""
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(strict=True))
@@ -384,10 +428,15 @@ def test_strict_is_content_with_what_inputs_and_outputs_hold(task: Path) -> None
 
 def test_strict_refuses_layers_that_stay(task: Path) -> None:
     """A sum over an axis that nobody can follow keeps the channels of the layers around."""
-    proto = build(TEXT.replace("d = Conv(s, w5)", "q = CumSum(s, at)\n    d = Conv(q, w5)").replace(
-        "float[5, 8] w4,", "float[5, 8] w4, int64 at = {1},"))  # fmt: skip
+    proto = build(
+        TEXT.replace("d = Conv(s, w5)", "q = CumSum(s, at)\n    d = Conv(q, w5)").replace(
+            "float[5, 8] w4,", "float[5, 8] w4, int64 at = {1},"
+        )
+    )
     (task / "odd.onnx").write_bytes(proto.SerializeToString())
-    with pytest.raises(GateFailed, match=r"--strict: channels of \d layers cannot be removed: 'w1', because"):
+    with pytest.raises(
+        GateFailed, match=r"--strict: channels of \d layers cannot be removed: 'w1', because"
+    ):
         prune(task / "odd.onnx", task / "data.npz", task / "b.onnx", asked(strict=True))
     assert not (task / "b.onnx").exists()
     prune(task / "odd.onnx", task / "data.npz", task / "b.onnx", asked(macs=0.8))

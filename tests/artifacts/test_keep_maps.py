@@ -40,14 +40,25 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resnet")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
-        prune(MODELS / "resnet20-fashion.onnx", None, folder / "out.onnx", asked(), keep_map=folder / "k.safetensors")
+        prune(
+            MODELS / "resnet20-fashion.onnx",
+            None,
+            folder / "out.onnx",
+            asked(),
+            keep_map=folder / "k.safetensors",
+        )
     model = models.load(MODELS / "resnet20-fashion.onnx")
-    save_file({n: np.asarray(v) for n, v in model.constants.items() if v.dtype == np.float32}, folder / "s.safetensors")
+    save_file(
+        {n: np.asarray(v) for n, v in model.constants.items() if v.dtype == np.float32},
+        folder / "s.safetensors",
+    )
     return folder
 
 
 def test_cut_weights_are_those_of_the_pruned_model(resnet: Path) -> None:
-    found = keep_maps.cut(resnet / "k.safetensors", resnet / "s.safetensors", resnet / "t.safetensors")
+    found = keep_maps.cut(
+        resnet / "k.safetensors", resnet / "s.safetensors", resnet / "t.safetensors"
+    )
     assert found.unmatched == ()
     cut = load_file(resnet / "t.safetensors")
     pruned = models.load(resnet / "out.onnx").constants
@@ -58,7 +69,9 @@ def test_cut_weights_are_those_of_the_pruned_model(resnet: Path) -> None:
 
 def test_a_keep_map_lists_indices_by_tensor_and_axis(resnet: Path) -> None:
     arrays = load_file(resnet / "k.safetensors")
-    original, pruned = (models.load(p).constants for p in (MODELS / "resnet20-fashion.onnx", resnet / "out.onnx"))
+    original, pruned = (
+        models.load(p).constants for p in (MODELS / "resnet20-fashion.onnx", resnet / "out.onnx")
+    )
     assert {"blocks.0.conv1.weight:0", "blocks.0.bn1.running_var:0", "fc.weight:1"} <= set(arrays)
     for key, index in arrays.items():
         name, _, axis = key.rpartition(":")
@@ -68,9 +81,13 @@ def test_a_keep_map_lists_indices_by_tensor_and_axis(resnet: Path) -> None:
 
 def test_renamed_and_transposed_weights_are_found_by_content(resnet: Path) -> None:
     state = load_file(resnet / "s.safetensors")
-    turned = {f"model.{n}": np.ascontiguousarray(v.T) if n == "fc.weight" else v for n, v in state.items()}
+    turned = {
+        f"model.{n}": np.ascontiguousarray(v.T) if n == "fc.weight" else v for n, v in state.items()
+    }
     save_file({**turned, "step": np.zeros(3)}, resnet / "u.safetensors", metadata={"format": "pt"})
-    found = keep_maps.cut(resnet / "k.safetensors", resnet / "u.safetensors", resnet / "v.safetensors")
+    found = keep_maps.cut(
+        resnet / "k.safetensors", resnet / "u.safetensors", resnet / "v.safetensors"
+    )
     assert found.unmatched == ()
     cut, pruned = load_file(resnet / "v.safetensors"), models.load(resnet / "out.onnx").constants
     np.testing.assert_array_equal(cut["model.fc.weight"], pruned["fc.weight"].T)
@@ -80,18 +97,30 @@ def test_renamed_and_transposed_weights_are_found_by_content(resnet: Path) -> No
 
 
 def test_apply_writes_the_same_keep_map(tmp_path: Path) -> None:
-    proto = build("(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {"
-                  " h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }")  # fmt: skip
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {"
+        " h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
+    )
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
-    prune(tmp_path / "m.onnx", None, tmp_path / "a.onnx", asked(), keep_map=tmp_path / "a.safetensors")
+    prune(
+        tmp_path / "m.onnx", None, tmp_path / "a.onnx", asked(), keep_map=tmp_path / "a.safetensors"
+    )
     plan(tmp_path / "m.onnx", None, tmp_path / "p.json", asked())
-    apply(tmp_path / "m.onnx", tmp_path / "p.json", None, tmp_path / "b.onnx", keep_map=tmp_path / "b.safetensors")
+    apply(
+        tmp_path / "m.onnx",
+        tmp_path / "p.json",
+        None,
+        tmp_path / "b.onnx",
+        keep_map=tmp_path / "b.safetensors",
+    )
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     with pytest.raises(OutputError, match="would overwrite"):
         prune(tmp_path / "m.onnx", None, tmp_path / "c.onnx", asked(), keep_map=tmp_path / "m.onnx")
 
 
-def test_files_that_do_not_fit(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_do_not_fit(
+    resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keep, state = resnet / "k.safetensors", resnet / "s.safetensors"
 
     def refused(rule: str, keep_map: Path = keep, weights: Path = state) -> None:
@@ -111,17 +140,31 @@ def test_files_that_do_not_fit(resnet: Path, tmp_path: Path, capsys: pytest.Capt
     refused("the same numbers as", weights=tmp_path / "twice")
     refused(r"'conv1.weight' has shape \(7, 1, 3, 3\)", weights=tmp_path / "shape")
     about = {"conv1.weight": {"shape": [16, 1, 3, 3], "digests": ["", ""]}}
-    metadata = {"onnx_oamip": json.dumps({"kind": "keep-map", "schema_version": 1, "weights": about})}
+    metadata = {
+        "onnx_oamip": json.dumps({"kind": "keep-map", "schema_version": 1, "weights": about})
+    }
     for index in (np.asarray([3, 3]), np.asarray([99]), np.asarray([-1, 2]), np.asarray([0.5])):
         save_file({"conv1.weight:0": index}, tmp_path / "map", metadata=metadata)
         refused("damaged keep-map", keep_map=tmp_path / "map")
-    assert main(["checkpoint", "--keep-map", str(keep), "--state-dict", str(state), "-o", str(state)]) == 2
+    assert (
+        main(["checkpoint", "--keep-map", str(keep), "--state-dict", str(state), "-o", str(state)])
+        == 2
+    )
     assert "--state-dict itself" in capsys.readouterr().err
 
 
-def test_the_command_shows_every_tensor(resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_every_tensor(
+    resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "t.safetensors"
-    given = ["--keep-map", str(resnet / "k.safetensors"), "--state-dict", str(resnet / "s.safetensors"), "-o", str(out)]
+    given = [
+        "--keep-map",
+        str(resnet / "k.safetensors"),
+        "--state-dict",
+        str(resnet / "s.safetensors"),
+        "-o",
+        str(out),
+    ]
     assert main(["checkpoint", *given, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     shapes = {t["name"]: t["after"] for t in document["tensors"]}
@@ -146,7 +189,11 @@ def test_torch_computes_what_the_pruned_model_does(resnet: Path) -> None:
         module = network.get_submodule(name.rpartition(".")[0])
         tensor = torch.from_numpy(value.copy())
         leaf = name.rpartition(".")[2]
-        setattr(module, leaf, torch.nn.Parameter(tensor) if leaf in dict(module.named_parameters()) else tensor)
+        setattr(
+            module,
+            leaf,
+            torch.nn.Parameter(tensor) if leaf in dict(module.named_parameters()) else tensor,
+        )
     images = np.random.default_rng(0).normal(size=(16, 1, 28, 28)).astype(np.float32)
     session = InferenceSession(str(resnet / "out.onnx"), providers=["CPUExecutionProvider"])
     expected = session.run(None, {session.get_inputs()[0].name: images})[0]

@@ -68,7 +68,9 @@ def test_a_model_says_where_it_comes_from(task: Path) -> None:
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked())
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     groups = json.loads((task / "p.json").read_text())["groups"]
-    lists = json.dumps({g["name"]: g["keep"] for g in groups}, sort_keys=True, separators=(",", ":"))
+    lists = json.dumps(
+        {g["name"]: g["keep"] for g in groups}, sort_keys=True, separators=(",", ":")
+    )
     found = entry(task / "a.onnx")
     assert found == {
         "tool_version": __version__,
@@ -94,14 +96,31 @@ def test_connections_say_it_too(task: Path) -> None:
     settings = asked(macs=None, params=0.6, granularity="connection", importance="nnrelief")
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", settings)
     assert entry(task / "a.onnx")["source_sha256"] == sha256(task / "model.onnx")
-    prune(task / "model.onnx", task / "data.npz", task / "b.onnx", settings.model_copy(update={"params": 0.4}))
+    prune(
+        task / "model.onnx",
+        task / "data.npz",
+        task / "b.onnx",
+        settings.model_copy(update={"params": 0.4}),
+    )
     assert entry(task / "a.onnx")["plan_sha256"] != entry(task / "b.onnx")["plan_sha256"]
 
 
 def test_the_entry_can_be_left_out_and_changes_nothing_else(task: Path) -> None:
-    common = ["--data", str(task / "data.npz"), "--macs", "0.5", "--align", "1", "--device", "cpu", "-q"]
+    common = [
+        "--data",
+        str(task / "data.npz"),
+        "--macs",
+        "0.5",
+        "--align",
+        "1",
+        "--device",
+        "cpu",
+        "-q",
+    ]
     for name, more in (("with", []), ("without", ["--no-provenance"])):
-        assert main(["prune", str(task / "model.onnx"), *common, "-o", str(task / name), *more]) == 0
+        assert (
+            main(["prune", str(task / "model.onnx"), *common, "-o", str(task / name), *more]) == 0
+        )
     proto = onnx.load(task / "with")
     provenance.remove(proto)
     assert provenance.of(proto) is None
@@ -122,7 +141,11 @@ def test_an_entry_of_somebody_else_is_no_parent(value: str) -> None:
     proto = onnx.ModelProto()
     proto.metadata_props.add(key=provenance.KEY, value=value)
     provenance.sign(proto, "a", "b")
-    assert provenance.of(proto) == {"tool_version": __version__, "source_sha256": "a", "plan_sha256": "b"}
+    assert provenance.of(proto) == {
+        "tool_version": __version__,
+        "source_sha256": "a",
+        "plan_sha256": "b",
+    }
 
 
 def test_nothing_asks_the_network(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +155,14 @@ def test_nothing_asks_the_network(task: Path, monkeypatch: pytest.MonkeyPatch) -
     for name in ("socket", "create_connection", "getaddrinfo"):
         monkeypatch.setattr(socket, name, refuse)
     common = ["--data", str(task / "data.npz"), "--macs", "0.5", "--align", "1", "-q", "--force"]
-    files = ["-o", str(task / "a.onnx"), "--report", str(task / "a.html"), "--keep-map", str(task / "a.safetensors")]
+    files = [
+        "-o",
+        str(task / "a.onnx"),
+        "--report",
+        str(task / "a.html"),
+        "--keep-map",
+        str(task / "a.safetensors"),
+    ]
     assert main(["prune", str(task / "model.onnx"), *common, *files, "--importance", "oamip"]) == 0
 
 
@@ -141,4 +171,7 @@ def test_every_dependency_has_a_known_licence() -> None:
     known = re.compile(r"MIT|BSD|Apache|HPND|PSF|Python Software Foundation|0BSD")
     found = {name: told for name, _, told in licences.table()}
     assert {"numpy", "onnx", "scipy", "click", "highspy"} <= set(found)
-    assert {name: told for name, told in found.items() if not known.search(told)} in ({}, {"gurobipy": "Proprietary"})
+    assert {name: told for name, told in found.items() if not known.search(told)} in (
+        {},
+        {"gurobipy": "Proprietary"},
+    )

@@ -35,7 +35,14 @@ from onnx_oamip.importance import METHODS
 from onnx_oamip.planning import search
 from onnx_oamip.verification.latency import Ratio
 
-PROGRAM = {"purpose": "importance", "solver": "highs", "status": "optimal", "gap": 0.0, "seconds": 1.5, "variables": 4}
+PROGRAM = {
+    "purpose": "importance",
+    "solver": "highs",
+    "status": "optimal",
+    "gap": 0.0,
+    "seconds": 1.5,
+    "variables": 4,
+}
 PROGRAMS = ({**PROGRAM, "rows": np.int64(7)},)
 
 
@@ -107,28 +114,66 @@ def test_groups_may_be_excluded_later_but_not_come_back(tmp_path: Path) -> None:
 
 Change = Callable[[dict[str, Array]], object]
 MISTAKES: dict[str, tuple[Change, str]] = {
-    "another version": (lambda f: f.update(schema_version=np.int64(2)), "schema version 2 but this version reads 1"),
+    "another version": (
+        lambda f: f.update(schema_version=np.int64(2)),
+        "schema version 2 but this version reads 1",
+    ),
     "no version": (lambda f: f.pop("schema_version"), "it has no 'schema_version'"),
-    "a version that is text": (lambda f: f.update(schema_version=np.asarray("1")), "schema version None"),
-    "another model": (lambda f: f.update(model_sha256=np.asarray("f" * 64)), "with sha256 ffffffffffff, but"),
+    "a version that is text": (
+        lambda f: f.update(schema_version=np.asarray("1")),
+        "schema version None",
+    ),
+    "another model": (
+        lambda f: f.update(model_sha256=np.asarray("f" * 64)),
+        "with sha256 ffffffffffff, but",
+    ),
     "a text that is a number": (lambda f: f.update(method=np.int64(4)), "'method' is no text"),
     "no values": (lambda f: f.pop("values"), "it has no 'values'"),
-    "one value too few": (lambda f: f.update(values=f["values"][1:]), r"the shapes \(19,\), \(20,\) and \(20,\)"),
+    "one value too few": (
+        lambda f: f.update(values=f["values"][1:]),
+        r"the shapes \(19,\), \(20,\) and \(20,\)",
+    ),
     "values in a table": (lambda f: f.update(values=f["values"].reshape(2, 10)), "the shapes"),
-    "values that are whole": (lambda f: f.update(values=np.arange(20)), "types that no scores have"),
-    "values that are text": (lambda f: f.update(values=np.asarray(["a"] * 20)), "types that no scores have"),
-    "a unit in another group": (lambda f: f["unit_group"].__setitem__(0, 1), "has 7 units in the group 'w1'"),
+    "values that are whole": (
+        lambda f: f.update(values=np.arange(20)),
+        "types that no scores have",
+    ),
+    "values that are text": (
+        lambda f: f.update(values=np.asarray(["a"] * 20)),
+        "types that no scores have",
+    ),
+    "a unit in another group": (
+        lambda f: f["unit_group"].__setitem__(0, 1),
+        "has 7 units in the group 'w1'",
+    ),
     "a unit elsewhere": (lambda f: f["unit_index"].__setitem__(0, 5), "they are not the 8"),
-    "a group of another name": (lambda f: f["group_names"].__setitem__(1, "v2"), "no scores for the group 'w2'"),
-    "NaN": (lambda f: f["values"].__setitem__(9, np.nan), "1 of 20 scores are NaN or infinite, the first in .*'w2'"),
-    "infinity": (lambda f: f["values"].__setitem__(0, np.inf), "NaN or infinite, the first in the group 'w1'"),
-    "programs that are no list": (lambda f: f.update(programs=np.asarray("7")), "'programs' is no JSON list"),
-    "programs that are no JSON": (lambda f: f.update(programs=np.asarray("{")), "'programs' is no JSON list"),
+    "a group of another name": (
+        lambda f: f["group_names"].__setitem__(1, "v2"),
+        "no scores for the group 'w2'",
+    ),
+    "NaN": (
+        lambda f: f["values"].__setitem__(9, np.nan),
+        "1 of 20 scores are NaN or infinite, the first in .*'w2'",
+    ),
+    "infinity": (
+        lambda f: f["values"].__setitem__(0, np.inf),
+        "NaN or infinite, the first in the group 'w1'",
+    ),
+    "programs that are no list": (
+        lambda f: f.update(programs=np.asarray("7")),
+        "'programs' is no JSON list",
+    ),
+    "programs that are no JSON": (
+        lambda f: f.update(programs=np.asarray("{")),
+        "'programs' is no JSON list",
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_does_not_fit_is_refused(scored: tuple[Path, Model, Coupling, Scores], mistake: str) -> None:
+def test_what_does_not_fit_is_refused(
+    scored: tuple[Path, Model, Coupling, Scores], mistake: str
+) -> None:
     path, model, coupling, _ = scored
     file = _arrays(path)
     change, words = MISTAKES[mistake]
@@ -169,7 +214,9 @@ def _npy() -> bytes:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_file_of_scores_is_refused(scored: tuple[Path, Model, Coupling, Scores], name: str) -> None:
+def test_what_is_no_file_of_scores_is_refused(
+    scored: tuple[Path, Model, Coupling, Scores], name: str
+) -> None:
     path, model, coupling, _ = scored
     make, words = BROKEN[name]
     make(path)
@@ -197,11 +244,19 @@ def test_any_damage_is_found_or_harmless(tmp_path: Path) -> None:
     holds()
 
 
-def test_scores_that_are_not_finite_are_not_written(scored: tuple[Path, Model, Coupling, Scores]) -> None:
+def test_scores_that_are_not_finite_are_not_written(
+    scored: tuple[Path, Model, Coupling, Scores],
+) -> None:
     path, model, coupling, scores = scored
     before = path.read_bytes()
     with pytest.raises(DataError, match="2 of 20 scores are NaN"):
-        save_scores(path, model, coupling, Scores("l2", np.where(np.arange(20) < 2, np.nan, scores.values)), {})
+        save_scores(
+            path,
+            model,
+            coupling,
+            Scores("l2", np.where(np.arange(20) < 2, np.nan, scores.values)),
+            {},
+        )
     assert path.read_bytes() == before
 
 
@@ -222,7 +277,9 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are as POSIX has them")
-def test_others_may_read_it_as_they_may_any_file(scored: tuple[Path, Model, Coupling, Scores]) -> None:
+def test_others_may_read_it_as_they_may_any_file(
+    scored: tuple[Path, Model, Coupling, Scores],
+) -> None:
     path = scored[0]
     path.with_name("plain").touch()
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.with_name("plain").stat().st_mode)
@@ -242,7 +299,9 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _settings(**values: object) -> Settings:
-    return Settings.create(**{"allocate": "uniform", "refit": "bias", "align": 1, "device": "cpu", **values})
+    return Settings.create(
+        **{"allocate": "uniform", "refit": "bias", "align": 1, "device": "cpu", **values}
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -251,12 +310,17 @@ def test_pruning_by_a_file_of_scores_is_pruning_by_the_scores(task: Path, name: 
     found = score(model, source, task / "s.npz", _settings(importance=name))
     assert found.output == str(task / "s.npz")
     loaded = models.load(model)
-    np.testing.assert_array_equal(load_scores(task / "s.npz", loaded, couple(loaded)).values, found.scores.values)
+    np.testing.assert_array_equal(
+        load_scores(task / "s.npz", loaded, couple(loaded)).values, found.scores.values
+    )
     at_once = prune(model, source, task / "a.onnx", _settings(importance=name, macs=0.5))
     by_file = prune(model, source, task / "b.onnx", _settings(macs=0.5), scores=task / "s.npz")
     assert by_file.output_sha256 == at_once.output_sha256
     assert by_file.scores.method == at_once.scores.method
-    assert (by_file.settings["importance"], by_file.settings["scores"]) == (name, str(task / "s.npz"))
+    assert (by_file.settings["importance"], by_file.settings["scores"]) == (
+        name,
+        str(task / "s.npz"),
+    )
     assert at_once.settings["scores"] is None
 
 
@@ -289,7 +353,9 @@ def test_scoring_asks_for_data_where_the_method_does(task: Path) -> None:
     assert found.settings["samples"] == 0
 
 
-def test_scores_by_constants_that_are_folded_need_data(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_by_constants_that_are_folded_need_data(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keeping = {**METHODS, "l1": replace(METHODS["l1"], keeps_bias=True)}
     monkeypatch.setattr(search, "find", keeping.__getitem__)
     model, source = task / "model.onnx", task / "data.npz"

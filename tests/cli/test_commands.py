@@ -27,19 +27,48 @@ from onnx_oamip.core.errors import BudgetNotMet, EnvironmentMissing
 from onnx_oamip.core.settings import Settings
 
 COMMANDS = (
-    "inspect", "prune", "score", "plan", "apply", "checkpoint", "frontier", "verify", "bench", "pack", "unpack", "ops",
-    "solvers", "config",
-)  # fmt: skip
+    "inspect",
+    "prune",
+    "score",
+    "plan",
+    "apply",
+    "checkpoint",
+    "frontier",
+    "verify",
+    "bench",
+    "pack",
+    "unpack",
+    "ops",
+    "solvers",
+    "config",
+)
 SIDES = ("macs", "params", "bytes")
 PRUNE_KEYS = {
-    "schema_version", "model", "output", "before", "after", "budget", "groups", "skipped", "programs", "fits",
+    "schema_version",
+    "model",
+    "output",
+    "before",
+    "after",
+    "budget",
+    "groups",
+    "skipped",
+    "programs",
+    "fits",
     "connections",
-    "verification", "timings", "settings", "versions",
-}  # fmt: skip
+    "verification",
+    "timings",
+    "settings",
+    "versions",
+}
 VERIFICATION_KEYS = {
-    "masked_equivalence", "rounding", "output_relative_error", "agreement", "accuracy_before", "accuracy_after",
+    "masked_equivalence",
+    "rounding",
+    "output_relative_error",
+    "agreement",
+    "accuracy_before",
+    "accuracy_after",
     "latency_ratio",
-}  # fmt: skip
+}
 
 
 def documented_keys() -> set[str]:
@@ -82,12 +111,21 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 def perceptron(path: Path, hidden: int = 16) -> None:
     """input (batch, 6) -> hidden -> relu -> logits (batch, 4)."""
     rng = np.random.default_rng(1)
-    shapes = {"first.weight": (hidden, 6), "first.bias": (hidden,), "second.weight": (4, hidden), "second.bias": (4,)}
-    weights = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), n) for n, s in shapes.items()]
+    shapes = {
+        "first.weight": (hidden, 6),
+        "first.bias": (hidden,),
+        "second.weight": (4, hidden),
+        "second.bias": (4,),
+    }
+    weights = [
+        numpy_helper.from_array(rng.normal(size=s).astype(np.float32), n) for n, s in shapes.items()
+    ]
     nodes = [
         helper.make_node("Gemm", ["input", "first.weight", "first.bias"], ["a"], "first", transB=1),
         helper.make_node("Relu", ["a"], ["b"], "relu"),
-        helper.make_node("Gemm", ["b", "second.weight", "second.bias"], ["logits"], "second", transB=1),
+        helper.make_node(
+            "Gemm", ["b", "second.weight", "second.bias"], ["logits"], "second", transB=1
+        ),
     ]
     graph = helper.make_graph(
         nodes,
@@ -96,7 +134,9 @@ def perceptron(path: Path, hidden: int = 16) -> None:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
         weights,
     )
-    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
+    )
 
 
 @pytest.fixture
@@ -115,7 +155,16 @@ def samples(count: int, width: int = 6) -> np.ndarray:
 BASE = ("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--force")
 """``--force``: so small a network is as fast when it is half, and a test is not about that."""
 PRUNE = (*BASE, "--macs", "0.5")
-VERSIONS = {"onnx_oamip", "onnx", "onnxruntime", "numpy", "python", "onnx_graphsurgeon", "gurobipy", "highspy"}
+VERSIONS = {
+    "onnx_oamip",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+    "python",
+    "onnx_graphsurgeon",
+    "gurobipy",
+    "highspy",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ help
@@ -129,7 +178,9 @@ def test_every_command_has_help(run: Run, command: str) -> None:
     assert cli.commands[command].help
     for parameter in cli.commands[command].params:
         if parameter.param_type_name == "option":
-            words = parameter.get_help_record(cli.make_context("onnx-oamip", [command], resilient_parsing=True))[1]
+            words = parameter.get_help_record(
+                cli.make_context("onnx-oamip", [command], resilient_parsing=True)
+            )[1]
             assert re.match(r"[A-Z].*[.\]]$", words, re.DOTALL), parameter.name
 
 
@@ -138,7 +189,9 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
         "import sys; from onnx_oamip.cli import main; main(['--help']);"
         "print([m for m in ('numpy', 'onnx', 'scipy', 'pydantic', 'rich', 'onnxruntime') if m in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert found.stdout.splitlines()[-1] == "[]"
     assert all(re.search(rf"^  {c}  ", found.stdout, re.MULTILINE) for c in COMMANDS)
 
@@ -161,7 +214,17 @@ def test_runs_as_a_module() -> None:
 def test_prune_document(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
     model = ROOT / "models" / "lenet300-mnist.onnx"
-    result = run("prune", model, "--data", ROOT / "models" / "mnist.npz", "--macs", "50%", "-o", out, "--json")
+    result = run(
+        "prune",
+        model,
+        "--data",
+        ROOT / "models" / "mnist.npz",
+        "--macs",
+        "50%",
+        "-o",
+        out,
+        "--json",
+    )
     assert (result.code, result.err) == (0, "")
     document = result.document
     assert set(document) >= PRUNE_KEYS
@@ -174,9 +237,17 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
     assert document["after"]["bytes"] == out.stat().st_size
     assert 0.48 <= document["after"]["macs"] / document["before"]["macs"] <= 0.5
     assert document["budget"] == {
-        "macs": 0.5, "params": None, "size": None, "threshold": None, "latency": None, "max_drop": None,
-    }  # fmt: skip
-    assert [(g["name"], g["units"]) for g in document["groups"]] == [("fc1.weight", 300), ("fc2.weight", 100)]
+        "macs": 0.5,
+        "params": None,
+        "size": None,
+        "threshold": None,
+        "latency": None,
+        "max_drop": None,
+    }
+    assert [(g["name"], g["units"]) for g in document["groups"]] == [
+        ("fc1.weight", 300),
+        ("fc2.weight", 100),
+    ]
     for group in document["groups"]:
         assert set(group) == {"name", "units", "kept", "level", "score"}
         assert group["level"] == group["kept"] / group["units"]
@@ -191,9 +262,19 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
     assert program["reason"]
     assert program["used"].keys() == {"macs"}
     assert 0.98 <= program["used"]["macs"] <= 1
-    assert [fit["node"] for fit in document["fits"]] == ["/fc2/Gemm", "/fc3/Gemm"][-len(document["fits"]) :]
+    assert [fit["node"] for fit in document["fits"]] == ["/fc2/Gemm", "/fc3/Gemm"][
+        -len(document["fits"]) :
+    ]
     for fit in document["fits"]:
-        assert set(fit) == {"node", "form", "rows", "unknowns", "ridge", "error_before", "error_after"}
+        assert set(fit) == {
+            "node",
+            "form",
+            "rows",
+            "unknowns",
+            "ridge",
+            "error_before",
+            "error_after",
+        }
         assert fit["form"] == "least squares"
         assert 0 <= fit["error_after"] <= fit["error_before"]
     assert any(fit["error_after"] < fit["error_before"] for fit in document["fits"])
@@ -205,7 +286,13 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
     assert verification["failures"] == []
     assert all(isinstance(v, float) for v in document["timings"].values())
     assert document["settings"]["macs"] == 0.5
-    defaults = {"importance": "obs", "allocate": "mip", "refit": "least-squares", "align": "auto", "solver": "auto"}
+    defaults = {
+        "importance": "obs",
+        "allocate": "mip",
+        "refit": "least-squares",
+        "align": "auto",
+        "solver": "auto",
+    }
     assert document["settings"].items() >= defaults.items()
     assert verification["accuracy_after"] > verification["accuracy_before"] - 0.03
     assert verification["latency_ratio"] > 0
@@ -215,26 +302,64 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
 
 
 def test_score_document(run: Run, place: Path) -> None:
-    result = run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--importance", "activation", "--json")
+    result = run(
+        "score",
+        "model.onnx",
+        "--data",
+        "data.npz",
+        "-o",
+        "s.npz",
+        "--importance",
+        "activation",
+        "--json",
+    )
     assert (result.code, result.err) == (0, "")
     document = result.document
     assert set(document) == {
-        "schema_version", "model", "output", "method", "low", "groups", "programs", "notes", "timings", "settings",
+        "schema_version",
+        "model",
+        "output",
+        "method",
+        "low",
+        "groups",
+        "programs",
+        "notes",
+        "timings",
+        "settings",
         "versions",
-    }  # fmt: skip
-    assert (document["schema_version"], document["method"], document["low"]) == (1, "activation", 0.1)
+    }
+    assert (document["schema_version"], document["method"], document["low"]) == (
+        1,
+        "activation",
+        0.1,
+    )
     assert document["output"]["path"] == "s.npz"
-    assert document["output"]["sha256"] == hashlib.sha256((place / "s.npz").read_bytes()).hexdigest()
+    assert (
+        document["output"]["sha256"] == hashlib.sha256((place / "s.npz").read_bytes()).hexdigest()
+    )
     with np.load("s.npz", allow_pickle=False) as file:
         values = file["values"]
         assert str(file["model_sha256"]) == document["model"]["sha256"]
     (group,) = document["groups"]
     assert (group["name"], group["units"]) == ("first.weight", 16)
-    expected = {"min": values.min(), "mean": values.mean(), "median": np.median(values), "max": values.max()}
-    assert group["score"] == {**{k: float(v) for k, v in expected.items()}, "below": float((values < 0.1).mean())}
+    expected = {
+        "min": values.min(),
+        "mean": values.mean(),
+        "median": np.median(values),
+        "max": values.max(),
+    }
+    assert group["score"] == {
+        **{k: float(v) for k, v in expected.items()},
+        "below": float((values < 0.1).mean()),
+    }
     assert document["programs"] == []
-    assert document["notes"] == ["scored on 32 samples; as in prune, 8 others are left for evaluation"]
-    assert document["settings"].items() >= {"importance": "activation", "seed": 0, "samples": 32}.items()
+    assert document["notes"] == [
+        "scored on 32 samples; as in prune, 8 others are left for evaluation"
+    ]
+    assert (
+        document["settings"].items()
+        >= {"importance": "activation", "seed": 0, "samples": 32}.items()
+    )
     assert set(document["timings"]) == {"load", "couple", "calibrate", "score", "write"}
     assert set(document["versions"]) == VERSIONS
 
@@ -243,9 +368,15 @@ def test_inspect_document(run: Run, place: Path) -> None:
     result = run("inspect", "model.onnx", "--json")
     assert (result.code, result.err) == (0, "")
     document = result.document
-    assert document["model"]["inputs"] == [{"name": "input", "dtype": "float32", "dims": ["batch", 6]}]
+    assert document["model"]["inputs"] == [
+        {"name": "input", "dtype": "float32", "dims": ["batch", 6]}
+    ]
     assert document["model"]["opset"] == {"ai.onnx": 17}
-    assert document["cost"] == {"macs": 160, "params": 180, "bytes": (place / "model.onnx").stat().st_size}
+    assert document["cost"] == {
+        "macs": 160,
+        "params": 180,
+        "bytes": (place / "model.onnx").stat().st_size,
+    }
     (group,) = document["groups"]
     assert (group["name"], group["units"], group["consumers"]) == ("first.weight", 16, ["second"])
     assert {(a["tensor"], a["axis"]) for a in group["axes"] if a["constant"]} == {
@@ -268,7 +399,9 @@ def test_verify_document(run: Run, place: Path) -> None:
     assert document["verification"]["masked_equivalence"] is None
     assert document["verification"]["samples"] == 40
     assert document["verification"]["output_relative_error"] > 0
-    same = run("verify", "model.onnx", "model.onnx", "--data", "data.npz", "--json").document["verification"]
+    same = run("verify", "model.onnx", "model.onnx", "--data", "data.npz", "--json").document[
+        "verification"
+    ]
     assert (same["output_relative_error"], same["agreement"]) == (0, 1)
 
 
@@ -284,13 +417,32 @@ def test_verify_of_unlike_models_is_a_failed_gate(run: Run, place: Path) -> None
 def test_bench_document(run: Run, place: Path) -> None:
     perceptron(place / "wide.onnx", 64)
     models = ("model.onnx", "wide.onnx")
-    options = ("--batch", 3, "--batch", 1, "--seconds", 0.05, "--threads", 1, "--device", "cpu", "--json")
+    options = (
+        "--batch",
+        3,
+        "--batch",
+        1,
+        "--seconds",
+        0.05,
+        "--threads",
+        1,
+        "--device",
+        "cpu",
+        "--json",
+    )
     result = run("bench", *models, *options)
     assert (result.code, result.err) == (0, "")
     document = result.document
     assert set(document) == {
-        "schema_version", "device", "threads", "batch", "seconds", "data", "models", "versions",
-    }  # fmt: skip
+        "schema_version",
+        "device",
+        "threads",
+        "batch",
+        "seconds",
+        "data",
+        "models",
+        "versions",
+    }
     assert (document["device"], document["threads"], document["batch"]) == ("cpu", 1, [3, 1])
     assert (document["seconds"], document["data"]) == (0.05, None)
     assert [m["path"] for m in document["models"]] == list(models)
@@ -299,8 +451,15 @@ def test_bench_document(run: Run, place: Path) -> None:
         assert [t["batch"] for t in model["timings"]] == [3, 1]
         for timing in model["timings"]:
             assert set(timing) == {
-                "batch", "p50_ms", "p95_ms", "mean_ms", "throughput", "runs", "peak_bytes", "ratio",
-            }  # fmt: skip
+                "batch",
+                "p50_ms",
+                "p95_ms",
+                "mean_ms",
+                "throughput",
+                "runs",
+                "peak_bytes",
+                "ratio",
+            }
             assert 0 < timing["p50_ms"] <= timing["p95_ms"]
             assert timing["throughput"] == pytest.approx(timing["batch"] / timing["p50_ms"] * 1e3)
             ratio = timing["ratio"]
@@ -309,7 +468,9 @@ def test_bench_document(run: Run, place: Path) -> None:
 
 
 def test_bench_on_data(run: Run, place: Path) -> None:
-    result = run("bench", "model.onnx", "--data", "data.npz", "--batch", 4, "--seconds", 0.05, "--json")
+    result = run(
+        "bench", "model.onnx", "--data", "data.npz", "--batch", 4, "--seconds", 0.05, "--json"
+    )
     assert (result.code, result.err) == (0, "")
     assert (result.document["batch"], result.document["data"]) == ([4], "data.npz")
     assert len(result.document["models"]) == 1
@@ -321,7 +482,9 @@ def test_bench_of_a_fixed_batch(run: Run, place: Path) -> None:
         value.type.tensor_type.shape.dim[0].dim_value = 5
     onnx.save_model(model, "model.onnx")
     assert run("bench", "model.onnx", "--seconds", 0.05, "--json").document["batch"] == [5]
-    assert run("bench", "model.onnx", "--data", "data.npz", "--seconds", 0.05, "--json").document["batch"] == [5]
+    assert run("bench", "model.onnx", "--data", "data.npz", "--seconds", 0.05, "--json").document[
+        "batch"
+    ] == [5]
     for data in ((), ("--data", "data.npz")):
         result = run("bench", "model.onnx", *data, "--batch", 2, "--seconds", 0.05)
         assert (result.code, result.out) == (2, "")
@@ -359,7 +522,15 @@ def test_solvers_document(run: Run) -> None:
     found = {s["name"]: s for s in result.document["solvers"]}
     assert list(found) == ["gurobi", "highs"]
     for solver in found.values():
-        assert set(solver) == {"name", "installed", "usable", "version", "licence", "variables", "rows"}
+        assert set(solver) == {
+            "name",
+            "installed",
+            "usable",
+            "version",
+            "licence",
+            "variables",
+            "rows",
+        }
         assert solver["licence"]
     assert found["highs"]["usable"]
     assert found["highs"]["variables"] is None
@@ -390,7 +561,9 @@ def test_tables_fit_80_columns_and_say_what_the_documents_say(
         "inspect": run("inspect", "model.onnx"),
         "verify": run("verify", "model.onnx", "out.onnx", "--data", "data.npz"),
         "score": run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz"),
-        "bench": run("bench", *names, "--seconds", 0.05, "--batch", 1, "--batch", 16, "--threads", 2),
+        "bench": run(
+            "bench", *names, "--seconds", 0.05, "--batch", 1, "--batch", 16, "--threads", 2
+        ),
         "ops": run("ops"),
         "solvers": run("solvers"),
     }
@@ -408,7 +581,9 @@ def test_tables_fit_80_columns_and_say_what_the_documents_say(
         assert name in found["inspect"].out
     assert "same top class" in found["verify"].out
     assert re.search(r"^16 samples a run on \w+, 2 threads$", found["bench"].out, re.MULTILINE)
-    assert re.search(r"model\.onnx +[\d.]+ +[\d.]+ +[\d,]+ +\S+ +1\.00 \(1\.00-1\.00\)", found["bench"].out)
+    assert re.search(
+        r"model\.onnx +[\d.]+ +[\d.]+ +[\d,]+ +\S+ +1\.00 \(1\.00-1\.00\)", found["bench"].out
+    )
     assert "model.onnx -> s.npz" in found["score"].out
     assert re.search(r"first\.weight +16 +\S+ +\S+ +\S+ +[\d.]+ %", found["score"].out)
     assert "scored by obs" in found["score"].out
@@ -459,19 +634,59 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "--phi exp_weight --score-time 7 --limits snacs --protect 20% --strict --max-memory 2GB --no-provenance"
     )
     expected = {
-        "macs": 0.5, "params": 0.9, "size": 0.95, "threshold": None, "latency": 1.0, "max_drop": 99.0,
-        "importance": "l2", "allocate": "mip", "refit": "none", "align": 4, "floor": 0.1, "exclude": ("second",),
-        "solver": "highs", "time_limit": 5.0, "workers": 1, "force": True, "device": "cpu", "seed": 3, "batch_size": 8,
+        "macs": 0.5,
+        "params": 0.9,
+        "size": 0.95,
+        "threshold": None,
+        "latency": 1.0,
+        "max_drop": 99.0,
+        "importance": "l2",
+        "allocate": "mip",
+        "refit": "none",
+        "align": 4,
+        "floor": 0.1,
+        "exclude": ("second",),
+        "solver": "highs",
+        "time_limit": 5.0,
+        "workers": 1,
+        "force": True,
+        "device": "cpu",
+        "seed": 3,
+        "batch_size": 8,
         "scheduler": "tcp://host:1",
-        "mode": "joint", "formulation": "paper", "loss_weight": 2.0, "score_budget": 0.4, "relax": True,
-        "images_per_class": 3, "cache": "off", "image_size": (24, 32), "image_fit": "pad", "image_scale": 0.5,
-        "image_mean": (1.0, 2.0, 3.0), "image_std": (4.0,), "image_layout": "nhwc", "image_color": "bgr", "samples": 99,
-        "column": "c", "alpha": 0.9, "signal": "paper", "granularity": "connection", "iterations": 2, "sparse": True,
-        "phi": "exp_weight", "score_time": 7.0, "limits": "snacs", "protect": 0.2, "strict": True,
-        "max_memory": 2 << 30, "no_provenance": True,
-    }  # fmt: skip
+        "mode": "joint",
+        "formulation": "paper",
+        "loss_weight": 2.0,
+        "score_budget": 0.4,
+        "relax": True,
+        "images_per_class": 3,
+        "cache": "off",
+        "image_size": (24, 32),
+        "image_fit": "pad",
+        "image_scale": 0.5,
+        "image_mean": (1.0, 2.0, 3.0),
+        "image_std": (4.0,),
+        "image_layout": "nhwc",
+        "image_color": "bgr",
+        "samples": 99,
+        "column": "c",
+        "alpha": 0.9,
+        "signal": "paper",
+        "granularity": "connection",
+        "iterations": 2,
+        "sparse": True,
+        "phi": "exp_weight",
+        "score_time": 7.0,
+        "limits": "snacs",
+        "protect": 0.2,
+        "strict": True,
+        "max_memory": 2 << 30,
+        "no_provenance": True,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onnx_oamip.api.pipeline.prune", lambda *a, **_: seen.append(a[3]) or refuse())
+        patch.setattr(
+            "onnx_oamip.api.pipeline.prune", lambda *a, **_: seen.append(a[3]) or refuse()
+        )
         seen: list[Settings] = []
         assert run(*PRUNE, *options.split()).code == 1
     assert [s.model_dump() for s in seen] == [expected]
@@ -482,24 +697,45 @@ def refuse() -> None:
 
 
 def test_settings_reach_the_result(run: Run, place: Path) -> None:
-    document = run(*PRUNE, "--json", "--align", 4, "--floor", "50%", "--solver", "highs", "--device", "cpu").document
+    document = run(
+        *PRUNE, "--json", "--align", 4, "--floor", "50%", "--solver", "highs", "--device", "cpu"
+    ).document
     assert document["groups"][0]["kept"] == 8
     assert document["programs"][-1]["solver"] == "highs"
-    expected = {"macs": 0.5, "align": 4, "floor": 0.5, "solver": "highs", "device": "cpu", "workers": None}
+    expected = {
+        "macs": 0.5,
+        "align": 4,
+        "floor": 0.5,
+        "solver": "highs",
+        "device": "cpu",
+        "workers": None,
+    }
     assert document["settings"].items() >= expected.items()
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
 @pytest.mark.parametrize("refit", ["none", "bias", "least-squares"])
 def test_other_allocations_and_refits(run: Run, place: Path, allocate: str, refit: str) -> None:
-    document = run(*PRUNE, "--json", "--allocate", allocate, "--refit", refit, "--align", 1).document
+    document = run(
+        *PRUNE, "--json", "--allocate", allocate, "--refit", refit, "--align", 1
+    ).document
     assert (document["programs"], document["allocation"]) == ([], allocate)
     assert document["groups"][0]["kept"] == 8
     assert bool(document["fits"]) == (refit == "least-squares")
 
 
 def test_scores_from_a_file(run: Run, place: Path) -> None:
-    arguments = ("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--importance", "l1", "-q")
+    arguments = (
+        "score",
+        "model.onnx",
+        "--data",
+        "data.npz",
+        "-o",
+        "s.npz",
+        "--importance",
+        "l1",
+        "-q",
+    )
     assert run(*arguments) == Result(0, "", "")
     choices = ("--allocate", "uniform", "--align", 1, "--json")
     by_file = run(*PRUNE, *choices, "--scores", "s.npz").document
@@ -524,7 +760,16 @@ def test_every_setting_has_an_option_with_the_same_choices() -> None:
 
 
 def test_weight_scores_need_no_data(run: Run, place: Path) -> None:
-    choices = ("--importance", "l1", "--allocate", "uniform", "--refit", "none", "--force", "--json")
+    choices = (
+        "--importance",
+        "l1",
+        "--allocate",
+        "uniform",
+        "--refit",
+        "none",
+        "--force",
+        "--json",
+    )
     result = run("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx", *choices)
     assert result.code == 0
     verification = result.document["verification"]
@@ -543,7 +788,9 @@ def test_threshold_alone(run: Run, place: Path) -> None:
 def test_evaluation_data(run: Run, place: Path) -> None:
     assert run(*PRUNE, "--json").document["verification"]["samples"] == 8
     np.savez("held.npz", input=samples(12), labels=np.zeros(12, np.int64))
-    assert run(*PRUNE, "--json", "--eval-data", "held.npz").document["verification"]["samples"] == 12
+    assert (
+        run(*PRUNE, "--json", "--eval-data", "held.npz").document["verification"]["samples"] == 12
+    )
 
 
 def test_feeds_from_a_function(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,12 +834,20 @@ def with_nan() -> None:
 
 MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
     "missing model": (lambda: Path("model.onnx").unlink(), (), "no such file"),
-    "model is a folder": (lambda: (Path("model.onnx").unlink(), Path("model.onnx").mkdir()), (), "folder"),
+    "model is a folder": (
+        lambda: (Path("model.onnx").unlink(), Path("model.onnx").mkdir()),
+        (),
+        "folder",
+    ),
     "empty model": (lambda: Path("model.onnx").write_bytes(b""), (), "not an ONNX model"),
     "not an ONNX model": (not_onnx, (), "not an ONNX model"),
     "truncated model": (truncated, (), "truncated"),
     "missing data": (lambda: Path("data.npz").unlink(), (), "no such data file"),
-    "data is no archive": (lambda: Path("data.npz").write_bytes(b"PK, but no archive"), (), "numpy"),
+    "data is no archive": (
+        lambda: Path("data.npz").write_bytes(b"PK, but no archive"),
+        (),
+        "numpy",
+    ),
     "names do not match": (data(image=samples(8)), (), "'input'"),
     "an array too many": (data(input=samples(8), weights=samples(8)), (), "'weights'"),
     "wrong type": (data(input=samples(8).astype(np.float64)), (), "float64"),
@@ -620,7 +875,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
     "drop of 100 points": (lambda: None, ("--max-drop", "100"), "--max-drop"),
     "drop that is NaN": (lambda: None, ("--max-drop", "nan"), "--max-drop"),
     "latency of 0": (lambda: None, ("--latency", "0"), "--latency"),
-    "latency without the program": (lambda: None, ("--latency", "0.5", "--allocate", "uniform"), "--allocate mip"),
+    "latency without the program": (
+        lambda: None,
+        ("--latency", "0.5", "--allocate", "uniform"),
+        "--allocate mip",
+    ),
     "unknown solver": (lambda: None, ("--solver", "cplex"), "'highs'"),
     "no time": (lambda: None, ("--time-limit", "0"), "--time-limit"),
     "time that is NaN": (lambda: None, ("--time-limit", "nan"), "--time-limit"),
@@ -634,7 +893,11 @@ MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*") if "__pycache__" not in p.parts}
+    return {
+        str(p): p.read_bytes() if p.is_file() else None
+        for p in folder.rglob("*")
+        if "__pycache__" not in p.parts
+    }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -659,7 +922,11 @@ SCORES_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = 
     "missing": (lambda: None, (), "no such file of scores"),
     "a folder": (lambda: Path("s.npz").mkdir(), (), "folder"),
     "no archive": (lambda: Path("s.npz").write_text("0.1 0.2"), (), "cannot be read as scores"),
-    "pickled": (lambda: Path("s.npz").write_bytes(pickle.dumps([0.1, 0.2])), (), "cannot be read as scores"),
+    "pickled": (
+        lambda: Path("s.npz").write_bytes(pickle.dumps([0.1, 0.2])),
+        (),
+        "cannot be read as scores",
+    ),
     "data": (lambda: np.savez("s.npz", input=samples(8)), (), "schema_version"),
     "another model": (other_scores, (), "sha256"),
     "two ways to score": (lambda: None, ("--importance", "obs"), "--importance"),
@@ -668,7 +935,9 @@ SCORES_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = 
 
 
 @pytest.mark.parametrize("mistake", SCORES_MISTAKES)
-def test_a_mistake_about_scores_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+def test_a_mistake_about_scores_is_one_sentence_and_writes_nothing(
+    run: Run, place: Path, mistake: str
+) -> None:
     make, options, word = SCORES_MISTAKES[mistake]
     make()
     before = contents(place)
@@ -694,7 +963,9 @@ SCORE_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("mistake", SCORE_MISTAKES)
-def test_a_mistake_of_score_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+def test_a_mistake_of_score_is_one_sentence_and_writes_nothing(
+    run: Run, place: Path, mistake: str
+) -> None:
     make, options, word = SCORE_MISTAKES[mistake]
     make()
     before = contents(place)
@@ -711,7 +982,10 @@ def test_score_without_data_or_output_says_what_to_give(run: Run, place: Path) -
         assert (result.code, result.out) == (2, "")
         one_sentence(result)
         assert word in result.err
-    assert run("score", "model.onnx", "--data", "data.npz", "--exclude", "first*", "-o", "s.npz").code == 1
+    assert (
+        run("score", "model.onnx", "--data", "data.npz", "--exclude", "first*", "-o", "s.npz").code
+        == 1
+    )
     assert not (place / "s.npz").exists()
 
 
@@ -719,10 +993,27 @@ def test_a_run_without_a_budget_or_without_data_says_what_to_give(run: Run, plac
     for arguments, word in (
         (("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx"), "--macs"),
         (("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx"), "--data"),
-        (("prune", "model.onnx", "--macs", "0.5", "--importance", "obs", "-o", "out.onnx"), "--importance obs"),
-        (("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "-o", "out.onnx"), "--allocate mip"),
         (
-            ("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "--allocate", "global", "-o", "out.onnx"),
+            ("prune", "model.onnx", "--macs", "0.5", "--importance", "obs", "-o", "out.onnx"),
+            "--importance obs",
+        ),
+        (
+            ("prune", "model.onnx", "--macs", "0.5", "--importance", "l2", "-o", "out.onnx"),
+            "--allocate mip",
+        ),
+        (
+            (
+                "prune",
+                "model.onnx",
+                "--macs",
+                "0.5",
+                "--importance",
+                "l2",
+                "--allocate",
+                "global",
+                "-o",
+                "out.onnx",
+            ),
             "--refit least-squares",
         ),
     ):
@@ -748,7 +1039,9 @@ def test_cuda_without_cuda(run: Run, place: Path) -> None:
     assert not (place / "out.onnx").exists()
 
 
-def test_no_runtime_says_what_to_install(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_runtime_says_what_to_install(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = run(*PRUNE)
     assert (result.code, result.out) == (2, "")
@@ -779,7 +1072,16 @@ def test_interrupt_exits_130(place: Path) -> None:
         "    time.sleep(60)\n"
         "    yield {}\n"
     )
-    arguments = ["prune", "model.onnx", "--data", "slow_feeds:feeds", "--macs", "0.5", "-o", "out.onnx"]
+    arguments = [
+        "prune",
+        "model.onnx",
+        "--data",
+        "slow_feeds:feeds",
+        "--macs",
+        "0.5",
+        "-o",
+        "out.onnx",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "onnx_oamip", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(place)])},

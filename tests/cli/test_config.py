@@ -49,10 +49,18 @@ def _settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Settings:
     return seen[0]
 
 
-def test_flag_over_file_over_default(file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_over_file_over_default(
+    file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = file('macs = "50%"\nseed = 3\nexclude = ["a*", "b"]\nforce = true\nimportance = "l2"\n')
     found = _settings(monkeypatch, "--config", path, "--seed", "5")
-    assert (found.macs, found.seed, found.exclude, found.force, found.importance) == (0.5, 5, ("a*", "b"), True, "l2")
+    assert (found.macs, found.seed, found.exclude, found.force, found.importance) == (
+        0.5,
+        5,
+        ("a*", "b"),
+        True,
+        "l2",
+    )
     assert found.allocate == Settings().allocate
     assert _settings(monkeypatch, "--macs", "0.4").seed == 0
     # The place of --config among the others does not matter.

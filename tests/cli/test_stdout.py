@@ -47,7 +47,11 @@ STEPS = {
 
 
 def _with_option(name: str) -> list[str]:
-    return [c for c in STEPS if c in cli.commands and any(name in p.opts for p in cli.commands[c].params)]
+    return [
+        c
+        for c in STEPS
+        if c in cli.commands and any(name in p.opts for p in cli.commands[c].params)
+    ]
 
 
 QUIET = _with_option("--quiet")
@@ -144,9 +148,13 @@ def _environment(folder: Path) -> dict[str, str]:
 def _runs(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every run by its name, in an order in which each finds what it reads."""
 
-    def run(command: str, *more: str, noise: bool = True, licence: str | None = None) -> dict[str, Any]:
+    def run(
+        command: str, *more: str, noise: bool = True, licence: str | None = None
+    ) -> dict[str, Any]:
         given = STEPS[command].replace("DATA", "noisy:feeds" if noise else "data.npz").split()
-        environment = {} if licence is None else {"GRB_LICENSE_FILE": str(folder / f"{licence}.lic")}
+        environment = (
+            {} if licence is None else {"GRB_LICENSE_FILE": str(folder / f"{licence}.lic")}
+        )
         return {"arguments": [command, *given, *more], "noise": noise, "environment": environment}
 
     for command in STEPS:
@@ -159,7 +167,10 @@ def _runs(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "prune -q, noise", run("prune", "-q")
     for licence in LICENCES:
         yield f"auto, {licence}", run("prune", "--json", licence=licence)
-        yield f"gurobi, {licence}", run("prune", "--json", "--solver", "gurobi", noise=False, licence=licence)
+        yield (
+            f"gurobi, {licence}",
+            run("prune", "--json", "--solver", "gurobi", noise=False, licence=licence),
+        )
         yield f"-q, {licence}", run("prune", "-q", noise=False, licence=licence)
 
 
@@ -169,12 +180,20 @@ def answers(folder: Path) -> Mapping[str, Answer]:
         pytest.skip("processes are forked as POSIX has it")
     runs = dict(_runs(folder))
     driver = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(list(runs.values())), cwd=folder, env=_environment(folder),
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps(list(runs.values())),
+        cwd=folder,
+        env=_environment(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert driver.returncode == 0, driver.stderr
     codes = json.loads(driver.stdout)
-    texts = ([(folder / f"{number}.{name}").read_text() for name in ("out", "err")] for number in range(len(codes)))
+    texts = (
+        [(folder / f"{number}.{name}").read_text() for name in ("out", "err")]
+        for number in range(len(codes))
+    )
     return {name: Answer(code, *text) for name, code, text in zip(runs, codes, texts, strict=True)}
 
 
@@ -183,16 +202,33 @@ def answers(folder: Path) -> Mapping[str, Answer]:
 
 def test_every_command_is_run() -> None:
     assert set(STEPS) == set(cli.commands)
-    assert set(QUIET) >= {"prune", "score", "plan", "apply", "checkpoint", "frontier", "pack", "unpack"}
+    assert set(QUIET) >= {
+        "prune",
+        "score",
+        "plan",
+        "apply",
+        "checkpoint",
+        "frontier",
+        "pack",
+        "unpack",
+    }
     assert set(SOLVER) >= {"prune", "score", "plan", "frontier"}
 
 
-@pytest.mark.parametrize("run", [f"{c} --json" for c in STEPS] + [f"{c} --json, highs" for c in SOLVER])
+@pytest.mark.parametrize(
+    "run", [f"{c} --json" for c in STEPS] + [f"{c} --json, highs" for c in SOLVER]
+)
 def test_json_is_all_of_stdout(answers: Mapping[str, Answer], run: str) -> None:
     answer = answers[run]
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["schema_version"] == 1
-    for writer in ("Python", "Python on the original stream", "descriptor 1", "a child process", "compiled code"):
+    for writer in (
+        "Python",
+        "Python on the original stream",
+        "descriptor 1",
+        "a child process",
+        "compiled code",
+    ):
         assert f"NOISE of {writer}\n" in answer.err
     assert all(line.startswith("NOISE ") for line in answer.err.splitlines())
 
@@ -218,7 +254,9 @@ def gurobi() -> None:
 
 
 @pytest.mark.parametrize("licence", LICENCES)
-def test_auto_takes_highs_without_a_valid_licence(answers: Mapping[str, Answer], gurobi: None, licence: str) -> None:
+def test_auto_takes_highs_without_a_valid_licence(
+    answers: Mapping[str, Answer], gurobi: None, licence: str
+) -> None:
     answer = answers[f"auto, {licence}"]
     assert answer.code == 0, answer.err
     programs = json.loads(answer.out)["programs"]
@@ -231,7 +269,9 @@ def test_auto_takes_highs_without_a_valid_licence(answers: Mapping[str, Answer],
 
 
 @pytest.mark.parametrize("licence", LICENCES)
-def test_gurobi_without_a_valid_licence_is_an_error(answers: Mapping[str, Answer], gurobi: None, licence: str) -> None:
+def test_gurobi_without_a_valid_licence_is_an_error(
+    answers: Mapping[str, Answer], gurobi: None, licence: str
+) -> None:
     answer = answers[f"gurobi, {licence}"]
     assert (answer.code, answer.out) == (2, "")
     one_sentence(answer)
@@ -247,7 +287,9 @@ def _program(folder: Path, *arguments: str, shell: str = "") -> Answer:
     command = [sys.executable, "-m", "onnx_oamip", *arguments]
     if shell:
         command = ["sh", "-c", f'"$@" {shell}', "sh", *command]
-    done = subprocess.run(command, cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False
+    )
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
@@ -270,7 +312,17 @@ def test_help_and_version_are_on_stdout(folder: Path) -> None:
 @pytest.mark.parametrize("shell", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_prints_do_not_reach_a_file_where_a_stream_is_closed(folder: Path, shell: str) -> None:
     """A file would get the number of the closed stream, and everything that is printed."""
-    given = ["model.onnx", "--data", "noisy:feeds", "--params", "0.5", "--importance", "l2", "--refit", "bias"]
+    given = [
+        "model.onnx",
+        "--data",
+        "noisy:feeds",
+        "--params",
+        "0.5",
+        "--importance",
+        "l2",
+        "--refit",
+        "bias",
+    ]
     answer = _program(folder, "plan", *given, "--json", "-o", "closed.json", shell=shell)
     assert answer.code == 0, answer.err
     assert "NOISE" not in (folder / "closed.json").read_text()
@@ -302,7 +354,16 @@ def test_a_call_from_python_keeps_prints_off_the_document(
     )
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
-    given = ["plan", "model.onnx", "--data", "talking:feeds", "--params", "0.5", "--importance", "l2"]
+    given = [
+        "plan",
+        "model.onnx",
+        "--data",
+        "talking:feeds",
+        "--params",
+        "0.5",
+        "--importance",
+        "l2",
+    ]
     before = os.fstat(1).st_ino, sys.stdout
     assert main([*given, "-o", "called.json", "--json"]) == 0
     assert (os.fstat(1).st_ino, sys.stdout) == before

@@ -69,7 +69,9 @@ def place(tmp_path: Path) -> Path:
     np.savez(tmp_path / "data.npz", image=images, labels=np.arange(40) % 4)
     table = pyarrow.table({"image": images.reshape(40, -1).tolist()})
     pyarrow.parquet.write_table(table, tmp_path / "numbers.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"image": [b"picture"] * 4}), tmp_path / "pictures.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": [b"picture"] * 4}), tmp_path / "pictures.parquet"
+    )
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"not read where Pillow is missing")
     return tmp_path
@@ -81,8 +83,12 @@ def run(place: Path, blocked: Sequence[str], *commands: str) -> tuple[list[int],
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, arguments],
-        cwd=place, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     codes, modules = json.loads(done.stdout.splitlines()[-1])
     return codes, set(modules), done.stderr
@@ -91,15 +97,24 @@ def run(place: Path, blocked: Sequence[str], *commands: str) -> tuple[list[int],
 PRUNE = "prune broken.onnx --macs 0.5 -o out.onnx --data"
 NEEDS = {
     "prune --report": ("report", f"{PRUNE} data.npz --report out.html"),
-    "apply --report": ("report", "apply broken.onnx --plan p.json --data data.npz -o out.onnx --report out.html"),
-    "frontier --report": ("report", "frontier broken.onnx --data data.npz -o out.json --report out.html"),
+    "apply --report": (
+        "report",
+        "apply broken.onnx --plan p.json --data data.npz -o out.onnx --report out.html",
+    ),
+    "frontier --report": (
+        "report",
+        "frontier broken.onnx --data data.npz -o out.json --report out.html",
+    ),
     "a folder of images": ("images", f"{PRUNE} images"),
     "held-out images": ("images", f"{PRUNE} data.npz --eval-data images"),
     "images to score with": ("images", "score broken.onnx --data images -o out.npz"),
     "images to verify with": ("images", "verify broken.onnx broken.onnx --data images"),
     "images to time with": ("images", "bench broken.onnx --data images"),
     "images to pack with": ("images", "pack broken.onnx --data images -o out.oamip"),
-    "images in a table": ("images", "prune model.onnx --data pictures.parquet --macs 0.5 -o out.onnx"),
+    "images in a table": (
+        "images",
+        "prune model.onnx --data pictures.parquet --macs 0.5 -o out.onnx",
+    ),
     "a table": ("parquet", f"{PRUNE} numbers.parquet"),
     "pack --data": ("pack", "pack broken.onnx --data data.npz -o out.oamip"),
     "pack --clusters": ("pack", "pack broken.onnx --clusters 4 -o out.oamip"),
@@ -150,7 +165,9 @@ def test_everything_else_works_without_the_extras(place: Path) -> None:
 
 
 def test_pruning_imports_no_optional_package(place: Path) -> None:
-    codes, modules, errors = run(place, [], "prune model.onnx --data data.npz --macs 0.5 --force -o small.onnx")
+    codes, modules, errors = run(
+        place, [], "prune model.onnx --data data.npz --macs 0.5 --force -o small.onnx"
+    )
     assert codes == [0], errors
     assert not modules & {*EVERY, "yaml", "pandas"}
 
@@ -160,11 +177,15 @@ def test_extras_are_declared() -> None:
     declared = project["optional-dependencies"]
     distributions = {"PIL": "pillow", "sklearn": "scikit-learn"}
     for extra, packages in PACKAGES.items():
-        assert [re.split("[>=]", line)[0] for line in declared[extra]] == [distributions.get(p, p) for p in packages]
+        assert [re.split("[>=]", line)[0] for line in declared[extra]] == [
+            distributions.get(p, p) for p in packages
+        ]
         assert not any(line in project["dependencies"] for line in declared[extra])
     assert declared["all"] == [f"onnx-oamip[{','.join(PACKAGES)}]"]
     assert "onnx-oamip[all]" in declared["dev"], "the tests need all of them"
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "onnx_oamip").rglob("*.py"))
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "onnx_oamip").rglob("*.py")
+    )
     named = set(re.findall(r'imports_of\(\s*"(\w+)"', sources))
     assert {*PACKAGES, "mlflow", "cluster"} == named <= set(declared)
 

@@ -28,17 +28,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
     """One image input with a symbolic batch."""
-    return load(build("(float[N,3,4,4] x) => (float[] y) <float[8,3,3,3] w> { y = Conv(x, w) }"), folder)
+    return load(
+        build("(float[N,3,4,4] x) => (float[] y) <float[8,3,3,3] w> { y = Conv(x, w) }"), folder
+    )
 
 
 @pytest.fixture(scope="module")
 def pair(folder: Path) -> Model:
     """Two inputs of different types that share a batch and a length."""
     return load(
-        build("(int64[N,T] ids, float[N,T] mask) => (float[] y) <float[6,5] table, int64[1] at = {2}> {"
-              " e = Gather(table, ids)  m = Unsqueeze(mask, at)  y = Mul(e, m) }"),
+        build(
+            "(int64[N,T] ids, float[N,T] mask) => (float[] y) <float[6,5] table, int64[1] at = {2}> {"
+            " e = Gather(table, ids)  m = Unsqueeze(mask, at)  y = Mul(e, m) }"
+        ),
         folder,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,11 @@ def test_sources_that_cannot_be_read(model: Model, tmp_path: Path) -> None:
     _refused(tmp_path / "none.npz", model, "none.npz: no such data file")
     _refused(str(tmp_path / "none.csv"), model, "none.csv: no such data file", "module:function")
     _refused(tmp_path, model, "is a folder")
-    for name, content in (("text.npz", b"hello"), ("empty.npz", b""), ("short.npy", b"\x93NUMPY\x01\x00")):
+    for name, content in (
+        ("text.npz", b"hello"),
+        ("empty.npz", b""),
+        ("short.npy", b"\x93NUMPY\x01\x00"),
+    ):
         (tmp_path / name).write_bytes(content)
         _refused(tmp_path / name, model, f"{name} cannot be read as numpy data", "numpy.savez")
     np.savez(tmp_path / "good.npz", x=IMAGES)
@@ -155,7 +163,10 @@ def test_callables_give_whole_feeds(model: Model, module: str, name: str) -> Non
     samples = _load(f"{module}:{name}", model)
     assert (samples.count, samples.whole) == (3, True)
     assert samples.arrays["x"].shape == (3, 2, 3, 4, 4)
-    seen = [(index.tolist(), float(feed["x"].mean()), feed["x"].shape) for index, feed in samples.batches(32)]
+    seen = [
+        (index.tolist(), float(feed["x"].mean()), feed["x"].shape)
+        for index, feed in samples.batches(32)
+    ]
     assert seen == [([i], float(i), (2, 3, 4, 4)) for i in range(3)]
 
 
@@ -180,16 +191,25 @@ def test_callables_that_do_not_work(model: Model, module: str, name: str, part: 
 
 
 def test_module_that_is_not_there(model: Model) -> None:
-    _refused("no_such_module_here:feeds", model, "no_such_module_here", "expected an importable module:function")
+    _refused(
+        "no_such_module_here:feeds",
+        model,
+        "no_such_module_here",
+        "expected an importable module:function",
+    )
 
 
 # ------------------------------------------------------------------------------------------------- names and shapes
 
 
 def test_names_must_match(model: Model, pair: Model) -> None:
-    _refused({"image": IMAGES}, model, "the data has arrays for image", "'x' (float32 [N, 3, 4, 4])")
+    _refused(
+        {"image": IMAGES}, model, "the data has arrays for image", "'x' (float32 [N, 3, 4, 4])"
+    )
     _refused({}, model, "has arrays for nothing")
-    _refused({"x": IMAGES, "extra": IMAGES}, model, "an array 'extra' that is no input", "inputs are x")
+    _refused(
+        {"x": IMAGES, "extra": IMAGES}, model, "an array 'extra' that is no input", "inputs are x"
+    )
     _refused({"x": IMAGES, "y.scale": np.float32(1)}, model, "'y.scale'")
     _refused({"ids": np.zeros((4, 6), np.int64)}, pair, "'mask' (float32 [N, T])")
 
@@ -200,16 +220,25 @@ WANTED = "but the model expects float32 [N, 3, 4, 4]"
 @pytest.mark.parametrize(
     ("array", "part"),
     [
-        (IMAGES.astype(np.float64), f"is float64 {WANTED}; convert it with array.astype('float32')."),
+        (
+            IMAGES.astype(np.float64),
+            f"is float64 {WANTED}; convert it with array.astype('float32').",
+        ),
         (IMAGES.astype(np.float16), "is float16"),
-        (np.zeros((10, 3, 4, 4), np.uint8), f"is uint8 {WANTED}; convert it with array.astype('float32'), or say"),
+        (
+            np.zeros((10, 3, 4, 4), np.uint8),
+            f"is uint8 {WANTED}; convert it with array.astype('float32'), or say",
+        ),
         (np.zeros((10, 3, 4, 4), bool), "is bool"),
         (np.zeros((10, 3, 4, 4), "U1"), "is <U1"),
         (IMAGES[:, 0], "axis 0 counts samples"),
         (IMAGES[None, None], "axis 0 counts samples"),
         (IMAGES[:, :2], "has shape (10, 2, 4, 4) but the model expects float32 [N, 3, 4, 4]."),
         (IMAGES[:, :, 1:], "has shape (10, 3, 3, 4)"),
-        (IMAGES.transpose(0, 2, 3, 1), f"(10, 4, 4, 3) {WANTED}; the layout fits after array.transpose(0, 3, 1, 2)."),
+        (
+            IMAGES.transpose(0, 2, 3, 1),
+            f"(10, 4, 4, 3) {WANTED}; the layout fits after array.transpose(0, 3, 1, 2).",
+        ),
         (IMAGES[0], "for one sample write array[None]."),
         (IMAGES[:0], "holds no samples"),
         (np.float32(1.0), "has shape ()"),
@@ -231,7 +260,9 @@ def test_values_must_be_finite(model: Model, value: float) -> None:
 
 
 def test_half_precision_values_must_be_finite(tmp_path: Path) -> None:
-    half = load(build("(float16[N,5] x) => (float16[] y) <float16[5,3] w> { y = MatMul(x, w) }"), tmp_path)
+    half = load(
+        build("(float16[N,5] x) => (float16[] y) <float16[5,3] w> { y = MatMul(x, w) }"), tmp_path
+    )
     bad = np.zeros((4, 5), np.float16)
     assert _load({"x": bad}, half).count == 4
     bad[2, 0] = np.inf
@@ -244,12 +275,20 @@ def test_several_inputs_count_alike(pair: Model) -> None:
     assert _load({"ids": ids[None], "mask": mask[None]}, pair).whole
     _refused({"ids": ids, "mask": mask[:3]}, pair, "unequal numbers of samples")
     _refused({"ids": ids[None], "mask": mask}, pair, "mixes batched arrays and whole feeds")
-    _refused({"ids": ids.astype(np.int32), "mask": mask}, pair, "'ids' is int32 but the model expects int64 [N, T]")
+    _refused(
+        {"ids": ids.astype(np.int32), "mask": mask},
+        pair,
+        "'ids' is int32 but the model expects int64 [N, T]",
+    )
 
 
 def test_scalar_input_needs_one_value_a_feed(tmp_path: Path) -> None:
-    gate = load(build("(float[N,5] x, float g) => (float[] y) <float[5,3] w> { h = MatMul(x, w)  y = Mul(h, g) }"),
-                tmp_path)  # fmt: skip
+    gate = load(
+        build(
+            "(float[N,5] x, float g) => (float[] y) <float[5,3] w> { h = MatMul(x, w)  y = Mul(h, g) }"
+        ),
+        tmp_path,
+    )
     x, g = np.zeros((3, 2, 5), np.float32), np.ones(3, np.float32)
     samples = _load({"x": x, "g": g}, gate)
     assert samples.whole
@@ -258,7 +297,10 @@ def test_scalar_input_needs_one_value_a_feed(tmp_path: Path) -> None:
 
 
 def test_model_without_inputs(tmp_path: Path) -> None:
-    alone = load(build("() => (float[] y) <float[3] b> { n = RandomNormal<shape = [3]>()  y = Add(n, b) }"), tmp_path)
+    alone = load(
+        build("() => (float[] y) <float[3] b> { n = RandomNormal<shape = [3]>()  y = Add(n, b) }"),
+        tmp_path,
+    )
     _refused({"x": IMAGES}, alone, "no inputs")
 
 
@@ -286,7 +328,10 @@ def test_labels_of_whole_feeds(model: Model) -> None:
 
 
 def test_an_input_may_be_called_labels(tmp_path: Path) -> None:
-    model = load(build("(float[N,5] labels) => (float[] y) <float[5,3] w> { y = MatMul(labels, w) }"), tmp_path)
+    model = load(
+        build("(float[N,5] labels) => (float[] y) <float[5,3] w> { y = MatMul(labels, w) }"),
+        tmp_path,
+    )
     samples = _load({"labels": np.zeros((4, 5), np.float32)}, model)
     assert samples.labels is None
     assert set(samples.arrays) == {"labels"}
@@ -306,7 +351,9 @@ CODES = np.arange(10 * 48, dtype=np.int64).reshape(10, 3, 4, 4).astype(np.uint8)
     ],
     ids=["scale", "both", "offset"],
 )
-def test_codes_are_turned_into_values(model: Model, extra: Mapping[str, Array], scale: float, offset: float) -> None:
+def test_codes_are_turned_into_values(
+    model: Model, extra: Mapping[str, Array], scale: float, offset: float
+) -> None:
     samples = _load({"x": CODES, **extra}, model)
     # What is stored stays compact; only a batch is ever turned into floats.
     assert samples.arrays["x"].dtype == np.uint8
@@ -316,7 +363,10 @@ def test_codes_are_turned_into_values(model: Model, extra: Mapping[str, Array], 
 
 
 def test_codes_have_a_scale_for_every_channel(model: Model) -> None:
-    scale, offset = np.asarray([1.0, 2.0, 4.0]).reshape(3, 1, 1), np.asarray([[[-1.0]], [[0.0]], [[1.0]]])
+    scale, offset = (
+        np.asarray([1.0, 2.0, 4.0]).reshape(3, 1, 1),
+        np.asarray([[[-1.0]], [[0.0]], [[1.0]]]),
+    )
     feed = _load({"x": CODES, "x.scale": scale, "x.offset": offset}, model).feed(np.arange(4))
     np.testing.assert_allclose(feed["x"], CODES[:4] * scale + offset, rtol=1e-6)
 
@@ -324,21 +374,34 @@ def test_codes_have_a_scale_for_every_channel(model: Model) -> None:
 ONE_INFINITE = np.asarray([1.0, np.inf, 1.0]).reshape(3, 1, 1)
 
 
-@pytest.mark.parametrize("value", [np.asarray(np.nan), np.asarray("a"), ONE_INFINITE, np.asarray(1j)])
+@pytest.mark.parametrize(
+    "value", [np.asarray(np.nan), np.asarray("a"), ONE_INFINITE, np.asarray(1j)]
+)
 def test_scale_must_be_numbers(model: Model, value: Array) -> None:
     _refused({"x": CODES, "x.scale": value}, model, "'x.scale' must hold finite numbers")
 
 
-@pytest.mark.parametrize("value", [np.ones(2), np.ones(3), np.ones((3, 4)), np.ones((1, 1, 1, 2)), np.zeros(0)])
+@pytest.mark.parametrize(
+    "value", [np.ones(2), np.ones(3), np.ones((3, 4)), np.ones((1, 1, 1, 2)), np.zeros(0)]
+)
 def test_scale_must_meet_a_sample(model: Model, value: Array) -> None:
-    _refused({"x": CODES, "x.scale": value}, model, "'x.scale' has shape", "does not broadcast to a sample's (3, 4, 4)")
+    _refused(
+        {"x": CODES, "x.scale": value},
+        model,
+        "'x.scale' has shape",
+        "does not broadcast to a sample's (3, 4, 4)",
+    )
 
 
 @pytest.mark.parametrize("key", ["labels", "x.scale", "x.offset"])
-def test_what_a_small_file_says_it_holds_is_not_read_before_it_fits(model: Model, tmp_path: Path, key: str) -> None:
+def test_what_a_small_file_says_it_holds_is_not_read_before_it_fits(
+    model: Model, tmp_path: Path, key: str
+) -> None:
     """Zeros are packed a thousand times smaller than they are: a shape that is wrong is refused by the header alone."""
     path = tmp_path / "d.npz"
-    np.savez_compressed(path, x=CODES, **{"x.scale": np.float32(1), key: np.zeros(1 << 26, np.uint8)})
+    np.savez_compressed(
+        path, x=CODES, **{"x.scale": np.float32(1), key: np.zeros(1 << 26, np.uint8)}
+    )
     assert path.stat().st_size < 1 << 17
     tracemalloc.start()
     try:
@@ -354,8 +417,12 @@ def test_what_a_small_file_says_it_holds_is_not_read_before_it_fits(model: Model
 
 def test_evaluation_keys_are_another_set(model: Model) -> None:
     source = {
-        "x": CODES, "labels": LABELS, "eval.x": CODES[:4] + 1, "eval.labels": LABELS[:4], "x.scale": np.float32(0.1),
-    }  # fmt: skip
+        "x": CODES,
+        "labels": LABELS,
+        "eval.x": CODES[:4] + 1,
+        "eval.labels": LABELS[:4],
+        "x.scale": np.float32(0.1),
+    }
     calibration, evaluation = _load(source, model), _load(source, model, EVALUATION)
     assert (calibration.count, evaluation.count) == (10, 4)
     np.testing.assert_array_equal(evaluation.arrays["x"], CODES[:4] + 1)
@@ -370,8 +437,12 @@ def test_no_evaluation_part(model: Model) -> None:
 
 
 def test_evaluation_part_is_checked_too(model: Model) -> None:
-    _refused({"x": IMAGES, "eval.x": IMAGES[:, :2]}, model, "has shape (10, 2, 4, 4)", prefix=EVALUATION)
-    _refused({"x": IMAGES, "eval.labels": LABELS}, model, "the model's input is 'x'", prefix=EVALUATION)
+    _refused(
+        {"x": IMAGES, "eval.x": IMAGES[:, :2]}, model, "has shape (10, 2, 4, 4)", prefix=EVALUATION
+    )
+    _refused(
+        {"x": IMAGES, "eval.labels": LABELS}, model, "the model's input is 'x'", prefix=EVALUATION
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ feeds
@@ -424,7 +495,9 @@ def _numbered(model: Model, count: int) -> Samples:
 
 @pytest.mark.parametrize("count", [2, 5, 9, 100])
 def test_hold_out_is_a_partition(tmp_path: Path, count: int) -> None:
-    model = load(build("(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), tmp_path)
+    model = load(
+        build("(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), tmp_path
+    )
     samples = _numbered(model, count)
     kept, held = hold_out(samples, seed=3)
     assert held.count == max(1, count // 5)
@@ -442,13 +515,19 @@ def test_hold_out_is_a_partition(tmp_path: Path, count: int) -> None:
 
 
 def test_one_sample_serves_for_both(tmp_path: Path) -> None:
-    model = load(build("(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), tmp_path)
+    model = load(
+        build("(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), tmp_path
+    )
     kept, held = hold_out(_numbered(model, 1), seed=0)
     assert kept.count == held.count == 1
 
 
-@pytest.mark.parametrize(("count", "expected"), [(40, (32, 8)), (9, (5, 4)), (8, (4, 4)), (7, (7, 7))])
-def test_hold_out_respects_a_fixed_batch(fixed: Model, count: int, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("count", "expected"), [(40, (32, 8)), (9, (5, 4)), (8, (4, 4)), (7, (7, 7))]
+)
+def test_hold_out_respects_a_fixed_batch(
+    fixed: Model, count: int, expected: tuple[int, int]
+) -> None:
     kept, held = hold_out(_numbered(fixed, count), seed=0)
     assert (kept.count, held.count) == expected
     assert kept.usable() >= 4

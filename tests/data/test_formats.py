@@ -27,7 +27,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-def _model(place: Path, signature: str, weight: str = "float[8,3,3,3] w", body: str = "y = Conv(x, w)") -> Model:
+def _model(
+    place: Path, signature: str, weight: str = "float[8,3,3,3] w", body: str = "y = Conv(x, w)"
+) -> Model:
     return load(build(f"({signature}) => (float[] y) <{weight}> {{ {body} }}"), place)
 
 
@@ -81,13 +83,19 @@ def test_pixels_become_values(model: Model, pictures: tuple[Path, dict[str, Arra
     assert dataset.load(folder, model, dataset.EVALUATION) is None
 
 
-def test_colours_and_layouts(place: Path, model: Model, pictures: tuple[Path, dict[str, Array]]) -> None:
+def test_colours_and_layouts(
+    place: Path, model: Model, pictures: tuple[Path, dict[str, Array]]
+) -> None:
     folder, made = pictures
     plain = _load(folder, model, scale=1.0).feed(np.arange(1))["x"]
-    np.testing.assert_array_equal(_load(folder, model, scale=1.0, color="bgr").feed(np.arange(1))["x"], plain[:, ::-1])
+    np.testing.assert_array_equal(
+        _load(folder, model, scale=1.0, color="bgr").feed(np.arange(1))["x"], plain[:, ::-1]
+    )
     body = "t = Transpose<perm = [0, 3, 1, 2]>(x) y = Conv(t, w)"
     last = _model(place, "float[N,16,12,3] x", body=body)
-    np.testing.assert_array_equal(_load(folder, last, scale=1.0).feed(np.arange(1))["x"][0], made["a/1.png"])
+    np.testing.assert_array_equal(
+        _load(folder, last, scale=1.0).feed(np.arange(1))["x"][0], made["a/1.png"]
+    )
     grey = _model(place, "float[N,1,16,12] x", "float[8,1,3,3] w")
     codes = _load(folder, grey).arrays["x"]
     expected = np.asarray(Image.fromarray(made["a/1.png"]).convert("L"))
@@ -106,7 +114,12 @@ def test_sizes(place: Path, tmp_path: Path, model: Model) -> None:
     assert stretched[0, 0, 5, 10] > 150
     assert stretched[0, 0, 5, 1] < 50
     _refused(tmp_path / "d", square, "leaves the images' size open; say it with --image-size")
-    _refused(tmp_path / "d", model, "--image-size gives a width of 20, but the model's input 'x'", size=(16, 20))
+    _refused(
+        tmp_path / "d",
+        model,
+        "--image-size gives a width of 20, but the model's input 'x'",
+        size=(16, 20),
+    )
     assert _load(tmp_path / "d", square, size=(20, 20)).labels is None
 
 
@@ -130,12 +143,19 @@ def test_folders_that_do_not_fit(tmp_path: Path, place: Path, model: Model) -> N
     (tmp_path / "d" / "b.jpg").write_bytes(b"no image")
     _refused(tmp_path / "d", model, "b.jpg cannot be read as an image")
     (tmp_path / "d" / "b.jpg").unlink()
-    _refused(tmp_path / "d", model, "--image-mean has 2 values, but the input 'x' has 3 channels", mean=(0.1, 0.2))
+    _refused(
+        tmp_path / "d",
+        model,
+        "--image-mean has 2 values, but the input 'x' has 3 channels",
+        mean=(0.1, 0.2),
+    )
     flat = _model(place, "float[N,12] x", "float[12,3] w", "y = MatMul(x, w)")
     _refused(tmp_path / "d", flat, "without four axes")
     odd = _model(place, "float[N,7,16,12] x", "float[8,7,3,3] w")
     _refused(tmp_path / "d", odd, "has 7 channels; images have 1, 3 or 4")
-    two = _model(place, "float[N,3,16,12] x, float[N,3,16,12] z", body="s = Add(x, z) y = Conv(s, w)")
+    two = _model(
+        place, "float[N,3,16,12] x, float[N,3,16,12] z", body="s = Add(x, z) y = Conv(s, w)"
+    )
     _refused(tmp_path / "d", two, "the model has the inputs x, z")
 
 
@@ -152,7 +172,9 @@ def test_columns_of_lists_and_labels(tmp_path: Path, place: Path) -> None:
     flat = _model(place, "float[N,6] x", "float[6,3] w", "y = MatMul(x, w)")
     values = RNG.normal(size=(30, 6)).astype(np.float32)
     labels = np.arange(30) % 3
-    pq.write_table(pa.table({"x": list(values), "label": labels}), tmp_path / "d.parquet", row_group_size=7)
+    pq.write_table(
+        pa.table({"x": list(values), "label": labels}), tmp_path / "d.parquet", row_group_size=7
+    )
     samples = _load(tmp_path / "d.parquet", flat)
     np.testing.assert_array_equal(samples.arrays["x"], values)
     assert samples.labels is not None
@@ -162,8 +184,14 @@ def test_columns_of_lists_and_labels(tmp_path: Path, place: Path) -> None:
     pq.write_table(pa.table({"features": list(values), "label": labels}), tmp_path / "e.parquet")
     np.testing.assert_array_equal(_load(tmp_path / "e.parquet", flat).arrays["x"], values)
     pq.write_table(pa.table({"a": list(values), "b": list(2 * values)}), tmp_path / "f.parquet")
-    np.testing.assert_array_equal(_load(tmp_path / "f.parquet", flat, column="b").arrays["x"], 2 * values)
-    _refused(tmp_path / "f.parquet", flat, "several columns and none called 'x'; choose one of a, b with --column")
+    np.testing.assert_array_equal(
+        _load(tmp_path / "f.parquet", flat, column="b").arrays["x"], 2 * values
+    )
+    _refused(
+        tmp_path / "f.parquet",
+        flat,
+        "several columns and none called 'x'; choose one of a, b with --column",
+    )
     _refused(tmp_path / "f.parquet", flat, "no column 'c'", column="c")
 
 
@@ -173,7 +201,9 @@ def test_lists_are_brought_to_the_shape_of_the_input(tmp_path: Path, model: Mode
     array = _load(tmp_path / "d.parquet", model).arrays["x"]
     assert array.dtype == np.float32
     np.testing.assert_allclose(array, values.reshape(4, 3, 16, 12), rtol=1e-6)
-    pq.write_table(pa.table({"x": [v.reshape(3, 16, 12).tolist() for v in values]}), tmp_path / "d.parquet")
+    pq.write_table(
+        pa.table({"x": [v.reshape(3, 16, 12).tolist() for v in values]}), tmp_path / "d.parquet"
+    )
     array = _load(tmp_path / "d.parquet", model).arrays["x"]
     np.testing.assert_allclose(array, values.reshape(4, 3, 16, 12), rtol=1e-6)
 
@@ -193,10 +223,16 @@ def test_columns_of_images(tmp_path: Path, model: Model, nested: bool) -> None:
 
 
 def test_several_inputs_take_their_columns(tmp_path: Path, place: Path) -> None:
-    pair = _model(place, "int64[N,4] ids, float[N,4] mask", "float[6,5] table, int64[1] at = {2}",
-                  "e = Gather(table, ids) m = Unsqueeze(mask, at) y = Mul(e, m)")  # fmt: skip
+    pair = _model(
+        place,
+        "int64[N,4] ids, float[N,4] mask",
+        "float[6,5] table, int64[1] at = {2}",
+        "e = Gather(table, ids) m = Unsqueeze(mask, at) y = Mul(e, m)",
+    )
     ids = RNG.integers(0, 6, (5, 4))
-    pq.write_table(pa.table({"ids": list(ids), "mask": list(np.ones((5, 4)))}), tmp_path / "d.parquet")
+    pq.write_table(
+        pa.table({"ids": list(ids), "mask": list(np.ones((5, 4)))}), tmp_path / "d.parquet"
+    )
     samples = _load(tmp_path / "d.parquet", pair)
     assert samples.arrays["ids"].dtype == np.int64
     assert samples.arrays["mask"].dtype == np.float32
@@ -219,15 +255,30 @@ def test_tables_that_do_not_fit(tmp_path: Path, model: Model) -> None:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def test_a_folder_of_images_prunes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    proto = build("(float[N,3,16,16] x) => (float[] y) <float[16,3,3,3] w, float[4,16] v> {"
-                  " c = Conv(x, w) r = Relu(c) g = GlobalAveragePool(r) f = Flatten(g) y = Gemm<transB = 1>(f, v) }")
+def test_a_folder_of_images_prunes_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = build(
+        "(float[N,3,16,16] x) => (float[] y) <float[16,3,3,3] w, float[4,16] v> {"
+        " c = Conv(x, w) r = Relu(c) g = GlobalAveragePool(r) f = Flatten(g) y = Gemm<transB = 1>(f, v) }"
+    )
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
     for i in range(40):
-        _picture(tmp_path / "d" / "abcd"[i % 4] / f"{i}.png", RNG.integers(0, 256, (20, 24, 3)).astype(np.uint8))
+        _picture(
+            tmp_path / "d" / "abcd"[i % 4] / f"{i}.png",
+            RNG.integers(0, 256, (20, 24, 3)).astype(np.uint8),
+        )
     asked = ["--macs", "0.5", "--align", "1", "--force", "--device", "cpu", "-q"]
     asked += ["--image-mean", "0.5", "--image-std", "0.2"]
-    given = ["prune", str(tmp_path / "m.onnx"), "--data", str(tmp_path / "d"), "-o", str(tmp_path / "o.onnx"), *asked]
+    given = [
+        "prune",
+        str(tmp_path / "m.onnx"),
+        "--data",
+        str(tmp_path / "d"),
+        "-o",
+        str(tmp_path / "o.onnx"),
+        *asked,
+    ]
     assert main(given) == 0, capsys.readouterr().err
     assert (tmp_path / "o.onnx").exists()
     assert main([*given, "--image-size", "20"]) == 2

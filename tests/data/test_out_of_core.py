@@ -60,15 +60,24 @@ def _found(path: Path) -> Any:
 @pytest.mark.usefixtures("small")
 def test_rows_are_those_of_the_array(form: str, change: str, tmp_path: Path) -> None:
     value = {
-        "plain": VALUES, "big-endian": VALUES.astype(">f4"), "columns first": np.asfortranarray(VALUES),
+        "plain": VALUES,
+        "big-endian": VALUES.astype(">f4"),
+        "columns first": np.asfortranarray(VALUES),
         "half": VALUES.astype(np.float16),
-    }[change]  # fmt: skip
+    }[change]
     found = _found(FORMS[form](tmp_path, value))
     assert isinstance(found, Rows) == (change != "columns first")
     assert found.dtype == value.dtype.newbyteorder("=")
     assert (found.shape, found.ndim, found.size, len(found)) == (value.shape, 3, 600, 50)
     np.testing.assert_array_equal(np.asarray(found), value)
-    for index in (np.asarray([4, 5, 6, 2, 49, 0]), np.zeros(0, np.int64), np.asarray([-1, 3]), slice(7, 40, 3), 5, -2):
+    for index in (
+        np.asarray([4, 5, 6, 2, 49, 0]),
+        np.zeros(0, np.int64),
+        np.asarray([-1, 3]),
+        slice(7, 40, 3),
+        5,
+        -2,
+    ):
         np.testing.assert_array_equal(found[index], value[index])
     with pytest.raises(IndexError):
         found[np.asarray([50])]
@@ -89,7 +98,9 @@ def test_arrays_in_memory_are_not_copied_either() -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Model:
-    return load(build("(float[N,3,4] x) => (float[] y) <float[4,2] w> { y = MatMul(x, w) }"), tmp_path)
+    return load(
+        build("(float[N,3,4] x) => (float[] y) <float[4,2] w> { y = MatMul(x, w) }"), tmp_path
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -128,7 +139,10 @@ def test_what_is_not_finite_is_told_by_its_sample(model: Model, tmp_path: Path) 
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_does_not_grow_with_the_samples(form: str, tmp_path: Path) -> None:
     """64 MiB of samples are checked, divided and run through in the memory of a few batches."""
-    net = load(build(f"(float[N,{WIDE}] x) => (float[] y) <float[{WIDE},2] w> {{ y = MatMul(x, w) }}"), tmp_path)
+    net = load(
+        build(f"(float[N,{WIDE}] x) => (float[] y) <float[{WIDE},2] w> {{ y = MatMul(x, w) }}"),
+        tmp_path,
+    )
     value = np.ones((256, WIDE), np.float32)
     path = tmp_path / ("d.npy" if form == "npy" else "d.npz")
     if form == "npy":
@@ -174,7 +188,9 @@ def test_a_checksum_that_is_wrong(tmp_path: Path) -> None:
 def test_no_room_for_what_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _packed(tmp_path, VALUES)
     monkeypatch.setattr(numpy_files, "room", lambda: 100)
-    with pytest.raises(DataError, match=r"asks for .* of memory .* and 100 bytes for temporary files; give fewer"):
+    with pytest.raises(
+        DataError, match=r"asks for .* of memory .* and 100 bytes for temporary files; give fewer"
+    ):
         numpy_files.load(path)
 
     class Full:
@@ -185,7 +201,10 @@ def test_no_room_for_what_is_unpacked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(out_of_core, "HELD", 64)
     monkeypatch.setattr(numpy_files, "HELD", 64)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    with pytest.raises(OutputError, match=r"d\.npz: its array 'x' is 2\.3 KiB when unpacked: there is no room for it"):
+    with pytest.raises(
+        OutputError,
+        match=r"d\.npz: its array 'x' is 2\.3 KiB when unpacked: there is no room for it",
+    ):
         numpy_files.load(path)
 
 
@@ -214,4 +233,6 @@ def test_functions_and_images_go_aside(tmp_path: Path, monkeypatch: pytest.Monke
     assert samples is not None
     assert isinstance(samples.arrays["x"], Rows)
     assert (samples.count, samples.whole) == (40, True)
-    np.testing.assert_array_equal(samples.feed(np.asarray([7]))["x"], np.full((4, 6), 7, np.float32))
+    np.testing.assert_array_equal(
+        samples.feed(np.asarray([7]))["x"], np.full((4, 6), 7, np.float32)
+    )

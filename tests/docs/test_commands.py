@@ -26,7 +26,10 @@ from onnx_oamip.api import pipeline
 from onnx_oamip.cli import cli, main
 from onnx_oamip.verification.latency import Ratio
 
-PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
+PAGES = (
+    "README.md",
+    *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")),
+)
 INPUTS = ("--data", "--eval-data", "--plan", "--scores", "--config", "--keep-map", "--state-dict")
 OUTPUTS = ("-o", "--output", "--keep-map", "--report", "--save-dir", ">")
 
@@ -39,7 +42,12 @@ def fences(page: str) -> list[tuple[str, str]]:
 
 def commands(page: str, *languages: str) -> list[list[str]]:
     """Words of every onnx-oamip command in blocks of these languages."""
-    lines = [line for language, block in fences(page) if language in languages for line in block.splitlines()]
+    lines = [
+        line
+        for language, block in fences(page)
+        if language in languages
+        for line in block.splitlines()
+    ]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [shlex.split(part)[1:] for part in parts if part.startswith("onnx-oamip ")]
 
@@ -55,8 +63,15 @@ def files_read(words: list[str]) -> list[str]:
     """Files and folders that a command expects to exist."""
     before_options = itertools.takewhile(lambda word: not word.startswith("-"), words[1:])
     made_by_prune = words[0] in ("prune", "apply")
-    named = [b for a, b in itertools.pairwise(words) if a in INPUTS and not (a == "--keep-map" and made_by_prune)]
-    return [*before_options, *(f"{name.partition(':')[0]}.py" if ":" in name else name for name in named)]
+    named = [
+        b
+        for a, b in itertools.pairwise(words)
+        if a in INPUTS and not (a == "--keep-map" and made_by_prune)
+    ]
+    return [
+        *before_options,
+        *(f"{name.partition(':')[0]}.py" if ":" in name else name for name in named),
+    ]
 
 
 def files_written(words: list[str]) -> list[str]:
@@ -73,7 +88,9 @@ def own_files(page: str) -> set[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page, "console", "sh")])
 def test_commands_read_files_that_exist(page: str) -> None:
     """In the repository, written by an earlier command, shown on the page, or named there as the reader's own."""
-    known = own_files(page) | {m[1] for _, block in fences(page) if (m := re.match(r"# (\w+\.\w+)\n", block))}
+    known = own_files(page) | {
+        m[1] for _, block in fences(page) if (m := re.match(r"# (\w+\.\w+)\n", block))
+    }
     for words in commands(page, "console", "sh"):
         for name in files_read(words):
             assert name in known or (ROOT / name).exists(), f"{name} of: {shlex.join(words)}"
@@ -107,14 +124,20 @@ def own_file(path: Path, model: Path, samples: dict[str, Any]) -> None:
     elif path.name == "samples.npz":
         np.savez(path, **samples)
     elif path.name == "images":
-        for i, (pixels, label) in enumerate(zip(samples["input"], samples["labels"].tolist(), strict=True)):
+        for i, (pixels, label) in enumerate(
+            zip(samples["input"], samples["labels"].tolist(), strict=True)
+        ):
             (path / str(label)).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[0]).save(path / str(label) / f"{i}.png")
     elif path.name == "samples.parquet":
         values = (samples["input"].reshape(64, -1) * np.float32(1 / 255)).tolist()
-        pyarrow.parquet.write_table(pyarrow.table({"pixels": values, "label": samples["labels"]}), path)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"pixels": values, "label": samples["labels"]}), path
+        )
     elif path.name == "trained.safetensors":
-        save_file({t.name: numpy_helper.to_array(t) for t in onnx.load(model).graph.initializer}, path)
+        save_file(
+            {t.name: numpy_helper.to_array(t) for t in onnx.load(model).graph.initializer}, path
+        )
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)

@@ -96,7 +96,15 @@ def test_site_builds(tmp_path: Path) -> None:
     """Strict: a warning, about a link or a docstring for example, fails the build."""
     pytest.importorskip("mkdocs", reason="needs the extra 'docs'")
     pytest.importorskip("mkdocstrings", reason="needs the extra 'docs'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "prune" in (tmp_path / "site" / "reference" / "api.html").read_text(encoding="utf-8")
@@ -113,20 +121,30 @@ def test_readme_is_short() -> None:
 
 
 def test_readme_leads_to_every_page() -> None:
-    reached = {(ROOT / link.partition("#")[0]).resolve() for link in links("README.md") if not link.startswith("#")}
+    reached = {
+        (ROOT / link.partition("#")[0]).resolve()
+        for link in links("README.md")
+        if not link.startswith("#")
+    }
     home = ("README.md", "docs/index.md")  # the home page of the site, which repeats the README
     assert {(ROOT / page).resolve() for page in PAGES if page not in home} <= reached
 
 
 def test_results_are_fresh() -> None:
-    assert readme.updated(text("README.md"), readme.SAVED) == text("README.md"), "run: python -m tools.bench readme"
+    assert readme.updated(text("README.md"), readme.SAVED) == text("README.md"), (
+        "run: python -m tools.bench readme"
+    )
     assert readme.page(readme.SAVED) == text(RESULTS), "run: python -m tools.bench readme"
 
 
 def test_an_edited_number_is_noticed() -> None:
     page = text("README.md")
     begin, end = page.index(readme.BEGIN), page.index(readme.END)
-    numbers = [found for found in re.finditer(r"(?<=\| )-?\d+\.\d+(?= \|)", page) if begin < found.start() < end]
+    numbers = [
+        found
+        for found in re.finditer(r"(?<=\| )-?\d+\.\d+(?= \|)", page)
+        if begin < found.start() < end
+    ]
     assert len(numbers) > 30
     for found in numbers[:: len(numbers) // 7]:
         edited = f"{page[: found.start()]}{float(found[0]) + 0.01:.2f}{page[found.end() :]}"
@@ -166,7 +184,9 @@ def test_publishing_takes_over_what_is_new(tmp_path: Path, monkeypatch: pytest.M
     for file in (ROOT / "tools/bench/results").iterdir():
         (tmp_path / "SAVED" / file.name).write_text(file.read_text())
     record = json.loads((tmp_path / "SAVED/budgets.json").read_text())
-    record["rows"] = [{**record["rows"][0], "model": "another", "MACs kept": 0.5, "before": 98.0, "after": 12.34}]
+    record["rows"] = [
+        {**record["rows"][0], "model": "another", "MACs kept": 0.5, "before": 98.0, "after": 12.34}
+    ]
     (new / "budgets.json").write_text(json.dumps(record))
     summary = json.loads((tmp_path / "SAVED/rivals-summary.json").read_text())
     summary["rows"] = [{**summary["rows"][0], "model": "another", "lost by ours": 12.34}]
@@ -197,7 +217,9 @@ def test_missing_markers_are_said() -> None:
 def test_design_lists_every_module() -> None:
     design = text("docs/design.md").partition("\n## Modules\n")[2].partition("\n## ")[0]
     table = design.partition("| --- | --- |\n")[2].partition("\n\n")[0]
-    listed = [name for row in table.splitlines() for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])]
+    listed = [
+        name for row in table.splitlines() for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])
+    ]
     files = {p.name for p in PACKAGE.glob("*.py") if not p.name.startswith("__")}
     folders = {f"{p.name}/" for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
     assert len(listed) == len(set(listed))
@@ -205,14 +227,26 @@ def test_design_lists_every_module() -> None:
 
 
 def test_every_option_is_in_the_reference() -> None:
-    tables = text("docs/reference/options.md").partition("\n## Budgets\n")[2].partition("\n## Configuration files\n")[0]
+    tables = (
+        text("docs/reference/options.md")
+        .partition("\n## Budgets\n")[2]
+        .partition("\n## Configuration files\n")[0]
+    )
     shown = set(re.findall(r"--[a-z][a-z-]+", tables))
     for name, command in cli.commands.items():
-        options = {o for p in command.params if p.param_type_name == "option" for o in p.opts if o.startswith("--")}
+        options = {
+            o
+            for p in command.params
+            if p.param_type_name == "option"
+            for o in p.opts
+            if o.startswith("--")
+        }
         assert options - {"--output", "--quiet"} <= shown, name
 
 
-def test_the_output_shown_is_what_comes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_shown_is_what_comes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (command, shown), *others = re.findall(
         r"^```console\nonnx-oamip ([^\n]+)\n```\n\n```text\n(.*?)^```",
         "\n".join(map(text, PAGES)),
@@ -226,7 +260,9 @@ def test_the_output_shown_is_what_comes(capsys: pytest.CaptureFixture[str], monk
 
 
 def test_the_plan_shown_is_one() -> None:
-    blocks = re.findall(r"^```json\n(.*?)^```", "\n".join(map(text, DOCS)), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(
+        r"^```json\n(.*?)^```", "\n".join(map(text, DOCS)), re.MULTILINE | re.DOTALL
+    )
     shown = [GroupEntry.model_validate_json(block) for block in blocks if '"keep"' in block]
     assert len(shown) == 1
 

@@ -34,7 +34,9 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.published.dependence import mint
 
-pytest.importorskip("distributed", reason="the package distributed is not installed (the extra 'cluster')")
+pytest.importorskip(
+    "distributed", reason="the package distributed is not installed (the extra 'cluster')"
+)
 NOWHERE = "tcp://127.0.0.1:9"
 
 
@@ -42,7 +44,9 @@ NOWHERE = "tcp://127.0.0.1:9"
 def local() -> Iterator[Any]:
     from distributed import LocalCluster
 
-    with LocalCluster(processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None) as found:
+    with LocalCluster(
+        processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as found:
         yield found
 
 
@@ -77,7 +81,14 @@ def _kill(local: Any, count: int) -> None:
 
 def _plan(place: Path, scheduler: str | None, progress: Any = None, **values: Any) -> str:
     """The text of a plan file: what stays, with losses and programs, but for times."""
-    asked = {"macs": 0.5, "align": 1, "device": "cpu", "solver": "highs", "workers": 2, "scheduler": scheduler}
+    asked = {
+        "macs": 0.5,
+        "align": 1,
+        "device": "cpu",
+        "solver": "highs",
+        "workers": 2,
+        "scheduler": scheduler,
+    }
     settings = Settings.create(**{**asked, **values})
     output = place / "plan.json"
     pipeline.plan(place / "case.onnx", str(place / "data.npz"), output, settings, progress=progress)
@@ -98,7 +109,9 @@ def _plan(place: Path, scheduler: str | None, progress: Any = None, **values: An
     ],
     ids=str,
 )
-def test_plans_are_those_of_this_machine(place: Path, address: str, values: Mapping[str, Any]) -> None:
+def test_plans_are_those_of_this_machine(
+    place: Path, address: str, values: Mapping[str, Any]
+) -> None:
     """Every loss, score and program of the plan, to the last bit; progress counts groups as they come."""
     steps: list[tuple[str, int, int]] = []
     there = _plan(place, address, lambda *step: steps.append(step), **values)
@@ -110,14 +123,35 @@ def test_plans_are_those_of_this_machine(place: Path, address: str, values: Mapp
 def test_commands_take_it(place: Path, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["case.onnx", "--data", "data.npz", "--device", "cpu", "-q", "--scheduler", address]
     few = ["--align", "1", "--solver", "highs"]
-    assert cli.main(["score", *common, "--importance", "oamip", "--mode", "decoupled", "-o", "there.npz"]) == 0
-    assert cli.main(["score", *common[:-2], "--importance", "oamip", "--mode", "decoupled", "-o", "here.npz"]) == 0
+    assert (
+        cli.main(
+            ["score", *common, "--importance", "oamip", "--mode", "decoupled", "-o", "there.npz"]
+        )
+        == 0
+    )
+    assert (
+        cli.main(
+            [
+                "score",
+                *common[:-2],
+                "--importance",
+                "oamip",
+                "--mode",
+                "decoupled",
+                "-o",
+                "here.npz",
+            ]
+        )
+        == 0
+    )
     with np.load("there.npz") as there, np.load("here.npz") as here:
         assert there.files == here.files
         for name in set(here.files) - {"settings", "programs"}:
             np.testing.assert_array_equal(there[name], here[name])
     assert cli.main(["prune", *common, *few, "--macs", "0.5", "--force", "-o", "out.onnx"]) == 0
-    assert cli.main(["prune", *common[:-2], *few, "--macs", "0.5", "--force", "-o", "own.onnx"]) == 0
+    assert (
+        cli.main(["prune", *common[:-2], *few, "--macs", "0.5", "--force", "-o", "own.onnx"]) == 0
+    )
     assert Path("out.onnx").read_bytes() == Path("own.onnx").read_bytes()
     assert cli.main(["frontier", *common, *few, "--levels", "0.5", "-o", "f.json"]) == 0
     assert address in Path("f.json").read_text()
@@ -126,7 +160,9 @@ def test_commands_take_it(place: Path, address: str, capsys: pytest.CaptureFixtu
 
 def test_the_cache_serves_both(place: Path, address: str) -> None:
     """What a cluster found is taken here: where it was worked out decides nothing."""
-    settings = Settings.create(macs=0.5, align=1, device="cpu", cache=str(place / "cache"), scheduler=address)
+    settings = Settings.create(
+        macs=0.5, align=1, device="cpu", cache=str(place / "cache"), scheduler=address
+    )
     first = pipeline.plan(place / "case.onnx", str(place / "data.npz"), None, settings)
     own = settings.model_copy(update={"scheduler": None})
     second = pipeline.plan(place / "case.onnx", str(place / "data.npz"), None, own)
@@ -135,7 +171,9 @@ def test_the_cache_serves_both(place: Path, address: str) -> None:
     np.testing.assert_array_equal(first.plan.keep, second.plan.keep)
 
 
-def test_large_weights_stay_in_their_file(place: Path, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_stay_in_their_file(
+    place: Path, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Workers map the file that they see."""
     monkeypatch.setattr(external_data, "MAPPED", 1)
     monkeypatch.setattr(external_data, "LEAST", 64)
@@ -155,14 +193,20 @@ def either(request: pytest.FixtureRequest) -> Executor:
 
 def test_results_come_in_order(either: Executor) -> None:
     told: list[tuple[int, int]] = []
-    found = either.map(pieces.add, 10, list(range(30)), lambda done, total: told.append((done, total)))
+    found = either.map(
+        pieces.add, 10, list(range(30)), lambda done, total: told.append((done, total))
+    )
     assert found == list(range(10, 40))
     assert told == [(i + 1, 30) for i in range(30)]
     assert either.map(pieces.add, 10, []) == []
 
 
-@pytest.mark.parametrize(("task", "kind"), [(pieces.refuse, ModelError), (pieces.overrun, TimeoutError)])
-def test_errors_are_those_of_the_task(either: Executor, task: Callable[[Any, int], int], kind: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("task", "kind"), [(pieces.refuse, ModelError), (pieces.overrun, TimeoutError)]
+)
+def test_errors_are_those_of_the_task(
+    either: Executor, task: Callable[[Any, int], int], kind: type[Exception]
+) -> None:
     with pytest.raises(kind, match=r"^(piece 3 cannot be done; leave it out\.|the piece's own)$"):
         either.map(task, None, list(range(6)))
 
@@ -171,7 +215,9 @@ def test_work_is_spread_and_one_thread_each(address: str) -> None:
     there = executor(scheduler=address)
     assert len({*there.map(pieces.process, None, list(range(12)))}) == 2
     assert os.getpid() not in there.map(pieces.process, None, [0])
-    assert len({*there.map(pieces.identity, list(range(9)), list(range(12)))}) <= 2  # opened once a process
+    assert (
+        len({*there.map(pieces.identity, list(range(9)), list(range(12)))}) <= 2
+    )  # opened once a process
     assert set(there.map(pieces.threads, None, list(range(4)))) == {1}
 
 
@@ -184,7 +230,9 @@ def test_threads_share_memory() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one", "all"])
-def test_workers_that_are_lost_do_not_matter(place: Path, local: Any, address: str, count: int) -> None:
+def test_workers_that_are_lost_do_not_matter(
+    place: Path, local: Any, address: str, count: int
+) -> None:
     """The pieces of lost workers run elsewhere; where all go, what they held is sent to those that come after."""
     killed: list[str] = []
 
@@ -205,11 +253,15 @@ def test_a_worker_lost_at_its_work(local: Any, address: str) -> None:
             killed.append(done)
             _kill(local, 1)
 
-    assert executor(scheduler=address).map(pieces.rest, 0.05, list(range(30)), kill) == list(range(30))
+    assert executor(scheduler=address).map(pieces.rest, 0.05, list(range(30)), kill) == list(
+        range(30)
+    )
     assert killed == [3]
 
 
-def test_work_that_takes_workers_with_it(local: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_takes_workers_with_it(
+    local: Any, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local.scheduler, "allowed_failures", 0)
     with pytest.raises(EnvironmentMissing, match="workers died at the same piece of work"):
         executor(scheduler=address).map(pieces.leave, None, [0])
@@ -218,10 +270,16 @@ def test_work_that_takes_workers_with_it(local: Any, address: str, monkeypatch: 
 def test_no_worker_is_left(local: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "PATIENCE", 0.5)
     try:
-        with pytest.raises(EnvironmentMissing, match=r"no worker is left at --scheduler tcp://.* with [1-9] of 40"):
-            executor(scheduler=address).map(pieces.rest, 0.05, list(range(40)), lambda *_: local.scale(0))
+        with pytest.raises(
+            EnvironmentMissing, match=r"no worker is left at --scheduler tcp://.* with [1-9] of 40"
+        ):
+            executor(scheduler=address).map(
+                pieces.rest, 0.05, list(range(40)), lambda *_: local.scale(0)
+            )
         _wait(local, 0)
-        with pytest.raises(EnvironmentMissing, match="has no worker; start some with 'dask worker tcp://"):
+        with pytest.raises(
+            EnvironmentMissing, match="has no worker; start some with 'dask worker tcp://"
+        ):
             cluster.Cluster(address).check()
     finally:
         local.scale(2)
@@ -245,7 +303,17 @@ def test_what_is_interrupted_is_cancelled(local: Any, address: str) -> None:
 def _refused(place: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
     """One sentence on stderr, status 2, nothing written."""
     before = sorted(os.listdir(place))
-    common = ["case.onnx", "--data", "data.npz", "--macs", "0.5", "--device", "cpu", "-o", "out.onnx"]
+    common = [
+        "case.onnx",
+        "--data",
+        "data.npz",
+        "--macs",
+        "0.5",
+        "--device",
+        "cpu",
+        "-o",
+        "out.onnx",
+    ]
     assert cli.main(["prune", *common, *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -266,22 +334,36 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("where", [NOWHERE, "nonsense", "tcp://", "foo://host:1"])
 def test_no_scheduler(
-    place: Path, where: str, no_work: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    where: str,
+    no_work: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(cluster, "TIMEOUT", 0.5)
-    assert f"--scheduler {where}: no Dask scheduler answers there" in _refused(place, capsys, "--scheduler", where)
+    assert f"--scheduler {where}: no Dask scheduler answers there" in _refused(
+        place, capsys, "--scheduler", where
+    )
 
 
-def test_a_worker_is_no_scheduler(place: Path, local: Any, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_is_no_scheduler(
+    place: Path, local: Any, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     worker = next(iter(local.scheduler.workers))
     assert "no Dask scheduler answers there" in _refused(place, capsys, "--scheduler", worker)
 
 
 def test_other_versions(
-    place: Path, address: str, no_work: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    address: str,
+    no_work: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     known = cluster.facts()
-    monkeypatch.setattr(cluster, "facts", lambda: tuple((n, "1.0" if n == "numpy" else v) for n, v in known))
+    monkeypatch.setattr(
+        cluster, "facts", lambda: tuple((n, "1.0" if n == "numpy" else v) for n, v in known)
+    )
     told = _refused(place, capsys, "--scheduler", address)
     assert "the worker tcp://" in told
     assert f"has numpy {np.__version__}, and here is 1.0; install the same on both." in told
@@ -289,11 +371,15 @@ def test_other_versions(
 
 def test_a_scheduler_of_another_version(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "misfit", pieces.misfit)
-    with pytest.raises(EnvironmentMissing, match=r"the scheduler tcp://\S+ has python 1\.0, and here"):
+    with pytest.raises(
+        EnvironmentMissing, match=r"the scheduler tcp://\S+ has python 1\.0, and here"
+    ):
         cluster.Cluster(address).check()
 
 
-def test_a_worker_of_other_versions_that_comes_later(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_of_other_versions_that_comes_later(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cluster, "facts", lambda: (("numpy", "1.0"), ("distributed", "1.0")))
     monkeypatch.setattr(cluster.Cluster, "_meet", lambda *_: None)
     with pytest.raises(EnvironmentMissing, match=r"the worker tcp://\S+ has numpy"):
@@ -301,7 +387,9 @@ def test_a_worker_of_other_versions_that_comes_later(address: str, monkeypatch: 
 
 
 def test_workers_without_the_device(address: str) -> None:
-    with pytest.raises(EnvironmentMissing, match=r"the worker tcp://\S+ does not fit: --device cuda"):
+    with pytest.raises(
+        EnvironmentMissing, match=r"the worker tcp://\S+ does not fit: --device cuda"
+    ):
         cluster.Cluster(address, "cuda").check()
 
 
@@ -313,7 +401,9 @@ def test_without_the_package(
 
 
 def test_connections_have_nothing_for_a_cluster() -> None:
-    settings = Settings.create(alpha=0.9, importance="nnrelief", granularity="connection", scheduler=NOWHERE)
+    settings = Settings.create(
+        alpha=0.9, importance="nnrelief", granularity="connection", scheduler=NOWHERE
+    )
     with pytest.raises(SettingsError, match="leave out --scheduler"):
         pipeline.prune("model.onnx", "data.npz", None, settings)
 
@@ -330,7 +420,9 @@ def test_models_arrive_as_they_were(net: str, tmp_path: Path) -> None:
     model = load(build(NETS[net]), tmp_path)
     content = parcel.pack((model, couple(model)))
     there, coupling = pickle.loads(pickle.dumps(parcel.Parcel(content))).open()
-    assert there.proto.SerializeToString(deterministic=True) == model.proto.SerializeToString(deterministic=True)
+    assert there.proto.SerializeToString(deterministic=True) == model.proto.SerializeToString(
+        deterministic=True
+    )
     assert there.shapes == model.shapes
     assert [str(n) for n in there.every] == [str(n) for n in model.every]
     assert list(there.constants) == list(model.constants)

@@ -51,7 +51,11 @@ LOOP = """(float[N,6] x, bool flag, bool other) => (float[N,4] y)
     r = Relu(t)
     y = MatMul(r, w3)
 }"""
-ONE_ROW = LOOP.replace("Tanh(h)", "ReduceMax<axes = [0]>(h)").replace("go, h)", "go, g)").replace("N,8] s", "1,8] s")
+ONE_ROW = (
+    LOOP.replace("Tanh(h)", "ReduceMax<axes = [0]>(h)")
+    .replace("go, h)", "go, g)")
+    .replace("N,8] s", "1,8] s")
+)
 STACKED = """(float[N,6] x, bool flag, bool other) => (float[N,4] y, float[K,N,8] z)
 <float[6,8] w1, float[8,8] w2, float[8,4] w3, int64 count = {3}, bool go = {1}> {
     h = MatMul(x, w1)
@@ -71,6 +75,8 @@ SCAN = """(float[N,6] x, float[5,N,6] seq, bool flag, bool other) => (float[N,4]
     y = MatMul(r, w3)
     z = MatMul(all, w4)
 }"""
+
+
 def _body(text: str, returned: str, nodes: str) -> str:
     return text.replace("RETURNED", returned).replace("NODES", nodes)
 
@@ -83,9 +89,15 @@ CASES: dict[str, tuple[str, int]] = {
     "an outer value": (_gate("p = Identity(h)", "q = Sigmoid(h)"), 16),
     "an outer constant": (_gate("p = Identity(start)", f"q = {HOLES}", f"start = {ONES}"), 16),
     "an outer initialiser": (_gate("p = Identity(start)", "q = Sigmoid(h)", weights=START), 16),
-    "one initialiser from both branches": (_gate("p = Identity(start)", "q = Identity(start)", weights=START), 16),
+    "one initialiser from both branches": (
+        _gate("p = Identity(start)", "q = Identity(start)", weights=START),
+        16,
+    ),
     "equal constants from both branches": (_gate(f"p = {ONES}", f"q = {ONES}"), 16),
-    "identities of an identity": (_gate("a = Identity(start) p = Identity(a)", "q = Neg(start)", weights=START), 16),
+    "identities of an identity": (
+        _gate("a = Identity(start) p = Identity(a)", "q = Neg(start)", weights=START),
+        16,
+    ),
     "nested": (_gate(NESTED, "q = Identity(start)", weights=START), 16),
     "a graph input": (
         """(float[N,6] x, bool flag, bool other) => (float[N,4] y) <float[6,8] w1, float[8,4] w2> {
@@ -111,22 +123,43 @@ CASES: dict[str, tuple[str, int]] = {
         }""",
         8,
     ),
-    "loop: an outer value": (_body(LOOP, "bool c2, float[N,8] s2", "c2 = Identity(c) s2 = Identity(g)"), 16),
+    "loop: an outer value": (
+        _body(LOOP, "bool c2, float[N,8] s2", "c2 = Identity(c) s2 = Identity(g)"),
+        16,
+    ),
     "loop: constants": (_body(ONE_ROW, "bool c2, float[1,8] s2", f"c2 = {TRUE} s2 = {ONES}"), 16),
-    "loop: an outer condition": (_body(LOOP, "bool c2, float[N,8] s2", "c2 = Identity(go) s2 = Tanh(s)"), 16),
+    "loop: an outer condition": (
+        _body(LOOP, "bool c2, float[N,8] s2", "c2 = Identity(go) s2 = Tanh(s)"),
+        16,
+    ),
     "loop: its own inputs": (_body(LOOP, "bool c, float[N,8] s", "a = Neg(s)"), 16),
-    "loop: its own input through an identity": (_body(LOOP, "bool c, float[N,8] s2", "s2 = Identity(s)"), 16),
+    "loop: its own input through an identity": (
+        _body(LOOP, "bool c, float[N,8] s2", "s2 = Identity(s)"),
+        16,
+    ),
     # How many steps are stacked is not known before the loop runs: their 8 channels are not removed.
     "loop: a stacked outer value": (
-        _body(STACKED, "bool c2, float[N,8] s2, float[N,8] v", f"c2 = {TRUE} s2 = Tanh(s) v = Identity(g)"), 8
+        _body(
+            STACKED,
+            "bool c2, float[N,8] s2, float[N,8] v",
+            f"c2 = {TRUE} s2 = Tanh(s) v = Identity(g)",
+        ),
+        8,
     ),
     "loop: a stacked input of its own": (
-        _body(STACKED, "bool c, float[N,8] s2, float[N,8] v", "s2 = Tanh(s) v = Identity(s)"), 8
+        _body(STACKED, "bool c, float[N,8] s2, float[N,8] v", "s2 = Tanh(s) v = Identity(s)"),
+        8,
     ),
-    "scan: an outer value": (_body(SCAN, "float[N,8] s2, float[N,8] o", "s2 = Add(s, v) o = Identity(h)"), 16),
+    "scan: an outer value": (
+        _body(SCAN, "float[N,8] s2, float[N,8] o", "s2 = Add(s, v) o = Identity(h)"),
+        16,
+    ),
     # Without an Identity, ONNX Runtime 1.23 to 1.32 returns memory that it never wrote.
-    "scan: its own inputs": (_body(SCAN, "float[N,8] s2, float[N,8] o", "s2 = Identity(s) o = Identity(v)"), 16),
-}  # fmt: skip
+    "scan: its own inputs": (
+        _body(SCAN, "float[N,8] s2, float[N,8] o", "s2 = Identity(s) o = Identity(v)"),
+        16,
+    ),
+}
 
 
 def _inner(proto: ModelProto) -> list[onnx.GraphProto]:
@@ -230,13 +263,22 @@ def test_initialisers_of_a_branch_without_nodes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", [False, True])
 def test_a_decided_branch_leaves_its_constant(tmp_path: Path, flag: bool) -> None:
     """An If whose condition is constant is replaced by the value that the branch returns."""
-    text = _gate(f"p = {ONES}", "q = Identity(h)").replace("bool flag, ", "").replace(
-        "float[8,4] w3", f"float[8,4] w3, bool flag = {{{int(flag)}}}"
+    text = (
+        _gate(f"p = {ONES}", "q = Identity(h)")
+        .replace("bool flag, ", "")
+        .replace("float[8,4] w3", f"float[8,4] w3, bool flag = {{{int(flag)}}}")
     )
     source = build(text)
     model = load(source, tmp_path)
     taken = [] if flag else ["Identity"]
-    assert [node.op for node in model.nodes] == ["MatMul", *taken, "Mul", "MatMul", "Relu", "MatMul"]
+    assert [node.op for node in model.nodes] == [
+        "MatMul",
+        *taken,
+        "Mul",
+        "MatMul",
+        "Relu",
+        "MatMul",
+    ]
     _same(source, model.proto, model, 0.0)
 
 

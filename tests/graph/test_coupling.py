@@ -52,7 +52,9 @@ def test_two_groups_of_one_weight_have_two_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped", "attention"])
 def test_units_stand_in_the_order_of_the_graph(net: str, tmp_path: Path) -> None:
     model, coupling = _coupled(NETS[net], tmp_path)
-    seen = np.concatenate([coupling.axes[key] for key in coupling.axes if key[0] in model.constants])
+    seen = np.concatenate(
+        [coupling.axes[key] for key in coupling.axes if key[0] in model.constants]
+    )
     free = seen[seen >= 0]
     first = np.unique(free, return_index=True)[1]
     assert sorted(set(free.tolist())) == list(range(coupling.n_units))
@@ -77,14 +79,18 @@ def test_what_is_pinned_is_counted_with_the_reason_of_most(tmp_path: Path) -> No
 
 
 def test_weights_of_codes_are_weights_and_indices_are_none(tmp_path: Path) -> None:
-    text = """(float[N,6] x) => (float[N,4] y, float[] z)
-        <float[6,8] w1, int8[8,4] w2 = {""" + ", ".join(str(i - 16) for i in range(32)) + """}, float scale = {0.25},
+    text = (
+        """(float[N,6] x) => (float[N,4] y, float[] z)
+        <float[6,8] w1, int8[8,4] w2 = {"""
+        + ", ".join(str(i - 16) for i in range(32))
+        + """}, float scale = {0.25},
          int64[1,2] where = {3, 5}> {
             h = MatMul(x, w1)
             d = DequantizeLinear(w2, scale)
             y = MatMul(h, d)
             z = Gather<axis = 1>(x, where)
         }"""
+    )
     _, coupling = _coupled(text, tmp_path)
     assert [g.name for g in coupling.groups] == ["w1"]
     assert {p.tensor for p in coupling.pinned} == {"w1", "w2"}
@@ -99,7 +105,9 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize(("net", "pattern"), [(n, p) for n, (_, patterns) in CUTS.items() for p in patterns])
+@pytest.mark.parametrize(
+    ("net", "pattern"), [(n, p) for n, (_, patterns) in CUTS.items() for p in patterns]
+)
 def test_without_a_group_all_else_is_as_it_was(net: str, pattern: str, tmp_path: Path) -> None:
     model, coupling = _coupled(CUTS[net][0], tmp_path)
     fewer = exclude(model, coupling, [pattern])
@@ -114,8 +122,12 @@ def test_without_a_group_all_else_is_as_it_was(net: str, pattern: str, tmp_path:
     keep[stays] = rng.uniform(size=fewer.n_units) < 0.5
     for key in coupling.axes:
         whole = coupling.keep(key, keep)
-        assert (key in fewer.axes) == bool((stays[coupling.axes[key]] & (coupling.axes[key] >= 0)).any())
-        np.testing.assert_array_equal(fewer.keep(key, keep[stays]) if key in fewer.axes else True, whole)
+        assert (key in fewer.axes) == bool(
+            (stays[coupling.axes[key]] & (coupling.axes[key] >= 0)).any()
+        )
+        np.testing.assert_array_equal(
+            fewer.keep(key, keep[stays]) if key in fewer.axes else True, whole
+        )
         assert fewer.axes.get(key, coupling.axes[key]).min() >= -1
     kept = [g for g in coupling.groups if g.name in names]
     for g, (old, new) in enumerate(zip(kept, fewer.groups, strict=True)):
@@ -129,9 +141,11 @@ def test_without_a_group_all_else_is_as_it_was(net: str, pattern: str, tmp_path:
     assert fewer.pinned[: len(coupling.pinned)] == coupling.pinned
     expected = [
         Pinned(*key, held * len(g.units), f"--exclude '{pattern}' keeps it", True)
-        for g in coupling.groups if g.name not in names
-        for key, held in g.multiplicity.items() if key[0] in model.constants and len(model.shapes[key[0]]) > 1
-    ]  # fmt: skip
+        for g in coupling.groups
+        if g.name not in names
+        for key, held in g.multiplicity.items()
+        if key[0] in model.constants and len(model.shapes[key[0]]) > 1
+    ]
     assert list(added) == expected
     assert expected
 
@@ -143,9 +157,11 @@ def test_the_pattern_that_took_a_group_is_told(tmp_path: Path) -> None:
     assert (fewer.groups, fewer.axes, fewer.consumers) == ((), {}, ())
     reasons = {(p.tensor, p.reason) for p in fewer.pinned[len(coupling.pinned) :]}
     assert reasons == {
-        ("w1", "--exclude 'w2' keeps it"), ("w2", "--exclude 'w2' keeps it"), ("w1", "--exclude 'w3' keeps it"),
+        ("w1", "--exclude 'w2' keeps it"),
+        ("w2", "--exclude 'w2' keeps it"),
+        ("w1", "--exclude 'w3' keeps it"),
         ("w3", "--exclude 'w3' keeps it"),
-    }  # fmt: skip
+    }
 
 
 # ------------------------------------------------------------------------------------------------- what cannot be tied
@@ -156,7 +172,9 @@ def test_channels_in_a_branch_are_consumed_inside(tmp_path: Path) -> None:
     _, coupling = _coupled(BRANCHES, tmp_path)
     assert [g.name for g in coupling.groups] == ["w1", "w2"]
     assert [c.weight for c in coupling.inside] == ["w2", "w3"]
-    assert [(c.weight, c.data, c.axis, c.slot, c.weight_axis) for c in coupling.consumers] == [("w4", "s", 1, 0, 0)]
+    assert [(c.weight, c.data, c.axis, c.slot, c.weight_axis) for c in coupling.consumers] == [
+        ("w4", "s", 1, 0, 0)
+    ]
 
 
 def test_a_constant_that_another_node_reads_whole_stays(tmp_path: Path) -> None:
@@ -211,7 +229,9 @@ def test_a_body_where_none_belongs_is_not_followed(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("nodes", ["y = Relu(x)", "y = MatMul(x, w)", "h = MatMul(x, w)  y = Abs(h)"])
+@pytest.mark.parametrize(
+    "nodes", ["y = Relu(x)", "y = MatMul(x, w)", "h = MatMul(x, w)  y = Abs(h)"]
+)
 def test_a_model_without_anything_to_cut(nodes: str, tmp_path: Path) -> None:
     _, coupling = _coupled(f"(float[N,6] x) => (float[] y) <float[6,6] w> {{ {nodes} }}", tmp_path)
     assert (coupling.n_units, coupling.groups, coupling.consumers) == (0, (), ())

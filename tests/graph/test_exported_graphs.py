@@ -16,9 +16,17 @@ from onnx_oamip.graph.coupling import couple
 FOLDER = ROOT / "tests" / "data"
 EXPORTERS = ("torchscript", "dynamo")
 MOST = {
-    "vit": 0.36, "bert": 0.30, "gpt": 0.30, "llama": 0.30, "yolo": 0.30, "squeeze-excite": 0.40, "shuffle": 0.35,
-    "unet-resize": 0.30, "generator": 0.40, "group-norm": 0.30,
-}  # fmt: skip
+    "vit": 0.36,
+    "bert": 0.30,
+    "gpt": 0.30,
+    "llama": 0.30,
+    "yolo": 0.30,
+    "squeeze-excite": 0.40,
+    "shuffle": 0.35,
+    "unet-resize": 0.30,
+    "generator": 0.40,
+    "group-norm": 0.30,
+}
 """Share of parameters that may stay; a quarter, but for the first and last layers of networks this small."""
 
 
@@ -37,12 +45,16 @@ def _halves(coupling: Coupling) -> Bools:
 
 
 def _parameters(proto: ModelProto) -> int:
-    return sum(v.size for v in constants(proto).values() if np.issubdtype(v.dtype, np.floating) and v.ndim)
+    return sum(
+        v.size for v in constants(proto).values() if np.issubdtype(v.dtype, np.floating) and v.ndim
+    )
 
 
 def test_every_file_is_looked_at() -> None:
     files = list(FOLDER.glob("*.onnx"))
-    assert {f.stem for f in files} == {f"{name}-{exporter}" for name in MOST for exporter in EXPORTERS}
+    assert {f.stem for f in files} == {
+        f"{name}-{exporter}" for name in MOST for exporter in EXPORTERS
+    }
     assert sum(f.stat().st_size for f in files) < 1_500_000
 
 
@@ -63,14 +75,20 @@ def test_what_stays_has_a_reason(exported: tuple[str, Model, Coupling]) -> None:
     assert all(p.reason and ", untracked" not in p.reason for p in coupling.pinned)
 
 
-def test_channels_of_the_interface_are_all_that_stays(exported: tuple[str, Model, Coupling]) -> None:
+def test_channels_of_the_interface_are_all_that_stays(
+    exported: tuple[str, Model, Coupling],
+) -> None:
     name, model, coupling = exported
     weights = {n for n, v in model.constants.items() if v.ndim >= 2 and min(v.shape[:2]) > 4}
     inner = [
-        p for p in coupling.pinned
-        if p.tensor in weights and "graph input" not in p.reason and "graph output" not in p.reason
-        and "picks from it" not in p.reason and "whole groups" not in p.reason
-    ]  # fmt: skip
+        p
+        for p in coupling.pinned
+        if p.tensor in weights
+        and "graph input" not in p.reason
+        and "graph output" not in p.reason
+        and "picks from it" not in p.reason
+        and "whole groups" not in p.reason
+    ]
     assert not inner, (name, inner)
 
 

@@ -54,7 +54,9 @@ def _write(proto: ModelProto, folder: Path, external: bool) -> Path:
     path = folder / "model.onnx"
     copy = ModelProto.FromString(proto.SerializeToString())
     if external:
-        onnx.save_model(copy, path, save_as_external_data=True, location="model.bin", size_threshold=16)
+        onnx.save_model(
+            copy, path, save_as_external_data=True, location="model.bin", size_threshold=16
+        )
     else:
         path.write_bytes(copy.SerializeToString())
     return path
@@ -68,7 +70,9 @@ def test_a_mapped_model_is_the_same_model(tmp_path: Path, name: str, external: b
     model = models.load(_write(proto, tmp_path, external))
     assert external_data.references(model.proto)
     values = feed(model, 0, 3)
-    assert distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values)) <= 1e-6
+    assert (
+        distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values)) <= 1e-6
+    )
     coupling = couple(model)
     keep = random_keep(coupling, np.random.default_rng(1), 0.5)
     # As exact as any other, its own structure checked, and the same when written and read again.
@@ -87,15 +91,23 @@ def test_a_mapped_model_is_the_same_model(tmp_path: Path, name: str, external: b
 @pytest.mark.usefixtures("all_large")
 def test_a_mapped_model_is_pruned(tmp_path: Path) -> None:
     path = _write(build(NETS["mlp"]), tmp_path, external=True)
-    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((96, 6)).astype(np.float32))
+    np.savez(
+        tmp_path / "data.npz",
+        x=np.random.default_rng(0).standard_normal((96, 6)).astype(np.float32),
+    )
     report = pipeline.prune(
-        path, tmp_path / "data.npz", tmp_path / "out.onnx", Settings(macs=0.5, force=True, align=1, batch_size=16)
+        path,
+        tmp_path / "data.npz",
+        tmp_path / "out.onnx",
+        Settings(macs=0.5, force=True, align=1, batch_size=16),
     )
     assert report.verification.masked_equivalence is not None
     assert report.verification.masked_equivalence <= 1e-5
     assert report.fits
     assert models.load(tmp_path / "out.onnx").sha256 == report.output_sha256
-    assert report.after.bytes == sum((tmp_path / n).stat().st_size for n in ("out.onnx", "out.onnx.data"))
+    assert report.after.bytes == sum(
+        (tmp_path / n).stat().st_size for n in ("out.onnx", "out.onnx.data")
+    )
 
 
 def test_small_models_hold_their_weights(tmp_path: Path) -> None:
@@ -117,7 +129,8 @@ def test_every_truncation_of_a_large_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("offset", "-8"), ("offset", "99999999"), ("length", "12"), ("offset", "x"), ("location", "")]
+    ("key", "value"),
+    [("offset", "-8"), ("offset", "99999999"), ("length", "12"), ("offset", "x"), ("location", "")],
 )
 def test_a_weight_without_a_place_is_refused(tmp_path: Path, key: str, value: str) -> None:
     path = _write(build(NETS["mlp"]), tmp_path, external=True)
@@ -131,8 +144,10 @@ def test_a_weight_without_a_place_is_refused(tmp_path: Path, key: str, value: st
 
 
 def test_a_place_outside_the_folder_is_refused_in_attributes_too(tmp_path: Path) -> None:
-    proto = build("(float[N,5] x) => (float[] y) <float[5,3] w> { k = Constant<value_float = 0.5>()  "
-                  "h = MatMul(x, w)  y = Mul(h, k) }")  # fmt: skip
+    proto = build(
+        "(float[N,5] x) => (float[] y) <float[5,3] w> { k = Constant<value_float = 0.5>()  "
+        "h = MatMul(x, w)  y = Mul(h, k) }"
+    )
     (tmp_path / "inside").mkdir()
     (tmp_path / "secret.bin").write_bytes(bytes(4))
     tensor = numpy_helper.from_array(np.float32(0.5), "k")
@@ -160,7 +175,9 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("beside")
-def test_an_older_output_is_replaced_with_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_output_is_replaced_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = build(NETS["cnn"], seed=1), build(NETS["cnn"], seed=2)
     target = tmp_path / "out.onnx"
     output.write(first, target)
@@ -222,7 +239,11 @@ print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 def _inspected(path: Path) -> int:
     """Peak memory in bytes of ``inspect``."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", MEASURE, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     code, peak = (int(word) for word in done.stdout.split())
     assert code == 0
@@ -246,8 +267,14 @@ def test_inspect_leaves_a_gigabyte_of_weights_on_disk(tmp_path: Path, external: 
 def test_the_large_model_in_small(tmp_path: Path) -> None:
     """What the tool writes is a transformer that can be pruned."""
     path = tmp_path / "small.onnx"
-    assert make(path, layers=1, width=32, heads=4) == sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert make(path, layers=1, width=32, heads=4) == sum(
+        p.stat().st_size for p in tmp_path.iterdir()
+    )
     model = models.load(path)
     coupling = couple(model)
-    assert coupling.n_units == 32 + 8 + 8 + 128  # the residual sum, places in a head, and what is between
-    assert_exact(model, coupling, random_keep(coupling, np.random.default_rng(0), 0.5), batches=(1, 2))
+    assert (
+        coupling.n_units == 32 + 8 + 8 + 128
+    )  # the residual sum, places in a head, and what is between
+    assert_exact(
+        model, coupling, random_keep(coupling, np.random.default_rng(0), 0.5), batches=(1, 2)
+    )

@@ -29,17 +29,32 @@ WEIGHTS = {
     "conv grouped": ("(float[N,6,9,9] x)", "Conv<group = 3>(x, w)", (12, 2, 3, 3), (3, 4, 2, 9)),
     "conv depthwise": ("(float[N,4,9,9] x)", "Conv<group = 4>(x, w)", (8, 1, 3, 3), (4, 2, 1, 9)),
     "transposed": ("(float[N,3,9,9] x)", "ConvTranspose(x, w)", (3, 5, 4, 2), (1, 5, 3, 8)),
-    "transposed grouped": ("(float[N,6,9,9] x)", "ConvTranspose<group = 2>(x, w)", (6, 5, 2, 2), (2, 5, 3, 4)),
+    "transposed grouped": (
+        "(float[N,6,9,9] x)",
+        "ConvTranspose<group = 2>(x, w)",
+        (6, 5, 2, 2),
+        (2, 5, 3, 4),
+    ),
     "gemm": ("(float[N,5] x)", "Gemm(x, w)", (5, 4), (1, 4, 5, 1)),
     "gemm transB": ("(float[N,5] x)", "Gemm<transB = 1>(x, w)", (4, 5), (1, 4, 5, 1)),
     "gemm transA": ("(float[5,N] x)", "Gemm<transA = 1>(x, w)", (5, 4), (1, 4, 5, 1)),
     "gemm left": ("(float[5,N] x)", "Gemm(w, x)", (4, 5), (1, 4, 5, 1)),
     "gemm left transA": ("(float[5,N] x)", "Gemm<transA = 1>(w, x)", (5, 4), (1, 4, 5, 1)),
-    "gemm left both": ("(float[N,5] x)", "Gemm<transA = 1, transB = 1>(w, x)", (5, 4), (1, 4, 5, 1)),
+    "gemm left both": (
+        "(float[N,5] x)",
+        "Gemm<transA = 1, transB = 1>(w, x)",
+        (5, 4),
+        (1, 4, 5, 1),
+    ),
     "matmul": ("(float[N,6,5] x)", "MatMul(x, w)", (5, 4), (1, 4, 5, 1)),
     "matmul left": ("(float[N,5,6] x)", "MatMul(w, x)", (4, 5), (1, 4, 5, 1)),
-    "einsum": ("(float[N,6,5] x)", "Einsum<equation = \"bnd,dk->bnk\">(x, w)", (5, 4), (1, 4, 5, 1)),
-    "einsum transposed": ("(float[N,6,5] x)", "Einsum<equation = \"...d,kd->...k\">(x, w)", (4, 5), (1, 4, 5, 1)),
+    "einsum": ("(float[N,6,5] x)", 'Einsum<equation = "bnd,dk->bnk">(x, w)', (5, 4), (1, 4, 5, 1)),
+    "einsum transposed": (
+        "(float[N,6,5] x)",
+        'Einsum<equation = "...d,kd->...k">(x, w)',
+        (4, 5),
+        (1, 4, 5, 1),
+    ),
 }
 
 
@@ -70,7 +85,9 @@ def test_round_trip(held: tuple[Site, Array, tuple[int, ...]], dtype: type) -> N
     np.testing.assert_array_equal(back, weight)
 
 
-def test_fewer_channels_are_fewer_rows_and_columns(held: tuple[Site, Array, tuple[int, ...]]) -> None:
+def test_fewer_channels_are_fewer_rows_and_columns(
+    held: tuple[Site, Array, tuple[int, ...]],
+) -> None:
     """What is left out of the matrix form is what is left out of the weight, where the layout has that channel."""
     place, weight, (groups, outs, ins, _) = held
     value = np.arange(weight.size, dtype=np.float32).reshape(weight.shape)
@@ -82,7 +99,9 @@ def test_fewer_channels_are_fewer_rows_and_columns(held: tuple[Site, Array, tupl
     elif place.spatial:
         expected = value[np.tile(columns, groups)][:, rows]
     else:
-        expected = np.compress(columns, np.compress(rows, value, 1 - place.weight_axis), place.weight_axis)
+        expected = np.compress(
+            columns, np.compress(rows, value, 1 - place.weight_axis), place.weight_axis
+        )
     np.testing.assert_array_equal(by_form, expected)
 
 
@@ -90,8 +109,14 @@ def test_fewer_channels_are_fewer_rows_and_columns(held: tuple[Site, Array, tupl
     ("text", "why"),
     [
         ("(float[N,5] x, float[5,4] w) => (float[] y) { y = MatMul(x, w) }", "two activations"),
-        ("(float[N,3,5,5] x, float[4,3,3,3] w) => (float[] y) { y = Conv(x, w) }", "a computed weight"),
-        ("(float[2,3,5] x) => (float[] y) <float[2,5,4] w> { y = MatMul(x, w) }", "a stack of matrices"),
+        (
+            "(float[N,3,5,5] x, float[4,3,3,3] w) => (float[] y) { y = Conv(x, w) }",
+            "a computed weight",
+        ),
+        (
+            "(float[2,3,5] x) => (float[] y) <float[2,5,4] w> { y = MatMul(x, w) }",
+            "a stack of matrices",
+        ),
         ("(float[N,5] x) => (float[] y) <float[5] w> { y = MatMul(x, w) }", "a vector"),
         ("(float[N,5] x) => (float[] y) { y = Relu(x) }", "another operator"),
     ],
@@ -108,13 +133,29 @@ BIASES = {
     "conv": ("float[N,3,6,6] x", "float[4,3,3,3] w, float[4] b", "y = Conv(x, w, b)"),
     "conv without": ("float[N,3,6,6] x", "float[4,3,3,3] w", "y = Conv(x, w)"),
     "conv grouped": ("float[N,6,6,6] x", "float[4,3,3,3] w", "y = Conv<group = 2>(x, w)"),
-    "transposed": ("float[N,3,4,4] x", "float[3,4,2,2] w, float[4] b", "y = ConvTranspose<strides = [2, 2]>(x, w, b)"),
-    "transposed grouped": ("float[N,4,4,4] x", "float[4,2,2,2] w", "y = ConvTranspose<group = 2>(x, w)"),
+    "transposed": (
+        "float[N,3,4,4] x",
+        "float[3,4,2,2] w, float[4] b",
+        "y = ConvTranspose<strides = [2, 2]>(x, w, b)",
+    ),
+    "transposed grouped": (
+        "float[N,4,4,4] x",
+        "float[4,2,2,2] w",
+        "y = ConvTranspose<group = 2>(x, w)",
+    ),
     "gemm": ("float[N,5] x", "float[5,4] w, float[4] b", "y = Gemm(x, w, b)"),
-    "gemm beta": ("float[N,5] x", "float[5,4] w, float[4] b", "y = Gemm<alpha = 0.5, beta = 4.0>(x, w, b)"),
+    "gemm beta": (
+        "float[N,5] x",
+        "float[5,4] w, float[4] b",
+        "y = Gemm<alpha = 0.5, beta = 4.0>(x, w, b)",
+    ),
     "gemm beta zero": ("float[N,5] x", "float[5,4] w, float[4] b", "y = Gemm<beta = 0.0>(x, w, b)"),
     "gemm row": ("float[N,5] x", "float[5,4] w, float[1,4] b", "y = Gemm<beta = 2.0>(x, w, b)"),
-    "gemm scalar": ("float[N,5] x", "float[5,4] w, float b = {0.5}", "y = Gemm<beta = 2.0>(x, w, b)"),
+    "gemm scalar": (
+        "float[N,5] x",
+        "float[5,4] w, float b = {0.5}",
+        "y = Gemm<beta = 2.0>(x, w, b)",
+    ),
     "gemm one": ("float[N,5] x", "float[5,4] w, float[1] b", "y = Gemm<beta = 2.0>(x, w, b)"),
     "gemm without": ("float[N,5] x", "float[5,4] w", "y = Gemm<alpha = 0.5, beta = 2.0>(x, w)"),
     "gemm empty": ("float[N,5] x", "float[5,4] w", "n = Identity(w)  y = Gemm(x, n)"),
@@ -124,13 +165,41 @@ BIASES = {
     "matmul": ("float[N,6,5] x", "float[5,4] w", "y = MatMul(x, w)"),
     "matmul left": ("float[N,5,6] x", "float[4,5] w", "y = MatMul(w, x)"),
     "matmul add": ("float[N,6,5] x", "float[5,4] w, float[4] b", "m = MatMul(x, w)  y = Add(m, b)"),
-    "matmul add before": ("float[N,6,5] x", "float[5,4] w, float[4] b", "m = MatMul(x, w)  y = Add(b, m)"),
-    "matmul add scalar": ("float[N,6,5] x", "float[5,4] w, float[1] b", "m = MatMul(x, w)  y = Add(m, b)"),
-    "matmul add row": ("float[N,6,5] x", "float[5,4] w, float[1,4] b", "m = MatMul(x, w)  y = Add(m, b)"),
-    "matmul add table": ("float[N,6,5] x", "float[5,4] w, float[6,4] b", "m = MatMul(x, w)  y = Add(m, b)"),
-    "matmul add itself": ("float[N,6,5] x", "float[5,4] w", "m = MatMul(x, w)  z = Sub(m, m)  y = Add(m, z)"),
-    "matmul left add": ("float[N,4,4] x", "float[4,4] w, float[4] b", "m = MatMul(w, x)  y = Add(m, b)"),
-    "matmul square": ("float[4,4] x", "float[4,4] w, float[4] b", "m = MatMul(x, w)  y = Add(m, b)"),
+    "matmul add before": (
+        "float[N,6,5] x",
+        "float[5,4] w, float[4] b",
+        "m = MatMul(x, w)  y = Add(b, m)",
+    ),
+    "matmul add scalar": (
+        "float[N,6,5] x",
+        "float[5,4] w, float[1] b",
+        "m = MatMul(x, w)  y = Add(m, b)",
+    ),
+    "matmul add row": (
+        "float[N,6,5] x",
+        "float[5,4] w, float[1,4] b",
+        "m = MatMul(x, w)  y = Add(m, b)",
+    ),
+    "matmul add table": (
+        "float[N,6,5] x",
+        "float[5,4] w, float[6,4] b",
+        "m = MatMul(x, w)  y = Add(m, b)",
+    ),
+    "matmul add itself": (
+        "float[N,6,5] x",
+        "float[5,4] w",
+        "m = MatMul(x, w)  z = Sub(m, m)  y = Add(m, z)",
+    ),
+    "matmul left add": (
+        "float[N,4,4] x",
+        "float[4,4] w, float[4] b",
+        "m = MatMul(w, x)  y = Add(m, b)",
+    ),
+    "matmul square": (
+        "float[4,4] x",
+        "float[4,4] w, float[4] b",
+        "m = MatMul(x, w)  y = Add(m, b)",
+    ),
 }
 BY_AXIS = ("conv", "transposed")
 
@@ -154,7 +223,9 @@ def _along(place: Site, delta: Floats, rank: int) -> Array:
 @pytest.fixture(params=BIASES)
 def biased(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Model]:
     inputs, declared, nodes = BIASES[request.param]
-    return request.param, load(build(f"({inputs}) => (float[] y) <{declared}> {{ {nodes} }}"), tmp_path)
+    return request.param, load(
+        build(f"({inputs}) => (float[] y) <{declared}> {{ {nodes} }}"), tmp_path
+    )
 
 
 def test_added_bias_is_added_to_the_output(biased: tuple[str, Model]) -> None:
@@ -227,7 +298,9 @@ def _read_elements(proto: ModelProto) -> int:
         ("float[N,3,5,5] x, float[4] b", "float[4,3,3,3] w", "Conv(x, w, b)"),
     ],
 )
-def test_bias_that_is_not_one_constant_per_output(inputs: str, declared: str, call: str, tmp_path: Path) -> None:
+def test_bias_that_is_not_one_constant_per_output(
+    inputs: str, declared: str, call: str, tmp_path: Path
+) -> None:
     model, place = _only(f"({inputs})", call, declared, tmp_path)
     editor = Editor(_copy(model))
     assert editor.bias(place) is None
@@ -243,7 +316,9 @@ def test_an_addition_with_a_vector_is_reused(tmp_path: Path) -> None:
         Editor(proto).add_bias(_linear(model), np.arange(4.0))
         assert len(proto.graph.node) == 2
         assert sorted(constants(proto)) == ["b", "w"]
-        np.testing.assert_allclose(constants(proto)["b"], model.constants["b"] + np.arange(4), rtol=1e-6)
+        np.testing.assert_allclose(
+            constants(proto)["b"], model.constants["b"] + np.arange(4), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -256,10 +331,14 @@ def test_an_addition_with_a_vector_is_reused(tmp_path: Path) -> None:
         ("y", "m = MatMul(x, w)  y = Sub(m, b)"),
     ],
 )
-def test_other_products_get_an_addition_of_their_own(outputs: str, nodes: str, tmp_path: Path) -> None:
+def test_other_products_get_an_addition_of_their_own(
+    outputs: str, nodes: str, tmp_path: Path
+) -> None:
     """Every reader of the product sees the new bias, and outputs keep their names."""
     declared = ", ".join(f"float[] {o}" for o in outputs.split(", "))
-    model = load(build(f"(float[N,5] x) => ({declared}) <float[5,4] w, float[4] b> {{ {nodes} }}"), tmp_path)
+    model = load(
+        build(f"(float[N,5] x) => ({declared}) <float[5,4] w, float[4] b> {{ {nodes} }}"), tmp_path
+    )
     proto = _copy(model)
     place = _linear(model)
     Editor(proto).add_bias(place, np.arange(4.0))
@@ -278,7 +357,9 @@ def test_other_products_get_an_addition_of_their_own(outputs: str, nodes: str, t
         tmp_path,
     )
     feed = samples(model, 3)
-    assert distance(Session(expected.proto, "cpu").run(feed), Session(proto, "cpu").run(feed)) < 1e-6
+    assert (
+        distance(Session(expected.proto, "cpu").run(feed), Session(proto, "cpu").run(feed)) < 1e-6
+    )
 
 
 def test_shared_constants_are_copied_for_the_node_that_changes_them(tmp_path: Path) -> None:

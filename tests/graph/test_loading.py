@@ -40,7 +40,9 @@ def _refused(path: Path, *parts: str) -> str:
 
 def _same_function(proto: ModelProto, model: Model) -> None:
     values = feed(model, 1, 2)
-    assert distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values)) <= 1e-6
+    assert (
+        distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values)) <= 1e-6
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- refused
@@ -61,7 +63,10 @@ def test_folder(tmp_path: Path) -> None:
         (b"PK\x03\x04 this is a zip", "not an ONNX model"),
         (b"hello, world\n" * 9, "not an ONNX model"),
         # A valid message of the right type without a graph.
-        (helper.make_model(helper.make_graph([], "g", [], [])).SerializeToString(), "holds no graph"),
+        (
+            helper.make_model(helper.make_graph([], "g", [], [])).SerializeToString(),
+            "holds no graph",
+        ),
     ],
     ids=["empty", "zip", "text", "no nodes"],
 )
@@ -90,7 +95,9 @@ def test_invalid_graph(tmp_path: Path) -> None:
 def test_input_that_is_no_tensor(tmp_path: Path) -> None:
     proto = build(NET)
     element = helper.make_tensor_type_proto(TensorProto.FLOAT, [3])
-    proto.graph.input.append(helper.make_value_info("several", helper.make_sequence_type_proto(element)))
+    proto.graph.input.append(
+        helper.make_value_info("several", helper.make_sequence_type_proto(element))
+    )
     path = tmp_path / "sequence.onnx"
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(ModelError, match="'several' is not a tensor"):
@@ -194,8 +201,10 @@ def test_a_pruned_file_keeps_what_describes_it(tmp_path: Path) -> None:
     written = ModelProto.FromString(cut.SerializeToString())
     assert written.ir_version == source.ir_version
     assert sorted((o.domain, o.version) for o in written.opset_import) == [
-        ("", 17), ("ai.onnx.ml", 3), ("com.microsoft", 1),
-    ]  # fmt: skip
+        ("", 17),
+        ("ai.onnx.ml", 3),
+        ("com.microsoft", 1),
+    ]
     for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         assert getattr(written, name) == getattr(source, name), name
     assert list(written.metadata_props) == list(source.metadata_props)
@@ -203,7 +212,9 @@ def test_a_pruned_file_keeps_what_describes_it(tmp_path: Path) -> None:
     # Word for word: names, types, symbolic dimensions, doc strings, inputs that nobody reads.
     assert list(written.graph.input) == list(source.graph.input)
     assert list(written.graph.output) == list(source.graph.output)
-    assert [(n.name, n.doc_string) for n in written.graph.node] == [(n.name, n.doc_string) for n in source.graph.node]
+    assert [(n.name, n.doc_string) for n in written.graph.node] == [
+        (n.name, n.doc_string) for n in source.graph.node
+    ]
 
 
 def test_symbolic_dimensions(tmp_path: Path) -> None:
@@ -263,7 +274,9 @@ def test_constants_are_folded(tmp_path: Path) -> None:
     model = load(proto, tmp_path)
     assert [n.op for n in model.nodes] == ["MatMul", "MatMul"]
     weights = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
-    np.testing.assert_allclose(model.constants[model.nodes[0].inputs[1]], 1.5 * weights["w"].T, rtol=1e-6)
+    np.testing.assert_allclose(
+        model.constants[model.nodes[0].inputs[1]], 1.5 * weights["w"].T, rtol=1e-6
+    )
     _same_function(proto, model)
 
 
@@ -341,7 +354,9 @@ def test_local_functions_are_inlined(tmp_path: Path) -> None:
     )
     rng = np.random.default_rng(0)
     for name, shape in (("w", (5, 8)), ("v", (8, 3))):
-        proto.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+        proto.graph.initializer.append(
+            numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+        )
     del proto.graph.value_info[:]
     model = load(proto, tmp_path)
     assert [n.op for n in model.nodes] == ["MatMul", "Relu", "MatMul"]
@@ -422,8 +437,10 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["float16", "float", "double"])
 def test_constant_nodes_as_weights(tmp_path: Path, kind: str) -> None:
-    proto = build(f"({kind}[N,5] x) => ({kind}[N,3] y) <{kind}[5,8] w1, {kind}[8] b1, {kind}[8,3] w2> {{ "
-                  "a = MatMul(x, w1)  c = Add(a, b1)  h = Relu(c)  y = MatMul(h, w2) }")  # fmt: skip
+    proto = build(
+        f"({kind}[N,5] x) => ({kind}[N,3] y) <{kind}[5,8] w1, {kind}[8] b1, {kind}[8,3] w2> {{ "
+        "a = MatMul(x, w1)  c = Add(a, b1)  h = Relu(c)  y = MatMul(h, w2) }"
+    )
     for tensor in list(proto.graph.initializer):
         proto.graph.node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
     del proto.graph.initializer[:]

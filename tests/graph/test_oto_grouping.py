@@ -175,7 +175,11 @@ ROWS["concat-offsets"] = Row(
         h = Relu(n)
         y = Conv(h, w3)
     }""",
-    {**channels("w1 b1", r(8)), **channels("w2 b2", 8 + r(5)), **channels("gain beta m var", r(13))},
+    {
+        **channels("w1 b1", r(8)),
+        **channels("w2 b2", 8 + r(5)),
+        **channels("gain beta m var", r(13)),
+    },
     {("w3", 1): r(13)},
 )
 
@@ -191,7 +195,7 @@ for name, call in {
     "average-pool": "AveragePool<kernel_shape = [2, 2], strides = [2, 2]>(a)",
     "dropout": "Dropout(a)",
     "pad": "Pad(a, pads)",
-    "upsample": "Resize<mode = \"nearest\">(a, , scales)",
+    "upsample": 'Resize<mode = "nearest">(a, , scales)',
 }.items():
     ROWS[f"zero-invariant-{name}"] = Row(
         f"""(float[N,3,6,6] x) => (float[] y)
@@ -325,7 +329,9 @@ def test_units_are_the_zero_invariant_groups(tmp_path: Path, row: Row) -> None:
     found = {key: units for key, units in coupling.axes.items() if key[0] in model.constants}
     assert set(found) == set(expected)
     # One unit here is one group there, and the other way round.
-    both = np.unique([np.concatenate([side[k] for k in expected]) for side in (found, expected)], axis=1)
+    both = np.unique(
+        [np.concatenate([side[k] for k in expected]) for side in (found, expected)], axis=1
+    )
     assert (both >= 0).all()
     assert len(np.unique(both[0])) == len(np.unique(both[1])) == both.shape[1] == coupling.n_units
 

@@ -51,7 +51,13 @@ CAPTURES = """(float[N,5] x, bool flag) => (float[] y, float[] z)
     z = Relu(k)
     y = MatMul(o, w3)
 }"""
-NETS = {"branches": BRANCHES, "residual": RESIDUAL, "grouped": GROUPED, "attention": ATTENTION, "captures": CAPTURES}
+NETS = {
+    "branches": BRANCHES,
+    "residual": RESIDUAL,
+    "grouped": GROUPED,
+    "attention": ATTENTION,
+    "captures": CAPTURES,
+}
 
 
 @pytest.fixture(params=NETS)
@@ -71,13 +77,17 @@ def _made(model: Model) -> list[str]:
     return [name for node in model.nodes for name in node.outputs if name]
 
 
-def _assert_values(model: Model, feeds: list[dict[str, Array]], found: dict[str, list[Array]]) -> None:
+def _assert_values(
+    model: Model, feeds: list[dict[str, Array]], found: dict[str, list[Array]]
+) -> None:
     for i, values in enumerate(feeds):
         truth = activations(model, values, list(found))
         for name, columns in found.items():
             assert len(columns) == len(feeds)
             # A part may be fused in another way than the whole.
-            np.testing.assert_allclose(columns[i], truth[name], rtol=1e-5, atol=1e-5 * np.abs(truth[name]).max())
+            np.testing.assert_allclose(
+                columns[i], truth[name], rtol=1e-5, atol=1e-5 * np.abs(truth[name]).max()
+            )
             assert columns[i].dtype == truth[name].dtype
 
 
@@ -200,7 +210,12 @@ def test_types_that_inference_does_not_know(tmp_path: Path) -> None:
         for values, part in zip(feeds, found, strict=True):
             a = values["x"] @ model.constants["w1"]
             g = 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
-            expected = {"a": a, "g": g, "r": np.maximum(g, 0), "y": np.maximum(g, 0) @ model.constants["w2"]}[name]
+            expected = {
+                "a": a,
+                "g": g,
+                "r": np.maximum(g, 0),
+                "y": np.maximum(g, 0) @ model.constants["w2"],
+            }[name]
             np.testing.assert_allclose(part, expected, atol=1e-4)
 
 
@@ -221,7 +236,9 @@ def _random_graph(edges: list[list[int]], two: list[bool]) -> ModelProto:
             nodes.append(helper.make_node("Sum", read, outs, f"n{i}"))
         tensors += outs
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])
-    graph = helper.make_graph(nodes, "random", [x], [helper.make_tensor_value_info(tensors[-1], 1, None)])
+    graph = helper.make_graph(
+        nodes, "random", [x], [helper.make_tensor_value_info(tensors[-1], 1, None)]
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=7)
 
 
@@ -230,7 +247,9 @@ one_node = st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=3), st.bo
 
 @hypothesis_settings(max_examples=150)
 @given(st.lists(one_node, min_size=1, max_size=14), st.data())
-def test_needed_and_descendants_are_reachability(nodes: list[tuple[list[int], bool]], draw: st.DataObject) -> None:
+def test_needed_and_descendants_are_reachability(
+    nodes: list[tuple[list[int], bool]], draw: st.DataObject
+) -> None:
     proto = _random_graph([e for e, _ in nodes], [t for _, t in nodes])
     slicer = Slicer(proto)
     listed = list(proto.graph.node)
@@ -251,7 +270,8 @@ def test_needed_and_descendants_are_reachability(nodes: list[tuple[list[int], bo
     # Forwards by paths: a node depends on a tensor where it reads it, or reads what such a node makes.
     def depends(i: int) -> bool:
         return any(
-            name in targets or any(depends(j) for j in range(i) if name in listed[j].output) for name in listed[i].input
+            name in targets or any(depends(j) for j in range(i) if name in listed[j].output)
+            for name in listed[i].input
         )
 
     assert slicer.descendants(targets) == {i for i in range(len(listed)) if depends(i)}
@@ -268,8 +288,19 @@ def test_captures_are_read(tmp_path: Path) -> None:
     assert slicer.descendants(["c"]) == {branch, *(slicer.producer[n] for n in "mkyz")}
 
 
-@pytest.mark.parametrize("name", ["residual", "squeeze-excite", "attention", "dense-block", "if-reads-an-outer-tensor",
-                                  "lrn-twice", "concat-split-cascade", "shape-driven-reshape"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual",
+        "squeeze-excite",
+        "attention",
+        "dense-block",
+        "if-reads-an-outer-tensor",
+        "lrn-twice",
+        "concat-split-cascade",
+        "shape-driven-reshape",
+    ],
+)
 def test_a_part_is_a_valid_model_that_gives_the_same(name: str, tmp_path: Path) -> None:
     """Cut every graph at every tensor: front and back together are the whole."""
     model = load(next(c for c in CASES if c.name == name).make(), tmp_path)
@@ -322,4 +353,6 @@ def test_feeds_within_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         feeds, used = affordable(model, found, size)
         assert [len(f["x"]) for f in feeds] == expected
         assert used == sum(expected)
-        np.testing.assert_array_equal(np.concatenate([f["x"] for f in feeds]), found.arrays["x"][:used])
+        np.testing.assert_array_equal(
+            np.concatenate([f["x"] for f in feeds]), found.arrays["x"][:used]
+        )

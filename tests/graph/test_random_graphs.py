@@ -25,7 +25,9 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 
 BLOCKS = {name for blocks in KINDS.values() for name in blocks}
-UNDRAWN: dict[str, str] = dict.fromkeys(("If", "Loop", "Scan"), "random bodies have a test of their own, test_bodies")
+UNDRAWN: dict[str, str] = dict.fromkeys(
+    ("If", "Loop", "Scan"), "random bodies have a test of their own, test_bodies"
+)
 """Operators that no block has, with the reason."""
 SEEDS = st.integers(0, 2**16)
 DENSITIES = st.sampled_from((0.2, 0.5, 0.8))
@@ -37,7 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _second_choice(
-    model: Model, first: Coupling, kept: Bools, again: Coupling, rng: np.random.Generator, density: float
+    model: Model,
+    first: Coupling,
+    kept: Bools,
+    again: Coupling,
+    rng: np.random.Generator,
+    density: float,
 ) -> tuple[Bools, Bools]:
     """A further choice of units after ``kept``, said in units of the original and in those of the pruned model.
 
@@ -52,7 +59,9 @@ def _second_choice(
         old = first.axes.get(key)
         new = again.axes.get(key)
         old = None if old is None else old[first.keep(key, kept)]
-        assert old is None or new is None or old.shape == new.shape, f"{key} has {new} where {old} should have stayed"
+        assert old is None or new is None or old.shape == new.shape, (
+            f"{key} has {new} where {old} should have stayed"
+        )
         size = len(new) if old is None and new is not None else len(old) if old is not None else 0
         old = np.full(size, -1) if old is None else old
         new = np.full(size, -1) if new is None else new
@@ -67,7 +76,9 @@ def _second_choice(
             continue
         fewer = union & (part[: first.n_units] != i), second & (part[first.n_units : pinned] != i)
         empties = any(
-            not keep[g.units].any() for keep, c in zip(fewer, (first, again), strict=True) for g in c.groups
+            not keep[g.units].any()
+            for keep, c in zip(fewer, (first, again), strict=True)
+            for g in c.groups
         )
         if not empties:
             union, second = fewer
@@ -86,7 +97,9 @@ def _exact(model: Model, coupling: Coupling, keep: Bools, network: Network) -> N
 
 def _identity(model: Model, coupling: Coupling) -> None:
     same = rewrite.cut(model, coupling, np.ones(coupling.n_units, bool))
-    for (node, slot, a), (other, place, b) in zip(operands(model.proto), operands(same), strict=True):
+    for (node, slot, a), (other, place, b) in zip(
+        operands(model.proto), operands(same), strict=True
+    ):
         assert (node, slot) == (other, place)
         np.testing.assert_array_equal(a, b)
     values = feed(model, 3, 2)
@@ -99,7 +112,9 @@ def _drawable() -> list[OpSpec]:
     for schema in onnx.defs.get_all_schemas_with_history():
         key = (schema.domain, schema.name)
         first[key] = min(first.get(key, schema.since_version), schema.since_version)
-    return [s for s in REGISTRY if max(first.get((s.domain, s.name), 1), s.since) <= NEWEST or s.domain]
+    return [
+        s for s in REGISTRY if max(first.get((s.domain, s.name), 1), s.since) <= NEWEST or s.domain
+    ]
 
 
 def test_every_operator_is_drawn() -> None:
@@ -160,7 +175,9 @@ def _check_exactness(folder: Path, examples: int) -> None:
     assert drawn == BLOCKS or RUNTIME < (1, 24)
     assert min(seen[block] for block in drawn) >= examples / 150, dict(seen)
     # What is drawn must still be there when the constant parts of a graph are folded.
-    assert len(followed) >= 0.9 * len(_drawable()), [s.name for s in _drawable() if id(s) not in followed]
+    assert len(followed) >= 0.9 * len(_drawable()), [
+        s.name for s in _drawable() if id(s) not in followed
+    ]
 
 
 def _check_composition(folder: Path, examples: int) -> None:
@@ -184,7 +201,9 @@ def _check_composition(folder: Path, examples: int) -> None:
         assert here.keys() == there.keys()
         for (node, slot), value in here.items():
             apart = 2e-7 if node.endswith("_rescale") else 0.0
-            np.testing.assert_allclose(there[node, slot], value, rtol=apart, atol=0, err_msg=f"{node}, {slot}")
+            np.testing.assert_allclose(
+                there[node, slot], value, rtol=apart, atol=0, err_msg=f"{node}, {slot}"
+            )
         values = feed(model, 5, 3)
         same = all(np.array_equal(v, there[place]) for place, v in here.items())
         found = distance(Session(at_once, "cpu").run(values), Session(twice, "cpu").run(values))

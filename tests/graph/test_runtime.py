@@ -34,7 +34,11 @@ SPREAD = """(float[N,3,6,6] x) => (float[N,5] y)
     e = Flatten(m)  y = Gemm(e, w2, b2)
 }"""
 """A scale for every channel of an activation, and an operator that has an integer kernel."""
-REFUSED = {"GlobalAveragePool(d)": "as it runs", "Sigmoid(d)": "as it is loaded", "Add(d, d)": "as it is loaded"}
+REFUSED = {
+    "GlobalAveragePool(d)": "as it runs",
+    "Sigmoid(d)": "as it is loaded",
+    "Add(d, d)": "as it is loaded",
+}
 FEED = {"x": np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)}
 
 
@@ -44,7 +48,9 @@ def spread(operator: str) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("form", ["proto", "path"])
 @pytest.mark.parametrize("operator", REFUSED)
-def test_what_is_refused_once_fused_is_run_as_it_is_written(operator: str, form: str, tmp_path: Path) -> None:
+def test_what_is_refused_once_fused_is_run_as_it_is_written(
+    operator: str, form: str, tmp_path: Path
+) -> None:
     rt, proto = runtime(), spread(operator)
     (tmp_path / "a.onnx").write_bytes(proto.SerializeToString())
     plain = rt.SessionOptions()
@@ -54,7 +60,10 @@ def test_what_is_refused_once_fused_is_run_as_it_is_written(operator: str, form:
     found = session.run(FEED)
     assert session.unfused
     np.testing.assert_allclose(
-        found[0], rt.InferenceSession(proto.SerializeToString(), plain).run(None, FEED)[0], rtol=1e-5, atol=1e-6
+        found[0],
+        rt.InferenceSession(proto.SerializeToString(), plain).run(None, FEED)[0],
+        rtol=1e-5,
+        atol=1e-6,
     )
     with pytest.raises(Exception, match="cale"):
         rt.InferenceSession(proto.SerializeToString()).run(None, FEED)
@@ -83,15 +92,27 @@ def test_such_a_model_is_pruned_and_the_report_says_how_it_runs(
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     (tmp_path / "a.onnx").write_bytes(spread(operator).SerializeToString())
     data = {"x": np.random.default_rng(1).standard_normal((60, 3, 6, 6)).astype(np.float32)}
-    report = prune(tmp_path / "a.onnx", data, tmp_path / "b.onnx", Settings.create(macs=0.6, align=1, device="cpu"))
+    report = prune(
+        tmp_path / "a.onnx",
+        data,
+        tmp_path / "b.onnx",
+        Settings.create(macs=0.6, align=1, device="cpu"),
+    )
     assert document(report)["notes"].count(UNFUSED) == 1
     assert report.verification.masked_equivalence is not None
     assert report.verification.masked_equivalence <= 1e-6
     # It runs as the note says.
     rt = runtime()
     loaded = rt.InferenceSession(str(tmp_path / "b.onnx"), disabled_optimizers=[FUSION])
-    np.testing.assert_array_equal(loaded.run(None, FEED)[0], Session(tmp_path / "b.onnx", "cpu").run(FEED)[0])
-    assert len(bench([tmp_path / "a.onnx", tmp_path / "b.onnx"], [FEED], "cpu", rounds=1, memory=False)) == 2
+    np.testing.assert_array_equal(
+        loaded.run(None, FEED)[0], Session(tmp_path / "b.onnx", "cpu").run(FEED)[0]
+    )
+    assert (
+        len(
+            bench([tmp_path / "a.onnx", tmp_path / "b.onnx"], [FEED], "cpu", rounds=1, memory=False)
+        )
+        == 2
+    )
 
 
 LISTENER = """
@@ -115,11 +136,26 @@ print(len(seen), *seen)
 
 def listened(home: Path, *arguments: str) -> tuple[str, list[str]]:
     """(what a fresh process asked of the network, files that it left in its home)."""
-    told = {"ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "CI", "TF_BUILD", "GITHUB_ACTIONS", "XDG_CACHE_HOME"}
+    told = {
+        "ORT_DISABLE_TELEMETRY",
+        "ORT_RUNNING_UNIT_TESTS",
+        "CI",
+        "TF_BUILD",
+        "GITHUB_ACTIONS",
+        "XDG_CACHE_HOME",
+    }
     env = {k: v for k, v in os.environ.items() if k not in told}
-    env |= {"HOME": str(home), "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
+    env |= {
+        "HOME": str(home),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", LISTENER, *arguments], env=env, capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", LISTENER, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     return done.stdout.splitlines()[-1], sorted(p.name for p in home.rglob("*") if p.is_file())
 
@@ -129,10 +165,30 @@ def test_nothing_is_asked_of_the_network(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (tmp_path / "a.onnx").write_bytes(spread("Relu(d)").SerializeToString())
-    np.savez(tmp_path / "data.npz", x=np.random.default_rng(1).standard_normal((60, 3, 6, 6)).astype(np.float32))
-    files = ["--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "b.onnx"), "--report", str(tmp_path / "b.html")]
+    np.savez(
+        tmp_path / "data.npz",
+        x=np.random.default_rng(1).standard_normal((60, 3, 6, 6)).astype(np.float32),
+    )
+    files = [
+        "--data",
+        str(tmp_path / "data.npz"),
+        "-o",
+        str(tmp_path / "b.onnx"),
+        "--report",
+        str(tmp_path / "b.html"),
+    ]
     asked, left = listened(
-        home, "prune", "prune", str(tmp_path / "a.onnx"), *files, "--macs", "0.6", "--align", "1", "-q", "--force"
+        home,
+        "prune",
+        "prune",
+        str(tmp_path / "a.onnx"),
+        *files,
+        "--macs",
+        "0.6",
+        "--align",
+        "1",
+        "-q",
+        "--force",
     )
     assert asked == "0"
     assert (tmp_path / "b.html").exists()

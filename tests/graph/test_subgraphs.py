@@ -50,7 +50,10 @@ TEXTS = {"branches": BRANCHES, "loop": LOOP}
 def _same(proto: ModelProto, model: Model, tolerance: float = 1e-6) -> None:
     for seed in range(4):  # flags take both values
         values = feed(model, seed, 2)
-        assert distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values)) <= tolerance
+        assert (
+            distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values))
+            <= tolerance
+        )
 
 
 def _inwards(proto: ModelProto, as_nodes: bool = False) -> ModelProto:
@@ -62,7 +65,9 @@ def _inwards(proto: ModelProto, as_nodes: bool = False) -> ModelProto:
         if len(users) == 1 and all(tensor.name not in n.input for n in result.graph.node):
             result.graph.initializer.remove(tensor)
             if as_nodes:
-                users[0].node.insert(0, helper.make_node("Constant", [], [tensor.name], value=tensor))
+                users[0].node.insert(
+                    0, helper.make_node("Constant", [], [tensor.name], value=tensor)
+                )
             else:
                 users[0].initializer.append(tensor)
     return result
@@ -97,7 +102,15 @@ def test_a_body_has_its_own_constants(tmp_path: Path, name: str, as_nodes: bool)
 def test_two_branches_use_the_same_names(tmp_path: Path) -> None:
     proto = _inwards(build(BRANCHES))
     for graph in list(subgraphs.graphs(proto.graph))[1:]:
-        for old, new in (("w1", "w"), ("v1", "w"), ("w2", "out"), ("v2", "out"), ("p2", "p"), ("r2", "r"), ("v", "u")):
+        for old, new in (
+            ("w1", "w"),
+            ("v1", "w"),
+            ("w2", "out"),
+            ("v2", "out"),
+            ("p2", "p"),
+            ("r2", "r"),
+            ("v", "u"),
+        ):
             _rename(graph, old, new)
         for i, node in enumerate(graph.node):
             node.name = f"node{i}"
@@ -179,14 +192,19 @@ def _programs(draw: st.DrawFn) -> str:
             (bool c2, float[N,{width}] t) {{ c2 = Identity(c)  {inner} }} >"""
     listed = ", ".join(dict.fromkeys(weights))
     return f"""(float[N,5] x, bool flag) => (float[N,3] y)
-        <float[5,{width}] w0, float[{width},3] w9, int64 count = {{2}}{', ' + listed if listed else ''}> {{
+        <float[5,{width}] w0, float[{width},3] w9, int64 count = {{2}}{", " + listed if listed else ""}> {{
         h = MatMul(x, w0)
         {middle}
         y = MatMul(o, w9)
     }}"""
 
 
-@given(text=_programs(), seed=st.integers(0, 99), density=st.sampled_from((0.2, 0.5, 0.8)), inwards=st.booleans())
+@given(
+    text=_programs(),
+    seed=st.integers(0, 99),
+    density=st.sampled_from((0.2, 0.5, 0.8)),
+    inwards=st.booleans(),
+)
 @settings(max_examples=60)
 def test_random_bodies_are_cut_exactly(
     tmp_path_factory: pytest.TempPathFactory, text: str, seed: int, density: float, inwards: bool
@@ -203,7 +221,9 @@ def test_random_bodies_are_cut_exactly(
 
 
 def _constant(name: str, value: object) -> onnx.NodeProto:
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.asarray(value)))
+    return helper.make_node(
+        "Constant", [], [name], value=numpy_helper.from_array(np.asarray(value))
+    )
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -302,15 +322,22 @@ def test_models_with_bodies_are_pruned(
     np.savez(tmp_path / "data.npz", **samples)
     out = tmp_path / "out.onnx"
     report = pipeline.prune(
-        path, tmp_path / "data.npz", out, Settings(macs=0.6, importance=importance, force=True, align=1, batch_size=8)
+        path,
+        tmp_path / "data.npz",
+        out,
+        Settings(macs=0.6, importance=importance, force=True, align=1, batch_size=8),
     )
     assert report.after.macs <= 0.6 * report.before.macs
     assert report.verification.masked_equivalence is not None
     assert report.verification.masked_equivalence <= 1e-5
     inside = {c.data for c in report.coupling.inside}
     assert inside
-    gone = {d for c in report.coupling.inside for d in [c.data]
-            if not report.coupling.keep((c.data, c.axis), report.plan.keep).all()}  # fmt: skip
+    gone = {
+        d
+        for c in report.coupling.inside
+        for d in [c.data]
+        if not report.coupling.keep((c.data, c.axis), report.plan.keep).all()
+    }
     if gone:
         assert any("body lost channels" in note for note in report.notes), report.notes
 
@@ -408,7 +435,9 @@ def _overloaded() -> ModelProto:
         <domain: "mine", opset_import: ["": 21]> layer (a, b) => (c) { m = MatMul(a, b)  c = Tanh(m) }""",
         {"w": (5, 8), "v": (8, 6), "o": (6, 3)},
     )
-    for overload, function, node in zip(("relu", "tanh"), proto.functions, proto.graph.node, strict=False):
+    for overload, function, node in zip(
+        ("relu", "tanh"), proto.functions, proto.graph.node, strict=False
+    ):
         function.overload = node.overload = overload
     return proto
 
@@ -437,6 +466,11 @@ def test_types_of_ports_in_bodies_follow_the_cut(tmp_path: Path) -> None:
     coupling = couple(model)
     cut = rewrite.cut(model, coupling, keep_one(coupling, np.random.default_rng(0)))
     body = next(g for g in list(subgraphs.graphs(cut.graph))[1:])
-    sizes = [d.dim_value for v in (*body.input, *body.output) for d in v.type.tensor_type.shape.dim if d.dim_value]
+    sizes = [
+        d.dim_value
+        for v in (*body.input, *body.output)
+        for d in v.type.tensor_type.shape.dim
+        if d.dim_value
+    ]
     assert sizes == [1, 1]  # the carried tensor, of twelve channels before
     assert body.input[2].type.tensor_type.elem_type == TensorProto.FLOAT

@@ -42,9 +42,15 @@ def problem(seed: int, outs: int, columns: Ints, others: int = 0, gain: float = 
     weight = gain * rng.standard_normal((outs, d))
     scale = float(np.einsum("od,de,oe->", weight, covariance, weight))
     return Problem(
-        Consumer("node", 0, "x", 1, "w", 0), 0, weight, covariance, rng.standard_normal(d), place[columns],
-        np.arange(d)[:, None], scale,
-    )  # fmt: skip
+        Consumer("node", 0, "x", 1, "w", 0),
+        0,
+        weight,
+        covariance,
+        rng.standard_normal(d),
+        place[columns],
+        np.arange(d)[:, None],
+        scale,
+    )
 
 
 def loss(found: Problem, gone: Sequence[int]) -> float:
@@ -79,13 +85,26 @@ CASES = {
     "one consumer": lambda s: [problem(s, 6, units(9))],
     "columns of other groups": lambda s: [problem(s, 4, units(8), others=5)],
     "kernel taps": lambda s: [problem(s, 5, units(7, 4))],
-    "three consumers": lambda s: [problem(s, 6, units(8)), problem(s + 9, 3, units(8)), problem(s + 99, 9, units(8))],
-    "consumers of uneven loudness": lambda s: [problem(s, 6, units(8)), problem(s + 100, 6, units(8), gain=100.0)],
-    "taps in one, none in another": lambda s: [problem(s, 5, units(7, 3), others=2), problem(s + 100, 5, units(7))],
+    "three consumers": lambda s: [
+        problem(s, 6, units(8)),
+        problem(s + 9, 3, units(8)),
+        problem(s + 99, 9, units(8)),
+    ],
+    "consumers of uneven loudness": lambda s: [
+        problem(s, 6, units(8)),
+        problem(s + 100, 6, units(8), gain=100.0),
+    ],
+    "taps in one, none in another": lambda s: [
+        problem(s, 5, units(7, 3), others=2),
+        problem(s + 100, 5, units(7)),
+    ],
     "two units": lambda s: [problem(s, 3, units(2, 2))],
     "one unit": lambda s: [problem(s, 3, units(1, 2), others=2)],
-    "a blind block": lambda s: [problem(s, 4, units(6)), problem(s + 100, 4, np.zeros((6, 0), np.int64), others=4)],
-}  # fmt: skip
+    "a blind block": lambda s: [
+        problem(s, 4, units(6)),
+        problem(s + 100, 4, np.zeros((6, 0), np.int64), others=4),
+    ],
+}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -98,7 +117,9 @@ def test_order_and_curve_are_those_of_the_greedy_search(name: str, seed: int) ->
     expected, errors = greedy(found, count)
     assert order.tolist() == expected
     np.testing.assert_allclose(curve, errors, rtol=1e-8, atol=1e-12)
-    for p, (weight, covariance, columns) in zip(found, before, strict=True):  # the problems stay as they were
+    for p, (weight, covariance, columns) in zip(
+        found, before, strict=True
+    ):  # the problems stay as they were
         np.testing.assert_array_equal(p.weight, weight)
         np.testing.assert_array_equal(p.gram, covariance)
         np.testing.assert_array_equal(p.columns, columns)
@@ -107,7 +128,9 @@ def test_order_and_curve_are_those_of_the_greedy_search(name: str, seed: int) ->
 def test_the_curve_ends_at_the_whole_variance() -> None:
     """Everything gone: nothing is left but the mean."""
     for name, make in CASES.items():
-        if not name.startswith(("columns", "taps in", "one unit", "a blind")):  # there other columns stay
+        if not name.startswith(
+            ("columns", "taps in", "one unit", "a blind")
+        ):  # there other columns stay
             found = make(7)
             _, curve = obs.eliminate(found, len(found[0].columns))
             assert curve[-1] == pytest.approx(1.0, rel=1e-8), name
@@ -124,7 +147,10 @@ def test_wide_groups_lose_several_units_a_step(held: int) -> None:
         steps = sum(schur(p, order[:share].tolist()) for p in found) / 2
         assert steps == pytest.approx(curve[share - 1], rel=0.15)
         rng = np.random.default_rng(share)
-        chance = [sum(schur(p, rng.permutation(100)[:share].tolist()) for p in found) / 2 for _ in range(5)]
+        chance = [
+            sum(schur(p, rng.permutation(100)[:share].tolist()) for p in found) / 2
+            for _ in range(5)
+        ]
         assert steps < 0.9 * min(chance)
 
 
@@ -141,9 +167,15 @@ def test_copies_go_first() -> None:
     a, b = base.columns[2, 0], base.columns[5, 0]
     mix[b] = mix[a]
     twin = Problem(
-        base.consumer, 0, base.weight, mix @ base.gram @ mix.T + 1e-9 * np.eye(8), base.mean, base.columns,
-        base.spread, base.scale,
-    )  # fmt: skip
+        base.consumer,
+        0,
+        base.weight,
+        mix @ base.gram @ mix.T + 1e-9 * np.eye(8),
+        base.mean,
+        base.columns,
+        base.spread,
+        base.scale,
+    )
     order, curve = obs.eliminate([twin], 8)
     assert order[0] in (2, 5)
     assert curve[0] < 1e-8
@@ -178,9 +210,15 @@ def test_wide_groups_take_seconds(width: int) -> None:
     covariance = (factor @ factor.T).astype(np.float64) / width + 0.1 * np.eye(width)
     weight = rng.standard_normal((256, width))
     found = Problem(
-        Consumer("node", 0, "x", 1, "w", 0), 0, weight, covariance, np.zeros(width), units(width), units(width),
+        Consumer("node", 0, "x", 1, "w", 0),
+        0,
+        weight,
+        covariance,
+        np.zeros(width),
+        units(width),
+        units(width),
         float(np.einsum("od,od->", weight @ covariance, weight)),
-    )  # fmt: skip
+    )
     start = time.process_time()
     order, curve = obs.eliminate([found], width)
     assert time.process_time() - start < 30
@@ -275,7 +313,9 @@ def _copy_channel(proto: ModelProto, name: str, axis: int, source: int, target: 
         if tensor.name == name:
             value = np.moveaxis(numpy_helper.to_array(tensor).copy(), axis, 0)
             value[target] = value[source]
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(np.moveaxis(value, 0, axis)), name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.ascontiguousarray(np.moveaxis(value, 0, axis)), name)
+            )
 
 
 @pytest.mark.parametrize("count", [2, 12])

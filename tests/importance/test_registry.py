@@ -95,7 +95,8 @@ def test_random_depends_on_the_seed_alone(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     coupling = couple(model)
     first, same, other = (
-        METHODS["random"].score(model, coupling, None, Settings.create(macs=0.5, seed=s)).values for s in (1, 1, 2)
+        METHODS["random"].score(model, coupling, None, Settings.create(macs=0.5, seed=s)).values
+        for s in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, same)
     assert not np.array_equal(first, other)
@@ -121,7 +122,9 @@ def _members(model: Model, coupling: Coupling, unit: int) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize(("name", "power"), [("l1", 1), ("l2", 2)])
-def test_norms_are_those_of_all_weights_of_a_unit(tmp_path: Path, net: str, name: str, power: int) -> None:
+def test_norms_are_those_of_all_weights_of_a_unit(
+    tmp_path: Path, net: str, name: str, power: int
+) -> None:
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     scores = _score(name, model, coupling, {}).values
@@ -159,7 +162,8 @@ def test_activation_is_the_share_of_energy_that_consumers_receive(tmp_path: Path
         x = np.moveaxis(values[consumer.data].astype(np.float64), consumer.axis, 0)
         assert consumer.weight is not None
         energy = [
-            np.square(x[c]).mean() * np.square(_column(model, consumer.node, consumer.weight, c, len(x))).sum()
+            np.square(x[c]).mean()
+            * np.square(_column(model, consumer.node, consumer.weight, c, len(x))).sum()
             for c in range(len(x))
         ]
         for c, unit in enumerate(coupling.axes[consumer.data, consumer.axis].tolist()):
@@ -259,7 +263,9 @@ def fresh() -> Iterator[None]:
         del importance._METHODS[name]
 
 
-def backwards(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def backwards(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Later units first."""
     assert statistics is not None, "a bare rule is given moments"
     return Scores("backwards", np.arange(coupling.n_units, dtype=np.float64))
@@ -268,11 +274,15 @@ def backwards(model: Model, coupling: Coupling, statistics: Statistics | None, s
 def test_a_rule_of_ones_own_prunes(fresh: None, tmp_path: Path) -> None:
     importance.register("backwards", backwards)
     assert importance.find("backwards").summary == "Later units first"
-    proto = build("(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {"
-                  " h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }")  # fmt: skip
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {"
+        " h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
+    )
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
     data = {"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)}
-    asked = Settings.create(macs=0.5, importance="backwards", allocate="uniform", refit="none", align=1, force=True)
+    asked = Settings.create(
+        macs=0.5, importance="backwards", allocate="uniform", refit="none", align=1, force=True
+    )
     report = prune(tmp_path / "m.onnx", data, None, asked)
     assert report.plan.keep.tolist() == [False] * 6 + [True] * 6
     with pytest.raises(SettingsError, match="there already"):
@@ -287,10 +297,14 @@ def test_a_rule_of_an_installed_package(fresh: None, monkeypatch: pytest.MonkeyP
         EntryPoint("broken", "no_such_module:rule", importance.ENTRY_POINTS),
     ]
     monkeypatch.setattr(importance.metadata, "entry_points", lambda **_: points)
-    monkeypatch.setattr(EntryPoint, "load", lambda p: backwards if p.name == "theirs" else exec("import no_such"))
+    monkeypatch.setattr(
+        EntryPoint, "load", lambda p: backwards if p.name == "theirs" else exec("import no_such")
+    )
     assert {"obs", "theirs", "broken"} <= set(importance.names())
     assert importance.find("theirs").score is backwards
-    with pytest.raises(EnvironmentMissing, match="'broken' of no_such_module:rule cannot be loaded"):
+    with pytest.raises(
+        EnvironmentMissing, match="'broken' of no_such_module:rule cannot be loaded"
+    ):
         importance.find("broken")
     with pytest.raises(SettingsError, match=r"'other' is unknown; choose one of .*theirs"):
         importance.find("other")

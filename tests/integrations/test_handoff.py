@@ -19,7 +19,13 @@ import yaml
 from conftest import MODELS, ROOT
 from graphs import RUNTIME
 from onnxruntime import InferenceSession
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 
 from onnx_oamip import Settings, load, prune
 from onnx_oamip.api import pipeline
@@ -83,11 +89,17 @@ def check_quantised(before: Path, after: Path, held: Samples, least: float) -> N
     """Every linear layer has its weight in 8 bits, as wide as it was, and the classes are those of the pruned model."""
     graph = onnx.load(before).graph
     shapes = {t.name: tuple(t.dims) for t in graph.initializer}
-    linear = {n.input[1] for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")} & set(shapes)
+    linear = {n.input[1] for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")} & set(
+        shapes
+    )
     integers = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
-    stored = {t.name: tuple(t.dims) for t in onnx.load(after).graph.initializer if t.data_type in integers}
+    stored = {
+        t.name: tuple(t.dims) for t in onnx.load(after).graph.initializer if t.data_type in integers
+    }
     assert len(linear) > 1
-    assert {name: stored.get(f"{name}_quantized") for name in linear} == {name: shapes[name] for name in linear}
+    assert {name: stored.get(f"{name}_quantized") for name in linear} == {
+        name: shapes[name] for name in linear
+    }
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators(after)
     assert agreement(before, after, held) >= least
 
@@ -99,7 +111,9 @@ def test_static_quantisation(lenet: tuple[Path, Samples, Samples], tmp_path: Pat
     check_quantised(model, out, held, 0.98)
 
 
-def test_static_quantisation_after_preprocessing(lenet: tuple[Path, Samples, Samples], tmp_path: Path) -> None:
+def test_static_quantisation_after_preprocessing(
+    lenet: tuple[Path, Samples, Samples], tmp_path: Path
+) -> None:
     pytest.importorskip("sympy", reason="quant_pre_process infers symbolic shapes with sympy")
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -111,7 +125,9 @@ def test_static_quantisation_after_preprocessing(lenet: tuple[Path, Samples, Sam
     check_quantised(ready, out, held, 0.98)
 
 
-def test_static_quantisation_of_a_transformer(transformer: tuple[Path, Samples, Samples], tmp_path: Path) -> None:
+def test_static_quantisation_of_a_transformer(
+    transformer: tuple[Path, Samples, Samples], tmp_path: Path
+) -> None:
     model, calibration, held = transformer
     out = tmp_path / "int8.onnx"
     quantize_static(model, out, Feeds(calibration), QuantFormat.QDQ, per_channel=True)
@@ -123,11 +139,15 @@ def test_dynamic_quantisation_of_an_optimised_transformer(
 ) -> None:
     """The usual way of a transformer: ONNX Runtime's optimiser, then 8-bit weights."""
     if RUNTIME < (1, 24):
-        pytest.skip("this ONNX Runtime has no ConvInteger with signed weights, which its own quantiser writes")
+        pytest.skip(
+            "this ONNX Runtime has no ConvInteger with signed weights, which its own quantiser writes"
+        )
     optimizer = pytest.importorskip("onnxruntime.transformers.optimizer", exc_type=ImportError)
     model, _, held = transformer
     better, out = tmp_path / "optimised.onnx", tmp_path / "int8.onnx"
-    optimizer.optimize_model(str(model), model_type="vit", opt_level=0).save_model_to_file(str(better))
+    optimizer.optimize_model(str(model), model_type="vit", opt_level=0).save_model_to_file(
+        str(better)
+    )
     assert np.allclose(outputs(better, held), outputs(model, held), atol=1e-3)
     # Types behind fused operators are not inferred; this is how the quantiser is told.
     options = {"DefaultTensorType": onnx.TensorProto.FLOAT}
@@ -163,22 +183,34 @@ def run_step(
     found = step(action, "Prune")
     tools = folder / "onnx-oamip" / "bin"
     tools.mkdir(parents=True, exist_ok=True)
-    for name, words in (("onnx-oamip", f'"{sys.executable}" -m onnx_oamip'), ("python", f'"{sys.executable}"')):
+    for name, words in (
+        ("onnx-oamip", f'"{sys.executable}" -m onnx_oamip'),
+        ("python", f'"{sys.executable}"'),
+    ):
         (tools / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
         (tools / name).chmod(0o755)
     values = {"runner.temp": str(folder), "github.action_path": str(ACTION)}
     for name, declared in action["inputs"].items():
         values[f"inputs.{name}"] = inputs.get(name, declared.get("default", ""))
     environment = {
-        name: re.sub(EXPRESSION, lambda match: values[match[1]], text) for name, text in found["env"].items()
+        name: re.sub(EXPRESSION, lambda match: values[match[1]], text)
+        for name, text in found["env"].items()
     }
     files = {"GITHUB_STEP_SUMMARY": folder / "summary.md", "GITHUB_OUTPUT": folder / "outputs"}
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", found["run"]],
-        env={**os.environ, "PYTHONPATH": paths, **environment, **{k: str(v) for k, v in files.items()}},
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={
+            **os.environ,
+            "PYTHONPATH": paths,
+            **environment,
+            **{k: str(v) for k, v in files.items()},
+        },
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done, *files.values()
 
 
@@ -186,11 +218,19 @@ def test_action_is_whole(action: dict[str, Any]) -> None:
     """What its expressions name is declared, in both directions, and no expression stands in a script."""
     text = (ACTION / "action.yml").read_text(encoding="utf-8")
     assert action["runs"]["using"] == "composite"
-    assert all(part["description"].endswith(".") for kind in ("inputs", "outputs") for part in action[kind].values())
+    assert all(
+        part["description"].endswith(".")
+        for kind in ("inputs", "outputs")
+        for part in action[kind].values()
+    )
     named = re.findall(EXPRESSION, text)
     assert text.count("${{") == len(named)
-    assert {n.removeprefix("inputs.") for n in named if n.startswith("inputs.")} == set(action["inputs"])
-    assert {n for n in named if n.startswith("steps.")} == {f"steps.prune.outputs.{name}" for name in action["outputs"]}
+    assert {n.removeprefix("inputs.") for n in named if n.startswith("inputs.")} == set(
+        action["inputs"]
+    )
+    assert {n for n in named if n.startswith("steps.")} == {
+        f"steps.prune.outputs.{name}" for name in action["outputs"]
+    }
     for part in action["runs"]["steps"]:
         assert part["shell"] == "bash"
         assert "${{" not in part["run"]
@@ -204,24 +244,38 @@ def test_action_is_whole(action: dict[str, Any]) -> None:
 
 def test_action_prunes_and_reports(action: dict[str, Any], tmp_path: Path) -> None:
     inputs = {
-        "model": str(MODELS / "lenet300-mnist.onnx"), "data": str(MODELS / "mnist.npz"), "budget": "--macs 0.5",
-        "output": "small model.onnx", "arguments": "--importance l2\n--allocate global --force --cache off",
-    }  # fmt: skip
+        "model": str(MODELS / "lenet300-mnist.onnx"),
+        "data": str(MODELS / "mnist.npz"),
+        "budget": "--macs 0.5",
+        "output": "small model.onnx",
+        "arguments": "--importance l2\n--allocate global --force --cache off",
+    }
     done, summary, outputs = run_step(action, tmp_path, inputs)
     assert (done.returncode, done.stderr) == (0, "")
-    found = dict(re.findall(r"^([\w-]+)<<(?:\w+)\n(.*)\n\w+$", outputs.read_text(encoding="utf-8"), re.MULTILINE))
+    found = dict(
+        re.findall(
+            r"^([\w-]+)<<(?:\w+)\n(.*)\n\w+$", outputs.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    )
     assert set(found) == set(action["outputs"])
     document = json.loads(Path(found["report"]).read_text(encoding="utf-8"))
     assert (found["model"], document["settings"]["importance"]) == ("small model.onnx", "l2")
     assert (tmp_path / found["model"]).exists()
-    assert float(found["macs-kept"]) == document["after"]["macs"] / document["before"]["macs"] <= 0.5
+    assert (
+        float(found["macs-kept"]) == document["after"]["macs"] / document["before"]["macs"] <= 0.5
+    )
     assert float(found["accuracy-after"]) == document["verification"]["accuracy_after"]
     text = summary.read_text(encoding="utf-8")
-    assert f"| parameters | {document['before']['params']:,} | {document['after']['params']:,} |" in text
+    assert (
+        f"| parameters | {document['before']['params']:,} | {document['after']['params']:,} |"
+        in text
+    )
     assert all(group["name"] in text for group in document["groups"])
 
 
-def test_action_runs_nothing_that_is_written_in_its_inputs(action: dict[str, Any], tmp_path: Path) -> None:
+def test_action_runs_nothing_that_is_written_in_its_inputs(
+    action: dict[str, Any], tmp_path: Path
+) -> None:
     evil = 'a"; touch broken; "$(touch broken)`touch broken`'
     for name in action["inputs"]:
         inputs = {"model": "model.onnx", "data": "data.npz", "budget": "--macs 0.5", name: evil}
@@ -239,8 +293,14 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 def test_dockerfile() -> None:
     """What it copies exists, what it installs is declared, and it runs as a user of its own."""
-    text = (ROOT / "tools" / "docker" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    text = (
+        (ROOT / "tools" / "docker" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
+    )
+    lines = [
+        line.split(maxsplit=1)
+        for line in text.splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
     stages = [i for i, (word, _) in enumerate(lines) if word == "FROM"]
     assert stages[0] == 0
     for word, rest in lines:
@@ -268,7 +328,9 @@ def test_readmes_use_what_exists(file: str, action: dict[str, Any]) -> None:
     for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         given = yaml.safe_load(block)[0]["with"]
         assert set(given) <= set(action["inputs"])
-        assert {n for n, declared in action["inputs"].items() if declared.get("required")} <= set(given)
+        assert {n for n, declared in action["inputs"].items() if declared.get("required")} <= set(
+            given
+        )
         assert set(re.findall(r"steps\.prune\.outputs\.([\w-]+)", block)) <= set(action["outputs"])
         words = f"{given['budget']} {given['arguments']}".split()
         assert {w for w in words if w.startswith("-")} <= flags()

@@ -35,7 +35,12 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[Any]]]:
     """All runs that MLflow knows, the last one first."""
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+    for name in (
+        "MLFLOW_TRACKING_URI",
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_NAME",
+        "MLFLOW_EXPERIMENT_ID",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     before = mlflow.get_tracking_uri()
@@ -56,14 +61,20 @@ def test_prune_is_logged(
     data: Path, runs: Callable[[], list[Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     store = (tmp_path / "runs").as_uri()
-    assert prune(data, "--macs", "0.5", "--keep-map", "keep.safetensors", "--json", "--mlflow", store) == 0
+    assert (
+        prune(data, "--macs", "0.5", "--keep-map", "keep.safetensors", "--json", "--mlflow", store)
+        == 0
+    )
     document = json.loads(capfd.readouterr().out)
     (run,) = runs()
     assert run.info.status == "FINISHED"
     parameters, metrics = run.data.params, run.data.metrics
     for name in ("macs", "seed", "align"):
         assert json.loads(parameters[name]) == document["settings"][name]
-    assert (parameters["importance"], parameters["device"]) == ("l2", document["settings"]["device"])
+    assert (parameters["importance"], parameters["device"]) == (
+        "l2",
+        document["settings"]["device"],
+    )
     assert (parameters["model"], parameters["data"]) == (str(MODEL), str(data))
     assert parameters["model_sha256"] == document["model"]["sha256"]
     assert "params" not in parameters, "what was not asked for is not there"
@@ -71,7 +82,13 @@ def test_prune_is_logged(
         before, after = document["before"][name], document["after"][name]
         assert (metrics[f"{name}_before"], metrics[f"{name}_after"]) == (before, after)
         assert metrics[f"{name}_kept"] == pytest.approx(after / before)
-    for name in ("accuracy_before", "accuracy_after", "agreement", "masked_equivalence", "latency_ratio"):
+    for name in (
+        "accuracy_before",
+        "accuracy_after",
+        "agreement",
+        "masked_equivalence",
+        "latency_ratio",
+    ):
         assert metrics[name] == pytest.approx(document["verification"][name])
     assert metrics["seconds.plan_and_refit"] == pytest.approx(document["timings"]["plan and refit"])
     assert run.data.tags["version.onnx_oamip"] == document["versions"]["onnx_oamip"]
@@ -90,7 +107,18 @@ def test_apply_is_logged_where_mlflow_is_set_to(
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "half of it")
     arguments = ("--data", data, *ASKED, "--macs", "0.5", "-o", "plan.json", "-q")
     assert main([str(a) for a in ("plan", MODEL, *arguments)]) == 0
-    apply = ("apply", MODEL, "--plan", "plan.json", "--data", data, "--mlflow", "-o", "out.onnx", "-q")
+    apply = (
+        "apply",
+        MODEL,
+        "--plan",
+        "plan.json",
+        "--data",
+        data,
+        "--mlflow",
+        "-o",
+        "out.onnx",
+        "-q",
+    )
     assert main([str(a) for a in apply]) == 0
     (run,) = runs()
     assert mlflow.get_experiment(run.info.experiment_id).name == "half of it"
@@ -100,8 +128,21 @@ def test_apply_is_logged_where_mlflow_is_set_to(
     assert set(files(run)) == {"out.onnx", "report.json"}
 
 
-def test_dry_run_logs_the_prediction(data: Path, runs: Callable[[], list[Any]], tmp_path: Path) -> None:
-    arguments = ("prune", MODEL, "--data", data, *ASKED, "--macs", "0.5", "--dry-run", "-q", "--mlflow")
+def test_dry_run_logs_the_prediction(
+    data: Path, runs: Callable[[], list[Any]], tmp_path: Path
+) -> None:
+    arguments = (
+        "prune",
+        MODEL,
+        "--data",
+        data,
+        *ASKED,
+        "--macs",
+        "0.5",
+        "--dry-run",
+        "-q",
+        "--mlflow",
+    )
     assert main([str(a) for a in (*arguments, (tmp_path / "runs").as_uri())]) == 0
     (run,) = runs()
     assert run.data.metrics["macs_predicted"] <= 0.5 * run.data.metrics["macs_before"]
@@ -129,7 +170,10 @@ def test_interruption_is_logged_as_killed(runs: Callable[[], list[Any]], tmp_pat
 
 @pytest.mark.parametrize(
     ("uri", "allowed", "what"),
-    [("nonsense://somewhere", "true", "nonsense://"), ("runs", "false", "MLFLOW_ALLOW_FILE_STORE=true")],
+    [
+        ("nonsense://somewhere", "true", "nonsense://"),
+        ("runs", "false", "MLFLOW_ALLOW_FILE_STORE=true"),
+    ],
 )
 def test_a_place_that_mlflow_cannot_use_is_told_before_any_work(
     data: Path,
@@ -141,7 +185,9 @@ def test_a_place_that_mlflow_cannot_use_is_told_before_any_work(
     what: str,
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", allowed)
-    monkeypatch.setattr(pipeline, "prune", lambda *_: pytest.fail("no work without a place for the log"))
+    monkeypatch.setattr(
+        pipeline, "prune", lambda *_: pytest.fail("no work without a place for the log")
+    )
     assert prune(data, "--macs", "0.5", "--mlflow", uri) == 2
     error = capfd.readouterr().err
     assert what in error
@@ -195,13 +241,28 @@ def test_metrics_leave_out_what_was_not_measured() -> None:
     document = {
         "before": cost,
         "after": {**cost, "params": 5},
-        "verification": {"agreement": None, "masked_equivalence": 0.0, "samples": 0, "batches": [1, 2]},
+        "verification": {
+            "agreement": None,
+            "masked_equivalence": 0.0,
+            "samples": 0,
+            "batches": [1, 2],
+        },
         "groups": [{}, {}],
         "skipped": [],
         "timings": {"plan and refit": 1.5},
     }
     assert mlflow_tracking.metrics(document) == {
-        "macs_before": 0, "macs_after": 0, "params_before": 10, "params_after": 5, "params_kept": 0.5,
-        "bytes_before": 100, "bytes_after": 100, "bytes_kept": 1, "masked_equivalence": 0, "samples": 0,
-        "groups": 2, "skipped": 0, "seconds.plan_and_refit": 1.5,
-    }  # fmt: skip
+        "macs_before": 0,
+        "macs_after": 0,
+        "params_before": 10,
+        "params_after": 5,
+        "params_kept": 0.5,
+        "bytes_before": 100,
+        "bytes_after": 100,
+        "bytes_kept": 1,
+        "masked_equivalence": 0,
+        "samples": 0,
+        "groups": 2,
+        "skipped": 0,
+        "seconds.plan_and_refit": 1.5,
+    }

@@ -16,7 +16,7 @@ from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.verification.latency import Ratio
 
-DATA_SETS = '''
+DATA_SETS = """
 import numpy as np
 from olive.data.registry import Registry
 
@@ -30,7 +30,7 @@ def digits(file, count, labelled):
 @Registry.register_dataset()
 def arrays(count):
     return [(np.zeros(3, np.float32), 0)] * count
-'''
+"""
 
 
 @pytest.fixture
@@ -49,7 +49,10 @@ def olive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def workflow(options: dict[str, Any], labelled: bool = True, **more: Any) -> dict[str, Any]:
     """A workflow on LeNet-5 with one of Olive's data sets, called digits."""
     file = {"file": str(MODELS / "mnist.npz"), "count": 64, "labelled": labelled}
-    sets = [("digits", {"type": "digits", "params": file}), ("bare", {"type": "arrays", "params": {"count": 4}})]
+    sets = [
+        ("digits", {"type": "digits", "params": file}),
+        ("bare", {"type": "arrays", "params": {"count": 4}}),
+    ]
     quick = {"importance": "l2", "allocate": "global"}
     return {
         "input_model": {"type": "ONNXModel", "model_path": str(MODELS / "lenet5-mnist.onnx")},
@@ -102,7 +105,9 @@ def test_the_workflow_of_the_page_runs(olive: Any, tmp_path: Path) -> None:
 
 def test_pruned_then_quantised_on_a_data_set_of_olive(olive: Any) -> None:
     quantise = {"type": "OnnxStaticQuantization", "data_config": "digits", "quant_format": "QDQ"}
-    flow = workflow({"params": 0.6, "data_config": "digits", "save_as_external_data": True}, quantise=quantise)
+    flow = workflow(
+        {"params": 0.6, "data_config": "digits", "save_as_external_data": True}, quantise=quantise
+    )
     proto, found = run(olive, flow)
     assert found["after"]["params"] <= 0.6 * found["before"]["params"]
     assert found["verification"]["accuracy_before"] is not None
@@ -119,13 +124,19 @@ def test_labels_that_say_nothing_are_left_out(olive: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"macs": 0.5, "data_config": "bare"}, DataError, "data_config yields no batches by input name"),
+        (
+            {"macs": 0.5, "data_config": "bare"},
+            DataError,
+            "data_config yields no batches by input name",
+        ),
         ({"macs": 0.5, "data_config": "digits", "data": "x.npz"}, SettingsError, "both given"),
         ({"macs": 1.5, "data_config": "digits"}, SettingsError, "--macs is 1.5"),
         ({"data_config": "digits"}, SettingsError, "nothing says how much to keep"),
     ],
 )
-def test_what_is_wrong_is_told(olive: Any, options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_what_is_wrong_is_told(
+    olive: Any, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         run(olive, workflow(options))
 
@@ -133,7 +144,9 @@ def test_what_is_wrong_is_told(olive: Any, options: dict[str, Any], error: type[
 def test_a_budget_that_is_not_met_gives_no_model(olive: Any) -> None:
     from olive.workflows import run as start
 
-    found = start(workflow({"macs": 0.0001, "data_config": "digits"}), package_config=olive.package_config())
+    found = start(
+        workflow({"macs": 0.0001, "data_config": "digits"}), package_config=olive.package_config()
+    )
     assert not found.has_output_model()
     assert not list(Path("out").glob("**/*.onnx"))
 
@@ -143,8 +156,15 @@ def test_options_are_the_settings_and_budgets_can_be_searched(olive: Any) -> Non
 
     options = olive.OnnxOamip.default_config(CPU)
     assert set(Settings.model_fields) - {"device"} <= set(options)
-    plain = olive.OnnxOamip.generate_config(CPU, {"macs": 0.5, "exclude": ["conv1*"], "align": 8}, disable_search=True)
-    assert (plain.macs, plain.align, tuple(plain.exclude), plain.params) == (0.5, 8, ("conv1*",), None)
+    plain = olive.OnnxOamip.generate_config(
+        CPU, {"macs": 0.5, "exclude": ["conv1*"], "align": 8}, disable_search=True
+    )
+    assert (plain.macs, plain.align, tuple(plain.exclude), plain.params) == (
+        0.5,
+        8,
+        ("conv1*",),
+        None,
+    )
     defaults = Settings.create(macs=0.5, align=8, exclude=("conv1*",))
     assert {n: getattr(plain, n) for n in olive.SETTINGS if n != "exclude"} == {
         n: getattr(defaults, n) for n in olive.SETTINGS if n != "exclude"

@@ -40,15 +40,21 @@ class Pattern:
     part: Part | None = None
 
 
-def dense(outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object) -> Pattern:
+def dense(
+    outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object
+) -> Pattern:
     return Pattern(DENSE.format(outs=outs, tail=tail, k=k), expected, **more)  # type: ignore[arg-type]
 
 
-def sequence(outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object) -> Pattern:
+def sequence(
+    outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object
+) -> Pattern:
     return Pattern(SEQUENCE.format(outs=outs, tail=tail, k=k), expected, **more)  # type: ignore[arg-type]
 
 
-def maps(outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object) -> Pattern:
+def maps(
+    outs: str, tail: str, *expected: tuple[str, str, int | None], k: int = 4, **more: object
+) -> Pattern:
     return Pattern(MAP.format(outs=outs, tail=tail, k=k), expected, **more)  # type: ignore[arg-type]
 
 
@@ -113,7 +119,9 @@ PATTERNS: dict[str, Pattern] = {
     "log-softmax written out": dense(
         "float[] y", "s = ReduceLogSumExp <axes = [1]> (l) y = Sub(l, s)", ("classes", "l", 1)
     ),
-    "softmax cast to half": dense("float16[] y", "p = Softmax(l) y = Cast <to = 10> (p)", ("classes", "l", 1)),
+    "softmax cast to half": dense(
+        "float16[] y", "p = Softmax(l) y = Cast <to = 10> (p)", ("classes", "l", 1)
+    ),
     "sigmoid": dense("float[] y", "y = Sigmoid(l)", ("binary", "l", 1)),
     "one sigmoid": dense("float[] y", "y = Sigmoid(l)", ("binary", "l", 1), k=1),
     "sigmoid over maps": maps("float[] y", "y = Sigmoid(l)", ("binary", "l", 1), k=1),
@@ -130,12 +138,18 @@ PATTERNS: dict[str, Pattern] = {
         k=1,
     ),
     "scaled sigmoid": dense(
-        "float[] y", "p = Sigmoid(l) c = Constant <value_float = 640.0> () y = Mul(p, c)", ("ambiguous", "y", 1)
+        "float[] y",
+        "p = Sigmoid(l) c = Constant <value_float = 640.0> () y = Mul(p, c)",
+        ("ambiguous", "y", 1),
     ),
     "product of probabilities": PRODUCT,
     # ---------------------------------------------------------------------------------------------------- unit vectors
-    "lp normalisation": dense("float[] y", "y = LpNormalization <axis = 1> (l)", ("embedding", "l", 1)),
-    "divided by ReduceL2": dense("float[] y", "d = ReduceL2 <axes = [1]> (l) y = Div(l, d)", ("embedding", "l", 1)),
+    "lp normalisation": dense(
+        "float[] y", "y = LpNormalization <axis = 1> (l)", ("embedding", "l", 1)
+    ),
+    "divided by ReduceL2": dense(
+        "float[] y", "d = ReduceL2 <axes = [1]> (l) y = Div(l, d)", ("embedding", "l", 1)
+    ),
     "divided by ReduceL2, clipped and expanded": dense(
         "float[] y",
         "d = ReduceL2 <axes = [-1]> (l) e = Constant <value_float = 1e-12> () c = Clip(d, e) "
@@ -158,21 +172,33 @@ PATTERNS: dict[str, Pattern] = {
         "float[] y", "o = Exp(l) d = ReduceL2 <axes = [1]> (o) y = Div(l, d)", ("ambiguous", "y", 1)
     ),
     # ------------------------------------------------------------------------------------------------------- decisions
-    "argmax of a tagger": sequence("int64[] y", "y = ArgMax <axis = -1, keepdims = 0> (l)", ("classes", "l", 2)),
-    "argmax of a segmenter": maps("int64[] y", "y = ArgMax <axis = 1, keepdims = 0> (l)", ("classes", "l", 1)),
+    "argmax of a tagger": sequence(
+        "int64[] y", "y = ArgMax <axis = -1, keepdims = 0> (l)", ("classes", "l", 2)
+    ),
+    "argmax of a segmenter": maps(
+        "int64[] y", "y = ArgMax <axis = 1, keepdims = 0> (l)", ("classes", "l", 1)
+    ),
     "argmax of a softmax": maps(
         "int64[] y", "p = Softmax <axis = 1> (l) y = ArgMax <axis = 1> (p)", ("classes", "l", 1)
     ),
-    "argmax of a sigmoid": dense("int64[] y", "p = Sigmoid(l) y = ArgMax <axis = 1> (p)", ("classes", "l", 1)),
+    "argmax of a sigmoid": dense(
+        "int64[] y", "p = Sigmoid(l) y = ArgMax <axis = 1> (p)", ("classes", "l", 1)
+    ),
     "argmax cast to a byte": maps(
-        "uint8[] y", "i = ArgMax <axis = 1, keepdims = 0> (l) y = Cast <to = 2> (i)", ("classes", "l", 1)
+        "uint8[] y",
+        "i = ArgMax <axis = 1, keepdims = 0> (l) y = Cast <to = 2> (i)",
+        ("classes", "l", 1),
     ),
     "argmax looked up in a table": dense(
-        "float[] y", "t = Constant <value_floats = [1.0, 5.0, 9.0, 2.0]> () i = ArgMax <axis = 1, keepdims = 0> (l) "
-        "y = Gather(t, i)", ("classes", "l", 1)
+        "float[] y",
+        "t = Constant <value_floats = [1.0, 5.0, 9.0, 2.0]> () i = ArgMax <axis = 1, keepdims = 0> (l) "
+        "y = Gather(t, i)",
+        ("classes", "l", 1),
     ),
     "top five": dense(
-        "float[] v, int64[] i", "k = Constant <value_ints = [2]> () v, i = TopK(l, k)", ("classes", "l", 1)
+        "float[] v, int64[] i",
+        "k = Constant <value_ints = [2]> () v, i = TopK(l, k)",
+        ("classes", "l", 1),
     ),
     "top of a softmax": dense(
         "float[] v, int64[] i",
@@ -186,18 +212,24 @@ PATTERNS: dict[str, Pattern] = {
         ("binary", "l", 2),
     ),
     "sigmoid above a threshold": dense(
-        "bool[] y", "p = Sigmoid(l) c = Constant <value_float = 0.55> () y = Greater(p, c)",
-        ("binary", "l", 1), threshold=LOGIT,
+        "bool[] y",
+        "p = Sigmoid(l) c = Constant <value_float = 0.55> () y = Greater(p, c)",
+        ("binary", "l", 1),
+        threshold=LOGIT,
     ),
     "scores above a threshold": dense(
-        "float[] y", "c = Constant <value_float = 3.0> () g = Greater(l, c) y = Cast <to = 1> (g)",
-        ("binary", "l", 1), threshold=3.0,
+        "float[] y",
+        "c = Constant <value_float = 3.0> () g = Greater(l, c) y = Cast <to = 1> (g)",
+        ("binary", "l", 1),
+        threshold=3.0,
     ),
     "thresholded mask": maps(
         "uint8[] y",
         "p = Sigmoid(l) c = Constant <value_float = 0.55> () g = Less(c, p) a = Constant <value_int = 255> () "
         "z = Constant <value_int = 0> () w8 = Where(g, a, z) y = Cast <to = 2> (w8)",
-        ("binary", "l", 1), k=1, threshold=LOGIT,
+        ("binary", "l", 1),
+        k=1,
+        threshold=LOGIT,
     ),
     "rounded values": dense("int64[] y", "r = Round(l) y = Cast <to = 7> (r)", ("values", "l", 1)),
     "picture in bytes": maps(
@@ -223,7 +255,9 @@ PATTERNS: dict[str, Pattern] = {
         threshold=LOGIT,
     ),
     "suppressed boxes by softmax": Pattern(
-        NMS.format(outs="float[n, 4] dets, int64[n, 3] sel", scores="scores = Softmax <axis = 1> (fs)"),
+        NMS.format(
+            outs="float[n, 4] dets, int64[n, 3] sel", scores="scores = Softmax <axis = 1> (fs)"
+        ),
         (("values", "boxes", 2), ("classes", "fs", 1)),
     ),
     "suppressed boxes by plain scores": Pattern(
@@ -239,7 +273,10 @@ PATTERNS: dict[str, Pattern] = {
         "p = Sigmoid(l) s4 = Constant <value_ints = [4]> () s0 = Constant <value_ints = [0]> () "
         "e = Constant <value_ints = [9]> () a = Constant <value_ints = [2]> () xy = Slice(p, s0, s4, a) "
         "c = Slice(p, s4, e, a) q = Constant <value_float = 32.0> () b = Mul(xy, q) y = Concat <axis = 2> (b, c)",
-        ("values", "b", 2), ("binary", "l", 2), k=9, part=Part(2, 4, 9),
+        ("values", "b", 2),
+        ("binary", "l", 2),
+        k=9,
+        part=Part(2, 4, 9),
     ),
     # ---------------------------------------------------------------------------------------------------- plain values
     "raw scores or values": dense("float[] l", "", ("ambiguous", "l", 1)),
@@ -254,9 +291,15 @@ PATTERNS: dict[str, Pattern] = {
         ("values", "l", 1),
     ),
     # ------------------------------------------------------------------------------------------------- several outputs
-    "logits beside their softmax": dense("float[] l, float[] y", "y = Softmax(l)", ("classes", "l", 1)),
-    "logits beside their argmax": dense("float[] l, int64[] y", "y = ArgMax <axis = 1> (l)", ("classes", "l", 1)),
-    "the same numbers twice": dense("float[] y, float[] z", "y = Identity(l) z = Identity(l)", ("ambiguous", "l", 1)),
+    "logits beside their softmax": dense(
+        "float[] l, float[] y", "y = Softmax(l)", ("classes", "l", 1)
+    ),
+    "logits beside their argmax": dense(
+        "float[] l, int64[] y", "y = ArgMax <axis = 1> (l)", ("classes", "l", 1)
+    ),
+    "the same numbers twice": dense(
+        "float[] y, float[] z", "y = Identity(l) z = Identity(l)", ("ambiguous", "l", 1)
+    ),
     "an input among the outputs": dense(
         "float[] l, float[N, 6] x", "", ("ambiguous", "l", 1), ("ignore", "x", 1)
     ),
@@ -273,10 +316,11 @@ PATTERNS: dict[str, Pattern] = {
         (("ambiguous", "y", 1),),
     ),
     "an operator that nobody knows": Pattern(
-        '(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w> { l = MatMul(x, w) y = some.Thing(l) }',
+        "(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w> { l = MatMul(x, w) y = some.Thing(l) }",
         (("ambiguous", "y", 1),),
     ),
-}  # fmt: skip
+}
+
 
 def model_of(pattern: Pattern, folder: Path) -> Model:
     domains = {"some": 1} if "some." in pattern.text else None
@@ -323,7 +367,10 @@ def test_outputs_that_share_a_tensor_are_noted(tmp_path: Path) -> None:
 def test_an_output_that_is_an_input_is_noted(tmp_path: Path) -> None:
     found = detect(model_of(PATTERNS["an input among the outputs"], tmp_path))
     assert found.tensors == ["l"]
-    assert "output 'x' is an input of the model, which pruning does not change: it is not measured" in found.notes
+    assert (
+        "output 'x' is an input of the model, which pruning does not change: it is not measured"
+        in found.notes
+    )
 
 
 def test_an_output_that_is_a_constant_is_noted(tmp_path: Path) -> None:
@@ -341,14 +388,21 @@ def test_boxes_beside_a_softmax_are_values(tmp_path: Path) -> None:
           cls = Softmax(l) }"""
     model = load(build(text), tmp_path)
     found = detect(model)
-    assert [(t.output, t.kind) for t in found.terms] == [("box", "values"), ("marks", "values"), ("cls", "classes")]
+    assert [(t.output, t.kind) for t in found.terms] == [
+        ("box", "values"),
+        ("marks", "values"),
+        ("cls", "classes"),
+    ]
     labelled = detect(model, np.asarray([0, 1, 1]))
     assert [t.labelled for t in labelled.terms] == [False, False, True]
 
 
 def test_five_softmax_heads_all_count(tmp_path: Path) -> None:
     heads = " ".join(f"l{i} = MatMul(x, w{i}) y{i} = Softmax(l{i})" for i in range(5))
-    outs, weights = ", ".join(f"float[] y{i}" for i in range(5)), ", ".join(f"float[6, {i + 2}] w{i}" for i in range(5))
+    outs, weights = (
+        ", ".join(f"float[] y{i}" for i in range(5)),
+        ", ".join(f"float[6, {i + 2}] w{i}" for i in range(5)),
+    )
     found = detect(load(build(f"(float[N, 6] x) => ({outs}) <{weights}> {{ {heads} }}"), tmp_path))
     assert [(t.tensor, t.kind) for t in found.terms] == [(f"l{i}", "classes") for i in range(5)]
 
@@ -366,7 +420,11 @@ def test_detection_head_of_three_scales(tmp_path: Path) -> None:
     found = detect(load(build(text), tmp_path))
     expected = []
     for i in range(3):
-        expected += [(f"m{i}", "values", None), (f"v{i}", "values", None), (f"t{i}", "binary", Part(2, 4, 7))]
+        expected += [
+            (f"m{i}", "values", None),
+            (f"v{i}", "values", None),
+            (f"t{i}", "binary", Part(2, 4, 7)),
+        ]
     assert [(t.tensor, t.kind, t.part) for t in found.terms] == expected
 
 
@@ -383,12 +441,16 @@ def _branches(kind: int, after: str) -> ModelProto:
         helper.make_node("MatMul", ["x", "w"], ["l"]),
         helper.make_node("If", ["c"], ["y"], then_branch=graphs[0], else_branch=graphs[1]),
     ]
-    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), "w")
+    weight = numpy_helper.from_array(
+        np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32), "w"
+    )
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6]),
         helper.make_tensor_value_info("c", TensorProto.BOOL, []),
     ]
-    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", kind, shape)], [weight])
+    graph = helper.make_graph(
+        nodes, "g", inputs, [helper.make_tensor_value_info("y", kind, shape)], [weight]
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
@@ -397,8 +459,12 @@ def test_floats_from_a_subgraph_are_read_themselves(tmp_path: Path) -> None:
     assert (term.kind, term.tensor) == ("ambiguous", "y")
 
 
-@pytest.mark.parametrize(("after", "kind"), [("Sigmoid", "binary"), ("Softmax", "classes"), ("LogSoftmax", "classes")])
-def test_answers_from_all_branches_are_read_behind_them(after: str, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("after", "kind"), [("Sigmoid", "binary"), ("Softmax", "classes"), ("LogSoftmax", "classes")]
+)
+def test_answers_from_all_branches_are_read_behind_them(
+    after: str, kind: str, tmp_path: Path
+) -> None:
     """A cascade of two detectors, the second in a branch."""
     term = only(detect(load(_branches(TensorProto.FLOAT, after), tmp_path)))
     assert (term.kind, term.tensor, term.axis, term.assumption) == (kind, "y", 1, "")
@@ -458,11 +524,15 @@ def test_labels_that_fit(name: str, labels: np.ndarray, kind: str, tmp_path: Pat
 @pytest.mark.parametrize("name", ["softmax", "raw scores or values"])
 def test_a_label_that_is_no_class(name: str, tmp_path: Path) -> None:
     pattern = PATTERNS[name]
-    with pytest.raises(DataError, match=r"has the class 4, but the model's output '\w' has 4 classes, which"):
+    with pytest.raises(
+        DataError, match=r"has the class 4, but the model's output '\w' has 4 classes, which"
+    ):
         detect(model_of(pattern, tmp_path), np.asarray([1, 4]))
 
 
-@pytest.mark.parametrize("labels", [np.zeros((3, 7), np.int64), np.zeros((3, 7)), np.asarray([0.5, 0.2])])
+@pytest.mark.parametrize(
+    "labels", [np.zeros((3, 7), np.int64), np.zeros((3, 7)), np.asarray([0.5, 0.2])]
+)
 def test_labels_that_fit_nothing_are_noted(labels: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
     pattern = PATTERNS["softmax"]
     found = detect(model_of(pattern, tmp_path), labels)
@@ -478,12 +548,13 @@ def test_labels_go_to_the_head_that_they_fit(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the user
 
 
-
-
 def test_the_user_says_kinds_and_weights(tmp_path: Path) -> None:
     model = load(build(TWO), tmp_path)
     found = detect(model, outputs={"a": ("embedding", 2.0), "b": ("binary", 0.5)})
-    assert [(t.kind, t.weight, t.source) for t in found.terms] == [("embedding", 2.0, "user"), ("binary", 0.5, "user")]
+    assert [(t.kind, t.weight, t.source) for t in found.terms] == [
+        ("embedding", 2.0, "user"),
+        ("binary", 0.5, "user"),
+    ]
     assert not found.notes
     ignored = detect(model, outputs={"b": ("ignore", 1.0)})
     assert ignored.tensors == ["a"]
@@ -493,14 +564,22 @@ def test_the_user_says_kinds_and_weights(tmp_path: Path) -> None:
 def test_the_user_goes_before_the_structure(tmp_path: Path) -> None:
     pattern = PATTERNS["softmax"]
     model = model_of(pattern, tmp_path)
-    assert (only(detect(model, task="values")).kind, only(detect(model, task="values")).tensor) == ("values", "y")
+    assert (only(detect(model, task="values")).kind, only(detect(model, task="values")).tensor) == (
+        "values",
+        "y",
+    )
     assert only(detect(model, task="classes")).tensor == "l"
     assert only(detect(model, np.asarray([0, 1]), outputs={"y": ("values", 1.0)})).kind == "values"
 
 
 def test_the_user_weighs_a_part(tmp_path: Path) -> None:
-    found = detect(model_of(PATTERNS["boxes and scores in one"], tmp_path), outputs={"y/b8": ("values", 3.0)})
-    assert [(t.tensor, t.kind, t.weight) for t in found.terms] == [("b8", "values", 3.0), ("c5", "binary", 1.0)]
+    found = detect(
+        model_of(PATTERNS["boxes and scores in one"], tmp_path), outputs={"y/b8": ("values", 3.0)}
+    )
+    assert [(t.tensor, t.kind, t.weight) for t in found.terms] == [
+        ("b8", "values", 3.0),
+        ("c5", "binary", 1.0),
+    ]
 
 
 def test_a_task_settles_what_is_open(tmp_path: Path) -> None:
@@ -514,7 +593,11 @@ def test_a_task_settles_what_is_open(tmp_path: Path) -> None:
     ("task", "outputs", "message"),
     [
         (None, {"c": ("values", 1.0)}, "--output names 'c', but the outputs of .* are 'a', 'b'"),
-        (None, {"a": ("boxes", 1.0)}, "--output a=boxes: the kinds are classes, binary, values, embedding, ignore"),
+        (
+            None,
+            {"a": ("boxes", 1.0)},
+            "--output a=boxes: the kinds are classes, binary, values, embedding, ignore",
+        ),
         (None, {"a": ("values", 0.0)}, "--output a=values:0: a weight is a number above 0"),
         (None, {"a": ("values", float("nan"))}, "a weight is a number above 0"),
         (None, {"b": ("classes", 1.0)}, "--output b=classes does not fit: 'b' has one column"),
@@ -533,12 +616,16 @@ def test_what_the_user_cannot_say(
 
 def test_integers_that_come_from_no_float_have_no_kind(tmp_path: Path) -> None:
     model = load(_branches(TensorProto.INT64, "ArgMax"), tmp_path)
-    with pytest.raises(SettingsError, match="'y' holds int64 and comes from no single floating tensor"):
+    with pytest.raises(
+        SettingsError, match="'y' holds int64 and comes from no single floating tensor"
+    ):
         detect(model, outputs={"y": ("values", 1.0)})
 
 
 def test_a_task_beside_known_outputs(tmp_path: Path) -> None:
     text = """(float[N, 6] x) => (float[] a, float[] b) <float[6, 3] wa, float[6, 2] wb>
         { l = MatMul(x, wa) m = MatMul(x, wb) a = Softmax(l) b = Sigmoid(m) }"""
-    with pytest.raises(SettingsError, match="which of the model's 2 outputs it is about; give --output"):
+    with pytest.raises(
+        SettingsError, match="which of the model's 2 outputs it is about; give --output"
+    ):
         detect(load(build(text), tmp_path), task="values")

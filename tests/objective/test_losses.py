@@ -66,7 +66,9 @@ def by_hand(kind: str, truth: Array, found: Array) -> float:
         weight = np.where(positive, 0.5 / positive.mean(axis=0), 0.5 / (~positive).mean(axis=0))
         m = (weight * p).mean(axis=0)
         divergence = rel_entr(p, q) + rel_entr(1 - p, 1 - q)
-        return float((weight * divergence).sum() / (weight * (rel_entr(p, m) + rel_entr(1 - p, 1 - m))).sum())
+        return float(
+            (weight * divergence).sum() / (weight * (rel_entr(p, m) + rel_entr(1 - p, 1 - m))).sum()
+        )
     if kind == "values":
         return float((np.square(truth - found).mean(axis=0) / truth.var(axis=0)).mean())
     if kind == "embedding":
@@ -80,7 +82,9 @@ def by_hand(kind: str, truth: Array, found: Array) -> float:
 def test_a_term_by_hand(kind: str) -> None:
     truth, found = outputs(kind, 0), outputs(kind, 1)
     objective = scaled([KINDS[kind]], [truth])  # type: ignore[index]
-    assert compare(objective, [truth], [found]).terms[0] == pytest.approx(by_hand(kind, truth, found), rel=1e-12)
+    assert compare(objective, [truth], [found]).terms[0] == pytest.approx(
+        by_hand(kind, truth, found), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("pair", list(combinations(KINDS, 2)), ids=lambda pair: " and ".join(pair))
@@ -108,7 +112,9 @@ def test_the_average_answer_costs_one(kind: str) -> None:
     else:
         average = (truth / np.linalg.norm(truth, axis=1, keepdims=True)).mean(axis=0)
     objective = scaled([KINDS[kind]], [truth])  # type: ignore[index]
-    assert compare(objective, [truth], [np.broadcast_to(average, truth.shape)]).total == pytest.approx(1, rel=1e-12)
+    assert compare(
+        objective, [truth], [np.broadcast_to(average, truth.shape)]
+    ).total == pytest.approx(1, rel=1e-12)
 
 
 def test_a_labelled_classifier_costs_its_mean_divergence_times_a_constant() -> None:
@@ -163,8 +169,13 @@ def test_rare_positions_weigh_as_much_as_the_background() -> None:
         costs.append(compare(objective, [truth], [found]).total)
     assert costs[1] == pytest.approx(19 * costs[0], rel=1e-12)
     # Losing all positives costs as much as losing all others.
-    sides = [np.where(np.arange(20)[:, None] == 7, -truth, truth), np.where(np.arange(20)[:, None] == 7, truth, -truth)]
-    assert compare(objective, [truth], [sides[0]]).total == pytest.approx(compare(objective, [truth], [sides[1]]).total)
+    sides = [
+        np.where(np.arange(20)[:, None] == 7, -truth, truth),
+        np.where(np.arange(20)[:, None] == 7, truth, -truth),
+    ]
+    assert compare(objective, [truth], [sides[0]]).total == pytest.approx(
+        compare(objective, [truth], [sides[1]]).total
+    )
 
 
 def test_too_many_decisions_have_no_background(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +212,9 @@ def test_the_spread_with_a_background_by_hand() -> None:
     scale = scaled([CLASSES], [truth[:50]], [truth[50:]]).terms[0].scale
     assert scale is not None
     assert scale.background == 0
-    assert scale.spread == pytest.approx((weight * rel_entr(p, (weight * p).mean(axis=0))).sum() / len(p), rel=1e-9)
+    assert scale.spread == pytest.approx(
+        (weight * rel_entr(p, (weight * p).mean(axis=0))).sum() / len(p), rel=1e-9
+    )
 
 
 def test_rare_positives_of_a_binary_term_weigh_as_much_column_by_column() -> None:
@@ -224,7 +237,9 @@ def test_a_threshold_in_the_units_of_scores() -> None:
     term = replace(BINARY, form="scores", threshold=3.0)
     truth, found = outputs("binary", 0) + 3, outputs("binary", 1) + 3
     expected = by_hand("binary", truth - 3, found - 3)
-    assert compare(scaled([term], [truth]), [truth], [found]).total == pytest.approx(expected, rel=1e-12)
+    assert compare(scaled([term], [truth]), [truth], [found]).total == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_tensors_of_any_rank_are_read_along_their_axis() -> None:
@@ -234,25 +249,37 @@ def test_tensors_of_any_rank_are_read_along_their_axis() -> None:
     for kind in ("classes", "binary", "values", "embedding", "ambiguous"):
         term = KINDS[kind]  # type: ignore[index]
         flat = compare(scaled([term], [rows]), [rows], [moved]).total
-        assert compare(scaled([term], [truth]), [truth], [found]).total == pytest.approx(flat, rel=1e-12)
+        assert compare(scaled([term], [truth]), [truth], [found]).total == pytest.approx(
+            flat, rel=1e-12
+        )
 
 
 def test_a_part_is_read_alone() -> None:
     truth, found = outputs("values", 0, columns=5), outputs("values", 1, columns=5)
     term = replace(VALUES, part=Part(1, 2, 4))
     expected = by_hand("values", truth[:, 2:4], found[:, 2:4])
-    assert compare(scaled([term], [truth]), [truth], [found]).total == pytest.approx(expected, rel=1e-12)
+    assert compare(scaled([term], [truth]), [truth], [found]).total == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_terms_that_share_a_tensor_read_it_once() -> None:
-    boxes, scores = replace(VALUES, tensor="y", part=Part(1, 0, 2)), replace(BINARY, tensor="y", part=Part(1, 2, 5))
+    boxes, scores = (
+        replace(VALUES, tensor="y", part=Part(1, 0, 2)),
+        replace(BINARY, tensor="y", part=Part(1, 2, 5)),
+    )
     objective = Objective((boxes, Term("z", "z", "z", "ignore"), scores))
     assert objective.tensors == ["y"]
     truth, found = outputs("values", 0, columns=5), outputs("values", 1, columns=5)
     statistics = Normaliser(objective)
     statistics.update([truth])
-    expected = [by_hand("values", truth[:, :2], found[:, :2]), by_hand("binary", truth[:, 2:], found[:, 2:])]
-    assert compare(statistics.finish(), [truth], [found]).terms == pytest.approx(expected, rel=1e-12)
+    expected = [
+        by_hand("values", truth[:, :2], found[:, :2]),
+        by_hand("binary", truth[:, 2:], found[:, 2:]),
+    ]
+    assert compare(statistics.finish(), [truth], [found]).terms == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ dead columns
@@ -281,9 +308,14 @@ def test_a_small_column_beside_a_large_one_keeps_its_own_scale() -> None:
 
 
 def test_many_columns_share_their_variance() -> None:
-    truth, found = outputs("values", 0, columns=COLUMNS + 1), outputs("values", 1, columns=COLUMNS + 1)
+    truth, found = (
+        outputs("values", 0, columns=COLUMNS + 1),
+        outputs("values", 1, columns=COLUMNS + 1),
+    )
     expected = np.square(truth - found).mean() / truth.var(axis=0).mean()
-    assert compare(scaled([VALUES], [truth]), [truth], [found]).total == pytest.approx(expected, rel=1e-12)
+    assert compare(scaled([VALUES], [truth]), [truth], [found]).total == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary", "embedding"])
@@ -304,7 +336,9 @@ def test_equal_infinities_cost_nothing() -> None:
         assert compare(scaled([term], [masked]), [masked], [masked]).total == 0
     found = np.asarray([[0.5, 0.5, -np.inf], [0.0, 2.0, -np.inf]])
     expected = compare(scaled([CLASSES], [kept]), [kept], [found[:, :2]]).total
-    assert compare(scaled([CLASSES], [masked]), [masked], [found]).total == pytest.approx(expected, rel=1e-12)
+    assert compare(scaled([CLASSES], [masked]), [masked], [found]).total == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary", "values", "ambiguous", "embedding"])
@@ -324,7 +358,9 @@ def test_a_number_where_the_original_masks_is_lost() -> None:
     masked = np.asarray([[1.0, 0.0, -np.inf], [0.0, 2.0, -np.inf]])
     for kind in ("classes", "binary", "values"):
         objective = scaled([KINDS[kind]], [masked])  # type: ignore[index]
-        assert compare(objective, [masked], [np.where(np.isinf(masked), -9.0, masked)]).total == LOST
+        assert (
+            compare(objective, [masked], [np.where(np.isinf(masked), -9.0, masked)]).total == LOST
+        )
 
 
 def test_another_shape_is_lost() -> None:
@@ -335,7 +371,9 @@ def test_another_shape_is_lost() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_the_original_must_be_finite(bad: float) -> None:
-    with pytest.raises(DataError, match="the model's output 'v' is NaN or infinite on some of this data"):
+    with pytest.raises(
+        DataError, match="the model's output 'v' is NaN or infinite on some of this data"
+    ):
         scaled([VALUES], [np.asarray([[1.0, bad]])])
 
 
@@ -343,7 +381,9 @@ def test_half_precision_is_added_up_in_double() -> None:
     truth = (outputs("values", 0, 4000) * 200).astype(np.float16)
     found = (truth * np.float16(1.01)).astype(np.float16)
     expected = by_hand("values", truth.astype(np.float64), found.astype(np.float64))
-    assert compare(scaled([VALUES], [truth]), [truth], [found]).total == pytest.approx(expected, rel=1e-12)
+    assert compare(scaled([VALUES], [truth]), [truth], [found]).total == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_extreme_logits_do_not_overflow() -> None:
@@ -379,7 +419,9 @@ def test_a_loss_of_zero_means_equal(kind: str, rows: int, seed: int, change: boo
         place = np.random.default_rng(seed).integers(rows)
         found[place] = found[place] + 1 if kind == "exact" else found[place][..., ::-1]
     total = compare(scaled([KINDS[kind]], [truth]), [truth], [found]).total  # type: ignore[index]
-    same = bool(np.array_equal(truth, found)) or np.allclose(answers(kind, truth), answers(kind, found), atol=1e-9)
+    same = bool(np.array_equal(truth, found)) or np.allclose(
+        answers(kind, truth), answers(kind, found), atol=1e-9
+    )
     assert (total == 0) == same
     assert total >= 0
 
@@ -399,7 +441,9 @@ def test_how_batches_are_split_says_nothing(kind: str, sizes: list[int], seed: i
     expected = compare(whole, [truth], [found]).total
     for objective in (split, merged.finish()):
         total = sum(sums(objective, [a], [b]) for a, b in zip(*parts, strict=True))
-        assert loss(objective, np.asarray(total)).total == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        assert loss(objective, np.asarray(total)).total == pytest.approx(
+            expected, rel=1e-9, abs=1e-12
+        )
 
 
 @given(NAMES, ROWS, SEEDS)
@@ -412,12 +456,16 @@ def test_the_order_of_samples_says_nothing(kind: str, rows: int, seed: int) -> N
     assert moved == pytest.approx(expected, rel=1e-9)
 
 
-@given(st.sampled_from(["values", "embedding"]), ROWS, SEEDS, st.sampled_from([1e-6, 1e-3, 1e3, 1e6]))
+@given(
+    st.sampled_from(["values", "embedding"]), ROWS, SEEDS, st.sampled_from([1e-6, 1e-3, 1e3, 1e6])
+)
 def test_units_say_nothing(kind: str, rows: int, seed: int, unit: float) -> None:
     truth, found = outputs(kind, seed, rows), outputs(kind, seed + 1, rows)
     term = KINDS[kind]  # type: ignore[index]
     expected = compare(scaled([term], [truth]), [truth], [found]).total
-    assert compare(scaled([term], [unit * truth]), [unit * truth], [unit * found]).total == pytest.approx(expected)
+    assert compare(
+        scaled([term], [unit * truth]), [unit * truth], [unit * found]
+    ).total == pytest.approx(expected)
 
 
 @given(ROWS, SEEDS, st.sampled_from([1e-3, 1e3]))
@@ -425,7 +473,9 @@ def test_units_of_one_column_say_nothing(rows: int, seed: int, unit: float) -> N
     truth, found = outputs("values", seed, rows), outputs("values", seed + 1, rows)
     scale = np.asarray([unit, 1.0, 1.0])
     expected = compare(scaled([VALUES], [truth]), [truth], [found]).total
-    assert compare(scaled([VALUES], [truth * scale]), [truth * scale], [found * scale]).total == pytest.approx(expected)
+    assert compare(
+        scaled([VALUES], [truth * scale]), [truth * scale], [found * scale]
+    ).total == pytest.approx(expected)
 
 
 @given(NAMES, ROWS, SEEDS)
@@ -448,4 +498,6 @@ def test_entropy_is_what_the_spread_is_made_of(rows: int, seed: int) -> None:
     assert scale is not None
     p = softmax(truth, axis=1)
     if scale.background < 0:
-        assert scale.spread == pytest.approx(entr(p.mean(axis=0)).sum() - entr(p).sum(axis=1).mean(), rel=1e-9)
+        assert scale.spread == pytest.approx(
+            entr(p.mean(axis=0)).sum() - entr(p).sum(axis=1).mean(), rel=1e-9
+        )

@@ -65,7 +65,9 @@ def test_accuracy_of_classes() -> None:
 
 
 def test_a_better_accuracy_loses_nothing() -> None:
-    found = measured(replace(CLASSES, labelled=True), one_hot([0, 1]), one_hot([0, 2]), np.asarray([0, 2]))
+    found = measured(
+        replace(CLASSES, labelled=True), one_hot([0, 1]), one_hot([0, 2]), np.asarray([0, 2])
+    )
     assert found.lost == 0.0
     assert found.values["agreement"] == 0.5
 
@@ -149,7 +151,12 @@ def bits(text: str) -> Array:
     ],
 )
 def test_binary_decisions(
-    before: str, after: str, agreement: float, recall: float | None, precision: float | None, worst: tuple[str, float]
+    before: str,
+    after: str,
+    agreement: float,
+    recall: float | None,
+    precision: float | None,
+    worst: tuple[str, float],
 ) -> None:
     found = measured(BINARY, bits(before), bits(after))
     assert found.values["agreement"] == agreement
@@ -168,7 +175,9 @@ def test_the_threshold_decides() -> None:
 
 def test_probabilities_are_decided_at_a_half() -> None:
     truth, found = np.asarray([[0.6], [0.4], [0.9]]), np.asarray([[0.4], [0.1], [0.6]])
-    assert measured(replace(BINARY, form="auto"), truth, found).values["agreement"] == pytest.approx(2 / 3)
+    assert measured(replace(BINARY, form="auto"), truth, found).values[
+        "agreement"
+    ] == pytest.approx(2 / 3)
 
 
 def test_few_positives_give_a_warning() -> None:
@@ -180,7 +189,9 @@ def test_few_positives_give_a_warning() -> None:
 
 
 def test_accuracy_of_binary_labels() -> None:
-    found = measured(replace(BINARY, labelled=True), bits("1100"), bits("1010"), np.asarray([1, 1, 0, 0]))
+    found = measured(
+        replace(BINARY, labelled=True), bits("1100"), bits("1010"), np.asarray([1, 1, 0, 0])
+    )
     assert (found.values["accuracy_before"], found.values["accuracy_after"]) == (1.0, 0.5)
     assert (found.measure, found.lost) == ("accuracy", 50.0)
 
@@ -217,7 +228,9 @@ def test_error_over_variance_by_column() -> None:
     assert result.columns == pytest.approx(tuple(expected), rel=1e-12)
     assert result.values["error_over_variance"] == pytest.approx(expected.mean(), rel=1e-12)
     assert result.values["r2"] == pytest.approx(1 - expected.mean(), rel=1e-12)
-    assert result.values["relative_error"] == pytest.approx(np.linalg.norm(truth - found) / np.linalg.norm(truth))
+    assert result.values["relative_error"] == pytest.approx(
+        np.linalg.norm(truth - found) / np.linalg.norm(truth)
+    )
     assert result.measure == "error over variance of column 1"
     assert result.lost == pytest.approx(100 * expected[1])
 
@@ -264,7 +277,10 @@ def test_cosines() -> None:
     result = measured(EMBEDDING, truth, found)
     assert result.values["cosine"] == pytest.approx(cosine.mean())
     assert result.values["cosine_1st_percentile"] == pytest.approx(np.percentile(cosine, 1))
-    assert (result.measure, result.lost) == ("mean cosine", pytest.approx(100 * (1 - cosine.mean())))
+    assert (result.measure, result.lost) == (
+        "mean cosine",
+        pytest.approx(100 * (1 - cosine.mean())),
+    )
     assert measured(EMBEDDING, truth, -truth).lost == 100.0
 
 
@@ -303,10 +319,14 @@ def test_nothing_measured_loses_nothing() -> None:
 
 
 @given(
-    st.sampled_from(list(KINDS)), st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 10_000),
+    st.sampled_from(list(KINDS)),
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.integers(0, 10_000),
     st.booleans(),
-)  # fmt: skip
-def test_how_batches_are_split_says_nothing(kind: str, sizes: list[int], seed: int, labelled: bool) -> None:
+)
+def test_how_batches_are_split_says_nothing(
+    kind: str, sizes: list[int], seed: int, labelled: bool
+) -> None:
     rng = np.random.default_rng(seed)
     rows = sum(sizes) + 1
     truth, found = rng.standard_normal((2, rows, 3))
@@ -322,7 +342,9 @@ def test_how_batches_are_split_says_nothing(kind: str, sizes: list[int], seed: i
     (a,), (b,) = whole.results(), first.results()
     assert b.lost == pytest.approx(a.lost, rel=1e-9)
     assert b.measure == a.measure
-    assert {k for k, v in b.values.items() if v is None} == {k for k, v in a.values.items() if v is None}
+    assert {k for k, v in b.values.items() if v is None} == {
+        k for k, v in a.values.items() if v is None
+    }
     known = {k: v for k, v in a.values.items() if v is not None}
     assert {k: b.values[k] for k in known} == pytest.approx(known, rel=1e-9)
 

@@ -63,11 +63,23 @@ WIDE = {
 }
 
 
-def _plan(model: Model, coupling: Coupling, values: Floats | None = None, reserve: int = 0, **settings: object) -> Plan:
+def _plan(
+    model: Model,
+    coupling: Coupling,
+    values: Floats | None = None,
+    reserve: int = 0,
+    **settings: object,
+) -> Plan:
     """A plan by scores alone (the l2 norm unless given)."""
-    asked = Settings.create(**{"allocate": "uniform", "align": 1, "importance": "l2", "refit": "none", **settings})
+    asked = Settings.create(
+        **{"allocate": "uniform", "align": 1, "importance": "l2", "refit": "none", **settings}
+    )
     ledger = cost.ledger(model, coupling)
-    scores = METHODS["l2"].score(model, coupling, None, asked) if values is None else Scores("given", values)
+    scores = (
+        METHODS["l2"].score(model, coupling, None, asked)
+        if values is None
+        else Scores("given", values)
+    )
     limit = allocation.limits(asked.budget, ledger.cost(cost.full_widths(coupling)), reserve)
     steps = allocation.steps(model, coupling, asked.align, "cpu")
     return allocation.allocate(coupling, ledger, scores, limit, asked, steps)
@@ -146,7 +158,9 @@ def test_costs_are_those_counted_by_hand(tmp_path: Path, net: str, batch: int) -
     keep = np.ones(coupling.n_units, bool)
     for name, width in widths.items():
         keep[by_name[name].units[width:]] = False
-    predicted = cost.ledger(model, coupling).cost(np.asarray([widths[g.name] for g in coupling.groups]))
+    predicted = cost.ledger(model, coupling).cost(
+        np.asarray([widths[g.name] for g in coupling.groups])
+    )
     assert (predicted.macs, predicted.params) == (macs_then, params_then)
     counted = cost.count(models.from_proto(rewrite.cut(model, coupling, keep), model.bindings))
     assert (counted.macs, counted.params) == (macs_then, params_then)
@@ -154,10 +168,12 @@ def test_costs_are_those_counted_by_hand(tmp_path: Path, net: str, batch: int) -
 
 def test_transposed_convolution_by_hand(tmp_path: Path) -> None:
     model = load(
-        build("(float[N,3,5,5] x) => (float[] y) <float[3,8,2,2] w1, float[8,4,3,3] w2> {"
-              " h = ConvTranspose<strides = [2, 2]>(x, w1)  y = ConvTranspose<group = 4>(h, w2) }"),
+        build(
+            "(float[N,3,5,5] x) => (float[] y) <float[3,8,2,2] w1, float[8,4,3,3] w2> {"
+            " h = ConvTranspose<strides = [2, 2]>(x, w1)  y = ConvTranspose<group = 4>(h, w2) }"
+        ),
         tmp_path,
-    )  # fmt: skip
+    )
     # Every input value meets every kernel element of the outputs in its group.
     assert _full(model, couple(model))[0] == 25 * 3 * 8 * 4 + 100 * 8 * 4 * 9
 
@@ -175,7 +191,9 @@ def test_bytes_follow_the_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[*WIDE, *SHIPPED])
-def coupled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Coupling]:
+def coupled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Model, Coupling]:
     if request.param in WIDE:
         model = load(build(WIDE[request.param]), tmp_path_factory.mktemp("wide"))
         return model, couple(model)
@@ -188,13 +206,19 @@ def test_there_are_shipped_models() -> None:
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
 @pytest.mark.parametrize("budget", ["macs", "params", "size"])
-def test_budgets_are_met_within_two_percent(coupled: tuple[Model, Coupling], allocate: str, budget: str) -> None:
+def test_budgets_are_met_within_two_percent(
+    coupled: tuple[Model, Coupling], allocate: str, budget: str
+) -> None:
     model, coupling = coupled
     before = dict(zip(("macs", "params", "size"), _full(model, coupling), strict=True))
     for share in (0.3, 0.5, 0.8):
         found = _plan(model, coupling, allocate=allocate, **{budget: share})
         _assert_sound(coupling, found)
-        after = {"macs": found.predicted.macs, "params": found.predicted.params, "size": found.predicted.bytes}
+        after = {
+            "macs": found.predicted.macs,
+            "params": found.predicted.params,
+            "size": found.predicted.bytes,
+        }
         assert 0.98 * share <= after[budget] / before[budget] <= share
 
 
@@ -206,9 +230,10 @@ def test_several_budgets_hold_at_once(coupled: tuple[Model, Coupling], allocate:
         found = _plan(model, coupling, allocate=allocate, **shares)
         _assert_sound(coupling, found)
         kept = {
-            "macs": found.predicted.macs / macs, "params": found.predicted.params / params,
+            "macs": found.predicted.macs / macs,
+            "params": found.predicted.params / params,
             "size": found.predicted.bytes / size,
-        }  # fmt: skip
+        }
         assert all(kept[name] <= share for name, share in shares.items())
         # The tightest one is used up; the others may have room.
         assert max(kept[name] / share for name, share in shares.items()) >= 0.98
@@ -250,7 +275,9 @@ def test_the_best_units_of_a_group_stay(tmp_path: Path) -> None:
     found = _plan(model, coupling, values, macs=0.5)
     for g, group in enumerate(coupling.groups):
         best = group.units[np.argsort(-values[group.units])[: found.widths[g]]]
-        np.testing.assert_array_equal(np.flatnonzero(found.keep[group.units]), np.sort(best - group.units[0]))
+        np.testing.assert_array_equal(
+            np.flatnonzero(found.keep[group.units]), np.sort(best - group.units[0])
+        )
 
 
 def test_ties_fall_to_the_lower_index(tmp_path: Path) -> None:
@@ -258,7 +285,9 @@ def test_ties_fall_to_the_lower_index(tmp_path: Path) -> None:
     coupling = couple(model)
     found = _plan(model, coupling, np.ones(coupling.n_units), macs=0.5)
     for g, group in enumerate(coupling.groups):
-        np.testing.assert_array_equal(np.flatnonzero(found.keep[group.units]), np.arange(found.widths[g]))
+        np.testing.assert_array_equal(
+            np.flatnonzero(found.keep[group.units]), np.arange(found.widths[g])
+        )
 
 
 def test_reserve_leaves_room_for_biases(tmp_path: Path) -> None:
@@ -340,7 +369,10 @@ def test_budget_that_cannot_be_met(coupled: tuple[Model, Coupling]) -> None:
     heaviest = ledger.nodes[int(np.argmax(ledger.terms(ledger.macs, lengths)))]
     assert heaviest in text
     why = next(p.reason for p in coupling.pinned if p.count > 1)
-    assert f"channels there cannot go, for example because {why}; the least that can be met is --macs 0.0" in text
+    assert (
+        f"channels there cannot go, for example because {why}; the least that can be met is --macs 0.0"
+        in text
+    )
     assert text.endswith("; ask for more or see 'onnx-oamip inspect'.")
 
 
@@ -374,6 +406,7 @@ def test_threshold_with_alignment(tmp_path: Path) -> None:
     found = _plan(model, coupling, values, threshold=0.5, align=8)
     assert found.widths.tolist() == [56, 40]  # 60 and 40 reach it
 
+
 # -------------------------------------------------------------------------------------------- widths from a program
 
 
@@ -391,7 +424,9 @@ class _Asked:
 def _losses(full: list[int], scale: tuple[float, ...] = (1.0, 3.0)) -> Ladder:
     """Every width of every group, with losses that fall ever slower."""
     widths = tuple(np.arange(1, n + 1) for n in full)
-    return Ladder(widths, tuple(a * (1 - w / n) ** 2 for a, w, n in zip(scale, widths, full, strict=True)))
+    return Ladder(
+        widths, tuple(a * (1 - w / n) ** 2 for a, w, n in zip(scale, widths, full, strict=True))
+    )
 
 
 @pytest.fixture
@@ -408,18 +443,27 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[_Asked]:
 
 
 def _programmed(
-    model: Model, coupling: Coupling, ladder: Ladder, extra: tuple[LinearisedLimit, ...] = (), align: int = 1,
-    values: Floats | None = None, **settings: Any,
-) -> Plan:  # fmt: skip
+    model: Model,
+    coupling: Coupling,
+    ladder: Ladder,
+    extra: tuple[LinearisedLimit, ...] = (),
+    align: int = 1,
+    values: Floats | None = None,
+    **settings: Any,
+) -> Plan:
     wanted = Settings.create(**{"solver": "highs", "align": align, "refit": "none", **settings})
     ledger = cost.ledger(model, coupling)
     limit = allocation.limits(wanted.budget, ledger.cost(cost.full_widths(coupling)), 0)
-    scores = Scores("given", np.arange(coupling.n_units, dtype=np.float64) if values is None else values)
+    scores = Scores(
+        "given", np.arange(coupling.n_units, dtype=np.float64) if values is None else values
+    )
     steps = allocation.steps(model, coupling, align, "cpu")
     return allocation.allocate(coupling, ledger, scores, limit, wanted, steps, ladder, extra)
 
 
-def test_a_program_over_rungs_comes_close_to_every_width(tmp_path: Path, asked: list[_Asked]) -> None:
+def test_a_program_over_rungs_comes_close_to_every_width(
+    tmp_path: Path, asked: list[_Asked]
+) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     ladder = _losses([120, 80])
@@ -432,7 +476,9 @@ def test_a_program_over_rungs_comes_close_to_every_width(tmp_path: Path, asked: 
     _assert_sound(coupling, found)
     # Twice: rungs from end to end, then all between the neighbours of those taken, as many at most.
     coarse, fine = asked
-    for widths, taken, near, n in zip(coarse.ladder.widths, coarse.taken, fine.ladder.widths, (120, 80), strict=True):
+    for widths, taken, near, n in zip(
+        coarse.ladder.widths, coarse.taken, fine.ladder.widths, (120, 80), strict=True
+    ):
         assert len(widths) == allocation.RUNGS
         assert (widths[0], widths[-1]) == (1, n)
         assert np.ptp(np.diff(widths)) <= 1
@@ -450,7 +496,9 @@ def test_a_program_over_rungs_comes_close_to_every_width(tmp_path: Path, asked: 
     # What is told is told of the plan, which fills what the rungs left.
     assert found.allocation == "mip"
     assert [p["purpose"] for p in found.programs] == ["budget", "budget"]
-    assert found.programs[-1]["used"] == {"macs": pytest.approx(found.predicted.macs / (0.4 * 17600), abs=1e-12)}
+    assert found.programs[-1]["used"] == {
+        "macs": pytest.approx(found.predicted.macs / (0.4 * 17600), abs=1e-12)
+    }
     assert found.programs[-1]["binding"] == ["macs"]
     assert (found.widths >= fine.taken).all()
     ledger = cost.ledger(model, coupling)
@@ -461,7 +509,10 @@ def test_a_program_over_rungs_comes_close_to_every_width(tmp_path: Path, asked: 
 def test_few_widths_are_one_program(tmp_path: Path, asked: list[_Asked]) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
-    few = Ladder((np.array([10, 60, 120]), np.arange(69, 81)), (np.array([2.0, 1.0, 0.0]), np.linspace(1, 0, 12)))
+    few = Ladder(
+        (np.array([10, 60, 120]), np.arange(69, 81)),
+        (np.array([2.0, 1.0, 0.0]), np.linspace(1, 0, 12)),
+    )
     found = _programmed(model, coupling, few, params=0.6)
     assert len(found.programs) == len(asked) == 1
     for given, widths in zip(few.widths, asked[0].ladder.widths, strict=True):
@@ -486,7 +537,9 @@ def test_a_program_keeps_below_the_threshold(tmp_path: Path, align: int) -> None
     values = np.concatenate([np.linspace(0, 1, 120), np.linspace(0, 1, 80)])
     widths = tuple(np.arange(align, n + 1, align) for n in (120, 80))
     ladder = Ladder(widths, tuple(1 - w / w[-1] for w in widths))
-    found = _programmed(model, coupling, ladder, align=align, values=values, threshold=0.5, macs=0.9)
+    found = _programmed(
+        model, coupling, ladder, align=align, values=values, threshold=0.5, macs=0.9
+    )
     assert found.widths.tolist() == ([60, 40] if align == 1 else [56, 40])
     assert (values[found.keep] >= 0.5).all()
 
@@ -518,7 +571,15 @@ def test_a_floor_of_its_own_for_every_group(tmp_path: Path) -> None:
     )
     assert plan.widths[1] >= 72
     with pytest.raises(BudgetNotMet, match=r"it can be met without --floor 0\.1\.$"):
-        allocation.allocate(coupling, ledger, Scores("given", values), limit, wanted, steps, floor=np.array([0.9, 0.9]))
+        allocation.allocate(
+            coupling,
+            ledger,
+            Scores("given", values),
+            limit,
+            wanted,
+            steps,
+            floor=np.array([0.9, 0.9]),
+        )
 
 
 def test_what_must_go_goes_whatever_fits(tmp_path: Path) -> None:
@@ -534,7 +595,9 @@ def test_what_must_go_goes_whatever_fits(tmp_path: Path) -> None:
     assert none.widths.tolist() == [1, 1]
 
 
-def test_auto_measures_a_step_for_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_measures_a_step_for_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A quarter of a group is the most; products of matrices have no blocks of channels."""
     devices = []
 
@@ -565,7 +628,9 @@ def test_a_group_that_is_no_multiple_may_stay_whole(tmp_path: Path, allocate: st
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_a_budget_takes_nothing_from_below_the_threshold_back(tmp_path: Path, allocate: str) -> None:
+def test_a_budget_takes_nothing_from_below_the_threshold_back(
+    tmp_path: Path, allocate: str
+) -> None:
     """The budget asks for less than the threshold does of one group, and leaves the other more room than it may use."""
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
@@ -581,7 +646,10 @@ def test_global_sees_scores_relative_to_their_group(tmp_path: Path) -> None:
     coupling = couple(model)
     values = np.random.default_rng(3).uniform(size=coupling.n_units)
     louder = values * np.repeat([1.0, 1000.0], [120, 80])
-    found = [_plan(model, coupling, v, allocate="global", macs=0.5).widths.tolist() for v in (values, louder)]
+    found = [
+        _plan(model, coupling, v, allocate="global", macs=0.5).widths.tolist()
+        for v in (values, louder)
+    ]
     assert found[0] == found[1]
     assert max(found[0]) < 100
 
@@ -597,7 +665,10 @@ def test_excluded_groups_stay(tmp_path: Path) -> None:
     fewer = exclude(model, coupling, ["w2"])
     assert [g.name for g in fewer.groups] == ["w5"]
     assert fewer.n_units == coupling.n_units - 40 - 48
-    assert {(p.tensor, p.axis) for p in fewer.pinned if p.reason == "--exclude 'w2' keeps it"} >= {("w2", 0), ("w2", 1)}
+    assert {(p.tensor, p.axis) for p in fewer.pinned if p.reason == "--exclude 'w2' keeps it"} >= {
+        ("w2", 0),
+        ("w2", 1),
+    }
     found = _plan(model, fewer, macs=0.95)
     _assert_sound(fewer, found)
     cut = models.from_proto(rewrite.cut(model, fewer, found.keep), model.bindings)

@@ -63,7 +63,7 @@ NETS = {
         <float[5,2,3,3] w1, float[6,5,3,3] w2, float[7,24] w3, float[4,7] w4>
         { a = Conv(x, w1)  r = Relu(a)  b = Conv(r, w2)  s = Relu(b)  f = Flatten(s)
           c = Gemm<transB=1>(f, w3)  t = Relu(c)  y = Gemm<transB=1>(t, w4) }""",
-}  # fmt: skip
+}
 BUDGETS = ({"macs"}, {"params"}, {"macs", "params"}, {"macs", "params", "bytes"})
 
 
@@ -90,28 +90,42 @@ def random_ladder(full: Ints, seed: int, levels: int = 4, jagged: bool = False) 
         chosen = rng.choice(np.arange(1, most), min(levels - 1, most - 1), replace=False)
         widths.append(np.append(np.sort(chosen), most).astype(np.int64))
         count = len(widths[-1]) - 1
-        loss = rng.uniform(-0.2, 1, count) if jagged else np.cumsum(rng.exponential(size=count))[::-1]
+        loss = (
+            rng.uniform(-0.2, 1, count) if jagged else np.cumsum(rng.exponential(size=count))[::-1]
+        )
         losses.append(np.append(loss, 0.0))
     return Ladder(tuple(widths), tuple(losses))
 
 
 def measured(ledger: Ledger, widths: Ints, line: LinearisedLimit) -> float:
     lengths = ledger.lengths(widths)
-    return line.constant + float((line.products.factor * lengths[line.products.axes].prod(axis=1)).sum())
+    return line.constant + float(
+        (line.products.factor * lengths[line.products.axes].prod(axis=1)).sum()
+    )
 
 
-def fits(ledger: Ledger, widths: Ints, targets: Targets, extra: tuple[LinearisedLimit, ...] = ()) -> bool:
+def fits(
+    ledger: Ledger, widths: Ints, targets: Targets, extra: tuple[LinearisedLimit, ...] = ()
+) -> bool:
     counted = ledger.cost(widths)
-    met = [limit is None or getattr(counted, kind) <= limit for kind, limit in vars(targets).items()]
-    return all(met) and all(measured(ledger, widths, line) <= line.limit * (1 + 1e-9) for line in extra)
+    met = [
+        limit is None or getattr(counted, kind) <= limit for kind, limit in vars(targets).items()
+    ]
+    return all(met) and all(
+        measured(ledger, widths, line) <= line.limit * (1 + 1e-9) for line in extra
+    )
 
 
-def enumerate_best(ledger: Ledger, ladder: Ladder, targets: Targets, extra: tuple[LinearisedLimit, ...] = ()) -> float:
+def enumerate_best(
+    ledger: Ledger, ladder: Ladder, targets: Targets, extra: tuple[LinearisedLimit, ...] = ()
+) -> float:
     best = math.inf
     for levels in itertools.product(*(range(len(w)) for w in ladder.widths)):
         loss = sum(float(c[level]) for c, level in zip(ladder.cost, levels, strict=True))
         if loss < best:
-            widths = np.asarray([w[level] for w, level in zip(ladder.widths, levels, strict=True)], np.int64)
+            widths = np.asarray(
+                [w[level] for w, level in zip(ladder.widths, levels, strict=True)], np.int64
+            )
             if fits(ledger, widths, targets, extra):
                 best = loss
     return best
@@ -120,7 +134,8 @@ def enumerate_best(ledger: Ledger, ladder: Ladder, targets: Targets, extra: tupl
 def loss_of(ladder: Ladder, widths: Ints) -> float:
     """Total loss; fails where a width is not on the ladder."""
     return sum(
-        float(c[w.tolist().index(taken)]) for w, c, taken in zip(ladder.widths, ladder.cost, widths, strict=True)
+        float(c[w.tolist().index(taken)])
+        for w, c, taken in zip(ladder.widths, ladder.cost, widths, strict=True)
     )
 
 
@@ -152,7 +167,9 @@ def test_matches_enumeration(name: str, kinds: set[str], jagged: bool, solver: s
     before = ledger.cost(full)
     for seed, share in enumerate((0.25, 0.5, 0.9)):
         ladder = random_ladder(full, seed, jagged=jagged)
-        targets = shares(before, kinds, share if kinds != {"macs", "params", "bytes"} else max(share, 0.8))
+        targets = shares(
+            before, kinds, share if kinds != {"macs", "params", "bytes"} else max(share, 0.8)
+        )
         best = enumerate_best(ledger, ladder, targets)
         if math.isinf(best):
             with pytest.raises(BudgetNotMet):
@@ -183,7 +200,9 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
     """Any axes over up to four groups, any products of up to four of them: squares, concats, cubes, constants."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     groups, axes, terms = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    per_unit = rng.integers(1, 4, (axes, groups)) * (rng.random((axes, groups)) < draw(st.floats(0.1, 0.9)))
+    per_unit = rng.integers(1, 4, (axes, groups)) * (
+        rng.random((axes, groups)) < draw(st.floats(0.1, 0.9))
+    )
     fixed = rng.integers(0, 4, axes)
 
     def products(factor: np.ndarray) -> Products:
@@ -200,7 +219,7 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
         nodes=(),
     )
     full = rng.integers(1, 9, groups)
-    if (steps := draw(st.integers(0, 3))):
+    if steps := draw(st.integers(0, 3)):
         members = rng.random((steps, groups)) < 0.6
         # Where a group's widest level is not its full width, the step is there whatever is chosen.
         most = full + (rng.random(groups) < 0.2)
@@ -212,7 +231,9 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(case=ledgers(), share=st.floats(0.1, 1.1), kinds=st.sampled_from(BUDGETS), latency=st.booleans())
+@given(
+    case=ledgers(), share=st.floats(0.1, 1.1), kinds=st.sampled_from(BUDGETS), latency=st.booleans()
+)
 def test_any_ledger_matches_enumeration(
     case: tuple[Ledger, Ladder, LinearisedLimit], share: float, kinds: set[str], latency: bool
 ) -> None:
@@ -252,8 +273,12 @@ def test_products_are_shared_between_terms_and_budgets() -> None:
     _, coupling, ledger = net("dense")
     ladder = random_ladder(full_widths(coupling), 0)
     one = choose(ledger, ladder, Targets(macs=120), solver_limits=EXACT).program
-    all_three = choose(ledger, ladder, Targets(macs=120, params=130, bytes=10**6), solver_limits=EXACT).program
-    assert one["variables"] == all_three["variables"] == 3 * 3 + 2 * 4  # thresholds; two products of 4 levels
+    all_three = choose(
+        ledger, ladder, Targets(macs=120, params=130, bytes=10**6), solver_limits=EXACT
+    ).program
+    assert (
+        one["variables"] == all_three["variables"] == 3 * 3 + 2 * 4
+    )  # thresholds; two products of 4 levels
     assert all_three["rows"] == one["rows"] + 2
 
 
@@ -288,7 +313,9 @@ def test_binding_limits_are_named() -> None:
     ladder = Ladder(widths, tuple(np.linspace(1, 0, len(w)) for w in widths))
     least = choose(ledger, ladder, Targets(macs=20_000), solver_limits=EXACT).widths
     reached = ledger.cost(least).macs
-    program = choose(ledger, ladder, Targets(macs=reached, params=10_000, bytes=10**9), solver_limits=EXACT).program
+    program = choose(
+        ledger, ladder, Targets(macs=reached, params=10_000, bytes=10**9), solver_limits=EXACT
+    ).program
     assert program["binding"] == ["macs"]
     assert program["used"].keys() == {"macs", "params", "size"}
     assert program["used"]["params"] < 0.1
@@ -316,13 +343,25 @@ def test_a_limit_is_met_to_the_last_multiply() -> None:
     """A limit that one combination meets exactly is met by it; one less is not."""
     _, coupling, ledger = net("dense")
     full = full_widths(coupling)
-    ladder = Ladder(tuple(np.asarray([w // 2, w]) for w in full), tuple(np.asarray([1.0, 0.0]) for _ in full))
+    ladder = Ladder(
+        tuple(np.asarray([w // 2, w]) for w in full), tuple(np.asarray([1.0, 0.0]) for _ in full)
+    )
     exact = ledger.cost(np.asarray([full[0], full[1], full[2] // 2])).macs
     others = [full[0] // 2, full[1], full[2]], [full[0], full[1] // 2, full[2]]
     assert all(ledger.cost(np.asarray(w)).macs != exact for w in others)
     for limit in (exact, exact + 0.5):
-        assert ledger.cost(choose(ledger, ladder, Targets(macs=limit), solver_limits=EXACT).widths).macs <= limit
-    assert ledger.cost(choose(ledger, ladder, Targets(macs=exact - 0.5), solver_limits=EXACT).widths).macs < exact
+        assert (
+            ledger.cost(
+                choose(ledger, ladder, Targets(macs=limit), solver_limits=EXACT).widths
+            ).macs
+            <= limit
+        )
+    assert (
+        ledger.cost(
+            choose(ledger, ladder, Targets(macs=exact - 0.5), solver_limits=EXACT).widths
+        ).macs
+        < exact
+    )
 
 
 def test_what_a_solver_lets_through_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +374,9 @@ def test_what_a_solver_lets_through_is_solved_again(monkeypatch: pytest.MonkeyPa
 
     def loose(program: solvers.Program, *rest: object) -> Solution:
         calls.append(1)
-        upper = np.where(np.isfinite(program.row_lower), program.row_upper, program.row_upper + 0.02)
+        upper = np.where(
+            np.isfinite(program.row_lower), program.row_upper, program.row_upper + 0.02
+        )
         return solvers.solve(replace(program, row_upper=upper), *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(budget_program, "solve", loose)
@@ -354,7 +395,9 @@ def test_a_solver_that_never_holds_leaves_the_greedy_plan(monkeypatch: pytest.Mo
     """Each solve has narrower limits and what time is left; what is never met is said to be no optimum."""
     _, coupling, ledger = net("residual")
     full = full_widths(coupling)
-    targets = replace(shares(ledger.cost(full), {"macs", "params"}, 0.5), bytes=2 * ledger.cost(full).bytes)
+    targets = replace(
+        shares(ledger.cost(full), {"macs", "params"}, 0.5), bytes=2 * ledger.cost(full).bytes
+    )
     ladder = random_ladder(full, 0)
     asked: list[tuple[np.ndarray, SolverLimits]] = []
 
@@ -384,11 +427,15 @@ def test_a_solver_without_an_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     _, coupling, ledger = net("dense")
 
     def late(*_: object) -> Solution:
-        return Solution(Termination.NO_SOLUTION, solvers.Limit.TIME, None, None, 0.0, None, 7.4, "highs")
+        return Solution(
+            Termination.NO_SOLUTION, solvers.Limit.TIME, None, None, 0.0, None, 7.4, "highs"
+        )
 
     monkeypatch.setattr(budget_program, "solve", late)
     line = LinearisedLimit("latency", Products(np.ones(4), ledger.macs.axes), 0.0, 1.0)
-    with pytest.raises(BudgetNotMet, match="found no widths within 7 s and its other limits; give it more time"):
+    with pytest.raises(
+        BudgetNotMet, match="found no widths within 7 s and its other limits; give it more time"
+    ):
         choose(ledger, random_ladder(full_widths(coupling), 0), Targets(), (line,))
 
 
@@ -398,7 +445,9 @@ def test_time_limit_keeps_the_best_plan(monkeypatch: pytest.MonkeyPatch) -> None
     full = full_widths(coupling)
 
     def late(*_: object) -> Solution:
-        return Solution(Termination.NO_SOLUTION, solvers.Limit.TIME, None, None, 0.0, None, 1.0, "highs")
+        return Solution(
+            Termination.NO_SOLUTION, solvers.Limit.TIME, None, None, 0.0, None, 1.0, "highs"
+        )
 
     monkeypatch.setattr(budget_program, "solve", late)
     targets = shares(ledger.cost(full), {"macs"}, 0.5)
@@ -425,12 +474,22 @@ def test_infeasible_names_the_limit() -> None:
 def test_the_record_is_json() -> None:
     _, coupling, ledger = net("concat")
     full = full_widths(coupling)
-    program = choose(ledger, random_ladder(full, 0), shares(ledger.cost(full), {"macs"}, 0.5)).program
+    program = choose(
+        ledger, random_ladder(full, 0), shares(ledger.cost(full), {"macs"}, 0.5)
+    ).program
     assert json.loads(json.dumps(program)) == program
     assert program["purpose"] == "budget"
     assert program.keys() >= {
-        "purpose", "solver", "status", "gap", "seconds", "variables", "rows", "binding", "objective",
-    }  # fmt: skip
+        "purpose",
+        "solver",
+        "status",
+        "gap",
+        "seconds",
+        "variables",
+        "rows",
+        "binding",
+        "objective",
+    }
 
 
 def test_one_level_a_group_and_no_groups() -> None:
@@ -493,6 +552,8 @@ def test_densenet_size_in_seconds() -> None:
         tuple(rng.lognormal() * ((32 / widths) ** rng.uniform(1, 3) - 1) for _ in range(groups)),
     )
     targets = Targets(macs=0.5 * ledger.cost(np.full(groups, 32)).macs)
-    program = choose(ledger, ladder, targets, (), "highs", SolverLimits(time_s=20.0, gap=1e-3)).program
+    program = choose(
+        ledger, ladder, targets, (), "highs", SolverLimits(time_s=20.0, gap=1e-3)
+    ).program
     assert program["gap"] < 0.01  # solved to 0.001 in 3 s on a quiet machine
     assert program["seconds"] < 25

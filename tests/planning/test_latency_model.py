@@ -50,7 +50,9 @@ TOKENS = """(float[n, 6, 16] x) => (float[] y)
 
 
 def _ladder(coupling: Coupling, rungs: int = 4) -> list[Ints]:
-    return [np.unique(np.linspace(1, len(g.units), rungs).astype(np.int64)) for g in coupling.groups]
+    return [
+        np.unique(np.linspace(1, len(g.units), rungs).astype(np.int64)) for g in coupling.groups
+    ]
 
 
 def _images(model: Model, count: int = 8) -> dataset.Samples:
@@ -70,11 +72,18 @@ def _event(name: str, micros: int, op: str = "", cat: str = "Node") -> dict[str,
 
 def test_parse_leaves_out_warm_runs_and_sums_equal_names() -> None:
     end = _event("model_run", 99, cat="Session")
-    first = [_event("a_kernel_time", 1000, "Conv"), _event("r_kernel_time", 500, "ReorderOutput"), end]
+    first = [
+        _event("a_kernel_time", 1000, "Conv"),
+        _event("r_kernel_time", 500, "ReorderOutput"),
+        end,
+    ]
     later = [
-        _event("a_fence_before", 7, "Conv"), _event("a_kernel_time", 10, "Conv"), _event("r_kernel_time", 2, "Reorder"),
-        _event("r_kernel_time", 3, "Reorder"), end,
-    ]  # fmt: skip
+        _event("a_fence_before", 7, "Conv"),
+        _event("a_kernel_time", 10, "Conv"),
+        _event("r_kernel_time", 2, "Reorder"),
+        _event("r_kernel_time", 3, "Reorder"),
+        end,
+    ]
     start = [_event("session_initialization", 5, cat="Session")]
     found = latency_model.parse([*start, *first, *later, *later], skip=1)
     assert {k: op for k, (op, _) in found.items()} == {"a": "Conv", "r": "Reorder"}
@@ -110,13 +119,22 @@ def test_assign_by_node_tensor_and_fused_name(tmp_path: Path) -> None:
     kernels = {
         "ar_nchwc": ("Conv", 1.0),  # named after the tensor of a fused Relu
         made["b"]: ("Conv", 2.0),  # after the node
-        "dr_nchwc": ("Conv", 3.0),  # c with Add and Relu fused: the shortcut has a kernel of its own
+        "dr_nchwc": (
+            "Conv",
+            3.0,
+        ),  # c with Add and Relu fused: the shortcut has a kernel of its own
         "s_nchwc_token_4": ("Conv", 4.0),
         f"fused {made['y']}": ("FusedGemm", 5.0),
         "ReorderOutput": ("ReorderOutput", 9.0),
         "p_nchwc": ("GlobalAveragePool", 9.0),
     }
-    assert _assign(proto, [made[t] for t in "abcsy"], kernels, np.ones(5)) == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert _assign(proto, [made[t] for t in "abcsy"], kernels, np.ones(5)) == [
+        1.0,
+        2.0,
+        3.0,
+        4.0,
+        5.0,
+    ]
 
 
 def test_assign_shares_a_kernel_by_macs_and_hands_out_what_is_left(tmp_path: Path) -> None:
@@ -158,7 +176,11 @@ def test_every_linear_node_of_a_real_run_gets_time(text: str, tmp_path: Path) ->
 def test_fit_finds_the_rates_that_made_the_times() -> None:
     rng = np.random.default_rng(0)
     macs, sizes = rng.uniform(1e6, 1e8, (6, 3)), rng.uniform(1e3, 1e5, (6, 3))
-    rates, own, base = np.asarray([1e-11, 5e-11, 0.0]), np.asarray([1e-9, 0.0, 2e-9]), np.asarray([1e-5, 0.0, 3e-5])
+    rates, own, base = (
+        np.asarray([1e-11, 5e-11, 0.0]),
+        np.asarray([1e-9, 0.0, 2e-9]),
+        np.asarray([1e-5, 0.0, 3e-5]),
+    )
     nodes = base + macs * rates + sizes * own
     walls = nodes.sum(axis=1) + 1e-4 + 3e-9 * sizes.sum(axis=1)
     constant, found, elements, by_node = latency_model.fit(walls, nodes, macs, sizes)
@@ -205,7 +227,9 @@ def test_levels_are_on_the_ladder_and_differ(residual: tuple[Model, Coupling]) -
     assert len({tuple(w) for w in widths.tolist()}) == len(widths) >= 3
     assert all(w in rung for level in widths for w, rung in zip(level, ladder, strict=True))
     only = [rung[-1:] for rung in ladder]
-    assert latency_model.level_widths(coupling, only).tolist() == [cost.full_widths(coupling).tolist()]
+    assert latency_model.level_widths(coupling, only).tolist() == [
+        cost.full_widths(coupling).tolist()
+    ]
 
 
 def test_first_units_are_as_many_as_asked(residual: tuple[Model, Coupling]) -> None:
@@ -222,7 +246,9 @@ def test_profile_of_a_real_model(text: str | None, tmp_path: Path) -> None:
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
     costs = cost.ledger(model, coupling)
-    table = latency_model.profile(model, coupling, _ladder(coupling), samples, "cpu", batch=2, threads=1, seconds=0.2)
+    table = latency_model.profile(
+        model, coupling, _ladder(coupling), samples, "cpu", batch=2, threads=1, seconds=0.2
+    )
     factor = table.products.factor
     assert table.by_node
     assert len(factor) == len(table.products.axes) == 2 * len(costs.nodes)
@@ -243,6 +269,8 @@ def test_activation_terms_count_elements(residual: tuple[Model, Coupling]) -> No
     costs = cost.ledger(model, coupling)
     widths = np.maximum(cost.full_widths(coupling) // 2, 1)
     found = cost.Ledger.terms(latency_model._activations(model, costs), costs.lengths(widths))
-    narrow = models.from_proto(cut(model, coupling, latency_model.first_units(coupling, widths)), model.bindings)
+    narrow = models.from_proto(
+        cut(model, coupling, latency_model.first_units(coupling, widths)), model.bindings
+    )
     made = {n.name: n.outputs[0] for n in narrow.nodes}
     assert found.tolist() == [int(np.prod(narrow.shapes[made[n]])) for n in costs.nodes]

@@ -74,7 +74,9 @@ def prepared(name: str, unlabelled: bool = False) -> Prepared:
     """Statistics, scores and sensitivities of a shipped network, from few images."""
     if name not in SHIPPED or not _data(name).exists():
         pytest.skip(f"{name} is not there")
-    source = {k: v for k, v in arrays(name, 256, 500).items() if not (unlabelled and k.endswith("labels"))}
+    source = {
+        k: v for k, v in arrays(name, 256, 500).items() if not (unlabelled and k.endswith("labels"))
+    }
     return pipeline.prepare(MODELS / f"{name}.onnx", source, settings(macs=0.5, seed=1))
 
 
@@ -146,9 +148,13 @@ def test_a_refit_adds_biases_and_nothing_else(name: str) -> None:
     assert created <= least_squares.new_biases(model)
 
 
-@pytest.mark.parametrize("budgets", [{"macs": 0.5}, {"params": 0.3}, {"macs": 0.6, "params": 0.5}, {"size": 0.4}])
+@pytest.mark.parametrize(
+    "budgets", [{"macs": 0.5}, {"params": 0.3}, {"macs": 0.6, "params": 0.5}, {"size": 0.4}]
+)
 @pytest.mark.parametrize("name", ["lenet300-mnist", "lenet5-mnist", "resnet20-fashion"])
-def test_budgets_hold_in_the_model(name: str, budgets: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_budgets_hold_in_the_model(
+    name: str, budgets: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(least_squares, "MOST_ROWS", 512)
     monkeypatch.setattr(least_squares, "LEAST_ROWS", 256)
     ready = asked(prepared(name), **budgets)
@@ -178,28 +184,37 @@ def _enumerate(ready: Prepared, ladder: Ladder, limit: allocation.Limits) -> flo
     return best
 
 
-@pytest.mark.parametrize("limits", [{"macs": 0.6}, {"macs": 0.45}, {"params": 0.7}, {"macs": 0.6, "params": 0.55}])
+@pytest.mark.parametrize(
+    "limits", [{"macs": 0.6}, {"macs": 0.45}, {"params": 0.7}, {"macs": 0.6, "params": 0.55}]
+)
 def test_resnet20_cut_down_matches_enumeration(limits: dict[str, float]) -> None:
     """The trunks and every third branch have three widths with their measured losses, the others stay: 3^6 plans."""
     ready = prepared("resnet20-fashion")
     assert ready.ladder is not None
     full = full_widths(ready.coupling)
-    trunks = np.argsort([-len(g.multiplicity) for g in ready.coupling.groups], kind="stable")[:3].tolist()
+    trunks = np.argsort([-len(g.multiplicity) for g in ready.coupling.groups], kind="stable")[
+        :3
+    ].tolist()
     chosen = [*trunks, *[g for g in range(len(full)) if g not in trunks][::3]]
     assert len(chosen) == 6
     widths = [
-        np.asarray([f // 4, f // 2, f] if g in chosen else [f], np.int64) for g, f in enumerate(full.tolist())
+        np.asarray([f // 4, f // 2, f] if g in chosen else [f], np.int64)
+        for g, f in enumerate(full.tolist())
     ]
     losses = [
-        c[np.searchsorted(w, mine)] for w, c, mine in zip(ready.ladder.widths, ready.ladder.cost, widths, strict=True)
+        c[np.searchsorted(w, mine)]
+        for w, c, mine in zip(ready.ladder.widths, ready.ladder.cost, widths, strict=True)
     ]
     ladder = Ladder(tuple(widths), tuple(losses))
     limit = allocation.limits(settings(**limits).budget, ready.before, 0)
     best = _enumerate(ready, ladder, limit)
     assert 0 < best < np.inf
-    found = budget_program.choose(ready.ledger, ladder, limit, (), "auto", SolverLimits(time_s=60.0, gap=0.0))
+    found = budget_program.choose(
+        ready.ledger, ladder, limit, (), "auto", SolverLimits(time_s=60.0, gap=0.0)
+    )
     loss = sum(
-        float(c[w.tolist().index(taken)]) for w, c, taken in zip(ladder.widths, ladder.cost, found.widths, strict=True)
+        float(c[w.tolist().index(taken)])
+        for w, c, taken in zip(ladder.widths, ladder.cost, found.widths, strict=True)
     )
     assert limit.holds(ready.ledger.cost(found.widths))
     assert loss == pytest.approx(best, rel=1e-6)
@@ -218,7 +233,9 @@ def test_the_program_beats_equal_shares() -> None:
         return sum(float(c[i]) for c, i in zip(ready.ladder.cost, at, strict=True))
 
     mine = search.allocate(asked(ready, macs=0.3), limit)
-    uniform = search.allocate(replace(asked(ready, macs=0.3, allocate="uniform"), ladder=None), limit)
+    uniform = search.allocate(
+        replace(asked(ready, macs=0.3, allocate="uniform"), ladder=None), limit
+    )
     assert loss(mine.widths) < 0.9 * loss(uniform.widths)
 
 
@@ -231,7 +248,9 @@ def test_interpolation_is_monotone_and_exact() -> None:
     np.testing.assert_allclose(values[[0, 3, 8, 15]], found.loss)
     assert (np.diff(values) <= 1e-12).all()
     assert (values >= 0).all()
-    np.testing.assert_array_equal(interpolate(Sensitivity(np.asarray([3]), np.zeros(1)), np.asarray([3])), [0.0])
+    np.testing.assert_array_equal(
+        interpolate(Sensitivity(np.asarray([3]), np.zeros(1)), np.asarray([3])), [0.0]
+    )
 
 
 @pytest.mark.parametrize(("step", "floor"), [(1, 0.0), (4, 0.0), (8, 0.3), (5, 0.9), (100, 0.5)])
@@ -239,11 +258,14 @@ def test_rungs(step: int, floor: float) -> None:
     """Multiples of the step from the floor on, and the full width."""
     ready = prepared("lenet300-mnist")
     found = tuple(
-        Sensitivity(np.asarray([1, len(g.units)]), np.asarray([1.0, 0.0])) for g in ready.coupling.groups
+        Sensitivity(np.asarray([1, len(g.units)]), np.asarray([1.0, 0.0]))
+        for g in ready.coupling.groups
     )
     steps = np.full(len(found), step)
     ladder = rungs(ready.coupling, found, steps, floor)
-    for group, widths, losses in zip(ready.coupling.groups, ladder.widths, ladder.cost, strict=True):
+    for group, widths, losses in zip(
+        ready.coupling.groups, ladder.widths, ladder.cost, strict=True
+    ):
         full = len(group.units)
         assert widths[-1] == full
         assert losses[-1] == 0
@@ -261,7 +283,9 @@ def _plan(ready: Prepared, **values: object) -> Plan:
     asked_ = asked(ready, **values)
     assert ready.ladder is not None
     steps = allocation.steps(ready.model, ready.coupling, asked_.settings.align, "cpu")
-    measured = tuple(Sensitivity(w, c) for w, c in zip(ready.ladder.widths, ready.ladder.cost, strict=True))
+    measured = tuple(
+        Sensitivity(w, c) for w, c in zip(ready.ladder.widths, ready.ladder.cost, strict=True)
+    )
     ladder = rungs(ready.coupling, measured, steps, asked_.settings.floor)
     asked_ = replace(asked_, steps=steps, ladder=ladder)
     return search.allocate(asked_, allocation.limits(asked_.settings.budget, ready.before, 0))
@@ -298,7 +322,9 @@ def test_threshold_and_program() -> None:
     ready = prepared("lenet5-mnist")
     values = ready.scores.values
     threshold = float(np.quantile(values, 0.4))
-    above = np.bincount(ready.coupling.unit_group[values >= threshold], minlength=len(ready.coupling.groups))
+    above = np.bincount(
+        ready.coupling.unit_group[values >= threshold], minlength=len(ready.coupling.groups)
+    )
     alone = _plan(ready, threshold=threshold)
     np.testing.assert_array_equal(alone.widths, np.maximum(above, 1))
     assert (values[alone.keep] >= threshold).all()
@@ -409,7 +435,11 @@ def test_the_size_of_the_file_is_met(
     ready = small(UNBIASED, tmp_path, **{"macs": None, **budgets})
     sizes: list[float] = []
     # Only as much of the drop as the size allows: the search ends at the plan within the other budgets.
-    monkeypatch.setattr(search, "_drop", lambda ready, _, found: float(found.after.macs < 0.5 * ready.before.macs) * 9)
+    monkeypatch.setattr(
+        search,
+        "_drop",
+        lambda ready, _, found: float(found.after.macs < 0.5 * ready.before.macs) * 9,
+    )
     carry_out = search.carry_out
 
     def record(*args: object) -> Attempt:
@@ -436,11 +466,19 @@ def _clock(
     full = full_widths(ready.coupling)
     whole = ledger.terms(ledger.macs, ledger.lengths(full)).astype(np.float64)
     constant = predicted(0 * whole)
-    rate = np.asarray([predicted(np.eye(len(whole))[i] * whole) - constant for i in range(len(whole))]) / whole
+    rate = (
+        np.asarray([predicted(np.eye(len(whole))[i] * whole) - constant for i in range(len(whole))])
+        / whole
+    )
     table = Table(
-        constant, Products(rate, ledger.macs.axes), full[None], np.asarray([predicted(whole)]),
-        np.asarray([predicted(whole)]), 0.0, True,
-    )  # fmt: skip
+        constant,
+        Products(rate, ledger.macs.axes),
+        full[None],
+        np.asarray([predicted(whole)]),
+        np.asarray([predicted(whole)]),
+        0.0,
+        True,
+    )
 
     def measure(ready: Prepared, proto: object, seconds: float = 2.0) -> float:
         cut = models.from_proto(proto, ready.model.bindings)  # type: ignore[arg-type]
@@ -465,7 +503,9 @@ CLOCKS: dict[str, Callable[[Floats], float]] = {
 
 @pytest.mark.parametrize("share", [0.5, 0.7])
 @pytest.mark.parametrize("name", CLOCKS)
-def test_latency_is_corrected_until_it_is_met(name: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_is_corrected_until_it_is_met(
+    name: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The additive model is wrong in different ways; the measured share ends just below what was asked."""
     ready = asked(prepared("resnet20-fashion"), latency=share, refit="none")
     table, measure = _clock(ready, CLOCKS[name], _linear)
@@ -492,7 +532,9 @@ def test_latency_with_noise_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "profile", lambda *_, **__: table)
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        monkeypatch.setattr(search, "latency_ratio", lambda *a, r=rng, **n: measure(*a, **n) * r.uniform(0.97, 1.03))
+        monkeypatch.setattr(
+            search, "latency_ratio", lambda *a, r=rng, **n: measure(*a, **n) * r.uniform(0.97, 1.03)
+        )
         found = search.search(ready)
         assert 0.6 * 0.9 <= measure(ready, found.pruned.raw) <= 0.6 * 1.05
 
@@ -544,7 +586,9 @@ def test_a_budget_of_all_keeps_all(tmp_path: Path) -> None:
 
 
 def test_what_a_drop_is() -> None:
-    def make(error: float | None, agreement: float | None, before: float | None, after: float | None) -> Verification:
+    def make(
+        error: float | None, agreement: float | None, before: float | None, after: float | None
+    ) -> Verification:
         return Verification(None, error, agreement, before, after, (), 10)
 
     assert drop(make(0.5, 0.8, 0.9, 0.85)) == pytest.approx(5)

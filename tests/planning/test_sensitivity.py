@@ -150,7 +150,9 @@ def _feeds(model: Model, batches: Sequence[int] = (4, 4, 3)) -> list[dict[str, A
     return [feed(model, seed, batch) for seed, batch in enumerate(batches)]
 
 
-def by_hand(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int, gone: Ints) -> ModelProto:
+def by_hand(
+    model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int, gone: Ints
+) -> ModelProto:
     """The whole original graph: consumers of the group without the units ``gone``, repaired by least squares."""
     proto = ModelProto()
     proto.CopyFrom(model.proto)
@@ -171,7 +173,9 @@ def by_hand(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: 
             view[consumer.axis] = -1
             keep = (~np.isin(labels, gone)).reshape(view).astype(model.dtypes[consumer.data])
             proto.graph.initializer.append(numpy_helper.from_array(keep, f"keep{i}"))
-            mul = helper.make_node("Mul", [node.input[consumer.slot], f"keep{i}"], [f"kept{i}"], f"mul{i}")
+            mul = helper.make_node(
+                "Mul", [node.input[consumer.slot], f"keep{i}"], [f"kept{i}"], f"mul{i}"
+            )
             before.setdefault(node.name, []).append(mul)
             node.input[consumer.slot] = f"kept{i}"
             continue
@@ -186,7 +190,9 @@ def by_hand(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: 
             root = np.linalg.cholesky(problem.gram).T
             weight = np.zeros_like(problem.weight)
             if len(stays):
-                weight[:, stays] = lstsq(root[:, stays], root @ problem.weight.T, lapack_driver="gelsy")[0].T
+                weight[:, stays] = lstsq(
+                    root[:, stays], root @ problem.weight.T, lapack_driver="gelsy"
+                )[0].T
             shift = (problem.weight - weight) @ problem.mean
             fold = problem.spread.shape[1]
             if fold > 1:  # places are outputs there: (outputs * places, columns)
@@ -205,10 +211,17 @@ def by_hand(model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: 
         view[place.output_axis] = -1
         bias = np.concatenate(shifts).reshape(view).astype(like.dtype)
         proto.graph.initializer.append(numpy_helper.from_array(bias, f"shift{i}"))
-        behind[node.name] = helper.make_node("Add", [f"inner{i}", f"shift{i}"], [node.output[0]], f"add{i}")
+        behind[node.name] = helper.make_node(
+            "Add", [f"inner{i}", f"shift{i}"], [node.output[0]], f"add{i}"
+        )
         node.output[0] = f"inner{i}"
+
     def around(node: NodeProto) -> list[NodeProto]:
-        return [*before.get(node.name, ()), node, *([behind[node.name]] if node.name in behind else [])]
+        return [
+            *before.get(node.name, ()),
+            node,
+            *([behind[node.name]] if node.name in behind else []),
+        ]
 
     subgraphs.insert(proto.graph, around)
     return proto
@@ -248,13 +261,17 @@ def _expected(
     units = coupling.groups[group].units
     removal = units[np.argsort(order[units], kind="stable")]
     gone = [removal[: len(units) - w] for w in levels(len(units))]
-    loss = [loss_by_hand(model, by_hand(model, coupling, grams, group, units), feeds) for units in gone]
+    loss = [
+        loss_by_hand(model, by_hand(model, coupling, grams, group, units), feeds) for units in gone
+    ]
     # Losses never rise with the width.
     return np.asarray([max(loss[i:]) for i in range(len(loss))])
 
 
 def _assert_close(found: Sensitivity, expected: Floats) -> None:
-    np.testing.assert_allclose(found.loss, expected, rtol=1e-4, atol=1e-5 * max(float(np.abs(expected).max()), 1e-3))
+    np.testing.assert_allclose(
+        found.loss, expected, rtol=1e-4, atol=1e-5 * max(float(np.abs(expected).max()), 1e-3)
+    )
 
 
 def _order(coupling: Coupling, seed: int = 5) -> Floats:
@@ -288,12 +305,17 @@ def test_kinds_of_consumers_are_what_they_should_be(tmp_path: Path) -> None:
         ops = {n.name: n.op for n in model.nodes}
         return {
             group.name: {
-                ops[c.node] for c in coupling.consumers if np.isin(coupling.axes[c.data, c.axis], group.units).any()
+                ops[c.node]
+                for c in coupling.consumers
+                if np.isin(coupling.axes[c.data, c.axis], group.units).any()
             }
             for group in coupling.groups
         }
 
-    assert consumers("neighbours and a convolution") == {"w1": {"LRN", "Conv"}, "w2": {"LRN", "MatMul"}}
+    assert consumers("neighbours and a convolution") == {
+        "w1": {"LRN", "Conv"},
+        "w2": {"LRN", "MatMul"},
+    }
     assert consumers("residual trunk") == {"w1": {"Conv", "MatMul"}, "w2": {"Conv"}}
     assert consumers("attention, classes")["wq"] == {"MatMul"}
     model = load(build(NETS["attention, classes"]), tmp_path)
@@ -304,7 +326,8 @@ def test_kinds_of_consumers_are_what_they_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "cap"), [("conv, pool, norm, flatten", 30), ("residual trunk", 50), ("transposed convolutions", 8)]
+    ("name", "cap"),
+    [("conv, pool, norm, flatten", 30), ("residual trunk", 50), ("transposed convolutions", 8)],
 )
 def test_losses_with_folded_matrices(name: str, cap: int, tmp_path: Path) -> None:
     """Where a Gram matrix holds channels only, weights of all taps are repaired alike."""
@@ -350,14 +373,20 @@ def test_workers_do_not_matter(tmp_path: Path) -> None:
     order = _order(coupling)
     steps: list[tuple[str, int, int]] = []
     one = measure(model, coupling, grams, order, feeds, "cpu", 1, lambda *step: steps.append(step))
-    assert steps == [("sensitivity", i + 1, len(coupling.groups)) for i in range(len(coupling.groups))]
+    assert steps == [
+        ("sensitivity", i + 1, len(coupling.groups)) for i in range(len(coupling.groups))
+    ]
     for workers in (2, None):
-        for a, b in zip(one, measure(model, coupling, grams, order, feeds, "cpu", workers), strict=True):
+        for a, b in zip(
+            one, measure(model, coupling, grams, order, feeds, "cpu", workers), strict=True
+        ):
             np.testing.assert_array_equal(a.widths, b.widths)
             np.testing.assert_array_equal(a.loss, b.loss)
 
 
-def test_nothing_in_front_of_the_group_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_in_front_of_the_group_runs_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Parts are two sessions a group; levels only feed other numbers to the second one."""
     made: list[tuple[list[str], list[int]]] = []
 
@@ -400,7 +429,15 @@ def test_units_that_nobody_reads_cost_nothing(tmp_path: Path) -> None:
     model = load(build(text), tmp_path)
     coupling = couple(model)
     feeds = _feeds(model)
-    found = measure(model, coupling, covariances.collect(model, coupling, feeds, "cpu"), _order(coupling), feeds, "cpu", 1)
+    found = measure(
+        model,
+        coupling,
+        covariances.collect(model, coupling, feeds, "cpu"),
+        _order(coupling),
+        feeds,
+        "cpu",
+        1,
+    )
     free = [one for group, one in zip(coupling.groups, found, strict=True) if len(group.units) == 3]
     assert len(free) == 1
     assert not free[0].loss.any()
@@ -475,7 +512,9 @@ def test_divergence_of_logits_and_of_probabilities(tmp_path: Path) -> None:
         assert divergence(logits, [a + scale], [b]) == pytest.approx(expected, rel=1e-9)
     assert divergence(logits, [a], [a]) == 0
     ended = load(build(NETS["softmax at the end"]), tmp_path)
-    assert divergence(ended, [p.astype(np.float32)], [q.astype(np.float32)]) == pytest.approx(expected, rel=1e-5)
+    assert divergence(ended, [p.astype(np.float32)], [q.astype(np.float32)]) == pytest.approx(
+        expected, rel=1e-5
+    )
     # A class that got no probability at all costs much, but not everything.
     sure = np.eye(4)[:1]
     assert 5 < divergence(ended, [sure], [np.eye(4)[1:2]]) < 100
@@ -484,7 +523,10 @@ def test_divergence_of_logits_and_of_probabilities(tmp_path: Path) -> None:
 def test_divergence_of_anything_else(tmp_path: Path) -> None:
     model = load(build(NETS["two outputs, none with classes"]), tmp_path)
     rng = np.random.default_rng(0)
-    old = [rng.standard_normal((2, 4, 3, 3)).astype(np.float32), rng.standard_normal((2, 2, 3, 3)).astype(np.float32)]
+    old = [
+        rng.standard_normal((2, 4, 3, 3)).astype(np.float32),
+        rng.standard_normal((2, 2, 3, 3)).astype(np.float32),
+    ]
     new = [1.1 * old[0], 1.1 * old[1]]
     assert divergence(model, old, new) == pytest.approx(0.01, rel=1e-5)
     assert divergence(model, old, [old[0], 0 * old[1]]) == pytest.approx(
@@ -515,8 +557,17 @@ def _never_rising(loss: Sequence[float]) -> Floats:
     return np.asarray([max(loss[i:]) for i in range(len(loss))])
 
 
-@pytest.mark.parametrize("name", ["conv, pool, norm, flatten", "residual trunk", "grouped and depthwise, image output",
-                                  "attention, classes", "scaled products", "concatenation"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv, pool, norm, flatten",
+        "residual trunk",
+        "grouped and depthwise, image output",
+        "attention, classes",
+        "scaled products",
+        "concatenation",
+    ],
+)
 def test_without_repair_losses_are_those_of_the_masked_model(name: str, tmp_path: Path) -> None:
     model = load(build(NETS[name]), tmp_path)
     coupling = couple(model)
@@ -526,10 +577,17 @@ def test_without_repair_losses_are_those_of_the_masked_model(name: str, tmp_path
     found = measure(model, coupling, grams, order, feeds, "cpu", workers=1, repair="none")
     for g, one in enumerate(found):
         sets = _widths(coupling, order, g)
-        _assert_close(one, _never_rising([loss_by_hand(model, _masked(model, coupling, g, s), feeds) for s in sets]))
+        _assert_close(
+            one,
+            _never_rising(
+                [loss_by_hand(model, _masked(model, coupling, g, s), feeds) for s in sets]
+            ),
+        )
 
 
-@pytest.mark.parametrize("name", ["dense", "scaled products", "weights on the left", "attention, classes"])
+@pytest.mark.parametrize(
+    "name", ["dense", "scaled products", "weights on the left", "attention, classes"]
+)
 def test_losses_with_folded_means_are_those_of_the_cut_model(name: str, tmp_path: Path) -> None:
     """Without borders, the mean of every removed channel is all that ``--refit bias`` knows."""
     model = load(build(NETS[name]), tmp_path)
@@ -549,7 +607,13 @@ def test_losses_with_folded_means_are_those_of_the_cut_model(name: str, tmp_path
             keep = np.ones(coupling.n_units, bool)
             keep[gone] = False
             cut = rewrite.cut(model, coupling, keep)
-            losses.append(loss_by_hand(model, least_squares.fold_means(model, coupling, keep, statistics, cut).proto, feeds))
+            losses.append(
+                loss_by_hand(
+                    model,
+                    least_squares.fold_means(model, coupling, keep, statistics, cut).proto,
+                    feeds,
+                )
+            )
         _assert_close(one, _never_rising(losses))
         if covariances.problems(model, coupling, grams, g):
             assert not np.allclose(one.loss, plain[g].loss, rtol=1e-3)
@@ -578,11 +642,16 @@ def test_folded_means_keep_the_means_of_consumers(name: str, tmp_path: Path) -> 
             masked = x * (~np.isin(labels, group.units[gone])).reshape(view).astype(x.dtype)
             weight = model.constants[place.weight]
             graph = helper.make_graph(
-                [nodes[p.consumer.node]], "one",
+                [nodes[p.consumer.node]],
+                "one",
                 [helper.make_tensor_value_info(p.consumer.data, 1, x.shape)],
                 [helper.make_tensor_value_info(place.node.outputs[0], 1, None)],
-                [numpy_helper.from_array(model.constants[n], n) for n in place.node.inputs if n in model.constants],
-            )  # fmt: skip
+                [
+                    numpy_helper.from_array(model.constants[n], n)
+                    for n in place.node.inputs
+                    if n in model.constants
+                ],
+            )
             alone = helper.make_model(graph, opset_imports=model.proto.opset_import, ir_version=8)
             run = Session(alone, "cpu").run
             apart = run({p.consumer.data: x})[0] - run({p.consumer.data: masked})[0]
@@ -604,7 +673,17 @@ def test_the_order_of_least_loss_is_chosen(name: str, repair: str, tmp_path: Pat
     grams = covariances.collect(model, coupling, feeds, "cpu")
     orders = [_order(coupling, seed) for seed in range(4)]
     steps: list[tuple[str, int, int]] = []
-    found = choose(model, coupling, grams, orders, feeds, "cpu", 1, lambda *step: steps.append(step), repair=repair)
+    found = choose(
+        model,
+        coupling,
+        grams,
+        orders,
+        feeds,
+        "cpu",
+        1,
+        lambda *step: steps.append(step),
+        repair=repair,
+    )
     assert steps == [("choose", i + 1, len(coupling.groups)) for i in range(len(coupling.groups))]
     assert found.dtype == np.int64
     told = 0
@@ -616,9 +695,10 @@ def test_the_order_of_least_loss_is_chosen(name: str, repair: str, tmp_path: Pat
             for share in (0.7, 0.5, 0.3):
                 gone = removal[: len(removal) - max(1, round(share * len(removal)))]
                 made = (
-                    _masked(model, coupling, g, gone) if repair == "none"
+                    _masked(model, coupling, g, gone)
+                    if repair == "none"
                     else by_hand(model, coupling, grams, g, gone)
-                )  # fmt: skip
+                )
                 logs.append(np.log(loss_by_hand(model, made, feeds) + 1e-9))
             total.append(sum(logs))
         first, second = np.sort(total)[:2]

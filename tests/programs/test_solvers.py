@@ -52,7 +52,9 @@ def size_limited() -> None:
 @pytest.fixture
 def no_gurobi(monkeypatch: pytest.MonkeyPatch) -> None:
     known = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gurobipy" else known(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "gurobipy" else known(name)
+    )
 
 
 def knapsack(items: int, rows: int = 1, seed: int = 0, room: float = 0.5) -> Program:
@@ -62,7 +64,9 @@ def knapsack(items: int, rows: int = 1, seed: int = 0, room: float = 0.5) -> Pro
     value = weight.sum(axis=0) / max(rows, 1) + rng.integers(1, 30, items)
     builder = Builder()
     take = builder.variables(items, 0, 1, objective=-value, integer=True)
-    builder.rows(rows, (np.arange(rows)[:, None], take, weight), upper=np.floor(room * weight.sum(axis=1)))
+    builder.rows(
+        rows, (np.arange(rows)[:, None], take, weight), upper=np.floor(room * weight.sum(axis=1))
+    )
     return builder.build()
 
 
@@ -82,10 +86,14 @@ def assert_consistent(program: Program, solution: Solution) -> None:
     assert solution.values is not None
     assert solution.objective == pytest.approx(program.value(solution.values), abs=1e-9)
     assert program.violation(solution.values) < 1e-5
-    assert np.array_equal(solution.values[program.integer], np.round(solution.values[program.integer]))
+    assert np.array_equal(
+        solution.values[program.integer], np.round(solution.values[program.integer])
+    )
     if solution.bound is not None:
         assert solution.bound <= solution.objective
-        assert solution.gap == pytest.approx(solvers.relative_gap(solution.objective, solution.bound))
+        assert solution.gap == pytest.approx(
+            solvers.relative_gap(solution.objective, solution.bound)
+        )
 
 
 # ------------------------------------------------------------------------------------------- what ends a solve
@@ -94,7 +102,11 @@ def assert_consistent(program: Program, solution: Solution) -> None:
 def test_optimal_within_gap(solver: str) -> None:
     program = knapsack(14, rows=3)
     solution = solvers.solve(program, EXACT, solver)
-    assert (solution.termination, solution.limit, solution.solver) == (Termination.OPTIMAL, None, solver)
+    assert (solution.termination, solution.limit, solution.solver) == (
+        Termination.OPTIMAL,
+        None,
+        solver,
+    )
     assert_consistent(program, solution)
     assert solution.objective == pytest.approx(best_by_enumeration(program))
     assert solution.gap == pytest.approx(0, abs=1e-9)
@@ -178,10 +190,21 @@ def test_loose_gap_is_optimal(solver: str) -> None:
     assert solution.gap <= 0.2
 
 
-@pytest.mark.parametrize(("side", "ended"), [(0.0, Termination.OPTIMAL), (1.0, Termination.INFEASIBLE)])
+@pytest.mark.parametrize(
+    ("side", "ended"), [(0.0, Termination.OPTIMAL), (1.0, Termination.INFEASIBLE)]
+)
 def test_program_without_variables(solver: str, side: float, ended: Termination) -> None:
     none = np.zeros(0)
-    program = Program(none, none, none, none.astype(bool), csr_array((1, 0)), np.array([side]), np.array([INF]), 3.0)
+    program = Program(
+        none,
+        none,
+        none,
+        none.astype(bool),
+        csr_array((1, 0)),
+        np.array([side]),
+        np.array([INF]),
+        3.0,
+    )
     solution = solvers.solve(program, EXACT, solver)
     assert solution.termination is ended
     assert solution.objective == (3.0 if ended is Termination.OPTIMAL else None)
@@ -189,7 +212,9 @@ def test_program_without_variables(solver: str, side: float, ended: Termination)
 
 def test_program_without_rows(solver: str) -> None:
     builder = Builder()
-    builder.variables((2, 2), -1, [2.0, 3.0], objective=[[1.0, -1.0], [-1.0, 1.0]], integer=[[True], [False]])
+    builder.variables(
+        (2, 2), -1, [2.0, 3.0], objective=[[1.0, -1.0], [-1.0, 1.0]], integer=[[True], [False]]
+    )
     solution = solvers.solve(builder.build(), EXACT, solver)
     assert solution.values is not None
     assert solution.values.tolist() == [-1, 3, 2, -1]
@@ -199,15 +224,24 @@ def test_rows_of_every_kind(solver: str) -> None:
     """Equal, below, above, two-sided, free."""
     builder = Builder()
     v = builder.variables(4, -10, 10, objective=[1.0, -1.0, 1.0, 1.0])
-    builder.rows(5, ([0, 1, 2, 3, 4], v[[0, 1, 2, 3, 3]], 1.0), [3, -INF, 4, -2, -INF], [3, 5, INF, 6, INF])
+    builder.rows(
+        5, ([0, 1, 2, 3, 4], v[[0, 1, 2, 3, 3]], 1.0), [3, -INF, 4, -2, -INF], [3, 5, INF, 6, INF]
+    )
     solution = solvers.solve(builder.build(), EXACT, solver)
     assert solution.values is not None
     assert np.allclose(solution.values, [3, 5, 4, -2])
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), items=st.integers(1, 9), rows=st.integers(0, 4), room=st.floats(0.05, 1.2))
-def test_all_solvers_find_what_enumeration_finds(seed: int, items: int, rows: int, room: float) -> None:
+@given(
+    seed=st.integers(0, 10**6),
+    items=st.integers(1, 9),
+    rows=st.integers(0, 4),
+    room=st.floats(0.05, 1.2),
+)
+def test_all_solvers_find_what_enumeration_finds(
+    seed: int, items: int, rows: int, room: float
+) -> None:
     program = knapsack(items, rows, seed, room)
     best = best_by_enumeration(program)
     for name in filter(usable, solvers.BACKENDS):
@@ -268,7 +302,10 @@ def test_same_program_same_values(solver: str) -> None:
 
 def test_number_of_threads_may_change_between_solves(solver: str) -> None:
     program = knapsack(30, rows=3)
-    found = [solvers.solve(program, Limits(gap=0.0, threads=t), solver).objective for t in (1, 2, None, 2)]
+    found = [
+        solvers.solve(program, Limits(gap=0.0, threads=t), solver).objective
+        for t in (1, 2, None, 2)
+    ]
     assert found == pytest.approx([found[0]] * 4)
 
 
@@ -287,7 +324,9 @@ def test_interrupt_ends_a_solve(solver: str) -> None:
         f"try: solvers.solve(knapsack(200, 40), Limits(gap=0.0), {solver!r})\n"
         "except KeyboardInterrupt: print('interrupted')\n"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "solving\n"
         time.sleep(1.5)
@@ -348,10 +387,16 @@ def test_cuts_on_whole_variables(solver: str) -> None:
 def test_cuts_stop_at_the_limit_with_a_valid_bound(solver: str) -> None:
     end = solvers.solve_with_cuts(plane(), EXACT, circle, solver, rounds=3)
     assert not end.closed
-    assert (end.solution.termination, end.solution.limit, end.rounds) == (Termination.FEASIBLE, Limit.ROUND, 3)
+    assert (end.solution.termination, end.solution.limit, end.rounds) == (
+        Termination.FEASIBLE,
+        Limit.ROUND,
+        3,
+    )
     assert end.solution.bound is not None
     assert -6 <= end.solution.bound <= -math.sqrt(5)
-    end = solvers.solve_with_cuts(plane(), Limits(time_s=1e-3), lambda v: time.sleep(0.01) or circle(v), solver)
+    end = solvers.solve_with_cuts(
+        plane(), Limits(time_s=1e-3), lambda v: time.sleep(0.01) or circle(v), solver
+    )
     assert (end.closed, end.solution.limit, end.rounds) == (False, Limit.TIME, 1)
 
 
@@ -366,7 +411,10 @@ def test_cuts_can_prove_infeasible(solver: str) -> None:
 
 def test_too_large_for_the_licence(size_limited: None) -> None:
     program = knapsack(2001)
-    with pytest.raises(SolverError, match=r"2,001 variables and 1 rows.*2,000 variables.*full licence.*--solver highs"):
+    with pytest.raises(
+        SolverError,
+        match=r"2,001 variables and 1 rows.*2,000 variables.*full licence.*--solver highs",
+    ):
         solvers.solve(program, Limits(), "gurobi")
     heard: list[str] = []
     solution = solvers.solve(program, Limits(gap=0.01), "auto", heard.append)
@@ -448,7 +496,9 @@ def test_available() -> None:
 
 
 def test_unknown_solver() -> None:
-    with pytest.raises(SettingsError, match="'cplex' is unknown; choose one of auto, gurobi, highs"):
+    with pytest.raises(
+        SettingsError, match="'cplex' is unknown; choose one of auto, gurobi, highs"
+    ):
         solvers.solve(knapsack(3), EXACT, "cplex")
 
 
@@ -484,7 +534,10 @@ def test_a_solve_from_python_prints_nothing(solver: str) -> None:
 
 def test_importing_the_package_imports_no_solver() -> None:
     code = "import sys, onnx_oamip.planning.budget_program; print({'gurobipy', 'highspy'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "set()\n"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the program
@@ -514,7 +567,10 @@ def parts() -> dict:
         ({"offset": math.nan}, "the offset is nan"),
         ({"lower": np.array([0.0, 2.0])}, "variable 1 has lower 2.0 and upper 1.0"),
         ({"upper": np.array([1.0, np.nan])}, "variable 1 has"),
-        ({"lower": np.array([INF, 0.0]), "upper": np.array([INF, 1.0])}, "variable 0 has lower inf"),
+        (
+            {"lower": np.array([INF, 0.0]), "upper": np.array([INF, 1.0])},
+            "variable 0 has lower inf",
+        ),
         ({"row_lower": np.array([2.0])}, "row 0 has lower 2.0 and upper 1.0"),
         ({"row_upper": np.ones(2)}, r"row_upper has shape \(2,\)"),
     ],
@@ -527,9 +583,15 @@ def test_program_is_validated(wrong: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("add", "message"),
     [
-        (lambda b: b.variables((2, 3), lower=np.zeros(2)), r"lower has shape \(2,\), which does not spread over"),
+        (
+            lambda b: b.variables((2, 3), lower=np.zeros(2)),
+            r"lower has shape \(2,\), which does not spread over",
+        ),
         (lambda b: b.rows(2, (2, 0, 1.0)), "entry outside rows 0 to 1"),
-        (lambda b: (b.rows(1, (0, 4, 1.0)), b.build()), "row 0 names a variable that is not one of the 0"),
+        (
+            lambda b: (b.rows(1, (0, 4, 1.0)), b.build()),
+            "row 0 names a variable that is not one of the 0",
+        ),
         (lambda b: b.rows(1, ([0, 0], [0, 1, 2], 1.0)), "shape mismatch"),
     ],
 )
@@ -545,7 +607,12 @@ def test_builder_assembles_blocks() -> None:
     first = builder.rows(2, (np.arange(2)[:, None], a, 1.0), 1, 1)
     second = builder.rows(1, (0, [a[0, 0], a[0, 0], b[0]], [1.0, 2.0, -1.0]), upper=[7])
     program = builder.build()
-    assert (a.tolist(), b.tolist(), first.tolist(), second.tolist()) == ([[0, 1], [2, 3]], [4], [0, 1], [2])
+    assert (a.tolist(), b.tolist(), first.tolist(), second.tolist()) == (
+        [[0, 1], [2, 3]],
+        [4],
+        [0, 1],
+        [2],
+    )
     assert program.matrix.toarray().tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [3, 0, 0, 0, -1]]
     assert program.objective.tolist() == [1, 2, 1, 2, 5]
     assert program.integer.tolist() == [True] * 4 + [False]
@@ -559,7 +626,9 @@ def test_builder_assembles_blocks() -> None:
 
 def test_rows_are_appended() -> None:
     program = Program(**parts())
-    more = program.with_rows(Rows(csr_array(np.array([[2.0, 0.0]])), np.array([-INF]), np.array([1.0])))
+    more = program.with_rows(
+        Rows(csr_array(np.array([[2.0, 0.0]])), np.array([-INF]), np.array([1.0]))
+    )
     assert (program.n_rows, more.n_rows) == (1, 2)
     assert more.matrix.toarray().tolist() == [[1, 1], [2, 0]]
     assert more.row_upper.tolist() == [1, 1]

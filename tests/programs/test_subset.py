@@ -26,19 +26,29 @@ from onnx_oamip.programs.subset import (
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
-SOLVERS = [pytest.param(n, marks=pytest.mark.skipif(not b.licence().usable, reason="no licence")) for n, b in
-           BACKENDS.items()]  # fmt: skip
+SOLVERS = [
+    pytest.param(n, marks=pytest.mark.skipif(not b.licence().usable, reason="no licence"))
+    for n, b in BACKENDS.items()
+]
 
 
 def matrix(rng: np.random.Generator, units: int, rank: int | None = None, dead: int = 0) -> Floats:
     """Semidefinite, of uneven size, with entries of both signs; the first ``dead`` units have none."""
-    factor = rng.standard_normal((units, rank or 2 * units)) * np.exp(0.7 * rng.standard_normal((units, 1)))
+    factor = rng.standard_normal((units, rank or 2 * units)) * np.exp(
+        0.7 * rng.standard_normal((units, 1))
+    )
     factor[:dead] = 0
     found = factor @ factor.T
-    return np.asarray(found / found.sum(), np.float64) if found.sum() > 0.01 * np.trace(found) else found / units
+    return (
+        np.asarray(found / found.sum(), np.float64)
+        if found.sum() > 0.01 * np.trace(found)
+        else found / units
+    )
 
 
-def fit(rng: np.random.Generator, outs: int, units: int, held: int, others: int = 0, ridge: float = 1e-2) -> Fit:
+def fit(
+    rng: np.random.Generator, outs: int, units: int, held: int, others: int = 0, ridge: float = 1e-2
+) -> Fit:
     """Correlated inputs of uneven size, columns of units in random places."""
     d = units * held + others
     factor = rng.standard_normal((d, d + 2)) * np.exp(0.5 * rng.standard_normal((d, 1)))
@@ -79,7 +89,11 @@ def least_squares(fits: Sequence[Fit], keep: Floats) -> float:
         here = np.flatnonzero(share > 0)
         rows = np.vstack([root[:, here], np.diag(np.sqrt(f.ridge / share[here]))])
         sides = np.vstack([root @ f.weight.T, np.zeros((len(here), len(f.weight)))])
-        fitted = np.linalg.lstsq(rows, sides, rcond=None)[0] if len(here) else np.zeros((0, len(f.weight)))
+        fitted = (
+            np.linalg.lstsq(rows, sides, rcond=None)[0]
+            if len(here)
+            else np.zeros((0, len(f.weight)))
+        )
         total += float(np.square(rows @ fitted - sides).sum()) / f.scale
     return total
 
@@ -127,7 +141,9 @@ def test_quadratic_is_the_form(seed: int, units: int, thin: bool, dead: int) -> 
         keep = rng.random(units) < 0.5
         gone = (~keep).astype(np.float64)
         assert loss_at(loss, keep) == pytest.approx(float(gone @ q @ gone), abs=1e-12 * size)
-        assert whole(loss, keep.astype(np.float64)) == pytest.approx(float(gone @ q @ gone), abs=1e-12 * size)
+        assert whole(loss, keep.astype(np.float64)) == pytest.approx(
+            float(gone @ q @ gone), abs=1e-12 * size
+        )
         here, there = rng.random(units), rng.random(units)
         assert whole(loss, here) >= float((1 - here) @ q @ (1 - here)) - 1e-12 * size
         value, gradient = loss.convex(here)
@@ -154,7 +170,9 @@ def test_separable_part_is_as_large_as_can_be(seed: int, units: int, thin: bool,
     np.testing.assert_allclose(share, share[0], rtol=1e-9)
     # A little more, and it would no longer be semidefinite.
     root = np.sqrt(own[live])
-    more = (q[np.ix_(live, live)] / np.outer(root, root)) - (share[0] + 1e-8) * np.eye(int(live.sum()))
+    more = (q[np.ix_(live, live)] / np.outer(root, root)) - (share[0] + 1e-8) * np.eye(
+        int(live.sum())
+    )
     assert np.linalg.eigvalsh(more)[0] < 0
 
 
@@ -162,7 +180,9 @@ def test_separable_part_of_a_diagonal_is_the_diagonal() -> None:
     own = np.asarray([3.0, 0.0, 1e-4, 0.5])
     np.testing.assert_allclose(_separable(np.diag(own)), own, rtol=1e-8, atol=0)
     np.testing.assert_array_equal(_separable(np.zeros((3, 3))), np.zeros(3))
-    np.testing.assert_array_equal(_separable(np.ones((3, 3))), np.zeros(3))  # rank one: nothing can be taken
+    np.testing.assert_array_equal(
+        _separable(np.ones((3, 3))), np.zeros(3)
+    )  # rank one: nothing can be taken
 
 
 def _greedy(loss: Loss, keep: Bools, count: int) -> Bools:
@@ -267,7 +287,9 @@ def test_quadratic_relax(seed: int) -> None:
         assert whole(loss, found) - bound <= 5e-3 * whole(loss, found)
         if count == 4 and seed < 4:
             longer = loss.relax(free, count, 64)
-            assert whole(loss, longer) - plane(loss, longer, free, count) <= 1e-6 * whole(loss, longer)
+            assert whole(loss, longer) - plane(loss, longer, free, count) <= 1e-6 * whole(
+                loss, longer
+            )
         # Better than where it began.
         assert whole(loss, found) <= whole(loss, free * (count / free.sum())) * (1 + 1e-12)
 
@@ -305,7 +327,9 @@ def test_repaired_is_ridge_regression(kind: str, ridge: float) -> None:
             expected = least_squares(loss.fits, keep.astype(np.float64))
             assert loss.convex(keep.astype(np.float64))[0] == pytest.approx(expected, rel=1e-8)
         some = rng.random(6) < 0.5
-        assert loss_at(loss, some) == pytest.approx(least_squares(loss.fits, some.astype(np.float64)), rel=1e-8)
+        assert loss_at(loss, some) == pytest.approx(
+            least_squares(loss.fits, some.astype(np.float64)), rel=1e-8
+        )
 
 
 def test_repaired_without_anything_loses_the_whole_variance() -> None:
@@ -324,7 +348,9 @@ def test_repaired_gradient(kind: str) -> None:
         gradient = loss.convex(at)[1]
         step = 1e-5 * np.eye(6)
         found = [(loss.convex(at + s)[0] - loss.convex(at - s)[0]) / 2e-5 for s in step]
-        np.testing.assert_allclose(gradient, found, rtol=1e-6, atol=1e-7 * float(np.abs(gradient).max()))
+        np.testing.assert_allclose(
+            gradient, found, rtol=1e-6, atol=1e-7 * float(np.abs(gradient).max())
+        )
         # At 0 as well, where the unit is not even in the matrix: from above.
         at[[1, 4]] = 0
         gradient = loss.convex(at)[1]
@@ -373,16 +399,24 @@ def test_worth_is_a_difference_and_sweeps_turn_back(held: int) -> None:
             for unit in (2, 5, 5, 2):
                 state.sweep(unit)
             np.testing.assert_array_equal(state.stays, stays)
-            np.testing.assert_allclose(state.table, table, rtol=0, atol=1e-9 * float(np.abs(table).max()))
-            np.testing.assert_allclose(state.outputs, outputs, rtol=0, atol=1e-9 * float(np.abs(outputs).max()))
+            np.testing.assert_allclose(
+                state.table, table, rtol=0, atol=1e-9 * float(np.abs(table).max())
+            )
+            np.testing.assert_allclose(
+                state.outputs, outputs, rtol=0, atol=1e-9 * float(np.abs(outputs).max())
+            )
             for unit in rng.integers(0, 7, 51):
                 state.sweep(int(unit))
             fresh = _Swept(one, cross, state.stays)
-            np.testing.assert_allclose(state.table, fresh.table, rtol=0, atol=1e-8 * float(np.abs(fresh.table).max()))
+            np.testing.assert_allclose(
+                state.table, fresh.table, rtol=0, atol=1e-8 * float(np.abs(fresh.table).max())
+            )
             np.testing.assert_allclose(
                 state.outputs, fresh.outputs, rtol=0, atol=1e-8 * float(np.abs(fresh.outputs).max())
             )
-            np.testing.assert_allclose(state.table, state.table.T, rtol=0, atol=1e-8 * float(np.abs(table).max()))
+            np.testing.assert_allclose(
+                state.table, state.table.T, rtol=0, atol=1e-8 * float(np.abs(table).max())
+            )
         assert loss_at(loss, stays) == pytest.approx(here, rel=1e-8)
 
 
@@ -401,7 +435,9 @@ def test_repaired_narrow(kind: str, seed: int) -> None:
         losses = [loss_at(loss, loss.narrow(keep, count, turns)) for turns in (0, 1, 2, 4, 64)]
         assert (np.diff(losses) <= 1e-12).all()
         assert losses[-1] >= least(loss, keep, count) * (1 - 1e-9)
-        np.testing.assert_array_equal(loss.narrow(keep, int(keep.sum()), 3), keep)  # nothing to take
+        np.testing.assert_array_equal(
+            loss.narrow(keep, int(keep.sum()), 3), keep
+        )  # nothing to take
 
 
 def test_repaired_narrow_is_near_the_best_set() -> None:
@@ -460,7 +496,9 @@ def test_repaired_relax(kind: str, seed: int) -> None:
             bound = plane(loss, found, free, count)
             assert bound <= min(best, reached) + 1e-12
         assert losses[-1] <= best
-        gaps = [reached - plane(loss, t, free, count) for t, reached in zip(turns, losses, strict=True)]
+        gaps = [
+            reached - plane(loss, t, free, count) for t, reached in zip(turns, losses, strict=True)
+        ]
         assert gaps[-1] <= 1e-2 * losses[-1]
         assert gaps[-2] <= 0.5 * gaps[0]
 
@@ -511,7 +549,9 @@ def losses_of(seed: int, units: int = 7) -> dict[str, Loss]:
 LOSSES = list(losses_of(0))
 
 
-def outer(subset: Subset, free: Bools, count: int, solver: str, rounds: int = 200) -> tuple[Bools, float, float]:
+def outer(
+    subset: Subset, free: Bools, count: int, solver: str, rounds: int = 200
+) -> tuple[Bools, float, float]:
     """(best set, its loss, proven bound): planes at all that is found, until the bound meets the loss."""
     best = subset.loss.narrow(free, count, 0)
     value, bound = loss_at(subset.loss, best), -np.inf
@@ -556,7 +596,11 @@ def test_planes_hold_for_every_set(name: str) -> None:
     rng = np.random.default_rng(0)
     subset = Subset(loss, 7)
     assert subset.rows == 1
-    points = [*rng.random((4, 7)), *(rng.random((4, 7)) < 0.5).astype(np.float64), loss.relax(everything(7), 3, 8)]
+    points = [
+        *rng.random((4, 7)),
+        *(rng.random((4, 7)) < 0.5).astype(np.float64),
+        loss.relax(everything(7), 3, 8),
+    ]
     for at in points:
         subset.tangent(at)
     assert subset.rows == 1 + len(points)
@@ -572,7 +616,9 @@ def test_planes_hold_for_every_set(name: str) -> None:
             rows = program.matrix @ point
             assert (rows >= program.row_lower - 1e-9).all()
             assert (rows <= program.row_upper + 1e-9).all()
-            assert program.objective @ point + program.offset == pytest.approx(loss_at(loss, keep), abs=1e-12)
+            assert program.objective @ point + program.offset == pytest.approx(
+                loss_at(loss, keep), abs=1e-12
+            )
             for row, at in enumerate(points, 1):
                 if np.array_equal(at, one):
                     assert rows[row] == pytest.approx(program.row_lower[row], abs=1e-9)

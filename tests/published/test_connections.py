@@ -70,7 +70,9 @@ def run(path: Path, **values: object) -> Report:
 
 def operands(proto: ModelProto) -> dict[tuple[str, int], Array]:
     held = constants(proto)
-    return {(n.name, i): held[t] for n in proto.graph.node for i, t in enumerate(n.input) if t in held}
+    return {
+        (n.name, i): held[t] for n in proto.graph.node for i, t in enumerate(n.input) if t in held
+    }
 
 
 @pytest.mark.parametrize("net", ["chain", "residual", "grouped", "attention", "cnn"])
@@ -88,7 +90,9 @@ def test_without_a_refit_it_is_the_original_with_zeros(tmp_path: Path, net: str)
         gone += int((~stays).sum())
     assert gone
     assert found.connections is not None
-    assert found.connections.total - found.connections.kept <= gone  # normalisation may be silenced too
+    assert (
+        found.connections.total - found.connections.kept <= gone
+    )  # normalisation may be silenced too
     # Masking what the rules drop by hand gives the same outputs, bit for bit.
     coupling = couple(original)
     samples = dataset.hold_out(dataset.load(path / "data.npz", original), 0)[0]
@@ -125,7 +129,9 @@ def test_least_squares_under_a_support(count: int) -> None:
         for o in range(count):
             s = np.flatnonzero(support[g, o])
             direct = np.zeros(12)
-            direct[s] = np.linalg.solve(a[:, s].T @ a[:, s] + strength * np.eye(len(s)), a[:, s].T @ b[:, o])
+            direct[s] = np.linalg.solve(
+                a[:, s].T @ a[:, s] + strength * np.eye(len(s)), a[:, s].T @ b[:, o]
+            )
             np.testing.assert_allclose(found[g, :, o], direct, atol=1e-9)
 
 
@@ -148,7 +154,11 @@ def test_a_refit_brings_outputs_nearer_and_revives_nothing(tmp_path: Path) -> No
     for refit in ("none", "bias", "least-squares"):
         found = run(tmp_path, alpha=0.6, refit=refit)
         errors[refit] = found.verification.output_relative_error
-        zeros[refit] = {k: v == 0 for k, v in constants(onnx.load(tmp_path / "out.onnx")).items() if k.startswith("w")}
+        zeros[refit] = {
+            k: v == 0
+            for k, v in constants(onnx.load(tmp_path / "out.onnx")).items()
+            if k.startswith("w")
+        }
         assert all(fit.error_after <= fit.error_before for fit in found.fits)
     assert errors["least-squares"] < errors["bias"] < errors["none"]
     for name, zero in zeros["none"].items():
@@ -206,7 +216,9 @@ def test_sparse_constants_load_everywhere(tmp_path: Path) -> None:
     assert len(written.graph.sparse_initializer)
     assert thin.after.bytes < 0.7 * dense.after.bytes == 0.7 * len(before)
     values = feed(models.load(tmp_path / "model.onnx"), 5, 6)
-    results = [Session(proto, "cpu").run(values) for proto in (onnx.load_from_string(before), written)]
+    results = [
+        Session(proto, "cpu").run(values) for proto in (onnx.load_from_string(before), written)
+    ]
     assert distance(*results) < 1e-6
     again = models.load(tmp_path / "out.onnx")
     assert couple(again).n_units == couple(models.load(tmp_path / "model.onnx")).n_units
@@ -244,7 +256,13 @@ def test_alpha_is_a_budget_for_units(tmp_path: Path) -> None:
 def test_rounds_approach_a_counted_budget(tmp_path: Path, importance: str) -> None:
     folder(tmp_path)
     found = run(
-        tmp_path, macs=0.4, granularity="unit", iterations=3, align=1, importance=importance, allocate="uniform"
+        tmp_path,
+        macs=0.4,
+        granularity="unit",
+        iterations=3,
+        align=1,
+        importance=importance,
+        allocate="uniform",
     )
     assert found.after.macs <= 0.4 * found.before.macs
     assert (found.scores.values[~found.plan.keep] <= np.max(found.scores.values)).all()
@@ -270,7 +288,10 @@ def test_units_of_a_cut_model_are_found_again(tmp_path: Path) -> None:
 BAD = {
     "another importance": ("--granularity connection --alpha 0.9", "--importance nnrelief"),
     "a budget of units": ("--granularity connection --importance nnrelief --macs 0.5", "--macs"),
-    "two budgets": ("--granularity connection --importance nnrelief --alpha 0.9 --params 0.5", "--alpha and --params"),
+    "two budgets": (
+        "--granularity connection --importance nnrelief --alpha 0.9 --params 0.5",
+        "--alpha and --params",
+    ),
     "alpha of another": ("--importance l2 --alpha 0.9 --macs 0.5", "--alpha"),
     "alpha of 0": ("--importance nnrelief --alpha 0", "--alpha"),
     "alpha above 1": ("--importance nnrelief --alpha 1.5", "--alpha"),
@@ -283,11 +304,20 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests_are_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str) -> None:
+def test_bad_requests_are_one_sentence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
     folder(tmp_path, count=20)
     options, word = BAD[case]
     out = tmp_path / "out.onnx"
-    asked = ["prune", str(tmp_path / "model.onnx"), "--data", str(tmp_path / "data.npz"), "-o", str(out)]
+    asked = [
+        "prune",
+        str(tmp_path / "model.onnx"),
+        "--data",
+        str(tmp_path / "data.npz"),
+        "-o",
+        str(out),
+    ]
     assert main([*asked, *options.split()]) == 2
     text = capfd.readouterr().err
     assert word in text
@@ -298,15 +328,26 @@ def test_bad_requests_are_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_connections_need_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder(tmp_path, count=20)
-    asked = ["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "out.onnx"), "--granularity", "connection"]
+    asked = [
+        "prune",
+        str(tmp_path / "model.onnx"),
+        "-o",
+        str(tmp_path / "out.onnx"),
+        "--granularity",
+        "connection",
+    ]
     assert main([*asked, "--importance", "nnrelief", "--alpha", "0.9", "--refit", "none"]) == 2
     assert "--data" in capfd.readouterr().err
 
 
-def test_the_command_line_reports_connections(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_reports_connections(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder(tmp_path, count=60)
     asked = ["prune", str(tmp_path / "model.onnx"), "--data", str(tmp_path / "data.npz"), "-o"]
-    options = "--granularity connection --importance nnrelief --alpha 0.7 --iterations 2 --device cpu"
+    options = (
+        "--granularity connection --importance nnrelief --alpha 0.7 --iterations 2 --device cpu"
+    )
     assert main([*asked, str(tmp_path / "out.onnx"), *options.split(" ")]) == 0
     text = capfd.readouterr().out
     assert "times fewer connections after 2 rounds" in text
@@ -355,5 +396,10 @@ def test_a_branch_that_is_cut_says_nothing(tmp_path: Path) -> None:
 
 def test_settings_are_frozen_choices() -> None:
     asked = settings(alpha=0.9)
-    assert (asked.granularity, asked.signal, asked.iterations, asked.sparse) == ("connection", "mean", 1, False)
+    assert (asked.granularity, asked.signal, asked.iterations, asked.sparse) == (
+        "connection",
+        "mean",
+        1,
+        False,
+    )
     assert replace(asked.budget) == pipeline.Budget()

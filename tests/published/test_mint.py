@@ -84,11 +84,15 @@ def test_time_that_runs_out_is_told(tmp_path: Path) -> None:
     answer = pooled_activations.collect(model, coupling, found, "cpu")
     seen = Statistics({Request.MOMENTS: {}, Request.POOLED_ACTIVATIONS: answer}, 90, "cpu")
     assert seen.pooled is not None
-    hurried = METHODS["mint"].score(model, coupling, seen, Settings.create(macs=0.5, score_time=1e-9, workers=1))
+    hurried = METHODS["mint"].score(
+        model, coupling, seen, Settings.create(macs=0.5, score_time=1e-9, workers=1)
+    )
     (note,) = hurried.notes
     assert "of 2 pairs of layers 2 were not reached" in note
     pairs = list(pooled_activations.pairs(model, coupling, seen.pooled))
-    expected = propagate(model, coupling, seen, [(p, partial(p.parents, p.children)) for p in pairs])
+    expected = propagate(
+        model, coupling, seen, [(p, partial(p.parents, p.children)) for p in pairs]
+    )
     np.testing.assert_allclose(hurried.values, expected)
     patient = METHODS["mint"].score(model, coupling, seen, Settings.create(macs=0.5))
     assert not patient.notes

@@ -63,8 +63,14 @@ def test_a_dense_unit(tmp_path: Path) -> None:
     r, bias = reached(model, signal, "w")
     np.testing.assert_allclose(np.append(r, bias), [0.6, 0.2, 0.1], rtol=1e-6)
     found = layer(model, signal, "w")
-    np.testing.assert_allclose(np.append(found.shares, found.bias), [2 / 3, 2 / 9, 1 / 9], rtol=1e-6)
-    for alpha, kept in ((0.85, [True, True, False]), (0.5, [True, False, False]), (0.95, [True, True, True])):
+    np.testing.assert_allclose(
+        np.append(found.shares, found.bias), [2 / 3, 2 / 9, 1 / 9], rtol=1e-6
+    )
+    for alpha, kept in (
+        (0.85, [True, True, False]),
+        (0.5, [True, False, False]),
+        (0.95, [True, True, True]),
+    ):
         weights, own = keep_alpha(*needed(found.shares, found.bias), alpha)
         assert np.append(weights, own).tolist() == kept
 
@@ -101,8 +107,18 @@ def test_a_pointwise_convolution_is_dense_in_the_norms_of_its_inputs(tmp_path: P
 
 CONVOLUTIONS = {
     "padded": ("float[N,3,7,6] x", "float[4,3,3,2] w", "pads = [1, 0, 2, 1]", 1),
-    "strided": ("float[N,4,8,7] x", "float[6,2,3,3] w", "strides = [2, 3], group = 2, pads = [1, 1, 1, 1]", 2),
-    "dilated": ("float[N,2,9,9] x", "float[3,2,2,2] w", "dilations = [2, 3], pads = [0, 1, 1, 0]", 1),
+    "strided": (
+        "float[N,4,8,7] x",
+        "float[6,2,3,3] w",
+        "strides = [2, 3], group = 2, pads = [1, 1, 1, 1]",
+        2,
+    ),
+    "dilated": (
+        "float[N,2,9,9] x",
+        "float[3,2,2,2] w",
+        "dilations = [2, 3], pads = [0, 1, 1, 0]",
+        1,
+    ),
     "one axis": ("float[N,3,11] x", "float[5,3,4] w", "strides = [2]", 1),
 }
 
@@ -146,8 +162,18 @@ def test_the_mean_form_of_grouped_convolutions(tmp_path: Path) -> None:
 
 
 PRODUCTS = {
-    "positions": ("float[N,5,4] x", "float[4,3] w, float[3] b", "h = MatMul(x, w) y = Add(h, b)", False),
-    "transposed": ("float[N,4] x", "float[3,4] w, float[3] b", "y = Gemm<transB = 1, alpha = 2.0>(x, w, b)", True),
+    "positions": (
+        "float[N,5,4] x",
+        "float[4,3] w, float[3] b",
+        "h = MatMul(x, w) y = Add(h, b)",
+        False,
+    ),
+    "transposed": (
+        "float[N,4] x",
+        "float[3,4] w, float[3] b",
+        "y = Gemm<transB = 1, alpha = 2.0>(x, w, b)",
+        True,
+    ),
 }
 
 
@@ -178,14 +204,19 @@ def test_statistics_do_not_depend_on_batches(tmp_path: Path) -> None:
         assert axis == 1
         np.testing.assert_allclose(norms, other.joins[node][1], rtol=1e-5)
     shown = activations(model, values, ["h", "c"])
-    expected = [np.linalg.norm(np.abs(shown[n]).mean(axis=0).reshape(8, -1), axis=1) for n in ("h", "c")]
+    expected = [
+        np.linalg.norm(np.abs(shown[n]).mean(axis=0).reshape(8, -1), axis=1) for n in ("h", "c")
+    ]
     np.testing.assert_allclose(next(iter(one.joins.values()))[1], expected, rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- the rules
 
-ROWS = arrays.arrays(np.float64, st.tuples(st.integers(1, 3), st.integers(1, 6)),
-                     elements=st.one_of(st.floats(0, 5, width=16), st.sampled_from([0.0, 0.25, 0.5, 1.0])))  # fmt: skip
+ROWS = arrays.arrays(
+    np.float64,
+    st.tuples(st.integers(1, 3), st.integers(1, 6)),
+    elements=st.one_of(st.floats(0, 5, width=16), st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+)
 
 
 @given(ROWS, st.data())
@@ -229,7 +260,9 @@ def test_more_alpha_keeps_more(raw: Array, a: float, b: float) -> None:
 # -------------------------------------------------------------------------------------------------------- the sweep
 
 
-def swept(model: Model, signal: Signal, cuts: dict[str, Array]) -> tuple[dict[str, Mask], Array, Coupling]:
+def swept(
+    model: Model, signal: Signal, cuts: dict[str, Array]
+) -> tuple[dict[str, Mask], Array, Coupling]:
     """The sweep after everything that reads the given inputs of a weight was pruned."""
     coupling = couple(model)
     found = score.layers(model, coupling, signal)
@@ -283,7 +316,9 @@ CONCAT = """(float[N,3,4,4] x) => (float[N,2] y)
 
 def test_the_sweep_follows_a_concatenation(tmp_path: Path) -> None:
     model = load(build(CONCAT), tmp_path)
-    masks, units, coupling = swept(model, heard(model, samples(model, 4)), {"w3": np.array([1, 4, 8])})
+    masks, units, coupling = swept(
+        model, heard(model, samples(model, 4)), {"w3": np.array([1, 4, 8])}
+    )
     assert np.flatnonzero(~coupling.keep(("a", 1), units)).tolist() == [1]
     assert np.flatnonzero(~coupling.keep(("b", 1), units)).tolist() == [0, 4]
     assert masks["w2"].weights[0].all(axis=1).tolist() == [False, True, True, True, False]
@@ -304,7 +339,9 @@ def test_dead_units_have_no_connection_at_any_alpha(tmp_path: Path) -> None:
     kept = score.rule(model, coupling, signal, found)(1.0)
     assert not kept.units[silent].any()
     statistics = Statistics({Request.ABSOLUTE_ACTIVATIONS: signal}, 30, "cpu")
-    scores = score.score(model, coupling, statistics, Settings.create(importance="nnrelief", alpha=1.0))
+    scores = score.score(
+        model, coupling, statistics, Settings.create(importance="nnrelief", alpha=1.0)
+    )
     assert (scores.values[silent] == 0).all()
     assert (scores.values[~silent] > 0).all()
 
@@ -360,7 +397,11 @@ def test_connections_ranked_all_together(tmp_path: Path) -> None:
     ranks = score.ranked(found, pi)
     values, places = [], []
     for x in found:
-        scale = pi[x.place.node.name] / pi[x.place.node.name].sum() / ((x.shares**2).sum(axis=2) + x.bias**2)
+        scale = (
+            pi[x.place.node.name]
+            / pi[x.place.node.name].sum()
+            / ((x.shares**2).sum(axis=2) + x.bias**2)
+        )
         values += [(scale[..., None] * x.shares**2).reshape(-1), (scale * x.bias**2).reshape(-1)]
         places += [part.reshape(-1) for part in ranks[x.place.node.name]]
     order = np.argsort(-np.concatenate(values), kind="stable")

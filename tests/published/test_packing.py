@@ -78,7 +78,9 @@ def test_damaged_blobs_are_refused_or_of_the_right_size(
         blob = bytearray(code.blob)
         blob[at % len(blob)] ^= by
         try:
-            back = coding.decode(code.method, memoryview(blob[: at % len(blob)] if cut else blob), form)
+            back = coding.decode(
+                code.method, memoryview(blob[: at % len(blob)] if cut else blob), form
+            )
         except Damaged:
             continue
         assert back.nbytes == words.nbytes
@@ -168,7 +170,11 @@ def test_ham_is_as_short_as_the_best_prefix_code(k: int) -> None:
     rng = np.random.default_rng(k)
     share = rng.dirichlet(np.full(k, 0.5))
     words = rng.choice(k, 200_000, p=share).astype(np.uint32)
-    code = next(c for c in coding.candidates(words, Form(words.dtype, words.size, 0, False)) if c.method == "ham")
+    code = next(
+        c
+        for c in coding.candidates(words, Form(words.dtype, words.size, 0, False))
+        if c.method == "ham"
+    )
     best = huffman_bits(np.bincount(words)) / 8
     table = 1 + 4 * code.clusters
     assert len(code.blob) - table <= 1.01 * best + 128
@@ -203,7 +209,10 @@ def test_published_sizes(zeros: float, k: int, ham: float, sham: float) -> None:
     values = np.where(kept, means.astype(np.float32)[cell], np.float32(0))
     words = values.view(np.uint32).reshape(-1)
     size, s, table = words.nbytes, 1 - zeros, 6 * k / (n * m)
-    found = {c.method: len(c.blob) / size for c in coding.candidates(words, Form(words.dtype, words.size, n, True))}
+    found = {
+        c.method: len(c.blob) / size
+        for c in coding.candidates(words, Form(words.dtype, words.size, n, True))
+    }
     assert found["ham"] <= (1 + np.log2(k + (zeros > 0))) / SINGLE + table
     assert found["ham"] == pytest.approx(ham, rel=0.03)
     if zeros >= coding.SPARSE:
@@ -242,9 +251,26 @@ def test_shipped_models_come_back_bit_by_bit(model: Path, tmp_path: Path) -> Non
 
 
 TYPES = (
-    "FLOAT", "UINT8", "INT8", "UINT16", "INT16", "INT32", "INT64", "BOOL", "FLOAT16", "DOUBLE", "UINT32", "UINT64",
-    "COMPLEX64", "COMPLEX128", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E5M2", "UINT4", "INT4",
-)  # fmt: skip
+    "FLOAT",
+    "UINT8",
+    "INT8",
+    "UINT16",
+    "INT16",
+    "INT32",
+    "INT64",
+    "BOOL",
+    "FLOAT16",
+    "DOUBLE",
+    "UINT32",
+    "UINT64",
+    "COMPLEX64",
+    "COMPLEX128",
+    "BFLOAT16",
+    "FLOAT8E4M3FN",
+    "FLOAT8E5M2",
+    "UINT4",
+    "INT4",
+)
 
 
 def everything(shape: tuple[int, ...] = (16, 33)) -> onnx.ModelProto:
@@ -259,25 +285,35 @@ def everything(shape: tuple[int, ...] = (16, 33)) -> onnx.ModelProto:
         if name == "BOOL":
             raw &= 1
         held.append(helper.make_tensor(f"{name}.raw", code, shape, raw.tobytes(), raw=True))
-    for name, values in {"FLOAT": rng.standard_normal(shape), "DOUBLE": rng.standard_normal(shape),
-                         "INT64": rng.integers(0, 99, shape), "STRING": np.full(shape, b"text")}.items():  # fmt: skip
+    for name, values in {
+        "FLOAT": rng.standard_normal(shape),
+        "DOUBLE": rng.standard_normal(shape),
+        "INT64": rng.integers(0, 99, shape),
+        "STRING": np.full(shape, b"text"),
+    }.items():
         code = TensorProto.DataType.Value(name)
         held.append(helper.make_tensor(f"{name}.typed", code, shape, values.reshape(-1).tolist()))
     held.append(numpy_helper.from_array(np.zeros((0, 5), np.float32), "empty"))
     weight = numpy_helper.from_array(rng.standard_normal((40, 40)).astype(np.float32), "inner")
     inner = helper.make_graph(
         [helper.make_node("Identity", ["inner"], ["branch"])],
-        "inner", [], [helper.make_tensor_value_info("branch", TensorProto.FLOAT, [40, 40])], [weight],
-    )  # fmt: skip
+        "inner",
+        [],
+        [helper.make_tensor_value_info("branch", TensorProto.FLOAT, [40, 40])],
+        [weight],
+    )
     constant = numpy_helper.from_array(rng.standard_normal((30, 30)).astype(np.float32), "")
     nodes = [
         helper.make_node("Constant", [], ["c"], value=constant),
         helper.make_node("If", ["flag"], ["y"], then_branch=inner, else_branch=inner),
     ]
     graph = helper.make_graph(
-        nodes, "everything", [helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [40, 40])], held,
-    )  # fmt: skip
+        nodes,
+        "everything",
+        [helper.make_tensor_value_info("flag", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [40, 40])],
+        held,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
@@ -343,16 +379,24 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("small")
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((20, 30)).astype(np.float32)
-    few = rng.choice(np.arange(1, 9, dtype=np.float32), (20, 200), p=[0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05])
+    few = rng.choice(
+        np.arange(1, 9, dtype=np.float32), (20, 200), p=[0.3, 0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05]
+    )
     sparse = np.where(rng.random((40, 200)) < 0.02, few[0], 0).astype(np.float32)
     held = {"dense": dense, "few": few, "sparse": sparse}
     graph = helper.make_graph(
         [helper.make_node("Identity", [n], [f"{n}.out"]) for n in held],
-        "small", [],
-        [helper.make_tensor_value_info(f"{n}.out", TensorProto.FLOAT, v.shape) for n, v in held.items()],
+        "small",
+        [],
+        [
+            helper.make_tensor_value_info(f"{n}.out", TensorProto.FLOAT, v.shape)
+            for n, v in held.items()
+        ],
         [numpy_helper.from_array(v, n) for n, v in held.items()],
-    )  # fmt: skip
-    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), folder / "small.onnx")
+    )
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), folder / "small.onnx"
+    )
     found = pack(folder / "small.onnx", folder / "small.oamip")
     assert [c.method for c in found.contents.codes] == ["planes", "ham", "sham"]
     return (folder / "small.oamip").read_bytes()
@@ -451,7 +495,9 @@ def test_headers_that_lie_are_refused(
     refused(resigned(small, LIES[lie]), tmp_path, capfd)
 
 
-@pytest.mark.parametrize("name", ["../up.bin", "/etc/passwd", "a/../../b", "C:\\x", "", "a\0b", "."])
+@pytest.mark.parametrize(
+    "name", ["../up.bin", "/etc/passwd", "a/../../b", "C:\\x", "", "a\0b", "."]
+)
 def test_files_beside_the_model_stay_beside_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -460,8 +506,12 @@ def test_files_beside_the_model_stay_beside_it(
     refused(resigned(data, put("files", 1, "name", value=name)), tmp_path, capfd)
 
 
-def test_other_files_are_refused(small: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert "not a packed model" in refused((MODELS / "mnist.npz").read_bytes()[:5000], tmp_path, capfd)
+def test_other_files_are_refused(
+    small: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "not a packed model" in refused(
+        (MODELS / "mnist.npz").read_bytes()[:5000], tmp_path, capfd
+    )
     assert "not a packed model" in refused(b"", tmp_path, capfd)
     newer = small[:8] + struct.pack("<I", 2) + small[12:]
     assert "schema version 2 but this version reads 1" in refused(newer, tmp_path, capfd)

@@ -59,13 +59,20 @@ def test_codebooks_beat_quantiles_and_uniform_grids(k: int, kind: str) -> None:
     # What the histogram leaves out is a cell's own spread.
     width = np.ptp(values) / codebook.BINS
     assert book.error == pytest.approx(found, rel=0.02, abs=width**2)
-    if kind == "normal":  # Max, "Quantizing for minimum distortion", 1960: the least error for a Gaussian
+    if (
+        kind == "normal"
+    ):  # Max, "Quantizing for minimum distortion", 1960: the least error for a Gaussian
         best = {2: 0.3634, 4: 0.1175, 16: 0.009497}
         assert k not in best or found == pytest.approx(best[k], rel=0.05)
 
 
 @settings(max_examples=60)
-@given(st.integers(2, 12), st.integers(0, 2**31), st.floats(0, 1), st.sampled_from(["f2", "f4", "f8", "bf16"]))
+@given(
+    st.integers(2, 12),
+    st.integers(0, 2**31),
+    st.floats(0, 1),
+    st.sampled_from(["f2", "f4", "f8", "bf16"]),
+)
 def test_entries_take_the_nearest_value(k: int, seed: int, zeros: float, kind: str) -> None:
     """Few enough values stay exact; zero stays zero where it is frequent; nothing is further off than it must be."""
     rng = np.random.default_rng(seed)
@@ -102,12 +109,16 @@ def test_what_shares_no_values() -> None:
     for name, (values, expected) in cases.items():
         code = helper.np_dtype_to_tensor_dtype(values.dtype)
         place = layout.Place(name, code, values.shape, 0, 0, values.nbytes)
-        assert codebook.shares(place, values.reshape(-1).view(f"u{values.itemsize}")) == expected, name
+        assert codebook.shares(place, values.reshape(-1).view(f"u{values.itemsize}")) == expected, (
+            name
+        )
 
 
 @settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(0, 2**31), st.floats(1e-4, 2))
-def test_no_other_choice_is_smaller_at_the_same_loss(tensors: int, seed: int, allowed: float) -> None:
+def test_no_other_choice_is_smaller_at_the_same_loss(
+    tensors: int, seed: int, allowed: float
+) -> None:
     rng = np.random.default_rng(seed)
     loss = np.column_stack([-np.sort(-rng.random((tensors, 4)), axis=1), np.zeros(tensors)])
     nbytes = np.sort(rng.integers(1, 1000, (tensors, 5)), axis=1).astype(np.float64)
@@ -128,7 +139,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped samples, fewer of them."""
     path = tmp_path_factory.mktemp("data") / "mnist.npz"
     with np.load(MODELS / "mnist.npz") as whole:
-        np.savez(path, **{k: v[:600] if v.ndim else v for k, v in ((k, whole[k]) for k in whole.files)})
+        np.savez(
+            path, **{k: v[:600] if v.ndim else v for k, v in ((k, whole[k]) for k in whole.files)}
+        )
     return path
 
 
@@ -147,11 +160,20 @@ def test_a_small_file_at_half_a_point(packed: Packed, data: Path, tmp_path: Path
     assert found.accuracy_before is not None
     assert found.accuracy_after is not None
     assert 100 * (found.accuracy_before - found.accuracy_after) <= 0.5
-    for measure in ("accuracy_before", "accuracy_after", "agreement", "output_relative_error", "samples"):
+    for measure in (
+        "accuracy_before",
+        "accuracy_after",
+        "agreement",
+        "output_relative_error",
+        "samples",
+    ):
         assert getattr(found, measure) == getattr(packed.verification, measure)
     # The graph and every vector are as they were; each matrix holds as many values as is said.
     before, after = onnx.load(LENET), onnx.load(tmp_path / "again.onnx")
-    clusters = {p.name: c.clusters for p, c in zip(packed.original.places, packed.contents.codes, strict=True)}
+    clusters = {
+        p.name: c.clusters
+        for p, c in zip(packed.original.places, packed.contents.codes, strict=True)
+    }
     for old, new in zip(before.graph.initializer, after.graph.initializer, strict=True):
         a, b = numpy_helper.to_array(old), numpy_helper.to_array(new)
         if a.ndim == 1:
@@ -163,7 +185,9 @@ def test_a_small_file_at_half_a_point(packed: Packed, data: Path, tmp_path: Path
     assert before == after
 
 
-def test_a_larger_drop_gives_a_smaller_file_and_none_is_kept_to(packed: Packed, data: Path, tmp_path: Path) -> None:
+def test_a_larger_drop_gives_a_smaller_file_and_none_is_kept_to(
+    packed: Packed, data: Path, tmp_path: Path
+) -> None:
     more = pack(LENET, tmp_path / "more.oamip", data=data, max_drop=5)
     none = pack(LENET, tmp_path / "none.oamip", data=data, max_drop=0)
     assert more.nbytes < packed.nbytes < none.nbytes
@@ -197,15 +221,21 @@ def test_half_precision_and_pruned_matrices(tmp_path: Path) -> None:
     held = {
         "half": rng.standard_normal((60, 50)).astype(np.float16),
         "brain": rng.standard_normal((60, 50)).astype(ml_dtypes.bfloat16),
-        "pruned": np.where(rng.random((200, 100)) < 0.02, rng.standard_normal((200, 100)), 0).astype(np.float32),
+        "pruned": np.where(
+            rng.random((200, 100)) < 0.02, rng.standard_normal((200, 100)), 0
+        ).astype(np.float32),
     }
     outputs = [
         helper.make_tensor_value_info(f"{n}.out", helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
         for n, v in held.items()
     ]
     nodes = [helper.make_node("Identity", [n], [f"{n}.out"]) for n in held]
-    graph = helper.make_graph(nodes, "g", [], outputs, [numpy_helper.from_array(v, n) for n, v in held.items()])
-    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "in.onnx")
+    graph = helper.make_graph(
+        nodes, "g", [], outputs, [numpy_helper.from_array(v, n) for n, v in held.items()]
+    )
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "in.onnx"
+    )
     found = pack(tmp_path / "in.onnx", tmp_path / "out.oamip", clusters=8)
     unpack(tmp_path / "out.oamip", tmp_path / "out.onnx")
     assert [c.method for c in found.contents.codes][2] == "sham"
@@ -223,7 +253,9 @@ def test_half_precision_and_pruned_matrices(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple]:
+def run(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple]:
     """Runs the command line in a folder with model.onnx; (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
@@ -238,16 +270,32 @@ def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_documents(run: Callable[..., tuple], data: Path) -> None:
-    code, out, err = run("pack", "model.onnx", "-o", "m.oamip", "--data", data, "--report", "--json")
+    code, out, err = run(
+        "pack", "model.onnx", "-o", "m.oamip", "--data", data, "--report", "--json"
+    )
     assert (code, err) == (0, "")
     document = json.loads(out)
     assert set(document) == {
-        "schema_version", "model", "output", "unpacked", "before", "after", "ratio", "tensors", "rivals",
-        "verification", "timings", "settings", "versions",
-    }  # fmt: skip
+        "schema_version",
+        "model",
+        "output",
+        "unpacked",
+        "before",
+        "after",
+        "ratio",
+        "tensors",
+        "rivals",
+        "verification",
+        "timings",
+        "settings",
+        "versions",
+    }
     size = LENET.stat().st_size
     assert document["schema_version"] == 1
-    assert document["model"] == {"path": "model.onnx", "sha256": hashlib.sha256(LENET.read_bytes()).hexdigest()}
+    assert document["model"] == {
+        "path": "model.onnx",
+        "sha256": hashlib.sha256(LENET.read_bytes()).hexdigest(),
+    }
     packed = Path("m.oamip").read_bytes()
     assert document["output"] == {"path": "m.oamip", "sha256": hashlib.sha256(packed).hexdigest()}
     assert (document["before"], document["after"]) == ({"bytes": size}, {"bytes": len(packed)})
@@ -255,14 +303,21 @@ def test_documents(run: Callable[..., tuple], data: Path) -> None:
     assert document["settings"] == {"lossless": False, "clusters": None, "max_drop": 0.5, "seed": 0}
     assert document["verification"]["samples"] == 600
     tensors = {t["name"]: t for t in document["tensors"]}
-    assert set(tensors) == {f"fc{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")} - {"fc3.bias"}
+    assert set(tensors) == {f"fc{i}.{part}" for i in (1, 2, 3) for part in ("weight", "bias")} - {
+        "fc3.bias"
+    }
     weight = tensors["fc1.weight"]
     assert (weight["type"], weight["shape"], weight["before"]) == ("float", [300, 784], 940_800)
     assert weight["psi"] == weight["after"] / 940_800 < 0.1
     assert (tensors["fc1.bias"]["method"], tensors["fc1.bias"]["clusters"]) == ("planes", None)
     assert sum(t["after"] for t in document["tensors"]) < len(packed)
     assert document["rivals"]["fp16"] == size - sum(t["before"] for t in document["tensors"]) / 2
-    assert document["rivals"]["fp16_zip"] < document["rivals"]["fp16"] < document["rivals"]["zip"] < size
+    assert (
+        document["rivals"]["fp16_zip"]
+        < document["rivals"]["fp16"]
+        < document["rivals"]["zip"]
+        < size
+    )
     assert weight["rivals"]["fp16"] == 470_400
     code, out, err = run("unpack", "m.oamip", "-o", "again.onnx", "--json")
     assert (code, err) == (0, "")
@@ -323,7 +378,10 @@ def test_a_mistake_is_one_sentence(run: Callable[..., tuple], mistake: str) -> N
 def test_what_cannot_be_measured_is_not_called_small(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["s"]), helper.make_node("ArgMax", ["s"], ["y"], axis=1)],
+        [
+            helper.make_node("MatMul", ["x", "w"], ["s"]),
+            helper.make_node("ArgMax", ["s"], ["y"], axis=1),
+        ],
         "classes",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 40])],
         [helper.make_tensor_value_info("y", TensorProto.INT64, ["batch", 1])],

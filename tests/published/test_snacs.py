@@ -54,7 +54,10 @@ def test_independent_data_says_nothing() -> None:
     found = snacs.dependence(bits(2000, 6), bits(2000, 4, seed=1))
     assert found.max() < 0.01
     rng = np.random.default_rng(2)
-    assert snacs.dependence(rng.standard_normal((2000, 6)), rng.standard_normal((2000, 4))).max() < 0.05
+    assert (
+        snacs.dependence(rng.standard_normal((2000, 6)), rng.standard_normal((2000, 4))).max()
+        < 0.05
+    )
 
 
 def test_rows_that_are_not_paired_say_nothing() -> None:
@@ -93,20 +96,32 @@ def _slow(parents: Floats, children: Floats, seed: int, conditions: int) -> Floa
             for draw in hashed:
                 z = [tuple(draw.parents[n, others].tolist()) for n in range(len(x))]
                 codes = np.unique(np.asarray([hash(k) for k in z]), return_inverse=True)[1]
-                ordered = np.unique(draw.parents[:, others], axis=0, return_inverse=True)[1].reshape(-1)
+                ordered = np.unique(draw.parents[:, others], axis=0, return_inverse=True)[
+                    1
+                ].reshape(-1)
                 assert len(set(z)) == codes.max() + 1
                 moved = draw.children[snacs.shuffled(ordered, draw.order), c]
                 for values, sign in ((draw.children[:, c], 1.0), (moved, -1.0)):
                     rows = list(zip(values.tolist(), draw.parents[:, p].tolist(), z, strict=True))
                     n_ijk, n_k = Counter(rows), Counter(z)
-                    n_ik, n_jk = Counter((i, k) for i, _, k in rows), Counter((j, k) for _, j, k in rows)
-                    inverse = [1 / (1 + n_ijk[i, j, k] * n_k[k] / (n_ik[i, k] * n_jk[j, k])) for i, j, k in rows]
+                    n_ik, n_jk = (
+                        Counter((i, k) for i, _, k in rows),
+                        Counter((j, k) for _, j, k in rows),
+                    )
+                    inverse = [
+                        1 / (1 + n_ijk[i, j, k] * n_k[k] / (n_ik[i, k] * n_jk[j, k]))
+                        for i, j, k in rows
+                    ]
                     result[c, p] += sign * (1 - 2 * float(np.mean(inverse))) / len(hashed)
     return np.maximum(result, 0.0)
 
 
-@pytest.mark.parametrize(("parents", "conditions"), [(1, 2), (2, 2), (3, 2), (6, 2), (6, 1), (5, 0)])
-def test_tables_of_counts_equal_a_loop_over_pairs_and_samples(parents: int, conditions: int) -> None:
+@pytest.mark.parametrize(
+    ("parents", "conditions"), [(1, 2), (2, 2), (3, 2), (6, 2), (6, 1), (5, 0)]
+)
+def test_tables_of_counts_equal_a_loop_over_pairs_and_samples(
+    parents: int, conditions: int
+) -> None:
     rng = np.random.default_rng(5)
     a = np.maximum(rng.standard_normal((150, parents)), 0)
     x = a @ rng.standard_normal((parents, 3)) + 0.5 * rng.standard_normal((150, 3))
@@ -149,7 +164,11 @@ def toy(seed: int, samples: int, even: bool = False) -> tuple[Floats, Floats, Bo
     for row in weight:
         row[rng.choice(32, 4, replace=False)] = rng.choice([-1, 1], 4) * rng.uniform(0.5, 1.5, 4)
     read = np.abs(standardise(parents)) if even else standardise(parents)
-    return parents, read @ weight.T + (0.5 if even else 2.0) * rng.standard_normal((samples, 16)), weight != 0
+    return (
+        parents,
+        read @ weight.T + (0.5 if even else 2.0) * rng.standard_normal((samples, 16)),
+        weight != 0,
+    )
 
 
 def test_true_edges_of_a_toy_are_found() -> None:
@@ -191,14 +210,21 @@ def test_every_phi_scores(tmp_path: Path, phi: str) -> None:
 # -------------------------------------------------------------------------------------------------------- propagation
 
 
-def _seen(folder: Path, net: str, count: int) -> tuple[Model, Coupling, dict[str, Array], Statistics]:
+def _seen(
+    folder: Path, net: str, count: int
+) -> tuple[Model, Coupling, dict[str, Array], Statistics]:
     model = load(build(NETS[net]), folder)
     coupling = couple(model)
     arrays = samples(model, count)
     found = dataset.load(arrays, model)
     assert found is not None
     seen = pooled_activations.collect(model, coupling, found, "cpu", by_tap=True)
-    return model, coupling, arrays, Statistics({Request.MOMENTS: {}, Request.POOLED_ACTIVATIONS: seen}, count, "cpu")
+    return (
+        model,
+        coupling,
+        arrays,
+        Statistics({Request.MOMENTS: {}, Request.POOLED_ACTIVATIONS: seen}, count, "cpu"),
+    )
 
 
 def test_propagation_by_hand(tmp_path: Path) -> None:
@@ -215,7 +241,9 @@ def test_propagation_by_hand(tmp_path: Path) -> None:
     found = dataset.load(samples(model, 20), model)
     assert found is not None
     seen = pooled_activations.collect(model, coupling, found, "cpu")
-    last = np.asarray([[3.0, 1.0], [1.0, 1.0], [0.0, 0.0]])  # rows (3/4, 1/4), (1/2, 1/2), (1/2, 1/2)
+    last = np.asarray(
+        [[3.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    )  # rows (3/4, 1/4), (1/2, 1/2), (1/2, 1/2)
     first = np.asarray([[1.0, 4.0], [1.0, 0.0]])  # rows (1/5, 4/5), (1, 0)
     pairs = {p.consumer.data: p for p in pooled_activations.pairs(model, coupling, seen)}
     bare = Statistics({Request.MOMENTS: {}}, 20, "cpu")
@@ -237,7 +265,10 @@ def test_a_residual_sum_inherits_from_all_its_readers(tmp_path: Path) -> None:
     assert seen.pooled is not None
     pairs = {p.consumer.weight: p for p in pooled_activations.pairs(model, coupling, seen.pooled)}
     assert set(pairs) == {"w2", "w3", "w4"}
-    rho = {name: np.random.default_rng(i).random(p.weight.shape) for i, (name, p) in enumerate(pairs.items())}
+    rho = {
+        name: np.random.default_rng(i).random(p.weight.shape)
+        for i, (name, p) in enumerate(pairs.items())
+    }
     values = propagate(model, coupling, seen, [(p, rho[name]) for name, p in pairs.items()])
     head = share(rho["w4"]).mean(axis=0)  # by channel of the stream
     inner = head @ share(rho["w3"])
@@ -257,7 +288,9 @@ def test_pooled_is_the_mean_over_space(tmp_path: Path, net: str) -> None:
     values = activations(model, arrays, sorted({tensor for tensor, _ in seen.pooled.values}))
     for (tensor, axis), found in seen.pooled.values.items():
         whole = np.moveaxis(values[tensor].astype(np.float64), axis, 1)
-        np.testing.assert_allclose(found, whole.reshape(37, whole.shape[1], -1).mean(axis=2), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            found, whole.reshape(37, whole.shape[1], -1).mean(axis=2), rtol=1e-4, atol=1e-6
+        )
         assert found.dtype == np.float32
 
 
@@ -308,7 +341,9 @@ def test_overflow_is_told(tmp_path: Path) -> None:
 
 def test_the_rule_of_upper_limits() -> None:
     accuracy = np.asarray([0.9, 0.9, 0.8, 0.5, 0.2])
-    assert plan_constraints.upper_limit(np.asarray([1, 3, 5, 7, 9]), accuracy) == 7  # 0.9 - 0.7 * 0.7 = 0.41
+    assert (
+        plan_constraints.upper_limit(np.asarray([1, 3, 5, 7, 9]), accuracy) == 7
+    )  # 0.9 - 0.7 * 0.7 = 0.41
     assert plan_constraints.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.5, 0.5, 0.5])) == 5
     assert plan_constraints.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.9, 0.1, 0.8])) == 5
 
@@ -321,7 +356,9 @@ def test_a_layers_pooled_outputs_follow_from_what_its_taps_read(tmp_path: Path, 
     places = pooled_activations.sites(model, coupling)
     assert places
     for consumer, place in places:
-        layer = plan_constraints._Layer(model, coupling, seen.pooled, place, (consumer.data, consumer.axis), np.arange(40))
+        layer = plan_constraints._Layer(
+            model, coupling, seen.pooled, place, (consumer.data, consumer.axis), np.arange(40)
+        )
         end = pooled_activations.outlet(model, place)
         gone = np.arange(0, len(layer.labels), 2)
         found = layer.factor * (layer.linear - layer.part(gone)) + layer.shift
@@ -331,7 +368,9 @@ def test_a_layers_pooled_outputs_follow_from_what_its_taps_read(tmp_path: Path, 
         view = [1] * len(model.shapes[consumer.data])
         view[consumer.axis] = -1
         _mask(masked, consumer.node, consumer.slot, keep.reshape(view))
-        truth = np.moveaxis(activations(model, arrays, [end[0]], masked)[end[0]].astype(np.float64), end[1], 1)
+        truth = np.moveaxis(
+            activations(model, arrays, [end[0]], masked)[end[0]].astype(np.float64), end[1], 1
+        )
         truth = truth.reshape(*truth.shape[:2], -1).mean(axis=2)
         np.testing.assert_allclose(found, truth, atol=1e-5 * np.abs(truth).max())
 
@@ -371,7 +410,9 @@ def test_alignment(columns: int) -> None:
     wide = x - x.mean(axis=0)
     other = rng.standard_normal((30, columns))
     k, m = wide @ wide.T, (other - other.mean(axis=0)) @ (other - other.mean(axis=0)).T
-    assert judge(other) == pytest.approx(float((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum())))
+    assert judge(other) == pytest.approx(
+        float((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
+    )
 
 
 def _learnable(folder: Path) -> Chain:
@@ -385,7 +426,13 @@ def _learnable(folder: Path) -> Chain:
 @pytest.mark.parametrize("allocate", ["mip", "global", "uniform"])
 def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
     model, _, arrays = _learnable(tmp_path)
-    wish = {"macs": 0.45, "allocate": allocate, "refit": "bias", "importance": "activation", "align": 1}
+    wish = {
+        "macs": 0.45,
+        "allocate": allocate,
+        "refit": "bias",
+        "importance": "activation",
+        "align": 1,
+    }
     free = pipeline.prepare(model.path, arrays, Settings.create(**wish))
     bound = pipeline.prepare(model.path, arrays, Settings.create(**wish, limits="snacs"))
     full = cost.full_widths(bound.coupling)
@@ -400,7 +447,14 @@ def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
 
 def test_a_budget_that_the_limits_do_not_allow_says_so(tmp_path: Path) -> None:
     model, _, arrays = _learnable(tmp_path)
-    wish = {"macs": 0.05, "allocate": "uniform", "refit": "none", "importance": "l2", "align": 1, "device": "cpu"}
+    wish = {
+        "macs": 0.05,
+        "allocate": "uniform",
+        "refit": "none",
+        "importance": "l2",
+        "align": 1,
+        "device": "cpu",
+    }
     with pytest.raises(BudgetNotMet, match="it can be met without --limits snacs"):
         _allocated(pipeline.prepare(model.path, arrays, Settings.create(**wish, limits="snacs")))
 
@@ -419,7 +473,9 @@ def test_floors_of_single_groups_hold(tmp_path: Path, allocate: str) -> None:
     from onnx_oamip.planning import search
 
     model, _, arrays = _learnable(tmp_path)
-    wish = Settings.create(macs=0.5, allocate=allocate, refit="bias", importance="activation", align=1, device="cpu")
+    wish = Settings.create(
+        macs=0.5, allocate=allocate, refit="bias", importance="activation", align=1, device="cpu"
+    )
     ready = pipeline.prepare(model.path, arrays, wish)
     widths = _allocated(ready).widths
     full = cost.full_widths(ready.coupling)
@@ -436,7 +492,9 @@ def test_floors_of_single_groups_hold(tmp_path: Path, allocate: str) -> None:
             tuple(w[s] for w, s in zip(ready.ladder.widths, stays, strict=True)),
             tuple(c[s] for c, s in zip(ready.ladder.cost, stays, strict=True)),
         )
-    held = _allocated(replace(ready, constraints=replace(ready.constraints, floor=floor), ladder=ladder)).widths
+    held = _allocated(
+        replace(ready, constraints=replace(ready.constraints, floor=floor), ladder=ladder)
+    ).widths
     assert held[g] >= full[g] - 1
     assert held.sum() < full.sum()
     losses = search.Sensitivity(np.asarray([1, full[g]]), np.asarray([1.0, 0.0]))
@@ -448,7 +506,9 @@ def test_floors_of_single_groups_hold(tmp_path: Path, allocate: str) -> None:
 def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None:
     model, _, arrays = _learnable(tmp_path)
     unlabelled = {"x": arrays["x"]}
-    wish = Settings.create(macs=0.7, allocate="uniform", refit="none", importance="l2", limits="snacs", device="cpu")
+    wish = Settings.create(
+        macs=0.7, allocate="uniform", refit="none", importance="l2", limits="snacs", device="cpu"
+    )
     ready = pipeline.prepare(model.path, unlabelled, wish)
     (note,) = [n for n in ready.scores.notes if "--limits" in n]
     assert "no labels" in note
@@ -460,7 +520,13 @@ def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None
 def test_protected_units_stay(tmp_path: Path, allocate: str) -> None:
     model, coupling, arrays = _learnable(tmp_path)
     wish = Settings.create(
-        macs=0.5, allocate=allocate, refit="none", importance="random", protect=0.25, align=1, device="cpu"
+        macs=0.5,
+        allocate=allocate,
+        refit="none",
+        importance="random",
+        protect=0.25,
+        align=1,
+        device="cpu",
     )
     ready = pipeline.prepare(model.path, arrays, wish)
     kept = plan_constraints.protected(model, coupling, 0.25)
@@ -494,8 +560,30 @@ def test_snacs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     model, _, arrays = _learnable(tmp_path)
     file, out = tmp_path / "data.npz", tmp_path / "out.onnx"
     np.savez(file, **arrays)
-    args = ["prune", model.path, "--data", str(file), "-o", str(out), "--macs", "70%", "--importance", "snacs"]
-    args += ["--limits", "snacs", "--protect", "10%", "--phi", "weight_sq", "--allocate", "uniform", "--align", "1"]
+    args = [
+        "prune",
+        model.path,
+        "--data",
+        str(file),
+        "-o",
+        str(out),
+        "--macs",
+        "70%",
+        "--importance",
+        "snacs",
+    ]
+    args += [
+        "--limits",
+        "snacs",
+        "--protect",
+        "10%",
+        "--phi",
+        "weight_sq",
+        "--allocate",
+        "uniform",
+        "--align",
+        "1",
+    ]
     assert main([*args, "--force", "--json"]) == 0
     assert out.exists()
     assert "--limits snacs (accuracy of an SVM" in capsys.readouterr().out
@@ -511,7 +599,9 @@ def test_snacs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("--score-time", "0", "seconds above 0"),
     ],
 )
-def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str, words: str) -> None:
+def test_bad_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str, words: str
+) -> None:
     out = tmp_path / "out.onnx"
     assert main(["prune", "m.onnx", "-o", str(out), "--macs", "0.5", flag, value]) == 2
     error = capsys.readouterr().err
@@ -523,12 +613,16 @@ def test_bad_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
 
 def test_limits_need_data(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
-    wish = Settings.create(macs=0.7, allocate="uniform", refit="none", importance="l2", limits="snacs")
+    wish = Settings.create(
+        macs=0.7, allocate="uniform", refit="none", importance="l2", limits="snacs"
+    )
     with pytest.raises(DataError, match="--limits snacs needs calibration data"):
         pipeline.prune(model.path, None, None, wish)
 
 
-@pytest.mark.parametrize("values", [{"limits": "all"}, {"protect": 1.0}, {"phi": "x"}, {"score_time": -1.0}])
+@pytest.mark.parametrize(
+    "values", [{"limits": "all"}, {"protect": 1.0}, {"phi": "x"}, {"score_time": -1.0}]
+)
 def test_bad_settings(values: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=f"--{next(iter(values)).replace('_', '-')}"):
         Settings.create(macs=0.5, **values)

@@ -32,21 +32,32 @@ from onnx_oamip.verification.latency import Step
 
 FOLDER = ROOT / "tests" / "exports"
 DROP = {
-    "flax-jax2onnx": -0.2, "keras-export": 2.2, "keras-tflite": 2.2, "paddle-paddle2onnx": 0.8,
-    "pytorch-dynamo": 1.4, "pytorch-torchscript": 1.4, "sklearn-double": 4.2, "sklearn-float": 2.8,
+    "flax-jax2onnx": -0.2,
+    "keras-export": 2.2,
+    "keras-tflite": 2.2,
+    "paddle-paddle2onnx": 0.8,
+    "pytorch-dynamo": 1.4,
+    "pytorch-torchscript": 1.4,
+    "sklearn-double": 4.2,
+    "sklearn-float": 2.8,
     "tensorflow-tf2onnx": 2.2,
-}  # fmt: skip
+}
 """Points of accuracy that half of the parameters cost on 500 held-out digits, as measured (one digit is 0.2 points)."""
 MARGIN = 1.0
 """Points that another processor or solver may make of it."""
-SAME_NETWORK = (("pytorch-dynamo", "pytorch-torchscript"), ("keras-export", "keras-tflite", "tensorflow-tf2onnx"))
+SAME_NETWORK = (
+    ("pytorch-dynamo", "pytorch-torchscript"),
+    ("keras-export", "keras-tflite", "tensorflow-tf2onnx"),
+)
 NOTE = ("classes", "0 1 2 3 4 5 6 7 8 9")
 """Metadata that a user puts into a file after its export."""
 
 
 @cache
 def _digits() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("digits", ROOT / "tools" / "exports" / "digits.py")
+    spec = importlib.util.spec_from_file_location(
+        "digits", ROOT / "tools" / "exports" / "digits.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -77,7 +88,18 @@ def _halve(name: str, folder: Path) -> Halved:
     proto.metadata_props.add(key=NOTE[0], value=NOTE[1])
     onnx.save(proto, model)
     _digits().data_file(FOLDER, data, proto.graph.input[0].name, _shape(proto))
-    command = ["prune", str(model), "--data", str(data), "--params", "0.5", "-o", str(out), "--force", "--json"]
+    command = [
+        "prune",
+        str(model),
+        "--data",
+        str(data),
+        "--params",
+        "0.5",
+        "-o",
+        str(out),
+        "--force",
+        "--json",
+    ]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         # The step that a busy machine measures decides nothing here.
@@ -96,11 +118,15 @@ def _held_out(proto: ModelProto) -> tuple[Array, Array]:
     """(images, labels) that no network was trained on and no calibration saw, in the form of a network's input."""
     kind = helper.tensor_dtype_to_np_dtype(proto.graph.input[0].type.tensor_type.elem_type)
     with np.load(FOLDER / "digits.npz") as stored:
-        return (stored["eval.images"].reshape(-1, *_shape(proto)) / 16).astype(kind), stored["eval.labels"]
+        return (stored["eval.images"].reshape(-1, *_shape(proto)) / 16).astype(kind), stored[
+            "eval.labels"
+        ]
 
 
 def _run(proto: ModelProto, images: Array) -> dict[str, Array]:
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
     values = session.run(None, {proto.graph.input[0].name: images})
     return {o.name: np.asarray(v) for o, v in zip(session.get_outputs(), values, strict=True)}
 
@@ -115,7 +141,13 @@ def _accuracy(proto: ModelProto) -> float:
 def test_what_they_were_made_with_is_told() -> None:
     made = json.loads((FOLDER / "made.json").read_text(encoding="utf-8"))
     assert set(made) == set(DROP) == {p.stem for p in FOLDER.glob("*.onnx")}
-    assert {entry["framework"] for entry in made.values()} == {"pytorch", "keras", "scikit-learn", "jax", "paddle"}
+    assert {entry["framework"] for entry in made.values()} == {
+        "pytorch",
+        "keras",
+        "scikit-learn",
+        "jax",
+        "paddle",
+    }
     for name, entry in made.items():
         assert entry["exporter"]
         assert entry["versions"]
@@ -125,7 +157,9 @@ def test_what_they_were_made_with_is_told() -> None:
 def test_page_shows_all_of_them() -> None:
     text = (ROOT / "docs" / "guide" / "exports.md").read_text(encoding="utf-8")
     shown = text.partition("<!-- exports:begin -->")[2].partition("<!-- exports:end -->")[0]
-    assert {line.split("`")[1] for line in shown.splitlines() if line.startswith("| `")} == set(DROP)
+    assert {line.split("`")[1] for line in shown.splitlines() if line.startswith("| `")} == set(
+        DROP
+    )
 
 
 def test_files_stay_small() -> None:
@@ -150,7 +184,10 @@ def test_half_of_the_parameters_go_exactly(halved: Halved) -> None:
 
 def test_runs_at_any_batch_size(halved: Halved) -> None:
     images = _held_out(halved.after)[0][:8]
-    whole, parts = _run(halved.after, images), [_run(halved.after, images[i:j]) for i, j in ((0, 1), (1, 8))]
+    whole, parts = (
+        _run(halved.after, images),
+        [_run(halved.after, images[i:j]) for i, j in ((0, 1), (1, 8))],
+    )
     for name, value in whole.items():
         assert len(value) == 8
         assert [len(p[name]) for p in parts] == [1, 7]
@@ -164,20 +201,33 @@ def test_still_classifies(halved: Halved) -> None:
     assert before - after <= DROP[halved.name] + MARGIN
     # The report says what anybody measures.
     proof = halved.document["verification"]
-    assert [100 * proof["accuracy_before"], 100 * proof["accuracy_after"]] == pytest.approx([before, after], abs=0.21)
+    assert [100 * proof["accuracy_before"], 100 * proof["accuracy_after"]] == pytest.approx(
+        [before, after], abs=0.21
+    )
 
 
 def test_the_interface_is_untouched(halved: Halved) -> None:
     before, after = halved.before, halved.after
     assert list(after.graph.input) == list(before.graph.input)
     assert list(after.graph.output) == list(before.graph.output)
-    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "ir_version"):
+    for field in (
+        "producer_name",
+        "producer_version",
+        "domain",
+        "model_version",
+        "doc_string",
+        "ir_version",
+    ):
         assert getattr(after, field) == getattr(before, field), field
     assert after.graph.name == before.graph.name
     # One entry is new: where the model comes from.
-    assert [p for p in after.metadata_props if p.key != provenance.KEY] == list(before.metadata_props)
+    assert [p for p in after.metadata_props if p.key != provenance.KEY] == list(
+        before.metadata_props
+    )
     assert NOTE in {(p.key, p.value) for p in after.metadata_props}
-    assert {(o.domain, o.version) for o in after.opset_import} == {(o.domain, o.version) for o in before.opset_import}
+    assert {(o.domain, o.version) for o in after.opset_import} == {
+        (o.domain, o.version) for o in before.opset_import
+    }
     batch = after.graph.input[0].type.tensor_type.shape.dim[0]
     assert not batch.HasField("dim_value")
 
@@ -186,11 +236,17 @@ def test_names_inside_are_untouched(halved: Halved) -> None:
     """Layers and their weights are found under the names that the exporter gave, whatever characters are in them."""
 
     def layers(proto: ModelProto) -> set[tuple[str, str]]:
-        return {(n.op_type, n.name) for n in proto.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")}
+        return {
+            (n.op_type, n.name) for n in proto.graph.node if n.op_type in ("Conv", "Gemm", "MatMul")
+        }
 
     def weights(proto: ModelProto) -> dict[str, tuple[int, ...]]:
         floats = (TensorProto.FLOAT, TensorProto.DOUBLE)
-        return {t.name: tuple(t.dims) for t in proto.graph.initializer if t.data_type in floats and len(t.dims) > 1}
+        return {
+            t.name: tuple(t.dims)
+            for t in proto.graph.initializer
+            if t.data_type in floats and len(t.dims) > 1
+        }
 
     assert layers(halved.after) == layers(halved.before)
     old, new = weights(halved.before), weights(halved.after)
@@ -200,13 +256,17 @@ def test_names_inside_are_untouched(halved: Halved) -> None:
 
 
 @pytest.mark.parametrize("names", SAME_NETWORK, ids=str)
-def test_the_exporter_makes_no_difference(names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_exporter_makes_no_difference(
+    names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """What one network loses does not depend on how it was written down: layouts, folded norms, computed shapes."""
     first, *others = (_halve(name, tmp_path_factory.getbasetemp()) for name in names)
     images, _ = _held_out(first.before)
     (scores,) = _run(first.after, images).values()
     for other in others:
-        assert [g["kept"] for g in other.document["groups"]] == [g["kept"] for g in first.document["groups"]]
+        assert [g["kept"] for g in other.document["groups"]] == [
+            g["kept"] for g in first.document["groups"]
+        ]
         assert other.document["after"]["params"] == first.document["after"]["params"]
         assert other.document["after"]["macs"] == first.document["after"]["macs"]
         (found,) = _run(other.after, images).values()
@@ -219,7 +279,13 @@ def test_dictionaries_of_probabilities_are_refused_in_one_sentence(
     """What skl2onnx makes of a classifier where nothing is said: ZipMap, one dictionary for every sample."""
     proto = onnx.load(FOLDER / "sklearn-float.onnx")
     proto.graph.node.append(
-        helper.make_node("ZipMap", ["probabilities"], ["zipped"], domain="ai.onnx.ml", classlabels_int64s=range(10))
+        helper.make_node(
+            "ZipMap",
+            ["probabilities"],
+            ["zipped"],
+            domain="ai.onnx.ml",
+            classlabels_int64s=range(10),
+        )
     )
     value = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
     kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, value))
@@ -227,7 +293,21 @@ def test_dictionaries_of_probabilities_are_refused_in_one_sentence(
     onnx.save(proto, tmp_path / "model.onnx")
     data, out = tmp_path / "data.npz", tmp_path / "out.onnx"
     _digits().data_file(FOLDER, data, "pixels", [64])
-    assert main(["prune", str(tmp_path / "model.onnx"), "--data", str(data), "--params", "0.5", "-o", str(out)]) == 2
+    assert (
+        main(
+            [
+                "prune",
+                str(tmp_path / "model.onnx"),
+                "--data",
+                str(data),
+                "--params",
+                "0.5",
+                "-o",
+                str(out),
+            ]
+        )
+        == 2
+    )
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "'zipped' is not a tensor" in said

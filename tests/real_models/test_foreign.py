@@ -53,7 +53,10 @@ def _inputs(name: str, count: int, length: int, seed: int = 0) -> dict[str, Arra
         mask[1::2, length - length // 3 :] = 0
         return {"tokens": rng.integers(0, 20, (count, length)), "attention_mask": mask}
     tokens = rng.integers(0, 12, (count, length))
-    return {"spectrogram": rng.standard_normal((count, 4, 2 * length + 1), np.float32), "tokens": tokens}
+    return {
+        "spectrogram": rng.standard_normal((count, 4, 2 * length + 1), np.float32),
+        "tokens": tokens,
+    }
 
 
 def _at(path: Path, arrays: Mapping[str, Array]) -> tuple[Model, Coupling]:
@@ -64,7 +67,9 @@ def _at(path: Path, arrays: Mapping[str, Array]) -> tuple[Model, Coupling]:
     return model, couple(model)
 
 
-def _assert_exact(model: Model, coupling: Coupling, feeds: list[dict[str, Array]], tolerance: float = 1e-5) -> None:
+def _assert_exact(
+    model: Model, coupling: Coupling, feeds: list[dict[str, Array]], tolerance: float = 1e-5
+) -> None:
     """Half of every group goes, and the same comes out as with those channels zeroed."""
     keep = np.zeros(coupling.n_units, bool)
     for group in coupling.groups:
@@ -83,11 +88,15 @@ def _unexplained(model: Model, coupling: Coupling) -> list[tuple[str, int]]:
         listed[p.tensor, p.axis] = listed.get((p.tensor, p.axis), 0) + p.count
     multiplied = {"Conv": 2, "ConvTranspose": 2, "MatMul": 9, "Gemm": 2}
     return [
-        (t, a) for node in model.nodes if node.op in multiplied
-        for t in node.inputs[:2] if t in model.constants
+        (t, a)
+        for node in model.nodes
+        if node.op in multiplied
+        for t in node.inputs[:2]
+        if t in model.constants
         for a, n in enumerate(model.shapes[t][: multiplied[node.op]])
-        if n > 1 and int((coupling.axes.get((t, a), np.zeros(0)) >= 0).sum()) + listed.get((t, a), 0) != n
-    ]  # fmt: skip
+        if n > 1
+        and int((coupling.axes.get((t, a), np.zeros(0)) >= 0).sum()) + listed.get((t, a), 0) != n
+    ]
 
 
 @pytest.fixture(params=[f"{name}-{exporter}" for name in UNITS for exporter in EXPORTERS])
@@ -98,7 +107,9 @@ def exported(request: pytest.FixtureRequest) -> tuple[str, Path]:
 
 def test_every_file_is_looked_at() -> None:
     files = list(FOLDER.iterdir())
-    assert {f.name for f in files} == {f"{name}-{exporter}.onnx" for name in UNITS for exporter in EXPORTERS}
+    assert {f.name for f in files} == {
+        f"{name}-{exporter}.onnx" for name in UNITS for exporter in EXPORTERS
+    }
     assert sum(f.stat().st_size for f in files) < 250_000
     for file in files:
         proto = onnx.load(file)
@@ -116,7 +127,12 @@ def test_what_stays_is_the_interface_and_lengths(exported: tuple[str, Path]) -> 
     name, path = exported
     model, coupling = _at(path, _inputs(name, 4, 7))
     assert not _unexplained(model, coupling)
-    known = ("a graph input (", "is part of the graph output", "picks from it at run time", "bounds from a computation")
+    known = (
+        "a graph input (",
+        "is part of the graph output",
+        "picks from it at run time",
+        "bounds from a computation",
+    )
     assert all(sum(k in p.reason for k in known) == 1 for p in coupling.pinned), coupling.pinned
     # Lengths alone are cut to bounds that are computed: never the channels of a table.
     tables = {p.tensor for p in coupling.pinned if "bounds" in p.reason}
@@ -129,7 +145,9 @@ def test_seventy_percent_through_the_pipeline(
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     name, path = exported
     np.savez(tmp_path / "data.npz", **_inputs(name, 40, 7))
-    settings = Settings.create(params=0.7, importance="activation", allocate="uniform", refit="bias", device="cpu")
+    settings = Settings.create(
+        params=0.7, importance="activation", allocate="uniform", refit="bias", device="cpu"
+    )
     report = prune(path, tmp_path / "data.npz", tmp_path / "out.onnx", settings)
     assert 0.6 <= report.after.params / report.before.params <= 0.7
     assert report.verification.masked_equivalence is not None
@@ -169,14 +187,19 @@ def test_the_mean_over_tokens_that_are_there(tmp_path: Path) -> None:
     assert [len(g.units) for g in coupling.groups] == [16]
     rng = np.random.default_rng(0)
     feeds: list[dict[str, Array]] = [
-        {"x": rng.standard_normal((n, k, 6), np.float32), "there": rng.integers(1, 3, (n, k)).astype(np.float32)}
+        {
+            "x": rng.standard_normal((n, k, 6), np.float32),
+            "there": rng.integers(1, 3, (n, k)).astype(np.float32),
+        }
         for n, k in ((1, 3), (4, 9))
     ]
     _assert_exact(model, coupling, feeds)
 
 
 @pytest.mark.parametrize("length", [3, 8, 12])
-def test_a_table_that_is_shorter_than_what_is_asked_for_stays_short(length: int, tmp_path: Path) -> None:
+def test_a_table_that_is_shorter_than_what_is_asked_for_stays_short(
+    length: int, tmp_path: Path
+) -> None:
     """Its length is that of the input only where both are added."""
     text = """(float[N,L,8] x) => (float[N,4,8] y, float[] z)
     <float[8,8] table, int64[1] nought = {0}, int64[1] two = {1}, int64[1] eight = {8}, int64[1] four = {4},
@@ -224,7 +247,9 @@ def test_keys_transposed_under_merged_axes(after: str, tmp_path: Path) -> None:
     for _ in range(4):
         proto.graph.output[0].type.tensor_type.shape.dim.add()
     model = load(proto, tmp_path)
-    turned = [n for n in model.nodes if n.op == "Transpose" and list(n.attrs["perm"]) == [0, 1, 3, 2]]
+    turned = [
+        n for n in model.nodes if n.op == "Transpose" and list(n.attrs["perm"]) == [0, 1, 3, 2]
+    ]
     assert len(turned) == (after == "n, h, d, k")
     for n, k in ((3, 5), (2, 2), (1, 7)):
         feed = {"x": np.random.default_rng(n).standard_normal((n, k, 6), np.float32)}
@@ -255,17 +280,23 @@ def recogniser(request: pytest.FixtureRequest) -> tuple[Path, tuple[int, int], t
     package = importlib.util.find_spec("rapidocr_onnxruntime")
     if package is None or not package.submodule_search_locations:
         pytest.skip("rapidocr_onnxruntime, which holds the models, is not installed")
-    return Path(package.submodule_search_locations[0]) / "models" / f"{request.param}.onnx", *OCR[request.param]
+    return Path(package.submodule_search_locations[0]) / "models" / f"{request.param}.onnx", *OCR[
+        request.param
+    ]
 
 
 def test_text_recognition(
-    recogniser: tuple[Path, tuple[int, int], tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recogniser: tuple[Path, tuple[int, int], tuple[int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     path, size, other = recogniser
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "data.npz", x=rng.standard_normal((8, 3, *size), np.float32))
-    settings = Settings.create(params=0.7, importance="activation", allocate="uniform", refit="bias", device="cpu")
+    settings = Settings.create(
+        params=0.7, importance="activation", allocate="uniform", refit="bias", device="cpu"
+    )
     report = prune(path, tmp_path / "data.npz", tmp_path / "out.onnx", settings)
     assert 0.6 <= report.after.params / report.before.params <= 0.7
     assert report.verification.batches == (1, 2)

@@ -15,7 +15,14 @@ from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.verification.latency import Ratio
 
-NAMES = ("lenet300-mnist", "lenet5-mnist", "vgg-fashion", "resnet20-fashion", "mobilenet-fashion", "vit-fashion")
+NAMES = (
+    "lenet300-mnist",
+    "lenet5-mnist",
+    "vgg-fashion",
+    "resnet20-fashion",
+    "mobilenet-fashion",
+    "vit-fashion",
+)
 
 
 def _data(name: str) -> Path:
@@ -44,7 +51,9 @@ def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         macs=0.5, importance="activation", allocate="uniform", refit="bias", align=1, device="cpu"
     )
     held = _held(name, 100)
-    report = prune(MODELS / f"{name}.onnx", _data(name), tmp_path / "out.onnx", settings, eval_data=held)
+    report = prune(
+        MODELS / f"{name}.onnx", _data(name), tmp_path / "out.onnx", settings, eval_data=held
+    )
     assert 0.48 <= report.after.macs / report.before.macs <= 0.5
     found = report.verification
     assert found.masked_equivalence is not None
@@ -54,9 +63,13 @@ def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.accuracy_before is not None
     assert found.accuracy_before >= 0.85
     assert found.accuracy_after is not None
-    session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"]
+    )
     images = held["input"].astype(np.float32) * held["input.scale"]
-    parts = [session.run(None, {"input": batch})[0] for batch in (images[:1], images[1:8], images[8:])]
+    parts = [
+        session.run(None, {"input": batch})[0] for batch in (images[:1], images[1:8], images[8:])
+    ]
     assert [p.shape for p in parts] == [(1, 10), (7, 10), (92, 10)]
     right = (np.concatenate(parts).argmax(1) == held["labels"]).mean()
     assert right == pytest.approx(found.accuracy_after, abs=0.011)
@@ -64,7 +77,9 @@ def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", NAMES)
 def test_interface(name: str) -> None:
-    session = onnxruntime.InferenceSession(str(MODELS / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(MODELS / f"{name}.onnx"), providers=["CPUExecutionProvider"]
+    )
     (source,), (result,) = session.get_inputs(), session.get_outputs()
     assert (source.name, source.type, source.shape[1:]) == ("input", "tensor(float)", [1, 28, 28])
     assert (result.name, result.shape[1:]) == ("logits", [10])

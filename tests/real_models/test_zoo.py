@@ -23,7 +23,9 @@ def test_all_of_them_are_here() -> None:
     assert {f"light_{name}.onnx" for name in NAMES} == {p.name for p in FOLDER.glob("*.onnx")}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in NAMES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in NAMES]
+)
 def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     proto = with_weights(name)
@@ -41,7 +43,9 @@ def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert report.after.bytes < 0.9 * report.before.bytes
     assert report.verification.batches == (1,)
     del report
-    session = onnxruntime.InferenceSession(str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "out.onnx"), providers=["CPUExecutionProvider"]
+    )
     (scores,) = session.run(None, {source: images(1)})
     assert np.isfinite(scores).all()
     assert np.ptp(scores) > 0

@@ -61,92 +61,119 @@ FOLDS = {
     "matmul": Fold(
         "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2>"
         " { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
-        "w1", (("y", 1),),
+        "w1",
+        (("y", 1),),
     ),
     "the second of two": Fold(
         "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,6] w2, float[6,3] w3>"
         " { a = MatMul(x, w1) h = Relu(a) b = MatMul(h, w2) r = Relu(b) y = MatMul(r, w3) }",
-        "w2", (("y", 1),),
+        "w2",
+        (("y", 1),),
     ),
     "matmul with add": Fold(
         "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2, float[3] b> {"
         " a = MatMul(x, w1) h = Relu(a) o = MatMul(h, w2) y = Add(b, o) }",
-        "w1", (("y", 1),),
+        "w1",
+        (("y", 1),),
     ),
     "matmul with add of a full table": Fold(
         "(float[N,4,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2, float[4,3] b> {"
         " a = MatMul(x, w1) h = Relu(a) o = MatMul(h, w2) y = Add(o, b) }",
-        "w1", (("y", 2),),
+        "w1",
+        (("y", 2),),
     ),
     "matmul with add and another reader": Fold(
         "(float[N,5] x) => (float[] y, float[] z) <float[5,8] w1, float[8,3] w2, float[3] b> {"
         " a = MatMul(x, w1) h = Relu(a) o = MatMul(h, w2) y = Add(o, b) z = Tanh(o) }",
-        "w1", (("y", 1), ("o", 1)),
+        "w1",
+        (("y", 1), ("o", 1)),
     ),
     "matmul of tokens": Fold(
         "(float[N,4,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2>"
         " { a = MatMul(x, w1) h = Relu(a) y = MatMul(h, w2) }",
-        "w1", (("y", 2),),
+        "w1",
+        (("y", 2),),
     ),
     "matmul, constant left": Fold(
         "(float[N,5,4] x) => (float[] y) <float[8,5] w1, float[3,8] w2>"
         " { a = MatMul(w1, x) h = Relu(a) y = MatMul(w2, h) }",
-        "w1", (("y", 1),),
+        "w1",
+        (("y", 1),),
     ),
     "matmul, constant left, with add": Fold(
         "(float[N,5,4] x) => (float[] y) <float[8,5] w1, float[3,8] w2, float[3,1] b> {"
         " a = MatMul(w1, x) h = Relu(a) o = MatMul(w2, h) y = Add(o, b) }",
-        "w1", (("y", 1),),
+        "w1",
+        (("y", 1),),
     ),
     "gemm, constant left": Fold(
         "(float[N,5] x) => (float[] y) <float[8,5] w1, float[8,1] c, float[3,8] w2, float[3,1] d> {"
         " a = Gemm<transB = 1>(w1, x, c) h = Relu(a) y = Gemm<alpha = 2.0, beta = 0.5>(w2, h, d) }",
-        "w1", (("y", 0),),
+        "w1",
+        (("y", 0),),
     ),
     "gemm, beta zero": Fold(
         "(float[N,5] x) => (float[] y) <float[5,8] w1, float[8,3] w2, float[3] b> {"
         " a = Gemm(x, w1) h = Relu(a) y = Gemm<beta = 0.0>(h, w2, b) }",
-        "w1", (("y", 1),),
+        "w1",
+        (("y", 1),),
     ),
-    "convolution": Fold(_cnn("float[4,8,3,3] w2, float[4] b2", "y = Conv(h, w2, b2)"), "w1", (("y", 1),), flat=True),
-    "convolution without bias": Fold(_cnn("float[4,8,3,3] w2", "y = Conv(h, w2)"), "w1", (("y", 1),), flat=True),
+    "convolution": Fold(
+        _cnn("float[4,8,3,3] w2, float[4] b2", "y = Conv(h, w2, b2)"), "w1", (("y", 1),), flat=True
+    ),
+    "convolution without bias": Fold(
+        _cnn("float[4,8,3,3] w2", "y = Conv(h, w2)"), "w1", (("y", 1),), flat=True
+    ),
     "pointwise": Fold(_cnn("float[4,8,1,1] w2", "y = Conv(h, w2)"), "w1", (("y", 1),)),
     "grouped convolution": Fold(
-        _cnn("float[6,4,3,3] w2, float[6] b2, float[4,6,1,1] w3",
-             "g = Conv<group = 2>(h, w2, b2) r = Relu(g) y = Conv(r, w3)"),
-        "w1", (("g", 1),), flat=True,
+        _cnn(
+            "float[6,4,3,3] w2, float[6] b2, float[4,6,1,1] w3",
+            "g = Conv<group = 2>(h, w2, b2) r = Relu(g) y = Conv(r, w3)",
+        ),
+        "w1",
+        (("g", 1),),
+        flat=True,
     ),
     "transposed convolution": Fold(
-        _cnn("float[8,4,2,2] w2, float[4] b2", "y = ConvTranspose<strides = [2, 2]>(h, w2, b2)"), "w1", (("y", 1),),
+        _cnn("float[8,4,2,2] w2, float[4] b2", "y = ConvTranspose<strides = [2, 2]>(h, w2, b2)"),
+        "w1",
+        (("y", 1),),
     ),
     "transposed grouped convolution": Fold(
-        _cnn("float[8,3,2,2] w2, float[4,6,1,1] w3",
-             "g = ConvTranspose<group = 2, strides = [2, 2]>(h, w2) y = Conv(g, w3)"),
-        "w1", (("g", 1),),
+        _cnn(
+            "float[8,3,2,2] w2, float[4,6,1,1] w3",
+            "g = ConvTranspose<group = 2, strides = [2, 2]>(h, w2) y = Conv(g, w3)",
+        ),
+        "w1",
+        (("g", 1),),
     ),
     "flatten": Fold(_cnn("float[200,4] w2", "f = Flatten(h) y = MatMul(f, w2)"), "w1", (("y", 1),)),
     "two consumers": Fold(
-        _cnn("float[4,8,3,3] w2, float[5,8,3,3] w3, float[9,2] w4",
-             "a = Conv(h, w2) b = Conv(h, w3) k = Concat<axis = 1>(a, b) g = GlobalAveragePool(k) f = Flatten(g)"
-             " y = MatMul(f, w4)"),
-        "w1", (("a", 1), ("b", 1)), flat=True,
+        _cnn(
+            "float[4,8,3,3] w2, float[5,8,3,3] w3, float[9,2] w4",
+            "a = Conv(h, w2) b = Conv(h, w3) k = Concat<axis = 1>(a, b) g = GlobalAveragePool(k) f = Flatten(g)"
+            " y = MatMul(f, w4)",
+        ),
+        "w1",
+        (("a", 1), ("b", 1)),
+        flat=True,
     ),
     "shared weight and bias": Fold(
         "(float[N,5] x, float[N,5] z) => (float[] y, float[] t)"
         " <float[5,8] w1, float[5,8] v1, float[8,3] w2, float[3] b> {"
         " a = MatMul(x, w1) h = Relu(a) c = MatMul(z, v1) k = Sigmoid(c) y = Gemm(h, w2, b) t = Gemm(k, w2, b) }",
-        "w1", (("y", 1), ("t", 1)),
+        "w1",
+        (("y", 1), ("t", 1)),
     ),
     "bias shared with another node": Fold(
         "(float[N,5] x) => (float[] y, float[] t) <float[5,8] w1, float[8,3] w2, float[5,3] w3, float[3] b> {"
         " a = MatMul(x, w1) h = Relu(a) y = Gemm(h, w2, b) t = Gemm(x, w3, b) }",
-        "w1", (("y", 1), ("t", 1)),
+        "w1",
+        (("y", 1), ("t", 1)),
     ),
-}  # fmt: skip
+}
 # Every layout of a Gemm: transposed or not, any shape of bias, factors other than one.
-FOLDS |= {
-    c.name: Fold("", "w1", (("y", 1),)) for c in CASES if c.name.startswith("gemm-trans")
-}  # fmt: skip
+FOLDS |= {c.name: Fold("", "w1", (("y", 1),)) for c in CASES if c.name.startswith("gemm-trans")}
 BY_NAME = {c.name: c for c in CASES}
 
 
@@ -165,7 +192,9 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
 
 def _folded(model: Model, coupling: Coupling, keep: Bools, arrays: dict[str, Array]) -> Pruned:
     raw = rewrite.cut(model, coupling, keep)
-    return least_squares.fold_means(model, coupling, keep, _statistics(model, coupling, arrays), raw)
+    return least_squares.fold_means(
+        model, coupling, keep, _statistics(model, coupling, arrays), raw
+    )
 
 
 def _samples(fold: Fold, model: Model, count: int) -> dict[str, Array]:
@@ -176,7 +205,9 @@ def _samples(fold: Fold, model: Model, count: int) -> dict[str, Array]:
 
 
 def _means(values: Array, axis: int) -> Array:
-    return values.astype(np.float64).mean(axis=tuple(a for a in range(values.ndim) if a != axis % values.ndim))
+    return values.astype(np.float64).mean(
+        axis=tuple(a for a in range(values.ndim) if a != axis % values.ndim)
+    )
 
 
 @pytest.fixture(params=FOLDS)
@@ -203,7 +234,9 @@ def test_mean_outputs_are_what_they_were(fold: tuple[Fold, Model, Coupling]) -> 
     for tensor, axis in found.outputs:
         before = _means(original[tensor], axis)
         scale = float(np.abs(original[tensor]).max())
-        np.testing.assert_allclose(_means(refitted[tensor], axis), before, atol=1e-5 * scale, err_msg=tensor)
+        np.testing.assert_allclose(
+            _means(refitted[tensor], axis), before, atol=1e-5 * scale, err_msg=tensor
+        )
         moved = max(moved, float(np.abs(_means(cut[tensor], axis) - before).max()) / scale)
     # Without the refit it would not hold: the data must be able to tell.
     assert moved > 1e-3
@@ -294,7 +327,12 @@ def test_addition_behind_a_product_is_its_bias(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["matmul with add of a full table", "matmul with add and another reader", "matmul, constant left, with add"]
+    "name",
+    [
+        "matmul with add of a full table",
+        "matmul with add and another reader",
+        "matmul, constant left, with add",
+    ],
 )
 def test_other_additions_are_left_alone(tmp_path: Path, name: str) -> None:
     before, after = _pruned(name, tmp_path)
@@ -303,7 +341,9 @@ def test_other_additions_are_left_alone(tmp_path: Path, name: str) -> None:
 
 def test_shared_constants_are_not_changed_for_others(tmp_path: Path) -> None:
     before, after = _pruned("bias shared with another node", tmp_path)
-    np.testing.assert_array_equal(constants(after)[_node(after, "t").input[2]], constants(before)["b"])
+    np.testing.assert_array_equal(
+        constants(after)[_node(after, "t").input[2]], constants(before)["b"]
+    )
     assert not np.array_equal(constants(after)[_node(after, "y").input[2]], constants(before)["b"])
 
 
@@ -364,7 +404,9 @@ def test_room_is_reserved_for_every_bias_that_a_refit_may_make(tmp_path: Path) -
     for group in coupling.groups:
         keep[group.units[0]] = False
     pruned = _folded(model, coupling, keep, samples(model, 8))
-    added = sum(v.size for v in constants(pruned.proto).values()) - sum(v.size for v in constants(pruned.raw).values())
+    added = sum(v.size for v in constants(pruned.proto).values()) - sum(
+        v.size for v in constants(pruned.raw).values()
+    )
     assert 0 < added <= reserved
 
 
@@ -380,9 +422,13 @@ def test_what_cannot_be_folded_is_no_end(tmp_path: Path) -> None:
     coupling = couple(model)
     arrays = samples(model, 48)
     pruned = _folded(model, coupling, _half(coupling, "w1"), arrays)
-    assert [n.split(": ")[1].split(",")[0] for n in pruned.notes] == ["its weight has no plain matrix form"]
+    assert [n.split(": ")[1].split(",")[0] for n in pruned.notes] == [
+        "its weight has no plain matrix form"
+    ]
     before, after = (activations(model, arrays, ["z"], p)["z"] for p in (model.proto, pruned.proto))
-    np.testing.assert_allclose(_means(after, 2), _means(before, 2), atol=1e-5 * float(np.abs(before).max()))
+    np.testing.assert_allclose(
+        _means(after, 2), _means(before, 2), atol=1e-5 * float(np.abs(before).max())
+    )
 
 
 def _first(proto: ModelProto, name: str) -> TensorProto:
@@ -397,7 +443,9 @@ CHANGES: dict[str, Callable[[ModelProto], object]] = {
     "a function": lambda p: p.functions.append(FunctionProto(name="f", domain="d")),
     "a shape": lambda p: _first(p, "w1").dims.reverse(),
     "a type": lambda p: setattr(_first(p, "w2"), "data_type", TensorProto.INT32),
-    "data beside the file": lambda p: _first(p, "w2").external_data.append(StringStringEntryProto(key="location")),
+    "data beside the file": lambda p: _first(p, "w2").external_data.append(
+        StringStringEntryProto(key="location")
+    ),
     "another operator": lambda p: setattr(p.graph.node[1], "op_type", "Sigmoid"),
     "a node less": lambda p: p.graph.node.pop(1),
     "another name of a tensor": lambda p: p.graph.node[1].output.__setitem__(0, "q"),

@@ -11,7 +11,19 @@ import onnx
 import pytest
 from cases import CASES, OpCase, unknown_here
 from conftest import MODELS
-from graphs import ATTENTION, CNN, GROUPED, MLP, NETS, RESIDUAL, build, constants, distance, load, random_keep
+from graphs import (
+    ATTENTION,
+    CNN,
+    GROUPED,
+    MLP,
+    NETS,
+    RESIDUAL,
+    build,
+    constants,
+    distance,
+    load,
+    random_keep,
+)
 from graphs import samples as random_samples
 from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
@@ -89,7 +101,9 @@ def _change(proto: ModelProto, name: str, change: object) -> None:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_nothing_removed_changes_nothing(net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_removed_changes_nothing(
+    net: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even where every linear node is fitted anew; judged on other data."""
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
@@ -101,11 +115,15 @@ def test_nothing_removed_changes_nothing(net: str, tmp_path: Path, monkeypatch: 
     forced = _fit(model, coupling, keep, _samples(model, 64))
     assert len(forced.fits) == len(_linear(model))
     feed = random_samples(model, 50, 9)
-    assert distance(Session(model.proto, "cpu").run(feed), Session(forced.proto, "cpu").run(feed)) < 1e-5
+    assert (
+        distance(Session(model.proto, "cpu").run(feed), Session(forced.proto, "cpu").run(feed))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "count"), [("lenet5-mnist", "mnist", 64), ("resnet20-fashion", "fashion-mnist", 24)]
+    ("name", "source", "count"),
+    [("lenet5-mnist", "mnist", 64), ("resnet20-fashion", "fashion-mnist", 24)],
 )
 def test_nothing_removed_changes_nothing_in_trained_models(
     name: str, source: str, count: int, monkeypatch: pytest.MonkeyPatch
@@ -117,7 +135,10 @@ def test_nothing_removed_changes_nothing_in_trained_models(
     keep = np.ones(coupling.n_units, bool)
     pruned = _fit(model, coupling, keep, found)
     feed = held.feed(np.arange(64))
-    assert distance(Session(model.proto, "cpu").run(feed), Session(pruned.proto, "cpu").run(feed)) < 1e-5
+    assert (
+        distance(Session(model.proto, "cpu").run(feed), Session(pruned.proto, "cpu").run(feed))
+        < 1e-5
+    )
 
 
 def _shipped(name: str, source: str, count: int) -> tuple[Model, Coupling, Samples, Samples]:
@@ -138,27 +159,49 @@ def _shipped(name: str, source: str, count: int) -> tuple[Model, Coupling, Sampl
 # Nodes from h on; unit 5 in front is twice unit 2, so that without it the output can be restored exactly.
 BEHIND = {
     "gemm": ("float[8,4] w, float[4] b", "y = Gemm(h, w, b)"),
-    "gemm scaled": ("float[4,8] w, float[4] b", "y = Gemm<alpha = 0.4, beta = 3.0, transB = 1>(h, w, b)"),
+    "gemm scaled": (
+        "float[4,8] w, float[4] b",
+        "y = Gemm<alpha = 0.4, beta = 3.0, transB = 1>(h, w, b)",
+    ),
     "matmul": ("float[8,4] w", "y = MatMul(h, w)"),
     "matmul and add": ("float[8,4] w, float[4] b", "m = MatMul(h, w)  y = Add(m, b)"),
-    "two layers": ("float[8,6] w, float[6,4] w3", "m = MatMul(h, w)  r = Relu(m)  y = MatMul(r, w3)"),
-    "two consumers": ("float[8,4] w, float[8,4] w3", "m = MatMul(h, w)  n = MatMul(h, w3)  t = Tanh(n)  y = Add(m, t)"),
+    "two layers": (
+        "float[8,6] w, float[6,4] w3",
+        "m = MatMul(h, w)  r = Relu(m)  y = MatMul(r, w3)",
+    ),
+    "two consumers": (
+        "float[8,4] w, float[8,4] w3",
+        "m = MatMul(h, w)  n = MatMul(h, w3)  t = Tanh(n)  y = Add(m, t)",
+    ),
 }
 BEHIND_IMAGE = {
     "conv": ("float[4,8,3,3] w, float[4] b", "y = Conv<pads = [1, 1, 1, 1]>(h, w, b)"),
-    "conv uneven": ("float[4,8,3,2] w", "y = Conv<strides = [2, 1], dilations = [1, 2], pads = [1, 0, 2, 1]>(h, w)"),
+    "conv uneven": (
+        "float[4,8,3,2] w",
+        "y = Conv<strides = [2, 1], dilations = [1, 2], pads = [1, 0, 2, 1]>(h, w)",
+    ),
     "conv same": ("float[4,8,2,3] w", 'y = Conv<auto_pad = "SAME_LOWER">(h, w)'),
     "conv of shuffled channels": (
-        "float[4,8,3,3] w, int64[8] order = {3, 0, 6, 1, 7, 2, 5, 4}", "s = Gather<axis = 1>(h, order)  y = Conv(s, w)",
+        "float[4,8,3,3] w, int64[8] order = {3, 0, 6, 1, 7, 2, 5, 4}",
+        "s = Gather<axis = 1>(h, order)  y = Conv(s, w)",
     ),
-    "conv after pooling": ("float[4,8,2,2] w", "p = MaxPool<kernel_shape = [2, 2]>(h)  y = Conv(p, w)"),
-    "transposed": ("float[8,4,3,3] w", "y = ConvTranspose<strides = [2, 2], pads = [1, 1, 1, 1]>(h, w)"),
+    "conv after pooling": (
+        "float[4,8,2,2] w",
+        "p = MaxPool<kernel_shape = [2, 2]>(h)  y = Conv(p, w)",
+    ),
+    "transposed": (
+        "float[8,4,3,3] w",
+        "y = ConvTranspose<strides = [2, 2], pads = [1, 1, 1, 1]>(h, w)",
+    ),
     "flatten": ("float[288,4] w", "f = Flatten(h)  y = Gemm(f, w)"),
     "tokens": (
         "float[8,4] w, int64[3] to = {0, 8, 36}",
         "r = Reshape(h, to)  t = Transpose<perm = [0, 2, 1]>(r)  y = MatMul(t, w)",
     ),
-    "channels first": ("float[4,8] w, int64[3] to = {0, 8, 36}", "r = Reshape(h, to)  y = MatMul(w, r)"),
+    "channels first": (
+        "float[4,8] w, int64[3] to = {0, 8, 36}",
+        "r = Reshape(h, to)  y = MatMul(w, r)",
+    ),
 }
 
 
@@ -166,8 +209,10 @@ def _doubled(name: str, folder: Path, constant: bool = False) -> Model:
     """Unit 5 is twice unit 2, or (constant) always 2."""
     image = name in BEHIND_IMAGE
     declared, nodes = (BEHIND_IMAGE if image else BEHIND)[name]
-    front, shape = ("Conv(x, w1, b1)", "8,3,3,3") if image else ("Gemm<transB = 1>(x, w1, b1)", "8,6")
-    proto = build(f"""(float[N,{'3,8,8' if image else '6'}] x) => (float[] y)
+    front, shape = (
+        ("Conv(x, w1, b1)", "8,3,3,3") if image else ("Gemm<transB = 1>(x, w1, b1)", "8,6")
+    )
+    proto = build(f"""(float[N,{"3,8,8" if image else "6"}] x) => (float[] y)
     <float[{shape}] w1, float[8] b1, {declared}> {{ a = {front}  h = Relu(a)  {nodes} }}""")
 
     def change(value: Array) -> None:
@@ -211,7 +256,11 @@ def test_a_constant_channel_goes_into_the_bias(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("slots", [False, True])
 def test_grouped_convolution_takes_over(slots: bool, tmp_path: Path) -> None:
     """Copies within every block: slot 1 of both blocks twice slot 0; or whole blocks behind depthwise kernels."""
-    middle = "Conv<group = 2, pads = [1, 1, 1, 1]>(h, w2)" if slots else "Conv<group = 8, pads = [1, 1, 1, 1]>(h, w2)"
+    middle = (
+        "Conv<group = 2, pads = [1, 1, 1, 1]>(h, w2)"
+        if slots
+        else "Conv<group = 8, pads = [1, 1, 1, 1]>(h, w2)"
+    )
     proto = build(f"""(float[N,3,6,6] x) => (float[] y)
     <float[8,3,1,1] w1, float[8] b1, float[8,{4 if slots else 1},3,3] w2, float[4,8,1,1] w3> {{
         a = Conv(x, w1, b1)
@@ -236,7 +285,16 @@ def test_grouped_convolution_takes_over(slots: bool, tmp_path: Path) -> None:
     assert _error(model, pruned.proto, other) < 1e-3
 
 
-MIXED = ("conv", "conv uneven", "conv of shuffled channels", "flatten", "gemm", "gemm scaled", "tokens", "transposed")
+MIXED = (
+    "conv",
+    "conv uneven",
+    "conv of shuffled channels",
+    "flatten",
+    "gemm",
+    "gemm scaled",
+    "tokens",
+    "transposed",
+)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -248,7 +306,10 @@ def test_a_copy_takes_over_by_mixing(name: str, tmp_path: Path) -> None:
     pruned = _fit(model, coupling, keep, _samples(model, 200), cap=7)
     other = _samples(model, 50, 7)
     assert [f.form for f in pruned.fits] == ["channel mixing"]
-    assert any("removed channels are mixed into kept ones" in note and "'w" not in note for note in pruned.notes)
+    assert any(
+        "removed channels are mixed into kept ones" in note and "'w" not in note
+        for note in pruned.notes
+    )
     assert model.nodes[-1].name in pruned.notes[0]
     assert _error(model, pruned.raw, other) > 0.1
     assert _error(model, pruned.proto, other) < 1e-3
@@ -268,7 +329,9 @@ def _ridge(x: Floats, r: Floats, strength: float) -> tuple[Floats, Floats]:
     return d, offset - mean @ d
 
 
-def _by_hand(x: Floats, y: Floats, w0: Floats, b0: Floats) -> tuple[Floats, Floats, float | None, float, float]:
+def _by_hand(
+    x: Floats, y: Floats, w0: Floats, b0: Floats
+) -> tuple[Floats, Floats, float | None, float, float]:
     """Weights, bias, ridge, held-out errors before and after; the strength is chosen on the last fifth of the rows."""
     cut = int(np.ceil(0.8 * len(x)))
     r = y - x @ w0 - b0
@@ -305,7 +368,9 @@ def test_products_against_numpy(rows: int, tmp_path: Path) -> None:
     h = np.maximum(x @ c["w1"] + c["b1"], 0)
     y2 = h @ c["w2"] + c["b2"]
     y3 = np.maximum(y2, 0) @ c["w3"] + c["b3"]
-    w2, b2, ridge2, *errors2 = _by_hand(h[:, first], y2[:, second], c["w2"][first][:, second], c["b2"][second])
+    w2, b2, ridge2, *errors2 = _by_hand(
+        h[:, first], y2[:, second], c["w2"][first][:, second], c["b2"][second]
+    )
     r = np.maximum(h[:, first] @ w2 + b2, 0)
     w3, b3, ridge3, *errors3 = _by_hand(r, y3, c["w3"][second], c["b3"])
     made = constants(pruned.proto)
@@ -315,7 +380,9 @@ def test_products_against_numpy(rows: int, tmp_path: Path) -> None:
     # The search walks downhill from the middle: it may stop at a hollow that is not the deepest.
     if [ridge2, ridge3] == [f.ridge for f in fits]:
         for name, value in (("w2", w2), ("b2", b2), ("w3", w3), ("b3", b3)):
-            np.testing.assert_allclose(made[name], value, rtol=1e-4, atol=2e-5 * np.abs(value).max())
+            np.testing.assert_allclose(
+                made[name], value, rtol=1e-4, atol=2e-5 * np.abs(value).max()
+            )
         for fit, errors in zip(fits, (errors2, errors3), strict=True):
             np.testing.assert_allclose([fit.error_before, fit.error_after], errors, rtol=1e-4)
     else:
@@ -335,7 +402,10 @@ def test_fewer_rows_than_unknowns(tmp_path: Path) -> None:
     found = _samples(model, 40)
     pruned = _fit(model, coupling, keep, found)
     (fit,) = pruned.fits
-    assert any(f"{fit.rows} rows for {fit.unknowns} unknowns, so more calibration samples" in n for n in pruned.notes)
+    assert any(
+        f"{fit.rows} rows for {fit.unknowns} unknowns, so more calibration samples" in n
+        for n in pruned.notes
+    )
     assert (fit.rows, fit.unknowns) == (40, 50)
     c = {k: v.astype(np.float64) for k, v in model.constants.items()}
     stays = keep[coupling.axes["w1", 1]]
@@ -364,7 +434,10 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
     far["x"] = np.asarray(far["x"]).copy()
     far["x"][:4] = 3e38
     (note,) = _fit(model, coupling, keep, replace(found, arrays=far)).notes
-    assert "4 of 40 rows are not finite and not fitted to; 36 rows for 50 unknowns, so more calibration" in note
+    assert (
+        "4 of 40 rows are not finite and not fitted to; 36 rows for 50 unknowns, so more calibration"
+        in note
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
@@ -387,7 +460,9 @@ def test_batches_do_not_matter(batch_size: int, tmp_path: Path) -> None:
     pruned = _fit(model, coupling, keep, _samples(model, 60), batch_size=batch_size)
     reference = _fit(model, coupling, keep, _samples(model, 60), batch_size=60)
     assert [f.ridge for f in pruned.fits] == [f.ridge for f in reference.fits]
-    for (name, a), b in zip(constants(pruned.proto).items(), constants(reference.proto).values(), strict=True):
+    for (name, a), b in zip(
+        constants(pruned.proto).items(), constants(reference.proto).values(), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
@@ -428,9 +503,12 @@ def _unfitted(pruned: Pruned, node: str) -> ModelProto:
 
 @pytest.mark.parametrize(
     ("name", "source", "count", "share", "slack"),
-    [("lenet5-mnist", "mnist", 128, 0.5, 1.0), ("resnet20-fashion", "fashion-mnist", 48, 0.6, 1.02),
-     ("mobilenet-fashion", "fashion-mnist", 48, 0.6, 1.02)],
-)  # fmt: skip
+    [
+        ("lenet5-mnist", "mnist", 128, 0.5, 1.0),
+        ("resnet20-fashion", "fashion-mnist", 48, 0.6, 1.02),
+        ("mobilenet-fashion", "fashion-mnist", 48, 0.6, 1.02),
+    ],
+)
 def test_no_node_of_a_trained_model_gets_worse(
     name: str, source: str, count: int, share: float, slack: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,9 +531,15 @@ def test_no_node_of_a_trained_model_gets_worse(
         spot = place.node.outputs[0]
         joint = join(model, place)
         if joint is not None:  # judged where it meets the other branch
-            spot = next(n.outputs[0] for n in model.nodes if joint.other in n.inputs and n.op == "Add")
+            spot = next(
+                n.outputs[0] for n in model.nodes if joint.other in n.inputs and n.op == "Add"
+            )
         truth = _outputs(model.proto, [spot], held)[spot]
-        kept = coupling.keep((spot, 1), keep) if (spot, 1) in coupling.axes else np.ones(truth.shape[1], bool)
+        kept = (
+            coupling.keep((spot, 1), keep)
+            if (spot, 1) in coupling.axes
+            else np.ones(truth.shape[1], bool)
+        )
         before = _outputs(_unfitted(pruned, fit.node), [spot], held)[spot]
         after = _outputs(pruned.proto, [spot], held)[spot]
         errors = [float(np.square(truth[:, kept] - v).sum()) for v in (before, after)]
@@ -509,10 +593,14 @@ def test_every_operator(case: OpCase, tmp_path: Path) -> None:
     session = Session(pruned.proto, "cpu")
     assert session.inputs == [p.name for p in model.inputs]
     assert session.outputs == [p.name for p in model.outputs]
-    for old, new in zip(Session(model.proto, "cpu").run(feeds[0]), session.run(feeds[0]), strict=True):
+    for old, new in zip(
+        Session(model.proto, "cpu").run(feeds[0]), session.run(feeds[0]), strict=True
+    ):
         assert new.shape == old.shape
         assert new.dtype == old.dtype
-        assert np.isfinite(new.astype(np.float64)).all() == np.isfinite(old.astype(np.float64)).all()
+        assert (
+            np.isfinite(new.astype(np.float64)).all() == np.isfinite(old.astype(np.float64)).all()
+        )
 
 
 # -------------------------------------------------------------------------------------------------- too wide, shared
@@ -605,7 +693,10 @@ def test_a_wide_node_whose_data_overflow_in_places(tmp_path: Path) -> None:
     assert 290 <= fit.rows < 300
     (note,) = pruned.notes
     assert f"{300 - fit.rows} of 300 rows are not finite and not fitted to; " in note
-    assert "; 8 unknowns are too many for a Gram matrix, so removed channels are mixed into kept ones" in note
+    assert (
+        "; 8 unknowns are too many for a Gram matrix, so removed channels are mixed into kept ones"
+        in note
+    )
     clean = replace(found, arrays={"x": np.delete(values, np.arange(7, 12), axis=0)}, count=295)
     least = _fit(model, coupling, keep, clean, cap=10)
     assert fit.error_after < 1.2 * least.fits[0].error_after
@@ -629,7 +720,10 @@ def test_shared_weights_are_left_alone(tmp_path: Path) -> None:
     pruned = _fit(model, coupling, keep, _samples(model, 100))
     assert not pruned.fits
     assert len(pruned.notes) == 2
-    assert all("its weight 'u' is shared with another node, so it is not refitted" in n for n in pruned.notes)
+    assert all(
+        "its weight 'u' is shared with another node, so it is not refitted" in n
+        for n in pruned.notes
+    )
     assert pruned.proto.SerializeToString() == pruned.raw.SerializeToString()
 
 
@@ -648,7 +742,10 @@ def test_weights_that_a_branch_reads_are_left_alone(tmp_path: Path) -> None:
     assert [f.node for f in pruned.fits] == [n.name for n in model.nodes if "w2" in n.inputs]
     for flag in (True, False):
         feed = {**feeds[0], "flag": np.asarray(flag)}
-        before, after = Session(model.proto, "cpu").run(feed), Session(pruned.proto, "cpu").run(feed)
+        before, after = (
+            Session(model.proto, "cpu").run(feed),
+            Session(pruned.proto, "cpu").run(feed),
+        )
         np.testing.assert_array_equal(after[1], before[1])
 
 
@@ -715,7 +812,9 @@ def test_only_what_is_behind_the_cut_changes(tmp_path: Path) -> None:
     before, after = constants(pruned.raw), constants(pruned.proto)
     np.testing.assert_array_equal(after["w1"], before["w1"])
     np.testing.assert_array_equal(after["w2"], before["w2"])
-    assert {f.node for f in pruned.fits} == {n.name for n in model.nodes if set(n.inputs) & {"w3", "w4"}}
+    assert {f.node for f in pruned.fits} == {
+        n.name for n in model.nodes if set(n.inputs) & {"w3", "w4"}
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- joins
@@ -778,7 +877,9 @@ def test_what_is_a_join(nodes: str, other: str | None, tmp_path: Path) -> None:
     assert (found.other if found else None) == other
 
 
-def test_a_join_takes_on_the_other_branchs_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_join_takes_on_the_other_branchs_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The branches with the shared weight u stay wrong; those beside them read what it takes to make up for that."""
     proto = build("""(float[N,5] a, float[N,5] b) => (float[N,3] y, float[N,3] z)
     <float[5,8] wa, float[5,8] wb, float[8,3] u, float[8,3] va, float[8,3] vb, float[3] gain, float[3] c, float[3] m,
@@ -803,7 +904,9 @@ def test_a_join_takes_on_the_other_branchs_error(tmp_path: Path, monkeypatch: py
     keep[coupling.axes["wa", 1][5]] = False
     found, other = _samples(model, 300), _samples(model, 100, 7)
     pruned = _fit(model, coupling, keep, found)
-    assert [f.node for f in pruned.fits] == [n.name for n in model.nodes if set(n.inputs) & {"va", "vb"}]
+    assert [f.node for f in pruned.fits] == [
+        n.name for n in model.nodes if set(n.inputs) & {"va", "vb"}
+    ]
     assert _error(model, pruned.proto, other) < 1e-3
     monkeypatch.setattr(least_squares, "join", lambda *_: None)
     assert _error(model, _fit(model, coupling, keep, found).proto, other) > 0.1
@@ -824,13 +927,17 @@ def test_two_branches_that_end_in_one_sum(tmp_path: Path) -> None:
     found, other = _samples(model, 300), _samples(model, 100, 7)
     pruned = _fit(model, coupling, keep, found)
     # Together they are one product with summed weights: no error of the sum is left to repair.
-    summed = load(build(text.replace("c = MatMul(h, w3)\n", "").replace("Add(b, c)", "Identity(b)")), tmp_path)
+    summed = load(
+        build(text.replace("c = MatMul(h, w3)\n", "").replace("Add(b, c)", "Identity(b)")), tmp_path
+    )
     proto = ModelProto()
     proto.CopyFrom(summed.proto)
     _change(proto, "w2", lambda v: v.__iadd__(model.constants["w3"]))
     single = load(proto, tmp_path)
     one = _fit(single, couple(single), _without(couple(single), "w1", [0, 1, 2]), found)
-    assert _error(model, pruned.proto, other) == pytest.approx(_error(single, one.proto, other), rel=0.05)
+    assert _error(model, pruned.proto, other) == pytest.approx(
+        _error(single, one.proto, other), rel=0.05
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the same again
@@ -924,7 +1031,9 @@ def test_solve_ridge_leaves_dead_inputs_alone() -> None:
         found = ridge.solve_ridge(gram[stack], cross[stack], 1e-3)
         assert not found[:, 3].any()
         for g, c, w in zip(gram[stack], cross[stack], found, strict=True):
-            np.testing.assert_allclose((g + 1e-3 * np.trace(g) / 6 * np.eye(6)) @ w, c, rtol=1e-6, atol=1e-8)
+            np.testing.assert_allclose(
+                (g + 1e-3 * np.trace(g) / 6 * np.eye(6)) @ w, c, rtol=1e-6, atol=1e-8
+            )
     assert not ridge.solve_ridge(np.zeros((1, 3, 3)), np.zeros((1, 3, 2)), 1e-2).any()
 
 
@@ -952,7 +1061,11 @@ def test_samples_are_as_many_as_there_is_room_for(tmp_path: Path) -> None:
     coupling = couple(model)
     keep = _without(coupling, "w1", range(256))
     found = _samples(model, 2000)
-    (note,) = (n for n in _fit(model, coupling, keep, found, room=1 << 20).notes if n.startswith("least squares"))
+    (note,) = (
+        n
+        for n in _fit(model, coupling, keep, found, room=1 << 20).notes
+        if n.startswith("least squares")
+    )
     used, of, size = (int(word) for word in note.split() if word.isdigit())
     assert (of, size) == (2000, 1)
     assert 0 < used < 2000

@@ -81,7 +81,7 @@ EXACT = {
             a = Gemm(x, w1, b1)  h = Relu(a)  y = Gemm(h, w2, b2)  c = Gemm(z, w1, c1)  k = Sigmoid(c)
             t = Gemm(k, w2, b2)
         }""",
-}  # fmt: skip
+}
 
 
 def _fold(model: Model, coupling: Coupling, keep: Bools, arrays: dict[str, Array]) -> Pruned:
@@ -122,7 +122,9 @@ def test_the_folded_model_is_the_published_pruning(tmp_path: Path, name: str, se
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_zeroed_changes_weights_of_removed_units_and_nothing_else(tmp_path: Path, name: str) -> None:
+def test_zeroed_changes_weights_of_removed_units_and_nothing_else(
+    tmp_path: Path, name: str
+) -> None:
     model = load(build(EXACT[name]), tmp_path)
     coupling = couple(model)
     keep = _half(coupling, 0)
@@ -200,7 +202,7 @@ VARIES = {
     <float[8,3,1,1] w1, float[8] b1, float[8,4,2,2] w2, float[4] b2> {
         a = Conv(x, w1, b1)  h = Relu(a)  y = ConvTranspose<strides = [2, 2]>(h, w2, b2)
     }""",
-}  # fmt: skip
+}
 WORDS = {
     "a table added": "4 removed channels vary",
     "zeros averaged in": "4 removed channels vary",
@@ -241,7 +243,9 @@ def test_random_networks_without_a_note_are_exact(tmp_path: Path) -> None:
     @given(network=networks(), seed=st.integers(0, 2**16))
     def holds(network: Network, seed: int) -> None:
         assume(not network.rounds)  # a value on the edge of a step may fall on either side of it
-        assume("batch_size" not in network.blocks)  # what is divided by the number of samples is no constant
+        assume(
+            "batch_size" not in network.blocks
+        )  # what is divided by the number of samples is no constant
         model = load(network.proto, tmp_path)
         coupling = couple(model)
         keep = random_keep(coupling, np.random.default_rng(seed), 0.5)

@@ -18,11 +18,18 @@ PLAIN = "a = Conv(x, w1)  b = Conv(x, w2)  {between}"
 NORM = ", float[4] s = {1, 1, 1, 1}, float[4] z = {0, 0, 0, 0}, float[4] m = {0, 0, 0, 0}, float[4] v = {1, 1, 1, 1}"
 
 
-def _join(folder: Path, between: str, constants: str = "", more: str = "", **changed: Array) -> Join | None:
+def _join(
+    folder: Path, between: str, constants: str = "", more: str = "", **changed: Array
+) -> Join | None:
     """What the output of the first convolution runs into, where constants have other values."""
-    text = HEAD.format(constants=constants, more=more) + " { " + PLAIN.format(between=between) + " }"
+    text = (
+        HEAD.format(constants=constants, more=more) + " { " + PLAIN.format(between=between) + " }"
+    )
     model: Model = load(build(text), folder)
-    model = replace(model, constants={**model.constants, **{k: v.astype(np.float32) for k, v in changed.items()}})
+    model = replace(
+        model,
+        constants={**model.constants, **{k: v.astype(np.float32) for k, v in changed.items()}},
+    )
     node = next(n for n in model.nodes if "w1" in n.inputs)
     place = site(node, model.constants)
     assert place is not None
@@ -74,7 +81,9 @@ def test_an_output_is_seen_by_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("largest", [0.125, 1.0, 8.0])
 def test_the_gain_of_normalisation(tmp_path: Path, largest: float) -> None:
     """scale / sqrt(variance + epsilon), by channel; muted is what is far below the largest, not what is just above."""
-    scale = np.asarray([largest, -largest / 2, largest * LEAST_GAIN * 0.999, largest * LEAST_GAIN * 1.001])
+    scale = np.asarray(
+        [largest, -largest / 2, largest * LEAST_GAIN * 0.999, largest * LEAST_GAIN * 1.001]
+    )
     variance, epsilon = np.asarray([3.0, 1.0, 3.0, 3.0]), 0.25
     between = f"n = BatchNormalization<epsilon = {epsilon}>(a, s, z, m, v)  y = Add(n, b)"
     found = _join(tmp_path, between, NORM, s=scale, v=variance)
@@ -99,4 +108,7 @@ def test_the_correction_undoes_an_error() -> None:
 def test_normalisation_by_what_is_computed(tmp_path: Path) -> None:
     """Without a constant scale there is no gain to speak of."""
     between = "p = ReduceMean<axes = [0, 2, 3], keepdims = 0>(b)  "
-    assert _join(tmp_path, between + "n = BatchNormalization(a, p, z, m, v)  y = Add(n, b)", NORM) is None
+    assert (
+        _join(tmp_path, between + "n = BatchNormalization(a, p, z, m, v)  y = Add(n, b)", NORM)
+        is None
+    )

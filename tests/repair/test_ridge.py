@@ -18,7 +18,9 @@ def _problem(groups: int = 2, outputs: int = 3) -> tuple[Floats, Floats]:
     return x, 2 * x[:, :, :1] + np.arange(outputs) + 1.0
 
 
-def _search(values: list[float]) -> tuple[list[tuple[int, float]], float | None, tuple[float, float]]:
+def _search(
+    values: list[float],
+) -> tuple[list[tuple[int, float]], float | None, tuple[float, float]]:
     """What is asked of a solver whose answer at strength i is off by ``values[i]``, the strength taken, the errors."""
     x, residual = _problem()
     asked: list[tuple[int, float]] = []
@@ -29,11 +31,15 @@ def _search(values: list[float]) -> tuple[list[tuple[int, float]], float | None,
         change[:, 0] = 2 + values[int(strength)]
         return change
 
-    change, shift, taken, errors = ridge.best(x, residual, SPLIT, solve, [float(i) for i in range(len(values))])
+    change, shift, taken, errors = ridge.best(
+        x, residual, SPLIT, solve, [float(i) for i in range(len(values))]
+    )
     if taken is not None:
         assert change is not None
         assert change[0, 0, 0] == 2 + values[int(taken)]
-        np.testing.assert_allclose(shift, residual.mean(axis=1) - (x.mean(axis=1)[:, None] @ change)[:, 0])
+        np.testing.assert_allclose(
+            shift, residual.mean(axis=1) - (x.mean(axis=1)[:, None] @ change)[:, 0]
+        )
     return asked, taken, errors
 
 
@@ -72,7 +78,9 @@ def test_errors_are_of_the_rows_held_out() -> None:
 def test_a_tie_is_the_bias_alone() -> None:
     """A change that gains nothing beside a shift of the bias is not made."""
     x, residual = _problem()
-    change, shift, taken, errors = ridge.best(0 * x, residual, SPLIT, lambda *_: np.zeros((2, 2, 3)), [1.0])
+    change, shift, taken, errors = ridge.best(
+        0 * x, residual, SPLIT, lambda *_: np.zeros((2, 2, 3)), [1.0]
+    )
     assert change is None
     assert taken is None
     np.testing.assert_allclose(shift, residual.mean(axis=1))
@@ -81,7 +89,9 @@ def test_a_tie_is_the_bias_alone() -> None:
 
 def test_one_output_and_one_group() -> None:
     x, residual = _problem(1, 1)
-    change, _, taken, errors = ridge.best(x, residual, SPLIT, ridge.ridge_regression(x, residual, SPLIT))
+    change, _, taken, errors = ridge.best(
+        x, residual, SPLIT, ridge.ridge_regression(x, residual, SPLIT)
+    )
     assert taken == ridge.RIDGES[0]  # what is exactly linear needs none
     assert change is not None
     np.testing.assert_allclose(change[0, :, 0], [2, 0], atol=1e-3)

@@ -12,7 +12,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from browser import Tree, assert_fetches_nothing, assert_ids_are_sound, assert_well_laid_out, needs_chromium
+from browser import (
+    Tree,
+    assert_fetches_nothing,
+    assert_ids_are_sound,
+    assert_well_laid_out,
+    needs_chromium,
+)
 from conftest import MODELS
 from graphs import CNN, build
 
@@ -36,9 +42,14 @@ from onnx_oamip.verification.latency import Ratio
 
 SECTIONS = ["widths", "errors", "sensitivity", "scores", "skipped", "programs", "checks", "again"]
 HOSTILE = (
-    "<script>alert(1)</script>", "a&b&amp;c", "\"'><img src=x onerror=alert(1)>", "$\\frac{1}{0}$ %s {{ 7*7 }}",
-    "esc\x1b[31m\x07\u202eback", "]]>--><!--", "\u6f22\u5b57 \U0001f600 " + "W" * 300,
-)  # fmt: skip
+    "<script>alert(1)</script>",
+    "a&b&amp;c",
+    "\"'><img src=x onerror=alert(1)>",
+    "$\\frac{1}{0}$ %s {{ 7*7 }}",
+    "esc\x1b[31m\x07\u202eback",
+    "]]>--><!--",
+    "\u6f22\u5b57 \U0001f600 " + "W" * 300,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -55,7 +66,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report")
     onnx.save_model(build(CNN), path / "net.onnx")
     rng = np.random.default_rng(0)
-    np.savez(path / "data.npz", x=rng.normal(size=(60, 3, 8, 8)).astype(np.float32), labels=np.arange(60) % 5)
+    np.savez(
+        path / "data.npz",
+        x=rng.normal(size=(60, 3, 8, 8)).astype(np.float32),
+        labels=np.arange(60) % 5,
+    )
     return path
 
 
@@ -89,7 +104,9 @@ def numbers_of(tree: Tree, section: str) -> list[list[str]]:
 # ---------------------------------------------------------------------------------------------------------- contents
 
 
-def test_has_every_section_and_says_what_the_document_says(report: Report, plain_page: bytes) -> None:
+def test_has_every_section_and_says_what_the_document_says(
+    report: Report, plain_page: bytes
+) -> None:
     value, tree = document(report), Tree(plain_page)
     assert [a["id"] for a in tree.named("section")] == SECTIONS
     assert [a["href"] for a in tree.named("a")] == [f"#{key}" for key in SECTIONS]
@@ -101,24 +118,34 @@ def test_has_every_section_and_says_what_the_document_says(report: Report, plain
     assert "50.0 %2.00 times as fast" in top
     assert "Asked to keep at most 50.0 % of the MACs." in top
     expected = [
-        [g["name"], str(g["units"]), str(g["kept"]), f"{100 * g['level']:.1f} %",
-         *(f"{g['score'][k]:.3g}" for k in ("min", "mean", "max"))]
+        [
+            g["name"],
+            str(g["units"]),
+            str(g["kept"]),
+            f"{100 * g['level']:.1f} %",
+            *(f"{g['score'][k]:.3g}" for k in ("min", "mean", "max")),
+        ]
         for g in value["groups"]
-    ]  # fmt: skip
+    ]
     assert numbers_of(tree, "widths")[1:] == expected
     assert [[row[0], row[1], row[5], row[6]] for row in numbers_of(tree, "errors")[1:]] == [
-        [f["node"], f["form"], f"{f['error_before']:.3g}", f"{f['error_after']:.3g}"] for f in value["fits"]
+        [f["node"], f["form"], f"{f['error_before']:.3g}", f"{f['error_after']:.3g}"]
+        for f in value["fits"]
     ]
     drawn = {name: tree.sections[name] for name in SECTIONS}
     for group in value["groups"]:
-        assert f"{group['name']}{group['kept']} of {group['units']} units kept" in drawn["sensitivity"]
+        assert (
+            f"{group['name']}{group['kept']} of {group['units']} units kept" in drawn["sensitivity"]
+        )
         assert group["name"] in drawn["scores"]
         assert f"{group['units']} → {group['kept']}" in drawn["widths"]
     for skipped in value["skipped"]:
         assert skipped["reason"] in drawn["skipped"]
         assert skipped["tensor"] in drawn["skipped"]
     programs = numbers_of(tree, "programs")[1:]
-    assert [(row[1], row[2]) for row in programs] == [(p["solver"], p["status"]) for p in value["programs"]]
+    assert [(row[1], row[2]) for row in programs] == [
+        (p["solver"], p["status"]) for p in value["programs"]
+    ]
     again = drawn["again"]
     for key in ("model", "output"):
         assert value[key]["sha256"] in again
@@ -127,9 +154,7 @@ def test_has_every_section_and_says_what_the_document_says(report: Report, plain
     assert f"{checks['masked_equivalence']:.3g}" in drawn["checks"]
 
 
-def test_the_command_gives_the_same_model(
-    folder: Path, plain_page: bytes, tmp_path: Path
-) -> None:
+def test_the_command_gives_the_same_model(folder: Path, plain_page: bytes, tmp_path: Path) -> None:
     again = Tree(plain_page).sections["again"]
     command = again[again.index("onnx-oamip prune") : again.index("half.onnx") + len("half.onnx")]
     words = shlex.split(command.replace("\\\n", " "))
@@ -151,14 +176,28 @@ def test_a_chart_for_every_group_and_node(report: Report, plain_page: bytes) -> 
 
 
 def test_sections_without_content_are_left_out(folder: Path) -> None:
-    settings = Settings.create(macs=0.5, importance="l2", allocate="uniform", refit="none", device="cpu", align=1)
+    settings = Settings.create(
+        macs=0.5, importance="l2", allocate="uniform", refit="none", device="cpu", align=1
+    )
     found = prune(folder / "net.onnx", None, None, settings)
     tree = Tree(prune_page(found))
-    assert [a["id"] for a in tree.named("section")] == ["widths", "scores", "skipped", "checks", "again"]
+    assert [a["id"] for a in tree.named("section")] == [
+        "widths",
+        "scores",
+        "skipped",
+        "checks",
+        "again",
+    ]
     assert "(not written)" in tree.sections[""]
     assert "--data" not in tree.sections["again"]
     arrays = {"x": np.random.default_rng(0).normal(size=(20, 3, 8, 8)).astype(np.float32)}
-    tree = Tree(prune_page(prune(folder / "net.onnx", arrays, None, Settings.create(macs=0.5, device="cpu", align=1))))
+    tree = Tree(
+        prune_page(
+            prune(
+                folder / "net.onnx", arrays, None, Settings.create(macs=0.5, device="cpu", align=1)
+            )
+        )
+    )
     assert "arrays in memory" in tree.sections["again"]
     assert "onnx-oamip prune" not in tree.sections["again"]
 
@@ -193,7 +232,9 @@ def test_the_same_report_gives_the_same_bytes(report: Report, plain_page: bytes)
     first = plain_page
     assert first == prune_page(report)
     assert first.count(b"<!--") == 0
-    assert not any(word in first for word in (b"<dc:date", b"<metadata", b"DOCTYPE svg", b"matplotlib"))
+    assert not any(
+        word in first for word in (b"<dc:date", b"<metadata", b"DOCTYPE svg", b"matplotlib")
+    )
 
 
 def test_two_runs_differ_in_times_alone(folder: Path, report: Report) -> None:
@@ -203,7 +244,9 @@ def test_two_runs_differ_in_times_alone(folder: Path, report: Report) -> None:
     def timeless(found: Report) -> bytes:
         programs = tuple({**p, "seconds": 0.0} for p in found.plan.programs)
         kept = {**found.settings, "workers": 1}
-        return prune_page(replace(found, timings={}, plan=replace(found.plan, programs=programs), settings=kept))
+        return prune_page(
+            replace(found, timings={}, plan=replace(found.plan, programs=programs), settings=kept)
+        )
 
     assert timeless(again) == timeless(report)
 
@@ -216,18 +259,23 @@ def test_fetches_nothing(plain_page: bytes) -> None:
 def hostile(report: Report) -> Report:
     """A report whose every foreign text is hostile."""
     groups = tuple(
-        replace(group, name=HOSTILE[i % len(HOSTILE)]) for i, group in enumerate(report.coupling.groups * 4)
+        replace(group, name=HOSTILE[i % len(HOSTILE)])
+        for i, group in enumerate(report.coupling.groups * 4)
     )
     many = len(report.coupling.groups) * 4
     units = sum(len(g.units) for g in report.coupling.groups)
-    shifted = tuple(replace(g, units=g.units + units * (i * 4 // many)) for i, g in enumerate(groups))
+    shifted = tuple(
+        replace(g, units=g.units + units * (i * 4 // many)) for i, g in enumerate(groups)
+    )
     coupling = replace(
         report.coupling,
         groups=shifted,
         n_units=units * 4,
         pinned=tuple(Pinned(name, 0, 3, f"reason {name}") for name in HOSTILE),
     )
-    plan = replace(report.plan, keep=np.tile(report.plan.keep, 4), widths=np.tile(report.plan.widths, 4))
+    plan = replace(
+        report.plan, keep=np.tile(report.plan.keep, 4), widths=np.tile(report.plan.widths, 4)
+    )
     return replace(
         report,
         model=replace(report.model, path=f"models/{HOSTILE[0]}.onnx"),
@@ -267,24 +315,48 @@ def test_what_is_invisible_is_spelt_out() -> None:
     assert visible("Größe 漢字 é") == "Größe 漢字 é"
 
 
-@pytest.mark.parametrize("name", ["layer.weight", "W" * 200, "漢" * 80, "\U0001f600" * 50, "i" * 500, "", "$x$"])
+@pytest.mark.parametrize(
+    "name", ["layer.weight", "W" * 200, "漢" * 80, "\U0001f600" * 50, "i" * 500, "", "$x$"]
+)
 def test_names_are_shortened_to_the_room_there_is(name: str) -> None:
     found = charts.shortened(name, 150)
-    assert found == name or ("…" in found and name.startswith(found[:1]) and name.endswith(found[-1:]))
+    assert found == name or (
+        "…" in found and name.startswith(found[:1]) and name.endswith(found[-1:])
+    )
     assert len(found) <= 80
 
 
 def test_shortened_names_still_tell_layers_apart() -> None:
     assert charts.shortened("encoder.layer.3.weight", 200) == "encoder.layer.3.weight"
-    assert charts.shortened("encoder.layer.3.attention.output.dense.weight", 150) == "e.l.3.a.output.dense.weight"
-    assert charts.shortened("/blocks/blocks.3/shortcut/shortcut.0/Conv", 150) == "/b/b.3/s/shortcut.0/Conv"
-    names = [f"decoder.{part}.{i}.mlp.fc{j}.weight" for part in ("up", "down") for i in range(40) for j in (1, 2)]
+    assert (
+        charts.shortened("encoder.layer.3.attention.output.dense.weight", 150)
+        == "e.l.3.a.output.dense.weight"
+    )
+    assert (
+        charts.shortened("/blocks/blocks.3/shortcut/shortcut.0/Conv", 150)
+        == "/b/b.3/s/shortcut.0/Conv"
+    )
+    names = [
+        f"decoder.{part}.{i}.mlp.fc{j}.weight"
+        for part in ("up", "down")
+        for i in range(40)
+        for j in (1, 2)
+    ]
     assert len({charts.shortened(name, 150) for name in names}) == len(names)
 
 
 def test_numbers_have_units() -> None:
-    texts = [wording.short(v, u) for v, u in ((15_400_000, ""), (999_960, "B"), (117_000, ""), (31e6, ""), (12, "B"))]
-    assert [t.replace("\u00a0", " ") for t in texts] == ["15.4 M", "1.00 MB", "117 k", "31.0 M", "12 B"]
+    texts = [
+        wording.short(v, u)
+        for v, u in ((15_400_000, ""), (999_960, "B"), (117_000, ""), (31e6, ""), (12, "B"))
+    ]
+    assert [t.replace("\u00a0", " ") for t in texts] == [
+        "15.4 M",
+        "1.00 MB",
+        "117 k",
+        "31.0 M",
+        "12 B",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- many groups
@@ -297,7 +369,11 @@ def large(report: Report, groups: int = 110, nodes: int = 210) -> Report:
     ends = np.cumsum(sizes)
     made, curves = [], []
     for i, (end, size) in enumerate(zip(ends.tolist(), sizes.tolist(), strict=True)):
-        made.append(Group(f"encoder.layer.{i}.attention.output.dense.weight", np.arange(end - size, end), {}))
+        made.append(
+            Group(
+                f"encoder.layer.{i}.attention.output.dense.weight", np.arange(end - size, end), {}
+            )
+        )
         widths = np.unique(np.linspace(1, size, 6).astype(np.int64))
         curves.append(Sensitivity(widths, np.append(np.geomspace(2, 1e-5, len(widths) - 1), 0)))
     keep = rng.random(ends[-1]) < 0.5
@@ -309,7 +385,9 @@ def large(report: Report, groups: int = 110, nodes: int = 210) -> Report:
         for i, b in enumerate(rng.random(nodes).tolist())
     )
     scores = replace(report.scores, values=rng.lognormal(-4, 2, ends[-1]))
-    return replace(report, coupling=coupling, plan=plan, curves=tuple(curves), fits=fits, scores=scores)
+    return replace(
+        report, coupling=coupling, plan=plan, curves=tuple(curves), fits=fits, scores=scores
+    )
 
 
 def test_many_groups_stay_readable(report: Report, large_page: bytes) -> None:
@@ -332,7 +410,9 @@ def test_many_groups_stay_readable(report: Report, large_page: bytes) -> None:
 
 @needs_chromium
 @pytest.mark.parametrize("kind", ["plain_page", "hostile_page", "large_page"])
-def test_nothing_overflows_or_overlaps(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+def test_nothing_overflows_or_overlaps(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
     assert_well_laid_out(request.getfixturevalue(kind), tmp_path)
 
 
@@ -347,7 +427,19 @@ def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-PRUNE = ("prune", "net.onnx", "--data", "data.npz", "--macs", "0.5", "-o", "out.onnx", "--align", "1", "-q")
+PRUNE = (
+    "prune",
+    "net.onnx",
+    "--data",
+    "data.npz",
+    "--macs",
+    "0.5",
+    "-o",
+    "out.onnx",
+    "--align",
+    "1",
+    "-q",
+)
 
 
 def test_prune_writes_a_page(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -366,9 +458,18 @@ def test_apply_writes_a_page(place: Path, capfd: pytest.CaptureFixture[str]) -> 
     page = (place / "a.html").read_bytes()
     assert_fetches_nothing(page)
     tree = Tree(page)
-    assert [a["id"] for a in tree.named("section")] == ["widths", "errors", "skipped", "programs", "checks", "again"]
+    assert [a["id"] for a in tree.named("section")] == [
+        "widths",
+        "errors",
+        "skipped",
+        "programs",
+        "checks",
+        "again",
+    ]
     again = tree.sections["again"]
-    command = shlex.split(again[again.index("onnx-oamip apply") : again.index("Budget and data")].replace("\\\n", " "))
+    command = shlex.split(
+        again[again.index("onnx-oamip apply") : again.index("Budget and data")].replace("\\\n", " ")
+    )
     first = (place / "a.onnx").read_bytes()
     (place / "a.onnx").unlink()
     assert main([*command[1:], "-q"]) == 0
@@ -392,12 +493,19 @@ def test_no_model_no_page(place: Path, capfd: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("target", "word"),
     [
-        ("net.onnx", "net.onnx"), ("data.npz", "data.npz"), ("out.onnx", "out.onnx"), ("nowhere/r.html", "nowhere"),
+        ("net.onnx", "net.onnx"),
+        ("data.npz", "data.npz"),
+        ("out.onnx", "out.onnx"),
+        ("nowhere/r.html", "nowhere"),
         (".", "folder"),
     ],
-)  # fmt: skip
+)
 def test_a_page_that_cannot_be_written_is_told_before_any_work(
-    place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: str, word: str
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    target: str,
+    word: str,
 ) -> None:
     monkeypatch.setattr(pipeline, "prune", lambda *_, **__: pytest.fail("work was done"))
     assert main([*PRUNE, "--report", target]) == 2

@@ -42,7 +42,9 @@ WORKERS, BATCHES = (1, 2, 4), (1, 32, 512)
 DIVIDED: tuple[dict[str, Any], ...] = tuple(
     {"workers": workers, "batch_size": batch} for workers, batch in product(WORKERS, BATCHES)
 )
-FEW_DIVIDED = tuple({"workers": w, "batch_size": b} for w, b in zip(WORKERS, (32, 1, 512), strict=True))
+FEW_DIVIDED = tuple(
+    {"workers": w, "batch_size": b} for w, b in zip(WORKERS, (32, 1, 512), strict=True)
+)
 """Every number of workers and every batch once."""
 
 
@@ -58,7 +60,9 @@ def samples(name: str, count: int) -> dict[str, np.ndarray]:
 
 
 def written(model: Path, arrays: dict[str, np.ndarray], target: Path, **values: Any) -> bytes:
-    settings = Settings.create(**{"macs": 0.5, "device": "cpu", "cache": "off", "align": 1, **values})
+    settings = Settings.create(
+        **{"macs": 0.5, "device": "cpu", "cache": "off", "align": 1, **values}
+    )
     prune(model, arrays, target, settings)
     return target.read_bytes()
 
@@ -69,7 +73,8 @@ def test_shipped_models_come_out_the_same(name: str, tmp_path: Path) -> None:
     count = 128 if name in FEW else 512
     arrays = samples({**FEW, **REST}[name], count)
     found = {
-        written(MODELS / f"{name}.onnx", arrays, tmp_path / "out.onnx", **divided) for divided in DIVIDED
+        written(MODELS / f"{name}.onnx", arrays, tmp_path / "out.onnx", **divided)
+        for divided in DIVIDED
     }
     assert len(found) == 1
 
@@ -94,9 +99,12 @@ CHOICES: dict[str, dict[str, Any]] = {
     "rounds": {"iterations": 2},
     "joint": {"importance": "oamip", "mode": "joint", "relax": True},
     "connections": {
-        "macs": None, "params": 0.5, "granularity": "connection", "importance": "nnrelief",
+        "macs": None,
+        "params": 0.5,
+        "granularity": "connection",
+        "importance": "nnrelief",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -105,7 +113,10 @@ def test_every_way_of_pruning_comes_out_the_same(name: str, tmp_path: Path) -> N
     path.write_bytes(build(TEXT).SerializeToString())
     images = np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)
     arrays = {"image": images, "labels": np.arange(90) % 5}
-    found = {written(path, arrays, tmp_path / "out.onnx", **{**CHOICES[name], **divided}) for divided in FEW_DIVIDED}
+    found = {
+        written(path, arrays, tmp_path / "out.onnx", **{**CHOICES[name], **divided})
+        for divided in FEW_DIVIDED
+    }
     assert len(found) == 1
 
 
@@ -114,7 +125,10 @@ def test_every_verb_comes_out_the_same(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(build(TEXT).SerializeToString())
     rng = np.random.default_rng(0)
-    arrays = {"image": rng.normal(size=(90, 3, 8, 8)).astype(np.float32), "labels": np.arange(90) % 5}
+    arrays = {
+        "image": rng.normal(size=(90, 3, 8, 8)).astype(np.float32),
+        "labels": np.arange(90) % 5,
+    }
     found = []
     for i, divided in enumerate(FEW_DIVIDED):
         here = tmp_path / str(i)
@@ -133,7 +147,9 @@ def test_every_verb_comes_out_the_same(tmp_path: Path) -> None:
     assert found[1:] == found[:1] * 2
 
 
-def test_what_is_learnt_runs_at_a_batch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_learnt_runs_at_a_batch_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No batch that somebody asks for reaches a run of the model behind which something is decided."""
     path = tmp_path / "model.onnx"
     path.write_bytes(build(TEXT).SerializeToString())
@@ -156,7 +172,9 @@ def test_what_is_learnt_runs_at_a_batch_of_its_own(tmp_path: Path, monkeypatch: 
 def test_the_seed_matters(tmp_path: Path) -> None:
     """Bytes are not the same because nothing was done: another seed gives others."""
     model, arrays = MODELS / "lenet5-mnist.onnx", samples("mnist", 160)
-    assert written(model, arrays, tmp_path / "a.onnx") != written(model, arrays, tmp_path / "b.onnx", seed=1)
+    assert written(model, arrays, tmp_path / "a.onnx") != written(
+        model, arrays, tmp_path / "b.onnx", seed=1
+    )
 
 
 def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
@@ -169,7 +187,9 @@ def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
     assert feed_batches.run_size(model, 1) == 1
     found = dataset.load({"image": np.zeros((40, 3, 8, 8), np.float32)}, model)
     assert found is not None
-    feeds, used = feed_batches.affordable(model, found, feed_batches.run_size(model, 10 * sample), 10 * sample)
+    feeds, used = feed_batches.affordable(
+        model, found, feed_batches.run_size(model, 10 * sample), 10 * sample
+    )
     assert (len(feeds), used) == (1, 10)
 
 
@@ -247,15 +267,27 @@ def test_activations_and_matrices_keep_to_their_share_of_memory(
     path = tmp_path / "wide.onnx"
     path.write_bytes(build(WIDE).SerializeToString())
     images = np.random.default_rng(0).normal(size=(120, 4, 256, 256)).astype(np.float32)
-    assert written(path, {"image": images}, tmp_path / "a.onnx", max_memory=least, batch_size=8, workers=4, macs=0.6)
+    assert written(
+        path,
+        {"image": images},
+        tmp_path / "a.onnx",
+        max_memory=least,
+        batch_size=8,
+        workers=4,
+        macs=0.6,
+    )
     room = least // 4
-    assert most["samples"] == room // (3 << 20), "as many samples as the three largest tensors leave room for"
+    assert most["samples"] == room // (3 << 20), (
+        "as many samples as the three largest tensors leave room for"
+    )
     assert room // 2 < most["frontier"] <= room
     assert room // 2 < most["runs"] <= room
     assert 0 < most["grams"] <= room
 
 
-@pytest.mark.parametrize(("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20), ("7", 7)]
+)
 def test_sizes_of_memory(text: str, value: int) -> None:
     assert memory.size(click.Context(click.Command("x")), click.Option(["--x"]), text) == value
 

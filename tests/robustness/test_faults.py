@@ -70,13 +70,28 @@ STAGES = {
     "couple": Stage("api.prepare.couple"),
     "calibrate": Stage("statistics.calibration.collect"),
     "gram": Stage("statistics.covariances.collect", MOMENTS),
-    "pool": Stage("published.dependence.pooled_activations.collect", MOMENTS, {"importance": "mint"}),
+    "pool": Stage(
+        "published.dependence.pooled_activations.collect", MOMENTS, {"importance": "mint"}
+    ),
     "score": Stage("planning.scoring.apply_method", GRAMS, spreads=True),
-    "joint": Stage("importance.oamip.select.program", GRAMS, _oamip("joint", formulation="paper"), solves=True),
-    "per-class": Stage("importance.oamip.select.program", GRAMS, _oamip("per-class", formulation="paper"), solves=True),
-    "decoupled": Stage("importance.oamip.decoupled.score", GRAMS, _oamip("decoupled"), solves=True, spreads=True),
-    "orders": Stage("planning.sensitivity.choose", GRAMS, _oamip("decoupled", refit="bias"), spreads=True),
-    "mint": Stage("published.dependence.mint.executor", MOMENTS, {"importance": "mint"}, spreads=True),
+    "joint": Stage(
+        "importance.oamip.select.program", GRAMS, _oamip("joint", formulation="paper"), solves=True
+    ),
+    "per-class": Stage(
+        "importance.oamip.select.program",
+        GRAMS,
+        _oamip("per-class", formulation="paper"),
+        solves=True,
+    ),
+    "decoupled": Stage(
+        "importance.oamip.decoupled.score", GRAMS, _oamip("decoupled"), solves=True, spreads=True
+    ),
+    "orders": Stage(
+        "planning.sensitivity.choose", GRAMS, _oamip("decoupled", refit="bias"), spreads=True
+    ),
+    "mint": Stage(
+        "published.dependence.mint.executor", MOMENTS, {"importance": "mint"}, spreads=True
+    ),
     "limits": Stage("planning.plan_constraints.upper", SCORES, {"limits": "snacs"}, spreads=True),
     "sensitivity": Stage("planning.sensitivity.measure", STEPS, spreads=True),
     "answers": Stage("planning.search.answers", LOSSES),
@@ -97,7 +112,9 @@ def possible(stage: Stage, fault: str) -> bool:
     return stage.spreads if fault == "worker" else True
 
 
-CELLS = [(name, fault) for name, stage in STAGES.items() for fault in FAULTS if possible(stage, fault)]
+CELLS = [
+    (name, fault) for name, stage in STAGES.items() for fault in FAULTS if possible(stage, fault)
+]
 OLD = b"what was there before"
 WRITTEN = ("out.onnx", "keep.safetensors", "page.html")
 
@@ -123,18 +140,43 @@ def task(tmp_path: Path) -> Path:
 
 
 def go(task: Path, **values: Any) -> Any:
-    settings = Settings.create(**{
-        "macs": 0.5, "align": 1, "device": "cpu", "workers": 2, "cache": str(task / "cache"), **values,
-    })  # fmt: skip
+    settings = Settings.create(
+        **{
+            "macs": 0.5,
+            "align": 1,
+            "device": "cpu",
+            "workers": 2,
+            "cache": str(task / "cache"),
+            **values,
+        }
+    )
     return prune(task / "model.onnx", task / "data.npz", task / "out.onnx", settings)
 
 
 def command(task: Path, *more: str) -> list[str]:
     return [
-        "prune", str(task / "model.onnx"), "--data", str(task / "data.npz"), "--macs", "0.5", "--align", "1",
-        "--device", "cpu", "--cache", str(task / "cache"), "-o", str(task / "out.onnx"), "-q", "--force",
-        "--keep-map", str(task / "keep.safetensors"), "--report", str(task / "page.html"), *more,
-    ]  # fmt: skip
+        "prune",
+        str(task / "model.onnx"),
+        "--data",
+        str(task / "data.npz"),
+        "--macs",
+        "0.5",
+        "--align",
+        "1",
+        "--device",
+        "cpu",
+        "--cache",
+        str(task / "cache"),
+        "-o",
+        str(task / "out.onnx"),
+        "-q",
+        "--force",
+        "--keep-map",
+        str(task / "keep.safetensors"),
+        "--report",
+        str(task / "page.html"),
+        *more,
+    ]
 
 
 def names(task: Path) -> set[str]:
@@ -157,7 +199,9 @@ def kinds(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, Any]], tuple[bytes, Path]]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[Mapping[str, Any]], tuple[bytes, Path]]:
     """What a run from nothing writes, and the cache that it leaves; one run for all stages of the same settings."""
     found: dict[str, tuple[bytes, Path]] = {}
 
@@ -176,7 +220,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Mapping[str, An
 
 
 def _begun(
-    patch: pytest.MonkeyPatch, stage: Stage, then: Callable[[], object], after: Callable[[], object] = lambda: None
+    patch: pytest.MonkeyPatch,
+    stage: Stage,
+    then: Callable[[], object],
+    after: Callable[[], object] = lambda: None,
 ) -> None:
     """Call ``then`` whenever a stage begins, and ``after`` when it is done."""
     module, name = stage.place.rsplit(".", 1)
@@ -184,8 +231,12 @@ def _begun(
     real = getattr(home, name)
 
     def begin(*args: Any, **options: Any) -> Any:
-        if any(isinstance(a, Path) and a.suffix == ".npz" and a.parent.name == "cache" for a in args):
-            return real(*args, **options)  # an entry of the cache is renamed, not what was asked for
+        if any(
+            isinstance(a, Path) and a.suffix == ".npz" and a.parent.name == "cache" for a in args
+        ):
+            return real(
+                *args, **options
+            )  # an entry of the cache is renamed, not what was asked for
         then()
         try:
             return real(*args, **options)
@@ -215,7 +266,9 @@ def _killed(task: Path, name: str, ends: Callable[[], Mapping[str, Any]]) -> Ite
     left = [path for path in task.iterdir() if path.name.startswith(".")]
     assert len(left) == (1 if name == "rename" else 0), "only a write leaves its folder behind"
     yield
-    assert not [path for path in task.iterdir() if path.name.startswith(".")], "and the next run removes it"
+    assert not [path for path in task.iterdir() if path.name.startswith(".")], (
+        "and the next run removes it"
+    )
 
 
 def _full_disk(task: Path, stage: Stage) -> None:
@@ -223,11 +276,22 @@ def _full_disk(task: Path, stage: Stage) -> None:
     with pytest.MonkeyPatch.context() as patch:
 
         def fill() -> None:
-            for owner, name in ((Path, "write_bytes"), (os, "fsync"), (os, "replace"), (atomic_files.tempfile, "mkdtemp")):
-                patch.setattr(owner, name, lambda *_, **__: _fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))())
+            for owner, name in (
+                (Path, "write_bytes"),
+                (os, "fsync"),
+                (os, "replace"),
+                (atomic_files.tempfile, "mkdtemp"),
+            ):
+                patch.setattr(
+                    owner,
+                    name,
+                    lambda *_, **__: _fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))(),
+                )
 
         _begun(patch, stage, fill)
-        with pytest.raises(OutputError, match=r"out\.onnx cannot be written: No space left on device\."):
+        with pytest.raises(
+            OutputError, match=r"out\.onnx cannot be written: No space left on device\."
+        ):
             go(task, **stage.values)
 
 
@@ -280,7 +344,9 @@ def _no_licence(task: Path, stage: Stage) -> None:
             _begun(patch, stage, lambda: patch.setattr(gurobi, "_gurobipy", Module))
             try:
                 if solver == "gurobi":
-                    with pytest.raises(SolverError, match=r"No Gurobi license found.*--solver highs"):
+                    with pytest.raises(
+                        SolverError, match=r"No Gurobi license found.*--solver highs"
+                    ):
                         go(task, solver=solver, **stage.values)
                     assert nothing_happened(task)
                 else:
@@ -295,7 +361,11 @@ def _no_licence(task: Path, stage: Stage) -> None:
 
 def _records(report: Any, stage: Stage) -> list[Mapping[str, Any]]:
     """What is told about the programs of a stage."""
-    return list(report.plan.programs if stage.place == "planning.allocation.allocate" else report.scores.programs)
+    return list(
+        report.plan.programs
+        if stage.place == "planning.allocation.allocate"
+        else report.scores.programs
+    )
 
 
 def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], None]) -> None:
@@ -318,7 +388,9 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
         return lambda: inside.__setitem__(0, inside[0] + by)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("onnx_oamip.executors.cluster.PATIENCE", 300.0)  # a busy machine is slow to start another
+        patch.setattr(
+            "onnx_oamip.executors.cluster.PATIENCE", 300.0
+        )  # a busy machine is slow to start another
         patch.setattr(Cluster, "map", watched)
         # The stage of mint begins where it asks for a place to work, and ends with the run.
         _begun(patch, stage, count(1), count(0 if stage.place.endswith("executor") else -1))
@@ -330,9 +402,12 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
 @pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed")
 @pytest.mark.parametrize(("name", "fault"), CELLS, ids=[f"{name}-{fault}" for name, fault in CELLS])
 def test_a_fault_at_a_stage(
-    name: str, fault: str, task: Path, whole: Callable[[Mapping[str, Any]], tuple[bytes, Path]],
+    name: str,
+    fault: str,
+    task: Path,
+    whole: Callable[[Mapping[str, Any]], tuple[bytes, Path]],
     request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
+) -> None:
     """The old files stay or the new ones are complete; the next run writes the right model, and does nothing twice."""
     stage = STAGES[name]
     reference, cache = whole(stage.values)
@@ -354,7 +429,9 @@ def test_a_fault_at_a_stage(
         else:
             local = request.getfixturevalue("cluster")
             until = time.monotonic() + 120
-            while len(local.scheduler.workers) < 2 and time.monotonic() < until:  # the last case killed one
+            while (
+                len(local.scheduler.workers) < 2 and time.monotonic() < until
+            ):  # the last case killed one
                 time.sleep(0.05)
             _lost_worker(task, stage, local.scheduler_address, lambda: _kill_one(local))
             assert (task / "out.onnx").read_bytes() == reference
@@ -368,7 +445,10 @@ def test_a_fault_at_a_stage(
         after = kinds(task / "cache")
     assert {kind: after[kind] for kind in before} == before, "what was learnt is not learnt again"
     assert set(after) == set(kinds(cache))
-    if fault not in ("timeout", "licence"):  # then scores or widths may be others, as the records say
+    if fault not in (
+        "timeout",
+        "licence",
+    ):  # then scores or widths may be others, as the records say
         assert (task / "out.onnx").read_bytes() == reference
     assert names(task) == {"model.onnx", "data.npz", *WRITTEN}
 
@@ -378,7 +458,9 @@ def test_cells_are_left_out_by_what_stages_do(task: Path) -> None:
     executors = import_module("onnx_oamip.executors")
     for found in pkgutil.iter_modules(importance.__path__, f"{importance.__name__}."):
         import_module(found.name)  # methods are imported when they are first used
-    homes = [m for m in list(sys.modules.values()) if getattr(m, "executor", None) is executors.executor]
+    homes = [
+        m for m in list(sys.modules.values()) if getattr(m, "executor", None) is executors.executor
+    ]
     seen: dict[str, set[str]] = {"solves": set(), "spreads": set()}
     inside: list[str] = []
 
@@ -394,13 +476,17 @@ def test_cells_are_left_out_by_what_stages_do(task: Path) -> None:
 
     for values in {repr(s.values): s.values for s in STAGES.values()}.values():
         shutil.rmtree(task / "cache", ignore_errors=True)
-        named = {s.place: n for n, s in STAGES.items()}  # of two at the same place the one of these settings
+        named = {
+            s.place: n for n, s in STAGES.items()
+        }  # of two at the same place the one of these settings
         named.update({s.place: n for n, s in STAGES.items() if s.values == values})
         with pytest.MonkeyPatch.context() as patch:
             for home in homes:
                 if home is not executors:
                     patch.setattr(home, "executor", note("spreads", home.executor))
-            backends = {n: replace(b, solve=note("solves", b.solve)) for n, b in solvers.BACKENDS.items()}
+            backends = {
+                n: replace(b, solve=note("solves", b.solve)) for n, b in solvers.BACKENDS.items()
+            }
             patch.setattr(solvers, "BACKENDS", backends)
             for name in named.values():
                 _begun(patch, STAGES[name], enter(name), inside.pop)
@@ -468,7 +554,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Mapping[str
             _given(folder)
             stages = json.dumps({name: asdict(stage) for name, stage in STAGES.items()})
             arguments = [sys.executable, "-c", DRIVER, str(folder), stages, OLD.decode()]
-            found = subprocess.run(arguments, capture_output=True, text=True, env={**os.environ}, check=False)
+            found = subprocess.run(
+                arguments, capture_output=True, text=True, env={**os.environ}, check=False
+            )
             assert found.returncode == 0, found.stderr
             ends.update(json.loads(found.stdout))
         return ends
@@ -478,10 +566,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Mapping[str
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    pytest.importorskip("distributed", reason="the package distributed is not installed (the extra 'cluster')")
+    pytest.importorskip(
+        "distributed", reason="the package distributed is not installed (the extra 'cluster')"
+    )
     from distributed import LocalCluster
 
-    with LocalCluster(processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None) as found:
+    with LocalCluster(
+        processes=True, n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as found:
         yield found
 
 
@@ -503,32 +595,53 @@ def _full(name: str, real: Callable[..., Any], when: Callable[[str], bool]) -> C
     return refuse
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="files are told apart by their descriptors")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="files are told apart by their descriptors"
+)
 @pytest.mark.parametrize("which", WRITTEN)
 @pytest.mark.parametrize("point", ["write_bytes", "fsync", "replace"])
 def test_a_full_disk_leaves_the_old_files(
-    task: Path, point: str, which: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    task: Path,
+    point: str,
+    which: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     owner = Path if point == "write_bytes" else os
     with monkeypatch.context() as patch:
-        patch.setattr(owner, point, _full(point, getattr(owner, point), lambda where: where.endswith(f"/{which}")))
+        patch.setattr(
+            owner,
+            point,
+            _full(point, getattr(owner, point), lambda where: where.endswith(f"/{which}")),
+        )
         patch.setattr("onnx_oamip.reporting.html.prune_page", lambda _: b"page")
-        assert main(command(task, "--importance", "l2", "--allocate", "uniform", "--refit", "none")) == 2
+        assert (
+            main(command(task, "--importance", "l2", "--allocate", "uniform", "--refit", "none"))
+            == 2
+        )
     text = capsys.readouterr().err
     assert text == f"Error: {task / which} cannot be written: No space left on device.\n"
     assert nothing_happened(task)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="files are told apart by their descriptors")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="files are told apart by their descriptors"
+)
 @pytest.mark.parametrize("point", ["write_bytes", "fsync", "replace"])
-def test_a_full_disk_under_the_cache_costs_time_alone(task: Path, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_under_the_cache_costs_time_alone(
+    task: Path, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go(task, cache="off")
     reference = (task / "out.onnx").read_bytes()
     owner = Path if point == "write_bytes" else os
     with monkeypatch.context() as patch:
-        patch.setattr(owner, point, _full(point, getattr(owner, point), lambda where: "/cache/" in where))
+        patch.setattr(
+            owner, point, _full(point, getattr(owner, point), lambda where: "/cache/" in where)
+        )
         notes = go(task).notes
-    told = [n for n in notes if n.startswith("not all of what was learnt is kept for the next run: ")]
+    told = [
+        n for n in notes if n.startswith("not all of what was learnt is kept for the next run: ")
+    ]
     assert len(told) == 1
     assert told[0].endswith(".npz cannot be written: No space left on device")
     assert (task / "out.onnx").read_bytes() == reference
@@ -536,7 +649,9 @@ def test_a_full_disk_under_the_cache_costs_time_alone(task: Path, point: str, mo
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_is_read_only_is_refused_before_any_work(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_read_only_is_refused_before_any_work(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("onnx_oamip.graph.loading.load", lambda *_: pytest.fail("work was done"))
     task.chmod(0o500)
     try:
@@ -553,7 +668,10 @@ def test_a_folder_or_a_place_of_no_use_is_refused_before_any_work(
     (task / "out.onnx").unlink()
     (task / "out.onnx").mkdir()
     assert main(command(task)) == 2
-    assert capsys.readouterr().err == f"Error: the output {task / 'out.onnx'} is a folder; give a file name.\n"
+    assert (
+        capsys.readouterr().err
+        == f"Error: the output {task / 'out.onnx'} is a folder; give a file name.\n"
+    )
     (task / "out.onnx").rmdir()
     with monkeypatch.context() as patch:  # what a system says about a folder that is read-only
         patch.setattr(os, "access", lambda path, _: Path(path) != task)
@@ -568,10 +686,14 @@ def test_a_folder_or_a_place_of_no_use_is_refused_before_any_work(
     assert names(task) == {"model.onnx", "data.npz", *WRITTEN[1:]}
 
 
-def test_a_cache_of_ones_own_that_cannot_be_written_is_told_once(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_ones_own_that_cannot_be_written_is_told_once(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("ONNX_OAMIP_CACHE")
     (task / "cache").write_bytes(OLD)
-    monkeypatch.setattr("onnx_oamip.artifacts.cache.user_cache_path", lambda _: task / "cache" / "onnx-oamip")
+    monkeypatch.setattr(
+        "onnx_oamip.artifacts.cache.user_cache_path", lambda _: task / "cache" / "onnx-oamip"
+    )
     report = go(task, cache="auto")
     told = [note for note in report.notes if "nothing is kept for the next run" in note]
     assert len(told) == 1
@@ -579,7 +701,9 @@ def test_a_cache_of_ones_own_that_cannot_be_written_is_told_once(task: Path, mon
     assert report.output_sha256
 
 
-def test_old_weights_and_a_model_that_points_at_them_stay_together(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_weights_and_a_model_that_points_at_them_stay_together(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("onnx_oamip.graph.external_data.LARGE", 1000)
     monkeypatch.setattr("onnx_oamip.graph.external_data.LEAST", 100)
     target = task / "out.onnx"
@@ -588,7 +712,9 @@ def test_old_weights_and_a_model_that_points_at_them_stay_together(task: Path, m
     assert set(first) == {"out.onnx", "out.onnx.data"}
     real = os.replace
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", _full("replace", real, lambda where: where.endswith("/out.onnx")))
+        patch.setattr(
+            os, "replace", _full("replace", real, lambda where: where.endswith("/out.onnx"))
+        )
         with pytest.raises(OutputError):
             go(task, macs=0.4)
     assert {p.name: p.read_bytes() for p in task.glob("out.onnx*")} == first
@@ -600,22 +726,43 @@ def test_old_weights_and_a_model_that_points_at_them_stay_together(task: Path, m
 # ------------------------------------------------------------------------------------------- files that belong together
 
 
-def test_files_are_renamed_in_order_and_together(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_renamed_in_order_and_together(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str] = []
     real = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(Path(b).name), real(a, b))[1])
-    assert main(command(task, "--importance", "l2", "--allocate", "uniform", "--refit", "none", "--cache", "off")) == 0
+    assert (
+        main(
+            command(
+                task,
+                "--importance",
+                "l2",
+                "--allocate",
+                "uniform",
+                "--refit",
+                "none",
+                "--cache",
+                "off",
+            )
+        )
+        == 0
+    )
     assert seen == ["page.html", "keep.safetensors", "out.onnx"]
     assert names(task) == {"model.onnx", "data.npz", *WRITTEN}
 
 
-def test_a_new_file_goes_again_where_a_later_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_file_goes_again_where_a_later_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "b").write_bytes(OLD)
     real = os.replace
     with atomic_files.Batch() as batch:
         for name in "abc":
             batch.add(tmp_path / name, b"new")
-        monkeypatch.setattr(os, "replace", _full("replace", real, lambda where: where.endswith("/c")))
+        monkeypatch.setattr(
+            os, "replace", _full("replace", real, lambda where: where.endswith("/c"))
+        )
         with pytest.raises(OutputError, match=r"c cannot be written"):
             batch.commit()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"b": OLD}
@@ -649,9 +796,12 @@ def test_temporary_weights_go_with_the_process(tmp_path: Path) -> None:
         "print(len(os.listdir(os.environ['TMPDIR'])))\n"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         check=True,
-    )  # fmt: skip
+    )
     assert found.stdout == "1\n"
     assert not list(tmp_path.iterdir())
 
@@ -664,13 +814,18 @@ def _failing(program: Program, limits: Limits) -> Any:
 
 
 def _late(program: Program, limits: Limits) -> Any:
-    return solvers.Solution(Termination.NO_SOLUTION, Limit.TIME, None, None, None, None, 1.0, "gurobi")
+    return solvers.Solution(
+        Termination.NO_SOLUTION, Limit.TIME, None, None, None, None, 1.0, "gurobi"
+    )
 
 
 @pytest.fixture
 def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def put(**by_name: Any) -> None:
-        changed = {n: replace(b, solve=by_name[n]) if n in by_name else b for n, b in solvers.BACKENDS.items()}
+        changed = {
+            n: replace(b, solve=by_name[n]) if n in by_name else b
+            for n, b in solvers.BACKENDS.items()
+        }
         monkeypatch.setattr(solvers, "BACKENDS", changed)
 
     return put
@@ -694,8 +849,11 @@ def test_solvers_that_all_fail_leave_the_old_files(
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError], ids=["memory", "death"])
 def test_a_worker_that_fails_leaves_the_old_files(
-    task: Path, error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+    task: Path,
+    error: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from onnx_oamip.planning import sensitivity
 
     real = sensitivity._Part.losses
@@ -725,14 +883,26 @@ def test_a_worker_that_fails_leaves_the_old_files(
         ("sensitivity._Part.losses", {}, r"the losses of the group 'w\d'"),
         ("statistics.covariances._Sum", {}, r"the second moments of what Conv '.*' reads"),
         ("repair.least_squares._refit", {}, r"the refit of Conv '.*'"),
-        ("importance.oamip.decoupled._walk", _oamip("decoupled"), r"the programs of the group 'w\d'"),
-        ("importance.oamip.select.formulate", _oamip("joint", formulation="paper"), "the joint importance program"),
+        (
+            "importance.oamip.decoupled._walk",
+            _oamip("decoupled"),
+            r"the programs of the group 'w\d'",
+        ),
+        (
+            "importance.oamip.select.formulate",
+            _oamip("joint", formulation="paper"),
+            "the joint importance program",
+        ),
     ],
 )
 def test_memory_that_runs_out_names_the_group(
-    task: Path, place: str, values: Mapping[str, Any], what: str, monkeypatch: pytest.MonkeyPatch,
+    task: Path,
+    place: str,
+    values: Mapping[str, Any],
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     """At its second piece of work, and in a thread where there are several."""
     module, name = place.rsplit(".", 1)
     home: Any = import_module("onnx_oamip")
@@ -752,17 +922,24 @@ def test_memory_that_runs_out_names_the_group(
     options = [f"--{key}={value}" for key, value in values.items()]
     assert main(command(task, *options)) == 2
     said = "use --mode decoupled" if name == "formulate" else "give a smaller --max-memory"
-    assert re.fullmatch(f"Error: there is not enough memory for {what}; {said}.*\\.\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        f"Error: there is not enough memory for {what}; {said}.*\\.\n", capsys.readouterr().err
+    )
     assert nothing_happened(task)
 
 
 @pytest.mark.parametrize(
     "error",
-    [MemoryError("std::bad_alloc"), RuntimeError("Exception during initialization: std::bad_alloc"),
-     RuntimeError("Failed to allocate memory for requested buffer of size 17179869184")],
+    [
+        MemoryError("std::bad_alloc"),
+        RuntimeError("Exception during initialization: std::bad_alloc"),
+        RuntimeError("Failed to allocate memory for requested buffer of size 17179869184"),
+    ],
     ids=["python", "load", "run"],
-)  # fmt: skip
-def test_memory_that_the_runtime_lacks(task: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+)
+def test_memory_that_the_runtime_lacks(
+    task: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own errors are about memory, not about a model that is no good."""
     from onnx_oamip.graph.runtime import runtime
 
@@ -826,9 +1003,11 @@ def test_a_signal_ends_work_that_does_not_listen(
     started = task / "cache" / "started.npz"
     started.parent.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, place, str(started), *command(task)], stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", STUCK, place, str(started), *command(task)],
+        stderr=subprocess.PIPE,
+        text=True,
         cwd=ROOT,
-    )  # fmt: skip
+    )
     while not started.exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(number)

@@ -62,9 +62,11 @@ def test_a_worker_that_dies_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> No
     real = fuzzing.subprocess.Popen
     program = (
         "import os, sys\nfor x in sys.stdin:\n  if int(x) == 1: os.abort()\n"
-        "  print('[0, \"refused\", \"\"]', flush=True)"
+        '  print(\'[0, "refused", ""]\', flush=True)'
     )
-    monkeypatch.setattr(fuzzing.subprocess, "Popen", lambda args, **rest: real([args[0], "-c", program], **rest))
+    monkeypatch.setattr(
+        fuzzing.subprocess, "Popen", lambda args, **rest: real([args[0], "-c", program], **rest)
+    )
     assert [o.kind for o in fuzzing.outcomes("model", [0, 1, 2])] == ["refused", "died", "refused"]
 
 
@@ -72,10 +74,14 @@ def test_what_must_not_be_is_seen() -> None:
     assert fuzzing.judge(0, "fine\n", "") == ""
     assert fuzzing.judge(2, "", "Error: the model is broken; mend it.\n") == ""
     wrong = (
-        (1, "", "Traceback\n"), (2, "", "Error: a\nb.\n"), (2, "", "Error: \x1b[31m.\n"), (0, "\x1b", ""),
+        (1, "", "Traceback\n"),
+        (2, "", "Error: a\nb.\n"),
+        (2, "", "Error: \x1b[31m.\n"),
+        (0, "\x1b", ""),
         (139, "", ""),
-        (2, "", f"Error: {'x' * 3000}.\n"), (2, "", "Error: std::bad_alloc.\n"),
-    )  # fmt: skip
+        (2, "", f"Error: {'x' * 3000}.\n"),
+        (2, "", "Error: std::bad_alloc.\n"),
+    )
     for status, out, err in wrong:
         assert fuzzing.judge(status, out, err), err
 
@@ -84,8 +90,10 @@ def test_what_must_not_be_is_seen() -> None:
 
 
 def _simple() -> ModelProto:
-    return build("(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {"
-                 " a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2) }")  # fmt: skip
+    return build(
+        "(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {"
+        " a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2) }"
+    )
 
 
 def _calls(*listed: tuple[str, list[str]]) -> ModelProto:
@@ -95,10 +103,14 @@ def _calls(*listed: tuple[str, list[str]]) -> ModelProto:
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("f", 1)]
     for name, called in listed:
         nodes = [
-            helper.make_node(c, ["x" if i == 0 else f"t{i}"], ["y" if i == len(called) - 1 else f"t{i + 1}"],
-                             domain="" if c == "Relu" else "f")
+            helper.make_node(
+                c,
+                ["x" if i == 0 else f"t{i}"],
+                ["y" if i == len(called) - 1 else f"t{i + 1}"],
+                domain="" if c == "Relu" else "f",
+            )
             for i, c in enumerate(called)
-        ]  # fmt: skip
+        ]
         proto.functions.append(helper.make_function("f", name, ["x"], ["y"], nodes, opsets))
     proto.opset_import.append(helper.make_opsetid("f", 1))
     return proto
@@ -155,9 +167,17 @@ def _large(op: str, inputs: list[str]) -> Callable[[], ModelProto]:
 
     def make() -> ModelProto:
         proto = _simple()
-        for name, dims, values in (("shape", [1], [2**40]), ("one", [1], [1]), ("none", [], [0]), ("end", [], [2**40]),
-                                   ("step", [], [1]), ("pads", [2], [0, 2**40])):  # fmt: skip
-            proto.graph.initializer.append(helper.make_tensor(name, TensorProto.INT64, dims, values))
+        for name, dims, values in (
+            ("shape", [1], [2**40]),
+            ("one", [1], [1]),
+            ("none", [], [0]),
+            ("end", [], [2**40]),
+            ("step", [], [1]),
+            ("pads", [2], [0, 2**40]),
+        ):
+            proto.graph.initializer.append(
+                helper.make_tensor(name, TensorProto.INT64, dims, values)
+            )
         proto.graph.node.insert(0, helper.make_node(op, inputs, ["large"]))
         proto.graph.node.insert(1, helper.make_node("Size", ["large"], ["size"]))
         proto.graph.output.append(helper.make_tensor_value_info("size", TensorProto.INT64, []))
@@ -168,20 +188,28 @@ def _large(op: str, inputs: list[str]) -> Callable[[], ModelProto]:
 
 def _states() -> ModelProto:
     """An LSTM whose bias has no room for its gates."""
-    return build("(float[4,1,5] x) => (float[4,1,1,6] y) <float[1,24,5] w, float[1,24,6] r, float[1,1] b> {"
-                 " y = LSTM<hidden_size=6>(x, w, r, b) }")  # fmt: skip
+    return build(
+        "(float[4,1,5] x) => (float[4,1,1,6] y) <float[1,24,5] w, float[1,24,6] r, float[1,1] b> {"
+        " y = LSTM<hidden_size=6>(x, w, r, b) }"
+    )
 
 
 def _flat_states() -> ModelProto:
     """An LSTM whose recurrent weights are lengths."""
-    return build("(float[4,1,5] x, int32[1] n) => (float[4,1,1,6] y) <float[1,24,5] w> {"
-                 " y = LSTM<hidden_size=6>(x, w, n) }")  # fmt: skip
+    return build(
+        "(float[4,1,5] x, int32[1] n) => (float[4,1,1,6] y) <float[1,24,5] w> {"
+        " y = LSTM<hidden_size=6>(x, w, n) }"
+    )
 
 
 def _no_bias() -> ModelProto:
-    proto = build("(float[2,4,6] x) => (float[2,4,3] y) <float[6,24] w, float[6,8] u, float[8,3] v> {"
-                  " h = MatMul(x, u)  y = MatMul(h, v) }")  # fmt: skip
-    attention = helper.make_node("Attention", ["x", "w"], ["h"], domain="com.microsoft", num_heads=4)
+    proto = build(
+        "(float[2,4,6] x) => (float[2,4,3] y) <float[6,24] w, float[6,8] u, float[8,3] v> {"
+        " h = MatMul(x, u)  y = MatMul(h, v) }"
+    )
+    attention = helper.make_node(
+        "Attention", ["x", "w"], ["h"], domain="com.microsoft", num_heads=4
+    )
     proto.graph.node[0].CopyFrom(attention)
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return proto
@@ -189,7 +217,9 @@ def _no_bias() -> ModelProto:
 
 def _no_group(op: str) -> Callable[[], ModelProto]:
     def make() -> ModelProto:
-        proto = build("(float[N,3,5,5] x) => (float[N,4,5,5] y) <float[4,3,1,1] w> { y = Conv(x, w) }")
+        proto = build(
+            "(float[N,3,5,5] x) => (float[N,4,5,5] y) <float[4,3,1,1] w> { y = Conv(x, w) }"
+        )
         proto.graph.node[0].op_type = op
         proto.graph.node[0].attribute.append(helper.make_attribute("group", 0))
         return proto
@@ -197,10 +227,14 @@ def _no_group(op: str) -> Callable[[], ModelProto]:
     return make
 
 
-@pytest.mark.parametrize(("make", "why"), [
-    (_no_bias, "has no bias"), (_no_group("Conv"), "than one group"),
-    (_no_group("ConvTranspose"), "than one group"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (_no_bias, "has no bias"),
+        (_no_group("Conv"), "than one group"),
+        (_no_group("ConvTranspose"), "than one group"),
+    ],
+)
 def test_what_ends_the_runtime_is_not_run(
     make: Callable[[], ModelProto], why: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,10 +257,12 @@ def _narrow() -> ModelProto:
 
 def _never() -> ModelProto:
     """Sound to ONNX, and refused by every runtime once it runs."""
-    return build("(float[N,5] x) => (float[N,3] y, int64[1] z)"
-                 " <float[5,8] w1, float[8,3] w2, int64[2] to = {-1, 7}> {"
-                 " a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2)"
-                 "  t = Reshape(x, to)  z = Shape<end=1>(t) }")  # fmt: skip
+    return build(
+        "(float[N,5] x) => (float[N,3] y, int64[1] z)"
+        " <float[5,8] w1, float[8,3] w2, int64[2] to = {-1, 7}> {"
+        " a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2)"
+        "  t = Reshape(x, to)  z = Shape<end=1>(t) }"
+    )
 
 
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
@@ -239,7 +275,10 @@ BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "weight behind a link out": (_outside("link.bin", "weight"), "outside its own folder"),
     "sparse values outside": (_outside("../secret.bin", "sparse"), "outside its own folder"),
     "constant outside": (_outside("../secret.bin", "attribute"), "outside its own folder"),
-    "sparse constant outside": (_outside("../secret.bin", "sparse attribute"), "outside its own folder"),
+    "sparse constant outside": (
+        _outside("../secret.bin", "sparse attribute"),
+        "outside its own folder",
+    ),
     "sparse and huge": (_sparse, "more than is sensible for this file"),
     "fill": (_large("ConstantOfShape", ["shape"]), "asks for 4.0 TiB of memory"),
     "expand": (_large("Expand", ["one", "shape"]), "asks for 8.0 TiB of memory"),
@@ -262,7 +301,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _prune(place: Path, *more: str) -> list[str]:
-    return ["prune", str(place / "m.onnx"), "-o", str(place / "out.onnx"), "--cache", "off", *fuzzing.QUICK, *more]
+    return [
+        "prune",
+        str(place / "m.onnx"),
+        "-o",
+        str(place / "out.onnx"),
+        "--cache",
+        "off",
+        *fuzzing.QUICK,
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -288,7 +336,9 @@ def test_graphsurgeon_prints_nothing(place: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_function_that_calls_itself() -> None:
-    with pytest.raises(ModelError, match="the function 'a' of the model calls itself, which ONNX does not allow"):
+    with pytest.raises(
+        ModelError, match="the function 'a' of the model calls itself, which ONNX does not allow"
+    ):
         subgraphs.inline(_endless())
 
 
@@ -300,7 +350,9 @@ def test_what_does_not_fit_its_operator(
     assert main(_prune(place)) == 2
     assert "ONNX Runtime cannot" in capsys.readouterr().err
     assert main(["inspect", str(place / "m.onnx")]) == inspected
-    sentence = "LSTM 'LSTM_0' has inputs or attributes that do not fit its operator: ONNX Runtime cannot"
+    sentence = (
+        "LSTM 'LSTM_0' has inputs or attributes that do not fit its operator: ONNX Runtime cannot"
+    )
     assert (sentence in capsys.readouterr().err) == (inspected == 2)
 
 
@@ -319,12 +371,19 @@ def test_a_rule_that_breaks_on_a_sound_node_is_our_mistake(
     for arguments in (_prune(place), ["inspect", str(place / "m.onnx")]):
         assert main(arguments) == 2
         told = capsys.readouterr().err
-        assert "RuleFailed: the rule of Relu 'Relu_1' failed: IndexError: tuple index out of range" in told
-        assert told.endswith("Error: RuleFailed in onnx-oamip itself; please report it with the lines above.\n")
+        assert (
+            "RuleFailed: the rule of Relu 'Relu_1' failed: IndexError: tuple index out of range"
+            in told
+        )
+        assert told.endswith(
+            "Error: RuleFailed in onnx-oamip itself; please report it with the lines above.\n"
+        )
     assert not (place / "out.onnx").exists()
 
 
-def test_what_cannot_run_is_refused_before_the_work(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_run_is_refused_before_the_work(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "m.onnx").write_bytes(_never().SerializeToString())
     assert main(_prune(place)) == 2
     assert "ONNX Runtime cannot run" in capsys.readouterr().err
@@ -333,7 +392,11 @@ def test_what_cannot_run_is_refused_before_the_work(place: Path, capsys: pytest.
 
 def test_a_model_is_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
-    kinds = {tmp_path: "is a folder", tmp_path / "pipe.onnx": "is a pipe or a device", Path("/dev/zero"): "a device"}
+    kinds = {
+        tmp_path: "is a folder",
+        tmp_path / "pipe.onnx": "is a pipe or a device",
+        Path("/dev/zero"): "a device",
+    }
     for path, what in kinds.items():
         with pytest.raises(ModelError, match=what):
             models.load(path)
@@ -358,14 +421,19 @@ def test_a_long_list_is_not_followed_and_does_no_harm(place: Path) -> None:
 def test_a_loop_without_an_end_is_given_up(
     count: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    proto = build("(float[N,5] x) => (float[N,3] y)"
-                  " <float[5,6] w, float[6,3] v, int64 count = {9223372036854775807}, bool go = {1}> {"
-                  f" h = MatMul(x, w)  s = Loop({count}, go, h) <body = step (int64 i, bool c, float[n,6] s)"
-                  " => (bool d, float[n,6] t) { d = Identity(c)  t = Relu(s) }>  y = MatMul(s, v) }")  # fmt: skip
+    proto = build(
+        "(float[N,5] x) => (float[N,3] y)"
+        " <float[5,6] w, float[6,3] v, int64 count = {9223372036854775807}, bool go = {1}> {"
+        f" h = MatMul(x, w)  s = Loop({count}, go, h) <body = step (int64 i, bool c, float[n,6] s)"
+        " => (bool d, float[n,6] t) { d = Identity(c)  t = Relu(s) }>  y = MatMul(s, v) }"
+    )
     (place / "m.onnx").write_bytes(proto.SerializeToString())
     monkeypatch.setattr(runtime, "PATIENCE", 0.3)
     assert main(_prune(place)) == 2
-    assert "after 0.3 seconds or took all memory, and it has a Loop, which may never end" in capsys.readouterr().err
+    assert (
+        "after 0.3 seconds or took all memory, and it has a Loop, which may never end"
+        in capsys.readouterr().err
+    )
     assert not (place / "out.onnx").exists()
 
 
@@ -379,7 +447,11 @@ def test_odd_names_are_spelt_out(place: Path, capsys: pytest.CaptureFixture[str]
     proto.graph.initializer[0].name = proto.graph.node[0].input[1] = ODD
     proto.graph.input[0].name = proto.graph.node[0].input[0] = f"x{ODD}"
     (place / "m.onnx").write_bytes(proto.SerializeToString())
-    for command in (_prune(place), ["inspect", str(place / "m.onnx")], ["inspect", str(place / "m.onnx"), "--json"]):
+    for command in (
+        _prune(place),
+        ["inspect", str(place / "m.onnx")],
+        ["inspect", str(place / "m.onnx"), "--json"],
+    ):
         assert main(command) == 0
         out, err = capsys.readouterr()
         assert not fuzzing.judge(0, out, err)
@@ -448,15 +520,31 @@ RECORDS = np.zeros(6, [("a", "f4"), ("b", "i8")])
 BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "pickle": (".npy", b"\x80\x04\x95\x00.", "does not start as an .npy or .npz file does"),
     "pickled objects": (".npy", npy(np.asarray([object()], object)), "holds Python objects"),
-    "pickled objects in an archive": (".npz", _zipped(x=npy(np.asarray([{}], object))), "'x' holds Python objects"),
+    "pickled objects in an archive": (
+        ".npz",
+        _zipped(x=npy(np.asarray([{}], object))),
+        "'x' holds Python objects",
+    ),
     "records": (".npy", npy(RECORDS), "holds records of type"),
-    "more than is there": (".npy", _head("(1000000000000,)"), "is truncated: (1000000000000,) of float32 is 3.6 TiB"),
+    "more than is there": (
+        ".npy",
+        _head("(1000000000000,)"),
+        "is truncated: (1000000000000,) of float32 is 3.6 TiB",
+    ),
     "lengths that overflow": (".npy", _head("(99999, 99999, 99999, 99999, 99999)"), "EiB"),
-    "a negative length": (".npy", _head("(-1, 3, 4, 4)"), "has the shape (-1, 3, 4, 4), which is none"),
+    "a negative length": (
+        ".npy",
+        _head("(-1, 3, 4, 4)"),
+        "has the shape (-1, 3, 4, 4), which is none",
+    ),
     "a length of truth": (".npy", _head("(True, 3, 4, 4)"), "which is none"),
     "no element size": (".npy", _head("(9223372036854775807,)", "'|V0'"), "holds records"),
     "large records": (".npy", _head("(100000,)", "[('a', '<f4', (1000000,))]"), "holds records"),
-    "code in a header": (".npy", said("__import__('os').system('touch owned')"), "the header of it is broken"),
+    "code in a header": (
+        ".npy",
+        said("__import__('os').system('touch owned')"),
+        "the header of it is broken",
+    ),
     "brackets": (".npy", said("[" * 5000), "the header of it is broken"),
     "a long header": (".npy", said(" " * 100_000), "the header of it is broken"),
     "cut off": (".npy", npy(GOOD)[:-1], "it is truncated"),
@@ -464,17 +552,34 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "an archive cut off": (".npz", _zipped(x=npy(GOOD))[:-9], "cannot be read as numpy data"),
     "a bomb": (".npz", _bomb(), "asks for 7.8 TiB of memory and this machine has"),
     "no array": (".npz", _zipped(x=b"text"), "the header of its array 'x' is broken"),
-    "not a number": (".npz", _zipped(x=npy(np.where(FOURTH, np.float32(np.nan), GOOD))),
-                     "array 'x' has NaN or infinite values, first in sample 4"),
+    "not a number": (
+        ".npz",
+        _zipped(x=npy(np.where(FOURTH, np.float32(np.nan), GOOD))),
+        "array 'x' has NaN or infinite values, first in sample 4",
+    ),
     "no samples": (".npz", _zipped(x=npy(GOOD[:0])), "holds no samples"),
-    "one label for all": (".npz", _zipped(x=npy(GOOD), labels=npy(np.asarray(1))), "'labels' has shape ()"),
-    "a huge label": (".npz", _zipped(x=npy(GOOD), labels=npy(np.full(6, 2**63, np.uint64))), "which is none"),
-    "an odd name": (".npz", _zipped(**{"x": npy(GOOD), "../\x1b": npy(GOOD)}), "'../\\x1b' that is no input"),
-}  # fmt: skip
+    "one label for all": (
+        ".npz",
+        _zipped(x=npy(GOOD), labels=npy(np.asarray(1))),
+        "'labels' has shape ()",
+    ),
+    "a huge label": (
+        ".npz",
+        _zipped(x=npy(GOOD), labels=npy(np.full(6, 2**63, np.uint64))),
+        "which is none",
+    ),
+    "an odd name": (
+        ".npz",
+        _zipped(**{"x": npy(GOOD), "../\x1b": npy(GOOD)}),
+        "'../\\x1b' that is no input",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_broken_data(name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_data(
+    name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     suffix, content, sentence = BAD_DATA[name]
     path = tmp_path / f"d{suffix}"
@@ -496,17 +601,22 @@ def _png(width: int, height: int) -> bytes:
 
 TABLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "a row of 2^29 zeros": (lambda: ZEROS, "asks for 8.0 GiB of memory and this machine has"),
-    "the same, and the footer says 1": (lambda: understated(ZEROS), "asks for 8.0 GiB of memory and this machine has"),
+    "the same, and the footer says 1": (
+        lambda: understated(ZEROS),
+        "asks for 8.0 GiB of memory and this machine has",
+    ),
     "a text in every row": (repeated_text, "of text in it"),
-    "texts by what they share": (lambda: _columns(b"x" * 9, column_encoding={"x": "DELTA_BYTE_ARRAY"},
-                                                   use_dictionary=False), "DELTA_BYTE_ARRAY"),
+    "texts by what they share": (
+        lambda: _columns(b"x" * 9, column_encoding={"x": "DELTA_BYTE_ARRAY"}, use_dictionary=False),
+        "DELTA_BYTE_ARRAY",
+    ),
     "pictures of one colour": (lambda: _columns(_png(9000, 9000)), "9000 x 9000 pixels in"),
     "half a picture": (lambda: _columns(_png(40, 40)[:45]), "row 0 cannot be read as an image"),
     "no picture": (lambda: _columns(b""), "row 0 cannot be read as an image: it is empty"),
     "no bytes": (lambda: _columns({"other": 1}), "records without 'bytes'"),
     "texts": (lambda: _columns("a"), "'x' holds string; expected numbers"),
     "holes": (lambda: _columns([0.5, None]), "with 6 empty places"),
-}  # fmt: skip
+}
 
 
 def _columns(cell: Any, **choices: Any) -> bytes:
@@ -516,7 +626,9 @@ def _columns(cell: Any, **choices: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_broken_tables(name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_tables(
+    name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet, "memory", lambda: 1 << 30)
     make, sentence = TABLES[name]
     (tmp_path / "d.parquet").write_bytes(make())
@@ -529,7 +641,12 @@ def test_links_among_pictures(model: Model, tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / "a.png").write_bytes(_png(4, 4))
-    for name, where in (("b", "a.png"), ("circle", "circle.png"), ("zero", "/dev/zero"), ("gone", "gone")):
+    for name, where in (
+        ("b", "a.png"),
+        ("circle", "circle.png"),
+        ("zero", "/dev/zero"),
+        ("gone", "gone"),
+    ):
         (folder / f"{name}.png").symlink_to(where)
     found = dataset.load(folder, model)
     assert found is not None
@@ -540,9 +657,12 @@ def test_links_among_pictures(model: Model, tmp_path: Path) -> None:
 
 
 ACCEPTED: dict[str, Any] = {
-    "big-endian": GOOD.astype(">f4"), "Fortran order": np.asfortranarray(GOOD), "one sample": GOOD[:1],
-    "the same sample": np.repeat(GOOD[:1], 6, axis=0), "constant channels": np.ones_like(GOOD),
-}  # fmt: skip
+    "big-endian": GOOD.astype(">f4"),
+    "Fortran order": np.asfortranarray(GOOD),
+    "one sample": GOOD[:1],
+    "the same sample": np.repeat(GOOD[:1], 6, axis=0),
+    "constant channels": np.ones_like(GOOD),
+}
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
@@ -588,8 +708,16 @@ def test_labels_beyond_the_classes(place: Path, capsys: pytest.CaptureFixture[st
     (place / "m.onnx").write_bytes(build(DATA_MODEL).SerializeToString())
     np.savez(place / "d.npz", x=GOOD, labels=[0, 1, 0, 1, 2, 0])
     assert main(_prune(place, "--data", str(place / "d.npz"))) == 2
-    assert "'labels' has the class 2, but the model's output 'y' has 2 classes" in capsys.readouterr().err
-    assert main(["verify", str(place / "m.onnx"), str(place / "m.onnx"), "--data", str(place / "d.npz")]) == 2
+    assert (
+        "'labels' has the class 2, but the model's output 'y' has 2 classes"
+        in capsys.readouterr().err
+    )
+    assert (
+        main(
+            ["verify", str(place / "m.onnx"), str(place / "m.onnx"), "--data", str(place / "d.npz")]
+        )
+        == 2
+    )
     assert "which count from 0" in capsys.readouterr().err
 
 
@@ -609,12 +737,27 @@ def _twice(text: str) -> str:
 DEEP = "[" * 5000 + "]" * 5000
 PLANS: dict[str, tuple[Callable[[str], str], str]] = {
     "deep": (lambda _: DEEP, "is no valid JSON"),
-    "deep inside": (lambda text: text.replace('"settings": {', '"settings": {"a": ' + DEEP[4600:5400] + ", "), "limit"),
+    "deep inside": (
+        lambda text: text.replace('"settings": {', '"settings": {"a": ' + DEEP[4600:5400] + ", "),
+        "limit",
+    ),
     "long": (_twice, "'keep' lists unit 99998 twice"),
-    "a key twice": (lambda text: text.replace('"kind"', '"kind": "x", "kind"'), "'kind' stands twice"),
-    "digits": (lambda text: text.replace('"schema_version": 1', '"schema_version": ' + "9" * 5000), "no valid JSON"),
-    "a method that is none": (lambda text: text.replace('"importance": "l2"', '"importance": "\\u001b"'), "unknown"),
-    "programs that are none": (_set(programs=[{"purpose": "a", "solver": 3}]), "'solver' of a program"),
+    "a key twice": (
+        lambda text: text.replace('"kind"', '"kind": "x", "kind"'),
+        "'kind' stands twice",
+    ),
+    "digits": (
+        lambda text: text.replace('"schema_version": 1', '"schema_version": ' + "9" * 5000),
+        "no valid JSON",
+    ),
+    "a method that is none": (
+        lambda text: text.replace('"importance": "l2"', '"importance": "\\u001b"'),
+        "unknown",
+    ),
+    "programs that are none": (
+        _set(programs=[{"purpose": "a", "solver": 3}]),
+        "'solver' of a program",
+    ),
 }
 
 
@@ -622,11 +765,32 @@ PLANS: dict[str, tuple[Callable[[str], str], str]] = {
 def test_broken_plans(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change, sentence = PLANS[name]
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
-    asked = ["--macs", "0.5", "--importance", "l2", "--allocate", "uniform", "--refit", "none", "--cache", "off"]
-    assert main(["plan", str(place / "m.onnx"), "-o", str(place / "p.json"), *asked]) == 0, capsys.readouterr().err
+    asked = [
+        "--macs",
+        "0.5",
+        "--importance",
+        "l2",
+        "--allocate",
+        "uniform",
+        "--refit",
+        "none",
+        "--cache",
+        "off",
+    ]
+    assert main(["plan", str(place / "m.onnx"), "-o", str(place / "p.json"), *asked]) == 0, (
+        capsys.readouterr().err
+    )
     capsys.readouterr()
     (place / "p.json").write_text(change((place / "p.json").read_text()))
-    given = ["--plan", str(place / "p.json"), "-o", str(place / "out.onnx"), "--refit", "none", "--force"]
+    given = [
+        "--plan",
+        str(place / "p.json"),
+        "-o",
+        str(place / "out.onnx"),
+        "--refit",
+        "none",
+        "--force",
+    ]
     status = main(["apply", str(place / "m.onnx"), *given])
     out, err = capsys.readouterr()
     assert status == 2
@@ -657,14 +821,35 @@ def test_broken_configurations(name: str, place: Path, capsys: pytest.CaptureFix
     assert sentence in err
 
 
-def test_what_others_put_into_the_cache_is_made_anew(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_others_put_into_the_cache_is_made_anew(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
-    np.savez(place / "d.npz", x=np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32))
-    asked = ["prune", str(place / "m.onnx"), "-o", str(place / "out.onnx"), "--data", str(place / "d.npz"),
-             "--cache", str(place / "cache"),
-             "--macs", "0.5", "--align", "1", "--force", "--device", "cpu"]  # fmt: skip
+    np.savez(
+        place / "d.npz", x=np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32)
+    )
+    asked = [
+        "prune",
+        str(place / "m.onnx"),
+        "-o",
+        str(place / "out.onnx"),
+        "--data",
+        str(place / "d.npz"),
+        "--cache",
+        str(place / "cache"),
+        "--macs",
+        "0.5",
+        "--align",
+        "1",
+        "--force",
+        "--device",
+        "cpu",
+    ]
     assert main(asked) == 0, capsys.readouterr().err
-    good, whole = (place / "out.onnx").read_bytes(), {p: p.read_bytes() for p in (place / "cache").glob("*.npz")}
+    good, whole = (
+        (place / "out.onnx").read_bytes(),
+        {p: p.read_bytes() for p in (place / "cache").glob("*.npz")},
+    )
     assert {p.name.partition("-")[0] for p in whole} >= {"grams", "scores", "steps", "losses"}
 
     def broken(path: Path, change: Callable[[Any], Any]) -> None:
@@ -676,7 +861,9 @@ def test_what_others_put_into_the_cache_is_made_anew(place: Path, capsys: pytest
         lambda p: p.write_bytes(_zipped(index=npy(np.asarray([object()], object)))),
         lambda p: p.write_bytes(whole[p][:-40]),
         lambda p: broken(p, lambda a: a[..., :-1] if a.ndim else a),
-        lambda p: broken(p, lambda a: a * np.nan if a.dtype.kind == "f" else a - 99 if a.dtype.kind == "i" else a),
+        lambda p: broken(
+            p, lambda a: a * np.nan if a.dtype.kind == "f" else a - 99 if a.dtype.kind == "i" else a
+        ),
         lambda p: broken(p, lambda a: np.asarray("[" * 9999) if a.dtype.kind == "U" else a[None]),
     ):
         for path in whole:

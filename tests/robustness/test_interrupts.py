@@ -163,7 +163,9 @@ print(json.dumps(ends))
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     """How every case ended, by its name: all run at the same time, each in a folder of its name."""
-    distributed = pytest.importorskip("distributed", reason="the package distributed is not installed")
+    distributed = pytest.importorskip(
+        "distributed", reason="the package distributed is not installed"
+    )
     for backend in solvers.BACKENDS.values():
         if not backend.licence().usable:
             pytest.skip(f"{backend.name} is not usable here")
@@ -172,7 +174,9 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     images = np.random.default_rng(0).normal(size=(60, 3, 8, 8)).astype(np.float32)
     np.savez(folder / "data.npz", image=images, labels=np.arange(60) % 5)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    with distributed.LocalCluster(processes=True, n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(
+        processes=True, n_workers=1, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
         cases = []
         for place, options in PLACES.items():
             for name in SIGNALS:
@@ -181,15 +185,38 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
                 (home / "out.onnx").write_bytes(b"old")
                 more = [*options, cluster.scheduler_address] if place == "cluster" else options
                 model, source = str(folder / "model.onnx"), str(folder / "data.npz")
-                arguments = ["bench", model, "--data", source, "--seconds", "0.1"] if place == "process" else [
-                    "prune", model, "--data", source, "--macs", "0.5", "--align", "1", "--device", "cpu", "-q",
-                    "--workers", "2", "--cache", str(home / "cache"), "-o", str(home / "out.onnx"), *more,
-                ]  # fmt: skip
+                arguments = (
+                    ["bench", model, "--data", source, "--seconds", "0.1"]
+                    if place == "process"
+                    else [
+                        "prune",
+                        model,
+                        "--data",
+                        source,
+                        "--macs",
+                        "0.5",
+                        "--align",
+                        "1",
+                        "--device",
+                        "cpu",
+                        "-q",
+                        "--workers",
+                        "2",
+                        "--cache",
+                        str(home / "cache"),
+                        "-o",
+                        str(home / "out.onnx"),
+                        *more,
+                    ]
+                )
                 cases.append({"home": str(home), "place": place, "arguments": arguments})
         found = subprocess.run(
-            [sys.executable, "-c", DRIVER, str(folder), json.dumps(cases)], capture_output=True, text=True, check=False,
+            [sys.executable, "-c", DRIVER, str(folder), json.dumps(cases)],
+            capture_output=True,
+            text=True,
+            check=False,
             env=environment,
-        )  # fmt: skip
+        )
     assert found.returncode == 0, found.stderr
     return {"folder": folder, **json.loads(found.stdout)}
 

@@ -45,7 +45,9 @@ def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
-def go(tmp_path: Path, images: np.ndarray, proto: onnx.ModelProto | None = None, **values: Any) -> Report:
+def go(
+    tmp_path: Path, images: np.ndarray, proto: onnx.ModelProto | None = None, **values: Any
+) -> Report:
     path = tmp_path / "model.onnx"
     path.write_bytes((proto or build(TEXT)).SerializeToString())
     settings = Settings.create(**{"macs": 0.6, "align": 1, "device": "cpu", "workers": 1, **values})
@@ -109,12 +111,22 @@ def test_squares_that_overflow_are_summed_again(tmp_path: Path) -> None:
 
 def test_bounds_beyond_solvers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SolverError, match=r"beyond what solvers resolve; use --mode decoupled"):
-        go(tmp_path, IMAGES, scaled(w1=1e8, b1=1e8), importance="oamip", mode="joint", refit="none", time_limit=5.0)
+        go(
+            tmp_path,
+            IMAGES,
+            scaled(w1=1e8, b1=1e8),
+            importance="oamip",
+            mode="joint",
+            refit="none",
+            time_limit=5.0,
+        )
     assert not (tmp_path / "out.onnx").exists()
 
 
 def test_a_budget_out_of_reach_names_what_binds(tmp_path: Path) -> None:
-    with pytest.raises(BudgetNotMet, match=r"--macs budget cannot be met.*w1.*most MACs then are in"):
+    with pytest.raises(
+        BudgetNotMet, match=r"--macs budget cannot be met.*w1.*most MACs then are in"
+    ):
         go(tmp_path, IMAGES, macs=0.001)
     with pytest.raises(BudgetNotMet, match="without --floor"):
         go(tmp_path, IMAGES, macs=0.3, floor=0.9)
@@ -188,13 +200,17 @@ METHODS: dict[str, tuple[str, ...]] = {
 def changed(proto: onnx.ModelProto, **values: np.ndarray) -> onnx.ModelProto:
     for tensor in proto.graph.initializer:
         if tensor.name in values:
-            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name].astype(np.float32), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(values[tensor.name].astype(np.float32), tensor.name)
+            )
     return proto
 
 
 def half(proto: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in proto.graph.initializer:
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+        tensor.CopyFrom(
+            numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name)
+        )
     for value in (*proto.graph.input, *proto.graph.output):
         value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     return proto
@@ -213,20 +229,37 @@ def told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Tol
     """``prune`` on the command line: the process status, the sentence, the document, which must be strict JSON."""
 
     def call(proto: onnx.ModelProto, arrays: dict[str, np.ndarray], *options: str) -> Told:
-        model, source, target = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "out.onnx"
+        model, source, target = (
+            tmp_path / "model.onnx",
+            tmp_path / "data.npz",
+            tmp_path / "out.onnx",
+        )
         model.write_bytes(proto.SerializeToString())
         np.savez(source, **arrays)
         target.unlink(missing_ok=True)
         capfd.readouterr()
         budget = () if "--macs" in options else ("--macs", "0.6")
-        given = ("--data", source, "--align", "1", "--device", "cpu", "--json", "--force", "-o", target)
+        given = (
+            "--data",
+            source,
+            "--align",
+            "1",
+            "--device",
+            "cpu",
+            "--json",
+            "--force",
+            "-o",
+            target,
+        )
         code = main([str(a) for a in ("prune", model, *given, *budget, *options)])
         out, error = capfd.readouterr()
 
         def refuse(word: str) -> None:
             raise ValueError(f"{word} is not JSON")
 
-        found = Told(code, error, target, json.loads(out, parse_constant=refuse) if code == 0 else {})
+        found = Told(
+            code, error, target, json.loads(out, parse_constant=refuse) if code == 0 else {}
+        )
         assert code == 0 or not target.exists()
         assert "Traceback" not in error
         return found
@@ -240,7 +273,10 @@ def legitimate() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
     ruled_out = np.asarray([0, 0, 0, -np.inf, 0])
     return {
         "a causal mask": (changed(build(CAUSAL), mask=triangle), TOKENS),
-        "a causal mask in half precision": (half(changed(build(CAUSAL), mask=triangle)), TOKENS.astype(np.float16)),
+        "a causal mask in half precision": (
+            half(changed(build(CAUSAL), mask=triangle)),
+            TOKENS.astype(np.float16),
+        ),
         "a class that is ruled out": (changed(build(RULED_OUT), mask=ruled_out), ROWS),
         "a logarithm of 0, masked": (build(LOGARITHM), ROWS),
     }
@@ -248,7 +284,9 @@ def legitimate() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
 
 @pytest.mark.parametrize("method", ["default", "nnrelief", "snacs", "bias"])
 @pytest.mark.parametrize("name", legitimate())
-def test_infinities_that_no_unit_reads_do_not_disturb(name: str, method: str, told: Callable[..., Told]) -> None:
+def test_infinities_that_no_unit_reads_do_not_disturb(
+    name: str, method: str, told: Callable[..., Told]
+) -> None:
     proto, x = legitimate()[name]
     found = told(proto, {"x": x, "labels": np.arange(len(x)) % 3}, *METHODS[method])
     assert found.code == 0, found.error
@@ -260,23 +298,38 @@ def test_infinities_that_no_unit_reads_do_not_disturb(name: str, method: str, to
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_that_overflows_names_the_place(method: str, told: Callable[..., Told]) -> None:
+def test_half_precision_that_overflows_names_the_place(
+    method: str, told: Callable[..., Told]
+) -> None:
     images = IMAGES.copy()
     images[[3, 50]] *= 4000
     proto = half(scaled(w1=20, w2=20))
-    found = told(proto, {"image": images.astype(np.float16), "labels": np.arange(60) % 5}, *METHODS[method])
+    found = told(
+        proto, {"image": images.astype(np.float16), "labels": np.arange(60) % 5}, *METHODS[method]
+    )
     assert found.code == 2
-    assert re.search(r"NaN or infinite values in [12] of 48 calibration samples, first in sample (3|50) ", found.error)
+    assert re.search(
+        r"NaN or infinite values in [12] of 48 calibration samples, first in sample (3|50) ",
+        found.error,
+    )
     assert "from Conv 'Conv_0' on (float16 ends at 6.55e+04)" in found.error
-    assert "leave those samples out, or prune the model in float32 and convert the result" in found.error
+    assert (
+        "leave those samples out, or prune the model in float32 and convert the result"
+        in found.error
+    )
 
 
 @pytest.mark.parametrize("method", ["default", "decoupled", "nnrelief", "bias"])
 @pytest.mark.parametrize("kind", ["half", "single"])
-def test_rows_that_overflow_behind_a_clip_are_not_fitted_to(kind: str, method: str, told: Callable[..., Told]) -> None:
+def test_rows_that_overflow_behind_a_clip_are_not_fitted_to(
+    kind: str, method: str, told: Callable[..., Told]
+) -> None:
     """What units read is finite, but a layer behind them overflows before it is clipped."""
     if kind == "half":
-        proto, x = half(changed(build(CLIPPED), w2=3e4 * weights(build(CLIPPED), "w2"))), ROWS.astype(np.float16)
+        proto, x = (
+            half(changed(build(CLIPPED), w2=3e4 * weights(build(CLIPPED), "w2"))),
+            ROWS.astype(np.float16),
+        )
     else:
         proto, x = changed(build(CLIPPED), w2=2e38 * weights(build(CLIPPED), "w2")), ROWS
     found = told(proto, {"x": x, "labels": np.arange(60) % 5}, *METHODS[method])
@@ -291,9 +344,13 @@ def test_layers_that_overflow_are_named_where_their_outputs_are_looked_at(
     method: str, told: Callable[..., Told]
 ) -> None:
     proto = half(changed(build(CLIPPED), w2=3e4 * weights(build(CLIPPED), "w2")))
-    found = told(proto, {"x": ROWS.astype(np.float16), "labels": np.arange(60) % 5}, *METHODS[method])
+    found = told(
+        proto, {"x": ROWS.astype(np.float16), "labels": np.arange(60) % 5}, *METHODS[method]
+    )
     assert found.code == 2
-    assert re.search(r"'c', which Clip .* reads, takes NaN or infinite values .*from MatMul .* on", found.error)
+    assert re.search(
+        r"'c', which Clip .* reads, takes NaN or infinite values .*from MatMul .* on", found.error
+    )
 
 
 def test_outputs_that_are_no_numbers_are_refused(told: Callable[..., Told]) -> None:
@@ -308,7 +365,10 @@ def test_a_mask_of_infinities_as_data_says_what_to_write(told: Callable[..., Tol
     x[4, 2] = -np.inf
     found = told(build(CLIPPED), {"x": x})
     assert found.code == 2
-    assert "first in sample 4; clean the data, and where -inf masks something, write the type's lowest" in found.error
+    assert (
+        "first in sample 4; clean the data, and where -inf masks something, write the type's lowest"
+        in found.error
+    )
 
 
 def weights(proto: onnx.ModelProto, name: str) -> np.ndarray:
@@ -401,7 +461,9 @@ def test_no_sample_is_classified_as_labelled(tmp_path: Path, told: Callable[...,
     assert told(build(TEXT), arrays, "--importance", "oamip").code == 0
     found = told(build(TEXT), arrays, "--importance", "oamip", "--mode", "joint")
     assert found.code == 2
-    assert "no calibration sample is classified as its label says; use --mode decoupled" in found.error
+    assert (
+        "no calibration sample is classified as its label says; use --mode decoupled" in found.error
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- joint programs
@@ -447,9 +509,13 @@ def test_a_joint_program_against_all_subsets(factor: float, solver: str, tmp_pat
     assert outcome.bound <= values.min() + 1e-5
 
 
-def objective(model: Model, coupling: Coupling, held: Images, formulation: Formulation, keep: np.ndarray) -> float:
+def objective(
+    model: Model, coupling: Coupling, held: Images, formulation: Formulation, keep: np.ndarray
+) -> float:
     """The published objective of one subset, from the weights: weighted cross-entropy plus sparsity."""
-    w1, b1, w2, b2, w3 = (model.constants[n].astype(np.float64) for n in ("w1", "b1", "w2", "b2", "w3"))
+    w1, b1, w2, b2, w3 = (
+        model.constants[n].astype(np.float64) for n in ("w1", "b1", "w2", "b2", "w3")
+    )
     kept = np.ones(coupling.n_units)
     kept[formulation.units] = keep
     x = np.concatenate([feed["x"] for feed in held.feeds]).astype(np.float64)
@@ -457,7 +523,9 @@ def objective(model: Model, coupling: Coupling, held: Images, formulation: Formu
     r = np.maximum(h @ w2 + b2, 0) * kept[coupling.axes["r", 1]]
     y = r @ w3
     label = held.labels.reshape(-1)
-    loss = np.log(np.exp(y - y.max(1, keepdims=True)).sum(1)) + y.max(1) - y[np.arange(len(y)), label]
+    loss = (
+        np.log(np.exp(y - y.max(1, keepdims=True)).sum(1)) + y.max(1) - y[np.arange(len(y)), label]
+    )
     return 5.0 * float(loss.mean()) + formulation.reward.value(keep)
 
 
@@ -467,8 +535,14 @@ def objective(model: Model, coupling: Coupling, held: Images, formulation: Formu
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--macs", "0.3", "--floor", "0.9"), r"least that can be met is --macs 0\.8\d+; .* without --floor 0\.9\."),
-        (("--macs", "0.05", "--align", "8"), r"least .* --macs 0\.3\d+; .* without --align 8, that is with --align 1"),
+        (
+            ("--macs", "0.3", "--floor", "0.9"),
+            r"least that can be met is --macs 0\.8\d+; .* without --floor 0\.9\.",
+        ),
+        (
+            ("--macs", "0.05", "--align", "8"),
+            r"least .* --macs 0\.3\d+; .* without --align 8, that is with --align 1",
+        ),
         (("--macs", "0.2", "--exclude", "w1"), r"--exclude 'w1' keeps channels that could go"),
         (("--macs", "0.3", "--protect", "0.8"), r"it can be met without --protect 0\.8\."),
         (("--macs", "0.001"), r"the least that can be met is --macs 0\.0\d+; ask for more"),
@@ -486,7 +560,16 @@ def test_a_budget_out_of_reach_says_what_binds(
 @pytest.mark.parametrize("floor", [0.0, 0.5])
 def test_the_least_that_can_be_met_can_be_met(floor: float, told: Callable[..., Told]) -> None:
     arrays = {"image": IMAGES.astype(np.float32)}
-    options = ("--floor", str(floor), "--allocate", "uniform", "--importance", "l2", "--refit", "none")
+    options = (
+        "--floor",
+        str(floor),
+        "--allocate",
+        "uniform",
+        "--importance",
+        "l2",
+        "--refit",
+        "none",
+    )
     failed = told(build(TEXT), arrays, "--macs", "0.001", *options)
     least = re.search(r"least that can be met is --macs (0\.\d+)", failed.error)
     assert least is not None

@@ -26,14 +26,20 @@ from onnx_oamip.statistics import calibration
 
 
 def _collect(
-    model: Model, coupling: Coupling, arrays: dict[str, Array], device: str = "cpu", batch_size: int = 32
+    model: Model,
+    coupling: Coupling,
+    arrays: dict[str, Array],
+    device: str = "cpu",
+    batch_size: int = 32,
 ) -> Statistics:
     found = dataset.load(arrays, model)
     assert found is not None
     return calibration.collect(model, coupling, found, device, batch_size)
 
 
-def _assert_moments(model: Model, found: Statistics, arrays: dict[str, Array], tolerance: float) -> None:
+def _assert_moments(
+    model: Model, found: Statistics, arrays: dict[str, Array], tolerance: float
+) -> None:
     """Mean and mean square against float64 numpy; the mean relative to the channel's root mean square."""
     tensors = sorted({tensor for tensor, _ in found.moments})
     values = activations(model, arrays, tensors)
@@ -43,7 +49,9 @@ def _assert_moments(model: Model, found: Statistics, arrays: dict[str, Array], t
         x = x.reshape(len(x), -1)
         square = np.square(x).mean(axis=1)
         assert moments.count == x.shape[1]
-        np.testing.assert_allclose(moments.mean_square, square, rtol=tolerance, atol=1e-30, err_msg=tensor)
+        np.testing.assert_allclose(
+            moments.mean_square, square, rtol=tolerance, atol=1e-30, err_msg=tensor
+        )
         apart = np.abs(moments.mean - x.mean(axis=1))
         assert (apart <= tolerance * np.sqrt(square) + 1e-30).all(), (tensor, axis, apart)
 
@@ -72,12 +80,17 @@ def test_moments_do_not_depend_on_the_batch_size(tmp_path: Path, batch_size: int
     model = load(build(NETS["cnn"]), tmp_path)
     coupling = couple(model)
     arrays = samples(model, 50)
-    reference, found = _collect(model, coupling, arrays), _collect(model, coupling, arrays, batch_size=batch_size)
+    reference, found = (
+        _collect(model, coupling, arrays),
+        _collect(model, coupling, arrays, batch_size=batch_size),
+    )
     for site, moments in found.moments.items():
         other = reference.moments[site]
         assert moments.count == other.count
         np.testing.assert_allclose(moments.mean_square, other.mean_square, rtol=1e-6)
-        np.testing.assert_allclose(moments.mean, other.mean, atol=1e-6 * np.sqrt(other.mean_square.max()))
+        np.testing.assert_allclose(
+            moments.mean, other.mean, atol=1e-6 * np.sqrt(other.mean_square.max())
+        )
 
 
 def test_a_fixed_batch_leaves_the_rest_out(tmp_path: Path) -> None:
@@ -120,7 +133,9 @@ def test_half_precision_sums_do_not_overflow(tmp_path: Path) -> None:
     text = """(float16[N,2] x) => (float16[N,1] y) <float16[2,3] w1, float16[3,1] w2>
     { h = MatMul(x, w1) y = MatMul(h, w2) }"""
     proto = build(text)
-    for tensor, value in zip(proto.graph.initializer, (np.full((2, 3), 100), np.zeros((3, 1))), strict=True):
+    for tensor, value in zip(
+        proto.graph.initializer, (np.full((2, 3), 100), np.zeros((3, 1))), strict=True
+    ):
         tensor.CopyFrom(onnx.numpy_helper.from_array(value.astype(np.float16), tensor.name))
     model = load(proto, tmp_path)
     found = _collect(model, couple(model), {"x": np.ones((64, 2), np.float16)})
@@ -129,11 +144,15 @@ def test_half_precision_sums_do_not_overflow(tmp_path: Path) -> None:
 
 def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
     model = load(
-        build("(float[N,2] x) => (float[N,1] y) <float[2,3] w1, float[3,1] w2> { a = MatMul(x, w1) h = Exp(a)"
-              " y = MatMul(h, w2) }"),
+        build(
+            "(float[N,2] x) => (float[N,1] y) <float[2,3] w1, float[3,1] w2> { a = MatMul(x, w1) h = Exp(a)"
+            " y = MatMul(h, w2) }"
+        ),
         tmp_path,
-    )  # fmt: skip
-    with pytest.raises(DataError, match=r"'h', which MatMul .* NaN or infinite values in 3 of 3 .* from Exp .* on"):
+    )
+    with pytest.raises(
+        DataError, match=r"'h', which MatMul .* NaN or infinite values in 3 of 3 .* from Exp .* on"
+    ):
         _collect(model, couple(model), {"x": np.full((3, 2), 1e30, np.float32)})
 
 
@@ -147,7 +166,9 @@ def test_progress_counts_samples(tmp_path: Path) -> None:
 
 
 def test_nothing_to_measure(tmp_path: Path) -> None:
-    model = load(build("(float[N,2] x) => (float[] y) <float[2,3] w> { y = MatMul(x, w) }"), tmp_path)
+    model = load(
+        build("(float[N,2] x) => (float[] y) <float[2,3] w> { y = MatMul(x, w) }"), tmp_path
+    )
     found = _collect(model, couple(model), {"x": np.ones((3, 2), np.float32)})
     assert found.moments == {}
 
@@ -166,5 +187,7 @@ def test_cuda_gives_the_same_moments(tmp_path: Path, name: str) -> None:
     assert cuda.device == "cuda"
     for site, moments in cpu.moments.items():
         scale = np.sqrt(moments.mean_square.max())
-        np.testing.assert_allclose(cuda.moments[site].mean_square, moments.mean_square, rtol=1e-4, atol=1e-4 * scale**2)
+        np.testing.assert_allclose(
+            cuda.moments[site].mean_square, moments.mean_square, rtol=1e-4, atol=1e-4 * scale**2
+        )
         np.testing.assert_allclose(cuda.moments[site].mean, moments.mean, atol=1e-4 * scale)

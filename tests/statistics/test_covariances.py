@@ -48,7 +48,9 @@ LEFT = "a = MatMul(w1, x)  h = Relu(a)"
 IMAGE = "a = Conv(x, w1)  h = Relu(a)"
 NETS = {
     "gemm": _net("N,5", DENSE, "float[5,8] w1, float[8,4] w", "Gemm(h, w)"),
-    "gemm scaled": _net("N,5", DENSE, "float[5,8] w1, float[4,8] w", "Gemm<transB = 1, alpha = 0.3>(h, w)"),
+    "gemm scaled": _net(
+        "N,5", DENSE, "float[5,8] w1, float[4,8] w", "Gemm<transB = 1, alpha = 0.3>(h, w)"
+    ),
     "gemm left": _net("5,N", LEFT, "float[8,5] w1, float[4,8] w", "Gemm<alpha = 2.0>(w, h)"),
     "matmul 3d": _net("N,6,5", DENSE, "float[5,8] w1, float[8,4] w", "MatMul(h, w)"),
     "matmul left": _net("N,5,6", LEFT, "float[8,5] w1, float[4,8] w", "MatMul(w, h)"),
@@ -56,27 +58,43 @@ NETS = {
         "N,3,5,5", IMAGE + "  f = Flatten(h)", "float[8,3,3,3] w1, float[72,4] w", "Gemm(f, w)"
     ),
     "conv 1d": _net(
-        "N,3,12", IMAGE, "float[8,3,3] w1, float[4,8,3] w", "Conv<strides = [2], pads = [0, 2], dilations = [2]>(h, w)"
+        "N,3,12",
+        IMAGE,
+        "float[8,3,3] w1, float[4,8,3] w",
+        "Conv<strides = [2], pads = [0, 2], dilations = [2]>(h, w)",
     ),
     "conv 2d": _net(
-        "N,3,8,7", IMAGE, "float[8,3,3,3] w1, float[4,8,3,2] w", "Conv<strides = [2, 1], pads = [1, 0, 2, 1]>(h, w)"
+        "N,3,8,7",
+        IMAGE,
+        "float[8,3,3,3] w1, float[4,8,3,2] w",
+        "Conv<strides = [2, 1], pads = [1, 0, 2, 1]>(h, w)",
     ),
     "conv of shuffled channels": _net(
-        "N,3,6,6", "a = Conv(x, w1)  r = Relu(a)  h = Gather<axis = 1>(r, order)",
-        "float[8,3,3,3] w1, float[4,8,3,3] w, int64[8] order = {3, 0, 6, 1, 7, 2, 5, 4}", "Conv(h, w)",
+        "N,3,6,6",
+        "a = Conv(x, w1)  r = Relu(a)  h = Gather<axis = 1>(r, order)",
+        "float[8,3,3,3] w1, float[4,8,3,3] w, int64[8] order = {3, 0, 6, 1, 7, 2, 5, 4}",
+        "Conv(h, w)",
     ),
     "conv 3d": _net("N,2,5,4,5", IMAGE, "float[6,2,2,2,2] w1, float[4,6,2,1,2] w", "Conv(h, w)"),
     "conv grouped": _net(
-        "N,3,6,6", IMAGE, "float[8,3,1,1] w1, float[6,4,3,3] w", "Conv<group = 2, pads = [1, 1, 1, 1]>(h, w)"
+        "N,3,6,6",
+        IMAGE,
+        "float[8,3,1,1] w1, float[6,4,3,3] w",
+        "Conv<group = 2, pads = [1, 1, 1, 1]>(h, w)",
     ),
     "transposed": _net(
-        "N,3,5,4", IMAGE, "float[8,3,1,1] w1, float[8,4,3,2] w",
+        "N,3,5,4",
+        IMAGE,
+        "float[8,3,1,1] w1, float[8,4,3,2] w",
         "ConvTranspose<strides = [2, 2], pads = [1, 0, 0, 1]>(h, w)",
     ),
     "transposed grouped": _net(
-        "N,3,5,4", IMAGE, "float[8,3,1,1] w1, float[8,3,2,2] w", "ConvTranspose<group = 2, strides = [2, 1]>(h, w)"
+        "N,3,5,4",
+        IMAGE,
+        "float[8,3,1,1] w1, float[8,3,2,2] w",
+        "ConvTranspose<group = 2, strides = [2, 1]>(h, w)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=NETS)
@@ -110,7 +128,10 @@ def _read(model: Model, feeds: list[dict[str, Array]]) -> tuple[Floats, Floats]:
             x, y = np.swapaxes(x, -1, -2), np.swapaxes(y, -1, -2)
         read.append(x.reshape(-1, groups, x.shape[-1] // groups))
         given.append(y.reshape(-1, groups, y.shape[-1] // groups))
-    rows, outputs = np.concatenate(read).astype(np.float64), np.concatenate(given).astype(np.float64)
+    rows, outputs = (
+        np.concatenate(read).astype(np.float64),
+        np.concatenate(given).astype(np.float64),
+    )
     return rows.transpose(1, 0, 2), outputs.transpose(1, 0, 2)
 
 
@@ -135,7 +156,9 @@ def _patches(model: Model, x: Array, groups: int) -> Array:
 
 
 def _covariance(rows: Floats) -> Floats:
-    return np.stack([np.cov(block, rowvar=False, bias=True).reshape(block.shape[1], -1) for block in rows])
+    return np.stack(
+        [np.cov(block, rowvar=False, bias=True).reshape(block.shape[1], -1) for block in rows]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- collect
@@ -150,7 +173,9 @@ def test_covariance_of_all_rows(net: tuple[Model, Coupling]) -> None:
     assert last.rows == rows.shape[1]
     truth = _covariance(rows)
     np.testing.assert_allclose(last.matrix, truth, rtol=0, atol=1e-10 * np.abs(truth).max())
-    np.testing.assert_allclose(last.mean, rows.mean(axis=1), rtol=0, atol=1e-10 * np.abs(rows).max())
+    np.testing.assert_allclose(
+        last.mean, rows.mean(axis=1), rtol=0, atol=1e-10 * np.abs(rows).max()
+    )
     np.testing.assert_array_equal(last.columns, np.arange(rows.shape[2])[:, None])
     # Only consumers of channels that may go are looked at: nothing in front of them.
     assert set(found) == {c.node for c in coupling.consumers}
@@ -167,13 +192,19 @@ def test_a_large_kernel_is_averaged_over_its_taps(name: str, tmp_path: Path) -> 
     unknowns = rows.shape[2]
     whole = covariances.collect(model, coupling, feeds, "cpu", cap=unknowns)[model.nodes[-1].name]
     assert whole.matrix.shape[1] == unknowns
-    found = covariances.collect(model, coupling, feeds, "cpu", cap=unknowns - 1)[model.nodes[-1].name]
+    found = covariances.collect(model, coupling, feeds, "cpu", cap=unknowns - 1)[
+        model.nodes[-1].name
+    ]
     channels = unknowns // taps
     assert found.columns.shape == (channels, taps)
-    by_channel = rows.reshape(len(rows), -1, channels, taps).swapaxes(2, 3).reshape(len(rows), -1, channels)
+    by_channel = (
+        rows.reshape(len(rows), -1, channels, taps).swapaxes(2, 3).reshape(len(rows), -1, channels)
+    )
     truth = _covariance(by_channel)
     np.testing.assert_allclose(found.matrix, truth, rtol=0, atol=1e-10 * np.abs(truth).max())
-    np.testing.assert_allclose(found.mean, by_channel.mean(axis=1), rtol=0, atol=1e-10 * np.abs(rows).max())
+    np.testing.assert_allclose(
+        found.mean, by_channel.mean(axis=1), rtol=0, atol=1e-10 * np.abs(rows).max()
+    )
 
 
 def test_a_wide_product_is_averaged_over_the_places_of_a_unit(tmp_path: Path) -> None:
@@ -225,7 +256,9 @@ def test_many_rows_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     truth = _covariance(rows)
     monkeypatch.setattr(covariances, "LEAST_ROWS", 400)
     monkeypatch.setattr(covariances, "MOST_ROWS", 1000)
-    found = {seed: covariances.collect(model, coupling, feeds, "cpu", seed)[name] for seed in (0, 1)}
+    found = {
+        seed: covariances.collect(model, coupling, feeds, "cpu", seed)[name] for seed in (0, 1)
+    }
     again = covariances.collect(model, coupling, feeds, "cpu", 0)[name]
     np.testing.assert_array_equal(found[0].matrix, again.matrix)
     assert not np.array_equal(found[0].matrix, found[1].matrix)
@@ -233,13 +266,18 @@ def test_many_rows_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert one.rows == covariances.ROWS_PER_UNKNOWN * 48 or one.rows == 400
         assert one.rows < rows.shape[1]
         # The error of a covariance of n rows is about sqrt(2 / n) of a variance.
-        assert np.abs(one.matrix - truth).max() < 5 * np.sqrt(2 / one.rows) * truth.diagonal(axis1=1, axis2=2).max()
+        assert (
+            np.abs(one.matrix - truth).max()
+            < 5 * np.sqrt(2 / one.rows) * truth.diagonal(axis1=1, axis2=2).max()
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- problems
 
 
-def _problems(model: Model, coupling: Coupling, feeds: list[dict[str, Array]], cap: int = covariances.CAP) -> list[Problem]:
+def _problems(
+    model: Model, coupling: Coupling, feeds: list[dict[str, Array]], cap: int = covariances.CAP
+) -> list[Problem]:
     grams = covariances.collect(model, coupling, feeds, "cpu", cap=cap)
     (g,) = (i for i, group in enumerate(coupling.groups) if group.name == "w1")
     return problems(model, coupling, grams, g)
@@ -294,7 +332,10 @@ def test_unfold_is_the_way_back(name: str, folded: bool, tmp_path: Path) -> None
     feeds = _feeds(model)
     rows, outputs = _read(model, feeds)
     for problem, x, y in zip(
-        _problems(model, coupling, feeds, 8 if folded else covariances.CAP), rows, outputs, strict=True
+        _problems(model, coupling, feeds, 8 if folded else covariances.CAP),
+        rows,
+        outputs,
+        strict=True,
     ):
         assert (problem.weight.shape[0] > y.shape[1]) == folded
         shift = np.random.default_rng(0).standard_normal(len(problem.weight))
@@ -322,10 +363,13 @@ def test_groups_that_share_a_consumer(tmp_path: Path) -> None:
     grams = covariances.collect(model, coupling, feeds, "cpu")
     first, second = (problems(model, coupling, grams, g) for g in range(2))
     outputs = {node.name: node.outputs[0] for node in model.nodes}
-    assert {outputs[p.consumer.node]: p.columns[:, 0].tolist() for p in first} == {"y": list(range(8))}
+    assert {outputs[p.consumer.node]: p.columns[:, 0].tolist() for p in first} == {
+        "y": list(range(8))
+    }
     assert {outputs[p.consumer.node]: p.columns[:, 0].tolist() for p in second} == {
-        "y": list(range(8, 16)), "z": list(range(8)),
-    }  # fmt: skip
+        "y": list(range(8, 16)),
+        "z": list(range(8)),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- compensate
@@ -338,9 +382,15 @@ def _random_problem(seed: int, outs: int, units: int, held: int, others: int = 0
     factor = rng.standard_normal((d, d)) * np.exp(rng.standard_normal(d))
     place = rng.permutation(d)[: units * held].reshape(units, held)
     return Problem(
-        Consumer("node", 0, "x", 1, "w", 0), 0, rng.standard_normal((outs, d)),
-        factor @ factor.T / d + 1e-3 * np.eye(d), rng.standard_normal(d), place, np.arange(d)[:, None], 1.0,
-    )  # fmt: skip
+        Consumer("node", 0, "x", 1, "w", 0),
+        0,
+        rng.standard_normal((outs, d)),
+        factor @ factor.T / d + 1e-3 * np.eye(d),
+        rng.standard_normal(d),
+        place,
+        np.arange(d)[:, None],
+        1.0,
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -357,7 +407,9 @@ def test_compensation_is_least_squares(seed: int) -> None:
     best = np.linalg.lstsq(root[:, stays], root @ problem.weight.T, rcond=None)[0].T
     np.testing.assert_allclose(weight[:, stays], best, rtol=1e-8, atol=1e-8 * np.abs(best).max())
     # The mean output stays what it was.
-    np.testing.assert_allclose(weight @ problem.mean + shift, problem.weight @ problem.mean, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        weight @ problem.mean + shift, problem.weight @ problem.mean, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_compensation_at_the_ends() -> None:
@@ -389,7 +441,10 @@ def test_a_copy_takes_over(tmp_path: Path) -> None:
 
     def left(removed: int) -> float:
         weight, shift = compensate(problem, np.asarray([removed]))
-        return float(np.square(rows @ weight.T + shift - outputs).mean(axis=0).sum() / outputs.var(axis=0).sum())
+        return float(
+            np.square(rows @ weight.T + shift - outputs).mean(axis=0).sum()
+            / outputs.var(axis=0).sum()
+        )
 
     assert left(3) < 4e-3  # but for the ridge
     assert left(2) > 10 * left(3)
@@ -398,7 +453,9 @@ def test_a_copy_takes_over(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ shrinkage
 
 
-@pytest.mark.parametrize(("width", "rows"), [(1, 10), (2, 5), (20, 10), (20, 100), (50, 40), (50, 5000)])
+@pytest.mark.parametrize(
+    ("width", "rows"), [(1, 10), (2, 5), (20, 10), (20, 100), (50, 40), (50, 5000)]
+)
 def test_shrinkage_is_the_published_estimate(width: int, rows: int) -> None:
     """Chen et al. 2010, equation 23."""
     rng = np.random.default_rng(width)
@@ -409,7 +466,11 @@ def test_shrinkage_is_the_published_estimate(width: int, rows: int) -> None:
     assert np.isfinite(found)
     p, trace, square = width, np.trace(sample), np.trace(sample @ sample)
     spread = square - trace**2 / p
-    rho = 1.0 if spread <= 1e-12 * square else ((1 - 2 / p) * square + trace**2) / ((rows + 1 - 2 / p) * spread)
+    rho = (
+        1.0
+        if spread <= 1e-12 * square
+        else ((1 - 2 / p) * square + trace**2) / ((rows + 1 - 2 / p) * spread)
+    )
     if rho < 0.9:
         assert found == pytest.approx(max(covariances.RIDGE, rho / (1 - rho)), rel=1e-9)
     else:
@@ -432,7 +493,9 @@ def test_shrinkage_makes_repairs_from_few_rows_better() -> None:
     root = rng.standard_normal((30, 30)) * np.geomspace(1, 0.1, 30)
 
     def draw(rows: int) -> Floats:
-        return np.asarray(np.cov(np.maximum(rng.standard_normal((rows, 30)) @ root.T, 0), rowvar=False, bias=True))
+        return np.asarray(
+            np.cov(np.maximum(rng.standard_normal((rows, 30)) @ root.T, 0), rowvar=False, bias=True)
+        )
 
     truth = draw(20_000)
     weight = rng.standard_normal((8, 30))
@@ -441,7 +504,9 @@ def test_shrinkage_makes_repairs_from_few_rows_better() -> None:
     def error(ridge: float, sample: Floats) -> float:
         loaded = sample + ridge * np.trace(sample) / 30 * np.eye(30)
         columns: Ints = np.arange(30)[:, None]
-        problem = Problem(Consumer("n", 0, "x", 1, "w", 0), 0, weight, loaded, np.zeros(30), columns, columns, 1.0)
+        problem = Problem(
+            Consumer("n", 0, "x", 1, "w", 0), 0, weight, loaded, np.zeros(30), columns, columns, 1.0
+        )
         left = weight - compensate(problem, removed)[0]
         return float(np.trace(left @ truth @ left.T))
 

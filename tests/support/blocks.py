@@ -46,10 +46,16 @@ class Elementwise(Maker):
         if kind == 0:
             return self.cast(self.node("Relu", [x.name], x.shape), TensorProto.BOOL)
         if kind == 1:
-            return self.node(self.one_of(("IsNaN", *(["IsInf"] * (self.opset >= 10)))), [x.name], x.shape)
+            return self.node(
+                self.one_of(("IsNaN", *(["IsInf"] * (self.opset >= 10)))), [x.name], x.shape
+            )
         if kind == 2 and self.opset >= 11:
             floor = self.node("Floor", [x.name], x.shape)
-            return self.node("Equal", [floor.name, self.constant(np.zeros(self.along(x)), np.float32, "z")], x.shape)
+            return self.node(
+                "Equal",
+                [floor.name, self.constant(np.zeros(self.along(x)), np.float32, "z")],
+                x.shape,
+            )
         op = self.one_of([name for name, since in COMPARE if since <= self.opset])
         return self.node(op, [x.name, self.per_channel(x)], x.shape)
 
@@ -58,17 +64,23 @@ class Elementwise(Maker):
         if self.pick(2):
             found = self.node("Not", [found.name], x.shape)
         if self.pick(3):
-            found = self.node(self.one_of(("And", "Or", "Xor")), [found.name, self.truth(x).name], x.shape)
+            found = self.node(
+                self.one_of(("And", "Or", "Xor")), [found.name, self.truth(x).name], x.shape
+            )
         if self.pick(2):
             return self.node("Where", [found.name, x.name, self.per_channel(x)], x.shape)
         return self.node("Mul", [x.name, self.cast(found, TensorProto.FLOAT).name], x.shape)
 
     def block_bits(self, x: Value) -> Value:
         """Codes that are shifted and masked; nothing but codes of zero stands for zero."""
-        large = self.node("Mul", [self.node("Abs", [x.name], x.shape).name, self.number(4.0)], x.shape)
+        large = self.node(
+            "Mul", [self.node("Abs", [x.name], x.shape).name, self.number(4.0)], x.shape
+        )
         ops = ("Shift", "And", "Or", "Xor", "Not") if self.opset >= 18 else ("Shift",)
         op = self.one_of(ops)
-        kind, dtype = (TensorProto.UINT32, np.uint32) if op == "Shift" else (TensorProto.INT32, np.int32)
+        kind, dtype = (
+            (TensorProto.UINT32, np.uint32) if op == "Shift" else (TensorProto.INT32, np.int32)
+        )
         coded = self.cast(large, kind)
         other = self.constant(self.rng.integers(0, 3, self.along(x)), dtype, "k")
         if op == "Not":
@@ -78,7 +90,9 @@ class Elementwise(Maker):
             coded = self.node("BitShift", [coded.name, other], x.shape, direction=direction)
         else:
             coded = self.node(f"Bitwise{op}", [coded.name, other], x.shape)
-        return self.node("Mul", [self.cast(coded, TensorProto.FLOAT).name, self.number(0.25)], x.shape)
+        return self.node(
+            "Mul", [self.cast(coded, TensorProto.FLOAT).name, self.number(0.25)], x.shape
+        )
 
     def block_batch_size(self, x: Value) -> Value:
         """A size that is read at run time, of an axis that stays."""
@@ -109,7 +123,9 @@ class Elementwise(Maker):
         return self.constant(self.rng.integers(-60, 61, shape), np.int8, "q")
 
     def scales(self, count: int, fan: int) -> str:
-        return self.constant(self.rng.uniform(0.5, 1.5, count) / (30 * np.sqrt(fan)), np.float32, "s")
+        return self.constant(
+            self.rng.uniform(0.5, 1.5, count) / (30 * np.sqrt(fan)), np.float32, "s"
+        )
 
     def data(self) -> list[str]:
         """Scale and zero point of activations."""
@@ -123,7 +139,10 @@ class Elementwise(Maker):
         along, axis = self.data(), {}
         if self.opset >= 13 and self.pick(2):
             c = self.along(x)[0]
-            along = [self.scales(c, 1), self.constant(self.rng.integers(100, 140, c), np.uint8, "z")]
+            along = [
+                self.scales(c, 1),
+                self.constant(self.rng.integers(100, 140, c), np.uint8, "z"),
+            ]
             axis = {"axis": 1 if len(x.shape) == 3 else len(x.shape)}
         q = self.node("QuantizeLinear", [x.name, *along], x.shape, **axis)
         return self.node("DequantizeLinear", [q.name, *along], x.shape, **axis)
@@ -172,22 +191,34 @@ class Elementwise(Maker):
         image, out, c, along = len(x.shape) == 3, self.channels(), self.along(x)[0], self.data()
         shape = (out, *x.shape[1:]) if image else (*x.shape[:-1], out)
         several = self.pick(2) == 1
-        scale = self.scales(out, c) if several else self.constant(1 / (30 * np.sqrt(c)), np.float32, "s")
+        scale = (
+            self.scales(out, c)
+            if several
+            else self.constant(1 / (30 * np.sqrt(c)), np.float32, "s")
+        )
         zero = self.constant(np.zeros(out if several else ()), np.int8, "z")
         first = self.quantise(x, along)
         if image:
             weight = self.codes(out, c, 1, 1)
             bias = [self.constant(self.rng.integers(-400, 400, out), np.int32, "b")] * self.pick(2)
-            made = self.node("QLinearConv", [first.name, *along, weight, scale, zero, *along, *bias], shape)
+            made = self.node(
+                "QLinearConv", [first.name, *along, weight, scale, zero, *along, *bias], shape
+            )
         else:
-            made = self.node("QLinearMatMul", [first.name, *along, self.codes(c, out), scale, zero, *along], shape)
+            made = self.node(
+                "QLinearMatMul",
+                [first.name, *along, self.codes(c, out), scale, zero, *along],
+                shape,
+            )
         return self.node("DequantizeLinear", [made.name, *along], shape)
-
 
     def block_tabular(self, x: Value) -> Value:
         """What scikit-learn's exporter puts in front of a network."""
         size = self.one_of((x.shape[-1], 1))
-        offset, scale = self.rng.standard_normal(size).tolist(), self.rng.uniform(0.5, 1.5, size).tolist()
+        offset, scale = (
+            self.rng.standard_normal(size).tolist(),
+            self.rng.uniform(0.5, 1.5, size).tolist(),
+        )
         kind = self.pick(3)
         if kind == 0:
             return self.node("ai.onnx.ml.Scaler", [x.name], x.shape, offset=offset, scale=scale)
@@ -195,14 +226,20 @@ class Elementwise(Maker):
             values = {"imputed_value_floats": offset, "replaced_value_float": 0.0}
             return self.node("ai.onnx.ml.Imputer", [x.name], x.shape, **values)
         away = self.within("positive", x)
-        return self.node("ai.onnx.ml.Normalizer", [away.name], x.shape, norm=self.one_of(("MAX", "L1", "L2")))
+        return self.node(
+            "ai.onnx.ml.Normalizer", [away.name], x.shape, norm=self.one_of(("MAX", "L1", "L2"))
+        )
 
 
 class Statistics(Elementwise):
     """Normalisations and reductions. Variances are kept away from zero: there, nothing would be left but rounding."""
 
     def uneven(self, x: Value) -> Value:
-        return self.node("Add", [x.name, self.constant(self.rng.standard_normal(x.shape), np.float32, "u")], x.shape)
+        return self.node(
+            "Add",
+            [x.name, self.constant(self.rng.standard_normal(x.shape), np.float32, "u")],
+            x.shape,
+        )
 
     def block_statistic(self, x: Value) -> Value:
         """One of an image over its pixels."""
@@ -223,20 +260,29 @@ class Statistics(Elementwise):
         image = len(x.shape) == 3
         axis, rank = (1 if image else len(x.shape)), len(x.shape) + 1
         shape = (1, *x.shape[1:]) if image else (*x.shape[:-1], 1)
-        found = self.node("Tanh", [self.reduce(f"Reduce{op}", x, [self.axis(axis, rank)], shape).name], shape)
+        found = self.node(
+            "Tanh", [self.reduce(f"Reduce{op}", x, [self.axis(axis, rank)], shape).name], shape
+        )
         wide = (out, *x.shape[1:]) if image else (*x.shape[:-1], out)
         return self.node("Mul", [found.name, self.gain(*((out, 1, 1) if image else (out,)))], wide)
 
     def block_global(self, x: Value) -> Value:
         shape = (x.shape[0], 1, 1)
-        ops = ("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")  # the last as the runtime has it up to opset 21
+        ops = (
+            "GlobalAveragePool",
+            "GlobalMaxPool",
+            "GlobalLpPool",
+        )  # the last as the runtime has it up to opset 21
         pooled = self.node(self.one_of(ops if self.opset < 22 else ops[:2]), [x.name], shape)
         return self.node("Add", [x.name, self.node("Tanh", [pooled.name], shape).name], x.shape)
 
     def block_instance_norm(self, x: Value) -> Value:
         c = x.shape[0]
         return self.node(
-            "InstanceNormalization", [self.uneven(x).name, self.gain(c), self.bias(c)], x.shape, epsilon=0.1
+            "InstanceNormalization",
+            [self.uneven(x).name, self.gain(c), self.bias(c)],
+            x.shape,
+            epsilon=0.1,
         )
 
     def block_group_norm(self, x: Value) -> Value:
@@ -251,15 +297,23 @@ class Statistics(Elementwise):
     def block_mean_variance(self, x: Value) -> Value:
         """It keeps all channels: those of a layer of its own."""
         wide = self.node("Conv", [x.name, self.weight(3, x.shape[0], 1, 1)], (3, *x.shape[1:]))
-        return self.node("MeanVarianceNormalization", [self.uneven(wide).name], wide.shape, axes=[0, 2, 3])
+        return self.node(
+            "MeanVarianceNormalization", [self.uneven(wide).name], wide.shape, axes=[0, 2, 3]
+        )
 
     def block_lp_norm(self, x: Value) -> Value:
-        away = self.node("Add", [x.name, self.number(3.0)], x.shape) if self.pick(2) else self.within("positive", x)
+        away = (
+            self.node("Add", [x.name, self.number(3.0)], x.shape)
+            if self.pick(2)
+            else self.within("positive", x)
+        )
         axis = self.one_of(range(1, len(x.shape) + 1))
         return self.node("LpNormalization", [away.name], x.shape, axis=axis, p=1 + self.pick(2))
 
     def block_rms_norm(self, x: Value) -> Value:
-        return self.node("RMSNormalization", [x.name, self.gain(x.shape[-1])], x.shape, axis=-1, epsilon=0.1)
+        return self.node(
+            "RMSNormalization", [x.name, self.gain(x.shape[-1])], x.shape, axis=-1, epsilon=0.1
+        )
 
     def block_one_hot(self, x: Value) -> Value:
         """Whatever is largest, alone or in numbers; along the channels of a layer of its own, for those stay."""
@@ -278,14 +332,24 @@ class Sequences(Statistics):
         out = self.channels()
         kind = self.pick(5)
         if kind == 0:
-            return self.node("Einsum", [x.name, self.weight(f, out)], (t, out), equation="btd,do->bto")
+            return self.node(
+                "Einsum", [x.name, self.weight(f, out)], (t, out), equation="btd,do->bto"
+            )
         if kind == 1:
-            return self.node("Einsum", [self.weight(out, f), x.name], (t, out), equation="od, ...d -> ...o")
+            return self.node(
+                "Einsum", [self.weight(out, f), x.name], (t, out), equation="od, ...d -> ...o"
+            )
         if kind == 2:  # the tokens as matrices of their own
-            return self.node("Einsum", [x.name, self.weight(t, f, out)], (t, out), equation="btd,tdo->bto")
+            return self.node(
+                "Einsum", [x.name, self.weight(t, f, out)], (t, out), equation="btd,tdo->bto"
+            )
         if kind == 3:
-            a = self.node("Einsum", [x.name, self.weight(f, 2, 3)], (t, 2, 3), equation="btd,dhk->bthk")
-            return self.node("Einsum", [a.name, self.weight(2, 3, out)], (t, out), equation="bthk,hko->bto")
+            a = self.node(
+                "Einsum", [x.name, self.weight(f, 2, 3)], (t, 2, 3), equation="btd,dhk->bthk"
+            )
+            return self.node(
+                "Einsum", [a.name, self.weight(2, 3, out)], (t, out), equation="bthk,hko->bto"
+            )
         a = self.node("Einsum", [x.name, self.weight(f, out)], (t, out), equation="btd,do->bto")
         b = self.node("Einsum", [x.name, self.weight(f, out)], (t, out), equation="btd,do->bto")
         scores = self.node("Einsum", [a.name, b.name], (t, t), equation="bqd,bkd->bqk")
@@ -318,7 +382,9 @@ class Sequences(Statistics):
         return self.node("Reshape", [turned.name, self.ints(0, t, width)], (t, width))
 
     def projected(self, x: Value, size: int) -> str:
-        return self.node("MatMul", [x.name, self.weight(x.shape[-1], size)], (x.shape[0], size)).name
+        return self.node(
+            "MatMul", [x.name, self.weight(x.shape[-1], size)], (x.shape[0], size)
+        ).name
 
     def block_packed_attention(self, x: Value) -> Value:
         """com.microsoft.Attention, always with its bias: without, ONNX Runtime 1.31 ends with a segmentation fault."""
@@ -346,13 +412,21 @@ class Sequences(Statistics):
         t, _ = x.shape
         groups, each = 1 + self.pick(2), 1 + self.pick(2)
         heads = groups * each
-        q, k, v = self.projected(x, 8 * heads), self.projected(x, 8 * groups), self.projected(x, 8 * groups)
-        batch = self.node("Slice", [self.node("Shape", [x.name], ()).name, self.ints(0), self.ints(1)], ())
+        q, k, v = (
+            self.projected(x, 8 * heads),
+            self.projected(x, 8 * groups),
+            self.projected(x, 8 * groups),
+        )
+        batch = self.node(
+            "Slice", [self.node("Shape", [x.name], ()).name, self.ints(0), self.ints(1)], ()
+        )
         lengths = self.node("Expand", [self.constant([t - 1], np.int32, "t"), batch.name], ())
         total = self.constant(t, np.int32, "t")
         inputs = [q, k, v, "", "", lengths.name, total]
         attrs = {"num_heads": heads, "kv_num_heads": groups}
-        return Value(self.outputs("com.microsoft.GroupQueryAttention", inputs, 3, **attrs)[0], (t, 8 * heads))
+        return Value(
+            self.outputs("com.microsoft.GroupQueryAttention", inputs, 3, **attrs)[0], (t, 8 * heads)
+        )
 
     def block_standard_attention(self, x: Value) -> Value:
         t, _ = x.shape
@@ -368,7 +442,9 @@ class Sequences(Statistics):
         for name, n, d in ((q, heads, size), (k, groups, size), (v, groups, wide)):
             apart = self.node("Reshape", [name, self.ints(0, t, n, d)], (t, n, d))
             parts.append(self.node("Transpose", [apart.name], (n, t, d), perm=[0, 2, 1, 3]).name)
-        made = self.node("Attention", [*parts, *mask], (heads, t, wide), is_causal=self.pick(2) * (not mask))
+        made = self.node(
+            "Attention", [*parts, *mask], (heads, t, wide), is_causal=self.pick(2) * (not mask)
+        )
         turned = self.node("Transpose", [made.name], (t, heads, wide), perm=[0, 2, 1, 3])
         return self.node("Reshape", [turned.name, self.ints(0, t, heads * wide)], (t, heads * wide))
 

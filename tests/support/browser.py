@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 WIDTHS = (1280, 390)
 
@@ -61,7 +64,8 @@ def lay_out(page: bytes, folder: Path) -> list[Layout]:
     assert CHROMIUM is not None
     inner = html.escape(page.decode(), quote=True)
     frames = "".join(
-        f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{inner}"></iframe>' for width in WIDTHS
+        f'<iframe style="border:0;width:{width}px;height:900px" srcdoc="{inner}"></iframe>'
+        for width in WIDTHS
     )
     outer = folder / "outer.html"
     outer.write_text(
@@ -72,9 +76,17 @@ def lay_out(page: bytes, folder: Path) -> list[Layout]:
         encoding="utf-8",
     )
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-        f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", "--dump-dom", outer.as_uri(),
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1400,1000",
+        "--dump-dom",
+        outer.as_uri(),
+    ]
     found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     answer = re.search(r'<pre id="out">(.*?)</pre>', found.stdout, re.DOTALL)
     assert answer, found.stderr
@@ -147,18 +159,34 @@ def assert_fetches_nothing(page: bytes) -> None:
     """No script, no address, nothing but ids inside the page; and a policy that would refuse the rest."""
     tree = Tree(page)
     for tag, attributes in tree.tags:
-        assert tag not in ("script", "link", "img", "iframe", "object", "embed", "base", "form", "image")
+        assert tag not in (
+            "script",
+            "link",
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "base",
+            "form",
+            "image",
+        )
         for name, value in attributes.items():
             assert not name.startswith("on")
             assert name not in ("src", "srcset", "data", "action", "xlink:href", "background")
             if name == "href":
                 assert value is not None
                 assert value.startswith("#")
-            assert not re.search(r"url\((?!#)|https?:|//", value or "") or name == "aria-label", (tag, name, value)
+            assert not re.search(r"url\((?!#)|https?:|//", value or "") or name == "aria-label", (
+                tag,
+                name,
+                value,
+            )
     style = re.search(rb"<style>(.*?)</style>", page, re.DOTALL)
     assert style
     assert not re.search(rb"url\(|@import|https?:", style[1])
-    policies = [m["content"] for m in tree.named("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+    policies = [
+        m["content"] for m in tree.named("meta") if m.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
@@ -169,5 +197,7 @@ def assert_ids_are_sound(page: bytes) -> None:
     assert len(ids) == len(set(ids))
     for _, attributes in tree.tags:
         for name, value in attributes.items():
-            found = re.findall(r"url\(#([^)]+)\)", value or "") + ([value[1:]] if name == "href" and value else [])
+            found = re.findall(r"url\(#([^)]+)\)", value or "") + (
+                [value[1:]] if name == "href" and value else []
+            )
             assert set(found) <= set(ids)

@@ -72,7 +72,9 @@ def case(
         return build(text, opset, ir, domains, weights_as_inputs=weights_as_inputs)
 
     reasons = (pinned,) if isinstance(pinned, str) else pinned
-    CASES.append(OpCase(name, tuple(ops.split()), make, units, reasons, opset, tolerance, bindings or {}))
+    CASES.append(
+        OpCase(name, tuple(ops.split()), make, units, reasons, opset, tolerance, bindings or {})
+    )
 
 
 # ------------------------------------------------------------------------------------------------ linear operators
@@ -89,7 +91,9 @@ for _ta in (0, 1):
         for _kind, (_declared, _operand) in _GEMM_BIAS.items():
             _x = "xt = Transpose<perm = [1, 0]>(x)" if _ta else "xt = Identity(x)"
             _h = "ht = Transpose<perm = [1, 0]>(h)" if _ta else "ht = Identity(h)"
-            _w1, _w2 = ("float[8,5] w1", "float[3,8] w2") if _tb else ("float[5,8] w1", "float[8,3] w2")
+            _w1, _w2 = (
+                ("float[8,5] w1", "float[3,8] w2") if _tb else ("float[5,8] w1", "float[8,3] w2")
+            )
             _first = f"<transA = {_ta}, transB = {_tb}, alpha = 0.5, beta = 2.0>"
             _second = f"<transA = {_ta}, transB = {_tb}, alpha = 1.5, beta = 0.25>"
             case(
@@ -423,7 +427,13 @@ _TOKENS = """(float[N,4,5] x) => (float[] y) <float[5,6] w1, float[6,7] w2, floa
 
 
 def tokens(
-    name: str, ops: str, body: str, units: int, constants: str = "", pinned: str = "", opset: int = 17
+    name: str,
+    ops: str,
+    body: str,
+    units: int,
+    constants: str = "",
+    pinned: str = "",
+    opset: int = 17,
 ) -> None:
     """Token features: 6 free channels ``a``, then 7 channels ``h`` that the operator takes to ``r``."""
     text = _TOKENS.format(constants=", " + constants if constants else "", body=body)
@@ -447,9 +457,21 @@ tokens(
     "float[4,7] gain, float[4,7] b",
     _NORMALISED,
 )
-tokens("rms-normalization", "RMSNormalization", "r = RMSNormalization(h, gain)", 6 + 7, "float[7] gain", opset=23)
+tokens(
+    "rms-normalization",
+    "RMSNormalization",
+    "r = RMSNormalization(h, gain)",
+    6 + 7,
+    "float[7] gain",
+    opset=23,
+)
 tokens("lp-normalization", "LpNormalization", "r = LpNormalization<axis = -1, p = 2>(h)", 6 + 7)
-tokens("lp-normalization-of-tokens", "LpNormalization", "r = LpNormalization<axis = 1, p = 1>(h)", 6 + 7)
+tokens(
+    "lp-normalization-of-tokens",
+    "LpNormalization",
+    "r = LpNormalization<axis = 1, p = 1>(h)",
+    6 + 7,
+)
 tokens("softmax", "Softmax", "r = Softmax(h)", 6, "", _NORMALISED)
 tokens("softmax-over-tokens", "Softmax", "r = Softmax<axis = 1>(h)", 6 + 7)
 tokens("softmax-opset-11", "Softmax", "r = Softmax<axis = 1>(h)", 6, "", _NORMALISED, 11)
@@ -459,14 +481,28 @@ tokens("hardmax", "Hardmax", "r = Hardmax(h)", 6, "", _NORMALISED)
 # -------------------------------------------------------------------------------------------- pools and reductions
 
 image("max-pool", "MaxPool", "r = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h)")
-image("max-pool-ceil", "MaxPool", "r = MaxPool<kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1>(h)")
-image("average-pool", "AveragePool", "r = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(h)")
+image(
+    "max-pool-ceil",
+    "MaxPool",
+    "r = MaxPool<kernel_shape = [3, 3], strides = [2, 2], ceil_mode = 1>(h)",
+)
+image(
+    "average-pool", "AveragePool", "r = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(h)"
+)
 image("lp-pool", "LpPool", "r = LpPool<kernel_shape = [2, 2], p = 2>(h)")
 image("global-average-pool", "GlobalAveragePool", "r = GlobalAveragePool(h)")
 image("global-max-pool", "GlobalMaxPool", "r = GlobalMaxPool(h)")
 image("global-lp-pool", "GlobalLpPool", "r = GlobalLpPool<p = 2>(h)")
 _EXTREMES = ("ReduceMax", "ReduceMin", "ReduceLogSumExp")
-for _op in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceSumSquare"):
+for _op in (
+    "ReduceMean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSumExp",
+    "ReduceSumSquare",
+):
     image(_op.lower(), _op, f"r = {_op}<axes = [2, 3], keepdims = 1>(h)")
     image(
         f"{_op.lower()}-across-channels",
@@ -481,7 +517,13 @@ for _op in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "Red
 for _op in ("ReduceProd", "ReduceLogSum"):
     image(_op.lower(), _op, f"s = Sigmoid(h)  r = {_op}<axes = [3]>(s)")
 image("reduce-sum", "ReduceSum", "r = ReduceSum(h, axes)", constants="int64[2] axes = {2, 3}")
-image("reduce-mean-opset-18", "ReduceMean", "r = ReduceMean(h, axes)", constants="int64[2] axes = {-1, -2}", opset=18)
+image(
+    "reduce-mean-opset-18",
+    "ReduceMean",
+    "r = ReduceMean(h, axes)",
+    constants="int64[2] axes = {-1, -2}",
+    opset=18,
+)
 image(
     "reduce-sum-across-channels",
     "ReduceSum",
@@ -550,12 +592,42 @@ def dense(
 
 # What leads the features into the domain of the function, and the opset that first has it.
 _UNARY = {
-    "Relu": "", "LeakyRelu": "", "Sigmoid": "", "Tanh": "", "Elu": "", "Selu": "", "Celu": "", "ThresholdedRelu": "",
-    "HardSigmoid": "", "HardSwish": "", "Softplus": "", "Softsign": "", "Erf": "", "Exp": "", "Neg": "", "Abs": "",
-    "Sign": "", "Floor": "", "Ceil": "", "Round": "", "Sin": "", "Cos": "", "Atan": "", "Sinh": "", "Cosh": "",
-    "Asinh": "", "Shrink": "", "Identity": "", "Tan": "Tanh", "Log": "Sigmoid", "Sqrt": "Sigmoid",
-    "Reciprocal": "Sigmoid", "Asin": "Sigmoid", "Acos": "Sigmoid", "Atanh": "Sigmoid",
-}  # fmt: skip
+    "Relu": "",
+    "LeakyRelu": "",
+    "Sigmoid": "",
+    "Tanh": "",
+    "Elu": "",
+    "Selu": "",
+    "Celu": "",
+    "ThresholdedRelu": "",
+    "HardSigmoid": "",
+    "HardSwish": "",
+    "Softplus": "",
+    "Softsign": "",
+    "Erf": "",
+    "Exp": "",
+    "Neg": "",
+    "Abs": "",
+    "Sign": "",
+    "Floor": "",
+    "Ceil": "",
+    "Round": "",
+    "Sin": "",
+    "Cos": "",
+    "Atan": "",
+    "Sinh": "",
+    "Cosh": "",
+    "Asinh": "",
+    "Shrink": "",
+    "Identity": "",
+    "Tan": "Tanh",
+    "Log": "Sigmoid",
+    "Sqrt": "Sigmoid",
+    "Reciprocal": "Sigmoid",
+    "Asin": "Sigmoid",
+    "Acos": "Sigmoid",
+    "Atanh": "Sigmoid",
+}
 for _op, _before in _UNARY.items():
     # An Identity in front would be taken out; behind the operator nothing is.
     _body = f"s = {_before}(h)  r = {_op}(s)" if _before else f"r = {_op}(h)"
@@ -617,7 +689,9 @@ _BINARY = {
         for op in ("And", "Or", "Xor")
     },
     **{op: (f"c = {op}(a, b)  r = Cast<to = 1>(c)", 17) for op in ("Greater", "Less")},
-    **{op: (f"c = {op}(a, b)  r = Cast<to = 1>(c)", 17) for op in ("GreaterOrEqual", "LessOrEqual")},
+    **{
+        op: (f"c = {op}(a, b)  r = Cast<to = 1>(c)", 17) for op in ("GreaterOrEqual", "LessOrEqual")
+    },
     "Equal": ("i = Cast<to = 6>(a)  j = Cast<to = 6>(b)  c = Equal(i, j)  r = Cast<to = 1>(c)", 17),
     **{
         op: (f"i = Cast<to = 6>(a)  j = Cast<to = 6>(b)  c = {op}(i, j)  r = Cast<to = 1>(c)", 18)
@@ -632,7 +706,13 @@ _BINARY = {
     ),
 }
 for _op, (_body, _since) in _BINARY.items():
-    case(_op.lower(), _op, _PAIR.format(body=_body, constants=", float z = {0.1}"), units=8, opset=_since)
+    case(
+        _op.lower(),
+        _op,
+        _PAIR.format(body=_body, constants=", float z = {0.1}"),
+        units=8,
+        opset=_since,
+    )
 image("prelu-per-channel", "PRelu", "r = PRelu(h, gain)", constants="float[8,1,1] gain")
 image("prelu-one-slope", "PRelu", "r = PRelu(h, gain)", constants="float[1] gain")
 image("add-per-channel", "Add", "r = Add(h, b)", constants="float[8,1,1] b")
@@ -640,7 +720,13 @@ image("mul-scalar", "Mul", "r = Mul(s, h)", constants="float s = {0.3}")
 image("mul-itself", "Mul", "r = Mul(h, h)")
 for _name, _op in (("gelu", "Gelu"), ("quick-gelu", "QuickGelu")):
     _qualified = f"com.microsoft.{_op}"
-    dense(f"microsoft-{_name}", _qualified, f"r = {_qualified}(h)", domains={"com.microsoft": 1}, out="N,3")
+    dense(
+        f"microsoft-{_name}",
+        _qualified,
+        f"r = {_qualified}(h)",
+        domains={"com.microsoft": 1},
+        out="N,3",
+    )
 
 # ------------------------------------------------------------------------------------------- reshape and transpose
 
@@ -659,11 +745,15 @@ for _name, _body, _constants, _opset in (
         ", int64[3] first = {0, 8, 16}, int64[2] second = {0, 128}",
         17,
     ),
-    ("flatten-channels-last", "t = Transpose<perm = [0, 2, 3, 1]>(h)  r = Flatten<axis = 1>(t)", "", 17),
+    (
+        "flatten-channels-last",
+        "t = Transpose<perm = [0, 2, 3, 1]>(h)  r = Flatten<axis = 1>(t)",
+        "",
+        17,
+    ),
 ):
     _op = "Flatten" if _name.startswith("flatten") else "Reshape"
-    case(_name, _op, _FLAT.format(body=_body, constants=_constants), 8,
-         opset=_opset)  # fmt: skip
+    case(_name, _op, _FLAT.format(body=_body, constants=_constants), 8, opset=_opset)
 case(
     "shape-driven-reshape",
     "Reshape",
@@ -760,7 +850,9 @@ for _name, _op, _body, _constants, _units, _why in (
         "graph output",
     ),
 ):
-    case(_name, _op, _SIZED.format(body=_body, constants=_constants), _units, _why, bindings={"N": 1})
+    case(
+        _name, _op, _SIZED.format(body=_body, constants=_constants), _units, _why, bindings={"N": 1}
+    )
 for _opset in (12, 17):
     case(
         f"squeeze-of-all-ones-opset-{_opset}",
@@ -853,7 +945,13 @@ case(
 
 # ---------------------------------------------------------------------------------------------------- join, divide
 
-dense("concat-with-itself", "Concat", "c = Concat<axis = 1>(h, h)  r = MatMul(c, w3)", 8 + 8, "float[16,8] w3")
+dense(
+    "concat-with-itself",
+    "Concat",
+    "c = Concat<axis = 1>(h, h)  r = MatMul(c, w3)",
+    8 + 8,
+    "float[16,8] w3",
+)
 dense(
     "concat-with-the-input",
     "Concat",
@@ -910,7 +1008,14 @@ dense(
     "float[3,8] w3, float[5,8] w4",
     opset=11,
 )
-dense("split-equal-opset-11", "Split", f"s, t = Split<axis = 1>(h)  {_HALVES}", 4 + 8, "float[4,8] w3", opset=11)
+dense(
+    "split-equal-opset-11",
+    "Split",
+    f"s, t = Split<axis = 1>(h)  {_HALVES}",
+    4 + 8,
+    "float[4,8] w3",
+    opset=11,
+)
 dense(
     "split-opset-18",
     "Split",
@@ -921,8 +1026,13 @@ dense(
     "float[3,8] w3, float[3,8] w4, float[2,8] w5",
     opset=18,
 )
-dense("split-with-an-unused-part", "Split", "s, t = Split<axis = 1>(h, sizes)  r = MatMul(s, w3)", 8 + 8,
-      "int64[2] sizes = {6, 2}, float[6,8] w3")  # fmt: skip
+dense(
+    "split-with-an-unused-part",
+    "Split",
+    "s, t = Split<axis = 1>(h, sizes)  r = MatMul(s, w3)",
+    8 + 8,
+    "int64[2] sizes = {6, 2}, float[6,8] w3",
+)
 dense(
     "slice-opset-9",
     "Slice",
@@ -965,7 +1075,12 @@ image(
     8 + 8,
     "int64[3] from = {0, 2, 1}, int64[3] to = {9, 7, -1}, float[8,5,1,1] w3",
 )
-dense("gather", "Gather", "r = Gather<axis = 1>(h, order)", constants="int64[8] order = {7, 5, 3, 1, 0, 2, 4, -2}")
+dense(
+    "gather",
+    "Gather",
+    "r = Gather<axis = 1>(h, order)",
+    constants="int64[8] order = {7, 5, 3, 1, 0, 2, 4, -2}",
+)
 dense(
     "gather-subset",
     "Gather",
@@ -1020,7 +1135,12 @@ case(
     units=4,
     pinned="adds it as padding",
 )
-image("pad-space", "Pad", 'r = Pad<mode = "reflect">(h, pads)', constants="int64[8] pads = {0, 0, 1, 2, 0, 0, 2, 1}")
+image(
+    "pad-space",
+    "Pad",
+    'r = Pad<mode = "reflect">(h, pads)',
+    constants="int64[8] pads = {0, 0, 1, 2, 0, 0, 2, 1}",
+)
 image("pad-opset-10", "Pad", "r = Pad<pads = [0, 0, 1, 1, 0, 0, 1, 1]>(h)", opset=10)
 image(
     "pad-axes",
@@ -1046,7 +1166,9 @@ image(
     constants="float[0] roi = {}, float[4] by = {1.0, 1.0, 2.0, 2.0}",
     opset=11,
 )
-image("resize-opset-10", "Resize", 'r = Resize<mode = "nearest">(h, by)', constants=_DOUBLE, opset=10)
+image(
+    "resize-opset-10", "Resize", 'r = Resize<mode = "nearest">(h, by)', constants=_DOUBLE, opset=10
+)
 image(
     "resize-axes",
     "Resize",
@@ -1065,9 +1187,19 @@ case(
     # The sizes name the channel count, which must follow.
     units=8,
 )
-image("upsample", "Upsample", 'r = Upsample<mode = "nearest">(h, by)', constants="float[4] by = {1.0, 1.0, 2.0, 2.0}",
-      opset=9)  # fmt: skip
-image("upsample-opset-7", "Upsample", 'r = Upsample<mode = "nearest", scales = [1.0, 1.0, 2.0, 2.0]>(h)', opset=7)
+image(
+    "upsample",
+    "Upsample",
+    'r = Upsample<mode = "nearest">(h, by)',
+    constants="float[4] by = {1.0, 1.0, 2.0, 2.0}",
+    opset=9,
+)
+image(
+    "upsample-opset-7",
+    "Upsample",
+    'r = Upsample<mode = "nearest", scales = [1.0, 1.0, 2.0, 2.0]>(h)',
+    opset=7,
+)
 dense(
     "expand",
     "Expand",
@@ -1083,7 +1215,12 @@ dense(
     "float[8,1] w3, int64[2] to = {1, 8}",
     "changes the length of this axis",
 )
-dense("tile", "Tile", "u = Unsqueeze(h, at)  r = Tile(u, by)", constants="int64[1] at = {1}, int64[3] by = {1, 3, 1}")
+dense(
+    "tile",
+    "Tile",
+    "u = Unsqueeze(h, at)  r = Tile(u, by)",
+    constants="int64[1] at = {1}, int64[3] by = {1, 3, 1}",
+)
 dense(
     "tile-channels",
     "Tile",
@@ -1464,10 +1601,16 @@ dense(
     "DequantizeLinear",
     "a = Relu(h)  q = DequantizeLinear<axis = 1>(codes, gain)  r = MatMul(a, q)",
     8 + 8,
-    "int8[8,8] codes = {" + ", ".join(str((37 * i) % 255 - 127) for i in range(64)) + "}, float[8] gain",
+    "int8[8,8] codes = {"
+    + ", ".join(str((37 * i) % 255 - 127) for i in range(64))
+    + "}, float[8] gain",
 )
-dense("constant-nodes", "Add Mul", "s = Constant<value = float[8] {1, 2, 3, 4, 5, 6, 7, 8}>()  a = Add(h, s)"
-      "  f = Constant<value_float = 0.5>()  r = Mul(a, f)")  # fmt: skip
+dense(
+    "constant-nodes",
+    "Add Mul",
+    "s = Constant<value = float[8] {1, 2, 3, 4, 5, 6, 7, 8}>()  a = Add(h, s)"
+    "  f = Constant<value_float = 0.5>()  r = Mul(a, f)",
+)
 case(
     "weight-behind-constant-nodes",
     "MatMul",

@@ -15,11 +15,19 @@ _PACKED = """(float[2,4,5] x{inputs}) => (float[2,4,3] y) <float[5,6] w0, float[
 
 
 def packed(
-    name: str, operands: str = "g, w, b", attrs: str = "", inputs: str = "", constants: str = "", units: int = 6 + 4,
-    pinned: str = "", out: str = "h",
-) -> None:  # fmt: skip
+    name: str,
+    operands: str = "g, w, b",
+    attrs: str = "",
+    inputs: str = "",
+    constants: str = "",
+    units: int = 6 + 4,
+    pinned: str = "",
+    out: str = "h",
+) -> None:
     """Six free channels, com.microsoft.Attention with four heads of two, a product that reads them."""
-    text = _PACKED.format(operands=operands, attrs=attrs, inputs=inputs, constants=constants, out=out)
+    text = _PACKED.format(
+        operands=operands, attrs=attrs, inputs=inputs, constants=constants, out=out
+    )
     case(f"ms-attention{name}", "com.microsoft.Attention", text, units, pinned, domains=_MS)
 
 
@@ -30,9 +38,20 @@ packed("-mask", "g, w, b, lens", inputs=", int32[2,4] lens")
 packed("-bias-of-logits", "g, w, b, , , add", constants=", float[1,4,4,4] add")
 packed("-shared-bias", "g, w, b, , , add", constants=", float[1,1,4,4] add")
 packed(
-    "-bias-from-outside", "g, w, b, , , add", inputs=", float[1,4,4,4] add", units=0, pinned="own values for every head"
+    "-bias-from-outside",
+    "g, w, b, , , add",
+    inputs=", float[1,4,4,4] add",
+    units=0,
+    pinned="own values for every head",
 )
-packed("-past", "g, w, b, , past", inputs=", float[2,2,4,3,2] past", units=0, pinned="a past state", out="h, present")
+packed(
+    "-past",
+    "g, w, b, , past",
+    inputs=", float[2,2,4,3,2] past",
+    units=0,
+    pinned="a past state",
+    out="h, present",
+)
 case(
     "ms-attention-wide-values",
     "com.microsoft.Attention",
@@ -57,9 +76,18 @@ float[{o},3] wo{constants}> {{
 
 
 def separate(
-    name: str, op: str, call: str, units: int, k: int = 8, v: int = 8, o: int = 8, inputs: str = "",
-    constants: str = "", pinned: str = "", out: str = "float[N,4,3] y",
-) -> None:  # fmt: skip
+    name: str,
+    op: str,
+    call: str,
+    units: int,
+    k: int = 8,
+    v: int = 8,
+    o: int = 8,
+    inputs: str = "",
+    constants: str = "",
+    pinned: str = "",
+    out: str = "float[N,4,3] y",
+) -> None:
     """Queries of eight channels from one sequence, keys and values from another."""
     more = ", " + constants if constants else ""
     text = _SEPARATE.format(k=k, v=v, o=o, inputs=inputs, constants=more, call=call, out=out)
@@ -69,12 +97,28 @@ def separate(
 
 _MHA = "com.microsoft.MultiHeadAttention"
 separate("multi-head", _MHA, f"h = {_MHA}<num_heads = 4>(q, k, v)", 4)
-separate("multi-head-bias", _MHA, f"h = {_MHA}<num_heads = 2, scale = 0.2>(q, k, v, b)", 2, constants="float[24] b")
 separate(
-    "multi-head-bias-of-logits", _MHA, f"h = {_MHA}<num_heads = 4>(q, k, v, , , add)", 4, constants="float[1,4,4,6] add"
+    "multi-head-bias",
+    _MHA,
+    f"h = {_MHA}<num_heads = 2, scale = 0.2>(q, k, v, b)",
+    2,
+    constants="float[24] b",
 )
 separate(
-    "multi-head-wide-values", _MHA, f"h = {_MHA}<num_heads = 4>(q, k, v)", 0, v=12, o=12, pinned="another width"
+    "multi-head-bias-of-logits",
+    _MHA,
+    f"h = {_MHA}<num_heads = 4>(q, k, v, , , add)",
+    4,
+    constants="float[1,4,4,6] add",
+)
+separate(
+    "multi-head-wide-values",
+    _MHA,
+    f"h = {_MHA}<num_heads = 4>(q, k, v)",
+    0,
+    v=12,
+    o=12,
+    pinned="another width",
 )
 case(
     "multi-head-follows-logit-bias",
@@ -112,23 +156,45 @@ case(
 _STD = "Attention"
 separate("standard-attention", _STD, f"h = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v)", 4)
 separate(
-    "standard-attention-groups", _STD, f"h = {_STD}<q_num_heads = 4, kv_num_heads = 2, scale = 0.4>(q, k, v)", 2, 4, 4
+    "standard-attention-groups",
+    _STD,
+    f"h = {_STD}<q_num_heads = 4, kv_num_heads = 2, scale = 0.4>(q, k, v)",
+    2,
+    4,
+    4,
 )
 separate(
-    "standard-attention-wide-values", _STD, f"h = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v)", 4, v=12, o=12
+    "standard-attention-wide-values",
+    _STD,
+    f"h = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v)",
+    4,
+    v=12,
+    o=12,
 )
 separate(
-    "standard-attention-mask", _STD, f"h = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v, m)", 4,
+    "standard-attention-mask",
+    _STD,
+    f"h = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v, m)",
+    4,
     constants="float[4,6] m",
-)  # fmt: skip
+)
 separate(
-    "standard-attention-mask-by-head", _STD, f"h = {_STD}<q_num_heads = 4, kv_num_heads = 2>(q, k, v, m)", 2, 4, 4,
+    "standard-attention-mask-by-head",
+    _STD,
+    f"h = {_STD}<q_num_heads = 4, kv_num_heads = 2>(q, k, v, m)",
+    2,
+    4,
+    4,
     constants="float[1,4,4,6] m",
-)  # fmt: skip
+)
 separate(
-    "standard-attention-states-given-out", _STD, f"h, pk = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v)", 0,
-    pinned="'pk'", out="float[N,4,3] y, float[N,4,6,2] pk",
-)  # fmt: skip
+    "standard-attention-states-given-out",
+    _STD,
+    f"h, pk = {_STD}<q_num_heads = 4, kv_num_heads = 4>(q, k, v)",
+    0,
+    pinned="'pk'",
+    out="float[N,4,3] y, float[N,4,6,2] pk",
+)
 _SPLIT = """(float[N,4,5] x) => (float[N,4,3] y) <float[5,8] wq, float[5,8] wk, float[5,12] wv, float[12,3] wo,
 int64[4] a = {0, 0, 4, 2}, int64[4] b = {0, 0, 4, 3}, int64[3] c = {0, 0, 12}> {
     q = MatMul(x, wq)

@@ -37,8 +37,8 @@ for _kind, _scales, _zeros in (
         f"qdq-conv-per-{_kind}",
         "QuantizeLinear DequantizeLinear Conv",
         f"""(float[N,3,6,6] x) => (float[] y)
-        <{_DATA}, {_WEIGHT}, {_scales}, {_zeros}, {codes('int8', 'w1', 8, 3, 3, 3)},
-        {codes('int8', 'w2', 4, 8, 3, 3)}, {codes('int32', 'b1', 8, low=-400, high=400)}, float[8] gain> {{
+        <{_DATA}, {_WEIGHT}, {_scales}, {_zeros}, {codes("int8", "w1", 8, 3, 3, 3)},
+        {codes("int8", "w2", 4, 8, 3, 3)}, {codes("int32", "b1", 8, low=-400, high=400)}, float[8] gain> {{
             xq = QuantizeLinear(x, sx, zx)
             xd = DequantizeLinear(xq, sx, zx)
             w1d = DequantizeLinear<axis = 0>(w1, sv, zv)
@@ -58,9 +58,9 @@ case(
     "qdq-depthwise-pool-gemm",
     "QuantizeLinear DequantizeLinear Conv Gemm",
     f"""(float[N,3,6,6] x) => (float[] y)
-    <{_DATA}, {_WEIGHT}, {gains('s1', 8)}, {gains('s2', 8, 0.02)}, {gains('s3', 5)},
-    {codes('int8', 'w1', 8, 3, 3, 3)}, {codes('int8', 'w2', 8, 1, 3, 3)}, {codes('int8', 'w3', 5, 72)},
-    {codes('int8', 'z3', 5, low=0, high=0)}> {{
+    <{_DATA}, {_WEIGHT}, {gains("s1", 8)}, {gains("s2", 8, 0.02)}, {gains("s3", 5)},
+    {codes("int8", "w1", 8, 3, 3, 3)}, {codes("int8", "w2", 8, 1, 3, 3)}, {codes("int8", "w3", 5, 72)},
+    {codes("int8", "z3", 5, low=0, high=0)}> {{
         xq = QuantizeLinear(x, sx, zx)
         xd = DequantizeLinear(xq, sx, zx)
         w1d = DequantizeLinear<axis = 0>(w1, s1)
@@ -82,8 +82,8 @@ case(
 case(
     "qdq-grouped",
     "DequantizeLinear Conv ConvTranspose",
-    f"""(float[N,3,6,6] x) => (float[] y) <{_DATA}, {_WEIGHT}, {gains('s2', 12)}, {codes('int8', 'w1', 8, 3, 3, 3)},
-    {codes('int8', 'w2', 12, 4, 3, 3)}, {codes('int8', 'w3', 12, 3, 2, 2)}, {codes('int8', 'w4', 3, 6, 1, 1)}> {{
+    f"""(float[N,3,6,6] x) => (float[] y) <{_DATA}, {_WEIGHT}, {gains("s2", 12)}, {codes("int8", "w1", 8, 3, 3, 3)},
+    {codes("int8", "w2", 12, 4, 3, 3)}, {codes("int8", "w3", 12, 3, 2, 2)}, {codes("int8", "w4", 3, 6, 1, 1)}> {{
         w1d = DequantizeLinear(w1, sw, zw)
         c = Conv<pads = [1, 1, 1, 1]>(x, w1d)
         h = Relu(c)
@@ -100,9 +100,9 @@ case(
     "qdq-matmul-per-column",
     "QuantizeLinear DequantizeLinear MatMul",
     f"""(float[N,5] x) => (float[] y)
-    <{_DATA}, {_WEIGHT}, {gains('s1', 8)}, {codes('uint8', 'w1', 5, 8, low=0, high=120)},
-    {codes('uint8', 'z1', 8, low=50, high=70)}, {codes('int8', 'w2', 8, 3)}, {gains('s2', 3)}, {gains('sb', 8, 0.01)},
-    {codes('int32', 'b1', 8)}> {{
+    <{_DATA}, {_WEIGHT}, {gains("s1", 8)}, {codes("uint8", "w1", 5, 8, low=0, high=120)},
+    {codes("uint8", "z1", 8, low=50, high=70)}, {codes("int8", "w2", 8, 3)}, {gains("s2", 3)}, {gains("sb", 8, 0.01)},
+    {codes("int32", "b1", 8)}> {{
         w1d = DequantizeLinear(w1, s1, z1)
         a = MatMul(x, w1d)
         b1d = DequantizeLinear<axis = 0>(b1, sb)
@@ -118,7 +118,7 @@ case(
 case(
     "qdq-float-weights",
     "QuantizeLinear DequantizeLinear Conv",
-    f"""(float[N,3,6,6] x) => (float[] y) <{_DATA}, {gains('s1', 8, 0.01)}, {codes('int8', 'z1', 8, low=0, high=0)},
+    f"""(float[N,3,6,6] x) => (float[] y) <{_DATA}, {gains("s1", 8, 0.01)}, {codes("int8", "z1", 8, low=0, high=0)},
     float s2 = {{0.01}}, int8 z2 = {{0}}, float[8,3,3,3] w1, float[4,8,1,1] w2> {{
         xq = QuantizeLinear(x, sx, zx)
         xd = DequantizeLinear(xq, sx, zx)
@@ -139,7 +139,7 @@ case(
 case(
     "qdq-activations-per-channel",
     "QuantizeLinear DequantizeLinear",
-    f"""(float[N,3,6,6] x) => (float[] y) <{gains('s1', 8, 0.03)}, {codes('uint8', 'z1', 8, low=100, high=130)},
+    f"""(float[N,3,6,6] x) => (float[] y) <{gains("s1", 8, 0.03)}, {codes("uint8", "z1", 8, low=100, high=130)},
     float[8,3,3,3] w1, float[4,8,1,1] w2> {{
         c = Conv(x, w1)
         q = QuantizeLinear(c, s1, z1)
@@ -151,8 +151,8 @@ case(
 case(
     "dequantise-in-blocks",
     "DequantizeLinear MatMul",
-    f"""(float[N,5] x) => (float[] y) <float[5,8] w1, {codes('int8', 'w2', 8, 6)}, float[2,6] gain,
-    {codes('int8', 'z2', 2, 6, low=-3, high=3)}, float[6,3] w3> {{
+    f"""(float[N,5] x) => (float[] y) <float[5,8] w1, {codes("int8", "w2", 8, 6)}, float[2,6] gain,
+    {codes("int8", "z2", 2, 6, low=-3, high=3)}, float[6,3] w3> {{
         a = MatMul(x, w1)
         h = Relu(a)
         w2d = DequantizeLinear<axis = 0, block_size = 4>(w2, gain, z2)
@@ -169,8 +169,8 @@ case(
 case(
     "dynamic-quantisation",
     "DynamicQuantizeLinear MatMulInteger",
-    f"""(float[N,5] x) => (float[] y) <{codes('int8', 'w1', 5, 8)}, {codes('int8', 'w2', 8, 6)}, int8 zero = {{0}},
-    {codes('int8', 'z2', 6, low=-2, high=2)}, {gains('s1', 8)}, {gains('s2', 6)}, float[6,3] w3> {{
+    f"""(float[N,5] x) => (float[] y) <{codes("int8", "w1", 5, 8)}, {codes("int8", "w2", 8, 6)}, int8 zero = {{0}},
+    {codes("int8", "z2", 6, low=-2, high=2)}, {gains("s1", 8)}, {gains("s2", 6)}, float[6,3] w3> {{
         xq, xs, xz = DynamicQuantizeLinear(x)
         a = MatMulInteger(xq, w1, xz, zero)
         af = Cast<to = 1>(a)
@@ -189,8 +189,8 @@ case(
 case(
     "conv-integer",
     "DynamicQuantizeLinear ConvInteger",
-    f"""(float[N,3,6,6] x) => (float[] y) <{codes('uint8', 'w1', 8, 3, 3, 3, low=0, high=120)}, uint8 zero = {{60}},
-    {codes('uint8', 'w2', 8, 1, 3, 3, low=0, high=120)}, {codes('uint8', 'w3', 4, 8, 1, 1, low=0, high=120)},
+    f"""(float[N,3,6,6] x) => (float[] y) <{codes("uint8", "w1", 8, 3, 3, 3, low=0, high=120)}, uint8 zero = {{60}},
+    {codes("uint8", "w2", 8, 1, 3, 3, low=0, high=120)}, {codes("uint8", "w3", 4, 8, 1, 1, low=0, high=120)},
     float s = {{0.005}}> {{
         xq, xs, xz = DynamicQuantizeLinear(x)
         a = ConvInteger(xq, w1, xz, zero)
@@ -209,9 +209,9 @@ case(
 case(
     "qlinear-conv",
     "QLinearConv",
-    f"""(float[N,3,6,6] x) => (float[] y) <{_DATA}, {gains('s1', 8)}, {codes('int8', 'z1', 8, low=0, high=0)},
-    {codes('int8', 'w1', 8, 3, 3, 3)}, {codes('int32', 'b1', 8, low=-400, high=400)},
-    {codes('int8', 'w2', 12, 4, 3, 3)}, {_WEIGHT}, {codes('int8', 'w3', 4, 12, 1, 1)}> {{
+    f"""(float[N,3,6,6] x) => (float[] y) <{_DATA}, {gains("s1", 8)}, {codes("int8", "z1", 8, low=0, high=0)},
+    {codes("int8", "w1", 8, 3, 3, 3)}, {codes("int32", "b1", 8, low=-400, high=400)},
+    {codes("int8", "w2", 12, 4, 3, 3)}, {_WEIGHT}, {codes("int8", "w3", 4, 12, 1, 1)}> {{
         xq = QuantizeLinear(x, sx, zx)
         a = QLinearConv<pads = [1, 1, 1, 1]>(xq, sx, zx, w1, s1, z1, sx, zx, b1)
         b = QLinearConv<group = 2>(a, sx, zx, w2, sw, zw, sx, zx)
@@ -223,8 +223,8 @@ case(
 case(
     "qlinear-matmul",
     "QLinearMatMul",
-    f"""(float[N,5] x) => (float[] y) <{_DATA}, {gains('s1', 8)}, {codes('int8', 'z1', 8, low=0, high=0)},
-    {codes('int8', 'w1', 5, 8)}, {codes('int8', 'w2', 8, 6)}, {_WEIGHT}, {codes('int8', 'w3', 6, 3)}> {{
+    f"""(float[N,5] x) => (float[] y) <{_DATA}, {gains("s1", 8)}, {codes("int8", "z1", 8, low=0, high=0)},
+    {codes("int8", "w1", 5, 8)}, {codes("int8", "w2", 8, 6)}, {_WEIGHT}, {codes("int8", "w3", 6, 3)}> {{
         xq = QuantizeLinear(x, sx, zx)
         a = QLinearMatMul(xq, sx, zx, w1, s1, z1, sx, zx)
         b = QLinearMatMul(a, sx, zx, w2, sw, zw, sx, zx)
@@ -237,7 +237,7 @@ case(
     "qlinear-matmul-of-activations",
     "QLinearMatMul",
     f"""(float[N,4,5] x) => (float[] y)
-    <{_DATA}, {_WEIGHT}, {codes('int8', 'w1', 5, 8)}, {codes('int8', 'w2', 5, 8)}> {{
+    <{_DATA}, {_WEIGHT}, {codes("int8", "w1", 5, 8)}, {codes("int8", "w2", 5, 8)}> {{
         xq = QuantizeLinear(x, sx, zx)
         a = QLinearMatMul(xq, sx, zx, w1, sw, zw, sx, zx)
         b = QLinearMatMul(xq, sx, zx, w2, sw, zw, sx, zx)
@@ -251,8 +251,8 @@ case(
 case(
     "qdq-attention",
     "DequantizeLinear MatMul",
-    f"""(float[N,5,6] x) => (float[] y) <{_DATA}, {_WEIGHT}, {codes('int8', 'wq', 6, 8)}, {codes('int8', 'wk', 6, 8)},
-    {codes('int8', 'wv', 6, 7)}, float[7,3] wo> {{
+    f"""(float[N,5,6] x) => (float[] y) <{_DATA}, {_WEIGHT}, {codes("int8", "wq", 6, 8)}, {codes("int8", "wk", 6, 8)},
+    {codes("int8", "wv", 6, 7)}, float[7,3] wo> {{
         q = DequantizeLinear(wq, sw, zw)
         k = DequantizeLinear(wk, sw, zw)
         v = DequantizeLinear(wv, sw, zw)
@@ -270,8 +270,8 @@ case(
 case(
     "qdq-weight-transposed",
     "QuantizeLinear DequantizeLinear MatMul",
-    f"""(float[N,5] x) => (float[] y) <{_DATA}, {_WEIGHT}, {gains('s1', 8)}, {codes('int8', 'w1', 8, 5)},
-    {codes('int8', 'w2', 6, 8)}, {gains('s2', 6)}> {{
+    f"""(float[N,5] x) => (float[] y) <{_DATA}, {_WEIGHT}, {gains("s1", 8)}, {codes("int8", "w1", 8, 5)},
+    {codes("int8", "w2", 6, 8)}, {gains("s2", 6)}> {{
         xq = QuantizeLinear(x, sx, zx)
         xd = DequantizeLinear(xq, sx, zx)
         w1d = DequantizeLinear<axis = 0>(w1, s1)

@@ -37,16 +37,24 @@ def recurrent(
 ) -> None:
     """Seven free channels ``g``, a recurrent node of eight hidden units over them, a product that reads them all."""
     rows = 8 * _GATES[op]
-    fields = f"hidden_size = 8, direction = \"{'bidirectional' if directions == 2 else 'forward'}\""
+    fields = f'hidden_size = 8, direction = "{"bidirectional" if directions == 2 else "forward"}"'
     if "direction" in attrs:
         fields = "hidden_size = 8"
     to = f"int64[3] to = {{0, 0, {8 * directions}}}, " if not after else ""
     merge = "t = Transpose<perm = [0, 2, 1, 3]>(h)  m = Reshape(t, to)"
     text = _SEQUENCE.format(
-        batch=batch, d=directions, rows=rows, both=2 * rows, to=to, wide=wide or 8 * directions, inputs=inputs,
-        constants=", " + constants if constants else "", before=before, after=after or merge,
+        batch=batch,
+        d=directions,
+        rows=rows,
+        both=2 * rows,
+        to=to,
+        wide=wide or 8 * directions,
+        inputs=inputs,
+        constants=", " + constants if constants else "",
+        before=before,
+        after=after or merge,
         call=f"{outputs} = {op}<{', '.join(p for p in (fields, attrs) if p)}>({operands})",
-    )  # fmt: skip
+    )
     case(name, op, text, units, pinned, opset, tolerance=tolerance)
 
 
@@ -88,9 +96,16 @@ recurrent("rnn-sigmoid", "RNN", 'activations = ["Sigmoid"]')
 recurrent("rnn-relu", "RNN", 'activations = ["Relu", "Relu"]', directions=2)
 recurrent("lstm-coupled-gates", "LSTM", "input_forget = 1")
 recurrent(
-    "lstm-peepholes", "LSTM", operands="g, w, r, b, , , , p", constants="float[2,24] p", directions=2, tolerance=2e-5
+    "lstm-peepholes",
+    "LSTM",
+    operands="g, w, r, b, , , , p",
+    constants="float[2,24] p",
+    directions=2,
+    tolerance=2e-5,
 )
-_SIZE = "n = Shape(x)  one = Gather(n, at)  two = Unsqueeze(one, z)  size = Concat<axis = 0>(d, two, k)"
+_SIZE = (
+    "n = Shape(x)  one = Gather(n, at)  two = Unsqueeze(one, z)  size = Concat<axis = 0>(d, two, k)"
+)
 for _kind, _how in {
     "constant-of-shape": "h0 = ConstantOfShape(size)  c0 = Identity(h0)",
     "expanded": "h0 = Expand(nil, size)  c0 = Slice(h0, z, d, z)",

@@ -16,7 +16,13 @@ _VIEW = """(float[N,3,6,6] x) => (float[] y)
 
 
 def view(
-    name: str, ops: str, body: str, units: int, constants: str = "", pinned: str | tuple[str, ...] = (), opset: int = 17
+    name: str,
+    ops: str,
+    body: str,
+    units: int,
+    constants: str = "",
+    pinned: str | tuple[str, ...] = (),
+    opset: int = 17,
 ) -> None:
     """Eight free channels ``h`` and their shape ``s``, which the operator takes to ``r``."""
     text = _VIEW.format(constants=", " + constants if constants else "", body=body)
@@ -182,6 +188,9 @@ case(
     }""",
     units=0,
     # Of both weights it is said why they stay.
-    pinned=("operator com.microsoft::FusedMatMul", "MatMul 'MatMul_2' has an output of unknown shape"),
+    pinned=(
+        "operator com.microsoft::FusedMatMul",
+        "MatMul 'MatMul_2' has an output of unknown shape",
+    ),
     domains={"com.microsoft": 1},
 )

@@ -6,9 +6,19 @@ from cases import case
 
 _NETWORK = "float[8,3] w2> {"
 for _name, _op, _attrs, _units in (
-    ("scaler", "Scaler", "offset = [0.5, -0.25, 0.0, 1.0, 2.0], scale = [1.0, 2.0, 0.5, 3.0, 0.25]", 8),
+    (
+        "scaler",
+        "Scaler",
+        "offset = [0.5, -0.25, 0.0, 1.0, 2.0], scale = [1.0, 2.0, 0.5, 3.0, 0.25]",
+        8,
+    ),
     ("scaler-one-number", "Scaler", "offset = [0.5], scale = [2.0]", 8),
-    ("imputer", "Imputer", "imputed_value_floats = [1.0, 2.0, 3.0, 4.0, 5.0], replaced_value_float = 0.0", 8),
+    (
+        "imputer",
+        "Imputer",
+        "imputed_value_floats = [1.0, 2.0, 3.0, 4.0, 5.0], replaced_value_float = 0.0",
+        8,
+    ),
     ("normalizer", "Normalizer", 'norm = "L2"', 8),
 ):
     case(
@@ -24,9 +34,21 @@ for _name, _op, _attrs, _units in (
         domains={"ai.onnx.ml": 3},
     )
 for _name, _op, _attrs, _units, _pinned in (
-    ("scaler", "Scaler", "offset = [0.5, -0.2, 0.0, 1.0, 2.0, 0.1], scale = [1.0, 2.0, 0.5, 3.0, 0.2, 1.0]", 6, ()),
+    (
+        "scaler",
+        "Scaler",
+        "offset = [0.5, -0.2, 0.0, 1.0, 2.0, 0.1], scale = [1.0, 2.0, 0.5, 3.0, 0.2, 1.0]",
+        6,
+        (),
+    ),
     ("scaler-one-number", "Scaler", "offset = [0.5], scale = [2.0]", 6, ()),
-    ("imputer", "Imputer", "imputed_value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], replaced_value_float = 0.0", 6, ()),
+    (
+        "imputer",
+        "Imputer",
+        "imputed_value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], replaced_value_float = 0.0",
+        6,
+        (),
+    ),
     ("normalizer", "Normalizer", 'norm = "L1"', 0, "normalises over this axis"),
 ):
     case(

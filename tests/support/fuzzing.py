@@ -34,9 +34,21 @@ RESIDENT = 256 << 20
 MULTIPLE = 16
 """A case may make the process grow by ``RESIDENT`` bytes, and by ``MULTIPLE`` times its file."""
 QUICK = (
-    "--macs", "0.5", "--importance", "l2", "--allocate", "uniform", "--refit", "none", "--force", "--device", "cpu",
-)  # fmt: skip
-EXHAUSTED = re.compile(r"bad.?alloc|(un|not )able to allocate|failed to alloc|out of memory|memoryerror", re.IGNORECASE)
+    "--macs",
+    "0.5",
+    "--importance",
+    "l2",
+    "--allocate",
+    "uniform",
+    "--refit",
+    "none",
+    "--force",
+    "--device",
+    "cpu",
+)
+EXHAUSTED = re.compile(
+    r"bad.?alloc|(un|not )able to allocate|failed to alloc|out of memory|memoryerror", re.IGNORECASE
+)
 TRACE = re.compile(r"Traceback|Error\('|<class '")
 
 
@@ -83,8 +95,19 @@ class _Watch:
                 secret = where == "/etc/passwd" or where.endswith("secret.bin")
                 if (writes and not where.startswith(self.folder)) or secret:
                     self.seen.append(f"opened {where}")
-        elif event in ("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.posix_spawn", "pickle.find_class",
-                       "socket.connect", "ctypes.dlopen", "os.symlink", "os.chmod", "os.kill"):  # fmt: skip
+        elif event in (
+            "subprocess.Popen",
+            "os.system",
+            "os.exec",
+            "os.fork",
+            "os.posix_spawn",
+            "pickle.find_class",
+            "socket.connect",
+            "ctypes.dlopen",
+            "os.symlink",
+            "os.chmod",
+            "os.kill",
+        ):
             self.seen.append(f"{event} {args[:1]}")
 
 
@@ -92,7 +115,9 @@ def _peak(reset: bool = False) -> int:
     """Largest resident size so far, since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    line = next(
+        x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")
+    )
     return int(line.split()[1]) << 10
 
 
@@ -144,10 +169,14 @@ def run_model(number: int, folder: Path, watch: _Watch) -> Outcome:
         else:
             (place / name).symlink_to(what)
     before = _files(place)
-    status, out, err = _call(["prune", str(path), "-o", str(target / "out.onnx"), "--cache", "off", *QUICK], watch)
+    status, out, err = _call(
+        ["prune", str(path), "-o", str(target / "out.onnx"), "--cache", "off", *QUICK], watch
+    )
     wrong = judge(status, out, err)
     written = _files(target)
-    if not wrong and (written != ({"out.onnx"} if status == 0 else set()) or _files(place) != before):
+    if not wrong and (
+        written != ({"out.onnx"} if status == 0 else set()) or _files(place) != before
+    ):
         wrong = f"files: {written}, {_files(place) ^ before}"
     if not wrong and status == 0:
         onnx.checker.check_model(str(target / "out.onnx"))
@@ -156,7 +185,9 @@ def run_model(number: int, folder: Path, watch: _Watch) -> Outcome:
         wrong = judge(*looked)
         if not wrong and looked[0] and not status:
             wrong = f"pruned, but inspect says {looked[2]}"
-    return Outcome(number, "wrong" if wrong else "refused" if status else "pruned", wrong or err.strip())
+    return Outcome(
+        number, "wrong" if wrong else "refused" if status else "pruned", wrong or err.strip()
+    )
 
 
 def run_data(number: int, folder: Path, watch: _Watch) -> Outcome:
@@ -176,11 +207,26 @@ def run_data(number: int, folder: Path, watch: _Watch) -> Outcome:
             (folder / inner).symlink_to(content)
     before = _files(folder)
     out = folder / "out.onnx"
-    ended = _call(["prune", str(model), "--data", str(folder / name), "-o", str(out), "--cache", "off", *QUICK], watch)
+    ended = _call(
+        [
+            "prune",
+            str(model),
+            "--data",
+            str(folder / name),
+            "-o",
+            str(out),
+            "--cache",
+            "off",
+            *QUICK,
+        ],
+        watch,
+    )
     wrong = judge(*ended)
     if not wrong and _files(folder) - before != (set() if ended[0] else {"out.onnx"}):
         wrong = f"files: {_files(folder) ^ before}"
-    return Outcome(number, "wrong" if wrong else "refused" if ended[0] else "pruned", wrong or ended[2].strip())
+    return Outcome(
+        number, "wrong" if wrong else "refused" if ended[0] else "pruned", wrong or ended[2].strip()
+    )
 
 
 RUNS = {"model": run_model, "data": run_data}
@@ -204,7 +250,9 @@ def _one(kind: str, number: int, root: Path, watch: _Watch) -> Outcome:
         while at is not None and at.tb_next is not None:
             at = at.tb_next
         where = "" if at is None else f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}"
-        outcome = Outcome(number, "raised", f"{type(error).__name__} at {where}: {str(error)[:300]}")
+        outcome = Outcome(
+            number, "raised", f"{type(error).__name__} at {where}: {str(error)[:300]}"
+        )
         if os.environ.get("FUZZ_TRACE"):
             raise
     finally:
@@ -234,10 +282,17 @@ def prepare(root: Path) -> _Watch:
     tempfile.tempdir = str(root)
     os.chdir(root)
     warm = root / "warm.onnx"
-    warm.write_bytes(build("(float[N,4] x) => (float[] y) <float[4,8] a, float[8,2] b> { h = MatMul(x, a)  r = Relu(h)"
-                           "  y = MatMul(r, b) }").SerializeToString())  # fmt: skip
-    for command in (["prune", str(warm), "-o", str(root / "warm-out.onnx"), "--cache", "off", *QUICK],
-                    ["inspect", str(warm)], ["inspect", str(warm), "--json"]):  # fmt: skip
+    warm.write_bytes(
+        build(
+            "(float[N,4] x) => (float[] y) <float[4,8] a, float[8,2] b> { h = MatMul(x, a)  r = Relu(h)"
+            "  y = MatMul(r, b) }"
+        ).SerializeToString()
+    )
+    for command in (
+        ["prune", str(warm), "-o", str(root / "warm-out.onnx"), "--cache", "off", *QUICK],
+        ["inspect", str(warm)],
+        ["inspect", str(warm), "--json"],
+    ):
         status, _, err = _call(command)
         assert status == 0, err
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -269,18 +324,28 @@ def outcomes(kind: str, numbers: Iterable[int]) -> Iterator[Outcome]:
 
     package = str(Path(onnx_oamip.__file__).parent.parent)  # the worker tests what its parent does
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-                   "PYTHONWARNINGS": "ignore",
-                   "ONNX_OAMIP_CACHE": "off", "COLUMNS": "200"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "ONNX_OAMIP_CACHE": "off",
+        "COLUMNS": "200",
+    }
     worker: subprocess.Popen[str] | None = None
     with tempfile.TemporaryFile("w+") as errors:
         for number in numbers:
             if worker is None:
                 errors.seek(0), errors.truncate()
                 worker = subprocess.Popen(
-                    [sys.executable, __file__, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                    text=True, env=environment,
-                )  # fmt: skip
+                    [sys.executable, __file__, kind],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=environment,
+                )
             assert worker.stdin is not None
             assert worker.stdout is not None
             answer = ""
@@ -297,8 +362,12 @@ def outcomes(kind: str, numbers: Iterable[int]) -> Iterator[Outcome]:
             worker = None
             errors.seek(0)
             said = errors.read()
-            trace = "".join(f"{x.strip()}; " for x in said.splitlines() if "File " in x and "onnx" in x)[:900]
-            head = next((x for x in said.splitlines() if x.startswith(("Fatal", "Timeout"))), said[-300:])
+            trace = "".join(
+                f"{x.strip()}; " for x in said.splitlines() if "File " in x and "onnx" in x
+            )[:900]
+            head = next(
+                (x for x in said.splitlines() if x.startswith(("Fatal", "Timeout"))), said[-300:]
+            )
             ended = "hung" if "Timeout" in head or status == -signal.SIGXCPU else "died"
             yield Outcome(number, ended, f"status {status}, {head}: {trace}")
         if worker is not None:
@@ -307,7 +376,9 @@ def outcomes(kind: str, numbers: Iterable[int]) -> Iterator[Outcome]:
             worker.wait()
 
 
-def summary(kind: str, numbers: Sequence[int], workers: int = 1) -> tuple[Counter[str], list[Outcome]]:
+def summary(
+    kind: str, numbers: Sequence[int], workers: int = 1
+) -> tuple[Counter[str], list[Outcome]]:
     """(outcomes by kind, those that must not be), found by so many processes side by side."""
     with ThreadPoolExecutor(workers) as threads:
         parts = threads.map(lambda i: list(outcomes(kind, numbers[i::workers])), range(workers))

@@ -43,7 +43,9 @@ def build(
     imports = ", ".join(f'"{d}": {v}' for d, v in {"": opset, **(domains or {})}.items())
     proto = parser.parse_model(f"<ir_version: {ir}, opset_import: [{imports}]> case {text}")
     graph = proto.graph
-    made = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
+    made = {name for node in graph.node for name in node.output} | {
+        t.name for t in graph.initializer
+    }
     for value in graph.value_info:
         if value.name not in made:
             graph.initializer.append(random_weight(value, seed))
@@ -71,7 +73,9 @@ def random_weight(value: onnx.ValueInfoProto, seed: int) -> TensorProto:
         values = rng.standard_normal(shape) / np.sqrt(fan)
     else:
         values = 0.3 * rng.standard_normal(shape)
-    return numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), value.name)
+    return numpy_helper.from_array(
+        values.astype(helper.tensor_dtype_to_np_dtype(kind.elem_type)), value.name
+    )
 
 
 def load(proto: ModelProto, folder: Path, bindings: Mapping[str, int] | None = None) -> Model:
@@ -87,9 +91,13 @@ def feed(model: Model, seed: int, batch: int | None = None) -> dict[str, Array]:
     Inputs that carry sizes hold what their names say for an image of 8 channels and 4 x 4 pixels.
     """
     sizes = {
-        "from": [0, 0, 0, 1], "to": [1, 8, 3, 4], "pads": [0, 0, 1, 0, 0, 0, 0, 2], "size": [1, 8, 6, 5],
-        "ones": [1, 1, 1, 1], "parts": [5, 3],
-    }  # fmt: skip
+        "from": [0, 0, 0, 1],
+        "to": [1, 8, 3, 4],
+        "pads": [0, 0, 1, 0, 0, 0, 0, 2],
+        "size": [1, 8, 6, 5],
+        "ones": [1, 1, 1, 1],
+        "parts": [5, 3],
+    }
     rng = np.random.default_rng([seed, 7])
     made: dict[str, Array] = {}
     for port in model.inputs:
@@ -166,7 +174,9 @@ def assert_exact(
         found = apart(seed, batch)
         if found > tolerance and rounds:
             found = sorted(apart(100 * (seed + 1) + i, batch) for i in range(3))[1]
-        assert found <= tolerance, f"cut and masked differ by {found:.2e} at batch {batch}, keep {keep.astype(int)}"
+        assert found <= tolerance, (
+            f"cut and masked differ by {found:.2e} at batch {batch}, keep {keep.astype(int)}"
+        )
     return cut
 
 

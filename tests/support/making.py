@@ -37,7 +37,15 @@ class Activation:
 
 def _activations() -> tuple[Activation, ...]:
     plain = "Relu Sigmoid Tanh LeakyRelu Softplus Elu Abs Selu HardSigmoid Softsign Neg Sin Cos Atan Identity Dropout"
-    later = {"Sign": 9, "Erf": 9, "Shrink": 9, "ThresholdedRelu": 10, "Round": 11, "Celu": 12, "HardSwish": 14}
+    later = {
+        "Sign": 9,
+        "Erf": 9,
+        "Shrink": 9,
+        "ThresholdedRelu": 10,
+        "Round": 11,
+        "Celu": 12,
+        "HardSwish": 14,
+    }
     within = {
         "unit": {"Exp": 1, "Sinh": 9, "Cosh": 9, "Asinh": 9},
         "inside": {"Asin": 7, "Acos": 7, "Tan": 7, "Atanh": 9},
@@ -46,9 +54,19 @@ def _activations() -> tuple[Activation, ...]:
     }
     return (
         *(Activation(op) for op in plain.split()),
-        *(Activation(op, since=since) for op, since in {**later, "Mish": 18, "Gelu": 20, "Swish": 24}.items()),
-        *(Activation(op) for op in ("Floor", "Ceil", "com.microsoft.Gelu", "com.microsoft.QuickGelu", "Clip")),
-        *(Activation(op, where, since) for where, ops in within.items() for op, since in ops.items()),
+        *(
+            Activation(op, since=since)
+            for op, since in {**later, "Mish": 18, "Gelu": 20, "Swish": 24}.items()
+        ),
+        *(
+            Activation(op)
+            for op in ("Floor", "Ceil", "com.microsoft.Gelu", "com.microsoft.QuickGelu", "Clip")
+        ),
+        *(
+            Activation(op, where, since)
+            for where, ops in within.items()
+            for op, since in ops.items()
+        ),
     )
 
 
@@ -56,9 +74,24 @@ ACTIVATIONS = _activations()
 
 
 STEPS = (
-    "Sign", "Floor", "Ceil", "Round", "Shrink", "ThresholdedRelu", "Mod", "Hardmax", "Equal", "Greater", "Less",
-    "GreaterOrEqual", "LessOrEqual", "QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
-)  # fmt: skip
+    "Sign",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Shrink",
+    "ThresholdedRelu",
+    "Mod",
+    "Hardmax",
+    "Equal",
+    "Greater",
+    "Less",
+    "GreaterOrEqual",
+    "LessOrEqual",
+    "QuantizeLinear",
+    "DynamicQuantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+)
 """Operators that jump: a difference in the last bit of what they read may be one of a whole step in what they give."""
 
 
@@ -90,7 +123,9 @@ class Maker:
 
     def spread(self, options: Sequence[Any]) -> Any:
         """As ``one_of``, but all of them as often: Hypothesis likes to repeat itself, the seed does not."""
-        return options[(self.pick(len(options)) + int(self.rng.integers(len(options)))) % len(options)]
+        return options[
+            (self.pick(len(options)) + int(self.rng.integers(len(options)))) % len(options)
+        ]
 
     def channels(self) -> int:
         return 2 + self.pick(7)
@@ -108,7 +143,9 @@ class Maker:
         """A node with several outputs; an operator of another domain has it in front."""
         domain, _, op = op.rpartition(".")
         names = [self.name(op.lower()) for _ in range(count)]
-        self.nodes.append(helper.make_node(op, list(inputs), names, f"node_{names[0]}", domain=domain, **attrs))
+        self.nodes.append(
+            helper.make_node(op, list(inputs), names, f"node_{names[0]}", domain=domain, **attrs)
+        )
         return names
 
     def weight(self, *shape: int) -> str:
@@ -135,14 +172,23 @@ class Maker:
     # --- forms that changed ---------------------------------------------------------------------------------------
 
     def listed(
-        self, op: str, x: str, values: Sequence[int], name: str, since: int, shape: Sequence[int], **attrs: Any
+        self,
+        op: str,
+        x: str,
+        values: Sequence[int],
+        name: str,
+        since: int,
+        shape: Sequence[int],
+        **attrs: Any,
     ) -> Value:
         """A list of integers as an input, as it is since an opset, or as the attribute that it was before."""
         if self.opset >= since:
             return self.node(op, [x, self.ints(*values)], shape, **attrs)
         return self.node(op, [x], shape, **{name: list(values)}, **attrs)
 
-    def reduce(self, op: str, x: Value, axes: Sequence[int], shape: Sequence[int], keepdims: int = 1) -> Value:
+    def reduce(
+        self, op: str, x: Value, axes: Sequence[int], shape: Sequence[int], keepdims: int = 1
+    ) -> Value:
         since = 13 if op == "ReduceSum" else 18
         return self.listed(op, x.name, axes, "axes", since, shape, keepdims=keepdims)
 
@@ -175,7 +221,9 @@ class Maker:
         """Twice as high and wide."""
         scales = self.constant([1, 1, 2, 2], np.float32, "by")
         if self.opset < 11:
-            return self.node("Upsample" if self.opset < 10 else "Resize", [x.name, scales], shape, mode=mode)
+            return self.node(
+                "Upsample" if self.opset < 10 else "Resize", [x.name, scales], shape, mode=mode
+            )
         return self.node("Resize", [x.name, "", scales], shape, mode=mode)
 
     # --- element by element -----------------------------------------------------------------------------------------
@@ -200,5 +248,7 @@ class Maker:
             x = self.node("Mul", [x.name, self.number(0.9)], x.shape)
         if domain in ("positive", "above one"):
             x = self.node("Softplus", [x.name], x.shape)
-            x = self.node("Add", [x.name, self.number(0.5 if domain == "positive" else 1.1)], x.shape)
+            x = self.node(
+                "Add", [x.name, self.number(0.5 if domain == "positive" else 1.1)], x.shape
+            )
         return x

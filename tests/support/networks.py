@@ -35,14 +35,22 @@ class Blocks(Sequences):
 
     # --- images (C, H, W) ---------------------------------------------------------------------------------------
 
-    def conv(self, x: Value, out: int, kernel: int = 3, groups: int = 1, bias: bool = True) -> Value:
+    def conv(
+        self, x: Value, out: int, kernel: int = 3, groups: int = 1, bias: bool = True
+    ) -> Value:
         c, h, w = x.shape
-        inputs = [x.name, self.weight(out, c // groups, kernel, kernel), *([self.bias(out)] if bias else [])]
+        inputs = [
+            x.name,
+            self.weight(out, c // groups, kernel, kernel),
+            *([self.bias(out)] if bias else []),
+        ]
         pad = kernel // 2
         return self.node("Conv", inputs, (out, h, w), pads=[pad] * 4, group=groups)
 
     def block_conv(self, x: Value) -> Value:
-        return self.activate(self.conv(x, self.channels(), self.one_of((1, 3)), bias=self.pick(2) == 0))
+        return self.activate(
+            self.conv(x, self.channels(), self.one_of((1, 3)), bias=self.pick(2) == 0)
+        )
 
     def block_batch_norm(self, x: Value) -> Value:
         c = x.shape[0]
@@ -50,7 +58,9 @@ class Blocks(Sequences):
         return self.activate(self.node("BatchNormalization", inputs, x.shape))
 
     def block_depthwise(self, x: Value) -> Value:
-        return self.activate(self.conv(x, x.shape[0] * (1 + self.pick(2)), 3, x.shape[0], self.pick(2) == 0))
+        return self.activate(
+            self.conv(x, x.shape[0] * (1 + self.pick(2)), 3, x.shape[0], self.pick(2) == 0)
+        )
 
     def block_grouped(self, x: Value) -> Value:
         wide = self.conv(x, 4 * (1 + self.pick(3)), 1)
@@ -62,16 +72,25 @@ class Blocks(Sequences):
         groups = c if self.pick(3) == 0 else 1
         per_group = 1 + self.pick(2) if groups > 1 else self.channels()
         inputs = [x.name, self.weight(c, per_group, 3, 3), self.bias(per_group * groups)]
-        return self.node("ConvTranspose", inputs, (per_group * groups, h, w), group=groups, pads=[1] * 4)
+        return self.node(
+            "ConvTranspose", inputs, (per_group * groups, h, w), group=groups, pads=[1] * 4
+        )
 
     def block_residual(self, x: Value) -> Value:
         inner = self.activate(self.conv(x, self.channels(), 1))
-        return self.activate(self.node("Add", [x.name, self.conv(inner, x.shape[0], 3).name], x.shape))
+        return self.activate(
+            self.node("Add", [x.name, self.conv(inner, x.shape[0], 3).name], x.shape)
+        )
 
     def block_dense_concat(self, x: Value) -> Value:
         grown = self.activate(self.conv(x, self.channels(), 3))
         parts = [x, grown] if self.pick(2) else [grown, x, x]
-        return self.node("Concat", [p.name for p in parts], (sum(p.shape[0] for p in parts), *x.shape[1:]), axis=1)
+        return self.node(
+            "Concat",
+            [p.name for p in parts],
+            (sum(p.shape[0] for p in parts), *x.shape[1:]),
+            axis=1,
+        )
 
     def block_split(self, x: Value) -> Value:
         c = x.shape[0]
@@ -107,7 +126,9 @@ class Blocks(Sequences):
             c += 1
         apart = self.node("Reshape", [x.name, self.ints(0, 2, c // 2, h, w)], (2, c // 2, h, w))
         turned = self.node("Transpose", [apart.name], (c // 2, 2, h, w), perm=[0, 2, 1, 3, 4])
-        return self.node("Reshape", [turned.name, self.ints(0, self.one_of((-1, c)), h, w)], (c, h, w))
+        return self.node(
+            "Reshape", [turned.name, self.ints(0, self.one_of((-1, c)), h, w)], (c, h, w)
+        )
 
     def block_channels_last(self, x: Value) -> Value:
         c, h, w = x.shape
@@ -131,7 +152,9 @@ class Blocks(Sequences):
         before, after = self.pick(3), 1 + self.pick(2)
         out = before + c + after
         padded = self.pad(x, (0, before, 0, 0, 0, after, 0, 0), (out, h, w))
-        return self.activate(self.node("Add", [self.conv(x, out, 3).name, padded.name], (out, h, w)))
+        return self.activate(
+            self.node("Add", [self.conv(x, out, 3).name, padded.name], (out, h, w))
+        )
 
     def block_gather(self, x: Value) -> Value:
         c = x.shape[0]
@@ -158,8 +181,12 @@ class Blocks(Sequences):
         wide = self.conv(x, 4 * out, 1)
         apart = self.node("Reshape", [wide.name, self.ints(0, out, 2, 2, h, w)], (out, 2, 2, h, w))
         turned = self.node("Transpose", [apart.name], (out, h, 2, w, 2), perm=[0, 1, 4, 2, 5, 3])
-        large = self.node("Reshape", [turned.name, self.ints(-1, out, 2 * h, 2 * w)], (out, 2 * h, 2 * w))
-        return self.node("AveragePool", [large.name], (out, h, w), kernel_shape=[2, 2], strides=[2, 2])
+        large = self.node(
+            "Reshape", [turned.name, self.ints(-1, out, 2 * h, 2 * w)], (out, 2 * h, 2 * w)
+        )
+        return self.node(
+            "AveragePool", [large.name], (out, h, w), kernel_shape=[2, 2], strides=[2, 2]
+        )
 
     def block_pool(self, x: Value) -> Value:
         op = self.one_of(("MaxPool", "AveragePool", "LpPool"))
@@ -167,7 +194,9 @@ class Blocks(Sequences):
 
     def block_per_channel(self, x: Value) -> Value:
         c = x.shape[0]
-        op, constant = self.one_of((("Mul", self.gain), ("Add", self.bias), ("PRelu", self.gain), ("Sub", self.bias)))
+        op, constant = self.one_of(
+            (("Mul", self.gain), ("Add", self.bias), ("PRelu", self.gain), ("Sub", self.bias))
+        )
         return self.node(op, [x.name, constant(c, 1, 1)], x.shape)
 
     def block_lrn(self, x: Value) -> Value:
@@ -185,7 +214,11 @@ class Blocks(Sequences):
         if len(x.shape) == 1 and self.pick(2):
             turned = self.pick(2)
             weight = self.weight(out, size) if turned else self.weight(size, out)
-            bias = [self.bias(*self.one_of(((out,), (1, out), (1,))))] if self.pick(3) or self.opset < 11 else []
+            bias = (
+                [self.bias(*self.one_of(((out,), (1, out), (1,))))]
+                if self.pick(3) or self.opset < 11
+                else []
+            )
             attrs = {"alpha": self.one_of((1.0, 0.5)), "beta": self.one_of((1.0, 2.0))}
             return self.node("Gemm", [x.name, weight, *bias], shape, transB=turned, **attrs)
         made = self.node("MatMul", [x.name, self.weight(size, out)], shape)
@@ -207,14 +240,25 @@ class Blocks(Sequences):
     def block_regroup(self, x: Value) -> Value:
         """Features as a small table and back, turned around."""
         wide = self.activate(self.linear(x, 6))
-        table = self.node("Reshape", [wide.name, self.ints(*[0] * len(x.shape), 2, 3)], (*x.shape[:-1], 2, 3))
+        table = self.node(
+            "Reshape", [wide.name, self.ints(*[0] * len(x.shape), 2, 3)], (*x.shape[:-1], 2, 3)
+        )
         axes = list(range(len(x.shape) + 2))
-        turned = self.node("Transpose", [table.name], (*x.shape[:-1], 3, 2), perm=[*axes[:-2], axes[-1], axes[-2]])
-        return self.node("Reshape", [turned.name, self.ints(*[0] * len(x.shape), 6)], (*x.shape[:-1], 6))
+        turned = self.node(
+            "Transpose", [table.name], (*x.shape[:-1], 3, 2), perm=[*axes[:-2], axes[-1], axes[-2]]
+        )
+        return self.node(
+            "Reshape", [turned.name, self.ints(*[0] * len(x.shape), 6)], (*x.shape[:-1], 6)
+        )
 
     def block_softmax(self, x: Value) -> Value:
         x = self.linear(x, self.channels())
-        return self.node("Softmax", [x.name], x.shape, axis=self.one_of((1, self.axis(len(x.shape), len(x.shape) + 1))))
+        return self.node(
+            "Softmax",
+            [x.name],
+            x.shape,
+            axis=self.one_of((1, self.axis(len(x.shape), len(x.shape) + 1))),
+        )
 
     def block_attention(self, x: Value) -> Value:
         t, f = x.shape
@@ -222,7 +266,9 @@ class Blocks(Sequences):
         parts = []
         for turn in ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]):
             flat = self.linear(x, heads * size)
-            split = self.node("Reshape", [flat.name, self.ints(0, t, heads, size)], (t, heads, size))
+            split = self.node(
+                "Reshape", [flat.name, self.ints(0, t, heads, size)], (t, heads, size)
+            )
             parts.append(self.node("Transpose", [split.name], (), perm=turn))
         scores = self.node("MatMul", [parts[0].name, parts[1].name], (heads, t, t))
         weights = self.node("Softmax", [scores.name], scores.shape, axis=3)
@@ -233,7 +279,9 @@ class Blocks(Sequences):
 
     def block_layer_norm(self, x: Value) -> Value:
         f = x.shape[-1]
-        return self.node("LayerNormalization", [x.name, self.gain(f), self.bias(f)], x.shape, axis=-1)
+        return self.node(
+            "LayerNormalization", [x.name, self.gain(f), self.bias(f)], x.shape, axis=-1
+        )
 
     def block_place(self, x: Value) -> Value:
         return self.node("Add", [x.name, self.bias(1, *x.shape)], x.shape)
@@ -248,7 +296,9 @@ class Blocks(Sequences):
     def to_vector(self, x: Value) -> Value:
         size = int(np.prod(x.shape))
         if len(x.shape) == 3 and self.pick(2):
-            pooled = self.node(self.one_of(("GlobalAveragePool", "GlobalMaxPool")), [x.name], (x.shape[0], 1, 1))
+            pooled = self.node(
+                self.one_of(("GlobalAveragePool", "GlobalMaxPool")), [x.name], (x.shape[0], 1, 1)
+            )
             return self.squeeze(pooled, (2, 3), x.shape[:1])
         if len(x.shape) == 2 and self.pick(2):
             return self.reduce("ReduceMean", x, [1], x.shape[1:], keepdims=0)
@@ -258,22 +308,73 @@ class Blocks(Sequences):
 
 
 ANY = {
-    "chain": 7, "binary": 8, "logic": 9, "bits": 11, "batch_size": 7, "repeat": 8, "across": 7, "one_hot": 7,
-    "lp_norm": 7, "fake_quantised": 10, "quantised": 10, "integers": 11, "operators": 10,
-}  # fmt: skip
+    "chain": 7,
+    "binary": 8,
+    "logic": 9,
+    "bits": 11,
+    "batch_size": 7,
+    "repeat": 8,
+    "across": 7,
+    "one_hot": 7,
+    "lp_norm": 7,
+    "fake_quantised": 10,
+    "quantised": 10,
+    "integers": 11,
+    "operators": 10,
+}
 IMAGE = {
-    "conv": 7, "batch_norm": 9, "depthwise": 7, "grouped": 7, "transposed": 7, "residual": 7, "dense_concat": 7,
-    "split": 7, "gated_halves": 7, "squeeze_excite": 7, "single_channel_gate": 7, "shuffle": 7, "channels_last": 7,
-    "slice": 7, "pad_shortcut": 7, "gather": 7, "depth_to_space": 7, "space_to_depth": 7, "pixel_shuffle": 7,
-    "pool": 7, "per_channel": 7, "lrn": 7, "sum_of_channels": 7, "statistic": 8, "global": 7, "instance_norm": 7,
-    "group_norm": 18, "mean_variance": 9, **ANY,
-}  # fmt: skip
-VECTORS = {"linear": 7, "linear_residual": 7, "join": 7, "regroup": 7, "softmax": 7, "layer_norm": 17, **ANY}
+    "conv": 7,
+    "batch_norm": 9,
+    "depthwise": 7,
+    "grouped": 7,
+    "transposed": 7,
+    "residual": 7,
+    "dense_concat": 7,
+    "split": 7,
+    "gated_halves": 7,
+    "squeeze_excite": 7,
+    "single_channel_gate": 7,
+    "shuffle": 7,
+    "channels_last": 7,
+    "slice": 7,
+    "pad_shortcut": 7,
+    "gather": 7,
+    "depth_to_space": 7,
+    "space_to_depth": 7,
+    "pixel_shuffle": 7,
+    "pool": 7,
+    "per_channel": 7,
+    "lrn": 7,
+    "sum_of_channels": 7,
+    "statistic": 8,
+    "global": 7,
+    "instance_norm": 7,
+    "group_norm": 18,
+    "mean_variance": 9,
+    **ANY,
+}
+VECTORS = {
+    "linear": 7,
+    "linear_residual": 7,
+    "join": 7,
+    "regroup": 7,
+    "softmax": 7,
+    "layer_norm": 17,
+    **ANY,
+}
 FLAT = {**VECTORS, "tabular": 7}
 TOKENS = {
-    **VECTORS, "place": 7, "attention": 7, "einsum": 12, "recurrent": 7, "packed_attention": 7, "multi_head": 7,
-    "group_query": 10, "standard_attention": 23, "rms_norm": 23,
-}  # fmt: skip
+    **VECTORS,
+    "place": 7,
+    "attention": 7,
+    "einsum": 12,
+    "recurrent": 7,
+    "packed_attention": 7,
+    "multi_head": 7,
+    "group_query": 10,
+    "standard_attention": 23,
+    "rms_norm": 23,
+}
 """Blocks by the kind of value that they take, with the first opset that has what they are made of."""
 KINDS = {"image": IMAGE, "flat": FLAT, "tokens": TOKENS}
 ONLY_TOKENS = tuple(name for name in TOKENS if name not in FLAT)
@@ -312,7 +413,12 @@ def alone(kind: str, name: str, opset: int, choose: Choose, seed: int) -> ModelP
 def each() -> Iterator[tuple[str, str, int]]:
     """Kind, name and opset of every block."""
     for kind, table in KINDS.items():
-        yield from ((kind, name, opset) for name, since in table.items() for opset in OPSETS if since <= opset)
+        yield from (
+            (kind, name, opset)
+            for name, since in table.items()
+            for opset in OPSETS
+            if since <= opset
+        )
 
 
 def finished(make: Maker, result: Value, start: Value) -> ModelProto:

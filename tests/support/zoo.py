@@ -16,9 +16,16 @@ FOLDER = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 # How far the last layer's outputs are spread with the weights below: they are divided by it, because a softmax that
 # picks one class for certain would hide whatever is wrong before it.
 LOGITS = {
-    "bvlc_alexnet": 6.1, "densenet121": 2.0, "inception_v1": 19.5, "inception_v2": 16.8, "resnet50": 36.5e3,
-    "shufflenet": 3.2e6, "squeezenet": 1.7, "vgg19": 6.2, "zfnet512": 1.7,
-}  # fmt: skip
+    "bvlc_alexnet": 6.1,
+    "densenet121": 2.0,
+    "inception_v1": 19.5,
+    "inception_v2": 16.8,
+    "resnet50": 36.5e3,
+    "shufflenet": 3.2e6,
+    "squeezenet": 1.7,
+    "vgg19": 6.2,
+    "zfnet512": 1.7,
+}
 NAMES = tuple(LOGITS)
 
 
@@ -28,7 +35,11 @@ def with_weights(name: str, seed: int = 0) -> ModelProto:
     proto.ir_version = 4  # weights need not be listed as inputs any more
     graph = proto.graph
     last = next(n for n in reversed(graph.node) if n.op_type in ("Gemm", "Conv"))
-    shapes = {t.name: numpy_helper.to_array(t).tolist() for t in graph.initializer if t.name.endswith("__SHAPE")}
+    shapes = {
+        t.name: numpy_helper.to_array(t).tolist()
+        for t in graph.initializer
+        if t.name.endswith("__SHAPE")
+    }
     readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
     for node in graph.node:
         for slot, tensor in enumerate(node.input):
@@ -44,7 +55,11 @@ def with_weights(name: str, seed: int = 0) -> ModelProto:
         if output in last.input:
             value /= np.float32(LOGITS[name])
         weights.append(numpy_helper.from_array(value, output))
-    nodes = [NodeProto.FromString(n.SerializeToString()) for n in graph.node if n.op_type != "ConstantOfShape"]
+    nodes = [
+        NodeProto.FromString(n.SerializeToString())
+        for n in graph.node
+        if n.op_type != "ConstantOfShape"
+    ]
     del graph.node[:]
     graph.node.extend(nodes)
     for listed in (graph.input, graph.initializer):
@@ -59,7 +74,11 @@ def _values(rng: np.random.Generator, reader: NodeProto, slot: int, shape: list[
     role = (reader.op_type, slot)
     if role in {("Conv", 1), ("Gemm", 1)}:
         attributes = {a.name: a.i for a in reader.attribute}
-        fan = shape[0] if reader.op_type == "Gemm" and not attributes.get("transB") else int(np.prod(shape[1:]))
+        fan = (
+            shape[0]
+            if reader.op_type == "Gemm" and not attributes.get("transB")
+            else int(np.prod(shape[1:]))
+        )
         return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan))
     if reader.op_type == "Mul" or role in {("BatchNormalization", 1), ("BatchNormalization", 4)}:
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)

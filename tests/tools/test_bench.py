@@ -63,26 +63,45 @@ def test_bisection_passes_over_ratios_at_which_a_tool_breaks() -> None:
 IMAGES = 2000
 
 
-def rows(model: str, accuracy: dict[str, float | tuple[float, ...] | None], budget: float = 0.5) -> list[studies.Row]:
+def rows(
+    model: str, accuracy: dict[str, float | tuple[float, ...] | None], budget: float = 0.5
+) -> list[studies.Row]:
     """Rows of one model, 90 % before; the first images are right. A tuple: one row a seed; None: not reached."""
     found = []
     for method, values in accuracy.items():
         for seed, value in enumerate(values if isinstance(values, tuple) else (values,)):
-            row = {"model": model, "MACs asked": budget, "method": method, "seed": seed, "before": 90.0}
+            row = {
+                "model": model,
+                "MACs asked": budget,
+                "method": method,
+                "seed": seed,
+                "before": 90.0,
+            }
             if value is not None:
                 right = np.arange(IMAGES) < round(value * IMAGES / 100)
-                row |= {"accuracy": value, "MACs kept": budget, "images": IMAGES, "right": rivals.packed(right)}
+                row |= {
+                    "accuracy": value,
+                    "MACs kept": budget,
+                    "images": IMAGES,
+                    "right": rivals.packed(right),
+                }
             found.append(row)
     return found
 
 
 def test_summary_is_against_the_best_rival_and_averages_points() -> None:
-    made = rows("a", {"ours": (88.0, 90.0), "random": 20.0, "onnxsim L2": 80.0, "Torch-Pruning L2": 86.0})
+    made = rows(
+        "a", {"ours": (88.0, 90.0), "random": 20.0, "onnxsim L2": 80.0, "Torch-Pruning L2": 86.0}
+    )
     made += rows("b", {"ours": 87.0, "random": 10.0, "onnxsim L2": 84.0, "Torch-Pruning L2": None})
     first, second, mean = rivals.summary(made)
     assert (first["lost by ours"], first["lost by best rival"], first["ratio"]) == (1.0, 4.0, 0.25)
     assert first["best rival"] == "Torch-Pruning L2"
-    assert (second["lost by best rival"], second["ratio"], second["best rival"]) == (6.0, 0.5, "onnxsim L2")
+    assert (second["lost by best rival"], second["ratio"], second["best rival"]) == (
+        6.0,
+        0.5,
+        "onnxsim L2",
+    )
     assert (mean["lost by ours"], mean["lost by best rival"], mean["ratio"]) == (2.0, 5.0, 0.4)
 
 
@@ -101,7 +120,9 @@ def test_best_has_the_range_over_seeds_and_a_paired_error() -> None:
     assert row["best rival"] == "onnxsim L2"  # another importance of ours is none
     # Of 2,000 images 40 are right by both seeds and not by the rival, 40 by one seed.
     apart = np.repeat([1.0, 0.5, 0.0], [40, 40, 1920])
-    assert row["standard error"] == pytest.approx(100 * apart.std(ddof=1) / np.sqrt(IMAGES), abs=5e-3)
+    assert row["standard error"] == pytest.approx(
+        100 * apart.std(ddof=1) / np.sqrt(IMAGES), abs=5e-3
+    )
     assert (row["only ours right"], row["only rival right"]) == (40, 0)
 
 
@@ -111,20 +132,43 @@ def test_right_images_survive_being_packed() -> None:
 
 
 @pytest.mark.parametrize(("rival", "noise"), [(88.1, True), (90.0, False)])
-def test_remarks_say_where_a_rival_is_ahead_and_whether_it_is_noise(rival: float, noise: bool) -> None:
-    made = [*rows("a", {"ours": 88.0, "onnxsim L2": rival}), *rows("b", {"ours": 88.0, "onnxsim L2": 80.0})]
+def test_remarks_say_where_a_rival_is_ahead_and_whether_it_is_noise(
+    rival: float, noise: bool
+) -> None:
+    made = [
+        *rows("a", {"ours": 88.0, "onnxsim L2": rival}),
+        *rows("b", {"ours": 88.0, "onnxsim L2": 80.0}),
+    ]
     found = rivals.best(made)
     first, second = rivals.remarks(found)
     assert "in 1 of 2 rows" in first
-    assert second.startswith(f"a at 50% of the MACs: onnxsim L2 is ahead by {rival - 88:.2f} points")
+    assert second.startswith(
+        f"a at 50% of the MACs: onnxsim L2 is ahead by {rival - 88:.2f} points"
+    )
     assert f"{round((rival - 88) * 20)} are right by it alone and 0 by ours alone" in second
     assert ("within the noise" in second) == noise
 
 
 def test_importances_are_those_of_the_first_seed() -> None:
-    made = rows("a", {"ours": (88.0, 80.0), "ours (l2)": 70.0, "ours (mint)": None, "random": 1.0, "onnxsim L2": 2.0})
+    made = rows(
+        "a",
+        {
+            "ours": (88.0, 80.0),
+            "ours (l2)": 70.0,
+            "ours (mint)": None,
+            "random": 1.0,
+            "onnxsim L2": 2.0,
+        },
+    )
     (row,) = rivals.importances(made)
-    assert row == {"model": "a", "MACs asked": 0.5, "before": 90.0, "obs": 88.0, "l2": 70.0, "mint": None}
+    assert row == {
+        "model": "a",
+        "MACs asked": 0.5,
+        "before": 90.0,
+        "obs": 88.0,
+        "l2": 70.0,
+        "mint": None,
+    }
 
 
 def test_models_that_were_run_apart_are_concluded_together(tmp_path: Path) -> None:
@@ -145,7 +189,10 @@ def test_a_seed_shuffles_images_with_their_labels(tmp_path: Path) -> None:
     with np.load(bench.data) as before, np.load(bench.shuffled(3, tmp_path)) as after:
         assert not np.array_equal(before["input"], after["input"])
         pairs = [
-            {image.tobytes() + bytes([label]) for image, label in zip(held["input"], held["labels"], strict=True)}
+            {
+                image.tobytes() + bytes([label])
+                for image, label in zip(held["input"], held["labels"], strict=True)
+            }
             for held in (before, after)
         ]
         assert pairs[0] == pairs[1]
@@ -169,7 +216,10 @@ def test_exponents_of_made_data() -> None:
 
 def test_exponents_leave_the_start_up_out() -> None:
     """Seconds that are a constant plus a power; small sizes, which other work dominates, do not count."""
-    made = [{"varied": "depth", "depth": s, "seconds": 2.0 + 0.1 * s**1.5 + (s < 8)} for s in (2, 4, 8, 16)]
+    made = [
+        {"varied": "depth", "depth": s, "seconds": 2.0 + 0.1 * s**1.5 + (s < 8)}
+        for s in (2, 4, 8, 16)
+    ]
     (plain,) = cost.exponents(made)
     (found,) = cost.exponents(made, {"seconds": 2.0})
     assert plain["seconds"] is not None
@@ -191,7 +241,10 @@ def test_cost_counts_in_plain_passes() -> None:
 
 def test_the_gpu_study_measures_the_cpu_against_itself(tmp_path: Path) -> None:
     cost.stack(tmp_path / "stack.onnx", 6, 3, 8, np.random.default_rng(0))
-    np.savez(tmp_path / "noise.npz", x=np.random.default_rng(1).standard_normal((40, 3, 8, 8), np.float32))
+    np.savez(
+        tmp_path / "noise.npz",
+        x=np.random.default_rng(1).standard_normal((40, 3, 8, 8), np.float32),
+    )
     row = cuda.measured(tmp_path / "stack.onnx", tmp_path / "noise.npz", "cpu")
     assert set(cuda.COLUMNS) - set(row) == {"model"}
     assert (row["samples"], row["apart"], row["copies %"]) == (40, 0.0, 0.0)
@@ -211,8 +264,16 @@ def test_copies_are_told_from_other_kernels() -> None:
     def node(op: str, micros: int, name: str = "n_kernel_time") -> dict[str, object]:
         return {"cat": "Node", "name": name, "dur": micros, "args": {"op_name": op}}
 
-    events = [node("Conv", 60), node("MemcpyToHost", 30), node("MemcpyFromHost", 10), node("Conv", 9, "n_fence_before")]
-    assert cuda.copied([*events, {"cat": "Session", "name": "model_run", "dur": 500}]) == (40.0, 100.0)
+    events = [
+        node("Conv", 60),
+        node("MemcpyToHost", 30),
+        node("MemcpyFromHost", 10),
+        node("Conv", 9, "n_fence_before"),
+    ]
+    assert cuda.copied([*events, {"cat": "Session", "name": "model_run", "dur": 500}]) == (
+        40.0,
+        100.0,
+    )
     assert cuda.copied([]) == (0.0, 0.0)
 
 
@@ -247,7 +308,9 @@ def test_calibration_counts_are_nested_and_noise_is_noise() -> None:
 
 def test_curves_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     accuracy = {"ours": (88.0, 89.0), "random": 20.0, "onnxsim L2": 80.0, "Torch-Pruning L2": 86.0}
-    made = rivals.best([*rows("a", accuracy, 0.8), *rows("a", accuracy), *rows("b", {"ours": 70.0})])
+    made = rivals.best(
+        [*rows("a", accuracy, 0.8), *rows("a", accuracy), *rows("b", {"ours": 70.0})]
+    )
     timed = [speedups("a", batch, budget) for batch in (1, 32) for budget in (0.5, 0.25)]
     for name in ("one", "two"):
         rivals_figure.draw(made, tmp_path / name / "r.svg")
@@ -259,16 +322,35 @@ def test_curves_are_the_same_bytes_each_time(tmp_path: Path) -> None:
 
 
 def speedups(model: str, batch: int, budget: float, **more: float) -> studies.Row:
-    row: studies.Row = {"model": model, "device": "cpu", "threads": 1, "batch": batch, "MACs asked": budget}
-    row |= {"ideal": 1 / budget, "ideal, align 1": 1 / budget, "predicted": 1.5, "ours": 1.6, "align 1": 1.2, **more}
+    row: studies.Row = {
+        "model": model,
+        "device": "cpu",
+        "threads": 1,
+        "batch": batch,
+        "MACs asked": budget,
+    }
+    row |= {
+        "ideal": 1 / budget,
+        "ideal, align 1": 1 / budget,
+        "predicted": 1.5,
+        "ours": 1.6,
+        "align 1": 1.2,
+        **more,
+    }
     return row | {f"{m}, {end}": row[m] for m in ("ours", "align 1") for end in ("low", "high")}
 
 
 def test_means_are_over_the_networks_that_every_method_cut() -> None:
     theirs = {"onnxsim": 3.0, "ideal, onnxsim": 2.0}
-    made = [speedups("a", 1, 0.5, ours=1.0, **theirs), speedups("b", 1, 0.5, ours=4.0, **theirs), speedups("c", 1, 0.5)]
+    made = [
+        speedups("a", 1, 0.5, ours=1.0, **theirs),
+        speedups("b", 1, 0.5, ours=4.0, **theirs),
+        speedups("c", 1, 0.5),
+    ]
     still = [{"before": 90.0, "ours": 89.0, "align 1": 89.5, "onnxsim": x} for x in (80.0, 60.0)]
-    known = [{"model": model, "MACs asked": 0.5, **row} for model, row in zip("ab", still, strict=True)]
+    known = [
+        {"model": model, "MACs asked": 0.5, **row} for model, row in zip("ab", still, strict=True)
+    ]
     (row,) = latency.means(made, known)
     assert (row["threads"], row["batch"], row["networks"]) == (1, 1, 2)
     assert (row["ours"], row["ideal"], row["onnxsim"]) == (2.0, 2.0, 3.0)
@@ -277,7 +359,9 @@ def test_means_are_over_the_networks_that_every_method_cut() -> None:
 
 def test_speedups_are_ratios_to_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = rivals.Bench("lenet300-mnist")
-    settings = Settings.create(macs=0.5, importance="l2", allocate="uniform", refit="none", align=1, cache="off")
+    settings = Settings.create(
+        macs=0.5, importance="l2", allocate="uniform", refit="none", align=1, cache="off"
+    )
     made = latency._Made(prepare.prepare(bench.model, bench.data, settings))
     found = search.search(made.ready)
     made.protos["ours", 0.5], made.widths["ours", 0.5] = found.pruned.proto, found.plan.widths
@@ -295,8 +379,12 @@ def test_speedups_are_ratios_to_the_original(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_slow_cuts_are_told_with_what_they_add() -> None:
     made = [speedups("a", 1, 0.5, ours=0.8), speedups("a", 32, 0.5), speedups("b", 1, 0.5)]
-    (line,) = latency.remarks(made, [{"model": "a", "MACs asked": 0.5, "nodes added": "9 Pad, 18 Gather"}])
-    assert line.startswith("a at 50% of the MACs is slower than the original (cpu, threads 1, batch 1: 0.80 times")
+    (line,) = latency.remarks(
+        made, [{"model": "a", "MACs asked": 0.5, "nodes added": "9 Pad, 18 Gather"}]
+    )
+    assert line.startswith(
+        "a at 50% of the MACs is slower than the original (cpu, threads 1, batch 1: 0.80 times"
+    )
     assert "9 Pad, 18 Gather" in line
 
 
@@ -318,14 +406,19 @@ def test_rows_are_stored_before_a_study_is_done(tmp_path: Path) -> None:
 def records(tmp_path: Path, *others: dict[str, object]) -> list[str]:
     """Folders, each with the study ``made`` of one row more; ``others``: what is different in the second one."""
     for name in ("first", "second"):
-        made: list[studies.Row] = [{"model": "a", "accuracy": 98.45, "seconds": 1.0}, {"model": "b", "accuracy": 90.0}]
+        made: list[studies.Row] = [
+            {"model": "a", "accuracy": 98.45, "seconds": 1.0},
+            {"model": "b", "accuracy": 90.0},
+        ]
         for row, change in zip(made, others if name == "second" else (), strict=False):
             row.update(change)
         studies.store(tmp_path / name, "made", made, ("model", "accuracy"), 0, ("seconds",))
     return [str(tmp_path / name) for name in ("first", "second")]
 
 
-def test_two_runs_agree_whatever_the_clock_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_agree_whatever_the_clock_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert agree.main(records(tmp_path, {"seconds": 2.0})) == 0
     assert capsys.readouterr().out == "made: 2 rows agree (not compared: seconds)\n"
 
@@ -337,9 +430,13 @@ def test_a_last_digit_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "row 2 (b, 90.0): accuracy is 90.0 and 90.05" in told
 
 
-def test_rows_and_studies_that_are_missing_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_and_studies_that_are_missing_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, second = records(tmp_path)
-    studies.store(tmp_path / "second", "made", [{"model": "a", "accuracy": 98.45}], (), 0, ("seconds",))
+    studies.store(
+        tmp_path / "second", "made", [{"model": "a", "accuracy": 98.45}], (), 0, ("seconds",)
+    )
     studies.store(tmp_path / "first", "other", [], (), 0)
     assert agree.main([first, second]) == 1
     told = capsys.readouterr().out

@@ -22,7 +22,9 @@ SAVED = [study for study in figures.FIGURES if (readme.SAVED / f"{study}.json").
 
 
 def rows_of(study: str) -> list[Row]:
-    found: list[Row] = json.loads((readme.SAVED / f"{study}.json").read_text(encoding="utf-8"))["rows"]
+    found: list[Row] = json.loads((readme.SAVED / f"{study}.json").read_text(encoding="utf-8"))[
+        "rows"
+    ]
     return found
 
 
@@ -55,7 +57,9 @@ def shown(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, An
 def lines_of(figure: Figure, panel: int) -> dict[str, list[tuple[float, float]]]:
     """Points of a panel's named lines."""
     lines = figure.axes[panel].get_lines()
-    named = {str(line.get_label()): line for line in lines if not str(line.get_label()).startswith("_")}
+    named = {
+        str(line.get_label()): line for line in lines if not str(line.get_label()).startswith("_")
+    }
     return {name: [tuple(p) for p in np.asarray(line.get_xydata())] for name, line in named.items()}
 
 
@@ -67,7 +71,9 @@ def test_pictures_are_small_and_the_same_bytes_each_time(study: str, tmp_path: P
     assert drawn == (tmp_path / "two" / f"{study}.svg").read_bytes()
     assert len(drawn) < 120_000
     kept = (readme.DRAWN / f"{study}.svg").read_bytes()
-    if f"Matplotlib v{matplotlib.__version__}," in kept.decode():  # another release may place letters differently
+    if (
+        f"Matplotlib v{matplotlib.__version__}," in kept.decode()
+    ):  # another release may place letters differently
         assert drawn == kept, "run: python -m tools.bench readme"
 
 
@@ -95,7 +101,9 @@ def test_pictures_are_told_and_captioned(study: str) -> None:
         assert text.endswith(".")
         assert not set("[]*\n") & set(text)
     if study in SAVED:
-        assert f"![{told}](figures/{study}.svg)\n\n*{caption}*\n" in readme.PAGE.read_text(encoding="utf-8")
+        assert f"![{told}](figures/{study}.svg)\n\n*{caption}*\n" in readme.PAGE.read_text(
+            encoding="utf-8"
+        )
 
 
 def test_exponents_in_the_picture_are_the_saved_ones(tmp_path: Path, sheets: list[Figure]) -> None:
@@ -110,11 +118,20 @@ def test_exponents_in_the_picture_are_the_saved_ones(tmp_path: Path, sheets: lis
 def test_of_each_rival_the_best_variant_is_drawn(tmp_path: Path, sheets: list[Figure]) -> None:
     known: Row = {"model": "a", "judged by": "agreement", "before": 90.0}
     after = {
-        (0.5, "ours"): (0.49, 88.0), (0.5, "random"): (0.5, 20.0), (0.5, "onnxsim L1"): (0.4, 60.0),
-        (0.5, "onnxsim L2"): (0.45, 70.0), (0.25, "ours"): (0.25, 80.0), (0.25, "random"): (0.25, 10.0),
-    }  # fmt: skip
-    made = [{**known, "MACs asked": b, "method": m, "MACs kept": x, "after": y} for (b, m), (x, y) in after.items()]
-    made.append({**known, "MACs asked": 0.25, "method": "onnxsim L2", "why not": "MACs not reached"})
+        (0.5, "ours"): (0.49, 88.0),
+        (0.5, "random"): (0.5, 20.0),
+        (0.5, "onnxsim L1"): (0.4, 60.0),
+        (0.5, "onnxsim L2"): (0.45, 70.0),
+        (0.25, "ours"): (0.25, 80.0),
+        (0.25, "random"): (0.25, 10.0),
+    }
+    made = [
+        {**known, "MACs asked": b, "method": m, "MACs kept": x, "after": y}
+        for (b, m), (x, y) in after.items()
+    ]
+    made.append(
+        {**known, "MACs asked": 0.25, "method": "onnxsim L2", "why not": "MACs not reached"}
+    )
     rivals_figure.draw_larger(made, tmp_path / "a.svg")
     lines = lines_of(sheets[0], 0)
     assert lines["ours"] == [(25.0, 80.0), (49.0, 88.0)]
@@ -138,7 +155,7 @@ def test_of_each_rival_the_best_variant_is_drawn(tmp_path: Path, sheets: list[Fi
         ("memory", lambda r: r["run"] == "score"),
         ("memory", lambda r: r["stage"] == "all"),
     ],
-)  # fmt: skip
+)
 def test_part_of_a_study_is_drawn_too(study: str, fewer: Any, tmp_path: Path) -> None:
     kept = [row for row in rows_of(study) if fewer(row)]
     assert 0 < len(kept) < len(rows_of(study))
@@ -151,7 +168,15 @@ def test_accuracies_are_spaced_by_their_error() -> None:
     drawing.accuracies(axes, 20.0, 99.0)
     y = axes.transData.transform([(0, a) for a in (0, 90, 99)])[:, 1]
     assert y[1] - y[0] == pytest.approx(y[2] - y[1])
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["0", "50", "80", "90", "95", "98", "99"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "0",
+        "50",
+        "80",
+        "90",
+        "95",
+        "98",
+        "99",
+    ]
     drawing.accuracies(axes, 100.0, 100.0)
     assert np.all(np.isfinite(axes.transData.transform((0, 100.0))))
 
@@ -175,7 +200,9 @@ def test_shorter_svg_is_the_same_picture() -> None:
     )
 
 
-def test_a_study_that_is_run_leaves_its_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_that_is_run_leaves_its_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = rows_of("programs")
 
     def run(out: Path, seed: int, names: tuple[str, ...]) -> str:

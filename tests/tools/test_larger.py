@@ -27,19 +27,27 @@ def encoded(image: Image.Image, form: str) -> bytes:
 
 
 def test_photographs_are_found_once_and_icons_are_not(tmp_path: Path) -> None:
-    resources, backgrounds = tmp_path / "usr/share/gcompris-qt/rcc", tmp_path / "usr/share/backgrounds"
+    resources, backgrounds = (
+        tmp_path / "usr/share/gcompris-qt/rcc",
+        tmp_path / "usr/share/backgrounds",
+    )
     resources.mkdir(parents=True)
     backgrounds.mkdir(parents=True)
     icon, transparent = picture(4, (64, 64)), picture(5).convert("RGBA")
     transparent.putalpha(Image.linear_gradient("L").resize(transparent.size))
     held = [picture(1), icon, picture(2), transparent, picture(1, (520, 460))]
-    data = b"qres\x00RIFF at random" + b"--".join(encoded(image, "WEBP") for image in held) + b"tail"
+    data = (
+        b"qres\x00RIFF at random" + b"--".join(encoded(image, "WEBP") for image in held) + b"tail"
+    )
     (resources / "erase.rcc").write_bytes(data)
     (backgrounds / "one.jpg").write_bytes(encoded(picture(3), "JPEG"))
     found = photographs.find(tmp_path)
     assert [image.format for image in found] == ["WEBP", "WEBP", "JPEG"]
     for image, seed in zip(found, (1, 2, 3), strict=True):
-        assert np.abs(np.asarray(image, np.float32) - np.asarray(picture(seed), np.float32)).mean() < 10
+        assert (
+            np.abs(np.asarray(image, np.float32) - np.asarray(picture(seed), np.float32)).mean()
+            < 10
+        )
 
 
 def test_an_empty_folder_has_no_photographs(tmp_path: Path) -> None:
@@ -80,7 +88,9 @@ def test_a_missing_file_is_said_with_the_command_that_makes_it(tmp_path: Path) -
     assert larger.absent("vgg16", tmp_path) is None
 
 
-def test_a_study_without_its_files_has_no_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_without_its_files_has_no_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert larger.run(tmp_path / "out", 0, larger=tmp_path) == ""
     assert capsys.readouterr().out.count("is left out") == len(larger.NETWORKS)
     assert not (tmp_path / "out").exists()
@@ -89,8 +99,13 @@ def test_a_study_without_its_files_has_no_rows(tmp_path: Path, capsys: pytest.Ca
 def test_agreement_takes_the_answers_of_the_original_for_the_truth(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
     node = helper.make_node("Gemm", ["input", "w"], ["logits"])
-    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", k]) for n, k in (("input", 12), ("logits", 8))]
-    graph = helper.make_graph([node], "g", ports[:1], ports[1:], [numpy_helper.from_array(weight, "w")])
+    ports = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", k])
+        for n, k in (("input", 12), ("logits", 8))
+    ]
+    graph = helper.make_graph(
+        [node], "g", ports[:1], ports[1:], [numpy_helper.from_array(weight, "w")]
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
     save(model, tmp_path / "m.onnx")
     codes = np.random.default_rng(1).integers(0, 256, (2, 50, 12), np.uint8)
@@ -100,7 +115,12 @@ def test_agreement_takes_the_answers_of_the_original_for_the_truth(tmp_path: Pat
     expected = (codes[1].astype(np.float32) / 128 - 1) @ weight
     np.testing.assert_allclose(bench.expected, expected, rtol=1e-5, atol=1e-5)
     row = bench.row(0.5, "ours", model)
-    assert (row["judged by"], row["before"], row["after"], row["MACs kept"]) == ("agreement", 100.0, 100.0, 1.0)
+    assert (row["judged by"], row["before"], row["after"], row["MACs kept"]) == (
+        "agreement",
+        100.0,
+        100.0,
+        1.0,
+    )
     assert (row["first five kept %"], row["divergence"]) == (100.0, 0.0)
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(-weight, "w"))
     other = bench.row(0.5, "ours", model)
@@ -119,6 +139,10 @@ def test_summary_shows_the_best_rival_of_every_row() -> None:
     rows = [{**common, "MACs asked": 0.5, "method": m, "after": v} for m, v in after.items()]
     rows.append({**common, "MACs asked": 0.25, "method": "ours", "why not": "no"})
     half, quarter = larger.summary(rows)
-    assert (half["best rival"], half["its figure"], half["ours ahead by"]) == ("Torch-Pruning L2", 80.5, 7.5)
+    assert (half["best rival"], half["its figure"], half["ours ahead by"]) == (
+        "Torch-Pruning L2",
+        80.5,
+        7.5,
+    )
     assert quarter["ours"] is None
     assert "best rival" not in quarter

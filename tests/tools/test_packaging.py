@@ -28,7 +28,9 @@ WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 def required(extra: str | None = None) -> list[Requirement]:
     """The direct dependencies of an extra, or without one of the package; extras that it includes are followed."""
     found: list[Requirement] = []
-    for line in PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]:
+    for line in (
+        PROJECT["dependencies"] if extra is None else PROJECT["optional-dependencies"][extra]
+    ):
         requirement = Requirement(line)
         if requirement.name == PROJECT["name"]:
             found += [inner for name in requirement.extras for inner in required(name)]
@@ -88,7 +90,9 @@ def test_the_workflow_runs_on_a_schedule_and_on_every_system(workflow: dict[str,
 
 
 def test_the_workflow_runs_what_exists(workflow: dict[str, Any]) -> None:
-    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    commands = [
+        step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
+    ]
     scripts = {word for command in commands for word in re.findall(r"\.ci/\w+", command)}
     assert scripts == {".ci/lowest"}
     assert all(os.access(ROOT / script, os.X_OK) for script in scripts)

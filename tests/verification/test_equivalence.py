@@ -101,7 +101,9 @@ def test_one_wrong_sample_is_enough(tmp_path: Path) -> None:
     other = load(build(text), tmp_path)
     x = np.zeros((40, 3), np.float32)
     x[13, 2] = 100.0  # in the second of five batches
-    apart = _apart(Session(model.proto, "cpu"), Session(other.proto, "cpu"), _samples(model, {"x": x}), 8)
+    apart = _apart(
+        Session(model.proto, "cpu"), Session(other.proto, "cpu"), _samples(model, {"x": x}), 8
+    )
     assert apart == pytest.approx(1.0 / (100.0 + constants(model.proto)["c"][2]), rel=1e-4)
 
 
@@ -126,8 +128,15 @@ def test_whole_numbers_must_be_equal(tmp_path: Path) -> None:
 
 
 def test_outputs_of_zero(tmp_path: Path) -> None:
-    model = load(build("(float[N,3] x) => (float[N,2] y) <float[3,2] w> { m = MatMul(x, w)  y = Sub(m, m) }"), tmp_path)
-    other = load(build("(float[N,3] x) => (float[N,2] y) <float[3,2] w> { y = MatMul(x, w) }"), tmp_path)
+    model = load(
+        build(
+            "(float[N,3] x) => (float[N,2] y) <float[3,2] w> { m = MatMul(x, w)  y = Sub(m, m) }"
+        ),
+        tmp_path,
+    )
+    other = load(
+        build("(float[N,3] x) => (float[N,2] y) <float[3,2] w> { y = MatMul(x, w) }"), tmp_path
+    )
     found = _samples(model, samples(model, 4))
     nothing = Session(model.proto, "cpu")
     assert _apart(nothing, nothing, found, 32) == 0
@@ -185,7 +194,12 @@ def test_a_right_cut_is_proved_however_little_the_outputs_say(end: str, tmp_path
     assert proof.distance > 0
     if end == "cancelled":
         assert proof.rounding is not None
-        assert equivalence.TOLERANCE < proof.distance <= equivalence.ROUNDING * proof.rounding <= equivalence.ROUNDING_MOST
+        assert (
+            equivalence.TOLERANCE
+            < proof.distance
+            <= equivalence.ROUNDING * proof.rounding
+            <= equivalence.ROUNDING_MOST
+        )
     elif proof.distance > equivalence.TOLERANCE:
         assert proof.rounding is not None
         assert proof.distance <= equivalence.ROUNDING * proof.rounding
@@ -194,8 +208,12 @@ def test_a_right_cut_is_proved_however_little_the_outputs_say(end: str, tmp_path
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("wrong", ["another unit", "its neighbour's bias", "rows in another order", "one weight"])
-def test_a_wrong_cut_is_refused_however_little_the_outputs_say(end: str, wrong: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "wrong", ["another unit", "its neighbour's bias", "rows in another order", "one weight"]
+)
+def test_a_wrong_cut_is_refused_however_little_the_outputs_say(
+    end: str, wrong: str, tmp_path: Path
+) -> None:
     model, coupling, keep, found = _proof(end, tmp_path)
     masked, cut = rewrite.mask(model, coupling, keep), rewrite.cut(model, coupling, keep)
     if wrong == "another unit":
@@ -229,7 +247,9 @@ def test_sigmoids_at_one_hide_a_wrong_cut_of_themselves(tmp_path: Path) -> None:
 
 
 def test_rounding_that_hides_everything_proves_nothing(tmp_path: Path) -> None:
-    text = SATURATED.format("far = Constant<value = float {1e8}>()  z = Add(m3, far)  y = Sub(z, far)")
+    text = SATURATED.format(
+        "far = Constant<value = float {1e8}>()  z = Add(m3, far)  y = Sub(z, far)"
+    )
     model = load(build(text, seed=3), tmp_path)
     found = _samples(model, samples(model, 64))
     wrong = _changed(model.proto, "w3", constants(model.proto)["w3"][::-1])
@@ -247,7 +267,9 @@ def test_every_output_counts_for_itself(tmp_path: Path) -> None:
     wrong = _changed(model.proto, "v", constants(model.proto)["v"][::-1])
     with pytest.raises(GateFailed, match="scale of 'z'"):
         equivalence.prove(model, model.proto, wrong, found, 32)
-    assert equivalence.prove(model, model.proto, model.proto, found, 32) == equivalence.Proof(0.0, None)
+    assert equivalence.prove(model, model.proto, model.proto, found, 32) == equivalence.Proof(
+        0.0, None
+    )
 
 
 def test_masked_logits_are_no_difference(tmp_path: Path) -> None:
@@ -255,9 +277,13 @@ def test_masked_logits_are_no_difference(tmp_path: Path) -> None:
         m = MatMul(x, w)  z = Add(m, never)  y = Softmax(z)
     }""".replace("-inf", "-3.4e38")
     model = load(build(text), tmp_path)
-    model = replace(model, proto=_changed(model.proto, "never", np.asarray([0, -np.inf, 0, 0], np.float32)))
+    model = replace(
+        model, proto=_changed(model.proto, "never", np.asarray([0, -np.inf, 0, 0], np.float32))
+    )
     found = _samples(model, samples(model, 30))
-    assert equivalence.prove(model, model.proto, model.proto, found, 32) == equivalence.Proof(0.0, None)
+    assert equivalence.prove(model, model.proto, model.proto, found, 32) == equivalence.Proof(
+        0.0, None
+    )
     wrong = _changed(model.proto, "never", np.asarray([0, 0, -np.inf, 0], np.float32))
     with pytest.raises(GateFailed):
         equivalence.prove(model, model.proto, wrong, found, 32)
@@ -274,7 +300,9 @@ def test_masked_logits_are_no_difference(tmp_path: Path) -> None:
         (np.nan, 1.0, True),
     ],
 )
-def test_an_infinity_that_becomes_a_number_counts(old: float, new: float, sound: bool, tmp_path: Path) -> None:
+def test_an_infinity_that_becomes_a_number_counts(
+    old: float, new: float, sound: bool, tmp_path: Path
+) -> None:
     """A class that is ruled out in the original must stay so; what was no number at all may become anything."""
     text = """(float[N,6] x) => (float[N,4] y) <float[6,4] w, float[4] never = {0, 1, 0, 0}> {
         m = MatMul(x, w)  y = Add(m, never)
@@ -282,7 +310,8 @@ def test_an_infinity_that_becomes_a_number_counts(old: float, new: float, sound:
     model = load(build(text), tmp_path)
     found = _samples(model, samples(model, 30))
     before, after = (
-        _changed(model.proto, "never", np.asarray([0, value, 0, 0], np.float32)) for value in (old, new)
+        _changed(model.proto, "never", np.asarray([0, value, 0, 0], np.float32))
+        for value in (old, new)
     )
     compared = equivalence.compare(model, Session(before, "cpu"), Session(after, "cpu"), found, 8)
     if sound:
@@ -302,7 +331,10 @@ def test_weights_are_moved_by_one_unit_in_the_last_place(mlp: Model) -> None:
             assert (moved > 0).mean() > 0.9
         else:
             assert (after[name] == value).all()
-    again, other = constants(equivalence.rounded(mlp, mlp.proto, 0)), constants(equivalence.rounded(mlp, mlp.proto, 1))
+    again, other = (
+        constants(equivalence.rounded(mlp, mlp.proto, 0)),
+        constants(equivalence.rounded(mlp, mlp.proto, 1)),
+    )
     assert (again["w1"] == after["w1"]).all()
     assert (other["w1"] != after["w1"]).any()
 
@@ -317,12 +349,16 @@ def test_compare_against_numpy(mlp: Model, batch_size: int) -> None:
     labels = rng.integers(0, 4, 50)
     found = _samples(mlp, {**arrays, "labels": labels})
     weight = constants(mlp.proto)["w3"]
-    other = _changed(mlp.proto, "w3", weight + 0.5 * rng.standard_normal(weight.shape).astype(np.float32))
+    other = _changed(
+        mlp.proto, "w3", weight + 0.5 * rng.standard_normal(weight.shape).astype(np.float32)
+    )
     before, after = Session(mlp.proto, "cpu"), Session(other, "cpu")
     a, b = (s.run(arrays)[0].astype(np.float64) for s in (before, after))
     result = equivalence.compare(mlp, before, after, found, batch_size)
     assert result.samples == 50
-    assert result.output_relative_error == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-4)
+    assert result.output_relative_error == pytest.approx(
+        np.linalg.norm(a - b) / np.linalg.norm(a), rel=1e-4
+    )
     assert result.agreement == (a.argmax(1) == b.argmax(1)).mean()
     assert result.accuracy_before == (a.argmax(1) == labels).mean()
     assert result.accuracy_after == (b.argmax(1) == labels).mean()
@@ -338,7 +374,9 @@ def test_a_model_agrees_with_itself(mlp: Model) -> None:
 
 
 def test_without_classes_there_is_no_agreement(tmp_path: Path) -> None:
-    model = load(build("(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w> { y = Conv(x, w) }"), tmp_path)
+    model = load(
+        build("(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w> { y = Conv(x, w) }"), tmp_path
+    )
     session = Session(model.proto, "cpu")
     result = equivalence.compare(model, session, session, _samples(model, samples(model, 3)), 4)
     assert result.agreement is None
@@ -371,11 +409,13 @@ def test_two_batch_sizes_where_the_batch_is_free(mlp: Model, tmp_path: Path) -> 
 
 def test_rows_that_get_lost_fail(mlp: Model, tmp_path: Path) -> None:
     short = load(
-        build("(float[N,6] x) => (float[N,4] y)"
-              " <float[6,4] w, int64[1] from = {0}, int64[1] to = {1}, int64[1] at = {0}>"
-              " { m = MatMul(x, w)  y = Slice(m, from, to, at) }"),
+        build(
+            "(float[N,6] x) => (float[N,4] y)"
+            " <float[6,4] w, int64[1] from = {0}, int64[1] to = {1}, int64[1] at = {0}>"
+            " { m = MatMul(x, w)  y = Slice(m, from, to, at) }"
+        ),
         tmp_path,
-    )  # fmt: skip
+    )
     with pytest.raises(GateFailed, match="gives 1 rows in 'y' for a batch of 2"):
         equivalence.runs_at(mlp, Session(short.proto, "cpu"), _samples(mlp, samples(mlp, 5)))
 
@@ -391,17 +431,23 @@ def test_outputs_that_are_no_numbers_fail(mlp: Model) -> None:
 def test_the_head_is_the_first_table_of_floats(tmp_path: Path, mlp: Model) -> None:
     assert outputs.head(mlp) == outputs.Head(0, "y")
     second = load(
-        build("(float[N,6] x) => (float[N,6,1] a, int64[N,6] b, float[N,4] y) <float[6,4] w, int64[1] at = {2}> {"
-              " a = Unsqueeze(x, at)  b = Cast<to = 7>(x)  y = MatMul(x, w) }"),
+        build(
+            "(float[N,6] x) => (float[N,6,1] a, int64[N,6] b, float[N,4] y) <float[6,4] w, int64[1] at = {2}> {"
+            " a = Unsqueeze(x, at)  b = Cast<to = 7>(x)  y = MatMul(x, w) }"
+        ),
         tmp_path,
-    )  # fmt: skip
+    )
     assert outputs.head(second) == outputs.Head(2, "y")
-    none = load(build("(float[N,6] x) => (float[N,1] y) <float[6,1] w> { y = MatMul(x, w) }"), tmp_path)
+    none = load(
+        build("(float[N,6] x) => (float[N,1] y) <float[6,1] w> { y = MatMul(x, w) }"), tmp_path
+    )
     assert outputs.head(none) is None
     last = load(
-        build("(float[N,6] x) => (float[N,4] y) <float[6,4] w> { z = MatMul(x, w)  p = Softmax(z)  y = Identity(p) }"),
+        build(
+            "(float[N,6] x) => (float[N,4] y) <float[6,4] w> { z = MatMul(x, w)  p = Softmax(z)  y = Identity(p) }"
+        ),
         tmp_path,
-    )  # fmt: skip
+    )
     assert outputs.head(last) == outputs.Head(0, "z")
 
 

@@ -40,7 +40,9 @@ def test_interleave_takes_every_call_once_a_round_in_random_order(clock: list[fl
         order.append((which, feed))
         clock[0] += 1.0 + which
 
-    runs, medians = latency.interleave([lambda i: spend(0, i), lambda i: spend(1, i)], 1e9, rounds=40, seed=3)
+    runs, medians = latency.interleave(
+        [lambda i: spend(0, i), lambda i: spend(1, i)], 1e9, rounds=40, seed=3
+    )
     assert medians.shape == (40, 2)
     assert np.array_equal(medians, np.tile([1.0, 2.0], (40, 1)))
     assert [len(r) for r in runs] == [40, 40]
@@ -48,7 +50,9 @@ def test_interleave_takes_every_call_once_a_round_in_random_order(clock: list[fl
     pairs = [(timed[i], timed[i + 1]) for i in range(0, len(timed), 2)]
     assert all({a[0], b[0]} == {0, 1} for a, b in pairs)
     assert {a[0] for a, _ in pairs} == {0, 1}, "the first of a round is not always the same"
-    assert [a[1] for a, _ in pairs] == [b[1] for _, b in pairs] == list(range(40)), "a round has one feed"
+    assert [a[1] for a, _ in pairs] == [b[1] for _, b in pairs] == list(range(40)), (
+        "a round has one feed"
+    )
 
 
 def test_interleave_stops_in_time_but_not_before_a_few_rounds(clock: list[float]) -> None:
@@ -98,7 +102,9 @@ def test_quiet_is_the_mean_of_the_lowest_quarter() -> None:
 
 def test_bench_of_protos_and_paths(tmp_path: Path) -> None:
     model = load(build(SMALL), tmp_path)
-    found = latency.bench([model.proto, tmp_path / "case.onnx"], [IMAGES], "cpu", threads=1, seconds=0.1)
+    found = latency.bench(
+        [model.proto, tmp_path / "case.onnx"], [IMAGES], "cpu", threads=1, seconds=0.1
+    )
     assert [t.name for t in found] == ["model 0", "case.onnx"]
     for timing in found:
         assert 0 < timing.p50_ms <= timing.p95_ms
@@ -135,12 +141,16 @@ def test_ratio_of_a_model_to_itself(tmp_path: Path) -> None:
     model = load(build(SMALL), tmp_path)
     samples = dataset.load(IMAGES, model)
     assert samples is not None
-    ratio = latency.measure_ratio(model.proto, model.proto, samples, "cpu", batch=4, threads=1, seconds=0.1)
+    ratio = latency.measure_ratio(
+        model.proto, model.proto, samples, "cpu", batch=4, threads=1, seconds=0.1
+    )
     assert ratio > 0
     assert np.isfinite(ratio)
 
 
-@pytest.mark.parametrize(("batch", "sizes"), [(4, [4, 4]), (10, [10]), (64, [10]), (1, [1, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(4, [4, 4]), (10, [10]), (64, [10]), (1, [1, 1, 1, 1])]
+)
 def test_feeds_are_full_batches(batch: int, sizes: list[int], tmp_path: Path) -> None:
     samples = dataset.load(IMAGES, load(build(SMALL), tmp_path))
     assert samples is not None
@@ -176,7 +186,11 @@ def test_step_survives_bursts_of_load() -> None:
 @pytest.mark.parametrize(("device", "default"), [("cpu", 8), ("cuda", 16)])
 def test_step_falls_back_where_nothing_can_be_told(device: str, default: int) -> None:
     rng = np.random.default_rng(0)
-    for times in (np.ones((50, len(STEP_WIDTHS))), rng.uniform(1, 1.2, (50, len(STEP_WIDTHS))), _times(8, rng)[:2]):
+    for times in (
+        np.ones((50, len(STEP_WIDTHS))),
+        rng.uniform(1, 1.2, (50, len(STEP_WIDTHS))),
+        _times(8, rng)[:2],
+    ):
         found = latency.judge_step(times, device)
         assert (found.value, found.measured) == (default, False)
         assert "inconclusive" in found.note
@@ -218,7 +232,9 @@ def test_cuda_where_there_is_none() -> None:
         pytest.skip("there is CUDA here")
 
 
-def test_session_without_profile_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_without_profile_records_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Session(build(SMALL), "cpu").run({"x": IMAGES["x"][:1]})
     assert not list(tmp_path.iterdir())

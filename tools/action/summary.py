@@ -47,7 +47,12 @@ def summary(document: dict[str, Any]) -> str:
     """The report in Markdown: costs, what was measured, the width of every group, what could not go."""
     before, after, found = document["before"], document["after"], document["verification"]
     costs = [
-        (words, f"{before[name]:,}", f"{after[name]:,}", _percent(_share(before[name], after[name])))
+        (
+            words,
+            f"{before[name]:,}",
+            f"{after[name]:,}",
+            _percent(_share(before[name], after[name])),
+        )
         for name, words in SIDES.items()
     ]
     distance = found["masked_equivalence"]
@@ -59,14 +64,24 @@ def summary(document: dict[str, Any]) -> str:
         ("cut against masked original", "-" if distance is None else f"{distance:.1e}"),
         ("samples", f"{found['samples']:,}"),
     ]
-    groups = [(g["name"], f"{g['units']:,}", f"{g['kept']:,}", _percent(g["level"])) for g in document["groups"]]
-    skipped = [(f"{s['tensor']}, axis {s['axis']}", f"{s['channels']:,}", s["reason"]) for s in document["skipped"]]
+    groups = [
+        (g["name"], f"{g['units']:,}", f"{g['kept']:,}", _percent(g["level"]))
+        for g in document["groups"]
+    ]
+    skipped = [
+        (f"{s['tensor']}, axis {s['axis']}", f"{s['channels']:,}", s["reason"])
+        for s in document["skipped"]
+    ]
     parts = [
         f"### {_cell(document['model']['path'])} → {_cell(document['output']['path'])}",
         _table(("", "before", "after", "kept"), costs),
         _table(("measured", ""), measured),
-        _folded("Groups", _table(("group", "units", "kept", "share kept"), groups[:ROWS]), len(groups)),
-        _folded("What cannot go", _table(("tensor", "channels", "reason"), skipped[:ROWS]), len(skipped)),
+        _folded(
+            "Groups", _table(("group", "units", "kept", "share kept"), groups[:ROWS]), len(groups)
+        ),
+        _folded(
+            "What cannot go", _table(("tensor", "channels", "reason"), skipped[:ROWS]), len(skipped)
+        ),
         "\n".join(f"- {_cell(note)}" for note in document["notes"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -86,7 +101,11 @@ def _folded(title: str, content: str, count: int) -> str:
 
 def _cell(text: str) -> str:
     """Names come from the model's file: they are text, and never markup."""
-    marks = {ord(c): f"&#{ord(c)};" for c in "|<>`*_[]\\"} | {ord("&"): "&amp;", ord("\n"): " ", ord("\r"): " "}
+    marks = {ord(c): f"&#{ord(c)};" for c in "|<>`*_[]\\"} | {
+        ord("&"): "&amp;",
+        ord("\n"): " ",
+        ord("\r"): " ",
+    }
     return text.translate(marks)
 
 

@@ -57,21 +57,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the studies that were named, and write the pages if asked to; the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
     listed = f"all, readme, or some of: {', '.join(STUDIES)}"
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, formatter_class=raw)
-    parser.add_argument("study", nargs="+", choices=[*STUDIES, "all", "readme"], metavar="STUDY", help=listed)
-    parser.add_argument("--out", type=Path, help="folder of the JSON files; default for studies: results")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description=__doc__, formatter_class=raw
+    )
+    parser.add_argument(
+        "study", nargs="+", choices=[*STUDIES, "all", "readme"], metavar="STUDY", help=listed
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the JSON files; default for studies: results"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=3, help="of rivals: so many seeds from --seed on")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="of rivals: so many seeds from --seed on"
+    )
     for option, title in (("--fashion", "Fashion-MNIST"), ("--mnist", "MNIST")):
-        parser.add_argument(option, type=Path, metavar="DIR", help=f"IDX files of {title}: for finetune, calibration")
-    parser.add_argument("--larger", type=Path, metavar="DIR", help="of larger: what tools.make_larger_models made")
-    parser.add_argument("--model", action="append", default=[], help="only this model; may be given more than once")
+        parser.add_argument(
+            option,
+            type=Path,
+            metavar="DIR",
+            help=f"IDX files of {title}: for finetune, calibration",
+        )
+    parser.add_argument(
+        "--larger", type=Path, metavar="DIR", help="of larger: what tools.make_larger_models made"
+    )
+    parser.add_argument(
+        "--model", action="append", default=[], help="only this model; may be given more than once"
+    )
     chosen = parser.parse_args(arguments)
     names = STUDIES if "all" in chosen.study else [s for s in chosen.study if s in STUDIES]
     extra = {key: getattr(chosen, key) for key in EXTRA}
     status = 0
     if names:
-        status = drive(names, chosen.out or Path("results"), chosen.seed, tuple(chosen.model), extra)
+        status = drive(
+            names, chosen.out or Path("results"), chosen.seed, tuple(chosen.model), extra
+        )
     if "readme" in chosen.study:
         readme.publish(chosen.out)
     return status

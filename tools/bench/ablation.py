@@ -29,9 +29,13 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
     for name in names or tuple(MODELS):
         model, data = paths(name)
         for order in ORDERS:
-            found: dict[str, Row] = {a: {"model": name, "order": order, "allocation": a} for a in ALLOCATIONS}
+            found: dict[str, Row] = {
+                a: {"model": name, "order": order, "allocation": a} for a in ALLOCATIONS
+            }
             for refit in REFITS:
-                settings = Settings.create(macs=macs, importance=order, align=1, refit=refit, seed=seed)
+                settings = Settings.create(
+                    macs=macs, importance=order, align=1, refit=refit, seed=seed
+                )
                 ready = pipeline.prepare(model, data, settings)
                 assert ready.held is not None
                 original = Session(ready.model.proto, ready.device)
@@ -42,10 +46,15 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
                         settings=settings.model_copy(update={"allocate": allocation}),
                     )
                     after = Session(search.search(here).pruned.proto, ready.device)
-                    v = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
+                    v = equivalence.compare(
+                        ready.model, original, after, ready.held, settings.batch_size
+                    )
                     assert v.accuracy_before is not None
                     assert v.accuracy_after is not None
-                    row[refit], row["before"] = round(100 * v.accuracy_after, 2), round(100 * v.accuracy_before, 2)
+                    row[refit], row["before"] = (
+                        round(100 * v.accuracy_after, 2),
+                        round(100 * v.accuracy_before, 2),
+                    )
             rows += found.values()
             print(*found.values(), sep="\n", flush=True)
     return save(out, "ablation", rows, COLUMNS, seed)

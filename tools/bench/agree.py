@@ -25,7 +25,9 @@ def differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
     found = []
     for number, (a, b) in enumerate(zip_longest(first["rows"], other["rows"]), 1):
         if a is None or b is None:
-            found.append(f"row {number} is in the {'second' if a is None else 'first'} folder alone: {_called(a or b)}")
+            found.append(
+                f"row {number} is in the {'second' if a is None else 'first'} folder alone: {_called(a or b)}"
+            )
             continue
         apart = [
             f"{key} is {a.get(key, MISSING)} and {b.get(key, MISSING)}"
@@ -45,29 +47,43 @@ def _called(row: Row) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare the folders of the command line; the exit status."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.bench.agree", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.agree", description=__doc__, formatter_class=raw
+    )
     parser.add_argument("folders", nargs=2, type=Path, metavar="DIR")
-    parser.add_argument("studies", nargs="*", metavar="STUDY", help="names of the JSON files; default: all of them")
+    parser.add_argument(
+        "studies", nargs="*", metavar="STUDY", help="names of the JSON files; default: all of them"
+    )
     chosen = parser.parse_args(arguments)
     held = [{p.stem for p in folder.glob("*.json")} for folder in chosen.folders]
     wanted = set(chosen.studies) or held[0] | held[1]
     compared, bad = 0, 0
     for study in sorted(wanted):
-        lacking = [str(f) for f, names in zip(chosen.folders, held, strict=True) if study not in names]
+        lacking = [
+            str(f) for f, names in zip(chosen.folders, held, strict=True) if study not in names
+        ]
         if lacking:
             print(f"{study}: not compared, it is not in {' nor in '.join(lacking)}")
             bad += bool(chosen.studies)
             continue
-        first, other = (json.loads((f / f"{study}.json").read_text(encoding="utf-8")) for f in chosen.folders)
+        first, other = (
+            json.loads((f / f"{study}.json").read_text(encoding="utf-8")) for f in chosen.folders
+        )
         found = differences(first, other)
         compared, bad = compared + 1, bad + bool(found)
         clocked = ", ".join(dict.fromkeys([*first.get("clocked", ()), *other.get("clocked", ())]))
-        told = f"{len(found)} of {len(first['rows'])} rows differ" if found else f"{len(first['rows'])} rows agree"
+        told = (
+            f"{len(found)} of {len(first['rows'])} rows differ"
+            if found
+            else f"{len(first['rows'])} rows agree"
+        )
         print(f"{study}: {told}{f' (not compared: {clocked})' if clocked else ''}")
         here, there = first["environment"], other["environment"]
         if here != there:
             keys = [k for k in dict.fromkeys([*here, *there]) if here.get(k) != there.get(k)]
-            changed = ", ".join(f"{k} {here.get(k, MISSING)} and {there.get(k, MISSING)}" for k in keys)
+            changed = ", ".join(
+                f"{k} {here.get(k, MISSING)} and {there.get(k, MISSING)}" for k in keys
+            )
             print(f"  measured in different environments: {changed}")
         print("".join(f"  {line}\n" for line in found), end="")
     if not compared:

@@ -35,7 +35,9 @@ def _images(size: int, channels: int = 3) -> Callable[[], tuple[Tensor, ...]]:
     return lambda: (torch.randn(2, channels, size, size),)
 
 
-def _tokens(vocabulary: int, length: int = 8, mask: bool = False) -> Callable[[], tuple[Tensor, ...]]:
+def _tokens(
+    vocabulary: int, length: int = 8, mask: bool = False
+) -> Callable[[], tuple[Tensor, ...]]:
     def make() -> tuple[Tensor, ...]:
         tokens = torch.randint(0, vocabulary, (2, length))
         return (tokens, torch.ones(2, length, dtype=torch.int64)) if mask else (tokens,)
@@ -45,13 +47,17 @@ def _tokens(vocabulary: int, length: int = 8, mask: bool = False) -> Callable[[]
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     # 784 inputs that cannot go: half of both hidden layers is 43.9 % of the parameters.
-    Architecture("MLP 784-256-256-10", lambda: image.mlp(784, 256, 10), lambda: (torch.randn(2, 784),), 0.45),
+    Architecture(
+        "MLP 784-256-256-10", lambda: image.mlp(784, 256, 10), lambda: (torch.randn(2, 784),), 0.45
+    ),
     Architecture("LeNet (flatten)", image.LeNet, _images(28, 1)),
     Architecture("VGG-BN (flatten)", image.vgg, _images(32)),
     Architecture("ResNet-18-like", lambda: image.ResNet(image.Basic), _images(32)),
     Architecture("ResNet-50-like", lambda: image.ResNet(image.Bottleneck), _images(32)),
     Architecture("ResNeXt (g=8)", lambda: image.ResNet(image.Bottleneck, groups=8), _images(32)),
-    Architecture("ResNet, GroupNorm", lambda: image.ResNet(image.Basic, norm=image.group_norm), _images(32)),
+    Architecture(
+        "ResNet, GroupNorm", lambda: image.ResNet(image.Basic, norm=image.group_norm), _images(32)
+    ),
     Architecture("MobileNetV2", image.MobileNet, _images(32), 0.36),
     Architecture("DenseNet", image.DenseNet, _images(32), 0.35),
     Architecture("ShuffleNet (v1 and v2 blocks)", image.ShuffleNet, _images(32)),
@@ -69,10 +75,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("GPT (causal, tied embedding)", token.Gpt, _tokens(60), heads=4),
     Architecture("Llama (GQA, RoPE, SwiGLU)", token.Llama, _tokens(60), heads=4),
     Architecture("Swin (shifted windows)", token.Swin, _images(32), heads=4),
-    Architecture("torch TransformerEncoder", token.encoder, lambda: (torch.randn(2, 8, 12),), heads=4),
-    Architecture("bi-LSTM + MLP", lambda: token.Recurrent("LSTM"), lambda: (torch.randn(2, 8, 16),), 0.40),
+    Architecture(
+        "torch TransformerEncoder", token.encoder, lambda: (torch.randn(2, 8, 12),), heads=4
+    ),
+    Architecture(
+        "bi-LSTM + MLP", lambda: token.Recurrent("LSTM"), lambda: (torch.randn(2, 8, 16),), 0.40
+    ),
     Architecture("GRU", lambda: token.Recurrent("GRU"), lambda: (torch.randn(2, 8, 16),), 0.40),
-    Architecture("Two towers", image.TwoTowers, lambda: (torch.randn(2, 3, 16, 16), torch.randn(2, 12))),
+    Architecture(
+        "Two towers", image.TwoTowers, lambda: (torch.randn(2, 3, 16, 16), torch.randn(2, 12))
+    ),
 )
 
 
@@ -84,9 +96,13 @@ def build(architecture: Architecture, seed: int = 0) -> tuple[nn.Module, tuple[A
         for name, tensor in (*net.named_parameters(), *net.named_buffers()):
             if not tensor.is_floating_point():
                 continue
-            if tensor.ndim > 1:  # torch's encoder starts with equal layers, which an exporter stores once
+            if (
+                tensor.ndim > 1
+            ):  # torch's encoder starts with equal layers, which an exporter stores once
                 tensor.add_(0.01 * torch.randn_like(tensor))
-            if name.endswith(("running_var", "gamma")) or (tensor.ndim == 1 and name.endswith("weight")):
+            if name.endswith(("running_var", "gamma")) or (
+                tensor.ndim == 1 and name.endswith("weight")
+            ):
                 tensor.uniform_(0.5, 1.5)
             elif tensor.ndim == 1 and name.endswith(("bias", "running_mean")):
                 tensor.normal_(0.0, 0.1)

@@ -53,14 +53,23 @@ class Embedder(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int = 200, width: int = 64, heads: int = 4, depth: int = 2, longest: int = 64
+        self,
+        vocabulary: int = 200,
+        width: int = 64,
+        heads: int = 4,
+        depth: int = 2,
+        longest: int = 64,
     ) -> None:
         super().__init__()
-        self.word, self.place, self.kind = (nn.Embedding(n, width) for n in (vocabulary, longest, 2))
+        self.word, self.place, self.kind = (
+            nn.Embedding(n, width) for n in (vocabulary, longest, 2)
+        )
         self.register_buffer("places", torch.arange(longest)[None])
         self.norm = nn.LayerNorm(width)
         self.attentions = nn.ModuleList(Attention(width, heads, fused=True) for _ in range(depth))
-        self.ones, self.twos = (nn.ModuleList(nn.LayerNorm(width) for _ in range(depth)) for _ in range(2))
+        self.ones, self.twos = (
+            nn.ModuleList(nn.LayerNorm(width) for _ in range(depth)) for _ in range(2)
+        )
         self.wide = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(depth))
         self.narrow = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(depth))
         self.pool = nn.Linear(width, width)
@@ -94,7 +103,11 @@ class Layer(nn.Module):
         self.attention, self.one = Attention(width, heads, fused=not cross), nn.LayerNorm(width)
         self.cross = Attention(width, heads, fused=True) if cross else None
         self.cross_norm = nn.LayerNorm(width) if cross else None
-        self.wide, self.narrow, self.two = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+        self.wide, self.narrow, self.two = (
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+            nn.LayerNorm(width),
+        )
 
     def forward(self, x: Tensor, heard: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         x = x + self.attention(self.one(x), mask=mask)
@@ -108,14 +121,26 @@ class Speech(nn.Module):
     decoder with learned positions whose output layer is its embedding."""
 
     def __init__(
-        self, bands: int = 16, vocabulary: int = 120, width: int = 64, heads: int = 4, depth: int = 1, longest: int = 64
+        self,
+        bands: int = 16,
+        vocabulary: int = 120,
+        width: int = 64,
+        heads: int = 4,
+        depth: int = 1,
+        longest: int = 64,
     ) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv1d(bands, width, 3, padding=1), nn.Conv1d(width, width, 3, 2, 1)
+        self.first, self.second = (
+            nn.Conv1d(bands, width, 3, padding=1),
+            nn.Conv1d(width, width, 3, 2, 1),
+        )
         self.register_buffer("waves", sinusoids(longest, width))
         self.encoder = nn.ModuleList(Layer(width, heads, cross=False) for _ in range(depth))
         self.encoded = nn.LayerNorm(width)
-        self.word, self.place = nn.Embedding(vocabulary, width), nn.Parameter(0.1 * torch.randn(longest, width))
+        self.word, self.place = (
+            nn.Embedding(vocabulary, width),
+            nn.Parameter(0.1 * torch.randn(longest, width)),
+        )
         self.register_buffer("mask", torch.full((longest, longest), -torch.inf).triu(1))
         self.decoder = nn.ModuleList(Layer(width, heads, cross=True) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -169,10 +194,12 @@ WORDS = {0: "batch", 1: "length"}
 NETWORKS = (
     Free("sentence embedder", Embedder, sentences(200), {"tokens": WORDS, "attention_mask": WORDS}),
     Free(
-        "speech encoder and decoder", Speech, speech(16, 120),
+        "speech encoder and decoder",
+        Speech,
+        speech(16, 120),
         {"spectrogram": {0: "batch", 2: "frames"}, "tokens": WORDS},
     ),
-)  # fmt: skip
+)
 
 
 def build(entry: Free, seed: int) -> nn.Module:
@@ -196,11 +223,25 @@ def export(entry: Free, dynamo: bool, file: Path, seed: int) -> None:
         most = {"length": entry.longest, "frames": 2 * entry.longest}
         dims = {
             s: torch.export.Dim(s, min=4, max=most[s]) if s in most else torch.export.Dim(s)
-            for axes in entry.axes.values() for s in axes.values()
-        }  # fmt: skip
-        free = {"dynamic_shapes": tuple({a: dims[s] for a, s in entry.axes[n].items()} for n in names)}
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():
+            for axes in entry.axes.values()
+            for s in axes.values()
+        }
+        free = {
+            "dynamic_shapes": tuple({a: dims[s] for a, s in entry.axes[n].items()} for n in names)
+        }
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            net, tuple(inputs.values()), str(file), input_names=names, dynamo=dynamo, external_data=False, **free
+            net,
+            tuple(inputs.values()),
+            str(file),
+            input_names=names,
+            dynamo=dynamo,
+            external_data=False,
+            **free,
         )

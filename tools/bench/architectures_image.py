@@ -17,9 +17,14 @@ def group_norm(width: int) -> nn.Module:
 
 
 def conv(
-    inputs: int, outputs: int, size: int = 3, stride: int = 1, groups: int = 1, act: nn.Module | None = None,
+    inputs: int,
+    outputs: int,
+    size: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    act: nn.Module | None = None,
     norm: Norm = nn.BatchNorm2d,
-) -> nn.Sequential:  # fmt: skip
+) -> nn.Sequential:
     """Convolution, normalisation, activation."""
     kernel = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
     return nn.Sequential(kernel, norm(outputs), nn.ReLU() if act is None else act)
@@ -27,7 +32,13 @@ def conv(
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Module:
     """Two hidden layers."""
-    layers = (nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    layers = (
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, outputs),
+    )
     return nn.Sequential(*layers)
 
 
@@ -49,7 +60,9 @@ def vgg() -> nn.Module:
     """Four stages and a classifier on the flattened maps."""
     plan = ((3, 32), (32, 64), (64, 128), (128, 128))
     stages = [m for a, b in plan for m in (conv(a, b), nn.MaxPool2d(2))]
-    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(512, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, 10))
+    return nn.Sequential(
+        *stages, nn.Flatten(), nn.Linear(512, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, 10)
+    )
 
 
 class Basic(nn.Module):
@@ -60,10 +73,13 @@ class Basic(nn.Module):
     def __init__(self, inputs: int, width: int, stride: int, groups: int, norm: Norm) -> None:  # noqa: ARG002
         super().__init__()
         self.body = nn.Sequential(
-            conv(inputs, width, 3, stride, norm=norm), conv(width, width, act=nn.Identity(), norm=norm)
+            conv(inputs, width, 3, stride, norm=norm),
+            conv(width, width, act=nn.Identity(), norm=norm),
         )
         plain = stride == 1 and inputs == width
-        self.side = nn.Identity() if plain else conv(inputs, width, 1, stride, act=nn.Identity(), norm=norm)
+        self.side = (
+            nn.Identity() if plain else conv(inputs, width, 1, stride, act=nn.Identity(), norm=norm)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.side(x))
@@ -78,11 +94,14 @@ class Bottleneck(nn.Module):
         super().__init__()
         out = width * self.widen
         self.body = nn.Sequential(
-            conv(inputs, width, 1, norm=norm), conv(width, width, 3, stride, groups, norm=norm),
+            conv(inputs, width, 1, norm=norm),
+            conv(width, width, 3, stride, groups, norm=norm),
             conv(width, out, 1, act=nn.Identity(), norm=norm),
-        )  # fmt: skip
+        )
         plain = stride == 1 and inputs == out
-        self.side = nn.Identity() if plain else conv(inputs, out, 1, stride, act=nn.Identity(), norm=norm)
+        self.side = (
+            nn.Identity() if plain else conv(inputs, out, 1, stride, act=nn.Identity(), norm=norm)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.body(x) + self.side(x))
@@ -91,7 +110,9 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """Stem, three stages of two blocks, global average, classifier."""
 
-    def __init__(self, block: type[Basic] | type[Bottleneck], groups: int = 1, norm: Norm = nn.BatchNorm2d) -> None:
+    def __init__(
+        self, block: type[Basic] | type[Bottleneck], groups: int = 1, norm: Norm = nn.BatchNorm2d
+    ) -> None:
         super().__init__()
         self.stem = conv(3, 32, norm=norm)
         blocks: list[nn.Module] = []
@@ -121,13 +142,17 @@ class Excite(nn.Module):
 class Inverted(nn.Module):
     """Inverted residual, with or without excitation."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, act: type[nn.Module], excite: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, act: type[nn.Module], excite: bool
+    ) -> None:
         super().__init__()
         wide = inputs * 4
         self.body = nn.Sequential(
-            conv(inputs, wide, 1, act=act()), conv(wide, wide, 3, stride, wide, act()),
-            Excite(wide) if excite else nn.Identity(), conv(wide, outputs, 1, act=nn.Identity()),
-        )  # fmt: skip
+            conv(inputs, wide, 1, act=act()),
+            conv(wide, wide, 3, stride, wide, act()),
+            Excite(wide) if excite else nn.Identity(),
+            conv(wide, outputs, 1, act=nn.Identity()),
+        )
         self.plain = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,7 +162,13 @@ class Inverted(nn.Module):
 def _inverted(act: type[nn.Module], excite: bool) -> nn.Module:
     plan = ((16, 24, 1), (24, 24, 1), (24, 40, 2), (40, 40, 1), (40, 64, 2), (64, 64, 1))
     blocks = [Inverted(a, b, s, act, excite) for a, b, s in plan]
-    head = (conv(64, 256, 1, act=act()), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(256, 10))
+    head = (
+        conv(64, 256, 1, act=act()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(),
+        nn.Linear(256, 10),
+    )
     return nn.Sequential(conv(3, 16, 3, 2, act=act()), *blocks, *head)
 
 
@@ -157,9 +188,13 @@ class Dense(nn.Module):
     def __init__(self, inputs: int, growth: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.BatchNorm2d(inputs), nn.ReLU(), nn.Conv2d(inputs, 4 * growth, 1, bias=False),
-            nn.BatchNorm2d(4 * growth), nn.ReLU(), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False),
-        )  # fmt: skip
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(),
+            nn.Conv2d(inputs, 4 * growth, 1, bias=False),
+            nn.BatchNorm2d(4 * growth),
+            nn.ReLU(),
+            nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.body(x)], 1)
@@ -177,7 +212,13 @@ def DenseNet() -> nn.Module:  # noqa: N802
             half = nn.Conv2d(width, width // 2, 1, bias=False)
             layers += [nn.BatchNorm2d(width), nn.ReLU(), half, nn.AvgPool2d(2)]
             width //= 2
-    tail = (nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+    tail = (
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 10),
+    )
     return nn.Sequential(*layers, *tail)
 
 
@@ -208,7 +249,9 @@ class ShuffleTwo(nn.Module):
         super().__init__()
         half = width // 2
         self.body = nn.Sequential(
-            conv(half, half, 1), conv(half, half, 3, groups=half, act=nn.Identity()), conv(half, half, 1)
+            conv(half, half, 1),
+            conv(half, half, 3, groups=half, act=nn.Identity()),
+            conv(half, half, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,9 +262,17 @@ class ShuffleTwo(nn.Module):
 def ShuffleNet() -> nn.Module:  # noqa: N802
     """Both kinds of blocks."""
     return nn.Sequential(
-        conv(3, 144, 3, 2), ShuffleOne(144, 3), ShuffleOne(144, 3), conv(144, 256, 1), ShuffleTwo(256), ShuffleTwo(256),
-        conv(256, 256, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10),
-    )  # fmt: skip
+        conv(3, 144, 3, 2),
+        ShuffleOne(144, 3),
+        ShuffleOne(144, 3),
+        conv(144, 256, 1),
+        ShuffleTwo(256),
+        ShuffleTwo(256),
+        conv(256, 256, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
 
 
 class Mixed(nn.Module):
@@ -270,15 +321,27 @@ class Channels(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(1, keepdim=True)
         spread = (x - mean).pow(2).mean(1, keepdim=True)
-        return self.weight[:, None, None] * ((x - mean) / torch.sqrt(spread + 1e-6)) + self.bias[:, None, None]
+        return (
+            self.weight[:, None, None] * ((x - mean) / torch.sqrt(spread + 1e-6))
+            + self.bias[:, None, None]
+        )
 
 
 def ConvNeXt() -> nn.Module:  # noqa: N802
     """Patches, two stages."""
     return nn.Sequential(
-        nn.Conv2d(3, 40, 4, 4), Channels(40), Next(40), Next(40), Channels(40), nn.Conv2d(40, 80, 2, 2), Next(80),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(80), nn.Linear(80, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 40, 4, 4),
+        Channels(40),
+        Next(40),
+        Next(40),
+        Channels(40),
+        nn.Conv2d(40, 80, 2, 2),
+        Next(80),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LayerNorm(80),
+        nn.Linear(80, 10),
+    )
 
 
 class UNet(nn.Module):
@@ -286,9 +349,12 @@ class UNet(nn.Module):
 
     def __init__(self, transposed: bool, width: int = 24) -> None:
         super().__init__()
-        self.down = nn.ModuleList([conv(3, width), conv(width, 2 * width), conv(2 * width, 4 * width)])
+        self.down = nn.ModuleList(
+            [conv(3, width), conv(width, 2 * width), conv(2 * width, 4 * width)]
+        )
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(w, w // 2, 2, 2) if transposed else conv(w, w // 2, 1) for w in (4 * width, 2 * width)
+            nn.ConvTranspose2d(w, w // 2, 2, 2) if transposed else conv(w, w // 2, 1)
+            for w in (4 * width, 2 * width)
         )
         self.join = nn.ModuleList([conv(4 * width, 2 * width), conv(2 * width, width)])
         self.out = nn.Conv2d(width, 2, 1)
@@ -316,7 +382,9 @@ class C2f(nn.Module):
         self.first = conv(inputs, outputs, 1, act=nn.SiLU())
         self.last = conv((2 + depth) * self.half, outputs, 1, act=nn.SiLU())
         self.chain = nn.ModuleList(
-            nn.Sequential(conv(self.half, self.half, act=nn.SiLU()), conv(self.half, self.half, act=nn.SiLU()))
+            nn.Sequential(
+                conv(self.half, self.half, act=nn.SiLU()), conv(self.half, self.half, act=nn.SiLU())
+            )
             for _ in range(depth)
         )
         self.skip = skip
@@ -334,7 +402,9 @@ class Yolo(nn.Module):
     def __init__(self, classes: int = 4, bins: int = 8, width: int = 32) -> None:
         super().__init__()
         act = nn.SiLU()
-        self.stem = nn.Sequential(conv(3, width, 3, 2, act=act), conv(width, 2 * width, 3, 2, act=act))
+        self.stem = nn.Sequential(
+            conv(3, width, 3, 2, act=act), conv(width, 2 * width, 3, 2, act=act)
+        )
         self.high = C2f(2 * width, 2 * width)
         self.down = conv(2 * width, 4 * width, 3, 2, act=act)
         self.low = C2f(4 * width, 4 * width)
@@ -361,7 +431,9 @@ class Yolo(nn.Module):
             torch.cat([box(level), label(level)], 1)
             for box, label, level in zip(self.box, self.label, (high, low), strict=True)
         ]
-        joined = torch.cat([v.view(v.shape[0], 4 * self.bins + self.classes, -1) for v in levels], 2)
+        joined = torch.cat(
+            [v.view(v.shape[0], 4 * self.bins + self.classes, -1) for v in levels], 2
+        )
         box, label = joined.split((4 * self.bins, self.classes), 1)
         bins = box.view(box.shape[0], 4, self.bins, -1).softmax(2)
         steps = torch.arange(self.bins, dtype=torch.float32).view(1, 1, -1, 1)
@@ -371,15 +443,26 @@ class Yolo(nn.Module):
 def SuperResolution() -> nn.Module:  # noqa: N802
     """ESPCN with PReLU; the pixel shuffle is in the middle, so that its channels may go."""
     return nn.Sequential(
-        nn.Conv2d(1, 64, 5, padding=2), nn.PReLU(64), nn.Conv2d(64, 64, 3, padding=1), nn.PReLU(64),
-        nn.Conv2d(64, 64, 3, padding=1), nn.PixelShuffle(2), nn.PReLU(16), nn.Conv2d(16, 4, 3, padding=1),
+        nn.Conv2d(1, 64, 5, padding=2),
+        nn.PReLU(64),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.PReLU(64),
+        nn.Conv2d(64, 64, 3, padding=1),
         nn.PixelShuffle(2),
-    )  # fmt: skip
+        nn.PReLU(16),
+        nn.Conv2d(16, 4, 3, padding=1),
+        nn.PixelShuffle(2),
+    )
 
 
 def Generator() -> nn.Module:  # noqa: N802
     """DCGAN: a linear layer viewed as maps, transposed convolutions."""
-    layers: list[nn.Module] = [nn.Linear(16, 2048), nn.Unflatten(1, (128, 4, 4)), nn.BatchNorm2d(128), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Linear(16, 2048),
+        nn.Unflatten(1, (128, 4, 4)),
+        nn.BatchNorm2d(128),
+        nn.ReLU(),
+    ]
     for a, b in ((128, 96), (96, 64)):
         layers += [nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
     return nn.Sequential(*layers, nn.ConvTranspose2d(64, 1, 4, 2, 1), nn.Tanh())
@@ -390,7 +473,9 @@ class TwoTowers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left = nn.Sequential(conv(3, 48), conv(48, 96, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.left = nn.Sequential(
+            conv(3, 48), conv(48, 96, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
         self.right = nn.Sequential(nn.Linear(12, 128), nn.GELU(), nn.Linear(128, 96))
         self.out = nn.Sequential(nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 5))
 

@@ -29,7 +29,11 @@ class Separate(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.q, self.k, self.v = (
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+            nn.Linear(width, width),
+        )
         self.out = nn.Linear(width, width)
 
     def _split(self, x: Tensor) -> Tensor:
@@ -72,7 +76,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches, class token, positions, two blocks."""
 
-    def __init__(self, width: int = 64, heads: int = 4, depth: int = 2, size: int = 32, patch: int = 8) -> None:
+    def __init__(
+        self, width: int = 64, heads: int = 4, depth: int = 2, size: int = 32, patch: int = 8
+    ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, width, patch, patch)
         self.token = nn.Parameter(0.1 * torch.randn(1, 1, width))
@@ -89,11 +95,15 @@ class ViT(nn.Module):
 class Bert(nn.Module):
     """Word and position embeddings, an attention mask as a second input, two outputs."""
 
-    def __init__(self, vocabulary: int = 60, width: int = 64, heads: int = 4, depth: int = 2) -> None:
+    def __init__(
+        self, vocabulary: int = 60, width: int = 64, heads: int = 4, depth: int = 2
+    ) -> None:
         super().__init__()
         self.word, self.place = nn.Embedding(vocabulary, width), nn.Embedding(32, width)
         self.norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, Separate(width, heads), before=False) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, Separate(width, heads), before=False) for _ in range(depth)
+        )
         self.pool, self.out = nn.Linear(width, width), nn.Linear(width, 3)
         self.tag = nn.Linear(width, 5)
 
@@ -109,7 +119,9 @@ class Bert(nn.Module):
 class Gpt(nn.Module):
     """Causal attention; the embedding is also the output layer."""
 
-    def __init__(self, vocabulary: int = 60, width: int = 64, heads: int = 4, depth: int = 2) -> None:
+    def __init__(
+        self, vocabulary: int = 60, width: int = 64, heads: int = 4, depth: int = 2
+    ) -> None:
         super().__init__()
         self.word, self.place = nn.Embedding(vocabulary, width), nn.Embedding(32, width)
         self.blocks = nn.Sequential(*(Block(width, Fused(width, heads)) for _ in range(depth)))
@@ -153,12 +165,18 @@ class Grouped(nn.Module):
     def _repeat(self, x: Tensor) -> Tensor:
         n, shared, length, size = x.shape
         times = self.heads // self.shared
-        return x[:, :, None].expand(n, shared, times, length, size).reshape(n, shared * times, length, size)
+        return (
+            x[:, :, None]
+            .expand(n, shared, times, length, size)
+            .reshape(n, shared * times, length, size)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, _ = x.shape
         q = self._rotate(self.q(x).view(n, length, self.heads, self.size).transpose(1, 2))
-        k = self._repeat(self._rotate(self.k(x).view(n, length, self.shared, self.size).transpose(1, 2)))
+        k = self._repeat(
+            self._rotate(self.k(x).view(n, length, self.shared, self.size).transpose(1, 2))
+        )
         v = self._repeat(self.v(x).view(n, length, self.shared, self.size).transpose(1, 2))
         scores = q @ k.transpose(2, 3) * self.size**-0.5
         causal = torch.full((length, length), -1e4).triu(1)
@@ -173,7 +191,10 @@ class LlamaBlock(nn.Module):
         super().__init__()
         self.one, self.two = Rms(width), Rms(width)
         self.attention = Grouped(width, heads, shared)
-        self.gate, self.up = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, 3 * width, bias=False)
+        self.gate, self.up = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, 3 * width, bias=False),
+        )
         self.down = nn.Linear(3 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +206,9 @@ class LlamaBlock(nn.Module):
 class Llama(nn.Module):
     """Two blocks, an output layer of its own."""
 
-    def __init__(self, vocabulary: int = 60, width: int = 64, heads: int = 4, shared: int = 2, depth: int = 2) -> None:
+    def __init__(
+        self, vocabulary: int = 60, width: int = 64, heads: int = 4, shared: int = 2, depth: int = 2
+    ) -> None:
         super().__init__()
         self.word = nn.Embedding(vocabulary, width)
         self.blocks = nn.Sequential(*(LlamaBlock(width, heads, shared) for _ in range(depth)))
@@ -202,7 +225,9 @@ class Windows(nn.Module):
         super().__init__()
         self.heads, self.side, self.window, self.shift = heads, side, window, shift
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        at = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+        at = torch.stack(
+            torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        ).flatten(1)
         apart = (at[:, :, None] - at[:, None, :]).permute(1, 2, 0) + window - 1
         self.register_buffer("index", (apart[..., 0] * (2 * window - 1) + apart[..., 1]).flatten())
         self.table = nn.Parameter(0.1 * torch.randn((2 * window - 1) ** 2, heads))
@@ -232,7 +257,10 @@ class Swin(nn.Module):
         super().__init__()
         self.patch, self.norm = nn.Conv2d(3, width, 4, 4), nn.LayerNorm(width)
         self.first = nn.Sequential(*(Block(width, Windows(width, heads, 8, 4, s)) for s in (0, 2)))
-        self.merged, self.merge = nn.LayerNorm(4 * width), nn.Linear(4 * width, 2 * width, bias=False)
+        self.merged, self.merge = (
+            nn.LayerNorm(4 * width),
+            nn.Linear(4 * width, 2 * width, bias=False),
+        )
         self.second = Block(2 * width, Windows(2 * width, heads, 4, 4, 0))
         self.last, self.out = nn.LayerNorm(2 * width), nn.Linear(2 * width, 10)
 

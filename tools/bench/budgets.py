@@ -30,7 +30,16 @@ CASES = (
     ("vit-fashion", 0.6, "auto"),
     ("vit-fashion", 0.5, "auto"),
 )
-COLUMNS = ("model", "align", "MACs asked", "MACs kept", "params kept", "before", "after", "points lost")
+COLUMNS = (
+    "model",
+    "align",
+    "MACs asked",
+    "MACs kept",
+    "params kept",
+    "before",
+    "after",
+    "points lost",
+)
 CLOCKED = ("latency ratio", "seconds")
 
 
@@ -42,21 +51,25 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             continue
         model, data = paths(name)
         start = time.perf_counter()
-        report = pipeline.prune(model, data, None, Settings.create(macs=macs, align=align, seed=seed, force=True))
+        report = pipeline.prune(
+            model, data, None, Settings.create(macs=macs, align=align, seed=seed, force=True)
+        )
         v = report.verification
         assert v.accuracy_before is not None
         assert v.accuracy_after is not None
-        rows.append({
-            "model": name,
-            "align": align,
-            "MACs asked": macs,
-            "MACs kept": round(report.after.macs / report.before.macs, 4),
-            "params kept": round(report.after.params / report.before.params, 4),
-            "before": round(100 * v.accuracy_before, 2),
-            "after": round(100 * v.accuracy_after, 2),
-            "points lost": round(100 * (v.accuracy_before - v.accuracy_after), 2),
-            "latency ratio": None if v.latency_ratio is None else round(v.latency_ratio, 2),
-            "seconds": round(time.perf_counter() - start, 1),
-        })
+        rows.append(
+            {
+                "model": name,
+                "align": align,
+                "MACs asked": macs,
+                "MACs kept": round(report.after.macs / report.before.macs, 4),
+                "params kept": round(report.after.params / report.before.params, 4),
+                "before": round(100 * v.accuracy_before, 2),
+                "after": round(100 * v.accuracy_after, 2),
+                "points lost": round(100 * (v.accuracy_before - v.accuracy_after), 2),
+                "latency ratio": None if v.latency_ratio is None else round(v.latency_ratio, 2),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
         print(rows[-1], flush=True)
     return save(out, "budgets", rows, COLUMNS, seed, CLOCKED)

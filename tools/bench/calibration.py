@@ -27,12 +27,22 @@ NAMES = ("lenet5-mnist", "resnet20-fashion")
 OTHER = {"mnist": "fashion-mnist", "fashion-mnist": "mnist"}
 COUNTS = (16, 64, 256, 512, 2048, 4096)
 SHARES = (0.5, 0.25)
-COLUMNS = ("model", "calibration", "samples", *(f"at {share:.0%} of MACs" for share in SHARES), "before")
+COLUMNS = (
+    "model",
+    "calibration",
+    "samples",
+    *(f"at {share:.0%} of MACs" for share in SHARES),
+    "before",
+)
 Images = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def run(
-    out: Path, seed: int, names: tuple[str, ...] = (), mnist: Path | None = None, fashion: Path | None = None
+    out: Path,
+    seed: int,
+    names: tuple[str, ...] = (),
+    mnist: Path | None = None,
+    fashion: Path | None = None,
 ) -> str:
     """One row per model and calibration data; accuracy in percent on the 2,000 evaluation images."""
     rows: list[Row] = []
@@ -40,7 +50,9 @@ def run(
     for name in names or NAMES:
         if folders[MODELS[name]] is None:
             option = MODELS[name].split("-")[0]
-            print(f"{name}: only the images that are shipped; --{option} DIR brings counts up to {max(COUNTS)}")
+            print(
+                f"{name}: only the images that are shipped; --{option} DIR brings counts up to {max(COUNTS)}"
+            )
         model, data = paths(name)
         with np.load(data) as held:
             arrays = dict(held)
@@ -55,7 +67,9 @@ def run(
                 for share, column in zip(SHARES, COLUMNS[3:], strict=False):
                     here = replace(ready, settings=settings.model_copy(update={"macs": share}))
                     after = Session(search.search(here).pruned.proto, ready.device)
-                    seen = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
+                    seen = equivalence.compare(
+                        ready.model, original, after, ready.held, settings.batch_size
+                    )
                     assert seen.accuracy_after is not None
                     assert seen.accuracy_before is not None
                     row[column] = round(100 * seen.accuracy_after, 2)
@@ -66,7 +80,9 @@ def run(
     return save(out, "calibration", rows, COLUMNS, seed)
 
 
-def kinds(domain: str, own: Images, folders: dict[str, Path | None], seed: int) -> Iterator[tuple[str, Images]]:
+def kinds(
+    domain: str, own: Images, folders: dict[str, Path | None], seed: int
+) -> Iterator[tuple[str, Images]]:
     """(what they are, images uint8 [n, 1, 28, 28]): own domain by count, the other domain, noise."""
     rng = np.random.default_rng(seed)
     own = own[rng.permutation(len(own))]
@@ -85,5 +101,9 @@ def kinds(domain: str, own: Images, folders: dict[str, Path | None], seed: int) 
 def training_images(folder: Path) -> Images:
     """The 60,000 training images of the IDX file in a folder, gzipped or plain."""
     path = folder / "train-images-idx3-ubyte"
-    raw = path.read_bytes() if path.exists() else gzip.decompress((folder / f"{path.name}.gz").read_bytes())
+    raw = (
+        path.read_bytes()
+        if path.exists()
+        else gzip.decompress((folder / f"{path.name}.gz").read_bytes())
+    )
     return np.frombuffer(raw, np.uint8, offset=16).reshape(-1, 1, 28, 28)

@@ -42,7 +42,11 @@ def draw(rows: Sequence[Row], target: Path) -> None:
                 names.append(((other or own)[-1][key], f"{key.removeprefix('at ')} kept", colour))
             if other:
                 axes.axvline(counts[-1] * STEP**0.5, color=QUIET, lw=0.6)
-            axes.set(title=model, ylabel="accuracy, %", xlabel="calibration images" if model == models[-1] else "")
+            axes.set(
+                title=model,
+                ylabel="accuracy, %",
+                xlabel="calibration images" if model == models[-1] else "",
+            )
             axes.grid(alpha=0.25)
             name_lines(axes, names)
 

@@ -26,7 +26,16 @@ WAYS = (
     ("global", "least-squares", 6),
 )
 POINT = 1.0
-COLUMNS = ("model", "allocation", "refit", "rounds", "compression", "before", "after", "points lost")
+COLUMNS = (
+    "model",
+    "allocation",
+    "refit",
+    "rounds",
+    "compression",
+    "before",
+    "after",
+    "points lost",
+)
 CLOCKED = ("seconds",)
 
 
@@ -49,9 +58,14 @@ def _row(name: str, way: tuple[str, str, int], seed: int, share: float) -> Row |
     model, data = paths(name)
     start = time.perf_counter()
     settings = Settings.create(
-        importance="nnrelief", granularity="connection", allocate=allocate, refit=refit, iterations=rounds, seed=seed,
+        importance="nnrelief",
+        granularity="connection",
+        allocate=allocate,
+        refit=refit,
+        iterations=rounds,
+        seed=seed,
         params=share,
-    )  # fmt: skip
+    )
     try:
         report = pipeline.prune(model, data, None, settings)
     except BudgetNotMet:  # every unit keeps a connection under the alpha rule

@@ -56,7 +56,10 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     rows: list[Row] = []
     chosen = {varied: values for varied, values in SWEEPS.items() if not names or varied in names}
     if not chosen:
-        print(f"cost is about no network: --model names what varies there, of {', '.join(SWEEPS)}.", flush=True)
+        print(
+            f"cost is about no network: --model names what varies there, of {', '.join(SWEEPS)}.",
+            flush=True,
+        )
         return ""
     start = {"varied": "start-up", **_measured(START, seed)}
     print(start, flush=True)
@@ -82,7 +85,9 @@ def exponents(rows: Sequence[Row], start: Mapping[str, float] | None = None) -> 
         row: Row = {"varied": varied}
         for column in EXPONENTS[1:]:
             less = (start or {}).get(column, 0.0)
-            row[column] = exponent(sizes, [None if r.get(column) is None else r[column] - less for r in here])
+            row[column] = exponent(
+                sizes, [None if r.get(column) is None else r[column] - less for r in here]
+            )
         found.append(row)
     return found
 
@@ -135,4 +140,6 @@ def stack(target: Path, width: int, depth: int, resolution: int, rng: np.random.
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, resolution, resolution])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])
     graph = helper.make_graph(nodes, "stack", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), target)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), target
+    )

@@ -21,7 +21,10 @@ LINES = {
 UNITS = {"width": "channels", "depth": "layers", "samples": "images", "resolution": "pixels a side"}
 VARIED = dict(zip(SWEEPS, ((INK, "o"), *LOOKS), strict=True))
 START = "start-up"
-SUMS = (("peak MiB added", "peak memory", "MiB added"), ("passes", "seconds in plain passes", "passes"))
+SUMS = (
+    ("peak MiB added", "peak memory", "MiB added"),
+    ("passes", "seconds in plain passes", "passes"),
+)
 """Column, title and unit of what every size has one line of."""
 
 
@@ -42,7 +45,11 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             names = _stages(axes, _sweep(grown, varied), growth[varied])
             if start is not None:
                 axes.axhline(start["seconds"], color=INK, lw=0.7, ls=":")
-            axes.set(title=varied, xlabel=f"{UNITS[varied]} n", ylabel="" if number % COLUMNS else "seconds")
+            axes.set(
+                title=varied,
+                xlabel=f"{UNITS[varied]} n",
+                ylabel="" if number % COLUMNS else "seconds",
+            )
             if number % COLUMNS:
                 axes.tick_params(labelleft=False)
             name_lines(axes, names)
@@ -67,7 +74,9 @@ def _stages(axes: Axes, rows: Sequence[Row], growth: Row) -> list[tuple[float, s
     return names
 
 
-def _together(axes: Axes, rows: Sequence[Row], growth: Mapping[str, Row], column: str) -> list[tuple[float, str, str]]:
+def _together(
+    axes: Axes, rows: Sequence[Row], growth: Mapping[str, Row], column: str
+) -> list[tuple[float, str, str]]:
     """A line for each size that varies, against that size over its smallest; their names."""
     names, factors = [], []
     for varied, found in growth.items():

@@ -29,13 +29,15 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             start = time.perf_counter()
             found = couple(model)
             times.append(time.perf_counter() - start)
-        rows.append({
-            "graph": file.stem.removeprefix("light_"),
-            "nodes": len(model.nodes),
-            "units": found.n_units,
-            "groups": len(found.groups),
-            "pinned channels": sum(p.count for p in found.pinned),
-            "load s": round(loaded, 2),
-            "couple s": round(min(times), 3),
-        })
+        rows.append(
+            {
+                "graph": file.stem.removeprefix("light_"),
+                "nodes": len(model.nodes),
+                "units": found.n_units,
+                "groups": len(found.groups),
+                "pinned channels": sum(p.count for p in found.pinned),
+                "load s": round(loaded, 2),
+                "couple s": round(min(times), 3),
+            }
+        )
     return save(out, "coupling", rows, COLUMNS, seed, CLOCKED)

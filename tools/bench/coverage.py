@@ -37,9 +37,17 @@ if TYPE_CHECKING:
     from .architectures import Architecture
 
 COLUMNS = (
-    "network", "exporter", "params", "kept %", "goal %", "onnxsim %", "Torch-Pruning %", "cut = masked", "pinned",
+    "network",
+    "exporter",
+    "params",
+    "kept %",
+    "goal %",
+    "onnxsim %",
+    "Torch-Pruning %",
+    "cut = masked",
+    "pinned",
     "reasons",
-)  # fmt: skip
+)
 SECONDS = 60
 EXPORTERS = {"TorchScript": False, "dynamo": True}
 
@@ -54,7 +62,12 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             continue
         rival = torch_pruning(entry, seed)
         for exporter, dynamo in EXPORTERS.items():
-            row = {"network": entry.name, "exporter": exporter, "goal %": 100 * entry.most, "Torch-Pruning %": rival}
+            row = {
+                "network": entry.name,
+                "exporter": exporter,
+                "goal %": 100 * entry.most,
+                "Torch-Pruning %": rival,
+            }
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     file, values = export(entry, dynamo, Path(folder), seed)
@@ -66,7 +79,9 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     return save(out, "coverage", rows, COLUMNS, seed)
 
 
-def export(entry: Architecture, dynamo: bool, folder: Path, seed: int) -> tuple[Path, dict[str, Array]]:
+def export(
+    entry: Architecture, dynamo: bool, folder: Path, seed: int
+) -> tuple[Path, dict[str, Array]]:
     """Write the network, with a batch of any length where the exporter manages; returns file and inputs."""
     import torch
 
@@ -76,16 +91,33 @@ def export(entry: Architecture, dynamo: bool, folder: Path, seed: int) -> tuple[
     names = [f"input{i}" for i in range(len(inputs))]
     file = folder / "model.onnx"
     torch.backends.mha.set_fastpath_enabled(False)  # its one fused operator has no ONNX form
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), torch.no_grad():
+    with (
+        warnings.catch_warnings(),
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")
         if dynamo:
-            free: dict[str, Any] = {"dynamic_shapes": tuple({0: torch.export.Dim("batch")} for _ in inputs)}
+            free: dict[str, Any] = {
+                "dynamic_shapes": tuple({0: torch.export.Dim("batch")} for _ in inputs)
+            }
         else:
             free = {"dynamic_axes": {n: {0: "batch"} for n in names}}
         try:
-            torch.onnx.export(net, inputs, str(file), input_names=names, dynamo=dynamo, external_data=False, **free)
+            torch.onnx.export(
+                net,
+                inputs,
+                str(file),
+                input_names=names,
+                dynamo=dynamo,
+                external_data=False,
+                **free,
+            )
         except Exception:
-            torch.onnx.export(net, inputs, str(file), input_names=names, dynamo=dynamo, external_data=False)
+            torch.onnx.export(
+                net, inputs, str(file), input_names=names, dynamo=dynamo, external_data=False
+            )
     values = {n: x.numpy() for n, x in zip(names, inputs, strict=True)}
     if entry.quantize:
         file = _quantized(file, values)
@@ -150,16 +182,27 @@ def apart(
             if a.shape != b.shape or not (np.isfinite(a).all() and np.isfinite(b).all()):
                 return float("inf")
             scale = float(np.abs(a).max(initial=1e-12))
-            worst = max(worst, float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0)) / scale)
+            worst = max(
+                worst,
+                float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0)) / scale,
+            )
     return worst
 
 
 def parameters(proto: onnx.ModelProto) -> int:
     """Elements of floating or quantised constants of rank one or more, wherever the file keeps them."""
     held = list(proto.graph.initializer)
-    held += [a.t for n in proto.graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+    held += [
+        a.t
+        for n in proto.graph.node
+        if n.op_type == "Constant"
+        for a in n.attribute
+        if a.name == "value"
+    ]
     wide = {onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
-    return sum(int(numpy_helper.to_array(t).size) for t in held if t.data_type not in wide and t.dims)
+    return sum(
+        int(numpy_helper.to_array(t).size) for t in held if t.data_type not in wide and t.dims
+    )
 
 
 def onnxsim(file: Path, before: int) -> Any:
@@ -189,8 +232,16 @@ def torch_pruning(entry: Architecture, seed: int) -> Any:
 
     net, inputs = build(entry, seed)
     before = sum(p.numel() for p in net.parameters())
-    outputs = [m for n, m in net.named_modules() if n.split(".")[-1] in ("out", "tag") and "attention" not in n]
-    last = [m for m in net.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    outputs = [
+        m
+        for n, m in net.named_modules()
+        if n.split(".")[-1] in ("out", "tag") and "attention" not in n
+    ]
+    last = [
+        m
+        for m in net.modules()
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))
+    ]
     heads = {
         getattr(m, name): m.shared if name in ("k", "v") and hasattr(m, "shared") else entry.heads
         for m in net.modules()
@@ -202,9 +253,13 @@ def torch_pruning(entry: Architecture, seed: int) -> Any:
         with warnings.catch_warnings(), silent[0], silent[1], _limit(SECONDS):
             warnings.simplefilter("ignore")
             pruner = tp.pruner.MetaPruner(
-                net, inputs if len(inputs) > 1 else inputs[0], importance=tp.importance.GroupMagnitudeImportance(p=2),
-                pruning_ratio=0.5, ignored_layers=outputs or last[-1:], num_heads=heads,
-            )  # fmt: skip
+                net,
+                inputs if len(inputs) > 1 else inputs[0],
+                importance=tp.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=0.5,
+                ignored_layers=outputs or last[-1:],
+                num_heads=heads,
+            )
             pruner.step()
             net(*inputs)
         return round(100 * sum(p.numel() for p in net.parameters()) / before, 1)
@@ -229,7 +284,11 @@ def _limit(seconds: int) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:70].replace('|', '/')}" if text else type(error).__name__
+    return (
+        f"{type(error).__name__}: {text[0][:70].replace('|', '/')}"
+        if text
+        else type(error).__name__
+    )
 
 
 def _short(reason: str) -> str:

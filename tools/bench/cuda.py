@@ -57,7 +57,9 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             else:
                 model, source = Path(folder) / "resnet50.onnx", Path(folder) / "noise.npz"
                 random_weights(ZOO / "light_resnet50.onnx", model, seed)
-                noise = np.random.default_rng(seed).standard_normal((SAMPLES, 3, 224, 224), np.float32)
+                noise = np.random.default_rng(seed).standard_normal(
+                    (SAMPLES, 3, 224, 224), np.float32
+                )
                 np.savez(source, **{"gpu_0/data_0": noise})
             rows.append({"model": name, **measured(model, source, device)})
         print(rows[-1], flush=True)
@@ -101,29 +103,41 @@ def apart(ours: Mapping[Axis, Moments], theirs: Mapping[Axis, Moments]) -> float
     worst = 0.0
     for axis, one in ours.items():
         other, scale = theirs[axis], float(one.mean_square.max(initial=0.0)) or 1.0
-        worst = max(worst, float(np.abs(one.mean_square - other.mean_square).max(initial=0.0)) / scale)
+        worst = max(
+            worst, float(np.abs(one.mean_square - other.mean_square).max(initial=0.0)) / scale
+        )
         worst = max(worst, float(np.abs(one.mean - other.mean).max(initial=0.0)) / scale**0.5)
     return worst
 
 
 def copied(events: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     """(microseconds of copy nodes, of all kernels) in a profile of ONNX Runtime."""
-    kernels = [e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith("_kernel_time")]
+    kernels = [
+        e
+        for e in events
+        if e.get("cat") == "Node" and str(e.get("name", "")).endswith("_kernel_time")
+    ]
     copies = [e for e in kernels if e.get("args", {}).get("op_name") in COPIES]
     return sum(float(e["dur"]) for e in copies), sum(float(e["dur"]) for e in kernels)
 
 
-def profiled(model: Model, coupling: Coupling, samples: Samples, device: str, batch: int) -> list[dict[str, Any]]:
+def profiled(
+    model: Model, coupling: Coupling, samples: Samples, device: str, batch: int
+) -> list[dict[str, Any]]:
     """The profile of one calibration pass."""
     with tempfile.TemporaryDirectory() as folder:
         session = Session(_statistics(model, coupling), device, profile=Path(folder) / "pass")
         for _, feed in samples.batches(batch):
             session.run(feed)
-        events: list[dict[str, Any]] = json.loads(Path(session.end_profile()).read_text(encoding="utf-8"))
+        events: list[dict[str, Any]] = json.loads(
+            Path(session.end_profile()).read_text(encoding="utf-8")
+        )
     return events
 
 
-def transfers(model: Model, coupling: Coupling, samples: Samples, device: str, batch: int) -> tuple[float, float]:
+def transfers(
+    model: Model, coupling: Coupling, samples: Samples, device: str, batch: int
+) -> tuple[float, float]:
     """Seconds of a pass with feeds from the host, and with feeds and outputs on the device; second of two passes."""
     session = Session(_statistics(model, coupling), device)
     feeds = [feed for _, feed in samples.batches(batch)]
@@ -144,7 +158,9 @@ def transfers(model: Model, coupling: Coupling, samples: Samples, device: str, b
 def _bound(session: Session, feed: Mapping[str, Any], device: str) -> Any:
     binding = session._session.io_binding()
     for name in session.inputs:
-        binding.bind_ortvalue_input(name, runtime().OrtValue.ortvalue_from_numpy(feed[name], device, 0))
+        binding.bind_ortvalue_input(
+            name, runtime().OrtValue.ortvalue_from_numpy(feed[name], device, 0)
+        )
     for name in session.outputs:
         binding.bind_output(name, device)
     binding.synchronize_inputs()

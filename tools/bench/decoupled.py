@@ -21,9 +21,18 @@ from .speed import ZOO, random_weights
 from .studies import ROOT, Row, paths, save
 
 COLUMNS = (
-    "model", "units", "groups", "images", "refit", "seconds", "of that programs", "slowest group", "largest program",
-    "solvers", "peak MiB",
-)  # fmt: skip
+    "model",
+    "units",
+    "groups",
+    "images",
+    "refit",
+    "seconds",
+    "of that programs",
+    "slowest group",
+    "largest program",
+    "solvers",
+    "peak MiB",
+)
 CLOCKED = ("seconds", "of that programs", "slowest group", "peak MiB")
 REFITS = ("none", "least-squares")
 ONE = """
@@ -57,27 +66,54 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             with np.load(fashion) as held:
                 arrays = dict(held)
             for images in (64, 256, 512):
-                few = {k: v if k.endswith(".scale") or k.startswith("eval.") else v[:images] for k, v in arrays.items()}
+                few = {
+                    k: v if k.endswith(".scale") or k.startswith("eval.") else v[:images]
+                    for k, v in arrays.items()
+                }
                 np.savez(place / "few.npz", **few)
-                rows += [_row("vgg-fashion", vgg, place / "few.npz", refit, seed) for refit in REFITS]
+                rows += [
+                    _row("vgg-fashion", vgg, place / "few.npz", refit, seed) for refit in REFITS
+                ]
         if not names or "dense" in names:
             for width in (512, 1024, 2048):
                 _dense(width, place / "dense.onnx", rng)
                 np.savez(place / "dense.npz", x=rng.standard_normal((512, 64), np.float32))
                 name = f"dense {width}-{width}"
-                rows += [_row(name, place / "dense.onnx", place / "dense.npz", refit, seed) for refit in REFITS]
+                rows += [
+                    _row(name, place / "dense.onnx", place / "dense.npz", refit, seed)
+                    for refit in REFITS
+                ]
         if not names or "resnet50" in names:
             random_weights(ZOO / "light_resnet50.onnx", place / "resnet50.onnx", seed, size=112)
-            np.savez(place / "images.npz", **{"gpu_0/data_0": rng.standard_normal((320, 3, 112, 112), np.float32)})
-            rows.append(_row("resnet50", place / "resnet50.onnx", place / "images.npz", "least-squares", seed))
+            np.savez(
+                place / "images.npz",
+                **{"gpu_0/data_0": rng.standard_normal((320, 3, 112, 112), np.float32)},
+            )
+            rows.append(
+                _row(
+                    "resnet50", place / "resnet50.onnx", place / "images.npz", "least-squares", seed
+                )
+            )
     return save(out, "decoupled", rows, COLUMNS, seed, CLOCKED)
 
 
 def _row(name: str, model: Path, data: Path, refit: str, seed: int) -> Row:
     done = subprocess.run(
-        [sys.executable, "-c", ONE, str(model), str(data), str(data.with_name("scores.npz")), refit, str(seed)],
-        capture_output=True, text=True, check=False, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            ONE,
+            str(model),
+            str(data),
+            str(data.with_name("scores.npz")),
+            refit,
+            str(seed),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     if done.returncode:
         raise RuntimeError(f"scoring {name} failed: {done.stderr.strip().splitlines()[-1]}")
     row: Row = {"model": name, **json.loads(done.stdout.splitlines()[-1])}
@@ -92,10 +128,14 @@ def _dense(width: int, target: Path, rng: np.random.Generator) -> None:
     for i, (a, b) in enumerate(pairwise(sizes)):
         weight = rng.standard_normal((b, a)) * np.sqrt(2 / a)
         constants.append(numpy_helper.from_array(weight.astype(np.float32), f"w{i}"))
-        nodes.append(helper.make_node("Gemm", [f"r{i}" if i else "x", f"w{i}"], [f"y{i}"], transB=1))
+        nodes.append(
+            helper.make_node("Gemm", [f"r{i}" if i else "x", f"w{i}"], [f"y{i}"], transB=1)
+        )
         nodes.append(helper.make_node("Relu", [f"y{i}"], [f"r{i + 1}"]))
     nodes.pop()
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 64])
     y = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, ["n", 10])
     graph = helper.make_graph(nodes, "dense", [x], [y], constants)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), target)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), target
+    )

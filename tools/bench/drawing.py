@@ -34,7 +34,9 @@ def sheet(rows: Sequence[Row], target: Path, width: float, height: float) -> Ite
     The SVG holds no date, and says in its metadata which rows it shows: the same rows give the same bytes under the
     same version of matplotlib. Its ground is white, so that it reads the same on a dark page.
     """
-    with matplotlib.rc_context({"svg.hashsalt": target.stem, "font.family": "DejaVu Sans", "font.size": 9}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": target.stem, "font.family": "DejaVu Sans", "font.size": 9}
+    ):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         yield figure
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,9 @@ def sheet(rows: Sequence[Row], target: Path, width: float, height: float) -> Ite
             figure.savefig(target)
             return
         drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Description": f"rows: {digest(rows)}"})
+        figure.savefig(
+            drawn, format="svg", metadata={"Date": None, "Description": f"rows: {digest(rows)}"}
+        )
         target.write_text(_compact(drawn.getvalue()), encoding="utf-8")
 
 
@@ -66,7 +70,13 @@ def legend(figure: Figure) -> None:
         handles, labels = axes.get_legend_handles_labels()
         known |= dict(zip(labels, handles, strict=True))
     if known:
-        figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=len(known), frameon=False)
+        figure.legend(
+            known.values(),
+            known.keys(),
+            loc="outside lower center",
+            ncols=len(known),
+            frameon=False,
+        )
 
 
 def name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], apart: float = APART) -> None:
@@ -78,7 +88,9 @@ def name_lines(axes: Axes, names: Sequence[tuple[float, str, str]], apart: float
     flat = axes.transData + axes.transAxes.inverted()
     heights = [float(flat.transform((x, y))[1]) for y, _, _ in names]
     for height, (_, text, colour) in zip(spread(heights, apart), names, strict=True):
-        axes.text(1.03, height, text, color=colour, fontsize=SMALL, va="center", transform=axes.transAxes)
+        axes.text(
+            1.03, height, text, color=colour, fontsize=SMALL, va="center", transform=axes.transAxes
+        )
 
 
 def sizes(axes: Axes, values: Sequence[float]) -> None:
@@ -122,7 +134,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     for i in range(1, len(moved)):
         moved[i] = max(moved[i], moved[i - 1] + gap)
     for i in range(1, len(moved)):  # every run that was pushed up sinks back around its middle
-        if moved[i] == moved[i - 1] + gap and (i + 1 == len(moved) or moved[i + 1] > moved[i] + gap):
+        if moved[i] == moved[i - 1] + gap and (
+            i + 1 == len(moved) or moved[i + 1] > moved[i] + gap
+        ):
             start = i
             while start > 0 and moved[start] == moved[start - 1] + gap:
                 start -= 1

@@ -31,9 +31,13 @@ class Outcome(NamedTuple):
     why: str = ""
 
 
-def study(name: str, out: Path, seed: int, models: tuple[str, ...], extra: Mapping[str, Any]) -> Outcome:
+def study(
+    name: str, out: Path, seed: int, models: tuple[str, ...], extra: Mapping[str, Any]
+) -> Outcome:
     """Run one study here; whatever it raises is its outcome."""
-    os.environ["ONNX_OAMIP_CACHE"] = "off"  # what an earlier run found out would be neither timed nor made again
+    os.environ["ONNX_OAMIP_CACHE"] = (
+        "off"  # what an earlier run found out would be neither timed nor made again
+    )
     try:
         run = import_module(f"{__package__}.{name}").run
         more = {key: value for key, value in extra.items() if key in signature(run).parameters}
@@ -45,11 +49,19 @@ def study(name: str, out: Path, seed: int, models: tuple[str, ...], extra: Mappi
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] in OWN:
             return _failed(name, missing)
-        return Outcome(name, "left out", f"{missing.name} is not installed; pip install -e '.[experiments]' brings it.")
+        return Outcome(
+            name,
+            "left out",
+            f"{missing.name} is not installed; pip install -e '.[experiments]' brings it.",
+        )
     except Exception as error:  # whatever it is, the other studies come next
         return _failed(name, error)
     if not text:
-        return Outcome(name, "left out", "nothing could be measured with these options; what it printed says why.")
+        return Outcome(
+            name,
+            "left out",
+            "nothing could be measured with these options; what it printed says why.",
+        )
     return Outcome(name, "done")
 
 
@@ -64,7 +76,9 @@ def apart(name: str, *options: Any) -> Outcome:
         try:
             return process.submit(study, name, *options).result()
         except BrokenProcessPool:
-            return Outcome(name, "failed", "its process was killed; there may be too little memory.")
+            return Outcome(
+                name, "failed", "its process was killed; there may be too little memory."
+            )
 
 
 def drive(names: Sequence[str], *options: Any, one: Callable[..., Outcome] = apart) -> int:

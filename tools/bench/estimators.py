@@ -50,8 +50,11 @@ NETWORKS = ("vgg-fashion",)
 def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     """All four parts; ``names`` picks networks, or parts by their names."""
     parts: dict[str, Callable[[int], list[Row]]] = {
-        "pair": _pair, "toy": _toy, **{n: lambda s, n=n: _network(n, s) for n in NETWORKS}, "memory": _memory,
-    }  # fmt: skip
+        "pair": _pair,
+        "toy": _toy,
+        **{n: lambda s, n=n: _network(n, s) for n in NETWORKS},
+        "memory": _memory,
+    }
     rows: list[Row] = []
     for name, part in parts.items():
         if not names or name in names:
@@ -78,9 +81,15 @@ def _pair(seed: int) -> list[Row]:
         spent = {name: _seconds(call) for name, call in estimators.items()}
         few = LOOPED[0] * LOOPED[1]
         loop = _seconds(lambda: _double_loop(parents, children, seed, *LOOPED)) / few * 64 * 64
-    rows: list[Row] = [{"study": "pair", "estimator": n, "case": case, "seconds": s} for n, s in spent.items()]
+    rows: list[Row] = [
+        {"study": "pair", "estimator": n, "case": case, "seconds": s} for n, s in spent.items()
+    ]
     rows[0]["times faster"] = loop / spent["snacs"]
-    looped = {"study": "pair", "estimator": f"snacs, double loop ({few} of 4096 pairs, scaled)", "case": case}
+    looped = {
+        "study": "pair",
+        "estimator": f"snacs, double loop ({few} of 4096 pairs, scaled)",
+        "case": case,
+    }
     return [*rows, {**looped, "seconds": loop}]
 
 
@@ -101,12 +110,17 @@ def _double_loop(parents: Floats, children: Floats, seed: int, some: int, others
             conditions = [q for q in given[c].tolist() if q != p][: snacs.CONDITIONS]
             for draw in hashed:
                 z = list(map(tuple, draw.parents[:, conditions].tolist()))
-                code = np.unique(draw.parents[:, conditions], axis=0, return_inverse=True)[1].reshape(-1)
+                code = np.unique(draw.parents[:, conditions], axis=0, return_inverse=True)[
+                    1
+                ].reshape(-1)
                 moved = draw.children[snacs.shuffled(code, draw.order), c]
                 for values, sign in ((draw.children[:, c], 1), (moved, -1)):
                     rows = list(zip(values.tolist(), draw.parents[:, p].tolist(), z, strict=True))
                     n_ijk, n_k = Counter(rows), Counter(z)
-                    n_ik, n_jk = Counter((i, k) for i, _, k in rows), Counter((j, k) for _, j, k in rows)
+                    n_ik, n_jk = (
+                        Counter((i, k) for i, _, k in rows),
+                        Counter((j, k) for _, j, k in rows),
+                    )
                     total = 0.0
                     for i, j, k in rows:
                         total += 1 / (1 + n_ijk[i, j, k] * n_k[k] / (n_ik[i, k] * n_jk[j, k]))
@@ -119,20 +133,41 @@ def _network(name: str, seed: int) -> list[Row]:
     rows: list[Row] = []
     for method in ("snacs", "mint", "correlation"):
         settings = Settings.create(
-            macs=0.5, importance=method, allocate="uniform", refit="none", seed=seed, workers=1, device="cpu",
+            macs=0.5,
+            importance=method,
+            allocate="uniform",
+            refit="none",
+            seed=seed,
+            workers=1,
+            device="cpu",
             cache="off",
         )
         start = time.perf_counter()
         pipeline.prepare(model, source, settings)
         rows.append(
-            {"study": "network", "estimator": method, "case": name, "seconds": time.perf_counter() - start}
+            {
+                "study": "network",
+                "estimator": method,
+                "case": name,
+                "seconds": time.perf_counter() - start,
+            }
         )
     settings = Settings.create(
-        macs=0.5, importance="l2", allocate="uniform", refit="none", limits="snacs", seed=seed, workers=1, device="cpu",
+        macs=0.5,
+        importance="l2",
+        allocate="uniform",
+        refit="none",
+        limits="snacs",
+        seed=seed,
+        workers=1,
+        device="cpu",
         cache="off",
     )
     seconds = _seconds(lambda: pipeline.prepare(model, source, settings))
-    return [*rows, {"study": "network", "estimator": "--limits snacs", "case": name, "seconds": seconds}]
+    return [
+        *rows,
+        {"study": "network", "estimator": "--limits snacs", "case": name, "seconds": seconds},
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- quality
@@ -146,14 +181,25 @@ def _toy(seed: int) -> list[Row]:
             parents, children, true = _planted(np.random.default_rng([seed, repeat]), even)
             plain = np.abs(standardise(children).T @ standardise(parents))
             found.setdefault("correlation (plain)", []).append(_area(plain, true))
-            found.setdefault("correlation (partial)", []).append(_area(partial(parents, children), true))
-            found.setdefault("snacs", []).append(_area(snacs.dependence(parents, children, seed), true))
+            found.setdefault("correlation (partial)", []).append(
+                _area(partial(parents, children), true)
+            )
+            found.setdefault("snacs", []).append(
+                _area(snacs.dependence(parents, children, seed), true)
+            )
             trees = mint.dependence(parents, children, seed)
             assert trees is not None
             found.setdefault("mint (pairs of parents)", []).append(_area(trees, true))
         for name, areas in found.items():
             mean = round(float(np.mean(areas)), 3)
-            rows.append({"study": "toy", "estimator": name, "case": f"{case}, 5 draws", "area under curve": str(mean)})
+            rows.append(
+                {
+                    "study": "toy",
+                    "estimator": name,
+                    "case": f"{case}, 5 draws",
+                    "area under curve": str(mean),
+                }
+            )
     return rows
 
 
@@ -180,7 +226,11 @@ def _area(found: Floats, true: Bools) -> float:
 
 def _memory(seed: int) -> list[Row]:
     """In a process of its own: a peak is never given back."""
-    command = [sys.executable, "-c", f"from tools.bench import estimators; estimators.pool_resnet({seed})"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from tools.bench import estimators; estimators.pool_resnet({seed})",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     case = f"resnet50 (random weights), {SAMPLES} images of {SIDE} x {SIDE}"

@@ -104,4 +104,6 @@ def draw(study: str, results: Path, folder: Path) -> None:
     """Draw a study found in ``results`` as ``folder/study.svg``; nothing where it has no picture, or was not saved."""
     saved = results / f"{study}.json"
     if study in FIGURES and saved.exists():
-        FIGURES[study].draw(json.loads(saved.read_text(encoding="utf-8"))["rows"], folder / f"{study}.svg")
+        FIGURES[study].draw(
+            json.loads(saved.read_text(encoding="utf-8"))["rows"], folder / f"{study}.svg"
+        )

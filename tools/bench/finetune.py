@@ -21,7 +21,15 @@ import torch
 from onnx_oamip.api import pipeline
 from onnx_oamip.core.settings import Settings
 
-from ..train_models import EVAL_IMAGES, RECIPES, Dataset, load_dataset, loss_on, make_optimiser, torch_accuracy
+from ..train_models import (
+    EVAL_IMAGES,
+    RECIPES,
+    Dataset,
+    load_dataset,
+    loss_on,
+    make_optimiser,
+    torch_accuracy,
+)
 from . import peers, rebuilt
 from .rivals import Bench, bisect
 from .studies import MODELS, Row, save, store
@@ -33,14 +41,25 @@ IMAGES = 20_000
 RIVAL = "Torch-Pruning L2, one ratio"
 SHARES_OF_RATE = (0.02, 0.1, 0.5)
 COLUMNS = (
-    "model", "MACs asked", "method", "MACs kept", "before", "pruned", *(f"{k} epochs" for k in EPOCHS), "learning rate",
+    "model",
+    "MACs asked",
+    "method",
+    "MACs kept",
+    "before",
+    "pruned",
+    *(f"{k} epochs" for k in EPOCHS),
+    "learning rate",
     "images an epoch",
-)  # fmt: skip
+)
 RATES = ("model", "MACs asked", "method", *(f"{share} of the rate" for share in SHARES_OF_RATE))
 
 
 def run(
-    out: Path, seed: int, names: tuple[str, ...] = (), mnist: Path | None = None, fashion: Path | None = None
+    out: Path,
+    seed: int,
+    names: tuple[str, ...] = (),
+    mnist: Path | None = None,
+    fashion: Path | None = None,
 ) -> str:
     """One row per model, budget and method; accuracy in percent in ONNX Runtime on the 2,000 evaluation images."""
     rows: list[Row] = []
@@ -49,24 +68,46 @@ def run(
     for name in names or NAMES:
         folder = folders[MODELS[name]]
         if folder is None:
-            print(f"{name}: left out; say where its training images are with --{MODELS[name].split('-')[0]} DIR")
+            print(
+                f"{name}: left out; say where its training images are with --{MODELS[name].split('-')[0]} DIR"
+            )
             continue
         data = load_dataset(folder)
         bench = Bench(name)
         for share in SHARES:
             for method in ("ours", RIVAL):
                 proto = _ours(bench, share, seed) if method == "ours" else _theirs(bench, share)
-                row: Row = {"model": name, "MACs asked": share, "method": method, "before": round(bench.before, 2)}
-                row |= {"MACs kept": round(bench.share(proto), 4), "pruned": round(bench.accuracy(proto), 2)}
-                tried = {k: tuned(name, proto, data, 1, k * RECIPES[name].lr, seed) for k in SHARES_OF_RATE}
+                row: Row = {
+                    "model": name,
+                    "MACs asked": share,
+                    "method": method,
+                    "before": round(bench.before, 2),
+                }
+                row |= {
+                    "MACs kept": round(bench.share(proto), 4),
+                    "pruned": round(bench.accuracy(proto), 2),
+                }
+                tried = {
+                    k: tuned(name, proto, data, 1, k * RECIPES[name].lr, seed)
+                    for k in SHARES_OF_RATE
+                }
                 best = max(tried, key=lambda k: tried[k][1])
-                rates.append({**{k: row[k] for k in RATES[:3]}, **{
-                    f"{k} of the rate": round(unseen, 2) for k, (_, unseen) in tried.items()
-                }})  # fmt: skip
+                rates.append(
+                    {
+                        **{k: row[k] for k in RATES[:3]},
+                        **{
+                            f"{k} of the rate": round(unseen, 2) for k, (_, unseen) in tried.items()
+                        },
+                    }
+                )
                 row |= {"learning rate": f"{best * RECIPES[name].lr:g}", "images an epoch": IMAGES}
                 for epochs in EPOCHS:
                     again = epochs > 1
-                    found = tuned(name, proto, data, epochs, best * RECIPES[name].lr, seed) if again else tried[best]
+                    found = (
+                        tuned(name, proto, data, epochs, best * RECIPES[name].lr, seed)
+                        if again
+                        else tried[best]
+                    )
                     row[f"{epochs} epochs"] = round(bench.accuracy(found[0]), 2)
                 rows.append(row)
                 print(rates[-1], row, flush=True)
@@ -81,7 +122,9 @@ def run(
 def _ours(bench: Bench, share: float, seed: int) -> onnx.ModelProto:
     with TemporaryDirectory() as folder:
         target = Path(folder) / "pruned.onnx"
-        pipeline.prune(bench.model, bench.data, target, Settings.create(macs=share, seed=seed, force=True))
+        pipeline.prune(
+            bench.model, bench.data, target, Settings.create(macs=share, seed=seed, force=True)
+        )
         return onnx.load(target)
 
 
@@ -98,7 +141,10 @@ def tuned(
 ) -> tuple[onnx.ModelProto, float]:
     """(the network after so many epochs from this learning rate on, its accuracy on the test images no table shows)."""
     recipe = RECIPES[name]
-    images, labels = torch.from_numpy(data.train_images[:IMAGES].copy()), torch.from_numpy(data.train_labels[:IMAGES])
+    images, labels = (
+        torch.from_numpy(data.train_images[:IMAGES].copy()),
+        torch.from_numpy(data.train_labels[:IMAGES]),
+    )
     with TemporaryDirectory() as folder:
         file = Path(folder) / "network.onnx"
         onnx.save(proto, file)
@@ -108,7 +154,9 @@ def tuned(
         optimiser = make_optimiser(net, recipe)
         for group in optimiser.param_groups:
             group["lr"] = rate
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * math.ceil(len(images) / recipe.batch))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimiser, epochs * math.ceil(len(images) / recipe.batch)
+        )
         net.train()
         for epoch in range(epochs):
             generator = torch.Generator().manual_seed(1000 * seed + epoch)

@@ -32,7 +32,10 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             axes.set_xticks(range(last + 1))
             axes.axhline(before, color=QUIET, lw=0.9, ls=":")
             axes.grid(alpha=0.25)
-            names = [(before, f"original, {before:.2f}", QUIET), *(_line(axes, row) for row in here)]
+            names = [
+                (before, f"original, {before:.2f}", QUIET),
+                *(_line(axes, row) for row in here),
+            ]
             name_lines(axes, names, 0.13)
 
 
@@ -43,13 +46,26 @@ def _line(axes: Axes, row: Row) -> tuple[float, str, str]:
     axes.plot(list(found), list(found.values()), color=colour, marker=mark, ms=4, lw=width)
     for epoch, accuracy in found.items():
         axes.annotate(
-            f"{accuracy:.2f}", (epoch, accuracy), where, textcoords="offset points", ha="center", va="center",
-            fontsize=SMALL, color=colour, bbox={"fc": "white", "ec": "none", "pad": 0.4},
-        )  # fmt: skip
-    return list(found.values())[-1], f"{row['method'].partition(',')[0]},\n{row['MACs kept']:.1%} kept", colour
+            f"{accuracy:.2f}",
+            (epoch, accuracy),
+            where,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=SMALL,
+            color=colour,
+            bbox={"fc": "white", "ec": "none", "pad": 0.4},
+        )
+    return (
+        list(found.values())[-1],
+        f"{row['method'].partition(',')[0]},\n{row['MACs kept']:.1%} kept",
+        colour,
+    )
 
 
 def _accuracies(row: Row) -> dict[int, float]:
     """By epochs; none is the pruned network as it is."""
-    later = {int(key.removesuffix(EPOCHS)): value for key, value in row.items() if key.endswith(EPOCHS)}
+    later = {
+        int(key.removesuffix(EPOCHS)): value for key, value in row.items() if key.endswith(EPOCHS)
+    }
     return {0: row["pruned"], **dict(sorted(later.items()))}

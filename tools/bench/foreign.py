@@ -28,9 +28,19 @@ from .coverage import EXPORTERS
 from .studies import ROOT, Row, save
 
 COLUMNS = (
-    "model", "exporter", "params", "units", "groups", "pinned %", "params kept", "masked equivalence", "rounding",
-    "batches", "sizes", "remark",
-)  # fmt: skip
+    "model",
+    "exporter",
+    "params",
+    "units",
+    "groups",
+    "pinned %",
+    "params kept",
+    "masked equivalence",
+    "rounding",
+    "batches",
+    "sizes",
+    "remark",
+)
 KEEP = 0.7
 SAMPLES = 32
 OCR = {
@@ -76,7 +86,11 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
 
 
 def measure(
-    path: Path, data: Mapping[str, Array], others: Mapping[str, Mapping[str, Array]], folder: Path, seed: int
+    path: Path,
+    data: Mapping[str, Array],
+    others: Mapping[str, Mapping[str, Array]],
+    folder: Path,
+    seed: int,
 ) -> Row:
     """Prune by the pipeline's defaults, then run the written file at the other sizes."""
     np.savez(folder / "data.npz", **dict(data))  # type: ignore[arg-type]
@@ -108,9 +122,11 @@ def pinned_share(report: Report) -> float:
     coupling, model = report.coupling, report.model
     stuck = sum(p.count for p in coupling.pinned)
     free = sum(
-        held * len(group.units) for group in coupling.groups for (tensor, _), held in group.multiplicity.items()
+        held * len(group.units)
+        for group in coupling.groups
+        for (tensor, _), held in group.multiplicity.items()
         if tensor in model.constants and model.constants[tensor].ndim > 1
-    )  # fmt: skip
+    )
     return stuck / max(stuck + free, 1)
 
 
@@ -125,20 +141,29 @@ def subjects() -> Iterator[Subject]:
             yield Subject(name, exporter, partial(_transformer, name, dynamo))
 
 
-def _recogniser(name: str, folder: Path, seed: int) -> tuple[Path, dict[str, Array], dict[str, dict[str, Array]]]:  # noqa: ARG001
+def _recogniser(
+    name: str,
+    folder: Path,
+    seed: int,
+) -> tuple[Path, dict[str, Array], dict[str, dict[str, Array]]]:
     package = importlib.util.find_spec("rapidocr_onnxruntime")
     if package is None or not package.submodule_search_locations:
         raise Missing("rapidocr_onnxruntime is not installed")
     rng = np.random.default_rng(seed)
     size, other = OCR[name]
     feeds = {
-        f"{n}x{h}x{w}": {"x": rng.standard_normal((n, 3, h, w), np.float32)} for n, (h, w) in ((1, size), (3, other))
+        f"{n}x{h}x{w}": {"x": rng.standard_normal((n, 3, h, w), np.float32)}
+        for n, (h, w) in ((1, size), (3, other))
     }
     path = Path(package.submodule_search_locations[0]) / "models" / f"{name}.onnx"
     return path, {"x": rng.standard_normal((SAMPLES, 3, *size), np.float32)}, feeds
 
 
-def _classic(name: str, folder: Path, seed: int) -> tuple[Path, dict[str, Array], dict[str, dict[str, Array]]]:
+def _classic(
+    name: str,
+    folder: Path,
+    seed: int,
+) -> tuple[Path, dict[str, Array], dict[str, dict[str, Array]]]:
     zoo = _zoo()
     proto = zoo.with_weights(name, seed)
     path = folder / "model.onnx"
@@ -161,7 +186,11 @@ def _transformer(
     def made(count: int, length: int) -> dict[str, Array]:
         return {n: x.numpy() for n, x in entry.inputs(count, length).items()}
 
-    return path, made(SAMPLES, LENGTHS[0]), {f"{n}x{k}": made(n, k) for n, k in zip((1, 3), LENGTHS, strict=True)}
+    return (
+        path,
+        made(SAMPLES, LENGTHS[0]),
+        {f"{n}x{k}": made(n, k) for n, k in zip((1, 3), LENGTHS, strict=True)},
+    )
 
 
 def _zoo() -> ModuleType:

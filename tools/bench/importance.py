@@ -35,7 +35,12 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
         for refit in REFITS:
             for method in METHODS:
                 settings = Settings.create(
-                    macs=0.5, importance=method, allocate="uniform", refit=refit, mode="decoupled", seed=seed
+                    macs=0.5,
+                    importance=method,
+                    allocate="uniform",
+                    refit=refit,
+                    mode="decoupled",
+                    seed=seed,
                 )
                 ready = pipeline.prepare(model, data, settings)
                 assert ready.held is not None
@@ -47,7 +52,9 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     chosen = Plan(keep, widths, "uniform", replace(ready.before))
                     cut = search.carry_out(ready, chosen)
                     after = Session(cut.pruned.proto, ready.device)
-                    seen = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
+                    seen = equivalence.compare(
+                        ready.model, original, after, ready.held, settings.batch_size
+                    )
                     assert seen.accuracy_after is not None
                     fresh: Row = {"model": name, "refit": refit, "units kept": f"{share:.0%}"}
                     row = found.setdefault((refit, share), fresh)

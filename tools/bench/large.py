@@ -38,10 +38,15 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             for path, where in ((beside, "beside the graph"), (inside, "inside")):
                 found = [_measure(path) for _ in range(2)]
                 seconds, peak = min(f[0] for f in found), max(f[1] for f in found)
-                rows.append({
-                    "model": name, "weights": where, "file MB": round(size / 1e6), "inspect s": round(seconds, 1),
-                    "peak MB": round(peak),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "model": name,
+                        "weights": where,
+                        "file MB": round(size / 1e6),
+                        "inspect s": round(seconds, 1),
+                        "peak MB": round(peak),
+                    }
+                )
     return save(out, "large", rows, COLUMNS, seed, CLOCKED)
 
 

@@ -40,12 +40,30 @@ BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25)
 BATCH = 32
 FIRST = 5
 COLUMNS = (
-    "model", "MACs asked", "method", "MACs kept", "params kept", "judged by", "before", "after", "points lost",
-    "first five kept %", "divergence", "why not",
-)  # fmt: skip
+    "model",
+    "MACs asked",
+    "method",
+    "MACs kept",
+    "params kept",
+    "judged by",
+    "before",
+    "after",
+    "points lost",
+    "first five kept %",
+    "divergence",
+    "why not",
+)
 SUMMARY = (
-    "model", "MACs asked", "judged by", "before", "ours", "random", "its figure", "best rival", "ours ahead by",
-)  # fmt: skip
+    "model",
+    "MACs asked",
+    "judged by",
+    "before",
+    "ours",
+    "random",
+    "its figure",
+    "best rival",
+    "ours ahead by",
+)
 
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
@@ -95,7 +113,9 @@ class Bench:
         self.expected = self.answers(self.original, self.unseen)
         self.judged = "agreement" if truth is None else "accuracy"
         self.truth = self.expected.argmax(1) if truth is None else truth
-        self.labels = self.answers(self.original, self.images).argmax(1) if labels is None else labels
+        self.labels = (
+            self.answers(self.original, self.images).argmax(1) if labels is None else labels
+        )
         self.before = 100 * float((self.expected.argmax(1) == self.truth).mean())
 
     def feeds(self, images: Array) -> Iterator[dict[str, Array]]:
@@ -114,7 +134,12 @@ class Bench:
 
     def row(self, budget: float, method: str, proto: onnx.ModelProto | None, why: str = "") -> Row:
         """``proto`` None: no such model, and ``why``."""
-        row: Row = {"model": self.name, "MACs asked": budget, "method": method, "judged by": self.judged}
+        row: Row = {
+            "model": self.name,
+            "MACs asked": budget,
+            "method": method,
+            "judged by": self.judged,
+        }
         row |= {"before": round(self.before, 2), "why not": why or None}
         if proto is None:
             return row
@@ -154,7 +179,9 @@ def divergence(expected: Array, found: Array) -> float:
 def _rows(bench: Bench, seed: int) -> Iterator[Row]:
     for method, changes in OURS.items():
         yield from _ours(bench, method, changes, seed)
-    missing = [p for p in ("torch", "torch_pruning", "onnxsim") if importlib.util.find_spec(p) is None]
+    missing = [
+        p for p in ("torch", "torch_pruning", "onnxsim") if importlib.util.find_spec(p) is None
+    ]
     if missing:
         print(f"{bench.name}: rivals are left out: {', '.join(missing)} not installed.", flush=True)
         return
@@ -202,7 +229,9 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     for model, budget in dict.fromkeys((r["model"], r["MACs asked"]) for r in rows):
         here = [r for r in rows if (r["model"], r["MACs asked"]) == (model, budget)]
         after = {r["method"]: r["after"] for r in here if "after" in r}
-        row: Row = {c: here[0][c] for c in SUMMARY[:4]} | {method: after.get(method) for method in OURS}
+        row: Row = {c: here[0][c] for c in SUMMARY[:4]} | {
+            method: after.get(method) for method in OURS
+        }
         rivals = {method: value for method, value in after.items() if method not in OURS}
         if rivals:
             top = max(rivals, key=lambda method: rivals[method])

@@ -40,7 +40,9 @@ def of_onnxsim(bench: Bench) -> dict[str, Peer]:
 
     def cut(together: bool, ratio: float) -> onnx.ModelProto:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            return pruning.apply_structured_wanda_pruning(simple, feeds, sparsity=ratio, global_sparsity=together)
+            return pruning.apply_structured_wanda_pruning(
+                simple, feeds, sparsity=ratio, global_sparsity=together
+            )
 
     def refit(proto: onnx.ModelProto) -> onnx.ModelProto:
         return onnxsim.apply_pruning_finetune(simple, proto, feeds)
@@ -76,7 +78,9 @@ def _taylor(bench: Bench, net: nn.Module) -> nn.Module:
     return net
 
 
-def _cut(bench: Bench, importance: Any, net: nn.Module, together: bool, ratio: float) -> onnx.ModelProto:
+def _cut(
+    bench: Bench, importance: Any, net: nn.Module, together: bool, ratio: float
+) -> onnx.ModelProto:
     small = copy.deepcopy(net)
     for old, new in zip(net.parameters(), small.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
@@ -85,9 +89,14 @@ def _cut(bench: Bench, importance: Any, net: nn.Module, together: bool, ratio: f
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         tp.pruner.BasePruner(
-            small, torch.zeros(1, *shape), importance=importance, pruning_ratio=ratio, ignored_layers=last,
-            global_pruning=together, max_pruning_ratio=MOST,
-        ).step()  # fmt: skip
+            small,
+            torch.zeros(1, *shape),
+            importance=importance,
+            pruning_ratio=ratio,
+            ignored_layers=last,
+            global_pruning=together,
+            max_pruning_ratio=MOST,
+        ).step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pruned.onnx"
         making.export(small, path, shape)

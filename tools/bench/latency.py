@@ -50,14 +50,39 @@ THREADS, BATCHES = (1, 2), (1, 32)
 SECONDS, PROFILE_SECONDS = 4.0, 1.5
 """Of all models of one network side by side, and of the additive model's measurements, in one setting."""
 COLUMNS = (
-    "model", "device", "threads", "batch", "MACs asked", "ideal", "predicted", "ours", "95 %", "ideal, align 1",
-    "predicted, align 1", "align 1", "ideal, onnxsim", "onnxsim",
-)  # fmt: skip
-ACCURACY = ("model", "MACs asked", "step", "before", *METHODS, "nodes added", "nodes added, align 1")
+    "model",
+    "device",
+    "threads",
+    "batch",
+    "MACs asked",
+    "ideal",
+    "predicted",
+    "ours",
+    "95 %",
+    "ideal, align 1",
+    "predicted, align 1",
+    "align 1",
+    "ideal, onnxsim",
+    "onnxsim",
+)
+ACCURACY = (
+    "model",
+    "MACs asked",
+    "step",
+    "before",
+    *METHODS,
+    "nodes added",
+    "nodes added, align 1",
+)
 MEANS = ("ideal", "predicted", "ours", "ideal, align 1", "align 1", "ideal, onnxsim", "onnxsim")
 LOST = tuple(f"lost, {method}" for method in METHODS)
 MEAN_COLUMNS = ("device", "threads", "batch", "MACs asked", "networks", *MEANS, *LOST)
-CLOCKED = (*COLUMNS[5:], *(f"{m}, {end}" for m in METHODS for end in ("low", "high")), "error", "rounds")
+CLOCKED = (
+    *COLUMNS[5:],
+    *(f"{m}, {end}" for m in METHODS for end in ("low", "high")),
+    "error",
+    "rounds",
+)
 CLOCKED_ACCURACY = ("step", "ours", "MACs, ours", "nodes added")
 """The step of widths is measured, and what is cut follows it."""
 
@@ -128,14 +153,23 @@ def _made(bench: Bench, seed: int, folder: str) -> _Made:
 
 
 def _accuracy(bench: Bench, budget: float, made: _Made) -> Row:
-    row: Row = {"model": bench.name, "MACs asked": budget, "step": find_step(made.ready.device).value}
+    row: Row = {
+        "model": bench.name,
+        "MACs asked": budget,
+        "step": find_step(made.ready.device).value,
+    }
     row["before"] = round(bench.before, 2)
     for method in METHODS:
         proto = made.protos.get((method, budget))
         if proto is not None:
-            row |= {method: round(bench.accuracy(proto), 2), f"MACs, {method}": round(bench.share(proto), 4)}
+            row |= {
+                method: round(bench.accuracy(proto), 2),
+                f"MACs, {method}": round(bench.share(proto), 4),
+            }
             if method in ALIGN:
-                row["nodes added" if method == "ours" else f"nodes added, {method}"] = _added(made.ready, proto)
+                row["nodes added" if method == "ours" else f"nodes added, {method}"] = _added(
+                    made.ready, proto
+                )
     print(row, flush=True)
     return row
 
@@ -184,11 +218,15 @@ def remarks(rows: Sequence[Row], accuracies: Sequence[Row]) -> list[str]:
         if more:
             text += f" The cut adds nodes ({more})"
             text += ", which put zeros back around normalisations." if "Pad" in more else "."
-        told.append(f"{text} `prune` does not write a model that it measures slower, without `--force`.")
+        told.append(
+            f"{text} `prune` does not write a model that it measures slower, without `--force`."
+        )
     return told
 
 
-def _timed(bench: Bench, made: _Made, device: str, threads: int | None, batch: int, seed: int) -> list[Row]:
+def _timed(
+    bench: Bench, made: _Made, device: str, threads: int | None, batch: int, seed: int
+) -> list[Row]:
     """One row per budget, all of them from the same rounds."""
     ready = made.ready
     samples = dataset.load(bench.data, ready.model)
@@ -196,7 +234,9 @@ def _timed(bench: Bench, made: _Made, device: str, threads: int | None, batch: i
     feeds = feeds_of(samples, batch)
     # Any width, since ``align 1`` takes any.
     ladder = [np.arange(1, len(group.units) + 1) for group in ready.coupling.groups]
-    table = profile(ready.model, ready.coupling, ladder, samples, device, batch, threads, PROFILE_SECONDS, seed)
+    table = profile(
+        ready.model, ready.coupling, ladder, samples, device, batch, threads, PROFILE_SECONDS, seed
+    )
     whole = table.seconds(ready.ledger.lengths(cost.full_widths(ready.coupling)))
     protos = {None: ready.model.proto, **made.protos}
     sessions = [Session(proto, device, threads, spin=True) for proto in protos.values()]
@@ -204,7 +244,13 @@ def _timed(bench: Bench, made: _Made, device: str, threads: int | None, batch: i
     times = dict(zip(protos, medians.T, strict=True))
     rows = []
     for budget in BUDGETS:
-        row: Row = {"model": bench.name, "device": device, "threads": threads, "batch": batch, "MACs asked": budget}
+        row: Row = {
+            "model": bench.name,
+            "device": device,
+            "threads": threads,
+            "batch": batch,
+            "MACs asked": budget,
+        }
         row |= {"error": round(table.error, 3), "rounds": len(medians)}
         for method in METHODS:
             key = (method, budget)

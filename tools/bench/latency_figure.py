@@ -27,14 +27,26 @@ def draw(rows: Sequence[Row], target: Path) -> None:
     deep = max(1, -(-len(places) // columns))
     seen = [r[k] for r in rows for k in (*MARKS, "ideal", "predicted") if k in r]
     span = min([0.9, *(0.9 * v for v in seen)]), max([2.0, *(1.15 * v for v in seen)])
-    with sheet(rows, target, 2.35 * columns + 1.7, (0.34 * len(lines) + 0.7) * deep + 0.5) as figure:
+    with sheet(
+        rows, target, 2.35 * columns + 1.7, (0.34 * len(lines) + 0.7) * deep + 0.5
+    ) as figure:
         for number, place in enumerate(places):
             axes = figure.add_subplot(deep, columns, number + 1)
-            _panel(axes, [r for r in rows if (r["device"], r["threads"], r["batch"]) == place], lines)
+            _panel(
+                axes, [r for r in rows if (r["device"], r["threads"], r["batch"]) == place], lines
+            )
             device, threads, batch = place
-            on = device.upper() if threads is None else f"{device.upper()}, {threads} thread{'s' * (threads > 1)}"
+            on = (
+                device.upper()
+                if threads is None
+                else f"{device.upper()}, {threads} thread{'s' * (threads > 1)}"
+            )
             axes.set_title(f"{on}, batch {batch}", fontsize=9)
-            named = [f"{model}, {budget:.0%}" for model, budget in lines] if number % columns == 0 else []
+            named = (
+                [f"{model}, {budget:.0%}" for model, budget in lines]
+                if number % columns == 0
+                else []
+            )
             axes.set_yticks(range(len(lines)), named or [""] * len(lines))
             axes.set(xscale="log", xlim=span, ylim=(len(lines) - 0.5, -0.5), xlabel="speed-up")
             ticks = [t for t in TICKS if span[0] <= t <= span[1]]
@@ -53,17 +65,35 @@ def _panel(axes: Axes, rows: Sequence[Row], lines: Sequence[tuple[str, float]]) 
     def at(row: Row, shift: float) -> float:
         return lines.index((row["model"], row["MACs asked"])) + shift
 
-    for key, mark, label in (("ideal", "|", "ideal (MACs)"), ("predicted", "d", "predicted for ours")):
+    for key, mark, label in (
+        ("ideal", "|", "ideal (MACs)"),
+        ("predicted", "d", "predicted for ours"),
+    ):
         mine = [r for r in rows if key in r]
         shift = 0.0 if key == "ideal" else MARKS["ours"][2]
         axes.plot(
-            [r[key] for r in mine], [at(r, shift) for r in mine], mark, color=QUIET, label=label,
-            markersize=22 if key == "ideal" else 6, markerfacecolor="none", markeredgewidth=1.0,
-        )  # fmt: skip
+            [r[key] for r in mine],
+            [at(r, shift) for r in mine],
+            mark,
+            color=QUIET,
+            label=label,
+            markersize=22 if key == "ideal" else 6,
+            markerfacecolor="none",
+            markeredgewidth=1.0,
+        )
     for method, (mark, colour, shift, label) in MARKS.items():
         mine = [r for r in rows if method in r]
-        apart = [[r[method] - r[f"{method}, low"] for r in mine], [r[f"{method}, high"] - r[method] for r in mine]]
+        apart = [
+            [r[method] - r[f"{method}, low"] for r in mine],
+            [r[f"{method}, high"] - r[method] for r in mine],
+        ]
         axes.errorbar(
-            [r[method] for r in mine], [at(r, shift) for r in mine], xerr=apart, fmt=mark, color=colour, markersize=4,
-            elinewidth=0.8, label=label,
-        )  # fmt: skip
+            [r[method] for r in mine],
+            [at(r, shift) for r in mine],
+            xerr=apart,
+            fmt=mark,
+            color=colour,
+            markersize=4,
+            elinewidth=0.8,
+            label=label,
+        )

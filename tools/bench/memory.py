@@ -22,7 +22,13 @@ from .studies import ROOT, Row, paths, save, store
 
 NAMES = ("vgg-fashion",)
 COUNTS = (64, 512, 2048, 8192)
-FORMS = (".npy float32", ".npz float32", ".npz float32 compressed", ".npz uint8 compressed", "folder of PNG")
+FORMS = (
+    ".npy float32",
+    ".npz float32",
+    ".npz float32 compressed",
+    ".npz uint8 compressed",
+    "folder of PNG",
+)
 STAGES = (".npy float32",)
 """Forms of which every stage has a row; of the others only the whole run has."""
 COLUMNS = ("model", "data", "run", "stage", "memory", *(f"{n:,} MiB" for n in COUNTS), "ratio")
@@ -38,23 +44,43 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
         for form in FORMS:
             for verb in ("score", "prune"):
                 found = [_measured(name, form, verb, count, seed) for count in COUNTS]
-                stages = [s for s in found[-1] if all(s in f for f in found) and (s == "all" or form in STAGES)]
+                stages = [
+                    s
+                    for s in found[-1]
+                    if all(s in f for f in found) and (s == "all" or form in STAGES)
+                ]
                 for stage in stages:
                     for i, memory in enumerate(("resident", "own")):
                         peaks = [f[stage][i] for f in found]
                         columns = zip(COLUMNS[5:], map(round, peaks), strict=False)
-                        row: Row = {"model": name, "data": form, "run": verb, "stage": stage, "memory": memory}
-                        rows.append({**row, **dict(columns), "ratio": round(peaks[-1] / max(peaks[0], 1), 2)})
+                        row: Row = {
+                            "model": name,
+                            "data": form,
+                            "run": verb,
+                            "stage": stage,
+                            "memory": memory,
+                        }
+                        rows.append(
+                            {
+                                **row,
+                                **dict(columns),
+                                "ratio": round(peaks[-1] / max(peaks[0], 1), 2),
+                            }
+                        )
                         print(rows[-1], flush=True)
                 store(out, "memory", rows, COLUMNS, seed, CLOCKED)
     return save(out, "memory", rows, COLUMNS, seed, CLOCKED)
 
 
-def _measured(name: str, form: str, verb: str, count: int, seed: int) -> dict[str, tuple[float, float]]:
+def _measured(
+    name: str, form: str, verb: str, count: int, seed: int
+) -> dict[str, tuple[float, float]]:
     """(resident, own) peaks in MiB by stage of one run on ``count`` samples."""
     with TemporaryDirectory() as folder:
         data = _write(Path(folder), form, _images(name, count, seed))
-        asked = json.dumps([verb, str(paths(name)[0]), str(data), str(Path(folder) / "out"), count, seed])
+        asked = json.dumps(
+            [verb, str(paths(name)[0]), str(data), str(Path(folder) / "out"), count, seed]
+        )
         command = [sys.executable, "-c", f"from tools.bench import memory; memory.child({asked!r})"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     found: dict[str, tuple[float, float]] = json.loads(done.stdout.splitlines()[-1])
@@ -70,7 +96,14 @@ def child(asked: str) -> None:
 
     verb, model, data, output, count, seed = json.loads(asked)
     settings = Settings.create(
-        macs=0.5, device="cpu", cache="off", seed=seed, samples=count, force=True, workers=1, align=8
+        macs=0.5,
+        device="cpu",
+        cache="off",
+        seed=seed,
+        samples=count,
+        force=True,
+        workers=1,
+        align=8,
     )
     resolve_device("cpu")
     watch = Watch()

@@ -10,9 +10,14 @@ from .studies import Row
 
 UNIT, MEMORY = " MiB", "own"
 LOOKS = {
-    "load": (QUIET, "v"), "calibrate": (BLUE, "s"), "gram": (VIOLET, "D"), "sensitivity": (ORANGE, "^"),
-    "refit": (INK, "o"), "verify": (GREEN, "P"), "rest": (QUIET, "x"),
-}  # fmt: skip
+    "load": (QUIET, "v"),
+    "calibrate": (BLUE, "s"),
+    "gram": (VIOLET, "D"),
+    "sensitivity": (ORANGE, "^"),
+    "refit": (INK, "o"),
+    "verify": (GREEN, "P"),
+    "rest": (QUIET, "x"),
+}
 """Colour and mark of each stage."""
 
 
@@ -27,12 +32,20 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             axes = figure.add_subplot(-(-len(panels) // columns), columns, number + 1)
             names = []
             axes.set_ylim(0, top)
-            for row in (r for r in shown if (r["model"], r["data"], r["run"]) == (model, data, verb)):
+            for row in (
+                r for r in shown if (r["model"], r["data"], r["run"]) == (model, data, verb)
+            ):
                 peaks, (colour, mark) = _peaks(row), LOOKS[row["stage"]]
                 sizes(axes, list(peaks))
-                axes.plot(list(peaks), list(peaks.values()), color=colour, marker=mark, ms=4, lw=1.4)
+                axes.plot(
+                    list(peaks), list(peaks.values()), color=colour, marker=mark, ms=4, lw=1.4
+                )
                 names.append((list(peaks.values())[-1], row["stage"], colour))
-            axes.set(title=f"{verb}, {model}, {data}", xlabel="calibration samples", ylabel="peak memory, MiB")
+            axes.set(
+                title=f"{verb}, {model}, {data}",
+                xlabel="calibration samples",
+                ylabel="peak memory, MiB",
+            )
             axes.grid(alpha=0.25)
             name_lines(axes, names)
 

@@ -14,7 +14,18 @@ from onnx_oamip.verification import equivalence
 
 from .studies import Row, paths, save
 
-METHODS = ("random", "l1", "l2", "activation", "correlation", "nnrelief", "snacs", "mint", "obs", "oamip")
+METHODS = (
+    "random",
+    "l1",
+    "l2",
+    "activation",
+    "correlation",
+    "nnrelief",
+    "snacs",
+    "mint",
+    "obs",
+    "oamip",
+)
 NAMES = ("lenet5-mnist", "vgg-fashion", "resnet20-fashion")
 SHARES = (0.5, 0.25)
 COLUMNS = ("model", "MACs asked", "refit", *METHODS, "before")
@@ -35,16 +46,24 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             for method in METHODS:
                 for refit in ("none", "least-squares"):
                     settings = Settings.create(
-                        macs=SHARES[0], importance=method, allocate="uniform", refit=refit, align=1, seed=seed,
-                        mode="decoupled", cache=kept,
-                    )  # fmt: skip
+                        macs=SHARES[0],
+                        importance=method,
+                        allocate="uniform",
+                        refit=refit,
+                        align=1,
+                        seed=seed,
+                        mode="decoupled",
+                        cache=kept,
+                    )
                     ready = prepare.prepare(model, data, settings)
                     assert ready.held is not None
                     original = Session(ready.model.proto, ready.device)
                     for share in SHARES:
                         here = replace(ready, settings=settings.model_copy(update={"macs": share}))
                         after = Session(search.search(here).pruned.proto, ready.device)
-                        seen = equivalence.compare(ready.model, original, after, ready.held, settings.batch_size)
+                        seen = equivalence.compare(
+                            ready.model, original, after, ready.held, settings.batch_size
+                        )
                         assert seen.accuracy_after is not None
                         assert seen.accuracy_before is not None
                         row = found[share, refit]

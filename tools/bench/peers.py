@@ -56,7 +56,9 @@ def of_onnxsim(name: str, images: np.ndarray[Any, Any]) -> dict[str, Peer]:
     def cut(wanda: bool, together: bool, ratio: float) -> onnx.ModelProto:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             if wanda:
-                proto = pruning.apply_structured_wanda_pruning(simple, feeds, sparsity=ratio, global_sparsity=together)
+                proto = pruning.apply_structured_wanda_pruning(
+                    simple, feeds, sparsity=ratio, global_sparsity=together
+                )
                 return pruning.apply_attention_head_wanda_pruning(proto, feeds, sparsity=ratio)
             proto = pruning.apply_structured_pruning(simple, ratio, global_sparsity=together)
             return pruning.apply_attention_head_pruning(proto, ratio)
@@ -70,12 +72,16 @@ def of_onnxsim(name: str, images: np.ndarray[Any, Any]) -> dict[str, Peer]:
             title = f"onnxsim {('L2', 'Wanda')[wanda]}, {RANKINGS[together]}"
             once = cache(partial(cut, wanda, together))
             found[title] = Peer(once)
-            if not together:  # a layer that loses inputs and outputs is not refitted: nothing else is left here
+            if (
+                not together
+            ):  # a layer that loses inputs and outputs is not refitted: nothing else is left here
                 found[f"{title}, ridge refit"] = Peer(once, refit)
     return found
 
 
-def of_torch_pruning(name: str, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, Peer]:
+def of_torch_pruning(
+    name: str, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]
+) -> dict[str, Peer]:
     """Its importances where the network has what they need, with one ratio a layer and ranked over all layers."""
     net = rebuilt.rebuild(name)
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
@@ -105,9 +111,15 @@ def _cut(importance: Any, net: nn.Module, ranking: str, ratio: float) -> onnx.Mo
     with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         tp.pruner.BasePruner(
-            small, torch.zeros(1, *rebuilt.SHAPE), importance=importance, pruning_ratio=ratio, ignored_layers=last,
-            global_pruning=ranking == "global", num_heads=heads, max_pruning_ratio=MOST,
-        ).step()  # fmt: skip
+            small,
+            torch.zeros(1, *rebuilt.SHAPE),
+            importance=importance,
+            pruning_ratio=ratio,
+            ignored_layers=last,
+            global_pruning=ranking == "global",
+            num_heads=heads,
+            max_pruning_ratio=MOST,
+        ).step()
     for m in attention:
         width = m.query.out_features
         with torch.no_grad():  # the scale that the network was trained with
@@ -136,8 +148,12 @@ def _hessian(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> nn.Module:
     names = [n for n, _ in net.named_parameters()]
     weights = {n: p.detach() for n, p in net.named_parameters()}
 
-    def loss(values: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(torch.func.functional_call(net, values, (image[None],)), label[None])
+    def loss(
+        values: dict[str, torch.Tensor], image: torch.Tensor, label: torch.Tensor
+    ) -> torch.Tensor:
+        return nn.functional.cross_entropy(
+            torch.func.functional_call(net, values, (image[None],)), label[None]
+        )
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
     total = {n: torch.zeros_like(weights[n]) for n in names}

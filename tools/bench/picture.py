@@ -30,10 +30,20 @@ def draw(rivals: Sequence[Row]) -> bytes:
     import matplotlib as mpl
 
     style = {
-        "svg.hashsalt": "onnx-oamip", "font.family": "DejaVu Sans", "font.size": 10, "axes.edgecolor": QUIET,
-        "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlesize": 11,
-        "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False,
-    }  # fmt: skip
+        "svg.hashsalt": "onnx-oamip",
+        "font.family": "DejaVu Sans",
+        "font.size": 10,
+        "axes.edgecolor": QUIET,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with mpl.rc_context(style):
         from matplotlib.figure import Figure
 
@@ -42,7 +52,9 @@ def draw(rivals: Sequence[Row]) -> bytes:
         curves, pairs = _curves(rivals), _pairs(rivals)
         bottom = min(low for *_, lows, _ in curves for low in lows) - 2
         ends = spread([accuracy[-1] for _, _, accuracy, _, _ in curves], APART * (101 - bottom))
-        for (name, kept, accuracy, low, high), end, colour in zip(curves, ends, COLOURS, strict=False):
+        for (name, kept, accuracy, low, high), end, colour in zip(
+            curves, ends, COLOURS, strict=False
+        ):
             left.fill_between(kept, low, high, color=colour, alpha=0.2, linewidth=0)
             left.plot(kept, accuracy, color=colour, marker="o", markersize=4, linewidth=1.8)
             left.text(kept[-1] - 2, end, name, va="center", fontsize=9, color=colour)
@@ -77,7 +89,11 @@ def draw(rivals: Sequence[Row]) -> bytes:
         for mark, colour, text in marks:
             right.plot([], [], mark, color=colour, markersize=7, markeredgewidth=1.6, label=text)
         figure.legend(
-            *right.get_legend_handles_labels(), frameon=False, fontsize=8.5, loc="outside lower right", ncols=3
+            *right.get_legend_handles_labels(),
+            frameon=False,
+            fontsize=8.5,
+            loc="outside lower right",
+            ncols=3,
         )
         buffer = io.BytesIO()
         about = {"Date": None, "Title": "onnx-oamip", "Description": f"rows: {digest(rivals)}"}
@@ -85,7 +101,9 @@ def draw(rivals: Sequence[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def _curves(rivals: Sequence[Row]) -> list[tuple[str, list[float], list[float], list[float], list[float]]]:
+def _curves(
+    rivals: Sequence[Row],
+) -> list[tuple[str, list[float], list[float], list[float], list[float]]]:
     """(model, percent of MACs kept, mean accuracy of ours, lowest, highest), from the original on."""
     found = []
     for name in dict.fromkeys(row["model"] for row in rivals):
@@ -93,14 +111,25 @@ def _curves(rivals: Sequence[Row]) -> list[tuple[str, list[float], list[float], 
         mine.sort(key=lambda row: -row["MACs asked"])
         before = mine[0]["before"]
         kept = [100.0, *(100 * row["ours MACs"] for row in mine)]
-        found.append((name, kept, *([before, *(row[key] for row in mine)] for key in ("ours", "lowest", "highest"))))
+        found.append(
+            (
+                name,
+                kept,
+                *([before, *(row[key] for row in mine)] for key in ("ours", "lowest", "highest")),
+            )
+        )
     return found
 
 
 def _pairs(rivals: Sequence[Row]) -> list[tuple[str, float, float, float]]:
     """(model, accuracy before, by the best rival, by the defaults), at half of the MACs."""
     return [
-        (row["model"], row["before"], max(row[rival] for rival in RIVALS if rival in row), row["ours"])
+        (
+            row["model"],
+            row["before"],
+            max(row[rival] for rival in RIVALS if rival in row),
+            row["ours"],
+        )
         for row in rivals
         if row["MACs asked"] == HALF and "ours" in row and any(rival in row for rival in RIVALS)
     ]

@@ -101,8 +101,16 @@ def _published(model: Model, held: Images, gap: float | None) -> Row:
         after, on = cp.Variable((count, len(weight))), cp.Variable((count, len(weight)))
         top = np.maximum(high, 0)
         cut = cp.multiply(gone, top)
-        constraints += [score >= 0, score <= 1, on >= 0, on <= 1, after >= 0, after <= cp.multiply(on, top),
-                        after >= pre - cut, after <= pre - cp.multiply(1 - on, low) - cut]  # fmt: skip
+        constraints += [
+            score >= 0,
+            score <= 1,
+            on >= 0,
+            on <= 1,
+            after >= 0,
+            after <= cp.multiply(on, top),
+            after >= pre - cut,
+            after <= pre - cp.multiply(1 - on, low) - cut,
+        ]
         shares.append(cp.sum(score - 2) / len(weight))
         flow, low, high = after, np.maximum(low, 0), top
     label = held.labels.reshape(-1)
@@ -110,7 +118,8 @@ def _published(model: Model, held: Images, gap: float | None) -> Row:
     picked[np.arange(count), label] = 1
     loss = cp.sum(cp.log_sum_exp(last, axis=1)) - cp.sum(cp.multiply(picked, last))
     problem = cp.Problem(
-        cp.Minimize(WEIGHT / count * loss + cp.sum_largest(cp.hstack(shares), len(shares) - 1)), constraints
+        cp.Minimize(WEIGHT / count * loss + cp.sum_largest(cp.hstack(shares), len(shares) - 1)),
+        constraints,
     )
     options = {} if gap is None else {"tol_gap_rel": gap, "tol_gap_abs": gap}
     problem.solve(solver=cp.CLARABEL, **options)

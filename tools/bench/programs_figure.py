@@ -18,7 +18,9 @@ BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsi
 
 def draw(rows: Sequence[Row], target: Path) -> None:
     """Draw rows of the study ``programs``, one line each."""
-    counts, seconds = ([float(r[c]) for r in rows for c in columns] for columns in (SIZE, ("seconds",)))
+    counts, seconds = (
+        [float(r[c]) for r in rows for c in columns] for columns in (SIZE, ("seconds",))
+    )
     ends = [float(r[c]) for r in rows for c in ("objective", "bound") if c in r]
     with sheet(rows, target, 10.5, 0.55 * len(rows) + 1.3) as figure:
         size, time, value = figure.subplots(1, 3, width_ratios=(1.3, 1, 1.2))
@@ -31,13 +33,26 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             colour = INK if "bound" in row else ORANGE
             _size(size, row, place, colour)
             time.plot(row["seconds"], place, "o", color=colour, ms=5)
-            time.annotate(f"{row['seconds']:g} s", (row["seconds"], place), (0, 9), **BESIDE, ha="center", color=colour)
+            time.annotate(
+                f"{row['seconds']:g} s",
+                (row["seconds"], place),
+                (0, 9),
+                **BESIDE,
+                ha="center",
+                color=colour,
+            )
             _value(value, row, place, colour)
         value.plot([], [], "o", color=QUIET, ms=5, label="objective")
         value.plot([], [], "|", color=QUIET, ms=11, mew=1.6, label="its proven bound")
-        for axes, title in ((size, "size"), (time, "seconds, building included"), (value, "objective, to be small")):
+        for axes, title in (
+            (size, "size"),
+            (time, "seconds, building included"),
+            (value, "objective, to be small"),
+        ):
             axes.set(title=title, ylim=(len(rows) - 0.5, -0.7))
-            axes.set_yticks(range(len(rows)), [_name(row) for row in rows] if axes is size else [""] * len(rows))
+            axes.set_yticks(
+                range(len(rows)), [_name(row) for row in rows] if axes is size else [""] * len(rows)
+            )
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", alpha=0.25)
         legend(figure)
@@ -51,9 +66,13 @@ def _size(axes: Axes, row: Row, place: int, colour: str) -> None:
     right = counts[0] * counts[-1] < low * high
     text = ", ".join(f"{row[c]:,} {c}" for c in SIZE)
     axes.annotate(
-        text, (counts[-1 if right else 0], place), (8 if right else -8, 0), **BESIDE, ha="left" if right else "right",
+        text,
+        (counts[-1 if right else 0], place),
+        (8 if right else -8, 0),
+        **BESIDE,
+        ha="left" if right else "right",
         color=colour,
-    )  # fmt: skip
+    )
 
 
 def _value(axes: Axes, row: Row, place: int, colour: str) -> None:
@@ -70,5 +89,7 @@ def _value(axes: Axes, row: Row, place: int, colour: str) -> None:
 
 
 def _name(row: Row) -> str:
-    asked = "its own tolerance" if row["gap asked"] is None else f"gap of {row['gap asked']:.0%} asked"
+    asked = (
+        "its own tolerance" if row["gap asked"] is None else f"gap of {row['gap asked']:.0%} asked"
+    )
     return f"{row['program']}\n{NAMES.get(row['solver'], row['solver'])}, {asked}"

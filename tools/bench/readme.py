@@ -211,7 +211,9 @@ TEXT = {
 }
 """Title and text of every study and of its summaries (``study-...``), in the order of the page."""
 
-SHOWN = {"coverage": ("network", "exporter", "kept %", "onnxsim %", "Torch-Pruning %", "cut = masked")}
+SHOWN = {
+    "coverage": ("network", "exporter", "kept %", "onnxsim %", "Torch-Pruning %", "cut = masked")
+}
 """Columns of a study that the page shows, if not all."""
 
 
@@ -232,7 +234,10 @@ def page(results: Path) -> str:
         title, text = TEXT[study]
         parts += [f"## {title}", text]
         if study in FIGURES:
-            parts += [f"![{FIGURES[study].told}](figures/{study}.svg)", f"*{FIGURES[study].caption}*"]
+            parts += [
+                f"![{FIGURES[study].told}](figures/{study}.svg)",
+                f"*{FIGURES[study].caption}*",
+            ]
         if study == "coverage":
             parts += [table(_compared(record), COMPARED), "By network and exporter:"]
         parts.append(table(record["rows"], SHOWN.get(study, record["columns"])))
@@ -319,7 +324,9 @@ COMPARED = ("tool", "median kept %", "most kept %", "given", "not done")
 def _compared(record: dict[str, Any]) -> list[Row]:
     """Return one row per tool: the share that it keeps over all networks."""
     rows = record["rows"]
-    networks = {row["network"]: row["Torch-Pruning %"] for row in rows}  # pruned before they are exported
+    networks = {
+        row["network"]: row["Torch-Pruning %"] for row in rows
+    }  # pruned before they are exported
     return [
         {"tool": "onnx-oamip", **_spread(row["kept %"] for row in rows)},
         {"tool": "onnxsim", **_spread(row["onnxsim %"] for row in rows)},
@@ -332,6 +339,8 @@ def _spread(cells: Iterable[Any]) -> Row:
     given = [cell for cell in cells if cell != "n/a"]
     kept = [float(cell) for cell in given if isinstance(cell, (int, float))]
     return {
-        "median kept %": f"{median(kept):.1f}", "most kept %": f"{max(kept):.1f}", "given": len(given),
+        "median kept %": f"{median(kept):.1f}",
+        "most kept %": f"{max(kept):.1f}",
+        "given": len(given),
         "not done": len(given) - len(kept),
-    }  # fmt: skip
+    }

@@ -36,7 +36,9 @@ def rebuild(name: str, file: Path | None = None) -> nn.Module:
     proto = onnx.load(file or paths(name)[0])
     values = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     for node in proto.graph.node:
-        if node.op_type == "Identity" and node.input[0] in values:  # weights that were equal are stored once
+        if (
+            node.op_type == "Identity" and node.input[0] in values
+        ):  # weights that were equal are stored once
             values[node.output[0]] = values[node.input[0]]
     net: nn.Module = RECIPES[name].build().eval()
     if not any(node.op_type == "BatchNormalization" for node in proto.graph.node):
@@ -49,7 +51,9 @@ def rebuild(name: str, file: Path | None = None) -> nn.Module:
     for path, layer in layers:
         node = named[f"{path}.weight"] if f"{path}.weight" in taken else next(left)
         weight = values[node.input[1]]
-        turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _attribute(node, "transB"))
+        turned = node.op_type == "MatMul" or (
+            node.op_type == "Gemm" and not _attribute(node, "transB")
+        )
         state[f"{path}.weight"] = weight.T if turned else weight
         if len(node.input) > 2 and node.op_type in ("Conv", "Gemm"):
             state[f"{path}.bias"] = values[node.input[2]]
@@ -66,7 +70,9 @@ def rebuild(name: str, file: Path | None = None) -> nn.Module:
         here = net(images).numpy()
     there = Session(proto, "cpu").run({"input": images.numpy()})[0]
     if not np.abs(here - there).max() <= TOLERANCE * max(1.0, float(np.abs(there).max())):
-        raise ValueError(f"{name}: the rebuilt network differs from its file by {np.abs(here - there).max():.2g}.")
+        raise ValueError(
+            f"{name}: the rebuilt network differs from its file by {np.abs(here - there).max():.2g}."
+        )
     return net
 
 
@@ -75,10 +81,16 @@ def export(net: nn.Module, path: Path) -> onnx.ModelProto:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            net.eval(), (torch.zeros(2, *SHAPE),), str(path), dynamo=False, opset_version=OPSET,
-            training=torch.onnx.TrainingMode.PRESERVE, input_names=["input"], output_names=["logits"],
+            net.eval(),
+            (torch.zeros(2, *SHAPE),),
+            str(path),
+            dynamo=False,
+            opset_version=OPSET,
+            training=torch.onnx.TrainingMode.PRESERVE,
+            input_names=["input"],
+            output_names=["logits"],
             dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-        )  # fmt: skip
+        )
     return onnx.load(path)
 
 
@@ -128,7 +140,10 @@ def _assign(net: nn.Module, state: dict[str, torch.Tensor]) -> None:
             setattr(module, name, value)
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
-            module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+            module.out_channels, module.in_channels = (
+                module.weight.shape[0],
+                module.weight.shape[1] * module.groups,
+            )
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, nn.BatchNorm2d):

@@ -56,13 +56,31 @@ def _rows(name: str, folder: Path, seed: int) -> list[Row]:
 
     def arguments(cache: Path) -> list[str]:
         return [
-            "prune", str(model), "--data", str(source), "--macs", "0.5", "--align", "8", "--seed", str(seed),
-            "--device", "cpu", "--force", "-q", "--cache", str(cache), "-o", str(output),
-        ]  # fmt: skip
+            "prune",
+            str(model),
+            "--data",
+            str(source),
+            "--macs",
+            "0.5",
+            "--align",
+            "8",
+            "--seed",
+            str(seed),
+            "--device",
+            "cpu",
+            "--force",
+            "-q",
+            "--cache",
+            str(cache),
+            "-o",
+            str(output),
+        ]
 
     def whole(cache: Path) -> tuple[float, float]:
         start, before = time.perf_counter(), _processor()
-        subprocess.run([sys.executable, "-m", "onnx_oamip", *arguments(cache)], check=True, env=_environment())
+        subprocess.run(
+            [sys.executable, "-m", "onnx_oamip", *arguments(cache)], check=True, env=_environment()
+        )
         return time.perf_counter() - start, _processor() - before
 
     full = [whole(folder / f"whole {i}") for i in range(RUNS)]
@@ -76,19 +94,25 @@ def _rows(name: str, folder: Path, seed: int) -> list[Row]:
             killed = [sys.executable, "-c", KILLED, place, *arguments(cache)]
             end = subprocess.run(killed, env=_environment(), check=False).returncode
             if end != -signal.SIGKILL or output.exists():
-                raise RuntimeError(f"{name}: the run was not killed at {stage} but ended with {end}")
+                raise RuntimeError(
+                    f"{name}: the run was not killed at {stage} but ended with {end}"
+                )
             again.append(whole(cache))
             if output.read_bytes() != written:
                 raise RuntimeError(f"{name}: the rerun after {stage} wrote another model")
-        (seconds, busy), (once, busy_once) = (tuple(map(median, zip(*times, strict=True))) for times in (again, full))
-        rows.append({
-            "model": name,
-            "killed at": stage,
-            "whole s": round(once, 1),
-            "rerun s": round(seconds, 1),
-            "rerun / whole": round(seconds / once, 2),
-            "of processor time": round(busy / busy_once, 2),
-        })
+        (seconds, busy), (once, busy_once) = (
+            tuple(map(median, zip(*times, strict=True))) for times in (again, full)
+        )
+        rows.append(
+            {
+                "model": name,
+                "killed at": stage,
+                "whole s": round(once, 1),
+                "rerun s": round(seconds, 1),
+                "rerun / whole": round(seconds / once, 2),
+                "of processor time": round(busy / busy_once, 2),
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 

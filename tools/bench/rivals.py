@@ -38,16 +38,33 @@ from onnx_oamip.planning import search
 from .studies import MODELS, Row, paths, save, store, together
 
 BUDGETS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
-OURS: Mapping[str, dict[str, str]] = {"ours": {}, "random": {"importance": "random", "refit": "none"}}
+OURS: Mapping[str, dict[str, str]] = {
+    "ours": {},
+    "random": {"importance": "random", "refit": "none"},
+}
 IMPORTANCES = ("l1", "l2", "activation", "oamip", "nnrelief", "snacs", "mint", "correlation")
 """Of ours, with its allocation and refit, at the first seed; the default is optimal brain surgeon."""
-FIXED: Mapping[str, Any] = {"align": 1, "mode": "decoupled", "time_limit": 3600.0, "score_time": 3600.0}
+FIXED: Mapping[str, Any] = {
+    "align": 1,
+    "mode": "decoupled",
+    "time_limit": 3600.0,
+    "score_time": 3600.0,
+}
 FAMILIES = ("onnxsim", "Torch-Pruning")
 ROWS = ("model", "MACs asked", "method", "seed", "MACs kept", "accuracy", "points lost", "why not")
 COLUMNS = (
-    "model", "MACs asked", "before", "ours", "lowest", "highest", "random", *FAMILIES, "best rival", "ours ahead by",
+    "model",
+    "MACs asked",
+    "before",
+    "ours",
+    "lowest",
+    "highest",
+    "random",
+    *FAMILIES,
+    "best rival",
+    "ours ahead by",
     "standard error",
-)  # fmt: skip
+)
 IMPORTANCE_COLUMNS = ("model", "MACs asked", "before", "obs", *IMPORTANCES)
 SUMMARY = ("model", "lost by ours", "lost by best rival", "ratio", "best rival")
 HIGHEST = (0.97, 0.9, 0.8)
@@ -103,7 +120,10 @@ class Bench:
         with np.load(self.data) as held:
             scale = held["input.scale"]
             self.images, self.labels = held["input"].astype(np.float32) * scale, held["labels"]
-            self.unseen, self.truth = held["eval.input"].astype(np.float32) * scale, held["eval.labels"]
+            self.unseen, self.truth = (
+                held["eval.input"].astype(np.float32) * scale,
+                held["eval.labels"],
+            )
         self.macs = cost.count(models.load(self.model)).macs
         self.before = self.accuracy(onnx.load(self.model))
 
@@ -129,7 +149,10 @@ class Bench:
     def right(self, proto: onnx.ModelProto) -> Bools:
         """Which evaluation images are classified right."""
         session = Session(proto, "cpu")
-        parts = [session.run({"input": self.unseen[i : i + 500]})[0] for i in range(0, len(self.unseen), 500)]
+        parts = [
+            session.run({"input": self.unseen[i : i + 500]})[0]
+            for i in range(0, len(self.unseen), 500)
+        ]
         found: Bools = np.concatenate(parts).argmax(1) == self.truth
         return found
 
@@ -143,7 +166,14 @@ class Bench:
         theirs = peers.of_torch_pruning(self.name, self.images, self.labels)
         return {**theirs, **peers.of_onnxsim(self.name, self.images)}
 
-    def row(self, budget: float, method: str, seed: int | None, proto: onnx.ModelProto | None, why: str = "") -> Row:
+    def row(
+        self,
+        budget: float,
+        method: str,
+        seed: int | None,
+        proto: onnx.ModelProto | None,
+        why: str = "",
+    ) -> Row:
         """``proto`` None: no such model, and ``why``."""
         row: Row = {"model": self.name, "MACs asked": budget, "method": method, "seed": seed}
         row |= {"before": round(self.before, 2), "why not": why or None}
@@ -163,13 +193,17 @@ def packed(right: Bools) -> str:
 
 def unpacked(row: Row) -> Floats:
     """Of a row: 1 for every image that was classified right, else 0."""
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), np.uint8), count=row["images"])
+    bits = np.unpackbits(
+        np.frombuffer(base64.b64decode(row["right"]), np.uint8), count=row["images"]
+    )
     return bits.astype(np.float64)
 
 
 def _ours(bench: Bench, method: str, changes: Mapping[str, str], seed: int) -> list[Row]:
     with TemporaryDirectory() as kept:
-        settings = Settings.create(**{**FIXED, "macs": BUDGETS[0], "seed": seed, "cache": kept, **changes})
+        settings = Settings.create(
+            **{**FIXED, "macs": BUDGETS[0], "seed": seed, "cache": kept, **changes}
+        )
         ready = prepare.prepare(bench.model, bench.shuffled(seed, Path(kept)), settings)
         rows = []
         for budget in BUDGETS:
@@ -196,7 +230,9 @@ def _theirs(bench: Bench, method: str, peer: Any) -> list[Row]:
     for budget in BUDGETS:
         ratio = bisect(share, budget)
         if ratio is None:
-            rows.append(bench.row(budget, method, None, None, failed[-1] if failed else "MACs not reached"))
+            rows.append(
+                bench.row(budget, method, None, None, failed[-1] if failed else "MACs not reached")
+            )
         else:
             rows.append(bench.row(budget, method, None, peer.refit(peer.cut(ratio))))
     return rows
@@ -233,7 +269,10 @@ def best(rows: Sequence[Row]) -> list[Row]:
     for model, budget in dict.fromkeys((r["model"], r["MACs asked"]) for r in rows):
         here = [r for r in rows if (r["model"], r["MACs asked"]) == (model, budget)]
         row: Row = {"model": model, "MACs asked": budget, "before": here[0]["before"]}
-        for method, (low, high) in {"ours": ("lowest", "highest"), "random": ("random low", "random high")}.items():
+        for method, (low, high) in {
+            "ours": ("lowest", "highest"),
+            "random": ("random low", "random high"),
+        }.items():
             mine = [r for r in here if r["method"] == method]
             seen = [r["accuracy"] for r in mine if "accuracy" in r]
             if seen and len(seen) == len(mine):
@@ -274,7 +313,9 @@ def remarks(found: Sequence[Row]) -> list[str]:
     """Return a count of the rows without a better rival, and one sentence for every row with one."""
     behind = [r for r in found if r.get("ours ahead by", 0.0) < 0]
     rows = sum("ours ahead by" in r for r in found)
-    told = [f"Ours is at or above every variant of every rival in {rows - len(behind)} of {rows} rows."]
+    told = [
+        f"Ours is at or above every variant of every rival in {rows - len(behind)} of {rows} rows."
+    ]
     for row in behind:
         text = (
             f"{row['model']} at {row['MACs asked']:.0%} of the MACs: {row['best rival']} is ahead by "
@@ -283,7 +324,11 @@ def remarks(found: Sequence[Row]) -> list[str]:
             f"{row['only ours right']} by ours alone (exact McNemar test: p = {row['McNemar p']:.2f})."
         )
         lost = row["before"] - row["ours"]
-        text += f" Ours loses {lost:.2f} points to the original." if lost > 0 else " Ours is not below the original."
+        text += (
+            f" Ours loses {lost:.2f} points to the original."
+            if lost > 0
+            else " Ours is not below the original."
+        )
         if row["McNemar p"] >= LEVEL:
             text += " The lead is within the noise of the images, and the rival's variant was picked by this accuracy."
         told.append(text)
@@ -294,10 +339,18 @@ def importances(rows: Sequence[Row]) -> list[Row]:
     """Per model and budget the accuracy of ours by importance, all at the first seed."""
     found: dict[tuple[str, float], Row] = {}
     for row in rows:
-        name = "obs" if row["method"] == "ours" else row["method"][6:-1] if row["method"].startswith("ours (") else None
+        name = (
+            "obs"
+            if row["method"] == "ours"
+            else row["method"][6:-1]
+            if row["method"].startswith("ours (")
+            else None
+        )
         if name is not None:
             fresh: Row = {k: row[k] for k in ("model", "MACs asked", "before")}
-            found.setdefault((row["model"], row["MACs asked"]), fresh).setdefault(name, row.get("accuracy"))
+            found.setdefault((row["model"], row["MACs asked"]), fresh).setdefault(
+                name, row.get("accuracy")
+            )
     return list(found.values())
 
 
@@ -320,5 +373,10 @@ def summary(rows: Sequence[Row], budget: float = 0.5) -> list[Row]:
 
 def _against(model: str, ours: float, theirs: float, rival: str | None) -> Row:
     ratio = round(ours / theirs, 3) if theirs > 0 else None
-    row = {"model": model, "lost by ours": round(ours, 2), "lost by best rival": round(theirs, 2), "ratio": ratio}
+    row = {
+        "model": model,
+        "lost by ours": round(ours, 2),
+        "lost by best rival": round(theirs, 2),
+        "ratio": ratio,
+    }
     return {**row, "best rival": rival}

@@ -10,7 +10,10 @@ from matplotlib.axes import Axes
 from .drawing import FAMILIES, OURS, PALE, legend, sheet
 from .studies import Row
 
-LINES = {"ours": (OURS, 2.4, "lowest", "highest"), "random": (PALE, 1.2, "random low", "random high")}
+LINES = {
+    "ours": (OURS, 2.4, "lowest", "highest"),
+    "random": (PALE, 1.2, "random low", "random high"),
+}
 
 
 def draw(rows: Sequence[Row], target: Path) -> None:
@@ -41,7 +44,9 @@ def panels(shown: Sequence[Row], rows: Sequence[Row], target: Path) -> None:
     with sheet(shown, target, 3.6 * columns, 2.7 * lines + 0.5) as figure:
         for place, name in enumerate(names):
             axes = figure.add_subplot(lines, columns, place + 1)
-            _panel(axes, sorted((r for r in rows if r["model"] == name), key=lambda r: r["MACs asked"]))
+            _panel(
+                axes, sorted((r for r in rows if r["model"] == name), key=lambda r: r["MACs asked"])
+            )
             axes.set_title(name)
         legend(figure)
 
@@ -49,13 +54,24 @@ def panels(shown: Sequence[Row], rows: Sequence[Row], target: Path) -> None:
 def _panel(axes: Axes, rows: Sequence[Row]) -> None:
     for family, colour in FAMILIES.items():
         seen = [(r[f"{family} MACs"], r[family]) for r in rows if family in r]
-        axes.plot(*_percent(seen), color=colour, lw=1.5, marker="o", ms=3, label=f"{family}, best variant")
+        axes.plot(
+            *_percent(seen), color=colour, lw=1.5, marker="o", ms=3, label=f"{family}, best variant"
+        )
     for method, (colour, width, low, high) in LINES.items():
         mine = [r for r in rows if method in r]
         where, accuracy = _percent([(r[f"{method} MACs"], r[method]) for r in mine])
         if any(low in r for r in mine):
-            axes.fill_between(where, [r[low] for r in mine], [r[high] for r in mine], color=colour, alpha=0.25, lw=0)
-        axes.plot(where, accuracy, color=colour, linewidth=width, marker="o", markersize=3.5, label=method)
+            axes.fill_between(
+                where,
+                [r[low] for r in mine],
+                [r[high] for r in mine],
+                color=colour,
+                alpha=0.25,
+                lw=0,
+            )
+        axes.plot(
+            where, accuracy, color=colour, linewidth=width, marker="o", markersize=3.5, label=method
+        )
     if rows:
         axes.axhline(rows[0]["before"], color="#111111", linewidth=0.6, linestyle=":")
     judged = rows[0].get("judged by", "accuracy") if rows else "accuracy"

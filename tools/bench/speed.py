@@ -24,7 +24,15 @@ from onnx_oamip.verification.latency import compare_latency
 
 from .studies import Row, paths, save
 
-COLUMNS = ("model", "budget", "MACs kept", "latency ratio", "share of ideal speed-up", "prune / plain pass", "peak MiB")
+COLUMNS = (
+    "model",
+    "budget",
+    "MACs kept",
+    "latency ratio",
+    "share of ideal speed-up",
+    "prune / plain pass",
+    "peak MiB",
+)
 CLOCKED = COLUMNS[2:]
 """A latency budget is met by measuring, and so is the step of widths: nothing here is the same twice."""
 ZOO = Path(onnx.__file__).parent / "backend/test/data/light"
@@ -42,8 +50,18 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             resnet, images = Path(folder) / "resnet50.onnx", Path(folder) / "images.npz"
             random_weights(ZOO / "light_resnet50.onnx", resnet, seed)
             shape = (64, 3, 224, 224)
-            np.savez(images, **{"gpu_0/data_0": np.random.default_rng(seed).standard_normal(shape, np.float32)})
-            rows.append(_row("resnet50 (random weights, 64 images)", resnet, images, {"macs": 0.5, "seed": seed}))
+            np.savez(
+                images,
+                **{"gpu_0/data_0": np.random.default_rng(seed).standard_normal(shape, np.float32)},
+            )
+            rows.append(
+                _row(
+                    "resnet50 (random weights, 64 images)",
+                    resnet,
+                    images,
+                    {"macs": 0.5, "seed": seed},
+                )
+            )
     return save(out, "speed", rows, COLUMNS, seed, CLOCKED)
 
 

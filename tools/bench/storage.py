@@ -22,7 +22,16 @@ from .studies import MODELS, Row, paths, save
 
 MAX_DROP = 0.5
 SHARES = ("lossless", "lossy", "zip", "fp16", "fp16, zip")
-COLUMNS = ("model", "version", "bytes", *(f"{s} %" for s in SHARES), "before", "after", "lost", "lost where searched")
+COLUMNS = (
+    "model",
+    "version",
+    "bytes",
+    *(f"{s} %" for s in SHARES),
+    "before",
+    "after",
+    "lost",
+    "lost where searched",
+)
 CLOCKED = ("seconds",)
 
 
@@ -37,7 +46,9 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
             half = Path(folder) / "half.onnx"
             pipeline.prune(model, data, half, Settings.create(macs=0.5, seed=seed, force=True))
             for version, path in (("whole", model), ("half the MACs", half)):
-                rows.append({"model": name, "version": version, **_row(path, data, Path(folder), seed)})
+                rows.append(
+                    {"model": name, "version": version, **_row(path, data, Path(folder), seed)}
+                )
                 print(rows[-1], flush=True)
     return save(out, "storage", rows, COLUMNS, seed, CLOCKED)
 
@@ -78,6 +89,11 @@ def _halves(data: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     with np.load(data) as file:
         half = len(file["eval.labels"]) // 2
         scale = {"input.scale": file["input.scale"]}
-        parts = {key.removeprefix("eval."): file[key] for key in file.files if key.startswith("eval.")}
-    first, second = ({**{k: v[part] for k, v in parts.items()}, **scale} for part in (slice(half), slice(half, None)))
+        parts = {
+            key.removeprefix("eval."): file[key] for key in file.files if key.startswith("eval.")
+        }
+    first, second = (
+        {**{k: v[part] for k, v in parts.items()}, **scale}
+        for part in (slice(half), slice(half, None))
+    )
     return first, second

@@ -60,8 +60,14 @@ def environment() -> dict[str, str]:
     optional = ("highspy", "gurobipy", "torch", "torch-pruning", "onnxsim")
     used = [p for p in optional if p.replace("-", "_") in sys.modules]
     packages = {p: metadata.version(p) for p in ("onnxruntime", "numpy", "scipy", "onnx", *used)}
-    machine = {"machine": platform.machine(), "cores": str(os.cpu_count()), "python": platform.python_version()}
-    fixed = {k: v for k, v in os.environ.items() if k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    machine = {
+        "machine": platform.machine(),
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+    }
+    fixed = {
+        k: v for k, v in os.environ.items() if k in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
     return {**machine, **packages, **fixed}
 
 
@@ -84,9 +90,14 @@ def _cell(value: Any) -> str:
 
 
 def save(
-    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = (),
+    out: Path,
+    study: str,
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    seed: int,
+    clocked: Sequence[str] = (),
     measured: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Print and store the rows of a study; returns its Markdown. Without rows nothing is stored: that is no result."""
     if not rows:
         return ""
@@ -98,16 +109,25 @@ def save(
 
 
 def store(
-    out: Path, study: str, rows: Sequence[Row], columns: Sequence[str], seed: int, clocked: Sequence[str] = (),
+    out: Path,
+    study: str,
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    seed: int,
+    clocked: Sequence[str] = (),
     measured: Mapping[str, str] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Store the rows that there are so far, in one step: a study that is stopped leaves what it found.
 
     ``clocked``: keys of rows that hold what a clock or a memory gauge read, or follow from it, and that a second run
     will not give again. All others it must (``agree``). ``measured``: the environment, where it is not this one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"study": study, "environment": dict(measured or environment()), "seed": seed}
+    record: dict[str, Any] = {
+        "study": study,
+        "environment": dict(measured or environment()),
+        "seed": seed,
+    }
     record |= {"columns": list(columns), "clocked": list(clocked), "rows": list(rows)}
     part = out / f"{study}.json.part"
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -105,9 +105,15 @@ def _samples(model: Model, data: Dataset, seed: int) -> feeds.Samples:
 def settings(**values: Any) -> Settings:
     """Settings of the published program, but for what is given."""
     base: dict[str, Any] = {
-        "importance": "oamip", "mode": "joint", "formulation": "paper", "loss_weight": WEIGHT, "refit": "none",
-        "allocate": "uniform", "device": DEVICE, "workers": 1,
-    }  # fmt: skip
+        "importance": "oamip",
+        "mode": "joint",
+        "formulation": "paper",
+        "loss_weight": WEIGHT,
+        "refit": "none",
+        "allocate": "uniform",
+        "device": DEVICE,
+        "workers": 1,
+    }
     return Settings.create(**{**base, **values})
 
 
@@ -116,7 +122,9 @@ def score(case: Case, asked: Settings, few: Images | None = None) -> tuple[Score
     context = Context(case.model, case.coupling, case.samples, None, DEVICE, asked)
     collect(context, LAYER_WISE)  # outside the measurement, for comparisons of orders of removal
     began = time.perf_counter()
-    statistics = replace(case.statistics, answers={**case.statistics.answers, Request.CLASS_SAMPLES: few})
+    statistics = replace(
+        case.statistics, answers={**case.statistics.answers, Request.CLASS_SAMPLES: few}
+    )
     found = scoring.apply_method(context, METHODS[asked.importance], statistics)
     return found, time.perf_counter() - began
 
@@ -132,7 +140,9 @@ def choose_any(case: Case, samples: feeds.Samples, seed: int) -> Images:
     """One correctly classified sample a class, by chance: what remains of the published choice, whose ranking ties."""
     assert samples.labels is not None
     session = Session(case.model.proto, DEVICE, threads=1)
-    guess = np.concatenate([session.run(feed)[0].argmax(axis=1) for _, feed in samples.batches(EVALUATE)])
+    guess = np.concatenate(
+        [session.run(feed)[0].argmax(axis=1) for _, feed in samples.batches(EVALUATE)]
+    )
     order = np.random.default_rng(seed).permutation(samples.count)
     order = order[guess[order] == samples.labels[order]]
     _, first = np.unique(samples.labels[order], return_index=True)
@@ -141,7 +151,9 @@ def choose_any(case: Case, samples: feeds.Samples, seed: int) -> Images:
 
 def below(case: Case, values: Floats, threshold: float) -> Ints:
     """Width of every group when units that score below the threshold go; one unit stays in any case."""
-    stays = np.bincount(case.coupling.unit_group[values >= threshold], minlength=len(case.coupling.groups))
+    stays = np.bincount(
+        case.coupling.unit_group[values >= threshold], minlength=len(case.coupling.groups)
+    )
     return np.maximum(stays, 1).astype(np.int64)
 
 
@@ -160,7 +172,9 @@ def carry(case: Case, keep: Bools, treatment: str) -> onnx.ModelProto:
         folded = fold_constants(case.model, case.coupling, keep, case.samples, DEVICE, raw)
         proto: onnx.ModelProto = folded.proto
         return proto
-    refitted: onnx.ModelProto = least_squares(case.model, case.coupling, keep, raw, case.samples, DEVICE).proto
+    refitted: onnx.ModelProto = least_squares(
+        case.model, case.coupling, keep, raw, case.samples, DEVICE
+    ).proto
     return refitted
 
 
@@ -194,7 +208,9 @@ def gone(case: Case, keep: Bools) -> dict[str, float]:
         zeroed += int((~rows).sum()) * int(np.prod(weight.shape[1:]))
     ledger = cost.ledger(case.model, case.coupling)
     full = ledger.cost(cost.full_widths(case.coupling))
-    widths = np.bincount(case.coupling.unit_group[keep], minlength=len(case.coupling.groups)).astype(np.int64)
+    widths = np.bincount(
+        case.coupling.unit_group[keep], minlength=len(case.coupling.groups)
+    ).astype(np.int64)
     left = ledger.cost(widths)
     return {
         "units": 100 * float((~keep).mean()),

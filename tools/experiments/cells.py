@@ -54,7 +54,11 @@ def pairs(protocol: Protocol, apart: bool = False) -> list[tuple[str, str]]:
 def of(records: Records, network: str, name: str) -> list[Record]:
     """The records of one network and data set, by seed."""
     start = f"{network}-{name}-seed"
-    found = [(int(key.removeprefix(start)), record) for key, record in records.items() if key.startswith(start)]
+    found = [
+        (int(key.removeprefix(start)), record)
+        for key, record in records.items()
+        if key.startswith(start)
+    ]
     return [record for _, record in sorted(found, key=lambda item: item[0])]
 
 
@@ -85,12 +89,20 @@ def losses(records: Records, protocol: Protocol, method: str, treatment: str) ->
     found: list[float | None] = []
     for network, name in pairs(protocol):
         rows = of(records, network, name)
-        lost = [r["reference"] - r["accuracy"][method][treatment] for r in rows if method in r["accuracy"]]
+        lost = [
+            r["reference"] - r["accuracy"][method][treatment]
+            for r in rows
+            if method in r["accuracy"]
+        ]
         found.append(float(np.mean(lost)) if lost else None)
     return found
 
 
-def wins(ours: Sequence[float | None], theirs: Sequence[float | None], better: Callable[[float, float], bool]) -> str:
+def wins(
+    ours: Sequence[float | None],
+    theirs: Sequence[float | None],
+    better: Callable[[float, float], bool],
+) -> str:
     """``k of n`` rows in which both are there and ours is better."""
     both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
     return f"{sum(better(a, b) for a, b in both)} of {len(both)}"

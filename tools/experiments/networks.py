@@ -26,7 +26,11 @@ def build(name: str, seed: int, widths: Sequence[int] | None = None) -> nn.Seque
     if NETWORKS[name].convolutional:
         first, second, *dense = wide
         parts |= {"conv1": nn.Conv2d(1, first, 5), "relu1": nn.ReLU(), "pool1": nn.AvgPool2d(2)}
-        parts |= {"conv2": nn.Conv2d(first, second, 5), "relu2": nn.ReLU(), "pool2": nn.AvgPool2d(2)}
+        parts |= {
+            "conv2": nn.Conv2d(first, second, 5),
+            "relu2": nn.ReLU(),
+            "pool2": nn.AvgPool2d(2),
+        }
         width, start = second * 16, 3
     else:
         dense, width, start = wide, 784, 1
@@ -94,7 +98,10 @@ def accuracy(model: nn.Module, data: Dataset) -> float:
     """Share of the test images that are right, in percent."""
     model.eval()
     with torch.no_grad():
-        guess = [model(scaled(rows)).argmax(1) for rows in torch.from_numpy(data.test_images.copy()).split(1000)]
+        guess = [
+            model(scaled(rows)).argmax(1)
+            for rows in torch.from_numpy(data.test_images.copy()).split(1000)
+        ]
     return 100 * float((torch.cat(guess).numpy() == data.test_labels).mean())
 
 
@@ -102,12 +109,19 @@ def export(model: nn.Module, path: Path) -> None:
     """Write the network as ONNX, with a free batch axis."""
     held = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # this exporter is the older one: it needs no further package
+        warnings.simplefilter(
+            "ignore"
+        )  # this exporter is the older one: it needs no further package
         torch.onnx.export(
-            model, (torch.zeros(2, 1, 28, 28),), held, dynamo=False, opset_version=OPSET,
-            input_names=["input"], output_names=["output"],
+            model,
+            (torch.zeros(2, 1, 28, 28),),
+            held,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["output"],
             dynamic_axes={"input": {0: "batch"}, "output": {0: "batch"}},
-        )  # fmt: skip
+        )
     path.write_bytes(held.getvalue())
 
 

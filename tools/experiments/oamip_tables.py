@@ -38,7 +38,9 @@ class Store:
 
     def get(self, name: str, make: Callable[[], Record]) -> Record:
         """The part called ``name``, made where it is not there yet."""
-        mark = hashlib.sha256(json.dumps(asdict(self.protocol), sort_keys=True).encode()).hexdigest()[:8]
+        mark = hashlib.sha256(
+            json.dumps(asdict(self.protocol), sort_keys=True).encode()
+        ).hexdigest()[:8]
         path = self.folder / f"{name}-{mark}.json"
         if not path.exists():
             began = time.perf_counter()
@@ -110,19 +112,27 @@ class Run:
         modes: dict[tuple[str, str], tuple[str, ...]] = {}
         for key in self.keys():
             tried = modes.get(key[:2], main_table.MODES)
-            record = store.get(f"main-{_name(key)}", partial(self._part, main_table.run, key, tried))
+            record = store.get(
+                f"main-{_name(key)}", partial(self._part, main_table.run, key, tried)
+            )
             which = record["exact"]["which"]
-            modes.setdefault(key[:2], (which,) if which else ())  # later seeds take what served the first
+            modes.setdefault(
+                key[:2], (which,) if which else ()
+            )  # later seeds take what served the first
             found["main"][_name(key)] = record
         for key in self.keys():
             scores = np.array(found["main"][_name(key)]["scores"])
             part = partial(self._part, studies.modes, key, scores)
             found["modes"][_name(key)] = store.get(f"modes-{_name(key)}", part)
         for study, of, apart in (
-            ("images", studies.images, True), ("weights", studies.weights, False), ("number", studies.per_class, False),
-        ):  # fmt: skip
+            ("images", studies.images, True),
+            ("weights", studies.weights, False),
+            ("number", studies.per_class, False),
+        ):
             for key in self.keys(first=True, apart=apart):
-                found[study][_name(key)] = store.get(f"{study}-{_name(key)}", partial(self._part, of, key))
+                found[study][_name(key)] = store.get(
+                    f"{study}-{_name(key)}", partial(self._part, of, key)
+                )
         found["transfer"] = self.transfer(found["main"])
         found["tuned"] = self.fine_tune(found["main"])
         return found
@@ -137,7 +147,11 @@ class Run:
 
                 network, name, seed = key
                 masks = main_table.to_tune(self.case(key), np.array(main[_name(key)]["scores"]))
-                return dict(transfer.fine_tune(network, self.sets[name], seed, masks, self.path(key), FINE_TUNE))
+                return dict(
+                    transfer.fine_tune(
+                        network, self.sets[name], seed, masks, self.path(key), FINE_TUNE
+                    )
+                )
 
             found[_name(key)] = self.store.get(f"tuned-{_name(key)}", make)
         return found
@@ -149,14 +163,22 @@ class Run:
             for target in self.protocol.data:
                 if target == source:
                     continue
-                origin, end = main[_name((network, source, seed))], main[_name((network, target, seed))]
+                origin, end = (
+                    main[_name((network, source, seed))],
+                    main[_name((network, target, seed))],
+                )
 
                 def make(
-                    network: str = network, target: str = target, seed: int = seed, keep: Any = origin["keep"]
+                    network: str = network,
+                    target: str = target,
+                    seed: int = seed,
+                    keep: Any = origin["keep"],
                 ) -> Record:
                     from . import transfer  # torch
 
-                    return dict(transfer.run(network, self.sets[target], seed, keep, self.protocol.epochs))
+                    return dict(
+                        transfer.run(network, self.sets[target], seed, keep, self.protocol.epochs)
+                    )
 
                 name = f"{network}-{source}-{target}-seed{seed}"
                 record = self.store.get(f"transfer-{name}", make)
@@ -171,14 +193,23 @@ def _name(key: tuple[str, str, int]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 2 where data is missing."""
-    parser = argparse.ArgumentParser(prog="python -m tools.experiments.oamip_tables", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.experiments.oamip_tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name, default in (("mnist", data.MNIST), ("fashion", data.FASHION)):
         about = f"folder of {data.TITLES[name]}'s four IDX files, plain or gzipped ({data.SOURCES[name]}; %(default)s)"
         parser.add_argument(f"--{name}", type=Path, default=default, metavar="DIR", help=about)
-    parser.add_argument("--out", type=Path, default=Path("tools/experiments/results"), metavar="DIR")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="trained networks, finished parts")
-    parser.add_argument("--quick", action="store_true", help="one seed, one epoch: only to see that it runs")
+    parser.add_argument(
+        "--out", type=Path, default=Path("tools/experiments/results"), metavar="DIR"
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, metavar="DIR", help="trained networks, finished parts"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, one epoch: only to see that it runs"
+    )
     chosen = parser.parse_args(arguments)
     try:
         sets = {name: data.load(name, getattr(chosen, name)) for name in data.TITLES}

@@ -18,15 +18,40 @@ from onnx_oamip.importance.oamip.select import GAP
 from tools.bench.studies import environment, table
 
 from . import plots
-from .cells import Record, Records, average, closed, label, losses, mean, of, pairs, percent, span, values, wins
+from .cells import (
+    Record,
+    Records,
+    average,
+    closed,
+    label,
+    losses,
+    mean,
+    of,
+    pairs,
+    percent,
+    span,
+    values,
+    wins,
+)
 from .data import CLASSES, POOL, SOURCES, TITLES
 from .main_table import METHODS, PER_CLASS_SHARE
 from .protocol import BATCH, FINE_TUNE, NETWORKS, RATE, WEIGHT, Protocol
 from .studies import RULES
 
-TITLES_OF = {"fold": "constants folded, as published", "cut": "cut, nothing repaired", "refit": "least-squares refit"}
-NAMES = {"random": "random", "critical": "critical", "l1": "L1", "activation": "activation", "paper": "OAMIP paper",
-         "exact": "OAMIP exact", "decoupled": "OAMIP decoupled"}  # fmt: skip
+TITLES_OF = {
+    "fold": "constants folded, as published",
+    "cut": "cut, nothing repaired",
+    "refit": "least-squares refit",
+}
+NAMES = {
+    "random": "random",
+    "critical": "critical",
+    "l1": "L1",
+    "activation": "activation",
+    "paper": "OAMIP paper",
+    "exact": "OAMIP exact",
+    "decoupled": "OAMIP decoupled",
+}
 DROPPED = ("scores", "keep")
 """Large parts of a record that the JSON file leaves out."""
 Found = dict[str, Records]
@@ -34,11 +59,25 @@ Found = dict[str, Records]
 
 def write(out: Path, protocol: Protocol, found: Found) -> None:
     """``results.json``, the plots and ``README.md``."""
-    kept = {s: {k: {p: v for p, v in r.items() if p not in DROPPED} for k, r in rs.items()} for s, rs in found.items()}
+    kept = {
+        s: {k: {p: v for p, v in r.items() if p not in DROPPED} for k, r in rs.items()}
+        for s, rs in found.items()
+    }
     record = {"environment": versions(), "protocol": asdict(protocol), "records": kept}
     (out / "results.json").write_text(json.dumps(_rounded(record), separators=(",", ":")) + "\n")
     plots.draw(out, protocol, found)
-    sections = (_head, _gone, _accuracy, _tuned, _exact, _images, _weights, _modes, _number, _transfer)
+    sections = (
+        _head,
+        _gone,
+        _accuracy,
+        _tuned,
+        _exact,
+        _images,
+        _weights,
+        _modes,
+        _number,
+        _transfer,
+    )
     parts = [section(protocol, found) for section in sections]
     (out / "README.md").write_text("\n".join([*parts, LEFT_OUT]))
 
@@ -58,7 +97,9 @@ def _rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
-def _section(title: str, rows: Sequence[Record], reading: str, note: str = "", plot: str = "") -> str:
+def _section(
+    title: str, rows: Sequence[Record], reading: str, note: str = "", plot: str = ""
+) -> str:
     parts = [f"## {title}\n"]
     parts += [f"{note}\n"] if note else []
     parts.append(table(rows, list(rows[0])) + "\n")
@@ -70,7 +111,10 @@ def _section(title: str, rows: Sequence[Record], reading: str, note: str = "", p
 def _head(protocol: Protocol, found: Found) -> str:
     seconds = sum(r.get("seconds", 0.0) for records in found.values() for r in records.values())
     seen = ", ".join(f"{k} {v}" for k, v in versions().items())
-    limits = "; ".join(f"{n.title} ({'-'.join(map(str, n.widths))}): below {n.threshold:g}" for n in NETWORKS.values())
+    limits = "; ".join(
+        f"{n.title} ({'-'.join(map(str, n.widths))}): below {n.threshold:g}"
+        for n in NETWORKS.values()
+    )
     sources = ", ".join(f"{TITLES[k]} from {v}" for k, v in SOURCES.items())
     return f"""# OAMIP's published protocol on MNIST and Fashion-MNIST
 
@@ -103,10 +147,16 @@ def _gone(protocol: Protocol, found: Found) -> str:
     for network, name in pairs(protocol):
         records = of(found["main"], network, name)
         row: Record = {**label(network, name), "threshold": f"{NETWORKS[network].threshold:g}"}
-        for key, title in (("units", "units %"), ("zeroed", "weights % as published"), ("parameters", "parameters %"),
-                           ("macs", "multiply-adds %")):  # fmt: skip
+        for key, title in (
+            ("units", "units %"),
+            ("zeroed", "weights % as published"),
+            ("parameters", "parameters %"),
+            ("macs", "multiply-adds %"),
+        ):
             row[title] = mean(values(records, "gone", key), 1)
-        row["removed by layer, by seed"] = "; ".join(", ".join(map(str, r["removed"])) for r in records)
+        row["removed by layer, by seed"] = "; ".join(
+            ", ".join(map(str, r["removed"])) for r in records
+        )
         row["gap %"] = span(map(percent, values(records, "paper", "gap")), 2)
         row["solve s"] = span(values(records, "paper", "seconds"), 1)
         rows.append(row)
@@ -139,11 +189,15 @@ def _accuracy(protocol: Protocol, found: Found) -> str:
 def _compared(protocol: Protocol, found: Found, treatment: str) -> str:
     lost = {m: losses(found["main"], protocol, m, treatment) for m in METHODS}
     against = ", ".join(
-        f"{NAMES[m]} in {wins(lost['paper'], lost[m], lambda a, b: a < b)}" for m in METHODS if m != "paper"
+        f"{NAMES[m]} in {wins(lost['paper'], lost[m], lambda a, b: a < b)}"
+        for m in METHODS
+        if m != "paper"
     )
     there = {m: [v for v in row if v is not None] for m, row in lost.items()}
     means = {m: float(np.mean(row)) for m, row in there.items() if row}
-    points = ", ".join(f"{NAMES[m]} {v:.2f}" for m, v in sorted(means.items(), key=lambda item: item[1]))
+    points = ", ".join(
+        f"{NAMES[m]} {v:.2f}" for m, v in sorted(means.items(), key=lambda item: item[1])
+    )
     partial = [NAMES[m] for m, row in lost.items() if None in row]
     note = f" ({', '.join(partial)}: over the rows it has)" if partial else ""
     return (
@@ -156,15 +210,25 @@ def _tuned(protocol: Protocol, found: Found) -> str:
     rows = []
     for network, name in pairs(protocol):
         records = of(found["tuned"], network, name)
-        row: Record = {**label(network, name), "Ref": mean(values(of(found["main"], network, name), "reference"))}
+        row: Record = {
+            **label(network, name),
+            "Ref": mean(values(of(found["main"], network, name), "reference")),
+        }
         row["Ref, trained further"] = mean(values(records, "all"))
-        rows.append({**row, **{NAMES[m]: mean(values(records, m)) for m in ("random", "l1", "paper")}})
+        rows.append(
+            {**row, **{NAMES[m]: mean(values(records, m)) for m in ("random", "l1", "paper")}}
+        )
     by_row = {
-        m: [average(of(found["tuned"], *p), m) for p in pairs(protocol)] for m in ("all", "random", "l1", "paper")
+        m: [average(of(found["tuned"], *p), m) for p in pairs(protocol)]
+        for m in ("all", "random", "l1", "paper")
     }
     against = ", ".join(
         f"{title} in {wins(by_row['paper'], by_row[m], lambda a, b: a > b)}"
-        for m, title in (("random", "random"), ("l1", "L1"), ("all", "the unpruned network trained as long"))
+        for m, title in (
+            ("random", "random"),
+            ("l1", "L1"),
+            ("all", "the unpruned network trained as long"),
+        )
     )
     apart = [r["paper"] - r["l1"] for r in found["tuned"].values()]
     reading = (
@@ -186,15 +250,21 @@ def _exact(protocol: Protocol, found: Found) -> str:
             tried = [r["exact"]["tries"][mode] for r in records if mode in r["exact"]["tries"]]
             if not tried:
                 continue
-            rows.append({
-                **label(network, name), "mode": mode, "seeds": len(tried),
-                "in the tables": sum(r["exact"]["which"] == mode for r in records),
-                "removed by layer, by seed": "; ".join(", ".join(map(str, t["removed"])) for t in tried),
-                "gap %": span((percent(t["gap"]) for t in tried), 0),
-                "variables": span((t["variables"] for t in tried), 0),
-                "solver": ", ".join(sorted({s for t in tried for s in t["solvers"]})),
-                "seconds": span((t["wall"] for t in tried), 0),
-            })  # fmt: skip
+            rows.append(
+                {
+                    **label(network, name),
+                    "mode": mode,
+                    "seeds": len(tried),
+                    "in the tables": sum(r["exact"]["which"] == mode for r in records),
+                    "removed by layer, by seed": "; ".join(
+                        ", ".join(map(str, t["removed"])) for t in tried
+                    ),
+                    "gap %": span((percent(t["gap"]) for t in tried), 0),
+                    "variables": span((t["variables"] for t in tried), 0),
+                    "solver": ", ".join(sorted({s for t in tried for s in t["solvers"]})),
+                    "seconds": span((t["wall"] for t in tried), 0),
+                }
+            )
     every = list(found["main"].values())
     used = [r["exact"]["tries"][r["exact"]["which"]] for r in every if r["exact"]["which"]]
     reading = (
@@ -222,18 +292,23 @@ def _images(protocol: Protocol, found: Found) -> str:
         (main, *_) = of(found["main"], network, name)
         for rule in RULES:
             draws = closed(record[rule]["draws"])
-            rows.append({
-                **label(network, name), "image of a class": rule, "Ref": f"{main['reference']:.2f}",
-                "closed": f"{len(draws)} of {len(record[rule]['draws'])}",
-                "parameters %": mean(values(draws, "gone", "parameters"), 1),
-                "folded": mean(values(draws, "accuracy", "fold")),
-                "least folded": f"{min(_fold(draws)):.2f}" if draws else "-",
-                "refit": mean(values(draws, "accuracy", "refit")),
-                "rank correlation, all draws": mean([record[rule]["agreement"]]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    **label(network, name),
+                    "image of a class": rule,
+                    "Ref": f"{main['reference']:.2f}",
+                    "closed": f"{len(draws)} of {len(record[rule]['draws'])}",
+                    "parameters %": mean(values(draws, "gone", "parameters"), 1),
+                    "folded": mean(values(draws, "accuracy", "fold")),
+                    "least folded": f"{min(_fold(draws)):.2f}" if draws else "-",
+                    "refit": mean(values(draws, "accuracy", "refit")),
+                    "rank correlation, all draws": mean([record[rule]["agreement"]]),
+                }
+            )
     drawn = [closed(r[rule]["draws"]) for r in found["images"].values() for rule in RULES]
     shares, folded, refit = (
-        max((max(part(d)) - min(part(d)) for d in drawn if d), default=0.0) for part in (_share, _fold, _refit)
+        max((max(part(d)) - min(part(d)) for d in drawn if d), default=0.0)
+        for part in (_share, _fold, _refit)
     )
     agreed = [r[rule]["agreement"] for r in found["images"].values() for rule in RULES]
     between = ""
@@ -272,13 +347,24 @@ def _weights(protocol: Protocol, found: Found) -> str:
         for weight in protocol.weights:
             r = record[f"{weight:g}"]
             open_ = "" if r["program"]["proven"] else " *"
-            row[f"lambda {weight:g}"] = f"{r['gone']['parameters']:.1f} % / {r['accuracy']['fold']:.2f}{open_}"
+            row[f"lambda {weight:g}"] = (
+                f"{r['gone']['parameters']:.1f} % / {r['accuracy']['fold']:.2f}{open_}"
+            )
         shares = _share(closed([record[f"{w:g}"] for w in protocol.weights]))
         monotone += all(a >= b for a, b in pairwise(shares))
         rows.append(row)
-    loose = "" if monotone == len(rows) else ", so that lambda is no dependable handle on how much goes"
-    outer = [[r[f"{w:g}"] for w in (protocol.weights[0], protocol.weights[-1])] for r in found["weights"].values()]
-    ends = np.array([_share(both) for both in outer if len(closed(both)) == len(both)]).reshape(-1, 2).mean(axis=0)
+    loose = (
+        "" if monotone == len(rows) else ", so that lambda is no dependable handle on how much goes"
+    )
+    outer = [
+        [r[f"{w:g}"] for w in (protocol.weights[0], protocol.weights[-1])]
+        for r in found["weights"].values()
+    ]
+    ends = (
+        np.array([_share(both) for both in outer if len(closed(both)) == len(both)])
+        .reshape(-1, 2)
+        .mean(axis=0)
+    )
     reading = (
         f"From lambda {protocol.weights[0]:g} to {protocol.weights[-1]:g} the share of parameters that goes moves "
         f"from {ends[0]:.1f} to {ends[1]:.1f} % on average; it rises at no step in {monotone} of "
@@ -296,23 +382,37 @@ def _modes(protocol: Protocol, found: Found) -> str:
     more = 0
     for network, name in pairs(protocol):
         records, main = of(found["modes"], network, name), of(found["main"], network, name)
-        a, b = average(main, "gone", "parameters"), average(records, "per-class", "gone", "parameters")
+        a, b = (
+            average(main, "gone", "parameters"),
+            average(records, "per-class", "gone", "parameters"),
+        )
         assert a is not None
         assert b is not None
         more += b > a
-        rows.append({
-            **label(network, name), "Pearson": mean(values(records, "pearson")),
-            "Spearman": mean(values(records, "spearman")),
-            "joint: parameters %": mean(values(main, "gone", "parameters"), 1),
-            "per class: parameters %": mean(values(records, "per-class", "gone", "parameters"), 1),
-            "joint: folded": mean(values(main, "accuracy", "paper", "fold")),
-            "per class: folded": mean(values(records, "per-class", "accuracy", "fold")),
-            "per class at joint's counts: folded": mean(values(records, "same counts", "accuracy", "fold")),
-            "refit: joint": mean(values(main, "accuracy", "paper", "refit")),
-            "refit: per class at its counts": mean(values(records, "same counts", "accuracy", "refit")),
-        })  # fmt: skip
+        rows.append(
+            {
+                **label(network, name),
+                "Pearson": mean(values(records, "pearson")),
+                "Spearman": mean(values(records, "spearman")),
+                "joint: parameters %": mean(values(main, "gone", "parameters"), 1),
+                "per class: parameters %": mean(
+                    values(records, "per-class", "gone", "parameters"), 1
+                ),
+                "joint: folded": mean(values(main, "accuracy", "paper", "fold")),
+                "per class: folded": mean(values(records, "per-class", "accuracy", "fold")),
+                "per class at joint's counts: folded": mean(
+                    values(records, "same counts", "accuracy", "fold")
+                ),
+                "refit: joint": mean(values(main, "accuracy", "paper", "refit")),
+                "refit: per class at its counts": mean(
+                    values(records, "same counts", "accuracy", "refit")
+                ),
+            }
+        )
     joint = [average(of(found["main"], *p), "accuracy", "paper", "fold") for p in pairs(protocol)]
-    apart = [average(of(found["modes"], *p), "same counts", "accuracy", "fold") for p in pairs(protocol)]
+    apart = [
+        average(of(found["modes"], *p), "same counts", "accuracy", "fold") for p in pairs(protocol)
+    ]
     correlation = [r["spearman"] for r in found["modes"].values()]
     reading = (
         f"The two agree only in part (rank correlation {min(correlation):.2f} to {max(correlation):.2f}): averages of "
@@ -333,13 +433,17 @@ def _number(protocol: Protocol, found: Found) -> str:
             r = record[str(count)]
             stopped += not r["program"]["proven"]
             open_ = "" if r["program"]["proven"] else " *"
-            row[f"{count} a class"] = f"{r['gone']['parameters']:.1f} % / {r['accuracy']['fold']:.2f}{open_}"
+            row[f"{count} a class"] = (
+                f"{r['gone']['parameters']:.1f} % / {r['accuracy']['fold']:.2f}{open_}"
+            )
             row[f"{count}: s"] = f"{r['program']['seconds']:.1f}"
         rows.append(row)
     counts = [[r[str(c)] for c in protocol.per_class[:2]] for r in found["number"].values()]
     both = [_share(pair) for pair in counts if len(closed(pair)) == len(pair)]
     fewer = sum(b < a for a, b in both)
-    better = sum(b["accuracy"]["fold"] > a["accuracy"]["fold"] for a, b in counts if len(closed([a, b])) > 1)
+    better = sum(
+        b["accuracy"]["fold"] > a["accuracy"]["fold"] for a, b in counts if len(closed([a, b])) > 1
+    )
     reading = (
         f"With {protocol.per_class[1]} images a class instead of {protocol.per_class[0]} less is pruned at the same "
         f"threshold in {fewer} of the {len(both)} rows where both programs closed, and the accuracy is "
@@ -358,15 +462,24 @@ def _transfer(protocol: Protocol, found: Found) -> str:
     rows, closer = [], []
     for network, source in pairs(protocol, apart=True):
         for target in protocol.data:
-            records = [r for k, r in found["transfer"].items() if k.startswith(f"{network}-{source}-{target}-")]
+            records = [
+                r
+                for k, r in found["transfer"].items()
+                if k.startswith(f"{network}-{source}-{target}-")
+            ]
             if not records:
                 continue
-            rows.append({
-                "network": NETWORKS[network].title, "mask from": TITLES[source], "trained on": TITLES[target],
-                "parameters gone %": mean(values(records, "gone", "parameters"), 1),
-                "full": mean(values(records, "full")), "OAMIP mask": mean(values(records, "mask")),
-                "random mask": mean(values(records, "random")),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "network": NETWORKS[network].title,
+                    "mask from": TITLES[source],
+                    "trained on": TITLES[target],
+                    "parameters gone %": mean(values(records, "gone", "parameters"), 1),
+                    "full": mean(values(records, "full")),
+                    "OAMIP mask": mean(values(records, "mask")),
+                    "random mask": mean(values(records, "random")),
+                }
+            )
             closer += [r["mask"] - r["random"] for r in records]
     drop = [r["full"] - r["mask"] for r in found["transfer"].values()]
     spread = np.std(closer, ddof=1) if len(closer) > 1 else 0.0

@@ -13,20 +13,43 @@ from .main_table import METHODS
 from .protocol import NETWORKS, Protocol
 from .studies import RULES
 
-COLOURS = {"random": "#999999", "critical": "#d95f02", "l1": "#66a61e", "activation": "#1b9e77", "paper": "#7570b3",
-           "exact": "#e7298a", "decoupled": "#1f78b4"}  # fmt: skip
+COLOURS = {
+    "random": "#999999",
+    "critical": "#d95f02",
+    "l1": "#66a61e",
+    "activation": "#1b9e77",
+    "paper": "#7570b3",
+    "exact": "#e7298a",
+    "decoupled": "#1f78b4",
+}
 SHOWN = {"fold": "constants folded", "refit": "least-squares refit"}
 FORMATS = ("svg",)
 
 
-def draw(out: Path, protocol: Protocol, found: dict[str, Records], formats: tuple[str, ...] = FORMATS) -> None:
+def draw(
+    out: Path, protocol: Protocol, found: dict[str, Records], formats: tuple[str, ...] = FORMATS
+) -> None:
     """All plots into a folder."""
     import matplotlib as mpl
 
     mpl.use("Agg")
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "oamip", "font.size": 9, "axes.spines.top": False,
-                         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})  # fmt: skip
-    for name, make in (("methods", _methods), ("images", _images), ("weights", _weights), ("transfer", _transfer)):
+    mpl.rcParams.update(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "oamip",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+        }
+    )
+    for name, make in (
+        ("methods", _methods),
+        ("images", _images),
+        ("weights", _weights),
+        ("transfer", _transfer),
+    ):
         figure = make(protocol, found)
         for kind in formats:
             about = {"Date": None} if kind == "svg" else None
@@ -50,13 +73,23 @@ def _methods(protocol: Protocol, found: dict[str, Records]) -> Any:
             there = [(k, v) for k, v in enumerate(lost) if v is not None]
             place = [k + (i - (len(METHODS) - 1) / 2) * step for k, _ in there]
             mark = "D" if method == "paper" else "o"
-            ax.scatter(place, [v for _, v in there], s=22, color=COLOURS[method], marker=mark, label=method, zorder=3)
+            ax.scatter(
+                place,
+                [v for _, v in there],
+                s=22,
+                color=COLOURS[method],
+                marker=mark,
+                label=method,
+                zorder=3,
+            )
         ax.set_yscale("symlog", linthresh=1)
         ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(title)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set_xticks(
-            range(len(rows)), [_title(*r).replace(", ", "\n").replace("-M", "-\nM") for r in rows], fontsize=7
+            range(len(rows)),
+            [_title(*r).replace(", ", "\n").replace("-M", "-\nM") for r in rows],
+            fontsize=7,
         )
         for k in range(len(rows) - 1):
             ax.axvline(k + 0.5, color="black", linewidth=0.3)
@@ -78,16 +111,36 @@ def _images(protocol: Protocol, found: dict[str, Records]) -> Any:
         for rule, colour in zip(RULES, (COLOURS["paper"], COLOURS["critical"]), strict=True):
             draws = closed(record[rule]["draws"])
             share = values(draws, "gone", "parameters")
-            ax.scatter(share, values(draws, "accuracy", "fold"), s=16, color=colour, label=f"{rule}, folded", zorder=3)
-            ax.scatter(share, values(draws, "accuracy", "refit"), s=16, facecolors="none", edgecolors=colour,
-                       label=f"{rule}, refit", zorder=3)  # fmt: skip
+            ax.scatter(
+                share,
+                values(draws, "accuracy", "fold"),
+                s=16,
+                color=colour,
+                label=f"{rule}, folded",
+                zorder=3,
+            )
+            ax.scatter(
+                share,
+                values(draws, "accuracy", "refit"),
+                s=16,
+                facecolors="none",
+                edgecolors=colour,
+                label=f"{rule}, refit",
+                zorder=3,
+            )
         ax.axhline(reference, color="black", linewidth=0.8, linestyle="--", label="unpruned")
         ax.set_title(_title(network, name), fontsize=9)
         ax.set_xlabel("parameters removed, %")
     axes[0][0].set_ylabel("test accuracy, %")
     figure.tight_layout()
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncol=5, frameon=False, fontsize=8,
-                  bbox_to_anchor=(0.5, -0.08))  # fmt: skip
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(),
+        loc="lower center",
+        ncol=5,
+        frameon=False,
+        fontsize=8,
+        bbox_to_anchor=(0.5, -0.08),
+    )
     return figure
 
 
@@ -102,9 +155,16 @@ def _weights(protocol: Protocol, found: dict[str, Records]) -> Any:
         (record,) = of(found["weights"], network, name)
         reference = of(found["main"], network, name)[0]["reference"]
         every = [record[f"{w:g}"] for w in protocol.weights]
-        style: Record = {"marker": marks[network], "color": colours[name], "markersize": 4, "linewidth": 1}
+        style: Record = {
+            "marker": marks[network],
+            "color": colours[name],
+            "markersize": 4,
+            "linewidth": 1,
+        }
         there = [w for w, e in zip(protocol.weights, every, strict=True) if closed([e])]
-        left.plot(there, values(closed(every), "gone", "parameters"), label=_title(network, name), **style)
+        left.plot(
+            there, values(closed(every), "gone", "parameters"), label=_title(network, name), **style
+        )
         right.plot(there, [reference - e["accuracy"]["fold"] for e in closed(every)], **style)
     for ax, title in ((left, "parameters removed, %"), (right, "points lost, constants folded")):
         ax.set_xscale("log")
@@ -112,8 +172,13 @@ def _weights(protocol: Protocol, found: dict[str, Records]) -> Any:
         ax.minorticks_off()
         ax.set_xlabel("lambda")
         ax.set_title(title, fontsize=9)
-    figure.legend(*left.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(0.92, 0.5), frameon=False,
-                  fontsize=8)  # fmt: skip
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="center left",
+        bbox_to_anchor=(0.92, 0.5),
+        frameon=False,
+        fontsize=8,
+    )
     return figure
 
 
@@ -125,7 +190,9 @@ def _transfer(protocol: Protocol, found: dict[str, Records]) -> Any:
     figure, axes = plt.subplots(1, len(rows), figsize=(2.3 * len(rows), 2.4), squeeze=False)
     kinds = {"full": "black", "mask": COLOURS["paper"], "random": COLOURS["random"]}
     for ax, (network, source, target) in zip(axes[0], rows, strict=True):
-        records = [r for k, r in found["transfer"].items() if k.startswith(f"{network}-{source}-{target}-")]
+        records = [
+            r for k, r in found["transfer"].items() if k.startswith(f"{network}-{source}-{target}-")
+        ]
         for i, (kind, colour) in enumerate(kinds.items()):
             points = [float(v) for v in values(records, kind) if v is not None]
             ax.scatter([i] * len(points), points, s=18, color=colour, zorder=3)

@@ -32,7 +32,9 @@ def judged(case: Case, scores: Scores) -> dict[str, Any]:
 
 
 def _solved(case: Case, few: Images, protocol: Protocol, **values: Any) -> dict[str, Any]:
-    scores, seconds = score(case, settings(seed=case.seed, time_limit=protocol.seconds, **values), few)
+    scores, seconds = score(
+        case, settings(seed=case.seed, time_limit=protocol.seconds, **values), few
+    )
     return {**judged(case, scores), "wall": seconds}
 
 
@@ -78,7 +80,9 @@ def per_class(case: Case, protocol: Protocol) -> dict[str, Any]:
     """One, two or five images a class in one program."""
     found = {}
     for count in protocol.per_class:
-        found[str(count)] = _solved(case, choose(case, case.samples, count), protocol, images_per_class=count)
+        found[str(count)] = _solved(
+            case, choose(case, case.samples, count), protocol, images_per_class=count
+        )
         del found[str(count)]["scores"]
     return found
 

@@ -12,7 +12,9 @@ from .data import Dataset
 from .protocol import NETWORKS, Bools
 
 
-def run(network: str, target: Dataset, seed: int, kept: Mapping[str, Sequence[int]], epochs: int) -> dict[str, float]:
+def run(
+    network: str, target: Dataset, seed: int, kept: Mapping[str, Sequence[int]], epochs: int
+) -> dict[str, float]:
     """Accuracy on the target of what a mask leaves of the initialisation, and of as many random units a layer.
 
     ``kept``: the rows of every weight that stay. Removed units are cut out of the initialisation; what their biases
@@ -33,7 +35,12 @@ def run(network: str, target: Dataset, seed: int, kept: Mapping[str, Sequence[in
 
 
 def fine_tune(
-    network: str, data: Dataset, seed: int, masks: Mapping[str, Mapping[str, Bools]], path: Path, epochs: int
+    network: str,
+    data: Dataset,
+    seed: int,
+    masks: Mapping[str, Mapping[str, Bools]],
+    path: Path,
+    epochs: int,
 ) -> dict[str, float]:
     """Accuracy of what each mask leaves of a trained network (``path``), trained further at the full rate as published.
 

@@ -15,7 +15,10 @@ from . import digits, table
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "tests" / "exports"
-MODULES = {name: f"from_{name.replace('-', '_')}" for name in ("pytorch", "keras", "scikit-learn", "jax", "paddle")}
+MODULES = {
+    name: f"from_{name.replace('-', '_')}"
+    for name in ("pytorch", "keras", "scikit-learn", "jax", "paddle")
+}
 
 
 def make(name: str, folder: Path) -> bool:
@@ -23,11 +26,15 @@ def make(name: str, folder: Path) -> bool:
     try:
         module = importlib.import_module(f".{MODULES[name]}", __package__)
     except ModuleNotFoundError as error:
-        print(f"{name}: {error.name} is not installed; what to install is listed in tools/exports/__init__.py.")
+        print(
+            f"{name}: {error.name} is not installed; what to install is listed in tools/exports/__init__.py."
+        )
         return False
     module.write(folder)
     homes = metadata.packages_distributions()
-    versions = {home: metadata.version(home) for package in module.PACKAGES for home in homes[package][:1]}
+    versions = {
+        home: metadata.version(home) for package in module.PACKAGES for home in homes[package][:1]
+    }
     for file, exporter in module.MADE_BY.items():
         path = folder / f"{file}.onnx"
         _tidy(path)
@@ -57,9 +64,13 @@ def record(folder: Path, file: str, entry: dict[str, Any]) -> None:
 def main() -> None:
     """Make the data where it is missing, then the exports that were named."""
     parser = argparse.ArgumentParser(prog="python -m tools.exports", description=__doc__)
-    parser.add_argument("framework", nargs="*", help=f"of {', '.join(MODULES)}; without one, all that are installed")
+    parser.add_argument(
+        "framework", nargs="*", help=f"of {', '.join(MODULES)}; without one, all that are installed"
+    )
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--table", action="store_true", help="prune what is there and write docs/guide/exports.md")
+    parser.add_argument(
+        "--table", action="store_true", help="prune what is there and write docs/guide/exports.md"
+    )
     chosen = parser.parse_args()
     if unknown := sorted(set(chosen.framework) - set(MODULES)):
         parser.error(f"no framework is called {unknown[0]}; there are {', '.join(MODULES)}")

@@ -38,7 +38,9 @@ def write(folder: Path) -> None:
 def training(folder: Path, *shape: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """(images, labels) to train on: float32 [n, *shape] in [0, 1], and int64 [n]."""
     with np.load(folder / FILE) as stored:
-        return stored["images"].reshape(-1, *shape).astype(np.float32) * np.float32(SCALE), stored["labels"]
+        return stored["images"].reshape(-1, *shape).astype(np.float32) * np.float32(SCALE), stored[
+            "labels"
+        ]
 
 
 def data_file(folder: Path, path: Path, name: str, shape: Sequence[int]) -> None:

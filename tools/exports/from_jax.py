@@ -52,6 +52,11 @@ def write(folder: Path) -> None:
             step(network, optimizer, images[index], labels[index])
     network.eval()
     jax2onnx.to_onnx(
-        network, [("B", 8, 8, 1)], return_mode="file", output_path=str(folder / "flax-jax2onnx.onnx"),
-        input_names=["image"], output_names=["logits"], opset=21,
-    )  # fmt: skip
+        network,
+        [("B", 8, 8, 1)],
+        return_mode="file",
+        output_path=str(folder / "flax-jax2onnx.onnx"),
+        input_names=["image"],
+        output_names=["logits"],
+        opset=21,
+    )

@@ -26,5 +26,7 @@ def write(folder: Path) -> None:
     pipeline = make_pipeline(StandardScaler(), MLPClassifier((48, 32), random_state=0))
     pipeline.fit(*digits.training(folder, 64))
     for name, kind in TYPES.items():
-        proto = to_onnx(pipeline, initial_types=[("pixels", kind([None, 64]))], options={"zipmap": False})
+        proto = to_onnx(
+            pipeline, initial_types=[("pixels", kind([None, 64]))], options={"zipmap": False}
+        )
         (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())

@@ -28,8 +28,19 @@ def _row(folder: Path, name: str, versions: dict[str, str], place: Path) -> Row:
     model, data = folder / f"{name}.onnx", place / f"{name}.npz"
     proto = onnx.load(model)
     (port,) = proto.graph.input
-    digits.data_file(folder, data, port.name, [d.dim_value for d in port.type.tensor_type.shape.dim][1:])
-    options = ["--data", str(data), "--params", "0.5", "--force", "--json", "-o", str(place / model.name)]
+    digits.data_file(
+        folder, data, port.name, [d.dim_value for d in port.type.tensor_type.shape.dim][1:]
+    )
+    options = [
+        "--data",
+        str(data),
+        "--params",
+        "0.5",
+        "--force",
+        "--json",
+        "-o",
+        str(place / model.name),
+    ]
     command = [sys.executable, "-m", "onnx_oamip", "prune", str(model), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

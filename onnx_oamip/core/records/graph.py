@@ -181,4 +181,8 @@ class Coupling:
     def keep(self, axis: Axis, units: Bools) -> Bools:
         """Which indices of ``axis`` stay when ``units`` (n_units,) says which units stay."""
         labels = self.axes[axis]
-        return np.where(labels < 0, True, units[labels]) if self.n_units else np.ones(labels.shape, bool)
+        return (
+            np.where(labels < 0, True, units[labels])
+            if self.n_units
+            else np.ones(labels.shape, bool)
+        )

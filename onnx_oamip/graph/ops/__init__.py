@@ -102,13 +102,32 @@ def readers(model: Model) -> dict[str, list[Node]]:
     """Who reads a tensor. Where bodies are followed, the nodes in them read, and the node itself what they give."""
     found: dict[str, list[Node]] = defaultdict(list)
     for node in model.every:
-        given = [n for body in node.bodies.values() for n in body.outputs] if followed(node) else node.captures
+        given = (
+            [n for body in node.bodies.values() for n in body.outputs]
+            if followed(node)
+            else node.captures
+        )
         for name in (*node.inputs, *given):
             found[name].append(node)
     return found
 
 
 __all__ = [
-    "REGISTRY", "Cuts", "Edit", "LabelAxis", "Labels", "MatrixRule", "OpSpec", "Refused", "Terms", "Total",
-    "followed", "lookup", "opaque", "readers", "taps", "trusting", "weight_axis",
-]  # fmt: skip
+    "REGISTRY",
+    "Cuts",
+    "Edit",
+    "LabelAxis",
+    "Labels",
+    "MatrixRule",
+    "OpSpec",
+    "Refused",
+    "Terms",
+    "Total",
+    "followed",
+    "lookup",
+    "opaque",
+    "readers",
+    "taps",
+    "trusting",
+    "weight_axis",
+]

@@ -56,7 +56,9 @@ def _per_head(node: Node, labels: Labels, slot: int, units: Ints, heads: int) ->
     return None
 
 
-def _separate(node: Node, labels: Labels, heads: int, groups: int, logits: int, past: tuple[int, ...]) -> bool:
+def _separate(
+    node: Node, labels: Labels, heads: int, groups: int, logits: int, past: tuple[int, ...]
+) -> bool:
     """Query, key and value (batch, length, heads * size) as inputs of their own. False where nothing is followed."""
     names = [operand(node, slot) for slot in range(3)]
     reason = None
@@ -124,7 +126,9 @@ def _multi_head(node: Node, labels: Labels) -> None:
     heads, _ = _counts(node, "num_heads", "num_heads")
     bias = operand(node, 3)
     sizes = [(labels.shape(n) or ())[-1:] for n in node.inputs[:3]]
-    if bias and (not labels.is_constant(bias) or labels.shape(bias) != (sum(s[0] for s in sizes if s),)):
+    if bias and (
+        not labels.is_constant(bias) or labels.shape(bias) != (sum(s[0] for s in sizes if s),)
+    ):
         opaque(node, labels, f"{node} has a bias that is not followed")
         return
     if all(operand(node, slot) for slot in range(3)) and len(set(sizes)) > 1:
@@ -272,8 +276,14 @@ def _packed_shape(node: Node, constants: Shapes) -> tuple[int, int] | None:
 
 
 SPECS = (
-    OpSpec("Attention", _packed, _repair, _packed_cost, matrix=_packed_shape, domain="com.microsoft"),
-    OpSpec("MultiHeadAttention", _multi_head, _repair, _products, same=True, domain="com.microsoft"),
-    OpSpec("GroupQueryAttention", _group_query, _repair, _products, same=True, domain="com.microsoft"),
+    OpSpec(
+        "Attention", _packed, _repair, _packed_cost, matrix=_packed_shape, domain="com.microsoft"
+    ),
+    OpSpec(
+        "MultiHeadAttention", _multi_head, _repair, _products, same=True, domain="com.microsoft"
+    ),
+    OpSpec(
+        "GroupQueryAttention", _group_query, _repair, _products, same=True, domain="com.microsoft"
+    ),
     OpSpec("Attention", _standard, _repair, _products, since=23),
 )

@@ -22,7 +22,9 @@ def _if(node: Node) -> Flow:
     return Flow(joins=tuple(((a, b), out) for a, b, out in ends if out))
 
 
-def _carried(first: tuple[str, ...], given: tuple[str, ...], made: tuple[str, ...], last: tuple[str, ...]) -> Flow:
+def _carried(
+    first: tuple[str, ...], given: tuple[str, ...], made: tuple[str, ...], last: tuple[str, ...]
+) -> Flow:
     inside = tuple(((a, b), x) for a, b, x in zip(first, made, given, strict=False))
     outside = tuple(((a, b), y) for a, b, y in zip(first, made, last, strict=False) if y)
     return Flow(enters=inside, joins=outside)
@@ -30,7 +32,9 @@ def _carried(first: tuple[str, ...], given: tuple[str, ...], made: tuple[str, ..
 
 def _loop(node: Node) -> Flow:
     body, count = node.bodies["body"], len(node.inputs) - 2
-    flow = _carried(node.inputs[2:], body.inputs[2:], body.outputs[1 : 1 + count], node.outputs[:count])
+    flow = _carried(
+        node.inputs[2:], body.inputs[2:], body.outputs[1 : 1 + count], node.outputs[:count]
+    )
     stacked = zip(body.outputs[1 + count :], node.outputs[count:], strict=False)
     return Flow(flow.joins, flow.enters, stacks=tuple((x, out, 0) for x, out in stacked if out))
 
@@ -38,12 +42,16 @@ def _loop(node: Node) -> Flow:
 def _scan(node: Node) -> Flow:
     body, scanned = node.bodies["body"], int(node.attrs["num_scan_inputs"])
     count = len(node.inputs) - scanned
-    flow = _carried(node.inputs[:count], body.inputs[:count], body.outputs[:count], node.outputs[:count])
+    flow = _carried(
+        node.inputs[:count], body.inputs[:count], body.outputs[:count], node.outputs[:count]
+    )
     ins = node.attrs.get("scan_input_axes") or [0] * scanned
     outs = node.attrs.get("scan_output_axes") or [0] * (len(body.outputs) - count)
     slices = zip(node.inputs[count:], body.inputs[count:], ins, strict=True)
     stacks = zip(body.outputs[count:], node.outputs[count:], outs, strict=False)
-    return Flow(flow.joins, flow.enters, tuple(slices), tuple((x, out, a) for x, out, a in stacks if out))
+    return Flow(
+        flow.joins, flow.enters, tuple(slices), tuple((x, out, a) for x, out, a in stacks if out)
+    )
 
 
 def _channels(node: Node, labels: Labels) -> None:
@@ -83,7 +91,9 @@ def _joined(node: Node, labels: Labels, sources: tuple[str, ...]) -> list[LabelA
     """Channels of a tensor that is one or the other: tied where both have them, else they stay."""
     if labels.shape(sources[0]) is None or labels.shape(sources[0]) != labels.shape(sources[1]):
         for name in sources:
-            labels.pin_all(name, f"{node} gives '{sources[0]}' or '{sources[1]}', which differ in shape")
+            labels.pin_all(
+                name, f"{node} gives '{sources[0]}' or '{sources[1]}', which differ in shape"
+            )
         return []
     first, second = (labels.axes(name) for name in sources)
     result: list[LabelAxis] = []
@@ -99,4 +109,6 @@ def _joined(node: Node, labels: Labels, sources: tuple[str, ...]) -> list[LabelA
 
 
 _FLOWS = {"If": _if, "Loop": _loop, "Scan": _scan}
-SPECS = tuple(OpSpec(op, _channels, flow=flow, since=9 if op == "Scan" else 1) for op, flow in _FLOWS.items())
+SPECS = tuple(
+    OpSpec(op, _channels, flow=flow, since=9 if op == "Scan" else 1) for op, flow in _FLOWS.items()
+)

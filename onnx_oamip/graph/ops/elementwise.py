@@ -41,7 +41,9 @@ def _dropout(node: Node, labels: Labels) -> None:
     """Inference: the identity. The mask it may also give has the shape of the data."""
     labels.set(node.outputs[0], labels.axes(node.inputs[0]))
     for name in node.outputs[1:]:
-        labels.set(name, labels.axes(node.inputs[0]) if labels.shape(name) else [], f"the mask of {node}")
+        labels.set(
+            name, labels.axes(node.inputs[0]) if labels.shape(name) else [], f"the mask of {node}"
+        )
 
 
 def broadcast(node: Node, labels: Labels) -> None:
@@ -55,7 +57,9 @@ def broadcast(node: Node, labels: Labels) -> None:
         labels.set(node.outputs[0], [])
         return
     rank = max(len(s) for s in known)
-    scalar = all(labels.is_constant(n) or max(s, default=1) == 1 for n, s in zip(names, known, strict=True))
+    scalar = all(
+        labels.is_constant(n) or max(s, default=1) == 1 for n, s in zip(names, known, strict=True)
+    )
     result: list[LabelAxis] = []
     for i in range(rank):
         here: list[Axis] = []
@@ -69,7 +73,9 @@ def broadcast(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
-def _meet(node: Node, labels: Labels, here: list[Axis], sizes: list[int], scalar: bool) -> LabelAxis:
+def _meet(
+    node: Node, labels: Labels, here: list[Axis], sizes: list[int], scalar: bool
+) -> LabelAxis:
     size = max(sizes)
     full = [a for a, n in zip(here, sizes, strict=True) if n == size]
     for axis, n in zip(here, sizes, strict=True):
@@ -85,7 +91,9 @@ def _cast(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], labels.axes(node.inputs[0]))
 
 
-def _affine(node: Node, terms: Terms, x: str, weights: Array | float, offset: Array | float = 0.0) -> None:
+def _affine(
+    node: Node, terms: Terms, x: str, weights: Array | float, offset: Array | float = 0.0
+) -> None:
     """``out = weights * x + offset``, all broadcast to the output."""
     shape = terms.shape(node.outputs[0])
     matrix = maps.broadcast(terms.shape(x), shape, weights)
@@ -121,7 +129,10 @@ def _leaky_encode(node: Node, terms: Terms) -> None:
     shape, slope = terms.shape(x), _slope(node, terms)
     positive = f"{out}/positive"
     terms.relu(positive, x)
-    parts = [(x, maps.broadcast(shape, shape, slope)), (positive, maps.broadcast(shape, shape, 1 - slope))]
+    parts = [
+        (x, maps.broadcast(shape, shape, slope)),
+        (positive, maps.broadcast(shape, shape, 1 - slope)),
+    ]
     terms.affine(out, parts)
 
 
@@ -187,7 +198,9 @@ def _scale_encode(node: Node, terms: Terms) -> None:
         if node.op == "Mul" and value is not None:
             _affine(node, terms, node.inputs[data], value.astype(np.float64))
             return
-    raise Refused(f"{node} {'multiplies two activations' if node.op == 'Mul' else 'divides by an activation'}")
+    raise Refused(
+        f"{node} {'multiplies two activations' if node.op == 'Mul' else 'divides by an activation'}"
+    )
 
 
 def _neg_encode(node: Node, terms: Terms) -> None:

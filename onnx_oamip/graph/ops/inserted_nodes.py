@@ -47,7 +47,10 @@ class Added:
 
     def nbytes(self, node: Node) -> int:
         """What they take in a file, with the longer names in the node that they are around."""
-        nodes = [helper.make_node(s.op, s.inputs, [s.output], s.name, **s.attrs).ByteSize() for s in self.steps]
+        nodes = [
+            helper.make_node(s.op, s.inputs, [s.output], s.name, **s.attrs).ByteSize()
+            for s in self.steps
+        ]
         values = [numpy_helper.from_array(v, name).ByteSize() for name, v in self.constants.items()]
         # A field of a message has a tag of one byte and its length.
         longer = len(self.reads) - len(node.inputs[0]) + len(self.writes) - len(node.outputs[0])
@@ -59,8 +62,12 @@ class Names:
 
     def __init__(self, model: Model) -> None:
         self._taken = {n.name for n in model.every} | set(model.shapes) | set(model.constants)
-        self._taken.update(name for n in model.every for name in (*n.inputs, *n.outputs, *n.captures))
-        self._taken.update(name for n in model.every for b in n.bodies.values() for name in (*b.inputs, *b.outputs))
+        self._taken.update(
+            name for n in model.every for name in (*n.inputs, *n.outputs, *n.captures)
+        )
+        self._taken.update(
+            name for n in model.every for b in n.bodies.values() for name in (*b.inputs, *b.outputs)
+        )
 
     def new(self, name: str) -> str:
         """The name, or with a number where it is taken."""
@@ -90,7 +97,9 @@ def spread(node: Node, rank: int, axis: int, ordered: bool, keep: Bools, names: 
     kept = names.new(f"{node.name}_kept")
     if not ordered:
         bounds = [names.new(f"{node.name}_kept_{what}") for what in ("start", "end", "axis")]
-        constants |= {n: np.asarray([v], np.int64) for n, v in zip(bounds, (0, keep.sum(), axis), strict=True)}
+        constants |= {
+            n: np.asarray([v], np.int64) for n, v in zip(bounds, (0, keep.sum(), axis), strict=True)
+        }
         drop = Step("Slice", kept, (full, *bounds), node.outputs[0], {})
         return Added((pad, drop), constants, pad.output, full)
     place = names.new(f"{node.name}_spread")
@@ -107,7 +116,9 @@ def spread(node: Node, rank: int, axis: int, ordered: bool, keep: Bools, names: 
 
 def scale(node: Node, factor: float, dtype: np.dtype[Any], names: Names) -> Added:
     """The node's output times a number."""
-    before, number, name = (names.new(f"{node.name}_{what}") for what in ("unscaled", "scale", "rescale"))
+    before, number, name = (
+        names.new(f"{node.name}_{what}") for what in ("unscaled", "scale", "rescale")
+    )
     step = Step("Mul", name, (before, number), node.outputs[0], {})
     return Added((step,), {number: np.asarray(factor, dtype)}, node.inputs[0], before)
 
@@ -131,7 +142,9 @@ class Present:
         self._makers = {name: n for n in model.every for name in n.outputs}
         self._readers: dict[str, list[Node]] = {port.name: [] for port in model.outputs}
         self._shown = set(self._readers)
-        self._shown.update(name for n in model.every for body in n.bodies.values() for name in body.outputs)
+        self._shown.update(
+            name for n in model.every for body in n.bodies.values() for name in body.outputs
+        )
         for n in model.every:
             for name in (*n.inputs, *n.captures):
                 self._readers.setdefault(name, []).append(n)
@@ -139,7 +152,11 @@ class Present:
     def _only(self, tensor: str) -> Node | None:
         """The one reader of a tensor that nobody else sees."""
         found = self._readers.get(tensor, ())
-        return found[0] if len(found) == 1 and tensor not in self._shown and not found[0].captures else None
+        return (
+            found[0]
+            if len(found) == 1 and tensor not in self._shown and not found[0].captures
+            else None
+        )
 
     def _picks(self, node: Node | None, axis: int) -> bool:
         """Whether a node takes listed indices of the axis."""
@@ -147,7 +164,12 @@ class Present:
             return False
         index = self._model.constants.get(node.inputs[1])
         rank = len(self._model.shapes.get(node.inputs[0], ()))
-        return index is not None and index.ndim == 1 and rank > 0 and int(node.attrs.get("axis", 0)) % rank == axis
+        return (
+            index is not None
+            and index.ndim == 1
+            and rank > 0
+            and int(node.attrs.get("axis", 0)) % rank == axis
+        )
 
     def _first(self, node: Node | None, axis: int, count: int) -> bool:
         """Whether a node takes the first ``count`` indices of the axis."""
@@ -171,14 +193,26 @@ class Present:
         pad = self._makers.get(before.inputs[0]) if placed else before
         if pad is None or pad.op != "Pad" or pad.domain or self._only(pad.outputs[0]) is None:
             return None
-        if pad.attrs.get("mode", "constant") != "constant" or len(pad.inputs) > 2 or pad.attrs.get("value", 0):
+        if (
+            pad.attrs.get("mode", "constant") != "constant"
+            or len(pad.inputs) > 2
+            or pad.attrs.get("value", 0)
+        ):
             return None
-        amounts = pad.attrs.get("pads") if len(pad.inputs) == 1 else self._model.constants.get(pad.inputs[1])
+        amounts = (
+            pad.attrs.get("pads")
+            if len(pad.inputs) == 1
+            else self._model.constants.get(pad.inputs[1])
+        )
         shape = self._model.shapes[node.inputs[0]]
         at = len(shape) + axis
         if amounts is None or np.count_nonzero(amounts) != 1 or amounts[at] <= 0:
             return None
-        fits = amounts[at] == 1 if placed else self._first(behind, axis, shape[axis] - int(amounts[at]))
+        fits = (
+            amounts[at] == 1
+            if placed
+            else self._first(behind, axis, shape[axis] - int(amounts[at]))
+        )
         return Around(pad.inputs[0], pad, before, behind, placed) if fits else None
 
     def scale(self, node: Node) -> tuple[Node, int] | None:
@@ -201,7 +235,9 @@ def again(around: Around, axis: int, source: Bools, inside: Bools, model: Model)
         pads = np.zeros(2 * rank, np.int64)
         pads[rank + axis] = len(inside) - source.sum()
         by_input = len(around.pad.inputs) == 2
-        return {around.pad.name: Edit(inputs={1: pads}) if by_input else Edit({"pads": pads.tolist()})}
+        return {
+            around.pad.name: Edit(inputs={1: pads}) if by_input else Edit({"pads": pads.tolist()})
+        }
     index, kept = (model.constants[n.inputs[1]] for n in (around.before, around.behind))
     index = np.where(index < 0, index + len(source) + 1, index)
     kept = np.where(kept < 0, kept + len(inside), kept)

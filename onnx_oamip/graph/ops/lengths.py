@@ -27,7 +27,9 @@ def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:
     axes = labels.axes(name)
     shift = len(after) - len(before)
     where = [int(a) % len(after) for a in node.attrs.get("axes", range(len(after)))]
-    computed = set() if source is None else {where[i] for i in _computed(source, len(where), labels)}
+    computed = (
+        set() if source is None else {where[i] for i in _computed(source, len(where), labels)}
+    )
     result: list[LabelAxis] = [None] * len(after)
     for a, found in enumerate(axes):
         if found is None:
@@ -46,7 +48,11 @@ def _computed(tensor: str, count: int, labels: Labels) -> list[int]:
     if labels.constant(tensor) is not None:
         return []
     maker = labels.maker(tensor)
-    parts = [labels.shape(n) for n in maker.inputs] if maker is not None and maker.op == "Concat" else []
+    parts = (
+        [labels.shape(n) for n in maker.inputs]
+        if maker is not None and maker.op == "Concat"
+        else []
+    )
     if maker is None or not parts or any(p is None or len(p) != 1 for p in parts):
         return list(range(count))
     fixed: list[bool] = []
@@ -71,7 +77,11 @@ def _expand(node: Node, labels: Labels) -> None:
     if target is None or before is None or after is None:
         return
     known, shift, first = labels.axes(out), len(after) - len(before), len(after) - len(target)
-    copies = [a for a, n in enumerate(after) if n > 1 and a >= first and (a < shift or before[a - shift] == 1)]
+    copies = [
+        a
+        for a, n in enumerate(after)
+        if n > 1 and a >= first and (a < shift or before[a - shift] == 1)
+    ]
     for a in copies:
         known[a] = labels.free(after[a])
     labels.set(out, known)
@@ -85,7 +95,12 @@ def _resize_repair(node: Node, cuts: Cuts) -> Edit:
     if operand(node, 3) is None:
         return Edit()
     axes = node.attrs.get("axes")
-    return _lengths(node, cuts, 3, None if axes is None else [a % len(cuts.shape(node.outputs[0])) for a in axes])
+    return _lengths(
+        node,
+        cuts,
+        3,
+        None if axes is None else [a % len(cuts.shape(node.outputs[0])) for a in axes],
+    )
 
 
 def _expand_repair(node: Node, cuts: Cuts) -> Edit:
@@ -110,7 +125,11 @@ def _looks(reader: Node, labels: Labels, order: list[int]) -> list[int] | None:
     """The axes whose lengths a reader of a shape takes from it, None where that is not known."""
     if reader.op == "Gather":
         picks = labels.constant(reader.inputs[1])
-        return None if picks is None or not order else [order[int(i)] for i in np.atleast_1d(picks).reshape(-1)]
+        return (
+            None
+            if picks is None or not order
+            else [order[int(i)] for i in np.atleast_1d(picks).reshape(-1)]
+        )
     if reader.op == "Slice":
         try:
             ((start, stop, step),) = slice_bounds(reader, labels, (len(order),)).values()

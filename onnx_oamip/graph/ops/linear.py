@@ -64,7 +64,9 @@ def conv(node: Node, labels: Labels) -> None:
         labels.pin(data, f"the grouped {node} has an untracked bias")
         labels.pin(columns, f"the grouped {node} has an untracked bias")
     elif _whole(groups, per_in):
-        labels.pin(columns, f"{node} loses whole groups, not channels within one", listed=per_in > 1)
+        labels.pin(
+            columns, f"{node} loses whole groups, not channels within one", listed=per_in > 1
+        )
         first = data.reshape(groups, per_in)[:, :1]
         labels.tie(data.reshape(groups, per_in), first)
         labels.tie(rows.reshape(groups, per_out), first)
@@ -77,7 +79,9 @@ def conv(node: Node, labels: Labels) -> None:
 
 def _followed(labels: Labels, weight: str) -> bool:
     """A constant, or one behind operators that pass its channels on (dequantisation)."""
-    return labels.is_constant(weight) or all(labels.label(weight, axis) is not None for axis in (0, 1))
+    return labels.is_constant(weight) or all(
+        labels.label(weight, axis) is not None for axis in (0, 1)
+    )
 
 
 def conv_transpose(node: Node, labels: Labels) -> None:
@@ -94,7 +98,9 @@ def conv_transpose(node: Node, labels: Labels) -> None:
         return
     per_in, per_out = shape[0] // groups, shape[1]
     bias = operand(node, 2)
-    if not _followed(labels, w) or (bias and not labels.is_constant(bias) and labels.label(bias, 0) is None):
+    if not _followed(labels, w) or (
+        bias and not labels.is_constant(bias) and labels.label(bias, 0) is None
+    ):
         opaque(node, labels, f"the grouped {node} has an untracked weight or bias")
         return
     if not labels.is_constant(w):
@@ -129,12 +135,19 @@ def regroup(node: Node, cuts: Cuts) -> Edit:
         return Edit()
     weight = cuts.shape(node.inputs[3 if node.op == "QLinearConv" else 1])
     per_in = weight[0] // groups if node.op == "ConvTranspose" else weight[1]
-    return Edit({"group": cuts.kept(node.inputs[0], 1) // per_in}) if _whole(groups, per_in) else Edit()
+    return (
+        Edit({"group": cuts.kept(node.inputs[0], 1) // per_in})
+        if _whole(groups, per_in)
+        else Edit()
+    )
 
 
 def _conv_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
     out, w = node.outputs[0], node.inputs[1]
-    return (*((out, i) for i in range(len(shapes[out]))), *((w, i) for i in range(1, len(shapes[w]))))
+    return (
+        *((out, i) for i in range(len(shapes[out]))),
+        *((w, i) for i in range(1, len(shapes[w]))),
+    )
 
 
 def _transposed_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
@@ -153,13 +166,18 @@ def gemm(node: Node, labels: Labels) -> None:
     if bias and (shape is None or out is None):
         opaque(node, labels, f"{node} has a bias of unknown shape")
         return
-    trimmed = Node(node.name, node.op, node.domain, node.version, node.inputs[:2], node.outputs, node.attrs)
+    trimmed = Node(
+        node.name, node.op, node.domain, node.version, node.inputs[:2], node.outputs, node.attrs
+    )
     rule(f"{a}, {b} -> m n")(trimmed, labels)
     if not bias or shape is None or out is None:
         return
     # Align the bias from the right: a length of 1 (or no axis) is shared by all columns and needs no cut.
     weight_axis = 0 if node.attrs.get("transB", 0) else 1
-    ties = {1: (node.inputs[1], weight_axis), 0: (node.inputs[0], 1 if node.attrs.get("transA", 0) else 0)}
+    ties = {
+        1: (node.inputs[1], weight_axis),
+        0: (node.inputs[0], 1 if node.attrs.get("transA", 0) else 0),
+    }
     for axis, n in enumerate(shape):
         target = axis + 2 - len(shape)
         if n > 1:
@@ -239,7 +257,9 @@ def _gemm_encode(node: Node, terms: Terms) -> None:
         weight = weight.T
     shape = terms.shape(x)
     read = maps.places(shape).T if node.attrs.get(names[slot], 0) else maps.places(shape)
-    matrix = maps.product(weight, 1, read.shape[1]) if left else maps.product(weight.T, read.shape[0])
+    matrix = (
+        maps.product(weight, 1, read.shape[1]) if left else maps.product(weight.T, read.shape[0])
+    )
     offset = np.zeros(())
     if operand(node, 2) is not None:
         offset = node.attrs.get("beta", 1.0) * _constant(node, terms, 2)
@@ -257,7 +277,9 @@ def _matmul_encode(node: Node, terms: Terms) -> None:
     if left:
         trailing = shape[-1] if len(shape) > 1 else 1
         size = shape[-2] if len(shape) > 1 else shape[0]
-        matrix = maps.product(np.atleast_2d(weight), int(np.prod(shape)) // (size * trailing), trailing)
+        matrix = maps.product(
+            np.atleast_2d(weight), int(np.prod(shape)) // (size * trailing), trailing
+        )
     else:
         matrix = maps.product(weight.reshape(len(weight), -1).T, int(np.prod(shape[:-1])))
     terms.affine(node.outputs[0], [(x, matrix)])

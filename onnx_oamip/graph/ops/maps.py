@@ -38,12 +38,20 @@ def gather(index: Ints, columns: int, weights: npt.ArrayLike = 1.0) -> csr_array
 
 def broadcast(before: Shape, after: Shape, weights: npt.ArrayLike = 1.0) -> csr_array:
     """Multidirectional broadcasting of ``before`` to ``after``, times weights that broadcast alike."""
-    return gather(np.broadcast_to(places(before), after), int(np.prod(before)), np.broadcast_to(weights, after))
+    return gather(
+        np.broadcast_to(places(before), after),
+        int(np.prod(before)),
+        np.broadcast_to(weights, after),
+    )
 
 
 def product(matrix: Array, lead: int, trailing: int = 1) -> csr_array:
     """``matrix`` applied along an axis with ``lead`` elements before it and ``trailing`` ones behind it."""
-    inner = kron(csr_array(matrix.astype(np.float64)), eye_array(trailing), format="csr") if trailing > 1 else matrix
+    inner = (
+        kron(csr_array(matrix.astype(np.float64)), eye_array(trailing), format="csr")
+        if trailing > 1
+        else matrix
+    )
     return csr_array(kron(eye_array(lead), csr_array(inner).astype(np.float64), format="csr"))
 
 
@@ -86,10 +94,19 @@ def average(node: Node, before: Shape, after: Shape) -> csr_array:
         pads = node.attrs.get("pads")
         last = [int(p) for p in pads[len(first) :]] if pads else first
         if (node.attrs.get("auto_pad", "NOTSET") or "NOTSET").startswith("SAME"):
-            last = [max(k, f) for k, f in zip(kernel, first, strict=True)]  # windows end inside, so any bound will do
+            last = [
+                max(k, f) for k, f in zip(kernel, first, strict=True)
+            ]  # windows end inside, so any bound will do
         padded = tuple(n + f + b for n, f, b in zip(before[2:], first, last, strict=True))
-        bare = Node(node.name, node.op, node.domain, node.version, node.inputs, node.outputs,
-                    {k: v for k, v in node.attrs.items() if k not in ("pads", "auto_pad")})  # fmt: skip
+        bare = Node(
+            node.name,
+            node.op,
+            node.domain,
+            node.version,
+            node.inputs,
+            node.outputs,
+            {k: v for k, v in node.attrs.items() if k not in ("pads", "auto_pad")},
+        )
         pixels = taps(bare, kernel, padded, after[2:], np.arange(int(np.prod(after[2:]))))
         count = np.tile((pixels >= 0).sum(axis=1), before[0] * before[1])
     row = np.broadcast_to(np.arange(len(read))[:, None], read.shape)

@@ -52,7 +52,9 @@ def _depth_to_space(node: Node, labels: Labels) -> None:
 def _space_to_depth(node: Node, labels: Labels) -> None:
     found, b = labels.label(node.inputs[0], 1), int(node.attrs["blocksize"])
     _pin_space(node, labels)
-    labels.set(node.outputs[0], [None, None if found is None else np.tile(found, b * b), None, None])
+    labels.set(
+        node.outputs[0], [None, None if found is None else np.tile(found, b * b), None, None]
+    )
 
 
 def _pin_space(node: Node, labels: Labels) -> None:
@@ -73,7 +75,9 @@ def _concat(node: Node, labels: Labels) -> None:
     result: list[LabelAxis] = []
     for a in range(len(known[0])):
         if a != axis:
-            result.append(labels.unify([(n, a) for n in node.inputs], node) if _any(node, labels, a) else None)
+            result.append(
+                labels.unify([(n, a) for n in node.inputs], node) if _any(node, labels, a) else None
+            )
             continue
         if not _any(node, labels, a):
             result.append(None)
@@ -81,13 +85,17 @@ def _concat(node: Node, labels: Labels) -> None:
         parts = []
         for name, shape in zip(node.inputs, known, strict=True):
             found = labels.label(name, a)
-            parts.append(labels.fresh(shape[a], f"{node} joins it untracked") if found is None else found)
+            parts.append(
+                labels.fresh(shape[a], f"{node} joins it untracked") if found is None else found
+            )
         result.append(np.concatenate(parts))
     labels.set(node.outputs[0], result)
 
 
 def _any(node: Node, labels: Labels, axis: int) -> bool:
-    return any(not labels.is_constant(n) and labels.label(n, axis) is not None for n in node.inputs if n)
+    return any(
+        not labels.is_constant(n) and labels.label(n, axis) is not None for n in node.inputs if n
+    )
 
 
 def _split_op(node: Node, labels: Labels) -> None:
@@ -123,7 +131,9 @@ def _split_repair(node: Node, cuts: Cuts) -> Edit:
 # ------------------------------------------------------------------------------------------------ pick and extend
 
 
-def slice_bounds(node: Node, labels: Labels | Cuts, shape: Shape) -> dict[int, tuple[int, int, int]]:
+def slice_bounds(
+    node: Node, labels: Labels | Cuts, shape: Shape
+) -> dict[int, tuple[int, int, int]]:
     """axis -> (start, stop, step) as Python's slice sees it. KeyError where a bound is computed."""
     starts, ends = integers(node, labels, "starts", 1), integers(node, labels, "ends", 2)
     axes, steps = integers(node, labels, "axes", 3), integers(node, labels, "steps", 4)
@@ -132,7 +142,9 @@ def slice_bounds(node: Node, labels: Labels | Cuts, shape: Shape) -> dict[int, t
     where = np.arange(len(starts)) if axes is None else axes % len(shape)
     by = np.ones(len(starts), np.int64) if steps is None else steps
     result = {}
-    for a, start, stop, step in zip(where.tolist(), starts.tolist(), ends.tolist(), by.tolist(), strict=True):
+    for a, start, stop, step in zip(
+        where.tolist(), starts.tolist(), ends.tolist(), by.tolist(), strict=True
+    ):
         # Python clips bounds beyond either end as ONNX does; a negative stop beyond the start means "to the front".
         stop = None if step < 0 and stop < -shape[a] else stop
         result[a] = (start, stop, step)
@@ -250,7 +262,9 @@ def _pad(node: Node, labels: Labels) -> None:
         return
     where = np.arange(len(shape)) if listed is None else listed % len(shape)
     result = list(axes)
-    for a, low, high in zip(where.tolist(), pads[: len(where)].tolist(), pads[len(where) :].tolist(), strict=True):
+    for a, low, high in zip(
+        where.tolist(), pads[: len(where)].tolist(), pads[len(where) :].tolist(), strict=True
+    ):
         found = axes[a]
         if found is None or (low == 0 and high == 0):
             continue
@@ -259,7 +273,9 @@ def _pad(node: Node, labels: Labels) -> None:
             result[a] = None
         else:
             reason = f"{node} adds it as padding"
-            result[a] = np.concatenate([labels.fresh(low, reason), found, labels.fresh(high, reason)])
+            result[a] = np.concatenate(
+                [labels.fresh(low, reason), found, labels.fresh(high, reason)]
+            )
     labels.set(node.outputs[0], result)
 
 
@@ -268,7 +284,10 @@ def _pad(node: Node, labels: Labels) -> None:
 
 def _transpose_encode(node: Node, terms: Terms) -> None:
     index = maps.places(terms.shape(node.inputs[0]))
-    terms.affine(node.outputs[0], [(node.inputs[0], maps.gather(index.transpose(node.attrs.get("perm")), index.size))])
+    terms.affine(
+        node.outputs[0],
+        [(node.inputs[0], maps.gather(index.transpose(node.attrs.get("perm")), index.size))],
+    )
 
 
 def _concat_encode(node: Node, terms: Terms) -> None:

@@ -150,7 +150,9 @@ def _batch_encode(node: Node, terms: Terms) -> None:
 
 
 SPECS = (
-    OpSpec("BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training), encode=_batch_encode),
+    OpSpec(
+        "BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training), encode=_batch_encode
+    ),
     OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
     OpSpec("LRN", _neighbours, _spread),
     OpSpec("GroupNormalization", _groups, _regroup, same=True),

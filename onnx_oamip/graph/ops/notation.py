@@ -29,7 +29,9 @@ class Term:
 def _term(text: str, signature: str) -> Term:
     tokens = text.split()
     if "*" in tokens[:-1]:
-        raise ValueError(f"'*' must come last in the term '{text.strip()}' of the signature '{signature}'")
+        raise ValueError(
+            f"'*' must come last in the term '{text.strip()}' of the signature '{signature}'"
+        )
     return Term(tuple(t for t in tokens if t != "*"), bool(tokens) and tokens[-1] == "*")
 
 
@@ -61,7 +63,10 @@ def rule(signature: str, guard: Callable[[Node, Labels], str | None] | None = No
                 len(shape) >= len(term.head) if term.open else len(shape) == len(term.head)
             )
             if not fits:
-                reason = reason or f"{node} reads '{name}' of shape {shape}, expected axes '{' '.join(term.head)}'"
+                reason = (
+                    reason
+                    or f"{node} reads '{name}' of shape {shape}, expected axes '{' '.join(term.head)}'"
+                )
         if len(node.inputs) > len(inputs) and any(node.inputs[len(inputs) :]):
             reason = reason or f"{node} has inputs this version does not know"
         if reason:
@@ -75,7 +80,11 @@ def rule(signature: str, guard: Callable[[Node, Labels], str | None] | None = No
                     labels.pin(labels.label(name, axis), f"{node} works across this axis")
             if term.open and not labels.is_constant(name):
                 data = name == node.inputs[0]
-                why = f"it is a spatial axis of {node}" if data else f"it is an axis of the kernel of {node}"
+                why = (
+                    f"it is a spatial axis of {node}"
+                    if data
+                    else f"it is an axis of the kernel of {node}"
+                )
                 for axis in range(len(term.head), len(labels.axes(name))):
                     labels.pin(labels.label(name, axis), why, listed=data)
         result = {symbol: labels.unify(axes, node) for symbol, axes in where.items()}

@@ -68,7 +68,11 @@ def _mean_repair(node: Node, cuts: Cuts) -> Edit:
         listed = integers(node, cuts, "axes", 1)
     except KeyError:
         return Edit()
-    reduced = range(len(cuts.shape(name))) if listed is None or not listed.size else listed % len(cuts.shape(name))
+    reduced = (
+        range(len(cuts.shape(name)))
+        if listed is None or not listed.size
+        else listed % len(cuts.shape(name))
+    )
     share = 1.0
     for a in cut:
         if a in reduced:
@@ -126,10 +130,33 @@ _channelwise = rule("n c * -> n c *")
 SPECS = (
     *(
         OpSpec(name, _channelwise, encode=ENCODE.get(name))
-        for name in ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+        for name in (
+            "MaxPool",
+            "AveragePool",
+            "LpPool",
+            "GlobalAveragePool",
+            "GlobalMaxPool",
+            "GlobalLpPool",
+        )
     ),
     *(
-        OpSpec(f"Reduce{name}", _reduce, _mean_repair if name == "Mean" else None, encode=ENCODE.get(f"Reduce{name}"))
-        for name in ["Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare"]
+        OpSpec(
+            f"Reduce{name}",
+            _reduce,
+            _mean_repair if name == "Mean" else None,
+            encode=ENCODE.get(f"Reduce{name}"),
+        )
+        for name in [
+            "Mean",
+            "Sum",
+            "Max",
+            "Min",
+            "Prod",
+            "L1",
+            "L2",
+            "LogSum",
+            "LogSumExp",
+            "SumSquare",
+        ]
     ),
 )

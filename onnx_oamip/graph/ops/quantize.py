@@ -31,7 +31,11 @@ def _scaled(node: Node, labels: Labels) -> None:
     x, scale = node.inputs[:2]
     shape, size = labels.shape(x), labels.shape(scale)
     axis = _axis(node, shape)
-    if shape is None or size is None or (len(size) == 1 and size[0] > 1 and (axis is None or shape[axis] != size[0])):
+    if (
+        shape is None
+        or size is None
+        or (len(size) == 1 and size[0] > 1 and (axis is None or shape[axis] != size[0]))
+    ):
         opaque(node, labels, f"{node} reads a tensor or a scale of unknown shape")
         return
     axes = labels.axes(x)
@@ -94,7 +98,9 @@ def _dynamic(node: Node, labels: Labels) -> None:
 # -------------------------------------------------------------------------------------------------- integer products
 
 
-def _integer(node: Node, labels: Labels, weight: int, whole: tuple[int, ...], each: tuple[int, ...]) -> None:
+def _integer(
+    node: Node, labels: Labels, weight: int, whole: tuple[int, ...], each: tuple[int, ...]
+) -> None:
     """A convolution or product of a quantised activation (slot 0) and a quantised constant (slot ``weight``)."""
     x, w = node.inputs[0], node.inputs[weight]
     shape = labels.shape(w)
@@ -169,7 +175,10 @@ def _zero_integer(node: Node, cuts: Cuts) -> dict[int, Array]:
 
 def _conv_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
     out, w = node.outputs[0], node.inputs[3 if node.op == "QLinearConv" else 1]
-    return (*((out, i) for i in range(len(shapes[out]))), *((w, i) for i in range(1, len(shapes[w]))))
+    return (
+        *((out, i) for i in range(len(shapes[out]))),
+        *((w, i) for i in range(1, len(shapes[w]))),
+    )
 
 
 def _matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:

@@ -29,7 +29,18 @@ from onnx_oamip.graph.ops.spec import (
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 STATES = (5, 6)
 """Inputs with a state to start from; the specification takes zeros where they are absent."""
-STILL = ("Identity", "Cast", "Expand", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Tile", "Gather")
+STILL = (
+    "Identity",
+    "Cast",
+    "Expand",
+    "Slice",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Transpose",
+    "Tile",
+    "Gather",
+)
 """Operators that make zeros of zeros."""
 
 
@@ -59,7 +70,10 @@ def _recurrent(node: Node, labels: Labels) -> None:
         if not labels.is_constant(state):
             blank = zeros(state, labels)
             for axis in (0, 1, 2) if blank else (0, 1):
-                labels.pin(labels.label(state, axis), f"{node} {'starts from zeros' if blank else 'steps'} along it")
+                labels.pin(
+                    labels.label(state, axis),
+                    f"{node} {'starts from zeros' if blank else 'steps'} along it",
+                )
             if blank:
                 continue  # where hidden units go, the repair drops it
         labels.unify([(r, 2), (state, 2)], node)

@@ -104,9 +104,12 @@ def refined(before: list[int], after: list[int]) -> tuple[list[list[int]], list[
 
 
 def _regroup(
-    node: Node, labels: Labels, source: tuple[list[LabelAxis], list[int]], target: tuple[list[LabelAxis], list[int]],
+    node: Node,
+    labels: Labels,
+    source: tuple[list[LabelAxis], list[int]],
+    target: tuple[list[LabelAxis], list[int]],
     fine: tuple[list[list[int]], list[list[int]]],
-) -> None:  # fmt: skip
+) -> None:
     """Divide every axis into the common lengths, then merge those that make up a new axis."""
     parts: list[LabelAxis] = []
     for a, sizes in zip(source[1], fine[0], strict=True):
@@ -126,9 +129,13 @@ def _regroup(
             target[0][b] = _merge(node, labels, parts, run, sizes)
 
 
-def _merge(node: Node, labels: Labels, axes: list[LabelAxis], left: list[int], sizes: list[int]) -> Ints:
+def _merge(
+    node: Node, labels: Labels, axes: list[LabelAxis], left: list[int], sizes: list[int]
+) -> Ints:
     """Several axes become one: the index set of a unit is a strided run of the merged axis."""
-    found: list[tuple[int, Ints]] = [(i, x) for i, a in enumerate(left) if (x := axes[a]) is not None]
+    found: list[tuple[int, Ints]] = [
+        (i, x) for i, a in enumerate(left) if (x := axes[a]) is not None
+    ]
     # Only one tracked axis can stay free: the one with the most channels.
     place, free = max(found, key=lambda item: item[1].size)
     for i, other in found:
@@ -192,7 +199,9 @@ def _squeeze_repair(node: Node, cuts: Cuts) -> Edit:
     if operand(node, 1) or "axes" in node.attrs or not narrowed:
         return Edit()
     axes = [a for a, n in enumerate(shape) if n == 1]
-    return Edit({"axes": axes}) if node.version < 13 else Edit(inputs={1: np.asarray(axes, np.int64)})
+    return (
+        Edit({"axes": axes}) if node.version < 13 else Edit(inputs={1: np.asarray(axes, np.int64)})
+    )
 
 
 def _encode(node: Node, terms: Terms) -> None:

@@ -115,7 +115,9 @@ class Terms(Protocol):
 
     def shape(self, tensor: str) -> tuple[int, ...]: ...
     def constant(self, tensor: str) -> Array | None: ...
-    def affine(self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0) -> None:
+    def affine(
+        self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0
+    ) -> None:
         """``out = sum of matrix @ tensor + offset``: matrices are (elements of out, elements of the tensor)."""
         ...
 

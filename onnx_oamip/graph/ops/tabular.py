@@ -28,7 +28,9 @@ def _columns_repair(node: Node, cuts: Cuts) -> Edit:
     if keep is None:
         return Edit()
     held = {a: node.attrs[a] for a in LISTS if len(node.attrs.get(a, ())) > 1}
-    return Edit({a: [v for v, k in zip(values, keep, strict=True) if k] for a, values in held.items()})
+    return Edit(
+        {a: [v for v, k in zip(values, keep, strict=True) if k] for a, values in held.items()}
+    )
 
 
 def _rows(node: Node, labels: Labels) -> None:

@@ -51,7 +51,9 @@ def begins(node: Node, kernel: Sequence[int], before: Shape, after: Shape) -> li
     strides = [int(s) for s in attrs.get("strides", [1] * rank)]
     dilations = [int(d) for d in attrs.get("dilations", [1] * rank)]
     result = []
-    for i, (n, m, k, s, d) in enumerate(zip(before, after, kernel, strides, dilations, strict=True)):
+    for i, (n, m, k, s, d) in enumerate(
+        zip(before, after, kernel, strides, dilations, strict=True)
+    ):
         span = (k - 1) * d + 1
         total = (n - 1) * s + extra[i] + span - m if transposed else max((m - 1) * s + span - n, 0)
         result.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)

@@ -26,7 +26,9 @@ from onnx_oamip.core.records import (
 MOVES = ("Reshape", "Transpose", "Identity")
 
 
-def usual(model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto) -> onnx.ModelProto:
+def usual(
+    model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto
+) -> onnx.ModelProto:
     """A cut model whose attention scales fit its heads; the model itself where there are none to change."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
@@ -35,7 +37,12 @@ def usual(model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto
     done = False
     for consumer in coupling.consumers:
         node = before[consumer.node]
-        if node.op != "MatMul" or consumer.slot != 0 or consumer.weight in model.constants or consumer.weight is None:
+        if (
+            node.op != "MatMul"
+            or consumer.slot != 0
+            or consumer.weight in model.constants
+            or consumer.weight is None
+        ):
             continue
         size = model.shapes[consumer.data][consumer.axis]
         kept = int(coupling.keep((consumer.data, consumer.axis), units).sum())
@@ -70,7 +77,9 @@ class _Graph:
             return False
         old = self._value(scaler.input[1])
         name = f"{scaler.name}_scale_pruned"
-        made = np.full_like(old, math.sqrt(kept) if scaler.op_type == "Div" else 1 / math.sqrt(kept))
+        made = np.full_like(
+            old, math.sqrt(kept) if scaler.op_type == "Div" else 1 / math.sqrt(kept)
+        )
         self._graph.initializer.append(numpy_helper.from_array(made, name))
         if self._only(scaler.input[1]):
             self._graph.initializer.remove(self._held[scaler.input[1]])
@@ -91,7 +100,12 @@ class _Graph:
 
     def _scales(self, node: onnx.NodeProto | None, data: str, size: int) -> bool:
         """Whether a node divides (or multiplies) the data by the root of the head's size, and nobody else reads it."""
-        if node is None or node.op_type not in ("Div", "Mul") or node.input[0] != data or not self._only(data):
+        if (
+            node is None
+            or node.op_type not in ("Div", "Mul")
+            or node.input[0] != data
+            or not self._only(data)
+        ):
             return False
         if node.input[1] not in self._held or size < 2:
             return False
@@ -111,7 +125,9 @@ class _Graph:
                 found, tensor = held, next(name for name in node.input if name not in self._held)
             elif node.op_type in ("MatMul", "Gemm") and node.input[1] in self._held:
                 found = [*held, *found]
-                return found if all(self._only(n) and _floating(self._value(n)) for n in found) else []
+                return (
+                    found if all(self._only(n) and _floating(self._value(n)) for n in found) else []
+                )
             else:
                 return []
         return []

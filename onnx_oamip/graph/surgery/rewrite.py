@@ -92,7 +92,9 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
                 added = spread(known[node.name], rank, edit.spread, edit.ordered, keep, names)
                 _add(part, node, added, tensors)
             if edit.scale != 1.0:
-                added = scale(known[node.name], edit.scale, model.dtypes[node.outputs[0].name], names)
+                added = scale(
+                    known[node.name], edit.scale, model.dtypes[node.outputs[0].name], names
+                )
                 _add(part, node, added, tensors)
     # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
     graph.cleanup(remove_unused_graph_inputs=False)
@@ -131,7 +133,10 @@ def _reuse(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None:
     present = Present(model)
     for node in [n for n in model.every if n.name in edits]:
         edit = edits[node.name]
-        if edit.spread is not None and (around := present.spread(node, edit.spread, edit.ordered)) is not None:
+        if (
+            edit.spread is not None
+            and (around := present.spread(node, edit.spread, edit.ordered)) is not None
+        ):
             axis = edit.spread
             before, inside = (
                 np.ones(cuts.shape(t)[axis], bool) if (keep := cuts.keep(t, axis)) is None else keep
@@ -139,11 +144,15 @@ def _reuse(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None:
             )
             edits.update(again(around, axis, before, inside, model))
             # Where gathers place the zeros, the node's parameters stay in their places too.
-            edits[node.name] = replace(edit, spread=None, inputs={} if around.ordered else edit.inputs)
+            edits[node.name] = replace(
+                edit, spread=None, inputs={} if around.ordered else edit.inputs
+            )
         if edit.scale != 1.0 and (product := present.scale(node)) is not None:
             mul, slot = product
             number = model.constants[mul.inputs[slot]]
-            edits[mul.name] = Edit(inputs={slot: np.asarray(number * np.float64(edit.scale), number.dtype)})
+            edits[mul.name] = Edit(
+                inputs={slot: np.asarray(number * np.float64(edit.scale), number.dtype)}
+            )
             edits[node.name] = replace(edit, scale=1.0)
 
 
@@ -159,7 +168,9 @@ def _add(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.Ten
     node.inputs[0], node.outputs[0] = tensor(added.reads), tensor(added.writes)
     for step in added.steps:
         inputs = [tensor(name) for name in step.inputs]
-        graph.nodes.append(gs.Node(step.op, step.name, dict(step.attrs), inputs, [tensor(step.output)]))
+        graph.nodes.append(
+            gs.Node(step.op, step.name, dict(step.attrs), inputs, [tensor(step.output)])
+        )
 
 
 def _apply(node: gs.Node, edit: Edit) -> None:
@@ -201,11 +212,15 @@ def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
 class _Masks:
     """What is added to a graph to mask channels; ``before`` are nodes to insert, by the name of the node behind."""
 
-    def __init__(self, model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto) -> None:
+    def __init__(
+        self, model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto
+    ) -> None:
         self._model, self._coupling, self._units, self._proto = model, coupling, units, proto
         self._makers = {name: node for node in model.every for name in node.outputs}
         self._known = {node.name: node for node in model.every}
-        self._shared = {node.name for node in model.nodes}  # what is made in a body is not seen elsewhere
+        self._shared = {
+            node.name for node in model.nodes
+        }  # what is made in a body is not seen elsewhere
         self._protos = {node.name: node for node in subgraphs.nodes(proto.graph)}
         self._cuts = _Cuts(model, coupling, units)
         self._made: dict[Axis, str] = {}
@@ -247,7 +262,11 @@ class _Masks:
 
     def _zero(self, node: Node, slot: int) -> Array | None:
         spec = lookup(node.domain, node.op, node.version)
-        return spec.zero(node, self._cuts).get(slot) if spec is not None and spec.zero is not None else None
+        return (
+            spec.zero(node, self._cuts).get(slot)
+            if spec is not None and spec.zero is not None
+            else None
+        )
 
     def _quantised(self, tensor: str) -> bool:
         """Whether a tensor comes from a quantised one, element by element."""
@@ -267,7 +286,9 @@ class _Masks:
         same = [a for a in range(rank) if np.array_equal(axes.get((node.inputs[0], a), []), wanted)]
         return same[0] if len(same) == 1 else None
 
-    def _stored(self, tensor: str, axis: int, zero: Array | None, name: str, behind: str) -> str | None:
+    def _stored(
+        self, tensor: str, axis: int, zero: Array | None, name: str, behind: str
+    ) -> str | None:
         """A masked copy of a quantised constant, or of the operators that read it element by element; else None."""
         if tensor in self._model.constants:
             value = self._model.constants[tensor]
@@ -277,7 +298,9 @@ class _Masks:
             view[axis] = -1
             keep = self._coupling.keep((tensor, axis), self._units).reshape(view)
             masked = np.where(keep, value, np.broadcast_to(zero, value.shape).astype(value.dtype))
-            self._proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(masked), name))
+            self._proto.graph.initializer.append(
+                numpy_helper.from_array(np.ascontiguousarray(masked), name)
+            )
             return name
         node = self._makers.get(tensor)
         if node is None:

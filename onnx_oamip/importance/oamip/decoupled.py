@@ -69,7 +69,9 @@ GAP = 0.01
 NODES = 1_000
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Scores in [0, 1], a record for every group's programs, and other orders worth a measurement.
 
     A group whose consumers have no second moments (attention scores, very wide inputs) takes its activation scores,
@@ -163,7 +165,11 @@ def _walk(found: Sequence[Problem], count: int, name: str, settings: Settings) -
     values[going] = _rising(values[going])
     rank = np.empty(count)
     rank[order] = np.arange(count)
-    other = values if settings.refit == "least-squares" else _path(_quadratic(found, settings.refit == "none"))
+    other = (
+        values
+        if settings.refit == "least-squares"
+        else _path(_quadratic(found, settings.refit == "none"))
+    )
     return _Walk(values, rank, other, _record(name, subset, steps, time.perf_counter() - began))
 
 
@@ -261,7 +267,9 @@ def _improve(
         if value - bound <= GAP * value:
             break
         subset.tangent(keep)
-        subset.tangent((keep + relaxed) / 2)  # between the two: deeper than a plane at the far end alone
+        subset.tangent(
+            (keep + relaxed) / 2
+        )  # between the two: deeper than a plane at the far end alone
     return _Step(best, value, min(bound, value), last, best is not start)
 
 

@@ -114,7 +114,13 @@ class _Graph:
     """Walks the region and hands every statement of a rule to the encoder; implements ``ops.Terms``."""
 
     def __init__(
-        self, model: Model, coupling: Coupling, images: Images, form: Form, found: Region, tighten: Tighten | None
+        self,
+        model: Model,
+        coupling: Coupling,
+        images: Images,
+        form: Form,
+        found: Region,
+        tighten: Tighten | None,
     ) -> None:
         self.model = model
         self.coupling = coupling
@@ -133,11 +139,19 @@ class _Graph:
         self.known: dict[str, Expression] = {}
         self.shapes: dict[str, tuple[int, ...]] = dict(model.shapes)
         self.gated: set[str] = set()
-        self.scored = {axis[0]: axis[1] for axis, _ in gate_sites(model, coupling, self.readers, self.needed, form)
-                       } if form.kind == "paper" else {}  # fmt: skip
-        self.consumers: dict[tuple[str, int], Axis] = {
-            (c.node, c.slot): (c.data, c.axis) for c in coupling.consumers
-        } if form.kind == "exact" else {}  # fmt: skip
+        self.scored = (
+            {
+                axis[0]: axis[1]
+                for axis, _ in gate_sites(model, coupling, self.readers, self.needed, form)
+            }
+            if form.kind == "paper"
+            else {}
+        )
+        self.consumers: dict[tuple[str, int], Axis] = (
+            {(c.node, c.slot): (c.data, c.axis) for c in coupling.consumers}
+            if form.kind == "exact"
+            else {}
+        )
 
     def formulation(self, cost: Floats | None) -> Formulation:
         """Everything: the region's rules one after the other, then the objective."""
@@ -150,7 +164,9 @@ class _Graph:
         widest = float(np.maximum(np.abs(logits.lower), np.abs(logits.upper)).max(initial=0.0))
         if not widest <= BIG:
             raise SolverError(_beyond(widest, f"the logits '{self.images.logits}'"))
-        program, loss = objective(self.encoder, logits, self.images.labels.reshape(-1), self.form.weight, reward)
+        program, loss = objective(
+            self.encoder, logits, self.images.labels.reshape(-1), self.form.weight, reward
+        )
         pending = self.encoder.pending(program.n_variables)
         units = np.flatnonzero(self.region.included)
         return Formulation(program, self.encoder, loss, reward, pending, units, self.region.outside)
@@ -172,7 +188,9 @@ class _Graph:
             return
         for name in node.outputs[:1]:
             if name in self.scored and name in self.known and not self._only_relus(name):
-                self.known[name] = self.encoder.gate(self.known[name], self._units((name, self.scored[name])))
+                self.known[name] = self.encoder.gate(
+                    self.known[name], self._units((name, self.scored[name]))
+                )
                 self.gated.add(name)
 
     # --- ops.Terms --------------------------------------------------------------------------------------------
@@ -183,7 +201,9 @@ class _Graph:
     def constant(self, tensor: str) -> Array | None:
         return self.model.constants.get(tensor)
 
-    def affine(self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0) -> None:
+    def affine(
+        self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0
+    ) -> None:
         """Constants among the parts (weights read as data) go the same way as activations."""
         size = parts[0][1].shape[0] if parts else int(np.prod(self.shapes[out]))
         shift = np.asarray(offset, np.float64)
@@ -192,7 +212,9 @@ class _Graph:
         if shift.size not in (1, size):
             shift = np.broadcast_to(shift, self.shapes[out])
         flat = np.broadcast_to(shift.reshape(-1), size)
-        self.known[out] = self.encoder.affine([(matrix, self._value(name)) for name, matrix in parts], flat)
+        self.known[out] = self.encoder.affine(
+            [(matrix, self._value(name)) for name, matrix in parts], flat
+        )
 
     def relu(self, out: str, x: str) -> None:
         unit = None
@@ -214,7 +236,9 @@ class _Graph:
         if name not in self.known:
             constant = self.model.constants.get(name)
             if constant is not None:
-                self.known[name] = Expression.of(np.tile(constant.reshape(-1), len(self.images.feeds)))
+                self.known[name] = Expression.of(
+                    np.tile(constant.reshape(-1), len(self.images.feeds))
+                )
             else:
                 if name not in self.images.activations:
                     raise Refused(f"'{name}' is no activation of floating type")
@@ -273,7 +297,11 @@ class _Graph:
             for slot, read in enumerate(node.inputs):
                 if read != name or (node.name, slot) in self.consumers:
                     continue
-                further = self._read_gated(node.outputs[0]) if spec is not None and spec.moves and not slot else None
+                further = (
+                    self._read_gated(node.outputs[0])
+                    if spec is not None and spec.moves and not slot
+                    else None
+                )
                 if further is None:
                     return None
                 found |= further
@@ -281,7 +309,11 @@ class _Graph:
 
     def _only_relus(self, name: str) -> bool:
         readers = [self.model.nodes[j] for j in self.readers[name] if j in self.needed]
-        return bool(readers) and all(node.op == "Relu" for node in readers) and name != self.images.logits
+        return (
+            bool(readers)
+            and all(node.op == "Relu" for node in readers)
+            and name != self.images.logits
+        )
 
     # --- objective --------------------------------------------------------------------------------------------
 

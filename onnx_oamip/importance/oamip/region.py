@@ -74,7 +74,9 @@ def without_rule(model: Model) -> dict[int, str]:
     return found
 
 
-def region(model: Model, coupling: Coupling, logits: str, form: Form, blocked: Mapping[int, str]) -> Region:
+def region(
+    model: Model, coupling: Coupling, logits: str, form: Form, blocked: Mapping[int, str]
+) -> Region:
     """What the program can cover. ``blocked``: reason by index of node that cannot be stated."""
     readers = readers_of(model)
     producer = {name: i for i, node in enumerate(model.nodes) for name in node.outputs if name}
@@ -135,12 +137,18 @@ def _ancestors(model: Model, producer: Mapping[str, int], logits: str) -> set[in
 
 
 def gate_sites(
-    model: Model, coupling: Coupling, readers: Mapping[str, Sequence[int]], needed: set[int], form: Form
+    model: Model,
+    coupling: Coupling,
+    readers: Mapping[str, Sequence[int]],
+    needed: set[int],
+    form: Form,
 ) -> list[tuple[Axis, list[int]]]:
     """(gated axis, nodes that read it gated): consumers in ``exact``, the readers of scored layers in ``paper``."""
     if form.kind == "exact":
         place = {node.name: i for i, node in enumerate(model.nodes)}
-        return [((c.data, c.axis), [i]) for c in coupling.consumers if (i := place[c.node]) in needed]
+        return [
+            ((c.data, c.axis), [i]) for c in coupling.consumers if (i := place[c.node]) in needed
+        ]
     return [
         ((name, axis), [j for j in readers[name] if j in needed])
         for name in _scored(model, readers, needed)
@@ -159,7 +167,11 @@ def _scored(model: Model, readers: Mapping[str, Sequence[int]], needed: set[int]
             continue
         name = node.outputs[0]
         after = [model.nodes[j] for j in readers[name] if j in needed]
-        if len(after) == 1 and after[0].op == "Add" and any(n in model.constants for n in after[0].inputs):
+        if (
+            len(after) == 1
+            and after[0].op == "Add"
+            and any(n in model.constants for n in after[0].inputs)
+        ):
             name = after[0].outputs[0]
         found.append(name)
     return found
@@ -181,6 +193,4 @@ def extent(model: Model, coupling: Coupling, images: Images, form: Form) -> int:
 def nothing_encodable(found: Region) -> str:
     reasons = list(dict.fromkeys(found.outside.values()))
     listed = "; ".join(reasons[:3])
-    return (
-        f"no unit can be scored by the joint program: {listed}; use --mode decoupled, or another --importance."
-    )
+    return f"no unit can be scored by the joint program: {listed}; use --mode decoupled, or another --importance."

@@ -55,7 +55,9 @@ TIE = 1e-6
 """What the activation score adds to keep variables, so that equal ones are told apart by it."""
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Keep variables in [0, 1] per unit, with a record of every program.
 
     Equal ones are told apart by the rank of their activation score, which adds at most ``TIE``. Units that the joint
@@ -78,7 +80,9 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
     return replace(found, method="oamip", notes=(*told, *found.notes))
 
 
-def _programs(model: Model, coupling: Coupling, statistics: Statistics, settings: Settings, mode: str) -> Scores:
+def _programs(
+    model: Model, coupling: Coupling, statistics: Statistics, settings: Settings, mode: str
+) -> Scores:
     """Scores by one program, or by one a class."""
     images = _images(statistics)
     size = extent(model, coupling, images, Form(settings.formulation))
@@ -93,7 +97,9 @@ def _programs(model: Model, coupling: Coupling, statistics: Statistics, settings
     programs: list[Mapping[str, Any]] = []
     outside: dict[int, str] = {}
     for part in parts:
-        with memory_for(f"the {mode} importance program", "use --mode decoupled, or fewer --images-per-class"):
+        with memory_for(
+            f"the {mode} importance program", "use --mode decoupled, or fewer --images-per-class"
+        ):
             formulation, outcome = program(model, coupling, part, settings, cheap)
         values[formulation.units] += outcome.keep / len(parts)
         outside.update(formulation.outside)
@@ -120,7 +126,11 @@ def _programs(model: Model, coupling: Coupling, statistics: Statistics, settings
 
 
 def program(
-    model: Model, coupling: Coupling, images: Images, settings: Settings, cheap: Floats | None = None
+    model: Model,
+    coupling: Coupling,
+    images: Images,
+    settings: Settings,
+    cheap: Floats | None = None,
 ) -> tuple[Formulation, Outcome]:
     """One joint program over some images, formulated and solved; ``cheap`` scores (n_units,) give it a first point."""
     limits = Limits(time_s=settings.time_limit, gap=GAP, seed=settings.seed)
@@ -150,10 +160,14 @@ def unit_costs(model: Model, coupling: Coupling) -> Floats:
     return per_group[coupling.unit_group]
 
 
-def _mode(model: Model, coupling: Coupling, statistics: Statistics, settings: Settings) -> tuple[str, str]:
+def _mode(
+    model: Model, coupling: Coupling, statistics: Statistics, settings: Settings
+) -> tuple[str, str]:
     """(mode, why it was chosen; empty where it was asked for)."""
     if settings.formulation == "paper" and settings.score_budget is not None:
-        raise SettingsError("--score-budget needs --formulation exact: the published objective has no budget.")
+        raise SettingsError(
+            "--score-budget needs --formulation exact: the published objective has no budget."
+        )
     if settings.mode != "auto":
         return settings.mode, ""
     images = statistics.images
@@ -198,6 +212,12 @@ def by_class(images: Images) -> list[Images]:
         labels = np.where(images.labels == label, images.labels, -1)
         feeds = np.flatnonzero((labels >= 0).any(axis=1))
         held = {name: value[feeds] for name, value in images.activations.items()}
-        parts.append(replace(images, feeds=tuple(images.feeds[i] for i in feeds), labels=labels[feeds],
-                             activations=held))  # fmt: skip
+        parts.append(
+            replace(
+                images,
+                feeds=tuple(images.feeds[i] for i in feeds),
+                labels=labels[feeds],
+                activations=held,
+            )
+        )
     return parts

@@ -55,7 +55,9 @@ class Outcome:
     notices: tuple[str, ...]
 
 
-def optimise(formulation: Formulation, limits: Limits, solver: str, guess: Floats | None = None) -> Outcome:
+def optimise(
+    formulation: Formulation, limits: Limits, solver: str, guess: Floats | None = None
+) -> Outcome:
     """The best keep variables within ``limits.gap`` of the optimum, or the best found in ``limits.time_s``.
 
     ``guess`` (keep variables,) orders the units by a cheap score: under a budget the first of them are a first point.
@@ -64,7 +66,9 @@ def optimise(formulation: Formulation, limits: Limits, solver: str, guess: Float
     began = time.perf_counter()
     base = formulation.program
     notices: list[str] = []
-    separation = Separation(base, formulation.loss, formulation.pending, SHARE * max(limits.gap, LEAST))
+    separation = Separation(
+        base, formulation.loss, formulation.pending, SHARE * max(limits.gap, LEAST)
+    )
     search = _Search(formulation, separation)
     search.offer(np.ones(len(formulation.units)))
     if guess is not None and formulation.reward.share_cost is not None:
@@ -87,19 +91,25 @@ def optimise(formulation: Formulation, limits: Limits, solver: str, guess: Float
     if whole:
         relaxed = replace(program, integer=np.zeros(base.n_variables, bool), start=None)
         half = left() if limits.time_s is None else replace(left(), time_s=limits.time_s / 2)
-        end = solve_with_cuts(relaxed, half, search.relaxation, solver, notices.append, ROUNDS, enough)
+        end = solve_with_cuts(
+            relaxed, half, search.relaxation, solver, notices.append, ROUNDS, enough
+        )
         bound = end.solution.bound if end.solution.bound is not None else bound
         rounds, cuts = end.rounds, end.cuts
         program = replace(end.program, integer=base.integer)
         if not enough(bound) and end.solution.values is not None:
-            search.descend(end.solution.values, None if limits.time_s is None else SHARE / 2 * limits.time_s)
+            search.descend(
+                end.solution.values, None if limits.time_s is None else SHARE / 2 * limits.time_s
+            )
     if not whole or not enough(bound):
         start = separation.best.values
         if start is not None and whole:
             program = replace(program, start=start)
         # Rounds share the gap with the solver: a bound closer than it can be reached.
         near = replace(left(), gap=limits.gap / 2)
-        end = solve_with_cuts(program, near, search.solution, solver, notices.append, ROUNDS, enough)
+        end = solve_with_cuts(
+            program, near, search.solution, solver, notices.append, ROUNDS, enough
+        )
         rounds, cuts = rounds + end.rounds, cuts + end.cuts
         if end.solution.bound is not None:
             bound = max(bound, end.solution.bound)
@@ -149,7 +159,10 @@ class _Search:
         self.tried.add(key)
         values = self.formulation.complete(keep)
         point, _ = self.separation.truth(values)
-        if max(self.formulation.program.violation(point), self.separation.violated(point)) > ACCEPTED:
+        if (
+            max(self.formulation.program.violation(point), self.separation.violated(point))
+            > ACCEPTED
+        ):
             return None
         self.separation.offer(point)
         return point
@@ -159,7 +172,9 @@ class _Search:
         loss = self.separation.loss
         count = len(loss.label)
         best = self.separation.best.values
-        at = loss.outputs(best) if best is not None else np.zeros((count, loss.logits.rows // count))
+        at = (
+            loss.outputs(best) if best is not None else np.zeros((count, loss.logits.rows // count))
+        )
         return program.with_rows(loss.tangents(at, np.arange(count), program.n_variables))
 
     def relaxation(self, values: Floats) -> Rows | None:
@@ -191,7 +206,9 @@ class _Search:
             improved = False
             for drop in (True, False):
                 chosen = order[current[order] == drop]
-                for part in np.array_split(chosen if drop else chosen[::-1], -(-len(chosen) // size) or 1):
+                for part in np.array_split(
+                    chosen if drop else chosen[::-1], -(-len(chosen) // size) or 1
+                ):
                     if seconds is not None and time.perf_counter() - began > seconds:
                         return
                     trial = current.copy()
@@ -234,11 +251,15 @@ def tightener(limits: Limits, solver: str, seconds: float) -> Any:
             if spent > seconds:
                 break
             row = csr_array(rows.matrix[[i]])
-            unit = float(np.abs(row.data).max(initial=0.0)) or 1.0  # solvers' tolerances are absolute
+            unit = (
+                float(np.abs(row.data).max(initial=0.0)) or 1.0
+            )  # solvers' tolerances are absolute
             objective = np.zeros(program.n_variables)
             objective[row.indices] = row.data / unit
             for sign, side in ((1.0, lower), (-1.0, upper)):
-                at = replace(relaxed, objective=sign * objective, offset=sign * rows.constant[i] / unit)
+                at = replace(
+                    relaxed, objective=sign * objective, offset=sign * rows.constant[i] / unit
+                )
                 found = solve(at, replace(limits, time_s=1.0), solver)
                 if found.termination is Termination.OPTIMAL and found.bound is not None:
                     # The solver's own tolerance must not cut a point off.

@@ -78,7 +78,10 @@ class CutSolution:
 
 
 def solve(
-    program: Program, limits: Limits | None = None, solver: str = "auto", notify: Notify | None = None
+    program: Program,
+    limits: Limits | None = None,
+    solver: str = "auto",
+    notify: Notify | None = None,
 ) -> Solution:
     """Solve with one backend, or with the first that can (``auto``).
 
@@ -119,7 +122,11 @@ def solve_with_cuts(
     bound: float | None = None
     done = cuts = 0
     while True:
-        left = None if limits.time_s is None else max(limits.time_s - (time.perf_counter() - began), 0.01)
+        left = (
+            None
+            if limits.time_s is None
+            else max(limits.time_s - (time.perf_counter() - began), 0.01)
+        )
         last = solve(program, replace(limits, time_s=left), solver, notify)
         notify = None  # once is enough
         done += 1
@@ -144,7 +151,9 @@ def solve_with_cuts(
     if last.objective is not None and bound is not None:
         bound = min(bound, last.objective)
         last = replace(last, bound=bound, gap=relative_gap(last.objective, bound))
-    return CutSolution(replace(last, seconds=time.perf_counter() - began), program, done, cuts, closed)
+    return CutSolution(
+        replace(last, seconds=time.perf_counter() - began), program, done, cuts, closed
+    )
 
 
 def available() -> list[SolverRecord]:
@@ -180,10 +189,14 @@ def _choose(
     if solver != "auto":
         backend = BACKENDS.get(solver)
         if backend is None:
-            raise SettingsError(f"--solver '{solver}' is unknown; choose one of auto, {', '.join(BACKENDS)}.")
+            raise SettingsError(
+                f"--solver '{solver}' is unknown; choose one of auto, {', '.join(BACKENDS)}."
+            )
         obstacle = _obstacle(backend, program)
         if obstacle:
-            raise SolverError(f"--solver {solver} cannot be used: {obstacle}; {_ways_out(backend)}.")
+            raise SolverError(
+                f"--solver {solver} cannot be used: {obstacle}; {_ways_out(backend)}."
+            )
         return backend, "as asked"
     passed: list[str] = []
     for backend in BACKENDS.values():
@@ -206,7 +219,9 @@ def _obstacle(backend: Backend, program: Program) -> str | None:
     if not licence.usable:
         return f"{backend.name} has no usable licence ({licence.text})"
     rows = backend.rows(program)
-    if program.n_variables > (licence.variables or program.n_variables) or rows > (licence.rows or rows):
+    if program.n_variables > (licence.variables or program.n_variables) or rows > (
+        licence.rows or rows
+    ):
         return (
             f"the program has {program.n_variables:,} variables and {rows:,} rows, over the {backend.name} licence "
             f"found here ({licence.text})"

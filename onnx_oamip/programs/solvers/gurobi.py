@@ -89,7 +89,9 @@ def solve(program: Program, limits: Limits) -> Solution:
                 f"Gurobi licence found here ({licence().text}); {WAYS_OUT}."
             ) from error
         licence.cache_clear()  # it may be gone: whoever chooses a solver next looks again
-        raise SolverError(f"Gurobi failed: {str(error).rstrip('.')}; try --solver highs.") from error
+        raise SolverError(
+            f"Gurobi failed: {str(error).rstrip('.')}; try --solver highs."
+        ) from error
 
 
 def _parameters(limits: Limits) -> dict[str, Any]:
@@ -129,10 +131,14 @@ def _load(gp: Any, model: Any, program: Program) -> Any:
     return held
 
 
-def _read(gp: Any, model: Any, held: Any, program: Program, limits: Limits, began: float) -> Solution:
+def _read(
+    gp: Any, model: Any, held: Any, program: Program, limits: Limits, began: float
+) -> Solution:
     names = {getattr(gp.GRB.Status, n): n for n in dir(gp.GRB.Status) if n.isupper()}
     status = names.get(model.Status, str(model.Status))
-    if status == "INTERRUPTED":  # Ctrl-C: gurobipy swallows it, and ends but one of the solves that run in threads
+    if (
+        status == "INTERRUPTED"
+    ):  # Ctrl-C: gurobipy swallows it, and ends but one of the solves that run in threads
         if threading.current_thread() is not threading.main_thread():
             _thread.interrupt_main()
         raise KeyboardInterrupt
@@ -145,7 +151,9 @@ def _read(gp: Any, model: Any, held: Any, program: Program, limits: Limits, bega
         assert values is not None
         if bound is None:
             bound = program.value(values)
-        return solution(program, NAME, time.perf_counter() - began, Termination.OPTIMAL, None, values, bound)
+        return solution(
+            program, NAME, time.perf_counter() - began, Termination.OPTIMAL, None, values, bound
+        )
     if status in ("INFEASIBLE", "UNBOUNDED", "INF_OR_UNBD"):
         # Gurobi calls a mixed-integer program unbounded when its relaxation is, whether or not it has a point.
         ended = Termination.INFEASIBLE if status == "INFEASIBLE" else which(program, limits, solve)

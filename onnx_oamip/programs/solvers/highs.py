@@ -65,7 +65,9 @@ def solve(program: Program, limits: Limits) -> Solution:
     for name, value in options.items():
         highs.setOptionValue(name, value)
     if _load(highs, program) == highspy.HighsStatus.kError:
-        raise SolverError("HiGHS refused the program's arrays; its coefficients may be out of range.")
+        raise SolverError(
+            "HiGHS refused the program's arrays; its coefficients may be out of range."
+        )
     _run(highs)
 
     status = highs.getModelStatus().name

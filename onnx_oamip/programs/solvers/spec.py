@@ -136,7 +136,9 @@ def solution(
         bound = None
     if values is None or termination not in (Termination.OPTIMAL, Termination.FEASIBLE):
         return Solution(termination, limit, None, None, bound, None, seconds, solver)
-    values = np.clip(np.where(program.integer, np.round(values), values), program.lower, program.upper)
+    values = np.clip(
+        np.where(program.integer, np.round(values), values), program.lower, program.upper
+    )
     objective = program.value(values)
     if bound is not None:
         bound = min(bound, objective)
@@ -149,7 +151,9 @@ def relative_gap(objective: float, bound: float) -> float:
     return 0.0 if objective == bound else abs(objective - bound) / max(abs(objective), 1e-10)
 
 
-def which(program: Program, limits: Limits, solve: Callable[[Program, Limits], Solution]) -> Termination:
+def which(
+    program: Program, limits: Limits, solve: Callable[[Program, Limits], Solution]
+) -> Termination:
     """Settle a solver's "infeasible or unbounded": whether anything is feasible once nothing is optimised."""
     any_point = replace(program, objective=np.zeros(program.n_variables), offset=0.0)
     found = solve(any_point, limits).termination

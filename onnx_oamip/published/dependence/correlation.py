@@ -22,10 +22,15 @@ from onnx_oamip.published.dependence.propagation import propagate
 from onnx_oamip.statistics.covariances import shrinkage
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Importance of every unit, the mean of its group 1, propagated as SNACS does from partial correlations."""
     assert statistics is not None
-    found = ((pair, partial(pair.parents, pair.children)) for pair in pairs(model, coupling, statistics.pooled))
+    found = (
+        (pair, partial(pair.parents, pair.children))
+        for pair in pairs(model, coupling, statistics.pooled)
+    )
     return Scores("correlation", propagate(model, coupling, statistics, found))
 
 
@@ -45,4 +50,6 @@ def partial(parents: Array, children: Array) -> Floats:
     inverse = np.linalg.inv(gram)
     slopes = inverse @ cross  # (p, c)
     residual = np.maximum(y.var(axis=0) + ridge - np.einsum("pc,pc->c", cross, slopes), 1e-12)
-    return np.asarray(np.abs(slopes / np.sqrt(np.outer(np.diag(inverse), residual) + np.square(slopes))).T)
+    return np.asarray(
+        np.abs(slopes / np.sqrt(np.outer(np.diag(inverse), residual) + np.square(slopes))).T
+    )

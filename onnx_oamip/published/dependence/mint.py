@@ -41,7 +41,9 @@ SPLITS = 3
 """Random splits of the samples in three, averaged."""
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Importance of every unit, the mean of its group 1, propagated as SNACS does.
 
     Layers are first looked at with one split each, then with a second, ... Where ``settings.score_time`` seconds have
@@ -57,7 +59,9 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
         if values is not None:
             found[i].append(values)
     rho = [
-        np.maximum(np.mean(estimates, axis=0), 0.0) if estimates else partial(pair.parents, pair.children)
+        np.maximum(np.mean(estimates, axis=0), 0.0)
+        if estimates
+        else partial(pair.parents, pair.children)
         for pair, estimates in zip(every, found, strict=True)
     ]
     values = propagate(model, coupling, statistics, zip(every, rho, strict=True))
@@ -83,7 +87,9 @@ def _one(every: Sequence[Pair], job: tuple[int, int, _Deadline]) -> Floats | Non
     return dependence(pair.parents, pair.children, seed, end.at)
 
 
-def _notes(every: Sequence[Pair], found: Sequence[Sequence[Floats]], seconds: float) -> tuple[str, ...]:
+def _notes(
+    every: Sequence[Pair], found: Sequence[Sequence[Floats]], seconds: float
+) -> tuple[str, ...]:
     none = sum(not estimates for estimates in found)
     fewer = sum(0 < len(estimates) < SPLITS for estimates in found)
     if not none and not fewer:
@@ -95,7 +101,9 @@ def _notes(every: Sequence[Pair], found: Sequence[Sequence[Floats]], seconds: fl
     return (note,)
 
 
-def dependence(parents: Array, children: Array, seed: int = 0, ends: float = np.inf) -> Floats | None:
+def dependence(
+    parents: Array, children: Array, seed: int = 0, ends: float = np.inf
+) -> Floats | None:
     """Estimate (c, p) of I(X; Y | Z) from one random split, filters in at most GROUPS groups of neighbours a side.
 
     Rows of ``parents`` (samples, p) and ``children`` (samples, c) are of the same samples. Not clipped: independent
@@ -117,7 +125,9 @@ def dependence(parents: Array, children: Array, seed: int = 0, ends: float = np.
         others = max(parents.shape[1] - here, 1)
         nearest = second[np.argmin(across - _distances(part[first], part[second]), axis=1)]
         taken = part[np.concatenate([last, nearest])]
-        rest = (total - _distances(part[both], part[both])) / others + _distances(taken, taken) / here
+        rest = (total - _distances(part[both], part[both])) / others + _distances(
+            taken, taken
+        ) / here
         for i, near in enumerate(near_x):
             if time.monotonic() > ends:
                 return None

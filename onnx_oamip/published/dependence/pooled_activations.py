@@ -70,12 +70,22 @@ def outlet(model: Model, place: Site) -> Axis:
     shown = {port.name for port in model.outputs}
     while name not in shown:
         readers = [n for n in model.nodes if name in (*n.inputs, *n.captures)]
-        if len(readers) != 1 or readers[0].op not in FOLDED or readers[0].domain not in ("", "ai.onnx"):
+        if (
+            len(readers) != 1
+            or readers[0].op not in FOLDED
+            or readers[0].domain not in ("", "ai.onnx")
+        ):
             break
         others = [model.constants.get(i) for i in readers[0].inputs if i and i != name]
         channels = model.shapes[name][axis]
-        per_channel = all(o is not None and o.size in (1, channels) and np.isfinite(o).all() for o in others)
-        if not per_channel or not others or model.shapes.get(readers[0].outputs[0]) != model.shapes[name]:
+        per_channel = all(
+            o is not None and o.size in (1, channels) and np.isfinite(o).all() for o in others
+        )
+        if (
+            not per_channel
+            or not others
+            or model.shapes.get(readers[0].outputs[0]) != model.shapes[name]
+        ):
             break
         name = readers[0].outputs[0]
     return name, axis
@@ -104,18 +114,32 @@ def collect(
     ends = (axis for c, p in places for axis in ((c.data, c.axis), outlet(model, p)))
     held = 1 if few.whole else few.fixed_batch or 1
     # Several samples in one fixed feed are told apart along axis 0 only.
-    wanted = [a for a in dict.fromkeys(ends) if held == 1 or (a[1] > 0 and model.shapes[a[0]][0] % held == 0)]
-    windows = {p.node.name: p for _, p in places if by_tap and (p.data, 1) in wanted and _looks_around(model, p)}
+    wanted = [
+        a
+        for a in dict.fromkeys(ends)
+        if held == 1 or (a[1] > 0 and model.shapes[a[0]][0] % held == 0)
+    ]
+    windows = {
+        p.node.name: p
+        for _, p in places
+        if by_tap and (p.data, 1) in wanted and _looks_around(model, p)
+    }
     if not wanted:
         return Pooled({}, {}, few.labels, few.usable())
-    session = Session(_instrument(model, wanted, windows), device, what="the model with its pooled activations")
+    session = Session(
+        _instrument(model, wanted, windows), device, what="the model with its pooled activations"
+    )
     step = 1 if _alone(model, few, wanted, batch_size, session) else batch_size
     rows = few.usable()
     values = {axis: np.empty((rows, model.shapes[axis[0]][axis[1]]), np.float32) for axis in wanted}
     read = {
-        n: np.empty((rows, model.shapes[p.data][1], int(np.prod(p.kernel))), np.float32) for n, p in windows.items()
+        n: np.empty((rows, model.shapes[p.data][1], int(np.prod(p.kernel))), np.float32)
+        for n, p in windows.items()
     }
-    names = [*(f"oamip_pool_{i}" for i in range(len(wanted))), *(f"oamip_taps_{n}" for n in windows)]
+    names = [
+        *(f"oamip_pool_{i}" for i in range(len(wanted))),
+        *(f"oamip_taps_{n}" for n in windows),
+    ]
     for index, feed in few.batches(step):
         found = session.run(feed, names)
         for target, value in zip((*values.values(), *read.values()), found, strict=True):
@@ -147,12 +171,16 @@ def _choose(samples: Samples, most: int, seed: int) -> Ints:
         first = np.searchsorted(kinds[by_kind], kinds)
         rank = np.empty(len(order), np.int64)
         rank[by_kind] = np.arange(len(order))
-        order = order[np.argsort(rank - first, kind="stable")]  # the first of every class, then the second, ...
+        order = order[
+            np.argsort(rank - first, kind="stable")
+        ]  # the first of every class, then the second, ...
     held = max(most, samples.fixed_batch or 1)
     return np.sort(order[:held]).astype(np.int64)
 
 
-def _instrument(model: Model, wanted: Sequence[Axis], windows: Mapping[str, Site]) -> onnx.ModelProto:
+def _instrument(
+    model: Model, wanted: Sequence[Axis], windows: Mapping[str, Site]
+) -> onnx.ModelProto:
     """The model with, per axis, the mean over all axes but it and axis 0; and what taps read, pooled."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
@@ -164,7 +192,9 @@ def _instrument(model: Model, wanted: Sequence[Axis], windows: Mapping[str, Site
     def floating(tensor: str) -> str:
         if tensor not in cast:
             cast[tensor] = f"oamip_pooling_{len(cast)}"
-            graph.node.append(helper.make_node("Cast", [tensor], [cast[tensor]], to=TensorProto.FLOAT))
+            graph.node.append(
+                helper.make_node("Cast", [tensor], [cast[tensor]], to=TensorProto.FLOAT)
+            )
         return cast[tensor]
 
     def constant(name: str, value: Array) -> str:
@@ -178,7 +208,9 @@ def _instrument(model: Model, wanted: Sequence[Axis], windows: Mapping[str, Site
         if not axes:
             graph.node.append(helper.make_node("Identity", [source], [name]))
         elif opset < 18:
-            graph.node.append(helper.make_node("ReduceMean", [source], [name], axes=axes, keepdims=0))
+            graph.node.append(
+                helper.make_node("ReduceMean", [source], [name], axes=axes, keepdims=0)
+            )
         else:
             held = constant(f"{name}_axes", np.asarray(axes, np.int64))
             graph.node.append(helper.make_node("ReduceMean", [source, held], [name], keepdims=0))
@@ -187,7 +219,9 @@ def _instrument(model: Model, wanted: Sequence[Axis], windows: Mapping[str, Site
         name = f"oamip_taps_{node}"
         flat = constant(f"{name}_flat", np.asarray([0, 0, -1], np.int64))
         reads = constant(f"{name}_reads", _reads(model, place))
-        graph.node.append(helper.make_node("Reshape", [floating(place.data), flat], [f"{name}_pixels"]))
+        graph.node.append(
+            helper.make_node("Reshape", [floating(place.data), flat], [f"{name}_pixels"])
+        )
         graph.node.append(helper.make_node("MatMul", [f"{name}_pixels", reads], [name]))
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     return proto
@@ -204,7 +238,9 @@ def _reads(model: Model, place: Site) -> Array:
     return (seen / len(positions)).astype(np.float32)
 
 
-def _alone(model: Model, few: Samples, wanted: Sequence[Axis], batch_size: int, session: Session) -> bool:
+def _alone(
+    model: Model, few: Samples, wanted: Sequence[Axis], batch_size: int, session: Session
+) -> bool:
     """Whether samples must run one by one: where a tensor does not count samples along axis 0."""
     if few.whole or few.fixed_batch or few.count < 2:
         return False
@@ -224,7 +260,9 @@ def _by_sample(value: Array, count: int, shape: tuple[int, ...]) -> Array:
 def pairs(model: Model, coupling: Coupling, pooled: Pooled) -> Iterator[Pair]:
     """All pairs of layers, one a block of every linear consumer, in graph order."""
     for consumer, place in sites(model, coupling):
-        weight = np.abs(matrix(place, model.constants[place.weight])).mean(axis=3)  # (groups, outputs, inputs)
+        weight = np.abs(matrix(place, model.constants[place.weight])).mean(
+            axis=3
+        )  # (groups, outputs, inputs)
         groups, outs, ins = weight.shape
         labels = coupling.axes[consumer.data, consumer.axis]
         end = outlet(model, place)
@@ -233,11 +271,18 @@ def pairs(model: Model, coupling: Coupling, pooled: Pooled) -> Iterator[Pair]:
         made = coupling.axes.get(end, np.full(groups * outs, -1, np.int64))
         read, given = pooled.values[consumer.data, consumer.axis], pooled.values[end]
         for block in range(groups):
-            here, there = slice(block * ins, (block + 1) * ins), slice(block * outs, (block + 1) * outs)
+            here, there = (
+                slice(block * ins, (block + 1) * ins),
+                slice(block * outs, (block + 1) * outs),
+            )
             units, mean = _parents(labels[here])
-            single = mean.shape[0] == mean.shape[1] and (mean.indices == np.arange(len(units))).all()
+            single = (
+                mean.shape[0] == mean.shape[1] and (mean.indices == np.arange(len(units))).all()
+            )
             parents = read[:, here] if single else read[:, here] @ mean.astype(np.float32)
-            yield Pair(consumer, block, parents, given[:, there], weight[block] @ mean, units, made[there])
+            yield Pair(
+                consumer, block, parents, given[:, there], weight[block] @ mean, units, made[there]
+            )
 
 
 def _parents(labels: Ints) -> tuple[Ints, csr_array]:
@@ -247,7 +292,9 @@ def _parents(labels: Ints) -> tuple[Ints, csr_array]:
     ids = np.where(free, labels, top + np.arange(len(labels)))
     found, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
-    mean = csr_array((1.0 / counts[inverse], (np.arange(len(labels)), inverse)), shape=(len(labels), len(found)))
+    mean = csr_array(
+        (1.0 / counts[inverse], (np.arange(len(labels)), inverse)), shape=(len(labels), len(found))
+    )
     return np.where(found < top, found, -1).astype(np.int64), mean
 
 
@@ -258,4 +305,3 @@ def standardise(values: Array) -> Floats:
     spread = centred.std(axis=0)
     still = spread <= 1e-6 * (np.abs(values).max(axis=0, initial=0.0) + 1e-30)
     return np.asarray(np.where(still, 0.0, centred / np.where(still, 1.0, spread)))
-

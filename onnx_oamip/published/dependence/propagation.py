@@ -29,7 +29,9 @@ Scored = tuple[Pair, Floats]
 """A pair of layers with rho (children, parents), none of it negative."""
 
 
-def propagate(model: Model, coupling: Coupling, statistics: Statistics, found: Iterable[Scored]) -> Floats:
+def propagate(
+    model: Model, coupling: Coupling, statistics: Statistics, found: Iterable[Scored]
+) -> Floats:
     """Importance of every unit (n_units,), the mean of each group 1.
 
     Consumers without a pair (two activations meet, a recurrent layer) pass on by the energy that they receive.
@@ -43,15 +45,25 @@ def propagate(model: Model, coupling: Coupling, statistics: Statistics, found: I
     total = np.zeros(coupling.n_units)
     for consumer in sorted(coupling.consumers, key=lambda c: place[c.node], reverse=True):
         if consumer in blocks:
-            readers = [flow for other, flow in passed.items() if consumer.node in before[other.data]]
+            readers = [
+                flow for other, flow in passed.items() if consumer.node in before[other.data]
+            ]
             inherited = np.sum(readers, axis=0) if readers else np.zeros(coupling.n_units)
             flow = _through(blocks[consumer], inherited, coupling.n_units)
         else:
             flow = activation.shares(model, coupling, statistics, consumer)
         passed[consumer] = flow
         total += flow
-    mean = np.bincount(coupling.unit_group, total) / np.bincount(coupling.unit_group) if len(total) else total
-    return np.asarray(total / np.where(mean > 0, mean, 1.0)[coupling.unit_group]) if len(total) else total
+    mean = (
+        np.bincount(coupling.unit_group, total) / np.bincount(coupling.unit_group)
+        if len(total)
+        else total
+    )
+    return (
+        np.asarray(total / np.where(mean > 0, mean, 1.0)[coupling.unit_group])
+        if len(total)
+        else total
+    )
 
 
 def _through(blocks: list[Scored], inherited: Floats, n_units: int) -> Floats:
@@ -62,7 +74,9 @@ def _through(blocks: list[Scored], inherited: Floats, n_units: int) -> Floats:
     children[free] = inherited[units[free]]
     # Children that nobody may remove, among others that count: as the average of those.
     children[~free] = children[free].mean() if free.any() else 1.0
-    children = children / children.sum() if children.sum() > 0 else np.full(len(units), 1 / len(units))
+    children = (
+        children / children.sum() if children.sum() > 0 else np.full(len(units), 1 / len(units))
+    )
     flow = np.zeros(n_units)
     start = 0
     for pair, rho in blocks:
@@ -84,7 +98,9 @@ def _ancestors(model: Model, coupling: Coupling) -> Mapping[str, frozenset[str]]
     names = {c.node for c in coupling.consumers}
     found: dict[str, frozenset[str]] = defaultdict(frozenset)
     for node in model.nodes:
-        reached = frozenset[str]().union(*(found[n] for n in (*node.inputs, *node.captures) if n in found))
+        reached = frozenset[str]().union(
+            *(found[n] for n in (*node.inputs, *node.captures) if n in found)
+        )
         if node.name in names:
             reached |= {node.name}
         found.update((name, reached) for name in node.outputs if name)

@@ -62,7 +62,9 @@ class Draw:
     order: Ints
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Importance of every unit, the mean of its group 1."""
     assert statistics is not None
     every = list(pairs(model, coupling, statistics.pooled))
@@ -78,7 +80,9 @@ def _one(settings: Settings, pair: Pair) -> Floats:
 def _notes(samples: int) -> tuple[str, ...]:
     if samples >= FEW:
         return ()
-    return (f"dependence between layers was estimated from {samples} samples; below {FEW} it is mostly noise",)
+    return (
+        f"dependence between layers was estimated from {samples} samples; below {FEW} it is mostly noise",
+    )
 
 
 FEW = 500
@@ -95,7 +99,9 @@ def weigh(weight: Floats, phi: str) -> Floats:
     return np.exp(-np.square(scaled) / 2) if phi == "exp_weight" else np.ones_like(scaled)
 
 
-def dependence(parents: Array, children: Array, seed: int = 0, conditions: int = CONDITIONS) -> Floats:
+def dependence(
+    parents: Array, children: Array, seed: int = 0, conditions: int = CONDITIONS
+) -> Floats:
     """ACMI (c, p) with phi = 1 of every child and parent, given the others that correlate most with the child.
 
     ``parents`` (samples, p) and ``children`` (samples, c) are paired by row. The null is subtracted and what then is
@@ -127,13 +133,17 @@ def draws(parents: Floats, children: Floats, seed: int) -> Sequence[Draw]:
         shift = rng.uniform(0, width)
         cells = int(np.floor((REACH + shift) / width) - np.floor((shift - REACH) / width)) + 1
         codes = [_hash(v, width, shift) for v in (parents, children)]
-        result.append(Draw(codes[0], codes[1], cells, rng.permutation(len(parents)).astype(np.int64)))
+        result.append(
+            Draw(codes[0], codes[1], cells, rng.permutation(len(parents)).astype(np.int64))
+        )
     return result
 
 
 def _hash(values: Floats, width: float, shift: float) -> Array:
     lowest = np.floor((shift - REACH) / width)
-    return np.asarray(np.floor((np.clip(values, -REACH, REACH) + shift) / width) - lowest).astype(np.uint8)
+    return np.asarray(np.floor((np.clip(values, -REACH, REACH) + shift) / width) - lowest).astype(
+        np.uint8
+    )
 
 
 def shuffled(z: Ints, order: Ints) -> Ints:
@@ -168,10 +178,14 @@ def _fill(draw: Draw, x: Ints, given: Ints, wanted: Ints, result: Floats) -> Non
     for first in range(0, len(wanted), step):
         part = wanted[first : first + step]
         y = draw.parents[:, part] + np.arange(len(part)) * draw.cells
-        result[part] = _estimates(x=(xz, null), z=z, of_z=of_z, y=y, parents=len(part), cells=draw.cells)
+        result[part] = _estimates(
+            x=(xz, null), z=z, of_z=of_z, y=y, parents=len(part), cells=draw.cells
+        )
 
 
-def _estimates(x: tuple[Ints, Ints], z: Ints, of_z: Ints, y: Ints, parents: int, cells: int) -> Floats:
+def _estimates(
+    x: tuple[Ints, Ints], z: Ints, of_z: Ints, y: Ints, parents: int, cells: int
+) -> Floats:
     """Estimate less null (parents,): from tables of counts by (cell of X and Z, parent, cell of Y)."""
     width = parents * cells
     n_k, n_ik = np.bincount(z), np.bincount(x[0])
@@ -180,7 +194,9 @@ def _estimates(x: tuple[Ints, Ints], z: Ints, of_z: Ints, y: Ints, parents: int,
     seen = [_table(code, y, len(n_ik), width) for code in x]
     # mean 1/(1+t) over samples = sum over cells of N_ijk / (1 + N_ijk / expected) / N
     floor = np.where(expected > 0, expected, 1.0)
-    inverse = [(n * floor / (n + floor)).sum(axis=0).reshape(parents, cells).sum(axis=1) for n in seen]
+    inverse = [
+        (n * floor / (n + floor)).sum(axis=0).reshape(parents, cells).sum(axis=1) for n in seen
+    ]
     return np.asarray(2 * (inverse[1] - inverse[0]) / len(z))
 
 

@@ -57,7 +57,11 @@ def data_axis(model: Model, place: Site) -> Axis:
 def places(model: Model) -> list[Site]:
     """Linear nodes whose data has a known shape, in graph order."""
     found = (site(node, model.constants) for node in model.nodes)
-    return [p for p in found if p is not None and p.data in model.shapes and p.node.outputs[0] in model.shapes]
+    return [
+        p
+        for p in found
+        if p is not None and p.data in model.shapes and p.node.outputs[0] in model.shapes
+    ]
 
 
 def depthwise(model: Model, place: Site) -> bool:
@@ -69,14 +73,22 @@ def joins(model: Model, coupling: Coupling) -> list[Join]:
     """Residual sums: two computed branches of the same shape that carry units along one axis behind the batch."""
     found = []
     for node in model.nodes:
-        if node.op not in ("Add", "Sum") or len(node.inputs) != 2 or node.inputs[0] == node.inputs[1]:
+        if (
+            node.op not in ("Add", "Sum")
+            or len(node.inputs) != 2
+            or node.inputs[0] == node.inputs[1]
+        ):
             continue
         first, second = node.inputs
         shape = model.shapes.get(node.outputs[0])
         same = shape is not None and model.shapes.get(first) == shape == model.shapes.get(second)
         if not same or first in model.constants or second in model.constants:
             continue
-        axes = [a for a in range(len(shape or ())) if (coupling.axes.get((node.outputs[0], a), np.zeros(0)) >= 0).any()]
+        axes = [
+            a
+            for a in range(len(shape or ()))
+            if (coupling.axes.get((node.outputs[0], a), np.zeros(0)) >= 0).any()
+        ]
         if len(axes) == 1 and axes[0] > 0:
             found.append(Join(node.name, (first, second), axes[0]))
     return found
@@ -106,7 +118,11 @@ def trail(model: Model, tensor: str) -> tuple[Site, list[Node]] | None:
             return linear[maker.name], between
         data = [n for n in maker.inputs if n and n not in model.constants]
         passes = maker.op in ("Identity", "Dropout", "BatchNormalization") or maker.op == "Add"
-        if not passes or len(data) != 1 or model.shapes.get(data[0]) != model.shapes.get(maker.outputs[0]):
+        if (
+            not passes
+            or len(data) != 1
+            or model.shapes.get(data[0]) != model.shapes.get(maker.outputs[0])
+        ):
             return None
         between.append(maker)
         tensor = data[0]
@@ -126,8 +142,14 @@ def collect(
     Raises DataError where an activation is not finite.
     """
     linear = places(model)
-    met = {(c.weight, c.weight_axis) for c in coupling.consumers if c.weight and c.weight not in model.constants}
-    sites = sorted({(c.data, c.axis) for c in coupling.consumers} | met | {data_axis(model, p) for p in linear})
+    met = {
+        (c.weight, c.weight_axis)
+        for c in coupling.consumers
+        if c.weight and c.weight not in model.constants
+    }
+    sites = sorted(
+        {(c.data, c.axis) for c in coupling.consumers} | met | {data_axis(model, p) for p in linear}
+    )
     sums = joins(model, coupling)
     cut = [p for p in linear if exact and p.spatial and not depthwise(model, p)]
     proto, names = _instrument(model, sites, sums, cut)
@@ -150,12 +172,16 @@ def collect(
                     refuse(model, samples, tensor, device, batch_size)
                 totals[name] = totals[name] + part if name in totals else part
         for i, axis in enumerate(sites):
-            counts[axis] += int(np.prod(found[f"oamip_size_{i}"])) // max(len(found[f"oamip_abs_{i}"]), 1)
+            counts[axis] += int(np.prod(found[f"oamip_size_{i}"])) // max(
+                len(found[f"oamip_abs_{i}"]), 1
+            )
         for i, join in enumerate(sums):
             rows[join.node] += int(found[f"oamip_rows_{i}"][0])
         for i, place in enumerate(cut):
             gram = found[f"oamip_gram_{i}"].astype(np.float64)
-            kernels[place.node.name] += norms(np.abs(matrix(place, model.constants[place.weight])), gram)
+            kernels[place.node.name] += norms(
+                np.abs(matrix(place, model.constants[place.weight])), gram
+            )
             rows[place.node.name] += len(gram)
         if progress:
             progress("signal", int(index[-1]) + 1, total)
@@ -163,11 +189,14 @@ def collect(
         means={axis: totals[f"oamip_abs_{i}"] / counts[axis] for i, axis in enumerate(sites)},
         kernels={name: value / rows[name] for name, value in kernels.items()},
         joins={
-            join.node: (join.axis, np.stack([_norm(totals[f"oamip_map_{i}_{k}"], join.axis) for k in (0, 1)])
-                        / rows[join.node])
+            join.node: (
+                join.axis,
+                np.stack([_norm(totals[f"oamip_map_{i}_{k}"], join.axis) for k in (0, 1)])
+                / rows[join.node],
+            )
             for i, join in enumerate(sums)
         },
-    )  # fmt: skip
+    )
 
 
 def norms(weight: Floats, gram: Floats) -> Floats:
@@ -198,7 +227,11 @@ def _batch(model: Model, cut: list[Site], wanted: int) -> int:
 
 def _patch_values(model: Model, place: Site) -> int:
     channels = model.shapes[place.data][1]
-    return channels * int(np.prod(place.kernel)) * int(np.prod(model.shapes[place.node.outputs[0]][2:]))
+    return (
+        channels
+        * int(np.prod(place.kernel))
+        * int(np.prod(model.shapes[place.node.outputs[0]][2:]))
+    )
 
 
 def _instrument(
@@ -222,24 +255,38 @@ def _instrument(
         if tensor not in magnitude:
             i = len(magnitude)
             graph.node.append(
-                helper.make_node("Cast", [tensor], [f"oamip_float_{i}"], f"oamip_cast_{i}", to=TensorProto.FLOAT)
+                helper.make_node(
+                    "Cast", [tensor], [f"oamip_float_{i}"], f"oamip_cast_{i}", to=TensorProto.FLOAT
+                )
             )
             magnitude[tensor] = f"oamip_magnitude_{i}"
-            graph.node.append(helper.make_node("Abs", [f"oamip_float_{i}"], [magnitude[tensor]], f"oamip_take_{i}"))
+            graph.node.append(
+                helper.make_node(
+                    "Abs", [f"oamip_float_{i}"], [magnitude[tensor]], f"oamip_take_{i}"
+                )
+            )
         return magnitude[tensor]
 
     for i, (tensor, axis) in enumerate(sites):
         axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
-        graph.node.append(reduction(graph, "ReduceSum", absolute(tensor), f"oamip_abs_{i}", axes, opset >= 13))
+        graph.node.append(
+            reduction(graph, "ReduceSum", absolute(tensor), f"oamip_abs_{i}", axes, opset >= 13)
+        )
         show(f"oamip_abs_{i}")
-        graph.node.append(helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}"))
+        graph.node.append(
+            helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}")
+        )
         show(f"oamip_size_{i}", TensorProto.INT64)
     for i, join in enumerate(sums):
         for k, tensor in enumerate(join.inputs):
             name = f"oamip_map_{i}_{k}"
-            graph.node.append(reduction(graph, "ReduceSum", absolute(tensor), name, [0], opset >= 13))
+            graph.node.append(
+                reduction(graph, "ReduceSum", absolute(tensor), name, [0], opset >= 13)
+            )
             show(name)
-        graph.node.append(helper.make_node("Shape", [join.inputs[0]], [f"oamip_rows_{i}"], f"oamip_count_{i}"))
+        graph.node.append(
+            helper.make_node("Shape", [join.inputs[0]], [f"oamip_rows_{i}"], f"oamip_count_{i}")
+        )
         show(f"oamip_rows_{i}", TensorProto.INT64)
     for i, place in enumerate(cut):
         _grams(graph, model, place, absolute(place.data), i)
@@ -265,11 +312,21 @@ def _grams(graph: onnx.GraphProto, model: Model, place: Site, magnitude: str, i:
     del node.attribute[:]
     node.attribute.extend([*kept, helper.make_attribute("group", channels)])
     shape = np.asarray([0, channels, taps, -1], np.int64)
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), f"oamip_taps_{i}"))
+    graph.initializer.append(
+        numpy_helper.from_array(np.ascontiguousarray(weight), f"oamip_taps_{i}")
+    )
     graph.initializer.append(numpy_helper.from_array(shape, f"oamip_patch_shape_{i}"))
-    graph.node.extend([
-        node,
-        helper.make_node("Reshape", [node.output[0], f"oamip_patch_shape_{i}"], [f"oamip_rows_of_{i}"]),
-        helper.make_node("Transpose", [f"oamip_rows_of_{i}"], [f"oamip_columns_of_{i}"], perm=[0, 1, 3, 2]),
-        helper.make_node("MatMul", [f"oamip_rows_of_{i}", f"oamip_columns_of_{i}"], [f"oamip_gram_{i}"]),
-    ])  # fmt: skip
+    graph.node.extend(
+        [
+            node,
+            helper.make_node(
+                "Reshape", [node.output[0], f"oamip_patch_shape_{i}"], [f"oamip_rows_of_{i}"]
+            ),
+            helper.make_node(
+                "Transpose", [f"oamip_rows_of_{i}"], [f"oamip_columns_of_{i}"], perm=[0, 1, 3, 2]
+            ),
+            helper.make_node(
+                "MatMul", [f"oamip_rows_of_{i}", f"oamip_columns_of_{i}"], [f"oamip_gram_{i}"]
+            ),
+        ]
+    )

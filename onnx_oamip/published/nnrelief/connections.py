@@ -62,30 +62,42 @@ class Result:
 def check(settings: Settings, scored: bool = False) -> None:
     """Raises SettingsError for settings that say nothing about connections; ``scored``: there are scores already."""
     if scored:
-        raise SettingsError("--scores holds scores of units, and --granularity connection scores connections anew.")
+        raise SettingsError(
+            "--scores holds scores of units, and --granularity connection scores connections anew."
+        )
     if settings.importance != "nnrelief":
         raise SettingsError(
             f"--granularity connection needs --importance nnrelief, not {settings.importance}: the others score units."
         )
     if settings.scheduler is not None:
-        raise SettingsError("--granularity connection has nothing to do for a cluster; leave out --scheduler.")
+        raise SettingsError(
+            "--granularity connection has nothing to do for a cluster; leave out --scheduler."
+        )
     for name in ("macs", "size", "latency", "threshold"):
         if getattr(settings, name) is not None:
             raise SettingsError(
                 f"--{name} is about units, and --granularity connection keeps them all; give --alpha, --params or "
                 "--max-drop."
             )
-    constraints = {"limits": settings.limits != "none", "protect": settings.protect > 0, "floor": settings.floor > 0}
+    constraints = {
+        "limits": settings.limits != "none",
+        "protect": settings.protect > 0,
+        "floor": settings.floor > 0,
+    }
     for name, given in constraints.items():
         if given:
             raise SettingsError(
                 f"--{name} is about units, and --granularity connection keeps them all; leave it out, or name layers "
                 "that keep all connections with --exclude."
             )
-    asked = [name for name in ("alpha", "params", "max_drop") if getattr(settings, name) is not None]
+    asked = [
+        name for name in ("alpha", "params", "max_drop") if getattr(settings, name) is not None
+    ]
     if len(asked) > 1:
         names = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise SettingsError(f"--granularity connection takes one of --alpha, --params and --max-drop, not {names}.")
+        raise SettingsError(
+            f"--granularity connection takes one of --alpha, --params and --max-drop, not {names}."
+        )
 
 
 def prune(opened: Context) -> Result:
@@ -98,11 +110,17 @@ def prune(opened: Context) -> Result:
             f"no connection of {model.path} can be pruned: all linear layers are excluded, or have no constant weights "
             "of their own."
         )
-    found = bench.thin(settings.params) if settings.max_drop is None else _smallest(bench, settings.max_drop)
+    found = (
+        bench.thin(settings.params)
+        if settings.max_drop is None
+        else _smallest(bench, settings.max_drop)
+    )
     if not settings.no_provenance:
         provenance.sign(found.proto, model.sha256, _digest(found.state))
     proto = _sparse(found.proto) if settings.sparse else found.proto
-    layers = tuple(LayerConnections(name, bench.size(name), held(found.state, name)) for name in bench.free)
+    layers = tuple(
+        LayerConnections(name, bench.size(name), held(found.state, name)) for name in bench.free
+    )
     widths = np.bincount(
         opened.coupling.unit_group[found.selection.units], minlength=len(opened.coupling.groups)
     ).astype(np.int64)
@@ -112,7 +130,9 @@ def prune(opened: Context) -> Result:
     after = Session(proto, opened.device, what="the pruned model")
     before = Session(model.proto, opened.device, what=model.path)
     batches = equivalence.runs_at(model, after, opened.samples, lambda: before)
-    seen = equivalence.compare(model, before, after, evaluation, settings.batch_size, opened.progress)
+    seen = equivalence.compare(
+        model, before, after, evaluation, settings.batch_size, opened.progress
+    )
     equivalence.numbers(model, seen)
     return Result(
         proto=proto,
@@ -188,7 +208,9 @@ def _sparse(proto: onnx.ModelProto) -> onnx.ModelProto:
             continue
         values = onnx.numpy_helper.from_array(value.reshape(-1)[places], tensor.name)
         index = onnx.numpy_helper.from_array(places.astype(np.int64), "")
-        result.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, index, list(value.shape)))
+        result.graph.sparse_initializer.append(
+            onnx.helper.make_sparse_tensor(values, index, list(value.shape))
+        )
     copies = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
     del result.graph.initializer[:]
     result.graph.initializer.extend(copies)

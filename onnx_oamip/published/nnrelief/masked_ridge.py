@@ -31,7 +31,9 @@ def supported(x: Floats, residual: Floats, split: int, support: Bools) -> Solve:
 
     def solve(count: int, ridge: float) -> Floats:
         gram, cross = normal[count]
-        return np.stack([solve_supported(g, c, s, ridge) for g, c, s in zip(gram, cross, support, strict=True)])
+        return np.stack(
+            [solve_supported(g, c, s, ridge) for g, c, s in zip(gram, cross, support, strict=True)]
+        )
 
     return solve
 
@@ -55,11 +57,17 @@ def solve_supported(gram: Floats, cross: Floats, support: Bools, ridge: float) -
         batch, order = np.split(order, [max(1, GATHERED // width**2)])
         columns = members[batch, :width]
         inside = np.arange(width) < sizes[batch][:, None]
-        part = np.where(inside[:, :, None] & inside[:, None, :], gram[columns[:, :, None], columns[:, None, :]], 0.0)
+        part = np.where(
+            inside[:, :, None] & inside[:, None, :],
+            gram[columns[:, :, None], columns[:, None, :]],
+            0.0,
+        )
         part[:, np.arange(width), np.arange(width)] += strength
         right = np.where(inside, cross[columns, batch[:, None]], 0.0)
         found = np.linalg.solve(part, right[..., None])[..., 0]
-        result[columns[inside], np.broadcast_to(batch[:, None], columns.shape)[inside]] = found[inside]
+        result[columns[inside], np.broadcast_to(batch[:, None], columns.shape)[inside]] = found[
+            inside
+        ]
     return result
 
 

@@ -87,7 +87,9 @@ class Bench:
         for node in model.nodes:
             for name in (*node.inputs, *node.captures):
                 uses[name] = uses.get(name, 0) + 1
-        places = [p for p in absolute_signal.places(model) if not absolute_signal.depthwise(model, p)]
+        places = [
+            p for p in absolute_signal.places(model) if not absolute_signal.depthwise(model, p)
+        ]
         alone = [p for p in places if uses[p.weight] == 1]
         self.sites = {p.node.name: p for p in alone if not _excluded(p, opened.settings.exclude)}
         self.free = tuple(self.sites)
@@ -95,7 +97,9 @@ class Bench:
             "layers share their weight with others": len(places) - len(alone),
             "layers are excluded": len(alone) - len(self.free),
         }
-        self.notes = tuple(f"{count} {why} and keep all connections" for why, count in kept.items() if count)
+        self.notes = tuple(
+            f"{count} {why} and keep all connections" for why, count in kept.items() if count
+        )
         editor = Editor(model.proto)
         self.original = State(
             {name: matrix(p, model.constants[p.weight]) for name, p in self.sites.items()},
@@ -124,12 +128,16 @@ class Bench:
                 alpha = settings.alpha or score.ALPHA
                 selection = select(alpha)
             else:
-                alpha, selection = self._reach(select, share ** (i / settings.iterations) * self.total, state)
+                alpha, selection = self._reach(
+                    select, share ** (i / settings.iterations) * self.total, state
+                )
             state = _masked(state, selection, settings.refit)
             if settings.refit == "none":
                 proto = realise(self.opened.model, self.sites, state, selection.muted)
             else:
-                state, proto, fits = self._refit(state, selection, {} if i == settings.iterations else ridges)
+                state, proto, fits = self._refit(
+                    state, selection, {} if i == settings.iterations else ridges
+                )
                 ridges = {fit.node: fit.ridge for fit in fits if fit.ridge is not None}
             rounds.append(Round(alpha, _count(state)))
             if self.progress:
@@ -141,10 +149,15 @@ class Bench:
             )
         notes = self.notes
         if selection.uncut:
-            notes = (*notes, f"{selection.uncut} shortcut channels carry too little but have no weights to prune")
+            notes = (
+                *notes,
+                f"{selection.uncut} shortcut channels carry too little but have no weights to prune",
+            )
         return Thinned(state, proto, scores, selection, tuple(rounds), fits, notes)
 
-    def _scored(self, view: Model, share: float | None) -> tuple[Scores, Callable[[float], Selection]]:
+    def _scored(
+        self, view: Model, share: float | None
+    ) -> tuple[Scores, Callable[[float], Selection]]:
         opened, settings = self.opened, self.opened.settings
         # Every round scores other weights: what was collected before says nothing about them.
         now = replace(opened, model=view, collected=Collected())
@@ -155,9 +168,13 @@ class Bench:
         )
         values, worth = score.worth(view, opened.coupling, heard, layers)
         everywhere = worth if share is not None and settings.allocate != "uniform" else None
-        return Scores("nnrelief", values), score.rule(view, opened.coupling, heard, layers, everywhere)
+        return Scores("nnrelief", values), score.rule(
+            view, opened.coupling, heard, layers, everywhere
+        )
 
-    def _reach(self, select: Callable[[float], Selection], limit: float, state: State) -> tuple[float, Selection]:
+    def _reach(
+        self, select: Callable[[float], Selection], limit: float, state: State
+    ) -> tuple[float, Selection]:
         """The largest alpha that leaves at most ``limit`` connections; the smallest alpha where none does."""
 
         def size(selection: Selection) -> int:
@@ -168,7 +185,9 @@ class Bench:
             biases = 0
             for name, place in self.sites.items():
                 if state.biases[name] is not None:
-                    live = _live(selection, place, state.weights[name], opened.model, opened.coupling)
+                    live = _live(
+                        selection, place, state.weights[name], opened.model, opened.coupling
+                    )
                     biases += int((live if refitted else selection.masks[name].bias).sum())
             return weights + biases
 
@@ -207,9 +226,17 @@ class Bench:
                 continue
             live = _live(selection, place, weights[name], model, opened.coupling)
             x, y = _rows(place, frontier, self.targets[name], editor, first)
-            weight, bias, fit = fitted(place, weights[name], own, x, y, selection.masks[name].weights, live,
-                                       settings.refit == "least-squares" and not self.targets[name].inputs,
-                                       (ridges[name],) if name in ridges else RIDGES)  # fmt: skip
+            weight, bias, fit = fitted(
+                place,
+                weights[name],
+                own,
+                x,
+                y,
+                selection.masks[name].weights,
+                live,
+                settings.refit == "least-squares" and not self.targets[name].inputs,
+                (ridges[name],) if name in ridges else RIDGES,
+            )
             weights[name], biases[name] = weight, bias
             like = model.constants[place.weight]
             editor.replace(editor.nodes[name], place.weight_slot, unmatrix(place, weight, like))
@@ -223,7 +250,11 @@ class Bench:
 
 def _excluded(place: Site, patterns: Sequence[str]) -> bool:
     """Whether a pattern of ``--exclude`` names the node or its weight."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in (place.node.name, place.weight))
+    return any(
+        fnmatchcase(name, pattern)
+        for pattern in patterns
+        for name in (place.node.name, place.weight)
+    )
 
 
 def _live(
@@ -246,7 +277,10 @@ def _rows(
     also to make up for the other branch.
     """
     inputs = frontier.reach([place.data])[place.data]
-    found = [data_rows(place, v, r, s) for v, r, s in zip(inputs, target.rows, target.shapes, strict=True)]
+    found = [
+        data_rows(place, v, r, s)
+        for v, r, s in zip(inputs, target.rows, target.shapes, strict=True)
+    ]
     x = np.concatenate(found).transpose(1, 0, 2)
     y = np.concatenate(target.values).astype(np.float64)
     inside = editor.bias(place)
@@ -254,12 +288,21 @@ def _rows(
     if target.join is not None:
         now = frontier.reach([target.join.other])[target.join.other]
         there = [output_rows(place, t, r) for t, r in zip(now, target.rows, strict=True)]
-        y += target.join.correction(np.concatenate(target.joined) - np.concatenate(there), np.ones(y.shape[1], bool))
+        y += target.join.correction(
+            np.concatenate(target.joined) - np.concatenate(there), np.ones(y.shape[1], bool)
+        )
     return x, y.reshape(len(y), place.groups, -1).transpose(1, 0, 2)
 
 
 def fitted(
-    place: Site, weight: Floats, bias: Floats, x: Floats, y: Floats, mask: Bools, live: Bools, weights_too: bool,
+    place: Site,
+    weight: Floats,
+    bias: Floats,
+    x: Floats,
+    y: Floats,
+    mask: Bools,
+    live: Bools,
+    weights_too: bool,
     ridges: Sequence[float] = RIDGES,
 ) -> tuple[Floats, Floats, Fit | None]:
     """(weight, bias, how it went): ``weight`` refitted where ``mask`` (groups, outputs, inputs) has a connection.
@@ -279,7 +322,9 @@ def fitted(
     change, shift, ridge, errors = best(x, residual, split, solve, ridges)
     scale = float(np.where(alive[:, 0], y.var(axis=1), 0.0).sum()) or 1.0
     form = "least squares" if weights_too else "bias"
-    fit = Fit(place.node.name, form, rows, int(support.sum()), ridge, errors[0] / scale, errors[1] / scale)
+    fit = Fit(
+        place.node.name, form, rows, int(support.sum()), ridge, errors[0] / scale, errors[1] / scale
+    )
     bias = np.where(live, bias, 0.0)
     if errors[1] < errors[0] and errors[0] > ROUNDING * scale:  # else nothing was lost
         if change is not None:
@@ -303,11 +348,14 @@ def _present(bias: Floats | None) -> int:
 
 def _masked(state: State, selection: Selection, refit: str) -> State:
     """The state without what the selection drops; biases only where nothing refits them."""
-    weights = {n: np.where(selection.masks[n].weights[..., None], w, 0.0) for n, w in state.weights.items()}
+    weights = {
+        n: np.where(selection.masks[n].weights[..., None], w, 0.0) for n, w in state.weights.items()
+    }
     biases = dict(state.biases)
     if refit == "none":
         biases = {
-            n: None if b is None else np.where(selection.masks[n].bias.reshape(-1), b, 0.0) for n, b in biases.items()
+            n: None if b is None else np.where(selection.masks[n].bias.reshape(-1), b, 0.0)
+            for n, b in biases.items()
         }
     return State(weights, biases)
 
@@ -343,10 +391,14 @@ def _silence(model: Model, editor: Editor, inputs: Sequence[str], name: str, row
             slots = (1, 2) if node.op == "BatchNormalization" else ()
             for slot in slots:
                 value = model.constants[node.inputs[slot]]
-                editor.replace(editor.nodes[node.name], slot, np.where(rows, np.zeros((), value.dtype), value))
+                editor.replace(
+                    editor.nodes[node.name], slot, np.where(rows, np.zeros((), value.dtype), value)
+                )
 
 
 def _view(model: Model, sites: Mapping[str, Site], state: State, proto: onnx.ModelProto) -> Model:
     """The model as it is now: graph and weights of the last round under the names of the original."""
-    changed = {p.weight: unmatrix(p, state.weights[n], model.constants[p.weight]) for n, p in sites.items()}
+    changed = {
+        p.weight: unmatrix(p, state.weights[n], model.constants[p.weight]) for n, p in sites.items()
+    }
     return replace(model, proto=proto, constants={**model.constants, **changed})

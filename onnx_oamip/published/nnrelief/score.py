@@ -95,7 +95,9 @@ class Selection:
     uncut: int
 
 
-def score(model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings) -> Scores:
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
     """Outgoing share of every unit; with ``settings.alpha``, 0 for units that the rules leave without a connection.
 
     ``O_i = sum over consumers and their outputs j of pi_j s_ij``: pi is what an output is worth to what follows, 1 over
@@ -109,21 +111,27 @@ def score(model: Model, coupling: Coupling, statistics: Statistics | None, setti
         return Scores("nnrelief", values)
     kept = rule(model, coupling, signal, found)(settings.alpha).units & ~dead(coupling, signal)
     values = np.where(kept, np.maximum(values, np.finfo(np.float64).tiny), 0.0)
-    note = f"{int((~kept).sum())} of {len(kept)} units have no connection at alpha {settings.alpha:g}"
+    note = (
+        f"{int((~kept).sum())} of {len(kept)} units have no connection at alpha {settings.alpha:g}"
+    )
     return Scores("nnrelief", values, notes=(note,))
 
 
 # -------------------------------------------------------------------------------------------------------- the scores
 
 
-def contributions(model: Model, place: Site, signal: Signal, bias: Floats | None) -> tuple[Floats, Floats]:
+def contributions(
+    model: Model, place: Site, signal: Signal, bias: Floats | None
+) -> tuple[Floats, Floats]:
     """r (groups, outputs, inputs) and what the bias brings (groups, outputs)."""
     weight = np.abs(place.factor * matrix(place, model.constants[place.weight]))
     groups, outs, ins, _ = weight.shape
     positions, spread = 1, 1.0
     if place.spatial:
         positions = int(np.prod(model.shapes[place.node.outputs[0]][2:]))
-        if place.node.op == "ConvTranspose":  # taps are shared out over the positions between two input pixels
+        if (
+            place.node.op == "ConvTranspose"
+        ):  # taps are shared out over the positions between two input pixels
             spread = int(np.prod(model.shapes[place.data][2:])) / positions
     scale = float(np.sqrt(positions))
     if place.node.name in signal.kernels:
@@ -132,7 +140,11 @@ def contributions(model: Model, place: Site, signal: Signal, bias: Floats | None
         mean = signal.means[data_axis(model, place)].reshape(groups, 1, ins)
         reached = weight.sum(axis=3) * mean * (scale * spread)
     # An infinite bias rules a class out: it is no signal.
-    own = np.zeros(groups * outs) if bias is None else np.where(np.isfinite(bias), np.abs(bias), 0.0) * scale
+    own = (
+        np.zeros(groups * outs)
+        if bias is None
+        else np.where(np.isfinite(bias), np.abs(bias), 0.0) * scale
+    )
     return reached, own.reshape(groups, outs)
 
 
@@ -214,11 +226,15 @@ def worth(
                 value = given[node.name].reshape(value.shape)
             result[node.name] = value
             # A grouped convolution may tie its two sides: what a unit tells itself says nothing about it.
-            tied = (layer.inputs[:, None, :] == layer.outputs[:, :, None]) & (layer.inputs[:, None, :] >= 0)
+            tied = (layer.inputs[:, None, :] == layer.outputs[:, :, None]) & (
+                layer.inputs[:, None, :] >= 0
+            )
             add(layer.inputs, np.einsum("go,goi->gi", value, np.where(tied, 0.0, layer.shares)))
         else:
             for consumer in readers.get(node.name, ()):
-                reached = signal.means[consumer.data, consumer.axis] * _meeting(model, consumer, signal)
+                reached = signal.means[consumer.data, consumer.axis] * _meeting(
+                    model, consumer, signal
+                )
                 whole = float(reached.sum())
                 if whole > 0:
                     add(coupling.axes[consumer.data, consumer.axis], reached / whole)
@@ -250,7 +266,9 @@ def needed(weights: Floats, bias: Floats) -> tuple[Floats, Floats]:
     falling = np.take_along_axis(entries, order, axis=-1)
     carried = np.cumsum(falling, axis=-1)
     before = np.concatenate([np.zeros_like(carried[..., :1]), carried[..., :-1]], axis=-1)
-    fresh = np.concatenate([np.ones(falling[..., :1].shape, bool), falling[..., 1:] < falling[..., :-1]], axis=-1)
+    fresh = np.concatenate(
+        [np.ones(falling[..., :1].shape, bool), falling[..., 1:] < falling[..., :-1]], axis=-1
+    )
     # `before` never falls: the first of every run of equal entries speaks for all of them.
     before = np.maximum.accumulate(np.where(fresh, before, 0.0), axis=-1)
     whole = np.where(carried[..., -1:] > 0, carried[..., -1:], 1.0)
@@ -259,7 +277,9 @@ def needed(weights: Floats, bias: Floats) -> tuple[Floats, Floats]:
     return result[..., :-1], result[..., -1]
 
 
-def ranked(found: Sequence[Layer], everywhere: Mapping[str, Floats]) -> dict[str, tuple[Floats, Floats]]:
+def ranked(
+    found: Sequence[Layer], everywhere: Mapping[str, Floats]
+) -> dict[str, tuple[Floats, Floats]]:
     """Per connection the share of all connections that rank before it, in place of :func:`needed`.
 
     They rank by ``pi_j s_ij^2 / sum_i s_ij^2`` per weight, with pi summing to 1 over a layer: the share of the energy
@@ -272,7 +292,11 @@ def ranked(found: Sequence[Layer], everywhere: Mapping[str, Floats]) -> dict[str
         pi = everywhere[layer.place.node.name]
         energy = np.concatenate([layer.shares**2, layer.bias[..., None] ** 2], axis=-1)
         whole = energy.sum(axis=-1, keepdims=True)
-        value = energy * (pi / max(float(pi.sum()), 1e-300))[..., None] / np.where(whole > 0, whole, 1.0)
+        value = (
+            energy
+            * (pi / max(float(pi.sum()), 1e-300))[..., None]
+            / np.where(whole > 0, whole, 1.0)
+        )
         value[..., :-1] /= int(np.prod(layer.place.kernel))
         values.append(value)
     flat = np.concatenate([value.reshape(-1) for value in values]) if values else np.zeros(0)
@@ -287,7 +311,9 @@ def ranked(found: Sequence[Layer], everywhere: Mapping[str, Floats]) -> dict[str
     return result
 
 
-def keep_alpha(weights: Floats, bias: Floats, alpha: float, guard: bool = True) -> tuple[Bools, Bools]:
+def keep_alpha(
+    weights: Floats, bias: Floats, alpha: float, guard: bool = True
+) -> tuple[Bools, Bools]:
     """The alpha rule on :func:`needed`: (which weights, which biases) stay.
 
     With p the least number of entries that carry ``alpha`` of a row, all entries stay that are as large as the p-th.
@@ -322,7 +348,9 @@ def rule(
     else:
         ranks = ranked(free, everywhere)
     whole = {
-        layer.place.node.name: Mask(np.ones(layer.shares.shape, bool), np.ones(layer.bias.shape, bool))
+        layer.place.node.name: Mask(
+            np.ones(layer.shares.shape, bool), np.ones(layer.bias.shape, bool)
+        )
         for layer in found
         if not layer.prunable
     }
@@ -388,9 +416,14 @@ def sweep(
             if layer.prunable:
                 stays_in = (layer.inputs < 0) | _of(units, layer.inputs)
                 stays_out = (layer.outputs < 0) | _of(units, layer.outputs)
-                mask = Mask(mask.weights & stays_in[:, None, :] & stays_out[..., None], mask.bias & stays_out)
+                mask = Mask(
+                    mask.weights & stays_in[:, None, :] & stays_out[..., None],
+                    mask.bias & stays_out,
+                )
                 result[name] = mask
-            tied = (layer.inputs[:, None, :] == layer.outputs[:, :, None]) & (layer.inputs[:, None, :] >= 0)
+            tied = (layer.inputs[:, None, :] == layer.outputs[:, :, None]) & (
+                layer.inputs[:, None, :] >= 0
+            )
             used = (mask.weights & ~tied).any(axis=1) & (layer.inputs >= 0)
             read[layer.inputs[used]] = True
         if (read | ~units).all():

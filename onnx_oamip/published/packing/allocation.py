@@ -84,7 +84,9 @@ class Judge:
         return search.drop(found)
 
 
-def candidates(files: Files, exact: Mapping[Place, int], seed: int, progress: Progress | None = None) -> Candidates:
+def candidates(
+    files: Files, exact: Mapping[Place, int], seed: int, progress: Progress | None = None
+) -> Candidates:
     """Codebooks of every tensor that may share its values; ``exact``: bytes of those tensors kept exact."""
     found = []
     for i, place in enumerate(exact):
@@ -105,7 +107,9 @@ def smallest(
     Tensors that are best kept exact are left out; with all of them exact nothing is lost.
     """
     exact = len(MEANS) + len(GRIDS)
-    error = np.asarray([[*(c.error for c in books), 0.0] for books in found.codebooks]).reshape(-1, exact + 1)
+    error = np.asarray([[*(c.error for c in books), 0.0] for books in found.codebooks]).reshape(
+        -1, exact + 1
+    )
     coded = np.asarray([[c.nbytes for c in books] for books in found.codebooks]).reshape(-1, exact)
     nbytes = np.column_stack([coded, found.exact])
     loss = _weights(judge, found, progress)[:, None] * error
@@ -119,7 +123,9 @@ def smallest(
         levels = choose(loss, nbytes, float(np.exp(at)))
         values = {
             place: books[level].values
-            for place, books, level in zip(found.places, found.codebooks, levels.tolist(), strict=True)
+            for place, books, level in zip(
+                found.places, found.codebooks, levels.tolist(), strict=True
+            )
             if level < exact
         }
         key = tuple(levels.tolist())
@@ -137,7 +143,9 @@ def smallest(
 
 def shared(files: Files, values: Mapping[Place, Floats]) -> dict[Place, Array]:
     """The words of tensors under their codebooks."""
-    return {place: codebook.share(place, files.words(place), book) for place, book in values.items()}
+    return {
+        place: codebook.share(place, files.words(place), book) for place, book in values.items()
+    }
 
 
 def choose(loss: Floats, nbytes: Floats, allowed: float) -> Ints:
@@ -170,7 +178,9 @@ def _weights(judge: Judge, found: Candidates, progress: Progress | None) -> Floa
         book = books[MEANS.index(PROBE)]
         words = judge.files.words(place)
         if book.error > 0:
-            relative = judge.measure({place: codebook.share(place, words, book.values)}, few).output_relative_error
+            relative = judge.measure(
+                {place: codebook.share(place, words, book.values)}, few
+            ).output_relative_error
             scale = float(np.mean(np.square(codebook.numbers(place, words))))
             result[i] = 1 / scale if relative is None else relative**2 / book.error
         if progress:

@@ -56,7 +56,11 @@ def check() -> None:
 
 def shares(place: Place, words: Array) -> bool:
     """Whether a tensor gets a codebook: a matrix of finite floats (or more axes), neither tiny nor constant."""
-    if type_name(place.type) not in _SHARED or sum(d > 1 for d in place.shape) < 2 or words.size < ENTRIES:
+    if (
+        type_name(place.type) not in _SHARED
+        or sum(d > 1 for d in place.shape) < 2
+        or words.size < ENTRIES
+    ):
         return False
     return bool(np.isfinite(numbers(place, words)).all())
 
@@ -64,7 +68,9 @@ def shares(place: Place, words: Array) -> bool:
 def numbers(place: Place, words: Array) -> Floats:
     """The values of a tensor's words (n,)."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(place.type)
-    return np.asarray(np.ascontiguousarray(words, words.dtype.newbyteorder("=")).view(dtype), np.float64)
+    return np.asarray(
+        np.ascontiguousarray(words, words.dtype.newbyteorder("=")).view(dtype), np.float64
+    )
 
 
 def histogram(values: Floats) -> Histogram:
@@ -145,7 +151,7 @@ def _lloyd(points: Floats, weights: Floats, k: int, seed: int) -> Floats:
     # Scaled, so that the tolerance means the same for all tensors; in one thread, so that sums have one order.
     start = (points[np.minimum(at, len(points) - 1)] - centre) / spread
     with threadpool_limits(1):
-        fitted = KMeans(k, init=start[:, None], n_init=1, max_iter=ROUNDS, tol=1e-6, random_state=seed).fit(
-            ((points - centre) / spread)[:, None], sample_weight=weights
-        )
+        fitted = KMeans(
+            k, init=start[:, None], n_init=1, max_iter=ROUNDS, tol=1e-6, random_state=seed
+        ).fit(((points - centre) / spread)[:, None], sample_weight=weights)
     return np.asarray(fitted.cluster_centers_[:, 0] * spread + centre, np.float64)

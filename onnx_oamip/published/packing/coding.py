@@ -157,7 +157,9 @@ def _turn(words: Array, form: Form, by: int) -> Array:
         return words
     last = words.dtype.type(8 * form.dtype.itemsize - 1)
     one = words.dtype.type(1)
-    return np.asarray((words << one) | (words >> last) if by > 0 else (words >> one) | (words << last))
+    return np.asarray(
+        (words << one) | (words >> last) if by > 0 else (words >> one) | (words << last)
+    )
 
 
 def _bits(k: int) -> int:
@@ -173,5 +175,7 @@ def _unpack_bits(packed: memoryview, count: int, bits: int) -> Array:
     if not bits:
         return np.zeros(count, np.uint8)
     wide = np.zeros((count, 8), np.uint8)
-    wide[:, 8 - bits :] = np.unpackbits(np.frombuffer(packed, np.uint8), count=count * bits).reshape(count, bits)
+    wide[:, 8 - bits :] = np.unpackbits(
+        np.frombuffer(packed, np.uint8), count=count * bits
+    ).reshape(count, bits)
     return np.packbits(wide, axis=1).reshape(-1)

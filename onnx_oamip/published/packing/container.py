@@ -85,7 +85,12 @@ def write(contents: Contents) -> bytes:
             for i, (name, content) in enumerate(files.contents.items())
         ],
         "tensors": [
-            {**asdict(place), "method": code.method, "clusters": code.clusters, "blob": put(code.blob)}
+            {
+                **asdict(place),
+                "method": code.method,
+                "clusters": code.clusters,
+                "blob": put(code.blob),
+            }
             for place, code in zip(files.places, contents.codes, strict=True)
         ],
     }
@@ -103,9 +108,13 @@ def read(data: bytes, where: str) -> Contents:
     try:
         return _read(memoryview(data))
     except Damaged as error:
-        raise ModelError(f"{where} {error}; pack the model again, or copy the file again.") from error
+        raise ModelError(
+            f"{where} {error}; pack the model again, or copy the file again."
+        ) from error
     except Exception as error:  # the header may hold anything
-        raise ModelError(f"{where} has a header that makes no sense; pack the model again.") from error
+        raise ModelError(
+            f"{where} has a header that makes no sense; pack the model again."
+        ) from error
 
 
 def _read(data: memoryview) -> Contents:
@@ -137,17 +146,24 @@ def _read(data: memoryview) -> Contents:
 def _contents(header: Mapping[str, Any], blobs: memoryview, size: int) -> Contents:
     sizes = [_number(f["bytes"]) for f in header["files"]]
     if sum(sizes) > entropy.RATIO * size + FREE:
-        raise Damaged(f"{size} bytes are said to stand for {sum(sizes)}, more than any packed model does")
+        raise Damaged(
+            f"{size} bytes are said to stand for {sum(sizes)}, more than any packed model does"
+        )
     places: list[Place] = []
     codes: list[Coded] = []
     for entry in header["tensors"]:
         place = _place(entry, sizes)
-        if places and (place.file, place.offset) < (places[-1].file, places[-1].offset + places[-1].nbytes):
+        if places and (place.file, place.offset) < (
+            places[-1].file,
+            places[-1].offset + places[-1].nbytes,
+        ):
             raise Damaged(f"'{place.name}' shares bytes with '{places[-1].name}'")
         places.append(place)
         blob = _blob(entry["blob"], blobs)
         if not entropy.within(place.nbytes, len(blob)):
-            raise Damaged(f"'{place.name}' of {place.nbytes} bytes is said to be packed into {len(blob)}")
+            raise Damaged(
+                f"'{place.name}' of {place.nbytes} bytes is said to be packed into {len(blob)}"
+            )
         codes.append(Coded(str(entry["method"]), bytes(blob), entry["clusters"]))
     named: dict[str, bytes] = {}
     for i, file in enumerate(header["files"]):
@@ -164,10 +180,14 @@ def _contents(header: Mapping[str, Any], blobs: memoryview, size: int) -> Conten
     sha256 = str(header["original_sha256"])
     if lossless and sha256 != files.sha256:
         raise Damaged("it is said to hold the original, and holds another model")
-    return Contents(files, tuple(codes), sha256, lossless, dict(header["settings"]), str(header["tool_version"]))
+    return Contents(
+        files, tuple(codes), sha256, lossless, dict(header["settings"]), str(header["tool_version"])
+    )
 
 
-def _rebuild(size: int, file: int, places: Sequence[Place], codes: Sequence[Coded], between: memoryview) -> bytes:
+def _rebuild(
+    size: int, file: int, places: Sequence[Place], codes: Sequence[Coded], between: memoryview
+) -> bytes:
     """One file from what lies between its tensors and from the tensors."""
     held = [(p, c) for p, c in zip(places, codes, strict=True) if p.file == file]
     reader = Reader(between)

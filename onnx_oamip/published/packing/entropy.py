@@ -59,13 +59,17 @@ class Reader:
     def take(self, size: int) -> memoryview:
         """The next ``size`` bytes."""
         if not 0 <= size <= len(self.blob) - self.at:
-            raise Damaged(f"{size} bytes are said to follow where {len(self.blob) - self.at} are left")
+            raise Damaged(
+                f"{size} bytes are said to follow where {len(self.blob) - self.at} are left"
+            )
         self.at += size
         return self.blob[self.at - size : self.at]
 
     def numbers(self, dtype: np.dtype[np.generic], count: int) -> Array:
         """The next ``count`` little-endian numbers."""
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype.newbyteorder("<")).astype(dtype, copy=False)
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype.newbyteorder("<")).astype(
+            dtype, copy=False
+        )
 
     def section(self, size: int) -> bytes:
         """What :func:`shrink` made of ``size`` bytes."""
@@ -80,7 +84,11 @@ class Reader:
 
 def planes(words: Array) -> bytes:
     """Sections of unsigned numbers (n,), one for each of their bytes, the lowest first."""
-    octets = np.ascontiguousarray(words, words.dtype.newbyteorder("<")).view(np.uint8).reshape(-1, words.dtype.itemsize)
+    octets = (
+        np.ascontiguousarray(words, words.dtype.newbyteorder("<"))
+        .view(np.uint8)
+        .reshape(-1, words.dtype.itemsize)
+    )
     return b"".join(shrink(octets[:, i].tobytes()) for i in range(words.dtype.itemsize))
 
 
@@ -111,7 +119,9 @@ def _deflate(data: bytes, strategy: int) -> bytes:
 
 def _expand(mode: int, packed: bytes, size: int) -> bytes:
     if not within(size, len(packed)):
-        raise Damaged(f"{len(packed)} bytes are said to stand for {size}, more than any packed part does")
+        raise Damaged(
+            f"{len(packed)} bytes are said to stand for {size}, more than any packed part does"
+        )
     data, ended = packed, True
     try:
         if mode in (HUFFMAN, DEFLATE):

@@ -25,7 +25,14 @@ from onnx_oamip.published.packing.coding import Form
 
 LEAST = 256
 """Bytes from which a tensor is coded on its own; smaller ones stay with the graph, which is packed as a whole."""
-_GRAPHS = {"GraphProto", "NodeProto", "AttributeProto", "FunctionProto", "SparseTensorProto", "TrainingInfoProto"}
+_GRAPHS = {
+    "GraphProto",
+    "NodeProto",
+    "AttributeProto",
+    "FunctionProto",
+    "SparseTensorProto",
+    "TrainingInfoProto",
+}
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _DIMS, _TYPE, _FLOATS, _NAME, _RAW, _DOUBLES, _EXTERNAL = 1, 2, 4, 8, 9, 10, 13
 _NIBBLES = {"UINT4", "INT4", "FLOAT4E2M1"}
@@ -47,7 +54,11 @@ class Place:
         """How a coder sees it."""
         dtype = word_type(self.type)
         floating = "FLOAT" in type_name(self.type) or type_name(self.type) == "DOUBLE"
-        rows = self.shape[0] if len(self.shape) > 1 and dtype.itemsize * prod(self.shape) == self.nbytes else 0
+        rows = (
+            self.shape[0]
+            if len(self.shape) > 1 and dtype.itemsize * prod(self.shape) == self.nbytes
+            else 0
+        )
         return Form(dtype, self.nbytes // dtype.itemsize, rows, floating)
 
 
@@ -98,7 +109,9 @@ def read(path: str | os.PathLike[str]) -> Files:
     try:
         found = list(_tensors(memoryview(contents[""]), onnx.ModelProto.DESCRIPTOR))
     except (IndexError, UnicodeDecodeError) as error:
-        raise ModelError(f"{file} is not an ONNX model or is truncated; export it again.") from error
+        raise ModelError(
+            f"{file} is not an ONNX model or is truncated; export it again."
+        ) from error
     for tensor in found:
         if tensor.external is None:
             place: Place | None = tensor.place
@@ -120,7 +133,12 @@ def digest(contents: Mapping[str, bytes]) -> str:
 def inside(name: str) -> bool:
     """Whether a name of a file beside a model stays in the model's folder on every system."""
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and not {"..", ""} & {*path.parts} and not {*name} & {*"\\:\0"}
+    return (
+        bool(name)
+        and not path.is_absolute()
+        and not {"..", ""} & {*path.parts}
+        and not {*name} & {*"\\:\0"}
+    )
 
 
 def type_name(code: int) -> str:
@@ -142,7 +160,10 @@ def _sized(place: Place) -> bool:
         return False
     if type_name(place.type) in _NIBBLES:
         return place.nbytes == -(-prod(place.shape) // 2)
-    return place.nbytes == prod(place.shape) * onnx.helper.tensor_dtype_to_np_dtype(place.type).itemsize
+    return (
+        place.nbytes
+        == prod(place.shape) * onnx.helper.tensor_dtype_to_np_dtype(place.type).itemsize
+    )
 
 
 def _apart(places: Sequence[Place]) -> tuple[Place, ...]:
@@ -167,7 +188,9 @@ class _Tensor:
     shape: tuple[int, ...]
 
 
-def _tensors(data: memoryview, kind: Any, start: int = 0, stop: int | None = None) -> Iterator[_Tensor]:
+def _tensors(
+    data: memoryview, kind: Any, start: int = 0, stop: int | None = None
+) -> Iterator[_Tensor]:
     """Every tensor of a message, in attributes and subgraphs as well."""
     for number, wire, begin, end in _fields(data, start, len(data) if stop is None else stop):
         field = kind.fields_by_number.get(number)
@@ -209,16 +232,22 @@ def _external(tensor: _Tensor, file: Path, contents: dict[str, bytes]) -> Place 
     assert tensor.external is not None
     name = tensor.external.get("location", "")
     if not inside(name):
-        raise ModelError(f"{file} keeps weights in '{name}', outside its own folder; move them beside it.")
+        raise ModelError(
+            f"{file} keeps weights in '{name}', outside its own folder; move them beside it."
+        )
     try:
         if name not in contents:
             contents[name] = (file.parent / name).read_bytes()
         offset = int(tensor.external.get("offset") or 0)
         nbytes = int(tensor.external.get("length") or len(contents[name]) - offset)
     except OSError as error:
-        raise ModelError(f"{file} keeps weights in '{name}', which cannot be read: {error.strerror}.") from error
+        raise ModelError(
+            f"{file} keeps weights in '{name}', which cannot be read: {error.strerror}."
+        ) from error
     except ValueError as error:
-        raise ModelError(f"{file} gives no number for where '{tensor.name}' lies in '{name}'.") from error
+        raise ModelError(
+            f"{file} gives no number for where '{tensor.name}' lies in '{name}'."
+        ) from error
     if not 0 <= offset <= offset + nbytes <= len(contents[name]):
         return None
     return Place(tensor.name, tensor.type, tensor.shape, list(contents).index(name), offset, nbytes)

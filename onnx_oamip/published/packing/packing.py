@@ -96,7 +96,9 @@ def pack(
     """
     _check(lossless, clusters, data, eval_data, max_drop)
     points = MAX_DROP if max_drop is None else max_drop
-    settings = Settings.create(max_drop=points, device=device, seed=seed, batch_size=batch_size, **reading)
+    settings = Settings.create(
+        max_drop=points, device=device, seed=seed, batch_size=batch_size, **reading
+    )
     clock = Clock()
     target = check_output(path, output, (data, eval_data))
     exact = clusters is None and data is None
@@ -136,7 +138,9 @@ def pack(
         packed = container.write(contents)
     with clock("verify"):
         if container.read(packed, str(target)) != contents:
-            raise GateFailed(f"{path} does not come out of its packed form as it went in; please report this model.")
+            raise GateFailed(
+                f"{path} does not come out of its packed form as it went in; please report this model."
+            )
     with clock("write"):
         write_bytes(packed, target)
     sha256 = hashlib.sha256(packed).hexdigest()
@@ -164,24 +168,39 @@ def unpack(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Unpa
     sides = {name: _beside(target, name) for name in contents.files.contents if name}
     for name, side in sides.items():
         if side.exists() and (side.is_dir() or side.read_bytes() != contents.files.contents[name]):
-            raise OutputError(f"{side} is there already, with something else in it; unpack into another folder.")
+            raise OutputError(
+                f"{side} is there already, with something else in it; unpack into another folder."
+            )
     with Batch() as batch:
         for name, side in sides.items():
             side.parent.mkdir(parents=True, exist_ok=True)
             batch.add(side, contents.files.contents[name])
         batch.add(target, contents.files.contents[""])
         batch.commit()
-    return Unpacked(str(file), hashlib.sha256(packed).hexdigest(), len(packed), str(target), contents)
+    return Unpacked(
+        str(file), hashlib.sha256(packed).hexdigest(), len(packed), str(target), contents
+    )
 
 
 def _check(
-    lossless: bool, clusters: int | None, data: Source | None, eval_data: Source | None, max_drop: float | None
+    lossless: bool,
+    clusters: int | None,
+    data: Source | None,
+    eval_data: Source | None,
+    max_drop: float | None,
 ) -> None:
     """Settings that contradict each other."""
-    asked = {"--clusters or --bits": clusters, "--data": data, "--eval-data": eval_data, "--max-drop": max_drop}
+    asked = {
+        "--clusters or --bits": clusters,
+        "--data": data,
+        "--eval-data": eval_data,
+        "--max-drop": max_drop,
+    }
     for name, value in asked.items():
         if lossless and value is not None:
-            raise SettingsError(f"--lossless keeps every bit, which leaves {name} nothing to say; leave one out.")
+            raise SettingsError(
+                f"--lossless keeps every bit, which leaves {name} nothing to say; leave one out."
+            )
         if name in ("--eval-data", "--max-drop") and value is not None and data is None:
             raise DataError(f"{name} is about what is measured on samples; give --data as well.")
     if clusters is not None and not 2 <= clusters <= coding.CODEBOOK:
@@ -189,7 +208,11 @@ def _check(
 
 
 def _judge(
-    path: str | os.PathLike[str], files: Files, data: Source, eval_data: Source | None, settings: Settings
+    path: str | os.PathLike[str],
+    files: Files,
+    data: Source,
+    eval_data: Source | None,
+    settings: Settings,
 ) -> Judge:
     device = resolve_device(settings.device)
     model = models.load(path)
@@ -200,7 +223,9 @@ def _judge(
     return Judge(files, model, original, samples, held, device, settings.batch_size)
 
 
-def _encode(files: Files, places: list[Place], progress: Progress | None) -> dict[Place, coding.Coded]:
+def _encode(
+    files: Files, places: list[Place], progress: Progress | None
+) -> dict[Place, coding.Coded]:
     found = {}
     for i, place in enumerate(places):
         found[place] = coding.encode(files.words(place), place.form)
@@ -230,5 +255,7 @@ def _beside(target: Path, name: str) -> Path:
     if side.resolve() == target.resolve():
         raise OutputError(f"the model keeps weights in a file called {name}; give -o another name.")
     if not side.resolve().is_relative_to(target.parent.resolve()):
-        raise OutputError(f"{side} leads out of the folder of {target}; unpack into another folder.")
+        raise OutputError(
+            f"{side} leads out of the folder of {target}; unpack into another folder."
+        )
     return side

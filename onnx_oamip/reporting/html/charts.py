@@ -36,7 +36,14 @@ from onnx_oamip.core.printable import visible  # noqa: E402
 from onnx_oamip.core.records import Bools, Floats  # noqa: E402
 
 WIDE, NARROW = 420, 190
-INK, MUTED, GRID, BEFORE, AFTER, MARK = "#1c2733", "#5d6b7a", "#e4e9ef", "#cbd5e0", "#1f5fa8", "#c2571a"
+INK, MUTED, GRID, BEFORE, AFTER, MARK = (
+    "#1c2733",
+    "#5d6b7a",
+    "#e4e9ef",
+    "#cbd5e0",
+    "#1f5fa8",
+    "#c2571a",
+)
 SIZE = 10.5
 _FONT = FontProperties(family=["DejaVu Sans"], size=SIZE)
 _STYLE = {
@@ -67,7 +74,10 @@ _ROW, _NAME, _VALUE, _TOP, _FOOT = 20, 160, 92, 6, 44
 
 def widths(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
     """Horizontal bars: (group, units before, units after); ``most`` is where the axis ends."""
-    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Channels before and after") as (fig, done):
+    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Channels before and after") as (
+        fig,
+        done,
+    ):
         axes = _rows(fig, [name for name, _, _ in rows])
         places = np.arange(len(rows))
         axes.barh(places, [units for _, units, _ in rows], height=0.62, color=BEFORE)
@@ -81,7 +91,9 @@ def widths(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
 
 def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[float, float]) -> str:
     """Two dots a row on a logarithmic axis: (node, error before its refit, error after); ``span`` is the axis."""
-    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Relative error of every node, refitted") as (fig, done):
+    with _figure(
+        WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Relative error of every node, refitted"
+    ) as (fig, done):
         axes = _rows(fig, [name for name, _, _ in rows])
         places = np.arange(len(rows))
         low = span[0]
@@ -89,7 +101,16 @@ def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[floa
         axes.set_xscale("log")
         axes.set_xlim(*span)
         axes.hlines(places, after, before, color=BEFORE, linewidth=2.5)
-        axes.scatter(before, places, s=26, color="white", edgecolors=MARK, linewidths=1.4, zorder=3, clip_on=False)
+        axes.scatter(
+            before,
+            places,
+            s=26,
+            color="white",
+            edgecolors=MARK,
+            linewidths=1.4,
+            zorder=3,
+            clip_on=False,
+        )
         axes.scatter(after, places, s=26, color=AFTER, zorder=4, clip_on=False)
         _powers(axes, "x", span)
         axes.grid(axis="x")
@@ -98,7 +119,9 @@ def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[floa
     return done()
 
 
-def sensitivity(shares: Floats, losses: Floats, chosen: float, span: tuple[float, float], salt: str) -> str:
+def sensitivity(
+    shares: Floats, losses: Floats, chosen: float, span: tuple[float, float], salt: str
+) -> str:
     """A group's loss (levels,) by the share of it that is kept (levels,), the chosen share marked.
 
     ``span`` is the logarithmic axis; what is below it is drawn at its foot.
@@ -111,10 +134,21 @@ def sensitivity(shares: Floats, losses: Floats, chosen: float, span: tuple[float
         axes.set_xlim(0, 1)
         axes.grid()
         axes.axvline(chosen, color=MARK, linewidth=1, clip_on=False)
-        axes.plot(shares, floor, color=AFTER, linewidth=1.4, marker="o", markersize=3, clip_on=False)
+        axes.plot(
+            shares, floor, color=AFTER, linewidth=1.4, marker="o", markersize=3, clip_on=False
+        )
         height = np.exp(np.interp(chosen, shares, np.log(floor)))
-        axes.plot([chosen], [height], marker="o", markersize=7, color="white", markeredgecolor=MARK,
-                  markeredgewidth=1.6, clip_on=False, zorder=5)  # fmt: skip
+        axes.plot(
+            [chosen],
+            [height],
+            marker="o",
+            markersize=7,
+            color="white",
+            markeredgecolor=MARK,
+            markeredgewidth=1.6,
+            clip_on=False,
+            zorder=5,
+        )
         _powers(axes, "y", span)
         _shares(axes, [0, 0.5, 1])
         axes.set_xlabel("share kept")
@@ -171,8 +205,17 @@ def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str)
         order = np.argsort(x, kind="stable")
         axes.plot(x[order], shown[order], color=BEFORE, linewidth=1.4, zorder=2)
         for part, marker in ((~far, "o"), (far, "^")):
-            axes.scatter(x[part], shown[part], s=32, marker=marker, color="white", edgecolors=AFTER, linewidths=1.4,
-                         zorder=3, clip_on=False)  # fmt: skip
+            axes.scatter(
+                x[part],
+                shown[part],
+                s=32,
+                marker=marker,
+                color="white",
+                edgecolors=AFTER,
+                linewidths=1.4,
+                zorder=3,
+                clip_on=False,
+            )
         axes.scatter(x[taken], shown[taken], s=52, color=AFTER, zorder=4, clip_on=False)
         axes.set_xlim(0, 1)
         axes.set_ylim(foot, top)
@@ -183,7 +226,9 @@ def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str)
     return done()
 
 
-def frontier(points: Sequence[tuple[float, float]], whole: float | None, name: str, salt: str) -> str:
+def frontier(
+    points: Sequence[tuple[float, float]], whole: float | None, name: str, salt: str
+) -> str:
     """A quality in [0, 1] by the share of MACs kept, every point with its value; ``whole`` is the original's."""
     with _figure(WIDE, 270, salt, f"{name} by share of MACs kept") as (fig, done):
         axes = _axes(fig, 56, 20, 22, 44)
@@ -192,14 +237,32 @@ def frontier(points: Sequence[tuple[float, float]], whole: float | None, name: s
         seen = np.append(y, [] if whole is None else [whole])
         if whole is not None:
             axes.axhline(whole, color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
-            axes.scatter([1], [whole], s=34, color="white", edgecolors=MARK, linewidths=1.4, zorder=4, clip_on=False)
-        axes.plot(x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False)
+            axes.scatter(
+                [1],
+                [whole],
+                s=34,
+                color="white",
+                edgecolors=MARK,
+                linewidths=1.4,
+                zorder=4,
+                clip_on=False,
+            )
+        axes.plot(
+            x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False
+        )
         low, high = float(seen.min()), float(seen.max())
         room = max(high - low, 0.002)
         axes.set_xlim(0, 1)
         axes.set_ylim(low - 0.22 * room, high + 0.12 * room)
         for a, b in zip(x.tolist(), y.tolist(), strict=True):
-            axes.annotate(f"{100 * b:.1f}", (a, b), (5, -12), textcoords="offset points", fontsize=9.5, zorder=6)
+            axes.annotate(
+                f"{100 * b:.1f}",
+                (a, b),
+                (5, -12),
+                textcoords="offset points",
+                fontsize=9.5,
+                zorder=6,
+            )
         _shares(axes)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g} %"))
@@ -215,10 +278,19 @@ def latency(points: Sequence[tuple[float, float]], salt: str) -> str:
         axes.grid()
         x, y = (np.asarray(column, np.float64) for column in zip(*sorted(points), strict=True))
         axes.plot([0, 1], [0, 1], color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
-        axes.plot(x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False)
+        axes.plot(
+            x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False
+        )
         for a, b in zip(x.tolist(), y.tolist(), strict=True):
-            axes.annotate(f"{100 * b:.0f}", (a, b), (0, 8), textcoords="offset points", ha="center", fontsize=9.5,
-                          zorder=6)  # fmt: skip
+            axes.annotate(
+                f"{100 * b:.0f}",
+                (a, b),
+                (0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9.5,
+                zorder=6,
+            )
         axes.set_xlim(0, 1)
         axes.set_ylim(0, max(1.0, 1.12 * float(y.max())))
         _shares(axes)
@@ -246,7 +318,14 @@ def decades(values: Sequence[float]) -> tuple[float, float]:
 def _axes(fig: Figure, left: float, right: float, top: float, foot: float) -> Axes:
     """Axes with margins in pixels."""
     width, height = (72 * v for v in fig.get_size_inches())
-    return fig.add_axes((left / width, foot / height, (width - left - right) / width, (height - top - foot) / height))
+    return fig.add_axes(
+        (
+            left / width,
+            foot / height,
+            (width - left - right) / width,
+            (height - top - foot) / height,
+        )
+    )
 
 
 def _rows(fig: Figure, names: Sequence[str]) -> Axes:
@@ -262,8 +341,16 @@ def _rows(fig: Figure, names: Sequence[str]) -> Axes:
 
 def _values(axes: Axes, texts: Sequence[str]) -> None:
     for place, text in enumerate(texts):
-        axes.annotate(text, (1, place), (_VALUE - 2, 0), xycoords=("axes fraction", "data"),
-                      textcoords="offset points", ha="right", va="center_baseline", fontsize=9.5)  # fmt: skip
+        axes.annotate(
+            text,
+            (1, place),
+            (_VALUE - 2, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="center_baseline",
+            fontsize=9.5,
+        )
 
 
 def _shares(axes: Axes, ticks: Sequence[float] = (0, 0.25, 0.5, 0.75, 1)) -> None:
@@ -275,12 +362,17 @@ def _powers(axes: Axes, side: str, span: tuple[float, float]) -> None:
     """At most four ticks at powers of ten."""
     axis = axes.xaxis if side == "x" else axes.yaxis
     raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    if np.log10(span[1] / span[0]) < 2 and np.floor(np.log10(span[1])) == np.ceil(np.log10(span[0])) - 1:
+    if (
+        np.log10(span[1] / span[0]) < 2
+        and np.floor(np.log10(span[1])) == np.ceil(np.log10(span[0])) - 1
+    ):
         axis.set_major_locator(FixedLocator([span[0], span[1]]))  # no power of ten in between
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.1g}"))
     else:
         axis.set_major_locator(LogLocator(numticks=4))
-        axis.set_major_formatter(FuncFormatter(lambda v, _: "10" + f"{round(np.log10(v))}".translate(raised)))
+        axis.set_major_formatter(
+            FuncFormatter(lambda v, _: "10" + f"{round(np.log10(v))}".translate(raised))
+        )
     axis.set_minor_locator(NullLocator())
 
 
@@ -297,7 +389,10 @@ def shortened(text: str, room: float) -> str:
         if _extent(found) <= room:
             return found
         end = words[i].end()
-        found = re.sub(r"([^\W\d_])[^\W\d_]+(?=[./_:])", r"\1", text[:end] + text[end : end + 1]) + text[end + 1 :]
+        found = (
+            re.sub(r"([^\W\d_])[^\W\d_]+(?=[./_:])", r"\1", text[:end] + text[end : end + 1])
+            + text[end + 1 :]
+        )
     kept, short = len(found), found
     while kept > 2 and (extent := _extent(short)) > room:
         kept = max(min(kept - 1, int(kept * room / extent)), 2)
@@ -315,12 +410,16 @@ def _extent(text: str) -> float:
 @contextmanager
 def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # the reader's fonts draw the texts
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # the reader's fonts draw the texts
         yield
 
 
 @contextmanager
-def _figure(width: float, height: float, salt: str, label: str) -> Iterator[tuple[Figure, Callable[[], str]]]:
+def _figure(
+    width: float, height: float, salt: str, label: str
+) -> Iterator[tuple[Figure, Callable[[], str]]]:
     """A figure in pixels, and what turns it into SVG once it is left."""
     result: list[str] = []
     with _quietly(), matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": salt}]):
@@ -330,7 +429,11 @@ def _figure(width: float, height: float, salt: str, label: str) -> Iterator[tupl
         for axes in figure.axes:
             axes.set_facecolor("none")
         stream = io.BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            stream,
+            format="svg",
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
         result.append(_inline(stream.getvalue(), salt, label, width, height))
 
 
@@ -352,11 +455,20 @@ def _inline(content: bytes, salt: str, label: str, width: float, height: float) 
                 if value.encode() not in used:
                     continue
                 value = f"{salt}-{value}"
-            value = f"#{salt}-{value[1:]}" if name == "href" else value.replace("url(#", f"url(#{salt}-")
+            value = (
+                f"#{salt}-{value[1:]}"
+                if name == "href"
+                else value.replace("url(#", f"url(#{salt}-")
+            )
             element.set(name, re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", value))
     root.attrib.clear()
     root.attrib.update(
-        {"role": "img", "aria-label": label, "viewBox": f"0 0 {width:g} {height:g}", "width": f"{width:g}",
-         "height": f"{height:g}"}
-    )  # fmt: skip
+        {
+            "role": "img",
+            "aria-label": label,
+            "viewBox": f"0 0 {width:g} {height:g}",
+            "width": f"{width:g}",
+            "height": f"{height:g}",
+        }
+    )
     return ElementTree.tostring(root, encoding="unicode")

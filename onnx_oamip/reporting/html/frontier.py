@@ -54,13 +54,26 @@ def frontier_page(found: Frontier) -> bytes:
         Card("File", short(before["bytes"], "B"), f"{count(before['bytes'])} bytes"),
     ]
     if before["accuracy"] is not None:
-        cards.append(Card("Accuracy", percent(before["accuracy"], 2), f"on {plural(settings['evaluated'], 'sample')}"))
-    sections = [_curve(value, made), _points(value), _kept(value, made), again(value, "frontier", ASKED)]
+        cards.append(
+            Card(
+                "Accuracy",
+                percent(before["accuracy"], 2),
+                f"on {plural(settings['evaluated'], 'sample')}",
+            )
+        )
+    sections = [
+        _curve(value, made),
+        _points(value),
+        _kept(value, made),
+        again(value, "frontier", ASKED),
+    ]
     return render(
         Page(
             kicker="Frontier by onnx-oamip",
             title=PurePath(model).name,
-            lead=[f"{model} at {plural(len(value['points']), 'share')} of its multiply-accumulates. {how}"],
+            lead=[
+                f"{model} at {plural(len(value['points']), 'share')} of its multiply-accumulates. {how}"
+            ],
             cards=cards,
             sections=[s for s in sections if s is not None],
         )
@@ -68,15 +81,21 @@ def frontier_page(found: Frontier) -> bytes:
 
 
 def _curve(value: Document, made: Sequence[Document]) -> Section:
-    quality = next((q for q in ("accuracy", "agreement") if all(p[q] is not None for p in made)), None)
+    quality = next(
+        (q for q in ("accuracy", "agreement") if all(p[q] is not None for p in made)), None
+    )
     drawn = []
     if quality is not None:
         whole = value["before"]["accuracy"] if quality == "accuracy" else 1.0
-        drawn.append(charts.frontier([(p["shares"]["macs"], p[quality]) for p in made], whole, quality, "q"))
+        drawn.append(
+            charts.frontier([(p["shares"]["macs"], p[quality]) for p in made], whole, quality, "q")
+        )
     elif all(p["output_relative_error"] is not None for p in made):
         pairs = [(p["shares"]["macs"], p["output_relative_error"]) for p in made]
         drawn.append(charts.frontier(pairs, 0.0, "relative error of the outputs", "q"))
-    timed = [(p["shares"]["macs"], p["latency_ratio"]) for p in made if p["latency_ratio"] is not None]
+    timed = [
+        (p["shares"]["macs"], p["latency_ratio"]) for p in made if p["latency_ratio"] is not None
+    ]
     if timed:
         drawn.append(charts.latency(timed, "t"))
     lead = (
@@ -88,35 +107,62 @@ def _curve(value: Document, made: Sequence[Document]) -> Section:
 
 def _points(value: Document) -> Section:
     rows = [
-        [percent(p["asked"]), *(percent(p["shares"][k]) for k in ("macs", "params", "bytes")),
-         percent(p["accuracy"], 2), percent(p["agreement"], 2), number(p["output_relative_error"]),
-         percent(p["latency_ratio"])]
+        [
+            percent(p["asked"]),
+            *(percent(p["shares"][k]) for k in ("macs", "params", "bytes")),
+            percent(p["accuracy"], 2),
+            percent(p["agreement"], 2),
+            number(p["output_relative_error"]),
+            percent(p["latency_ratio"]),
+        ]
         for p in value["points"]
-    ]  # fmt: skip
+    ]
     columns = (
-        ">MACs asked", ">MACs", ">parameters", ">bytes", ">accuracy", ">same class", ">output error", ">latency",
-    )  # fmt: skip
+        ">MACs asked",
+        ">MACs",
+        ">parameters",
+        ">bytes",
+        ">accuracy",
+        ">same class",
+        ">output error",
+        ">latency",
+    )
     parts: list[Part] = [Table.of(columns, rows)]
-    parts += [Note(f"At {percent(p['asked'])}: {p['reason']}", warn=True) for p in value["points"] if p["reason"]]
+    parts += [
+        Note(f"At {percent(p['asked'])}: {p['reason']}", warn=True)
+        for p in value["points"]
+        if p["reason"]
+    ]
     saved = [p for p in value["points"] if p["output"]]
     if saved:
-        files = [[p["output"], percent(p["shares"]["macs"]), count(p["bytes"]), p["sha256"]] for p in saved]
+        files = [
+            [p["output"], percent(p["shares"]["macs"]), count(p["bytes"]), p["sha256"]]
+            for p in saved
+        ]
         parts.append(Table.of(("file", ">MACs", ">bytes", "sha256"), files))
     if value["notes"]:
         parts.append(Bullets(value["notes"]))
-    return Section("points", "Models", "Shares are of the original's; latency is measured side by side.", parts)
+    return Section(
+        "points", "Models", "Shares are of the original's; latency is measured side by side.", parts
+    )
 
 
 def _kept(value: Document, made: Sequence[Document]) -> Section:
     groups = value["groups"]
     shown = largest([g["units"] for g in groups], ROWS)
     rows = [
-        [groups[i]["name"], count(groups[i]["units"]), *(_tinted(p["kept"][i], groups[i]["units"]) for p in made)]
+        [
+            groups[i]["name"],
+            count(groups[i]["units"]),
+            *(_tinted(p["kept"][i], groups[i]["units"]) for p in made),
+        ]
         for i in shown
     ]
     columns = ("group", ">units", *(f"#{percent(p['shares']['macs'], 0)}" for p in made))
     parts: list[Part] = [Table.of(columns, rows), *limited(shown, groups, "groups")]
-    return Section("widths", "Widths", "Units kept in every group, by the share of MACs kept.", parts)
+    return Section(
+        "widths", "Widths", "Units kept in every group, by the share of MACs kept.", parts
+    )
 
 
 def _tinted(kept: int, units: int) -> Cell:

@@ -74,7 +74,9 @@ class Table:
     @classmethod
     def of(cls, names: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> Table:
         """A table from names of columns and texts."""
-        columns = [Column(name.lstrip("#>"), name[:1] in ("#", ">"), name[:1] == "#") for name in names]
+        columns = [
+            Column(name.lstrip("#>"), name[:1] in ("#", ">"), name[:1] == "#") for name in names
+        ]
         return cls(columns, [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows])
 
 
@@ -146,7 +148,11 @@ class Page:
 def render(page: Page) -> bytes:
     """The page as one file of HTML, UTF-8. Every text is escaped, and what is invisible in it spelt out."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
     )
     environment.filters["pieces"] = pieces
     source = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")

@@ -31,10 +31,28 @@ CHART_ROWS = 25
 HALVED = 8
 """More rows than this make two charts at least, side by side where there is room."""
 
-_ASKED = frozenset((
-    "levels", "macs", "params", "size", "threshold", "latency", "max_drop", "data", "eval_data", "scores", "save_dir",
-    "evaluated", "samples", "align", "steps", "floor", "exclude", "force",
-))  # fmt: skip
+_ASKED = frozenset(
+    (
+        "levels",
+        "macs",
+        "params",
+        "size",
+        "threshold",
+        "latency",
+        "max_drop",
+        "data",
+        "eval_data",
+        "scores",
+        "save_dir",
+        "evaluated",
+        "samples",
+        "align",
+        "steps",
+        "floor",
+        "exclude",
+        "force",
+    )
+)
 """Settings that say how much and on what; the others say how."""
 _SEPARATORS = {"image_size": "x", "image_mean": ",", "image_std": ","}
 """Of options that hold several numbers at once."""
@@ -45,7 +63,9 @@ def again(value: Document, command: str, names: Iterable[str]) -> Section:
     """The section that tells what was asked, with what it ran, and the command; ``names``: settings it takes."""
     settings = value["settings"]
     lines = _command(value, command, names)
-    parts: list[Part] = [Code(lines)] if lines else [Note("The data were arrays in memory: no command reads them.")]
+    parts: list[Part] = (
+        [Code(lines)] if lines else [Note("The data were arrays in memory: no command reads them.")]
+    )
     listed: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for name, item in settings.items():
         listed[name in _ASKED].append((name.replace("_", " "), _setting(item)))
@@ -54,7 +74,12 @@ def again(value: Document, command: str, names: Iterable[str]) -> Section:
     files = [("model", value["model"]["sha256"])]
     if value.get("output", {}).get("sha256"):
         files.append(("output", value["output"]["sha256"]))
-    blocks = {"Budget and data": listed[True], "Method": listed[False], "Versions": versions, "Time by stage": seconds}
+    blocks = {
+        "Budget and data": listed[True],
+        "Method": listed[False],
+        "Versions": versions,
+        "Time by stage": seconds,
+    }
     parts.append(Pairs([Block(title, rows) for title, rows in blocks.items()]))
     parts.append(Pairs([Block("SHA-256", files)]))
     return Section("again", "To do it again", "", parts)
@@ -76,7 +101,9 @@ def _command(value: Document, command: str, names: Iterable[str]) -> list[str] |
     for name in names:
         item, usual = settings[name], Settings.model_fields[name].get_default()
         # What apply is not told it takes from the plan.
-        if item == (list(usual) if isinstance(usual, tuple) else usual) and name not in _OF_A_PLAN.get(command, ()):
+        if item == (
+            list(usual) if isinstance(usual, tuple) else usual
+        ) and name not in _OF_A_PLAN.get(command, ()):
             continue
         if name == "importance" and settings["scores"] is not None:
             continue
@@ -114,7 +141,11 @@ def limited(shown: Sequence[int], every: Sequence[Any], what: str) -> list[Part]
     """What is to be said where not everything is shown."""
     if len(shown) == len(every):
         return []
-    return [Note(f"Showing the {count(len(shown))} largest of {count(len(every))} {what}; --json lists all.")]
+    return [
+        Note(
+            f"Showing the {count(len(shown))} largest of {count(len(every))} {what}; --json lists all."
+        )
+    ]
 
 
 def paged(rows: Sequence[Any]) -> list[Sequence[Any]]:

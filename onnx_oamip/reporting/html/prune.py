@@ -50,14 +50,24 @@ def prune_page(report: Report) -> bytes:
     """The page of ``prune``: the same report gives the same bytes."""
     value = documents.document(report)
     groups = report.coupling.groups
-    value["values"] = [report.scores.values[group.units] for group in groups] if report.scores else []
+    value["values"] = (
+        [report.scores.values[group.units] for group in groups] if report.scores else []
+    )
     value["keep"] = [report.plan.keep[group.units] for group in groups]
     model, output = value["model"]["path"], value["output"]["path"]
     sections = [
-        _widths(value), _errors(value), _sensitivity(value), _scores(value), _search(value), _skipped(value),
-        _programs(value), _checks(value),
-        again(value, "apply", APPLIED) if "plan" in value["settings"] else again(value, "prune", Settings.model_fields),
-    ]  # fmt: skip
+        _widths(value),
+        _errors(value),
+        _sensitivity(value),
+        _scores(value),
+        _search(value),
+        _skipped(value),
+        _programs(value),
+        _checks(value),
+        again(value, "apply", APPLIED)
+        if "plan" in value["settings"]
+        else again(value, "prune", Settings.model_fields),
+    ]
     return render(
         Page(
             kicker="Pruned by onnx-oamip",
@@ -74,7 +84,11 @@ def prune_page(report: Report) -> bytes:
 
 def _asked(budget: Document) -> str:
     names = {"macs": "MACs", "params": "parameters", "size": "bytes", "latency": "latency"}
-    wanted = [f"{percent(budget[key])} of the {name}" for key, name in names.items() if budget[key] is not None]
+    wanted = [
+        f"{percent(budget[key])} of the {name}"
+        for key, name in names.items()
+        if budget[key] is not None
+    ]
     asked = [f"to keep at most {' and '.join(wanted)}"] if wanted else []
     if budget["max_drop"] is not None:
         asked.append(f"to lose at most {budget['max_drop']:g} points")
@@ -84,23 +98,40 @@ def _asked(budget: Document) -> str:
 
 
 def _how(value: Document) -> str:
-    how = {"Scores": value["importance"], "Allocation": value["allocation"], "Refit": value["settings"]["refit"]}
+    how = {
+        "Scores": value["importance"],
+        "Allocation": value["allocation"],
+        "Refit": value["settings"]["refit"],
+    }
     return " ".join(f"{name}: {method}." for name, method in how.items())
 
 
 def _cards(value: Document) -> list[Card]:
     before, after, checks = value["before"], value["after"], value["verification"]
     cards = []
-    for key, name, unit in (("macs", "MACs", ""), ("params", "Parameters", ""), ("bytes", "File", "B")):
+    for key, name, unit in (
+        ("macs", "MACs", ""),
+        ("params", "Parameters", ""),
+        ("bytes", "File", "B"),
+    ):
         share = after[key] / before[key] if before[key] else None
-        cards.append(Card(name, short(after[key], unit), f"{percent(share)} of {short(before[key], unit)}", share))
+        cards.append(
+            Card(
+                name,
+                short(after[key], unit),
+                f"{percent(share)} of {short(before[key], unit)}",
+                share,
+            )
+        )
     ratio = checks["latency_ratio"]
     if ratio is not None:
         cards.append(Card("Latency", percent(ratio), f"{1 / ratio:.2f} times as fast", ratio))
     if checks["accuracy_after"] is not None:
         lost = 100 * (checks["accuracy_before"] - checks["accuracy_after"])
         note = f"{_points(lost)} {percent(checks['accuracy_before'], 2)}"
-        cards.append(Card("Accuracy", percent(checks["accuracy_after"], 2), note, checks["accuracy_after"]))
+        cards.append(
+            Card("Accuracy", percent(checks["accuracy_after"], 2), note, checks["accuracy_after"])
+        )
     elif checks["agreement"] is not None:
         note = f"same top class, {plural(checks['samples'], 'sample')}"
         cards.append(Card("Agreement", percent(checks["agreement"], 2), note, checks["agreement"]))
@@ -111,7 +142,11 @@ def _cards(value: Document) -> list[Card]:
 
 
 def _points(lost: float) -> str:
-    return f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'}" if round(lost, 2) else "the same as"
+    return (
+        f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'}"
+        if round(lost, 2)
+        else "the same as"
+    )
 
 
 def _widths(value: Document) -> Section:
@@ -119,10 +154,15 @@ def _widths(value: Document) -> Section:
     shown = largest([g["units"] for g in groups], ROWS)
     rows = [(groups[i]["name"], groups[i]["units"], groups[i]["kept"]) for i in shown]
     table = [
-        [g["name"], count(g["units"]), count(g["kept"]), percent(g["level"]),
-         *(number(g["score"][k]) for k in ("min", "mean", "max"))]
+        [
+            g["name"],
+            count(g["units"]),
+            count(g["kept"]),
+            percent(g["level"]),
+            *(number(g["score"][k]) for k in ("min", "mean", "max")),
+        ]
         for g in (groups[i] for i in shown)
-    ]  # fmt: skip
+    ]
     most = max(g["units"] for g in groups)
     columns = ("group", ">units", ">kept", ">share", ">least score", ">mean", ">largest")
     units, kept = (sum(g[k] for g in groups) for k in ("units", "kept"))
@@ -131,7 +171,10 @@ def _widths(value: Document) -> Section:
         f"one of its weights. {count(kept)} of {count(units)} units in {plural(len(groups), 'group')} are kept."
     )
     parts: list[Part] = [
-        Figures([Figure(charts.widths(part, f"w{i}", most)) for i, part in enumerate(paged(rows))], "wide"),
+        Figures(
+            [Figure(charts.widths(part, f"w{i}", most)) for i, part in enumerate(paged(rows))],
+            "wide",
+        ),
         *limited(shown, groups, "groups"),
         Table.of(columns, table),
     ]
@@ -151,13 +194,24 @@ def _errors(value: Document) -> Section | None:
         "samples over the variance of the original output. Open: before its refit. Filled: after."
     )
     table = [
-        [f["node"], f["form"], count(f["rows"]), count(f["unknowns"]), number(f["ridge"]),
-         number(f["error_before"]), number(f["error_after"])]
+        [
+            f["node"],
+            f["form"],
+            count(f["rows"]),
+            count(f["unknowns"]),
+            number(f["ridge"]),
+            number(f["error_before"]),
+            number(f["error_after"]),
+        ]
         for f in (fits[i] for i in shown)
-    ]  # fmt: skip
+    ]
     columns = ("node", "refit", ">rows", ">unknowns", ">ridge", ">error before", ">after")
     drawn = [Figure(charts.errors(part, f"e{i}", span)) for i, part in enumerate(paged(rows))]
-    parts: list[Part] = [Figures(drawn, "wide"), *limited(shown, fits, "nodes"), Table.of(columns, table)]
+    parts: list[Part] = [
+        Figures(drawn, "wide"),
+        *limited(shown, fits, "nodes"),
+        Table.of(columns, table),
+    ]
     return Section("errors", "Error along the network", lead, parts)
 
 
@@ -173,7 +227,13 @@ def _sensitivity(value: Document) -> Section | None:
         group, finite = groups[i], np.isfinite(losses[i])
         shares = np.asarray(curves[i]["widths"]) / group["units"]
         svg = charts.sensitivity(shares[finite], losses[i][finite], group["level"], span, f"s{i}")
-        drawn.append(Figure(svg, group["name"], f"{count(group['kept'])} of {plural(group['units'], 'unit')} kept"))
+        drawn.append(
+            Figure(
+                svg,
+                group["name"],
+                f"{count(group['kept'])} of {plural(group['units'], 'unit')} kept",
+            )
+        )
     lead = (
         "The measured loss of the model with only this group narrowed and what reads it repaired: divergence of the "
         "class probabilities, or relative squared error of the outputs. The line marks the width that was chosen. "
@@ -189,14 +249,20 @@ def _scores(value: Document) -> Section | None:
         return None
     shown = largest([g["units"] for g in groups], SMALL_CHARTS)
     drawn = [
-        Figure(charts.scores(value["values"][i], value["keep"][i], f"h{i}"), groups[i]["name"], _spread(groups[i]))
+        Figure(
+            charts.scores(value["values"][i], value["keep"][i], f"h{i}"),
+            groups[i]["name"],
+            _spread(groups[i]),
+        )
         for i in shown
     ]
     lead = (
         f"How the {value['importance']} scores of each group's units are spread. Dark: kept. Light: removed. Scores "
         "compare units of one group; where they span decades the axis is logarithmic, and zeros stand at its left end."
     )
-    return Section("scores", "Scores", lead, [Figures(drawn, "narrow"), *limited(shown, groups, "groups")])
+    return Section(
+        "scores", "Scores", lead, [Figures(drawn, "narrow"), *limited(shown, groups, "groups")]
+    )
 
 
 def _spread(group: Document) -> str:
@@ -211,10 +277,13 @@ def _search(value: Document) -> Section | None:
     met = [t for t in tried if t["lost"] is not None]
     drawn = [(t["macs"] / whole, t["lost"], t["macs"] == final) for t in met]
     rows = [
-        [percent(t["asked"]), percent(None if t["macs"] is None else t["macs"] / whole),
-         "no plan" if t["lost"] is None else f"{t['lost']:.2f}"]
+        [
+            percent(t["asked"]),
+            percent(None if t["macs"] is None else t["macs"] / whole),
+            "no plan" if t["lost"] is None else f"{t['lost']:.2f}",
+        ]
         for t in tried
-    ]  # fmt: skip
+    ]
     lead = (
         f"The fewest multiply-accumulates that lose at most {allowed:g} points (dashed), by bisection. Filled: the "
         "model that was taken. A triangle lost more than five times that."
@@ -231,10 +300,16 @@ def _skipped(value: Document) -> Section:
         reasons.setdefault(entry["reason"], []).append(entry)
     ordered = sorted(reasons.items(), key=lambda item: -sum(e["channels"] for e in item[1]))
     rows = [
-        [reason, count(sum(e["channels"] for e in entries)), ", ".join(dict.fromkeys(e["tensor"] for e in entries))]
+        [
+            reason,
+            count(sum(e["channels"] for e in entries)),
+            ", ".join(dict.fromkeys(e["tensor"] for e in entries)),
+        ]
         for reason, entries in ordered[:ROWS]
     ]
-    parts: list[Part] = [Table.of(("reason", ">channels", "of"), rows)] if rows else [Note("Nothing was skipped.")]
+    parts: list[Part] = (
+        [Table.of(("reason", ">channels", "of"), rows)] if rows else [Note("Nothing was skipped.")]
+    )
     if len(ordered) > ROWS:
         parts.append(Note(f"Showing the {ROWS} largest of {count(len(ordered))} reasons."))
     return Section("skipped", "What could not go", "Channels that stay, and why.", parts)
@@ -245,20 +320,35 @@ def _programs(value: Document) -> Section | None:
     if not programs:
         return None
     rows = [
-        [p["purpose"], p["solver"], f"{p['status']}, {p['limit']} limit" if p.get("limit") else p["status"],
-         percent(p["gap"], 2), DASH if p["seconds"] is None else f"{p['seconds']:.2f} s",
-         count(p["variables"]), count(p["rows"]),
-         DASH if p.get("binding") is None else ", ".join(p["binding"]) or "nothing"]
+        [
+            p["purpose"],
+            p["solver"],
+            f"{p['status']}, {p['limit']} limit" if p.get("limit") else p["status"],
+            percent(p["gap"], 2),
+            DASH if p["seconds"] is None else f"{p['seconds']:.2f} s",
+            count(p["variables"]),
+            count(p["rows"]),
+            DASH if p.get("binding") is None else ", ".join(p["binding"]) or "nothing",
+        ]
         for p in programs[:ROWS]
-    ]  # fmt: skip
+    ]
     columns = ("program", "solver", "status", ">gap", ">time", ">variables", ">rows", "what binds")
-    reasons = list(dict.fromkeys(p["reason"] for p in programs if p.get("reason") not in (None, "", "as asked")))
+    reasons = list(
+        dict.fromkeys(
+            p["reason"] for p in programs if p.get("reason") not in (None, "", "as asked")
+        )
+    )
     parts: list[Part] = [Table.of(columns, rows)]
     if len(programs) > ROWS:
         parts.append(Note(f"Showing the first {ROWS} of {count(len(programs))} programs."))
     if reasons:
         parts.append(Bullets([f"Solver: {reason}." for reason in reasons[:ROWS]]))
-    return Section("programs", "Programs", "Mathematical programs behind the result, and how they ended.", parts)
+    return Section(
+        "programs",
+        "Programs",
+        "Mathematical programs behind the result, and how they ended.",
+        parts,
+    )
 
 
 def _checks(value: Document) -> Section:

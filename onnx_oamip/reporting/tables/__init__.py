@@ -57,7 +57,9 @@ def _shown(lines: Text) -> Text:
 def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     output = value["output"]["path"] or "(not written)"
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
-    yield costs(value["before"], value["after"], value["budget"], value["verification"]["latency_ratio"])
+    yield costs(
+        value["before"], value["after"], value["budget"], value["verification"]["latency_ratio"]
+    )
     yield from _groups(value["groups"], console)
     if value["connections"]:
         yield from connection_rows(value["connections"], console)
@@ -97,9 +99,13 @@ def _groups(groups: Sequence[Document], console: Console) -> Iterator[Renderable
 def _frontier(value: Document, _: Console) -> Iterator[RenderableType]:
     before = value["before"]
     accuracy = percent(before["accuracy"], "not measured", 2)
-    yield Text.assemble((value["model"]["path"], "bold"), f"  {value['importance']} scores, accuracy {accuracy}")
+    yield Text.assemble(
+        (value["model"]["path"], "bold"), f"  {value['importance']} scores, accuracy {accuracy}"
+    )
     yield costs(before)
-    table = grid(">MACs asked", ">kept", ">params", ">bytes", ">accuracy", ">agreement", ">error", ">latency")
+    table = grid(
+        ">MACs asked", ">kept", ">params", ">bytes", ">accuracy", ">agreement", ">error", ">latency"
+    )
     for point in value["points"]:
         shares = (percent(share) for share in (point["asked"], *point["shares"].values()))
         right = (percent(point[key], digits=2) for key in ("accuracy", "agreement"))
@@ -139,7 +145,9 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
     table = grid("group", ">units", ">weights", "summed over by")
     for group in value["groups"][:ROWS]:
         weights = len({a["tensor"] for a in group["axes"] if a["constant"]})
-        table.add_row(cell(group["name"]), f"{group['units']:,}", str(weights), cell(some(group["consumers"])))
+        table.add_row(
+            cell(group["name"]), f"{group['units']:,}", str(weights), cell(some(group["consumers"]))
+        )
     yield from limited(table, value["groups"], "groups")
     yield from reason_rows(value["skipped"])
 
@@ -153,7 +161,11 @@ def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
 
 def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
     paths = [PurePath(model["path"]) for model in value["models"]]
-    names = [p.name for p in paths] if len({p.name for p in paths}) == len(set(paths)) else [str(p) for p in paths]
+    names = (
+        [p.name for p in paths]
+        if len({p.name for p in paths}) == len(set(paths))
+        else [str(p) for p in paths]
+    )
     threads = f", {count(value['threads'], 'thread')}" if value["threads"] else ""
     for place, batch in enumerate(value["batch"]):
         yield Text(f"{count(batch, 'sample')} a run on {value['device']}{threads}")
@@ -181,7 +193,9 @@ def _checkpoint(value: Document, _: Console) -> Iterator[RenderableType]:
     cut = [t for t in value["tensors"] if t["weight"] is not None]
     table = grid("tensor", "before", "after")
     for tensor in cut[:ROWS]:
-        table.add_row(cell(tensor["name"]), *(" x ".join(map(str, tensor[k])) for k in ("before", "after")))
+        table.add_row(
+            cell(tensor["name"]), *(" x ".join(map(str, tensor[k])) for k in ("before", "after"))
+        )
     yield from limited(table, cut, "tensors")
     yield Text(f"{len(value['tensors']) - len(cut)} tensors stay as they are.")
     if value["unmatched"]:
@@ -189,9 +203,20 @@ def _checkpoint(value: Document, _: Console) -> Iterator[RenderableType]:
 
 
 def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
-    kinds: dict[str, list[str]] = {"counted and refitted": [], "counted": [], "repaired": [], "followed": []}
+    kinds: dict[str, list[str]] = {
+        "counted and refitted": [],
+        "counted": [],
+        "repaired": [],
+        "followed": [],
+    }
     for op in value["operators"]:
-        kind = "counted and refitted" if op["macs"] and op["refit"] else "counted" if op["macs"] else ""
+        kind = (
+            "counted and refitted"
+            if op["macs"] and op["refit"]
+            else "counted"
+            if op["macs"]
+            else ""
+        )
         kinds[kind or ("repaired" if op["repair"] else "followed")].append(operator_name(op))
     table = grid("", "operators", header=False)
     for kind, names in kinds.items():
@@ -208,9 +233,14 @@ def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
 def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
     table = grid("solver", "version", "usable", ">variables", ">rows", "licence")
     for solver in value["solvers"]:
-        sizes = [f"{solver[k]:,}" if solver[k] else "any" if solver["usable"] else "-" for k in ("variables", "rows")]
+        sizes = [
+            f"{solver[k]:,}" if solver[k] else "any" if solver["usable"] else "-"
+            for k in ("variables", "rows")
+        ]
         usable = "yes" if solver["usable"] else "no"
-        table.add_row(solver["name"], solver["version"] or "-", usable, *sizes, cell(solver["licence"]))
+        table.add_row(
+            solver["name"], solver["version"] or "-", usable, *sizes, cell(solver["licence"])
+        )
     yield table
     yield Text("--solver auto takes the first that is usable and whose licence allows the size.")
 
@@ -230,7 +260,11 @@ def _pack(value: Document, _: Console) -> Iterator[RenderableType]:
     largest = sorted(value["tensors"], key=lambda t: -t["before"])
     for tensor in largest[:ROWS]:
         psi = percent(tensor["psi"])
-        others = [percent(tensor["rivals"][key] / tensor["before"]) for key in ("zip", "fp16_zip") if rivals]
+        others = [
+            percent(tensor["rivals"][key] / tensor["before"])
+            for key in ("zip", "fp16_zip")
+            if rivals
+        ]
         table.add_row(
             cell(tensor["name"] or "(no name)"),
             tensor["method"],
@@ -248,10 +282,16 @@ def _pack(value: Document, _: Console) -> Iterator[RenderableType]:
 
 
 def _unpack(value: Document, _: Console) -> Iterator[RenderableType]:
-    yield Text.assemble((value["packed"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    yield Text.assemble(
+        (value["packed"]["path"], "bold"), " -> ", (value["output"]["path"], "bold")
+    )
     lines = [f"{value['packed']['bytes']:,} bytes -> {value['output']['bytes']:,} bytes"]
     lines += [f"and beside it {name}" for name in value["beside"]]
-    lines.append("bit by bit the original" if value["lossless"] else "weights share values: not the original bits")
+    lines.append(
+        "bit by bit the original"
+        if value["lossless"]
+        else "weights share values: not the original bits"
+    )
     yield Text("\n".join(lines))
 
 

@@ -27,18 +27,36 @@ def operator_name(op: Document) -> str:
 
 
 def costs(
-    before: Document, after: Document | None = None, budget: Document | None = None, latency: float | None = None
+    before: Document,
+    after: Document | None = None,
+    budget: Document | None = None,
+    latency: float | None = None,
 ) -> Table:
     if after is None:
         table = grid(">MACs", ">parameters", ">bytes")
         table.add_row(*(f"{before[k]:,}" for k in ("macs", "params", "bytes")))
         return table
     table = grid("", ">before", ">after", ">kept", *([">budget"] if budget else []))
-    for key, name, wanted in (("macs", "MACs", "macs"), ("params", "parameters", "params"), ("bytes", "bytes", "size")):
-        row = [name, f"{before[key]:,}", f"{after[key]:,}", percent(after[key] / before[key] if before[key] else None)]
+    for key, name, wanted in (
+        ("macs", "MACs", "macs"),
+        ("params", "parameters", "params"),
+        ("bytes", "bytes", "size"),
+    ):
+        row = [
+            name,
+            f"{before[key]:,}",
+            f"{after[key]:,}",
+            percent(after[key] / before[key] if before[key] else None),
+        ]
         table.add_row(*row, *([percent(budget[wanted], "")] if budget else []))
     if budget and latency is not None:
-        table.add_row("latency", "", f"{1 / latency:.2f} x as fast", percent(latency), percent(budget["latency"], ""))
+        table.add_row(
+            "latency",
+            "",
+            f"{1 / latency:.2f} x as fast",
+            percent(latency),
+            percent(budget["latency"], ""),
+        )
     return table
 
 
@@ -47,7 +65,9 @@ def connection_rows(found: Document, console: Console) -> Iterator[RenderableTyp
     whole = {"node": "all layers", "total": found["total"], "kept": found["kept"]}
     for layer in [*found["layers"][:ROWS], whole]:
         share = layer["kept"] / max(layer["total"], 1)
-        table.add_row(cell(layer["node"]), f"{layer['total']:,}", f"{layer['kept']:,}", bar(share, console))
+        table.add_row(
+            cell(layer["node"]), f"{layer['total']:,}", f"{layer['kept']:,}", bar(share, console)
+        )
     yield from limited(table, found["layers"], "layers")
     rounds = count(len(found["rounds"]), "round")
     yield Text(f"{found['compression']:.1f} times fewer connections after {rounds}")
@@ -56,7 +76,9 @@ def connection_rows(found: Document, console: Console) -> Iterator[RenderableTyp
 def program_rows(programs: Sequence[Document]) -> Iterator[RenderableType]:
     if not programs:
         return
-    table = grid("program", "solver", "status", ">gap", ">seconds", ">variables", ">rows", "what binds")
+    table = grid(
+        "program", "solver", "status", ">gap", ">seconds", ">variables", ">rows", "what binds"
+    )
     for program in programs:
         limit = program.get("limit")
         binding = program.get("binding")
@@ -71,7 +93,9 @@ def program_rows(programs: Sequence[Document]) -> Iterator[RenderableType]:
             cell("-" if binding is None else ", ".join(binding) or "nothing"),
         )
     yield table
-    reasons = dict.fromkeys(p["reason"] for p in programs if p.get("reason") not in (None, "", "as asked"))
+    reasons = dict.fromkeys(
+        p["reason"] for p in programs if p.get("reason") not in (None, "", "as asked")
+    )
     if reasons:
         yield Text("\n".join(f"solver: {reason}." for reason in reasons))
 
@@ -83,7 +107,9 @@ def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
     for fit in fits:
         counts[fit["form"]] = counts.get(fit["form"], 0) + 1
     table = grid("refit", ">result", header=False)
-    table.add_row("nodes refitted", cell(", ".join(f"{n:,} by {form}" for form, n in counts.items())))
+    table.add_row(
+        "nodes refitted", cell(", ".join(f"{n:,} by {form}" for form, n in counts.items()))
+    )
     worst = max(fits, key=lambda fit: fit["error_after"])
     before, after = number(worst["error_before"]), number(worst["error_after"])
     table.add_row("largest relative error left", cell(f"{before} -> {after} in {worst['node']}"))
@@ -93,18 +119,29 @@ def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
 def checks(verification: Document, max_drop: float | None = None) -> Table:
     table = grid("check", ">result", header=False)
     if verification["masked_equivalence"] is not None:
-        table.add_row("differs from the masked original by", number(verification["masked_equivalence"]))
+        table.add_row(
+            "differs from the masked original by", number(verification["masked_equivalence"])
+        )
     if verification["rounding"] is not None:
-        table.add_row("rounding alone moves the masked original by", number(verification["rounding"]))
+        table.add_row(
+            "rounding alone moves the masked original by", number(verification["rounding"])
+        )
     table.add_row("relative error of the outputs", number(verification["output_relative_error"]))
     if verification["agreement"] is not None:
-        table.add_row("same top class as the original", percent(verification["agreement"], digits=2))
+        table.add_row(
+            "same top class as the original", percent(verification["agreement"], digits=2)
+        )
     if verification["accuracy_after"] is not None:
         before = percent(verification["accuracy_before"], digits=2)
-        table.add_row("accuracy", f"{before} -> {percent(verification['accuracy_after'], digits=2)}")
+        table.add_row(
+            "accuracy", f"{before} -> {percent(verification['accuracy_after'], digits=2)}"
+        )
     if max_drop is not None:
         table.add_row("largest drop allowed", f"{max_drop:g} points")
-    table.add_row("measured on", count(verification["samples"], "sample") if verification["samples"] else "no data")
+    table.add_row(
+        "measured on",
+        count(verification["samples"], "sample") if verification["samples"] else "no data",
+    )
     if verification["batches"]:
         table.add_row("ran at batch", ", ".join(str(b) for b in verification["batches"]))
     for failure in verification["failures"]:
@@ -122,7 +159,11 @@ def reason_rows(skipped: Sequence[Document]) -> Iterator[RenderableType]:
     ordered = sorted(grouped.items(), key=lambda item: -sum(e["channels"] for e in item[1]))
     for reason, entries in ordered[:ROWS]:
         channels = sum(e["channels"] for e in entries)
-        table.add_row(cell(reason), f"{channels:,}", cell(some(list(dict.fromkeys(e["tensor"] for e in entries)))))
+        table.add_row(
+            cell(reason),
+            f"{channels:,}",
+            cell(some(list(dict.fromkeys(e["tensor"] for e in entries)))),
+        )
     yield from limited(table, ordered, "reasons")
 
 
@@ -137,11 +178,16 @@ def limited(table: Table, rows: Sequence[Any], what: str) -> Iterator[Renderable
 
 def grid(*columns: str, header: bool = True) -> Table:
     """A plain table; a column whose name starts with '>' is flushed right and never wrapped."""
-    table = Table(box=box.SIMPLE_HEAD if header else None, show_header=header, show_edge=False, pad_edge=False)
+    table = Table(
+        box=box.SIMPLE_HEAD if header else None, show_header=header, show_edge=False, pad_edge=False
+    )
     for column in columns:
         right = column.startswith(">")
         table.add_column(
-            column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold"
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            no_wrap=right,
+            overflow="fold",
         )
     return table
 

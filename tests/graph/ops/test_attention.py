@@ -18,7 +18,9 @@ MS = {"com.microsoft": 1}
 
 
 def _load(text: str, folder: Path, standard: bool = False) -> tuple[Model, Coupling]:
-    model = load(build(text, 23 if standard else 17, 11 if standard else 8, None if standard else MS), folder)
+    model = load(
+        build(text, 23 if standard else 17, 11 if standard else 8, None if standard else MS), folder
+    )
     return model, couple(model)
 
 
@@ -63,10 +65,14 @@ def test_macs_are_those_of_projection_and_products(tmp_path: Path) -> None:
     model, coupling = _load(PACKED, tmp_path)
     ledger = cost.ledger(model, coupling)
     for inner, heads in ((6, 4), (2, 3)):
-        widths = np.asarray([heads if ("w", 1) in g.multiplicity else inner for g in coupling.groups])
+        widths = np.asarray(
+            [heads if ("w", 1) in g.multiplicity else inner for g in coupling.groups]
+        )
         wide = 2 * heads
         before, behind = 4 * 5 * inner, 4 * wide * 3
-        attention = 4 * inner * 3 * wide + 2 * 4 * 4 * wide  # queries with keys, probabilities with values
+        attention = (
+            4 * inner * 3 * wide + 2 * 4 * 4 * wide
+        )  # queries with keys, probabilities with values
         assert ledger.cost(widths).macs == before + attention + behind
 
 
@@ -76,11 +82,16 @@ def test_macs_of_separate_projections(tmp_path: Path) -> None:
     for heads in (4, 1):
         q, k, v, out = 4 * heads, 2 * heads, 3 * heads, 6 * heads
         linear = 4 * 5 * (q + k + v) + 4 * out * 3
-        assert cost.ledger(model, coupling).cost(np.asarray([heads])).macs == linear + 4 * 4 * (q + out)
+        assert cost.ledger(model, coupling).cost(np.asarray([heads])).macs == linear + 4 * 4 * (
+            q + out
+        )
 
 
 QKV, END = "q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)", "y = MatMul(h, wo)"
-GQA, LENGTHS = "com.microsoft.GroupQueryAttention", "int32[2] lens = {3, 3}, int32 total = {4}, float[8,3] wo"
+GQA, LENGTHS = (
+    "com.microsoft.GroupQueryAttention",
+    "int32[2] lens = {3, 3}, int32 total = {4}, float[8,3] wo",
+)
 REFUSED = {
     "packed inputs": (
         "float[5,24] w, int64[5] to = {0, 0, 4, 3, 2}, float[8,3] wo",
@@ -113,7 +124,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_stays_says_why(name: str, tmp_path: Path) -> None:
     constants, body, reason = REFUSED[name]
-    model, coupling = _load(f"(float[2,4,5] x) => (float[2,4,3] y) <{constants}> {{ {body} }}", tmp_path)
+    model, coupling = _load(
+        f"(float[2,4,5] x) => (float[2,4,3] y) <{constants}> {{ {body} }}", tmp_path
+    )
     assert coupling.n_units == 0
     assert any(reason in p.reason for p in coupling.pinned), [p.reason for p in coupling.pinned]
     same = rewrite.cut(model, coupling, np.ones(0, bool))

@@ -114,7 +114,10 @@ def test_loading_keeps_the_function(case: OpCase, coupled: tuple[Model, Coupling
         assert [p.name for p in model.inputs] == ["x"]
     values = feed(model, 4, _batches(case)[-1])
     # Folding constants and fixing reshape targets may not change a single output.
-    assert distance(Session(source, "cpu").run(values), Session(model.proto, "cpu").run(values)) <= case.tolerance
+    assert (
+        distance(Session(source, "cpu").run(values), Session(model.proto, "cpu").run(values))
+        <= case.tolerance
+    )
 
 
 def test_every_operator_has_a_case(tmp_path_factory: pytest.TempPathFactory) -> None:

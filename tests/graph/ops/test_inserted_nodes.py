@@ -37,7 +37,9 @@ MEAN = """(float[N,3,6,6] x) => (float[] y) <float[12,3,1,1] w1, float[4,1,3,3] 
     r = ReduceMean<axes = [1]>(h)
     y = Conv(r, w2)
 }"""
-_LAYER = NORMALISED.format(constants=", float[12] gain, float[12] b", body="r = LayerNormalization(h, gain, b)")
+_LAYER = NORMALISED.format(
+    constants=", float[12] gain, float[12] b", body="r = LayerNormalization(h, gain, b)"
+)
 _RMS = NORMALISED.format(constants=", float[12] gain", body="r = RMSNormalization(h, gain)")
 # Added at the first cut: nodes and floating constants.
 SPREAD = Counter(Pad=1, Gather=2)
@@ -78,7 +80,11 @@ def test_what_is_added_is_counted(name: str, tmp_path: Path) -> None:
         assert here - before == (added if kept < 12 else Counter())
         predicted, counted = _counts(model, coupling, keep)
         assert (predicted.macs, predicted.params) == (counted.macs, counted.params)
-        weights = sum(v.size for v in constants(rewrite.cut(model, coupling, keep)).values() if v.dtype == np.float32)
+        weights = sum(
+            v.size
+            for v in constants(rewrite.cut(model, coupling, keep)).values()
+            if v.dtype == np.float32
+        )
         assert predicted.params == weights
         # Lengths of fields differ by a byte or two.
         assert abs(predicted.bytes - counted.bytes) <= 20
@@ -97,7 +103,9 @@ def test_a_second_cut_adds_nothing(name: str, tmp_path: Path) -> None:
     both = first.copy()
     both[np.flatnonzero(first)[~second]] = False
     twice, at_once = assert_exact(half, again, second), assert_exact(model, coupling, both)
-    assert [(n.op_type, n.name) for n in twice.graph.node] == [(n.op_type, n.name) for n in at_once.graph.node]
+    assert [(n.op_type, n.name) for n in twice.graph.node] == [
+        (n.op_type, n.name) for n in at_once.graph.node
+    ]
     for (node, slot, a), (other, place, b) in zip(operands(twice), operands(at_once), strict=True):
         assert (node, slot) == (other, place)
         np.testing.assert_allclose(a, b, rtol=2e-7)
@@ -131,8 +139,22 @@ int64[6] pads = {{0, 0, {before}, 0, 0, {behind}}}, int64[12] spread = {{{index}
         (1, 0, "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 0, 0", "0.0", "", ""),
         (0, 2, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11", "0.0", "", ""),
         (0, 1, "-11, 1, 2, 3, 4, 5, 6, 7, 8, 9, -1, -1", "0.0", "", ""),
-        (0, 1, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10", "0.0", ", float[N,4,12] z", "z = Identity(n)"),
-        (0, 1, "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10", "0.0", ", float[N,4,3] z", "z = MatMul(s, w2)"),
+        (
+            0,
+            1,
+            "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10",
+            "0.0",
+            ", float[N,4,12] z",
+            "z = Identity(n)",
+        ),
+        (
+            0,
+            1,
+            "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 10",
+            "0.0",
+            ", float[N,4,3] z",
+            "z = MatMul(s, w2)",
+        ),
     ],
 )
 def test_nodes_that_look_like_restored_ones(
@@ -175,8 +197,20 @@ int64[1] axis = {{{axis}}}, float[{left},3] w3, float one = {{{fill}}}> {{
         {"out": ", float[N,4,3] z", "more": "z = MatMul(p, w2)"},
     ],
 )
-def test_padding_and_slices_that_look_like_restored_ones(changes: dict[str, object], tmp_path: Path) -> None:
-    plain = {"before": 0, "behind": 2, "start": 0, "end": 10, "axis": 2, "left": 10, "fill": 0.0, "out": "", "more": ""}
+def test_padding_and_slices_that_look_like_restored_ones(
+    changes: dict[str, object], tmp_path: Path
+) -> None:
+    plain = {
+        "before": 0,
+        "behind": 2,
+        "start": 0,
+        "end": 10,
+        "axis": 2,
+        "left": 10,
+        "fill": 0.0,
+        "out": "",
+        "more": "",
+    }
     text = LAST_FOREIGN.format(**(plain | changes))
     # With a value of its own the padding has an input more, and is never taken for ours.
     ours = text.replace("Pad(h, pads, one)", "Pad(h, pads)")

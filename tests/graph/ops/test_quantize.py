@@ -43,13 +43,25 @@ def _written(how: str, folder: Path) -> onnx.ModelProto:
     if how.startswith("dynamic"):
         quantization.quantize_dynamic(source, target, **kind)
     else:
-        form = quantization.QuantFormat.QDQ if how.startswith("qdq") else quantization.QuantFormat.QOperator
+        form = (
+            quantization.QuantFormat.QDQ
+            if how.startswith("qdq")
+            else quantization.QuantFormat.QOperator
+        )
         weight = quantization.QuantType.QInt8
-        quantization.quantize_static(source, target, _Reader(), quant_format=form, weight_type=weight, **kind)
+        quantization.quantize_static(
+            source, target, _Reader(), quant_format=form, weight_type=weight, **kind
+        )
     return onnx.load(target)
 
 
-UNITS = {"qdq": 8 + 12, "qdq-channel": 8 + 12, "dynamic": 8 + 12, "dynamic-channel": 8 + 12, "operators": 8}
+UNITS = {
+    "qdq": 8 + 12,
+    "qdq-channel": 8 + 12,
+    "dynamic": 8 + 12,
+    "dynamic-channel": 8 + 12,
+    "operators": 8,
+}
 """``operators`` ends in com.microsoft::QGemm, which is not supported: what it reads stays."""
 
 
@@ -57,7 +69,9 @@ UNITS = {"qdq": 8 + 12, "qdq-channel": 8 + 12, "dynamic": 8 + 12, "dynamic-chann
 def test_what_the_runtime_writes_is_pruned_exactly(how: str, tmp_path: Path) -> None:
     """To the last bit of every rounding: the reference masks integers, so that both run the same integer kernels."""
     if how.startswith("dynamic") and RUNTIME < (1, 24):
-        pytest.skip("this ONNX Runtime has no ConvInteger with signed weights, which its own quantiser writes")
+        pytest.skip(
+            "this ONNX Runtime has no ConvInteger with signed weights, which its own quantiser writes"
+        )
     model = load(_written(how, tmp_path), tmp_path)
     coupling = couple(model)
     assert coupling.n_units == UNITS[how], [p.reason for p in coupling.pinned]
@@ -70,7 +84,9 @@ def test_what_the_runtime_writes_is_pruned_exactly(how: str, tmp_path: Path) -> 
             values = feed(model, seed, batch)
             assert distance(reference.run(values), small.run(values)) < 1e-6
         widths = np.asarray([int(keep[g.units].sum()) for g in coupling.groups])
-        assert cost.ledger(model, coupling).cost(widths).macs == cost.count(load(cut, tmp_path)).macs
+        assert (
+            cost.ledger(model, coupling).cost(widths).macs == cost.count(load(cut, tmp_path)).macs
+        )
 
 
 def test_quantised_convolutions_count_like_others(tmp_path: Path) -> None:
@@ -97,7 +113,11 @@ def test_masked_weights_hold_their_zero_point(tmp_path: Path) -> None:
     model = load(build(ZERO_POINTS.format(a=a, b=b)), tmp_path)
     coupling = couple(model)
     keep = np.arange(8) % 2 == 0
-    stored = [v for n, v in constants(rewrite.mask(model, coupling, keep)).items() if n.startswith("oamip_")]
+    stored = [
+        v
+        for n, v in constants(rewrite.mask(model, coupling, keep)).items()
+        if n.startswith("oamip_")
+    ]
     assert len(stored) == 1
     assert stored[0].dtype == np.uint8
     assert (stored[0][1::2] == 100).all()
@@ -147,7 +167,9 @@ def test_a_quantised_weight_is_not_refitted_and_says_so(tmp_path: Path) -> None:
     assert sum("is quantised" in note for note in found.notes) == 2
 
 
-@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 21, reason="this onnx does not know four-bit codes")
+@pytest.mark.skipif(
+    onnx.defs.onnx_opset_version() < 21, reason="this onnx does not know four-bit codes"
+)
 @pytest.mark.parametrize(("block", "units"), [(0, 64 + 6), (32, 6)])
 def test_four_bit_codes(block: int, units: int, tmp_path: Path) -> None:
     """Two codes a byte. Rows that share a scale stay; columns each have their own."""
@@ -167,10 +189,16 @@ def test_four_bit_codes(block: int, units: int, tmp_path: Path) -> None:
         helper.make_node("Relu", ["b"], ["c"]),
         helper.make_node("MatMul", ["c", "w3"], ["y"]),
     ]
-    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", k]) for n, k in (("x", 5), ("y", 3))]
+    ends = [
+        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", k])
+        for n, k in (("x", 5), ("y", 3))
+    ]
     weights = [onnx.numpy_helper.from_array(v, k) for k, v in held.items()]
     graph = helper.make_graph(nodes, "codes", ends[:1], ends[1:], weights)
-    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path)
+    model = load(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10),
+        tmp_path,
+    )
     coupling = couple(model)
     assert coupling.n_units == units
     keep = random_keep(coupling, np.random.default_rng(0), 0.5)
@@ -210,7 +238,9 @@ def test_quantised_twice_and_one_channel_left(tmp_path: Path) -> None:
     assert_exact(model, coupling, np.arange(8) == 3, batches=(1, 50))
 
 
-@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 21, reason="this onnx does not know four-bit codes")
+@pytest.mark.skipif(
+    onnx.defs.onnx_opset_version() < 21, reason="this onnx does not know four-bit codes"
+)
 def test_weights_of_four_bits_are_compared_in_float(tmp_path: Path) -> None:
     """The runtime's products with such weights round activations to a byte: the last bit of a sum can be a step."""
     rng = np.random.default_rng(0)
@@ -222,7 +252,9 @@ def test_weights_of_four_bits_are_compared_in_float(tmp_path: Path) -> None:
         "w3": rng.standard_normal((out, 3)) / np.sqrt(out),
     }
     weights = [onnx.numpy_helper.from_array(v.astype(np.float32), k) for k, v in held.items()]
-    weights.append(onnx.numpy_helper.from_array(rng.integers(-7, 7, (inner, out)).astype(ml_dtypes.int4), "w2"))
+    weights.append(
+        onnx.numpy_helper.from_array(rng.integers(-7, 7, (inner, out)).astype(ml_dtypes.int4), "w2")
+    )
     nodes = [
         helper.make_node("MatMul", ["x", "w0"], ["g"]),
         helper.make_node("Tanh", ["g"], ["t"]),
@@ -233,9 +265,20 @@ def test_weights_of_four_bits_are_compared_in_float(tmp_path: Path) -> None:
         helper.make_node("Tanh", ["b"], ["c"]),
         helper.make_node("MatMul", ["c", "w3"], ["y"]),
     ]
-    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", k]) for n, k in (("x", 5), ("y", 3))]
+    ends = [
+        helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", k])
+        for n, k in (("x", 5), ("y", 3))
+    ]
     graph = helper.make_graph(nodes, "codes", ends[:1], ends[1:], weights)
-    model = load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path)
+    model = load(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10),
+        tmp_path,
+    )
     coupling = couple(model)
     for seed in range(2):
-        assert_exact(model, coupling, random_keep(coupling, np.random.default_rng(seed), 0.5), batches=(64, 512))
+        assert_exact(
+            model,
+            coupling,
+            random_keep(coupling, np.random.default_rng(seed), 0.5),
+            batches=(64, 512),
+        )

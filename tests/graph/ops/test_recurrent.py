@@ -18,7 +18,9 @@ from onnx_oamip.graph.surgery import rewrite
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
-def _graph(op: str, attrs: str = "", directions: int = 1, extra: str = "", operand: str = "") -> onnx.ModelProto:
+def _graph(
+    op: str, attrs: str = "", directions: int = 1, extra: str = "", operand: str = ""
+) -> onnx.ModelProto:
     rows = 8 * GATES[op]
     return build(
         f"""(float[6,3,5] x) => (float[] y) <float[{directions},{rows},5] w, float[{directions},{rows},8] r,
@@ -74,7 +76,9 @@ def test_consumers_name_the_state_that_weights_meet(tmp_path: Path) -> None:
 
 
 def test_hidden_size_and_every_array_shrink(tmp_path: Path) -> None:
-    model = load(_graph("LSTM", ', direction = "bidirectional"', 2, ", float[2,24] p", ", , , , p"), tmp_path)
+    model = load(
+        _graph("LSTM", ', direction = "bidirectional"', 2, ", float[2,24] p", ", , , , p"), tmp_path
+    )
     coupling = couple(model)
     keep = np.arange(8) < 3
     cut = rewrite.cut(model, coupling, keep)
@@ -104,7 +108,9 @@ def test_zero_states_are_dropped(tmp_path: Path) -> None:
         assert Session(cut, "cpu").run({"x": x})[0].shape == (6, batch, 2)
 
 
-@pytest.mark.skipif(onnx.defs.onnx_opset_version() < 28, reason="the evaluator of an older onnx cannot do it either")
+@pytest.mark.skipif(
+    onnx.defs.onnx_opset_version() < 28, reason="the evaluator of an older onnx cannot do it either"
+)
 @pytest.mark.parametrize("op", GATES)
 def test_batch_first_layout(op: str, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider does not run ``layout = 1``; the reference evaluator does, in one direction."""

@@ -43,11 +43,18 @@ ROOT = math.sqrt(8)
 
 
 def _net(
-    folder: Path, queries: str = _ADDED, scores: str = _BEHIND, number: float = ROOT, constants: str = "",
-    out: str = "", more: str = "",
-) -> tuple[Model, Coupling]:  # fmt: skip
+    folder: Path,
+    queries: str = _ADDED,
+    scores: str = _BEHIND,
+    number: float = ROOT,
+    constants: str = "",
+    out: str = "",
+    more: str = "",
+) -> tuple[Model, Coupling]:
     more_constants = ", " + constants if constants else ""
-    text = _TEXT.format(queries=queries, scores=scores, number=number, constants=more_constants, out=out, more=more)
+    text = _TEXT.format(
+        queries=queries, scores=scores, number=number, constants=more_constants, out=out, more=more
+    )
     model = load(build(text), folder)
     return model, couple(model)
 
@@ -79,7 +86,9 @@ def _number(proto: ModelProto) -> float:
     ],
     ids=["behind", "times", "in-front", "on-the-layer", "no-bias"],
 )
-def test_the_scale_is_the_root_of_the_size(queries: str, scores: str, divides: bool, gone: int, tmp_path: Path) -> None:
+def test_the_scale_is_the_root_of_the_size(
+    queries: str, scores: str, divides: bool, gone: int, tmp_path: Path
+) -> None:
     model, coupling = _net(tmp_path, queries, scores, ROOT if divides else 1 / ROOT)
     keep = _choice(coupling, gone)
     cut = rewrite.cut(model, coupling, keep)
@@ -104,7 +113,14 @@ def test_the_scale_is_the_root_of_the_size(queries: str, scores: str, divides: b
         {"queries": "m = MatMul(x, wq)  n = Add(m, bq)  q = Relu(n)"},
         {"queries": "m = MatMul(x, wq)  q = Add(m, x2)", "constants": "float[6,16] w2", "more": ""},
     ],
-    ids=["another-number", "queries-shown", "weight-shared", "logits-shown", "not-linear", "two-layers"],
+    ids=[
+        "another-number",
+        "queries-shown",
+        "weight-shared",
+        "logits-shown",
+        "not-linear",
+        "two-layers",
+    ],
 )
 def test_what_does_not_fit_is_left_alone(how: dict[str, object], tmp_path: Path) -> None:
     if "x2" in str(how.get("queries")):
@@ -123,7 +139,9 @@ def test_a_shared_number_stays_for_the_others(tmp_path: Path) -> None:
     found = attention_scale.usual(model, coupling, keep, cut)
     values = feed(model, 0, 3)
     assert distance(Session(cut, "cpu").run(values), Session(found, "cpu").run(values)) < 2e-6
-    assert sorted(float(v) for v in constants(found).values() if v.ndim == 0) == pytest.approx([2.0, ROOT])
+    assert sorted(float(v) for v in constants(found).values() if v.ndim == 0) == pytest.approx(
+        [2.0, ROOT]
+    )
 
 
 @pytest.mark.parametrize("fit", ["least-squares", "bias", "none"])
@@ -131,14 +149,23 @@ def test_it_comes_after_the_refit(fit: str, tmp_path: Path) -> None:
     """A refit that came later would fit the queries to what they gave without it."""
     model, _ = _net(tmp_path)
     values = feed(model, 0, 64)
-    settings = Settings.create(macs=0.6, refit=fit, importance="l2", allocate="uniform", align=1, seed=1)
+    settings = Settings.create(
+        macs=0.6, refit=fit, importance="l2", allocate="uniform", align=1, seed=1
+    )
     ready = pipeline.prepare(tmp_path / "case.onnx", values, settings)
     found = search.attempt(ready, search.allocation.limits(settings.budget, ready.before, 0), ())
-    kept = int(found.plan.keep[next(g for g in ready.coupling.groups if ("wk", 1) in g.multiplicity).units].sum())
+    kept = int(
+        found.plan.keep[
+            next(g for g in ready.coupling.groups if ("wk", 1) in g.multiplicity).units
+        ].sum()
+    )
     assert kept < 8
     assert _number(found.pruned.proto) == pytest.approx(math.sqrt(kept))
     assert _number(found.pruned.raw) == pytest.approx(ROOT)
     if fit == "none":
         few = feed(model, 1, 3)
-        raw, final = Session(found.pruned.raw, "cpu").run(few), Session(found.pruned.proto, "cpu").run(few)
+        raw, final = (
+            Session(found.pruned.raw, "cpu").run(few),
+            Session(found.pruned.proto, "cpu").run(few),
+        )
         assert distance(raw, final) < 2e-6

@@ -32,7 +32,9 @@ def _kind(group: Group) -> str:
     tensors = {t for t, _ in group.multiplicity}
     if "words" in tensors:
         return "residual"
-    return next(what for what in ("wide", "query", "value") if any(f".{what}.weight" in t for t in tensors))
+    return next(
+        what for what in ("wide", "query", "value") if any(f".{what}.weight" in t for t in tensors)
+    )
 
 
 def _half(coupling: Coupling, *kinds: str) -> Bools:
@@ -45,17 +47,23 @@ def _half(coupling: Coupling, *kinds: str) -> Bools:
 
 def _values() -> dict[str, Array]:
     rng = np.random.default_rng(1)
-    lengths = np.asarray([LENGTH, 4, 3])  # the optimiser takes a mask for the number of ones in front
+    lengths = np.asarray(
+        [LENGTH, 4, 3]
+    )  # the optimiser takes a mask for the number of ones in front
     mask = (np.arange(LENGTH) < lengths[:, None]).astype(np.int64)
     return {"input_ids": rng.integers(0, 20, (3, LENGTH)), "attention_mask": mask}
 
 
 def _optimised(proto: ModelProto, folder: Path) -> ModelProto:
-    pytest.importorskip("sympy", reason="ONNX Runtime's transformer optimiser infers shapes with sympy")
+    pytest.importorskip(
+        "sympy", reason="ONNX Runtime's transformer optimiser infers shapes with sympy"
+    )
     optimizer = pytest.importorskip("onnxruntime.transformers.optimizer")
     path = folder / "encoder.onnx"
     onnx.save(proto, path)
-    found: Any = optimizer.optimize_model(str(path), "bert", num_heads=0, hidden_size=0, opt_level=0, use_gpu=False)
+    found: Any = optimizer.optimize_model(
+        str(path), "bert", num_heads=0, hidden_size=0, opt_level=0, use_gpu=False
+    )
     result: ModelProto = found.model
     return result
 
@@ -64,7 +72,9 @@ def _counts(proto: ModelProto) -> Counter[str]:
     return Counter(node.op_type for node in proto.graph.node)
 
 
-@pytest.mark.parametrize("kinds", [(), ("wide",), ("value",), ("query",), ("wide", "value", "query")])
+@pytest.mark.parametrize(
+    "kinds", [(), ("wide",), ("value",), ("query",), ("wide", "value", "query")]
+)
 def test_the_transformer_optimiser_fuses_as_before(kinds: tuple[str, ...], tmp_path: Path) -> None:
     model = load(bert(), tmp_path)
     coupling = couple(model)
@@ -110,7 +120,9 @@ def _session_optimised(proto: ModelProto, folder: Path) -> ModelProto:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(folder / "optimised.onnx")
     options.log_severity_level = 3
-    onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return onnx.load(folder / "optimised.onnx")
 
 
@@ -128,5 +140,9 @@ def test_sessions_fuse_a_shipped_network_as_before(name: str, tmp_path: Path) ->
     assert set(restored) <= {"Pad", "Slice"}
     before, after = (_counts(_session_optimised(p, tmp_path)) for p in (model.proto, cut))
     assert after == before + restored
-    fused = {"vit-fashion": "BiasGelu", "mobilenet-fashion": "FusedConv", "resnet20-fashion": "FusedConv"}
+    fused = {
+        "vit-fashion": "BiasGelu",
+        "mobilenet-fashion": "FusedConv",
+        "resnet20-fashion": "FusedConv",
+    }
     assert before[fused[name]] > 0

@@ -39,9 +39,21 @@ from onnx_oamip.statistics.covariances import Problem, compensate, problems
 
 REFITS = ("least-squares", "bias", "none")
 KEYS = {
-    "purpose", "group", "solver", "reason", "status", "limit", "gap", "objective", "bound", "seconds", "variables",
-    "rows", "programs", "improved",
-}  # fmt: skip
+    "purpose",
+    "group",
+    "solver",
+    "reason",
+    "status",
+    "limit",
+    "gap",
+    "objective",
+    "bound",
+    "seconds",
+    "variables",
+    "rows",
+    "programs",
+    "improved",
+}
 Ready = tuple[Model, Coupling, Statistics]
 
 
@@ -53,11 +65,19 @@ def _few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _settings(**values: Any) -> Settings:
-    given = {"macs": 0.5, "importance": "oamip", "mode": "decoupled", "solver": "highs", "workers": 1}
+    given = {
+        "macs": 0.5,
+        "importance": "oamip",
+        "mode": "decoupled",
+        "solver": "highs",
+        "workers": 1,
+    }
     return Settings.create(**{**given, **values})
 
 
-def _ready(proto: ModelProto, folder: Path, count: int = 64, arrays: Mapping[str, Array] | None = None) -> Ready:
+def _ready(
+    proto: ModelProto, folder: Path, count: int = 64, arrays: Mapping[str, Array] | None = None
+) -> Ready:
     folder.mkdir(exist_ok=True)
     model = load(proto, folder)
     coupling = couple(model)
@@ -66,7 +86,11 @@ def _ready(proto: ModelProto, folder: Path, count: int = 64, arrays: Mapping[str
     collected = calibration.collect(model, coupling, found, "cpu", 16)
     feeds = [feed for _, feed in found.batches(16)]
     grams = covariances.collect(model, coupling, feeds, "cpu")
-    return model, coupling, Statistics({**collected.answers, Request.COVARIANCE: grams}, count, "cpu")
+    return (
+        model,
+        coupling,
+        Statistics({**collected.answers, Request.COVARIANCE: grams}, count, "cpu"),
+    )
 
 
 def _score(ready: Ready, **values: Any) -> Scores:
@@ -85,7 +109,9 @@ def _group(coupling: Coupling, name: str) -> int:
     return next(i for i, group in enumerate(coupling.groups) if group.name == name)
 
 
-def _problem(seed: int, outs: int, columns: Ints, others: int = 0, mean: float = 1.0, twist: float = 1.0) -> Problem:
+def _problem(
+    seed: int, outs: int, columns: Ints, others: int = 0, mean: float = 1.0, twist: float = 1.0
+) -> Problem:
     """Correlated inputs of uneven size; ``twist`` above 1: they cancel each other in the outputs."""
     rng = np.random.default_rng(seed)
     d = columns.size + others
@@ -93,15 +119,24 @@ def _problem(seed: int, outs: int, columns: Ints, others: int = 0, mean: float =
     factor = rng.standard_normal((d, d)) * np.exp(0.5 * rng.standard_normal((d, 1)))
     covariance = factor @ factor.T / d
     weight = rng.standard_normal((outs, d))
-    if twist > 1:  # weights along which the inputs hardly vary: the sum is far quieter than its parts
+    if (
+        twist > 1
+    ):  # weights along which the inputs hardly vary: the sum is far quieter than its parts
         vectors = np.linalg.eigh(covariance)[1]
         weight = rng.standard_normal((outs, 2)) @ vectors[:, :2].T + weight / (10 * twist)
     scale = float(np.einsum("od,de,oe->", weight, covariance, weight))
     load = 1e-3 * float(np.trace(covariance)) / d
     return Problem(
-        Consumer("node", 0, "x", 1, "w", 0), 0, weight, covariance + load * np.eye(d), mean * rng.standard_normal(d),
-        place[columns], np.arange(d)[:, None], scale, load,
-    )  # fmt: skip
+        Consumer("node", 0, "x", 1, "w", 0),
+        0,
+        weight,
+        covariance + load * np.eye(d),
+        mean * rng.standard_normal(d),
+        place[columns],
+        np.arange(d)[:, None],
+        scale,
+        load,
+    )
 
 
 def _units(count: int, held: int = 1) -> Ints:
@@ -111,12 +146,20 @@ def _units(count: int, held: int = 1) -> Ints:
 PROBLEMS: Mapping[str, Callable[[int], list[Problem]]] = {
     "one consumer": lambda s: [_problem(s, 6, _units(12))],
     "three consumers, taps, others": lambda s: [
-        _problem(s, 6, _units(11)), _problem(s + 9, 3, _units(11, 2)), _problem(s + 99, 9, _units(11), 4),
+        _problem(s, 6, _units(11)),
+        _problem(s + 9, 3, _units(11, 2)),
+        _problem(s + 99, 9, _units(11), 4),
     ],
     "cancelling": lambda s: [_problem(s, 3, _units(12), twist=3.0)],
-    "cancelling with means": lambda s: [_problem(s, 3, _units(9), mean=3.0, twist=3.0), _problem(s + 9, 5, _units(9))],
-    "a blind block": lambda s: [_problem(s, 4, _units(8)), _problem(s + 9, 4, np.zeros((8, 0), np.int64), 4)],
-}  # fmt: skip
+    "cancelling with means": lambda s: [
+        _problem(s, 3, _units(9), mean=3.0, twist=3.0),
+        _problem(s + 9, 5, _units(9)),
+    ],
+    "a blind block": lambda s: [
+        _problem(s, 4, _units(8)),
+        _problem(s + 9, 4, np.zeros((8, 0), np.int64), 4),
+    ],
+}
 
 
 def _loss(found: Sequence[Problem], keep: Bools, refit: str) -> float:
@@ -126,7 +169,10 @@ def _loss(found: Sequence[Problem], keep: Bools, refit: str) -> float:
         covariance = p.gram - p.ridge * np.eye(len(p.gram))
         apart = p.weight - compensate(p, np.flatnonzero(~keep), refit)[0]
         if refit == "least-squares":
-            full = np.einsum("od,de,oe->", apart, covariance, apart) + p.ridge * np.square(p.weight - apart).sum()
+            full = (
+                np.einsum("od,de,oe->", apart, covariance, apart)
+                + p.ridge * np.square(p.weight - apart).sum()
+            )
             # With all units there the ridge moves weights too: that is not the units' loss.
             best = np.linalg.solve(p.gram, covariance @ p.weight.T).T
             rest = p.weight - best
@@ -137,7 +183,9 @@ def _loss(found: Sequence[Problem], keep: Bools, refit: str) -> float:
             here = np.ix_(stays, stays)
             fitted[:, stays] = np.linalg.solve(p.gram[here], (covariance @ p.weight.T)[stays]).T
             gone = p.weight - fitted
-            least = np.einsum("od,de,oe->", gone, covariance, gone) + p.ridge * np.square(fitted).sum()
+            least = (
+                np.einsum("od,de,oe->", gone, covariance, gone) + p.ridge * np.square(fitted).sum()
+            )
             assert least <= full * (1 + 1e-9)
             total += float(least - none) / p.scale
             continue
@@ -152,7 +200,9 @@ def _loss(found: Sequence[Problem], keep: Bools, refit: str) -> float:
 
 @pytest.mark.parametrize("refit", REFITS)
 @pytest.mark.parametrize("kind", PROBLEMS)
-def test_sets_are_nested_and_are_the_top_scores(kind: str, refit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sets_are_nested_and_are_the_top_scores(
+    kind: str, refit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At every share the set that was found is what the scores keep; a score is the loss at which units go."""
     for seed in range(2 if kind.startswith("cancelling") and refit != "least-squares" else 1):
         found = PROBLEMS[kind](seed)
@@ -168,7 +218,9 @@ def test_sets_are_nested_and_are_the_top_scores(kind: str, refit: str, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(decoupled, "_improve", recorded)
             walk = decoupled._walk(found, count, "g", _settings(refit=refit))
-        wanted = sorted({max(1, round(share * count)) for share in decoupled.SHARES} - {count}, reverse=True)
+        wanted = sorted(
+            {max(1, round(share * count)) for share in decoupled.SHARES} - {count}, reverse=True
+        )
         assert [int(s.sum()) for s in steps] == wanted
         assert len(np.unique(walk.values)) == count
         assert (walk.values >= 0).all()
@@ -209,7 +261,10 @@ def test_sets_lose_less_than_those_of_other_methods(refit: str) -> None:
         loud = np.argsort(sum(decoupled.quadratic(p, refit == "bias").diagonal() for p in found))
 
         def losses(order: Ints, found: Sequence[Problem] = found) -> Floats:
-            sets = [np.isin(np.arange(len(order)), order[-max(1, round(s * len(order))) :]) for s in (0.8, 0.5, 0.3)]
+            sets = [
+                np.isin(np.arange(len(order)), order[-max(1, round(s * len(order))) :])
+                for s in (0.8, 0.5, 0.3)
+            ]
             return np.asarray([_loss(found, keep, refit) for keep in sets])
 
         mine = losses(np.argsort(walk.values))
@@ -228,7 +283,9 @@ def test_quadratic_of_a_consumer(held: int) -> None:
         q = decoupled.quadratic(p, centred)
         for keep in (np.zeros(6, bool), *(rng.random((5, 6)) < 0.5)):
             gone = (~keep).astype(np.float64)
-            assert gone @ q @ gone == pytest.approx(_loss([p], keep, "bias" if centred else "none"), rel=1e-10)
+            assert gone @ q @ gone == pytest.approx(
+                _loss([p], keep, "bias" if centred else "none"), rel=1e-10
+            )
     only = _problem(held, 5, _units(6, held))
     assert decoupled.quadratic(only, True).sum() == pytest.approx(1.0, rel=1e-12)
 
@@ -238,7 +295,9 @@ def test_the_loss_follows_the_refit() -> None:
     order = np.arange(12)
     loss = decoupled._loss(found, "least-squares", order)
     assert isinstance(loss, Repaired)
-    np.testing.assert_allclose(loss.fits[0].covariance + found[0].ridge * np.eye(12), found[0].gram, atol=1e-12)
+    np.testing.assert_allclose(
+        loss.fits[0].covariance + found[0].ridge * np.eye(12), found[0].gram, atol=1e-12
+    )
     before = found[0].gram.copy()
     for refit, centred in (("bias", True), ("none", False)):
         other = decoupled._loss(found, refit, order)
@@ -256,7 +315,9 @@ def test_a_proven_optimum_is_one() -> None:
         steps: list[tuple[Bools, Any]] = []
         improve = decoupled._improve
 
-        def recorded(subset: Any, free: Bools, *rest: Any, to: list[Any] = steps, call: Any = improve) -> Any:
+        def recorded(
+            subset: Any, free: Bools, *rest: Any, to: list[Any] = steps, call: Any = improve
+        ) -> Any:
             step = call(subset, free, *rest)
             to.append((free, subset.loss, step))
             return step
@@ -289,7 +350,9 @@ def test_no_time_is_not_a_failure() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("refit", REFITS)
 def test_narrow_groups(count: int, refit: str) -> None:
-    walk = decoupled._walk([_problem(count, 3, _units(count), others=1)], count, "g", _settings(refit=refit))
+    walk = decoupled._walk(
+        [_problem(count, 3, _units(count), others=1)], count, "g", _settings(refit=refit)
+    )
     assert len(np.unique(walk.values)) == count
     assert ((walk.values >= 0) & (walk.values <= 1)).all()
     assert set(walk.record) == KEYS
@@ -304,10 +367,16 @@ def test_narrow_groups(count: int, refit: str) -> None:
 @pytest.mark.parametrize(
     ("net", "refit"),
     [
-        *(("mlp", r) for r in REFITS), ("cnn", "bias"), ("residual", "least-squares"), ("residual", "bias"),
-        ("grouped", "least-squares"), ("grouped", "none"), ("attention", "least-squares"), ("attention", "none"),
+        *(("mlp", r) for r in REFITS),
+        ("cnn", "bias"),
+        ("residual", "least-squares"),
+        ("residual", "bias"),
+        ("grouped", "least-squares"),
+        ("grouped", "none"),
+        ("attention", "least-squares"),
+        ("attention", "none"),
     ],
-)  # fmt: skip
+)
 def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
     """Dense, convolved, residual, grouped and depthwise, attention."""
     model, coupling, statistics = ready = _ready(build(NETS[net]), tmp_path)
@@ -315,7 +384,9 @@ def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
     assert found.method == "oamip"
     assert found.values.shape == (coupling.n_units,)
     assert ((found.values >= 0) & (found.values <= 1)).all()
-    with_problems = [g for i, g in enumerate(coupling.groups) if problems(model, coupling, statistics.grams, i)]
+    with_problems = [
+        g for i, g in enumerate(coupling.groups) if problems(model, coupling, statistics.grams, i)
+    ]
     assert [p["group"] for p in found.programs] == [g.name for g in with_problems]
     for group, program in zip(with_problems, found.programs, strict=True):
         assert len(np.unique(found.values[group.units])) == len(group.units)
@@ -326,16 +397,22 @@ def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
         assert program["gap"] >= 0
         assert program["status"] == ("optimal" if program["gap"] <= decoupled.GAP else "feasible")
         assert program["improved"] <= program["programs"]
-    assert set(found.others) == (set() if refit == "least-squares" else {"activation", "obs", "l2", "other moments"})
+    assert set(found.others) == (
+        set() if refit == "least-squares" else {"activation", "obs", "l2", "other moments"}
+    )
     for name, values in found.others.items():
         assert values.shape == found.values.shape
         assert np.isfinite(values).all()
         if name in ("activation", "l2"):
-            np.testing.assert_array_equal(values, METHODS[name].score(model, coupling, statistics, _settings()).values)
+            np.testing.assert_array_equal(
+                values, METHODS[name].score(model, coupling, statistics, _settings()).values
+            )
         if name == "obs":
             exact = METHODS["obs"].score(model, coupling, statistics, _settings()).values
             for group in with_problems:
-                np.testing.assert_array_equal(np.argsort(values[group.units]), np.argsort(exact[group.units]))
+                np.testing.assert_array_equal(
+                    np.argsort(values[group.units]), np.argsort(exact[group.units])
+                )
 
 
 @pytest.mark.parametrize(("net", "refit"), [("residual", "least-squares"), ("grouped", "none")])
@@ -344,7 +421,9 @@ def test_workers_do_not_matter(net: str, refit: str, tmp_path: Path) -> None:
     one, two = (_score(ready, refit=refit, workers=n) for n in (1, 2))
     np.testing.assert_array_equal(one.values, two.values)
     for a, b in zip(one.programs, two.programs, strict=True):
-        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
     assert one.notes == two.notes
     for name, values in one.others.items():
         np.testing.assert_array_equal(values, two.others[name])
@@ -367,7 +446,7 @@ def test_groups_without_second_moments_take_their_activation(refit: str, tmp_pat
     found = _score(ready, refit=refit)
     assert found.notes == (
         "1 groups have no consumer with second moments, so activation scores stand in (wq)",
-    )  # fmt: skip
+    )
     plain = activation.score(model, coupling, statistics, _settings()).values
     names = [group.name for group in coupling.groups]
     assert [p["group"] for p in found.programs] == [n for n in names if n != "wq"]
@@ -379,7 +458,9 @@ def test_groups_without_second_moments_take_their_activation(refit: str, tmp_pat
     assert found.programs == ()
     assert found.notes[0].startswith(f"{len(names)} groups have no consumer")
     for group in coupling.groups:
-        np.testing.assert_array_equal(np.argsort(found.values[group.units]), np.argsort(plain[group.units]))
+        np.testing.assert_array_equal(
+            np.argsort(found.values[group.units]), np.argsort(plain[group.units])
+        )
         assert found.values[group.units].max() == pytest.approx(1.0)
 
 
@@ -388,8 +469,10 @@ def test_permuted_channels_have_permuted_scores(refit: str, tmp_path: Path) -> N
     turn = np.random.default_rng(4).permutation(12)
     plain = _ready(build(MLP), tmp_path / "a")
     changes: Mapping[str, Callable[[Array], Array]] = {
-        "w1": lambda w: w[:, turn], "b1": lambda b: b[turn], "w2": lambda w: w[turn],
-    }  # fmt: skip
+        "w1": lambda w: w[:, turn],
+        "b1": lambda b: b[turn],
+        "w2": lambda w: w[turn],
+    }
     turned = _ready(_change(build(MLP), changes), tmp_path / "b")
     a, b = _score(plain, refit=refit).values, _score(turned, refit=refit).values
     first = plain[1].axes["h", 1]
@@ -472,13 +555,17 @@ def test_scores_change_hands_within_groups(net: str, refit: str, tmp_path: Path)
     assert found is not None
     settings = _settings(refit=refit)
     context = Context(model, coupling, found, None, "cpu", settings)
-    own = decoupled.score(model, coupling, collect(context, METHODS["oamip"].requests(settings)), settings)
+    own = decoupled.score(
+        model, coupling, collect(context, METHODS["oamip"].requests(settings)), settings
+    )
     result = scoring.score(context)
     assert result.method == "oamip"
     assert not result.others
     assert result.programs[0]["purpose"] == "importance"
     for group in coupling.groups:
-        np.testing.assert_array_equal(np.sort(result.values[group.units]), np.sort(own.values[group.units]))
+        np.testing.assert_array_equal(
+            np.sort(result.values[group.units]), np.sort(own.values[group.units])
+        )
     assert result.notes[: len(own.notes)] == own.notes
     if refit == "least-squares":
         assert result.notes == own.notes
@@ -495,11 +582,17 @@ def test_scores_change_hands_within_groups(net: str, refit: str, tmp_path: Path)
     assert sum(counts.values()) == len(coupling.groups)
     for group in coupling.groups:  # each group has one of the orders, of those that were told
         dealt = np.argsort(result.values[group.units], kind="stable")
-        same = [n for n, o in orders.items() if np.array_equal(dealt, np.argsort(o[group.units], kind="stable"))]
+        same = [
+            n
+            for n, o in orders.items()
+            if np.array_equal(dealt, np.argsort(o[group.units], kind="stable"))
+        ]
         assert any(counts[name] for name in same)
 
 
-def test_choices_are_measured_on_samples_that_made_no_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_are_measured_on_samples_that_made_no_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
     arrays = samples(model, 400)

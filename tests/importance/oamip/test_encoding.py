@@ -47,21 +47,40 @@ NODES = {
     "identity": ("z = Identity(c)", ""),
     "dropout": ("z = Dropout(c)", ""),
     "cast": ("z = Cast<to = 11>(c)", ""),
-    "batch-norm": ("z = BatchNormalization<epsilon = 0.1>(c, gain, b, m, var)",
-                   "float[4] gain, float[4] b, float[4] m, float[4] var"),
-    "conv": ("z = Conv<strides = [2, 1], pads = [1, 0, 2, 1], dilations = [1, 2]>(c, k, b)",
-             "float[3,4,3,2] k, float[3] b"),
-    "conv-grouped": ("z = Conv<group = 2, auto_pad = \"SAME_UPPER\", strides = [2, 2]>(c, k)", "float[6,2,3,3] k"),
-    "conv-depthwise": ("z = Conv<group = 4, auto_pad = \"SAME_LOWER\">(c, k)", "float[4,1,2,2] k"),
+    "batch-norm": (
+        "z = BatchNormalization<epsilon = 0.1>(c, gain, b, m, var)",
+        "float[4] gain, float[4] b, float[4] m, float[4] var",
+    ),
+    "conv": (
+        "z = Conv<strides = [2, 1], pads = [1, 0, 2, 1], dilations = [1, 2]>(c, k, b)",
+        "float[3,4,3,2] k, float[3] b",
+    ),
+    "conv-grouped": (
+        'z = Conv<group = 2, auto_pad = "SAME_UPPER", strides = [2, 2]>(c, k)',
+        "float[6,2,3,3] k",
+    ),
+    "conv-depthwise": ('z = Conv<group = 4, auto_pad = "SAME_LOWER">(c, k)', "float[4,1,2,2] k"),
     "max-pool": ("z = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(c)", ""),
     "max-pool-overlap": (
-        "z = MaxPool<kernel_shape = [3, 2], pads = [1, 0, 1, 1], strides = [2, 1], dilations = [1, 2]>(c)", ""),
-    "max-pool-ceil": ("r = Relu(c) z = MaxPool<kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1>(r)", ""),
-    "average-pool": ("z = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]>(c)", ""),
+        "z = MaxPool<kernel_shape = [3, 2], pads = [1, 0, 1, 1], strides = [2, 1], dilations = [1, 2]>(c)",
+        "",
+    ),
+    "max-pool-ceil": (
+        "r = Relu(c) z = MaxPool<kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1>(r)",
+        "",
+    ),
+    "average-pool": (
+        "z = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 1, 1], strides = [2, 2]>(c)",
+        "",
+    ),
     "average-pool-padding": (
-        "z = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 0, 1], count_include_pad = 1>(c)", ""),
+        "z = AveragePool<kernel_shape = [3, 3], pads = [1, 1, 0, 1], count_include_pad = 1>(c)",
+        "",
+    ),
     "average-pool-same": (
-        "z = AveragePool<kernel_shape = [2, 2], auto_pad = \"SAME_UPPER\", count_include_pad = 1>(c)", ""),
+        'z = AveragePool<kernel_shape = [2, 2], auto_pad = "SAME_UPPER", count_include_pad = 1>(c)',
+        "",
+    ),
     "global-average-pool": ("z = GlobalAveragePool(c)", ""),
     "global-max-pool": ("z = GlobalMaxPool(c)", ""),
     "reduce-mean": ("z = ReduceMean<axes = [2, 3], keepdims = 0>(c)", ""),
@@ -75,10 +94,19 @@ NODES = {
     "matmul": ("z = MatMul(c, k)", "float[5,3] k"),
     "matmul-left": ("z = MatMul(k, c)", "float[2,5] k"),
     "matmul-vector": ("z = MatMul(c, k)", "float[5] k"),
-    "gemm": ("d = Flatten(c) z = Gemm<alpha = 0.5, beta = 2.0, transB = 1>(d, k, b)", "float[3,100] k, float[3] b"),
-    "gemm-transposed": ("d = Flatten(c) e = Transpose(d) z = Gemm<transA = 1>(e, k)", "float[100,3] k"),
-    "gemm-left": ("d = Flatten(c) e = Transpose(d) g = Gemm<transA = 1>(k, e) z = Transpose(g)", "float[100,3] k"),
-}  # fmt: skip
+    "gemm": (
+        "d = Flatten(c) z = Gemm<alpha = 0.5, beta = 2.0, transB = 1>(d, k, b)",
+        "float[3,100] k, float[3] b",
+    ),
+    "gemm-transposed": (
+        "d = Flatten(c) e = Transpose(d) z = Gemm<transA = 1>(e, k)",
+        "float[100,3] k",
+    ),
+    "gemm-left": (
+        "d = Flatten(c) e = Transpose(d) g = Gemm<transA = 1>(k, e) z = Transpose(g)",
+        "float[100,3] k",
+    ),
+}
 IMAGES = 2
 
 
@@ -93,7 +121,11 @@ def _make(name: str, folder: Path) -> Model:
         {nodes}
         y = Flatten(z)
     }}"""
-    text = text.replace("y = Flatten(z)", "v = Cast<to = 1>(z) y = Flatten(v)") if name == "cast" else text
+    text = (
+        text.replace("y = Flatten(z)", "v = Cast<to = 1>(z) y = Flatten(v)")
+        if name == "cast"
+        else text
+    )
     return load(build(text), folder)
 
 
@@ -117,7 +149,11 @@ def outputs_of(model: Model, coupling: Coupling, images: Images, units: Bools) -
     """
     masked = rewrite.mask(model, coupling, units)
     session = Session(outputs.showing(model, outputs.floats(model), masked), "cpu")
-    return np.stack([session.run(f, [images.logits])[0] for f in images.feeds]).reshape(-1).astype(np.float64)
+    return (
+        np.stack([session.run(f, [images.logits])[0] for f in images.feeds])
+        .reshape(-1)
+        .astype(np.float64)
+    )
 
 
 def distance(found: Floats, expected: Floats) -> float:
@@ -159,7 +195,9 @@ def solved(formulation: Formulation, keep: Floats, solver: str, direction: Float
 def test_every_rule_has_a_case() -> None:
     used = " ".join(nodes for nodes, _ in NODES.values())
     for spec in REGISTRY:
-        assert spec.encode is None or f"= {spec.name}" in used, f"{spec.name} has an encode rule and no case"
+        assert spec.encode is None or f"= {spec.name}" in used, (
+            f"{spec.name} has an encode rule and no case"
+        )
 
 
 @pytest.mark.parametrize("kind", ["exact", "paper"])
@@ -192,7 +230,10 @@ def test_rows_leave_no_other_value(tmp_path: Path, name: str, solver: str) -> No
     model = _make(name, tmp_path)
     coupling, images = couple(model), images_of(model, 1)
     rng = np.random.default_rng(1)
-    for kind, units in (("exact", random_keep(coupling, rng, 0.5)), ("paper", np.ones(coupling.n_units, bool))):
+    for kind, units in (
+        ("exact", random_keep(coupling, rng, 0.5)),
+        ("paper", np.ones(coupling.n_units, bool)),
+    ):
         formulation = formulate(model, coupling, images, Form(kind))  # type: ignore[arg-type]
         expected = outputs_of(model, coupling, images, units)
         direction = rng.standard_normal(len(expected))
@@ -234,7 +275,10 @@ def test_bounds_that_decide_cost_nothing(tmp_path: Path) -> None:
         ("d = Relu(c) z = Mul(c, d)", "multiplies two activations"),
         ("z = MatMul(c, c)", "takes its weight from a computation"),
         ("d = Relu(c) z = Div(c, d)", "divides by an activation"),
-        ("d, i = MaxPool<kernel_shape = [2, 2]>(c) j = Cast<to = 1>(i) z = Add(d, j)", "gives its indices"),
+        (
+            "d, i = MaxPool<kernel_shape = [2, 2]>(c) j = Cast<to = 1>(i) z = Add(d, j)",
+            "gives its indices",
+        ),
     ],
 )
 def test_what_has_no_form_is_named(tmp_path: Path, nodes: str, reason: str) -> None:
@@ -286,7 +330,11 @@ def test_random_networks(tmp_path_factory: pytest.TempPathFactory, net: Network)
             continue
         expected = images.activations[images.logits].reshape(-1).astype(np.float64)
         assert distance(evaluated(formulation, np.ones(len(formulation.units))), expected) < 2e-5
-        units = random_keep(coupling, np.random.default_rng(0), 0.5) if coupling.n_units else np.zeros(0, bool)
+        units = (
+            random_keep(coupling, np.random.default_rng(0), 0.5)
+            if coupling.n_units
+            else np.zeros(0, bool)
+        )
         units[list(formulation.outside)] = True
         if kind == "exact":
             found = evaluated(formulation, units[formulation.units].astype(np.float64))

@@ -82,8 +82,11 @@ def _text(name: str, masked: bool) -> str:
 
 
 def _masks(name: str) -> Iterator[tuple[int, int, str]]:
-    shapes = {"dense": [(7, ""), (5, "")], "conv": [(5, ",1,1"), (7, "")],
-              "residual": [(6, ",1,1"), (6, ",1,1"), (6, "")]}  # fmt: skip
+    shapes = {
+        "dense": [(7, ""), (5, "")],
+        "conv": [(5, ",1,1"), (7, "")],
+        "residual": [(6, ",1,1"), (6, ",1,1"), (6, "")],
+    }
     for i, (n, spatial) in enumerate(shapes[name], start=1):
         yield i, n, spatial
 
@@ -108,10 +111,17 @@ class Case:
         for tensor, (i, n, spatial) in zip(GATED[name], _masks(name), strict=True):
             labels = self.coupling.axes[tensor, 1]
             masks.append((f"m{i}", labels, (1, n, *[1] * spatial.count(","))))
-        self.logits = np.stack([
-            session.run({"x": x, **{m: k[labels].astype(np.float32).reshape(s) for m, labels, s in masks}})[0]
-            for k in self.keeps
-        ]).astype(np.float64)  # fmt: skip
+        self.logits = np.stack(
+            [
+                session.run(
+                    {
+                        "x": x,
+                        **{m: k[labels].astype(np.float32).reshape(s) for m, labels, s in masks},
+                    }
+                )[0]
+                for k in self.keeps
+            ]
+        ).astype(np.float64)
 
     def losses(self) -> Floats:
         """Mean cross-entropy of every choice."""
@@ -132,8 +142,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(request.param, tmp_path_factory.mktemp("net"), seed=3)
 
 
-def _optimise(case: Case, form: Form, solver: str, gap: float = 1e-4) -> tuple[Formulation, Outcome]:
-    formulation = formulate(case.model, case.coupling, case.images, form, unit_costs(case.model, case.coupling))
+def _optimise(
+    case: Case, form: Form, solver: str, gap: float = 1e-4
+) -> tuple[Formulation, Outcome]:
+    formulation = formulate(
+        case.model, case.coupling, case.images, form, unit_costs(case.model, case.coupling)
+    )
     return formulation, solve.optimise(formulation, Limits(time_s=60, gap=gap), solver)
 
 
@@ -171,7 +185,9 @@ def test_tightened_bounds_change_no_optimum(case: Case) -> None:
     limits = Limits(time_s=60, gap=1e-4)
     tighten = solve.tightener(limits, "highs", 2.0)
     plain, before = _optimise(case, Form("exact", 2.0), "highs")
-    formulation = formulate(case.model, case.coupling, case.images, Form("exact", 2.0), tighten=tighten)
+    formulation = formulate(
+        case.model, case.coupling, case.images, Form("exact", 2.0), tighten=tighten
+    )
     after = solve.optimise(formulation, limits, "highs")
     assert after.objective == pytest.approx(before.objective, rel=2e-4, abs=1e-5)
     assert formulation.program.n_variables <= plain.program.n_variables
@@ -317,7 +333,9 @@ def test_a_bias_of_its_own_belongs_to_its_layer(tmp_path: Path) -> None:
     apart = MLP.replace("a = Gemm(x, w1, b1)", "p = MatMul(x, w1) a = Add(p, b1)")
     apart = apart.replace("b = Gemm(h, w2, b2)", "q = MatMul(h, w2) b = Add(b2, q)")
     other = load(build(apart, seed=1), tmp_path)
-    more = Images(held.feeds, held.labels, held.logits, {**held.activations, "p": held.activations["a"]})
+    more = Images(
+        held.feeds, held.labels, held.logits, {**held.activations, "p": held.activations["a"]}
+    )
     for kind in ("paper", "exact"):
         found = [
             formulate(m, couple(m), images, Form(kind))  # type: ignore[arg-type]
@@ -370,7 +388,9 @@ def _one(held: Images) -> Images:
         ("lenet5-mnist", "paper", 10, 113_046, 206_952),
     ],
 )
-def test_programs_are_smaller_than_published(name: str, kind: str, count: int, variables: int, rows: int) -> None:
+def test_programs_are_smaller_than_published(
+    name: str, kind: str, count: int, variables: int, rows: int
+) -> None:
     model, coupling, held = _shipped(name)
     few = held if count == 10 else _one(held)
     formulation = formulate(model, coupling, few, Form(kind))  # type: ignore[arg-type]

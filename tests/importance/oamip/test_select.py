@@ -46,7 +46,9 @@ NO_FORM = """(float[N,6] x) => (float[N,3] y) <float[6,8] w1, float[8,3] w2> {
 
 
 def _settings(**values: Any) -> Settings:
-    return Settings.create(**{"macs": 0.5, "importance": "oamip", "solver": "highs", "time_limit": 20, **values})
+    return Settings.create(
+        **{"macs": 0.5, "importance": "oamip", "solver": "highs", "time_limit": 20, **values}
+    )
 
 
 def _statistics(moments: Statistics, few: Images | None) -> Statistics:
@@ -55,7 +57,9 @@ def _statistics(moments: Statistics, few: Images | None) -> Statistics:
     return Statistics(answers, moments.samples, "cpu")
 
 
-def _ready(text: str, folder: Path, per_class: int = 1, count: int = 60) -> tuple[Model, Coupling, Statistics]:
+def _ready(
+    text: str, folder: Path, per_class: int = 1, count: int = 60
+) -> tuple[Model, Coupling, Statistics]:
     model = load(build(text, seed=SEED), folder)
     samples = dataset.load(random_samples(model, count), model)
     assert samples is not None
@@ -109,7 +113,9 @@ def test_per_class_is_the_mean_of_programs_of_one_class(tmp_path: Path) -> None:
 
 
 def test_a_heavier_loss_keeps_more(tmp_path: Path) -> None:
-    light, heavy = (_score(MLP, tmp_path, mode="joint", loss_weight=w).values.sum() for w in (0.05, 50.0))
+    light, heavy = (
+        _score(MLP, tmp_path, mode="joint", loss_weight=w).values.sum() for w in (0.05, 50.0)
+    )
     assert light < heavy
 
 
@@ -134,9 +140,16 @@ def test_unit_costs_are_multiply_accumulates(tmp_path: Path) -> None:
 
 
 def _rest(record: list[str]) -> Any:
-    def score(model: Model, coupling: Coupling, statistics: Statistics, settings: Settings) -> Scores:
+    def score(
+        model: Model, coupling: Coupling, statistics: Statistics, settings: Settings
+    ) -> Scores:
         record.append("asked")
-        return Scores("decoupled", np.full(coupling.n_units, 0.25), ({"purpose": "importance"},), ("by layers",))
+        return Scores(
+            "decoupled",
+            np.full(coupling.n_units, 0.25),
+            ({"purpose": "importance"},),
+            ("by layers",),
+        )
 
     return score
 
@@ -152,7 +165,9 @@ def test_units_in_front_of_what_has_no_form_go_to_the_decoupled_program(
     front = coupling.axes["h", 1]
     assert (found.values[front] == 0.25).all()
     assert (found.values[np.setdiff1d(np.arange(coupling.n_units), front)] != 0.25).all()
-    assert any("8 units are scored by the decoupled program: Sigmoid" in note for note in found.notes)
+    assert any(
+        "8 units are scored by the decoupled program: Sigmoid" in note for note in found.notes
+    )
     assert "by layers" in found.notes
     assert len(found.programs) == 2
 
@@ -197,7 +212,9 @@ def test_joint_where_it_cannot_be_had(tmp_path: Path, text: str, reason: str) ->
 
 def test_joint_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "LARGEST", 10)
-    with pytest.raises(SettingsError, match="activations behind a gate, more than 10; use --mode decoupled"):
+    with pytest.raises(
+        SettingsError, match="activations behind a gate, more than 10; use --mode decoupled"
+    ):
         _score(MLP, tmp_path, mode="joint")
 
 
@@ -221,7 +238,10 @@ def test_auto_turns_to_the_decoupled_program_where_the_joint_one_fails(
     text = text.replace("float[4] b3>", "float[4] b3, float much = {1e8}>")
     found = _score(text, tmp_path, mode="auto")
     assert (found.values == 0.25).all()
-    assert "mode decoupled, since the joint program failed: bounds of the importance program" in found.notes[0]
+    assert (
+        "mode decoupled, since the joint program failed: bounds of the importance program"
+        in found.notes[0]
+    )
 
 
 @pytest.mark.parametrize("solver", ["gurobi", "auto"])
@@ -230,12 +250,21 @@ def test_over_the_small_licence(tmp_path: Path, solver: str) -> None:
 
     if gurobi.licence().variables is None:
         pytest.skip("Gurobi has no size-limited licence here")
-    text = MLP.replace("12", "1500").replace("10]", "600]").replace("[10,", "[600,").replace("1500,10", "1500,600")
+    text = (
+        MLP.replace("12", "1500")
+        .replace("10]", "600]")
+        .replace("[10,", "[600,")
+        .replace("1500,10", "1500,600")
+    )
     if solver == "gurobi":
-        with pytest.raises(SolverError, match=r"over the gurobi licence found here.*--solver highs"):
+        with pytest.raises(
+            SolverError, match=r"over the gurobi licence found here.*--solver highs"
+        ):
             _score(text, tmp_path, mode="joint", formulation="paper", solver=solver)
         return
-    found = _score(text, tmp_path, mode="joint", formulation="paper", solver=solver, relax=True, time_limit=2)
+    found = _score(
+        text, tmp_path, mode="joint", formulation="paper", solver=solver, relax=True, time_limit=2
+    )
     assert found.programs[0]["solver"] == "highs"
     assert any("solving with highs" in note and "licence" in note for note in found.notes)
 
@@ -265,7 +294,9 @@ def test_images_are_right_but_unsure(tmp_path: Path, per_class: int, labelled: b
     for label in range(4):
         right = np.flatnonzero((truth == label) & (logits.argmax(axis=1) == label))
         unsure = right[np.argsort(share[right, label])][:per_class]
-        chosen = [f["x"][0] for f, row in zip(found.feeds, found.labels, strict=True) if row[0] == label]
+        chosen = [
+            f["x"][0] for f, row in zip(found.feeds, found.labels, strict=True) if row[0] == label
+        ]
         assert {a.tobytes() for a in chosen} == {arrays["x"][i].tobytes() for i in unsure}
     np.testing.assert_allclose(found.activations["y"][:, 0].argmax(axis=1), found.labels[:, 0])
 
@@ -313,7 +344,9 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
 
 def test_prune_by_oamip(tmp_path: Path) -> None:
     model, arrays = MODELS / "lenet300-mnist.onnx", MODELS / "mnist.npz"
-    settings = _settings(mode="joint", formulation="paper", allocate="uniform", refit="none", align=1, device="cpu")
+    settings = _settings(
+        mode="joint", formulation="paper", allocate="uniform", refit="none", align=1, device="cpu"
+    )
     report = pipeline.prune(model, str(arrays), None, settings)
     assert report.scores.method == "oamip"
     assert report.scores.programs[0]["gap"] <= 0.01
@@ -323,5 +356,7 @@ def test_prune_by_oamip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["auto", "joint", "per-class", "decoupled"])
 def test_programs_over_the_network_request_samples_of_every_class(mode: str) -> None:
-    requesting = [n for n, m in METHODS.items() if Request.CLASS_SAMPLES in m.requests(_settings(mode=mode))]
+    requesting = [
+        n for n, m in METHODS.items() if Request.CLASS_SAMPLES in m.requests(_settings(mode=mode))
+    ]
     assert requesting == ([] if mode == "decoupled" else ["oamip"])
