@@ -143,7 +143,7 @@ def subjects() -> Iterator[Subject]:
 
 def _recogniser(
     name: str,
-    folder: Path,
+    folder: Path,  # noqa: ARG001
     seed: int,
 ) -> tuple[Path, dict[str, Array], dict[str, dict[str, Array]]]:
     package = importlib.util.find_spec("rapidocr_onnxruntime")
