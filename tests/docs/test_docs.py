@@ -110,6 +110,23 @@ def test_site_builds(tmp_path: Path) -> None:
     assert "prune" in (tmp_path / "site" / "reference" / "api.html").read_text(encoding="utf-8")
 
 
+def test_workflow_builds_the_site_with_the_declared_extra() -> None:
+    workflow = yaml.safe_load(text(".github/workflows/docs.yml"))
+    commands = [step["run"] for step in workflow["jobs"]["build"]["steps"] if "run" in step]
+    assert commands == ["pip install -e '.[docs]'", "mkdocs build --strict"]
+    assert re.search(r"^docs = \[.*mkdocs-material.*mkdocstrings\[python\]", text("pyproject.toml"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda p: p.stem)
+def test_issue_forms_have_unique_fields(form: Path) -> None:
+    fields = yaml.safe_load(form.read_text(encoding="utf-8"))
+    names = [field["id"] for field in fields["body"]]
+    assert {"name", "description", "body"} <= set(fields)
+    assert names
+    assert len(names) == len(set(names))
+    assert all(field["attributes"]["label"] for field in fields["body"])
+
+
 def test_api_page_has_every_public_name() -> None:
     shown = re.findall(r"^::: onnx_oamip\.(\w+)$", text("docs/reference/api.md"), re.MULTILINE)
     assert len(shown) == len(set(shown))
