@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -20,6 +21,11 @@ from onnx_oamip.cli import cli, main
 from tools.bench import __main__ as bench
 from tools.bench import picture, readme
 from tools.bench.studies import digest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 DOCS = tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
 ROOT_PAGES = tuple(sorted(path.name for path in ROOT.glob("*.md")))
@@ -114,10 +120,14 @@ def test_workflow_builds_the_site_with_the_declared_extra() -> None:
     workflow = yaml.safe_load(text(".github/workflows/docs.yml"))
     commands = [step["run"] for step in workflow["jobs"]["build"]["steps"] if "run" in step]
     assert commands == ["pip install -e '.[docs]'", "mkdocs build --strict"]
-    assert re.search(r"^docs = \[.*mkdocs-material.*mkdocstrings\[python\]", text("pyproject.toml"), re.MULTILINE)
+    assert re.search(
+        r"^docs = \[.*mkdocs-material.*mkdocstrings\[python\]", text("pyproject.toml"), re.MULTILINE
+    )
 
 
-@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda p: p.stem
+)
 def test_issue_forms_have_unique_fields(form: Path) -> None:
     fields = yaml.safe_load(form.read_text(encoding="utf-8"))
     names = [field["id"] for field in fields["body"]]
@@ -231,16 +241,45 @@ def test_missing_markers_are_said() -> None:
         readme.updated("no markers", readme.SAVED)
 
 
-def test_design_lists_every_module() -> None:
-    design = text("docs/design.md").partition("\n## Modules\n")[2].partition("\n## ")[0]
-    table = design.partition("| --- | --- |\n")[2].partition("\n\n")[0]
-    listed = [
-        name for row in table.splitlines() for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])
-    ]
-    files = {p.name for p in PACKAGE.glob("*.py") if not p.name.startswith("__")}
-    folders = {f"{p.name}/" for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
-    assert len(listed) == len(set(listed))
-    assert set(listed) == files | folders
+def test_design_lists_the_rooms_in_the_order_of_the_layers() -> None:
+    contracts = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract.get("exhaustive"))
+    section = text("docs/design.md").partition("\n## Rooms\n")[2].partition("\n## ")[0]
+    table = section.partition("| --- | --- |\n")[2].partition("\n\n")[0]
+    listed = [re.findall(r"`(\w+)/`", row.split("|")[1]) for row in table.splitlines()]
+    assert listed == [layer.split(" | ") for layer in layers]
+    folders = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    assert {room for row in listed for room in row} == folders
+
+
+def test_modules_named_in_the_design_exist() -> None:
+    stages = (
+        text("docs/design.md").partition("| stage | function | result |\n")[2].partition("\n\n")[0]
+    )
+    names = re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)`", stages)
+    assert len(names) > 10
+    for name in names:
+        assert pkgutil.resolve_name(f"onnx_oamip.{name}") is not None
+
+
+def test_paths_named_for_contributors_exist() -> None:
+    pattern = r"(?<![\w/])(?:onnx_oamip|tests|tools|\.ci)/[\w./]*\w"
+    named = [path for path in re.findall(pattern, text("CONTRIBUTING.md")) if "ROOM" not in path]
+    assert len(named) > 20
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_contributing_has_a_row_for_every_room() -> None:
+    table = (
+        text("CONTRIBUTING.md")
+        .partition("\n## Which tests for which room\n")[2]
+        .partition("\n## ")[0]
+    )
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    rooms = {room for row in rows for room in re.findall(r"`(\w+)/`", row[1])}
+    folders = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
+    assert folders <= rooms
+    assert all("`pytest tests/" in row[2] for row in rows)
 
 
 def test_every_option_is_in_the_reference() -> None:
