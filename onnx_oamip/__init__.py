@@ -1,11 +1,10 @@
-"""Prunes trained ONNX models to a budget, without retraining, and proves what it did.
+"""Prunes trained ONNX models to a budget, without retraining, and verifies the result.
 
-The verbs are :func:`prune` and its stages :func:`score`, :func:`plan` and :func:`apply`, :func:`compare`,
-:func:`load`, :func:`couple`, :func:`load_scores`, :func:`pack` and :func:`unpack`; everything they return is a frozen
-record, and everything they raise on purpose is an :class:`OamipError`. Names are imported when first used, so that
-``import onnx_oamip`` costs nothing.
+The main functions are ``prune`` and its stages ``score``, ``plan`` and ``apply``; ``frontier`` for several budgets;
+``compare`` for two models; ``pack`` and ``unpack`` for storage. They return frozen records, and every intended error is
+an ``OamipError``. Names are imported when first used, so ``import onnx_oamip`` is fast.
 
-All at once, with a callback ``progress(stage, done, total)``:
+All stages at once, with a callback ``progress(stage, done, total)``:
 
 >>> import onnx_oamip
 >>> stages = set()
@@ -35,11 +34,11 @@ Or stage by stage, with files in between that can be kept, read and edited:
 >>> report.after.macs == planned.plan.predicted.macs
 True
 
-What cannot be done is said in one sentence:
+Errors are one sentence:
 
 >>> onnx_oamip.prune("models/lenet300-mnist.onnx", None, None, onnx_oamip.Settings(macs=0.5))
 Traceback (most recent call last):
-onnx_oamip.errors.DataError: --importance obs needs calibration data; give --data, or use --importance l2 --allocate
+onnx_oamip.core.errors.DataError: --importance obs needs calibration data; give --data, or use --importance l2 --allocate
 uniform --refit none.
 """
 

@@ -44,11 +44,24 @@ def frontier(
     scores: str | os.PathLike[str] | None = None,
     save_dir: str | os.PathLike[str] | None = None,
 ) -> Frontier:
-    """Prune one model to each share of its MACs in ``levels``, widest first.
+    """Prune a model to several shares of its MACs, widest first.
 
-    Other budgets of ``settings`` hold at every level. With ``save_dir`` the models are written there as
-    ``MODEL-macs0.5.onnx``. A level that cannot be met is a point with a reason. Raises OamipError: as
-    :func:`onnx_oamip.prune` for bad input, and BudgetNotMet where no level can be met.
+    Args:
+        path: Model file.
+        source: Calibration samples.
+        settings: Options; other budgets in it hold at every level.
+        levels: Shares of the MACs to keep.
+        eval_data: Samples to measure on. Default: the held-out part of ``source``.
+        progress: Called as ``progress(stage, done, total)``.
+        scores: File of scores written by ``score``, used in place of ``settings.importance``.
+        save_dir: Folder for the models, named ``MODEL-macs0.5.onnx``. Default: none is written.
+
+    Returns:
+        One point per level; a level that cannot be met has a reason in place of a result.
+
+    Raises:
+        OamipError: Bad input or a missing package.
+        BudgetNotMet: No level can be met.
     """
     shares = sorted(set(levels), reverse=True)
     if not shares:

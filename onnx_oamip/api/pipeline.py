@@ -66,12 +66,27 @@ def prune(
     keep_map: File | None = None,
     page: Page | None = None,
 ) -> Report:
-    """Prune one model and write it if every gate holds.
+    """Prune a model to the budgets in ``settings``, verify the result and write it.
 
-    ``source`` is calibration data (see ``data``), ``output`` the file to write (None: nothing is written), ``scores``
-    a file that :func:`score` wrote, taken in place of scores by ``settings.importance``, ``keep_map`` a file to write
-    for :func:`checkpoint.cut`, ``page`` what draws a page about the run. Raises OamipError: exit code 2 for bad input,
-    1 for a budget or gate that was not met; then no file is written.
+    Args:
+        path: Model file.
+        source: Calibration samples: a path, ``module:function``, or a dict of arrays by input name. None for methods
+            that need no data.
+        output: File to write, or None to write nothing.
+        settings: Budgets and options.
+        eval_data: Samples to measure the result on. Default: the held-out part of ``source``.
+        progress: Called as ``progress(stage, done, total)``.
+        scores: File of scores written by ``score``, used in place of ``settings.importance``.
+        keep_map: File to write the kept indices of every weight to.
+        page: HTML page about the run, written with the model.
+
+    Returns:
+        The report, with the plan and the verification.
+
+    Raises:
+        OamipError: Bad input or a missing package (``exit_code`` 2). No file is written.
+        BudgetNotMet: No plan meets the budgets (``exit_code`` 1). No file is written.
+        GateFailed: The result failed a check (``exit_code`` 1). No file is written.
     """
     clock = Clock()
     preparing.check(settings, source, scores is not None)
@@ -94,7 +109,7 @@ def prune(
 
 
 def _thin(context: Context, targets: Targets) -> Report:
-    """:func:`prune` by connections: the same network with zeros (see ``connections``)."""
+    """Prune connections: same shapes, with zeros (see ``published.nnrelief.connections``)."""
     if targets.keep_map is not None:
         raise SettingsError(
             "a keep-map is about units, and --granularity connection removes none; leave it out."
@@ -135,10 +150,22 @@ def score(
     settings: Settings,
     progress: Progress | None = None,
 ) -> Scored:
-    """Score every unit of one model by ``settings.importance`` and write the scores to ``output`` (see ``artefacts``).
+    """Score every unit of a model by ``settings.importance`` and write the scores.
 
-    They are those that :func:`prune` would use: where ``source`` has no evaluation part, a fifth of it is held out.
-    Raises OamipError (exit code 2) for bad input; then no file is written.
+    The scores are those that ``prune`` uses: if ``source`` has no evaluation part, a fifth of it is held out.
+
+    Args:
+        path: Model file.
+        source: Calibration samples, or None for methods that need no data.
+        output: File of scores to write (``.npz``).
+        settings: Importance method and its options.
+        progress: Called as ``progress(stage, done, total)``.
+
+    Returns:
+        The scores, with the file that was written.
+
+    Raises:
+        OamipError: Bad input or a missing package. No file is written.
     """
     clock = Clock()
     method = find(settings.importance)
@@ -169,9 +196,23 @@ def plan(
     progress: Progress | None = None,
     scores: File | None = None,
 ) -> Planned:
-    """Choose what :func:`prune` would remove, and write that to ``output`` (None: nothing is written).
+    """Choose the units to keep under the budgets in ``settings``, and write the plan.
 
-    Raises OamipError as :func:`prune` does, where no plan meets the budget or something that was given is wrong.
+    Args:
+        path: Model file.
+        source: Calibration samples, or None for methods that need no data.
+        output: Plan file to write (JSON), or None to write nothing.
+        settings: Budgets and options.
+        eval_data: Samples to measure on. Default: the held-out part of ``source``.
+        progress: Called as ``progress(stage, done, total)``.
+        scores: File of scores written by ``score``, used in place of ``settings.importance``.
+
+    Returns:
+        The plan with its predicted cost.
+
+    Raises:
+        OamipError: Bad input or a missing package. No file is written.
+        BudgetNotMet: No plan meets the budgets. No file is written.
     """
     clock = Clock()
     if settings.granularity == "connection" or settings.iterations > 1:
@@ -230,10 +271,27 @@ def apply(
     keep_map: File | None = None,
     page: Page | None = None,
 ) -> Report:
-    """Cut a model as a plan file says, refit, prove and write it: the second half of :func:`prune`.
+    """Carry out a plan file, edited or not: rewrite, refit, verify and write the model.
 
-    Settings are those of the plan, but for ``changes`` (by name, as in :class:`Settings`). The plan decides, whatever
-    budget it was made for: someone may have edited it. Raises OamipError as :func:`prune` does.
+    The plan is followed as it is, whatever budget it was made for.
+
+    Args:
+        path: Model file.
+        plan_file: Plan written by ``plan``.
+        source: Calibration samples, or None if the settings of the plan need no data.
+        output: File to write, or None to write nothing.
+        changes: Settings that replace those recorded in the plan, by name.
+        eval_data: Samples to measure on. Default: the held-out part of ``source``.
+        progress: Called as ``progress(stage, done, total)``.
+        keep_map: File to write the kept indices of every weight to.
+        page: HTML page about the run, written with the model.
+
+    Returns:
+        The report, without scores.
+
+    Raises:
+        OamipError: Bad input, or a plan that does not fit the model. No file is written.
+        GateFailed: The result failed a check. No file is written.
     """
     clock = Clock()
     found = plan_files.load(plan_file)
@@ -365,7 +423,22 @@ def compare(
     settings: Settings,
     progress: Progress | None = None,
 ) -> Verification:
-    """Check a pruned file against its original on data: checker, two batch sizes, error, agreement, accuracy."""
+    """Compare a pruned model with its original: validity, two batch sizes, output error, agreement, accuracy.
+
+    Args:
+        original: Model file before pruning.
+        pruned: Model file after pruning.
+        source: Samples to compare on; the evaluation part if there is one.
+        settings: Device, batch size and options for images and tables.
+        progress: Called as ``progress(stage, done, total)``.
+
+    Returns:
+        The checks and measurements.
+
+    Raises:
+        OamipError: Bad input or a missing package.
+        GateFailed: The models have different inputs or outputs, or the pruned model is not valid.
+    """
     dataset.check(source)
     device = resolve_device(settings.device)
     model, other = models.load(original), models.load(pruned)

@@ -134,7 +134,7 @@ def score(
     progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> tuple[Context, Scores]:
-    """:func:`prepare` up to the scores. They have no constraints applied: those belong to a plan."""
+    """Prepare up to the scores. They have no constraints applied: those belong to a plan."""
     if source is None and find(settings.importance).requests(settings):
         raise DataError(f"--importance {settings.importance} needs calibration data; give --data.")
     executors.check(settings.scheduler, resolve_device(settings.device))

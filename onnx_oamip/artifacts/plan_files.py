@@ -65,7 +65,7 @@ class AxisEntry(_Record):
 
 
 class CostEntry(_Record):
-    """Costs as :class:`~onnx_oamip.core.records.Cost` counts them."""
+    """Costs as ``records.Cost`` counts them."""
 
     macs: int = Field(ge=0)
     params: int = Field(ge=0)
@@ -100,7 +100,7 @@ class GroupEntry(_Record):
 
 
 class PlanFile(_Record):
-    """The whole file. ``settings`` are those it was made with; ``apply`` takes from them what it is not told."""
+    """A plan file: the kept units of every group, and the settings and costs that it was made with."""
 
     kind: Literal["onnx-oamip plan"]
     schema_version: Literal[1]
@@ -120,7 +120,7 @@ class PlanFile(_Record):
 
 @dataclass(frozen=True)
 class Planned:
-    """What ``plan`` chose and where it wrote it; ``seconds`` by stage. ``report.planning`` makes a document of it."""
+    """Result of ``plan``: the plan, the file that was written with its digest, and the duration of every stage."""
 
     model: Model
     coupling: Coupling

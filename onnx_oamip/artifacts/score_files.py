@@ -59,7 +59,7 @@ _KEYS = ("schema_version", *_TEXTS, "values", "unit_group", "group_names", "unit
 
 @dataclass(frozen=True)
 class Scored:
-    """What ``score`` found and where it wrote it; ``seconds`` by stage. ``report.scoring`` makes a document of it."""
+    """Result of ``score``: the scores, the file that was written with its digest, and the duration of every stage."""
 
     model: Model
     coupling: Coupling
@@ -116,11 +116,21 @@ def save_scores(
 
 
 def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) -> Scores:
-    """The scores (n_units,) that a file holds for this model.
+    """Read the scores of a model from a file that ``score`` wrote.
 
-    The file may know more groups than ``coupling`` (some were excluded since), never fewer. Raises DataError with one
-    sentence for a file that is missing, cannot be read, holds something else, has another schema version, belongs to
-    another model, does not have every unit once, or has scores that are not finite.
+    The file may have more groups than ``coupling`` (some were excluded since), never fewer.
+
+    Args:
+        path: File of scores.
+        model: The model that was scored.
+        coupling: Its coupling.
+
+    Returns:
+        One score per unit.
+
+    Raises:
+        DataError: The file is missing, unreadable, malformed, of another schema version or of another model, or it does
+            not have every unit once with a finite score.
     """
     found = _read(Path(path))
     if (version := _number(found["schema_version"])) != SCORES_VERSION:

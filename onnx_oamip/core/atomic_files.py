@@ -48,7 +48,7 @@ def make(parent: Path, prefix: str) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder that :func:`make` gave."""
+    """Remove a folder that ``make`` created."""
     shutil.rmtree(path, ignore_errors=True)
     held = _open.pop(path, None)
     if held is not None:

@@ -228,11 +228,17 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
 
 
 def couple(model: Model) -> Coupling:
-    """Units, groups and consumers of a model, and every channel that cannot go, with the reason.
+    """Find the units, groups and consumers of a model, and every pinned channel with its reason.
 
-    Where a reshape splits channels along an axis that could stay free on either side (attention heads, channel
-    shuffle), the last axis stays free; where that pins the channels for another reason (a pixel shuffle written as
-    reshapes), the first axis is tried and kept if it pins fewer.
+    If a reshape splits channels along an axis that could stay free on either side (attention heads, channel shuffle),
+    the last axis stays free. If that pins the channels for another reason (a pixel shuffle written as reshapes), the
+    first axis is tried, and chosen if it pins fewer.
+
+    Args:
+        model: A loaded model.
+
+    Returns:
+        The coupling of its channels.
     """
     labels = _propagate(model, {})
     best = _resolve(model, labels)

@@ -47,10 +47,16 @@ UNFOLDED = ("DequantizeLinear", "QuantizeLinear", "Random", "Bernoulli", "Multin
 def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
     """Read, check and normalise a model.
 
-    ``bindings`` gives sizes of symbolic dimensions, by name (``batch``) or by place (``input.2``); without it the
-    leading dimension of every input is 1 and other symbols take a default (64 in images, 16 elsewhere).
+    Args:
+        path: Model file.
+        bindings: Sizes of symbolic dimensions, by name (``batch``) or by position (``input.2``). Default: 1 for the
+            leading dimension of every input; 64 in images and 16 elsewhere for other symbols.
 
-    Raises ModelError with one sentence for a missing, truncated or invalid file.
+    Returns:
+        The model, with constants folded and shapes inferred.
+
+    Raises:
+        ModelError: The file is missing, truncated or invalid.
     """
     file = Path(path)
     source, sha256, size = read(file)

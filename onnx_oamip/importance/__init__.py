@@ -2,8 +2,8 @@
 
 A method is ``score(model, coupling, statistics, settings) -> Scores``; it never sees an operator's type beyond the
 ``linear`` facet, and larger means more important. To add one here, write its file and add a line to the table. Other
-packages add theirs by :func:`register`, or by an entry point of the group ``onnx_oamip.importance`` whose name is the
-method's and whose object is a :class:`Method` or the rule itself.
+packages add theirs by ``register``, or by an entry point of the group ``onnx_oamip.importance`` whose name is the
+method's and whose object is a ``Method`` or the rule itself.
 """
 
 from __future__ import annotations
@@ -126,7 +126,14 @@ ENTRY_POINTS = "onnx_oamip.importance"
 
 
 def register(name: str, method: Method | ScoreRule) -> None:
-    """Add a method; a bare rule reads moments of the calibration data. Raises SettingsError for a name that is taken.
+    """Register an importance method, usable like a built-in one.
+
+    Args:
+        name: Value for ``Settings.importance`` and ``--importance``.
+        method: The method, or its rule alone, which then gets the moments of the calibration samples.
+
+    Raises:
+        SettingsError: The name is taken.
 
     >>> import numpy as np
     >>> from onnx_oamip import Scores, register

@@ -44,7 +44,14 @@ Document: TypeAlias = dict[str, Any]
 
 
 def document(report: Report) -> Document:
-    """The JSON document of ``prune``."""
+    """Convert the report of ``prune`` or ``apply`` to the JSON document of ``--json``.
+
+    Args:
+        report: The report.
+
+    Returns:
+        A dict of plain values; its keys are described in the JSON reference.
+    """
     kept = np.asarray(report.plan.widths, np.int64)
     # A plan from a file comes without scores: their summaries are null.
     values = report.scores.values if report.scores else np.full(report.coupling.n_units, np.nan)

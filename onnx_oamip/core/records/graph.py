@@ -139,9 +139,12 @@ class Consumer:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Units that occupy the same axes the same number of times, so that only their count matters for cost.
+    """Units that occupy the same axes equally often, so that only their number matters to the cost.
 
-    ``multiplicity`` maps every axis the group lives on to the number of indices one unit holds there.
+    Attributes:
+        name: Name of the group.
+        units: The units of the group.
+        multiplicity: Number of indices that one unit occupies on every axis of the group.
     """
 
     name: str
@@ -151,9 +154,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """Channels of a constant that cannot go, and why.
+    """Channels of a constant that cannot be removed, with the reason.
 
-    ``given``: they cannot because of what the model's inputs and outputs are, or because nobody may touch them.
+    Attributes:
+        given: Whether the reason is the interface of the model or an exclusion by the user.
     """
 
     tensor: str

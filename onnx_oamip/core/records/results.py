@@ -17,9 +17,15 @@ from onnx_oamip.core.records.statistics import Scores, Sensitivity
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Shares to keep, each in (0, 1], or None; ``threshold`` removes units that score below it.
+    """Budgets of a run; None if a budget is not set.
 
-    ``max_drop`` is the most accuracy (or agreement, without labels) that may be lost, in points.
+    Attributes:
+        macs: Share of the multiply-accumulates to keep, in (0, 1].
+        params: Share of the parameters to keep.
+        size: Share of the file's bytes to keep.
+        threshold: Units with a lower score are removed.
+        latency: Share of the measured latency to keep.
+        max_drop: Largest accepted loss in points: of accuracy, or of agreement without labels.
     """
 
     macs: float | None = None
@@ -32,7 +38,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """``macs`` for one sample, ``params`` elements of floating constants, ``bytes`` of the file."""
+    """Cost of a model.
+
+    Attributes:
+        macs: Multiply-accumulates for one sample.
+        params: Elements of floating-point constants.
+        bytes: Size of the file with its external data.
+    """
 
     macs: int
     params: int
@@ -41,7 +53,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which units stay (n_units,), with the widths per group and what the allocation said."""
+    """Units to keep (n_units,), the width of every group, the predicted cost, and the programs behind them."""
 
     keep: Bools
     widths: Ints
@@ -66,7 +78,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Pruned:
-    """The rewritten model. ``raw`` is before refit, ``proto`` after it; ``fits`` tells how each node was refitted."""
+    """A rewritten model: ``raw`` before the refit, ``proto`` after it, and the ``fits`` of its nodes."""
 
     raw: Any
     proto: Any
@@ -76,9 +88,10 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked about the written model; ``failures`` lists gates that did not hold.
+    """Checks and measurements of a pruned model.
 
-    ``rounding`` is how far rounding alone moves the masked model, where ``masked_equivalence`` was held against it.
+    ``failures`` lists the checks that failed. ``rounding`` is the difference that rounding alone makes to the masked
+    model, if ``masked_equivalence`` was compared with it. Values that were not measured are None.
     """
 
     masked_equivalence: float | None
@@ -178,10 +191,10 @@ class Connections:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it; ``report.document`` turns it into the JSON of the command line. A plan from a file has no scores.
+    """Result of ``prune`` or ``apply``; ``document`` converts it to JSON.
 
-    ``curves``: the measured loss of every group at a few widths, where the allocation asked for it; ``tried``: what a
-    search for ``max_drop`` went through.
+    ``curves`` are the measured losses of every group at a few widths, if the allocation needed them; ``tried`` the
+    steps of a search for ``max_drop``. The result of ``apply`` has no scores.
     """
 
     model: Model

@@ -43,9 +43,17 @@ MAX_DROP = 0.5
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed model: ``original`` as it was, ``contents`` as it comes out again, ``sha256`` and ``nbytes`` packed.
+    """A packed model.
 
-    ``verification`` is None where nothing was measured: then no bit differs, or no samples were given.
+    Attributes:
+        path: The model file.
+        output: The packed file.
+        sha256: Digest of the packed file.
+        nbytes: Size of the packed file.
+        original: The files of the model.
+        contents: The files that ``unpack`` writes.
+        verification: The measured loss, or None without evaluation samples.
+        seconds: Duration of every stage.
     """
 
     path: str
@@ -60,7 +68,15 @@ class Packed:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A model that was unpacked: ``packed_sha256`` and ``packed_bytes`` of the packed file."""
+    """An unpacked model.
+
+    Attributes:
+        path: The packed file.
+        packed_sha256: Digest of the packed file.
+        packed_bytes: Size of the packed file.
+        output: The model file that was written.
+        contents: The files that were written.
+    """
 
     path: str
     packed_sha256: str
@@ -84,15 +100,32 @@ def pack(
     progress: Progress | None = None,
     **reading: Any,
 ) -> Packed:
-    """Write a model in fewer bytes, of which :func:`unpack` makes a model file again.
+    """Store a model in fewer bytes; ``unpack`` restores a model file.
 
-    Without samples and without ``clusters`` every bit comes back. ``clusters`` (2 to 256) is the number of values that
-    each weight matrix may hold; with ``data`` it is chosen for each, so that at most ``max_drop`` points (of accuracy,
-    without labels of agreement, without classes of relative output error; default 0.5) are lost on ``eval_data``, or
-    on the evaluation part of ``data``. Both: the given number, refused where it loses more. ``reading`` says how images
-    and tables are read, as in :class:`Settings`.
+    Without ``data`` and ``clusters``, every bit is restored. With ``data``, every weight matrix gets a codebook of
+    values that its entries share, chosen such that at most ``max_drop`` points are lost: of accuracy; without labels,
+    of agreement; without classes, of relative output error.
 
-    Raises OamipError: exit code 2 for bad input, 1 where more is lost than allowed; then no file is written.
+    Args:
+        path: Model file.
+        output: Packed file to write.
+        lossless: Refuse any loss; excludes ``clusters``, ``data``, ``eval_data`` and ``max_drop``.
+        clusters: Number of values (2 to 256) in every weight matrix. Default with ``data``: chosen for each.
+        data: Samples to choose codebooks with.
+        eval_data: Samples to measure the loss on. Default: the evaluation part of ``data``.
+        max_drop: Largest accepted loss in points. Default: 0.5.
+        device: Device to measure on: ``auto``, ``cpu`` or ``cuda``.
+        seed: Seed of the codebooks.
+        batch_size: Samples per run.
+        progress: Called as ``progress(stage, done, total)``.
+        **reading: Options for images and tables, as in ``Settings``.
+
+    Returns:
+        The packed model.
+
+    Raises:
+        OamipError: Bad input or a missing package (``exit_code`` 2), or a loss above ``max_drop`` (1). No file is
+            written.
     """
     _check(lossless, clusters, data, eval_data, max_drop)
     points = MAX_DROP if max_drop is None else max_drop
@@ -150,10 +183,18 @@ def pack(
 
 
 def unpack(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Unpacked:
-    """Write the model of a packed file, and the files that it keeps its weights in beside it.
+    """Write the model of a packed file, with its external data beside it.
 
-    Raises ModelError for a file that is damaged or of another version, OutputError where a file beside the model would
-    be overwritten by another one; then no file is written.
+    Args:
+        path: Packed file.
+        output: Model file to write.
+
+    Returns:
+        The unpacked model.
+
+    Raises:
+        ModelError: The file is damaged, or of another version. No file is written.
+        OutputError: A file beside the model would be overwritten. No file is written.
     """
     file = Path(path)
     if not file.is_file():
