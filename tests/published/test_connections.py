@@ -283,6 +283,18 @@ def test_units_of_a_cut_model_are_found_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, np.where(keep, 5.0, 0.0))
 
 
+@pytest.mark.parametrize(
+    "values", [[-3.0, -1.0, -2.0, -4.0], [0.0, 2.0, 1.0, 3.0], [0.5, 2.0, 1.0, 3.0]]
+)
+def test_removed_units_score_below_all_others(values: list[float]) -> None:
+    """A method may score below 0; what was removed must not rank above what remains."""
+    keep = np.asarray([True, False, True, False, True, True])
+    found = iterative.below(np.full(6, 9.0), keep, np.asarray([0, 2, 4, 5]), np.asarray(values))
+    np.testing.assert_array_equal(found[keep], values)
+    assert found[~keep].max() < min(values)
+    assert found[~keep].max() <= 0
+
+
 # ---------------------------------------------------------------------------------------------------- bad requests
 
 BAD = {

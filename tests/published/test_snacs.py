@@ -516,6 +516,21 @@ def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None
     assert (ready.constraints.floor > 0).all()
 
 
+@pytest.mark.parametrize("importance", METHODS)
+def test_protected_units_are_kept_over_all_rounds(tmp_path: Path, importance: str) -> None:
+    """Later rounds score a smaller model; protected are the units of the original."""
+    model, coupling, arrays = _learnable(tmp_path)
+    wish = Settings.create(
+        macs=0.4, protect=0.3, iterations=3, refit="bias", importance=importance, mode="decoupled", align=1,
+        device="cpu", force=True,
+    )  # fmt: skip
+    report = pipeline.prune(model.path, arrays, None, wish)
+    kept = plan_constraints.protected(model, coupling, 0.3)
+    assert kept.any()
+    assert report.plan.keep[kept].all()
+    assert not report.plan.keep.all()
+
+
 @pytest.mark.parametrize("allocate", ["global", "uniform", "mip"])
 def test_protected_units_stay(tmp_path: Path, allocate: str) -> None:
     model, coupling, arrays = _learnable(tmp_path)
