@@ -14,6 +14,7 @@ import onnx
 import pytest
 from conftest import MODELS
 from graphs import build
+from texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip import (
     apply,
@@ -29,21 +30,6 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
 from onnx_oamip.verification.latency import Ratio
 
-TEXT = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
-<float[12, 3, 3, 3] w1, float[12] b1, float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3,
- float[8, 12, 1, 1] w5, float[5, 8] w4, float[5] b4> {
-    a = Conv<pads = [1, 1, 1, 1]>(image, w1, b1)
-    h = Relu(a)
-    b = Conv<pads = [1, 1, 1, 1]>(h, w2, b2)
-    r = Relu(b)
-    c = Conv<pads = [1, 1, 1, 1]>(r, w3)
-    s = Add(h, c)
-    d = Conv(s, w5)
-    t = Relu(d)
-    g = GlobalAveragePool(t)
-    f = Flatten(g)
-    scores = Gemm<transB = 1>(f, w4, b4)
-}"""
 CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
     "bias": {"refit": "bias", "allocate": "uniform", "importance": "activation"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -12,15 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import numpy as np
 import onnx
 import pytest
+from command_line import Result, one_sentence, perceptron, samples
 from conftest import ROOT
-from onnx import TensorProto, helper, numpy_helper
 
 from onnx_oamip.cli import cli, main
 from onnx_oamip.core.errors import BudgetNotMet, EnvironmentMissing
@@ -79,22 +77,6 @@ def documented_keys() -> set[str]:
     return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict:
-        """stdout as one strict JSON document."""
-
-        def refuse(word: str) -> None:
-            raise ValueError(f"{word} is not JSON")
-
-        return json.loads(self.out, parse_constant=refuse)
-
-
 Run = Callable[..., Result]
 
 
@@ -108,37 +90,6 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def perceptron(path: Path, hidden: int = 16) -> None:
-    """input (batch, 6) -> hidden -> relu -> logits (batch, 4)."""
-    rng = np.random.default_rng(1)
-    shapes = {
-        "first.weight": (hidden, 6),
-        "first.bias": (hidden,),
-        "second.weight": (4, hidden),
-        "second.bias": (4,),
-    }
-    weights = [
-        numpy_helper.from_array(rng.normal(size=s).astype(np.float32), n) for n, s in shapes.items()
-    ]
-    nodes = [
-        helper.make_node("Gemm", ["input", "first.weight", "first.bias"], ["a"], "first", transB=1),
-        helper.make_node("Relu", ["a"], ["b"], "relu"),
-        helper.make_node(
-            "Gemm", ["b", "second.weight", "second.bias"], ["logits"], "second", transB=1
-        ),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "perceptron",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 6])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
-        weights,
-    )
-    onnx.save_model(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
-    )
-
-
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with model.onnx and data.npz in it."""
@@ -146,10 +97,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     perceptron(tmp_path / "model.onnx")
     np.savez(tmp_path / "data.npz", input=samples(40), labels=np.arange(40) % 4)
     return tmp_path
-
-
-def samples(count: int, width: int = 6) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
 
 
 BASE = ("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--force")
@@ -806,11 +753,6 @@ def test_feeds_from_a_function(run: Run, place: Path, monkeypatch: pytest.Monkey
 
 
 # -------------------------------------------------------------------------------------------------------- failures
-
-
-def one_sentence(result: Result) -> None:
-    assert re.fullmatch(r"Error: [^\n]+[.?]\n", result.err), result.err
-    assert "Traceback" not in result.err
 
 
 def not_onnx() -> None:

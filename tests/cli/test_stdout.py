@@ -20,10 +20,10 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from command_line import one_sentence, perceptron, samples
 from conftest import ROOT
 from onnx import numpy_helper
 from safetensors.numpy import save_file
-from test_cli import one_sentence, perceptron, samples
 
 from onnx_oamip.cli import cli, main
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import knapsack
 from scipy.sparse import csr_array
 
 from onnx_oamip.core.errors import SettingsError, SolverError
@@ -55,19 +56,6 @@ def no_gurobi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gurobipy" else known(name)
     )
-
-
-def knapsack(items: int, rows: int = 1, seed: int = 0, room: float = 0.5) -> Program:
-    """Multi-dimensional knapsack: many rows make it hard, one makes it easy."""
-    rng = np.random.default_rng(seed)
-    weight = rng.integers(5, 100, (rows, items)).astype(float)
-    value = weight.sum(axis=0) / max(rows, 1) + rng.integers(1, 30, items)
-    builder = Builder()
-    take = builder.variables(items, 0, 1, objective=-value, integer=True)
-    builder.rows(
-        rows, (np.arange(rows)[:, None], take, weight), upper=np.floor(room * weight.sum(axis=1))
-    )
-    return builder.build()
 
 
 def best_by_enumeration(program: Program) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import MODELS
 from graphs import build
+from texts import CNN as TEXT
 
 from onnx_oamip import (
     apply,
@@ -79,16 +80,6 @@ def test_shipped_models_come_out_the_same(name: str, tmp_path: Path) -> None:
     assert len(found) == 1
 
 
-TEXT = """(float[batch, 3, 8, 8] image) => (float[batch, 5] scores)
-<float[12, 3, 3, 3] w1, float[12] b1, float[16, 12, 3, 3] w2, float[16] b2, float[5, 16] w4, float[5] b4> {
-    a = Conv<pads = [1, 1, 1, 1]>(image, w1, b1)
-    h = Relu(a)
-    b = Conv<pads = [1, 1, 1, 1]>(h, w2, b2)
-    r = Relu(b)
-    g = GlobalAveragePool(r)
-    f = Flatten(g)
-    scores = Gemm<transB = 1>(f, w4, b4)
-}"""
 CHOICES: dict[str, dict[str, Any]] = {
     "bias": {"refit": "bias", "allocate": "global", "importance": "activation"},
     "oamip": {"importance": "oamip", "mode": "decoupled"},

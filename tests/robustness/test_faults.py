@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from graphs import build
-from test_solvers import knapsack
-from test_stages import TEXT
+from programs import knapsack
+from texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip import importance, prune
 from onnx_oamip.api import pipeline

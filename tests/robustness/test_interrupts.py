@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from graphs import build
-from test_stages import TEXT
+from texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip.programs import solvers
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from graphs import build
 from onnx import numpy_helper
-from test_determinism import TEXT
+from texts import CNN as TEXT
 
 from onnx_oamip import couple, prune
 from onnx_oamip.api import pipeline

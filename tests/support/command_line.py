@@ -1,0 +1,68 @@
+"""A small network with samples, and the result of a command, for tests of the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict:
+        """stdout as one strict JSON document."""
+
+        def refuse(word: str) -> None:
+            raise ValueError(f"{word} is not JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+
+def perceptron(path: Path, hidden: int = 16) -> None:
+    """input (batch, 6) -> hidden -> relu -> logits (batch, 4)."""
+    rng = np.random.default_rng(1)
+    shapes = {
+        "first.weight": (hidden, 6),
+        "first.bias": (hidden,),
+        "second.weight": (4, hidden),
+        "second.bias": (4,),
+    }
+    weights = [
+        numpy_helper.from_array(rng.normal(size=s).astype(np.float32), n) for n, s in shapes.items()
+    ]
+    nodes = [
+        helper.make_node("Gemm", ["input", "first.weight", "first.bias"], ["a"], "first", transB=1),
+        helper.make_node("Relu", ["a"], ["b"], "relu"),
+        helper.make_node(
+            "Gemm", ["b", "second.weight", "second.bias"], ["logits"], "second", transB=1
+        ),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "perceptron",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 6])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
+        weights,
+    )
+    onnx.save_model(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path
+    )
+
+
+def samples(count: int, width: int = 6) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+
+
+def one_sentence(result: Result) -> None:
+    assert re.fullmatch(r"Error: [^\n]+[.?]\n", result.err), result.err
+    assert "Traceback" not in result.err
