@@ -1,8 +1,8 @@
 """A pass for Olive (microsoft/Olive, ``olive-ai``), so that pruning is one step of its workflows.
 
-Olive finds passes by name in a package configuration. ``python -m onnx_oamip.olive > passes.json`` writes the one that
-ships with Olive and this pass, for ``olive run --config workflow.json --package-config passes.json``; from Python it is
-``olive.workflows.run(workflow, package_config=package_config())``.
+Olive finds passes by name in a package configuration. ``python -m onnx_oamip.integrations.olive > passes.json`` writes
+the one that ships with Olive and this pass, for ``olive run --config workflow.json --package-config passes.json``. From
+Python it is ``olive.workflows.run(workflow, package_config=package_config())``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ try:
     from olive.search.search_parameter import Categorical
 except ImportError as missing:
     raise ImportError(
-        f"onnx_oamip.olive needs the packages of the extra 'olive' ({missing}); install them with pip install "
-        "'onnx-oamip[olive]'."
+        f"the pass for Olive needs the packages of the extra 'olive' ({missing}); install them with "
+        "pip install 'onnx-oamip[olive]'."
     ) from missing
 
 SEARCHED = ("macs", "params", "size", "latency", "max_drop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pkgutil
 import re
@@ -260,6 +261,25 @@ def test_modules_named_in_the_design_exist() -> None:
     assert len(names) > 10
     for name in names:
         assert pkgutil.resolve_name(f"onnx_oamip.{name}") is not None
+
+
+def test_modules_and_names_of_the_package_in_pages_exist() -> None:
+    no_modules = {
+        "onnx_oamip.provenance",
+        "onnx_oamip.importance",
+        "onnx_oamip.__all__",
+    }  # a key, a group, a list
+    pages = [
+        page
+        for page in (*ROOT_PAGES, *DOCS)
+        if page not in ("docs/reference/api.md", "CHANGELOG.md")
+    ]
+    named = {name for page in pages for name in re.findall(r"\bonnx_oamip(?:\.\w+)+", text(page))}
+    assert len(named - no_modules) > 2
+    for name in named - no_modules:
+        module = importlib.util.find_spec(name.rpartition(".")[0])  # a submodule, or an attribute of a module
+        assert module is not None, name
+        assert importlib.util.find_spec(name) or pkgutil.resolve_name(name), name
 
 
 def test_paths_named_for_contributors_exist() -> None:
