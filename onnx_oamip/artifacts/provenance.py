@@ -21,7 +21,7 @@ import onnx
 
 from onnx_oamip.core.version import __version__
 
-KEY = "onnx_oamip.artifacts.provenance"
+KEY = "onnx_oamip.provenance"
 
 
 def sign(proto: onnx.ModelProto, source_sha256: str, plan_sha256: str) -> None:

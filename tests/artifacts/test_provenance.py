@@ -57,7 +57,7 @@ def entry(path: Path) -> dict[str, Any]:
     props = {p.key: p.value for p in proto.metadata_props}
     assert len(props) == len(proto.metadata_props)
     assert props["author"] == "somebody"
-    return json.loads(props["onnx_oamip.artifacts.provenance"])
+    return json.loads(props["onnx_oamip.provenance"])
 
 
 def sha256(path: Path) -> str:
