@@ -351,8 +351,13 @@ _ONE_THREAD = _OneThread()
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What goes wrong is said in one sentence, not in distributed's own log and warnings too."""
-    logs = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    """Silence the logs and warnings of distributed: an error is reported in one sentence.
+
+    Its event loop, tornado's, logs a traceback where a signal interrupts a call that has not begun:
+    distributed then cancels a future that does not exist yet.
+    """
+    names = ("distributed", "distributed.client", "tornado.application")
+    logs = [logging.getLogger(name) for name in names]
     levels = [log.level for log in logs]
     for log in logs:
         log.setLevel(logging.CRITICAL + 1)
