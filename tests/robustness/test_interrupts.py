@@ -42,9 +42,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import gurobipy, highspy, numpy as np, onnx, onnxruntime, scipy.optimize
-from onnx_oamip import latency, pipeline, runtime, sensitivity, solvers, subgraph
+from onnx_oamip.api import pipeline
 from onnx_oamip.cli import main
-from onnx_oamip.milp import Builder
+from onnx_oamip.graph import runtime
+from onnx_oamip.planning import sensitivity
+from onnx_oamip.programs import solvers
+from onnx_oamip.programs.program import Builder
+from onnx_oamip.statistics import collector
+from onnx_oamip.verification import latency
 
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 
@@ -91,7 +96,7 @@ def stick(place, started):
     if place.split()[0] in solvers.BACKENDS:
         solvers.BACKENDS = {name: slow(name) for name in solvers.BACKENDS}
     elif place == "runtime":
-        pipeline.calibrate.collect = loop
+        collector.calibration.collect = loop
     elif place == "runtime in threads":
         sensitivity._Part.losses = loop
     elif place == "latency":
@@ -173,7 +178,8 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     (folder / "model.onnx").write_bytes(build(TEXT).SerializeToString())
     images = np.random.default_rng(0).normal(size=(60, 3, 8, 8)).astype(np.float32)
     np.savez(folder / "data.npz", image=images, labels=np.arange(60) % 5)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    places = (ROOT, ROOT / "tests", ROOT / "tests" / "support")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
     with distributed.LocalCluster(
         processes=True, n_workers=1, threads_per_worker=1, dashboard_address=None
     ) as cluster:
