@@ -96,6 +96,7 @@ if TYPE_CHECKING:
         unpack,
     )
     from onnx_oamip.reporting.documents import document
+    from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS
 
 _HOMES = {
     "artifacts.score_files": ("Scored", "load_scores"),
@@ -133,10 +134,14 @@ _HOMES = {
     "reporting.documents": ("document",),
     "core.settings": ("Settings",),
     "published.packing": ("Packed", "Unpacked", "pack", "unpack"),
+    "statistics.requests": ("CLASS_SAMPLES", "COVARIANCE", "MOMENTS"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CLASS_SAMPLES",
+    "COVARIANCE",
+    "MOMENTS",
     "Budget",
     "BudgetNotMet",
     "Cost",

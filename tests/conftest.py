@@ -47,3 +47,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def separate_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importance methods that a test registers are removed after it."""
+    from onnx_oamip.importance.registry import REGISTRY
+
+    monkeypatch.setattr(REGISTRY, "_plugins", dict(REGISTRY._plugins))

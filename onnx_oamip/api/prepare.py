@@ -38,6 +38,7 @@ from onnx_oamip.importance import find
 from onnx_oamip.planning import (
     allocation,
     iterative,
+    limits,
     plan_constraints,
     scoring,
     search,
@@ -47,6 +48,7 @@ from onnx_oamip.planning.search import Prepared
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.statistics import class_samples
 from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 
 BUDGETS = {budget.name for budget in fields(Budget)}
 
@@ -142,13 +144,11 @@ def score(
     return context, scoring.score(context)
 
 
-def _needed_later(settings: Settings) -> set[Request]:
+def _needed_later(settings: Settings) -> set[Request[Any]]:
     """Statistics of the original model that are read after its scores and losses are known."""
-    refitting = {Request.MOMENTS} if settings.refit == "bias" else set()
+    refitting = {MOMENTS} if settings.refit == "bias" else set()
     measuring_again = (
-        {Request.COVARIANCE}
-        if settings.iterations > 1 and width_losses.programmed(settings)
-        else set()
+        {COVARIANCE} if settings.iterations > 1 and width_losses.programmed(settings) else set()
     )
     return refitting | measuring_again
 
@@ -198,8 +198,9 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
             "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
         )
     iterative.check(settings, scored)
-    if settings.limits == "snacs":
-        plan_constraints.check()
+    limit_method = limits.find(settings.limits)
+    if limit_method is not None:
+        limit_method.check()
     if settings.latency is not None and settings.allocate != "mip":
         raise SettingsError(
             f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times."
@@ -210,7 +211,7 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
             f"--allocate {settings.allocate}": width_losses.programmed(settings),
             "--max-drop": settings.max_drop is not None,
             "--latency": settings.latency is not None,
-            f"--limits {settings.limits}": settings.limits != "none",
+            f"--limits {settings.limits}": limit_method is not None,
             f"--refit {settings.refit}": settings.refit != "none",
         }
         for what, needed in asks.items():

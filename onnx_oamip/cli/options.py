@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
-from onnx_oamip.core.errors import OutputError, SettingsError
+from onnx_oamip.core.errors import EnvironmentMissing, OutputError, SettingsError
 
 MODEL = click.Path(path_type=Path)
 DATA = "FILE|FOLDER|MODULE:FUNCTION"
@@ -73,15 +74,6 @@ def alignment(ctx: click.Context, param: click.Parameter, value: str) -> int | s
     return int(text)
 
 
-def method(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """The name of an importance method, looked up in the registry."""
-    from onnx_oamip.importance import names
-
-    if value not in names():
-        raise click.BadParameter(f"{value!r} is not one of {', '.join(names())}.", ctx, param)
-    return value
-
-
 def fraction(value: str) -> float:
     text = value.strip()
     try:
@@ -90,25 +82,53 @@ def fraction(value: str) -> float:
         return math.nan
 
 
-class MethodOption(click.Option):
-    """Its help names every method of the registry, with what it measures."""
+class PlugInOption(click.Option):
+    """An option that takes the name of a plug-in; its help lists all plug-ins with their summaries.
+
+    The registry is imported when the help is printed or a value is checked: it is heavy, and other packages extend it.
+    """
+
+    def __init__(self, *declarations: Any, registry: str, purpose: str, **attributes: Any) -> None:
+        """Create the option.
+
+        Args:
+            declarations: Flags, as for ``click.Option``.
+            registry: Module of this package with ``find`` and ``names``.
+            purpose: First words of the help.
+            attributes: Further arguments of ``click.Option``.
+        """
+        super().__init__(*declarations, **attributes)
+        self._registry = registry
+        self._purpose = purpose
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Check that a plug-in of this name exists. Raises BadParameter if not."""
+        known = import_module(self._registry).names()
+        if value not in known:
+            raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}.", ctx, self)
+        return value
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """The help, made when it is asked for: the registry is heavy to import."""
-        from onnx_oamip.importance import METHODS
-
-        self.help = (
-            "How units are scored: "
-            + "; ".join(f"{n}, {m.summary}" for n, m in METHODS.items())
-            + "."
-        )
+        """Return the flags and the help text with all plug-ins."""
+        registry = import_module(self._registry)
+        entries = [self._entry(name, registry.find) for name in registry.names()]
+        self.help = f"{self._purpose}: {'; '.join(entry for entry in entries if entry)}."
         return super().get_help_record(ctx)
+
+    @staticmethod
+    def _entry(name: str, find: Callable[[str], Any]) -> str:
+        try:
+            plugin = find(name)
+        except EnvironmentMissing as error:
+            return f"{name}, {str(error).rstrip('.')}"
+        return f"{name}, {plugin.summary}" if plugin is not None else ""
 
 
 importance_option = click.option(
     "--importance",
-    cls=MethodOption,
-    callback=method,
+    cls=PlugInOption,
+    registry="onnx_oamip.importance",
+    purpose="How units are scored",
     default="obs",
     show_default=True,
     metavar="NAME",
@@ -379,11 +399,12 @@ def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--limits",
-            type=click.Choice(["none", "snacs"]),
+            cls=PlugInOption,
+            registry="onnx_oamip.planning.limits",
+            purpose="Most that any plan may take from a group",
             default="none",
             show_default=True,
-            help="Most that any plan may take from a group: snacs finds for every layer how many of its inputs can go "
-            "before what it says about the classes (without labels: its output) has lost 70 % of what it loses at all.",
+            metavar="NAME",
         ),
         click.option(
             "--protect",

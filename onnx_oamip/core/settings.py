@@ -71,7 +71,7 @@ class Settings(BaseModel):
     refit: Literal["least-squares", "bias", "none"] = "least-squares"
     align: int | Literal["auto"] = "auto"
     floor: float = Field(0.0, ge=0, le=1)
-    limits: Literal["none", "snacs"] = "none"
+    limits: str = "none"
     protect: float = Field(0.0, ge=0, lt=1)
     exclude: tuple[str, ...] = ()
     solver: Literal["auto", "gurobi", "highs"] = "auto"

@@ -16,6 +16,8 @@ from onnx import helper, numpy_helper
 
 from onnx_oamip.core.records import (
     Array,
+    Consumer,
+    Coupling,
     Floats,
     Model,
     Node,
@@ -115,6 +117,27 @@ def site(node: Node, known: Mapping[str, Array]) -> Site | None:
     else:
         axis = 0 if slot == 0 else 1
     return Site(node, slot, axis, 1)
+
+
+def linear_consumers(model: Model, coupling: Coupling) -> list[tuple[Consumer, Site]]:
+    """List the consumers that multiply their data by a constant weight, with their linear form.
+
+    Args:
+        model: The model.
+        coupling: Its units and consumers.
+
+    Returns:
+        Pairs of a consumer and its site, in graph order.
+    """
+    nodes = {node.name: node for node in model.nodes}
+    result = []
+    for consumer in coupling.consumers:
+        form = site(nodes[consumer.node], model.constants)
+        if form is None:
+            continue
+        if form.data == consumer.data and form.weight == consumer.weight:
+            result.append((consumer, form))
+    return result
 
 
 def quantised(node: Node, model: Model) -> bool:

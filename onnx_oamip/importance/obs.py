@@ -32,6 +32,7 @@ from onnx_oamip.statistics.covariances import (
     jobs,
     problems,
 )
+from onnx_oamip.statistics.requests import COVARIANCE
 
 MIRROR = 256
 """Rows mirrored at a time."""
@@ -50,7 +51,7 @@ def score(
     values = activation.score(model, coupling, statistics, settings).values.copy()
     # Groups side by side, each with one thread for linear algebra: most matrices are too small to share.
     place = executor(settings.workers, settings.scheduler)
-    every = place.map(_one, (model, coupling), jobs(coupling, statistics.grams))
+    every = place.map(_one, (model, coupling), jobs(coupling, statistics[COVARIANCE]))
     for group, found in zip(coupling.groups, every, strict=True):
         if found is not None:
             order, curve = found

@@ -13,7 +13,6 @@ from onnx_oamip.core.records import (
     Coupling,
     Floats,
     Ints,
-    Request,
     Scores,
     Statistics,
 )
@@ -28,6 +27,7 @@ from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.repair import least_squares
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 
 CHOICE_SAMPLES = 64
 """Samples on which orders of removal are compared for one group."""
@@ -113,7 +113,7 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     alone = sensitivity.choose(
         model,
         coupling,
-        collect(context, {Request.COVARIANCE}).grams,
+        collect(context, {COVARIANCE})[COVARIANCE],
         list(orders),
         [feed for _, feed in few.batches(context.batch)],
         context.device,
@@ -150,7 +150,7 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
         context.progress,
     )
     repair = context.settings.refit
-    moments = collect(context, {Request.MOMENTS}) if repair == "bias" else None
+    moments = collect(context, {MOMENTS}) if repair == "bias" else None
     feeds = [feed for _, feed in parts(context.samples)[1].batches(context.batch)]
     original = Session(model.proto, device)
     wanted = sensitivity.targets(model)

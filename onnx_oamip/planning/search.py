@@ -21,7 +21,6 @@ from onnx_oamip.core.records import (
     Model,
     Plan,
     Pruned,
-    Request,
     Scores,
     Sensitivity,
     Trial,
@@ -40,6 +39,7 @@ from onnx_oamip.planning.plan_constraints import Constraints
 from onnx_oamip.repair import least_squares, removed_constants
 from onnx_oamip.statistics.collector import collect
 from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.requests import MOMENTS
 from onnx_oamip.verification import equivalence
 from onnx_oamip.verification.latency import compare_latency
 
@@ -141,7 +141,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
         pass
     elif ready.settings.refit == "bias":
         pruned = least_squares.fold_means(
-            ready.model, ready.coupling, chosen.keep, collect(ready, {Request.MOMENTS}), raw
+            ready.model, ready.coupling, chosen.keep, collect(ready, {MOMENTS}), raw
         )
     elif ready.settings.refit == "least-squares":
         s = ready.settings

@@ -10,7 +10,6 @@ from onnx_oamip.core.records import (
     Coupling,
     Floats,
     Ints,
-    Request,
     Scores,
     Sensitivity,
 )
@@ -20,6 +19,7 @@ from onnx_oamip.planning import allocation, scoring, sensitivity
 from onnx_oamip.planning.budget_program import Ladder
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.requests import COVARIANCE
 
 
 def programmed(settings: Settings) -> bool:
@@ -51,7 +51,7 @@ def measure(
         return sensitivity.measure(
             model,
             coupling,
-            collect(context, {Request.COVARIANCE}).grams,
+            collect(context, {COVARIANCE})[COVARIANCE],
             order,
             feeds,
             context.device,

@@ -25,7 +25,6 @@ from onnx_oamip.core.records import (
     Moments,
     Node,
     Pruned,
-    Request,
     Statistics,
 )
 from onnx_oamip.data.dataset import Samples
@@ -34,6 +33,7 @@ from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.outputs import is_float
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.repair.least_squares import fold_means
+from onnx_oamip.statistics.requests import MOMENTS
 
 SAMPLES = 16
 """Samples that are looked at: what is constant needs no more than one, and what is not gets its mean over these."""
@@ -102,9 +102,7 @@ def fold_constants(
         for key, level in levels.items()
     }
     used = max((level.count for level in levels.values()), default=0)
-    folded = fold_means(
-        model, coupling, units, Statistics({Request.MOMENTS: moments}, used, device), raw
-    )
+    folded = fold_means(model, coupling, units, Statistics({MOMENTS: moments}, used, device), raw)
     return Pruned(raw, folded.proto, (*notes, *folded.notes))
 
 

@@ -22,13 +22,13 @@ from onnx_oamip.core.records import (
     Floats,
     Model,
     Moments,
-    Request,
     Statistics,
 )
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.outputs import showing
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.statistics.overflow import refuse
+from onnx_oamip.statistics.requests import MOMENTS
 
 FAINT = 1e-30
 """Sums of squares below this have lost digits in float32, whose numbers thin out from 1e-38 on."""
@@ -81,7 +81,7 @@ def collect(
         site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site])
         for site in sites
     }
-    return Statistics({Request.MOMENTS: moments}, total, device, time.perf_counter() - start)
+    return Statistics({MOMENTS: moments}, total, device, time.perf_counter() - start)
 
 
 def consumed(model: Model, coupling: Coupling) -> list[Axis]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from onnx_oamip.artifacts.cache import Store
 from onnx_oamip.core.clock import Clock
+from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Cost,
@@ -21,6 +22,8 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size, side_by_side
 from onnx_oamip.graph import cost
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +41,7 @@ class Context:
         known: What every statistic depends on, as plain values: the identity of cache entries. Empty without data.
         progress: Callback ``(stage, done, total)``, None for silence.
         clock: Seconds by stage.
-        collected: Statistics that this run collected already (see ``collecting.collect``).
+        collected: Statistics that this run collected already (see ``collector.collect``).
     """
 
     model: Model
@@ -84,21 +87,44 @@ class Collected:
     """Statistics collected in this run, each with the context that it belongs to."""
 
     def __init__(self) -> None:
-        self._entries: dict[Request, tuple[Context, Any]] = {}
+        self._entries: dict[Request[Any], tuple[Context, Any]] = {}
 
-    def get(self, request: Request, context: Context, make: Callable[[Context], Any]) -> Any:
-        """The answer to a request, made where there is none for this model, samples and settings."""
+    def get(self, request: Request[T], context: Context) -> T:
+        """Answer a request, or return the answer given before for this model, samples and settings.
+
+        Args:
+            request: The request.
+            context: The context that the statistic is collected from.
+
+        Returns:
+            The statistic.
+
+        Raises:
+            SettingsError: An earlier request of this name has another collector.
+        """
+        self._check_name(request)
         entry = self._entries.get(request)
         if entry is None or not _interchangeable(entry[0], context):
-            entry = context, make(context)
+            entry = context, request.collect(context)
             self._entries[request] = entry
-        return entry[1]
+        return cast("T", entry[1])
 
-    def forget(self, but: Collection[Request]) -> None:
-        """Free the memory of all answers except those to some requests."""
+    def forget(self, but: Collection[Request[Any]]) -> None:
+        """Free the memory of all answers except those to some requests.
+
+        Args:
+            but: The requests whose answers are kept.
+        """
         self._entries = {
             request: entry for request, entry in self._entries.items() if request in but
         }
+
+    def _check_name(self, request: Request[Any]) -> None:
+        for earlier in self._entries:
+            if earlier == request and earlier.collect is not request.collect:
+                raise SettingsError(
+                    f"two different statistics are named '{request.name}'; rename one of the two requests."
+                )
 
 
 def _interchangeable(one: Context, other: Context) -> bool:

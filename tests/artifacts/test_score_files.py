@@ -31,7 +31,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple, exclude
-from onnx_oamip.importance import METHODS
+from onnx_oamip.importance import find, names
 from onnx_oamip.planning import search
 from onnx_oamip.verification.latency import Ratio
 
@@ -304,7 +304,7 @@ def _settings(**values: object) -> Settings:
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", names())
 def test_pruning_by_a_file_of_scores_is_pruning_by_the_scores(task: Path, name: str) -> None:
     model, source = task / "model.onnx", task / "data.npz"
     found = score(model, source, task / "s.npz", _settings(importance=name))
@@ -356,7 +356,7 @@ def test_scoring_asks_for_data_where_the_method_does(task: Path) -> None:
 def test_scores_by_constants_that_are_folded_need_data(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeping = {**METHODS, "l1": replace(METHODS["l1"], keeps_bias=True)}
+    keeping = {"l1": replace(find("l1"), keeps_bias=True)}
     monkeypatch.setattr(search, "find", keeping.__getitem__)
     model, source = task / "model.onnx", task / "data.npz"
     published = _settings(macs=0.5, refit="none", formulation="paper")

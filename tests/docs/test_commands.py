@@ -21,7 +21,6 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import save_file
 
-from onnx_oamip import importance
 from onnx_oamip.api import pipeline
 from onnx_oamip.cli import cli, main
 from onnx_oamip.verification.latency import Ratio
@@ -142,13 +141,17 @@ def own_file(path: Path, model: Path, samples: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
 def test_commands_and_programs_of_pages_work(
-    page: str, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    separate_registry: None,
 ) -> None:
     """In their order, on a small network under the names of the larger ones, whose speed says nothing about them."""
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     monkeypatch.chdir(tmp_path)
     materials(tmp_path, page)
-    before, methods = set(sys.modules), set(importance.METHODS)
+    before = set(sys.modules)
     try:
         for language, block in fences(page):
             if language == "console":
@@ -156,8 +159,6 @@ def test_commands_and_programs_of_pages_work(
             elif language == "python":
                 exec(compile(block, page, "exec"), {"__name__": "__main__"})
     finally:
-        for method in set(importance.METHODS) - methods:
-            del importance._METHODS[method]
         for module in set(sys.modules) - before:
             if getattr(sys.modules[module], "__file__", None) == str(tmp_path / f"{module}.py"):
                 del sys.modules[module]

@@ -277,7 +277,9 @@ def test_modules_and_names_of_the_package_in_pages_exist() -> None:
     named = {name for page in pages for name in re.findall(r"\bonnx_oamip(?:\.\w+)+", text(page))}
     assert len(named - no_modules) > 2
     for name in named - no_modules:
-        module = importlib.util.find_spec(name.rpartition(".")[0])  # a submodule, or an attribute of a module
+        module = importlib.util.find_spec(
+            name.rpartition(".")[0]
+        )  # a submodule, or an attribute of a module
         assert module is not None, name
         assert importlib.util.find_spec(name) or pkgutil.resolve_name(name), name
 

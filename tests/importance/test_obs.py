@@ -18,16 +18,16 @@ from onnx_oamip.core.records import (
     Floats,
     Ints,
     Model,
-    Request,
     Scores,
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS, activation, obs
+from onnx_oamip.importance import activation, find, obs
 from onnx_oamip.statistics import calibration, covariances
 from onnx_oamip.statistics.covariances import Problem, problems
+from onnx_oamip.statistics.requests import COVARIANCE
 
 SETTINGS = Settings(macs=0.5)
 
@@ -250,11 +250,11 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     collected = calibration.collect(model, coupling, found, "cpu", 16)
     feeds = [feed for _, feed in found.batches(16)]
     grams = covariances.collect(model, coupling, feeds, "cpu")
-    return Statistics({**collected.answers, Request.COVARIANCE: grams}, collected.samples, "cpu")
+    return Statistics({**collected.answers, COVARIANCE: grams}, collected.samples, "cpu")
 
 
 def _score(model: Model, coupling: Coupling, statistics: Statistics) -> Scores:
-    return METHODS["obs"].score(model, coupling, statistics, SETTINGS)
+    return find("obs").score(model, coupling, statistics, SETTINGS)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -268,7 +268,7 @@ def test_scores_are_the_curve_of_every_group(net: str, tmp_path: Path) -> None:
     assert np.isfinite(scores.values).all()
     assert (scores.values >= 0).all()
     for g, group in enumerate(coupling.groups):
-        found = problems(model, coupling, statistics.grams, g)
+        found = problems(model, coupling, statistics[COVARIANCE], g)
         if not found:
             continue
         expected, errors = greedy(found, len(group.units))
@@ -345,7 +345,7 @@ def test_depthwise_and_grouped_chain(tmp_path: Path) -> None:
     coupling = couple(model)
     statistics = _statistics(model, coupling, samples(model, 32))
     (g,) = (i for i, group in enumerate(coupling.groups) if group.name == "w1")
-    found = problems(model, coupling, statistics.grams, g)
+    found = problems(model, coupling, statistics[COVARIANCE], g)
     assert [p.block for p in found] == [0, 1]
     assert all(p.columns.shape == (6, 9) for p in found)
     values = _score(model, coupling, statistics).values[coupling.groups[g].units]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -12,23 +15,25 @@ import pytest
 from graphs import NETS, activations, build, load, samples
 from onnx import ModelProto, numpy_helper
 
-from onnx_oamip import importance, prune
+from onnx_oamip import prune
 from onnx_oamip.core.errors import EnvironmentMissing, SettingsError
 from onnx_oamip.core.records import (
     Array,
     Coupling,
     Model,
-    Request,
     Scores,
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS
+from onnx_oamip.importance import find, names, registry
 from onnx_oamip.published.dependence import pooled_activations
+from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 from onnx_oamip.published.nnrelief import absolute_signal
+from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
 from onnx_oamip.statistics import calibration, class_samples, covariances
+from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS
 
 SETTINGS = Settings.create(macs=0.5, device="cpu")
 
@@ -44,18 +49,17 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     heard = absolute_signal.collect(model, coupling, found, "cpu")
     seen = pooled_activations.collect(model, coupling, found, "cpu")
     answers = {
-        Request.MOMENTS: moments.moments,
-        Request.COVARIANCE: grams,
-        Request.CLASS_SAMPLES: few,
-        Request.ABSOLUTE_ACTIVATIONS: heard,
-        Request.POOLED_ACTIVATIONS: seen,
+        MOMENTS: moments.moments,
+        COVARIANCE: grams,
+        CLASS_SAMPLES: few,
+        ABSOLUTE_ACTIVATIONS: heard,
+        POOLED_ACTIVATIONS: seen,
     }
-    assert set(answers) == set(Request)
     return Statistics(answers, moments.samples, moments.device)
 
 
 def _score(name: str, model: Model, coupling: Coupling, arrays: dict[str, Array]) -> Scores:
-    method = METHODS[name]
+    method = find(name)
     wanted = method.requests(SETTINGS)
     if not wanted:
         return method.score(model, coupling, None, SETTINGS)
@@ -66,7 +70,7 @@ def _score(name: str, model: Model, coupling: Coupling, arrays: dict[str, Array]
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", names())
 def test_contract(tmp_path: Path, name: str, net: str) -> None:
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
@@ -83,19 +87,18 @@ def test_contract(tmp_path: Path, name: str, net: str) -> None:
 
 
 def test_every_method_is_described() -> None:
-    assert METHODS
-    for name, method in METHODS.items():
+    for name in names():
+        method = find(name)
         assert name == name.lower()
         assert method.summary
         assert not method.summary.endswith(".")
-        assert method.requests(SETTINGS) <= set(Request)
 
 
 def test_random_depends_on_the_seed_alone(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     coupling = couple(model)
     first, same, other = (
-        METHODS["random"].score(model, coupling, None, Settings.create(macs=0.5, seed=s)).values
+        find("random").score(model, coupling, None, Settings.create(macs=0.5, seed=s)).values
         for s in (1, 1, 2)
     )
     np.testing.assert_array_equal(first, same)
@@ -209,7 +212,7 @@ PERMUTED = {
 
 
 @pytest.mark.parametrize("net", PERMUTED)
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "random"])
+@pytest.mark.parametrize("name", [n for n in names() if n != "random"])
 def test_permuted_channels_have_permuted_scores(tmp_path: Path, name: str, net: str) -> None:
     axes, weight, axis = PERMUTED[net]
     proto = build(NETS[net])
@@ -254,15 +257,6 @@ def test_a_dead_unit_scores_least(tmp_path: Path, name: str) -> None:
 # ------------------------------------------------------------------------------------------------ methods of others
 
 
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    known = set(METHODS)
-    yield
-    for name in set(METHODS) - known:
-        del importance._METHODS[name]
-
-
 def backwards(
     model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
 ) -> Scores:
@@ -271,9 +265,9 @@ def backwards(
     return Scores("backwards", np.arange(coupling.n_units, dtype=np.float64))
 
 
-def test_a_rule_of_ones_own_prunes(fresh: None, tmp_path: Path) -> None:
-    importance.register("backwards", backwards)
-    assert importance.find("backwards").summary == "Later units first"
+def test_a_rule_of_ones_own_prunes(separate_registry: None, tmp_path: Path) -> None:
+    registry.register("backwards", backwards)
+    assert find("backwards").summary == "Later units first"
     proto = build(
         "(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {"
         " h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
@@ -285,26 +279,54 @@ def test_a_rule_of_ones_own_prunes(fresh: None, tmp_path: Path) -> None:
     )
     report = prune(tmp_path / "m.onnx", data, None, asked)
     assert report.plan.keep.tolist() == [False] * 6 + [True] * 6
-    with pytest.raises(SettingsError, match="there already"):
-        importance.register("backwards", backwards)
-    with pytest.raises(SettingsError, match="there already"):
-        importance.register("obs", backwards)
+    with pytest.raises(SettingsError, match="is registered already"):
+        registry.register("backwards", backwards)
+    with pytest.raises(SettingsError, match="is registered already"):
+        registry.register("obs", backwards)
 
 
-def test_a_rule_of_an_installed_package(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rule_of_an_installed_package(
+    separate_registry: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = registry.REGISTRY.group
     points = [
-        EntryPoint("theirs", f"{__name__}:backwards", importance.ENTRY_POINTS),
-        EntryPoint("broken", "no_such_module:rule", importance.ENTRY_POINTS),
+        EntryPoint("theirs", f"{__name__}:backwards", group),
+        EntryPoint("broken", "no_such_module:rule", group),
     ]
-    monkeypatch.setattr(importance.metadata, "entry_points", lambda **_: points)
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: points)
     monkeypatch.setattr(
         EntryPoint, "load", lambda p: backwards if p.name == "theirs" else exec("import no_such")
     )
-    assert {"obs", "theirs", "broken"} <= set(importance.names())
-    assert importance.find("theirs").score is backwards
+    assert {"obs", "theirs", "broken"} <= set(names())
+    assert find("theirs").score is backwards
     with pytest.raises(
         EnvironmentMissing, match="'broken' of no_such_module:rule cannot be loaded"
     ):
-        importance.find("broken")
+        find("broken")
     with pytest.raises(SettingsError, match=r"'other' is unknown; choose one of .*theirs"):
-        importance.find("other")
+        find("other")
+
+
+def test_published_methods_come_from_entry_points_of_this_distribution() -> None:
+    """A fresh install finds them without an import of the published systems by the rooms below them."""
+    points = metadata.entry_points(group="onnx_oamip.importance")
+    values = {point.name: point.value for point in points if point.dist.name == "onnx-oamip"}
+    module = "onnx_oamip.published.methods"
+    assert values == {
+        "correlation": f"{module}:CORRELATION",
+        "mint": f"{module}:MINT",
+        "nnrelief": f"{module}:NNRELIEF",
+        "snacs": f"{module}:SNACS",
+    }
+    assert names()[:6] == ["obs", "activation", "l2", "l1", "oamip", "random"]
+    assert names() == list(dict.fromkeys(names()))
+
+
+def test_help_of_all_methods_imports_no_rule() -> None:
+    program = (
+        "import sys; from onnx_oamip.cli import main; main(['prune', '--help']); "
+        "heavy = {'onnx', 'onnxruntime', 'scipy', 'sklearn'}; sys.exit(len(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "snacs, conditional mutual" in " ".join(done.stdout.split())
+    assert done.returncode == 0, done.stderr

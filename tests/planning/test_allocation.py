@@ -26,7 +26,7 @@ from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.graph.surgery import rewrite
-from onnx_oamip.importance import METHODS
+from onnx_oamip.importance import find
 from onnx_oamip.planning import allocation, budget_program
 from onnx_oamip.planning.budget_program import Choice, Ladder, LinearisedLimit
 from onnx_oamip.programs.solvers import Limits as SolverLimits
@@ -76,7 +76,7 @@ def _plan(
     )
     ledger = cost.ledger(model, coupling)
     scores = (
-        METHODS["l2"].score(model, coupling, None, asked)
+        find("l2").score(model, coupling, None, asked)
         if values is None
         else Scores("given", values)
     )

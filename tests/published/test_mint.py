@@ -9,14 +9,16 @@ import pytest
 from graphs import NETS, build, load, samples
 from scipy.sparse.csgraph import minimum_spanning_tree
 
-from onnx_oamip.core.records import Floats, Request, Statistics
+from onnx_oamip.core.records import Floats, Statistics
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS
+from onnx_oamip.importance import find
 from onnx_oamip.published.dependence import mint, pooled_activations
 from onnx_oamip.published.dependence.correlation import partial
 from onnx_oamip.published.dependence.propagation import propagate
+from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
+from onnx_oamip.statistics.requests import MOMENTS
 
 
 def estimate(parents: Floats, children: Floats, splits: int = 3) -> Floats:
@@ -82,22 +84,22 @@ def test_time_that_runs_out_is_told(tmp_path: Path) -> None:
     found = dataset.load(samples(model, 90), model)
     assert found is not None
     answer = pooled_activations.collect(model, coupling, found, "cpu")
-    seen = Statistics({Request.MOMENTS: {}, Request.POOLED_ACTIVATIONS: answer}, 90, "cpu")
-    assert seen.pooled is not None
-    hurried = METHODS["mint"].score(
+    seen = Statistics({MOMENTS: {}, POOLED_ACTIVATIONS: answer}, 90, "cpu")
+    assert seen[POOLED_ACTIVATIONS] is not None
+    hurried = find("mint").score(
         model, coupling, seen, Settings.create(macs=0.5, score_time=1e-9, workers=1)
     )
     (note,) = hurried.notes
     assert "of 2 pairs of layers 2 were not reached" in note
-    pairs = list(pooled_activations.pairs(model, coupling, seen.pooled))
+    pairs = list(pooled_activations.pairs(model, coupling, seen[POOLED_ACTIVATIONS]))
     expected = propagate(
         model, coupling, seen, [(p, partial(p.parents, p.children)) for p in pairs]
     )
     np.testing.assert_allclose(hurried.values, expected)
-    patient = METHODS["mint"].score(model, coupling, seen, Settings.create(macs=0.5))
+    patient = find("mint").score(model, coupling, seen, Settings.create(macs=0.5))
     assert not patient.notes
     assert not np.allclose(patient.values, hurried.values)
 
 
 def test_it_is_called_experimental() -> None:
-    assert METHODS["mint"].summary.startswith("experimental")
+    assert find("mint").summary.startswith("experimental")

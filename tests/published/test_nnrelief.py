@@ -16,8 +16,6 @@ from onnx_oamip.core.records import (
     Array,
     Coupling,
     Model,
-    Request,
-    Signal,
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
@@ -25,6 +23,7 @@ from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import Editor
 from onnx_oamip.published.nnrelief import absolute_signal, score
+from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS, Signal
 from onnx_oamip.published.nnrelief.score import (
     Layer,
     Mask,
@@ -338,7 +337,7 @@ def test_dead_units_have_no_connection_at_any_alpha(tmp_path: Path) -> None:
     assert {3, 7} <= set(np.flatnonzero(~coupling.keep(("h", 1), ~silent)).tolist())
     kept = score.rule(model, coupling, signal, found)(1.0)
     assert not kept.units[silent].any()
-    statistics = Statistics({Request.ABSOLUTE_ACTIVATIONS: signal}, 30, "cpu")
+    statistics = Statistics({ABSOLUTE_ACTIVATIONS: signal}, 30, "cpu")
     scores = score.score(
         model, coupling, statistics, Settings.create(importance="nnrelief", alpha=1.0)
     )

@@ -19,7 +19,6 @@ from onnx_oamip.core.records import (
     Coupling,
     Floats,
     Model,
-    Request,
     Scores,
     Statistics,
 )
@@ -27,12 +26,15 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph import cost
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS
+from onnx_oamip.graph.linear_layers import linear_consumers
+from onnx_oamip.importance import find, names
 from onnx_oamip.planning import allocation, plan_constraints, width_losses
-from onnx_oamip.published.dependence import pooled_activations, snacs
+from onnx_oamip.published.dependence import operating_limits, pooled_activations, snacs
 from onnx_oamip.published.dependence.correlation import partial
 from onnx_oamip.published.dependence.pooled_activations import standardise
 from onnx_oamip.published.dependence.propagation import propagate, share
+from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
+from onnx_oamip.statistics.requests import MOMENTS
 
 Chain = tuple[Model, Coupling, dict[str, Array]]
 
@@ -203,7 +205,7 @@ def test_phi() -> None:
 @pytest.mark.parametrize("phi", ["weight", "weight_sq", "exp_weight", "none"])
 def test_every_phi_scores(tmp_path: Path, phi: str) -> None:
     model, coupling, _, seen = _seen(tmp_path, "mlp", 200)
-    found = METHODS["snacs"].score(model, coupling, seen, Settings.create(macs=0.5, phi=phi))
+    found = find("snacs").score(model, coupling, seen, Settings.create(macs=0.5, phi=phi))
     assert (found.values > 0).all()
 
 
@@ -223,7 +225,7 @@ def _seen(
         model,
         coupling,
         arrays,
-        Statistics({Request.MOMENTS: {}, Request.POOLED_ACTIVATIONS: seen}, count, "cpu"),
+        Statistics({MOMENTS: {}, POOLED_ACTIVATIONS: seen}, count, "cpu"),
     )
 
 
@@ -246,7 +248,7 @@ def test_propagation_by_hand(tmp_path: Path) -> None:
     )  # rows (3/4, 1/4), (1/2, 1/2), (1/2, 1/2)
     first = np.asarray([[1.0, 4.0], [1.0, 0.0]])  # rows (1/5, 4/5), (1, 0)
     pairs = {p.consumer.data: p for p in pooled_activations.pairs(model, coupling, seen)}
-    bare = Statistics({Request.MOMENTS: {}}, 20, "cpu")
+    bare = Statistics({MOMENTS: {}}, 20, "cpu")
     values = propagate(model, coupling, bare, [(pairs["h"], first), (pairs["r"], last)])
     late = np.asarray([(3 / 4 + 1) / 3, (1 / 4 + 1) / 3])
     early = np.asarray([late[0] / 5 + late[1], late[0] * 4 / 5])
@@ -262,8 +264,11 @@ def test_shares_of_a_child_that_depends_on_nothing_are_equal() -> None:
 def test_a_residual_sum_inherits_from_all_its_readers(tmp_path: Path) -> None:
     """The stream is read by the block and by the head; the block's own output inherits from the head alone."""
     model, coupling, _, seen = _seen(tmp_path, "residual", 30)
-    assert seen.pooled is not None
-    pairs = {p.consumer.weight: p for p in pooled_activations.pairs(model, coupling, seen.pooled)}
+    assert seen[POOLED_ACTIVATIONS] is not None
+    pairs = {
+        p.consumer.weight: p
+        for p in pooled_activations.pairs(model, coupling, seen[POOLED_ACTIVATIONS])
+    }
     assert set(pairs) == {"w2", "w3", "w4"}
     rho = {
         name: np.random.default_rng(i).random(p.weight.shape)
@@ -283,10 +288,12 @@ def test_a_residual_sum_inherits_from_all_its_readers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped"])
 def test_pooled_is_the_mean_over_space(tmp_path: Path, net: str) -> None:
     model, _, arrays, seen = _seen(tmp_path, net, 37)
-    assert seen.pooled is not None
-    assert seen.pooled.values
-    values = activations(model, arrays, sorted({tensor for tensor, _ in seen.pooled.values}))
-    for (tensor, axis), found in seen.pooled.values.items():
+    assert seen[POOLED_ACTIVATIONS] is not None
+    assert seen[POOLED_ACTIVATIONS].values
+    values = activations(
+        model, arrays, sorted({tensor for tensor, _ in seen[POOLED_ACTIVATIONS].values})
+    )
+    for (tensor, axis), found in seen[POOLED_ACTIVATIONS].values.items():
         whole = np.moveaxis(values[tensor].astype(np.float64), axis, 1)
         np.testing.assert_allclose(
             found, whole.reshape(37, whole.shape[1], -1).mean(axis=2), rtol=1e-4, atol=1e-6
@@ -296,8 +303,8 @@ def test_pooled_is_the_mean_over_space(tmp_path: Path, net: str) -> None:
 
 def test_children_are_read_behind_a_normalisation(tmp_path: Path) -> None:
     *_, seen = _seen(tmp_path, "cnn", 5)
-    assert seen.pooled is not None
-    assert {t for t, _ in seen.pooled.values} == {"p", "n", "f", "y"}
+    assert seen[POOLED_ACTIVATIONS] is not None
+    assert {t for t, _ in seen[POOLED_ACTIVATIONS].values} == {"p", "n", "f", "y"}
 
 
 def test_samples_are_bounded_and_balanced(tmp_path: Path) -> None:
@@ -342,22 +349,27 @@ def test_overflow_is_told(tmp_path: Path) -> None:
 def test_the_rule_of_upper_limits() -> None:
     accuracy = np.asarray([0.9, 0.9, 0.8, 0.5, 0.2])
     assert (
-        plan_constraints.upper_limit(np.asarray([1, 3, 5, 7, 9]), accuracy) == 7
+        operating_limits.upper_limit(np.asarray([1, 3, 5, 7, 9]), accuracy) == 7
     )  # 0.9 - 0.7 * 0.7 = 0.41
-    assert plan_constraints.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.5, 0.5, 0.5])) == 5
-    assert plan_constraints.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.9, 0.1, 0.8])) == 5
+    assert operating_limits.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.5, 0.5, 0.5])) == 5
+    assert operating_limits.upper_limit(np.asarray([1, 3, 5]), np.asarray([0.9, 0.1, 0.8])) == 5
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped"])
 def test_a_layers_pooled_outputs_follow_from_what_its_taps_read(tmp_path: Path, net: str) -> None:
     """No pass of the network: the masked layer as ONNX Runtime gives it, and from pooled taps."""
     model, coupling, arrays, seen = _seen(tmp_path, net, 40)
-    assert seen.pooled is not None
-    places = pooled_activations.sites(model, coupling)
+    assert seen[POOLED_ACTIVATIONS] is not None
+    places = linear_consumers(model, coupling)
     assert places
     for consumer, place in places:
-        layer = plan_constraints._Layer(
-            model, coupling, seen.pooled, place, (consumer.data, consumer.axis), np.arange(40)
+        layer = operating_limits._Layer(
+            model,
+            coupling,
+            seen[POOLED_ACTIVATIONS],
+            place,
+            (consumer.data, consumer.axis),
+            np.arange(40),
         )
         end = pooled_activations.outlet(model, place)
         gone = np.arange(0, len(layer.labels), 2)
@@ -392,7 +404,7 @@ def test_the_classifier_is_scikit_learns_default() -> None:
     labels = rng.integers(0, 4, 150)
     x = rng.standard_normal((150, 7)) + 0.8 * rng.standard_normal((4, 7))[labels]
     worn = x * (rng.random(7) < 0.6)
-    judge = plan_constraints.classifier(x, labels)
+    judge = operating_limits.classifier(x, labels)
     expected = SVC(tol=1e-5, random_state=0).fit(x, labels)
     assert judge(x) == pytest.approx(expected.score(x, labels), abs=0.01)
     assert judge(worn) == pytest.approx(expected.score(worn, labels), abs=0.02)
@@ -403,7 +415,7 @@ def test_the_classifier_is_scikit_learns_default() -> None:
 def test_alignment(columns: int) -> None:
     rng = np.random.default_rng(9)
     x = rng.standard_normal((30, columns))
-    judge = plan_constraints.similarity(x)
+    judge = operating_limits.similarity(x)
     assert judge(x) == pytest.approx(1)
     assert judge(3 * x + 1) == pytest.approx(1)
     assert judge(np.ones_like(x)) == 0
@@ -516,7 +528,7 @@ def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None
     assert (ready.constraints.floor > 0).all()
 
 
-@pytest.mark.parametrize("importance", METHODS)
+@pytest.mark.parametrize("importance", names())
 def test_protected_units_are_kept_over_all_rounds(tmp_path: Path, importance: str) -> None:
     """Later rounds score a smaller model; protected are the units of the original."""
     model, coupling, arrays = _learnable(tmp_path)
@@ -635,9 +647,13 @@ def test_limits_need_data(tmp_path: Path) -> None:
         pipeline.prune(model.path, None, None, wish)
 
 
-@pytest.mark.parametrize(
-    "values", [{"limits": "all"}, {"protect": 1.0}, {"phi": "x"}, {"score_time": -1.0}]
-)
+@pytest.mark.parametrize("values", [{"protect": 1.0}, {"phi": "x"}, {"score_time": -1.0}])
 def test_bad_settings(values: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=f"--{next(iter(values)).replace('_', '-')}"):
         Settings.create(macs=0.5, **values)
+
+
+def test_unknown_limits_are_refused_before_any_work(tmp_path: Path) -> None:
+    wish = Settings.create(macs=0.7, importance="l2", limits="all")
+    with pytest.raises(SettingsError, match="--limits 'all' is unknown; choose one of none, snacs"):
+        pipeline.prune(tmp_path / "no-such.onnx", None, None, wish)

@@ -92,7 +92,9 @@ STAGES = {
     "mint": Stage(
         "published.dependence.mint.executor", MOMENTS, {"importance": "mint"}, spreads=True
     ),
-    "limits": Stage("planning.plan_constraints.upper", SCORES, {"limits": "snacs"}, spreads=True),
+    "limits": Stage(
+        "published.dependence.operating_limits.executor", SCORES, {"limits": "snacs"}, spreads=True
+    ),
     "sensitivity": Stage("planning.sensitivity.measure", STEPS, spreads=True),
     "answers": Stage("planning.search.answers", LOSSES),
     "plan": Stage("planning.allocation.allocate", OUTPUTS, solves=True),

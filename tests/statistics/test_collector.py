@@ -16,20 +16,23 @@ from onnx_oamip.core.records import Coupling, Model, Request, Scores, Statistics
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS, Method
+from onnx_oamip.importance import Method, find, names, register
 from onnx_oamip.planning.scoring import score
 from onnx_oamip.published.dependence import pooled_activations
+from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 from onnx_oamip.published.nnrelief import absolute_signal
+from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
 from onnx_oamip.statistics import calibration, class_samples, covariances
-from onnx_oamip.statistics.collector import COLLECTORS, collect
+from onnx_oamip.statistics.collector import collect
 from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS
 
 PASSES = {
-    Request.MOMENTS: calibration,
-    Request.COVARIANCE: covariances,
-    Request.CLASS_SAMPLES: class_samples,
-    Request.ABSOLUTE_ACTIVATIONS: absolute_signal,
-    Request.POOLED_ACTIVATIONS: pooled_activations,
+    MOMENTS: calibration,
+    COVARIANCE: covariances,
+    CLASS_SAMPLES: class_samples,
+    ABSOLUTE_ACTIVATIONS: absolute_signal,
+    POOLED_ACTIVATIONS: pooled_activations,
 }
 """The module whose ``collect`` answers each request by a pass over the samples."""
 
@@ -43,13 +46,13 @@ def context(tmp_path: Path) -> Context:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Request[Any]]:
     """The requests that were answered by a pass over the samples, in order."""
-    made: list[Request] = []
+    made: list[Request[Any]] = []
     for request, module in PASSES.items():
 
         def counted(
-            *args: Any, real: Any = module.collect, request: Request = request, **names: Any
+            *args: Any, real: Any = module.collect, request: Request[Any] = request, **names: Any
         ) -> Any:
             made.append(request)
             return real(*args, **names)
@@ -58,73 +61,98 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
     return made
 
 
-def test_every_request_has_a_collector() -> None:
-    assert set(COLLECTORS) == set(PASSES) == set(Request)
-
-
-@pytest.mark.parametrize("requests", [(r,) for r in Request] + [tuple(Request)])
+@pytest.mark.parametrize("requests", [(r,) for r in PASSES] + [tuple(PASSES)])
 def test_what_is_requested_is_collected_and_nothing_else(
-    context: Context, passes: list[Request], requests: Sequence[Request]
+    context: Context, passes: list[Request[Any]], requests: Sequence[Request[Any]]
 ) -> None:
     found = collect(context, requests)
     assert set(found.answers) == set(passes) == set(requests)
     assert len(passes) == len(requests)
 
 
+def test_passes_have_one_order(context: Context, passes: list[Request[Any]]) -> None:
+    """Built-in statistics first, then by name, in whatever order they are requested."""
+    collect(context, reversed(list(PASSES)))
+    in_order = [MOMENTS, CLASS_SAMPLES, COVARIANCE, ABSOLUTE_ACTIVATIONS, POOLED_ACTIVATIONS]
+    assert passes == in_order
+
+
+def _count(context: Context) -> int:
+    return context.samples.count
+
+
+def _double_count(context: Context) -> int:
+    return 2 * context.samples.count
+
+
+def test_requests_are_compared_by_name(context: Context) -> None:
+    first, same = Request("toy: samples", _count), Request("toy: samples", _count)
+    other = Request("toy: twice", _double_count)
+    found = collect(context, [first, same, other])
+    assert found.answers == {first: 40, other: 80}
+    assert found[same] == 40
+
+
+def test_two_statistics_of_one_name_are_refused(context: Context) -> None:
+    collect(context, {Request("toy: samples", _count)})
+    with pytest.raises(SettingsError, match="two different statistics are named 'toy: samples'"):
+        collect(context, {Request("toy: samples", _double_count)})
+
+
 def test_nothing_is_collected_twice_for_another_budget(
-    context: Context, passes: list[Request]
+    context: Context, passes: list[Request[Any]]
 ) -> None:
-    first = collect(context, {Request.MOMENTS})
+    first = collect(context, {MOMENTS})
     again = collect(
         replace(context, settings=context.settings.model_copy(update={"macs": 0.2})),
-        {Request.MOMENTS},
+        {MOMENTS},
     )
     assert again.moments is first.moments
-    assert passes == [Request.MOMENTS]
+    assert passes == [MOMENTS]
 
 
 def test_other_samples_or_settings_are_collected_anew(
-    context: Context, passes: list[Request]
+    context: Context, passes: list[Request[Any]]
 ) -> None:
-    whole = collect(context, {Request.MOMENTS})
-    few = collect(replace(context, samples=context.samples.take(np.arange(8))), {Request.MOMENTS})
+    whole = collect(context, {MOMENTS})
+    few = collect(replace(context, samples=context.samples.take(np.arange(8))), {MOMENTS})
     seeded = replace(context, settings=context.settings.model_copy(update={"seed": 1}))
-    collect(seeded, {Request.MOMENTS})
-    assert passes == [Request.MOMENTS] * 3
+    collect(seeded, {MOMENTS})
+    assert passes == [MOMENTS] * 3
     assert any((few.moments[axis].mean != whole.moments[axis].mean).any() for axis in whole.moments)
 
 
-def test_forgotten_answers_are_collected_anew(context: Context, passes: list[Request]) -> None:
-    collect(context, {Request.MOMENTS, Request.COVARIANCE})
-    context.collected.forget(but={Request.MOMENTS})
+def test_forgotten_answers_are_collected_anew(context: Context, passes: list[Request[Any]]) -> None:
+    collect(context, {MOMENTS, COVARIANCE})
+    context.collected.forget(but={MOMENTS})
     passes.clear()
-    collect(context, {Request.MOMENTS, Request.COVARIANCE})
-    assert passes == [Request.COVARIANCE]
+    collect(context, {MOMENTS, COVARIANCE})
+    assert passes == [COVARIANCE]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", names())
 def test_scoring_collects_what_the_method_requests(
-    context: Context, passes: list[Request], name: str
+    context: Context, passes: list[Request[Any]], name: str
 ) -> None:
     settings = context.settings.model_copy(update={"importance": name, "mode": "decoupled"})
     score(replace(context, settings=settings))
-    assert set(passes) == METHODS[name].requests(settings)
+    assert set(passes) == find(name).requests(settings)
 
 
 def test_a_method_that_reads_more_than_it_requests_is_refused(
-    context: Context, monkeypatch: pytest.MonkeyPatch
+    context: Context, separate_registry: None
 ) -> None:
     def greedy(
         model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
     ) -> Scores:
         assert statistics is not None
         assert statistics.moments
-        return Scores("greedy", np.full(coupling.n_units, float(len(statistics.grams))))
+        return Scores("greedy", np.full(coupling.n_units, float(len(statistics[COVARIANCE]))))
 
-    table = {**METHODS, "greedy": Method(greedy, "reads covariances without a request")}
-    monkeypatch.setattr("onnx_oamip.planning.scoring.find", table.__getitem__)
+    register("greedy", Method(greedy, "reads covariances without a request"))
     asked = replace(context, settings=context.settings.model_copy(update={"importance": "greedy"}))
     with pytest.raises(
-        SettingsError, match=r"reads the statistic 'covariance' .* add Request\.COVARIANCE"
+        SettingsError,
+        match="reads the statistic 'covariance' without requesting it; add its request",
     ):
         score(asked)

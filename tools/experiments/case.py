@@ -18,7 +18,6 @@ from onnx_oamip.core.records import (
     Images,
     Ints,
     Model,
-    Request,
     Scores,
     Statistics,
 )
@@ -29,7 +28,7 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery.rewrite import cut
-from onnx_oamip.importance import METHODS
+from onnx_oamip.importance import find
 from onnx_oamip.planning import scoring
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.repair.least_squares import least_squares
@@ -37,12 +36,13 @@ from onnx_oamip.repair.removed_constants import fold_constants
 from onnx_oamip.statistics import class_samples
 from onnx_oamip.statistics.collector import collect
 from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS
 
 from .data import Dataset
 from .protocol import NETWORKS, WEIGHT, Bools, Network
 
 DEVICE = "cpu"
-LAYER_WISE = frozenset({Request.MOMENTS, Request.COVARIANCE})
+LAYER_WISE = frozenset({MOMENTS, COVARIANCE})
 TREATMENTS = ("fold", "cut", "refit")
 """What is done about removed units: their constants folded as published; nothing; least squares on the consumers."""
 EVALUATE = 1000
@@ -122,10 +122,8 @@ def score(case: Case, asked: Settings, few: Images | None = None) -> tuple[Score
     context = Context(case.model, case.coupling, case.samples, None, DEVICE, asked)
     collect(context, LAYER_WISE)  # outside the measurement, for comparisons of orders of removal
     began = time.perf_counter()
-    statistics = replace(
-        case.statistics, answers={**case.statistics.answers, Request.CLASS_SAMPLES: few}
-    )
-    found = scoring.apply_method(context, METHODS[asked.importance], statistics)
+    statistics = replace(case.statistics, answers={**case.statistics.answers, CLASS_SAMPLES: few})
+    found = scoring.apply_method(context, find(asked.importance), statistics)
     return found, time.perf_counter() - began
 
 

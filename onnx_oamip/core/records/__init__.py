@@ -44,11 +44,9 @@ from onnx_oamip.core.records.statistics import (
     Gram,
     Images,
     Moments,
-    Pooled,
     Request,
     Scores,
     Sensitivity,
-    Signal,
     Statistics,
 )
 
@@ -76,7 +74,6 @@ __all__ = [
     "Pinned",
     "Plan",
     "Point",
-    "Pooled",
     "Port",
     "Pruned",
     "Reading",
@@ -85,7 +82,6 @@ __all__ = [
     "Round",
     "Scores",
     "Sensitivity",
-    "Signal",
     "Statistics",
     "Trial",
     "Verification",

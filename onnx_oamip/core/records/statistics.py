@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records.graph import (
@@ -14,6 +13,11 @@ from onnx_oamip.core.records.graph import (
     Floats,
     Ints,
 )
+
+if TYPE_CHECKING:
+    from onnx_oamip.statistics.context import Context
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,95 +58,66 @@ class Images:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Signal:
-    """Absolute signal (``signals.collect``): how much of it every channel brings to what reads it.
+@dataclass(frozen=True, slots=True)
+class Request(Generic[T]):
+    """A statistic of the calibration samples that an importance method or a stage reads.
 
-    ``means``: axis -> (C,) mean of |x| over samples and positions; 0 where a channel never says anything.
-    ``kernels``: convolution -> (groups, outputs, inputs) mean over samples of the Frobenius norm of one kernel's
-    absolute map, where it was asked for. ``joins``: sum of two branches -> (its channel axis, norms (2, C) of the
-    branches' mean absolute maps).
+    Requests are compared by name: a statistic is collected once in a run, no matter how many requests name it.
+
+    Attributes:
+        name: Name of the statistic. A package prefixes its own name, so that names of different packages differ.
+        collect: Function that collects the statistic from the context of a run.
     """
 
-    means: Mapping[Axis, Floats]
-    kernels: Mapping[str, Floats]
-    joins: Mapping[str, tuple[int, Floats]]
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Activations pooled over positions: ``values`` maps an axis to (samples, channels) float32, rows the same samples.
-
-    ``taps``: by convolution (samples, channels, taps), what every tap of its kernel reads on average over the output's
-    positions. ``labels`` (samples,): classes, where they are known.
-    """
-
-    values: Mapping[Axis, Array]
-    taps: Mapping[str, Array]
-    labels: Ints | None
-    samples: int
-
-
-class Request(Enum):
-    """A kind of statistic of the calibration samples that an importance method or a stage asks for.
-
-    ``MOMENTS``: mean and mean square of every channel that a consumer reads. ``COVARIANCE``: covariance of the input of
-    every linear node. ``CLASS_SAMPLES``: a few correctly classified samples of every class with all activations.
-    ``ABSOLUTE_ACTIVATIONS``: mean absolute activation of every channel that a consumer reads, and norms at residual
-    sums. ``POOLED_ACTIVATIONS``: activations of many samples, averaged over positions.
-    """
-
-    MOMENTS = "moments"
-    COVARIANCE = "covariance"
-    CLASS_SAMPLES = "class samples"
-    ABSOLUTE_ACTIVATIONS = "absolute activations"
-    POOLED_ACTIVATIONS = "pooled activations"
+    name: str
+    collect: Callable[[Context], T] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of the calibration samples, by the request that they answer.
+    """Statistics of the calibration samples, by the request that each answers.
 
-    Reading a statistic that was not requested raises SettingsError: an empty answer would look like a measured one.
+    ``statistics[request]`` is the answer to a request.
+
+    Attributes:
+        answers: The statistic of every request.
+        samples: Number of calibration samples.
+        device: Device that they were collected on.
+        seconds: Time that it took.
     """
 
-    answers: Mapping[Request, Any]
+    answers: Mapping[Request[Any], Any]
     samples: int
     device: str
     seconds: float = 0.0
 
+    def __getitem__(self, request: Request[T]) -> T:
+        """Look up the answer to a request.
+
+        Args:
+            request: The request.
+
+        Returns:
+            The statistic.
+
+        Raises:
+            SettingsError: It was not requested; an empty answer would look like a measured one.
+        """
+        return cast("T", self._named(request.name))
+
     @property
     def moments(self) -> Mapping[Axis, Moments]:
-        """Moments by consumed axis."""
-        return cast("Mapping[Axis, Moments]", self._answer(Request.MOMENTS))
+        """Moments by consumed axis, for a rule that is registered without requests."""
+        return cast("Mapping[Axis, Moments]", self._named("moments"))
 
-    @property
-    def grams(self) -> Mapping[str, Gram]:
-        """Covariance matrices by linear node."""
-        return cast("Mapping[str, Gram]", self._answer(Request.COVARIANCE))
-
-    @property
-    def images(self) -> Images | None:
-        """Samples of every class; None for a model without an output of shape (samples, classes)."""
-        return cast("Images | None", self._answer(Request.CLASS_SAMPLES))
-
-    @property
-    def signal(self) -> Signal:
-        """Mean absolute activations."""
-        return cast("Signal", self._answer(Request.ABSOLUTE_ACTIVATIONS))
-
-    @property
-    def pooled(self) -> Pooled:
-        """Activations averaged over positions."""
-        return cast("Pooled", self._answer(Request.POOLED_ACTIVATIONS))
-
-    def _answer(self, request: Request) -> Any:
-        if request not in self.answers:
-            raise SettingsError(
-                f"an importance method reads the statistic '{request.value}' without requesting it; add "
-                f"Request.{request.name} to the `requires` of its Method."
-            )
-        return self.answers[request]
+    def _named(self, name: str) -> Any:
+        for request, answer in self.answers.items():
+            if request.name == name:
+                return answer
+        raise SettingsError(
+            f"an importance method reads the statistic '{name}' without requesting it; add its request to the "
+            "`requires` of its Method."
+        )
 
 
 @dataclass(frozen=True)

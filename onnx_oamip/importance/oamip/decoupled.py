@@ -57,6 +57,7 @@ from onnx_oamip.statistics.covariances import (
     jobs,
     problems,
 )
+from onnx_oamip.statistics.requests import COVARIANCE
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of a group's units at which its program is solved."""
@@ -84,7 +85,7 @@ def score(
     without: list[str] = []
     repaired, other = simple.copy(), simple.copy()
     place = executor(settings.workers, settings.scheduler)
-    every = place.map(_one, (model, coupling, settings), jobs(coupling, statistics.grams))
+    every = place.map(_one, (model, coupling, settings), jobs(coupling, statistics[COVARIANCE]))
     for group, found in zip(coupling.groups, every, strict=True):
         if found is None:
             top = max(float(simple[group.units].max()), 1e-30)

@@ -39,6 +39,7 @@ from onnx_oamip.importance.oamip.solve import (
     tightener,
 )
 from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.statistics.requests import CLASS_SAMPLES
 
 GAP = 0.01
 WIDE = 0.1
@@ -170,7 +171,7 @@ def _mode(
         )
     if settings.mode != "auto":
         return settings.mode, ""
-    images = statistics.images
+    images = statistics[CLASS_SAMPLES]
     if images is None:
         return "decoupled", "since the model has no output of shape (samples, classes)"
     if not images.activations:
@@ -188,7 +189,7 @@ def _mode(
 
 
 def _images(statistics: Statistics) -> Images:
-    images = statistics.images
+    images = statistics[CLASS_SAMPLES]
     if images is None:
         raise SettingsError(
             "--importance oamip needs a classifier, with an output of shape (samples, classes); use --mode decoupled."

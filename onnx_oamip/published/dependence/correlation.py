@@ -19,6 +19,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.published.dependence.pooled_activations import pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
+from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 from onnx_oamip.statistics.covariances import shrinkage
 
 
@@ -29,7 +30,7 @@ def score(
     assert statistics is not None
     found = (
         (pair, partial(pair.parents, pair.children))
-        for pair in pairs(model, coupling, statistics.pooled)
+        for pair in pairs(model, coupling, statistics[POOLED_ACTIVATIONS])
     )
     return Scores("correlation", propagate(model, coupling, statistics, found))
 

@@ -34,6 +34,7 @@ from onnx_oamip.executors import executor
 from onnx_oamip.published.dependence.correlation import partial
 from onnx_oamip.published.dependence.pooled_activations import Pair, pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
+from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 
 GROUPS = 16
 """Most groups of filters on either side of a pair of layers."""
@@ -50,7 +51,7 @@ def score(
     passed, the splits made so far count, and layers without one take their partial correlations; a note says so.
     """
     assert statistics is not None
-    every = list(pairs(model, coupling, statistics.pooled))
+    every = list(pairs(model, coupling, statistics[POOLED_ACTIVATIONS]))
     found: list[list[Floats]] = [[] for _ in every]
     end = _Deadline(time.monotonic() + settings.score_time)
     jobs = [(i, settings.seed + split, end) for split in range(SPLITS) for i in range(len(every))]

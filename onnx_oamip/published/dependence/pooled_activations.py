@@ -24,12 +24,12 @@ from onnx_oamip.core.records import (
     Floats,
     Ints,
     Model,
-    Pooled,
 )
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.linear_layers import Site, matrix, site
+from onnx_oamip.graph.linear_layers import Site, linear_consumers, matrix
 from onnx_oamip.graph.ops import taps
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.published.dependence.requests import Pooled
 from onnx_oamip.statistics.overflow import refuse
 
 SAMPLES = 2000
@@ -54,13 +54,6 @@ class Pair:
     weight: Floats
     parent_units: Ints
     child_units: Ints
-
-
-def sites(model: Model, coupling: Coupling) -> list[tuple[Consumer, Site]]:
-    """Consumers with a constant weight, in graph order, with how they are linear."""
-    nodes = {n.name: n for n in model.nodes}
-    found = [(c, site(nodes[c.node], model.constants)) for c in coupling.consumers]
-    return [(c, s) for c, s in found if s is not None and s.data == c.data and s.weight == c.weight]
 
 
 def outlet(model: Model, place: Site) -> Axis:
@@ -110,7 +103,7 @@ def collect(
     """
     chosen = _choose(samples, most, seed)
     few = samples.take(chosen)
-    places = sites(model, coupling)
+    places = linear_consumers(model, coupling)
     ends = (axis for c, p in places for axis in ((c.data, c.axis), outlet(model, p)))
     held = 1 if few.whole else few.fixed_batch or 1
     # Several samples in one fixed feed are told apart along axis 0 only.
@@ -259,7 +252,7 @@ def _by_sample(value: Array, count: int, shape: tuple[int, ...]) -> Array:
 
 def pairs(model: Model, coupling: Coupling, pooled: Pooled) -> Iterator[Pair]:
     """All pairs of layers, one a block of every linear consumer, in graph order."""
-    for consumer, place in sites(model, coupling):
+    for consumer, place in linear_consumers(model, coupling):
         weight = np.abs(matrix(place, model.constants[place.weight])).mean(
             axis=3
         )  # (groups, outputs, inputs)

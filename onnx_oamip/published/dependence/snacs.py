@@ -38,6 +38,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
 from onnx_oamip.published.dependence.pooled_activations import Pair, pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
+from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 
 CONDITIONS = 2
 """Parents that are conditioned on, besides the one looked at."""
@@ -67,10 +68,10 @@ def score(
 ) -> Scores:
     """Importance of every unit, the mean of its group 1."""
     assert statistics is not None
-    every = list(pairs(model, coupling, statistics.pooled))
+    every = list(pairs(model, coupling, statistics[POOLED_ACTIVATIONS]))
     found = executor(settings.workers, settings.scheduler).map(_one, settings, every)
     values = propagate(model, coupling, statistics, zip(every, found, strict=True))
-    return Scores("snacs", values, notes=_notes(statistics.pooled.samples))
+    return Scores("snacs", values, notes=_notes(statistics[POOLED_ACTIVATIONS].samples))
 
 
 def _one(settings: Settings, pair: Pair) -> Floats:

@@ -21,7 +21,6 @@ from onnx_oamip.core.records import (
     Floats,
     Model,
     Node,
-    Signal,
 )
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.linear_layers import (
@@ -31,6 +30,7 @@ from onnx_oamip.graph.linear_layers import (
     site,
 )
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.published.nnrelief.requests import Signal
 from onnx_oamip.statistics.calibration import reduction
 from onnx_oamip.statistics.overflow import refuse
 

@@ -24,7 +24,6 @@ from onnx_oamip.core.records import (
     Fit,
     Floats,
     Model,
-    Request,
     Round,
     Scores,
 )
@@ -39,6 +38,7 @@ from onnx_oamip.graph.linear_layers import (
 from onnx_oamip.graph.partial_execution import Frontier, element_types
 from onnx_oamip.published.nnrelief import absolute_signal, score
 from onnx_oamip.published.nnrelief.masked_ridge import supported
+from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
 from onnx_oamip.published.nnrelief.score import Selection
 from onnx_oamip.repair.least_squares import (
     GRAM_CAP,
@@ -161,7 +161,7 @@ class Bench:
         opened, settings = self.opened, self.opened.settings
         # Every round scores other weights: what was collected before says nothing about them.
         now = replace(opened, model=view, collected=Collected())
-        heard = collect(now, {Request.ABSOLUTE_ACTIVATIONS}).signal
+        heard = collect(now, {ABSOLUTE_ACTIVATIONS})[ABSOLUTE_ACTIVATIONS]
         layers = tuple(
             replace(layer, prunable=layer.prunable and layer.place.node.name in self.sites)
             for layer in score.layers(view, opened.coupling, heard)

@@ -41,7 +41,6 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
     Scores,
-    Signal,
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
@@ -53,6 +52,7 @@ from onnx_oamip.published.nnrelief.absolute_signal import (
     maker,
     places,
 )
+from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS, Signal
 
 ALPHA = 0.95
 """Share of the absolute signal that is kept where nothing else is asked, for convolutions and dense layers alike."""
@@ -104,7 +104,7 @@ def score(
     the classes at the end, and split at a residual sum as its branches share its signal.
     """
     assert statistics is not None
-    signal = statistics.signal
+    signal = statistics[ABSOLUTE_ACTIVATIONS]
     found = layers(model, coupling, signal)
     values = outgoing(model, coupling, signal, found)
     if settings.alpha is None:

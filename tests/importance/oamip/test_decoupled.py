@@ -21,14 +21,13 @@ from onnx_oamip.core.records import (
     Floats,
     Ints,
     Model,
-    Request,
     Scores,
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.importance import METHODS, activation, obs
+from onnx_oamip.importance import activation, find, obs
 from onnx_oamip.importance.oamip import decoupled
 from onnx_oamip.planning import scoring, sensitivity
 from onnx_oamip.programs.subset import Repaired
@@ -36,6 +35,7 @@ from onnx_oamip.statistics import calibration, covariances
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.covariances import Problem, compensate, problems
+from onnx_oamip.statistics.requests import COVARIANCE
 
 REFITS = ("least-squares", "bias", "none")
 KEYS = {
@@ -89,7 +89,7 @@ def _ready(
     return (
         model,
         coupling,
-        Statistics({**collected.answers, Request.COVARIANCE: grams}, count, "cpu"),
+        Statistics({**collected.answers, COVARIANCE: grams}, count, "cpu"),
     )
 
 
@@ -385,7 +385,9 @@ def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
     assert found.values.shape == (coupling.n_units,)
     assert ((found.values >= 0) & (found.values <= 1)).all()
     with_problems = [
-        g for i, g in enumerate(coupling.groups) if problems(model, coupling, statistics.grams, i)
+        g
+        for i, g in enumerate(coupling.groups)
+        if problems(model, coupling, statistics[COVARIANCE], i)
     ]
     assert [p["group"] for p in found.programs] == [g.name for g in with_problems]
     for group, program in zip(with_problems, found.programs, strict=True):
@@ -405,10 +407,10 @@ def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
         assert np.isfinite(values).all()
         if name in ("activation", "l2"):
             np.testing.assert_array_equal(
-                values, METHODS[name].score(model, coupling, statistics, _settings()).values
+                values, find(name).score(model, coupling, statistics, _settings()).values
             )
         if name == "obs":
-            exact = METHODS["obs"].score(model, coupling, statistics, _settings()).values
+            exact = find("obs").score(model, coupling, statistics, _settings()).values
             for group in with_problems:
                 np.testing.assert_array_equal(
                     np.argsort(values[group.units]), np.argsort(exact[group.units])
@@ -453,7 +455,7 @@ def test_groups_without_second_moments_take_their_activation(refit: str, tmp_pat
     units = coupling.groups[_group(coupling, "wq")].units
     np.testing.assert_allclose(found.values[units], plain[units] / plain[units].max(), rtol=1e-12)
     # No moments at all: every group.
-    bare = replace(statistics, answers={**statistics.answers, Request.COVARIANCE: {}})
+    bare = replace(statistics, answers={**statistics.answers, COVARIANCE: {}})
     found = _score((model, coupling, bare), refit=refit)
     assert found.programs == ()
     assert found.notes[0].startswith(f"{len(names)} groups have no consumer")
@@ -556,7 +558,7 @@ def test_scores_change_hands_within_groups(net: str, refit: str, tmp_path: Path)
     settings = _settings(refit=refit)
     context = Context(model, coupling, found, None, "cpu", settings)
     own = decoupled.score(
-        model, coupling, collect(context, METHODS["oamip"].requests(settings)), settings
+        model, coupling, collect(context, find("oamip").requests(settings)), settings
     )
     result = scoring.score(context)
     assert result.method == "oamip"

@@ -19,7 +19,6 @@ from onnx_oamip.core.records import (
     Coupling,
     Images,
     Model,
-    Request,
     Scores,
     Statistics,
 )
@@ -28,9 +27,10 @@ from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.importance import METHODS
+from onnx_oamip.importance import find, names
 from onnx_oamip.importance.oamip import select
 from onnx_oamip.statistics import calibration, class_samples
+from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE
 
 SEED = 3
 """Random weights by which the networks here see all of their classes."""
@@ -53,7 +53,7 @@ def _settings(**values: Any) -> Settings:
 
 def _statistics(moments: Statistics, few: Images | None) -> Statistics:
     """What a program over the network reads; the layer-wise program has no covariance to work with."""
-    answers = {**moments.answers, Request.COVARIANCE: {}, Request.CLASS_SAMPLES: few}
+    answers = {**moments.answers, COVARIANCE: {}, CLASS_SAMPLES: few}
     return Statistics(answers, moments.samples, "cpu")
 
 
@@ -106,8 +106,8 @@ def test_per_class_is_the_mean_of_programs_of_one_class(tmp_path: Path) -> None:
     model, coupling, statistics = _ready(MLP, tmp_path)
     settings = _settings(mode="per-class")
     found = select.score(model, coupling, statistics, settings)
-    assert statistics.images is not None
-    parts = select.by_class(statistics.images)
+    assert statistics[CLASS_SAMPLES] is not None
+    parts = select.by_class(statistics[CLASS_SAMPLES])
     keeps = [select.program(model, coupling, part, settings)[1].keep for part in parts]
     np.testing.assert_allclose(found.values, np.mean(keeps, axis=0), atol=2e-6)
 
@@ -315,8 +315,8 @@ def test_a_class_without_a_right_sample_is_told(tmp_path: Path) -> None:
 def test_logits_are_what_a_last_softmax_reads(tmp_path: Path) -> None:
     text = MLP.replace("y = Gemm(r, w3, b3)", "o = Gemm(r, w3, b3) y = Softmax(o)")
     model, coupling, statistics = _ready(text, tmp_path)
-    assert statistics.images is not None
-    assert statistics.images.logits == "o"
+    assert statistics[CLASS_SAMPLES] is not None
+    assert statistics[CLASS_SAMPLES].logits == "o"
     found = select.score(model, coupling, statistics, _settings(mode="joint", formulation="paper"))
     plain = _score(MLP, tmp_path, mode="joint", formulation="paper")
     np.testing.assert_allclose(found.values, plain.values, atol=1e-5)
@@ -357,6 +357,6 @@ def test_prune_by_oamip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["auto", "joint", "per-class", "decoupled"])
 def test_programs_over_the_network_request_samples_of_every_class(mode: str) -> None:
     requesting = [
-        n for n, m in METHODS.items() if Request.CLASS_SAMPLES in m.requests(_settings(mode=mode))
+        name for name in names() if CLASS_SAMPLES in find(name).requests(_settings(mode=mode))
     ]
     assert requesting == ([] if mode == "decoupled" else ["oamip"])

@@ -1,0 +1,82 @@
+"""Requests for the built-in statistics. Collectors are imported when they run, so that naming a request is cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from onnx_oamip.core.records import (
+    Axis,
+    Gram,
+    Images,
+    Moments,
+    Request,
+)
+
+if TYPE_CHECKING:
+    from onnx_oamip.statistics.context import Context
+
+
+def _moments(context: Context) -> Mapping[Axis, Moments]:
+    from onnx_oamip.artifacts import cache
+    from onnx_oamip.statistics import calibration
+
+    model, coupling = context.model, context.coupling
+
+    def collect() -> Mapping[Axis, Moments]:
+        return calibration.collect(
+            model, coupling, context.samples, context.device, context.batch, context.progress
+        ).moments
+
+    def valid(entry: Mapping[Axis, Moments]) -> bool:
+        return calibration.fits(entry, model, coupling)
+
+    return context.store.keep(cache.MOMENTS, context.known, collect, valid)
+
+
+def _covariance(context: Context) -> Mapping[str, Gram]:
+    from onnx_oamip.artifacts import cache
+    from onnx_oamip.data.feeds import affordable
+    from onnx_oamip.statistics import covariances
+    from onnx_oamip.statistics.collector import parts
+
+    model, coupling, settings = context.model, context.coupling, context.settings
+    fitted, _ = parts(context.samples)
+    feeds, _ = affordable(model, fitted, context.batch, settings.room)
+    cap = covariances.CAP
+    if settings.max_memory is not None:
+        cap = covariances.cap(coupling, settings.room)
+
+    def collect() -> Mapping[str, Gram]:
+        return covariances.collect(
+            model, coupling, feeds, context.device, settings.seed, context.progress, cap
+        )
+
+    def valid(entry: Mapping[str, Gram]) -> bool:
+        return covariances.fits(entry, model, coupling, cap)
+
+    return context.store.keep(cache.GRAMS, context.known, collect, valid)
+
+
+def _class_samples(context: Context) -> Images | None:
+    from onnx_oamip.statistics import class_samples
+
+    settings = context.settings
+    return class_samples.collect(
+        context.model,
+        context.samples,
+        context.device,
+        settings.images_per_class,
+        settings.seed,
+        context.batch,
+    )
+
+
+MOMENTS: Request[Mapping[Axis, Moments]] = Request("moments", _moments)
+"""Mean and mean square of every channel that a consumer reads, by axis. Kept in the cache."""
+CLASS_SAMPLES: Request[Images | None] = Request("class samples", _class_samples)
+"""A few correctly classified samples of every class with all activations; None for a model that is no classifier."""
+COVARIANCE: Request[Mapping[str, Gram]] = Request("covariance", _covariance)
+"""Covariance of the input of every linear node, by node. Kept in the cache."""
+BUILT_IN: tuple[Request[Any], ...] = (MOMENTS, CLASS_SAMPLES, COVARIANCE)
+"""In the order of their passes over the samples, which precede those of all other requests."""
