@@ -91,13 +91,16 @@ import json, os, sys
 from contextlib import suppress
 from importlib import import_module
 
-for name in ("gurobipy", "highspy", "onnxruntime", "scipy.optimize", "onnx_oamip.pipeline", "onnx_oamip.storage"):
+for name in (
+    "gurobipy", "highspy", "onnxruntime", "scipy.optimize", "onnx_oamip.api.pipeline", "onnx_oamip.published.packing",
+):
     with suppress(ImportError):
         import_module(name)
 import atexit, noisy
-from onnx_oamip import pipeline, report
+from onnx_oamip.api import pipeline
 from onnx_oamip.cli import main
-from onnx_oamip.latency import Ratio
+from onnx_oamip.reporting import documents
+from onnx_oamip.verification.latency import Ratio
 
 pipeline.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)
 codes = []
@@ -107,8 +110,8 @@ for number, run in enumerate(json.load(sys.stdin)):
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
         if run["noise"]:
-            dumps = report.dumps
-            report.dumps = lambda document: (noisy.speak(), dumps(document))[1]
+            dumps = documents.dumps
+            documents.dumps = lambda document: (noisy.speak(), dumps(document))[1]
             atexit.register(noisy.speak)
         os.environ.update(run["environment"])
         sys.argv = ["onnx-oamip", *run["arguments"]]

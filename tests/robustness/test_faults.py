@@ -30,7 +30,7 @@ from graphs import build
 from programs import knapsack
 from texts import RESIDUAL_CNN as TEXT
 
-from onnx_oamip import importance, prune
+from onnx_oamip import importance, prune, published
 from onnx_oamip.api import pipeline
 from onnx_oamip.cli import main
 from onnx_oamip.core import atomic_files
@@ -458,8 +458,9 @@ def test_a_fault_at_a_stage(
 def test_cells_are_left_out_by_what_stages_do(task: Path) -> None:
     """Programs are solved, and work is spread, by the stages that say so, and by no others."""
     executors = import_module("onnx_oamip.executors")
-    for found in pkgutil.iter_modules(importance.__path__, f"{importance.__name__}."):
-        import_module(found.name)  # methods are imported when they are first used
+    for room in (importance, published):
+        for found in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
+            import_module(found.name)  # methods are imported when they are first used
     homes = [
         m for m in list(sys.modules.values()) if getattr(m, "executor", None) is executors.executor
     ]
@@ -506,9 +507,12 @@ from importlib import import_module
 from pathlib import Path
 
 import onnx_oamip
-from onnx_oamip import pipeline
-from onnx_oamip.latency import Ratio
-for name in ("allocation", "calibrate", "gram", "scoring", "sensitivity", "refit", "verify", "html", "solvers"):
+from onnx_oamip.api import pipeline
+from onnx_oamip.verification.latency import Ratio
+for name in (
+    "planning.allocation", "planning.scoring", "planning.sensitivity", "programs.solvers", "reporting.html",
+    "repair.least_squares", "statistics.calibration", "statistics.covariances", "verification.equivalence",
+):
     import_module(f"onnx_oamip.{name}")
 import gurobipy, highspy, onnxruntime, scipy.optimize
 
