@@ -38,8 +38,8 @@ Errors are one sentence:
 
 >>> onnx_oamip.prune("models/lenet300-mnist.onnx", None, None, onnx_oamip.Settings(macs=0.5))
 Traceback (most recent call last):
-onnx_oamip.core.errors.DataError: --importance obs needs calibration data; give --data, or use --importance l2
---allocate uniform --refit none.
+onnx_oamip.core.errors.DataError: `importance=obs` needs calibration data; give `data`, or use `importance=l2`,
+`allocate=uniform` and `refit=none`.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _target(
     if folder is None:
         return None
     return check_output(
-        path, Path(folder) / f"{Path(path).stem}-macs{share}.onnx", sources, "--save-dir"
+        path, Path(folder) / f"{Path(path).stem}-macs{share}.onnx", sources, "`save_dir`"
     )
 
 

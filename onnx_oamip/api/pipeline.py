@@ -112,7 +112,7 @@ def _thin(context: Context, targets: Targets) -> Report:
     """Prune connections: same shapes, with zeros (see ``published.nnrelief.connections``)."""
     if targets.keep_map is not None:
         raise SettingsError(
-            "a keep-map is about units, and --granularity connection removes none; leave it out."
+            "a keep-map is about units, and `granularity=connection` removes none; leave it out."
         )
     model, settings = context.model, context.settings
     with context.clock("connections"):
@@ -530,11 +530,11 @@ def _measured_latency(ready: Context, result: Attempt) -> float:
         if found.high < 1:
             break
     if found.low > allowed and not ready.settings.force:
-        what = "slower than the original" if budget is None else f"over --latency {budget}"
-        named = " ".join(f"--exclude '{name}'" for name in search.adding(ready, result.plan)[:3])
-        advice = f"{named}, where a cut adds nodes" if named else "--align 8 or 16"
+        what = "slower than the original" if budget is None else f"over `latency={budget}`"
+        named = " ".join(f"`exclude='{name}'`" for name in search.adding(ready, result.plan)[:3])
+        advice = f"{named}, where a cut adds nodes" if named else "`align` 8 or 16"
         raise GateFailed(
             f"the pruned model was measured {what} on {ready.device}: {found.median:.2f} of its time; nothing was "
-            f"written; try {advice}, another budget, or --force."
+            f"written; try {advice}, another budget, or `force`."
         )
     return found.median

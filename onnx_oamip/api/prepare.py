@@ -119,11 +119,11 @@ def open_for_plan(
     """Load a model and its data for a plan that is already made. Raises OamipError for bad input."""
     if source is None and settings.refit != "none":
         raise DataError(
-            f"--refit {settings.refit} needs calibration data; give --data, or --refit none."
+            f"`refit={settings.refit}` needs calibration data; give `data`, or `refit=none`."
         )
     if source is None and search.folds_constants(settings):
         raise DataError(
-            f"what units removed by {settings.importance} leave behind is found by running; give --data."
+            f"what units removed by {settings.importance} leave behind is found by running; give `data`."
         )
     return open_context(path, source, settings, eval_data=eval_data, progress=progress, clock=clock)
 
@@ -138,7 +138,7 @@ def score(
 ) -> tuple[Context, Scores]:
     """Prepare up to the scores. They have no constraints applied: those belong to a plan."""
     if source is None and find(settings.importance).requests(settings):
-        raise DataError(f"--importance {settings.importance} needs calibration data; give --data.")
+        raise DataError(f"`importance={settings.importance}` needs calibration data; give `data`.")
     executors.check(settings.scheduler, resolve_device(settings.device))
     context = open_context(path, source, settings, progress=progress, clock=clock)
     return context, scoring.score(context)
@@ -195,7 +195,7 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
         connections.check(settings, scored)
     elif settings.budget == Budget() and settings.alpha is None:
         raise SettingsError(
-            "nothing says how much to keep; give --macs, --params, --size, --latency, --max-drop or --threshold."
+            "nothing says how much to keep; give `macs`, `params`, `size`, `latency`, `max_drop` or `threshold`."
         )
     iterative.check(settings, scored)
     limit_method = limits.find(settings.limits)
@@ -203,22 +203,22 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
         limit_method.check()
     if settings.latency is not None and settings.allocate != "mip":
         raise SettingsError(
-            f"--latency needs --allocate mip, not {settings.allocate}: only the program knows times."
+            f"`latency` needs `allocate=mip`, not {settings.allocate}: only the program knows times."
         )
     if source is None:
         asks = {
-            f"--importance {settings.importance}": bool(method.requests(settings)) and not scored,
-            f"--allocate {settings.allocate}": width_losses.programmed(settings),
-            "--max-drop": settings.max_drop is not None,
-            "--latency": settings.latency is not None,
-            f"--limits {settings.limits}": limit_method is not None,
-            f"--refit {settings.refit}": settings.refit != "none",
+            f"`importance={settings.importance}`": bool(method.requests(settings)) and not scored,
+            f"`allocate={settings.allocate}`": width_losses.programmed(settings),
+            "`max_drop`": settings.max_drop is not None,
+            "`latency`": settings.latency is not None,
+            f"`limits={settings.limits}`": limit_method is not None,
+            f"`refit={settings.refit}`": settings.refit != "none",
         }
         for what, needed in asks.items():
             if needed:
                 raise DataError(
-                    f"{what} needs calibration data; give --data, or use --importance l2 --allocate uniform "
-                    "--refit none."
+                    f"{what} needs calibration data; give `data`, or use `importance=l2`, `allocate=uniform` "
+                    "and `refit=none`."
                 )
 
 
@@ -278,7 +278,7 @@ def _scored_by(given: Scores, settings: Settings, source: Source | None) -> Sett
     find(given.method)
     if source is None and search.folds_constants(settings):
         raise DataError(
-            f"what units removed by {given.method} leave behind is found by running the model; give --data."
+            f"what units removed by {given.method} leave behind is found by running the model; give `data`."
         )
     return settings
 
@@ -296,15 +296,15 @@ def _nothing_skipped(model: Model, coupling: Coupling) -> None:
     if found:
         listed = [f"'{name}', because {reason}" for name, reason in found.items()]
         raise GateFailed(
-            f"--strict: channels of {len(found)} layers cannot be removed: {'; '.join(listed[:3])}"
-            f"{'; ...' if len(listed) > 3 else ''}. Leave out --strict, or name them with --exclude."
+            f"`strict`: channels of {len(found)} layers cannot be removed: {'; '.join(listed[:3])}"
+            f"{'; ...' if len(listed) > 3 else ''}. Leave out `strict`, or name them with `exclude`."
         )
 
 
 def _something_free(model: Model, coupling: Coupling) -> None:
     if not coupling.n_units:
         reasons = sorted(
-            (p.reason for p in coupling.pinned), key=lambda r: not r.startswith("--exclude")
+            (p.reason for p in coupling.pinned), key=lambda r: not r.startswith("`exclude=")
         )
         why = f", for example because {reasons[0]}" if reasons else ": it has no weights"
         raise BudgetNotMet(

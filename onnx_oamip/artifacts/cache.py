@@ -160,7 +160,7 @@ def open_store(where: str) -> Store:
             refused=f"nothing is kept for the next run: {folder}, the cache, cannot be made or written to"
         )
     raise OutputError(
-        f"the cache folder {folder} cannot be made or written to; choose another --cache, or off."
+        f"the cache folder {folder} cannot be made or written to; choose another `cache`, or off."
     )
 
 

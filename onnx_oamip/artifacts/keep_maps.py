@@ -103,12 +103,12 @@ def keep_map(model: Model, coupling: Coupling, keep: Bools) -> bytes:
 
 def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
     """The weights of a keep-map by name. Raises DataError for a file that holds none."""
-    arrays, metadata = _read(path, "a keep-map that prune --keep-map wrote")
+    arrays, metadata = _read(path, "a keep-map as `keep_map` of prune writes it")
     try:
         header = json.loads(metadata.get(KEY, "{}"))
         if header.get("kind") != KIND or header.get("schema_version") != VERSION:
             raise DataError(
-                f"{path} is no keep-map of this version; write one with 'onnx-oamip prune --keep-map'."
+                f"{path} is no keep-map of this version; write one by `keep_map` of prune."
             )
         about = header["weights"]
         kept: dict[str, dict[int, Ints]] = {name: {} for name in about}

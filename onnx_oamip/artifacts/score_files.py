@@ -158,7 +158,7 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
     for group in coupling.groups:
         if group.name not in numbers:
             raise DataError(
-                f"{path} has no scores for the group '{group.name}'; {_AGAIN} without --exclude."
+                f"{path} has no scores for the group '{group.name}'; {_AGAIN} without `exclude`."
             )
         units = np.flatnonzero(unit_group == numbers[group.name])
         here = places(coupling, group, group_axes(model, group)[0])

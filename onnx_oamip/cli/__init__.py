@@ -13,6 +13,7 @@ from contextlib import nullcontext
 import click
 
 from onnx_oamip.cli.commands import cli
+from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.interrupt import (
     INTERRUPTED,
     TERMINATED,
@@ -75,6 +76,6 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    text = " ".join(message.split())
+    text = Flags(cli).in_text(" ".join(message.split()))
     click.echo(f"Error: {text}{'' if text.endswith(('.', '?')) else '.'}", err=True)
     return status

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.options import same_file
 from onnx_oamip.core.errors import OutputError
 
@@ -36,7 +37,8 @@ class Page:
         from onnx_oamip.core.records import Report
         from onnx_oamip.reporting import html
 
-        return html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
+        page = html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
+        return Flags.of_context().in_text(page.decode()).encode()
 
     def write(self, result: Report | Frontier) -> None:
         """Write the page whole or not at all. Raises OutputError."""

@@ -9,6 +9,7 @@ import click
 
 from onnx_oamip.cli.config import config_option
 from onnx_oamip.cli.files import Page
+from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.memory import max_memory_option
 from onnx_oamip.cli.options import (
     DATA,
@@ -110,7 +111,7 @@ def frontier(
         )
     with Progress(quiet) as progress:
         found = run(model, data, settings, levels, eval_data, progress, scores, save_dir)
-    document = documents.frontier(found)
+    document = Flags.of_context().in_document(documents.frontier(found))
     if target is not None:
         write_bytes(f"{documents.dumps(document)}\n".encode(), target)
     if page is not None:

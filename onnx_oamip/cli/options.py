@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from onnx_oamip.cli.flags import Flags
 from onnx_oamip.core.errors import EnvironmentMissing, OutputError, SettingsError
 
 MODEL = click.Path(path_type=Path)
@@ -112,7 +113,8 @@ class PlugInOption(click.Option):
         """Return the flags and the help text with all plug-ins."""
         registry = import_module(self._registry)
         entries = [self._entry(name, registry.find) for name in registry.names()]
-        self.help = f"{self._purpose}: {'; '.join(entry for entry in entries if entry)}."
+        text = f"{self._purpose}: {'; '.join(entry for entry in entries if entry)}."
+        self.help = Flags.of_context(ctx).in_text(text)
         return super().get_help_record(ctx)
 
     @staticmethod

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.stdout import stream
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def show(document: Document, as_json: bool) -> None:
     """Print a document as JSON or as tables."""
     from onnx_oamip.reporting import documents
 
+    document = Flags.of_context().in_document(document)
     if as_json:
         click.echo(documents.dumps(document), file=stream())
         return

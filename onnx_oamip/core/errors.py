@@ -1,7 +1,9 @@
 """The errors a caller may meet. Every message is one sentence a user can act on.
 
-The message says what was found, where, what was expected and what to do. ``exit_code`` is the process status of the
-command line: 2 for bad input or environment, 1 for a budget or a verification gate that was not met.
+The message says what was found, where, what was expected and what to do. It names parameters in backticks, with the
+value where that matters, such as `data` and `refit=bias`; the command line shows them as its options. ``exit_code`` is
+the process status of the command line: 2 for bad input or environment, 1 for a budget or a verification gate that was
+not met.
 """
 
 from collections.abc import Iterator
@@ -54,7 +56,7 @@ class OutOfMemory(OamipError, MemoryError):
 
 @contextmanager
 def memory_for(
-    what: str, advice: str = "give a smaller --max-memory, --workers 1 or fewer samples"
+    what: str, advice: str = "give a smaller `max_memory`, `workers=1` or fewer samples"
 ) -> Iterator[None]:
     """Where memory runs out inside, say what for and what helps: raises OutOfMemory."""
     try:

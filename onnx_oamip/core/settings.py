@@ -105,9 +105,7 @@ class Settings(BaseModel):
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or "settings"
             what = first["msg"].replace("Input should be", "it should be")
-            raise SettingsError(
-                f"--{name.replace('_', '-')} is {first['input']!r}: {what}."
-            ) from error
+            raise SettingsError(f"`{name}` is {first['input']!r}: {what}.") from error
 
     @classmethod
     def schema_document(cls) -> dict[str, Any]:
@@ -155,13 +153,13 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _positive_step(self) -> Settings:
         if isinstance(self.align, int) and self.align < 1:
-            raise ValueError("--align must be auto or at least 1")
+            raise ValueError("`align` must be auto or at least 1")
         if (
             min(self.image_size or (1,)) < 1
             or min(self.image_std, default=0) <= 0
             or not self.image_mean
         ):
             raise ValueError(
-                "--image-size and --image-std must be above 0, and --image-mean not empty"
+                "`image_size` and `image_std` must be above 0, and `image_mean` not empty"
             )
         return self

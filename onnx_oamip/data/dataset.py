@@ -232,7 +232,7 @@ def _read_callable(source: str) -> dict[str, Values]:
         raise _no_feeds(source)
     # One index is one whole feed: feeds of a fixed shape stack, whatever their own batch is.
     wanted = {name: _shape_of(value) for name, value in first.items()}
-    spools = {name: Spool(f"--data {source}: what it yields for '{name}'") for name in first}
+    spools = {name: Spool(f"`data={source}`: what it yields for '{name}'") for name in first}
     count = 0
     feed: Any = first
     while feed is not None:
@@ -246,7 +246,7 @@ def _read_callable(source: str) -> dict[str, Values]:
                     else f"there is no '{name}'"
                 )
                 raise DataError(
-                    f"--data {source} yields feeds of unequal names or shapes, or types (in the first '{name}' is "
+                    f"`data={source}` yields feeds of unequal names or shapes, or types (in the first '{name}' is "
                     f"{_told(wanted[name])}, in feed {count} {what}); make them equal."
                 )
             spool.append(np.asarray(feed[name]))
@@ -271,12 +271,12 @@ def _told(about: tuple[tuple[int, ...], np.dtype[Any]]) -> str:
 
 def _raised(source: str, error: Exception) -> DataError:
     return DataError(
-        f"--data {source}: {type(error).__name__}: {error}; expected an importable module:function that yields feeds."
+        f"`data={source}`: {type(error).__name__}: {error}; expected an importable module:function that yields feeds."
     )
 
 
 def _no_feeds(source: str) -> DataError:
-    return DataError(f"--data {source} yielded no feeds; expected dicts of arrays by input name.")
+    return DataError(f"`data={source}` yielded no feeds; expected dicts of arrays by input name.")
 
 
 def _check(found: dict[str, Values], model: Model, where: str) -> Samples:

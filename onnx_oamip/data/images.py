@@ -145,7 +145,7 @@ def affine(port: Port, reading: Reading, where: str) -> tuple[Array, Array]:
     for name, given in (("mean", reading.mean), ("std", reading.std)):
         if len(given) not in (1, form.channels):
             raise DataError(
-                f"--image-{name} has {len(given)} values, but the input '{port.name}' has {form.channels} channels; "
+                f"`image_{name}` has {len(given)} values, but the input '{port.name}' has {form.channels} channels; "
                 f"give 1 or {form.channels}."
             )
         parts.append(np.broadcast_to(np.asarray(given, np.float64), (form.channels,)))
@@ -173,7 +173,7 @@ def image_form(port: Port, reading: Reading, where: str) -> Form:
     if not isinstance(channels, int) or channels not in MODES:
         raise DataError(
             f"{where} holds images, but the model's input '{port.name}' is {expected} and read as {layout} has "
-            f"{channels} channels; images have 1, 3 or 4: set --image-layout, or give an .npz."
+            f"{channels} channels; images have 1, 3 or 4: set `image_layout`, or give an .npz."
         )
     size = []
     for axis, (asked, own) in enumerate(zip(reading.size or (None, None), sides, strict=True)):
@@ -181,11 +181,11 @@ def image_form(port: Port, reading: Reading, where: str) -> Form:
         if fixed is None and asked is None:
             raise DataError(
                 f"the model's input '{port.name}' is {expected}, which leaves the images' size open; say it with "
-                "--image-size, as 224 or 224x320."
+                "`image_size`, as 224 or 224x320."
             )
         if fixed is not None and asked is not None and asked != fixed:
             raise DataError(
-                f"--image-size gives a {('height', 'width')[axis]} of {asked}, but the model's input '{port.name}' is "
+                f"`image_size` gives a {('height', 'width')[axis]} of {asked}, but the model's input '{port.name}' is "
                 f"{expected}."
             )
         size.append(int(asked or fixed or 0))

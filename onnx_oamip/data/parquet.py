@@ -134,7 +134,7 @@ def _columns(names: list[str], model: Model, reading: Reading, path: Path) -> di
                 if chosen
                 else f"several columns and none called '{inputs[0]}'"
             )
-            raise DataError(f"{path} has {what}; choose one of {', '.join(names)} with --column.")
+            raise DataError(f"{path} has {what}; choose one of {', '.join(names)} with `column`.")
         return {inputs[0]: chosen}
     missing = [n for n in inputs if n not in names]
     if missing:
@@ -155,7 +155,7 @@ def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> 
     if types.is_struct(column.type):
         if "bytes" not in [field.name for field in column.type]:
             raise DataError(
-                f"{where} holds records without 'bytes', so no images; choose another with --column."
+                f"{where} holds records without 'bytes', so no images; choose another with `column`."
             )
         chunks = [chunk.field("bytes") for chunk in chunks]
     kind = chunks[0].type

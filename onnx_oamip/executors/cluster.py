@@ -87,7 +87,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:
-        with imports_of("cluster", "--scheduler"):
+        with imports_of("cluster", "`scheduler`"):
             from distributed import Client
         with _quiet():
             self._knock()
@@ -120,7 +120,7 @@ class Cluster:
                 else f" ({_line(error)})"
             )
         raise EnvironmentMissing(
-            f"--scheduler {self.scheduler}: no Dask scheduler answers there within {TIMEOUT:g} s{why}; give the "
+            f"`scheduler={self.scheduler}`: no Dask scheduler answers there within {TIMEOUT:g} s{why}; give the "
             "address that 'dask scheduler' shows, such as tcp://host:8786."
         )
 
@@ -131,7 +131,7 @@ class Cluster:
             found: dict[str, Any] = client.run(misfit, ours, self.device, on_error="return")
         except Exception as error:
             raise EnvironmentMissing(
-                f"--scheduler {self.scheduler}: its workers do not answer ({_line(error)}); look at their logs."
+                f"`scheduler={self.scheduler}`: its workers do not answer ({_line(error)}); look at their logs."
             ) from error
         # The scheduler works out nothing, but reads what it passes on.
         alike = tuple((name, version) for name, version in ours if name in ALIKE)
@@ -150,7 +150,7 @@ class Cluster:
         }
         if not found:
             raise EnvironmentMissing(
-                f"the cluster at --scheduler {self.scheduler} has no worker; start some with 'dask worker "
+                f"the cluster at `scheduler={self.scheduler}` has no worker; start some with 'dask worker "
                 f"{self.scheduler}'."
             )
         for address, answer in sorted(found.items()):
@@ -221,7 +221,7 @@ class _Run:
             self.seen = now
         elif now - self.seen > PATIENCE:
             raise EnvironmentMissing(
-                f"no worker is left at --scheduler {self.cluster.scheduler}, {done}; look at their logs, start new "
+                f"no worker is left at `scheduler={self.cluster.scheduler}`, {done}; look at their logs, start new "
                 "ones and run again."
             )
         return count
@@ -237,7 +237,7 @@ class _Run:
                 self.missed += 1
                 if self.missed == SENDS:
                     raise EnvironmentMissing(
-                        f"the workers of --scheduler {self.cluster.scheduler} do not take the model ({_line(error)}); "
+                        f"the workers of `scheduler={self.cluster.scheduler}` do not take the model ({_line(error)}); "
                         "look at their logs."
                     ) from error
         while self.held is not None and self.waiting and len(self.running) < AHEAD * threads:

@@ -58,7 +58,7 @@ class _Pickler(pickle.Pickler):
         if value.proto.ByteSize() >= external_data.LARGE:
             raise ModelError(
                 f"{value.path} holds {value.proto.ByteSize() / 1e9:.1f} GB of weights in a form that cannot be sent to "
-                "a cluster; leave out --scheduler."
+                "a cluster; leave out `scheduler`."
             )
         files = {external_data.place(t)[0] for t in external_data.references(value.proto)}
         parts = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "constants"}
@@ -70,7 +70,7 @@ def _model(parts: Mapping[str, Any], files: Mapping[str, Stamp]) -> Model:
         if _stamp(path) != stamp:
             raise ModelError(
                 f"a worker of the cluster does not see the file {path} as it is here, and large weights stay in their "
-                "file; put it (or with TMPDIR what is made anew) on storage that all share, or leave out --scheduler."
+                "file; put it (or with TMPDIR what is made anew) on storage that all share, or leave out `scheduler`."
             )
     return Model(
         **parts,

@@ -278,7 +278,7 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
         names = {n for tensor, users in readers.items() for n in (tensor, *users)}
         if not any(fnmatchcase(n, pattern) for n in names):
             raise SettingsError(
-                f"--exclude '{pattern}' matches no weight and no node; see 'onnx-oamip inspect' for names."
+                f"`exclude='{pattern}'` matches no weight and no node; see 'onnx-oamip inspect' for names."
             )
         for g, group in enumerate(coupling.groups):
             held = {n for t, _ in group.multiplicity if t in readers for n in (t, *readers[t])}
@@ -290,7 +290,7 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
     axes = {key: np.where(x < 0, -1, renumber[x]) for key, x in coupling.axes.items()}
     group_number = np.cumsum(~gone) - 1
     pinned = [
-        Pinned(t, a, held * len(group.units), f"--exclude '{chosen[g]}' keeps it", True)
+        Pinned(t, a, held * len(group.units), f"`exclude='{chosen[g]}'` keeps it", True)
         for g, group in enumerate(coupling.groups)
         if gone[g]
         for (t, a), held in group.multiplicity.items()

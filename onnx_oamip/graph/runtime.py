@@ -55,8 +55,8 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not (available and _cuda_works()):
         found = ", ".join(runtime().get_available_providers())
         raise EnvironmentMissing(
-            f"--device cuda was asked for but ONNX Runtime offers only {found} here; "
-            "install 'onnx-oamip[gpu]' on a machine with an NVIDIA GPU, or use --device cpu."
+            f"`device=cuda` was asked for but ONNX Runtime offers only {found} here; "
+            "install 'onnx-oamip[gpu]' on a machine with an NVIDIA GPU, or use `device=cpu`."
         )
     if device == "auto":
         return "cuda" if available and _cuda_works() else "cpu"
@@ -122,7 +122,7 @@ def _refusal(error: Exception, what: str) -> OamipError:
     text = str(error).replace("\n", " ")[:300]
     if isinstance(error, MemoryError) or _NO_ROOM.search(text):
         return OutOfMemory(
-            f"there is not enough memory to {what}; give a smaller --max-memory, fewer samples, or a smaller model."
+            f"there is not enough memory to {what}; give a smaller `max_memory`, fewer samples, or a smaller model."
         )
     return ModelError(f"ONNX Runtime cannot {what}: {text}")
 

@@ -112,7 +112,7 @@ _BUILT_IN = {
     ),
     "oamip": Method(
         lazy_rule("onnx_oamip.importance.oamip.select"),
-        "keep variables of a mixed-integer program over the network on a few images (see --mode)",
+        "keep variables of a mixed-integer program over the network on a few images (see `mode`)",
         _oamip_requests,
         keeps_bias=True,
     ),
@@ -136,7 +136,7 @@ def _as_method(plugin: Method | ScoreRule) -> Method:
 REGISTRY: Registry[Method] = Registry(
     _BUILT_IN,
     kind="importance method",
-    option="--importance",
+    option="`importance`",
     group="onnx_oamip.importance",
     convert=_as_method,
 )

@@ -46,7 +46,7 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
     if uri is None:
         yield lambda *_: None
         return
-    with imports_of("mlflow", "--mlflow"):
+    with imports_of("mlflow", "`mlflow`"):
         import mlflow
     given = _parameters(asked)
     with _told(mlflow, "cannot be used; nothing was done"):

@@ -63,7 +63,7 @@ class OnnxOamip(Pass):  # type: ignore[misc]
                 default_value=field.get_default(),
                 # Olive takes lists of values only for options that have something to search.
                 search_defaults=Categorical([None]) if name in SEARCHED else None,
-                description=f"As --{name.replace('_', '-')} of onnx-oamip prune.",
+                description=f"As `{name}` of onnx_oamip.Settings.",
             )
             for name, field in SETTINGS.items()
         }

@@ -77,7 +77,7 @@ def detect(
         }:
             have = ", ".join(f"'{port.name}'" for port in model.outputs)
             raise SettingsError(
-                f"--output names '{name}', but the outputs of {model.path or 'the model'} are {have}."
+                f"`outputs` names '{name}', but the outputs of {model.path or 'the model'} are {have}."
             )
     terms = [
         _chosen(tails, term, chosen[term.name]) if _by_part(term, chosen) else term
@@ -95,7 +95,7 @@ def detect(
         and any(term.source == "user" for term in terms)
     ):
         raise SettingsError(
-            "every output is ignored, so nothing could be measured; leave one --output out."
+            "every output is ignored, so nothing could be measured; leave one of `outputs` out."
         )
     return Objective(tuple(terms), (*notes, *more, *(t.assumption for t in terms if t.assumption)))
 
@@ -124,7 +124,7 @@ def _of_output(tails: Tails, name: str) -> list[Term]:
     if not found:
         note = (
             f"output '{name}' comes from no floating tensor that can be found, so it is compared for equality; "
-            f"leave it out with --output {name}=ignore"
+            f"leave it out with `outputs={name}=ignore`"
         )
         return [Term(name, name, name, "exact", assumption=note)]
     alone = len(found) == 1
@@ -149,12 +149,12 @@ def _chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
     """A term of the kind and weight that the user says."""
     kind, weight = choice
     if kind not in CHOICES:
-        raise SettingsError(f"--output {term.name}={kind}: the kinds are {', '.join(CHOICES)}.")
+        raise SettingsError(f"`outputs={term.name}={kind}`: the kinds are {', '.join(CHOICES)}.")
     if not (math.isfinite(weight) and weight > 0):
         raise SettingsError(
-            f"--output {term.name}={kind}:{weight:g}: a weight is a number above 0."
+            f"`outputs={term.name}={kind}:{weight:g}`: a weight is a number above 0."
         )
-    return replace(_as(tails, term, kind, f"--output {term.name}={kind}"), weight=float(weight))
+    return replace(_as(tails, term, kind, f"`outputs={term.name}={kind}`"), weight=float(weight))
 
 
 def _as(tails: Tails, term: Term, kind: str, option: str) -> Term:
@@ -213,13 +213,13 @@ def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
     """The terms where ``--task`` gives the kind of what the structure leaves open, or of the only output."""
     kinds = [kind for kind in CHOICES if kind != "ignore"]
     if task not in kinds:
-        raise SettingsError(f"--task {task}: the tasks are {', '.join(kinds)}.")
+        raise SettingsError(f"`task={task}`: the tasks are {', '.join(kinds)}.")
     free = [t for t in terms if t.kind != "ignore" and t.source != "user"]
     outputs = {t.output for t in free}
     if len(outputs) == 1:
         name = next(iter(outputs))
         whole = Term(name, name, name, "ignore", tails.graph.channel_axis(name))
-        return [*(t for t in terms if t.output != name), _as(tails, whole, task, f"--task {task}")]
+        return [*(t for t in terms if t.output != name), _as(tails, whole, task, f"`task={task}`")]
     decided = any(t.kind in ("classes", "binary") for t in free)
     vectors = task in ("classes", "embedding")
     opened = [
@@ -227,10 +227,10 @@ def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
     ]
     if decided or not opened:
         raise SettingsError(
-            f"--task {task} does not say which of the model's {len(outputs)} outputs it is about; "
-            "give --output NAME=KIND."
+            f"`task={task}` does not say which of the model's {len(outputs)} outputs it is about; "
+            "give `outputs`."
         )
-    return [_as(tails, t, task, f"--task {task}") if t in opened else t for t in terms]
+    return [_as(tails, t, task, f"`task={task}`") if t in opened else t for t in terms]
 
 
 # ------------------------------------------------------------------------------------------------------------- labels
@@ -353,7 +353,7 @@ def _opened(tails: Tails, term: Term, decided: bool, several_maps: bool) -> Term
     if reason is None:
         note = (
             f"output '{term.output}' [{shape}] may hold class scores or values: the loss takes the worse of class "
-            f"divergence and squared error; --output {term.output}=classes or {term.output}=values says which"
+            f"divergence and squared error; `outputs={term.output}=classes` or `outputs={term.output}=values` decides"
         )
         return replace(term, assumption=note)
     note = f"output '{term.output}' [{shape}] is taken for values, {reason}"
@@ -385,7 +385,7 @@ def _as_values(term: Term) -> Term:
 
 
 def _otherwise(note: str, term: Term, kind: str) -> str:
-    return f"{note}; --output {term.output}={kind} says otherwise"
+    return f"{note}; `outputs={term.output}={kind}` says otherwise"
 
 
 def _once(terms: list[Term]) -> tuple[list[Term], list[str]]:

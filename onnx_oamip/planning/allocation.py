@@ -322,12 +322,12 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
     why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
     shares = limit.least(ledger.cost(floor))
     reach = (
-        f"the least that can be met is {', '.join(f'--{k} {v:g}' for k, v in shares.items())}; "
+        f"the least that can be met is {', '.join(f'`{k}={v:g}`' for k, v in shares.items())}; "
         if shares
         else ""
     )
     return (
-        f"the --{name} budget cannot be met: with all {len(coupling.groups)} groups "
+        f"the `{name}` budget cannot be met: with all {len(coupling.groups)} groups "
         f"({', '.join(g.name for g in widest)}{', ...' if len(coupling.groups) > 3 else ''}) at their least width the "
         f"model is still {over:.2f} times the budget; most MACs then are in {', '.join(heavy)}{why}; "
         f"{reach}{advice}."
@@ -340,12 +340,12 @@ def _advice(
     """Which of the settings that keep widths up bind: those without which the budget can be met."""
     full = full_widths(coupling)
     floors, others = _floors(settings), _others(coupling, settings)
-    excluded = [name for name in others if name.startswith("--exclude")]
+    excluded = [name for name in others if name.startswith("`exclude=")]
     one = np.ones_like(step)
     if floors and fits(least(0.0, step, full)):
         return f"it can be met without {' and '.join(floors)}"
     if fits(least(0.0, one, full)):
-        return f"it can be met without {' and '.join((*floors, f'--align {settings.align}'))}, that is with --align 1"
+        return f"it can be met without {' and '.join((*floors, f'`align={settings.align}`'))}, that is with `align=1`"
     if excluded:
         return (
             f"{' and '.join(excluded)} keeps channels that could go; ask for more, or exclude less"
@@ -356,15 +356,15 @@ def _advice(
 def _floors(settings: Settings) -> tuple[str, ...]:
     """Options that say how much of every group stays."""
     asked = (
-        ("--floor", settings.floor, 0.0),
-        ("--limits", settings.limits, "none"),
-        ("--protect", settings.protect, 0.0),
+        ("floor", settings.floor, 0.0),
+        ("limits", settings.limits, "none"),
+        ("protect", settings.protect, 0.0),
     )
-    return tuple(f"{name} {value}" for name, value, unset in asked if value != unset)
+    return tuple(f"`{name}={value}`" for name, value, unset in asked if value != unset)
 
 
 def _others(coupling: Coupling, settings: Settings) -> tuple[str, ...]:
     """Other options that keep channels: the step of widths, and what was excluded."""
     excluded = dict.fromkeys(p.reason.removesuffix(" keeps it") for p in coupling.pinned if p.given)
-    align = (f"--align {settings.align}",) if settings.align not in ("auto", 1) else ()
-    return (*align, *(reason for reason in excluded if reason.startswith("--exclude")))
+    align = (f"`align={settings.align}`",) if settings.align not in ("auto", 1) else ()
+    return (*align, *(reason for reason in excluded if reason.startswith("`exclude=")))

@@ -29,20 +29,20 @@ from onnx_oamip.statistics.context import Collected
 def check(settings: Settings, scored: bool) -> None:
     """Raises SettingsError for settings that contradict rounds, or an alpha that nobody asks for."""
     if settings.alpha is not None and settings.importance != "nnrelief" and not scored:
-        raise SettingsError(f"--alpha is about --importance nnrelief, not {settings.importance}.")
+        raise SettingsError(f"`alpha` is about `importance=nnrelief`, not {settings.importance}.")
     if settings.sparse and settings.granularity != "connection":
         raise SettingsError(
-            "--sparse is about --granularity connection: units that go leave no zeros."
+            "`sparse` is about `granularity=connection`: units that go leave no zeros."
         )
     if settings.iterations == 1 or settings.granularity == "connection":
         return
     if scored:
-        raise SettingsError("--iterations scores the model anew each time; leave out --scores.")
+        raise SettingsError("`iterations` scores the model anew each time; leave out `scores`.")
     for name in ("latency", "max_drop", "threshold"):
         if getattr(settings, name) is not None:
             raise SettingsError(
-                f"--iterations approaches counted budgets, not --{name.replace('_', '-')}; give --macs, --params, "
-                "--size or --alpha."
+                f"`iterations` approaches counted budgets, not `{name}`; give `macs`, `params`, "
+                "`size` or `alpha`."
             )
 
 

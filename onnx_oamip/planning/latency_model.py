@@ -191,7 +191,7 @@ def fit(
 
 def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:
     """Coefficients >= 0 of ``target`` on ``columns``, each row weighted by 1 / ``scale``."""
-    from scipy.optimize import nnls  # brings much of scipy, for --latency alone
+    from scipy.optimize import nnls  # brings much of scipy, for a latency budget alone
 
     matrix = np.stack(columns, axis=1) / scale[:, None]
     size = np.maximum(np.abs(matrix).max(axis=0), 1e-300)

@@ -76,7 +76,7 @@ def constraints(context: Context, scores: Scores) -> Constraints:
             floor = np.maximum(floor, 1 - upper.shares)
             tightest = np.argsort(upper.shares, kind="stable")[:3]
             tight = ", ".join(f"{coupling.groups[g].name} {upper.shares[g]:.0%}" for g in tightest)
-            note = f"--limits {settings.limits} ({upper.criterion}): the least may go from {tight}"
+            note = f"`limits={settings.limits}` ({upper.criterion}): the least may go from {tight}"
             notes = (note,)
     return Constraints(floor, kept, notes)
 

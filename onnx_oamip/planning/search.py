@@ -236,7 +236,7 @@ def meets(budget: Budget, before: Cost, after: Cost) -> None:
     ):
         if share is not None and new > share * old:
             raise GateFailed(
-                f"the pruned model keeps {new / max(old, 1):.4f} of its {name}, more than --{name} {share}; "
+                f"the pruned model keeps {new / max(old, 1):.4f} of its {name}, more than `{name}={share}`; "
                 "nothing was written."
             )
 
@@ -294,7 +294,7 @@ def _latency(ready: Prepared, limit: allocation.Limits, share: float) -> Lineari
     met = [(measured, target) for target, measured in tried if measured <= share]
     if not met:
         raise BudgetNotMet(
-            f"the --latency budget cannot be met: the narrowest plan found still takes {min(m for _, m in tried):.2f} "
+            f"the `latency` budget cannot be met: the narrowest plan found still takes {min(m for _, m in tried):.2f} "
             f"of the original's time on {ready.device}, asked for {share}; most of the rest does not depend on widths."
         )
     return row(max(met)[1])
@@ -331,7 +331,7 @@ def _smallest(
     """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
     if ready.held is None:
         raise BudgetNotMet(
-            "--max-drop needs data to measure the drop on; give --data with enough samples, or --eval-data."
+            "`max_drop` needs data to measure the drop on; give `data` with enough samples, or `eval_data`."
         )
     original = answers(ready, ready.batch) or Session(ready.model.proto, ready.device)
     silent = replace(ready, progress=None)  # progress is that of the bisection
@@ -387,6 +387,6 @@ def drop(found: Verification) -> float:
     if found.output_relative_error is None:
         raise DataError(
             "no loss can be measured on the evaluation data: the model has no floating-point output that is not all "
-            "zero; give another budget than --max-drop."
+            "zero; give another budget than `max_drop`."
         )
     return 100 * found.output_relative_error

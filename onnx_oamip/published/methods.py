@@ -21,17 +21,17 @@ _DEPENDENCE: Requests = frozenset({MOMENTS, POOLED_ACTIVATIONS})
 
 NNRELIEF = Method(
     lazy_rule("onnx_oamip.published.nnrelief.score"),
-    "share of the absolute signal of what follows (see --alpha)",
+    "share of the absolute signal of what follows (see `alpha`)",
     frozenset({ABSOLUTE_ACTIVATIONS}),
 )
 SNACS = Method(
     lazy_rule("onnx_oamip.published.dependence.snacs"),
-    "conditional mutual information between layers by hashing, times weights (see --phi)",
+    "conditional mutual information between layers by hashing, times weights (see `phi`)",
     _DEPENDENCE,
 )
 MINT = Method(
     lazy_rule("onnx_oamip.published.dependence.mint"),
-    "experimental, mutual information between groups of filters by spanning trees (see --score-time)",
+    "experimental, mutual information between groups of filters by spanning trees (see `score_time`)",
     _DEPENDENCE,
 )
 CORRELATION = Method(

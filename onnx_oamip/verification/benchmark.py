@@ -104,6 +104,6 @@ def _feeds(
     size = len(first) if first.ndim else 1
     if batch is not None and size != batch:
         raise DataError(
-            f"--batch {batch} cannot be timed: {where} gives {size} samples at a time; leave --batch out."
+            f"`batch={batch}` cannot be timed: {where} gives {size} samples at a time; leave `batch` out."
         )
     return feeds, size

@@ -401,8 +401,8 @@ def test_where_nodes_are_added_a_slower_model_names_the_cut(
     (tmp_path / "model.onnx").write_bytes(build(text).SerializeToString())
     arrays = {"x": np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)}
     for exclude, said in (
-        ((), "try --exclude 'w0', where a cut adds nodes, "),
-        (("w0",), "try --align 8 or 16, "),
+        ((), "try `exclude='w0'`, where a cut adds nodes, "),
+        (("w0",), "try `align` 8 or 16, "),
     ):
         wanted = settings(macs=0.6, exclude=exclude)
         with pytest.raises(GateFailed, match=said):
@@ -413,7 +413,7 @@ def test_where_nodes_are_added_a_slower_model_names_the_cut(
 def test_a_budget_that_cannot_be_met(task: Path, exists: bool) -> None:
     if exists:
         (task / "out.onnx").write_bytes(b"what was there before")
-    with pytest.raises(BudgetNotMet, match="the --macs budget cannot be met") as caught:
+    with pytest.raises(BudgetNotMet, match="the `macs` budget cannot be met") as caught:
         _prune(task, macs=1e-6)
     assert caught.value.exit_code == 1
     if exists:
@@ -435,7 +435,7 @@ def test_a_model_in_which_nothing_can_go(tmp_path: Path) -> None:
 
 
 def test_everything_excluded(task: Path) -> None:
-    with pytest.raises(BudgetNotMet, match=r"--exclude 'w\*' keeps it"):
+    with pytest.raises(BudgetNotMet, match=r"`exclude='w\*'` keeps it"):
         _prune(task, exclude=("w*",))
     _untouched(task)
 
@@ -456,8 +456,8 @@ def test_settings_that_say_nothing(task: Path) -> None:
 @pytest.mark.parametrize(
     ("chosen", "part"),
     [
-        ({"importance": "activation"}, "--importance activation"),
-        ({"importance": "l2", "refit": "bias"}, "--refit bias"),
+        ({"importance": "activation"}, "`importance=activation`"),
+        ({"importance": "l2", "refit": "bias"}, "`refit=bias`"),
     ],
 )
 def test_data_is_asked_for_where_it_is_needed(

@@ -421,7 +421,7 @@ def test_strict_refuses_layers_that_stay(task: Path) -> None:
     )
     (task / "odd.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(
-        GateFailed, match=r"--strict: channels of \d layers cannot be removed: 'w1', because"
+        GateFailed, match=r"`strict`: channels of \d layers cannot be removed: 'w1', because"
     ):
         prune(task / "odd.onnx", task / "data.npz", task / "b.onnx", asked(strict=True))
     assert not (task / "b.onnx").exists()

@@ -106,7 +106,7 @@ def test_groups_may_be_excluded_later_but_not_come_back(tmp_path: Path) -> None:
     (group,) = (g for g in whole.groups if g.name == "w2")
     np.testing.assert_array_equal(found.values, values[group.units])
     save_scores(tmp_path / "s.npz", model, fewer, found, {})
-    with pytest.raises(DataError, match=r"no scores for the group 'w1'.*without --exclude\.$"):
+    with pytest.raises(DataError, match=r"no scores for the group 'w1'.*without `exclude`\.$"):
         load_scores(tmp_path / "s.npz", model, whole)
 
 
@@ -337,14 +337,14 @@ def test_with_scores_data_is_needed_by_the_rest_only(task: Path) -> None:
     model, source = task / "model.onnx", task / "data.npz"
     score(model, source, task / "s.npz", _settings(importance="activation"))
     prune(model, None, task / "a.onnx", _settings(macs=0.5, refit="none"), scores=task / "s.npz")
-    with pytest.raises(DataError, match=r"--refit bias needs calibration data"):
+    with pytest.raises(DataError, match=r"`refit=bias` needs calibration data"):
         prune(model, None, task / "b.onnx", _settings(macs=0.5), scores=task / "s.npz")
     with pytest.raises(OutputError, match="overwrite"):
         prune(model, None, task / "s.npz", _settings(macs=0.5, refit="none"), scores=task / "s.npz")
 
 
 def test_scoring_asks_for_data_where_the_method_does(task: Path) -> None:
-    with pytest.raises(DataError, match=r"--importance obs needs calibration data; give --data\.$"):
+    with pytest.raises(DataError, match=r"`importance=obs` needs calibration data; give `data`\.$"):
         score(task / "model.onnx", None, task / "s.npz", _settings())
     with pytest.raises(OutputError, match="overwrite"):
         score(task / "model.onnx", None, task / "model.onnx", _settings(importance="l2"))
@@ -361,7 +361,7 @@ def test_scores_by_constants_that_are_folded_need_data(
     model, source = task / "model.onnx", task / "data.npz"
     published = _settings(macs=0.5, refit="none", formulation="paper")
     score(model, None, task / "s.npz", _settings(importance="l1"))
-    with pytest.raises(DataError, match="give --data"):
+    with pytest.raises(DataError, match="give `data`"):
         prune(model, None, task / "a.onnx", published, scores=task / "s.npz")
     folded = prune(model, source, task / "a.onnx", published, scores=task / "s.npz")
     monkeypatch.undo()

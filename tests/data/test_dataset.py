@@ -187,7 +187,7 @@ def test_callable_may_return_a_list(model: Model, module: str) -> None:
     ],
 )
 def test_callables_that_do_not_work(model: Model, module: str, name: str, part: str) -> None:
-    _refused(f"{module}:{name}", model, f"--data {module}:{name}", part)
+    _refused(f"{module}:{name}", model, f"`data={module}:{name}`", part)
 
 
 def test_module_that_is_not_there(model: Model) -> None:

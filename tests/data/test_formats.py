@@ -113,11 +113,11 @@ def test_sizes(place: Path, tmp_path: Path, model: Model) -> None:
     assert stretched.shape == (1, 3, 10, 20)
     assert stretched[0, 0, 5, 10] > 150
     assert stretched[0, 0, 5, 1] < 50
-    _refused(tmp_path / "d", square, "leaves the images' size open; say it with --image-size")
+    _refused(tmp_path / "d", square, "leaves the images' size open; say it with `image_size`")
     _refused(
         tmp_path / "d",
         model,
-        "--image-size gives a width of 20, but the model's input 'x'",
+        "`image_size` gives a width of 20, but the model's input 'x'",
         size=(16, 20),
     )
     assert _load(tmp_path / "d", square, size=(20, 20)).labels is None
@@ -146,7 +146,7 @@ def test_folders_that_do_not_fit(tmp_path: Path, place: Path, model: Model) -> N
     _refused(
         tmp_path / "d",
         model,
-        "--image-mean has 2 values, but the input 'x' has 3 channels",
+        "`image_mean` has 2 values, but the input 'x' has 3 channels",
         mean=(0.1, 0.2),
     )
     flat = _model(place, "float[N,12] x", "float[12,3] w", "y = MatMul(x, w)")
@@ -190,7 +190,7 @@ def test_columns_of_lists_and_labels(tmp_path: Path, place: Path) -> None:
     _refused(
         tmp_path / "f.parquet",
         flat,
-        "several columns and none called 'x'; choose one of a, b with --column",
+        "several columns and none called 'x'; choose one of a, b with `column`",
     )
     _refused(tmp_path / "f.parquet", flat, "no column 'c'", column="c")
 

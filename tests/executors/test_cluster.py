@@ -271,7 +271,7 @@ def test_no_worker_is_left(local: Any, address: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cluster, "PATIENCE", 0.5)
     try:
         with pytest.raises(
-            EnvironmentMissing, match=r"no worker is left at --scheduler tcp://.* with [1-9] of 40"
+            EnvironmentMissing, match=r"no worker is left at `scheduler=tcp://.*, with [1-9] of 40"
         ):
             executor(scheduler=address).map(
                 pieces.rest, 0.05, list(range(40)), lambda *_: local.scale(0)
@@ -388,7 +388,7 @@ def test_a_worker_of_other_versions_that_comes_later(
 
 def test_workers_without_the_device(address: str) -> None:
     with pytest.raises(
-        EnvironmentMissing, match=r"the worker tcp://\S+ does not fit: --device cuda"
+        EnvironmentMissing, match=r"the worker tcp://\S+ does not fit: `device=cuda`"
     ):
         cluster.Cluster(address, "cuda").check()
 
@@ -404,7 +404,7 @@ def test_connections_have_nothing_for_a_cluster() -> None:
     settings = Settings.create(
         alpha=0.9, importance="nnrelief", granularity="connection", scheduler=NOWHERE
     )
-    with pytest.raises(SettingsError, match="leave out --scheduler"):
+    with pytest.raises(SettingsError, match="leave out `scheduler`"):
         pipeline.prune("model.onnx", "data.npz", None, settings)
 
 

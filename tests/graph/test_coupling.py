@@ -140,7 +140,7 @@ def test_without_a_group_all_else_is_as_it_was(net: str, pattern: str, tmp_path:
     added = fewer.pinned[len(coupling.pinned) :]
     assert fewer.pinned[: len(coupling.pinned)] == coupling.pinned
     expected = [
-        Pinned(*key, held * len(g.units), f"--exclude '{pattern}' keeps it", True)
+        Pinned(*key, held * len(g.units), f"`exclude='{pattern}'` keeps it", True)
         for g in coupling.groups
         if g.name not in names
         for key, held in g.multiplicity.items()
@@ -157,10 +157,10 @@ def test_the_pattern_that_took_a_group_is_told(tmp_path: Path) -> None:
     assert (fewer.groups, fewer.axes, fewer.consumers) == ((), {}, ())
     reasons = {(p.tensor, p.reason) for p in fewer.pinned[len(coupling.pinned) :]}
     assert reasons == {
-        ("w1", "--exclude 'w2' keeps it"),
-        ("w2", "--exclude 'w2' keeps it"),
-        ("w1", "--exclude 'w3' keeps it"),
-        ("w3", "--exclude 'w3' keeps it"),
+        ("w1", "`exclude='w2'` keeps it"),
+        ("w2", "`exclude='w2'` keeps it"),
+        ("w1", "`exclude='w3'` keeps it"),
+        ("w3", "`exclude='w3'` keeps it"),
     }
 
 

@@ -347,7 +347,7 @@ def test_pattern(name: str, tmp_path: Path) -> None:
     assert last.part == pattern.part
     assert len(document(found)) == len(found.terms)
     # What was assumed names the option that says otherwise.
-    assert all("--output" in t.assumption for t in found.terms if t.kind in ("ambiguous", "exact"))
+    assert all("`outputs=" in t.assumption for t in found.terms if t.kind in ("ambiguous", "exact"))
     assert all(t.assumption in found.notes for t in found.terms if t.assumption)
 
 
@@ -482,7 +482,7 @@ def test_integers_from_a_subgraph_are_compared_for_equality(tmp_path: Path) -> N
     found = detect(load(_branches(TensorProto.INT64, "ArgMax"), tmp_path))
     assert (only(found).kind, only(found).tensor) == ("exact", "y")
     assert "compared for equality" in found.notes[0]
-    assert "--output y=ignore" in found.notes[0]
+    assert "`outputs=y=ignore`" in found.notes[0]
 
 
 def test_a_long_chain_of_cheap_operators(tmp_path: Path) -> None:
@@ -592,19 +592,19 @@ def test_a_task_settles_what_is_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "outputs", "message"),
     [
-        (None, {"c": ("values", 1.0)}, "--output names 'c', but the outputs of .* are 'a', 'b'"),
+        (None, {"c": ("values", 1.0)}, "`outputs` names 'c', but the outputs of .* are 'a', 'b'"),
         (
             None,
             {"a": ("boxes", 1.0)},
-            "--output a=boxes: the kinds are classes, binary, values, embedding, ignore",
+            "`outputs=a=boxes`: the kinds are classes, binary, values, embedding, ignore",
         ),
-        (None, {"a": ("values", 0.0)}, "--output a=values:0: a weight is a number above 0"),
+        (None, {"a": ("values", 0.0)}, "`outputs=a=values:0`: a weight is a number above 0"),
         (None, {"a": ("values", float("nan"))}, "a weight is a number above 0"),
-        (None, {"b": ("classes", 1.0)}, "--output b=classes does not fit: 'b' has one column"),
-        (None, {"b": ("embedding", 1.0)}, "--output b=embedding does not fit: 'b' has one column"),
+        (None, {"b": ("classes", 1.0)}, "`outputs=b=classes` does not fit: 'b' has one column"),
+        (None, {"b": ("embedding", 1.0)}, "`outputs=b=embedding` does not fit: 'b' has one column"),
         (None, {"a": ("ignore", 1.0), "b": ("ignore", 1.0)}, "every output is ignored"),
-        ("ignore", {}, "--task ignore: the tasks are classes, binary, values, embedding"),
-        ("classes", {"a": ("ignore", 1.0)}, "--task classes does not fit: 'b' has one column"),
+        ("ignore", {}, "`task=ignore`: the tasks are classes, binary, values, embedding"),
+        ("classes", {"a": ("ignore", 1.0)}, "`task=classes` does not fit: 'b' has one column"),
     ],
 )
 def test_what_the_user_cannot_say(
@@ -626,6 +626,6 @@ def test_a_task_beside_known_outputs(tmp_path: Path) -> None:
     text = """(float[N, 6] x) => (float[] a, float[] b) <float[6, 3] wa, float[6, 2] wb>
         { l = MatMul(x, wa) m = MatMul(x, wb) a = Softmax(l) b = Sigmoid(m) }"""
     with pytest.raises(
-        SettingsError, match="which of the model's 2 outputs it is about; give --output"
+        SettingsError, match="which of the model's 2 outputs it is about; give `outputs`"
     ):
         detect(load(build(text), tmp_path), task="values")

@@ -362,7 +362,7 @@ def test_budget_that_cannot_be_met(coupled: tuple[Model, Coupling]) -> None:
     text = str(caught.value)
     assert caught.value.exit_code == 1
     assert "\n" not in text
-    assert text.startswith("the --macs budget cannot be met")
+    assert text.startswith("the `macs` budget cannot be met")
     # It says what binds and names groups by their weights.
     assert any(g.name in text for g in coupling.groups)
     lengths = ledger.lengths(np.ones(len(coupling.groups), np.int64))
@@ -370,7 +370,7 @@ def test_budget_that_cannot_be_met(coupled: tuple[Model, Coupling]) -> None:
     assert heaviest in text
     why = next(p.reason for p in coupling.pinned if p.count > 1)
     assert (
-        f"channels there cannot go, for example because {why}; the least that can be met is --macs 0.0"
+        f"channels there cannot go, for example because {why}; the least that can be met is `macs=0.0"
         in text
     )
     assert text.endswith("; ask for more or see 'onnx-oamip inspect'.")
@@ -570,7 +570,7 @@ def test_a_floor_of_its_own_for_every_group(tmp_path: Path) -> None:
         coupling, ledger, Scores("given", values), limit, wanted, steps, floor=np.array([0.1, 0.9])
     )
     assert plan.widths[1] >= 72
-    with pytest.raises(BudgetNotMet, match=r"it can be met without --floor 0\.1\.$"):
+    with pytest.raises(BudgetNotMet, match=r"it can be met without `floor=0\.1`\.$"):
         allocation.allocate(
             coupling,
             ledger,
@@ -665,7 +665,7 @@ def test_excluded_groups_stay(tmp_path: Path) -> None:
     fewer = exclude(model, coupling, ["w2"])
     assert [g.name for g in fewer.groups] == ["w5"]
     assert fewer.n_units == coupling.n_units - 40 - 48
-    assert {(p.tensor, p.axis) for p in fewer.pinned if p.reason == "--exclude 'w2' keeps it"} >= {
+    assert {(p.tensor, p.axis) for p in fewer.pinned if p.reason == "`exclude='w2'` keeps it"} >= {
         ("w2", 0),
         ("w2", 1),
     }
@@ -704,17 +704,17 @@ def test_exclude_that_matches_nothing(tmp_path: Path, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("values", "name"),
     [
-        ({"macs": 0}, "--macs"),
-        ({"macs": 1.5}, "--macs"),
-        ({"params": -0.1}, "--params"),
-        ({"size": float("nan")}, "--size"),
-        ({"threshold": -1}, "--threshold"),
-        ({"align": 0}, "--align"),
-        ({"allocate": "somehow"}, "--allocate"),
-        ({"refit": "magic"}, "--refit"),
-        ({"batch_size": 0}, "--batch-size"),
-        ({"seed": -1}, "--seed"),
-        ({"no_such_setting": 1}, "--no-such-setting"),
+        ({"macs": 0}, "`macs`"),
+        ({"macs": 1.5}, "`macs`"),
+        ({"params": -0.1}, "`params`"),
+        ({"size": float("nan")}, "`size`"),
+        ({"threshold": -1}, "`threshold`"),
+        ({"align": 0}, "`align`"),
+        ({"allocate": "somehow"}, "`allocate`"),
+        ({"refit": "magic"}, "`refit`"),
+        ({"batch_size": 0}, "`batch_size`"),
+        ({"seed": -1}, "`seed`"),
+        ({"no_such_setting": 1}, "`no_such_setting`"),
     ],
 )
 def test_settings_out_of_range(values: dict[str, object], name: str) -> None:

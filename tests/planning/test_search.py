@@ -406,7 +406,7 @@ def test_max_drop_beside_other_budgets(few_rows: None) -> None:
 
 def test_max_drop_asks_for_data(tmp_path: Path) -> None:
     ready = replace(small(CNN, tmp_path, max_drop=1.0, macs=None), held=None)
-    with pytest.raises(BudgetNotMet, match="--eval-data"):
+    with pytest.raises(BudgetNotMet, match="`eval_data`"):
         search.search(ready)
 
 

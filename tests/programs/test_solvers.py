@@ -401,7 +401,7 @@ def test_too_large_for_the_licence(size_limited: None) -> None:
     program = knapsack(2001)
     with pytest.raises(
         SolverError,
-        match=r"2,001 variables and 1 rows.*2,000 variables.*full licence.*--solver highs",
+        match=r"2,001 variables and 1 rows.*2,000 variables.*full licence.*`solver=highs`",
     ):
         solvers.solve(program, Limits(), "gurobi")
     heard: list[str] = []
@@ -434,7 +434,7 @@ def test_a_program_that_only_grows_too_large_by_cuts_moves_on(size_limited: None
 
 def test_gurobi_itself_refuses(size_limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where our own count were wrong, the solver's refusal is still one sentence."""
-    with pytest.raises(SolverError, match=r"2,001 variables.*--solver highs"):
+    with pytest.raises(SolverError, match=r"2,001 variables.*`solver=highs`"):
         solvers.gurobi.solve(knapsack(2001), Limits())
 
 
@@ -465,7 +465,7 @@ def test_without_a_licence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solvers, "BACKENDS", broken)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert solvers.solve(knapsack(5), EXACT).solver == "highs"
-    with pytest.raises(SolverError, match=r"no usable licence.*full licence.*--solver highs"):
+    with pytest.raises(SolverError, match=r"no usable licence.*full licence.*`solver=highs`"):
         solvers.solve(knapsack(5), EXACT, "gurobi")
 
 

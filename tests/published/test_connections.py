@@ -191,7 +191,7 @@ def test_a_share_of_connections(tmp_path: Path, allocate: str) -> None:
 
 def test_a_share_below_what_every_unit_keeps(tmp_path: Path) -> None:
     folder(tmp_path)
-    with pytest.raises(BudgetNotMet, match=r"--params 0\.001 cannot be met"):
+    with pytest.raises(BudgetNotMet, match=r"`params=0\.001` cannot be met"):
         run(tmp_path, params=0.001, allocate="uniform")
     assert not (tmp_path / "out.onnx").exists()
 

@@ -207,7 +207,7 @@ def test_without_labels_agreement_counts(data: Path, tmp_path: Path) -> None:
 
 
 def test_too_few_values_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(GateFailed, match=r"points are lost on .*, more than --max-drop 0\.1"):
+    with pytest.raises(GateFailed, match=r"points are lost on .*, more than `max_drop=0\.1`"):
         pack(LENET, tmp_path / "out.oamip", data=data, clusters=2, max_drop=0.1)
     assert list(tmp_path.iterdir()) == []
     found = pack(LENET, tmp_path / "out.oamip", data=data, clusters=2, max_drop=90)

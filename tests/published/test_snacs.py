@@ -467,7 +467,7 @@ def test_a_budget_that_the_limits_do_not_allow_says_so(tmp_path: Path) -> None:
         "align": 1,
         "device": "cpu",
     }
-    with pytest.raises(BudgetNotMet, match="it can be met without --limits snacs"):
+    with pytest.raises(BudgetNotMet, match="it can be met without `limits=snacs`"):
         _allocated(pipeline.prepare(model.path, arrays, Settings.create(**wish, limits="snacs")))
 
 
@@ -522,7 +522,7 @@ def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None
         macs=0.7, allocate="uniform", refit="none", importance="l2", limits="snacs", device="cpu"
     )
     ready = pipeline.prepare(model.path, unlabelled, wish)
-    (note,) = [n for n in ready.scores.notes if "--limits" in n]
+    (note,) = [n for n in ready.scores.notes if "`limits=" in n]
     assert "no labels" in note
     assert "CKA" in note
     assert (ready.constraints.floor > 0).all()
@@ -643,7 +643,7 @@ def test_limits_need_data(tmp_path: Path) -> None:
     wish = Settings.create(
         macs=0.7, allocate="uniform", refit="none", importance="l2", limits="snacs"
     )
-    with pytest.raises(DataError, match="--limits snacs needs calibration data"):
+    with pytest.raises(DataError, match="`limits=snacs` needs calibration data"):
         pipeline.prune(model.path, None, None, wish)
 
 

@@ -347,7 +347,7 @@ def _no_licence(task: Path, stage: Stage) -> None:
             try:
                 if solver == "gurobi":
                     with pytest.raises(
-                        SolverError, match=r"No Gurobi license found.*--solver highs"
+                        SolverError, match=r"No Gurobi license found.*`solver=highs`"
                     ):
                         go(task, solver=solver, **stage.values)
                     assert nothing_happened(task)
@@ -974,7 +974,7 @@ def test_what_highs_throws_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(highspy, "Highs", Thrown)
     program = knapsack(5)
-    with pytest.raises(SolverError, match=r"HiGHS failed: std::bad_alloc; try --solver gurobi\."):
+    with pytest.raises(SolverError, match=r"HiGHS failed: std::bad_alloc; try `solver=gurobi`\."):
         solvers.solve(program, Limits(), "highs")
 
 

@@ -110,7 +110,7 @@ def test_squares_that_overflow_are_summed_again(tmp_path: Path) -> None:
 
 
 def test_bounds_beyond_solvers_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SolverError, match=r"beyond what solvers resolve; use --mode decoupled"):
+    with pytest.raises(SolverError, match=r"beyond what solvers resolve; use `mode=decoupled`"):
         go(
             tmp_path,
             IMAGES,
@@ -125,10 +125,10 @@ def test_bounds_beyond_solvers_are_refused(tmp_path: Path) -> None:
 
 def test_a_budget_out_of_reach_names_what_binds(tmp_path: Path) -> None:
     with pytest.raises(
-        BudgetNotMet, match=r"--macs budget cannot be met.*w1.*most MACs then are in"
+        BudgetNotMet, match=r"`macs` budget cannot be met.*w1.*most MACs then are in"
     ):
         go(tmp_path, IMAGES, macs=0.001)
-    with pytest.raises(BudgetNotMet, match="without --floor"):
+    with pytest.raises(BudgetNotMet, match="without `floor="):
         go(tmp_path, IMAGES, macs=0.3, floor=0.9)
 
 
@@ -462,7 +462,7 @@ def test_no_sample_is_classified_as_labelled(tmp_path: Path, told: Callable[...,
     found = told(build(TEXT), arrays, "--importance", "oamip", "--mode", "joint")
     assert found.code == 2
     assert (
-        "no calibration sample is classified as its label says; use --mode decoupled" in found.error
+        "no calibration sample is classified as its label says; use `mode=decoupled`" in found.error
     )
 
 

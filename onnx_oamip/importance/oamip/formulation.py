@@ -99,7 +99,7 @@ def formulate(
 def _beyond(size: float, where: str) -> str:
     return (
         f"bounds of the importance program reach {size:.1e} at {where}, beyond what solvers resolve; "
-        "use --mode decoupled."
+        "use `mode=decoupled`."
     )
 
 

@@ -193,4 +193,4 @@ def extent(model: Model, coupling: Coupling, images: Images, form: Form) -> int:
 def nothing_encodable(found: Region) -> str:
     reasons = list(dict.fromkeys(found.outside.values()))
     listed = "; ".join(reasons[:3])
-    return f"no unit can be scored by the joint program: {listed}; use --mode decoupled, or another --importance."
+    return f"no unit can be scored by the joint program: {listed}; use `mode=decoupled`, or another `importance`."

@@ -89,7 +89,7 @@ def _programs(
     size = extent(model, coupling, images, Form(settings.formulation))
     if size > LARGEST:
         raise SettingsError(
-            f"--mode {mode} is over {size:,} activations behind a gate, more than {LARGEST:,}; use --mode decoupled."
+            f"`mode={mode}` is over {size:,} activations behind a gate, more than {LARGEST:,}; use `mode=decoupled`."
         )
     cheap = _rank(activation.score(model, coupling, statistics, settings).values)
     notes = list(images.notes)
@@ -99,7 +99,7 @@ def _programs(
     outside: dict[int, str] = {}
     for part in parts:
         with memory_for(
-            f"the {mode} importance program", "use --mode decoupled, or fewer --images-per-class"
+            f"the {mode} importance program", "use `mode=decoupled`, or fewer `images_per_class`"
         ):
             formulation, outcome = program(model, coupling, part, settings, cheap)
         values[formulation.units] += outcome.keep / len(parts)
@@ -113,7 +113,7 @@ def _programs(
             kept = "all units kept" if (outcome.keep > 1 - 1e-6).all() else "its best point"
             notes.append(
                 f"the {mode} program ended with {width} after {outcome.record['seconds']:.0f} s, so its scores are "
-                f"those of {kept}; give it more --time-limit, or take --relax, fewer images or --mode decoupled"
+                f"those of {kept}; give it more `time_limit`, or take `relax`, fewer images or `mode=decoupled`"
             )
     values = (1 - TIE) * values + TIE * cheap
     if outside:
@@ -167,7 +167,7 @@ def _mode(
     """(mode, why it was chosen; empty where it was asked for)."""
     if settings.formulation == "paper" and settings.score_budget is not None:
         raise SettingsError(
-            "--score-budget needs --formulation exact: the published objective has no budget."
+            "`score_budget` needs `formulation=exact`: the published objective has no budget."
         )
     if settings.mode != "auto":
         return settings.mode, ""
@@ -192,10 +192,10 @@ def _images(statistics: Statistics) -> Images:
     images = statistics[CLASS_SAMPLES]
     if images is None:
         raise SettingsError(
-            "--importance oamip needs a classifier, with an output of shape (samples, classes); use --mode decoupled."
+            "`importance=oamip` needs a classifier, with an output of shape (samples, classes); use `mode=decoupled`."
         )
     if not images.activations:
-        raise SettingsError(f"{_nothing(images)}; use --mode decoupled.")
+        raise SettingsError(f"{_nothing(images)}; use `mode=decoupled`.")
     return images
 
 

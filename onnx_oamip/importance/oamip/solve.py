@@ -114,11 +114,11 @@ def optimise(
         if end.solution.bound is not None:
             bound = max(bound, end.solution.bound)
         if end.solution.termination is Termination.INFEASIBLE:
-            raise SolverError("the importance program has no solution; widen --score-budget.")
+            raise SolverError("the importance program has no solution; widen `score_budget`.")
     assert end is not None
     best = separation.best
     if best.values is None:
-        raise SolverError("the importance program has no solution yet; give it more --time-limit.")
+        raise SolverError("the importance program has no solution yet; give it more `time_limit`.")
     bound = min(bound, best.objective)
     gap = relative_gap(best.objective, bound) if np.isfinite(bound) else np.inf
     record = {

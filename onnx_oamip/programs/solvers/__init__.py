@@ -190,12 +190,12 @@ def _choose(
         backend = BACKENDS.get(solver)
         if backend is None:
             raise SettingsError(
-                f"--solver '{solver}' is unknown; choose one of auto, {', '.join(BACKENDS)}."
+                f"`solver='{solver}'` is unknown; choose one of auto, {', '.join(BACKENDS)}."
             )
         obstacle = _obstacle(backend, program)
         if obstacle:
             raise SolverError(
-                f"--solver {solver} cannot be used: {obstacle}; {_ways_out(backend)}."
+                f"`solver={solver}` cannot be used: {obstacle}; {_ways_out(backend)}."
             )
         return backend, "as asked"
     passed: list[str] = []
@@ -207,7 +207,7 @@ def _choose(
                 notify(f"solving with {backend.name}: {'; '.join(passed)}.")
             return backend, reason
         passed.append(obstacle)
-    way = "try another --time-limit" if failed else "install one with pip install highspy"
+    way = "try another `time_limit`" if failed else "install one with pip install highspy"
     raise SolverError(f"no solver can be used: {'; '.join(passed)}; {way}.")
 
 
@@ -231,5 +231,5 @@ def _obstacle(backend: Backend, program: Program) -> str | None:
 
 def _ways_out(backend: Backend) -> str:
     if importlib.util.find_spec(backend.package) is None:
-        return f"install it with pip install {backend.package}, or use another --solver"
+        return f"install it with pip install {backend.package}, or use another `solver`"
     return gurobi.WAYS_OUT if backend.name == gurobi.NAME else f"reinstall {backend.package}"

@@ -37,7 +37,7 @@ NAME = "gurobi"
 SMALL = 2000
 """Variables and rows that the licence inside the wheel takes (gurobipy's own project page)."""
 ABSOLUTE_GAP = 1e-9
-WAYS_OUT = "install a full licence (https://www.gurobi.com), or use --solver highs"
+WAYS_OUT = "install a full licence (https://www.gurobi.com), or use `solver=highs`"
 _LIMITS = {
     "ITERATION_LIMIT": Limit.ITERATION,
     "NODE_LIMIT": Limit.NODE,
@@ -90,7 +90,7 @@ def solve(program: Program, limits: Limits) -> Solution:
             ) from error
         licence.cache_clear()  # it may be gone: whoever chooses a solver next looks again
         raise SolverError(
-            f"Gurobi failed: {str(error).rstrip('.')}; try --solver highs."
+            f"Gurobi failed: {str(error).rstrip('.')}; try `solver=highs`."
         ) from error
 
 
@@ -160,7 +160,7 @@ def _read(
         return solution(program, NAME, time.perf_counter() - began, ended)
     limit = _LIMITS.get(status)
     if limit is None or (limit is Limit.NUMERIC and values is None):
-        raise SolverError(f"Gurobi ended with status {status}; try --solver highs.")
+        raise SolverError(f"Gurobi ended with status {status}; try `solver=highs`.")
     ended = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
     return solution(program, NAME, time.perf_counter() - began, ended, limit, values, bound)
 

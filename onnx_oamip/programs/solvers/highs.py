@@ -94,7 +94,7 @@ def solve(program: Program, limits: Limits) -> Solution:
         return solution(program, NAME, time.perf_counter() - began, which(program, limits, solve))
     limit = _LIMITS.get(status)
     if limit is None or (limit is Limit.NUMERIC and values is None):
-        raise SolverError(f"HiGHS ended with status {status}; try --solver gurobi.")
+        raise SolverError(f"HiGHS ended with status {status}; try `solver=gurobi`.")
     ended = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
     return solution(program, NAME, seconds, ended, limit, values, bound)
 
@@ -173,7 +173,7 @@ def _run(highs: Any) -> None:
         worker.join(5)
     if failed:
         what = str(failed[0]).rstrip(".") or type(failed[0]).__name__
-        raise SolverError(f"HiGHS failed: {what}; try --solver gurobi.") from failed[0]
+        raise SolverError(f"HiGHS failed: {what}; try `solver=gurobi`.") from failed[0]
 
 
 def _highspy() -> Any:

@@ -96,7 +96,7 @@ def _notes(
     if not none and not fewer:
         return ()
     note = (
-        f"--score-time {seconds:g} ran out: of {len(every)} pairs of layers {none} were not reached and are scored by "
+        f"`score_time={seconds:g}` ran out: of {len(every)} pairs of layers {none} were not reached and are scored by "
         f"partial correlation, {fewer} have fewer than {SPLITS} estimates; the result depends on the machine's speed"
     )
     return (note,)

@@ -51,7 +51,7 @@ def check() -> None:
     Raises:
         EnvironmentMissing: It is not.
     """
-    with imports_of("pack", "--limits snacs"):
+    with imports_of("pack", "`limits=snacs`"):
         import sklearn.svm  # noqa: F401
 
 

@@ -40,8 +40,8 @@ DROP_TRIES = 7
 LEAST_SHARE = 1e-3
 """Share of connections that the search for the largest drop starts from."""
 DENSE = (
-    "zeros are stored and multiplied like other weights: this model is no faster; --sparse makes the file smaller, and "
-    "prune --importance nnrelief --alpha 1 takes out units that are left without a connection"
+    "zeros are stored and multiplied like other weights: this model is no faster; `sparse` makes the file smaller, and "
+    "prune with `importance=nnrelief` and `alpha=1` takes out units that are left without a connection"
 )
 
 
@@ -63,21 +63,21 @@ def check(settings: Settings, scored: bool = False) -> None:
     """Raises SettingsError for settings that say nothing about connections; ``scored``: there are scores already."""
     if scored:
         raise SettingsError(
-            "--scores holds scores of units, and --granularity connection scores connections anew."
+            "`scores` holds scores of units, and `granularity=connection` scores connections anew."
         )
     if settings.importance != "nnrelief":
         raise SettingsError(
-            f"--granularity connection needs --importance nnrelief, not {settings.importance}: the others score units."
+            f"`granularity=connection` needs `importance=nnrelief`, not {settings.importance}: the others score units."
         )
     if settings.scheduler is not None:
         raise SettingsError(
-            "--granularity connection has nothing to do for a cluster; leave out --scheduler."
+            "`granularity=connection` has nothing to do for a cluster; leave out `scheduler`."
         )
     for name in ("macs", "size", "latency", "threshold"):
         if getattr(settings, name) is not None:
             raise SettingsError(
-                f"--{name} is about units, and --granularity connection keeps them all; give --alpha, --params or "
-                "--max-drop."
+                f"`{name}` is about units, and `granularity=connection` keeps them all; give `alpha`, `params` or "
+                "`max_drop`."
             )
     constraints = {
         "limits": settings.limits != "none",
@@ -87,16 +87,16 @@ def check(settings: Settings, scored: bool = False) -> None:
     for name, given in constraints.items():
         if given:
             raise SettingsError(
-                f"--{name} is about units, and --granularity connection keeps them all; leave it out, or name layers "
-                "that keep all connections with --exclude."
+                f"`{name}` is about units, and `granularity=connection` keeps them all; leave it out, or name layers "
+                "that keep all connections with `exclude`."
             )
     asked = [
         name for name in ("alpha", "params", "max_drop") if getattr(settings, name) is not None
     ]
     if len(asked) > 1:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
+        names = " and ".join(f"`{name}`" for name in asked)
         raise SettingsError(
-            f"--granularity connection takes one of --alpha, --params and --max-drop, not {names}."
+            f"`granularity=connection` takes one of `alpha`, `params` and `max_drop`, not {names}."
         )
 
 

@@ -144,8 +144,8 @@ class Bench:
                 self.progress("round", i, settings.iterations)
         if share is not None and _count(state) > share * self.total:
             raise BudgetNotMet(
-                f"--params {share:g} cannot be met: {_count(state) / self.total:.4f} of the connections are left "
-                "at the least; ask for more, or for more --iterations."
+                f"`params={share:g}` cannot be met: {_count(state) / self.total:.4f} of the connections are left "
+                "at the least; ask for more, or for more `iterations`."
             )
         notes = self.notes
         if selection.uncut:

@@ -79,7 +79,7 @@ class Judge:
         if found.agreement is None and found.output_relative_error is None:
             raise DataError(
                 f"no output of {self.model.path} is a float that is not zero on {self.held.source}, so that what is "
-                "lost cannot be measured; give --clusters without --data, or leave both out to lose nothing."
+                "lost cannot be measured; give `clusters` without `data`, or leave both out to lose nothing."
             )
         return search.drop(found)
 

@@ -50,7 +50,7 @@ class Codebook:
 
 def check() -> None:
     """Raise EnvironmentMissing where the extra ``pack``, for k-means, is not installed."""
-    with imports_of("pack", "sharing weights (--data, --clusters or --bits)"):
+    with imports_of("pack", "sharing weights (`data` or `clusters`)"):
         import sklearn.cluster  # noqa: F401
 
 

@@ -232,20 +232,20 @@ def _check(
 ) -> None:
     """Settings that contradict each other."""
     asked = {
-        "--clusters or --bits": clusters,
-        "--data": data,
-        "--eval-data": eval_data,
-        "--max-drop": max_drop,
+        "`clusters`": clusters,
+        "`data`": data,
+        "`eval_data`": eval_data,
+        "`max_drop`": max_drop,
     }
     for name, value in asked.items():
         if lossless and value is not None:
             raise SettingsError(
-                f"--lossless keeps every bit, which leaves {name} nothing to say; leave one out."
+                f"`lossless` keeps every bit, which leaves {name} nothing to say; leave one out."
             )
-        if name in ("--eval-data", "--max-drop") and value is not None and data is None:
-            raise DataError(f"{name} is about what is measured on samples; give --data as well.")
+        if name in ("`eval_data`", "`max_drop`") and value is not None and data is None:
+            raise DataError(f"{name} is about what is measured on samples; give `data` as well.")
     if clusters is not None and not 2 <= clusters <= coding.CODEBOOK:
-        raise SettingsError(f"--clusters is {clusters}: it should be from 2 to {coding.CODEBOOK}.")
+        raise SettingsError(f"`clusters` is {clusters}: it should be from 2 to {coding.CODEBOOK}.")
 
 
 def _judge(
@@ -284,8 +284,8 @@ def _within(judge: Judge, values: Mapping[Place, Floats], points: float) -> Veri
     found = judge.measure(allocation.shared(judge.files, values), judge.held)
     if not (lost := judge.lost(found)) <= points:
         raise GateFailed(
-            f"with this many shared values {lost:.2f} points are lost on {judge.held.source}, more than --max-drop "
-            f"{points:g}; nothing was written; give more --clusters, or leave it out to have it chosen."
+            f"with this many shared values {lost:.2f} points are lost on {judge.held.source}, more than "
+            f"`max_drop={points:g}`; nothing was written; give more `clusters`, or leave it out to have it chosen."
         )
     return found
 

@@ -201,7 +201,7 @@ def test_auto_is_decoupled_where_it_must(
     ("text", "reason"),
     [
         (NO_HEAD, "needs a classifier"),
-        (NO_FORM, r"Tanh 'Tanh_3' has no form.*--mode decoupled"),
+        (NO_FORM, r"Tanh 'Tanh_3' has no form.*`mode=decoupled`"),
     ],
     ids=["no-head", "no-form"],
 )
@@ -213,20 +213,20 @@ def test_joint_where_it_cannot_be_had(tmp_path: Path, text: str, reason: str) ->
 def test_joint_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "LARGEST", 10)
     with pytest.raises(
-        SettingsError, match="activations behind a gate, more than 10; use --mode decoupled"
+        SettingsError, match="activations behind a gate, more than 10; use `mode=decoupled`"
     ):
         _score(MLP, tmp_path, mode="joint")
 
 
 def test_a_budget_has_no_published_form(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--score-budget needs --formulation exact"):
+    with pytest.raises(SettingsError, match="`score_budget` needs `formulation=exact`"):
         _score(MLP, tmp_path, mode="joint", formulation="paper", score_budget=0.5)
 
 
 def test_bounds_beyond_arithmetic_are_refused(tmp_path: Path) -> None:
     text = MLP.replace("b = Gemm(h, w2, b2)", "g = Mul(h, much) b = Gemm(g, w2, b2)")
     text = text.replace("float[4] b3>", "float[4] b3, float much = {1e8}>")
-    with pytest.raises(SolverError, match="beyond what solvers resolve; use --mode decoupled"):
+    with pytest.raises(SolverError, match="beyond what solvers resolve; use `mode=decoupled`"):
         _score(text, tmp_path, mode="joint")
 
 
@@ -258,7 +258,7 @@ def test_over_the_small_licence(tmp_path: Path, solver: str) -> None:
     )
     if solver == "gurobi":
         with pytest.raises(
-            SolverError, match=r"over the gurobi licence found here.*--solver highs"
+            SolverError, match=r"over the gurobi licence found here.*`solver=highs`"
         ):
             _score(text, tmp_path, mode="joint", formulation="paper", solver=solver)
         return

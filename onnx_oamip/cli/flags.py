@@ -1,0 +1,67 @@
+"""Options in messages: the modules below name parameters, the command line names its own options.
+
+A message holds the name of a parameter in backticks, with its value where that matters. The command line shows
+`importance=obs` as --importance obs, and `eval_data` as --eval-data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+_PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
+_MESSAGES = frozenset({"licence", "notes", "reason"})
+"""Keys of documents whose values are sentences."""
+
+
+class Flags:
+    """The options of a group of commands, by the names of the parameters that they set."""
+
+    def __init__(self, group: click.Group) -> None:
+        self._by_parameter = dict(_long_names(group))
+
+    @classmethod
+    def of_context(cls, ctx: click.Context | None = None) -> Flags:
+        """The options of all commands of the program that runs; ``ctx`` is the current context by default."""
+        group = (ctx or click.get_current_context()).find_root().command
+        assert isinstance(group, click.Group)
+        return cls(group)
+
+    def in_text(self, text: str) -> str:
+        """Return a text with options in place of parameters; backticks around other words stay."""
+        return _PARAMETER.sub(self._flag, text)
+
+    def in_document(self, value: Any) -> Any:
+        """Return a JSON document with options in place of parameters in its messages."""
+        if isinstance(value, dict):
+            return {
+                key: self._in_messages(item) if key in _MESSAGES else self.in_document(item)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self.in_document(item) for item in value]
+        return value
+
+    def _in_messages(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._in_messages(item) for item in value]
+        return self.in_text(value) if isinstance(value, str) else self.in_document(value)
+
+    def _flag(self, match: re.Match[str]) -> str:
+        name, value = match.groups()
+        flag = self._by_parameter.get(name)
+        if flag is None:
+            return match[0]
+        return flag if value is None else f"{flag} {value}"
+
+
+def _long_names(group: click.Group) -> Iterator[tuple[str, str]]:
+    """(name of a parameter, option) of every option of every command."""
+    for command in group.commands.values():
+        for parameter in command.params:
+            for option in parameter.opts:
+                if isinstance(parameter, click.Option) and option.startswith("--"):
+                    yield option[2:].replace("-", "_"), option
