@@ -797,8 +797,8 @@ def test_folders_aside_of_others_are_left_alone(tmp_path: Path) -> None:
 
 def test_temporary_weights_go_with_the_process(tmp_path: Path) -> None:
     code = (
-        "import numpy as np\nfrom onnx_oamip import weights\n"
-        "weights.tensor(np.zeros(1 << 19), 'w', True)\nimport os, sys\n"
+        "import numpy as np\nfrom onnx_oamip.graph import external_data\n"
+        "external_data.tensor(np.zeros(1 << 19), 'w', True)\nimport os, sys\n"
         "print(len(os.listdir(os.environ['TMPDIR'])))\n"
     )
     found = subprocess.run(
@@ -983,8 +983,9 @@ def test_what_highs_throws_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 STUCK = """
 import hashlib, sys, threading
 from pathlib import Path
-from onnx_oamip import calibrate, sensitivity
 from onnx_oamip.cli import main
+from onnx_oamip.planning import sensitivity
+from onnx_oamip.statistics import calibration
 
 def stuck(*_, **__):
     Path(sys.argv[2]).touch()
@@ -993,7 +994,7 @@ def stuck(*_, **__):
 if sys.argv[1] == "thread":
     sensitivity._Part.losses = stuck
 else:
-    calibrate.collect = stuck
+    calibration.collect = stuck
 sys.exit(main(sys.argv[3:]))
 """
 

@@ -38,8 +38,9 @@ CLOCKED = ("seconds", "passes", *STAGES, "other stages", GATE, "peak MiB added")
 EXPONENTS = ("varied", "seconds", *STAGES, "peak MiB added")
 ONE = """
 import json, sys
-from onnx_oamip import latency, pipeline
-from onnx_oamip.settings import Settings
+from onnx_oamip.api import pipeline
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.verification import latency
 from tools.bench.speed import plain_pass
 latency.resolve_device("cpu")  # imports the runtime
 latency._forget_peak()

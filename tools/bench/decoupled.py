@@ -37,8 +37,8 @@ CLOCKED = ("seconds", "of that programs", "slowest group", "peak MiB")
 REFITS = ("none", "least-squares")
 ONE = """
 import json, resource, sys, time
-from onnx_oamip import pipeline
-from onnx_oamip.settings import Settings
+from onnx_oamip.api import pipeline
+from onnx_oamip.core.settings import Settings
 model, data, out, refit, seed = sys.argv[1:]
 began = time.perf_counter()
 settings = Settings.create(importance="oamip", mode="decoupled", refit=refit, seed=int(seed))
