@@ -17,7 +17,7 @@ def table() -> str:
     rows: dict[tuple[str, tuple[bool, ...]], list[str]] = {}
     for spec in REGISTRY:
         family = spec.channels.__module__.rsplit(".", 1)[-1]
-        has = (True, spec.repair is not None, spec.cost is not None, spec.encode is not None)
+        has = (True, spec.edit.repair is not None, spec.cost is not None, spec.encode is not None)
         rows.setdefault((family, has), []).append(_name(spec))
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for (_, has), names in rows.items():

@@ -210,10 +210,10 @@ def restored(model: Model, coupling: Coupling) -> list[Restored]:
     for consumer in (*coupling.consumers, *coupling.inside):
         node, axis = known[consumer.node], (consumer.data, consumer.axis)
         spec = lookup(node.domain, node.op, node.version)
-        if consumer.weight is not None or spec is None or spec.repair is None:
+        if consumer.weight is not None or spec is None or spec.edit.repair is None:
             continue
         with trusting(node):
-            edit = spec.repair(node, _Cut(model, axis))
+            edit = spec.edit.repair(node, _Cut(model, axis))
         shape = model.shapes[consumer.data]
         if edit.spread is not None and present.spread(node, edit.spread, edit.ordered) is None:
             every = np.ones(shape[consumer.axis], bool)

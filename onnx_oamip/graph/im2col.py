@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_oamip.core.records import Array, Floats, Ints
-from onnx_oamip.graph.linear_layers import Site
 from onnx_oamip.graph.ops import taps
+from onnx_oamip.graph.ops.matrix_view import Site
 
 
 def row_count(site: Site, output: tuple[int, ...]) -> int:

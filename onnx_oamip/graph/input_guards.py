@@ -15,6 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorPro
 
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.graph import external_data, subgraphs
+from onnx_oamip.graph.ops import kinds
 
 UNKNOWN_MEMORY = 1 << 34
 """Taken for the memory of a machine that does not tell."""
@@ -28,32 +29,6 @@ SPARSE = 256
 """Times its file that a constant which is stored sparsely may take."""
 WIDTH = 8
 """Bytes of an element, at most."""
-GROWING = frozenset(
-    {
-        "ConstantOfShape",
-        "Expand",
-        "Tile",
-        "Range",
-        "Pad",
-        "Resize",
-        "Upsample",
-        "OneHot",
-        "Loop",
-        "Scan",
-        "EyeLike",
-        "ConvTranspose",
-        "MaxUnpool",
-        "CenterCropPad",
-        "Col2Im",
-        "BlackmanWindow",
-        "HannWindow",
-        "HammingWindow",
-        "DFT",
-        "MelWeightMatrix",
-        "TfIdfVectorizer",
-    }
-)
-"""Operators whose result is as large as a value says."""
 
 
 def memory() -> int:
@@ -120,10 +95,7 @@ def inferred(proto: ModelProto) -> GraphProto:
     """
     plain = onnx.shape_inference.infer_shapes(proto).graph
     filled = {
-        n
-        for node in subgraphs.nodes(plain)
-        if node.op_type == "ConstantOfShape"
-        for n in node.output
+        n for node in subgraphs.nodes(plain) if node.op_type in kinds.FILL for n in node.output
     }
     whole = {TensorProto.INT64, TensorProto.INT32}
     for graph in subgraphs.graphs(plain):
@@ -160,7 +132,7 @@ def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]
     waits = False
     for node in candidates:
         for name in node.output:
-            open_size = node.op_type in GROWING and name not in sizes
+            open_size = node.op_type in kinds.GROWING and name not in sizes
             if sizes.get(name, 0) > most or open_size:
                 result.add(name)
                 waits |= open_size

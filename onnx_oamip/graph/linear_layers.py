@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -23,100 +22,23 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.graph.external_data import array, references, tensor
-from onnx_oamip.graph.ops import lookup, weight_axis
+from onnx_oamip.graph.ops import Site, Trait, build, has, lookup
+from onnx_oamip.graph.ops.matrix_view import BiasInput
 from onnx_oamip.graph.subgraphs import reads
 
-PRODUCTS = ("MatMul", "Einsum")
-"""Operators without a bias of their own."""
 
+def site(node: Node, constants: Mapping[str, Array]) -> Site | None:
+    """The site of a linear node with one constant weight of a plain matrix form.
 
-@dataclass(frozen=True)
-class Site:
-    """A linear node with a constant weight: which input is data, which axis of the weight it meets, how many blocks.
+    Args:
+        node: Any node.
+        constants: Values of constants by name.
 
-    ``kernel`` is the spatial kernel of a convolution, empty for products.
+    Returns:
+        The site, or None where the node is not linear or its weight has another form.
     """
-
-    node: Node
-    slot: int
-    weight_axis: int
-    groups: int
-    kernel: tuple[int, ...] = ()
-
-    @property
-    def data(self) -> str:
-        """Name of the data input."""
-        return self.node.inputs[self.slot]
-
-    @property
-    def weight(self) -> str:
-        """Name of the weight."""
-        return self.node.inputs[self.weight_slot]
-
-    @property
-    def weight_slot(self) -> int:
-        """Input index of the weight."""
-        return 1 - self.slot
-
-    @property
-    def factor(self) -> float:
-        """What the operator multiplies the product with."""
-        return float(self.node.attrs.get("alpha", 1.0)) if self.node.op == "Gemm" else 1.0
-
-    @property
-    def spatial(self) -> bool:
-        """A convolution: positions are pixels, a patch has taps."""
-        return self.node.op in ("Conv", "ConvTranspose")
-
-    @property
-    def data_axis(self) -> int:
-        """Axis of the data that is summed over (negative for products)."""
-        if self.spatial:
-            return 1
-        if self.node.op == "Gemm":
-            turned = self.node.attrs.get("transA" if self.slot == 0 else "transB", 0)
-            return (-2 if turned else -1) if self.slot == 0 else (-1 if turned else -2)
-        return -1 if self.slot == 0 else -2
-
-    @property
-    def output_axis(self) -> int:
-        """Axis of the output that counts the weight's outputs."""
-        if self.spatial:
-            return 1
-        return -1 if self.slot == 0 else -2
-
-
-def site(node: Node, known: Mapping[str, Array]) -> Site | None:
-    """The site of a linear node with one constant weight of a plain matrix form, else None."""
-    if node.op in ("Conv", "ConvTranspose"):
-        if node.inputs[1] not in known:
-            return None
-        kernel = tuple(known[node.inputs[1]].shape[2:])
-        return Site(node, 0, 1 if node.op == "Conv" else 0, int(node.attrs.get("group", 1)), kernel)
-    if (
-        node.op == "Einsum"
-        and len(node.inputs) == 2
-        and node.inputs[1] in known
-        and node.inputs[0] not in known
-    ):
-        # The other ranks follow from the equation unless an ellipsis hides them, which changes nothing here.
-        rank = len(str(node.attrs["equation"]).replace(" ", "").split(",")[0].replace("...", ""))
-        axis = weight_axis(node, [rank, known[node.inputs[1]].ndim])
-        return None if axis is None else Site(node, 0, axis, 1)
-    if node.op not in ("Gemm", "MatMul"):
-        return None
-    fixed = [name in known for name in node.inputs[:2]]
-    if sum(fixed) != 1:
-        return None
-    slot = 0 if fixed[1] else 1
-    if known[node.inputs[1 - slot]].ndim != 2:
-        return None
-    if node.op == "Gemm":
-        turned = node.attrs.get("transB" if slot == 0 else "transA", 0)
-        axis = (1 if turned else 0) if slot == 0 else (0 if turned else 1)
-    else:
-        axis = 0 if slot == 0 else 1
-    return Site(node, slot, axis, 1)
+    spec = lookup(node.domain, node.op, node.version)
+    return None if spec is None or spec.linear is None else spec.linear.site(node, constants)
 
 
 def linear_consumers(model: Model, coupling: Coupling) -> list[tuple[Consumer, Site]]:
@@ -149,7 +71,7 @@ def quantised(node: Node, model: Model) -> bool:
         if (
             maker is not None
             and spec is not None
-            and spec.zero is not None
+            and spec.edit.zero is not None
             and maker.inputs[0] in model.constants
         ):
             return True
@@ -158,37 +80,17 @@ def quantised(node: Node, model: Model) -> bool:
 
 def matrix(site: Site, weight: Array) -> Floats:
     """The weight as (groups, outputs per group, inputs per group, taps), float64."""
-    value = weight.astype(np.float64)
-    groups = site.groups
-    if site.node.op == "Conv":
-        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1)
-    if site.node.op == "ConvTranspose":
-        return value.reshape(groups, value.shape[0] // groups, value.shape[1], -1).transpose(
-            0, 2, 1, 3
-        )
-    return (value.T if site.weight_axis == 0 else value)[None, :, :, None]
+    return site.rules.matrix(site, weight.astype(np.float64))
 
 
 def matrix_shape(site: Site, weight: Array) -> tuple[int, int, int, int]:
     """Shape that :func:`matrix` would give, without the copy."""
-    shape, g = weight.shape, site.groups
-    taps = int(np.prod(shape[2:]))
-    if site.node.op == "Conv":
-        return g, shape[0] // g, shape[1], taps
-    if site.node.op == "ConvTranspose":
-        return g, shape[1], shape[0] // g, taps
-    return 1, shape[1 - site.weight_axis], shape[site.weight_axis], 1
+    return site.rules.matrix_shape(site, weight.shape)
 
 
 def unmatrix(site: Site, value: Floats, like: Array) -> Array:
     """The inverse of :func:`matrix`: the weight in the layout and type of ``like``, whose channels may be others."""
-    if site.node.op == "Conv":
-        shaped = value.reshape(value.shape[0] * value.shape[1], value.shape[2], *like.shape[2:])
-    elif site.node.op == "ConvTranspose":
-        turned = value.transpose(0, 2, 1, 3)
-        shaped = turned.reshape(turned.shape[0] * turned.shape[1], turned.shape[2], *like.shape[2:])
-    else:
-        shaped = value[0, :, :, 0].T if site.weight_axis == 0 else value[0, :, :, 0]
+    shaped = site.rules.weight(site, value, like.shape[2:])
     return np.ascontiguousarray(shaped.astype(like.dtype))
 
 
@@ -246,119 +148,136 @@ class Editor:
     def room(self, site: Site) -> int:
         """Elements that the model grows by when the node gets its first bias shift."""
         node = self.nodes[site.node.name]
-        weight = self.constant(node.input[site.weight_slot])
-        assert weight is not None
-        groups, outs, _, _ = matrix_shape(site, weight)
-        name = node.input[2] if len(node.input) > 2 else ""
-        if node.op_type in PRODUCTS:
-            found = self._following_add(node) if site.slot == 0 else None
-            name = found[0].input[found[1]] if found else ""
+        outputs = self._outputs(site)
+        own = site.rules.bias
+        if own is None:
+            addition = self._following_add(site)
+            name = "" if addition is None else addition[0].input[addition[1]]
+        else:
+            name = _operand(node, own.slot)
         old = self.constant(name) if name else None
         if old is None:
-            return 0 if name else groups * outs
-        if node.op_type in PRODUCTS and old.size != outs:
-            return outs
-        return max(old.size, groups * outs) - (old.size if self._own(name) else 0)
+            return 0 if name else outputs
+        if own is None and old.size != outputs:
+            return outputs
+        return max(old.size, outputs) - (old.size if self._own(name) else 0)
+
+    def _outputs(self, site: Site) -> int:
+        """Number of outputs of all groups of a site."""
+        weight = self.constant(self.nodes[site.node.name].input[site.weight_slot])
+        assert weight is not None
+        groups, outputs, _, _ = matrix_shape(site, weight)
+        return groups * outputs
 
     def bias(self, site: Site) -> Floats | None:
         """What the node itself adds per output, zeros where nothing; None where it is not one constant per output."""
-        node = self.nodes[site.node.name]
-        weight = self.constant(node.input[site.weight_slot])
-        assert weight is not None
-        groups, outs, _, _ = matrix_shape(site, weight)
-        none = np.zeros(groups * outs)
-        if node.op_type in PRODUCTS or len(node.input) < 3 or not node.input[2]:
-            return none
-        found = self.constant(node.input[2])
-        if found is None:
+        node, own = self.nodes[site.node.name], site.rules.bias
+        zeros = np.zeros(self._outputs(site))
+        name = "" if own is None else _operand(node, own.slot)
+        if own is None or not name:
+            return zeros
+        stored = self.constant(name)
+        if stored is None:
             return None
-        beta = _attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
-        value = beta * found.astype(np.float64)
-        if node.op_type == "Gemm":
-            per_column = value.reshape(1, -1) if value.ndim < 2 else value
-            value = per_column if site.slot == 0 else per_column.T
-            if value.shape[0] != 1:
-                return None
-        return none + value.reshape(-1)
+        value = _bias_factor(node, own) * stored.astype(np.float64)
+        rows = value.reshape(1, -1) if value.ndim < 2 else value
+        by_output = rows if site.slot == 0 else rows.T
+        if by_output.shape[0] != 1:  # other values for other rows
+            return None
+        return zeros + by_output.reshape(-1)
 
     def whole_bias(self, site: Site) -> Floats | None:
         """As :meth:`bias`, with the constant that is added right behind a product: all that ``add_bias`` adds to."""
-        node = self.nodes[site.node.name]
-        none = self.bias(site)
-        if node.op_type not in PRODUCTS or none is None or site.slot != 0:
-            return none
-        found = self._following_add(node)
-        old = None if found is None else self.constant(found[0].input[found[1]])
-        return none if old is None or old.shape != none.shape else old.astype(np.float64)
+        inner = self.bias(site)
+        if site.rules.bias is not None or inner is None:
+            return inner
+        addition = self._following_add(site)
+        outer = None if addition is None else self.constant(addition[0].input[addition[1]])
+        return inner if outer is None or outer.shape != inner.shape else outer.astype(np.float64)
 
     def add_bias(self, site: Site, delta: Floats) -> bool:
         """Add ``delta`` (outputs,) to what the node puts out; makes a bias where there is none.
 
         Returns False where the bias is not a constant and therefore stays as it is.
         """
-        node = self.nodes[site.node.name]
-        if node.op_type in PRODUCTS:
-            return self._add_after_matmul(node, site, delta)
-        column = node.op_type == "Gemm" and site.slot == 1
-        has = len(node.input) > 2 and bool(node.input[2])
-        beta = _attribute(node, "beta", 1.0) if node.op_type == "Gemm" else 1.0
-        if node.op_type == "Gemm" and (not has or beta == 0):
+        node, own = self.nodes[site.node.name], site.rules.bias
+        if own is None:
+            return self._add_behind(node, site, delta)
+        has_bias = bool(_operand(node, own.slot))
+        factor = _bias_factor(node, own)
+        if own.factor is not None and (not has_bias or factor == 0):
             # A factor of zero means that the constant there was never added.
-            _set_attribute(node, "beta", 1.0)
-            has, beta = False, 1.0
-        shift = (delta[:, None] if column else delta) / beta
-        if not has:
+            _set_attribute(node, own.factor, 1.0)
+            has_bias, factor = False, 1.0
+        shift = _per_output(site, delta) / factor
+        if not has_bias:
             weight = self.constant(node.input[site.weight_slot])
             dtype = weight.dtype if weight is not None else np.dtype(np.float32)
-            self.replace(node, 2, np.ascontiguousarray(shift.astype(dtype)))
+            self.replace(node, own.slot, np.ascontiguousarray(shift.astype(dtype)))
             return True
-        old = self.constant(node.input[2])
+        old = self.constant(node.input[own.slot])
         if old is None:
             return False
-        self.replace(node, 2, (old.astype(np.float64) + shift).astype(old.dtype))
+        self.replace(node, own.slot, (old.astype(np.float64) + shift).astype(old.dtype))
         return True
 
-    def _following_add(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto, int] | None:
-        """The Add with a constant that alone reads the node's output: where a MatMul keeps its bias."""
-        readers = self.readers[node.output[0]]
-        if len(readers) != 1 or node.output[0] in self.outputs or readers[0][0].op_type != "Add":
+    def _following_add(self, site: Site) -> tuple[onnx.NodeProto, int] | None:
+        """The addition of a constant that alone reads the node's output, and the slot of the constant.
+
+        That is where exporters put the bias of a product, which has none of its own.
+        """
+        output = self.nodes[site.node.name].output[0]
+        readers = self.readers[output]
+        if site.slot != 0 or len(readers) != 1 or output in self.outputs:
             return None
-        add, slot = readers[0]
+        addition, slot = readers[0]
+        if not has(addition, Trait.BIAS):
+            return None
         other = 1 - slot
-        constant = self.tensors.get(add.input[other])
+        constant = self.tensors.get(addition.input[other])
         if constant is None or len(constant.dims) > 1 or (constant.dims and constant.dims[0] == 1):
             return None
-        return add, other
+        return addition, other
 
-    def _add_after_matmul(self, node: onnx.NodeProto, site: Site, delta: Floats) -> bool:
+    def _add_behind(self, node: onnx.NodeProto, site: Site, delta: Floats) -> bool:
+        """Change the addition behind a product, or put one there."""
         weight = self.constant(node.input[site.weight_slot])
         assert weight is not None
-        found = self._following_add(node) if site.slot == 0 else None
+        found = self._following_add(site)
         if found is not None:
-            add, slot = found
-            old = self.constant(add.input[slot])
+            addition, slot = found
+            old = self.constant(addition.input[slot])
             if old is not None and old.shape == delta.shape:
-                self.replace(add, slot, (old.astype(np.float64) + delta).astype(old.dtype))
+                self.replace(addition, slot, (old.astype(np.float64) + delta).astype(old.dtype))
                 return True
-        shift = (delta if site.slot == 0 else delta[:, None]).astype(weight.dtype)
+        shift = np.ascontiguousarray(_per_output(site, delta).astype(weight.dtype))
         inner = self._unused(f"{node.output[0]}_unbiased")
         bias = self._unused(f"{node.name}_bias")
-        self.proto.graph.initializer.append(
-            numpy_helper.from_array(np.ascontiguousarray(shift), bias)
-        )
+        self.proto.graph.initializer.append(numpy_helper.from_array(shift, bias))
         self.tensors[bias] = self.proto.graph.initializer[-1]
-        add = helper.make_node(
-            "Add", [inner, bias], [node.output[0]], self._unused(f"{node.name}_add_bias")
-        )
+        name = self._unused(f"{node.name}_add_bias")
+        addition = build.add(inner, bias, node.output[0], name)
         node.output[0] = inner
         place = next(i for i, n in enumerate(self.proto.graph.node) if n.name == node.name)
-        self.proto.graph.node.insert(place + 1, add)
+        self.proto.graph.node.insert(place + 1, addition)
         self._index()
         return True
 
 
-def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
-    return next((a.f for a in node.attribute if a.name == name), default)
+def _per_output(site: Site, values: Floats) -> Floats:
+    """Values (outputs,) in the shape that broadcasts to the output of a product."""
+    return values if site.slot == 0 else values[:, None]
+
+
+def _operand(node: onnx.NodeProto, slot: int) -> str:
+    """Name of an input, empty where it is absent."""
+    return str(node.input[slot]) if slot < len(node.input) else ""
+
+
+def _bias_factor(node: onnx.NodeProto, own: BiasInput) -> float:
+    if own.factor is None:
+        return 1.0
+    return next((a.f for a in node.attribute if a.name == own.factor), 1.0)
 
 
 def _set_attribute(node: onnx.NodeProto, name: str, value: float) -> None:

@@ -29,6 +29,7 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.graph import external_data, input_guards, subgraphs
+from onnx_oamip.graph.ops import kinds
 from onnx_oamip.graph.runtime import Session, runtime
 from onnx_oamip.graph.shape_folding import fold
 from onnx_oamip.graph.shape_inference import (
@@ -40,8 +41,6 @@ from onnx_oamip.graph.shape_inference import (
 )
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
-UNFOLDED = ("DequantizeLinear", "QuantizeLinear", "Random", "Bernoulli", "Multinomial")
-"""Prefixes of the operators that are kept although all they read is constant."""
 
 
 def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
@@ -367,7 +366,7 @@ def _constants_as_tensors(proto: ModelProto) -> None:
         "value_ints": TensorProto.INT64,
     }
     for node in subgraphs.nodes(proto.graph):
-        if node.op_type == "Constant" and (name := node.attribute[0].name) in short:
+        if node.op_type in kinds.CONSTANT and (name := node.attribute[0].name) in short:
             value = onnx.helper.get_attribute_value(node.attribute[0])
             dims, values = ([len(value)], list(value)) if name.endswith("s") else ([], [value])
             tensor = onnx.helper.make_tensor("value", short[name], dims, values)
@@ -383,7 +382,7 @@ def _keep_unfolded(node: gs.Node | NodeProto) -> bool:
         }
     else:
         ops = {node.op, *(n.op for body in node.subgraphs(recursive=True) for n in body.nodes)}
-    return any(op.startswith(UNFOLDED) for op in ops)
+    return any(op.startswith(kinds.NOT_FOLDED) for op in ops)
 
 
 def restore(proto: ModelProto, source: ModelProto) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from onnx_oamip.core.records import (
     Model,
     Node,
 )
+from onnx_oamip.graph.ops import Trait, has
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,28 @@ def head(model: Model) -> Head | None:
     for i, port in enumerate(model.outputs):
         shape = model.shapes.get(port.name)
         if shape is not None and len(shape) == 2 and shape[1] > 1 and is_float(port.dtype):
-            maker = bent(model, port.name, ("Softmax", "LogSoftmax"))
+            maker = producer_with(model, port.name, Trait.SOFTMAX)
             across = maker is not None and int(maker.attrs.get("axis", -1)) in (-1, 1)
             return Head(i, maker.inputs[0] if maker is not None and across else port.name)
     return None
 
 
-def bent(model: Model, name: str, ops: Collection[str]) -> Node | None:
-    """The node of one of these operators that makes a tensor, behind nothing but identities; None if another does."""
+def producer_with(model: Model, tensor: str, traits: Trait) -> Node | None:
+    """Return the producer of a tensor, if its operator has one of some traits.
+
+    Args:
+        model: The model.
+        tensor: Name of a tensor.
+        traits: Any of these.
+
+    Returns:
+        The producer, Identity nodes skipped, or None if there is none or its operator has none of the traits.
+    """
     makers = {out: node for node in model.nodes for out in node.outputs}
-    node = makers.get(name)
-    while node is not None and node.op == "Identity":
+    node = makers.get(tensor)
+    while node is not None and has(node, Trait.COPIES):
         node = makers.get(node.inputs[0])
-    return node if node is not None and node.op in ops else None
+    return node if node is not None and has(node, traits) else None
 
 
 def is_float(kind: np.dtype[Any]) -> bool:

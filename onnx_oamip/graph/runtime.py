@@ -22,6 +22,7 @@ from onnx_oamip.core.errors import (
 )
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data, input_guards, subgraphs
+from onnx_oamip.graph.ops import kinds
 
 FOLDER = "session.model_external_initializers_file_folder_path"
 PATIENCE = 120.0
@@ -101,11 +102,12 @@ def _check_crashes(nodes: Iterable[onnx.NodeProto], what: str) -> None:
     """Raises ModelError for what ends the process in ONNX Runtime's kernels for the CPU, where errors are due."""
     for node in nodes:
         why = ""
-        if (node.domain, node.op_type) == ("com.microsoft", "Attention") and not any(
-            node.input[2:3]
-        ):
+        packed = (node.domain, node.op_type) == kinds.PACKED_ATTENTION
+        if packed and not any(node.input[2:3]):
             why = "has no bias; give it one of zeros"
-        if "Conv" in node.op_type and any(a.name == "group" and a.i < 1 for a in node.attribute):
+        if kinds.CONVOLUTION in node.op_type and any(
+            a.name == "group" and a.i < 1 for a in node.attribute
+        ):
             why = "has less than one group; export the model again"
         if why:
             raise ModelError(
@@ -164,7 +166,7 @@ class Session:
                 content = os.fspath(proto)
             else:
                 nodes = list(subgraphs.nodes(proto.graph))
-                self._watched = not spin and any(n.op_type == "Loop" for n in nodes)
+                self._watched = not spin and any(n.op_type in kinds.LOOP for n in nodes)
                 if device == "cpu":
                     _check_crashes(nodes, what)
                 small, self._held = external_data.detached(proto)
@@ -270,9 +272,8 @@ def _opened(
 
 def _quantised(content: str | bytes) -> bool:
     """Whether a file, or a serialised graph, has what the fusion starts from."""
-    return b"DequantizeLinear" in (
-        content if isinstance(content, bytes) else Path(content).read_bytes()
-    )
+    serialised = content if isinstance(content, bytes) else Path(content).read_bytes()
+    return kinds.DEQUANTISATION in serialised
 
 
 @contextmanager

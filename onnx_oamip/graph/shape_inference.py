@@ -15,8 +15,18 @@ from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import Axis, Node, Port
 from onnx_oamip.graph import subgraphs
 from onnx_oamip.graph.input_guards import inferred
-from onnx_oamip.graph.ops import MatrixRule, lookup, trusting
-from onnx_oamip.graph.symbolic_dims import Entries, follow, numbers
+from onnx_oamip.graph.ops import (
+    LikeInput,
+    LikeProduct,
+    MatrixRule,
+    Trait,
+    build,
+    has,
+    lookup,
+    trusting,
+)
+from onnx_oamip.graph.symbolic_dims import Entries, numbers
+from onnx_oamip.graph.symbolic_values import follow
 
 Dims = list[int | str | None]
 """Sizes of a tensor: a number, a symbol's name, or None where nothing is known."""
@@ -94,13 +104,12 @@ def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
     versions = {o.domain: o.version for o in proto.opset_import}
     for node in copy.graph.node:
         spec = lookup(node.domain, node.op_type, versions.get(node.domain, 1))
-        if spec is not None and spec.same:  # for shapes it is the identity
-            node.op_type, node.domain = "Cast" if spec.floats else "Identity", ""
-            del node.attribute[:], node.input[1:], node.output[1:]
-            if spec.floats:
-                node.attribute.append(onnx.helper.make_attribute("to", TensorProto.FLOAT))
-        elif spec is not None and spec.matrix is not None:
-            _as_product(copy, node, spec.matrix, proto)
+        if spec is None:
+            continue
+        if isinstance(spec.shape, LikeInput):
+            build.become_identity(node, floats=spec.shape.floats)
+        elif isinstance(spec.shape, LikeProduct):
+            _as_product(copy, node, spec.shape.matrix, proto)
     graph = inferred(copy)
     # ONNX's own inference loses a computed shape at operators like Where: what is followed here is put in.
     for _ in range(ROUNDS):
@@ -244,8 +253,7 @@ def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: Mod
     name = f"oamip_matrix_{len(copy.graph.input)}"
     kind = held[node.input[1]].data_type
     copy.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, list(shape)))
-    node.op_type, node.domain, node.input[1] = "MatMul", "", name
-    del node.attribute[:], node.input[2:], node.output[1:]
+    build.become_product(node, name)
 
 
 def tensor_types(graph: GraphProto) -> tuple[Shapes, Types]:
@@ -361,9 +369,9 @@ def _endless(proto: ModelProto) -> ModelProto | None:
     read_whole: set[str] = set()
     for node in proto.graph.node:
         for slot, name in enumerate(node.input):
-            if name in held and (node.op_type != "Slice" or slot > 0):
+            if name in held and (slot > 0 or not has(node, Trait.SLICES)):
                 read_whole.add(name)
-        if node.op_type == "Slice" and node.input[0] in source:
+        if has(node, Trait.SLICES) and node.input[0] in source:
             origin = source[node.output[0]] = source[node.input[0]]
             axes = whole.get(node.input[3]) if len(node.input) > 3 else None
             if axes is not None and len(node.input) > 2 and node.input[2] not in held:

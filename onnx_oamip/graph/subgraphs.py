@@ -21,6 +21,7 @@ from onnx import (
 )
 
 from onnx_oamip.core.errors import ModelError
+from onnx_oamip.graph.ops import Trait, build, has, kinds
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
 
@@ -233,7 +234,7 @@ def lift(proto: ModelProto) -> None:
             graph.initializer.extend(kept)
         plain = []
         for node in graph.node:
-            constant = node.op_type == "Constant" and node.attribute[0].name == "value"
+            constant = node.op_type in kinds.CONSTANT and node.attribute[0].name == "value"
             if not constant or node.output[0] in there:
                 plain.append(node)
                 continue
@@ -260,7 +261,7 @@ def own_outputs(main: GraphProto) -> None:
             returned = unused(f"{value.name}_returned", taken)
             label = unused(f"{returned}_identity", taken)
             taken |= {returned, label}
-            body.node.append(onnx.helper.make_node("Identity", [value.name], [returned], label))
+            body.node.append(build.identity(value.name, returned, label))
             value.name = returned
 
 
@@ -304,9 +305,7 @@ def resolve(proto: ModelProto) -> bool:
                     called[value.name] = out
                 elif out:  # a tensor from outside, or one that is given twice
                     source = called.get(value.name, value.name)
-                    step = onnx.helper.make_node(
-                        "Identity", [source], [out], f"{node.name or out}/taken/{out}"
-                    )
+                    step = build.identity(source, out, f"{node.name or out}/taken/{out}")
                     inlined.append(step)
             _replace(graph, [*graph.node[:at], *inlined, *graph.node[at + 1 :]])
             changed = True
@@ -327,7 +326,7 @@ def _call(wanted: list[NodeProto], old: str, new: str) -> None:
 
 
 def _decided(node: NodeProto, known: Mapping[str, TensorProto]) -> bool:
-    return node.op_type == "If" and node.domain in ("", "ai.onnx") and node.input[0] in known
+    return has(node, Trait.BRANCHES) and node.input[0] in known
 
 
 # ----------------------------------------------------------------------------------------------------- inserting

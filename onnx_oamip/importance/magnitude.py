@@ -62,7 +62,7 @@ def linear_weights(model: Model) -> list[str]:
     names: dict[str, None] = {}
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
-        if spec is not None and spec.linear:
+        if spec is not None and spec.linear is not None:
             names.update(
                 (n, None)
                 for n in node.inputs[:2]

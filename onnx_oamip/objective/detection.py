@@ -16,6 +16,7 @@ import numpy as np
 
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.records import Array, Model
+from onnx_oamip.graph.ops import kinds
 from onnx_oamip.objective.structure import Graph
 from onnx_oamip.objective.tails import Tails
 from onnx_oamip.objective.terms import (
@@ -27,24 +28,6 @@ from onnx_oamip.objective.terms import (
 
 ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")
 """Kinds in the order in which labels look for their term."""
-NOT_SCORES = frozenset(
-    {
-        "Tanh",
-        "Sin",
-        "Cos",
-        "LayerNormalization",
-        "RMSNormalization",
-        "SimplifiedLayerNormalization",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "Softplus",
-        "Erf",
-    }
-)
-"""Operators that do not end in class scores."""
 
 
 def detect(
@@ -373,7 +356,7 @@ def _why_values(tails: Tails, term: Term, decided: bool, several_maps: bool) -> 
         return "as it has one column"
     if decided:
         return "as another output holds decisions"
-    if (behind := graph.trace(term.tensor).node) is not None and behind.op in NOT_SCORES:
+    if (behind := graph.trace(term.tensor).node) is not None and behind.op in kinds.NOT_SCORES:
         return f"as it ends in {behind.op}"
     if rank > 3 and several_maps:
         return "as there are several maps"

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from onnx_oamip.core.records import Array, Model, Node
-from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.ops import Trait, has, kinds, lookup
+from onnx_oamip.graph.ops.movement import taken_range
 from onnx_oamip.objective.terms import Part
 
-UNCHANGED = frozenset({"Identity", "Dropout"})
-RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
-MAPS = (
-    "Conv",
-    "ConvTranspose",
-    "ConvInteger",
-    "Pool",
-    "BatchNormalization",
-    "InstanceNormalization",
-    "Resize",
-)
-"""Ends of the names of operators with channels on axis 1."""
 DEPTH = 200
 """Steps that are followed behind an output."""
 
@@ -71,7 +59,7 @@ class Graph:
     def branches(self, tensor: str) -> list[str]:
         """What the branches of an If give for a tensor; empty where another operator gives it."""
         node = self.maker(tensor)
-        if node is None or node.op != "If":
+        if node is None or not has(node, Trait.BRANCHES):
             return []
         return [body.outputs[node.outputs.index(tensor)] for body in node.bodies.values()]
 
@@ -139,17 +127,19 @@ class Graph:
 
     def _step(self, node: Node, tensor: str, part: Part | None) -> tuple[str, Part | None] | None:
         source = node.inputs[0] if node.inputs else ""
-        if node.op in UNCHANGED and tensor == node.outputs[0]:
+        if has(node, Trait.IDENTITY) and tensor == node.outputs[0]:
             return source, part
-        if node.op == "Cast" and self.floating(source) and self.floating(tensor):
+        if has(node, Trait.CASTS) and self.floating(source) and self.floating(tensor):
             return source, part
-        if node.op == "DequantizeLinear" and self.op(source) == "QuantizeLinear":
-            return self.makers[source].inputs[0], part
-        if node.op == "QuantizeLinear":
+        if has(node, Trait.DEQUANTISES):
+            quantised = self.maker(source)
+            if quantised is not None and has(quantised, Trait.QUANTISES):
+                return quantised.inputs[0], part
+        if has(node, Trait.QUANTISES):
             return source, part
-        if node.op == "Transpose":
+        if has(node, Trait.TRANSPOSES):
             return source, self._transposed(node, source, part)
-        if node.op in RESHAPES:
+        if has(node, Trait.RESHAPES):
             moved = None if part is None else self.axis_before(node, part.axis)
             if part is None or moved is None:
                 return (source, None) if part is None else None
@@ -165,34 +155,8 @@ class Graph:
 
     def _cut(self, node: Node, tensor: str) -> Part | None:
         """The slice of its input that a node gives; None where it gives something else."""
-        source = node.inputs[0] if node.inputs else ""
-        shape = self.shape(source)
-        if shape is None:
-            return None
-        if node.op == "Slice":
-            return self._slice(node, shape)
-        axis = int(node.attrs.get("axis", 0)) % max(len(shape), 1)
-        if node.op == "Split":
-            sizes = [self.shape(out) for out in node.outputs]
-            place = node.outputs.index(tensor)
-            known = [size[axis] for size in sizes[: place + 1] if size is not None]
-            return Part(axis, sum(known[:-1]), sum(known)) if len(known) == place + 1 else None
-        if node.op == "Gather" and (index := self.constant(node.inputs[1])) is not None:
-            places = index.reshape(-1).astype(np.int64) % max(shape[axis], 1)
-            if len(places) and (np.diff(places) == 1).all():
-                return Part(axis, int(places[0]), int(places[-1]) + 1)
-        return None
-
-    def _slice(self, node: Node, shape: Sequence[int]) -> Part | None:
-        starts, ends = self.integers(node, 1, "starts"), self.integers(node, 2, "ends")
-        axes, steps = self.integers(node, 3, "axes"), self.integers(node, 4, "steps")
-        if starts is None or ends is None or len(starts) != 1 or (steps or [1]) != [1]:
-            return None
-        if axes is None and len(node.inputs) > 3 and node.inputs[3]:
-            return None
-        axis = (axes or [0])[0] % len(shape)
-        start, stop, _ = slice(starts[0], ends[0]).indices(shape[axis])
-        return Part(axis, start, stop) if start < stop else None
+        found = taken_range(node, tensor, self)
+        return None if found is None else Part(*found)
 
     def axis_before(self, node: Node, axis: int) -> int | None:
         """The axis in front of a reshape that holds the same entries as ``axis`` behind it."""
@@ -222,16 +186,16 @@ class Graph:
         node, shape = self.maker(tensor), self.shape(tensor)
         if node is None or shape is None or len(shape) < 2 or depth > DEPTH:
             return None
-        if node.op.endswith(MAPS):
+        if node.op.endswith(kinds.CHANNELS_ON_AXIS_1):
             return 1
-        if self.heavy(node) or node.op == "LayerNormalization":
+        if self.heavy(node) or node.op in kinds.CHANNELS_LAST:
             return len(shape) - 1
         source = node.inputs[0] if node.inputs else ""
-        if node.op == "Transpose":
+        if has(node, Trait.TRANSPOSES):
             inner = self._channels(source, depth + 1)
             order = list(node.attrs.get("perm") or range(len(shape))[::-1])
             return None if inner is None else order.index(inner)
-        if node.op in RESHAPES:
+        if has(node, Trait.RESHAPES):
             inner = self._channels(source, depth + 1)
             return None if inner is None else _matching(self.shape(source), shape, inner)
         for name in node.inputs:

@@ -14,109 +14,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnx_oamip.core.records import Node
-from onnx_oamip.objective.patterns import sigmoid, softmax, unit_vectors
+from onnx_oamip.graph.ops import Trait, has, kinds
+from onnx_oamip.graph.ops.compositions import sigmoid, softmax, unit_vectors
 from onnx_oamip.objective.structure import DEPTH, Graph, Origin
 from onnx_oamip.objective.terms import Form, Kind, Term
 
-COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
-DECISIONS = COMPARISONS | {
-    "ArgMax",
-    "ArgMin",
-    "TopK",
-    "NonMaxSuppression",
-    "Hardmax",
-    "NonZero",
-    "Compress",
-    "Equal",
-    "OneHot",
-    "Unique",
-    "Sign",
-    "Round",
-    "Floor",
-    "Ceil",
-    "Binarizer",
-}
-"""Operators whose results jump where their inputs change a little."""
-CHEAP = DECISIONS | {
-    "Identity",
-    "Cast",
-    "CastLike",
-    "Reshape",
-    "Flatten",
-    "Squeeze",
-    "Unsqueeze",
-    "Transpose",
-    "Slice",
-    "Split",
-    "Gather",
-    "GatherND",
-    "GatherElements",
-    "ScatterND",
-    "ScatterElements",
-    "Concat",
-    "Expand",
-    "Tile",
-    "Pad",
-    "Where",
-    "Not",
-    "And",
-    "Or",
-    "Xor",
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Mod",
-    "Neg",
-    "Abs",
-    "Min",
-    "Max",
-    "Clip",
-    "Pow",
-    "Sqrt",
-    "Exp",
-    "Log",
-    "Reciprocal",
-    "Sum",
-    "Mean",
-    "ReduceMax",
-    "ReduceMin",
-    "ReduceSum",
-    "ReduceMean",
-    "ReduceProd",
-    "CumSum",
-    "Sigmoid",
-    "HardSigmoid",
-    "Softmax",
-    "LogSoftmax",
-    "MaxPool",
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "LabelEncoder",
-    "ArrayFeatureExtractor",
-    "BitShift",
-    "IsNaN",
-    "ReverseSequence",
-}
-"""Operators that may follow the last layer."""
-STRUCTURAL = frozenset({"Shape", "Size", "Range", "ConstantOfShape", "EyeLike"})
-"""Operators that read lengths, not values."""
 OPEN: tuple[Kind, ...] = ("ambiguous", "values")
-STAY_PROBABLE = frozenset(
-    {
-        "Mul",
-        "Sqrt",
-        "ReduceMax",
-        "Max",
-        "Min",
-        "Clip",
-        "MaxPool",
-        "ReduceMin",
-        "Mean",
-        "ReduceMean",
-    }
-)
-"""Operators that make probabilities of probabilities."""
 
 
 @dataclass
@@ -169,8 +72,8 @@ class Tails:
             for rule in rules:
                 if found := rule(origin, node):
                     return found
-        while self.graph.op(tensor) == "Identity":
-            tensor = self.graph.makers[tensor].inputs[0]
+        while (copy := self.graph.maker(tensor)) is not None and has(copy, Trait.COPIES):
+            tensor = copy.inputs[0]
         return [self._term(tensor, "ambiguous")]
 
     def _term(
@@ -291,7 +194,7 @@ class Tails:
                 node.inputs[1], depth + 1
             )
         alone = node.op == "Mul" and len(computed) < 2  # by a constant: a size, not a probability
-        stays = node.op in STAY_PROBABLE and not alone and bool(computed)
+        stays = node.op in kinds.KEEP_PROBABILITIES and not alone and bool(computed)
         return stays and all(self.probable(name, depth + 1) for name in computed)
 
     # ----------------------------------------------------------------------------------------------------- decisions
@@ -301,7 +204,7 @@ class Tails:
         if tensor not in self._decisive:
             self._decisive[tensor] = False
             node = self.graph.maker(tensor)
-            if node is not None and node.op in CHEAP and depth < DEPTH:
+            if node is not None and node.op in kinds.POSTPROCESSING and depth < DEPTH:
                 self._decisive[tensor] = self._decides(node, tensor, depth)
         return self._decisive[tensor]
 
@@ -312,15 +215,15 @@ class Tails:
         if any(self.decisive(name, depth + 1) for name in read):
             return True
         values = node.op == "TopK" and tensor == node.outputs[0] and self.probable(node.inputs[0])
-        return node.op in DECISIONS and not values and any(self.learnt(name) for name in read)
+        return node.op in kinds.DECISIONS and not values and any(self.learnt(name) for name in read)
 
     def learnt(self, tensor: str, depth: int = 0) -> bool:
         """Whether a layer, or an operator that nobody knows, lies behind a tensor."""
         if tensor not in self._learnt:
             self._learnt[tensor] = False
             node = self.graph.makers.get(tensor)
-            if node is not None and node.op not in STRUCTURAL:
-                cheap = node.op in CHEAP and self.graph.maker(tensor) is not None
+            if node is not None and node.op not in kinds.LENGTHS:
+                cheap = node.op in kinds.POSTPROCESSING and self.graph.maker(tensor) is not None
                 inside = depth < DEPTH and any(
                     self.learnt(name, depth + 1) for name in node.inputs if name
                 )
@@ -335,7 +238,7 @@ class Tails:
         seen.add(tensor)
         if self.graph.floating(tensor) and not self.decisive(tensor):
             return self.explain(tensor) if self.graph.shape(tensor) is not None else []
-        if node is None or node.op not in CHEAP or depth > DEPTH:
+        if node is None or node.op not in kinds.POSTPROCESSING or depth > DEPTH:
             return []
         if node.op in ("ArgMax", "Hardmax"):
             return self._largest(node, seen, depth)
@@ -344,9 +247,9 @@ class Tails:
         if node.op == "NonMaxSuppression":
             boxes = self._scores(node.inputs[0], seen, depth)
             return [*boxes, *self._suppressed(node, seen, depth)]
-        if node.op in COMPARISONS:
+        if node.op in kinds.COMPARISONS:
             return self._compared(node, seen, depth)
-        read = [name for name in node.inputs if self.graph.op(name) not in STRUCTURAL]
+        read = [name for name in node.inputs if self.graph.op(name) not in kinds.LENGTHS]
         return [term for name in read for term in self.decide(name, seen, depth + 1)]
 
     def _scores(self, tensor: str, seen: set[str], depth: int) -> list[Term]:

@@ -35,7 +35,7 @@ from onnx_oamip.graph.cost import (
     ledger,
 )
 from onnx_oamip.graph.external_data import size
-from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.ops import kinds, lookup
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.graph.surgery.rewrite import cut
 from onnx_oamip.verification.latency import (
@@ -52,8 +52,6 @@ MIXED = 3
 """Levels at which each group takes a random width: uniform ones cannot tell what depends on one side of a node only."""
 MOST_ROUNDS = 30
 PLAIN_BYTES = 1 << 29
-LINEAR = ("Conv", "Gemm", "MatMul", "Attention", "Einsum", "LSTM", "GRU", "RNN")
-"""A kernel whose operator contains one of these does the arithmetic of a linear node, whatever was fused into it."""
 _NUMBERED = re.compile(r"_token_\d+$")
 
 
@@ -290,7 +288,7 @@ def assign(proto: onnx.ModelProto, names: Sequence[str], kernels: Kernels, macs:
     anchors: dict[int, float] = defaultdict(float)
     lost = 0.0
     for kernel, (op, spent) in kernels.items():
-        if not any(part in op for part in LINEAR):
+        if not any(part in op for part in kinds.LINEAR_KERNELS):
             continue
         found = _anchor(kernel, maker, by_name)
         if found is None:

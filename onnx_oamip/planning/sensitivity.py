@@ -31,6 +31,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.executors import executor
 from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
+from onnx_oamip.graph.ops import build
 from onnx_oamip.graph.outputs import head
 from onnx_oamip.graph.partial_execution import Slicer, element_types
 from onnx_oamip.graph.runtime import Session
@@ -336,7 +337,7 @@ class _Part:
                 inner, out = f"oamip_inner_{copy.name}", copy.output[0]
                 copy.output[0] = inner
                 nodes.append(copy)
-                nodes.append(helper.make_node("Add", [inner, f"oamip_shift_{copy.name}"], [out]))
+                nodes.append(build.add(inner, f"oamip_shift_{copy.name}", out))
                 return nodes
             for key, consumer, _ in self.masked.get(copy.name, ()):
                 kind = types[consumer.data]
@@ -344,9 +345,7 @@ class _Part:
                     helper.make_tensor_value_info(f"oamip_mask_{key}", kind, None)
                 )
                 source = copy.input[consumer.slot]
-                nodes.append(
-                    helper.make_node("Mul", [source, f"oamip_mask_{key}"], [f"oamip_masked_{key}"])
-                )
+                nodes.append(build.mul(source, f"oamip_mask_{key}", f"oamip_masked_{key}"))
                 copy.input[consumer.slot] = f"oamip_masked_{key}"
             nodes.append(copy)
             return nodes

@@ -46,7 +46,6 @@ from onnx_oamip.graph.im2col import (
 )
 from onnx_oamip.graph.linear_layers import (
     Editor,
-    Site,
     matrix,
     matrix_shape,
     quantised,
@@ -54,6 +53,7 @@ from onnx_oamip.graph.linear_layers import (
     unmatrix,
 )
 from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.ridge import (
@@ -97,9 +97,7 @@ def fold_means(
         shift: Floats = place.factor * np.einsum(
             "goit,gi->go", weight, lost.reshape(len(weight), -1)
         ).reshape(-1)
-        if (
-            node.op == "ConvTranspose"
-        ):  # taps are shared out over the positions between two input pixels
+        if place.rules.scatters:  # taps are shared out over the positions between two input pixels
             shift /= int(np.prod(node.attrs.get("strides", [1])))
         if not editor.add_bias(place, shift[output_mask(model, coupling, place, units)]):
             notes.append(

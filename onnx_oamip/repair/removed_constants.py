@@ -23,7 +23,6 @@ from onnx_oamip.core.records import (
     Floats,
     Model,
     Moments,
-    Node,
     Pruned,
     Statistics,
 )
@@ -90,7 +89,10 @@ def fold_constants(
                 f"{node}: {varying} removed channels vary though their weights are zero; their mean is added"
             )
         else:
-            uneven += _uneven(node, model.constants[consumer.weight].shape[2:])
+            spec = lookup(node.domain, node.op, node.version)
+            if spec is not None and spec.linear is not None:
+                kernel = model.constants[consumer.weight].shape[2:]
+                uneven += spec.linear.position_dependent(node, kernel)
     if uneven:
         notes.append(
             f"{uneven} of the convolutions that read removed units pad with zeros or spread their input: there the "
@@ -122,7 +124,7 @@ def zeroed(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     read = {(c.node, c.weight, c.weight_axis) for c in coupling.consumers}
     for node in model.nodes:
         spec = lookup(node.domain, node.op, node.version)
-        if spec is None or not spec.linear:
+        if spec is None or spec.linear is None:
             continue
         for slot, name in enumerate(node.inputs[:2]):  # the third is the bias
             if name not in model.constants:
@@ -154,7 +156,7 @@ def _weightless(model: Model, coupling: Coupling) -> Bools:
     found = np.zeros(coupling.n_units, bool)
     for node in model.nodes:
         spec = lookup(node.domain, node.op, node.version)
-        if spec is None or not spec.linear:
+        if spec is None or spec.linear is None:
             found |= carried(node.outputs) & ~carried(
                 n for n in node.inputs if n not in model.constants
             )
@@ -202,13 +204,3 @@ def _levels(
         mean, low, high = np.stack(parts, axis=1)
         result[key] = _Level(mean.mean(axis=0), high.max(axis=0) - low.min(axis=0), count)
     return result
-
-
-def _uneven(node: Node, kernel: tuple[int, ...]) -> bool:
-    """A convolution that gives a constant input different values at different positions."""
-    attrs = node.attrs
-    padded = any(attrs.get("pads", ())) or str(attrs.get("auto_pad", "")).startswith("SAME")
-    if node.op != "ConvTranspose":
-        return node.op == "Conv" and padded
-    # Every output pixel meets taps of its own.
-    return padded or any(k != 1 for k in (*kernel, *attrs.get("strides", ())))

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_oamip.core.records import Floats, Model, Node
-from onnx_oamip.graph.linear_layers import Site
+from onnx_oamip.core.records import Floats, Model
+from onnx_oamip.graph import chains
+from onnx_oamip.graph.ops import Trait, batch_scale, has
+from onnx_oamip.graph.ops.matrix_view import Site
 
 LEAST_GAIN = 1e-2
 """Relative to the largest gain: a channel that normalisation mutes is not asked to carry an error."""
@@ -34,31 +36,26 @@ class Join:
 
 def join(model: Model, place: Site) -> Join | None:
     """The join a linear node's output runs into through biases and normalisation only, or None."""
-    readers: dict[str, list[Node]] = {}
-    for node in model.nodes:
-        for name in (*node.inputs, *node.captures):
-            readers.setdefault(name, []).append(node)
-    shown = {p.name for p in model.outputs}
-    tensor = place.node.outputs[0]
-    shape = model.shapes.get(tensor)
+    output = place.node.outputs[0]
+    shape = model.shapes.get(output)
     if shape is None:
         return None
     gain = np.ones(shape[place.output_axis])
-    while len(readers.get(tensor, ())) == 1 and tensor not in shown:
-        node = readers[tensor][0]
-        if node.op == "BatchNormalization" and all(n in model.constants for n in node.inputs[1:5]):
-            scale, variance = (model.constants[node.inputs[i]].astype(np.float64) for i in (1, 4))
-            gain = gain * scale / np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
-        elif node.op in ("Add", "Sum") and len(node.inputs) == 2:
+    for tensor, node in chains.of_model(model).behind(output):
+        if has(node, Trait.BATCH_NORM):
+            scale = batch_scale(node, model.constants)
+            if scale is None:
+                return None
+            gain = gain * scale[0] / scale[1]
+        elif has(node, Trait.SUM) and len(node.inputs) == 2:
             other = node.inputs[1] if node.inputs[0] == tensor else node.inputs[0]
             if other not in model.constants:
                 if model.shapes.get(other) != shape or other == tensor:
                     return None
                 muted = np.abs(gain) < LEAST_GAIN * np.abs(gain).max(initial=0.0)
                 return Join(other, np.where(muted, 0.0, gain))
-        elif node.op not in ("Identity", "Dropout"):
+        elif not has(node, Trait.IDENTITY):
             return None
-        tensor = node.outputs[0]
-        if model.shapes.get(tensor) != shape:
+        if model.shapes.get(node.outputs[0]) != shape:
             return None
     return None

@@ -240,8 +240,8 @@ def operators() -> Document:
                 "since": spec.since,
                 "until": spec.until,
                 "macs": spec.cost is not None,
-                "refit": spec.linear,
-                "repair": spec.repair is not None,
+                "refit": spec.linear is not None,
+                "repair": spec.edit.repair is not None,
             }
             for spec in sorted(REGISTRY, key=lambda s: (s.domain, s.name.lower(), s.since))
         ],

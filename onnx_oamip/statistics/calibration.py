@@ -25,6 +25,7 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.ops import build
 from onnx_oamip.graph.outputs import showing
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.statistics.overflow import refuse
@@ -132,34 +133,14 @@ def _instrument(model: Model, sites: list[Axis]) -> onnx.ModelProto:
         if tensor not in cast:
             # Half precision would overflow in the sums; a cast of float32 to itself is removed by the runtime.
             cast[tensor] = f"oamip_float_{i}"
-            to_float = helper.make_node(
-                "Cast", [tensor], [cast[tensor]], f"oamip_cast_{i}", to=TensorProto.FLOAT
-            )
-            graph.node.append(to_float)
+            graph.node.append(build.to_float(tensor, cast[tensor], f"oamip_cast_{i}"))
         axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
-        for kind, op, since in (("sum", "ReduceSum", 13), ("square", "ReduceSumSquare", 18)):
+        for kind, reduce in (("sum", build.reduce_sum), ("square", build.reduce_sum_square)):
             name = f"oamip_{kind}_{i}"
-            graph.node.append(reduction(graph, op, cast[tensor], name, axes, opset >= since))
+            reduce(graph, cast[tensor], name, axes, opset)
             graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-        graph.node.append(
-            helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}")
-        )
+        graph.node.append(build.shape_of(tensor, f"oamip_size_{i}", f"oamip_shape_{i}"))
         graph.output.append(
             helper.make_tensor_value_info(f"oamip_size_{i}", TensorProto.INT64, None)
         )
     return proto
-
-
-def reduction(
-    graph: onnx.GraphProto, op: str, source: str, name: str, axes: list[int], as_input: bool
-) -> onnx.NodeProto:
-    """A node that reduces ``source`` over ``axes``, given as an input (and added to the graph) or as an attribute."""
-    if not axes:  # a vector: an empty list of axes would mean all of them
-        inputs = [source] if op == "ReduceSum" else [source, source]
-        return helper.make_node("Identity" if op == "ReduceSum" else "Mul", inputs, [name], name)
-    if not as_input:
-        return helper.make_node(op, [source], [name], name, axes=axes, keepdims=0)
-    graph.initializer.append(
-        helper.make_tensor(f"{name}_axes", TensorProto.INT64, [len(axes)], axes)
-    )
-    return helper.make_node(op, [source, f"{name}_axes"], [name], name, keepdims=0)

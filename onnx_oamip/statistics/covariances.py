@@ -27,12 +27,8 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.graph.im2col import data_rows, pick
-from onnx_oamip.graph.linear_layers import (
-    Site,
-    matrix,
-    matrix_shape,
-    site,
-)
+from onnx_oamip.graph.linear_layers import matrix, matrix_shape, site
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import element_types, stream
 
 Job = tuple[int, Mapping[str, Gram]]

@@ -32,8 +32,8 @@ from onnx_oamip.core.records import (
 from onnx_oamip.data.dataset import Samples, placeholder
 from onnx_oamip.graph.external_data import array, checkable, references
 from onnx_oamip.graph.external_data import tensor as stored
-from onnx_oamip.graph.ops import lookup
-from onnx_oamip.graph.outputs import bent, head, is_float, showing
+from onnx_oamip.graph.ops import Trait, lookup
+from onnx_oamip.graph.outputs import head, is_float, producer_with, showing
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.shape_inference import symbol
 
@@ -46,8 +46,6 @@ ROUNDING = 4.0
 ROUNDING_MOST = 1e-2
 """Differences above this share of the scale are not put down to rounding: there it would hide what the cut does."""
 DRAWS = 3
-SATURATING = ("Sigmoid", "Softmax", "LogSoftmax", "Tanh", "HardSigmoid", "Softsign", "Erf")
-"""What they make of large numbers says little of them: what they read is compared too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +135,8 @@ def prove(
     file knows them (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.5: backward error).
     """
     names = [port.name for port in model.outputs]
-    makers = [bent(model, name, SATURATING) for name in names]
+    # The output of a saturating operator hides differences of large inputs: its input is compared too.
+    makers = [producer_with(model, name, Trait.SATURATES) for name in names]
     wanted = list(dict.fromkeys([*names, *(node.inputs[0] for node in makers if node is not None)]))
     # Of an output that is proved where it comes from, any rounding may be told.
     most = np.full(len(wanted), ROUNDING_MOST)

@@ -24,13 +24,9 @@ from onnx_oamip.graph.im2col import (
     pick,
     row_count,
 )
-from onnx_oamip.graph.linear_layers import (
-    Editor,
-    Site,
-    matrix,
-    site,
-)
+from onnx_oamip.graph.linear_layers import Editor, matrix, site
 from onnx_oamip.graph.loading import from_proto
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 
 # Name -> (input, constants, the node that makes y). One node each; biases where the operator takes them.

@@ -13,12 +13,12 @@ from onnx import ModelProto
 from onnx_oamip.core.records import Array, Floats, Model
 from onnx_oamip.graph.linear_layers import (
     Editor,
-    Site,
     matrix,
     matrix_shape,
     site,
     unmatrix,
 )
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 
 # Name -> (operator call, shape of the weight w, groups, outputs per group, inputs per group, taps).

@@ -41,7 +41,8 @@ from onnx_oamip.data import feeds as feed_batches
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.graph.linear_layers import Site, site
+from onnx_oamip.graph.linear_layers import site
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.repair import least_squares, ridge

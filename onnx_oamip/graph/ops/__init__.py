@@ -1,7 +1,7 @@
 """The operator table: one entry per operator, in families.
 
-To add an operator write one :class:`OpSpec` in its family's file and one case in ``tests/cases.py``; a test fails for
-an entry without a case.
+Everything else that depends on an operator's name is here too: sets of operators that passes ask for (``kinds``), and
+builders of the nodes that the package inserts (``build``). CONTRIBUTING.md, "Add an operator", has the steps.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from onnx import NodeProto
+
 from onnx_oamip.core.errors import OamipError, RuleFailed
 from onnx_oamip.core.records import Model, Node
 from onnx_oamip.graph.ops import (
     attention,
+    build,
     control,
     einsum,
     elementwise,
+    kinds,
     lengths,
     linear,
     movement,
@@ -27,18 +31,23 @@ from onnx_oamip.graph.ops import (
     reshape,
     tabular,
 )
-from onnx_oamip.graph.ops.einsum import weight_axis
+from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.graph.ops.norm import batch_scale
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     LabelAxis,
     Labels,
+    LikeInput,
+    LikeProduct,
     MatrixRule,
     OpSpec,
     Refused,
     Terms,
     Total,
+    Trait,
 )
 from onnx_oamip.graph.ops.windows import taps
 
@@ -73,12 +82,24 @@ def _index(specs: tuple[OpSpec, ...]) -> dict[tuple[str, str], list[OpSpec]]:
 _TABLE = _index(REGISTRY)
 
 
+def _plain_domain(domain: str) -> str:
+    """The default domain has two names."""
+    return "" if domain == "ai.onnx" else domain
+
+
 def lookup(domain: str, name: str, version: int) -> OpSpec | None:
     """The entry for an operator at an opset version, or None where it is not supported."""
-    for spec in _TABLE.get(("" if domain == "ai.onnx" else domain, name), ()):
+    for spec in _TABLE.get((_plain_domain(domain), name), ()):
         if spec.since <= version <= (spec.until or version):
             return spec
     return None
+
+
+def has(node: Node | NodeProto, traits: Trait) -> bool:
+    """Whether the operator of a node has one of these traits at any version."""
+    name = node.op if isinstance(node, Node) else node.op_type
+    specs = _TABLE.get((_plain_domain(node.domain), name), ())
+    return any(spec.traits & traits for spec in specs)
 
 
 @contextmanager
@@ -116,18 +137,27 @@ __all__ = [
     "REGISTRY",
     "Cuts",
     "Edit",
+    "EditRules",
     "LabelAxis",
     "Labels",
+    "LikeInput",
+    "LikeProduct",
     "MatrixRule",
     "OpSpec",
     "Refused",
+    "Site",
     "Terms",
     "Total",
+    "Trait",
+    "attention",
+    "batch_scale",
+    "build",
     "followed",
+    "has",
+    "kinds",
     "lookup",
     "opaque",
     "readers",
     "taps",
     "trusting",
-    "weight_axis",
 ]

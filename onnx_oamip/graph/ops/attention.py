@@ -12,6 +12,9 @@ References: ONNX operator specification, "Attention" (opset 23 and 24); ONNX Run
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 
 from onnx_oamip.core.records import Axis, Ints, Node
@@ -19,14 +22,28 @@ from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     LabelAxis,
     Labels,
+    LikeInput,
+    LikeProduct,
     OpSpec,
     Shapes,
     Total,
     operand,
 )
 
+PRODUCTS = frozenset({"MatMul"})
+"""The product of queries and keys, where attention is written out in elementary operators."""
+SCALES: dict[str, Callable[[int], float]] = {
+    "Div": math.sqrt,
+    "Mul": lambda size: 1 / math.sqrt(size),
+}
+"""The number that is applied to the logits, by operator, for a size of a head."""
+LAYOUT = frozenset({"Reshape", "Transpose", "Identity"})
+"""Operators that divide the queries of a layer into heads."""
+PROJECTIONS = frozenset({"MatMul", "Gemm"})
+"""Layers that make queries."""
 ROTARY = ("do_rotary", "rotary_embedding_dim", "rotary_interleaved")
 
 
@@ -277,13 +294,28 @@ def _packed_shape(node: Node, constants: Shapes) -> tuple[int, int] | None:
 
 SPECS = (
     OpSpec(
-        "Attention", _packed, _repair, _packed_cost, matrix=_packed_shape, domain="com.microsoft"
+        "Attention",
+        _packed,
+        domain="com.microsoft",
+        edit=EditRules(_repair),
+        cost=_packed_cost,
+        shape=LikeProduct(_packed_shape),
     ),
     OpSpec(
-        "MultiHeadAttention", _multi_head, _repair, _products, same=True, domain="com.microsoft"
+        "MultiHeadAttention",
+        _multi_head,
+        domain="com.microsoft",
+        edit=EditRules(_repair),
+        cost=_products,
+        shape=LikeInput(),
     ),
     OpSpec(
-        "GroupQueryAttention", _group_query, _repair, _products, same=True, domain="com.microsoft"
+        "GroupQueryAttention",
+        _group_query,
+        domain="com.microsoft",
+        edit=EditRules(_repair),
+        cost=_products,
+        shape=LikeInput(),
     ),
-    OpSpec("Attention", _standard, _repair, _products, since=23),
+    OpSpec("Attention", _standard, since=23, edit=EditRules(_repair), cost=_products),
 )

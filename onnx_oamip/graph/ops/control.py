@@ -7,12 +7,16 @@ input, the body's output and the final value agree on them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops.spec import (
+    ChannelRule,
     Flow,
     LabelAxis,
     Labels,
     OpSpec,
+    Trait,
 )
 
 
@@ -54,8 +58,16 @@ def _scan(node: Node) -> Flow:
     )
 
 
-def _channels(node: Node, labels: Labels) -> None:
-    flow = _FLOWS[node.op](node)
+def _followed_bodies(find_flow: Callable[[Node], Flow]) -> ChannelRule:
+    """Channel rule of a node with bodies, from how tensors pass between it and them."""
+
+    def apply(node: Node, labels: Labels) -> None:
+        _channels(node, find_flow(node), labels)
+
+    return apply
+
+
+def _channels(node: Node, flow: Flow, labels: Labels) -> None:
     for body in node.bodies.values():
         for name in body.inputs:
             labels.set(name, [], f"an input of the body of {node}")
@@ -108,7 +120,8 @@ def _joined(node: Node, labels: Labels, sources: tuple[str, ...]) -> list[LabelA
     return result
 
 
-_FLOWS = {"If": _if, "Loop": _loop, "Scan": _scan}
-SPECS = tuple(
-    OpSpec(op, _channels, flow=flow, since=9 if op == "Scan" else 1) for op, flow in _FLOWS.items()
+SPECS = (
+    OpSpec("If", _followed_bodies(_if), flow=_if, traits=Trait.BRANCHES),
+    OpSpec("Loop", _followed_bodies(_loop), flow=_loop),
+    OpSpec("Scan", _followed_bodies(_scan), since=9, flow=_scan),
 )

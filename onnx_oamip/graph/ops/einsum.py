@@ -6,7 +6,10 @@ its own. MACs are the product of the lengths of all letters, as for the loops th
 
 from __future__ import annotations
 
-from onnx_oamip.core.records import Axis, Node
+from collections.abc import Mapping
+
+from onnx_oamip.core.records import Array, Axis, Node
+from onnx_oamip.graph.ops.matrix_view import Linear, Site
 from onnx_oamip.graph.ops.notation import opaque, rule
 from onnx_oamip.graph.ops.spec import Labels, OpSpec, Shapes
 
@@ -80,4 +83,20 @@ def weight_axis(node: Node, ranks: list[int]) -> int | None:
     return axis if other not in data and result == [*data[:-1], other] else None
 
 
-SPECS = (OpSpec("Einsum", _channels, cost=_cost, linear=True, since=12),)
+class EinsumProduct(Linear):
+    """Einsum, where it is a plain product with a constant matrix as its second operand."""
+
+    def site(self, node: Node, constants: Mapping[str, Array]) -> Site | None:
+        """The data is the first operand."""
+        if len(node.inputs) != 2 or node.inputs[0] in constants or node.inputs[1] not in constants:
+            return None
+        # The rank of the data follows from the equation, but for an ellipsis, which changes nothing here.
+        equation = str(node.attrs["equation"]).replace(" ", "")
+        rank = len(equation.split(",")[0].replace("...", ""))
+        axis = weight_axis(node, [rank, constants[node.inputs[1]].ndim])
+        if axis is None:
+            return None
+        return Site(node, self, slot=0, weight_axis=axis, data_axis=-1, output_axis=-1)
+
+
+SPECS = (OpSpec("Einsum", _channels, since=12, cost=_cost, linear=EinsumProduct()),)

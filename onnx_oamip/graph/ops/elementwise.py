@@ -15,12 +15,16 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.graph.ops import maps
 from onnx_oamip.graph.ops.spec import (
+    NO_TRAITS,
+    ChannelRule,
     EncodeRule,
     LabelAxis,
     Labels,
+    LikeInput,
     OpSpec,
     Refused,
     Terms,
+    Trait,
     operand,
 )
 
@@ -218,6 +222,20 @@ ENCODE: dict[str, EncodeRule] = {
     "Mul": _scale_encode,
     "Div": _scale_encode,
 }
+TRAITS: dict[str, Trait] = {
+    "Relu": Trait.RECTIFIES | Trait.PIECEWISE,
+    "LeakyRelu": Trait.PIECEWISE,
+    "Clip": Trait.PIECEWISE,
+    "Add": Trait.BIAS | Trait.SUM | Trait.CHANNEL_AFFINE,
+    "Sum": Trait.SUM,
+    "Sub": Trait.CHANNEL_AFFINE,
+    "Mul": Trait.CHANNEL_AFFINE,
+    "Sigmoid": Trait.SATURATES,
+    "HardSigmoid": Trait.SATURATES,
+    "Tanh": Trait.SATURATES,
+    "Softsign": Trait.SATURATES,
+    "Erf": Trait.SATURATES,
+}
 UNARY = (
     "Relu LeakyRelu Sigmoid Tanh Elu Selu Celu ThresholdedRelu HardSigmoid HardSwish Softplus Softsign Gelu Mish "
     "Swish Erf Exp Log Sqrt Neg Abs Reciprocal Sign Floor Ceil Round Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh "
@@ -227,14 +245,20 @@ BINARY = (
     "Add Sub Mul Div Pow Mod Min Max Sum Mean Where And Or Xor Equal Greater Less GreaterOrEqual LessOrEqual "
     "BitwiseAnd BitwiseOr BitwiseXor BitShift"
 )
+
+
+def _elementwise(name: str, channels: ChannelRule) -> OpSpec:
+    return OpSpec(name, channels, encode=ENCODE.get(name), traits=TRAITS.get(name, NO_TRAITS))
+
+
 SPECS = (
-    *(OpSpec(name, passes, encode=ENCODE.get(name)) for name in UNARY.split()),
-    OpSpec("Dropout", _dropout, encode=same, moves=True),
-    OpSpec("Identity", _cast, encode=same, moves=True),
-    OpSpec("Cast", _cast, encode=same),
-    OpSpec("Gelu", passes, domain="com.microsoft", same=True),
-    OpSpec("QuickGelu", passes, domain="com.microsoft", same=True),
-    *(OpSpec(name, broadcast, encode=ENCODE.get(name)) for name in BINARY.split()),
+    *(_elementwise(name, passes) for name in UNARY.split()),
+    OpSpec("Dropout", _dropout, encode=same, traits=Trait.IDENTITY | Trait.MOVES),
+    OpSpec("Identity", _cast, encode=same, traits=Trait.COPIES | Trait.IDENTITY | Trait.MOVES),
+    OpSpec("Cast", _cast, encode=same, traits=Trait.CASTS),
+    OpSpec("Gelu", passes, "com.microsoft", shape=LikeInput()),
+    OpSpec("QuickGelu", passes, "com.microsoft", shape=LikeInput()),
+    *(_elementwise(name, broadcast) for name in BINARY.split()),
     # The slope broadcasts one way, to the data; multidirectional alignment gives the same axes.
-    OpSpec("PRelu", broadcast, encode=_leaky_encode),
+    OpSpec("PRelu", broadcast, encode=_leaky_encode, traits=Trait.PIECEWISE),
 )

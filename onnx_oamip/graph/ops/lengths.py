@@ -10,6 +10,7 @@ from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     LabelAxis,
     Labels,
     OpSpec,
@@ -155,10 +156,10 @@ def _shape(node: Node, labels: Labels) -> None:
 
 
 SPECS = (
-    OpSpec("Resize", _resize, _resize_repair, since=11),
+    OpSpec("Resize", _resize, since=11, edit=EditRules(_resize_repair)),
     OpSpec("Resize", _upsample, until=10),
     OpSpec("Upsample", _upsample),
-    OpSpec("Expand", _expand, _expand_repair),
+    OpSpec("Expand", _expand, edit=EditRules(_expand_repair)),
     OpSpec("Tile", _tile),
     OpSpec("Shape", _shape),
 )

@@ -14,10 +14,17 @@ from scipy.sparse import csr_array
 
 from onnx_oamip.core.records import Array, Axis, Node
 from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.matrix_view import (
+    Convolution,
+    GeneralProduct,
+    Product,
+    TransposedConvolution,
+)
 from onnx_oamip.graph.ops.notation import opaque, rule
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     Labels,
     OpSpec,
     Refused,
@@ -142,8 +149,9 @@ def regroup(node: Node, cuts: Cuts) -> Edit:
     )
 
 
-def _conv_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
-    out, w = node.outputs[0], node.inputs[1]
+def conv_cost(node: Node, shapes: Shapes, weight: int = 1) -> tuple[Axis, ...]:
+    """Every output element meets every kernel element of a filter; ``weight``: input index of the filters."""
+    out, w = node.outputs[0], node.inputs[weight]
     return (
         *((out, i) for i in range(len(shapes[out]))),
         *((w, i) for i in range(1, len(shapes[w]))),
@@ -226,7 +234,8 @@ def matmul(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
-def _matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
+def matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
+    """Every output element is a sum over the last axis of the first operand."""
     a, out = node.inputs[0], node.outputs[0]
     return (*((out, i) for i in range(len(shapes[out]))), (a, len(shapes[a]) - 1))
 
@@ -286,8 +295,21 @@ def _matmul_encode(node: Node, terms: Terms) -> None:
 
 
 SPECS = (
-    OpSpec("Conv", conv, regroup, _conv_cost, linear=True, encode=_conv_encode),
-    OpSpec("ConvTranspose", conv_transpose, regroup, _transposed_cost, linear=True),
-    OpSpec("Gemm", gemm, cost=_gemm_cost, linear=True, encode=_gemm_encode),
-    OpSpec("MatMul", matmul, cost=_matmul_cost, linear=True, encode=_matmul_encode),
+    OpSpec(
+        "Conv",
+        conv,
+        edit=EditRules(regroup),
+        cost=conv_cost,
+        linear=Convolution(),
+        encode=_conv_encode,
+    ),
+    OpSpec(
+        "ConvTranspose",
+        conv_transpose,
+        edit=EditRules(regroup),
+        cost=_transposed_cost,
+        linear=TransposedConvolution(),
+    ),
+    OpSpec("Gemm", gemm, cost=_gemm_cost, linear=GeneralProduct(), encode=_gemm_encode),
+    OpSpec("MatMul", matmul, cost=matmul_cost, linear=Product(), encode=_matmul_encode),
 )

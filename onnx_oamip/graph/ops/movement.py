@@ -14,10 +14,13 @@ from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     LabelAxis,
     Labels,
     OpSpec,
+    Reader,
     Terms,
+    Trait,
     integers,
     operand,
 )
@@ -279,6 +282,74 @@ def _pad(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
+# -------------------------------------------------------------------------------------------------- contiguous ranges
+
+
+def taken_range(node: Node, tensor: str, graph: Reader) -> tuple[int, int, int] | None:
+    """The contiguous range of its first input that a node gives.
+
+    Args:
+        node: Any node.
+        tensor: The output asked for.
+        graph: Shapes and constants.
+
+    Returns:
+        (axis, start, stop), or None where the output is something else.
+    """
+    find = _RANGES.get(node.op)
+    shape = graph.shape(node.inputs[0]) if node.inputs else None
+    return None if find is None or shape is None else find(node, tensor, shape, graph)
+
+
+def _slice_range(
+    node: Node, tensor: str, shape: Shape, graph: Reader
+) -> tuple[int, int, int] | None:
+    del tensor  # there is one output
+    starts, ends = graph.integers(node, 1, "starts"), graph.integers(node, 2, "ends")
+    axes, steps = graph.integers(node, 3, "axes"), graph.integers(node, 4, "steps")
+    if starts is None or ends is None or len(starts) != 1 or (steps or [1]) != [1]:
+        return None
+    computed_axes = axes is None and operand(node, 3) is not None
+    if computed_axes:
+        return None
+    axis = (axes or [0])[0] % len(shape)
+    start, stop, _ = slice(starts[0], ends[0]).indices(shape[axis])
+    return (axis, start, stop) if start < stop else None
+
+
+def _split_range(
+    node: Node, tensor: str, shape: Shape, graph: Reader
+) -> tuple[int, int, int] | None:
+    axis = _axis(node, shape)
+    place = node.outputs.index(tensor)
+    sizes = [graph.shape(out) for out in node.outputs[: place + 1]]
+    known = [size[axis] for size in sizes if size is not None]
+    if len(known) != len(sizes):
+        return None
+    stop = sum(known)
+    return axis, stop - known[-1], stop
+
+
+def _gather_range(
+    node: Node, tensor: str, shape: Shape, graph: Reader
+) -> tuple[int, int, int] | None:
+    del tensor  # there is one output
+    index = graph.constant(node.inputs[1])
+    if index is None:
+        return None
+    axis = _axis(node, shape)
+    places = index.reshape(-1).astype(np.int64) % max(shape[axis], 1)
+    if not len(places) or not (np.diff(places) == 1).all():
+        return None
+    return axis, int(places[0]), int(places[-1]) + 1
+
+
+def _axis(node: Node, shape: Shape) -> int:
+    return int(node.attrs.get("axis", 0)) % max(len(shape), 1)
+
+
+_RANGES = {"Slice": _slice_range, "Split": _split_range, "Gather": _gather_range}
+
 # ------------------------------------------------------------------------------------------------------- encoding
 
 
@@ -307,12 +378,17 @@ def _concat_encode(node: Node, terms: Terms) -> None:
 
 
 SPECS = (
-    OpSpec("Transpose", _transpose, encode=_transpose_encode, moves=True),
+    OpSpec(
+        "Transpose",
+        _transpose,
+        encode=_transpose_encode,
+        traits=Trait.MOVES | Trait.TRANSPOSES,
+    ),
     OpSpec("DepthToSpace", _depth_to_space),
     OpSpec("SpaceToDepth", _space_to_depth),
     OpSpec("Concat", _concat, encode=_concat_encode),
-    OpSpec("Split", _split_op, _split_repair),
-    OpSpec("Slice", _slice, _slice_repair),
-    OpSpec("Gather", _gather, _gather_repair),
+    OpSpec("Split", _split_op, edit=EditRules(_split_repair)),
+    OpSpec("Slice", _slice, edit=EditRules(_slice_repair), traits=Trait.SLICES),
+    OpSpec("Gather", _gather, edit=EditRules(_gather_repair)),
     OpSpec("Pad", _pad),
 )

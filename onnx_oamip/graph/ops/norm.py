@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from onnx_oamip.core.records import Array, Node
+from onnx_oamip.core.records import Array, Floats, Node
 from onnx_oamip.graph.ops import maps
 from onnx_oamip.graph.ops.notation import extra_outputs, opaque, rule
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     Labels,
+    LikeInput,
     OpSpec,
     Refused,
     Terms,
+    Trait,
 )
 
 
@@ -133,6 +138,26 @@ def _pin_axes(node: Node, labels: Labels, axes: range | list[int]) -> None:
     extra_outputs(node, labels, 1)
 
 
+BATCH_AFFINE_SLOTS = (1, 2)
+"""Input indices of the gain and the bias of a batch normalisation."""
+
+
+def batch_scale(node: Node, constants: Mapping[str, Array]) -> tuple[Floats, Floats] | None:
+    """What a batch normalisation multiplies every channel with and divides it by.
+
+    Args:
+        node: A batch normalisation.
+        constants: Values of constants by name.
+
+    Returns:
+        The gain and the standard deviation of every channel, or None where a parameter is computed.
+    """
+    if not all(name in constants for name in node.inputs[1:5]):
+        return None
+    gain, variance = (constants[node.inputs[slot]].astype(np.float64) for slot in (1, 4))
+    return gain, np.sqrt(variance + float(node.attrs.get("epsilon", 1e-5)))
+
+
 def _batch_encode(node: Node, terms: Terms) -> None:
     """In inference: a scale and a shift per channel."""
     if node.attrs.get("training_mode", 0):
@@ -151,16 +176,19 @@ def _batch_encode(node: Node, terms: Terms) -> None:
 
 SPECS = (
     OpSpec(
-        "BatchNormalization", rule("n c *, c, c, c, c -> n c *", _training), encode=_batch_encode
+        "BatchNormalization",
+        rule("n c *, c, c, c, c -> n c *", _training),
+        encode=_batch_encode,
+        traits=Trait.BATCH_NORM | Trait.CHANNEL_AFFINE,
     ),
     OpSpec("InstanceNormalization", rule("n c *, c, c -> n c *")),
-    OpSpec("LRN", _neighbours, _spread),
-    OpSpec("GroupNormalization", _groups, _regroup, same=True),
-    OpSpec("LayerNormalization", _layer, _layer_spread),
-    OpSpec("RMSNormalization", _layer, _layer_spread),
+    OpSpec("LRN", _neighbours, edit=EditRules(_spread)),
+    OpSpec("GroupNormalization", _groups, edit=EditRules(_regroup), shape=LikeInput()),
+    OpSpec("LayerNormalization", _layer, edit=EditRules(_layer_spread)),
+    OpSpec("RMSNormalization", _layer, edit=EditRules(_layer_spread)),
     OpSpec("LpNormalization", _lp),
     OpSpec("MeanVarianceNormalization", _all_but_first),
-    OpSpec("Softmax", _softmax),
-    OpSpec("LogSoftmax", _softmax),
+    OpSpec("Softmax", _softmax, traits=Trait.SOFTMAX | Trait.SATURATES),
+    OpSpec("LogSoftmax", _softmax, traits=Trait.SOFTMAX | Trait.SATURATES),
     OpSpec("Hardmax", _softmax),
 )

@@ -10,12 +10,13 @@ from onnx_oamip.graph.ops.notation import opaque, rule
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
-    EncodeRule,
+    EditRules,
     LabelAxis,
     Labels,
     OpSpec,
     Refused,
     Terms,
+    Trait,
     integers,
 )
 
@@ -60,8 +61,6 @@ _ADDITIVE = frozenset({"ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "Reduc
 
 def _mean_repair(node: Node, cuts: Cuts) -> Edit:
     """A mean over what is left counts what went: it is scaled down to the old length."""
-    if node.op != "ReduceMean":
-        return Edit()
     name = node.inputs[0]
     cut = [a for a in range(len(cuts.shape(name))) if cuts.keep(name, a) is not None]
     try:
@@ -118,45 +117,18 @@ def _reduce_encode(node: Node, terms: Terms) -> None:
     terms.affine(out, [(x, maps.reduction(shape, axes, mean=node.op == "ReduceMean"))])
 
 
-ENCODE: dict[str, EncodeRule] = {
-    "MaxPool": _max_encode,
-    "AveragePool": _average_encode,
-    "GlobalAveragePool": _global_average_encode,
-    "GlobalMaxPool": _global_max_encode,
-    "ReduceMean": _reduce_encode,
-    "ReduceSum": _reduce_encode,
-}
 _channelwise = rule("n c * -> n c *")
 SPECS = (
+    OpSpec("MaxPool", _channelwise, encode=_max_encode, traits=Trait.PIECEWISE),
+    OpSpec("AveragePool", _channelwise, encode=_average_encode),
+    OpSpec("LpPool", _channelwise),
+    OpSpec("GlobalAveragePool", _channelwise, encode=_global_average_encode),
+    OpSpec("GlobalMaxPool", _channelwise, encode=_global_max_encode, traits=Trait.PIECEWISE),
+    OpSpec("GlobalLpPool", _channelwise),
+    OpSpec("ReduceMean", _reduce, edit=EditRules(_mean_repair), encode=_reduce_encode),
+    OpSpec("ReduceSum", _reduce, encode=_reduce_encode),
     *(
-        OpSpec(name, _channelwise, encode=ENCODE.get(name))
-        for name in (
-            "MaxPool",
-            "AveragePool",
-            "LpPool",
-            "GlobalAveragePool",
-            "GlobalMaxPool",
-            "GlobalLpPool",
-        )
-    ),
-    *(
-        OpSpec(
-            f"Reduce{name}",
-            _reduce,
-            _mean_repair if name == "Mean" else None,
-            encode=ENCODE.get(f"Reduce{name}"),
-        )
-        for name in [
-            "Mean",
-            "Sum",
-            "Max",
-            "Min",
-            "Prod",
-            "L1",
-            "L2",
-            "LogSum",
-            "LogSumExp",
-            "SumSquare",
-        ]
+        OpSpec(f"Reduce{name}", _reduce)
+        for name in ("Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")
     ),
 )

@@ -14,13 +14,15 @@ from typing import Any, cast
 import numpy as np
 
 from onnx_oamip.core.records import Array, Axis, Node
-from onnx_oamip.graph.ops.linear import conv, matmul, regroup
+from onnx_oamip.graph.ops.linear import conv, conv_cost, matmul, matmul_cost, regroup
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Cuts,
+    EditRules,
     Labels,
     OpSpec,
     Shapes,
+    Trait,
     operand,
 )
 
@@ -173,25 +175,26 @@ def _zero_integer(node: Node, cuts: Cuts) -> dict[int, Array]:
     return _zero_weight(node, cuts, 1, 3)
 
 
-def _conv_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
-    out, w = node.outputs[0], node.inputs[3 if node.op == "QLinearConv" else 1]
-    return (
-        *((out, i) for i in range(len(shapes[out]))),
-        *((w, i) for i in range(1, len(shapes[w]))),
-    )
-
-
-def _matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
-    a, out = node.inputs[0], node.outputs[0]
-    return (*((out, i) for i in range(len(shapes[out]))), (a, len(shapes[a]) - 1))
+def _linear_conv_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
+    return conv_cost(node, shapes, weight=3)
 
 
 SPECS = (
-    OpSpec("DequantizeLinear", _scaled, zero=_zero_stored, since=10),
-    OpSpec("QuantizeLinear", _scaled, zero=_zero_real, since=10),
+    OpSpec(
+        "DequantizeLinear",
+        _scaled,
+        since=10,
+        edit=EditRules(zero=_zero_stored),
+        traits=Trait.DEQUANTISES,
+    ),
+    OpSpec(
+        "QuantizeLinear", _scaled, since=10, edit=EditRules(zero=_zero_real), traits=Trait.QUANTISES
+    ),
     OpSpec("DynamicQuantizeLinear", _dynamic),
-    OpSpec("QLinearConv", _linear_conv, regroup, _conv_cost, zero=_zero_linear),
-    OpSpec("ConvInteger", _integers, regroup, _conv_cost, zero=_zero_integer),
-    OpSpec("QLinearMatMul", _linear_matmul, cost=_matmul_cost, zero=_zero_linear),
-    OpSpec("MatMulInteger", _integers, cost=_matmul_cost, zero=_zero_integer),
+    OpSpec(
+        "QLinearConv", _linear_conv, edit=EditRules(regroup, _zero_linear), cost=_linear_conv_cost
+    ),
+    OpSpec("ConvInteger", _integers, edit=EditRules(regroup, _zero_integer), cost=conv_cost),
+    OpSpec("QLinearMatMul", _linear_matmul, edit=EditRules(zero=_zero_linear), cost=matmul_cost),
+    OpSpec("MatMulInteger", _integers, edit=EditRules(zero=_zero_integer), cost=matmul_cost),
 )

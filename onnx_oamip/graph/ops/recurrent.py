@@ -18,6 +18,7 @@ from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     LabelAxis,
     Labels,
     OpSpec,
@@ -140,4 +141,6 @@ def _cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     return ((x, 0), (x, 1), (w, 0), (w, 1), (((w, 2), (r, 2)), 0))
 
 
-SPECS = tuple(OpSpec(name, _recurrent, _repair, _cost, since=7) for name in GATES)
+SPECS = tuple(
+    OpSpec(name, _recurrent, since=7, edit=EditRules(_repair), cost=_cost) for name in GATES
+)

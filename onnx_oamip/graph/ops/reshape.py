@@ -13,10 +13,12 @@ from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     LabelAxis,
     Labels,
     OpSpec,
     Terms,
+    Trait,
     integers,
     operand,
 )
@@ -209,9 +211,12 @@ def _encode(node: Node, terms: Terms) -> None:
     terms.affine(node.outputs[0], [(node.inputs[0], maps.gather(index, index.size))])
 
 
+_TRAITS = Trait.MOVES | Trait.RESHAPES
 SPECS = (
-    OpSpec("Reshape", _reshape, _reshape_repair, encode=_encode, moves=True),
-    OpSpec("Flatten", _same_elements, encode=_encode, moves=True),
-    OpSpec("Squeeze", _same_elements, _squeeze_repair, encode=_encode, moves=True),
-    OpSpec("Unsqueeze", _same_elements, encode=_encode, moves=True),
+    OpSpec("Reshape", _reshape, edit=EditRules(_reshape_repair), encode=_encode, traits=_TRAITS),
+    OpSpec("Flatten", _same_elements, encode=_encode, traits=_TRAITS),
+    OpSpec(
+        "Squeeze", _same_elements, edit=EditRules(_squeeze_repair), encode=_encode, traits=_TRAITS
+    ),
+    OpSpec("Unsqueeze", _same_elements, encode=_encode, traits=_TRAITS),
 )

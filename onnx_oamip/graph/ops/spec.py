@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Flag, auto
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from onnx_oamip.core.records import (
     Ints,
     Node,
 )
+from onnx_oamip.graph.ops.matrix_view import Linear
 
 LabelAxis = Ints | None
 """The labels of every index along one axis, or None where the axis is not tracked and can never shrink."""
@@ -130,6 +132,27 @@ class Terms(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """The handle of rules that look at a whole graph: producers, shapes and constants by name of a tensor."""
+
+    def maker(self, tensor: str) -> Node | None: ...
+    def op(self, tensor: str) -> str:
+        """The operator that gives a tensor; empty where there is none that is known."""
+        ...
+
+    def shape(self, tensor: str) -> tuple[int, ...] | None: ...
+    def rank(self, tensor: str) -> int | None: ...
+    def floating(self, tensor: str) -> bool: ...
+    def constant(self, tensor: str) -> Array | None: ...
+    def number(self, tensor: str) -> float | None:
+        """The value of a constant with one element."""
+        ...
+
+    def integers(self, node: Node, slot: int, attribute: str) -> list[int] | None:
+        """A list given as an attribute or as a constant input; None where it is neither."""
+        ...
+
+
 class Refused(Exception):
     """An encode rule met a form of its operator that it cannot state; the message says which."""
 
@@ -173,6 +196,7 @@ Total = tuple[tuple[Axis, ...], int]
 CostRule = Callable[[Node, Shapes], tuple[Axis | Total, ...]]
 """MACs of a node are the product of the lengths of the axes (and totals) returned."""
 MatrixRule = Callable[[Node, Shapes], tuple[int, int] | None]
+"""Shape of the matrix that, to judge by shapes, multiplies the first input; it is given the shapes of constants."""
 ZeroRule = Callable[[Node, Cuts], Mapping[int, Array]]
 """What stands for zero in an input, by slot, broadcast to it: where such an input is a constant, channels that it meets
 are masked in it, so that quantised arithmetic stays what it is."""
@@ -180,33 +204,102 @@ EncodeRule = Callable[[Node, Terms], None]
 
 
 @dataclass(frozen=True, slots=True)
+class EditRules:
+    """How a node changes with its channels: ``repair`` where they are removed, ``zero`` where they are masked."""
+
+    repair: RepairRule | None = None
+    zero: ZeroRule | None = None
+    """For quantised operators. Slot 0 is the data of an operator that works element by element."""
+
+
+@dataclass(frozen=True, slots=True)
+class LikeInput:
+    """Shape of an operator that ONNX's inference does not know: that of its first input.
+
+    ``floats``: only the shape is the input's; the type is float32.
+    """
+
+    floats: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LikeProduct:
+    """Shape of an operator that ONNX's inference does not know: that of its first input times a matrix.
+
+    ``matrix`` gives the shape of that matrix from the shapes of constants.
+    """
+
+    matrix: MatrixRule
+
+
+class Trait(Flag):
+    """Properties of an operator that passes over a graph ask for (:func:`onnx_oamip.graph.ops.has`)."""
+
+    COPIES = auto()
+    """The output is the input, in every mode."""
+    IDENTITY = auto()
+    """The first output is the first input in inference."""
+    MOVES = auto()
+    """The first output holds the elements of the first input, in the same or another order, and nothing else."""
+    RESHAPES = auto()
+    """Moves elements and keeps their order."""
+    TRANSPOSES = auto()
+    """Permutes the axes."""
+    SLICES = auto()
+    """Takes ranges of indices."""
+    CASTS = auto()
+    """Converts the element type."""
+    BIAS = auto()
+    """Adds two inputs: where one is a constant it is the bias of a linear node in front."""
+    SUM = auto()
+    """Adds all inputs: where they are computed it joins branches."""
+    CHANNEL_AFFINE = auto()
+    """With constants as other inputs, scales and shifts every channel by numbers of its own."""
+    BATCH_NORM = auto()
+    """Scales and shifts every channel in inference, by the statistics of training."""
+    RECTIFIES = auto()
+    """max(x, 0)."""
+    PIECEWISE = auto()
+    """Piecewise linear but not linear: its encode rule uses ReLUs or maxima."""
+    SATURATES = auto()
+    """Large inputs of different size have almost the same output."""
+    SOFTMAX = auto()
+    """Normalises along an axis to probabilities, or to their logarithms."""
+    QUANTISES = auto()
+    """Maps real numbers to codes."""
+    DEQUANTISES = auto()
+    """Maps codes to real numbers."""
+    BRANCHES = auto()
+    """Runs one of its bodies."""
+
+
+NO_TRAITS = Trait(0)
+
+
+@dataclass(frozen=True, slots=True)
 class OpSpec:
-    """Everything known about one operator. Only ``channels`` is required."""
+    """Everything known about one operator. Only ``channels`` is required.
+
+    ``domain``, ``since`` and ``until`` (the last opset version included) say which operator it is, the other fields are
+    its facets.
+    """
 
     name: str
     channels: ChannelRule
-    repair: RepairRule | None = None
-    cost: CostRule | None = None
-    linear: bool = False
-    """Linear in its data input, with a constant weight: a consumer whose bias and weights can be refitted."""
-    same: bool = False
-    """Shape and type of the first output are those of the first input, and ONNX's own inference does not know it."""
-    floats: bool = False
-    """Together with ``same``: of the shape alone; the type is float32."""
-    matrix: MatrixRule | None = None
-    """The shape of the matrix that, to judge by shapes, multiplies the first input; for what ONNX's inference does not
-    know. It is given the shapes of constants."""
-    encode: EncodeRule | None = None
-    """States the operator exactly by linear maps, ReLUs and maxima; raises Refused for a form it cannot state."""
-    moves: bool = False
-    """The first output holds the elements of the first input, in the same or another order, and nothing else."""
-    zero: ZeroRule | None = None
-    """For quantised operators. Slot 0 is the data of an operator that works element by element."""
-    flow: Callable[[Node], Flow] | None = None
-    """For nodes with bodies that are followed: what passes in and out."""
     domain: str = ""
     since: int = 1
     until: int | None = None
+    edit: EditRules = EditRules()
+    cost: CostRule | None = None
+    linear: Linear | None = None
+    """How it is a matrix product of its data input with a constant weight, whose weights and bias can be refitted."""
+    encode: EncodeRule | None = None
+    """States the operator exactly by linear maps, ReLUs and maxima; raises Refused for a form it cannot state."""
+    shape: LikeInput | LikeProduct | None = None
+    """For operators whose shapes ONNX's own inference does not know."""
+    flow: Callable[[Node], Flow] | None = None
+    """For nodes with bodies that are followed: what passes in and out."""
+    traits: Trait = NO_TRAITS
 
 
 def operand(node: Node, index: int) -> str | None:

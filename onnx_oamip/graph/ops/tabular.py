@@ -9,7 +9,9 @@ from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
+    EditRules,
     Labels,
+    LikeInput,
     OpSpec,
 )
 
@@ -40,7 +42,9 @@ def _rows(node: Node, labels: Labels) -> None:
 
 
 SPECS = (
-    OpSpec("Scaler", _columns, _columns_repair, same=True, floats=True, domain=DOMAIN),
-    OpSpec("Imputer", _columns, _columns_repair, same=True, domain=DOMAIN),
-    OpSpec("Normalizer", _rows, same=True, floats=True, domain=DOMAIN),
+    OpSpec(
+        "Scaler", _columns, DOMAIN, edit=EditRules(_columns_repair), shape=LikeInput(floats=True)
+    ),
+    OpSpec("Imputer", _columns, DOMAIN, edit=EditRules(_columns_repair), shape=LikeInput()),
+    OpSpec("Normalizer", _rows, DOMAIN, shape=LikeInput(floats=True)),
 )

@@ -9,7 +9,6 @@ queries' layer is multiplied by the root of e / d: the same logits, now in the u
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import numpy as np
 import onnx
@@ -22,8 +21,8 @@ from onnx_oamip.core.records import (
     Model,
     Node,
 )
-
-MOVES = ("Reshape", "Transpose", "Identity")
+from onnx_oamip.graph import chains
+from onnx_oamip.graph.ops import Trait, attention, has
 
 
 def usual(
@@ -32,13 +31,13 @@ def usual(
     """A cut model whose attention scales fit its heads; the model itself where there are none to change."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
-    graph = _Graph(result, model)
+    graph = _Graph(result)
     before = {node.name: node for node in model.nodes}
     done = False
     for consumer in coupling.consumers:
         node = before[consumer.node]
         if (
-            node.op != "MatMul"
+            node.op not in attention.PRODUCTS
             or consumer.slot != 0
             or consumer.weight in model.constants
             or consumer.weight is None
@@ -54,21 +53,19 @@ def usual(
 class _Graph:
     """The cut graph by tensor names, which the cut keeps."""
 
-    def __init__(self, proto: onnx.ModelProto, model: Model) -> None:
+    def __init__(self, proto: onnx.ModelProto) -> None:
         self._graph = proto.graph
         self._held = {t.name: t for t in proto.graph.initializer}
-        self._makers = {name: node for node in proto.graph.node for name in node.output}
-        self._reads = Counter(name for node in proto.graph.node for name in node.input)
-        self._reads.update(port.name for port in model.outputs)
-        self._readers = {name: node for node in proto.graph.node for name in node.input}
+        self._chains = chains.of_graph(proto.graph)
 
     def rescale(self, product: Node, size: int, kept: int) -> bool:
         """Change the number behind (or in front of) one product of queries and keys, and the layer of its queries."""
         scores = product.outputs[0]
-        queries = str(self._makers[scores].input[0])
-        scaler = self._readers.get(scores)
+        producers = self._chains.producers
+        queries = str(producers[scores].input[0])
+        scaler = self._chains.sole_consumer(scores)
         if not self._scales(scaler, scores, size):
-            scaler = self._makers.get(queries)
+            scaler = producers.get(queries)
             if scaler is None or not self._scales(scaler, scaler.input[0], size):
                 return False
             queries = scaler.input[0]
@@ -77,11 +74,9 @@ class _Graph:
             return False
         old = self._value(scaler.input[1])
         name = f"{scaler.name}_scale_pruned"
-        made = np.full_like(
-            old, math.sqrt(kept) if scaler.op_type == "Div" else 1 / math.sqrt(kept)
-        )
+        made = np.full_like(old, attention.SCALES[scaler.op_type](kept))
         self._graph.initializer.append(numpy_helper.from_array(made, name))
-        if self._only(scaler.input[1]):
+        if self._chains.read_once(scaler.input[1]):
             self._graph.initializer.remove(self._held[scaler.input[1]])
         scaler.input[1] = name
         for name in layer:
@@ -95,42 +90,44 @@ class _Graph:
     def _set(self, name: str, value: Array) -> None:
         self._held[name].CopyFrom(numpy_helper.from_array(value, name))
 
-    def _only(self, name: str) -> bool:
-        return self._reads[name] == 1
-
     def _scales(self, node: onnx.NodeProto | None, data: str, size: int) -> bool:
         """Whether a node divides (or multiplies) the data by the root of the head's size, and nobody else reads it."""
         if (
             node is None
-            or node.op_type not in ("Div", "Mul")
+            or node.op_type not in attention.SCALES
             or node.input[0] != data
-            or not self._only(data)
+            or not self._chains.read_once(data)
         ):
             return False
         if node.input[1] not in self._held or size < 2:
             return False
         value = self._value(node.input[1])
-        wanted = math.sqrt(size) if node.op_type == "Div" else 1 / math.sqrt(size)
-        return value.size == 1 and _floating(value) and bool(np.allclose(value, wanted, rtol=1e-3))
+        if value.size != 1 or not _floating(value):
+            return False
+        return bool(np.allclose(value, attention.SCALES[node.op_type](size), rtol=1e-3))
 
     def _layer(self, tensor: str) -> list[str]:
         """Weight and bias of the linear layer that a tensor comes from; nothing where others see it, too."""
-        found: list[str] = []
-        while self._only(tensor) and tensor in self._makers:
-            node = self._makers[tensor]
-            held = [name for name in node.input if name in self._held]
-            if node.op_type in MOVES:
-                tensor = node.input[0]
-            elif node.op_type == "Add" and len(held) == 1 and not found:
-                found, tensor = held, next(name for name in node.input if name not in self._held)
-            elif node.op_type in ("MatMul", "Gemm") and node.input[1] in self._held:
-                found = [*held, *found]
-                return (
-                    found if all(self._only(n) and _floating(self._value(n)) for n in found) else []
-                )
-            else:
-                return []
+        bias: list[str] = []
+
+        def data_input(node: onnx.NodeProto) -> str | None:
+            if node.op_type in attention.LAYOUT:
+                return str(node.input[0])
+            held = self._constants(node)
+            if not has(node, Trait.BIAS) or len(held) != 1 or bias:
+                return None
+            bias.extend(held)
+            return next(name for name in node.input if name not in self._held)
+
+        for node in self._chains.in_front(tensor, data_input):
+            if node.op_type in attention.PROJECTIONS and node.input[1] in self._held:
+                layer = [*self._constants(node), *bias]
+                own = all(self._chains.read_once(n) and _floating(self._value(n)) for n in layer)
+                return layer if own else []
         return []
+
+    def _constants(self, node: onnx.NodeProto) -> list[str]:
+        return [name for name in node.input if name in self._held]
 
 
 def _floating(value: Array) -> bool:

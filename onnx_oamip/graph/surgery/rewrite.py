@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from onnx_oamip.core.records import (
     Array,
@@ -25,7 +25,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.graph import external_data, subgraphs
 from onnx_oamip.graph.loading import restore
-from onnx_oamip.graph.ops import Edit, lookup, trusting
+from onnx_oamip.graph.ops import Edit, Trait, build, lookup, trusting
 from onnx_oamip.graph.ops.inserted_nodes import (
     Added,
     Names,
@@ -70,9 +70,9 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
         spec = lookup(node.domain, node.op, node.version)
         if touched.isdisjoint((*node.inputs, *node.outputs)):
             continue  # its shapes may not even be known
-        if spec is not None and spec.repair is not None and not node.captures:
+        if spec is not None and spec.edit.repair is not None and not node.captures:
             with trusting(node):
-                edit = spec.repair(node, cuts)
+                edit = spec.edit.repair(node, cuts)
             if edit != Edit():
                 edits[node.name] = edit
     if any(edit.spread is not None or edit.scale != 1.0 for edit in edits.values()):
@@ -254,7 +254,7 @@ class _Masks:
         values = keep.reshape(view).astype(self._model.dtypes[consumer.data])
         self._proto.graph.initializer.append(numpy_helper.from_array(values, f"oamip_mask_{i}"))
         made = f"oamip_masked_{i}"
-        mul = helper.make_node("Mul", [source, f"oamip_mask_{i}"], [made], f"oamip_apply_mask_{i}")
+        mul = build.mul(source, f"oamip_mask_{i}", made, f"oamip_apply_mask_{i}")
         self.before.setdefault(consumer.node, []).append(mul)
         if shared:
             self._made[key] = made
@@ -263,8 +263,8 @@ class _Masks:
     def _zero(self, node: Node, slot: int) -> Array | None:
         spec = lookup(node.domain, node.op, node.version)
         return (
-            spec.zero(node, self._cuts).get(slot)
-            if spec is not None and spec.zero is not None
+            spec.edit.zero(node, self._cuts).get(slot)
+            if spec is not None and spec.edit.zero is not None
             else None
         )
 
@@ -274,13 +274,15 @@ class _Masks:
         spec = None if node is None else lookup(node.domain, node.op, node.version)
         if node is None or spec is None:
             return False
-        return self._zero(node, 0) is not None or (spec.moves and self._quantised(node.inputs[0]))
+        return self._zero(node, 0) is not None or (
+            Trait.MOVES in spec.traits and self._quantised(node.inputs[0])
+        )
 
     def _before(self, node: Node, tensor: str, axis: int) -> int | None:
         """The axis that an operator which only moves elements took from its first input, where there is no doubt."""
         spec = lookup(node.domain, node.op, node.version)
         wanted, axes = self._coupling.axes.get((tensor, axis)), self._coupling.axes
-        if spec is None or not spec.moves or wanted is None:
+        if spec is None or Trait.MOVES not in spec.traits or wanted is None:
             return None
         rank = len(self._model.shapes.get(node.inputs[0], ()))
         same = [a for a in range(rank) if np.array_equal(axes.get((node.inputs[0], a), []), wanted)]

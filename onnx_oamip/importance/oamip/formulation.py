@@ -23,7 +23,7 @@ from onnx_oamip.core.records import (
     Model,
     Node,
 )
-from onnx_oamip.graph.ops import Refused, lookup
+from onnx_oamip.graph.ops import Refused, Trait, has, lookup
 from onnx_oamip.importance.oamip.region import (
     Form,
     Region,
@@ -299,7 +299,7 @@ class _Graph:
                     continue
                 further = (
                     self._read_gated(node.outputs[0])
-                    if spec is not None and spec.moves and not slot
+                    if spec is not None and Trait.MOVES in spec.traits and not slot
                     else None
                 )
                 if further is None:
@@ -311,7 +311,7 @@ class _Graph:
         readers = [self.model.nodes[j] for j in self.readers[name] if j in self.needed]
         return (
             bool(readers)
-            and all(node.op == "Relu" for node in readers)
+            and all(has(node, Trait.RECTIFIES) for node in readers)
             and name != self.images.logits
         )
 

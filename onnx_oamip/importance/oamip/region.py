@@ -20,11 +20,10 @@ from onnx_oamip.core.records import (
     Coupling,
     Images,
     Model,
+    Node,
 )
-from onnx_oamip.graph.ops import lookup
-
-PIECEWISE = frozenset({"Relu", "LeakyRelu", "PRelu", "Clip", "MaxPool", "GlobalMaxPool"})
-"""Operators whose rules say more than linear maps; only used to estimate a program's size."""
+from onnx_oamip.graph import chains
+from onnx_oamip.graph.ops import Trait, has, lookup
 
 
 @dataclass(frozen=True)
@@ -151,30 +150,31 @@ def gate_sites(
         ]
     return [
         ((name, axis), [j for j in readers[name] if j in needed])
-        for name in _scored(model, readers, needed)
+        for name in _scored(model, needed)
         for axis in range(len(model.shapes[name]))
         if (coupling.axes.get((name, axis), np.full(1, -1)) >= 0).any()
     ]
 
 
-def _scored(model: Model, readers: Mapping[str, Sequence[int]], needed: set[int]) -> list[str]:
+def _scored(model: Model, needed: set[int]) -> list[str]:
     """Outputs of linear layers; a bias that is a separate Add of a constant belongs to its layer."""
     found = []
+    chain = chains.of_nodes(model.nodes[i] for i in sorted(needed))
     for i in sorted(needed):
         node = model.nodes[i]
         spec = lookup(node.domain, node.op, node.version)
-        if spec is None or not spec.linear:
+        if spec is None or spec.linear is None:
             continue
         name = node.outputs[0]
-        after = [model.nodes[j] for j in readers[name] if j in needed]
-        if (
-            len(after) == 1
-            and after[0].op == "Add"
-            and any(n in model.constants for n in after[0].inputs)
-        ):
-            name = after[0].outputs[0]
+        addition = chain.sole_consumer(name)
+        if addition is not None and _adds_constant(addition, model):
+            name = addition.outputs[0]
         found.append(name)
     return found
+
+
+def _adds_constant(node: Node, model: Model) -> bool:
+    return has(node, Trait.BIAS) and any(name in model.constants for name in node.inputs)
 
 
 def extent(model: Model, coupling: Coupling, images: Images, form: Form) -> int:
@@ -186,7 +186,7 @@ def extent(model: Model, coupling: Coupling, images: Images, form: Form) -> int:
     if not found.included.any():
         raise SettingsError(nothing_encodable(found))
     nodes = [model.nodes[i] for i in found.inside]
-    bent = [n for n in nodes if n.op in PIECEWISE]
+    bent = [n for n in nodes if has(n, Trait.PIECEWISE)]
     return len(images.feeds) * sum(int(np.prod(model.shapes[n.outputs[0]])) for n in bent)
 
 

@@ -26,16 +26,16 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.linear_layers import Site, linear_consumers, matrix
-from onnx_oamip.graph.ops import taps
+from onnx_oamip.graph import chains
+from onnx_oamip.graph.linear_layers import linear_consumers, matrix
+from onnx_oamip.graph.ops import Trait, build, has, taps
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.published.dependence.requests import Pooled
 from onnx_oamip.statistics.overflow import refuse
 
 SAMPLES = 2000
 """Most samples that are pooled: estimators of dependence need that many rows, and memory grows with them."""
-FOLDED = ("BatchNormalization", "Add", "Mul", "Sub")
-"""Operators that change a channel by a constant factor and shift, if their other inputs are constants."""
 
 
 @dataclass(frozen=True)
@@ -59,28 +59,17 @@ class Pair:
 def outlet(model: Model, place: Site) -> Axis:
     """The (tensor, axis) that holds the children: the node's output, or that of what is folded into it."""
     name = place.node.outputs[0]
-    axis = place.output_axis % len(model.shapes[name])
-    shown = {port.name for port in model.outputs}
-    while name not in shown:
-        readers = [n for n in model.nodes if name in (*n.inputs, *n.captures)]
-        if (
-            len(readers) != 1
-            or readers[0].op not in FOLDED
-            or readers[0].domain not in ("", "ai.onnx")
-        ):
-            break
-        others = [model.constants.get(i) for i in readers[0].inputs if i and i != name]
-        channels = model.shapes[name][axis]
+    shape = model.shapes[name]
+    axis = place.output_axis % len(shape)
+    for tensor, node in chains.of_model(model).behind(name):
+        others = [model.constants.get(i) for i in node.inputs if i and i != tensor]
         per_channel = all(
-            o is not None and o.size in (1, channels) and np.isfinite(o).all() for o in others
+            o is not None and o.size in (1, shape[axis]) and np.isfinite(o).all() for o in others
         )
-        if (
-            not per_channel
-            or not others
-            or model.shapes.get(readers[0].outputs[0]) != model.shapes[name]
-        ):
+        folds = has(node, Trait.CHANNEL_AFFINE) and per_channel and bool(others)
+        if not folds or model.shapes.get(node.outputs[0]) != shape:
             break
-        name = readers[0].outputs[0]
+        name = node.outputs[0]
     return name, axis
 
 
@@ -185,9 +174,7 @@ def _instrument(
     def floating(tensor: str) -> str:
         if tensor not in cast:
             cast[tensor] = f"oamip_pooling_{len(cast)}"
-            graph.node.append(
-                helper.make_node("Cast", [tensor], [cast[tensor]], to=TensorProto.FLOAT)
-            )
+            graph.node.append(build.to_float(tensor, cast[tensor]))
         return cast[tensor]
 
     def constant(name: str, value: Array) -> str:
@@ -197,25 +184,14 @@ def _instrument(
     for i, (tensor, axis) in enumerate(wanted):
         name = f"oamip_pool_{i}"
         axes = [a for a in range(1, len(model.shapes[tensor])) if a != axis]
-        source = floating(tensor)
-        if not axes:
-            graph.node.append(helper.make_node("Identity", [source], [name]))
-        elif opset < 18:
-            graph.node.append(
-                helper.make_node("ReduceMean", [source], [name], axes=axes, keepdims=0)
-            )
-        else:
-            held = constant(f"{name}_axes", np.asarray(axes, np.int64))
-            graph.node.append(helper.make_node("ReduceMean", [source, held], [name], keepdims=0))
+        build.reduce_mean(graph, floating(tensor), name, axes, opset)
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     for node, place in windows.items():
         name = f"oamip_taps_{node}"
         flat = constant(f"{name}_flat", np.asarray([0, 0, -1], np.int64))
         reads = constant(f"{name}_reads", _reads(model, place))
-        graph.node.append(
-            helper.make_node("Reshape", [floating(place.data), flat], [f"{name}_pixels"])
-        )
-        graph.node.append(helper.make_node("MatMul", [f"{name}_pixels", reads], [name]))
+        graph.node.append(build.reshape(floating(place.data), flat, f"{name}_pixels"))
+        graph.node.append(build.matmul(f"{name}_pixels", reads, name))
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     return proto
 

@@ -23,19 +23,18 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.linear_layers import (
-    Site,
-    matrix,
-    matrix_shape,
-    site,
-)
+from onnx_oamip.graph import chains
+from onnx_oamip.graph.linear_layers import matrix, matrix_shape, site
+from onnx_oamip.graph.ops import Trait, build, has
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.published.nnrelief.requests import Signal
-from onnx_oamip.statistics.calibration import reduction
 from onnx_oamip.statistics.overflow import refuse
 
 PATCH_BYTES = 1 << 28
 """Bound of the patches that one run holds for one convolution; it sets how many samples run at a time."""
+BETWEEN = Trait.IDENTITY | Trait.BATCH_NORM | Trait.BIAS
+"""Operators that may lie between a linear node and the sum that its branch runs into."""
 CHUNK = 1 << 24
 """Values of a product that are held at a time while norms are taken."""
 
@@ -73,11 +72,7 @@ def joins(model: Model, coupling: Coupling) -> list[Join]:
     """Residual sums: two computed branches of the same shape that carry units along one axis behind the batch."""
     found = []
     for node in model.nodes:
-        if (
-            node.op not in ("Add", "Sum")
-            or len(node.inputs) != 2
-            or node.inputs[0] == node.inputs[1]
-        ):
+        if not has(node, Trait.SUM) or len(node.inputs) != 2 or node.inputs[0] == node.inputs[1]:
             continue
         first, second = node.inputs
         shape = model.shapes.get(node.outputs[0])
@@ -102,30 +97,21 @@ def maker(model: Model, tensor: str) -> Site | None:
 
 def trail(model: Model, tensor: str) -> tuple[Site, list[Node]] | None:
     """The linear node a branch comes from and the nodes between (last first), all of them read by this branch only."""
-    makers = {name: node for node in model.nodes for name in node.outputs}
-    readers: dict[str, int] = {}
-    for node in model.nodes:
-        for name in (*node.inputs, *node.captures):
-            readers[name] = readers.get(name, 0) + 1
-    shown = {p.name for p in model.outputs}
     linear = {p.node.name: p for p in places(model)}
+
+    def data_input(node: Node) -> str | None:
+        computed = [n for n in node.inputs if n and n not in model.constants]
+        if not has(node, BETWEEN) or len(computed) != 1:
+            return None
+        same_shape = model.shapes.get(computed[0]) == model.shapes.get(node.outputs[0])
+        return computed[0] if same_shape else None
+
     between: list[Node] = []
-    while True:
-        maker = makers.get(tensor)
-        if maker is None or readers.get(tensor, 0) != 1 or tensor in shown:
-            return None
-        if maker.name in linear:
-            return linear[maker.name], between
-        data = [n for n in maker.inputs if n and n not in model.constants]
-        passes = maker.op in ("Identity", "Dropout", "BatchNormalization") or maker.op == "Add"
-        if (
-            not passes
-            or len(data) != 1
-            or model.shapes.get(data[0]) != model.shapes.get(maker.outputs[0])
-        ):
-            return None
-        between.append(maker)
-        tensor = data[0]
+    for node in chains.of_model(model).in_front(tensor, data_input):
+        if node.name in linear:
+            return linear[node.name], between
+        between.append(node)
+    return None
 
 
 def collect(
@@ -254,39 +240,24 @@ def _instrument(
         """|tensor| in single precision: half precision would overflow in the sums."""
         if tensor not in magnitude:
             i = len(magnitude)
-            graph.node.append(
-                helper.make_node(
-                    "Cast", [tensor], [f"oamip_float_{i}"], f"oamip_cast_{i}", to=TensorProto.FLOAT
-                )
-            )
+            floating = f"oamip_float_{i}"
+            graph.node.append(build.to_float(tensor, floating, f"oamip_cast_{i}"))
             magnitude[tensor] = f"oamip_magnitude_{i}"
-            graph.node.append(
-                helper.make_node(
-                    "Abs", [f"oamip_float_{i}"], [magnitude[tensor]], f"oamip_take_{i}"
-                )
-            )
+            graph.node.append(build.absolute(floating, magnitude[tensor], f"oamip_take_{i}"))
         return magnitude[tensor]
 
     for i, (tensor, axis) in enumerate(sites):
         axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
-        graph.node.append(
-            reduction(graph, "ReduceSum", absolute(tensor), f"oamip_abs_{i}", axes, opset >= 13)
-        )
+        build.reduce_sum(graph, absolute(tensor), f"oamip_abs_{i}", axes, opset)
         show(f"oamip_abs_{i}")
-        graph.node.append(
-            helper.make_node("Shape", [tensor], [f"oamip_size_{i}"], f"oamip_shape_{i}")
-        )
+        graph.node.append(build.shape_of(tensor, f"oamip_size_{i}", f"oamip_shape_{i}"))
         show(f"oamip_size_{i}", TensorProto.INT64)
     for i, join in enumerate(sums):
         for k, tensor in enumerate(join.inputs):
             name = f"oamip_map_{i}_{k}"
-            graph.node.append(
-                reduction(graph, "ReduceSum", absolute(tensor), name, [0], opset >= 13)
-            )
+            build.reduce_sum(graph, absolute(tensor), name, [0], opset)
             show(name)
-        graph.node.append(
-            helper.make_node("Shape", [join.inputs[0]], [f"oamip_rows_{i}"], f"oamip_count_{i}")
-        )
+        graph.node.append(build.shape_of(join.inputs[0], f"oamip_rows_{i}", f"oamip_count_{i}"))
         show(f"oamip_rows_{i}", TensorProto.INT64)
     for i, place in enumerate(cut):
         _grams(graph, model, place, absolute(place.data), i)
@@ -297,10 +268,8 @@ def _instrument(
 def _grams(graph: onnx.GraphProto, model: Model, place: Site, magnitude: str, i: int) -> None:
     """Nodes that make ``oamip_gram_i`` (samples, channels, taps, taps): every channel's patches times themselves."""
     channels, taps = model.shapes[place.data][1], int(np.prod(place.kernel))
-    one = np.eye(taps, dtype=np.float32).reshape(1, taps, *place.kernel)
-    weight = np.tile(one, (channels, 1, *(1 for _ in place.kernel)))
-    if place.node.op == "Conv":
-        weight = weight.reshape(channels * taps, 1, *place.kernel)
+    one_per_tap = np.tile(np.eye(taps)[None, :, None], (channels, 1, 1, 1))
+    weight = place.rules.weight(place, one_per_tap, place.kernel).astype(np.float32)
     original = next(n for n in model.proto.graph.node if n.name == place.node.name)
     node = onnx.NodeProto()
     node.CopyFrom(original)
@@ -319,14 +288,8 @@ def _grams(graph: onnx.GraphProto, model: Model, place: Site, magnitude: str, i:
     graph.node.extend(
         [
             node,
-            helper.make_node(
-                "Reshape", [node.output[0], f"oamip_patch_shape_{i}"], [f"oamip_rows_of_{i}"]
-            ),
-            helper.make_node(
-                "Transpose", [f"oamip_rows_of_{i}"], [f"oamip_columns_of_{i}"], perm=[0, 1, 3, 2]
-            ),
-            helper.make_node(
-                "MatMul", [f"oamip_rows_of_{i}", f"oamip_columns_of_{i}"], [f"oamip_gram_{i}"]
-            ),
+            build.reshape(node.output[0], f"oamip_patch_shape_{i}", f"oamip_rows_of_{i}"),
+            build.transpose(f"oamip_rows_of_{i}", f"oamip_columns_of_{i}", [0, 1, 3, 2]),
+            build.matmul(f"oamip_rows_of_{i}", f"oamip_columns_of_{i}", f"oamip_gram_{i}"),
         ]
     )

@@ -29,12 +29,10 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.data.feeds import affordable
 from onnx_oamip.graph.im2col import data_rows, output_rows
-from onnx_oamip.graph.linear_layers import (
-    Editor,
-    Site,
-    matrix,
-    unmatrix,
-)
+from onnx_oamip.graph.linear_layers import Editor, matrix, unmatrix
+from onnx_oamip.graph.ops import Trait, has
+from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.graph.ops.norm import BATCH_AFFINE_SLOTS
 from onnx_oamip.graph.partial_execution import Frontier, element_types
 from onnx_oamip.published.nnrelief import absolute_signal, score
 from onnx_oamip.published.nnrelief.masked_ridge import supported
@@ -377,7 +375,7 @@ def realise(
             editor.add_bias(place, new - old)
     for name, rows in muted.items():
         for join in model.nodes:
-            _silence(model, editor, join.inputs if join.op in ("Add", "Sum") else (), name, rows)
+            _silence(model, editor, join.inputs if has(join, Trait.SUM) else (), name, rows)
     return proto
 
 
@@ -388,7 +386,7 @@ def _silence(model: Model, editor: Editor, inputs: Sequence[str], name: str, row
         if found is None or found[0].node.name != name:
             continue
         for node in found[1]:
-            slots = (1, 2) if node.op == "BatchNormalization" else ()
+            slots = BATCH_AFFINE_SLOTS if has(node, Trait.BATCH_NORM) else ()
             for slot in slots:
                 value = model.constants[node.inputs[slot]]
                 editor.replace(

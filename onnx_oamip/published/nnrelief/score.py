@@ -44,7 +44,8 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.graph.linear_layers import Editor, Site, matrix
+from onnx_oamip.graph.linear_layers import Editor, matrix
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.published.nnrelief.absolute_signal import (
     data_axis,
     depthwise,
@@ -129,9 +130,7 @@ def contributions(
     positions, spread = 1, 1.0
     if place.spatial:
         positions = int(np.prod(model.shapes[place.node.outputs[0]][2:]))
-        if (
-            place.node.op == "ConvTranspose"
-        ):  # taps are shared out over the positions between two input pixels
+        if place.rules.scatters:  # taps are shared out over the positions between two input pixels
             spread = int(np.prod(model.shapes[place.data][2:])) / positions
     scale = float(np.sqrt(positions))
     if place.node.name in signal.kernels:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onnx_oamip.core.records import Node
-from onnx_oamip.objective.structure import Graph
+from onnx_oamip.graph.ops.spec import Reader
 
 LENGTH_WRAPPERS = frozenset(
     {"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"}
@@ -11,7 +11,7 @@ LENGTH_WRAPPERS = frozenset(
 """Operators between a vector's length and the division by it."""
 
 
-def sigmoid(graph: Graph, node: Node) -> str | None:
+def sigmoid(graph: Reader, node: Node) -> str | None:
     """The x of ``1 / (1 + exp(-x))``."""
     if node.op == "Sigmoid":
         return node.inputs[0]
@@ -28,7 +28,7 @@ def sigmoid(graph: Graph, node: Node) -> str | None:
     return negated.inputs[0] if negated is not None and negated.op == "Neg" else None
 
 
-def softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
+def softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
     """(logits, axis) of Softmax, LogSoftmax, or what is written out as them."""
     if node.op in ("Softmax", "LogSoftmax"):
         return _softmax(graph, node)
@@ -59,7 +59,7 @@ def softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
     return (shifted.inputs[0] if shifted is not None and stable else power.inputs[0]), axis
 
 
-def _softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
+def _softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
     rank = graph.rank(node.inputs[0]) or graph.rank(node.outputs[0])
     if rank is None:
         return None
@@ -73,7 +73,7 @@ def _softmax(graph: Graph, node: Node) -> tuple[str, int] | None:
     return node.inputs[0], axis
 
 
-def unit_vectors(graph: Graph, node: Node) -> tuple[str, int] | None:
+def unit_vectors(graph: Reader, node: Node) -> tuple[str, int] | None:
     """(tensor, axis) where a node divides vectors by their Euclidean length."""
     if node.op == "LpNormalization":
         rank = graph.rank(node.inputs[0])
@@ -92,7 +92,7 @@ def unit_vectors(graph: Graph, node: Node) -> tuple[str, int] | None:
     return (source, axis) if axis is not None else None
 
 
-def _factors(graph: Graph, node: Node) -> tuple[str, str]:
+def _factors(graph: Reader, node: Node) -> tuple[str, str]:
     """(vectors, the inverse of their length); empty where none of the factors is an inverse."""
     for source, other in (node.inputs, node.inputs[::-1]):
         made = graph.maker(_unwrapped(graph, other))
@@ -103,7 +103,7 @@ def _factors(graph: Graph, node: Node) -> tuple[str, str]:
     return "", ""
 
 
-def _unwrapped(graph: Graph, tensor: str) -> str:
+def _unwrapped(graph: Reader, tensor: str) -> str:
     """The tensor behind small constants that keep a division from overflowing, and behind reshapes."""
     while (node := graph.maker(tensor)) is not None and node.op in LENGTH_WRAPPERS:
         others = [name for name in node.inputs[:2] if name and graph.constant(name) is None]
@@ -114,7 +114,7 @@ def _unwrapped(graph: Graph, tensor: str) -> str:
     return tensor
 
 
-def _length_axis(graph: Graph, divisor: str, source: str, inverse: bool) -> int | None:
+def _length_axis(graph: Reader, divisor: str, source: str, inverse: bool) -> int | None:
     """The axis of which ``divisor`` holds the Euclidean length of ``source`` (``inverse``: 1 over it)."""
     node = graph.maker(_unwrapped(graph, divisor))
     if node is None:
@@ -139,7 +139,7 @@ def _length_axis(graph: Graph, divisor: str, source: str, inverse: bool) -> int 
     return _one_axis(graph, total)
 
 
-def _squares(graph: Graph, node: Node, source: str) -> bool:
+def _squares(graph: Reader, node: Node, source: str) -> bool:
     """Whether a node gives the squares of ``source``."""
     if node.op == "Mul":
         return all(_same(graph, name, source) for name in node.inputs)
@@ -150,7 +150,7 @@ def _squares(graph: Graph, node: Node, source: str) -> bool:
     )
 
 
-def _same(graph: Graph, tensor: str, source: str) -> bool:
+def _same(graph: Reader, tensor: str, source: str) -> bool:
     """Whether a tensor is ``source``, or its absolute value."""
     while (
         (node := graph.maker(tensor)) is not None
@@ -163,7 +163,7 @@ def _same(graph: Graph, tensor: str, source: str) -> bool:
     return tensor == source
 
 
-def _one_axis(graph: Graph, node: Node) -> int | None:
+def _one_axis(graph: Reader, node: Node) -> int | None:
     """The axis of a reduction over one."""
     axes, rank = graph.integers(node, 1, "axes"), graph.rank(node.inputs[0])
     if axes is None or len(axes) != 1 or not rank:

@@ -1,0 +1,121 @@
+"""Chains of nodes behind and in front of a tensor, as long as each tensor between has one consumer.
+
+A linear node is followed by a bias, a batch normalisation or a sum of branches, and preceded by what reshapes its data.
+Which of them a caller passes through is up to it: it asks for traits of operators (:func:`onnx_oamip.graph.ops.has`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from onnx import GraphProto, NodeProto
+
+from onnx_oamip.core.records import Model, Node
+from onnx_oamip.graph import subgraphs
+
+N = TypeVar("N", Node, NodeProto)
+
+
+@dataclass(frozen=True)
+class Chains(Generic[N]):
+    """Producers and consumers of the tensors of a graph.
+
+    ``consumers`` has a node once for every input that reads the tensor, and for its bodies; ``visible``: tensors that
+    are graph outputs.
+    """
+
+    producers: Mapping[str, N]
+    consumers: Mapping[str, Sequence[N]]
+    visible: frozenset[str]
+
+    def read_once(self, tensor: str) -> bool:
+        """Whether one input of one node reads a tensor, and no graph output is it."""
+        return len(self.consumers.get(tensor, ())) == 1 and tensor not in self.visible
+
+    def sole_consumer(self, tensor: str) -> N | None:
+        """Return the only consumer of a tensor.
+
+        Args:
+            tensor: Name of a tensor.
+
+        Returns:
+            The consumer, or None if the tensor is a graph output or is read more than once or not at all.
+        """
+        return self.consumers[tensor][0] if self.read_once(tensor) else None
+
+    def behind(self, tensor: str) -> Iterator[tuple[str, N]]:
+        """Yield the chain of sole consumers behind a tensor, along first outputs.
+
+        Args:
+            tensor: Name of the tensor to start from.
+
+        Yields:
+            A tensor and its only consumer, until one has none.
+        """
+        while (node := self.sole_consumer(tensor)) is not None:
+            yield tensor, node
+            tensor = node.outputs[0] if isinstance(node, Node) else node.output[0]
+
+    def in_front(self, tensor: str, data_input: Callable[[N], str | None]) -> Iterator[N]:
+        """Yield the chain of producers in front of a tensor that nothing else reads.
+
+        Args:
+            tensor: Name of the tensor to start from.
+            data_input: Names the input of a node along which the chain continues, None where it ends.
+
+        Yields:
+            The producers, the last one first.
+        """
+        source: str | None = tensor
+        while source is not None and self.read_once(source):
+            node = self.producers.get(source)
+            if node is None:
+                return
+            yield node
+            source = data_input(node)
+
+
+def of_model(model: Model) -> Chains[Node]:
+    """The chains of the graph itself; bodies count as consumers of what they read."""
+    return of_nodes(model.nodes, (port.name for port in model.outputs))
+
+
+def of_nodes(nodes: Iterable[Node], visible: Iterable[str] = ()) -> Chains[Node]:
+    """The chains of some nodes of a graph.
+
+    Args:
+        nodes: Nodes, of which only these count as consumers.
+        visible: Names of graph outputs.
+
+    Returns:
+        The chains.
+    """
+    reads = ((node, (*node.inputs, *node.captures), node.outputs) for node in nodes)
+    return _chains(reads, visible)
+
+
+def of_graph(graph: GraphProto) -> Chains[NodeProto]:
+    """The chains of a graph that is being rewritten."""
+    reads = ((node, _reads(node), node.output) for node in graph.node)
+    return _chains(reads, (value.name for value in graph.output))
+
+
+def _reads(node: NodeProto) -> list[str]:
+    """Inputs of a node, and what only its bodies read."""
+    inside = [name for name in subgraphs.reads(node) if name not in node.input]
+    return [*node.input, *inside]
+
+
+def _chains(
+    reads: Iterable[tuple[N, Sequence[str], Iterable[str]]], visible: Iterable[str]
+) -> Chains[N]:
+    producers: dict[str, N] = {}
+    consumers: dict[str, list[N]] = defaultdict(list)
+    for node, inputs, outputs in reads:
+        producers.update(dict.fromkeys(outputs, node))
+        for name in inputs:
+            consumers[name].append(node)
+    return Chains(producers, dict(consumers), frozenset(visible))

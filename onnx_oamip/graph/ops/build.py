@@ -1,0 +1,140 @@
+"""Builders of the nodes that the package inserts into graphs.
+
+Each takes the names of inputs, then that of the output; ``name`` is the node's name, empty where nothing refers to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+AXES_AS_INPUT = {"ReduceSum": 13, "ReduceSumSquare": 18, "ReduceMean": 18}
+"""Opset from which a reduction takes its axes as an input, by operator."""
+
+
+def add(a: str, b: str, out: str, name: str = "") -> NodeProto:
+    """``out = a + b``."""
+    return helper.make_node("Add", [a, b], [out], name)
+
+
+def mul(a: str, b: str, out: str, name: str = "") -> NodeProto:
+    """``out = a * b``, element by element."""
+    return helper.make_node("Mul", [a, b], [out], name)
+
+
+def matmul(a: str, b: str, out: str, name: str = "") -> NodeProto:
+    """``out = a @ b``."""
+    return helper.make_node("MatMul", [a, b], [out], name)
+
+
+def identity(source: str, out: str, name: str = "") -> NodeProto:
+    """``out = source``."""
+    return helper.make_node("Identity", [source], [out], name)
+
+
+def absolute(source: str, out: str, name: str = "") -> NodeProto:
+    """``out = |source|``."""
+    return helper.make_node("Abs", [source], [out], name)
+
+
+def to_float(source: str, out: str, name: str = "") -> NodeProto:
+    """``source`` in single precision; the runtime removes it where it already is."""
+    return helper.make_node("Cast", [source], [out], name, to=TensorProto.FLOAT)
+
+
+def shape_of(source: str, out: str, name: str = "") -> NodeProto:
+    """The shape of ``source``, int64."""
+    return helper.make_node("Shape", [source], [out], name)
+
+
+def reshape(source: str, target: str, out: str, name: str = "") -> NodeProto:
+    """``source`` in the shape that the tensor ``target`` holds."""
+    return helper.make_node("Reshape", [source, target], [out], name)
+
+
+def transpose(source: str, out: str, perm: Sequence[int], name: str = "") -> NodeProto:
+    """``source`` with its axes in the order ``perm``."""
+    return helper.make_node("Transpose", [source], [out], name, perm=list(perm))
+
+
+def gather(source: str, index: str, out: str, name: str = "") -> NodeProto:
+    """The elements of axis 0 of ``source`` that the tensor ``index`` names."""
+    return helper.make_node("Gather", [source, index], [out], name, axis=0)
+
+
+def concat(sources: Sequence[str], out: str, name: str = "") -> NodeProto:
+    """``sources`` joined along axis 0."""
+    return helper.make_node("Concat", list(sources), [out], name, axis=0)
+
+
+def reduce_sum(graph: GraphProto, source: str, out: str, axes: Sequence[int], opset: int) -> None:
+    """Append a sum of ``source`` over ``axes``, which are dropped, to a graph.
+
+    Args:
+        graph: Graph that the node, and the constant with its axes where it needs one, are appended to.
+        source: Name of the tensor.
+        out: Name of the result.
+        axes: Axes to sum over; without any the result is ``source``.
+        opset: Opset of the model.
+    """
+    if axes:
+        _reduce(graph, "ReduceSum", source, out, axes, opset)
+    else:  # an empty list of axes would mean all of them
+        graph.node.append(identity(source, out, out))
+
+
+def reduce_sum_square(
+    graph: GraphProto, source: str, out: str, axes: Sequence[int], opset: int
+) -> None:
+    """Append a sum of squares over ``axes`` to a graph; arguments as for :func:`reduce_sum`."""
+    if axes:
+        _reduce(graph, "ReduceSumSquare", source, out, axes, opset)
+    else:
+        graph.node.append(mul(source, source, out, out))
+
+
+def reduce_mean(graph: GraphProto, source: str, out: str, axes: Sequence[int], opset: int) -> None:
+    """Append a mean over ``axes`` to a graph; arguments as for :func:`reduce_sum`."""
+    if axes:
+        _reduce(graph, "ReduceMean", source, out, axes, opset)
+    else:
+        graph.node.append(identity(source, out, out))
+
+
+def _reduce(
+    graph: GraphProto, op: str, source: str, out: str, axes: Sequence[int], opset: int
+) -> None:
+    if opset < AXES_AS_INPUT[op]:
+        graph.node.append(helper.make_node(op, [source], [out], out, axes=list(axes), keepdims=0))
+        return
+    listed = f"{out}_axes"
+    graph.initializer.append(numpy_helper.from_array(np.asarray(axes, np.int64), listed))
+    graph.node.append(helper.make_node(op, [source, listed], [out], out, keepdims=0))
+
+
+def become_identity(node: NodeProto, *, floats: bool) -> None:
+    """Turn a node into one with the shape of its first input, in place, for shape inference.
+
+    Args:
+        node: Node of an operator that ONNX's inference does not know.
+        floats: The type of the result is float32, not that of the input.
+    """
+    node.op_type, node.domain = "Cast" if floats else "Identity", ""
+    del node.attribute[:], node.input[1:], node.output[1:]
+    if floats:
+        node.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
+
+
+def become_product(node: NodeProto, matrix: str) -> None:
+    """Turn a node into the product of its first input with a matrix, in place, for shape inference."""
+    node.op_type, node.domain, node.input[1] = "MatMul", "", matrix
+    del node.attribute[:], node.input[2:], node.output[1:]
+
+
+def become_transpose(node: NodeProto, source: str, perm: Sequence[int]) -> None:
+    """Turn a node into the transposition of ``source``, in place."""
+    node.op_type, node.input[0] = "Transpose", source
+    del node.input[1:], node.attribute[:]
+    node.attribute.append(helper.make_attribute("perm", list(perm)))

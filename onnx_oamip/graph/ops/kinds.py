@@ -1,0 +1,191 @@
+"""Sets of operators for questions that reach beyond the entries of the table.
+
+A property of a registered operator is a trait of its entry (``spec.Trait``). The sets here also hold operators that
+have no entry, or answer a question that only one pass asks.
+"""
+
+from __future__ import annotations
+
+# ------------------------------------------------------------------------------------------------ loading and running
+
+CONSTANT = frozenset({"Constant"})
+"""Nodes that hold a tensor as an attribute."""
+SHAPE = frozenset({"Shape"})
+"""Reads lengths at run time."""
+FILL = frozenset({"ConstantOfShape"})
+"""Makes a tensor of equal values, whose shape is its input."""
+LOOP = frozenset({"Loop"})
+"""May run for ever: the runtime needs watching."""
+NOT_FOLDED = ("DequantizeLinear", "QuantizeLinear", "Random", "Bernoulli", "Multinomial")
+"""Beginnings of the names of operators that are kept although all they read is constant.
+
+Quantised weights stay codes, and random numbers are drawn at every run.
+"""
+CONVOLUTION = "Conv"
+"""Part of the name of every convolution, quantised and fused ones among them."""
+DEQUANTISATION = b"DequantizeLinear"
+"""The name as it stands in a serialised graph."""
+PACKED_ATTENTION = ("com.microsoft", "Attention")
+"""Attention with packed weights, of ONNX Runtime's own domain."""
+LINEAR_KERNELS = ("Conv", "Gemm", "MatMul", "Attention", "Einsum", "LSTM", "GRU", "RNN")
+"""A kernel whose operator contains one of these does the arithmetic of a linear node, whatever was fused into it."""
+GROWING = frozenset(
+    {
+        "BlackmanWindow",
+        "CenterCropPad",
+        "Col2Im",
+        "ConstantOfShape",
+        "ConvTranspose",
+        "DFT",
+        "Expand",
+        "EyeLike",
+        "HammingWindow",
+        "HannWindow",
+        "Loop",
+        "MaxUnpool",
+        "MelWeightMatrix",
+        "OneHot",
+        "Pad",
+        "Range",
+        "Resize",
+        "Scan",
+        "TfIdfVectorizer",
+        "Tile",
+        "Upsample",
+    }
+)
+"""Operators whose output can be far larger than their inputs: a value or an attribute is its size."""
+
+# ----------------------------------------------------------------------------------------------------- axes of channels
+
+CHANNELS_ON_AXIS_1 = (
+    "Conv",
+    "ConvTranspose",
+    "ConvInteger",
+    "Pool",
+    "BatchNormalization",
+    "InstanceNormalization",
+    "Resize",
+)
+"""Ends of the names of operators on images."""
+CHANNELS_LAST = frozenset({"LayerNormalization"})
+"""Operators without multiply-accumulates whose channels are on the last axis."""
+
+# --------------------------------------------------------------------------------------------- behind the last layer
+
+COMPARISONS = frozenset({"Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
+DECISIONS = COMPARISONS | {
+    "ArgMax",
+    "ArgMin",
+    "Binarizer",
+    "Ceil",
+    "Compress",
+    "Equal",
+    "Floor",
+    "Hardmax",
+    "NonMaxSuppression",
+    "NonZero",
+    "OneHot",
+    "Round",
+    "Sign",
+    "TopK",
+    "Unique",
+}
+"""Operators whose results jump where their inputs change a little."""
+POSTPROCESSING = DECISIONS | {
+    "Abs",
+    "Add",
+    "And",
+    "ArrayFeatureExtractor",
+    "BitShift",
+    "Cast",
+    "CastLike",
+    "Clip",
+    "Concat",
+    "CumSum",
+    "DequantizeLinear",
+    "Div",
+    "Exp",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "GatherElements",
+    "GatherND",
+    "HardSigmoid",
+    "Identity",
+    "IsNaN",
+    "LabelEncoder",
+    "Log",
+    "LogSoftmax",
+    "Max",
+    "MaxPool",
+    "Mean",
+    "Min",
+    "Mod",
+    "Mul",
+    "Neg",
+    "Not",
+    "Or",
+    "Pad",
+    "Pow",
+    "QuantizeLinear",
+    "Reciprocal",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSum",
+    "Reshape",
+    "ReverseSequence",
+    "ScatterElements",
+    "ScatterND",
+    "Sigmoid",
+    "Slice",
+    "Softmax",
+    "Split",
+    "Sqrt",
+    "Squeeze",
+    "Sub",
+    "Sum",
+    "Tile",
+    "Transpose",
+    "Unsqueeze",
+    "Where",
+    "Xor",
+}
+"""Operators without weights that may follow the last layer."""
+LENGTHS = frozenset({"ConstantOfShape", "EyeLike", "Range", "Shape", "Size"})
+"""Operators that read lengths, not values."""
+KEEP_PROBABILITIES = frozenset(
+    {
+        "Clip",
+        "Max",
+        "MaxPool",
+        "Mean",
+        "Min",
+        "Mul",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "Sqrt",
+    }
+)
+"""Operators that make probabilities of probabilities."""
+NOT_SCORES = frozenset(
+    {
+        "Cos",
+        "Erf",
+        "GRU",
+        "GroupNormalization",
+        "InstanceNormalization",
+        "LSTM",
+        "LayerNormalization",
+        "RMSNormalization",
+        "RNN",
+        "SimplifiedLayerNormalization",
+        "Sin",
+        "Softplus",
+        "Tanh",
+    }
+)
+"""Operators that do not end in class scores."""
