@@ -100,7 +100,7 @@ class Tails:
             found = self._term(logits, "binary", form="logits", tail=_called(node, "Sigmoid"))
             return [replace(found, part=origin.part)]
         if node.op == "HardSigmoid":
-            found = self._term(origin.tensor, "binary", form="probabilities", tail="HardSigmoid")
+            found = self._term(origin.tensor, "binary", form="probabilities", tail=node.op)
             return [replace(found, part=origin.part)]
         if (
             node.op == "Sub"
@@ -184,7 +184,7 @@ class Tails:
     def _gives_probabilities(self, node: Node, tensor: str, depth: int) -> bool:
         if node.op == "HardSigmoid" or sigmoid(self.graph, node) is not None:
             return True
-        if node.op not in ("LogSoftmax", "Log") and softmax(self.graph, node) is not None:
+        if node.op not in kinds.LOGARITHMS and softmax(self.graph, node) is not None:
             return True
         if branches := self.graph.branches(tensor):
             return all(self.probable(name, depth + 1) for name in branches)
@@ -313,7 +313,7 @@ class Tails:
 
 def _called(node: Node, usual: str) -> str:
     """The operator, or the usual name of what is written out."""
-    return node.op if node.op in ("Softmax", "LogSoftmax", "Sigmoid", "LpNormalization") else usual
+    return node.op if node.op in kinds.COMPOSED else usual
 
 
 def _distinct(terms: Iterable[Term]) -> list[Term]:

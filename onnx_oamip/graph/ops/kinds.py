@@ -156,6 +156,9 @@ POSTPROCESSING = DECISIONS | {
 """Operators without weights that may follow the last layer."""
 LENGTHS = frozenset({"ConstantOfShape", "EyeLike", "Range", "Shape", "Size"})
 """Operators that read lengths, not values."""
+LOGARITHMS = frozenset({"Log", "LogSoftmax"})
+COMPOSED = frozenset({"Softmax", "LogSoftmax", "Sigmoid", "LpNormalization"})
+"""Operators that exporters also write out in elementary ones (``compositions``)."""
 KEEP_PROBABILITIES = frozenset(
     {
         "Clip",
