@@ -27,7 +27,8 @@ from onnx_oamip.core.records import (
     Scores,
 )
 from onnx_oamip.executors import executor
-from onnx_oamip.graph.linear_layers import Site, linear_consumers, matrix
+from onnx_oamip.graph.linear_layers import linear_consumers, matrix
+from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.planning.limits import UpperLimits
 from onnx_oamip.published.dependence.pooled_activations import outlet
 from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS, Pooled
