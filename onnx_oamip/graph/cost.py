@@ -25,7 +25,7 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.graph.external_data import size
-from onnx_oamip.graph.ops import Total, lookup, trusting
+from onnx_oamip.graph.ops import Total, lookup, rule_errors
 from onnx_oamip.graph.ops.inserted_nodes import (
     Names,
     Present,
@@ -121,7 +121,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
             and spec.cost
             and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n)
         ):
-            with trusting(node):
+            with rule_errors(node):
                 terms = spec.cost(node, model.shapes)
                 for term in terms:
                     _full(term, model.shapes)
@@ -212,7 +212,7 @@ def restored(model: Model, coupling: Coupling) -> list[Restored]:
         spec = lookup(node.domain, node.op, node.version)
         if consumer.weight is not None or spec is None or spec.edit.repair is None:
             continue
-        with trusting(node):
+        with rule_errors(node):
             edit = spec.edit.repair(node, _Cut(model, axis))
         shape = model.shapes[consumer.data]
         if edit.spread is not None and present.spread(node, edit.spread, edit.ordered) is None:

@@ -31,11 +31,11 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.graph.ops import (
     LabelAxis,
-    followed,
+    consumers_by_tensor,
+    follows_bodies,
     lookup,
     opaque,
-    readers,
-    trusting,
+    rule_errors,
 )
 
 
@@ -68,7 +68,7 @@ class _Labels:
         self.inside: list[Consumer] = []
         self._depth = 0
         self._makers = {name: node for node in model.every for name in node.outputs if name}
-        self._readers = readers(model)
+        self._readers = consumers_by_tensor(model)
         self._shown = {p.name for p in model.outputs}
         self._shown |= {
             n for node in model.every for body in node.bodies.values() for n in body.outputs
@@ -86,10 +86,10 @@ class _Labels:
     def readers(self, tensor: str) -> Sequence[Node]:
         return self._readers[tensor]
 
-    def maker(self, tensor: str) -> Node | None:
+    def producer(self, tensor: str) -> Node | None:
         return self._makers.get(tensor)
 
-    def shown(self, tensor: str) -> bool:
+    def is_output(self, tensor: str) -> bool:
         return tensor in self._shown
 
     def label(self, tensor: str, axis: int) -> LabelAxis:
@@ -199,14 +199,14 @@ class _Labels:
             if spec is None:
                 where = f"{node.domain}::{node.op}" if node.domain else node.op
                 opaque(node, self, f"operator {where} (node '{node.name}') is not supported")
-            elif not followed(node) and (node.bodies or node.captures):
+            elif not follows_bodies(node) and (node.bodies or node.captures):
                 opaque(node, self, f"{node} has a subgraph that is not followed")
             elif (
                 any(n and n not in self.model.shapes for n in node.outputs[:1]) and not node.bodies
             ):
                 opaque(node, self, f"{node} has an output of unknown shape")
             else:
-                with trusting(node):
+                with rule_errors(node):
                     spec.channels(node, self)
 
     first = ""

@@ -145,7 +145,7 @@ class Editor:
             result, i = f"{name}_{i}", i + 1
         return result
 
-    def room(self, site: Site) -> int:
+    def bias_growth(self, site: Site) -> int:
         """Elements that the model grows by when the node gets its first bias shift."""
         node = self.nodes[site.node.name]
         outputs = self._outputs(site)

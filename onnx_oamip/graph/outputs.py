@@ -62,7 +62,7 @@ def is_float(kind: np.dtype[Any]) -> bool:
     return bool(np.issubdtype(kind, np.floating)) or "float" in kind.name
 
 
-def floats(model: Model) -> list[str]:
+def float_activations(model: Model) -> list[str]:
     """Every activation of floating type and known shape, each named once."""
     made = dict.fromkeys(n for node in model.nodes for n in node.outputs if n)
     return [
@@ -72,7 +72,7 @@ def floats(model: Model) -> list[str]:
     ]
 
 
-def showing(
+def with_outputs(
     model: Model, names: Sequence[str], proto: onnx.ModelProto | None = None
 ) -> onnx.ModelProto:
     """The model (or ``proto``, made of it) with other outputs."""

@@ -23,7 +23,7 @@ from onnx_oamip.graph.ops import (
     build,
     has,
     lookup,
-    trusting,
+    rule_errors,
 )
 from onnx_oamip.graph.symbolic_dims import Entries, numbers
 from onnx_oamip.graph.symbolic_values import follow
@@ -170,7 +170,7 @@ def _follow(
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.flow is None:
             continue
-        with trusting(node):
+        with rule_errors(node):
             flow = spec.flow(node)
         entering = {x: shapes[first] for (first, _), x in flow.enters if first in shapes}
         for outer, x, axis in flow.slices:

@@ -120,7 +120,7 @@ def new_biases(model: Model) -> int:
     """Elements that a refit may add (before pruning): biases of linear nodes that have none of their own yet."""
     editor = Editor(model.proto)
     places = (site(node, model.constants) for node in model.nodes)
-    return sum(editor.room(place) for place in places if place is not None)
+    return sum(editor.bias_growth(place) for place in places if place is not None)
 
 
 # --------------------------------------------------------------------------------------------------- least squares

@@ -26,7 +26,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.ops import build
-from onnx_oamip.graph.outputs import showing
+from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.statistics.overflow import refuse
 from onnx_oamip.statistics.requests import MOMENTS
@@ -115,7 +115,7 @@ def _again(
 ) -> tuple[Floats, Floats]:
     """(sums, sums of squares) of one feed along an axis, in float64 throughout."""
     tensor, axis = site
-    value = Session(showing(model, [tensor]), device).run(feed, [tensor])[0].astype(np.float64)
+    value = Session(with_outputs(model, [tensor]), device).run(feed, [tensor])[0].astype(np.float64)
     others = tuple(a for a in range(value.ndim) if a != axis)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told by who asks
         return value.sum(axis=others), np.square(value).sum(axis=others)

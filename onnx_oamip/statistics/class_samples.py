@@ -19,7 +19,7 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.outputs import floats, head, showing
+from onnx_oamip.graph.outputs import float_activations, head, with_outputs
 from onnx_oamip.graph.runtime import Session
 
 LIMIT_BYTES = 1 << 30
@@ -54,11 +54,11 @@ def collect(
     chosen, label, notes = _choose(outputs, samples, place, per_class, seed)
     inside = np.arange(len(place)) - np.searchsorted(place, place)  # places ascend
     feeds, labels = _feeds(samples, place[chosen], inside[chosen], label, model.shapes[logits][0])
-    names = floats(model)
+    names = float_activations(model)
     size = sum(4 * int(np.prod(model.shapes[n])) for n in names) * len(feeds)
     if size > LIMIT_BYTES or not feeds:
         return Images(tuple(feeds), labels, logits, {}, tuple(notes))
-    session = Session(showing(model, names), device, what="the model with its activations")
+    session = Session(with_outputs(model, names), device, what="the model with its activations")
     runs = [session.run(feed, names) for feed in feeds]
     found: dict[str, Array] = {n: np.stack([run[i] for run in runs]) for i, n in enumerate(names)}
     for port in model.inputs:
@@ -70,7 +70,7 @@ def _all_logits(
     model: Model, samples: Samples, logits: str, device: str, batch_size: int
 ) -> tuple[Floats, Ints]:
     """Logits (rows, classes) of all samples, and the sample of each row."""
-    session = Session(showing(model, [logits]), device, what="the model")
+    session = Session(with_outputs(model, [logits]), device, what="the model")
     rows, places = [], []
     for index, feed in samples.batches(batch_size):
         found = session.run(feed, [logits])[0]

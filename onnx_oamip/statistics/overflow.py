@@ -21,14 +21,14 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import ROOM
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.outputs import floats, showing
+from onnx_oamip.graph.outputs import float_activations, with_outputs
 from onnx_oamip.graph.partial_execution import Slicer
 from onnx_oamip.graph.runtime import Session
 
 
 def refuse(model: Model, samples: Samples, tensor: str, device: str, batch_size: int) -> NoReturn:
     """Raises DataError for a tensor that is not finite on the samples. They are run once more, to count."""
-    session = Session(showing(model, [tensor]), device, what="the model")
+    session = Session(with_outputs(model, [tensor]), device, what="the model")
     bad: list[Ints] = []
     first: Mapping[str, Array] | None = None
     largest = 0.0
@@ -85,11 +85,13 @@ def _origin(model: Model, tensor: str, feed: Mapping[str, Array], device: str) -
     """The first node in front of ``tensor`` that makes no number of numbers; empty where activations do not fit."""
     slicer = Slicer(model.proto)
     nodes = {slicer.nodes[i].name for i in slicer.needed([tensor], ())}
-    known = set(floats(model))
+    known = set(float_activations(model))
     names = [o for node in model.nodes if node.name in nodes for o in node.outputs if o in known]
     if not names or sum(4 * int(np.prod(model.shapes[n])) for n in names) > ROOM:
         return ""
-    found = dict(zip(names, Session(showing(model, names), device).run(feed, names), strict=True))
+    found = dict(
+        zip(names, Session(with_outputs(model, names), device).run(feed, names), strict=True)
+    )
     sound = {
         name: bool(np.isfinite(value.astype(np.float64)).all()) for name, value in found.items()
     }

@@ -33,7 +33,7 @@ from onnx_oamip.data.dataset import Samples, placeholder
 from onnx_oamip.graph.external_data import array, checkable, references
 from onnx_oamip.graph.external_data import tensor as stored
 from onnx_oamip.graph.ops import Trait, lookup
-from onnx_oamip.graph.outputs import head, is_float, producer_with, showing
+from onnx_oamip.graph.outputs import head, is_float, producer_with, with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.shape_inference import symbol
 
@@ -142,8 +142,10 @@ def prove(
     most = np.full(len(wanted), ROUNDING_MOST)
     most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
     # Rounding must not depend on a provider's reduced precision: this is done on the CPU.
-    reference = Session(showing(model, wanted, masked), "cpu", what="the masked model", exact=True)
-    other = Session(showing(model, wanted, cut), "cpu", what="the cut model", exact=True)
+    reference = Session(
+        with_outputs(model, wanted, masked), "cpu", what="the masked model", exact=True
+    )
+    other = Session(with_outputs(model, wanted, cut), "cpu", what="the cut model", exact=True)
     found = differences(reference, other, samples, batch_size)
     worst, rounding, allowed = (
         float(found.max(initial=0.0)),
@@ -153,7 +155,7 @@ def prove(
     if (np.isfinite(found) & (found > allowed) & (found <= most)).any():
         own = np.zeros(len(found))
         for draw in range(DRAWS):
-            moved = showing(model, wanted, rounded(model, masked, draw))
+            moved = with_outputs(model, wanted, rounded(model, masked, draw))
             twin = Session(moved, "cpu", what="the masked model", exact=True)
             own = np.maximum(own, differences(reference, twin, samples, batch_size))
         place = int(found.argmax())

@@ -275,7 +275,7 @@ def test_room_is_what_a_first_bias_takes(biased: tuple[str, Model]) -> None:
     place = _linear(model)
     proto = _copy(model)
     editor = Editor(proto)
-    room = editor.room(place)
+    room = editor.bias_growth(place)
     before = _read_elements(proto)
     editor.add_bias(place, np.ones(4))
     assert _read_elements(proto) - before == room

@@ -21,7 +21,7 @@ PACKAGE = '''
 import numpy as np
 
 from onnx_oamip import Method, Request, Scores
-from onnx_oamip.graph.outputs import showing
+from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 
 PASSES = []
@@ -32,7 +32,7 @@ def collect(context):
     PASSES.append(context)
     axes = sorted({(consumer.data, consumer.axis) for consumer in context.coupling.consumers})
     tensors = sorted({tensor for tensor, _ in axes})
-    session = Session(showing(context.model, tensors), context.device)
+    session = Session(with_outputs(context.model, tensors), context.device)
     peaks = {axis: 0.0 for axis in axes}
     for _, feed in context.samples.batches(context.batch):
         values = dict(zip(tensors, session.run(feed, tensors)))

@@ -103,7 +103,7 @@ def has(node: Node | NodeProto, traits: Trait) -> bool:
 
 
 @contextmanager
-def trusting(node: Node) -> Iterator[None]:
+def rule_errors(node: Node) -> Iterator[None]:
     """Around a rule of a node. Raises RuleFailed where it breaks: rules trust what ONNX defines of an operator."""
     try:
         yield
@@ -113,19 +113,19 @@ def trusting(node: Node) -> Iterator[None]:
         raise RuleFailed(str(node), f"{type(error).__name__}: {error}") from error
 
 
-def followed(node: Node) -> bool:
+def follows_bodies(node: Node) -> bool:
     """Whether channels are followed into the bodies of a node."""
     spec = lookup(node.domain, node.op, node.version)
     return spec is not None and spec.flow is not None
 
 
-def readers(model: Model) -> dict[str, list[Node]]:
+def consumers_by_tensor(model: Model) -> dict[str, list[Node]]:
     """Who reads a tensor. Where bodies are followed, the nodes in them read, and the node itself what they give."""
     found: dict[str, list[Node]] = defaultdict(list)
     for node in model.every:
         given = (
             [n for body in node.bodies.values() for n in body.outputs]
-            if followed(node)
+            if follows_bodies(node)
             else node.captures
         )
         for name in (*node.inputs, *given):
@@ -152,12 +152,12 @@ __all__ = [
     "attention",
     "batch_scale",
     "build",
-    "followed",
+    "consumers_by_tensor",
+    "follows_bodies",
     "has",
     "kinds",
     "lookup",
     "opaque",
-    "readers",
+    "rule_errors",
     "taps",
-    "trusting",
 ]

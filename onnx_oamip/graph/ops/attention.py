@@ -131,7 +131,7 @@ def _pin_lengths(node: Node, labels: Labels, names: list[str]) -> None:
 def _states(node: Node, labels: Labels, units: Ints, heads: int) -> None:
     """Keys and values (or logits) as further outputs, of shape (batch, heads, ...)."""
     for i, name in enumerate(node.outputs[1:]):
-        if name and (labels.readers(name) or labels.shown(name)):
+        if name and (labels.readers(name) or labels.is_output(name)):
             held = units if i < 2 else np.repeat(units, heads // len(units))
             labels.set(name, [None, held, None, None], f"{node} gives it out head by head")
 
@@ -198,7 +198,7 @@ def _standard(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], [None, axes[0], None, labels.label(names[2], 3)])
     _states(node, labels, units, known[0][1])
     for name in node.outputs[1:]:
-        if name and (labels.readers(name) or labels.shown(name)):
+        if name and (labels.readers(name) or labels.is_output(name)):
             labels.pin(labels.label(names[2], 3), f"{node} gives '{name}' as an extra output")
 
 

@@ -48,7 +48,7 @@ def _computed(tensor: str, count: int, labels: Labels) -> list[int]:
     """Places of a list of ``count`` lengths whose value is not known before it runs."""
     if labels.constant(tensor) is not None:
         return []
-    maker = labels.maker(tensor)
+    maker = labels.producer(tensor)
     parts = (
         [labels.shape(n) for n in maker.inputs]
         if maker is not None and maker.op == "Concat"

@@ -111,7 +111,7 @@ def zeros(tensor: str, labels: Labels) -> bool:
     value = labels.constant(tensor)
     if value is not None:
         return not value.any()
-    node = labels.maker(tensor)
+    node = labels.producer(tensor)
     if node is None or node.domain:
         return False
     if node.op == "ConstantOfShape":

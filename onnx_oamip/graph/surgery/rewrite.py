@@ -25,7 +25,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.graph import external_data, subgraphs
 from onnx_oamip.graph.loading import restore
-from onnx_oamip.graph.ops import Edit, Trait, build, lookup, trusting
+from onnx_oamip.graph.ops import Edit, Trait, build, lookup, rule_errors
 from onnx_oamip.graph.ops.inserted_nodes import (
     Added,
     Names,
@@ -71,7 +71,7 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
         if touched.isdisjoint((*node.inputs, *node.outputs)):
             continue  # its shapes may not even be known
         if spec is not None and spec.edit.repair is not None and not node.captures:
-            with trusting(node):
+            with rule_errors(node):
                 edit = spec.edit.repair(node, cuts)
             if edit != Edit():
                 edits[node.name] = edit
