@@ -171,7 +171,12 @@ def score(
     method = find(settings.importance)
     target = check_output(path, output, (source,))
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
-    model, coupling, samples, held = context.model, context.coupling, context.samples, context.held
+    model, coupling, samples, held = (
+        context.model,
+        context.coupling,
+        context.samples,
+        context.held_out,
+    )
     used = samples.usable() if method.requests(settings) else 0
     asked = {**settings.model_dump(mode="json"), "device": context.device, "samples": used}
     with clock("write"):
@@ -489,7 +494,7 @@ def prove(
         model, final, samples, lambda: Session(model.proto, device, what=model.path)
     )
     ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
-    if ready.held is None:
+    if ready.held_out is None:
         return Verification(
             proof.distance,
             None,
@@ -507,7 +512,7 @@ def prove(
         or Session(model.proto, device, what=model.path)
     )
     found = equivalence.compare(
-        model, answers, final, ready.held, settings.batch_size, ready.progress
+        model, answers, final, ready.held_out, settings.batch_size, ready.progress
     )
     equivalence.numbers(model, found)
     return replace(

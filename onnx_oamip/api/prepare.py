@@ -177,7 +177,9 @@ def _steps(context: Context) -> Any:
     )
 
 
-def _known(model: Model, samples: Samples, settings: Settings, device: str) -> dict[str, Any]:
+def _cache_identity(
+    model: Model, samples: Samples, settings: Settings, device: str
+) -> dict[str, Any]:
     """What every statistic depends on."""
     return {
         **cache.identity(model, samples),
@@ -262,11 +264,11 @@ def open_context(
         model=model,
         coupling=coupling,
         samples=samples,
-        held=held,
+        held_out=held,
         device=device,
         settings=settings,
         store=store,
-        known=_known(model, samples, settings, device),
+        cache_identity=_cache_identity(model, samples, settings, device),
         progress=progress,
         clock=clock,
     )

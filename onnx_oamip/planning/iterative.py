@@ -74,7 +74,7 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
         ready,
         model=model,
         coupling=coupling,
-        known={**ready.known, "left": cache.content(proto)},
+        cache_identity={**ready.cache_identity, "left": cache.content(proto)},
         collected=Collected(),
     )
     found = scoring.score(remaining)

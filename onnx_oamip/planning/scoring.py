@@ -81,7 +81,10 @@ def score(context: Context) -> Scores:
         built_in = str(getattr(method.score, "__module__", "")).startswith("onnx_oamip.")
         if not requests or not built_in:
             return make()
-        depends = {**settings.model_dump(mode="json", exclude=_IRRELEVANT), **context.known}
+        depends = {
+            **settings.model_dump(mode="json", exclude=_IRRELEVANT),
+            **context.cache_identity,
+        }
         return context.store.keep(
             cache.SCORES, depends, make, lambda found: fits(found, context.coupling)
         )

@@ -145,7 +145,10 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
         )
     elif ready.settings.refit == "least-squares":
         s = ready.settings
-        kept = {**ready.known, "units": plan_files.digest(ready.model, ready.coupling, chosen.keep)}
+        kept = {
+            **ready.cache_identity,
+            "units": plan_files.digest(ready.model, ready.coupling, chosen.keep),
+        }
         found = ready.store.keep(
             cache.REFITS,
             kept,
@@ -184,7 +187,7 @@ def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
 
     No plan changes it, so it is found out once.
     """
-    model, held = ready.model, ready.held
+    model, held = ready.model, ready.held_out
     if held is None or any(port.name not in model.shapes for port in model.outputs):
         return None
     each = sum(int(np.prod(model.shapes[p.name])) * p.dtype.itemsize for p in model.outputs)
@@ -329,7 +332,7 @@ def _smallest(
     ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...], points: float
 ) -> Attempt:
     """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
-    if ready.held is None:
+    if ready.held_out is None:
         raise BudgetNotMet(
             "`max_drop` needs data to measure the drop on; give `data` with enough samples, or `eval_data`."
         )
@@ -362,7 +365,7 @@ def _smallest(
         tried.append(Trial(1.0, whole.after.macs, lost))
         if lost > points:
             raise BudgetNotMet(
-                f"no plan within the other budgets loses at most {points} points on {ready.held.source}; "
+                f"no plan within the other budgets loses at most {points} points on {ready.held_out.source}; "
                 "ask for a larger drop or a larger budget."
             )
         best = whole
@@ -370,9 +373,9 @@ def _smallest(
 
 
 def _drop(ready: Prepared, original: equivalence.Answers, found: Attempt) -> float:
-    assert ready.held is not None
+    assert ready.held_out is not None
     after = Session(found.pruned.proto, ready.device)
-    return drop(equivalence.compare(ready.model, original, after, ready.held, ready.batch))
+    return drop(equivalence.compare(ready.model, original, after, ready.held_out, ready.batch))
 
 
 def drop(found: Verification) -> float:

@@ -61,7 +61,7 @@ def measure(
             settings.scheduler,
         )
 
-    known = {**context.known, "order": order.tolist(), "refit": settings.refit}
+    known = {**context.cache_identity, "order": order.tolist(), "refit": settings.refit}
     wide = cost.full_widths(coupling)
     curves = context.store.keep(
         cache.LOSSES, known, run, lambda found: sensitivity.fits(found, wide)

@@ -34,11 +34,12 @@ class Context:
         model: The model at the shapes of the samples.
         coupling: Its units, without those that are excluded.
         samples: Calibration samples; random ones where there is no data.
-        held: Held-out samples, None where there are none.
+        held_out: Held-out samples, or None.
         device: The device that inference runs on.
-        settings: What the run was asked to do.
-        store: Cache of what earlier runs computed.
-        known: What every statistic depends on, as plain values: the identity of cache entries. Empty without data.
+        settings: Settings of the run.
+        store: Cache of the results of earlier runs.
+        cache_identity: Everything that the statistics depend on, as plain values: it identifies their cache entries.
+            Empty without data.
         progress: Callback ``(stage, done, total)``, None for silence.
         clock: Seconds by stage.
         collected: Statistics that this run collected already (see ``collector.collect``).
@@ -47,11 +48,11 @@ class Context:
     model: Model
     coupling: Coupling
     samples: Samples
-    held: Samples | None
+    held_out: Samples | None
     device: str
     settings: Settings
     store: Store = field(default_factory=Store)
-    known: Mapping[str, Any] = field(default_factory=dict)
+    cache_identity: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress | None = None
     clock: Clock = field(default_factory=Clock)
     collected: Collected = field(default_factory=lambda: Collected())

@@ -31,7 +31,7 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
     def valid(entry: Mapping[Axis, Moments]) -> bool:
         return calibration.fits(entry, model, coupling)
 
-    return context.store.keep(cache.MOMENTS, context.known, collect, valid)
+    return context.store.keep(cache.MOMENTS, context.cache_identity, collect, valid)
 
 
 def _covariance(context: Context) -> Mapping[str, Gram]:
@@ -55,7 +55,7 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     def valid(entry: Mapping[str, Gram]) -> bool:
         return covariances.fits(entry, model, coupling, cap)
 
-    return context.store.keep(cache.GRAMS, context.known, collect, valid)
+    return context.store.keep(cache.GRAMS, context.cache_identity, collect, valid)
 
 
 def _class_samples(context: Context) -> Images | None:

@@ -350,9 +350,9 @@ def test_several_budgets_at_once() -> None:
 
 
 def _measured_drop(ready: Prepared, found: Attempt) -> float:
-    assert ready.held is not None
+    assert ready.held_out is not None
     before, after = Session(ready.model.proto, "cpu"), Session(found.pruned.proto, "cpu")
-    return drop(compare(ready.model, before, after, ready.held, 100))
+    return drop(compare(ready.model, before, after, ready.held_out, 100))
 
 
 @pytest.fixture
@@ -382,11 +382,11 @@ def test_max_drop_is_met_by_a_smaller_model(name: str, points: float, few_rows: 
 
 def test_max_drop_without_labels_counts_agreement(few_rows: None) -> None:
     ready = asked(prepared("lenet300-mnist", unlabelled=True), max_drop=2.0)
-    assert ready.held is not None
-    assert ready.held.labels is None
+    assert ready.held_out is not None
+    assert ready.held_out.labels is None
     found = search.search(ready)
     before, after = Session(ready.model.proto, "cpu"), Session(found.pruned.proto, "cpu")
-    feed = ready.held.feed(np.arange(ready.held.count))
+    feed = ready.held_out.feed(np.arange(ready.held_out.count))
     agree = (before.run(feed)[0].argmax(1) == after.run(feed)[0].argmax(1)).mean()
     assert agree >= 0.98
     assert found.after.macs < 0.7 * ready.before.macs
@@ -405,7 +405,7 @@ def test_max_drop_beside_other_budgets(few_rows: None) -> None:
 
 
 def test_max_drop_asks_for_data(tmp_path: Path) -> None:
-    ready = replace(small(CNN, tmp_path, max_drop=1.0, macs=None), held=None)
+    ready = replace(small(CNN, tmp_path, max_drop=1.0, macs=None), held_out=None)
     with pytest.raises(BudgetNotMet, match="`eval_data`"):
         search.search(ready)
 

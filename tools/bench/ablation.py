@@ -37,7 +37,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
                     macs=macs, importance=order, align=1, refit=refit, seed=seed
                 )
                 ready = pipeline.prepare(model, data, settings)
-                assert ready.held is not None
+                assert ready.held_out is not None
                 original = Session(ready.model.proto, ready.device)
                 for allocation, row in found.items():
                     here = replace(
@@ -47,7 +47,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
                     )
                     after = Session(search.search(here).pruned.proto, ready.device)
                     v = equivalence.compare(
-                        ready.model, original, after, ready.held, settings.batch_size
+                        ready.model, original, after, ready.held_out, settings.batch_size
                     )
                     assert v.accuracy_before is not None
                     assert v.accuracy_after is not None

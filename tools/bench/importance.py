@@ -43,7 +43,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     seed=seed,
                 )
                 ready = pipeline.prepare(model, data, settings)
-                assert ready.held is not None
+                assert ready.held_out is not None
                 original = Session(ready.model.proto, ready.device)
                 full = cost.full_widths(ready.coupling)
                 for share in SHARES:
@@ -53,7 +53,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     cut = search.carry_out(ready, chosen)
                     after = Session(cut.pruned.proto, ready.device)
                     seen = equivalence.compare(
-                        ready.model, original, after, ready.held, settings.batch_size
+                        ready.model, original, after, ready.held_out, settings.batch_size
                     )
                     assert seen.accuracy_after is not None
                     fresh: Row = {"model": name, "refit": refit, "units kept": f"{share:.0%}"}

@@ -56,13 +56,13 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                         cache=kept,
                     )
                     ready = prepare.prepare(model, data, settings)
-                    assert ready.held is not None
+                    assert ready.held_out is not None
                     original = Session(ready.model.proto, ready.device)
                     for share in SHARES:
                         here = replace(ready, settings=settings.model_copy(update={"macs": share}))
                         after = Session(search.search(here).pruned.proto, ready.device)
                         seen = equivalence.compare(
-                            ready.model, original, after, ready.held, settings.batch_size
+                            ready.model, original, after, ready.held_out, settings.batch_size
                         )
                         assert seen.accuracy_after is not None
                         assert seen.accuracy_before is not None

@@ -148,8 +148,8 @@ def prune(opened: Context) -> Result:
 
 def _evaluation(opened: Context) -> Samples:
     """The held-out samples: there are some wherever there is data, and this granularity needs data."""
-    assert opened.held is not None
-    return opened.held
+    assert opened.held_out is not None
+    return opened.held_out
 
 
 def _digest(state: State) -> str:
