@@ -103,7 +103,7 @@ def stage(batch: Batch, proto: onnx.ModelProto, target: Path) -> Written:
         digest, size = hashlib.sha256(), 0
         for name in names:
             with (folder / name).open("rb") as stream:
-                while chunk := stream.read(external_data.CHUNK):
+                while chunk := stream.read(external_data.CHUNK_BYTES):
                     digest.update(chunk)
                     size += len(chunk)
         for name in reversed(names):

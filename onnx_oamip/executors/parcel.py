@@ -55,12 +55,12 @@ class _Pickler(pickle.Pickler):
         """Constants of a model are what its graph holds already."""
         if not isinstance(value, Model):
             return NotImplemented
-        if value.proto.ByteSize() >= external_data.LARGE:
+        if value.proto.ByteSize() >= external_data.PROTOBUF_LIMIT:
             raise ModelError(
                 f"{value.path} holds {value.proto.ByteSize() / 1e9:.1f} GB of weights in a form that cannot be sent to "
                 "a cluster; leave out `scheduler`."
             )
-        files = {external_data.place(t)[0] for t in external_data.references(value.proto)}
+        files = {external_data.location(t)[0] for t in external_data.references(value.proto)}
         parts = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "constants"}
         return _model, (parts, {path: _stamp(path) for path in sorted(files)})
 

@@ -1,15 +1,17 @@
-"""MACs, parameters and bytes as sums of products of axis lengths, evaluated for any widths at once.
+"""Costs of a model (MACs, parameters, bytes) as functions of the group widths.
 
-A factor may be the sum of several lengths (a recurrent node reads its input and its own output at every step).
+A cost is a sum of products of axis lengths, and a length is linear in the widths, so that the cost at any widths needs
+no cut model. A factor may be the sum of several lengths (a recurrent node reads its input and its own output at every
+step).
 
 MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else, those
-of branches and bodies of loops counted as if each ran once; params are the elements of floating constants; bytes is the
+of branches and loop bodies counted as if each ran once; params are the elements of floating constants; bytes is the
 size of the file with its external data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,23 +35,35 @@ from onnx_oamip.graph.ops.inserted_nodes import (
     spread,
 )
 
-INDEX = 4
-"""Bytes of an index that says where a kept channel is."""
+INDEX_BYTES = 4
+"""Bytes that an inserted gather needs for the position of each kept channel."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """A sum of ``factor * product of axis lengths``; ``axes`` (terms, width) is padded with -1 (a length of 1)."""
+    """A sum of terms, each a constant factor times a product of axis lengths.
+
+    Attributes:
+        factor: Constant of each term (terms,).
+        axes: Indices of the axes that each term multiplies (terms, most axes of a term), padded with -1, which stands
+            for a length of 1.
+    """
 
     factor: Ints
     axes: Ints
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
-    """What is added as soon as one of several groups is cut at all: the nodes that put zeros back, or scale a mean.
+class OneOffCosts:
+    """Fixed costs of nodes that are inserted once any of several groups is pruned.
 
-    Step s comes where a group g of ``members`` (steps, groups) keeps fewer than its ``full[g]`` units.
+    Such nodes pad removed channels with zeros, or scale a mean. Their cost does not depend on how many units go.
+
+    Attributes:
+        members: Groups whose pruning inserts the nodes of each item (items, groups).
+        full: Width of every group before pruning (groups,).
+        params: Added parameters of each item (items,).
+        bytes: Added file size of each item (items,).
     """
 
     members: Bools
@@ -57,26 +71,54 @@ class Steps:
     params: Ints
     bytes: Ints
 
-    def taken(self, widths: Ints) -> Bools:
-        """Which steps come at these widths."""
-        less: Bools = np.asarray(widths) < self.full
-        return np.asarray((self.members & less).any(axis=1), bool)
+    def incurred(self, widths: Ints) -> Bools:
+        """Items that have to be paid at these widths.
 
-    def brought_by(self, widths: Ints) -> Bools:
-        """(groups,): which groups bring steps by being cut."""
-        less: Bools = np.asarray(widths) < self.full
-        return np.asarray((self.members & less).any(axis=0), bool)
+        Args:
+            widths: Units that every group keeps (groups,).
+
+        Returns:
+            A mask of the items (items,).
+        """
+        pruned: Bools = np.asarray(widths) < self.full
+        return np.asarray((self.members & pruned).any(axis=1), bool)
+
+    def inserting_groups(self, widths: Ints) -> Bools:
+        """Groups whose pruning inserts nodes.
+
+        Args:
+            widths: Units that every group keeps (groups,).
+
+        Returns:
+            A mask of the groups (groups,).
+        """
+        pruned: Bools = np.asarray(widths) < self.full
+        return np.asarray((self.members & pruned).any(axis=0), bool)
 
     @classmethod
-    def none(cls) -> Steps:
-        """No steps, for any number of groups."""
+    def none(cls) -> OneOffCosts:
+        """Returns an empty collection, which fits any number of groups."""
         nothing = np.zeros(0, np.int64)
         return cls(np.zeros((0, 1), bool), np.zeros(1, np.int64), nothing, nothing)
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Costs as a function of group widths: the length of axis i is ``fixed[i] + (per_unit @ widths)[i]``."""
+    """Costs of a model as functions of the group widths.
+
+    The length of axis i is ``fixed[i] + (per_unit @ widths)[i]``.
+
+    Attributes:
+        fixed: Part of each axis length that no group changes (axes,).
+        per_unit: Indices that one unit of a group occupies on an axis (axes, groups).
+        macs: Multiply-accumulates, one term per linear node.
+        params: Elements of the floating constants.
+        bytes: Bytes of all constants, inserted indices included.
+        overhead: Bytes of the file that do not depend on the widths.
+        batch: Samples per batch at the calibration shapes, which ``macs`` is divided by.
+        nodes: Name of the node of each term of ``macs``.
+        one_off: Costs of inserted nodes.
+    """
 
     fixed: Ints
     per_unit: csr_array
@@ -86,94 +128,157 @@ class Ledger:
     overhead: int
     batch: int
     nodes: tuple[str, ...]
-    steps: Steps = field(default_factory=Steps.none)
+    one_off: OneOffCosts = field(default_factory=OneOffCosts.none)
 
     def lengths(self, widths: Ints) -> Ints:
-        """Axis lengths, with a trailing 1 for the padding index -1."""
+        """Axis lengths at given widths.
+
+        Args:
+            widths: Units that every group keeps (groups,).
+
+        Returns:
+            Lengths (axes + 1,); the last entry is 1, for the padding index -1.
+        """
         return np.append(self.fixed + self.per_unit @ np.asarray(widths, np.int64), 1)
 
     def cost(self, widths: Ints) -> Cost:
-        """Costs when group g keeps ``widths[g]`` units."""
-        lengths, taken = self.lengths(widths), self.steps.taken(widths)
+        """Costs at given widths.
+
+        Args:
+            widths: Units that every group keeps (groups,).
+
+        Returns:
+            MACs per sample, parameters, and bytes of the file.
+        """
+        lengths = self.lengths(widths)
+        incurred = self.one_off.incurred(widths)
+        macs = self.terms(self.macs, lengths).sum()
+        params = self.terms(self.params, lengths).sum() + self.one_off.params[incurred].sum()
+        constant_bytes = self.terms(self.bytes, lengths).sum()
+        inserted_bytes = self.one_off.bytes[incurred].sum()
         return Cost(
-            macs=int(self.terms(self.macs, lengths).sum()) // self.batch,
-            params=int(self.terms(self.params, lengths).sum() + self.steps.params[taken].sum()),
-            bytes=int(self.terms(self.bytes, lengths).sum() + self.steps.bytes[taken].sum())
-            + self.overhead,
+            macs=int(macs) // self.batch,
+            params=int(params),
+            bytes=int(constant_bytes + inserted_bytes) + self.overhead,
         )
 
     @staticmethod
     def terms(products: Products, lengths: Ints) -> Ints:
-        """Value of every term."""
+        """Value of every term of a sum of products.
+
+        Args:
+            products: The terms.
+            lengths: Axis lengths as :meth:`lengths` returns them (axes + 1,).
+
+        Returns:
+            The values (terms,).
+        """
         values: Ints = products.factor * lengths[products.axes].prod(axis=1)
         return values
 
 
+class _AxisIndex:
+    """Numbers for the axes, and sums of axes, that occur in the terms of a ledger."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Axis | Total, int] = {}
+
+    def numbers(self, lengths: Iterable[Axis | Total]) -> list[int]:
+        """Numbers of several lengths; a new length gets the next number."""
+        return [self._numbers.setdefault(length, len(self._numbers)) for length in lengths]
+
+    def affine(self, model: Model, coupling: Coupling) -> tuple[Ints, csr_array]:
+        """``fixed`` and ``per_unit`` of a ledger for the lengths numbered so far."""
+        fixed = np.zeros(len(self._numbers), np.int64)
+        lengths_with: dict[Axis, list[int]] = {}
+        for length, i in self._numbers.items():
+            fixed[i] = _full_length(length, model.shapes)
+            axes, _ = _as_total(length)
+            for axis in axes:
+                lengths_with.setdefault(axis, []).append(i)
+        rows, columns, values = [], [], []
+        for g, group in enumerate(coupling.groups):
+            for axis, indices_per_unit in group.multiplicity.items():
+                for i in lengths_with.get(axis, ()):
+                    rows.append(i)
+                    columns.append(g)
+                    values.append(indices_per_unit)
+                    fixed[i] -= indices_per_unit * len(group.units)
+        shape = (len(self._numbers), len(coupling.groups))
+        entries = np.asarray(values, np.int64)
+        return fixed, csr_array((entries, (rows, columns)), shape=shape)
+
+
 def ledger(model: Model, coupling: Coupling) -> Ledger:
-    """The cost functions of a model under a coupling."""
-    index: dict[Axis | Total, int] = {}
+    """Builds the cost functions of a model under a coupling.
+
+    Args:
+        model: The whole model.
+        coupling: Its groups; without groups the costs are constant.
+
+    Returns:
+        The costs as functions of the group widths.
+    """
+    index = _AxisIndex()
     macs = []
     names = []
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
-        if (
-            spec
-            and spec.cost
-            and all(n in model.shapes for n in (*node.inputs[:2], *node.outputs) if n)
-        ):
-            with rule_errors(node):
-                terms = spec.cost(node, model.shapes)
-                for term in terms:
-                    _full(term, model.shapes)
-            macs.append([index.setdefault(a, len(index)) for a in terms])
-            names.append(node.name)
-    floats = [n for n in model.constants if is_float(model.dtypes[n])]
-    constants = {
-        n: [index.setdefault((n, a), len(index)) for a in range(len(model.shapes[n]))]
-        for n in model.constants
-    }
-    params = [constants[n] for n in floats]
-    sizes = np.asarray([model.dtypes[n].itemsize for n in constants], np.int64)
-    around = restored(model, coupling)
-    places = [[index.setdefault(r.axis, len(index))] for r in around if r.per_index]
+        needed = [name for name in (*node.inputs[:2], *node.outputs) if name]
+        if not spec or not spec.cost or any(name not in model.shapes for name in needed):
+            continue
+        with rule_errors(node):
+            terms = spec.cost(node, model.shapes)
+            for term in terms:
+                _full_length(term, model.shapes)  # a wrong axis is an error of the rule
+        macs.append(index.numbers(terms))
+        names.append(node.name)
 
-    rows, columns, values = [], [], []
-    fixed = np.zeros(len(index), np.int64)
-    on: dict[Axis, list[int]] = {}
-    for length, i in index.items():
-        fixed[i] = _full(length, model.shapes)
-        for axis in _sum(length)[0]:
-            on.setdefault(axis, []).append(i)
-    for g, group in enumerate(coupling.groups):
-        for axis, held in group.multiplicity.items():
-            for i in on.get(axis, ()):
-                rows.append(i)
-                columns.append(g)
-                values.append(held)
-                fixed[i] -= held * len(group.units)
-    shape = (len(index), len(coupling.groups))
-    per_unit = csr_array((np.asarray(values, np.int64), (rows, columns)), shape=shape)
-    uncut = sum(r.per_index * model.shapes[r.axis[0]][r.axis[1]] for r in around)
-    held_bytes = sum(model.constants[n].nbytes for n in model.constants)
+    constants: dict[str, list[int]] = {}
+    for name in model.constants:
+        rank = len(model.shapes[name])
+        constants[name] = index.numbers((name, axis) for axis in range(rank))
+    params = [constants[name] for name in model.constants if is_float(model.dtypes[name])]
+    item_sizes = np.asarray([model.dtypes[name].itemsize for name in constants], np.int64)
+
+    insertions = insertion_costs(model, coupling)
+    indexed = [insertion for insertion in insertions if insertion.per_index]
+    positions = [index.numbers([insertion.axis]) for insertion in indexed]
+    fixed, per_unit = index.affine(model, coupling)
+
+    constant_bytes = sum(value.nbytes for value in model.constants.values())
+    graph_bytes = max(size(model.proto) - constant_bytes, 0)
+    # The terms count the positions of the kept channels, a one-off item those of all: subtract one of the two.
+    all_positions = 0
+    for insertion in insertions:
+        tensor, axis = insertion.axis
+        all_positions += insertion.per_index * model.shapes[tensor][axis]
     return Ledger(
         fixed=fixed,
         per_unit=per_unit,
         macs=_products(macs, np.ones(len(macs), np.int64)),
         params=_products(params, np.ones(len(params), np.int64)),
         bytes=_products(
-            [*constants.values(), *places],
-            np.append(sizes, [r.per_index for r in around if r.per_index]),
+            [*constants.values(), *positions],
+            np.append(item_sizes, [insertion.per_index for insertion in indexed]),
         ),
-        overhead=max(size(model.proto) - held_bytes, 0) - uncut,
+        overhead=graph_bytes - all_positions,
         batch=model.batch,
         nodes=tuple(names),
-        steps=_steps(around, coupling),
+        one_off=_one_off_costs(insertions, coupling),
     )
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What a cut of one axis adds around a node that reads it: ``per_index`` bytes for every index kept, too."""
+class Insertion:
+    """Cost of the nodes that pruning one axis inserts around a node that reads it.
+
+    Attributes:
+        axis: The pruned axis.
+        params: Added parameters.
+        bytes: Added bytes, when no channel is removed.
+        per_index: Bytes among these for every channel of the axis.
+    """
 
     axis: Axis
     params: int
@@ -181,11 +286,15 @@ class Restored:
     per_index: int
 
 
-class _Cut:
-    """Implements ``ops.Cuts`` for a cut of one axis, whatever goes."""
+class _CutOfOneAxis:
+    """Cut that removes the first channel of one axis; implements ``ops.Cuts``.
+
+    The kind of nodes that a repair rule inserts does not depend on the choice of channels.
+    """
 
     def __init__(self, model: Model, axis: Axis) -> None:
-        self._model, self._axis = model, axis
+        self._model = model
+        self._axis = axis
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         return self._model.shapes[tensor]
@@ -202,75 +311,111 @@ class _Cut:
         return self._model.shapes[tensor][axis] - ((tensor, axis) == self._axis)
 
 
-def restored(model: Model, coupling: Coupling) -> list[Restored]:
-    """What is added around every node that must see what went, by what its repair says."""
-    known = {node.name: node for node in model.every}
-    present, names = Present(model), Names(model)
+def insertion_costs(model: Model, coupling: Coupling) -> list[Insertion]:
+    """Costs of the nodes that pruning inserts around nodes which still have to see removed channels as zeros.
+
+    Args:
+        model: The whole model. Nodes that an earlier pruning inserted are reused, and cost nothing again.
+        coupling: Its coupling.
+
+    Returns:
+        One record per consumer and kind of insertion.
+    """
+    nodes = {node.name: node for node in model.every}
+    present = Present(model)
+    names = Names(model)
     result = []
     for consumer in (*coupling.consumers, *coupling.inside):
-        node, axis = known[consumer.node], (consumer.data, consumer.axis)
+        node = nodes[consumer.node]
+        axis = (consumer.data, consumer.axis)
         spec = lookup(node.domain, node.op, node.version)
         if consumer.weight is not None or spec is None or spec.edit.repair is None:
             continue
         with rule_errors(node):
-            edit = spec.edit.repair(node, _Cut(model, axis))
+            edit = spec.edit.repair(node, _CutOfOneAxis(model, axis))
         shape = model.shapes[consumer.data]
         if edit.spread is not None and present.spread(node, edit.spread, edit.ordered) is None:
-            every = np.ones(shape[consumer.axis], bool)
-            added = spread(node, len(shape), edit.spread, edit.ordered, every, names)
-            result.append(Restored(axis, 0, added.nbytes(node), INDEX if edit.ordered else 0))
+            all_channels = np.ones(shape[consumer.axis], bool)
+            added = spread(node, len(shape), edit.spread, edit.ordered, all_channels, names)
+            per_index = INDEX_BYTES if edit.ordered else 0
+            result.append(Insertion(axis, 0, added.nbytes(node), per_index))
         if edit.scale != 1.0 and present.scale(node) is None:
             dtype = model.dtypes[node.outputs[0]]
-            result.append(
-                Restored(axis, int(is_float(dtype)), scale(node, 1.0, dtype, names).nbytes(node), 0)
-            )
+            added = scale(node, 1.0, dtype, names)
+            result.append(Insertion(axis, int(is_float(dtype)), added.nbytes(node), 0))
     return result
 
 
-def _steps(around: Sequence[Restored], coupling: Coupling) -> Steps:
-    """Restored nodes by the groups whose cut brings them."""
-    held = [[r.axis in g.multiplicity for g in coupling.groups] for r in around]
-    rows = np.asarray(held, bool).reshape(len(around), len(coupling.groups))
-    members, place = np.unique(rows, axis=0, return_inverse=True)
-    if not len(around):
-        return Steps.none()
-    params, size = np.zeros((2, len(members)), np.int64)
-    np.add.at(params, place.reshape(-1), [r.params for r in around])
-    np.add.at(size, place.reshape(-1), [r.bytes for r in around])
-    return Steps(members, full_widths(coupling), params, size)
+def _one_off_costs(insertions: Sequence[Insertion], coupling: Coupling) -> OneOffCosts:
+    """Merges the insertions that the same groups cause."""
+    if not insertions:
+        return OneOffCosts.none()
+    caused_by = [
+        [insertion.axis in group.multiplicity for group in coupling.groups]
+        for insertion in insertions
+    ]
+    rows = np.asarray(caused_by, bool).reshape(len(insertions), len(coupling.groups))
+    members, item = np.unique(rows, axis=0, return_inverse=True)
+    params, n_bytes = np.zeros((2, len(members)), np.int64)
+    np.add.at(params, item.reshape(-1), [insertion.params for insertion in insertions])
+    np.add.at(n_bytes, item.reshape(-1), [insertion.bytes for insertion in insertions])
+    return OneOffCosts(members, full_widths(coupling), params, n_bytes)
 
 
-def _sum(length: Axis | Total) -> Total:
-    """The axes whose lengths are added up, and what is added to them."""
+def _as_total(length: Axis | Total) -> Total:
+    """A length as the axes that are added up and the number that is added to them."""
     first, second = length
-    return (((first, second),), 0) if isinstance(first, str) else (first, second)
+    if isinstance(first, str):
+        return ((first, second),), 0
+    return first, second
 
 
-def _full(length: Axis | Total, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """A length of the whole model."""
-    axes, number = _sum(length)
-    return number + sum(shapes[t][a] for t, a in axes)
+def _full_length(length: Axis | Total, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Length before pruning."""
+    axes, offset = _as_total(length)
+    return offset + sum(shapes[tensor][axis] for tensor, axis in axes)
 
 
 def count(model: Model) -> Cost:
-    """Costs of a model as it stands; ``bytes`` is that of its normalised graph."""
-    nothing = Coupling(0, (), np.zeros(0, np.int64), {}, (), ())
-    return ledger(model, nothing).cost(np.zeros(0, np.int64))
+    """Costs of a model as it stands.
+
+    Args:
+        model: The model, pruned or not.
+
+    Returns:
+        MACs per sample, parameters, and the bytes of its normalised graph.
+    """
+    no_groups = Coupling(0, (), np.zeros(0, np.int64), {}, (), ())
+    return ledger(model, no_groups).cost(np.zeros(0, np.int64))
 
 
 def _products(terms: Sequence[Sequence[int]], factor: Ints) -> Products:
-    width = max((len(t) for t in terms), default=1) or 1
-    axes = np.full((len(terms), width), -1, np.int64)
+    longest = max((len(term) for term in terms), default=1) or 1
+    axes = np.full((len(terms), longest), -1, np.int64)
     for i, term in enumerate(terms):
         axes[i, : len(term)] = term
     return Products(factor, axes)
 
 
 def is_float(dtype: np.dtype[np.generic]) -> bool:
-    """Floating-point, with the extension types (bfloat16, float8) that numpy itself does not know."""
+    """Tests for a floating-point type, complex types and the extension types (bfloat16, float8) included.
+
+    Args:
+        dtype: Element type of a tensor.
+
+    Returns:
+        True if its elements count as parameters.
+    """
     return np.issubdtype(dtype, np.inexact) or "float" in dtype.name
 
 
 def full_widths(coupling: Coupling) -> Ints:
-    """Width of every group before pruning."""
-    return np.asarray([len(g.units) for g in coupling.groups], np.int64)
+    """Width of every group before pruning.
+
+    Args:
+        coupling: The coupling of the model.
+
+    Returns:
+        Units per group (groups,).
+    """
+    return np.asarray([len(group.units) for group in coupling.groups], np.int64)

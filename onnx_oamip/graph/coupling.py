@@ -1,14 +1,15 @@
-"""Which channels must go together: channel labels and union-find. Knows no operator.
+"""Channel coupling: finds the sets of channels that must be kept or removed together.
 
-Every index of every tracked tensor axis carries an integer label. Each operator's channel rule ties labels, pins them
-with a reason, and hands label arrays on to its outputs. A *unit* is one connected component without a pinned label:
-the set of (tensor, axis, index) that goes or stays as one. Components are found in one vectorised pass at the end.
+Every index of every tracked tensor axis carries an integer label. The channel rule of each operator ties labels, pins
+them with a reason, and passes label arrays on to its outputs. A *unit* is one connected component without a pinned
+label: a set of (tensor, axis, index) that is kept or removed as a whole. The components are computed in one vectorised
+pass at the end. This module names no operator; all of that knowledge is in the channel rules.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -41,6 +42,15 @@ from onnx_oamip.graph.ops import (
 
 @dataclass(frozen=True, slots=True)
 class _Pin:
+    """Labels that must not be removed.
+
+    Attributes:
+        labels: The pinned labels, flat.
+        reason: Why they are pinned, for the user.
+        listed: Whether the report lists them.
+        given: Whether the interface of the model is the reason.
+    """
+
     labels: Ints
     reason: str
     listed: bool
@@ -48,31 +58,49 @@ class _Pin:
 
 
 class _Labels:
-    """The mutable side of one propagation; implements ``ops.Labels``."""
+    """State of one label propagation through a graph; implements ``ops.Labels``.
+
+    Attributes:
+        count: Number of labels handed out.
+        tracked: Labels of the axes of each intermediate tensor; None for an axis without labels.
+        constant_labels: Labels of the axes of constants, made when an operator first asks for them.
+        untracked_reasons: Why a tensor carries no labels.
+        given: Intermediate tensors whose labels are missing because of the interface of the model.
+        ties: Pairs of label arrays (n,) that must be kept or removed together, index by index.
+        pins: Labels that must not be removed.
+        claims: (node, constant axis) for every constant axis that the rule of a node has labelled.
+        read_whole: Reason for each constant that a node reads without following its channels.
+        consumers, inside: Reads of labelled axes, in the main graph and in subgraphs.
+        defaults: Default choice of each node that has a choice of axis.
+    """
 
     def __init__(self, model: Model, choices: Mapping[str, int]) -> None:
         self.model = model
         self.count = 0
-        self.known: dict[str, list[LabelAxis]] = {}
-        self.made: dict[Axis, Ints] = {}
-        self.why: dict[str, str] = {}
+        self.tracked: dict[str, list[LabelAxis]] = {}
+        self.constant_labels: dict[Axis, Ints] = {}
+        self.untracked_reasons: dict[str, str] = {}
         self.given: set[str] = set()
         self.ties: list[tuple[Ints, Ints]] = []
         self.pins: list[_Pin] = []
         self.claims: set[tuple[str, Axis]] = set()
-        self.whole: dict[str, str] = {}
+        self.read_whole: dict[str, str] = {}
         self.consumers: list[Consumer] = []
-        self.choices = choices
-        self.asked: dict[str, int] = {}
-        self.node = ""
         self.inside: list[Consumer] = []
+        self.defaults: dict[str, int] = {}
+        self._choices = choices
+        self._node = ""
+        self._first_input = ""
         self._depth = 0
-        self._makers = {name: node for node in model.every for name in node.outputs if name}
-        self._readers = consumers_by_tensor(model)
-        self._shown = {p.name for p in model.outputs}
-        self._shown |= {
-            n for node in model.every for body in node.bodies.values() for n in body.outputs
-        }
+        self._consumers_of = consumers_by_tensor(model)
+        self._producers: dict[str, Node] = {}
+        self._output_names = {port.name for port in model.outputs}
+        for node in model.every:
+            self._producers.update((name, node) for name in node.outputs if name)
+            for body in node.bodies.values():
+                self._output_names.update(body.outputs)
+
+    # --- queries of the rules ---------------------------------------------------------------------------------
 
     def shape(self, tensor: str) -> tuple[int, ...] | None:
         return self.model.shapes.get(tensor)
@@ -84,36 +112,38 @@ class _Labels:
         return tensor in self.model.constants
 
     def readers(self, tensor: str) -> Sequence[Node]:
-        return self._readers[tensor]
+        return self._consumers_of[tensor]
 
     def producer(self, tensor: str) -> Node | None:
-        return self._makers.get(tensor)
+        return self._producers.get(tensor)
 
     def is_output(self, tensor: str) -> bool:
-        return tensor in self._shown
+        return tensor in self._output_names
 
     def label(self, tensor: str, axis: int) -> LabelAxis:
         if not self.is_constant(tensor):
-            axes = self.known.get(tensor, [])
+            axes = self.tracked.get(tensor, [])
             return axes[axis] if axis < len(axes) else None
         key = (tensor, axis)
-        self.claims.add((self.node, key))
-        if key not in self.made:
-            self.made[key] = self._new(self.model.shapes[tensor][axis])
-        return self.made[key]
+        self.claims.add((self._node, key))
+        if key not in self.constant_labels:
+            self.constant_labels[key] = self._new(self.model.shapes[tensor][axis])
+        return self.constant_labels[key]
 
     def axes(self, tensor: str) -> list[LabelAxis]:
         if self.is_constant(tensor):
-            return [self.label(tensor, a) for a in range(len(self.model.shapes[tensor]))]
-        found = self.known.get(tensor, [])
-        rank = len(self.model.shapes.get(tensor, found))
-        return [*found, *[None] * (rank - len(found))]
+            rank = len(self.model.shapes[tensor])
+            return [self.label(tensor, axis) for axis in range(rank)]
+        labels = self.tracked.get(tensor, [])
+        rank = len(self.model.shapes.get(tensor, labels))
+        return [*labels, *[None] * (rank - len(labels))]
 
-    # --- what rules may do ------------------------------------------------------------------------------------
+    # --- actions of the rules ---------------------------------------------------------------------------------
 
     def _new(self, count: int) -> Ints:
+        start = self.count
         self.count += count
-        return np.arange(self.count - count, self.count, dtype=np.int64)
+        return np.arange(start, self.count, dtype=np.int64)
 
     def free(self, count: int) -> Ints:
         return self._new(count)
@@ -124,9 +154,10 @@ class _Labels:
         return labels
 
     def tie(self, a: Ints, b: Ints) -> None:
-        if a is not b:
-            left, right = np.broadcast_arrays(a, b)
-            self.ties.append((left.reshape(-1), right.reshape(-1)))
+        if a is b:
+            return
+        left, right = np.broadcast_arrays(a, b)
+        self.ties.append((left.reshape(-1), right.reshape(-1)))
 
     def pin(self, labels: LabelAxis, reason: str, listed: bool = True, given: bool = False) -> None:
         if labels is not None and labels.size:
@@ -134,82 +165,112 @@ class _Labels:
 
     def pin_all(self, tensor: str, reason: str, given: bool = False) -> None:
         if self.is_constant(tensor):
-            # A constant read whole keeps every axis; those another node labels are pinned at the end.
-            self.whole.setdefault(tensor, reason)
-        for found in self.known.get(tensor, []):
-            self.pin(found, reason, given=given)
+            # Nodes still to come may label axes of this constant: those labels are pinned at the end.
+            self.read_whole.setdefault(tensor, reason)
+        for labels in self.tracked.get(tensor, []):
+            self.pin(labels, reason, given=given)
 
     def unify(self, occurrences: Sequence[Axis], node: Node) -> LabelAxis:
-        found = [(axis, self.label(*axis)) for axis in occurrences]
-        missing = [axis for axis, labels in found if labels is None]
-        tracked = [(axis, labels) for axis, labels in found if labels is not None]
+        tracked: list[tuple[str, Ints]] = []
+        missing: list[str] = []
+        for tensor, axis in occurrences:
+            labels = self.label(tensor, axis)
+            if labels is None:
+                missing.append(tensor)
+            else:
+                tracked.append((tensor, labels))
         if missing:
-            name = missing[0][0]
-            for _, labels in tracked:
-                why = f"{node} ties it to '{name}', {self.why.get(name, 'untracked')}"
-                self.pin(labels, why, given=name in self.given)
+            self._pin_tied_to_untracked(missing[0], tracked, node)
             return None
-        first = tracked[0][1]
-        for axis, labels in tracked[1:]:
+        _, first = tracked[0]
+        for tensor, labels in tracked[1:]:
             if labels.shape != first.shape:
-                self.pin(labels, f"{node} ties axes of different length at '{axis[0]}'")
-                self.pin(first, f"{node} ties axes of different length at '{axis[0]}'")
+                reason = f"{node} ties axes of different length at '{tensor}'"
+                self.pin(labels, reason)
+                self.pin(first, reason)
                 return None
             self.tie(labels, first)
         return first
 
+    def _pin_tied_to_untracked(
+        self, untracked: str, tracked: Sequence[tuple[str, Ints]], node: Node
+    ) -> None:
+        why_untracked = self.untracked_reasons.get(untracked, "untracked")
+        reason = f"{node} ties it to '{untracked}', {why_untracked}"
+        for _, labels in tracked:
+            self.pin(labels, reason, given=untracked in self.given)
+
     def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
-        slot = node.inputs.index(data[0])
-        name, axis = weight or (None, 0)
-        listed = self.inside if self._depth else self.consumers
-        listed.append(Consumer(node.name, slot, data[0], data[1], name, axis, groups))
+        tensor, axis = data
+        slot = node.inputs.index(tensor)
+        weight_name, weight_axis = weight or (None, 0)
+        consumer = Consumer(node.name, slot, tensor, axis, weight_name, weight_axis, groups)
+        if self._depth:
+            self.inside.append(consumer)
+        else:
+            self.consumers.append(consumer)
 
     def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
         if not tensor:
             return
         shape = self.shape(tensor)
         checked: list[LabelAxis] = []
-        for a, labels in enumerate(axes):
-            if labels is not None and (shape is None or a >= len(shape) or shape[a] != labels.size):
+        for axis, labels in enumerate(axes):
+            if labels is None:
+                checked.append(None)
+                continue
+            matches = shape is not None and axis < len(shape) and shape[axis] == labels.size
+            if not matches:
                 self.pin(labels, f"'{tensor}' has a shape that does not match it")
-                labels = None
-            checked.append(labels)
-        self.known[tensor] = checked
-        self.why[tensor] = why or self.why.get(self.first, "untracked")
-        if not why and self.first in self.given:
+            checked.append(labels if matches else None)
+        self.tracked[tensor] = checked
+        inherited = self.untracked_reasons.get(self._first_input, "untracked")
+        self.untracked_reasons[tensor] = why or inherited
+        if not why and self._first_input in self.given:
             self.given.add(tensor)
 
     def choice(self, node: Node, default: int) -> int:
-        self.asked[node.name] = default
-        return self.choices.get(node.name, default)
+        self.defaults[node.name] = default
+        return self._choices.get(node.name, default)
 
     def enter(self, body: Body) -> None:
-        here = self.node, self.first
+        outer = self._node, self._first_input
         self._depth += 1
         self.follow(body.nodes)
         self._depth -= 1
-        self.node, self.first = here
+        self._node, self._first_input = outer
 
     def follow(self, nodes: Sequence[Node]) -> None:
-        """Apply the rule of every node in turn."""
-        for node in nodes:
-            self.node = node.name
-            self.first = node.inputs[0] if node.inputs else ""
-            spec = lookup(node.domain, node.op, node.version)
-            if spec is None:
-                where = f"{node.domain}::{node.op}" if node.domain else node.op
-                opaque(node, self, f"operator {where} (node '{node.name}') is not supported")
-            elif not follows_bodies(node) and (node.bodies or node.captures):
-                opaque(node, self, f"{node} has a subgraph that is not followed")
-            elif (
-                any(n and n not in self.model.shapes for n in node.outputs[:1]) and not node.bodies
-            ):
-                opaque(node, self, f"{node} has an output of unknown shape")
-            else:
-                with rule_errors(node):
-                    spec.channels(node, self)
+        """Applies the channel rule of every node in turn.
 
-    first = ""
+        Args:
+            nodes: Nodes of one graph or subgraph, in topological order.
+        """
+        for node in nodes:
+            self._node = node.name
+            self._first_input = node.inputs[0] if node.inputs else ""
+            obstacle = self._obstacle(node)
+            if obstacle:
+                opaque(node, self, obstacle)
+                continue
+            spec = lookup(node.domain, node.op, node.version)
+            assert spec is not None  # an operator without an entry is an obstacle
+            with rule_errors(node):
+                spec.channels(node, self)
+
+    def _obstacle(self, node: Node) -> str:
+        """Reason why the channels of a node cannot be followed; empty if they can."""
+        if lookup(node.domain, node.op, node.version) is None:
+            operator = f"{node.domain}::{node.op}" if node.domain else node.op
+            return f"operator {operator} (node '{node.name}') is not supported"
+        if not follows_bodies(node) and (node.bodies or node.captures):
+            return f"{node} has a subgraph that is not followed"
+        output_shape_missing = any(
+            name and name not in self.model.shapes for name in node.outputs[:1]
+        )
+        if output_shape_missing and not node.bodies:
+            return f"{node} has an output of unknown shape"
+        return ""
 
 
 def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
@@ -220,15 +281,19 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     labels.follow(model.nodes)
     for port in model.outputs:
         labels.pin_all(port.name, f"it is part of the graph output '{port.name}'", given=True)
-    for key, made in labels.made.items():
-        for node in labels.readers(key[0]):
-            if (node.name, key) not in labels.claims:
-                labels.pin(made, labels.whole.get(key[0], f"{node} reads '{key[0]}' whole"))
+    # A node that reads a constant without labelling an axis depends on all channels of that axis.
+    for key, axis_labels in labels.constant_labels.items():
+        constant = key[0]
+        for node in labels.readers(constant):
+            if (node.name, key) in labels.claims:
+                continue
+            default = f"{node} reads '{constant}' whole"
+            labels.pin(axis_labels, labels.read_whole.get(constant, default))
     return labels
 
 
 def couple(model: Model) -> Coupling:
-    """Find the units, groups and consumers of a model, and every pinned channel with its reason.
+    """Finds the units, groups and consumers of a model, and every pinned channel with its reason.
 
     If a reshape splits channels along an axis that could stay free on either side (attention heads, channel shuffle),
     the last axis stays free. If that pins the channels for another reason (a pixel shuffle written as reshapes), the
@@ -243,73 +308,108 @@ def couple(model: Model) -> Coupling:
     labels = _propagate(model, {})
     best = _resolve(model, labels)
     choices: dict[str, int] = {}
-    source = {node.name: node.inputs[0] for node in model.every if node.name in labels.asked}
-    # All together first: queries, keys and values of one attention are of use only as one.
-    stuck = dict.fromkeys(
-        (n for n in labels.asked if not any(tensor == source[n] for tensor, _ in best.axes)), 0
-    )
-    if len(stuck) > 1:
-        trial = _resolve(model, _propagate(model, stuck))
+    source = {node.name: node.inputs[0] for node in model.every if node.name in labels.defaults}
+
+    def is_pinned(name: str) -> bool:
+        return all(tensor != source[name] for tensor, _ in best.axes)
+
+    # All together first: queries, keys and values of one attention are only useful together.
+    pinned = dict.fromkeys((name for name in labels.defaults if is_pinned(name)), 0)
+    if len(pinned) > 1:
+        trial = _resolve(model, _propagate(model, pinned))
         if _pinned_count(trial) < _pinned_count(best):
-            best, choices = trial, dict(stuck)
-    for name in labels.asked:
-        if name in choices or any(tensor == source[name] for tensor, _ in best.axes):
+            best = trial
+            choices = dict(pinned)
+    for name in labels.defaults:
+        if name in choices or not is_pinned(name):
             continue
         trial = _resolve(model, _propagate(model, {**choices, name: 0}))
         if _pinned_count(trial) < _pinned_count(best):
-            best, choices[name] = trial, 0
+            best = trial
+            choices[name] = 0
     return best
 
 
 def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupling:
-    """The coupling without the groups that hold a tensor or belong to a node matching a pattern (``*`` and ``?``).
+    """Removes groups from a coupling whose tensors or nodes match a pattern, so that they are kept whole.
 
-    Raises SettingsError for a pattern that matches no weight and no node.
+    Args:
+        model: The coupled model.
+        coupling: Its coupling.
+        patterns: Names of weights or nodes, with ``*`` and ``?`` as wildcards.
+
+    Returns:
+        The coupling without the matching groups; their weights are listed as pinned.
+
+    Raises:
+        SettingsError: A pattern matches no weight and no node.
     """
     if not patterns:
         return coupling
-    readers: dict[str, set[str]] = defaultdict(set)
+    matched = _matching_patterns(model, coupling, patterns)
+    removed = np.asarray([bool(pattern) for pattern in matched], bool)
+    unit_stays = ~removed[coupling.unit_group]
+    new_unit = np.where(unit_stays, np.cumsum(unit_stays) - 1, -1)
+    new_group = np.cumsum(~removed) - 1
+    axes: dict[Axis, Ints] = {}
+    for key, units in coupling.axes.items():
+        renumbered = np.where(units < 0, -1, new_unit[units])
+        if (renumbered >= 0).any():
+            axes[key] = renumbered
+    groups = [
+        replace(group, units=new_unit[group.units])
+        for group, pattern in zip(coupling.groups, matched, strict=True)
+        if not pattern
+    ]
+    return Coupling(
+        n_units=int(unit_stays.sum()),
+        groups=tuple(groups),
+        unit_group=new_group[coupling.unit_group[unit_stays]],
+        axes=axes,
+        consumers=_consumers_on(coupling.consumers, axes),
+        inside=_consumers_on(coupling.inside, axes),
+        pinned=(*coupling.pinned, *_excluded(model, coupling, matched)),
+    )
+
+
+def _matching_patterns(model: Model, coupling: Coupling, patterns: Sequence[str]) -> list[str]:
+    """Last pattern that matches each group; empty for a group without a match."""
+    nodes_of: dict[str, set[str]] = defaultdict(set)
     for node in model.every:
         for name in node.inputs:
             if name in model.constants:
-                readers[name].add(node.name)
-    chosen = dict.fromkeys(range(len(coupling.groups)), "")
+                nodes_of[name].add(node.name)
+    all_names = set(nodes_of).union(*nodes_of.values())
+    matched = [""] * len(coupling.groups)
     for pattern in patterns:
-        names = {n for tensor, users in readers.items() for n in (tensor, *users)}
-        if not any(fnmatchcase(n, pattern) for n in names):
+        if not any(fnmatchcase(name, pattern) for name in all_names):
             raise SettingsError(
                 f"`exclude='{pattern}'` matches no weight and no node; see 'onnx-oamip inspect' for names."
             )
-        for g, group in enumerate(coupling.groups):
-            held = {n for t, _ in group.multiplicity if t in readers for n in (t, *readers[t])}
-            if any(fnmatchcase(n, pattern) for n in held):
-                chosen[g] = pattern
-    gone = np.asarray([bool(chosen[g]) for g in range(len(coupling.groups))], bool)
-    stays = ~gone[coupling.unit_group]
-    renumber = np.where(stays, np.cumsum(stays) - 1, -1)
-    axes = {key: np.where(x < 0, -1, renumber[x]) for key, x in coupling.axes.items()}
-    group_number = np.cumsum(~gone) - 1
-    pinned = [
-        Pinned(t, a, held * len(group.units), f"`exclude='{chosen[g]}'` keeps it", True)
-        for g, group in enumerate(coupling.groups)
-        if gone[g]
-        for (t, a), held in group.multiplicity.items()
-        if t in model.constants and len(model.shapes[t]) > 1
-    ]
-    kept_axes = {key: x for key, x in axes.items() if (x >= 0).any()}
-    return Coupling(
-        n_units=int(stays.sum()),
-        groups=tuple(
-            replace(g, units=renumber[g.units])
-            for i, g in enumerate(coupling.groups)
-            if not gone[i]
-        ),
-        unit_group=group_number[coupling.unit_group[stays]],
-        axes=kept_axes,
-        consumers=tuple(c for c in coupling.consumers if (c.data, c.axis) in kept_axes),
-        inside=tuple(c for c in coupling.inside if (c.data, c.axis) in kept_axes),
-        pinned=(*coupling.pinned, *pinned),
-    )
+        for i, group in enumerate(coupling.groups):
+            weights = {tensor for tensor, _ in group.multiplicity if tensor in nodes_of}
+            names = weights.union(*(nodes_of[weight] for weight in weights))
+            if any(fnmatchcase(name, pattern) for name in names):
+                matched[i] = pattern
+    return matched
+
+
+def _excluded(model: Model, coupling: Coupling, matched: Sequence[str]) -> list[Pinned]:
+    """Records for the weights of groups that a pattern excludes."""
+    result = []
+    for group, pattern in zip(coupling.groups, matched, strict=True):
+        if not pattern:
+            continue
+        for (tensor, axis), per_unit in group.multiplicity.items():
+            if tensor in model.constants and len(model.shapes[tensor]) > 1:
+                channels = per_unit * len(group.units)
+                reason = f"`exclude='{pattern}'` keeps it"
+                result.append(Pinned(tensor, axis, channels, reason, True))
+    return result
+
+
+def _consumers_on(consumers: Sequence[Consumer], axes: Mapping[Axis, Ints]) -> tuple[Consumer, ...]:
+    return tuple(c for c in consumers if (c.data, c.axis) in axes)
 
 
 def _pinned_count(coupling: Coupling) -> int:
@@ -317,57 +417,75 @@ def _pinned_count(coupling: Coupling) -> int:
 
 
 def _resolve(model: Model, labels: _Labels) -> Coupling:
-    n = labels.count
-    left = np.concatenate([a for a, _ in labels.ties]) if labels.ties else np.zeros(0, np.int64)
-    right = np.concatenate([b for _, b in labels.ties]) if labels.ties else np.zeros(0, np.int64)
-    edges = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(n, n))
-    total, component = (
-        connected_components(edges, directed=False) if n else (0, np.zeros(0, np.int64))
-    )
+    """Builds the coupling from the ties and pins of a propagation."""
+    component = _components(labels)
+    total = int(component.max()) + 1 if len(component) else 0
 
-    reason = np.full(total, len(labels.pins), np.int64)
+    # The first pin of a component names its reason; without a pin the index stays at the number of pins.
+    first_pin = np.full(total, len(labels.pins), np.int64)
     for i, pin in enumerate(labels.pins):
-        np.minimum.at(reason, component[pin.labels], i)
-    free = reason == len(labels.pins)
+        np.minimum.at(first_pin, component[pin.labels], i)
+    is_free = first_pin == len(labels.pins)
 
-    axes: dict[Axis, Ints] = dict(labels.made)
-    for name, found in labels.known.items():
-        axes.update({(name, a): x for a, x in enumerate(found) if x is not None})
-    components = {key: component[x].astype(np.int64) for key, x in axes.items()}
+    labelled: dict[Axis, Ints] = dict(labels.constant_labels)
+    for name, tensor_axes in labels.tracked.items():
+        for axis, axis_labels in enumerate(tensor_axes):
+            if axis_labels is not None:
+                labelled[name, axis] = axis_labels
+    components = {key: component[x].astype(np.int64) for key, x in labelled.items()}
 
     # Units in the order in which the graph meets them, so that results do not depend on label numbers.
-    unit = np.full(total, -1, np.int64)
-    seen = np.concatenate(list(components.values())) if components else np.zeros(0, np.int64)
-    ordered, first = np.unique(seen, return_index=True)
-    ordered = ordered[np.argsort(first, kind="stable")]
-    ordered = ordered[free[ordered]]
-    unit[ordered] = np.arange(len(ordered))
-    mapped = {key: unit[x] for key, x in components.items()}
-    tracked = {key: x for key, x in mapped.items() if (x >= 0).any()}
+    unit_of_component = np.full(total, -1, np.int64)
+    met = _concatenated(components.values())
+    distinct, first_position = np.unique(met, return_index=True)
+    in_order = distinct[np.argsort(first_position, kind="stable")]
+    free = in_order[is_free[in_order]]
+    unit_of_component[free] = np.arange(len(free))
+    axes: dict[Axis, Ints] = {}
+    for key, x in components.items():
+        units = unit_of_component[x]
+        if (units >= 0).any():
+            axes[key] = units
 
-    groups, unit_group = _groups(model, tracked, len(ordered))
+    groups, unit_group = _groups(model, axes, len(free))
     return Coupling(
-        n_units=len(ordered),
+        n_units=len(free),
         groups=groups,
         unit_group=unit_group,
-        axes=tracked,
-        consumers=tuple(c for c in labels.consumers if (c.data, c.axis) in tracked),
-        inside=tuple(c for c in labels.inside if (c.data, c.axis) in tracked),
-        pinned=_pinned(model, labels, components, reason),
+        axes=axes,
+        consumers=_consumers_on(labels.consumers, axes),
+        inside=_consumers_on(labels.inside, axes),
+        pinned=_pinned(model, labels, components, first_pin),
     )
+
+
+def _components(labels: _Labels) -> Ints:
+    """Component number of every label (labels,)."""
+    if not labels.count:
+        return np.zeros(0, np.int64)
+    left = _concatenated([a for a, _ in labels.ties])
+    right = _concatenated([b for _, b in labels.ties])
+    shape = (labels.count, labels.count)
+    edges = coo_array((np.ones(len(left), np.int8), (left, right)), shape=shape)
+    _, component = connected_components(edges, directed=False)
+    return np.asarray(component)
+
+
+def _concatenated(parts: Collection[Ints]) -> Ints:
+    return np.concatenate(list(parts)) if parts else np.zeros(0, np.int64)
 
 
 def _groups(
     model: Model, axes: Mapping[Axis, Ints], n_units: int
 ) -> tuple[tuple[Group, ...], Ints]:
-    """Units with the same number of indices on the same axes form a group (a random 64-bit sum tells)."""
-    rng = np.random.default_rng(0)
-    signature = np.zeros(n_units, np.uint64)
-    for x in axes.values():
-        token = rng.integers(1, 2**63, dtype=np.uint64)
-        counts = np.bincount(x[x >= 0], minlength=n_units).astype(np.uint64)
-        signature += counts * token
+    """Groups of units, and the group number of every unit (n_units,).
+
+    Units with the same number of indices on the same axes form a group: only the number of such units that are kept
+    matters to the cost.
+    """
+    signature = _signatures(axes, n_units)
     _, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
+    # Groups are numbered in the order of their first unit, not by the value of the signature.
     order = np.argsort(first, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
@@ -379,19 +497,33 @@ def _groups(
         members = np.split(np.argsort(unit_group, kind="stable"), ends[:-1])
     multiplicity: list[dict[Axis, int]] = [{} for _ in order]
     for key, x in axes.items():
-        found, held = np.unique(unit_group[x[x >= 0]], return_counts=True)
-        for g, c in zip(found.tolist(), held.tolist(), strict=True):
-            multiplicity[g][key] = c // len(members[g])
-    names = _names(model, multiplicity)
-    groups = tuple(
-        Group(name, np.asarray(units, np.int64), axes_held)
-        for name, units, axes_held in zip(names, members, multiplicity, strict=True)
-    )
-    return groups, unit_group
+        present, channels = np.unique(unit_group[x[x >= 0]], return_counts=True)
+        for g, count in zip(present.tolist(), channels.tolist(), strict=True):
+            multiplicity[g][key] = count // len(members[g])
+    names = _group_names(model, multiplicity)
+    groups = []
+    for name, units, channels_per_unit in zip(names, members, multiplicity, strict=True):
+        groups.append(Group(name, np.asarray(units, np.int64), channels_per_unit))
+    return tuple(groups), unit_group
 
 
-def _names(model: Model, multiplicity: Sequence[Mapping[Axis, int]]) -> list[str]:
-    """A group is called after the weight of the first node that makes it; a second one of that name gets '#2'."""
+def _signatures(axes: Mapping[Axis, Ints], n_units: int) -> Array:
+    """A 64-bit hash per unit (n_units,) of its number of indices on every axis.
+
+    Each axis has a random multiplier, so that units with different counts get the same sum with negligible
+    probability. The seed is fixed: results are the same on every run.
+    """
+    rng = np.random.default_rng(0)
+    signature = np.zeros(n_units, np.uint64)
+    for x in axes.values():
+        multiplier = rng.integers(1, 2**63, dtype=np.uint64)
+        counts = np.bincount(x[x >= 0], minlength=n_units).astype(np.uint64)
+        signature += counts * multiplier
+    return signature
+
+
+def _group_names(model: Model, multiplicity: Sequence[Mapping[Axis, int]]) -> list[str]:
+    """Names of the groups: the first weight in graph order, with '#2' behind it for a second group of that name."""
     order: dict[str, int] = {}
     for node in model.every:
         for name in node.inputs:
@@ -399,40 +531,43 @@ def _names(model: Model, multiplicity: Sequence[Mapping[Axis, int]]) -> list[str
                 order.setdefault(name, len(order))
     used: dict[str, int] = defaultdict(int)
     names = []
-    for held in multiplicity:
-        tensors = [t for t, _ in held]
-        weights = [t for t in tensors if t in order]
-        base = min(weights, key=lambda t: order[t]) if weights else tensors[0]
+    for axes in multiplicity:
+        tensors = [tensor for tensor, _ in axes]
+        weights = [tensor for tensor in tensors if tensor in order]
+        base = min(weights, key=lambda weight: order[weight]) if weights else tensors[0]
         used[base] += 1
         names.append(base if used[base] == 1 else f"{base}#{used[base]}")
     return names
 
 
 def _pinned(
-    model: Model, labels: _Labels, components: Mapping[Axis, Ints], reason: Ints
+    model: Model, labels: _Labels, components: Mapping[Axis, Ints], first_pin: Ints
 ) -> tuple[Pinned, ...]:
-    """Axes of weights (constants of rank 2 and more) with channels that cannot go."""
+    """Axes of weights (constants of rank 2 and more) with pinned channels.
+
+    Each axis is reported with the reason that most of its pinned channels have.
+    """
     result = []
-    for key in labels.made:
+    for key in labels.constant_labels:
         if not _is_weight(model, key[0]):
             continue
-        found = reason[components[key]]
-        stuck = found[found < len(labels.pins)]
-        if stuck.size:
-            pin = labels.pins[int(np.bincount(stuck).argmax())]
-            if pin.listed:
-                result.append(Pinned(*key, int(stuck.size), pin.reason, pin.given))
-    # Weights that only operators read whose channels cannot be followed: nobody labelled them.
-    labelled = {tensor for tensor, _ in labels.made}
-    result += [
-        Pinned(name, 0, model.shapes[name][0], text)
-        for name, text in labels.whole.items()
-        if name not in labelled and _is_weight(model, name)
-    ]
+        pins = first_pin[components[key]]
+        pinned = pins[pins < len(labels.pins)]
+        if not pinned.size:
+            continue
+        pin = labels.pins[int(np.bincount(pinned).argmax())]
+        if pin.listed:
+            result.append(Pinned(*key, int(pinned.size), pin.reason, pin.given))
+    # Weights without labels: every operator that reads them is one whose channels cannot be followed.
+    labelled = {tensor for tensor, _ in labels.constant_labels}
+    for name, reason in labels.read_whole.items():
+        if name not in labelled and _is_weight(model, name):
+            result.append(Pinned(name, 0, model.shapes[name][0], reason))
     return tuple(result)
 
 
 def _is_weight(model: Model, name: str) -> bool:
-    kind = model.dtypes[name]
-    quantised = np.issubdtype(kind, np.integer) and kind.itemsize == 1
-    return len(model.shapes[name]) > 1 and bool(quantised or np.issubdtype(kind, np.inexact))
+    dtype = model.dtypes[name]
+    is_quantised = np.issubdtype(dtype, np.integer) and dtype.itemsize == 1
+    is_floating = np.issubdtype(dtype, np.inexact)
+    return len(model.shapes[name]) > 1 and bool(is_quantised or is_floating)

@@ -1,9 +1,9 @@
-"""Large weights stay in the files they came from: a graph names them, arrays map them, nothing copies them.
+"""External tensor data: large weights stay in their files, and graphs and arrays refer to them.
 
-In a model of ``MAPPED`` bytes and more, a tensor of ``LEAST`` bytes and more keeps no payload of its own but a
-reference (path, offset, length), however the file held it. Graphs can then be copied freely, sessions of ONNX Runtime
-share one mapping of the weights, and what was not cut goes from file to file. Weights that are made anew for such a
-model go to temporary files (``TMPDIR`` says where).
+In a model of ``MAPPED_MODEL_BYTES`` and more, a tensor of ``MAPPED_TENSOR_BYTES`` and more has no payload of its own
+but a reference (path, offset, length), however the file stored it. Graphs can then be copied freely, sessions of ONNX
+Runtime share one mapping of the weights, and weights that pruning leaves alone are copied from file to file. New
+weights of such a model go to temporary files (in ``TMPDIR``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import onnx
@@ -25,12 +25,16 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from onnx_oamip.core import atomic_files
 from onnx_oamip.core.records import Array
 
-MAPPED = 1 << 28
-LEAST = 1 << 20
-LARGE = 1_900_000_000
-"""Protobuf cannot serialise 2 GB; above this the weights are written beside the graph."""
-CHUNK = 1 << 24
-ALIGN = 4096
+MAPPED_MODEL_BYTES = 1 << 28
+"""Size of a model from which on its large weights stay in their files."""
+MAPPED_TENSOR_BYTES = 1 << 20
+"""Size of a tensor from which on it counts as large."""
+PROTOBUF_LIMIT = 1_900_000_000
+"""Protobuf cannot serialise 2 GB; above this size the weights are written beside the graph."""
+CHUNK_BYTES = 1 << 24
+"""Bytes that pass through memory at a time."""
+ALIGNMENT = 4096
+"""Weights start at multiples of this offset, so that a page can be mapped for each of them."""
 WHOLE_BYTES = frozenset(
     {
         TensorProto.FLOAT,
@@ -46,8 +50,9 @@ WHOLE_BYTES = frozenset(
         TensorProto.UINT64,
     }
 )
-"""Element types that numpy has, one element after the other."""
+"""Element types that numpy has, and that occupy whole bytes in a file."""
 
+# Older releases of onnx do not have all of these types.
 PACKED = frozenset(
     kind
     for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
@@ -57,44 +62,92 @@ PACKED = frozenset(
 TWO_BITS = frozenset(
     kind for name in ("INT2", "UINT2") if (kind := getattr(TensorProto, name, None))
 )
-KNOWN = frozenset(TensorProto.DataType.values()) - {TensorProto.UNDEFINED, TensorProto.STRING}
-MEMORY = "memory"
-"""Stands for a file where the value is handed over."""
-ROOT = Path.cwd().anchor
-GRAPH, INITIALIZER, RAW = 7, 5, 9
-"""Field numbers of onnx.proto: the graph in a model, an initialiser in a graph, the bytes in a tensor."""
-BYTES = 2
-"""Wire type of a field with a length."""
+SIZED_TYPES = frozenset(TensorProto.DataType.values()) - {
+    TensorProto.UNDEFINED,
+    TensorProto.STRING,
+}
+"""Element types whose size in bytes follows from the shape."""
+IN_MEMORY = "memory"
+"""Stands for the path of a weight that is passed to ONNX Runtime as an array."""
+FILESYSTEM_ROOT = Path.cwd().anchor
+
+PAYLOAD_FIELDS = (
+    "raw_data",
+    "float_data",
+    "int32_data",
+    "int64_data",
+    "double_data",
+    "uint64_data",
+    "external_data",
+)
+"""Fields of a tensor that hold its elements, or say where they are."""
+
+# Field numbers of onnx.proto, and wire types of protobuf.
+GRAPH_OF_MODEL = 7
+INITIALIZER_OF_GRAPH = 5
+DATA_TYPE_OF_TENSOR = 2
+RAW_DATA_OF_TENSOR = 9
+VARINT, EIGHT_BYTES, LENGTH_DELIMITED, FOUR_BYTES = 0, 1, 2, 5
+
+
+class Location(NamedTuple):
+    """Place of a payload in a file.
+
+    Attributes:
+        file: Path, as the tensor names it.
+        offset: First byte.
+        length: Bytes, or None if the tensor does not state it.
+    """
+
+    file: str
+    offset: int
+    length: int | None
 
 
 def is_reference(tensor: TensorProto) -> bool:
-    """Whether the payload is in a file."""
+    """Tests whether the payload of a tensor is in a file.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True if the tensor refers to a file.
+    """
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
-def place(tensor: TensorProto) -> tuple[str, int, int | None]:
-    """(file, offset, length or None where it is not said) of a payload in a file. Raises ValueError for bad numbers."""
-    said = {e.key: e.value for e in tensor.external_data}
-    offset, length = (
-        int(said.get("offset") or 0),
-        int(said["length"]) if said.get("length") else None,
-    )
+def location(tensor: TensorProto) -> Location:
+    """Reads the place of a payload from its tensor.
+
+    Args:
+        tensor: A tensor that refers to a file.
+
+    Returns:
+        The place as the tensor states it.
+
+    Raises:
+        ValueError: Offset or length is negative or not a number.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    offset = int(entries.get("offset") or 0)
+    length = int(entries["length"]) if entries.get("length") else None
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"'{tensor.name}' has a negative offset or length")
-    return said.get("location", ""), offset, length
+    return Location(entries.get("location", ""), offset, length)
 
 
-def refer(tensor: TensorProto, path: str | os.PathLike[str], offset: int, length: int) -> None:
-    """Make a tensor name its payload instead of holding it."""
-    for field in (
-        "raw_data",
-        "float_data",
-        "int32_data",
-        "int64_data",
-        "double_data",
-        "uint64_data",
-        "external_data",
-    ):
+def set_reference(
+    tensor: TensorProto, path: str | os.PathLike[str], offset: int, length: int
+) -> None:
+    """Replaces the payload of a tensor by a reference to a file.
+
+    Args:
+        tensor: The tensor, changed in place.
+        path: File with the payload.
+        offset: First byte of the payload.
+        length: Bytes of the payload.
+    """
+    for field in PAYLOAD_FIELDS:
         tensor.ClearField(field)
     tensor.data_location = TensorProto.EXTERNAL
     for key, value in (("location", os.fspath(path)), ("offset", offset), ("length", length)):
@@ -102,50 +155,73 @@ def refer(tensor: TensorProto, path: str | os.PathLike[str], offset: int, length
 
 
 def size_of(tensor: TensorProto) -> int:
-    """Bytes of the elements."""
+    """Bytes of the elements of a tensor.
+
+    Args:
+        tensor: A tensor of one of the types in ``SIZED_TYPES``.
+
+    Returns:
+        Its size in a file, in bytes.
+    """
     count = int(np.prod(tensor.dims, dtype=np.int64))
     if tensor.data_type in PACKED:
-        each = 4 if tensor.data_type in TWO_BITS else 2
-        return -(-count // each)
-    return count * int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize)
+        elements_per_byte = 4 if tensor.data_type in TWO_BITS else 2
+        return -(-count // elements_per_byte)
+    return count * int(_dtype(tensor).itemsize)
+
+
+def _dtype(tensor: TensorProto) -> np.dtype[Any]:
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
 
 
 def array(tensor: TensorProto) -> Array:
-    """The value of a tensor: a read-only view of its file, or what it holds."""
+    """Value of a tensor.
+
+    Args:
+        tensor: Any tensor; a reference must name an existing file.
+
+    Returns:
+        A read-only view of the mapped file for a reference, else a copy of the payload.
+    """
     if not is_reference(tensor):
         return numpy_helper.to_array(tensor)
-    path, offset, _ = place(tensor)
-    kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).newbyteorder("<")
-    there = os.stat(path)
-    held = _mapped(path, there.st_ino, there.st_mtime_ns, there.st_size)
-    return held[offset : offset + size_of(tensor)].view(kind).reshape(tuple(tensor.dims))
+    path, offset, _ = location(tensor)
+    state = os.stat(path)
+    content = _mapped(path, state.st_ino, state.st_mtime_ns, state.st_size)
+    payload = content[offset : offset + size_of(tensor)]
+    return payload.view(_dtype(tensor).newbyteorder("<")).reshape(tuple(tensor.dims))
 
 
 @lru_cache(maxsize=1024)
 def _mapped(path: str, *state: int) -> Array:  # noqa: ARG001 (a file that changed is mapped anew)
-    """All bytes of a file, mapped once for all who read it."""
+    """All bytes of a file, mapped once for all readers."""
     return np.memmap(path, np.uint8, "r").view(np.ndarray)
 
 
-def hold(tensor: TensorProto) -> None:
-    """Read a payload into the tensor itself."""
-    if is_reference(tensor):
-        path, offset, _ = place(tensor)
-        with open(path, "rb") as stream:
-            stream.seek(offset)
-            tensor.raw_data = stream.read(size_of(tensor))
-        tensor.ClearField("external_data")
-        tensor.data_location = TensorProto.DEFAULT
+def load_payload(tensor: TensorProto) -> None:
+    """Reads the payload of a reference into the tensor itself.
+
+    Args:
+        tensor: The tensor, changed in place; left alone if it is no reference.
+    """
+    if not is_reference(tensor):
+        return
+    path, offset, _ = location(tensor)
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        tensor.raw_data = stream.read(size_of(tensor))
+    tensor.ClearField("external_data")
+    tensor.data_location = TensorProto.DEFAULT
 
 
-class _Store:
-    """A folder for new weights of large models; it goes with the process."""
+class _TemporaryFiles:
+    """Folder for new weights of large models; it is removed when the process ends."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
         self._count = 0
 
-    def path(self) -> Path:
+    def new_path(self) -> Path:
         if self._folder is None:
             self._folder = atomic_files.make(Path(tempfile.gettempdir()), atomic_files.SCRATCH)
             atexit.register(atomic_files.remove, self._folder)
@@ -153,28 +229,52 @@ class _Store:
         return self._folder / str(self._count)
 
 
-_STORE = _Store()
+_TEMPORARY_FILES = _TemporaryFiles()
 
 
 def tensor(value: Array, name: str, away: bool) -> TensorProto:
-    """A new weight; a large one goes to a file of its own in the folder for temporary files where ``away``."""
-    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-    if not away or value.nbytes < LEAST or kind not in WHOLE_BYTES:
+    """Makes a tensor for a new weight.
+
+    Args:
+        value: Its value.
+        name: Its name.
+        away: Write a large payload to a temporary file and refer to it.
+
+    Returns:
+        The tensor, with its payload or a reference to it.
+    """
+    element_type = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+    is_large = value.nbytes >= MAPPED_TENSOR_BYTES and element_type in WHOLE_BYTES
+    if not away or not is_large:
         return numpy_helper.from_array(value, name)
-    path = _STORE.path()
-    result = TensorProto(name=name, dims=value.shape, data_type=kind)
+    path = _TEMPORARY_FILES.new_path()
+    result = TensorProto(name=name, dims=value.shape, data_type=element_type)
     with path.open("wb") as stream:
-        refer(result, path, *_append(stream, value))
+        set_reference(result, path, *_append(stream, value))
     return result
 
 
 def references(proto: ModelProto) -> list[TensorProto]:
-    """Initialisers whose payload is in a file."""
+    """Initialisers whose payload is in a file.
+
+    Args:
+        proto: The model.
+
+    Returns:
+        Initialisers of the main graph.
+    """
     return [t for t in proto.graph.initializer if is_reference(t)]
 
 
 def size(proto: ModelProto) -> int:
-    """Bytes of a model with all its weights."""
+    """Size of a model with all its weights.
+
+    Args:
+        proto: The model.
+
+    Returns:
+        Bytes of the serialised graph and of the payloads that it refers to.
+    """
     return int(proto.ByteSize()) + sum(size_of(t) for t in references(proto))
 
 
@@ -182,151 +282,234 @@ def size(proto: ModelProto) -> int:
 
 
 def parse(path: Path) -> ModelProto:
-    """The model in a file; in a large one, large weights become references to their place in it.
+    """Parses a model file; in a large one, large weights become references to their place in it.
 
-    Raises DecodeError where the file is no model.
+    Args:
+        path: The file.
+
+    Returns:
+        The model.
+
+    Raises:
+        DecodeError: The file is no model, or is truncated.
+        OSError: The file cannot be read.
     """
     proto = ModelProto()
-    if path.stat().st_size < MAPPED:
+    if path.stat().st_size < MAPPED_MODEL_BYTES:
         proto.ParseFromString(path.read_bytes())
         return proto
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            graph, places = _without_weights(data)
+            content, payloads = _ModelWithoutWeights(data).split()
         except (IndexError, ValueError) as error:
             raise DecodeError("a field ends behind the end of the file") from error
-    proto.ParseFromString(graph)
-    for i, (start, end) in places.items():
-        refer(proto.graph.initializer[i], path.resolve(), start, end - start)
+    proto.ParseFromString(content)
+    for i, (start, end) in payloads.items():
+        set_reference(proto.graph.initializer[i], path.resolve(), start, end - start)
     return proto
 
 
-def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """(number, wire type, start of the field, start of its content, end) of the fields of one message."""
-    at = start
-    while at < end:
-        key, content = _varint(data, at)
-        number, kind = key >> 3, key & 7
-        if kind == BYTES:
+class _Field(NamedTuple):
+    """A field of a serialised protobuf message.
+
+    Attributes:
+        number: Its number in the message type.
+        wire_type: Its encoding.
+        start: Position of its first byte, that of the tag.
+        content: Position of its first byte behind tag and length.
+        end: Position behind its last byte.
+    """
+
+    number: int
+    wire_type: int
+    start: int
+    content: int
+    end: int
+
+    def is_submessage(self, number: int) -> bool:
+        """Tests for a length-delimited field (a message, a string or bytes) of a number."""
+        return self.number == number and self.wire_type == LENGTH_DELIMITED
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
+    """Fields of the message between two positions. Raises ValueError if they are malformed."""
+    position = start
+    while position < end:
+        key, content = _varint(data, position)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == LENGTH_DELIMITED:
             length, content = _varint(data, content)
             stop = content + length
-        elif kind in (1, 5):
-            stop = content + (8 if kind == 1 else 4)
-        elif kind == 0:
-            stop = _varint(data, content)[1]
+        elif wire_type == EIGHT_BYTES:
+            stop = content + 8
+        elif wire_type == FOUR_BYTES:
+            stop = content + 4
+        elif wire_type == VARINT:
+            _, stop = _varint(data, content)
         else:
             raise ValueError
         if stop > end:
             raise ValueError
-        yield number, kind, at, content, stop
-        at = stop
+        yield _Field(number, wire_type, position, content, stop)
+        position = stop
 
 
-def _varint(data: mmap.mmap, at: int) -> tuple[int, int]:
-    value = shift = 0
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
+    """A variable-length integer (seven bits a byte, low ones first) and the position behind it."""
+    value = 0
+    shift = 0
     while True:
-        byte = data[at]
-        at += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, position
         shift += 7
         if shift > 63:
             raise ValueError
 
 
-def _message(number: int, content: bytes) -> bytes:
-    length, key = len(content), number << 3 | BYTES
-    coded = bytearray([key])
+def _encoded(number: int, content: bytes) -> bytes:
+    """A length-delimited field with a number below 16."""
+    coded = bytearray([number << 3 | LENGTH_DELIMITED])
+    length = len(content)
     while length > 127:
         coded.append(length & 127 | 128)
         length >>= 7
     return bytes(coded) + bytes([length]) + content
 
 
-def _without_weights(data: mmap.mmap) -> tuple[bytes, dict[int, tuple[int, int]]]:
-    """The file without the bytes of large initialisers, and where those are, by the initialiser's number."""
-    places: dict[int, tuple[int, int]] = {}
-    count = 0
-    model: list[bytes] = []
-    for number, kind, at, content, end in _fields(data, 0, len(data)):
-        if (number, kind) != (GRAPH, BYTES):
-            model.append(data[at:end])
-            continue
-        graph: list[bytes] = []
-        for field, wire, start, inside, stop in _fields(data, content, end):
-            if (field, wire) != (INITIALIZER, BYTES):
-                graph.append(data[start:stop])
-                continue
-            parts = list(_fields(data, inside, stop)) if stop - inside >= LEAST else []
-            raw = [p for p in parts if p[:2] == (RAW, BYTES) and p[4] - p[3] >= LEAST]
-            if len(raw) == 1 and _whole(data, parts):
-                places[count] = raw[0][3:]
-                rest = b"".join(data[p[2] : p[4]] for p in parts if p is not raw[0])
-                graph.append(_message(INITIALIZER, rest))
+class _ModelWithoutWeights:
+    """Splits a serialised model into a message without large payloads, and the positions of these payloads.
+
+    The file is walked field by field, so that the payloads are never copied into memory.
+    """
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._payloads: dict[int, tuple[int, int]] = {}
+        self._count = 0
+
+    def split(self) -> tuple[bytes, dict[int, tuple[int, int]]]:
+        """Splits the model.
+
+        Returns:
+            The message, and (start, end) of each payload by the index of its initialiser.
+        """
+        model: list[bytes] = []
+        for field in _fields(self._data, 0, len(self._data)):
+            if field.is_submessage(GRAPH_OF_MODEL):
+                model.append(_encoded(GRAPH_OF_MODEL, self._graph(field)))
             else:
-                graph.append(data[start:stop])
-            count += 1
-        model.append(_message(GRAPH, b"".join(graph)))
-    return b"".join(model), places
+                model.append(self._data[field.start : field.end])
+        return b"".join(model), self._payloads
 
+    def _graph(self, graph: _Field) -> bytes:
+        content: list[bytes] = []
+        for field in _fields(self._data, graph.content, graph.end):
+            if field.is_submessage(INITIALIZER_OF_GRAPH):
+                content.append(self._initializer(field))
+                self._count += 1
+            else:
+                content.append(self._data[field.start : field.end])
+        return b"".join(content)
 
-def _whole(data: mmap.mmap, parts: list[tuple[int, int, int, int, int]]) -> bool:
-    """Whether a tensor, given by its fields, is of a type with whole bytes."""
-    kinds = [
-        _varint(data, content)[0]
-        for number, wire, _, content, _ in parts
-        if (number, wire) == (2, 0)
-    ]
-    return bool(kinds) and kinds[-1] in WHOLE_BYTES
+    def _initializer(self, tensor: _Field) -> bytes:
+        """The field of an initialiser; a large payload is left out and noted."""
+        unchanged = slice(tensor.start, tensor.end)
+        if tensor.end - tensor.content < MAPPED_TENSOR_BYTES:
+            return self._data[unchanged]
+        fields = list(_fields(self._data, tensor.content, tensor.end))
+        large = [
+            field
+            for field in fields
+            if field.is_submessage(RAW_DATA_OF_TENSOR)
+            and field.end - field.content >= MAPPED_TENSOR_BYTES
+        ]
+        if len(large) != 1 or not self._has_whole_bytes(fields):
+            return self._data[unchanged]
+        payload = large[0]
+        self._payloads[self._count] = (payload.content, payload.end)
+        rest = [self._data[field.start : field.end] for field in fields if field is not payload]
+        return _encoded(INITIALIZER_OF_GRAPH, b"".join(rest))
+
+    def _has_whole_bytes(self, fields: list[_Field]) -> bool:
+        """Tests the element type of a tensor, given by its fields; the last one counts, as in protobuf."""
+        element_type = None
+        for field in fields:
+            if field.number == DATA_TYPE_OF_TENSOR and field.wire_type == VARINT:
+                element_type, _ = _varint(self._data, field.content)
+        return element_type in WHOLE_BYTES
 
 
 # ------------------------------------------------------------------------------------------------------- running
 
 
 def detached(proto: ModelProto) -> tuple[ModelProto, dict[str, Array]]:
-    """(a graph that can be serialised, values by name of the initialisers that it names and no file holds)."""
+    """Splits a model that is too large to serialise into a small graph and the values that it refers to.
+
+    Args:
+        proto: Any model.
+
+    Returns:
+        A graph that can be serialised, and the values of its initialisers that are neither in it nor in a file, by
+        name. A small model is returned as it is, without values.
+    """
     values: dict[str, Array] = {}
-    if proto.ByteSize() < LARGE:
+    if proto.ByteSize() < PROTOBUF_LIMIT:
         return proto, values
     small = ModelProto()
     for field, value in proto.ListFields():
         if field.name != "graph":
-            _set(small, field.name, value)
+            _set_field(small, field.name, value)
     for field, value in proto.graph.ListFields():
         if field.name != "initializer":
-            _set(small.graph, field.name, value)
+            _set_field(small.graph, field.name, value)
     for tensor in proto.graph.initializer:
-        if is_reference(tensor) or tensor.ByteSize() < LEAST or tensor.data_type not in WHOLE_BYTES:
+        is_large = tensor.ByteSize() >= MAPPED_TENSOR_BYTES and tensor.data_type in WHOLE_BYTES
+        if is_reference(tensor) or not is_large:
             small.graph.initializer.append(tensor)
-        else:
-            values[tensor.name] = numpy_helper.to_array(tensor)
-            named = small.graph.initializer.add(
-                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
-            )
-            refer(named, MEMORY, 0, size_of(tensor))
+            continue
+        values[tensor.name] = numpy_helper.to_array(tensor)
+        named = small.graph.initializer.add(
+            name=tensor.name, dims=tensor.dims, data_type=tensor.data_type
+        )
+        set_reference(named, IN_MEMORY, 0, size_of(tensor))
     return small, values
 
 
 def under_root(proto: ModelProto) -> ModelProto:
-    """A copy whose references start at ``ROOT``: the runtime takes no absolute paths."""
+    """Makes the references of a model relative to ``FILESYSTEM_ROOT``: ONNX Runtime takes no absolute paths.
+
+    Args:
+        proto: The model.
+
+    Returns:
+        A copy with relative paths.
+    """
     result = ModelProto()
     result.CopyFrom(proto)
     for tensor in references(result):
-        path, offset, length = place(tensor)
-        if path != MEMORY:
-            refer(
-                tensor, Path(path).relative_to(ROOT).as_posix(), offset, length or size_of(tensor)
-            )
+        path, offset, length = location(tensor)
+        if path != IN_MEMORY:
+            relative = Path(path).relative_to(FILESYSTEM_ROOT).as_posix()
+            set_reference(tensor, relative, offset, length or size_of(tensor))
     return result
 
 
 def aligned(value: Array) -> Array:
-    """The array itself where it starts as its type wants it to, else a copy."""
+    """Makes an array contiguous, and aligned as its element type demands.
+
+    Args:
+        value: Any array.
+
+    Returns:
+        The array itself where it already is, else a copy.
+    """
     return np.require(value, requirements=["C", "A"])
 
 
-def _set(message: object, name: str, value: object) -> None:
+def _set_field(message: object, name: str, value: object) -> None:
     if isinstance(value, (int, str, bytes)):
         setattr(message, name, value)
     else:
@@ -334,22 +517,29 @@ def _set(message: object, name: str, value: object) -> None:
 
 
 def checkable(proto: ModelProto) -> ModelProto:
-    """The model as the checker takes it: weights in files, and those too large to hand over, become inputs."""
-    if not references(proto) and proto.ByteSize() < LARGE:
+    """Makes a model small enough for the ONNX checker.
+
+    Args:
+        proto: Any model.
+
+    Returns:
+        The model itself, or a copy in which weights in files, and those too large to pass on, are inputs.
+    """
+    if not references(proto) and proto.ByteSize() < PROTOBUF_LIMIT:
         return proto
     small, _ = detached(proto)
     result = ModelProto()
     result.CopyFrom(small)
     del result.graph.initializer[:]
-    given = {value.name for value in small.graph.input}
+    inputs = {value.name for value in small.graph.input}
     for tensor in small.graph.initializer:
-        if is_reference(tensor) and tensor.name not in given:
-            port = onnx.helper.make_tensor_value_info(
+        if not is_reference(tensor):
+            result.graph.initializer.append(tensor)
+        elif tensor.name not in inputs:
+            value = onnx.helper.make_tensor_value_info(
                 tensor.name, tensor.data_type, list(tensor.dims)
             )
-            result.graph.input.append(port)
-        elif not is_reference(tensor):
-            result.graph.initializer.append(tensor)
+            result.graph.input.append(value)
     return result
 
 
@@ -357,11 +547,19 @@ def checkable(proto: ModelProto) -> ModelProto:
 
 
 def save(proto: ModelProto, path: Path, side: str) -> list[str]:
-    """Write a model, weights beside it in ``side`` where it refers to files or is too large for one. Names written.
+    """Writes a model; if it refers to files or is too large for one, its weights go to a file beside it.
 
-    One weight after the other passes through memory, at most ``CHUNK`` bytes of those in files.
+    One weight after the other passes through memory, of those in files at most ``CHUNK_BYTES`` at a time.
+
+    Args:
+        proto: The model.
+        path: File to write.
+        side: Name of the file for weights, in the same folder.
+
+    Returns:
+        Names of the files that were written.
     """
-    if not references(proto) and proto.ByteSize() < LARGE:
+    if not references(proto) and proto.ByteSize() < PROTOBUF_LIMIT:
         path.write_bytes(proto.SerializeToString(deterministic=True))
         return [path.name]
     small, values = detached(proto)
@@ -370,15 +568,16 @@ def save(proto: ModelProto, path: Path, side: str) -> list[str]:
     with (path.parent / side).open("wb") as stream:
         for tensor in references(result):
             value = values[tensor.name] if tensor.name in values else array(tensor)
-            refer(tensor, side, *_append(stream, value))
+            set_reference(tensor, side, *_append(stream, value))
     path.write_bytes(result.SerializeToString(deterministic=True))
     return [path.name, side]
 
 
 def _append(stream: BinaryIO, value: Array) -> tuple[int, int]:
-    """(offset, length) of an array written behind what is there."""
-    start = -(-stream.tell() // ALIGN) * ALIGN
+    """Writes an array at the end of a file; (offset, length) of its bytes."""
+    start = -(-stream.tell() // ALIGNMENT) * ALIGNMENT
     stream.seek(start)
-    flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    stream.writelines(flat[first : first + CHUNK].data for first in range(0, len(flat), CHUNK))
-    return start, len(flat)
+    content = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    starts = range(0, len(content), CHUNK_BYTES)
+    stream.writelines(content[first : first + CHUNK_BYTES].data for first in starts)
+    return start, len(content)

@@ -1,19 +1,19 @@
-"""ONNX file <-> Model. The only reader of model files; uses onnx-graphsurgeon to fold constants.
+"""Loading: reads an ONNX file, checks it, and normalises its graph into a ``Model``.
 
-What a model keeps: opset imports, metadata, doc strings, symbolic dimensions, input and output declarations. What
-changes on loading: what the graph computes from constants becomes an initialiser (what a body computes does not), a
-body returns an outer value or a constant through an Identity, unnamed nodes get names, local functions are inlined,
-unused nodes go, and what was computed from shapes (the target of a reshape, say) becomes constant where that is
-provably the same.
+No other module reads model files. Preserved are opset imports, metadata, doc strings, symbolic dimensions, and the
+declarations of inputs and outputs. Normalising changes the following: values that the graph computes from constants
+become initialisers (not those that a subgraph computes); a subgraph returns an outer value or a constant through an
+Identity; unnamed nodes get names; local functions are inlined; unused nodes are removed; and values computed from
+shapes (the target of a Reshape, say) become constants where that is provably the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -27,6 +27,7 @@ from onnx_oamip.core.records import (
     Body,
     Model,
     Node,
+    Port,
 )
 from onnx_oamip.graph import external_data, input_guards, subgraphs
 from onnx_oamip.graph.ops import kinds
@@ -41,10 +42,31 @@ from onnx_oamip.graph.shape_inference import (
 )
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
+SHORT_CONSTANTS = {
+    "value_float": TensorProto.FLOAT,
+    "value_floats": TensorProto.FLOAT,
+    "value_int": TensorProto.INT64,
+    "value_ints": TensorProto.INT64,
+}
+"""Element types of the attributes in which a Constant node may hold plain numbers."""
+
+
+class ModelFile(NamedTuple):
+    """Content of a model file.
+
+    Attributes:
+        proto: The model as it is in the file; large weights are references.
+        sha256: Digest of the file and of those with its external data.
+        size: Bytes of all these files.
+    """
+
+    proto: ModelProto
+    sha256: str
+    size: int
 
 
 def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
-    """Read, check and normalise a model.
+    """Reads, checks and normalises a model.
 
     Args:
         path: Model file.
@@ -61,15 +83,14 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
     source, sha256, size = read(file)
     try:
         proto = _normalise(source)
-        return from_proto(proto, bindings, str(file), sha256, size)
+        return from_proto(proto, bindings, path=str(file), sha256=sha256, size=size)
     except OamipError:
         raise
     except RuleFailed:
-        Session(file, "cpu", what=str(file))  # what the runtime refuses is no mistake of a rule
+        # If the runtime refuses the model too, the model is at fault and not the rule.
+        Session(file, "cpu", what=str(file))
         raise
-    except (
-        Exception
-    ) as error:  # a library refused the graph: say so instead of showing its traceback
+    except Exception as error:  # a library refused the graph, with an exception type of its own
         raise ModelError(
             f"{file}: the graph cannot be normalised: {_first_line(error)}."
         ) from error
@@ -78,11 +99,26 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
 def from_proto(
     proto: ModelProto,
     bindings: Mapping[str, int] | None = None,
+    *,
     path: str = "",
     sha256: str = "",
     size: int | None = None,
 ) -> Model:
-    """A Model from a normalised proto (as ``load`` and ``rewrite`` make it)."""
+    """Builds a Model from a normalised graph.
+
+    Args:
+        proto: A graph as :func:`load` and the surgery make it.
+        bindings: Sizes of symbolic dimensions; see :func:`load`.
+        path: File that the model comes from.
+        sha256: Digest of that file.
+        size: Bytes of that file. Default: the size of ``proto``.
+
+    Returns:
+        The model, with inferred shapes.
+
+    Raises:
+        ModelError: Its shapes are too large to be sensible.
+    """
     graph = proto.graph
     constants = {t.name: external_data.array(t) for t in graph.initializer}
     inputs = tuple(port_of(v) for v in graph.input if v.name not in constants)
@@ -93,7 +129,6 @@ def from_proto(
     for name, value in constants.items():
         shapes[name], dtypes[name] = value.shape, value.dtype
     input_guards.check(shapes, dtypes)
-    first = shapes.get(inputs[0].name, ()) if inputs else ()
     return Model(
         proto=proto,
         nodes=nodes,
@@ -103,34 +138,62 @@ def from_proto(
         inputs=inputs,
         outputs=tuple(port_of(v) for v in graph.output),
         bindings=bound,
-        batch=first[0] if len(first) > 1 and first[0] > 0 else 1,
+        batch=_batch(inputs, shapes),
         path=path,
         sha256=sha256,
         file_bytes=external_data.size(proto) if size is None else size,
     )
 
 
+def _batch(inputs: Sequence[Port], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Leading dimension of the first input; 1 if it has no batch dimension."""
+    if not inputs:
+        return 1
+    shape = shapes.get(inputs[0].name, ())
+    return shape[0] if len(shape) > 1 and shape[0] > 0 else 1
+
+
 def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
-    """The same model with other sizes of its symbolic dimensions."""
+    """Gives a model other sizes of its symbolic dimensions.
+
+    Args:
+        model: The model.
+        bindings: Sizes by name of the dimension.
+
+    Returns:
+        The model with new shapes, or the same one if nothing changes.
+    """
     if all(model.bindings.get(k) == v for k, v in bindings.items()):
         return model
-    return from_proto(model.proto, bindings, model.path, model.sha256, model.file_bytes)
+    return from_proto(
+        model.proto, bindings, path=model.path, sha256=model.sha256, size=model.file_bytes
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def read(file: Path) -> tuple[ModelProto, str, int]:
-    """(model as it is in the file, with external data, sha256, bytes). Raises ModelError as ``load`` does."""
+def read(file: Path) -> ModelFile:
+    """Reads a model file and the files with its external data, and checks them.
+
+    Args:
+        file: Path of the model.
+
+    Returns:
+        The model, the digest, and the size in bytes.
+
+    Raises:
+        ModelError: The file is missing, truncated or invalid.
+    """
     if not file.exists():
         raise ModelError(f"{file}: no such file; give the path of an .onnx model.")
     if not file.is_file():
-        what = "folder" if file.is_dir() else "pipe or a device"
-        raise ModelError(f"{file} is a {what}; give the path of an .onnx file.")
+        kind = "folder" if file.is_dir() else "pipe or a device"
+        raise ModelError(f"{file} is a {kind}; give the path of an .onnx file.")
+    digest = hashlib.sha256()
     try:
         size = file.stat().st_size
-        digest = hashlib.sha256()
-        _add(digest, file)
+        _add_content(digest, file)
         proto = external_data.parse(file)
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
@@ -142,85 +205,97 @@ def read(file: Path) -> tuple[ModelProto, str, int]:
         raise ModelError(
             f"{file} is not an ONNX model: it holds no graph; give a file written by an ONNX exporter."
         )
-    sides = _sides(file, proto)
-    for side in sides.values():
-        size += side.stat().st_size
-        _add(digest, side)
-    _settle(file, proto, {**sides, str(file.resolve()): file}, size)
+    data_files = _data_files(file, proto)
+    for data_file in data_files.values():
+        size += data_file.stat().st_size
+        _add_content(digest, data_file)
+    _resolve_external_data(file, proto, {**data_files, str(file.resolve()): file}, size)
     try:
         onnx.checker.check_model(external_data.checkable(proto))
     except Exception as error:
         raise ModelError(f"{file} is not a valid ONNX model: {_first_line(error)}.") from error
-    return proto, digest.hexdigest(), size
+    return ModelFile(proto, digest.hexdigest(), size)
 
 
-def _add(digest: Any, file: Path) -> None:
+def _add_content(digest: Any, file: Path) -> None:
     with file.open("rb") as stream:
-        while chunk := stream.read(external_data.CHUNK):
+        while chunk := stream.read(external_data.CHUNK_BYTES):
             digest.update(chunk)
 
 
-def _sides(file: Path, proto: ModelProto) -> dict[str, Path]:
-    """Files beside a model that hold its weights, by the name it gives them, all in its folder and there."""
-    found: dict[str, Path] = {}
-    for name in sorted(_external_files(proto) - {str(file.resolve())}):
-        side = file.parent / name
-        try:
-            within = not os.path.isabs(name) and side.resolve().is_relative_to(
-                file.parent.resolve()
-            )
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ):  # links in a circle, or no name that a file can have
-            within = False
-        if not within:
+def _data_files(file: Path, proto: ModelProto) -> dict[str, Path]:
+    """Files with the external data of a model, by the name in the model; they must exist in its folder."""
+    result: dict[str, Path] = {}
+    for name in sorted(_external_names(proto) - {str(file.resolve())}):
+        data_file = file.parent / name
+        if not _is_inside(data_file, name, file.parent):
             raise ModelError(
                 f"{file} keeps weights in '{name}', outside its own folder; move them beside it."
             )
-        if not side.is_file():
+        if not data_file.is_file():
             raise ModelError(
                 f"{file} keeps weights in '{name}', which is missing; put it beside the model."
             )
-        found[name] = side
-    return found
+        result[name] = data_file
+    return result
 
 
-def _settle(file: Path, proto: ModelProto, sides: Mapping[str, Path], size: int) -> None:
-    """Let large weights of a large model name the place in their file, and read all others in.
+def _is_inside(data_file: Path, name: str, folder: Path) -> bool:
+    if os.path.isabs(name):
+        return False
+    try:
+        return data_file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a circle of links, or an impossible file name
+        return False
 
-    ``sides``: files by the name that the model gives them, its own among them.
+
+def _resolve_external_data(
+    file: Path, proto: ModelProto, data_files: Mapping[str, Path], size: int
+) -> None:
+    """Makes large weights of a large model refer to absolute paths, and loads all other external weights.
+
+    Args:
+        file: The model file, for messages.
+        proto: The model, changed in place.
+        data_files: Files by the name that the model gives them, the model file among them.
+        size: Bytes of all files.
+
+    Raises:
+        ModelError: A weight has no file, no known type, or does not fit its file.
     """
-    main = len(proto.graph.initializer)
-    for i, tensor in enumerate(subgraphs.tensors(proto)):  # those of the graph itself come first
+    main_initialisers = len(proto.graph.initializer)
+    # The initialisers of the main graph come first; only they may stay in files.
+    for i, tensor in enumerate(subgraphs.tensors(proto)):
         if not external_data.is_reference(tensor):
             continue
-        location, offset, length = _place(file, tensor)
-        if location not in sides or tensor.data_type not in external_data.KNOWN:
+        name, offset, length = _location(file, tensor)
+        if name not in data_files or tensor.data_type not in external_data.SIZED_TYPES:
             raise ModelError(
                 f"{file}: the weight '{tensor.name}' names no data file, or no type of its elements."
             )
-        held = external_data.size_of(tensor)
-        there = sides[location].stat().st_size
-        if (length is not None and length != held) or offset + held > there:
+        expected = external_data.size_of(tensor)
+        available = data_files[name].stat().st_size
+        has_wrong_length = length is not None and length != expected
+        if has_wrong_length or offset + expected > available:
             raise ModelError(
-                f"{file}: the weight '{tensor.name}' of {held} bytes does not fit its place in '{location}' "
-                f"({there} bytes, offset {offset}, length {length}); copy the data file again or export the model anew."
+                f"{file}: the weight '{tensor.name}' of {expected} bytes does not fit its place in '{name}' "
+                f"({available} bytes, offset {offset}, length {length}); copy the data file again or export the model "
+                "anew."
             )
-        external_data.refer(tensor, sides[location].resolve(), offset, held)
-        large = (
-            size >= external_data.MAPPED
-            and held >= external_data.LEAST
+        external_data.set_reference(tensor, data_files[name].resolve(), offset, expected)
+        stays_in_file = (
+            i < main_initialisers
+            and size >= external_data.MAPPED_MODEL_BYTES
+            and expected >= external_data.MAPPED_TENSOR_BYTES
             and tensor.data_type in external_data.WHOLE_BYTES
         )
-        if not large or i >= main:
-            external_data.hold(tensor)
+        if not stays_in_file:
+            external_data.load_payload(tensor)
 
 
-def _place(file: Path, tensor: TensorProto) -> tuple[str, int, int | None]:
+def _location(file: Path, tensor: TensorProto) -> external_data.Location:
     try:
-        return external_data.place(tensor)
+        return external_data.location(tensor)
     except ValueError as error:
         raise ModelError(
             f"{file}: the weight '{tensor.name}' has no place in its data file: {error}."
@@ -228,229 +303,287 @@ def _place(file: Path, tensor: TensorProto) -> tuple[str, int, int | None]:
 
 
 def external_paths(path: str | os.PathLike[str]) -> list[Path]:
-    """Files beside a model that hold its weights; none where the model cannot be read (load says why)."""
+    """Files with the external data of a model.
+
+    Args:
+        path: Model file.
+
+    Returns:
+        Their paths by name; empty if the model cannot be read, which :func:`load` reports.
+    """
+    file = Path(path)
     try:
-        proto = external_data.parse(Path(path))
+        proto = external_data.parse(file)
     except (OSError, DecodeError):
         return []
-    names = _external_files(proto) - {str(Path(path).resolve())}
-    return [Path(path).parent / name for name in sorted(names)]
+    names = _external_names(proto) - {str(file.resolve())}
+    return [file.parent / name for name in sorted(names)]
 
 
-def _external_files(proto: ModelProto) -> set[str]:
-    said = (
-        e
-        for t in subgraphs.tensors(proto)
-        if external_data.is_reference(t)
-        for e in t.external_data
-    )
-    return {e.value for e in said if e.key == "location"}
+def _external_names(proto: ModelProto) -> set[str]:
+    """Names of the files that the tensors of a model refer to."""
+    names: set[str] = set()
+    for tensor in subgraphs.tensors(proto):
+        if external_data.is_reference(tensor):
+            names.update(e.value for e in tensor.external_data if e.key == "location")
+    return names
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+    first = lines[0] if lines else type(error).__name__
+    return first.rstrip(".")[:300]
 
 
 # --------------------------------------------------------------------------------------------------- normalising
 
 
 def _normalise(source: ModelProto) -> ModelProto:
-    runtime()  # graphsurgeon folds constants with ONNX Runtime: say what to install where it is missing
-    gs.logger.G_LOGGER.severity = (
-        gs.logger.G_LOGGER.CRITICAL + 1
-    )  # it prints what it raises as well
+    runtime()  # graphsurgeon folds with ONNX Runtime: report at once if that is not installed
+    # graphsurgeon also prints the errors that it raises: silence it.
+    gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL + 1
     source = subgraphs.inline(source)
-    _dense(source)
-    _constants_as_tensors(source)
+    _densify(source)
+    _expand_short_constants(source)
     subgraphs.flatten(source)
+    result = _fold_and_resolve(source)
+    # Folding a computed shape makes the nodes that computed it foldable or unused, and so on.
+    for _ in range(ROUNDS):
+        if not fold(result):
+            break
+        result = _fold_and_resolve(result)
+    return result
+
+
+def _fold_and_resolve(source: ModelProto) -> ModelProto:
+    """Folds constants and replaces decided If nodes by their branches, until no such If is left."""
     result = _folded(source)
     while subgraphs.resolve(result):
         result = _folded(result)
-    for _ in range(
-        ROUNDS
-    ):  # constants of computed shapes, round after round, and off with the computations behind
-        if not fold(result):
-            break
-        result = _folded(result)
-        while subgraphs.resolve(result):
-            result = _folded(result)
     return result
 
 
 def _folded(source: ModelProto) -> ModelProto:
-    """In order, named, without unused nodes, and with constants in place of what is computed from constants."""
-    left, waits = input_guards.unfoldable(source, skeleton(source))
-    result = _fold_all(source, left)
-    while waits:  # what was folded says how large the others are
-        before = left
-        left, waits = input_guards.unfoldable(result, skeleton(result))
-        if left == before:
+    """Sorts and names the nodes, removes unused ones, and folds those that are computed from constants."""
+    unfoldable, has_unknown_sizes = input_guards.unfoldable(source, skeleton(source))
+    result = _fold_all(source, unfoldable)
+    # Tensors of unknown size are left unfolded; the values folded so far may determine their sizes.
+    while has_unknown_sizes:
+        previous = unfoldable
+        unfoldable, has_unknown_sizes = input_guards.unfoldable(result, skeleton(result))
+        if unfoldable == previous:
             break
-        result = _fold_all(result, left)
+        result = _fold_all(result, unfoldable)
     return result
 
 
-def _fold_all(source: ModelProto, left: set[str]) -> ModelProto:
-    """:func:`_folded` but for the tensors in ``left``."""
+def _fold_all(source: ModelProto, unfoldable: set[str]) -> ModelProto:
+    """One pass of :func:`_folded`, which leaves the tensors in ``unfoldable`` computed."""
 
-    def stays(node: gs.Node | NodeProto) -> bool:
-        outputs = (
-            node.output if isinstance(node, NodeProto) else [tensor.name for tensor in node.outputs]
-        )
-        return _keep_unfolded(node) or not left.isdisjoint(outputs)
+    def is_kept(node: gs.Node | NodeProto) -> bool:
+        return _must_stay(node) or not unfoldable.isdisjoint(_output_names(node))
 
-    _hold_foldable(source, stays)
+    _load_folded_weights(source, is_kept)
     graph = gs.import_onnx(source)
     graph.toposort(recurse_subgraphs=False)
-    # Not in bodies: there graphsurgeon ignores `stays`, and folds with only some pairs of onnx and ONNX Runtime.
+    # Not in subgraphs: graphsurgeon ignores `should_exclude_node` there, and folds them only with some pairs of onnx
+    # and ONNX Runtime.
     graph.fold_constants(
         fold_shapes=False,
         recurse_subgraphs=False,
         flatten_subgraphs=False,
         error_ok=True,
-        should_exclude_node=stays,
+        should_exclude_node=is_kept,
     )
     graph.cleanup()
-    every = [graph, *graph.subgraphs(recursive=True)]
-    taken = {node.name for g in every for node in g.nodes if node.name}
-    seen: set[str] = set()
-    for g in every:
-        for i, node in enumerate(g.nodes):
-            if not node.name or node.name in seen:
-                node.name = subgraphs.unused(f"{node.op}_{i}", taken)
-            seen.add(node.name)
-            taken.add(node.name)
+    _name_nodes([graph, *graph.subgraphs(recursive=True)])
     result: ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, source)
     return result
 
 
-def _hold_foldable(proto: ModelProto, stays: Callable[[NodeProto], bool]) -> None:
-    """Read in what folding will read: weights of nodes that see nothing but constants."""
-    tensors = {t.name: t for t in proto.graph.initializer}
-    known = set(tensors)
+def _name_nodes(graphs: Sequence[gs.Graph]) -> None:
+    """Gives a unique name to every node that has none, or one that occurred before."""
+    taken = {node.name for graph in graphs for node in graph.nodes if node.name}
+    seen: set[str] = set()
+    for graph in graphs:
+        for i, node in enumerate(graph.nodes):
+            if not node.name or node.name in seen:
+                node.name = subgraphs.unused_name(f"{node.op}_{i}", taken)
+            seen.add(node.name)
+            taken.add(node.name)
+
+
+def _load_folded_weights(proto: ModelProto, is_kept: Callable[[NodeProto], bool]) -> None:
+    """Loads the weights in files that folding will read: those of nodes whose inputs are all constant."""
+    initialisers = {tensor.name: tensor for tensor in proto.graph.initializer}
+    constant = set(initialisers)
     for node in proto.graph.node:
-        read = subgraphs.reads(node)
-        if known.issuperset(read) and not stays(node):
-            known.update(node.output)
-            for name in read:
-                if name in tensors:
-                    external_data.hold(tensors[name])
+        inputs = subgraphs.reads(node)
+        if not constant.issuperset(inputs) or is_kept(node):
+            continue
+        constant.update(node.output)
+        for name in inputs:
+            if name in initialisers:
+                external_data.load_payload(initialisers[name])
 
 
-def _dense(proto: ModelProto) -> None:
-    """Constants that are stored sparsely written out, zeros and all."""
+def _densify(proto: ModelProto) -> None:
+    """Replaces sparse initialisers by dense ones."""
     for graph in subgraphs.graphs(proto.graph):
         for sparse in graph.sparse_initializer:
-            values, index = (
-                numpy_helper.to_array(sparse.values),
-                numpy_helper.to_array(sparse.indices),
-            )
+            values = numpy_helper.to_array(sparse.values)
+            indices = numpy_helper.to_array(sparse.indices)
             input_guards.check_written_out(sparse, proto)
-            full = np.zeros(tuple(sparse.dims), values.dtype)
-            if index.ndim == 2:
-                full[tuple(index.T)] = values
-            else:
-                full.reshape(-1)[index] = values
-            graph.initializer.append(numpy_helper.from_array(full, sparse.values.name))
+            dense = np.zeros(tuple(sparse.dims), values.dtype)
+            if indices.ndim == 2:  # one row of coordinates per value
+                dense[tuple(indices.T)] = values
+            else:  # positions in the flat array
+                dense.reshape(-1)[indices] = values
+            graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
         del graph.sparse_initializer[:]
 
 
-def _constants_as_tensors(proto: ModelProto) -> None:
-    """Constant nodes in their short forms (a float, a list of ints) written out as tensors of the right type."""
-    short = {
-        "value_float": TensorProto.FLOAT,
-        "value_floats": TensorProto.FLOAT,
-        "value_int": TensorProto.INT64,
-        "value_ints": TensorProto.INT64,
-    }
+def _expand_short_constants(proto: ModelProto) -> None:
+    """Rewrites Constant nodes that hold plain numbers (a float, a list of ints) so that they hold a tensor."""
     for node in subgraphs.nodes(proto.graph):
-        if node.op_type in kinds.CONSTANT and (name := node.attribute[0].name) in short:
-            value = onnx.helper.get_attribute_value(node.attribute[0])
-            dims, values = ([len(value)], list(value)) if name.endswith("s") else ([], [value])
-            tensor = onnx.helper.make_tensor("value", short[name], dims, values)
-            node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", tensor))
+        if node.op_type not in kinds.CONSTANT:
+            continue
+        attribute = node.attribute[0]
+        if attribute.name not in SHORT_CONSTANTS:
+            continue
+        value = onnx.helper.get_attribute_value(attribute)
+        is_list = attribute.name.endswith("s")
+        values = list(value) if is_list else [value]
+        dims = [len(values)] if is_list else []
+        tensor = onnx.helper.make_tensor("value", SHORT_CONSTANTS[attribute.name], dims, values)
+        attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
 
 
-def _keep_unfolded(node: gs.Node | NodeProto) -> bool:
-    """Quantised weights stay quantised; random and stateful operators stay, and nodes with one of them in a body."""
+def _output_names(node: gs.Node | NodeProto) -> list[str]:
     if isinstance(node, NodeProto):
-        ops = {
-            node.op_type,
-            *(n.op_type for body in subgraphs.inner(node) for n in subgraphs.nodes(body)),
-        }
+        return list(node.output)
+    return [tensor.name for tensor in node.outputs]
+
+
+def _must_stay(node: gs.Node | NodeProto) -> bool:
+    """Tests for nodes that are never folded.
+
+    Quantised weights stay quantised; random and stateful operators stay, and nodes with one of them in a subgraph.
+    """
+    if isinstance(node, NodeProto):
+        operators = {node.op_type}
+        for body in subgraphs.all_bodies(node):
+            operators.update(inner.op_type for inner in subgraphs.nodes(body))
     else:
-        ops = {node.op, *(n.op for body in node.subgraphs(recursive=True) for n in body.nodes)}
-    return any(op.startswith(kinds.NOT_FOLDED) for op in ops)
+        operators = {node.op}
+        for body in node.subgraphs(recursive=True):
+            operators.update(inner.op for inner in body.nodes)
+    return any(operator.startswith(kinds.NOT_FOLDED) for operator in operators)
 
 
 def restore(proto: ModelProto, source: ModelProto) -> None:
-    """Put back what graphsurgeon drops: metadata, producer, doc strings, and the interface word for word."""
-    proto.ir_version = max(source.ir_version, 4)
-    proto.producer_name, proto.producer_version = source.producer_name, source.producer_version
-    proto.domain, proto.model_version, proto.doc_string = (
-        source.domain,
-        source.model_version,
-        source.doc_string,
-    )
-    proto.graph.name, proto.graph.doc_string = source.graph.name, source.graph.doc_string
-    for mine, theirs in (
-        (proto.metadata_props, source.metadata_props),
-        (proto.graph.metadata_props, source.graph.metadata_props),
-    ):
-        del mine[:]
-        mine.extend(theirs)
-    used = {o.domain for o in proto.opset_import}
-    proto.opset_import.extend(o for o in source.opset_import if o.domain not in used)
-    constants = {t.name for t in source.graph.initializer} | {
-        t.values.name for t in source.graph.sparse_initializer
-    }
-    declared = {v.name: v for v in (*source.graph.input, *source.graph.output)}
-    for values in (proto.graph.input, proto.graph.output):
-        for value in values:
-            if value.name in declared:
-                value.CopyFrom(declared[value.name])
-    docs = {n.name: n for n in source.graph.node if n.name}
-    for node in proto.graph.node:
-        if (old := docs.get(node.name)) is not None and old.op_type == node.op_type:
-            node.doc_string = old.doc_string
-            if not node.metadata_props:
-                node.metadata_props.extend(old.metadata_props)
-    # An input that is also an initialiser is a constant: it may shrink, so it is no longer offered as an input.
-    kept = [v for v in proto.graph.input if v.name not in constants]
-    del proto.graph.input[:]
-    proto.graph.input.extend(kept)
-    # Shapes of intermediate tensors are inferred afresh; old ones would be wrong after a cut.
+    """Restores the parts of a model that graphsurgeon drops.
+
+    These are metadata, producer, doc strings, and the declarations of inputs and outputs.
+
+    Args:
+        proto: A graph that graphsurgeon exported, changed in place.
+        source: The graph that it was imported from.
+    """
+    _restore_model_fields(proto, source)
+    _restore_interface(proto, source)
+    _restore_node_docs(proto, source)
+    # Shapes of intermediate tensors are inferred anew; old ones would be wrong after a cut.
     del proto.graph.value_info[:]
-    # graphsurgeon puts constants into the bodies that read them.
+    # graphsurgeon puts constants into the subgraphs that read them.
     subgraphs.lift(proto)
+
+
+def _restore_model_fields(proto: ModelProto, source: ModelProto) -> None:
+    proto.ir_version = max(source.ir_version, 4)  # initialisers that are no inputs need version 4
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(proto, field, getattr(source, field))
+    proto.graph.name = source.graph.name
+    proto.graph.doc_string = source.graph.doc_string
+    for part, original in ((proto, source), (proto.graph, source.graph)):
+        del part.metadata_props[:]
+        part.metadata_props.extend(original.metadata_props)
+    imported = {opset.domain for opset in proto.opset_import}
+    proto.opset_import.extend(o for o in source.opset_import if o.domain not in imported)
+
+
+def _restore_interface(proto: ModelProto, source: ModelProto) -> None:
+    declared = {value.name: value for value in (*source.graph.input, *source.graph.output)}
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.name in declared:
+            value.CopyFrom(declared[value.name])
+    # An input that is also an initialiser is a constant. It may shrink, so it is no longer offered as an input.
+    constants = {tensor.name for tensor in source.graph.initializer}
+    constants.update(sparse.values.name for sparse in source.graph.sparse_initializer)
+    inputs = [value for value in proto.graph.input if value.name not in constants]
+    del proto.graph.input[:]
+    proto.graph.input.extend(inputs)
+
+
+def _restore_node_docs(proto: ModelProto, source: ModelProto) -> None:
+    originals = {node.name: node for node in source.graph.node if node.name}
+    for node in proto.graph.node:
+        original = originals.get(node.name)
+        if original is None or original.op_type != node.op_type:
+            continue
+        node.doc_string = original.doc_string
+        if not node.metadata_props:
+            node.metadata_props.extend(original.metadata_props)
 
 
 # ---------------------------------------------------------------------------------------------------------- nodes
 
 
 def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
+    """A node as a record, with its subgraphs.
+
+    Args:
+        node: The node.
+        versions: Opset version by domain.
+    """
     domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
     attrs = {}
     for attribute in node.attribute:
-        if attribute.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-            value: Any = onnx.helper.get_attribute_value(attribute)
-            attrs[attribute.name] = value.decode() if isinstance(value, bytes) else value
-    held = {
-        name: Body(
-            tuple(v.name for v in g.input),
-            tuple(v.name for v in g.output),
-            tuple(_node(n, versions) for n in g.node),
+        if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+            continue
+        value: Any = onnx.helper.get_attribute_value(attribute)
+        attrs[attribute.name] = value.decode() if isinstance(value, bytes) else value
+    bodies = {}
+    for name, graph in subgraphs.bodies(node).items():
+        bodies[name] = Body(
+            tuple(value.name for value in graph.input),
+            tuple(value.name for value in graph.output),
+            tuple(_node(inner, versions) for inner in graph.node),
         )
-        for name, g in subgraphs.held(node).items()
-    }
-    version = versions.get(node.domain, versions.get("" if not domain else node.domain, 1))
-    captures = tuple(sorted(set(subgraphs.reads(node)) - set(node.input)))
-    inputs, outputs = tuple(node.input), tuple(node.output)
-    return Node(node.name, node.op_type, domain, version, inputs, outputs, attrs, captures, held)
+    # The default domain has two spellings; the opset import may use either.
+    default_version = versions.get(node.domain if domain else "", 1)
+    captures = sorted(set(subgraphs.reads(node)) - set(node.input))
+    return Node(
+        name=node.name,
+        op=node.op_type,
+        domain=domain,
+        version=versions.get(node.domain, default_version),
+        inputs=tuple(node.input),
+        outputs=tuple(node.output),
+        attrs=attrs,
+        captures=tuple(captures),
+        bodies=bodies,
+    )
 
 
 def digest(array: Array) -> str:
-    """sha256 of an array's bytes, in hex."""
+    """SHA-256 of an array's bytes.
+
+    Args:
+        array: Any array.
+
+    Returns:
+        The digest in hexadecimal.
+    """
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

@@ -173,7 +173,7 @@ class Session:
                 if external_data.references(small):
                     # The session maps files itself, and makes copies in its own order only where speed is measured.
                     small = external_data.under_root(small)
-                    entries[FOLDER] = external_data.ROOT
+                    entries[FOLDER] = external_data.FILESYSTEM_ROOT
                     if not spin:
                         entries["session.disable_prepacking"] = "1"
                 content = small.SerializeToString()

@@ -179,7 +179,7 @@ def _follow(
         while True:
             here, types = dict(shapes), dict(dtypes)
             for key, body in node.bodies.items():
-                graph = subgraphs.held(protos[node.name])[key]
+                graph = subgraphs.bodies(protos[node.name])[key]
                 _body(proto, protos, graph, body.nodes, entering, here, types)
             wrong = [
                 x for (_, made), x in flow.enters if x in entering and here.get(made) != entering[x]

@@ -1,12 +1,12 @@
-"""Graphs inside nodes: the branches of If, the bodies of Loop and Scan; and functions that a model brings along.
+"""Subgraphs: the branches of If, the bodies of Loop and Scan, and the local functions of a model.
 
-After :func:`flatten` every tensor and node name occurs once in the whole model and all constants of bodies are
-initialisers of the graph, so that a body is just a longer way to write nodes: labels, cuts and costs see no border.
+After :func:`flatten` every tensor and node name occurs once in the whole model, and all constants of subgraphs are
+initialisers of the main graph. Labels, cuts and costs can then treat the nodes of a subgraph like those of the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 
 import onnx
 import onnx.inliner
@@ -24,139 +24,235 @@ from onnx_oamip.core.errors import ModelError
 from onnx_oamip.graph.ops import Trait, build, has, kinds
 
 BRANCHES = {True: "then_branch", False: "else_branch"}
+INLINED_NODES = 10_000
+"""Nodes that a model may have once its functions are inlined, however few it had before."""
+INLINED_GROWTH = 50
+"""Factor by which inlining may multiply the number of nodes beyond ``INLINED_NODES``."""
 
 
-def held(node: NodeProto) -> dict[str, GraphProto]:
-    """Bodies of a node by attribute name."""
+# ------------------------------------------------------------------------------------------------------- traversal
+
+
+def bodies(node: NodeProto) -> dict[str, GraphProto]:
+    """Subgraphs of a node by attribute name.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        The values of attributes of type GRAPH; lists of graphs are left out.
+    """
     return {a.name: a.g for a in node.attribute if a.type == AttributeProto.GRAPH}
 
 
-def inner(node: NodeProto) -> list[GraphProto]:
-    """All bodies of a node, those in lists of graphs too."""
-    several = (g for a in node.attribute if a.type == AttributeProto.GRAPHS for g in a.graphs)
-    return [*held(node).values(), *several]
+def all_bodies(node: NodeProto) -> list[GraphProto]:
+    """All subgraphs of a node, those in lists of graphs included.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        Its subgraphs, without those within them.
+    """
+    result = list(bodies(node).values())
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPHS:
+            result.extend(attribute.graphs)
+    return result
 
 
 def graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """A graph and all bodies within, outer ones first."""
+    """Iterates over a graph and all subgraphs within it.
+
+    Args:
+        graph: Where to start.
+
+    Yields:
+        The graph, then its subgraphs, outer ones first.
+    """
     yield graph
     for node in graph.node:
-        for body in inner(node):
+        for body in all_bodies(node):
             yield from graphs(body)
 
 
 def nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """All nodes of a graph and of the bodies within."""
-    return (node for g in graphs(graph) for node in g.node)
+    """Iterates over all nodes of a graph and of the subgraphs within it.
+
+    Args:
+        graph: Where to start.
+
+    Returns:
+        An iterator over the nodes, those of the graph itself first.
+    """
+    return (node for part in graphs(graph) for node in part.node)
 
 
 def names(graph: GraphProto) -> set[str]:
-    """Every name of a tensor or node in a graph and in the bodies within."""
-    found: set[str] = set()
-    for g in graphs(graph):
-        found |= {v.name for v in (*g.input, *g.output)} | {t.name for t in g.initializer}
-        found |= {n for node in g.node for n in (node.name, *node.input, *node.output)}
-    return found - {""}
+    """Names of all tensors and nodes in a graph and in the subgraphs within it.
+
+    Args:
+        graph: Where to start.
+
+    Returns:
+        The names, without the empty one of omitted inputs.
+    """
+    result: set[str] = set()
+    for part in graphs(graph):
+        result.update(value.name for value in (*part.input, *part.output))
+        result.update(tensor.name for tensor in part.initializer)
+        for node in part.node:
+            result.update((node.name, *node.input, *node.output))
+    return result - {""}
 
 
 def tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor a model holds: initialisers and attributes, in bodies and functions too."""
-    called = [body for f in proto.functions for node in f.node for body in inner(node)]
-    every = [*graphs(proto.graph), *(g for body in called for g in graphs(body))]
-    for graph in every:
-        yield from graph.initializer
-    attributes = [a for f in proto.functions for a in f.attribute_proto]
-    attributes += [a for node in _calls(proto) for a in node.attribute]
-    for attribute in attributes:  # whatever type it says it has
+    """Iterates over every tensor that a model stores: initialisers and attributes, in subgraphs and functions too.
+
+    Args:
+        proto: The model.
+
+    Yields:
+        The tensors, the initialisers of the main graph first.
+    """
+    parts = list(graphs(proto.graph))
+    attributes: list[AttributeProto] = []
+    for function in proto.functions:
+        attributes.extend(function.attribute_proto)
+        for node in function.node:
+            for body in all_bodies(node):
+                parts.extend(graphs(body))
+    for node in _nodes_and_function_nodes(proto):
+        attributes.extend(node.attribute)
+
+    for part in parts:
+        yield from part.initializer
+    # The declared type of an attribute is not trusted: a hostile file may store a tensor under another one.
+    for attribute in attributes:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
-    sparse = [s for graph in every for s in graph.sparse_initializer]
-    sparse += [s for a in attributes for s in (a.sparse_tensor, *a.sparse_tensors)]
-    for stored in sparse:
-        yield from (stored.values, stored.indices)
+    sparse = [tensor for part in parts for tensor in part.sparse_initializer]
+    for attribute in attributes:
+        sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+    for tensor in sparse:
+        yield tensor.values
+        yield tensor.indices
 
 
-def _calls(proto: ModelProto) -> Iterator[NodeProto]:
-    """All nodes of the graph, of its functions, and of the bodies in both."""
-    for listed in (proto.graph.node, *(f.node for f in proto.functions)):
-        for top in listed:
-            yield top
-            yield from _within(top)
+def _nodes_and_function_nodes(proto: ModelProto) -> Iterator[NodeProto]:
+    """All nodes of the graph, of its functions, and of the subgraphs in both."""
+    for top_nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in top_nodes:
+            yield node
+            yield from _inner_nodes(node)
+
+
+def _inner_nodes(node: NodeProto) -> Iterator[NodeProto]:
+    return (inner for body in all_bodies(node) for inner in nodes(body))
 
 
 def reads(node: NodeProto) -> list[str]:
-    """Every tensor a node needs: its inputs and what its bodies take from outside."""
-    found = [n for n in node.input if n]
-    return [*found, *sorted(set().union(*(captured(g) for g in inner(node))) - set(found))]
+    """Every tensor that a node needs: its inputs and the outer tensors that its subgraphs read.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        The inputs in order, then the captured tensors by name.
+    """
+    inputs = [name for name in node.input if name]
+    outer = set().union(*(captured(body) for body in all_bodies(node)))
+    return [*inputs, *sorted(outer - set(inputs))]
 
 
 def captured(graph: GraphProto) -> set[str]:
-    """Outer tensors that a body reads."""
-    own = {v.name for v in graph.input} | {t.name for t in graph.initializer}
-    read: set[str] = set()
+    """Outer tensors that a subgraph reads.
+
+    Args:
+        graph: The subgraph.
+
+    Returns:
+        Names of tensors that are defined outside of it.
+    """
+    own = {value.name for value in graph.input}
+    own.update(tensor.name for tensor in graph.initializer)
+    outer: set[str] = set()
     for node in graph.node:
-        read |= {*node.input}.union(*(captured(g) for g in inner(node))) - own
-        own |= set(node.output)
-    read |= {v.name for v in graph.output} - own
-    return read - {""}
+        node_reads = set(node.input).union(*(captured(body) for body in all_bodies(node)))
+        outer |= node_reads - own
+        own.update(node.output)
+    outer |= {value.name for value in graph.output} - own
+    return outer - {""}
 
 
 # ------------------------------------------------------------------------------------------------------- functions
 
 
-INLINED = 10_000
-"""Nodes that a model may have once its functions are written out, unless it is not ``TIMES`` as many as it had."""
-TIMES = 50
+FunctionKey = tuple[str, str, str]
+"""Domain, name and overload of a local function."""
 
 
 def inline(proto: ModelProto) -> ModelProto:
-    """The model without local functions: every call is replaced by what it calls.
+    """Replaces every call of a local function by the nodes of the function.
 
-    Raises ModelError where a function calls itself, or where few nodes stand for very many.
+    Args:
+        proto: The model; calls in it get the default values of attributes that they leave out.
+
+    Returns:
+        A model without functions, or ``proto`` itself if it has none.
+
+    Raises:
+        ModelError: A function calls itself, or inlining would multiply the number of nodes beyond reason.
     """
     if not proto.functions:
         return proto
-    held, whole = sum(1 for _ in _calls(proto)), _written_out(proto)
-    if whole > max(INLINED, TIMES * held):
+    nodes_before = sum(1 for _ in _nodes_and_function_nodes(proto))
+    nodes_after = _inlined_size(proto)
+    if nodes_after > max(INLINED_NODES, INLINED_GROWTH * nodes_before):
         raise ModelError(
-            f"the {held} nodes of the model are {whole} once its functions are written out, more than is sensible; "
+            f"the model has {nodes_before} nodes, and {nodes_after} once its functions are inlined, which is too many; "
             "export it without functions."
         )
-    # The inliner forgets the values that a function declares for attributes which a call leaves out.
+    # The inliner forgets the default values that a function declares for attributes which a call leaves out.
     defaults = {(f.domain, f.name, f.overload): f.attribute_proto for f in proto.functions}
-    for node in _calls(proto):
+    for node in _nodes_and_function_nodes(proto):
         given = {a.name for a in node.attribute}
         declared = defaults.get((node.domain, node.op_type, node.overload), ())
         node.attribute.extend(a for a in declared if a.name not in given)
     return onnx.inliner.inline_local_functions(proto)
 
 
-def _written_out(proto: ModelProto) -> int:
-    """Nodes of a graph without its functions. Raises ModelError where a function calls itself."""
-    calls = {_key(f): [n for top in f.node for n in (top, *_within(top))] for f in proto.functions}
-    sizes: dict[tuple[str, str, str], int | None] = {}
+def _inlined_size(proto: ModelProto) -> int:
+    """Number of nodes of a model once its functions are inlined, computed without inlining them."""
+    function_nodes: dict[FunctionKey, list[NodeProto]] = {}
+    for function in proto.functions:
+        function_nodes[_function_key(function)] = [
+            node for top in function.node for node in (top, *_inner_nodes(top))
+        ]
+    # A size of None marks a function that is being counted: meeting it again is a recursive call.
+    sizes: dict[FunctionKey, int | None] = {}
 
-    def size(listed: Iterable[NodeProto]) -> int:
+    def size(called: Iterable[NodeProto]) -> int:
         total = 0
-        for node in listed:
+        for node in called:
             key = (_domain(node.domain), node.op_type, node.overload)
-            if key in calls and key not in sizes:
+            if key in function_nodes and key not in sizes:
                 sizes[key] = None
-                sizes[key] = size(calls[key])
-            inside = sizes.get(key, 1)
-            if inside is None:
+                sizes[key] = size(function_nodes[key])
+            node_size = sizes.get(key, 1)
+            if node_size is None:
                 raise ModelError(
                     f"the function '{node.op_type}' of the model calls itself, which ONNX does not allow; export the "
                     "model again."
                 )
-            total += inside
+            total += node_size
         return total
 
     return size(nodes(proto.graph))
 
 
-def _key(function: FunctionProto) -> tuple[str, str, str]:
+def _function_key(function: FunctionProto) -> FunctionKey:
     return _domain(function.domain), function.name, function.overload
 
 
@@ -164,117 +260,165 @@ def _domain(name: str) -> str:
     return "" if name == "ai.onnx" else name
 
 
-def _within(node: NodeProto) -> Iterator[NodeProto]:
-    return (inside for body in inner(node) for inside in nodes(body))
-
-
 # ------------------------------------------------------------------------------------------------------ flattening
 
 
 def flatten(proto: ModelProto) -> None:
-    """Give every tensor and node of the bodies a name of its own, and make their constants initialisers of the graph.
+    """Makes all names in subgraphs unique, and moves their constants to the main graph.
 
-    In place; nothing is computed differently.
+    Works in place; the model computes the same.
+
+    Args:
+        proto: The model.
     """
     main = proto.graph
-    taken = {v.name for v in main.input} | {t.name for t in main.initializer}
-    taken |= {n for node in main.node for n in (node.name, *node.output)}
+    taken = {value.name for value in main.input}
+    taken.update(tensor.name for tensor in main.initializer)
     for node in main.node:
-        for body in inner(node):
-            _rename(body, {}, taken)
+        taken.update((node.name, *node.output))
+    for node in main.node:
+        for body in all_bodies(node):
+            _Renaming(taken).apply(body, {})
     lift(proto)
 
 
-def _rename(graph: GraphProto, outer: Mapping[str, str], taken: set[str]) -> None:
-    """Names made in this body, and in those within, that are taken get a number; ``outer`` says what they read now."""
-    renamed = dict(outer)
+class _Renaming:
+    """Renames the tensors and nodes of subgraphs whose names are taken; a number is added to the name."""
 
-    def define(name: str) -> str:
-        if name:
-            renamed[name] = unused(name, taken)
-            taken.add(renamed[name])
-        return renamed.get(name, name)
+    def __init__(self, taken: set[str]) -> None:
+        self._taken = taken
 
-    given = {value.name for value in graph.input}
-    for value in graph.input:
-        value.name = define(value.name)
-    for tensor in graph.initializer:
-        # An input with a default value has one name for both.
-        tensor.name = renamed[tensor.name] if tensor.name in given else define(tensor.name)
-    for node in graph.node:
+    def apply(self, graph: GraphProto, outer: Mapping[str, str]) -> None:
+        """Renames a subgraph and those within it.
+
+        Args:
+            graph: The subgraph, changed in place.
+            outer: New names of the outer tensors that it may read.
+        """
+        new_names = dict(outer)
+        inputs = {value.name for value in graph.input}
+        for value in graph.input:
+            value.name = self._define(value.name, new_names)
+        for tensor in graph.initializer:
+            if tensor.name in inputs:  # an input with a default value: one name for both
+                tensor.name = new_names[tensor.name]
+            else:
+                tensor.name = self._define(tensor.name, new_names)
+        for node in graph.node:
+            self._apply_to_node(node, new_names)
+        for value in graph.output:
+            value.name = new_names.get(value.name, value.name)
+        del graph.value_info[:]
+
+    def _apply_to_node(self, node: NodeProto, new_names: dict[str, str]) -> None:
         if node.name:
-            node.name = unused(node.name, taken)
-            taken.add(node.name)
+            node.name = unused_name(node.name, self._taken)
+            self._taken.add(node.name)
         for i, name in enumerate(node.input):
-            node.input[i] = renamed.get(name, name)
-        for body in inner(node):
-            _rename(body, renamed, taken)
+            node.input[i] = new_names.get(name, name)
+        for body in all_bodies(node):
+            self.apply(body, new_names)
         for i, name in enumerate(node.output):
-            node.output[i] = define(name)
-    for value in graph.output:
-        value.name = renamed.get(value.name, value.name)
-    del graph.value_info[:]
+            node.output[i] = self._define(name, new_names)
+
+    def _define(self, name: str, new_names: dict[str, str]) -> str:
+        """Name under which a tensor is defined; an omitted output keeps its empty name."""
+        if name:
+            new_names[name] = unused_name(name, self._taken)
+            self._taken.add(new_names[name])
+        return new_names.get(name, name)
 
 
 def lift(proto: ModelProto) -> None:
-    """Move the constants of bodies, whose names are their own, to the graph; what a body returns it makes itself."""
+    """Moves the constants of subgraphs to the main graph, and makes each subgraph return tensors of its own.
+
+    Works in place.
+
+    Args:
+        proto: A model whose names are unique.
+    """
     main = proto.graph
-    there = {t.name for t in main.initializer}
+    present = {tensor.name for tensor in main.initializer}
     for graph in list(graphs(main))[1:]:
-        given = {v.name for v in graph.input}
-        kept = []
-        for tensor in graph.initializer:
-            if tensor.name in given:
-                kept.append(tensor)
-            elif tensor.name not in there:
-                main.initializer.append(tensor)
-                there.add(tensor.name)
-        if len(kept) < len(graph.initializer):
-            del graph.initializer[:]
-            graph.initializer.extend(kept)
-        plain = []
-        for node in graph.node:
-            constant = node.op_type in kinds.CONSTANT and node.attribute[0].name == "value"
-            if not constant or node.output[0] in there:
-                plain.append(node)
-                continue
-            main.initializer.append(node.attribute[0].t)
-            main.initializer[-1].name = node.output[0]
-            there.add(node.output[0])
-        if len(plain) < len(graph.node):
-            _replace(graph, plain)
-    own_outputs(main)
+        _lift_initializers(graph, main, present)
+        _lift_constant_nodes(graph, main, present)
+    return_own_tensors(main)
 
 
-def own_outputs(main: GraphProto) -> None:
-    """Insert an Identity wherever a body returns an outer tensor: ONNX demands that it returns one of its own.
+def _lift_initializers(graph: GraphProto, main: GraphProto, present: set[str]) -> None:
+    inputs = {value.name for value in graph.input}
+    kept = []
+    for tensor in graph.initializer:
+        if tensor.name in inputs:  # the default value of an input
+            kept.append(tensor)
+        elif tensor.name not in present:
+            main.initializer.append(tensor)
+            present.add(tensor.name)
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
 
-    In place, on a flattened graph.
+
+def _lift_constant_nodes(graph: GraphProto, main: GraphProto, present: set[str]) -> None:
+    kept = []
+    for node in graph.node:
+        is_constant = node.op_type in kinds.CONSTANT and node.attribute[0].name == "value"
+        if not is_constant or node.output[0] in present:
+            kept.append(node)
+            continue
+        main.initializer.append(node.attribute[0].t)
+        main.initializer[-1].name = node.output[0]
+        present.add(node.output[0])
+    if len(kept) < len(graph.node):
+        _set_nodes(graph, kept)
+
+
+def return_own_tensors(main: GraphProto) -> None:
+    """Inserts an Identity wherever a subgraph returns an outer tensor.
+
+    ONNX demands that the outputs of a subgraph are tensors that it defines itself. Works in place.
+
+    Args:
+        main: The main graph of a flattened model.
     """
     taken: set[str] = set()
     for body in list(graphs(main))[1:]:
-        own = {v.name for v in body.input} | {n for node in body.node for n in node.output}
+        own = {value.name for value in body.input}
+        for node in body.node:
+            own.update(node.output)
         for value in body.output:
             if value.name in own:
                 continue
             taken = taken or names(main)
-            returned = unused(f"{value.name}_returned", taken)
-            label = unused(f"{returned}_identity", taken)
-            taken |= {returned, label}
-            body.node.append(build.identity(value.name, returned, label))
+            returned = unused_name(f"{value.name}_returned", taken)
+            node_name = unused_name(f"{returned}_identity", taken)
+            taken |= {returned, node_name}
+            identity = build.identity(value.name, returned, node_name)
+            body.node.append(identity)
             value.name = returned
 
 
-def unused(name: str, taken: set[str]) -> str:
-    """``name``, or it with a number behind where it is taken."""
-    result, i = name, 1
+def unused_name(name: str, taken: Set[str]) -> str:
+    """Finds a name that is not taken.
+
+    Args:
+        name: The preferred name.
+        taken: Names in use.
+
+    Returns:
+        ``name``, with a number behind it if it is taken.
+    """
+    result = name
+    i = 1
     while result in taken:
-        result, i = f"{name}_{i}", i + 1
+        result = f"{name}_{i}"
+        i += 1
     return result
 
 
-def _replace(graph: GraphProto, wanted: list[NodeProto]) -> None:
-    copies = [NodeProto.FromString(n.SerializeToString()) for n in wanted]
+def _set_nodes(graph: GraphProto, wanted: list[NodeProto]) -> None:
+    """Replaces the nodes of a graph by others, some of which may be its own."""
+    copies = [NodeProto.FromString(node.SerializeToString()) for node in wanted]
     del graph.node[:]
     graph.node.extend(copies)
 
@@ -283,60 +427,87 @@ def _replace(graph: GraphProto, wanted: list[NodeProto]) -> None:
 
 
 def resolve(proto: ModelProto) -> bool:
-    """Put the branch that is taken in the place of every If with a constant condition; whether there was one.
+    """Replaces every If with a constant condition by the branch that is taken.
 
-    In place, on a flattened model.
+    Works in place.
+
+    Args:
+        proto: A flattened model.
+
+    Returns:
+        True if a node was replaced.
     """
-    known = {t.name: t for t in proto.graph.initializer if t.data_type == TensorProto.BOOL}
+    conditions = {t.name: t for t in proto.graph.initializer if t.data_type == TensorProto.BOOL}
     changed = False
     for graph in graphs(proto.graph):
-        while (
-            at := next((i for i, n in enumerate(graph.node) if _decided(n, known)), None)
-        ) is not None:
-            node = graph.node[at]
-            taken = bool(numpy_helper.to_array(known[node.input[0]]).reshape(-1)[0])
-            body = held(node)[BRANCHES[taken]]
-            inlined = [NodeProto.FromString(n.SerializeToString()) for n in body.node]
-            made = {name for part in inlined for name in part.output}
-            called: dict[str, str] = {}
-            for out, value in zip(node.output, body.output, strict=False):
-                if out and value.name in made and value.name not in called:
-                    _call(inlined, value.name, out)
-                    called[value.name] = out
-                elif out:  # a tensor from outside, or one that is given twice
-                    source = called.get(value.name, value.name)
-                    step = build.identity(source, out, f"{node.name or out}/taken/{out}")
-                    inlined.append(step)
-            _replace(graph, [*graph.node[:at], *inlined, *graph.node[at + 1 :]])
+        # A branch may hold another such If, which is found in the next turn.
+        while (position := _first_decided(graph, conditions)) is not None:
+            node = graph.node[position]
+            condition = numpy_helper.to_array(conditions[node.input[0]])
+            branch = bodies(node)[BRANCHES[bool(condition.reshape(-1)[0])]]
+            inlined = _inlined_branch(node, branch)
+            _set_nodes(graph, [*graph.node[:position], *inlined, *graph.node[position + 1 :]])
             changed = True
     return changed
 
 
-def _call(wanted: list[NodeProto], old: str, new: str) -> None:
-    """Rename a tensor wherever these nodes, and bodies within, make or read it."""
-    for top in wanted:
-        for node in (top, *(n for body in inner(top) for n in nodes(body))):
-            for listed in (node.input, node.output):
-                for i, name in enumerate(listed):
+def _first_decided(graph: GraphProto, conditions: Mapping[str, TensorProto]) -> int | None:
+    """Position of the first If with a constant condition."""
+    for i, node in enumerate(graph.node):
+        if has(node, Trait.BRANCHES) and node.input[0] in conditions:
+            return i
+    return None
+
+
+def _inlined_branch(node: NodeProto, branch: GraphProto) -> list[NodeProto]:
+    """Nodes of a branch, which define the outputs of the If under their outer names."""
+    inlined = [NodeProto.FromString(part.SerializeToString()) for part in branch.node]
+    defined = {name for part in inlined for name in part.output}
+    outer_names: dict[str, str] = {}
+    for output, value in zip(node.output, branch.output, strict=False):
+        if not output:
+            continue
+        if value.name in defined and value.name not in outer_names:
+            _rename_tensor(inlined, value.name, output)
+            outer_names[value.name] = output
+            continue
+        # An outer tensor, or one that is returned twice, cannot be renamed.
+        source = outer_names.get(value.name, value.name)
+        node_name = f"{node.name or output}/taken/{output}"
+        inlined.append(build.identity(source, output, node_name))
+    return inlined
+
+
+def _rename_tensor(top_nodes: list[NodeProto], old: str, new: str) -> None:
+    """Renames a tensor wherever these nodes, and those of their subgraphs, define or read it."""
+    for top in top_nodes:
+        for node in (top, *_inner_nodes(top)):
+            for node_names in (node.input, node.output):
+                for i, name in enumerate(node_names):
                     if name == old:
-                        listed[i] = new
-        for body in inner(top):
-            for value in (v for g in graphs(body) for v in g.output):
-                value.name = new if value.name == old else value.name
-
-
-def _decided(node: NodeProto, known: Mapping[str, TensorProto]) -> bool:
-    return has(node, Trait.BRANCHES) and node.input[0] in known
+                        node_names[i] = new
+        for body in all_bodies(top):
+            for graph in graphs(body):
+                for value in graph.output:
+                    if value.name == old:
+                        value.name = new
 
 
 # ----------------------------------------------------------------------------------------------------- inserting
 
 
 def insert(graph: GraphProto, change: Callable[[NodeProto], list[NodeProto]]) -> None:
-    """Put what ``change`` gives for every node (the node itself among it) in the node's place, in bodies too."""
+    """Replaces every node by a list of nodes, in subgraphs too.
+
+    Works in place.
+
+    Args:
+        graph: Where to start.
+        change: Maps a node to the nodes that take its place, usually the node itself among them.
+    """
     wanted = []
     for node in list(graph.node):
-        for body in inner(node):
+        for body in all_bodies(node):
             insert(body, change)
         wanted += change(node)
-    _replace(graph, wanted)
+    _set_nodes(graph, wanted)

@@ -226,7 +226,7 @@ class _Budget:
             sums.append((line.products.factor, line.products.axes))
             constant.append(line.constant)
             bound.append(line.limit)
-        added = {"params": ledger.steps.params, "size": ledger.steps.bytes}
+        added = {"params": ledger.one_off.params, "size": ledger.one_off.bytes}
         return cls(
             names=tuple(names),
             levels=levels,
@@ -270,7 +270,7 @@ class _Budget:
         lengths = self.ledger.lengths(widths)
         total = [float((factor * lengths[axes].prod(axis=1)).sum()) for factor, axes in self.sums]
         return self.share(
-            np.asarray(total) + self.constant + self.steps @ self.ledger.steps.taken(widths)
+            np.asarray(total) + self.constant + self.steps @ self.ledger.one_off.incurred(widths)
         )
 
     def share(self, total: Floats) -> Floats:
@@ -346,13 +346,13 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
 
 def _steps(builder: Builder, binaries: Ints, budget: _Budget, incumbent: Ints | None) -> Ints:
     """A variable for every step of a limit: at least 1 where a member is not at its full width (-1: for no limit)."""
-    steps, levels = budget.ledger.steps, budget.levels
+    steps, levels = budget.ledger.one_off, budget.levels
     used, top = np.flatnonzero(budget.steps.any(axis=0)), budget.first + budget.widest
     result = np.full(len(steps.members), -1, np.int64)
     if not len(used):
         return result
     whole = levels.width[top] >= steps.full
-    start = np.nan if incumbent is None else steps.taken(budget.widths(incumbent))[used]
+    start = np.nan if incumbent is None else steps.incurred(budget.widths(incumbent))[used]
     sure = (steps.members[used] & ~whole).any(axis=1)
     result[used] = builder.variables(len(used), sure, 1, start=start)
     step, group = np.nonzero(steps.members[used] & whole)

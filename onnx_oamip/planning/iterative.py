@@ -68,7 +68,9 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
     Removed units score below all others. Losses are measured on the original again, in the new order.
     """
     keep, proto = left.plan.keep, left.pruned.proto
-    model = models.from_proto(proto, ready.model.bindings, ready.model.path, ready.model.sha256)
+    model = models.from_proto(
+        proto, ready.model.bindings, path=ready.model.path, sha256=ready.model.sha256
+    )
     coupling = exclude(model, couple(model), ready.settings.exclude)
     remaining = replace(
         ready,

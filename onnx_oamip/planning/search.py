@@ -129,7 +129,7 @@ def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
 
 def adding(ready: Context, chosen: Plan) -> list[str]:
     """Names of the groups whose cut adds nodes, as a normalisation has to see the zeros of what went."""
-    brought = ready.ledger.steps.brought_by(chosen.widths)
+    brought = ready.ledger.one_off.inserting_groups(chosen.widths)
     return [ready.coupling.groups[g].name for g in np.flatnonzero(brought)]
 
 

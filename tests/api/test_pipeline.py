@@ -528,8 +528,8 @@ def test_a_write_that_fails_leaves_the_old_file(
 def test_large_models_keep_their_weights_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(external_data, "LARGE", 1000)
-    monkeypatch.setattr(external_data, "LEAST", 100)
+    monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr(external_data, "MAPPED_TENSOR_BYTES", 100)
     proto = build(TEXT)
     digest, size = output.write(proto, tmp_path / "large.onnx")
     files = sorted(p.name for p in tmp_path.iterdir())

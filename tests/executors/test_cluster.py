@@ -175,8 +175,8 @@ def test_large_weights_stay_in_their_file(
     place: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers map the file that they see."""
-    monkeypatch.setattr(external_data, "MAPPED", 1)
-    monkeypatch.setattr(external_data, "LEAST", 64)
+    monkeypatch.setattr(external_data, "MAPPED_MODEL_BYTES", 1)
+    monkeypatch.setattr(external_data, "MAPPED_TENSOR_BYTES", 64)
     assert external_data.references(models.load(place / "case.onnx").proto)
     assert _plan(place, address) == _plan(place, None)
 
@@ -432,8 +432,8 @@ def test_models_arrive_as_they_were(net: str, tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_the_same_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(external_data, "MAPPED", 1)
-    monkeypatch.setattr(external_data, "LEAST", 64)
+    monkeypatch.setattr(external_data, "MAPPED_MODEL_BYTES", 1)
+    monkeypatch.setattr(external_data, "MAPPED_TENSOR_BYTES", 64)
     model = load(build(RESIDUAL), tmp_path)
     content = parcel.pack(model)
     assert _equal(parcel.Parcel(content).open().constants["w1"], model.constants["w1"])
@@ -446,7 +446,7 @@ def test_files_that_are_not_the_same_there(tmp_path: Path, monkeypatch: pytest.M
 
 def test_models_that_cannot_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(build(RESIDUAL), tmp_path)
-    monkeypatch.setattr(external_data, "LARGE", 10)
+    monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 10)
     with pytest.raises(ModelError, match="cannot be sent to a cluster"):
         parcel.pack(model)
 

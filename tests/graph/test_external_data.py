@@ -46,8 +46,8 @@ TEXTS = {**NETS, "folded": FOLDED, "normalised": NORMALISED}
 @pytest.fixture
 def all_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is a large one, and every weight of 64 bytes."""
-    monkeypatch.setattr(external_data, "MAPPED", 1)
-    monkeypatch.setattr(external_data, "LEAST", 64)
+    monkeypatch.setattr(external_data, "MAPPED_MODEL_BYTES", 1)
+    monkeypatch.setattr(external_data, "MAPPED_TENSOR_BYTES", 64)
 
 
 def _write(proto: ModelProto, folder: Path, external: bool) -> Path:
@@ -170,8 +170,8 @@ def _names(folder: Path) -> list[str]:
 
 @pytest.fixture
 def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(external_data, "LARGE", 1000)
-    monkeypatch.setattr(external_data, "LEAST", 100)
+    monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr(external_data, "MAPPED_TENSOR_BYTES", 100)
 
 
 @pytest.mark.usefixtures("beside")
@@ -188,7 +188,7 @@ def test_an_older_output_is_replaced_with_its_weights(
     held = {t.name: numpy_helper.to_array(t) for t in onnx.load(target).graph.initializer}
     np.testing.assert_array_equal(held["w3"], numpy_helper.to_array(second.graph.initializer[-2]))
     # One that fits a single file leaves no weights behind.
-    monkeypatch.setattr(external_data, "LARGE", 1 << 30)
+    monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 1 << 30)
     output.write(first, target)
     assert _names(tmp_path) == ["other.data", "out.onnx"]
 

@@ -25,8 +25,8 @@ from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.cost import (
     Ledger,
+    OneOffCosts,
     Products,
-    Steps,
     full_widths,
 )
 from onnx_oamip.graph.coupling import couple
@@ -223,7 +223,9 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
         members = rng.random((steps, groups)) < 0.6
         # Where a group's widest level is not its full width, the step is there whatever is chosen.
         most = full + (rng.random(groups) < 0.2)
-        ledger = replace(ledger, steps=Steps(members, most, *rng.integers(0, 60, (2, steps))))
+        ledger = replace(
+            ledger, one_off=OneOffCosts(members, most, *rng.integers(0, 60, (2, steps)))
+        )
     ladder = random_ladder(full, int(rng.integers(1000)), levels=3, jagged=draw(st.booleans()))
     line = LinearisedLimit("latency", products(rng.random(terms)), 0.5, 0.0)
     most = measured(ledger, np.asarray([w[-1] for w in ladder.widths]), line)

@@ -710,8 +710,8 @@ def test_a_cache_of_ones_own_that_cannot_be_written_is_told_once(
 def test_old_weights_and_a_model_that_points_at_them_stay_together(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnx_oamip.graph.external_data.LARGE", 1000)
-    monkeypatch.setattr("onnx_oamip.graph.external_data.LEAST", 100)
+    monkeypatch.setattr("onnx_oamip.graph.external_data.PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr("onnx_oamip.graph.external_data.MAPPED_TENSOR_BYTES", 100)
     target = task / "out.onnx"
     go(task)
     first = {p.name: p.read_bytes() for p in task.glob("out.onnx*")}

@@ -267,8 +267,8 @@ def _never() -> ModelProto:
 
 BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
     "functions in a circle": (_endless, "f"),  # some releases of onnx see it themselves
-    "functions that double": (_doubling, "once its functions are written out"),
-    "functions that call five": (_fivefold, "once its functions are written out"),
+    "functions that double": (_doubling, "once its functions are inlined"),
+    "functions that call five": (_fivefold, "once its functions are inlined"),
     "weight outside": (_outside("../secret.bin", "weight"), "outside its own folder"),
     "weight at an absolute path": (_outside("/etc/passwd", "weight"), "outside its own folder"),
     "weight behind links in a circle": (_outside("circle.bin", "weight"), "outside its own folder"),
