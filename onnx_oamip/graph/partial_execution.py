@@ -1,7 +1,7 @@
-"""Parts of a graph as models of their own, so that no run computes more than it must.
+"""Partial execution: runs parts of a graph as models of their own, so that no run computes more than it must.
 
-``Slicer`` cuts out what leads from some tensors to others. ``Frontier`` walks a graph front to back over all feeds
-and holds only the tensors that later nodes still read; ``stream`` takes one feed after another through the same parts.
+``Slicer`` cuts out the nodes between some tensors and others. ``Frontier`` runs a graph front to back over all feeds
+and keeps only the tensors that later nodes still read. ``stream`` takes one feed after another through the same parts.
 """
 
 from __future__ import annotations
@@ -18,70 +18,113 @@ from onnx_oamip.graph.subgraphs import reads
 
 
 class Slicer:
-    """Index of a proto's nodes, tensors and initialisers."""
+    """Index of the nodes of a graph, from which parts can be cut out as models.
+
+    Attributes:
+        proto: The indexed model.
+        nodes: Its nodes in topological order.
+        reads: Tensors that each node needs, those that its subgraphs capture included.
+        producer: Position of the producer of each tensor.
+        constants: Initialisers by name.
+    """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
         self.nodes = list(proto.graph.node)
         self.reads = [reads(node) for node in self.nodes]
-        self.producer = {
-            name: i for i, node in enumerate(self.nodes) for name in node.output if name
-        }
+        self.producer: dict[str, int] = {}
+        for i, node in enumerate(self.nodes):
+            self.producer.update((name, i) for name in node.output if name)
         self.constants = {t.name: t for t in proto.graph.initializer}
 
     def __reduce__(self) -> tuple[type[Slicer], tuple[onnx.ModelProto]]:
-        return Slicer, (self.proto,)  # the index is made anew where it arrives
+        return Slicer, (self.proto,)  # the receiver of a pickled slicer rebuilds the index
 
     def needed(self, targets: Iterable[str], given: Iterable[str]) -> list[int]:
-        """Nodes (in order) that compute ``targets`` from ``given`` tensors, constants and graph inputs."""
-        stop = set(given)
-        found: set[int] = set()
-        stack = [t for t in targets if t not in stop]
-        while stack:
-            i = self.producer.get(stack.pop())
-            if i is not None and i not in found:
-                found.add(i)
-                stack += [n for n in self.reads[i] if n not in stop]
-        return sorted(found)
+        """Finds the nodes that compute some tensors from others.
+
+        Args:
+            targets: Tensors to compute.
+            given: Tensors whose values are known, besides constants and graph inputs.
+
+        Returns:
+            Positions of the nodes, in topological order.
+        """
+        known = set(given)
+        result: set[int] = set()
+        pending = [target for target in targets if target not in known]
+        while pending:
+            i = self.producer.get(pending.pop())
+            if i is not None and i not in result:
+                result.add(i)
+                pending += [name for name in self.reads[i] if name not in known]
+        return sorted(result)
 
     def descendants(self, sources: Iterable[str]) -> set[int]:
-        """Nodes that depend on any of the tensors."""
-        touched = set(sources)
-        found: set[int] = set()
+        """Finds the nodes that depend on any of some tensors.
+
+        Args:
+            sources: Names of tensors.
+
+        Returns:
+            Positions of the nodes.
+        """
+        dependent_tensors = set(sources)
+        result: set[int] = set()
         for i, node in enumerate(self.nodes):  # nodes are in topological order
-            if any(n in touched for n in self.reads[i]):
-                found.add(i)
-                touched.update(n for n in node.output if n)
-        return found
+            if not dependent_tensors.isdisjoint(self.reads[i]):
+                result.add(i)
+                dependent_tensors.update(name for name in node.output if name)
+        return result
 
     def model(
         self, nodes: Sequence[int], outputs: Sequence[str], dtypes: Mapping[str, int]
     ) -> onnx.ModelProto:
-        """The nodes as a model. What they read and none of them makes becomes an input, of element type ``dtypes``."""
-        made = {name for i in nodes for name in self.nodes[i].output if name}
-        read = dict.fromkeys(name for i in nodes for name in self.reads[i])
+        """Makes a model of some nodes. Tensors that they read and do not compute become its inputs.
+
+        Args:
+            nodes: Positions of the nodes, in topological order.
+            outputs: Outputs of the new model.
+            dtypes: ONNX element types of its inputs, and of those outputs whose type is known (else 0 or missing).
+
+        Returns:
+            The model, with the constants that it needs.
+        """
+        computed: set[str] = set()
+        read: dict[str, None] = {}  # a set in order
+        for i in nodes:
+            computed.update(name for name in self.nodes[i].output if name)
+            read.update(dict.fromkeys(self.reads[i]))
         result = onnx.ModelProto(ir_version=self.proto.ir_version)
         result.opset_import.extend(self.proto.opset_import)
         graph = result.graph
         graph.name = "part"
         graph.node.extend(self.nodes[i] for i in nodes)
-        for name in (*read, *(o for o in outputs if o not in made)):
+        for name in (*read, *(output for output in outputs if output not in computed)):
             if name in self.constants:
                 graph.initializer.append(self.constants[name])
-            elif name not in made and all(v.name != name for v in graph.input):
+            elif name not in computed and all(value.name != name for value in graph.input):
                 graph.input.append(helper.make_tensor_value_info(name, dtypes[name], None))
-        for name in outputs:  # the runtime finds a type that is not known here
-            kind = dtypes.get(name, 0)
-            graph.output.append(
-                helper.make_tensor_value_info(name, kind, None)
-                if kind
-                else ValueInfoProto(name=name)
-            )
+        for name in outputs:
+            element_type = dtypes.get(name, 0)
+            if element_type:
+                output = helper.make_tensor_value_info(name, element_type, None)
+            else:
+                output = ValueInfoProto(name=name)  # ONNX Runtime infers the type
+            graph.output.append(output)
         return result
 
 
 def element_types(proto: onnx.ModelProto, dtypes: Mapping[str, object]) -> dict[str, int]:
-    """ONNX element types by tensor name, from numpy dtypes and the graph's own inputs."""
+    """ONNX element types of the tensors of a model.
+
+    Args:
+        proto: The model; the declarations of its inputs take precedence.
+        dtypes: numpy element types by tensor name.
+
+    Returns:
+        Element types by tensor name.
+    """
     types = {name: int(helper.np_dtype_to_tensor_dtype(dtype)) for name, dtype in dtypes.items()}
     types.update({v.name: v.type.tensor_type.elem_type for v in proto.graph.input})
     return types
@@ -89,55 +132,78 @@ def element_types(proto: onnx.ModelProto, dtypes: Mapping[str, object]) -> dict[
 
 @dataclass(frozen=True)
 class _Part:
-    """What leads from some tensors to the next ones: ``names`` it gives, and what is ``read`` of all after it."""
+    """A part of a graph, ready to run.
+
+    Attributes:
+        session: The loaded part.
+        outputs: Tensors that it computes.
+        needed_later: Tensors that any later part reads.
+    """
 
     session: Session
-    names: list[str]
-    read: Set[str]
+    outputs: list[str]
+    needed_later: Set[str]
 
-    def run(self, held: Mapping[str, Array]) -> dict[str, Array]:
-        """Its tensors by name, from those that are held."""
-        found = self.session.run({n: held[n] for n in self.session.inputs}, self.names)
-        return dict(zip(self.names, found, strict=True))
+    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Computes the outputs from the values of other tensors; both are given by name."""
+        feed = {name: values[name] for name in self.session.inputs}
+        results = self.session.run(feed, self.outputs)
+        return dict(zip(self.outputs, results, strict=True))
 
 
-class _Parts:
-    """A graph taken apart front to back, as far as asked. Every node is in one part."""
+class _Partition:
+    """A graph taken apart front to back, as far as targets ask for it. Every node is in at most one part."""
 
     def __init__(
         self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False
     ) -> None:
-        self.proto, self.types, self.device, self.lean = proto, dict(types), device, lean
-        self.done: set[str] = set()
+        self._proto = proto
+        self._types = dict(types)
+        self._device = device
+        self._lean = lean
+        self._done: set[str] = set()
 
-    def next(self, targets: Sequence[str], held: Collection[str]) -> _Part | None:
-        """The part that leads to ``targets`` from tensors that are ``held``; None where they are held themselves."""
-        slicer = Slicer(self.proto)
-        nodes = slicer.needed(targets, held)
+    def next(self, targets: Sequence[str], available: Collection[str]) -> _Part | None:
+        """Makes the part that computes some tensors.
+
+        Args:
+            targets: Tensors to compute.
+            available: Tensors whose values are known.
+
+        Returns:
+            The part, or None if all targets are available.
+        """
+        slicer = Slicer(self._proto)
+        nodes = slicer.needed(targets, available)
         if not nodes:
             return None
-        self.done.update(slicer.nodes[i].name for i in nodes)
-        rest = [i for i, node in enumerate(slicer.nodes) if node.name not in self.done]
-        later = {n for i in rest for n in slicer.reads[i]}
-        made = [n for i in nodes for n in slicer.nodes[i].output if n]
-        outputs = [n for n in made if n in later or n in targets]
+        self._done.update(slicer.nodes[i].name for i in nodes)
+        read_later: set[str] = set()
+        for i, node in enumerate(slicer.nodes):
+            if node.name not in self._done:
+                read_later.update(slicer.reads[i])
+        computed = [name for i in nodes for name in slicer.nodes[i].output if name]
+        outputs = [name for name in computed if name in read_later or name in targets]
         for name in outputs:
-            self.types.setdefault(name, 0)
-        part = slicer.model(nodes, outputs, self.types)
-        session = Session(part, self.device, what="a part of the model", lean=self.lean)
-        return _Part(session, outputs, later.union(targets))
+            self._types.setdefault(name, 0)
+        part = slicer.model(nodes, outputs, self._types)
+        session = Session(part, self._device, what="a part of the model", lean=self._lean)
+        return _Part(session, outputs, read_later.union(targets))
 
-    def saw(self, values: Mapping[str, Array]) -> None:
-        """Note the types of what a part gave: those that nobody knew are read by the next."""
-        self.types.update(
-            (n, int(helper.np_dtype_to_tensor_dtype(v.dtype))) for n, v in values.items()
-        )
+    def record_types(self, values: Mapping[str, Array]) -> None:
+        """Notes the element types of computed tensors: the next part declares its inputs with them."""
+        for name, value in values.items():
+            self._types[name] = int(helper.np_dtype_to_tensor_dtype(value.dtype))
 
 
 class Frontier:
-    """Activations of one graph over a fixed list of feeds, computed forward as far as asked.
+    """Activations of one graph over a fixed list of feeds, computed front to back as far as targets ask for it.
 
-    Every node runs once. ``feeds`` are batches; memory holds, for all of them, the tensors still to be read.
+    Every node runs once per feed. Memory holds, for all feeds, the tensors that later nodes still read.
+
+    Attributes:
+        tensors: Values of the tensors in memory, one array per feed.
+        batches: Number of feeds.
     """
 
     def __init__(
@@ -147,25 +213,41 @@ class Frontier:
         types: Mapping[str, int],
         device: str,
     ) -> None:
+        """Starts at the graph inputs.
+
+        Args:
+            proto: The model.
+            feeds: Values of the graph inputs, one mapping per batch.
+            types: ONNX element types by tensor name.
+            device: ``cpu`` or ``cuda``.
+        """
         self.tensors: dict[str, list[Array]] = {}
         for feed in feeds:
             for name, value in feed.items():
                 self.tensors.setdefault(name, []).append(value)
         self.batches = len(feeds)
-        self._parts = _Parts(proto, types, device)
+        self._partition = _Partition(proto, types, device)
 
     def reach(self, targets: Sequence[str]) -> dict[str, list[Array]]:
-        """Values of tensors, one array per feed. Runs what is missing and forgets what nobody reads any more."""
-        part = self._parts.next(targets, self.tensors)
+        """Computes tensors, and drops from memory those that no later node reads.
+
+        Args:
+            targets: Names of tensors that are in memory, or computed by nodes that have not run yet.
+
+        Returns:
+            Values by name, one array per feed.
+        """
+        part = self._partition.next(targets, self.tensors)
         if part is not None:
-            columns: dict[str, list[Array]] = {name: [] for name in part.names}
-            for b in range(self.batches):
-                found = part.run({n: self.tensors[n][b] for n in part.session.inputs})
-                for name, value in found.items():
+            columns: dict[str, list[Array]] = {name: [] for name in part.outputs}
+            for i in range(self.batches):
+                inputs = {name: self.tensors[name][i] for name in part.session.inputs}
+                for name, value in part.run(inputs).items():
                     columns[name].append(value)
-            self._parts.saw({name: column[0] for name, column in columns.items() if column})
+            first_values = {name: column[0] for name, column in columns.items() if column}
+            self._partition.record_types(first_values)
             self.tensors.update(columns)
-            self.tensors = {n: v for n, v in self.tensors.items() if n in part.read}
+            self.tensors = {n: v for n, v in self.tensors.items() if n in part.needed_later}
         return {name: self.tensors[name] for name in targets}
 
 
@@ -176,22 +258,34 @@ def stream(
     types: Mapping[str, int],
     device: str,
 ) -> Iterator[tuple[int, int, Array]]:
-    """(feed, place among the targets, value), feed by feed; ``targets`` are in the order of the graph.
+    """Computes tensors for one feed after another, so that memory holds one feed only.
 
-    The same parts as a ``Frontier`` runs when it is asked for one target after another, so that values are the same to
-    the bit; memory holds one feed.
+    The parts are those of a :class:`Frontier` that is asked for one target after another: values agree to the last
+    bit.
+
+    Args:
+        proto: The model.
+        feeds: Values of the graph inputs, one mapping per batch.
+        targets: Tensors to compute, in the order of the graph.
+        types: ONNX element types by tensor name.
+        device: ``cpu`` or ``cuda``.
+
+    Yields:
+        Index of the feed, index of the target, and its value.
     """
-    parts = _Parts(proto, types, device, lean=True)  # all of them stay open
-    steps: list[_Part | None] = []
-    for b, feed in enumerate(feeds):
-        held = dict(feed)
-        for i, target in enumerate(targets):
-            if b == 0:
-                steps.append(parts.next([target], held))
-            step = steps[i]
-            if step is not None:
-                held.update(found := step.run(held))
-                if b == 0:
-                    parts.saw(found)
-                held = {n: v for n, v in held.items() if n in step.read}
-            yield b, i, held[target]
+    partition = _Partition(proto, types, device, lean=True)  # all sessions stay open
+    parts: list[_Part | None] = []
+    for i, feed in enumerate(feeds):
+        is_first_feed = i == 0
+        values = dict(feed)
+        for k, target in enumerate(targets):
+            if is_first_feed:
+                parts.append(partition.next([target], values))
+            part = parts[k]
+            if part is not None:
+                results = part.run(values)
+                values.update(results)
+                if is_first_feed:
+                    partition.record_types(results)
+                values = {n: v for n, v in values.items() if n in part.needed_later}
+            yield i, k, values[target]

@@ -1,4 +1,4 @@
-"""ONNX Runtime at one place: devices, sessions, and running feeds through a graph."""
+"""ONNX Runtime: choice of the device, sessions, and running feeds through a graph."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,39 @@ from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data, input_guards, subgraphs
 from onnx_oamip.graph.ops import kinds
 
-FOLDER = "session.model_external_initializers_file_folder_path"
+EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 PATIENCE = 120.0
 """Seconds that one run of a graph with a Loop may take: a few bytes can ask for one without an end."""
 TICK = 0.2
-"""Seconds between looks at the clock and the memory meanwhile."""
+"""Seconds between two checks of the time and the memory during such a run."""
+EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.disable_double_qdq_remover": "1"}
+"""Products in float32; no merging of quantisations. A release that does not know an entry ignores it."""
+FUSION = "QDQSelectorActionTransformer"
+"""Optimiser that makes one integer kernel of an operator between DequantizeLinear and QuantizeLinear."""
+UNFUSED = (
+    "ONNX Runtime refuses this model once it has fused its quantised operators, so it was run and timed without that; "
+    f"the result needs the same: InferenceSession(path, disabled_optimizers=['{FUSION}'])"
+)
+_OUT_OF_MEMORY = re.compile(
+    r"bad.alloc|failed to allocate|out of memory|available memory", re.IGNORECASE
+)
+"""Text of ONNX Runtime's errors where memory has run out; they have no type of their own."""
+
+
+# --------------------------------------------------------------------------------------------- module and device
 
 
 def runtime() -> Any:
-    """The onnxruntime module, quiet; EnvironmentMissing says what to install.
+    """Imports ONNX Runtime, without its log output and its telemetry.
 
-    Since 1.29 its makers' builds keep an identifier of the machine on disk and send them names and digests of models
-    that are loaded (docs/Privacy.md of ONNX Runtime). What runs here is nobody else's business.
+    Since 1.29 the official builds keep an identifier of the machine on disk and send it with names and digests of the
+    models that are loaded (docs/Privacy.md of ONNX Runtime). Users of this package have not agreed to that.
+
+    Returns:
+        The onnxruntime module.
+
+    Raises:
+        EnvironmentMissing: It is not installed.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
@@ -46,26 +67,38 @@ def runtime() -> Any:
             "CUDA."
         ) from error
     onnxruntime.set_default_logger_severity(4)
-    onnxruntime.disable_telemetry_events()  # where somebody had imported it before
+    # The environment variable comes too late if the program has imported ONNX Runtime before.
+    onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` takes CUDA where there is one. Asking for CUDA where there is none is an error, not a CPU run."""
-    available = "CUDAExecutionProvider" in runtime().get_available_providers()
-    if device == "cuda" and not (available and _cuda_works()):
-        found = ", ".join(runtime().get_available_providers())
-        raise EnvironmentMissing(
-            f"`device=cuda` was asked for but ONNX Runtime offers only {found} here; "
-            "install 'onnx-oamip[gpu]' on a machine with an NVIDIA GPU, or use `device=cpu`."
-        )
+    """Chooses the device to run on.
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``auto`` for CUDA where it is available.
+
+    Returns:
+        ``cpu`` or ``cuda``.
+
+    Raises:
+        EnvironmentMissing: CUDA is asked for but not available. There is no silent fallback to the CPU.
+    """
+    providers = runtime().get_available_providers()
+    if device not in ("cuda", "auto"):
+        return device
+    if "CUDAExecutionProvider" in providers and _cuda_works():
+        return "cuda"
     if device == "auto":
-        return "cuda" if available and _cuda_works() else "cpu"
-    return device
+        return "cpu"
+    raise EnvironmentMissing(
+        f"`device=cuda` was asked for but ONNX Runtime offers only {', '.join(providers)} here; "
+        "install 'onnx-oamip[gpu]' on a machine with an NVIDIA GPU, or use `device=cpu`."
+    )
 
 
 def _cuda_works() -> bool:
-    """The provider may be compiled in without a driver: only a session tells."""
+    """Tests CUDA by opening a session: the provider may be compiled in without a driver being installed."""
     relu = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
     )
@@ -74,73 +107,82 @@ def _cuda_works() -> bool:
         if hasattr(rt, "preload_dlls"):
             rt.preload_dlls()
         session = rt.InferenceSession(relu.SerializeToString(), providers=["CUDAExecutionProvider"])
-    except Exception:  # any failure here means the same: no CUDA
+    except Exception:  # any failure here means that CUDA cannot be used
         return False
     return "CUDAExecutionProvider" in session.get_providers()
 
 
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.disable_double_qdq_remover": "1"}
-"""Products in float32; no merging of quantisations. A release that does not know an entry ignores it."""
-FUSION = "QDQSelectorActionTransformer"
-"""What makes one integer kernel of an operator between DequantizeLinear and QuantizeLinear."""
-UNFUSED = (
-    "ONNX Runtime refuses this model once it has fused its quantised operators, so it was run and timed without that; "
-    f"the result needs the same: InferenceSession(path, disabled_optimizers=['{FUSION}'])"
-)
+# ------------------------------------------------------------------------------------------------------ guards
 
 
 def _watch(options: Any, done: threading.Event) -> None:
-    """End a run that takes more than its time, or most of the memory that was free."""
-    end, least = time.monotonic() + PATIENCE, input_guards.memory() // 4
+    """Terminates a run that exceeds its time, or uses most of the memory that was free.
+
+    Args:
+        options: Run options of the session.
+        done: Set when the run has ended.
+    """
+    end = time.monotonic() + PATIENCE
+    least_memory = input_guards.memory() // 4
     while not done.wait(min(TICK, PATIENCE)):
-        if time.monotonic() >= end or input_guards.memory() < least:
+        if time.monotonic() >= end or input_guards.memory() < least_memory:
             options.terminate = True
             return
 
 
 def _check_crashes(nodes: Iterable[onnx.NodeProto], what: str) -> None:
-    """Raises ModelError for what ends the process in ONNX Runtime's kernels for the CPU, where errors are due."""
+    """Raises ModelError for nodes on which kernels of ONNX Runtime crash the process instead of raising an error."""
     for node in nodes:
-        why = ""
-        packed = (node.domain, node.op_type) == kinds.PACKED_ATTENTION
-        if packed and not any(node.input[2:3]):
-            why = "has no bias; give it one of zeros"
-        if kinds.CONVOLUTION in node.op_type and any(
-            a.name == "group" and a.i < 1 for a in node.attribute
-        ):
-            why = "has less than one group; export the model again"
-        if why:
+        has_no_bias = not any(node.input[2:3])
+        has_no_group = any(a.name == "group" and a.i < 1 for a in node.attribute)
+        defect = ""
+        if (node.domain, node.op_type) == kinds.PACKED_ATTENTION and has_no_bias:
+            defect = "has no bias; give it one of zeros"
+        if kinds.CONVOLUTION in node.op_type and has_no_group:
+            defect = "has less than one group; export the model again"
+        if defect:
             raise ModelError(
-                f"ONNX Runtime cannot run {what}, it would crash: {node.op_type} '{node.name}' {why}."
+                f"ONNX Runtime cannot run {what}, it would crash: {node.op_type} '{node.name}' {defect}."
             )
 
 
-_NO_ROOM = re.compile(r"bad.alloc|failed to allocate|out of memory|available memory", re.IGNORECASE)
-"""What ONNX Runtime's own errors say where memory has run out."""
+@contextmanager
+def _runtime_errors(action: str) -> Iterator[None]:
+    """Turns the undocumented exceptions of ONNX Runtime into errors of this package.
+
+    Args:
+        action: The attempted action as a verb phrase, for the message.
+    """
+    try:
+        yield
+    except OamipError:
+        raise
+    except Exception as error:
+        raise _as_oamip_error(error, action) from error
 
 
-def _refusal(error: Exception, what: str) -> OamipError:
-    """ONNX Runtime's error, of an undocumented type, as what it means."""
+def _as_oamip_error(error: Exception, action: str) -> OamipError:
     text = str(error).replace("\n", " ")[:300]
-    if isinstance(error, MemoryError) or _NO_ROOM.search(text):
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
         return OutOfMemory(
-            f"there is not enough memory to {what}; give a smaller `max_memory`, fewer samples, or a smaller model."
+            f"there is not enough memory to {action}; give a smaller `max_memory`, fewer samples, or a smaller model."
         )
-    return ModelError(f"ONNX Runtime cannot {what}: {text}")
+    return ModelError(f"ONNX Runtime cannot {action}: {text}")
+
+
+# ---------------------------------------------------------------------------------------------------- sessions
 
 
 class Session:
     """A loaded graph on one device.
 
-    ``profile`` is the prefix of a file that records every kernel of every run. ``spin``: idle threads wait busily, as
-    ONNX Runtime has it by default and a deployment does; without it, sessions that take turns leave each other the
-    cores. ``exact`` leaves out what rounds one way in a model and another way in a cut of it: weights of few bits
-    multiplied by activations that are rounded as well, neighbouring quantisations merged into one, and integer kernels
-    of what stands between quantisations. ``lean`` gives memory back after every run, for sessions of which many are
-    open at once.
+    ONNX Runtime fuses quantised operators into integer kernels, and makes such kernels also for scales per channel,
+    which they then refuse. A model that fails with them and runs without them is run without them.
 
-    ``unfused``: without those kernels. ONNX Runtime makes them also where they then refuse the scales, one for every
-    channel; what fails with them and runs without them is run without them.
+    Attributes:
+        inputs: Names of the graph inputs.
+        outputs: Names of the graph outputs.
+        unfused: True if the session runs without these integer kernels.
     """
 
     def __init__(
@@ -148,75 +190,124 @@ class Session:
         proto: Any,
         device: str,
         threads: int | None = None,
+        *,
         what: str = "the model",
         profile: str | os.PathLike[str] | None = None,
         spin: bool = False,
         exact: bool = False,
         lean: bool = False,
     ) -> None:
+        """Loads a graph.
+
+        Args:
+            proto: A model, or the path of a model file.
+            device: ``cpu`` or ``cuda``.
+            threads: Threads within an operator. Default: the choice of ONNX Runtime.
+            what: Description of the model for error messages.
+            profile: Prefix of a file that records every kernel of every run.
+            spin: Let idle threads wait busily, as ONNX Runtime has it by default and a deployment does. Without it,
+                sessions that take turns leave each other the cores.
+            exact: Leave out optimisations that round one way in a model and another way in a cut of it: weights of
+                few bits multiplied by activations that are rounded as well, neighbouring quantisations merged into
+                one, and integer kernels of operators between quantisations.
+            lean: Release memory after every run, for sessions of which many are open at once.
+
+        Raises:
+            ModelError: ONNX Runtime refuses the model.
+            OutOfMemory: The memory does not suffice.
+        """
         entries = dict(EXACT) if exact else {}
         if not spin:
             entries["session.intra_op.allow_spinning"] = "0"
-        self._what, self.unfused = what, exact
-        self._held: Mapping[str, Array] = {}
-        self._watched = False
-        with _saying(f"load {what}"):
+        self._what = what
+        self.unfused = exact
+        self._detached: Mapping[str, Array] = {}
+        self._is_watched = False
+        with _runtime_errors(f"load {what}"):
             content: str | bytes
             if isinstance(proto, (str, os.PathLike)):
                 content = os.fspath(proto)
             else:
                 nodes = list(subgraphs.nodes(proto.graph))
-                self._watched = not spin and any(n.op_type in kinds.LOOP for n in nodes)
+                self._is_watched = not spin and any(n.op_type in kinds.LOOP for n in nodes)
                 if device == "cpu":
                     _check_crashes(nodes, what)
-                small, self._held = external_data.detached(proto)
-                if external_data.references(small):
-                    # The session maps files itself, and makes copies in its own order only where speed is measured.
-                    small = external_data.under_root(small)
-                    entries[FOLDER] = external_data.FILESYSTEM_ROOT
-                    if not spin:
-                        entries["session.disable_prepacking"] = "1"
-                content = small.SerializeToString()
-            opened = partial(_opened, content, self._held, entries, device, threads, profile, lean)
+                content = self._serialise(proto, entries, spin)
+            opener = _Opener(
+                content=content,
+                detached=self._detached,
+                entries=entries,
+                device=device,
+                threads=threads,
+                profile=profile,
+                lean=lean,
+            )
             try:
-                self._session = opened(exact)
+                self._session = opener.open(unfused=exact)
             except Exception:
-                if exact or not _quantised(content):
+                if exact or not _is_quantised(content):
                     raise
-                self._session, self.unfused = opened(True), True
-            # Some kernels refuse only when they run; what is opened from its path costs nothing to keep at hand.
-            waiting = not self.unfused and (isinstance(content, str) or _quantised(content))
-            self._again: Callable[[], Any] | None = partial(opened, True) if waiting else None
+                self._session = opener.open(unfused=True)
+                self.unfused = True
+            # Some kernels refuse only in the first run. Keeping a path for that costs nothing; the bytes of a graph
+            # are kept only if it is quantised.
+            may_fail_later = not self.unfused and (
+                isinstance(content, str) or _is_quantised(content)
+            )
+            self._opener = opener if may_fail_later else None
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = [i.name for i in self._session.get_inputs()]
 
-    def run(self, feed: Mapping[str, Array], names: Sequence[str] | None = None) -> list[Array]:
-        """Outputs for one feed, in the order of ``names`` (default: all).
+    def _serialise(self, proto: onnx.ModelProto, entries: dict[str, str], spin: bool) -> bytes:
+        """Bytes of a graph; adds session entries if it refers to files, and notes the values to pass along."""
+        small, self._detached = external_data.detached(proto)
+        if external_data.references(small):
+            small = external_data.under_root(small)
+            entries[EXTERNAL_DATA_FOLDER] = external_data.FILESYSTEM_ROOT
+            # The session maps the files. Copies in the layout of its kernels only pay where speed is measured.
+            if not spin:
+                entries["session.disable_prepacking"] = "1"
+        return small.SerializeToString()
 
-        Raises ModelError for what cannot run, and for a Loop that goes on for more than ``PATIENCE`` seconds.
+    def run(self, feed: Mapping[str, Array], names: Sequence[str] | None = None) -> list[Array]:
+        """Computes the outputs for one feed.
+
+        Args:
+            feed: Values of the graph inputs by name.
+            names: Outputs to compute. Default: all.
+
+        Returns:
+            Their values, in the order of ``names``.
+
+        Raises:
+            ModelError: The model cannot be run on this feed, or has a Loop that runs longer than ``PATIENCE``.
+            OutOfMemory: The memory does not suffice.
         """
-        wanted, given = list(names) if names else None, dict(feed)
-        with _saying(f"run {self._what} on this data"):
+        wanted = list(names) if names else None
+        inputs = dict(feed)
+        with _runtime_errors(f"run {self._what} on this data"):
             try:
-                found = self._run(wanted, given)
+                values = self._run(wanted, inputs)
             except OamipError:
                 raise
             except Exception:
-                if self._again is None:
+                if self._opener is None:
                     raise
-                self._session, self.unfused = self._again(), True
-                found = self._run(wanted, given)
-        self._again = None
-        return found
+                self._session = self._opener.open(unfused=True)
+                self.unfused = True
+                values = self._run(wanted, inputs)
+        self._opener = None
+        return values
 
     def _run(self, names: list[str] | None, feed: dict[str, Array]) -> list[Array]:
-        if not self._watched:
-            found: list[Array] = self._session.run(names, feed)
-            return found
-        options, done = runtime().RunOptions(), threading.Event()
+        if not self._is_watched:
+            values: list[Array] = self._session.run(names, feed)
+            return values
+        options = runtime().RunOptions()
+        done = threading.Event()
         threading.Thread(target=_watch, args=(options, done), daemon=True).start()
         try:
-            found = self._session.run(names, feed, options)
+            values = self._session.run(names, feed, options)
         except Exception as error:
             if options.terminate:
                 raise ModelError(
@@ -226,61 +317,79 @@ class Session:
             raise
         finally:
             done.set()
-        return found
+        return values
 
     def end_profile(self) -> str:
-        """Stop recording; the path of the file (a JSON list of events, durations in microseconds)."""
+        """Stops recording the kernels.
+
+        Returns:
+            Path of the recording, a JSON list of events with durations in microseconds.
+        """
         return str(self._session.end_profiling())
 
     def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:
-        """Outputs for each feed in turn."""
+        """Computes all outputs for one feed after another.
+
+        Args:
+            feeds: Values of the graph inputs by name.
+
+        Yields:
+            The outputs for each feed.
+        """
         for feed in feeds:
             yield self.run(feed)
 
 
-def _opened(
-    content: str | bytes,
-    held: Mapping[str, Array],
-    entries: Mapping[str, str],
-    device: str,
-    threads: int | None,
-    profile: str | os.PathLike[str] | None,
-    lean: bool,
-    unfused: bool,
-) -> Any:
-    rt = runtime()
-    options = rt.SessionOptions()
-    options.log_severity_level = 4
-    for key, value in entries.items():
-        options.add_session_config_entry(key, value)
-    if lean:
-        options.enable_cpu_mem_arena = False
-    if threads:
-        options.intra_op_num_threads = threads
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = os.fspath(profile)
-    options.add_external_initializers(
-        list(held),
-        [rt.OrtValue.ortvalue_from_numpy(external_data.aligned(v)) for v in held.values()],
-    )
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"][device != "cuda" :]
-    return rt.InferenceSession(
-        content, options, providers=providers, disabled_optimizers=[FUSION] if unfused else None
-    )
+@dataclass(frozen=True)
+class _Opener:
+    """Settings of a session, from which it can be opened with and without integer kernels.
+
+    Attributes:
+        content: Path of a model file, or a serialised graph.
+        detached: Values of initialisers that the graph only names.
+        entries: Session entries of ONNX Runtime.
+    """
+
+    content: str | bytes
+    detached: Mapping[str, Array]
+    entries: Mapping[str, str]
+    device: str
+    threads: int | None
+    profile: str | os.PathLike[str] | None
+    lean: bool
+
+    def open(self, unfused: bool) -> Any:
+        """Opens the session; ``unfused``: without integer kernels."""
+        rt = runtime()
+        options = rt.SessionOptions()
+        options.log_severity_level = 4
+        for key, value in self.entries.items():
+            options.add_session_config_entry(key, value)
+        if self.lean:
+            options.enable_cpu_mem_arena = False
+        if self.threads:
+            options.intra_op_num_threads = self.threads
+        if self.profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.fspath(self.profile)
+        values = [
+            rt.OrtValue.ortvalue_from_numpy(external_data.aligned(value))
+            for value in self.detached.values()
+        ]
+        options.add_external_initializers(list(self.detached), values)
+        providers = ["CPUExecutionProvider"]
+        if self.device == "cuda":
+            providers.insert(0, "CUDAExecutionProvider")
+        return rt.InferenceSession(
+            self.content,
+            options,
+            providers=providers,
+            disabled_optimizers=[FUSION] if unfused else None,
+        )
 
 
-def _quantised(content: str | bytes) -> bool:
-    """Whether a file, or a serialised graph, has what the fusion starts from."""
-    serialised = content if isinstance(content, bytes) else Path(content).read_bytes()
-    return kinds.DEQUANTISATION in serialised
-
-
-@contextmanager
-def _saying(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OamipError:
-        raise
-    except Exception as error:  # onnxruntime raises its own undocumented types
-        raise _refusal(error, what) from error
+def _is_quantised(content: str | bytes) -> bool:
+    """Tests whether a file, or a serialised graph, has operators that the fusion starts from."""
+    if isinstance(content, str):
+        content = Path(content).read_bytes()
+    return kinds.DEQUANTISATION in content
