@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import onnx
@@ -158,32 +160,53 @@ def test_runs_as_a_module() -> None:
 # ------------------------------------------------------------------------------------------------------- documents
 
 
-def test_prune_document(run: Run, tmp_path: Path) -> None:
-    out = tmp_path / "out.onnx"
+class Pruned(NamedTuple):
+    """One run of ``prune --json`` on a shipped model: its result and its two files."""
+
+    result: Result
+    model: Path
+    out: Path
+
+    @property
+    def document(self) -> dict:
+        return self.result.document
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
     model = ROOT / "models" / "lenet300-mnist.onnx"
-    result = run(
-        "prune",
-        model,
-        "--data",
-        ROOT / "models" / "mnist.npz",
-        "--macs",
-        "50%",
-        "-o",
-        out,
-        "--json",
-    )
-    assert (result.code, result.err) == (0, "")
-    document = result.document
-    assert set(document) >= PRUNE_KEYS
-    assert document["schema_version"] == 1
-    assert document["model"]["path"] == str(model)
-    assert all(re.fullmatch("[0-9a-f]{64}", document[k]["sha256"]) for k in ("model", "output"))
-    assert document["output"]["path"] == str(out)
-    assert all(isinstance(document[when][k], int) for when in ("before", "after") for k in SIDES)
-    assert document["before"]["bytes"] == model.stat().st_size
-    assert document["after"]["bytes"] == out.stat().st_size
-    assert 0.48 <= document["after"]["macs"] / document["before"]["macs"] <= 0.5
-    assert document["budget"] == {
+    data = ROOT / "models" / "mnist.npz"
+    out = tmp_path_factory.mktemp("pruned") / "out.onnx"
+    arguments = ["prune", model, "--data", data, "--macs", "50%", "-o", out, "--json"]
+    stdout = io.StringIO()
+    stderr = io.StringIO()
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        code = main([str(argument) for argument in arguments])
+    return Pruned(Result(code, stdout.getvalue(), stderr.getvalue()), model, out)
+
+
+def test_prune_document_has_exactly_the_documented_keys(pruned: Pruned) -> None:
+    assert (pruned.result.code, pruned.result.err) == (0, "")
+    assert set(pruned.document) >= PRUNE_KEYS
+    assert documented_keys() == set(pruned.document)
+    assert pruned.document["schema_version"] == 1
+    assert set(pruned.document["versions"]) == VERSIONS
+
+
+def test_prune_document_names_files_by_path_and_digest(pruned: Pruned) -> None:
+    for key, path in (("model", pruned.model), ("output", pruned.out)):
+        assert pruned.document[key]["path"] == str(path)
+        assert pruned.document[key]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_prune_document_costs_match_files_and_budget(pruned: Pruned) -> None:
+    before = pruned.document["before"]
+    after = pruned.document["after"]
+    assert all(isinstance(costs[side], int) for costs in (before, after) for side in SIDES)
+    assert before["bytes"] == pruned.model.stat().st_size
+    assert after["bytes"] == pruned.out.stat().st_size
+    assert 0.48 <= after["macs"] / before["macs"] <= 0.5
+    assert pruned.document["budget"] == {
         "macs": 0.5,
         "params": None,
         "size": None,
@@ -191,48 +214,56 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
         "latency": None,
         "max_drop": None,
     }
-    assert [(g["name"], g["units"]) for g in document["groups"]] == [
-        ("fc1.weight", 300),
-        ("fc2.weight", 100),
-    ]
-    for group in document["groups"]:
+
+
+def test_prune_document_lists_groups_and_skipped_axes(pruned: Pruned) -> None:
+    groups = pruned.document["groups"]
+    assert [(g["name"], g["units"]) for g in groups] == [("fc1.weight", 300), ("fc2.weight", 100)]
+    for group in groups:
         assert set(group) == {"name", "units", "kept", "level", "score"}
         assert group["level"] == group["kept"] / group["units"]
         assert group["score"]["min"] <= group["score"]["mean"] <= group["score"]["max"]
-    assert {"tensor": "fc3.weight", "axis": 0, "channels": 10} in [
-        {k: s[k] for k in ("tensor", "axis", "channels")} for s in document["skipped"]
-    ]
-    assert all(s["reason"] for s in document["skipped"])
-    program = document["programs"][-1]
+    skipped = pruned.document["skipped"]
+    axes = [{key: entry[key] for key in ("tensor", "axis", "channels")} for entry in skipped]
+    assert {"tensor": "fc3.weight", "axis": 0, "channels": 10} in axes
+    assert all(entry["reason"] for entry in skipped)
+
+
+def test_prune_document_describes_the_budget_program(pruned: Pruned) -> None:
+    program = pruned.document["programs"][-1]
     assert (program["purpose"], program["status"], program["limit"]) == ("budget", "optimal", None)
     assert program["solver"] in ("gurobi", "highs")
     assert program["reason"]
     assert program["used"].keys() == {"macs"}
     assert 0.98 <= program["used"]["macs"] <= 1
-    assert [fit["node"] for fit in document["fits"]] == ["/fc2/Gemm", "/fc3/Gemm"][
-        -len(document["fits"]) :
-    ]
-    for fit in document["fits"]:
-        assert set(fit) == {
-            "node",
-            "form",
-            "rows",
-            "unknowns",
-            "ridge",
-            "error_before",
-            "error_after",
-        }
+
+
+def test_prune_document_lists_refits_in_graph_order(pruned: Pruned) -> None:
+    fits = pruned.document["fits"]
+    assert fits
+    assert [fit["node"] for fit in fits] == ["/fc2/Gemm", "/fc3/Gemm"][-len(fits) :]
+    keys = {"node", "form", "rows", "unknowns", "ridge", "error_before", "error_after"}
+    for fit in fits:
+        assert set(fit) == keys
         assert fit["form"] == "least squares"
         assert 0 <= fit["error_after"] <= fit["error_before"]
-    assert any(fit["error_after"] < fit["error_before"] for fit in document["fits"])
-    verification = document["verification"]
+    assert any(fit["error_after"] < fit["error_before"] for fit in fits)
+
+
+def test_prune_document_reports_verification(pruned: Pruned) -> None:
+    verification = pruned.document["verification"]
     assert set(verification) >= VERIFICATION_KEYS
     assert verification["masked_equivalence"] <= 1e-4
     assert verification["samples"] == 2000
-    assert 0 <= verification["accuracy_after"] <= 1
     assert verification["failures"] == []
-    assert all(isinstance(v, float) for v in document["timings"].values())
-    assert document["settings"]["macs"] == 0.5
+    assert verification["latency_ratio"] > 0
+    assert "latency_ratio" not in pruned.document
+    assert 0 <= verification["accuracy_after"] <= 1
+    assert verification["accuracy_after"] > verification["accuracy_before"] - 0.03
+
+
+def test_prune_document_records_settings_and_timings(pruned: Pruned) -> None:
+    settings = pruned.document["settings"]
     defaults = {
         "importance": "obs",
         "allocate": "mip",
@@ -240,12 +271,11 @@ def test_prune_document(run: Run, tmp_path: Path) -> None:
         "align": "auto",
         "solver": "auto",
     }
-    assert document["settings"].items() >= defaults.items()
-    assert verification["accuracy_after"] > verification["accuracy_before"] - 0.03
-    assert verification["latency_ratio"] > 0
-    assert "latency_ratio" not in document
-    assert set(document["versions"]) == VERSIONS
-    assert documented_keys() == set(document)
+    assert settings["macs"] == 0.5
+    assert settings.items() >= defaults.items()
+    timings = pruned.document["timings"]
+    assert timings
+    assert all(isinstance(seconds, float) for seconds in timings.values())
 
 
 def test_score_document(run: Run, place: Path) -> None:
