@@ -59,26 +59,31 @@ def links(page: str) -> list[str]:
     return re.findall(r"]\(([^)\s]+)\)", re.sub(r"`[^`\n]+`", "", prose(page)))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    for link in links(page):
-        if link.startswith(("http://", "https://")):
-            continue
+def local_links(pages: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Pages with each of their links to a file or heading of this repository."""
+    pairs = [(page, link) for page in pages for link in links(page)]
+    return [(page, link) for page, link in pairs if not link.startswith(("http://", "https://"))]
+
+
+def test_local_links_name_existing_files_and_headings() -> None:
+    found = local_links(PAGES)
+    assert len(found) > len(PAGES)
+    for page, link in found:
         path, _, anchor = unquote(link).partition("#")
         target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
-        assert target.is_relative_to(ROOT), link
-        assert target.exists(), link
+        assert target.is_relative_to(ROOT), (page, link)
+        assert target.exists(), (page, link)
         if anchor:
-            assert anchor in anchors(str(target.relative_to(ROOT))), link
+            assert anchor in anchors(str(target.relative_to(ROOT))), (page, link)
 
 
-@pytest.mark.parametrize("page", DOCS)
-def test_pages_of_the_site_link_only_inside_it(page: str) -> None:
+def test_site_pages_link_only_inside_the_site() -> None:
     """A file outside docs/ is not part of the built site; such pages name it as code instead of linking to it."""
-    for link in links(page):
-        if not link.startswith(("http://", "https://", "#")):
-            target = ((ROOT / page).parent / unquote(link).partition("#")[0]).resolve()
-            assert target.is_relative_to(ROOT / "docs"), link
+    found = [(page, link) for page, link in local_links(DOCS) if not link.startswith("#")]
+    assert len(found) > len(DOCS)
+    for page, link in found:
+        target = ((ROOT / page).parent / unquote(link).partition("#")[0]).resolve()
+        assert target.is_relative_to(ROOT / "docs"), (page, link)
 
 
 def nav_targets(entries: list[Any]) -> list[str]:

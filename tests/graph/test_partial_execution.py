@@ -310,6 +310,8 @@ def test_a_part_is_a_valid_model_that_gives_the_same(name: str, tmp_path: Path) 
     outputs = [p.name for p in model.outputs]
     truth = Session(model.proto, "cpu").run(values)
     everything = activations(model, values, [n for n in _made(model) if n in model.dtypes])
+    assert truth
+    assert everything
     for cut in everything:
         back = slicer.needed(outputs, [cut])
         part = slicer.model(back, outputs, types)

@@ -87,6 +87,7 @@ def test_contract(tmp_path: Path, name: str, net: str) -> None:
 
 
 def test_every_method_is_described() -> None:
+    assert "obs" in names()
     for name in names():
         method = find(name)
         assert name == name.lower()
@@ -131,6 +132,7 @@ def test_norms_are_those_of_all_weights_of_a_unit(
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     scores = _score(name, model, coupling, {}).values
+    assert coupling.n_units > 0
     for unit in range(coupling.n_units):
         total = 0.0
         for tensor, axis, index in _members(model, coupling, unit):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -232,24 +233,37 @@ def ledgers(draw: st.DrawFn) -> tuple[Ledger, Ladder, LinearisedLimit]:
     return ledger, ladder, replace(line, limit=most * draw(st.floats(0.2, 1.1)))
 
 
-@settings(max_examples=80, deadline=None)
-@given(
-    case=ledgers(), share=st.floats(0.1, 1.1), kinds=st.sampled_from(BUDGETS), latency=st.booleans()
-)
-def test_any_ledger_matches_enumeration(
-    case: tuple[Ledger, Ladder, LinearisedLimit], share: float, kinds: set[str], latency: bool
-) -> None:
-    ledger, ladder, line = case
-    before = ledger.cost(np.asarray([w[-1] for w in ladder.widths]))
-    targets, extra = shares(before, kinds, share), (line,) if latency else ()
-    best = enumerate_best(ledger, ladder, targets, extra)
-    if math.isinf(best):
-        with pytest.raises(BudgetNotMet):
-            choose(ledger, ladder, targets, extra, "highs", EXACT)
-    else:
+def test_any_ledger_matches_enumeration() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @settings(max_examples=80, deadline=None)
+    @given(
+        case=ledgers(),
+        share=st.floats(0.1, 1.1),
+        kinds=st.sampled_from(BUDGETS),
+        latency=st.booleans(),
+    )
+    def check(
+        case: tuple[Ledger, Ladder, LinearisedLimit], share: float, kinds: set[str], latency: bool
+    ) -> None:
+        ledger, ladder, line = case
+        before = ledger.cost(np.asarray([w[-1] for w in ladder.widths]))
+        targets = shares(before, kinds, share)
+        extra = (line,) if latency else ()
+        best = enumerate_best(ledger, ladder, targets, extra)
+        if math.isinf(best):
+            outcomes["infeasible"] += 1
+            with pytest.raises(BudgetNotMet):
+                choose(ledger, ladder, targets, extra, "highs", EXACT)
+            return
+        outcomes["feasible"] += 1
         choice = choose(ledger, ladder, targets, extra, "highs", EXACT)
         assert fits(ledger, choice.widths, targets, extra)
         assert loss_of(ladder, choice.widths) == pytest.approx(best, abs=2e-5)
+
+    check()
+    assert outcomes["feasible"] > 0
+    assert outcomes["infeasible"] > 0
 
 
 @settings(max_examples=50, deadline=None)

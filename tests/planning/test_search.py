@@ -263,6 +263,7 @@ def test_rungs(step: int, floor: float) -> None:
     )
     steps = np.full(len(found), step)
     ladder = rungs(ready.coupling, found, steps, floor)
+    assert ready.coupling.groups
     for group, widths, losses in zip(
         ready.coupling.groups, ladder.widths, ladder.cost, strict=True
     ):

@@ -352,6 +352,10 @@ def test_every_operator(case: OpCase, tmp_path: Path) -> None:
     grams = covariances.collect(model, coupling, feeds, "cpu")
     order = _order(coupling)
     found = measure(model, coupling, grams, order, feeds, "cpu", workers=1)
+    assert len(found) == len(coupling.groups)
+    for one, group in zip(found, coupling.groups, strict=True):
+        assert one.widths[-1] == len(group.units)
+        assert one.loss[-1] == 0
     loose = {np.dtype(np.float16): 0.05}.get(model.outputs[0].dtype, 1e-3)
     for g, one in enumerate(found[:2]):
         units = coupling.groups[g].units
@@ -575,6 +579,7 @@ def test_without_repair_losses_are_those_of_the_masked_model(name: str, tmp_path
     grams = covariances.collect(model, coupling, feeds, "cpu")
     order = _order(coupling)
     found = measure(model, coupling, grams, order, feeds, "cpu", workers=1, repair="none")
+    assert len(found) == len(coupling.groups) > 0
     for g, one in enumerate(found):
         sets = _widths(coupling, order, g)
         _assert_close(
@@ -628,6 +633,7 @@ def test_folded_means_keep_the_means_of_consumers(name: str, tmp_path: Path) -> 
     grams = covariances.collect(model, coupling, feeds, "cpu")
     nodes = {n.name: n for n in model.proto.graph.node}
     rng = np.random.default_rng(0)
+    assert coupling.groups
     for g, group in enumerate(coupling.groups):
         gone = rng.permutation(len(group.units))[: len(group.units) // 2]
         found = covariances.problems(model, coupling, grams, g)

@@ -188,6 +188,7 @@ def test_runs_at_any_batch_size(halved: Halved) -> None:
         _run(halved.after, images),
         [_run(halved.after, images[i:j]) for i, j in ((0, 1), (1, 8))],
     )
+    assert whole
     for name, value in whole.items():
         assert len(value) == 8
         assert [len(p[name]) for p in parts] == [1, 7]

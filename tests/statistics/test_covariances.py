@@ -331,6 +331,7 @@ def test_unfold_is_the_way_back(name: str, folded: bool, tmp_path: Path) -> None
     coupling = couple(model)
     feeds = _feeds(model)
     rows, outputs = _read(model, feeds)
+    assert len(rows) > 0
     for problem, x, y in zip(
         _problems(model, coupling, feeds, 8 if folded else covariances.CAP),
         rows,

@@ -109,7 +109,9 @@ def test_pictures_are_told_and_captioned(study: str) -> None:
 def test_exponents_in_the_picture_are_the_saved_ones(tmp_path: Path, sheets: list[Figure]) -> None:
     figures.draw("cost", readme.SAVED, tmp_path)
     texts = {t.get_text() for t in sheets[0].findobj(Text)}
-    for row in rows_of("cost-exponents"):
+    rows = rows_of("cost-exponents")
+    assert rows
+    for row in rows:
         assert f"all stages, n^{row['seconds']:.2f}" in texts
         assert f"{row['varied']}, n^{row['peak MiB added']:.2f}" in texts
         assert {f"{stage}, n^{row[stage]:.2f}" for stage in cost.STAGES} <= texts
