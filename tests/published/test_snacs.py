@@ -655,5 +655,5 @@ def test_bad_settings(values: dict[str, object]) -> None:
 
 def test_unknown_limits_are_refused_before_any_work(tmp_path: Path) -> None:
     wish = Settings.create(macs=0.7, importance="l2", limits="all")
-    with pytest.raises(SettingsError, match="--limits 'all' is unknown; choose one of none, snacs"):
+    with pytest.raises(SettingsError, match="`limits='all'` is unknown; choose one of none, snacs"):
         pipeline.prune(tmp_path / "no-such.onnx", None, None, wish)
