@@ -10,19 +10,12 @@ import click
 from onnx_oamip.cli.checkpoint import checkpoint
 from onnx_oamip.cli.config import config, config_option
 from onnx_oamip.cli.frontier import frontier
-from onnx_oamip.cli.options import (
-    DATA,
-    MODEL,
-    batch_size_option,
-    device_option,
-    json_option,
-    seed_option,
-)
-from onnx_oamip.cli.options import seconds as positive
+from onnx_oamip.cli.help import option
+from onnx_oamip.cli.options import DATA, MODEL, json_option
 from onnx_oamip.cli.pack import pack, unpack
 from onnx_oamip.cli.prune import apply, plan, prune
-from onnx_oamip.cli.reading import reading_options
 from onnx_oamip.cli.score import score
+from onnx_oamip.cli.settings import SettingsCommand, SettingType
 from onnx_oamip.cli.stdout import document_only
 from onnx_oamip.cli.terminal import Progress, show
 from onnx_oamip.core.version import __version__
@@ -83,20 +76,18 @@ cli.add_command(checkpoint)
 cli.add_command(frontier)
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, owners=("DataOptions",), names=("device", "batch_size"))
 @click.argument("original", type=MODEL)
 @click.argument("pruned", type=MODEL)
-@click.option(
+@option(
     "--data",
+    heading="Data",
     required=True,
     metavar=DATA,
     help="Samples to compare on: as for prune; where a file has keys that start with 'eval.', those are used.",
 )
-@device_option
-@batch_size_option
-@reading_options
-@config_option
 @json_option
+@config_option
 @click.pass_context
 def verify(
     ctx: click.Context, /, original: Path, pruned: Path, data: str, as_json: bool, **choices: Any
@@ -118,38 +109,39 @@ def verify(
         ctx.exit(1)
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, names=("device", "seed"))
 @click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL [MODEL ...]")
-@click.option(
+@option(
     "--data",
+    heading="Data",
     metavar=DATA,
     help="Samples to run on: as for prune. Default: random numbers at the first model's shapes, which time as well.",
 )
-@click.option(
+@option(
     "--batch",
     "batches",
+    heading="Data",
     type=click.IntRange(min=1),
     multiple=True,
     metavar="N",
     help="Samples in one run; may be given more than once. Default: 1, or what the model is fixed to.",
 )
-@click.option(
+@option(
     "--threads",
+    heading="Speed and resources",
     type=click.IntRange(min=1),
     metavar="N",
     help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
 )
-@click.option(
+@option(
     "--seconds",
-    type=float,
-    callback=positive,
+    heading="Speed and resources",
+    type=SettingType("time_limit"),
     default=10.0,
     show_default=True,
     metavar="S",
     help="How long to measure at each batch size, all models together.",
 )
-@device_option
-@seed_option
 @json_option
 def bench(
     models: tuple[Path, ...],

@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
+from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import json_option
-from onnx_oamip.cli.reading import Separated
 from onnx_oamip.cli.stdout import stream
 from onnx_oamip.core.errors import SettingsError
 
@@ -69,8 +69,9 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
     }
     for name, value in found.items():
         parameter = next(p for p in here.values() if p.name == name)
-        if isinstance(value, list) and isinstance(parameter, Separated):
-            found[name] = parameter.separator.join(map(str, value))
+        separator = getattr(parameter.type, "separator", "")
+        if isinstance(value, list) and separator:
+            found[name] = separator.join(map(str, value))
             continue
         if isinstance(value, list) != parameter.multiple:
             what = "one value, not a list" if isinstance(value, list) else "a list, in brackets"
@@ -97,7 +98,7 @@ def options(command: click.Command) -> Iterator[tuple[str, click.Option]]:
                 yield name, parameter
 
 
-config_option = click.option(
+config_option = option(
     "--config",
     type=click.Path(path_type=Path),
     is_eager=True,
@@ -152,11 +153,11 @@ def config(
         given.extend(parameter_value)
     inner = found.make_context(command, given, parent=ctx.parent)
     rows = {}
-    for name, option in options(found):
-        if option.required or option.name is None:
+    for name, parameter in options(found):
+        if parameter.required or parameter.name is None:
             continue
-        value = inner.params.get(option.name)
-        source = inner.get_parameter_source(option.name)
+        value = inner.params.get(parameter.name)
+        source = inner.get_parameter_source(parameter.name)
         from_file = source is click.core.ParameterSource.DEFAULT_MAP
         rows[name] = {"value": _plain(value), "source": "file" if from_file else "default"}
     if as_json:

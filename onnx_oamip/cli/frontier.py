@@ -10,67 +10,65 @@ import click
 from onnx_oamip.cli.config import config_option
 from onnx_oamip.cli.files import Page
 from onnx_oamip.cli.flags import Flags
-from onnx_oamip.cli.memory import max_memory_option
+from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import (
     DATA,
     MODEL,
-    batch_size_option,
-    cache_option,
     check_paths,
     check_scores,
-    device_option,
     eval_option,
-    importance_options,
     json_option,
-    planning_options,
     quiet_option,
     report_option,
-    scheduler_option,
-    seed_option,
-    shares,
-    solver_option,
-    time_limit_option,
-    workers_option,
+    scores_option,
 )
-from onnx_oamip.cli.reading import Separated, reading_options
+from onnx_oamip.cli.settings import PLANNING, SeparatedType, SettingsCommand
 from onnx_oamip.cli.terminal import Progress, show
 
 
-@click.command()
+@click.command(
+    cls=SettingsCommand,
+    owners=(*PLANNING, "DataOptions", "RunOptions"),
+    without=("force", "strict", "no_provenance"),
+)
 @click.argument("model", type=MODEL)
-@click.option("--data", required=True, metavar=DATA, help="Calibration samples, as for prune.")
+@option(
+    "--data",
+    heading="Data",
+    required=True,
+    metavar=DATA,
+    help="Calibration samples, as for prune.",
+)
 @eval_option
-@click.option(
+@option(
     "--levels",
-    cls=Separated,
-    callback=shares,
+    heading="Budget",
+    type=SeparatedType("macs"),
     metavar="R,R,...",
     default="0.8,0.65,0.5,0.35,0.25,0.15",
     show_default=True,
     help="Shares of the multiply-accumulates to keep, as 0.8,0.5,25%.",
 )
-@click.option(
-    "-o", "--output", type=MODEL, metavar="F.json", help="Write the JSON document to a file too."
+@scores_option
+@option(
+    "-o",
+    "--output",
+    heading="Output",
+    type=MODEL,
+    metavar="F.json",
+    help="Write the JSON document to a file too.",
 )
 @report_option
-@click.option(
-    "--save-dir", type=MODEL, metavar="DIR", help="Write the model of every level to this folder."
+@option(
+    "--save-dir",
+    heading="Output",
+    type=MODEL,
+    metavar="DIR",
+    help="Write the model of every level to this folder.",
 )
-@planning_options
-@importance_options
-@solver_option
-@time_limit_option
-@workers_option
-@scheduler_option
-@device_option
-@seed_option
-@batch_size_option
-@max_memory_option
-@reading_options
-@cache_option
-@config_option
 @json_option
 @quiet_option
+@config_option
 @click.pass_context
 def frontier(
     ctx: click.Context,

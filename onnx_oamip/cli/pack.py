@@ -8,79 +8,76 @@ from typing import Any
 import click
 
 from onnx_oamip.cli.config import config_option
-from onnx_oamip.cli.options import (
-    DATA,
-    MODEL,
-    batch_size_option,
-    device_option,
-    json_option,
-    seed_option,
-)
-from onnx_oamip.cli.reading import reading_options
+from onnx_oamip.cli.help import option
+from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option
+from onnx_oamip.cli.settings import SettingsCommand, SettingType
 from onnx_oamip.cli.terminal import Progress, show
 from onnx_oamip.core.errors import SettingsError
 
 
-@click.command()
+@click.command(cls=SettingsCommand, owners=("DataOptions",), names=("device", "seed", "batch_size"))
 @click.argument("model", type=MODEL)
-@click.option(
-    "-o",
-    "--output",
-    type=MODEL,
-    required=True,
-    metavar="MODEL.oamip",
-    help="Where the packed model goes.",
-)
-@click.option(
-    "--lossless",
-    is_flag=True,
-    help="Keep every bit. So it is anyway without --data, --clusters and --bits.",
-)
-@click.option(
+@option(
     "--clusters",
+    heading="Budget",
     type=click.IntRange(2, 256),
     metavar="K",
     help="Distinct values that each weight matrix may hold, found by k-means. Default with --data: chosen for each, so "
     "that --max-drop holds.",
 )
-@click.option(
+@option(
     "--bits",
+    heading="Budget",
     type=click.IntRange(1, 8),
     metavar="B",
     help="The same, as 2 to the power of B values.",
 )
-@click.option(
+@option(
+    "--lossless",
+    heading="Budget",
+    is_flag=True,
+    help="Keep every bit. So it is anyway without --data, --clusters and --bits.",
+)
+@option(
+    "--max-drop",
+    heading="Budget",
+    type=SettingType("max_drop"),
+    metavar="P",
+    default_text="0.5",
+    help="Most points to lose: of accuracy, or without labels of agreement with the original.",
+)
+@option(
     "--data",
+    heading="Data",
     metavar=DATA,
     help="Samples, as for prune: the fewest bytes are looked for that lose at most --max-drop points on them.",
 )
-@click.option(
+@option(
     "--eval-data",
+    heading="Data",
     metavar=DATA,
     help="Samples to measure the drop on. Default: the keys of --data that start with 'eval.', or else a fifth of "
     "--data.",
 )
-@click.option(
-    "--max-drop",
-    type=click.FloatRange(0, 100, max_open=True),
-    metavar="P",
-    help="Most points to lose: of accuracy, or without labels of agreement with the original.  [default: 0.5]",
+@option(
+    "-o",
+    "--output",
+    heading="Output",
+    type=MODEL,
+    required=True,
+    metavar="MODEL.oamip",
+    help="Where the packed model goes.",
 )
-@click.option(
-    "--report", "rivals", is_flag=True, help="Also show what zip, half precision and both come to."
-)
-@device_option
-@seed_option
-@batch_size_option
-@reading_options
-@config_option
-@json_option
-@click.option(
-    "-q",
-    "--quiet",
+@option(
+    "--report",
+    "rivals",
+    heading="Output",
     is_flag=True,
-    help="Print no tables and no progress; errors still go to stderr.",
+    help="Also show what zip, half precision and both come to.",
 )
+@json_option
+@quiet_option
+@config_option
 def pack(
     model: Path,
     output: Path,
@@ -113,7 +110,7 @@ def pack(
     "-o", "--output", type=MODEL, required=True, metavar="MODEL.onnx", help="Where the model goes."
 )
 @json_option
-@click.option("-q", "--quiet", is_flag=True, help="Print no tables; errors still go to stderr.")
+@quiet_option
 def unpack(packed: Path, output: Path, as_json: bool, quiet: bool) -> None:
     """Write the model that MODEL.oamip holds, as an ONNX file that any runtime loads.
 

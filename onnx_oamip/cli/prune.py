@@ -9,61 +9,40 @@ import click
 
 from onnx_oamip.cli.config import config_option
 from onnx_oamip.cli.files import Page
-from onnx_oamip.cli.memory import max_memory_option
+from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import (
     DATA,
     MODEL,
-    batch_size_option,
-    budget_options,
-    cache_option,
     check_paths,
     check_scores,
-    device_option,
     eval_option,
-    importance_options,
     json_option,
     quiet_option,
     report_option,
-    scheduler_option,
-    seed_option,
-    solver_option,
-    time_limit_option,
-    workers_option,
+    scores_option,
 )
-from onnx_oamip.cli.reading import reading_options
+from onnx_oamip.cli.settings import PLANNING, SettingsCommand
 from onnx_oamip.cli.terminal import Progress, show
 
-data_option = click.option(
+data_option = option(
     "--data",
+    heading="Data",
     metavar=DATA,
     help="Calibration samples: an .npz or .npy file with arrays by input name, a .parquet file, a folder of images (a "
     "folder a class gives labels), or a function that yields feeds. "
     "Only --importance l1, l2 or random with --allocate uniform or global and --refit none does without.",
 )
-force_option = click.option(
-    "--force",
-    is_flag=True,
-    help="Write the model even where it was measured slower than the original.",
-)
-strict_option = click.option(
-    "--strict",
-    is_flag=True,
-    help="Fail where channels of a layer cannot be removed for another reason than the model's inputs and outputs.",
-)
-no_provenance_option = click.option(
-    "--no-provenance",
-    is_flag=True,
-    help="Leave out of the model's metadata which file it was made from, by which plan and version.",
-)
-keep_map_option = click.option(
+keep_map_option = option(
     "--keep-map",
+    heading="Output",
     type=MODEL,
     metavar="K.safetensors",
     help="Write there which indices of every weight stayed, for the checkpoint command.",
 )
-mlflow_option = click.option(
+mlflow_option = option(
     "--mlflow",
     "tracking_uri",
+    heading="Output",
     is_flag=False,
     flag_value="",
     metavar="[URI]",
@@ -72,63 +51,34 @@ mlflow_option = click.option(
 )
 
 
-@click.command()
+@click.command(
+    cls=SettingsCommand,
+    owners=("BudgetOptions", *PLANNING, "RemovalOptions", "DataOptions", "RunOptions"),
+)
 @click.argument("model", type=MODEL)
 @data_option
 @eval_option
-@click.option(
+@scores_option
+@option(
     "-o",
     "--output",
+    heading="Output",
     type=MODEL,
     metavar="OUT.onnx",
     help="Where the pruned model goes; only --dry-run does without.",
 )
 @keep_map_option
 @report_option
-@budget_options
-@importance_options
-@click.option(
-    "--granularity",
-    type=click.Choice(["unit", "connection"]),
-    default="unit",
-    show_default=True,
-    help="What goes: whole units, so that the model shrinks, or single connections, whose weights become zero in a "
-    "model of the same shape. Connections need --importance nnrelief, and take --alpha, or --params or --max-drop, "
-    "which rank all connections together, but with --allocate uniform find one alpha.",
-)
-@click.option(
-    "--iterations",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Score, prune and refit N times, a counted budget reached in equal factors.",
-)
-@click.option(
-    "--sparse",
-    is_flag=True,
-    help="Of connections: store constants that are mostly zero as sparse tensors.",
-)
-@solver_option
-@time_limit_option
-@workers_option
-@scheduler_option
-@click.option(
-    "--dry-run", is_flag=True, help="Only show what would be removed; write nothing but the cache."
-)
-@force_option
-@strict_option
-@no_provenance_option
-@device_option
-@seed_option
-@batch_size_option
-@max_memory_option
-@reading_options
-@cache_option
 @mlflow_option
-@config_option
+@option(
+    "--dry-run",
+    heading="Output",
+    is_flag=True,
+    help="Only show what would be removed; write nothing but the cache.",
+)
 @json_option
 @quiet_option
+@config_option
 @click.pass_context
 def prune(
     ctx: click.Context,
@@ -191,29 +141,27 @@ def prune(
         show(document, as_json)
 
 
-@click.command()
+@click.command(
+    cls=SettingsCommand,
+    owners=("BudgetOptions", *PLANNING, "DataOptions", "RunOptions"),
+    without=("force", "no_provenance"),
+)
 @click.argument("model", type=MODEL)
 @data_option
 @eval_option
-@click.option(
-    "-o", "--output", type=MODEL, required=True, metavar="P.json", help="Where the plan goes."
+@scores_option
+@option(
+    "-o",
+    "--output",
+    heading="Output",
+    type=MODEL,
+    required=True,
+    metavar="P.json",
+    help="Where the plan goes.",
 )
-@budget_options
-@importance_options
-@solver_option
-@time_limit_option
-@strict_option
-@workers_option
-@scheduler_option
-@device_option
-@seed_option
-@batch_size_option
-@max_memory_option
-@reading_options
-@cache_option
-@config_option
 @json_option
 @quiet_option
+@config_option
 @click.pass_context
 def plan(
     ctx: click.Context,
@@ -247,25 +195,33 @@ def plan(
         show(documents.planning(found), as_json)
 
 
-@click.command()
+@click.command(
+    cls=SettingsCommand,
+    owners=("RepairOptions", "DataOptions", "RunOptions"),
+    without=("solver", "time_limit", "workers", "scheduler"),
+    unset=("refit", "seed", "batch_size"),
+)
 @click.argument("model", type=MODEL)
-@click.option(
+@option(
     "--plan",
     "plan_file",
+    heading="What to remove",
     type=MODEL,
     required=True,
     metavar="P.json",
     help="What stays, as plan wrote it.",
 )
-@click.option(
+@option(
     "--data",
+    heading="Data",
     metavar=DATA,
     help="Calibration samples, as for prune. Only a plan made with --refit none does without.",
 )
 @eval_option
-@click.option(
+@option(
     "-o",
     "--output",
+    heading="Output",
     type=MODEL,
     required=True,
     metavar="OUT.onnx",
@@ -273,34 +229,10 @@ def plan(
 )
 @keep_map_option
 @report_option
-@click.option(
-    "--refit",
-    type=click.Choice(["least-squares", "bias", "none"]),
-    help="As for prune. Default: as the plan was made with.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="As for prune. Default: that of the plan.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="As for prune. Default: that of the plan.",
-)
-@max_memory_option
-@no_provenance_option
-@force_option
-@strict_option
-@device_option
-@reading_options
-@cache_option
 @mlflow_option
-@config_option
 @json_option
 @quiet_option
+@config_option
 def apply(
     model: Path,
     plan_file: Path,

@@ -8,58 +8,37 @@ from typing import Any
 import click
 
 from onnx_oamip.cli.config import config_option
-from onnx_oamip.cli.memory import max_memory_option
-from onnx_oamip.cli.options import (
-    DATA,
-    MODEL,
-    cache_option,
-    device_option,
-    importance_option,
-    importance_options,
-    json_option,
-    quiet_option,
-    refit_option,
-    scheduler_option,
-    seed_option,
-    solver_option,
-    time_limit_option,
-    workers_option,
-)
-from onnx_oamip.cli.reading import reading_options
+from onnx_oamip.cli.help import option
+from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option
+from onnx_oamip.cli.settings import SCORING, SettingsCommand
 from onnx_oamip.cli.terminal import Progress, show
 
 
-@click.command()
+@click.command(
+    cls=SettingsCommand,
+    owners=(*SCORING, "DataOptions", "RunOptions"),
+    names=("exclude",),
+    without=("force", "strict", "batch_size", "no_provenance"),
+)
 @click.argument("model", type=MODEL)
-@click.option(
+@option(
     "--data",
+    heading="Data",
     metavar=DATA,
     help="Calibration samples, as for prune. Only --importance l1, l2 or random does without.",
 )
-@click.option(
-    "-o", "--output", type=MODEL, required=True, metavar="S.npz", help="Where the scores go."
+@option(
+    "-o",
+    "--output",
+    heading="Output",
+    type=MODEL,
+    required=True,
+    metavar="S.npz",
+    help="Where the scores go.",
 )
-@importance_option
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="PATTERN",
-    help="Score nothing that matches this shell pattern, such as 'conv1*'; may be given more than once.",
-)
-@importance_options
-@refit_option
-@solver_option
-@time_limit_option
-@workers_option
-@scheduler_option
-@device_option
-@seed_option
-@max_memory_option
-@reading_options
-@cache_option
-@config_option
 @json_option
 @quiet_option
+@config_option
 def score(
     model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any
 ) -> None:

@@ -7,11 +7,11 @@ from typing import overload
 
 import numpy as np
 
+from onnx_oamip.core.options.run import ACTIVATION_MEMORY
 from onnx_oamip.core.records import Array, Ints, Model
-from onnx_oamip.core.settings import ROOM
 from onnx_oamip.data.dataset import Samples
 
-FRONTIER_BYTES = ROOM
+FRONTIER_BYTES = ACTIVATION_MEMORY
 """Bound of the activations that a walk holds for all its feeds."""
 RUN = 32
 """Samples in one run of the model, at most, wherever something is learnt."""

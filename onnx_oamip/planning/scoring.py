@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
 from onnx_oamip.artifacts import cache
+from onnx_oamip.core.options import (
+    AllocationOptions,
+    BudgetOptions,
+    ConstraintOptions,
+    DataOptions,
+)
 from onnx_oamip.core.records import (
-    Budget,
     Coupling,
     Floats,
     Ints,
     Scores,
     Statistics,
 )
-from onnx_oamip.core.settings import READING
 from onnx_oamip.graph.cost import full_widths
 from onnx_oamip.graph.outputs import head
 from onnx_oamip.graph.runtime import Session
@@ -33,26 +37,20 @@ CHOICE_SAMPLES = 64
 """Samples on which orders of removal are compared for one group."""
 TRIALS = 64
 """Choices of orders for all groups that are measured at most."""
-_IRRELEVANT = (
-    READING
-    | {budget.name for budget in fields(Budget)}
-    | {
-        "allocate",
-        "align",
-        "floor",
-        "limits",
-        "protect",
-        "force",
-        "strict",
-        "workers",
-        "scheduler",
-        "cache",
-        "exclude",
-        "batch_size",
-        "max_memory",
-        "no_provenance",
-    }
-)
+_IRRELEVANT = {
+    *BudgetOptions.model_fields,
+    *AllocationOptions.model_fields,
+    *ConstraintOptions.model_fields,
+    *DataOptions.model_fields,
+    "force",
+    "strict",
+    "workers",
+    "scheduler",
+    "cache",
+    "batch_size",
+    "max_memory",
+    "no_provenance",
+}
 """Settings that no score depends on, or that the identity of the context covers."""
 
 

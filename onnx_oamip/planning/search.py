@@ -162,7 +162,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
                 ready.batch,
                 s.seed,
                 ready.progress,
-                room=s.room,
+                room=s.activation_memory_limit,
             ),
             lambda found: least_squares.fits(found, raw),
         )

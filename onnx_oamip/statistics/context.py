@@ -71,7 +71,7 @@ class Context:
     @property
     def batch(self) -> int:
         """Samples in one inference run wherever something is collected or measured."""
-        return run_size(self.model, self.settings.room)
+        return run_size(self.model, self.settings.activation_memory_limit)
 
     @property
     def workers(self) -> int | None:
@@ -80,7 +80,7 @@ class Context:
             return self.settings.workers
         return min(
             self.settings.workers or os.cpu_count() or 1,
-            side_by_side(self.model, self.settings.room),
+            side_by_side(self.model, self.settings.activation_memory_limit),
         )
 
 

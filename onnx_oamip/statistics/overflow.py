@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.options.run import ACTIVATION_MEMORY
 from onnx_oamip.core.records import (
     Array,
     Bools,
     Ints,
     Model,
 )
-from onnx_oamip.core.settings import ROOM
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.outputs import float_activations, with_outputs
 from onnx_oamip.graph.partial_execution import Slicer
@@ -87,7 +87,7 @@ def _origin(model: Model, tensor: str, feed: Mapping[str, Array], device: str) -
     nodes = {slicer.nodes[i].name for i in slicer.needed([tensor], ())}
     known = set(float_activations(model))
     names = [o for node in model.nodes if node.name in nodes for o in node.outputs if o in known]
-    if not names or sum(4 * int(np.prod(model.shapes[n])) for n in names) > ROOM:
+    if not names or sum(4 * int(np.prod(model.shapes[n])) for n in names) > ACTIVATION_MEMORY:
         return ""
     found = dict(
         zip(names, Session(with_outputs(model, names), device).run(feed, names), strict=True)

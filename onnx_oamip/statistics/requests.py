@@ -42,10 +42,10 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
 
     model, coupling, settings = context.model, context.coupling, context.settings
     fitted, _ = parts(context.samples)
-    feeds, _ = affordable(model, fitted, context.batch, settings.room)
+    feeds, _ = affordable(model, fitted, context.batch, settings.activation_memory_limit)
     cap = covariances.CAP
     if settings.max_memory is not None:
-        cap = covariances.cap(coupling, settings.room)
+        cap = covariances.cap(coupling, settings.activation_memory_limit)
 
     def collect() -> Mapping[str, Gram]:
         return covariances.collect(

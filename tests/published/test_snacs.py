@@ -649,7 +649,7 @@ def test_limits_need_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [{"protect": 1.0}, {"phi": "x"}, {"score_time": -1.0}])
 def test_bad_settings(values: dict[str, object]) -> None:
-    with pytest.raises(SettingsError, match=f"--{next(iter(values)).replace('_', '-')}"):
+    with pytest.raises(SettingsError, match=f"`{next(iter(values))}`"):
         Settings.create(macs=0.5, **values)
 
 

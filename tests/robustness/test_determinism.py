@@ -7,7 +7,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 from conftest import MODELS
@@ -23,7 +22,7 @@ from onnx_oamip import (
     score,
 )
 from onnx_oamip.api import pipeline
-from onnx_oamip.cli import memory
+from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.data import feeds as feed_batches
@@ -186,8 +185,12 @@ def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
 
 def test_less_memory_means_smaller_runs_and_smaller_matrices(tmp_path: Path) -> None:
     least = 1 << 28
-    assert Settings(max_memory=least).room == least // 4
-    assert Settings().room == Settings(max_memory=1 << 40).room == 1 << 30
+    assert Settings(max_memory=least).activation_memory_limit == least // 4
+    assert (
+        Settings().activation_memory_limit
+        == Settings(max_memory=1 << 40).activation_memory_limit
+        == 1 << 30
+    )
     coupling = couple(models.load(MODELS / "vgg-fashion.onnx"))
     consumers = len({c.node for c in coupling.consumers})
     assert 8 * consumers * covariances.cap(coupling, least // 4) ** 2 <= least // 4
@@ -277,13 +280,13 @@ def test_activations_and_matrices_keep_to_their_share_of_memory(
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20), ("7", 7)]
+    ("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20)]
 )
 def test_sizes_of_memory(text: str, value: int) -> None:
-    assert memory.size(click.Context(click.Command("x")), click.Option(["--x"]), text) == value
+    assert Settings(max_memory=text).max_memory == value
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2XB", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2XB", "nan", "7"])
 def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(click.BadParameter, match="not a size"):
-        memory.size(click.Context(click.Command("x")), click.Option(["--x"]), text)
+    with pytest.raises(SettingsError, match="is not an amount of memory"):
+        Settings(max_memory=text)

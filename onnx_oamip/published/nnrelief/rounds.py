@@ -105,7 +105,9 @@ class Bench:
         )
         self.total = sum(self.size(name) for name in self.free)
         self.targets: Mapping[str, Target] | None = None
-        self._feeds = affordable(model, opened.samples, opened.batch, opened.settings.room)[0]
+        self._feeds = affordable(
+            model, opened.samples, opened.batch, opened.settings.activation_memory_limit
+        )[0]
         self._types = element_types(model.proto, model.dtypes)
 
     def size(self, name: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_oamip.core.options.validation import kind_of
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import ARRAYS
 from onnx_oamip.reporting.documents import Document
@@ -54,8 +55,6 @@ _ASKED = frozenset(
     )
 )
 """Settings that say how much and on what; the others say how."""
-_SEPARATORS = {"image_size": "x", "image_mean": ",", "image_std": ","}
-"""Of options that hold several numbers at once."""
 _OF_A_PLAN = {"apply": ("refit", "seed", "batch_size")}
 
 
@@ -99,7 +98,8 @@ def _command(value: Document, command: str, names: Iterable[str]) -> list[str] |
         if settings["save_dir"] is not None:
             words.append(("--save-dir", settings["save_dir"]))
     for name in names:
-        item, usual = settings[name], Settings.model_fields[name].get_default()
+        field = Settings.model_fields[name]
+        item, usual = settings[name], field.get_default()
         # What apply is not told it takes from the plan.
         if item == (
             list(usual) if isinstance(usual, tuple) else usual
@@ -110,8 +110,8 @@ def _command(value: Document, command: str, names: Iterable[str]) -> list[str] |
         option = f"--{name.replace('_', '-')}"
         if item is True:
             words.append((option,))
-        elif name in _SEPARATORS:
-            words.append((option, _SEPARATORS[name].join(map(str, item))))
+        elif isinstance(item, list) and (kind := kind_of(field)) and kind.separator:
+            words.append((option, kind.separator.join(map(str, item))))
         else:
             words += [(option, str(one)) for one in (item if isinstance(item, list) else [item])]
     if command != "frontier":

@@ -6,8 +6,9 @@ from pathlib import PurePath
 
 import numpy as np
 
+from onnx_oamip.core.options import DataOptions
 from onnx_oamip.core.records import Report
-from onnx_oamip.core.settings import READING, Settings
+from onnx_oamip.core.settings import Settings
 from onnx_oamip.reporting import documents
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.html import charts
@@ -42,7 +43,15 @@ from onnx_oamip.reporting.html.wording import (
     short,
 )
 
-APPLIED = ("refit", "seed", "batch_size", "force", "device", "cache", *sorted(READING))
+APPLIED = (
+    "refit",
+    "seed",
+    "batch_size",
+    "force",
+    "device",
+    "cache",
+    *sorted(DataOptions.model_fields),
+)
 """Settings that apply has as options."""
 
 

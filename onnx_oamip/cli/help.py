@@ -1,0 +1,73 @@
+"""Help of commands with many options: one section for every heading."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import click
+
+from onnx_oamip.cli.flags import Flags
+
+HEADINGS = (
+    "Budget",
+    "What to remove",
+    "Repair",
+    "Data",
+    "Speed and resources",
+    "Output",
+    "Published methods",
+    "Options",
+)
+"""Headings of options, in the order of the help. The last one is for all options without a heading."""
+
+
+class Option(click.Option):
+    """An option under a heading, whose help names parameters as the messages do (see ``flags``)."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        heading: str = HEADINGS[-1],
+        default_text: str | None = None,
+        **attributes: Any,
+    ) -> None:
+        """Create the option.
+
+        Args:
+            arguments: As for ``click.Option``.
+            heading: One of ``HEADINGS``.
+            default_text: The default as the help shows it; None for none.
+            attributes: Further arguments of ``click.Option``.
+        """
+        super().__init__(*arguments, **attributes)
+        self.heading = heading
+        self._default_text = default_text
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the flags and the help text, with the default."""
+        record = super().get_help_record(ctx)
+        if record is None:
+            return None
+        flags, text = record
+        default = "" if self._default_text is None else f"  [default: {self._default_text}]"
+        return flags, Flags.of_context(ctx).in_text(text) + default
+
+
+option = partial(click.option, cls=Option)
+
+
+class Command(click.Command):
+    """A command whose help lists its options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section for every heading that has options."""
+        sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                sections[getattr(parameter, "heading", HEADINGS[-1])].append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)

@@ -1,0 +1,59 @@
+"""Options that take the name of a plug-in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import click
+
+from onnx_oamip.cli.help import Option
+from onnx_oamip.core.errors import EnvironmentMissing
+
+REGISTRIES = {
+    "importance": "onnx_oamip.importance",
+    "limits": "onnx_oamip.planning.limits",
+}
+"""Module with ``find`` and ``names`` of every setting that names a plug-in."""
+
+
+class PlugInOption(Option):
+    """An option that takes the name of a plug-in; its help lists all plug-ins with their summaries.
+
+    The registry is imported when the help is printed or a value is checked: it is heavy, and other packages extend it.
+    """
+
+    def __init__(self, *arguments: Any, registry: str, **attributes: Any) -> None:
+        """Create the option.
+
+        Args:
+            arguments: As for ``click.Option``.
+            registry: Module with ``find`` and ``names``.
+            attributes: Further arguments of ``Option``; ``help`` is the sentence that the plug-ins are added to.
+        """
+        super().__init__(*arguments, **attributes)
+        self._registry = registry
+        self._purpose = (self.help or "").rstrip(".")
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        """Check that a plug-in of this name exists. Raises BadParameter if not."""
+        known = import_module(self._registry).names()
+        if value not in known:
+            raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}.", ctx, self)
+        return value
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """Return the flags and the help text with all plug-ins."""
+        registry = import_module(self._registry)
+        entries = [self._entry(name, registry.find) for name in registry.names()]
+        self.help = f"{self._purpose}: {'; '.join(entry for entry in entries if entry)}."
+        return super().get_help_record(ctx)
+
+    @staticmethod
+    def _entry(name: str, find: Callable[[str], Any]) -> str:
+        try:
+            plugin = find(name)
+        except EnvironmentMissing as error:
+            return f"{name}, {str(error).rstrip('.')}"
+        return f"{name}, {plugin.summary}" if plugin is not None else ""

@@ -1,0 +1,182 @@
+"""Options of the command line that are made from the settings, each from the field of its name.
+
+A command names the owners of the settings that it takes. Its options are made when they are first looked at: importing
+the settings takes a tenth of a second, which the list of commands does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from onnx_oamip.cli.help import Command, Option
+from onnx_oamip.cli.plugins import REGISTRIES, PlugInOption
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # generic since click 8.4 only
+
+SCORING = (
+    "ImportanceOptions",
+    "OamipOptions",
+    "NNReliefOptions",
+    "SnacsOptions",
+    "MintOptions",
+    "RepairOptions",
+)
+"""Owners of the settings that scores depend on."""
+PLANNING = (*SCORING, "AllocationOptions", "ConstraintOptions")
+"""Owners of the settings that a plan for a given budget depends on."""
+
+
+class SettingsCommand(Command):
+    """A command with options for some of the settings."""
+
+    def __init__(
+        self,
+        *arguments: Any,
+        owners: Collection[str] = (),
+        names: Collection[str] = (),
+        without: Collection[str] = (),
+        unset: Collection[str] = (),
+        **attributes: Any,
+    ) -> None:
+        """Create the command.
+
+        Args:
+            arguments: As for ``click.Command``.
+            owners: Names of classes in ``onnx_oamip.core.options`` whose settings the command takes.
+            names: Further settings that it takes.
+            without: Settings of the owners that it does not take.
+            unset: Settings without a default, because a plan has one.
+            attributes: Further arguments of ``click.Command``.
+        """
+        self._owners, self._names, self._without = owners, names, without
+        self._unset = unset
+        self._complete = False
+        super().__init__(*arguments, **attributes)
+
+    @property
+    def params(self) -> list[click.Parameter]:
+        """All parameters: those of the command's function, then those of the settings."""
+        if not self._complete:
+            self._complete = True
+            self._params.extend(self._of_settings())
+        return self._params
+
+    @params.setter
+    def params(self, value: list[click.Parameter]) -> None:
+        self._params = value
+
+    def _of_settings(self) -> list[Option]:
+        from onnx_oamip.core import options
+        from onnx_oamip.core.settings import Settings
+
+        names = set(self._names)
+        for owner in self._owners:
+            names.update(getattr(options, owner).model_fields)
+        taken = names.difference(self._without)
+        return [
+            setting_option(name, unset=name in self._unset)
+            for name in Settings.model_fields
+            if name in taken
+        ]
+
+
+class SettingType(_ParamType):
+    """Values of one setting, read and checked as the settings read and check them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def separator(self) -> str:
+        """Text between the parts of a value that configuration files give as a list; empty for one value."""
+        from onnx_oamip.core.options.validation import kind_of
+
+        kind = kind_of(_field(self.name))
+        return kind.separator if kind is not None else ""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Read a value. Raises BadParameter for one that the setting does not take."""
+        from pydantic import TypeAdapter, ValidationError
+
+        field = _field(self.name)
+        try:
+            return TypeAdapter(field.rebuild_annotation()).validate_python(value)
+        except ValidationError:
+            self._refuse(field, value, param, ctx)
+
+    def _refuse(
+        self,
+        field: FieldInfo,
+        value: Any,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> NoReturn:
+        from onnx_oamip.core.options.validation import refusal
+
+        self.fail(f"{refusal(field, value)}.", param, ctx)
+
+
+class SeparatedType(_ParamType):
+    """Several values of one setting, with commas between them."""
+
+    separator = ","
+
+    def __init__(self, name: str) -> None:
+        self.name = f"list of {name}"
+        self._part = SettingType(name)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """Read all parts. Raises BadParameter for one that the setting does not take."""
+        parts = value.split(self.separator) if isinstance(value, str) else value
+        return tuple(self._part.convert(part, param, ctx) for part in parts)
+
+
+def setting_option(name: str, *, unset: bool = False) -> Option:
+    """Create the option of one setting.
+
+    Args:
+        name: Field of the settings.
+        unset: The option has no default, because a plan has one.
+
+    Returns:
+        The option, with the values, the default, the help and the heading of the field.
+    """
+    from onnx_oamip.core.options.validation import choices_of, shown
+    from onnx_oamip.core.settings import Settings
+
+    field = _field(name)
+    words = shown(field)
+    attributes: dict[str, Any] = {
+        "help": f"{field.description} Default: that of the plan." if unset else field.description,
+        "heading": words.heading or Settings.owner(name).heading,
+        "default": None if unset else field.get_default(),
+        "default_text": None if unset else words.default,
+    }
+    flags = [f"--{name.replace('_', '-')}"]
+    if field.annotation is bool:
+        return Option(flags, is_flag=True, **attributes)
+    choices = choices_of(field)
+    if choices:
+        return Option(flags, type=click.Choice(choices), **attributes)
+    attributes["metavar"] = words.metavar
+    if name in REGISTRIES:
+        return PlugInOption(flags, registry=REGISTRIES[name], **attributes)
+    if isinstance(field.get_default(), tuple) and not SettingType(name).separator:
+        return Option(flags, multiple=True, **attributes)
+    return Option(flags, type=SettingType(name), **attributes)
+
+
+def _field(name: str) -> FieldInfo:
+    from onnx_oamip.core.settings import Settings
+
+    return Settings.model_fields[name]

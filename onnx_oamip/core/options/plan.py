@@ -1,0 +1,67 @@
+"""Options of a plan and of the repair of what remains: allocation, constraints on groups, reconstruction."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from onnx_oamip.core.options.validation import Options
+from onnx_oamip.core.options.values import (
+    Alignment,
+    Name,
+    Patterns,
+    ShareBelowOne,
+    ShareOrZero,
+)
+
+
+class AllocationOptions(Options):
+    """How a budget is spread over groups."""
+
+    heading: ClassVar[str] = "What to remove"
+
+    allocate: Literal["mip", "global", "uniform"] = Field(
+        "mip",
+        description="How a budget is spread: by a mixed-integer program over measured losses, by the lowest scores "
+        "wherever they are, or as the same share of every group.",
+    )
+
+
+class RepairOptions(Options):
+    """How the remaining weights compensate for removed units."""
+
+    heading: ClassVar[str] = "Repair"
+
+    refit: Literal["least-squares", "bias", "none"] = Field(
+        "least-squares",
+        description="How removed units are compensated: by weights fitted anew to the original outputs, by the mean "
+        "folded into the biases of the following layers, or not at all. The scores of oamip and measured losses "
+        "assume it.",
+    )
+
+
+class ConstraintOptions(Options):
+    """What every plan keeps of a group, whatever its budget."""
+
+    heading: ClassVar[str] = "What to remove"
+
+    align: Alignment = Field(
+        "auto",
+        description="Keep channels in multiples of N where a group has that many; auto takes the step that was "
+        "measured to pay on the device, for convolutions.",
+    )
+    floor: ShareOrZero = Field(
+        0.0, description="Least share to keep of every group, as 0.1 or 10%."
+    )
+    limits: Name = Field("none", description="Most that any plan may remove from a group.")
+    protect: ShareBelowOne = Field(
+        0.0,
+        description="Share of every group that no plan may remove, as 0.1 or 10%: the units that following layers "
+        "weigh most.",
+    )
+    exclude: Patterns = Field(
+        (),
+        description="Keep all units of groups that match this shell pattern, such as 'conv1*'; may be given more than "
+        "once.",
+    )

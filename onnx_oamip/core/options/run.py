@@ -1,0 +1,93 @@
+"""Options of a run as such: solver, device, workers, cache, seed, memory, and what may be written."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from onnx_oamip.core.options.validation import Options
+from onnx_oamip.core.options.values import (
+    Address,
+    Count,
+    CountOrZero,
+    Memory,
+    Name,
+    Seconds,
+    Shown,
+)
+
+ACTIVATION_MEMORY = 1 << 30
+"""Bytes of activations held at the same time where no option bounds memory."""
+SHARES_OF_MEMORY = 4
+"""Activations, results computed from them, and ONNX Runtime's own copies share the memory of a run."""
+_OUTPUT = Shown(heading="Output")
+
+
+class RunOptions(Options):
+    """How a run is carried out. But for the seed and the memory, they do not change what a counted budget gives."""
+
+    heading: ClassVar[str] = "Speed and resources"
+
+    solver: Literal["auto", "gurobi", "highs"] = Field(
+        "auto",
+        description="What solves the programs; auto takes Gurobi where its licence allows the program's size, else "
+        "HiGHS.",
+    )
+    time_limit: Seconds = Field(
+        60.0,
+        description="Most seconds for one solve of a program; the best found by then is taken and its gap reported.",
+    )
+    workers: Count | None = Field(
+        None,
+        description="Groups that are scored or measured at the same time. Default: one for every core.",
+    )
+    scheduler: Address | None = Field(
+        None,
+        description="Score and measure groups on the workers of the Dask scheduler at this address, such as "
+        "tcp://host:8786, in place of `workers` here. The result is the same. Needs the extra 'cluster'.",
+    )
+    cache: Annotated[Name, Shown(metavar="DIR|auto|off")] = Field(
+        "auto",
+        description="Where to keep what was found out about a model and its data, so that another budget starts from "
+        "it; auto is $ONNX_OAMIP_CACHE, or else the user's cache folder.",
+    )
+    force: Annotated[bool, _OUTPUT] = Field(
+        False, description="Write the model even where it was measured slower than the original."
+    )
+    strict: Annotated[bool, _OUTPUT] = Field(
+        False,
+        description="Fail where channels of a layer cannot be removed for another reason than the model's inputs and "
+        "outputs.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where the model runs; auto takes CUDA where it works, and asking for cuda where it does not is an "
+        "error.",
+    )
+    seed: CountOrZero = Field(
+        0,
+        description="Seed of everything random; with the same seed a budget that is counted gives the same model.",
+    )
+    batch_size: Count = Field(
+        32,
+        description="Samples that models are run on at a time to be compared; a model with a fixed batch keeps its "
+        "own. What is written does not depend on it.",
+    )
+    max_memory: Memory | None = Field(
+        None,
+        description="Aim at this much memory, such as 2GB: while learning a quarter of it goes to activations and a "
+        "quarter to second moments, so there are fewer samples at a time, and coarser moments of wide layers. It is "
+        "no hard limit, and it can change the result. Default: 1 GiB of activations.",
+    )
+    no_provenance: Annotated[bool, _OUTPUT] = Field(
+        False,
+        description="Leave out of the model's metadata which file it was made from, by which plan and version.",
+    )
+
+    @property
+    def activation_memory_limit(self) -> int:
+        """Upper bound in bytes on activations held at the same time."""
+        if self.max_memory is None:
+            return ACTIVATION_MEMORY
+        return min(ACTIVATION_MEMORY, self.max_memory // SHARES_OF_MEMORY)

@@ -1,0 +1,92 @@
+"""The base of all groups of options: frozen, and a value that does not fit is one SettingsError."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.options.values import Kind, Shown
+
+
+class Options(BaseModel):
+    """Options of one owner.
+
+    A field has a default and a description; its type says how a value is read and which values it takes
+    (:mod:`onnx_oamip.core.options.values`). The command line, configuration files and the JSON schema are made from
+    the fields.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    heading: ClassVar[str]
+    """Heading that the options are listed under."""
+
+    def __init__(self, **values: Any) -> None:
+        """Check all values. Raises SettingsError with one sentence about the first that does not fit."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            name = str(error.errors(include_url=False)[0]["loc"][0])
+            raise SettingsError(f"{_refusal_by_name(type(self), name, values)}.") from error
+
+
+def kind_of(field: FieldInfo) -> Kind | None:
+    """Return the kind of values that a field takes; None for a choice of names and for a switch."""
+    return next((part for part in _annotations(field) if isinstance(part, Kind)), None)
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """Return the names that a field takes, in order; empty unless it is a choice of names."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def shown(field: FieldInfo) -> Shown:
+    """Return how the help shows the option of a field; an empty heading is that of its owner."""
+    own = next((part for part in _annotations(field) if isinstance(part, Shown)), Shown())
+    kind = kind_of(field)
+    return Shown(
+        metavar=own.metavar or (kind.metavar if kind is not None else None),
+        default=own.default or _default_text(field),
+        heading=own.heading,
+    )
+
+
+def refusal(field: FieldInfo, value: object) -> str:
+    """Return why a field does not take a value, without a full stop."""
+    kind = kind_of(field)
+    if kind is not None:
+        return kind.refusal(value)
+    choices = choices_of(field)
+    if choices:
+        return f"{value!r} is not one of {', '.join(map(repr, choices))}"
+    return f"{value!r} is not true or false"
+
+
+def _default_text(field: FieldInfo) -> str | None:
+    """The default as the command line takes it; None where nothing is set, a switch is off or a list is empty."""
+    default = field.get_default()
+    kind = kind_of(field)
+    if default is None or default is False or default == ():
+        return None
+    if isinstance(default, tuple) and kind is not None:
+        return kind.separator.join(f"{part:g}" for part in default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _annotations(field: FieldInfo) -> Iterator[Any]:
+    """What annotates a field, also where the field may be None besides."""
+    yield from field.metadata
+    for alternative in get_args(field.annotation):
+        yield from getattr(alternative, "__metadata__", ())
+
+
+def _refusal_by_name(options: type[Options], name: str, values: dict[str, Any]) -> str:
+    if name in options.model_fields:
+        return f"`{name}`: {refusal(options.model_fields[name], values[name])}"
+    close = difflib.get_close_matches(name, options.model_fields, 1)
+    hint = f"; is it `{close[0]}`" if close else ""
+    return f"there is no setting `{name}`{hint}"
