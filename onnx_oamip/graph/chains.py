@@ -1,6 +1,6 @@
 """Chains of nodes behind and in front of a tensor, as long as each tensor between has one consumer.
 
-A linear node is followed by a bias, a batch normalisation or a sum of branches, and preceded by what reshapes its data.
+A linear node is followed by a bias, a batch normalisation or a sum of branches, and preceded by reshapes of its data.
 Which of them a caller passes through is up to it: it asks for traits of operators (:func:`onnx_oamip.graph.ops.has`).
 """
 
@@ -23,8 +23,8 @@ N = TypeVar("N", Node, NodeProto)
 class Chains(Generic[N]):
     """Producers and consumers of the tensors of a graph.
 
-    ``consumers`` has a node once for every input that reads the tensor, and for its bodies; ``visible``: tensors that
-    are graph outputs.
+    ``consumers`` has a node once for every input that reads the tensor, and once if only its bodies read it;
+    ``visible``: tensors that are graph outputs.
     """
 
     producers: Mapping[str, N]
@@ -32,8 +32,16 @@ class Chains(Generic[N]):
     visible: frozenset[str]
 
     def read_once(self, tensor: str) -> bool:
-        """Whether one input of one node reads a tensor, and no graph output is it."""
-        return len(self.consumers.get(tensor, ())) == 1 and tensor not in self.visible
+        """Tell tensors that can be changed for one consumer from others.
+
+        Args:
+            tensor: Name of a tensor.
+
+        Returns:
+            True if one input of one node reads it and it is no graph output.
+        """
+        reads = self.consumers.get(tensor, ())
+        return len(reads) == 1 and tensor not in self.visible
 
     def sole_consumer(self, tensor: str) -> N | None:
         """Return the only consumer of a tensor.
@@ -44,7 +52,9 @@ class Chains(Generic[N]):
         Returns:
             The consumer, or None if the tensor is a graph output or is read more than once or not at all.
         """
-        return self.consumers[tensor][0] if self.read_once(tensor) else None
+        if not self.read_once(tensor):
+            return None
+        return self.consumers[tensor][0]
 
     def behind(self, tensor: str) -> Iterator[tuple[str, N]]:
         """Yield the chain of sole consumers behind a tensor, along first outputs.
@@ -57,7 +67,8 @@ class Chains(Generic[N]):
         """
         while (node := self.sole_consumer(tensor)) is not None:
             yield tensor, node
-            tensor = node.outputs[0] if isinstance(node, Node) else node.output[0]
+            outputs = node.outputs if isinstance(node, Node) else node.output
+            tensor = outputs[0]
 
     def in_front(self, tensor: str, data_input: Callable[[N], str | None]) -> Iterator[N]:
         """Yield the chain of producers in front of a tensor that nothing else reads.
@@ -79,43 +90,58 @@ class Chains(Generic[N]):
 
 
 def of_model(model: Model) -> Chains[Node]:
-    """The chains of the graph itself; bodies count as consumers of what they read."""
+    """Index the graph of a model; a body counts as a consumer of the outer tensors that it reads.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Its chains.
+    """
     return of_nodes(model.nodes, (port.name for port in model.outputs))
 
 
 def of_nodes(nodes: Iterable[Node], visible: Iterable[str] = ()) -> Chains[Node]:
-    """The chains of some nodes of a graph.
+    """Index some nodes of a graph.
 
     Args:
-        nodes: Nodes, of which only these count as consumers.
+        nodes: The only nodes that count as consumers.
         visible: Names of graph outputs.
 
     Returns:
-        The chains.
+        Their chains.
     """
-    reads = ((node, (*node.inputs, *node.captures), node.outputs) for node in nodes)
-    return _chains(reads, visible)
+    links = ((node, (*node.inputs, *node.captures), node.outputs) for node in nodes)
+    return _index(links, visible)
 
 
 def of_graph(graph: GraphProto) -> Chains[NodeProto]:
-    """The chains of a graph that is being rewritten."""
-    reads = ((node, _reads(node), node.output) for node in graph.node)
-    return _chains(reads, (value.name for value in graph.output))
+    """Index a graph that is being rewritten.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        Its chains.
+    """
+    links = ((node, _reads(node), node.output) for node in graph.node)
+    return _index(links, (value.name for value in graph.output))
 
 
 def _reads(node: NodeProto) -> list[str]:
-    """Inputs of a node, and what only its bodies read."""
+    """Inputs of a node, and the outer tensors that only its bodies read."""
     inside = [name for name in subgraphs.reads(node) if name not in node.input]
     return [*node.input, *inside]
 
 
-def _chains(
-    reads: Iterable[tuple[N, Sequence[str], Iterable[str]]], visible: Iterable[str]
+def _index(
+    links: Iterable[tuple[N, Sequence[str], Iterable[str]]], visible: Iterable[str]
 ) -> Chains[N]:
+    """Index nodes with the tensors that they read and write."""
     producers: dict[str, N] = {}
     consumers: dict[str, list[N]] = defaultdict(list)
-    for node, inputs, outputs in reads:
-        producers.update(dict.fromkeys(outputs, node))
-        for name in inputs:
+    for node, reads, writes in links:
+        producers.update(dict.fromkeys(writes, node))
+        for name in reads:
             consumers[name].append(node)
     return Chains(producers, dict(consumers), frozenset(visible))

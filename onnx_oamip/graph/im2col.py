@@ -1,4 +1,4 @@
-"""What a linear operator sees and gives, as rows: ``y_row = W x_row + b`` at sampled positions.
+"""Inputs and outputs of linear nodes as rows: ``y_row = W x_row + b`` at sampled positions.
 
 Convolutions are cut into patches (im2col) only at randomly sampled output positions, the same for every tensor of one
 node, so that neither memory nor time grows with the size of the image.
@@ -14,39 +14,83 @@ from onnx_oamip.graph.ops.matrix_view import Site
 
 
 def row_count(site: Site, output: tuple[int, ...]) -> int:
-    """Rows in one feed: (image, pixel) pairs of the output, or all positions but the channel's."""
-    return int(np.prod(output)) // output[site.output_axis]
+    """Count the rows of one feed.
+
+    Args:
+        site: The linear node.
+        output: Shape of its output.
+
+    Returns:
+        Number of (image, pixel) pairs of a convolution, of positions but the channel's of a product.
+    """
+    channels = output[site.output_axis]
+    return int(np.prod(output)) // channels
 
 
 def pick(total: int, wanted: int, rng: np.random.Generator) -> Ints:
-    """At most ``wanted`` of ``total`` rows, evenly spread (one at random in every stretch), ascending."""
+    """Choose rows that are evenly spread: one at random in every stretch.
+
+    Args:
+        total: Number of rows.
+        wanted: Largest number to choose.
+        rng: Source of randomness.
+
+    Returns:
+        Indices of rows, ascending; all of them if there are no more than ``wanted``.
+    """
     if wanted >= total:
         return np.arange(total, dtype=np.int64)
-    edges = np.arange(wanted + 1) * total // wanted  # whole numbers: stretches do not overlap
-    return np.minimum(
-        edges[:-1] + (rng.random(wanted) * np.diff(edges)).astype(np.int64), edges[1:] - 1
-    )
+    # Whole numbers as edges: stretches do not overlap.
+    edges = np.arange(wanted + 1) * total // wanted
+    lengths = np.diff(edges)
+    offsets = (rng.random(wanted) * lengths).astype(np.int64)
+    chosen: Ints = np.minimum(edges[:-1] + offsets, edges[1:] - 1)
+    return chosen
 
 
 def data_rows(site: Site, x: Array, rows: Ints, output: tuple[int, ...]) -> Floats:
-    """(rows, groups, inputs per group * taps) float64: what the node reads for each of the given output rows."""
+    """Cut out the inputs that the node combines for some rows of its output.
+
+    Args:
+        site: The linear node.
+        x: Value of its data input.
+        rows: Indices of rows of the output.
+        output: Shape of the output.
+
+    Returns:
+        (rows, groups, inputs per group * taps) in float64, zeros for padding.
+    """
     if not site.spatial:
         flat = np.moveaxis(x, site.data_axis, -1)
-        return flat.reshape(-1, flat.shape[-1])[rows][:, None, :].astype(np.float64)
-    image, pixel = np.divmod(rows, int(np.prod(output[2:])))
-    index = taps(
-        site.node, site.kernel, x.shape[2:], output[2:], pixel
-    )  # (rows, taps), -1 outside the image
-    channels = x.shape[1]
-    flat = x.reshape(len(x), channels, -1)
-    found = flat[image[:, None], :, np.maximum(index, 0)]  # (rows, taps, channels)
-    found = np.where(index[..., None] >= 0, found, 0).astype(np.float64)
+        chosen = flat.reshape(-1, flat.shape[-1])[rows]
+        return chosen[:, None, :].astype(np.float64)
+    pixels = int(np.prod(output[2:]))
+    image, pixel = np.divmod(rows, pixels)
+    # (rows, taps), -1 outside the image
+    index = taps(site.node, site.kernel, before=x.shape[2:], after=output[2:], positions=pixel)
+    images, channels = x.shape[:2]
+    flat = x.reshape(images, channels, -1)
+    inside = index >= 0
+    patches = flat[image[:, None], :, np.maximum(index, 0)]  # (rows, taps, channels)
+    padded = np.where(inside[..., None], patches, 0).astype(np.float64)
+    count, kernel_size = index.shape
     per_group = channels // site.groups
-    shaped = found.reshape(len(rows), index.shape[1], site.groups, per_group)
-    return shaped.transpose(0, 2, 3, 1).reshape(len(rows), site.groups, per_group * index.shape[1])
+    by_group = padded.reshape(count, kernel_size, site.groups, per_group)
+    inputs_first = by_group.transpose(0, 2, 3, 1)
+    return inputs_first.reshape(count, site.groups, per_group * kernel_size)
 
 
 def output_rows(site: Site, y: Array, rows: Ints) -> Floats:
-    """(rows, outputs) float64: what the node gives at the same rows."""
+    """Cut out the outputs of the node at some rows.
+
+    Args:
+        site: The linear node.
+        y: Value of its output.
+        rows: Indices of rows.
+
+    Returns:
+        (rows, outputs) in float64.
+    """
     flat = np.moveaxis(y, site.output_axis, -1)
-    return flat.reshape(-1, flat.shape[-1])[rows].astype(np.float64)
+    chosen = flat.reshape(-1, flat.shape[-1])[rows]
+    return chosen.astype(np.float64)

@@ -1,4 +1,4 @@
-"""What a small file may ask for: tensors that no memory holds, lists that take long to follow."""
+"""Guards against small files that ask for large resources: huge tensors, constants, and lists of lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onnx_oamip.graph import external_data, subgraphs
 from onnx_oamip.graph.ops import kinds
 
 UNKNOWN_MEMORY = 1 << 34
-"""Taken for the memory of a machine that does not tell."""
+"""Assumed where a machine does not report its memory."""
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 LONGEST = 1 << 18
 """Elements of a list in a graph; with longer ones, none is followed."""
@@ -26,13 +26,13 @@ FOLDED = 1 << 26
 """Bytes that a constant made by folding may have, unless it is not ``TIMES`` as large as the model."""
 TIMES = 16
 SPARSE = 256
-"""Times its file that a constant which is stored sparsely may take."""
+"""Largest ratio of a sparsely stored constant to the file that holds it."""
 WIDTH = 8
 """Bytes of an element, at most."""
 
 
 def memory() -> int:
-    """Bytes that this process can still have: what is free, or what the machine has where it does not tell."""
+    """Return the bytes that this process can still allocate: free memory, or a lower limit of the process."""
     return min(_free(), _allowed())
 
 
@@ -40,9 +40,11 @@ def _free() -> int:
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
+                kibibytes = int(line.split()[1])
+                return kibibytes << 10
     except (OSError, ValueError):
         pass
+    # Not Linux: all memory of the machine is an upper bound.
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
@@ -50,28 +52,52 @@ def _free() -> int:
 
 
 def _allowed() -> int:
-    """What is left of a limit set for the process (``ulimit -v``)."""
+    """Remainder of a limit set for the process (``ulimit -v``)."""
     try:
         import resource
 
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (ImportError, OSError, ValueError):
         return sys.maxsize
-    return sys.maxsize if limit == resource.RLIM_INFINITY else max(limit - used, 0)
+    if limit == resource.RLIM_INFINITY:
+        return sys.maxsize
+    return max(limit - pages * resource.getpagesize(), 0)
 
 
 def amount(size: int) -> str:
-    """A number of bytes for people."""
-    unit = min(max(size.bit_length() - 1, 0) // 10, len(UNITS) - 1)
-    return f"{size / (1 << 10 * unit):,.{1 if unit else 0}f} {UNITS[unit]}"
+    """Format a number of bytes for people.
+
+    Args:
+        size: Number of bytes.
+
+    Returns:
+        The number in the largest binary unit that it reaches, such as "1.5 GiB".
+    """
+    steps_of_1024 = max(size.bit_length() - 1, 0) // 10
+    unit = min(steps_of_1024, len(UNITS) - 1)
+    scaled = size / (1 << 10 * unit)
+    digits = 1 if unit else 0
+    return f"{scaled:,.{digits}f} {UNITS[unit]}"
 
 
 def check(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype[Any]]) -> None:
-    """Raises ModelError where a single tensor is larger than the memory that is there."""
+    """Refuse a model with a tensor that does not fit into memory.
+
+    Args:
+        shapes: Shapes of tensors by name.
+        dtypes: Their element types, as far as they are known.
+
+    Raises:
+        ModelError: A single tensor is larger than the memory that is left.
+    """
     sizes = {n: math.prod(s) * dtypes[n].itemsize for n, s in shapes.items() if n in dtypes}
     largest = max(sizes, key=lambda n: sizes[n], default=None)
-    if largest is not None and sizes[largest] > FOLDED and sizes[largest] > (free := memory()):
+    # Small ones are not worth asking the machine.
+    if largest is None or sizes[largest] <= FOLDED:
+        return
+    free = memory()
+    if sizes[largest] > free:
         raise ModelError(
             f"the tensor '{largest}' of shape {shapes[largest]} asks for {amount(sizes[largest])} of memory and this "
             f"machine has {amount(free)}; give smaller inputs, or export the model with smaller ones."
@@ -79,9 +105,18 @@ def check(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype[A
 
 
 def check_written_out(stored: SparseTensorProto, proto: ModelProto) -> None:
-    """Raises ModelError where a constant that is stored sparsely is very large with its zeros."""
+    """Refuse a sparsely stored constant that is very large with its zeros.
+
+    Args:
+        stored: The constant.
+        proto: The model that it lies in.
+
+    Raises:
+        ModelError: It is too large for the size of the file.
+    """
     size = math.prod(stored.dims) * WIDTH
-    if min(stored.dims, default=1) < 0 or size > max(FOLDED, SPARSE * proto.ByteSize()):
+    most = max(FOLDED, SPARSE * proto.ByteSize())
+    if min(stored.dims, default=1) < 0 or size > most:
         raise ModelError(
             f"the sparse constant '{stored.values.name}' of shape {tuple(stored.dims)} asks for up to {amount(size)} "
             "with its zeros, more than is sensible for this file; store it densely."
@@ -89,13 +124,22 @@ def check_written_out(stored: SparseTensorProto, proto: ModelProto) -> None:
 
 
 def inferred(proto: ModelProto) -> GraphProto:
-    """The graph with the shapes that ONNX infers, lists of lengths followed where none of them is very long.
+    """Infer shapes with ONNX, and follow lists of lengths where none of them is very long.
 
     onnx keeps every element of every list of whole numbers, 70 bytes each: a small file can ask for all memory.
+
+    Args:
+        proto: The model.
+
+    Returns:
+        Its graph with inferred shapes.
     """
     plain = onnx.shape_inference.infer_shapes(proto).graph
     filled = {
-        n for node in subgraphs.nodes(plain) if node.op_type in kinds.FILL for n in node.output
+        name
+        for node in subgraphs.nodes(plain)
+        if node.op_type in kinds.FILL
+        for name in node.output
     }
     whole = {TensorProto.INT64, TensorProto.INT32}
     for graph in subgraphs.graphs(plain):
@@ -108,25 +152,19 @@ def inferred(proto: ModelProto) -> GraphProto:
 
 
 def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]:
-    """Tensors that are not made constants: too large ones, and those of which only folding others tells the size.
+    """Find the computed constants that must not be folded, because they are or may be too large.
 
-    ``skeleton``: the model without the payload of large constants. The second is whether there are any of the latter.
+    Args:
+        proto: The model.
+        skeleton: The model without the payload of large constants.
+
+    Returns:
+        Names of tensors that stay computed, and whether the size of some of them is known only after others are folded.
     """
-    graph = proto.graph
-    known = {t.name for t in graph.initializer}
-    candidates: list[NodeProto] = []
-    for node in graph.node:
-        if known.issuperset(subgraphs.reads(node)):
-            known.update(node.output)
-            candidates.append(node)
+    candidates = _computed_from_constants(proto.graph)
     if not candidates:
         return set(), False
-    plain = onnx.shape_inference.infer_shapes(skeleton).graph
-    sizes: dict[str, int] = {}
-    for value in (v for g in subgraphs.graphs(plain) for v in (*g.value_info, *g.output)):
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-            sizes[value.name] = math.prod(d.dim_value for d in kind.shape.dim) * WIDTH
+    sizes = _known_sizes(skeleton)
     most = max(FOLDED, TIMES * external_data.size(proto))
     result: set[str] = set()
     waits = False
@@ -137,3 +175,26 @@ def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]
                 result.add(name)
                 waits |= open_size
     return result, waits
+
+
+def _computed_from_constants(graph: GraphProto) -> list[NodeProto]:
+    known = {t.name for t in graph.initializer}
+    result: list[NodeProto] = []
+    for node in graph.node:
+        if known.issuperset(subgraphs.reads(node)):
+            known.update(node.output)
+            result.append(node)
+    return result
+
+
+def _known_sizes(skeleton: ModelProto) -> dict[str, int]:
+    """Bytes of the tensors whose shape inference gives as numbers."""
+    plain = onnx.shape_inference.infer_shapes(skeleton).graph
+    sizes: dict[str, int] = {}
+    for graph in subgraphs.graphs(plain):
+        for value in (*graph.value_info, *graph.output):
+            kind = value.type.tensor_type
+            dims = kind.shape.dim
+            if kind.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+                sizes[value.name] = math.prod(d.dim_value for d in dims) * WIDTH
+    return sizes

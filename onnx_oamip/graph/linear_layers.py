@@ -1,7 +1,6 @@
-"""Linear consumers seen one way: ``y = W x + b`` with W as (groups, outputs, inputs, taps), whatever the operator.
+"""Weights and biases of linear nodes, read and written one way: ``y = W x + b``.
 
-Reading and writing weights and biases of Conv, ConvTranspose, Gemm, MatMul and plain Einsum goes through here, so that
-a refit never sees an operator's layout.
+W is (groups, outputs, inputs, taps) whatever the operator; the layouts are facets of operators (``ops.matrix_view``).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from onnx_oamip.graph.subgraphs import reads
 
 
 def site(node: Node, constants: Mapping[str, Array]) -> Site | None:
-    """The site of a linear node with one constant weight of a plain matrix form.
+    """Find the data and the weight of a linear node.
 
     Args:
         node: Any node.
         constants: Values of constants by name.
 
     Returns:
-        The site, or None where the node is not linear or its weight has another form.
+        The site, or None where the node is not linear or its weight is not one constant of a plain matrix form.
     """
     spec = lookup(node.domain, node.op, node.version)
     return None if spec is None or spec.linear is None else spec.linear.site(node, constants)
@@ -63,43 +62,77 @@ def linear_consumers(model: Model, coupling: Coupling) -> list[tuple[Consumer, S
 
 
 def quantised(node: Node, model: Model) -> bool:
-    """Whether a weight of the node is kept as codes, which no refit may set freely."""
-    makers = {name: maker for maker in model.nodes for name in maker.outputs}
-    for name in node.inputs[:2]:
-        maker = makers.get(name)
-        spec = None if maker is None else lookup(maker.domain, maker.op, maker.version)
-        if (
-            maker is not None
-            and spec is not None
-            and spec.edit.zero is not None
-            and maker.inputs[0] in model.constants
-        ):
-            return True
-    return False
+    """Tell nodes whose weight is stored as codes, which no refit may set freely.
+
+    Args:
+        node: A linear node.
+        model: The model that it lies in.
+
+    Returns:
+        True if one of its operands is made of constant codes.
+    """
+    producers = {name: producer for producer in model.nodes for name in producer.outputs}
+    operands = (producers.get(name) for name in node.inputs[:2])
+    return any(producer is not None and _holds_codes(producer, model) for producer in operands)
+
+
+def _holds_codes(node: Node, model: Model) -> bool:
+    """Whether a node makes real numbers of constant codes."""
+    spec = lookup(node.domain, node.op, node.version)
+    works_on_codes = spec is not None and spec.edit.zero is not None
+    return works_on_codes and node.inputs[0] in model.constants
 
 
 def matrix(site: Site, weight: Array) -> Floats:
-    """The weight as (groups, outputs per group, inputs per group, taps), float64."""
+    """Read a weight as a matrix.
+
+    Args:
+        site: The linear node.
+        weight: Value of its weight.
+
+    Returns:
+        (groups, outputs per group, inputs per group, taps) in float64.
+    """
     return site.rules.matrix(site, weight.astype(np.float64))
 
 
 def matrix_shape(site: Site, weight: Array) -> tuple[int, int, int, int]:
-    """Shape that :func:`matrix` would give, without the copy."""
+    """Return the shape that :func:`matrix` would give, without the copy.
+
+    Args:
+        site: The linear node.
+        weight: Value of its weight.
+
+    Returns:
+        (groups, outputs per group, inputs per group, taps).
+    """
     return site.rules.matrix_shape(site, weight.shape)
 
 
 def unmatrix(site: Site, value: Floats, like: Array) -> Array:
-    """The inverse of :func:`matrix`: the weight in the layout and type of ``like``, whose channels may be others."""
+    """Write a matrix as a weight: the inverse of :func:`matrix`.
+
+    Args:
+        site: The linear node.
+        value: The matrix, which may have other numbers of channels.
+        like: A weight of the node, for type and kernel.
+
+    Returns:
+        The weight in the layout of the operator.
+    """
     shaped = site.rules.weight(site, value, like.shape[2:])
     return np.ascontiguousarray(shaped.astype(like.dtype))
 
 
 class Editor:
-    """Weights and biases of a proto, changed in place. Shared constants are copied for the node that changes them."""
+    """Editor of the weights and biases of a proto, in place.
+
+    A constant that several nodes share is copied for the node that changes it.
+    """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
-        self._aside = bool(references(proto))
+        self._external = bool(references(proto))
         self._index()
 
     def _index(self) -> None:
@@ -116,22 +149,37 @@ class Editor:
         self.outputs = {v.name for v in proto.graph.output}
 
     def constant(self, name: str) -> Array | None:
-        """Value of an initialiser, or None."""
+        """Read an initialiser.
+
+        Args:
+            name: Name of a tensor.
+
+        Returns:
+            Its value, or None if it is no initialiser.
+        """
         held = self.tensors.get(name)
         return None if held is None else array(held)
 
     def replace(self, node: onnx.NodeProto, slot: int, value: Array) -> None:
-        """Give input ``slot`` of the node a new constant value."""
-        name = node.input[slot] if slot < len(node.input) else ""
+        """Give an input of a node a new constant value.
+
+        Args:
+            node: Node of the proto.
+            slot: Input index.
+            value: The new value. An initialiser that others read as well stays, and the node gets one of its own.
+        """
+        name = _operand(node, slot)
         if name in self.tensors and self._own(name):
-            self.tensors[name].CopyFrom(tensor(value, name, self._aside))
+            self.tensors[name].CopyFrom(tensor(value, name, self._external))
             return
-        fresh = self._unused(f"{name or node.name + '_input' + str(slot)}_refitted")
-        self.proto.graph.initializer.append(tensor(value, fresh, self._aside))
+        stem = name or f"{node.name}_input{slot}"
+        fresh = self._unused(f"{stem}_refitted")
+        self.proto.graph.initializer.append(tensor(value, fresh, self._external))
         self.tensors[fresh] = self.proto.graph.initializer[-1]
         while len(node.input) <= slot:
             node.input.append("")
-        self.readers[name] = [r for r in self.readers[name] if r[0] is not node or r[1] != slot]
+        others = (r for r in self.readers[name] if r[0] is not node or r[1] != slot)
+        self.readers[name] = list(others)
         node.input[slot] = fresh
         self.readers[fresh].append((node, slot))
 
@@ -140,27 +188,42 @@ class Editor:
         return len(self.readers[name]) == 1 and name not in self.outputs
 
     def _unused(self, name: str) -> str:
-        result, i = name, 1
+        result, number = name, 1
         while result in self.tensors or result in self.readers or result in self.nodes:
-            result, i = f"{name}_{i}", i + 1
+            result = f"{name}_{number}"
+            number += 1
         return result
 
     def bias_growth(self, site: Site) -> int:
-        """Elements that the model grows by when the node gets its first bias shift."""
+        """Count the elements that a first bias shift adds to the model.
+
+        Args:
+            site: The linear node.
+
+        Returns:
+            Number of elements of the new bias beyond those that it replaces.
+        """
         node = self.nodes[site.node.name]
         outputs = self._outputs(site)
         own = site.rules.bias
-        if own is None:
-            addition = self._following_add(site)
-            name = "" if addition is None else addition[0].input[addition[1]]
-        else:
-            name = _operand(node, own.slot)
-        old = self.constant(name) if name else None
+        name = self._added_behind(site) if own is None else _operand(node, own.slot)
+        if not name:
+            return outputs
+        old = self.constant(name)
         if old is None:
-            return 0 if name else outputs
+            return 0  # computed: it stays as it is
         if own is None and old.size != outputs:
             return outputs
-        return max(old.size, outputs) - (old.size if self._own(name) else 0)
+        replaced = old.size if self._own(name) else 0
+        return max(old.size, outputs) - replaced
+
+    def _added_behind(self, site: Site) -> str:
+        """Name of the constant that is added right behind a product, empty where there is none."""
+        addition = self._following_add(site)
+        if addition is None:
+            return ""
+        node, slot = addition
+        return str(node.input[slot])
 
     def _outputs(self, site: Site) -> int:
         """Number of outputs of all groups of a site."""
@@ -170,7 +233,14 @@ class Editor:
         return groups * outputs
 
     def bias(self, site: Site) -> Floats | None:
-        """What the node itself adds per output, zeros where nothing; None where it is not one constant per output."""
+        """Read the bias that the node itself adds.
+
+        Args:
+            site: The linear node.
+
+        Returns:
+            (outputs,), zeros without a bias; None where it is not one constant per output.
+        """
         node, own = self.nodes[site.node.name], site.rules.bias
         zeros = np.zeros(self._outputs(site))
         name = "" if own is None else _operand(node, own.slot)
@@ -187,18 +257,31 @@ class Editor:
         return zeros + by_output.reshape(-1)
 
     def whole_bias(self, site: Site) -> Floats | None:
-        """As :meth:`bias`, with the constant that is added right behind a product: all that ``add_bias`` adds to."""
+        """Read the bias with the constant that is added right behind a product: all that ``add_bias`` adds to.
+
+        Args:
+            site: The linear node.
+
+        Returns:
+            (outputs,), or None where it is not one constant per output.
+        """
         inner = self.bias(site)
         if site.rules.bias is not None or inner is None:
             return inner
-        addition = self._following_add(site)
-        outer = None if addition is None else self.constant(addition[0].input[addition[1]])
-        return inner if outer is None or outer.shape != inner.shape else outer.astype(np.float64)
+        outer = self.constant(self._added_behind(site))
+        if outer is None or outer.shape != inner.shape:
+            return inner
+        return outer.astype(np.float64)
 
     def add_bias(self, site: Site, delta: Floats) -> bool:
-        """Add ``delta`` (outputs,) to what the node puts out; makes a bias where there is none.
+        """Shift the output of a node by a constant; makes a bias where there is none.
 
-        Returns False where the bias is not a constant and therefore stays as it is.
+        Args:
+            site: The linear node.
+            delta: Shift of every output (outputs,).
+
+        Returns:
+            False where the bias is not a constant and therefore stays as it is.
         """
         node, own = self.nodes[site.node.name], site.rules.bias
         if own is None:
@@ -235,17 +318,18 @@ class Editor:
             return None
         other = 1 - slot
         constant = self.tensors.get(addition.input[other])
-        if constant is None or len(constant.dims) > 1 or (constant.dims and constant.dims[0] == 1):
+        if constant is None or len(constant.dims) > 1:
             return None
-        return addition, other
+        one_number = list(constant.dims) == [1]
+        return None if one_number else (addition, other)
 
     def _add_behind(self, node: onnx.NodeProto, site: Site, delta: Floats) -> bool:
         """Change the addition behind a product, or put one there."""
         weight = self.constant(node.input[site.weight_slot])
         assert weight is not None
-        found = self._following_add(site)
-        if found is not None:
-            addition, slot = found
+        following = self._following_add(site)
+        if following is not None:
+            addition, slot = following
             old = self.constant(addition.input[slot])
             if old is not None and old.shape == delta.shape:
                 self.replace(addition, slot, (old.astype(np.float64) + delta).astype(old.dtype))
@@ -258,8 +342,9 @@ class Editor:
         name = self._unused(f"{node.name}_add_bias")
         addition = build.add(inner, bias, node.output[0], name)
         node.output[0] = inner
-        place = next(i for i, n in enumerate(self.proto.graph.node) if n.name == node.name)
-        self.proto.graph.node.insert(place + 1, addition)
+        nodes = self.proto.graph.node
+        place = next(i for i, n in enumerate(nodes) if n.name == node.name)
+        nodes.insert(place + 1, addition)
         self._index()
         return True
 

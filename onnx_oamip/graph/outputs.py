@@ -26,17 +26,29 @@ class Head:
 
 
 def head(model: Model) -> Head | None:
-    """The first floating output of shape (samples, classes), two or more; its logits are what a softmax makes it from.
+    """Find the classification head: the first floating output of shape (samples, two or more classes).
 
-    None where the model has no such output.
+    Args:
+        model: The model.
+
+    Returns:
+        The head, whose logits are the input of a softmax over the classes if one makes the output. None where the
+        model has no such output.
     """
-    for i, port in enumerate(model.outputs):
+    for index, port in enumerate(model.outputs):
         shape = model.shapes.get(port.name)
-        if shape is not None and len(shape) == 2 and shape[1] > 1 and is_float(port.dtype):
-            maker = producer_with(model, port.name, Trait.SOFTMAX)
-            across = maker is not None and int(maker.attrs.get("axis", -1)) in (-1, 1)
-            return Head(i, maker.inputs[0] if maker is not None and across else port.name)
+        classes = shape is not None and len(shape) == 2 and shape[1] > 1
+        if classes and is_float(port.dtype):
+            return Head(index, _logits(model, port.name))
     return None
+
+
+def _logits(model: Model, scores: str) -> str:
+    softmax = producer_with(model, scores, Trait.SOFTMAX)
+    if softmax is None:
+        return scores
+    over_classes = int(softmax.attrs.get("axis", -1)) in (-1, 1)
+    return softmax.inputs[0] if over_classes else scores
 
 
 def producer_with(model: Model, tensor: str, traits: Trait) -> Node | None:
@@ -50,36 +62,56 @@ def producer_with(model: Model, tensor: str, traits: Trait) -> Node | None:
     Returns:
         The producer, Identity nodes skipped, or None if there is none or its operator has none of the traits.
     """
-    makers = {out: node for node in model.nodes for out in node.outputs}
-    node = makers.get(tensor)
+    producers = {out: node for node in model.nodes for out in node.outputs}
+    node = producers.get(tensor)
     while node is not None and has(node, Trait.COPIES):
-        node = makers.get(node.inputs[0])
+        node = producers.get(node.inputs[0])
     return node if node is not None and has(node, traits) else None
 
 
 def is_float(kind: np.dtype[Any]) -> bool:
-    """Whether an element type is floating, those that numpy does not know among them."""
+    """Tell floating element types from others.
+
+    Args:
+        kind: Element type.
+
+    Returns:
+        True for floating types, those that numpy has no name for (bfloat16, float8) among them.
+    """
     return bool(np.issubdtype(kind, np.floating)) or "float" in kind.name
 
 
 def float_activations(model: Model) -> list[str]:
-    """Every activation of floating type and known shape, each named once."""
-    made = dict.fromkeys(n for node in model.nodes for n in node.outputs if n)
-    return [
-        n
-        for n in made
-        if n in model.shapes and n in model.dtypes and np.issubdtype(model.dtypes[n], np.floating)
-    ]
+    """List the activations of a floating type and a known shape.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Names of tensors in graph order, each once.
+    """
+    activations = dict.fromkeys(n for node in model.nodes for n in node.outputs if n)
+    known = (n for n in activations if n in model.shapes and n in model.dtypes)
+    return [n for n in known if np.issubdtype(model.dtypes[n], np.floating)]
 
 
 def with_outputs(
     model: Model, names: Sequence[str], proto: onnx.ModelProto | None = None
 ) -> onnx.ModelProto:
-    """The model (or ``proto``, made of it) with other outputs."""
-    shown = onnx.ModelProto()
-    shown.CopyFrom(model.proto if proto is None else proto)
-    del shown.graph.output[:]
+    """Copy a model and give it other outputs.
+
+    Args:
+        model: The model, which knows the element types.
+        names: Tensors that become the outputs.
+        proto: A graph made of the model's, to copy in place of it.
+
+    Returns:
+        The copy.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model.proto if proto is None else proto)
+    del result.graph.output[:]
     for name in names:
         kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
-        shown.graph.output.append(helper.make_tensor_value_info(name, kind, None))
-    return shown
+        result.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    return result

@@ -16,6 +16,9 @@ LIMIT = 1024
 VALUE = "?"
 """First letter of symbols that stand for a value that may be negative; others stand for lengths."""
 
+Product = tuple[tuple[str, ...], int]
+"""Symbols, in order, and the factor in front of them."""
+
 
 class Unknown(Exception):
     """An operation on sizes whose result is not a polynomial."""
@@ -23,33 +26,48 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Size:
-    """A sum of products of symbols, never a plain number; ``terms`` are (symbols, factor), in order."""
+    """A sum of products of symbols, never a plain number; ``terms`` are in order."""
 
-    terms: tuple[tuple[tuple[str, ...], int], ...]
+    terms: tuple[Product, ...]
 
     @staticmethod
     def of(symbol: str) -> Size:
-        """A single dimension or value."""
-        return Size((((symbol,), 1),))
+        """Make the size that is a single symbol.
+
+        Args:
+            symbol: Name of a dimension or a value.
+
+        Returns:
+            The size.
+        """
+        product: Product = ((symbol,), 1)
+        return Size((product,))
 
     @property
     def symbol(self) -> str | None:
         """The one symbol that this is, or None."""
         (names, factor), *more = self.terms
-        return names[0] if not more and len(names) == 1 and factor == 1 else None
+        single = not more and len(names) == 1 and factor == 1
+        return names[0] if single else None
 
     @property
     def length(self) -> bool:
         """Not negative: a sum of products of lengths."""
-        return all(f > 0 and not any(s.startswith(VALUE) for s in names) for names, f in self.terms)
+        return all(
+            factor > 0 and not any(symbol.startswith(VALUE) for symbol in names)
+            for names, factor in self.terms
+        )
 
     def __add__(self, other: Any) -> Any:
         return _collect([*self.terms, *_terms(other)])
 
     def __mul__(self, other: Any) -> Any:
-        return _collect(
-            [(tuple(sorted(a + b)), f * g) for a, f in self.terms for b, g in _terms(other)]
-        )
+        products = []
+        for names, factor in self.terms:
+            for other_names, other_factor in _terms(other):
+                joined = tuple(sorted(names + other_names))
+                products.append((joined, factor * other_factor))
+        return _collect(products)
 
     def __sub__(self, other: Any) -> Any:
         return self + other * -1
@@ -66,53 +84,87 @@ class Size:
     __radd__, __rmul__ = __add__, __mul__
 
 
-def _terms(value: Any) -> Sequence[tuple[tuple[str, ...], int]]:
+def _terms(value: Any) -> Sequence[Product]:
     return value.terms if isinstance(value, Size) else [((), int(value))]
 
 
-def _collect(terms: Sequence[tuple[tuple[str, ...], int]]) -> Any:
+def _collect(terms: Sequence[Product]) -> Any:
+    """Add up terms of the same symbols: a size, or a number where no symbol is left."""
     total: dict[tuple[str, ...], int] = {}
     for names, factor in terms:
         total[names] = total.get(names, 0) + factor
-    left = tuple(sorted((names, f) for names, f in total.items() if f))
+    left = tuple(sorted((names, factor) for names, factor in total.items() if factor))
     if not left:
         return 0
-    return left[0][1] if len(left) == 1 and not left[0][0] else Size(left)
+    names, factor = left[0]
+    constant = len(left) == 1 and not names
+    return factor if constant else Size(left)
 
 
 def divide(a: Any, b: Any) -> Any:
-    """a / b where that is exact whatever the symbols are; numbers are divided as ONNX does, towards zero."""
+    """Divide where the result is exact whatever the symbols are.
+
+    Args:
+        a: Dividend, a number or a size.
+        b: Divisor, a number or a size.
+
+    Returns:
+        The quotient. Numbers are divided as ONNX does, towards zero.
+
+    Raises:
+        Unknown: The quotient is not a polynomial, or the divisor is zero.
+    """
     if not isinstance(a, Size) and not isinstance(b, Size):
-        if not b:
-            raise Unknown
-        return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
-    (below, factor), *more = _terms(b)
+        return _divide_numbers(a, b)
+    (symbols, factor), *more = _terms(b)
     if more or not factor:
         raise Unknown
     result = []
-    for names, f in _terms(a):
+    for names, dividend in _terms(a):
         rest = list(names)
-        for symbol in below:
+        for symbol in symbols:
             if symbol not in rest:
                 raise Unknown
             rest.remove(symbol)
-        if f % factor:
+        if dividend % factor:
             raise Unknown
-        result.append((tuple(rest), f // factor))
+        result.append((tuple(rest), dividend // factor))
     return _collect(result)
 
 
+def _divide_numbers(a: int, b: int) -> int:
+    if not b:
+        raise Unknown
+    size = abs(a) // abs(b)
+    return size if (a < 0) == (b < 0) else -size
+
+
 def lengths(tensor: str, dims: Mapping[str, Sequence[int | str | None]]) -> Entries | None:
-    """The dimensions of a tensor; one without a name is called after its place."""
+    """Return the dimensions of a tensor as numbers and sizes.
+
+    Args:
+        tensor: Name of the tensor.
+        dims: Dimensions by tensor: a number, a symbol's name, or None.
+
+    Returns:
+        The dimensions, or None if nothing is known of the tensor. One without a name is called after its place.
+    """
     known = dims.get(tensor)
     if known is None:
         return None
     out = np.empty(len(known), object)
-    for axis, d in enumerate(known):
-        out[axis] = d if isinstance(d, int) else Size.of(d or f"{tensor}:{axis}")
+    for axis, dim in enumerate(known):
+        out[axis] = dim if isinstance(dim, int) else Size.of(dim or f"{tensor}:{axis}")
     return out
 
 
 def numbers(entries: Entries) -> bool:
-    """Whether every element is known."""
-    return not any(isinstance(v, Size) for v in entries.reshape(-1))
+    """Tell lists of plain numbers from those with symbols.
+
+    Args:
+        entries: Elements of a tensor.
+
+    Returns:
+        True if every element is a number.
+    """
+    return not any(isinstance(value, Size) for value in entries.reshape(-1))

@@ -23,35 +23,45 @@ def follow(
     dims: Mapping[str, Sequence[int | str | None]],
     integers: set[str],
 ) -> dict[str, Entries]:
-    """Entries of every tensor in ``integers`` that is made of shapes; ``constants`` are those of integer type."""
-    found = {
-        n: v.astype(object)
-        for n, v in constants.items()
-        if v.dtype.kind in "ib" and v.size <= LIMIT
+    """Compute the integer tensors that are made of shapes.
+
+    Args:
+        nodes: Nodes in graph order.
+        constants: Constants of integer or boolean type by name.
+        dims: Dimensions by tensor: a number, a symbol's name, or None.
+        integers: Names of the tensors of integer or boolean type.
+
+    Returns:
+        Elements by tensor. A value that is not known before the model runs, at a known place, is a symbol of its own.
+    """
+    values = {
+        name: value.astype(object)
+        for name, value in constants.items()
+        if value.dtype.kind in "ib" and value.size <= LIMIT
     }
     for node in nodes:
         name = node.output[0] if node.output else ""
         if node.domain not in ("", "ai.onnx") or name not in integers or not node.input:
             continue
+        inputs = [values.get(n) for n in node.input]
         try:
-            known_shape = lengths(node.input[0], dims)
-            made = np.asarray(
-                evaluate(node, [found.get(n) for n in node.input], known_shape), object
-            )
+            computed = evaluate(node, inputs, lengths(node.input[0], dims))
+            result: Entries | None = np.asarray(computed, object)
         except (Unknown, ValueError, IndexError):
-            known = dims.get(name)
-            if (
-                known is None
-                or not all(isinstance(d, int) and d <= LIMIT for d in known)
-                or len(known) > 1
-            ):
-                continue
-            # A value that is not known before the model runs, at a known place.
-            made = np.empty(
-                [int(d) for d in known if d is not None and not isinstance(d, str)], object
-            )
-            for at in np.ndindex(made.shape):
-                made[at] = Size.of(f"{VALUE}{name}{list(at)}")
-        if made.size <= LIMIT:
-            found[name] = made
-    return found
+            result = _own_symbols(name, dims.get(name))
+        if result is not None and result.size <= LIMIT:
+            values[name] = result
+    return values
+
+
+def _own_symbols(name: str, dims: Sequence[int | str | None] | None) -> Entries | None:
+    """A scalar or list of known length whose elements are symbols of their own; None for other tensors."""
+    if dims is None or len(dims) > 1:
+        return None
+    shape = [d for d in dims if isinstance(d, int) and d <= LIMIT]
+    if len(shape) < len(dims):
+        return None
+    result = np.empty(shape, object)
+    for at in np.ndindex(result.shape):
+        result[at] = Size.of(f"{VALUE}{name}{list(at)}")
+    return result

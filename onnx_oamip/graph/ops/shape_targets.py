@@ -1,7 +1,7 @@
-"""Operators whose target shape is an input: how a computed target becomes a constant that is provably the same.
+"""Rules that replace the computed target shape of an operator by a constant that is provably the same.
 
 An exporter computes the target of a Reshape, Expand or Resize from the shapes of other tensors, although only a batch
-or a sequence length is open. ``shape_folding`` runs these rules; what they may read and change is a :class:`Targets`.
+or a sequence length is open. ``shape_folding`` runs these rules through a :class:`Targets`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
 
 
 def is_list_of_lengths(node: NodeProto) -> bool:
-    """Whether a node joins a list from single numbers and lengths, as :meth:`Targets.joined` writes it."""
+    """Recognise a list that is joined from single numbers and lengths.
+
+    Args:
+        node: The producer of the list.
+
+    Returns:
+        True if :meth:`Targets.joined` made it.
+    """
     return node.op_type == "Concat" and node.name.endswith("_node")
 
 
@@ -60,13 +67,13 @@ class Targets(Protocol):
         ...
 
     def joined(
-        self, at: int, node: NodeProto, slot: int, wanted: Sequence[Any], source: Sequence[int]
+        self, at: int, node: NodeProto, slot: int, *, wanted: Sequence[Any], source: Sequence[int]
     ) -> None:
         """Let a node read a list of numbers and of lengths taken where they come from; ``source``: old places."""
         ...
 
     def canonical(self, name: str) -> bool:
-        """Whether a list is joined from single numbers and lengths already."""
+        """True if a list is joined from single numbers and lengths already."""
         ...
 
     def become_transpose(self, node: NodeProto, source: str, perm: Sequence[int]) -> None:
@@ -79,9 +86,9 @@ TargetRule = Callable[[NodeProto, int, Targets], None]
 
 
 def _merged_transpose(node: NodeProto, edit: Targets) -> bool:
-    """Leading axes merged, the others transposed, the leading ones divided again: that is one transpose.
+    """Replace a merge of leading axes, a transposition of the others and the division by one transposition.
 
-    torch's exporter writes so the transposed keys of ``scaled_dot_product_attention``.
+    torch's exporter writes so the transposed keys of ``scaled_dot_product_attention``. Returns whether it was one.
     """
     transpose = edit.producer(node.input[0], "Transpose")
     merge = None if transpose is None else edit.producer(transpose.input[0], "Reshape")
@@ -93,12 +100,13 @@ def _merged_transpose(node: NodeProto, edit: Targets) -> bool:
     if before is None or merged is None or after is None or not orders or orders[0][0] != 0:
         return False
     lead = len(before) - len(merged) + 1
-    perm = [*range(lead), *(lead + i - 1 for i in orders[0][1:])]
     if lead < 1 or len(after) != len(before):
         return False
+    others = [lead + axis - 1 for axis in orders[0][1:]]
+    perm = [*range(lead), *others]
     merges_only_leading = list(merged[1:]) == list(before[lead:])
-    restores_leading = list(after) == [before[i] for i in perm]
-    literal = all(isinstance(v, Size) or v >= 1 for v in after)
+    restores_leading = list(after) == [before[axis] for axis in perm]
+    literal = all(isinstance(length, Size) or length >= 1 for length in after)
     if not (merges_only_leading and restores_leading and literal):
         return False
     edit.become_transpose(node, merge.input[0], perm)
@@ -106,53 +114,85 @@ def _merged_transpose(node: NodeProto, edit: Targets) -> bool:
 
 
 def _reshape(node: NodeProto, at: int, edit: Targets) -> None:
+    """A target in numbers: computed where the list is known, else from the inferred dimensions."""
+    del at  # nothing is inserted
     if _merged_transpose(node, edit):
         return
-    target, before = edit.entries(node.input[1]), edit.lengths(node.input[0])
-    literal = [a for a in node.attribute if a.name == "allowzero"]
-    after = edit.dims(node.output[0])
-    if any(a.i for a in literal) and (
-        target is None or any(not isinstance(v, Size) and v == 0 for v in target)
-    ):
-        return  # a zero that is meant, or may be
-    wanted = None if target is None or before is None else _target(list(target), before)
+    target = edit.entries(node.input[1])
+    zero_flags = [a for a in node.attribute if a.name == "allowzero"]
+    zeros_are_lengths = any(a.i for a in zero_flags)
+    if zeros_are_lengths and (target is None or _has_zero(target)):
+        return
+    before = edit.lengths(node.input[0])
+    wanted = None
+    if target is not None and before is not None:
+        wanted = _numeric_target(list(target), before)
     if wanted is None:
-        wanted = static_target(edit.dims(node.input[0]), after)
-    if wanted is not None:
-        edit.read(node, 1, edit.constant(f"{node.output[0]}_target", np.asarray(wanted, np.int64)))
-        for attribute in literal:  # a zero of the new target copies a length
-            node.attribute.remove(attribute)
+        wanted = static_target(edit.dims(node.input[0]), edit.dims(node.output[0]))
+    if wanted is None:
+        return
+    _read_numbers(node, 1, wanted, edit, suffix="target")
+    for attribute in zero_flags:  # a zero of the new target copies a length
+        node.attribute.remove(attribute)
 
 
-def _target(target: list[Any], before: Entries) -> list[int] | None:
+def _has_zero(target: Entries) -> bool:
+    return any(not isinstance(value, Size) and value == 0 for value in target)
+
+
+def _read_numbers(
+    node: NodeProto, slot: int, values: Sequence[int], edit: Targets, *, suffix: str
+) -> None:
+    """Let a node read a constant list."""
+    name = edit.constant(f"{node.output[0]}_{suffix}", np.asarray(values, np.int64))
+    edit.read(node, slot, name)
+
+
+def _numeric_target(target: list[Any], before: Entries) -> list[int] | None:
     """The same target in numbers: 0 for a copied length, -1 for at most one that is not known."""
-    full = [
-        before[i] if isinstance(v, int) and v == 0 and i < len(before) else v
-        for i, v in enumerate(target)
-    ]
-    if -1 in full:  # what is left for it
+    full = [_copied(value, axis, before) for axis, value in enumerate(target)]
+    if -1 in full:  # the length that is left for it
         place = full.index(-1)
-        rest = [v for i, v in enumerate(full) if i != place]
+        rest = [value for axis, value in enumerate(full) if axis != place]
         try:
             full[place] = divide(_product(before), _product(rest))
         except Unknown:
             full[place] = -1
     result = []
-    for i, value in enumerate(full):
-        copied = isinstance(value, Size) and i < len(before) and before[i] == value
-        result.append(0 if copied else -1 if isinstance(value, Size) else int(value))
+    for axis, value in enumerate(full):
+        if not isinstance(value, Size):
+            result.append(int(value))
+        elif axis < len(before) and before[axis] == value:
+            result.append(0)
+        else:
+            result.append(-1)
     return result if result.count(-1) <= 1 else None
+
+
+def _copied(value: Any, axis: int, before: Entries) -> Any:
+    """An element of a target, the length that it copies where it is a zero."""
+    copies = isinstance(value, int) and value == 0 and axis < len(before)
+    return before[axis] if copies else value
 
 
 def _product(values: Any) -> Any:
     total: Any = 1
-    for v in values:
-        total = total * v
+    for value in values:
+        total = total * value
     return total
 
 
 def static_target(before: Dims | None, after: Dims | None) -> list[int] | None:
-    """A constant target for a reshape between these dimensions, or None where there is no provably equal one."""
+    """Find a constant target for a reshape.
+
+    Args:
+        before: Dimensions of its input.
+        after: Dimensions of its output.
+
+    Returns:
+        The target, 0 for a copied length and -1 for at most one that is not known; None where there is no provably
+        equal one.
+    """
     if before is None or after is None or 0 in after:
         return None
     target: list[int] = []
@@ -167,16 +207,20 @@ def static_target(before: Dims | None, after: Dims | None) -> list[int] | None:
 
 
 def _expand(node: NodeProto, at: int, edit: Targets) -> None:
-    """An axis that keeps its length is asked for as 1, whatever the length."""
+    """A target of 1 for every axis that keeps its length, whatever the length."""
     target, before = edit.entries(node.input[1]), edit.lengths(node.input[0])
     if target is None or before is None or edit.canonical(node.input[1]):
         return
     shift = len(target) - len(before)
-    wanted = [1 if i >= shift and v == before[i - shift] else v for i, v in enumerate(target)]
-    if not any(isinstance(v, Size) for v in wanted):
-        edit.read(node, 1, edit.constant(f"{node.output[0]}_target", np.asarray(wanted, np.int64)))
-    elif any(not isinstance(v, Size) for v in wanted):
-        edit.joined(at, node, 1, wanted, range(len(wanted)))
+    wanted = []
+    for axis, value in enumerate(target):
+        kept = axis >= shift and value == before[axis - shift]
+        wanted.append(1 if kept else value)
+    open_lengths = sum(isinstance(value, Size) for value in wanted)
+    if not open_lengths:
+        _read_numbers(node, 1, wanted, edit, suffix="target")
+    elif open_lengths < len(wanted):
+        edit.joined(at, node, 1, wanted=wanted, source=range(len(wanted)))
 
 
 def _resize(node: NodeProto, at: int, edit: Targets) -> None:
@@ -187,29 +231,37 @@ def _resize(node: NodeProto, at: int, edit: Targets) -> None:
     named = {a.name for a in node.attribute}
     if target is None or before is None or "axes" in named or len(target) != len(before):
         return
-    change = [i for i, v in enumerate(target) if v != before[i]]
-    wanted = [target[i] for i in change]
-    whole = not any(isinstance(v, Size) for v in wanted)
-    if not change:
+    changed = [axis for axis, value in enumerate(target) if value != before[axis]]
+    wanted = [target[axis] for axis in changed]
+    known = not any(isinstance(value, Size) for value in wanted)
+    if not changed:
         return
     if edit.version >= 18 and "keep_aspect_ratio_policy" not in named:
-        node.attribute.append(helper.make_attribute("axes", change))
-        if whole:
-            edit.read(
-                node, 3, edit.constant(f"{node.output[0]}_sizes", np.asarray(wanted, np.int64))
-            )
+        node.attribute.append(helper.make_attribute("axes", changed))
+        if known:
+            _read_numbers(node, 3, wanted, edit, suffix="sizes")
         else:
-            edit.joined(at, node, 3, wanted, change)
-    elif whole and all(isinstance(before[i], int) and target[i] % before[i] == 0 for i in change):
-        scales = [target[i] / before[i] if i in change else 1.0 for i in range(len(before))]
-        edit.read(
-            node, 2, edit.constant(f"{node.output[0]}_scales", np.asarray(scales, np.float32))
-        )
-        del node.input[3:]
+            edit.joined(at, node, 3, wanted=wanted, source=changed)
+        return
+    # Older versions take sizes of all axes only, but factors of 1 for those that stay.
+    factors = [1.0] * len(before)
+    for axis, size in zip(changed, wanted, strict=True):
+        old = before[axis]
+        if not known or not isinstance(old, int) or size % old:
+            return
+        factors[axis] = size / old
+    scales = edit.constant(f"{node.output[0]}_scales", np.asarray(factors, np.float32))
+    edit.read(node, 2, scales)
+    del node.input[3:]
 
 
 def drop_expand(node: NodeProto, edit: Targets) -> None:
-    """Drop an Expand whose readers broadcast anyway, against something of the full shape."""
+    """Drop an Expand whose readers broadcast anyway, against something of the full shape.
+
+    Args:
+        node: Any node; other operators are left alone.
+        edit: The graph.
+    """
     if node.op_type != "Expand":
         return
     expanded = node.output[0]
@@ -225,7 +277,8 @@ def drop_expand(node: NodeProto, edit: Targets) -> None:
         if lengths is None or len(lengths) != len(full) or not all(lengths == full):
             return
     for reader in readers:
-        edit.read(reader, list(reader.input).index(expanded), node.input[0])
+        slot = list(reader.input).index(expanded)
+        edit.read(reader, slot, node.input[0])
 
 
 RULES: dict[str, tuple[int, TargetRule]] = {

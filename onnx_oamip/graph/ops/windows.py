@@ -1,45 +1,71 @@
-"""Which input pixels a kernel or pooling window reads at every output position, with padding as ONNX defines it."""
+"""Windows of kernels and pooling: the input pixels that are read at every output position, with ONNX's padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from onnx_oamip.core.records import Ints, Node
+from onnx_oamip.core.records import Bools, Ints, Node
 
 Shape = tuple[int, ...]
 
 
-def taps(node: Node, kernel: Sequence[int], before: Shape, after: Shape, positions: Ints) -> Ints:
-    """(positions, taps): flat input pixel that every kernel tap reads at every output position, -1 for padding.
+def taps(
+    node: Node, kernel: Sequence[int], *, before: Shape, after: Shape, positions: Ints
+) -> Ints:
+    """Find the input pixel that every tap of a kernel reads.
 
-    ``before`` and ``after`` are the spatial shapes of input and output, ``positions`` flat indices into ``after``.
+    Args:
+        node: A convolution or a pooling node.
+        kernel: Spatial shape of the kernel.
+        before: Spatial shape of the input.
+        after: Spatial shape of the output.
+        positions: Flat indices into ``after``.
+
+    Returns:
+        (positions, taps): flat indices into ``before``, -1 for padding.
     """
-    attrs, rank = node.attrs, len(before)
-    strides = [int(s) for s in attrs.get("strides", [1] * rank)]
-    dilations = [int(d) for d in attrs.get("dilations", [1] * rank)]
+    rank = len(before)
+    strides, dilations = _per_axis(node, "strides", rank), _per_axis(node, "dilations", rank)
     first = begins(node, kernel, before, after)
-    place = np.stack(np.unravel_index(positions, after), axis=-1)  # (rows, rank)
+    place = np.stack(np.unravel_index(positions, after), axis=-1)  # (positions, rank)
     flat = np.zeros((*positions.shape, 1), np.int64)
     inside = np.ones((*positions.shape, 1), bool)
-    for d in range(rank):
-        tap = np.arange(kernel[d]) * dilations[d]
-        if node.op != "ConvTranspose":
-            at = place[..., d, None] * strides[d] + tap - first[d]
-            valid = (at >= 0) & (at < before[d])
+    shape = (*positions.shape, -1)
+    for axis in range(rank):
+        reach = np.arange(kernel[axis]) * dilations[axis] - first[axis]
+        along = place[..., axis, None]
+        if node.op == "ConvTranspose":
+            pixel, read = _scattered(along - reach, strides[axis])
         else:
-            shifted = place[..., d, None] + first[d] - tap
-            at = shifted // strides[d]
-            valid = (shifted % strides[d] == 0) & (at >= 0) & (at < before[d])
-        shape = (*positions.shape, -1)
-        flat = (flat[..., :, None] * before[d] + at[..., None, :]).reshape(shape)
-        inside = (inside[..., :, None] & valid[..., None, :]).reshape(shape)
+            pixel = along * strides[axis] + reach
+            read = np.ones(pixel.shape, bool)
+        read &= (pixel >= 0) & (pixel < before[axis])
+        # Taps of this axis, for each of those of the axes before.
+        flat = (flat[..., :, None] * before[axis] + pixel[..., None, :]).reshape(shape)
+        inside = (inside[..., :, None] & read[..., None, :]).reshape(shape)
     return np.where(inside, flat, -1)
 
 
+def _scattered(distance: Ints, stride: int) -> tuple[Ints, Bools]:
+    """(input pixel, whether there is one) at a distance in a transposed convolution: every ``stride``-th is."""
+    return distance // stride, distance % stride == 0
+
+
 def begins(node: Node, kernel: Sequence[int], before: Shape, after: Shape) -> list[int]:
-    """Padding before the first pixel per axis, given or derived as the operator specification does."""
+    """Find the padding in front of the first pixel, given or derived as the operator specification does.
+
+    Args:
+        node: A convolution or a pooling node.
+        kernel: Spatial shape of the kernel.
+        before: Spatial shape of the input.
+        after: Spatial shape of the output.
+
+    Returns:
+        Pixels of padding per axis.
+    """
     attrs, transposed = node.attrs, node.op == "ConvTranspose"
     rank = len(before)
     mode = attrs.get("auto_pad", "NOTSET") or "NOTSET"
@@ -48,13 +74,22 @@ def begins(node: Node, kernel: Sequence[int], before: Shape, after: Shape) -> li
     if mode == "NOTSET" and not (transposed and "output_shape" in attrs):
         return [int(p) for p in attrs.get("pads", [0] * (2 * rank))[:rank]]
     extra = attrs.get("output_padding", [0] * rank)
-    strides = [int(s) for s in attrs.get("strides", [1] * rank)]
-    dilations = [int(d) for d in attrs.get("dilations", [1] * rank)]
+    strides, dilations = _per_axis(node, "strides", rank), _per_axis(node, "dilations", rank)
     result = []
-    for i, (n, m, k, s, d) in enumerate(
-        zip(before, after, kernel, strides, dilations, strict=True)
-    ):
-        span = (k - 1) * d + 1
-        total = (n - 1) * s + extra[i] + span - m if transposed else max((m - 1) * s + span - n, 0)
-        result.append(total // 2 if mode == "SAME_UPPER" else total - total // 2)
+    for axis in range(rank):
+        stride = strides[axis]
+        span = (kernel[axis] - 1) * dilations[axis] + 1
+        if transposed:
+            full = (before[axis] - 1) * stride + extra[axis] + span
+            total = full - after[axis]
+        else:
+            needed = (after[axis] - 1) * stride + span
+            total = max(needed - before[axis], 0)
+        smaller = total // 2
+        result.append(smaller if mode == "SAME_UPPER" else total - smaller)
     return result
+
+
+def _per_axis(node: Node, name: str, rank: int) -> list[int]:
+    values: Sequence[Any] = node.attrs.get(name, [1] * rank)
+    return [int(value) for value in values]

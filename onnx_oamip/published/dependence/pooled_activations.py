@@ -200,7 +200,7 @@ def _reads(model: Model, place: Site) -> Array:
     """(pixels, taps) float32: the share of output positions at which a tap reads a pixel."""
     before, after = model.shapes[place.data][2:], model.shapes[place.node.outputs[0]][2:]
     positions = np.arange(int(np.prod(after)), dtype=np.int64)
-    index = taps(place.node, place.kernel, before, after, positions)
+    index = taps(place.node, place.kernel, before=before, after=after, positions=positions)
     pixels, count = int(np.prod(before)), index.shape[1]
     code = index * count + np.arange(count)
     seen = np.bincount(code[index >= 0], minlength=pixels * count).reshape(pixels, count)
