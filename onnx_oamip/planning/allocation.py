@@ -35,7 +35,7 @@ from onnx_oamip.planning.budget_program import (
     LinearisedLimit,
     choose,
 )
-from onnx_oamip.programs.solvers import Limits as SolverLimits
+from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.verification.latency import find_step
 
 

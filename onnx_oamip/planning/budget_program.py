@@ -2,7 +2,7 @@
 
 Every group has a ladder of widths with a measured loss each. The program takes one width a group so that the losses
 sum to the least while every limit (MACs, parameters, bytes, latency, ...) holds. Costs are products of axis lengths;
-``milp.products`` linearises them exactly. What the solver returns is counted again in whole numbers.
+``programs.products`` linearises them exactly. What the solver returns is counted again in whole numbers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from onnx_oamip.programs.products import (
     Levels,
     Polynomials,
     linearise,
-    ordered,
-    reduce,
+    reduce_costs,
+    with_thresholds,
 )
 from onnx_oamip.programs.solvers import (
     Limit,
     Notify,
     Solution,
+    SolverLimits,
     Termination,
     relative_gap,
     solve,
 )
-from onnx_oamip.programs.solvers import Limits as SolverLimits
 
 SOLVER_LIMITS = SolverLimits(time_s=60.0, gap=1e-3)
 TIE_BREAK = 1e-6
@@ -150,7 +150,7 @@ def choose(
     gap = (
         None if solution.bound is None else relative_gap(objective, min(solution.bound, objective))
     )
-    status = solution.termination if solution.found else Termination.FEASIBLE
+    status = solution.termination if solution.has_values else Termination.FEASIBLE
     record = {
         "purpose": "budget",
         "solver": solution.solver,
@@ -233,7 +233,7 @@ class _Budget:
             loss=np.concatenate([np.zeros(0), *ladder.cost]),
             first=np.cumsum(sizes) - sizes,
             widest=sizes - 1,
-            costs=reduce(
+            costs=reduce_costs(
                 ledger.fixed, ledger.per_unit, [(np.asarray(f, np.float64), a) for f, a in sums]
             ),
             constant=np.asarray(constant, np.float64),
@@ -320,7 +320,7 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
     binaries = builder.variables(
         len(levels.group), 0, 1, objective=budget.loss / unit, integer=True, start=start
     )
-    matrix, constant = linearise(builder, binaries, levels, budget.costs, start)
+    matrix, constant = linearise(builder, binaries, levels, budget.costs, start=start)
     matrix = csr_array(matrix / budget.scale[:, None])
     row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     room = (budget.bound - budget.constant - constant) / budget.scale
@@ -334,14 +334,14 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
     limit_rows = builder.rows(matrix.shape[0], entries, upper=room)
     program = builder.build()
     if not len(limit_rows):
-        return _Formulation(ordered(program, levels), limit_rows, unit)
+        return _Formulation(with_thresholds(program, levels), limit_rows, unit)
     use = np.bincount(matrix.indices, matrix.data, minlength=program.n_variables) / matrix.shape[0]
     program = replace(
         program,
         objective=program.objective - TIE_BREAK * MAGNITUDE * use,
         offset=-TIE_BREAK * MAGNITUDE * float(budget.share(constant + budget.constant).mean()),
     )
-    return _Formulation(ordered(program, levels), limit_rows, unit)
+    return _Formulation(with_thresholds(program, levels), limit_rows, unit)
 
 
 def _steps(builder: Builder, binaries: Ints, budget: _Budget, incumbent: Ints | None) -> Ints:

@@ -1,13 +1,14 @@
-"""Affine expressions over a program's variables, one row a tensor element, images stacked.
+"""Affine expressions over the variables of a program, one row per tensor element, samples stacked.
 
-Whatever does not depend on a variable is a constant here and never becomes one; so inputs, everything before the first
-keep variable, and all that bounds decide cost the program nothing.
+Whatever does not depend on a variable stays a constant and never becomes a variable. So inputs, everything before the
+first keep variable, and everything that bounds decide add nothing to the program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array
@@ -15,11 +16,22 @@ from scipy.sparse import coo_array, csr_array
 from onnx_oamip.core.records import Bools, Floats, Ints
 
 
+class Interval(NamedTuple):
+    """Lower and upper bounds of the same shape."""
+
+    lower: Floats
+    upper: Floats
+
+
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """``matrix @ variables + constant``, with an interval [lower, upper] per row.
+    """``matrix @ variables + constant``, with an interval [lower, upper] for each row.
 
-    Rows are (image, element) in C order. ``matrix`` may have fewer columns than the program has variables by now.
+    Attributes:
+        matrix: Coefficients (rows, variables). It may have fewer columns than the program has variables by now.
+        constant: Constant of each row (rows,). Rows are (sample, element) in C order.
+        lower: Lower bound of each row (rows,).
+        upper: Upper bound of each row (rows,).
     """
 
     matrix: csr_array
@@ -29,7 +41,15 @@ class Expression:
 
     @classmethod
     def of(cls, values: Floats, slack: float = 0.0) -> Expression:
-        """Constants; their interval reaches ``slack`` to both sides."""
+        """Make an expression of constants.
+
+        Args:
+            values: Constants of any shape.
+            slack: Half width of the interval around each constant.
+
+        Returns:
+            Expression with one row per constant.
+        """
         flat = np.asarray(values, np.float64).reshape(-1)
         return cls(csr_array((len(flat), 0)), flat, flat - slack, flat + slack)
 
@@ -40,98 +60,201 @@ class Expression:
 
     @property
     def fixed(self) -> Bools:
-        """Rows without a variable."""
-        found: Bools = np.diff(self.matrix.indptr) == 0
-        return found
+        """Boolean per row (rows,), true for rows without a variable."""
+        result: Bools = np.diff(self.matrix.indptr) == 0
+        return result
 
     def at(self, values: Floats) -> Floats:
-        """Values of the rows at a point (variables,)."""
-        found: Floats = self.matrix @ values[: self.matrix.shape[1]] + self.constant
-        return found
+        """Evaluate the rows at a point.
+
+        Args:
+            values: Variables of the program (variables,).
+
+        Returns:
+            Value of each row (rows,).
+        """
+        columns = self.matrix.shape[1]
+        result: Floats = self.matrix @ values[:columns] + self.constant
+        return result
 
     def take(self, rows: Ints) -> Expression:
-        """The rows at ``rows``, in that order."""
+        """Select rows.
+
+        Args:
+            rows: Indices, in the order of the result.
+
+        Returns:
+            Expression of the selected rows.
+        """
         return Expression(
-            self.matrix[rows], self.constant[rows], self.lower[rows], self.upper[rows]
+            matrix=self.matrix[rows],
+            constant=self.constant[rows],
+            lower=self.lower[rows],
+            upper=self.upper[rows],
         )
 
     def within(self, lower: Floats, upper: Floats) -> Expression:
-        """The same rows with a narrower interval. Rounding may let two intervals of one number miss each other."""
-        low, high = np.maximum(self.lower, lower), np.minimum(self.upper, upper)
+        """Intersect the interval with another one.
+
+        Args:
+            lower: Lower bound of each row (rows,).
+            upper: Upper bound of each row (rows,).
+
+        Returns:
+            The same rows with the narrower interval.
+        """
+        low = np.maximum(self.lower, lower)
+        high = np.minimum(self.upper, upper)
+        # Rounding may leave two intervals of the same number without a common point: keep them ordered.
         return replace(self, lower=np.minimum(low, high), upper=np.maximum(low, high))
 
-    def reach(self, lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
-        """The interval that the variables' bounds (finite) alone allow."""
-        n = self.matrix.shape[1]
+    def reach(self, lower: Floats, upper: Floats) -> Interval:
+        """Compute the interval that follows from the bounds of the variables alone.
+
+        Args:
+            lower: Finite lower bounds of the variables (variables,).
+            upper: Finite upper bounds of the variables (variables,).
+
+        Returns:
+            Interval of each row (rows,).
+        """
         if not self.matrix.nnz:
-            return self.constant, self.constant
-        low, high = bounds(self.matrix, lower[:n, None], upper[:n, None])
-        return self.constant + low[:, 0], self.constant + high[:, 0]
+            return Interval(self.constant, self.constant)
+        columns = self.matrix.shape[1]
+        low, high = bounds(self.matrix, lower[:columns, None], upper[:columns, None])
+        return Interval(self.constant + low[:, 0], self.constant + high[:, 0])
 
 
-def bounds(matrix: csr_array, lower: Floats, upper: Floats) -> tuple[Floats, Floats]:
-    """Interval of ``matrix @ x`` for ``lower <= x <= upper``, column by column (interval arithmetic)."""
-    positive, negative = matrix.maximum(0), matrix.minimum(0)
-    return positive @ lower + negative @ upper, positive @ upper + negative @ lower
+def bounds(matrix: csr_array, lower: Floats, upper: Floats) -> Interval:
+    """Compute the interval of ``matrix @ x`` for ``lower <= x <= upper`` by interval arithmetic.
+
+    Args:
+        matrix: Coefficients (rows, n).
+        lower: Lower bounds (n, columns).
+        upper: Upper bounds (n, columns).
+
+    Returns:
+        Interval (rows, columns), column by column.
+    """
+    positive = matrix.maximum(0)
+    negative = matrix.minimum(0)
+    return Interval(positive @ lower + negative @ upper, positive @ upper + negative @ lower)
 
 
 def widen(matrix: csr_array, columns: int) -> csr_array:
-    """The same entries in a matrix with more columns."""
+    """Append empty columns to a matrix.
+
+    Args:
+        matrix: Matrix with at most ``columns`` columns.
+        columns: Number of columns of the result.
+
+    Returns:
+        Matrix with the same entries; it shares their memory.
+    """
     if matrix.shape[1] == columns:
         return matrix
-    return csr_array((matrix.data, matrix.indices, matrix.indptr), shape=(matrix.shape[0], columns))
+    entries = (matrix.data, matrix.indices, matrix.indptr)
+    return csr_array(entries, shape=(matrix.shape[0], columns))
 
 
 def combine(
     parts: Sequence[tuple[csr_array, Expression]], offset: Floats, images: int
 ) -> Expression:
-    """``sum of map @ expression + offset`` for every image; ``offset`` (elements of one image,)."""
+    """Compute ``sum of map @ expression + offset`` for every sample.
+
+    Args:
+        parts: Pairs of a map of one sample (elements, inputs) and an expression of all samples.
+        offset: Constant of one sample (elements,).
+        images: Number of samples.
+
+    Returns:
+        Expression with ``images * elements`` rows.
+    """
     columns = max((e.matrix.shape[1] for _, e in parts), default=0)
     size = len(offset)
     matrix = csr_array((images * size, columns))
-    constant, lower, upper = (np.tile(offset, (images, 1)) for _ in range(3))
+    constant = np.tile(offset, (images, 1))
+    lower = constant.copy()
+    upper = constant.copy()
     for linear, expression in parts:
-        constant += (linear @ expression.constant.reshape(images, -1).T).T
+        constant += (linear @ _by_sample(expression.constant, images)).T
         low, high = bounds(
-            linear, expression.lower.reshape(images, -1).T, expression.upper.reshape(images, -1).T
+            linear, _by_sample(expression.lower, images), _by_sample(expression.upper, images)
         )
-        lower, upper = lower + low.T, upper + high.T
+        lower = lower + low.T
+        upper = upper + high.T
         if expression.matrix.nnz:
-            matrix = matrix + _everywhere(linear, expression.matrix, images, columns)
-    return Expression(csr_array(matrix), constant.reshape(-1), lower.reshape(-1), upper.reshape(-1))
-
-
-def _everywhere(linear: csr_array, matrix: csr_array, images: int, columns: int) -> csr_array:
-    """``linear`` applied to the block of rows of every image, by laying the blocks side by side."""
-    entries = matrix.tocoo()
-    image, element = np.divmod(entries.row.astype(np.int64), linear.shape[1])
-    wide = coo_array(
-        (entries.data, (element, image * columns + entries.col)),
-        shape=(linear.shape[1], images * columns),
+            matrix = matrix + _map_samples(linear, expression.matrix, images, columns)
+    return Expression(
+        matrix=csr_array(matrix),
+        constant=constant.reshape(-1),
+        lower=lower.reshape(-1),
+        upper=upper.reshape(-1),
     )
-    result = (linear @ csr_array(wide)).tocoo()
+
+
+def _by_sample(values: Floats, images: int) -> Floats:
+    """Values of stacked samples as one column per sample (elements, samples)."""
+    return values.reshape(images, -1).T
+
+
+def _map_samples(linear: csr_array, matrix: csr_array, images: int, columns: int) -> csr_array:
+    """Apply a map to the block of rows of every sample, by one product with the blocks laid side by side."""
+    outputs, inputs = linear.shape
+    entries = matrix.tocoo()
+    image, element = np.divmod(entries.row.astype(np.int64), inputs)
+    side_by_side = coo_array(
+        (entries.data, (element, image * columns + entries.col)),
+        shape=(inputs, images * columns),
+    )
+    result = (linear @ csr_array(side_by_side)).tocoo()
     image, column = np.divmod(result.col.astype(np.int64), columns)
-    place = (image * linear.shape[0] + result.row, column)
-    return csr_array(coo_array((result.data, place), shape=(images * linear.shape[0], columns)))
+    position = (image * outputs + result.row, column)
+    return csr_array(coo_array((result.data, position), shape=(images * outputs, columns)))
 
 
 def only(expression: Expression, rows: Bools) -> Expression:
-    """The rows in ``rows``; zero in place of the others."""
+    """Replace all other rows by zero.
+
+    Args:
+        expression: Expression to mask.
+        rows: Boolean per row (rows,), true for rows to keep.
+
+    Returns:
+        Expression with the same number of rows.
+    """
     mask = rows.astype(np.float64)
     matrix = csr_array(expression.matrix.multiply(mask[:, None]))
     matrix.eliminate_zeros()
-    parts = (
-        np.where(rows, v, 0.0) for v in (expression.constant, expression.lower, expression.upper)
+    return Expression(
+        matrix=matrix,
+        constant=np.where(rows, expression.constant, 0.0),
+        lower=np.where(rows, expression.lower, 0.0),
+        upper=np.where(rows, expression.upper, 0.0),
     )
-    return Expression(matrix, *parts)
 
 
 def plus(
-    expression: Expression, rows: Ints, variables: Ints, weights: Floats | float, columns: int
+    expression: Expression,
+    rows: Ints,
+    variables: Ints,
+    weights: Floats | float,
+    *,
+    columns: int,
 ) -> Expression:
-    """``expression`` with ``weights * variables`` added at ``rows``; its interval is left to the caller."""
+    """Add ``weights * variables`` to some rows. The interval is left to the caller.
+
+    Args:
+        expression: Expression to add to.
+        rows: Rows to add to (n,).
+        variables: Index of the variable to add to each row (n,).
+        weights: Coefficient of each variable (n,), or one for all.
+        columns: Number of variables of the program.
+
+    Returns:
+        Expression with the interval of the given one.
+    """
     values = np.broadcast_to(np.asarray(weights, np.float64), rows.shape)
     added = coo_array((values, (rows, variables)), shape=(expression.rows, columns))
-    return replace(
-        expression, matrix=csr_array(widen(expression.matrix, columns) + csr_array(added))
-    )
+    matrix = csr_array(widen(expression.matrix, columns) + csr_array(added))
+    return replace(expression, matrix=matrix)

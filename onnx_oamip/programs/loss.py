@@ -1,14 +1,17 @@
-"""The cross-entropy of a batch as tangent planes, and the other half of the objective.
+"""Cross-entropy of a batch as tangent planes, and the sparsity term of the objective.
 
-The loss of an image, ``log sum_k exp(o_k) - o_y``, is convex in the logits o, and they are affine in the program's
-variables: it is the greatest of its tangent planes. One epigraph variable an image stands for it; planes are added
-where a solution lies below the loss (Kelley 1960), so that every linear solver takes the program.
+The loss of a sample, ``log sum_k exp(o_k) - o_y``, is convex in the logits o, and the logits are affine in the
+variables of the program: the loss is the greatest of its tangent planes. One epigraph variable per sample represents
+it; planes are added where a solution lies below the loss, so that every linear solver takes the program.
+
+Source: Kelley, "The cutting-plane method for solving convex programs", 1960.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array, vstack
@@ -18,10 +21,26 @@ from onnx_oamip.programs.encoder import Encoder
 from onnx_oamip.programs.expression import Expression, widen
 from onnx_oamip.programs.program import Program, Rows
 
+FEASIBLE = 1e-6
+"""Violation above which a row is added: the solvers' own tolerance."""
+ACCEPTED = 1e-5
+"""Largest violation of a solution. It is above the solvers' tolerance because they scale rows."""
+LINE_SEARCH_POINTS = 32
+"""Points of the line search between the incumbent and the solution of a relaxation."""
+MAX_RANGE_ROWS = 150
+"""Range rows that one round adds."""
+
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """``logits`` (images * classes rows), ``label`` (images,), ``epigraph`` variables (images,), ``weight`` of each."""
+    """Cross-entropy over the variables of a program.
+
+    Attributes:
+        logits: Expression with (samples * classes) rows.
+        label: Class of each sample (samples,).
+        epigraph: Index of the variable that stands for the loss of each sample (samples,).
+        weight: Weight of each sample in the objective.
+    """
 
     logits: Expression
     label: Ints
@@ -29,229 +48,352 @@ class Loss:
     weight: float
 
     def outputs(self, values: Floats) -> Floats:
-        """Logits (images, classes) at a point."""
+        """Compute the logits at a point.
+
+        Args:
+            values: Variables of the program (variables,).
+
+        Returns:
+            Logits (samples, classes).
+        """
         return self.logits.at(values).reshape(len(self.label), -1)
 
     def losses(self, outputs: Floats) -> Floats:
-        """Cross-entropy (..., images) of logits (..., images, classes)."""
-        top = outputs.max(axis=-1)
-        total = top + np.log(np.exp(outputs - top[..., None]).sum(axis=-1))
-        found: Floats = total - outputs[..., np.arange(len(self.label)), self.label]
-        return found
+        """Compute the cross-entropy of logits.
+
+        Args:
+            outputs: Logits (..., samples, classes).
+
+        Returns:
+            Loss of each sample (..., samples).
+        """
+        largest = outputs.max(axis=-1)
+        shifted = np.exp(outputs - largest[..., None])
+        log_sum = largest + np.log(shifted.sum(axis=-1))
+        samples = np.arange(len(self.label))
+        result: Floats = log_sum - outputs[..., samples, self.label]
+        return result
 
     def tangents(self, outputs: Floats, images: Ints, columns: int) -> Rows:
-        """Planes that touch the loss of ``images`` at ``outputs`` (all images, classes)."""
-        at = outputs[images]
-        classes = at.shape[1]
-        top = at.max(axis=1, keepdims=True)
-        share = np.exp(at - top)
-        total = share.sum(axis=1, keepdims=True)
-        share /= total
-        level = (top + np.log(total))[:, 0] - (share * at).sum(axis=1)
-        slope = share.copy()
-        slope[np.arange(len(images)), self.label[images]] -= 1
-        rows = (images[:, None] * classes + np.arange(classes)).reshape(-1)
+        """Build the tangent planes of some samples.
+
+        Args:
+            outputs: Logits of all samples (samples, classes) at which the planes touch the loss.
+            images: Indices of the samples (n,).
+            columns: Number of variables of the program.
+
+        Returns:
+            One row per sample, ``epigraph >= plane``.
+        """
+        logits = outputs[images]
+        count, classes = logits.shape
+        largest = logits.max(axis=1, keepdims=True)
+        probability = np.exp(logits - largest)
+        total = probability.sum(axis=1, keepdims=True)
+        probability /= total
+        log_sum = (largest + np.log(total))[:, 0]
+        level = log_sum - (probability * logits).sum(axis=1)
+        slope = probability.copy()
+        slope[np.arange(count), self.label[images]] -= 1
+        # One row per plane, whose columns are the logits of its sample.
+        row_starts = np.arange(0, slope.size + 1, classes)
         mix = csr_array(
-            (slope.reshape(-1), np.arange(slope.size), np.arange(0, slope.size + 1, classes)),
-            shape=(len(images), slope.size),
+            (slope.reshape(-1), np.arange(slope.size), row_starts), shape=(count, slope.size)
         )
+        rows = (images[:, None] * classes + np.arange(classes)).reshape(-1)
         constant = mix @ self.logits.constant[rows]
-        each = coo_array(
-            (np.ones(len(images)), (np.arange(len(images)), self.epigraph[images])),
-            shape=(len(images), columns),
+        epigraph = coo_array(
+            (np.ones(count), (np.arange(count), self.epigraph[images])), shape=(count, columns)
         )
-        matrix = csr_array(each) - mix @ widen(self.logits.matrix, columns)[rows]
-        return Rows(csr_array(matrix), level + constant, np.full(len(images), np.inf))
+        matrix = csr_array(epigraph) - mix @ widen(self.logits.matrix, columns)[rows]
+        return Rows(csr_array(matrix), level + constant, np.full(count, np.inf))
+
+
+class ScoredLayer(NamedTuple):
+    """A layer of the sparsity term: ``I = sum (s - 2) / divisor`` over its keep variables.
+
+    Attributes:
+        keep: Positions among the keep variables (units,).
+        divisor: Number of units of the layer; with the published program times the kernel size.
+    """
+
+    keep: Ints
+    divisor: float
+
+
+class CostBudget(NamedTuple):
+    """Upper bound on the cost of the kept units.
+
+    Attributes:
+        cost: Cost of each keep variable (keep variables,).
+        limit: Largest sum of costs, in the same unit.
+    """
+
+    cost: Floats
+    limit: float
 
 
 @dataclass(frozen=True, eq=False)
-class Reward:
-    """What keeping units costs.
+class Sparsity:
+    """Price of keeping units.
 
-    ``layers``: (keep variables' positions, N) of every scored layer; with ``share_cost`` (a cost per keep variable,
-    the most that may be kept) the sparsity is a row instead and the objective is the loss alone.
+    Attributes:
+        layers: Layers of the published sparsity term.
+        budget: A budget in place of the sparsity term: the objective is then the loss alone.
     """
 
-    layers: tuple[tuple[Ints, float], ...]
-    share_cost: tuple[Floats, float] | None = None
+    layers: tuple[ScoredLayer, ...]
+    budget: CostBudget | None = None
 
     def value(self, keep: Floats) -> float:
-        """The published sparsity term S: sum of the (m - 1) largest of ``I_l = sum (s - 2) / N_l`` (m layers)."""
-        if self.share_cost is not None:
+        """Evaluate the published sparsity term.
+
+        Args:
+            keep: Keep variables (keep variables,).
+
+        Returns:
+            Sum of the (m - 1) largest ``I`` of m layers, of the only one if m is 1, or 0 under a budget.
+        """
+        if self.budget is not None:
             return 0.0
-        found = np.array([float((keep[index] - 2).sum()) / n for index, n in self.layers])
-        return float(found.sum() - (found.min() if len(found) > 1 else 0.0))
+        terms = []
+        for positions, divisor in self.layers:
+            terms.append(float((keep[positions] - 2).sum()) / divisor)
+        smallest = min(terms) if len(terms) > 1 else 0.0
+        return float(np.array(terms).sum() - smallest)
 
 
 def objective(
-    encoder: Encoder, logits: Expression, label: Ints, weight: float, reward: Reward
+    encoder: Encoder, logits: Expression, label: Ints, *, weight: float, sparsity: Sparsity
 ) -> tuple[Program, Loss]:
-    """``weight * mean loss + S(s)``, S the sum of the (m - 1) largest I_l (one layer: I_1); or the loss and a budget.
+    """Add the objective ``weight * mean loss + S(s)``, or ``weight * mean loss`` under a budget.
 
-    The sum of all but the smallest is ``sum_l I_l + max_l (-I_l)``: one more variable and a row a layer. ``label``
-    (rows of the logits,) is -1 where an output has none and does not count.
+    S is the sum of the (m - 1) largest of the m layer terms I_l, which is ``sum_l I_l + max_l (-I_l)``: one more
+    variable and one row per layer.
+
+    Args:
+        encoder: Encoder of the program, with all layers stated.
+        logits: Expression of the logits, (outputs * classes) rows.
+        label: Class of each output (outputs,), -1 for outputs that do not count.
+        weight: Weight of the loss.
+        sparsity: Sparsity term or budget.
+
+    Returns:
+        The complete program and its loss.
     """
     classes = logits.rows // len(label)
-    used = np.flatnonzero(label >= 0)
-    rows = (used[:, None] * classes + np.arange(classes)).reshape(-1)
-    epigraph = encoder.variables(len(used), 0.0, np.inf)
-    loss = Loss(logits.take(rows), label[used], epigraph, weight / len(used))
-    linear: list[tuple[Ints, Floats | float]] = [(epigraph, loss.weight)]
+    counted = np.flatnonzero(label >= 0)
+    rows = (counted[:, None] * classes + np.arange(classes)).reshape(-1)
+    epigraph = encoder.variables(len(counted), 0.0, np.inf)
+    loss = Loss(
+        logits=logits.take(rows),
+        label=label[counted],
+        epigraph=epigraph,
+        weight=weight / len(counted),
+    )
+    linear: list[tuple[Ints, float]] = [(epigraph, loss.weight)]
     offset = 0.0
-    if reward.share_cost is not None:
-        cost, most = reward.share_cost
-        encoder.builder.rows(1, (np.zeros(len(cost), np.int64), encoder.keep, cost), upper=most)
+    if sparsity.budget is not None:
+        cost, limit = sparsity.budget
+        first_row = np.zeros(len(cost), np.int64)
+        encoder.builder.rows(1, (first_row, encoder.keep, cost), upper=limit)
     else:
-        linear += [(encoder.keep[index], 1 / n) for index, n in reward.layers]
-        offset = float(sum(-2 * len(index) / n for index, n in reward.layers))
-        if len(reward.layers) > 1:
-            linear.append((_least(encoder, reward.layers), 1.0))
+        for positions, divisor in sparsity.layers:
+            linear.append((encoder.keep[positions], 1 / divisor))
+        offset = float(sum(-2 * len(keep) / divisor for keep, divisor in sparsity.layers))
+        if len(sparsity.layers) > 1:
+            linear.append((_largest_negative(encoder, sparsity.layers), 1.0))
     program = encoder.program()
-    total = np.zeros(program.n_variables)
-    for index, value in linear:
-        np.add.at(total, index, value)
-    return replace(program, objective=total, offset=offset), loss
+    coefficients = np.zeros(program.n_variables)
+    for variables, coefficient in linear:
+        np.add.at(coefficients, variables, coefficient)
+    return replace(program, objective=coefficients, offset=offset), loss
 
 
-def _least(encoder: Encoder, layers: Sequence[tuple[Ints, float]]) -> Ints:
+def _largest_negative(encoder: Encoder, layers: Sequence[ScoredLayer]) -> Ints:
     """A variable that is at least every -I_l."""
     top = encoder.variables(1, -np.inf, np.inf)
 
     def step(values: Floats) -> None:
-        values[top] = max(float((2 - values[encoder.keep[i]]).sum()) / n for i, n in layers)
+        negatives = []
+        for positions, divisor in layers:
+            removed = 2 - values[encoder.keep[positions]]
+            negatives.append(float(removed.sum()) / divisor)
+        values[top] = max(negatives)
 
     encoder.steps.append(step)
-    for index, n in layers:
-        each = np.zeros(len(index) + 1, np.int64)
-        column = np.append(encoder.keep[index], top)
-        encoder.builder.rows(
-            1, (each, column, np.append(np.full(len(index), 1 / n), 1.0)), lower=2 * len(index) / n
-        )
+    for positions, divisor in layers:
+        units = len(positions)
+        column = np.append(encoder.keep[positions], top)
+        weight = np.append(np.full(units, 1 / divisor), 1.0)
+        first_row = np.zeros(units + 1, np.int64)
+        encoder.builder.rows(1, (first_row, column, weight), lower=2 * units / divisor)
     return top
 
 
 @dataclass(eq=False)
 class Incumbent:
-    """The best point known to satisfy everything, with its true objective."""
+    """Best point known to satisfy all constraints, with its true objective."""
 
     values: Floats | None = None
     objective: float = np.inf
 
 
 class Separation:
-    """Cuts at a point: ranges it leaves and tangents it lies below. Remembers the best feasible point on the way.
+    """Finds cuts at a point: violated range rows and tangent planes. Keeps the best feasible point on the way."""
 
-    ``accuracy``: what missing planes may hide, relative to the objective. ``room``: most range rows of one round.
-    """
+    def __init__(self, program: Program, loss: Loss, pending: Rows, accuracy: float) -> None:
+        """Start without an incumbent.
 
-    def __init__(
-        self, program: Program, loss: Loss, pending: Rows, accuracy: float, room: int = 150
-    ) -> None:
+        Args:
+            program: Program without its cuts.
+            loss: Loss of the program.
+            pending: Range rows, added as soon as a point violates them.
+            accuracy: Error relative to the objective that missing planes may cause.
+        """
         self.program = program
         self.loss = loss
         self.pending = pending
         self.accuracy = accuracy
-        self.room = room
         self.best = Incumbent()
+        # By side (lower, upper) and range row: whether a round has added it.
         self.added = np.zeros((2, pending.count), bool)
 
-    def violated(self, values: Floats) -> float:
-        """The largest violation of the range rows."""
-        held = self.pending.matrix @ values
-        parts = (self.pending.lower - held, held - self.pending.upper)
-        return max(0.0, *(float(p.max(initial=0.0)) for p in parts))
+    def range_violation(self, values: Floats) -> float:
+        """Measure the largest violation of the range rows.
 
-    def truth(self, values: Floats) -> tuple[Floats, float]:
-        """The point with its epigraph variables on the loss, and its objective."""
+        Args:
+            values: Variables of the program (variables,).
+
+        Returns:
+            Largest violation, 0 if all hold.
+        """
+        return max(0.0, *(float(side.max(initial=0.0)) for side in self._excess(values)))
+
+    def _excess(self, values: Floats) -> tuple[Floats, Floats]:
+        """Amounts by which range rows are violated below and above; negative if they hold."""
+        activity = self.pending.matrix @ values
+        return self.pending.lower - activity, activity - self.pending.upper
+
+    def on_loss(self, values: Floats) -> tuple[Floats, float]:
+        """Move a point onto the loss.
+
+        Args:
+            values: Variables of the program (variables,).
+
+        Returns:
+            The point with the true losses as epigraph variables, and its objective.
+        """
         point = values.copy()
         point[self.loss.epigraph] = self.loss.losses(self.loss.outputs(values))
         return point, self.program.value(point)
 
     def offer(self, values: Floats) -> bool:
-        """Take a point as the incumbent where it is better; it must satisfy all rows but tangents."""
-        point, value = self.truth(values)
+        """Take a point as the incumbent if it is better.
+
+        Args:
+            values: A point (variables,) that satisfies all rows except tangents.
+
+        Returns:
+            True if the point became the incumbent.
+        """
+        point, value = self.on_loss(values)
         if value < self.best.objective:
             self.best = Incumbent(point, value)
             return True
         return False
 
     def cuts(self, values: Floats, relaxed: Bools | None = None) -> Rows | None:
-        """Rows that the point violates. ``relaxed`` marks integer variables whose value may be fractional here."""
+        """Find rows that a point violates. A feasible point is offered as the incumbent.
+
+        Args:
+            values: Variables of the program (variables,).
+            relaxed: Boolean per variable, true for integer variables that may be fractional at this point.
+
+        Returns:
+            Violated range rows and tangent planes, or None if there are none.
+        """
         columns = self.program.n_variables
         moved = None
         if relaxed is None or not relaxed.any():
-            if self.violated(values) <= ACCEPTED:
+            if self.range_violation(values) <= ACCEPTED:
                 self.offer(values)
-            elif not self.program.integer.any() or relaxed is None:
-                moved = self._towards(values)
+            else:
+                moved = self._line_search(values)
         outputs = self.loss.outputs(values)
         gap = self.loss.losses(outputs) - values[self.loss.epigraph]
         below = np.flatnonzero(gap > self._tolerance(values))
-        blocks = [self._ranges(values)]
+        blocks = [self._violated_ranges(values)]
         if len(below):
             blocks.append(self.loss.tangents(outputs, below, columns))
             if moved is not None:
-                blocks.append(
-                    self.loss.tangents(
-                        self.loss.outputs(moved), np.arange(len(self.loss.label)), columns
-                    )
-                )
-        blocks = [b for b in blocks if b.count]
+                images = np.arange(len(self.loss.label))
+                blocks.append(self.loss.tangents(self.loss.outputs(moved), images, columns))
+        blocks = [block for block in blocks if block.count]
         return stack(blocks) if blocks else None
 
     def _tolerance(self, values: Floats) -> float:
-        """Least gap of one image that is worth a plane."""
-        scale = min(abs(self.program.value(values)), abs(self.truth(values)[1]))
-        return max(self.accuracy * scale, self.accuracy * FEASIBLE) / (
-            self.loss.weight * len(self.loss.label)
-        )
+        """Smallest gap of one sample that is worth a plane."""
+        scale = min(abs(self.program.value(values)), abs(self.on_loss(values)[1]))
+        allowed = max(self.accuracy * scale, self.accuracy * FEASIBLE)
+        return allowed / (self.loss.weight * len(self.loss.label))
 
-    def _ranges(self, values: Floats) -> Rows:
+    def _violated_ranges(self, values: Floats) -> Rows:
         """The most violated range rows, one-sided, each once."""
-        held = self.pending.matrix @ values
-        excess = np.stack([self.pending.lower - held, held - self.pending.upper])
+        excess = np.stack(self._excess(values))
         excess[self.added] = 0.0
-        order = np.argsort(-excess, axis=None)[: self.room]
-        side, row = np.unravel_index(order[excess.reshape(-1)[order] > FEASIBLE], excess.shape)
+        largest = np.argsort(-excess, axis=None)[:MAX_RANGE_ROWS]
+        violated = largest[excess.reshape(-1)[largest] > FEASIBLE]
+        side, row = np.unravel_index(violated, excess.shape)
         self.added[side, row] = True
-        low = np.where(side == 0, self.pending.lower[row], -np.inf)
-        high = np.where(side == 1, self.pending.upper[row], np.inf)
-        return Rows(csr_array(self.pending.matrix[row]), low, high)
+        lower = np.where(side == 0, self.pending.lower[row], -np.inf)
+        upper = np.where(side == 1, self.pending.upper[row], np.inf)
+        return Rows(csr_array(self.pending.matrix[row]), lower, upper)
 
-    def _towards(self, values: Floats) -> Floats | None:
-        """The best point between the incumbent and ``values`` that keeps all ranges."""
+    def _line_search(self, values: Floats) -> Floats | None:
+        """The best point between the incumbent and ``values`` that satisfies all range rows.
+
+        It is offered as the incumbent. None without an incumbent, or with integer variables, which would be fractional
+        between two points.
+        """
         start = self.best.values
         if start is None or self.program.integer.any():
             return None
-        held, change = self.pending.matrix @ start, self.pending.matrix @ (values - start)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            up = np.where(change > 0, (self.pending.upper - held) / change, np.inf)
-            down = np.where(change < 0, (self.pending.lower - held) / change, np.inf)
-        far = float(np.clip(np.minimum(up, down).min(initial=1.0), 0.0, 1.0))
-        shares = np.linspace(0, far, SEARCH + 1)[1:]
-        first, last = self.loss.outputs(start), self.loss.outputs(values)
-        outputs = first + shares[:, None, None] * (last - first)
+        direction = values - start
+        steps = np.linspace(0, self._longest_step(start, direction), LINE_SEARCH_POINTS + 1)[1:]
+        first = self.loss.outputs(start)
+        last = self.loss.outputs(values)
+        outputs = first + steps[:, None, None] * (last - first)
         rest = self.program.objective.copy()
         rest[self.loss.epigraph] = 0.0
-        linear = rest @ start + shares * (rest @ (values - start))
+        linear = rest @ start + steps * (rest @ direction)
         total = linear + self.loss.weight * self.loss.losses(outputs).sum(axis=-1)
-        point: Floats = start + shares[int(total.argmin())] * (values - start)
+        point: Floats = start + steps[int(total.argmin())] * direction
         self.offer(point)
         return point
 
-
-FEASIBLE = 1e-6
-"""Rows are added for violations above this, the solvers' own tolerance."""
-ACCEPTED = 1e-5
-"""A point that violates no row by more is a solution: solvers scale rows, and stay within their tolerance there."""
-SEARCH = 32
-"""Points of the line search between the incumbent and a relaxation's solution."""
+    def _longest_step(self, start: Floats, direction: Floats) -> float:
+        """Largest share in [0, 1] of a direction that violates no range row."""
+        activity = self.pending.matrix @ start
+        change = self.pending.matrix @ direction
+        with np.errstate(divide="ignore", invalid="ignore"):
+            to_upper = np.where(change > 0, (self.pending.upper - activity) / change, np.inf)
+            to_lower = np.where(change < 0, (self.pending.lower - activity) / change, np.inf)
+        nearest = np.minimum(to_upper, to_lower).min(initial=1.0)
+        return float(np.clip(nearest, 0.0, 1.0))
 
 
 def stack(blocks: Sequence[Rows]) -> Rows:
-    """Several blocks of rows as one."""
+    """Concatenate blocks of rows.
+
+    Args:
+        blocks: At least one block, all over the same variables.
+
+    Returns:
+        The rows of all blocks as one.
+    """
     return Rows(
-        csr_array(vstack([b.matrix for b in blocks], format="csr")),
-        np.concatenate([b.lower for b in blocks]),
-        np.concatenate([b.upper for b in blocks]),
+        csr_array(vstack([block.matrix for block in blocks], format="csr")),
+        np.concatenate([block.lower for block in blocks]),
+        np.concatenate([block.upper for block in blocks]),
     )

@@ -1,222 +1,326 @@
-"""Products of axis lengths, as linear rows over level binaries: exact at whole points.
+"""Products of axis lengths as linear rows over level binaries, exact at integer points.
 
-Every group takes one of a few widths: ``w_g = sum_l width_l x_l`` with one binary x a level, one of them 1. A cost is a
-sum of ``factor * product of axis lengths``, an axis length ``fixed + sum_g held_g w_g``. ``reduce`` rewrites costs as
-polynomials in few *directions* (``sum_g held_g w_g`` with coprime ``held``), so that axes that grow together are one;
+Every group takes one of a few widths: ``w_g = sum_l width_l x_l`` with one binary x per level, one of them 1. A cost is
+a sum of ``factor * product of axis lengths``, an axis length ``fixed + sum_g per_unit_g w_g``. ``reduce_costs``
+rewrites costs as polynomials in few *directions* (``sum_g c_g w_g`` with coprime c), so that axes that grow together
+become one;
 ``linearise`` turns each distinct monomial into linear expressions, once for all costs:
 
 - a group's own powers are linear in its binaries: ``w_g^2 = sum_l width_l^2 x_l``;
 - an expression E in [low, high] times a binary x is ``low x + (high - low) v`` with ``v = x u``, ``u`` E scaled to
-  [0, 1]. Over the levels of one group: ``sum_l v_l = u``, ``0 <= v_l <= x_l``, the convex hull of what v can be
-  (Adams and Sherali 1986, "A tight linearization and an algorithm for zero-one quadratic programming problems");
-- a product of two directions is the one with more groups as E, times the binaries of the other; a product of three or
-  more takes the outcome as the next E.
+  [0, 1]. Over the levels of one group ``sum_l v_l = u``, ``0 <= v_l <= x_l`` is the convex hull of the products;
+- in a product of two directions the one with more groups is E, and the other one contributes the binaries; a product of
+  three or more takes the outcome as the next E.
 
-``ordered`` then writes the program in thresholds, ``t_l = x_l + x_(l+1) + ...`` (is the width at least that of level
-l?). The linear relaxation stays the same, but a branch on a threshold halves a ladder where one on a level cuts off a
-rung: HiGHS solves programs of DenseNet-121's size two to seven times faster so.
+``with_thresholds`` then writes the program in thresholds, ``t_l = x_l + x_(l+1) + ...`` (is the width at least that of
+level l?). The linear relaxation stays the same, but a branch on a threshold halves the levels where a branch on a level
+only excludes one: HiGHS solves programs of the size of DenseNet-121 two to seven times faster.
+
+Source: Adams and Sherali, "A Tight Linearization and an Algorithm for Zero-One Quadratic Programming Problems",
+Management Science 32, 1986.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array, vstack
 
-from onnx_oamip.core.records import Floats, Ints
+from onnx_oamip.core.records import Bools, Floats, Ints
 from onnx_oamip.programs.program import Builder, Program, Rows
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """The widths every group may take, flat: level j belongs to ``group[j]``; groups and widths ascend."""
+    """The widths that every group may take, flat. Groups, and the widths of one group, ascend.
+
+    Attributes:
+        group: Group of each level (levels,).
+        width: Width of each level (levels,).
+    """
 
     group: Ints
     width: Ints
 
     @property
     def first(self) -> Ints:
-        """Index of every group's narrowest level, with the number of levels at the end."""
-        return (
-            np.searchsorted(self.group, np.arange(self.group[-1] + 2))
-            if len(self.group)
-            else np.zeros(1, np.int64)
-        )
+        """Index of every group's narrowest level, with the number of levels at the end (groups + 1,)."""
+        if not len(self.group):
+            return np.zeros(1, np.int64)
+        return np.searchsorted(self.group, np.arange(self.group[-1] + 2))
 
 
 @dataclass(frozen=True, eq=False)
 class Polynomials:
-    """``value[b] = sum_m coefficients[b, m] * product_j (directions @ widths)[monomials[m, j]]``; -1 stands for 1."""
+    """Costs as polynomials: ``value[b] = sum_m coefficients[b, m] * product_j lengths[monomials[m, j]]``.
+
+    Attributes:
+        directions: Length of each direction per unit of width (directions, groups).
+        monomials: Directions of each monomial (monomials, degree), descending; -1 stands for a factor of 1.
+        coefficients: Coefficient of each monomial in each cost (costs, monomials).
+    """
 
     directions: csr_array
     monomials: Ints
     coefficients: csr_array
 
     def values(self, widths: Ints) -> Floats:
-        """Every cost at the given widths."""
+        """Evaluate every cost.
+
+        Args:
+            widths: Width of each group (groups,).
+
+        Returns:
+            Value of each cost (costs,).
+        """
         result: Floats = self.coefficients @ self._lengths(widths).prod(axis=1)
         return result
 
     def gradient(self, widths: Ints) -> Floats:
-        """d cost / d width, (costs, groups)."""
+        """Differentiate every cost by the widths.
+
+        Args:
+            widths: Width of each group (groups,).
+
+        Returns:
+            Derivatives (costs, groups).
+        """
         lengths = self._lengths(widths)
-        partial = np.zeros((self.coefficients.shape[0], self.directions.shape[0] + 1))
+        # The last column collects the derivatives by the factor 1, which -1 stands for.
+        columns = self.directions.shape[0] + 1
+        partial = np.zeros((self.coefficients.shape[0], columns))
         for j in range(self.monomials.shape[1]):
             others = np.delete(lengths, j, axis=1).prod(axis=1)
-            spread = coo_array(
-                (others, (np.arange(len(others)), self.monomials[:, j] % partial.shape[1])),
-                shape=(len(others), partial.shape[1]),
-            )
+            position = (np.arange(len(others)), self.monomials[:, j] % columns)
+            spread = coo_array((others, position), shape=(len(others), columns))
             partial += (self.coefficients @ spread).toarray()
         result: Floats = partial[:, :-1] @ self.directions
         return result
 
     def _lengths(self, widths: Ints) -> Floats:
-        return np.append(self.directions @ widths.astype(np.float64), 1.0)[self.monomials]
+        """Length of every factor of every monomial (monomials, degree)."""
+        lengths = np.append(self.directions @ widths.astype(np.float64), 1.0)
+        return lengths[self.monomials]
 
 
-def reduce(fixed: Ints, per_unit: csr_array, sums: Sequence[tuple[Floats, Ints]]) -> Polynomials:
-    """Costs as polynomials.
+class _Terms(NamedTuple):
+    """Monomials of one cost with their coefficients."""
 
-    Axis i has the length ``fixed[i] + (per_unit @ widths)[i]``; each cost is (factor, axes): the sum over terms of
-    factor times the lengths of ``axes`` (terms, width), -1 padding with a length of 1.
+    cost: int
+    monomials: Ints
+    coefficients: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Axes:
+    """Axis lengths ``constant + step * length of a direction``, with an axis of length 1 at index -1.
+
+    Attributes:
+        direction: Direction of each axis, -1 for axes of fixed length.
+        constant: Fixed part of each length.
+        step: Multiple of the direction.
     """
-    moving = np.unique(per_unit.nonzero()[0])
-    held = per_unit[moving].toarray()
-    common = np.gcd.reduce(held, axis=1) if len(moving) else np.zeros(0, np.int64)
-    directions, place = np.unique(held // common[:, None], axis=0, return_inverse=True)
-    direction = np.full(len(fixed) + 1, -1, np.int64)
-    direction[moving] = place.reshape(-1)
-    constant = np.append(fixed, 1).astype(np.float64)
-    step = np.ones(len(fixed) + 1)
-    step[moving] = common
 
-    found: list[tuple[int, Ints, Floats]] = []
-    for b, (factor, axes) in enumerate(sums):
-        varies = direction[axes] >= 0
-        base = factor * np.where(varies, 1.0, constant[axes]).prod(axis=1)
-        degree = int(varies.sum(axis=1).max(initial=0))
-        order = np.argsort(~varies, axis=1, kind="stable")[:, :degree]
-        axes, varies = np.take_along_axis(axes, order, 1), np.take_along_axis(varies, order, 1)
-        for subset in range(2**degree):  # expand the product of (fixed + step * direction)
-            taken = (subset >> np.arange(degree) & 1).astype(bool)
-            rest = np.where(varies & ~taken, constant[axes], 1.0).prod(axis=1)
-            value = (
-                base
-                * rest
-                * np.where(taken, step[axes], 1.0).prod(axis=1)
-                * varies[:, taken].all(axis=1)
-            )
-            use = value != 0
-            found.append((b, np.where(taken, direction[axes], -1)[use], value[use]))
-    degree = max((m.shape[1] for _, m, _ in found), default=0)
-    padded = [
-        np.pad(m, ((0, 0), (0, degree - m.shape[1])), constant_values=-1) for _, m, _ in found
-    ]
-    rows = -np.sort(-np.concatenate([*padded, np.zeros((0, degree), np.int64)]), axis=1)
-    monomials, place = np.unique(rows, axis=0, return_inverse=True)
-    owner = np.repeat([b for b, _, _ in found], [len(v) for _, _, v in found]).astype(np.int64)
-    value = np.concatenate([*(v for _, _, v in found), np.zeros(0)])
-    shape = (len(sums), len(monomials))
-    return Polynomials(
-        csr_array(directions),
-        monomials,
-        csr_array(coo_array((value, (owner, place.reshape(-1))), shape=shape)),
-    )
+    direction: Ints
+    constant: Floats
+    step: Floats
+
+
+def reduce_costs(
+    fixed: Ints, per_unit: csr_array, sums: Sequence[tuple[Floats, Ints]]
+) -> Polynomials:
+    """Rewrite costs as polynomials in few directions.
+
+    Args:
+        fixed: Fixed part of each axis length (axes,).
+        per_unit: Length of each axis per unit of width (axes, groups).
+        sums: One pair per cost: the factor of each term (terms,), and its axes (terms, n), -1 for a length of 1. The
+            cost is the sum over terms of the factor times the lengths of the axes.
+
+    Returns:
+        The same costs as polynomials.
+    """
+    directions, axes = _directions(fixed, per_unit)
+    terms: list[_Terms] = []
+    for cost, (factor, term_axes) in enumerate(sums):
+        terms += _expand(cost, factor, term_axes, axes)
+    degree = max((t.monomials.shape[1] for t in terms), default=0)
+    # An empty block gives the shape if there are no terms.
+    blocks = [np.zeros((0, degree), np.int64)]
+    for term in terms:
+        missing = degree - term.monomials.shape[1]
+        blocks.append(np.pad(term.monomials, ((0, 0), (0, missing)), constant_values=-1))
+    descending = -np.sort(-np.concatenate(blocks), axis=1)
+    monomials, position = np.unique(descending, axis=0, return_inverse=True)
+    counts = [len(t.coefficients) for t in terms]
+    owner = np.repeat([t.cost for t in terms], counts).astype(np.int64)
+    value = np.concatenate([*(t.coefficients for t in terms), np.zeros(0)])
+    entries = (value, (owner, position.reshape(-1)))
+    coefficients = coo_array(entries, shape=(len(sums), len(monomials)))
+    return Polynomials(csr_array(directions), monomials, csr_array(coefficients))
+
+
+def _directions(fixed: Ints, per_unit: csr_array) -> tuple[Ints, _Axes]:
+    """The distinct directions of the axes (directions, groups), and the axes in terms of them."""
+    variable = np.unique(per_unit.nonzero()[0])
+    held = per_unit[variable].toarray()
+    common = np.gcd.reduce(held, axis=1) if len(variable) else np.zeros(0, np.int64)
+    directions, position = np.unique(held // common[:, None], axis=0, return_inverse=True)
+    direction = np.full(len(fixed) + 1, -1, np.int64)
+    direction[variable] = position.reshape(-1)
+    step = np.ones(len(fixed) + 1)
+    step[variable] = common
+    constant = np.append(fixed, 1).astype(np.float64)
+    return directions, _Axes(direction, constant, step)
+
+
+def _expand(cost: int, factor: Floats, term_axes: Ints, axes: _Axes) -> list[_Terms]:
+    """Expand the products of ``constant + step * direction`` of one cost."""
+    varies = axes.direction[term_axes] >= 0
+    fixed_lengths = np.where(varies, 1.0, axes.constant[term_axes])
+    base = factor * fixed_lengths.prod(axis=1)
+    degree = int(varies.sum(axis=1).max(initial=0))
+    # Variable axes first; the rest is in the base already.
+    order = np.argsort(~varies, axis=1, kind="stable")[:, :degree]
+    term_axes = np.take_along_axis(term_axes, order, 1)
+    varies = np.take_along_axis(varies, order, 1)
+    result = []
+    for subset in range(2**degree):
+        taken = (subset >> np.arange(degree) & 1).astype(bool)
+        constants = np.where(varies & ~taken, axes.constant[term_axes], 1.0).prod(axis=1)
+        steps = np.where(taken, axes.step[term_axes], 1.0).prod(axis=1)
+        # A term without an axis at a taken place is counted in a smaller subset.
+        complete = varies[:, taken].all(axis=1)
+        value = base * constants * steps * complete
+        used = value != 0
+        monomials = np.where(taken, axes.direction[term_axes], -1)
+        result.append(_Terms(cost, monomials[used], value[used]))
+    return result
 
 
 def linearise(
-    builder: Builder, binaries: Ints, levels: Levels, polynomials: Polynomials, start: Floats
+    builder: Builder, binaries: Ints, levels: Levels, polynomials: Polynomials, *, start: Floats
 ) -> tuple[csr_array, Floats]:
-    """Every cost as (linear expression over the builder's variables, constant).
+    """Linearise costs; adds the variables and rows of the products to the builder.
 
-    ``binaries`` are the program's variables of the levels and ``start`` their proposed values (NaN: none). Adds the
-    products' variables and rows to the builder. Widths must be positive.
+    Args:
+        builder: Builder of the program.
+        binaries: Variables of the levels (levels,).
+        levels: Widths of the groups, all positive.
+        polynomials: Costs.
+        start: First point of the binaries (levels,), NaN for none.
+
+    Returns:
+        Coefficients of the costs over the builder's variables (costs, variables), and their constants (costs,).
     """
     factors, chain = _factors(levels, polynomials)
     table = _Table.of(factors, binaries, start)
-    expression = chain[:, 0] if chain.shape[1] else np.full(len(chain), -1)
-    for depth in range(1, chain.shape[1]):
+    degree = chain.shape[1]
+    expression = chain[:, 0] if degree else np.full(len(chain), -1)
+    for depth in range(1, degree):
         further = chain[:, depth] >= 0
-        pairs, place = np.unique(
-            np.stack([expression[further], chain[further, depth]], axis=1),
-            axis=0,
-            return_inverse=True,
-        )
+        products = np.stack([expression[further], chain[further, depth]], axis=1)
+        pairs, position = np.unique(products, axis=0, return_inverse=True)
         if len(pairs):
             expression = expression.copy()
-            expression[further] = table.count + place.reshape(-1)
-            table = table.multiply(builder, binaries, levels, factors, pairs, start)
+            expression[further] = table.count + position.reshape(-1)
+            table = table.multiply(builder, binaries, levels, factors, pairs=pairs, start=start)
     varies = expression >= 0
-    matrix = csr_array(
-        polynomials.coefficients[:, varies] @ table.matrix(builder.n_variables)[expression[varies]]
-    )
-    return matrix, np.asarray(polynomials.coefficients[:, ~varies].sum(axis=1), np.float64).reshape(
-        -1
-    )
+    expressions = table.matrix(builder.n_variables)[expression[varies]]
+    matrix = csr_array(polynomials.coefficients[:, varies] @ expressions)
+    constant = polynomials.coefficients[:, ~varies].sum(axis=1)
+    return matrix, np.asarray(constant, np.float64).reshape(-1)
 
 
-def ordered(program: Program, levels: Levels) -> Program:
-    """The program with its first variables, the levels' binaries, written as thresholds.
+def with_thresholds(program: Program, levels: Levels) -> Program:
+    """Write a program in thresholds in place of level binaries.
 
-    The narrowest level of a group has none: its threshold is 1. So a group's thresholds add up to the index of its
-    level, and there need not be rows that make it take one. Thresholds come first, then the other variables; the rows
-    keep their indices, and the order of thresholds is appended.
+    The narrowest level of a group has no threshold, since it would always be 1. So the thresholds of a group add up to
+    the index of its level, and no row is needed that makes it take one.
+
+    Args:
+        program: Program whose first variables are the levels' binaries.
+        levels: Widths of the groups.
+
+    Returns:
+        Program with thresholds first, then the other variables. Rows keep their indices; rows that order the thresholds
+        are appended.
     """
-    count, n = len(levels.group), program.n_variables
-    narrowest = np.zeros(count, bool)
+    n_levels = len(levels.group)
+    narrowest = np.zeros(n_levels, bool)
     narrowest[levels.first[:-1]] = True
-    rung = np.flatnonzero(~narrowest)
-    m = len(rung) + n - count
-    one = np.arange(m)
-    # x_l = t_l - t_(l+1), the other variables are themselves
-    change = csr_array(
-        coo_array(
-            (
-                np.concatenate([np.ones(m), -np.ones(len(rung))]),
-                (
-                    np.concatenate([rung, np.arange(count, n), rung - 1]),
-                    np.concatenate([one, one[: len(rung)]]),
-                ),
-            ),
-            shape=(n, m),
-        )
-    )
-    fixed = np.zeros(n)
-    fixed[:count][narrowest] = 1.0
-    later = np.flatnonzero(~narrowest[rung - 1])
-    order = np.tile(np.arange(len(later)), 2)
-    steps = coo_array(
-        (np.repeat([1.0, -1.0], len(later)), (order, np.concatenate([later, later - 1]))),
-        shape=(len(later), m),
-    )
+    level = np.flatnonzero(~narrowest)
+    n_thresholds = len(level)
+    change = _threshold_change(level, n_levels, program.n_variables)
+    always_one = np.zeros(program.n_variables)
+    always_one[:n_levels][narrowest] = 1.0
     start = program.start
     if start is not None:
-        after = levels.group[-1:] - levels.group  # every later group's levels add up to 1
-        start = np.concatenate(
-            [(np.cumsum(start[:count][::-1])[::-1] - after)[rung], start[count:]]
-        )
+        # Summed from the last level backwards; every later group's levels add up to 1.
+        later_groups = levels.group[-1:] - levels.group
+        from_the_end = np.cumsum(start[:n_levels][::-1])[::-1]
+        start = np.concatenate([(from_the_end - later_groups)[level], start[n_levels:]])
     matrix = csr_array(program.matrix @ change)
     matrix.eliminate_zeros()
-    shift = program.matrix @ fixed
-    return Program(
+    shift = program.matrix @ always_one
+    result = Program(
         objective=np.asarray(program.objective @ change),
-        lower=np.concatenate([np.zeros(len(rung)), program.lower[count:]]),
-        upper=np.concatenate([np.ones(len(rung)), program.upper[count:]]),
-        integer=np.concatenate([np.ones(len(rung), bool), program.integer[count:]]),
+        lower=np.concatenate([np.zeros(n_thresholds), program.lower[n_levels:]]),
+        upper=np.concatenate([np.ones(n_thresholds), program.upper[n_levels:]]),
+        integer=np.concatenate([np.ones(n_thresholds, bool), program.integer[n_levels:]]),
         matrix=matrix,
         row_lower=program.row_lower - shift,
         row_upper=program.row_upper - shift,
-        offset=program.offset + float(program.objective @ fixed),
+        offset=program.offset + float(program.objective @ always_one),
         start=start,
-    ).with_rows(Rows(csr_array(steps), np.full(len(later), -np.inf), np.zeros(len(later))))
+    )
+    return result.with_rows(_descending(narrowest[level - 1], result.n_variables))
+
+
+def _threshold_change(level: Ints, n_levels: int, n_variables: int) -> csr_array:
+    """Change of variables ``x_l = t_l - t_(l+1)``; variables behind the levels stay themselves.
+
+    Args:
+        level: Level of each threshold (thresholds,).
+        n_levels: Number of levels.
+        n_variables: Number of variables before the change.
+    """
+    n_after = len(level) + n_variables - n_levels
+    column = np.arange(n_after)
+    row = np.concatenate([level, np.arange(n_levels, n_variables), level - 1])
+    position = (row, np.concatenate([column, column[: len(level)]]))
+    value = np.concatenate([np.ones(n_after), -np.ones(len(level))])
+    return csr_array(coo_array((value, position), shape=(n_variables, n_after)))
+
+
+def _descending(is_first: Bools, n_variables: int) -> Rows:
+    """Rows by which no threshold is above the previous one of its group.
+
+    Args:
+        is_first: Boolean per threshold, true for the first one of a group.
+        n_variables: Number of variables of the program.
+    """
+    later = np.flatnonzero(~is_first)
+    count = len(later)
+    row = np.tile(np.arange(count), 2)
+    column = np.concatenate([later, later - 1])
+    value = np.repeat([1.0, -1.0], count)
+    matrix = coo_array((value, (row, column)), shape=(count, n_variables))
+    return Rows(csr_array(matrix), np.full(count, -np.inf), np.zeros(count))
 
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """Linear forms over levels (a direction, or a power of a single group's), with their ranges."""
+    """Factors of monomials as linear forms over levels: a direction, or a power of a single group's.
+
+    Attributes:
+        forms: Value of each factor at each level (factors, levels).
+        low: Least value of each factor (factors,).
+        high: Greatest value of each factor (factors,).
+    """
 
     forms: csr_array
     low: Floats
@@ -226,41 +330,55 @@ class _Factors:
 def _factors(levels: Levels, polynomials: Polynomials) -> tuple[_Factors, Ints]:
     """The distinct factors, and each monomial as a chain of them: most groups first, -1 at the end."""
     directions, monomials = polynomials.directions, polynomials.monomials
-    groups = np.diff(directions.indptr)
-    power = (monomials >= 0).astype(np.int64)
-    for j in range(1, monomials.shape[1]):  # powers of one group are one factor
-        same = (
-            (monomials[:, j] >= 0)
-            & (monomials[:, j] == monomials[:, j - 1])
-            & (groups[monomials[:, j]] == 1)
-        )
-        power[same, j] += power[same, j - 1]
-        power[same, j - 1] = 0
+    n_groups = np.diff(directions.indptr)
+    power = _powers(monomials, n_groups)
+    # A pair of direction and power as one number.
     base = monomials.shape[1] + 1
     code = np.where(power > 0, monomials * base + power, -1)
-    known, place = np.unique(code, return_inverse=True)
-    absent = int(known[:1].tolist() == [-1])
-    chain = place.reshape(code.shape) - absent
-    direction, exponent = np.divmod(known[absent:], base)
+    distinct, position = np.unique(code, return_inverse=True)
+    absent = int(distinct[:1].tolist() == [-1])
+    chain = position.reshape(code.shape) - absent
+    direction, exponent = np.divmod(distinct[absent:], base)
 
-    widths = csr_array(
-        (levels.width.astype(np.float64), (levels.group, np.arange(len(levels.group)))),
-        shape=(directions.shape[1], len(levels.group)),
+    n_levels = len(levels.group)
+    width_of_level = csr_array(
+        (levels.width.astype(np.float64), (levels.group, np.arange(n_levels))),
+        shape=(directions.shape[1], n_levels),
     )
-    forms = csr_array(directions @ widths)[direction]
+    forms = csr_array(directions @ width_of_level)[direction]
     forms.data **= np.repeat(exponent, np.diff(forms.indptr))
     first = levels.first
-    low = (directions @ levels.width[first[:-1]].astype(np.float64))[direction] ** exponent
-    high = (directions @ levels.width[first[1:] - 1].astype(np.float64))[direction] ** exponent
-    order = np.argsort(
-        np.where(chain < 0, 1, -np.append(groups[direction], 0)[chain]), axis=1, kind="stable"
-    )
+    narrowest = levels.width[first[:-1]].astype(np.float64)
+    widest = levels.width[first[1:] - 1].astype(np.float64)
+    low = (directions @ narrowest)[direction] ** exponent
+    high = (directions @ widest)[direction] ** exponent
+    groups_of_factor = np.append(n_groups[direction], 0)
+    rank = np.where(chain < 0, 1, -groups_of_factor[chain])
+    order = np.argsort(rank, axis=1, kind="stable")
     return _Factors(forms, low, high), np.take_along_axis(chain, order, 1)
+
+
+def _powers(monomials: Ints, n_groups: Ints) -> Ints:
+    """Exponent of every factor: repeated directions of a single group become one factor, the others have 0."""
+    power = (monomials >= 0).astype(np.int64)
+    for j in range(1, monomials.shape[1]):
+        current, previous = monomials[:, j], monomials[:, j - 1]
+        same = (current >= 0) & (current == previous) & (n_groups[current] == 1)
+        power[same, j] += power[same, j - 1]
+        power[same, j - 1] = 0
+    return power
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """Linear expressions over program variables: entries, range and value at the start."""
+    """Linear expressions over program variables.
+
+    Attributes:
+        parts: Coefficients of the expressions, in blocks of rows; later blocks have more columns.
+        low: Least value of each expression.
+        high: Greatest value of each expression.
+        start: Value of each expression at the first point.
+    """
 
     parts: tuple[csr_array, ...]
     low: Floats
@@ -269,23 +387,27 @@ class _Table:
 
     @classmethod
     def of(cls, factors: _Factors, binaries: Ints, start: Floats) -> _Table:
+        """The factors themselves."""
         forms = factors.forms
         columns = binaries[forms.indices]
-        form = csr_array(
+        n_columns = int(columns.max(initial=-1)) + 1
+        part = csr_array(
             (forms.data, columns, forms.indptr),
-            shape=(forms.shape[0], int(columns.max(initial=-1)) + 1),
+            shape=(forms.shape[0], n_columns),
         )
-        return cls((form,), factors.low, factors.high, forms @ start)
+        return cls((part,), factors.low, factors.high, forms @ start)
 
     @property
     def count(self) -> int:
+        """Number of expressions."""
         return len(self.low)
 
     def matrix(self, columns: int) -> csr_array:
-        wide = [
-            csr_array((p.data, p.indices, p.indptr), shape=(p.shape[0], columns))
-            for p in self.parts
-        ]
+        """All coefficients over a number of variables."""
+        wide = []
+        for part in self.parts:
+            entries = (part.data, part.indices, part.indptr)
+            wide.append(csr_array(entries, shape=(part.shape[0], columns)))
         return csr_array(vstack(wide, format="csr"))
 
     def multiply(
@@ -294,60 +416,75 @@ class _Table:
         binaries: Ints,
         levels: Levels,
         factors: _Factors,
+        *,
         pairs: Ints,
         start: Floats,
     ) -> _Table:
         """This table with the products (expression, factor) of ``pairs`` appended."""
         expression, factor = pairs.T
+        n_levels = len(binaries)
         spread = np.where(self.high > self.low, self.high - self.low, 1.0)
         forms = factors.forms[factor]
         row = np.repeat(np.arange(len(pairs)), np.diff(forms.indptr))
         # One variable for every distinct (expression, level): their product, scaled to [0, 1].
-        known, place = np.unique(
-            expression[row] * len(binaries) + forms.indices, return_inverse=True
+        code = expression[row] * n_levels + forms.indices
+        distinct, position = np.unique(code, return_inverse=True)
+        source, level = np.divmod(distinct, n_levels)
+        scaled_start = (self.start - self.low) / spread
+        product = builder.variables(
+            len(distinct), 0.0, 1.0, start=start[level] * scaled_start[source]
         )
-        of, level = np.divmod(known, len(binaries))
-        scaled = (self.start - self.low) / spread
-        product = builder.variables(len(known), 0.0, 1.0, start=start[level] * scaled[of])
-        each = np.arange(len(known))
-        builder.rows(
-            len(known),
-            (
-                np.stack([each, each]),
-                np.stack([product, binaries[level]]),
-                np.array([[1.0], [-1.0]]),
-            ),
-            upper=0.0,
+        self._bound_by_binaries(builder, product, binaries[level])
+        self._sum_to_expression(
+            builder, product, source=source, level=level, levels=levels, spread=spread
         )
-        blocks, block = np.unique(
-            of * (levels.group[-1] + 1) + levels.group[level], return_inverse=True
+        # E x = low x + spread v, times the value of the factor at the level.
+        times_binary = forms.data * self.low[expression[row]]
+        times_product = forms.data * spread[expression[row]]
+        column = np.concatenate([binaries[forms.indices], product[position]])
+        entries = (
+            np.concatenate([times_binary, times_product]),
+            (np.concatenate([row, row]), column),
         )
-        whole = blocks // (levels.group[-1] + 1)
-        lines = self.matrix(builder.n_variables)[whole]
-        ratio = np.repeat(1 / spread[whole], np.diff(lines.indptr))
-        line = np.repeat(np.arange(len(blocks)), np.diff(lines.indptr))
-        side = -self.low[whole] / spread[whole]
+        part = coo_array(entries, shape=(len(pairs), builder.n_variables))
+        return _Table(
+            parts=(*self.parts, csr_array(part)),
+            low=np.append(self.low, self.low[expression] * factors.low[factor]),
+            high=np.append(self.high, self.high[expression] * factors.high[factor]),
+            start=np.append(self.start, self.start[expression] * (forms @ start)),
+        )
+
+    @staticmethod
+    def _bound_by_binaries(builder: Builder, product: Ints, binary: Ints) -> None:
+        """Rows ``v_l <= x_l``."""
+        row = np.arange(len(product))
+        weights = np.array([[1.0], [-1.0]])
+        entries = (np.stack([row, row]), np.stack([product, binary]), weights)
+        builder.rows(len(product), entries, upper=0.0)
+
+    def _sum_to_expression(
+        self,
+        builder: Builder,
+        product: Ints,
+        *,
+        source: Ints,
+        level: Ints,
+        levels: Levels,
+        spread: Floats,
+    ) -> None:
+        """Rows ``sum_l v_l = u``, one per expression (``source``) and group of the products."""
+        n_groups = levels.group[-1] + 1
+        code = source * n_groups + levels.group[level]
+        distinct, block = np.unique(code, return_inverse=True)
+        expression = distinct // n_groups
+        lines = self.matrix(builder.n_variables)[expression]
+        entries_per_line = np.diff(lines.indptr)
+        ratio = np.repeat(1 / spread[expression], entries_per_line)
+        line = np.repeat(np.arange(len(distinct)), entries_per_line)
+        side = -self.low[expression] / spread[expression]
         entries = (
             np.concatenate([block, line]),
             np.concatenate([product, lines.indices]),
             np.concatenate([np.ones(len(product)), -lines.data * ratio]),
         )
-        builder.rows(len(blocks), entries, lower=side, upper=side)
-        new = coo_array(
-            (
-                np.concatenate(
-                    [forms.data * self.low[expression[row]], forms.data * spread[expression[row]]]
-                ),
-                (
-                    np.concatenate([row, row]),
-                    np.concatenate([binaries[forms.indices], product[place]]),
-                ),
-            ),
-            shape=(len(pairs), builder.n_variables),
-        )
-        return _Table(
-            (*self.parts, csr_array(new)),
-            np.append(self.low, self.low[expression] * factors.low[factor]),
-            np.append(self.high, self.high[expression] * factors.high[factor]),
-            np.append(self.start, self.start[expression] * (forms @ start)),
-        )
+        builder.rows(len(distinct), entries, lower=side, upper=side)

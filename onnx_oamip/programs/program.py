@@ -1,18 +1,19 @@
-"""A solver-neutral mixed-integer linear program, and a builder that assembles one from whole blocks of arrays.
+"""Solver-neutral mixed-integer linear program, and a builder that assembles one from blocks of arrays.
 
 ::
 
     minimise    objective @ v + offset
-    subject to  row_lower <= matrix @ v <= row_upper,  lower <= v <= upper,  v[integer] whole
+    subject to  row_lower <= matrix @ v <= row_upper,  lower <= v <= upper,  v[integer] integer
 
 Formulations stay purely linear (big-M, tangent cuts, products of binaries linearised), so that every backend takes
-them as they are. Nothing here knows a solver.
+them as they are. This module does not depend on a solver.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,16 @@ INFINITY = float("inf")
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A block of constraints ``lower <= matrix @ v <= upper``; an infinite side is absent."""
+    """A block of constraints ``lower <= matrix @ v <= upper``; an infinite side is absent.
+
+    Attributes:
+        matrix: Coefficients (rows, variables).
+        lower: Lower side of each row (rows,).
+        upper: Upper side of each row (rows,).
+
+    Raises:
+        ValueError: The arrays do not fit together.
+    """
 
     matrix: csr_array
     lower: Floats
@@ -33,19 +43,16 @@ class Rows:
 
     def __post_init__(self) -> None:
         count = self.matrix.shape[0]
-        _expect(
-            self.lower.shape == (count,),
-            f"row_lower has shape {self.lower.shape}, expected ({count},)",
-        )
-        _expect(
-            self.upper.shape == (count,),
-            f"row_upper has shape {self.upper.shape}, expected ({count},)",
-        )
+        for name, side in (("row_lower", self.lower), ("row_upper", self.upper)):
+            _expect(
+                side.shape == (count,),
+                f"{name} has shape {side.shape}, expected ({count},)",
+            )
         _expect(
             bool(np.isfinite(self.matrix.data).all()),
             "the matrix holds a coefficient that is not finite",
         )
-        _sides("row", self.lower, self.upper)
+        _check_sides("row", self.lower, self.upper)
 
     @property
     def count(self) -> int:
@@ -57,8 +64,19 @@ class Rows:
 class Program:
     """Minimise ``objective @ v + offset`` over n variables v and m rows.
 
-    ``lower``/``upper`` may be infinite; ``start`` is a first guess a backend may use, NaN where nothing is proposed.
-    Raises ValueError, naming the first offender, for arrays that do not fit together.
+    Attributes:
+        objective: Cost of each variable (n,).
+        lower: Lower bound of each variable (n,), may be infinite.
+        upper: Upper bound of each variable (n,), may be infinite.
+        integer: Boolean per variable (n,), true for integer variables.
+        matrix: Coefficients of the rows (m, n).
+        row_lower: Lower side of each row (m,), may be infinite.
+        row_upper: Upper side of each row (m,), may be infinite.
+        offset: Constant of the objective.
+        start: First point for a backend (n,), NaN for variables without a proposal.
+
+    Raises:
+        ValueError: The arrays do not fit together; the message names the first offender.
     """
 
     objective: Floats
@@ -86,11 +104,11 @@ class Program:
             self.matrix.shape[1] == n,
             f"the matrix has {self.matrix.shape[1]} columns for {n} variables",
         )
-        wild = ~np.isfinite(self.objective)
-        if wild.any():
-            raise ValueError(f"objective[{_first(wild)}] is not finite.")
+        not_finite = ~np.isfinite(self.objective)
+        if not_finite.any():
+            raise ValueError(f"objective[{_first(not_finite)}] is not finite.")
         _expect(bool(np.isfinite(self.offset)), f"the offset is {self.offset}")
-        _sides("variable", self.lower, self.upper)
+        _check_sides("variable", self.lower, self.upper)
         Rows(self.matrix, self.row_lower, self.row_upper)
 
     @property
@@ -104,7 +122,14 @@ class Program:
         return int(self.matrix.shape[0])
 
     def with_rows(self, rows: Rows) -> Program:
-        """This program with more constraints."""
+        """Append constraints.
+
+        Args:
+            rows: Constraints over the same variables.
+
+        Returns:
+            A program with the given rows behind the present ones.
+        """
         return replace(
             self,
             matrix=csr_array(vstack([self.matrix, rows.matrix], format="csr")),
@@ -113,32 +138,65 @@ class Program:
         )
 
     def value(self, values: Floats) -> float:
-        """The objective at a point."""
+        """Evaluate the objective.
+
+        Args:
+            values: A point (n,).
+
+        Returns:
+            Objective at the point.
+        """
         return float(self.objective @ values) + self.offset
 
     def violation(self, values: Floats) -> float:
-        """The largest amount by which a point leaves a bound, a row or integrality; 0 for a feasible one."""
-        held = self.matrix @ values
-        whole = values[self.integer]
-        parts = (
+        """Measure the infeasibility of a point.
+
+        Args:
+            values: A point (n,).
+
+        Returns:
+            The largest amount by which the point violates a bound, a row or integrality; 0 for a feasible point.
+        """
+        activity = self.matrix @ values
+        integers = values[self.integer]
+        amounts = (
             self.lower - values,
             values - self.upper,
-            self.row_lower - held,
-            held - self.row_upper,
-            np.abs(whole - np.round(whole)),
+            self.row_lower - activity,
+            activity - self.row_upper,
+            np.abs(integers - np.round(integers)),
         )
-        return max(0.0, *(float(p.max(initial=0.0)) for p in parts))
+        return max(0.0, *(float(amount.max(initial=0.0)) for amount in amounts))
+
+
+class _VariableBlock(NamedTuple):
+    """Bounds, cost, kind and first point of variables that were added together, flat."""
+
+    lower: Floats
+    upper: Floats
+    objective: Floats
+    integer: Bools
+    start: Floats
+
+
+class _RowBlock(NamedTuple):
+    """Entries and sides of rows that were added together."""
+
+    row: Ints
+    column: Ints
+    value: Floats
+    lower: Floats
+    upper: Floats
 
 
 class Builder:
-    """Assembles a Program block by block; every argument broadcasts, so a block is a few array operations."""
+    """Assembles a Program block by block. Every argument broadcasts, so that a block is a few array operations."""
 
     def __init__(self) -> None:
         self.offset = 0.0
-        self._variables: list[tuple[Floats, Floats, Floats, Bools, Floats]] = []
+        self._variables: list[_VariableBlock] = []
+        self._rows: list[_RowBlock] = []
         self._n = 0
-        self._entries: list[tuple[Ints, Ints, Floats]] = []
-        self._sides: list[tuple[Floats, Floats]] = []
         self._m = 0
 
     def variables(
@@ -151,18 +209,32 @@ class Builder:
         integer: npt.ArrayLike = False,
         start: npt.ArrayLike = np.nan,
     ) -> Ints:
-        """Add an array of variables; returns their indices in that shape. ``start`` NaN proposes nothing."""
+        """Add an array of variables.
+
+        Args:
+            shape: Shape of the array.
+            lower: Lower bounds.
+            upper: Upper bounds.
+            objective: Costs.
+            integer: True for integer variables.
+            start: Values of the first point, NaN for none.
+
+        Returns:
+            Indices of the variables, in the given shape.
+
+        Raises:
+            ValueError: An argument does not broadcast to the shape.
+        """
         size = (shape,) if isinstance(shape, int) else shape
         index = self._n + np.arange(int(np.prod(size)), dtype=np.int64).reshape(size)
-        self._variables.append(
-            (
-                _spread(lower, size, "lower"),
-                _spread(upper, size, "upper"),
-                _spread(objective, size, "objective"),
-                np.broadcast_to(np.asarray(integer, bool), size).ravel(),
-                _spread(start, size, "start"),
-            )
+        block = _VariableBlock(
+            lower=_spread(lower, size, "lower"),
+            upper=_spread(upper, size, "upper"),
+            objective=_spread(objective, size, "objective"),
+            integer=np.broadcast_to(np.asarray(integer, bool), size).ravel(),
+            start=_spread(start, size, "start"),
         )
+        self._variables.append(block)
         self._n += index.size
         return index
 
@@ -173,59 +245,75 @@ class Builder:
         lower: npt.ArrayLike = -INFINITY,
         upper: npt.ArrayLike = INFINITY,
     ) -> Ints:
-        """Add ``count`` constraints with the given (row, variable, coefficient) entries; returns the rows' indices.
+        """Add constraints.
 
-        Rows count from 0 within the block. The three arrays broadcast against each other; entries that meet in one
-        place are summed.
+        Args:
+            count: Number of constraints.
+            entries: Row (from 0 within the block), column and coefficient of each entry. The arrays broadcast against
+                each other; entries at the same position are summed.
+            lower: Lower sides.
+            upper: Upper sides.
+
+        Returns:
+            Indices of the rows (count,).
+
+        Raises:
+            ValueError: An entry is outside the block, or a side does not broadcast to it.
         """
         row, column, value = np.broadcast_arrays(*(np.asarray(e) for e in entries))
         inside = row.size == 0 or (row.min() >= 0 and row.max() < count)
         _expect(bool(inside), f"a block of {count} rows has an entry outside rows 0 to {count - 1}")
-        self._entries.append(
-            (
-                self._m + row.ravel().astype(np.int64),
-                column.ravel().astype(np.int64),
-                value.ravel().astype(np.float64),
-            )
+        block = _RowBlock(
+            row=self._m + row.ravel().astype(np.int64),
+            column=column.ravel().astype(np.int64),
+            value=value.ravel().astype(np.float64),
+            lower=_spread(lower, (count,), "row_lower"),
+            upper=_spread(upper, (count,), "row_upper"),
         )
-        self._sides.append(
-            (_spread(lower, (count,), "row_lower"), _spread(upper, (count,), "row_upper"))
-        )
+        self._rows.append(block)
         index = self._m + np.arange(count, dtype=np.int64)
         self._m += count
         return index
 
     @property
     def n_variables(self) -> int:
-        """Variables added so far."""
+        """Number of variables added so far."""
         return self._n
 
     def build(self) -> Program:
-        """The program; raises ValueError for a row that names a variable that was never added."""
-        row, column, value = (_joined([e[i] for e in self._entries]) for i in range(3))
-        low, high, objective, integer, start = (
-            _joined([v[i] for v in self._variables]) for i in range(5)
-        )
+        """Build the program.
+
+        Returns:
+            Program of all blocks, in the order in which they were added.
+
+        Raises:
+            ValueError: A row has an entry of a variable that was never added.
+        """
+        row = _joined([block.row for block in self._rows], np.int64)
+        column = _joined([block.column for block in self._rows], np.int64)
+        value = _joined([block.value for block in self._rows], np.float64)
         outside = (column < 0) | (column >= self._n)
         if outside.any():
             raise ValueError(
-                f"row {row[_first(outside)]:.0f} names a variable that is not one of the {self._n}."
+                f"row {row[_first(outside)]} names a variable that is not one of the {self._n}."
             )
-        place = (row.astype(np.int64), column.astype(np.int64))
+        start = _joined([block.start for block in self._variables], np.float64)
+        matrix = coo_array((value, (row, column)), shape=(self._m, self._n))
         return Program(
-            objective=objective,
-            lower=low,
-            upper=high,
-            integer=integer.astype(bool),
-            matrix=csr_array(coo_array((value, place), shape=(self._m, self._n))),
-            row_lower=_joined([s[0] for s in self._sides]),
-            row_upper=_joined([s[1] for s in self._sides]),
+            objective=_joined([block.objective for block in self._variables], np.float64),
+            lower=_joined([block.lower for block in self._variables], np.float64),
+            upper=_joined([block.upper for block in self._variables], np.float64),
+            integer=_joined([block.integer for block in self._variables], np.bool_),
+            matrix=csr_array(matrix),
+            row_lower=_joined([block.lower for block in self._rows], np.float64),
+            row_upper=_joined([block.upper for block in self._rows], np.float64),
             offset=self.offset,
             start=None if np.isnan(start).all() else start,
         )
 
 
 def _spread(value: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Floats:
+    """The value broadcast to a shape, flat."""
     try:
         return np.broadcast_to(np.asarray(value, np.float64), shape).ravel()
     except ValueError as error:
@@ -234,23 +322,26 @@ def _spread(value: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Floats:
         ) from error
 
 
-def _joined(parts: list[Any]) -> Any:
-    return np.concatenate(parts) if parts else np.zeros(0)
+def _joined(blocks: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Blocks behind each other, as an empty array of the type if there are none."""
+    return np.concatenate(blocks) if blocks else np.zeros(0, dtype)
 
 
-def _sides(what: str, lower: Floats, upper: Floats) -> None:
+def _check_sides(kind: str, lower: Floats, upper: Floats) -> None:
+    # Written so that NaN counts as wrong.
     wrong = ~(lower <= upper) | (lower == INFINITY) | (upper == -INFINITY)
     if wrong.any():
         i = _first(wrong)
         raise ValueError(
-            f"{what} {i} has lower {lower[i]} and upper {upper[i]}, expected lower <= upper, neither NaN."
+            f"{kind} {i} has lower {lower[i]} and upper {upper[i]}, expected lower <= upper, neither NaN."
         )
 
 
 def _first(mask: Bools) -> int:
+    """Index of the first true entry."""
     return int(np.argmax(mask))
 
 
-def _expect(holds: bool, message: str) -> None:
-    if not holds:
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
         raise ValueError(f"{message}.")

@@ -29,7 +29,7 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import find
 from onnx_oamip.planning import allocation, budget_program
 from onnx_oamip.planning.budget_program import Choice, Ladder, LinearisedLimit
-from onnx_oamip.programs.solvers import Limits as SolverLimits
+from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.verification import latency
 
 SHIPPED = sorted(p.stem for p in MODELS.glob("*.onnx"))

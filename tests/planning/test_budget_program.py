@@ -36,9 +36,8 @@ from onnx_oamip.planning import budget_program
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit, choose
 from onnx_oamip.programs import solvers
-from onnx_oamip.programs.products import reduce
-from onnx_oamip.programs.solvers import Limits as SolverLimits
-from onnx_oamip.programs.solvers import Solution, Termination
+from onnx_oamip.programs.products import reduce_costs
+from onnx_oamip.programs.solvers import Solution, SolverLimits, Termination
 
 EXACT = SolverLimits(time_s=60.0, gap=0.0)
 
@@ -271,7 +270,7 @@ def test_any_ledger_matches_enumeration() -> None:
 def test_polynomials_are_the_ledger(case: tuple[Ledger, Ladder, LinearisedLimit]) -> None:
     ledger, ladder, _ = case
     sums = [(p.factor.astype(float), p.axes) for p in (ledger.macs, ledger.params)]
-    polynomials = reduce(ledger.fixed, ledger.per_unit, sums)
+    polynomials = reduce_costs(ledger.fixed, ledger.per_unit, sums)
     widths = np.asarray([w[0] for w in ladder.widths])
 
     def exact(at: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ from onnx_oamip.planning.latency_model import Table
 from onnx_oamip.planning.search import Attempt, Prepared, drop
 from onnx_oamip.planning.sensitivity import Sensitivity
 from onnx_oamip.planning.width_losses import interpolate, rungs
-from onnx_oamip.programs.solvers import Limits as SolverLimits
+from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.repair import least_squares
 from onnx_oamip.verification.equivalence import compare
 

@@ -23,12 +23,12 @@ from onnx_oamip.programs import Builder, Program, Rows, solvers
 from onnx_oamip.programs.solvers import (
     Licence,
     Limit,
-    Limits,
     Solution,
+    SolverLimits,
     Termination,
 )
 
-EXACT = Limits(gap=0.0)
+EXACT = SolverLimits(gap=0.0)
 INF = math.inf
 
 
@@ -121,7 +121,7 @@ def test_infeasible(solver: str, integer: bool) -> None:
     solution = solvers.solve(builder.build(), EXACT, solver)
     assert (solution.termination, solution.limit) == (Termination.INFEASIBLE, None)
     assert solution.values is solution.objective is solution.gap is None
-    assert not solution.found
+    assert not solution.has_values
 
 
 @pytest.mark.parametrize("integer", [False, True])
@@ -145,7 +145,7 @@ def test_infeasible_with_unbounded_relaxation(solver: str) -> None:
 def test_time_limit_leaves_incumbent_with_gap(solver: str) -> None:
     program = knapsack(200, rows=40)
     began = time.perf_counter()
-    solution = solvers.solve(program, Limits(time_s=0.5, gap=0.0), solver)
+    solution = solvers.solve(program, SolverLimits(time_s=0.5, gap=0.0), solver)
     assert time.perf_counter() - began < 5
     assert (solution.termination, solution.limit) == (Termination.FEASIBLE, Limit.TIME)
     assert_consistent(program, solution)
@@ -161,18 +161,18 @@ def test_time_limit_before_any_solution(solver: str) -> None:
     weight = rng.integers(10**5, 10**6, (6, 60)).astype(float)
     side = weight[:, ::2].sum(axis=1)
     builder.rows(6, (np.arange(6)[:, None], v, weight), side, side)
-    solution = solvers.solve(builder.build(), Limits(time_s=1e-3), solver)
+    solution = solvers.solve(builder.build(), SolverLimits(time_s=1e-3), solver)
     assert (solution.termination, solution.limit) == (Termination.NO_SOLUTION, Limit.TIME)
     assert solution.values is None
 
 
 def test_node_limit(solver: str) -> None:
-    solution = solvers.solve(knapsack(100, rows=20), Limits(nodes=1, gap=0.0), solver)
+    solution = solvers.solve(knapsack(100, rows=20), SolverLimits(nodes=1, gap=0.0), solver)
     assert (solution.termination, solution.limit) == (Termination.FEASIBLE, Limit.NODE)
 
 
 def test_loose_gap_is_optimal(solver: str) -> None:
-    solution = solvers.solve(knapsack(60, rows=5), Limits(gap=0.2), solver)
+    solution = solvers.solve(knapsack(60, rows=5), SolverLimits(gap=0.2), solver)
     assert solution.termination is Termination.OPTIMAL
     assert solution.gap is not None
     assert solution.gap <= 0.2
@@ -242,7 +242,7 @@ def test_all_solvers_find_what_enumeration_finds(
 @pytest.mark.skipif(not all(map(usable, solvers.BACKENDS)), reason="needs every solver")
 def test_solvers_agree_within_their_gaps() -> None:
     program = knapsack(120, rows=4, seed=3)
-    found = [solvers.solve(program, Limits(gap=0.01), name) for name in solvers.BACKENDS]
+    found = [solvers.solve(program, SolverLimits(gap=0.01), name) for name in solvers.BACKENDS]
     best = min(s.objective for s in found if s.objective is not None)
     for solution in found:
         assert solution.bound is not None
@@ -254,9 +254,11 @@ def test_solvers_agree_within_their_gaps() -> None:
 
 def test_start_is_taken(solver: str) -> None:
     program = knapsack(200, rows=40)
-    good = solvers.solve(program, Limits(time_s=2.0, gap=0.0), solver)
+    good = solvers.solve(program, SolverLimits(time_s=2.0, gap=0.0), solver)
     assert good.values is not None
-    again = solvers.solve(with_start(program, good.values), Limits(time_s=0.2, gap=0.0), solver)
+    again = solvers.solve(
+        with_start(program, good.values), SolverLimits(time_s=0.2, gap=0.0), solver
+    )
     assert again.objective is not None
     assert again.objective <= good.objective + 1e-9  # type: ignore[operator]
 
@@ -284,7 +286,7 @@ def test_unusable_start_is_ignored(solver: str, start: np.ndarray) -> None:
 
 
 def test_same_program_same_values(solver: str) -> None:
-    limits = Limits(gap=0.02, seed=5)
+    limits = SolverLimits(gap=0.02, seed=5)
     first, second = (solvers.solve(knapsack(60, rows=5), limits, solver) for _ in range(2))
     assert np.array_equal(first.values, second.values)  # type: ignore[arg-type]
     assert first.bound == second.bound
@@ -293,7 +295,7 @@ def test_same_program_same_values(solver: str) -> None:
 def test_number_of_threads_may_change_between_solves(solver: str) -> None:
     program = knapsack(30, rows=3)
     found = [
-        solvers.solve(program, Limits(gap=0.0, threads=t), solver).objective
+        solvers.solve(program, SolverLimits(gap=0.0, threads=t), solver).objective
         for t in (1, 2, None, 2)
     ]
     assert found == pytest.approx([found[0]] * 4)
@@ -309,9 +311,9 @@ def test_nothing_is_printed(solver: str, capfd: pytest.CaptureFixture[str]) -> N
 def test_interrupt_ends_a_solve(solver: str) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests')\n"
-        "from test_solvers import knapsack, solvers, Limits\n"
+        "from test_solvers import knapsack, solvers, SolverLimits\n"
         "print('solving', flush=True)\n"
-        f"try: solvers.solve(knapsack(200, 40), Limits(gap=0.0), {solver!r})\n"
+        f"try: solvers.solve(knapsack(200, 40), SolverLimits(gap=0.0), {solver!r})\n"
         "except KeyboardInterrupt: print('interrupted')\n"
     )
     with subprocess.Popen(
@@ -330,7 +332,7 @@ def test_ctrl_c_is_heard_after_solves_that_overlapped(solver: str) -> None:
     """A handler that a solver puts in place while it works is gone behind the last of them."""
 
     def work(seconds: float) -> None:
-        solvers.solve(knapsack(200, 40), Limits(time_s=seconds, gap=0.0), solver)
+        solvers.solve(knapsack(200, 40), SolverLimits(time_s=seconds, gap=0.0), solver)
 
     threads = [threading.Thread(target=work, args=(seconds,)) for seconds in (0.6, 1.2)]
     for thread in threads:
@@ -375,7 +377,7 @@ def test_cuts_on_whole_variables(solver: str) -> None:
 
 
 def test_cuts_stop_at_the_limit_with_a_valid_bound(solver: str) -> None:
-    end = solvers.solve_with_cuts(plane(), EXACT, circle, solver, rounds=3)
+    end = solvers.solve_with_cuts(plane(), EXACT, circle, solver, max_rounds=3)
     assert not end.closed
     assert (end.solution.termination, end.solution.limit, end.rounds) == (
         Termination.FEASIBLE,
@@ -385,7 +387,7 @@ def test_cuts_stop_at_the_limit_with_a_valid_bound(solver: str) -> None:
     assert end.solution.bound is not None
     assert -6 <= end.solution.bound <= -math.sqrt(5)
     end = solvers.solve_with_cuts(
-        plane(), Limits(time_s=1e-3), lambda v: time.sleep(0.01) or circle(v), solver
+        plane(), SolverLimits(time_s=1e-3), lambda v: time.sleep(0.01) or circle(v), solver
     )
     assert (end.closed, end.solution.limit, end.rounds) == (False, Limit.TIME, 1)
 
@@ -405,11 +407,11 @@ def test_too_large_for_the_licence(size_limited: None) -> None:
         SolverError,
         match=r"2,001 variables and 1 rows.*2,000 variables.*full licence.*`solver=highs`",
     ):
-        solvers.solve(program, Limits(), "gurobi")
+        solvers.solve(program, SolverLimits(), "gurobi")
     heard: list[str] = []
-    solution = solvers.solve(program, Limits(gap=0.01), "auto", heard.append)
+    solution = solvers.solve(program, SolverLimits(gap=0.01), "auto", heard.append)
     assert solution.solver == "highs"
-    assert solution.found
+    assert solution.has_values
     assert len(heard) == 1
     assert "2,001 variables" in heard[0]
     assert "2,001 variables" in solution.reason
@@ -419,10 +421,10 @@ def test_largest_program_the_licence_takes(size_limited: None) -> None:
     builder = Builder()
     v = builder.variables(2000, 0, 1, objective=-1.0, integer=True)
     builder.rows(2000, (np.arange(2000), v, 1.0), upper=0.5)
-    assert solvers.solve(builder.build(), Limits(), "auto").solver == "gurobi"
+    assert solvers.solve(builder.build(), SolverLimits(), "auto").solver == "gurobi"
     builder.rows(1, (0, v[:1], 1.0), 0.1, 0.9)  # two-sided: two rows for Gurobi
     assert solvers.BACKENDS["gurobi"].rows(builder.build()) == 2002
-    assert solvers.solve(builder.build(), Limits(), "auto").solver == "highs"
+    assert solvers.solve(builder.build(), SolverLimits(), "auto").solver == "highs"
 
 
 def test_a_program_that_only_grows_too_large_by_cuts_moves_on(size_limited: None) -> None:
@@ -430,14 +432,14 @@ def test_a_program_that_only_grows_too_large_by_cuts_moves_on(size_limited: None
     v = builder.variables(10, 0, 1, objective=-1.0, integer=True)
     program = builder.build()
     left = [Rows(csr_array(np.ones((2001, 10))), np.full(2001, -INF), np.full(2001, 4.0))]
-    end = solvers.solve_with_cuts(program, Limits(), lambda _: left.pop() if left else None)
+    end = solvers.solve_with_cuts(program, SolverLimits(), lambda _: left.pop() if left else None)
     assert (end.solution.solver, end.solution.objective, len(v)) == ("highs", -4.0, 10)
 
 
 def test_gurobi_itself_refuses(size_limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where our own count were wrong, the solver's refusal is still one sentence."""
     with pytest.raises(SolverError, match=r"2,001 variables.*`solver=highs`"):
-        solvers.gurobi.solve(knapsack(2001), Limits())
+        solvers.gurobi.solve(knapsack(2001), SolverLimits())
 
 
 def test_auto_says_which_and_why(solver: str) -> None:
@@ -505,7 +507,7 @@ def test_unknown_solver() -> None:
 )
 def test_limits_out_of_range(values: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        Limits(**values)
+        SolverLimits(**values)
 
 
 def test_a_solve_from_python_prints_nothing(solver: str) -> None:
@@ -516,7 +518,7 @@ def test_a_solve_from_python_prints_nothing(solver: str) -> None:
         "from test_solvers import EXACT, knapsack, solvers\n"
         "with ThreadPoolExecutor(4) as pool:\n"
         f"    found = list(pool.map(lambda n: solvers.solve(knapsack(n), EXACT, {solver!r}), range(5, 13)))\n"
-        f"assert all(f.solver == {solver!r} and f.found for f in found)\n"
+        f"assert all(f.solver == {solver!r} and f.has_values for f in found)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

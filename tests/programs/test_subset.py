@@ -11,17 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_oamip.core.records import Bools, Floats
-from onnx_oamip.programs.solvers import BACKENDS, Limits, solve
+from onnx_oamip.programs.repaired_loss import (
+    LinearConsumer,
+    Repaired,
+    _shares,
+    _SweptConsumer,
+)
+from onnx_oamip.programs.solvers import BACKENDS, SolverLimits, solve
 from onnx_oamip.programs.subset import (
-    Fit,
     Loss,
     Quadratic,
-    Repaired,
     Subset,
     _project,
     _separable,
-    _shared_out,
-    _Swept,
     loss_at,
 )
 
@@ -48,7 +50,7 @@ def matrix(rng: np.random.Generator, units: int, rank: int | None = None, dead: 
 
 def fit(
     rng: np.random.Generator, outs: int, units: int, held: int, others: int = 0, ridge: float = 1e-2
-) -> Fit:
+) -> LinearConsumer:
     """Correlated inputs of uneven size, columns of units in random places."""
     d = units * held + others
     factor = rng.standard_normal((d, d + 2)) * np.exp(0.5 * rng.standard_normal((d, 1)))
@@ -57,7 +59,9 @@ def fit(
     weight = rng.standard_normal((outs, d))
     columns = rng.permutation(d)[: units * held].reshape(units, held)
     scale = float(np.einsum("od,de,oe->", weight, covariance, weight))
-    return Fit(weight, covariance, ridge * float(np.trace(covariance)) / d, columns, scale)
+    return LinearConsumer(
+        weight, covariance, ridge * float(np.trace(covariance)) / d, columns, scale
+    )
 
 
 KINDS = {
@@ -76,7 +80,7 @@ def repaired(kind: str, seed: int, units: int, ridge: float = 1e-2) -> Repaired:
     return Repaired(fits, rng.permutation(units))
 
 
-def least_squares(fits: Sequence[Fit], keep: Floats) -> float:
+def least_squares(fits: Sequence[LinearConsumer], keep: Floats) -> float:
     """The loss after repair by one plain least squares a consumer: the rows of a root of C, then those of the ridge."""
     total = 0.0
     for f in fits:
@@ -257,7 +261,7 @@ def test_costs_are_differences(seed: int, units: int) -> None:
     rng = np.random.default_rng(seed)
     keep = rng.random(units) < 0.7
     for loss in (Quadratic(matrix(rng, units)), repaired("several", seed, units)):
-        found = loss.costs(keep)
+        found = loss.removal_costs(keep)
         here = loss_at(loss, keep)
         for unit in range(units):
             less = keep.copy()
@@ -324,11 +328,11 @@ def test_repaired_is_ridge_regression(kind: str, ridge: float) -> None:
         loss = repaired(kind, seed, 6, ridge)
         assert not loss.diagonal.any()
         for keep in (np.zeros(6), np.ones(6), rng.random(6), *(rng.random((4, 6)) < 0.5)):
-            expected = least_squares(loss.fits, keep.astype(np.float64))
+            expected = least_squares(loss.consumers, keep.astype(np.float64))
             assert loss.convex(keep.astype(np.float64))[0] == pytest.approx(expected, rel=1e-8)
         some = rng.random(6) < 0.5
         assert loss_at(loss, some) == pytest.approx(
-            least_squares(loss.fits, some.astype(np.float64)), rel=1e-8
+            least_squares(loss.consumers, some.astype(np.float64)), rel=1e-8
         )
 
 
@@ -385,7 +389,7 @@ def test_worth_is_a_difference_and_sweeps_turn_back(held: int) -> None:
         loss = Repaired([one], np.arange(7))
         cross = one.weight @ one.covariance
         for stays in (np.zeros(7, bool), everything(7), rng.random(7) < 0.5):
-            state = _Swept(one, cross, stays)
+            state = _SweptConsumer(one, cross, stays)
             here = least_squares([one], stays.astype(np.float64))
             other = []
             for unit in range(7):
@@ -398,7 +402,7 @@ def test_worth_is_a_difference_and_sweeps_turn_back(held: int) -> None:
             # In and out again; then a walk, against a state that is made anew at its end.
             for unit in (2, 5, 5, 2):
                 state.sweep(unit)
-            np.testing.assert_array_equal(state.stays, stays)
+            np.testing.assert_array_equal(state.kept, stays)
             np.testing.assert_allclose(
                 state.table, table, rtol=0, atol=1e-9 * float(np.abs(table).max())
             )
@@ -407,7 +411,7 @@ def test_worth_is_a_difference_and_sweeps_turn_back(held: int) -> None:
             )
             for unit in rng.integers(0, 7, 51):
                 state.sweep(int(unit))
-            fresh = _Swept(one, cross, state.stays)
+            fresh = _SweptConsumer(one, cross, state.kept)
             np.testing.assert_allclose(
                 state.table, fresh.table, rtol=0, atol=1e-8 * float(np.abs(fresh.table).max())
             )
@@ -452,7 +456,7 @@ def test_repaired_narrow_is_near_the_best_set() -> None:
                 less = _greedy(loss, keep, int(keep.sum()) - 1)
                 order += np.flatnonzero(keep & ~less).tolist()
                 keep = less
-            greedy = Repaired(loss.fits, np.asarray(order))
+            greedy = Repaired(loss.consumers, np.asarray(order))
             for count in (5, 3, 2):
                 best = least(loss, everything(8), count)
                 informed.append(loss_at(loss, greedy.narrow(everything(8), count, 64)) / best)
@@ -468,7 +472,9 @@ def test_exchanges_find_what_was_lost() -> None:
     rng = np.random.default_rng(0)
     weight = np.full((4, 8), 0.01)
     weight[:, [1, 4, 6]] = rng.uniform(1, 2, (4, 3))
-    one = Fit(weight, np.eye(8), 1e-3, np.arange(8)[:, None], float(np.square(weight).sum()))
+    one = LinearConsumer(
+        weight, np.eye(8), 1e-3, np.arange(8)[:, None], float(np.square(weight).sum())
+    )
     loss = Repaired([one], np.asarray([1, 4, 6, 0, 2, 3, 5, 7]))
     assert set(np.flatnonzero(loss.narrow(everything(8), 3, 0))) == {3, 5, 7}
     assert len({1, 4, 6} & set(np.flatnonzero(loss.narrow(everything(8), 3, 2)))) == 2  # one a turn
@@ -512,14 +518,14 @@ def test_shared_out_is_best(seed: int, units: int) -> None:
     free[0] = True
     count = int(rng.integers(1, free.sum() + 1))
     weight = rng.random(units) ** 3 + 1e-3
-    found = _shared_out(weight, free, count)
+    found = _shares(weight, free, count)
     assert (found <= free).all()
     assert found.sum() == pytest.approx(count, rel=1e-9)
     inner = free & (found > 0)
     assert (inner == free).all()
     least_sum = float((weight[free] ** 2 / found[free]).sum())
     for _ in range(20):
-        other = _shared_out(weight * rng.uniform(0.3, 3, units), free, count)
+        other = _shares(weight * rng.uniform(0.3, 3, units), free, count)
         assert (weight[free] ** 2 / other[free]).sum() >= least_sum * (1 - 1e-9)
 
 
@@ -527,7 +533,7 @@ def test_shared_out_is_best(seed: int, units: int) -> None:
 def test_silent_units_share_too(count: int) -> None:
     """Where nothing is heard at all, and where fewer are heard than may stay."""
     for weight in (np.zeros(6), np.asarray([0, 0, 5.0, 0, 1.0, 0])):
-        found = _shared_out(weight, everything(6), count)
+        found = _shares(weight, everything(6), count)
         assert found.sum() == pytest.approx(count)
         assert ((found >= 0) & (found <= 1)).all()
         if weight.any() and count >= 3:
@@ -558,7 +564,9 @@ def outer(
     subset.tangent(subset.loss.relax(free, count, 8))
     subset.tangent(best.astype(np.float64))
     for _ in range(rounds):
-        solution = solve(subset.program(free, count, best), Limits(time_s=20, gap=1e-9), solver)
+        solution = solve(
+            subset.program(free, count, best), SolverLimits(time_s=20, gap=1e-9), solver
+        )
         assert solution.values is not None
         assert solution.bound is not None
         bound = max(bound, solution.bound)
@@ -645,13 +653,13 @@ def test_start_and_relaxation(name: str, solver: str) -> None:
     np.testing.assert_array_equal(program.integer, [True] * 7 + [False])
     np.testing.assert_array_equal(program.upper[:-1], free)
     # Not a single node: what comes back is at least as good as the start, on the planes there are.
-    hurried = solve(program, Limits(time_s=20, gap=1e-9, nodes=1), solver)
+    hurried = solve(program, SolverLimits(time_s=20, gap=1e-9, nodes=1), solver)
     assert hurried.objective is not None
     assert hurried.objective <= loss_at(loss, start) + 1e-7
     loose = subset.program(free, 3, None)
     assert loose.start is None
     assert not loose.integer.any()
-    solution = solve(loose, Limits(time_s=20), solver)
+    solution = solve(loose, SolverLimits(time_s=20), solver)
     assert solution.objective is not None
     assert plane(loss, relaxed, free, 3) - 1e-7 <= solution.objective <= whole(loss, relaxed) + 1e-6
     assert solution.objective <= hurried.objective + 1e-6  # a solver may miss a row by that much

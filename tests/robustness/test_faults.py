@@ -37,7 +37,7 @@ from onnx_oamip.core import atomic_files
 from onnx_oamip.core.errors import OutOfMemory, OutputError, SolverError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.programs import Program, solvers
-from onnx_oamip.programs.solvers import Limit, Limits, Termination
+from onnx_oamip.programs.solvers import Limit, SolverLimits, Termination
 from onnx_oamip.verification.latency import Ratio
 
 MOMENTS = ("moments",)
@@ -815,11 +815,11 @@ def test_temporary_weights_go_with_the_process(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ solvers and workers
 
 
-def _failing(program: Program, limits: Limits) -> Any:
+def _failing(program: Program, limits: SolverLimits) -> Any:
     raise SolverError("the licence server cannot be reached.")
 
 
-def _late(program: Program, limits: Limits) -> Any:
+def _late(program: Program, limits: SolverLimits) -> Any:
     return solvers.Solution(
         Termination.NO_SOLUTION, Limit.TIME, None, None, None, None, 1.0, "gurobi"
     )
@@ -890,7 +890,7 @@ def test_a_worker_that_fails_leaves_the_old_files(
         ("statistics.covariances._Sum", {}, r"the second moments of what Conv '.*' reads"),
         ("repair.least_squares._refit", {}, r"the refit of Conv '.*'"),
         (
-            "importance.oamip.decoupled._walk",
+            "importance.oamip.decoupled._solve_group",
             _oamip("decoupled"),
             r"the programs of the group 'w\d'",
         ),
@@ -918,11 +918,11 @@ def test_memory_that_runs_out_names_the_group(
         home = getattr(home, part)
     real, seen = getattr(home, name), []
 
-    def starved(*args: Any) -> Any:
+    def starved(*args: Any, **named: Any) -> Any:
         seen.append(1)
         if len(seen) == (1 if name == "formulate" else 2):
             raise MemoryError
-        return real(*args)
+        return real(*args, **named)
 
     monkeypatch.setattr(home, name, starved)
     options = [f"--{key}={value}" for key, value in values.items()]
@@ -975,7 +975,7 @@ def test_what_highs_throws_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(highspy, "Highs", Thrown)
     program = knapsack(5)
     with pytest.raises(SolverError, match=r"HiGHS failed: std::bad_alloc; try `solver=gurobi`\."):
-        solvers.solve(program, Limits(), "highs")
+        solvers.solve(program, SolverLimits(), "highs")
 
 
 # ------------------------------------------------------------------------------------------------------- signals

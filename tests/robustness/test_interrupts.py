@@ -72,7 +72,7 @@ def stick(place, started):
         real = solvers.BACKENDS[name].solve
         def solve(program, limits):
             started.touch()
-            return real(knapsack(), solvers.Limits(gap=0.0))
+            return real(knapsack(), solvers.SolverLimits(gap=0.0))
         return replace(solvers.BACKENDS[name], solve=solve)
 
     def loop(*_, **__):

@@ -35,7 +35,7 @@ from onnx_oamip.importance import magnitude
 from onnx_oamip.importance.oamip.formulation import Formulation, formulate
 from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.solve import optimise
-from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.statistics import class_samples
 from onnx_oamip.verification.latency import Ratio
 
@@ -499,7 +499,7 @@ def test_a_joint_program_against_all_subsets(factor: float, solver: str, tmp_pat
     held = class_samples.collect(model, samples, "cpu", 1, 0)
     assert held is not None
     formulation = formulate(model, coupling, held, Form("exact", 5.0))
-    outcome = optimise(formulation, Limits(time_s=20, gap=1e-6), solver)
+    outcome = optimise(formulation, SolverLimits(time_s=20, gap=1e-6), solver)
     every = np.asarray(list(product((0.0, 1.0), repeat=len(formulation.units))))
     values = np.asarray([objective(model, coupling, held, formulation, keep) for keep in every])
     assert outcome.record["status"] == "optimal"
@@ -526,7 +526,7 @@ def objective(
     loss = (
         np.log(np.exp(y - y.max(1, keepdims=True)).sum(1)) + y.max(1) - y[np.arange(len(y)), label]
     )
-    return 5.0 * float(loss.mean()) + formulation.reward.value(keep)
+    return 5.0 * float(loss.mean()) + formulation.sparsity.value(keep)
 
 
 # ------------------------------------------------------------------------------------------------ budgets out of reach

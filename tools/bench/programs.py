@@ -21,7 +21,7 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance.oamip import solve
 from onnx_oamip.importance.oamip.formulation import EPSILON, formulate
 from onnx_oamip.importance.oamip.region import Form
-from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.statistics import class_samples
 
 from .studies import Row, paths, save
@@ -60,7 +60,7 @@ def _ours(model: Model, coupling: Coupling, held: Images, solver: str, seed: int
     for _ in range(3):
         start = time.perf_counter()
         formulation = formulate(model, coupling, held, Form("paper", WEIGHT))
-        outcome = solve.optimise(formulation, Limits(time_s=600, gap=GAP, seed=seed), solver)
+        outcome = solve.optimise(formulation, SolverLimits(time_s=600, gap=GAP, seed=seed), solver)
         best = min(best, time.perf_counter() - start)
     return {
         "program": "onnx-oamip, joint, paper",

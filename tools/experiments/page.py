@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import onnx_oamip
-from onnx_oamip.importance.oamip.select import GAP
+from onnx_oamip.importance.oamip.select import RELATIVE_GAP as GAP
 from tools.bench.studies import environment, table
 
 from . import plots

@@ -1,16 +1,18 @@
-"""OAMIP layer by layer: one program a group, whose size does not grow with the number of images.
+"""OAMIP layer by layer: one program per group, whose size does not grow with the number of samples.
 
-The published decoupling (ElAraby, Wolf, Carvalho, CPAIOR 2023) fixes the inputs of a layer and puts an auxiliary head
-on its outputs. Here the head is the group's own consumers: their outputs on all calibration samples, by second moments,
-so that hundreds of samples speak and the program has one keep variable a unit and one more. The loss is what the
-consumers lose when units go *together* (see ``milp.subset``), in the form in which the model will be mended:
+The published decoupling fixes the inputs of a layer and puts an auxiliary head on its outputs. Here the head is the
+group's own consumers: their outputs on all calibration samples, by second moments, so that hundreds of samples count
+and the program has one keep variable per unit and one more. The loss is the error of the consumers' outputs when units
+are removed *together* (see ``programs.subset``), under the repair that the pruned model will get:
 
-- ``--refit least-squares``: after the best repair of the consumers by the units that stay;
-- ``--refit bias``: with the mean of what went folded into the biases (covariances);
-- ``--refit none``: as it is (second moments).
+- ``--refit least-squares``: after the best reconstruction of the consumers from the remaining units;
+- ``--refit bias``: with the mean of the removed units folded into the biases (covariances);
+- ``--refit none``: without repair (second moments).
 
-Per group the program is solved for a falling number of units, each set within the last one, so that a score orders all
-units: it is the consumers' relative loss at which a unit goes, in [0, 1].
+The program of a group is solved for a falling number of units, each set within the previous one, so that a score orders
+all units. The score of a unit is the relative loss of the consumers at which it is removed, in [0, 1].
+
+Source: ElAraby, Wolf, Carvalho, "OAMIP: Optimizing ANN Architectures Using Mixed-Integer Programming", CPAIOR 2023.
 """
 
 from __future__ import annotations
@@ -35,18 +37,17 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
 from onnx_oamip.importance import activation, magnitude, obs
+from onnx_oamip.programs.repaired_loss import LinearConsumer, Repaired
 from onnx_oamip.programs.solvers import (
-    Limits,
     Solution,
+    SolverLimits,
     Termination,
     relative_gap,
     solve,
 )
 from onnx_oamip.programs.subset import (
-    Fit,
     Loss,
     Quadratic,
-    Repaired,
     Subset,
     loss_at,
 )
@@ -59,170 +60,250 @@ from onnx_oamip.statistics.covariances import (
 )
 from onnx_oamip.statistics.requests import COVARIANCE
 
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-"""Shares of a group's units at which its program is solved."""
-ROUNDS, TURNS = 6, 64
-"""At most, for one share: solves of the program, and steps of the search for its first point."""
-WORK = 1e11
-"""Floating-point operations for the losses of one group, about: wide groups get fewer rounds and turns, the same ones
-on every machine."""
-GAP = 0.01
-NODES = 1_000
+KEPT_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+"""Shares of a group's units that the programs keep, one program for each."""
+MAX_SOLVES = 6
+"""Solves of the program for one share."""
+MAX_SEARCH_STEPS = 64
+"""Steps of the search for the first point of one share."""
+FLOPS_PER_GROUP = 1e11
+"""Approximate floating-point operations for the losses of one group. Wide groups get fewer solves and search steps; the
+numbers do not depend on the machine."""
+RELATIVE_GAP = 0.01
+MAX_NODES = 1_000
+"""Branch-and-bound nodes of one solve."""
+MAX_LISTED_GROUPS = 3
+"""Groups that a note lists by name."""
+MIN_SCALE = 1e-30
+"""Replaces the largest score as divisor if all scores are 0."""
 
 
 def score(
     model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
 ) -> Scores:
-    """Scores in [0, 1], a record for every group's programs, and other orders worth a measurement.
+    """Score the units of every group by the programs of that group.
 
     A group whose consumers have no second moments (attention scores, very wide inputs) takes its activation scores,
-    with a note. Groups are solved side by side.
+    with a note. Groups are solved in parallel.
+
+    Args:
+        model: Model to score.
+        coupling: Units of the model.
+        statistics: Activation statistics and covariances of the model.
+        settings: Options of the run: refit, solver, time limit, workers.
+
+    Returns:
+        Scores in [0, 1] (n_units,), one record per group, and alternative rankings.
     """
     assert statistics is not None
-    simple = activation.score(model, coupling, statistics, settings).values
+    activations = activation.score(model, coupling, statistics, settings).values
     values = np.zeros(coupling.n_units)
+    surgeon = activations.copy()
+    other_moments = activations.copy()
     records: list[Mapping[str, Any]] = []
-    without: list[str] = []
-    repaired, other = simple.copy(), simple.copy()
-    place = executor(settings.workers, settings.scheduler)
-    every = place.map(_one, (model, coupling, settings), jobs(coupling, statistics[COVARIANCE]))
-    for group, found in zip(coupling.groups, every, strict=True):
-        if found is None:
-            top = max(float(simple[group.units].max()), 1e-30)
-            values[group.units] = simple[group.units] / top
-            without.append(group.name)
+    without_moments: list[str] = []
+    pool = executor(settings.workers, settings.scheduler)
+    shared = (model, coupling, settings)
+    results = pool.map(_score_group, shared, jobs(coupling, statistics[COVARIANCE]))
+    for group, result in zip(coupling.groups, results, strict=True):
+        units = group.units
+        if result is None:
+            largest = max(float(activations[units].max()), MIN_SCALE)
+            values[units] = activations[units] / largest
+            without_moments.append(group.name)
             continue
-        values[group.units] = found.values
-        repaired[group.units] = found.repaired
-        other[group.units] = found.other
-        records.append(found.record)
-    notes = []
-    if without:
-        listed = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
-        notes.append(
-            f"{len(without)} groups have no consumer with second moments, so activation scores stand in ({listed})"
-        )
-    # Repaired consumers hide how an order was found; without repair the rest of the network decides, which no moment
-    # of one layer knows.
+        values[units] = result.values
+        surgeon[units] = result.surgeon
+        other_moments[units] = result.other_moments
+        records.append(result.record)
+    notes = _missing_moments(without_moments)
+    # Repaired consumers hide the way in which an order was found. Without repair the rest of the network decides, which
+    # no moment of a single layer captures, so these orders are worth a measurement on the whole model.
     others = {}
     if settings.refit != "least-squares":
         l2 = magnitude.l2(model, coupling, statistics, settings).values
-        others = {"activation": simple, "obs": repaired, "l2": l2, "other moments": other}
-    return Scores("oamip", values, tuple(records), tuple(notes), others)
+        others = {
+            "activation": activations,
+            "obs": surgeon,
+            "l2": l2,
+            "other moments": other_moments,
+        }
+    return Scores("oamip", values, tuple(records), notes, others)
+
+
+def _missing_moments(names: Sequence[str]) -> tuple[str, ...]:
+    """Note for the groups that took activation scores."""
+    if not names:
+        return ()
+    listed = ", ".join(names[:MAX_LISTED_GROUPS])
+    if len(names) > MAX_LISTED_GROUPS:
+        listed += ", ..."
+    return (
+        f"{len(names)} groups have no consumer with second moments, so activation scores stand in ({listed})",
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class _Walk:
-    """What a group's programs said: scores (units,) and their record; other orders of removal as scores.
+class _GroupResult:
+    """Scores of one group.
 
-    ``repaired``: by optimal brain surgeon; ``other``: by the quadratic loss that ``--refit`` does not ask for.
+    Attributes:
+        values: Scores by the programs (units,).
+        surgeon: Alternative ranking by the optimal brain surgeon (units,).
+        other_moments: Alternative ranking by the quadratic loss that the refit does not correspond to (units,).
+        record: Record of the programs.
     """
 
     values: Floats
-    repaired: Floats
-    other: Floats
+    surgeon: Floats
+    other_moments: Floats
     record: Mapping[str, Any]
 
 
-def _one(whole: tuple[Model, Coupling, Settings], job: Job) -> _Walk | None:
-    model, coupling, settings = whole
-    group = coupling.groups[job[0]]
+def _score_group(shared: tuple[Model, Coupling, Settings], job: Job) -> _GroupResult | None:
+    """Solve the programs of one group; None if no consumer of the group has second moments."""
+    model, coupling, settings = shared
+    index, grams = job
+    group = coupling.groups[index]
     with memory_for(f"the programs of the group '{group.name}'"):
-        found = problems(model, coupling, job[1], job[0])
-        return _walk(found, len(group.units), group.name, settings) if found else None
+        consumers = problems(model, coupling, grams, index)
+        if not consumers:
+            return None
+        return _solve_group(consumers, len(group.units), group.name, settings)
 
 
-def _walk(found: Sequence[Problem], count: int, name: str, settings: Settings) -> _Walk:
+def _solve_group(
+    consumers: Sequence[Problem], units: int, name: str, settings: Settings
+) -> _GroupResult:
+    """Solve the program of a group for every share, from the widest to the narrowest."""
     began = time.perf_counter()
-    order, _ = obs.eliminate(found, count)
-    loss = _loss(found, settings.refit, order)
-    afford = WORK / (len(SHARES) * loss.work)
-    subset = Subset(loss, count)
-    keep = np.ones(count, bool)
-    least = loss_at(loss, keep)
-    values = np.zeros(count)
-    height = 0.0
+    deadline = began + settings.time_limit
+    order, _ = obs.eliminate(consumers, units)
+    loss = _loss(consumers, settings.refit, order)
+    evaluations = FLOPS_PER_GROUP / (len(KEPT_SHARES) * loss.flops)
+    subset = Subset(loss, units)
+    keep = np.ones(units, bool)
+    loss_of_all = loss_at(loss, keep)
+    values = np.zeros(units)
+    level = 0.0
     removed: list[Ints] = []
     steps: list[_Step] = []
-    for share in (*SHARES, 0.0):
-        wanted = max(1, round(share * count)) if share else 0
-        if wanted >= keep.sum():
+    for share in (*KEPT_SHARES, 0.0):
+        count = max(1, round(share * units)) if share else 0
+        if count >= keep.sum():
             continue
-        if wanted == 0:
-            stays = np.zeros(count, bool)
+        if count == 0:
+            kept = np.zeros(units, bool)
         else:
-            stays = loss.narrow(keep, wanted, TURNS)
-            step = _improve(subset, keep, stays, settings, afford, began + settings.time_limit)
+            start = loss.narrow(keep, count, MAX_SEARCH_STEPS)
+            step = _improve(
+                subset, keep, start, settings, evaluations=evaluations, deadline=deadline
+            )
             steps.append(step)
-            stays = step.keep
-        gone = np.flatnonzero(keep & ~stays)
-        top = max(height, min(1.0, (loss_at(loss, stays) - least) / len(found)))
-        ranked = gone[np.argsort(loss.costs(keep)[gone], kind="stable")]
-        values[ranked] = height + (top - height) * np.arange(1, len(gone) + 1) / len(gone)
+            kept = step.keep
+        dropped = np.flatnonzero(keep & ~kept)
+        relative_loss = (loss_at(loss, kept) - loss_of_all) / len(consumers)
+        next_level = max(level, min(1.0, relative_loss))
+        # Units that are removed together get scores between the two levels, the cheapest unit first.
+        ranked = dropped[np.argsort(loss.removal_costs(keep)[dropped], kind="stable")]
+        fraction = np.arange(1, len(dropped) + 1)
+        values[ranked] = level + (next_level - level) * fraction / len(dropped)
         removed.append(ranked)
-        keep, height = stays, top
-    # Equal ones, where a smaller set loses no more or all is lost, by when they went: the sets must stay nested.
-    going = np.concatenate(removed)
-    values[going] = _rising(values[going])
-    rank = np.empty(count)
-    rank[order] = np.arange(count)
-    other = (
-        values
-        if settings.refit == "least-squares"
-        else _path(_quadratic(found, settings.refit == "none"))
-    )
-    return _Walk(values, rank, other, _record(name, subset, steps, time.perf_counter() - began))
+        keep, level = kept, next_level
+    # A smaller set may lose no more than a larger one, and a loss may reach 1 early. Equal scores are then ordered by
+    # removal, because the sets must stay nested.
+    sequence = np.concatenate(removed)
+    values[sequence] = _strictly_rising(values[sequence])
+    surgeon = np.empty(units)
+    surgeon[order] = np.arange(units)
+    other_moments = values
+    if settings.refit != "least-squares":
+        other_moments = _exchange_scores(_quadratic(consumers, settings.refit == "none"))
+    record = _record(name, subset, steps, time.perf_counter() - began)
+    return _GroupResult(values, surgeon, other_moments, record)
 
 
-def _path(loss: Quadratic) -> Floats:
-    """An order of removal as scores, by exchanges alone."""
-    keep = np.ones(len(loss.matrix), bool)
-    values = np.full(len(keep), float(len(SHARES)))
-    for i, share in enumerate(SHARES):
-        stays = loss.narrow(keep, min(int(keep.sum()), max(1, round(share * len(keep)))), TURNS)
-        values[keep & ~stays] = i
-        keep = stays
-    own = loss.costs(np.ones(len(keep), bool))
-    return values + own / (2 * max(float(own.max()), 1e-30))
+def _exchange_scores(loss: Quadratic) -> Floats:
+    """Scores (units,) by exchanges alone, without a program."""
+    units = len(loss.matrix)
+    keep = np.ones(units, bool)
+    values = np.full(units, float(len(KEPT_SHARES)))
+    for i, share in enumerate(KEPT_SHARES):
+        count = min(int(keep.sum()), max(1, round(share * units)))
+        kept = loss.narrow(keep, count, MAX_SEARCH_STEPS)
+        values[keep & ~kept] = i
+        keep = kept
+    # Less than one step, so that it only orders the units of one share.
+    own_cost = loss.removal_costs(np.ones(units, bool))
+    return values + own_cost / (2 * max(float(own_cost.max()), MIN_SCALE))
 
 
-def _rising(values: Floats) -> Floats:
-    """Ascending scores with ties told apart, still in [0, 1]: an order must survive the sorting of scores."""
-    steps = np.arange(1, len(values) + 1) * 1e-9
-    return np.asarray(np.minimum(values, 1.0) * (1 - 1e-9 * len(values)) + steps, np.float64)
+def _strictly_rising(values: Floats) -> Floats:
+    """Ascending scores without ties, still in [0, 1]: the order must survive the sorting of scores."""
+    increment = 1e-9
+    count = len(values)
+    scaled = np.minimum(values, 1.0) * (1 - increment * count)
+    return np.asarray(scaled + np.arange(1, count + 1) * increment, np.float64)
 
 
-def _loss(found: Sequence[Problem], refit: str, order: Ints) -> Loss:
-    if refit == "least-squares":
-        fits = []
-        for p in found:
-            covariance = p.gram.copy()
-            covariance[np.diag_indices_from(covariance)] -= p.ridge
-            fits.append(Fit(p.weight, covariance, p.ridge, p.columns, p.scale))
-        return Repaired(fits, order)
-    return _quadratic(found, refit == "bias")
+def _loss(consumers: Sequence[Problem], refit: str, order: Ints) -> Loss:
+    """Loss of the group under the refit that the pruned model will get."""
+    if refit != "least-squares":
+        return _quadratic(consumers, refit == "bias")
+    fits = []
+    for problem in consumers:
+        covariance = problem.gram.copy()
+        covariance[np.diag_indices_from(covariance)] -= problem.ridge
+        fits.append(
+            LinearConsumer(
+                weight=problem.weight,
+                covariance=covariance,
+                ridge=problem.ridge,
+                columns=problem.columns,
+                scale=problem.scale,
+            )
+        )
+    return Repaired(fits, order)
 
 
-def _quadratic(found: Sequence[Problem], centred: bool) -> Quadratic:
-    return Quadratic(np.sum([quadratic(p, centred) for p in found], axis=0))
+def _quadratic(consumers: Sequence[Problem], centred: bool) -> Quadratic:
+    return Quadratic(np.sum([quadratic(problem, centred) for problem in consumers], axis=0))
 
 
 def quadratic(problem: Problem, centred: bool) -> Floats:
-    """Q (units, units) of one consumer, relative: ``Q_ij = tr(W_i C_ij W_j')``, C second moments or covariances."""
-    moments = problem.gram if centred else problem.gram + np.outer(problem.mean, problem.mean)
-    columns = problem.columns
-    flat = columns.reshape(-1)
+    """Compute the quadratic loss of one consumer, relative to the energy of its outputs.
+
+    Args:
+        problem: Weight and moments of the consumer.
+        centred: True for covariances (bias refit), False for second moments (no refit).
+
+    Returns:
+        Q (units, units) with ``Q_ij = tr(W_i C_ij W_j')``. The loss of removing a set is the sum of Q over the set.
+    """
+    moments = problem.gram
+    if not centred:
+        moments = moments + np.outer(problem.mean, problem.mean)
+    units, per_unit = problem.columns.shape
+    flat = problem.columns.reshape(-1)
     weight = problem.weight[:, flat]
-    each = (weight.T @ weight) * moments[np.ix_(flat, flat)]
-    units, held = columns.shape
-    scale = max(float(np.einsum("od,od->", problem.weight @ moments, problem.weight)), TINY)
-    result: Floats = each.reshape(units, held, units, held).sum(axis=(1, 3)) / scale
+    per_column = (weight.T @ weight) * moments[np.ix_(flat, flat)]
+    energy = float(np.einsum("od,od->", problem.weight @ moments, problem.weight))
+    blocks = per_column.reshape(units, per_unit, units, per_unit)
+    result: Floats = blocks.sum(axis=(1, 3)) / max(energy, TINY)
     return result
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One count of units: the best set, the last solve, and what is proven about the loss."""
+    """Result for one number of units.
+
+    Attributes:
+        keep: Best set (units,).
+        value: Loss of the set.
+        bound: Proved lower bound of the loss.
+        solution: Last solution of the program, or None if it was not solved.
+        improved: True if the set is better than the first point.
+    """
 
     keep: Bools
     value: float
@@ -231,62 +312,102 @@ class _Step:
     improved: bool
 
 
+class _Incumbent:
+    """Best set of a fixed size found so far, with its loss."""
+
+    def __init__(self, loss: Loss, free: Bools, start: Bools) -> None:
+        self.loss = loss
+        self.free = free
+        self.count = int(start.sum())
+        self.keep = start
+        self.value = loss_at(loss, start)
+
+    def offer(self, weights: Floats) -> None:
+        """Take the units of largest weight among the free ones if their loss is lower."""
+        ranked = np.argsort(-np.where(self.free, weights, -1.0), kind="stable")
+        trial = np.zeros(len(weights), bool)
+        trial[ranked[: self.count]] = True
+        value = loss_at(self.loss, trial)
+        if value < self.value:
+            self.keep, self.value = trial, value
+
+
 def _improve(
-    subset: Subset, free: Bools, start: Bools, settings: Settings, afford: float, deadline: float
+    subset: Subset,
+    free: Bools,
+    start: Bools,
+    settings: Settings,
+    *,
+    evaluations: float,
+    deadline: float,
 ) -> _Step:
-    """Tangent planes at the relaxation's optimum and at the first set, then at what the solver finds; every solution is
-    rounded and judged by its true loss. ``afford``: evaluations of the loss that may be spent."""
-    loss, count = subset.loss, int(start.sum())
-    best, value = start, loss_at(loss, start)
+    """Improve a set by outer approximation.
+
+    Tangent planes are added at the optimum of the relaxation, at the first set and at every solution. Each solution is
+    rounded to a set and compared by its true loss.
+
+    Args:
+        subset: Program of the group, with the planes of earlier sizes.
+        free: Units that may be kept (units,).
+        start: First set, a subset of the free units (units,).
+        settings: Solver and seed.
+        evaluations: Evaluations of the loss that may be spent.
+        deadline: Time at which to stop, by ``time.perf_counter``.
+    """
+    loss = subset.loss
+    best = _Incumbent(loss, free, start)
     bound = 0.0
     last: Solution | None = None
-
-    def offer(keep: Floats) -> None:
-        nonlocal best, value
-        trial = np.zeros(len(keep), bool)
-        trial[np.argsort(-np.where(free, keep, -1.0), kind="stable")[:count]] = True
-        reached = loss_at(loss, trial)
-        if reached < value:
-            best, value = trial, reached
-
-    relaxed = loss.relax(free, count, int(min(TURNS / 4, max(2, afford / 3))))
-    offer(relaxed)
+    relax_steps = int(min(MAX_SEARCH_STEPS / 4, max(2, evaluations / 3)))
+    relaxed = loss.relax(free, best.count, relax_steps)
+    best.offer(relaxed)
     subset.tangent(relaxed)
-    subset.tangent(best.astype(np.float64))
-    for _ in range(int(min(ROUNDS, max(1, afford / 6)))):
-        left = deadline - time.perf_counter()
-        if left <= 0:
+    subset.tangent(best.keep.astype(np.float64))
+    for _ in range(int(min(MAX_SOLVES, max(1, evaluations / 6)))):
+        remaining = deadline - time.perf_counter()
+        if remaining <= 0:
             break
-        limits = Limits(time_s=left, gap=GAP / 4, seed=settings.seed, nodes=NODES)
-        last = solve(subset.program(free, count, best), limits, settings.solver)
+        limits = SolverLimits(
+            time_s=remaining, gap=RELATIVE_GAP / 4, seed=settings.seed, nodes=MAX_NODES
+        )
+        program = subset.program(free, best.count, best.keep)
+        last = solve(program, limits, settings.solver)
         if last.bound is not None:
             bound = max(bound, last.bound)
         if last.values is None:
             break
         keep = last.values[:-1]
-        offer(keep)
-        if value - bound <= GAP * value:
+        best.offer(keep)
+        if best.value - bound <= RELATIVE_GAP * best.value:
             break
         subset.tangent(keep)
-        subset.tangent(
-            (keep + relaxed) / 2
-        )  # between the two: deeper than a plane at the far end alone
-    return _Step(best, value, min(bound, value), last, best is not start)
+        # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
+        subset.tangent((keep + relaxed) / 2)
+    return _Step(
+        keep=best.keep,
+        value=best.value,
+        bound=min(bound, best.value),
+        solution=last,
+        improved=best.keep is not start,
+    )
 
 
 def _record(name: str, subset: Subset, steps: Sequence[_Step], seconds: float) -> Mapping[str, Any]:
-    """One record for a group's programs: ``gap`` is that of the sum of their losses."""
-    solved = [s.solution for s in steps if s.solution is not None]
-    value, bound = sum(s.value for s in steps), sum(s.bound for s in steps)
+    """One record for all programs of a group. The gap is that of the sum of their losses."""
+    solutions = [step.solution for step in steps if step.solution is not None]
+    value = sum(step.value for step in steps)
+    bound = sum(step.bound for step in steps)
     gap = relative_gap(value, bound)
-    limit = next((s.limit for s in solved if s.limit is not None), None)
+    status = Termination.OPTIMAL if gap <= RELATIVE_GAP else Termination.FEASIBLE
+    limits = [solution.limit.value for solution in solutions if solution.limit is not None]
+    solvers = dict.fromkeys(solution.solver for solution in solutions)
     return {
         "purpose": "importance",
         "group": name,
-        "solver": ", ".join(dict.fromkeys(s.solver for s in solved)) or None,
-        "reason": solved[-1].reason if solved else "nothing to choose",
-        "status": (Termination.OPTIMAL if gap <= GAP else Termination.FEASIBLE).value,
-        "limit": limit.value if limit else None,
+        "solver": ", ".join(solvers) or None,
+        "reason": solutions[-1].reason if solutions else "nothing to choose",
+        "status": status.value,
+        "limit": limits[0] if limits else None,
         "gap": gap,
         "objective": value,
         "bound": bound,
@@ -294,5 +415,5 @@ def _record(name: str, subset: Subset, steps: Sequence[_Step], seconds: float) -
         "variables": subset.units + 1,
         "rows": subset.rows,
         "programs": len(steps),
-        "improved": sum(s.improved for s in steps),
+        "improved": sum(step.improved for step in steps),
     }

@@ -1,6 +1,6 @@
-"""The importance program of a model: the part of the graph that ``region`` finds, as expressions and rows.
+"""Formulation of the joint importance program: the region of the graph as expressions, variables and rows.
 
-What lies before the first keep variable are constants: activations that ONNX Runtime computed.
+Tensors before the first keep variable are constants: activations that ONNX Runtime computed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from onnx_oamip.core.errors import SettingsError, SolverError
 from onnx_oamip.core.records import (
     Array,
     Axis,
+    Bools,
     Coupling,
     Floats,
     Images,
@@ -27,50 +28,66 @@ from onnx_oamip.graph.ops import Refused, Trait, has, lookup
 from onnx_oamip.importance.oamip.region import (
     Form,
     Region,
+    consumers_of,
     gate_sites,
     nothing_encodable,
-    readers_of,
     region,
     without_rule,
 )
 from onnx_oamip.programs import (
+    CostBudget,
     Encoder,
     Exact,
     Expression,
     Loss,
     Paper,
     Program,
-    Reward,
     Rows,
+    ScoredLayer,
+    Sparsity,
     Tighten,
     objective,
 )
 
 EPSILON = 1e-5
-"""How far an input may move for the bounds of ``paper``: the published code's value (images are not clamped here)."""
-BIG = 1e6
-"""Logits that may reach this are not told apart at the solvers' tolerance of 1e-6 of a range: there is no program."""
-MOST = 1e30
-"""Bounds above this are no numbers to solvers."""
+"""Half width of the interval around an input in ``paper``: the value of the published code. Images are not clamped."""
+MAX_LOGIT_BOUND = 1e6
+"""Bound of a logit above which no program is built: differences of losses fall below the solvers' tolerance, 1e-6."""
+MAX_BOUND = 1e30
+"""Bound above which solvers take a number for infinity."""
 
 
 @dataclass(frozen=True, eq=False)
 class Formulation:
-    """A program without its cuts. ``units`` (keep variables,): the coupling's unit of each keep variable.
+    """An importance program without its cuts.
 
-    ``outside``: reason by unit for those that are not in it. ``pending``: rows to add where a point violates them.
+    Attributes:
+        program: The mixed-integer linear program.
+        encoder: Encoder that built it; holds the indices of the keep variables.
+        loss: Cross-entropy over the program's variables.
+        sparsity: Sparsity term, or budget, over the keep variables.
+        pending: Rows to add as soon as a point violates them.
+        units: The coupling's unit of each keep variable (keep variables,).
+        outside: Reason by unit, for the units without a keep variable.
     """
 
     program: Program
     encoder: Encoder
     loss: Loss
-    reward: Reward
+    sparsity: Sparsity
     pending: Rows
     units: Ints
     outside: Mapping[int, str]
 
     def complete(self, keep: Floats) -> Floats:
-        """All variables at given keep variables, but for the epigraph."""
+        """Evaluate the network at given keep variables.
+
+        Args:
+            keep: Value of each keep variable (keep variables,).
+
+        Returns:
+            Values of all variables (variables,); those of the loss's epigraph are 0.
+        """
         return self.encoder.complete(keep, self.program.n_variables)
 
 
@@ -79,39 +96,58 @@ def formulate(
     coupling: Coupling,
     images: Images,
     form: Form,
+    *,
     cost: Floats | None = None,
     tighten: Tighten | None = None,
 ) -> Formulation:
-    """The program of all units that it can hold, for the images together.
+    """Formulate one program over all given samples, for every unit that can be encoded.
 
-    ``cost`` (n_units,): linear cost of each unit, for a budget. Raises SettingsError where no unit can be encoded,
-    SolverError where bounds grow beyond what solvers resolve.
+    Args:
+        model: Model to score.
+        coupling: Units of the model.
+        images: Samples with the activations of the model.
+        form: Options of the program.
+        cost: Linear cost of each unit (n_units,). Required if the form has a budget.
+        tighten: Function that tightens the bounds of rows by linear programs.
+
+    Returns:
+        The program with everything that is needed to solve it.
+
+    Raises:
+        SettingsError: No unit can be encoded.
+        SolverError: Bounds exceed the range that solvers resolve.
     """
     blocked = without_rule(model)
+    # Some nodes turn out to be unencodable only when their rule runs. Each of them shrinks the region.
     while True:
-        found = region(model, coupling, images.logits, form, blocked)
+        covered = region(model, coupling, images.logits, form, blocked)
+        if not covered.included.any():
+            raise SettingsError(nothing_encodable(covered))
+        walk = _Formulator(model, coupling, images, form, region=covered, tighten=tighten)
         try:
-            return _Graph(model, coupling, images, form, found, tighten).formulation(cost)
+            return walk.formulation(cost)
         except _Blocked as error:
             blocked[error.node] = error.reason
 
 
-def _beyond(size: float, where: str) -> str:
+def _out_of_range(size: float, location: str) -> str:
     return (
-        f"bounds of the importance program reach {size:.1e} at {where}, beyond what solvers resolve; "
+        f"bounds of the importance program reach {size:.1e} at {location}, beyond what solvers resolve; "
         "use `mode=decoupled`."
     )
 
 
 class _Blocked(Exception):
+    """The rule of a node behind a gate refused the node."""
+
     def __init__(self, node: int, reason: str) -> None:
         super().__init__(reason)
         self.node = node
         self.reason = reason
 
 
-class _Graph:
-    """Walks the region and hands every statement of a rule to the encoder; implements ``ops.Terms``."""
+class _Formulator:
+    """Runs the encoding rules over a region; implements ``ops.Terms``, by which rules state what a node computes."""
 
     def __init__(
         self,
@@ -119,57 +155,64 @@ class _Graph:
         coupling: Coupling,
         images: Images,
         form: Form,
-        found: Region,
+        *,
+        region: Region,
         tighten: Tighten | None,
     ) -> None:
         self.model = model
         self.coupling = coupling
         self.images = images
         self.form = form
-        self.region = found
-        count = int(found.included.sum())
-        if not count:
-            raise SettingsError(nothing_encodable(found))
-        self.position = np.where(found.included, np.cumsum(found.included) - 1, -1)
-        kind = Exact if form.kind == "exact" else Paper
-        feeds = len(images.feeds)
-        self.encoder: Encoder = kind(feeds, count, not form.whole_keep, form.relax, tighten)
-        self.readers = readers_of(model)
-        self.needed = set(found.nodes) | found.inside
-        self.known: dict[str, Expression] = {}
+        self.region = region
+        self.keep_index = _keep_indices(region.included)
+        encoder = Exact if form.kind == "exact" else Paper
+        self.encoder: Encoder = encoder(
+            images=len(images.feeds),
+            keep=int(region.included.sum()),
+            relax_keep=not form.whole_keep,
+            relax=form.relax,
+            tighten=tighten,
+        )
+        self.consumers = consumers_of(model)
+        self.needed = set(region.nodes) | region.inside
+        self.expressions: dict[str, Expression] = {}
         self.shapes: dict[str, tuple[int, ...]] = dict(model.shapes)
         self.gated: set[str] = set()
-        self.scored = (
-            {
-                axis[0]: axis[1]
-                for axis, _ in gate_sites(model, coupling, self.readers, self.needed, form)
-            }
-            if form.kind == "paper"
-            else {}
-        )
-        self.consumers: dict[tuple[str, int], Axis] = (
-            {(c.node, c.slot): (c.data, c.axis) for c in coupling.consumers}
-            if form.kind == "exact"
-            else {}
-        )
+        self.scored_axis: dict[str, int] = {}
+        self.gated_inputs: dict[tuple[str, int], Axis] = {}
+        if form.kind == "paper":
+            sites = gate_sites(model, coupling, self.consumers, self.needed, form)
+            self.scored_axis = dict(site.axis for site in sites)
+        else:
+            for consumer in coupling.consumers:
+                self.gated_inputs[consumer.node, consumer.slot] = (consumer.data, consumer.axis)
 
     def formulation(self, cost: Floats | None) -> Formulation:
-        """Everything: the region's rules one after the other, then the objective."""
+        """Encode the nodes of the region in graph order, then the objective."""
         for i in self.region.nodes:
             self._encode(i)
-            if not self.encoder.largest <= MOST:
-                raise SolverError(_beyond(self.encoder.largest, str(self.model.nodes[i])))
-        reward = self._reward(cost)
+            # Written so that NaN fails as well.
+            if not self.encoder.largest <= MAX_BOUND:
+                raise SolverError(_out_of_range(self.encoder.largest, str(self.model.nodes[i])))
+        sparsity = self._sparsity(cost)
         logits = self._value(self.images.logits)
-        widest = float(np.maximum(np.abs(logits.lower), np.abs(logits.upper)).max(initial=0.0))
-        if not widest <= BIG:
-            raise SolverError(_beyond(widest, f"the logits '{self.images.logits}'"))
+        magnitude = np.maximum(np.abs(logits.lower), np.abs(logits.upper))
+        largest_logit = float(magnitude.max(initial=0.0))
+        if not largest_logit <= MAX_LOGIT_BOUND:
+            raise SolverError(_out_of_range(largest_logit, f"the logits '{self.images.logits}'"))
+        label = self.images.labels.reshape(-1)
         program, loss = objective(
-            self.encoder, logits, self.images.labels.reshape(-1), self.form.weight, reward
+            self.encoder, logits, label, weight=self.form.weight, sparsity=sparsity
         )
-        pending = self.encoder.pending(program.n_variables)
-        units = np.flatnonzero(self.region.included)
-        return Formulation(program, self.encoder, loss, reward, pending, units, self.region.outside)
+        return Formulation(
+            program=program,
+            encoder=self.encoder,
+            loss=loss,
+            sparsity=sparsity,
+            pending=self.encoder.pending(program.n_variables),
+            units=np.flatnonzero(self.region.included),
+            outside=self.region.outside,
+        )
 
     def _encode(self, i: int) -> None:
         node = self.model.nodes[i]
@@ -178,33 +221,42 @@ class _Graph:
         try:
             if spec is None or spec.encode is None or node.captures:
                 raise Refused(f"{node} has no form in the program")
-            spec.encode(self._behind_gates(node) if inside else node, self)
+            spec.encode(self._with_gated_inputs(node) if inside else node, self)
         except Refused as error:
             if inside:
                 raise _Blocked(i, str(error)) from error
-            # Only bounds were wanted here: they start afresh from what the node was seen to give.
+            # Only the bounds of this node were wanted: they start again from its known activations.
             for name in node.outputs:
-                self.known.pop(name, None)
+                self.expressions.pop(name, None)
             return
-        for name in node.outputs[:1]:
-            if name in self.scored and name in self.known and not self._only_relus(name):
-                self.known[name] = self.encoder.gate(
-                    self.known[name], self._units((name, self.scored[name]))
-                )
-                self.gated.add(name)
+        output = node.outputs[0] if node.outputs else ""
+        is_scored = output in self.scored_axis and output in self.expressions
+        # ReLUs that read the scored output apply its gate themselves, if nothing else reads it.
+        if is_scored and not self._read_by_relus_only(output):
+            self._gate_scored(output)
+
+    def _gate_scored(self, output: str) -> None:
+        gates = self._keep_of_rows((output, self.scored_axis[output]))
+        self.expressions[output] = self.encoder.gate(self.expressions[output], gates)
+        self.gated.add(output)
 
     # --- ops.Terms --------------------------------------------------------------------------------------------
 
     def shape(self, tensor: str) -> tuple[int, ...]:
+        """Shape of a tensor for one feed."""
         return self.shapes[tensor]
 
     def constant(self, tensor: str) -> Array | None:
+        """Value of an initialiser, or None for a tensor that is computed."""
         return self.model.constants.get(tensor)
 
     def affine(
         self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0
     ) -> None:
-        """Constants among the parts (weights read as data) go the same way as activations."""
+        """State that a tensor is a sum of linear maps of other tensors plus an offset.
+
+        Constants among the parts (weights that the node reads as data) are treated like activations.
+        """
         size = parts[0][1].shape[0] if parts else int(np.prod(self.shapes[out]))
         shift = np.asarray(offset, np.float64)
         if not np.isfinite(shift).all():
@@ -212,113 +264,115 @@ class _Graph:
         if shift.size not in (1, size):
             shift = np.broadcast_to(shift, self.shapes[out])
         flat = np.broadcast_to(shift.reshape(-1), size)
-        self.known[out] = self.encoder.affine(
-            [(matrix, self._value(name)) for name, matrix in parts], flat
-        )
+        terms = [(matrix, self._value(name)) for name, matrix in parts]
+        self.expressions[out] = self.encoder.affine(terms, flat)
 
     def relu(self, out: str, x: str) -> None:
-        unit = None
-        if x in self.scored and x not in self.gated:
-            unit = self._units((x, self.scored[x]))
+        """State that a tensor is the ReLU of another, with the gate of either if there is one."""
+        gates = None
+        if x in self.scored_axis and x not in self.gated:
+            gates = self._keep_of_rows((x, self.scored_axis[x]))
         elif self.form.kind == "exact" and out in self.shapes:
-            axis = self._gate_of(out)
+            axis = self._shared_gate(out)
             if axis is not None:
-                unit = self._units(axis)
+                gates = self._keep_of_rows(axis)
                 self.gated.add(out)
-        self.known[out] = self.encoder.relu(self._value(x), unit)
+        self.expressions[out] = self.encoder.relu(self._value(x), gates)
 
     def maximum(self, out: str, x: str, windows: Ints) -> None:
-        self.known[out] = self.encoder.maximum(self._value(x), windows)
+        """State that a tensor holds the maxima of windows of another."""
+        self.expressions[out] = self.encoder.maximum(self._value(x), windows)
 
     # --- gates ------------------------------------------------------------------------------------------------
 
     def _value(self, name: str) -> Expression:
-        if name not in self.known:
-            constant = self.model.constants.get(name)
-            if constant is not None:
-                self.known[name] = Expression.of(
-                    np.tile(constant.reshape(-1), len(self.images.feeds))
-                )
-            else:
-                if name not in self.images.activations:
-                    raise Refused(f"'{name}' is no activation of floating type")
-                slack = EPSILON if self.form.kind == "paper" else 0.0
-                if not np.isfinite(self.images.activations[name]).all():
-                    raise Refused(f"'{name}' takes infinite values")
-                self.known[name] = Expression.of(self.images.activations[name], slack)
-        return self.known[name]
+        """Expression of a tensor; one that no rule has stated is a constant of the program."""
+        if name not in self.expressions:
+            self.expressions[name] = self._constant_expression(name)
+        return self.expressions[name]
 
-    def _units(self, axis: Axis) -> Ints:
-        """Keep variable of every row of a tensor, -1 where there is none."""
-        name, place = axis
+    def _constant_expression(self, name: str) -> Expression:
+        constant = self.model.constants.get(name)
+        if constant is not None:
+            return Expression.of(np.tile(constant.reshape(-1), len(self.images.feeds)))
+        activation = self.images.activations.get(name)
+        if activation is None:
+            raise Refused(f"'{name}' is no activation of floating type")
+        if not np.isfinite(activation).all():
+            raise Refused(f"'{name}' takes infinite values")
+        slack = EPSILON if self.form.kind == "paper" else 0.0
+        return Expression.of(activation, slack)
+
+    def _keep_of_rows(self, axis: Axis) -> Ints:
+        """Keep variable of every row of a tensor's expression, -1 for rows without one."""
+        name, dimension = axis
         shape = self.shapes[name]
         labels = self.coupling.axes[axis]
-        found = np.where(labels >= 0, self.position[labels], -1)
-        view = [1] * len(shape)
-        view[place] = -1
-        one = np.broadcast_to(found.reshape(view), shape).reshape(-1)
-        return np.tile(one, len(self.images.feeds))
+        per_channel = np.where(labels >= 0, self.keep_index[labels], -1)
+        along_axis = [1] * len(shape)
+        along_axis[dimension] = -1
+        per_element = np.broadcast_to(per_channel.reshape(along_axis), shape).reshape(-1)
+        return np.tile(per_element, len(self.images.feeds))
 
-    def _behind_gates(self, node: Node) -> Node:
-        """The node reading gated tensors where it consumes them."""
+    def _with_gated_inputs(self, node: Node) -> Node:
+        """The node with gated aliases in place of the tensors that it consumes through a gate."""
         inputs = list(node.inputs)
         for slot, name in enumerate(node.inputs):
-            axis = self.consumers.get((node.name, slot))
+            axis = self.gated_inputs.get((node.name, slot))
             if axis is None or name in self.gated:
                 continue
             alias = f"{name}/gate{axis[1]}"
-            if alias not in self.known:
-                self.known[alias] = self.encoder.gate(self._value(name), self._units(axis))
+            if alias not in self.expressions:
+                gates = self._keep_of_rows(axis)
+                self.expressions[alias] = self.encoder.gate(self._value(name), gates)
                 self.shapes[alias] = self.shapes[name]
             inputs[slot] = alias
         return replace(node, inputs=tuple(inputs))
 
-    def _gate_of(self, name: str) -> Axis | None:
-        """The gated axis of a tensor that nobody reads but through that gate, here or after moving its elements.
+    def _shared_gate(self, name: str) -> Axis | None:
+        """Gated axis of a tensor that is read only through that gate, directly or after its elements were moved.
 
-        The gate may then be where the tensor is made, and share its variable; the readers are marked as gated.
+        Such a gate can be applied where the tensor is produced, and then shares the variable of the ReLU. The tensors
+        that are read through it are marked as gated.
         """
-        axes = [a for a in range(len(self.shapes[name])) if (name, a) in self.coupling.axes]
-        moved = self._read_gated(name)
-        if moved is None or len(axes) != 1:
+        dimensions = range(len(self.shapes[name]))
+        axes = [a for a in dimensions if (name, a) in self.coupling.axes]
+        read_gated = self._read_gated(name)
+        if read_gated is None or len(axes) != 1:
             return None
-        self.gated |= moved
+        self.gated |= read_gated
         return name, axes[0]
 
     def _read_gated(self, name: str) -> set[str] | None:
-        """The tensor and all that its elements are moved to, where every reader of them gates it; else None."""
-        found = {name}
-        readers = [j for j in self.readers[name] if j in self.needed]
-        if name == self.images.logits or not readers:
+        """The tensor and all tensors that its elements are moved to, or None if any of them is read without a gate."""
+        tensors = {name}
+        consumers = [j for j in self.consumers[name] if j in self.needed]
+        if name == self.images.logits or not consumers:
             return None
-        for j in readers:
+        for j in consumers:
             node = self.model.nodes[j]
             spec = lookup(node.domain, node.op, node.version)
-            for slot, read in enumerate(node.inputs):
-                if read != name or (node.name, slot) in self.consumers:
+            for slot, operand in enumerate(node.inputs):
+                if operand != name or (node.name, slot) in self.gated_inputs:
                     continue
-                further = (
-                    self._read_gated(node.outputs[0])
-                    if spec is not None and Trait.MOVES in spec.traits and not slot
-                    else None
-                )
-                if further is None:
+                if spec is None or Trait.MOVES not in spec.traits or slot:
                     return None
-                found |= further
-        return found
+                moved = self._read_gated(node.outputs[0])
+                if moved is None:
+                    return None
+                tensors |= moved
+        return tensors
 
-    def _only_relus(self, name: str) -> bool:
-        readers = [self.model.nodes[j] for j in self.readers[name] if j in self.needed]
-        return (
-            bool(readers)
-            and all(has(node, Trait.RECTIFIES) for node in readers)
-            and name != self.images.logits
-        )
+    def _read_by_relus_only(self, name: str) -> bool:
+        consumers = [self.model.nodes[j] for j in self.consumers[name] if j in self.needed]
+        if not consumers or name == self.images.logits:
+            return False
+        return all(has(node, Trait.RECTIFIES) for node in consumers)
 
     # --- objective --------------------------------------------------------------------------------------------
 
-    def _reward(self, cost: Floats | None) -> Reward:
-        """One layer per group of units: I_l = sum (s - 2) / N_l over those of its units that are in the program."""
+    def _sparsity(self, cost: Floats | None) -> Sparsity:
+        """One layer per group: ``I_l = sum (s - 2) / N_l`` over those of its units that have a keep variable."""
         included = self.region.included
         layers = []
         for group in self.coupling.groups:
@@ -326,11 +380,17 @@ class _Graph:
             if not len(units):
                 continue
             shape = self.model.shapes.get(group.name.partition("#")[0], ())
-            kernel = int(np.prod(shape[2:])) if self.form.kernel_share else 1
-            layers.append((self.position[units], float(len(group.units) * kernel)))
-        share = None
-        if self.form.budget is not None:
-            assert cost is not None
-            per_unit = cost[included]
-            share = (per_unit, self.form.budget * float(per_unit.sum()))
-        return Reward(tuple(layers), share)
+            kernel_size = int(np.prod(shape[2:])) if self.form.kernel_share else 1
+            divisor = float(len(group.units) * kernel_size)
+            layers.append(ScoredLayer(self.keep_index[units], divisor))
+        if self.form.budget is None:
+            return Sparsity(tuple(layers))
+        assert cost is not None
+        per_unit = cost[included]
+        budget = CostBudget(per_unit, self.form.budget * float(per_unit.sum()))
+        return Sparsity(tuple(layers), budget)
+
+
+def _keep_indices(included: Bools) -> Ints:
+    """Index of the keep variable of every unit, -1 for units without one."""
+    return np.where(included, np.cumsum(included) - 1, -1)

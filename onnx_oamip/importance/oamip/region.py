@@ -1,7 +1,7 @@
-"""Which part of a graph the importance program covers.
+"""Region of a graph that the joint importance program covers, and an estimate of its size.
 
-It reaches from the keep variables forward to the logits. Every node on the way must have an ``encode`` rule; units in
-front of one that has none are left out, with the reason.
+The region reaches from the keep variables forward to the logits. Every node in it needs an ``encode`` rule. Units in
+front of a node without such a rule are left out, with the reason.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,20 +19,26 @@ from onnx_oamip.core.records import (
     Bools,
     Coupling,
     Images,
+    Ints,
     Model,
     Node,
 )
 from onnx_oamip.graph import chains
 from onnx_oamip.graph.ops import Trait, has, lookup
 
+MAX_LISTED_REASONS = 3
+"""Distinct reasons that an error message lists."""
+
 
 @dataclass(frozen=True)
 class Form:
-    """How to state the program.
+    """Options of the joint importance program.
 
-    ``kind``: see ``milp.encoder``; ``relax``: no whole variables at all; ``whole_keep``: keep variables are binary;
-    ``kernel_share``: a convolution's reward per filter is divided by its kernel's size, as published; ``budget``: the
-    share of ``cost`` (per unit) that may be kept, in place of a reward.
+    Attributes:
+        kind: Encoding of the network, ``exact`` or ``paper`` (see ``programs.encoder``).
+        weight: Weight of the cross-entropy against the sparsity term.
+        relax: True to solve the program without any integer variable.
+        budget: Share of the cost (given per unit) that may be kept. It replaces the sparsity term.
     """
 
     kind: Literal["exact", "paper"] = "exact"
@@ -42,20 +48,24 @@ class Form:
 
     @property
     def whole_keep(self) -> bool:
-        """``exact`` decides whole units; ``paper`` gives continuous scores."""
+        """True if keep variables are binary: ``exact`` chooses units, ``paper`` gives continuous scores."""
         return self.kind == "exact" and not self.relax
 
     @property
     def kernel_share(self) -> bool:
-        """The published quirk, kept where the published program is asked for."""
+        """True if the sparsity of a convolution is also divided by its kernel size, as in the published program."""
         return self.kind == "paper"
 
 
 @dataclass(frozen=True)
 class Region:
-    """Part of the graph: ``nodes`` (indices, in order) to encode, ``inside`` those that depend on a keep variable.
+    """Part of the graph that a program covers.
 
-    ``included`` (n_units,) says whose keep variables there are.
+    Attributes:
+        nodes: Indices of the nodes to encode, in graph order.
+        inside: Those of the nodes whose outputs depend on a keep variable.
+        included: Boolean per unit (n_units,), true if the unit has a keep variable.
+        outside: Reason by unit, for the units without a keep variable.
     """
 
     nodes: tuple[int, ...]
@@ -64,101 +74,193 @@ class Region:
     outside: Mapping[int, str]
 
 
+class GateSite(NamedTuple):
+    """An axis with gates, and the indices of the nodes that read it gated."""
+
+    axis: Axis
+    consumers: list[int]
+
+
 def without_rule(model: Model) -> dict[int, str]:
-    found = {}
+    """Find the nodes that cannot be encoded.
+
+    Args:
+        model: Model to search.
+
+    Returns:
+        Reason by index of the node.
+    """
+    reasons = {}
     for i, node in enumerate(model.nodes):
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.encode is None or node.captures:
-            found[i] = f"{node} has no form in the program"
-    return found
+            reasons[i] = f"{node} has no form in the program"
+    return reasons
 
 
 def region(
     model: Model, coupling: Coupling, logits: str, form: Form, blocked: Mapping[int, str]
 ) -> Region:
-    """What the program can cover. ``blocked``: reason by index of node that cannot be stated."""
-    readers = readers_of(model)
-    producer = {name: i for i, node in enumerate(model.nodes) for name in node.outputs if name}
-    needed = _ancestors(model, producer, logits)
-    behind: dict[int, str] = {}  # node -> why nothing before it can be in the program
-    for i in sorted(needed, reverse=True):
-        later = [behind[j] for name in model.nodes[i].outputs for j in readers[name] if j in behind]
-        if i in blocked:
-            behind[i] = blocked[i]
-        elif later:
-            behind[i] = later[0]
-    sites = gate_sites(model, coupling, readers, needed, form)
-    met = np.zeros(coupling.n_units, bool)
-    outside: dict[int, str] = {}
-    for axis, nodes in sites:
-        labels = coupling.axes[axis]
-        units = np.unique(labels[labels >= 0])
-        met[units] = True
-        reason = next((behind[j] for j in nodes if j in behind), None)
-        if reason is not None:
-            outside.update((int(u), reason) for u in units if int(u) not in outside)
-    outside.update((int(u), "no logit depends on it") for u in np.flatnonzero(~met))
+    """Determine the region that the program can cover.
+
+    Args:
+        model: Model to score.
+        coupling: Units of the model.
+        logits: Tensor on which the cross-entropy is computed.
+        form: Options of the program.
+        blocked: Reason by index, for the nodes that cannot be encoded.
+
+    Returns:
+        The largest region without a blocked node behind a gate.
+    """
+    consumers = consumers_of(model)
+    needed = _ancestors(model, logits)
+    blocking = _blocking_reasons(model, consumers, needed, blocked)
+    sites = gate_sites(model, coupling, consumers, needed, form)
+    outside = _excluded_units(coupling, sites, blocking)
     included = np.ones(coupling.n_units, bool)
     included[list(outside)] = False
-    inside: set[int] = set()
-    touched: set[str] = set()
-    for axis, nodes in sites:
-        labels = coupling.axes[axis]
-        if included[labels[labels >= 0]].any():
-            inside.update(nodes)
-    for i in sorted(needed):
-        if i in inside or touched.intersection(model.nodes[i].inputs):
-            inside.add(i)
-            touched.update(n for n in model.nodes[i].outputs if n)
-    # The bounds of `paper` come from the input; `exact` starts from known activations.
+    inside = _dependent_nodes(model, coupling, sites, needed, included)
+    # The bounds of `paper` propagate from the graph input; `exact` starts from known activations.
     nodes = sorted(needed) if form.kind == "paper" else sorted(inside)
     return Region(tuple(nodes), frozenset(inside), included, outside)
 
 
-def readers_of(model: Model) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = defaultdict(list)
+def _blocking_reasons(
+    model: Model,
+    consumers: Mapping[str, Sequence[int]],
+    needed: set[int],
+    blocked: Mapping[int, str],
+) -> dict[int, str]:
+    """Reason by node, for the nodes that are blocked themselves or feed a blocked node."""
+    reasons: dict[int, str] = {}
+    for i in sorted(needed, reverse=True):
+        if i in blocked:
+            reasons[i] = blocked[i]
+            continue
+        for name in model.nodes[i].outputs:
+            later = [reasons[j] for j in consumers[name] if j in reasons]
+            if later:
+                reasons[i] = later[0]
+                break
+    return reasons
+
+
+def _excluded_units(
+    coupling: Coupling, sites: Sequence[GateSite], blocking: Mapping[int, str]
+) -> dict[int, str]:
+    """Reason by unit, for the units that have no gate or a gate in front of a blocked node."""
+    has_gate = np.zeros(coupling.n_units, bool)
+    outside: dict[int, str] = {}
+    for axis, nodes in sites:
+        units = np.unique(_units_on(coupling, axis))
+        has_gate[units] = True
+        reason = next((blocking[j] for j in nodes if j in blocking), None)
+        if reason is None:
+            continue
+        for unit in units:
+            outside.setdefault(int(unit), reason)
+    for unit in np.flatnonzero(~has_gate):
+        outside[int(unit)] = "no logit depends on it"
+    return outside
+
+
+def _dependent_nodes(
+    model: Model,
+    coupling: Coupling,
+    sites: Sequence[GateSite],
+    needed: set[int],
+    included: Bools,
+) -> set[int]:
+    """Nodes that read a gate of an included unit, and all needed nodes behind them."""
+    inside: set[int] = set()
+    for axis, nodes in sites:
+        if included[_units_on(coupling, axis)].any():
+            inside.update(nodes)
+    dependent: set[str] = set()
+    for i in sorted(needed):
+        node = model.nodes[i]
+        if i in inside or dependent.intersection(node.inputs):
+            inside.add(i)
+            dependent.update(name for name in node.outputs if name)
+    return inside
+
+
+def _units_on(coupling: Coupling, axis: Axis) -> Ints:
+    """Units of the channels of an axis, one entry per channel that belongs to a unit."""
+    labels = coupling.axes[axis]
+    return labels[labels >= 0]
+
+
+def consumers_of(model: Model) -> dict[str, list[int]]:
+    """Index the consumers of every tensor.
+
+    Args:
+        model: Model to search; tensors that subgraphs capture count as read by the node that holds the subgraph.
+
+    Returns:
+        Indices of the consumers by tensor, in graph order, each once.
+    """
+    consumers: dict[str, list[int]] = defaultdict(list)
     for i, node in enumerate(model.nodes):
         for name in dict.fromkeys((*node.inputs, *node.captures)):
             if name:
-                found[name].append(i)
-    return found
+                consumers[name].append(i)
+    return consumers
 
 
-def _ancestors(model: Model, producer: Mapping[str, int], logits: str) -> set[int]:
-    found: set[int] = set()
+def _ancestors(model: Model, logits: str) -> set[int]:
+    """Indices of the nodes that the logits depend on."""
+    producer: dict[str, int] = {}
+    for i, node in enumerate(model.nodes):
+        producer.update((name, i) for name in node.outputs if name)
+    ancestors: set[int] = set()
     stack = [logits]
     while stack:
-        i = producer.get(stack.pop())
-        if i is not None and i not in found:
-            found.add(i)
+        i = producer.get(stack.pop(), -1)
+        if i >= 0 and i not in ancestors:
+            ancestors.add(i)
             stack += [*model.nodes[i].inputs, *model.nodes[i].captures]
-    return found
+    return ancestors
 
 
 def gate_sites(
     model: Model,
     coupling: Coupling,
-    readers: Mapping[str, Sequence[int]],
+    consumers: Mapping[str, Sequence[int]],
     needed: set[int],
     form: Form,
-) -> list[tuple[Axis, list[int]]]:
-    """(gated axis, nodes that read it gated): consumers in ``exact``, the readers of scored layers in ``paper``."""
+) -> list[GateSite]:
+    """Find the axes that carry gates.
+
+    Args:
+        model: Model to score.
+        coupling: Units of the model.
+        consumers: Indices of the consumers by tensor.
+        needed: Indices of the nodes that the logits depend on.
+        form: Options of the program.
+
+    Returns:
+        Every gated axis with the needed nodes that read it gated: the consumers of the coupling in ``exact``, the
+        consumers of the outputs of linear layers in ``paper``.
+    """
     if form.kind == "exact":
-        place = {node.name: i for i, node in enumerate(model.nodes)}
-        return [
-            ((c.data, c.axis), [i]) for c in coupling.consumers if (i := place[c.node]) in needed
-        ]
-    return [
-        ((name, axis), [j for j in readers[name] if j in needed])
-        for name in _scored(model, needed)
-        for axis in range(len(model.shapes[name]))
-        if (coupling.axes.get((name, axis), np.full(1, -1)) >= 0).any()
-    ]
+        index = {node.name: i for i, node in enumerate(model.nodes)}
+        sites = [GateSite((c.data, c.axis), [index[c.node]]) for c in coupling.consumers]
+        return [site for site in sites if site.consumers[0] in needed]
+    sites = []
+    for name in _linear_outputs(model, needed):
+        nodes = [j for j in consumers[name] if j in needed]
+        for axis in range(len(model.shapes[name])):
+            labels = coupling.axes.get((name, axis))
+            if labels is not None and (labels >= 0).any():
+                sites.append(GateSite((name, axis), list(nodes)))
+    return sites
 
 
-def _scored(model: Model, needed: set[int]) -> list[str]:
-    """Outputs of linear layers; a bias that is a separate Add of a constant belongs to its layer."""
-    found = []
+def _linear_outputs(model: Model, needed: set[int]) -> list[str]:
+    """Outputs of linear layers. A bias that a separate Add of a constant adds belongs to its layer."""
+    outputs = []
     chain = chains.of_nodes(model.nodes[i] for i in sorted(needed))
     for i in sorted(needed):
         node = model.nodes[i]
@@ -169,8 +271,8 @@ def _scored(model: Model, needed: set[int]) -> list[str]:
         addition = chain.sole_consumer(name)
         if addition is not None and _adds_constant(addition, model):
             name = addition.outputs[0]
-        found.append(name)
-    return found
+        outputs.append(name)
+    return outputs
 
 
 def _adds_constant(node: Node, model: Model) -> bool:
@@ -178,19 +280,40 @@ def _adds_constant(node: Node, model: Model) -> bool:
 
 
 def extent(model: Model, coupling: Coupling, images: Images, form: Form) -> int:
-    """How many ReLUs and maxima, images times elements, lie behind a gate: what may become a binary.
+    """Estimate the size of the program by the ReLUs and maxima behind a gate.
 
-    Raises SettingsError where no unit can be encoded.
+    Args:
+        model: Model to score.
+        coupling: Units of the model.
+        images: Samples that the program is made of.
+        form: Options of the program.
+
+    Returns:
+        Elements of piecewise-linear outputs behind a gate, times the samples: an upper bound on their binaries.
+
+    Raises:
+        SettingsError: No unit can be encoded.
     """
-    found = region(model, coupling, images.logits, form, without_rule(model))
-    if not found.included.any():
-        raise SettingsError(nothing_encodable(found))
-    nodes = [model.nodes[i] for i in found.inside]
-    bent = [n for n in nodes if has(n, Trait.PIECEWISE)]
-    return len(images.feeds) * sum(int(np.prod(model.shapes[n.outputs[0]])) for n in bent)
+    covered = region(model, coupling, images.logits, form, without_rule(model))
+    if not covered.included.any():
+        raise SettingsError(nothing_encodable(covered))
+    elements = 0
+    for i in covered.inside:
+        node = model.nodes[i]
+        if has(node, Trait.PIECEWISE):
+            elements += int(np.prod(model.shapes[node.outputs[0]]))
+    return len(images.feeds) * elements
 
 
-def nothing_encodable(found: Region) -> str:
-    reasons = list(dict.fromkeys(found.outside.values()))
-    listed = "; ".join(reasons[:3])
+def nothing_encodable(covered: Region) -> str:
+    """Build the error message for a region without any unit.
+
+    Args:
+        covered: Region whose units are all outside.
+
+    Returns:
+        One sentence with the first reasons and the alternatives.
+    """
+    reasons = list(dict.fromkeys(covered.outside.values()))
+    listed = "; ".join(reasons[:MAX_LISTED_REASONS])
     return f"no unit can be scored by the joint program: {listed}; use `mode=decoupled`, or another `importance`."

@@ -1,7 +1,8 @@
-"""Solve an importance program to a gap: tangent cuts and lazy rows first on the relaxation, then with whole variables.
+"""Solution of an importance program by outer approximation, first of its relaxation, then with integer variables.
 
-Feasible points are made on the way (a line search towards the relaxation's solution; whole keep variables rounded from
-it and the network evaluated at them), so that there is an incumbent with its true objective from the first round on.
+Feasible points are made on the way: by a line search towards the solution of the relaxation, and by evaluating the
+network at keep variables that are rounded from it. So there is an incumbent with its true objective from the first
+round on.
 """
 
 from __future__ import annotations
@@ -14,36 +15,54 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from onnx_oamip.core.errors import SolverError
-from onnx_oamip.core.records import Bools, Floats
+from onnx_oamip.core.records import Floats
 from onnx_oamip.importance.oamip.formulation import Formulation
 from onnx_oamip.programs import (
     ACCEPTED,
     Expression,
+    Interval,
     Program,
     Rows,
     Separation,
 )
 from onnx_oamip.programs.solvers import (
     CutSolution,
-    Limits,
+    Separate,
+    SolverLimits,
     Termination,
     relative_gap,
     solve,
     solve_with_cuts,
 )
 
-LEAST = 1e-6
-"""Absolute gap that is always good enough."""
-ROUNDS = 200
-SHARE = 0.25
-"""Share of the gap that is left to tangent planes not added; and of the time that bounds may take to tighten."""
+ABSOLUTE_GAP = 1e-6
+"""Absolute gap that always ends a solve."""
+MAX_ROUNDS = 200
+"""Rounds of cuts for the relaxation, and again for the program."""
+TANGENT_GAP_SHARE = 0.25
+"""Share of the gap that tangent planes which are not added may account for."""
+TIGHTENING_TIME_SHARE = 0.25
+"""Share of the time limit in which bounds are tightened."""
+DESCENT_TIME_SHARE = 0.125
+"""Share of the time limit in which the incumbent is improved by evaluations of the network."""
+ROW_TIME_LIMIT = 1.0
+"""Seconds for the linear program of one bound."""
+SOLVER_TOLERANCE = 1e-6
+"""Relative error of a solver's bound."""
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """``keep`` (keep variables,) of the best point, its true ``objective``, a ``bound``, and the program's record.
+    """Solution of an importance program.
 
-    ``values`` are those of all variables there; ``notices`` say which solver was passed over.
+    Attributes:
+        keep: Keep variables of the best point (keep variables,), in [0, 1].
+        values: All variables of the best point (variables,).
+        objective: True objective of the best point.
+        bound: Proved lower bound of the objective, -inf if there is none.
+        gap: Relative distance of the objective and the bound.
+        record: Record of the program for reports.
+        notices: At most one message, about a solver that was passed over.
     """
 
     keep: Floats
@@ -56,216 +75,310 @@ class Outcome:
 
 
 def optimise(
-    formulation: Formulation, limits: Limits, solver: str, guess: Floats | None = None
+    formulation: Formulation, limits: SolverLimits, solver: str, guess: Floats | None = None
 ) -> Outcome:
-    """The best keep variables within ``limits.gap`` of the optimum, or the best found in ``limits.time_s``.
+    """Solve an importance program to a gap, or as far as the time limit allows.
 
-    ``guess`` (keep variables,) orders the units by a cheap score: under a budget the first of them are a first point.
-    Raises SolverError where the solver cannot take the program, or where nothing was found in time.
+    Args:
+        formulation: Program to solve.
+        limits: Relative gap, time limit in seconds and seed.
+        solver: Name of a backend, or ``auto``.
+        guess: Cheap score of each keep variable (keep variables,). Under a budget, the units of highest score that fit
+            are a first point.
+
+    Returns:
+        The best point with its bound.
+
+    Raises:
+        SolverError: The solver refuses the program, the budget cannot be met, or no point was found in time.
     """
-    began = time.perf_counter()
-    base = formulation.program
-    notices: list[str] = []
-    separation = Separation(
-        base, formulation.loss, formulation.pending, SHARE * max(limits.gap, LEAST)
-    )
-    search = _Search(formulation, separation)
-    search.offer(np.ones(len(formulation.units)))
-    if guess is not None and formulation.reward.share_cost is not None:
-        search.offer(search.rounded(guess))
-    program = search.with_tangents(base)
-    rounds = cuts = 0
-    bound = -np.inf
+    run = _Optimisation(formulation, limits, solver)
+    run.add_first_points(guess)
+    program = run.search.with_tangents(formulation.program)
+    if formulation.program.integer.any():
+        program = run.solve_relaxation(program)
+        if not run.is_enough(run.bound):
+            if run.separation.best.values is not None:
+                program = replace(program, start=run.separation.best.values)
+            run.solve_program(program)
+    else:
+        run.solve_program(program)
+    return run.outcome()
 
-    def enough(found: float) -> bool:
-        best = separation.best.objective
-        return best - found <= max(limits.gap * abs(best), LEAST)
 
-    def left() -> Limits:
-        if limits.time_s is None:
-            return limits
-        return replace(limits, time_s=max(limits.time_s - (time.perf_counter() - began), 0.01))
+class _Optimisation:
+    """State of one solve: bound, incumbent, rounds and time."""
 
-    whole = base.integer.any()
-    end: CutSolution | None = None
-    if whole:
-        relaxed = replace(program, integer=np.zeros(base.n_variables, bool), start=None)
-        half = left() if limits.time_s is None else replace(left(), time_s=limits.time_s / 2)
-        end = solve_with_cuts(
-            relaxed, half, search.relaxation, solver, notices.append, ROUNDS, enough
+    def __init__(self, formulation: Formulation, limits: SolverLimits, solver: str) -> None:
+        self.formulation = formulation
+        self.limits = limits
+        self.solver = solver
+        self.began = time.perf_counter()
+        self.separation = Separation(
+            formulation.program,
+            formulation.loss,
+            formulation.pending,
+            accuracy=TANGENT_GAP_SHARE * max(limits.gap, ABSOLUTE_GAP),
         )
-        bound = end.solution.bound if end.solution.bound is not None else bound
-        rounds, cuts = end.rounds, end.cuts
-        program = replace(end.program, integer=base.integer)
-        if not enough(bound) and end.solution.values is not None:
-            search.descend(
-                end.solution.values, None if limits.time_s is None else SHARE / 2 * limits.time_s
-            )
-    if not whole or not enough(bound):
-        start = separation.best.values
-        if start is not None and whole:
-            program = replace(program, start=start)
-        # Rounds share the gap with the solver: a bound closer than it can be reached.
-        near = replace(left(), gap=limits.gap / 2)
-        end = solve_with_cuts(
-            program, near, search.solution, solver, notices.append, ROUNDS, enough
-        )
-        rounds, cuts = rounds + end.rounds, cuts + end.cuts
-        if end.solution.bound is not None:
-            bound = max(bound, end.solution.bound)
+        self.search = _Search(formulation, self.separation)
+        self.bound = -np.inf
+        self.rounds = 0
+        self.cuts = 0
+        self.notices: list[str] = []
+        self.last: CutSolution | None = None
+
+    def add_first_points(self, guess: Floats | None) -> None:
+        """Offer the point that keeps all units, and under a budget the one that the guess proposes."""
+        self.search.offer(np.ones(len(self.formulation.units)))
+        if guess is not None and self.formulation.sparsity.budget is not None:
+            self.search.offer(self.search.rounded(guess))
+
+    def is_enough(self, bound: float) -> bool:
+        """True if the incumbent is within the gap of a bound."""
+        best = self.separation.best.objective
+        return best - bound <= max(self.limits.gap * abs(best), ABSOLUTE_GAP)
+
+    def solve_relaxation(self, program: Program) -> Program:
+        """Solve the relaxation in half of the time; returns the program with its cuts."""
+        integer = self.formulation.program.integer
+        relaxed = replace(program, integer=np.zeros(program.n_variables, bool), start=None)
+        time_s = self.limits.time_s
+        half = None if time_s is None else time_s / 2
+        end = self._cut(relaxed, replace(self.limits, time_s=half), self.search.relaxation_cuts)
+        if not self.is_enough(self.bound) and end.solution.values is not None:
+            seconds = None if time_s is None else DESCENT_TIME_SHARE * time_s
+            self.search.descend(end.solution.values, seconds)
+        return replace(end.program, integer=integer)
+
+    def solve_program(self, program: Program) -> None:
+        """Solve the program itself in the remaining time."""
+        # The rounds share the gap with the solver: a bound closer than half of it can then be reached.
+        limits = replace(self._remaining(), gap=self.limits.gap / 2)
+        end = self._cut(program, limits, self.search.cuts)
         if end.solution.termination is Termination.INFEASIBLE:
             raise SolverError("the importance program has no solution; widen `score_budget`.")
-    assert end is not None
-    best = separation.best
-    if best.values is None:
-        raise SolverError("the importance program has no solution yet; give it more `time_limit`.")
-    bound = min(bound, best.objective)
-    gap = relative_gap(best.objective, bound) if np.isfinite(bound) else np.inf
-    record = {
-        "purpose": "importance",
-        "solver": end.solution.solver,
-        "status": (Termination.OPTIMAL if enough(bound) else Termination.FEASIBLE).value,
-        "limit": None if enough(bound) or end.solution.limit is None else end.solution.limit.value,
-        "gap": gap,
-        "objective": best.objective,
-        "bound": bound,
-        "seconds": time.perf_counter() - began,
-        "variables": base.n_variables,
-        "integers": int(base.integer.sum()),
-        "rows": end.program.n_rows,
-        "rounds": rounds,
-        "cuts": cuts,
-        "largest_bound": formulation.encoder.largest,
-        "reason": end.solution.reason,
-    }
-    keep = np.clip(best.values[formulation.encoder.keep], 0.0, 1.0)
-    return Outcome(keep, best.values, best.objective, bound, gap, record, tuple(notices[:1]))
+
+    def _cut(self, program: Program, limits: SolverLimits, separate: Separate) -> CutSolution:
+        end = solve_with_cuts(
+            program,
+            limits,
+            separate,
+            self.solver,
+            notify=self.notices.append,
+            max_rounds=MAX_ROUNDS,
+            is_enough=self.is_enough,
+        )
+        self.rounds += end.rounds
+        self.cuts += end.cuts
+        if end.solution.bound is not None:
+            self.bound = max(self.bound, end.solution.bound)
+        self.last = end
+        return end
+
+    def _remaining(self) -> SolverLimits:
+        if self.limits.time_s is None:
+            return self.limits
+        elapsed = time.perf_counter() - self.began
+        return replace(self.limits, time_s=max(self.limits.time_s - elapsed, 0.01))
+
+    def outcome(self) -> Outcome:
+        """The incumbent with the bound, checked against each other."""
+        assert self.last is not None
+        best = self.separation.best
+        if best.values is None:
+            raise SolverError(
+                "the importance program has no solution yet; give it more `time_limit`."
+            )
+        bound = min(self.bound, best.objective)
+        gap = relative_gap(best.objective, bound) if np.isfinite(bound) else np.inf
+        keep = np.clip(best.values[self.formulation.encoder.keep], 0.0, 1.0)
+        return Outcome(
+            keep=keep,
+            values=best.values,
+            objective=best.objective,
+            bound=bound,
+            gap=gap,
+            record=self._record(self.last, bound, gap),
+            notices=tuple(self.notices[:1]),
+        )
+
+    def _record(self, last: CutSolution, bound: float, gap: float) -> dict[str, Any]:
+        program = self.formulation.program
+        proved = self.is_enough(bound)
+        status = Termination.OPTIMAL if proved else Termination.FEASIBLE
+        limit = None if proved else last.solution.limit
+        return {
+            "purpose": "importance",
+            "solver": last.solution.solver,
+            "status": status.value,
+            "limit": None if limit is None else limit.value,
+            "gap": gap,
+            "objective": self.separation.best.objective,
+            "bound": bound,
+            "seconds": time.perf_counter() - self.began,
+            "variables": program.n_variables,
+            "integers": int(program.integer.sum()),
+            "rows": last.program.n_rows,
+            "rounds": self.rounds,
+            "cuts": self.cuts,
+            "largest_bound": self.formulation.encoder.largest,
+            "reason": last.solution.reason,
+        }
 
 
 class _Search:
-    """What happens between rounds: cuts, and feasible points."""
+    """Work between two rounds: cuts, and feasible points."""
 
     def __init__(self, formulation: Formulation, separation: Separation) -> None:
         self.formulation = formulation
         self.separation = separation
-        self.relaxed: Bools = formulation.program.integer
+        self.keep = formulation.encoder.keep
+        self.binary_keep = bool(formulation.program.integer[self.keep].all())
         self.tried: set[bytes] = set()
 
-    def offer(self, keep: Floats) -> Floats | None:
-        """The network at given keep variables, as an incumbent where it satisfies every row."""
+    def offer(self, keep: Floats) -> None:
+        """Evaluate the network at given keep variables; an incumbent if it satisfies every row."""
         key = keep.tobytes()
         if key in self.tried:
-            return None
+            return
         self.tried.add(key)
         values = self.formulation.complete(keep)
-        point, _ = self.separation.truth(values)
-        if (
-            max(self.formulation.program.violation(point), self.separation.violated(point))
-            > ACCEPTED
-        ):
-            return None
-        self.separation.offer(point)
-        return point
+        point, _ = self.separation.on_loss(values)
+        violations = (
+            self.formulation.program.violation(point),
+            self.separation.range_violation(point),
+        )
+        if max(violations) <= ACCEPTED:
+            self.separation.offer(point)
 
     def with_tangents(self, program: Program) -> Program:
-        """The program with a first plane an image, at the incumbent or at equal logits."""
+        """The program with one plane per sample, at the incumbent or at equal logits."""
         loss = self.separation.loss
-        count = len(loss.label)
+        samples = len(loss.label)
         best = self.separation.best.values
-        at = (
-            loss.outputs(best) if best is not None else np.zeros((count, loss.logits.rows // count))
-        )
-        return program.with_rows(loss.tangents(at, np.arange(count), program.n_variables))
+        logits = np.zeros((samples, loss.logits.rows // samples))
+        if best is not None:
+            logits = loss.outputs(best)
+        planes = loss.tangents(logits, np.arange(samples), program.n_variables)
+        return program.with_rows(planes)
 
-    def relaxation(self, values: Floats) -> Rows | None:
-        """Cuts at a solution of the relaxation; a point of whole keep variables nearby is tried as well."""
-        if self.formulation.program.integer[self.formulation.encoder.keep].all():
-            self.offer(self.rounded(values[self.formulation.encoder.keep]))
-        else:
-            self.offer(np.clip(values[self.formulation.encoder.keep], 0, 1))
-        return self.separation.cuts(values, self.relaxed)
+    def relaxation_cuts(self, values: Floats) -> Rows | None:
+        """Cuts at a solution of the relaxation. A point with integer keep variables nearby is offered as well."""
+        keep = values[self.keep]
+        self.offer(self.rounded(keep) if self.binary_keep else np.clip(keep, 0, 1))
+        return self.separation.cuts(values, self.formulation.program.integer)
 
-    def solution(self, values: Floats) -> Rows | None:
-        """Cuts at a solution."""
+    def cuts(self, values: Floats) -> Rows | None:
+        """Cuts at a solution of the program."""
         return self.separation.cuts(values)
 
     def descend(self, values: Floats, seconds: float | None) -> None:
-        """Improve an incumbent of whole keep variables by dropping or taking back units, many at once at first.
+        """Improve the incumbent by removing or taking back units, many at once at first.
 
-        Units go in the order of a relaxation's ``values``. One try costs an evaluation of the network.
+        Units are tried in the order of a relaxation's ``values``. Every try costs one evaluation of the network.
         """
-        place = self.formulation.encoder.keep
         best = self.separation.best
-        if best.values is None or not self.formulation.program.integer[place].all():
+        if best.values is None or not self.binary_keep:
             return
-        began = time.perf_counter()
-        order = np.argsort(values[place], kind="stable")
-        current = np.round(best.values[place])
-        size = max(len(place) // 4, 1)
+        deadline = None if seconds is None else time.perf_counter() + seconds
+        order = np.argsort(values[self.keep], kind="stable")
+        current = np.round(best.values[self.keep])
+        size = max(len(self.keep) // 4, 1)
         while size:
             improved = False
-            for drop in (True, False):
-                chosen = order[current[order] == drop]
-                for part in np.array_split(
-                    chosen if drop else chosen[::-1], -(-len(chosen) // size) or 1
-                ):
-                    if seconds is not None and time.perf_counter() - began > seconds:
+            for remove in (True, False):
+                chosen = order[current[order] == remove]
+                if not remove:
+                    chosen = chosen[::-1]
+                n_parts = -(-len(chosen) // size) or 1
+                for part in np.array_split(chosen, n_parts):
+                    if deadline is not None and time.perf_counter() > deadline:
                         return
                     trial = current.copy()
-                    trial[part] = not drop
-                    before = self.separation.best.objective
-                    self.offer(trial)
-                    if self.separation.best.objective < before - LEAST:
+                    trial[part] = not remove
+                    if self._improves(trial):
                         current, improved = trial, True
             if not improved:
                 size //= 2
 
+    def _improves(self, keep: Floats) -> bool:
+        """Offer keep variables; true if they lower the objective by more than the absolute gap."""
+        before = self.separation.best.objective
+        self.offer(keep)
+        return self.separation.best.objective < before - ABSOLUTE_GAP
+
     def rounded(self, keep: Floats) -> Floats:
-        """Whole keep variables near ``keep``; under a budget the largest that fit."""
-        share = self.formulation.reward.share_cost
-        if share is None:
+        """Integer keep variables near ``keep``; under a budget the largest ones that fit."""
+        budget = self.formulation.sparsity.budget
+        if budget is None:
             return np.round(keep)
-        cost, most = share
         order = np.argsort(-keep, kind="stable")
         result = np.zeros(len(keep))
-        result[order] = np.cumsum(cost[order]) <= most
+        result[order] = np.cumsum(budget.cost[order]) <= budget.limit
         return result
 
 
-def tightener(limits: Limits, solver: str, seconds: float) -> Any:
-    """Bounds of rows by linear programs, one a row and side, until ``seconds`` are spent (OBBT).
+class BoundTightener:
+    """Tightens the bounds of rows by linear programs (optimality-based bound tightening), within a time limit.
 
-    Both bounds of a row come from the relaxation of the program as far as it is stated; those that time did not reach
-    keep their intervals. The widest rows go first.
+    Both bounds of a row come from the relaxation of the program as far as it has been stated. The widest rows are done
+    first; rows that the time does not suffice for keep their intervals.
     """
-    spent = 0.0
 
-    def tighten(program: Program, rows: Expression) -> tuple[Floats, Floats]:
-        nonlocal spent
+    def __init__(self, limits: SolverLimits, solver: str, seconds: float) -> None:
+        """Prepare without solving anything.
+
+        Args:
+            limits: Gap and seed of the linear programs.
+            solver: Name of a backend, or ``auto``.
+            seconds: Wall-clock time for all calls together.
+        """
+        self.limits = replace(limits, time_s=ROW_TIME_LIMIT)
+        self.solver = solver
+        self.seconds = seconds
+        self.spent = 0.0
+
+    def __call__(self, program: Program, rows: Expression) -> Interval:
+        """Tighten the bounds of rows.
+
+        Args:
+            program: The program so far.
+            rows: Expressions over its variables, with the bounds known so far.
+
+        Returns:
+            Lower and upper bound of every row, at least as tight as the given ones.
+        """
         lower, upper = rows.lower.copy(), rows.upper.copy()
-        if not program.n_rows:  # over a box alone the interval is exact already
-            return lower, upper
+        # Over a box alone the interval is exact already.
+        if not program.n_rows:
+            return Interval(lower, upper)
         relaxed = replace(program, integer=np.zeros(program.n_variables, bool), start=None)
         for i in np.argsort(-np.minimum(upper, -lower), kind="stable"):
             began = time.perf_counter()
-            if spent > seconds:
+            if self.spent > self.seconds:
                 break
-            row = csr_array(rows.matrix[[i]])
-            unit = (
-                float(np.abs(row.data).max(initial=0.0)) or 1.0
-            )  # solvers' tolerances are absolute
-            objective = np.zeros(program.n_variables)
-            objective[row.indices] = row.data / unit
-            for sign, side in ((1.0, lower), (-1.0, upper)):
-                at = replace(
-                    relaxed, objective=sign * objective, offset=sign * rows.constant[i] / unit
-                )
-                found = solve(at, replace(limits, time_s=1.0), solver)
-                if found.termination is Termination.OPTIMAL and found.bound is not None:
-                    # The solver's own tolerance must not cut a point off.
-                    value = sign * (found.bound - 1e-6 * (1 + abs(found.bound))) * unit
-                    side[i] = max(side[i], value) if sign > 0 else min(side[i], value)
-            spent += time.perf_counter() - began
-        return np.minimum(lower, upper), np.maximum(lower, upper)
+            least = self._minimum(relaxed, rows, i, sign=1.0)
+            if least is not None:
+                lower[i] = max(lower[i], least)
+            greatest = self._minimum(relaxed, rows, i, sign=-1.0)
+            if greatest is not None:
+                upper[i] = min(upper[i], greatest)
+            self.spent += time.perf_counter() - began
+        return Interval(np.minimum(lower, upper), np.maximum(lower, upper))
 
-    return tighten
+    def _minimum(self, relaxed: Program, rows: Expression, i: int, sign: float) -> float | None:
+        """Safe least (sign 1) or greatest (sign -1) value of a row, or None if the solver proves none."""
+        row = csr_array(rows.matrix[[i]])
+        # Tolerances of solvers are absolute: scale the largest coefficient to 1.
+        unit = float(np.abs(row.data).max(initial=0.0)) or 1.0
+        objective = np.zeros(relaxed.n_variables)
+        objective[row.indices] = row.data / unit
+        program = replace(
+            relaxed, objective=sign * objective, offset=sign * rows.constant[i] / unit
+        )
+        solution = solve(program, self.limits, self.solver)
+        if solution.termination is not Termination.OPTIMAL or solution.bound is None:
+            return None
+        # Back off by the solver's own tolerance, so that no feasible point is cut off.
+        safe = solution.bound - SOLVER_TOLERANCE * (1 + abs(solution.bound))
+        return sign * safe * unit

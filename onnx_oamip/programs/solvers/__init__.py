@@ -1,7 +1,7 @@
-"""Solve a mixed-integer linear program with whichever solver is here.
+"""Solution of mixed-integer linear programs by any solver that is installed.
 
-``auto`` takes the first backend of ``BACKENDS`` that is installed and whose licence allows the program's size, and says
-which and why. A new solver is one file and one entry here.
+``auto`` takes the first backend of ``BACKENDS`` that is installed and whose licence allows the size of the program, and
+reports the choice with its reason. A new solver is one module and one entry here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from onnx_oamip.programs.solvers.spec import (
     Backend,
     Licence,
     Limit,
-    Limits,
     Solution,
+    SolverLimits,
     Termination,
     relative_gap,
 )
@@ -31,8 +31,9 @@ __all__ = [
     "CutSolution",
     "Licence",
     "Limit",
-    "Limits",
+    "Separate",
     "Solution",
+    "SolverLimits",
     "SolverRecord",
     "Termination",
     "available",
@@ -43,15 +44,27 @@ __all__ = [
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (gurobi.BACKEND, highs.BACKEND)}
 """In order of preference under ``auto``."""
+MIN_TIME_LIMIT = 0.01
+"""Seconds that a round gets even if the time is used up."""
 
 Notify = Callable[[str], None]
 Separate = Callable[[Floats], Rows | None]
-"""Values of the variables -> rows they violate, or None when there are none left."""
+"""Values of the variables -> rows that they violate, or None if there are none left."""
 
 
 @dataclass(frozen=True, slots=True)
 class SolverRecord:
-    """One solver as the ``solvers`` command shows it. ``variables``/``rows``: the largest it takes, None for any."""
+    """One solver as the ``solvers`` command reports it.
+
+    Attributes:
+        name: Name in settings.
+        installed: True if its package is installed.
+        version: Version of the package.
+        licence: Description of the licence.
+        variables: Largest number of variables, None for any.
+        rows: Largest number of rows, None for any.
+        usable: True if it works.
+    """
 
     name: str
     installed: bool
@@ -64,10 +77,15 @@ class SolverRecord:
 
 @dataclass(frozen=True, eq=False)
 class CutSolution:
-    """The end of ``solve_with_cuts``.
+    """Result of ``solve_with_cuts``.
 
-    ``closed``: the last values violate no further row. Where not, they solve a relaxation: ``solution.bound`` holds
-    for the whole problem, but ``solution.objective`` need not be reachable. ``program`` carries every cut, for reuse.
+    Attributes:
+        solution: Last solution. Its bound holds for the whole problem.
+        program: Program with all cuts.
+        rounds: Number of solves.
+        cuts: Number of rows added.
+        closed: True if the last values violate no further row. Otherwise they solve a relaxation, and the objective of
+            the solution need not be reachable.
     """
 
     solution: Solution
@@ -79,149 +97,190 @@ class CutSolution:
 
 def solve(
     program: Program,
-    limits: Limits | None = None,
+    limits: SolverLimits | None = None,
     solver: str = "auto",
     notify: Notify | None = None,
 ) -> Solution:
-    """Solve with one backend, or with the first that can (``auto``).
+    """Solve a program with one backend, or with the first suitable one (``auto``).
 
-    ``notify`` is told where ``auto`` passes over an installed solver; ``Solution.reason`` always says why this one.
-    Raises SettingsError for an unknown name, SolverError where the solver asked for is not there, has no licence, or
-    a licence too small for the program, or where it fails. Under ``auto`` the next backend takes over from one that
-    fails (a licence that was lost meanwhile, say).
+    Under ``auto`` the next backend takes over from one that fails, for example because its licence was lost.
+
+    Args:
+        program: Program to solve.
+        limits: Limits and tolerances.
+        solver: Name of a backend, or ``auto``.
+        notify: Receives a message if ``auto`` passes over an installed solver.
+
+    Returns:
+        Solution with the reason for the choice of the backend.
+
+    Raises:
+        SettingsError: The name is unknown.
+        SolverError: The solver is not installed, has no licence or one that is too small, or fails.
     """
-    failed: dict[str, str] = {}
+    failures: dict[str, str] = {}
     while True:
-        backend, reason = _choose(program, solver, notify, failed)
+        backend, reason = _choose(program, solver, notify, failures)
         try:
-            return replace(backend.solve(program, limits or Limits()), reason=reason)
+            return replace(backend.solve(program, limits or SolverLimits()), reason=reason)
         except SolverError as error:
             if solver != "auto":
                 raise
-            failed[backend.name] = f"{backend.name} failed ({str(error).rstrip('.')})"
+            failures[backend.name] = f"{backend.name} failed ({str(error).rstrip('.')})"
 
 
 def solve_with_cuts(
     program: Program,
-    limits: Limits | None,
+    limits: SolverLimits | None,
     separate: Separate,
     solver: str = "auto",
+    *,
     notify: Notify | None = None,
-    rounds: int | None = None,
-    enough: Callable[[float], bool] | None = None,
+    max_rounds: int | None = None,
+    is_enough: Callable[[float], bool] | None = None,
 ) -> CutSolution:
-    """Outer approximation: solve, ask ``separate`` for violated rows, add them, until there are none or time is out.
+    """Solve a program by outer approximation: solve, add the rows that the solution violates, and solve again.
 
-    Each round starts from the last one's integer values (continuous ones are left to the solver, since a cut has
-    moved them). The bound is the best of all rounds; ``limits.time_s`` is for all of them together. A round that ends
-    without values ends the loop. ``enough`` is asked after every round with the bound so far, and may end the loop
-    too: a caller that makes feasible points of its own knows when they are good enough.
+    Each round starts from the last one's integer values; continuous ones are left to the solver, since a cut has moved
+    them. A round without values ends the loop.
+
+    Args:
+        program: Program without its cuts.
+        limits: Limits and tolerances; the time limit is for all rounds together.
+        separate: Finds violated rows.
+        solver: Name of a backend, or ``auto``.
+        notify: Receives at most one message, if ``auto`` passes over an installed solver.
+        max_rounds: Largest number of rounds.
+        is_enough: Called after every round with the bound so far; True ends the loop. A caller that makes feasible
+            points of its own decides here that they are good enough.
+
+    Returns:
+        The last solution, with the best bound of all rounds.
     """
-    limits = limits or Limits()
+    limits = limits or SolverLimits()
     began = time.perf_counter()
     bound: float | None = None
-    done = cuts = 0
+    rounds = cuts = 0
     while True:
-        left = (
-            None
-            if limits.time_s is None
-            else max(limits.time_s - (time.perf_counter() - began), 0.01)
-        )
-        last = solve(program, replace(limits, time_s=left), solver, notify)
-        notify = None  # once is enough
-        done += 1
+        remaining = _remaining(limits, began)
+        last = solve(program, replace(limits, time_s=remaining), solver, notify)
+        notify = None
+        rounds += 1
         if last.bound is not None:
             bound = last.bound if bound is None else max(bound, last.bound)
         rows = None if last.values is None else separate(last.values)
         closed = last.values is not None and (rows is None or rows.count == 0)
         if closed or last.values is None or rows is None:
             break
-        if enough is not None and bound is not None and enough(bound):
+        if is_enough is not None and bound is not None and is_enough(bound):
             break
         start = last.values.copy()
         start[~program.integer] = float("nan")
         program = replace(program.with_rows(rows), start=start)
         cuts += rows.count
-        if limits.time_s is not None and time.perf_counter() - began >= limits.time_s:
-            last = replace(last, termination=Termination.FEASIBLE, limit=Limit.TIME)
-            break
-        if rounds is not None and done >= rounds:
-            last = replace(last, termination=Termination.FEASIBLE, limit=Limit.ROUND)
+        limit = _reached_limit(limits, began, rounds, max_rounds)
+        if limit is not None:
+            last = replace(last, termination=Termination.FEASIBLE, limit=limit)
             break
     if last.objective is not None and bound is not None:
         bound = min(bound, last.objective)
         last = replace(last, bound=bound, gap=relative_gap(last.objective, bound))
-    return CutSolution(
-        replace(last, seconds=time.perf_counter() - began), program, done, cuts, closed
-    )
+    last = replace(last, seconds=time.perf_counter() - began)
+    return CutSolution(last, program, rounds, cuts, closed)
+
+
+def _remaining(limits: SolverLimits, began: float) -> float | None:
+    """Seconds that are left for the next round, None without a limit."""
+    if limits.time_s is None:
+        return None
+    return max(limits.time_s - (time.perf_counter() - began), MIN_TIME_LIMIT)
+
+
+def _reached_limit(
+    limits: SolverLimits, began: float, rounds: int, max_rounds: int | None
+) -> Limit | None:
+    """Limit that allows no further round, or None."""
+    if limits.time_s is not None and time.perf_counter() - began >= limits.time_s:
+        return Limit.TIME
+    if max_rounds is not None and rounds >= max_rounds:
+        return Limit.ROUND
+    return None
 
 
 def available() -> list[SolverRecord]:
-    """Every backend: whether it is installed, its version, what its licence allows."""
-    found = []
+    """List all backends.
+
+    Returns:
+        One record per backend, in order of preference.
+    """
+    records = []
     for backend in BACKENDS.values():
         installed = importlib.util.find_spec(backend.package) is not None
         licence = backend.licence() if installed else Licence("not installed", None, None, False)
-        found.append(
-            SolverRecord(
-                backend.name,
-                installed,
-                _version(backend.package),
-                licence.text,
-                licence.variables,
-                licence.rows,
-                licence.usable,
-            )
+        record = SolverRecord(
+            name=backend.name,
+            installed=installed,
+            version=_version(backend.package),
+            licence=licence.text,
+            variables=licence.variables,
+            rows=licence.rows,
+            usable=licence.usable,
         )
-    return found
+        records.append(record)
+    return records
 
 
 def _version(package: str) -> str | None:
+    """Version of a package, or None if it is absent or importable without metadata."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # absent, or importable without metadata
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
 def _choose(
-    program: Program, solver: str, notify: Notify | None, failed: Mapping[str, str]
+    program: Program, solver: str, notify: Notify | None, failures: Mapping[str, str]
 ) -> tuple[Backend, str]:
+    """The backend to use, with the reason; ``failures`` are the reasons of backends that have failed already."""
     if solver != "auto":
-        backend = BACKENDS.get(solver)
-        if backend is None:
-            raise SettingsError(
-                f"`solver='{solver}'` is unknown; choose one of auto, {', '.join(BACKENDS)}."
-            )
-        obstacle = _obstacle(backend, program)
-        if obstacle:
-            raise SolverError(
-                f"`solver={solver}` cannot be used: {obstacle}; {_ways_out(backend)}."
-            )
-        return backend, "as asked"
-    passed: list[str] = []
+        return _requested(program, solver), "as asked"
+    passed_over: list[str] = []
     for backend in BACKENDS.values():
-        obstacle = failed.get(backend.name) or _obstacle(backend, program)
+        obstacle = failures.get(backend.name) or _obstacle(backend, program)
         if obstacle is None:
-            reason = "; ".join([*passed, f"{backend.name} takes it: {backend.licence().text}"])
-            if passed and notify is not None:
-                notify(f"solving with {backend.name}: {'; '.join(passed)}.")
-            return backend, reason
-        passed.append(obstacle)
-    way = "try another `time_limit`" if failed else "install one with pip install highspy"
-    raise SolverError(f"no solver can be used: {'; '.join(passed)}; {way}.")
+            choice = f"{backend.name} takes it: {backend.licence().text}"
+            if passed_over and notify is not None:
+                notify(f"solving with {backend.name}: {'; '.join(passed_over)}.")
+            return backend, "; ".join([*passed_over, choice])
+        passed_over.append(obstacle)
+    advice = "try another `time_limit`" if failures else "install one with pip install highspy"
+    raise SolverError(f"no solver can be used: {'; '.join(passed_over)}; {advice}.")
+
+
+def _requested(program: Program, solver: str) -> Backend:
+    """The backend of a given name; raises an error if it is unknown or cannot take the program."""
+    backend = BACKENDS.get(solver)
+    if backend is None:
+        raise SettingsError(
+            f"`solver='{solver}'` is unknown; choose one of auto, {', '.join(BACKENDS)}."
+        )
+    obstacle = _obstacle(backend, program)
+    if obstacle:
+        raise SolverError(f"`solver={solver}` cannot be used: {obstacle}; {_advice(backend)}.")
+    return backend
 
 
 def _obstacle(backend: Backend, program: Program) -> str | None:
-    """Why a backend cannot take a program, or None."""
+    """Reason why a backend cannot take a program, or None."""
     if importlib.util.find_spec(backend.package) is None:
         return f"{backend.package} is not installed"
     licence = backend.licence()
     if not licence.usable:
         return f"{backend.name} has no usable licence ({licence.text})"
     rows = backend.rows(program)
-    if program.n_variables > (licence.variables or program.n_variables) or rows > (
-        licence.rows or rows
-    ):
+    most_variables = licence.variables or program.n_variables
+    most_rows = licence.rows or rows
+    if program.n_variables > most_variables or rows > most_rows:
         return (
             f"the program has {program.n_variables:,} variables and {rows:,} rows, over the {backend.name} licence "
             f"found here ({licence.text})"
@@ -229,7 +288,8 @@ def _obstacle(backend: Backend, program: Program) -> str | None:
     return None
 
 
-def _ways_out(backend: Backend) -> str:
+def _advice(backend: Backend) -> str:
+    """Ways out if a backend cannot be used."""
     if importlib.util.find_spec(backend.package) is None:
         return f"install it with pip install {backend.package}, or use another `solver`"
-    return gurobi.WAYS_OUT if backend.name == gurobi.NAME else f"reinstall {backend.package}"
+    return gurobi.ADVICE if backend.name == gurobi.NAME else f"reinstall {backend.package}"

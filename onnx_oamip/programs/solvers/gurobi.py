@@ -1,4 +1,4 @@
-"""Gurobi: through gurobipy's matrix interface. The only file that imports gurobipy.
+"""Gurobi, through gurobipy's matrix interface. The only module that imports gurobipy.
 
 The gurobipy wheel carries a licence for 2,000 variables and 2,000 linear constraints; only ``optimize`` refuses a
 larger model. A full licence is found where Gurobi itself looks for one (GRB_LICENSE_FILE, gurobi.lic).
@@ -25,19 +25,22 @@ from onnx_oamip.programs.solvers.spec import (
     Backend,
     Licence,
     Limit,
-    Limits,
     Solution,
+    SolverLimits,
     Termination,
     importing,
+    infeasible_or_unbounded,
     solution,
-    which,
 )
 
 NAME = "gurobi"
-SMALL = 2000
-"""Variables and rows that the licence inside the wheel takes (gurobipy's own project page)."""
+WHEEL_LICENCE_SIZE = 2000
+"""Variables and rows that the licence inside the wheel allows (gurobipy's own project page)."""
 ABSOLUTE_GAP = 1e-9
-WAYS_OUT = "install a full licence (https://www.gurobi.com), or use `solver=highs`"
+MAX_SEED = 2_000_000_000
+"""Seeds are taken modulo this, Gurobi's upper bound."""
+ADVICE = "install a full licence (https://www.gurobi.com), or use `solver=highs`"
+"""Ways out if the licence does not suffice."""
 _LIMITS = {
     "ITERATION_LIMIT": Limit.ITERATION,
     "NODE_LIMIT": Limit.NODE,
@@ -50,56 +53,83 @@ _LIMITS = {
 
 @functools.cache
 def licence() -> Licence:
-    """What the licence found here allows, by trying a trivial model one variable over the wheel's limit. Cached."""
+    """Determine the licence by solving a trivial model one variable above the wheel's limit. The result is cached.
+
+    Returns:
+        The licence found on this machine, unusable with the reason if there is none.
+    """
+    size = WHEEL_LICENCE_SIZE
     try:
         gp = _gurobipy()
-        with _env(gp) as env, gp.Model(env=env) as model:
-            model.addMVar(SMALL + 1)
+        with _environment(gp) as env, gp.Model(env=env) as model:
+            model.addMVar(size + 1)
             model.optimize()
     except SolverError as error:
         return Licence(f"none: {error}", None, None, False)
     except gp.GurobiError as error:
         if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
-            return Licence(f"size-limited: {SMALL:,} variables, {SMALL:,} rows", SMALL, SMALL, True)
+            return Licence(f"size-limited: {size:,} variables, {size:,} rows", size, size, True)
         return Licence(f"none: {error}", None, None, False)
     return Licence("full, any size", None, None, True)
 
 
 def rows(program: Program) -> int:
-    """Constraints Gurobi will count: one with two finite, different sides is two, a free one none."""
-    low, high = np.isfinite(program.row_lower), np.isfinite(program.row_upper)
-    return int((low | high).sum() + (low & high & (program.row_lower != program.row_upper)).sum())
+    """Count constraints as Gurobi does.
+
+    Args:
+        program: Program to count.
+
+    Returns:
+        Number of constraints: two for a row with two different finite sides, none for a row without a side.
+    """
+    low = np.isfinite(program.row_lower)
+    high = np.isfinite(program.row_upper)
+    two_sided = low & high & (program.row_lower != program.row_upper)
+    return int((low | high).sum() + two_sided.sum())
 
 
-def solve(program: Program, limits: Limits) -> Solution:
-    """Solve with Gurobi; raises SolverError for a missing licence, a program over its size, or a failure."""
+def solve(program: Program, limits: SolverLimits) -> Solution:
+    """Solve a program with Gurobi.
+
+    Args:
+        program: Program to solve.
+        limits: Limits and tolerances.
+
+    Returns:
+        The solution.
+
+    Raises:
+        SolverError: There is no licence, the program exceeds its size, or Gurobi fails.
+    """
     gp = _gurobipy()
     began = time.perf_counter()
     try:
-        with _env(gp) as env, gp.Model(env=env) as model:
+        with _environment(gp) as env, gp.Model(env=env) as model:
             for name, value in _parameters(limits).items():
                 model.setParam(name, value)
-            held = _load(gp, model, program)
+            variables = _load(gp, model, program)
             model.optimize()
-            return _read(gp, model, held, program, limits, began)
+            return _read(gp, model, variables, program, limits=limits, began=began)
     except gp.GurobiError as error:
         if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
             raise SolverError(
                 f"a program of {program.n_variables:,} variables and {rows(program):,} rows is over the size of the "
-                f"Gurobi licence found here ({licence().text}); {WAYS_OUT}."
+                f"Gurobi licence found here ({licence().text}); {ADVICE}."
             ) from error
-        licence.cache_clear()  # it may be gone: whoever chooses a solver next looks again
+        # The licence may have been lost: the next choice of a solver must look again.
+        licence.cache_clear()
         raise SolverError(
             f"Gurobi failed: {str(error).rstrip('.')}; try `solver=highs`."
         ) from error
 
 
-def _parameters(limits: Limits) -> dict[str, Any]:
+def _parameters(limits: SolverLimits) -> dict[str, Any]:
+    """Gurobi's parameters for the limits."""
     parameters: dict[str, Any] = {
         "MIPGap": limits.gap,
         "MIPGapAbs": ABSOLUTE_GAP,
         "Threads": limits.threads or 1,
-        "Seed": limits.seed % 2_000_000_000,
+        "Seed": limits.seed % MAX_SEED,
     }
     if limits.time_s is not None:
         parameters["TimeLimit"] = limits.time_s
@@ -109,77 +139,91 @@ def _parameters(limits: Limits) -> dict[str, Any]:
 
 
 def _load(gp: Any, model: Any, program: Program) -> Any:
-    """Hand the arrays over; returns the variables (None where there are none)."""
+    """Pass the arrays and the first point; returns Gurobi's variables, or None if the program has none."""
     model.ModelSense = gp.GRB.MINIMIZE
     model.ObjCon = program.offset
-    low, high = program.row_lower, program.row_upper
-    equal = low == high
-    below, above = ~equal & np.isfinite(high), ~equal & np.isfinite(low)
-    if program.n_variables == 0:  # then a row is a comparison of constants
+    if program.n_variables == 0:
+        # The rows compare constants. A variable with crossed bounds makes Gurobi report what they say.
         if program.violation(np.zeros(0)) > 0:
             model.addVar(lb=1, ub=0)
         return None
     kind = np.where(program.integer, gp.GRB.INTEGER, gp.GRB.CONTINUOUS)
-    held = model.addMVar(program.n_variables, program.lower, program.upper, program.objective, kind)
+    variables = model.addMVar(
+        program.n_variables, program.lower, program.upper, program.objective, kind
+    )
     if program.start is not None:
-        held.Start = np.where(np.isnan(program.start), gp.GRB.UNDEFINED, program.start)
+        undefined = np.isnan(program.start)
+        variables.Start = np.where(undefined, gp.GRB.UNDEFINED, program.start)
+    low, high = program.row_lower, program.row_upper
+    equal = low == high
+    below = ~equal & np.isfinite(high)
+    above = ~equal & np.isfinite(low)
     parts = [program.matrix[mask] for mask in (equal, below, above)]
-    right = np.concatenate([low[equal], high[below], low[above]])
-    sense = np.repeat(["=", "<", ">"], [p.shape[0] for p in parts])
-    if len(right):
-        model.addMConstr(csr_array(vstack(parts, format="csr")), held, sense, right)
-    return held
+    sides = np.concatenate([low[equal], high[below], low[above]])
+    sense = np.repeat(["=", "<", ">"], [part.shape[0] for part in parts])
+    if len(sides):
+        model.addMConstr(csr_array(vstack(parts, format="csr")), variables, sense, sides)
+    return variables
 
 
 def _read(
-    gp: Any, model: Any, held: Any, program: Program, limits: Limits, began: float
+    gp: Any, model: Any, variables: Any, program: Program, *, limits: SolverLimits, began: float
 ) -> Solution:
-    names = {getattr(gp.GRB.Status, n): n for n in dir(gp.GRB.Status) if n.isupper()}
-    status = names.get(model.Status, str(model.Status))
-    if (
-        status == "INTERRUPTED"
-    ):  # Ctrl-C: gurobipy swallows it, and ends but one of the solves that run in threads
+    """Translate the state of a Gurobi model after a run."""
+    status = _status_name(gp, model)
+    if status == "INTERRUPTED":
+        # gurobipy swallows Ctrl-C and ends only one of the solves that run in threads: pass it to the main thread.
         if threading.current_thread() is not threading.main_thread():
             _thread.interrupt_main()
         raise KeyboardInterrupt
     values = bound = None
     if model.SolCount:
-        values = np.zeros(0) if held is None else np.asarray(held.X, np.float64)
+        values = np.zeros(0) if variables is None else np.asarray(variables.X, np.float64)
     if program.integer.any():
         bound = float(model.ObjBound)
     if status == "OPTIMAL":
         assert values is not None
         if bound is None:
             bound = program.value(values)
-        return solution(
-            program, NAME, time.perf_counter() - began, Termination.OPTIMAL, None, values, bound
-        )
-    if status in ("INFEASIBLE", "UNBOUNDED", "INF_OR_UNBD"):
-        # Gurobi calls a mixed-integer program unbounded when its relaxation is, whether or not it has a point.
-        ended = Termination.INFEASIBLE if status == "INFEASIBLE" else which(program, limits, solve)
-        return solution(program, NAME, time.perf_counter() - began, ended)
+        seconds = time.perf_counter() - began
+        return solution(program, NAME, seconds, Termination.OPTIMAL, values=values, bound=bound)
+    if status == "INFEASIBLE":
+        return solution(program, NAME, time.perf_counter() - began, Termination.INFEASIBLE)
+    if status in ("UNBOUNDED", "INF_OR_UNBD"):
+        # Gurobi calls a mixed-integer program unbounded if its relaxation is, whether or not it has a point.
+        end = infeasible_or_unbounded(program, limits, solve)
+        return solution(program, NAME, time.perf_counter() - began, end)
     limit = _LIMITS.get(status)
     if limit is None or (limit is Limit.NUMERIC and values is None):
         raise SolverError(f"Gurobi ended with status {status}; try `solver=highs`.")
-    ended = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
-    return solution(program, NAME, time.perf_counter() - began, ended, limit, values, bound)
+    end = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
+    seconds = time.perf_counter() - began
+    return solution(program, NAME, seconds, end, limit=limit, values=values, bound=bound)
+
+
+def _status_name(gp: Any, model: Any) -> str:
+    """Name of a model's status, or its number if gurobipy has no name for it."""
+    for name in dir(gp.GRB.Status):
+        if name.isupper() and getattr(gp.GRB.Status, name) == model.Status:
+            return name
+    return str(model.Status)
 
 
 @contextmanager
-def _env(gp: Any) -> Iterator[Any]:
-    """A silent environment: no licence banner, no log."""
-    with _INTERRUPTS, gp.Env(empty=True) as env:
+def _environment(gp: Any) -> Iterator[Any]:
+    """A silent environment, without a licence banner or a log."""
+    with _SIGNAL_HANDLER, gp.Env(empty=True) as env:
         env.setParam("OutputFlag", 0)
         env.start()
         yield env
 
 
-class _Interrupts:
-    """Gives Ctrl-C back to Python behind every solve.
+class _SignalHandlerGuard:
+    """Restores Python's handler for Ctrl-C after every solve.
 
-    gurobipy puts a handler of its own in place while it solves, and then what was there before: of solves that overlap
-    in threads the last one puts back the first one's handler, and nobody would hear Ctrl-C any more. ``signal.signal``
-    is for the main thread alone, so this takes the C functions behind it.
+    gurobipy installs a handler of its own while it solves, and then restores the previous one: of solves that overlap
+    in threads the last one restores the first one's handler, and Ctrl-C would never be received again.
+    ``signal.signal`` works in the main thread only, so this uses the C functions behind it.
     """
 
     def __init__(self) -> None:
@@ -203,7 +247,7 @@ class _Interrupts:
             put(signal.SIGINT, self._handler)
 
 
-_INTERRUPTS = _Interrupts()
+_SIGNAL_HANDLER = _SignalHandlerGuard()
 
 
 def _gurobipy() -> Any:
@@ -212,4 +256,4 @@ def _gurobipy() -> Any:
     return gurobipy
 
 
-BACKEND = Backend(NAME, "gurobipy", licence, rows, solve)
+BACKEND = Backend(name=NAME, package="gurobipy", licence=licence, rows=rows, solve=solve)

@@ -1,4 +1,4 @@
-"""HiGHS (open source, MIT licence): any size. The only file that imports highspy."""
+"""HiGHS (open source, MIT licence), for programs of any size. The only module that imports highspy."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ from onnx_oamip.programs.solvers.spec import (
     Backend,
     Licence,
     Limit,
-    Limits,
     Solution,
+    SolverLimits,
     Termination,
     importing,
+    infeasible_or_unbounded,
     solution,
-    which,
 )
 
 NAME = "highs"
 ABSOLUTE_GAP = 1e-9
 """Below HiGHS's own 1e-6, which would end the solve of a program with a small objective far from its optimum."""
+ROW_WISE = 2
+"""HiGHS's code for a matrix in compressed rows."""
+MINIMISE = 1
+"""HiGHS's code for the sense of the objective."""
+POLL_SECONDS = 0.2
+"""Interval at which the waiting thread can receive Ctrl-C."""
+CANCEL_SECONDS = 5
+"""Time for HiGHS to stop after an interrupt."""
 _LIMITS = {
     "kTimeLimit": Limit.TIME,
     "kSolutionLimit": Limit.NODE,  # HiGHS reports its node limit so
@@ -37,7 +45,11 @@ _LIMITS = {
 
 
 def licence() -> Licence:
-    """HiGHS needs none."""
+    """Check that highspy can be imported; HiGHS needs no licence.
+
+    Returns:
+        A licence for any size, or an unusable one with the reason.
+    """
     try:
         _highspy()
     except SolverError as error:
@@ -45,33 +57,56 @@ def licence() -> Licence:
     return Licence("open source (MIT), any size", None, None, True)
 
 
-def solve(program: Program, limits: Limits) -> Solution:
-    """Solve with HiGHS; raises SolverError where HiGHS refuses the program or fails without a solution."""
+def solve(program: Program, limits: SolverLimits) -> Solution:
+    """Solve a program with HiGHS.
+
+    Args:
+        program: Program to solve.
+        limits: Limits and tolerances.
+
+    Returns:
+        The solution.
+
+    Raises:
+        SolverError: HiGHS refuses the program or fails without a solution.
+    """
     highspy = _highspy()
     began = time.perf_counter()
     highs = _silent(highspy)
-    options: dict[str, Any] = {
-        "output_flag": False,
-        "mip_rel_gap": limits.gap,
-        "mip_abs_gap": ABSOLUTE_GAP,
-        "threads": limits.threads or 1,
-        "parallel": "on" if (limits.threads or 1) > 1 else "off",
-        "random_seed": limits.seed % 2**31,
-    }
-    if limits.time_s is not None:
-        options["time_limit"] = float(limits.time_s)
-    if limits.nodes is not None:
-        options["mip_max_nodes"] = limits.nodes
-    for name, value in options.items():
+    for name, value in _options(limits).items():
         highs.setOptionValue(name, value)
     if _load(highs, program) == highspy.HighsStatus.kError:
         raise SolverError(
             "HiGHS refused the program's arrays; its coefficients may be out of range."
         )
     _run(highs)
+    if highs.getModelStatus().name == "kUnboundedOrInfeasible":
+        end = infeasible_or_unbounded(program, limits, solve)
+        return solution(program, NAME, time.perf_counter() - began, end)
+    return _read(highspy, highs, program, time.perf_counter() - began)
 
+
+def _options(limits: SolverLimits) -> dict[str, Any]:
+    """HiGHS's options for the limits."""
+    threads = limits.threads or 1
+    options: dict[str, Any] = {
+        "output_flag": False,
+        "mip_rel_gap": limits.gap,
+        "mip_abs_gap": ABSOLUTE_GAP,
+        "threads": threads,
+        "parallel": "on" if threads > 1 else "off",
+        "random_seed": limits.seed % 2**31,
+    }
+    if limits.time_s is not None:
+        options["time_limit"] = float(limits.time_s)
+    if limits.nodes is not None:
+        options["mip_max_nodes"] = limits.nodes
+    return options
+
+
+def _read(highspy: Any, highs: Any, program: Program, seconds: float) -> Solution:
+    """Translate the state of HiGHS after a run."""
     status = highs.getModelStatus().name
-    seconds = time.perf_counter() - began
     info = highs.getInfo()
     values = bound = None
     if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
@@ -80,23 +115,28 @@ def solve(program: Program, limits: Limits) -> Solution:
         bound = float(info.mip_dual_bound)
     if status == "kOptimal":
         assert values is not None
-        if not program.integer.any():
+        if bound is None:
             bound = program.value(values)
-        return solution(program, NAME, seconds, Termination.OPTIMAL, None, values, bound)
+        return solution(program, NAME, seconds, Termination.OPTIMAL, values=values, bound=bound)
     if status == "kModelEmpty":
-        zero = np.zeros(program.n_variables)
-        ended = Termination.INFEASIBLE if program.violation(zero) > 0 else Termination.OPTIMAL
-        return solution(program, NAME, seconds, ended, None, zero, program.value(zero))
-    if status in ("kInfeasible", "kUnbounded"):
-        ended = Termination.INFEASIBLE if status == "kInfeasible" else Termination.UNBOUNDED
-        return solution(program, NAME, seconds, ended)
-    if status == "kUnboundedOrInfeasible":
-        return solution(program, NAME, time.perf_counter() - began, which(program, limits, solve))
+        return _without_variables(program, seconds)
+    if status == "kInfeasible":
+        return solution(program, NAME, seconds, Termination.INFEASIBLE)
+    if status == "kUnbounded":
+        return solution(program, NAME, seconds, Termination.UNBOUNDED)
     limit = _LIMITS.get(status)
     if limit is None or (limit is Limit.NUMERIC and values is None):
         raise SolverError(f"HiGHS ended with status {status}; try `solver=gurobi`.")
-    ended = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
-    return solution(program, NAME, seconds, ended, limit, values, bound)
+    end = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
+    return solution(program, NAME, seconds, end, limit=limit, values=values, bound=bound)
+
+
+def _without_variables(program: Program, seconds: float) -> Solution:
+    """Solution of a program that HiGHS calls empty: its only point either satisfies the rows or does not."""
+    point = np.zeros(program.n_variables)
+    feasible = program.violation(point) <= 0
+    end = Termination.OPTIMAL if feasible else Termination.INFEASIBLE
+    return solution(program, NAME, seconds, end, values=point, bound=program.value(point))
 
 
 def _silent(highspy: Any) -> Any:
@@ -115,14 +155,14 @@ def _silent(highspy: Any) -> Any:
 
 
 def _load(highs: Any, program: Program) -> Any:
-    """Hand the arrays over, and the start where there is one; returns HiGHS's status for the arrays."""
+    """Pass the arrays, and the first point if there is one; returns HiGHS's status for the arrays."""
     matrix = program.matrix
     status = highs.passModel(
         program.n_variables,
         program.n_rows,
         matrix.nnz,
-        2,  # row-wise
-        1,  # minimise
+        ROW_WISE,
+        MINIMISE,
         program.offset,
         program.objective,
         program.lower,
@@ -135,45 +175,45 @@ def _load(highs: Any, program: Program) -> Any:
         program.integer.astype(np.int32),
     )
     if program.start is not None:
-        given = np.flatnonzero(~np.isnan(program.start)).astype(np.int32)
-        highs.setSolution(len(given), given, program.start[given])
+        proposed = np.flatnonzero(~np.isnan(program.start)).astype(np.int32)
+        highs.setSolution(len(proposed), proposed, program.start[proposed])
     return status
 
 
 def _run(highs: Any) -> None:
-    """Run in a thread of its own.
+    """Run HiGHS in a thread of its own.
 
     HiGHS ties its worker threads to the thread that first runs it and refuses another number there; a fresh thread
-    takes any. It also leaves this one free to hear Ctrl-C, which ends the solve and is raised on.
+    takes any. It also leaves the calling thread free to receive Ctrl-C, which ends the solve and is raised again.
     """
     highs.HandleUserInterrupt = True
     done = threading.Event()
-    failed: list[Exception] = []
+    errors: list[Exception] = []
 
     def work() -> None:
         try:
             highs.run()
-        except Exception as error:  # what its C++ throws, such as a lack of memory
-            failed.append(error)
+        except Exception as error:  # C++ exceptions, such as a lack of memory
+            errors.append(error)
         finally:
             done.set()
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     try:
-        # Not join: interrupted there, Python before 3.13 takes a running thread for ended. Not without a time: Windows
-        # would not hear Ctrl-C.
-        while not done.wait(0.2):
+        # Not join: interrupted there, Python before 3.13 takes a running thread for ended. Not without a timeout:
+        # Windows would not receive Ctrl-C.
+        while not done.wait(POLL_SECONDS):
             pass
     except KeyboardInterrupt:
         highs.cancelSolve()
-        done.wait(5)
+        done.wait(CANCEL_SECONDS)
         raise
     finally:
-        worker.join(5)
-    if failed:
-        what = str(failed[0]).rstrip(".") or type(failed[0]).__name__
-        raise SolverError(f"HiGHS failed: {what}; try `solver=gurobi`.") from failed[0]
+        worker.join(CANCEL_SECONDS)
+    if errors:
+        cause = str(errors[0]).rstrip(".") or type(errors[0]).__name__
+        raise SolverError(f"HiGHS failed: {cause}; try `solver=gurobi`.") from errors[0]
 
 
 def _highspy() -> Any:
@@ -182,4 +222,10 @@ def _highspy() -> Any:
     return highspy
 
 
-BACKEND = Backend(NAME, "highspy", licence, lambda program: program.n_rows, solve)
+BACKEND = Backend(
+    name=NAME,
+    package="highspy",
+    licence=licence,
+    rows=lambda program: program.n_rows,
+    solve=solve,
+)

@@ -1,7 +1,7 @@
-"""What every backend takes and returns.
+"""Interface of the solver backends: limits, solutions, licences.
 
-Why a solve ended (``Termination``) and what cut it short (``Limit``) are separate facts: an incumbent at the time limit
-is FEASIBLE + TIME, a result with a gap, and neither an error nor an optimum.
+The reason for the end of a solve (``Termination``) and the limit that cut it short (``Limit``) are separate facts: an
+incumbent at the time limit is FEASIBLE + TIME, a result with a gap, and neither an error nor an optimum.
 """
 
 from __future__ import annotations
@@ -18,44 +18,52 @@ from onnx_oamip.core.records import Floats
 from onnx_oamip.programs import Program
 
 INFINITE = 1e30
-"""A solver's bound of this size means that it has none."""
+"""Magnitude from which a solver's bound means that it has none."""
+MIN_OBJECTIVE = 1e-10
+"""Divisor of a relative gap if the objective is smaller."""
 
 
 class Termination(str, Enum):
-    """What is known at the end."""
+    """State of knowledge at the end of a solve."""
 
     OPTIMAL = "optimal"
-    """The values are within the gap that was asked for of the best there are."""
+    """The values are within the requested gap of the optimum."""
     FEASIBLE = "feasible"
-    """The values satisfy everything; how far from the best they are is the gap."""
+    """The values satisfy everything; the gap bounds their distance from the optimum."""
     INFEASIBLE = "infeasible"
-    """Nothing satisfies all rows and bounds."""
+    """No point satisfies all rows and bounds."""
     UNBOUNDED = "unbounded"
-    """There is no least objective."""
+    """The objective has no minimum."""
     NO_SOLUTION = "no_solution"
-    """A limit came before any values."""
+    """A limit was reached before any values were found."""
 
 
 class Limit(str, Enum):
-    """What stopped a solve before it was done."""
+    """Limit that stopped a solve before it was done."""
 
     TIME = "time"
     NODE = "node"
     MEMORY = "memory"
     ITERATION = "iteration"
     NUMERIC = "numeric"
-    """The solver gave up on numerical grounds; values, where there are any, satisfied its tolerances."""
+    """The solver gave up on numerical grounds; values, if there are any, satisfied its tolerances."""
     ROUND = "round"
     """``solve_with_cuts`` used up its rounds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How long and how well to solve.
+class SolverLimits:
+    """Limits and tolerances of a solve.
 
-    ``time_s`` is in wall-clock seconds (None: no limit), ``gap`` relative to the objective, ``nodes`` the number of
-    branch-and-bound nodes (None: no limit). ``threads`` None is one thread: a result then does not depend on how many
-    cores a machine has. Raises SettingsError for values out of range.
+    Attributes:
+        time_s: Wall-clock seconds, None for no limit.
+        gap: Gap relative to the objective at which to stop.
+        threads: Threads, None for one: then a result does not depend on the number of cores of the machine.
+        seed: Seed of the solver.
+        nodes: Branch-and-bound nodes, None for no limit.
+
+    Raises:
+        SettingsError: A value is out of range.
     """
 
     time_s: float | None = None
@@ -72,6 +80,7 @@ class Limits:
             ("the solver's seed", self.seed, 0),
             ("the solver's number of nodes", self.nodes, 1),
         ):
+            # Written so that NaN is out of range.
             if value is not None and not value >= least:
                 expected = "more than 0" if 0 < least < 1 else f"at least {least}"
                 raise SettingsError(f"{name} is {value}; expected {expected}.")
@@ -79,10 +88,18 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The end of a solve: ``values`` (n,), integer ones whole, ``objective`` at them, ``bound`` that no point beats.
+    """Result of a solve. A value that does not exist is None.
 
-    Each is None where there is none. ``gap`` is ``|objective - bound| / |objective|``; ``seconds`` wall-clock;
-    ``reason`` says why this solver was taken.
+    Attributes:
+        termination: State of knowledge at the end.
+        limit: Limit that stopped the solve.
+        values: Variables (n,); integer ones are integers exactly.
+        objective: Objective at the values.
+        bound: Lower bound that no point beats.
+        gap: ``|objective - bound| / |objective|``.
+        seconds: Wall-clock time.
+        solver: Name of the backend.
+        reason: Reason for the choice of this backend.
     """
 
     termination: Termination
@@ -96,14 +113,21 @@ class Solution:
     reason: str = ""
 
     @property
-    def found(self) -> bool:
-        """There are values."""
+    def has_values(self) -> bool:
+        """True if the solver found a point."""
         return self.values is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Licence:
-    """What a backend may solve here: ``text`` in words, the largest program it takes (None: any), and if it works."""
+    """Permission of a backend on this machine.
+
+    Attributes:
+        text: Description for reports.
+        variables: Largest number of variables, None for any.
+        rows: Largest number of rows, None for any.
+        usable: True if the backend works.
+    """
 
     text: str
     variables: int | None
@@ -113,13 +137,21 @@ class Licence:
 
 @dataclass(frozen=True)
 class Backend:
-    """One solver: the package to look for, what its licence allows, its own count of rows, and its solve."""
+    """One solver.
+
+    Attributes:
+        name: Name in settings and reports.
+        package: Python package to look for.
+        licence: Function that determines the licence.
+        rows: Function that counts the rows of a program as the licence does.
+        solve: Function that solves a program.
+    """
 
     name: str
     package: str
     licence: Callable[[], Licence]
     rows: Callable[[Program], int]
-    solve: Callable[[Program, Limits], Solution]
+    solve: Callable[[Program, SolverLimits], Solution]
 
 
 def solution(
@@ -127,42 +159,104 @@ def solution(
     solver: str,
     seconds: float,
     termination: Termination,
+    *,
     limit: Limit | None = None,
     values: Floats | None = None,
     bound: float | None = None,
 ) -> Solution:
-    """A Solution from what a backend knows: integers made whole, objective and gap computed one way for all."""
+    """Build a Solution in the same way for all backends: integers rounded, objective and gap computed here.
+
+    Args:
+        program: Program that was solved.
+        solver: Name of the backend.
+        seconds: Wall-clock time of the solve.
+        termination: State of knowledge at the end.
+        limit: Limit that stopped the solve.
+        values: Variables as the solver reports them (n,).
+        bound: Bound as the solver reports it.
+
+    Returns:
+        Solution without a reason.
+    """
     if bound is not None and not abs(bound) < INFINITE:
         bound = None
     if values is None or termination not in (Termination.OPTIMAL, Termination.FEASIBLE):
-        return Solution(termination, limit, None, None, bound, None, seconds, solver)
-    values = np.clip(
-        np.where(program.integer, np.round(values), values), program.lower, program.upper
-    )
+        return Solution(
+            termination=termination,
+            limit=limit,
+            values=None,
+            objective=None,
+            bound=bound,
+            gap=None,
+            seconds=seconds,
+            solver=solver,
+        )
+    rounded = np.where(program.integer, np.round(values), values)
+    values = np.clip(rounded, program.lower, program.upper)
     objective = program.value(values)
+    gap = None
     if bound is not None:
         bound = min(bound, objective)
-    gap = None if bound is None else relative_gap(objective, bound)
-    return Solution(termination, limit, values, objective, bound, gap, seconds, solver)
+        gap = relative_gap(objective, bound)
+    return Solution(
+        termination=termination,
+        limit=limit,
+        values=values,
+        objective=objective,
+        bound=bound,
+        gap=gap,
+        seconds=seconds,
+        solver=solver,
+    )
 
 
 def relative_gap(objective: float, bound: float) -> float:
-    """``|objective - bound| / |objective|``, 0 where they are equal."""
-    return 0.0 if objective == bound else abs(objective - bound) / max(abs(objective), 1e-10)
+    """Compute ``|objective - bound| / |objective|``.
+
+    Args:
+        objective: Objective of the incumbent.
+        bound: Lower bound.
+
+    Returns:
+        Relative gap, 0 if the two are equal.
+    """
+    if objective == bound:
+        return 0.0
+    return abs(objective - bound) / max(abs(objective), MIN_OBJECTIVE)
 
 
-def which(
-    program: Program, limits: Limits, solve: Callable[[Program, Limits], Solution]
+def infeasible_or_unbounded(
+    program: Program,
+    limits: SolverLimits,
+    solve: Callable[[Program, SolverLimits], Solution],
 ) -> Termination:
-    """Settle a solver's "infeasible or unbounded": whether anything is feasible once nothing is optimised."""
-    any_point = replace(program, objective=np.zeros(program.n_variables), offset=0.0)
-    found = solve(any_point, limits).termination
-    return Termination.UNBOUNDED if found in (Termination.OPTIMAL, Termination.FEASIBLE) else found
+    """Resolve a solver's "infeasible or unbounded" by a second solve without an objective.
+
+    Args:
+        program: Program that the solver could not classify.
+        limits: Limits of the second solve.
+        solve: Function of the backend.
+
+    Returns:
+        UNBOUNDED if the program has a feasible point, else the end of the second solve.
+    """
+    without_objective = replace(program, objective=np.zeros(program.n_variables), offset=0.0)
+    end = solve(without_objective, limits).termination
+    if end in (Termination.OPTIMAL, Termination.FEASIBLE):
+        return Termination.UNBOUNDED
+    return end
 
 
 @contextmanager
 def importing(package: str) -> Iterator[None]:
-    """Turn a failed import into SolverError with the command that mends it."""
+    """Report a failed import as a SolverError.
+
+    Args:
+        package: Python package that is imported inside.
+
+    Raises:
+        SolverError: The import failed; the message holds the command that installs the package.
+    """
     try:
         yield
     except ImportError as error:

@@ -30,7 +30,7 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance import activation, find, obs
 from onnx_oamip.importance.oamip import decoupled
 from onnx_oamip.planning import scoring, sensitivity
-from onnx_oamip.programs.subset import Repaired
+from onnx_oamip.programs.repaired_loss import Repaired
 from onnx_oamip.statistics import calibration, covariances
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
@@ -60,8 +60,8 @@ Ready = tuple[Model, Coupling, Statistics]
 @pytest.fixture(autouse=True)
 def _few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups here are narrow: a few turns and rounds are as good as many."""
-    monkeypatch.setattr(decoupled, "TURNS", 8)
-    monkeypatch.setattr(decoupled, "ROUNDS", 3)
+    monkeypatch.setattr(decoupled, "MAX_SEARCH_STEPS", 8)
+    monkeypatch.setattr(decoupled, "MAX_SOLVES", 3)
 
 
 def _settings(**values: Any) -> Settings:
@@ -210,16 +210,17 @@ def test_sets_are_nested_and_are_the_top_scores(
         steps: list[Bools] = []
         improve = decoupled._improve
 
-        def recorded(*args: Any, to: list[Bools] = steps, call: Any = improve) -> Any:
-            step = call(*args)
+        def recorded(*args: Any, to: list[Bools] = steps, call: Any = improve, **named: Any) -> Any:
+            step = call(*args, **named)
             to.append(step.keep)
             return step
 
         with monkeypatch.context() as patch:
             patch.setattr(decoupled, "_improve", recorded)
-            walk = decoupled._walk(found, count, "g", _settings(refit=refit))
+            walk = decoupled._solve_group(found, count, "g", _settings(refit=refit))
         wanted = sorted(
-            {max(1, round(share * count)) for share in decoupled.SHARES} - {count}, reverse=True
+            {max(1, round(share * count)) for share in decoupled.KEPT_SHARES} - {count},
+            reverse=True,
         )
         assert [int(s.sum()) for s in steps] == wanted
         assert len(np.unique(walk.values)) == count
@@ -256,7 +257,7 @@ def test_sets_lose_less_than_those_of_other_methods(refit: str) -> None:
     for kind in ("one consumer", "three consumers, taps, others"):
         found = PROBLEMS[kind](3)
         count = len(found[0].columns)
-        walk = decoupled._walk(found, count, "g", _settings(refit=refit))
+        walk = decoupled._solve_group(found, count, "g", _settings(refit=refit))
         order, _ = obs.eliminate(found, count)
         loud = np.argsort(sum(decoupled.quadratic(p, refit == "bias").diagonal() for p in found))
 
@@ -296,7 +297,7 @@ def test_the_loss_follows_the_refit() -> None:
     loss = decoupled._loss(found, "least-squares", order)
     assert isinstance(loss, Repaired)
     np.testing.assert_allclose(
-        loss.fits[0].covariance + found[0].ridge * np.eye(12), found[0].gram, atol=1e-12
+        loss.consumers[0].covariance + found[0].ridge * np.eye(12), found[0].gram, atol=1e-12
     )
     before = found[0].gram.copy()
     for refit, centred in (("bias", True), ("none", False)):
@@ -316,15 +317,20 @@ def test_a_proven_optimum_is_one() -> None:
         improve = decoupled._improve
 
         def recorded(
-            subset: Any, free: Bools, *rest: Any, to: list[Any] = steps, call: Any = improve
+            subset: Any,
+            free: Bools,
+            *rest: Any,
+            to: list[Any] = steps,
+            call: Any = improve,
+            **named: Any,
         ) -> Any:
-            step = call(subset, free, *rest)
+            step = call(subset, free, *rest, **named)
             to.append((free, subset.loss, step))
             return step
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decoupled, "_improve", recorded)
-            decoupled._walk(found, 8, "g", _settings(refit=refit))
+            decoupled._solve_group(found, 8, "g", _settings(refit=refit))
         assert len(steps) == 7
         for free, loss, step in steps:
             best = np.inf
@@ -340,7 +346,7 @@ def test_a_proven_optimum_is_one() -> None:
 def test_no_time_is_not_a_failure() -> None:
     """Without a single solve the first set stands, and nothing is claimed to be proven."""
     found = PROBLEMS["one consumer"](2)
-    walk = decoupled._walk(found, 12, "g", _settings(time_limit=1e-9))
+    walk = decoupled._solve_group(found, 12, "g", _settings(time_limit=1e-9))
     assert walk.record["bound"] == 0
     assert walk.record["solver"] is None
     assert walk.record["status"] == "feasible"
@@ -350,7 +356,7 @@ def test_no_time_is_not_a_failure() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("refit", REFITS)
 def test_narrow_groups(count: int, refit: str) -> None:
-    walk = decoupled._walk(
+    walk = decoupled._solve_group(
         [_problem(count, 3, _units(count), others=1)], count, "g", _settings(refit=refit)
     )
     assert len(np.unique(walk.values)) == count
@@ -397,7 +403,9 @@ def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
         assert program["solver"] == "highs"
         assert program["variables"] == len(group.units) + 1
         assert program["gap"] >= 0
-        assert program["status"] == ("optimal" if program["gap"] <= decoupled.GAP else "feasible")
+        assert program["status"] == (
+            "optimal" if program["gap"] <= decoupled.RELATIVE_GAP else "feasible"
+        )
         assert program["improved"] <= program["programs"]
     assert set(found.others) == (
         set() if refit == "least-squares" else {"activation", "obs", "l2", "other moments"}
@@ -433,7 +441,7 @@ def test_workers_do_not_matter(net: str, refit: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("refit", ["least-squares", "none"])
 def test_the_program_does_not_grow_with_the_images(refit: str, tmp_path: Path) -> None:
-    most = 1 + len(decoupled.SHARES) * (2 + 2 * decoupled.ROUNDS)
+    most = 1 + len(decoupled.KEPT_SHARES) * (2 + 2 * decoupled.MAX_SOLVES)
     sizes = []
     for count in (64, 256):
         found = _score(_ready(build(MLP), tmp_path, count), refit=refit)

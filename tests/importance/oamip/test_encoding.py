@@ -28,7 +28,7 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance.oamip.formulation import Formulation, formulate
 from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.programs import solvers
-from onnx_oamip.programs.solvers import Limits, Termination
+from onnx_oamip.programs.solvers import SolverLimits, Termination
 
 # From c (float[N,4,5,5], behind two convolutions with a gate between them) to z, with the constants that this takes.
 NODES = {
@@ -185,7 +185,7 @@ def solved(formulation: Formulation, keep: Floats, solver: str, direction: Float
     for sign in (1.0, -1.0):
         program = replace(base, lower=lower, upper=upper, objective=sign * along, offset=0.0)
         # Solvers may leave integrality and rows by a millionth: the gap asked for is wider.
-        end = solvers.solve(program, Limits(gap=1e-7), solver)
+        end = solvers.solve(program, SolverLimits(gap=1e-7), solver)
         assert end.termination is Termination.OPTIMAL
         assert end.values is not None
         found.append(float(along @ end.values + direction @ loss.logits.constant))

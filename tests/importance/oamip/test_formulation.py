@@ -27,7 +27,7 @@ from onnx_oamip.importance.oamip.formulation import Formulation, formulate
 from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.select import unit_costs
 from onnx_oamip.importance.oamip.solve import Outcome
-from onnx_oamip.programs.solvers import Limits
+from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.statistics import class_samples
 
 SOLVERS = ("highs", "gurobi")
@@ -146,9 +146,13 @@ def _optimise(
     case: Case, form: Form, solver: str, gap: float = 1e-4
 ) -> tuple[Formulation, Outcome]:
     formulation = formulate(
-        case.model, case.coupling, case.images, form, unit_costs(case.model, case.coupling)
+        case.model,
+        case.coupling,
+        case.images,
+        form,
+        cost=unit_costs(case.model, case.coupling),
     )
-    return formulation, solve.optimise(formulation, Limits(time_s=60, gap=gap), solver)
+    return formulation, solve.optimise(formulation, SolverLimits(time_s=60, gap=gap), solver)
 
 
 def _agrees(outcome: Outcome, best: float, gap: float) -> None:
@@ -182,8 +186,8 @@ def test_exact_within_a_budget(case: Case, solver: str, budget: float) -> None:
 
 
 def test_tightened_bounds_change_no_optimum(case: Case) -> None:
-    limits = Limits(time_s=60, gap=1e-4)
-    tighten = solve.tightener(limits, "highs", 2.0)
+    limits = SolverLimits(time_s=60, gap=1e-4)
+    tighten = solve.BoundTightener(limits, "highs", 2.0)
     plain, before = _optimise(case, Form("exact", 2.0), "highs")
     formulation = formulate(
         case.model, case.coupling, case.images, Form("exact", 2.0), tighten=tighten
@@ -313,7 +317,7 @@ def test_paper_agrees_with_the_frozen_pattern(tmp_path: Path, seed: int, solver:
     # Nothing is left but keep variables, one epigraph an image and the one of the sum of largest.
     assert formulation.program.n_variables == 13 + len(held.feeds) + 1
     assert not formulation.program.integer.any()
-    outcome = solve.optimise(formulation, Limits(time_s=30, gap=1e-4), solver)
+    outcome = solve.optimise(formulation, SolverLimits(time_s=30, gap=1e-4), solver)
     assert outcome.record["status"] == "optimal"
     assert outcome.objective == pytest.approx(expected, rel=1e-3, abs=1e-3)
     assert outcome.bound <= expected + 1e-4
@@ -324,7 +328,7 @@ def test_dead_units_score_nothing(tmp_path: Path) -> None:
     model, coupling, held = _mlp(tmp_path, 0)
     dead = (held.activations["h"] == 0).all(axis=(0, 1))
     formulation = formulate(model, coupling, held, Form("paper", weight=5.0))
-    outcome = solve.optimise(formulation, Limits(time_s=30, gap=1e-5), "highs")
+    outcome = solve.optimise(formulation, SolverLimits(time_s=30, gap=1e-5), "highs")
     assert (outcome.keep[coupling.axes["h", 1][dead]] < 0.5).all()
 
 
@@ -343,14 +347,16 @@ def test_a_bias_of_its_own_belongs_to_its_layer(tmp_path: Path) -> None:
         ]
         sizes = {(f.program.n_variables, f.program.n_rows, f.pending.count) for f in found}
         assert len(sizes) == 1
-        ends = [solve.optimise(f, Limits(time_s=30, gap=1e-4), "highs").objective for f in found]
+        ends = [
+            solve.optimise(f, SolverLimits(time_s=30, gap=1e-4), "highs").objective for f in found
+        ]
         assert ends[0] == pytest.approx(ends[1], rel=2e-4)
 
 
 def test_convolutions_weigh_less_in_the_published_objective(tmp_path: Path) -> None:
     case = Case("conv", tmp_path)
-    published = formulate(case.model, case.coupling, case.images, Form("paper")).reward.layers
-    ours = formulate(case.model, case.coupling, case.images, Form("exact")).reward.layers
+    published = formulate(case.model, case.coupling, case.images, Form("paper")).sparsity.layers
+    ours = formulate(case.model, case.coupling, case.images, Form("exact")).sparsity.layers
     # Kernels of 3 x 3 and 2 x 2.
     assert [n for _, n in published] == [5 * 9.0, 7 * 4.0]
     assert [n for _, n in ours] == [5.0, 7.0]
@@ -402,7 +408,7 @@ def test_programs_are_smaller_than_published(
 def test_lenet_in_seconds_within_the_small_licence(solver: str) -> None:
     model, coupling, held = _shipped("lenet300-mnist")
     formulation = formulate(model, coupling, held, Form("paper"))
-    outcome = solve.optimise(formulation, Limits(time_s=60, gap=0.01), solver)
+    outcome = solve.optimise(formulation, SolverLimits(time_s=60, gap=0.01), solver)
     assert outcome.record["status"] == "optimal"
     assert outcome.gap <= 0.01
     assert outcome.record["variables"] < 500

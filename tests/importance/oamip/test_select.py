@@ -190,7 +190,7 @@ def test_auto_is_decoupled_where_it_must(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
 ) -> None:
     monkeypatch.setattr(select.decoupled, "score", _rest([]))
-    monkeypatch.setattr(select, "MOST", {"exact": 0, "paper": 0})
+    monkeypatch.setattr(select, "MAX_AUTO_EXTENT", {"exact": 0, "paper": 0})
     found = _score(text, tmp_path, mode="auto")
     assert (found.values == 0.25).all()
     assert "mode decoupled, since" in found.notes[0]
@@ -211,7 +211,7 @@ def test_joint_where_it_cannot_be_had(tmp_path: Path, text: str, reason: str) ->
 
 
 def test_joint_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "LARGEST", 10)
+    monkeypatch.setattr(select, "MAX_EXTENT", 10)
     with pytest.raises(
         SettingsError, match="activations behind a gate, more than 10; use `mode=decoupled`"
     ):

@@ -1,0 +1,166 @@
+"""Exact encoding: a consumer of channel c reads ``s x_c``, as in the pruned model.
+
+Intervals hold for every choice of keep variables: each gated interval is widened to contain 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from onnx_oamip.core.records import Floats, Ints
+from onnx_oamip.programs.encoder import Encoder, signs
+from onnx_oamip.programs.expression import Expression, only, plus
+
+
+class Exact(Encoder):
+    """Gates at consumers; every interval holds for every choice of keep variables."""
+
+    def affine(self, parts: Sequence[tuple[csr_array, Expression]], offset: Floats) -> Expression:
+        """State a sum of maps, with an interval that also uses the bounds of the variables.
+
+        Args:
+            parts: Pairs of a map of one sample and an expression of all samples.
+            offset: Constant of one sample.
+
+        Returns:
+            Expression of the sum for all samples.
+        """
+        result = super().affine(parts, offset)
+        # The bounds of the variables know which terms cancel out; the intervals of the parts do not.
+        result = result.within(*result.reach(self.lower, self.upper))
+        lower = np.where(result.fixed, result.constant, result.lower)
+        upper = np.where(result.fixed, result.constant, result.upper)
+        return replace(result, lower=lower, upper=upper)
+
+    def gate(self, x: Expression, unit: Ints) -> Expression:
+        """State ``s x``.
+
+        A constant times s is an expression. Otherwise a variable h takes the product by McCormick's four rows, which
+        are exact for binary s: ``L s <= h <= U s`` and ``x - (1 - s) U <= h <= x - (1 - s) L``.
+
+        Args:
+            x: Tensor in front of the gates.
+            unit: Keep variable that gates each row (rows,), -1 for none.
+
+        Returns:
+            Expression of the gated tensor.
+        """
+        gated = unit >= 0
+        zero = (x.lower == 0) & (x.upper == 0)
+        constant = np.flatnonzero(gated & x.fixed & ~zero)
+        variable = np.flatnonzero(gated & ~x.fixed & ~zero)
+        keep = self.keep[unit[constant]]
+        result = plus(
+            only(x, ~gated),
+            constant,
+            keep,
+            x.constant[constant],
+            columns=self.builder.n_variables,
+        )
+        if len(variable):
+            result = self._gate_variable(x, unit, variable, result)
+        lower = np.where(gated, np.minimum(x.lower, 0), x.lower)
+        upper = np.where(gated, np.maximum(x.upper, 0), x.upper)
+        return replace(result, lower=lower, upper=upper)
+
+    def _gate_variable(
+        self, x: Expression, unit: Ints, where: Ints, result: Expression
+    ) -> Expression:
+        """Add the products of the rows ``where`` to the result."""
+        rows = x.take(where)
+        s = self.keep[unit[where]]
+        low, high = rows.lower, rows.upper
+        h, size = self.measured(np.minimum(low, 0), np.maximum(high, 0))
+        magnitude = np.maximum(np.abs(low), np.abs(high))
+        self.largest = max(self.largest, float(magnitude.max()))
+        zero = Expression.of(np.zeros(len(where)))
+        self.rows(zero, 1.0, [(h, size), (s, -high)], upper=0.0)
+        # Without a negative bound, ``h >= 0`` is the variable's own bound.
+        if (low != 0).any():
+            self.rows(zero, 1.0, [(h, size), (s, -low)], lower=0.0)
+        self.rows(rows, -1.0, [(h, size), (s, -high)], lower=rows.constant - high)
+        self.rows(rows, -1.0, [(h, size), (s, -low)], upper=rows.constant - low)
+
+        def step(values: Floats) -> None:
+            values[h] = values[s] * rows.at(values) / size
+
+        self.steps.append(step)
+        return plus(result, where, h, size, columns=self.builder.n_variables)
+
+    def relu(self, a: Expression, unit: Ints | None) -> Expression:
+        """State ``s max(a, 0)``.
+
+        Where the sign is unknown, gate and ReLU share one variable h and one binary v <= s: ``h >= 0``,
+        ``h >= a - (1 - s) U``, ``h <= a - (1 - v) L``, ``h <= v U``. With s = 0 also v = h = 0; with s = 1 these are
+        the usual big-M rows of a ReLU.
+
+        Source: Tjeng, Xiao, Tedrake, "Evaluating Robustness of Neural Networks with Mixed Integer Programming",
+        ICLR 2019.
+
+        Args:
+            a: Pre-activation.
+            unit: Keep variable that gates each row (rows,), -1 for none; None if no row has a gate.
+
+        Returns:
+            Expression of the gated ReLU.
+        """
+        on, mixed = signs(a)
+        if mixed.any() and self.tighten is not None:
+            a = self._tightened(a, np.flatnonzero(mixed))
+            on, mixed = signs(a)
+        lower = np.maximum(a.lower, 0)
+        upper = np.maximum(a.upper, 0)
+        result = replace(only(a, on), lower=np.where(on, lower, 0), upper=np.where(on, upper, 0))
+        if unit is not None:
+            result = self.gate(result, unit)
+            # A gated row may be 0 whatever its own interval.
+            lower = np.where(unit >= 0, 0.0, lower)
+        if mixed.any():
+            result = self._relu_of_unknown_sign(a, unit, np.flatnonzero(mixed), result)
+        return replace(result, lower=lower, upper=upper)
+
+    def _tightened(self, a: Expression, where: Ints) -> Expression:
+        """The expression with tightened intervals in the rows ``where``."""
+        assert self.tighten is not None
+        lower, upper = a.lower.copy(), a.upper.copy()
+        lower[where], upper[where] = self.tighten(self.program(), a.take(where))
+        return a.within(lower, upper)
+
+    def _relu_of_unknown_sign(
+        self, a: Expression, unit: Ints | None, where: Ints, result: Expression
+    ) -> Expression:
+        """Add the gated ReLUs of the rows ``where`` to the result."""
+        count = len(where)
+        rows, low, high = a.take(where), a.lower[where], a.upper[where]
+        self.largest = max(self.largest, float(np.maximum(-low, high).max()))
+        h, size = self.measured(np.zeros(count), high)
+        v = self.variables(count, 0.0, 1.0, integer=not self.relax)
+        zero = Expression.of(np.zeros(count))
+        gate = np.full(count, -1) if unit is None else unit[where]
+        gated = np.flatnonzero(gate >= 0)
+        free = np.flatnonzero(gate < 0)
+        s = self.keep[gate[gated]]
+        self.rows(rows.take(free), -1.0, [(h[free], size[free])], lower=rows.constant[free])
+        self.rows(
+            rows.take(gated),
+            -1.0,
+            [(h[gated], size[gated]), (s, -high[gated])],
+            lower=(rows.constant - high)[gated],
+        )
+        self.rows(zero.take(gated), 1.0, [(v[gated], 1.0), (s, -1.0)], upper=0.0)
+        self.rows(rows, -1.0, [(h, size), (v, -low)], upper=rows.constant - low)
+        self.rows(zero, 1.0, [(h, size), (v, -high)], upper=0.0)
+
+        def step(values: Floats) -> None:
+            activation = rows.at(values)
+            share = np.ones(count)
+            share[gated] = values[s]
+            values[h] = share * np.maximum(activation, 0) / size
+            values[v] = share * (activation > 0)
+
+        self.steps.append(step)
+        return plus(result, where, h, size, columns=self.builder.n_variables)

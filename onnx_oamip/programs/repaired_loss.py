@@ -1,0 +1,274 @@
+"""Loss of a group after its consumers were fitted again to the remaining units.
+
+``min_V tr((W - V) C (W - V)') + r sum_j |V_j|^2 / s_j`` with the ridge r: the perspective form of subset selection,
+here with a block of columns per unit and many outputs.
+
+Source: Bertsimas and Van Parys, "Sparse high-dimensional regression", Annals of Statistics 48, 2020.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from onnx_oamip.core.records import Bools, Floats, Ints
+
+ABSENT = 1e-9
+"""Keep variables below this count as 0."""
+RELATIVE_TOLERANCE = 1e-9
+"""Share of the worth of all units that an exchange must gain."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearConsumer:
+    """One linear consumer of a group.
+
+    Attributes:
+        weight: Weight (outputs, d).
+        covariance: Covariance of its inputs (d, d).
+        ridge: Absolute ridge of the fit.
+        columns: Inputs that belong to each unit (units, k).
+        scale: Divisor of its loss.
+    """
+
+    weight: Floats
+    covariance: Floats
+    ridge: float
+    columns: Ints
+    scale: float
+
+
+class Repaired:
+    """The loss after every consumer was fitted again: a sum over consumers.
+
+    Attributes:
+        consumers: Consumers of the group.
+        order: Order of removal to start from (units,), for example that of the optimal brain surgeon.
+        diagonal: Zeros: no part of this loss is linear (units,).
+        flops: Approximate floating-point operations of one evaluation.
+    """
+
+    def __init__(self, consumers: Sequence[LinearConsumer], order: Ints) -> None:
+        self.consumers = consumers
+        self.order = order
+        self.diagonal = np.zeros(len(consumers[0].columns))
+        flops: float = 0
+        for consumer in consumers:
+            outputs, d = consumer.weight.shape
+            flops += d**2 * (d / 3 + 4 * outputs)
+        self.flops = float(flops)
+        self._cross = [c.weight @ c.covariance for c in consumers]
+        self._energy = []
+        for consumer, cross in zip(consumers, self._cross, strict=True):
+            self._energy.append(float(np.einsum("od,od->", cross, consumer.weight)))
+
+    def convex(self, keep: Floats) -> tuple[float, Floats]:
+        """Evaluate the loss, which is convex as a whole.
+
+        Args:
+            keep: Keep variables in [0, 1] (units,).
+
+        Returns:
+            Value and gradient (units,).
+        """
+        value = 0.0
+        gradient = np.zeros(len(keep))
+        for consumer, cross, energy in zip(self.consumers, self._cross, self._energy, strict=True):
+            present, share = _present(consumer, keep)
+            fitted = _fit(consumer, cross, present, share)
+            explained = float(np.einsum("od,od->", cross[:, present], fitted))
+            value += (energy - explained) / consumer.scale
+            # Residual covariance with every column, present or not: the gain that a column can still contribute.
+            residual = cross - fitted @ consumer.covariance[present]
+            per_column = np.square(residual).sum(axis=0)
+            gain = per_column[consumer.columns].sum(axis=1)
+            gradient -= gain / (consumer.ridge * consumer.scale)
+        return value, gradient
+
+    def narrow(self, keep: Bools, count: int, steps: int) -> Bools:
+        """Choose the last units of the order, then exchange units while that lowers the loss.
+
+        In an exchange the removed unit of greatest gain comes back, and the kept unit of least cost is removed.
+
+        Args:
+            keep: Units to choose from (units,).
+            count: Number of units to keep.
+            steps: Largest number of exchanges.
+
+        Returns:
+            The chosen units (units,).
+        """
+        ordered = self.order[keep[self.order]]
+        kept = np.zeros(len(keep), bool)
+        kept[ordered[len(ordered) - count :]] = True
+        if not steps or kept.sum() == keep.sum():
+            return kept
+        states = self._states(kept)
+        worth = _total_worth(states)
+        tolerance = RELATIVE_TOLERANCE * float(np.abs(worth).sum())
+        for _ in range(steps):
+            returning = int(np.argmax(np.where(keep & ~kept, worth, -np.inf)))
+            for state in states:
+                state.sweep(returning)
+            kept[returning] = True
+            after = _total_worth(states)
+            leaving = int(np.argmax(np.where(kept, after, -np.inf)))
+            for state in states:
+                state.sweep(leaving)
+            kept[leaving] = False
+            # The worth of a kept unit is minus its cost, so the sum is the gain of the exchange.
+            gain = worth[returning] + after[leaving]
+            if leaving == returning or gain <= tolerance:
+                kept[leaving], kept[returning] = True, False
+                break
+            worth = _total_worth(states)
+        return kept
+
+    def removal_costs(self, keep: Bools) -> Floats:
+        """Compute the cost of removing each kept unit alone: ``tr(V_j (H_jj)^-1 V_j')``.
+
+        H is the inverse of the covariance of the kept inputs.
+
+        Args:
+            keep: Kept units (units,).
+
+        Returns:
+            Increase of the loss (units,), 0 for units that are not kept.
+        """
+        return np.where(keep, -_total_worth(self._states(keep)), 0.0)
+
+    def relax(self, free: Bools, count: int, steps: int) -> Floats:
+        """Approximate the optimum of the relaxation by alternating minimisation.
+
+        In turns the best V for the keep variables and the best keep variables for that V, which share the count in
+        proportion to ``|V_j|``, none above 1.
+
+        Args:
+            free: Units that may be kept (units,).
+            count: Sum of the keep variables.
+            steps: Number of turns.
+
+        Returns:
+            Keep variables in [0, 1] (units,).
+        """
+        keep: Floats = free * (count / free.sum())
+        for _ in range(steps):
+            square = np.zeros(len(keep))
+            for consumer, cross in zip(self.consumers, self._cross, strict=True):
+                present, share = _present(consumer, keep)
+                energy = np.zeros(consumer.weight.shape[1])
+                fitted = _fit(consumer, cross, present, share)
+                energy[present] = np.square(fitted).sum(axis=0)
+                per_unit = energy[consumer.columns].sum(axis=1)
+                square += per_unit * consumer.ridge / consumer.scale
+            keep = _shares(np.sqrt(square), free, count)
+        return keep
+
+    def _states(self, kept: Bools) -> list[_SweptConsumer]:
+        pairs = zip(self.consumers, self._cross, strict=True)
+        return [_SweptConsumer(consumer, cross, kept) for consumer, cross in pairs]
+
+
+def _present(consumer: LinearConsumer, keep: Floats) -> tuple[Ints, Floats]:
+    """Columns with a positive share, and their shares. Columns of no unit are always present."""
+    share = np.ones(consumer.weight.shape[1])
+    share[consumer.columns] = keep[:, None]
+    present = np.flatnonzero(share > ABSENT)
+    return present, share[present]
+
+
+class _SweptConsumer:
+    """One consumer with the columns of the kept units swept in (Beaton's sweep operator, one block per unit).
+
+    With S the kept columns, R the rest and G the loaded covariance, ``table`` is ``[-G_SS^-1, G_SS^-1 G_SR; ., Schur
+    complement of R]`` and ``outputs`` is ``[V_S, residual covariance of the outputs with R]``. Adding or removing one
+    unit costs a product as thin as the unit.
+    """
+
+    def __init__(self, consumer: LinearConsumer, cross: Floats, kept: Bools) -> None:
+        self.consumer = consumer
+        inside = np.ones(consumer.weight.shape[1], bool)
+        inside[consumer.columns[~kept]] = False
+        self.table = consumer.covariance.copy()
+        self.table[np.diag_indices_from(self.table)] += consumer.ridge
+        self.outputs = cross.copy()
+        self.kept = kept.copy()
+        here = np.flatnonzero(inside)
+        rest = np.flatnonzero(~inside)
+        if not len(here):
+            return
+        factor = cho_factor(self.table[np.ix_(here, here)], lower=True, check_finite=False)
+        between = self.table[np.ix_(here, rest)]
+        solved = np.asarray(cho_solve(factor, between, check_finite=False))
+        fitted = np.asarray(cho_solve(factor, cross[:, here].T, check_finite=False)).T
+        inverse = np.asarray(cho_solve(factor, np.eye(len(here)), check_finite=False))
+        self.table[np.ix_(rest, rest)] -= between.T @ solved
+        self.table[np.ix_(here, rest)] = solved
+        self.table[np.ix_(rest, here)] = solved.T
+        self.table[np.ix_(here, here)] = -inverse
+        self.outputs[:, rest] -= fitted @ between
+        self.outputs[:, here] = fitted
+
+    def worth(self) -> Floats:
+        """Per unit (units,): the gain of adding it (positive), or minus the cost of removing it."""
+        columns = self.consumer.columns
+        blocks = np.linalg.inv(self.table[columns[:, :, None], columns[:, None, :]])
+        part = self.outputs[:, columns].transpose(1, 0, 2)
+        energy = part.transpose(0, 2, 1) @ part
+        worth: Floats = np.einsum("ukl,ulk->u", blocks, energy) / self.consumer.scale
+        return worth
+
+    def sweep(self, unit: int) -> None:
+        """Add a unit, or remove it if it is kept."""
+        columns = self.consumer.columns[unit]
+        sign = -1.0 if self.kept[unit] else 1.0
+        strip = self.table[columns]
+        inverse = np.linalg.inv(strip[:, columns])
+        scaled = inverse @ strip
+        outputs = self.outputs[:, columns]
+        self.table -= strip.T @ scaled
+        self.table[columns] = sign * scaled
+        self.table[:, columns] = sign * scaled.T
+        self.table[np.ix_(columns, columns)] = -inverse
+        self.outputs -= outputs @ scaled
+        self.outputs[:, columns] = sign * (outputs @ inverse)
+        self.kept[unit] = not self.kept[unit]
+
+
+def _total_worth(states: Sequence[_SweptConsumer]) -> Floats:
+    return np.asarray(np.sum([state.worth() for state in states], axis=0), np.float64)
+
+
+def _shares(weight: Floats, free: Bools, count: int) -> Floats:
+    """``min(1, weight / m)`` on the free units, with m such that the sum is ``count``."""
+    # Free units without weight get a little, so that the count can be reached.
+    floor = 1e-12 * max(float(weight.max()), 1e-200)
+    weight = np.where(free, np.maximum(weight, floor), 0.0)
+    keep = np.zeros(len(weight))
+    full = np.zeros(len(weight), bool)
+    # Every pass fills at least one more unit to 1, or ends.
+    while True:
+        rest = free & ~full
+        total = max(float(weight[rest].sum()), 1e-300)
+        keep[rest] = weight[rest] * ((count - full.sum()) / total)
+        over = rest & (keep > 1)
+        if not over.any():
+            break
+        full |= over
+        keep[full] = 1.0
+    return np.clip(keep, 0.0, 1.0)
+
+
+def _fit(consumer: LinearConsumer, cross: Floats, present: Ints, share: Floats) -> Floats:
+    """The best V (outputs, present columns): ``V = W C S (S C S + ridge)^-1 S`` with S the root of the shares."""
+    if not len(present):
+        return np.zeros((len(cross), 0))
+    root = np.sqrt(share)
+    loaded = consumer.covariance[np.ix_(present, present)] * np.outer(root, root)
+    loaded[np.diag_indices_from(loaded)] += consumer.ridge
+    factor = cho_factor(loaded, overwrite_a=True, check_finite=False)
+    solved = cho_solve(factor, (cross[:, present] * root).T)
+    return np.asarray(solved, np.float64).T * root
