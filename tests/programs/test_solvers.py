@@ -310,10 +310,11 @@ def test_nothing_is_printed(solver: str, capfd: pytest.CaptureFixture[str]) -> N
 
 def test_interrupt_ends_a_solve(solver: str) -> None:
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from test_solvers import knapsack, solvers, SolverLimits\n"
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from programs import knapsack\n"
+        "from onnx_oamip.programs import solvers\n"
         "print('solving', flush=True)\n"
-        f"try: solvers.solve(knapsack(200, 40), SolverLimits(gap=0.0), {solver!r})\n"
+        f"try: solvers.solve(knapsack(200, 40), solvers.SolverLimits(gap=0.0), {solver!r})\n"
         "except KeyboardInterrupt: print('interrupted')\n"
     )
     with subprocess.Popen(
@@ -489,7 +490,7 @@ def test_available() -> None:
 
 def test_unknown_solver() -> None:
     with pytest.raises(
-        SettingsError, match="'cplex' is unknown; choose one of auto, gurobi, highs"
+        SettingsError, match="`solver='cplex'` is unknown; choose one of auto, gurobi, highs"
     ):
         solvers.solve(knapsack(3), EXACT, "cplex")
 
@@ -515,9 +516,11 @@ def test_a_solve_from_python_prints_nothing(solver: str) -> None:
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "from test_solvers import EXACT, knapsack, solvers\n"
+        "from programs import knapsack\n"
+        "from onnx_oamip.programs import solvers\n"
+        "exact = solvers.SolverLimits(gap=0.0)\n"
         "with ThreadPoolExecutor(4) as pool:\n"
-        f"    found = list(pool.map(lambda n: solvers.solve(knapsack(n), EXACT, {solver!r}), range(5, 13)))\n"
+        f"    found = list(pool.map(lambda n: solvers.solve(knapsack(n), exact, {solver!r}), range(5, 13)))\n"
         f"assert all(f.solver == {solver!r} and f.has_values for f in found)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -886,7 +886,7 @@ def test_a_worker_that_fails_leaves_the_old_files(
 @pytest.mark.parametrize(
     ("place", "values", "what"),
     [
-        ("sensitivity._Part.losses", {}, r"the losses of the group 'w\d'"),
+        ("planning.sensitivity._Part.losses", {}, r"the losses of the group 'w\d'"),
         ("statistics.covariances._Sum", {}, r"the second moments of what Conv '.*' reads"),
         ("repair.least_squares._refit", {}, r"the refit of Conv '.*'"),
         (
