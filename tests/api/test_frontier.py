@@ -112,7 +112,9 @@ def found(folder: Path) -> Frontier:
 
 
 @pytest.mark.parametrize("i", range(len(LEVELS)))
-def test_a_point_is_what_prune_gives(folder: Path, found: Frontier, tmp_path: Path, i: int) -> None:
+def test_frontier_point_equals_prune_at_the_same_budget(
+    folder: Path, found: Frontier, tmp_path: Path, i: int
+) -> None:
     data, asked = str(folder / "data.npz"), settings(macs=LEVELS[i])
     alone = document(prune(folder / "net.onnx", data, tmp_path / "a.onnx", asked))
     point = frontier_document(found)["points"][i]
@@ -133,7 +135,7 @@ def test_a_point_is_what_prune_gives(folder: Path, found: Frontier, tmp_path: Pa
     }
 
 
-def test_shares_hold_and_fall(found: Frontier) -> None:
+def test_frontier_points_meet_their_shares_in_falling_order(found: Frontier) -> None:
     value = frontier_document(found)
     assert set(value) == KEYS
     assert [p["asked"] for p in value["points"]] == list(LEVELS), "widest first"
@@ -152,7 +154,7 @@ def test_shares_hold_and_fall(found: Frontier) -> None:
     assert json.loads(json.dumps(value, allow_nan=False)) == value
 
 
-def test_is_prepared_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frontier_prepares_the_model_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared, budgets = [], []
     prepare, look = frontiers.prepare, search.search
 
@@ -181,7 +183,7 @@ def test_is_prepared_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert stages == [(1, 2), (2, 2)]
 
 
-def test_a_level_out_of_reach_is_told(folder: Path) -> None:
+def test_unreachable_level_is_reported(folder: Path) -> None:
     run = frontier(folder / "net.onnx", str(folder / "data.npz"), settings(floor=0.5), (0.6, 0.01))
     value = frontier_document(run)
     first, last = value["points"]
@@ -195,7 +197,7 @@ def test_a_level_out_of_reach_is_told(folder: Path) -> None:
         frontier(folder / "net.onnx", str(folder / "data.npz"), settings(floor=0.5), (0.01,))
 
 
-def test_a_model_that_fails_a_check_is_not_saved(
+def test_model_that_fails_a_gate_is_not_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prove = pipeline.prove
@@ -213,7 +215,7 @@ def test_a_model_that_fails_a_check_is_not_saved(
     assert [p.name for p in tmp_path.iterdir()] == ["net-macs0.7.onnx"]
 
 
-def test_slower_models_are_shown(
+def test_frontier_keeps_models_slower_than_the_original(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
@@ -234,7 +236,7 @@ def test_slower_models_are_shown(
         ((0.5,), "no", OutputError),
     ],
 )
-def test_bad_input_is_an_error(
+def test_invalid_input_raises_an_error(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -255,7 +257,7 @@ def plain(tree: Tree, section: str) -> list[list[str]]:
     return [[cell.replace("\u00a0", " ") for cell in row] for row in tree.rows[section]]
 
 
-def test_page_says_what_the_document_says(found: Frontier) -> None:
+def test_page_and_document_agree(found: Frontier) -> None:
     value, tree = frontier_document(found), Tree(frontier_page(found))
     assert [a["id"] for a in tree.named("section")] == ["curve", "points", "widths", "again"]
     rows = plain(tree, "points")
@@ -285,7 +287,7 @@ def test_page_says_what_the_document_says(found: Frontier) -> None:
     assert "--levels 0.7,0.4" in tree.sections["again"]
 
 
-def test_page_is_quiet_safe_and_the_same_again(found: Frontier) -> None:
+def test_page_is_silent_escaped_and_reproducible(found: Frontier) -> None:
     hostile = "<script>alert('&')</script>\x1b" + "x" * 300
     groups = tuple(Group(hostile, g.units, g.multiplicity) for g in found.coupling.groups)
     point = Point(0.9, reason=hostile)
@@ -306,7 +308,7 @@ def test_page_is_quiet_safe_and_the_same_again(found: Frontier) -> None:
         assert "<script>alert('&')</script>\\x1b" in Tree(page).sections[section]
 
 
-def test_without_labels_it_shows_agreement(found: Frontier) -> None:
+def test_without_labels_page_shows_agreement(found: Frontier) -> None:
     points = tuple(
         replace(p, verification=replace(p.verification, accuracy_before=None, accuracy_after=None))  # type: ignore[type-var]
         for p in found.points
@@ -382,7 +384,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence(
+def test_usage_error_is_one_sentence(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
     monkeypatch.setattr(search, "search", lambda *_: pytest.fail("work was done"))
@@ -394,7 +396,9 @@ def test_a_mistake_is_one_sentence(
     assert sorted(p.name for p in place.iterdir()) == ["data.npz", "net.onnx"]
 
 
-def test_no_level_at_all_exits_1(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_frontier_without_reachable_level_exits_1(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (place / "f.json").write_text("old")
     assert main([*BASE, "--levels", "0.001", "-o", "f.json", "--report", "f.html"]) == 1
     assert "no level can be met" in capfd.readouterr().err
@@ -402,7 +406,7 @@ def test_no_level_at_all_exits_1(place: Path, capfd: pytest.CaptureFixture[str])
     assert not (place / "f.html").exists()
 
 
-def test_the_command_on_the_page_gives_the_same(
+def test_command_on_the_page_reproduces_the_point(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert (

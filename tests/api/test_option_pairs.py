@@ -316,7 +316,7 @@ def test_units(row: Row, tmp_path: Path) -> None:
         np.testing.assert_allclose(small, masked, rtol=1e-3, atol=1e-4)
 
 
-def test_rows_hold_every_pair() -> None:
+def test_option_rows_cover_every_pair() -> None:
     """No pair of values that a consistent row can hold is missing: drawn rows hold nothing else."""
     held = {pair for row in ROWS for pair in pairs(row)}
     rng = random.Random(1)
@@ -384,7 +384,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("values", REFUSED.values(), ids=REFUSED)
-def test_contradictions_are_one_sentence(values: Row, tmp_path: Path) -> None:
+def test_contradictory_options_give_one_sentence(values: Row, tmp_path: Path) -> None:
     path = given(tmp_path, "mlp")
     base = (
         {}

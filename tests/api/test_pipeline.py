@@ -111,7 +111,7 @@ def _untouched(task: Path, *also: str) -> None:
 # -------------------------------------------------------------------------------------------------- what is written
 
 
-def test_the_report_tells_what_was_written(task: Path) -> None:
+def test_report_matches_the_written_file(task: Path) -> None:
     report = _prune(task)
     path = task / "out.onnx"
     written = models.load(path)
@@ -134,7 +134,7 @@ def test_the_report_tells_what_was_written(task: Path) -> None:
     _untouched(task, "out.onnx")
 
 
-def test_the_file_runs_anywhere(task: Path) -> None:
+def test_written_file_runs_in_a_plain_session(task: Path) -> None:
     _prune(task)
     session = onnxruntime.InferenceSession(
         str(task / "out.onnx"), providers=["CPUExecutionProvider"]
@@ -151,7 +151,7 @@ def test_the_file_runs_anywhere(task: Path) -> None:
     onnx.checker.check_model(str(task / "out.onnx"), full_check=True)
 
 
-def test_measurements_are_those_of_the_file(task: Path) -> None:
+def test_measurements_match_the_written_file(task: Path) -> None:
     report = _prune(task)
     with np.load(task / "data.npz") as stored:
         images = stored["eval.image"].astype(np.float32) / np.float32(128) - np.float32(1)
@@ -173,7 +173,7 @@ def test_measurements_are_those_of_the_file(task: Path) -> None:
 @pytest.mark.parametrize(
     "chosen", [{}, {"importance": "l2", "allocate": "global"}, {"importance": "random", "seed": 3}]
 )
-def test_the_same_run_twice_is_byte_identical(task: Path, chosen: dict[str, object]) -> None:
+def test_repeated_run_is_byte_identical(task: Path, chosen: dict[str, object]) -> None:
     first = _prune(task, **chosen)
     content = (task / "out.onnx").read_bytes()
     second = _prune(task, **chosen)
@@ -182,12 +182,12 @@ def test_the_same_run_twice_is_byte_identical(task: Path, chosen: dict[str, obje
     np.testing.assert_array_equal(first.scores.values, second.scores.values)
 
 
-def test_the_seed_matters_where_it_should(task: Path) -> None:
+def test_seed_changes_random_importance(task: Path) -> None:
     one, two = (_prune(task, importance="random", seed=s).output_sha256 for s in (1, 2))
     assert one != two
 
 
-def test_the_refit_helps(task: Path) -> None:
+def test_refit_improves_the_pruned_model(task: Path) -> None:
     without, with_it = (
         _prune(task, importance="l2", refit=r).verification for r in ("none", "bias")
     )
@@ -201,7 +201,7 @@ def test_the_refit_helps(task: Path) -> None:
 @pytest.mark.parametrize(
     "shares", [{"params": 0.4}, {"size": 0.4}, {"macs": 0.7, "params": 0.5, "size": 0.6}]
 )
-def test_every_budget_holds_in_the_file(task: Path, shares: dict[str, float]) -> None:
+def test_written_file_meets_every_budget(task: Path, shares: dict[str, float]) -> None:
     report = _prune(task, **{"macs": None, **shares})
     kept = {
         "macs": report.after.macs / report.before.macs,
@@ -218,7 +218,7 @@ def test_nothing_is_written_without_an_output(task: Path) -> None:
     _untouched(task)
 
 
-def test_a_budget_of_all_changes_nothing(task: Path) -> None:
+def test_budget_of_one_changes_nothing(task: Path) -> None:
     report = _prune(task, macs=1.0)
     assert report.plan.keep.all()
     before, after = (constants(onnx.load(task / name)) for name in ("model.onnx", "out.onnx"))
@@ -235,13 +235,13 @@ def test_excluded_weights_keep_their_shape(task: Path) -> None:
     assert held["w2"].shape[0] < 32
 
 
-def test_alignment_reaches_the_file(task: Path) -> None:
+def test_written_widths_are_aligned(task: Path) -> None:
     _prune(task, align=8)
     held = constants(onnx.load(task / "out.onnx"))
     assert [held[w].shape[0] % 8 for w in ("w1", "w2", "w3", "w4")] == [0, 0, 0, 0]
 
 
-def test_without_data_scores_by_weights_alone(task: Path) -> None:
+def test_without_data_scores_use_weights_only(task: Path) -> None:
     chosen = settings(macs=0.5, importance="l2", refit="none")
     report = prune(task / "model.onnx", None, task / "out.onnx", chosen)
     assert report.verification.masked_equivalence is not None
@@ -250,7 +250,7 @@ def test_without_data_scores_by_weights_alone(task: Path) -> None:
     assert report.verification.accuracy_after is None
 
 
-def test_evaluation_data_of_its_own(task: Path) -> None:
+def test_separate_evaluation_data_is_used(task: Path) -> None:
     rng = np.random.default_rng(5)
     held = {"image": rng.standard_normal((9, 3, 8, 8)).astype(np.float32)}
     report = prune(task / "model.onnx", task / "data.npz", None, settings(macs=0.5), eval_data=held)
@@ -258,14 +258,14 @@ def test_evaluation_data_of_its_own(task: Path) -> None:
     assert report.verification.accuracy_before is None
 
 
-def test_a_fifth_is_held_out_where_there_is_no_evaluation_data(task: Path) -> None:
+def test_fifth_of_samples_is_held_out_without_evaluation_data(task: Path) -> None:
     rng = np.random.default_rng(5)
     arrays = {"image": rng.standard_normal((50, 3, 8, 8)).astype(np.float32)}
     report = prune(task / "model.onnx", arrays, None, settings(macs=0.5))
     assert report.verification.samples == 10
 
 
-def test_progress_names_its_stages(task: Path) -> None:
+def test_progress_names_each_stage(task: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     prune(
         task / "model.onnx",
@@ -278,7 +278,7 @@ def test_progress_names_its_stages(task: Path) -> None:
     assert all(0 < done <= total for _, done, total in seen)
 
 
-def test_a_fixed_batch_stays_fixed(tmp_path: Path) -> None:
+def test_fixed_batch_stays_fixed(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(
         build(NETS["mlp"].replace("N,", "4,")).SerializeToString()
     )
@@ -337,7 +337,7 @@ CORRUPTIONS = {
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_corrupted_cut_is_never_written(
+def test_corrupted_cut_is_never_written(
     task: Path, monkeypatch: pytest.MonkeyPatch, kind: str, exists: bool
 ) -> None:
     cut, part = CORRUPTIONS[kind]
@@ -353,7 +353,9 @@ def test_a_corrupted_cut_is_never_written(
     _untouched(task, *(["out.onnx"] if exists else []))
 
 
-def test_a_lost_batch_axis_is_never_written(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_without_batch_axis_is_never_written(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     genuine = rewrite.cut
 
     def cut(*arguments: object) -> ModelProto:
@@ -376,7 +378,9 @@ def test_a_lost_batch_axis_is_never_written(task: Path, monkeypatch: pytest.Monk
     _untouched(task)
 
 
-def test_slower_than_the_original_is_refused(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_slower_than_the_original_is_refused(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
     with pytest.raises(GateFailed, match="measured slower than the original"):
         _prune(task)
@@ -385,7 +389,7 @@ def test_slower_than_the_original_is_refused(task: Path, monkeypatch: pytest.Mon
     _untouched(task, "out.onnx")
 
 
-def test_where_nodes_are_added_a_slower_model_names_the_cut(
+def test_slower_model_error_names_the_cut_that_added_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A normalisation has to see the zeros of what went; without its stream nothing has to be put back."""
@@ -410,7 +414,7 @@ def test_where_nodes_are_added_a_slower_model_names_the_cut(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_budget_that_cannot_be_met(task: Path, exists: bool) -> None:
+def test_unreachable_budget_raises_budget_not_met(task: Path, exists: bool) -> None:
     if exists:
         (task / "out.onnx").write_bytes(b"what was there before")
     with pytest.raises(BudgetNotMet, match="the `macs` budget cannot be met") as caught:
@@ -421,7 +425,7 @@ def test_a_budget_that_cannot_be_met(task: Path, exists: bool) -> None:
     _untouched(task, *(["out.onnx"] if exists else []))
 
 
-def test_a_model_in_which_nothing_can_go(tmp_path: Path) -> None:
+def test_model_without_removable_units_is_refused(tmp_path: Path) -> None:
     text = "(float[N,5] x) => (float[N,3] y) <float[5,3] w> { y = MatMul(x, w) }"
     (tmp_path / "model.onnx").write_bytes(build(text).SerializeToString())
     with pytest.raises(BudgetNotMet, match=r"no channel of .* can be removed, for example because"):
@@ -434,7 +438,7 @@ def test_a_model_in_which_nothing_can_go(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_everything_excluded(task: Path) -> None:
+def test_excluding_every_group_is_refused(task: Path) -> None:
     with pytest.raises(BudgetNotMet, match=r"`exclude='w\*'` keeps it"):
         _prune(task, exclude=("w*",))
     _untouched(task)
@@ -443,7 +447,7 @@ def test_everything_excluded(task: Path) -> None:
 # --------------------------------------------------------------------------------------------------- settings, data
 
 
-def test_settings_that_say_nothing(task: Path) -> None:
+def test_missing_budget_and_unknown_choices_are_refused(task: Path) -> None:
     with pytest.raises(SettingsError, match="nothing says how much to keep"):
         _prune(task, macs=None)
     with pytest.raises(SettingsError, match="'magic' is unknown; choose one of"):
@@ -460,7 +464,7 @@ def test_settings_that_say_nothing(task: Path) -> None:
         ({"importance": "l2", "refit": "bias"}, "`refit=bias`"),
     ],
 )
-def test_data_is_asked_for_where_it_is_needed(
+def test_missing_calibration_data_is_refused_where_needed(
     task: Path, chosen: dict[str, object], part: str
 ) -> None:
     with pytest.raises(DataError, match=f"{part} needs calibration data"):
@@ -481,7 +485,7 @@ def test_data_is_asked_for_where_it_is_needed(
         ("sub/../model.onnx", "would overwrite the input"),
     ],
 )
-def test_outputs_that_cannot_be(task: Path, name: str, part: str) -> None:
+def test_unusable_output_paths_are_refused(task: Path, name: str, part: str) -> None:
     (task / "folder").mkdir()
     (task / "sub").mkdir()
     before = {p.name: p.read_bytes() for p in task.iterdir() if p.is_file()}
@@ -509,7 +513,7 @@ def test_output_may_not_overwrite_the_weights_of_the_input(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_a_write_that_fails_leaves_the_old_file(
+def test_failed_write_keeps_the_old_file(
     task: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     (task / "out.onnx").write_bytes(b"what was there before")
@@ -525,7 +529,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     _untouched(task, "out.onnx")
 
 
-def test_large_models_keep_their_weights_beside_them(
+def test_large_models_store_weights_as_external_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 1000)
@@ -555,7 +559,7 @@ def test_compare_two_files(task: Path) -> None:
     assert (same.output_relative_error, same.agreement) == (0, 1)
 
 
-def test_compare_files_that_do_not_belong_together(task: Path) -> None:
+def test_comparing_unrelated_files_is_refused(task: Path) -> None:
     (task / "other.onnx").write_bytes(build(TEXT.replace("image", "picture")).SerializeToString())
     with pytest.raises(GateFailed, match="different inputs: image against picture"):
         compare(task / "model.onnx", task / "other.onnx", task / "data.npz", settings())
@@ -564,7 +568,7 @@ def test_compare_files_that_do_not_belong_together(task: Path) -> None:
         compare(task / "model.onnx", task / "other.onnx", task / "data.npz", settings())
 
 
-def test_a_pruned_file_can_be_pruned_again(task: Path) -> None:
+def test_pruned_file_can_be_pruned_again(task: Path) -> None:
     first = _prune(task)
     again = prune(task / "out.onnx", task / "data.npz", task / "twice.onnx", settings(macs=0.5))
     assert 0.23 <= again.after.macs / first.before.macs <= 0.25

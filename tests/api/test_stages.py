@@ -83,7 +83,7 @@ def test_prune_is_score_plan_and_apply(task: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [{"latency": 0.9}])
-def test_a_latency_plan_is_carried_out(
+def test_latency_plan_is_applied(
     task: Path, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnx_oamip.planning.search.latency_ratio", lambda *_, **__: 0.88)
@@ -95,7 +95,7 @@ def test_a_latency_plan_is_carried_out(
     assert report.budget.latency == 0.9
 
 
-def test_a_plan_is_the_same_every_time_and_readable(task: Path) -> None:
+def test_plan_file_is_reproducible_and_readable(task: Path) -> None:
     texts = []
     for _ in range(2):
         make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
@@ -116,7 +116,7 @@ def test_a_plan_is_the_same_every_time_and_readable(task: Path) -> None:
         )
 
 
-def test_a_plan_edited_by_hand_is_honoured(task: Path) -> None:
+def test_plan_edited_by_hand_is_applied(task: Path) -> None:
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     content = json.loads((task / "p.json").read_text())
     group = next(g for g in content["groups"] if g["name"] == "w2")
@@ -169,7 +169,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_plan_that_is_wrong_is_refused_by_line_and_rule(task: Path, name: str) -> None:
+def test_invalid_plan_is_refused_with_line_and_rule(task: Path, name: str) -> None:
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     change, key, rule = BROKEN[name]
     _edit(task / "p.json", change)
@@ -189,7 +189,7 @@ def test_a_plan_that_is_wrong_is_refused_by_line_and_rule(task: Path, name: str)
     assert not (task / "b.onnx").exists()
 
 
-def test_a_plan_file_that_is_no_plan(task: Path) -> None:
+def test_file_that_is_not_a_plan_is_refused(task: Path) -> None:
     bad = {
         "text": ("not json", "no valid JSON, line 1"),
         "cut": ('{\n "kind": "onnx-oamip plan",\n', "no valid JSON, line 3"),
@@ -213,7 +213,7 @@ def test_a_plan_file_that_is_no_plan(task: Path) -> None:
 # ------------------------------------------------------------------------------------------------- another model
 
 
-def test_a_plan_goes_over_to_a_model_of_the_same_names(task: Path) -> None:
+def test_plan_applies_to_a_model_with_the_same_names(task: Path) -> None:
     found = make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked(refit="none"))
     (task / "other.onnx").write_bytes(build(TEXT, seed=7).SerializeToString())
     report = apply(task / "other.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
@@ -221,7 +221,7 @@ def test_a_plan_goes_over_to_a_model_of_the_same_names(task: Path) -> None:
     assert any("matched by name" in note for note in report.notes)
 
 
-def test_a_plan_goes_over_to_the_same_graph_under_other_names(task: Path) -> None:
+def test_plan_applies_to_the_same_graph_with_other_names(task: Path) -> None:
     found = make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked(refit="none"))
     renamed = TEXT
     for i, name in enumerate(("w1", "b1", "w2", "b2", "w3", "w4", "b4", "w5")):
@@ -232,7 +232,7 @@ def test_a_plan_goes_over_to_the_same_graph_under_other_names(task: Path) -> Non
     assert any("order of the same graph" in note for note in report.notes)
 
 
-def test_a_plan_for_something_else_is_refused(task: Path) -> None:
+def test_plan_for_another_model_is_refused(task: Path) -> None:
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     wider = TEXT.replace(
         "float[16, 12, 3, 3] w2, float[16] b2, float[12, 16, 3, 3] w3",
@@ -246,7 +246,7 @@ def test_a_plan_for_something_else_is_refused(task: Path) -> None:
         apply(task / "other.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
 
 
-def test_groups_that_a_plan_leaves_out_stay_whole(task: Path) -> None:
+def test_groups_missing_from_a_plan_keep_all_units(task: Path) -> None:
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     _edit(task / "p.json", lambda c: c.update(groups=[g for g in c["groups"] if g["name"] != "w2"]))
     report = apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
@@ -257,7 +257,7 @@ def test_groups_that_a_plan_leaves_out_stay_whole(task: Path) -> None:
         apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "c.onnx")
 
 
-def test_apply_has_gates_too(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_apply_runs_the_gates(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
     with pytest.raises(GateFailed, match="slower"):
@@ -284,7 +284,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["default", "bias", "oamip", "exclude"])
-def test_the_cache_changes_no_byte(task: Path, folder: Path, name: str) -> None:
+def test_cached_run_is_byte_identical(task: Path, folder: Path, name: str) -> None:
     values = CHOICES[name]
     bare = prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(**values))
     first = prune(
@@ -306,7 +306,7 @@ def test_the_cache_changes_no_byte(task: Path, folder: Path, name: str) -> None:
     assert len(second.scores.programs) == len(first.scores.programs)
 
 
-def test_another_budget_learns_nothing_anew(
+def test_another_budget_reuses_cached_statistics(
     task: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = asked(cache=str(folder))
@@ -325,7 +325,7 @@ def test_another_budget_learns_nothing_anew(
     assert any("from the cache" in note for note in other.notes)
 
 
-def test_what_a_result_depends_on_is_found_out_anew(task: Path, folder: Path) -> None:
+def test_changed_inputs_invalidate_cache_entries(task: Path, folder: Path) -> None:
     def taken(**values: object) -> str:
         found = make_plan(
             task / "model.onnx", task / "data.npz", None, asked(cache=str(folder), **values)
@@ -347,7 +347,7 @@ def test_what_a_result_depends_on_is_found_out_anew(task: Path, folder: Path) ->
     assert "scores" not in taken()
 
 
-def test_a_broken_entry_counts_as_missing(task: Path, folder: Path) -> None:
+def test_broken_cache_entry_counts_as_missing(task: Path, folder: Path) -> None:
     kept = asked(cache=str(folder))
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", kept)
     for i, path in enumerate(sorted(folder.iterdir())):
@@ -360,7 +360,7 @@ def test_a_broken_entry_counts_as_missing(task: Path, folder: Path) -> None:
     assert (task / "a.onnx").read_bytes() == (task / "b.onnx").read_bytes()
 
 
-def test_the_cache_stays_under_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_stays_under_its_size_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "LIMIT", 40_000)
     monkeypatch.setattr(cache, "LARGEST", 20_000)
     store = cache.open_store(str(folder))
@@ -378,7 +378,9 @@ def test_the_cache_stays_under_its_limit(folder: Path, monkeypatch: pytest.Monke
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 40_000
 
 
-def test_where_the_cache_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_the_environment(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ONNX_OAMIP_CACHE", str(folder))
     assert cache.open_store("auto").folder == folder
     assert cache.open_store("off").folder is None
@@ -392,7 +394,7 @@ def test_where_the_cache_is(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         cache.open_store(str(tmp_path / "file"))
 
 
-def test_a_shipped_model_goes_through_the_stages(tmp_path: Path) -> None:
+def test_shipped_model_passes_all_stages(tmp_path: Path) -> None:
     model, data = MODELS / "lenet5-mnist.onnx", MODELS / "mnist.npz"
     prune(model, data, tmp_path / "a.onnx", asked(macs=0.4))
     make_plan(model, data, tmp_path / "p.json", asked(macs=0.4))
@@ -404,7 +406,7 @@ def test_a_shipped_model_goes_through_the_stages(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- strict
 
 
-def test_strict_is_content_with_what_inputs_and_outputs_hold(task: Path) -> None:
+def test_strict_accepts_axes_pinned_by_graph_inputs_and_outputs(task: Path) -> None:
     """The first layer's inputs and the last one's outputs stay in every model."""
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(strict=True))
     for name in ("resnet20-fashion", "vgg-fashion", "mobilenet-fashion", "vit-fashion"):
@@ -412,7 +414,7 @@ def test_strict_is_content_with_what_inputs_and_outputs_hold(task: Path) -> None
         assert all(p.given for p in couple(model).pinned), name
 
 
-def test_strict_refuses_layers_that_stay(task: Path) -> None:
+def test_strict_refuses_layers_that_cannot_be_pruned(task: Path) -> None:
     """A sum over an axis that nobody can follow keeps the channels of the layers around."""
     proto = build(
         TEXT.replace("d = Conv(s, w5)", "q = CumSum(s, at)\n    d = Conv(q, w5)").replace(

@@ -55,7 +55,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_cut_weights_are_those_of_the_pruned_model(resnet: Path) -> None:
+def test_keep_map_cuts_weights_to_those_of_the_pruned_model(resnet: Path) -> None:
     found = keep_maps.cut(
         resnet / "k.safetensors", resnet / "s.safetensors", resnet / "t.safetensors"
     )
@@ -67,7 +67,7 @@ def test_cut_weights_are_those_of_the_pruned_model(resnet: Path) -> None:
         np.testing.assert_array_equal(value, pruned[name], err_msg=name)
 
 
-def test_a_keep_map_lists_indices_by_tensor_and_axis(resnet: Path) -> None:
+def test_keep_map_lists_indices_by_tensor_and_axis(resnet: Path) -> None:
     arrays = load_file(resnet / "k.safetensors")
     original, pruned = (
         models.load(p).constants for p in (MODELS / "resnet20-fashion.onnx", resnet / "out.onnx")
@@ -118,7 +118,7 @@ def test_apply_writes_the_same_keep_map(tmp_path: Path) -> None:
         prune(tmp_path / "m.onnx", None, tmp_path / "c.onnx", asked(), keep_map=tmp_path / "m.onnx")
 
 
-def test_files_that_do_not_fit(
+def test_keep_map_of_unrelated_files_is_refused(
     resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep, state = resnet / "k.safetensors", resnet / "s.safetensors"
@@ -153,7 +153,7 @@ def test_files_that_do_not_fit(
     assert "--state-dict itself" in capsys.readouterr().err
 
 
-def test_the_command_shows_every_tensor(
+def test_checkpoint_command_lists_every_tensor(
     resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "t.safetensors"
@@ -173,7 +173,7 @@ def test_the_command_shows_every_tensor(
     assert "conv1.weight" in capsys.readouterr().out
 
 
-def test_torch_computes_what_the_pruned_model_does(resnet: Path) -> None:
+def test_checkpoint_cut_by_the_keep_map_computes_the_same_in_torch(resnet: Path) -> None:
     """The network of tools/train_models.py with cut weights against the model before refit."""
     torch = pytest.importorskip("torch", reason="needs torch")
     import sys
@@ -202,7 +202,7 @@ def test_torch_computes_what_the_pruned_model_does(resnet: Path) -> None:
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_nothing_is_listed_for_a_model_that_stays_whole() -> None:
+def test_keep_map_of_an_unpruned_model_is_empty() -> None:
     model = models.load(MODELS / "lenet300-mnist.onnx")
     coupling = couple(model)
     everything = np.ones(coupling.n_units, bool)

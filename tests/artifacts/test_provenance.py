@@ -64,7 +64,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_model_says_where_it_comes_from(task: Path) -> None:
+def test_written_model_records_its_provenance(task: Path) -> None:
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked())
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     groups = json.loads((task / "p.json").read_text())["groups"]
@@ -83,7 +83,7 @@ def test_a_model_says_where_it_comes_from(task: Path) -> None:
     assert entry(task / "c.onnx")["plan_sha256"] != found["plan_sha256"]
 
 
-def test_pruning_a_pruned_model_keeps_the_chain(task: Path) -> None:
+def test_provenance_of_a_twice_pruned_model_is_a_chain(task: Path) -> None:
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked(macs=0.7, iterations=2))
     prune(task / "a.onnx", task / "data.npz", task / "b.onnx", asked(macs=0.7))
     first, second = entry(task / "a.onnx"), entry(task / "b.onnx")
@@ -92,7 +92,7 @@ def test_pruning_a_pruned_model_keeps_the_chain(task: Path) -> None:
     assert second["source_sha256"] == sha256(task / "a.onnx")
 
 
-def test_connections_say_it_too(task: Path) -> None:
+def test_connection_pruning_records_provenance(task: Path) -> None:
     settings = asked(macs=None, params=0.6, granularity="connection", importance="nnrelief")
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", settings)
     assert entry(task / "a.onnx")["source_sha256"] == sha256(task / "model.onnx")
@@ -105,7 +105,7 @@ def test_connections_say_it_too(task: Path) -> None:
     assert entry(task / "a.onnx")["plan_sha256"] != entry(task / "b.onnx")["plan_sha256"]
 
 
-def test_the_entry_can_be_left_out_and_changes_nothing_else(task: Path) -> None:
+def test_provenance_can_be_left_out_without_other_changes(task: Path) -> None:
     common = [
         "--data",
         str(task / "data.npz"),
@@ -128,7 +128,7 @@ def test_the_entry_can_be_left_out_and_changes_nothing_else(task: Path) -> None:
     assert [p.key for p in proto.metadata_props] == ["author"]
 
 
-def test_verify_and_pack_keep_it(task: Path) -> None:
+def test_verify_and_pack_keep_the_provenance(task: Path) -> None:
     prune(task / "model.onnx", task / "data.npz", task / "a.onnx", asked())
     compare(task / "model.onnx", task / "a.onnx", task / "data.npz", asked())
     pack(task / "a.onnx", task / "a.oamip", lossless=True)
@@ -137,7 +137,7 @@ def test_verify_and_pack_keep_it(task: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["no JSON", "[1]", "[" * 100_000])
-def test_an_entry_of_somebody_else_is_no_parent(value: str) -> None:
+def test_foreign_metadata_entry_is_no_parent(value: str) -> None:
     proto = onnx.ModelProto()
     proto.metadata_props.add(key=provenance.KEY, value=value)
     provenance.sign(proto, "a", "b")
@@ -148,7 +148,7 @@ def test_an_entry_of_somebody_else_is_no_parent(value: str) -> None:
     }
 
 
-def test_nothing_asks_the_network(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_command_opens_a_network_connection(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a socket was asked for")
 

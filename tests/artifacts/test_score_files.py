@@ -62,7 +62,7 @@ def _arrays(path: Path) -> dict[str, Array]:
         return {name: file[name] for name in file.files}
 
 
-def test_scores_come_back_as_they_were(scored: tuple[Path, Model, Coupling, Scores]) -> None:
+def test_scores_survive_a_round_trip(scored: tuple[Path, Model, Coupling, Scores]) -> None:
     path, model, coupling, scores = scored
     found = load_scores(path, model, coupling)
     np.testing.assert_array_equal(found.values, scores.values)
@@ -70,7 +70,7 @@ def test_scores_come_back_as_they_were(scored: tuple[Path, Model, Coupling, Scor
     assert found.programs == ({**PROGRAM, "rows": 7},)
 
 
-def test_a_person_finds_every_unit(scored: tuple[Path, Model, Coupling, Scores]) -> None:
+def test_score_file_names_every_unit(scored: tuple[Path, Model, Coupling, Scores]) -> None:
     path, model, coupling, scores = scored
     file = _arrays(path)
     assert int(file["schema_version"]) == 1
@@ -89,13 +89,13 @@ def test_a_person_finds_every_unit(scored: tuple[Path, Model, Coupling, Scores])
         assert coupling.axes[first["tensor"], first["axis"]][file["unit_index"][unit]] == unit
 
 
-def test_the_same_scores_give_the_same_bytes(scored: tuple[Path, Model, Coupling, Scores]) -> None:
+def test_same_scores_give_the_same_bytes(scored: tuple[Path, Model, Coupling, Scores]) -> None:
     path, model, coupling, scores = scored
     again = save_scores(path.with_name("again.npz"), model, coupling, scores, {"seed": 3})
     assert again == path.read_bytes() == path.with_name("again.npz").read_bytes()
 
 
-def test_groups_may_be_excluded_later_but_not_come_back(tmp_path: Path) -> None:
+def test_groups_can_be_excluded_after_scoring_but_not_added(tmp_path: Path) -> None:
     model = load(build(RESIDUAL), tmp_path)
     whole = couple(model)
     fewer = exclude(model, whole, ["w1"])
@@ -171,7 +171,7 @@ MISTAKES: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_does_not_fit_is_refused(
+def test_scores_that_do_not_fit_the_model_are_refused(
     scored: tuple[Path, Model, Coupling, Scores], mistake: str
 ) -> None:
     path, model, coupling, _ = scored
@@ -214,7 +214,7 @@ def _npy() -> bytes:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_file_of_scores_is_refused(
+def test_file_that_is_not_a_score_file_is_refused(
     scored: tuple[Path, Model, Coupling, Scores], name: str
 ) -> None:
     path, model, coupling, _ = scored
@@ -224,7 +224,7 @@ def test_what_is_no_file_of_scores_is_refused(
         load_scores(path, model, coupling)
 
 
-def test_any_damage_is_found_or_harmless(tmp_path: Path) -> None:
+def test_any_damage_is_detected_or_harmless(tmp_path: Path) -> None:
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
     values = np.random.default_rng(0).random(coupling.n_units)
@@ -244,7 +244,7 @@ def test_any_damage_is_found_or_harmless(tmp_path: Path) -> None:
     holds()
 
 
-def test_scores_that_are_not_finite_are_not_written(
+def test_non_finite_scores_are_not_written(
     scored: tuple[Path, Model, Coupling, Scores],
 ) -> None:
     path, model, coupling, scores = scored
@@ -260,7 +260,7 @@ def test_scores_that_are_not_finite_are_not_written(
     assert path.read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_the_old_file(
+def test_failed_write_keeps_the_old_file(
     scored: tuple[Path, Model, Coupling, Scores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, model, coupling, scores = scored
@@ -277,7 +277,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are as POSIX has them")
-def test_others_may_read_it_as_they_may_any_file(
+def test_score_file_has_the_default_permissions(
     scored: tuple[Path, Model, Coupling, Scores],
 ) -> None:
     path = scored[0]
@@ -305,7 +305,7 @@ def _settings(**values: object) -> Settings:
 
 
 @pytest.mark.parametrize("name", names())
-def test_pruning_by_a_file_of_scores_is_pruning_by_the_scores(task: Path, name: str) -> None:
+def test_pruning_by_a_score_file_equals_pruning_by_its_scores(task: Path, name: str) -> None:
     model, source = task / "model.onnx", task / "data.npz"
     found = score(model, source, task / "s.npz", _settings(importance=name))
     assert found.output == str(task / "s.npz")
@@ -324,7 +324,7 @@ def test_pruning_by_a_file_of_scores_is_pruning_by_the_scores(task: Path, name: 
     assert at_once.settings["scores"] is None
 
 
-def test_the_program_takes_scores_from_a_file_too(task: Path) -> None:
+def test_budget_program_accepts_scores_from_a_file(task: Path) -> None:
     model, source = task / "model.onnx", task / "data.npz"
     score(model, source, task / "s.npz", _settings(importance="l1"))
     asked = {"macs": 0.5, "allocate": "mip", "workers": 1}
@@ -333,7 +333,7 @@ def test_the_program_takes_scores_from_a_file_too(task: Path) -> None:
     assert by_file.output_sha256 == at_once.output_sha256
 
 
-def test_with_scores_data_is_needed_by_the_rest_only(task: Path) -> None:
+def test_with_scores_only_the_later_stages_need_data(task: Path) -> None:
     model, source = task / "model.onnx", task / "data.npz"
     score(model, source, task / "s.npz", _settings(importance="activation"))
     prune(model, None, task / "a.onnx", _settings(macs=0.5, refit="none"), scores=task / "s.npz")
@@ -343,7 +343,7 @@ def test_with_scores_data_is_needed_by_the_rest_only(task: Path) -> None:
         prune(model, None, task / "s.npz", _settings(macs=0.5, refit="none"), scores=task / "s.npz")
 
 
-def test_scoring_asks_for_data_where_the_method_does(task: Path) -> None:
+def test_scoring_requires_data_if_the_method_does(task: Path) -> None:
     with pytest.raises(DataError, match=r"`importance=obs` needs calibration data; give `data`\.$"):
         score(task / "model.onnx", None, task / "s.npz", _settings())
     with pytest.raises(OutputError, match="overwrite"):
@@ -353,7 +353,7 @@ def test_scoring_asks_for_data_where_the_method_does(task: Path) -> None:
     assert found.settings["samples"] == 0
 
 
-def test_scores_by_constants_that_are_folded_need_data(
+def test_scores_of_folded_constants_require_data(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeping = {"l1": replace(find("l1"), keeps_bias=True)}

@@ -145,13 +145,13 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     assert all(re.search(rf"^  {c}  ", found.stdout, re.MULTILINE) for c in COMMANDS)
 
 
-def test_no_command_shows_help_and_is_an_error(run: Run) -> None:
+def test_missing_command_shows_help_and_exits_2(run: Run) -> None:
     result = run()
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("Usage:")
 
 
-def test_runs_as_a_module() -> None:
+def test_package_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "onnx_oamip", "--version"]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert re.fullmatch(r"onnx-oamip, version \d+\.\d+\.\d+\n", found.stdout)
@@ -382,7 +382,7 @@ def test_verify_document(run: Run, place: Path) -> None:
     assert (same["output_relative_error"], same["agreement"]) == (0, 1)
 
 
-def test_verify_of_unlike_models_is_a_failed_gate(run: Run, place: Path) -> None:
+def test_verify_of_models_with_other_outputs_exits_1(run: Run, place: Path) -> None:
     other = onnx.load("model.onnx")
     other.graph.output[0].name = other.graph.node[-1].output[0] = "elsewhere"
     onnx.save_model(other, "other.onnx")
@@ -482,7 +482,7 @@ BENCH_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", BENCH_MISTAKES)
-def test_a_mistake_of_bench_is_one_sentence(run: Run, place: Path, mistake: str) -> None:
+def test_bench_usage_error_is_one_sentence(run: Run, place: Path, mistake: str) -> None:
     renamed = onnx.load("model.onnx")
     renamed.graph.input[0].name = renamed.graph.node[0].input[0] = "image"
     onnx.save_model(renamed, "renamed.onnx")
@@ -527,7 +527,7 @@ def test_ops_document(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------- tables
 
 
-def test_tables_fit_80_columns_and_say_what_the_documents_say(
+def test_tables_fit_80_columns_and_agree_with_the_documents(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -579,7 +579,7 @@ def test_names_with_brackets_are_not_markup(run: Run, place: Path) -> None:
     assert "[red]w[/nope]" in result.out
 
 
-def test_plain_output_where_the_terminal_knows_no_blocks(place: Path) -> None:
+def test_output_is_plain_on_terminals_without_block_characters(place: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "onnx_oamip", *PRUNE],
         env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
@@ -722,7 +722,7 @@ def test_scores_from_a_file(run: Run, place: Path) -> None:
     assert by_file["settings"]["scores"] == "s.npz"
 
 
-def test_max_drop_alone(run: Run, place: Path) -> None:
+def test_max_drop_alone_is_a_budget(run: Run, place: Path) -> None:
     """Random labels: what counts is that the promise holds on the samples that were measured."""
     verification = run(*BASE, "--json", "--align", 1, "--max-drop", 10).document["verification"]
     assert verification["accuracy_after"] >= verification["accuracy_before"] - 0.1
@@ -736,7 +736,7 @@ def test_every_setting_has_an_option_with_the_same_choices() -> None:
             assert set(options[name].type.choices) == set(get_args(field.annotation))
 
 
-def test_weight_scores_need_no_data(run: Run, place: Path) -> None:
+def test_weight_scores_require_no_data(run: Run, place: Path) -> None:
     choices = (
         "--importance",
         "l1",
@@ -754,7 +754,7 @@ def test_weight_scores_need_no_data(run: Run, place: Path) -> None:
     assert verification["agreement"] is None
 
 
-def test_threshold_alone(run: Run, place: Path) -> None:
+def test_threshold_alone_is_a_budget(run: Run, place: Path) -> None:
     choices = ("--importance", "activation", "--allocate", "uniform", "--align", 1, "--json")
     scores = run(*PRUNE, *choices).document["groups"][0]["score"]
     arguments = (*BASE, *choices, "--threshold")
@@ -762,7 +762,7 @@ def test_threshold_alone(run: Run, place: Path) -> None:
     assert 0 < run(*arguments, scores["mean"]).document["groups"][0]["kept"] < 16
 
 
-def test_evaluation_data(run: Run, place: Path) -> None:
+def test_evaluation_option_replaces_held_out_samples(run: Run, place: Path) -> None:
     assert run(*PRUNE, "--json").document["verification"]["samples"] == 8
     np.savez("held.npz", input=samples(12), labels=np.zeros(12, np.int64))
     assert (
@@ -873,7 +873,9 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence_and_writes_nothing(run: Run, place: Path, mistake: str) -> None:
+def test_prune_usage_error_is_one_sentence_and_writes_nothing(
+    run: Run, place: Path, mistake: str
+) -> None:
     make, options, word = MISTAKES[mistake]
     make()
     before = contents(place)
@@ -907,7 +909,7 @@ SCORES_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = 
 
 
 @pytest.mark.parametrize("mistake", SCORES_MISTAKES)
-def test_a_mistake_about_scores_is_one_sentence_and_writes_nothing(
+def test_scores_usage_error_is_one_sentence_and_writes_nothing(
     run: Run, place: Path, mistake: str
 ) -> None:
     make, options, word = SCORES_MISTAKES[mistake]
@@ -935,7 +937,7 @@ SCORE_MISTAKES: dict[str, tuple[Callable[[], object], tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("mistake", SCORE_MISTAKES)
-def test_a_mistake_of_score_is_one_sentence_and_writes_nothing(
+def test_score_usage_error_is_one_sentence_and_writes_nothing(
     run: Run, place: Path, mistake: str
 ) -> None:
     make, options, word = SCORE_MISTAKES[mistake]
@@ -948,7 +950,7 @@ def test_a_mistake_of_score_is_one_sentence_and_writes_nothing(
     assert contents(place) == before
 
 
-def test_score_without_data_or_output_says_what_to_give(run: Run, place: Path) -> None:
+def test_score_without_data_or_output_names_the_missing_option(run: Run, place: Path) -> None:
     for arguments, word in ((("-o", "s.npz"), "--data"), (("--data", "data.npz"), "--output")):
         result = run("score", "model.onnx", *arguments)
         assert (result.code, result.out) == (2, "")
@@ -961,7 +963,7 @@ def test_score_without_data_or_output_says_what_to_give(run: Run, place: Path) -
     assert not (place / "s.npz").exists()
 
 
-def test_a_run_without_a_budget_or_without_data_says_what_to_give(run: Run, place: Path) -> None:
+def test_prune_without_budget_or_data_names_the_missing_option(run: Run, place: Path) -> None:
     for arguments, word in (
         (("prune", "model.onnx", "--data", "data.npz", "-o", "out.onnx"), "--macs"),
         (("prune", "model.onnx", "--macs", "0.5", "-o", "out.onnx"), "--data"),
@@ -996,7 +998,7 @@ def test_a_run_without_a_budget_or_without_data_says_what_to_give(run: Run, plac
     assert not (place / "out.onnx").exists()
 
 
-def test_cuda_without_cuda(run: Run, place: Path) -> None:
+def test_cuda_device_without_cuda_is_refused(run: Run, place: Path) -> None:
     from onnx_oamip.graph.runtime import resolve_device
 
     try:
@@ -1011,7 +1013,7 @@ def test_cuda_without_cuda(run: Run, place: Path) -> None:
     assert not (place / "out.onnx").exists()
 
 
-def test_no_runtime_says_what_to_install(
+def test_missing_runtime_error_names_the_package_to_install(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
@@ -1021,7 +1023,7 @@ def test_no_runtime_says_what_to_install(
     assert "onnx-oamip[cpu]" in result.err
 
 
-def test_a_budget_out_of_reach_exits_1_and_names_it(run: Run, place: Path) -> None:
+def test_unreachable_budget_exits_1_and_is_named(run: Run, place: Path) -> None:
     result = run(*PRUNE, "--json", "--macs", "0.01")
     assert (result.code, result.out) == (1, "")
     one_sentence(result)
@@ -1029,7 +1031,7 @@ def test_a_budget_out_of_reach_exits_1_and_names_it(run: Run, place: Path) -> No
     assert not (place / "out.onnx").exists()
 
 
-def test_an_old_output_survives_a_failure(run: Run, place: Path) -> None:
+def test_old_output_survives_a_failure(run: Run, place: Path) -> None:
     (place / "out.onnx").write_bytes(b"old")
     assert run(*PRUNE, "--macs", "0.01").code == 1
     assert (place / "out.onnx").read_bytes() == b"old"

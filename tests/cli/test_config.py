@@ -49,7 +49,7 @@ def _settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Settings:
     return seen[0]
 
 
-def test_flag_over_file_over_default(
+def test_option_overrides_file_overrides_default(
     file: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = file('macs = "50%"\nseed = 3\nexclude = ["a*", "b"]\nforce = true\nimportance = "l2"\n')
@@ -69,13 +69,13 @@ def test_flag_over_file_over_default(
     assert with_list.exclude == ("z",)
 
 
-def test_every_command_takes_what_it_has(file: Callable[[str], str]) -> None:
+def test_every_command_reads_its_own_settings_from_the_file(file: Callable[[str], str]) -> None:
     path = file('macs = 0.5\nallocate = "global"\nseed = 9\n')
     assert _shown("--config", path, "--of", "score")["seed"] == {"value": 9, "source": "file"}
     assert "macs" not in _shown("--config", path, "--of", "score")
 
 
-def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
+def test_command_line_defaults_equal_settings_defaults() -> None:
     rows = _shown()
     for name, value in Settings().model_dump(mode="json").items():
         shown = rows[name.replace("_", "-")]
@@ -83,7 +83,7 @@ def test_defaults_of_the_command_line_are_those_of_the_settings() -> None:
         assert shown["value"] == value, name
 
 
-def test_what_is_shown_is_a_file_that_says_the_same(file: Callable[[str], str]) -> None:
+def test_shown_configuration_can_be_read_back(file: Callable[[str], str]) -> None:
     path = file('macs = 0.3\nexclude = ["x y", "q\\"uote"]\ndata = "d.npz"\nrelax = true\n')
     text = CliRunner().invoke(cli, ["config", "--config", path], catch_exceptions=False).stdout
     again = tomllib.loads(text)
@@ -95,7 +95,7 @@ def test_what_is_shown_is_a_file_that_says_the_same(file: Callable[[str], str]) 
     assert before == after
 
 
-def test_the_schema_has_every_setting() -> None:
+def test_schema_has_every_setting() -> None:
     result = CliRunner().invoke(cli, ["config", "--schema"], catch_exceptions=False)
     schema = json.loads(result.stdout)
     assert set(schema["properties"]) == {n.replace("_", "-") for n in Settings.model_fields}
@@ -118,7 +118,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_one_sentence(
+def test_invalid_configuration_is_one_sentence(
     file: Callable[[str], str], name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     import re
@@ -132,7 +132,9 @@ def test_what_is_wrong_is_one_sentence(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.toml"]
 
 
-def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_configuration_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["prune", "m.onnx", "-o", "o.onnx", "--config", str(tmp_path / "none.toml")]) == 2
     assert "cannot be read" in capsys.readouterr().err
     assert main(["config", "--of", "dance"]) == 2

@@ -71,7 +71,7 @@ def test_modules_below_the_command_line_name_no_options() -> None:
     assert not named, "name parameters in backticks instead: `data`, `refit=bias`"
 
 
-def test_the_modules_that_show_commands_do() -> None:
+def test_modules_listed_as_showing_commands_name_options() -> None:
     """An exception without a cause is removed from the list."""
     for module in SHOWS_COMMANDS:
         texts = [text for _, text in _texts(PACKAGE / module)]
@@ -116,7 +116,7 @@ def test_only_messages_of_a_document_are_changed() -> None:
     }
 
 
-def test_one_error_on_both_interfaces(
+def test_error_names_parameters_in_python_and_options_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

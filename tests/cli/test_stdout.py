@@ -203,7 +203,7 @@ def answers(folder: Path) -> Mapping[str, Answer]:
 # ------------------------------------------------------------------------------------------------- every command
 
 
-def test_every_command_is_run() -> None:
+def test_stdout_tests_cover_every_command() -> None:
     assert set(STEPS) == set(cli.commands)
     assert set(QUIET) >= {
         "prune",
@@ -221,7 +221,7 @@ def test_every_command_is_run() -> None:
 @pytest.mark.parametrize(
     "run", [f"{c} --json" for c in STEPS] + [f"{c} --json, highs" for c in SOLVER]
 )
-def test_json_is_all_of_stdout(answers: Mapping[str, Answer], run: str) -> None:
+def test_json_document_is_all_of_stdout(answers: Mapping[str, Answer], run: str) -> None:
     answer = answers[run]
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["schema_version"] == 1
@@ -237,7 +237,7 @@ def test_json_is_all_of_stdout(answers: Mapping[str, Answer], run: str) -> None:
 
 
 @pytest.mark.parametrize("run", [f"{c} -q" for c in QUIET] + [f"{c} -q, highs" for c in SOLVER])
-def test_quiet_prints_nothing_at_all(answers: Mapping[str, Answer], run: str) -> None:
+def test_quiet_leaves_stdout_and_stderr_empty(answers: Mapping[str, Answer], run: str) -> None:
     assert answers[run] == Answer(0, "", "")
 
 
@@ -257,7 +257,7 @@ def gurobi() -> None:
 
 
 @pytest.mark.parametrize("licence", LICENCES)
-def test_auto_takes_highs_without_a_valid_licence(
+def test_auto_solver_is_highs_without_a_valid_licence(
     answers: Mapping[str, Answer], gurobi: None, licence: str
 ) -> None:
     answer = answers[f"auto, {licence}"]
@@ -296,7 +296,7 @@ def _program(folder: Path, *arguments: str, shell: str = "") -> Answer:
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
-def test_a_fresh_process_keeps_stdout_for_the_document(folder: Path) -> None:
+def test_fresh_process_reserves_stdout_for_the_document(folder: Path) -> None:
     given = STEPS["prune"].replace("DATA", "noisy:feeds").split()
     answer = _program(folder, "prune", *given, "--json", "--solver", "highs")
     assert answer.code == 0, answer.err
@@ -313,7 +313,7 @@ def test_help_and_version_are_on_stdout(folder: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="streams are closed as a POSIX shell does")
 @pytest.mark.parametrize("shell", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_prints_do_not_reach_a_file_where_a_stream_is_closed(folder: Path, shell: str) -> None:
+def test_prints_reach_no_file_if_a_stream_is_closed(folder: Path, shell: str) -> None:
     """A file would get the number of the closed stream, and everything that is printed."""
     given = [
         "model.onnx",
@@ -336,7 +336,7 @@ def test_prints_do_not_reach_a_file_where_a_stream_is_closed(folder: Path, shell
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_document_that_cannot_be_written_is_an_error(folder: Path) -> None:
+def test_unwritable_document_is_an_error(folder: Path) -> None:
     answer = _program(folder, "ops", "--json", shell="> /dev/full")
     assert answer.code == 2
     one_sentence(answer)
@@ -346,7 +346,7 @@ def test_a_document_that_cannot_be_written_is_an_error(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------ calls from Python
 
 
-def test_a_call_from_python_keeps_prints_off_the_document(
+def test_call_from_python_keeps_prints_out_of_the_document(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "talking.py").write_text(
@@ -375,7 +375,7 @@ def test_a_call_from_python_keeps_prints_off_the_document(
     assert set(err.splitlines()) == {"NOISE of Python"}
 
 
-def test_the_document_goes_to_the_stdout_of_the_caller() -> None:
+def test_document_goes_to_the_stdout_of_the_caller() -> None:
     result = CliRunner().invoke(cli, ["ops", "--json"], catch_exceptions=False)
     assert json.loads(result.stdout)["schema_version"] == 1
     assert result.stderr == ""

@@ -125,7 +125,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("extra", PACKAGES)
-def test_a_missing_extra_is_named_before_any_work(place: Path, extra: str) -> None:
+def test_missing_extra_is_named_before_any_work(place: Path, extra: str) -> None:
     commands = [command for needed, command in NEEDS.values() if needed == extra]
     before = sorted(place.iterdir())
     for package in PACKAGES[extra]:
@@ -140,7 +140,7 @@ def test_a_missing_extra_is_named_before_any_work(place: Path, extra: str) -> No
     assert sorted(place.iterdir()) == before
 
 
-def test_everything_else_works_without_the_extras(place: Path) -> None:
+def test_core_features_work_without_the_extras(place: Path) -> None:
     data = "--data data.npz --align 1 -q"
     commands = [
         "inspect model.onnx --json",
@@ -172,7 +172,7 @@ def test_pruning_imports_no_optional_package(place: Path) -> None:
     assert not modules & {*EVERY, "yaml", "pandas"}
 
 
-def test_extras_are_declared() -> None:
+def test_every_optional_package_belongs_to_a_declared_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = project["optional-dependencies"]
     distributions = {"PIL": "pillow", "sklearn": "scikit-learn"}
@@ -190,12 +190,12 @@ def test_extras_are_declared() -> None:
     assert {*PACKAGES, "mlflow", "cluster"} == named <= set(declared)
 
 
-def test_a_broken_package_is_an_environment_to_repair() -> None:
+def test_broken_package_is_an_environment_error() -> None:
     sentence = r"^reading tables needs .* 'parquet' \(DLL load failed\); install them with"
     with pytest.raises(EnvironmentMissing, match=sentence), imports_of("parquet", "reading tables"):
         raise ImportError("DLL load failed.\nmore lines")
 
 
-def test_a_fault_of_this_package_is_not_blamed_on_an_extra() -> None:
+def test_import_error_of_this_package_is_not_blamed_on_an_extra() -> None:
     with pytest.raises(ImportError, match="cannot import name"), imports_of("report", "a page"):
         from onnx_oamip.core.printable import no_such_name  # noqa: F401

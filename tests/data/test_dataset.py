@@ -71,7 +71,7 @@ def _refused(source: object, model: Model, *parts: str, prefix: str = "") -> Non
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def test_npz_and_npy_and_arrays_say_the_same(model: Model, tmp_path: Path) -> None:
+def test_npz_npy_and_arrays_give_the_same_samples(model: Model, tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=IMAGES, labels=LABELS)
     np.savez_compressed(tmp_path / "c.npz", x=IMAGES)
     np.save(tmp_path / "d.npy", IMAGES)
@@ -85,7 +85,7 @@ def test_npz_and_npy_and_arrays_say_the_same(model: Model, tmp_path: Path) -> No
     np.testing.assert_array_equal(labels, LABELS)
 
 
-def test_sources_that_cannot_be_read(model: Model, tmp_path: Path) -> None:
+def test_unreadable_sources_are_refused(model: Model, tmp_path: Path) -> None:
     _refused(tmp_path / "none.npz", model, "none.npz: no such data file")
     _refused(str(tmp_path / "none.csv"), model, "none.csv: no such data file", "module:function")
     _refused(tmp_path, model, "is a folder")
@@ -186,11 +186,11 @@ def test_callable_may_return_a_list(model: Model, module: str) -> None:
         ("absent", "expected an importable module:function"),
     ],
 )
-def test_callables_that_do_not_work(model: Model, module: str, name: str, part: str) -> None:
+def test_invalid_callables_are_refused(model: Model, module: str, name: str, part: str) -> None:
     _refused(f"{module}:{name}", model, f"`data={module}:{name}`", part)
 
 
-def test_module_that_is_not_there(model: Model) -> None:
+def test_missing_module_is_refused(model: Model) -> None:
     _refused(
         "no_such_module_here:feeds",
         model,
@@ -269,7 +269,7 @@ def test_half_precision_values_must_be_finite(tmp_path: Path) -> None:
     _refused({"x": bad}, half, "first in sample 2")
 
 
-def test_several_inputs_count_alike(pair: Model) -> None:
+def test_inputs_with_different_sample_counts_are_refused(pair: Model) -> None:
     ids, mask = np.zeros((4, 6), np.int64), np.ones((4, 6), np.float32)
     assert _load({"ids": ids, "mask": mask}, pair).count == 4
     assert _load({"ids": ids[None], "mask": mask[None]}, pair).whole
@@ -296,7 +296,7 @@ def test_scalar_input_needs_one_value_a_feed(tmp_path: Path) -> None:
     _refused({"x": x[0], "g": np.float32(1)}, gate)
 
 
-def test_model_without_inputs(tmp_path: Path) -> None:
+def test_model_without_inputs_is_refused(tmp_path: Path) -> None:
     alone = load(
         build("() => (float[] y) <float[3] b> { n = RandomNormal<shape = [3]>()  y = Add(n, b) }"),
         tmp_path,
@@ -320,14 +320,14 @@ def test_labels_must_be_classes(model: Model, labels: Array, part: str) -> None:
     _refused({"x": IMAGES, "labels": labels}, model, part)
 
 
-def test_labels_of_whole_feeds(model: Model) -> None:
+def test_whole_feeds_keep_their_labels(model: Model) -> None:
     labels = LABELS.reshape(5, 2)
     samples = _load({"x": IMAGES.reshape(5, 2, 3, 4, 4), "labels": labels}, model)
     assert samples.labels is not None
     np.testing.assert_array_equal(samples.labels, labels)
 
 
-def test_an_input_may_be_called_labels(tmp_path: Path) -> None:
+def test_input_named_labels_is_supported(tmp_path: Path) -> None:
     model = load(
         build("(float[N,5] labels) => (float[] y) <float[5,3] w> { y = MatMul(labels, w) }"),
         tmp_path,
@@ -351,7 +351,7 @@ CODES = np.arange(10 * 48, dtype=np.int64).reshape(10, 3, 4, 4).astype(np.uint8)
     ],
     ids=["scale", "both", "offset"],
 )
-def test_codes_are_turned_into_values(
+def test_integer_codes_are_dequantised(
     model: Model, extra: Mapping[str, Array], scale: float, offset: float
 ) -> None:
     samples = _load({"x": CODES, **extra}, model)
@@ -362,7 +362,7 @@ def test_codes_are_turned_into_values(
     np.testing.assert_allclose(feed["x"], CODES[[0, 9]] * scale + offset, rtol=1e-6, atol=1e-6)
 
 
-def test_codes_have_a_scale_for_every_channel(model: Model) -> None:
+def test_scale_per_channel_is_applied_along_its_axis(model: Model) -> None:
     scale, offset = (
         np.asarray([1.0, 2.0, 4.0]).reshape(3, 1, 1),
         np.asarray([[[-1.0]], [[0.0]], [[1.0]]]),
@@ -384,7 +384,7 @@ def test_scale_must_be_numbers(model: Model, value: Array) -> None:
 @pytest.mark.parametrize(
     "value", [np.ones(2), np.ones(3), np.ones((3, 4)), np.ones((1, 1, 1, 2)), np.zeros(0)]
 )
-def test_scale_must_meet_a_sample(model: Model, value: Array) -> None:
+def test_scale_must_fit_the_sample_shape(model: Model, value: Array) -> None:
     _refused(
         {"x": CODES, "x.scale": value},
         model,
@@ -394,7 +394,7 @@ def test_scale_must_meet_a_sample(model: Model, value: Array) -> None:
 
 
 @pytest.mark.parametrize("key", ["labels", "x.scale", "x.offset"])
-def test_what_a_small_file_says_it_holds_is_not_read_before_it_fits(
+def test_declared_size_of_a_small_file_is_checked_before_reading(
     model: Model, tmp_path: Path, key: str
 ) -> None:
     """Zeros are packed a thousand times smaller than they are: a shape that is wrong is refused by the header alone."""
@@ -415,7 +415,7 @@ def test_what_a_small_file_says_it_holds_is_not_read_before_it_fits(
 # --------------------------------------------------------------------------------------------------- evaluation part
 
 
-def test_evaluation_keys_are_another_set(model: Model) -> None:
+def test_evaluation_keys_form_a_separate_set(model: Model) -> None:
     source = {
         "x": CODES,
         "labels": LABELS,
@@ -432,11 +432,11 @@ def test_evaluation_keys_are_another_set(model: Model) -> None:
     assert evaluation.scales == calibration.scales == {"x": (pytest.approx(0.1), 0.0)}
 
 
-def test_no_evaluation_part(model: Model) -> None:
+def test_file_without_evaluation_part_has_none(model: Model) -> None:
     assert dataset.load({"x": IMAGES}, model, EVALUATION) is None
 
 
-def test_evaluation_part_is_checked_too(model: Model) -> None:
+def test_evaluation_part_is_checked(model: Model) -> None:
     _refused(
         {"x": IMAGES, "eval.x": IMAGES[:, :2]}, model, "has shape (10, 2, 4, 4)", prefix=EVALUATION
     )
@@ -458,7 +458,7 @@ def test_batches_cover_every_sample_once(model: Model, size: int) -> None:
     assert samples.usable() == 10
 
 
-def test_a_fixed_batch_gets_exactly_that(fixed: Model) -> None:
+def test_fixed_batch_gets_exactly_its_size(fixed: Model) -> None:
     x = RNG.standard_normal((10, 5)).astype(np.float32)
     samples = _load({"x": x}, fixed)
     assert (samples.fixed_batch, samples.usable()) == (4, 8)
@@ -477,7 +477,7 @@ def test_bindings_come_from_the_data(pair: Model) -> None:
     assert _load({"ids": ids[None], "mask": mask[None]}, pair).bindings(pair) == {"N": 4, "T": 6}
 
 
-def test_take(model: Model) -> None:
+def test_take_selects_samples(model: Model) -> None:
     samples = _load({"x": IMAGES, "labels": LABELS}, model).take(np.asarray([5, 2]))
     assert samples.count == 2
     assert samples.labels is not None
@@ -514,7 +514,7 @@ def test_hold_out_is_a_partition(tmp_path: Path, count: int) -> None:
         assert not np.array_equal(held.arrays["x"], other.arrays["x"])
 
 
-def test_one_sample_serves_for_both(tmp_path: Path) -> None:
+def test_single_sample_is_used_for_calibration_and_evaluation(tmp_path: Path) -> None:
     model = load(
         build("(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), tmp_path
     )

@@ -69,7 +69,7 @@ def pictures(tmp_path: Path) -> tuple[Path, dict[str, Array]]:
     return tmp_path / "d", made
 
 
-def test_pixels_become_values(model: Model, pictures: tuple[Path, dict[str, Array]]) -> None:
+def test_pixels_are_scaled_to_values(model: Model, pictures: tuple[Path, dict[str, Array]]) -> None:
     folder, made = pictures
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     samples = _load(folder, model, mean=mean, std=std)
@@ -83,7 +83,7 @@ def test_pixels_become_values(model: Model, pictures: tuple[Path, dict[str, Arra
     assert dataset.load(folder, model, dataset.EVALUATION) is None
 
 
-def test_colours_and_layouts(
+def test_colour_modes_and_layouts_are_converted(
     place: Path, model: Model, pictures: tuple[Path, dict[str, Array]]
 ) -> None:
     folder, made = pictures
@@ -102,7 +102,7 @@ def test_colours_and_layouts(
     np.testing.assert_array_equal(codes[0, 0], expected)
 
 
-def test_sizes(place: Path, tmp_path: Path, model: Model) -> None:
+def test_images_are_resized_to_the_input(place: Path, tmp_path: Path, model: Model) -> None:
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 200  # only the middle is left when the sides are cut off
     _picture(tmp_path / "d" / "w.png", wide)
@@ -123,7 +123,7 @@ def test_sizes(place: Path, tmp_path: Path, model: Model) -> None:
     assert _load(tmp_path / "d", square, size=(20, 20)).labels is None
 
 
-def test_more_images_than_wanted_are_spread_over_classes(tmp_path: Path, model: Model) -> None:
+def test_surplus_images_are_sampled_evenly_over_classes(tmp_path: Path, model: Model) -> None:
     for name, count in (("few", 3), ("many", 40)):
         for i in range(count):
             _picture(tmp_path / "d" / name / f"{i:02}.png", np.full((16, 12, 3), i, np.uint8))
@@ -136,7 +136,7 @@ def test_more_images_than_wanted_are_spread_over_classes(tmp_path: Path, model: 
     assert "of 43 images" in samples.source
 
 
-def test_folders_that_do_not_fit(tmp_path: Path, place: Path, model: Model) -> None:
+def test_invalid_image_folders_are_refused(tmp_path: Path, place: Path, model: Model) -> None:
     (tmp_path / "empty").mkdir()
     _refused(tmp_path / "empty", model, "folder without images")
     _picture(tmp_path / "d" / "a.png", np.zeros((4, 4, 3), np.uint8))
@@ -159,7 +159,7 @@ def test_folders_that_do_not_fit(tmp_path: Path, place: Path, model: Model) -> N
     _refused(tmp_path / "d", two, "the model has the inputs x, z")
 
 
-def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, model: Model) -> None:
+def test_image_that_decompresses_to_gigabytes_is_refused(tmp_path: Path, model: Model) -> None:
     (tmp_path / "d").mkdir()
     Image.new("1", (40_000, 40_000)).save(tmp_path / "d" / "bomb.png")
     _refused(tmp_path / "d", model, "bomb.png cannot be read as an image")
@@ -168,7 +168,7 @@ def test_a_picture_that_unpacks_to_gigabytes_is_refused(tmp_path: Path, model: M
 # --------------------------------------------------------------------------------------------------------- parquet
 
 
-def test_columns_of_lists_and_labels(tmp_path: Path, place: Path) -> None:
+def test_list_columns_and_labels_are_read(tmp_path: Path, place: Path) -> None:
     flat = _model(place, "float[N,6] x", "float[6,3] w", "y = MatMul(x, w)")
     values = RNG.normal(size=(30, 6)).astype(np.float32)
     labels = np.arange(30) % 3
@@ -195,7 +195,7 @@ def test_columns_of_lists_and_labels(tmp_path: Path, place: Path) -> None:
     _refused(tmp_path / "f.parquet", flat, "no column 'c'", column="c")
 
 
-def test_lists_are_brought_to_the_shape_of_the_input(tmp_path: Path, model: Model) -> None:
+def test_lists_are_reshaped_to_the_input(tmp_path: Path, model: Model) -> None:
     values = RNG.normal(size=(4, 3 * 16 * 12))
     pq.write_table(pa.table({"x": list(values)}), tmp_path / "d.parquet")
     array = _load(tmp_path / "d.parquet", model).arrays["x"]
@@ -209,7 +209,7 @@ def test_lists_are_brought_to_the_shape_of_the_input(tmp_path: Path, model: Mode
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_columns_of_images(tmp_path: Path, model: Model, nested: bool) -> None:
+def test_image_columns_are_decoded(tmp_path: Path, model: Model, nested: bool) -> None:
     pixels = RNG.integers(0, 256, (3, 16, 12, 3)).astype(np.uint8)
     cells = []
     for p in pixels:
@@ -222,7 +222,7 @@ def test_columns_of_images(tmp_path: Path, model: Model, nested: bool) -> None:
     assert samples.feed(np.arange(1))["x"].max() <= 1
 
 
-def test_several_inputs_take_their_columns(tmp_path: Path, place: Path) -> None:
+def test_several_inputs_read_their_own_columns(tmp_path: Path, place: Path) -> None:
     pair = _model(
         place,
         "int64[N,4] ids, float[N,4] mask",
@@ -240,7 +240,7 @@ def test_several_inputs_take_their_columns(tmp_path: Path, place: Path) -> None:
     _refused(tmp_path / "d.parquet", pair, "has no column 'mask'")
 
 
-def test_tables_that_do_not_fit(tmp_path: Path, model: Model) -> None:
+def test_invalid_tables_are_refused(tmp_path: Path, model: Model) -> None:
     _refused(tmp_path / "none.parquet", model, "no such data file")
     (tmp_path / "d.parquet").write_bytes(b"PAR1 nonsense")
     _refused(tmp_path / "d.parquet", model, "cannot be read as Parquet")
@@ -255,7 +255,7 @@ def test_tables_that_do_not_fit(tmp_path: Path, model: Model) -> None:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def test_a_folder_of_images_prunes_a_model(
+def test_image_folder_can_be_calibration_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proto = build(

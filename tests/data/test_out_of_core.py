@@ -58,7 +58,7 @@ def _found(path: Path) -> Any:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("change", ["plain", "big-endian", "columns first", "half"])
 @pytest.mark.usefixtures("small")
-def test_rows_are_those_of_the_array(form: str, change: str, tmp_path: Path) -> None:
+def test_mapped_rows_equal_those_of_the_array(form: str, change: str, tmp_path: Path) -> None:
     value = {
         "plain": VALUES,
         "big-endian": VALUES.astype(">f4"),
@@ -89,7 +89,7 @@ def test_rows_are_those_of_the_array(form: str, change: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("small")
-def test_arrays_in_memory_are_not_copied_either() -> None:
+def test_arrays_in_memory_are_not_copied() -> None:
     picked = out_of_core.take(VALUES, np.arange(40, 0, -1))
     assert isinstance(picked, Rows)
     np.testing.assert_array_equal(np.asarray(picked), VALUES[40:0:-1])
@@ -104,7 +104,7 @@ def model(tmp_path: Path) -> Model:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_feeds_are_the_same_wherever_samples_are(
+def test_feeds_do_not_depend_on_where_samples_are_stored(
     form: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x"
@@ -129,7 +129,7 @@ def test_feeds_are_the_same_wherever_samples_are(
 
 
 @pytest.mark.usefixtures("small")
-def test_what_is_not_finite_is_told_by_its_sample(model: Model, tmp_path: Path) -> None:
+def test_non_finite_value_error_names_its_sample(model: Model, tmp_path: Path) -> None:
     value = VALUES.copy()
     value[37, 1, 2] = np.nan
     with pytest.raises(DataError, match="first in sample 37"):
@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_told_by_its_sample(model: Model, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_memory_does_not_grow_with_the_samples(form: str, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_samples(form: str, tmp_path: Path) -> None:
     """64 MiB of samples are checked, divided and run through in the memory of a few batches."""
     net = load(
         build(f"(float[N,{WIDE}] x) => (float[] y) <float[{WIDE},2] w> {{ y = MatMul(x, w) }}"),
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_samples(form: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("small")
-def test_a_file_that_changes_is_told(model: Model, tmp_path: Path) -> None:
+def test_file_changed_during_the_run_is_detected(model: Model, tmp_path: Path) -> None:
     samples = dataset.load(_npy(tmp_path, VALUES), model)
     assert samples is not None
     np.save(tmp_path / "d.npy", VALUES[:20])
@@ -174,7 +174,7 @@ def test_a_file_that_changes_is_told(model: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_checksum_that_is_wrong(tmp_path: Path) -> None:
+def test_wrong_checksum_is_refused(tmp_path: Path) -> None:
     path = _npz(tmp_path, VALUES)
     content = bytearray(path.read_bytes())
     place = content.find(VALUES.tobytes()) + 700
@@ -185,7 +185,9 @@ def test_a_checksum_that_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_no_room_for_what_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_while_unpacking_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = _packed(tmp_path, VALUES)
     monkeypatch.setattr(numpy_files, "room", lambda: 100)
     with pytest.raises(
@@ -208,7 +210,7 @@ def test_no_room_for_what_is_unpacked(tmp_path: Path, monkeypatch: pytest.Monkey
         numpy_files.load(path)
 
 
-def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "t"))
     spool = Spool("numbers")
@@ -220,7 +222,9 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not list((tmp_path / "t").iterdir())
 
 
-def test_functions_and_images_go_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_of_functions_and_images_are_written_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(out_of_core, "HELD", 64)
     net = load(build(NETS["mlp"]), tmp_path)
     (tmp_path / "many_feeds.py").write_text(

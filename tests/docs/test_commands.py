@@ -140,7 +140,7 @@ def own_file(path: Path, model: Path, samples: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS)
-def test_commands_and_programs_of_pages_work(
+def test_commands_and_programs_of_pages_run(
     page: str,
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -181,5 +181,5 @@ def run_console(block: str, capfd: pytest.CaptureFixture[str]) -> None:
             Path(target).write_text(out)
 
 
-def test_pages_have_commands_to_run() -> None:
+def test_some_pages_have_commands_to_run() -> None:
     assert sum(len(commands(page, "console")) for page in WITH_COMMANDS) >= 20

@@ -170,7 +170,7 @@ def test_results_are_fresh() -> None:
     assert readme.page(readme.SAVED) == text(RESULTS), "run: python -m tools.bench readme"
 
 
-def test_an_edited_number_is_noticed() -> None:
+def test_edited_number_is_detected() -> None:
     page = text("README.md")
     begin, end = page.index(readme.BEGIN), page.index(readme.END)
     numbers = [
@@ -208,7 +208,7 @@ def test_every_study_has_its_text_and_is_small() -> None:
         assert record["environment"]
 
 
-def test_publishing_takes_over_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publishing_copies_new_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SAVED", "PAGE", "README"):
         monkeypatch.setattr(readme, name, tmp_path / name)
     new = tmp_path / "new"
@@ -242,12 +242,12 @@ def test_publishing_takes_over_what_is_new(tmp_path: Path, monkeypatch: pytest.M
     }
 
 
-def test_missing_markers_are_said() -> None:
+def test_missing_markers_are_reported() -> None:
     with pytest.raises(ValueError, match="results:begin"):
         readme.updated("no markers", readme.SAVED)
 
 
-def test_design_lists_the_rooms_in_the_order_of_the_layers() -> None:
+def test_design_page_lists_the_rooms_in_layer_order() -> None:
     contracts = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract.get("exhaustive"))
     section = text("docs/design.md").partition("\n## Rooms\n")[2].partition("\n## ")[0]
@@ -327,7 +327,7 @@ def test_every_option_is_in_the_reference() -> None:
         assert options - {"--output", "--quiet"} <= shown, name
 
 
-def test_the_output_shown_is_what_comes(
+def test_shown_output_is_the_real_output(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (command, shown), *others = re.findall(
@@ -342,7 +342,7 @@ def test_the_output_shown_is_what_comes(
     assert [line.rstrip() for line in lines] == shown.splitlines()
 
 
-def test_the_plan_shown_is_one() -> None:
+def test_shown_plan_is_a_valid_plan() -> None:
     blocks = re.findall(
         r"^```json\n(.*?)^```", "\n".join(map(text, DOCS)), re.MULTILINE | re.DOTALL
     )
@@ -351,5 +351,5 @@ def test_the_plan_shown_is_one() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_nothing_is_about_one_machine(page: str) -> None:
+def test_pages_name_no_path_of_one_machine(page: str) -> None:
     assert not re.search(r"/(?:home|root|tmp|Users|work|mnt)/", text(page))

@@ -17,7 +17,7 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_run(
+def test_docstring_examples_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separate_registry: None
 ) -> None:
     (tmp_path / "models").symlink_to(MODELS)
@@ -27,5 +27,5 @@ def test_examples_run(
     assert not found.failed
 
 
-def test_the_front_door_has_examples() -> None:
+def test_doctest_modules_include_the_public_api() -> None:
     assert {"onnx_oamip", "onnx_oamip.importance.registry"} <= set(MODULES)

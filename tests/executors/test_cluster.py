@@ -109,7 +109,7 @@ def _plan(place: Path, scheduler: str | None, progress: Any = None, **values: An
     ],
     ids=str,
 )
-def test_plans_are_those_of_this_machine(
+def test_cluster_plans_equal_local_plans(
     place: Path, address: str, values: Mapping[str, Any]
 ) -> None:
     """Every loss, score and program of the plan, to the last bit; progress counts groups as they come."""
@@ -120,7 +120,9 @@ def test_plans_are_those_of_this_machine(
     assert measured == [(i + 1, len(measured)) for i in range(measured[0][1])]
 
 
-def test_commands_take_it(place: Path, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_accept_a_scheduler_address(
+    place: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = ["case.onnx", "--data", "data.npz", "--device", "cpu", "-q", "--scheduler", address]
     few = ["--align", "1", "--solver", "highs"]
     assert (
@@ -158,7 +160,7 @@ def test_commands_take_it(place: Path, address: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
-def test_the_cache_serves_both(place: Path, address: str) -> None:
+def test_cache_is_shared_by_local_and_cluster_runs(place: Path, address: str) -> None:
     """What a cluster found is taken here: where it was worked out decides nothing."""
     settings = Settings.create(
         macs=0.5, align=1, device="cpu", cache=str(place / "cache"), scheduler=address
@@ -204,14 +206,14 @@ def test_results_come_in_order(either: Executor) -> None:
 @pytest.mark.parametrize(
     ("task", "kind"), [(pieces.refuse, ModelError), (pieces.overrun, TimeoutError)]
 )
-def test_errors_are_those_of_the_task(
+def test_task_errors_reach_the_caller(
     either: Executor, task: Callable[[Any, int], int], kind: type[Exception]
 ) -> None:
     with pytest.raises(kind, match=r"^(piece 3 cannot be done; leave it out\.|the piece's own)$"):
         either.map(task, None, list(range(6)))
 
 
-def test_work_is_spread_and_one_thread_each(address: str) -> None:
+def test_tasks_are_spread_with_one_thread_each(address: str) -> None:
     there = executor(scheduler=address)
     assert len({*there.map(pieces.process, None, list(range(12)))}) == 2
     assert os.getpid() not in there.map(pieces.process, None, [0])
@@ -221,7 +223,7 @@ def test_work_is_spread_and_one_thread_each(address: str) -> None:
     assert set(there.map(pieces.threads, None, list(range(4)))) == {1}
 
 
-def test_threads_share_memory() -> None:
+def test_thread_executor_shares_the_object_between_tasks() -> None:
     shared = [1, 2]
     assert set(Threads(2).map(pieces.identity, shared, [0, 1, 2])) == {id(shared)}
 
@@ -230,7 +232,7 @@ def test_threads_share_memory() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2], ids=["one", "all"])
-def test_workers_that_are_lost_do_not_matter(
+def test_losing_workers_does_not_change_the_plan(
     place: Path, local: Any, address: str, count: int
 ) -> None:
     """The pieces of lost workers run elsewhere; where all go, what they held is sent to those that come after."""
@@ -245,7 +247,7 @@ def test_workers_that_are_lost_do_not_matter(
     assert killed
 
 
-def test_a_worker_lost_at_its_work(local: Any, address: str) -> None:
+def test_task_of_a_lost_worker_runs_again(local: Any, address: str) -> None:
     killed: list[int] = []
 
     def kill(done: int, total: int) -> None:
@@ -259,7 +261,7 @@ def test_a_worker_lost_at_its_work(local: Any, address: str) -> None:
     assert killed == [3]
 
 
-def test_work_that_takes_workers_with_it(
+def test_task_that_kills_its_workers_is_reported(
     local: Any, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local.scheduler, "allowed_failures", 0)
@@ -267,7 +269,9 @@ def test_work_that_takes_workers_with_it(
         executor(scheduler=address).map(pieces.leave, None, [0])
 
 
-def test_no_worker_is_left(local: Any, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losing_every_worker_is_reported(
+    local: Any, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cluster, "PATIENCE", 0.5)
     try:
         with pytest.raises(
@@ -285,7 +289,7 @@ def test_no_worker_is_left(local: Any, address: str, monkeypatch: pytest.MonkeyP
         local.scale(2)
 
 
-def test_what_is_interrupted_is_cancelled(local: Any, address: str) -> None:
+def test_interrupted_tasks_are_cancelled(local: Any, address: str) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -333,7 +337,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("where", [NOWHERE, "nonsense", "tcp://", "foo://host:1"])
-def test_no_scheduler(
+def test_unreachable_scheduler_is_reported(
     place: Path,
     where: str,
     no_work: None,
@@ -346,14 +350,14 @@ def test_no_scheduler(
     )
 
 
-def test_a_worker_is_no_scheduler(
+def test_address_of_a_worker_is_refused(
     place: Path, local: Any, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker = next(iter(local.scheduler.workers))
     assert "no Dask scheduler answers there" in _refused(place, capsys, "--scheduler", worker)
 
 
-def test_other_versions(
+def test_workers_with_other_versions_are_refused(
     place: Path,
     address: str,
     no_work: None,
@@ -369,7 +373,9 @@ def test_other_versions(
     assert f"has numpy {np.__version__}, and here is 1.0; install the same on both." in told
 
 
-def test_a_scheduler_of_another_version(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scheduler_of_another_version_is_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cluster, "misfit", pieces.misfit)
     with pytest.raises(
         EnvironmentMissing, match=r"the scheduler tcp://\S+ has python 1\.0, and here"
@@ -377,7 +383,7 @@ def test_a_scheduler_of_another_version(address: str, monkeypatch: pytest.Monkey
         cluster.Cluster(address).check()
 
 
-def test_a_worker_of_other_versions_that_comes_later(
+def test_late_worker_with_other_versions_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "facts", lambda: (("numpy", "1.0"), ("distributed", "1.0")))
@@ -386,21 +392,21 @@ def test_a_worker_of_other_versions_that_comes_later(
         executor(scheduler=address).map(pieces.add, 1, [1])
 
 
-def test_workers_without_the_device(address: str) -> None:
+def test_workers_without_the_device_are_refused(address: str) -> None:
     with pytest.raises(
         EnvironmentMissing, match=r"the worker tcp://\S+ does not fit: `device=cuda`"
     ):
         cluster.Cluster(address, "cuda").check()
 
 
-def test_without_the_package(
+def test_missing_distributed_package_is_named(
     place: Path, no_work: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert "pip install 'onnx-oamip[cluster]'" in _refused(place, capsys, "--scheduler", NOWHERE)
 
 
-def test_connections_have_nothing_for_a_cluster() -> None:
+def test_connection_pruning_refuses_a_cluster() -> None:
     settings = Settings.create(
         alpha=0.9, importance="nnrelief", granularity="connection", scheduler=NOWHERE
     )
@@ -416,7 +422,7 @@ def _equal(a: Array, b: Array) -> bool:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_models_arrive_as_they_were(net: str, tmp_path: Path) -> None:
+def test_models_arrive_unchanged(net: str, tmp_path: Path) -> None:
     model = load(build(NETS[net]), tmp_path)
     content = parcel.pack((model, couple(model)))
     there, coupling = pickle.loads(pickle.dumps(parcel.Parcel(content))).open()
@@ -431,7 +437,9 @@ def test_models_arrive_as_they_were(net: str, tmp_path: Path) -> None:
     assert len(content) < 1.5 * len(pickle.dumps(model.proto)) + 20_000  # weights travel once
 
 
-def test_files_that_are_not_the_same_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_files_on_a_worker_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(external_data, "MAPPED_MODEL_BYTES", 1)
     monkeypatch.setattr(external_data, "MAPPED_TENSOR_BYTES", 64)
     model = load(build(RESIDUAL), tmp_path)
@@ -444,14 +452,16 @@ def test_files_that_are_not_the_same_there(tmp_path: Path, monkeypatch: pytest.M
         (tmp_path / "case.onnx").unlink(missing_ok=True)
 
 
-def test_models_that_cannot_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_cannot_be_sent_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(build(RESIDUAL), tmp_path)
     monkeypatch.setattr(external_data, "PROTOBUF_LIMIT", 10)
     with pytest.raises(ModelError, match="cannot be sent to a cluster"):
         parcel.pack(model)
 
 
-def test_a_deadline_travels_as_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadline_is_sent_as_the_remaining_time(monkeypatch: pytest.MonkeyPatch) -> None:
     content = pickle.dumps(mint._Deadline(time.monotonic() + 50))
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 10_000)
