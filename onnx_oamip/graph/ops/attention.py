@@ -1,8 +1,8 @@
-"""Fused attention: whole heads go, with their query, key, value and output channels.
+"""Fused attention: whole heads are removed, with their query, key, value and output channels.
 
 ``Attention`` (com.microsoft, with packed weights; ai.onnx, opset 23), ``MultiHeadAttention``, ``GroupQueryAttention``.
-Heads do not see each other and the scale of the logits depends on the size of a head only, so that taking heads away is
-exact. With fewer key and value heads than query heads, one of them goes with all the query heads that read it.
+Heads do not see each other and the scale of the logits depends on the size of a head only, so that removing heads is
+exact. With fewer key and value heads than query heads, one of them is removed with all the query heads that read it.
 
 MACs are those of the two products, queries with keys and probabilities with values, as for the same attention written
 with MatMul, and of the projection that com.microsoft::Attention contains.
@@ -13,7 +13,8 @@ References: ONNX operator specification, "Attention" (opset 23 and 24); ONNX Run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +24,6 @@ from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
     EditRules,
-    LabelAxis,
     Labels,
     LikeInput,
     LikeProduct,
@@ -49,11 +49,25 @@ ROTARY = ("do_rotary", "rotary_embedding_dim", "rotary_interleaved")
 
 def _heads(labels: Labels, channels: Ints, units: Ints) -> None:
     """Tie the channels (heads * size,) of every head to its unit; neighbouring query heads may share one."""
-    labels.tie(channels.reshape(len(units), -1), units[:, None])
+    per_unit = channels.reshape(len(units), -1)
+    labels.tie(per_unit, units[:, None])
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How an operator is written: numbers of query heads and of key and value heads (0 where they are not given).
+
+    ``added``: input that is added to the logits; ``past``: inputs with a state of earlier steps.
+    """
+
+    heads: int
+    groups: int
+    added: int
+    past: tuple[int, ...] = ()
 
 
 def _per_head(node: Node, labels: Labels, slot: int, units: Ints, heads: int) -> str | None:
-    """Follow something that is added to the logits (..., heads, queries, keys); a reason where that cannot be done."""
+    """Follow an input that is added to the logits (..., heads, queries, keys); a reason where that cannot be done."""
     name = operand(node, slot)
     if name is None:
         return None
@@ -65,158 +79,179 @@ def _per_head(node: Node, labels: Labels, slot: int, units: Ints, heads: int) ->
         found = labels.label(name, axis)
         if found is None or shape[axis] != heads:
             return f"{node} adds '{name}', which has its own values for every head"
-        labels.tie(found.reshape(len(units), -1), units[:, None])
+        _heads(labels, found, units)
     if not labels.is_constant(name):
-        for a in range(len(shape)):
-            if a != axis or shape[a] == 1:
-                labels.pin(labels.label(name, a), f"{node} attends along this axis")
+        for other in range(len(shape)):
+            if other != axis or shape[other] == 1:
+                labels.pin(labels.label(name, other), f"{node} attends along this axis")
     return None
 
 
-def _separate(
-    node: Node, labels: Labels, heads: int, groups: int, logits: int, past: tuple[int, ...]
-) -> bool:
+def _separate(node: Node, labels: Labels, form: _Form) -> bool:
     """Query, key and value (batch, length, heads * size) as inputs of their own. False where nothing is followed."""
-    names = [operand(node, slot) for slot in range(3)]
-    reason = None
-    if any(operand(node, slot) for slot in past):
-        reason = f"{node} reads a past state"
-    elif any(name is None for name in names):
-        reason = f"{node} reads queries, keys and values packed in one tensor"
-    elif any(name in ROTARY and value for name, value in node.attrs.items()):
-        reason = f"{node} rotates queries and keys"
-    if reason is None:
-        given = [name for name in names if name is not None]
-        sizes = [labels.shape(name) for name in given]
-        counts = (heads, groups, groups)
-        if not all(counts) or heads % groups:
-            reason = f"{node} has query heads that do not divide among its key heads"
-        elif any(s is None or len(s) != 3 or s[2] % n for s, n in zip(sizes, counts, strict=True)):
-            reason = f"{node} has an input that is not of shape (batch, length, heads * size)"
-        elif any(labels.is_constant(n) or labels.label(n, 2) is None for n in given):
-            reason = f"{node} has a query, key or value that is not followed"
-    if reason is None:
-        found = [labels.label(name, 2) for name in given]
-        units = _first(found[1], groups)
-        reason = _per_head(node, labels, logits, units, heads)
+    reason = _not_separate(node, labels, form)
     if reason is not None:
         opaque(node, labels, reason)
         return False
-    for channels in found:
-        assert channels is not None
-        _heads(labels, channels, units)
-    _pin_lengths(node, labels, given)
-    size = (labels.shape(given[2]) or ())[2] // groups
-    labels.set(node.outputs[0], [None, None, np.repeat(units, heads // groups * size)])
-    _states(node, labels, units, heads)
+    names = node.inputs[:3]
+    channels = [_tracked(labels, name, 2) for name in names]
+    units = _first(channels[1], form.groups)
+    reason = _per_head(node, labels, form.added, units, form.heads)
+    if reason is not None:
+        opaque(node, labels, reason)
+        return False
+    for found in channels:
+        _heads(labels, found, units)
+    _pin_lengths(node, labels, names)
+    size = (labels.shape(names[2]) or ())[2] // form.groups
+    shared_by = form.heads // form.groups
+    labels.set(node.outputs[0], [None, None, np.repeat(units, shared_by * size)])
+    _states(node, labels, units, form.heads)
     return True
 
 
-def _counts(node: Node, queries: str, keys: str) -> tuple[int, int]:
-    """Numbers of query heads and of key and value heads; 0 where they are not said."""
-    return int(node.attrs.get(queries, 0)), int(node.attrs.get(keys, 0))
+def _not_separate(node: Node, labels: Labels, form: _Form) -> str | None:
+    """Why queries, keys and values cannot be followed, None where they can."""
+    names = [name for slot in range(3) if (name := operand(node, slot)) is not None]
+    if any(operand(node, slot) for slot in form.past):
+        return f"{node} reads a past state"
+    if len(names) < 3:
+        return f"{node} reads queries, keys and values packed in one tensor"
+    if any(node.attrs.get(name) for name in ROTARY):
+        return f"{node} rotates queries and keys"
+    if not form.heads or not form.groups or form.heads % form.groups:
+        return f"{node} has query heads that do not divide among its key heads"
+    for name, count in zip(names, (form.heads, form.groups, form.groups), strict=True):
+        shape = labels.shape(name)
+        if shape is None or len(shape) != 3 or shape[2] % count:
+            return f"{node} has an input that is not of shape (batch, length, heads * size)"
+    if any(labels.is_constant(name) or labels.label(name, 2) is None for name in names):
+        return f"{node} has a query, key or value that is not followed"
+    return None
 
 
-def _first(channels: LabelAxis, heads: int) -> Ints:
-    assert channels is not None
-    return np.ascontiguousarray(channels.reshape(heads, -1)[:, 0])
+def _count(node: Node, attribute: str) -> int:
+    """Number of heads, 0 where it is not given."""
+    return int(node.attrs.get(attribute, 0))
 
 
-def _pin_lengths(node: Node, labels: Labels, names: list[str]) -> None:
+def _tracked(labels: Labels, name: str, axis: int) -> Ints:
+    """Labels of an axis that is known to be followed."""
+    found = labels.label(name, axis)
+    assert found is not None
+    return found
+
+
+def _first(channels: Ints, heads: int) -> Ints:
+    """The label of the first channel of every head."""
+    by_head = channels.reshape(heads, -1)
+    return np.ascontiguousarray(by_head[:, 0])
+
+
+def _pin_lengths(node: Node, labels: Labels, names: Iterable[str]) -> None:
     for name in names:
         for axis in (0, 1):
             labels.pin(labels.label(name, axis), f"{node} attends along this axis")
 
 
+def _further_outputs(node: Node, labels: Labels) -> list[tuple[int, str]]:
+    """(index, name) of the outputs behind the first that something reads."""
+    named = enumerate(node.outputs[1:])
+    return [(i, n) for i, n in named if n and (labels.readers(n) or labels.is_output(n))]
+
+
 def _states(node: Node, labels: Labels, units: Ints, heads: int) -> None:
     """Keys and values (or logits) as further outputs, of shape (batch, heads, ...)."""
-    for i, name in enumerate(node.outputs[1:]):
-        if name and (labels.readers(name) or labels.is_output(name)):
-            held = units if i < 2 else np.repeat(units, heads // len(units))
-            labels.set(name, [None, held, None, None], f"{node} gives it out head by head")
+    for index, name in _further_outputs(node, labels):
+        logits = index >= 2
+        per_head = np.repeat(units, heads // len(units)) if logits else units
+        labels.set(name, [None, per_head, None, None], f"{node} gives it out head by head")
 
 
 # ----------------------------------------------------------------------------------------------------- the operators
 
 
 def _multi_head(node: Node, labels: Labels) -> None:
-    heads, _ = _counts(node, "num_heads", "num_heads")
+    heads = _count(node, "num_heads")
     bias = operand(node, 3)
-    sizes = [(labels.shape(n) or ())[-1:] for n in node.inputs[:3]]
-    if bias and (
-        not labels.is_constant(bias) or labels.shape(bias) != (sum(s[0] for s in sizes if s),)
-    ):
+    widths = [(labels.shape(name) or ())[-1:] for name in node.inputs[:3]]
+    total = sum(width[0] for width in widths if width)
+    if bias and (not labels.is_constant(bias) or labels.shape(bias) != (total,)):
         opaque(node, labels, f"{node} has a bias that is not followed")
         return
-    if all(operand(node, slot) for slot in range(3)) and len(set(sizes)) > 1:
+    if all(operand(node, slot) for slot in range(3)) and len(set(widths)) > 1:
         opaque(node, labels, f"{node} has values of another width than its queries")
         return
-    if not _separate(node, labels, heads, heads, 5, (6, 7, 8, 9)):
+    if not _separate(node, labels, _Form(heads, heads, added=5, past=(6, 7, 8, 9))):
         return
     mask = operand(node, 4)
     if mask:
         labels.pin_all(mask, f"{node} takes it as a mask")
     if bias:
-        parts = labels.label(bias, 0)
-        rows = [labels.label(n, 2) for n in node.inputs[:3]]
-        assert parts is not None
-        labels.tie(parts, np.concatenate([r for r in rows if r is not None]))
+        rows = [_tracked(labels, name, 2) for name in node.inputs[:3]]
+        labels.tie(_tracked(labels, bias, 0), np.concatenate(rows))
 
 
 def _group_query(node: Node, labels: Labels) -> None:
-    _separate(node, labels, *_counts(node, "num_heads", "kv_num_heads"), 10, (3, 4))
+    heads, groups = _count(node, "num_heads"), _count(node, "kv_num_heads")
+    _separate(node, labels, _Form(heads, groups, added=10, past=(3, 4)))
 
 
 def _standard(node: Node, labels: Labels) -> None:
-    shapes = [labels.shape(n) for n in node.inputs[:3]]
-    if shapes[0] is not None and len(shapes[0]) == 3:
-        _separate(node, labels, *_counts(node, "q_num_heads", "kv_num_heads"), 3, (4, 5))
-        return
+    shape = labels.shape(node.inputs[0])
+    if shape is not None and len(shape) == 3:
+        heads, groups = _count(node, "q_num_heads"), _count(node, "kv_num_heads")
+        _separate(node, labels, _Form(heads, groups, added=3, past=(4, 5)))
+    else:
+        _four_axes(node, labels)
+
+
+def _four_axes(node: Node, labels: Labels) -> None:
+    """Query, key and value of shape (batch, heads, length, size)."""
     names = list(node.inputs[:3])
-    known = [s for s in shapes if s is not None]
-    axes = [x for n in names if not labels.is_constant(n) and (x := labels.label(n, 1)) is not None]
-    reason = None
-    if any(operand(node, slot) for slot in (4, 5)):
-        reason = f"{node} reads a past state"
-    elif any(len(s) != 4 for s in known) or len(known) < 3:
-        reason = f"{node} has an input that is not of shape (batch, heads, length, size)"
-    elif len(axes) < 3:
-        reason = f"{node} has a query, key or value whose heads are not followed"
+    computed = [name for name in names if not labels.is_constant(name)]
+    axes = [x for name in computed if (x := labels.label(name, 1)) is not None]
+    reason = _not_four_axes(node, labels, names, len(axes))
     if reason is None:
-        reason = _per_head(node, labels, 3, axes[1], known[0][1])
+        units = axes[1]
+        heads = (labels.shape(names[0]) or ())[1]
+        reason = _per_head(node, labels, 3, units, heads)
     if reason is not None:
         opaque(node, labels, reason)
         return
-    units = axes[1]
     for found in axes:
-        labels.tie(found.reshape(len(units), -1), units[:, None])
+        _heads(labels, found, units)
     for name in names:
         for axis in (0, 2):
             labels.pin(labels.label(name, axis), f"{node} attends along this axis")
     for name in names[:2]:
         labels.pin(labels.label(name, 3), f"{node} scales by the length of this axis")
-    labels.set(node.outputs[0], [None, axes[0], None, labels.label(names[2], 3)])
-    _states(node, labels, units, known[0][1])
-    for name in node.outputs[1:]:
-        if name and (labels.readers(name) or labels.is_output(name)):
-            labels.pin(labels.label(names[2], 3), f"{node} gives '{name}' as an extra output")
+    size = labels.label(names[2], 3)
+    labels.set(node.outputs[0], [None, axes[0], None, size])
+    _states(node, labels, units, heads)
+    for _, name in _further_outputs(node, labels):
+        labels.pin(size, f"{node} gives '{name}' as an extra output")
+
+
+def _not_four_axes(node: Node, labels: Labels, names: list[str], followed: int) -> str | None:
+    """Why heads on an axis of their own cannot be followed, None where they can."""
+    if any(operand(node, slot) for slot in (4, 5)):
+        return f"{node} reads a past state"
+    shapes = [shape for name in names if (shape := labels.shape(name)) is not None]
+    if len(shapes) < 3 or any(len(shape) != 4 for shape in shapes):
+        return f"{node} has an input that is not of shape (batch, heads, length, size)"
+    if followed < 3:
+        return f"{node} has a query, key or value whose heads are not followed"
+    return None
 
 
 def _packed(node: Node, labels: Labels) -> None:
     """com.microsoft::Attention: one weight (inputs, queries + keys + values), bias of the same columns."""
     x, w = node.inputs[:2]
-    bias, (heads, _) = operand(node, 2), _counts(node, "num_heads", "num_heads")
+    heads = _count(node, "num_heads")
     shape = labels.shape(w)
-    reason = None
     sizes = _sizes(node, shape[1]) if shape is not None and len(shape) == 2 else ()
-    if not labels.is_constant(w) or (bias and not labels.is_constant(bias)) or not sizes:
-        reason = f"{node} takes its weights from a computation"
-    elif operand(node, 4) or operand(node, 6) or any(node.outputs[1:]):
-        reason = f"{node} reads or gives out a past state"
-    elif any(node.attrs.get(name) for name in ROTARY):
-        reason = f"{node} rotates queries and keys"
-    elif not heads or len(set(sizes)) > 1 or sizes[0] % heads:
-        reason = f"{node} has values of another width than its queries"
+    reason = _not_packed(node, labels, sizes, heads)
     columns = labels.label(w, 1) if reason is None else None
     if columns is not None:
         units = _first(columns[: sizes[0]], heads)
@@ -228,6 +263,7 @@ def _packed(node: Node, labels: Labels) -> None:
         return
     for part in np.split(columns, 3):
         _heads(labels, part, units)
+    bias = operand(node, 2)
     if bias:
         labels.unify([(w, 1), (bias, 0)], node)
     mask = operand(node, 3)
@@ -239,10 +275,26 @@ def _packed(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], [None, None, np.repeat(units, sizes[2] // heads)])
 
 
+def _not_packed(node: Node, labels: Labels, sizes: tuple[int, ...], heads: int) -> str | None:
+    """Why packed weights cannot be followed, None where they can."""
+    bias = operand(node, 2)
+    constant = labels.is_constant(node.inputs[1]) and (not bias or labels.is_constant(bias))
+    if not constant or not sizes:
+        return f"{node} takes its weights from a computation"
+    if operand(node, 4) or operand(node, 6) or any(node.outputs[1:]):
+        return f"{node} reads or gives out a past state"
+    if any(node.attrs.get(name) for name in ROTARY):
+        return f"{node} rotates queries and keys"
+    if not heads or len(set(sizes)) > 1 or sizes[0] % heads:
+        return f"{node} has values of another width than its queries"
+    return None
+
+
 def _sizes(node: Node, columns: int) -> tuple[int, ...]:
-    """Widths of queries, keys and values."""
-    found = tuple(int(n) for n in node.attrs.get("qkv_hidden_sizes", ())) or (columns // 3,) * 3
-    return found if len(found) == 3 and sum(found) == columns else ()
+    """Widths of queries, keys and values; nothing where they do not add up to the columns."""
+    given = tuple(int(n) for n in node.attrs.get("qkv_hidden_sizes", ()))
+    sizes = given or (columns // 3,) * 3
+    return sizes if len(sizes) == 3 and sum(sizes) == columns else ()
 
 
 # ---------------------------------------------------------------------------------------------------- repair and cost
@@ -256,11 +308,12 @@ def _repair(node: Node, cuts: Cuts) -> Edit:
     if keep is None:
         return Edit()
     attrs: dict[str, object] = {}
+    kept = int(keep.sum())
     for name in ("num_heads", "kv_num_heads", "q_num_heads"):
         if name in node.attrs:
-            attrs[name] = int(node.attrs[name]) * int(keep.sum()) // len(keep)
+            attrs[name] = int(node.attrs[name]) * kept // len(keep)
     if "qkv_hidden_sizes" in node.attrs:
-        attrs["qkv_hidden_sizes"] = [int(keep.sum())] * 3
+        attrs["qkv_hidden_sizes"] = [kept] * 3
     return Edit(attrs)
 
 
@@ -269,9 +322,11 @@ def _products(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     q, k, out = node.inputs[0], operand(node, 1), node.outputs[0]
     if k is None or len(shapes[k]) != len(shapes[q]) or len(shapes[q]) not in (3, 4):
         return (((), 0),)  # packed inputs: nothing there is followed
-    if len(shapes[q]) == 4:
-        return ((q, 0), (q, 1), (q, 2), (k, 2), (((q, 3), (out, 3)), 0))
-    return ((q, 0), (q, 1), (k, 1), (((q, 2), (out, 2)), 0))
+    rank = len(shapes[q])
+    length, size = rank - 2, rank - 1
+    widths: Total = (((q, size), (out, size)), 0)
+    batch_and_heads = ((q, axis) for axis in range(length))
+    return (*batch_and_heads, (q, length), (k, length), widths)
 
 
 def _packed_cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
@@ -279,17 +334,24 @@ def _packed_cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
     sizes = _sizes(node, shapes[w][1])
     if len(set(sizes)) == 1:
-        return ((x, 0), (x, 1), (out, 2), (((w, 0), (w, 0), (w, 0), (x, 1), (x, 1)), 0))
+        projections, products = [(w, 0)] * 3, [(x, 1)] * 2
+        per_column: Total = ((*projections, *products), 0)
+        return ((x, 0), (x, 1), (out, 2), per_column)
+    # Widths differ: nothing here may be cut, and the cost is a number.
     batch, length, width = shapes[x]
-    other = length * (sizes[0] + sizes[2]) if sizes else 0
-    return (((), batch * length * (width * shapes[w][1] + other)),)  # nothing here may be cut
+    projections_cost = width * shapes[w][1]
+    products_cost = length * (sizes[0] + sizes[2]) if sizes else 0
+    fixed: Total = ((), batch * length * (projections_cost + products_cost))
+    return (fixed,)
 
 
 def _packed_shape(node: Node, constants: Shapes) -> tuple[int, int] | None:
     shape = constants.get(node.inputs[1])
-    if shape is None or len(shape) != 2 or not (sizes := _sizes(node, shape[1])):
+    if shape is None or len(shape) != 2:
         return None
-    return shape[0], sizes[2]
+    inputs, columns = shape
+    sizes = _sizes(node, columns)
+    return (inputs, sizes[2]) if sizes else None
 
 
 SPECS = (

@@ -9,6 +9,8 @@ Grouped convolution, two policies (a kernel's block structure must stay rectangu
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from scipy.sparse import csr_array
 
@@ -25,6 +27,7 @@ from onnx_oamip.graph.ops.spec import (
     Cuts,
     Edit,
     EditRules,
+    LabelAxis,
     Labels,
     OpSpec,
     Refused,
@@ -32,6 +35,9 @@ from onnx_oamip.graph.ops.spec import (
     Terms,
     operand,
 )
+
+TRANSPOSITIONS = ("transA", "transB")
+"""Attributes of Gemm that transpose its operands."""
 
 _conv_dense = rule("n c *, o c *, o -> n o *")
 _transposed_dense = rule("n c *, c o *, o -> n o *")
@@ -45,7 +51,12 @@ def _pin_spatial(node: Node, labels: Labels, name: str) -> None:
 
 
 def conv(node: Node, labels: Labels) -> None:
-    """Conv of any group count."""
+    """Channel rule of Conv, for any number of groups.
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+    """
     groups = int(node.attrs.get("group", 1))
     if groups == 1:
         _conv_dense(node, labels)
@@ -53,7 +64,7 @@ def conv(node: Node, labels: Labels) -> None:
     x, w = node.inputs[0], node.inputs[1]
     shape = labels.shape(w)
     data = labels.label(x, 1)
-    # Ask for the weight's labels last: an opaque node must not have claimed any.
+    # The weight's labels are asked for last: an opaque node must not have claimed any.
     if shape is None or data is None or not _followed(labels, w):
         opaque(node, labels, f"the grouped {node} reads an untracked input")
         return
@@ -71,17 +82,24 @@ def conv(node: Node, labels: Labels) -> None:
         labels.pin(data, f"the grouped {node} has an untracked bias")
         labels.pin(columns, f"the grouped {node} has an untracked bias")
     elif _whole(groups, per_in):
-        labels.pin(
-            columns, f"{node} loses whole groups, not channels within one", listed=per_in > 1
-        )
-        first = data.reshape(groups, per_in)[:, :1]
-        labels.tie(data.reshape(groups, per_in), first)
+        reason = f"{node} loses whole groups, not channels within one"
+        labels.pin(columns, reason, listed=per_in > 1)
+        inputs = data.reshape(groups, per_in)
+        first = inputs[:, :1]
+        labels.tie(inputs, first)
         labels.tie(rows.reshape(groups, per_out), first)
     else:
-        labels.tie(data.reshape(groups, per_in), columns[None])
-        labels.tie(rows.reshape(groups, per_out), rows[None, :per_out])
+        inputs, outputs = data.reshape(groups, per_in), rows.reshape(groups, per_out)
+        labels.tie(inputs, columns[None])
+        labels.tie(outputs, rows[None, :per_out])
         labels.consume(node, (x, 1), (w, 1), groups)
-    labels.set(node.outputs[0], [None, rows] + [None] * (len(shape) - 2))
+    _set_image(node, labels, rows, len(shape))
+
+
+def _set_image(node: Node, labels: Labels, channels: LabelAxis, rank: int) -> None:
+    """The output of a grouped convolution: channels on axis 1, nothing else tracked."""
+    spatial: list[LabelAxis] = [None] * (rank - 2)
+    labels.set(node.outputs[0], [None, channels, *spatial])
 
 
 def _followed(labels: Labels, weight: str) -> bool:
@@ -92,7 +110,12 @@ def _followed(labels: Labels, weight: str) -> bool:
 
 
 def conv_transpose(node: Node, labels: Labels) -> None:
-    """ConvTranspose: the weight is (input channels, outputs per group, ...)."""
+    """Channel rule of ConvTranspose: the weight is (input channels, outputs per group, ...).
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+    """
     groups = int(node.attrs.get("group", 1))
     if groups == 1:
         _transposed_dense(node, labels)
@@ -105,9 +128,8 @@ def conv_transpose(node: Node, labels: Labels) -> None:
         return
     per_in, per_out = shape[0] // groups, shape[1]
     bias = operand(node, 2)
-    if not _followed(labels, w) or (
-        bias and not labels.is_constant(bias) and labels.label(bias, 0) is None
-    ):
+    untracked_bias = bias and not labels.is_constant(bias) and labels.label(bias, 0) is None
+    if not _followed(labels, w) or untracked_bias:
         opaque(node, labels, f"the grouped {node} has an untracked weight or bias")
         return
     if not labels.is_constant(w):
@@ -118,74 +140,98 @@ def conv_transpose(node: Node, labels: Labels) -> None:
     assert rows is not None
     assert columns is not None
     _pin_spatial(node, labels, x)
+    inputs = rows.reshape(groups, per_in)
     if _whole(groups, per_in):
-        first = rows.reshape(groups, per_in)[:, :1]
-        labels.tie(rows.reshape(groups, per_in), first)
+        first = inputs[:, :1]
+        labels.tie(inputs, first)
         labels.pin(columns, f"{node} loses whole groups, not channels within one")
         out = np.repeat(first[:, 0], per_out)
     else:
-        labels.tie(rows.reshape(groups, per_in), rows[None, :per_in])
+        labels.tie(inputs, rows[None, :per_in])
         out = np.tile(columns, groups)
         labels.consume(node, (x, 1), (w, 0), groups)
     if bias_labels is not None:
         labels.tie(bias_labels, out)
-    labels.set(node.outputs[0], [None, out] + [None] * (len(shape) - 2))
+    _set_image(node, labels, out, len(shape))
 
 
 def _whole(groups: int, per_in: int) -> bool:
+    """The policy of a grouped convolution: whole groups are removed, not slots."""
     return groups > per_in
 
 
 def regroup(node: Node, cuts: Cuts) -> Edit:
+    """Repair of a grouped convolution that lost whole groups.
+
+    Args:
+        node: The node.
+        cuts: The channels that are kept.
+
+    Returns:
+        The new number of groups.
+    """
     groups = int(node.attrs.get("group", 1))
     if groups == 1:
         return Edit()
     weight = cuts.shape(node.inputs[3 if node.op == "QLinearConv" else 1])
     per_in = weight[0] // groups if node.op == "ConvTranspose" else weight[1]
-    return (
-        Edit({"group": cuts.kept(node.inputs[0], 1) // per_in})
-        if _whole(groups, per_in)
-        else Edit()
-    )
+    if not _whole(groups, per_in):
+        return Edit()
+    kept_channels = cuts.kept(node.inputs[0], 1)
+    return Edit({"group": kept_channels // per_in})
 
 
 def conv_cost(node: Node, shapes: Shapes, weight: int = 1) -> tuple[Axis, ...]:
-    """Every output element meets every kernel element of a filter; ``weight``: input index of the filters."""
+    """Cost of a convolution: every output element meets every kernel element of its filter.
+
+    Args:
+        node: The node.
+        shapes: Shapes of tensors by name.
+        weight: Input index of the filters.
+
+    Returns:
+        The axes whose lengths are multiplied.
+    """
     out, w = node.outputs[0], node.inputs[weight]
-    return (
-        *((out, i) for i in range(len(shapes[out]))),
-        *((w, i) for i in range(1, len(shapes[w]))),
-    )
+    return (*_axes(out, shapes), *_axes(w, shapes, first=1))
+
+
+def _axes(name: str, shapes: Shapes, first: int = 0) -> list[Axis]:
+    """The axes of a tensor from ``first`` on."""
+    return [(name, axis) for axis in range(first, len(shapes[name]))]
 
 
 def _transposed_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
     # Every input value meets every kernel element: input positions x (outputs per group) x kernel.
-    x, w = node.inputs[0], node.inputs[1]
-    return (*((x, i) for i in range(len(shapes[x]))), *((w, i) for i in range(1, len(shapes[w]))))
+    x, w = node.inputs[:2]
+    return (*_axes(x, shapes), *_axes(w, shapes, first=1))
 
 
 def gemm(node: Node, labels: Labels) -> None:
-    """Y = alpha A' B' + beta C with optional transposes; C broadcasts to (m, n)."""
-    a = "k m" if node.attrs.get("transA", 0) else "m k"
-    b = "n k" if node.attrs.get("transB", 0) else "k n"
+    """Channel rule of Gemm: ``Y = alpha A' B' + beta C`` with optional transposes; C broadcasts to (m, n).
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+    """
+    data_transposed, weight_transposed = (bool(node.attrs.get(n, 0)) for n in TRANSPOSITIONS)
+    a = "k m" if data_transposed else "m k"
+    b = "n k" if weight_transposed else "k n"
     bias = operand(node, 2)
     shape = labels.shape(bias) if bias else None
     out = labels.shape(node.outputs[0])
     if bias and (shape is None or out is None):
         opaque(node, labels, f"{node} has a bias of unknown shape")
         return
-    trimmed = Node(
-        node.name, node.op, node.domain, node.version, node.inputs[:2], node.outputs, node.attrs
-    )
-    rule(f"{a}, {b} -> m n")(trimmed, labels)
+    product = replace(node, inputs=node.inputs[:2])
+    rule(f"{a}, {b} -> m n")(product, labels)
     if not bias or shape is None or out is None:
         return
     # Align the bias from the right: a length of 1 (or no axis) is shared by all columns and needs no cut.
-    weight_axis = 0 if node.attrs.get("transB", 0) else 1
-    ties = {
-        1: (node.inputs[1], weight_axis),
-        0: (node.inputs[0], 1 if node.attrs.get("transA", 0) else 0),
-    }
+    ties = (
+        (node.inputs[0], 1 if data_transposed else 0),
+        (node.inputs[1], 0 if weight_transposed else 1),
+    )
     for axis, n in enumerate(shape):
         target = axis + 2 - len(shape)
         if n > 1:
@@ -198,7 +244,12 @@ def _gemm_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
 
 
 def matmul(node: Node, labels: Labels) -> None:
-    """numpy.matmul: the last axis of A meets the second to last of B; leading axes broadcast."""
+    """Channel rule of numpy.matmul: the last axis of A meets the second to last of B; leading axes broadcast.
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+    """
     a, b = node.inputs[:2]
     sa, sb = labels.shape(a), labels.shape(b)
     out = labels.shape(node.outputs[0])
@@ -207,26 +258,13 @@ def matmul(node: Node, labels: Labels) -> None:
         return
     inner = [(a, len(sa) - 1), (b, max(len(sb) - 2, 0))]
     found = labels.unify(inner, node)
-    if found is not None:
-        constant = [labels.is_constant(t) for t, _ in inner]
-        if all(constant):
-            labels.pin(found, f"{node} multiplies two constants")
-        else:
-            data = 1 if constant[0] else 0
-            labels.consume(node, inner[data], inner[1 - data])
-    result: list[np.ndarray[tuple[int], np.dtype[np.int64]] | None] = []
+    if found is not None and labels.is_constant(a) and labels.is_constant(b):
+        labels.pin(found, f"{node} multiplies two constants")
+    elif found is not None:
+        data = 1 if labels.is_constant(a) else 0
+        labels.consume(node, inner[data], inner[1 - data])
     lead = len(out) - (len(sa) > 1) - (len(sb) > 1)
-    for i in range(lead):
-        here = []
-        for name, shape in ((a, sa), (b, sb)):
-            axis = i - (lead - (len(shape) - 2))
-            if axis >= 0 and len(shape) > 2:
-                if shape[axis] == out[i]:
-                    here.append((name, axis))
-                elif not labels.is_constant(name):
-                    labels.pin(labels.label(name, axis), f"{node} broadcasts its single channel")
-        tracked = any(not labels.is_constant(t) and labels.label(t, x) is not None for t, x in here)
-        result.append(labels.unify(here, node) if tracked else None)
+    result = [_leading_axis(node, labels, i, lead, out[i]) for i in range(lead)]
     if len(sa) > 1:
         result.append(labels.label(a, len(sa) - 2))
     if len(sb) > 1:
@@ -234,10 +272,36 @@ def matmul(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
+def _leading_axis(node: Node, labels: Labels, place: int, lead: int, length: int) -> LabelAxis:
+    """Labels of one of the leading axes of the output, along which matrices are multiplied one by one."""
+    here: list[Axis] = []
+    for name in node.inputs[:2]:
+        shape = labels.shape(name) or ()
+        axis = place - lead + len(shape) - 2
+        if axis < 0 or len(shape) <= 2:
+            continue
+        if shape[axis] == length:
+            here.append((name, axis))
+        elif not labels.is_constant(name):
+            labels.pin(labels.label(name, axis), f"{node} broadcasts its single channel")
+    activations = (axis for axis in here if not labels.is_constant(axis[0]))
+    tracked = any(labels.label(*axis) is not None for axis in activations)
+    return labels.unify(here, node) if tracked else None
+
+
 def matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
-    """Every output element is a sum over the last axis of the first operand."""
+    """Cost of a product: every output element is a sum over the last axis of the first operand.
+
+    Args:
+        node: The node.
+        shapes: Shapes of tensors by name.
+
+    Returns:
+        The axes whose lengths are multiplied.
+    """
     a, out = node.inputs[0], node.outputs[0]
-    return (*((out, i) for i in range(len(shapes[out]))), (a, len(shapes[a]) - 1))
+    summed = (a, len(shapes[a]) - 1)
+    return (*_axes(out, shapes), summed)
 
 
 def _constant(node: Node, terms: Terms, index: int) -> Array:
@@ -252,8 +316,10 @@ def _conv_encode(node: Node, terms: Terms) -> None:
     weight = _constant(node, terms, 1)
     after = terms.shape(out)
     bias = np.zeros(after[1]) if operand(node, 2) is None else _constant(node, terms, 2)
-    offset = np.broadcast_to(bias.reshape(-1, *[1] * (len(after) - 2)), after)
-    terms.affine(out, [(x, maps.convolution(node, weight, terms.shape(x), after))], offset)
+    per_channel = (-1, *[1] * (len(after) - 2))
+    offset = np.broadcast_to(bias.reshape(per_channel), after)
+    matrix = maps.convolution(node, weight, terms.shape(x), after)
+    terms.affine(out, [(x, matrix)], offset)
 
 
 def _gemm_encode(node: Node, terms: Terms) -> None:
@@ -261,19 +327,19 @@ def _gemm_encode(node: Node, terms: Terms) -> None:
     slot = 1 if left else 0
     x, out = node.inputs[slot], node.outputs[0]
     weight = _constant(node, terms, 1 - slot)
-    names = ("transA", "transB")
-    if node.attrs.get(names[1 - slot], 0):
+    if node.attrs.get(TRANSPOSITIONS[1 - slot], 0):
         weight = weight.T
-    shape = terms.shape(x)
-    read = maps.places(shape).T if node.attrs.get(names[slot], 0) else maps.places(shape)
-    matrix = (
-        maps.product(weight, 1, read.shape[1]) if left else maps.product(weight.T, read.shape[0])
-    )
+    read = maps.places(terms.shape(x))
+    if node.attrs.get(TRANSPOSITIONS[slot], 0):
+        read = read.T
+    rows, columns = read.shape
+    matrix = maps.product(weight, 1, columns) if left else maps.product(weight.T, rows)
     offset = np.zeros(())
     if operand(node, 2) is not None:
         offset = node.attrs.get("beta", 1.0) * _constant(node, terms, 2)
     order = maps.gather(read, read.size)
-    terms.affine(out, [(x, csr_array(node.attrs.get("alpha", 1.0) * (matrix @ order)))], offset)
+    scaled = csr_array(node.attrs.get("alpha", 1.0) * (matrix @ order))
+    terms.affine(out, [(x, scaled)], offset)
 
 
 def _matmul_encode(node: Node, terms: Terms) -> None:
@@ -284,13 +350,12 @@ def _matmul_encode(node: Node, terms: Terms) -> None:
     if weight.ndim > 2:
         raise Refused(f"{node} has a weight of its own for every matrix of a batch")
     if left:
-        trailing = shape[-1] if len(shape) > 1 else 1
-        size = shape[-2] if len(shape) > 1 else shape[0]
-        matrix = maps.product(
-            np.atleast_2d(weight), int(np.prod(shape)) // (size * trailing), trailing
-        )
+        size, trailing = shape[-2:] if len(shape) > 1 else (shape[0], 1)
+        lead = int(np.prod(shape)) // (size * trailing)
+        matrix = maps.product(np.atleast_2d(weight), lead, trailing)
     else:
-        matrix = maps.product(weight.reshape(len(weight), -1).T, int(np.prod(shape[:-1])))
+        columns = weight.reshape(len(weight), -1)
+        matrix = maps.product(columns.T, int(np.prod(shape[:-1])))
     terms.affine(node.outputs[0], [(x, matrix)])
 
 

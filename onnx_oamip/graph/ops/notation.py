@@ -2,7 +2,7 @@
 
 Each comma-separated term names the axes of one input, the right side those of the outputs. Equal symbols are one
 channel axis and go together; a symbol that is missing on the right is summed over (a consumer); ``*`` stands for the
-remaining axes, which nobody may cut; ``!c`` pins the axis. Inputs beyond the signature must be absent. The notation
+remaining axes, which must not be cut; ``!c`` pins the axis. Inputs beyond the signature must be absent. The notation
 follows einops and JAX's Shardy rules, where the same question (which axes move together) is asked for sharding.
 """
 
@@ -22,8 +22,14 @@ from onnx_oamip.graph.ops.spec import (
 
 @dataclass(frozen=True, slots=True)
 class Term:
+    """The axes of one tensor; ``open``: any number of further axes follows."""
+
     head: tuple[str, ...]
     open: bool
+
+    def fits(self, rank: int) -> bool:
+        """True if a tensor of this rank has these axes."""
+        return rank >= len(self.head) if self.open else rank == len(self.head)
 
 
 def _term(text: str, signature: str) -> Term:
@@ -32,17 +38,28 @@ def _term(text: str, signature: str) -> Term:
         raise ValueError(
             f"'*' must come last in the term '{text.strip()}' of the signature '{signature}'"
         )
-    return Term(tuple(t for t in tokens if t != "*"), bool(tokens) and tokens[-1] == "*")
+    symbols = tuple(token for token in tokens if token != "*")
+    return Term(symbols, open=len(symbols) < len(tokens))
 
 
 def parse(signature: str) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """Inputs and outputs of a signature. Raises ValueError on bad syntax."""
+    """Read a signature.
+
+    Args:
+        signature: Terms of inputs and outputs, such as ``"n c *, o c *, o -> n o *"``.
+
+    Returns:
+        Terms of the inputs and of the outputs.
+
+    Raises:
+        ValueError: The syntax is wrong, or an output has a symbol that no input has.
+    """
     left, arrow, right = signature.partition("->")
     if not arrow:
         raise ValueError(f"the signature '{signature}' has no '->'")
-    inputs = tuple(_term(t, signature) for t in left.split(","))
-    outputs = tuple(_term(t, signature) for t in right.split(","))
-    known = {s.lstrip("!") for t in inputs for s in t.head}
+    inputs = tuple(_term(text, signature) for text in left.split(","))
+    outputs = tuple(_term(text, signature) for text in right.split(","))
+    known = {symbol.lstrip("!") for term in inputs for symbol in term.head}
     for term in outputs:
         for symbol in term.head:
             if symbol not in known:
@@ -51,69 +68,96 @@ def parse(signature: str) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
 
 
 def rule(signature: str, guard: Callable[[Node, Labels], str | None] | None = None) -> ChannelRule:
-    """Turn a signature into a channel rule. ``guard`` may return a reason to pin everything instead."""
+    """Turn a signature into a channel rule.
+
+    Args:
+        signature: See the module.
+        guard: May return a reason to pin everything instead.
+
+    Returns:
+        The rule.
+    """
     inputs, outputs = parse(signature)
 
     def apply(node: Node, labels: Labels) -> None:
         reason = guard(node, labels) if guard else None
-        terms = [(t, name) for i, t in enumerate(inputs) if (name := operand(node, i)) is not None]
-        for term, name in terms:
-            shape = labels.shape(name)
-            fits = shape is not None and (
-                len(shape) >= len(term.head) if term.open else len(shape) == len(term.head)
-            )
-            if not fits:
-                reason = (
-                    reason
-                    or f"{node} reads '{name}' of shape {shape}, expected axes '{' '.join(term.head)}'"
-                )
-        if len(node.inputs) > len(inputs) and any(node.inputs[len(inputs) :]):
-            reason = reason or f"{node} has inputs this version does not know"
+        reason = reason or _mismatch(node, labels, inputs)
         if reason:
             opaque(node, labels, reason)
             return
-        where: dict[str, list[tuple[str, int]]] = {}
-        for term, name in terms:
-            for axis, symbol in enumerate(term.head):
-                where.setdefault(symbol.lstrip("!"), []).append((name, axis))
-                if symbol.startswith("!"):
-                    labels.pin(labels.label(name, axis), f"{node} works across this axis")
-            if term.open and not labels.is_constant(name):
-                data = name == node.inputs[0]
-                why = (
-                    f"it is a spatial axis of {node}"
-                    if data
-                    else f"it is an axis of the kernel of {node}"
-                )
-                for axis in range(len(term.head), len(labels.axes(name))):
-                    labels.pin(labels.label(name, axis), why, listed=data)
-        result = {symbol: labels.unify(axes, node) for symbol, axes in where.items()}
-        kept = {s for t in outputs for s in t.head}
-        for symbol, axes in where.items():
+        axes_by_symbol: dict[str, list[Axis]] = {}
+        for term, name in _given(node, inputs):
+            _name_axes(node, labels, term, name, axes_by_symbol)
+        unified = {symbol: labels.unify(axes, node) for symbol, axes in axes_by_symbol.items()}
+        kept = {symbol for term in outputs for symbol in term.head}
+        for symbol, axes in axes_by_symbol.items():
             if symbol not in kept:
-                _contract(node, axes, result[symbol], labels)
+                _contract(node, axes, unified[symbol], labels)
         for term, name in zip(outputs, node.outputs, strict=False):
+            head = [unified[symbol] for symbol in term.head]
             shape = labels.shape(name)
-            rank = len(shape) if shape is not None else len(term.head)
-            labels.set(name, [result[s] for s in term.head] + [None] * (rank - len(term.head)))
+            rank = len(head) if shape is None else len(shape)
+            rest: list[LabelAxis] = [None] * (rank - len(head))
+            labels.set(name, head + rest)
         extra_outputs(node, labels, len(outputs))
 
     return apply
 
 
+def _given(node: Node, terms: tuple[Term, ...]) -> list[tuple[Term, str]]:
+    """Terms of the inputs that are there, with their names."""
+    named = ((term, operand(node, slot)) for slot, term in enumerate(terms))
+    return [(term, name) for term, name in named if name is not None]
+
+
+def _mismatch(node: Node, labels: Labels, inputs: tuple[Term, ...]) -> str | None:
+    """Why a node does not fit the signature, None where it does."""
+    for term, name in _given(node, inputs):
+        shape = labels.shape(name)
+        if shape is None or not term.fits(len(shape)):
+            axes = " ".join(term.head)
+            return f"{node} reads '{name}' of shape {shape}, expected axes '{axes}'"
+    if any(node.inputs[len(inputs) :]):
+        return f"{node} has inputs this version does not know"
+    return None
+
+
+def _name_axes(
+    node: Node, labels: Labels, term: Term, name: str, axes_by_symbol: dict[str, list[Axis]]
+) -> None:
+    """Add the axes of one input under their symbols; pin those that nothing may cut."""
+    for axis, symbol in enumerate(term.head):
+        axes_by_symbol.setdefault(symbol.lstrip("!"), []).append((name, axis))
+        if symbol.startswith("!"):
+            labels.pin(labels.label(name, axis), f"{node} works across this axis")
+    if not term.open or labels.is_constant(name):
+        return
+    data = name == node.inputs[0]
+    what = "a spatial axis" if data else "an axis of the kernel"
+    for axis in range(len(term.head), len(labels.axes(name))):
+        labels.pin(labels.label(name, axis), f"it is {what} of {node}", listed=data)
+
+
 def _contract(node: Node, axes: list[Axis], found: LabelAxis, labels: Labels) -> None:
+    """Sum over an axis: the node consumes the first activation, the other tensor is its weight."""
     if found is None:
         return
-    data = [a for a in axes if not labels.is_constant(a[0])]
-    others = [a for a in axes if a != data[0]] if data else []
-    if data:
-        labels.consume(node, data[0], others[0] if others else None)
-    else:
+    data = next((axis for axis in axes if not labels.is_constant(axis[0])), None)
+    if data is None:
         labels.pin(found, f"{node} sums over it and no activation is involved")
+        return
+    weight = next((axis for axis in axes if axis != data), None)
+    labels.consume(node, data, weight)
 
 
 def extra_outputs(node: Node, labels: Labels, first: int) -> None:
-    """Indices and saved statistics: nobody follows them, so what they are made of stays."""
+    """Pin the data of a node that has outputs which no rule follows: indices and saved statistics.
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+        first: Index of the first of these outputs.
+    """
     for name in node.outputs[first:]:
         if name:
             labels.pin_all(node.inputs[0], f"{node} gives '{name}' as an extra output")
@@ -121,7 +165,13 @@ def extra_outputs(node: Node, labels: Labels, first: int) -> None:
 
 
 def opaque(node: Node, labels: Labels, reason: str) -> None:
-    """Nothing may be cut around this node: pin what it reads, leave what it writes untracked."""
+    """Cut nothing around a node: pin its inputs, leave its outputs untracked.
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+        reason: Reported for the pinned channels.
+    """
     for name in (*node.inputs, *node.captures):
         if name:
             labels.pin_all(name, reason)
