@@ -196,7 +196,7 @@ def _same(reference: ModelProto, other: ModelProto, model: Model, tolerance: flo
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loading_keeps_the_function(tmp_path: Path, name: str) -> None:
+def test_loading_preserves_the_outputs(tmp_path: Path, name: str) -> None:
     source = build(CASES[name][0])
     onnx.checker.check_model(source, full_check=True)
     model = load(source, tmp_path)
@@ -212,7 +212,7 @@ def test_loading_again_changes_nothing(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pruning_equals_the_mask(tmp_path: Path, name: str) -> None:
+def test_pruned_model_equals_masked_model(tmp_path: Path, name: str) -> None:
     text, units = CASES[name]
     model = load(build(text), tmp_path)
     coupling = couple(model)
@@ -224,7 +224,7 @@ def test_pruning_equals_the_mask(tmp_path: Path, name: str) -> None:
         _same(rewrite.mask(model, coupling, keep), cut, model, 1e-5)
 
 
-def test_returned_constants_shrink(tmp_path: Path) -> None:
+def test_constants_returned_by_a_branch_shrink(tmp_path: Path) -> None:
     """The values that the branches return are those of the kept channels."""
     model = load(build(_gate(f"p = {ONES}", f"q = {HOLES}")), tmp_path)
     coupling = couple(model)
@@ -242,7 +242,7 @@ def test_returned_constants_shrink(tmp_path: Path) -> None:
     assert returned == {"yes": [[2, 5, 6, 7, 8]], "no": [[0, 5, 0, 7, 8]]}
 
 
-def test_initialisers_of_a_branch_without_nodes(tmp_path: Path) -> None:
+def test_branch_of_initialisers_only_is_pruned(tmp_path: Path) -> None:
     """A branch may consist of a constant and nothing else, and both may give theirs the same name."""
     source = build(_gate(f"p = {ONES}", f"q = {HOLES}"))
     for body in _inner(source):
@@ -261,7 +261,7 @@ def test_initialisers_of_a_branch_without_nodes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [False, True])
-def test_a_decided_branch_leaves_its_constant(tmp_path: Path, flag: bool) -> None:
+def test_resolved_branch_is_replaced_by_its_constant(tmp_path: Path, flag: bool) -> None:
     """An If whose condition is constant is replaced by the value that the branch returns."""
     text = (
         _gate(f"p = {ONES}", "q = Identity(h)")

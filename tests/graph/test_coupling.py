@@ -35,7 +35,7 @@ def _coupled(text: str, folder: Path) -> tuple[Model, Coupling]:
     return model, couple(model)
 
 
-def test_two_groups_of_one_weight_have_two_names(tmp_path: Path) -> None:
+def test_groups_of_one_weight_have_distinct_names(tmp_path: Path) -> None:
     model, coupling = _coupled(SPLIT, tmp_path)
     assert [g.name for g in coupling.groups] == ["w1", "w1#2"]
     first, second = coupling.groups
@@ -50,7 +50,7 @@ def test_two_groups_of_one_weight_have_two_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped", "attention"])
-def test_units_stand_in_the_order_of_the_graph(net: str, tmp_path: Path) -> None:
+def test_units_follow_the_order_of_the_graph(net: str, tmp_path: Path) -> None:
     model, coupling = _coupled(NETS[net], tmp_path)
     seen = np.concatenate(
         [coupling.axes[key] for key in coupling.axes if key[0] in model.constants]
@@ -68,7 +68,7 @@ def test_units_stand_in_the_order_of_the_graph(net: str, tmp_path: Path) -> None
     assert (np.diff([group.units[0] for group in coupling.groups]) > 0).all()
 
 
-def test_what_is_pinned_is_counted_with_the_reason_of_most(tmp_path: Path) -> None:
+def test_pinned_axes_report_channel_count_and_main_reason(tmp_path: Path) -> None:
     _, coupling = _coupled(SPLIT, tmp_path)
     found = {(p.tensor, p.axis): p for p in coupling.pinned}
     assert set(found) == {("w1", 1), ("w2", 0), ("w3", 0)}  # the interface; a bias is no weight
@@ -78,7 +78,7 @@ def test_what_is_pinned_is_counted_with_the_reason_of_most(tmp_path: Path) -> No
     assert "a graph input (x)" in found["w1", 1].reason
 
 
-def test_weights_of_codes_are_weights_and_indices_are_none(tmp_path: Path) -> None:
+def test_pinned_axes_include_quantised_weights_but_not_indices(tmp_path: Path) -> None:
     text = (
         """(float[N,6] x) => (float[N,4] y, float[] z)
         <float[6,8] w1, int8[8,4] w2 = {"""
@@ -108,7 +108,9 @@ CUTS = {
 @pytest.mark.parametrize(
     ("net", "pattern"), [(n, p) for n, (_, patterns) in CUTS.items() for p in patterns]
 )
-def test_without_a_group_all_else_is_as_it_was(net: str, pattern: str, tmp_path: Path) -> None:
+def test_excluding_a_group_leaves_the_others_unchanged(
+    net: str, pattern: str, tmp_path: Path
+) -> None:
     model, coupling = _coupled(CUTS[net][0], tmp_path)
     fewer = exclude(model, coupling, [pattern])
     names = [g.name for g in fewer.groups]
@@ -150,7 +152,7 @@ def test_without_a_group_all_else_is_as_it_was(net: str, pattern: str, tmp_path:
     assert expected
 
 
-def test_the_pattern_that_took_a_group_is_told(tmp_path: Path) -> None:
+def test_exclusion_reason_names_the_pattern(tmp_path: Path) -> None:
     model, coupling = _coupled(SPLIT, tmp_path)
     fewer = exclude(model, coupling, ["w2", "w3"])
     assert fewer.n_units == 0
@@ -167,7 +169,7 @@ def test_the_pattern_that_took_a_group_is_told(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- what cannot be tied
 
 
-def test_channels_in_a_branch_are_consumed_inside(tmp_path: Path) -> None:
+def test_channels_in_a_branch_have_their_consumers_inside(tmp_path: Path) -> None:
     """What a branch sums over has no statistic; what is summed over behind the branch has one again."""
     _, coupling = _coupled(BRANCHES, tmp_path)
     assert [g.name for g in coupling.groups] == ["w1", "w2"]
@@ -177,7 +179,7 @@ def test_channels_in_a_branch_are_consumed_inside(tmp_path: Path) -> None:
     ]
 
 
-def test_a_constant_that_another_node_reads_whole_stays(tmp_path: Path) -> None:
+def test_constant_read_whole_by_another_node_is_kept(tmp_path: Path) -> None:
     """The bias is a number for every input feature there, none of which may go."""
     text = """(float[N,6] x, float[N,8] v) => (float[N,4] y, float[N,8] z)
         <float[8,6] w1, float[8] b1, float[8,7] w2, float[7,4] w3> {
@@ -210,7 +212,7 @@ def test_axes_of_different_length_are_not_tied(tmp_path: Path) -> None:
     assert (why["w1", 0], why["w2", 1]) == ((8, reason), (9, reason))
 
 
-def test_a_body_where_none_belongs_is_not_followed(tmp_path: Path) -> None:
+def test_body_of_an_operator_without_control_flow_is_ignored(tmp_path: Path) -> None:
     """ONNX refuses it of its own operators, and says nothing of those of other domains."""
     text = """(float[N,6] x) => (float[N,4] y) <float[6,8] w1, float[8,4] w2> {
         h = MatMul(x, w1)
@@ -232,7 +234,7 @@ def test_a_body_where_none_belongs_is_not_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "nodes", ["y = Relu(x)", "y = MatMul(x, w)", "h = MatMul(x, w)  y = Abs(h)"]
 )
-def test_a_model_without_anything_to_cut(nodes: str, tmp_path: Path) -> None:
+def test_model_without_prunable_channels_has_no_units(nodes: str, tmp_path: Path) -> None:
     _, coupling = _coupled(f"(float[N,6] x) => (float[] y) <float[6,6] w> {{ {nodes} }}", tmp_path)
     assert (coupling.n_units, coupling.groups, coupling.consumers) == (0, (), ())
     assert coupling.axes == {}

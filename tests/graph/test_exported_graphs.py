@@ -50,7 +50,7 @@ def _parameters(proto: ModelProto) -> int:
     )
 
 
-def test_every_file_is_looked_at() -> None:
+def test_every_exported_file_is_tested() -> None:
     files = list(FOLDER.glob("*.onnx"))
     assert {f.stem for f in files} == {
         f"{name}-{exporter}" for name in MOST for exporter in EXPORTERS
@@ -58,24 +58,24 @@ def test_every_file_is_looked_at() -> None:
     assert sum(f.stat().st_size for f in files) < 1_500_000
 
 
-def test_half_goes_exactly(exported: tuple[str, Model, Coupling]) -> None:
+def test_half_of_the_units_is_cut_exactly(exported: tuple[str, Model, Coupling]) -> None:
     name, model, coupling = exported
     cut = assert_exact(model, coupling, _halves(coupling), 1e-5, batches=(1, 3))
     assert _parameters(cut) <= MOST[name] * _parameters(model.proto)
 
 
-def test_batches_stay_open(exported: tuple[str, Model, Coupling]) -> None:
+def test_batch_dimensions_stay_symbolic(exported: tuple[str, Model, Coupling]) -> None:
     _, model, _ = exported
     assert all(port.dims[0] == "batch" for port in model.inputs)
 
 
-def test_what_stays_has_a_reason(exported: tuple[str, Model, Coupling]) -> None:
+def test_kept_channels_have_a_reason(exported: tuple[str, Model, Coupling]) -> None:
     _, _, coupling = exported
     assert coupling.pinned
     assert all(p.reason and ", untracked" not in p.reason for p in coupling.pinned)
 
 
-def test_channels_of_the_interface_are_all_that_stays(
+def test_only_channels_of_inputs_and_outputs_are_pinned(
     exported: tuple[str, Model, Coupling],
 ) -> None:
     name, model, coupling = exported
@@ -92,7 +92,7 @@ def test_channels_of_the_interface_are_all_that_stays(
     assert not inner, (name, inner)
 
 
-def test_files_say_nothing_of_the_machine_they_were_made_on() -> None:
+def test_files_contain_no_metadata_of_the_exporting_machine() -> None:
     files = sorted(FOLDER.glob("*.onnx"))
     assert files
     for file in files:

@@ -65,7 +65,7 @@ def _write(proto: ModelProto, folder: Path, external: bool) -> Path:
 @pytest.mark.parametrize("external", [False, True])
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.usefixtures("all_large")
-def test_a_mapped_model_is_the_same_model(tmp_path: Path, name: str, external: bool) -> None:
+def test_mapped_model_equals_the_loaded_model(tmp_path: Path, name: str, external: bool) -> None:
     proto = build(TEXTS[name])
     model = models.load(_write(proto, tmp_path, external))
     assert external_data.references(model.proto)
@@ -89,7 +89,7 @@ def test_a_mapped_model_is_the_same_model(tmp_path: Path, name: str, external: b
 
 
 @pytest.mark.usefixtures("all_large")
-def test_a_mapped_model_is_pruned(tmp_path: Path) -> None:
+def test_mapped_model_is_pruned_exactly(tmp_path: Path) -> None:
     path = _write(build(NETS["mlp"]), tmp_path, external=True)
     np.savez(
         tmp_path / "data.npz",
@@ -110,7 +110,7 @@ def test_a_mapped_model_is_pruned(tmp_path: Path) -> None:
     )
 
 
-def test_small_models_hold_their_weights(tmp_path: Path) -> None:
+def test_small_models_keep_weights_in_memory(tmp_path: Path) -> None:
     model = models.load(_write(build(NETS["mlp"]), tmp_path, external=True))
     assert not external_data.references(model.proto)
     coupling = couple(model)
@@ -132,7 +132,7 @@ def test_every_truncation_of_a_large_file_is_refused(tmp_path: Path) -> None:
     ("key", "value"),
     [("offset", "-8"), ("offset", "99999999"), ("length", "12"), ("offset", "x"), ("location", "")],
 )
-def test_a_weight_without_a_place_is_refused(tmp_path: Path, key: str, value: str) -> None:
+def test_external_weight_without_location_is_refused(tmp_path: Path, key: str, value: str) -> None:
     path = _write(build(NETS["mlp"]), tmp_path, external=True)
     proto = onnx.load(path, load_external_data=False)
     entry = next(e for e in proto.graph.initializer[0].external_data if e.key == key)
@@ -143,7 +143,7 @@ def test_a_weight_without_a_place_is_refused(tmp_path: Path, key: str, value: st
     assert "\n" not in str(caught.value)
 
 
-def test_a_place_outside_the_folder_is_refused_in_attributes_too(tmp_path: Path) -> None:
+def test_external_location_outside_the_folder_is_refused_in_attributes(tmp_path: Path) -> None:
     proto = build(
         "(float[N,5] x) => (float[] y) <float[5,3] w> { k = Constant<value_float = 0.5>()  "
         "h = MatMul(x, w)  y = Mul(h, k) }"
@@ -175,7 +175,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("beside")
-def test_an_older_output_is_replaced_with_its_weights(
+def test_older_output_is_replaced_with_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = build(NETS["cnn"], seed=1), build(NETS["cnn"], seed=2)
@@ -195,7 +195,7 @@ def test_an_older_output_is_replaced_with_its_weights(
 
 @pytest.mark.usefixtures("beside")
 @pytest.mark.parametrize("renames", [0, 1])
-def test_a_write_that_ends_between_two_files_leaves_the_old_model(
+def test_interrupted_write_of_two_files_leaves_the_old_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
 ) -> None:
     first, second = build(NETS["cnn"], seed=1), build(NETS["cnn"], seed=2)
@@ -219,7 +219,7 @@ def test_a_write_that_ends_between_two_files_leaves_the_old_model(
 
 
 @pytest.mark.usefixtures("beside")
-def test_a_graph_over_the_limit_runs_and_is_checked(tmp_path: Path) -> None:
+def test_graph_over_the_protobuf_limit_runs_and_is_checked(tmp_path: Path) -> None:
     proto = build(NETS["cnn"])
     path = _write(proto, tmp_path, external=False)
     values = {"x": np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)}
@@ -253,7 +253,7 @@ def _inspected(path: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no peak of memory to ask for")
 @pytest.mark.parametrize("external", [True, False])
-def test_inspect_leaves_a_gigabyte_of_weights_on_disk(tmp_path: Path, external: bool) -> None:
+def test_inspect_does_not_load_a_gigabyte_of_weights(tmp_path: Path, external: bool) -> None:
     path = tmp_path / "large.onnx"
     size = make(path)
     assert size > 1e9
@@ -264,7 +264,7 @@ def test_inspect_leaves_a_gigabyte_of_weights_on_disk(tmp_path: Path, external: 
     assert _inspected(path) < min(2.5e9, size / 2)
 
 
-def test_the_large_model_in_small(tmp_path: Path) -> None:
+def test_small_copy_of_the_large_model_can_be_pruned(tmp_path: Path) -> None:
     """What the tool writes is a transformer that can be pruned."""
     path = tmp_path / "small.onnx"
     assert make(path, layers=1, width=32, heads=4) == sum(

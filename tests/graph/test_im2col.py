@@ -207,7 +207,7 @@ def _given(place: Site, model: Model, x: Array, rows: Ints, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_rows_times_weights_are_the_output(name: str, tmp_path: Path) -> None:
+def test_rows_times_weights_equal_the_output(name: str, tmp_path: Path) -> None:
     model, place = _net(name, tmp_path)
     x = next(iter(samples(model, 4).values()))
     if model.inputs[0].dims[0] == 5:
@@ -228,7 +228,7 @@ def test_rows_times_weights_are_the_output(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_output_rows_by_hand(tmp_path: Path) -> None:
+def test_output_rows_match_a_hand_computation(tmp_path: Path) -> None:
     """Row (image, pixel) of an image tensor holds the channels of that pixel."""
     _, conv = _net("conv 2d", tmp_path)
     y = np.arange(2 * 4 * 3 * 2, dtype=np.float32).reshape(2, 4, 3, 2)
@@ -312,7 +312,7 @@ def test_pick(total: int, wanted: int, seed: int) -> None:
     np.testing.assert_array_equal(rows, pick(total, wanted, np.random.default_rng(seed)))
 
 
-def test_pick_spreads() -> None:
+def test_pick_spreads_rows_evenly() -> None:
     """One row of every stretch of ten, and all places within a stretch are met."""
     rows = pick(10_000, 1000, np.random.default_rng(0))
     np.testing.assert_array_equal(rows // 10, np.arange(1000))

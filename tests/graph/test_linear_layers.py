@@ -73,7 +73,9 @@ def held(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Site, Array, t
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_round_trip(held: tuple[Site, Array, tuple[int, ...]], dtype: type) -> None:
+def test_matrix_round_trip_restores_the_weight(
+    held: tuple[Site, Array, tuple[int, ...]], dtype: type
+) -> None:
     place, weight, form = held
     weight = weight.astype(dtype)
     found = matrix(place, weight)
@@ -121,7 +123,7 @@ def test_fewer_channels_are_fewer_rows_and_columns(
         ("(float[N,5] x) => (float[] y) { y = Relu(x) }", "another operator"),
     ],
 )
-def test_no_site(text: str, why: str, tmp_path: Path) -> None:
+def test_unsupported_nodes_have_no_site(text: str, why: str, tmp_path: Path) -> None:
     model = load(build(text), tmp_path)
     assert site(model.nodes[0], model.constants) is None
 
@@ -269,7 +271,7 @@ def test_bias_is_what_the_node_adds(biased: tuple[str, Model]) -> None:
     np.testing.assert_allclose(again, found + np.arange(4), atol=1e-6)
 
 
-def test_room_is_what_a_first_bias_takes(biased: tuple[str, Model]) -> None:
+def test_bias_growth_equals_the_size_of_a_new_bias(biased: tuple[str, Model]) -> None:
     """``room`` promises how many elements a model may grow by."""
     _, model = biased
     place = _linear(model)
@@ -298,7 +300,7 @@ def _read_elements(proto: ModelProto) -> int:
         ("float[N,3,5,5] x, float[4] b", "float[4,3,3,3] w", "Conv(x, w, b)"),
     ],
 )
-def test_bias_that_is_not_one_constant_per_output(
+def test_bias_with_other_than_one_constant_per_output_is_not_reused(
     inputs: str, declared: str, call: str, tmp_path: Path
 ) -> None:
     model, place = _only(f"({inputs})", call, declared, tmp_path)
@@ -308,7 +310,7 @@ def test_bias_that_is_not_one_constant_per_output(
     assert editor.add_bias(place, np.ones(matrix_shape(place, model.constants["w"])[1])) != computed
 
 
-def test_an_addition_with_a_vector_is_reused(tmp_path: Path) -> None:
+def test_addition_of_a_vector_is_reused_as_bias(tmp_path: Path) -> None:
     for nodes in ("m = MatMul(x, w)  y = Add(m, b)", "m = MatMul(x, w)  y = Add(b, m)"):
         text = f"(float[N,5] x) => (float[] y) <float[5,4] w, float[4] b> {{ {nodes} }}"
         model = load(build(text), tmp_path)
@@ -331,9 +333,7 @@ def test_an_addition_with_a_vector_is_reused(tmp_path: Path) -> None:
         ("y", "m = MatMul(x, w)  y = Sub(m, b)"),
     ],
 )
-def test_other_products_get_an_addition_of_their_own(
-    outputs: str, nodes: str, tmp_path: Path
-) -> None:
+def test_products_without_bias_get_an_addition(outputs: str, nodes: str, tmp_path: Path) -> None:
     """Every reader of the product sees the new bias, and outputs keep their names."""
     declared = ", ".join(f"float[] {o}" for o in outputs.split(", "))
     model = load(
@@ -392,7 +392,7 @@ def test_shared_constants_are_copied_for_the_node_that_changes_them(tmp_path: Pa
     np.testing.assert_array_equal(constants(proto)["w"], changed)
 
 
-def test_a_constant_read_twice_by_one_node_is_copied(tmp_path: Path) -> None:
+def test_constant_read_twice_by_one_node_is_copied(tmp_path: Path) -> None:
     text = "(float[N,5] x) => (float[] y) <float[5,5] w> { p = Gemm(x, w, w)  y = Relu(p) }"
     proto = build(text.replace("float[N,5]", "float[5,5]"))
     model = load(proto, tmp_path)
@@ -405,7 +405,7 @@ def test_a_constant_read_twice_by_one_node_is_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("op", ["MatMul(h, w)", "Gemm(h, w, c)"])
-def test_what_a_branch_of_an_if_reads_is_not_changed(op: str, tmp_path: Path) -> None:
+def test_constant_read_by_a_branch_is_not_changed(op: str, tmp_path: Path) -> None:
     """Captured constants have a second reader, though no node lists them among its inputs."""
     text = f"""(float[N,5] x, bool flag) => (float[] y, float[] z) <float[5,6] w1, float[6,4] w, float[4] c> {{
         h = MatMul(x, w1)
@@ -430,7 +430,7 @@ def test_what_a_branch_of_an_if_reads_is_not_changed(op: str, tmp_path: Path) ->
         np.testing.assert_allclose(after[0], np.broadcast_to(bias + 1, after[0].shape), rtol=1e-6)
 
 
-def test_an_addition_whose_product_is_captured_is_not_its_bias(tmp_path: Path) -> None:
+def test_addition_is_no_bias_if_its_product_is_captured(tmp_path: Path) -> None:
     text = """(float[N,5] x, bool flag) => (float[] y, float[] z) <float[5,4] w, float[4] b> {
         m = MatMul(x, w)
         y = Add(m, b)
@@ -448,7 +448,7 @@ def test_an_addition_whose_product_is_captured_is_not_its_bias(tmp_path: Path) -
     np.testing.assert_allclose(after[1], before[1] - 1, atol=1e-6)
 
 
-def test_new_names_are_free(tmp_path: Path) -> None:
+def test_new_names_are_unused(tmp_path: Path) -> None:
     """Names that the editor would like may be taken by tensors of the model."""
     text = """(float[N,5] x) => (float[] y, float[] z) <float[5,5] w, float[5] w_refitted> {
         m = MatMul(x, w)

@@ -48,11 +48,11 @@ def _same_function(proto: ModelProto, model: Model) -> None:
 # --------------------------------------------------------------------------------------------------------- refused
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
     _refused(tmp_path / "none.onnx", "no such file")
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_folder_is_refused(tmp_path: Path) -> None:
     _refused(tmp_path, "is a folder")
 
 
@@ -70,7 +70,7 @@ def test_folder(tmp_path: Path) -> None:
     ],
     ids=["empty", "zip", "text", "no nodes"],
 )
-def test_not_a_model(tmp_path: Path, content: bytes, part: str) -> None:
+def test_file_that_is_not_a_model_is_refused(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "bad.onnx"
     path.write_bytes(content)
     _refused(path, part)
@@ -84,7 +84,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         _refused(path)
 
 
-def test_invalid_graph(tmp_path: Path) -> None:
+def test_invalid_graph_is_refused(tmp_path: Path) -> None:
     proto = build(NET)
     proto.graph.node[1].input[0] = "nobody"
     path = tmp_path / "bad.onnx"
@@ -92,7 +92,7 @@ def test_invalid_graph(tmp_path: Path) -> None:
     _refused(path, "not a valid ONNX model")
 
 
-def test_input_that_is_no_tensor(tmp_path: Path) -> None:
+def test_input_that_is_not_a_tensor_is_refused(tmp_path: Path) -> None:
     proto = build(NET)
     element = helper.make_tensor_type_proto(TensorProto.FLOAT, [3])
     proto.graph.input.append(
@@ -140,7 +140,7 @@ def test_external_data(tmp_path: Path, location: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["above", "absolute", "link"])
-def test_external_data_outside_the_folder(tmp_path: Path, kind: str) -> None:
+def test_external_data_outside_the_folder_is_refused(tmp_path: Path, kind: str) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     secret = tmp_path / "secret.bin"
@@ -151,11 +151,11 @@ def test_external_data_outside_the_folder(tmp_path: Path, kind: str) -> None:
     _refused(_external(inside, location, payload=False), "outside its own folder")
 
 
-def test_external_data_missing(tmp_path: Path) -> None:
+def test_missing_external_data_is_refused(tmp_path: Path) -> None:
     _refused(_external(tmp_path, "weights.bin", payload=False), "'weights.bin', which is missing")
 
 
-def test_external_data_too_short(tmp_path: Path) -> None:
+def test_truncated_external_data_is_refused(tmp_path: Path) -> None:
     path = _external(tmp_path, "weights.bin")
     (tmp_path / "weights.bin").write_bytes(b"1234")
     _refused(path)
@@ -192,7 +192,7 @@ def _described() -> ModelProto:
     return proto
 
 
-def test_a_pruned_file_keeps_what_describes_it(tmp_path: Path) -> None:
+def test_pruned_file_keeps_metadata_and_documentation(tmp_path: Path) -> None:
     source = _described()
     model = load(source, tmp_path)
     coupling = couple(model)
@@ -217,7 +217,7 @@ def test_a_pruned_file_keeps_what_describes_it(tmp_path: Path) -> None:
     ]
 
 
-def test_symbolic_dimensions(tmp_path: Path) -> None:
+def test_symbolic_dimensions_are_kept(tmp_path: Path) -> None:
     model = load(_described(), tmp_path)
     assert model.port("image").dims == ("rows", 3, "H", "W")
     assert model.bindings == {"rows": 1, "H": 64, "W": 64}
@@ -229,7 +229,7 @@ def test_symbolic_dimensions(tmp_path: Path) -> None:
     assert models.rebind(bound, {"rows": 5}) is bound
 
 
-def test_dimensions_without_a_name(tmp_path: Path) -> None:
+def test_unnamed_dimensions_get_a_name(tmp_path: Path) -> None:
     proto = build("(float[N,3,A,B] x) => (float[] y) <float[8,3,3,3] w1> { y = Conv(x, w1) }")
     for dim in (proto.graph.input[0].type.tensor_type.shape.dim[i] for i in (0, 2, 3)):
         dim.Clear()
@@ -301,7 +301,7 @@ def test_constant_nodes_keep_their_type(tmp_path: Path, attribute: str, dtype: t
     _same_function(proto, model)
 
 
-def test_shape_driven_reshape_gets_a_constant_target(tmp_path: Path) -> None:
+def test_reshape_target_computed_from_shapes_becomes_constant(tmp_path: Path) -> None:
     proto = build(
         """(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w1, int64 zero = {0}, int64[1] at = {0},
         int64[1] rest = {-1}, float[128,4] w2> {
@@ -450,7 +450,7 @@ def test_constant_nodes_as_weights(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("opset", range(9, OPSET + 1))
-def test_every_opset(tmp_path: Path, opset: int) -> None:
+def test_every_supported_opset_loads(tmp_path: Path, opset: int) -> None:
     proto = build(NET, opset=opset, ir=3 if opset == 9 else 8, weights_as_inputs=opset == 9)
     model = _exact_after_loading(proto, tmp_path, 8, 1e-5)
     assert {o.domain: o.version for o in model.proto.opset_import}[""] == opset

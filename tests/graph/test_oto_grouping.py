@@ -323,7 +323,7 @@ def _coupled(row: Row, folder: Path) -> tuple[Model, Coupling]:
     return model, couple(model)
 
 
-def test_units_are_the_zero_invariant_groups(tmp_path: Path, row: Row) -> None:
+def test_units_equal_the_zero_invariant_groups(tmp_path: Path, row: Row) -> None:
     model, coupling = _coupled(row, tmp_path)
     expected = {**row.made, **row.read}
     found = {key: units for key, units in coupling.axes.items() if key[0] in model.constants}
@@ -337,7 +337,7 @@ def test_units_are_the_zero_invariant_groups(tmp_path: Path, row: Row) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_zeroed_groups_give_what_the_cut_model_gives(tmp_path: Path, row: Row, seed: int) -> None:
+def test_zeroed_groups_equal_the_pruned_model(tmp_path: Path, row: Row, seed: int) -> None:
     model, coupling = _coupled(row, tmp_path)
     keep = random_keep(coupling, np.random.default_rng(seed), 0.5)
     if keep.all():
@@ -366,7 +366,7 @@ def _zero(proto: ModelProto, row: Row, coupling: Coupling, keep: Bools) -> Model
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_what_must_stay_has_no_group(tmp_path: Path, name: str) -> None:
+def test_pinned_channels_have_no_group(tmp_path: Path, name: str) -> None:
     model = load(build(NOTHING[name], domains={"custom": 1}), tmp_path)
     coupling = couple(model)
     assert coupling.n_units == 0

@@ -108,7 +108,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------- frontier
 
 
-def test_every_tensor_in_order(model: Model, runs: list[list[str]]) -> None:
+def test_frontier_computes_every_tensor_in_order(model: Model, runs: list[list[str]]) -> None:
     feeds = _feeds(model)
     frontier = _frontier(model, feeds)
     for name in _made(model):
@@ -118,7 +118,9 @@ def test_every_tensor_in_order(model: Model, runs: list[list[str]]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_some_tensors(model: Model, runs: list[list[str]], seed: int) -> None:
+def test_frontier_computes_requested_tensors_only(
+    model: Model, runs: list[list[str]], seed: int
+) -> None:
     """Any tensors, several at once, in the order of the graph: nodes between them run once, others never."""
     rng = np.random.default_rng(seed)
     feeds = _feeds(model)
@@ -132,7 +134,7 @@ def test_some_tensors(model: Model, runs: list[list[str]], seed: int) -> None:
     assert sorted(ran) == sorted(slicer.nodes[i].name for i in slicer.needed(asked, ()))
 
 
-def test_what_is_held_is_not_computed_again(tmp_path: Path, runs: list[list[str]]) -> None:
+def test_held_tensors_are_not_recomputed(tmp_path: Path, runs: list[list[str]]) -> None:
     model = load(build(BRANCHES), tmp_path)
     frontier = _frontier(model, _feeds(model))
     first = frontier.reach(["r"])["r"]
@@ -143,7 +145,7 @@ def test_what_is_held_is_not_computed_again(tmp_path: Path, runs: list[list[str]
     assert runs[1:] == [[model.nodes[4].name]]
 
 
-def test_tensors_are_forgotten_when_nobody_reads_them(tmp_path: Path) -> None:
+def test_tensors_are_released_after_their_last_consumer(tmp_path: Path) -> None:
     """By hand, along the residual and the concatenation."""
     model = load(build(BRANCHES), tmp_path)
     frontier = _frontier(model, _feeds(model))
@@ -175,7 +177,7 @@ def test_captured_tensors_are_held_for_the_branch(tmp_path: Path) -> None:
     assert set(frontier.tensors) == {"y"}
 
 
-def test_changes_behind_the_frontier_count(tmp_path: Path) -> None:
+def test_changes_behind_the_frontier_take_effect(tmp_path: Path) -> None:
     """Weights and nodes that are not reached yet may change, as they do in a refit."""
     model = load(build(RESIDUAL), tmp_path)
     proto = ModelProto()
@@ -193,7 +195,7 @@ def test_changes_behind_the_frontier_count(tmp_path: Path) -> None:
         np.testing.assert_allclose(y, 4 * x @ model.constants["w4"], rtol=1e-5, atol=1e-5)
 
 
-def test_types_that_inference_does_not_know(tmp_path: Path) -> None:
+def test_types_unknown_to_shape_inference_are_measured(tmp_path: Path) -> None:
     """Behind an operator of another domain a tensor's type is only known once it is there."""
     text = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {
         a = MatMul(x, w1)
@@ -301,7 +303,7 @@ def test_captures_are_read(tmp_path: Path) -> None:
         "shape-driven-reshape",
     ],
 )
-def test_a_part_is_a_valid_model_that_gives_the_same(name: str, tmp_path: Path) -> None:
+def test_extracted_part_is_valid_and_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     """Cut every graph at every tensor: front and back together are the whole."""
     model = load(next(c for c in CASES if c.name == name).make(), tmp_path)
     slicer = Slicer(model.proto)
@@ -335,7 +337,7 @@ def test_reads_lists_inputs_once(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- what memory allows
 
 
-def test_feeds_within_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feeds_are_limited_by_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The three largest activations of BRANCHES hold 14, 8 and 8 images of 6 x 6 floats for one sample."""
     model = load(build(BRANCHES), tmp_path)
     count = 50

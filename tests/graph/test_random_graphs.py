@@ -117,7 +117,7 @@ def _drawable() -> list[OpSpec]:
     ]
 
 
-def test_every_operator_is_drawn() -> None:
+def test_every_operator_is_drawn_by_the_generator() -> None:
     drawn: set[int] = set()
     for i, (kind, name, opset) in enumerate(each()):
         for seed in range(12):
@@ -217,7 +217,7 @@ def _check_composition(folder: Path, examples: int) -> None:
 
 
 @pytest.mark.fuzz
-def test_pruned_equals_masked_and_costs_what_was_predicted(folder: Path) -> None:
+def test_pruned_equals_masked_and_predicted_cost(folder: Path) -> None:
     _check_exactness(folder, 300)
 
 

@@ -53,7 +53,7 @@ def spread(operator: str) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("form", ["proto", "path"])
 @pytest.mark.parametrize("operator", REFUSED)
-def test_what_is_refused_once_fused_is_run_as_it_is_written(
+def test_model_refused_after_fusion_runs_without_fusion(
     operator: str, form: str, tmp_path: Path
 ) -> None:
     rt, proto = runtime(), spread(operator)
@@ -75,13 +75,13 @@ def test_what_is_refused_once_fused_is_run_as_it_is_written(
 
 
 @pytest.mark.parametrize("operator", RUNS)
-def test_what_runs_fused_is_run_so(operator: str) -> None:
+def test_model_that_runs_fused_stays_fused(operator: str) -> None:
     session = Session(spread(operator), "cpu")
     session.run(FEED)
     assert not session.unfused
 
 
-def test_what_does_not_run_either_way_is_told_once() -> None:
+def test_error_without_fusion_is_reported_once() -> None:
     session = Session(spread("Relu(d)"), "cpu", what="this model")
     with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run this model on this data: .*x"):
         session.run({"x": FEED["x"][:, :2]})
@@ -92,7 +92,7 @@ def test_what_does_not_run_either_way_is_told_once() -> None:
 
 
 @pytest.mark.parametrize("operator", REFUSED)
-def test_such_a_model_is_pruned_and_the_report_says_how_it_runs(
+def test_unfused_model_is_pruned_and_noted_in_the_report(
     operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
@@ -166,7 +166,7 @@ def listened(home: Path, *arguments: str) -> tuple[str, list[str]]:
     return done.stdout.splitlines()[-1], sorted(p.name for p in home.rglob("*") if p.is_file())
 
 
-def test_nothing_is_asked_of_the_network(tmp_path: Path) -> None:
+def test_runtime_sends_nothing_over_the_network(tmp_path: Path) -> None:
     """Neither by Python, nor by a runtime that keeps an identifier and reports what it loads."""
     home = tmp_path / "home"
     home.mkdir()
@@ -201,5 +201,5 @@ def test_nothing_is_asked_of_the_network(tmp_path: Path) -> None:
     assert not [name for name in left if "deviceid" in name or name.startswith("onnxruntime")], left
 
 
-def test_the_listener_hears(tmp_path: Path) -> None:
+def test_network_listener_detects_a_request(tmp_path: Path) -> None:
     assert int(listened(tmp_path, "ask")[0].split()[0]) > 0

@@ -87,7 +87,7 @@ def _rename(graph: GraphProto, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("as_nodes", [False, True])
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_body_has_its_own_constants(tmp_path: Path, name: str, as_nodes: bool) -> None:
+def test_bodies_have_their_own_constants(tmp_path: Path, name: str, as_nodes: bool) -> None:
     proto = _inwards(build(TEXTS[name]), as_nodes)
     assert len(proto.graph.initializer) < len(build(TEXTS[name]).graph.initializer)
     model, plain = load(proto, tmp_path), load(build(TEXTS[name]), tmp_path)
@@ -99,7 +99,7 @@ def test_a_body_has_its_own_constants(tmp_path: Path, name: str, as_nodes: bool)
     assert_exact(model, coupling, random_keep(coupling, np.random.default_rng(1), 0.4))
 
 
-def test_two_branches_use_the_same_names(tmp_path: Path) -> None:
+def test_branches_may_use_the_same_names(tmp_path: Path) -> None:
     proto = _inwards(build(BRANCHES))
     for graph in list(subgraphs.graphs(proto.graph))[1:]:
         for old, new in (
@@ -126,7 +126,7 @@ def test_two_branches_use_the_same_names(tmp_path: Path) -> None:
     assert_exact(model, coupling, keep_one(coupling, np.random.default_rng(0)))
 
 
-def test_a_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
+def test_pruned_model_can_be_pruned_again(tmp_path: Path) -> None:
     for text in TEXTS.values():
         model = load(build(text), tmp_path)
         coupling = couple(model)
@@ -228,7 +228,7 @@ def _constant(name: str, value: object) -> onnx.NodeProto:
 
 @pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("how", ["initialiser", "constant", "computed"])
-def test_a_constant_condition_is_resolved(tmp_path: Path, flag: bool, how: str) -> None:
+def test_constant_condition_is_resolved(tmp_path: Path, flag: bool, how: str) -> None:
     proto = _inwards(build(BRANCHES))
     del proto.graph.input[1]
     if how == "initialiser":
@@ -249,7 +249,7 @@ def test_a_constant_condition_is_resolved(tmp_path: Path, flag: bool, how: str) 
     assert_exact(model, coupling, keep_one(coupling, np.random.default_rng(0)))
 
 
-def test_a_branch_that_passes_on_is_resolved(tmp_path: Path) -> None:
+def test_branch_that_forwards_a_tensor_is_resolved(tmp_path: Path) -> None:
     """Outputs from outside and constants; a resolved If within a branch and within a resolved one."""
     proto = build(
         """(float[N,5] x, bool flag) => (float[N,6] a, float[N,6] b, float[N,6] c, float[6] d, float[N,6] e)
@@ -280,7 +280,7 @@ def test_a_branch_that_passes_on_is_resolved(tmp_path: Path) -> None:
     _same(proto, model)
 
 
-def test_an_if_that_is_decided_by_a_shape_is_resolved(tmp_path: Path) -> None:
+def test_condition_computed_from_a_shape_is_resolved(tmp_path: Path) -> None:
     """As exporters write ``if x.dim() == 3`` and the like."""
     proto = build(
         """(float[N,6] x) => (float[] y) <float[6,8] w1, float[8,3] w2, int64 six = {6}, int64 at = {1}> {
@@ -304,7 +304,7 @@ def test_an_if_that_is_decided_by_a_shape_is_resolved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("importance", ["l2", "activation", "obs", "oamip", "random"])
 @pytest.mark.parametrize("name", TEXTS)
-def test_models_with_bodies_are_pruned(
+def test_models_with_subgraphs_go_through_the_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, importance: str
 ) -> None:
     rng = np.random.default_rng(0)
@@ -446,7 +446,7 @@ FUNCTIONS["overloads"] = (_overloaded, 14)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_local_functions(tmp_path: Path, name: str) -> None:
+def test_local_functions_are_inlined_and_pruned(tmp_path: Path, name: str) -> None:
     make, units = FUNCTIONS[name]
     proto = make()
     onnx.checker.check_model(proto)
@@ -461,7 +461,7 @@ def test_local_functions(tmp_path: Path, name: str) -> None:
     assert_exact(model, coupling, keep_one(coupling, np.random.default_rng(0)))
 
 
-def test_types_of_ports_in_bodies_follow_the_cut(tmp_path: Path) -> None:
+def test_value_infos_in_bodies_follow_the_cut(tmp_path: Path) -> None:
     model = load(build(LOOP), tmp_path)
     coupling = couple(model)
     cut = rewrite.cut(model, coupling, keep_one(coupling, np.random.default_rng(0)))

@@ -97,7 +97,7 @@ def _prune(model: Path, data: Path, method: str, *flags: str) -> int:
     return main([*arguments, "--force", "--json", *flags])
 
 
-def test_a_package_of_one_file_prunes_by_its_own_statistic(
+def test_one_file_package_prunes_by_its_own_statistic(
     installed: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = installed
@@ -115,7 +115,7 @@ def test_a_package_of_one_file_prunes_by_its_own_statistic(
     assert len(sys.modules["toy_peaks"].PASSES) == 1
 
 
-def test_its_statistic_is_collected_anew_in_every_iteration(
+def test_statistic_of_a_package_is_collected_in_every_iteration(
     installed: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, data = installed
@@ -133,7 +133,9 @@ def test_reading_a_statistic_without_requesting_it_is_refused(
     assert not model.with_name("pruned.onnx").exists()
 
 
-def test_help_lists_it(installed: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_method_of_a_package(
+    installed: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["prune", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "peaks, largest absolute activation" in text

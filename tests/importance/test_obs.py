@@ -109,7 +109,7 @@ CASES = {
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", CASES)
-def test_order_and_curve_are_those_of_the_greedy_search(name: str, seed: int) -> None:
+def test_order_and_curve_equal_those_of_a_greedy_search(name: str, seed: int) -> None:
     found = CASES[name](seed)
     count = len(found[0].columns)
     before = [(p.weight.copy(), p.gram.copy(), p.columns.copy()) for p in found]
@@ -125,7 +125,7 @@ def test_order_and_curve_are_those_of_the_greedy_search(name: str, seed: int) ->
         np.testing.assert_array_equal(p.columns, columns)
 
 
-def test_the_curve_ends_at_the_whole_variance() -> None:
+def test_curve_ends_at_the_whole_variance() -> None:
     """Everything gone: nothing is left but the mean."""
     other_columns_stay = ("columns", "taps in", "one unit", "a blind")
     cases = {n: make for n, make in CASES.items() if not n.startswith(other_columns_stay)}
@@ -137,7 +137,7 @@ def test_the_curve_ends_at_the_whole_variance() -> None:
 
 
 @pytest.mark.parametrize("held", [1, 3])
-def test_wide_groups_lose_several_units_a_step(held: int) -> None:
+def test_wide_groups_remove_several_units_per_step(held: int) -> None:
     """Many at once are chosen by losses that do not know of each other: close to one by one, and never falling."""
     found = [problem(0, 20, units(100, held)), problem(1, 20, units(100))]
     order, curve = obs.eliminate(found, 100)
@@ -154,13 +154,13 @@ def test_wide_groups_lose_several_units_a_step(held: int) -> None:
         assert steps < 0.9 * min(chance)
 
 
-def test_two_ways_to_the_same_loss() -> None:
+def test_losses_by_two_formulas_agree() -> None:
     found = problem(2, 5, units(9, 2), others=3)
     for gone in ([0], [1, 4, 5], list(range(9))):
         assert schur(found, gone) == pytest.approx(loss(found, gone), rel=1e-8)
 
 
-def test_copies_go_first() -> None:
+def test_copied_units_are_removed_first() -> None:
     """Of two equal units one is free; the other then is not."""
     base = problem(3, 5, units(8))
     mix = np.eye(8)
@@ -182,7 +182,7 @@ def test_copies_go_first() -> None:
     assert curve[1] > 1e-5
 
 
-def test_a_unit_without_weights_goes_first() -> None:
+def test_unit_without_weights_is_removed_first() -> None:
     found = problem(4, 5, units(8, 2))
     found.weight[:, found.columns[6]] = 0
     found.gram[:] = np.diag(found.gram.diagonal())  # else it would still help to repair others
@@ -191,7 +191,7 @@ def test_a_unit_without_weights_goes_first() -> None:
     assert curve[0] == 0
 
 
-def test_ties_fall_to_the_lower_index() -> None:
+def test_ties_are_broken_by_the_lower_index() -> None:
     found = problem(0, 4, units(6))
     equal = Problem(
         found.consumer, 0, np.ones((4, 6)), np.eye(6), found.mean, units(6), found.spread, 24.0
@@ -258,7 +258,7 @@ def _score(model: Model, coupling: Coupling, statistics: Statistics) -> Scores:
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_scores_are_the_curve_of_every_group(net: str, tmp_path: Path) -> None:
+def test_scores_equal_the_curve_of_every_group(net: str, tmp_path: Path) -> None:
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     statistics = _statistics(model, coupling, samples(model, 48))
@@ -277,7 +277,7 @@ def test_scores_are_the_curve_of_every_group(net: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(values[expected], errors, rtol=1e-7, atol=1e-12)
 
 
-def test_groups_without_a_linear_consumer_take_their_activation(tmp_path: Path) -> None:
+def test_groups_without_a_linear_consumer_use_their_activation(tmp_path: Path) -> None:
     model = load(build(ATTENTION), tmp_path)
     coupling = couple(model)
     statistics = _statistics(model, coupling, samples(model, 32))
@@ -291,7 +291,7 @@ def test_groups_without_a_linear_consumer_take_their_activation(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("net", "weight", "axis"), [(MLP, "w1", 1), (CNN, "w1", 0), (CNN, "w2", 0), (RESIDUAL, "w2", 0)]
 )
-def test_a_duplicate_goes_first(net: str, weight: str, axis: int, tmp_path: Path) -> None:
+def test_duplicate_unit_is_removed_first(net: str, weight: str, axis: int, tmp_path: Path) -> None:
     """Through normalisation, pooling and flattening: of two equal channels one is free."""
     proto = build(net)
     _copy_channel(proto, weight, axis, 2, 5)
@@ -328,7 +328,7 @@ def test_few_rows_do_not_inflate_the_error(count: int, tmp_path: Path) -> None:
         assert 0.3 < values[group.units].max() < 3
 
 
-def test_of_a_single_input_the_whole_variance_is_lost(tmp_path: Path) -> None:
+def test_removing_a_single_input_loses_the_whole_variance(tmp_path: Path) -> None:
     text = """(float[N,5] x) => (float[] y) <float[5,1] w1, float[1,4] w2> {
         a = MatMul(x, w1)
         y = MatMul(a, w2)
@@ -339,7 +339,7 @@ def test_of_a_single_input_the_whole_variance_is_lost(tmp_path: Path) -> None:
     np.testing.assert_allclose(values, 1.0, rtol=1e-6)
 
 
-def test_depthwise_and_grouped_chain(tmp_path: Path) -> None:
+def test_depthwise_and_grouped_chain_is_scored(tmp_path: Path) -> None:
     """Slots of a grouped convolution: the loss of a slot is that of all its channels in all blocks."""
     model = load(build(GROUPED), tmp_path)
     coupling = couple(model)
@@ -353,7 +353,7 @@ def test_depthwise_and_grouped_chain(tmp_path: Path) -> None:
     assert values[first] == pytest.approx(sum(loss(p, [first]) for p in found) / 2, rel=1e-8)
 
 
-def test_dead_and_constant_channels(tmp_path: Path) -> None:
+def test_dead_and_constant_channels_score_lowest(tmp_path: Path) -> None:
     """A channel that never changes costs nothing: its mean goes into the bias."""
     proto = build(MLP)
     for tensor in proto.graph.initializer:

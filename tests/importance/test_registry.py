@@ -71,7 +71,7 @@ def _score(name: str, model: Model, coupling: Coupling, arrays: dict[str, Array]
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("name", names())
-def test_contract(tmp_path: Path, name: str, net: str) -> None:
+def test_every_method_meets_the_score_contract(tmp_path: Path, name: str, net: str) -> None:
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     arrays = samples(model, 40)
@@ -95,7 +95,7 @@ def test_every_method_is_described() -> None:
         assert not method.summary.endswith(".")
 
 
-def test_random_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_random_scores_depend_on_the_seed_only(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     coupling = couple(model)
     first, same, other = (
@@ -126,9 +126,7 @@ def _members(model: Model, coupling: Coupling, unit: int) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize(("name", "power"), [("l1", 1), ("l2", 2)])
-def test_norms_are_those_of_all_weights_of_a_unit(
-    tmp_path: Path, net: str, name: str, power: int
-) -> None:
+def test_norms_cover_all_weights_of_a_unit(tmp_path: Path, net: str, name: str, power: int) -> None:
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     scores = _score(name, model, coupling, {}).values
@@ -155,7 +153,7 @@ def _column(model: Model, node: str, weight: str, channel: int, channels: int) -
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped"])
-def test_activation_is_the_share_of_energy_that_consumers_receive(tmp_path: Path, net: str) -> None:
+def test_activation_score_is_the_energy_share_at_the_consumers(tmp_path: Path, net: str) -> None:
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     arrays = samples(model, 40)
@@ -177,7 +175,7 @@ def test_activation_is_the_share_of_energy_that_consumers_receive(tmp_path: Path
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
 
 
-def test_activation_where_two_activations_meet(tmp_path: Path) -> None:
+def test_activation_score_where_two_activations_meet(tmp_path: Path) -> None:
     """A slot of attention scores is worth what its queries times its keys carry."""
     model = load(build(NETS["attention"]), tmp_path)
     coupling = couple(model)
@@ -241,7 +239,7 @@ def test_permuted_channels_have_permuted_scores(tmp_path: Path, name: str, net: 
 
 
 @pytest.mark.parametrize("name", ["obs", "activation", "l2", "l1"])
-def test_a_dead_unit_scores_least(tmp_path: Path, name: str) -> None:
+def test_dead_unit_scores_lowest(tmp_path: Path, name: str) -> None:
     """A unit whose weights are all zero carries nothing: no method may prefer it to any other."""
     proto = build(NETS["mlp"])
     for tensor in proto.graph.initializer:
@@ -267,7 +265,7 @@ def backwards(
     return Scores("backwards", np.arange(coupling.n_units, dtype=np.float64))
 
 
-def test_a_rule_of_ones_own_prunes(separate_registry: None, tmp_path: Path) -> None:
+def test_registered_method_prunes(separate_registry: None, tmp_path: Path) -> None:
     registry.register("backwards", backwards)
     assert find("backwards").summary == "Later units first"
     proto = build(
@@ -287,7 +285,7 @@ def test_a_rule_of_ones_own_prunes(separate_registry: None, tmp_path: Path) -> N
         registry.register("obs", backwards)
 
 
-def test_a_rule_of_an_installed_package(
+def test_method_of_an_installed_package_is_found(
     separate_registry: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = registry.REGISTRY.group

@@ -104,14 +104,16 @@ def check_quantised(before: Path, after: Path, held: Samples, least: float) -> N
     assert agreement(before, after, held) >= least
 
 
-def test_static_quantisation(lenet: tuple[Path, Samples, Samples], tmp_path: Path) -> None:
+def test_pruned_model_can_be_quantised_statically(
+    lenet: tuple[Path, Samples, Samples], tmp_path: Path
+) -> None:
     model, calibration, held = lenet
     out = tmp_path / "int8.onnx"
     quantize_static(model, out, Feeds(calibration), QuantFormat.QDQ, per_channel=True)
     check_quantised(model, out, held, 0.98)
 
 
-def test_static_quantisation_after_preprocessing(
+def test_pruned_model_can_be_quantised_after_preprocessing(
     lenet: tuple[Path, Samples, Samples], tmp_path: Path
 ) -> None:
     pytest.importorskip("sympy", reason="quant_pre_process infers symbolic shapes with sympy")
@@ -125,7 +127,7 @@ def test_static_quantisation_after_preprocessing(
     check_quantised(ready, out, held, 0.98)
 
 
-def test_static_quantisation_of_a_transformer(
+def test_pruned_transformer_can_be_quantised_statically(
     transformer: tuple[Path, Samples, Samples], tmp_path: Path
 ) -> None:
     model, calibration, held = transformer
@@ -134,7 +136,7 @@ def test_static_quantisation_of_a_transformer(
     check_quantised(model, out, held, 0.95)
 
 
-def test_dynamic_quantisation_of_an_optimised_transformer(
+def test_optimised_transformer_can_be_quantised_dynamically(
     transformer: tuple[Path, Samples, Samples], tmp_path: Path
 ) -> None:
     """The usual way of a transformer: ONNX Runtime's optimiser, then 8-bit weights."""
@@ -214,7 +216,7 @@ def run_step(
     return done, *files.values()
 
 
-def test_action_is_whole(action: dict[str, Any]) -> None:
+def test_action_declares_inputs_outputs_and_steps(action: dict[str, Any]) -> None:
     """What its expressions name is declared, in both directions, and no expression stands in a script."""
     text = (ACTION / "action.yml").read_text(encoding="utf-8")
     assert action["runs"]["using"] == "composite"
@@ -273,9 +275,7 @@ def test_action_prunes_and_reports(action: dict[str, Any], tmp_path: Path) -> No
     assert all(group["name"] in text for group in document["groups"])
 
 
-def test_action_runs_nothing_that_is_written_in_its_inputs(
-    action: dict[str, Any], tmp_path: Path
-) -> None:
+def test_action_does_not_execute_text_of_its_inputs(action: dict[str, Any], tmp_path: Path) -> None:
     evil = 'a"; touch broken; "$(touch broken)`touch broken`'
     for name in action["inputs"]:
         inputs = {"model": "model.onnx", "data": "data.npz", "budget": "--macs 0.5", name: evil}
@@ -291,7 +291,7 @@ def test_action_runs_nothing_that_is_written_in_its_inputs(
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
-def test_dockerfile() -> None:
+def test_dockerfile_installs_the_package() -> None:
     """What it copies exists, what it installs is declared, and it runs as a user of its own."""
     text = (
         (ROOT / "tools" / "docker" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -321,7 +321,7 @@ def test_dockerfile() -> None:
 
 
 @pytest.mark.parametrize("file", ["action/README.md", "docker/README.md"])
-def test_readmes_use_what_exists(file: str, action: dict[str, Any]) -> None:
+def test_readmes_use_existing_options_inputs_and_paths(file: str, action: dict[str, Any]) -> None:
     text = (ROOT / "tools" / file).read_text(encoding="utf-8")
     commands = re.findall(r"onnx-oamip prune (.*)$", text, re.MULTILINE)
     workflows = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -98,7 +98,7 @@ def test_prune_is_logged(
     assert kept["out.onnx"].read_bytes() == Path("out.onnx").read_bytes()
 
 
-def test_apply_is_logged_where_mlflow_is_set_to(
+def test_apply_is_logged_to_the_configured_tracking_store(
     data: Path, runs: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
@@ -150,7 +150,7 @@ def test_dry_run_logs_the_prediction(
     assert set(files(run)) == {"report.json"}
 
 
-def test_what_fails_is_logged_as_failed(
+def test_failed_run_is_logged_as_failed(
     data: Path, runs: Callable[[], list[Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert prune(data, "--macs", "0.0001", "--mlflow", (tmp_path / "runs").as_uri()) == 1
@@ -175,7 +175,7 @@ def test_interruption_is_logged_as_killed(runs: Callable[[], list[Any]], tmp_pat
         ("runs", "false", "MLFLOW_ALLOW_FILE_STORE=true"),
     ],
 )
-def test_a_place_that_mlflow_cannot_use_is_told_before_any_work(
+def test_unusable_tracking_store_is_refused_before_any_work(
     data: Path,
     runs: Callable[[], list[Any]],
     monkeypatch: pytest.MonkeyPatch,
@@ -195,7 +195,7 @@ def test_a_place_that_mlflow_cannot_use_is_told_before_any_work(
     assert len(error.splitlines()) == 1
 
 
-def test_a_result_that_is_not_taken_names_the_model_that_was_written(
+def test_failed_logging_names_the_written_model(
     data: Path,
     runs: Callable[[], list[Any]],
     tmp_path: Path,
@@ -216,7 +216,7 @@ def test_a_result_that_is_not_taken_names_the_model_that_was_written(
     assert runs()[0].info.status == "FAILED"
 
 
-def test_without_mlflow_nothing_is_done(
+def test_nothing_is_logged_without_mlflow(
     data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     original = builtins.__import__
@@ -236,7 +236,7 @@ def test_without_mlflow_nothing_is_done(
     assert not Path("out.onnx").exists()
 
 
-def test_metrics_leave_out_what_was_not_measured() -> None:
+def test_metrics_omit_unmeasured_values() -> None:
     cost = {"macs": 0, "params": 10, "bytes": 100}
     document = {
         "before": cost,

@@ -92,7 +92,7 @@ def test_pass_prunes_in_a_workflow(olive: Any) -> None:
     assert proto.graph == onnx.load("direct.onnx").graph
 
 
-def test_the_workflow_of_the_page_runs(olive: Any, tmp_path: Path) -> None:
+def test_workflow_on_the_page_runs(olive: Any, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     flow = next(json.loads(block) for block in blocks if "OnnxOamip" in block)
@@ -103,7 +103,7 @@ def test_the_workflow_of_the_page_runs(olive: Any, tmp_path: Path) -> None:
     assert "DynamicQuantizeLinear" in {node.op_type for node in proto.graph.node}
 
 
-def test_pruned_then_quantised_on_a_data_set_of_olive(olive: Any) -> None:
+def test_model_is_pruned_and_quantised_on_an_olive_data_set(olive: Any) -> None:
     quantise = {"type": "OnnxStaticQuantization", "data_config": "digits", "quant_format": "QDQ"}
     flow = workflow(
         {"params": 0.6, "data_config": "digits", "save_as_external_data": True}, quantise=quantise
@@ -115,7 +115,7 @@ def test_pruned_then_quantised_on_a_data_set_of_olive(olive: Any) -> None:
     assert "DequantizeLinear" in {node.op_type for node in proto.graph.node}
 
 
-def test_labels_that_say_nothing_are_left_out(olive: Any) -> None:
+def test_uninformative_labels_are_left_out(olive: Any) -> None:
     _, found = run(olive, workflow({"macs": 0.5, "data_config": "digits"}, labelled=False))
     assert found["verification"]["accuracy_before"] is None
     assert found["verification"]["agreement"] > 0.5
@@ -134,14 +134,14 @@ def test_labels_that_say_nothing_are_left_out(olive: Any) -> None:
         ({"data_config": "digits"}, SettingsError, "nothing says how much to keep"),
     ],
 )
-def test_what_is_wrong_is_told(
+def test_invalid_configuration_is_reported(
     olive: Any, options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         run(olive, workflow(options))
 
 
-def test_a_budget_that_is_not_met_gives_no_model(olive: Any) -> None:
+def test_unreachable_budget_gives_no_model(olive: Any) -> None:
     from olive.workflows import run as start
 
     found = start(
@@ -174,7 +174,7 @@ def test_options_are_the_settings_and_budgets_can_be_searched(olive: Any) -> Non
     assert fixed["importance"] == "obs"
 
 
-def test_package_config_adds_the_pass_and_takes_nothing_away(olive: Any) -> None:
+def test_package_config_adds_the_pass_and_removes_nothing(olive: Any) -> None:
     from olive.package_config import OlivePackageConfig
 
     found = OlivePackageConfig.model_validate(json.loads(json.dumps(olive.package_config())))

@@ -333,7 +333,7 @@ def only(found: Objective) -> Term:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_pattern(name: str, tmp_path: Path) -> None:
+def test_output_patterns_are_detected(name: str, tmp_path: Path) -> None:
     pattern = PATTERNS[name]
     model = model_of(pattern, tmp_path)
     found = detect(model)
@@ -462,9 +462,7 @@ def test_floats_from_a_subgraph_are_read_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("after", "kind"), [("Sigmoid", "binary"), ("Softmax", "classes"), ("LogSoftmax", "classes")]
 )
-def test_answers_from_all_branches_are_read_behind_them(
-    after: str, kind: str, tmp_path: Path
-) -> None:
+def test_branch_results_are_read_behind_the_branches(after: str, kind: str, tmp_path: Path) -> None:
     """A cascade of two detectors, the second in a branch."""
     term = only(detect(load(_branches(TensorProto.FLOAT, after), tmp_path)))
     assert (term.kind, term.tensor, term.axis, term.assumption) == (kind, "y", 1, "")
@@ -485,7 +483,7 @@ def test_integers_from_a_subgraph_are_compared_for_equality(tmp_path: Path) -> N
     assert "`outputs=y=ignore`" in found.notes[0]
 
 
-def test_a_long_chain_of_cheap_operators(tmp_path: Path) -> None:
+def test_long_chain_of_cheap_operators_is_followed(tmp_path: Path) -> None:
     """Doubling a tensor many times: no path is followed twice, and none for ever."""
     steps = " ".join(f"v{i + 1} = Mul(v{i}, v{i})" for i in range(400))
     text = f"(float[N, 6] x) => (float[] v400) <float[6, 4] w> {{ l = MatMul(x, w) v0 = Sigmoid(l) {steps} }}"
@@ -512,7 +510,9 @@ def test_a_long_chain_of_cheap_operators(tmp_path: Path) -> None:
         ("sigmoid", np.asarray([3, 1, 2]), "classes"),
     ],
 )
-def test_labels_that_fit(name: str, labels: np.ndarray, kind: str, tmp_path: Path) -> None:  # type: ignore[type-arg]
+def test_labels_determine_the_kind_they_fit(
+    name: str, labels: np.ndarray, kind: str, tmp_path: Path
+) -> None:  # type: ignore[type-arg]
     pattern = PATTERNS[name]
     term = only(detect(model_of(pattern, tmp_path), labels))
     assert term.kind == kind
@@ -522,7 +522,7 @@ def test_labels_that_fit(name: str, labels: np.ndarray, kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["softmax", "raw scores or values"])
-def test_a_label_that_is_no_class(name: str, tmp_path: Path) -> None:
+def test_label_outside_the_classes_is_refused(name: str, tmp_path: Path) -> None:
     pattern = PATTERNS[name]
     with pytest.raises(
         DataError, match=r"has the class 4, but the model's output '\w' has 4 classes, which"
@@ -533,14 +533,14 @@ def test_a_label_that_is_no_class(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "labels", [np.zeros((3, 7), np.int64), np.zeros((3, 7)), np.asarray([0.5, 0.2])]
 )
-def test_labels_that_fit_nothing_are_noted(labels: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
+def test_labels_that_fit_no_output_are_noted(labels: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
     pattern = PATTERNS["softmax"]
     found = detect(model_of(pattern, tmp_path), labels)
     assert not only(found).labelled
     assert any("fit no output" in note for note in found.notes)
 
 
-def test_labels_go_to_the_head_that_they_fit(tmp_path: Path) -> None:
+def test_labels_are_assigned_to_the_output_they_fit(tmp_path: Path) -> None:
     found = detect(load(build(TWO.replace("[6, 1]", "[6, 5]")), tmp_path), np.asarray([4, 0]))
     assert [(t.kind, t.labelled) for t in found.terms] == [("ambiguous", False), ("classes", True)]
 
@@ -548,7 +548,7 @@ def test_labels_go_to_the_head_that_they_fit(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ the user
 
 
-def test_the_user_says_kinds_and_weights(tmp_path: Path) -> None:
+def test_user_kinds_and_weights_are_used(tmp_path: Path) -> None:
     model = load(build(TWO), tmp_path)
     found = detect(model, outputs={"a": ("embedding", 2.0), "b": ("binary", 0.5)})
     assert [(t.kind, t.weight, t.source) for t in found.terms] == [
@@ -561,7 +561,7 @@ def test_the_user_says_kinds_and_weights(tmp_path: Path) -> None:
     assert len(ignored.terms) == 2
 
 
-def test_the_user_goes_before_the_structure(tmp_path: Path) -> None:
+def test_user_kind_overrides_the_detected_kind(tmp_path: Path) -> None:
     pattern = PATTERNS["softmax"]
     model = model_of(pattern, tmp_path)
     assert (only(detect(model, task="values")).kind, only(detect(model, task="values")).tensor) == (
@@ -572,7 +572,7 @@ def test_the_user_goes_before_the_structure(tmp_path: Path) -> None:
     assert only(detect(model, np.asarray([0, 1]), outputs={"y": ("values", 1.0)})).kind == "values"
 
 
-def test_the_user_weighs_a_part(tmp_path: Path) -> None:
+def test_user_weight_applies_to_a_part(tmp_path: Path) -> None:
     found = detect(
         model_of(PATTERNS["boxes and scores in one"], tmp_path), outputs={"y/b8": ("values", 3.0)}
     )
@@ -582,7 +582,7 @@ def test_the_user_weighs_a_part(tmp_path: Path) -> None:
     ]
 
 
-def test_a_task_settles_what_is_open(tmp_path: Path) -> None:
+def test_task_decides_ambiguous_outputs(tmp_path: Path) -> None:
     found = detect(load(build(TWO), tmp_path), task="classes")
     assert [(t.output, t.kind) for t in found.terms] == [("a", "classes"), ("b", "values")]
     argmax = PATTERNS["argmax of a tagger"]
@@ -607,7 +607,7 @@ def test_a_task_settles_what_is_open(tmp_path: Path) -> None:
         ("classes", {"a": ("ignore", 1.0)}, "`task=classes` does not fit: 'b' has one column"),
     ],
 )
-def test_what_the_user_cannot_say(
+def test_invalid_output_settings_are_refused(
     task: str | None, outputs: dict[str, tuple[str, float]], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SettingsError, match=message):
@@ -622,7 +622,7 @@ def test_integers_that_come_from_no_float_have_no_kind(tmp_path: Path) -> None:
         detect(model, outputs={"y": ("values", 1.0)})
 
 
-def test_a_task_beside_known_outputs(tmp_path: Path) -> None:
+def test_task_for_several_known_outputs_is_refused(tmp_path: Path) -> None:
     text = """(float[N, 6] x) => (float[] a, float[] b) <float[6, 3] wa, float[6, 2] wb>
         { l = MatMul(x, wa) m = MatMul(x, wb) a = Softmax(l) b = Sigmoid(m) }"""
     with pytest.raises(

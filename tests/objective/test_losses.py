@@ -79,7 +79,7 @@ def by_hand(kind: str, truth: Array, found: Array) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_term_by_hand(kind: str) -> None:
+def test_term_equals_a_hand_computation(kind: str) -> None:
     truth, found = outputs(kind, 0), outputs(kind, 1)
     objective = scaled([KINDS[kind]], [truth])  # type: ignore[index]
     assert compare(objective, [truth], [found]).terms[0] == pytest.approx(
@@ -88,7 +88,7 @@ def test_a_term_by_hand(kind: str) -> None:
 
 
 @pytest.mark.parametrize("pair", list(combinations(KINDS, 2)), ids=lambda pair: " and ".join(pair))
-def test_a_pair_is_the_mean_by_weight(pair: tuple[str, str]) -> None:
+def test_total_of_two_terms_is_their_weighted_mean(pair: tuple[str, str]) -> None:
     truth, found = ([outputs(kind, seed + i) for i, kind in enumerate(pair)] for seed in (0, 7))
     terms = [replace(KINDS[pair[0]], weight=3.0), KINDS[pair[1]]]  # type: ignore[index]
     result = compare(scaled(terms, truth), truth, found)
@@ -98,7 +98,7 @@ def test_a_pair_is_the_mean_by_weight(pair: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary", "values", "embedding"])
-def test_the_average_answer_costs_one(kind: str) -> None:
+def test_constant_average_output_costs_one(kind: str) -> None:
     truth = outputs(kind, 3)
     average: Array
     if kind == "classes":
@@ -117,7 +117,7 @@ def test_the_average_answer_costs_one(kind: str) -> None:
     ).total == pytest.approx(1, rel=1e-12)
 
 
-def test_a_labelled_classifier_costs_its_mean_divergence_times_a_constant() -> None:
+def test_classifier_loss_is_proportional_to_mean_divergence() -> None:
     """Also where nearly all samples are of one class: the order of widths stays what the plain divergence says."""
     rng = np.random.default_rng(0)
     truth = rng.standard_normal((200, 4)) + np.asarray([4, 0, 0, 0])
@@ -145,7 +145,7 @@ def test_probabilities_are_recognised(kind: str) -> None:
     assert compare(plain, [make(logits)], [make(moved)]).total == pytest.approx(expected, rel=1e-9)
 
 
-def test_one_batch_of_logits_refutes_probabilities() -> None:
+def test_one_batch_of_logits_excludes_probabilities() -> None:
     term = replace(BINARY, form="auto")
     first, second = np.full((2, 1), 0.5), np.asarray([[3.0], [-2.0]])
     for batches in ([first, second], [second, first]):
@@ -178,7 +178,7 @@ def test_rare_positions_weigh_as_much_as_the_background() -> None:
     )
 
 
-def test_too_many_decisions_have_no_background(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_background_with_more_decisions_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = np.repeat(5 * np.eye(5), [18, 1, 1, 0, 0], axis=0)
     first, second = truth[:19], truth[19:]
     assert _background(scaled([CLASSES], [first], [second])) == 0
@@ -202,7 +202,7 @@ def _background(objective: Objective) -> int:
     return scale.background
 
 
-def test_the_spread_with_a_background_by_hand() -> None:
+def test_spread_with_background_equals_a_hand_computation() -> None:
     rng = np.random.default_rng(0)
     truth = rng.standard_normal((100, 3)) + np.asarray([4.0, 0.0, 0.0])
     truth[:5, 0] -= 8.0
@@ -217,7 +217,7 @@ def test_the_spread_with_a_background_by_hand() -> None:
     )
 
 
-def test_rare_positives_of_a_binary_term_weigh_as_much_column_by_column() -> None:
+def test_rare_positives_of_a_binary_term_are_balanced_per_column() -> None:
     truth = np.full((40, 2), -1.0)
     truth[:2, 0] = truth[:20, 1] = 1.0
     scale = scaled([BINARY], [truth]).terms[0].scale
@@ -225,14 +225,14 @@ def test_rare_positives_of_a_binary_term_weigh_as_much_column_by_column() -> Non
     assert scale.balance == pytest.approx(np.asarray([[40 / 76, 10.0], [1.0, 1.0]]))
 
 
-def test_classes_that_share_the_decisions_have_no_background() -> None:
+def test_background_class_must_exceed_the_dominance_threshold() -> None:
     truth = np.repeat(5 * np.eye(5), [8, 1, 1, 0, 0], axis=0)  # 80 %: not more than DOMINANT
     scale = scaled([CLASSES], [truth]).terms[0].scale
     assert scale is not None
     assert scale.background == -1
 
 
-def test_a_threshold_in_the_units_of_scores() -> None:
+def test_binary_threshold_is_in_units_of_the_scores() -> None:
     """Scores above 3 are positive; odds are counted from there."""
     term = replace(BINARY, form="scores", threshold=3.0)
     truth, found = outputs("binary", 0) + 3, outputs("binary", 1) + 3
@@ -254,7 +254,7 @@ def test_tensors_of_any_rank_are_read_along_their_axis() -> None:
         )
 
 
-def test_a_part_is_read_alone() -> None:
+def test_part_of_a_tensor_is_compared_alone() -> None:
     truth, found = outputs("values", 0, columns=5), outputs("values", 1, columns=5)
     term = replace(VALUES, part=Part(1, 2, 4))
     expected = by_hand("values", truth[:, 2:4], found[:, 2:4])
@@ -285,21 +285,21 @@ def test_terms_that_share_a_tensor_read_it_once() -> None:
 # ------------------------------------------------------------------------------------------------------ dead columns
 
 
-def test_a_constant_column_is_measured_by_the_others() -> None:
+def test_constant_column_is_scaled_by_the_others() -> None:
     truth = np.column_stack([outputs("values", 0, columns=1) * 100, np.full(40, 7.0)])
     objective = scaled([VALUES], [truth])
     found = truth + np.asarray([0.0, 3.0])
     assert compare(objective, [truth], [found]).total == pytest.approx(9 / truth[:, 0].var() / 2)
 
 
-def test_constant_outputs_are_measured_by_their_size() -> None:
+def test_constant_outputs_are_scaled_by_their_magnitude() -> None:
     truth = np.full((5, 2), 4.0)
     assert compare(scaled([VALUES], [truth]), [truth], [truth + 2.0]).total == pytest.approx(4 / 16)
     zeros = np.zeros((5, 2))
     assert compare(scaled([VALUES], [zeros]), [zeros], [zeros + 0.5]).total == pytest.approx(0.25)
 
 
-def test_a_small_column_beside_a_large_one_keeps_its_own_scale() -> None:
+def test_small_column_keeps_its_own_scale() -> None:
     """Scores between 0 and 1 beside boxes in thousands of pixels."""
     rng = np.random.default_rng(0)
     truth = rng.random((50, 2)) * [5000, 0.05]
@@ -319,7 +319,7 @@ def test_many_columns_share_their_variance() -> None:
 
 
 @pytest.mark.parametrize("kind", ["classes", "binary", "embedding"])
-def test_answers_that_never_change_still_have_a_scale(kind: str) -> None:
+def test_constant_predictions_still_have_a_scale(kind: str) -> None:
     truth = np.tile([[2.0, -1.0, 0.5]], (10, 1))
     result = compare(scaled([KINDS[kind]], [truth]), [truth], [truth[:, ::-1]])  # type: ignore[index]
     assert 0 < result.total <= LOST
@@ -343,7 +343,7 @@ def test_equal_infinities_cost_nothing() -> None:
 
 @pytest.mark.parametrize("kind", ["classes", "binary", "values", "ambiguous", "embedding"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_any_more_is_lost(kind: str, bad: float) -> None:
+def test_value_that_becomes_nan_or_infinite_is_lost(kind: str, bad: float) -> None:
     truth = outputs(kind, 0)
     found = truth.copy()
     found[3, 1] = bad
@@ -354,7 +354,7 @@ def test_what_is_no_number_any_more_is_lost(kind: str, bad: float) -> None:
     assert loss(objective, total).total == LOST
 
 
-def test_a_number_where_the_original_masks_is_lost() -> None:
+def test_finite_value_for_a_masked_logit_is_lost() -> None:
     masked = np.asarray([[1.0, 0.0, -np.inf], [0.0, 2.0, -np.inf]])
     for kind in ("classes", "binary", "values"):
         objective = scaled([KINDS[kind]], [masked])  # type: ignore[index]
@@ -363,7 +363,7 @@ def test_a_number_where_the_original_masks_is_lost() -> None:
         )
 
 
-def test_another_shape_is_lost() -> None:
+def test_changed_output_shape_is_lost() -> None:
     truth = outputs("values", 0)
     assert compare(scaled([VALUES], [truth]), [truth], [truth[:-1]]).total == LOST
     assert compare(scaled([EXACT], [truth]), [truth], [truth[:-1]]).total == 1.0
@@ -377,7 +377,7 @@ def test_the_original_must_be_finite(bad: float) -> None:
         scaled([VALUES], [np.asarray([[1.0, bad]])])
 
 
-def test_half_precision_is_added_up_in_double() -> None:
+def test_half_precision_is_accumulated_in_double() -> None:
     truth = (outputs("values", 0, 4000) * 200).astype(np.float16)
     found = (truth * np.float16(1.01)).astype(np.float16)
     expected = by_hand("values", truth.astype(np.float64), found.astype(np.float64))
@@ -427,7 +427,7 @@ def test_a_loss_of_zero_means_equal(kind: str, rows: int, seed: int, change: boo
 
 
 @given(NAMES, st.lists(st.integers(1, 9), min_size=1, max_size=6), SEEDS)
-def test_how_batches_are_split_says_nothing(kind: str, sizes: list[int], seed: int) -> None:
+def test_loss_does_not_depend_on_batch_splits(kind: str, sizes: list[int], seed: int) -> None:
     rows = sum(sizes) + 1
     truth, found = outputs(kind, seed, rows), outputs(kind, seed + 1, rows)
     term = KINDS[kind]  # type: ignore[index]
@@ -447,7 +447,7 @@ def test_how_batches_are_split_says_nothing(kind: str, sizes: list[int], seed: i
 
 
 @given(NAMES, ROWS, SEEDS)
-def test_the_order_of_samples_says_nothing(kind: str, rows: int, seed: int) -> None:
+def test_loss_does_not_depend_on_sample_order(kind: str, rows: int, seed: int) -> None:
     truth, found = outputs(kind, seed, rows), outputs(kind, seed + 1, rows)
     order = np.random.default_rng(seed).permutation(rows)
     term = KINDS[kind]  # type: ignore[index]
@@ -459,7 +459,7 @@ def test_the_order_of_samples_says_nothing(kind: str, rows: int, seed: int) -> N
 @given(
     st.sampled_from(["values", "embedding"]), ROWS, SEEDS, st.sampled_from([1e-6, 1e-3, 1e3, 1e6])
 )
-def test_units_say_nothing(kind: str, rows: int, seed: int, unit: float) -> None:
+def test_loss_does_not_depend_on_output_scale(kind: str, rows: int, seed: int, unit: float) -> None:
     truth, found = outputs(kind, seed, rows), outputs(kind, seed + 1, rows)
     term = KINDS[kind]  # type: ignore[index]
     expected = compare(scaled([term], [truth]), [truth], [found]).total
@@ -469,7 +469,7 @@ def test_units_say_nothing(kind: str, rows: int, seed: int, unit: float) -> None
 
 
 @given(ROWS, SEEDS, st.sampled_from([1e-3, 1e3]))
-def test_units_of_one_column_say_nothing(rows: int, seed: int, unit: float) -> None:
+def test_loss_does_not_depend_on_the_scale_of_one_column(rows: int, seed: int, unit: float) -> None:
     truth, found = outputs("values", seed, rows), outputs("values", seed + 1, rows)
     scale = np.asarray([unit, 1.0, 1.0])
     expected = compare(scaled([VALUES], [truth]), [truth], [found]).total
@@ -479,7 +479,7 @@ def test_units_of_one_column_say_nothing(rows: int, seed: int, unit: float) -> N
 
 
 @given(NAMES, ROWS, SEEDS)
-def test_the_order_of_columns_says_nothing(kind: str, rows: int, seed: int) -> None:
+def test_loss_does_not_depend_on_column_order(kind: str, rows: int, seed: int) -> None:
     if kind == "exact":
         return
     truth, found = outputs(kind, seed, rows, 4), outputs(kind, seed + 1, rows, 4)
@@ -491,7 +491,7 @@ def test_the_order_of_columns_says_nothing(kind: str, rows: int, seed: int) -> N
 
 
 @given(ROWS, SEEDS)
-def test_entropy_is_what_the_spread_is_made_of(rows: int, seed: int) -> None:
+def test_spread_equals_the_entropy(rows: int, seed: int) -> None:
     """Entropy of the mean answer, less the mean entropy of the answers."""
     truth = outputs("classes", seed, 3 * rows)
     scale = scaled([CLASSES], [truth]).terms[0].scale

@@ -64,7 +64,7 @@ def test_accuracy_of_classes() -> None:
     assert (found.measure, found.lost) == ("accuracy", 25.0)
 
 
-def test_a_better_accuracy_loses_nothing() -> None:
+def test_better_accuracy_loses_no_points() -> None:
     found = measured(
         replace(CLASSES, labelled=True), one_hot([0, 1]), one_hot([0, 2]), np.asarray([0, 2])
     )
@@ -89,7 +89,7 @@ def test_accuracy_by_position() -> None:
     assert result.values["accuracy_after"] == (found.argmax(1) == labels).mean()
 
 
-def test_rare_classes_are_judged_by_their_recall() -> None:
+def test_rare_classes_are_measured_by_recall() -> None:
     """99 % of the positions agree, and one of three faces is found."""
     before = np.zeros(200, int)
     before[:3] = 1
@@ -107,7 +107,7 @@ def test_rare_classes_are_judged_by_their_recall() -> None:
     )
 
 
-def test_false_alarms_count_as_well() -> None:
+def test_false_positives_are_counted() -> None:
     before = np.zeros(100, int)
     before[:10] = 1
     after = np.where(np.arange(100) < 60, 1, 0)
@@ -125,7 +125,7 @@ def test_rare_classes_of_many_are_listed_worst_first() -> None:
     assert (found.measure, found.lost) == ("agreement of decisions", 1.0)
 
 
-def test_classes_that_are_no_numbers_agree_with_nothing() -> None:
+def test_nan_scores_agree_with_no_class() -> None:
     found = one_hot([0, 1, 2])
     found[1] = np.nan
     assert measured(CLASSES, one_hot([0, 1, 2]), found).values["agreement"] == pytest.approx(2 / 3)
@@ -165,7 +165,7 @@ def test_binary_decisions(
     assert (found.measure, found.lost) == worst
 
 
-def test_the_threshold_decides() -> None:
+def test_binary_threshold_decides_agreement() -> None:
     term = replace(BINARY, threshold=2.0)
     truth, found = np.asarray([[1.0], [3.0], [2.5]]), np.asarray([[1.9], [2.1], [1.0]])
     result = measured(term, truth, found)
@@ -173,7 +173,7 @@ def test_the_threshold_decides() -> None:
     assert result.values["recall"] == 0.5
 
 
-def test_probabilities_are_decided_at_a_half() -> None:
+def test_probabilities_are_decided_at_one_half() -> None:
     truth, found = np.asarray([[0.6], [0.4], [0.9]]), np.asarray([[0.4], [0.1], [0.6]])
     assert measured(replace(BINARY, form="auto"), truth, found).values[
         "agreement"
@@ -235,7 +235,7 @@ def test_error_over_variance_by_column() -> None:
     assert result.lost == pytest.approx(100 * expected[1])
 
 
-def test_values_that_are_lost() -> None:
+def test_non_finite_values_are_lost() -> None:
     truth = np.random.default_rng(0).standard_normal((10, 2))
     found = truth.copy()
     found[0, 1] = np.nan
@@ -252,7 +252,7 @@ def test_variance_is_that_of_the_data_compared() -> None:
     assert result.columns == pytest.approx(tuple(1 / truth.var(axis=0)))
 
 
-def test_one_sample_is_measured_by_the_calibration_data() -> None:
+def test_single_sample_is_scaled_by_the_calibration_data() -> None:
     calibration = np.random.default_rng(0).standard_normal((30, 2))
     measures = Measures(scaled([VALUES], [calibration]))
     measures.update([calibration[:1]], [calibration[:1] + 0.1])
@@ -260,7 +260,7 @@ def test_one_sample_is_measured_by_the_calibration_data() -> None:
     assert result.columns == pytest.approx(tuple(0.01 / calibration.var(axis=0)))
 
 
-def test_a_part_is_measured_alone() -> None:
+def test_part_of_a_tensor_is_measured_alone() -> None:
     truth = np.random.default_rng(0).standard_normal((30, 5))
     found = truth + np.asarray([9.0, 0, 0, 9, 9])
     assert measured(replace(VALUES, part=Part(1, 1, 3)), truth, found).lost == 0.0
@@ -269,7 +269,7 @@ def test_a_part_is_measured_alone() -> None:
 # ------------------------------------------------------------------------------------------------------------ the rest
 
 
-def test_cosines() -> None:
+def test_embedding_agreement_is_the_cosine() -> None:
     rng = np.random.default_rng(0)
     truth = rng.standard_normal((200, 8))
     found = truth + rng.standard_normal((200, 8))
@@ -284,14 +284,14 @@ def test_cosines() -> None:
     assert measured(EMBEDDING, truth, -truth).lost == 100.0
 
 
-def test_equal_entries() -> None:
+def test_integer_agreement_is_the_share_of_equal_entries() -> None:
     result = measured(EXACT, np.asarray([1, 2, 3, 4]), np.asarray([1, 2, 0, 4]))
     assert (result.values["equal"], result.measure, result.lost) == (0.75, "equal entries", 25.0)
     assert measured(EXACT, np.asarray(["a", "b"]), np.asarray(["a", "c"])).lost == 50.0
     assert measured(EXACT, np.asarray([1, 2]), np.asarray([1, 2, 3])).lost == 100.0
 
 
-def test_an_ambiguous_term_loses_the_worse() -> None:
+def test_ambiguous_term_reports_the_worse_measure() -> None:
     """The second of two targets is always the larger one: the argmax says nothing, the variance does."""
     rng = np.random.default_rng(0)
     truth = rng.standard_normal((50, 2)) + np.asarray([0, 100])
@@ -313,7 +313,7 @@ def test_the_worst_term_comes_first() -> None:
     assert [(m.term, m.lost) for m in measures.results()] == [("b", 50.0), ("c", 25.0), ("v", 0.0)]
 
 
-def test_nothing_measured_loses_nothing() -> None:
+def test_no_measurement_loses_no_points() -> None:
     objective = scaled(list(KINDS.values()), [np.random.default_rng(0).standard_normal((4, 3))] * 6)
     assert [m.lost for m in Measures(objective).results()] == [0.0] * 6
 
@@ -324,7 +324,7 @@ def test_nothing_measured_loses_nothing() -> None:
     st.integers(0, 10_000),
     st.booleans(),
 )
-def test_how_batches_are_split_says_nothing(
+def test_measures_do_not_depend_on_batch_splits(
     kind: str, sizes: list[int], seed: int, labelled: bool
 ) -> None:
     rng = np.random.default_rng(seed)

@@ -53,7 +53,7 @@ def test_head_counts_shrink(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(onnx.defs.onnx_opset_version() < 23, reason="this onnx does not know Attention")
-def test_a_key_head_goes_with_its_query_heads(tmp_path: Path) -> None:
+def test_key_head_is_removed_with_its_query_heads(tmp_path: Path) -> None:
     model, coupling = _load(STANDARD, tmp_path, True)
     assert coupling.n_units == 4
     assert coupling.groups[0].multiplicity[("wq", 1)] == 4  # two heads of two
@@ -61,7 +61,7 @@ def test_a_key_head_goes_with_its_query_heads(tmp_path: Path) -> None:
     assert (found["q_num_heads"], found["kv_num_heads"]) == (6, 3)
 
 
-def test_macs_are_those_of_projection_and_products(tmp_path: Path) -> None:
+def test_macs_count_projection_and_products(tmp_path: Path) -> None:
     model, coupling = _load(PACKED, tmp_path)
     ledger = cost.ledger(model, coupling)
     for inner, heads in ((6, 4), (2, 3)):
@@ -77,7 +77,7 @@ def test_macs_are_those_of_projection_and_products(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(onnx.defs.onnx_opset_version() < 23, reason="this onnx does not know Attention")
-def test_macs_of_separate_projections(tmp_path: Path) -> None:
+def test_macs_of_separate_projections_are_counted(tmp_path: Path) -> None:
     model, coupling = _load(STANDARD, tmp_path, True)
     for heads in (4, 1):
         q, k, v, out = 4 * heads, 2 * heads, 3 * heads, 6 * heads
@@ -122,7 +122,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_stays_says_why(name: str, tmp_path: Path) -> None:
+def test_kept_heads_have_a_reason(name: str, tmp_path: Path) -> None:
     constants, body, reason = REFUSED[name]
     model, coupling = _load(
         f"(float[2,4,5] x) => (float[2,4,3] y) <{constants}> {{ {body} }}", tmp_path

@@ -57,7 +57,7 @@ def test_units_and_reasons(case: OpCase, coupled: tuple[Model, Coupling]) -> Non
         assert any(part in reason for reason in reasons), reasons
 
 
-def test_cut_equals_mask(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+def test_pruned_model_equals_masked_model(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
     model, coupling = coupled
     rng = np.random.default_rng(11)
     for density in (0.25, 0.5, 0.85):
@@ -78,7 +78,9 @@ def test_one_unit_a_group(case: OpCase, coupled: tuple[Model, Coupling]) -> None
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.units], indirect=True, ids=str)
-def test_groups_alone(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+def test_half_of_each_group_alone_is_cut_exactly(
+    case: OpCase, coupled: tuple[Model, Coupling]
+) -> None:
     """Half of one group, everything else whole: the widths of different groups do not depend on each other."""
     model, coupling = coupled
     assert coupling.groups
@@ -89,7 +91,9 @@ def test_groups_alone(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
         assert_exact(model, coupling, keep, case.tolerance, _batches(case)[-1:])
 
 
-def test_costs_are_those_of_the_cut_model(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+def test_predicted_macs_equal_those_of_the_pruned_model(
+    case: OpCase, coupled: tuple[Model, Coupling]
+) -> None:
     model, coupling = coupled
     keep = random_keep(coupling, np.random.default_rng(23), 0.5)
     widths = np.asarray([int(keep[g.units].sum()) for g in coupling.groups], np.int64)
@@ -98,7 +102,7 @@ def test_costs_are_those_of_the_cut_model(case: OpCase, coupled: tuple[Model, Co
     assert predicted.macs == counted.macs
 
 
-def test_empty_plan_is_the_identity(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+def test_empty_plan_changes_nothing(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
     model, coupling = coupled
     cut = rewrite.cut(model, coupling, np.ones(coupling.n_units, bool))
     before, after = list(operands(model.proto)), list(operands(cut))
@@ -111,7 +115,7 @@ def test_empty_plan_is_the_identity(case: OpCase, coupled: tuple[Model, Coupling
     assert distance(original.run(values), same.run(values)) == 0
 
 
-def test_loading_keeps_the_function(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
+def test_loading_preserves_the_outputs(case: OpCase, coupled: tuple[Model, Coupling]) -> None:
     model, _ = coupled
     source = case.make()
     if case.name == "initialisers-as-inputs":

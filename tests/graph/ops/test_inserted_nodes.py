@@ -69,7 +69,7 @@ def _counts(model: Model, coupling: Coupling, keep: Bools) -> tuple[Cost, Cost]:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_what_is_added_is_counted(name: str, tmp_path: Path) -> None:
+def test_inserted_nodes_are_counted_in_the_cost(name: str, tmp_path: Path) -> None:
     model, coupling = _net(name, tmp_path)
     _, _, added, floats = NETS[name]
     before = Counter(node.op for node in model.nodes)
@@ -93,7 +93,7 @@ def test_what_is_added_is_counted(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_second_cut_adds_nothing(name: str, tmp_path: Path) -> None:
+def test_second_cut_inserts_no_further_nodes(name: str, tmp_path: Path) -> None:
     model, coupling = _net(name, tmp_path)
     first = np.arange(12) % 4 != 1
     half = load(rewrite.cut(model, coupling, first), tmp_path)
@@ -157,7 +157,7 @@ int64[6] pads = {{0, 0, {before}, 0, 0, {behind}}}, int64[12] spread = {{{index}
         ),
     ],
 )
-def test_nodes_that_look_like_restored_ones(
+def test_similar_gathers_are_not_taken_for_inserted_ones(
     before: int, behind: int, index: str, fill: str, out: str, more: str, tmp_path: Path
 ) -> None:
     """Other people's padding and gathers are not taken for ours where they are not the same."""
@@ -197,7 +197,7 @@ int64[1] axis = {{{axis}}}, float[{left},3] w3, float one = {{{fill}}}> {{
         {"out": ", float[N,4,3] z", "more": "z = MatMul(p, w2)"},
     ],
 )
-def test_padding_and_slices_that_look_like_restored_ones(
+def test_similar_pads_and_slices_are_not_taken_for_inserted_ones(
     changes: dict[str, object], tmp_path: Path
 ) -> None:
     plain = {
@@ -226,7 +226,7 @@ def test_padding_and_slices_that_look_like_restored_ones(
                 assert [n.op_type for n in cut.graph.node] == [n.op for n in model.nodes]
 
 
-def test_two_that_share_a_gain(tmp_path: Path) -> None:
+def test_shared_gain_is_copied_for_each_normalisation(tmp_path: Path) -> None:
     """Each is cut in its own way, so each gets its own."""
     text = """(float[N,4,5] x) => (float[N,4,3] y) <float[5,12] w1, float[5,12] w3, float[12] gain, float[12,3] w2,
     float[12,3] w4> {

@@ -54,13 +54,13 @@ def _network(axis: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def test_an_unknown_operator_pins_what_it_reads(tmp_path: Path) -> None:
+def test_unknown_operator_pins_the_channels_it_reads(tmp_path: Path) -> None:
     assert ops.lookup("", ENTRY.name, 17) is None
     assert couple(load(_network(3), tmp_path)).n_units == 0
 
 
 @pytest.mark.parametrize(("axis", "units"), [(3, CHANNELS), (2, CHANNELS), (1, 0)])
-def test_an_entry_is_all_that_an_operator_needs(
+def test_operator_needs_one_table_entry_only(
     axis: int, units: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 4 and 6: the units counted by hand, and the pruned model equals the masked one."""
@@ -80,12 +80,12 @@ def test_an_entry_is_all_that_an_operator_needs(
     assert not ops.has(model.nodes[0], Trait.PIECEWISE)
 
 
-def test_two_entries_for_the_same_versions_are_refused() -> None:
+def test_entries_with_overlapping_versions_are_refused() -> None:
     with pytest.raises(ValueError, match="two entries for operator CumSum cover the same versions"):
         ops._index((ENTRY, ENTRY))
 
 
-def test_the_steps_name_every_facet() -> None:
+def test_contributing_steps_name_every_facet() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     _, _, section = text.partition("## Add an operator\n")
     steps, _, _ = section.partition("\n## ")

@@ -21,7 +21,7 @@ def op_table() -> ModuleType:
     return module
 
 
-def test_page_is_fresh(op_table: ModuleType) -> None:
+def test_operator_page_is_up_to_date(op_table: ModuleType) -> None:
     text = op_table.FILE.read_text(encoding="utf-8")
     assert op_table.updated(text) == text, "run: python -m tools.op_table"
 
@@ -32,6 +32,6 @@ def test_every_operator_is_listed(op_table: ModuleType) -> None:
         assert f"`{spec.domain + '.' if spec.domain else ''}{spec.name}`" in text
 
 
-def test_missing_markers_are_said(op_table: ModuleType) -> None:
+def test_missing_markers_are_reported(op_table: ModuleType) -> None:
     with pytest.raises(ValueError, match="operators:begin"):
         op_table.updated("no markers")

@@ -66,7 +66,7 @@ UNITS = {
 
 
 @pytest.mark.parametrize("how", UNITS)
-def test_what_the_runtime_writes_is_pruned_exactly(how: str, tmp_path: Path) -> None:
+def test_models_quantised_by_the_runtime_are_pruned_exactly(how: str, tmp_path: Path) -> None:
     """To the last bit of every rounding: the reference masks integers, so that both run the same integer kernels."""
     if how.startswith("dynamic") and RUNTIME < (1, 24):
         pytest.skip(
@@ -107,7 +107,7 @@ uint8 zx = {{120}}> {{
 }}"""
 
 
-def test_masked_weights_hold_their_zero_point(tmp_path: Path) -> None:
+def test_masked_weights_equal_their_zero_point(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     a, b = (", ".join(map(str, rng.integers(60, 140, n))) for n in (40, 24))
     model = load(build(ZERO_POINTS.format(a=a, b=b)), tmp_path)
@@ -124,7 +124,7 @@ def test_masked_weights_hold_their_zero_point(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored[0][::2], model.constants["w2"][::2])
 
 
-def test_scales_shrink_with_their_channels(tmp_path: Path) -> None:
+def test_per_channel_scales_shrink_with_their_channels(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     a, b = (", ".join(map(str, rng.integers(60, 140, n))) for n in (40, 24))
     model = load(build(ZERO_POINTS.format(a=a, b=b)), tmp_path)
@@ -135,7 +135,7 @@ def test_scales_shrink_with_their_channels(tmp_path: Path) -> None:
     assert held["w2"].shape == (4, 3)
 
 
-def test_a_dynamic_range_holds_zero(tmp_path: Path) -> None:
+def test_dynamic_quantisation_range_contains_zero(tmp_path: Path) -> None:
     """Channels far from zero set the range; without them it still starts at zero, as the operator defines it."""
     text = """(float[N,5] x) => (float[] y) <float[5,8] w1, float[8] b1 = {9, 9, 9, 9, 9, 9, 9, 30}, int8[8,3] w2 =
     {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24}> {
@@ -154,7 +154,7 @@ def test_a_dynamic_range_holds_zero(tmp_path: Path) -> None:
     assert distance(want, Session(rewrite.cut(model, coupling, keep), "cpu").run(values)) < 1e-6
 
 
-def test_a_quantised_weight_is_not_refitted_and_says_so(tmp_path: Path) -> None:
+def test_quantised_weight_is_not_refitted_and_is_noted(tmp_path: Path) -> None:
     model = load(_written("qdq", tmp_path), tmp_path)
     coupling = couple(model)
     keep = random_keep(coupling, np.random.default_rng(0), 0.5)
@@ -171,7 +171,7 @@ def test_a_quantised_weight_is_not_refitted_and_says_so(tmp_path: Path) -> None:
     onnx.defs.onnx_opset_version() < 21, reason="this onnx does not know four-bit codes"
 )
 @pytest.mark.parametrize(("block", "units"), [(0, 64 + 6), (32, 6)])
-def test_four_bit_codes(block: int, units: int, tmp_path: Path) -> None:
+def test_four_bit_codes_are_pruned_exactly(block: int, units: int, tmp_path: Path) -> None:
     """Two codes a byte. Rows that share a scale stay; columns each have their own."""
     rng = np.random.default_rng(0)
     held = {
@@ -209,7 +209,7 @@ def test_four_bit_codes(block: int, units: int, tmp_path: Path) -> None:
     assert left.shape[1] == keep[coupling.groups[columns].units].sum()
 
 
-def test_weights_behind_a_transposition_are_masked_in_store(tmp_path: Path) -> None:
+def test_weights_behind_a_transpose_are_masked_in_storage_order(tmp_path: Path) -> None:
     model = load(next(c for c in CASES if c.name == "qdq-weight-transposed").make(), tmp_path)
     coupling = couple(model)
     masked = rewrite.mask(model, coupling, np.arange(8) % 2 == 0)
@@ -231,7 +231,7 @@ float[8,3] w2> {
 }"""
 
 
-def test_quantised_twice_and_one_channel_left(tmp_path: Path) -> None:
+def test_twice_quantised_weight_can_shrink_to_one_channel(tmp_path: Path) -> None:
     """The runtime merges the two pairs where both have one scale: in the cut model, not in the masked one."""
     model = load(build(TWICE), tmp_path)
     coupling = couple(model)

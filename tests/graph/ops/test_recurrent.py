@@ -35,7 +35,7 @@ def _graph(
 
 
 @pytest.mark.parametrize("op", GATES)
-def test_a_masked_unit_is_one_whose_gates_are_zero(op: str, tmp_path: Path) -> None:
+def test_masked_unit_has_all_gates_zero(op: str, tmp_path: Path) -> None:
     """Two readings of the reference: columns of R zeroed and the output masked; or everything of the unit zeroed.
 
     From zero states the second leaves the unit at zero for ever (tanh(0) = 0, half of nothing), and nothing reads it.
@@ -59,7 +59,7 @@ def test_a_masked_unit_is_one_whose_gates_are_zero(op: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("op", GATES)
-def test_macs_are_those_of_every_step(op: str, tmp_path: Path) -> None:
+def test_macs_count_every_time_step(op: str, tmp_path: Path) -> None:
     model = load(_graph(op, ', direction = "bidirectional"', 2), tmp_path)
     coupling = couple(model)
     # 6 steps of 3 sequences (one sample is one step of them) in 2 directions, then the product behind.
@@ -88,7 +88,7 @@ def test_hidden_size_and_every_array_shrink(tmp_path: Path) -> None:
     assert shapes == {1: (2, 12, 5), 2: (2, 12, 3), 3: (2, 24), 7: (2, 9)}
 
 
-def test_zero_states_are_dropped(tmp_path: Path) -> None:
+def test_constant_zero_states_are_dropped(tmp_path: Path) -> None:
     text = """(float[6,N,5] x) => (float[] y) <float[1,24,5] w, float[1,24,8] r, int64 at = {1}, int64[1] z = {0},
     int64[1] d = {1}, int64[1] k = {8}, float[8,2] w2> {
         n = Shape(x)
@@ -112,7 +112,7 @@ def test_zero_states_are_dropped(tmp_path: Path) -> None:
     onnx.defs.onnx_opset_version() < 28, reason="the evaluator of an older onnx cannot do it either"
 )
 @pytest.mark.parametrize("op", GATES)
-def test_batch_first_layout(op: str, tmp_path: Path) -> None:
+def test_batch_first_layout_is_pruned_exactly(op: str, tmp_path: Path) -> None:
     """ONNX Runtime's CPU provider does not run ``layout = 1``; the reference evaluator does, in one direction."""
     rows = 8 * GATES[op]
     text = f"""(float[3,6,5] x) => (float[3,1,2] y) <float[1,{rows},5] w, float[1,{rows},8] r, float[1,{2 * rows}] b,
@@ -131,7 +131,7 @@ def test_batch_first_layout(op: str, tmp_path: Path) -> None:
     assert distance(want, ReferenceEvaluator(cut).run(None, values)) < 1e-5
 
 
-def test_wrong_state_shape_is_pinned_not_a_crash(tmp_path: Path) -> None:
+def test_wrong_state_shape_pins_the_units(tmp_path: Path) -> None:
     model = load(
         build(
             """(float[6,3,5] x, float[1,3,8] h0, float[1,3,8] c0) => (float[] y)

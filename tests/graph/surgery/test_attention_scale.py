@@ -86,7 +86,7 @@ def _number(proto: ModelProto) -> float:
     ],
     ids=["behind", "times", "in-front", "on-the-layer", "no-bias"],
 )
-def test_the_scale_is_the_root_of_the_size(
+def test_attention_scale_is_the_root_of_the_head_size(
     queries: str, scores: str, divides: bool, gone: int, tmp_path: Path
 ) -> None:
     model, coupling = _net(tmp_path, queries, scores, ROOT if divides else 1 / ROOT)
@@ -122,7 +122,7 @@ def test_the_scale_is_the_root_of_the_size(
         "two-layers",
     ],
 )
-def test_what_does_not_fit_is_left_alone(how: dict[str, object], tmp_path: Path) -> None:
+def test_unsupported_patterns_keep_their_scale(how: dict[str, object], tmp_path: Path) -> None:
     if "x2" in str(how.get("queries")):
         how = {**how, "queries": "x2 = MatMul(x, w2)  m = MatMul(x, wq)  q = Add(m, x2)"}
     model, coupling = _net(tmp_path, **how)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_left_alone(how: dict[str, object], tmp_path: Path)
     assert attention_scale.usual(model, coupling, keep, cut) is cut
 
 
-def test_a_shared_number_stays_for_the_others(tmp_path: Path) -> None:
+def test_shared_scale_constant_is_copied(tmp_path: Path) -> None:
     model, coupling = _net(tmp_path, out=", float[N,5,6] z", more="z = Div(x, s)")
     keep = _choice(coupling, 4)
     cut = rewrite.cut(model, coupling, keep)
@@ -145,7 +145,7 @@ def test_a_shared_number_stays_for_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fit", ["least-squares", "bias", "none"])
-def test_it_comes_after_the_refit(fit: str, tmp_path: Path) -> None:
+def test_scale_is_rewritten_after_the_refit(fit: str, tmp_path: Path) -> None:
     """A refit that came later would fit the queries to what they gave without it."""
     model, _ = _net(tmp_path)
     values = feed(model, 0, 64)

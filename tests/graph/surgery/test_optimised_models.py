@@ -75,7 +75,9 @@ def _counts(proto: ModelProto) -> Counter[str]:
 @pytest.mark.parametrize(
     "kinds", [(), ("wide",), ("value",), ("query",), ("wide", "value", "query")]
 )
-def test_the_transformer_optimiser_fuses_as_before(kinds: tuple[str, ...], tmp_path: Path) -> None:
+def test_transformer_optimiser_fuses_pruned_models_like_the_originals(
+    kinds: tuple[str, ...], tmp_path: Path
+) -> None:
     model = load(bert(), tmp_path)
     coupling = couple(model)
     keep = _half(coupling, *kinds)
@@ -94,7 +96,7 @@ def test_the_transformer_optimiser_fuses_as_before(kinds: tuple[str, ...], tmp_p
     assert distance(want, Session(after, "cpu").run(values)) < 1e-5
 
 
-def test_without_the_usual_scale_fused_attention_would_be_another(tmp_path: Path) -> None:
+def test_fused_attention_differs_without_the_rewritten_scale(tmp_path: Path) -> None:
     model = load(bert(), tmp_path)
     coupling = couple(model)
     cut = rewrite.cut(model, coupling, _half(coupling, "query"))
@@ -102,7 +104,7 @@ def test_without_the_usual_scale_fused_attention_would_be_another(tmp_path: Path
     assert distance(want, Session(_optimised(cut, tmp_path), "cpu").run(_values())) > 1e-2
 
 
-def test_zeros_put_back_keep_normalisation_from_being_fused(tmp_path: Path) -> None:
+def test_restored_zeros_prevent_fusion_of_normalisation(tmp_path: Path) -> None:
     """What is fused around it stays correct; ``--exclude`` keeps the width of the residual stream."""
     model = load(bert(), tmp_path)
     coupling = couple(model)
@@ -127,7 +129,9 @@ def _session_optimised(proto: ModelProto, folder: Path) -> ModelProto:
 
 
 @pytest.mark.parametrize("name", ["vit-fashion", "mobilenet-fashion", "resnet20-fashion"])
-def test_sessions_fuse_a_shipped_network_as_before(name: str, tmp_path: Path) -> None:
+def test_sessions_fuse_pruned_shipped_networks_like_the_originals(
+    name: str, tmp_path: Path
+) -> None:
     """Operators of what a session runs, one for one, but for the nodes that put zeros back."""
     path = MODELS / f"{name}.onnx"
     if not path.exists():

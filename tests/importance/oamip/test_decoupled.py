@@ -239,7 +239,7 @@ def test_sets_are_nested_and_are_the_top_scores(
         assert walk.record["bound"] <= walk.record["objective"] * (1 + 1e-9)
 
 
-def test_some_of_these_lose_less_with_less() -> None:
+def test_cancelling_problems_lose_less_with_fewer_units() -> None:
     """The cases above are what they are for: without repair a set may lose less than a part of it, or more than all."""
     found = PROBLEMS["cancelling"](0)
     keep = np.ones(12, bool)
@@ -276,7 +276,7 @@ def test_sets_lose_less_than_those_of_other_methods(refit: str) -> None:
 
 
 @pytest.mark.parametrize("held", [1, 3])
-def test_quadratic_of_a_consumer(held: int) -> None:
+def test_quadratic_form_equals_the_loss_of_a_consumer(held: int) -> None:
     """Q gives the relative loss of the outputs for sets, with covariances or with second moments."""
     rng = np.random.default_rng(held)
     p = _problem(held, 5, _units(6, held), others=2, mean=2.0)
@@ -291,7 +291,7 @@ def test_quadratic_of_a_consumer(held: int) -> None:
     assert decoupled.quadratic(only, True).sum() == pytest.approx(1.0, rel=1e-12)
 
 
-def test_the_loss_follows_the_refit() -> None:
+def test_loss_depends_on_the_refit() -> None:
     found = PROBLEMS["one consumer"](0)
     order = np.arange(12)
     loss = decoupled._loss(found, "least-squares", order)
@@ -307,7 +307,7 @@ def test_the_loss_follows_the_refit() -> None:
     np.testing.assert_array_equal(found[0].gram, before)
 
 
-def test_a_proven_optimum_is_one() -> None:
+def test_proven_optimum_equals_enumeration() -> None:
     """Where a record says optimal, the sum over shares is within its gap of the sum of the best nested sets' losses."""
     from itertools import combinations
 
@@ -343,7 +343,7 @@ def test_a_proven_optimum_is_one() -> None:
             assert step.value == pytest.approx(decoupled.loss_at(loss, step.keep), rel=1e-12)
 
 
-def test_no_time_is_not_a_failure() -> None:
+def test_zero_time_limit_still_gives_scores() -> None:
     """Without a single solve the first set stands, and nothing is claimed to be proven."""
     found = PROBLEMS["one consumer"](2)
     walk = decoupled._solve_group(found, 12, "g", _settings(time_limit=1e-9))
@@ -355,7 +355,7 @@ def test_no_time_is_not_a_failure() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("refit", REFITS)
-def test_narrow_groups(count: int, refit: str) -> None:
+def test_narrow_groups_are_scored(count: int, refit: str) -> None:
     walk = decoupled._solve_group(
         [_problem(count, 3, _units(count), others=1)], count, "g", _settings(refit=refit)
     )
@@ -383,7 +383,7 @@ def test_narrow_groups(count: int, refit: str) -> None:
         ("attention", "none"),
     ],
 )
-def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
+def test_scores_and_records_are_consistent(net: str, refit: str, tmp_path: Path) -> None:
     """Dense, convolved, residual, grouped and depthwise, attention."""
     model, coupling, statistics = ready = _ready(build(NETS[net]), tmp_path)
     found = _score(ready, refit=refit)
@@ -426,7 +426,9 @@ def test_scores_and_records(net: str, refit: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("net", "refit"), [("residual", "least-squares"), ("grouped", "none")])
-def test_workers_do_not_matter(net: str, refit: str, tmp_path: Path) -> None:
+def test_scores_do_not_depend_on_the_number_of_workers(
+    net: str, refit: str, tmp_path: Path
+) -> None:
     ready = _ready(build(NETS[net]), tmp_path)
     one, two = (_score(ready, refit=refit, workers=n) for n in (1, 2))
     np.testing.assert_array_equal(one.values, two.values)
@@ -440,7 +442,7 @@ def test_workers_do_not_matter(net: str, refit: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("refit", ["least-squares", "none"])
-def test_the_program_does_not_grow_with_the_images(refit: str, tmp_path: Path) -> None:
+def test_program_size_does_not_depend_on_the_number_of_samples(refit: str, tmp_path: Path) -> None:
     most = 1 + len(decoupled.KEPT_SHARES) * (2 + 2 * decoupled.MAX_SOLVES)
     sizes = []
     for count in (64, 256):
@@ -451,7 +453,7 @@ def test_the_program_does_not_grow_with_the_images(refit: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("refit", REFITS)
-def test_groups_without_second_moments_take_their_activation(refit: str, tmp_path: Path) -> None:
+def test_groups_without_second_moments_use_their_activation(refit: str, tmp_path: Path) -> None:
     model, coupling, statistics = ready = _ready(build(ATTENTION), tmp_path)
     found = _score(ready, refit=refit)
     assert found.notes == (
@@ -500,7 +502,7 @@ def _set(unit: int, value: float) -> Callable[[Array], Array]:
 
 
 @pytest.mark.parametrize("refit", REFITS)
-def test_a_dead_unit_scores_least(refit: str, tmp_path: Path) -> None:
+def test_dead_unit_scores_lowest(refit: str, tmp_path: Path) -> None:
     """One that never is on, and one that nobody listens to."""
     silent: Mapping[str, Callable[[Array], Array]] = {"w1": _set(7, 0.0), "b1": _set(7, -2.0)}
     ready = _ready(_change(build(MLP), silent), tmp_path / "a", 256)
@@ -517,7 +519,7 @@ def test_a_dead_unit_scores_least(refit: str, tmp_path: Path) -> None:
         assert np.argmin(_score(ready, refit=refit).values[ready[1].axes["h", 1]]) == 7
 
 
-def test_a_constant_unit_goes_first_where_its_mean_is_folded(tmp_path: Path) -> None:
+def test_constant_unit_is_removed_first_if_its_mean_is_folded(tmp_path: Path) -> None:
     """Always 2: of no account once the mean is in the bias, of much where nothing is mended."""
     always: Mapping[str, Callable[[Array], Array]] = {"w1": _set(3, 0.0), "b1": _set(3, 2.0)}
     ready = _ready(_change(build(MLP), always), tmp_path, 256)
@@ -531,7 +533,7 @@ def test_a_constant_unit_goes_first_where_its_mean_is_folded(tmp_path: Path) -> 
     assert np.argsort(np.argsort(bias.others["other moments"][units]))[3] >= 6
 
 
-def test_one_of_two_equal_units_goes_early(tmp_path: Path) -> None:
+def test_one_of_two_equal_units_is_removed_early(tmp_path: Path) -> None:
     """The other then does both their work: only where consumers are repaired, for both are heard well."""
 
     def twin(held: Array) -> Array:
@@ -557,7 +559,7 @@ def test_one_of_two_equal_units_goes_early(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("refit", REFITS)
 @pytest.mark.parametrize("net", ["mlp", "attention"])
-def test_scores_change_hands_within_groups(net: str, refit: str, tmp_path: Path) -> None:
+def test_scores_are_permuted_within_groups_only(net: str, refit: str, tmp_path: Path) -> None:
     """Where several orders were measured, the values of a group are the program's, dealt out in the order chosen."""
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
@@ -600,7 +602,7 @@ def test_scores_change_hands_within_groups(net: str, refit: str, tmp_path: Path)
         assert any(counts[name] for name in same)
 
 
-def test_choices_are_measured_on_samples_that_made_no_moment(
+def test_choices_are_measured_on_samples_outside_the_moments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(build(MLP), tmp_path)

@@ -192,7 +192,7 @@ def solved(formulation: Formulation, keep: Floats, solver: str, direction: Float
     return found
 
 
-def test_every_rule_has_a_case() -> None:
+def test_every_encode_rule_has_a_case() -> None:
     used = " ".join(nodes for nodes, _ in NODES.values())
     for spec in REGISTRY:
         assert spec.encode is None or f"= {spec.name}" in used, (
@@ -202,7 +202,7 @@ def test_every_rule_has_a_case() -> None:
 
 @pytest.mark.parametrize("kind", ["exact", "paper"])
 @pytest.mark.parametrize("name", NODES)
-def test_all_units_kept_is_the_network(tmp_path: Path, name: str, kind: str) -> None:
+def test_all_units_kept_equals_the_network(tmp_path: Path, name: str, kind: str) -> None:
     model = _make(name, tmp_path)
     images = images_of(model)
     formulation = formulate(model, couple(model), images, Form(kind))
@@ -212,7 +212,7 @@ def test_all_units_kept_is_the_network(tmp_path: Path, name: str, kind: str) -> 
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_exact_is_the_masked_network(tmp_path: Path, name: str) -> None:
+def test_exact_form_equals_the_masked_network(tmp_path: Path, name: str) -> None:
     model = _make(name, tmp_path)
     coupling, images = couple(model), images_of(model)
     formulation = formulate(model, coupling, images, Form("exact"))
@@ -225,7 +225,7 @@ def test_exact_is_the_masked_network(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("solver", ["highs", "gurobi"])
 @pytest.mark.parametrize("name", NODES)
-def test_rows_leave_no_other_value(tmp_path: Path, name: str, solver: str) -> None:
+def test_rows_admit_no_other_output(tmp_path: Path, name: str, solver: str) -> None:
     """With keep variables fixed, a solver finds the masked network's output, and nothing else is feasible."""
     model = _make(name, tmp_path)
     coupling, images = couple(model), images_of(model, 1)
@@ -255,7 +255,7 @@ def test_intervals_hold_for_every_choice(tmp_path: Path, name: str) -> None:
         assert (found <= logits.upper + 1e-9).all()
 
 
-def test_bounds_that_decide_cost_nothing(tmp_path: Path) -> None:
+def test_decided_bounds_add_no_variables_or_rows(tmp_path: Path) -> None:
     """In the first gated layer the keep variables are all there is: what comes before is data."""
     text = """(float[N,6] x) => (float[N,3] y) <float[6,8] w1, float[8] b1, float[8,3] w2> {
         a = Gemm(x, w1, b1) h = Relu(a) y = Gemm(h, w2)
@@ -281,7 +281,7 @@ def test_bounds_that_decide_cost_nothing(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_has_no_form_is_named(tmp_path: Path, nodes: str, reason: str) -> None:
+def test_operators_without_a_form_are_named(tmp_path: Path, nodes: str, reason: str) -> None:
     text = f"""(float[N,2,6,6] x) => (float[] y) <float[5,2,3,3] w1, float[4,5,2,2] w2> {{
         a = Conv<pads = [1, 1, 1, 1]>(x, w1)
         h = Relu(a)
@@ -299,7 +299,7 @@ def _units_of(coupling: Coupling, names: Sequence[str]) -> set[int]:
 
 
 @pytest.mark.parametrize("kind", ["exact", "paper"])
-def test_units_behind_what_has_no_form_are_in(tmp_path: Path, kind: str) -> None:
+def test_units_behind_operators_without_a_form_are_included(tmp_path: Path, kind: str) -> None:
     text = """(float[N,6] x) => (float[N,3] y) <float[6,8] w1, float[8,7] w2, float[7,5] w3, float[5,3] w4> {
         a = Gemm(x, w1) h = Relu(a) b = Gemm(h, w2) r = Sigmoid(b) c = Gemm(r, w3) t = Relu(c) y = Gemm(t, w4)
     }"""

@@ -164,7 +164,7 @@ def _agrees(outcome: Outcome, best: float, gap: float) -> None:
 
 @pytest.mark.parametrize("weight", [0.5, 5.0])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_exact_finds_what_enumeration_finds(case: Case, solver: str, weight: float) -> None:
+def test_exact_optimum_equals_enumeration(case: Case, solver: str, weight: float) -> None:
     assert case.coupling.n_units == 12
     values = weight * case.losses() + case.sparsity()
     _, outcome = _optimise(case, Form("exact", weight), solver)
@@ -175,7 +175,9 @@ def test_exact_finds_what_enumeration_finds(case: Case, solver: str, weight: flo
 
 @pytest.mark.parametrize("budget", [0.35, 0.7])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_exact_within_a_budget(case: Case, solver: str, budget: float) -> None:
+def test_exact_optimum_within_a_budget_equals_enumeration(
+    case: Case, solver: str, budget: float
+) -> None:
     cost = unit_costs(case.model, case.coupling)
     assert (cost > 0).all()
     fits = case.keeps @ cost <= budget * cost.sum()
@@ -323,7 +325,7 @@ def test_paper_agrees_with_the_frozen_pattern(tmp_path: Path, seed: int, solver:
     assert outcome.bound <= expected + 1e-4
 
 
-def test_dead_units_score_nothing(tmp_path: Path) -> None:
+def test_dead_units_score_zero(tmp_path: Path) -> None:
     """A unit that no image activates is free of rows, and sparsity takes it (all of it, where nothing holds it)."""
     model, coupling, held = _mlp(tmp_path, 0)
     dead = (held.activations["h"] == 0).all(axis=(0, 1))
@@ -332,7 +334,7 @@ def test_dead_units_score_nothing(tmp_path: Path) -> None:
     assert (outcome.keep[coupling.axes["h", 1][dead]] < 0.5).all()
 
 
-def test_a_bias_of_its_own_belongs_to_its_layer(tmp_path: Path) -> None:
+def test_separate_bias_belongs_to_its_layer(tmp_path: Path) -> None:
     model, _, held = _mlp(tmp_path, 1)
     apart = MLP.replace("a = Gemm(x, w1, b1)", "p = MatMul(x, w1) a = Add(p, b1)")
     apart = apart.replace("b = Gemm(h, w2, b2)", "q = MatMul(h, w2) b = Add(b2, q)")
@@ -405,7 +407,7 @@ def test_programs_are_smaller_than_published(
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_lenet_in_seconds_within_the_small_licence(solver: str) -> None:
+def test_lenet_is_solved_in_seconds_within_the_restricted_licence(solver: str) -> None:
     model, coupling, held = _shipped("lenet300-mnist")
     formulation = formulate(model, coupling, held, Form("paper"))
     outcome = solve.optimise(formulation, SolverLimits(time_s=60, gap=0.01), solver)

@@ -79,7 +79,9 @@ def _score(text: str, folder: Path, **values: Any) -> Scores:
 @pytest.mark.parametrize("mode", ["joint", "per-class"])
 @pytest.mark.parametrize("formulation", ["paper", "exact"])
 @pytest.mark.parametrize("text", [MLP, CNN], ids=["mlp", "cnn"])
-def test_scores_and_records(tmp_path: Path, text: str, formulation: str, mode: str) -> None:
+def test_scores_and_records_are_consistent(
+    tmp_path: Path, text: str, formulation: str, mode: str
+) -> None:
     found = _score(text, tmp_path, mode=mode, formulation=formulation, time_limit=1)
     assert found.method == "oamip"
     assert ((found.values >= 0) & (found.values <= 1)).all()
@@ -97,7 +99,7 @@ def test_scores_and_records(tmp_path: Path, text: str, formulation: str, mode: s
         assert {"seconds", "variables", "rows", "bound", "objective"} <= set(program)
 
 
-def test_the_same_again(tmp_path: Path) -> None:
+def test_scores_are_reproducible(tmp_path: Path) -> None:
     first, second = (_score(MLP, tmp_path, mode="joint") for _ in range(2))
     np.testing.assert_array_equal(first.values, second.values)
 
@@ -112,14 +114,14 @@ def test_per_class_is_the_mean_of_programs_of_one_class(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.values, np.mean(keeps, axis=0), atol=2e-6)
 
 
-def test_a_heavier_loss_keeps_more(tmp_path: Path) -> None:
+def test_heavier_loss_weight_keeps_more_units(tmp_path: Path) -> None:
     light, heavy = (
         _score(MLP, tmp_path, mode="joint", loss_weight=w).values.sum() for w in (0.05, 50.0)
     )
     assert light < heavy
 
 
-def test_a_budget_is_kept_and_used(tmp_path: Path) -> None:
+def test_budget_is_met_and_used(tmp_path: Path) -> None:
     model, coupling, statistics = _ready(MLP, tmp_path)
     found = select.score(model, coupling, statistics, _settings(mode="joint", score_budget=0.5))
     cost = select.unit_costs(model, coupling)
@@ -154,7 +156,7 @@ def _rest(record: list[str]) -> Any:
     return score
 
 
-def test_units_in_front_of_what_has_no_form_go_to_the_decoupled_program(
+def test_units_before_operators_without_a_form_are_scored_decoupled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -172,7 +174,7 @@ def test_units_in_front_of_what_has_no_form_go_to_the_decoupled_program(
     assert len(found.programs) == 2
 
 
-def test_auto_is_joint_where_that_is_small(tmp_path: Path) -> None:
+def test_auto_mode_is_joint_for_small_programs(tmp_path: Path) -> None:
     found = _score(MLP, tmp_path, mode="auto")
     assert "mode joint, since" in found.notes[0]
 
@@ -186,7 +188,7 @@ def test_auto_is_joint_where_that_is_small(tmp_path: Path) -> None:
     ],
     ids=["large", "no-head", "no-form"],
 )
-def test_auto_is_decoupled_where_it_must(
+def test_auto_mode_is_decoupled_if_joint_is_impossible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
 ) -> None:
     monkeypatch.setattr(select.decoupled, "score", _rest([]))
@@ -205,12 +207,14 @@ def test_auto_is_decoupled_where_it_must(
     ],
     ids=["no-head", "no-form"],
 )
-def test_joint_where_it_cannot_be_had(tmp_path: Path, text: str, reason: str) -> None:
+def test_joint_mode_is_refused_if_impossible(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=reason):
         _score(text, tmp_path, mode="joint")
 
 
-def test_joint_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_program_over_the_size_limit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(select, "MAX_EXTENT", 10)
     with pytest.raises(
         SettingsError, match="activations behind a gate, more than 10; use `mode=decoupled`"
@@ -218,7 +222,7 @@ def test_joint_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         _score(MLP, tmp_path, mode="joint")
 
 
-def test_a_budget_has_no_published_form(tmp_path: Path) -> None:
+def test_budget_is_refused_with_the_published_form(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="`score_budget` needs `formulation=exact`"):
         _score(MLP, tmp_path, mode="joint", formulation="paper", score_budget=0.5)
 
@@ -230,7 +234,7 @@ def test_bounds_beyond_arithmetic_are_refused(tmp_path: Path) -> None:
         _score(text, tmp_path, mode="joint")
 
 
-def test_auto_turns_to_the_decoupled_program_where_the_joint_one_fails(
+def test_auto_mode_falls_back_to_decoupled_if_the_joint_solve_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(select.decoupled, "score", _rest([]))
@@ -245,7 +249,7 @@ def test_auto_turns_to_the_decoupled_program_where_the_joint_one_fails(
 
 
 @pytest.mark.parametrize("solver", ["gurobi", "auto"])
-def test_over_the_small_licence(tmp_path: Path, solver: str) -> None:
+def test_program_over_the_restricted_licence_is_handled(tmp_path: Path, solver: str) -> None:
     from onnx_oamip.programs.solvers import gurobi
 
     if gurobi.licence().variables is None:
@@ -280,7 +284,9 @@ def _samples(model: Model, arrays: Mapping[str, Array]) -> Samples:
 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("per_class", [1, 3])
-def test_images_are_right_but_unsure(tmp_path: Path, per_class: int, labelled: bool) -> None:
+def test_selected_images_are_correct_with_low_confidence(
+    tmp_path: Path, per_class: int, labelled: bool
+) -> None:
     model = load(build(MLP, seed=SEED), tmp_path)
     arrays = dict(random_samples(model, 80))
     logits = Session(model.proto, "cpu").run(arrays)[0].astype(np.float64)
@@ -301,7 +307,7 @@ def test_images_are_right_but_unsure(tmp_path: Path, per_class: int, labelled: b
     np.testing.assert_allclose(found.activations["y"][:, 0].argmax(axis=1), found.labels[:, 0])
 
 
-def test_a_class_without_a_right_sample_is_told(tmp_path: Path) -> None:
+def test_class_without_a_correct_sample_is_noted(tmp_path: Path) -> None:
     model = load(build(MLP, seed=SEED), tmp_path)
     arrays = dict(random_samples(model, 40))
     arrays["labels"] = Session(model.proto, "cpu").run(arrays)[0].argmax(axis=1)
@@ -312,7 +318,7 @@ def test_a_class_without_a_right_sample_is_told(tmp_path: Path) -> None:
     assert found.notes == ("1 of 4 classes have no correct sample",)
 
 
-def test_logits_are_what_a_last_softmax_reads(tmp_path: Path) -> None:
+def test_logits_are_the_input_of_the_last_softmax(tmp_path: Path) -> None:
     text = MLP.replace("y = Gemm(r, w3, b3)", "o = Gemm(r, w3, b3) y = Softmax(o)")
     model, coupling, statistics = _ready(text, tmp_path)
     assert statistics[CLASS_SAMPLES] is not None
@@ -322,7 +328,7 @@ def test_logits_are_what_a_last_softmax_reads(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.values, plain.values, atol=1e-5)
 
 
-def test_a_fixed_batch(tmp_path: Path) -> None:
+def test_fixed_batch_is_supported(tmp_path: Path) -> None:
     """Feeds take three images each; those that only fill the last one do not count."""
     fixed, free = MLP.replace("float[N,", "float[3,"), MLP
     model = load(build(fixed, seed=SEED), tmp_path)
@@ -342,7 +348,7 @@ def test_a_fixed_batch(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- pipeline
 
 
-def test_prune_by_oamip(tmp_path: Path) -> None:
+def test_prune_with_oamip_importance(tmp_path: Path) -> None:
     model, arrays = MODELS / "lenet300-mnist.onnx", MODELS / "mnist.npz"
     settings = _settings(
         mode="joint", formulation="paper", allocate="uniform", refit="none", align=1, device="cpu"
