@@ -1,4 +1,4 @@
-"""Names, types and shapes of a graph's tensors, by ONNX shape inference under sizes for the symbolic dimensions."""
+"""Shape inference: names, types and shapes of the tensors of a graph, for given sizes of its symbolic dimensions."""
 
 from __future__ import annotations
 
@@ -25,38 +25,66 @@ from onnx_oamip.graph.ops import (
     lookup,
     rule_errors,
 )
+from onnx_oamip.graph.ops.spec import Flow
 from onnx_oamip.graph.symbolic_dims import Entries, numbers
 from onnx_oamip.graph.symbolic_values import follow
 
 Dims = list[int | str | None]
-"""Sizes of a tensor: a number, a symbol's name, or None where nothing is known."""
+"""Dimensions of a tensor: a number, the name of a symbol, or None if nothing is known."""
+Shapes = dict[str, tuple[int, ...]]
+Types = dict[str, np.dtype[Any]]
+
 SMALL = 1024
-"""Constants above this many elements cannot matter for shapes and are left out of shape inference."""
+"""Constants with more elements than this cannot matter for shapes and are left out of shape inference."""
 DEFAULT_SPATIAL = 64
+"""Default size of symbolic dimensions of images."""
 DEFAULT_LENGTH = 16
+"""Default size of other symbolic dimensions, except for the batch."""
 ROUNDS = 20
+"""Bound on rounds of inference, each of which uses the results of the last."""
 PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103)
+"""Sizes by which symbolic dimensions are recognised in inferred shapes."""
+INTEGER_TYPES = frozenset({TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL})
+"""Element types of tensors whose elements are followed symbolically."""
+
+
+# ------------------------------------------------------------------------------------------------------ interface
 
 
 def port_of(value: onnx.ValueInfoProto) -> Port:
-    """A declared input or output. Raises ModelError where it is no tensor."""
-    kind = value.type.tensor_type
+    """Record of a declared input or output.
+
+    Args:
+        value: The declaration.
+
+    Returns:
+        Its name, element type and dimensions.
+
+    Raises:
+        ModelError: It is not a tensor.
+    """
     if not value.type.HasField("tensor_type"):
-        # Dictionaries of probabilities, one a sample, are what skl2onnx makes of a classifier where nothing is said.
-        maps = value.type.sequence_type.elem_type.HasField("map_type")
-        hint = (
-            "; for probabilities as one, export with skl2onnx's options={'zipmap': False}"
-            if maps
-            else ""
-        )
+        # skl2onnx turns the probabilities of a classifier into a sequence of dictionaries by default.
+        is_list_of_maps = value.type.sequence_type.elem_type.HasField("map_type")
+        hint = "; for probabilities as one, export with skl2onnx's options={'zipmap': False}"
         raise ModelError(
-            f"the graph input or output '{value.name}' is not a tensor; only tensors are supported{hint}."
+            f"the graph input or output '{value.name}' is not a tensor; only tensors are supported"
+            f"{hint if is_list_of_maps else ''}."
         )
-    return Port(value.name, _dtype(kind.elem_type), tuple(_dims(kind.shape)))
+    tensor_type = value.type.tensor_type
+    return Port(value.name, _dtype(tensor_type.elem_type), tuple(_dims(tensor_type.shape)))
 
 
 def symbol(port: Port, axis: int) -> str | None:
-    """Name of a symbolic dimension: its own, or 'input.axis' where it has none. None for a fixed length."""
+    """Name of a symbolic dimension.
+
+    Args:
+        port: A graph input or output.
+        axis: One of its axes.
+
+    Returns:
+        The declared name, 'input.axis' if it has none, or None for a fixed length.
+    """
     dim = port.dims[axis]
     if isinstance(dim, int) and dim > 0:
         return None
@@ -64,34 +92,58 @@ def symbol(port: Port, axis: int) -> str | None:
 
 
 def bind(inputs: tuple[Port, ...], wanted: Mapping[str, int]) -> dict[str, int]:
-    """A size for every symbolic dimension: the one wanted, or the default of its place."""
+    """Chooses a size for every symbolic dimension.
+
+    Args:
+        inputs: Graph inputs.
+        wanted: Sizes by name of the dimension.
+
+    Returns:
+        The wanted size, or a default: 1 for the leading dimension, ``DEFAULT_SPATIAL`` in inputs of rank 4 and more,
+        ``DEFAULT_LENGTH`` elsewhere.
+    """
     bound: dict[str, int] = {}
     for port in inputs:
-        for axis in range(len(port.dims)):
+        rank = len(port.dims)
+        for axis in range(rank):
             name = symbol(port, axis)
             if name is None:
                 continue
-            rest = DEFAULT_SPATIAL if len(port.dims) >= 4 else DEFAULT_LENGTH
-            default = 1 if axis == 0 and len(port.dims) > 1 else rest
+            if axis == 0 and rank > 1:
+                default = 1
+            elif rank >= 4:
+                default = DEFAULT_SPATIAL
+            else:
+                default = DEFAULT_LENGTH
             bound.setdefault(name, int(wanted.get(name, default)))
     return bound
 
 
-Shapes = dict[str, tuple[int, ...]]
-Types = dict[str, np.dtype[Any]]
+# ------------------------------------------------------------------------------------------------------ inference
 
 
 def infer(proto: ModelProto, bound: Mapping[str, int], known: Shapes | None = None) -> GraphProto:
-    """The graph with shapes inferred under sizes for its symbolic dimensions; ``known`` are shapes found elsewhere."""
+    """Infers the shapes of a graph.
+
+    Args:
+        proto: The model.
+        bound: Sizes of its symbolic dimensions.
+        known: Shapes of intermediate tensors that were found by other means.
+
+    Returns:
+        The graph with inferred shapes; large constants are inputs in it.
+    """
     copy = skeleton(proto)
-    names = {v.name for v in proto.graph.input}
+    inputs = {value.name for value in proto.graph.input}
     for value in copy.graph.input:
-        if value.name in names:
-            port = port_of(value)
-            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-                name = symbol(port, axis)
-                if name is not None:
-                    dim.dim_value = bound[name]
+        if value.name not in inputs:  # a large constant
+            continue
+        port = port_of(value)
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            name = symbol(port, axis)
+            if name is not None:
+                dim.dim_value = bound[name]
+    # Declared shapes of outputs may hold for other sizes.
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
     for name, shape in (known or {}).items():
@@ -100,7 +152,25 @@ def infer(proto: ModelProto, bound: Mapping[str, int], known: Shapes | None = No
 
 
 def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
-    """Shapes of a graph whose inputs have theirs; ``proto`` holds the constants."""
+    """Infers the shapes of a graph whose inputs have theirs.
+
+    Args:
+        copy: The graph, without large constants; changed in place.
+        proto: The model with all constants.
+    """
+    _replace_unknown_operators(copy, proto)
+    graph = inferred(copy)
+    # ONNX's inference does not compute the target of a Reshape through operators such as Where. The symbolic values
+    # do: tensors known by them become constants, and the inference runs again.
+    for _ in range(ROUNDS):
+        if not _insert_known_values(copy, graph):
+            break
+        graph = inferred(copy)
+    return graph
+
+
+def _replace_unknown_operators(copy: ModelProto, proto: ModelProto) -> None:
+    """Replaces operators that ONNX's inference does not know by standard ones with the same shapes."""
     versions = {o.domain: o.version for o in proto.opset_import}
     for node in copy.graph.node:
         spec = lookup(node.domain, node.op_type, versions.get(node.domain, 1))
@@ -110,185 +180,289 @@ def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
             build.become_identity(node, floats=spec.shape.floats)
         elif isinstance(spec.shape, LikeProduct):
             _as_product(copy, node, spec.shape.matrix, proto)
-    graph = inferred(copy)
-    # ONNX's own inference loses a computed shape at operators like Where: what is followed here is put in.
-    for _ in range(ROUNDS):
-        entries = known_values(copy, graph).entries
-        held = {t.name for t in copy.graph.initializer}
-        types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
-        fresh = [n for n, e in entries.items() if n not in held and n in types and numbers(e)]
-        if not fresh or set(tensor_types(graph)[0]).issuperset(
-            n for node in copy.graph.node for n in node.output if n
-        ):
-            break
-        for node in copy.graph.node:
-            for i, name in enumerate(node.output):
-                if name in fresh:
-                    found = np.asarray(
-                        entries[name].astype(onnx.helper.tensor_dtype_to_np_dtype(types[name]))
-                    )
-                    copy.graph.initializer.append(numpy_helper.from_array(found, name))
-                    node.output[i] = f"{name}/computed"
-        graph = inferred(copy)
-    return graph
+
+
+def _insert_known_values(copy: ModelProto, graph: GraphProto) -> bool:
+    """Turns tensors whose elements are known numbers into constants.
+
+    Args:
+        copy: The model, changed in place.
+        graph: The same graph with inferred shapes.
+
+    Returns:
+        False if there are none, or if all shapes are known without them.
+    """
+    entries = known_values(copy, graph).entries
+    constants = {tensor.name for tensor in copy.graph.initializer}
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
+    computed = {name for node in copy.graph.node for name in node.output if name}
+    fresh = {
+        name
+        for name, values in entries.items()
+        if name not in constants and name in types and numbers(values)
+    }
+    known_shapes, _ = tensor_types(graph)
+    if not fresh or computed.issubset(known_shapes):
+        return False
+    for node in copy.graph.node:
+        for i, name in enumerate(node.output):
+            if name in fresh:
+                dtype = onnx.helper.tensor_dtype_to_np_dtype(types[name])
+                value = np.asarray(entries[name].astype(dtype))
+                copy.graph.initializer.append(numpy_helper.from_array(value, name))
+                node.output[i] = f"{name}/computed"
+    return True
+
+
+def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: ModelProto) -> None:
+    """Replaces a node by the product of its first input with a matrix, which has the same shape."""
+    attrs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    inputs, outputs = tuple(node.input), tuple(node.output)
+    record = Node(node.name, node.op_type, node.domain, 1, inputs, outputs, attrs)
+    constants = {tensor.name: tensor for tensor in source.graph.initializer}
+    shape = rule(record, {name: tuple(tensor.dims) for name, tensor in constants.items()})
+    if shape is None:
+        return
+    name = f"oamip_matrix_{len(copy.graph.input)}"
+    element_type = constants[node.input[1]].data_type
+    matrix = onnx.helper.make_tensor_value_info(name, element_type, list(shape))
+    copy.graph.input.append(matrix)
+    build.become_product(node, name)
+
+
+# ------------------------------------------------------------------------------------------------------ subgraphs
 
 
 def all_types(
     proto: ModelProto, bound: Mapping[str, int], nodes: Sequence[Node]
 ) -> tuple[Shapes, Types]:
-    """(shapes, types) of the tensors of a graph and of all its bodies, as far as they are known."""
-    shapes, dtypes = tensor_types(infer(proto, bound))
-    protos = {n.name: n for n in subgraphs.nodes(proto.graph)}
-    found: Shapes = {}
-    while any(node.bodies for node in nodes):
-        inside, kinds, given = _follow(proto, protos, nodes, shapes, dtypes)
-        fresh = {n: s for n, s in given.items() if n not in shapes}
-        if not fresh:
-            return {**inside, **shapes}, {**kinds, **dtypes}
-        found.update(fresh)  # what a loop gives is known: on from there
-        shapes, dtypes = tensor_types(infer(proto, bound, found))
-        shapes.update({n: s for n, s in found.items() if n not in shapes})
-    return shapes, dtypes
+    """Shapes and types of the tensors of a graph and of all its subgraphs.
 
+    Args:
+        proto: The model.
+        bound: Sizes of its symbolic dimensions.
+        nodes: The nodes of its main graph.
 
-def _follow(
-    proto: ModelProto,
-    protos: Mapping[str, NodeProto],
-    nodes: Sequence[Node],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, np.dtype[Any]],
-) -> tuple[Shapes, Types, Shapes]:
-    """(shapes, types) of the tensors in the bodies of the nodes, and the shapes that the nodes give, by induction.
-
-    What is carried from step to step is taken to have the shape of the first value; where a step gives it another one,
-    nothing is known of it, and it is all done again.
+    Returns:
+        Shapes and element types by tensor name, as far as they can be inferred.
     """
-    inside: Shapes = {}
-    kinds: Types = {}
-    given: Shapes = {}
-    for node in nodes:
-        spec = lookup(node.domain, node.op, node.version)
-        if spec is None or spec.flow is None:
-            continue
-        with rule_errors(node):
-            flow = spec.flow(node)
-        entering = {x: shapes[first] for (first, _), x in flow.enters if first in shapes}
-        for outer, x, axis in flow.slices:
-            if outer in shapes:
-                entering[x] = tuple(np.delete(shapes[outer], axis).tolist())
+    shapes, dtypes = tensor_types(infer(proto, bound))
+    if not any(node.bodies for node in nodes):
+        return shapes, dtypes
+    protos = {node.name: node for node in subgraphs.nodes(proto.graph)}
+    from_subgraphs: Shapes = {}
+    while True:
+        inference = _SubgraphInference(proto, protos, shapes, dtypes)
+        inference.follow(nodes)
+        fresh = {n: s for n, s in inference.outputs.items() if n not in shapes}
+        if not fresh:
+            return {**inference.shapes, **shapes}, {**inference.dtypes, **dtypes}
+        # The shape of a loop's output is known now: infer the nodes behind it.
+        from_subgraphs.update(fresh)
+        shapes, dtypes = tensor_types(infer(proto, bound, from_subgraphs))
+        shapes.update({n: s for n, s in from_subgraphs.items() if n not in shapes})
+
+
+class _SubgraphInference:
+    """Shape inference in the subgraphs of nodes, given the shapes of the graph around them.
+
+    A value that a loop carries from step to step is assumed to keep the shape of its first value. If a step gives it
+    another one, its shape is unknown, and the subgraph is inferred again without it.
+
+    Attributes:
+        shapes: Shapes of the tensors in the subgraphs.
+        dtypes: Element types of these tensors.
+        outputs: Shapes of the outputs of the nodes.
+    """
+
+    def __init__(
+        self,
+        proto: ModelProto,
+        protos: Mapping[str, NodeProto],
+        outer_shapes: Mapping[str, tuple[int, ...]],
+        outer_dtypes: Mapping[str, np.dtype[Any]],
+    ) -> None:
+        self._proto = proto
+        self._protos = protos
+        self._outer_shapes = outer_shapes
+        self._outer_dtypes = outer_dtypes
+        self.shapes: Shapes = {}
+        self.dtypes: Types = {}
+        self.outputs: Shapes = {}
+
+    def follow(self, nodes: Sequence[Node]) -> None:
+        """Infers the subgraphs of several nodes of one graph.
+
+        Args:
+            nodes: All nodes of the graph; those without subgraphs are skipped.
+        """
+        for node in nodes:
+            spec = lookup(node.domain, node.op, node.version)
+            if spec is None or spec.flow is None:
+                continue
+            with rule_errors(node):
+                flow = spec.flow(node)
+            shapes, dtypes = self._infer_node(node, flow)
+            self.shapes.update({n: s for n, s in shapes.items() if n not in self._outer_shapes})
+            self.dtypes.update({n: t for n, t in dtypes.items() if n not in self._outer_dtypes})
+            self._infer_outputs(flow, shapes)
+
+    def _infer_node(self, node: Node, flow: Flow) -> tuple[Shapes, Types]:
+        """Shapes and types of all tensors that the subgraphs of a node see."""
+        outer = self._outer_shapes
+        inputs = {name: outer[first] for (first, _), name in flow.enters if first in outer}
+        for source, name, axis in flow.slices:
+            if source in outer:
+                inputs[name] = tuple(np.delete(outer[source], axis).tolist())
         while True:
-            here, types = dict(shapes), dict(dtypes)
+            shapes, dtypes = dict(outer), dict(self._outer_dtypes)
             for key, body in node.bodies.items():
-                graph = subgraphs.bodies(protos[node.name])[key]
-                _body(proto, protos, graph, body.nodes, entering, here, types)
-            wrong = [
-                x for (_, made), x in flow.enters if x in entering and here.get(made) != entering[x]
+                graph = subgraphs.bodies(self._protos[node.name])[key]
+                self._infer_body(graph, body.nodes, inputs, shapes, dtypes)
+            changing = [
+                name
+                for (_, carried), name in flow.enters
+                if name in inputs and shapes.get(carried) != inputs[name]
             ]
-            if not wrong:
-                break
-            for x in wrong:
-                del entering[x]
-        inside.update({n: s for n, s in here.items() if n not in shapes})
-        kinds.update({n: t for n, t in types.items() if n not in dtypes})
-        for (a, b), out in flow.joins:
-            if a in here and here[a] == here.get(b):
-                given[out] = here[a]
-        for made, out, axis in flow.stacks:
-            scanned = [shapes[outer][along] for outer, _, along in flow.slices if outer in shapes]
-            if made in here and scanned:
-                place = axis % (len(here[made]) + 1)
-                given[out] = (*here[made][:place], scanned[0], *here[made][place:])
-    return inside, kinds, given
+            if not changing:
+                return shapes, dtypes
+            for name in changing:
+                del inputs[name]
+
+    def _infer_outputs(self, flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Shapes of the outputs of a node, from those of its subgraphs."""
+        for (first, second), output in flow.joins:
+            if first in shapes and shapes[first] == shapes.get(second):
+                self.outputs[output] = shapes[first]
+        outer = self._outer_shapes
+        steps = [outer[source][axis] for source, _, axis in flow.slices if source in outer]
+        for element, output, axis in flow.stacks:
+            if element in shapes and steps:
+                shape = shapes[element]
+                position = axis % (len(shape) + 1)
+                self.outputs[output] = (*shape[:position], steps[0], *shape[position:])
+
+    def _infer_body(
+        self,
+        graph: GraphProto,
+        nodes: Sequence[Node],
+        inputs: Mapping[str, tuple[int, ...]],
+        shapes: Shapes,
+        dtypes: Types,
+    ) -> None:
+        """Infers one subgraph and those within it.
+
+        Args:
+            graph: The subgraph.
+            nodes: Its nodes.
+            inputs: Shapes of its inputs.
+            shapes: Shapes of the tensors around it, extended by its own.
+            dtypes: Element types of the tensors around it, extended by its own.
+        """
+        model = self._as_model(graph, inputs, shapes, dtypes)
+        own_shapes, own_dtypes = tensor_types(_inferred(model, self._proto))
+        shapes.update(own_shapes)
+        dtypes.update(own_dtypes)
+        within = _SubgraphInference(self._proto, self._protos, shapes, dtypes)
+        within.follow(nodes)
+        shapes.update(within.shapes)
+        dtypes.update(within.dtypes)
+
+    def _as_model(
+        self,
+        graph: GraphProto,
+        inputs: Mapping[str, tuple[int, ...]],
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, np.dtype[Any]],
+    ) -> ModelProto:
+        """A subgraph as a model of its own; the outer tensors that it reads are inputs."""
+        model = ModelProto(ir_version=max(self._proto.ir_version, 4))
+        model.opset_import.extend(self._proto.opset_import)
+        model.graph.name = graph.name or "body"
+        model.graph.node.extend(graph.node)
+        for value in graph.input:
+            tensor_type = value.type.tensor_type
+            is_scalar = tensor_type.HasField("shape") and not tensor_type.shape.dim
+            shape = inputs.get(value.name, () if is_scalar else None)
+            declared = onnx.helper.make_tensor_value_info(value.name, tensor_type.elem_type, shape)
+            model.graph.input.append(declared)
+        read: set[str] = set()
+        defined = {value.name for value in graph.input}
+        for node in graph.node:
+            read.update(subgraphs.reads(node))
+            defined.update(node.output)
+        for tensor in self._proto.graph.initializer:
+            if tensor.name in read and int(np.prod(tensor.dims)) <= SMALL:
+                model.graph.initializer.append(tensor)
+                defined.add(tensor.name)
+        for name in sorted(read - defined):
+            element_type = 0
+            if name in dtypes:
+                element_type = int(onnx.helper.np_dtype_to_tensor_dtype(dtypes[name]))
+            outer = onnx.helper.make_tensor_value_info(name, element_type, shapes.get(name))
+            model.graph.input.append(outer)
+        for value in graph.output:
+            output = onnx.ValueInfoProto(name=value.name, type=value.type)
+            output.type.tensor_type.ClearField("shape")
+            model.graph.output.append(output)
+        return model
 
 
-def _body(
-    proto: ModelProto,
-    protos: Mapping[str, NodeProto],
-    graph: GraphProto,
-    nodes: Sequence[Node],
-    entering: Mapping[str, tuple[int, ...]],
-    shapes: Shapes,
-    dtypes: Types,
-) -> None:
-    """Add the shapes and types of one body's tensors, and of the bodies within."""
-    copy = ModelProto(ir_version=max(proto.ir_version, 4))
-    copy.opset_import.extend(proto.opset_import)
-    copy.graph.name = graph.name or "body"
-    copy.graph.node.extend(graph.node)
-    for value in graph.input:
-        kind = value.type.tensor_type.elem_type
-        scalar = value.type.tensor_type.HasField("shape") and not value.type.tensor_type.shape.dim
-        shape = entering.get(value.name, () if scalar else None)
-        copy.graph.input.append(onnx.helper.make_tensor_value_info(value.name, kind, shape))
-    read = {n for node in graph.node for n in subgraphs.reads(node)}
-    made = {n for node in graph.node for n in node.output} | {v.name for v in graph.input}
-    for tensor in proto.graph.initializer:
-        if tensor.name in read and int(np.prod(tensor.dims)) <= SMALL:
-            copy.graph.initializer.append(tensor)
-            made.add(tensor.name)
-    for name in sorted(read - made):
-        kind = int(onnx.helper.np_dtype_to_tensor_dtype(dtypes[name])) if name in dtypes else 0
-        copy.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shapes.get(name)))
-    copy.graph.output.extend(onnx.ValueInfoProto(name=v.name, type=v.type) for v in graph.output)
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    found, types = tensor_types(_inferred(copy, proto))
-    shapes.update(found)
-    dtypes.update(types)
-    inside, kinds, _ = _follow(proto, protos, nodes, shapes, dtypes)
-    shapes.update(inside)
-    dtypes.update(kinds)
-
-
-def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: ModelProto) -> None:
-    """For shapes it is the product of its first input with a matrix."""
-    attrs = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    seen = Node(
-        node.name, node.op_type, node.domain, 1, tuple(node.input), tuple(node.output), attrs
-    )
-    held = {t.name: t for t in source.graph.initializer}
-    shape = rule(seen, {name: tuple(t.dims) for name, t in held.items()})
-    if shape is None:
-        return
-    name = f"oamip_matrix_{len(copy.graph.input)}"
-    kind = held[node.input[1]].data_type
-    copy.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, list(shape)))
-    build.become_product(node, name)
+# ---------------------------------------------------------------------------------------------- inferred graphs
 
 
 def tensor_types(graph: GraphProto) -> tuple[Shapes, Types]:
-    """(shapes, types) of the tensors of an inferred graph, as far as they are known."""
+    """Reads shapes and types from an inferred graph.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        Shapes and element types by tensor name, as far as they are known.
+    """
     shapes: Shapes = {}
     dtypes: Types = {}
     for value in (*graph.input, *graph.value_info, *graph.output):
         if not value.type.HasField("tensor_type"):
             continue
-        kind = value.type.tensor_type
-        if kind.elem_type:
-            dtypes[value.name] = _dtype(kind.elem_type)
-        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-            shapes[value.name] = tuple(d.dim_value for d in kind.shape.dim)
-    for tensor in graph.initializer:  # shapes that were computed, among them
-        shapes[tensor.name], dtypes[tensor.name] = tuple(tensor.dims), _dtype(tensor.data_type)
+        tensor_type = value.type.tensor_type
+        if tensor_type.elem_type:
+            dtypes[value.name] = _dtype(tensor_type.elem_type)
+        dims = tensor_type.shape.dim
+        if tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            shapes[value.name] = tuple(d.dim_value for d in dims)
+    # Initialisers include tensors that were computed symbolically.
+    for tensor in graph.initializer:
+        shapes[tensor.name] = tuple(tensor.dims)
+        dtypes[tensor.name] = _dtype(tensor.data_type)
     return shapes, dtypes
 
 
-def _dtype(elem_type: int) -> np.dtype[Any]:
-    if not elem_type:
+def _dtype(element_type: int) -> np.dtype[Any]:
+    if not element_type:
         return np.dtype(object)
-    if elem_type == TensorProto.BFLOAT16:
+    if element_type == TensorProto.BFLOAT16:
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element_type))
 
 
 def _dims(shape: onnx.TensorShapeProto) -> Dims:
     return [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in shape.dim]
 
 
+# ----------------------------------------------------------------------------------------------- symbolic values
+
+
 @dataclass(frozen=True)
 class Values:
-    """What is known of a graph before it runs: dimensions, element types, and entries of integer tensors."""
+    """Static knowledge about the tensors of a graph.
+
+    Attributes:
+        dims: Dimensions by tensor name.
+        types: ONNX element types by tensor name.
+        entries: Elements of small integer tensors by name, as numbers or symbolic sizes.
+    """
 
     dims: Mapping[str, Dims]
     types: Mapping[str, int]
@@ -296,122 +470,166 @@ class Values:
 
 
 def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
-    """Dimensions as they were declared, and the lists that the graph computes from them."""
-    named: dict[str, Dims] = {}
+    """Follows symbolic dimensions through a graph.
+
+    Args:
+        proto: The model.
+        graph: Its graph with inferred shapes. Default: shapes are inferred with dimensions as they are declared.
+
+    Returns:
+        Dimensions, element types, and the lists that the graph computes from dimensions.
+    """
+    recognised: dict[str, Dims] = {}
     if graph is None:
         graph = inferred(skeleton(proto))
-        named = _named(proto)
-    listed = (*graph.value_info, *graph.input, *graph.output)
-    dims = {
-        v.name: _dims(v.type.tensor_type.shape)
-        for v in listed
-        if v.type.tensor_type.HasField("shape")
-    }
-    for name, found in named.items():
-        known = dims.get(name, [None] * len(found))
+        recognised = _recognised_dims(proto)
+    dims: dict[str, Dims] = {}
+    types: dict[str, int] = {}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        if value.type.HasField("tensor_type"):
+            types[value.name] = value.type.tensor_type.elem_type
+        if value.type.tensor_type.HasField("shape"):
+            dims[value.name] = _dims(value.type.tensor_type.shape)
+    for name, symbols in recognised.items():
+        inferred_dims = dims.get(name, [None] * len(symbols))
         dims[name] = [
-            a if isinstance(a, int) or b is None else b for a, b in zip(known, found, strict=True)
+            dim if isinstance(dim, int) or symbol is None else symbol
+            for dim, symbol in zip(inferred_dims, symbols, strict=True)
         ]
     for tensor in proto.graph.initializer:
         dims[tensor.name] = list(tensor.dims)
-    types = {v.name: v.type.tensor_type.elem_type for v in listed if v.type.HasField("tensor_type")}
-    whole = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
-    small = {t.name: numpy_helper.to_array(t) for t in graph.initializer if t.data_type in whole}
-    return Values(
-        dims,
-        types,
-        follow(graph.node, small, dims, {n for n, kind in types.items() if kind in whole}),
-    )
+    constants = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in graph.initializer
+        if tensor.data_type in INTEGER_TYPES
+    }
+    integers = {name for name, kind in types.items() if kind in INTEGER_TYPES}
+    return Values(dims, types, follow(graph.node, constants, dims, integers))
 
 
-def _named(proto: ModelProto) -> dict[str, Dims]:
-    """Dynamic dimensions that ONNX's inference loses track of: lengths that equal a symbol's at three different sizes.
+def _recognised_dims(proto: ModelProto) -> dict[str, Dims]:
+    """Dynamic dimensions that ONNX's inference loses, recognised by their sizes under three bindings.
 
-    Two of the sizes are large primes, so that nothing else gives the same number. Fixed lengths are not taken. Where
-    such a size is more than a table of positions or a causal mask holds, shapes end: behind a sum of both the model
-    does not run at that size. There, and only there, the table is taken to be as long as it is asked for.
+    A dimension is recognised as a symbol if it equals the symbol's size under every binding. Two of the bindings use
+    large primes, so that no other computation gives the same number. Fixed lengths are not recognised.
+
+    A large size exceeds the tables of positions and causal masks of a model: behind a sum of both, inference fails at
+    such a size. There, and only there, the table is assumed to be as long as the model asks for.
     """
-    held = {t.name for t in proto.graph.initializer}
-    inputs = tuple(port_of(v) for v in proto.graph.input if v.name not in held)
-    usual = bind(inputs, {})
-    if not usual or len(usual) > len(PRIMES):
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    inputs = tuple(port_of(v) for v in proto.graph.input if v.name not in constants)
+    default = bind(inputs, {})
+    if not default or len(default) > len(PRIMES):
         return {}
-    sizes = [
-        usual,
-        dict(zip(usual, PRIMES, strict=False)),
-        dict(zip(usual, PRIMES[::-1], strict=False)),
+    bindings = [
+        default,
+        dict(zip(default, PRIMES, strict=False)),
+        dict(zip(default, PRIMES[::-1], strict=False)),
     ]
-    found = [tensor_types(infer(proto, s))[0] for s in sizes]
-    endless = _endless(proto)
+    found = [_inferred_shapes(proto, binding) for binding in bindings]
+    endless = _with_endless_tables(proto)
     if endless is not None:
-        found = [
-            {**tensor_types(infer(endless, s))[0], **known}
-            for s, known in zip(sizes, found, strict=True)
-        ]
-    named: dict[str, Dims] = {}
+        for i, binding in enumerate(bindings):
+            found[i] = {**_inferred_shapes(endless, binding), **found[i]}
+    result: dict[str, Dims] = {}
     for name in set(found[0]) & set(found[1]) & set(found[2]):
-        shapes = [f[name] for f in found]
-        if len({len(s) for s in shapes}) == 1:
-            columns = list(zip(*shapes, strict=True))
-            named[name] = [
-                next((s for s in usual if c == tuple(b[s] for b in sizes)), None) for c in columns
-            ]
-    return named
+        shapes = [by_name[name] for by_name in found]
+        if len({len(shape) for shape in shapes}) > 1:
+            continue
+        result[name] = [_symbol_of_sizes(sizes, bindings) for sizes in zip(*shapes, strict=True)]
+    return result
 
 
-def _endless(proto: ModelProto) -> ModelProto | None:
-    """A skeleton in which constants that are only sliced to a computed length never end; None if there are none."""
+def _inferred_shapes(proto: ModelProto, binding: Mapping[str, int]) -> Shapes:
+    shapes, _ = tensor_types(infer(proto, binding))
+    return shapes
+
+
+def _symbol_of_sizes(sizes: tuple[int, ...], bindings: Sequence[Mapping[str, int]]) -> str | None:
+    """First symbol that has these sizes under the bindings."""
+    for name in bindings[0]:
+        if sizes == tuple(binding[name] for binding in bindings):
+            return name
+    return None
+
+
+def _with_endless_tables(proto: ModelProto) -> ModelProto | None:
+    """A skeleton in which constants that are only sliced to a computed length are longer than any such length.
+
+    Returns:
+        None if the model has no such constants.
+    """
     result = skeleton(proto)
-    held = {t.name: list(t.dims) for t in proto.graph.initializer}
-    whole = {t.name: numpy_helper.to_array(t) for t in result.graph.initializer}
-    source: dict[str, str] = {name: name for name in held}
-    longer: dict[str, set[int]] = {}
+    constants = {tensor.name: list(tensor.dims) for tensor in proto.graph.initializer}
+    values = {t.name: numpy_helper.to_array(t) for t in result.graph.initializer}
+    # The constant that a tensor is a slice of, possibly over several slices.
+    origin: dict[str, str] = {name: name for name in constants}
+    sliced_axes: dict[str, set[int]] = {}
     read_whole: set[str] = set()
     for node in proto.graph.node:
+        is_slice = has(node, Trait.SLICES)
         for slot, name in enumerate(node.input):
-            if name in held and (slot > 0 or not has(node, Trait.SLICES)):
+            if name in constants and (slot > 0 or not is_slice):
                 read_whole.add(name)
-        if has(node, Trait.SLICES) and node.input[0] in source:
-            origin = source[node.output[0]] = source[node.input[0]]
-            axes = whole.get(node.input[3]) if len(node.input) > 3 else None
-            if axes is not None and len(node.input) > 2 and node.input[2] not in held:
-                longer.setdefault(origin, set()).update(int(a) % len(held[origin]) for a in axes)
-    tables = longer.keys() - read_whole
+        if not is_slice or node.input[0] not in origin:
+            continue
+        table = origin[node.input[0]]
+        origin[node.output[0]] = table
+        # Inputs of a Slice: data, starts, ends, axes.
+        axes = values.get(node.input[3]) if len(node.input) > 3 else None
+        if axes is not None and node.input[2] not in constants:
+            rank = len(constants[table])
+            sliced_axes.setdefault(table, set()).update(int(axis) % rank for axis in axes)
+    tables = sliced_axes.keys() - read_whole
     for name in tables:
-        _lengthen(result, name, longer[name])
+        _lengthen(result, name, sliced_axes[name])
     return result if tables else None
 
 
 def _lengthen(proto: ModelProto, name: str, axes: set[int]) -> None:
-    """Turn a constant into an input that is longer along some axes than any size that is tried."""
+    """Turns a constant into an input that is longer along some axes than any size that is tried."""
     graph = proto.graph
-    kept = [t for t in graph.initializer if t.name != name]
-    if len(kept) < len(graph.initializer):
-        (table,) = [t for t in graph.initializer if t.name == name]
-        graph.input.append(
-            onnx.helper.make_tensor_value_info(name, table.data_type, list(table.dims))
-        )
+    others = [tensor for tensor in graph.initializer if tensor.name != name]
+    if len(others) < len(graph.initializer):
+        (table,) = [tensor for tensor in graph.initializer if tensor.name == name]
+        declared = onnx.helper.make_tensor_value_info(name, table.data_type, list(table.dims))
+        graph.input.append(declared)
         del graph.initializer[:]
-        graph.initializer.extend(kept)
+        graph.initializer.extend(others)
     (value,) = [v for v in graph.input if v.name == name]
     for axis in axes:
         value.type.tensor_type.shape.dim[axis].dim_value = 2 * max(PRIMES)
 
 
 def symbol_homes(proto: ModelProto, dims: Mapping[str, Dims]) -> dict[str, Axis]:
-    """Where the length behind a symbol can be read: preferably from a graph input."""
-    found: dict[str, Axis] = {}
-    inputs = [v.name for v in proto.graph.input]
-    for name in (*inputs, *(n for n in dims if n not in inputs)):
-        for axis, d in enumerate(dims.get(name, [])):
-            if not isinstance(d, int):
-                # A dimension without a name is called after its place.
-                found.setdefault(d or f"{name}:{axis}", (name, axis))
-    return found
+    """Axes at which the lengths of symbols can be read.
+
+    Args:
+        proto: The model.
+        dims: Dimensions by tensor name.
+
+    Returns:
+        One axis per symbol, that of a graph input where there is one. A dimension without a name is called
+        'tensor:axis'.
+    """
+    homes: dict[str, Axis] = {}
+    inputs = [value.name for value in proto.graph.input]
+    for name in (*inputs, *(tensor for tensor in dims if tensor not in inputs)):
+        for axis, dim in enumerate(dims.get(name, [])):
+            if not isinstance(dim, int):
+                homes.setdefault(dim or f"{name}:{axis}", (name, axis))
+    return homes
 
 
 def skeleton(proto: ModelProto) -> ModelProto:
-    """A copy without the payload of large constants, which become inputs: enough for shape inference."""
+    """Copies a model without its large constants, which become inputs: enough for shape inference.
+
+    Args:
+        proto: The model.
+
+    Returns:
+        A small copy.
+    """
     result = ModelProto()
     result.ir_version = max(proto.ir_version, 4)
     result.opset_import.extend(proto.opset_import)
@@ -425,7 +643,8 @@ def skeleton(proto: ModelProto) -> ModelProto:
         if int(np.prod(tensor.dims)) <= SMALL:
             graph.initializer.append(tensor)
         else:
-            graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            value = onnx.helper.make_tensor_value_info(
+                tensor.name, tensor.data_type, list(tensor.dims)
             )
+            graph.input.append(value)
     return result

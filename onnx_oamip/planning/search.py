@@ -173,7 +173,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
         )
     # Last: a refit fits the queries to what they gave before.
     pruned = replace(
-        pruned, proto=attention_scale.usual(ready.model, ready.coupling, chosen.keep, pruned.proto)
+        pruned, proto=attention_scale.rescale(ready.model, ready.coupling, chosen.keep, pruned.proto)
     )
     if not ready.settings.no_provenance:
         what = plan_files.digest(ready.model, ready.coupling, chosen.keep)

@@ -1,1 +1,1 @@
-"""Rewriting a graph: removal of units, and attributes that follow."""
+"""Graph rewriting: removal of units, and scales that depend on widths."""

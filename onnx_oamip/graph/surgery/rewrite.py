@@ -1,12 +1,12 @@
-"""Cut the model: shrink constants along labelled axes, then repair the operators that carry sizes.
+"""Surgery: removes units from a graph, and masks them in the original as the reference for verification.
 
-The cut itself is generic: every constant is compressed along every axis on which units were removed. Only operators
-with a ``repair`` rule need more.
+The cut is generic: every constant is compressed along every axis on which units are removed. Only operators that carry
+sizes in attributes, or must still see removed channels as zeros, need a ``repair`` rule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +37,11 @@ from onnx_oamip.graph.ops.inserted_nodes import (
 
 
 class _Cuts:
-    """Implements ``ops.Cuts`` for one model and one choice of units."""
+    """Removed channels of one model for one choice of units; implements ``ops.Cuts``.
+
+    Attributes:
+        masks: Kept indices of every axis that loses some.
+    """
 
     def __init__(self, model: Model, coupling: Coupling, units: Bools) -> None:
         self._model = model
@@ -61,57 +65,78 @@ class _Cuts:
         return self._model.shapes[tensor][axis] if mask is None else int(mask.sum())
 
 
+# ------------------------------------------------------------------------------------------------------------- cut
+
+
 def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
-    """The model without the units that ``units`` (n_units,) leaves out. No refit."""
+    """Removes units from a model, without a refit.
+
+    Args:
+        model: The whole model.
+        coupling: Its coupling.
+        units: Keep mask of the units (n_units,).
+
+    Returns:
+        The narrower graph.
+    """
     cuts = _Cuts(model, coupling, units)
-    edits: dict[str, Edit] = {}
     touched = {tensor for tensor, _ in cuts.masks}
-    for node in model.every:
-        spec = lookup(node.domain, node.op, node.version)
-        if touched.isdisjoint((*node.inputs, *node.outputs)):
-            continue  # its shapes may not even be known
-        if spec is not None and spec.edit.repair is not None and not node.captures:
-            with rule_errors(node):
-                edit = spec.edit.repair(node, cuts)
-            if edit != Edit():
-                edits[node.name] = edit
+    edits = _repairs(model, cuts, touched)
     if any(edit.spread is not None or edit.scale != 1.0 for edit in edits.values()):
-        _reuse(edits, cuts, model)
+        _reuse_insertions(edits, cuts, model)
     graph = gs.import_onnx(model.proto)
-    known = {node.name: node for node in model.every}
+    nodes = {node.name: node for node in model.every}
     names = Names(model)
     for part in (graph, *graph.subgraphs(recursive=True)):
         tensors = part.tensors()
         for node in [n for n in part.nodes if n.name in edits]:
             edit = edits[node.name]
+            original = nodes[node.name]
             _apply(node, edit)
             if edit.spread is not None:
                 source = node.inputs[0].name
                 keep = cuts.masks[source, edit.spread]
                 rank = len(model.shapes[source])
-                added = spread(known[node.name], rank, edit.spread, edit.ordered, keep, names)
-                _add(part, node, added, tensors)
+                added = spread(original, rank, edit.spread, edit.ordered, keep, names)
+                _insert(part, node, added, tensors)
             if edit.scale != 1.0:
-                added = scale(
-                    known[node.name], edit.scale, model.dtypes[node.outputs[0].name], names
-                )
-                _add(part, node, added, tensors)
-    # A repaired node has its own copy of the constant it read before; drop those nobody reads any more.
+                dtype = model.dtypes[node.outputs[0].name]
+                added = scale(original, edit.scale, dtype, names)
+                _insert(part, node, added, tensors)
+    # A repaired node has its own copy of the constant it read before: drop constants that no node reads any more.
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.toposort()
     result: onnx.ModelProto = gs.export_onnx(graph, do_type_check=False)
     restore(result, model.proto)
-    _declare(result.graph, cuts)
-    aside = bool(external_data.references(model.proto))
-    for tensor in result.graph.initializer:  # one after the other: a large model is not held twice
+    _update_declared_shapes(result.graph, cuts)
+    away = bool(external_data.references(model.proto))
+    # One after the other, so that memory never holds a large model twice.
+    for tensor in result.graph.initializer:
         if tensor.name in touched and tensor.name in model.constants:
             kept = compress(model.constants[tensor.name], tensor.name, cuts.masks)
-            tensor.CopyFrom(external_data.tensor(kept, tensor.name, aside))
+            tensor.CopyFrom(external_data.tensor(kept, tensor.name, away))
     return result
 
 
-def _declare(graph: onnx.GraphProto, cuts: _Cuts) -> None:
-    """What bodies say about the shapes of their inputs and outputs follows the cut."""
+def _repairs(model: Model, cuts: _Cuts, touched: Set[str]) -> dict[str, Edit]:
+    """Changes of the nodes that need any, by node name."""
+    edits: dict[str, Edit] = {}
+    for node in model.every:
+        # Only nodes that the cut touches: the shapes of others may not be known.
+        if touched.isdisjoint((*node.inputs, *node.outputs)):
+            continue
+        spec = lookup(node.domain, node.op, node.version)
+        if spec is None or spec.edit.repair is None or node.captures:
+            continue
+        with rule_errors(node):
+            edit = spec.edit.repair(node, cuts)
+        if edit != Edit():
+            edits[node.name] = edit
+    return edits
+
+
+def _update_declared_shapes(graph: onnx.GraphProto, cuts: _Cuts) -> None:
+    """Narrows the shapes that subgraphs declare for their inputs and outputs."""
     for body in list(subgraphs.graphs(graph))[1:]:
         for value in (*body.input, *body.output):
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -120,7 +145,16 @@ def _declare(graph: onnx.GraphProto, cuts: _Cuts) -> None:
 
 
 def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
-    """An array cut along all its axes that have a mask."""
+    """Removes indices of an array along all its axes that have a mask.
+
+    Args:
+        value: The array.
+        name: Name of its tensor.
+        masks: Kept indices by (tensor, axis).
+
+    Returns:
+        The narrower array, contiguous.
+    """
     for axis in range(value.ndim):
         mask = masks.get((name, axis))
         if mask is not None:
@@ -128,36 +162,49 @@ def compress(value: Array, name: str, masks: Mapping[Axis, Bools]) -> Array:
     return np.ascontiguousarray(value)
 
 
-def _reuse(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None:
-    """Where a node has been restored before, edit the nodes that do it in place of adding more."""
+def _reuse_insertions(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None:
+    """Edits the nodes that an earlier pruning inserted around a node, so that no second ones are inserted.
+
+    Args:
+        edits: Changes by node name, updated in place.
+        cuts: The removed channels.
+        model: The model, which may have been pruned before.
+    """
     present = Present(model)
     for node in [n for n in model.every if n.name in edits]:
         edit = edits[node.name]
-        if (
-            edit.spread is not None
-            and (around := present.spread(node, edit.spread, edit.ordered)) is not None
-        ):
-            axis = edit.spread
-            before, inside = (
-                np.ones(cuts.shape(t)[axis], bool) if (keep := cuts.keep(t, axis)) is None else keep
-                for t in (around.source, node.inputs[0])
-            )
-            edits.update(again(around, axis, before, inside, model))
-            # Where gathers place the zeros, the node's parameters stay in their places too.
-            edits[node.name] = replace(
-                edit, spread=None, inputs={} if around.ordered else edit.inputs
-            )
+        if edit.spread is not None:
+            around = present.spread(node, edit.spread, edit.ordered)
+            if around is not None:
+                axis = edit.spread
+                before = _keep_or_all(cuts, around.source, axis)
+                inside = _keep_or_all(cuts, node.inputs[0], axis)
+                edits.update(again(around, axis, before, inside, model))
+                # Where gathers place the zeros, the parameters of the node keep their places too.
+                inputs = {} if around.ordered else edit.inputs
+                edits[node.name] = replace(edit, spread=None, inputs=inputs)
         if edit.scale != 1.0 and (product := present.scale(node)) is not None:
             mul, slot = product
-            number = model.constants[mul.inputs[slot]]
-            edits[mul.name] = Edit(
-                inputs={slot: np.asarray(number * np.float64(edit.scale), number.dtype)}
-            )
+            previous = model.constants[mul.inputs[slot]]
+            factor = np.asarray(previous * np.float64(edit.scale), previous.dtype)
+            edits[mul.name] = Edit(inputs={slot: factor})
             edits[node.name] = replace(edit, scale=1.0)
 
 
-def _add(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.Tensor]) -> None:
-    """Put new nodes around a node."""
+def _keep_or_all(cuts: _Cuts, tensor: str, axis: int) -> Bools:
+    keep = cuts.keep(tensor, axis)
+    return np.ones(cuts.shape(tensor)[axis], bool) if keep is None else keep
+
+
+def _insert(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.Tensor]) -> None:
+    """Inserts new nodes in front of a node and behind it.
+
+    Args:
+        graph: Graph that holds the node.
+        node: The node, connected to the new ones.
+        added: The new nodes.
+        tensors: Tensors of the graph by name, extended by the new ones.
+    """
 
     def tensor(name: str) -> gs.Tensor:
         if name not in tensors:
@@ -165,15 +212,16 @@ def _add(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.Ten
             tensors[name] = gs.Variable(name) if value is None else gs.Constant(name, value)
         return tensors[name]
 
-    node.inputs[0], node.outputs[0] = tensor(added.reads), tensor(added.writes)
+    node.inputs[0] = tensor(added.reads)
+    node.outputs[0] = tensor(added.writes)
     for step in added.steps:
         inputs = [tensor(name) for name in step.inputs]
-        graph.nodes.append(
-            gs.Node(step.op, step.name, dict(step.attrs), inputs, [tensor(step.output)])
-        )
+        outputs = [tensor(step.output)]
+        graph.nodes.append(gs.Node(step.op, step.name, dict(step.attrs), inputs, outputs))
 
 
 def _apply(node: gs.Node, edit: Edit) -> None:
+    """Changes the attributes and constant inputs of a node."""
     for key, value in edit.attrs.items():
         if value is None:
             node.attrs.pop(key, None)
@@ -187,16 +235,28 @@ def _apply(node: gs.Node, edit: Edit) -> None:
             node.inputs[slot] = gs.Variable.empty()
         elif isinstance(old, gs.Constant) and len(old.outputs) == 1:
             old.values = np.asarray(value)
-            old.data_location = None  # it may have been in a file of its own
+            old.data_location = None  # the old value may have been in a file
         else:
             node.inputs[slot] = gs.Constant(f"{node.name}_input{slot}_pruned", np.asarray(value))
 
 
-def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
-    """The original graph with removed channels multiplied by zero where consumers read them: the reference.
+# ------------------------------------------------------------------------------------------------------------ mask
 
-    Where a channel meets a quantised constant, that constant is set to what stands for zero instead: a product between
-    quantised tensors would take the runtime's integer arithmetic apart, and with it the rounding that is compared.
+
+def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
+    """Masks removed channels in the original graph: the reference that a cut is verified against.
+
+    Channels are multiplied by zero where consumers read them. If a consumer reads a quantised constant along the same
+    channels, the constant is set to its zero point there instead: a product between quantised tensors would break up
+    the integer arithmetic of the runtime, and with it the rounding that is compared.
+
+    Args:
+        model: The whole model.
+        coupling: Its coupling.
+        units: Keep mask of the units (n_units,).
+
+    Returns:
+        A graph of the original widths.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
@@ -205,117 +265,152 @@ def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     for i, consumer in enumerate((*coupling.consumers, *coupling.inside)):
         if not coupling.keep((consumer.data, consumer.axis), units).all():
             masks.apply(consumer, nodes[consumer.node], i)
-    subgraphs.insert(proto.graph, lambda node: [*masks.before.get(node.name, ()), node])
+    subgraphs.insert(proto.graph, lambda node: [*masks.inserted.get(node.name, ()), node])
     return proto
 
 
 class _Masks:
-    """What is added to a graph to mask channels; ``before`` are nodes to insert, by the name of the node behind."""
+    """Masks of the removed channels, added to a graph one consumer at a time.
+
+    Attributes:
+        inserted: Nodes to insert in front of each consumer, by its name.
+    """
 
     def __init__(
         self, model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto
     ) -> None:
-        self._model, self._coupling, self._units, self._proto = model, coupling, units, proto
-        self._makers = {name: node for node in model.every for name in node.outputs}
-        self._known = {node.name: node for node in model.every}
-        self._shared = {
-            node.name for node in model.nodes
-        }  # what is made in a body is not seen elsewhere
+        self._model = model
+        self._coupling = coupling
+        self._units = units
+        self._proto = proto
+        self._producers = {name: node for node in model.every for name in node.outputs}
+        self._nodes = {node.name: node for node in model.every}
+        # A masked tensor can be shared by the nodes of the main graph; one made in a subgraph is not visible outside.
+        self._main_nodes = {node.name for node in model.nodes}
         self._protos = {node.name: node for node in subgraphs.nodes(proto.graph)}
         self._cuts = _Cuts(model, coupling, units)
-        self._made: dict[Axis, str] = {}
-        self.before: dict[str, list[onnx.NodeProto]] = {}
+        self._masked: dict[Axis, str] = {}
+        self.inserted: dict[str, list[onnx.NodeProto]] = {}
 
     def apply(self, consumer: Consumer, node: onnx.NodeProto, i: int) -> None:
-        """Mask what one consumer reads."""
-        mine = self._known[consumer.node]
+        """Masks the channels that one consumer reads.
+
+        Args:
+            consumer: The consumer.
+            node: Its node in the new graph, changed in place.
+            i: Number of the consumer, for names.
+        """
+        original = self._nodes[consumer.node]
         sides = [(consumer.weight, consumer.weight_axis), (consumer.data, consumer.axis)]
         for tensor, axis in sides:
-            slot = mine.inputs.index(tensor) if tensor in mine.inputs else -1
-            if tensor is None or slot < 0 or node.input[slot] != tensor:
+            if tensor is None or tensor not in original.inputs:
                 continue
-            zero = self._zero(mine, slot)
-            if zero is None and not self._quantised(consumer.data):
-                continue  # what meets the constant is not quantised: floating arithmetic
-            stored = self._stored(tensor, axis, zero, f"oamip_{i}_{slot}", consumer.node)
-            if stored is not None:
-                node.input[slot] = stored
+            slot = original.inputs.index(tensor)
+            if node.input[slot] != tensor:
+                continue
+            zero = self._zero_point(original, slot)
+            if zero is None and not self._is_quantised(consumer.data):
+                continue  # floating arithmetic: a product with the mask is exact
+            name = f"oamip_{i}_{slot}"
+            masked = self._masked_source(tensor, axis, zero, name, consumer.node)
+            if masked is not None:
+                node.input[slot] = masked
                 return
         node.input[consumer.slot] = self._product(consumer, node.input[consumer.slot], i)
 
     def _product(self, consumer: Consumer, source: str, i: int) -> str:
+        """Inserts a product with the mask; name of the masked tensor."""
         key = (consumer.data, consumer.axis)
-        shared = source == consumer.data and consumer.node in self._shared
-        if shared and key in self._made:
-            return self._made[key]
-        view = [1] * len(self._model.shapes[consumer.data])
-        view[consumer.axis] = -1
-        keep = self._coupling.keep(key, self._units)
-        values = keep.reshape(view).astype(self._model.dtypes[consumer.data])
+        is_shared = source == consumer.data and consumer.node in self._main_nodes
+        if is_shared and key in self._masked:
+            return self._masked[key]
+        keep = self._broadcast_mask(key, len(self._model.shapes[consumer.data]))
+        values = keep.astype(self._model.dtypes[consumer.data])
         self._proto.graph.initializer.append(numpy_helper.from_array(values, f"oamip_mask_{i}"))
-        made = f"oamip_masked_{i}"
-        mul = build.mul(source, f"oamip_mask_{i}", made, f"oamip_apply_mask_{i}")
-        self.before.setdefault(consumer.node, []).append(mul)
-        if shared:
-            self._made[key] = made
-        return made
+        masked = f"oamip_masked_{i}"
+        product = build.mul(source, f"oamip_mask_{i}", masked, f"oamip_apply_mask_{i}")
+        self.inserted.setdefault(consumer.node, []).append(product)
+        if is_shared:
+            self._masked[key] = masked
+        return masked
 
-    def _zero(self, node: Node, slot: int) -> Array | None:
+    def _broadcast_mask(self, key: Axis, rank: int) -> Bools:
+        """Kept indices of an axis, in a shape that broadcasts against its tensor."""
+        shape = [1] * rank
+        shape[key[1]] = -1
+        return self._coupling.keep(key, self._units).reshape(shape)
+
+    def _zero_point(self, node: Node, slot: int) -> Array | None:
+        """Value that stands for zero in a quantised input of a node; None for other inputs."""
         spec = lookup(node.domain, node.op, node.version)
-        return (
-            spec.edit.zero(node, self._cuts).get(slot)
-            if spec is not None and spec.edit.zero is not None
-            else None
-        )
-
-    def _quantised(self, tensor: str) -> bool:
-        """Whether a tensor comes from a quantised one, element by element."""
-        node = self._makers.get(tensor)
-        spec = None if node is None else lookup(node.domain, node.op, node.version)
-        if node is None or spec is None:
-            return False
-        return self._zero(node, 0) is not None or (
-            Trait.MOVES in spec.traits and self._quantised(node.inputs[0])
-        )
-
-    def _before(self, node: Node, tensor: str, axis: int) -> int | None:
-        """The axis that an operator which only moves elements took from its first input, where there is no doubt."""
-        spec = lookup(node.domain, node.op, node.version)
-        wanted, axes = self._coupling.axes.get((tensor, axis)), self._coupling.axes
-        if spec is None or Trait.MOVES not in spec.traits or wanted is None:
+        if spec is None or spec.edit.zero is None:
             return None
-        rank = len(self._model.shapes.get(node.inputs[0], ()))
-        same = [a for a in range(rank) if np.array_equal(axes.get((node.inputs[0], a), []), wanted)]
+        return spec.edit.zero(node, self._cuts).get(slot)
+
+    def _is_quantised(self, tensor: str) -> bool:
+        """Tests whether a tensor is a dequantised one, possibly behind operators that only move elements."""
+        node = self._producers.get(tensor)
+        if node is None:
+            return False
+        spec = lookup(node.domain, node.op, node.version)
+        if spec is None:
+            return False
+        if self._zero_point(node, 0) is not None:
+            return True
+        return Trait.MOVES in spec.traits and self._is_quantised(node.inputs[0])
+
+    def _source_axis(self, node: Node, tensor: str, axis: int) -> int | None:
+        """Axis of the first input that an operator moves to an axis of its output; None if it is not certain."""
+        spec = lookup(node.domain, node.op, node.version)
+        axes = self._coupling.axes
+        units = axes.get((tensor, axis))
+        if spec is None or Trait.MOVES not in spec.traits or units is None:
+            return None
+        source = node.inputs[0]
+        rank = len(self._model.shapes.get(source, ()))
+        same = [a for a in range(rank) if np.array_equal(axes.get((source, a), []), units)]
         return same[0] if len(same) == 1 else None
 
-    def _stored(
-        self, tensor: str, axis: int, zero: Array | None, name: str, behind: str
+    def _masked_source(
+        self, tensor: str, axis: int, zero: Array | None, name: str, consumer: str
     ) -> str | None:
-        """A masked copy of a quantised constant, or of the operators that read it element by element; else None."""
+        """Masks a quantised constant, or copies the element-wise operators behind one so that they read a masked copy.
+
+        Args:
+            tensor: The constant, or the output of the operators.
+            axis: Its axis with the removed channels.
+            zero: Value that stands for zero; None if the tensor is not quantised itself.
+            name: Name for the masked tensor.
+            consumer: Node in front of which copies are inserted.
+
+        Returns:
+            ``name``, or None if there is no such constant.
+        """
         if tensor in self._model.constants:
-            value = self._model.constants[tensor]
             if zero is None or (tensor, axis) not in self._coupling.axes:
                 return None
-            view = [1] * value.ndim
-            view[axis] = -1
-            keep = self._coupling.keep((tensor, axis), self._units).reshape(view)
-            masked = np.where(keep, value, np.broadcast_to(zero, value.shape).astype(value.dtype))
-            self._proto.graph.initializer.append(
-                numpy_helper.from_array(np.ascontiguousarray(masked), name)
-            )
+            value = self._model.constants[tensor]
+            keep = self._broadcast_mask((tensor, axis), value.ndim)
+            zeros = np.broadcast_to(zero, value.shape).astype(value.dtype)
+            masked = np.ascontiguousarray(np.where(keep, value, zeros))
+            self._proto.graph.initializer.append(numpy_helper.from_array(masked, name))
             return name
-        node = self._makers.get(tensor)
+        node = self._producers.get(tensor)
         if node is None:
             return None
-        inner = self._zero(node, 0)
-        before = axis if inner is not None else self._before(node, tensor, axis)
-        if before is None:
+        source_zero = self._zero_point(node, 0)
+        source_axis = axis if source_zero is not None else self._source_axis(node, tensor, axis)
+        if source_axis is None:
             return None
-        source = self._stored(node.inputs[0], before, inner, f"{name}_in", behind)
+        source = self._masked_source(
+            node.inputs[0], source_axis, source_zero, f"{name}_in", consumer
+        )
         if source is None:
             return None
         copy = onnx.NodeProto()
         copy.CopyFrom(self._protos[node.name])
-        copy.name, copy.input[0], copy.output[0] = f"{name}_{node.name}", source, name
-        self.before.setdefault(behind, []).append(copy)
+        copy.name = f"{name}_{node.name}"
+        copy.input[0] = source
+        copy.output[0] = name
+        self.inserted.setdefault(consumer, []).append(copy)
         return name

@@ -92,7 +92,7 @@ def test_attention_scale_is_the_root_of_the_head_size(
     model, coupling = _net(tmp_path, queries, scores, ROOT if divides else 1 / ROOT)
     keep = _choice(coupling, gone)
     cut = rewrite.cut(model, coupling, keep)
-    found = attention_scale.usual(model, coupling, keep, cut)
+    found = attention_scale.rescale(model, coupling, keep, cut)
     if "q = Mul" in queries:
         assert found is cut  # not next to the product: nothing that fuses attention looks there
         return
@@ -129,14 +129,14 @@ def test_unsupported_patterns_keep_their_scale(how: dict[str, object], tmp_path:
     group = next((g for g in coupling.groups if ("wk", 1) in g.multiplicity), None)
     keep = np.ones(coupling.n_units, bool) if group is None else _choice(coupling, 3)
     cut = rewrite.cut(model, coupling, keep)
-    assert attention_scale.usual(model, coupling, keep, cut) is cut
+    assert attention_scale.rescale(model, coupling, keep, cut) is cut
 
 
 def test_shared_scale_constant_is_copied(tmp_path: Path) -> None:
     model, coupling = _net(tmp_path, out=", float[N,5,6] z", more="z = Div(x, s)")
     keep = _choice(coupling, 4)
     cut = rewrite.cut(model, coupling, keep)
-    found = attention_scale.usual(model, coupling, keep, cut)
+    found = attention_scale.rescale(model, coupling, keep, cut)
     values = feed(model, 0, 3)
     assert distance(Session(cut, "cpu").run(values), Session(found, "cpu").run(values)) < 2e-6
     assert sorted(float(v) for v in constants(found).values() if v.ndim == 0) == pytest.approx(

@@ -82,7 +82,7 @@ def test_transformer_optimiser_fuses_pruned_models_like_the_originals(
     coupling = couple(model)
     keep = _half(coupling, *kinds)
     cut = assert_exact(model, coupling, keep, 2e-5)
-    pruned = attention_scale.usual(model, coupling, keep, cut)
+    pruned = attention_scale.rescale(model, coupling, keep, cut)
     before, after = _optimised(model.proto, tmp_path), _optimised(pruned, tmp_path)
     counts = _counts(before)
     assert counts["Attention"] == 2
