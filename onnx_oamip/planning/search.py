@@ -157,23 +157,29 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
                 ready.coupling,
                 chosen.keep,
                 raw,
-                ready.samples,
-                ready.device,
-                ready.batch,
-                s.seed,
-                ready.progress,
-                room=s.activation_memory_limit,
+                samples=ready.samples,
+                device=ready.device,
+                batch_size=ready.batch,
+                seed=s.seed,
+                progress=ready.progress,
+                memory_limit=s.activation_memory_limit,
             ),
-            lambda found: least_squares.fits(found, raw),
+            lambda found: least_squares.is_valid_cache_entry(found, raw),
         )
         pruned = replace(found, raw=raw)
     elif folds_constants(ready.settings):
         pruned = removed_constants.fold_constants(
-            ready.model, ready.coupling, chosen.keep, ready.samples, ready.device, raw
+            ready.model,
+            ready.coupling,
+            chosen.keep,
+            raw,
+            samples=ready.samples,
+            device=ready.device,
         )
     # Last: a refit fits the queries to what they gave before.
     pruned = replace(
-        pruned, proto=attention_scale.rescale(ready.model, ready.coupling, chosen.keep, pruned.proto)
+        pruned,
+        proto=attention_scale.rescale(ready.model, ready.coupling, chosen.keep, pruned.proto),
     )
     if not ready.settings.no_provenance:
         what = plan_files.digest(ready.model, ready.coupling, chosen.keep)

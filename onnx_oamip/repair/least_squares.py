@@ -1,21 +1,26 @@
-"""What removed units carried is folded into their consumers, without labels and without a training step.
+"""Reconstruction (refit): compensates removed units in the weights and biases of their consumers.
 
-``bias``: the mean of every removed channel moves, through its weights, into the consumer's bias. For a convolution
-with zero padding this is exact away from the border.
+It needs no labels and no gradient. Two methods:
 
-``least-squares``: every linear node behind the cut is fitted anew, front to back. With x the input that the node gets
-in the cut model (already refitted in front of it) and y the output it gave in the original model, on the same rows,
+``bias``: the mean of every removed channel, times its weights, is added to the consumer's bias. For a convolution with
+zero padding this is exact away from the border.
+
+``least-squares``: every linear node behind the cut is refitted, front to back. With x the input of the node in the cut
+model (whose nodes in front of it are already refitted) and y its output in the original model, on the same rows,
 
     minimise  sum_rows |y - (W0 + D) x - b|^2 + ridge |D|^2     over D and b,
 
-where W0 is what the cut left of its weights: ridge regression of the residual, pulled towards the original weights.
-The ridge strength is chosen per node by the error on held-out rows; where no strength beats D = 0 there, the weights
-stay and only the bias moves. Sums are in float64. (Channel pruning with least-squares reconstruction: He, Zhang and
-Sun, ICCV 2017; the front-to-back order corrects errors that earlier layers made.)
+where W0 are its weights after the cut: ridge regression of the residual, pulled towards the original weights. The ridge
+strength is chosen per node by the error on held-out rows; where no strength beats D = 0 there, the weights are kept and
+only the bias changes. Sums are in float64.
+
+Source: channel pruning with least-squares reconstruction, He, Zhang and Sun, ICCV 2017. The front-to-back order
+corrects the errors that earlier layers made.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -58,32 +63,49 @@ from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.ridge import (
     Solve,
-    best,
+    choose_ridge,
     ridge_regression,
     solve_ridge,
 )
 
 ROWS_PER_UNKNOWN = 4
-LEAST_ROWS, MOST_ROWS = 4096, 24576
+MIN_ROWS = 4096
+MAX_ROWS = 24576
+MIN_WIDE_ROWS = 256
 GRAM_CAP = 4608
 """Unknowns per output above which a Gram matrix gets too large; then removed channels are mixed into kept ones."""
 HELD_OUT = 0.2
+"""Share of the rows on which the ridge strength is chosen."""
 WIDE_VALUES = 1 << 25
-"""Values (rows x unknowns) kept of a node that is too wide for a Gram matrix."""
+"""Bound on the values (rows x unknowns) sampled of a node that is too wide for a Gram matrix."""
+
+
+# ----------------------------------------------------------------------------------------------------------- bias
 
 
 def fold_means(
     model: Model, coupling: Coupling, units: Bools, statistics: Statistics, raw: onnx.ModelProto
 ) -> Pruned:
-    """The cut model ``raw`` with the means of removed channels in the consumers' biases, and notes."""
+    """Adds the means of removed channels to the biases of their consumers.
+
+    Args:
+        model: The original model.
+        coupling: Its coupling.
+        units: Keep mask of the units (n_units,).
+        statistics: Moments of the channels of every consumer.
+        raw: The cut model.
+
+    Returns:
+        The changed model, with a note for every consumer whose bias could not be changed.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
     nodes = {node.name: node for node in model.nodes}
-    notes = _bodies(model, coupling, units)
+    notes = _notes_on_bodies(model, coupling, units)
     for consumer in coupling.consumers:
-        keep = coupling.keep((consumer.data, consumer.axis), units)
         node = nodes[consumer.node]
+        keep = coupling.keep((consumer.data, consumer.axis), units)
         if keep.all() or consumer.weight not in model.constants:
             continue
         place = site(node, model.constants)
@@ -93,13 +115,15 @@ def fold_means(
             )
             continue
         weight = matrix(place, model.constants[place.weight])
-        lost = np.where(keep, 0.0, statistics.moments[consumer.data, consumer.axis].mean)
-        shift: Floats = place.factor * np.einsum(
-            "goit,gi->go", weight, lost.reshape(len(weight), -1)
-        ).reshape(-1)
-        if place.rules.scatters:  # taps are shared out over the positions between two input pixels
+        means = statistics.moments[consumer.data, consumer.axis].mean
+        removed_means = np.where(keep, 0.0, means).reshape(len(weight), -1)
+        contribution = np.einsum("goit,gi->go", weight, removed_means)
+        shift: Floats = place.factor * contribution.reshape(-1)
+        if place.rules.scatters:
+            # The taps of a transposed convolution are spread over the positions between two input pixels.
             shift /= int(np.prod(node.attrs.get("strides", [1])))
-        if not editor.add_bias(place, shift[output_mask(model, coupling, place, units)]):
+        kept_outputs = output_mask(model, coupling, place, units)
+        if not editor.add_bias(place, shift[kept_outputs]):
             notes.append(
                 f"{node}: its bias is computed, so the mean of what was removed is not added"
             )
@@ -107,17 +131,36 @@ def fold_means(
 
 
 def output_mask(model: Model, coupling: Coupling, place: Site, units: Bools) -> Bools:
-    """Which of a linear node's own outputs stay."""
-    name = place.node.outputs[0]
-    shape = model.shapes.get(name)
-    if shape is not None and (name, place.output_axis % len(shape)) in coupling.axes:
-        return coupling.keep((name, place.output_axis % len(shape)), units)
+    """Outputs that a linear node keeps.
+
+    Args:
+        model: The original model.
+        coupling: Its coupling.
+        place: The linear node.
+        units: Keep mask of the units (n_units,).
+
+    Returns:
+        A mask of the original outputs (outputs,).
+    """
+    output = place.node.outputs[0]
+    shape = model.shapes.get(output)
+    if shape is not None:
+        axis = place.output_axis % len(shape)
+        if (output, axis) in coupling.axes:
+            return coupling.keep((output, axis), units)
     groups, outs, _, _ = matrix_shape(place, model.constants[place.weight])
     return np.ones(groups * outs, bool)
 
 
 def new_biases(model: Model) -> int:
-    """Elements that a refit may add (before pruning): biases of linear nodes that have none of their own yet."""
+    """Upper bound on the parameters that a refit adds: biases of linear nodes that have none yet.
+
+    Args:
+        model: The original model.
+
+    Returns:
+        Number of elements before pruning.
+    """
     editor = Editor(model.proto)
     places = (site(node, model.constants) for node in model.nodes)
     return sum(editor.bias_growth(place) for place in places if place is not None)
@@ -126,28 +169,45 @@ def new_biases(model: Model) -> int:
 # --------------------------------------------------------------------------------------------------- least squares
 
 
-def fits(found: Pruned, raw: onnx.ModelProto) -> bool:
-    """Whether this may be what a refit made of a cut model: its graph and more, weights of the same shapes."""
-    old, new = raw.graph, found.proto.graph
-    # A product that gets a bias hands its output on to a sum, which gives it under the old name.
+def is_valid_cache_entry(refitted: Pruned, raw: onnx.ModelProto) -> bool:
+    """Checks a cached refit against the cut model that it should belong to.
+
+    Args:
+        refitted: The cache entry.
+        raw: The cut model.
+
+    Returns:
+        True if the entry has the interface, the nodes and the weight shapes of the cut model, possibly among others.
+    """
+    old, new = raw.graph, refitted.proto.graph
+    if list(old.input) != list(new.input) or list(old.output) != list(new.output):
+        return False
+    if list(raw.opset_import) != list(refitted.proto.opset_import) or refitted.proto.functions:
+        return False
+    initialisers = {tensor.name: tensor for tensor in new.initializer}
+    if any(tensor.external_data for tensor in new.initializer):
+        return False
+    for tensor in old.initializer:
+        other = initialisers.get(tensor.name)
+        if other is None:  # a refit replaces weights under new names
+            continue
+        if (other.dims, other.data_type) != (tensor.dims, tensor.data_type):
+            return False
+    # A product that gets a bias passes its output on to a sum, which has the old output name.
     nodes = {(node.op_type, node.name) for node in new.node}
-    made = {name for node in new.node for name in node.output}
-    held = {t.name: t for t in new.initializer}
-    same = all(
-        t.name not in held or (held[t.name].dims, held[t.name].data_type) == (t.dims, t.data_type)
-        for t in old.initializer
+    outputs = {name for node in new.node for name in node.output}
+    return all(
+        (node.op_type, node.name) in nodes and outputs.issuperset(node.output) for node in old.node
     )
-    ports = list(old.input) == list(new.input) and list(old.output) == list(new.output)
-    whole = (
-        ports
-        and list(raw.opset_import) == list(found.proto.opset_import)
-        and not found.proto.functions
-    )
-    inside = not any(t.external_data for t in new.initializer)
-    kept = all(
-        (node.op_type, node.name) in nodes and made.issuperset(node.output) for node in old.node
-    )
-    return whole and same and inside and kept
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A model, its coupling, and the units that are kept (n_units,)."""
+
+    model: Model
+    coupling: Coupling
+    units: Bools
 
 
 def least_squares(
@@ -155,102 +215,143 @@ def least_squares(
     coupling: Coupling,
     units: Bools,
     raw: onnx.ModelProto,
+    *,
     samples: Samples,
     device: str,
     batch_size: int = 32,
     seed: int = 0,
     progress: Progress | None = None,
     cap: int = GRAM_CAP,
-    room: int | None = None,
+    memory_limit: int | None = None,
 ) -> Pruned:
-    """The cut model with every linear node behind the cut refitted, front to back."""
+    """Refits every linear node behind the cut, front to back.
+
+    Args:
+        model: The original model.
+        coupling: Its coupling.
+        units: Keep mask of the units (n_units,).
+        raw: The cut model.
+        samples: Calibration samples.
+        device: ``cpu`` or ``cuda``.
+        batch_size: Samples per run.
+        seed: Seed of the choice of rows.
+        progress: Receives the number of refitted nodes.
+        cap: Unknowns per output above which channels are mixed instead of fitting all weights.
+        memory_limit: Upper bound in bytes on the activations in memory; fewer samples are used if they do not fit.
+
+    Returns:
+        The refitted model, with notes and one record per fit.
+
+    Raises:
+        OutOfMemory: The memory does not suffice for a node, which the message names.
+    """
+    cut = _Cut(model, coupling, units)
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
-    places, notes = _places(model, coupling, units)
-    feeds, used = affordable(model, samples, batch_size, room)
+    places, notes = _places(cut)
+    feeds, used = affordable(model, samples, batch_size, memory_limit)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
-    targets = collect_targets(model, places, feeds, types, device, rng, cap)
+    targets = collect_targets(model, places, feeds, types=types, device=device, rng=rng, cap=cap)
     frontier = Frontier(proto, feeds, types, device)
-    fits: list[Fit] = []
     if used < samples.usable():
-        size = (FRONTIER_BYTES if room is None else room) >> 20
+        limit = FRONTIER_BYTES if memory_limit is None else memory_limit
         notes.append(
-            f"least squares used {used} of {samples.usable()} samples, as many as fit in {size} MiB"
+            f"least squares used {used} of {samples.usable()} samples, as many as fit in {limit >> 20} MiB"
         )
+    fits: list[Fit] = []
     for i, place in enumerate(places):
         with memory_for(f"the refit of {place.node}"):
-            fit, said = _refit(
-                model, coupling, units, editor, place, frontier, targets.pop(place.node.name)
-            )
-        fits += [fit] if fit else []
-        notes += [f"{place.node}: {'; '.join(said)}"] if said else []
+            fit, remarks = _refit(cut, editor, place, frontier, targets.pop(place.node.name))
+        if fit is not None:
+            fits.append(fit)
+        if remarks:
+            notes.append(f"{place.node}: {'; '.join(remarks)}")
         if progress:
             progress("refit", i + 1, len(places))
     return Pruned(raw, proto, tuple(notes), tuple(fits))
 
 
-def _places(model: Model, coupling: Coupling, units: Bools) -> tuple[list[Site], list[str]]:
-    """Linear nodes whose input changed (consumers of a cut, and everything linear behind one), and what is left out."""
+def _places(cut: _Cut) -> tuple[list[Site], list[str]]:
+    """Linear nodes to refit, and notes on those that cannot be.
+
+    They are the consumers of removed channels, and all linear nodes behind one: their input has changed.
+    """
+    model = cut.model
+    changed = _changed_nodes(cut)
     slicer = Slicer(model.proto)
-    homes = model.homes
-    cut = [
-        c
-        for c in (*coupling.consumers, *coupling.inside)
-        if not coupling.keep((c.data, c.axis), units).all()
-    ]
-    changed = {homes[c.node] for c in cut}
-    outputs = (o for n in slicer.nodes if n.name in changed for o in n.output)
+    outputs = (name for node in slicer.nodes if node.name in changed for name in node.output)
     behind = {slicer.nodes[i].name for i in slicer.descendants(outputs)}
-    uses: dict[str, int] = {}
+    uses: Counter[str] = Counter()
     for node in model.nodes:
-        for name in (*node.inputs, *node.captures):
-            uses[name] = uses.get(name, 0) + 1
+        uses.update((*node.inputs, *node.captures))
     places = []
-    notes = _bodies(model, coupling, units)
+    notes = _notes_on_bodies(model, cut.coupling, cut.units)
     for node in model.nodes:
-        place = site(node, model.constants) if node.name in changed | behind else None
+        is_behind_cut = node.name in changed or node.name in behind
+        place = site(node, model.constants) if is_behind_cut else None
         if place is not None and uses[place.weight] > 1:
             notes.append(
                 f"{node}: its weight '{place.weight}' is shared with another node, so it is not refitted"
             )
         elif place is not None:
             places.append(place)
-        elif (
-            node.name in changed
-            and _multiplies(node)
-            and any(n in model.constants for n in node.inputs[:2])
-        ):
-            notes.append(f"{node}: its weight has no plain matrix form, so it is not refitted")
-        elif node.name in changed and quantised(node, model):
-            notes.append(f"{node}: its weight is quantised, so it is not refitted")
+        elif node.name in changed:
+            notes += _notes_on_unfitted(node, model)
     return places, notes
 
 
-def _multiplies(node: Node) -> bool:
-    """Whether a node has weights that a refit could be expected to change; the gain of a normalisation is none."""
+def _changed_nodes(cut: _Cut) -> set[str]:
+    """Names of the nodes of the main graph that read removed channels, themselves or in a subgraph."""
+    return {
+        cut.model.homes[consumer.node]
+        for consumer in (*cut.coupling.consumers, *cut.coupling.inside)
+        if not cut.coupling.keep((consumer.data, consumer.axis), cut.units).all()
+    }
+
+
+def _notes_on_unfitted(node: Node, model: Model) -> list[str]:
+    """Reason why a node without matrix form is not refitted, if one could expect that it is."""
+    has_constant = any(name in model.constants for name in node.inputs[:2])
+    if _has_cost(node) and has_constant:
+        return [f"{node}: its weight has no plain matrix form, so it is not refitted"]
+    if quantised(node, model):
+        return [f"{node}: its weight is quantised, so it is not refitted"]
+    return []
+
+
+def _has_cost(node: Node) -> bool:
+    """Tests for an operator with weights that multiply; the gain of a normalisation is none."""
     spec = lookup(node.domain, node.op, node.version)
     return spec is not None and spec.cost is not None
 
 
-def _bodies(model: Model, coupling: Coupling, units: Bools) -> list[str]:
-    """Notes on the nodes whose bodies lost channels: nothing is measured in there."""
-    cut = [c.node for c in coupling.inside if not coupling.keep((c.data, c.axis), units).all()]
-    holders = {model.homes[name] for name in cut}
+def _notes_on_bodies(model: Model, coupling: Coupling, units: Bools) -> list[str]:
+    """Notes on the nodes whose subgraphs lost channels: no statistics are collected in there."""
+    pruned = {
+        model.homes[consumer.node]
+        for consumer in coupling.inside
+        if not coupling.keep((consumer.data, consumer.axis), units).all()
+    }
     return [
-        f"{n}: its body lost channels and is not refitted, as no data is seen inside"
-        for n in model.nodes
-        if n.name in holders
+        f"{node}: its body lost channels and is not refitted, as no data is seen inside"
+        for node in model.nodes
+        if node.name in pruned
     ]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the original node gave at sampled rows, per feed: output shape, row numbers, values (rows, outputs).
+    """Outputs of an original node at sampled rows, per feed.
 
-    ``inputs`` (rows, channels, taps) is kept only where the node is too wide for a Gram matrix of its own; ``joined``
-    (rows, outputs) is the other branch of a residual sum that the node runs into, if there is one.
+    Attributes:
+        shapes: Shape of the whole output.
+        rows: Numbers of the sampled rows.
+        values: Outputs (rows, outputs).
+        inputs: Inputs (rows, groups, inputs * taps), only of nodes that are too wide for a Gram matrix; else empty.
+        join: Residual sum that the output reaches, if its other branch is not refitted later.
+        joined: Other branch of that sum (rows, outputs); else empty.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -265,205 +366,299 @@ def collect_targets(
     model: Model,
     places: Sequence[Site],
     feeds: Sequence[Mapping[str, Array]],
+    *,
     types: dict[str, int],
     device: str,
     rng: np.random.Generator,
     cap: int,
 ) -> dict[str, Target]:
-    """One walk through the original model, by node name: outputs of every node to be refitted, at sampled rows."""
+    """Samples the outputs of linear nodes in one run through the original model.
+
+    Args:
+        model: The original model.
+        places: Linear nodes in topological order.
+        feeds: Values of the graph inputs, one mapping per batch.
+        types: ONNX element types by tensor name.
+        device: ``cpu`` or ``cuda``.
+        rng: Chooses the rows.
+        cap: Unknowns per output above which inputs are sampled too.
+
+    Returns:
+        The samples by node name.
+    """
     frontier = Frontier(model.proto, feeds, types, device)
     slicer = Slicer(model.proto)
     waiting = {place.node.name for place in places}
     result = {}
     for place in places:
-        name = place.node.outputs[0]
+        output = place.node.outputs[0]
         _, _, ins, taps = matrix_shape(place, model.constants[place.weight])
-        wide = ins * taps > cap
-        # Only what a frontier forgets first must be asked for first: the data, then the output.
-        data = frontier.reach([place.data])[place.data] if wide else []
+        unknowns = ins * taps
+        is_wide = unknowns > cap
+        # The frontier drops tensors once their last consumer has run: ask for the input before the output.
+        data = frontier.reach([place.data])[place.data] if is_wide else []
         joint = join(model, place)
-        if joint and any(slicer.nodes[i].name in waiting for i in slicer.needed([joint.other], ())):
-            joint = (
-                None  # the other branch is still to be refitted: it will take on this one's error
-            )
+        if joint is not None:
+            before_sum = slicer.needed([joint.other], ())
+            if any(slicer.nodes[i].name in waiting for i in before_sum):
+                joint = None  # the other branch is refitted later, and will compensate the error of this one
         waiting.discard(place.node.name)
-        others = frontier.reach([name, joint.other])[joint.other] if joint else []
-        outputs = frontier.reach([name])[name]
-        wanted = (
-            LEAST_ROWS
-            if wide
-            else int(np.clip(ROWS_PER_UNKNOWN * ins * taps, LEAST_ROWS, MOST_ROWS))
-        )
-        if wide:  # rows this wide are many values each: bound the values instead
-            wanted = max(256, min(wanted, WIDE_VALUES // (ins * taps)))
-        rows = tuple(
-            pick(row_count(place, y.shape), -(-wanted // len(feeds)), rng) for y in outputs
-        )
-        values = tuple(
-            output_rows(place, y, r).astype(np.float32) for y, r in zip(outputs, rows, strict=True)
-        )
+        others = frontier.reach([output, joint.other])[joint.other] if joint else []
+        outputs = frontier.reach([output])[output]
+        rows_per_feed = -(-_row_limit(unknowns, is_wide) // len(feeds))
         shapes = tuple(y.shape for y in outputs)
-        inputs = tuple(
-            data_rows(place, x, r, shape).astype(np.float32)
-            for x, r, shape in zip(data, rows, shapes, strict=False)
+        rows = tuple(pick(row_count(place, shape), rows_per_feed, rng) for shape in shapes)
+        # Inputs and the other branch are empty where they are not needed: hence strict=False.
+        sampled_inputs = [
+            data_rows(place, x, chosen, shape).astype(np.float32)
+            for x, chosen, shape in zip(data, rows, shapes, strict=False)
+        ]
+        result[place.node.name] = Target(
+            shapes=shapes,
+            rows=rows,
+            values=_sampled(place, outputs, rows),
+            inputs=tuple(sampled_inputs),
+            join=joint,
+            joined=_sampled(place, others, rows),
         )
-        joined = tuple(
-            output_rows(place, t, r).astype(np.float32) for t, r in zip(others, rows, strict=False)
-        )
-        result[place.node.name] = Target(shapes, rows, values, inputs, joint, joined)
     return result
 
 
+def _row_limit(unknowns: int, is_wide: bool) -> int:
+    """Number of rows to sample for a node with so many unknowns per output."""
+    if not is_wide:
+        return int(np.clip(ROWS_PER_UNKNOWN * unknowns, MIN_ROWS, MAX_ROWS))
+    # Rows this wide are many values each: bound the values instead.
+    return max(MIN_WIDE_ROWS, min(MIN_ROWS, WIDE_VALUES // unknowns))
+
+
+def _sampled(place: Site, outputs: Sequence[Array], rows: Sequence[Ints]) -> tuple[Array, ...]:
+    return tuple(
+        output_rows(place, y, chosen).astype(np.float32)
+        for y, chosen in zip(outputs, rows, strict=False)
+    )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Least-squares problem of one node.
+
+    Attributes:
+        x: Inputs in the cut model (groups, rows, inputs * taps).
+        y: Wanted outputs (groups, rows, outputs).
+        wide_inputs: Inputs in the original model (rows, groups, inputs * taps) of a wide node; None for others.
+    """
+
+    x: Floats
+    y: Floats
+    wide_inputs: Array | None
+
+    @property
+    def finite_rows(self) -> Bools:
+        """Mask of the rows (rows,) without infinite values and NaN."""
+        is_finite = np.isfinite(self.y).all(axis=(0, 2)) & np.isfinite(self.x).all(axis=(0, 2))
+        return np.asarray(is_finite)
+
+    def take(self, rows: Bools) -> _Problem:
+        """The problem on some of the rows."""
+        wide_inputs = None if self.wide_inputs is None else self.wide_inputs[rows]
+        return _Problem(self.x[:, rows], self.y[:, rows], wide_inputs)
+
+
 def _refit(
-    model: Model,
-    coupling: Coupling,
-    units: Bools,
-    editor: Editor,
-    place: Site,
-    frontier: Frontier,
-    target: Target,
+    cut: _Cut, editor: Editor, place: Site, frontier: Frontier, target: Target
 ) -> tuple[Fit | None, list[str]]:
+    """Refits one node.
+
+    Args:
+        cut: The original model and the kept units.
+        editor: The cut model, changed in place.
+        place: The node in the original model.
+        frontier: Activations of the cut model.
+        target: Outputs of the node in the original model.
+
+    Returns:
+        A record of the fit, None if there is none, and remarks for the user.
+    """
     node = editor.nodes[place.node.name]
     current = editor.constant(node.input[place.weight_slot])
     assert current is not None
-    attrs = {
-        **place.node.attrs,
-        "group": next((a.i for a in node.attribute if a.name == "group"), 1),
-    }
-    here = replace(
-        place,
-        node=replace(place.node, attrs=attrs),
-        groups=int(attrs["group"]) if place.spatial else 1,
-    )
+    here = _in_cut_model(place, node)
     bias = editor.bias(here)
     if bias is None:
         return None, ["its bias is not one constant per output, so it is not refitted"]
-    w0 = here.factor * matrix(here, current)
-    groups, outs, ins, taps = w0.shape
-    data = node.input[place.slot]
-    inputs = frontier.reach([data])[data]
-    found = [
-        data_rows(here, v, r, s) for v, r, s in zip(inputs, target.rows, target.shapes, strict=True)
-    ]
-    x = np.concatenate(found).transpose(1, 0, 2)
-    kept = output_mask(model, coupling, place, units)
-    y = np.concatenate(target.values).astype(np.float64)[:, kept]
-    if target.join is not None:
-        now = frontier.reach([target.join.other])[target.join.other]
-        error = np.concatenate(target.joined)[:, kept] - np.concatenate(
-            [output_rows(here, t, r) for t, r in zip(now, target.rows, strict=True)]
+    weight = here.factor * matrix(here, current)
+    groups, outs, ins, taps = weight.shape
+    problem = _problem(cut, place, node, frontier, target)
+    remarks: list[str] = []
+    finite = problem.finite_rows
+    if not finite.all():
+        remarks.append(
+            f"{int((~finite).sum())} of {finite.size} rows are not finite and not fitted to"
         )
-        y += target.join.correction(error, kept)
-    y = y.reshape(-1, groups, outs).transpose(1, 0, 2)
-    sound = np.asarray(np.isfinite(y).all(axis=(0, 2)) & np.isfinite(x).all(axis=(0, 2)))
-    said: list[str] = []
-    if not sound.all():
-        said.append(f"{int((~sound).sum())} of {sound.size} rows are not finite and not fitted to")
-        x, y = x[:, sound], y[:, sound]
-        wide = (np.concatenate(target.inputs)[sound],) if target.inputs else ()
-        target = replace(target, inputs=wide)
-    rows = len(y[0])
+        problem = problem.take(finite)
+    x, y = problem.x, problem.y
+    rows = y.shape[1]
     if not rows:
-        return None, said
-    split = min(
-        int(np.ceil((1 - HELD_OUT) * rows)), rows - 1
-    )  # rows come in the order of samples: the last are held
-    residual = (
-        y - x @ w0.reshape(groups, outs, -1).transpose(0, 2, 1) - bias.reshape(groups, 1, outs)
-    )
+        return None, remarks
+    predicted = x @ weight.reshape(groups, outs, -1).transpose(0, 2, 1)
+    residual = y - predicted - bias.reshape(groups, 1, outs)
     if rows < 2:
         editor.add_bias(here, residual.reshape(-1))
-        said.append("one row is too few to fit and to judge, so only its bias moves")
-        return None, said
-    form = "least squares"
-    if target.inputs:
-        mixed = _mixing(model, coupling, units, place, target, x, w0)
-        if mixed is None:
-            form, solve = "bias", None
-            said.append(
-                f"{ins * taps} unknowns are too many and have no channel form, so only its bias is refitted"
-            )
-        else:
-            form, solve = "channel mixing", mixed
-            many = f"{ins * taps} unknowns are too many for a Gram matrix"
-            said.append(f"{many}, so removed channels are mixed into kept ones")
-    else:
-        solve = ridge_regression(x, residual, split)
-        if x.shape[1] < ins * taps:
-            said.append(
-                f"{x.shape[1]} rows for {ins * taps} unknowns, so more calibration samples would help"
-            )
-    change, shift, ridge, errors = best(x, residual, split, solve)
+        remarks.append("one row is too few to fit and to judge, so only its bias moves")
+        return None, remarks
+    # Rows are in the order of the samples: the last ones are held out.
+    split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)
+    form, solve, remark = _solver(cut, place, problem, residual, weight, split)
+    if remark:
+        remarks.append(remark)
+    change, shift, ridge, (before, after) = choose_ridge(x, residual, split, solve)
     scale = float(y.var(axis=1).sum()) or 1.0
-    fit = Fit(
-        place.node.name, form, x.shape[1], ins * taps, ridge, errors[0] / scale, errors[1] / scale
-    )
-    if errors[1] < errors[0]:
-        if change is not None:
-            weight = w0 + change.transpose(0, 2, 1).reshape(w0.shape)
-            with np.errstate(over="ignore"):
-                fresh = unmatrix(here, weight / here.factor, current)
-            if not np.isfinite(fresh).all():
-                said.append(
-                    f"fitted weights are out of range for {current.dtype}, so it is not refitted"
-                )
-                return None, said
-            editor.replace(node, place.weight_slot, fresh)
-        editor.add_bias(here, shift.reshape(-1))
-    return fit, said
+    fit = Fit(place.node.name, form, rows, ins * taps, ridge, before / scale, after / scale)
+    improves = after < before
+    if not improves:
+        return fit, remarks
+    if change is not None:
+        fitted = weight + change.transpose(0, 2, 1).reshape(weight.shape)
+        with np.errstate(over="ignore"):
+            value = unmatrix(here, fitted / here.factor, current)
+        if not np.isfinite(value).all():
+            remarks.append(
+                f"fitted weights are out of range for {current.dtype}, so it is not refitted"
+            )
+            return None, remarks
+        editor.replace(node, place.weight_slot, value)
+    editor.add_bias(here, shift.reshape(-1))
+    return fit, remarks
 
 
-def _mixing(
-    model: Model,
-    coupling: Coupling,
-    units: Bools,
-    place: Site,
-    target: Target,
-    x: Floats,
-    w0: Floats,
-) -> Solve | None:
-    """Removed channels are expressed by kept ones (a channels x channels Gram only), for nodes that are very wide.
+def _in_cut_model(place: Site, node: onnx.NodeProto) -> Site:
+    """A linear node with the number of groups that it has after the cut."""
+    group = next((a.i for a in node.attribute if a.name == "group"), 1)
+    attrs = {**place.node.attrs, "group": group}
+    groups = int(group) if place.spatial else 1
+    return replace(place, node=replace(place.node, attrs=attrs), groups=groups)
 
-    With channel blocks z (original, all channels) and z' (cut, kept ones), ``z = z' A`` is fitted by ridge towards
-    "every kept channel is itself"; the weights of a removed channel are then spread over the kept ones.
+
+def _problem(
+    cut: _Cut, place: Site, node: onnx.NodeProto, frontier: Frontier, target: Target
+) -> _Problem:
+    """Inputs and wanted outputs of a node at the sampled rows.
+
+    Args:
+        cut: The original model and the kept units.
+        place: The node in the original model.
+        node: The node in the cut model.
+        frontier: Activations of the cut model.
+        target: Outputs in the original model.
     """
-    name = place.data
-    axis = place.data_axis % len(model.shapes[name])
-    labels = coupling.axes.get((name, axis))
-    if labels is None or place.groups > 1 or (labels < 0).any():
+    here = _in_cut_model(place, node)
+    data = node.input[place.slot]
+    inputs = frontier.reach([data])[data]
+    x = np.concatenate(
+        [
+            data_rows(here, value, rows, shape)
+            for value, rows, shape in zip(inputs, target.rows, target.shapes, strict=True)
+        ]
+    ).transpose(1, 0, 2)
+    kept = output_mask(cut.model, cut.coupling, place, cut.units)
+    y = np.concatenate(target.values).astype(np.float64)[:, kept]
+    if target.join is not None:
+        other = target.join.other
+        branch = [
+            output_rows(here, value, rows)
+            for value, rows in zip(frontier.reach([other])[other], target.rows, strict=True)
+        ]
+        error = np.concatenate(target.joined)[:, kept] - np.concatenate(branch)
+        y += target.join.correction(error, kept)
+    groups = len(x)
+    y = y.reshape(-1, groups, y.shape[1] // groups).transpose(1, 0, 2)
+    wide_inputs = np.concatenate(target.inputs) if target.inputs else None
+    return _Problem(x, y, wide_inputs)
+
+
+def _solver(
+    cut: _Cut, place: Site, problem: _Problem, residual: Floats, weight: Floats, split: int
+) -> tuple[str, Solve | None, str]:
+    """Chooses the form of a fit: (name for the report, solver for the weights, remark for the user)."""
+    rows, unknowns = problem.x.shape[1:]
+    if problem.wide_inputs is None:
+        remark = ""
+        if rows < unknowns:
+            remark = f"{rows} rows for {unknowns} unknowns, so more calibration samples would help"
+        return "least squares", ridge_regression(problem.x, residual, split), remark
+    mixing = _channel_mixing(cut, place, problem.wide_inputs, problem.x, weight)
+    if mixing is None:
+        remark = f"{unknowns} unknowns are too many and have no channel form, so only its bias is refitted"
+        return "bias", None, remark
+    too_many = f"{unknowns} unknowns are too many for a Gram matrix"
+    return "channel mixing", mixing, f"{too_many}, so removed channels are mixed into kept ones"
+
+
+def _channel_mixing(
+    cut: _Cut, place: Site, wide_inputs: Array, x: Floats, weight: Floats
+) -> Solve | None:
+    """Solver for very wide nodes, which expresses removed channels by kept ones.
+
+    With channel blocks z (original, all channels) and z' (cut, kept ones), ``z = z' A`` is fitted by ridge regression
+    towards "every kept channel is itself". The weights of a removed channel are then distributed over the kept ones.
+    That needs only a Gram matrix of channels by channels.
+
+    Args:
+        cut: The original model and the kept units.
+        place: The node in the original model.
+        wide_inputs: Inputs in the original model (rows, 1, channels * taps).
+        x: Inputs in the cut model (1, rows, kept channels * taps).
+        weight: Its weights after the cut (1, outputs, kept channels, taps).
+
+    Returns:
+        The solver, or None if the channels are not those of equally large units.
+    """
+    units = _units_of_inputs(cut, place)
+    if units is None:
         return None
-    taps = w0.shape[3]
-    # Columns of one unit stand together: (unit, its columns); a unit's columns and taps play the same part.
-    order = np.argsort(labels, kind="stable")
-    present, counts = np.unique(labels, return_counts=True)
+    present, counts = np.unique(units, return_counts=True)
     if (counts != counts[0]).any():
         return None
-    held = int(counts[0])
-    stays = units[present]
-    original = np.concatenate(target.inputs).astype(np.float64)[:, 0]
+    _, outs, _, taps = weight.shape
+    # A unit may hold several columns of the input; its columns and the taps play the same part.
+    block = int(counts[0]) * taps
+    columns = np.argsort(units, kind="stable")
+    kept_columns = np.argsort(units[cut.units[units]], kind="stable")
+    stays = cut.units[present]
+    original = wide_inputs.astype(np.float64)[:, 0]
     rows = len(original)
 
-    def blocks(values: Floats, columns: Ints, count: int) -> Floats:
-        return values.reshape(rows, -1, taps)[:, columns].reshape(rows, count, held * taps)
+    def blocks(values: Floats, order: Ints, count: int) -> Floats:
+        """Values (rows, units, block) with the columns of one unit next to each other."""
+        return values.reshape(rows, -1, taps)[:, order].reshape(rows, count, block)
 
-    z = blocks(original, order, len(present))
-    kept_order = np.argsort(labels[units[labels]], kind="stable")
-    zk = blocks(x[0], kept_order, int(stays.sum()))
-    left = z.copy()
-    left[:, stays] -= zk
-    full = matrix(place, model.constants[place.weight])[0] * place.factor
-    kept_outputs = output_mask(model, coupling, place, units)
-    weight = full[kept_outputs][:, order].reshape(w0.shape[1], len(present), held * taps)
+    kept_blocks = blocks(x[0], kept_columns, int(stays.sum()))
+    remaining = blocks(original, columns, len(present)).copy()
+    remaining[:, stays] -= kept_blocks
+    full_weight = matrix(place, cut.model.constants[place.weight])[0] * place.factor
+    kept_outputs = output_mask(cut.model, cut.coupling, place, cut.units)
+    weight_blocks = full_weight[kept_outputs][:, columns].reshape(outs, len(present), block)
 
     def solve(count: int, ridge: float) -> Floats:
-        a, b = zk[:count], left[:count]
-        a, b = a - a.mean(axis=(0, 2), keepdims=True), b - b.mean(axis=(0, 2), keepdims=True)
+        a, b = kept_blocks[:count], remaining[:count]
+        a = a - a.mean(axis=(0, 2), keepdims=True)
+        b = b - b.mean(axis=(0, 2), keepdims=True)
         gram = np.einsum("rkt,rlt->kl", a, a, optimize=True)
         cross = np.einsum("rkt,rct->kc", a, b, optimize=True)
         mixing = solve_ridge(gram[None], cross[None], ridge)[0]
-        change = np.einsum("kc,oct->okt", mixing, weight, optimize=True)
-        back = np.empty((w0.shape[1], len(kept_order), taps))
-        back[:, kept_order] = change.reshape(w0.shape[1], len(kept_order), taps)
-        return back.reshape(1, w0.shape[1], -1).transpose(0, 2, 1)
+        change = np.einsum("kc,oct->okt", mixing, weight_blocks, optimize=True)
+        in_order = np.empty((outs, len(kept_columns), taps))
+        in_order[:, kept_columns] = change.reshape(outs, len(kept_columns), taps)
+        return in_order.reshape(1, outs, -1).transpose(0, 2, 1)
 
     return solve
+
+
+def _units_of_inputs(cut: _Cut, place: Site) -> Ints | None:
+    """Unit of every input channel of a node (channels,); None if some have none, or the node has several groups."""
+    axis = place.data_axis % len(cut.model.shapes[place.data])
+    units = cut.coupling.axes.get((place.data, axis))
+    if units is None or place.groups > 1 or (units < 0).any():
+        return None
+    return units

@@ -1,9 +1,11 @@
-"""Residual joins: where a linear node's output is added to another branch that is computed before it.
+"""Residual joins: sums of a linear node's output with another branch that is computed before it.
 
-A refit that only rebuilds its own node's output leaves the error that the other branch has gathered. The node can take
-it on: its target becomes ``y + (t - t') / gain``, where t and t' are the other branch in the original and in the cut
-model and gain is what normalisation does between the node and the sum (He, Zhang and Sun, ICCV 2017, section 3.3,
-"enhancement for multi-branch networks", here with the normalisation in between and for any operator).
+A refit that only reconstructs the output of its own node leaves the error of the other branch uncorrected. The node can
+compensate it: its target becomes ``y + (t - t') / gain``, where t and t' are the other branch in the original and in
+the cut model, and gain is the factor of the normalisation between the node and the sum.
+
+Source: He, Zhang and Sun, ICCV 2017, section 3.3, "enhancement for multi-branch networks", here with a normalisation in
+between and for any linear operator.
 """
 
 from __future__ import annotations
@@ -12,30 +14,52 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_oamip.core.records import Floats, Model
+from onnx_oamip.core.records import Bools, Floats, Model
 from onnx_oamip.graph import chains
 from onnx_oamip.graph.ops import Trait, batch_scale, has
 from onnx_oamip.graph.ops.matrix_view import Site
 
 LEAST_GAIN = 1e-2
-"""Relative to the largest gain: a channel that normalisation mutes is not asked to carry an error."""
+"""Smallest gain, relative to the largest, with which a channel takes part in the compensation."""
 
 
 @dataclass(frozen=True)
 class Join:
-    """The other branch of a node's sum, and the gain (outputs,) from the node to the sum; 0 where it is too small."""
+    """A sum that the output of a linear node reaches.
+
+    Attributes:
+        other: Tensor of the other branch.
+        gain: Factor from the node to the sum (outputs,); 0 where it is too small.
+    """
 
     other: str
     gain: Floats
 
-    def correction(self, error: Floats, kept: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Floats:
-        """What the node must add to undo ``error`` (rows, kept outputs) of the other branch."""
+    def correction(self, error: Floats, kept: Bools) -> Floats:
+        """Change of the node's output that compensates the error of the other branch.
+
+        Args:
+            error: Original minus cut value of the other branch (rows, kept outputs).
+            kept: Mask of the outputs that the node keeps (outputs,).
+
+        Returns:
+            The change (rows, kept outputs); 0 where the gain is too small.
+        """
         gain = self.gain[kept]
-        return np.where(gain != 0, error / np.where(gain != 0, gain, 1), 0)
+        usable = gain != 0
+        return np.where(usable, error / np.where(usable, gain, 1), 0)
 
 
 def join(model: Model, place: Site) -> Join | None:
-    """The join a linear node's output runs into through biases and normalisation only, or None."""
+    """Finds the residual sum that the output of a linear node reaches through biases and normalisation only.
+
+    Args:
+        model: The original model.
+        place: The linear node.
+
+    Returns:
+        The join, or None if there is no such sum.
+    """
     output = place.node.outputs[0]
     shape = model.shapes.get(output)
     if shape is None:

@@ -1,12 +1,16 @@
-"""Ridge regression whose strength is chosen on held-out rows: the numbers behind ``refit``.
+"""Ridge regression whose strength is chosen on held-out rows: the linear algebra of the refit.
 
-Per group of a linear node, with rows x (inputs), r (what the outputs still lack): ``minimise sum |r - D x - b|^2 +
-strength |D|^2``. Sums are in float64.
+Per group of a linear node, with inputs x and residual r (what the outputs still lack), on the same rows:
+
+    minimise  sum_rows |r - D x - b|^2 + ridge |D|^2     over the change D of the weights and the shift b of the bias.
+
+Sums are in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
@@ -20,53 +24,103 @@ Solve = Callable[[int, float], Floats]
 """(number of leading rows to use, relative ridge) -> change of the weights (groups, inputs * taps, outputs)."""
 
 
-def best(
-    x: Floats, residual: Floats, split: int, solve: Solve | None, ridges: Sequence[float] = RIDGES
-) -> tuple[Floats | None, Floats, float | None, tuple[float, float]]:
-    """Change, bias shift, ridge and the held-out errors before and after, for the strength that does best held out.
+class RidgeFit(NamedTuple):
+    """Result of a ridge regression.
 
-    Rows from ``split`` on are held out. The candidates include no change at all and a change of the bias alone. The
-    winner is solved again on all rows. ``ridges`` are searched downhill from the middle.
+    Attributes:
+        change: Change of the weights (groups, inputs * taps, outputs); None if only the bias changes.
+        shift: Change of the bias (groups, outputs).
+        ridge: The chosen strength; None if only the bias changes.
+        errors: Held-out errors before the fit and after it.
+    """
+
+    change: Floats | None
+    shift: Floats
+    ridge: float | None
+    errors: tuple[float, float]
+
+
+def choose_ridge(
+    x: Floats, residual: Floats, split: int, solve: Solve | None, ridges: Sequence[float] = RIDGES
+) -> RidgeFit:
+    """Fits with the ridge strength that has the smallest error on held-out rows.
+
+    The candidates include a change of the bias alone. The winner is solved again on all rows.
+
+    Args:
+        x: Inputs (groups, rows, inputs * taps).
+        residual: Difference to the wanted outputs (groups, rows, outputs).
+        split: Number of leading rows to fit on while the strength is chosen; the others are held out.
+        solve: Solver for the change of the weights; None to change only the bias.
+        ridges: Candidate strengths in order, searched downhill from the middle.
+
+    Returns:
+        The fit. Its error after the fit is never reported as larger than that before it.
     """
     rows = x.shape[1]
     means = {n: (x[:, :n].mean(axis=1), residual[:, :n].mean(axis=1)) for n in (split, rows)}
 
     def error(change: Floats | None, shift: Floats) -> float:
-        left = residual[:, split:] - shift[:, None]
+        remaining = residual[:, split:] - shift[:, None]
         if change is not None:
-            left -= x[:, split:] @ change
-        return float(np.square(left).mean(axis=1).sum())
+            remaining -= x[:, split:] @ change
+        return float(np.square(remaining).mean(axis=1).sum())
 
     def shift_of(change: Floats | None, count: int) -> Floats:
-        inputs, outputs = means[count]
-        moved: Floats = outputs if change is None else outputs - (inputs[:, None] @ change)[:, 0]
-        return moved
+        """Best shift of the bias on the leading rows, for a change of the weights."""
+        mean_input, mean_residual = means[count]
+        shift: Floats = mean_residual
+        if change is not None:
+            shift = mean_residual - (mean_input[:, None] @ change)[:, 0]
+        return shift
 
-    before = error(None, np.zeros_like(residual[:, 0]))
-    best: tuple[float, float | None] = (error(None, shift_of(None, split)), None)
+    no_shift = np.zeros_like(residual[:, 0])
+    before = error(None, no_shift)
+    after = error(None, shift_of(None, split))
+    chosen: float | None = None
     if solve is not None:
-        tried: dict[int, float] = {}
 
-        def attempt(i: int) -> float:
-            if i not in tried:
-                change = solve(split, ridges[i])
-                tried[i] = error(change, shift_of(change, split))
-            return tried[i]
+        def held_out_error(ridge: float) -> float:
+            change = solve(split, ridge)
+            return error(change, shift_of(change, split))
 
-        at = len(ridges) // 2
-        for step in (-1, 1):
-            while 0 <= at + step < len(ridges) and attempt(at + step) < attempt(at):
-                at += step
-        best = min(best, (attempt(at), ridges[at]), key=lambda found: found[0])
-    final = None if best[1] is None or solve is None else solve(rows, best[1])
-    return final, shift_of(final, rows), best[1], (before, min(best[0], before))
+        ridge, ridge_error = _downhill(ridges, held_out_error)
+        if ridge_error < after:
+            after, chosen = ridge_error, ridge
+    change = None if chosen is None or solve is None else solve(rows, chosen)
+    return RidgeFit(change, shift_of(change, rows), chosen, (before, min(after, before)))
+
+
+def _downhill(ridges: Sequence[float], error_of: Callable[[float], float]) -> tuple[float, float]:
+    """A local minimum of the error over the strengths, reached from the middle: (strength, error)."""
+    errors: dict[int, float] = {}
+
+    def error_at(i: int) -> float:
+        if i not in errors:
+            errors[i] = error_of(ridges[i])
+        return errors[i]
+
+    position = len(ridges) // 2
+    for step in (-1, 1):
+        while 0 <= position + step < len(ridges) and error_at(position + step) < error_at(position):
+            position += step
+    return ridges[position], error_at(position)
 
 
 def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
-    """Ridge regression of the residual on the centred data, per group.
+    """Prepares the ridge regression of a residual on centred inputs, per group.
 
-    The Gram matrix of all rows is that of the leading ``split`` plus that of the rest: every row is multiplied once.
-    With fewer rows than unknowns the dual form is solved, ``X' (X X' + ridge I)^-1 R``: the same solution.
+    The Gram matrix of all rows is that of the leading rows plus that of the rest, so that every row is multiplied once.
+    With fewer rows than unknowns the dual form, ``X' (X X' + ridge I)^-1 R``, gives the same solution from a smaller
+    system.
+
+    Args:
+        x: Inputs (groups, rows, unknowns).
+        residual: Difference to the wanted outputs (groups, rows, outputs).
+        split: Number of leading rows for which the solver will be asked, besides all rows.
+
+    Returns:
+        The solver.
     """
     if x.shape[1] < x.shape[2]:
         return _dual(x, residual)
@@ -75,54 +129,75 @@ def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
 
 
 def normal_equations(x: Floats, residual: Floats, split: int) -> dict[int, tuple[Floats, Floats]]:
-    """Centred Gram matrices (groups, d, d) and right sides (groups, d, outputs) of the leading ``split`` rows and of
-    all, by their number."""
+    """Normal equations of the leading rows and of all rows.
+
+    Args:
+        x: Inputs (groups, rows, d).
+        residual: Difference to the wanted outputs (groups, rows, outputs).
+        split: Number of leading rows.
+
+    Returns:
+        Centred Gram matrices (groups, d, d) and right sides (groups, d, outputs) by the number of rows.
+    """
     _, rows, unknowns = x.shape
-    near = x[:, :split].mean(
-        axis=1, keepdims=True
-    )  # of about the right place: no digits are lost in the sums
+    # Subtracting an approximate mean first loses no digits in the sums; the exact mean is subtracted from the sums.
+    near_mean = x[:, :split].mean(axis=1, keepdims=True)
     gram = np.zeros((len(x), unknowns, unknowns))
     right = np.zeros((len(x), unknowns, residual.shape[2]))
     normal: dict[int, tuple[Floats, Floats]] = {}
     for first, last in ((0, split), (split, rows)):
-        part = x[:, first:last] - near
-        gram += part.transpose(0, 2, 1) @ part
-        right += part.transpose(0, 2, 1) @ residual[:, first:last]
-        mean = x[:, :last].mean(axis=1, keepdims=True) - near
-        normal[last] = (
-            gram - last * mean.transpose(0, 2, 1) @ mean,
-            right - last * mean.transpose(0, 2, 1) @ residual[:, :last].mean(axis=1, keepdims=True),
-        )
-
+        part = x[:, first:last] - near_mean
+        transposed = part.transpose(0, 2, 1)
+        gram += transposed @ part
+        right += transposed @ residual[:, first:last]
+        mean = x[:, :last].mean(axis=1, keepdims=True) - near_mean
+        mean_residual = residual[:, :last].mean(axis=1, keepdims=True)
+        scaled_mean = last * mean.transpose(0, 2, 1)
+        normal[last] = (gram - scaled_mean @ mean, right - scaled_mean @ mean_residual)
     return normal
 
 
 def _dual(x: Floats, residual: Floats) -> Solve:
-    made: dict[int, tuple[Floats, Floats, Floats]] = {}
+    prepared: dict[int, tuple[Floats, Floats, Floats]] = {}
+
+    def prepare(count: int) -> tuple[Floats, Floats, Floats]:
+        """Gram matrix of the rows, centred residual, and transposed centred inputs of the leading rows."""
+        leading_x = x[:, :count]
+        leading_residual = residual[:, :count]
+        centred = leading_x - leading_x.mean(axis=1, keepdims=True)
+        target = leading_residual - leading_residual.mean(axis=1, keepdims=True)
+        transposed = centred.transpose(0, 2, 1)
+        return centred @ transposed, target, transposed
 
     def solve(count: int, ridge: float) -> Floats:
-        if count not in made:
-            centred = x[:, :count] - x[:, :count].mean(axis=1, keepdims=True)
-            target = residual[:, :count] - residual[:, :count].mean(axis=1, keepdims=True)
-            turned = centred.transpose(0, 2, 1)
-            made[count] = (centred @ turned, target, turned)
-        gram, target, turned = made[count]
+        if count not in prepared:
+            prepared[count] = prepare(count)
+        gram, target, transposed = prepared[count]
         # The strength is relative to the mean diagonal of X'X, in either form.
-        return turned @ solve_ridge(gram, target, ridge * count / x.shape[2])
+        return transposed @ solve_ridge(gram, target, ridge * count / x.shape[2])
 
     return solve
 
 
 def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
-    """(G + ridge * mean diag(G) * I)^-1 C for stacks G (g, d, d), C (g, d, o). Dead inputs get a zero row."""
+    """Solves ``(G + ridge * mean(diag G) * I) X = C`` for a stack of systems.
+
+    Args:
+        gram: G (groups, d, d).
+        cross: C (groups, d, outputs).
+        ridge: Strength relative to the mean diagonal of G.
+
+    Returns:
+        X (groups, d, outputs). An input that is always zero gets a zero row.
+    """
     size = gram.shape[-1]
     diagonal = np.einsum("gii->gi", gram)
+    # The last two terms keep a group of dead inputs, and a stack of them, regular.
     strength = (
         ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12 * diagonal.max(initial=0.0) + 1e-300
     )
     loaded = gram + np.eye(size) * strength[:, :, None]
     if len(gram) == 1:
-        return np.asarray(
-            cho_solve(cho_factor(loaded[0], overwrite_a=True, check_finite=False), cross[0])
-        )[None]
+        factor = cho_factor(loaded[0], overwrite_a=True, check_finite=False)
+        return np.asarray(cho_solve(factor, cross[0]))[None]
     return np.asarray(np.linalg.solve(loaded, cross))

@@ -137,7 +137,7 @@ def test_a_refit_adds_biases_and_nothing_else(name: str) -> None:
     raw = rewrite.cut(model, coupling, keep)
     found = dataset.load(arrays(name, 16, 1), model)
     assert found is not None
-    pruned = least_squares.least_squares(model, coupling, keep, raw, found, "cpu")
+    pruned = least_squares.least_squares(model, coupling, keep, raw, samples=found, device="cpu")
     predicted = ledger.cost(widths)
     counted = cost.count(models.from_proto(pruned.proto, model.bindings))
     assert counted.macs == predicted.macs
@@ -155,7 +155,7 @@ def test_a_refit_adds_biases_and_nothing_else(name: str) -> None:
 def test_budgets_hold_in_the_model(
     name: str, budgets: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least_squares, "MOST_ROWS", 512)
+    monkeypatch.setattr(least_squares, "MAX_ROWS", 512)
     monkeypatch.setattr(least_squares, "LEAST_ROWS", 256)
     ready = asked(prepared(name), **budgets)
     found = search.search(replace(ready, samples=ready.samples.take(np.arange(16))))
@@ -359,7 +359,7 @@ def _measured_drop(ready: Prepared, found: Attempt) -> float:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refit a fraction of the time; the drop is measured on what it gives."""
-    monkeypatch.setattr(least_squares, "MOST_ROWS", 1024)
+    monkeypatch.setattr(least_squares, "MAX_ROWS", 1024)
     monkeypatch.setattr(least_squares, "LEAST_ROWS", 512)
     monkeypatch.setattr(search, "DROP_TRIES", 5)
 

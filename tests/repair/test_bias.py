@@ -468,12 +468,12 @@ def test_what_cannot_be_a_refit_of_a_cut_model(change: str, tmp_path: Path) -> N
     raw = rewrite.cut(model, coupling, keep)
     samples_ = dataset.load({"x": samples(model, 40)["x"]}, model)
     assert samples_ is not None
-    found = least_squares.least_squares(model, coupling, keep, raw, samples_, "cpu")
+    found = least_squares.least_squares(model, coupling, keep, raw, samples=samples_, device="cpu")
     assert found.proto != raw
-    assert least_squares.fits(found, raw)
-    assert least_squares.fits(Pruned(raw, raw), raw)
+    assert least_squares.is_valid_cache_entry(found, raw)
+    assert least_squares.is_valid_cache_entry(Pruned(raw, raw), raw)
     other = ModelProto()
     other.CopyFrom(found.proto)
     CHANGES[change](other)
     assert other != found.proto
-    assert not least_squares.fits(replace(found, proto=other), raw)
+    assert not least_squares.is_valid_cache_entry(replace(found, proto=other), raw)

@@ -68,7 +68,9 @@ def _without(coupling: Coupling, group: str, places: Sequence[int]) -> Bools:
 def _fit(model: Model, coupling: Coupling, keep: Bools, found: Samples, **named: object) -> Pruned:
     raw = rewrite.cut(model, coupling, keep)
     frozen = raw.SerializeToString()
-    pruned = least_squares.least_squares(model, coupling, keep, raw, found, "cpu", **named)  # type: ignore[arg-type]
+    pruned = least_squares.least_squares(
+        model, coupling, keep, raw, samples=found, device="cpu", **named
+    )  # type: ignore[arg-type]
     assert raw.SerializeToString() == frozen == pruned.raw.SerializeToString()
     onnx.checker.check_model(pruned.proto, full_check=True)
     for fit in pruned.fits:
@@ -129,8 +131,8 @@ def test_nothing_removed_changes_nothing(
 def test_nothing_removed_changes_nothing_in_trained_models(
     name: str, source: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least_squares, "MOST_ROWS", 2048)
-    monkeypatch.setattr(least_squares, "LEAST_ROWS", 1024)
+    monkeypatch.setattr(least_squares, "MAX_ROWS", 2048)
+    monkeypatch.setattr(least_squares, "MIN_ROWS", 1024)
     model, coupling, found, held = _shipped(name, source, count)
     monkeypatch.setattr(least_squares, "_places", lambda *_: (_linear(model), []))
     keep = np.ones(coupling.n_units, bool)
@@ -514,7 +516,7 @@ def test_no_node_of_a_trained_model_gets_worse(
     name: str, source: str, count: int, share: float, slack: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On images that the refit has not seen, every node's output (or the sum behind it) is nearer to the original."""
-    monkeypatch.setattr(least_squares, "MOST_ROWS", 4096)
+    monkeypatch.setattr(least_squares, "MAX_ROWS", 4096)
     model, coupling, found, held = _shipped(name, source, count)
     rng = np.random.default_rng(0)
     keep = np.ones(coupling.n_units, bool)
@@ -960,7 +962,7 @@ def test_the_seed_picks_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = load(build(CNN), tmp_path)
     coupling = couple(model)
     keep = random_keep(coupling, np.random.default_rng(2), 0.5)
-    monkeypatch.setattr(least_squares, "LEAST_ROWS", 300)
+    monkeypatch.setattr(least_squares, "MIN_ROWS", 300)
     monkeypatch.setattr(least_squares, "ROWS_PER_UNKNOWN", 1)
     first, second = (_fit(model, coupling, keep, _samples(model, 64), seed=s) for s in (0, 1))
     assert not np.array_equal(constants(first.proto)["w2"], constants(second.proto)["w2"])
@@ -972,7 +974,7 @@ def test_rows_follow_the_unknowns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = load(build(CNN), tmp_path)
     coupling = couple(model)
     keep, found = _without(coupling, "w1", [1, 4]), _samples(model, 64)
-    bounds = {"LEAST_ROWS": 40, "MOST_ROWS": 300, "WIDE_VALUES": 72 * 270}
+    bounds = {"MIN_ROWS": 40, "MAX_ROWS": 300, "WIDE_VALUES": 72 * 270}
 
     def rows(cap: int = least_squares.GRAM_CAP, **changed: int) -> int:
         for name, value in {**bounds, **changed}.items():
@@ -980,10 +982,10 @@ def test_rows_follow_the_unknowns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return _fit(model, coupling, keep, found, cap=cap).fits[0].rows
 
     assert rows() == 288
-    assert rows(MOST_ROWS=200) == 200
-    assert rows(LEAST_ROWS=400, MOST_ROWS=500) == 400
-    assert rows(cap=20, LEAST_ROWS=400) == 270
-    assert rows(cap=20, LEAST_ROWS=262) == 262
+    assert rows(MAX_ROWS=200) == 200
+    assert rows(MIN_ROWS=400, MAX_ROWS=500) == 400
+    assert rows(cap=20, MIN_ROWS=400) == 270
+    assert rows(cap=20, MIN_ROWS=262) == 262
     assert rows(cap=20, WIDE_VALUES=1) == 256
     assert rows(cap=71) == 256  # 72 unknowns are wide
     assert rows(cap=72) == 288
@@ -1064,7 +1066,7 @@ def test_samples_are_as_many_as_there_is_room_for(tmp_path: Path) -> None:
     found = _samples(model, 2000)
     (note,) = (
         n
-        for n in _fit(model, coupling, keep, found, room=1 << 20).notes
+        for n in _fit(model, coupling, keep, found, memory_limit=1 << 20).notes
         if n.startswith("least squares")
     )
     used, of, size = (int(word) for word in note.split() if word.isdigit())

@@ -87,7 +87,14 @@ EXACT = {
 def _fold(model: Model, coupling: Coupling, keep: Bools, arrays: dict[str, Array]) -> Pruned:
     found = dataset.load(arrays, model)
     assert found is not None
-    pruned = fold_constants(model, coupling, keep, found, "cpu", rewrite.cut(model, coupling, keep))
+    pruned = fold_constants(
+        model,
+        coupling,
+        keep,
+        rewrite.cut(model, coupling, keep),
+        samples=found,
+        device="cpu",
+    )
     onnx.checker.check_model(pruned.proto, full_check=True)
     return pruned
 

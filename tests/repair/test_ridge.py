@@ -31,7 +31,7 @@ def _search(
         change[:, 0] = 2 + values[int(strength)]
         return change
 
-    change, shift, taken, errors = ridge.best(
+    change, shift, taken, errors = ridge.choose_ridge(
         x, residual, SPLIT, solve, [float(i) for i in range(len(values))]
     )
     if taken is not None:
@@ -78,7 +78,7 @@ def test_errors_are_of_the_rows_held_out() -> None:
 def test_a_tie_is_the_bias_alone() -> None:
     """A change that gains nothing beside a shift of the bias is not made."""
     x, residual = _problem()
-    change, shift, taken, errors = ridge.best(
+    change, shift, taken, errors = ridge.choose_ridge(
         0 * x, residual, SPLIT, lambda *_: np.zeros((2, 2, 3)), [1.0]
     )
     assert change is None
@@ -89,7 +89,7 @@ def test_a_tie_is_the_bias_alone() -> None:
 
 def test_one_output_and_one_group() -> None:
     x, residual = _problem(1, 1)
-    change, _, taken, errors = ridge.best(
+    change, _, taken, errors = ridge.choose_ridge(
         x, residual, SPLIT, ridge.ridge_regression(x, residual, SPLIT)
     )
     assert taken == ridge.RIDGES[0]  # what is exactly linear needs none
@@ -100,7 +100,7 @@ def test_one_output_and_one_group() -> None:
 
 def test_without_a_solver_only_the_bias_moves() -> None:
     x, residual = _problem()
-    change, shift, taken, errors = ridge.best(x, residual, SPLIT, None)
+    change, shift, taken, errors = ridge.choose_ridge(x, residual, SPLIT, None)
     assert (change, taken) == (None, None)
     np.testing.assert_allclose(shift, residual.mean(axis=1))
     assert errors[1] < errors[0]
@@ -110,7 +110,7 @@ def test_nothing_is_better_than_a_worse_bias() -> None:
     """Where the held-out rows are right already, a shift would spoil them: the error after is that before."""
     x, residual = _problem()
     residual = residual * (np.arange(ROWS) < SPLIT)[:, None]
-    _, _, _, errors = ridge.best(x, residual, SPLIT, None)
+    _, _, _, errors = ridge.choose_ridge(x, residual, SPLIT, None)
     assert errors == (0.0, 0.0)
 
 

@@ -167,11 +167,13 @@ def carry(case: Case, keep: Bools, treatment: str) -> onnx.ModelProto:
     if keep.all() or treatment == "cut":
         return raw
     if treatment == "fold":
-        folded = fold_constants(case.model, case.coupling, keep, case.samples, DEVICE, raw)
+        folded = fold_constants(
+            case.model, case.coupling, keep, raw, samples=case.samples, device=DEVICE
+        )
         proto: onnx.ModelProto = folded.proto
         return proto
     refitted: onnx.ModelProto = least_squares(
-        case.model, case.coupling, keep, raw, case.samples, DEVICE
+        case.model, case.coupling, keep, raw, samples=case.samples, device=DEVICE
     ).proto
     return refitted
 

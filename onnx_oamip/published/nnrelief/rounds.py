@@ -44,7 +44,7 @@ from onnx_oamip.repair.least_squares import (
     Target,
     collect_targets,
 )
-from onnx_oamip.repair.ridge import RIDGES, best
+from onnx_oamip.repair.ridge import RIDGES, choose_ridge
 from onnx_oamip.statistics.collector import collect
 from onnx_oamip.statistics.context import Collected, Context
 
@@ -214,7 +214,13 @@ class Bench:
         if self.targets is None:
             rng = np.random.default_rng(settings.seed)
             self.targets = collect_targets(
-                model, places, self._feeds, self._types, opened.device, rng, GRAM_CAP
+                model,
+                places,
+                self._feeds,
+                types=self._types,
+                device=opened.device,
+                rng=rng,
+                cap=GRAM_CAP,
             )
         proto = realise(model, self.sites, replace(state, biases=self.original.biases), {})
         editor = Editor(proto)
@@ -319,7 +325,7 @@ def fitted(
     split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)
     support = np.repeat(mask, taps, axis=2) & alive.transpose(0, 2, 1)
     solve = supported(x, residual, split, support) if weights_too and support.any() else None
-    change, shift, ridge, errors = best(x, residual, split, solve, ridges)
+    change, shift, ridge, errors = choose_ridge(x, residual, split, solve, ridges)
     scale = float(np.where(alive[:, 0], y.var(axis=1), 0.0).sum()) or 1.0
     form = "least squares" if weights_too else "bias"
     fit = Fit(
