@@ -31,21 +31,17 @@ from onnx_oamip.graph.ops import (
     reshape,
     tabular,
 )
+from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Refused, Terms
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.ops.norm import batch_scale
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import (
-    Cuts,
     Edit,
     EditRules,
-    LabelAxis,
-    Labels,
     LikeInput,
     LikeProduct,
     MatrixRule,
     OpSpec,
-    Refused,
-    Terms,
     Total,
     Trait,
 )
@@ -88,7 +84,16 @@ def _plain_domain(domain: str) -> str:
 
 
 def lookup(domain: str, name: str, version: int) -> OpSpec | None:
-    """The entry for an operator at an opset version, or None where it is not supported."""
+    """Find the entry of an operator.
+
+    Args:
+        domain: Domain of the operator.
+        name: Its name.
+        version: Opset version of the domain.
+
+    Returns:
+        The entry, or None where the operator is not supported.
+    """
     for spec in _TABLE.get((_plain_domain(domain), name), ()):
         if spec.since <= version <= (spec.until or version):
             return spec
@@ -96,7 +101,15 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
 
 
 def has(node: Node | NodeProto, traits: Trait) -> bool:
-    """Whether the operator of a node has one of these traits at any version."""
+    """Ask for traits of the operator of a node.
+
+    Args:
+        node: Node of a model or of a proto.
+        traits: Any of these.
+
+    Returns:
+        True if the operator has one of them, at any version.
+    """
     name = node.op if isinstance(node, Node) else node.op_type
     specs = _TABLE.get((_plain_domain(node.domain), name), ())
     return any(spec.traits & traits for spec in specs)
@@ -104,7 +117,17 @@ def has(node: Node | NodeProto, traits: Trait) -> bool:
 
 @contextmanager
 def rule_errors(node: Node) -> Iterator[None]:
-    """Around a rule of a node. Raises RuleFailed where it breaks: rules trust what ONNX defines of an operator."""
+    """Report an error in a rule as one of the package: rules rely on the definition of ONNX of an operator.
+
+    Args:
+        node: The node that a rule is run on.
+
+    Yields:
+        Nothing; run the rule inside.
+
+    Raises:
+        RuleFailed: The rule broke, other than by refusing the node.
+    """
     try:
         yield
     except (OamipError, Refused):
@@ -114,13 +137,28 @@ def rule_errors(node: Node) -> Iterator[None]:
 
 
 def follows_bodies(node: Node) -> bool:
-    """Whether channels are followed into the bodies of a node."""
+    """Tell nodes into whose bodies channels are followed.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        True for nodes whose entry has a flow.
+    """
     spec = lookup(node.domain, node.op, node.version)
     return spec is not None and spec.flow is not None
 
 
 def consumers_by_tensor(model: Model) -> dict[str, list[Node]]:
-    """Who reads a tensor. Where bodies are followed, the nodes in them read, and the node itself what they give."""
+    """Index the nodes that read each tensor, those in bodies among them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Nodes by tensor. Where bodies are followed, the nodes in them read outer tensors, and the node itself the
+        outputs of its bodies.
+    """
     found: dict[str, list[Node]] = defaultdict(list)
     for node in model.every:
         given = (

@@ -19,19 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_oamip.core.records import Axis, Ints, Node
+from onnx_oamip.graph.ops.handles import Cuts, Labels, operand
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    Labels,
-    LikeInput,
-    LikeProduct,
-    OpSpec,
-    Shapes,
-    Total,
-    operand,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, LikeInput, LikeProduct, OpSpec, Shapes, Total
 
 PRODUCTS = frozenset({"MatMul"})
 """The product of queries and keys, where attention is written out in elementary operators."""

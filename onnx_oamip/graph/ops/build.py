@@ -1,6 +1,7 @@
-"""Builders of the nodes that the package inserts into graphs.
+"""Builders of the nodes that the package inserts into graphs, and of stand-ins for shape inference.
 
-Each takes the names of inputs, then that of the output; ``name`` is the node's name, empty where nothing refers to it.
+A builder takes the names of its inputs, then that of the output, then the name of the node, which is empty where
+nothing refers to it.
 """
 
 from __future__ import annotations
@@ -128,13 +129,24 @@ def become_identity(node: NodeProto, *, floats: bool) -> None:
 
 
 def become_product(node: NodeProto, matrix: str) -> None:
-    """Turn a node into the product of its first input with a matrix, in place, for shape inference."""
+    """Turn a node into the product of its first input with a matrix, in place, for shape inference.
+
+    Args:
+        node: Node of an operator that ONNX's inference does not know.
+        matrix: Name of the matrix.
+    """
     node.op_type, node.domain, node.input[1] = "MatMul", "", matrix
     del node.attribute[:], node.input[2:], node.output[1:]
 
 
 def become_transpose(node: NodeProto, source: str, perm: Sequence[int]) -> None:
-    """Turn a node into the transposition of ``source``, in place."""
+    """Turn a node into a transposition, in place.
+
+    Args:
+        node: Node that is rewritten.
+        source: Name of the tensor that is transposed.
+        perm: Order of the axes.
+    """
     node.op_type, node.input[0] = "Transpose", source
     del node.input[1:], node.attribute[:]
     node.attribute.append(helper.make_attribute("perm", list(perm)))

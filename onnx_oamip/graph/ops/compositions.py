@@ -1,9 +1,9 @@
-"""Compositions of elementary operators that stand for one: sigmoid, softmax, division by a vector's length."""
+"""Compositions of elementary operators that stand for one: sigmoid, softmax, division by the length of a vector."""
 
 from __future__ import annotations
 
 from onnx_oamip.core.records import Node
-from onnx_oamip.graph.ops.spec import Reader
+from onnx_oamip.graph.ops.handles import Reader
 
 LENGTH_WRAPPERS = frozenset(
     {"Identity", "Expand", "Clip", "Max", "Add", "Unsqueeze", "Reshape", "Cast"}
@@ -12,7 +12,15 @@ LENGTH_WRAPPERS = frozenset(
 
 
 def sigmoid(graph: Reader, node: Node) -> str | None:
-    """The x of ``1 / (1 + exp(-x))``."""
+    """Recognise a sigmoid: the operator, or ``1 / (1 + exp(-x))``.
+
+    Args:
+        graph: The graph.
+        node: The node that makes the result.
+
+    Returns:
+        Name of x, or None where the node is something else.
+    """
     if node.op == "Sigmoid":
         return node.inputs[0]
     if node.op == "Div" and graph.number(node.inputs[0]) == 1:
@@ -29,7 +37,15 @@ def sigmoid(graph: Reader, node: Node) -> str | None:
 
 
 def softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
-    """(logits, axis) of Softmax, LogSoftmax, or what is written out as them."""
+    """Recognise a softmax or its logarithm: the operators, or elementary operators that compute them.
+
+    Args:
+        graph: The graph.
+        node: The node that makes the result.
+
+    Returns:
+        The logits and the axis, or None where the node is something else.
+    """
     if node.op in ("Softmax", "LogSoftmax"):
         return _softmax(graph, node)
     if node.op == "Log":
@@ -74,7 +90,15 @@ def _softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
 
 
 def unit_vectors(graph: Reader, node: Node) -> tuple[str, int] | None:
-    """(tensor, axis) where a node divides vectors by their Euclidean length."""
+    """Recognise a division of vectors by their Euclidean length.
+
+    Args:
+        graph: The graph.
+        node: The node that makes the result.
+
+    Returns:
+        The vectors and their axis, or None where the node is something else.
+    """
     if node.op == "LpNormalization":
         rank = graph.rank(node.inputs[0])
         euclidean = int(node.attrs.get("p", 2)) == 2
@@ -140,7 +164,7 @@ def _length_axis(graph: Reader, divisor: str, source: str, inverse: bool) -> int
 
 
 def _squares(graph: Reader, node: Node, source: str) -> bool:
-    """Whether a node gives the squares of ``source``."""
+    """True if a node computes the squares of ``source``."""
     if node.op == "Mul":
         return all(_same(graph, name, source) for name in node.inputs)
     return (
@@ -151,7 +175,7 @@ def _squares(graph: Reader, node: Node, source: str) -> bool:
 
 
 def _same(graph: Reader, tensor: str, source: str) -> bool:
-    """Whether a tensor is ``source``, or its absolute value."""
+    """True if a tensor is ``source``, or its absolute value."""
     while (
         (node := graph.maker(tensor)) is not None
         and node.op in ("Identity", "Abs")

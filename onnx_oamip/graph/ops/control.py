@@ -1,8 +1,8 @@
-"""Nodes that run other graphs: which tensor of a body is which tensor outside.
+"""Nodes that run other graphs: the tensors of a body and those outside that are the same.
 
-Branches and bodies share names and constants with the graph around them (see ``bodies``), so all that is to be said is
-what enters and what leaves. A tensor carried from step to step keeps its channels where the first value, the body's
-input, the body's output and the final value agree on them.
+Branches and bodies share names and constants with the graph around them (see ``subgraphs``), so that a rule only has to
+state the tensors that enter and leave. A tensor that is carried from step to step keeps its channels where the first
+value, the body's input, the body's output and the final value agree on them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from onnx_oamip.core.records import Node
-from onnx_oamip.graph.ops.spec import (
-    ChannelRule,
-    Flow,
-    LabelAxis,
-    Labels,
-    OpSpec,
-    Trait,
-)
+from onnx_oamip.graph.ops.handles import LabelAxis, Labels
+from onnx_oamip.graph.ops.spec import ChannelRule, Flow, OpSpec, Trait
 
 
 def _if(node: Node) -> Flow:
@@ -29,9 +23,12 @@ def _if(node: Node) -> Flow:
 def _carried(
     first: tuple[str, ...], given: tuple[str, ...], made: tuple[str, ...], last: tuple[str, ...]
 ) -> Flow:
-    inside = tuple(((a, b), x) for a, b, x in zip(first, made, given, strict=False))
-    outside = tuple(((a, b), y) for a, b, y in zip(first, made, last, strict=False) if y)
-    return Flow(enters=inside, joins=outside)
+    enters = zip(first, made, given, strict=False)
+    joins = zip(first, made, last, strict=False)
+    return Flow(
+        enters=tuple(((start, step), name) for start, step, name in enters),
+        joins=tuple(((start, step), name) for start, step, name in joins if name),
+    )
 
 
 def _loop(node: Node) -> Flow:
@@ -59,7 +56,7 @@ def _scan(node: Node) -> Flow:
 
 
 def _followed_bodies(find_flow: Callable[[Node], Flow]) -> ChannelRule:
-    """Channel rule of a node with bodies, from how tensors pass between it and them."""
+    """Channel rule of a node with bodies, from the tensors that pass between it and them."""
 
     def apply(node: Node, labels: Labels) -> None:
         _channels(node, find_flow(node), labels)
@@ -68,51 +65,62 @@ def _followed_bodies(find_flow: Callable[[Node], Flow]) -> ChannelRule:
 
 
 def _channels(node: Node, flow: Flow, labels: Labels) -> None:
-    for body in node.bodies.values():
-        for name in body.inputs:
-            labels.set(name, [], f"an input of the body of {node}")
-    for (first, _), name in flow.enters:
-        if labels.shape(name) is None:
-            labels.pin_all(first, f"{node} carries it on in a shape that is not known")
-            labels.set(name, [], f"carried by {node}")
-        else:
-            labels.set(name, labels.axes(first), f"carried by {node}")
-    for outer, name, axis in flow.slices:
-        found = labels.axes(outer)
-        if found:
-            labels.pin(found.pop(axis), f"{node} steps along it")
-        labels.set(name, found, f"a part of '{outer}'")
+    _enter(node, flow, labels)
     for body in node.bodies.values():
         labels.enter(body)
     for sources, name in flow.joins:
         labels.set(name, _joined(node, labels, sources), f"it leaves {node}")
-    for (first, made), _ in flow.enters:
-        _joined(node, labels, (first, made))
-    for made, name, axis in flow.stacks:
-        shape, part = labels.shape(name), labels.shape(made)
-        if shape is None or part is None or len(shape) != len(part) + 1:
-            labels.pin_all(made, f"{node} stacks it to a shape that is not known")
-            labels.set(name, [], f"an output of {node}")
-            continue
-        found = labels.axes(made)
-        found.insert(axis % len(shape), None)
-        labels.set(name, found, f"steps of {node}")
+    for (first, step), _ in flow.enters:
+        _joined(node, labels, (first, step))
+    for inner, name, axis in flow.stacks:
+        _stack(node, labels, inner, name, axis)
 
 
-def _joined(node: Node, labels: Labels, sources: tuple[str, ...]) -> list[LabelAxis]:
-    """Channels of a tensor that is one or the other: tied where both have them, else they stay."""
-    if labels.shape(sources[0]) is None or labels.shape(sources[0]) != labels.shape(sources[1]):
+def _enter(node: Node, flow: Flow, labels: Labels) -> None:
+    """Labels of the inputs of bodies."""
+    for body in node.bodies.values():
+        for name in body.inputs:
+            labels.set(name, [], f"an input of the body of {node}")
+    for (first, _), name in flow.enters:
+        carried: list[LabelAxis] = []
+        if labels.shape(name) is None:
+            labels.pin_all(first, f"{node} carries it on in a shape that is not known")
+        else:
+            carried = labels.axes(first)
+        labels.set(name, carried, f"carried by {node}")
+    for outer, name, axis in flow.slices:
+        axes = labels.axes(outer)
+        if axes:
+            labels.pin(axes.pop(axis), f"{node} steps along it")
+        labels.set(name, axes, f"a part of '{outer}'")
+
+
+def _stack(node: Node, labels: Labels, inner: str, name: str, axis: int) -> None:
+    """Labels of an output that holds the outputs of all steps along a new axis."""
+    shape, step = labels.shape(name), labels.shape(inner)
+    if shape is None or step is None or len(shape) != len(step) + 1:
+        labels.pin_all(inner, f"{node} stacks it to a shape that is not known")
+        labels.set(name, [], f"an output of {node}")
+        return
+    axes = labels.axes(inner)
+    axes.insert(axis % len(shape), None)
+    labels.set(name, axes, f"steps of {node}")
+
+
+def _joined(node: Node, labels: Labels, sources: tuple[str, str]) -> list[LabelAxis]:
+    """Channels of a tensor that is one of two: tied where both are tracked, else pinned."""
+    one, other = sources
+    if labels.shape(one) is None or labels.shape(one) != labels.shape(other):
+        reason = f"{node} gives '{one}' or '{other}', which differ in shape"
         for name in sources:
-            labels.pin_all(
-                name, f"{node} gives '{sources[0]}' or '{sources[1]}', which differ in shape"
-            )
+            labels.pin_all(name, reason)
         return []
-    first, second = (labels.axes(name) for name in sources)
+    first, second = labels.axes(one), labels.axes(other)
     result: list[LabelAxis] = []
     for a, b in zip(first, second, strict=True):
         if a is None or b is None:
-            for found, other in ((a, sources[1]), (b, sources[0])):
-                labels.pin(found, f"{node} joins it with '{other}', whose channels are not tracked")
+            labels.pin(a, f"{node} joins it with '{other}', whose channels are not tracked")
+            labels.pin(b, f"{node} joins it with '{one}', whose channels are not tracked")
             result.append(None)
         else:
             labels.tie(a, b)

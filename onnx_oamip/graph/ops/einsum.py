@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from onnx_oamip.core.records import Array, Axis, Node
+from onnx_oamip.graph.ops.handles import Labels
 from onnx_oamip.graph.ops.matrix_view import Linear, Site
 from onnx_oamip.graph.ops.notation import opaque, rule
-from onnx_oamip.graph.ops.spec import Labels, OpSpec, Shapes
+from onnx_oamip.graph.ops.spec import OpSpec, Shapes
 
 
 def letters(node: Node, ranks: list[int]) -> tuple[list[list[str]], list[str]] | None:
-    """Names of the axes of every input and of the result, the ellipsis written out; None where the ranks do not fit."""
+    """Name the axes of the inputs and of the result, the ellipsis written out.
+
+    Args:
+        node: The node.
+        ranks: Ranks of the inputs.
+
+    Returns:
+        Names by input, and those of the result; None where the ranks do not fit the equation.
+    """
     equation = str(node.attrs["equation"]).replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
@@ -71,7 +80,15 @@ def _cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
 
 
 def weight_axis(node: Node, ranks: list[int]) -> int | None:
-    """The axis of the second input that is summed over, where the node is a plain product with a matrix, else None."""
+    """Find the axis of the second input that is summed over, where the node is a plain product with a matrix.
+
+    Args:
+        node: The node.
+        ranks: Ranks of the inputs.
+
+    Returns:
+        The axis, or None where the node is something else.
+    """
     found = letters(node, ranks)
     if found is None or len(ranks) != 2 or ranks[1] != 2 or ranks[0] < 1:
         return None

@@ -1,4 +1,4 @@
-"""Elementwise operators: every axis passes through; broadcasting ties what meets.
+"""Elementwise operators: every axis passes through; broadcasting ties the axes that meet.
 
 Reference: ONNX operator specification, "Multidirectional Broadcasting".
 """
@@ -14,23 +14,17 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.graph.ops import maps
-from onnx_oamip.graph.ops.spec import (
-    NO_TRAITS,
-    ChannelRule,
-    EncodeRule,
-    LabelAxis,
-    Labels,
-    LikeInput,
-    OpSpec,
-    Refused,
-    Terms,
-    Trait,
-    operand,
-)
+from onnx_oamip.graph.ops.handles import LabelAxis, Labels, Refused, Terms, operand
+from onnx_oamip.graph.ops.spec import NO_TRAITS, ChannelRule, EncodeRule, LikeInput, OpSpec, Trait
 
 
 def passes(node: Node, labels: Labels) -> None:
-    """The first input's axes pass through; the others (bounds, ratios) are scalars."""
+    """Channel rule: the axes of the first input pass through; the others (bounds, ratios) are scalars.
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+    """
     axes = labels.axes(node.inputs[0])
     for name in node.inputs[1:]:
         if name and (labels.shape(name) or ()) not in ((), (1,)):
@@ -51,7 +45,12 @@ def _dropout(node: Node, labels: Labels) -> None:
 
 
 def broadcast(node: Node, labels: Labels) -> None:
-    """Multidirectional broadcasting: axes aligned from the right go together; a length of 1 has no say."""
+    """Channel rule of multidirectional broadcasting: axes aligned from the right are tied; those of length 1 are not.
+
+    Args:
+        node: The node.
+        labels: Labels of the graph.
+    """
     names = [n for n in node.inputs if n]
     shapes = [labels.shape(n) for n in names]
     known = [s for s in shapes if s is not None]
@@ -105,7 +104,15 @@ def _affine(
 
 
 def same(node: Node, terms: Terms) -> None:
-    """The output is the first input. Dropout in inference; a cast between floating types (no rounding)."""
+    """Encode the first output as the first input: Dropout in inference, and casts between floating types (no rounding).
+
+    Args:
+        node: The node.
+        terms: Statements of the program.
+
+    Raises:
+        Refused: The node rounds, or drops values out.
+    """
     if node.op == "Cast" and int(node.attrs["to"]) not in (1, 10, 11, 16):
         raise Refused(f"{node} casts to a type that is not floating")
     training = operand(node, 2) if node.op == "Dropout" else None

@@ -5,17 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_oamip.core.records import Array, Node
+from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, operand
 from onnx_oamip.graph.ops.movement import slice_bounds
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    LabelAxis,
-    Labels,
-    OpSpec,
-    operand,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec
 
 
 def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:

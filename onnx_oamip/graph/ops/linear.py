@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 
 from onnx_oamip.core.records import Array, Axis, Node
 from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Refused, Terms, operand
 from onnx_oamip.graph.ops.matrix_view import (
     Convolution,
     GeneralProduct,
@@ -23,18 +24,7 @@ from onnx_oamip.graph.ops.matrix_view import (
     TransposedConvolution,
 )
 from onnx_oamip.graph.ops.notation import opaque, rule
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    LabelAxis,
-    Labels,
-    OpSpec,
-    Refused,
-    Shapes,
-    Terms,
-    operand,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Shapes
 
 TRANSPOSITIONS = ("transA", "transB")
 """Attributes of Gemm that transpose its operands."""

@@ -86,22 +86,55 @@ class Linear:
         raise NotImplementedError
 
     def matrix_shape(self, site: Site, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Shape of the matrix (groups, outputs per group, inputs per group, taps) of a weight of this shape."""
+        """Return the shape of the matrix of a weight.
+
+        Args:
+            site: The node.
+            shape: Shape of the weight.
+
+        Returns:
+            (groups, outputs per group, inputs per group, taps).
+        """
         return 1, shape[1 - site.weight_axis], shape[site.weight_axis], 1
 
     def matrix(self, site: Site, weight: Floats) -> Floats:
-        """The weight as (groups, outputs per group, inputs per group, taps)."""
+        """Read a weight as a matrix.
+
+        Args:
+            site: The node.
+            weight: Value of the weight.
+
+        Returns:
+            (groups, outputs per group, inputs per group, taps).
+        """
         outputs_first = weight.T if site.weight_axis == 0 else weight
         return outputs_first[None, :, :, None]
 
     def weight(self, site: Site, matrix: Floats, kernel: tuple[int, ...]) -> Floats:
-        """The inverse of :meth:`matrix`, also for other numbers of channels."""
+        """Write a matrix as a weight: the inverse of :meth:`matrix`, also for other numbers of channels.
+
+        Args:
+            site: The node.
+            matrix: (groups, outputs per group, inputs per group, taps).
+            kernel: Spatial kernel of a convolution.
+
+        Returns:
+            The weight in the layout of the operator.
+        """
         del kernel  # a product has none
         plain = matrix[0, :, :, 0]
         return plain.T if site.weight_axis == 0 else plain
 
     def position_dependent(self, node: Node, kernel: tuple[int, ...]) -> bool:
-        """Whether an input of equal values at all positions has different outputs at different positions."""
+        """Tell nodes whose outputs differ by position for an input of equal values at all positions.
+
+        Args:
+            node: Node of this operator.
+            kernel: Spatial kernel of a convolution.
+
+        Returns:
+            True if they differ.
+        """
         del node, kernel
         return False
 
@@ -114,7 +147,15 @@ class Convolution(Linear):
     weight_axis = 1
 
     def site(self, node: Node, constants: Mapping[str, Array]) -> Site | None:
-        """The data is input 0."""
+        """Find the weight; the data is input 0. See :meth:`Linear.site`.
+
+        Args:
+            node: Node of this operator.
+            constants: Values of constants by name.
+
+        Returns:
+            The site, or None where the weight is computed.
+        """
         weight = constants.get(node.inputs[1])
         if weight is None:
             return None
@@ -179,7 +220,15 @@ class Product(Linear):
     """MatMul: either operand may be the weight."""
 
     def site(self, node: Node, constants: Mapping[str, Array]) -> Site | None:
-        """The data is the operand that is not constant."""
+        """Find the data: the operand that is not constant. See :meth:`Linear.site`.
+
+        Args:
+            node: Node of this operator.
+            constants: Values of constants by name.
+
+        Returns:
+            The site, or None where not exactly one operand is a constant matrix.
+        """
         slot = _data_slot(node, constants)
         if slot is None:
             return None
@@ -195,7 +244,15 @@ class GeneralProduct(Linear):
     bias = BiasInput(2, factor="beta")
 
     def site(self, node: Node, constants: Mapping[str, Array]) -> Site | None:
-        """The data is the operand that is not constant."""
+        """Find the data: the operand that is not constant. See :meth:`Linear.site`.
+
+        Args:
+            node: Node of this operator.
+            constants: Values of constants by name.
+
+        Returns:
+            The site, or None where not exactly one operand is a constant matrix.
+        """
         slot = _data_slot(node, constants)
         if slot is None:
             return None

@@ -1,7 +1,7 @@
 """Operators that move data: the rule applies the operator itself to the label arrays.
 
 A cut changes the constants these operators carry (split sizes, slice bounds, gather indices); each has a repair that
-recomputes them from what is kept.
+recomputes them from the kept channels.
 """
 
 from __future__ import annotations
@@ -10,20 +10,9 @@ import numpy as np
 
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Reader, Terms, integers, operand
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    LabelAxis,
-    Labels,
-    OpSpec,
-    Reader,
-    Terms,
-    Trait,
-    integers,
-    operand,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Trait
 
 Shape = tuple[int, ...]
 
@@ -137,7 +126,19 @@ def _split_repair(node: Node, cuts: Cuts) -> Edit:
 def slice_bounds(
     node: Node, labels: Labels | Cuts, shape: Shape
 ) -> dict[int, tuple[int, int, int]]:
-    """axis -> (start, stop, step) as Python's slice sees it. KeyError where a bound is computed."""
+    """Read the bounds of a Slice.
+
+    Args:
+        node: The node.
+        labels: Any handle, for constants.
+        shape: Shape of the data.
+
+    Returns:
+        (start, stop, step) by axis, as Python's slice takes them.
+
+    Raises:
+        KeyError: A bound is computed.
+    """
     starts, ends = integers(node, labels, "starts", 1), integers(node, labels, "ends", 2)
     axes, steps = integers(node, labels, "axes", 3), integers(node, labels, "steps", 4)
     if starts is None or ends is None:

@@ -8,18 +8,9 @@ import numpy as np
 
 from onnx_oamip.core.records import Array, Floats, Node
 from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.handles import Cuts, Labels, Refused, Terms
 from onnx_oamip.graph.ops.notation import extra_outputs, opaque, rule
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    Labels,
-    LikeInput,
-    OpSpec,
-    Refused,
-    Terms,
-    Trait,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, LikeInput, OpSpec, Trait
 
 
 def _training(node: Node, labels: Labels) -> str | None:
@@ -40,7 +31,7 @@ def _softmax(node: Node, labels: Labels) -> None:
 
 
 def _layer(node: Node, labels: Labels) -> None:
-    """Statistics over one axis: it is consumed, with zeros where channels went, and passed on."""
+    """Statistics over one axis: it is consumed, with zeros for removed channels, and passed on."""
     shape = labels.shape(node.inputs[0])
     if shape is None:
         opaque(node, labels, f"{node} reads a tensor of unknown shape")
@@ -61,7 +52,7 @@ def _layer_axis(node: Node, shape: tuple[int, ...]) -> int:
 
 
 def _layer_spread(node: Node, cuts: Cuts) -> Edit:
-    """Mean and variance do not mind the order: zeros come last, gain and bias of what is kept first."""
+    """Mean and variance do not depend on the order: zeros come last, gain and bias of kept channels first."""
     axis = _layer_axis(node, cuts.shape(node.inputs[0]))
     keep = cuts.keep(node.inputs[0], axis)
     if keep is None:
@@ -70,7 +61,7 @@ def _layer_spread(node: Node, cuts: Cuts) -> Edit:
     for slot in range(1, len(node.inputs)):
         value = cuts.constant(node.inputs[slot])
         if value is not None and value.shape[-1:] == keep.shape:
-            # What is behind the kept ones is dropped: zero, so that one cut leaves the same as two.
+            # Values behind the kept ones are dropped: zero, so that one cut leaves the same as two.
             first = np.zeros_like(value)
             first[..., : keep.sum()] = value[..., keep]
             inputs[slot] = first
@@ -143,7 +134,7 @@ BATCH_AFFINE_SLOTS = (1, 2)
 
 
 def batch_scale(node: Node, constants: Mapping[str, Array]) -> tuple[Floats, Floats] | None:
-    """What a batch normalisation multiplies every channel with and divides it by.
+    """Read the factor and the divisor of a batch normalisation.
 
     Args:
         node: A batch normalisation.

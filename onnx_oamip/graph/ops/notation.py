@@ -12,12 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from onnx_oamip.core.records import Axis, Node
-from onnx_oamip.graph.ops.spec import (
-    ChannelRule,
-    LabelAxis,
-    Labels,
-    operand,
-)
+from onnx_oamip.graph.ops.handles import LabelAxis, Labels, operand
+from onnx_oamip.graph.ops.spec import ChannelRule
 
 
 @dataclass(frozen=True, slots=True)

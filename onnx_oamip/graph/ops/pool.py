@@ -6,19 +6,9 @@ import numpy as np
 
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Refused, Terms, integers
 from onnx_oamip.graph.ops.notation import opaque, rule
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    LabelAxis,
-    Labels,
-    OpSpec,
-    Refused,
-    Terms,
-    Trait,
-    integers,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Trait
 
 
 def _reduce(node: Node, labels: Labels) -> None:
@@ -60,7 +50,7 @@ _ADDITIVE = frozenset({"ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "Reduc
 
 
 def _mean_repair(node: Node, cuts: Cuts) -> Edit:
-    """A mean over what is left counts what went: it is scaled down to the old length."""
+    """A mean over fewer channels divides by fewer: it is scaled down to the old length."""
     name = node.inputs[0]
     cut = [a for a in range(len(cuts.shape(name))) if cuts.keep(name, a) is not None]
     try:

@@ -1,4 +1,4 @@
-"""Quantised models: scales and zero points go with their channels; what stands for zero masks a channel.
+"""Quantised models: scales and zero points are removed with their channels; a channel is masked by its code of zero.
 
 Reference: ONNX operator specification, "QuantizeLinear", "DequantizeLinear" (per tensor, per axis, blocked),
 "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger". All scales but the dynamic ones
@@ -14,17 +14,10 @@ from typing import Any, cast
 import numpy as np
 
 from onnx_oamip.core.records import Array, Axis, Node
+from onnx_oamip.graph.ops.handles import Cuts, Labels, operand
 from onnx_oamip.graph.ops.linear import conv, conv_cost, matmul, matmul_cost, regroup
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    EditRules,
-    Labels,
-    OpSpec,
-    Shapes,
-    Trait,
-    operand,
-)
+from onnx_oamip.graph.ops.spec import EditRules, OpSpec, Shapes, Trait
 
 # ------------------------------------------------------------------------------- QuantizeLinear and DequantizeLinear
 
@@ -126,7 +119,7 @@ def _integer(
 
 
 class _Turned:
-    """Labels for which the constant is what is masked: a code of zero in the data is not a zero."""
+    """Labels that mask the constant instead of the data, in which a code of zero is not a zero."""
 
     def __init__(self, node: Node, labels: Labels) -> None:
         self._node, self._labels = node, labels

@@ -3,7 +3,7 @@
 With G gates (4, 3, 1), D directions and h hidden units, ``W`` is (D, G h, inputs), ``R`` (D, G h, h), ``B`` (D, 2 G h)
 and the peepholes ``P`` (D, 3 h): gates are stacked, so a hidden unit holds one row of every gate. The last axis of
 ``R`` meets the node's own output of the step before: there the unit is consumed inside the node, and to mask it is to
-zero its column of ``R``. What is left of a masked unit then reaches no other unit, whatever its activations, clip or
+zero its column of ``R``. A masked unit then reaches no other unit, whatever its activations, clip or
 initial state are, because everything else in the three cells acts unit by unit.
 
 Both directions live in the same arrays, so that hidden unit ``j`` of either goes together with that of the other.
@@ -14,18 +14,9 @@ from __future__ import annotations
 from onnx import TensorProto, numpy_helper
 
 from onnx_oamip.core.records import Axis, Ints, Node
+from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, operand
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    LabelAxis,
-    Labels,
-    OpSpec,
-    Shapes,
-    Total,
-    operand,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Shapes, Total
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 STATES = (5, 6)
@@ -66,25 +57,28 @@ def _recurrent(node: Node, labels: Labels) -> None:
         labels.consume(node, (x, 2), (w, 2))
     for slot in STATES:
         state = operand(node, slot)
-        if state is None:
-            continue
-        if not labels.is_constant(state):
-            blank = zeros(state, labels)
-            for axis in (0, 1, 2) if blank else (0, 1):
-                labels.pin(
-                    labels.label(state, axis),
-                    f"{node} {'starts from zeros' if blank else 'steps'} along it",
-                )
-            if blank:
-                continue  # where hidden units go, the repair drops it
-        labels.unify([(r, 2), (state, 2)], node)
-    outputs = [name for name in node.outputs if name]
-    # What the recurrent weights meet is the hidden state, not the cell: Y, or Y_h where only that is asked for.
+        if state is not None:
+            _initial_state(node, labels, state)
+    # The recurrent weights meet the hidden state, not the cell: Y, or Y_h where only that is asked for.
     seen = next((name for name in node.outputs[:2] if name), None)
-    labels.consume(node, (r, 2), (seen, _last(labels, seen)) if seen else None)
-    for name in outputs:
-        axes: list[LabelAxis] = [None] * _last(labels, name)
-        labels.set(name, [*axes, hidden], f"{node} steps along this axis")
+    meets = (seen, _last(labels, seen)) if seen else None
+    labels.consume(node, (r, 2), meets)
+    for name in filter(None, node.outputs):
+        steps: list[LabelAxis] = [None] * _last(labels, name)
+        labels.set(name, [*steps, hidden], f"{node} steps along this axis")
+
+
+def _initial_state(node: Node, labels: Labels, state: str) -> None:
+    """Tie a state to start from to the hidden units; one of zeros is dropped by the repair instead."""
+    blank = not labels.is_constant(state) and zeros(state, labels)
+    if blank:
+        for axis in (0, 1, 2):
+            labels.pin(labels.label(state, axis), f"{node} starts from zeros along it")
+        return
+    if not labels.is_constant(state):
+        for axis in (0, 1):
+            labels.pin(labels.label(state, axis), f"{node} steps along it")
+    labels.unify([(node.inputs[2], 2), (state, 2)], node)
 
 
 def _last(labels: Labels, name: str) -> int:
@@ -107,7 +101,15 @@ def _pin_steps(node: Node, labels: Labels) -> None:
 
 
 def zeros(tensor: str, labels: Labels) -> bool:
-    """Whether a tensor holds nothing but zeros, whatever its shape: made by filling, stretching and moving zeros."""
+    """Recognise tensors of zeros: zeros that are filled in, stretched and moved.
+
+    Args:
+        tensor: Name of a tensor.
+        labels: Labels of the graph.
+
+    Returns:
+        True if it holds nothing but zeros, whatever its shape.
+    """
     value = labels.constant(tensor)
     if value is not None:
         return not value.any()
@@ -127,18 +129,20 @@ def _repair(node: Node, cuts: Cuts) -> Edit:
     if keep is None:
         return Edit()
     # A computed state that does not shrink with the hidden units held zeros: that is what an absent one means.
-    gone: dict[int, None] = {}
+    dropped: dict[int, None] = {}
     for slot in STATES:
         state = operand(node, slot)
         if state is not None and cuts.keep(state, 2) is None:
-            gone[slot] = None
-    return Edit({"hidden_size": cuts.kept(node.inputs[2], 2)}, gone)
+            dropped[slot] = None
+    hidden_size = cuts.kept(node.inputs[2], 2)
+    return Edit({"hidden_size": hidden_size}, dropped)
 
 
 def _cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     """At every step each gate of each direction meets the input and the state before."""
     x, w, r = node.inputs[:3]
-    return ((x, 0), (x, 1), (w, 0), (w, 1), (((w, 2), (r, 2)), 0))
+    inputs_and_state: Total = (((w, 2), (r, 2)), 0)
+    return ((x, 0), (x, 1), (w, 0), (w, 1), inputs_and_state)
 
 
 SPECS = tuple(

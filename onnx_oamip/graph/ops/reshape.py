@@ -9,19 +9,9 @@ import numpy as np
 
 from onnx_oamip.core.records import Ints, Node
 from onnx_oamip.graph.ops import maps
+from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Terms, integers, operand
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    LabelAxis,
-    Labels,
-    OpSpec,
-    Terms,
-    Trait,
-    integers,
-    operand,
-)
+from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Trait
 
 Shape = tuple[int, ...]
 

@@ -6,14 +6,8 @@ Reference: ONNX-ML operator specification. Labels and the operators that pick th
 from __future__ import annotations
 
 from onnx_oamip.core.records import Node
-from onnx_oamip.graph.ops.spec import (
-    Cuts,
-    Edit,
-    EditRules,
-    Labels,
-    LikeInput,
-    OpSpec,
-)
+from onnx_oamip.graph.ops.handles import Cuts, Labels
+from onnx_oamip.graph.ops.spec import Edit, EditRules, LikeInput, OpSpec
 
 DOMAIN = "ai.onnx.ml"
 LISTS = ("offset", "scale", "imputed_value_floats", "imputed_value_int64s")

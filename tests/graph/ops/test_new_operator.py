@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph import ops
 from onnx_oamip.graph.coupling import couple
-from onnx_oamip.graph.ops.spec import Labels, OpSpec, Trait
+from onnx_oamip.graph.ops.handles import Labels
+from onnx_oamip.graph.ops.spec import OpSpec, Trait
 
 CHANNELS = 6
 
