@@ -83,7 +83,7 @@ def _string_constants(tree: ast.Module) -> set[str]:
     return {node.value for node in constants if isinstance(node.value, str)}
 
 
-def test_strings_are_seen() -> None:
+def test_operator_names_in_strings_are_detected() -> None:
     """The scan sees a name in a comparison, a tuple and a call, and no exported name."""
     source = '__all__ = ["Round"]\nif op == "Add" or op in ("Mul",): make("Conv", x=["Gemm"])'
     assert _string_constants(ast.parse(source)) == {"Add", "Mul", "Conv", "Gemm"}

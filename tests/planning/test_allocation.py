@@ -147,7 +147,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("net", BY_HAND)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_costs_are_those_counted_by_hand(tmp_path: Path, net: str, batch: int) -> None:
+def test_costs_equal_a_hand_count(tmp_path: Path, net: str, batch: int) -> None:
     macs, params, widths, macs_then, params_then = BY_HAND[net]
     # MACs are per sample, whatever the batch at which shapes are known.
     model = load(build(NETS[net]), tmp_path, {"N": batch})
@@ -166,7 +166,7 @@ def test_costs_are_those_counted_by_hand(tmp_path: Path, net: str, batch: int) -
     assert (counted.macs, counted.params) == (macs_then, params_then)
 
 
-def test_transposed_convolution_by_hand(tmp_path: Path) -> None:
+def test_transposed_convolution_cost_equals_a_hand_count(tmp_path: Path) -> None:
     model = load(
         build(
             "(float[N,3,5,5] x) => (float[] y) <float[3,8,2,2] w1, float[8,4,3,3] w2> {"
@@ -178,7 +178,7 @@ def test_transposed_convolution_by_hand(tmp_path: Path) -> None:
     assert _full(model, couple(model))[0] == 25 * 3 * 8 * 4 + 100 * 8 * 4 * 9
 
 
-def test_bytes_follow_the_file(tmp_path: Path) -> None:
+def test_predicted_bytes_match_the_file(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-residual"]), tmp_path)
     coupling = couple(model)
     assert _full(model, coupling)[2] == pytest.approx(model.file_bytes, rel=0.01)
@@ -200,7 +200,7 @@ def coupled(
     return _shipped(request.param)
 
 
-def test_there_are_shipped_models() -> None:
+def test_shipped_models_exist() -> None:
     assert SHIPPED
 
 
@@ -223,7 +223,7 @@ def test_budgets_are_met_within_two_percent(
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_several_budgets_hold_at_once(coupled: tuple[Model, Coupling], allocate: str) -> None:
+def test_several_budgets_are_met_together(coupled: tuple[Model, Coupling], allocate: str) -> None:
     model, coupling = coupled
     macs, params, size = _full(model, coupling)
     for shares in ({"macs": 0.6, "params": 0.4}, {"macs": 0.3, "params": 0.9, "size": 0.8}):
@@ -240,14 +240,14 @@ def test_several_budgets_hold_at_once(coupled: tuple[Model, Coupling], allocate:
 
 
 @pytest.mark.parametrize("share", [0.99, 1.0])
-def test_all_may_stay(coupled: tuple[Model, Coupling], share: float) -> None:
+def test_all_units_stay_if_the_budget_allows(coupled: tuple[Model, Coupling], share: float) -> None:
     model, coupling = coupled
     found = _plan(model, coupling, macs=share)
     assert (found.predicted.macs == _full(model, coupling)[0]) == (share == 1.0)
     assert found.keep.all() == (share == 1.0)
 
 
-def test_uniform_keeps_the_same_share_everywhere(tmp_path: Path) -> None:
+def test_uniform_keeps_the_same_share_of_every_group(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     found = _plan(model, coupling, macs=0.5)
@@ -255,7 +255,7 @@ def test_uniform_keeps_the_same_share_everywhere(tmp_path: Path) -> None:
     assert np.ptp(shares) <= 0.03
 
 
-def test_global_takes_from_the_group_of_low_scores(tmp_path: Path) -> None:
+def test_global_removes_from_the_group_with_low_scores(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     values = np.ones(coupling.n_units)
@@ -268,7 +268,7 @@ def test_global_takes_from_the_group_of_low_scores(tmp_path: Path) -> None:
     assert found.keep[first[60:]].all()
 
 
-def test_the_best_units_of_a_group_stay(tmp_path: Path) -> None:
+def test_highest_scoring_units_of_a_group_are_kept(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     values = np.random.default_rng(0).permutation(coupling.n_units).astype(np.float64)
@@ -281,7 +281,7 @@ def test_the_best_units_of_a_group_stay(tmp_path: Path) -> None:
         )
 
 
-def test_ties_fall_to_the_lower_index(tmp_path: Path) -> None:
+def test_ties_are_broken_by_the_lower_index(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     found = _plan(model, coupling, np.ones(coupling.n_units), macs=0.5)
@@ -292,7 +292,7 @@ def test_ties_fall_to_the_lower_index(tmp_path: Path) -> None:
         )
 
 
-def test_reserve_leaves_room_for_biases(tmp_path: Path) -> None:
+def test_budget_reserves_parameters_for_new_biases(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     params = _full(model, coupling)[1]
@@ -306,7 +306,9 @@ def test_reserve_leaves_room_for_biases(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("align", [4, 8, 16])
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_widths_are_multiples(coupled: tuple[Model, Coupling], allocate: str, align: int) -> None:
+def test_widths_are_multiples_of_the_alignment(
+    coupled: tuple[Model, Coupling], allocate: str, align: int
+) -> None:
     model, coupling = coupled
     found = _plan(model, coupling, allocate=allocate, macs=0.6, align=align)
     _assert_sound(coupling, found)
@@ -320,7 +322,7 @@ def test_widths_are_multiples(coupled: tuple[Model, Coupling], allocate: str, al
     assert narrowed
 
 
-def test_a_unit_of_several_channels_needs_fewer_of_itself(tmp_path: Path) -> None:
+def test_alignment_counts_channels_of_units_with_several(tmp_path: Path) -> None:
     model = load(build(NETS["grouped"]), tmp_path)
     coupling = couple(model)
     assert [g.name for g in coupling.groups] == ["w1", "w2"]
@@ -330,7 +332,7 @@ def test_a_unit_of_several_channels_needs_fewer_of_itself(tmp_path: Path) -> Non
         assert allocation.steps(model, coupling, align, "cpu").tolist() == [align, step]
 
 
-def test_alignment_beyond_a_group_keeps_it_whole(tmp_path: Path) -> None:
+def test_alignment_larger_than_a_group_keeps_it_whole(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     found = _plan(model, coupling, macs=0.9, align=100)
@@ -342,7 +344,7 @@ def test_alignment_beyond_a_group_keeps_it_whole(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- least widths and thresholds
 
 
-def test_no_group_is_ever_emptied(coupled: tuple[Model, Coupling]) -> None:
+def test_every_group_keeps_a_unit(coupled: tuple[Model, Coupling]) -> None:
     model, coupling = coupled
     ledger = cost.ledger(model, coupling)
     least = ledger.cost(np.ones(len(coupling.groups), np.int64))
@@ -354,7 +356,7 @@ def test_no_group_is_ever_emptied(coupled: tuple[Model, Coupling]) -> None:
         _assert_sound(coupling, found)
 
 
-def test_budget_that_cannot_be_met(coupled: tuple[Model, Coupling]) -> None:
+def test_unreachable_budget_is_refused(coupled: tuple[Model, Coupling]) -> None:
     model, coupling = coupled
     ledger = cost.ledger(model, coupling)
     least = ledger.cost(np.ones(len(coupling.groups), np.int64))
@@ -379,7 +381,7 @@ def test_budget_that_cannot_be_met(coupled: tuple[Model, Coupling]) -> None:
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_threshold(tmp_path: Path, allocate: str) -> None:
+def test_threshold_keeps_units_at_or_above_it(tmp_path: Path, allocate: str) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     values = np.concatenate([np.linspace(0, 1, 120), np.linspace(0, 0.1, 80)])
@@ -392,7 +394,7 @@ def test_threshold(tmp_path: Path, allocate: str) -> None:
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_threshold_and_budget_hold_both(tmp_path: Path, allocate: str) -> None:
+def test_threshold_and_budget_hold_together(tmp_path: Path, allocate: str) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     values = np.concatenate([np.linspace(0, 1, 120), np.linspace(0, 1, 80)])
@@ -401,7 +403,7 @@ def test_threshold_and_budget_hold_both(tmp_path: Path, allocate: str) -> None:
     assert found.predicted.macs <= 0.3 * _full(model, coupling)[0]
 
 
-def test_threshold_with_alignment(tmp_path: Path) -> None:
+def test_threshold_with_alignment_rounds_down(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     values = np.concatenate([np.linspace(0, 1, 120), np.linspace(0, 1, 80)])
@@ -508,7 +510,7 @@ def test_a_program_over_rungs_comes_close_to_every_width(
         assert (wider > [120, 80]).any() or ledger.cost(wider).macs > 0.4 * 17600
 
 
-def test_few_widths_are_one_program(tmp_path: Path, asked: list[_Asked]) -> None:
+def test_few_widths_need_one_program_only(tmp_path: Path, asked: list[_Asked]) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     few = Ladder(
@@ -521,7 +523,7 @@ def test_few_widths_are_one_program(tmp_path: Path, asked: list[_Asked]) -> None
         np.testing.assert_array_equal(given, widths)
 
 
-def test_the_ends_of_a_ladder_are_in_reach(tmp_path: Path, asked: list[_Asked]) -> None:
+def test_ends_of_a_ladder_can_be_chosen(tmp_path: Path, asked: list[_Asked]) -> None:
     """All of one group is worth the most, all of the other nothing: what is taken has a neighbour on one side only."""
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
@@ -533,7 +535,7 @@ def test_the_ends_of_a_ladder_are_in_reach(tmp_path: Path, asked: list[_Asked]) 
 
 
 @pytest.mark.parametrize("align", [1, 8])
-def test_a_program_keeps_below_the_threshold(tmp_path: Path, align: int) -> None:
+def test_program_stays_within_the_threshold_widths(tmp_path: Path, align: int) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     values = np.concatenate([np.linspace(0, 1, 120), np.linspace(0, 1, 80)])
@@ -546,7 +548,7 @@ def test_a_program_keeps_below_the_threshold(tmp_path: Path, align: int) -> None
     assert (values[found.keep] >= 0.5).all()
 
 
-def test_a_measured_limit_is_one_of_the_programs(tmp_path: Path, asked: list[_Asked]) -> None:
+def test_measured_limit_is_passed_to_every_program(tmp_path: Path, asked: list[_Asked]) -> None:
     """Nothing is filled then: counted limits say nothing of what was measured."""
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
@@ -560,7 +562,7 @@ def test_a_measured_limit_is_one_of_the_programs(tmp_path: Path, asked: list[_As
     assert set(found.programs[-1]["used"]) == {"params", "latency"}
 
 
-def test_a_floor_of_its_own_for_every_group(tmp_path: Path) -> None:
+def test_floors_apply_per_group(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     ledger = cost.ledger(model, coupling)
@@ -584,7 +586,7 @@ def test_a_floor_of_its_own_for_every_group(tmp_path: Path) -> None:
         )
 
 
-def test_what_must_go_goes_whatever_fits(tmp_path: Path) -> None:
+def test_alpha_rule_removes_units_regardless_of_budget(tmp_path: Path) -> None:
     """Scores of 0 are what the rules of NNrelief took: no budget brings them back, and no step takes more."""
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
@@ -597,7 +599,7 @@ def test_what_must_go_goes_whatever_fits(tmp_path: Path) -> None:
     assert none.widths.tolist() == [1, 1]
 
 
-def test_auto_measures_a_step_for_convolutions(
+def test_auto_alignment_measures_a_step_for_convolutions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A quarter of a group is the most; products of matrices have no blocks of channels."""
@@ -620,7 +622,7 @@ def test_auto_measures_a_step_for_convolutions(
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_a_group_that_is_no_multiple_may_stay_whole(tmp_path: Path, allocate: str) -> None:
+def test_group_that_is_not_a_multiple_may_stay_whole(tmp_path: Path, allocate: str) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     assert _plan(model, coupling, allocate=allocate, threshold=0.0, align=7).keep.all()
@@ -630,9 +632,7 @@ def test_a_group_that_is_no_multiple_may_stay_whole(tmp_path: Path, allocate: st
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_a_budget_takes_nothing_from_below_the_threshold_back(
-    tmp_path: Path, allocate: str
-) -> None:
+def test_budget_restores_no_unit_below_the_threshold(tmp_path: Path, allocate: str) -> None:
     """The budget asks for less than the threshold does of one group, and leaves the other more room than it may use."""
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
@@ -643,7 +643,7 @@ def test_a_budget_takes_nothing_from_below_the_threshold_back(
     assert found.widths[1] < 80
 
 
-def test_global_sees_scores_relative_to_their_group(tmp_path: Path) -> None:
+def test_global_compares_scores_relative_to_their_group(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)
     coupling = couple(model)
     values = np.random.default_rng(3).uniform(size=coupling.n_units)
@@ -659,7 +659,7 @@ def test_global_sees_scores_relative_to_their_group(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- exclusions
 
 
-def test_excluded_groups_stay(tmp_path: Path) -> None:
+def test_excluded_groups_keep_all_units(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-residual"]), tmp_path)
     coupling = couple(model)
     assert [g.name for g in coupling.groups] == ["w1", "w2", "w5"]
@@ -679,7 +679,7 @@ def test_excluded_groups_stay(tmp_path: Path) -> None:
     assert cost.count(cut).macs == found.predicted.macs <= 0.95 * _full(model, coupling)[0]
 
 
-def test_exclude_by_node_and_pattern(tmp_path: Path) -> None:
+def test_exclude_matches_nodes_and_patterns(tmp_path: Path) -> None:
     model = load(build(WIDE["wide-residual"]), tmp_path)
     coupling = couple(model)
     depthwise = next(n.name for n in model.nodes if n.inputs[1:2] == ("w4",))
@@ -693,7 +693,7 @@ def test_exclude_by_node_and_pattern(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["nothing*", "W2", "x", "layer?"])
-def test_exclude_that_matches_nothing(tmp_path: Path, pattern: str) -> None:
+def test_exclude_pattern_without_match_is_refused(tmp_path: Path, pattern: str) -> None:
     model = load(build(WIDE["wide-residual"]), tmp_path)
     with pytest.raises(SettingsError, match="matches no weight and no node") as caught:
         exclude(model, couple(model), ["w2", pattern])
@@ -719,14 +719,14 @@ def test_exclude_that_matches_nothing(tmp_path: Path, pattern: str) -> None:
         ({"no_such_setting": 1}, "`no_such_setting`"),
     ],
 )
-def test_settings_out_of_range(values: dict[str, object], name: str) -> None:
+def test_settings_out_of_range_are_refused(values: dict[str, object], name: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.create(**values)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_budget_of_settings() -> None:
+def test_budget_follows_from_settings() -> None:
     found = Settings.create(macs=0.5, params=0.25, threshold=2.0).budget
     assert (found.macs, found.params, found.size, found.threshold) == (0.5, 0.25, None, 2.0)
     assert Settings().budget == Budget()
@@ -752,7 +752,9 @@ def test_budget_of_settings() -> None:
         (1.0, 3, 10, 10),
     ],
 )
-def test_the_narrowest_width(floor: float, step: int, full: int, expected: int) -> None:
+def test_narrowest_width_follows_floor_and_alignment(
+    floor: float, step: int, full: int, expected: int
+) -> None:
     found = allocation.least(floor, np.asarray([step]), np.asarray([full]))
     assert found.tolist() == [expected]
     assert found.dtype == np.int64
@@ -760,7 +762,7 @@ def test_the_narrowest_width(floor: float, step: int, full: int, expected: int) 
     assert each.tolist() == [expected, 7]
 
 
-def test_shares_become_limits_and_limits_shares() -> None:
+def test_shares_and_limits_convert_both_ways() -> None:
     before = Cost(1000, 200, 4000)
     found = allocation.limits(Budget(macs=0.5, params=0.5, size=0.25), before, reserve=10)
     # What a refit adds is set aside: ten biases of four bytes.

@@ -161,7 +161,7 @@ def solver(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("kinds", BUDGETS, ids=lambda kinds: "+".join(sorted(kinds)))
 @pytest.mark.parametrize("jagged", [False, True])
-def test_matches_enumeration(name: str, kinds: set[str], jagged: bool, solver: str) -> None:
+def test_optimum_matches_enumeration(name: str, kinds: set[str], jagged: bool, solver: str) -> None:
     _, coupling, ledger = net(name)
     full = full_widths(coupling)
     before = ledger.cost(full)
@@ -183,7 +183,7 @@ def test_matches_enumeration(name: str, kinds: set[str], jagged: bool, solver: s
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_predicted_cost_is_that_of_the_written_model(name: str) -> None:
+def test_predicted_cost_equals_that_of_the_written_model(name: str) -> None:
     model, coupling, ledger = net(name)
     full = full_widths(coupling)
     targets = shares(ledger.cost(full), {"macs", "params"}, 0.6)
@@ -300,7 +300,7 @@ def test_products_are_shared_between_terms_and_budgets() -> None:
 # ---------------------------------------------------------------------------------------------------- its promises
 
 
-def test_no_limit_takes_the_least_loss() -> None:
+def test_without_limit_the_least_loss_is_chosen() -> None:
     _, coupling, ledger = net("residual")
     full = full_widths(coupling)
     choice = choose(ledger, random_ladder(full, 3), Targets())
@@ -309,7 +309,7 @@ def test_no_limit_takes_the_least_loss() -> None:
     assert choice.program["gap"] == 0
 
 
-def test_ties_go_to_the_wider_plan(solver: str) -> None:
+def test_ties_are_broken_by_the_wider_plan(solver: str) -> None:
     """With no loss anywhere, the budget is used up as far as whole widths allow."""
     _, coupling, ledger = net("dense")
     full = full_widths(coupling)
@@ -336,7 +336,7 @@ def test_binding_limits_are_named() -> None:
     assert program["used"]["params"] < 0.1
 
 
-def test_latency_is_one_more_limit(solver: str) -> None:
+def test_latency_is_an_additional_limit(solver: str) -> None:
     """Seconds per multiply-accumulate that differ by layer shift the widths; the constant counts."""
     _, coupling, ledger = net("flatten")
     full = full_widths(coupling)
@@ -354,7 +354,7 @@ def test_latency_is_one_more_limit(solver: str) -> None:
         assert choice.program["used"]["latency"] <= 1 + 1e-9
 
 
-def test_a_limit_is_met_to_the_last_multiply() -> None:
+def test_limit_is_met_exactly() -> None:
     """A limit that one combination meets exactly is met by it; one less is not."""
     _, coupling, ledger = net("dense")
     full = full_widths(coupling)
@@ -379,7 +379,7 @@ def test_a_limit_is_met_to_the_last_multiply() -> None:
     )
 
 
-def test_what_a_solver_lets_through_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solution_that_exceeds_a_limit_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A solver that takes limits loosely: the plan still holds exactly."""
     _, coupling, ledger = net("residual")
     full = full_widths(coupling)
@@ -406,7 +406,9 @@ def test_what_a_solver_lets_through_is_solved_again(monkeypatch: pytest.MonkeyPa
     assert found
 
 
-def test_a_solver_that_never_holds_leaves_the_greedy_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solver_that_never_meets_the_limit_falls_back_to_the_greedy_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Each solve has narrower limits and what time is left; what is never met is said to be no optimum."""
     _, coupling, ledger = net("residual")
     full = full_widths(coupling)
@@ -438,7 +440,7 @@ def test_a_solver_that_never_holds_leaves_the_greedy_plan(monkeypatch: pytest.Mo
     np.testing.assert_allclose(over, 2.0, rtol=0.01)
 
 
-def test_a_solver_without_an_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solver_without_a_solution_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     _, coupling, ledger = net("dense")
 
     def late(*_: object) -> Solution:
@@ -472,7 +474,7 @@ def test_time_limit_keeps_the_best_plan(monkeypatch: pytest.MonkeyPatch) -> None
     assert choice.program["gap"] == pytest.approx(1, abs=1e-5)
 
 
-def test_infeasible_names_the_limit() -> None:
+def test_infeasible_program_names_the_limit() -> None:
     _, coupling, ledger = net("dense")
     ladder = random_ladder(full_widths(coupling), 0)
     floor = ledger.cost(np.asarray([w[0] for w in ladder.widths]))
@@ -486,7 +488,7 @@ def test_infeasible_names_the_limit() -> None:
         choose(ledger, ladder, Targets(), (line,))
 
 
-def test_the_record_is_json() -> None:
+def test_program_record_is_json() -> None:
     _, coupling, ledger = net("concat")
     full = full_widths(coupling)
     program = choose(
@@ -507,7 +509,7 @@ def test_the_record_is_json() -> None:
     }
 
 
-def test_one_level_a_group_and_no_groups() -> None:
+def test_single_level_and_empty_ladders_are_supported() -> None:
     _, coupling, ledger = net("residual")
     full = full_widths(coupling)
     ladder = Ladder(tuple(np.asarray([w]) for w in full), tuple(np.zeros(1) for _ in full))
@@ -535,7 +537,7 @@ def test_ladder_is_validated(widths: list[int], loss: list[float], message: str)
         Ladder((np.ones(1, np.int64),), ())
 
 
-def test_a_limit_must_be_finite() -> None:
+def test_infinite_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="the limit 'latency' is nan"):
         LinearisedLimit("latency", net("dense")[2].macs, 0.0, math.nan)
 
@@ -548,7 +550,7 @@ def test_ladder_must_fit_the_model() -> None:
 # ------------------------------------------------------------------------------------------------------------- size
 
 
-def test_densenet_size_in_seconds() -> None:
+def test_densenet_sized_program_is_solved_in_seconds() -> None:
     """120 groups of eight widths, every layer reading all before it in its block of 40: as DenseNet-121 does."""
     rng = np.random.default_rng(0)
     groups, block = 120, 40

@@ -92,7 +92,7 @@ def test_parse_leaves_out_warm_runs_and_sums_equal_names() -> None:
     assert latency_model.parse(first, skip=1) == {}
 
 
-def test_parse_of_a_real_profile(tmp_path: Path) -> None:
+def test_real_profile_is_parsed(tmp_path: Path) -> None:
     model = models.load(LENET)
     session = Session(model.proto, "cpu", 1, profile=tmp_path / "p")
     feed = {model.inputs[0].name: np.zeros(model.shapes[model.inputs[0].name], np.float32)}
@@ -137,7 +137,7 @@ def test_assign_by_node_tensor_and_fused_name(tmp_path: Path) -> None:
     ]
 
 
-def test_assign_shares_a_kernel_by_macs_and_hands_out_what_is_left(tmp_path: Path) -> None:
+def test_assign_splits_kernels_by_macs_and_distributes_the_rest(tmp_path: Path) -> None:
     proto = load(build(RESIDUAL), tmp_path).proto
     made = {n.output[0]: n.name for n in proto.graph.node}
     kernels = {
@@ -150,14 +150,14 @@ def test_assign_shares_a_kernel_by_macs_and_hands_out_what_is_left(tmp_path: Pat
     assert _assign(proto, [made[t] for t in "abcsy"], kernels, macs) == [1.0, 4.0, 6.0, 2.0, 2.0]
 
 
-def test_assign_without_kernels_is_nothing(tmp_path: Path) -> None:
+def test_assign_without_kernels_gives_zeros(tmp_path: Path) -> None:
     proto = load(build(RESIDUAL), tmp_path).proto
     names = [n.name for n in proto.graph.node]
     assert _assign(proto, names, {}, np.ones(len(names))) == [0.0] * len(names)
 
 
 @pytest.mark.parametrize("text", [RESIDUAL, TOKENS], ids=["residual", "tokens"])
-def test_every_linear_node_of_a_real_run_gets_time(text: str, tmp_path: Path) -> None:
+def test_every_linear_node_of_a_real_run_has_a_time(text: str, tmp_path: Path) -> None:
     model = load(build(text), tmp_path)
     names = cost.ledger(model, couple(model)).nodes
     feed = _images(model).feed(np.arange(8))
@@ -173,7 +173,7 @@ def test_every_linear_node_of_a_real_run_gets_time(text: str, tmp_path: Path) ->
 # ----------------------------------------------------------------------------------------------------------- fit
 
 
-def test_fit_finds_the_rates_that_made_the_times() -> None:
+def test_fit_recovers_the_rates_behind_the_times() -> None:
     rng = np.random.default_rng(0)
     macs, sizes = rng.uniform(1e6, 1e8, (6, 3)), rng.uniform(1e3, 1e5, (6, 3))
     rates, own, base = (
@@ -199,7 +199,7 @@ def test_fit_never_goes_negative() -> None:
     assert (elements >= 0).all()
 
 
-def test_fit_of_whole_runs_where_kernels_are_unknown() -> None:
+def test_fit_uses_whole_runs_if_kernels_are_unknown() -> None:
     macs = np.asarray([[4e6, 2e6], [2e6, 2e6], [1e6, 5e5]])
     sizes = np.asarray([[2e3, 2e3], [2e3, 1e3], [5e2, 5e2]])
     walls = 1e-4 + 2e-11 * macs.sum(axis=1) + 1e-9 * sizes.sum(axis=1)
@@ -219,7 +219,7 @@ def residual(tmp_path: Path) -> tuple[Model, Coupling]:
     return model, couple(model)
 
 
-def test_levels_are_on_the_ladder_and_differ(residual: tuple[Model, Coupling]) -> None:
+def test_levels_are_distinct_and_on_the_ladder(residual: tuple[Model, Coupling]) -> None:
     _, coupling = residual
     ladder = _ladder(coupling)
     widths = latency_model.level_widths(coupling, ladder)
@@ -232,7 +232,7 @@ def test_levels_are_on_the_ladder_and_differ(residual: tuple[Model, Coupling]) -
     ]
 
 
-def test_first_units_are_as_many_as_asked(residual: tuple[Model, Coupling]) -> None:
+def test_first_units_match_the_requested_widths(residual: tuple[Model, Coupling]) -> None:
     _, coupling = residual
     widths = np.asarray([1 + g for g in range(len(coupling.groups))])
     keep = latency_model.first_units(coupling, widths)
@@ -240,7 +240,7 @@ def test_first_units_are_as_many_as_asked(residual: tuple[Model, Coupling]) -> N
 
 
 @pytest.mark.parametrize("text", [RESIDUAL, TOKENS, None], ids=["residual", "tokens", "lenet5"])
-def test_profile_of_a_real_model(text: str | None, tmp_path: Path) -> None:
+def test_real_model_is_profiled(text: str | None, tmp_path: Path) -> None:
     model = models.load(LENET) if text is None else load(build(text), tmp_path)
     samples = _images(model)
     model = models.rebind(model, samples.bindings(model))

@@ -102,7 +102,7 @@ def shares(ready: Prepared, found: Attempt) -> dict[str, float]:
     return {"macs": a.macs / b.macs, "params": a.params / b.params, "size": a.bytes / b.bytes}
 
 
-def test_there_are_shipped_models() -> None:
+def test_shipped_models_exist() -> None:
     assert {"lenet300-mnist", "lenet5-mnist", "resnet20-fashion"} <= set(SHIPPED)
 
 
@@ -110,7 +110,7 @@ def test_there_are_shipped_models() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_predicted_costs_are_those_of_the_cut_model(name: str) -> None:
+def test_predicted_costs_equal_those_of_the_pruned_model(name: str) -> None:
     """MACs and parameters, for random widths of all groups, counted in the model that would be written."""
     model, coupling = _coupled(name)
     ledger = cost.ledger(model, coupling)
@@ -128,7 +128,7 @@ def test_predicted_costs_are_those_of_the_cut_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in SHIPPED if n not in BIG])
-def test_a_refit_adds_biases_and_nothing_else(name: str) -> None:
+def test_refit_adds_biases_only(name: str) -> None:
     model, coupling = _coupled(name)
     ledger = cost.ledger(model, coupling)
     full = full_widths(coupling)
@@ -152,7 +152,7 @@ def test_a_refit_adds_biases_and_nothing_else(name: str) -> None:
     "budgets", [{"macs": 0.5}, {"params": 0.3}, {"macs": 0.6, "params": 0.5}, {"size": 0.4}]
 )
 @pytest.mark.parametrize("name", ["lenet300-mnist", "lenet5-mnist", "resnet20-fashion"])
-def test_budgets_hold_in_the_model(
+def test_pruned_model_meets_the_budgets(
     name: str, budgets: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(least_squares, "MAX_ROWS", 512)
@@ -187,7 +187,7 @@ def _enumerate(ready: Prepared, ladder: Ladder, limit: allocation.Limits) -> flo
 @pytest.mark.parametrize(
     "limits", [{"macs": 0.6}, {"macs": 0.45}, {"params": 0.7}, {"macs": 0.6, "params": 0.55}]
 )
-def test_resnet20_cut_down_matches_enumeration(limits: dict[str, float]) -> None:
+def test_small_resnet20_plan_matches_enumeration(limits: dict[str, float]) -> None:
     """The trunks and every third branch have three widths with their measured losses, the others stay: 3^6 plans."""
     ready = prepared("resnet20-fashion")
     assert ready.ladder is not None
@@ -254,7 +254,7 @@ def test_interpolation_is_monotone_and_exact() -> None:
 
 
 @pytest.mark.parametrize(("step", "floor"), [(1, 0.0), (4, 0.0), (8, 0.3), (5, 0.9), (100, 0.5)])
-def test_rungs(step: int, floor: float) -> None:
+def test_rungs_are_multiples_of_the_step_above_the_floor(step: int, floor: float) -> None:
     """Multiples of the step from the floor on, and the full width."""
     ready = prepared("lenet300-mnist")
     found = tuple(
@@ -306,7 +306,7 @@ def test_widths_are_multiples_of_the_alignment(name: str, align: int) -> None:
 
 
 @pytest.mark.parametrize(("floor", "macs"), [(0.35, 0.2), (0.55, 0.4)])
-def test_the_floor_holds(floor: float, macs: float) -> None:
+def test_plan_respects_the_floor(floor: float, macs: float) -> None:
     ready = prepared("resnet20-fashion")
     full = full_widths(ready.coupling)
     free = _plan(ready, macs=macs)
@@ -318,7 +318,7 @@ def test_the_floor_holds(floor: float, macs: float) -> None:
         _plan(ready, macs=0.05, floor=floor)
 
 
-def test_threshold_and_program() -> None:
+def test_program_respects_the_threshold() -> None:
     """Units below the threshold go at least; the program takes more where the budget asks for it."""
     ready = prepared("lenet5-mnist")
     values = ready.scores.values
@@ -334,7 +334,7 @@ def test_threshold_and_program() -> None:
     assert both.predicted.macs <= 0.15 * ready.before.macs < alone.predicted.macs
 
 
-def test_several_budgets_at_once() -> None:
+def test_several_budgets_are_met_together() -> None:
     """All are limits of one program; it is told which one binds."""
     ready = prepared("lenet5-mnist")
     for values in ({"macs": 0.5, "params": 0.1}, {"macs": 0.1, "params": 0.9, "size": 0.9}):
@@ -381,7 +381,7 @@ def test_max_drop_is_met_by_a_smaller_model(name: str, points: float, few_rows: 
         assert _measured_drop(ready, less) > points
 
 
-def test_max_drop_without_labels_counts_agreement(few_rows: None) -> None:
+def test_max_drop_without_labels_limits_agreement(few_rows: None) -> None:
     ready = asked(prepared("lenet300-mnist", unlabelled=True), max_drop=2.0)
     assert ready.held_out is not None
     assert ready.held_out.labels is None
@@ -393,7 +393,7 @@ def test_max_drop_without_labels_counts_agreement(few_rows: None) -> None:
     assert found.after.macs < 0.7 * ready.before.macs
 
 
-def test_max_drop_beside_other_budgets(few_rows: None) -> None:
+def test_max_drop_combines_with_other_budgets(few_rows: None) -> None:
     """The other budgets are met too, the size of the file among them."""
     ready = asked(prepared("lenet300-mnist"), max_drop=5.0, macs=0.4, size=0.2)
     found = search.search(ready)
@@ -405,7 +405,7 @@ def test_max_drop_beside_other_budgets(few_rows: None) -> None:
         search.search(asked(ready, max_drop=0.0, macs=0.005))
 
 
-def test_max_drop_asks_for_data(tmp_path: Path) -> None:
+def test_max_drop_requires_data(tmp_path: Path) -> None:
     ready = replace(small(CNN, tmp_path, max_drop=1.0, macs=None), held_out=None)
     with pytest.raises(BudgetNotMet, match="`eval_data`"):
         search.search(ready)
@@ -429,7 +429,7 @@ UNBIASED = """(float[N,6] x) => (float[N,3] y)
 
 
 @pytest.mark.parametrize("budgets", [{"size": 0.75}, {"size": 0.75, "max_drop": 1.0}])
-def test_the_size_of_the_file_is_met(
+def test_file_size_budget_is_met(
     budgets: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first size is a prediction that misses the names; it is corrected until the file fits."""
@@ -504,7 +504,7 @@ CLOCKS: dict[str, Callable[[Floats], float]] = {
 
 @pytest.mark.parametrize("share", [0.5, 0.7])
 @pytest.mark.parametrize("name", CLOCKS)
-def test_latency_is_corrected_until_it_is_met(
+def test_latency_estimate_is_corrected_until_the_budget_is_met(
     name: str, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The additive model is wrong in different ways; the measured share ends just below what was asked."""
@@ -526,7 +526,7 @@ def test_latency_is_corrected_until_it_is_met(
     assert "latency" in found.plan.programs[-1]["used"]
 
 
-def test_latency_with_noise_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_budget_is_met_despite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measurements that jump by a few percent must not end the search with nothing."""
     ready = asked(prepared("resnet20-fashion"), latency=0.6, refit="none")
     table, measure = _clock(ready, CLOCKS["less than proportional"], _linear)
@@ -540,7 +540,7 @@ def test_latency_with_noise_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0.6 * 0.9 <= measure(ready, found.pruned.raw) <= 0.6 * 1.05
 
 
-def test_latency_beside_macs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_combines_with_a_macs_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the other budget is tighter, the latency lands wherever that leads, below its share."""
     ready = asked(prepared("resnet20-fashion"), latency=0.9, macs=0.3, refit="none")
     table, measure = _clock(ready, _linear, _linear)
@@ -552,7 +552,7 @@ def test_latency_beside_macs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("overhead", [2e-2, 2.0])
-def test_latency_that_cannot_be_met(overhead: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_latency_is_refused(overhead: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of the time does not depend on widths, whether the model knows it or not."""
     ready = asked(prepared("resnet20-fashion"), latency=0.3, refit="none")
     monkeypatch.setattr(search, "profile", lambda *_, **__: _clock(ready, _linear, predicted)[0])
@@ -568,7 +568,9 @@ def test_latency_that_cannot_be_met(overhead: float, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("allocate", ["mip", "uniform", "global"])
 @pytest.mark.parametrize("method", ["least-squares", "bias", "none"])
-def test_every_combination_meets_the_budget(allocate: str, method: str, tmp_path: Path) -> None:
+def test_every_combination_of_choices_meets_the_budget(
+    allocate: str, method: str, tmp_path: Path
+) -> None:
     ready = small(RESIDUAL, tmp_path, macs=0.55, allocate=allocate, refit=method)
     assert (ready.ladder is not None) == (allocate == "mip")
     found = search.search(ready)
@@ -578,7 +580,7 @@ def test_every_combination_meets_the_budget(allocate: str, method: str, tmp_path
     assert (found.pruned.raw is found.pruned.proto) == (method == "none")
 
 
-def test_a_budget_of_all_keeps_all(tmp_path: Path) -> None:
+def test_budget_of_one_keeps_all_units(tmp_path: Path) -> None:
     ready = small(CNN, tmp_path, macs=1.0)
     found = search.search(ready)
     assert found.plan.keep.all()
@@ -586,7 +588,7 @@ def test_a_budget_of_all_keeps_all(tmp_path: Path) -> None:
     assert found.after.macs == ready.before.macs
 
 
-def test_what_a_drop_is() -> None:
+def test_drop_prefers_accuracy_over_agreement_over_error() -> None:
     def make(
         error: float | None, agreement: float | None, before: float | None, after: float | None
     ) -> Verification:

@@ -279,7 +279,7 @@ def _order(coupling: Coupling, seed: int = 5) -> Floats:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_losses_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_partial_losses_equal_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
     model = load(build(NETS[name]), tmp_path)
     coupling = couple(model)
     feeds = _feeds(model)
@@ -296,7 +296,7 @@ def test_losses_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
         assert all(one.loss[0] > 1e-6 for one in found)
 
 
-def test_kinds_of_consumers_are_what_they_should_be(tmp_path: Path) -> None:
+def test_networks_have_the_named_consumers(tmp_path: Path) -> None:
     """The cases above really hold what they are named after."""
 
     def consumers(name: str) -> dict[str, set[str]]:
@@ -329,7 +329,7 @@ def test_kinds_of_consumers_are_what_they_should_be(tmp_path: Path) -> None:
     ("name", "cap"),
     [("conv, pool, norm, flatten", 30), ("residual trunk", 50), ("transposed convolutions", 8)],
 )
-def test_losses_with_folded_matrices(name: str, cap: int, tmp_path: Path) -> None:
+def test_folded_matrices_give_the_same_losses(name: str, cap: int, tmp_path: Path) -> None:
     """Where a Gram matrix holds channels only, weights of all taps are repaired alike."""
     model = load(build(NETS[name]), tmp_path)
     coupling = couple(model)
@@ -342,7 +342,7 @@ def test_losses_with_folded_matrices(name: str, cap: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_operator(case: OpCase, tmp_path: Path) -> None:
+def test_losses_of_every_operator_case_match_a_whole_run(case: OpCase, tmp_path: Path) -> None:
     """No graph of the suite breaks the cutting of parts; one level of its first groups is checked by hand."""
     if reason := unknown_here(case):
         pytest.skip(reason)
@@ -369,7 +369,7 @@ def test_every_operator(case: OpCase, tmp_path: Path) -> None:
                 assert one.loss[0] == pytest.approx(least, rel=loose, abs=1e-7)
 
 
-def test_workers_do_not_matter(tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
     model = load(build(RESIDUAL), tmp_path)
     coupling = couple(model)
     feeds = _feeds(model, (8, 8))
@@ -388,7 +388,7 @@ def test_workers_do_not_matter(tmp_path: Path) -> None:
             np.testing.assert_array_equal(a.loss, b.loss)
 
 
-def test_nothing_in_front_of_the_group_runs_again(
+def test_nodes_before_the_group_do_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts are two sessions a group; levels only feed other numbers to the second one."""
@@ -422,7 +422,7 @@ def test_nothing_in_front_of_the_group_runs_again(
     ]
 
 
-def test_units_that_nobody_reads_cost_nothing(tmp_path: Path) -> None:
+def test_units_without_consumer_have_no_loss(tmp_path: Path) -> None:
     """A slice drops channels: they are a group without a consumer."""
     text = """(float[N,5] x) => (float[N,3] y)
     <float[5,8] w1, float[5,3] w2, int64[1] from = {0}, int64[1] to = {5}, int64[1] axis = {1}> {
@@ -448,7 +448,7 @@ def test_units_that_nobody_reads_cost_nothing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(free[0].widths, levels(3))
 
 
-def test_constants_that_only_a_branch_reads(tmp_path: Path) -> None:
+def test_constants_read_only_in_a_branch_are_supported(tmp_path: Path) -> None:
     """An If behind the group reads its constants from outside; they must come along."""
     text = """(float[N,5] x, bool flag) => (float[N,3] y, float[N,3] z)
     <float[5,8] w1, float[8,3] w2, float[3] c> {
@@ -472,7 +472,7 @@ def test_constants_that_only_a_branch_reads(tmp_path: Path) -> None:
     _assert_close(one, _expected(model, coupling, grams, order, feeds, 0))
 
 
-def test_types_behind_unknown_operators(tmp_path: Path) -> None:
+def test_types_behind_unknown_operators_are_measured(tmp_path: Path) -> None:
     """What crosses into a part may come from an operator whose result inference does not know."""
     text = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2, float[5,3] w3> {
         g = com.microsoft.FastGelu(x)
@@ -496,7 +496,7 @@ def test_types_behind_unknown_operators(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 16, 100])
-def test_levels(width: int) -> None:
+def test_levels_rise_from_one_to_the_full_width(width: int) -> None:
     found = levels(width)
     assert found[0] == 1
     assert found[-1] == width
@@ -506,7 +506,7 @@ def test_levels(width: int) -> None:
         assert found.tolist() == [1, 2, 5, 7, 10, 13, 16]
 
 
-def test_divergence_of_logits_and_of_probabilities(tmp_path: Path) -> None:
+def test_divergence_of_logits_equals_that_of_probabilities(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     a, b = 3 * rng.standard_normal((7, 4)), 3 * rng.standard_normal((7, 4))
     p, q = softmax(a, axis=1), softmax(b, axis=1)
@@ -524,7 +524,7 @@ def test_divergence_of_logits_and_of_probabilities(tmp_path: Path) -> None:
     assert 5 < divergence(ended, [sure], [np.eye(4)[1:2]]) < 100
 
 
-def test_divergence_of_anything_else(tmp_path: Path) -> None:
+def test_divergence_of_other_outputs_is_relative_error(tmp_path: Path) -> None:
     model = load(build(NETS["two outputs, none with classes"]), tmp_path)
     rng = np.random.default_rng(0)
     old = [
@@ -572,7 +572,7 @@ def _never_rising(loss: Sequence[float]) -> Floats:
         "concatenation",
     ],
 )
-def test_without_repair_losses_are_those_of_the_masked_model(name: str, tmp_path: Path) -> None:
+def test_losses_without_repair_equal_those_of_the_masked_model(name: str, tmp_path: Path) -> None:
     model = load(build(NETS[name]), tmp_path)
     coupling = couple(model)
     feeds = _feeds(model)
@@ -593,7 +593,9 @@ def test_without_repair_losses_are_those_of_the_masked_model(name: str, tmp_path
 @pytest.mark.parametrize(
     "name", ["dense", "scaled products", "weights on the left", "attention, classes"]
 )
-def test_losses_with_folded_means_are_those_of_the_cut_model(name: str, tmp_path: Path) -> None:
+def test_losses_with_folded_means_equal_those_of_the_pruned_model(
+    name: str, tmp_path: Path
+) -> None:
     """Without borders, the mean of every removed channel is all that ``--refit bias`` knows."""
     model = load(build(NETS[name]), tmp_path)
     coupling = couple(model)
@@ -671,7 +673,7 @@ def test_folded_means_keep_the_means_of_consumers(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("repair", ["least-squares", "none"])
 @pytest.mark.parametrize("name", ["dense", "residual trunk", "attention, classes"])
-def test_the_order_of_least_loss_is_chosen(name: str, repair: str, tmp_path: Path) -> None:
+def test_order_with_the_least_loss_is_chosen(name: str, repair: str, tmp_path: Path) -> None:
     """Of four random orders, by the losses of whole models made by hand."""
     model = load(build(NETS[name]), tmp_path)
     coupling = couple(model)
@@ -718,7 +720,7 @@ def test_the_order_of_least_loss_is_chosen(name: str, repair: str, tmp_path: Pat
         )
 
 
-def test_a_good_order_beats_its_reverse_and_the_first_wins_ties(tmp_path: Path) -> None:
+def test_good_order_beats_its_reverse_and_ties_keep_the_first(tmp_path: Path) -> None:
     """Units that nobody listens to first, or last; a choice is made by group."""
     proto = build(MLP)
     for tensor in proto.graph.initializer:
@@ -748,7 +750,7 @@ def test_a_good_order_beats_its_reverse_and_the_first_wins_ties(tmp_path: Path) 
         assert pick(good) == [0, 0]
 
 
-def test_no_choice_where_nothing_is_lost(tmp_path: Path) -> None:
+def test_first_order_is_kept_if_nothing_is_lost(tmp_path: Path) -> None:
     """Groups of one unit, and units that nobody reads: the first order."""
     text = """(float[N,5] x) => (float[N,3] y)
     <float[5,8] w1, float[5,1] w2, float[1,3] w3, int64[1] from = {0}, int64[1] to = {5}, int64[1] axis = {1},

@@ -114,7 +114,7 @@ def test_linear_program_has_bound_and_no_gap(solver: str) -> None:
 
 
 @pytest.mark.parametrize("integer", [False, True])
-def test_infeasible(solver: str, integer: bool) -> None:
+def test_infeasible_program_has_no_solution(solver: str, integer: bool) -> None:
     builder = Builder()
     v = builder.variables(2, 0, 1, objective=1.0, integer=integer)
     builder.rows(1, (0, v, 1.0), lower=3)
@@ -125,7 +125,7 @@ def test_infeasible(solver: str, integer: bool) -> None:
 
 
 @pytest.mark.parametrize("integer", [False, True])
-def test_unbounded(solver: str, integer: bool) -> None:
+def test_unbounded_program_is_reported(solver: str, integer: bool) -> None:
     builder = Builder()
     v = builder.variables(2, 0, INF, objective=-1.0, integer=integer)
     builder.rows(1, (0, v, [1.0, -1.0]), lower=-1)
@@ -134,7 +134,7 @@ def test_unbounded(solver: str, integer: bool) -> None:
     assert solution.values is None
 
 
-def test_infeasible_with_unbounded_relaxation(solver: str) -> None:
+def test_infeasible_program_with_unbounded_relaxation(solver: str) -> None:
     """Solvers may call this unbounded, or stop at "infeasible or unbounded": no whole v has 2.5 <= v <= 2.6."""
     builder = Builder()
     v = builder.variables(2, 0, INF, objective=-1.0, integer=True)
@@ -153,7 +153,7 @@ def test_time_limit_leaves_incumbent_with_gap(solver: str) -> None:
     assert 0 < solution.gap < 0.5
 
 
-def test_time_limit_before_any_solution(solver: str) -> None:
+def test_time_limit_without_incumbent_has_no_solution(solver: str) -> None:
     """An equality knapsack with awkward coefficients: nothing feasible is found in a millisecond."""
     rng = np.random.default_rng(0)
     builder = Builder()
@@ -166,12 +166,12 @@ def test_time_limit_before_any_solution(solver: str) -> None:
     assert solution.values is None
 
 
-def test_node_limit(solver: str) -> None:
+def test_node_limit_ends_the_search(solver: str) -> None:
     solution = solvers.solve(knapsack(100, rows=20), SolverLimits(nodes=1, gap=0.0), solver)
     assert (solution.termination, solution.limit) == (Termination.FEASIBLE, Limit.NODE)
 
 
-def test_loose_gap_is_optimal(solver: str) -> None:
+def test_solution_within_a_loose_gap_is_optimal(solver: str) -> None:
     solution = solvers.solve(knapsack(60, rows=5), SolverLimits(gap=0.2), solver)
     assert solution.termination is Termination.OPTIMAL
     assert solution.gap is not None
@@ -181,7 +181,7 @@ def test_loose_gap_is_optimal(solver: str) -> None:
 @pytest.mark.parametrize(
     ("side", "ended"), [(0.0, Termination.OPTIMAL), (1.0, Termination.INFEASIBLE)]
 )
-def test_program_without_variables(solver: str, side: float, ended: Termination) -> None:
+def test_program_without_variables_is_solved(solver: str, side: float, ended: Termination) -> None:
     none = np.zeros(0)
     program = Program(
         none,
@@ -198,7 +198,7 @@ def test_program_without_variables(solver: str, side: float, ended: Termination)
     assert solution.objective == (3.0 if ended is Termination.OPTIMAL else None)
 
 
-def test_program_without_rows(solver: str) -> None:
+def test_program_without_rows_is_solved(solver: str) -> None:
     builder = Builder()
     builder.variables(
         (2, 2), -1, [2.0, 3.0], objective=[[1.0, -1.0], [-1.0, 1.0]], integer=[[True], [False]]
@@ -208,7 +208,7 @@ def test_program_without_rows(solver: str) -> None:
     assert solution.values.tolist() == [-1, 3, 2, -1]
 
 
-def test_rows_of_every_kind(solver: str) -> None:
+def test_rows_of_every_kind_are_respected(solver: str) -> None:
     """Equal, below, above, two-sided, free."""
     builder = Builder()
     v = builder.variables(4, -10, 10, objective=[1.0, -1.0, 1.0, 1.0])
@@ -252,7 +252,7 @@ def test_solvers_agree_within_their_gaps() -> None:
 # ----------------------------------------------------------------------------------------- start, determinism
 
 
-def test_start_is_taken(solver: str) -> None:
+def test_feasible_start_is_used(solver: str) -> None:
     program = knapsack(200, rows=40)
     good = solvers.solve(program, SolverLimits(time_s=2.0, gap=0.0), solver)
     assert good.values is not None
@@ -285,7 +285,7 @@ def test_unusable_start_is_ignored(solver: str, start: np.ndarray) -> None:
     assert solution.objective == pytest.approx(expected.objective)
 
 
-def test_same_program_same_values(solver: str) -> None:
+def test_same_program_gives_the_same_values(solver: str) -> None:
     limits = SolverLimits(gap=0.02, seed=5)
     first, second = (solvers.solve(knapsack(60, rows=5), limits, solver) for _ in range(2))
     assert np.array_equal(first.values, second.values)  # type: ignore[arg-type]
@@ -301,14 +301,14 @@ def test_number_of_threads_may_change_between_solves(solver: str) -> None:
     assert found == pytest.approx([found[0]] * 4)
 
 
-def test_nothing_is_printed(solver: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_solvers_print_nothing(solver: str, capfd: pytest.CaptureFixture[str]) -> None:
     solvers.solve(knapsack(40, rows=4), EXACT, solver)
     solvers.solve(with_start(knapsack(40, rows=4), np.ones(40)), EXACT, solver)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
 
 
-def test_interrupt_ends_a_solve(solver: str) -> None:
+def test_interrupt_stops_a_solve(solver: str) -> None:
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
         "from programs import knapsack\n"
@@ -329,7 +329,7 @@ def test_interrupt_ends_a_solve(solver: str) -> None:
     assert out.endswith("interrupted\n")  # Gurobi adds a line of its own before
 
 
-def test_ctrl_c_is_heard_after_solves_that_overlapped(solver: str) -> None:
+def test_ctrl_c_works_after_overlapping_solves(solver: str) -> None:
     """A handler that a solver puts in place while it works is gone behind the last of them."""
 
     def work(seconds: float) -> None:
@@ -402,7 +402,7 @@ def test_cuts_can_prove_infeasible(solver: str) -> None:
 # ------------------------------------------------------------------------------------------- which solver, and why
 
 
-def test_too_large_for_the_licence(size_limited: None) -> None:
+def test_program_over_the_licence_limit_is_refused(size_limited: None) -> None:
     program = knapsack(2001)
     with pytest.raises(
         SolverError,
@@ -418,7 +418,7 @@ def test_too_large_for_the_licence(size_limited: None) -> None:
     assert "2,001 variables" in solution.reason
 
 
-def test_largest_program_the_licence_takes(size_limited: None) -> None:
+def test_program_at_the_licence_limit_is_solved(size_limited: None) -> None:
     builder = Builder()
     v = builder.variables(2000, 0, 1, objective=-1.0, integer=True)
     builder.rows(2000, (np.arange(2000), v, 1.0), upper=0.5)
@@ -428,7 +428,7 @@ def test_largest_program_the_licence_takes(size_limited: None) -> None:
     assert solvers.solve(builder.build(), SolverLimits(), "auto").solver == "highs"
 
 
-def test_a_program_that_only_grows_too_large_by_cuts_moves_on(size_limited: None) -> None:
+def test_program_that_exceeds_the_licence_by_cuts_moves_to_highs(size_limited: None) -> None:
     builder = Builder()
     v = builder.variables(10, 0, 1, objective=-1.0, integer=True)
     program = builder.build()
@@ -437,13 +437,13 @@ def test_a_program_that_only_grows_too_large_by_cuts_moves_on(size_limited: None
     assert (end.solution.solver, end.solution.objective, len(v)) == ("highs", -4.0, 10)
 
 
-def test_gurobi_itself_refuses(size_limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_by_gurobi_is_reported(size_limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where our own count were wrong, the solver's refusal is still one sentence."""
     with pytest.raises(SolverError, match=r"2,001 variables.*`solver=highs`"):
         solvers.gurobi.solve(knapsack(2001), SolverLimits())
 
 
-def test_auto_says_which_and_why(solver: str) -> None:
+def test_auto_reports_the_chosen_solver_and_the_reason(solver: str) -> None:
     solution = solvers.solve(knapsack(5), EXACT)
     expected = next(name for name in solvers.BACKENDS if usable(name))
     assert solution.solver == expected
@@ -451,7 +451,7 @@ def test_auto_says_which_and_why(solver: str) -> None:
     assert solvers.solve(knapsack(5), EXACT, solver).reason == "as asked"
 
 
-def test_without_gurobi(no_gurobi: None) -> None:
+def test_missing_gurobi_is_reported(no_gurobi: None) -> None:
     heard: list[str] = []
     solution = solvers.solve(knapsack(5), EXACT, notify=heard.append)
     assert solution.solver == "highs"
@@ -463,7 +463,7 @@ def test_without_gurobi(no_gurobi: None) -> None:
     assert record.licence == "not installed"
 
 
-def test_without_a_licence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gurobi_licence_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = dict(solvers.BACKENDS)
     without = Licence("none: no Gurobi license found", None, None, False)
     broken["gurobi"] = solvers.Backend(**{**vars(broken["gurobi"]), "licence": lambda: without})
@@ -474,7 +474,7 @@ def test_without_a_licence(monkeypatch: pytest.MonkeyPatch) -> None:
         solvers.solve(knapsack(5), EXACT, "gurobi")
 
 
-def test_available() -> None:
+def test_available_lists_every_solver() -> None:
     records = {r.name: r for r in solvers.available()}
     assert list(records) == ["gurobi", "highs"]
     for record in records.values():
@@ -488,7 +488,7 @@ def test_available() -> None:
         assert records["highs"].variables is None
 
 
-def test_unknown_solver() -> None:
+def test_unknown_solver_is_refused() -> None:
     with pytest.raises(
         SettingsError, match="`solver='cplex'` is unknown; choose one of auto, gurobi, highs"
     ):
@@ -506,12 +506,12 @@ def test_unknown_solver() -> None:
         ({"nodes": 0}, "nodes is 0"),
     ],
 )
-def test_limits_out_of_range(values: dict, message: str) -> None:
+def test_limits_out_of_range_are_refused(values: dict, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         SolverLimits(**values)
 
 
-def test_a_solve_from_python_prints_nothing(solver: str) -> None:
+def test_solve_from_python_prints_nothing(solver: str) -> None:
     """Not even the banner that HiGHS prints once in a process, here while solves overlap in threads."""
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"

@@ -203,7 +203,7 @@ def _greedy(loss: Loss, keep: Bools, count: int) -> Bools:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_quadratic_narrow(seed: int) -> None:
+def test_quadratic_narrow_is_locally_optimal(seed: int) -> None:
     """Greedy removal first, then exchanges until no single one helps; near the best set there is."""
     rng = np.random.default_rng(seed)
     units = 10
@@ -271,7 +271,7 @@ def test_costs_are_differences(seed: int, units: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_quadratic_relax(seed: int) -> None:
+def test_quadratic_relaxation_bounds_every_set(seed: int) -> None:
     """Feasible, and its plane proves nearly all that the relaxation can prove."""
     rng = np.random.default_rng(seed)
     units = 10
@@ -336,7 +336,7 @@ def test_repaired_is_ridge_regression(kind: str, ridge: float) -> None:
         )
 
 
-def test_repaired_without_anything_loses_the_whole_variance() -> None:
+def test_empty_repaired_set_loses_the_whole_variance() -> None:
     loss = repaired("one consumer", 0, 5)
     assert loss_at(loss, np.zeros(5, bool)) == pytest.approx(1.0, rel=1e-12)
     losses = [loss_at(loss, np.arange(5) < n) for n in range(6)]
@@ -344,7 +344,7 @@ def test_repaired_without_anything_loses_the_whole_variance() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_repaired_gradient(kind: str) -> None:
+def test_repaired_gradient_matches_differences(kind: str) -> None:
     rng = np.random.default_rng(2)
     for seed in range(4):
         loss = repaired(kind, seed, 6)
@@ -382,7 +382,7 @@ def test_repaired_is_convex(seed: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("held", [1, 3])
-def test_worth_is_a_difference_and_sweeps_turn_back(held: int) -> None:
+def test_unit_worth_is_a_loss_difference_and_sweeps_are_reversible(held: int) -> None:
     rng = np.random.default_rng(held)
     for _ in range(4):
         one = fit(rng, 4, 7, held, others=2)
@@ -426,7 +426,7 @@ def test_worth_is_a_difference_and_sweeps_turn_back(held: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_repaired_narrow(kind: str, seed: int) -> None:
+def test_repaired_narrow_is_locally_optimal(kind: str, seed: int) -> None:
     """Without turns the last of the order; exchanges only ever help."""
     loss = repaired(kind, seed, 9)
     rng = np.random.default_rng(seed)
@@ -467,7 +467,7 @@ def test_repaired_narrow_is_near_the_best_set() -> None:
     assert np.mean(chance) < 1.2
 
 
-def test_exchanges_find_what_was_lost() -> None:
+def test_exchanges_recover_removed_units() -> None:
     """Consumers listen to three units, and the order takes those first."""
     rng = np.random.default_rng(0)
     weight = np.full((4, 8), 0.01)
@@ -483,7 +483,7 @@ def test_exchanges_find_what_was_lost() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_repaired_relax(kind: str, seed: int) -> None:
+def test_repaired_relaxation_bounds_every_set(kind: str, seed: int) -> None:
     """The whole count is shared out, every turn helps, and the plane there bounds all sets."""
     loss = repaired(kind, seed, 10, ridge=0.05)
     free = everything(10)
@@ -530,7 +530,7 @@ def test_shared_out_is_best(seed: int, units: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
-def test_silent_units_share_too(count: int) -> None:
+def test_units_of_zero_weight_receive_a_share(count: int) -> None:
     """Where nothing is heard at all, and where fewer are heard than may stay."""
     for weight in (np.zeros(6), np.asarray([0, 0, 5.0, 0, 1.0, 0])):
         found = _shares(weight, everything(6), count)
@@ -583,7 +583,7 @@ def outer(
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_program_finds_the_best_set(name: str, solver: str) -> None:
+def test_program_finds_the_best_set(name: str, solver: str) -> None:
     """Falling counts with all planes of the counts before, as in a walk; some units are gone already."""
     for seed in range(2):
         loss = losses_of(seed)[name]
@@ -598,7 +598,7 @@ def test_the_program_finds_the_best_set(name: str, solver: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_planes_hold_for_every_set(name: str) -> None:
+def test_cutting_planes_hold_for_every_set(name: str) -> None:
     """At any count, wherever they touch: with t the true loss no row cuts a set off; at a plane's own set t is met."""
     loss = losses_of(3)[name]
     rng = np.random.default_rng(0)
@@ -636,7 +636,7 @@ def test_planes_hold_for_every_set(name: str) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("name", ["quadratic", "repaired"])
-def test_start_and_relaxation(name: str, solver: str) -> None:
+def test_start_and_relaxation_are_consistent(name: str, solver: str) -> None:
     """A start is handed over as it is and never lost; without one the keep variables may be fractions."""
     loss = losses_of(5)[name]
     subset = Subset(loss, 7)

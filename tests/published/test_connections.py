@@ -76,7 +76,7 @@ def operands(proto: ModelProto) -> dict[tuple[str, int], Array]:
 
 
 @pytest.mark.parametrize("net", ["chain", "residual", "grouped", "attention", "cnn"])
-def test_without_a_refit_it_is_the_original_with_zeros(tmp_path: Path, net: str) -> None:
+def test_without_refit_the_result_is_the_original_with_zeros(tmp_path: Path, net: str) -> None:
     path = folder(tmp_path, CHAIN if net == "chain" else NETS[net], 60)
     found = run(path, alpha=0.7, refit="none")
     original = models.load(path / "model.onnx")
@@ -108,7 +108,7 @@ def test_without_a_refit_it_is_the_original_with_zeros(tmp_path: Path, net: str)
     assert not np.isnan(found.verification.output_relative_error or 0.0)
 
 
-def test_a_kernel_goes_as_a_whole(tmp_path: Path) -> None:
+def test_kernels_are_removed_as_a_whole(tmp_path: Path) -> None:
     run(folder(tmp_path), alpha=0.6)
     after = constants(onnx.load(tmp_path / "out.onnx"))
     zero = (after["w2"] == 0).reshape(14, 10, 9)
@@ -117,7 +117,7 @@ def test_a_kernel_goes_as_a_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 40])
-def test_least_squares_under_a_support(count: int) -> None:
+def test_least_squares_on_a_support_equals_direct_solves(count: int) -> None:
     rng = np.random.default_rng(count)
     x, r = rng.standard_normal((2, 60, 12)), rng.standard_normal((2, 60, count))
     support = rng.random((2, count, 12)) < 0.4
@@ -135,7 +135,7 @@ def test_least_squares_under_a_support(count: int) -> None:
             np.testing.assert_allclose(found[g, :, o], direct, atol=1e-9)
 
 
-def test_conjugate_gradients_find_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conjugate_gradients_equal_direct_solves(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 50)) @ rng.standard_normal((50, 50))
     gram, cross = x.T @ x, x.T @ rng.standard_normal((400, 30))
@@ -148,7 +148,7 @@ def test_conjugate_gradients_find_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert not turned[~support.T].any()
 
 
-def test_a_refit_brings_outputs_nearer_and_revives_nothing(tmp_path: Path) -> None:
+def test_refit_reduces_the_error_and_revives_no_connection(tmp_path: Path) -> None:
     folder(tmp_path)
     errors, zeros = {}, {}
     for refit in ("none", "bias", "least-squares"):
@@ -165,7 +165,7 @@ def test_a_refit_brings_outputs_nearer_and_revives_nothing(tmp_path: Path) -> No
         np.testing.assert_array_equal(zeros["least-squares"][name], zero)
 
 
-def test_rounds_prune_more_and_never_less(tmp_path: Path) -> None:
+def test_iterations_only_remove_connections(tmp_path: Path) -> None:
     found = run(folder(tmp_path), alpha=0.8, iterations=4)
     assert found.connections is not None
     kept = [r.kept for r in found.connections.rounds]
@@ -180,7 +180,7 @@ def test_rounds_prune_more_and_never_less(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
-def test_a_share_of_connections(tmp_path: Path, allocate: str) -> None:
+def test_connection_share_budget_is_met(tmp_path: Path, allocate: str) -> None:
     found = run(folder(tmp_path), params=0.3, iterations=3, allocate=allocate)
     assert found.connections is not None
     share = found.connections.kept / found.connections.total
@@ -189,14 +189,14 @@ def test_a_share_of_connections(tmp_path: Path, allocate: str) -> None:
     np.testing.assert_allclose(steps, [0.3 ** (1 / 3), 0.3 ** (2 / 3), 0.3], atol=0.05)
 
 
-def test_a_share_below_what_every_unit_keeps(tmp_path: Path) -> None:
+def test_share_below_one_connection_per_unit_is_refused(tmp_path: Path) -> None:
     folder(tmp_path)
     with pytest.raises(BudgetNotMet, match=r"`params=0\.001` cannot be met"):
         run(tmp_path, params=0.001, allocate="uniform")
     assert not (tmp_path / "out.onnx").exists()
 
 
-def test_the_largest_drop(tmp_path: Path) -> None:
+def test_max_drop_limits_connection_pruning(tmp_path: Path) -> None:
     found = run(folder(tmp_path), max_drop=10)
     v = found.verification
     assert v.accuracy_before is not None
@@ -224,7 +224,7 @@ def test_sparse_constants_load_everywhere(tmp_path: Path) -> None:
     assert couple(again).n_units == couple(models.load(tmp_path / "model.onnx")).n_units
 
 
-def test_units_without_a_connection_can_be_taken_out(tmp_path: Path) -> None:
+def test_units_without_connections_can_be_removed(tmp_path: Path) -> None:
     """A thinned model, pruned by units at alpha 1, loses them and nothing else."""
     folder(tmp_path)
     thin = run(tmp_path, params=0.05, iterations=2)
@@ -240,7 +240,7 @@ def test_units_without_a_connection_can_be_taken_out(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ rounds over units
 
 
-def test_alpha_is_a_budget_for_units(tmp_path: Path) -> None:
+def test_alpha_prunes_units_over_iterations(tmp_path: Path) -> None:
     folder(tmp_path)
     widths = []
     for n in (1, 3):
@@ -253,7 +253,7 @@ def test_alpha_is_a_budget_for_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("importance", ["nnrelief", "activation"])
-def test_rounds_approach_a_counted_budget(tmp_path: Path, importance: str) -> None:
+def test_iterations_approach_a_counted_budget(tmp_path: Path, importance: str) -> None:
     folder(tmp_path)
     found = run(
         tmp_path,
@@ -268,7 +268,7 @@ def test_rounds_approach_a_counted_budget(tmp_path: Path, importance: str) -> No
     assert (found.scores.values[~found.plan.keep] <= np.max(found.scores.values)).all()
 
 
-def test_units_of_a_cut_model_are_found_again(tmp_path: Path) -> None:
+def test_units_of_a_pruned_model_are_mapped_to_the_original(tmp_path: Path) -> None:
     model = load_case(build(NETS["residual"]), tmp_path)
     coupling = couple(model)
     rng = np.random.default_rng(3)
@@ -316,7 +316,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_requests_are_one_sentence(
+def test_invalid_requests_are_one_sentence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], case: str
 ) -> None:
     folder(tmp_path, count=20)
@@ -338,7 +338,9 @@ def test_bad_requests_are_one_sentence(
     assert not out.exists()
 
 
-def test_connections_need_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_connection_pruning_requires_data(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder(tmp_path, count=20)
     asked = [
         "prune",
@@ -352,7 +354,7 @@ def test_connections_need_data(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     assert "--data" in capfd.readouterr().err
 
 
-def test_the_command_line_reports_connections(
+def test_command_line_reports_connections(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder(tmp_path, count=60)
@@ -366,14 +368,14 @@ def test_the_command_line_reports_connections(
     assert "no faster" in " ".join(text.split())
 
 
-def test_a_model_without_units_can_lose_connections(tmp_path: Path) -> None:
+def test_model_without_units_can_lose_connections(tmp_path: Path) -> None:
     text = "(float[N,12] x) => (float[N,5] y) <float[12,5] w, float[5] b> { y = Gemm(x, w, b) }"
     found = run(folder(tmp_path, text), alpha=0.6)
     assert found.connections is not None
     assert found.connections.kept < found.connections.total
 
 
-def test_a_branch_that_is_cut_says_nothing(tmp_path: Path) -> None:
+def test_removed_branch_contributes_nothing(tmp_path: Path) -> None:
     """Behind a normalisation, whose shift would go on."""
     text = """(float[N,4,5,5] x) => (float[N,3] y)
     <float[6,4,1,1] w1, float[6,6,1,1] w2, float[6] gain, float[6] b, float[6] m, float[6] var, float[6,3] w3> {
@@ -406,7 +408,7 @@ def test_a_branch_that_is_cut_says_nothing(tmp_path: Path) -> None:
     assert not activations(shown, values, ["n"])["n"][:, 4].any()
 
 
-def test_settings_are_frozen_choices() -> None:
+def test_connection_settings_have_their_defaults() -> None:
     asked = settings(alpha=0.9)
     assert (asked.granularity, asked.signal, asked.iterations, asked.sparse) == (
         "connection",

@@ -14,7 +14,7 @@ def _residual(target: Floats, others: Floats) -> Floats:
     return target - others @ np.linalg.lstsq(others, target, rcond=None)[0]
 
 
-def test_it_is_the_correlation_of_what_the_others_do_not_explain() -> None:
+def test_partial_correlation_equals_that_of_residuals() -> None:
     rng = np.random.default_rng(0)
     parents = rng.standard_normal((4000, 5)) @ rng.standard_normal((5, 5))
     children = parents @ rng.standard_normal((5, 3)) + 2 * rng.standard_normal((4000, 3))
@@ -28,7 +28,7 @@ def test_it_is_the_correlation_of_what_the_others_do_not_explain() -> None:
             assert found[c, p] == pytest.approx(exact, abs=0.05)
 
 
-def test_a_parent_that_the_others_explain_counts_little() -> None:
+def test_parent_explained_by_others_has_low_correlation() -> None:
     rng = np.random.default_rng(1)
     first = rng.standard_normal(3000)
     parents = np.stack([first, first + 0.5 * rng.standard_normal(3000)], axis=1)
@@ -39,7 +39,7 @@ def test_a_parent_that_the_others_explain_counts_little() -> None:
     assert found[1] < 0.1 < 0.5 < found[0]
 
 
-def test_independent_and_constant_columns() -> None:
+def test_independent_and_constant_columns_have_no_correlation() -> None:
     rng = np.random.default_rng(2)
     parents = rng.standard_normal((2000, 4))
     parents[:, 2] = 1.0
@@ -49,7 +49,7 @@ def test_independent_and_constant_columns() -> None:
     assert (found[:, 2] == 0).all()
 
 
-def test_an_exact_function_still_has_an_order() -> None:
+def test_exact_function_still_ranks_its_parents() -> None:
     """A linear layer's output is one of its inputs: the ridge keeps larger weights above smaller ones."""
     rng = np.random.default_rng(3)
     parents = rng.standard_normal((2000, 4))

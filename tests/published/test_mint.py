@@ -26,7 +26,7 @@ def estimate(parents: Floats, children: Floats, splits: int = 3) -> Floats:
     return np.mean([f for f in found if f is not None], axis=0)
 
 
-def test_edges_between_sides_are_those_of_the_minimum_spanning_tree() -> None:
+def test_crossings_are_counted_on_the_minimum_spanning_tree() -> None:
     rng = np.random.default_rng(0)
     points = rng.standard_normal((120, 3))
     side = rng.random(120) < 0.4
@@ -36,27 +36,27 @@ def test_edges_between_sides_are_those_of_the_minimum_spanning_tree() -> None:
     assert mint.crossings(distance, side) == int((side[tree.row] != side[tree.col]).sum())
 
 
-def test_points_on_a_line_cross_once() -> None:
+def test_crossings_on_a_line_count_changes_of_side() -> None:
     place = np.arange(10.0)
     distance = np.square(place[:, None] - place)
     assert mint.crossings(distance, place >= 4) == 1
     assert mint.crossings(distance, place % 2 == 0) == 9
 
 
-def test_equal_points_are_joined() -> None:
+def test_equal_points_are_connected() -> None:
     """Distances of zero are edges, not holes."""
     distance = np.zeros((6, 6))
     assert mint.crossings(distance, np.asarray([False, True] * 3)) >= 1
     assert mint.crossings(distance, np.zeros(6, bool)) == 0
 
 
-def test_independent_data_says_nothing() -> None:
+def test_independent_data_has_no_dependence() -> None:
     rng = np.random.default_rng(1)
     found = estimate(rng.standard_normal((1500, 4)), rng.standard_normal((1500, 1)))
     assert np.abs(found).max() < 0.1
 
 
-def test_a_true_parent_stands_out_and_unpaired_rows_do_not() -> None:
+def test_true_parent_has_the_highest_dependence() -> None:
     rng = np.random.default_rng(2)
     parents = rng.standard_normal((1500, 4))
     children = parents[:, :1] + 0.1 * rng.standard_normal((1500, 1))
@@ -77,7 +77,7 @@ def test_filters_of_a_group_share_their_estimate(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_array_equal(found[:3, :3], found[0, 0])
 
 
-def test_time_that_runs_out_is_told(tmp_path: Path) -> None:
+def test_time_limit_is_reported(tmp_path: Path) -> None:
     """Layers that were not reached are scored by correlation, and the note counts them."""
     model = load(build(NETS["mlp"]), tmp_path)
     coupling = couple(model)
@@ -101,5 +101,5 @@ def test_time_that_runs_out_is_told(tmp_path: Path) -> None:
     assert not np.allclose(patient.values, hurried.values)
 
 
-def test_it_is_called_experimental() -> None:
+def test_method_is_marked_experimental() -> None:
     assert find("mint").summary.startswith("experimental")

@@ -54,7 +54,7 @@ def reached(model: Model, signal: Signal, name: str) -> tuple[Array, Array]:
 # ---------------------------------------------------------------------------------------------------- golden values
 
 
-def test_a_dense_unit(tmp_path: Path) -> None:
+def test_signal_shares_of_a_dense_unit(tmp_path: Path) -> None:
     text = "(float[N,2] x) => (float[N,1] y) <float[2,1] w = {0.6, -0.1}, float[1] b = {0.1}> { y = Gemm(x, w, b) }"
     model = load(build(text), tmp_path)
     signal = heard(model, {"x": np.array([[0.5, -1.0], [-1.5, 3.0]], np.float32)})
@@ -74,14 +74,14 @@ def test_a_dense_unit(tmp_path: Path) -> None:
         assert np.append(weights, own).tolist() == kept
 
 
-def test_a_branch_is_faint_below_the_share_that_alpha_leaves() -> None:
+def test_branch_below_the_share_left_by_alpha_is_faint() -> None:
     norms = np.array([0.0526, 0.0527])
     assert faint(norms, np.ones(2), 0.95).tolist() == [True, False]
     assert pytest.approx(0.05263, abs=1e-5) == 0.05 / 0.95
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_constant_map_in_both_forms(tmp_path: Path, exact: bool) -> None:
+def test_constant_map_gives_the_same_in_both_forms(tmp_path: Path, exact: bool) -> None:
     text = """(float[N,2,6,7] x) => (float[N,3,4,3] y) <float[3,2,3,5] w, float[3] b> { y = Conv(x, w, b) }"""
     model = load(build(text), tmp_path)
     level = np.array([-0.7, 1.3], np.float32)
@@ -93,7 +93,7 @@ def test_a_constant_map_in_both_forms(tmp_path: Path, exact: bool) -> None:
     np.testing.assert_allclose(bias[0], np.abs(b) * np.sqrt(12), rtol=1e-6)
 
 
-def test_a_pointwise_convolution_is_dense_in_the_norms_of_its_inputs(tmp_path: Path) -> None:
+def test_pointwise_convolution_equals_a_dense_layer_of_input_norms(tmp_path: Path) -> None:
     text = "(float[N,4,5,5] x) => (float[N,3,3,3] y) <float[3,4,1,1] w> { y = Conv<strides = [2, 2]>(x, w) }"
     model = load(build(text), tmp_path)
     values = samples(model, 9)
@@ -123,7 +123,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_the_paper_form_of_convolutions(tmp_path: Path, case: str) -> None:
+def test_paper_form_of_convolutions(tmp_path: Path, case: str) -> None:
     """One absolute kernel over one absolute channel at a time, by the runtime's own convolution."""
     x, w, attrs, groups = CONVOLUTIONS[case]
     model = load(build(f"({x}) => (float[] y) <{w}> {{ y = Conv<{attrs}>(x, w) }}"), tmp_path)
@@ -146,7 +146,7 @@ def test_the_paper_form_of_convolutions(tmp_path: Path, case: str) -> None:
     np.testing.assert_allclose(r, expected, rtol=1e-4)
 
 
-def test_the_mean_form_of_grouped_convolutions(tmp_path: Path) -> None:
+def test_mean_form_of_grouped_convolutions(tmp_path: Path) -> None:
     text = "(float[N,6,5,5] x) => (float[] y) <float[4,3,3,3] w, float[4] b> { y = Conv<group = 2>(x, w, b) }"
     model = load(build(text), tmp_path)
     values = samples(model, 8)
@@ -177,7 +177,7 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("case", PRODUCTS)
-def test_products(tmp_path: Path, case: str) -> None:
+def test_signals_of_products_equal_a_hand_computation(tmp_path: Path, case: str) -> None:
     x, constants, nodes, turned = PRODUCTS[case]
     model = load(build(f"({x}) => (float[] y) <{constants}> {{ {nodes} }}"), tmp_path)
     values = samples(model, 6)
@@ -219,7 +219,7 @@ ROWS = arrays.arrays(
 
 
 @given(ROWS, st.data())
-def test_the_alpha_rule_keeps_enough_and_no_more(raw: Array, pick: st.DataObject) -> None:
+def test_alpha_rule_keeps_the_smallest_sufficient_set(raw: Array, pick: st.DataObject) -> None:
     own = np.asarray([pick.draw(st.floats(0, 2, width=16)) for _ in raw])
     alpha = pick.draw(st.floats(0.01, 1))
     weights, bias = shares(raw, own)
@@ -241,7 +241,7 @@ def test_the_alpha_rule_keeps_enough_and_no_more(raw: Array, pick: st.DataObject
         assert not more.any() or (kb and (w[kw] == w.max()).all())
 
 
-def test_all_stay_where_all_are_needed() -> None:
+def test_alpha_of_one_keeps_all_needed_connections() -> None:
     even = np.full((2, 20), 0.05)
     assert keep_alpha(*needed(even, np.zeros(2)), 0.96)[0].all()
     falling = np.array([[0.5, 0.3, 0.2]])
@@ -275,7 +275,7 @@ def swept(
     return {x.place.weight: result[x.place.node.name] for x in found}, units, coupling
 
 
-def test_the_sweep_goes_back_through_a_chain(tmp_path: Path) -> None:
+def test_backward_sweep_follows_a_chain(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     masks, units, _ = swept(model, heard(model, samples(model, 4)), {"w3": np.arange(10)})
     assert not units.any()  # nothing reads the second layer, so nothing needs the first
@@ -289,7 +289,7 @@ def test_the_sweep_goes_back_through_a_chain(tmp_path: Path) -> None:
     assert masks["w1"].weights.all()
 
 
-def test_a_residual_channel_stays_while_anything_reads_it(tmp_path: Path) -> None:
+def test_residual_channel_is_kept_while_it_has_a_consumer(tmp_path: Path) -> None:
     model = load(build(NETS["residual"]), tmp_path)
     signal = heard(model, samples(model, 4))
     _, units, coupling = swept(model, signal, {"w4": np.array([1, 2])})
@@ -313,7 +313,7 @@ CONCAT = """(float[N,3,4,4] x) => (float[N,2] y)
 }"""
 
 
-def test_the_sweep_follows_a_concatenation(tmp_path: Path) -> None:
+def test_backward_sweep_follows_a_concatenation(tmp_path: Path) -> None:
     model = load(build(CONCAT), tmp_path)
     masks, units, coupling = swept(
         model, heard(model, samples(model, 4)), {"w3": np.array([1, 4, 8])}
@@ -345,7 +345,7 @@ def test_dead_units_have_no_connection_at_any_alpha(tmp_path: Path) -> None:
     assert (scores.values[~silent] > 0).all()
 
 
-def test_faint_branches_are_cut(tmp_path: Path) -> None:
+def test_faint_branches_are_removed(tmp_path: Path) -> None:
     proto = build(NETS["residual"])
     tensor = next(t for t in proto.graph.initializer if t.name == "w3")
     weight = numpy_helper.to_array(tensor).copy()
@@ -375,7 +375,7 @@ def test_outgoing_shares_of_a_chain(tmp_path: Path) -> None:
     np.testing.assert_allclose(values[coupling.axes["h", 1]], first, rtol=1e-12)
 
 
-def test_a_residual_sum_splits_what_a_channel_is_worth(tmp_path: Path) -> None:
+def test_residual_sum_splits_the_worth_of_a_channel(tmp_path: Path) -> None:
     model = load(build(NETS["residual"]), tmp_path)
     coupling, signal = couple(model), heard(model, samples(model, 10))
     found = {x.place.weight: x for x in score.layers(model, coupling, signal)}
@@ -388,7 +388,7 @@ def test_a_residual_sum_splits_what_a_channel_is_worth(tmp_path: Path) -> None:
     np.testing.assert_allclose(values[coupling.axes["s", 1]], outer, rtol=1e-9)
 
 
-def test_connections_ranked_all_together(tmp_path: Path) -> None:
+def test_connections_are_ranked_over_all_layers(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     coupling, signal = couple(model), heard(model, samples(model, 10))
     found = score.layers(model, coupling, signal)

@@ -56,7 +56,7 @@ def tensors(draw: st.DrawFn) -> tuple[np.ndarray, Form]:
 
 @settings(max_examples=100)
 @given(tensors())
-def test_every_coding_gives_every_bit_back(case: tuple[np.ndarray, Form]) -> None:
+def test_every_coding_is_lossless(case: tuple[np.ndarray, Form]) -> None:
     words, form = case
     for code in coding.candidates(words, form):
         back = coding.decode(code.method, memoryview(code.blob), form)
@@ -103,7 +103,7 @@ FLOATS = {
 
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("zeros", [0.0, 0.9])
-def test_nan_payloads_and_minus_zero_stay(name: str, zeros: float) -> None:
+def test_nan_payloads_and_negative_zero_are_preserved(name: str, zeros: float) -> None:
     dtype, nan = FLOATS[name]
     rng = np.random.default_rng(0)
     values = rng.choice(np.asarray([1.5, -0.0, np.inf, -2.0], np.float64), (30, 20)).astype(dtype)
@@ -121,7 +121,7 @@ def test_nan_payloads_and_minus_zero_stay(name: str, zeros: float) -> None:
 
 
 @pytest.mark.parametrize(("share", "distinct"), [(0.0, 1), (1.0, 1), (0.1, 1), (0.1, 40)])
-def test_sparse_coding_of_edge_cases(share: float, distinct: int) -> None:
+def test_sparse_coding_handles_edge_cases(share: float, distinct: int) -> None:
     """All zero, nothing zero, one value, and half of the columns empty."""
     rng = np.random.default_rng(3)
     values = rng.integers(1, 1 << 32, distinct, np.uint32)
@@ -138,7 +138,7 @@ def test_sparse_coding_of_edge_cases(share: float, distinct: int) -> None:
         assert found["sham"].clusters == distinct + 1
 
 
-def test_a_constant_takes_almost_nothing_and_not_more_is_claimed_than_is_read() -> None:
+def test_constant_tensor_is_tiny_and_claims_no_more_than_is_read() -> None:
     words = np.full(1 << 22, 7, np.uint32)
     form = Form(words.dtype, words.size, 1 << 11, True)
     code = coding.encode(words, form)
@@ -148,7 +148,7 @@ def test_a_constant_takes_almost_nothing_and_not_more_is_claimed_than_is_read() 
 
 @settings(max_examples=60)
 @given(st.binary(max_size=3000), st.integers(1, 400))
-def test_sections(data: bytes, times: int) -> None:
+def test_entropy_sections_survive_a_round_trip(data: bytes, times: int) -> None:
     """Bytes come back, and nothing else is said to be in them."""
     whole = data * times
     blob = entropy.shrink(whole)
@@ -173,7 +173,7 @@ def huffman_bits(counts: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("k", [3, 16, 33, 256])
-def test_ham_is_as_short_as_the_best_prefix_code(k: int) -> None:
+def test_ham_is_as_short_as_the_optimal_prefix_code(k: int) -> None:
     rng = np.random.default_rng(k)
     share = rng.dirichlet(np.full(k, 0.5))
     words = rng.choice(k, 200_000, p=share).astype(np.uint32)
@@ -199,7 +199,9 @@ PUBLISHED = [  # share of zeros, values of the rest, psi of HAM and sHAM as comp
 
 
 @pytest.mark.parametrize(("zeros", "k", "ham", "sham"), PUBLISHED)
-def test_published_sizes(zeros: float, k: int, ham: float, sham: float) -> None:
+def test_coded_sizes_stay_within_the_published_bounds(
+    zeros: float, k: int, ham: float, sham: float
+) -> None:
     """Sizes under the bounds of Marinò et al.: (1 + log2 k)/B + 6k/nm, and s (1 + log2 k + b)/B + b/nB + 6k/nm.
 
     Row numbers have b = 16 bits there; coded as they are here, sHAM is shorter.
@@ -249,7 +251,7 @@ SHIPPED = sorted([*MODELS.glob("*.onnx"), *(ROOT / "tests" / "data").glob("*.onn
 
 
 @pytest.mark.parametrize("model", SHIPPED, ids=lambda p: p.stem)
-def test_shipped_models_come_back_bit_by_bit(model: Path, tmp_path: Path) -> None:
+def test_shipped_models_are_restored_bit_for_bit(model: Path, tmp_path: Path) -> None:
     found, again = round_trip(model, tmp_path)
     assert again.read_bytes() == model.read_bytes()
     assert found.contents.lossless
@@ -324,7 +326,7 @@ def everything(shape: tuple[int, ...] = (16, 33)) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def test_tensors_of_every_type_and_place(tmp_path: Path) -> None:
+def test_tensors_of_every_type_and_storage_are_restored(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save_model(everything(), path)
     found, again = round_trip(path, tmp_path)
@@ -351,7 +353,7 @@ def external(folder: Path, name: str = "model.onnx") -> Path:
     return folder / name
 
 
-def test_external_data_comes_back_and_overwrites_nothing(tmp_path: Path) -> None:
+def test_external_data_is_restored_without_overwriting(tmp_path: Path) -> None:
     model = external(tmp_path / "in")
     found, again = round_trip(model, tmp_path)
     assert sorted(found.original.contents) == ["", "biases.bin", "sub/weights.bin"]
@@ -370,7 +372,7 @@ def test_external_data_comes_back_and_overwrites_nothing(tmp_path: Path) -> None
         unpack(tmp_path / "packed.oamip", tmp_path / "biases.bin")
 
 
-def test_the_same_bytes_whatever_the_place(tmp_path: Path) -> None:
+def test_packed_bytes_do_not_depend_on_the_folder(tmp_path: Path) -> None:
     (tmp_path / "other.onnx").write_bytes((MODELS / "lenet300-mnist.onnx").read_bytes())
     one = pack(MODELS / "lenet300-mnist.onnx", tmp_path / "one.oamip", clusters=8, seed=3)
     two = pack(tmp_path / "other.onnx", tmp_path / "two.oamip", clusters=8, seed=3)
@@ -424,7 +426,7 @@ def refused(data: bytes, folder: Path, capfd: pytest.CaptureFixture[str]) -> str
     return err
 
 
-def test_no_flipped_byte_and_no_cut_goes_unseen(small: bytes) -> None:
+def test_every_flipped_byte_and_truncation_is_detected(small: bytes) -> None:
     rng = np.random.default_rng(0)
     for at in (*range(80), *rng.integers(80, len(small), 300).tolist()):
         damaged = bytearray(small)
@@ -495,7 +497,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_headers_that_lie_are_refused(
+def test_inconsistent_headers_are_refused(
     small: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str], lie: str
 ) -> None:
     assert container.read(resigned(small, lambda _: None), "it") == container.read(small, "it")
@@ -505,7 +507,7 @@ def test_headers_that_lie_are_refused(
 @pytest.mark.parametrize(
     "name", ["../up.bin", "/etc/passwd", "a/../../b", "C:\\x", "", "a\0b", "."]
 )
-def test_files_beside_the_model_stay_beside_it(
+def test_external_file_names_outside_the_folder_are_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     pack(external(tmp_path / "in"), tmp_path / "packed.oamip")
@@ -513,7 +515,7 @@ def test_files_beside_the_model_stay_beside_it(
     refused(resigned(data, put("files", 1, "name", value=name)), tmp_path, capfd)
 
 
-def test_other_files_are_refused(
+def test_files_of_other_formats_are_refused(
     small: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert "not a packed model" in refused(
@@ -528,7 +530,7 @@ def test_other_files_are_refused(
             unpack(path, tmp_path / "out.onnx")
 
 
-def test_what_is_no_model_is_not_packed(tmp_path: Path) -> None:
+def test_file_that_is_not_a_model_is_not_packed(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes((MODELS / "lenet300-mnist.onnx").read_bytes()[:5000])
     for name in ("bad.onnx", "none.onnx"):
         with pytest.raises(ModelError):

@@ -43,7 +43,7 @@ def distortion(values: np.ndarray, book: np.ndarray) -> float:
 
 @pytest.mark.parametrize("k", [2, 4, 16, 64])
 @pytest.mark.parametrize("kind", ["normal", "laplace", "heavy tails"])
-def test_codebooks_beat_quantiles_and_uniform_grids(k: int, kind: str) -> None:
+def test_codebooks_lose_less_than_quantiles_and_uniform_grids(k: int, kind: str) -> None:
     rng = np.random.default_rng(0)
     values = {
         "normal": rng.standard_normal(20_000),
@@ -95,7 +95,7 @@ def test_entries_take_the_nearest_value(k: int, seed: int, zeros: float, kind: s
     assert (np.abs(shared - numbers) <= gaps.min(axis=1) + ulp).all()
 
 
-def test_what_shares_no_values() -> None:
+def test_unsuitable_tensors_share_no_values() -> None:
     rng = np.random.default_rng(0)
     dense = rng.standard_normal((32, 32)).astype(np.float32)
     cases = {
@@ -150,7 +150,9 @@ def packed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Packed:
     return pack(LENET, tmp_path_factory.mktemp("packed") / "lenet.oamip", data=data)
 
 
-def test_a_small_file_at_half_a_point(packed: Packed, data: Path, tmp_path: Path) -> None:
+def test_half_a_point_of_drop_gives_a_small_file(
+    packed: Packed, data: Path, tmp_path: Path
+) -> None:
     assert packed.nbytes < 0.1 * LENET.stat().st_size
     assert packed.verification is not None
     assert not packed.contents.lossless
@@ -185,7 +187,7 @@ def test_a_small_file_at_half_a_point(packed: Packed, data: Path, tmp_path: Path
     assert before == after
 
 
-def test_a_larger_drop_gives_a_smaller_file_and_none_is_kept_to(
+def test_larger_allowed_drop_gives_a_smaller_file(
     packed: Packed, data: Path, tmp_path: Path
 ) -> None:
     more = pack(LENET, tmp_path / "more.oamip", data=data, max_drop=5)
@@ -196,7 +198,7 @@ def test_a_larger_drop_gives_a_smaller_file_and_none_is_kept_to(
     assert none.verification.accuracy_after >= none.verification.accuracy_before
 
 
-def test_without_labels_agreement_counts(data: Path, tmp_path: Path) -> None:
+def test_without_labels_agreement_is_limited(data: Path, tmp_path: Path) -> None:
     with np.load(data) as whole:
         unlabelled = {k: whole[k] for k in whole.files if not k.endswith("labels")}
     found = pack(LENET, tmp_path / "out.oamip", data=unlabelled, max_drop=1)
@@ -215,7 +217,7 @@ def test_too_few_values_are_refused(data: Path, tmp_path: Path) -> None:
     assert {c.clusters for c in found.contents.codes} == {None, 2}
 
 
-def test_half_precision_and_pruned_matrices(tmp_path: Path) -> None:
+def test_half_precision_and_pruned_matrices_are_packed(tmp_path: Path) -> None:
     """Codebooks of float16 and bfloat16 weights; the zeros of a pruned matrix stay, and are left out."""
     rng = np.random.default_rng(0)
     held = {
@@ -269,7 +271,7 @@ def run(
     return call
 
 
-def test_documents(run: Callable[..., tuple], data: Path) -> None:
+def test_pack_document_describes_the_packing(run: Callable[..., tuple], data: Path) -> None:
     code, out, err = run(
         "pack", "model.onnx", "-o", "m.oamip", "--data", data, "--report", "--json"
     )
@@ -330,7 +332,7 @@ def test_documents(run: Callable[..., tuple], data: Path) -> None:
     assert load_data(data, load("again.onnx")) is not None
 
 
-def test_tables(run: Callable[..., tuple], data: Path) -> None:
+def test_pack_table_describes_the_packing(run: Callable[..., tuple], data: Path) -> None:
     exact = run("pack", "model.onnx", "-o", "m.oamip")
     shared = run("pack", "model.onnx", "-o", "s.oamip", "--bits", 4, "--report")
     measured = run("pack", "model.onnx", "-o", "d.oamip", "--clusters", 32, "--data", data)
@@ -364,7 +366,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence(run: Callable[..., tuple], mistake: str) -> None:
+def test_usage_error_is_one_sentence(run: Callable[..., tuple], mistake: str) -> None:
     np.savez("data.npz", image=np.zeros((4, 1, 28, 28), np.float32))
     options, word = MISTAKES[mistake]
     code, out, err = run("pack", "model.onnx", "-o", "out.oamip", *options, "--json")
@@ -375,7 +377,7 @@ def test_a_mistake_is_one_sentence(run: Callable[..., tuple], mistake: str) -> N
     assert Path("model.onnx").read_bytes() == LENET.read_bytes()
 
 
-def test_what_cannot_be_measured_is_not_called_small(tmp_path: Path) -> None:
+def test_unmeasurable_drop_is_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     graph = helper.make_graph(
         [

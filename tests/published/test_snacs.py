@@ -46,13 +46,13 @@ def bits(count: int, columns: int, seed: int = 0) -> Floats:
 # ----------------------------------------------------------------------------------------------------- golden values
 
 
-def test_a_copied_bit_says_a_third() -> None:
+def test_information_of_a_copied_bit_is_one_third() -> None:
     """t = 2 in both cells: 1 - 2/3. A sum over seen cells alone would be 1/12."""
     x = bits(4000, 1)
     assert snacs.dependence(x, x)[0, 0] == pytest.approx(1 / 3, abs=0.005)
 
 
-def test_independent_data_says_nothing() -> None:
+def test_independent_data_has_no_information() -> None:
     found = snacs.dependence(bits(2000, 6), bits(2000, 4, seed=1))
     assert found.max() < 0.01
     rng = np.random.default_rng(2)
@@ -62,7 +62,7 @@ def test_independent_data_says_nothing() -> None:
     )
 
 
-def test_rows_that_are_not_paired_say_nothing() -> None:
+def test_unpaired_rows_have_no_information() -> None:
     """Permuting rows of the children alone: estimates of unpaired samples would pass any other test of independence."""
     rng = np.random.default_rng(3)
     parents = rng.standard_normal((2000, 6))
@@ -72,7 +72,7 @@ def test_rows_that_are_not_paired_say_nothing() -> None:
     assert snacs.dependence(parents, children[rng.permutation(2000)]).max() < 0.05
 
 
-def test_a_parent_that_the_others_explain_says_nothing() -> None:
+def test_parent_explained_by_others_has_no_information() -> None:
     """The child is a function of parent 0; parent 1 only follows it: dependent, and independent given parent 0."""
     rng = np.random.default_rng(4)
     first = rng.integers(0, 2, 4000)
@@ -121,9 +121,7 @@ def _slow(parents: Floats, children: Floats, seed: int, conditions: int) -> Floa
 @pytest.mark.parametrize(
     ("parents", "conditions"), [(1, 2), (2, 2), (3, 2), (6, 2), (6, 1), (5, 0)]
 )
-def test_tables_of_counts_equal_a_loop_over_pairs_and_samples(
-    parents: int, conditions: int
-) -> None:
+def test_count_tables_equal_a_loop_over_pairs_and_samples(parents: int, conditions: int) -> None:
     rng = np.random.default_rng(5)
     a = np.maximum(rng.standard_normal((150, parents)), 0)
     x = a @ rng.standard_normal((parents, 3)) + 0.5 * rng.standard_normal((150, 3))
@@ -132,7 +130,7 @@ def test_tables_of_counts_equal_a_loop_over_pairs_and_samples(
     )
 
 
-def test_blocks_of_parents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_size_of_parents_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(6)
     a, x = rng.standard_normal((300, 20)), rng.standard_normal((300, 3))
     whole = snacs.dependence(a, x)
@@ -140,7 +138,7 @@ def test_blocks_of_parents_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_array_equal(snacs.dependence(a, x), whole)
 
 
-def test_a_shuffle_keeps_the_conditions() -> None:
+def test_shuffle_preserves_the_conditions() -> None:
     rng = np.random.default_rng(7)
     z = rng.integers(0, 9, 200)
     place = snacs.shuffled(z, rng.permutation(200))
@@ -173,7 +171,7 @@ def toy(seed: int, samples: int, even: bool = False) -> tuple[Floats, Floats, Bo
     )
 
 
-def test_true_edges_of_a_toy_are_found() -> None:
+def test_true_edges_of_a_small_network_are_found() -> None:
     """Plain hashing with one to three conditions was seen to reach 0.895, 0.848 and 0.729, correlation 0.925."""
     parents, children, true = toy(0, 2000)
     plain = np.abs(standardise(children).T @ standardise(parents))
@@ -192,7 +190,7 @@ def test_dependence_without_correlation_is_found() -> None:
 # ---------------------------------------------------------------------------------------------------------------- phi
 
 
-def test_phi() -> None:
+def test_phi_functions_equal_their_definition() -> None:
     weight = np.asarray([[1.0, 2.0], [0.0, 4.0]])
     scaled = weight / 4
     np.testing.assert_allclose(snacs.weigh(weight, "weight"), scaled)
@@ -229,7 +227,7 @@ def _seen(
     )
 
 
-def test_propagation_by_hand(tmp_path: Path) -> None:
+def test_propagation_equals_a_hand_computation(tmp_path: Path) -> None:
     """A chain 2 -> 2 -> 3: the last children count a third each."""
     text = """(float[N,3] x) => (float[N,3] y) <float[3,2] w1, float[2,2] w2, float[2,3] w3> {
         a = MatMul(x, w1)
@@ -257,11 +255,11 @@ def test_propagation_by_hand(tmp_path: Path) -> None:
     np.testing.assert_allclose(values[coupling.axes["w1", 1]], 2 * early)
 
 
-def test_shares_of_a_child_that_depends_on_nothing_are_equal() -> None:
+def test_shares_of_an_independent_child_are_equal() -> None:
     np.testing.assert_allclose(share(np.zeros((1, 4))), 0.25)
 
 
-def test_a_residual_sum_inherits_from_all_its_readers(tmp_path: Path) -> None:
+def test_residual_sum_inherits_from_all_its_consumers(tmp_path: Path) -> None:
     """The stream is read by the block and by the head; the block's own output inherits from the head alone."""
     model, coupling, _, seen = _seen(tmp_path, "residual", 30)
     assert seen[POOLED_ACTIVATIONS] is not None
@@ -301,7 +299,7 @@ def test_pooled_is_the_mean_over_space(tmp_path: Path, net: str) -> None:
         assert found.dtype == np.float32
 
 
-def test_children_are_read_behind_a_normalisation(tmp_path: Path) -> None:
+def test_child_activations_are_read_behind_a_normalisation(tmp_path: Path) -> None:
     *_, seen = _seen(tmp_path, "cnn", 5)
     assert seen[POOLED_ACTIVATIONS] is not None
     assert {t for t, _ in seen[POOLED_ACTIVATIONS].values} == {"p", "n", "f", "y"}
@@ -318,7 +316,7 @@ def test_samples_are_bounded_and_balanced(tmp_path: Path) -> None:
     assert all(len(v) == 60 for v in seen.values.values())
 
 
-def test_samples_that_are_not_along_axis_0(tmp_path: Path) -> None:
+def test_samples_may_lie_along_another_axis_than_0(tmp_path: Path) -> None:
     """A sequence first: rows are still samples."""
     text = """(float[N,5,6] x) => (float[5,N,3] y) <float[6,8] w1, float[8,3] w2> {
         t = Transpose<perm = [1, 0, 2]>(x)
@@ -335,7 +333,7 @@ def test_samples_that_are_not_along_axis_0(tmp_path: Path) -> None:
     np.testing.assert_allclose(seen.values["h", 2], hidden, rtol=1e-5, atol=1e-6)
 
 
-def test_overflow_is_told(tmp_path: Path) -> None:
+def test_overflow_is_reported(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     found = dataset.load({"x": np.full((4, 6), 3e38, np.float32)}, model)
     assert found is not None
@@ -346,7 +344,7 @@ def test_overflow_is_told(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- limits
 
 
-def test_the_rule_of_upper_limits() -> None:
+def test_upper_limits_follow_the_published_rule() -> None:
     accuracy = np.asarray([0.9, 0.9, 0.8, 0.5, 0.2])
     assert (
         operating_limits.upper_limit(np.asarray([1, 3, 5, 7, 9]), accuracy) == 7
@@ -356,7 +354,7 @@ def test_the_rule_of_upper_limits() -> None:
 
 
 @pytest.mark.parametrize("net", ["mlp", "cnn", "residual", "grouped"])
-def test_a_layers_pooled_outputs_follow_from_what_its_taps_read(tmp_path: Path, net: str) -> None:
+def test_pooled_outputs_equal_those_computed_from_the_taps(tmp_path: Path, net: str) -> None:
     """No pass of the network: the masked layer as ONNX Runtime gives it, and from pooled taps."""
     model, coupling, arrays, seen = _seen(tmp_path, net, 40)
     assert seen[POOLED_ACTIVATIONS] is not None
@@ -397,7 +395,7 @@ def _mask(proto, node: str, slot: int, keep: Array) -> None:
     proto.graph.node.insert(place, mul)
 
 
-def test_the_classifier_is_scikit_learns_default() -> None:
+def test_classifier_matches_the_default_of_scikit_learn() -> None:
     from sklearn.svm import SVC
 
     rng = np.random.default_rng(8)
@@ -412,7 +410,7 @@ def test_the_classifier_is_scikit_learns_default() -> None:
 
 
 @pytest.mark.parametrize("columns", [5, 60])
-def test_alignment(columns: int) -> None:
+def test_kernel_alignment_equals_its_definition(columns: int) -> None:
     rng = np.random.default_rng(9)
     x = rng.standard_normal((30, columns))
     judge = operating_limits.similarity(x)
@@ -457,7 +455,7 @@ def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
     assert chosen[1].predicted.macs <= 0.45 * bound.before.macs
 
 
-def test_a_budget_that_the_limits_do_not_allow_says_so(tmp_path: Path) -> None:
+def test_budget_beyond_the_limits_names_the_limits(tmp_path: Path) -> None:
     model, _, arrays = _learnable(tmp_path)
     wish = {
         "macs": 0.05,
@@ -478,7 +476,7 @@ def _allocated(ready):
 
 
 @pytest.mark.parametrize("allocate", ["mip", "global", "uniform"])
-def test_floors_of_single_groups_hold(tmp_path: Path, allocate: str) -> None:
+def test_floors_per_group_hold(tmp_path: Path, allocate: str) -> None:
     """The group that would be cut most may only lose one unit."""
     from dataclasses import replace
 
@@ -515,7 +513,7 @@ def test_floors_of_single_groups_hold(tmp_path: Path, allocate: str) -> None:
     assert all(rungs.widths[i][0] == 1 for i in range(len(full)) if i != g)
 
 
-def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None:
+def test_without_labels_alignment_is_used_and_noted(tmp_path: Path) -> None:
     model, _, arrays = _learnable(tmp_path)
     unlabelled = {"x": arrays["x"]}
     wish = Settings.create(
@@ -529,7 +527,7 @@ def test_without_labels_alignment_takes_over_and_is_told(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("importance", names())
-def test_protected_units_are_kept_over_all_rounds(tmp_path: Path, importance: str) -> None:
+def test_protected_units_are_kept_over_all_iterations(tmp_path: Path, importance: str) -> None:
     """Later rounds score a smaller model; protected are the units of the original."""
     model, coupling, arrays = _learnable(tmp_path)
     wish = Settings.create(
@@ -565,7 +563,7 @@ def test_protected_units_stay(tmp_path: Path, allocate: str) -> None:
     assert _allocated(ready).keep[kept].all()
 
 
-def test_promotion_keeps_the_values_and_the_order_of_the_rest(tmp_path: Path) -> None:
+def test_promotion_preserves_values_and_order_of_other_units(tmp_path: Path) -> None:
     coupling = couple(load(build(NETS["mlp"]), tmp_path))
     values = np.random.default_rng(0).random(coupling.n_units)
     kept = np.zeros(coupling.n_units, bool)
@@ -626,7 +624,7 @@ def test_snacs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("--score-time", "0", "seconds above 0"),
     ],
 )
-def test_bad_flags(
+def test_invalid_options_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, value: str, words: str
 ) -> None:
     out = tmp_path / "out.onnx"
@@ -638,7 +636,7 @@ def test_bad_flags(
     assert not out.exists()
 
 
-def test_limits_need_data(tmp_path: Path) -> None:
+def test_limits_require_data(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     wish = Settings.create(
         macs=0.7, allocate="uniform", refit="none", importance="l2", limits="snacs"
@@ -648,7 +646,7 @@ def test_limits_need_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [{"protect": 1.0}, {"phi": "x"}, {"score_time": -1.0}])
-def test_bad_settings(values: dict[str, object]) -> None:
+def test_invalid_settings_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(SettingsError, match=f"`{next(iter(values))}`"):
         Settings.create(macs=0.5, **values)
 

@@ -138,7 +138,7 @@ def _accuracy(proto: ModelProto) -> float:
     return float(100 * (scores.argmax(axis=1) == labels).mean())
 
 
-def test_what_they_were_made_with_is_told() -> None:
+def test_exporter_versions_are_recorded() -> None:
     made = json.loads((FOLDER / "made.json").read_text(encoding="utf-8"))
     assert set(made) == set(DROP) == {p.stem for p in FOLDER.glob("*.onnx")}
     assert {entry["framework"] for entry in made.values()} == {
@@ -154,7 +154,7 @@ def test_what_they_were_made_with_is_told() -> None:
         assert all(version[0].isdigit() for version in entry["versions"].values()), name
 
 
-def test_page_shows_all_of_them() -> None:
+def test_page_lists_every_export() -> None:
     text = (ROOT / "docs" / "guide" / "exports.md").read_text(encoding="utf-8")
     shown = text.partition("<!-- exports:begin -->")[2].partition("<!-- exports:end -->")[0]
     assert {line.split("`")[1] for line in shown.splitlines() if line.startswith("| `")} == set(
@@ -168,7 +168,7 @@ def test_files_stay_small() -> None:
     assert sum(sizes) < 400_000
 
 
-def test_half_of_the_parameters_go_exactly(halved: Halved) -> None:
+def test_half_of_the_parameters_are_cut_exactly(halved: Halved) -> None:
     before, after = halved.document["before"], halved.document["after"]
     assert 0.45 <= after["params"] / before["params"] <= 0.5
     assert after["macs"] < before["macs"]
@@ -182,7 +182,7 @@ def test_half_of_the_parameters_go_exactly(halved: Halved) -> None:
     assert all(fit["form"] == "least squares" for fit in halved.document["fits"])
 
 
-def test_runs_at_any_batch_size(halved: Halved) -> None:
+def test_pruned_export_runs_at_any_batch_size(halved: Halved) -> None:
     images = _held_out(halved.after)[0][:8]
     whole, parts = (
         _run(halved.after, images),
@@ -196,7 +196,7 @@ def test_runs_at_any_batch_size(halved: Halved) -> None:
         np.testing.assert_allclose(joined, value, rtol=1e-5, atol=1e-5 * np.abs(value).max())
 
 
-def test_still_classifies(halved: Halved) -> None:
+def test_pruned_export_still_classifies(halved: Halved) -> None:
     before, after = _accuracy(halved.before), _accuracy(halved.after)
     assert before > 90
     assert before - after <= DROP[halved.name] + MARGIN
@@ -207,7 +207,7 @@ def test_still_classifies(halved: Halved) -> None:
     )
 
 
-def test_the_interface_is_untouched(halved: Halved) -> None:
+def test_inputs_and_outputs_are_unchanged(halved: Halved) -> None:
     before, after = halved.before, halved.after
     assert list(after.graph.input) == list(before.graph.input)
     assert list(after.graph.output) == list(before.graph.output)
@@ -233,7 +233,7 @@ def test_the_interface_is_untouched(halved: Halved) -> None:
     assert not batch.HasField("dim_value")
 
 
-def test_names_inside_are_untouched(halved: Halved) -> None:
+def test_names_of_nodes_and_tensors_are_unchanged(halved: Halved) -> None:
     """Layers and their weights are found under the names that the exporter gave, whatever characters are in them."""
 
     def layers(proto: ModelProto) -> set[tuple[str, str]]:
@@ -257,7 +257,7 @@ def test_names_inside_are_untouched(halved: Halved) -> None:
 
 
 @pytest.mark.parametrize("names", SAME_NETWORK, ids=str)
-def test_the_exporter_makes_no_difference(
+def test_exporters_give_the_same_pruned_network(
     names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """What one network loses does not depend on how it was written down: layouts, folded norms, computed shapes."""
@@ -274,7 +274,7 @@ def test_the_exporter_makes_no_difference(
         assert np.abs(found - scores).max() <= 1e-3 * np.abs(scores).max()
 
 
-def test_dictionaries_of_probabilities_are_refused_in_one_sentence(
+def test_dictionaries_of_probabilities_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What skl2onnx makes of a classifier where nothing is said: ZipMap, one dictionary for every sample."""
@@ -316,7 +316,7 @@ def test_dictionaries_of_probabilities_are_refused_in_one_sentence(
     assert not out.exists()
 
 
-def test_a_framework_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_missing_framework_is_named(tmp_path: Path) -> None:
     (tmp_path / "digits.npz").write_bytes((FOLDER / "digits.npz").read_bytes())
     code = "import runpy, sys; sys.modules['paddle'] = None; runpy.run_module('tools.exports', run_name='__main__')"
     command = [sys.executable, "-c", code, "paddle", "--out", str(tmp_path)]

@@ -105,7 +105,7 @@ def exported(request: pytest.FixtureRequest) -> tuple[str, Path]:
     return stem.split("-")[0], FOLDER / f"{stem}.onnx"
 
 
-def test_every_file_is_looked_at() -> None:
+def test_every_foreign_file_is_tested() -> None:
     files = list(FOLDER.iterdir())
     assert {f.name for f in files} == {
         f"{name}-{exporter}.onnx" for name in UNITS for exporter in EXPORTERS
@@ -116,14 +116,14 @@ def test_every_file_is_looked_at() -> None:
         assert not any(n.metadata_props or n.doc_string for n in proto.graph.node), file.name
 
 
-def test_heads_and_widths_may_go_whichever_exporter_wrote_them(exported: tuple[str, Path]) -> None:
+def test_heads_and_widths_are_prunable_for_every_exporter(exported: tuple[str, Path]) -> None:
     name, path = exported
     model, coupling = _at(path, _inputs(name, 4, 7))
     assert coupling.n_units == UNITS[name]
     _assert_exact(model, coupling, [_inputs(name, *size, seed=i) for i, size in enumerate(SIZES)])
 
 
-def test_what_stays_is_the_interface_and_lengths(exported: tuple[str, Path]) -> None:
+def test_only_interface_and_length_axes_are_pinned(exported: tuple[str, Path]) -> None:
     name, path = exported
     model, coupling = _at(path, _inputs(name, 4, 7))
     assert not _unexplained(model, coupling)
@@ -139,7 +139,7 @@ def test_what_stays_is_the_interface_and_lengths(exported: tuple[str, Path]) -> 
     assert all(p.axis == 0 or "mask" in p.tensor for p in coupling.pinned if p.tensor in tables)
 
 
-def test_seventy_percent_through_the_pipeline(
+def test_pipeline_reaches_seventy_percent(
     exported: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
@@ -168,7 +168,7 @@ def test_seventy_percent_through_the_pipeline(
 # ------------------------------------------------------------------------------------------------ their forms, alone
 
 
-def test_the_mean_over_tokens_that_are_there(tmp_path: Path) -> None:
+def test_masked_mean_over_tokens_is_pruned_exactly(tmp_path: Path) -> None:
     """A mask that is expanded to the width of what it multiplies holds nothing back."""
     text = """(float[N,L,6] x, float[N,L] there) => (float[N,5] y)
     <float[6,16] w1, float[16,5] w2, int64[1] last = {2}, int64[3] wide = {1,1,16}, int64[1] along = {1}> {
@@ -197,9 +197,7 @@ def test_the_mean_over_tokens_that_are_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [3, 8, 12])
-def test_a_table_that_is_shorter_than_what_is_asked_for_stays_short(
-    length: int, tmp_path: Path
-) -> None:
+def test_short_position_table_keeps_its_length(length: int, tmp_path: Path) -> None:
     """Its length is that of the input only where both are added."""
     text = """(float[N,L,8] x) => (float[N,4,8] y, float[] z)
     <float[8,8] table, int64[1] nought = {0}, int64[1] two = {1}, int64[1] eight = {8}, int64[1] four = {4},
@@ -257,7 +255,7 @@ def test_keys_transposed_under_merged_axes(after: str, tmp_path: Path) -> None:
         assert distance(Session(proto, "cpu").run(feed), found) <= 1e-6
 
 
-def test_no_samples_at_all_stay_none(tmp_path: Path) -> None:
+def test_reshape_of_zero_samples_stays_empty(tmp_path: Path) -> None:
     """``allowzero`` goes with the computed target that needed it."""
     text = """(float[N,K,6] x) => (float[N,K,2,4] y) <float[6,8] w, int64[2] inner = {2, 4}> {
         m = MatMul(x, w)
@@ -285,7 +283,7 @@ def recogniser(request: pytest.FixtureRequest) -> tuple[Path, tuple[int, int], t
     ]
 
 
-def test_text_recognition(
+def test_text_recognition_model_is_pruned_exactly(
     recogniser: tuple[Path, tuple[int, int], tuple[int, int]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

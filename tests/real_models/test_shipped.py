@@ -39,12 +39,14 @@ def _held(name: str, count: int) -> dict[str, Array]:
         }
 
 
-def test_the_folder_holds_these_and_no_others() -> None:
+def test_models_folder_holds_exactly_the_listed_files() -> None:
     assert {p.stem for p in MODELS.glob("*.onnx")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_units_is_cut_exactly(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Times on a busy machine decide nothing here.
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     settings = Settings.create(
@@ -76,7 +78,7 @@ def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_interface(name: str) -> None:
+def test_shipped_models_declare_inputs_and_outputs(name: str) -> None:
     session = onnxruntime.InferenceSession(
         str(MODELS / f"{name}.onnx"), providers=["CPUExecutionProvider"]
     )
@@ -87,7 +89,7 @@ def test_interface(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-def test_data_files(name: str) -> None:
+def test_shipped_data_fits_the_models(name: str) -> None:
     with np.load(MODELS / f"{name}.npz") as stored:
         assert stored["input"].shape == (512, 1, 28, 28)
         assert stored["eval.input"].shape == (2000, 1, 28, 28)

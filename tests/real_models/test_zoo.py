@@ -19,14 +19,16 @@ LARGE = {"vgg19"}
 """More than half a gigabyte of weights."""
 
 
-def test_all_of_them_are_here() -> None:
+def test_every_zoo_network_is_tested() -> None:
     assert {f"light_{name}.onnx" for name in NAMES} == {p.name for p in FOLDER.glob("*.onnx")}
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in NAMES]
 )
-def test_half_goes_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_units_is_cut_exactly(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     proto = with_weights(name)
     source = image(proto)

@@ -220,7 +220,7 @@ def fold(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Fold, Model, C
     return found, model, coupling
 
 
-def test_mean_outputs_are_what_they_were(fold: tuple[Fold, Model, Coupling]) -> None:
+def test_mean_outputs_are_preserved(fold: tuple[Fold, Model, Coupling]) -> None:
     found, model, coupling = fold
     keep = _half(coupling, found.group)
     arrays = _samples(found, model, 48)
@@ -243,7 +243,7 @@ def test_mean_outputs_are_what_they_were(fold: tuple[Fold, Model, Coupling]) -> 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_mean_outputs_of_images_come_close(tmp_path: Path, padded: bool) -> None:
+def test_mean_outputs_of_images_are_nearly_preserved(tmp_path: Path, padded: bool) -> None:
     """Taps of a kernel see different parts of the image: most of the mean is kept, but at a border of zeros."""
     pads = "<pads = [1, 1, 1, 1]>" if padded else ""
     model = load(build(_cnn("float[4,8,3,3] w2", f"y = Conv{pads}(h, w2)")), tmp_path)
@@ -258,7 +258,7 @@ def test_mean_outputs_of_images_come_close(tmp_path: Path, padded: bool) -> None
     assert np.abs(refitted - before).max() <= 0.25 * np.abs(cut - before).max()
 
 
-def test_only_biases_change(fold: tuple[Fold, Model, Coupling]) -> None:
+def test_bias_refit_changes_biases_only(fold: tuple[Fold, Model, Coupling]) -> None:
     found, model, coupling = fold
     keep = _half(coupling, found.group)
     pruned = _folded(model, coupling, keep, samples(model, 16))
@@ -271,7 +271,7 @@ def test_only_biases_change(fold: tuple[Fold, Model, Coupling]) -> None:
         assert refitted[name].dtype == raw[name].dtype, name
 
 
-def test_mask_and_fold_differ_by_a_constant(fold: tuple[Fold, Model, Coupling]) -> None:
+def test_masked_and_folded_outputs_differ_by_a_constant(fold: tuple[Fold, Model, Coupling]) -> None:
     """Per output channel the refit adds the same number to every sample, and nothing else."""
     found, model, coupling = fold
     keep = _half(coupling, found.group)
@@ -307,7 +307,7 @@ def _pruned(name: str, tmp_path: Path) -> tuple[onnx.ModelProto, onnx.ModelProto
     return model.proto, _folded(model, coupling, keep, samples(model, 16)).proto
 
 
-def test_bias_is_made_where_there_is_none(tmp_path: Path) -> None:
+def test_missing_bias_is_created(tmp_path: Path) -> None:
     before, after = _pruned("convolution without bias", tmp_path)
     assert len(_node(before, "y").input) == 2
     bias = constants(after)[_node(after, "y").input[2]]
@@ -336,12 +336,12 @@ def test_addition_behind_a_product_is_its_bias(tmp_path: Path) -> None:
         "matmul, constant left, with add",
     ],
 )
-def test_other_additions_are_left_alone(tmp_path: Path, name: str) -> None:
+def test_additions_that_are_not_a_bias_stay_unchanged(tmp_path: Path, name: str) -> None:
     before, after = _pruned(name, tmp_path)
     np.testing.assert_array_equal(constants(after)["b"], constants(before)["b"])
 
 
-def test_shared_constants_are_not_changed_for_others(tmp_path: Path) -> None:
+def test_shared_bias_is_copied_before_it_changes(tmp_path: Path) -> None:
     before, after = _pruned("bias shared with another node", tmp_path)
     np.testing.assert_array_equal(
         constants(after)[_node(after, "t").input[2]], constants(before)["b"]
@@ -350,7 +350,7 @@ def test_shared_constants_are_not_changed_for_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["matmul-vectors", "matmul-batched-weight"])
-def test_what_cannot_be_folded_is_said(tmp_path: Path, name: str) -> None:
+def test_node_that_cannot_be_folded_is_noted(tmp_path: Path, name: str) -> None:
     model = load(BY_NAME[name].make(), tmp_path)
     coupling = couple(model)
     keep = _half(coupling, "w1")
@@ -360,7 +360,7 @@ def test_what_cannot_be_folded_is_said(tmp_path: Path, name: str) -> None:
     assert Session(pruned.proto, "cpu").outputs == ["y"]
 
 
-def test_computed_bias_is_left_alone(tmp_path: Path) -> None:
+def test_computed_bias_stays_unchanged(tmp_path: Path) -> None:
     text = """(float[N,5] x, float[3] c) => (float[] y) <float[5,8] w1, float[8,3] w2> {
         a = MatMul(x, w1)
         h = Relu(a)
@@ -387,7 +387,7 @@ def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
     assert constants(pruned.proto)[_node(pruned.proto, "y").input[2]].dtype == np.float16
 
 
-def test_room_is_reserved_for_every_bias_that_a_refit_may_make(tmp_path: Path) -> None:
+def test_budget_reserves_every_bias_that_a_refit_may_add(tmp_path: Path) -> None:
     text = """(float[N,3,7,7] x) => (float[] y)
     <float[8,3,3,3] w1, float[8] b1, float[6,8,3,3] w2, float[54,5] w3, float[5,4] w4, float[4] b4> {
         a = Conv(x, w1, b1)
@@ -412,7 +412,7 @@ def test_room_is_reserved_for_every_bias_that_a_refit_may_make(tmp_path: Path) -
     assert 0 < added <= reserved
 
 
-def test_what_cannot_be_folded_is_no_end(tmp_path: Path) -> None:
+def test_folding_continues_after_an_unsupported_weight(tmp_path: Path) -> None:
     """A weight of three axes stands in front of a plain one, which gets its mean all the same."""
     text = """(float[N,4,5] x) => (float[] y, float[] z) <float[5,8] w1, float[1,8,3] w2, float[8,3] w3> {
         a = MatMul(x, w1)
@@ -455,7 +455,7 @@ CHANGES: dict[str, Callable[[ModelProto], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_cannot_be_a_refit_of_a_cut_model(change: str, tmp_path: Path) -> None:
+def test_graph_that_is_not_a_refit_is_refused(change: str, tmp_path: Path) -> None:
     """Other weights, a bias more, a weight of another name: that is a refit. Anything else is somebody's own file."""
     text = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {
         a = MatMul(x, w1)

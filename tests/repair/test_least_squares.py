@@ -230,7 +230,7 @@ def _doubled(name: str, folder: Path, constant: bool = False) -> Model:
 
 
 @pytest.mark.parametrize("name", [*BEHIND, *BEHIND_IMAGE])
-def test_a_copy_takes_over(name: str, tmp_path: Path) -> None:
+def test_copied_unit_replaces_the_removed_one(name: str, tmp_path: Path) -> None:
     model = _doubled(name, tmp_path)
     coupling = couple(model)
     keep = _without(coupling, "w1", [5])
@@ -245,7 +245,7 @@ PADDED = ("conv", "conv uneven", "conv same", "transposed")
 
 
 @pytest.mark.parametrize("name", [n for n in (*BEHIND, *BEHIND_IMAGE) if n not in PADDED])
-def test_a_constant_channel_goes_into_the_bias(name: str, tmp_path: Path) -> None:
+def test_removed_constant_channel_is_folded_into_the_bias(name: str, tmp_path: Path) -> None:
     """Exactly, where there is no zero padding."""
     model = _doubled(name, tmp_path, constant=True)
     coupling = couple(model)
@@ -257,7 +257,9 @@ def test_a_constant_channel_goes_into_the_bias(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("slots", [False, True])
-def test_grouped_convolution_takes_over(slots: bool, tmp_path: Path) -> None:
+def test_copied_channel_of_a_grouped_convolution_replaces_the_removed_one(
+    slots: bool, tmp_path: Path
+) -> None:
     """Copies within every block: slot 1 of both blocks twice slot 0; or whole blocks behind depthwise kernels."""
     middle = (
         "Conv<group = 2, pads = [1, 1, 1, 1]>(h, w2)"
@@ -301,7 +303,7 @@ MIXED = (
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_a_copy_takes_over_by_mixing(name: str, tmp_path: Path) -> None:
+def test_copied_unit_replaces_the_removed_one_by_channel_mixing(name: str, tmp_path: Path) -> None:
     """The form for nodes that are too wide knows channels only, and finds the same copy."""
     model = _doubled(name, tmp_path)
     coupling = couple(model)
@@ -355,7 +357,7 @@ def _by_hand(
 
 
 @pytest.mark.parametrize("rows", [24, 60, 500])
-def test_products_against_numpy(rows: int, tmp_path: Path) -> None:
+def test_refit_of_products_equals_numpy(rows: int, tmp_path: Path) -> None:
     """Front to back: the second product is fitted on what the first, already fitted, gives."""
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
@@ -392,7 +394,7 @@ def test_products_against_numpy(rows: int, tmp_path: Path) -> None:
         assert rows < 60
 
 
-def test_fewer_rows_than_unknowns(tmp_path: Path) -> None:
+def test_refit_with_fewer_rows_than_unknowns(tmp_path: Path) -> None:
     """The dual form gives the same solution, and the report asks for more samples."""
     text = """(float[N,30] x) => (float[N,3] y) <float[30,60] w1, float[60] b1, float[60,3] w2, float[3] b2> {
         a = Gemm(x, w1, b1)
@@ -422,7 +424,7 @@ def test_fewer_rows_than_unknowns(tmp_path: Path) -> None:
     assert not enough.notes
 
 
-def test_every_reason_is_told(tmp_path: Path) -> None:
+def test_every_skipped_node_is_noted_with_its_reason(tmp_path: Path) -> None:
     """Rows that are no numbers do not hide that those that are left are few."""
     text = """(float[N,30] x) => (float[N,3] y) <float[30,60] w1, float[60,3] w2> {
         a = MatMul(x, w1)
@@ -444,7 +446,7 @@ def test_every_reason_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
-def test_a_handful_of_rows(count: int, tmp_path: Path) -> None:
+def test_refit_with_a_handful_of_rows(count: int, tmp_path: Path) -> None:
     """Nothing can be held out of one row: then nothing is fitted. No division by zero in between."""
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
@@ -455,7 +457,7 @@ def test_a_handful_of_rows(count: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_batches_do_not_matter(batch_size: int, tmp_path: Path) -> None:
+def test_refit_does_not_depend_on_the_batch_size(batch_size: int, tmp_path: Path) -> None:
     """Rows of single samples are as good as rows of batches."""
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
@@ -552,7 +554,7 @@ def test_no_node_of_a_trained_model_gets_worse(
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_refit_helps(net: str, tmp_path: Path) -> None:
+def test_refit_reduces_the_error(net: str, tmp_path: Path) -> None:
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     keep = random_keep(coupling, np.random.default_rng(1), 0.6)
@@ -562,7 +564,7 @@ def test_refit_helps(net: str, tmp_path: Path) -> None:
     assert pruned.fits
 
 
-def test_what_does_not_help_is_not_done(tmp_path: Path) -> None:
+def test_refit_that_does_not_reduce_the_error_is_discarded(tmp_path: Path) -> None:
     """The lost channel is +1 in the rows that are fitted and -1 in those held out: no repair survives that."""
     text = "(float[N,2] x) => (float[N,2] y) <float[2,2] w1, float[2,2] w> { a = MatMul(x, w1)  y = MatMul(a, w) }"
     model = load(build(text), tmp_path)
@@ -581,7 +583,7 @@ def test_what_does_not_help_is_not_done(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_operator(case: OpCase, tmp_path: Path) -> None:
+def test_every_operator_case_stays_valid_after_refit(case: OpCase, tmp_path: Path) -> None:
     """Valid, of the same interface, and finite, whatever stands around the linear nodes."""
     if reason := unknown_here(case):
         pytest.skip(reason)
@@ -610,7 +612,7 @@ def test_every_operator(case: OpCase, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("net", "group"), [(CNN, "w1"), (CNN, "w2"), (RESIDUAL, "w2")])
-def test_mixing_helps(net: str, group: str, tmp_path: Path) -> None:
+def test_channel_mixing_reduces_the_error(net: str, group: str, tmp_path: Path) -> None:
     """Less than a full refit, more than none; a convolution and a flattened image."""
     model = load(build(net), tmp_path)
     coupling = couple(model)
@@ -627,7 +629,7 @@ def test_mixing_helps(net: str, group: str, tmp_path: Path) -> None:
     assert least < 1.05 * middle
 
 
-def test_mixing_knows_the_places_of_units_of_unequal_size(tmp_path: Path) -> None:
+def test_channel_mixing_supports_units_of_unequal_size(tmp_path: Path) -> None:
     """Channels of nine places beside features of one: no common form, so only the bias moves, and that is said."""
     proto = build("""(float[N,3,5,5] x, float[N,5] z) => (float[] y)
     <float[8,3,3,3] w1, float[5,6] w2, float[78,4] w> {
@@ -648,7 +650,7 @@ def test_mixing_knows_the_places_of_units_of_unequal_size(tmp_path: Path) -> Non
     assert _error(model, pruned.proto, other) < _error(model, pruned.raw, other)
 
 
-def test_a_wide_grouped_convolution_gets_its_bias(tmp_path: Path) -> None:
+def test_wide_grouped_convolution_gets_a_bias(tmp_path: Path) -> None:
     model = load(build(GROUPED), tmp_path)
     coupling = couple(model)
     keep = _without(coupling, "w1", [1, 4])
@@ -659,7 +661,7 @@ def test_a_wide_grouped_convolution_gets_its_bias(tmp_path: Path) -> None:
     assert any(grouped in n and "only its bias is refitted" in n for n in pruned.notes)
 
 
-def test_a_wide_node_behind_the_cut(tmp_path: Path) -> None:
+def test_wide_node_behind_the_cut_is_refitted_by_mixing(tmp_path: Path) -> None:
     """All its own channels stay; mixing makes up for what is wrong with them."""
     text = """(float[N,6] x) => (float[N,4] y) <float[6,12] w1, float[12,9] w2, float[9,4] w3> {
         a = MatMul(x, w1)
@@ -677,7 +679,7 @@ def test_a_wide_node_behind_the_cut(tmp_path: Path) -> None:
     assert _error(model, pruned.proto, other) < 0.8 * _error(model, pruned.raw, other)
 
 
-def test_a_wide_node_whose_data_overflow_in_places(tmp_path: Path) -> None:
+def test_wide_node_with_overflowing_activations_is_refitted(tmp_path: Path) -> None:
     """Rows that are no numbers are left out of what is mixed, too; both are told, with the numbers."""
     text = """(float[N,6] x) => (float[N,4] y) <float[6,12] w1, float[12,4] w2> {
         a = MatMul(x, w1)
@@ -705,7 +707,7 @@ def test_a_wide_node_whose_data_overflow_in_places(tmp_path: Path) -> None:
     assert fit.error_after < 1.2 * least.fits[0].error_after
 
 
-def test_shared_weights_are_left_alone(tmp_path: Path) -> None:
+def test_shared_weights_stay_unchanged(tmp_path: Path) -> None:
     text = """(float[N,5] a, float[N,5] b) => (float[] y) <float[5,8] wa, float[5,8] wb, float[8,3] u, float[3] c> {
         ma = MatMul(a, wa)
         mb = MatMul(b, wb)
@@ -730,7 +732,7 @@ def test_shared_weights_are_left_alone(tmp_path: Path) -> None:
     assert pruned.proto.SerializeToString() == pruned.raw.SerializeToString()
 
 
-def test_weights_that_a_branch_reads_are_left_alone(tmp_path: Path) -> None:
+def test_weights_read_by_a_branch_stay_unchanged(tmp_path: Path) -> None:
     """An If captures the weight: it is shared, though no other node lists it."""
     case = next(c for c in CASES if c.name == "if-reads-an-outer-weight")
     model = load(case.make(), tmp_path)
@@ -752,7 +754,7 @@ def test_weights_that_a_branch_reads_are_left_alone(tmp_path: Path) -> None:
         np.testing.assert_array_equal(after[1], before[1])
 
 
-def test_weights_of_another_form_are_told(tmp_path: Path) -> None:
+def test_unsupported_weight_forms_are_noted(tmp_path: Path) -> None:
     text = """(float[2,4,5] x) => (float[] y) <float[5,8] w1, float[2,8,3] w2> {
         m = MatMul(x, w1)
         h = Relu(m)
@@ -767,7 +769,7 @@ def test_weights_of_another_form_are_told(tmp_path: Path) -> None:
     assert ["its weight has no plain matrix form" in n for n in pruned.notes] == [True]
 
 
-def test_computed_biases_are_told(tmp_path: Path) -> None:
+def test_computed_biases_are_noted(tmp_path: Path) -> None:
     text = """(float[N,5] x, float[3] c) => (float[] y) <float[5,8] w1, float[8,3] w2> {
         m = MatMul(x, w1)
         h = Relu(m)
@@ -808,7 +810,7 @@ def test_depthwise_convolutions_behind_a_cut_are_refitted(tmp_path: Path) -> Non
     assert constants(pruned.proto)["w3"].shape == (7, 1, 3, 3)
 
 
-def test_only_what_is_behind_the_cut_changes(tmp_path: Path) -> None:
+def test_only_nodes_behind_the_cut_change(tmp_path: Path) -> None:
     model = load(build(RESIDUAL), tmp_path)
     coupling = couple(model)
     pruned = _fit(model, coupling, _without(coupling, "w2", [0, 2]), _samples(model, 50))
@@ -835,7 +837,7 @@ NORMED = """(float[N,3,6,6] x) => (float[N,8,6,6] y)
 }"""
 
 
-def test_gain_up_to_the_sum(tmp_path: Path) -> None:
+def test_gain_between_node_and_sum_is_folded_from_normalisation(tmp_path: Path) -> None:
     proto = build(NORMED)
     _change(proto, "gain", lambda v: v.__setitem__(slice(None), [1, -2, 0, 1e-4, 0.5, 1, 1, 1]))
     model = load(proto, tmp_path)
@@ -869,7 +871,7 @@ def test_gain_up_to_the_sum(tmp_path: Path) -> None:
         ("d = MatMul(h, w2)  y = Sub(z, d)", None),
     ],
 )
-def test_what_is_a_join(nodes: str, other: str | None, tmp_path: Path) -> None:
+def test_residual_join_is_recognised(nodes: str, other: str | None, tmp_path: Path) -> None:
     text = f"""(float[N,5] x, float[N,5] z, float[1,5] one) => (float[] y) <float[5,8] w1, float[8,5] w2, float[5] b> {{
         a = MatMul(x, w1)
         h = Relu(a)
@@ -880,7 +882,7 @@ def test_what_is_a_join(nodes: str, other: str | None, tmp_path: Path) -> None:
     assert (found.other if found else None) == other
 
 
-def test_a_join_takes_on_the_other_branchs_error(
+def test_join_compensates_the_error_of_the_other_branch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The branches with the shared weight u stay wrong; those beside them read what it takes to make up for that."""
@@ -915,7 +917,7 @@ def test_a_join_takes_on_the_other_branchs_error(
     assert _error(model, _fit(model, coupling, keep, found).proto, other) > 0.1
 
 
-def test_two_branches_that_end_in_one_sum(tmp_path: Path) -> None:
+def test_two_branches_of_one_sum_are_refitted(tmp_path: Path) -> None:
     """The branch that is fitted first must not wait for the other one: it is not fitted yet."""
     text = """(float[N,5] x) => (float[N,4] y) <float[5,8] w1, float[8,4] w2, float[8,4] w3> {
         a = MatMul(x, w1)
@@ -958,7 +960,7 @@ def test_two_runs_are_byte_identical(net: str, tmp_path: Path) -> None:
     assert first.notes == second.notes
 
 
-def test_the_seed_picks_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seed_selects_the_sampled_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(build(CNN), tmp_path)
     coupling = couple(model)
     keep = random_keep(coupling, np.random.default_rng(2), 0.5)
@@ -969,7 +971,9 @@ def test_the_seed_picks_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert first.fits[0].rows == 300 < 64 * 16
 
 
-def test_rows_follow_the_unknowns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_rows_follows_the_unknowns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four rows for each of the 8 x 9 weights of an output, within bounds; as many values as were allowed if wide."""
     model = load(build(CNN), tmp_path)
     coupling = couple(model)
@@ -991,7 +995,9 @@ def test_rows_follow_the_unknowns(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert rows(cap=72) == 288
 
 
-def test_what_memory_allows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_limited_by_memory_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(build(CNN), tmp_path)
     coupling = couple(model)
     keep = random_keep(coupling, np.random.default_rng(2), 0.5)
@@ -1003,7 +1009,7 @@ def test_what_memory_allows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len([n for n in notes if "least squares used" in n and "of 80 samples" in n]) == 1
 
 
-def test_progress(tmp_path: Path) -> None:
+def test_progress_counts_refitted_nodes(tmp_path: Path) -> None:
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
     steps: list[tuple[str, int, int]] = []
@@ -1024,7 +1030,7 @@ def test_half_precision_stays_half_precision(tmp_path: Path) -> None:
     assert _error(model, pruned.proto, found) < _error(model, pruned.raw, found)
 
 
-def test_solve_ridge_leaves_dead_inputs_alone() -> None:
+def test_solve_ridge_gives_dead_inputs_no_weight() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 50, 6))
     x[:, :, 3] = 0
@@ -1042,7 +1048,7 @@ def test_solve_ridge_leaves_dead_inputs_alone() -> None:
 
 @pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e8])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_solve_ridge_knows_no_unit(scale: float, groups: int) -> None:
+def test_solve_ridge_does_not_depend_on_units_of_measure(scale: float, groups: int) -> None:
     """Strengths are relative: inputs in other units give the same outputs, also where some input is dead."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(groups, 50, 6))
@@ -1054,7 +1060,7 @@ def test_solve_ridge_knows_no_unit(scale: float, groups: int) -> None:
     np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)
 
 
-def test_samples_are_as_many_as_there_is_room_for(tmp_path: Path) -> None:
+def test_number_of_samples_follows_the_memory_limit(tmp_path: Path) -> None:
     text = """(float[N,64] x) => (float[N,4] y) <float[64,512] w1, float[512,4] w2> {
         a = MatMul(x, w1)
         h = Relu(a)
@@ -1075,7 +1081,7 @@ def test_samples_are_as_many_as_there_is_room_for(tmp_path: Path) -> None:
     assert not any("samples, as many" in n for n in _fit(model, coupling, keep, found).notes)
 
 
-def test_a_normalisation_is_nothing_to_refit(tmp_path: Path) -> None:
+def test_normalisation_is_not_refitted(tmp_path: Path) -> None:
     """It reads a cut and holds a gain, but nobody would look for its name among what was left out."""
     text = """(float[N,4,5] x) => (float[N,4,3] y) <float[5,12] w1, float[12] gain, float[12,3] w2> {
         h = MatMul(x, w1)

@@ -115,7 +115,7 @@ def _apart(model: Model, a: onnx.ModelProto, b: onnx.ModelProto) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", EXACT)
-def test_the_folded_model_is_the_published_pruning(tmp_path: Path, name: str, seed: int) -> None:
+def test_folded_model_equals_the_published_pruning(tmp_path: Path, name: str, seed: int) -> None:
     model = load(build(EXACT[name]), tmp_path)
     coupling = couple(model)
     keep = _half(coupling, seed)
@@ -129,9 +129,7 @@ def test_the_folded_model_is_the_published_pruning(tmp_path: Path, name: str, se
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_zeroed_changes_weights_of_removed_units_and_nothing_else(
-    tmp_path: Path, name: str
-) -> None:
+def test_zeroing_changes_weights_of_removed_units_only(tmp_path: Path, name: str) -> None:
     model = load(build(EXACT[name]), tmp_path)
     coupling = couple(model)
     keep = _half(coupling, 0)
@@ -146,7 +144,7 @@ def test_zeroed_changes_weights_of_removed_units_and_nothing_else(
     np.testing.assert_array_equal(after[last], before[last])
 
 
-def test_without_biases_there_is_nothing_to_fold(tmp_path: Path) -> None:
+def test_model_without_biases_is_not_folded(tmp_path: Path) -> None:
     text = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {
         a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2)
     }"""
@@ -220,7 +218,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", VARIES)
-def test_what_is_not_exact_is_noted(tmp_path: Path, name: str) -> None:
+def test_inexact_folding_is_noted(tmp_path: Path, name: str) -> None:
     model = load(build(VARIES[name]), tmp_path)
     coupling = couple(model)
     keep = _half(coupling, 0)

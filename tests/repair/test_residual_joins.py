@@ -37,14 +37,14 @@ def _join(
 
 
 @pytest.mark.parametrize("sum_", ["Add(a, b)", "Add(b, a)", "Sum(a, b)"])
-def test_a_sum_with_another_branch(tmp_path: Path, sum_: str) -> None:
+def test_sum_with_another_branch_is_a_join(tmp_path: Path, sum_: str) -> None:
     found = _join(tmp_path, f"y = {sum_}")
     assert found is not None
     assert found.other == "b"
     assert found.gain.tolist() == [1, 1, 1, 1]
 
 
-def test_a_bias_is_no_branch(tmp_path: Path) -> None:
+def test_addition_of_a_bias_is_no_join(tmp_path: Path) -> None:
     constants = ", float[4,1,1] c = {1, 2, 3, 4}"
     found = _join(tmp_path, "k = Add(a, c)  i = Identity(k)  y = Add(i, b)", constants)
     assert found is not None
@@ -63,12 +63,12 @@ def test_a_bias_is_no_branch(tmp_path: Path) -> None:
         ("y = Sum(a, b, b)", ""),
     ],
 )
-def test_nothing_that_a_node_could_make_up_for(tmp_path: Path, between: str, more: str) -> None:
+def test_patterns_without_a_plain_sum_are_no_join(tmp_path: Path, between: str, more: str) -> None:
     """A bend on the way, others who see the output, itself, another shape, no sum of two."""
     assert _join(tmp_path, between, more=more) is None
 
 
-def test_an_output_is_seen_by_others(tmp_path: Path) -> None:
+def test_graph_output_is_no_join(tmp_path: Path) -> None:
     """The graph shows it, whoever else reads it."""
     text = "(float[N,5] x) => (float[N,4] a, float[N,4] y) <float[5,4] w1, float[5,4] w2> { a = MatMul(x, w1)  "
     model = load(build(text + "b = MatMul(x, w2)  y = Add(a, b) }"), tmp_path)
@@ -79,7 +79,7 @@ def test_an_output_is_seen_by_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("largest", [0.125, 1.0, 8.0])
-def test_the_gain_of_normalisation(tmp_path: Path, largest: float) -> None:
+def test_gain_of_normalisation_equals_its_definition(tmp_path: Path, largest: float) -> None:
     """scale / sqrt(variance + epsilon), by channel; muted is what is far below the largest, not what is just above."""
     scale = np.asarray(
         [largest, -largest / 2, largest * LEAST_GAIN * 0.999, largest * LEAST_GAIN * 1.001]
@@ -96,7 +96,7 @@ def test_the_gain_of_normalisation(tmp_path: Path, largest: float) -> None:
     assert np.count_nonzero(found.gain) < 4
 
 
-def test_the_correction_undoes_an_error() -> None:
+def test_correction_cancels_the_error() -> None:
     gain = np.asarray([2.0, 0.0, -0.5, 1.0])
     kept = np.asarray([True, True, True, False])
     error = np.asarray([[1.0, 5.0, 3.0], [-2.0, 0.0, 1.0]])
@@ -105,7 +105,7 @@ def test_the_correction_undoes_an_error() -> None:
     assert found.tolist() == [[0.5, 0.0, -6.0], [-1.0, 0.0, -2.0]]
 
 
-def test_normalisation_by_what_is_computed(tmp_path: Path) -> None:
+def test_normalisation_with_computed_scale_is_no_join(tmp_path: Path) -> None:
     """Without a constant scale there is no gain to speak of."""
     between = "p = ReduceMean<axes = [0, 2, 3], keepdims = 0>(b)  "
     assert (

@@ -55,7 +55,9 @@ def _search(
         ([3, 2, 1], [1, 0, 2], 2),
     ],
 )
-def test_the_search_walks_downhill(values: list[float], tried: list[int], taken: int) -> None:
+def test_search_over_strengths_walks_downhill(
+    values: list[float], tried: list[int], taken: int
+) -> None:
     asked, found, errors = _search([0.01 * v for v in values])
     order = list(dict.fromkeys(int(strength) for count, strength in asked if count == SPLIT))
     assert sorted(order) == sorted(tried)
@@ -65,7 +67,7 @@ def test_the_search_walks_downhill(values: list[float], tried: list[int], taken:
     assert 0 < errors[1] < errors[0]
 
 
-def test_errors_are_of_the_rows_held_out() -> None:
+def test_errors_are_measured_on_held_out_rows() -> None:
     """Per output the mean square over those rows, summed over groups and outputs, after the shift of the others."""
     x, residual = _problem()
     _, _, errors = _search([0.5])
@@ -75,7 +77,7 @@ def test_errors_are_of_the_rows_held_out() -> None:
     np.testing.assert_allclose(errors[1], np.square(left[:, SPLIT:]).mean(axis=1).sum())
 
 
-def test_a_tie_is_the_bias_alone() -> None:
+def test_tie_keeps_the_bias_shift_only() -> None:
     """A change that gains nothing beside a shift of the bias is not made."""
     x, residual = _problem()
     change, shift, taken, errors = ridge.choose_ridge(
@@ -87,7 +89,7 @@ def test_a_tie_is_the_bias_alone() -> None:
     assert errors[1] < errors[0]
 
 
-def test_one_output_and_one_group() -> None:
+def test_single_output_and_group_are_solved() -> None:
     x, residual = _problem(1, 1)
     change, _, taken, errors = ridge.choose_ridge(
         x, residual, SPLIT, ridge.ridge_regression(x, residual, SPLIT)
@@ -98,7 +100,7 @@ def test_one_output_and_one_group() -> None:
     assert errors[1] < 1e-6 * errors[0]
 
 
-def test_without_a_solver_only_the_bias_moves() -> None:
+def test_without_a_solver_only_the_bias_changes() -> None:
     x, residual = _problem()
     change, shift, taken, errors = ridge.choose_ridge(x, residual, SPLIT, None)
     assert (change, taken) == (None, None)
@@ -106,7 +108,7 @@ def test_without_a_solver_only_the_bias_moves() -> None:
     assert errors[1] < errors[0]
 
 
-def test_nothing_is_better_than_a_worse_bias() -> None:
+def test_worse_bias_is_discarded() -> None:
     """Where the held-out rows are right already, a shift would spoil them: the error after is that before."""
     x, residual = _problem()
     residual = residual * (np.arange(ROWS) < SPLIT)[:, None]
@@ -121,7 +123,7 @@ def test_strengths() -> None:
 
 @pytest.mark.parametrize("count", [6, 10])
 @pytest.mark.parametrize("strength", ridge.RIDGES)
-def test_both_forms_have_the_same_solution(count: int, strength: float) -> None:
+def test_primal_and_dual_forms_have_the_same_solution(count: int, strength: float) -> None:
     """With fewer rows than unknowns, by groups, wherever the data lie."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((3, ROWS, 14)) + rng.standard_normal((3, 1, 14))

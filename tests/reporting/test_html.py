@@ -104,7 +104,7 @@ def numbers_of(tree: Tree, section: str) -> list[list[str]]:
 # ---------------------------------------------------------------------------------------------------------- contents
 
 
-def test_has_every_section_and_says_what_the_document_says(
+def test_page_has_every_section_and_agrees_with_the_document(
     report: Report, plain_page: bytes
 ) -> None:
     value, tree = document(report), Tree(plain_page)
@@ -154,7 +154,9 @@ def test_has_every_section_and_says_what_the_document_says(
     assert f"{checks['masked_equivalence']:.3g}" in drawn["checks"]
 
 
-def test_the_command_gives_the_same_model(folder: Path, plain_page: bytes, tmp_path: Path) -> None:
+def test_command_on_the_page_gives_the_same_model(
+    folder: Path, plain_page: bytes, tmp_path: Path
+) -> None:
     again = Tree(plain_page).sections["again"]
     command = again[again.index("onnx-oamip prune") : again.index("half.onnx") + len("half.onnx")]
     words = shlex.split(command.replace("\\\n", " "))
@@ -163,7 +165,7 @@ def test_the_command_gives_the_same_model(folder: Path, plain_page: bytes, tmp_p
     assert (tmp_path / "again.onnx").read_bytes() == (folder / "half.onnx").read_bytes()
 
 
-def test_a_chart_for_every_group_and_node(report: Report, plain_page: bytes) -> None:
+def test_page_has_a_chart_for_every_group_and_node(report: Report, plain_page: bytes) -> None:
     value, tree = document(report), Tree(plain_page)
     groups = len(value["groups"])
     assert len(tree.named("svg")) == 2 + 2 * groups
@@ -202,7 +204,7 @@ def test_sections_without_content_are_left_out(folder: Path) -> None:
     assert "onnx-oamip prune" not in tree.sections["again"]
 
 
-def test_shows_what_a_search_went_through(folder: Path) -> None:
+def test_page_lists_the_plans_of_the_search(folder: Path) -> None:
     settings = Settings.create(max_drop=20, align=1, device="cpu", workers=1)
     found = prune(folder / "net.onnx", str(folder / "data.npz"), None, settings)
     value, tree = document(found), Tree(prune_page(found))
@@ -219,7 +221,7 @@ def test_shows_what_a_search_went_through(folder: Path) -> None:
     assert "lose at most 20 points" in tree.sections[""]
 
 
-def test_a_try_without_a_plan_is_told(report: Report) -> None:
+def test_trial_without_a_plan_is_shown(report: Report) -> None:
     tried = (Trial(0.5, report.after.macs, 0.2), Trial(0.1, None, None))
     changed = replace(report, tried=tried, budget=replace(report.budget, max_drop=1.0))
     assert numbers_of(Tree(prune_page(changed)), "search")[2] == ["10.0 %", "–", "no plan"]  # noqa: RUF001
@@ -228,7 +230,7 @@ def test_a_try_without_a_plan_is_told(report: Report) -> None:
 # ------------------------------------------------------------------------------------------------ safety, quietness
 
 
-def test_the_same_report_gives_the_same_bytes(report: Report, plain_page: bytes) -> None:
+def test_same_report_gives_the_same_bytes(report: Report, plain_page: bytes) -> None:
     first = plain_page
     assert first == prune_page(report)
     assert first.count(b"<!--") == 0
@@ -237,7 +239,7 @@ def test_the_same_report_gives_the_same_bytes(report: Report, plain_page: bytes)
     )
 
 
-def test_two_runs_differ_in_times_alone(folder: Path, report: Report) -> None:
+def test_pages_of_two_runs_differ_in_times_only(folder: Path, report: Report) -> None:
     settings = Settings.create(macs=0.5, align=1, device="cpu", workers=2)
     again = prune(folder / "net.onnx", str(folder / "data.npz"), folder / "half.onnx", settings)
 
@@ -251,7 +253,7 @@ def test_two_runs_differ_in_times_alone(folder: Path, report: Report) -> None:
     assert timeless(again) == timeless(report)
 
 
-def test_fetches_nothing(plain_page: bytes) -> None:
+def test_page_fetches_no_resource(plain_page: bytes) -> None:
     assert_fetches_nothing(plain_page)
     assert_ids_are_sound(plain_page)
 
@@ -290,7 +292,7 @@ def hostile(report: Report) -> Report:
     )
 
 
-def test_foreign_texts_are_escaped(hostile_page: bytes) -> None:
+def test_names_from_the_model_are_escaped(hostile_page: bytes) -> None:
     page = hostile_page
     assert_fetches_nothing(page)
     assert_ids_are_sound(page)
@@ -310,7 +312,7 @@ def test_foreign_texts_are_escaped(hostile_page: bytes) -> None:
     assert "49" not in tree.sections["checks"].split("Remarks")[1], "a name is no template"
 
 
-def test_what_is_invisible_is_spelt_out() -> None:
+def test_invisible_characters_are_spelt_out() -> None:
     assert visible("a\x00b\u200bc\ud800\n") == "a\\x00b\\u200bc\\ud800\\x0a"
     assert visible("Größe 漢字 é") == "Größe 漢字 é"
 
@@ -318,7 +320,7 @@ def test_what_is_invisible_is_spelt_out() -> None:
 @pytest.mark.parametrize(
     "name", ["layer.weight", "W" * 200, "漢" * 80, "\U0001f600" * 50, "i" * 500, "", "$x$"]
 )
-def test_names_are_shortened_to_the_room_there_is(name: str) -> None:
+def test_names_are_shortened_to_the_available_width(name: str) -> None:
     found = charts.shortened(name, 150)
     assert found == name or (
         "…" in found and name.startswith(found[:1]) and name.endswith(found[-1:])
@@ -326,7 +328,7 @@ def test_names_are_shortened_to_the_room_there_is(name: str) -> None:
     assert len(found) <= 80
 
 
-def test_shortened_names_still_tell_layers_apart() -> None:
+def test_shortened_names_stay_distinct() -> None:
     assert charts.shortened("encoder.layer.3.weight", 200) == "encoder.layer.3.weight"
     assert (
         charts.shortened("encoder.layer.3.attention.output.dense.weight", 150)
@@ -390,7 +392,7 @@ def large(report: Report, groups: int = 110, nodes: int = 210) -> Report:
     )
 
 
-def test_many_groups_stay_readable(report: Report, large_page: bytes) -> None:
+def test_page_of_many_groups_stays_readable(report: Report, large_page: bytes) -> None:
     found, page = large(report), large_page
     tree = Tree(page)
     assert len(page) < 2_000_000
@@ -410,7 +412,7 @@ def test_many_groups_stay_readable(report: Report, large_page: bytes) -> None:
 
 @needs_chromium
 @pytest.mark.parametrize("kind", ["plain_page", "hostile_page", "large_page"])
-def test_nothing_overflows_or_overlaps(
+def test_page_elements_do_not_overflow_or_overlap(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str
 ) -> None:
     assert_well_laid_out(request.getfixturevalue(kind), tmp_path)
@@ -476,13 +478,13 @@ def test_apply_writes_a_page(place: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert (place / "a.onnx").read_bytes() == first
 
 
-def test_a_dry_run_has_no_page(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_no_page(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*PRUNE, "--dry-run", "--report", "r.html"]) == 2
     assert "--dry-run" in capfd.readouterr().err
     assert not (place / "r.html").exists()
 
 
-def test_no_model_no_page(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_failed_run_writes_no_page(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (place / "r.html").write_bytes(b"old")
     assert main([*PRUNE, "--report", "r.html", "--macs", "0.001"]) == 1
     assert "--macs" in capfd.readouterr().err
@@ -500,7 +502,7 @@ def test_no_model_no_page(place: Path, capfd: pytest.CaptureFixture[str]) -> Non
         (".", "folder"),
     ],
 )
-def test_a_page_that_cannot_be_written_is_told_before_any_work(
+def test_unwritable_page_is_refused_before_any_work(
     place: Path,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -517,7 +519,7 @@ def test_a_page_that_cannot_be_written_is_told_before_any_work(
     assert not os.path.exists("out.onnx")
 
 
-def test_a_shipped_network_reports(tmp_path: Path) -> None:
+def test_shipped_network_has_a_page(tmp_path: Path) -> None:
     """Without labels: agreement takes the place of accuracy."""
     with np.load(MODELS / "mnist.npz") as file:
         few = {k: file[k][:40] if file[k].ndim else file[k] for k in ("input", "input.scale")}

@@ -68,7 +68,7 @@ def written(model: Path, arrays: dict[str, np.ndarray], target: Path, **values: 
 
 
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
-def test_shipped_models_come_out_the_same(name: str, tmp_path: Path) -> None:
+def test_shipped_models_are_pruned_reproducibly(name: str, tmp_path: Path) -> None:
     """The written files of every number of workers with every batch size, byte by byte."""
     count = 128 if name in FEW else 512
     arrays = samples({**FEW, **REST}[name], count)
@@ -98,7 +98,9 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_every_way_of_pruning_comes_out_the_same(name: str, tmp_path: Path) -> None:
+def test_every_method_gives_the_same_bytes_for_any_division_of_work(
+    name: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(build(TEXT).SerializeToString())
     images = np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)
@@ -110,7 +112,7 @@ def test_every_way_of_pruning_comes_out_the_same(name: str, tmp_path: Path) -> N
     assert len(found) == 1
 
 
-def test_every_verb_comes_out_the_same(tmp_path: Path) -> None:
+def test_every_command_is_reproducible(tmp_path: Path) -> None:
     """Scores, plans, what is made of them, and the models of a frontier; solver times are all that differs."""
     path = tmp_path / "model.onnx"
     path.write_bytes(build(TEXT).SerializeToString())
@@ -137,7 +139,7 @@ def test_every_verb_comes_out_the_same(tmp_path: Path) -> None:
     assert found[1:] == found[:1] * 2
 
 
-def test_what_is_learnt_runs_at_a_batch_of_its_own(
+def test_calibration_does_not_use_the_requested_batch_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No batch that somebody asks for reaches a run of the model behind which something is decided."""
@@ -159,7 +161,7 @@ def test_what_is_learnt_runs_at_a_batch_of_its_own(
     assert seen[1] - {1} == seen[32] == seen[512] - {512} == {feed_batches.RUN}
 
 
-def test_the_seed_matters(tmp_path: Path) -> None:
+def test_seed_changes_the_result(tmp_path: Path) -> None:
     """Bytes are not the same because nothing was done: another seed gives others."""
     model, arrays = MODELS / "lenet5-mnist.onnx", samples("mnist", 160)
     assert written(model, arrays, tmp_path / "a.onnx") != written(
@@ -167,7 +169,7 @@ def test_the_seed_matters(tmp_path: Path) -> None:
     )
 
 
-def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
+def test_run_size_follows_from_model_and_memory(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(build(TEXT).SerializeToString())
     model = models.rebind(models.load(path), {"batch": 1})
@@ -183,7 +185,7 @@ def test_a_run_follows_from_the_model_and_the_memory(tmp_path: Path) -> None:
     assert (len(feeds), used) == (1, 10)
 
 
-def test_less_memory_means_smaller_runs_and_smaller_matrices(tmp_path: Path) -> None:
+def test_less_memory_gives_smaller_runs_and_matrices(tmp_path: Path) -> None:
     least = 1 << 28
     assert Settings(max_memory=least).activation_memory_limit == least // 4
     assert (
@@ -212,7 +214,7 @@ WIDE = """(float[batch, 4, 256, 256] image) => (float[batch, 5] scores)
 """Activations of a mebibyte each."""
 
 
-def test_activations_and_matrices_keep_to_their_share_of_memory(
+def test_activations_and_matrices_stay_within_their_memory_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What walks hold, what runs take and give at the same time, and all second moments: bytes of arrays, counted."""
@@ -282,11 +284,11 @@ def test_activations_and_matrices_keep_to_their_share_of_memory(
 @pytest.mark.parametrize(
     ("text", "value"), [("2GB", 2 << 30), ("1.5 GiB", 3 << 29), ("800m", 800 << 20)]
 )
-def test_sizes_of_memory(text: str, value: int) -> None:
+def test_memory_sizes_are_parsed(text: str, value: int) -> None:
     assert Settings(max_memory=text).max_memory == value
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "2XB", "nan", "7"])
-def test_sizes_that_are_none(text: str) -> None:
+def test_invalid_memory_sizes_are_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="is not an amount of memory"):
         Settings(max_memory=text)

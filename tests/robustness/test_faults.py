@@ -403,7 +403,7 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
 
 @pytest.mark.skipif(os.name != "posix", reason="processes are forked and killed")
 @pytest.mark.parametrize(("name", "fault"), CELLS, ids=[f"{name}-{fault}" for name, fault in CELLS])
-def test_a_fault_at_a_stage(
+def test_fault_at_a_stage_leaves_the_old_files(
     name: str,
     fault: str,
     task: Path,
@@ -455,7 +455,7 @@ def test_a_fault_at_a_stage(
     assert names(task) == {"model.onnx", "data.npz", *WRITTEN}
 
 
-def test_cells_are_left_out_by_what_stages_do(task: Path) -> None:
+def test_fault_matrix_matches_what_stages_do(task: Path) -> None:
     """Programs are solved, and work is spread, by the stages that say so, and by no others."""
     executors = import_module("onnx_oamip.executors")
     for room in (importance, published):
@@ -606,7 +606,7 @@ def _full(name: str, real: Callable[..., Any], when: Callable[[str], bool]) -> C
 )
 @pytest.mark.parametrize("which", WRITTEN)
 @pytest.mark.parametrize("point", ["write_bytes", "fsync", "replace"])
-def test_a_full_disk_leaves_the_old_files(
+def test_full_disk_leaves_the_old_files(
     task: Path,
     point: str,
     which: str,
@@ -634,7 +634,7 @@ def test_a_full_disk_leaves_the_old_files(
     not Path("/proc/self/fd").exists(), reason="files are told apart by their descriptors"
 )
 @pytest.mark.parametrize("point", ["write_bytes", "fsync", "replace"])
-def test_a_full_disk_under_the_cache_costs_time_alone(
+def test_full_cache_disk_does_not_change_the_result(
     task: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go(task, cache="off")
@@ -655,7 +655,7 @@ def test_a_full_disk_under_the_cache_costs_time_alone(
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_is_read_only_is_refused_before_any_work(
+def test_read_only_folder_is_refused_before_any_work(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnx_oamip.graph.loading.load", lambda *_: pytest.fail("work was done"))
@@ -667,7 +667,7 @@ def test_a_folder_that_is_read_only_is_refused_before_any_work(
         task.chmod(0o700)
 
 
-def test_a_folder_or_a_place_of_no_use_is_refused_before_any_work(
+def test_unusable_output_path_is_refused_before_any_work(
     task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("onnx_oamip.graph.loading.load", lambda *_: pytest.fail("work was done"))
@@ -692,9 +692,7 @@ def test_a_folder_or_a_place_of_no_use_is_refused_before_any_work(
     assert names(task) == {"model.onnx", "data.npz", *WRITTEN[1:]}
 
 
-def test_a_cache_of_ones_own_that_cannot_be_written_is_told_once(
-    task: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_cache_folder_is_noted_once(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ONNX_OAMIP_CACHE")
     (task / "cache").write_bytes(OLD)
     monkeypatch.setattr(
@@ -707,7 +705,7 @@ def test_a_cache_of_ones_own_that_cannot_be_written_is_told_once(
     assert report.output_sha256
 
 
-def test_old_weights_and_a_model_that_points_at_them_stay_together(
+def test_old_model_and_its_external_weights_stay_together(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnx_oamip.graph.external_data.PROTOBUF_LIMIT", 1000)
@@ -758,7 +756,7 @@ def test_files_are_renamed_in_order_and_together(
     assert names(task) == {"model.onnx", "data.npz", *WRITTEN}
 
 
-def test_a_new_file_goes_again_where_a_later_one_fails(
+def test_new_file_is_removed_if_a_later_one_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "b").write_bytes(OLD)
@@ -774,7 +772,7 @@ def test_a_new_file_goes_again_where_a_later_one_fails(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"b": OLD}
 
 
-def test_folders_aside_of_others_are_left_alone(tmp_path: Path) -> None:
+def test_temporary_folders_of_other_processes_are_kept(tmp_path: Path) -> None:
     """One that a running process holds stays, one that nobody holds goes; names that only look alike stay."""
     held = atomic_files.make(tmp_path, ".x.")
     left, other = tmp_path / ".x.abcdefgh", tmp_path / ".x.y"
@@ -795,7 +793,7 @@ def test_folders_aside_of_others_are_left_alone(tmp_path: Path) -> None:
     assert not second.exists()
 
 
-def test_temporary_weights_go_with_the_process(tmp_path: Path) -> None:
+def test_temporary_weights_are_removed_at_exit(tmp_path: Path) -> None:
     code = (
         "import numpy as np\nfrom onnx_oamip.graph import external_data\n"
         "external_data.tensor(np.zeros(1 << 19), 'w', True)\nimport os, sys\n"
@@ -837,7 +835,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
-def test_solvers_that_all_fail_leave_the_old_files(
+def test_failure_of_all_solvers_leaves_the_old_files(
     task: Path, backends: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = dict(solvers.BACKENDS)
@@ -854,7 +852,7 @@ def test_solvers_that_all_fail_leave_the_old_files(
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError], ids=["memory", "death"])
-def test_a_worker_that_fails_leaves_the_old_files(
+def test_failure_of_a_worker_leaves_the_old_files(
     task: Path,
     error: type[Exception],
     monkeypatch: pytest.MonkeyPatch,
@@ -901,7 +899,7 @@ def test_a_worker_that_fails_leaves_the_old_files(
         ),
     ],
 )
-def test_memory_that_runs_out_names_the_group(
+def test_out_of_memory_error_names_the_group(
     task: Path,
     place: str,
     values: Mapping[str, Any],
@@ -943,7 +941,7 @@ def test_memory_that_runs_out_names_the_group(
     ],
     ids=["python", "load", "run"],
 )
-def test_memory_that_the_runtime_lacks(
+def test_out_of_memory_in_the_runtime_is_reported(
     task: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own errors are about memory, not about a model that is no good."""
@@ -965,7 +963,7 @@ def test_memory_that_the_runtime_lacks(
     assert nothing_happened(task)
 
 
-def test_what_highs_throws_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exception_in_highs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import highspy
 
     class Thrown(highspy.Highs):  # type: ignore[misc]
@@ -1004,7 +1002,7 @@ sys.exit(main(sys.argv[3:]))
     ("place", "number", "status", "word"),
     [("thread", signal.SIGINT, 130, "interrupted"), ("main", signal.SIGTERM, 143, "terminated")],
 )
-def test_a_signal_ends_work_that_does_not_listen(
+def test_signal_ends_unresponsive_work(
     task: Path, place: str, number: int, status: int, word: str
 ) -> None:
     started = task / "cache" / "started.npz"

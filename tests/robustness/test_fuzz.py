@@ -46,7 +46,7 @@ CASES = {"model": (500, 20_000), "data": (200, 5_000)}
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", CASES)
-def test_mutated_files(kind: str, request: pytest.FixtureRequest) -> None:
+def test_mutated_files_give_one_sentence_errors(kind: str, request: pytest.FixtureRequest) -> None:
     few, many = CASES[kind]
     number = many if request.config.getoption("--slow") else few
     # Under pytest-xdist the other processors have tests of their own.
@@ -58,7 +58,7 @@ def test_mutated_files(kind: str, request: pytest.FixtureRequest) -> None:
     assert counts["refused"] > 0.3 * number, counts
 
 
-def test_a_worker_that_dies_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crashed_fuzzing_process_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     real = fuzzing.subprocess.Popen
     program = (
         "import os, sys\nfor x in sys.stdin:\n  if int(x) == 1: os.abort()\n"
@@ -70,7 +70,7 @@ def test_a_worker_that_dies_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> No
     assert [o.kind for o in fuzzing.outcomes("model", [0, 1, 2])] == ["refused", "died", "refused"]
 
 
-def test_what_must_not_be_is_seen() -> None:
+def test_judge_detects_forbidden_outcomes() -> None:
     assert fuzzing.judge(0, "fine\n", "") == ""
     assert fuzzing.judge(2, "", "Error: the model is broken; mend it.\n") == ""
     wrong = (
@@ -235,7 +235,7 @@ def _no_group(op: str) -> Callable[[], ModelProto]:
         (_no_group("ConvTranspose"), "than one group"),
     ],
 )
-def test_what_ends_the_runtime_is_not_run(
+def test_models_that_crash_the_runtime_are_refused(
     make: Callable[[], ModelProto], why: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "m.onnx").write_bytes(make().SerializeToString())
@@ -314,7 +314,9 @@ def _prune(place: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_models(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_models_are_refused_in_one_sentence(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make, sentence = BROKEN[name]
     (place / "m.onnx").write_bytes(make().SerializeToString())
     for command in (_prune(place), ["inspect", str(place / "m.onnx")]):
@@ -335,7 +337,7 @@ def test_graphsurgeon_prints_nothing(place: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_function_that_calls_itself() -> None:
+def test_recursive_function_is_refused() -> None:
     with pytest.raises(
         ModelError, match="the function 'a' of the model calls itself, which ONNX does not allow"
     ):
@@ -343,7 +345,7 @@ def test_a_function_that_calls_itself() -> None:
 
 
 @pytest.mark.parametrize(("make", "inspected"), [(_states, 2), (_flat_states, 2), (_narrow, 0)])
-def test_what_does_not_fit_its_operator(
+def test_node_that_does_not_fit_its_operator_is_refused(
     make: Callable[[], ModelProto], inspected: int, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "m.onnx").write_bytes(make().SerializeToString())
@@ -356,7 +358,7 @@ def test_what_does_not_fit_its_operator(
     assert (sentence in capsys.readouterr().err) == (inspected == 2)
 
 
-def test_a_rule_that_breaks_on_a_sound_node_is_our_mistake(
+def test_failing_rule_on_a_valid_node_is_an_internal_error(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -381,7 +383,7 @@ def test_a_rule_that_breaks_on_a_sound_node_is_our_mistake(
     assert not (place / "out.onnx").exists()
 
 
-def test_what_cannot_run_is_refused_before_the_work(
+def test_model_that_cannot_run_is_refused_before_any_work(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "m.onnx").write_bytes(_never().SerializeToString())
@@ -390,7 +392,7 @@ def test_what_cannot_run_is_refused_before_the_work(
     assert main(["inspect", str(place / "m.onnx")]) == 0
 
 
-def test_a_model_is_a_file(tmp_path: Path) -> None:
+def test_path_that_is_not_a_regular_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
     kinds = {
         tmp_path: "is a folder",
@@ -402,12 +404,12 @@ def test_a_model_is_a_file(tmp_path: Path) -> None:
             models.load(path)
 
 
-def test_functions_that_are_called_often_are_written_out() -> None:
+def test_functions_called_often_are_inlined() -> None:
     proto = _calls(*((f"f{i}", [f"f{i + 1}"] * 2) for i in range(8)), ("f8", ["Relu"]))
     assert sum(n.op_type == "Relu" for n in subgraphs.inline(proto).graph.node) == 2**8
 
 
-def test_a_long_list_is_not_followed_and_does_no_harm(place: Path) -> None:
+def test_long_shape_list_is_not_followed(place: Path) -> None:
     """onnx keeps each element of a list; this one has 300,000 and says nothing of a shape."""
     proto = _large("ConstantOfShape", ["shape"])()
     for tensor in proto.graph.initializer:
@@ -418,7 +420,7 @@ def test_a_long_list_is_not_followed_and_does_no_harm(place: Path) -> None:
 
 
 @pytest.mark.parametrize("count", ["count", ""])
-def test_a_loop_without_an_end_is_given_up(
+def test_endless_loop_is_aborted(
     count: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proto = build(
@@ -440,7 +442,9 @@ def test_a_loop_without_an_end_is_given_up(
 ODD = "w\n\x1b[31m<b>\x00\u202e"
 
 
-def test_odd_names_are_spelt_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_names_are_spelt_out(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     proto = _simple()
     for node in proto.graph.node:
         node.name = f"{node.op_type}{ODD}{node.output[0]}"
@@ -459,7 +463,9 @@ def test_odd_names_are_spelt_out(place: Path, capsys: pytest.CaptureFixture[str]
     assert models.load(place / "out.onnx").inputs[0].name == f"x{ODD}"
 
 
-def test_odd_names_do_no_harm_in_a_page(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_names_are_harmless_in_a_page(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     proto = _simple()
     script = "<script>alert(1)</script><img src=x onerror=alert(2)>&quot;\"'" + ODD
     proto.graph.initializer[0].name = proto.graph.node[0].input[1] = script
@@ -472,7 +478,7 @@ def test_odd_names_do_no_harm_in_a_page(place: Path, capsys: pytest.CaptureFixtu
     assert not any(bad in page for bad in ("<script>alert", "<img src=x", "\x1b", "\x00", "\u202e"))
 
 
-def test_an_error_is_one_line_of_bounded_length() -> None:
+def test_errors_are_one_line_of_bounded_length() -> None:
     text = str(ModelError(f"the node '{ODD}{'n' * 10**6}' is odd; mend it."))
     assert text.isprintable()
     assert len(text) < MOST + 100
@@ -577,7 +583,7 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_broken_data(
+def test_broken_data_files_are_refused_in_one_sentence(
     name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -626,7 +632,7 @@ def _columns(cell: Any, **choices: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_broken_tables(
+def test_broken_tables_are_refused_in_one_sentence(
     name: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet, "memory", lambda: 1 << 30)
@@ -637,7 +643,7 @@ def test_broken_tables(
     assert sentence in str(caught.value)
 
 
-def test_links_among_pictures(model: Model, tmp_path: Path) -> None:
+def test_links_in_image_folders_are_handled(model: Model, tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
     (folder / "a.png").write_bytes(_png(4, 4))
@@ -666,7 +672,7 @@ ACCEPTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_odd_but_sound_data(name: str, model: Model, tmp_path: Path) -> None:
+def test_unusual_but_valid_data_is_read(name: str, model: Model, tmp_path: Path) -> None:
     value = ACCEPTED[name]
     np.save(tmp_path / "d.npy", value)
     np.savez_compressed(tmp_path / "d.npz", x=value)
@@ -680,7 +686,7 @@ def test_odd_but_sound_data(name: str, model: Model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0, 4), (3, 2, 4)])
-def test_arrays_are_read_as_numpy_does(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_arrays_are_read_like_numpy(shape: tuple[int, ...], tmp_path: Path) -> None:
     values = np.random.default_rng(1).integers(0, 200, shape)
     for kind in ("|u1", "<i8", ">i8", "<f2", ">f8", "|b1", "<c8", "<M8[D]", "<U3"):
         for order in ("C", "F"):
@@ -694,17 +700,19 @@ def test_arrays_are_read_as_numpy_does(shape: tuple[int, ...], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("key", [3, None, ("x",), b"x"])
-def test_keys_are_names(key: Any, model: Model) -> None:
+def test_keys_that_are_not_input_names_are_refused(key: Any, model: Model) -> None:
     with pytest.raises(DataError, match="no name of an input"):
         dataset.load({key: GOOD}, model)
 
 
-def test_ragged_lists_are_no_array(model: Model) -> None:
+def test_ragged_lists_are_refused(model: Model) -> None:
     with pytest.raises(DataError, match="no array of numbers"):
         dataset.load({"x": [[1.0], [1.0, 2.0]]}, model)  # type: ignore[dict-item]
 
 
-def test_labels_beyond_the_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_beyond_the_classes_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "m.onnx").write_bytes(build(DATA_MODEL).SerializeToString())
     np.savez(place / "d.npz", x=GOOD, labels=[0, 1, 0, 1, 2, 0])
     assert main(_prune(place, "--data", str(place / "d.npz"))) == 2
@@ -762,7 +770,9 @@ PLANS: dict[str, tuple[Callable[[str], str], str]] = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_broken_plans(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_plans_are_refused_in_one_sentence(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change, sentence = PLANS[name]
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
     asked = [
@@ -810,7 +820,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_broken_configurations(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_configurations_are_refused_in_one_sentence(
+    name: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, sentence = CONFIGS[name]
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
     (place / "c.toml").write_text(text)
@@ -821,7 +833,7 @@ def test_broken_configurations(name: str, place: Path, capsys: pytest.CaptureFix
     assert sentence in err
 
 
-def test_what_others_put_into_the_cache_is_made_anew(
+def test_foreign_cache_entries_are_recomputed(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (place / "m.onnx").write_bytes(_simple().SerializeToString())
@@ -872,7 +884,7 @@ def test_what_others_put_into_the_cache_is_made_anew(
         assert (place / "out.onnx").read_bytes() == good
 
 
-def test_an_axis_that_is_none_in_a_keep_map(tmp_path: Path) -> None:
+def test_invalid_axis_in_a_keep_map_is_refused(tmp_path: Path) -> None:
     about = {"w": {"shape": [4, 5], "digests": ["", ""]}}
     for axis in ("-1", "7", "x", "9" * 5000):
         header = {"kind": "keep-map", "schema_version": 1, "weights": about}

@@ -229,7 +229,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
 
 @pytest.mark.parametrize("name", SIGNALS)
 @pytest.mark.parametrize("place", PLACES)
-def test_a_signal_ends_a_run(
+def test_signal_ends_a_run(
     place: str, name: str, ends: Mapping[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
     status, word = SIGNALS[name]

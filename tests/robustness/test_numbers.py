@@ -75,7 +75,7 @@ SINGULAR = {
 
 @pytest.mark.parametrize("importance", ["obs", "oamip"])
 @pytest.mark.parametrize("name", SINGULAR)
-def test_singular_second_moments(name: str, importance: str, tmp_path: Path) -> None:
+def test_singular_second_moments_are_handled(name: str, importance: str, tmp_path: Path) -> None:
     report = go(tmp_path, SINGULAR[name], importance=importance, mode="decoupled")
     assert report.after.macs <= 0.6 * report.before.macs
     for tensor in onnx.load(tmp_path / "out.onnx").graph.initializer:
@@ -85,7 +85,7 @@ def test_singular_second_moments(name: str, importance: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e8])
-def test_activations_of_huge_or_tiny_range(factor: float, tmp_path: Path) -> None:
+def test_activations_of_huge_or_tiny_range_are_handled(factor: float, tmp_path: Path) -> None:
     """The second layer takes back what the first one scales: the network is the same, and so is what goes."""
     plain = go(tmp_path, IMAGES)
     other = go(tmp_path, IMAGES, scaled(w1=factor, b1=factor, w2=1 / factor))
@@ -102,14 +102,14 @@ def test_activations_that_overflow_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.onnx").exists()
 
 
-def test_squares_that_overflow_are_summed_again(tmp_path: Path) -> None:
+def test_overflowing_squares_are_summed_in_double(tmp_path: Path) -> None:
     """Every activation is finite, but their squares are not in float32."""
     plain = go(tmp_path, IMAGES)
     other = go(tmp_path, IMAGES, scaled(w1=1e25, b1=1e25, w2=1e-25))
     np.testing.assert_array_equal(plain.plan.keep, other.plan.keep)
 
 
-def test_bounds_beyond_solvers_are_refused(tmp_path: Path) -> None:
+def test_bounds_beyond_solver_limits_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SolverError, match=r"beyond what solvers resolve; use `mode=decoupled`"):
         go(
             tmp_path,
@@ -123,7 +123,7 @@ def test_bounds_beyond_solvers_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.onnx").exists()
 
 
-def test_a_budget_out_of_reach_names_what_binds(tmp_path: Path) -> None:
+def test_unreachable_budget_error_names_the_parameters(tmp_path: Path) -> None:
     with pytest.raises(
         BudgetNotMet, match=r"`macs` budget cannot be met.*w1.*most MACs then are in"
     ):
@@ -284,7 +284,7 @@ def legitimate() -> dict[str, tuple[onnx.ModelProto, np.ndarray]]:
 
 @pytest.mark.parametrize("method", ["default", "nnrelief", "snacs", "bias"])
 @pytest.mark.parametrize("name", legitimate())
-def test_infinities_that_no_unit_reads_do_not_disturb(
+def test_infinities_without_consumer_are_harmless(
     name: str, method: str, told: Callable[..., Told]
 ) -> None:
     proto, x = legitimate()[name]
@@ -298,9 +298,7 @@ def test_infinities_that_no_unit_reads_do_not_disturb(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_that_overflows_names_the_place(
-    method: str, told: Callable[..., Told]
-) -> None:
+def test_half_precision_overflow_names_the_tensor(method: str, told: Callable[..., Told]) -> None:
     images = IMAGES.copy()
     images[[3, 50]] *= 4000
     proto = half(scaled(w1=20, w2=20))
@@ -321,7 +319,7 @@ def test_half_precision_that_overflows_names_the_place(
 
 @pytest.mark.parametrize("method", ["default", "decoupled", "nnrelief", "bias"])
 @pytest.mark.parametrize("kind", ["half", "single"])
-def test_rows_that_overflow_behind_a_clip_are_not_fitted_to(
+def test_rows_that_overflow_behind_a_clip_are_left_out_of_the_fit(
     kind: str, method: str, told: Callable[..., Told]
 ) -> None:
     """What units read is finite, but a layer behind them overflows before it is clipped."""
@@ -340,9 +338,7 @@ def test_rows_that_overflow_behind_a_clip_are_not_fitted_to(
 
 
 @pytest.mark.parametrize("method", ["snacs", "limits"])
-def test_layers_that_overflow_are_named_where_their_outputs_are_looked_at(
-    method: str, told: Callable[..., Told]
-) -> None:
+def test_overflowing_layers_are_named(method: str, told: Callable[..., Told]) -> None:
     proto = half(changed(build(CLIPPED), w2=3e4 * weights(build(CLIPPED), "w2")))
     found = told(
         proto, {"x": ROWS.astype(np.float16), "labels": np.arange(60) % 5}, *METHODS[method]
@@ -353,14 +349,14 @@ def test_layers_that_overflow_are_named_where_their_outputs_are_looked_at(
     )
 
 
-def test_outputs_that_are_no_numbers_are_refused(told: Callable[..., Told]) -> None:
+def test_nan_outputs_are_refused(told: Callable[..., Told]) -> None:
     proto = changed(build(CLIPPED), w3=np.full((20, 5), 3e38))
     found = told(proto, {"x": ROWS, "labels": np.arange(60) % 5})
     assert found.code == 2
     assert "the model's output 'scores' is NaN or infinite on some of this data" in found.error
 
 
-def test_a_mask_of_infinities_as_data_says_what_to_write(told: Callable[..., Told]) -> None:
+def test_infinite_mask_as_data_is_refused_with_the_replacement(told: Callable[..., Told]) -> None:
     x = ROWS.copy()
     x[4, 2] = -np.inf
     found = told(build(CLIPPED), {"x": x})
@@ -410,7 +406,7 @@ ODD = {
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("importance", ["obs", "activation"])
 @pytest.mark.parametrize("name", ODD)
-def test_a_repair_is_finite_and_helps(name: str, importance: str, tmp_path: Path) -> None:
+def test_refit_is_finite_and_reduces_the_error(name: str, importance: str, tmp_path: Path) -> None:
     """The same units go; with their repair the outputs are at least as close as without, on the samples given."""
     make, images = ODD[name]
     proto = make()
@@ -436,7 +432,7 @@ def fitted(tmp_path: Path, images: np.ndarray, proto: onnx.ModelProto, **values:
 
 
 @pytest.mark.parametrize("importance", ["obs", "activation", "oamip", "nnrelief", "snacs"])
-def test_scales_do_not_choose(importance: str, tmp_path: Path) -> None:
+def test_scaling_of_layers_does_not_change_the_choice(importance: str, tmp_path: Path) -> None:
     """The second layer takes back what the first one scales, by more than squares in float32 can hold."""
     wish = {"importance": importance, "mode": "decoupled", "refit": "none", "allocate": "uniform"}
     plain = go(tmp_path, IMAGES, **wish)
@@ -445,7 +441,7 @@ def test_scales_do_not_choose(importance: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(plain.plan.keep, other.plan.keep)
 
 
-def test_weights_in_half_precision_have_norms() -> None:
+def test_norms_of_half_precision_weights_do_not_overflow() -> None:
     """Squares of 1e-4 are 0 in float16, and those of 300 are infinite."""
     weight = np.asarray([[1e-4, 2e-4], [300.0, 400.0]], np.float16)
     exact = np.square(weight.astype(np.float64)).sum(axis=1)
@@ -454,7 +450,9 @@ def test_weights_in_half_precision_have_norms() -> None:
     np.testing.assert_allclose(magnitude.sums(wide, (1,), 2), [5e60, 0.0], rtol=1e-6)
 
 
-def test_no_sample_is_classified_as_labelled(tmp_path: Path, told: Callable[..., Told]) -> None:
+def test_joint_mode_without_a_correct_sample_is_refused(
+    tmp_path: Path, told: Callable[..., Told]
+) -> None:
     images = IMAGES[:4].astype(np.float32)
     wrong = (Session(build(TEXT), "cpu").run({"image": images})[0].argmax(1) + 1) % 5
     arrays = {"image": images, "labels": wrong}
@@ -486,7 +484,9 @@ def tiny(factor: float) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("solver", ["highs", "gurobi"])
 @pytest.mark.parametrize("factor", [1.0, 1e6, 1e-6, 1e9])
-def test_a_joint_program_against_all_subsets(factor: float, solver: str, tmp_path: Path) -> None:
+def test_joint_program_equals_enumeration_of_subsets(
+    factor: float, solver: str, tmp_path: Path
+) -> None:
     """Big-Ms of 1e9, and of 1e-6 as solvers' tolerances are: the optimum is the one that enumeration finds."""
     path = tmp_path / "tiny.onnx"
     path.write_bytes(tiny(factor).SerializeToString())
@@ -548,7 +548,7 @@ def objective(
         (("--macs", "0.001"), r"the least that can be met is --macs 0\.0\d+; ask for more"),
     ],
 )
-def test_a_budget_out_of_reach_says_what_binds(
+def test_unreachable_budget_error_names_the_binding_options(
     options: tuple[str, ...], says: str, told: Callable[..., Told]
 ) -> None:
     arrays = {"image": IMAGES.astype(np.float32)}
@@ -558,7 +558,9 @@ def test_a_budget_out_of_reach_says_what_binds(
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5])
-def test_the_least_that_can_be_met_can_be_met(floor: float, told: Callable[..., Told]) -> None:
+def test_least_budget_named_in_the_error_can_be_met(
+    floor: float, told: Callable[..., Told]
+) -> None:
     arrays = {"image": IMAGES.astype(np.float32)}
     options = (
         "--floor",

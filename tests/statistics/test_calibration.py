@@ -93,7 +93,7 @@ def test_moments_do_not_depend_on_the_batch_size(tmp_path: Path, batch_size: int
         )
 
 
-def test_a_fixed_batch_leaves_the_rest_out(tmp_path: Path) -> None:
+def test_fixed_batch_leaves_the_remainder_out(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"].replace("N,", "4,")), tmp_path)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((10, 6)).astype(np.float32)
@@ -119,7 +119,7 @@ def test_whole_feeds_count_all_their_rows(tmp_path: Path) -> None:
         np.testing.assert_allclose(moments.mean_square, flat.moments[site].mean_square, rtol=1e-6)
 
 
-def test_half_precision(tmp_path: Path) -> None:
+def test_half_precision_activations_are_measured(tmp_path: Path) -> None:
     text = NETS["mlp"].replace("float", "float16")
     model = load(build(text), tmp_path)
     coupling = couple(model)
@@ -142,7 +142,7 @@ def test_half_precision_sums_do_not_overflow(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.moments["h", 1].mean_square, 200.0**2, rtol=1e-6)
 
 
-def test_a_model_that_overflows_is_refused(tmp_path: Path) -> None:
+def test_model_that_overflows_is_refused(tmp_path: Path) -> None:
     model = load(
         build(
             "(float[N,2] x) => (float[N,1] y) <float[2,3] w1, float[3,1] w2> { a = MatMul(x, w1) h = Exp(a)"
@@ -165,7 +165,7 @@ def test_progress_counts_samples(tmp_path: Path) -> None:
     assert seen == [("calibrate", 4, 10), ("calibrate", 8, 10), ("calibrate", 10, 10)]
 
 
-def test_nothing_to_measure(tmp_path: Path) -> None:
+def test_model_without_measured_tensors_has_no_moments(tmp_path: Path) -> None:
     model = load(
         build("(float[N,2] x) => (float[] y) <float[2,3] w> { y = MatMul(x, w) }"), tmp_path
     )

@@ -62,7 +62,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Request[Any]]:
 
 
 @pytest.mark.parametrize("requests", [(r,) for r in PASSES] + [tuple(PASSES)])
-def test_what_is_requested_is_collected_and_nothing_else(
+def test_only_requested_statistics_are_collected(
     context: Context, passes: list[Request[Any]], requests: Sequence[Request[Any]]
 ) -> None:
     found = collect(context, requests)
@@ -70,7 +70,7 @@ def test_what_is_requested_is_collected_and_nothing_else(
     assert len(passes) == len(requests)
 
 
-def test_passes_have_one_order(context: Context, passes: list[Request[Any]]) -> None:
+def test_passes_run_in_a_fixed_order(context: Context, passes: list[Request[Any]]) -> None:
     """Built-in statistics first, then by name, in whatever order they are requested."""
     collect(context, reversed(list(PASSES)))
     in_order = [MOMENTS, CLASS_SAMPLES, COVARIANCE, ABSOLUTE_ACTIVATIONS, POOLED_ACTIVATIONS]
@@ -93,13 +93,13 @@ def test_requests_are_compared_by_name(context: Context) -> None:
     assert found[same] == 40
 
 
-def test_two_statistics_of_one_name_are_refused(context: Context) -> None:
+def test_statistics_with_the_same_name_are_refused(context: Context) -> None:
     collect(context, {Request("toy: samples", _count)})
     with pytest.raises(SettingsError, match="two different statistics are named 'toy: samples'"):
         collect(context, {Request("toy: samples", _double_count)})
 
 
-def test_nothing_is_collected_twice_for_another_budget(
+def test_another_budget_collects_nothing_again(
     context: Context, passes: list[Request[Any]]
 ) -> None:
     first = collect(context, {MOMENTS})
@@ -111,7 +111,7 @@ def test_nothing_is_collected_twice_for_another_budget(
     assert passes == [MOMENTS]
 
 
-def test_other_samples_or_settings_are_collected_anew(
+def test_other_samples_or_settings_are_collected_again(
     context: Context, passes: list[Request[Any]]
 ) -> None:
     whole = collect(context, {MOMENTS})
@@ -122,7 +122,9 @@ def test_other_samples_or_settings_are_collected_anew(
     assert any((few.moments[axis].mean != whole.moments[axis].mean).any() for axis in whole.moments)
 
 
-def test_forgotten_answers_are_collected_anew(context: Context, passes: list[Request[Any]]) -> None:
+def test_forgotten_statistics_are_collected_again(
+    context: Context, passes: list[Request[Any]]
+) -> None:
     collect(context, {MOMENTS, COVARIANCE})
     context.collected.forget(but={MOMENTS})
     passes.clear()
@@ -131,7 +133,7 @@ def test_forgotten_answers_are_collected_anew(context: Context, passes: list[Req
 
 
 @pytest.mark.parametrize("name", names())
-def test_scoring_collects_what_the_method_requests(
+def test_scoring_collects_the_statistics_of_the_method(
     context: Context, passes: list[Request[Any]], name: str
 ) -> None:
     settings = context.settings.model_copy(update={"importance": name, "mode": "decoupled"})
@@ -139,7 +141,7 @@ def test_scoring_collects_what_the_method_requests(
     assert set(passes) == find(name).requests(settings)
 
 
-def test_a_method_that_reads_more_than_it_requests_is_refused(
+def test_reading_an_unrequested_statistic_is_refused(
     context: Context, separate_registry: None
 ) -> None:
     def greedy(

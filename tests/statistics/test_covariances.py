@@ -164,7 +164,7 @@ def _covariance(rows: Floats) -> Floats:
 # -------------------------------------------------------------------------------------------------------- collect
 
 
-def test_covariance_of_all_rows(net: tuple[Model, Coupling]) -> None:
+def test_covariance_covers_all_rows(net: tuple[Model, Coupling]) -> None:
     model, coupling = net
     feeds = _feeds(model)
     found = covariances.collect(model, coupling, feeds, "cpu")
@@ -182,7 +182,7 @@ def test_covariance_of_all_rows(net: tuple[Model, Coupling]) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in NETS if "conv" in n or "transposed" in n])
-def test_a_large_kernel_is_averaged_over_its_taps(name: str, tmp_path: Path) -> None:
+def test_large_kernel_is_averaged_over_its_taps(name: str, tmp_path: Path) -> None:
     """Above the cap every tap of a kernel is one more observation of the channels."""
     model = load(build(NETS[name].text), tmp_path)
     coupling = couple(model)
@@ -207,7 +207,7 @@ def test_a_large_kernel_is_averaged_over_its_taps(name: str, tmp_path: Path) -> 
     )
 
 
-def test_a_wide_product_is_averaged_over_the_places_of_a_unit(tmp_path: Path) -> None:
+def test_wide_product_is_averaged_over_the_places_of_a_unit(tmp_path: Path) -> None:
     """Behind a Flatten a channel holds many columns; above the cap they are observations of one."""
     model = load(build(NETS["flatten"].text), tmp_path)
     coupling = couple(model)
@@ -237,7 +237,9 @@ def test_units_of_unequal_size_are_not_averaged(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.matrix, _covariance(rows), atol=1e-9)
 
 
-def test_what_is_far_too_wide_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consumers_over_the_column_limit_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load(build(NETS["matmul 3d"].text), tmp_path)
     coupling = couple(model)
     monkeypatch.setattr(covariances, "MOST_COLUMNS", 7)
@@ -283,7 +285,7 @@ def _problems(
     return problems(model, coupling, grams, g)
 
 
-def test_problem_is_the_consumer(net: tuple[Model, Coupling]) -> None:
+def test_problem_matches_weights_and_outputs_of_the_consumer(net: tuple[Model, Coupling]) -> None:
     """Its weights times all rows are the outputs; its scale is their variance; its columns are those of each unit."""
     model, coupling = net
     feeds = _feeds(model)
@@ -300,7 +302,7 @@ def test_problem_is_the_consumer(net: tuple[Model, Coupling]) -> None:
         np.testing.assert_array_equal(np.linalg.eigvalsh(problem.gram) > 0, True)
 
 
-def test_columns_are_those_that_a_unit_feeds(net: tuple[Model, Coupling]) -> None:
+def test_columns_belong_to_the_unit_that_feeds_them(net: tuple[Model, Coupling]) -> None:
     """Silence one unit in front: exactly its columns go to zero."""
     model, coupling = net
     feeds = _feeds(model)
@@ -326,7 +328,7 @@ def test_columns_are_those_that_a_unit_feeds(net: tuple[Model, Coupling]) -> Non
 
 @pytest.mark.parametrize("name", ["conv 2d", "conv grouped", "transposed grouped", "flatten"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_unfold_is_the_way_back(name: str, folded: bool, tmp_path: Path) -> None:
+def test_unfold_inverts_the_folding(name: str, folded: bool, tmp_path: Path) -> None:
     model = load(build(NETS[name].text), tmp_path)
     coupling = couple(model)
     feeds = _feeds(model)
@@ -348,7 +350,7 @@ def test_unfold_is_the_way_back(name: str, folded: bool, tmp_path: Path) -> None
         np.testing.assert_allclose(bias, shift.reshape(y.shape[1], -1).sum(axis=1))
 
 
-def test_groups_that_share_a_consumer(tmp_path: Path) -> None:
+def test_groups_with_a_common_consumer_have_separate_problems(tmp_path: Path) -> None:
     """Concatenated groups share a consumer: each problem knows only its own group's columns, wherever they stand."""
     text = """(float[N,3,6,6] x) => (float[] y, float[] z)
     <float[8,3,1,1] w1, float[8,3,1,1] w2, float[4,16,1,1] w4, float[5,8,1,1] w5> {
@@ -395,7 +397,7 @@ def _random_problem(seed: int, outs: int, units: int, held: int, others: int = 0
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_compensation_is_least_squares(seed: int) -> None:
+def test_compensation_equals_least_squares(seed: int) -> None:
     """min E |(W - V)(x - m)|^2 over all V with zeros at what goes, as one lstsq on a root of the covariance."""
     rng = np.random.default_rng(seed)
     problem = _random_problem(seed, 5, 6, 1 + seed % 3, seed)
@@ -413,7 +415,7 @@ def test_compensation_is_least_squares(seed: int) -> None:
     )
 
 
-def test_compensation_at_the_ends() -> None:
+def test_compensation_without_removed_or_kept_units() -> None:
     problem = _random_problem(0, 5, 6, 2, 0)
     weight, shift = compensate(problem, np.zeros(0, np.int64))
     np.testing.assert_array_equal(weight, problem.weight)
@@ -423,7 +425,7 @@ def test_compensation_at_the_ends() -> None:
     np.testing.assert_allclose(shift, problem.weight @ problem.mean)
 
 
-def test_a_copy_takes_over(tmp_path: Path) -> None:
+def test_copied_unit_compensates_the_removed_one(tmp_path: Path) -> None:
     """Unit 3 is twice unit 1: without it, unit 1 gets its weights twice, and the output stays."""
     text = """(float[N,3,8,8] x) => (float[] y) <float[8,3,3,3] w1, float[4,8,3,3] w> {
         a = Conv(x, w1)
@@ -457,7 +459,7 @@ def test_a_copy_takes_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("width", "rows"), [(1, 10), (2, 5), (20, 10), (20, 100), (50, 40), (50, 5000)]
 )
-def test_shrinkage_is_the_published_estimate(width: int, rows: int) -> None:
+def test_shrinkage_equals_the_published_estimate(width: int, rows: int) -> None:
     """Chen et al. 2010, equation 23."""
     rng = np.random.default_rng(width)
     x = rng.standard_normal((rows, width)) * np.geomspace(1, 5, width)
@@ -518,7 +520,7 @@ def test_shrinkage_makes_repairs_from_few_rows_better() -> None:
     assert np.mean(gains) > 2
 
 
-def test_nothing_of_a_constant_input_is_promised(tmp_path: Path) -> None:
+def test_constant_input_gives_finite_solutions(tmp_path: Path) -> None:
     """Inputs that never change have no variance: problems stay solvable and finite."""
     model = load(build(NETS["gemm"].text), tmp_path)
     coupling = couple(model)
@@ -530,7 +532,7 @@ def test_nothing_of_a_constant_input_is_promised(tmp_path: Path) -> None:
     assert problem.scale > 0
 
 
-def test_keeps_only_linear_consumers(tmp_path: Path) -> None:
+def test_only_linear_consumers_have_problems(tmp_path: Path) -> None:
     """A product of two activations has no weights that could be repaired."""
     text = """(float[N,5,6] x) => (float[] y) <float[6,8] w1, float[6,8] w2> {
         q = MatMul(x, w1)

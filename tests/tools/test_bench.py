@@ -33,7 +33,7 @@ from tools.bench import (
 
 @pytest.mark.parametrize("target", [0.8, 0.5, 0.15])
 @pytest.mark.parametrize("steps", [1000, 16])
-def test_bisection_comes_close_and_never_above(target: float, steps: int) -> None:
+def test_bisection_approaches_the_budget_from_below(target: float, steps: int) -> None:
     asked = []
 
     @cache
@@ -49,12 +49,12 @@ def test_bisection_comes_close_and_never_above(target: float, steps: int) -> Non
     assert len(asked) <= len(rivals.HIGHEST) + rivals.TRIES + 1
 
 
-def test_bisection_says_where_a_budget_is_out_of_reach() -> None:
+def test_bisection_reports_unreachable_budgets() -> None:
     assert rivals.bisect(lambda ratio: 1 - 0.2 * ratio, 0.5) is None
     assert rivals.bisect(lambda _: float("nan"), 0.5) is None
 
 
-def test_bisection_passes_over_ratios_at_which_a_tool_breaks() -> None:
+def test_bisection_skips_ratios_at_which_a_tool_fails() -> None:
     found = rivals.bisect(lambda ratio: float("nan") if ratio > 0.85 else 1 - ratio, 0.3)
     assert found is not None
     assert 0.7 <= found <= 0.8
@@ -89,7 +89,7 @@ def rows(
     return found
 
 
-def test_summary_is_against_the_best_rival_and_averages_points() -> None:
+def test_summary_compares_with_the_best_rival_and_averages_points() -> None:
     made = rows(
         "a", {"ours": (88.0, 90.0), "random": 20.0, "onnxsim L2": 80.0, "Torch-Pruning L2": 86.0}
     )
@@ -105,7 +105,7 @@ def test_summary_is_against_the_best_rival_and_averages_points() -> None:
     assert (mean["lost by ours"], mean["lost by best rival"], mean["ratio"]) == (2.0, 5.0, 0.4)
 
 
-def test_best_shows_what_was_not_reached_and_who_is_ahead() -> None:
+def test_best_row_omits_unreached_methods_and_names_the_leader() -> None:
     made = rows("a", {"ours": 80.0, "random": None, "onnxsim L2": 81.5, "onnxsim Wanda": 81.0})
     (row,) = rivals.best(made)
     assert "random" not in row
@@ -126,15 +126,13 @@ def test_best_has_the_range_over_seeds_and_a_paired_error() -> None:
     assert (row["only ours right"], row["only rival right"]) == (40, 0)
 
 
-def test_right_images_survive_being_packed() -> None:
+def test_packed_correct_images_are_restored() -> None:
     right = np.random.default_rng(0).random(2001) < 0.7
     assert (rivals.unpacked({"images": 2001, "right": rivals.packed(right)}) == right).all()
 
 
 @pytest.mark.parametrize(("rival", "noise"), [(88.1, True), (90.0, False)])
-def test_remarks_say_where_a_rival_is_ahead_and_whether_it_is_noise(
-    rival: float, noise: bool
-) -> None:
+def test_remarks_name_leading_rivals_and_their_significance(rival: float, noise: bool) -> None:
     made = [
         *rows("a", {"ours": 88.0, "onnxsim L2": rival}),
         *rows("b", {"ours": 88.0, "onnxsim L2": 80.0}),
@@ -149,7 +147,7 @@ def test_remarks_say_where_a_rival_is_ahead_and_whether_it_is_noise(
     assert ("within the noise" in second) == noise
 
 
-def test_importances_are_those_of_the_first_seed() -> None:
+def test_importances_use_the_first_seed() -> None:
     made = rows(
         "a",
         {
@@ -171,7 +169,7 @@ def test_importances_are_those_of_the_first_seed() -> None:
     }
 
 
-def test_models_that_were_run_apart_are_concluded_together(tmp_path: Path) -> None:
+def test_models_run_separately_are_summarised_together(tmp_path: Path) -> None:
     for name, version in (("lenet300-mnist", "1"), ("lenet5-mnist", "2")):
         made = rows(name, {"ours": (88.0, 89.0), "ours (l2)": 70.0, "onnxsim L2": 80.0})
         environment = {"machine": "made", "torch": version}
@@ -183,7 +181,7 @@ def test_models_that_were_run_apart_are_concluded_together(tmp_path: Path) -> No
     assert {p.suffix for p in tmp_path.iterdir()} == {".json"}
 
 
-def test_a_seed_shuffles_images_with_their_labels(tmp_path: Path) -> None:
+def test_seed_shuffles_images_with_their_labels(tmp_path: Path) -> None:
     bench = rivals.Bench("lenet300-mnist")
     assert bench.shuffled(0, tmp_path) == bench.data
     with np.load(bench.data) as before, np.load(bench.shuffled(3, tmp_path)) as after:
@@ -199,12 +197,12 @@ def test_a_seed_shuffles_images_with_their_labels(tmp_path: Path) -> None:
         assert np.array_equal(before["eval.input"], after["eval.input"])
 
 
-def test_no_ratio_to_a_rival_that_loses_nothing() -> None:
+def test_ratio_to_a_rival_without_loss_is_left_out() -> None:
     (row, _) = rivals.summary(rows("a", {"ours": 89.0, "onnxsim L2": 90.0}))
     assert row["ratio"] is None
 
 
-def test_exponents_of_made_data() -> None:
+def test_exponents_of_synthetic_data_are_recovered() -> None:
     sizes = (8, 16, 32)
     still = {"varied": "width", "calibrate": 0.0, "peak MiB added": 7}
     made = [{**still, "width": s, "seconds": 3 * s**2.5} for s in sizes]
@@ -214,7 +212,7 @@ def test_exponents_of_made_data() -> None:
     assert found["calibrate"] is None
 
 
-def test_exponents_leave_the_start_up_out() -> None:
+def test_exponents_exclude_the_constant_time() -> None:
     """Seconds that are a constant plus a power; small sizes, which other work dominates, do not count."""
     made = [
         {"varied": "depth", "depth": s, "seconds": 2.0 + 0.1 * s**1.5 + (s < 8)}
@@ -227,19 +225,19 @@ def test_exponents_leave_the_start_up_out() -> None:
     assert found["seconds"] == 1.5
 
 
-def test_cost_is_about_no_network(tmp_path: Path) -> None:
+def test_cost_study_is_left_out_with_named_models(tmp_path: Path) -> None:
     """With --model NAME every study runs, and this one is left out."""
     assert cost.run(tmp_path, 0, ("lenet5-mnist",)) == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_cost_counts_in_plain_passes() -> None:
+def test_cost_is_counted_in_forward_passes() -> None:
     row = cost._measured({"width": 4, "depth": 2, "samples": 40, "resolution": 4}, 0)
     assert row["passes"] > 1
     assert set(cost.COLUMNS) - set(row) == {"varied"}
 
 
-def test_the_gpu_study_measures_the_cpu_against_itself(tmp_path: Path) -> None:
+def test_gpu_study_can_compare_the_cpu_with_itself(tmp_path: Path) -> None:
     cost.stack(tmp_path / "stack.onnx", 6, 3, 8, np.random.default_rng(0))
     np.savez(
         tmp_path / "noise.npz",
@@ -260,7 +258,7 @@ def test_moments_are_compared_by_their_scale() -> None:
     assert cuda.apart(one, {}) == np.inf
 
 
-def test_copies_are_told_from_other_kernels() -> None:
+def test_copy_kernels_are_distinguished_from_others() -> None:
     def node(op: str, micros: int, name: str = "n_kernel_time") -> dict[str, object]:
         return {"cat": "Node", "name": name, "dur": micros, "args": {"op_name": op}}
 
@@ -277,7 +275,7 @@ def test_copies_are_told_from_other_kernels() -> None:
     assert cuda.copied([]) == (0.0, 0.0)
 
 
-def test_the_gpu_study_says_where_it_cannot_run(
+def test_gpu_study_reports_a_missing_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(_: str) -> str:
@@ -289,13 +287,13 @@ def test_the_gpu_study_says_where_it_cannot_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_stack_is_the_network_that_was_asked_for(tmp_path: Path) -> None:
+def test_stack_has_the_requested_size(tmp_path: Path) -> None:
     cost.stack(tmp_path / "stack.onnx", 6, 3, 8, np.random.default_rng(0))
     x = np.zeros((2, 3, 8, 8), np.float32)
     assert Session(tmp_path / "stack.onnx", "cpu").run({"x": x})[0].shape == (2, 10)
 
 
-def test_calibration_counts_are_nested_and_noise_is_noise() -> None:
+def test_calibration_subsets_are_nested_and_noise_is_random() -> None:
     with np.load(studies.paths("lenet5-mnist")[1]) as held:
         own = held["input"]
     found = list(calibration.kinds("mnist", own, {"mnist": None, "fashion-mnist": None}, seed=0))
@@ -306,7 +304,7 @@ def test_calibration_counts_are_nested_and_noise_is_noise() -> None:
     assert abs(found[-1][1].mean() - 127.5) < 1
 
 
-def test_curves_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+def test_curves_are_reproducible(tmp_path: Path) -> None:
     accuracy = {"ours": (88.0, 89.0), "random": 20.0, "onnxsim L2": 80.0, "Torch-Pruning L2": 86.0}
     made = rivals.best(
         [*rows("a", accuracy, 0.8), *rows("a", accuracy), *rows("b", {"ours": 70.0})]
@@ -340,7 +338,7 @@ def speedups(model: str, batch: int, budget: float, **more: float) -> studies.Ro
     return row | {f"{m}, {end}": row[m] for m in ("ours", "align 1") for end in ("low", "high")}
 
 
-def test_means_are_over_the_networks_that_every_method_cut() -> None:
+def test_means_cover_networks_pruned_by_every_method() -> None:
     theirs = {"onnxsim": 3.0, "ideal, onnxsim": 2.0}
     made = [
         speedups("a", 1, 0.5, ours=1.0, **theirs),
@@ -377,7 +375,7 @@ def test_speedups_are_ratios_to_the_original(monkeypatch: pytest.MonkeyPatch) ->
     assert set(half) <= {*latency.COLUMNS, *latency.CLOCKED}
 
 
-def test_slow_cuts_are_told_with_what_they_add() -> None:
+def test_slow_models_are_listed_with_their_inserted_nodes() -> None:
     made = [speedups("a", 1, 0.5, ours=0.8), speedups("a", 32, 0.5), speedups("b", 1, 0.5)]
     (line,) = latency.remarks(
         made, [{"model": "a", "MACs asked": 0.5, "nodes added": "9 Pad, 18 Gather"}]
@@ -388,7 +386,7 @@ def test_slow_cuts_are_told_with_what_they_add() -> None:
     assert "9 Pad, 18 Gather" in line
 
 
-def test_studies_of_accuracy_take_no_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_studies_use_no_measured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = allocation.find_step
     with studies.known_step():
         assert allocation.find_step("cpu").value == DEFAULT_STEP["cpu"]
@@ -397,7 +395,7 @@ def test_studies_of_accuracy_take_no_measured_step(monkeypatch: pytest.MonkeyPat
         assert allocation.find_step is measured
 
 
-def test_rows_are_stored_before_a_study_is_done(tmp_path: Path) -> None:
+def test_rows_are_stored_while_a_study_runs(tmp_path: Path) -> None:
     studies.store(tmp_path, "made", [{"a": 1}], ("a",), 3)
     record = json.loads((tmp_path / "made.json").read_text())
     assert (record["rows"], record["columns"], record["seed"]) == ([{"a": 1}], ["a"], 3)
@@ -416,21 +414,23 @@ def records(tmp_path: Path, *others: dict[str, object]) -> list[str]:
     return [str(tmp_path / name) for name in ("first", "second")]
 
 
-def test_two_runs_agree_whatever_the_clock_says(
+def test_comparison_of_two_runs_ignores_times(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert agree.main(records(tmp_path, {"seconds": 2.0})) == 0
     assert capsys.readouterr().out == "made: 2 rows agree (not compared: seconds)\n"
 
 
-def test_a_last_digit_is_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_detects_a_differing_last_digit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert agree.main(records(tmp_path, {}, {"accuracy": 90.05})) == 1
     told = capsys.readouterr().out
     assert "made: 1 of 2 rows differ" in told
     assert "row 2 (b, 90.0): accuracy is 90.0 and 90.05" in told
 
 
-def test_rows_and_studies_that_are_missing_are_told(
+def test_comparison_reports_missing_rows_and_studies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = records(tmp_path)
@@ -461,7 +461,7 @@ class Ended:
         return self.end
 
 
-def test_a_study_that_fails_or_lacks_something_stops_none(
+def test_failing_study_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ends = {
@@ -491,13 +491,13 @@ def test_a_study_that_fails_or_lacks_something_stops_none(
     assert driver.drive(["torch"], *options, one=driver.study) == 1  # nothing was done
 
 
-def test_a_study_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_study_runs_in_its_own_process(tmp_path: Path) -> None:
     found = driver.apart("coupling", tmp_path, 0, ("light_zfnet512",), {})
     assert found == driver.Outcome("coupling", "done")
     assert json.loads((tmp_path / "coupling.json").read_text())["rows"]
 
 
-def test_a_study_without_rows_is_no_result(tmp_path: Path) -> None:
+def test_study_without_rows_is_no_result(tmp_path: Path) -> None:
     """Nothing is stored that would take the place of the results there are."""
     assert studies.save(tmp_path, "coupling", [], ("model",), 0) == ""
     assert not list(tmp_path.iterdir())

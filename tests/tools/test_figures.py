@@ -64,7 +64,7 @@ def lines_of(figure: Figure, panel: int) -> dict[str, list[tuple[float, float]]]
 
 
 @pytest.mark.parametrize("study", SAVED)
-def test_pictures_are_small_and_the_same_bytes_each_time(study: str, tmp_path: Path) -> None:
+def test_figures_are_small_and_reproducible(study: str, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         figures.draw(study, readme.SAVED, tmp_path / folder)
     drawn = (tmp_path / "one" / f"{study}.svg").read_bytes()
@@ -78,7 +78,7 @@ def test_pictures_are_small_and_the_same_bytes_each_time(study: str, tmp_path: P
 
 
 @pytest.mark.parametrize("study", SAVED)
-def test_nothing_overlaps_or_is_cut_off(
+def test_figure_elements_do_not_overlap_or_get_clipped(
     study: str, tmp_path: Path, sheets: list[Figure], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures.draw(study, readme.SAVED, tmp_path)
@@ -94,7 +94,7 @@ def test_nothing_overlaps_or_is_cut_off(
 
 
 @pytest.mark.parametrize("study", figures.FIGURES)
-def test_pictures_are_told_and_captioned(study: str) -> None:
+def test_figures_have_alternative_text_and_captions(study: str) -> None:
     _, told, caption = figures.FIGURES[study]
     assert study in readme.TEXT
     for text in (told, caption):
@@ -106,7 +106,7 @@ def test_pictures_are_told_and_captioned(study: str) -> None:
         )
 
 
-def test_exponents_in_the_picture_are_the_saved_ones(tmp_path: Path, sheets: list[Figure]) -> None:
+def test_exponents_in_the_figure_equal_the_saved_ones(tmp_path: Path, sheets: list[Figure]) -> None:
     figures.draw("cost", readme.SAVED, tmp_path)
     texts = {t.get_text() for t in sheets[0].findobj(Text)}
     rows = rows_of("cost-exponents")
@@ -117,7 +117,7 @@ def test_exponents_in_the_picture_are_the_saved_ones(tmp_path: Path, sheets: lis
         assert {f"{stage}, n^{row[stage]:.2f}" for stage in cost.STAGES} <= texts
 
 
-def test_of_each_rival_the_best_variant_is_drawn(tmp_path: Path, sheets: list[Figure]) -> None:
+def test_best_variant_of_each_rival_is_drawn(tmp_path: Path, sheets: list[Figure]) -> None:
     known: Row = {"model": "a", "judged by": "agreement", "before": 90.0}
     after = {
         (0.5, "ours"): (0.49, 88.0),
@@ -158,7 +158,7 @@ def test_of_each_rival_the_best_variant_is_drawn(tmp_path: Path, sheets: list[Fi
         ("memory", lambda r: r["stage"] == "all"),
     ],
 )
-def test_part_of_a_study_is_drawn_too(study: str, fewer: Any, tmp_path: Path) -> None:
+def test_partial_study_is_drawn(study: str, fewer: Any, tmp_path: Path) -> None:
     kept = [row for row in rows_of(study) if fewer(row)]
     assert 0 < len(kept) < len(rows_of(study))
     figures.FIGURES[study].draw(kept, tmp_path / "part.svg")
@@ -183,7 +183,7 @@ def test_accuracies_are_spaced_by_their_error() -> None:
     assert np.all(np.isfinite(axes.transData.transform((0, 100.0))))
 
 
-def test_names_in_the_picture_keep_apart() -> None:
+def test_labels_in_the_figure_keep_apart() -> None:
     places = [98.6, 94.4, 93.5, 87.0, 86.9, 79.6]
     found = drawing.spread(places, 1.2)
     assert min(-np.diff(found)) >= 1.2 - 1e-9
@@ -191,7 +191,7 @@ def test_names_in_the_picture_keep_apart() -> None:
     assert found[0] == 98.6
 
 
-def test_shorter_svg_is_the_same_picture() -> None:
+def test_shortened_svg_keeps_its_content() -> None:
     long = (
         '<g id="text_1">\n  <path d="M 1.23456 -0.0004 L 12.5 0.12349" transform="scale(0.015625)"/>\n'
         '  <use xlink:href="#DejaVuSans-14" transform="translate(63.62599 0)"/>\n rows: 0f1.5 v3.11.2</g>\n'
@@ -202,9 +202,7 @@ def test_shorter_svg_is_the_same_picture() -> None:
     )
 
 
-def test_a_study_that_is_run_leaves_its_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_study_run_writes_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = rows_of("programs")
 
     def run(out: Path, seed: int, names: tuple[str, ...]) -> str:

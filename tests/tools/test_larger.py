@@ -26,7 +26,7 @@ def encoded(image: Image.Image, form: str) -> bytes:
     return held.getvalue()
 
 
-def test_photographs_are_found_once_and_icons_are_not(tmp_path: Path) -> None:
+def test_photographs_are_found_once_and_icons_ignored(tmp_path: Path) -> None:
     resources, backgrounds = (
         tmp_path / "usr/share/gcompris-qt/rcc",
         tmp_path / "usr/share/backgrounds",
@@ -55,14 +55,14 @@ def test_an_empty_folder_has_no_photographs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 7, 40])
-def test_no_photograph_is_on_both_sides(count: int) -> None:
+def test_photographs_are_split_without_overlap(count: int) -> None:
     seen, unseen = photographs.split(range(count), seed=1)
     assert sorted([*seen, *unseen]) == list(range(count))
     assert 0 <= len(seen) - len(unseen) <= 1
     assert photographs.split(range(count), seed=1) == (seen, unseen)
 
 
-def test_crops_take_every_photograph_and_stay_inside() -> None:
+def test_crops_cover_every_photograph_and_stay_inside() -> None:
     plain = [Image.new("RGB", (300, 210), (50 * i, 0, 255)) for i in range(3)]
     found = photographs.crops(plain, 8)
     assert (found.shape, found.dtype) == ((8, 3, 224, 224), np.uint8)
@@ -70,7 +70,7 @@ def test_crops_take_every_photograph_and_stay_inside() -> None:
     assert np.unique(found[:, 2]).tolist() == [255]
 
 
-def test_the_first_crop_is_the_middle_square() -> None:
+def test_first_crop_is_the_centre_square() -> None:
     image = Image.new("RGB", (448, 224))
     image.paste((200, 100, 0), (112, 0, 336, 224))
     (found,) = photographs.crops([image], 1)
@@ -78,7 +78,7 @@ def test_the_first_crop_is_the_middle_square() -> None:
     assert (found[0, :, 3:-3] == 200).all()
 
 
-def test_a_missing_file_is_said_with_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_missing_file_error_names_the_command_that_makes_it(tmp_path: Path) -> None:
     assert "--larger" in str(larger.absent("vgg16", None))
     (tmp_path / "vgg16.onnx").touch()
     said = str(larger.absent("vgg16", tmp_path))
@@ -88,7 +88,7 @@ def test_a_missing_file_is_said_with_the_command_that_makes_it(tmp_path: Path) -
     assert larger.absent("vgg16", tmp_path) is None
 
 
-def test_a_study_without_its_files_has_no_rows(
+def test_study_without_its_files_has_no_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert larger.run(tmp_path / "out", 0, larger=tmp_path) == ""
@@ -96,7 +96,7 @@ def test_a_study_without_its_files_has_no_rows(
     assert not (tmp_path / "out").exists()
 
 
-def test_agreement_takes_the_answers_of_the_original_for_the_truth(tmp_path: Path) -> None:
+def test_agreement_compares_with_predictions_of_the_original(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32)
     node = helper.make_node("Gemm", ["input", "w"], ["logits"])
     ports = [
@@ -127,7 +127,7 @@ def test_agreement_takes_the_answers_of_the_original_for_the_truth(tmp_path: Pat
     assert other["points lost"] == 100 - other["after"] > 50
 
 
-def test_divergence_and_first_answers_of_made_logits() -> None:
+def test_divergence_and_top_predictions_of_synthetic_logits() -> None:
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.5, 0.25]])
     assert larger.divergence(np.log(p), np.log(q) + 3) == pytest.approx(0.25 * np.log(2), rel=1e-12)
     assert larger.first_kept(np.array([[4.0, 3, 2, 1]]), np.array([[4.0, 1, 2, 3]]), first=2) == 0.5

@@ -57,7 +57,7 @@ def normal(name: str) -> str:
 
 
 @pytest.mark.parametrize("python", PYTHONS)
-def test_constraints_hold_every_dependency_within_its_bounds(python: str) -> None:
+def test_constraints_pin_every_dependency_within_its_bounds(python: str) -> None:
     fixed = pins(python)
     wanted = [*required(), *required("cpu"), *required("dev")]
     assert {"numpy", "onnxruntime", "matplotlib", "pytest"} <= {r.name for r in wanted}
@@ -82,14 +82,14 @@ def test_every_supported_python_is_tested(workflow: dict[str, Any], job: str) ->
     assert workflow["jobs"][job]["strategy"]["matrix"]["python"] == PYTHONS
 
 
-def test_the_workflow_runs_on_a_schedule_and_on_every_system(workflow: dict[str, Any]) -> None:
+def test_workflow_runs_on_a_schedule_and_on_every_system(workflow: dict[str, Any]) -> None:
     assert workflow[True]["schedule"], "'on' is a boolean to YAML 1.1"
     matrix = workflow["jobs"]["newest"]["strategy"]["matrix"]
     systems = {*matrix["os"], *(row["os"] for row in matrix["include"])}
     assert systems == {"ubuntu-latest", "windows-latest", "macos-latest"}
 
 
-def test_the_workflow_runs_what_exists(workflow: dict[str, Any]) -> None:
+def test_workflow_runs_existing_files(workflow: dict[str, Any]) -> None:
     commands = [
         step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step
     ]
@@ -103,7 +103,7 @@ def test_the_workflow_runs_what_exists(workflow: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the job runs on Linux")
-def test_the_first_command_is_found_in_the_readme(workflow: dict[str, Any]) -> None:
+def test_quick_start_command_is_found_in_the_readme(workflow: dict[str, Any]) -> None:
     steps = workflow["jobs"]["first-command"]["steps"]
     command = next(step["run"] for step in steps if "README.md" in step.get("run", ""))
     shown = subprocess.check_output(["bash", "-c", command.partition(">")[0]], cwd=ROOT, text=True)

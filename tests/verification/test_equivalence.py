@@ -54,11 +54,11 @@ def mlp(tmp_path: Path) -> Model:
 # -------------------------------------------------------------------------------------------------------- structure
 
 
-def test_a_valid_graph_passes(mlp: Model) -> None:
+def test_valid_graph_passes(mlp: Model) -> None:
     equivalence.structure(mlp.proto)
 
 
-def test_shapes_that_contradict_each_other_fail(mlp: Model) -> None:
+def test_contradictory_shapes_fail(mlp: Model) -> None:
     broken = _changed(mlp.proto, "w2", constants(mlp.proto)["w2"][:-1])
     with pytest.raises(GateFailed, match="fails the ONNX checker") as caught:
         equivalence.structure(broken)
@@ -66,7 +66,7 @@ def test_shapes_that_contradict_each_other_fail(mlp: Model) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_tensor_fails(mlp: Model) -> None:
+def test_missing_tensor_fails(mlp: Model) -> None:
     broken = ModelProto()
     broken.CopyFrom(mlp.proto)
     del broken.graph.initializer[0]
@@ -89,7 +89,7 @@ def test_difference_is_relative_to_the_largest_output(mlp: Model) -> None:
         assert _apart(reference, other, found, batch_size) == pytest.approx(0.5 / largest, rel=1e-5)
 
 
-def test_one_wrong_sample_is_enough(tmp_path: Path) -> None:
+def test_one_wrong_sample_fails_the_check(tmp_path: Path) -> None:
     """The largest difference counts, not an average over samples."""
     model = load(build("(float[N,3] x) => (float[N,3] y) <float[3] c> { y = Add(x, c) }"), tmp_path)
     text = """(float[N,3] x) => (float[N,3] y) <float[3] c, float limit = {90.0}, float one = {1.0}> {
@@ -108,7 +108,7 @@ def test_one_wrong_sample_is_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_no_numbers_never_agree(mlp: Model, value: float) -> None:
+def test_nan_values_never_agree(mlp: Model, value: float) -> None:
     bias = constants(mlp.proto)["b3"].copy()
     bias[1] = value
     other = Session(_changed(mlp.proto, "b3", bias), "cpu")
@@ -116,7 +116,7 @@ def test_values_that_are_no_numbers_never_agree(mlp: Model, value: float) -> Non
     assert _apart(Session(mlp.proto, "cpu"), other, found, 32) == float("inf")
 
 
-def test_whole_numbers_must_be_equal(tmp_path: Path) -> None:
+def test_integer_outputs_must_be_equal(tmp_path: Path) -> None:
     text = """(float[N,6] x) => (float[N,4] y, int64[N] z) <float[6,4] w>
     { y = MatMul(x, w)  z = ArgMax<axis = 1, keepdims = 0>(y) }"""
     model = load(build(text), tmp_path)
@@ -127,7 +127,7 @@ def test_whole_numbers_must_be_equal(tmp_path: Path) -> None:
     assert _apart(reference, other, found, 32) == float("inf")
 
 
-def test_outputs_of_zero(tmp_path: Path) -> None:
+def test_outputs_of_zero_agree(tmp_path: Path) -> None:
     model = load(
         build(
             "(float[N,3] x) => (float[N,2] y) <float[3,2] w> { m = MatMul(x, w)  y = Sub(m, m) }"
@@ -182,7 +182,7 @@ def _proof(end: str, folder: Path) -> tuple[Model, Coupling, Bools, Samples]:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_a_right_cut_is_proved_however_little_the_outputs_say(end: str, tmp_path: Path) -> None:
+def test_correct_cut_is_proved_for_uninformative_outputs(end: str, tmp_path: Path) -> None:
     model, coupling, keep, found = _proof(end, tmp_path)
     masked, cut = rewrite.mask(model, coupling, keep), rewrite.cut(model, coupling, keep)
     # The same sums in another order, as another kernel may take them.
@@ -211,7 +211,7 @@ def test_a_right_cut_is_proved_however_little_the_outputs_say(end: str, tmp_path
 @pytest.mark.parametrize(
     "wrong", ["another unit", "its neighbour's bias", "rows in another order", "one weight"]
 )
-def test_a_wrong_cut_is_refused_however_little_the_outputs_say(
+def test_wrong_cut_is_refused_for_uninformative_outputs(
     end: str, wrong: str, tmp_path: Path
 ) -> None:
     model, coupling, keep, found = _proof(end, tmp_path)
@@ -236,7 +236,7 @@ def test_a_wrong_cut_is_refused_however_little_the_outputs_say(
     assert "\n" not in str(caught.value)
 
 
-def test_sigmoids_at_one_hide_a_wrong_cut_of_themselves(tmp_path: Path) -> None:
+def test_saturated_sigmoids_hide_a_wrong_cut(tmp_path: Path) -> None:
     """What the gate sees beyond the outputs is needed: they alone would let a wrong cut through."""
     model, coupling, keep, found = _proof("near one", tmp_path)
     masked, cut = rewrite.mask(model, coupling, keep), rewrite.cut(model, coupling, keep)
@@ -246,7 +246,7 @@ def test_sigmoids_at_one_hide_a_wrong_cut_of_themselves(tmp_path: Path) -> None:
         equivalence.prove(model, masked, wrong, found, 4096)
 
 
-def test_rounding_that_hides_everything_proves_nothing(tmp_path: Path) -> None:
+def test_rounding_larger_than_the_outputs_proves_nothing(tmp_path: Path) -> None:
     text = SATURATED.format(
         "far = Constant<value = float {1e8}>()  z = Add(m3, far)  y = Sub(z, far)"
     )
@@ -257,7 +257,7 @@ def test_rounding_that_hides_everything_proves_nothing(tmp_path: Path) -> None:
         equivalence.prove(model, model.proto, wrong, found, 32)
 
 
-def test_every_output_counts_for_itself(tmp_path: Path) -> None:
+def test_every_output_is_checked_separately(tmp_path: Path) -> None:
     """A large output must not hide what is wrong in a small one."""
     text = """(float[N,6] x) => (float[N,4] y, float[N,4] z) <float[6,4] w, float[6,4] v, float far = {1e6}> {
         m = MatMul(x, w)  y = Mul(m, far)  z = MatMul(x, v)
@@ -272,7 +272,7 @@ def test_every_output_counts_for_itself(tmp_path: Path) -> None:
     )
 
 
-def test_masked_logits_are_no_difference(tmp_path: Path) -> None:
+def test_masked_logits_are_equal(tmp_path: Path) -> None:
     text = """(float[N,6] x) => (float[N,4] y) <float[6,4] w, float[4] never = {0, -inf, 0, 0}> {
         m = MatMul(x, w)  z = Add(m, never)  y = Softmax(z)
     }""".replace("-inf", "-3.4e38")
@@ -300,7 +300,7 @@ def test_masked_logits_are_no_difference(tmp_path: Path) -> None:
         (np.nan, 1.0, True),
     ],
 )
-def test_an_infinity_that_becomes_a_number_counts(
+def test_infinity_that_becomes_finite_is_a_difference(
     old: float, new: float, sound: bool, tmp_path: Path
 ) -> None:
     """A class that is ruled out in the original must stay so; what was no number at all may become anything."""
@@ -366,14 +366,14 @@ def test_compare_against_numpy(mlp: Model, batch_size: int) -> None:
     assert result.masked_equivalence is None
 
 
-def test_a_model_agrees_with_itself(mlp: Model) -> None:
+def test_model_agrees_with_itself(mlp: Model) -> None:
     session = Session(mlp.proto, "cpu")
     result = equivalence.compare(mlp, session, session, _samples(mlp, samples(mlp, 9)), 4)
     assert (result.output_relative_error, result.agreement) == (0, 1)
     assert (result.accuracy_before, result.accuracy_after) == (None, None)
 
 
-def test_without_classes_there_is_no_agreement(tmp_path: Path) -> None:
+def test_model_without_classes_has_no_agreement(tmp_path: Path) -> None:
     model = load(
         build("(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w> { y = Conv(x, w) }"), tmp_path
     )
@@ -395,7 +395,7 @@ def test_labels_of_whole_feeds_count_every_row(mlp: Model) -> None:
 # ---------------------------------------------------------------------------------------------------------- runs_at
 
 
-def test_two_batch_sizes_where_the_batch_is_free(mlp: Model, tmp_path: Path) -> None:
+def test_free_batch_is_checked_at_two_sizes(mlp: Model, tmp_path: Path) -> None:
     session = Session(mlp.proto, "cpu")
     assert equivalence.runs_at(mlp, session, _samples(mlp, samples(mlp, 5))) == (1, 2)
     # One sample is enough: it is fed twice.
@@ -407,7 +407,7 @@ def test_two_batch_sizes_where_the_batch_is_free(mlp: Model, tmp_path: Path) -> 
     assert equivalence.runs_at(fixed, Session(fixed.proto, "cpu"), four) == (4,)
 
 
-def test_rows_that_get_lost_fail(mlp: Model, tmp_path: Path) -> None:
+def test_lost_rows_fail(mlp: Model, tmp_path: Path) -> None:
     short = load(
         build(
             "(float[N,6] x) => (float[N,4] y)"
@@ -420,7 +420,7 @@ def test_rows_that_get_lost_fail(mlp: Model, tmp_path: Path) -> None:
         equivalence.runs_at(mlp, Session(short.proto, "cpu"), _samples(mlp, samples(mlp, 5)))
 
 
-def test_outputs_that_are_no_numbers_fail(mlp: Model) -> None:
+def test_nan_outputs_fail(mlp: Model) -> None:
     bias = constants(mlp.proto)["b3"].copy()
     bias[0] = np.nan
     broken = Session(_changed(mlp.proto, "b3", bias), "cpu")
@@ -428,7 +428,7 @@ def test_outputs_that_are_no_numbers_fail(mlp: Model) -> None:
         equivalence.runs_at(mlp, broken, _samples(mlp, samples(mlp, 5)))
 
 
-def test_the_head_is_the_first_table_of_floats(tmp_path: Path, mlp: Model) -> None:
+def test_head_is_the_first_float_matrix_output(tmp_path: Path, mlp: Model) -> None:
     assert outputs.head(mlp) == outputs.Head(0, "y")
     second = load(
         build(

@@ -94,13 +94,13 @@ def test_paired_ratio_of_few_rounds_spans_all_of_them() -> None:
     assert ratio == latency.Ratio(2.0, 1.0, 3.0, 3)
 
 
-def test_quiet_is_the_mean_of_the_lowest_quarter() -> None:
+def test_quiet_time_is_the_mean_of_the_lowest_quarter() -> None:
     assert float(latency.quiet([9.0, 2.0, 4.0, 8.0, 7.0, 6.0, 5.0, 100.0])) == 3.0
     assert float(latency.quiet([7.0])) == 7.0
     assert latency.quiet(np.asarray([[1.0, 8.0], [5.0, 2.0]])).tolist() == [1.0, 2.0]
 
 
-def test_bench_of_protos_and_paths(tmp_path: Path) -> None:
+def test_bench_accepts_protos_and_paths(tmp_path: Path) -> None:
     model = load(build(SMALL), tmp_path)
     found = latency.bench(
         [model.proto, tmp_path / "case.onnx"], [IMAGES], "cpu", threads=1, seconds=0.1
@@ -122,7 +122,7 @@ def test_bench_needs_a_feed(tmp_path: Path) -> None:
         latency.bench([load(build(SMALL), tmp_path).proto], [], "cpu")
 
 
-def test_peak_memory_is_that_of_one_model_alone(tmp_path: Path) -> None:
+def test_peak_memory_is_measured_per_model(tmp_path: Path) -> None:
     wide = "(float[1, 4096] x) => (float[] y) <float[4096, 4096] w> { y = MatMul(x, w) }"
     narrow = "(float[1, 4096] x) => (float[] y) <float[4096, 8] w> { y = MatMul(x, w) }"
     feed = {"x": np.zeros((1, 4096), np.float32)}
@@ -137,7 +137,7 @@ def test_peak_memory_of_a_model_that_does_not_load_is_unknown(tmp_path: Path) ->
     assert latency.peak_memory(tmp_path / "missing.onnx", IMAGES, "cpu") is None
 
 
-def test_ratio_of_a_model_to_itself(tmp_path: Path) -> None:
+def test_ratio_of_a_model_to_itself_is_finite(tmp_path: Path) -> None:
     model = load(build(SMALL), tmp_path)
     samples = dataset.load(IMAGES, model)
     assert samples is not None
@@ -184,7 +184,7 @@ def test_step_survives_bursts_of_load() -> None:
 
 
 @pytest.mark.parametrize(("device", "default"), [("cpu", 8), ("cuda", 16)])
-def test_step_falls_back_where_nothing_can_be_told(device: str, default: int) -> None:
+def test_step_falls_back_for_uninformative_times(device: str, default: int) -> None:
     rng = np.random.default_rng(0)
     for times in (
         np.ones((50, len(STEP_WIDTHS))),
@@ -196,14 +196,14 @@ def test_step_falls_back_where_nothing_can_be_told(device: str, default: int) ->
         assert "inconclusive" in found.note
 
 
-def test_step_falls_back_where_halves_disagree() -> None:
+def test_step_falls_back_if_halves_disagree() -> None:
     rng = np.random.default_rng(0)
     times = _times(4, rng, noise=0.001)
     times[1::2] = _times(32, rng, noise=0.001)[1::2]
     assert not latency.judge_step(times, "cpu").measured
 
 
-def test_step_of_this_machine() -> None:
+def test_step_of_this_machine_is_plausible() -> None:
     found = latency.find_step("cpu")
     assert found.value in CANDIDATES
     assert latency.find_step("cpu") is found, "measured once a process"
@@ -211,7 +211,7 @@ def test_step_of_this_machine() -> None:
 
 
 @pytest.mark.gpu
-def test_cuda(tmp_path: Path) -> None:
+def test_cuda_latency_is_measured(tmp_path: Path) -> None:
     try:
         device = resolve_device("cuda")
     except EnvironmentMissing:
@@ -222,7 +222,7 @@ def test_cuda(tmp_path: Path) -> None:
     assert all(t.p50_ms > 0 for t in found)
 
 
-def test_cuda_where_there_is_none() -> None:
+def test_missing_cuda_is_refused() -> None:
     try:
         resolve_device("cuda")
     except EnvironmentMissing:
