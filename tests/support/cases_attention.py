@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import case
+from op_case import case
 
 _MS = {"com.microsoft": 1}
 _PACKED = """(float[2,4,5] x{inputs}) => (float[2,4,3] y) <float[5,6] w0, float[6,24] w, float[24] b, float[8,3] w2\

@@ -3,7 +3,7 @@ are carried along."""
 
 from __future__ import annotations
 
-from cases import case
+from op_case import case
 
 case(
     "if-blocks-in-branches",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import case
+from op_case import case
 
 for _name, _first, _second, _w1, _w2 in (
     ("plain", "bnd,dk->bnk", "bnk,ko->bno", "5,8", "8,3"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from cases import case
+from op_case import case
 
 
 def codes(kind: str, name: str, *shape: int, low: int = -60, high: int = 60) -> str:

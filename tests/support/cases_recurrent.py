@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import case
+from op_case import case
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _SEQUENCE = """(float[6,{batch},5] x{inputs}) => (float[] y) <float[5,7] w0, float[7] b0, float[{d},{rows},7] w, \

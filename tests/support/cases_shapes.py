@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import case
+from op_case import case
 
 _VIEW = """(float[N,3,6,6] x) => (float[] y)
 <float[8,3,3,3] w1, float[4,8,1,1] w3, int64[1] start = {{0}}, int64[1] one = {{1}}, int64[1] two = {{2}},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import case
+from op_case import case
 
 _NETWORK = "float[8,3] w2> {"
 for _name, _op, _attrs, _units in (

@@ -1,0 +1,122 @@
+"""Cases for normalisation over batches, instances, groups of channels, neighbours and tokens."""
+
+from __future__ import annotations
+
+from case_templates import image
+from op_case import case
+
+image(
+    "batch-normalization",
+    "BatchNormalization",
+    "r = BatchNormalization<epsilon = 0.001>(h, gain, b, m, var)",
+    constants="float[8] gain, float[8] b, float[8] m, float[8] var",
+)
+image(
+    "batch-normalization-opset-9",
+    "BatchNormalization",
+    "r = BatchNormalization(h, gain, b, m, var)",
+    constants="float[8] gain, float[8] b, float[8] m, float[8] var",
+    opset=9,
+)
+image(
+    "instance-normalization",
+    "InstanceNormalization",
+    "r = InstanceNormalization(h, gain, b)",
+    constants="float[8] gain, float[8] b",
+)
+image(
+    "group-normalization",
+    "GroupNormalization",
+    "r = GroupNormalization<num_groups = 2>(h, gain, b)",
+    # Whole groups go.
+    units=2,
+    constants="float[8] gain, float[8] b",
+    opset=21,
+    out="N,4,6,6",
+)
+image(
+    "mean-variance-normalization",
+    "MeanVarianceNormalization",
+    "r = MeanVarianceNormalization<axes = [0, 2, 3]>(h)",
+    units=0,
+    pinned="normalises over this axis",
+    out="N,4,6,6",
+)
+for _size in (3, 21):
+    # The sum over neighbours is exact because zeros are put back where channels went.
+    image(f"lrn-{_size}", "LRN", f"r = LRN<size = {_size}, alpha = 0.7, beta = 0.8, bias = 1.5>(h)")
+case(
+    "lrn-twice",
+    "LRN",
+    """(float[N,3,6,6] x) => (float[] y) <float[8,3,3,3] w1, float[6,8,1,1] w2, float[4,6,1,1] w3> {
+        c = Conv(x, w1)
+        h = Relu(c)
+        n = LRN<size = 5, alpha = 2.0>(h)
+        d = Conv(n, w2)
+        m = LRN<size = 3, alpha = 2.0>(d)
+        o = LRN<size = 3, alpha = 2.0>(m)
+        y = Conv(o, w3)
+    }""",
+    units=8 + 6,
+)
+
+_TOKENS = """(float[N,4,5] x) => (float[] y) <float[5,6] w1, float[6,7] w2, float[7,3] w3{constants}> {{
+    e = MatMul(x, w1)
+    a = Relu(e)
+    h = MatMul(a, w2)
+    {body}
+    y = MatMul(r, w3)
+}}"""
+
+
+def tokens(
+    name: str,
+    ops: str,
+    body: str,
+    units: int,
+    constants: str = "",
+    pinned: str = "",
+    opset: int = 17,
+) -> None:
+    """Token features: 6 free channels ``a``, then 7 channels ``h`` that the operator takes to ``r``."""
+    text = _TOKENS.format(constants=", " + constants if constants else "", body=body)
+    case(name, ops, text, units, (pinned,) if pinned else (), opset)
+
+
+_NORMALISED = "normalises over this axis"
+tokens(
+    "layer-normalization",
+    "LayerNormalization",
+    "r = LayerNormalization(h, gain, b)",
+    # The statistics still see zeros where channels went.
+    6 + 7,
+    "float[7] gain, float[7] b",
+)
+tokens(
+    "layer-normalization-of-two-axes",
+    "LayerNormalization",
+    "r = LayerNormalization<axis = -2>(h, gain, b)",
+    6,
+    "float[4,7] gain, float[4,7] b",
+    _NORMALISED,
+)
+tokens(
+    "rms-normalization",
+    "RMSNormalization",
+    "r = RMSNormalization(h, gain)",
+    6 + 7,
+    "float[7] gain",
+    opset=23,
+)
+tokens("lp-normalization", "LpNormalization", "r = LpNormalization<axis = -1, p = 2>(h)", 6 + 7)
+tokens(
+    "lp-normalization-of-tokens",
+    "LpNormalization",
+    "r = LpNormalization<axis = 1, p = 1>(h)",
+    6 + 7,
+)
+tokens("softmax", "Softmax", "r = Softmax(h)", 6, "", _NORMALISED)
+tokens("softmax-over-tokens", "Softmax", "r = Softmax<axis = 1>(h)", 6 + 7)
+tokens("softmax-opset-11", "Softmax", "r = Softmax<axis = 1>(h)", 6, "", _NORMALISED, 11)
+tokens("log-softmax", "LogSoftmax", "r = LogSoftmax(h)", 6, "", _NORMALISED)
+tokens("hardmax", "Hardmax", "r = Hardmax(h)", 6, "", _NORMALISED)
