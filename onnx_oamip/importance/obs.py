@@ -26,7 +26,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
 from onnx_oamip.importance import activation
-from onnx_oamip.statistics.covariances import (
+from onnx_oamip.statistics.layer_problems import (
     Job,
     Problem,
     jobs,

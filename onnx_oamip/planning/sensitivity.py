@@ -36,7 +36,7 @@ from onnx_oamip.graph.outputs import head
 from onnx_oamip.graph.partial_execution import Slicer, element_types
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.subgraphs import insert, reads
-from onnx_oamip.statistics.covariances import (
+from onnx_oamip.statistics.layer_problems import (
     Job,
     compensate,
     jobs,

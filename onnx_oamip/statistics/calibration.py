@@ -1,8 +1,8 @@
-"""One streaming pass over the data: moments of what every consumer receives.
+"""Moments of every tensor that a consumer reads, in one streaming pass over the calibration samples.
 
-Sums are taken inside the graph (two reductions per consumed tensor), so that a few numbers per channel leave the
-device instead of whole activations; they are accumulated in float64. Memory does not depend on the number of samples.
-Where squares leave the range of float32 (values beyond 1e19, or below 1e-16), a batch is summed again in float64.
+Sums are taken inside the graph (two reductions per consumed axis), so that a few numbers per channel leave the device
+instead of whole activations; they are accumulated in float64. Memory does not depend on the number of samples. Where
+squares leave the range of float32 (values beyond 1e19, or below 1e-16), a batch is summed again in float64.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Axis,
+    Bools,
     Coupling,
     Floats,
     Model,
@@ -31,8 +32,41 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.statistics.overflow import refuse
 from onnx_oamip.statistics.requests import MOMENTS
 
+Feed = Mapping[str, Array]
+
 FAINT = 1e-30
-"""Sums of squares below this have lost digits in float32, whose numbers thin out from 1e-38 on."""
+"""Sums of squares below this have lost digits in float32, whose subnormal numbers begin at 1e-38."""
+
+
+class _Sums:
+    """Sums and sums of squares (C,) along one axis, and the number of values per channel."""
+
+    def __init__(self) -> None:
+        # The neutral element of addition is -0.0: 0.0 would change the sign of a sum of -0.0.
+        self.first: Floats | float = -0.0
+        self.second: Floats | float = -0.0
+        self.count = 0
+
+    def add(self, first: Floats, second: Floats, count: int) -> None:
+        """Add the sums of one feed.
+
+        Args:
+            first: Sums (C,).
+            second: Sums of squares (C,).
+            count: Number of values per channel.
+        """
+        self.first = self.first + first
+        self.second = self.second + second
+        self.count += count
+
+    def moments(self) -> Moments:
+        """Divide the sums by the number of values.
+
+        Returns:
+            Mean and mean square per channel.
+        """
+        mean, mean_square = self.first / self.count, self.second / self.count
+        return Moments(np.asarray(mean), np.asarray(mean_square), self.count)
 
 
 def collect(
@@ -40,107 +74,130 @@ def collect(
     coupling: Coupling,
     samples: Samples,
     device: str,
+    *,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Moments (C,) per consumed axis over all samples and positions; float64.
+    """Collect the moments of every consumed axis over all samples and positions.
 
-    Raises DataError where a consumed tensor is not finite.
+    Args:
+        model: The model.
+        coupling: Its consumers.
+        samples: Calibration samples.
+        device: Device that the model runs on.
+        batch_size: Samples in one run.
+        progress: Callback ``(stage, done, total)``.
+
+    Returns:
+        The answer to the request for moments.
+
+    Raises:
+        DataError: A consumed tensor is not finite.
     """
     start = time.perf_counter()
-    sites = consumed(model, coupling)
-    sums: dict[Axis, tuple[Floats, Floats]] = {}
-    counts = dict.fromkeys(sites, 0)
-    session = None
-    if sites:
-        session = Session(
-            _instrument(model, sites), device, what="the model with its statistics outputs"
-        )
     total = samples.usable()
-    names = [
-        name
-        for i in range(len(sites))
-        for name in (f"oamip_sum_{i}", f"oamip_square_{i}", f"oamip_size_{i}")
-    ]
-    for index, feed in samples.batches(batch_size):
-        if session is None:
-            break
-        outputs = session.run(feed, names)
-        for i, site in enumerate(sites):
-            first, second, size = outputs[3 * i : 3 * i + 3]
-            a, b = first.astype(np.float64), second.astype(np.float64)
-            if not (np.isfinite(a) & np.isfinite(b) & ((b > FAINT) | (a == 0))).all():
-                a, b = _again(model, site, feed, device)
-            if not np.isfinite(a + b).all():
-                refuse(model, samples, site[0], device, batch_size)
-            old = sums.get(site)
-            sums[site] = (a, b) if old is None else (old[0] + a, old[1] + b)
-            counts[site] += int(np.prod(size)) // max(len(a), 1)
-        if progress:
-            progress("calibrate", int(index[-1]) + 1, total)
-    moments = {
-        site: Moments(sums[site][0] / counts[site], sums[site][1] / counts[site], counts[site])
-        for site in sites
-    }
-    return Statistics({MOMENTS: moments}, total, device, time.perf_counter() - start)
+    sums = {axis: _Sums() for axis in consumed(model, coupling)}
+    if sums:
+        instrumented = _instrument(model, list(sums))
+        session = Session(instrumented, device, what="the model with its statistics outputs")
+        names = [output.name for output in instrumented.graph.output]
+        for index, feed in samples.batches(batch_size):
+            outputs = iter(session.run(feed, names))
+            for axis, accumulated in sums.items():
+                first, second, shape = next(outputs), next(outputs), next(outputs)
+                first, second = first.astype(np.float64), second.astype(np.float64)
+                if not _reliable(first, second).all():
+                    first, second = _sums_in_float64(model, axis, feed, device)
+                if not np.isfinite(first + second).all():
+                    refuse(model, samples, axis[0], device=device, batch_size=batch_size)
+                count = int(np.prod(shape)) // max(len(first), 1)
+                accumulated.add(first, second, count)
+            if progress:
+                progress("calibrate", int(index[-1]) + 1, total)
+    moments = {axis: accumulated.moments() for axis, accumulated in sums.items()}
+    seconds = time.perf_counter() - start
+    return Statistics({MOMENTS: moments}, total, device, seconds)
 
 
 def consumed(model: Model, coupling: Coupling) -> list[Axis]:
-    """The axes that consumers sum over, those of activations that stand in for weights among them."""
-    met = {
-        (c.weight, c.weight_axis)
-        for c in coupling.consumers
-        if c.weight and c.weight not in model.constants
-    }
-    return sorted({(c.data, c.axis) for c in coupling.consumers} | met)
+    """List the axes that consumers sum over, including those of activations in the place of weights.
+
+    Args:
+        model: The model.
+        coupling: Its consumers.
+
+    Returns:
+        Axes in the order of their names.
+    """
+    axes = set()
+    for consumer in coupling.consumers:
+        axes.add((consumer.data, consumer.axis))
+        if consumer.weight and consumer.weight not in model.constants:
+            axes.add((consumer.weight, consumer.weight_axis))
+    return sorted(axes)
 
 
 def fits(moments: Mapping[Axis, Moments], model: Model, coupling: Coupling) -> bool:
-    """Whether these may be the moments of a model: one for each consumed axis, of its length, finite."""
-    return list(moments) == consumed(model, coupling) and all(
-        type(m.count) is int
-        and m.count > 0
-        and all(
-            v.dtype == np.float64
-            and v.shape == (model.shapes[tensor][axis],)
-            and np.isfinite(v).all()
-            for v in (m.mean, m.mean_square)
-        )
-        for (tensor, axis), m in moments.items()
-    )
+    """Validate a cache entry: one record per consumed axis, of its length, with finite values.
+
+    Args:
+        moments: The entry.
+        model: The model.
+        coupling: Its consumers.
+
+    Returns:
+        True if the entry can hold the moments of the model.
+    """
+    if list(moments) != consumed(model, coupling):
+        return False
+    for (tensor, axis), record in moments.items():
+        if type(record.count) is not int or record.count <= 0:
+            return False
+        channels = model.shapes[tensor][axis]
+        for values in (record.mean, record.mean_square):
+            if values.dtype != np.float64 or values.shape != (channels,):
+                return False
+            if not np.isfinite(values).all():
+                return False
+    return True
 
 
-def _again(
-    model: Model, site: Axis, feed: Mapping[str, Array], device: str
-) -> tuple[Floats, Floats]:
-    """(sums, sums of squares) of one feed along an axis, in float64 throughout."""
-    tensor, axis = site
-    value = Session(with_outputs(model, [tensor]), device).run(feed, [tensor])[0].astype(np.float64)
-    others = tuple(a for a in range(value.ndim) if a != axis)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told by who asks
+def _reliable(first: Floats, second: Floats) -> Bools:
+    """Channels (C,) whose sums of squares neither overflowed nor vanished in float32."""
+    finite = np.isfinite(first) & np.isfinite(second)
+    return np.asarray(finite & ((second > FAINT) | (first == 0)))
+
+
+def _sums_in_float64(model: Model, axis: Axis, feed: Feed, device: str) -> tuple[Floats, Floats]:
+    """Sums and sums of squares of one feed along an axis, in float64 throughout."""
+    tensor, position = axis
+    (output,) = Session(with_outputs(model, [tensor]), device).run(feed, [tensor])
+    value = output.astype(np.float64)
+    others = tuple(a for a in range(value.ndim) if a != position)
+    # The caller refuses values that are not finite; a warning would only repeat it.
+    with np.errstate(over="ignore", invalid="ignore"):
         return value.sum(axis=others), np.square(value).sum(axis=others)
 
 
-def _instrument(model: Model, sites: list[Axis]) -> onnx.ModelProto:
-    """The model with, per site, the sum and the sum of squares along the axis, and the tensor's shape."""
+def _instrument(model: Model, axes: list[Axis]) -> onnx.ModelProto:
+    """The model with three outputs per axis: sums, sums of squares, and the shape of the tensor."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     graph = proto.graph
     opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     del graph.output[:]
     cast: dict[str, str] = {}
-    for i, (tensor, axis) in enumerate(sites):
+    for i, (tensor, axis) in enumerate(axes):
         if tensor not in cast:
             # Half precision would overflow in the sums; a cast of float32 to itself is removed by the runtime.
             cast[tensor] = f"oamip_float_{i}"
             graph.node.append(build.to_float(tensor, cast[tensor], f"oamip_cast_{i}"))
-        axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
+        others = [a for a in range(len(model.shapes[tensor])) if a != axis]
         for kind, reduce in (("sum", build.reduce_sum), ("square", build.reduce_sum_square)):
             name = f"oamip_{kind}_{i}"
-            reduce(graph, cast[tensor], name, axes, opset)
+            reduce(graph, cast[tensor], name, others, opset)
             graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-        graph.node.append(build.shape_of(tensor, f"oamip_size_{i}", f"oamip_shape_{i}"))
-        graph.output.append(
-            helper.make_tensor_value_info(f"oamip_size_{i}", TensorProto.INT64, None)
-        )
+        size = f"oamip_size_{i}"
+        graph.node.append(build.shape_of(tensor, size, f"oamip_shape_{i}"))
+        graph.output.append(helper.make_tensor_value_info(size, TensorProto.INT64, None))
     return proto

@@ -1,12 +1,15 @@
-"""The few images that a program over a network's activations is made of.
+"""A few samples of every class, with all activations, for programs over the activations of a network.
 
 One or more per class: among the calibration samples that the model classifies correctly, those with the lowest
 probability of their class, "correct but unsure" as OAMIP means them to be (its code ranks groups of images by
 ``(1 - probabilities) * correct``, which by broadcasting is the accuracy alone). Without labels the model's own
-predictions are the classes. Evaluation data is never looked at.
+predictions are the classes. Held-out data is never read.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,103 +26,172 @@ from onnx_oamip.graph.outputs import float_activations, head, with_outputs
 from onnx_oamip.graph.runtime import Session
 
 LIMIT_BYTES = 1 << 30
-"""Bound of the activations held for all images together; above it none are, and no joint program can be made."""
+"""Upper bound of the activations of all images together; above it none are kept, and no joint program is possible."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Chosen rows of the logits, ordered by class.
+
+    Attributes:
+        rows: Indices of the rows.
+        labels: Class of each row.
+        notes: Remarks for the report.
+    """
+
+    rows: Ints
+    labels: Ints
+    notes: tuple[str, ...]
 
 
 def check_labels(model: Model, samples: Samples) -> None:
-    """Raises DataError where a label is no class of the model's classification head; other models take any."""
-    found = head(model)
-    if found is None or samples.labels is None:
+    """Check that every label is a class of the model's classification head; other models take any label.
+
+    Args:
+        model: The model.
+        samples: Samples with or without labels.
+
+    Raises:
+        DataError: A label is too large.
+    """
+    classifier = head(model)
+    if classifier is None or samples.labels is None:
         return
-    classes = model.shapes[model.outputs[found.index].name][1]
-    if samples.labels.max(initial=0) >= classes:
+    output = model.outputs[classifier.index].name
+    classes = model.shapes[output][1]
+    largest = int(samples.labels.max(initial=0))
+    if largest >= classes:
         raise DataError(
-            f"{samples.source}: 'labels' has the class {int(samples.labels.max())}, but the model's output "
-            f"'{model.outputs[found.index].name}' has {classes} classes, which count from 0."
+            f"{samples.source}: 'labels' has the class {largest}, but the model's output '{output}' has {classes} "
+            "classes, which count from 0."
         )
 
 
 def collect(
-    model: Model, samples: Samples, device: str, per_class: int, seed: int, batch_size: int = 32
+    model: Model,
+    samples: Samples,
+    device: str,
+    *,
+    per_class: int,
+    seed: int,
+    batch_size: int = 32,
 ) -> Images | None:
-    """Choose ``per_class`` images of every class and run them; None for a model without a classification head.
+    """Choose samples of every class and run them with all activations.
 
-    A class without a correctly classified sample gives none. Ties are broken by the seed.
+    A class without a correctly classified sample has none.
+
+    Args:
+        model: The model.
+        samples: Calibration samples.
+        device: Device that the model runs on.
+        per_class: Number of samples per class.
+        seed: Breaks ties between samples of equal probability.
+        batch_size: Samples in one run.
+
+    Returns:
+        The samples; None for a model without a classification head.
     """
-    found_head = head(model)
-    if found_head is None:
+    classifier = head(model)
+    if classifier is None:
         return None
-    logits = found_head.logits
-    outputs, place = _all_logits(model, samples, logits, device, batch_size)
-    chosen, label, notes = _choose(outputs, samples, place, per_class, seed)
-    inside = np.arange(len(place)) - np.searchsorted(place, place)  # places ascend
-    feeds, labels = _feeds(samples, place[chosen], inside[chosen], label, model.shapes[logits][0])
+    logits = classifier.logits
+    outputs, sample_of_row = _all_logits(model, samples, logits, device, batch_size)
+    truth, notes = _classes(outputs, samples, sample_of_row)
+    choice = _choose(outputs, truth, per_class, seed)
+    feeds, labels = _feeds(samples, sample_of_row, choice, model.shapes[logits][0])
+    notes = (*notes, *choice.notes)
+
     names = float_activations(model)
-    size = sum(4 * int(np.prod(model.shapes[n])) for n in names) * len(feeds)
-    if size > LIMIT_BYTES or not feeds:
-        return Images(tuple(feeds), labels, logits, {}, tuple(notes))
-    session = Session(with_outputs(model, names), device, what="the model with its activations")
-    runs = [session.run(feed, names) for feed in feeds]
-    found: dict[str, Array] = {n: np.stack([run[i] for run in runs]) for i, n in enumerate(names)}
-    for port in model.inputs:
-        found[port.name] = np.stack([feed[port.name] for feed in feeds])
-    return Images(tuple(feeds), labels, logits, found, tuple(notes))
+    values_per_feed = sum(int(np.prod(model.shapes[name])) for name in names)
+    if not feeds or 4 * values_per_feed * len(feeds) > LIMIT_BYTES:
+        return Images(tuple(feeds), labels, logits, {}, notes)
+    activations = _activations(model, feeds, names, device)
+    return Images(tuple(feeds), labels, logits, activations, notes)
 
 
 def _all_logits(
     model: Model, samples: Samples, logits: str, device: str, batch_size: int
 ) -> tuple[Floats, Ints]:
-    """Logits (rows, classes) of all samples, and the sample of each row."""
+    """Logits (rows, classes) of all samples, and the sample of each row, ascending."""
     session = Session(with_outputs(model, [logits]), device, what="the model")
-    rows, places = [], []
+    rows, sample_of_row = [], []
     for index, feed in samples.batches(batch_size):
-        found = session.run(feed, [logits])[0]
-        rows.append(found.astype(np.float64))
-        places.append(np.repeat(index, len(found) // len(index)))
-    return np.concatenate(rows), np.concatenate(places)
+        value = session.run(feed, [logits])[0]
+        rows.append(value.astype(np.float64))
+        sample_of_row.append(np.repeat(index, len(value) // len(index)))
+    return np.concatenate(rows), np.concatenate(sample_of_row)
 
 
-def _choose(
-    outputs: Floats, samples: Samples, place: Ints, per_class: int, seed: int
-) -> tuple[Ints, Ints, list[str]]:
-    """(rows, their classes, notes), ordered by class."""
-    guess = outputs.argmax(axis=1)
-    truth = guess
-    notes = []
-    if samples.labels is not None and samples.labels[place].size == len(place):
-        truth = samples.labels[place].reshape(-1)
-        if truth.max(initial=0) >= outputs.shape[1]:
-            notes.append("labels beyond the model's classes: its own predictions stand in for them")
-            truth = guess
+def _classes(
+    outputs: Floats, samples: Samples, sample_of_row: Ints
+) -> tuple[Ints, tuple[str, ...]]:
+    """The class of every row, by its label or by the prediction of the model, and remarks."""
+    predicted = outputs.argmax(axis=1)
+    if samples.labels is None or samples.labels[sample_of_row].size != len(sample_of_row):
+        return predicted, ()
+    labels = samples.labels[sample_of_row].reshape(-1)
+    if labels.max(initial=0) >= outputs.shape[1]:
+        note = "labels beyond the model's classes: its own predictions stand in for them"
+        return predicted, (note,)
+    return labels, ()
+
+
+def _choose(outputs: Floats, truth: Ints, per_class: int, seed: int) -> _Choice:
+    """The least certain of the correctly classified rows of every class."""
+    predicted = outputs.argmax(axis=1)
+    every = np.arange(len(predicted))
     shifted = outputs - outputs.max(axis=1, keepdims=True)
-    log_probability = shifted[np.arange(len(guess)), guess] - np.log(np.exp(shifted).sum(axis=1))
-    shuffled = np.random.default_rng(seed).permutation(len(guess))
-    order = shuffled[np.argsort(log_probability[shuffled], kind="stable")]
-    order = order[truth[order] == guess[order]]
-    order = order[np.argsort(truth[order], kind="stable")]
-    classes, first = np.unique(truth[order], return_index=True)
-    rank = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
-    chosen = order[rank < per_class]
-    if len(classes) < outputs.shape[1]:
-        notes.append(
-            f"{outputs.shape[1] - len(classes)} of {outputs.shape[1]} classes have no correct sample"
-        )
-    return chosen, truth[chosen].astype(np.int64), notes
+    log_total = np.log(np.exp(shifted).sum(axis=1))
+    log_probability = shifted[every, predicted] - log_total
+
+    shuffled = np.random.default_rng(seed).permutation(len(predicted))
+    by_certainty = shuffled[np.argsort(log_probability[shuffled], kind="stable")]
+    correct = by_certainty[truth[by_certainty] == predicted[by_certainty]]
+    by_class = correct[np.argsort(truth[correct], kind="stable")]
+    classes, first = np.unique(truth[by_class], return_index=True)
+    sizes = np.diff([*first, len(by_class)])
+    rank_in_class = np.arange(len(by_class)) - np.repeat(first, sizes)
+    rows = by_class[rank_in_class < per_class]
+
+    notes: tuple[str, ...] = ()
+    total = outputs.shape[1]
+    if len(classes) < total:
+        notes = (f"{total - len(classes)} of {total} classes have no correct sample",)
+    return _Choice(rows, truth[rows].astype(np.int64), notes)
 
 
 def _feeds(
-    samples: Samples, place: Ints, inside: Ints, label: Ints, rows: int
+    samples: Samples, sample_of_row: Ints, choice: _Choice, rows: int
 ) -> tuple[list[dict[str, Array]], Ints]:
-    """One feed an image, or as many as a fixed batch takes; labels (feeds, rows), -1 where a row does not count.
+    """One feed per image, or as many images as a fixed batch takes; labels (feeds, rows), -1 where a row is padding.
 
-    ``inside`` is the row of a sample's feed that counts, where one sample is a whole feed of several ``rows``.
+    If one sample is a whole feed of several ``rows``, only the chosen row of it counts.
     """
+    chosen = sample_of_row[choice.rows]
+    images = np.arange(len(chosen))
     step = 1 if samples.whole else samples.fixed_batch or 1
-    padded = np.resize(place, -(-len(place) // step) * step)
+    feed_count = -(-len(chosen) // step)
+    padded = np.resize(chosen, feed_count * step)
     feeds = [samples.feed(padded[i : i + step]) for i in range(0, len(padded), step)]
+    if samples.whole:
+        row_in_sample = np.arange(len(sample_of_row)) - np.searchsorted(
+            sample_of_row, sample_of_row
+        )
+        feed, row = images, row_in_sample[choice.rows]
+    else:
+        feed, row = np.divmod(images, step)
     labels = np.full((len(feeds), rows), -1, np.int64)
-    feed, row = (
-        (np.arange(len(place)), inside) if samples.whole else np.divmod(np.arange(len(place)), step)
-    )
-    labels[feed, row] = label
+    labels[feed, row] = choice.labels
     return feeds, labels
+
+
+def _activations(
+    model: Model, feeds: Sequence[dict[str, Array]], names: Sequence[str], device: str
+) -> dict[str, Array]:
+    """By tensor (feeds, *its shape for one feed): the named activations, and the inputs of the model."""
+    session = Session(with_outputs(model, names), device, what="the model with its activations")
+    runs = [session.run(feed, names) for feed in feeds]
+    activations = {name: np.stack([run[i] for run in runs]) for i, name in enumerate(names)}
+    for port in model.inputs:
+        activations[port.name] = np.stack([feed[port.name] for feed in feeds])
+    return activations

@@ -1,48 +1,37 @@
-"""Second moments of what linear consumers read, and the least-squares problem that each consumer poses to a group.
+"""Covariance matrices of the inputs of linear consumers, in one streaming pass over the calibration samples.
 
-Removing channels from a consumer ``y = W x`` costs, after the best linear repair by the channels that stay, a quadratic
-in the covariance G of x. Both the order of removal (``importance.obs``) and the measured sensitivities need G for the
-original model only: it is collected once, in one walk over the data.
+Both the order of removal (``importance.obs``) and the measured sensitivities need the covariances of the original model
+only, so that they are collected once. ``layer_problems`` makes least-squares problems of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.errors import memory_for
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
-    Consumer,
     Coupling,
-    Floats,
     Gram,
     Ints,
     Model,
 )
 from onnx_oamip.graph.im2col import data_rows, pick
-from onnx_oamip.graph.linear_layers import matrix, matrix_shape, site
+from onnx_oamip.graph.linear_layers import matrix_shape, site
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import element_types, stream
 
-Job = tuple[int, Mapping[str, Gram]]
-"""A group, and second moments by the nodes that read it."""
 CAP = 2304
 """Unknowns above which only the channels x channels form is kept (taps folded into the outputs)."""
 MOST_COLUMNS = 8192
-"""Above this a consumer has no Gram matrix (half a gigabyte): its units are judged by their activations alone."""
+"""Columns above which a consumer has no matrix (half a gigabyte): its units are scored by their activations alone."""
 ROWS_PER_UNKNOWN = 2
 LEAST_ROWS, MOST_ROWS = 4096, 8192
-TINY = 1e-150
-"""Stands for a variance of 0. Far below the squares of any activation in float32, so that scales do not matter."""
-RIDGE = 1e-3
-"""Relative to the mean diagonal: keeps a Gram matrix of few rows from promising a perfect repair."""
 
 
 def collect(
@@ -50,269 +39,220 @@ def collect(
     coupling: Coupling,
     feeds: Sequence[Mapping[str, Array]],
     device: str,
+    *,
     seed: int = 0,
     progress: Progress | None = None,
     cap: int = CAP,
 ) -> dict[str, Gram]:
-    """Centred Gram matrices by consumer node, float64, over sampled rows of all feeds; one feed is held at a time."""
+    """Collect the covariance of the input of every linear consumer, over sampled rows of all feeds.
+
+    One feed is in memory at a time. Sums are float64.
+
+    Args:
+        model: The model.
+        coupling: Its consumers.
+        feeds: Calibration samples.
+        device: Device that the model runs on.
+        seed: Seed of the choice of rows.
+        progress: Callback ``(stage, done, total)``.
+        cap: Unknowns up to which a matrix has a column for each.
+
+    Returns:
+        Covariances by consumer node.
+    """
     sums = []
-    for place, columns in _places(model, coupling, cap):
+    for layer, columns in _layers(model, coupling, cap):
         if len(columns) <= MOST_COLUMNS:
-            with memory_for(_reading(place)):
-                sums.append(_Sum(model, place, columns))
+            with memory_for(_purpose(layer)):
+                sums.append(_Sum(model, layer, columns))
     batches = [_batch(model, feed) for feed in feeds]
     rng = np.random.default_rng(seed)
-    rows = [
-        [pick(total.rows(batch), total.wanted(len(feeds)), rng) for batch in batches]
-        for total in sums
-    ]
+    rows = []
+    for total in sums:
+        wanted = total.wanted(len(feeds))
+        rows.append([pick(total.rows(batch), wanted, rng) for batch in batches])
+
     types = element_types(model.proto, model.dtypes)
-    for b, i, value in stream(
-        model.proto, feeds, [total.place.data for total in sums], types, device
-    ):
-        count = sums[i].count(value)
-        if count != sums[i].rows(batches[b]):  # a size that only a run tells
-            rows[i][b] = pick(
-                count, sums[i].wanted(len(feeds)), np.random.default_rng((seed, i, b))
-            )
-        with memory_for(_reading(sums[i].place)):
-            sums[i].add(value, rows[i][b])
+    targets = [total.layer.data for total in sums]
+    for b, i, value in stream(model.proto, feeds, targets, types, device):
+        total = sums[i]
+        count = total.count(value)
+        if count != total.rows(batches[b]):
+            # The size of this tensor depends on the data, so that its rows are chosen now.
+            own_rng = np.random.default_rng((seed, i, b))
+            rows[i][b] = pick(count, total.wanted(len(feeds)), own_rng)
+        with memory_for(_purpose(total.layer)):
+            total.add(value, rows[i][b])
         if progress and i + 1 == len(sums):
             progress("gram", b + 1, len(feeds))
-    return {total.place.node.name: total.gram() for total in sums}
+    return {total.layer.node.name: total.gram() for total in sums}
 
 
-def _reading(place: Site) -> str:
-    return f"the second moments of what {place.node} reads"
+def fits(grams: Mapping[str, Gram], model: Model, coupling: Coupling, cap: int = CAP) -> bool:
+    """Validate a cache entry: one matrix per consumer, of its size, with finite values.
+
+    Args:
+        grams: The entry.
+        model: The model.
+        coupling: Its consumers.
+        cap: Unknowns up to which a matrix has a column for each.
+
+    Returns:
+        True if the entry can hold the covariances of the model.
+    """
+    every = _layers(model, coupling, cap)
+    expected = [(layer, columns) for layer, columns in every if len(columns) <= MOST_COLUMNS]
+    if list(grams) != [layer.node.name for layer, _ in expected]:
+        return False
+    for (layer, columns), gram in zip(expected, grams.values(), strict=True):
+        groups = matrix_shape(layer, model.constants[layer.weight])[0]
+        size = len(columns)
+        if gram.matrix.shape != (groups, size, size) or gram.mean.shape != (groups, size):
+            return False
+        if type(gram.rows) is not int or type(gram.taps) is not int:
+            return False
+        for values in (gram.matrix, gram.mean):
+            if values.dtype != np.float64 or not np.isfinite(values).all():
+                return False
+        if not np.array_equal(gram.columns, columns):
+            return False
+    return True
+
+
+def cap(coupling: Coupling, memory_limit: int) -> int:
+    """Compute the unknowns up to which a matrix has a column for each.
+
+    Wider consumers keep the channels x channels form, as above ``CAP``.
+
+    Args:
+        coupling: The consumers of the model.
+        memory_limit: Upper bound in bytes on the matrices of all consumers, if all had that size.
+
+    Returns:
+        The number of unknowns, at most ``CAP``.
+    """
+    consumers = len({consumer.node for consumer in coupling.consumers})
+    values_per_matrix = memory_limit // (8 * max(1, consumers))
+    return min(CAP, math.isqrt(values_per_matrix))
+
+
+def _purpose(layer: Site) -> str:
+    return f"the second moments of what {layer.node} reads"
 
 
 def _batch(model: Model, feed: Mapping[str, Array]) -> Fraction:
-    """How many times the batch that the model's shapes are of a feed holds."""
+    """Size of a feed as a multiple of the batch in the model's shapes."""
     name = model.inputs[0].name
     shape = model.shapes.get(name, ())
     return Fraction(len(feed[name]), shape[0]) if shape and shape[0] else Fraction(1)
 
 
-def _places(model: Model, coupling: Coupling, cap: int) -> list[tuple[Site, Ints]]:
-    """Consumers, each with the inputs (d, fold) of its columns."""
+def _layers(model: Model, coupling: Coupling, cap: int) -> list[tuple[Site, Ints]]:
+    """Linear consumers in graph order, each with the inputs (d, fold) of its columns."""
     axes = {c.node: coupling.axes[c.data, c.axis] for c in coupling.consumers}
-    places = [
-        p for n in model.nodes if n.name in axes and (p := site(n, model.constants)) is not None
-    ]
-    return [(p, _columns(p, model.constants[p.weight], axes[p.node.name], cap)) for p in places]
+    result = []
+    for node in model.nodes:
+        layer = site(node, model.constants) if node.name in axes else None
+        if layer is not None:
+            weight = model.constants[layer.weight]
+            result.append((layer, _columns(layer, weight, axes[node.name], cap)))
+    return result
 
 
-def fits(grams: Mapping[str, Gram], model: Model, coupling: Coupling, cap: int = CAP) -> bool:
-    """Whether these may be the matrices of a model: one for each consumer, of its size, finite."""
-    held = [
-        (p, columns) for p, columns in _places(model, coupling, cap) if len(columns) <= MOST_COLUMNS
-    ]
-    if list(grams) != [p.node.name for p, _ in held]:
-        return False
-    for (place, columns), g in zip(held, grams.values(), strict=True):
-        groups, d = matrix_shape(place, model.constants[place.weight])[0], len(columns)
-        whole = (
-            g.matrix.shape == (groups, d, d) and g.mean.shape == (groups, d) and type(g.rows) is int
-        )
-        finite = all(v.dtype == np.float64 and np.isfinite(v).all() for v in (g.matrix, g.mean))
-        if not (whole and finite and type(g.taps) is int and np.array_equal(g.columns, columns)):
-            return False
-    return True
-
-
-def cap(coupling: Coupling, room: int) -> int:
-    """Unknowns up to which a matrix holds every one, such that all matrices of that size take at most ``room`` bytes.
-
-    Wider ones are kept in the channels x channels form, as above ``CAP``.
-    """
-    return min(CAP, math.isqrt(room // (8 * max(1, len({c.node for c in coupling.consumers})))))
-
-
-def _columns(place: Site, weight: Array, labels: Ints, cap: int) -> Ints:
+def _columns(layer: Site, weight: Array, labels: Ints, cap: int) -> Ints:
     """(d, fold) inputs by column: one by one up to ``cap``, else the taps of a channel, or the inputs of a unit."""
-    groups, _, ins, taps = matrix_shape(place, weight)
+    groups, _, ins, taps = matrix_shape(layer, weight)
     every = np.arange(ins * taps)
     if ins * taps <= cap:
         return every[:, None]
     if taps > 1:
         return every.reshape(ins, taps)
     counts = np.unique(labels, return_counts=True)[1]
-    if groups == 1 and (labels >= 0).all() and (counts == counts[0]).all():
+    equal_units = (labels >= 0).all() and (counts == counts[0]).all()
+    if groups == 1 and equal_units:
         return np.argsort(labels, kind="stable").reshape(len(counts), -1)
     return every[:, None]
 
 
 class _Sum:
-    """Sums of what one consumer reads: over rows (groups, d), and of their products (groups, d, d)."""
+    """Sums over the rows that one consumer reads: of the columns (groups, d), and of their products (groups, d, d)."""
 
-    def __init__(self, model: Model, place: Site, columns: Ints) -> None:
-        self.place, self.columns = place, columns
-        self.groups, _, _, self.taps = matrix_shape(place, model.constants[place.weight])
-        self.data, self.output = model.shapes[place.data], model.shapes[place.node.outputs[0]]
-        d = len(columns)
-        self.total = np.zeros((self.groups, d))
-        self.square = np.zeros((self.groups, d, d))
+    def __init__(self, model: Model, layer: Site, columns: Ints) -> None:
+        self.layer, self.columns = layer, columns
+        self.groups, _, _, self.taps = matrix_shape(layer, model.constants[layer.weight])
+        self.data_shape = model.shapes[layer.data]
+        self.output_shape = model.shapes[layer.node.outputs[0]]
+        size = len(columns)
+        self.total = np.zeros((self.groups, size))
+        self.square = np.zeros((self.groups, size, size))
         self.seen = 0
 
     def wanted(self, feeds: int) -> int:
-        """Rows to be sampled from each of so many feeds."""
-        d, folded = self.columns.shape
-        whole: int = max(64, min(max(ROWS_PER_UNKNOWN * d, LEAST_ROWS), MOST_ROWS) // folded)
+        """Compute the rows to sample from each feed.
+
+        Args:
+            feeds: Number of feeds.
+
+        Returns:
+            Number of rows.
+        """
+        size, folded = self.columns.shape
+        enough = max(ROWS_PER_UNKNOWN * size, LEAST_ROWS)
+        whole: int = max(64, min(enough, MOST_ROWS) // folded)
         return -(-whole // feeds)
 
     def rows(self, batch: Fraction) -> int:
-        """Rows that a feed of ``batch`` times the model's own batch should have."""
-        place = self.place
-        if place.spatial:
-            return int(batch * self.data[0]) * int(np.prod(self.output[2:]))
-        return int(batch * int(np.prod(self.data))) // self.data[place.data_axis]
+        """Compute the rows of a feed from the shapes of the model.
 
-    def count(self, x: Array) -> int:
-        """Rows that there are in what the consumer reads of a feed."""
-        place = self.place
-        return (
-            len(x) * int(np.prod(self.output[2:]))
-            if place.spatial
-            else x.size // x.shape[place.data_axis]
-        )
+        Args:
+            batch: Size of the feed as a multiple of the batch in the model's shapes.
 
-    def add(self, x: Array, rows: Ints) -> None:
-        """Take up the rows of a feed."""
-        found = data_rows(self.place, x, rows, (len(x), *self.output[1:])).transpose(1, 0, 2)
+        Returns:
+            Number of rows.
+        """
+        if self.layer.spatial:
+            return int(batch * self.data_shape[0]) * self._positions()
+        values = int(batch * int(np.prod(self.data_shape)))
+        return values // self.data_shape[self.layer.data_axis]
+
+    def count(self, value: Array) -> int:
+        """Count the rows of a value of the consumer's input.
+
+        Args:
+            value: The value for one feed.
+
+        Returns:
+            Number of rows.
+        """
+        if self.layer.spatial:
+            return len(value) * self._positions()
+        return int(value.size) // int(value.shape[self.layer.data_axis])
+
+    def add(self, value: Array, rows: Ints) -> None:
+        """Add rows of one feed to the sums.
+
+        Args:
+            value: Value of the consumer's input for the feed.
+            rows: Indices of the rows.
+        """
+        output = (len(value), *self.output_shape[1:])
+        inputs = data_rows(self.layer, value, rows, output).transpose(1, 0, 2)
         # Equal places of all columns make one equation each.
-        found = found[:, :, self.columns.T].reshape(self.groups, -1, len(self.columns))
-        self.total += found.sum(axis=1)
-        self.square += found.transpose(0, 2, 1) @ found
-        self.seen += found.shape[1]
+        equations = inputs[:, :, self.columns.T].reshape(self.groups, -1, len(self.columns))
+        self.total += equations.sum(axis=1)
+        self.square += equations.transpose(0, 2, 1) @ equations
+        self.seen += equations.shape[1]
 
     def gram(self) -> Gram:
-        """The centred matrix; the sums are used up."""
+        """Compute the covariance in place: the sums are not valid afterwards.
+
+        Returns:
+            The covariance of the columns.
+        """
         mean = self.total / self.seen
         self.square /= self.seen
         self.square -= mean[:, :, None] * mean[:, None, :]
         return Gram(self.square, mean, self.columns, self.taps, self.seen)
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One consumer (one block of it) seen by one group: ``y = W x`` with the covariance of x.
-
-    ``weight`` (outputs * fold, d), ``gram`` (d, d) with the ridge on its diagonal, ``mean`` (d,), ``columns`` (units,
-    k): the columns that each unit of the group holds; ``spread`` (d, fold): the node's own inputs behind each column;
-    ``scale``: variance of y, so that consumers can be added up; ``ridge``: what stands on the diagonal of ``gram``.
-    """
-
-    consumer: Consumer
-    block: int
-    weight: Floats
-    gram: Floats
-    mean: Floats
-    columns: Ints
-    spread: Ints
-    scale: float
-    ridge: float = 0.0
-
-    def unfold(self, weight: Floats, shift: Floats) -> tuple[Floats, Floats]:
-        """(weight (outputs, inputs), shift (outputs,)) of the node's block from folded ones."""
-        d, fold = self.spread.shape
-        full = np.empty((len(weight) // fold, d * fold))
-        full[:, self.spread] = weight.reshape(-1, fold, d).transpose(0, 2, 1)
-        return full, shift.reshape(-1, fold).sum(axis=1)
-
-
-def problems(
-    model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int
-) -> list[Problem]:
-    """The problems of all linear consumers of a group, in graph order."""
-    units = coupling.groups[group].units
-    nodes = {n.name: n for n in model.nodes}
-    result = []
-    for consumer in coupling.consumers:
-        labels = coupling.axes[consumer.data, consumer.axis]
-        found = grams.get(consumer.node)
-        member = np.isin(labels, units)
-        if found is None or not member.any():
-            continue
-        place = site(nodes[consumer.node], model.constants)
-        assert place is not None
-        weight = place.factor * matrix(place, model.constants[place.weight])
-        groups, outs, ins, _ = weight.shape
-        flat = weight.reshape(groups, outs, -1)
-        d, folded = found.columns.shape
-        for block in range(groups):
-            local = labels[block * ins : (block + 1) * ins][found.columns[:, 0] // found.taps]
-            here = np.flatnonzero(np.isin(local, units))
-            columns = here[np.argsort(local[here], kind="stable")].reshape(len(units), -1)
-            part = flat[block][:, found.columns].transpose(0, 2, 1).reshape(outs * folded, d)
-            covariance = found.matrix[block]
-            ridge = shrinkage(covariance, found.rows)
-            gram = covariance / (
-                1 + ridge
-            )  # the trace stays: a strong ridge must not make a consumer louder
-            load = float(ridge * np.trace(gram) / len(gram) + TINY)
-            gram[np.diag_indices_from(gram)] += load
-            # The variance of y, without the ridge: trace(W G W').
-            scale = max(float(np.einsum("od,od->", part @ covariance, part)), TINY)
-            result.append(
-                Problem(
-                    consumer,
-                    block,
-                    part,
-                    gram,
-                    found.mean[block],
-                    columns,
-                    found.columns,
-                    scale,
-                    load,
-                )
-            )
-    return result
-
-
-def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
-    """Every group with the second moments that its problems are made from, to be worked on wherever there is room."""
-    result: list[Job] = []
-    for g, group in enumerate(coupling.groups):
-        readers = (
-            c.node
-            for c in coupling.consumers
-            if np.isin(coupling.axes[c.data, c.axis], group.units).any()
-        )
-        result.append((g, {name: grams[name] for name in readers if name in grams}))
-    return result
-
-
-def shrinkage(gram: Floats, rows: int) -> float:
-    """Relative ridge for a covariance of few rows: oracle-approximating shrinkage, never below RIDGE.
-
-    Source: Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 58 (2010),
-    eq. 23, as a ratio of the target's weight to the sample's.
-    """
-    p = len(gram)
-    trace, square = float(np.trace(gram)), float(np.square(gram).sum())
-    below = (rows + 1 - 2 / p) * (square - trace**2 / p)
-    weight = min(1.0, ((1 - 2 / p) * square + trace**2) / below) if below > 0 else 1.0
-    return max(RIDGE, weight / max(1 - weight, 1e-3))
-
-
-def compensate(
-    problem: Problem, removed: Ints, repair: str = "least-squares"
-) -> tuple[Floats, Floats]:
-    """(weight (outputs, d) with zeros at the removed units' columns, bias shift (outputs,)).
-
-    ``repair``: the rest is fitted for the least squared error, or only the means are folded (``bias``), or nothing is
-    done (``none``).
-    """
-    gone = problem.columns[removed].reshape(-1)
-    stays = np.ones(problem.weight.shape[1], bool)
-    stays[gone] = False
-    weight = np.where(stays, problem.weight, 0.0)
-    if repair == "none":
-        return weight, np.zeros(len(weight))
-    if repair == "least-squares" and stays.any():
-        cross = problem.gram[np.ix_(stays, gone)] @ problem.weight[:, gone].T
-        factor = cho_factor(
-            problem.gram[np.ix_(stays, stays)], overwrite_a=True, check_finite=False
-        )
-        weight[:, stays] += np.asarray(cho_solve(factor, cross)).T
-    return weight, (problem.weight - weight) @ problem.mean
+    def _positions(self) -> int:
+        return int(np.prod(self.output_shape[2:]))

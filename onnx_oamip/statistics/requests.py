@@ -24,9 +24,15 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
     model, coupling = context.model, context.coupling
 
     def collect() -> Mapping[Axis, Moments]:
-        return calibration.collect(
-            model, coupling, context.samples, context.device, context.batch, context.progress
-        ).moments
+        statistics = calibration.collect(
+            model,
+            coupling,
+            context.samples,
+            context.device,
+            batch_size=context.batch,
+            progress=context.progress,
+        )
+        return statistics[MOMENTS]
 
     def valid(entry: Mapping[Axis, Moments]) -> bool:
         return calibration.fits(entry, model, coupling)
@@ -49,7 +55,13 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
 
     def collect() -> Mapping[str, Gram]:
         return covariances.collect(
-            model, coupling, feeds, context.device, settings.seed, context.progress, cap
+            model,
+            coupling,
+            feeds,
+            context.device,
+            seed=settings.seed,
+            progress=context.progress,
+            cap=cap,
         )
 
     def valid(entry: Mapping[str, Gram]) -> bool:
@@ -66,9 +78,9 @@ def _class_samples(context: Context) -> Images | None:
         context.model,
         context.samples,
         context.device,
-        settings.images_per_class,
-        settings.seed,
-        context.batch,
+        per_class=settings.images_per_class,
+        seed=settings.seed,
+        batch_size=context.batch,
     )
 
 

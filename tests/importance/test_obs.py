@@ -26,7 +26,7 @@ from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance import activation, find, obs
 from onnx_oamip.statistics import calibration, covariances
-from onnx_oamip.statistics.covariances import Problem, problems
+from onnx_oamip.statistics.layer_problems import Problem, problems
 from onnx_oamip.statistics.requests import COVARIANCE
 
 SETTINGS = Settings(macs=0.5)
@@ -247,7 +247,7 @@ def schur(found: Problem, gone: Sequence[int]) -> float:
 def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> Statistics:
     found = dataset.load(arrays, model)
     assert found is not None
-    collected = calibration.collect(model, coupling, found, "cpu", 16)
+    collected = calibration.collect(model, coupling, found, "cpu", batch_size=16)
     feeds = [feed for _, feed in found.batches(16)]
     grams = covariances.collect(model, coupling, feeds, "cpu")
     return Statistics({**collected.answers, COVARIANCE: grams}, collected.samples, "cpu")

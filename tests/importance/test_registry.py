@@ -44,8 +44,8 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     assert found is not None
     moments = calibration.collect(model, coupling, found, "cpu")
     feeds = [feed for _, feed in found.batches(32)]
-    grams = covariances.collect(model, coupling, feeds, "cpu", 0)
-    few = class_samples.collect(model, found, "cpu", 1, 0)
+    grams = covariances.collect(model, coupling, feeds, "cpu", seed=0)
+    few = class_samples.collect(model, found, "cpu", per_class=1, seed=0)
     heard = absolute_signal.collect(model, coupling, found, "cpu")
     seen = pooled_activations.collect(model, coupling, found, "cpu")
     answers = {

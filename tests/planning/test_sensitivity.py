@@ -38,7 +38,7 @@ from onnx_oamip.planning.sensitivity import (
     measure,
 )
 from onnx_oamip.repair import least_squares
-from onnx_oamip.statistics import calibration, covariances
+from onnx_oamip.statistics import calibration, covariances, layer_problems
 
 # Classification heads and anything else; consumers of every kind, at one depth and at several.
 NETS = {
@@ -156,7 +156,7 @@ def by_hand(
     """The whole original graph: consumers of the group without the units ``gone``, repaired by least squares."""
     proto = ModelProto()
     proto.CopyFrom(model.proto)
-    found = covariances.problems(model, coupling, grams, group)
+    found = layer_problems.problems(model, coupling, grams, group)
     place_of = {unit: i for i, unit in enumerate(coupling.groups[group].units.tolist())}
     removed = [place_of[u] for u in gone.tolist()]
     before: dict[str, list[NodeProto]] = {}
@@ -603,7 +603,7 @@ def test_losses_with_folded_means_equal_those_of_the_pruned_model(
     loaded = dataset.load(arrays, model)
     assert loaded is not None
     feeds = [one for _, one in loaded.batches(4)]
-    statistics = calibration.collect(model, coupling, loaded, "cpu", 4)
+    statistics = calibration.collect(model, coupling, loaded, "cpu", batch_size=4)
     grams = covariances.collect(model, coupling, feeds, "cpu")
     order = _order(coupling)
     found = measure(model, coupling, grams, order, feeds, "cpu", workers=1, repair="bias")
@@ -622,7 +622,7 @@ def test_losses_with_folded_means_equal_those_of_the_pruned_model(
                 )
             )
         _assert_close(one, _never_rising(losses))
-        if covariances.problems(model, coupling, grams, g):
+        if layer_problems.problems(model, coupling, grams, g):
             assert not np.allclose(one.loss, plain[g].loss, rtol=1e-3)
 
 
@@ -638,7 +638,7 @@ def test_folded_means_keep_the_means_of_consumers(name: str, tmp_path: Path) -> 
     assert coupling.groups
     for g, group in enumerate(coupling.groups):
         gone = rng.permutation(len(group.units))[: len(group.units) // 2]
-        found = covariances.problems(model, coupling, grams, g)
+        found = layer_problems.problems(model, coupling, grams, g)
         assert found
         for p in found:
             place = site(next(n for n in model.nodes if n.name == p.consumer.node), model.constants)
@@ -664,7 +664,7 @@ def test_folded_means_keep_the_means_of_consumers(name: str, tmp_path: Path) -> 
             run = Session(alone, "cpu").run
             apart = run({p.consumer.data: x})[0] - run({p.consumer.data: masked})[0]
             others = tuple(a for a in range(apart.ndim) if a != place.output_axis % apart.ndim)
-            kept, shift = p.unfold(*covariances.compensate(p, gone, "bias"))
+            kept, shift = p.unfold(*layer_problems.compensate(p, gone, "bias"))
             np.testing.assert_allclose(shift, apart.mean(axis=others), rtol=1e-4, atol=1e-5)
             original = place.factor * matrix(place, weight).reshape(kept.shape)
             assert ((kept == 0) | np.isclose(kept, original)).all()  # no weight moves

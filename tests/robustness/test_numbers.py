@@ -496,7 +496,7 @@ def test_joint_program_equals_enumeration_of_subsets(
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
-    held = class_samples.collect(model, samples, "cpu", 1, 0)
+    held = class_samples.collect(model, samples, "cpu", per_class=1, seed=0)
     assert held is not None
     formulation = formulate(model, coupling, held, Form("exact", 5.0))
     outcome = optimise(formulation, SolverLimits(time_s=20, gap=1e-6), solver)

@@ -34,7 +34,7 @@ def _collect(
 ) -> Statistics:
     found = dataset.load(arrays, model)
     assert found is not None
-    return calibration.collect(model, coupling, found, device, batch_size)
+    return calibration.collect(model, coupling, found, device, batch_size=batch_size)
 
 
 def _assert_moments(
@@ -161,7 +161,9 @@ def test_progress_counts_samples(tmp_path: Path) -> None:
     found = dataset.load(samples(model, 10), model)
     assert found is not None
     seen: list[tuple[str, int, int]] = []
-    calibration.collect(model, couple(model), found, "cpu", 4, lambda *step: seen.append(step))
+    calibration.collect(
+        model, couple(model), found, "cpu", batch_size=4, progress=lambda *step: seen.append(step)
+    )
     assert seen == [("calibrate", 4, 10), ("calibrate", 8, 10), ("calibrate", 10, 10)]
 
 

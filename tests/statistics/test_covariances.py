@@ -23,8 +23,8 @@ from onnx_oamip.core.records import (
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.statistics import covariances
-from onnx_oamip.statistics.covariances import (
+from onnx_oamip.statistics import covariances, layer_problems
+from onnx_oamip.statistics.layer_problems import (
     Problem,
     compensate,
     problems,
@@ -259,9 +259,9 @@ def test_many_rows_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(covariances, "LEAST_ROWS", 400)
     monkeypatch.setattr(covariances, "MOST_ROWS", 1000)
     found = {
-        seed: covariances.collect(model, coupling, feeds, "cpu", seed)[name] for seed in (0, 1)
+        seed: covariances.collect(model, coupling, feeds, "cpu", seed=seed)[name] for seed in (0, 1)
     }
-    again = covariances.collect(model, coupling, feeds, "cpu", 0)[name]
+    again = covariances.collect(model, coupling, feeds, "cpu", seed=0)[name]
     np.testing.assert_array_equal(found[0].matrix, again.matrix)
     assert not np.array_equal(found[0].matrix, found[1].matrix)
     for one in found.values():
@@ -465,7 +465,7 @@ def test_shrinkage_equals_the_published_estimate(width: int, rows: int) -> None:
     x = rng.standard_normal((rows, width)) * np.geomspace(1, 5, width)
     sample = np.cov(x, rowvar=False, bias=True).reshape(width, width)
     found = shrinkage(sample, rows)
-    assert found >= covariances.RIDGE
+    assert found >= layer_problems.RIDGE
     assert np.isfinite(found)
     p, trace, square = width, np.trace(sample), np.trace(sample @ sample)
     spread = square - trace**2 / p
@@ -475,7 +475,7 @@ def test_shrinkage_equals_the_published_estimate(width: int, rows: int) -> None:
         else ((1 - 2 / p) * square + trace**2) / ((rows + 1 - 2 / p) * spread)
     )
     if rho < 0.9:
-        assert found == pytest.approx(max(covariances.RIDGE, rho / (1 - rho)), rel=1e-9)
+        assert found == pytest.approx(max(layer_problems.RIDGE, rho / (1 - rho)), rel=1e-9)
     else:
         assert found >= 0.9 / 0.1
 
@@ -487,7 +487,7 @@ def test_shrinkage_falls_with_rows() -> None:
     found = [shrinkage(covariance, rows) for rows in (10, 30, 100, 1000, 10**6)]
     assert found == sorted(found, reverse=True)
     assert found[0] > 10 * found[2]
-    assert found[-1] == covariances.RIDGE
+    assert found[-1] == layer_problems.RIDGE
 
 
 def test_shrinkage_makes_repairs_from_few_rows_better() -> None:
@@ -516,7 +516,7 @@ def test_shrinkage_makes_repairs_from_few_rows_better() -> None:
     gains = []
     for _ in range(10):
         sample = draw(20)
-        gains.append(error(covariances.RIDGE, sample) / error(shrinkage(sample, 20), sample))
+        gains.append(error(layer_problems.RIDGE, sample) / error(shrinkage(sample, 20), sample))
     assert np.mean(gains) > 2
 
 

@@ -78,7 +78,7 @@ def measured(path: Path, source: Path, device: str) -> Row:
     found, seconds = {}, {}
     for where in dict.fromkeys(("cpu", device)):
         for _ in range(2):
-            begun = calibration.collect(model, coupling, samples, where, batch)
+            begun = calibration.collect(model, coupling, samples, where, batch_size=batch)
         found[where], seconds[where] = begun.moments, begun.seconds
     copies, whole = copied(profiled(model, coupling, samples, device, batch))
     plain, bound = transfers(model, coupling, samples, device, batch)

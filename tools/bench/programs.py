@@ -44,7 +44,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
-    held = class_samples.collect(model, samples, "cpu", 1, seed)
+    held = class_samples.collect(model, samples, "cpu", per_class=1, seed=seed)
     assert held is not None
     rows = [_ours(model, coupling, held, solver, seed) for solver in ("highs", "gurobi")]
     rows += [_published(model, held, gap) for gap in (GAP, None)]

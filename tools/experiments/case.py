@@ -129,7 +129,7 @@ def score(case: Case, asked: Settings, few: Images | None = None) -> tuple[Score
 
 def choose(case: Case, samples: feeds.Samples, per_class: int = 1) -> Images:
     """The package's choice: of the samples that are classified correctly, per class those it is least sure of."""
-    found = class_samples.collect(case.model, samples, DEVICE, per_class, case.seed)
+    found = class_samples.collect(case.model, samples, DEVICE, per_class=per_class, seed=case.seed)
     assert found is not None
     return found
 

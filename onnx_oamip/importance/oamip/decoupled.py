@@ -51,7 +51,7 @@ from onnx_oamip.programs.subset import (
     Subset,
     loss_at,
 )
-from onnx_oamip.statistics.covariances import (
+from onnx_oamip.statistics.layer_problems import (
     TINY,
     Job,
     Problem,

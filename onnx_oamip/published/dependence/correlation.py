@@ -20,7 +20,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.published.dependence.pooled_activations import pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
 from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
-from onnx_oamip.statistics.covariances import shrinkage
+from onnx_oamip.statistics.layer_problems import shrinkage
 
 
 def score(

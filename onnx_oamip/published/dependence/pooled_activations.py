@@ -129,7 +129,7 @@ def collect(
         tensors = [*(tensor for tensor, _ in wanted), *(place.data for place in windows.values())]
         for tensor, value in zip(tensors, found, strict=True):
             if not np.isfinite(value).all():
-                refuse(model, samples, tensor, device, batch_size)
+                refuse(model, samples, tensor, device=device, batch_size=batch_size)
         if progress:
             progress("pool", int(index[-1]) + 1, rows)
     labels = None if few.labels is None or few.labels.ndim != 1 else few.labels[:rows]

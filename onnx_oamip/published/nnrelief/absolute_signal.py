@@ -155,7 +155,7 @@ def collect(
                 if not np.isfinite(part).all():
                     kind, at = name.split("_")[1], [int(i) for i in name.split("_")[2:]]
                     tensor = sites[at[0]][0] if kind == "abs" else sums[at[0]].inputs[at[1]]
-                    refuse(model, samples, tensor, device, batch_size)
+                    refuse(model, samples, tensor, device=device, batch_size=batch_size)
                 totals[name] = totals[name] + part if name in totals else part
         for i, axis in enumerate(sites):
             counts[axis] += int(np.prod(found[f"oamip_size_{i}"])) // max(

@@ -34,7 +34,7 @@ from onnx_oamip.programs.repaired_loss import Repaired
 from onnx_oamip.statistics import calibration, covariances
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
-from onnx_oamip.statistics.covariances import Problem, compensate, problems
+from onnx_oamip.statistics.layer_problems import Problem, compensate, problems
 from onnx_oamip.statistics.requests import COVARIANCE
 
 REFITS = ("least-squares", "bias", "none")
@@ -83,7 +83,7 @@ def _ready(
     coupling = couple(model)
     found = dataset.load(arrays or samples(model, count), model)
     assert found is not None
-    collected = calibration.collect(model, coupling, found, "cpu", 16)
+    collected = calibration.collect(model, coupling, found, "cpu", batch_size=16)
     feeds = [feed for _, feed in found.batches(16)]
     grams = covariances.collect(model, coupling, feeds, "cpu")
     return (

@@ -101,7 +101,7 @@ class Case:
         arrays = {"x": rng.standard_normal((40, *self.model.shapes["x"][1:])).astype(np.float32)}
         samples = dataset.load(arrays, self.model)
         assert samples is not None
-        found = class_samples.collect(self.model, samples, "cpu", 1, seed)
+        found = class_samples.collect(self.model, samples, "cpu", per_class=1, seed=seed)
         assert found is not None
         self.images = found
         session = Session(build(_text(name, masked=True), seed=seed), "cpu")
@@ -305,7 +305,7 @@ def _mlp(folder: Path, seed: int) -> tuple[Model, Coupling, Images]:
     arrays = {"x": np.random.default_rng(seed).standard_normal((60, 8)).astype(np.float32)}
     samples = dataset.load(arrays, model)
     assert samples is not None
-    held = class_samples.collect(model, samples, "cpu", 1, seed)
+    held = class_samples.collect(model, samples, "cpu", per_class=1, seed=seed)
     assert held is not None
     return model, couple(model), held
 
@@ -372,7 +372,7 @@ def _shipped(name: str, per_class: int = 1) -> tuple[Model, Coupling, Images]:
     samples = dataset.load(str(MODELS / "mnist.npz"), model)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
-    held = class_samples.collect(model, samples, "cpu", per_class, 0)
+    held = class_samples.collect(model, samples, "cpu", per_class=per_class, seed=0)
     assert held is not None
     return model, couple(model), held
 

@@ -65,7 +65,7 @@ def _ready(
     assert samples is not None
     coupling = couple(model)
     moments = calibration.collect(model, coupling, samples, "cpu")
-    few = class_samples.collect(model, samples, "cpu", per_class, 0)
+    few = class_samples.collect(model, samples, "cpu", per_class=per_class, seed=0)
     return model, coupling, _statistics(moments, few)
 
 
@@ -295,7 +295,9 @@ def test_selected_images_are_correct_with_low_confidence(
     if labelled:
         truth = np.random.default_rng(0).integers(0, 4, 80)
         arrays["labels"] = truth
-    found = class_samples.collect(model, _samples(model, arrays), "cpu", per_class, 0)
+    found = class_samples.collect(
+        model, _samples(model, arrays), "cpu", per_class=per_class, seed=0
+    )
     assert found is not None
     for label in range(4):
         right = np.flatnonzero((truth == label) & (logits.argmax(axis=1) == label))
@@ -312,7 +314,7 @@ def test_class_without_a_correct_sample_is_noted(tmp_path: Path) -> None:
     arrays = dict(random_samples(model, 40))
     arrays["labels"] = Session(model.proto, "cpu").run(arrays)[0].argmax(axis=1)
     arrays["labels"][arrays["labels"] == 2] = 1
-    found = class_samples.collect(model, _samples(model, arrays), "cpu", 1, 0)
+    found = class_samples.collect(model, _samples(model, arrays), "cpu", per_class=1, seed=0)
     assert found is not None
     assert 2 not in found.labels
     assert found.notes == ("1 of 4 classes have no correct sample",)
@@ -333,7 +335,7 @@ def test_fixed_batch_is_supported(tmp_path: Path) -> None:
     fixed, free = MLP.replace("float[N,", "float[3,"), MLP
     model = load(build(fixed, seed=SEED), tmp_path)
     arrays = random_samples(load(build(free, seed=SEED), tmp_path), 60)
-    found = class_samples.collect(model, _samples(model, arrays), "cpu", 1, 0)
+    found = class_samples.collect(model, _samples(model, arrays), "cpu", per_class=1, seed=0)
     assert found is not None
     assert found.labels.shape == (2, 3)
     assert sorted(found.labels[found.labels >= 0].tolist()) == [0, 1, 2, 3]

@@ -1,0 +1,213 @@
+"""The least-squares problem that each linear consumer poses to a group of units.
+
+Removing inputs from a consumer ``y = W x`` costs, after the best linear repair by the inputs that are kept, a quadratic
+in the covariance G of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+from onnx_oamip.core.records import (
+    Consumer,
+    Coupling,
+    Floats,
+    Gram,
+    Ints,
+    Model,
+)
+from onnx_oamip.graph.linear_layers import matrix, site
+
+Job = tuple[int, Mapping[str, Gram]]
+"""A group, and the covariances of the nodes that read it."""
+TINY = 1e-150
+"""Stands for a variance of 0. Far below the squares of any activation in float32, so that scales do not matter."""
+RIDGE = 1e-3
+"""Relative to the mean diagonal: keeps a covariance of few rows from promising a perfect repair."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One consumer (one block of it) as seen by one group: ``y = W x`` with the covariance of x.
+
+    Attributes:
+        consumer: The consumer.
+        block: Index of the block of a grouped convolution.
+        weight: W (outputs * fold, d).
+        gram: Covariance (d, d) with the ridge on its diagonal.
+        mean: Mean of x (d,).
+        columns: Columns (units, k) that each unit of the group holds.
+        spread: The node's own inputs (d, fold) behind each column.
+        scale: Variance of y, in which losses of several consumers are comparable.
+        ridge: The number on the diagonal of ``gram``.
+    """
+
+    consumer: Consumer
+    block: int
+    weight: Floats
+    gram: Floats
+    mean: Floats
+    columns: Ints
+    spread: Ints
+    scale: float
+    ridge: float = 0.0
+
+    def unfold(self, weight: Floats, shift: Floats) -> tuple[Floats, Floats]:
+        """Turn folded weights into those of the node's block.
+
+        Args:
+            weight: Weights (outputs * fold, d).
+            shift: Bias (outputs * fold,).
+
+        Returns:
+            Weights (outputs, inputs) and bias (outputs,).
+        """
+        size, fold = self.spread.shape
+        full = np.empty((len(weight) // fold, size * fold))
+        full[:, self.spread] = weight.reshape(-1, fold, size).transpose(0, 2, 1)
+        return full, shift.reshape(-1, fold).sum(axis=1)
+
+
+def problems(
+    model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int
+) -> list[Problem]:
+    """Make the problems of all linear consumers of a group.
+
+    Args:
+        model: The model.
+        coupling: Its groups and consumers.
+        grams: Covariances by consumer node.
+        group: Index of the group.
+
+    Returns:
+        One problem per consumer and block, in graph order.
+    """
+    units = coupling.groups[group].units
+    nodes = {node.name: node for node in model.nodes}
+    result = []
+    for consumer in coupling.consumers:
+        labels = coupling.axes[consumer.data, consumer.axis]
+        gram = grams.get(consumer.node)
+        if gram is None or not np.isin(labels, units).any():
+            continue
+        layer = site(nodes[consumer.node], model.constants)
+        assert layer is not None
+        weight = layer.factor * matrix(layer, model.constants[layer.weight])
+        groups, _, ins, _ = weight.shape
+        for block in range(groups):
+            block_labels = labels[block * ins : (block + 1) * ins]
+            problem = _problem(
+                consumer, block, weight=weight[block], gram=gram, labels=block_labels, units=units
+            )
+            result.append(problem)
+    return result
+
+
+def _problem(
+    consumer: Consumer, block: int, *, weight: Floats, gram: Gram, labels: Ints, units: Ints
+) -> Problem:
+    """The problem of one block: ``weight`` (outputs, inputs, taps), ``labels`` (inputs,) the units of its inputs."""
+    column_units = labels[gram.columns[:, 0] // gram.taps]
+    of_group = np.flatnonzero(np.isin(column_units, units))
+    by_unit = of_group[np.argsort(column_units[of_group], kind="stable")]
+    columns = by_unit.reshape(len(units), -1)
+
+    outs = len(weight)
+    size, folded = gram.columns.shape
+    by_column = weight.reshape(outs, -1)[:, gram.columns]
+    folded_weight = by_column.transpose(0, 2, 1).reshape(outs * folded, size)
+
+    covariance = gram.matrix[block]
+    shrunk = shrinkage(covariance, gram.rows)
+    # The trace is kept: a strong ridge must not raise the loss of a consumer.
+    ridged = covariance / (1 + shrunk)
+    ridge = float(shrunk * np.trace(ridged) / len(ridged) + TINY)
+    ridged[np.diag_indices_from(ridged)] += ridge
+    # The variance of y, without the ridge: trace(W G W').
+    variance = float(np.einsum("od,od->", folded_weight @ covariance, folded_weight))
+    return Problem(
+        consumer=consumer,
+        block=block,
+        weight=folded_weight,
+        gram=ridged,
+        mean=gram.mean[block],
+        columns=columns,
+        spread=gram.columns,
+        scale=max(variance, TINY),
+        ridge=ridge,
+    )
+
+
+def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
+    """Split the work on problems by group, so that an executor sends only what a group needs.
+
+    Args:
+        coupling: The groups and consumers.
+        grams: Covariances by consumer node.
+
+    Returns:
+        Every group with the covariances of its consumers.
+    """
+    result: list[Job] = []
+    for g, group in enumerate(coupling.groups):
+        own: dict[str, Gram] = {}
+        for consumer in coupling.consumers:
+            labels = coupling.axes[consumer.data, consumer.axis]
+            if consumer.node in grams and np.isin(labels, group.units).any():
+                own[consumer.node] = grams[consumer.node]
+        result.append((g, own))
+    return result
+
+
+def shrinkage(gram: Floats, rows: int) -> float:
+    """Compute the relative ridge for a covariance of few rows by oracle-approximating shrinkage.
+
+    Source: Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 58 (2010),
+    eq. 23, as a ratio of the target's weight to the sample's.
+
+    Args:
+        gram: The covariance.
+        rows: Number of rows that it was computed from.
+
+    Returns:
+        The ridge relative to the mean diagonal, at least ``RIDGE``.
+    """
+    size = len(gram)
+    trace, square = float(np.trace(gram)), float(np.square(gram).sum())
+    denominator = (rows + 1 - 2 / size) * (square - trace**2 / size)
+    weight = 1.0
+    if denominator > 0:
+        weight = min(1.0, ((1 - 2 / size) * square + trace**2) / denominator)
+    return max(RIDGE, weight / max(1 - weight, 1e-3))
+
+
+def compensate(
+    problem: Problem, removed: Ints, repair: str = "least-squares"
+) -> tuple[Floats, Floats]:
+    """Compute the weights of a consumer after the removal of units.
+
+    Args:
+        problem: The consumer.
+        removed: Indices of the removed units in their group.
+        repair: ``least-squares`` fits the kept weights to the original output, ``bias`` folds the means of the removed
+            inputs, ``none`` does nothing.
+
+    Returns:
+        Weights (outputs, d) with zeros at the columns of removed units, and the shift of the bias (outputs,).
+    """
+    removed_columns = problem.columns[removed].reshape(-1)
+    kept = np.ones(problem.weight.shape[1], bool)
+    kept[removed_columns] = False
+    weight = np.where(kept, problem.weight, 0.0)
+    if repair == "none":
+        return weight, np.zeros(len(weight))
+    if repair == "least-squares" and kept.any():
+        cross = problem.gram[np.ix_(kept, removed_columns)] @ problem.weight[:, removed_columns].T
+        kept_gram = problem.gram[np.ix_(kept, kept)]
+        factor = cho_factor(kept_gram, overwrite_a=True, check_finite=False)
+        weight[:, kept] += np.asarray(cho_solve(factor, cross)).T
+    return weight, (problem.weight - weight) @ problem.mean
