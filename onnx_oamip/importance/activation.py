@@ -1,8 +1,8 @@
-"""Mean square of what consumers receive, weighted by their weights.
+"""Energy that consumers receive from each unit: the mean square of its channels times their squared weights.
 
 For a consumer ``y = sum_c W_c x_c`` the share of channel c is ``E[x_c^2] ||W_c||^2`` over the sum of all channels; a
-unit collects the shares of its channels in all its consumers. Shares make consumers of different scale comparable.
-Inside the bodies of If, Loop and Scan nothing is measured: all channels count there as equally strong.
+unit sums the shares of its channels in all its consumers. Shares make consumers of different scale comparable. Inside
+the bodies of If, Loop and Scan no statistics are collected: all channels count there as equally strong.
 """
 
 from __future__ import annotations
@@ -18,13 +18,23 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.importance.magnitude import sums
+from onnx_oamip.importance.magnitude import power_sums
 
 
 def score(
     model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
 ) -> Scores:
-    """Shares of output energy per unit, summed over consumers."""
+    """Score units by their shares of the energy of all consumers.
+
+    Args:
+        model: The model.
+        coupling: Its units and consumers.
+        statistics: Moments of the consumed axes.
+        settings: Not read.
+
+    Returns:
+        One score per unit.
+    """
     assert statistics is not None
     total = np.zeros(coupling.n_units)
     for consumer in (*coupling.consumers, *coupling.inside):
@@ -33,30 +43,51 @@ def score(
 
 
 def shares(model: Model, coupling: Coupling, statistics: Statistics, consumer: Consumer) -> Floats:
-    """Share of one consumer's energy that each unit brings (n_units,)."""
+    """Compute the share of each unit in the energy of one consumer.
+
+    Args:
+        model: The model.
+        coupling: Its units.
+        statistics: Moments of the consumed axes.
+        consumer: The consumer.
+
+    Returns:
+        Shares (n_units,), 0 for units that the consumer does not read.
+    """
     labels = coupling.axes[consumer.data, consumer.axis]
-    known = statistics.moments.get((consumer.data, consumer.axis))
-    energy = meeting(model, consumer, statistics)
-    if known is not None:  # inside a body nothing is measured, and the weights have to do
-        energy = known.mean_square * energy
-    whole = energy.sum()
+    moments = statistics.moments.get((consumer.data, consumer.axis))
+    energy = weight_energy(model, consumer, statistics)
+    # Consumers inside bodies have no moments, and the weights alone count.
+    if moments is not None:
+        energy = moments.mean_square * energy
+    total = energy.sum()
     free = labels >= 0
-    share = energy[free] / (whole if whole > 0 else 1.0)
+    share = energy[free] / (total if total > 0 else 1.0)
     return np.bincount(labels[free], share, minlength=coupling.n_units).astype(np.float64)
 
 
-def meeting(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:
-    """Energy of what meets each channel (C,): squared norm of its weights, or mean square of the other activation."""
+def weight_energy(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:
+    """Compute the energy of the weights of each channel of a consumer.
+
+    Args:
+        model: The model.
+        consumer: The consumer.
+        statistics: Moments of the consumed axes.
+
+    Returns:
+        Squared norm of the weights of each channel (C,), or the mean square of the activation in their place.
+    """
     channels = model.shapes[consumer.data][consumer.axis]
     if consumer.weight is None:
         return np.ones(channels)
+    axis = consumer.weight_axis
     if consumer.weight not in model.constants:
-        known = statistics.moments.get((consumer.weight, consumer.weight_axis))
-        return np.ones(channels) if known is None else known.mean_square
-    weight, axis, groups = model.constants[consumer.weight], consumer.weight_axis, consumer.groups
-    if groups > 1 and weight.shape[axis] != channels:
+        moments = statistics.moments.get((consumer.weight, axis))
+        return np.ones(channels) if moments is None else moments.mean_square
+    weight = model.constants[consumer.weight]
+    if consumer.groups > 1 and weight.shape[axis] != channels:
         # (outputs, channels per group, ...): channel j of group i meets the rows of group i only.
-        blocks = weight.reshape(groups, -1, *weight.shape[1:])
-        return sums(blocks, (1, *range(3, blocks.ndim)), 2).reshape(-1)
+        blocks = weight.reshape(consumer.groups, -1, *weight.shape[1:])
+        return power_sums(blocks, (1, *range(3, blocks.ndim)), 2).reshape(-1)
     others = tuple(a for a in range(weight.ndim) if a != axis)
-    return sums(weight, others, 2)
+    return power_sums(weight, others, 2)

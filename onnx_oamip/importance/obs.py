@@ -1,10 +1,10 @@
-"""Structured optimal brain surgeon: remove the unit whose loss, after the best repair by the others, is least.
+"""Structured optimal brain surgeon: units are removed in the order of least loss after the best linear repair.
 
 For a consumer with weights W and inverse (ridged) covariance H of its inputs, removing the columns j of one unit and
 repairing the rest costs ``tr(W_j (H_jj)^-1 W_j')`` and changes ``W -= W_j (H_jj)^-1 H_j:``; H itself is then downdated
 (Hassibi and Stork 1993; in blocks as in Frantar and Alistarh 2022). One pass gives the whole order of a group and its
-error curve. Several consumers are added up, each in units of its output variance. Wide groups remove a few units a
-step: a share of those left, so that the last ones are still told apart one by one.
+error curve. Several consumers are added up, each in units of its output variance. Wide groups remove a few units per
+step, a share of those left, so that the last ones are still ordered one by one.
 """
 
 from __future__ import annotations
@@ -35,60 +35,81 @@ from onnx_oamip.statistics.layer_problems import (
 from onnx_oamip.statistics.requests import COVARIANCE
 
 MIRROR = 256
-"""Rows mirrored at a time."""
+"""Rows of a symmetric matrix that are mirrored at a time: whole triangles would be copied several times."""
 ONE_BY_ONE = 32
-"""Groups up to this many units lose one unit a step; above it a step takes 1/32 of what is left."""
+"""Groups of up to this many units lose one unit per step; above it a step removes 1/32 of the units left."""
+LEAST_PRESENT = 0.75
+"""Share of present columns below which the removed ones are dropped from the matrices."""
 
 
 def score(
     model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
 ) -> Scores:
-    """Per unit the error at which it goes: monotone along the order of its group, 1 is the consumers' whole variance.
+    """Score units by the error of their group at their removal.
 
-    Groups without a linear consumer (attention scores) take their activation score.
+    Args:
+        model: The model.
+        coupling: Its units and consumers.
+        statistics: Moments and covariances of the inputs of consumers.
+        settings: Settings of the run.
+
+    Returns:
+        One score per unit, monotone along the order of its group; 1 is the whole variance of the consumers. Groups
+        without a linear consumer (attention scores) have their activation scores.
     """
     assert statistics is not None
     values = activation.score(model, coupling, statistics, settings).values.copy()
     # Groups side by side, each with one thread for linear algebra: most matrices are too small to share.
-    place = executor(settings.workers, settings.scheduler)
-    every = place.map(_one, (model, coupling), jobs(coupling, statistics[COVARIANCE]))
-    for group, found in zip(coupling.groups, every, strict=True):
-        if found is not None:
-            order, curve = found
+    pool = executor(settings.workers, settings.scheduler)
+    every_job = jobs(coupling, statistics[COVARIANCE])
+    results = pool.map(_eliminate_group, (model, coupling), every_job)
+    for group, result in zip(coupling.groups, results, strict=True):
+        if result is not None:
+            order, curve = result
             values[group.units[order]] = curve
     return Scores("obs", values)
 
 
-def _one(whole: tuple[Model, Coupling], job: Job) -> tuple[Ints, Floats] | None:
-    model, coupling = whole
-    found = problems(model, coupling, job[1], job[0])
-    return eliminate(found, len(coupling.groups[job[0]].units)) if found else None
+def _eliminate_group(shared: tuple[Model, Coupling], job: Job) -> tuple[Ints, Floats] | None:
+    model, coupling = shared
+    group, grams = job
+    every_problem = problems(model, coupling, grams, group)
+    if not every_problem:
+        return None
+    return eliminate(every_problem, len(coupling.groups[group].units))
 
 
-def eliminate(found: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
-    """(order (count,) of removal, cumulated error (count,) when each has gone)."""
-    states = [_State(p) for p in found]
+def eliminate(consumers: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
+    """Remove all units of a group, those of least loss first.
+
+    Args:
+        consumers: The consumers of the group.
+        count: Number of units.
+
+    Returns:
+        The order of removal (count,), and the cumulated error (count,) after each removal.
+    """
+    states = [_State(problem) for problem in consumers]
     alive = np.ones(count, bool)
     order: list[Ints] = []
     curve: list[Floats] = []
     error = 0.0
     while (left := int(alive.sum())) > 0:
-        here = np.flatnonzero(alive)
+        candidates = np.flatnonzero(alive)
         loss = np.zeros(left)
         for state in states:
-            loss += state.losses(here)
+            loss += state.losses(candidates)
         step = max(1, left // ONE_BY_ONE)
-        first = np.argsort(loss, kind="stable")[:step]
-        chosen = here[first]
-        order.append(chosen)
-        curve.append(error + np.cumsum(np.maximum(loss[first], 0)))
+        least = np.argsort(loss, kind="stable")[:step]
+        removed = candidates[least]
+        order.append(removed)
+        curve.append(error + np.cumsum(np.maximum(loss[least], 0)))
         error = float(curve[-1][-1])
-        alive[chosen] = False
+        alive[removed] = False
         if step < left:
             for state in states:
-                state.remove(chosen)
-    total = len(found)
-    return np.concatenate(order), np.concatenate(curve) / total
+                state.remove(removed)
+    return np.concatenate(order), np.concatenate(curve) / len(consumers)
 
 
 def _inverse(gram: Floats) -> Floats:
@@ -97,9 +118,7 @@ def _inverse(gram: Floats) -> Floats:
     factor, _ = cho_factor(gram.T, lower=True, check_finite=False)
     inverse, _ = dpotri(factor, lower=True, overwrite_c=True)
     inverse = inverse.T
-    for first in range(
-        0, len(inverse), MIRROR
-    ):  # block by block: whole triangles would be copied several times
+    for first in range(0, len(inverse), MIRROR):
         last = first + MIRROR
         corner = inverse[first:last, first:last]
         inverse[first:last, first:last] = np.triu(corner) + np.triu(corner, 1).T
@@ -108,7 +127,7 @@ def _inverse(gram: Floats) -> Floats:
 
 
 class _State:
-    """One consumer while its inputs are taken away. Columns already gone are dropped once they are a quarter."""
+    """One consumer during the removal of its inputs."""
 
     def __init__(self, problem: Problem) -> None:
         self.scale = problem.scale
@@ -118,26 +137,40 @@ class _State:
         self.inverse = _inverse(problem.gram)
 
     def losses(self, units: Ints) -> Floats:
-        """Loss of removing each of ``units`` now."""
+        """Compute the loss of removing each unit from the present state.
+
+        Args:
+            units: Units that are present.
+
+        Returns:
+            One loss per unit, in units of the consumer's output variance.
+        """
         columns = self.columns[units]
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
         weights = self.weight[:, columns].transpose(1, 0, 2)  # (units, outputs, k)
         energy = weights.transpose(0, 2, 1) @ weights
-        return np.asarray(np.einsum("ukl,ulk->u", np.linalg.inv(blocks), energy)) / self.scale
+        losses = np.einsum("ukl,ulk->u", np.linalg.inv(blocks), energy)
+        return np.asarray(losses) / self.scale
 
     def remove(self, units: Ints) -> None:
-        """Take units away: repair the weights of the rest and downdate the inverse."""
-        gone = self.columns[units].reshape(-1)
-        rows = self.inverse[gone]
-        part = np.linalg.solve(rows[:, gone], rows)
-        self.weight -= self.weight[:, gone] @ part
-        self.inverse -= rows.T @ part
-        self.present[gone] = False
-        if self.present.mean() < 0.75:
-            place = np.cumsum(self.present) - 1
-            self.columns = place[
-                self.columns
-            ]  # of units still there; others point anywhere and are not asked for
-            self.inverse = self.inverse[np.ix_(self.present, self.present)]
-            self.weight = self.weight[:, self.present]
-            self.present = np.ones(len(self.inverse), bool)
+        """Remove units: repair the weights of the rest and downdate the inverse.
+
+        Args:
+            units: Units that are present.
+        """
+        removed = self.columns[units].reshape(-1)
+        rows = self.inverse[removed]
+        repair = np.linalg.solve(rows[:, removed], rows)
+        self.weight -= self.weight[:, removed] @ repair
+        self.inverse -= rows.T @ repair
+        self.present[removed] = False
+        if self.present.mean() < LEAST_PRESENT:
+            self._drop_removed()
+
+    def _drop_removed(self) -> None:
+        place = np.cumsum(self.present) - 1
+        # Entries of removed units become arbitrary, and are never read.
+        self.columns = place[self.columns]
+        self.inverse = self.inverse[np.ix_(self.present, self.present)]
+        self.weight = self.weight[:, self.present]
+        self.present = np.ones(len(self.inverse), bool)

@@ -95,7 +95,9 @@ def collect(
     if classifier is None:
         return None
     logits = classifier.logits
-    outputs, sample_of_row = _all_logits(model, samples, logits, device, batch_size)
+    outputs, sample_of_row = _all_logits(
+        model, samples, logits, device=device, batch_size=batch_size
+    )
     truth, notes = _classes(outputs, samples, sample_of_row)
     choice = _choose(outputs, truth, per_class, seed)
     feeds, labels = _feeds(samples, sample_of_row, choice, model.shapes[logits][0])
@@ -110,7 +112,7 @@ def collect(
 
 
 def _all_logits(
-    model: Model, samples: Samples, logits: str, device: str, batch_size: int
+    model: Model, samples: Samples, logits: str, *, device: str, batch_size: int
 ) -> tuple[Floats, Ints]:
     """Logits (rows, classes) of all samples, and the sample of each row, ascending."""
     session = Session(with_outputs(model, [logits]), device, what="the model")

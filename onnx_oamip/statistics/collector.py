@@ -14,7 +14,9 @@ from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import BUILT_IN
 
 SENSITIVITY_SAMPLES = 128
+"""Most calibration samples that losses are measured on."""
 GRAM_SAMPLES = 512
+"""Most calibration samples that covariances are collected from."""
 
 
 def collect(context: Context, requests: Iterable[Request[Any]]) -> Statistics:
@@ -43,13 +45,21 @@ def collect(context: Context, requests: Iterable[Request[Any]]) -> Statistics:
 
 
 def parts(samples: Samples) -> tuple[Samples, Samples]:
-    """Samples for covariances and others for sensitivities: a repair is not judged on the rows that made it."""
+    """Split calibration samples, so that a repair is not measured on the rows that it was computed from.
+
+    Args:
+        samples: All calibration samples.
+
+    Returns:
+        Samples for covariances, and samples for sensitivities. Both are all samples if there are too few to split.
+    """
     count = samples.count
     measured = min(SENSITIVITY_SAMPLES, count // 4)
     if measured < (samples.fixed_batch or 1):
         return samples, samples
     split = count - measured
-    return samples.take(np.arange(min(split, GRAM_SAMPLES))), samples.take(np.arange(split, count))
+    fitted = np.arange(min(split, GRAM_SAMPLES))
+    return samples.take(fitted), samples.take(np.arange(split, count))
 
 
 def _position(request: Request[Any]) -> tuple[int, str]:

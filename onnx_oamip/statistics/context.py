@@ -1,4 +1,4 @@
-"""Context of a run: the loaded model with its samples, settings and resources, which every stage works on."""
+"""Context of a run: the loaded model with its samples, settings and resources."""
 
 from __future__ import annotations
 
@@ -70,18 +70,16 @@ class Context:
 
     @property
     def batch(self) -> int:
-        """Samples in one inference run wherever something is collected or measured."""
+        """Samples in one inference run of a stage that collects or measures."""
         return run_size(self.model, self.settings.activation_memory_limit)
 
     @property
     def workers(self) -> int | None:
-        """Threads that run parts of the model at the same time: as asked, bounded by the activations they hold."""
+        """Threads that run parts of the model at the same time, bounded by the activations in memory."""
         if self.settings.max_memory is None:
             return self.settings.workers
-        return min(
-            self.settings.workers or os.cpu_count() or 1,
-            side_by_side(self.model, self.settings.activation_memory_limit),
-        )
+        requested = self.settings.workers or os.cpu_count() or 1
+        return min(requested, side_by_side(self.model, self.settings.activation_memory_limit))
 
 
 class Collected:
@@ -129,12 +127,9 @@ class Collected:
 
 
 def _interchangeable(one: Context, other: Context) -> bool:
-    """Statistics do not depend on the budget; everything else must be the same."""
-    same = all(
-        getattr(one, name) is getattr(other, name) for name in ("model", "coupling", "samples")
-    )
-    return (
-        same
-        and one.device == other.device
-        and one.settings.without_budget == other.settings.without_budget
-    )
+    """True if both contexts have the same statistics, which do not depend on the budget."""
+    for name in ("model", "coupling", "samples"):
+        if getattr(one, name) is not getattr(other, name):
+            return False
+    same_device = one.device == other.device
+    return same_device and one.settings.without_budget == other.settings.without_budget

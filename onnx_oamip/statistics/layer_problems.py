@@ -143,7 +143,7 @@ def _problem(
 
 
 def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
-    """Split the work on problems by group, so that an executor sends only what a group needs.
+    """Split the work by group, so that an executor sends each group its own covariances only.
 
     Args:
         coupling: The groups and consumers.

@@ -59,7 +59,7 @@ def refuse(
     Raises:
         DataError: Always. It names the tensor, the samples, and the first faulty node.
     """
-    scan = _scan(model, samples, tensor, device, batch_size)
+    scan = _scan(model, samples, tensor, device=device, batch_size=batch_size)
     readers = [str(node) for node in model.nodes if tensor in node.inputs]
     reader = f", which {readers[0]} reads," if readers else ""
     if scan.first is None:
@@ -99,7 +99,7 @@ def by_sample(value: Array, count: int) -> Bools:
     return np.full(count, bool(finite.all()))
 
 
-def _scan(model: Model, samples: Samples, tensor: str, device: str, batch_size: int) -> _Scan:
+def _scan(model: Model, samples: Samples, tensor: str, *, device: str, batch_size: int) -> _Scan:
     session = Session(with_outputs(model, [tensor]), device, what="the model")
     runs_alone = samples.fixed_batch in (None, 1) and not samples.whole
     faulty: list[Ints] = []

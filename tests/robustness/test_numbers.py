@@ -445,9 +445,9 @@ def test_norms_of_half_precision_weights_do_not_overflow() -> None:
     """Squares of 1e-4 are 0 in float16, and those of 300 are infinite."""
     weight = np.asarray([[1e-4, 2e-4], [300.0, 400.0]], np.float16)
     exact = np.square(weight.astype(np.float64)).sum(axis=1)
-    np.testing.assert_allclose(magnitude.sums(weight, (1,), 2), exact, rtol=1e-6)
+    np.testing.assert_allclose(magnitude.power_sums(weight, (1,), 2), exact, rtol=1e-6)
     wide = np.asarray([[1e30, 2e30], [0.0, 0.0]], np.float32)
-    np.testing.assert_allclose(magnitude.sums(wide, (1,), 2), [5e60, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(magnitude.power_sums(wide, (1,), 2), [5e60, 0.0], rtol=1e-6)
 
 
 def test_joint_mode_without_a_correct_sample_is_refused(

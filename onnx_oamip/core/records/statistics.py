@@ -1,4 +1,4 @@
-"""Records of what a run learns: statistics of the calibration data, scores, and losses by width."""
+"""Records of measurements: statistics of the calibration samples, scores, and losses by width."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Streaming moments of one tensor along one axis: per-channel mean and mean square, and the values seen."""
+    """Moments of one tensor along one axis.
+
+    Attributes:
+        mean: Mean per channel (C,).
+        mean_square: Mean square per channel (C,).
+        count: Number of values per channel.
+    """
 
     mean: Floats
     mean_square: Floats
@@ -31,10 +37,17 @@ class Moments:
 
 @dataclass(frozen=True)
 class Gram:
-    """Covariance of what one linear node reads, per block: ``matrix`` (groups, d, d), ``mean`` (groups, d).
+    """Covariance of the input of one linear node, per block of a grouped convolution.
 
-    ``columns`` (d, fold): the inputs (channel * taps + tap, within a block) that each of the d columns stands for. With
-    a fold above 1 the covariance is that of equal places of a channel, averaged, and places count as outputs.
+    Each of the d columns stands for ``fold`` inputs. With a fold above 1 the covariance is that of equal places of a
+    channel, averaged, and places count as outputs.
+
+    Attributes:
+        matrix: Covariance (groups, d, d).
+        mean: Mean (groups, d).
+        columns: Inputs of each column (d, fold), as channel * taps + tap within a block.
+        taps: Taps of the kernel; 1 for products.
+        rows: Number of rows that it was computed from.
     """
 
     matrix: Floats
@@ -46,9 +59,14 @@ class Gram:
 
 @dataclass(frozen=True)
 class Images:
-    """A few chosen samples and all they do: ``activations`` maps a tensor to (feeds, *its shape for one feed).
+    """A few samples of every class with all activations.
 
-    ``labels`` (feeds, rows): the class of every row of the ``logits`` tensor, -1 where a row does not count.
+    Attributes:
+        feeds: Inputs of the model.
+        labels: Class of every row of the logits (feeds, rows), -1 for rows that do not count.
+        logits: Name of the tensor with the logits.
+        activations: By tensor (feeds, *its shape for one feed). Empty if there are too many to keep.
+        notes: Remarks for the report.
     """
 
     feeds: tuple[Mapping[str, Array], ...]
@@ -122,10 +140,15 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Scores:
-    """One importance per unit: larger means keep. ``method`` names where they come from.
+    """Importance of every unit.
 
-    ``programs``: one record for every program solved for them; ``notes``: what a reader should know about them;
-    ``others``: scores by name whose orders are worth a measurement beside this one (see ``sensitivity.choose``).
+    Attributes:
+        method: Name of the importance method.
+        values: One number per unit (n_units,); larger means keep.
+        programs: One record per program that was solved for the scores.
+        notes: Remarks for the report.
+        others: Further scores by name, whose orders of removal are measured against this one (see
+            ``sensitivity.choose``).
     """
 
     method: str
@@ -137,7 +160,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """``widths`` (levels,) ascending, last the full width; ``loss`` (levels,), never rising with width."""
+    """Loss of the model as a function of the width of one group.
+
+    Attributes:
+        widths: Measured widths (levels,), ascending; the last is the full width.
+        loss: Loss at each width (levels,), never rising with width.
+    """
 
     widths: Ints
     loss: Floats
