@@ -1,9 +1,12 @@
-"""Shared paths and fixtures; slow tests run only when asked for."""
+"""Shared paths and fixtures; options that select tests by duration."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +39,63 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# ------------------------------------------------------------------------------------------------- tiers of tests
+
+TESTS = Path(__file__).parent
+FAST = TESTS / "fast.json"
+"""How many tests the fast tier runs of every file that takes longer: the first ones, in their order. 0 is none."""
+FAST_SECONDS = 0.5
+"""Processor seconds that a file may take in the fast tier."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="of every file run as many tests as tests/fast.json says",
+    )
+    parser.addoption(
+        "--record-fast",
+        action="store_true",
+        help=f"run every file for {FAST_SECONDS:g} s and write to tests/fast.json how far it came",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-fast"):
+        config.pluginmanager.register(FastRecorder())
+
+
+def fast_counts() -> dict[str, int]:
+    counts: dict[str, int] = json.loads(FAST.read_text(encoding="utf-8"))
+    return counts
+
+
+def file_of(item: pytest.Item) -> str:
+    return item.path.relative_to(TESTS).as_posix()
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not config.getoption("--fast"):
+        return None
+    counts = fast_counts()
+    none = sorted(file for file, count in counts.items() if count == 0)
+    return (
+        f"fast tier: the first tests of {len(counts) - len(none)} long files, "
+        f"none of {', '.join(none)}, all of the others"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--fast") and collection_path.is_file():
+        return fast_counts().get(collection_path.relative_to(TESTS).as_posix()) == 0 or None
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        keep_first(config, items, fast_counts())
     if config.getoption("--slow") or config.getoption("-m"):
         return
     skip = pytest.mark.skip(reason="slow: run with --slow")
@@ -55,3 +110,50 @@ def separate_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     from onnx_oamip.importance.registry import REGISTRY
 
     monkeypatch.setattr(REGISTRY, "_plugins", dict(REGISTRY._plugins))
+
+
+def keep_first(config: pytest.Config, items: list[pytest.Item], counts: dict[str, int]) -> None:
+    """Deselect the tests of a file beyond its count."""
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        file = file_of(item)
+        seen[file] += 1
+        (left_out if seen[file] > counts.get(file, len(items)) else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+class FastRecorder:
+    """Measures how many tests of every file fit in the fast tier, and writes that down at the end.
+
+    Processor time depends less than wall-clock time on what else the machine does.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.counts: Counter[str] = Counter()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        before = sum(os.times()[:4])
+        try:
+            return (yield)
+        finally:
+            file = file_of(item)
+            self.seconds[file] = self.seconds.get(file, 0.0) + sum(os.times()[:4]) - before
+            self.counts[file] += self.seconds[file] <= FAST_SECONDS
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        if self.seconds.get(file_of(item), 0.0) > FAST_SECONDS:
+            pytest.skip("the file takes longer than the fast tier allows")
+
+    def pytest_sessionfinish(self) -> None:
+        """Replace the entries of the files that ran, and drop those of files that do not exist any more."""
+        known = fast_counts() if FAST.exists() else {}
+        counts = {file: count for file, count in known.items() if (TESTS / file).exists()}
+        for file, seconds in self.seconds.items():
+            counts.pop(file, None)
+            if seconds > FAST_SECONDS:
+                counts[file] = self.counts[file]
+        FAST.write_text(json.dumps(dict(sorted(counts.items())), indent=1) + "\n", encoding="utf-8")
