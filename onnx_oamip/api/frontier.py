@@ -26,7 +26,7 @@ from onnx_oamip.core.errors import (
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Frontier, Point
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data.sources import Source, called
+from onnx_oamip.data.sources import Source, source_name
 from onnx_oamip.planning import iterative, search
 from onnx_oamip.planning.search import Prepared
 
@@ -104,10 +104,10 @@ def frontier(
             "levels": shares,
             **kept,
             "device": ready.device,
-            "data": called(source),
-            "eval_data": called(eval_data),
-            "scores": called(scores),
-            "save_dir": called(save_dir),
+            "data": source_name(source),
+            "eval_data": source_name(eval_data),
+            "scores": source_name(scores),
+            "save_dir": source_name(save_dir),
             "steps": sorted(set(ready.steps.tolist())),
             "evaluated": proofs[0].samples,
         },

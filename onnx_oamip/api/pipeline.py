@@ -33,7 +33,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
-from onnx_oamip.data.sources import File, Source, called
+from onnx_oamip.data.sources import File, Source, source_name
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session, resolve_device
@@ -104,7 +104,11 @@ def prune(
     with clock("plan and refit"):
         ready, result = iterative.approach(ready)
     search.meets(settings.budget, ready.before, result.after)
-    asked = {**_asked(ready, scores), "data": called(source), "eval_data": called(eval_data)}
+    asked = {
+        **_asked(ready, scores),
+        "data": source_name(source),
+        "eval_data": source_name(eval_data),
+    }
     return _finish(ready, result, targets, budget=settings.budget, asked=asked, answers=answers)
 
 
@@ -316,7 +320,7 @@ def apply(
         result = search.carry_out(ready, chosen)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
     asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": str(plan_file)}
-    asked |= {"data": called(source), "eval_data": called(eval_data)}
+    asked |= {"data": source_name(source), "eval_data": source_name(eval_data)}
     return _finish(
         ready, result, targets, budget=budget, asked=asked, notes=_unmet(budget, ready, result)
     )
@@ -444,7 +448,7 @@ def compare(
         OamipError: Bad input or a missing package.
         GateFailed: The models have different inputs or outputs, or the pruned model is not valid.
     """
-    dataset.check(source)
+    dataset.check_extras(source)
     device = resolve_device(settings.device)
     model, other = models.load(original), models.load(pruned)
     for ours, theirs, what in (

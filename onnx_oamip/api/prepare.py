@@ -237,7 +237,7 @@ def open_context(
 
     Raises OamipError for a model, data or device that cannot be used.
     """
-    dataset.check(source, eval_data)
+    dataset.check_extras(source, eval_data)
     clock = clock or Clock()
     device = resolve_device(settings.device)
     store = cache.open_store(settings.cache)

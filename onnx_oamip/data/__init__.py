@@ -1,1 +1,1 @@
-"""Calibration and evaluation samples, and the readers of their formats."""
+"""Calibration and evaluation data: files, folders of images, functions and arrays in memory as checked samples."""

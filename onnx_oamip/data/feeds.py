@@ -1,9 +1,9 @@
-"""Feeds of samples in batches whose activations fit in memory."""
+"""Feeds of samples in batches whose activations fit into memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -11,39 +11,64 @@ from onnx_oamip.core.options.run import ACTIVATION_MEMORY
 from onnx_oamip.core.records import Array, Ints, Model
 from onnx_oamip.data.dataset import Samples
 
-FRONTIER_BYTES = ACTIVATION_MEMORY
-"""Bound of the activations that a walk holds for all its feeds."""
-RUN = 32
-"""Samples in one run of the model, at most, wherever something is learnt."""
+DEFAULT_MEMORY_LIMIT = ACTIVATION_MEMORY
+"""Bytes of activations that one pass over the data keeps for all its feeds."""
+MAX_RUN_SAMPLES = 32
+"""Samples in one run of the model while statistics are collected."""
+FRONTIER_TENSORS = 3
+"""Number of the largest tensors that estimate the activations that are alive at the same time."""
+ELEMENT_BYTES = 4
 
 
-def run_size(model: Model, room: int = FRONTIER_BYTES) -> int:
-    """Samples in one run wherever something is learnt: ``RUN``, or as many as keep the widest frontier in ``room``.
+def run_size(model: Model, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> int:
+    """Choose the number of samples in one run of the model while statistics are collected.
 
-    It follows from the model alone: kernels round another way at another batch, and what is learnt, and with it the
-    pruned file, should not depend on the batch size that someone compares models at.
+    It depends on the model alone: kernels round differently at another batch size, and statistics, and with them the
+    pruned file, must not depend on the batch size at which models are compared.
+
+    Args:
+        model: Model to run.
+        memory_limit: Bytes of activations.
+
+    Returns:
+        ``MAX_RUN_SAMPLES``, or as many as keep the activations within the limit; at least one.
     """
-    return min(RUN, _most(model, room))
+    return min(MAX_RUN_SAMPLES, _samples_within(model, memory_limit))
 
 
-def side_by_side(model: Model, room: int) -> int:
-    """Runs of :func:`run_size` samples whose widest frontiers fit in ``room`` bytes together; at least one."""
-    return max(1, _most(model, room) // run_size(model, room))
+def parallel_runs(model: Model, memory_limit: int) -> int:
+    """Compute the number of runs of :func:`run_size` samples whose activations fit into memory together.
+
+    Args:
+        model: Model to run.
+        memory_limit: Bytes of activations.
+
+    Returns:
+        Number of runs, at least one.
+    """
+    return max(1, _samples_within(model, memory_limit) // run_size(model, memory_limit))
 
 
-def _most(model: Model, room: int) -> int:
-    """Samples whose widest frontier, about three of the largest tensors, takes ``room`` bytes; at least one."""
-    sizes = sorted(
-        (int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants), reverse=True
-    )
-    return max(1, room // max(4 * sum(sizes[:3]) // max(model.batch, 1), 1))
+def _samples_within(model: Model, memory_limit: int) -> int:
+    """Number of samples whose activations, about three of the largest tensors, fit into a limit; at least one."""
+    sizes = [int(np.prod(s)) for n, s in model.shapes.items() if n not in model.constants]
+    largest = sorted(sizes, reverse=True)[:FRONTIER_TENSORS]
+    bytes_per_sample = ELEMENT_BYTES * sum(largest) // max(model.batch, 1)
+    return max(1, memory_limit // max(bytes_per_sample, 1))
 
 
 class Feeds(Sequence[dict[str, Array]]):
-    """Feeds of the samples at each of ``index``, made when they are asked for."""
+    """A sequence of feeds that are made on access."""
 
     def __init__(self, samples: Samples, index: Sequence[Ints]) -> None:
-        self._samples, self._index = samples, index
+        """Refer to samples without reading them.
+
+        Args:
+            samples: Samples to read.
+            index: Indices of the samples of each feed.
+        """
+        self._samples = samples
+        self._index = index
 
     def __len__(self) -> int:
         return len(self._index)
@@ -58,16 +83,39 @@ class Feeds(Sequence[dict[str, Array]]):
         return self._samples.feed(self._index[place])
 
 
-def affordable(
-    model: Model, samples: Samples, batch_size: int, room: int | None = None
-) -> tuple[Feeds, int]:
-    """(feeds, samples used): as many as keep the widest frontier within ``room`` bytes (``FRONTIER_BYTES``)."""
-    most = _most(model, FRONTIER_BYTES if room is None else room)
+class FeedSelection(NamedTuple):
+    """The first feeds of the samples.
+
+    Attributes:
+        feeds: The feeds.
+        samples: Number of samples in them.
+    """
+
+    feeds: Feeds
+    samples: int
+
+
+def feeds_within_memory(
+    model: Model, samples: Samples, batch_size: int, memory_limit: int | None = None
+) -> FeedSelection:
+    """Take as many feeds as keep the activations of all of them within a limit.
+
+    Args:
+        model: Model to run.
+        samples: Samples to read.
+        batch_size: Largest number of samples in a feed.
+        memory_limit: Bytes of activations, ``DEFAULT_MEMORY_LIMIT`` if not given.
+
+    Returns:
+        At least one feed, with the number of samples used.
+    """
+    limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
+    max_samples = _samples_within(model, limit)
     chosen: list[Ints] = []
     used = 0
-    for index in samples.divided(min(batch_size, most)):
-        if used and used + len(index) > most:
+    for index in samples.feed_indices(min(batch_size, max_samples)):
+        if used and used + len(index) > max_samples:
             break
         chosen.append(index)
         used += len(index)
-    return Feeds(samples, chosen), used
+    return FeedSelection(Feeds(samples, chosen), used)

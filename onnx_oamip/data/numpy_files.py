@@ -1,6 +1,7 @@
-"""Arrays in .npy and .npz files. The header is read first: nothing is unpickled, and no memory is asked for in vain.
+"""Arrays in .npy and .npz files.
 
-Large arrays are read by rows when these are asked for (``rows``).
+The header is read first, so that nothing is unpickled and no memory is requested in vain. Large arrays stay in the
+file and are read by rows on demand (``out_of_core``).
 """
 
 from __future__ import annotations
@@ -11,222 +12,280 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from onnx_oamip.core.errors import DataError, OutputError
-from onnx_oamip.core.records import Array
 from onnx_oamip.data.out_of_core import (
-    HELD,
-    File,
-    Rows,
+    IN_MEMORY_BYTES,
+    FileArray,
+    SharedFile,
     Spool,
     Values,
-    room,
+    free_disk_space,
+    native,
 )
 from onnx_oamip.graph.input_guards import amount, memory
 
-MAGIC = b"\x93NUMPY"
-PACKED = b"PK"
-LOCAL = struct.Struct("<26xHH")
-"""A member's header in an archive: at its end the lengths of the name and of what else stands before the content."""
-HEADER = 10_000
-"""Most bytes of a header, as numpy has it: longer ones take long to parse."""
+NPY_MAGIC = b"\x93NUMPY"
+ZIP_MAGIC = b"PK"
+LOCAL_HEADER = struct.Struct("<26xHH")
+"""Header of an archive member: it ends with the lengths of the name and of an extra field, which follow it."""
+MAX_HEADER_BYTES = 10_000
+"""Largest header of an array, numpy's own limit: longer ones take long to parse."""
+READ_BYTES = 1 << 20
+"""Size of one read from a stream."""
+MAX_REASON_CHARACTERS = 200
+"""Characters of another library's message in an error."""
+MAX_TYPE_CHARACTERS = 100
+"""Characters of a record type in an error."""
 
 
-class _Broken(ValueError):
-    """Why a file cannot be read, and what it should hold where that is to be said."""
+class _UnreadableFile(ValueError):
+    """Reason why a file cannot be read, and the content that it should have, if that can be named."""
 
-    def __init__(self, why: str, of: str = "") -> None:
-        super().__init__(why)
-        self.of = of
+    def __init__(self, reason: str, expected: str = "") -> None:
+        super().__init__(reason)
+        self.expected = expected
 
 
-def load(path: Path, what: str = "numpy data", again: str = "") -> Values | dict[str, Values]:
-    """The array of a .npy file, or the arrays of a .npz file by name, in this machine's byte order.
+def load(path: Path, purpose: str = "numpy data", advice: str = "") -> Values | dict[str, Values]:
+    """Load a .npy or .npz file, in this machine's byte order.
 
-    ``what`` it is to be read as and how to make it ``again`` are for people. Large ones stay in the file, those of
-    a compressed archive in a temporary one, and are read by rows. Raises DataError with one sentence for whatever
-    is no such file, for Python objects and records, and for a file that says it holds more than there is room for;
-    OutputError where the temporary file cannot be written.
+    Large arrays stay in the file, those of a compressed archive in a temporary one, and are read by rows on demand.
+
+    Args:
+        path: File to load.
+        purpose: Kind of file that was expected, for error messages.
+        advice: Way to create such a file, for error messages.
+
+    Returns:
+        The array of a .npy file, or the arrays of a .npz file by name.
+
+    Raises:
+        DataError: The file is not one of these, holds Python objects or records, or claims to hold more than fits into
+            memory.
+        OutputError: The temporary file cannot be written.
     """
     try:
-        stream = path.open("rb", buffering=0)
-        held = File(stream, str(path))
-        start = stream.read(len(MAGIC))
-        stream.seek(0)
-        if start == MAGIC:
-            return _array(_Place(stream, path, "it", path.stat().st_size, held, 0))
-        if start.startswith(PACKED):
-            return _archive(stream, path, held)
-        raise _Broken("it does not start as an .npy or .npz file does")
+        return _load(path)
     except (DataError, OutputError):
         raise
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (
-        Exception
-    ) as error:  # what a broken archive makes zipfile and zlib raise is not documented
-        of = error.of if isinstance(error, _Broken) else ""
-        again = again or (f"write it as arrays of {of}" if of else "write it with numpy.savez")
-        raise DataError(f"{path} cannot be read as {what}: {_said(error)}; {again}.") from error
+    except Exception as error:
+        # The exceptions of zipfile and zlib for broken archives are not documented.
+        expected = error.expected if isinstance(error, _UnreadableFile) else ""
+        if not advice and expected:
+            advice = f"write it as arrays of {expected}"
+        elif not advice:
+            advice = "write it with numpy.savez"
+        raise DataError(
+            f"{path} cannot be read as {purpose}: {_first_line(error)}; {advice}."
+        ) from error
 
 
-def native(array: Array) -> Array:
-    """The same values in this machine's byte order."""
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+def _load(path: Path) -> Values | dict[str, Values]:
+    stream = path.open("rb", buffering=0)
+    file = SharedFile(stream, str(path))
+    start = stream.read(len(NPY_MAGIC))
+    stream.seek(0)
+    if start == NPY_MAGIC:
+        size = path.stat().st_size
+        return _read_array(_Source(stream, path, "it", size, file, 0))
+    if start.startswith(ZIP_MAGIC):
+        return _read_archive(stream, path, file)
+    raise _UnreadableFile("it does not start as an .npy or .npz file does")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one array is: a stream of its ``size`` bytes, header first; ``what`` it is called.
+class _Source:
+    """Location of one array, its header included.
 
-    ``file`` has the same bytes from ``offset`` on; None where they are compressed.
+    Attributes:
+        stream: Stream of its bytes.
+        path: File that holds it.
+        name: Name in error messages.
+        size: Number of bytes.
+        file: File with the same bytes, None if they are compressed.
+        offset: Position of the first byte in that file.
     """
 
     stream: IO[bytes]
     path: Path
-    what: str
+    name: str
     size: int
-    file: File | None
+    file: SharedFile | None
     offset: int
 
 
-def _archive(stream: IO[bytes], path: Path, held: File) -> dict[str, Values]:
-    found: dict[str, Values] = {}
+class _Header(NamedTuple):
+    """Content of an array's header."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _read_archive(stream: IO[bytes], path: Path, file: SharedFile) -> dict[str, Values]:
+    arrays: dict[str, Values] = {}
     with zipfile.ZipFile(stream) as archive:
-        listed = archive.infolist()
-        _fits(path, listed)
-        for member in listed:
+        members = archive.infolist()
+        _check_memory(path, members)
+        for member in members:
             name = member.filename.removesuffix(".npy")
-            if name in found:
+            if name in arrays:
                 raise DataError(f"{path} holds '{name}' twice; keep one of them.")
-            plain = member.compress_type == zipfile.ZIP_STORED
-            offset = _offset(held, member) if plain else 0
-            with archive.open(member) as inside:
-                found[name] = _array(
-                    _Place(
-                        inside,
-                        path,
-                        f"its array '{name}'",
-                        member.file_size,
-                        held if plain else None,
-                        offset,
-                    )
+            stored = member.compress_type == zipfile.ZIP_STORED
+            offset = _content_offset(file, member) if stored else 0
+            with archive.open(member) as content:
+                source = _Source(
+                    stream=content,
+                    path=path,
+                    name=f"its array '{name}'",
+                    size=member.file_size,
+                    file=file if stored else None,
+                    offset=offset,
                 )
-    return found
+                arrays[name] = _read_array(source)
+    return arrays
 
 
-def _offset(held: File, member: zipfile.ZipInfo) -> int:
-    """Where in the file the content of a member that is not compressed starts: behind its local header."""
-    head = bytearray(LOCAL.size)
-    held.fill(member.header_offset, memoryview(head))
-    name, extra = LOCAL.unpack(head)
-    return member.header_offset + LOCAL.size + int(name) + int(extra)
+def _content_offset(file: SharedFile, member: zipfile.ZipInfo) -> int:
+    """Position of the content of a member that is not compressed: behind its local header."""
+    header = bytearray(LOCAL_HEADER.size)
+    file.fill(member.header_offset, memoryview(header))
+    name_length, extra_length = LOCAL_HEADER.unpack(header)
+    return member.header_offset + LOCAL_HEADER.size + int(name_length) + int(extra_length)
 
 
-def _fits(path: Path, listed: Sequence[zipfile.ZipInfo]) -> None:
-    """Raises DataError where an archive says that it holds more than there is room for when it is unpacked."""
-    whole = path.stat().st_size
-    small = sum(m.file_size for m in listed if m.file_size <= HELD)
-    unpacked = sum(
-        m.file_size
-        for m in listed
-        if m.file_size > HELD and (m.compress_type != zipfile.ZIP_STORED or m.file_size > whole)
-    )
-    if small > (free := memory()) or unpacked > room():
+def _check_memory(path: Path, members: Sequence[zipfile.ZipInfo]) -> None:
+    """Refuse an archive that claims to hold more than fits into memory and the temporary folder."""
+    archive_size = path.stat().st_size
+    in_memory = 0
+    on_disk = 0
+    for member in members:
+        if member.file_size <= IN_MEMORY_BYTES:
+            in_memory += member.file_size
+        elif member.compress_type != zipfile.ZIP_STORED or member.file_size > archive_size:
+            on_disk += member.file_size
+    free = memory()
+    free_disk = free_disk_space()
+    if in_memory > free or on_disk > free_disk:
         raise DataError(
-            f"{path} asks for {amount(small + unpacked)} of memory and this machine has {amount(free)}, and "
-            f"{amount(room())} for temporary files; give fewer samples, or save them with numpy.savez, uncompressed."
+            f"{path} asks for {amount(in_memory + on_disk)} of memory and this machine has {amount(free)}, and "
+            f"{amount(free_disk)} for temporary files; give fewer samples, or save them with numpy.savez, uncompressed."
         )
 
 
-def _array(place: _Place) -> Values:
-    """One array with its header."""
-    what, stream = place.what, place.stream
+def _read_array(source: _Source) -> Values:
+    """Read one array with its header."""
+    name = source.name
     try:
-        version = np.lib.format.read_magic(stream)
-        shape, fortran, kind = _header(stream, version)
-        start = stream.tell()
-    except (
-        Exception
-    ) as error:  # the header is text that numpy parses: anything may come out of that
-        raise _Broken(f"the header of {what} is broken, {_said(error)}") from error
-    if kind.hasobject:
-        raise _Broken(f"{what} holds Python objects, which could run code", "numbers")
-    if kind.names is not None or kind.subdtype is not None or not kind.itemsize:
-        raise _Broken(f"{what} holds records of type {str(kind)[:100]}", "numbers")
-    if any(type(length) is not int or length < 0 for length in shape):
-        raise _Broken(f"{what} has the shape {shape}, which is none")
-    asked = math.prod(shape) * kind.itemsize
-    done, values = _content(place, start, shape, fortran and len(shape) > 1, kind)
+        header = _read_header(source.stream)
+        start = source.stream.tell()
+    except Exception as error:
+        # The header is text that numpy parses: any exception is possible.
+        reason = f"the header of {name} is broken, {_first_line(error)}"
+        raise _UnreadableFile(reason) from error
+    _check_header(header, name)
+    available, values = _read_content(source, start, header)
     if values is None:
-        there = amount(done or place.size)
-        raise _Broken(
-            f"{what} is truncated: {shape} of {kind} is {amount(asked)}, and {there} are there"
+        present = amount(available or source.size)
+        raise _UnreadableFile(
+            f"{name} is truncated: {header.shape} of {header.dtype} is {amount(header.bytes)}, and {present} are there"
         )
     return values
 
 
-def _content(
-    place: _Place, start: int, shape: tuple[int, ...], fortran: bool, kind: np.dtype[Any]
-) -> tuple[int, Values | None]:
-    """(bytes found, the array of that shape; None where it is truncated)."""
-    asked = math.prod(shape) * kind.itemsize
-    if asked > place.size:
-        return 0, None
-    if asked <= HELD or fortran:  # of columns, rows lie scattered over the file
-        if asked > HELD and asked > (free := memory()):
-            raise DataError(
-                f"{place.path}: {place.what} is in Fortran order, so it asks for {amount(asked)} of memory and this "
-                f"machine has {amount(free)}; save it in C order."
-            )
-        content = bytearray(asked)
-        view = memoryview(content)
-        done = 0
-        for part in _parts(place.stream, asked):
-            view[done : done + len(part)] = part
-            done += len(part)
-        flat = np.frombuffer(content, kind)
-        values: Values = native(flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape))
-    elif place.file is None:
-        spool = Spool(f"{place.path}: {place.what} is {amount(asked)} when unpacked")
-        for part in _parts(place.stream, asked):
-            spool.append(part)
-        done = spool.bytes
-        values = spool.finish(shape, kind)
-    else:
-        # In an archive a checksum is compared once all has been read.
-        done = (
-            sum(map(len, _parts(place.stream, asked)))
-            if place.offset
-            else min(asked, place.size - start)
-        )
-        values = Rows.at(place.file, place.offset + start, shape, kind)
-    return done, values if done == asked else None
-
-
-def _parts(stream: IO[bytes], size: int) -> Iterator[bytes]:
-    """What is there of the next ``size`` bytes."""
-    while size and (part := stream.read(min(size, 1 << 20))):
-        yield part
-        size -= len(part)
-
-
-def _header(
-    stream: IO[bytes], version: tuple[int, int]
-) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def _read_header(stream: IO[bytes]) -> _Header:
     readers: Mapping[tuple[int, int], Any] = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }
+    version = np.lib.format.read_magic(stream)
     if version not in readers:
         raise ValueError(f"format version {version[0]}.{version[1]} is not read")
-    shape, fortran, kind = readers[version](stream, max_header_size=HEADER)
-    return shape, fortran, kind
+    return _Header(*readers[version](stream, max_header_size=MAX_HEADER_BYTES))
 
 
-def _said(error: Exception) -> str:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text[:200].rstrip(".")
+def _check_header(header: _Header, name: str) -> None:
+    """Refuse arrays that are not numbers, and shapes that are not lengths."""
+    dtype = header.dtype
+    if dtype.hasobject:
+        raise _UnreadableFile(f"{name} holds Python objects, which could run code", "numbers")
+    if dtype.names is not None or dtype.subdtype is not None or not dtype.itemsize:
+        described = str(dtype)[:MAX_TYPE_CHARACTERS]
+        raise _UnreadableFile(f"{name} holds records of type {described}", "numbers")
+    # Not isinstance: True is an int.
+    if any(type(length) is not int or length < 0 for length in header.shape):
+        raise _UnreadableFile(f"{name} has the shape {header.shape}, which is none")
+
+
+def _read_content(source: _Source, start: int, header: _Header) -> tuple[int, Values | None]:
+    """The array behind a header, or the number of bytes that are there and None if it is truncated."""
+    size = header.bytes
+    if size > source.size:
+        return 0, None
+    # Rows of an array in Fortran order are scattered over the file.
+    fortran = header.fortran and len(header.shape) > 1
+    if size <= IN_MEMORY_BYTES or fortran:
+        available, values = _read_in_memory(source, header, fortran)
+    elif source.file is None:
+        spool = Spool(f"{source.path}: {source.name} is {amount(size)} when unpacked")
+        for part in _read_parts(source.stream, size):
+            spool.append(part)
+        available = spool.bytes
+        values = spool.finish(header.shape, header.dtype)
+    else:
+        available = min(size, source.size - start)
+        if source.offset:
+            # An archive compares a checksum as soon as all has been read.
+            available = sum(map(len, _read_parts(source.stream, size)))
+        position = source.offset + start
+        values = FileArray.at(source.file, position, header.shape, header.dtype)
+    return available, values if available == size else None
+
+
+def _read_in_memory(source: _Source, header: _Header, fortran: bool) -> tuple[int, Values]:
+    """Number of bytes that are there, and the array that they begin."""
+    size = header.bytes
+    if size > IN_MEMORY_BYTES:
+        free = memory()
+        if size > free:
+            raise DataError(
+                f"{source.path}: {source.name} is in Fortran order, so it asks for {amount(size)} of memory and this "
+                f"machine has {amount(free)}; save it in C order."
+            )
+    content = bytearray(size)
+    view = memoryview(content)
+    available = 0
+    for part in _read_parts(source.stream, size):
+        view[available : available + len(part)] = part
+        available += len(part)
+    flat = np.frombuffer(content, header.dtype)
+    if fortran:
+        return available, native(flat.reshape(header.shape[::-1]).T)
+    return available, native(flat.reshape(header.shape))
+
+
+def _read_parts(stream: IO[bytes], size: int) -> Iterator[bytes]:
+    """The next ``size`` bytes of a stream, or as many as there are."""
+    while size:
+        part = stream.read(min(size, READ_BYTES))
+        if not part:
+            return
+        yield part
+        size -= len(part)
+
+
+def _first_line(error: Exception) -> str:
+    """First line of an exception's message, or its type if it has none."""
+    text = str(error).strip()
+    line = text.splitlines()[0] if text else type(error).__name__
+    return line[:MAX_REASON_CHARACTERS].rstrip(".")

@@ -1,7 +1,7 @@
-"""Arrays of samples that are too large to hold: they stay in a file, and rows of axis 0 are read when asked for.
+"""Arrays of samples that are too large for memory: they stay in a file, and rows of axis 0 are read on demand.
 
-``Rows`` looks like an array as far as its shape, its type and reading by index go. ``Spool`` makes one out of parts
-that come one after another, in a temporary file without a name where they are more than ``HELD`` bytes.
+``FileArray`` resembles a numpy array in its shape, its type and reading by index. ``Spool`` collects an array that
+arrives in parts, in an unnamed temporary file if it exceeds ``IN_MEMORY_BYTES``.
 """
 
 from __future__ import annotations
@@ -21,23 +21,37 @@ import numpy as np
 from onnx_oamip.core.errors import DataError, OutputError
 from onnx_oamip.core.records import Array, Ints
 
-HELD = 1 << 22
-"""Bytes up to which an array is simply held; also what is read at a time."""
+IN_MEMORY_BYTES = 1 << 22
+"""Bytes up to which an array is kept in memory; also the size of one read."""
 
 
-class File:
-    """An open file, read at any place by any thread; closed with the last that reads it.
-
-    Raises DataError where the file behind ``name`` was changed since.
-    """
+class SharedFile:
+    """An open file that any thread can read at any position. It is closed when its last reader is deleted."""
 
     def __init__(self, stream: IO[bytes], name: str, fixed: bool = True) -> None:
-        self._stream, self._name, self._lock = stream, name, threading.Lock()
+        """Take over an open file.
+
+        Args:
+            stream: The file, unbuffered.
+            name: Name for error messages.
+            fixed: True if the content must not change from now on.
+        """
+        self._stream = stream
+        self._name = name
+        self._lock = threading.Lock()
         self._state = _state(stream) if fixed else None
         weakref.finalize(self, stream.close)
 
     def fill(self, offset: int, target: memoryview) -> None:
-        """Read ``len(target)`` bytes at ``offset``."""
+        """Read bytes at a position.
+
+        Args:
+            offset: Position in the file.
+            target: Memory to fill completely.
+
+        Raises:
+            DataError: The file was changed since it was opened, or is too short.
+        """
         with self._lock:
             changed = self._state is not None and _state(self._stream) != self._state
             self._stream.seek(offset)
@@ -53,32 +67,61 @@ class File:
 
 
 def _state(stream: IO[bytes]) -> tuple[int, int]:
-    found = os.fstat(stream.fileno())
-    return found.st_size, found.st_mtime_ns
+    """Size and time of the last change of a file."""
+    status = os.fstat(stream.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
-class Rows:
-    """An array (rows, ...) that ``read`` gives parts of: indices along axis 0 (n,), none negative, to (n, ...)."""
+class FileArray:
+    """An array (rows, ...) whose rows are read on demand.
+
+    Attributes:
+        shape: Shape of the array.
+        dtype: Type of its elements, in this machine's byte order.
+    """
 
     def __init__(
         self, read: Callable[[Ints], Array], shape: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
-        self._read, self.shape, self.dtype = read, shape, dtype
+        """Make an array of a function.
+
+        Args:
+            read: Returns the rows at non-negative indices (n,) as (n, ...).
+            shape: Shape of the array.
+            dtype: Type of the elements that ``read`` returns.
+        """
+        self._read = read
+        self.shape = shape
+        self.dtype = dtype
 
     @classmethod
-    def at(cls, file: File, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Rows:
-        """An array in C order at a place of a file, given in this machine's byte order."""
+    def at(
+        cls, file: SharedFile, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> FileArray:
+        """Make an array of a part of a file.
+
+        Args:
+            file: File that holds the values in C order.
+            offset: Position of the first value.
+            shape: Shape of the array.
+            dtype: Type of the elements in the file.
+
+        Returns:
+            An array in this machine's byte order.
+        """
         size = row_bytes(shape, dtype)
 
         def read(index: Ints) -> Array:
-            found = np.empty((len(index), *shape[1:]), dtype)
-            view = _bytes(found)
-            # What stands together is read together.
-            cuts = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
+            rows = np.empty((len(index), *shape[1:]), dtype)
+            view = _bytes(rows)
+            # Consecutive rows are read together.
+            starts = np.flatnonzero(np.diff(index) != 1) + 1
+            cuts = [0, *starts.tolist(), len(index)]
             for first, last in pairwise(cuts):
                 if last > first:
-                    file.fill(offset + int(index[first]) * size, view[first * size : last * size])
-            return found if dtype.isnative else found.astype(dtype.newbyteorder("="))
+                    position = offset + int(index[first]) * size
+                    file.fill(position, view[first * size : last * size])
+            return native(rows)
 
         return cls(read, shape, dtype.newbyteorder("="))
 
@@ -98,114 +141,197 @@ class Rows:
     def __getitem__(self, index: int | slice | Ints) -> Array:
         if isinstance(index, slice):
             return self._read(np.arange(*index.indices(len(self)), dtype=np.int64))
-        wanted = np.asarray(index)
-        if wanted.size and not -len(self) <= wanted.min() <= wanted.max() < len(self):
-            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)}")
-        flat = np.where(wanted < 0, wanted + len(self), wanted).reshape(-1)
-        found = self._read(flat)
-        return found if wanted.ndim else found[0]
+        requested = np.asarray(index)
+        length = len(self)
+        if requested.size and not -length <= requested.min() <= requested.max() < length:
+            raise IndexError(f"rows {requested.min()} to {requested.max()} of {length}")
+        flat = np.where(requested < 0, requested + length, requested).reshape(-1)
+        rows = self._read(flat)
+        return rows if requested.ndim else rows[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return np.asarray(self[:], dtype)
 
-    def take(self, index: Ints) -> Rows:
-        """The rows at ``index``, still to be read."""
-        return Rows(lambda part: self._read(index[part]), (len(index), *self.shape[1:]), self.dtype)
+    def take(self, index: Ints) -> FileArray:
+        """Select rows without reading them.
+
+        Args:
+            index: Non-negative indices (n,).
+
+        Returns:
+            An array (n, ...).
+        """
+        shape = (len(index), *self.shape[1:])
+        return FileArray(lambda part: self._read(index[part]), shape, self.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return np.asarray, (self[:],)  # where it arrives there is no such file
+        # The receiver of a pickle does not have the file: send the values.
+        return np.asarray, (self[:],)
 
 
-Values = Array | Rows
-"""Samples along axis 0, held or in a file."""
+Values = Array | FileArray
+"""Samples along axis 0, in memory or in a file."""
+
+
+def native(array: Array) -> Array:
+    """Convert an array to this machine's byte order.
+
+    Args:
+        array: Array in any byte order.
+
+    Returns:
+        The same values; the array itself if its order is native already.
+    """
+    if array.dtype.isnative:
+        return array
+    return array.astype(array.dtype.newbyteorder("="))
 
 
 def row_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Bytes of one index of axis 0."""
+    """Compute the size of one row.
+
+    Args:
+        shape: Shape of an array.
+        dtype: Type of its elements.
+
+    Returns:
+        Bytes of one index of axis 0.
+    """
     return math.prod(shape[1:]) * dtype.itemsize
 
 
 def take(values: Values, index: Ints) -> Values:
-    """The rows at ``index``: a copy where they are few, a view of what there is where they are many."""
-    if len(index) * row_bytes(values.shape, values.dtype) <= HELD:
+    """Select rows.
+
+    Args:
+        values: Samples along axis 0.
+        index: Non-negative indices (n,).
+
+    Returns:
+        A copy if the rows are small, otherwise a view.
+    """
+    if len(index) * row_bytes(values.shape, values.dtype) <= IN_MEMORY_BYTES:
         return values[index]
-    if isinstance(values, Rows):
+    if isinstance(values, FileArray):
         return values.take(index)
-    held = values
-    return Rows(lambda part: held[index[part]], (len(index), *held.shape[1:]), held.dtype)
+    array = values
+    shape = (len(index), *array.shape[1:])
+    return FileArray(lambda part: array[index[part]], shape, array.dtype)
 
 
 def blocks(values: Values) -> Iterator[Array]:
-    """All rows in order, about ``HELD`` bytes at a time."""
-    step = max(1, HELD // max(row_bytes(values.shape, values.dtype), 1))
+    """Iterate over all rows in order.
+
+    Args:
+        values: Samples along axis 0.
+
+    Yields:
+        Blocks of about ``IN_MEMORY_BYTES``.
+    """
+    step = max(1, IN_MEMORY_BYTES // max(row_bytes(values.shape, values.dtype), 1))
     for start in range(0, len(values), step):
         yield values[start : start + step]
 
 
 class NotFinite(NamedTuple):
-    """A row with NaN or infinities; ``masks``: all of them, in the block it was met in, are -inf."""
+    """A row with NaN or infinite values.
+
+    Attributes:
+        row: Index of the row.
+        only_negative_infinity: True if all such values of its block are -inf, as in an attention mask.
+    """
 
     row: int
-    masks: bool
+    only_negative_infinity: bool
 
 
 def first_not_finite(values: Values) -> NotFinite | None:
-    """The first row that has NaN or infinities; what comes after its block is not read."""
-    done = 0
-    for block in blocks(values) if values.size else ():
-        bad = ~np.isfinite(block.reshape(len(block), -1)).all(axis=1)
-        if bad.any():
-            return NotFinite(
-                done + int(np.argmax(bad)), not (np.isnan(block) | np.isposinf(block)).any()
-            )
-        done += len(block)
+    """Find the first row with NaN or infinite values. Nothing behind its block is read.
+
+    Args:
+        values: Floating-point samples along axis 0.
+
+    Returns:
+        The row, or None if all values are finite.
+    """
+    if not values.size:
+        return None
+    start = 0
+    for block in blocks(values):
+        finite = np.isfinite(block.reshape(len(block), -1)).all(axis=1)
+        if not finite.all():
+            other = np.isnan(block) | np.isposinf(block)
+            return NotFinite(start + int(np.argmin(finite)), not other.any())
+        start += len(block)
     return None
 
 
 class Spool:
-    """Bytes written one after another, to be read as one array: ``what`` they are, for the sentence of an error.
+    """Collects bytes that arrive in parts, to be read as one array."""
 
-    Raises OutputError where the folder for temporary files has no room.
-    """
+    def __init__(self, description: str) -> None:
+        """Start empty.
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+        Args:
+            description: Subject of an error message.
+        """
+        self._description = description
         self._parts: list[bytes] = []
         self._file: IO[bytes] | None = None
         self.bytes = 0
 
     def append(self, part: bytes | memoryview | Array) -> None:
-        """Add values in C order."""
+        """Append values in C order.
+
+        Args:
+            part: An array, or its bytes.
+
+        Raises:
+            OutputError: The folder for temporary files is full.
+        """
         content = _bytes(np.ascontiguousarray(part)) if isinstance(part, np.ndarray) else part
         self.bytes += len(content)
         try:
-            if self._file is None and self.bytes > HELD:
-                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the array)
-                self._write(b"".join(self._parts))
-                self._parts = []
-            if self._file is None:
-                self._parts.append(bytes(content))
-            else:
-                self._write(content)
+            self._append(content)
         except OSError as error:
             folder = tempfile.tempdir or "the folder for temporary files"
             raise OutputError(
-                f"{self._what}: there is no room for it in {folder} ({error.strerror or error}); free some, or set "
-                "TMPDIR to a folder with more."
+                f"{self._description}: there is no room for it in {folder} ({error.strerror or error}); free some, or "
+                "set TMPDIR to a folder with more."
             ) from error
+
+    def _append(self, content: bytes | memoryview) -> None:
+        if self._file is None and self.bytes > IN_MEMORY_BYTES:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (lives as long as the array)
+            self._write(b"".join(self._parts))
+            self._parts = []
+        if self._file is None:
+            self._parts.append(bytes(content))
+        else:
+            self._write(content)
 
     def _write(self, content: bytes | memoryview) -> None:
         assert self._file is not None
         view = memoryview(content)
+        # An unbuffered file may take only a part.
         while len(view):
             view = view[self._file.write(view) :]
 
     def finish(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Values:
-        """What was written, as an array of this shape and type."""
+        """Turn the collected bytes into an array.
+
+        Args:
+            shape: Shape of the array.
+            dtype: Type of the elements as they were appended.
+
+        Returns:
+            The array, in this machine's byte order.
+        """
         if self._file is None:
-            found = np.frombuffer(bytearray(b"".join(self._parts)), dtype).reshape(shape)
-            return found if dtype.isnative else found.astype(dtype.newbyteorder("="))
-        return Rows.at(File(self._file, self._what, fixed=False), 0, shape, dtype)
+            content = bytearray(b"".join(self._parts))
+            return native(np.frombuffer(content, dtype).reshape(shape))
+        file = SharedFile(self._file, self._description, fixed=False)
+        return FileArray.at(file, 0, shape, dtype)
 
 
 def _bytes(values: Array) -> memoryview:
@@ -213,8 +339,12 @@ def _bytes(values: Array) -> memoryview:
     return values.reshape(-1).view(np.uint8).data
 
 
-def room() -> int:
-    """Bytes that are free for temporary files."""
+def free_disk_space() -> int:
+    """Measure the space for temporary files.
+
+    Returns:
+        Free bytes, 0 if the folder for temporary files does not exist.
+    """
     try:
         return shutil.disk_usage(tempfile.gettempdir()).free
     except OSError:

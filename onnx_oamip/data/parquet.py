@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -18,133 +18,188 @@ from onnx_oamip.core.records import (
     Reading,
 )
 from onnx_oamip.data import parquet_pages
-from onnx_oamip.data.images import affine, decode
+from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE
+from onnx_oamip.data.images import decode, scaling
 from onnx_oamip.graph.input_guards import amount, memory
 
-LABELS = ("labels", "label")
-BATCH = 128
-"""Rows that are decoded at a time; texts of one batch are held in one array, which has room for 2 GiB."""
-VALUE = 16
-"""Bytes that one value may take while it is decoded: itself, and its levels of nesting."""
-DENSE, FREE = 16, 1 << 22
-"""Times its bytes that the texts of a column chunk may take, if they take more than ``FREE``: images are packed."""
-_TEXTS = ("BYTE_ARRAY",)
+LABEL_COLUMNS = ("labels", "label")
+BATCH_ROWS = 128
+"""Rows that are decoded at a time. The texts of one batch share one array, which is limited to 2 GiB."""
+BYTES_PER_VALUE = 16
+"""Bytes that one value may take while it is decoded: the value, and its levels of nesting."""
+MAX_TEXT_EXPANSION = 16
+"""Size of the texts of a column chunk relative to its bytes: encoded images do not compress further."""
+ALWAYS_ALLOWED_TEXT_BYTES = 1 << 22
+"""Size of texts that is accepted whatever their expansion."""
+MAX_REASON_CHARACTERS = 200
+"""Characters of pyarrow's message in an error."""
+_TEXT_TYPES = ("BYTE_ARRAY",)
 
 
-def check(path: Path) -> None:
-    """Raise EnvironmentMissing, naming the file, where the extra ``parquet`` is not installed."""
+def check_extra(path: Path) -> None:
+    """Check that the extra ``parquet`` is installed.
+
+    Args:
+        path: File that will be read.
+
+    Raises:
+        EnvironmentMissing: It is not.
+    """
     with imports_of("parquet", f"reading {path}"):
         import pyarrow.parquet  # noqa: F401
 
 
 def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
-    """Arrays by input name, ``labels`` where there is such a column, and scales of images.
+    """Load the columns of a model's inputs.
 
-    An input takes the column of its name; the input of a model that has only one takes ``reading.column``, or the only
-    column beside the labels. Images are bytes, or records of bytes as the datasets library writes them. Raises
-    DataError for what cannot be read or does not fit, EnvironmentMissing without pyarrow, or of images without Pillow.
+    An input takes the column of its name; the input of a model with a single one takes ``reading.column``, or the only
+    column beside the labels. Images are bytes, or records of bytes as the datasets library writes them.
+
+    Args:
+        path: File to load.
+        model: Model that reads the samples.
+        reading: Column, number of samples, and treatment of images.
+
+    Returns:
+        Arrays by input name, ``labels`` if there is such a column, and scale and offset of images.
+
+    Raises:
+        DataError: The file cannot be read or does not fit the model.
+        EnvironmentMissing: pyarrow is not installed, or Pillow for images.
     """
-    check(path)
-    import pyarrow
-    import pyarrow.parquet as reader
-
+    check_extra(path)
     try:
-        with path.open("rb") as stream:
-            file = reader.ParquetFile(stream)
-            names = file.schema_arrow.names
-            columns = _columns(names, model, reading, path)
-            labels = next((n for n in LABELS if n in names and n not in columns.values()), None)
-            wanted = [*columns.values(), *([labels] if labels else [])]
-            # Texts stay in their dictionaries: a text of a megabyte that stands in every row is held once.
-            texts = [
-                c.path
-                for c in map(file.schema.column, range(len(file.schema)))
-                if c.physical_type in _TEXTS
-            ]
-            file = reader.ParquetFile(stream, read_dictionary=texts)
-            parts, rows, held = [], 0, 0
-            for group in range(file.num_row_groups):
-                if not file.metadata.row_group(group).num_rows:
-                    continue
-                _fits(path, held + _asked(stream, file.metadata.row_group(group), wanted))
-                for batch in file.iter_batches(min(reading.most, BATCH), [group], wanted):
-                    parts.append(batch)
-                    rows += batch.num_rows
-                    held += batch.nbytes
-                    if rows >= reading.most:
-                        break
-                if rows >= reading.most:
-                    break
-        if not rows:
-            raise DataError(
-                f"{path} holds no rows; at least one sample is needed, a few hundred are better."
-            )
-        table = pyarrow.Table.from_batches(parts).slice(0, reading.most)
-        found: dict[str, Any] = {}
-        for name, column in columns.items():
-            found.update(_array(table.column(column), column, model.port(name), reading, path))
-        if labels:
-            found["labels"] = _stacked(_plain(table.column(labels)), f"{path}, column '{labels}'")
+        return _load(path, model, reading)
     except (DataError, EnvironmentMissing):
         raise
-    except Exception as error:  # what broken files make pyarrow raise is not documented
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    except Exception as error:
+        # The exceptions of pyarrow for broken files are not documented.
+        text = str(error)
+        reason = text.splitlines()[0][:MAX_REASON_CHARACTERS] if text else type(error).__name__
         raise DataError(
-            f"{path} cannot be read as Parquet: {text.rstrip('.')}; write it again."
+            f"{path} cannot be read as Parquet: {reason.rstrip('.')}; write it again."
         ) from error
-    return found
 
 
-def _asked(stream: IO[bytes], group: Any, wanted: Sequence[str]) -> int:
-    """Bytes that a row group takes at most once its columns are decoded, by what its pages say."""
+def _load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with path.open("rb") as stream:
+        file = pyarrow.parquet.ParquetFile(stream)
+        names = file.schema_arrow.names
+        columns = _input_columns(names, model, reading, path)
+        free = [n for n in LABEL_COLUMNS if n in names and n not in columns.values()]
+        label_column = free[0] if free else None
+        wanted = list(columns.values())
+        if label_column:
+            wanted.append(label_column)
+        # Texts stay in their dictionaries: a text of a megabyte that stands in every row is stored once.
+        leaves = map(file.schema.column, range(len(file.schema)))
+        texts = [leaf.path for leaf in leaves if leaf.physical_type in _TEXT_TYPES]
+        file = pyarrow.parquet.ParquetFile(stream, read_dictionary=texts)
+        batches = _read_batches(file, stream, wanted, reading.most, path)
+    if not sum(batch.num_rows for batch in batches):
+        raise DataError(
+            f"{path} holds no rows; at least one sample is needed, a few hundred are better."
+        )
+    table = pyarrow.Table.from_batches(batches).slice(0, reading.most)
+    arrays: dict[str, Any] = {}
+    for name, column in columns.items():
+        arrays |= _input_arrays(table.column(column), column, model.port(name), reading, path)
+    if label_column:
+        stored = _storage(table.column(label_column))
+        arrays[LABELS] = _stacked(stored, f"{path}, column '{label_column}'")
+    return arrays
+
+
+def _read_batches(
+    file: Any, stream: IO[bytes], columns: Sequence[str], max_rows: int, path: Path
+) -> list[Any]:
+    """Record batches of the columns, until at least ``max_rows`` rows are read."""
+    batches: list[Any] = []
+    rows = 0
+    size = 0
+    for group in range(file.num_row_groups):
+        metadata = file.metadata.row_group(group)
+        if not metadata.num_rows:
+            continue
+        _check_memory(path, size + _decoded_bytes(stream, metadata, columns))
+        for batch in file.iter_batches(min(max_rows, BATCH_ROWS), [group], columns):
+            batches.append(batch)
+            rows += batch.num_rows
+            size += batch.nbytes
+            if rows >= max_rows:
+                return batches
+    return batches
+
+
+def _decoded_bytes(stream: IO[bytes], group: Any, columns: Sequence[str]) -> int:
+    """Upper bound on the bytes of a row group's columns after decoding, by the headers of its pages."""
     total = 0
+    roots = {name.partition(".")[0] for name in columns}
     for chunk in map(group.column, range(group.num_columns)):
-        if chunk.path_in_schema.partition(".")[0] in {name.partition(".")[0] for name in wanted}:
-            first = chunk.dictionary_page_offset
-            start = chunk.data_page_offset if first is None else min(first, chunk.data_page_offset)
-            size, values = parquet_pages.decoded(stream, start, chunk.total_compressed_size)
-            if chunk.physical_type in _TEXTS and size > max(
-                FREE, DENSE * chunk.total_compressed_size
-            ):
+        if chunk.path_in_schema.partition(".")[0] not in roots:
+            continue
+        start = chunk.data_page_offset
+        if chunk.dictionary_page_offset is not None:
+            start = min(chunk.dictionary_page_offset, start)
+        stored = chunk.total_compressed_size
+        decoded = parquet_pages.decoded_size(stream, start, stored)
+        if chunk.physical_type in _TEXT_TYPES:
+            allowed = max(ALWAYS_ALLOWED_TEXT_BYTES, MAX_TEXT_EXPANSION * stored)
+            if decoded.bytes > allowed:
                 raise ValueError(
-                    f"{amount(chunk.total_compressed_size)} stand for {amount(size)} of text in it"
+                    f"{amount(stored)} stand for {amount(decoded.bytes)} of text in it"
                 )
-            total += size + VALUE * values
+        total += decoded.bytes + BYTES_PER_VALUE * decoded.values
     return total
 
 
-def _fits(path: Path, size: int) -> None:
-    if size > (free := memory()):
+def _check_memory(path: Path, size: int) -> None:
+    free = memory()
+    if size > free:
         raise DataError(
             f"{path} asks for {amount(size)} of memory and this machine has {amount(free)}; give fewer samples, or "
             "write the file in smaller row groups."
         )
 
 
-def _columns(names: list[str], model: Model, reading: Reading, path: Path) -> dict[str, str]:
-    inputs = [p.name for p in model.inputs]
+def _input_columns(
+    names: Sequence[str], model: Model, reading: Reading, path: Path
+) -> dict[str, str]:
+    """Column of each input."""
+    inputs = [port.name for port in model.inputs]
     if len(inputs) == 1:
-        others = [n for n in names if n not in LABELS]
-        chosen = reading.column or (
-            inputs[0] if inputs[0] in names else others[0] if len(others) == 1 else None
-        )
-        if chosen is None or chosen not in names:
-            what = (
-                f"no column '{chosen}'"
-                if chosen
-                else f"several columns and none called '{inputs[0]}'"
-            )
-            raise DataError(f"{path} has {what}; choose one of {', '.join(names)} with `column`.")
-        return {inputs[0]: chosen}
-    missing = [n for n in inputs if n not in names]
+        return {inputs[0]: _only_column(names, inputs[0], reading, path)}
+    missing = [name for name in inputs if name not in names]
     if missing:
         raise DataError(
             f"{path} has no column '{missing[0]}' for that input; it has {', '.join(names)}."
         )
-    return {n: n for n in inputs}
+    return {name: name for name in inputs}
 
 
-def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> Mapping[str, Any]:
+def _only_column(names: Sequence[str], input_name: str, reading: Reading, path: Path) -> str:
+    """Column of a model's only input."""
+    others = [name for name in names if name not in LABEL_COLUMNS]
+    chosen = reading.column
+    if not chosen and input_name in names:
+        chosen = input_name
+    elif not chosen and len(others) == 1:
+        chosen = others[0]
+    if chosen and chosen in names:
+        return chosen
+    finding = (
+        f"no column '{chosen}'" if chosen else f"several columns and none called '{input_name}'"
+    )
+    raise DataError(f"{path} has {finding}; choose one of {', '.join(names)} with `column`.")
+
+
+def _input_arrays(
+    column: Any, name: str, port: Port, reading: Reading, path: Path
+) -> Mapping[str, Any]:
+    """Array of one input, with scale and offset if the column holds images."""
     import pyarrow
 
     types = pyarrow.types
@@ -160,60 +215,79 @@ def _array(column: Any, name: str, port: Port, reading: Reading, path: Path) -> 
         chunks = [chunk.field("bytes") for chunk in chunks]
     kind = chunks[0].type
     if types.is_dictionary(kind) and types.is_binary(kind.value_type):
-        # Chunk by chunk: all dictionaries together may be more than one array holds.
-        held = [(chunk.dictionary, chunk.indices.to_pylist()) for chunk in chunks]
-        cells = [partial(_text, texts, at) for texts, places in held for at in places]
-        codes = decode(
-            [(f"{where}, row {i}", cell) for i, cell in enumerate(cells)], port, reading, where
-        )
-        scale, offset = affine(port, reading, where)
-        return {port.name: codes, f"{port.name}.scale": scale, f"{port.name}.offset": offset}
-    values = _stacked(_plain(column), where)
-    fixed = port.dims[1:]
-    if values.ndim == 2 and len(fixed) > 1 and all(isinstance(d, int) and d > 0 for d in fixed):
-        whole = int(np.prod([d for d in fixed if isinstance(d, int)]))
-        if values.shape[1] == whole:  # lists are flat where the writer knows no shapes
-            values = values.reshape(len(values), *(int(d) for d in fixed if d is not None))
-    # Lists say nothing of the width of their numbers.
-    same = (values.dtype.kind in "iu") == (port.dtype.kind in "iu") or values.dtype.kind in "iu"
-    return {port.name: values.astype(port.dtype) if same and values.dtype.kind in "iuf" else values}
+        codes = decode(_encoded_images(chunks, where), port, reading, where)
+        scale, offset = scaling(port, reading, where)
+        return {port.name: codes, port.name + SCALE: scale, port.name + OFFSET: offset}
+    values = _unflattened(_stacked(_storage(column), where), port)
+    # Lists do not record the width of their numbers: take the input's, but never cast fractions to integers.
+    is_integer = values.dtype.kind in "iu"
+    to_floating = values.dtype.kind == "f" and port.dtype.kind not in "iu"
+    if is_integer or to_floating:
+        values = values.astype(port.dtype)
+    return {port.name: values}
 
 
-def _text(texts: Any, at: int | None) -> bytes:
-    """One text of a dictionary, copied when it is asked for."""
-    return b"" if at is None else texts[at].as_py()
+def _encoded_images(chunks: Sequence[Any], where: str) -> list[tuple[str, Callable[[], bytes]]]:
+    """Name of each image, and a function that copies its bytes."""
+    images: list[tuple[str, Callable[[], bytes]]] = []
+    # Chunk by chunk: all dictionaries together may exceed the limit of one array.
+    for chunk in chunks:
+        for position in chunk.indices.to_pylist():
+            content = partial(_text, chunk.dictionary, position)
+            images.append((f"{where}, row {len(images)}", content))
+    return images
 
 
-def _plain(column: Any) -> Any:
-    """One array of a column's chunks, of the type that an extension of Arrow's stores."""
+def _text(texts: Any, position: int | None) -> bytes:
+    """One text of a dictionary, empty for an empty cell."""
+    return b"" if position is None else texts[position].as_py()
+
+
+def _unflattened(values: Array, port: Port) -> Array:
+    """Values in the shape of the input if every row is flat: some writers know no shapes."""
+    fixed = [dim for dim in port.dims[1:] if isinstance(dim, int) and dim > 0]
+    all_fixed = len(fixed) == len(port.dims[1:])
+    if values.ndim == 2 and len(fixed) > 1 and all_fixed and values.shape[1] == np.prod(fixed):
+        return values.reshape(len(values), *fixed)
+    return values
+
+
+def _storage(column: Any) -> Any:
+    """One array of a column's chunks, in the type that an Arrow extension type stores."""
     import pyarrow
 
-    whole = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
-    return whole.storage if isinstance(whole, pyarrow.ExtensionArray) else whole
+    combined = column.combine_chunks() if isinstance(column, pyarrow.ChunkedArray) else column
+    return combined.storage if isinstance(combined, pyarrow.ExtensionArray) else combined
 
 
 def _stacked(column: Any, where: str) -> Array:
-    """Numbers, or lists of lists of them that are of one length on every level, as one array."""
+    """Numbers, or nested lists of them that have one length at every level, as one array."""
     import pyarrow
-    import pyarrow.compute as compute
+    import pyarrow.compute
 
-    kinds = pyarrow.types
+    types = pyarrow.types
     shape = [len(column)]
-    while any(
-        f(column.type) for f in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list)
-    ):
-        ends = compute.min_max(compute.list_value_length(column)).as_py()
-        if column.null_count or ends["min"] != ends["max"]:
+    while _is_list(column.type):
+        lengths = pyarrow.compute.list_value_length(column)
+        limits = pyarrow.compute.min_max(lengths).as_py()
+        if column.null_count or limits["min"] != limits["max"]:
             raise DataError(
                 f"{where} holds values of unequal shapes; every row needs the shape of the input."
             )
-        shape.append(ends["max"] or 0)
-        column = _plain(column.flatten())
+        shape.append(limits["max"] or 0)
+        column = _storage(column.flatten())
     if column.null_count:
         raise DataError(
             f"{where} has lists with {column.null_count} empty places; remove those rows."
         )
-    kind = column.type.value_type if kinds.is_dictionary(column.type) else column.type
-    if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind)):
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
         raise DataError(f"{where} holds {kind}; expected numbers, lists of numbers, or images.")
     return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow
+
+    types = pyarrow.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))

@@ -1,103 +1,176 @@
-"""What a column of a Parquet file takes once it is decoded, by the headers of its pages.
+"""Decoded size of the columns of a Parquet file, from the headers of its pages.
 
-A few bytes can stand for any number of values (runs of equal ones), and what the footer says of that is not what a
-reader goes by. Headers are Thrift structures in the compact protocol; their fields have the numbers that
-``parquet.thrift`` of the format's specification gives them.
+A few bytes can stand for any number of values (runs of equal ones), and a reader does not rely on the sizes in the
+footer. Headers are Thrift structures in the compact protocol; their fields have the numbers that ``parquet.thrift`` of
+the format's specification assigns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-PREFIXED = 7
-"""DELTA_BYTE_ARRAY: texts as what they do not share with the one before, so that sizes are known by decoding alone."""
-_LARGEST = 1 << 20
-"""Most bytes of one header."""
-_TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
+DELTA_BYTE_ARRAY = 7
+"""Encoding of texts by their difference to the previous one: their size is known only after decoding."""
+MAX_HEADER_BYTES = 1 << 20
+MAX_NESTING = 16
+"""Levels of structures in a header."""
+_UNCOMPRESSED_SIZE, _COMPRESSED_SIZE = 2, 3
+"""Fields of a page header."""
+_DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 5, 7, 8
+"""Fields of a page header that hold the header of one kind of page."""
+_NUM_VALUES, _ENCODING, _ENCODING_V2 = 1, 2, 4
+"""Fields of these headers."""
+_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = (
+    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12,
+)  # fmt: skip
+"""Types of Thrift's compact protocol."""
+_MALFORMED = "a page of it has a header that makes no sense"
 
 
-def decoded(stream: IO[bytes], start: int, size: int) -> tuple[int, int]:
-    """(bytes, values) of the pages of a column chunk at ``start`` of ``size`` bytes, texts in dictionaries once.
+class DecodedSize(NamedTuple):
+    """Size of the pages of a column chunk after decoding.
 
-    Raises ValueError for what are no pages.
+    Attributes:
+        bytes: Uncompressed bytes; texts in dictionaries count once.
+        values: Number of values.
     """
-    total, values, at = 0, 0, start
-    while at < start + size:
-        stream.seek(at)
-        reader = _Compact(stream.read(_LARGEST))
+
+    bytes: int
+    values: int
+
+
+def decoded_size(stream: IO[bytes], start: int, size: int) -> DecodedSize:
+    """Add up the sizes of the pages of a column chunk.
+
+    Args:
+        stream: File that holds the chunk.
+        start: Position of its first page.
+        size: Number of stored bytes.
+
+    Returns:
+        Size after decoding.
+
+    Raises:
+        ValueError: The bytes are no pages, or use an encoding whose size is unknown.
+    """
+    total = 0
+    values = 0
+    position = start
+    while position < start + size:
+        stream.seek(position)
+        reader = _CompactReader(stream.read(MAX_HEADER_BYTES))
         header = reader.struct()
-        here, packed = header.get(2), header.get(3)
-        about = header.get(5) or header.get(8) or header.get(7) or {}
-        count = about.get(1, 0) if isinstance(about, dict) else None
-        if not all(isinstance(n, int) and n >= 0 for n in (here, packed, count)):
-            raise ValueError("a page of it has a header that makes no sense")
-        if isinstance(about, dict) and about.get(4 if 8 in header else 2) == PREFIXED:
-            raise ValueError(
-                "it stores texts by what they share (DELTA_BYTE_ARRAY), which is not read"
-            )
-        total += int(here or 0)
-        values += int(count or 0)
-        at += reader.at + int(packed or 0)
-    return total, values
+        stored = _length(header.get(_COMPRESSED_SIZE))
+        total += _length(header.get(_UNCOMPRESSED_SIZE))
+        values += _page_values(header)
+        position += reader.position + stored
+    return DecodedSize(total, values)
+
+
+def _page_values(header: dict[int, Any]) -> int:
+    """Number of values of a page, 0 for a kind of page without values."""
+    page = header.get(_DATA_PAGE) or header.get(_DATA_PAGE_V2) or header.get(_DICTIONARY_PAGE) or {}
+    if not isinstance(page, dict):
+        raise ValueError(_MALFORMED)
+    count = _length(page.get(_NUM_VALUES, 0))
+    encoding = page.get(_ENCODING_V2 if _DATA_PAGE_V2 in header else _ENCODING)
+    if encoding == DELTA_BYTE_ARRAY:
+        raise ValueError("it stores texts by what they share (DELTA_BYTE_ARRAY), which is not read")
+    return count
+
+
+def _length(value: Any) -> int:
+    """A field that must be a non-negative number."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(_MALFORMED)
+    return value
 
 
 @dataclass
-class _Compact:
-    """Reads structures of Thrift's compact protocol. Raises ValueError."""
+class _CompactReader:
+    """Reader of structures in Thrift's compact protocol. Raises ValueError for malformed data.
+
+    Attributes:
+        data: Bytes to read.
+        position: Position of the next byte.
+        depth: Level of nesting.
+    """
 
     data: bytes
-    at: int = 0
+    position: int = 0
     depth: int = 0
 
     def struct(self) -> dict[int, Any]:
-        """Values of whole numbers and of structures by their fields' numbers; anything else is passed over."""
+        """Integers and structures by field number; fields of other types are None."""
         self.depth += 1
-        if self.depth > 16:
+        if self.depth > MAX_NESTING:
             raise ValueError("a page of it has a header without an end")
-        found: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         field = 0
-        while kind := self._byte():
-            field = field + (kind >> 4) if kind >> 4 else self._whole()
-            found[field] = self._value(kind & 15)
+        while True:
+            head = self._byte()
+            if not head:
+                break
+            delta, kind = head >> 4, head & 15
+            field = field + delta if delta else self._integer()
+            values[field] = self._value(kind)
         self.depth -= 1
-        return found
+        return values
 
     def _value(self, kind: int) -> Any:
-        if kind in (_TRUE, _FALSE):
-            return None
+        if kind in (_I16, _I32, _I64):
+            return self._integer()
         if kind == _STRUCT:
             return self.struct()
-        if kind in (_BYTE, _DOUBLE, _BINARY):
-            self._skip({_BYTE: 1, _DOUBLE: 8}.get(kind) or self._varint())
+        if kind in (_TRUE, _FALSE):
+            # The type is the value.
             return None
-        if kind in (_LIST, _SET):
-            head = self._byte()
-            for _ in range(head >> 4 if head >> 4 < 15 else self._varint()):
-                self._byte() if head & 15 in (_TRUE, _FALSE) else self._value(head & 15)
-            return None
-        if kind not in (4, 5, 6):
-            raise ValueError("a page of it has a header that makes no sense")
-        return self._whole()
+        if kind == _BYTE:
+            self._skip(1)
+        elif kind == _DOUBLE:
+            self._skip(8)
+        elif kind == _BINARY:
+            self._skip(self._varint())
+        elif kind in (_LIST, _SET):
+            self._skip_list()
+        else:
+            raise ValueError(_MALFORMED)
+        return None
+
+    def _skip_list(self) -> None:
+        head = self._byte()
+        count, kind = head >> 4, head & 15
+        if count == 15:
+            count = self._varint()
+        for _ in range(count):
+            if kind in (_TRUE, _FALSE):
+                self._byte()
+            else:
+                self._value(kind)
 
     def _skip(self, size: int) -> None:
-        self.at += size
-        if self.at > len(self.data):
+        self.position += size
+        if self.position > len(self.data):
             raise ValueError("a page of it is cut off")
 
     def _byte(self) -> int:
         self._skip(1)
-        return self.data[self.at - 1]
+        return self.data[self.position - 1]
 
     def _varint(self) -> int:
+        """Unsigned integer in groups of seven bits, the lowest first."""
         value = shift = 0
-        while (byte := self._byte()) & 128:
+        while True:
+            byte = self._byte()
             value |= (byte & 127) << shift
+            if not byte & 128:
+                return value
             shift += 7
             if shift > 63:
-                raise ValueError("a page of it has a header that makes no sense")
-        return value | byte << shift
+                raise ValueError(_MALFORMED)
 
-    def _whole(self) -> int:
+    def _integer(self) -> int:
+        """Signed integer in zigzag encoding."""
         value = self._varint()
         return (value >> 1) ^ -(value & 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from onnx_oamip.core.records import (
     Array,
@@ -16,27 +17,65 @@ from onnx_oamip.data.dataset import Samples
 File = str | os.PathLike[str]
 Source = File | Mapping[str, Array]
 ARRAYS = "(arrays)"
+"""Name of arrays in memory in reports."""
 
 
-def called(source: Source | None) -> str | None:
-    """What a source is called in reports: its path, or ``ARRAYS`` for arrays in memory."""
-    return (
-        source if source is None else ARRAYS if isinstance(source, Mapping) else os.fspath(source)
-    )
+class SampleSets(NamedTuple):
+    """Samples of a run.
+
+    Attributes:
+        calibration: Samples for statistics, scores, losses and refits.
+        held_out: Samples on which the result is measured, None if there are no data.
+    """
+
+    calibration: Samples
+    held_out: Samples | None
+
+
+def source_name(source: Source | None) -> str | None:
+    """Name a source in reports.
+
+    Args:
+        source: Path, arrays in memory, or None.
+
+    Returns:
+        The path, ``ARRAYS``, or None.
+    """
+    if source is None:
+        return None
+    if isinstance(source, Mapping):
+        return ARRAYS
+    return os.fspath(source)
 
 
 def samples_of(
     model: Model, source: Source | None, eval_data: Source | None, settings: Settings
-) -> tuple[Samples, Samples | None]:
-    """(calibration, evaluation). Without data: a few random feeds for the exactness proof and nothing else."""
+) -> SampleSets:
+    """Load the samples of a run.
+
+    Args:
+        model: Model that reads the samples.
+        source: Calibration data. Without any, a few random feeds serve to compare graphs, and nothing else.
+        eval_data: Held-out data. Without any, a part of the source is held out.
+        settings: Reading of images and tables, and the seed.
+
+    Returns:
+        Calibration and held-out samples.
+
+    Raises:
+        DataError: The data do not fit the model.
+    """
     reading = settings.reading
-    held = dataset.load(eval_data, model, reading=reading) if eval_data is not None else None
+    held_out = None
+    if eval_data is not None:
+        held_out = dataset.load(eval_data, model, reading=reading)
     if source is None:
-        return held or dataset.placeholder(model, settings.seed), held
+        calibration = held_out or dataset.placeholder(model, settings.seed)
+        return SampleSets(calibration, held_out)
     samples = dataset.load(source, model, reading=reading)
     assert samples is not None
-    if held is None:
-        held = dataset.load(source, model, dataset.EVALUATION, reading)
-    if held is None:
-        return dataset.hold_out(samples, settings.seed)
-    return samples, held
+    if held_out is None:
+        held_out = dataset.load(source, model, dataset.EVALUATION, reading)
+    if held_out is None:
+        return SampleSets(*dataset.hold_out(samples, settings.seed))
+    return SampleSets(samples, held_out)

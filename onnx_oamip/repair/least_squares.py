@@ -42,7 +42,7 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.data.feeds import FRONTIER_BYTES, affordable
+from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT, feeds_within_memory
 from onnx_oamip.graph.im2col import (
     data_rows,
     output_rows,
@@ -250,13 +250,13 @@ def least_squares(
     proto.CopyFrom(raw)
     editor = Editor(proto)
     places, notes = _places(cut)
-    feeds, used = affordable(model, samples, batch_size, memory_limit)
+    feeds, used = feeds_within_memory(model, samples, batch_size, memory_limit)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
     targets = collect_targets(model, places, feeds, types=types, device=device, rng=rng, cap=cap)
     frontier = Frontier(proto, feeds, types, device)
     if used < samples.usable():
-        limit = FRONTIER_BYTES if memory_limit is None else memory_limit
+        limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
         notes.append(
             f"least squares used {used} of {samples.usable()} samples, as many as fit in {limit >> 20} MiB"
         )

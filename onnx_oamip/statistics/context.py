@@ -20,7 +20,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.data.feeds import run_size, side_by_side
+from onnx_oamip.data.feeds import parallel_runs, run_size
 from onnx_oamip.graph import cost
 
 T = TypeVar("T")
@@ -79,7 +79,7 @@ class Context:
         if self.settings.max_memory is None:
             return self.settings.workers
         requested = self.settings.workers or os.cpu_count() or 1
-        return min(requested, side_by_side(self.model, self.settings.activation_memory_limit))
+        return min(requested, parallel_runs(self.model, self.settings.activation_memory_limit))
 
 
 class Collected:

@@ -42,13 +42,13 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
 
 def _covariance(context: Context) -> Mapping[str, Gram]:
     from onnx_oamip.artifacts import cache
-    from onnx_oamip.data.feeds import affordable
+    from onnx_oamip.data.feeds import feeds_within_memory
     from onnx_oamip.statistics import covariances
     from onnx_oamip.statistics.collector import parts
 
     model, coupling, settings = context.model, context.coupling, context.settings
     fitted, _ = parts(context.samples)
-    feeds, _ = affordable(model, fitted, context.batch, settings.activation_memory_limit)
+    feeds, _ = feeds_within_memory(model, fitted, context.batch, settings.activation_memory_limit)
     cap = covariances.CAP
     if settings.max_memory is not None:
         cap = covariances.cap(coupling, settings.activation_memory_limit)

@@ -48,7 +48,7 @@ def run(
     ``batches`` one sample is run at a time, or as many as the model is fixed to.
     """
     device = resolve_device(device)
-    dataset.check(source)
+    dataset.check_extras(source)
     loaded = tuple(models.load(path) for path in paths)
     _same_inputs(loaded)
     samples = (

@@ -19,7 +19,7 @@ from onnx_oamip.core.errors import DataError, OutputError
 from onnx_oamip.core.records import Array, Model
 from onnx_oamip.data import dataset, numpy_files, out_of_core
 from onnx_oamip.data.dataset import Samples, hold_out
-from onnx_oamip.data.out_of_core import Rows, Spool
+from onnx_oamip.data.out_of_core import FileArray, Spool
 
 VALUES = np.random.default_rng(0).standard_normal((50, 3, 4)).astype(np.float32)
 WIDE = 1 << 16
@@ -29,7 +29,7 @@ WIDE = 1 << 16
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly anything is held."""
     for module in (out_of_core, numpy_files):
-        monkeypatch.setattr(module, "HELD", 64)
+        monkeypatch.setattr(module, "IN_MEMORY_BYTES", 64)
 
 
 def _npy(path: Path, value: Array) -> Path:
@@ -66,7 +66,7 @@ def test_mapped_rows_equal_those_of_the_array(form: str, change: str, tmp_path: 
         "half": VALUES.astype(np.float16),
     }[change]
     found = _found(FORMS[form](tmp_path, value))
-    assert isinstance(found, Rows) == (change != "columns first")
+    assert isinstance(found, FileArray) == (change != "columns first")
     assert found.dtype == value.dtype.newbyteorder("=")
     assert (found.shape, found.ndim, found.size, len(found)) == (value.shape, 3, 600, 50)
     np.testing.assert_array_equal(np.asarray(found), value)
@@ -91,7 +91,7 @@ def test_mapped_rows_equal_those_of_the_array(form: str, change: str, tmp_path: 
 @pytest.mark.usefixtures("small")
 def test_arrays_in_memory_are_not_copied() -> None:
     picked = out_of_core.take(VALUES, np.arange(40, 0, -1))
-    assert isinstance(picked, Rows)
+    assert isinstance(picked, FileArray)
     np.testing.assert_array_equal(np.asarray(picked), VALUES[40:0:-1])
     assert isinstance(out_of_core.take(VALUES, np.arange(1)), np.ndarray)
 
@@ -120,8 +120,8 @@ def test_feeds_do_not_depend_on_where_samples_are_stored(
         return found, cache.identity(model, samples)
 
     held = feeds(dataset.load(source, model))
-    monkeypatch.setattr(out_of_core, "HELD", 64)
-    monkeypatch.setattr(numpy_files, "HELD", 64)
+    monkeypatch.setattr(out_of_core, "IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr(numpy_files, "IN_MEMORY_BYTES", 64)
     found = feeds(dataset.load(source, model))
     assert held[1] == found[1]
     for a, b in zip(held[0], found[0], strict=True):
@@ -189,7 +189,7 @@ def test_full_disk_while_unpacking_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = _packed(tmp_path, VALUES)
-    monkeypatch.setattr(numpy_files, "room", lambda: 100)
+    monkeypatch.setattr(numpy_files, "free_disk_space", lambda: 100)
     with pytest.raises(
         DataError, match=r"asks for .* of memory .* and 100 bytes for temporary files; give fewer"
     ):
@@ -200,8 +200,8 @@ def test_full_disk_while_unpacking_is_reported(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.undo()
-    monkeypatch.setattr(out_of_core, "HELD", 64)
-    monkeypatch.setattr(numpy_files, "HELD", 64)
+    monkeypatch.setattr(out_of_core, "IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr(numpy_files, "IN_MEMORY_BYTES", 64)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(
         OutputError,
@@ -217,7 +217,7 @@ def test_temporary_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for part in np.arange(3 << 20).reshape(6, -1):
         spool.append(part)
     found = spool.finish((6, 1 << 19), np.dtype(np.int64))
-    assert isinstance(found, Rows)
+    assert isinstance(found, FileArray)
     np.testing.assert_array_equal(found[4], np.arange(4 << 19, 5 << 19))
     assert not list((tmp_path / "t").iterdir())
 
@@ -225,7 +225,7 @@ def test_temporary_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_samples_of_functions_and_images_are_written_to_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(out_of_core, "HELD", 64)
+    monkeypatch.setattr(out_of_core, "IN_MEMORY_BYTES", 64)
     net = load(build(NETS["mlp"]), tmp_path)
     (tmp_path / "many_feeds.py").write_text(
         "import numpy as np\n\ndef feeds():\n    for i in range(40):\n"
@@ -235,7 +235,7 @@ def test_samples_of_functions_and_images_are_written_to_disk(
     monkeypatch.syspath_prepend(str(tmp_path))
     samples = dataset.load("many_feeds:feeds", net)
     assert samples is not None
-    assert isinstance(samples.arrays["x"], Rows)
+    assert isinstance(samples.arrays["x"], FileArray)
     assert (samples.count, samples.whole) == (40, True)
     np.testing.assert_array_equal(
         samples.feed(np.asarray([7]))["x"], np.full((4, 6), 7, np.float32)

@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 from onnx_oamip.core.records import Array, Model
 from onnx_oamip.data import dataset
 from onnx_oamip.data import feeds as feed_batches
-from onnx_oamip.data.feeds import affordable
+from onnx_oamip.data.feeds import feeds_within_memory
 from onnx_oamip.graph import partial_execution
 from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
 from onnx_oamip.graph.runtime import Session
@@ -353,8 +353,8 @@ def test_feeds_are_limited_by_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (sample // 2, 16, [1]),
     )
     for room, size, expected in cases:
-        monkeypatch.setattr(feed_batches, "FRONTIER_BYTES", room)
-        feeds, used = affordable(model, found, size)
+        monkeypatch.setattr(feed_batches, "DEFAULT_MEMORY_LIMIT", room)
+        feeds, used = feeds_within_memory(model, found, size)
         assert [len(f["x"]) for f in feeds] == expected
         assert used == sum(expected)
         np.testing.assert_array_equal(

@@ -1004,7 +1004,7 @@ def test_samples_limited_by_memory_are_noted(
     found = _samples(model, 80)
     assert not [n for n in _fit(model, coupling, keep, found).notes if "used" in n]
     sample = 4 * (8 * 64 + 8 * 64 + 12 * 16)
-    monkeypatch.setattr(feed_batches, "FRONTIER_BYTES", 50 * sample)
+    monkeypatch.setattr(feed_batches, "DEFAULT_MEMORY_LIMIT", 50 * sample)
     notes = _fit(model, coupling, keep, found).notes
     assert len([n for n in notes if "least squares used" in n and "of 80 samples" in n]) == 1
 

@@ -158,7 +158,7 @@ def test_calibration_does_not_use_the_requested_batch_size(
         seen[batch] = set()
         settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, batch_size=batch)
         score(path, arrays, tmp_path / "s.npz", settings)
-    assert seen[1] - {1} == seen[32] == seen[512] - {512} == {feed_batches.RUN}
+    assert seen[1] - {1} == seen[32] == seen[512] - {512} == {feed_batches.MAX_RUN_SAMPLES}
 
 
 def test_seed_changes_the_result(tmp_path: Path) -> None:
@@ -174,12 +174,12 @@ def test_run_size_follows_from_model_and_memory(tmp_path: Path) -> None:
     path.write_bytes(build(TEXT).SerializeToString())
     model = models.rebind(models.load(path), {"batch": 1})
     sample = 4 * (16 * 64 + 16 * 64 + 12 * 64)
-    assert feed_batches.run_size(model) == feed_batches.RUN
+    assert feed_batches.run_size(model) == feed_batches.MAX_RUN_SAMPLES
     assert feed_batches.run_size(model, 5 * sample) == 5
     assert feed_batches.run_size(model, 1) == 1
     found = dataset.load({"image": np.zeros((40, 3, 8, 8), np.float32)}, model)
     assert found is not None
-    feeds, used = feed_batches.affordable(
+    feeds, used = feed_batches.feeds_within_memory(
         model, found, feed_batches.run_size(model, 10 * sample), 10 * sample
     )
     assert (len(feeds), used) == (1, 10)

@@ -572,7 +572,7 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "a huge label": (
         ".npz",
         _zipped(x=npy(GOOD), labels=npy(np.full(6, 2**63, np.uint64))),
-        "which is none",
+        "which exceeds int64",
     ),
     "an odd name": (
         ".npz",

@@ -27,7 +27,7 @@ from onnx_oamip.core.records import (
     Round,
     Scores,
 )
-from onnx_oamip.data.feeds import affordable
+from onnx_oamip.data.feeds import feeds_within_memory
 from onnx_oamip.graph.im2col import data_rows, output_rows
 from onnx_oamip.graph.linear_layers import Editor, matrix, unmatrix
 from onnx_oamip.graph.ops import Trait, has
@@ -105,7 +105,7 @@ class Bench:
         )
         self.total = sum(self.size(name) for name in self.free)
         self.targets: Mapping[str, Target] | None = None
-        self._feeds = affordable(
+        self._feeds = feeds_within_memory(
             model, opened.samples, opened.batch, opened.settings.activation_memory_limit
         )[0]
         self._types = element_types(model.proto, model.dtypes)

@@ -22,7 +22,7 @@ from onnx_oamip.core.errors import (
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Floats, Verification
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data.dataset import check as check_sources
+from onnx_oamip.data.dataset import check_extras
 from onnx_oamip.data.sources import Source, samples_of
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session, resolve_device
@@ -135,7 +135,7 @@ def pack(
     clock = Clock()
     target = check_output(path, output, (data, eval_data))
     exact = clusters is None and data is None
-    check_sources(data, eval_data)
+    check_extras(data, eval_data)
     if not exact:
         codebook.check()
     with clock("load"):
