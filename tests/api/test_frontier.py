@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from browser import (
+from graphs import CNN, build
+from headless_browser import (
     Tree,
     assert_fetches_nothing,
     assert_ids_are_sound,
     assert_well_laid_out,
     needs_chromium,
 )
-from graphs import CNN, build
 
 from onnx_oamip import Settings, prune
 from onnx_oamip.api import frontier as frontiers

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from conftest import MODELS
 from graphs import build
-from texts import RESIDUAL_CNN as TEXT
+from network_texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip import (
     apply,

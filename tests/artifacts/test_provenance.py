@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import build
-from texts import RESIDUAL_CNN as TEXT
+from network_texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip import (
     __version__,

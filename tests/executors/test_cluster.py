@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import executor_tasks
 import numpy as np
-import pieces
 import pytest
 from graphs import NETS, RESIDUAL, build, load, samples
 
@@ -196,15 +196,15 @@ def either(request: pytest.FixtureRequest) -> Executor:
 def test_results_come_in_order(either: Executor) -> None:
     told: list[tuple[int, int]] = []
     found = either.map(
-        pieces.add, 10, list(range(30)), lambda done, total: told.append((done, total))
+        executor_tasks.add, 10, list(range(30)), lambda done, total: told.append((done, total))
     )
     assert found == list(range(10, 40))
     assert told == [(i + 1, 30) for i in range(30)]
-    assert either.map(pieces.add, 10, []) == []
+    assert either.map(executor_tasks.add, 10, []) == []
 
 
 @pytest.mark.parametrize(
-    ("task", "kind"), [(pieces.refuse, ModelError), (pieces.overrun, TimeoutError)]
+    ("task", "kind"), [(executor_tasks.refuse, ModelError), (executor_tasks.overrun, TimeoutError)]
 )
 def test_task_errors_reach_the_caller(
     either: Executor, task: Callable[[Any, int], int], kind: type[Exception]
@@ -215,17 +215,17 @@ def test_task_errors_reach_the_caller(
 
 def test_tasks_are_spread_with_one_thread_each(address: str) -> None:
     there = executor(scheduler=address)
-    assert len({*there.map(pieces.process, None, list(range(12)))}) == 2
-    assert os.getpid() not in there.map(pieces.process, None, [0])
+    assert len({*there.map(executor_tasks.process, None, list(range(12)))}) == 2
+    assert os.getpid() not in there.map(executor_tasks.process, None, [0])
     assert (
-        len({*there.map(pieces.identity, list(range(9)), list(range(12)))}) <= 2
+        len({*there.map(executor_tasks.identity, list(range(9)), list(range(12)))}) <= 2
     )  # opened once a process
-    assert set(there.map(pieces.threads, None, list(range(4)))) == {1}
+    assert set(there.map(executor_tasks.threads, None, list(range(4)))) == {1}
 
 
 def test_thread_executor_shares_the_object_between_tasks() -> None:
     shared = [1, 2]
-    assert set(Threads(2).map(pieces.identity, shared, [0, 1, 2])) == {id(shared)}
+    assert set(Threads(2).map(executor_tasks.identity, shared, [0, 1, 2])) == {id(shared)}
 
 
 # --------------------------------------------------------------------------------------------------- workers that go
@@ -255,9 +255,9 @@ def test_task_of_a_lost_worker_runs_again(local: Any, address: str) -> None:
             killed.append(done)
             _kill(local, 1)
 
-    assert executor(scheduler=address).map(pieces.rest, 0.05, list(range(30)), kill) == list(
-        range(30)
-    )
+    assert executor(scheduler=address).map(
+        executor_tasks.rest, 0.05, list(range(30)), kill
+    ) == list(range(30))
     assert killed == [3]
 
 
@@ -266,7 +266,7 @@ def test_task_that_kills_its_workers_is_reported(
 ) -> None:
     monkeypatch.setattr(local.scheduler, "allowed_failures", 0)
     with pytest.raises(EnvironmentMissing, match="workers died at the same piece of work"):
-        executor(scheduler=address).map(pieces.leave, None, [0])
+        executor(scheduler=address).map(executor_tasks.leave, None, [0])
 
 
 def test_losing_every_worker_is_reported(
@@ -278,7 +278,7 @@ def test_losing_every_worker_is_reported(
             EnvironmentMissing, match=r"no worker is left at `scheduler=tcp://.*, with [1-9] of 40"
         ):
             executor(scheduler=address).map(
-                pieces.rest, 0.05, list(range(40)), lambda *_: local.scale(0)
+                executor_tasks.rest, 0.05, list(range(40)), lambda *_: local.scale(0)
             )
         _wait(local, 0)
         with pytest.raises(
@@ -294,7 +294,7 @@ def test_interrupted_tasks_are_cancelled(local: Any, address: str) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        executor(scheduler=address).map(pieces.rest, 0.2, list(range(20)), interrupt)
+        executor(scheduler=address).map(executor_tasks.rest, 0.2, list(range(20)), interrupt)
     until = time.monotonic() + 10
     while local.scheduler.tasks and time.monotonic() < until:
         time.sleep(0.05)
@@ -376,7 +376,7 @@ def test_workers_with_other_versions_are_refused(
 def test_scheduler_of_another_version_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "misfit", pieces.misfit)
+    monkeypatch.setattr(cluster, "misfit", executor_tasks.misfit)
     with pytest.raises(
         EnvironmentMissing, match=r"the scheduler tcp://\S+ has python 1\.0, and here"
     ):
@@ -389,7 +389,7 @@ def test_late_worker_with_other_versions_is_refused(
     monkeypatch.setattr(cluster, "facts", lambda: (("numpy", "1.0"), ("distributed", "1.0")))
     monkeypatch.setattr(cluster.Cluster, "_meet", lambda *_: None)
     with pytest.raises(EnvironmentMissing, match=r"the worker tcp://\S+ has numpy"):
-        executor(scheduler=address).map(pieces.add, 1, [1])
+        executor(scheduler=address).map(executor_tasks.add, 1, [1])
 
 
 def test_workers_without_the_device_are_refused(address: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 from graphs import RUNTIME, assert_exact, distance, feed, load, operands, random_keep
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from making import NEWEST
-from networks import KINDS, Network, alone, each, networks
+from random_network_parts import NEWEST
+from random_networks import KINDS, Network, alone, each, networks
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -129,7 +129,9 @@ def test_every_operator_is_drawn_by_the_generator() -> None:
     names = {s.name for s in REGISTRY if id(s) in drawn}
     missing = [f"{s.domain}::{s.name} (since {s.since})" for s in _drawable() if id(s) not in drawn]
     missing = [name for name in missing if name.split("::")[1].split()[0] not in UNDRAWN]
-    assert not missing, f"no block in tests/networks.py or tests/blocks.py draws {missing}"
+    assert not missing, (
+        f"no block in random_networks.py or random_network_blocks.py draws {missing}"
+    )
     assert not names & UNDRAWN.keys()
 
 

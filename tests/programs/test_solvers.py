@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from programs import knapsack
+from knapsack_programs import knapsack
 from scipy.sparse import csr_array
 
 from onnx_oamip.core.errors import SettingsError, SolverError
@@ -311,7 +311,7 @@ def test_solvers_print_nothing(solver: str, capfd: pytest.CaptureFixture[str]) -
 def test_interrupt_stops_a_solve(solver: str) -> None:
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from programs import knapsack\n"
+        "from knapsack_programs import knapsack\n"
         "from onnx_oamip.programs import solvers\n"
         "print('solving', flush=True)\n"
         f"try: solvers.solve(knapsack(200, 40), solvers.SolverLimits(gap=0.0), {solver!r})\n"
@@ -516,7 +516,7 @@ def test_solve_from_python_prints_nothing(solver: str) -> None:
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
         "from concurrent.futures import ThreadPoolExecutor\n"
-        "from programs import knapsack\n"
+        "from knapsack_programs import knapsack\n"
         "from onnx_oamip.programs import solvers\n"
         "exact = solvers.SolverLimits(gap=0.0)\n"
         "with ThreadPoolExecutor(4) as pool:\n"

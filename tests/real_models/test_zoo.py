@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from zoo import FOLDER, NAMES, image, images, with_weights
+from zoo_networks import FOLDER, NAMES, image, images, with_weights
 
 from onnx_oamip import prune
 from onnx_oamip.api import pipeline

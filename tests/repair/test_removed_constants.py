@@ -11,7 +11,7 @@ import pytest
 from graphs import build, constants, distance, load, random_keep, samples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from networks import Network, networks
+from random_networks import Network, networks
 
 from onnx_oamip.core.records import (
     Array,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import MODELS
 from graphs import build
-from texts import CNN as TEXT
+from network_texts import CNN as TEXT
 
 from onnx_oamip import (
     apply,

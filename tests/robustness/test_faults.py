@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from graphs import build
-from programs import knapsack
-from texts import RESIDUAL_CNN as TEXT
+from knapsack_programs import knapsack
+from network_texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip import importance, prune, published
 from onnx_oamip.api import pipeline

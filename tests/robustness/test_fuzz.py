@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from graphs import build
-from mutations import DATA_MODEL, ZEROS, npy, repeated_text, said, understated
+from mutated_files import DATA_MODEL, ZEROS, npy, repeated_text, said, understated
 from onnx import ModelProto, TensorProto, helper
 from PIL import Image
 from safetensors.numpy import save

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from graphs import build
-from texts import RESIDUAL_CNN as TEXT
+from network_texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip.programs import solvers
 
@@ -105,9 +105,9 @@ def stick(place, started):
         run = latency.subprocess.run
         latency.subprocess.run = weighed
     else:
-        import pieces
+        import executor_tasks
         from onnx_oamip.executors import cluster
-        sensitivity._measure = pieces.stay
+        sensitivity._measure = executor_tasks.stay
         send = cluster._Run._send
         cluster._Run._send = sent
 

@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import pytest
 from graphs import build
+from network_texts import CNN as TEXT
 from onnx import numpy_helper
-from texts import CNN as TEXT
 
 from onnx_oamip import couple, prune
 from onnx_oamip.api import pipeline

@@ -1,6 +1,6 @@
-"""A process that hands broken files to the command line, case after case, and the watch over it.
+"""Fuzzing of the command line: a process that runs it on broken files, and the check of each outcome.
 
-``python tests/fuzzing.py model 17 23`` runs single cases in the foreground and keeps their files.
+``python tests/support/fuzzing.py model 17 23`` runs single cases in the foreground and keeps their files.
 """
 
 from __future__ import annotations
@@ -154,11 +154,11 @@ def _files(folder: Path) -> set[str]:
 
 def run_model(number: int, folder: Path, watch: _Watch) -> Outcome:
     """Prune (and look at) one mutated model."""
-    import mutations
+    import mutated_files
     import numpy as np
     import onnx
 
-    content, beside = mutations.model(np.random.default_rng([SEED, 0, number]))
+    content, beside = mutated_files.model(np.random.default_rng([SEED, 0, number]))
     place, target = folder / "in", folder / "out"
     place.mkdir(), target.mkdir()
     path = place / "model.onnx"
@@ -192,13 +192,13 @@ def run_model(number: int, folder: Path, watch: _Watch) -> Outcome:
 
 def run_data(number: int, folder: Path, watch: _Watch) -> Outcome:
     """Prune a sound model with one broken source of samples."""
-    import mutations
+    import mutated_files
     import numpy as np
     from graphs import build
 
     model = folder / "model.onnx"
-    model.write_bytes(build(mutations.DATA_MODEL).SerializeToString())
-    name, files = mutations.data(np.random.default_rng([SEED, 1, number]))
+    model.write_bytes(build(mutated_files.DATA_MODEL).SerializeToString())
+    name, files = mutated_files.data(np.random.default_rng([SEED, 1, number]))
     for inner, content in files.items():
         (folder / inner).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):

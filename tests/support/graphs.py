@@ -1,4 +1,4 @@
-"""Small graphs written as ONNX text, with seeded weights, and what the tests do with any graph."""
+"""Graphs built from ONNX text with seeded weights, and comparisons that apply to any graph."""
 
 from __future__ import annotations
 

@@ -195,7 +195,9 @@ def _transformer(
 
 def _zoo() -> ModuleType:
     """The graphs of the onnx package with weights, as the tests use them."""
-    spec = importlib.util.spec_from_file_location("zoo", ROOT / "tests" / "zoo.py")
+    spec = importlib.util.spec_from_file_location(
+        "zoo_networks", ROOT / "tests" / "support" / "zoo_networks.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

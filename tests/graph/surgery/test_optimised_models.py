@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from bert import LENGTH, bert
+from bert_encoder import LENGTH, bert
 from conftest import MODELS
 from graphs import assert_exact, distance, load, random_keep
 from onnx import ModelProto

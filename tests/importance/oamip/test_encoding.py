@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from graphs import build, feed, load, random_keep
 from hypothesis import given, settings
-from networks import Network, networks
+from random_networks import Network, networks
 
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records import (

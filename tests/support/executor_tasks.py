@@ -1,4 +1,4 @@
-"""Pieces of work for executors: in a module that the workers of a cluster can import."""
+"""Tasks for executors, in a module that the workers of a cluster can import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small networks in the textual form of ONNX, shared by several test files."""
+"""Small networks as ONNX text that several test files use."""
 
 from __future__ import annotations
 

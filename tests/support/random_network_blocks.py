@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from making import Activation, Maker, Value
 from onnx import TensorProto
+from random_network_parts import Activation, Maker, Value
 
 COMPARE = (("Greater", 9), ("Less", 9), ("GreaterOrEqual", 12), ("LessOrEqual", 12))
 STATISTICS = ("Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "LogSum", "LogSumExp", "SumSquare")

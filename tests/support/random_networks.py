@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from blocks import Sequences
 from hypothesis import strategies as st
-from making import IR, OPSETS, Choose, Maker, Value, jumps
 from onnx import ModelProto, TensorProto, helper
+from random_network_blocks import Sequences
+from random_network_parts import IR, OPSETS, Choose, Maker, Value, jumps
 
 
 @dataclass(frozen=True)

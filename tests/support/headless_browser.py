@@ -1,4 +1,4 @@
-"""A page laid out by a headless Chromium, where there is one, and what is wrong with the layout."""
+"""Layout of a page in a headless Chromium, if one is installed, and the faults of that layout."""
 
 from __future__ import annotations
 

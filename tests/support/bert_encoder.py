@@ -1,4 +1,4 @@
-"""An encoder as exporters write it out: the layout that ONNX Runtime's transformer optimiser looks for."""
+"""A BERT encoder as exporters write it out, in the layout that ONNX Runtime's transformer optimiser fuses."""
 
 from __future__ import annotations
 

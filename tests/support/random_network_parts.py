@@ -1,4 +1,4 @@
-"""What random networks are put together with: drawn choices, seeded weights, nodes in the form an opset asks for."""
+"""Parts of random networks: drawn choices, seeded weights, nodes in the form an opset requires."""
 
 from __future__ import annotations
 
