@@ -1,6 +1,7 @@
-"""What a run says about itself: one JSON document per command.
+"""JSON documents: the record of a run, one function per command.
 
-Documents hold plain values only and are strict JSON: what is not a finite number is null. ``tables`` draws them.
+Documents hold plain values only and are strict JSON: a number that is not finite becomes null. ``tables`` and ``html``
+present them. The keys are described in the JSON reference.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from onnx_oamip.verification.latency import Timing
 
 SCHEMA_VERSION = 1
 LOW = 0.1
-"""Score below which a unit goes in the published experiments."""
+"""Score below which units are removed in the published experiments."""
 Document: TypeAlias = dict[str, Any]
 
 
@@ -90,7 +91,14 @@ def document(report: Report) -> Document:
 
 
 def frontier(found: Frontier) -> Document:
-    """The JSON document of ``frontier``: the model at every budget, by falling MACs."""
+    """Converts the result of ``frontier`` to its JSON document: the model at every budget, by falling MACs.
+
+    Args:
+        found: The result.
+
+    Returns:
+        A dict of plain values.
+    """
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(found.model),
@@ -109,7 +117,14 @@ def frontier(found: Frontier) -> Document:
 
 
 def scoring(found: Scored) -> Document:
-    """The JSON document of ``score``: per group how its scores are spread; ``below`` is the share under ``low``."""
+    """Converts the result of ``score`` to its JSON document: the distribution of the scores of every group.
+
+    Args:
+        found: The result.
+
+    Returns:
+        A dict of plain values; ``below`` is the share of scores under ``low``.
+    """
     groups = []
     for group in found.coupling.groups:
         values = found.scores.values[group.units]
@@ -132,7 +147,14 @@ def scoring(found: Scored) -> Document:
 
 
 def planning(found: Planned) -> Document:
-    """The JSON document of ``plan``: as that of ``prune``, with what is predicted in place of what was measured."""
+    """Converts the result of ``plan`` to its JSON document: that of ``prune`` with predicted instead of measured costs.
+
+    Args:
+        found: The result.
+
+    Returns:
+        A dict of plain values.
+    """
     groups = []
     for group, width in zip(found.coupling.groups, found.plan.widths.tolist(), strict=True):
         units = len(group.units)
@@ -169,7 +191,15 @@ def planning(found: Planned) -> Document:
 
 
 def inspection(model: Model, coupling: Coupling) -> Document:
-    """The JSON document of ``inspect``: what can go, what cannot, and why."""
+    """Builds the JSON document of ``inspect``: removable groups, and pinned channels with their reasons.
+
+    Args:
+        model: The model.
+        coupling: Its coupling.
+
+    Returns:
+        A dict of plain values.
+    """
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(model),
@@ -198,12 +228,21 @@ def inspection(model: Model, coupling: Coupling) -> Document:
 
 
 def comparison(original: Model, pruned: Model, verification: Verification) -> Document:
-    """The JSON document of ``verify``."""
+    """Builds the JSON document of ``verify``.
+
+    Args:
+        original: The model before pruning.
+        pruned: The model after it.
+        verification: How the two compare.
+
+    Returns:
+        A dict of plain values.
+    """
     sides = []
     for model in (original, pruned):
-        # Costs at full width do not depend on what could be cut.
-        nothing = Coupling(0, (), np.zeros(0, np.int64), {}, (), ())
-        sides.append({**_model(model), "cost": _whole(model, nothing)})
+        # Costs at full width do not depend on the groups.
+        no_groups = Coupling(0, (), np.zeros(0, np.int64), {}, (), ())
+        sides.append({**_model(model), "cost": _whole(model, no_groups)})
     result = {
         "schema_version": SCHEMA_VERSION,
         "original": sides[0],
@@ -215,7 +254,14 @@ def comparison(original: Model, pruned: Model, verification: Verification) -> Do
 
 
 def checkpoint(found: Checkpoint) -> Document:
-    """The JSON document of ``checkpoint``: every tensor of the state dict with its shapes."""
+    """Converts the result of ``checkpoint`` to its JSON document: every tensor of the state dict with its shapes.
+
+    Args:
+        found: The result.
+
+    Returns:
+        A dict of plain values.
+    """
     result = {
         "schema_version": SCHEMA_VERSION,
         "output": {"path": found.output, "sha256": found.sha256},
@@ -230,7 +276,11 @@ def checkpoint(found: Checkpoint) -> Document:
 
 
 def operators() -> Document:
-    """The JSON document of ``ops``: every operator whose channels can be followed."""
+    """Builds the JSON document of ``ops``: every operator whose channels can be followed.
+
+    Returns:
+        A dict of plain values.
+    """
     result = {
         "schema_version": SCHEMA_VERSION,
         "operators": [
@@ -251,7 +301,14 @@ def operators() -> Document:
 
 
 def solvers(found: Sequence[SolverRecord]) -> Document:
-    """The JSON document of ``solvers``; a null limit means any size."""
+    """Builds the JSON document of ``solvers``.
+
+    Args:
+        found: The solvers on this machine.
+
+    Returns:
+        A dict of plain values; a null limit means any size.
+    """
     result = {
         "schema_version": SCHEMA_VERSION,
         "solvers": [
@@ -272,7 +329,14 @@ def solvers(found: Sequence[SolverRecord]) -> Document:
 
 
 def benchmark(found: Benchmark) -> Document:
-    """The JSON document of ``bench``: for every model its timings, one per batch size."""
+    """Converts the result of ``bench`` to its JSON document: the timings of every model, one per batch size.
+
+    Args:
+        found: The result.
+
+    Returns:
+        A dict of plain values.
+    """
     result = {
         "schema_version": SCHEMA_VERSION,
         "device": found.device,
@@ -298,7 +362,14 @@ def benchmark(found: Benchmark) -> Document:
 
 
 def dumps(value: Document) -> str:
-    """Strict JSON text of a document."""
+    """Serialises a document.
+
+    Args:
+        value: The document.
+
+    Returns:
+        Strict JSON, indented.
+    """
     return json.dumps(value, indent=2, allow_nan=False)
 
 
@@ -333,8 +404,9 @@ def _cost(cost: Cost) -> Document:
 
 
 def _whole(model: Model, coupling: Coupling) -> Document:
-    """The cost before any cut; bytes are those of the file as it lies there."""
-    return {**_cost(ledger(model, coupling).cost(full_widths(coupling))), "bytes": model.file_bytes}
+    """Cost of the whole model; the bytes are those of its file, not of the normalised graph."""
+    cost = ledger(model, coupling).cost(full_widths(coupling))
+    return {**_cost(cost), "bytes": model.file_bytes}
 
 
 def _summary(values: Floats) -> Document:
@@ -351,13 +423,13 @@ def _skipped(coupling: Coupling) -> list[Document]:
 
 
 def _consumers(coupling: Coupling) -> list[list[str]]:
-    """Names of the nodes that sum over each group's channels, in graph order."""
-    found: list[dict[str, None]] = [{} for _ in coupling.groups]
+    """Names of the nodes that sum over the channels of each group, in graph order."""
+    names: list[dict[str, None]] = [{} for _ in coupling.groups]
     for consumer in (*coupling.consumers, *coupling.inside):
         units = coupling.axes[consumer.data, consumer.axis]
         for group in np.unique(coupling.unit_group[units[units >= 0]]).tolist():
-            found[group].setdefault(consumer.node)
-    return [list(names) for names in found]
+            names[group].setdefault(consumer.node)
+    return [list(by_group) for by_group in names]
 
 
 def _verification(verification: Verification) -> Document:
@@ -376,16 +448,18 @@ def _verification(verification: Verification) -> Document:
 
 
 def _point(point: Point, before: Cost) -> Document:
-    """One point of a frontier; all that was not measured is null."""
-    whole, cost, proved = _cost(before), point.cost, point.verification
-    after = dict.fromkeys(whole) if cost is None else _cost(cost)
+    """One point of a frontier; values that were not measured are null."""
+    whole = _cost(before)
+    after = dict.fromkeys(whole) if point.cost is None else _cost(point.cost)
+    shares: Document = dict.fromkeys(whole)
+    for key, value in after.items():
+        if value is not None and whole[key]:
+            shares[key] = value / whole[key]
+    proved = point.verification
     return {
         "asked": point.asked,
         **after,
-        "shares": {
-            key: after[key] / whole[key] if after[key] is not None and whole[key] else None
-            for key in whole
-        },
+        "shares": shares,
         "accuracy": proved and proved.accuracy_after,
         "agreement": proved and proved.agreement,
         "output_relative_error": proved and proved.output_relative_error,

@@ -1,7 +1,7 @@
-"""Reports as one HTML file each, readable offline and in print: no script, and nothing that is fetched.
+"""HTML reports: one file per run, readable offline and in print, without scripts and external resources.
 
-``prune.py`` and ``frontier.py`` turn documents into plain sections with what ``page.py`` lends them, ``charts.py``
-draws, ``layout.py`` and ``page.html.j2`` make the file.
+``prune`` and ``frontier`` turn documents into sections, with the shared parts of ``page`` and the drawings of
+``charts``; ``layout`` and ``page.html.j2`` render the file.
 """
 
 from __future__ import annotations

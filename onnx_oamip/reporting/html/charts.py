@@ -1,9 +1,9 @@
-"""Charts as SVG that lies inside a page: same numbers in, same bytes out.
+"""Charts as inline SVG: the same numbers give the same bytes.
 
-A chart is drawn one unit to a CSS pixel at the width of a telephone, and a page puts several side by side: text has one
-size on every screen. Texts stay texts, in the reader's fonts; they are measured in a wide one, so that they fit. What
-matplotlib says about itself, its style rules and every id that nothing refers to are taken out, and the ids that are
-left differ from chart to chart.
+One unit of a chart is one CSS pixel at the width of a telephone, and a page puts several charts side by side, so that
+text has the same size on every screen. Text remains text, in the reader's fonts; it is measured in a wide font, so that
+it fits. Matplotlib's metadata, its style rules and unreferenced ids are removed, and the ids that remain differ from
+chart to chart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 _LOG = logging.getLogger("matplotlib")
 _LEVEL = _LOG.level
-_LOG.setLevel(logging.ERROR)  # it tells about its font cache on stderr
+_LOG.setLevel(logging.ERROR)  # it reports on its font cache on stderr
 
 import matplotlib.style  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
@@ -69,11 +69,20 @@ _STYLE = {
     "path.simplify": False,
 }
 _ROW, _NAME, _VALUE, _TOP, _FOOT = 20, 160, 92, 6, 44
-"""Of a chart of rows, in pixels: height of a row, widths of the columns of names and values, margins."""
+"""Sizes in pixels of a chart with rows: height of a row, widths of the columns of names and values, margins."""
 
 
 def widths(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
-    """Horizontal bars: (group, units before, units after); ``most`` is where the axis ends."""
+    """Draws the widths of groups as horizontal bars.
+
+    Args:
+        rows: Name of each group, its units before and after pruning.
+        salt: Prefix of the ids in the drawing.
+        most: End of the axis.
+
+    Returns:
+        SVG.
+    """
     with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Channels before and after") as (
         fig,
         done,
@@ -90,7 +99,16 @@ def widths(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
 
 
 def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[float, float]) -> str:
-    """Two dots a row on a logarithmic axis: (node, error before its refit, error after); ``span`` is the axis."""
+    """Draws the errors of refitted nodes: two dots per row on a logarithmic axis.
+
+    Args:
+        rows: Name of each node, its error before and after the refit.
+        salt: Prefix of the ids in the drawing.
+        span: Range of the axis.
+
+    Returns:
+        SVG.
+    """
     with _figure(
         WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Relative error of every node, refitted"
     ) as (fig, done):
@@ -122,9 +140,17 @@ def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[floa
 def sensitivity(
     shares: Floats, losses: Floats, chosen: float, span: tuple[float, float], salt: str
 ) -> str:
-    """A group's loss (levels,) by the share of it that is kept (levels,), the chosen share marked.
+    """Draws the sensitivity of a group.
 
-    ``span`` is the logarithmic axis; what is below it is drawn at its foot.
+    Args:
+        shares: Kept shares of the group (levels,).
+        losses: Loss of the model at each share (levels,).
+        chosen: The share that was chosen, which is marked.
+        span: Range of the logarithmic axis; smaller losses are drawn at its lower end.
+        salt: Prefix of the ids in the drawing.
+
+    Returns:
+        SVG.
     """
     with _figure(NARROW, 146, salt, "Loss by share kept") as (fig, done):
         axes = _axes(fig, 46, 17, 8, 42)
@@ -157,7 +183,16 @@ def sensitivity(
 
 
 def scores(values: Floats, kept: Bools, salt: str) -> str:
-    """A histogram of a group's scores (units,), kept and removed; logarithmic where they span decades."""
+    """Draws a histogram of the scores of a group, on a logarithmic axis if they span decades.
+
+    Args:
+        values: Scores (units,).
+        kept: Keep mask (units,).
+        salt: Prefix of the ids in the drawing.
+
+    Returns:
+        SVG.
+    """
     with _figure(NARROW, 146, salt, "Scores of the units") as (fig, done):
         axes = _axes(fig, 46, 17, 8, 42)
         values, kept = values[np.isfinite(values)], kept[np.isfinite(values)]
@@ -187,9 +222,17 @@ def scores(values: Floats, kept: Bools, salt: str) -> str:
 
 
 def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str) -> str:
-    """The tries of a search: (share of MACs kept, points lost, whether it was taken) and what may be lost at most.
+    """Draws the trials of a search for the smallest model.
 
-    A try that misses by far is a triangle at the upper edge, so that what lies around the limit can be told apart.
+    A trial that misses the limit by far is a triangle at the upper edge, so that the axis resolves the others.
+
+    Args:
+        tries: Share of MACs kept, points of accuracy lost, and whether the trial was chosen.
+        allowed: Largest loss that is allowed, in points.
+        salt: Prefix of the ids in the drawing.
+
+    Returns:
+        SVG.
     """
     with _figure(WIDE, 270, salt, "Points lost by share of MACs kept") as (fig, done):
         axes = _axes(fig, 50, 14, 12, 44)
@@ -229,7 +272,17 @@ def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str)
 def frontier(
     points: Sequence[tuple[float, float]], whole: float | None, name: str, salt: str
 ) -> str:
-    """A quality in [0, 1] by the share of MACs kept, every point with its value; ``whole`` is the original's."""
+    """Draws a quality over the share of MACs kept.
+
+    Args:
+        points: Share of MACs kept, and the quality in [0, 1].
+        whole: Quality of the original; None if unknown.
+        name: Name of the quality.
+        salt: Prefix of the ids in the drawing.
+
+    Returns:
+        SVG.
+    """
     with _figure(WIDE, 270, salt, f"{name} by share of MACs kept") as (fig, done):
         axes = _axes(fig, 56, 20, 22, 44)
         axes.grid()
@@ -272,7 +325,15 @@ def frontier(
 
 
 def latency(points: Sequence[tuple[float, float]], salt: str) -> str:
-    """Measured latency over the original's by the share of MACs kept, beside the line on which the two are equal."""
+    """Draws the relative latency over the share of MACs kept, with the line on which the two are equal.
+
+    Args:
+        points: Share of MACs kept, and latency relative to the original.
+        salt: Prefix of the ids in the drawing.
+
+    Returns:
+        SVG.
+    """
     with _figure(WIDE, 270, salt, "Latency by share of MACs kept") as (fig, done):
         axes = _axes(fig, 56, 20, 22, 44)
         axes.grid()
@@ -302,13 +363,21 @@ def latency(points: Sequence[tuple[float, float]], salt: str) -> str:
 
 
 def decades(values: Sequence[float]) -> tuple[float, float]:
-    """Whole powers of ten around all positive values, six decades at most, one at least."""
-    found = np.asarray(values, np.float64)
-    found = found[np.isfinite(found) & (found > 0)]
-    if not len(found):
+    """Chooses the range of a logarithmic axis.
+
+    Args:
+        values: The values to show; those that are not positive and finite are ignored.
+
+    Returns:
+        Whole powers of ten around the values, at most six and at least one decade apart.
+    """
+    shown = np.asarray(values, np.float64)
+    shown = shown[np.isfinite(shown) & (shown > 0)]
+    if not len(shown):
         return 0.1, 1.0
-    high = int(np.ceil(np.log10(found.max())))
-    low = min(max(int(np.floor(np.log10(found.min()))), high - 6), high - 1)
+    high = int(np.ceil(np.log10(shown.max())))
+    lowest = int(np.floor(np.log10(shown.min())))
+    low = min(max(lowest, high - 6), high - 1)
     return 10.0**low, 10.0**high
 
 
@@ -376,17 +445,24 @@ def _powers(axes: Axes, side: str, span: tuple[float, float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def shortened(text: str, room: float) -> str:
-    """The text, visible, at most ``room`` pixels wide in a wide font.
+def shortened(text: str, available: float) -> str:
+    """Shortens a name to a width in pixels, measured in a wide font.
 
-    Words of a name shrink to their first letter, from the left, as in ``e.l.3.attention.dense.weight``: numbers, which
-    tell layers apart, stay. What is too long even so loses its middle.
+    Words shrink to their first letter, from the left, as in ``e.l.3.attention.dense.weight``; numbers, which
+    distinguish layers, are kept. A name that is too long even so loses its middle.
+
+    Args:
+        text: The name.
+        available: Largest width in pixels.
+
+    Returns:
+        The name, with invisible characters spelt out.
     """
     text = visible(text)[:400]
     found = text
     words = list(re.finditer(r"[^\W\d_]{2,}(?=[./_:])", text))
     for i in range(len(words)):
-        if _extent(found) <= room:
+        if _extent(found) <= available:
             return found
         end = words[i].end()
         found = (
@@ -394,14 +470,14 @@ def shortened(text: str, room: float) -> str:
             + text[end + 1 :]
         )
     kept, short = len(found), found
-    while kept > 2 and (extent := _extent(short)) > room:
-        kept = max(min(kept - 1, int(kept * room / extent)), 2)
+    while kept > 2 and (extent := _extent(short)) > available:
+        kept = max(min(kept - 1, int(kept * available / extent)), 2)
         short = f"{found[: kept - kept // 2]}…{found[-(kept // 2) :]}"
     return short
 
 
 def _extent(text: str) -> float:
-    """Width in pixels in a wide font; the measure of what it lacks is a box, and wide scripts are wider than that."""
+    """Width in pixels in a wide font; characters that it lacks count as a box, those of wide scripts as more."""
     with _quietly():
         extent, _, _ = TextToPath().get_text_width_height_descent(text, _FONT, False)
     return float(extent) + 0.5 * SIZE * sum(ord(c) > 0x2E7F for c in text)
@@ -420,7 +496,7 @@ def _quietly() -> Iterator[None]:
 def _figure(
     width: float, height: float, salt: str, label: str
 ) -> Iterator[tuple[Figure, Callable[[], str]]]:
-    """A figure in pixels, and what turns it into SVG once it is left."""
+    """Context of a drawing: a figure in pixels, and a function that gives the SVG once the context has ended."""
     result: list[str] = []
     with _quietly(), matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": salt}]):
         figure = Figure((width / 72, height / 72), dpi=72, facecolor="none")
@@ -438,7 +514,7 @@ def _figure(
 
 
 def _inline(content: bytes, salt: str, label: str, width: float, height: float) -> str:
-    """The drawing alone: no prologue, no namespaces, no style rules for the whole page, no id without a reference."""
+    """Strips an SVG file to the drawing: no prologue, namespaces, page-wide style rules, or unreferenced ids."""
     root = ElementTree.fromstring(content)
     used = set(re.findall(rb"(?:url\(#|href=\"#)([^)\"]+)", content))
     for element in root.iter():

@@ -1,4 +1,4 @@
-"""The page of ``frontier``, drawn from its document."""
+"""Page of ``frontier``, made from its document."""
 
 from __future__ import annotations
 
@@ -38,11 +38,18 @@ from onnx_oamip.reporting.html.wording import (
 )
 
 ASKED = tuple(name for name in Settings.model_fields if name not in ("macs", "force"))
-"""Settings that the command has as options."""
+"""Settings that the command ``frontier`` has as options."""
 
 
 def frontier_page(found: Frontier) -> bytes:
-    """The page of ``frontier``: the same points give the same bytes."""
+    """Makes the page of a frontier.
+
+    Args:
+        found: The result of ``frontier``.
+
+    Returns:
+        An HTML file; the same result gives the same bytes.
+    """
     value = documents.frontier(found)
     model, settings = value["model"]["path"], value["settings"]
     before = value["before"]

@@ -1,4 +1,4 @@
-"""What a page is made of, and how it becomes bytes. Nothing here knows what a report is about."""
+"""Elements of a page, and their rendering to one HTML file. This module knows nothing of the content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from onnx_oamip.reporting.html.wording import pieces
 
 @dataclass(frozen=True)
 class Card:
-    """A figure to see first; ``share`` in [0, 1] draws a bar under it."""
+    """A key number at the top of the page.
+
+    Attributes:
+        name: Its name.
+        value: The number.
+        note: A line under it.
+        share: Length of a bar under it, in [0, 1]; None for no bar.
+    """
 
     name: str
     value: str
@@ -25,7 +32,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing that ``charts`` made, under a title."""
+    """A drawing of ``charts``, under a title."""
 
     svg: str
     title: str = ""
@@ -34,7 +41,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Drawings side by side: ``wide`` or ``narrow``."""
+    """Drawings side by side; their ``size`` is ``wide`` or ``narrow``."""
 
     figures: Sequence[Figure]
     size: str
@@ -43,7 +50,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class Column:
-    """Numbers go ``right``; ``heat`` tints a cell by its share."""
+    """A column of a table.
+
+    Attributes:
+        name: Its heading.
+        right: Align to the right, for numbers.
+        heat: Tint each cell by its share.
+    """
 
     name: str
     right: bool = False
@@ -52,7 +65,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A text; ``share`` in [0, 1] for its tint."""
+    """Text of a cell, with a share in [0, 1] for its tint."""
 
     text: str
     share: float | None = None
@@ -60,7 +73,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells; a column whose name starts with '>' holds numbers, with '#' shares to tint."""
+    """A table: columns, and rows of cells."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
@@ -68,16 +81,31 @@ class Table:
 
     @property
     def numbers(self) -> bool:
-        """It has no texts, and need not be as wide as the page."""
+        """True if all columns hold numbers: the table need not be as wide as the page."""
         return all(column.right for column in self.columns)
 
     @classmethod
     def of(cls, names: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> Table:
-        """A table from names of columns and texts."""
-        columns = [
-            Column(name.lstrip("#>"), name[:1] in ("#", ">"), name[:1] == "#") for name in names
-        ]
-        return cls(columns, [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows])
+        """Makes a table from headings and texts.
+
+        Args:
+            names: Headings. A leading '>' marks a column of numbers, a leading '#' one whose cells are tinted.
+            rows: Texts or cells, one row after another.
+
+        Returns:
+            The table.
+        """
+        columns = []
+        for name in names:
+            is_tinted = name.startswith("#")
+            is_number = is_tinted or name.startswith(">")
+            columns.append(Column(name.lstrip("#>"), is_number, is_tinted))
+        cells = [[_as_cell(item) for item in row] for row in rows]
+        return cls(columns, cells)
+
+
+def _as_cell(item: str | Cell) -> Cell:
+    return item if isinstance(item, Cell) else Cell(item)
 
 
 @dataclass(frozen=True)
@@ -98,7 +126,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence; ``warn`` colours it."""
+    """A sentence, coloured if it is a warning."""
 
     text: str
     warn: bool = False
@@ -107,7 +135,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Code:
-    """A command that can be typed, cut into lines."""
+    """A command to type, cut into lines."""
 
     lines: Sequence[str]
     kind: ClassVar[str] = "code"
@@ -115,7 +143,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Bullets:
-    """Sentences of one kind."""
+    """A list of sentences."""
 
     items: Sequence[str]
     kind: ClassVar[str] = "list"
@@ -126,7 +154,7 @@ Part = Figures | Table | Pairs | Note | Code | Bullets
 
 @dataclass(frozen=True)
 class Section:
-    """``key`` is what a link in the page points to."""
+    """A section of the page; links within the page point to its ``key``."""
 
     key: str
     title: str
@@ -136,7 +164,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """All of a page."""
+    """The content of a page."""
 
     kicker: str
     title: str
@@ -146,18 +174,27 @@ class Page:
 
 
 def render(page: Page) -> bytes:
-    """The page as one file of HTML, UTF-8. Every text is escaped, and what is invisible in it spelt out."""
+    """Renders a page.
+
+    Args:
+        page: Its content.
+
+    Returns:
+        One HTML file in UTF-8. All text is escaped, and invisible characters are spelt out.
+    """
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_shown,
+        finalize=_visible,
     )
     environment.filters["pieces"] = pieces
     source = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(page=page).encode()
 
 
-def _shown(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+def _visible(value: Any) -> Any:
+    """Spells out invisible characters of plain text; markup that is safe already passes unchanged."""
+    is_plain_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return visible(value) if is_plain_text else value

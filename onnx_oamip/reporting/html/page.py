@@ -1,4 +1,4 @@
-"""Parts that pages share: which of many things are shown, how they are cut into charts, and how to do it again."""
+"""Shared sections of pages: row limits, division of rows into charts, and the command that reproduces a run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from onnx_oamip.reporting.html.layout import (
 from onnx_oamip.reporting.html.wording import DASH, count
 
 SMALL_CHARTS = 24
-"""Groups that get charts of their own; of more, the largest."""
+"""Largest number of groups with charts of their own; of more groups, the widest are shown."""
 ROWS = 200
-"""Rows in charts and tables; of more, the largest."""
+"""Largest number of rows in charts and tables; of more rows, the largest are shown."""
 CHART_ROWS = 25
-"""Rows in one chart, at most."""
+"""Largest number of rows in one chart."""
 HALVED = 8
-"""More rows than this make two charts at least, side by side where there is room."""
+"""Rows from which on there are at least two charts, side by side on wide screens."""
 
 _ASKED = frozenset(
     (
@@ -54,72 +54,104 @@ _ASKED = frozenset(
         "force",
     )
 )
-"""Settings that say how much and on what; the others say how."""
-_OF_A_PLAN = {"apply": ("refit", "seed", "batch_size")}
+"""Settings listed under "Budget and data"; the others are listed under "Method"."""
+_FROM_PLAN = {"apply": ("refit", "seed", "batch_size")}
+"""Settings, by command, whose default comes from the plan: the command line states them always."""
 
 
 def again(value: Document, command: str, names: Iterable[str]) -> Section:
-    """The section that tells what was asked, with what it ran, and the command; ``names``: settings it takes."""
-    settings = value["settings"]
-    lines = _command(value, command, names)
-    parts: list[Part] = (
-        [Code(lines)] if lines else [Note("The data were arrays in memory: no command reads them.")]
-    )
-    listed: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
-    for name, item in settings.items():
-        listed[name in _ASKED].append((name.replace("_", " "), _setting(item)))
+    """Makes the section with the settings, the versions and the command line that reproduces the run.
+
+    Args:
+        value: The document of the run.
+        command: The command to repeat.
+        names: Settings that the command has as options.
+
+    Returns:
+        The section.
+    """
+    parts: list[Part] = []
+    if _has_arrays(value):
+        parts.append(Note("The data were arrays in memory: no command reads them."))
+    else:
+        parts.append(Code(_command(value, command, names)))
+    budget_and_data: list[tuple[str, str]] = []
+    method: list[tuple[str, str]] = []
+    for name, item in value["settings"].items():
+        row = (name.replace("_", " "), _setting(item))
+        if name in _ASKED:
+            budget_and_data.append(row)
+        else:
+            method.append(row)
     versions = [(name, item or "not installed") for name, item in value["versions"].items()]
     seconds = [(name, f"{item:.2f} s") for name, item in value["timings"].items()]
     files = [("model", value["model"]["sha256"])]
     if value.get("output", {}).get("sha256"):
         files.append(("output", value["output"]["sha256"]))
-    blocks = {
-        "Budget and data": listed[True],
-        "Method": listed[False],
-        "Versions": versions,
-        "Time by stage": seconds,
-    }
-    parts.append(Pairs([Block(title, rows) for title, rows in blocks.items()]))
+    blocks = [
+        Block("Budget and data", budget_and_data),
+        Block("Method", method),
+        Block("Versions", versions),
+        Block("Time by stage", seconds),
+    ]
+    parts.append(Pairs(blocks))
     parts.append(Pairs([Block("SHA-256", files)]))
     return Section("again", "To do it again", "", parts)
 
 
-def _command(value: Document, command: str, names: Iterable[str]) -> list[str] | None:
-    """The command line, an option a line, with the same result; None where the data cannot be named."""
+def _has_arrays(value: Document) -> bool:
+    """Tests for data that were passed as arrays, which no command line can name."""
     settings = value["settings"]
-    if ARRAYS in (settings["data"], settings["eval_data"]):
-        return None
+    return ARRAYS in (settings["data"], settings["eval_data"])
+
+
+def _command(value: Document, command: str, names: Iterable[str]) -> list[str]:
+    """The command line that gives the same result, one option per line."""
+    settings = value["settings"]
     words: list[tuple[str, ...]] = [("onnx-oamip", command, value["model"]["path"])]
-    for option in ("data", "eval_data", "scores", "plan"):
-        if settings.get(option) is not None:
-            words.append((f"--{option.replace('_', '-')}", settings[option]))
+    for name in ("data", "eval_data", "scores", "plan"):
+        if settings.get(name) is not None:
+            words.append((_flag(name), settings[name]))
     if command == "frontier":
         words.append(("--levels", ",".join(str(share) for share in settings["levels"])))
         if settings["save_dir"] is not None:
             words.append(("--save-dir", settings["save_dir"]))
     for name in names:
-        field = Settings.model_fields[name]
-        item, usual = settings[name], field.get_default()
-        # What apply is not told it takes from the plan.
-        if item == (
-            list(usual) if isinstance(usual, tuple) else usual
-        ) and name not in _OF_A_PLAN.get(command, ()):
-            continue
         if name == "importance" and settings["scores"] is not None:
             continue
-        option = f"--{name.replace('_', '-')}"
-        if item is True:
-            words.append((option,))
-        elif isinstance(item, list) and (kind := kind_of(field)) and kind.separator:
-            words.append((option, kind.separator.join(map(str, item))))
-        else:
-            words += [(option, str(one)) for one in (item if isinstance(item, list) else [item])]
+        always = name in _FROM_PLAN.get(command, ())
+        if always or not _is_default(name, settings[name]):
+            words += _option(name, settings[name])
     if command != "frontier":
         words.append(("-o", value["output"]["path"] or "OUT.onnx"))
     return [shlex.join(part) for part in words]
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _is_default(name: str, item: Any) -> bool:
+    default = Settings.model_fields[name].get_default()
+    # A document holds lists where the settings hold tuples.
+    return bool(item == (list(default) if isinstance(default, tuple) else default))
+
+
+def _option(name: str, item: Any) -> list[tuple[str, ...]]:
+    """A setting as an option of the command line, repeated for a list without a separator."""
+    flag = _flag(name)
+    if item is True:
+        return [(flag,)]
+    if not isinstance(item, list):
+        return [(flag, str(item))]
+    kind = kind_of(Settings.model_fields[name])
+    if kind and kind.separator:
+        return [(flag, kind.separator.join(map(str, item)))]
+    return [(flag, str(one)) for one in item]
+
+
 def _setting(item: Any) -> str:
+    """Text of a setting in the tables."""
     if item is None:
         return DASH
     if isinstance(item, bool):
@@ -132,24 +164,46 @@ def _setting(item: Any) -> str:
 
 
 def largest(sizes: Sequence[float], most: int) -> list[int]:
-    """Indices of the largest sizes, at most so many, in their own order."""
+    """Selects the largest of several things.
+
+    Args:
+        sizes: Their sizes.
+        most: Largest number to select.
+
+    Returns:
+        Ascending indices.
+    """
     order = np.argsort(-np.asarray(sizes, np.float64), kind="stable")[:most]
     return sorted(order.tolist())
 
 
-def limited(shown: Sequence[int], every: Sequence[Any], what: str) -> list[Part]:
-    """What is to be said where not everything is shown."""
+def limited(shown: Sequence[int], every: Sequence[Any], nouns: str) -> list[Part]:
+    """Makes a note for a table or a set of charts that does not show everything.
+
+    Args:
+        shown: The shown items.
+        every: All items.
+        nouns: What the items are, in plural.
+
+    Returns:
+        The note, or nothing if all are shown.
+    """
     if len(shown) == len(every):
         return []
-    return [
-        Note(
-            f"Showing the {count(len(shown))} largest of {count(len(every))} {what}; --json lists all."
-        )
-    ]
+    shares = f"the {count(len(shown))} largest of {count(len(every))} {nouns}"
+    return [Note(f"Showing {shares}; --json lists all.")]
 
 
 def paged(rows: Sequence[Any]) -> list[Sequence[Any]]:
-    """Rows cut into charts of about the same height."""
-    pages = max(-(-len(rows) // CHART_ROWS), 2 if len(rows) > HALVED else 1)
+    """Divides rows into charts of about the same height.
+
+    Args:
+        rows: All rows.
+
+    Returns:
+        The rows of each chart.
+    """
+    least = 2 if len(rows) > HALVED else 1
+    pages = max(-(-len(rows) // CHART_ROWS), least)
     edges = np.linspace(0, len(rows), pages + 1).round().astype(int).tolist()
     return [rows[a:b] for a, b in pairwise(edges)]

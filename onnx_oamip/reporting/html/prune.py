@@ -1,4 +1,4 @@
-"""The page of ``prune``, drawn from its document; only the scores of single units come from the report itself."""
+"""Page of ``prune``, made from its document; only the scores of single units come from the report itself."""
 
 from __future__ import annotations
 
@@ -52,11 +52,18 @@ APPLIED = (
     "cache",
     *sorted(DataOptions.model_fields),
 )
-"""Settings that apply has as options."""
+"""Settings that the command ``apply`` has as options."""
 
 
 def prune_page(report: Report) -> bytes:
-    """The page of ``prune``: the same report gives the same bytes."""
+    """Makes the page of a pruning run.
+
+    Args:
+        report: The report of ``prune`` or ``apply``.
+
+    Returns:
+        An HTML file; the same report gives the same bytes.
+    """
     value = documents.document(report)
     groups = report.coupling.groups
     value["values"] = (
@@ -151,11 +158,10 @@ def _cards(value: Document) -> list[Card]:
 
 
 def _points(lost: float) -> str:
-    return (
-        f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'}"
-        if round(lost, 2)
-        else "the same as"
-    )
+    """Lost points of accuracy, as a comparison with the original."""
+    if not round(lost, 2):
+        return "the same as"
+    return f"{abs(lost):.2f} points {'below' if lost > 0 else 'above'}"
 
 
 def _widths(value: Document) -> Section:
@@ -196,7 +202,9 @@ def _errors(value: Document) -> Section | None:
         return None
     shown = largest([fit["error_before"] or 0.0 for fit in fits], ROWS)
     errors = [(fits[i]["node"], fits[i]["error_before"], fits[i]["error_after"]) for i in shown]
-    rows = [row for row in errors if None not in row]  # what is not finite has no place on an axis
+    rows = [
+        row for row in errors if None not in row
+    ]  # an error that is not finite has no place on an axis
     span = charts.decades([error for row in rows for error in row[1:]])
     lead = (
         "What is left of the output of every node that was refitted, in graph order: mean squared error on held-out "

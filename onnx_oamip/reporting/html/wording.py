@@ -1,44 +1,59 @@
-"""Numbers and foreign names as a reader meets them: units, three digits, nothing invisible."""
+"""Formatting of numbers and names for readers: units, three digits, line breaks in long names."""
 
 from __future__ import annotations
 
 import re
 
 DASH = "\u2013"
-"""Stands for what was not measured."""
+"""Stands for a value that was not measured."""
 SPACE = "\u00a0"
 """Between a number and its unit: no line ends there."""
 _SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def pieces(text: str) -> list[str]:
-    """The text cut behind what separates the parts of a name, where a line may end."""
+    """Cuts a name behind its separators, where a line may end.
+
+    Args:
+        text: A name such as ``/encoder/layer.0/MatMul``.
+
+    Returns:
+        The pieces, separators included.
+    """
     return re.findall(r"[^./_:#,]*[./_:#,]+|[^./_:#,]+", text)
 
 
 def count(value: int) -> str:
-    """1,234,567."""
+    """Formats a whole number with separators: 1,234,567."""
     return f"{value:,}"
 
 
 def short(value: float, unit: str = "") -> str:
-    """1.23 M: three digits and a decimal prefix."""
-    # What rounds up to the next thousand belongs to the next prefix.
+    """Formats a number with three digits and a decimal prefix: 1.23 M.
+
+    Args:
+        value: The number.
+        unit: Its unit, behind the prefix.
+
+    Returns:
+        The text, with a non-breaking space.
+    """
+    # A number that rounds up to the next thousand gets the next prefix.
     scale, prefix = next(((s, p) for s, p in _SCALES if abs(value) >= 0.9995 * s), (1.0, ""))
     digits = f"{value / scale:#.3g}".rstrip(".") if scale > 1 else f"{value:,.0f}"
     return f"{digits}{SPACE}{prefix}{unit}".rstrip()
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as 12.3 %, or a dash."""
+    """Formats a share in percent: 12.3 %, or a dash for None."""
     return DASH if value is None else f"{100 * value:.{digits}f}{SPACE}%"
 
 
 def number(value: float | None) -> str:
-    """Three digits, or a dash."""
+    """Formats a number with three digits, or a dash for None."""
     return DASH if value is None else f"{value:.3g}"
 
 
-def plural(value: int, what: str) -> str:
-    """1 group, 2 groups."""
-    return f"{value:,} {what}{'' if value == 1 else 's'}"
+def plural(value: int, noun: str) -> str:
+    """Formats a count with its noun: 1 group, 2 groups."""
+    return f"{value:,} {noun}{'' if value == 1 else 's'}"

@@ -1,6 +1,6 @@
-"""The documents of ``report`` as terminal tables, readable at 80 columns.
+"""Terminal tables of the JSON documents, readable at 80 columns.
 
-Drawn from the documents and from nothing else, so that tables and JSON always say the same.
+They are made from the documents alone, so that tables and JSON always agree.
 """
 
 from __future__ import annotations
@@ -35,20 +35,25 @@ from onnx_oamip.reporting.tables.parts import (
 
 
 def show(value: Document, console: Console) -> None:
-    """Draw a document of any command on a console."""
+    """Prints the tables of a document.
+
+    Args:
+        value: The document of any command.
+        console: Where to print.
+    """
     draw = next(draw for key, draw in _DRAW.items() if key in value)
     first = True
     for part in draw(value, console):
         if not first:
             console.print()
         if isinstance(part, Text):
-            part = _shown(part)
+            part = _visible(part)
         console.print(part, soft_wrap=isinstance(part, Text))
         first = False
 
 
-def _shown(lines: Text) -> Text:
-    """Lines of text with what is invisible in them spelt out."""
+def _visible(lines: Text) -> Text:
+    """Spells out invisible characters in lines of text."""
     if lines.plain.replace("\n", "").isprintable():
         return lines
     return Text("\n".join(visible(line) for line in lines.plain.split("\n")))
@@ -161,11 +166,9 @@ def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
 
 def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
     paths = [PurePath(model["path"]) for model in value["models"]]
-    names = (
-        [p.name for p in paths]
-        if len({p.name for p in paths}) == len(set(paths))
-        else [str(p) for p in paths]
-    )
+    names = [path.name for path in paths]
+    if len(set(names)) != len(set(paths)):  # file names are not enough to tell the models apart
+        names = [str(path) for path in paths]
     threads = f", {count(value['threads'], 'thread')}" if value["threads"] else ""
     for place, batch in enumerate(value["batch"]):
         yield Text(f"{count(batch, 'sample')} a run on {value['device']}{threads}")
@@ -210,14 +213,7 @@ def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
         "followed": [],
     }
     for op in value["operators"]:
-        kind = (
-            "counted and refitted"
-            if op["macs"] and op["refit"]
-            else "counted"
-            if op["macs"]
-            else ""
-        )
-        kinds[kind or ("repaired" if op["repair"] else "followed")].append(operator_name(op))
+        kinds[_support(op)].append(operator_name(op))
     table = grid("", "operators", header=False)
     for kind, names in kinds.items():
         if names:
@@ -230,13 +226,18 @@ def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
     )
 
 
+def _support(op: Document) -> str:
+    """How far an operator is supported: a key of the table of operators."""
+    if op["macs"]:
+        return "counted and refitted" if op["refit"] else "counted"
+    return "repaired" if op["repair"] else "followed"
+
+
 def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
     table = grid("solver", "version", "usable", ">variables", ">rows", "licence")
     for solver in value["solvers"]:
-        sizes = [
-            f"{solver[k]:,}" if solver[k] else "any" if solver["usable"] else "-"
-            for k in ("variables", "rows")
-        ]
+        unlimited = "any" if solver["usable"] else "-"
+        sizes = [f"{solver[k]:,}" if solver[k] else unlimited for k in ("variables", "rows")]
         usable = "yes" if solver["usable"] else "no"
         table.add_row(
             solver["name"], solver["version"] or "-", usable, *sizes, cell(solver["licence"])
@@ -287,11 +288,10 @@ def _unpack(value: Document, _: Console) -> Iterator[RenderableType]:
     )
     lines = [f"{value['packed']['bytes']:,} bytes -> {value['output']['bytes']:,} bytes"]
     lines += [f"and beside it {name}" for name in value["beside"]]
-    lines.append(
-        "bit by bit the original"
-        if value["lossless"]
-        else "weights share values: not the original bits"
-    )
+    if value["lossless"]:
+        lines.append("bit by bit the original")
+    else:
+        lines.append("weights share values: not the original bits")
     yield Text("\n".join(lines))
 
 
@@ -309,4 +309,7 @@ _DRAW = {
     "operators": _operators,
     "solvers": _solvers,
 }
-"""How to draw a document, by a key that no other document before it in the list has."""
+"""Function that makes the tables of a document, by a key that only the documents of one command have.
+
+The order matters: a key is looked for only if none of those before it occurs.
+"""

@@ -1,4 +1,4 @@
-"""What several tables have in common, and how a cell says a number."""
+"""Shared tables of several commands, and formatting of cells."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from onnx_oamip.core.printable import visible
 from onnx_oamip.reporting.documents import Document
 
 ROWS = 40
-"""Rows of a table before the rest is left to --json."""
+"""Largest number of rows of a table; the JSON document has all."""
 BAR = 12
 """Width of a bar, in characters."""
 
 
 def operator_name(op: Document) -> str:
+    """Name of an operator with its domain and opset range.
+
+    Args:
+        op: An entry of ``operators``.
+
+    Returns:
+        The name.
+    """
     name = f"{op['domain']}::{op['name']}" if op["domain"] else op["name"]
     if op["until"] is not None:
         return f"{name} (opset {op['since']}-{op['until']})"
@@ -32,6 +40,17 @@ def costs(
     budget: Document | None = None,
     latency: float | None = None,
 ) -> Table:
+    """Makes the table of costs.
+
+    Args:
+        before: Cost of the original.
+        after: Cost of the result; None for a table of one model.
+        budget: The budgets, shown beside the kept shares.
+        latency: Measured latency relative to the original.
+
+    Returns:
+        The table.
+    """
     if after is None:
         table = grid(">MACs", ">parameters", ">bytes")
         table.add_row(*(f"{before[k]:,}" for k in ("macs", "params", "bytes")))
@@ -42,12 +61,8 @@ def costs(
         ("params", "parameters", "params"),
         ("bytes", "bytes", "size"),
     ):
-        row = [
-            name,
-            f"{before[key]:,}",
-            f"{after[key]:,}",
-            percent(after[key] / before[key] if before[key] else None),
-        ]
+        kept = after[key] / before[key] if before[key] else None
+        row = [name, f"{before[key]:,}", f"{after[key]:,}", percent(kept)]
         table.add_row(*row, *([percent(budget[wanted], "")] if budget else []))
     if budget and latency is not None:
         table.add_row(
@@ -61,6 +76,15 @@ def costs(
 
 
 def connection_rows(found: Document, console: Console) -> Iterator[RenderableType]:
+    """Makes the table of kept connections per layer.
+
+    Args:
+        found: The ``connections`` of a document.
+        console: Where it is shown.
+
+    Yields:
+        The table, and a summary.
+    """
     table = grid("layer", ">connections", ">kept", "share kept")
     whole = {"node": "all layers", "total": found["total"], "kept": found["kept"]}
     for layer in [*found["layers"][:ROWS], whole]:
@@ -74,6 +98,14 @@ def connection_rows(found: Document, console: Console) -> Iterator[RenderableTyp
 
 
 def program_rows(programs: Sequence[Document]) -> Iterator[RenderableType]:
+    """Makes the table of solved programs.
+
+    Args:
+        programs: The ``programs`` of a document.
+
+    Yields:
+        The table, and the reasons for the choice of the solver; nothing without programs.
+    """
     if not programs:
         return
     table = grid(
@@ -101,6 +133,14 @@ def program_rows(programs: Sequence[Document]) -> Iterator[RenderableType]:
 
 
 def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
+    """Makes the summary of a refit.
+
+    Args:
+        fits: The ``fits`` of a document.
+
+    Yields:
+        The table; nothing without fits.
+    """
     if not fits:
         return
     counts: dict[str, int] = {}
@@ -117,6 +157,15 @@ def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
 
 
 def checks(verification: Document, max_drop: float | None = None) -> Table:
+    """Makes the table of the verification.
+
+    Args:
+        verification: The ``verification`` of a document.
+        max_drop: Largest loss of accuracy that was allowed, in points.
+
+    Returns:
+        The table.
+    """
     table = grid("check", ">result", header=False)
     if verification["masked_equivalence"] is not None:
         table.add_row(
@@ -150,6 +199,14 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
 
 
 def reason_rows(skipped: Sequence[Document]) -> Iterator[RenderableType]:
+    """Makes the table of pinned channels by reason, the most frequent first.
+
+    Args:
+        skipped: The ``skipped`` channels of a document.
+
+    Yields:
+        The table; nothing without pinned channels.
+    """
     if not skipped:
         return
     grouped: dict[str, list[Document]] = {}
@@ -159,25 +216,40 @@ def reason_rows(skipped: Sequence[Document]) -> Iterator[RenderableType]:
     ordered = sorted(grouped.items(), key=lambda item: -sum(e["channels"] for e in item[1]))
     for reason, entries in ordered[:ROWS]:
         channels = sum(e["channels"] for e in entries)
-        table.add_row(
-            cell(reason),
-            f"{channels:,}",
-            cell(some(list(dict.fromkeys(e["tensor"] for e in entries)))),
-        )
+        tensors = list(dict.fromkeys(e["tensor"] for e in entries))
+        table.add_row(cell(reason), f"{channels:,}", cell(some(tensors)))
     yield from limited(table, ordered, "reasons")
 
 
-def limited(table: Table, rows: Sequence[Any], what: str) -> Iterator[RenderableType]:
+def limited(table: Table, rows: Sequence[Any], nouns: str) -> Iterator[RenderableType]:
+    """Shows a table of at most ``ROWS`` rows, with a line for those that are left out.
+
+    Args:
+        table: The table.
+        rows: All rows, shown or not.
+        nouns: What the rows are, in plural.
+
+    Yields:
+        The table, or a line if there are no rows.
+    """
     if not rows:
-        yield Text(f"no {what}")
+        yield Text(f"no {nouns}")
         return
     yield table
     if len(rows) > ROWS:
-        yield Text(f"... and {len(rows) - ROWS:,} more {what}; --json lists all.")
+        yield Text(f"... and {len(rows) - ROWS:,} more {nouns}; --json lists all.")
 
 
 def grid(*columns: str, header: bool = True) -> Table:
-    """A plain table; a column whose name starts with '>' is flushed right and never wrapped."""
+    """Makes an empty table.
+
+    Args:
+        columns: Headings. A leading '>' aligns the column to the right and never wraps it.
+        header: Show the headings.
+
+    Returns:
+        The table.
+    """
     table = Table(
         box=box.SIMPLE_HEAD if header else None, show_header=header, show_edge=False, pad_edge=False
     )
@@ -193,11 +265,20 @@ def grid(*columns: str, header: bool = True) -> Table:
 
 
 def cell(text: str) -> Text:
-    """Text that comes from a model: never read as markup, and nothing in it is hidden."""
+    """Makes a cell of text that comes from a model: it is never markup, and invisible characters are spelt out."""
     return Text(visible(text), overflow="fold")
 
 
 def bar(level: float, console: Console) -> Text:
+    """Draws a bar of characters.
+
+    Args:
+        level: Its length in [0, 1].
+        console: Where it is shown; block characters need a Unicode encoding.
+
+    Returns:
+        The bar with its percentage.
+    """
     encoding = (console.encoding or "").lower()
     full, empty = ("█", "░") if encoding.startswith("utf") else ("#", ".")
     filled = min(BAR, max(round(level * BAR), 1 if level > 0 else 0))
@@ -205,21 +286,26 @@ def bar(level: float, console: Console) -> Text:
 
 
 def percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
+    """Formats a share in percent; ``missing`` stands for None."""
     return missing if value is None else f"{100 * value:.{digits}f} %"
 
 
-def count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def count(number: int, noun: str) -> str:
+    """Formats a count with its noun: 1 round, 2 rounds."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def times(value: float) -> str:
+    """Formats a ratio with two decimals, or three digits if it is large."""
     return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
 def number(value: float | None) -> str:
+    """Formats a number with three digits, or a dash for None."""
     return "-" if value is None else f"{value:.3g}"
 
 
 def some(names: Sequence[str], limit: int = 2) -> str:
+    """Lists the first names and the number of the others."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
