@@ -162,7 +162,16 @@ def bench(
     from onnx_oamip.verification import benchmark
 
     with Progress() as progress:
-        found = benchmark.run(models, data, batches, device, threads, seconds, seed, progress)
+        found = benchmark.run(
+            models,
+            data,
+            batches,
+            device=device,
+            threads=threads,
+            seconds=seconds,
+            seed=seed,
+            progress=progress,
+        )
     show(documents.benchmark(found), as_json)
 
 

@@ -190,7 +190,14 @@ def _programmed(
         for w, c in zip(ladder.widths, ceiling, strict=True)
     ]
     rungs = [np.unique(np.round(np.linspace(0, n - 1, RUNGS)).astype(int)) for n in lengths]
-    coarse = choose(ledger, _at(ladder, rungs), limit, extra, settings.solver, solver_limits)
+    coarse = choose(
+        ledger,
+        _at(ladder, rungs),
+        limit,
+        extra,
+        solver=settings.solver,
+        solver_limits=solver_limits,
+    )
     if all(len(r) == n for r, n in zip(rungs, lengths, strict=True)):
         return coarse.widths, (coarse.program,)
     near = []
@@ -201,7 +208,9 @@ def _programmed(
         around = np.arange(max(0, at - gap), min(n, at + gap + 1))
         stride = -(-len(around) // RUNGS)
         near.append(around[(around - at) % stride == 0])
-    fine = choose(ledger, _at(ladder, near), limit, extra, settings.solver, solver_limits)
+    fine = choose(
+        ledger, _at(ladder, near), limit, extra, solver=settings.solver, solver_limits=solver_limits
+    )
     return fine.widths, (coarse.program, fine.program)
 
 

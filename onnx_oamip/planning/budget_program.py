@@ -1,8 +1,9 @@
-"""The budget program: how wide every group stays, as one mixed-integer linear program.
+"""The budget program: chooses the width of every group by one mixed-integer linear program.
 
-Every group has a ladder of widths with a measured loss each. The program takes one width a group so that the losses
-sum to the least while every limit (MACs, parameters, bytes, latency, ...) holds. Costs are products of axis lengths;
-``programs.products`` linearises them exactly. What the solver returns is counted again in whole numbers.
+Every group has candidate widths with a measured loss each. The program takes one width per group, so that the sum of
+the losses is minimal while every limit (MACs, parameters, bytes, latency, ...) holds. Costs are products of axis
+lengths, which ``programs.products`` linearises exactly. The costs of the solver's widths are counted again in whole
+numbers.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ from onnx_oamip.programs.solvers import (
 
 SOLVER_LIMITS = SolverLimits(time_s=60.0, gap=1e-3)
 TIE_BREAK = 1e-6
-"""Weight of the budget's use, relative to the loss: among equal losses, the wider plan."""
+"""Weight of the used budget, relative to the loss: among equal losses, the wider plan is chosen."""
 MAGNITUDE = 1e3
-"""The program's objective at the start: large enough for the tie-break to stand above solvers' absolute tolerances."""
+"""Objective of the initial incumbent: large enough for the tie-break to exceed the absolute tolerances of solvers."""
 BINDING = 0.995
 """A limit binds where this share of it is used."""
 ROUNDING = 1e-9
 """Relative error allowed in sums of measured (not counted) costs."""
 ATTEMPTS = 5
-"""Solves, each with limits narrowed by what the last one's tolerance let through."""
+"""Number of solves, each with limits tightened by the excess that the tolerance of the last one allowed."""
 
 
 class Targets(Protocol):
-    """Absolute limits on counted costs; None where there is none."""
+    """Absolute limits on counted costs; None for a cost without a limit."""
 
     @property
     def macs(self) -> float | None: ...
@@ -63,9 +64,15 @@ class Targets(Protocol):
 
 @dataclass(frozen=True)
 class Ladder:
-    """For every group the widths it may take, ascending, and the loss when only this group has that width.
+    """Candidate widths of every group, and the losses of the model at them.
 
-    The last width is the widest that is allowed, as a rule the full one with a loss of 0.
+    Attributes:
+        widths: Candidate widths of each group, ascending. The last one is the widest that is allowed, usually the full
+            width with a loss of 0.
+        cost: Loss when only this group has the candidate width, in the order of ``widths``.
+
+    Raises:
+        ValueError: Widths and losses do not match, or widths are not positive and ascending.
     """
 
     widths: tuple[Ints, ...]
@@ -89,9 +96,16 @@ class Ladder:
 
 @dataclass(frozen=True)
 class LinearisedLimit:
-    """A measured cost: ``constant`` plus ``products`` over the ledger's axes must not exceed ``limit``.
+    """Limit on a measured cost, in any unit (seconds for a latency).
 
-    The unit is the caller's (seconds for a latency); factors may be any non-negative numbers.
+    Attributes:
+        name: Name of the cost in records and messages.
+        products: Terms over the axes of the ledger, with non-negative factors.
+        constant: Part of the cost that does not depend on widths.
+        limit: Upper bound on the constant plus the terms.
+
+    Raises:
+        ValueError: The constant or the limit is not finite.
     """
 
     name: str
@@ -108,7 +122,12 @@ class LinearisedLimit:
 
 @dataclass(frozen=True)
 class Choice:
-    """The widths taken, and what the solver said, ready for the report's ``programs``."""
+    """Chosen widths.
+
+    Attributes:
+        widths: Width of every group (groups,).
+        program: Record of the solve, for ``programs`` of the report.
+    """
 
     widths: Ints
     program: Mapping[str, Any]
@@ -119,64 +138,101 @@ def choose(
     ladder: Ladder,
     limits: Targets,
     extra: Sequence[LinearisedLimit] = (),
+    *,
     solver: str = "auto",
     solver_limits: SolverLimits = SOLVER_LIMITS,
     notify: Notify | None = None,
 ) -> Choice:
-    """The widths of least total loss under all limits at once.
+    """Chooses the widths of least total loss under all limits at once.
 
-    The limits hold exactly, in whole numbers. A time limit leaves the best plan found with its gap. Raises
-    BudgetNotMet, naming the limits, where even the narrowest widths are over one, and SolverError as ``solvers.solve``.
+    Args:
+        ledger: Costs as functions of the widths.
+        ladder: Candidate widths and losses.
+        limits: Limits on counted costs, which hold exactly, in whole numbers.
+        extra: Limits on measured costs.
+        solver: Name of the solver, or ``auto``.
+        solver_limits: Limits on time and gap. At the time limit the incumbent is taken, with its gap.
+        notify: Receives the progress of the solver.
+
+    Returns:
+        The widths, and the record of the solve.
+
+    Raises:
+        BudgetNotMet: Even the narrowest widths exceed a limit, which the message names, or the solver found no widths
+            in time.
+        SolverError: The solver cannot be used.
     """
     began = time.perf_counter()
     budget = _Budget.of(ledger, ladder, limits, extra)
     incumbent = _greedy(budget)
-    floor = budget.used(budget.widest * 0)
-    if incumbent is None and not extra and not budget.steps.any():
-        raise BudgetNotMet(_over(budget, floor))
+    narrowest = budget.used(budget.widest * 0)
+    # Counted costs only fall with the widths, and one-off costs are the exception: without these, the greedy search
+    # only fails if nothing holds.
+    if incumbent is None and not extra and not budget.one_off.any():
+        raise BudgetNotMet(_not_met(budget, narrowest))
     formulation = _formulate(budget, incumbent)
-    program = formulation.program
-    solution, level = _solve(budget, formulation, incumbent, solver, solver_limits, notify)
+    solution, level = _solve(
+        budget, formulation, incumbent, solver=solver, limits=solver_limits, notify=notify
+    )
     if level is None:
         if solution.termination is Termination.INFEASIBLE:
-            raise BudgetNotMet(_over(budget, floor))
+            raise BudgetNotMet(_not_met(budget, narrowest))
         raise BudgetNotMet(
             f"the solver found no widths within {solution.seconds:.0f} s and its other limits; give it more time, or "
             "ask for more."
         )
     level = _polish(budget, level)
-    used = budget.used(level)
+    record = _record(budget, formulation, solution, level)
+    record["seconds"] = time.perf_counter() - began
+    return Choice(budget.widths(level), record)
+
+
+def _record(
+    budget: _Budget, formulation: _Formulation, solution: Solution, level: Ints
+) -> dict[str, Any]:
+    """Record of the solve for the report; its time is filled in by the caller."""
     objective = formulation.objective(budget, level)
-    gap = (
-        None if solution.bound is None else relative_gap(objective, min(solution.bound, objective))
-    )
+    gap = None
+    if solution.bound is not None:
+        gap = relative_gap(objective, min(solution.bound, objective))
+    # The greedy widths count as a feasible solution if the solver returned none.
     status = solution.termination if solution.has_values else Termination.FEASIBLE
-    record = {
+    used = dict(zip(budget.names, budget.used(level).tolist(), strict=True))
+    return {
         "purpose": "budget",
         "solver": solution.solver,
         "reason": solution.reason,
         "status": status.value,
         "limit": solution.limit.value if solution.limit else None,
         "gap": gap,
-        "seconds": time.perf_counter() - began,
-        "variables": program.n_variables,
-        "rows": program.n_rows,
+        "seconds": 0.0,
+        "variables": formulation.program.n_variables,
+        "rows": formulation.program.n_rows,
         "objective": float(budget.loss[budget.first + level].sum()),
-        "binding": [
-            name for name, share in zip(budget.names, used, strict=True) if share >= BINDING
-        ],
-        "used": {name: float(share) for name, share in zip(budget.names, used, strict=True)},
+        "binding": [name for name, share in used.items() if share >= BINDING],
+        "used": used,
     }
-    return Choice(budget.widths(level), record)
 
 
 @dataclass(frozen=True, eq=False)
 class _Budget:
-    """Levels, losses and limits. A level vector (groups,) counts from 0, the narrowest.
+    """Candidate widths (levels), losses and limits in the form of the program.
 
-    ``costs`` plus ``constant`` must not exceed ``bound``; the first ``counted`` of them are whole numbers. ``sums`` are
-    the same costs as products of axis lengths, for exact counting; ``steps`` (costs, steps) is what the ledger's steps
-    add to them.
+    A level vector (groups,) holds the position of a candidate width in every group, 0 for the narrowest.
+
+    Attributes:
+        names: Names of the limited costs.
+        levels: Group and width of every candidate, all groups in one list.
+        loss: Loss of every candidate.
+        first: Position of the first candidate of each group in that list.
+        widest: Level of the widest candidate of each group.
+        costs: Limited costs as polynomials of the widths, without constant.
+        constant: Constant part of each cost.
+        bound: Upper bound on each cost.
+        ledger: Costs as functions of the widths, for exact counting.
+        sums: (factors, axes) of the terms of each cost.
+        counted: Number of leading costs that are whole numbers.
+        one_off: Addition of every one-off item of the ledger to every cost (costs, items).
     """
 
     names: tuple[str, ...]
@@ -190,175 +246,196 @@ class _Budget:
     ledger: Ledger
     sums: tuple[tuple[Ints | Floats, Ints], ...]
     counted: int
-    steps: Ints
+    one_off: Ints
 
     @classmethod
     def of(
         cls, ledger: Ledger, ladder: Ladder, limits: Targets, extra: Sequence[LinearisedLimit]
     ) -> _Budget:
-        sizes = np.asarray([len(w) for w in ladder.widths], np.int64)
-        groups = ledger.per_unit.shape[1]
-        if len(sizes) != groups:
-            raise ValueError(f"the ladder has {len(sizes)} groups, the model {groups}.")
+        """Collects the limits that are given.
+
+        Args:
+            ledger: Costs as functions of the widths.
+            ladder: Candidate widths and losses.
+            limits: Limits on counted costs.
+            extra: Limits on measured costs.
+        """
+        sizes = np.asarray([len(widths) for widths in ladder.widths], np.int64)
+        n_groups = ledger.per_unit.shape[1]
+        if len(sizes) != n_groups:
+            raise ValueError(f"the ladder has {len(sizes)} groups, the model {n_groups}.")
         levels = Levels(
-            np.repeat(np.arange(groups), sizes),
+            np.repeat(np.arange(n_groups), sizes),
             np.concatenate([np.zeros(0, np.int64), *ladder.widths]),
         )
         names: list[str] = []
         sums: list[tuple[Ints | Floats, Ints]] = []
         constant: list[float] = []
         bound: list[float] = []
-        # Whole numbers: `sum // batch <= limit` is `sum < batch * (floor(limit) + 1)`.
-        asked: list[tuple[str, float | None, Products, int, int]] = [
+        counted_costs: list[tuple[str, float | None, Products, int, int]] = [
             ("macs", limits.macs, ledger.macs, ledger.batch, 0),
             ("params", limits.params, ledger.params, 1, 0),
             ("size", limits.bytes, ledger.bytes, 1, ledger.overhead),
         ]
-        for name, limit, products, unit, held in asked:
-            if limit is not None:
-                names.append(name)
-                sums.append((products.factor, products.axes))
-                constant.append(float(held))
-                bound.append(float(unit * (math.floor(limit) + 1) - 1))
+        for name, limit, products, unit, overhead in counted_costs:
+            if limit is None:
+                continue
+            names.append(name)
+            sums.append((products.factor, products.axes))
+            constant.append(float(overhead))
+            # Whole numbers: `sum // unit <= limit` is `sum < unit * (floor(limit) + 1)`.
+            bound.append(float(unit * (math.floor(limit) + 1) - 1))
         counted = len(names)
-        for line in extra:
-            names.append(line.name)
-            sums.append((line.products.factor, line.products.axes))
-            constant.append(line.constant)
-            bound.append(line.limit)
+        for measured in extra:
+            names.append(measured.name)
+            sums.append((measured.products.factor, measured.products.axes))
+            constant.append(measured.constant)
+            bound.append(measured.limit)
+        terms = [(np.asarray(factor, np.float64), axes) for factor, axes in sums]
+        none = 0 * ledger.one_off.bytes
         added = {"params": ledger.one_off.params, "size": ledger.one_off.bytes}
+        one_off = [added.get(name, none) for name in names]
         return cls(
             names=tuple(names),
             levels=levels,
             loss=np.concatenate([np.zeros(0), *ladder.cost]),
             first=np.cumsum(sizes) - sizes,
             widest=sizes - 1,
-            costs=reduce_costs(
-                ledger.fixed, ledger.per_unit, [(np.asarray(f, np.float64), a) for f, a in sums]
-            ),
+            costs=reduce_costs(ledger.fixed, ledger.per_unit, terms),
             constant=np.asarray(constant, np.float64),
             bound=np.asarray(bound, np.float64),
             ledger=ledger,
             sums=tuple(sums),
             counted=counted,
-            steps=np.reshape(
-                [added.get(n, 0 * added["size"]) for n in names], (len(names), len(added["size"]))
-            ),
+            one_off=np.reshape(one_off, (len(names), len(none))),
         )
 
     @property
     def scale(self) -> Floats:
-        """What a use is divided by to be a share of its limit."""
+        """Normaliser that turns a cost into a fraction of its limit."""
         return np.maximum(np.abs(self.bound), 1e-12)
 
     def widths(self, level: Ints) -> Ints:
-        """Width of every group."""
+        """Width of every group (groups,) at a level vector."""
         result: Ints = self.levels.width[self.first + level]
         return result
 
     def level(self, values: Floats) -> Ints:
-        """Level of every group from the program's values: how many of its thresholds are passed."""
-        rungs = np.repeat(np.arange(len(self.widest)), self.widest)
-        passed: Ints = np.bincount(
-            rungs[values[: len(rungs)] > 0.5], minlength=len(self.widest)
-        ).astype(np.int64)
-        return passed
+        """Level vector of a solution: the number of thresholds that each group passes."""
+        n_groups = len(self.widest)
+        group_of_threshold = np.repeat(np.arange(n_groups), self.widest)
+        is_passed = values[: len(group_of_threshold)] > 0.5
+        passed = np.bincount(group_of_threshold[is_passed], minlength=n_groups)
+        level: Ints = passed.astype(np.int64)
+        return level
 
     def used(self, level: Ints) -> Floats:
-        """Share of every limit in use, from exact sums."""
+        """Share of every limit (costs,) that a level vector uses, from exact sums."""
         widths = self.widths(level)
         lengths = self.ledger.lengths(widths)
         total = [float((factor * lengths[axes].prod(axis=1)).sum()) for factor, axes in self.sums]
-        return self.share(
-            np.asarray(total) + self.constant + self.steps @ self.ledger.one_off.incurred(widths)
-        )
+        one_off = self.one_off @ self.ledger.one_off.incurred(widths)
+        return self.share(np.asarray(total) + self.constant + one_off)
 
     def share(self, total: Floats) -> Floats:
-        """Costs over limits, written so that the share is at most 1 exactly where the limit holds."""
+        """Costs as fractions of their limits, computed so that a fraction is at most 1 exactly if the limit holds."""
         result: Floats = 1.0 + (total - self.bound) / self.scale
         return result
 
     def holds(self, level: Ints) -> bool:
-        """Every limit is met: counted ones exactly, measured ones up to rounding."""
+        """Tests whether a level vector meets every limit: counted ones exactly, measured ones up to rounding."""
         used = self.used(level)
-        return bool(
-            (used[: self.counted] <= 1).all() and (used[self.counted :] <= 1 + ROUNDING).all()
-        )
+        counted_hold = (used[: self.counted] <= 1).all()
+        measured_hold = (used[self.counted :] <= 1 + ROUNDING).all()
+        return bool(counted_hold and measured_hold)
 
 
 @dataclass(frozen=True, eq=False)
 class _Formulation:
-    """The program, the rows that are limits, and what its objective was divided by."""
+    """A mixed-integer program for a budget.
+
+    Attributes:
+        program: The program.
+        limit_rows: Its rows that are limits.
+        unit: Divisor of the losses in its objective.
+    """
 
     program: Program
     limit_rows: Ints
     unit: float
 
     def objective(self, budget: _Budget, level: Ints) -> float:
-        """The program's objective at a choice of levels."""
+        """Objective of the program at a level vector."""
         loss = float(budget.loss[budget.first + level].sum()) / self.unit
-        return (
-            loss - TIE_BREAK * MAGNITUDE * float(budget.used(level).mean())
-            if len(budget.names)
-            else loss
-        )
+        if not budget.names:
+            return loss
+        return loss - TIE_BREAK * MAGNITUDE * float(budget.used(level).mean())
 
 
 def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
-    """One binary a level, one row a limit, the products' rows; then all of it in thresholds."""
+    """Builds the program: one binary per level, one row per limit, rows for products; then all in threshold form."""
     levels = budget.levels
-    start = np.full(len(levels.group), np.nan)
+    n_levels = len(levels.group)
+    start = np.full(n_levels, np.nan)
     largest = float(np.abs(budget.loss).max(initial=0.0)) or 1.0
     unit = largest / MAGNITUDE
     if incumbent is not None:
+        chosen = budget.first + incumbent
         start[:] = 0.0
-        start[budget.first + incumbent] = 1.0
-        unit = (
-            max(abs(float(budget.loss[budget.first + incumbent].sum())), 1e-3 * largest) / MAGNITUDE
-        )
+        start[chosen] = 1.0
+        loss = abs(float(budget.loss[chosen].sum()))
+        unit = max(loss, 1e-3 * largest) / MAGNITUDE
     builder = Builder()
     binaries = builder.variables(
-        len(levels.group), 0, 1, objective=budget.loss / unit, integer=True, start=start
+        n_levels, 0, 1, objective=budget.loss / unit, integer=True, start=start
     )
     matrix, constant = linearise(builder, binaries, levels, budget.costs, start=start)
     matrix = csr_array(matrix / budget.scale[:, None])
     row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
-    room = (budget.bound - budget.constant - constant) / budget.scale
-    limit, step = np.nonzero(budget.steps)
-    taken = _steps(builder, binaries, budget, incumbent)
+    limit, item = np.nonzero(budget.one_off)
+    item_variables = _one_off_variables(builder, binaries, budget, incumbent)
     entries = (
         np.concatenate([row, limit]),
-        np.concatenate([matrix.indices, taken[step]]),
-        np.concatenate([matrix.data, budget.steps[limit, step] / budget.scale[limit]]),
+        np.concatenate([matrix.indices, item_variables[item]]),
+        np.concatenate([matrix.data, budget.one_off[limit, item] / budget.scale[limit]]),
     )
-    limit_rows = builder.rows(matrix.shape[0], entries, upper=room)
+    available = (budget.bound - budget.constant - constant) / budget.scale
+    limit_rows = builder.rows(matrix.shape[0], entries, upper=available)
     program = builder.build()
-    if not len(limit_rows):
-        return _Formulation(with_thresholds(program, levels), limit_rows, unit)
-    use = np.bincount(matrix.indices, matrix.data, minlength=program.n_variables) / matrix.shape[0]
-    program = replace(
-        program,
-        objective=program.objective - TIE_BREAK * MAGNITUDE * use,
-        offset=-TIE_BREAK * MAGNITUDE * float(budget.share(constant + budget.constant).mean()),
-    )
+    if len(limit_rows):
+        # The tie-break rewards the mean share of the limits in use.
+        use = np.bincount(matrix.indices, matrix.data, minlength=program.n_variables)
+        constant_use = float(budget.share(constant + budget.constant).mean())
+        program = replace(
+            program,
+            objective=program.objective - TIE_BREAK * MAGNITUDE * (use / matrix.shape[0]),
+            offset=-TIE_BREAK * MAGNITUDE * constant_use,
+        )
     return _Formulation(with_thresholds(program, levels), limit_rows, unit)
 
 
-def _steps(builder: Builder, binaries: Ints, budget: _Budget, incumbent: Ints | None) -> Ints:
-    """A variable for every step of a limit: at least 1 where a member is not at its full width (-1: for no limit)."""
-    steps, levels = budget.ledger.one_off, budget.levels
-    used, top = np.flatnonzero(budget.steps.any(axis=0)), budget.first + budget.widest
-    result = np.full(len(steps.members), -1, np.int64)
+def _one_off_variables(
+    builder: Builder, binaries: Ints, budget: _Budget, incumbent: Ints | None
+) -> Ints:
+    """Variables of the one-off items (items,): at least 1 if a member group is pruned; -1 for items without a limit."""
+    items = budget.ledger.one_off
+    top = budget.first + budget.widest
+    result = np.full(len(items.members), -1, np.int64)
+    used = np.flatnonzero(budget.one_off.any(axis=0))
     if not len(used):
         return result
-    whole = levels.width[top] >= steps.full
-    start = np.nan if incumbent is None else steps.incurred(budget.widths(incumbent))[used]
-    sure = (steps.members[used] & ~whole).any(axis=1)
-    result[used] = builder.variables(len(used), sure, 1, start=start)
-    step, group = np.nonzero(steps.members[used] & whole)
-    row = np.arange(len(step))
-    entries = (np.tile(row, 2), np.concatenate([result[used][step], binaries[top[group]]]), 1.0)
-    builder.rows(len(step), entries, lower=1.0)
+    start: float | Floats = np.nan
+    if incumbent is not None:
+        start = np.asarray(items.incurred(budget.widths(incumbent))[used], np.float64)
+    can_be_whole = budget.levels.width[top] >= items.full
+    members = items.members[used]
+    # A group whose widest candidate is narrower than the full width incurs its items in any case.
+    always = (members & ~can_be_whole).any(axis=1)
+    result[used] = builder.variables(len(used), always, 1, start=start)
+    item, group = np.nonzero(members & can_be_whole)
+    row = np.arange(len(item))
+    columns = np.concatenate([result[used][item], binaries[top[group]]])
+    builder.rows(len(item), (np.tile(row, 2), columns, 1.0), lower=1.0)
     return result
 
 
@@ -366,14 +443,18 @@ def _solve(
     budget: _Budget,
     formulation: _Formulation,
     incumbent: Ints | None,
+    *,
     solver: str,
     limits: SolverLimits,
     notify: Notify | None,
 ) -> tuple[Solution, Ints | None]:
-    """The last solution, and the best levels known that hold in whole numbers (None: there are none).
+    """Solves the program until the limits hold in whole numbers.
 
-    A solver meets rows only to its tolerance. Where the counted cost is over a limit by that, the limit is narrowed by
-    twice the excess and the program solved again; the bound of the first solve stays the valid one.
+    A solver meets rows only to its tolerance. If the counted cost exceeds a limit by that, the limit is tightened by
+    twice the excess and the program is solved again. The bound of the first solve is the valid one.
+
+    Returns:
+        The last solution, and the best known level vector that meets all limits; None if there is none.
     """
     began = time.perf_counter()
     program = formulation.program
@@ -386,32 +467,36 @@ def _solve(
         level = budget.level(solution.values)
         if budget.holds(level):
             break
-        over = np.maximum(budget.used(level) - 1, 0)
+        excess = np.maximum(budget.used(level) - 1, 0)
         level = None
         if attempt + 1 < ATTEMPTS:
             upper = program.row_upper.copy()
-            upper[formulation.limit_rows] -= 2 * over + np.where(over > 0, ROUNDING, 0)
+            upper[formulation.limit_rows] -= 2 * excess + np.where(excess > 0, ROUNDING, 0)
             program = replace(program, row_upper=upper)
-            left = (
-                None
-                if limits.time_s is None
-                else max(limits.time_s - (time.perf_counter() - began), 1.0)
-            )
-            solution = solve(program, replace(limits, time_s=left), solver)
+            time_left = None
+            if limits.time_s is not None:
+                time_left = max(limits.time_s - (time.perf_counter() - began), 1.0)
+            solution = solve(program, replace(limits, time_s=time_left), solver)
     if level is None and solution.termination is Termination.OPTIMAL:
         solution = replace(solution, termination=Termination.FEASIBLE, limit=Limit.NUMERIC)
-    known = [c for c in (level, incumbent) if c is not None]
-    best = min(known, key=lambda c: formulation.objective(budget, c), default=None)
+    feasible = [candidate for candidate in (level, incumbent) if candidate is not None]
+    best = min(feasible, key=lambda c: formulation.objective(budget, c), default=None)
     return replace(solution, bound=bound), best
 
 
 def _greedy(budget: _Budget) -> Ints | None:
-    """Levels that hold, from the widest down, by the least loss per share of a limit gained; None if stuck."""
+    """Finds a level vector that meets all limits, by narrowing groups from the widest levels on.
+
+    Each step is the one of least loss per share of the exceeded limits.
+
+    Returns:
+        The level vector, or None if no group can be narrowed to any effect.
+    """
     levels, first = budget.levels, budget.first
     level = budget.widest.copy()
     while not budget.holds(level):
-        over = np.maximum(budget.used(level) - 1, 0)
-        slope = ((over > 0) / budget.scale) @ budget.costs.gradient(budget.widths(level))
+        is_exceeded = budget.used(level) > 1
+        slope = (is_exceeded / budget.scale) @ budget.costs.gradient(budget.widths(level))
         current = (first + level)[levels.group]
         gain = slope[levels.group] * (levels.width[current] - levels.width)
         loss = budget.loss - budget.loss[current]
@@ -424,7 +509,7 @@ def _greedy(budget: _Budget) -> Ints | None:
 
 
 def _polish(budget: _Budget, level: Ints) -> Ints:
-    """Widen single groups where that costs no loss and still holds, the largest gain first."""
+    """Widens single groups as long as the loss does not grow and all limits hold, the largest gain first."""
     levels, first = budget.levels, budget.first
     level = level.copy()
     refused = np.zeros(len(levels.group), bool)
@@ -443,8 +528,8 @@ def _polish(budget: _Budget, level: Ints) -> Ints:
             refused[best] = True
 
 
-def _over(budget: _Budget, used: Floats) -> str:
-    """The sentence for limits that the narrowest widths are over: costs only fall with the width, so nothing holds."""
+def _not_met(budget: _Budget, used: Floats) -> str:
+    """Message for limits that even the narrowest widths exceed."""
     shares = zip(budget.names, used, strict=True)
-    over = [f"{name} ({share:.2f} times its limit)" for name, share in shares if share > 1]
-    return f"with every group at its narrowest width the model is still over {' and '.join(over)}; ask for more."
+    exceeded = [f"{name} ({share:.2f} times its limit)" for name, share in shares if share > 1]
+    return f"with every group at its narrowest width the model is still over {' and '.join(exceeded)}; ask for more."

@@ -1,8 +1,9 @@
-"""An additive model of latency for the budget program, fitted to kernel times at a few widths.
+"""Latency model: predicts seconds of a run from widths, fitted to kernel times at a few widths.
 
-The network is cut to a few vectors of widths and run with profiling. Kernels of linear nodes are told apart by name;
-each node's time is fitted by ``a + b * MACs + c * activation``, everything else by ``d + e * activations``, all of them
-non-negative. So predicted seconds are a constant plus a sum of products of axis lengths, the form that MACs have too.
+The network is cut to a few vectors of widths and run with profiling. Kernels of linear nodes are recognised by name.
+The time of each linear node is fitted by ``a + b * MACs + c * activation``, all other time by ``d + e * activations``,
+with non-negative coefficients. Predicted seconds are then a constant plus a sum of products of axis lengths, the form
+that MACs have too, and can be limited in the budget program.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -47,22 +48,31 @@ from onnx_oamip.verification.latency import (
 )
 
 SHARES = (1.0, 0.6, 0.3)
-"""Shares of the width at which the network is measured; each group takes its nearest width on the ladder."""
+"""Shares of the width at which the network is measured; each group takes its nearest candidate width."""
 MIXED = 3
-"""Levels at which each group takes a random width: uniform ones cannot tell what depends on one side of a node only."""
-MOST_ROUNDS = 30
+"""Number of measurements at random widths; uniform ones do not show which side of a node its time depends on."""
+MAX_ROUNDS = 30
 PLAIN_BYTES = 1 << 29
+"""Total size of the cut models up to which whole runs are timed in sessions of their own, without profiling."""
 _NUMBERED = re.compile(r"_token_\d+$")
+"""Suffix that ONNX Runtime appends to the names of some fused nodes."""
 
 
 @dataclass(frozen=True)
-class Table:
-    """Predicted seconds of one run: ``constant`` plus the terms of ``products`` over the lengths of a ledger.
+class LatencyModel:
+    """Predicted seconds of one run: ``constant`` plus the terms of ``products`` over the axis lengths of a ledger.
 
-    The first terms are those of ``Ledger.macs`` with seconds per MAC as factors; then comes one per linear node over
-    its activation (seconds per element). ``widths`` (levels, groups), ``measured`` and ``fitted`` (seconds) are the
-    levels behind it, ``error`` is the largest relative error there. ``by_node`` is False where kernels could not be
-    told apart and one rate per MAC was fitted for the whole network.
+    The first terms are those of ``Ledger.macs``, with seconds per MAC as factors; then follows one term per linear node
+    over its activation, with seconds per element.
+
+    Attributes:
+        constant: Seconds that do not depend on widths.
+        products: The terms.
+        widths: Measured widths (levels, groups).
+        measured: Seconds measured at these widths (levels,).
+        fitted: Seconds predicted at these widths (levels,).
+        error: Largest relative error among them.
+        by_node: False if kernels could not be matched to nodes and one rate per MAC was fitted for the whole network.
     """
 
     constant: float
@@ -74,15 +84,28 @@ class Table:
     by_node: bool
 
     def seconds(self, lengths: Ints) -> float:
-        """Predicted seconds at the axis lengths that ``Ledger.lengths(widths)`` gives."""
+        """Predicts the seconds of one run.
+
+        Args:
+            lengths: Axis lengths as ``Ledger.lengths(widths)`` returns them.
+
+        Returns:
+            Seconds.
+        """
         return self.constant + float(Ledger.terms(self.products, lengths).sum())
 
-    def scaled(self, ratio: float) -> Table:
-        """All times multiplied: corrects the model by a measured over predicted latency."""
+    def scaled(self, ratio: float) -> LatencyModel:
+        """Multiplies all times, to correct the model.
+
+        Args:
+            ratio: Measured over predicted latency.
+
+        Returns:
+            The corrected model.
+        """
         factor: Array = self.products.factor * ratio
-        return replace(
-            self, constant=self.constant * ratio, products=replace(self.products, factor=factor)
-        )
+        products = replace(self.products, factor=factor)
+        return replace(self, constant=self.constant * ratio, products=products)
 
 
 def profile(
@@ -90,42 +113,54 @@ def profile(
     coupling: Coupling,
     ladder: Sequence[Ints],
     samples: Samples,
+    *,
     device: str,
     batch: int = 1,
     threads: int | None = None,
     seconds: float = 6.0,
     seed: int = 0,
-) -> Table:
-    """Measure the network at a few levels and fit the additive model.
+) -> LatencyModel:
+    """Measures the network at a few vectors of widths and fits the latency model.
 
-    ``ladder`` holds the widths each group may take, in units. One run takes a feed of ``batch`` samples. The levels run
-    interleaved, in random order, for about ``seconds`` seconds (5 to 30 rounds).
+    The cut models run interleaved, in random order.
+
+    Args:
+        model: The whole model.
+        coupling: Its coupling.
+        ladder: Candidate widths of each group, in units.
+        samples: Samples to run on.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        batch: Samples per run.
+        threads: Threads within an operator. Default: the choice of ONNX Runtime.
+        seconds: Approximate time of the measurement (5 to 30 rounds).
+        seed: Seed of the widths and of the order.
+
+    Returns:
+        The fitted model.
     """
     device = resolve_device(device)
     costs = ledger(model, coupling)
     widths = level_widths(coupling, ladder, seed=seed)
     protos = [cut(model, coupling, first_units(coupling, w)) for w in widths]
-    walls, kernels = _run(protos, feeds_of(samples, batch), device, threads, seconds, seed)
-    lengths = [costs.lengths(w) for w in widths]
-    macs = np.asarray([Ledger.terms(costs.macs, n) for n in lengths], float).reshape(
-        len(widths), -1
+    walls, kernels = _run(
+        protos, feeds_of(samples, batch), device, threads=threads, seconds=seconds, seed=seed
     )
     carriers = _activations(model, costs)
-    activations = np.asarray([Ledger.terms(carriers, n) for n in lengths], float).reshape(
-        len(widths), -1
-    )
-    # The profile of the CUDA provider holds launches, not work.
-    shares = (
-        None
-        if device == "cuda"
-        else [assign(p, costs.nodes, k, m) for p, k, m in zip(protos, kernels, macs, strict=True)]
-    )
-    constant, rates, sizes, by_node = fit(
-        walls, None if shares is None else np.asarray(shares), macs, activations
-    )
-    fitted = constant + macs @ rates + activations @ sizes
-    factor: Array = np.concatenate([rates, sizes])
-    return Table(
+    lengths = [costs.lengths(w) for w in widths]
+    macs = _terms_at(costs.macs, lengths)
+    activations = _terms_at(carriers, lengths)
+    nodes = None
+    if device != "cuda":  # the profile of the CUDA provider records kernel launches, not their work
+        nodes = np.asarray(
+            [
+                assign(proto, costs.nodes, times, node_macs)
+                for proto, times, node_macs in zip(protos, kernels, macs, strict=True)
+            ]
+        )
+    constant, per_mac, per_element, by_node = fit(walls, nodes, macs, activations)
+    fitted = constant + macs @ per_mac + activations @ per_element
+    factor: Array = np.concatenate([per_mac, per_element])
+    return LatencyModel(
         constant=constant,
         products=Products(factor, np.concatenate([costs.macs.axes, carriers.axes])),
         widths=widths,
@@ -136,69 +171,125 @@ def profile(
     )
 
 
+def _terms_at(products: Products, lengths: Sequence[Ints]) -> Floats:
+    """Values of the terms (levels, terms) at several vectors of axis lengths."""
+    values = np.asarray([Ledger.terms(products, n) for n in lengths], float)
+    return values.reshape(len(lengths), -1)
+
+
 def level_widths(
     coupling: Coupling,
     ladder: Sequence[Ints],
+    *,
     shares: Sequence[float] = SHARES,
     mixed: int = MIXED,
     seed: int = 0,
 ) -> Ints:
-    """Different width vectors (levels, groups): for each share the nearest rungs of the ladder, then random rungs."""
+    """Chooses the widths to measure: for each share the nearest candidates, then random candidates.
+
+    Args:
+        coupling: The coupling of the model.
+        ladder: Candidate widths of each group.
+        shares: Shares of the full widths.
+        mixed: Number of random vectors.
+        seed: Seed of these.
+
+    Returns:
+        Different vectors of widths (levels, groups).
+    """
     full = full_widths(coupling)
     rng = np.random.default_rng(seed)
-    rungs = [np.asarray(r, np.int64) for r in ladder]
-    levels = [
-        [int(r[np.argmin(np.abs(r - s * f))]) for r, f in zip(rungs, full, strict=True)]
-        for s in shares
-    ]
-    levels += [[int(rng.choice(r)) for r in rungs] for _ in range(mixed)]
-    different = list(dict.fromkeys(tuple(level) for level in levels))
+    candidates = [np.asarray(widths, np.int64) for widths in ladder]
+    levels: list[tuple[int, ...]] = []
+    for share in shares:
+        nearest = [
+            widths[np.argmin(np.abs(widths - share * whole))]
+            for widths, whole in zip(candidates, full, strict=True)
+        ]
+        levels.append(tuple(int(width) for width in nearest))
+    for _ in range(mixed):
+        levels.append(tuple(int(rng.choice(widths)) for widths in candidates))
+    different = list(dict.fromkeys(levels))
     return np.asarray(different, np.int64).reshape(len(different), len(full))
 
 
 def first_units(coupling: Coupling, widths: Ints) -> Bools:
-    """The first ``widths[g]`` units of every group: which ones does not matter for time."""
+    """Keep mask of the first units of every group; the choice of units does not matter for time.
+
+    Args:
+        coupling: The coupling of the model.
+        widths: Number of units to keep in each group (groups,).
+
+    Returns:
+        A keep mask (n_units,).
+    """
     keep = np.zeros(coupling.n_units, bool)
     for group, width in zip(coupling.groups, widths, strict=True):
         keep[group.units[:width]] = True
     return keep
 
 
-def fit(
-    walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats
-) -> tuple[float, Floats, Floats, bool]:
-    """Non-negative least squares of relative errors: constant, seconds per MAC and per element of each node, by node?
+class Rates(NamedTuple):
+    """Coefficients of the latency model.
 
-    ``walls`` (levels,) are seconds of whole runs, ``nodes`` (levels, nodes) those of linear nodes, None if unknown;
-    ``macs`` and ``activations`` (levels, nodes) what they depend on.
+    Attributes:
+        constant: Seconds that do not depend on widths.
+        per_mac: Seconds per MAC of each linear node (nodes,).
+        per_element: Seconds per element of each node's activation (nodes,).
+        by_node: False if all nodes share one rate.
     """
-    ones, size = np.ones(len(walls)), activations.sum(axis=1)
+
+    constant: float
+    per_mac: Floats
+    per_element: Floats
+    by_node: bool
+
+
+def fit(walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats) -> Rates:
+    """Fits the coefficients by non-negative least squares of relative errors.
+
+    Args:
+        walls: Seconds of whole runs (levels,).
+        nodes: Seconds of the linear nodes (levels, nodes); None if unknown.
+        macs: MACs of the linear nodes (levels, nodes).
+        activations: Elements of their activations (levels, nodes).
+
+    Returns:
+        The coefficients.
+    """
+    n_nodes = macs.shape[1]
+    ones = np.ones(len(walls))
+    total_activation = activations.sum(axis=1)
     if nodes is None or not nodes.any():
-        constant, rate, other = _solve(walls, walls, ones, macs.sum(axis=1), size)
-        return constant, np.full(macs.shape[1], rate), np.full(macs.shape[1], other), False
-    each = np.asarray(
-        [
-            _solve(walls, nodes[:, n], ones, macs[:, n], activations[:, n])
-            for n in range(macs.shape[1])
-        ]
+        constant, per_mac, per_element = _solve(
+            walls, walls, ones, macs.sum(axis=1), total_activation
+        )
+        return Rates(constant, np.full(n_nodes, per_mac), np.full(n_nodes, per_element), False)
+    coefficients = np.asarray(
+        [_solve(walls, nodes[:, n], ones, macs[:, n], activations[:, n]) for n in range(n_nodes)]
     )
-    rest = np.maximum(walls - nodes.sum(axis=1), 0)
-    constant, other = _solve(walls, rest, ones, size)
-    return constant + float(each[:, 0].sum()), each[:, 1], each[:, 2] + other, True
+    other_time = np.maximum(walls - nodes.sum(axis=1), 0)
+    constant, per_element = _solve(walls, other_time, ones, total_activation)
+    return Rates(
+        constant=constant + float(coefficients[:, 0].sum()),
+        per_mac=coefficients[:, 1],
+        per_element=coefficients[:, 2] + per_element,
+        by_node=True,
+    )
 
 
 def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:
-    """Coefficients >= 0 of ``target`` on ``columns``, each row weighted by 1 / ``scale``."""
-    from scipy.optimize import nnls  # brings much of scipy, for a latency budget alone
+    """Non-negative coefficients of ``target`` on ``columns``, each row weighted by 1 / ``scale``."""
+    from scipy.optimize import nnls  # imports much of scipy, which only latency budgets need
 
     matrix = np.stack(columns, axis=1) / scale[:, None]
-    size = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
-    found, _ = nnls(matrix / size, target / scale)
-    return [float(v) for v in found / size]
+    column_scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
+    scaled, _ = nnls(matrix / column_scale, target / scale)
+    return [float(value) for value in scaled / column_scale]
 
 
 def _activations(model: Model, costs: Ledger) -> Products:
-    """The activation each linear node makes (or takes), as products of the ledger's axes."""
+    """Output (or input) of each linear node, as products of the axes of the ledger."""
     nodes = {node.name: node for node in model.every}
     axes = np.full_like(costs.macs.axes, -1)
     for n, name in enumerate(costs.nodes):
@@ -206,9 +297,11 @@ def _activations(model: Model, costs: Ledger) -> Products:
         spec = lookup(node.domain, node.op, node.version)
         assert spec is not None
         assert spec.cost is not None
-        row = spec.cost(node, model.shapes)
-        held = [i for i, (tensor, _) in enumerate(row) if tensor == row[0][0]]
-        axes[n, : len(held)] = costs.macs.axes[n, held]
+        factors = spec.cost(node, model.shapes)
+        # The factors of the MACs that are axes of the first tensor among them.
+        tensor = factors[0][0]
+        own = [i for i, (other, _) in enumerate(factors) if other == tensor]
+        axes[n, : len(own)] = costs.macs.axes[n, own]
     return Products(np.ones(len(axes), np.int64), axes)
 
 
@@ -222,127 +315,172 @@ def _run(
     protos: Sequence[onnx.ModelProto],
     feeds: Sequence[Mapping[str, Array]],
     device: str,
+    *,
     threads: int | None,
     seconds: float,
     seed: int,
 ) -> tuple[Floats, list[Kernels]]:
-    """Seconds of a whole run and kernel times of every proto.
+    """Seconds of a whole run, and kernel times, of every model.
 
-    Whole runs are timed in sessions without profiling, but for models so large that it does not matter and memory does.
+    Whole runs are timed in sessions without profiling. Models that are too large to load twice are timed with it: their
+    runs take so long that profiling does not matter.
     """
-    twice = sum(size(p) for p in protos) < PLAIN_BYTES
+    load_twice = sum(size(proto) for proto in protos) < PLAIN_BYTES
     with atomic_files.scratch() as folder:
-        sessions = [
-            Session(p, device, threads, profile=f"{folder}/{i}", spin=True)
-            for i, p in enumerate(protos)
+        profiled = [
+            Session(proto, device, threads, profile=f"{folder}/{i}", spin=True)
+            for i, proto in enumerate(protos)
         ]
-        if twice:
-            sessions += [Session(p, device, threads, spin=True) for p in protos]
-        runs, _ = interleave([caller(s, feeds) for s in sessions], seconds, MOST_ROUNDS, seed)
-        events = [json.loads(Path(s.end_profile()).read_text()) for s in sessions[: len(protos)]]
-    walls = np.asarray([quiet(r) for r in runs[-len(protos) :]])
-    return walls, [_within(parse(e), wall) for e, wall in zip(events, walls, strict=True)]
+        sessions = list(profiled)
+        if load_twice:
+            sessions += [Session(proto, device, threads, spin=True) for proto in protos]
+        calls = [caller(session, feeds) for session in sessions]
+        runs, _ = interleave(calls, seconds, MAX_ROUNDS, seed)
+        events = [json.loads(Path(session.end_profile()).read_text()) for session in profiled]
+    walls = np.asarray([quiet(times) for times in runs[-len(protos) :]])
+    kernels = [_scaled_to(parse(e), wall) for e, wall in zip(events, walls, strict=True)]
+    return walls, kernels
 
 
-def _within(kernels: Kernels, wall: float) -> Kernels:
-    """Kernel times shrunk to what the run without profiling took: recording adds some microseconds to each."""
+def _scaled_to(kernels: Kernels, wall: float) -> Kernels:
+    """Scales kernel times down to the run without profiling: recording adds some microseconds to each."""
     total = sum(spent for _, spent in kernels.values())
-    part = min(1.0, wall / total) if total else 1.0
-    return {name: (op, spent * part) for name, (op, spent) in kernels.items()}
+    factor = min(1.0, wall / total) if total else 1.0
+    return {name: (op, spent * factor) for name, (op, spent) in kernels.items()}
 
 
 def parse(events: Sequence[Mapping[str, Any]], skip: int = WARM_RUNS) -> Kernels:
-    """Seconds of each kernel in ONNX Runtime's profile, as ``quiet`` over all runs but the first ``skip``."""
+    """Reads kernel times from a profile of ONNX Runtime.
+
+    Args:
+        events: The recorded events.
+        skip: Number of leading runs to leave out.
+
+    Returns:
+        Operator and seconds of each kernel, as ``quiet`` over the other runs; empty if there are none.
+    """
     runs: list[dict[str, float]] = []
-    now: dict[str, float] = defaultdict(float)
-    ops: dict[str, str] = {}
+    current: dict[str, float] = defaultdict(float)
+    operators: dict[str, str] = {}
     for event in events:
         name = str(event["name"])
         if event["cat"] == "Node" and name.endswith("_kernel_time"):
             kernel = name.removesuffix("_kernel_time")
-            ops[kernel] = str(event.get("args", {}).get("op_name", ""))
-            now[kernel] += float(event["dur"]) * 1e-6
+            operators[kernel] = str(event.get("args", {}).get("op_name", ""))
+            current[kernel] += float(event["dur"]) * 1e-6
         elif event["cat"] == "Session" and name == "model_run":
-            runs.append(dict(now))
-            now.clear()
-    kept = runs[skip:]
-    return (
-        {k: (op, float(quiet([r.get(k, 0.0) for r in kept]))) for k, op in ops.items()}
-        if kept
-        else {}
-    )
+            runs.append(dict(current))
+            current.clear()
+    counted = runs[skip:]
+    if not counted:
+        return {}
+    result: Kernels = {}
+    for kernel, operator in operators.items():
+        times = [run.get(kernel, 0.0) for run in counted]
+        result[kernel] = (operator, float(quiet(times)))
+    return result
 
 
 def assign(proto: onnx.ModelProto, names: Sequence[str], kernels: Kernels, macs: Floats) -> Floats:
-    """Seconds of the linear nodes ``names`` from kernel times, in their order.
+    """Distributes kernel times over linear nodes.
 
-    A kernel carries the name of a node, or of the tensor that the last node fused into it makes. From there the search
-    goes backwards to linear nodes that no kernel names. Nodes that share a kernel share its time by MACs, and so do
-    the nodes and the kernels of linear operators that are left at the end.
+    A kernel is named after a node, or after the output of the last node that was fused into it. From there the search
+    goes backwards to linear nodes that no kernel names. Nodes that share a kernel share its time by MACs. The kernels
+    of linear operators that match no node are distributed over the nodes without a kernel in the same way.
+
+    Args:
+        proto: The model that ran.
+        names: Names of its linear nodes.
+        kernels: Operator and seconds of each kernel.
+        macs: MACs of the linear nodes (nodes,).
+
+    Returns:
+        Seconds of the linear nodes (nodes,).
     """
-    graph = proto.graph.node
-    maker = {t: i for i, node in enumerate(graph) for t in node.output if t}
-    by_name = {node.name: i for i, node in enumerate(graph)}
-    place = {by_name[n]: k for k, n in enumerate(names) if n in by_name}
+    graph = _KernelGraph(proto, names)
     times = np.zeros(len(names))
     anchors: dict[int, float] = defaultdict(float)
-    lost = 0.0
-    for kernel, (op, spent) in kernels.items():
-        if not any(part in op for part in kinds.LINEAR_KERNELS):
+    unmatched = 0.0
+    for kernel, (operator, spent) in kernels.items():
+        if not any(part in operator for part in kinds.LINEAR_KERNELS):
             continue
-        found = _anchor(kernel, maker, by_name)
-        if found is None:
-            lost += spent
+        anchor = graph.anchor(kernel)
+        if anchor is None:
+            unmatched += spent
         else:
-            anchors[found] += spent
-    free = set(place) - set(anchors)
-    for found, spent in sorted(anchors.items()):
-        owners = [found] if found in place else _behind(found, graph, maker, place, anchors, free)
+            anchors[anchor] += spent
+    free = set(graph.linear) - set(anchors)
+    for anchor, spent in sorted(anchors.items()):
+        owners = [anchor] if anchor in graph.linear else graph.behind(anchor, set(anchors), free)
         free -= set(owners)
         if owners:
-            _share(times, [place[i] for i in owners], spent, macs)
+            _share(times, [graph.linear[i] for i in owners], spent, macs)
         else:
-            lost += spent
-    _share(times, [place[i] for i in sorted(free)], lost, macs)
+            unmatched += spent
+    _share(times, [graph.linear[i] for i in sorted(free)], unmatched, macs)
     return times
 
 
 def _share(times: Floats, nodes: Sequence[int], spent: float, macs: Floats) -> None:
+    """Adds a time to several nodes, in proportion to their MACs."""
     if nodes and spent:
-        part = np.asarray(macs[list(nodes)], float)
-        times[list(nodes)] += spent * part / max(part.sum(), 1e-300)
+        weights = np.asarray(macs[list(nodes)], float)
+        times[list(nodes)] += spent * weights / max(weights.sum(), 1e-300)
 
 
-def _anchor(kernel: str, maker: Mapping[str, int], by_name: Mapping[str, int]) -> int | None:
-    """The node that a kernel's name points to: by its own name, by the tensor it makes, or by the longest beginning."""
-    label = _NUMBERED.sub("", kernel)
-    for text in (label, label.removeprefix("fused "), label.removesuffix("_nchwc")):
-        for known in (by_name, maker):
-            if text in known:
-                return known[text]
-    text = label.removeprefix("fused ")
-    cuts = [i for i, c in enumerate(text) if c in "/_" and i and text[:i] in by_name]
-    return by_name[text[: cuts[-1]]] if cuts else None
+class _KernelGraph:
+    """A graph, searched for the linear nodes behind a kernel.
 
+    Attributes:
+        linear: Index among the linear nodes, by the position of a node.
+    """
 
-def _behind(
-    start: int,
-    graph: Sequence[onnx.NodeProto],
-    maker: Mapping[str, int],
-    place: Mapping[int, int],
-    anchors: Mapping[int, float],
-    free: set[int],
-) -> list[int]:
-    """Unclaimed linear nodes whose results reach ``start`` without passing another kernel."""
-    found, seen, todo = [], {start}, [start]
-    while todo:
-        for name in graph[todo.pop()].input:
-            i = maker.get(name)
-            if i is None or i in seen or i in anchors:
-                continue
-            seen.add(i)
-            if i in place:
-                found += [i] if i in free else []
-            else:
-                todo.append(i)
-    return found
+    def __init__(self, proto: onnx.ModelProto, names: Sequence[str]) -> None:
+        self._nodes = proto.graph.node
+        self._producer: dict[str, int] = {}
+        for i, node in enumerate(self._nodes):
+            self._producer.update((tensor, i) for tensor in node.output if tensor)
+        self._by_name = {node.name: i for i, node in enumerate(self._nodes)}
+        self.linear: dict[int, int] = {}
+        for k, name in enumerate(names):
+            if name in self._by_name:
+                self.linear[self._by_name[name]] = k
+
+    def anchor(self, kernel: str) -> int | None:
+        """Position of the node that a kernel is named after.
+
+        The name is that of a node, that of a tensor which a node computes, or begins with the name of a node.
+        """
+        label = _NUMBERED.sub("", kernel)
+        unfused = label.removeprefix("fused ")
+        for text in (label, unfused, label.removesuffix("_nchwc")):
+            for positions in (self._by_name, self._producer):
+                if text in positions:
+                    return positions[text]
+        ends = [
+            i for i, c in enumerate(unfused) if c in "/_" and i and unfused[:i] in self._by_name
+        ]
+        return self._by_name[unfused[: ends[-1]]] if ends else None
+
+    def behind(self, start: int, anchors: Set[int], free: Set[int]) -> list[int]:
+        """Finds the free linear nodes whose results reach a node without passing another kernel.
+
+        Args:
+            start: Position of the node.
+            anchors: Positions that kernels are named after.
+            free: Linear nodes without a kernel so far.
+        """
+        result: list[int] = []
+        seen = {start}
+        pending = [start]
+        while pending:
+            for name in self._nodes[pending.pop()].input:
+                i = self._producer.get(name)
+                if i is None or i in seen or i in anchors:
+                    continue
+                seen.add(i)
+                if i not in self.linear:
+                    pending.append(i)
+                elif i in free:
+                    result.append(i)
+        return result

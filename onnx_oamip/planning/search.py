@@ -280,7 +280,7 @@ def _latency(ready: Prepared, limit: allocation.Limits, share: float) -> Lineari
         ready.coupling,
         ready.ladder.widths,
         ready.samples,
-        ready.device,
+        device=ready.device,
         seed=ready.settings.seed,
     )
     whole = float(table.measured[0])  # the widest level; what the model fits there may be off

@@ -1,4 +1,4 @@
-"""Model files timed side by side, on given samples or on random numbers: what the ``bench`` command shows."""
+"""Benchmark: times model files side by side on given samples or on random numbers, for the ``bench`` command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ Feeds = list[dict[str, Array]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Timings of ``models`` by batch size, in the models' order. ``source`` is None where random numbers were fed."""
+    """Result of a benchmark.
+
+    Attributes:
+        models: The models.
+        timings: Measurements in the order of the models, by batch size.
+        device: ``cpu`` or ``cuda``.
+        threads: Threads within an operator; None for the choice of ONNX Runtime.
+        seconds: Time per batch size.
+        source: Where the samples come from; None for random numbers.
+    """
 
     models: tuple[Model, ...]
     timings: Mapping[int, tuple[Timing, ...]]
@@ -36,26 +45,41 @@ def run(
     paths: Sequence[str | os.PathLike[str]],
     source: str | os.PathLike[str] | Mapping[str, Array] | None = None,
     batches: Sequence[int] = (),
+    *,
     device: str = "auto",
     threads: int | None = None,
     seconds: float = 10.0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Benchmark:
-    """Time models that take the same inputs, at each batch size for about ``seconds`` seconds.
+    """Times models that take the same inputs.
 
-    Times do not depend on values, so that without ``source`` random numbers at the first model's shapes do. Without
-    ``batches`` one sample is run at a time, or as many as the model is fixed to.
+    Args:
+        paths: Model files.
+        source: Samples to run on. Default: random numbers in the shapes of the first model, as times do not depend on
+            values.
+        batches: Batch sizes. Default: one sample, or as many as the model is fixed to.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: Threads within an operator. Default: the choice of ONNX Runtime.
+        seconds: Approximate time per batch size.
+        seed: Seed of the order and of random numbers.
+        progress: Receives the number of batch sizes done.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        ModelError: A model cannot be loaded, or its inputs differ from those of the first.
+        DataError: The samples do not fit the model or a batch size.
     """
     device = resolve_device(device)
     dataset.check_extras(source)
     loaded = tuple(models.load(path) for path in paths)
     _same_inputs(loaded)
-    samples = (
-        None
-        if source is None
-        else dataset.load(source, loaded[0], dataset.EVALUATION) or dataset.load(source, loaded[0])
-    )
+    samples = None
+    if source is not None:
+        held_out = dataset.load(source, loaded[0], dataset.EVALUATION)
+        samples = held_out or dataset.load(source, loaded[0])
     timings: dict[int, tuple[Timing, ...]] = {}
     wanted: list[int | None] = [*dict.fromkeys(batches)] or [None]
     for done, batch in enumerate(wanted):
@@ -64,34 +88,36 @@ def run(
         feeds, size = _feeds(loaded[0], samples, batch, seed)
         names = [m.path for m in loaded]
         timings[size] = latency.bench(
-            names, feeds, device, threads, seconds, names=names, seed=seed
+            names, feeds, device, threads, seconds=seconds, names=names, seed=seed
         )
-    return Benchmark(
-        loaded, timings, device, threads, seconds, None if samples is None else samples.source
-    )
+    origin = None if samples is None else samples.source
+    return Benchmark(loaded, timings, device, threads, seconds, origin)
 
 
 def _same_inputs(loaded: Sequence[Model]) -> None:
+    """Raises ModelError if the models do not have the same inputs."""
     first = loaded[0]
     for other in loaded[1:]:
-        ours, theirs = (
-            {(p.name, p.dtype.name, len(p.dims)) for p in m.inputs} for m in (first, other)
-        )
-        if ours != theirs:
-            names = [
-                ", ".join(f"{n} ({kind}, rank {rank})" for n, kind, rank in sorted(s))
-                for s in (ours, theirs)
-            ]
+        if _inputs(first) != _inputs(other):
             raise ModelError(
-                f"{first.path} takes {names[0]} but {other.path} takes {names[1]}; models timed side by side need the "
-                "same inputs."
+                f"{first.path} takes {_described(_inputs(first))} but {other.path} takes {_described(_inputs(other))}; "
+                "models timed side by side need the same inputs."
             )
+
+
+def _inputs(model: Model) -> set[tuple[str, str, int]]:
+    """Name, element type and rank of every input."""
+    return {(port.name, port.dtype.name, len(port.dims)) for port in model.inputs}
+
+
+def _described(inputs: set[tuple[str, str, int]]) -> str:
+    return ", ".join(f"{name} ({dtype}, rank {rank})" for name, dtype, rank in sorted(inputs))
 
 
 def _feeds(
     model: Model, samples: Samples | None, batch: int | None, seed: int
 ) -> tuple[Feeds, int]:
-    """Feeds of ``batch`` samples, and how many one really holds. Raises DataError where that is another number."""
+    """Feeds of ``batch`` samples, and the number that each one has. Raises DataError if the two differ."""
     where = model.path
     if samples is None:
         free = {symbol(p, 0) for p in model.inputs if len(p.dims) > 1}

@@ -1,9 +1,8 @@
-"""Latency on the target provider: models side by side, and the step of widths that it likes.
+"""Latency on the target provider: models timed side by side, and the multiple of widths that kernels prefer.
 
-Times on a shared machine drift and jump. So models are never timed one after the other but in rounds, in random order
-within a round, and what compares them is a median over rounds of a ratio within a round. Where absolute times are
-needed, the mean of the lowest quarter stands for an unloaded machine. Latency is what a caller waits for: host arrays
-in, host arrays out.
+Times on a shared machine drift and jump. Models are therefore timed in rounds, in random order within a round, and
+compared by the median over rounds of a ratio within a round. Where absolute times are needed, the mean of the lowest
+quarter stands for an unloaded machine. Latency is the time that a caller waits: from host arrays to host arrays.
 """
 
 from __future__ import annotations
@@ -37,10 +36,12 @@ Call = Callable[[int], object]
 QUIET = 0.25
 """Share of the shortest times whose mean stands for an unloaded machine: load from outside only ever adds."""
 WARM_RUNS = 3
+"""Runs of every model before the first round, which are not timed."""
 FEWEST_ROUNDS = 5
 BLOCK_SECONDS = 0.002
 """A model runs at least about this long within a round (at most 32 times), so that the clock's grain is small."""
 FEEDS = 4
+"""Number of different feeds that the runs cycle through."""
 MEMORY_RUNS = 3
 MEMORY_TIMEOUT = 600.0
 
@@ -50,7 +51,14 @@ MEMORY_TIMEOUT = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A median over rounds of latency over the first model's, with the 95 % interval of that median."""
+    """Latency relative to another model.
+
+    Attributes:
+        median: Median over rounds of the ratio within a round.
+        low: Lower end of the 95 % interval of that median.
+        high: Upper end of the interval.
+        rounds: Number of rounds.
+    """
 
     median: float
     low: float
@@ -60,9 +68,18 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One model of a bench: latencies of one run in milliseconds, ``throughput`` in samples a second at the median,
-    ``peak_bytes`` that loading and running added to a fresh process (None where that cannot be told), and the latency
-    over the first model's."""
+    """Measurements of one model.
+
+    Attributes:
+        name: Name of the model.
+        p50_ms: Median latency of a run in milliseconds.
+        p95_ms: 95th percentile of the latency.
+        mean_ms: Mean latency.
+        throughput: Samples per second at the median.
+        runs: Number of timed runs.
+        peak_bytes: Memory that loading and running added to a fresh process; None if the system does not report it.
+        ratio: Latency relative to the first model.
+    """
 
     name: str
     p50_ms: float
@@ -79,29 +96,40 @@ def bench(
     feeds: Sequence[Feed],
     device: str,
     threads: int | None = None,
+    *,
     seconds: float = 10.0,
     rounds: int | None = None,
     names: Sequence[str] | None = None,
     memory: bool = True,
     seed: int = 0,
 ) -> tuple[Timing, ...]:
-    """Models (protos or paths) run side by side on the same feeds, in random order within each round.
+    """Times models side by side on the same feeds, in random order within each round.
 
-    Ends after ``rounds`` rounds or about ``seconds`` seconds, whichever is first, but not before five rounds (or
-    ``rounds``, if fewer). Throughput counts axis 0 of a feed's first array as samples. Peak memory is measured in one
-    fresh process per model and costs a process start each.
+    Args:
+        sources: Models or paths of model files.
+        feeds: Values of the graph inputs; axis 0 of the first array counts the samples.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        threads: Threads within an operator. Default: the choice of ONNX Runtime.
+        seconds: Approximate time after which the last round ends.
+        rounds: Upper bound on the rounds. There are at least five, or as many as the bound allows.
+        names: Names of the models. Default: their file names.
+        memory: Measure the peak memory, in one fresh process per model.
+        seed: Seed of the order.
+
+    Returns:
+        One record per model.
+
+    Raises:
+        DataError: There is no feed.
     """
     device = resolve_device(device)
     if names is None:
-        names = [
-            f"model {i}" if isinstance(s, onnx.ModelProto) else Path(s).name
-            for i, s in enumerate(sources)
-        ]
+        names = [_default_name(source, i) for i, source in enumerate(sources)]
     if not feeds:
         raise DataError("there is no feed to time the models on; give at least one sample.")
     sessions = [
-        Session(s, device, threads, what=name, spin=True)
-        for s, name in zip(sources, names, strict=True)
+        Session(source, device, threads, what=name, spin=True)
+        for source, name in zip(sources, names, strict=True)
     ]
     runs, medians = interleave([caller(s, feeds) for s in sessions], seconds, rounds, seed)
     del sessions
@@ -110,50 +138,57 @@ def bench(
     result = []
     for i, name in enumerate(names):
         times = np.asarray(runs[i])
-        p50, p95 = (float(q) for q in np.quantile(times, [0.5, 0.95]))
+        p50, p95 = (float(quantile) for quantile in np.quantile(times, [0.5, 0.95]))
         peak = peak_memory(sources[i], feeds[0], device, threads) if memory else None
-        ratio = paired(medians[:, 0], medians[:, i])
-        result.append(
-            Timing(
-                name,
-                p50 * 1e3,
-                p95 * 1e3,
-                float(times.mean()) * 1e3,
-                samples / p50,
-                len(times),
-                peak,
-                ratio,
-            )
+        timing = Timing(
+            name=name,
+            p50_ms=p50 * 1e3,
+            p95_ms=p95 * 1e3,
+            mean_ms=float(times.mean()) * 1e3,
+            throughput=samples / p50,
+            runs=len(times),
+            peak_bytes=peak,
+            ratio=paired(medians[:, 0], medians[:, i]),
         )
+        result.append(timing)
     return tuple(result)
+
+
+def _default_name(source: Source, i: int) -> str:
+    return f"model {i}" if isinstance(source, onnx.ModelProto) else Path(source).name
 
 
 def interleave(
     calls: Sequence[Call], seconds: float, rounds: int | None = None, seed: int = 0
 ) -> tuple[list[list[float]], Floats]:
-    """Time calls in rounds: every call in each round, in random order, a few times in a row if it is fast.
+    """Times calls in rounds: every call in each round, in random order, a few times in a row if it is fast.
 
-    A call gets the number of the feed to use, the same for all calls. Returns the seconds of every run per call, and
-    the medians (rounds, calls) within each round.
+    Args:
+        calls: Functions of the number of the feed to use, which is the same for all calls of a round.
+        seconds: Approximate time after which the last round ends.
+        rounds: Upper bound on the rounds.
+        seed: Seed of the order.
+
+    Returns:
+        The seconds of every run per call, and the medians (rounds, calls) within each round.
     """
     slowest = 0.0
     for call in calls:
         warm = [_seconds(call, i) for i in range(WARM_RUNS)]
         slowest = max(slowest, min(warm))
-    inner = min(32, max(1, math.ceil(BLOCK_SECONDS / max(slowest, 1e-9))))
+    runs_per_block = min(32, max(1, math.ceil(BLOCK_SECONDS / max(slowest, 1e-9))))
     rng = np.random.default_rng(seed)
     runs: list[list[float]] = [[] for _ in calls]
     medians: list[Floats] = []
     end = time.perf_counter() + seconds
-    least = min(FEWEST_ROUNDS, rounds or FEWEST_ROUNDS)
-    while len(medians) < least or (
-        time.perf_counter() < end and (rounds is None or len(medians) < rounds)
-    ):
+    fewest = min(FEWEST_ROUNDS, rounds or FEWEST_ROUNDS)
+    most = math.inf if rounds is None else rounds
+    while len(medians) < fewest or (time.perf_counter() < end and len(medians) < most):
         row = np.zeros(len(calls))
         for c in rng.permutation(len(calls)):
-            if inner > 1:
-                calls[c](len(medians))  # pays for the caches that another model filled
-            block = [_seconds(calls[c], len(medians)) for _ in range(inner)]
+            if runs_per_block > 1:
+                calls[c](len(medians))  # refills the caches that another model has used
+            block = [_seconds(calls[c], len(medians)) for _ in range(runs_per_block)]
             runs[c].extend(block)
             row[c] = np.median(block)
         medians.append(row)
@@ -167,14 +202,30 @@ def _seconds(call: Call, feed: int) -> float:
 
 
 def quiet(times: Floats | Sequence[float]) -> Floats:
-    """Mean of the lowest quarter along the first axis."""
+    """Estimates the time on an unloaded machine: the mean of the lowest quarter along the first axis.
+
+    Args:
+        times: Measured times (runs, ...).
+
+    Returns:
+        The means (...).
+    """
     ordered = np.sort(np.asarray(times, float), axis=0)
-    calm: Floats = ordered[: max(1, int(len(ordered) * QUIET))].mean(axis=0)
-    return calm
+    lowest = ordered[: max(1, int(len(ordered) * QUIET))]
+    mean: Floats = lowest.mean(axis=0)
+    return mean
 
 
 def paired(first: Floats, other: Floats) -> Ratio:
-    """Median of ``other / first`` round by round; its interval from order statistics (all of them under 6 rounds)."""
+    """Ratio of two models' times, round by round.
+
+    Args:
+        first: Times of the first model (rounds,).
+        other: Times of the other one (rounds,).
+
+    Returns:
+        The median of ``other / first``, with an interval from order statistics; under six rounds it spans all ratios.
+    """
     ratios = np.sort(other / first)
     n = len(ratios)
     k = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
@@ -186,11 +237,25 @@ def compare_latency(
     other: Source,
     samples: Samples,
     device: str,
+    *,
     batch: int = 1,
     threads: int | None = None,
     seconds: float = 3.0,
 ) -> Ratio:
-    """Latency of ``other`` over that of ``first`` on feeds of ``batch`` samples, in about ``seconds`` seconds."""
+    """Measures the latency of a model relative to another one.
+
+    Args:
+        first: Model to compare with.
+        other: Model to compare.
+        samples: Samples to run on.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        batch: Samples per run.
+        threads: Threads within an operator. Default: the choice of ONNX Runtime.
+        seconds: Approximate time of the measurement.
+
+    Returns:
+        The ratio, under 1 if ``other`` is faster.
+    """
     device = resolve_device(device)
     feeds = feeds_of(samples, batch)
     sessions = [Session(s, device, threads, spin=True) for s in (first, other)]
@@ -203,49 +268,80 @@ def measure_ratio(
     other: Source,
     samples: Samples,
     device: str,
+    *,
     batch: int = 1,
     threads: int | None = None,
     seconds: float = 3.0,
 ) -> float:
-    """Median paired ratio of latencies, ``other / first``: under 1 where ``other`` is faster."""
-    return compare_latency(first, other, samples, device, batch, threads, seconds).median
+    """Median of :func:`compare_latency`, which has the same parameters."""
+    ratio = compare_latency(
+        first, other, samples, device, batch=batch, threads=threads, seconds=seconds
+    )
+    return ratio.median
 
 
 def feeds_of(samples: Samples, batch: int, count: int = FEEDS) -> list[dict[str, Array]]:
-    """The first few feeds of exactly ``batch`` samples (fewer only where there are no more)."""
-    found: list[dict[str, Array]] = []
+    """Takes the first few feeds of equal size.
+
+    Args:
+        samples: Where the feeds come from.
+        batch: Samples per feed.
+        count: Largest number of feeds.
+
+    Returns:
+        Feeds of exactly ``batch`` samples; a single smaller one if there are not so many samples.
+    """
+    feeds: list[dict[str, Array]] = []
     for index, feed in samples.batches(batch):
-        if found and (len(found) == count or (not samples.whole and len(index) < batch)):
+        is_short = not samples.whole and len(index) < batch
+        if feeds and (len(feeds) == count or is_short):
             break
-        found.append(feed)
-    return found
+        feeds.append(feed)
+    return feeds
 
 
 def caller(session: Session, feeds: Sequence[Feed]) -> Call:
-    """Runs a session on the feed of a number, without what else the feed may hold."""
-    known = [
-        {k: np.ascontiguousarray(v) for k, v in f.items() if k in session.inputs} for f in feeds
+    """Makes a function that runs a session on the feed of a number.
+
+    Args:
+        session: The session.
+        feeds: Feeds, which may hold more than the inputs of the session.
+
+    Returns:
+        The function; numbers beyond the feeds start again with the first.
+    """
+    inputs = [
+        {
+            name: np.ascontiguousarray(value)
+            for name, value in feed.items()
+            if name in session.inputs
+        }
+        for feed in feeds
     ]
-    return lambda i: session.run(known[i % len(known)])
+    return lambda i: session.run(inputs[i % len(inputs)])
 
 
 # -------------------------------------------------------------------------------------------------------- memory
 
 
 def peak_memory(source: Source, feed: Feed, device: str, threads: int | None = None) -> int | None:
-    """Bytes by which resident memory grew at its peak while a fresh process loaded a model and ran it three times.
+    """Measures the memory that a model needs, in a fresh process.
 
-    The runtime itself is not counted, nor is memory on a GPU. None where the system does not tell (Windows).
+    Args:
+        source: Model or path of a model file.
+        feed: Values of the graph inputs.
+        device: ``cpu`` or ``cuda``; memory on a GPU is not counted.
+        threads: Threads within an operator.
+
+    Returns:
+        Bytes by which the resident memory grew at its peak while the model was loaded and run three times, without
+        that of the runtime itself. None if the system does not report it (Windows).
     """
     with atomic_files.scratch() as folder:
         job = folder / "job"
-        path = (
-            _on_disk(source, folder)
-            if isinstance(source, onnx.ModelProto)
-            else os.fspath(Path(source).absolute())
-        )
+        path = _path_of(source, folder)
         job.write_bytes(pickle.dumps((path, dict(feed), device, threads)))
-        home = str(Path(__file__).parents[1])
+        home = str(Path(__file__).parents[2])  # the folder that holds the package
         paths = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
         code = f"import sys; from {__name__} import weigh; weigh(sys.argv[1])"
         try:
@@ -263,7 +359,11 @@ def peak_memory(source: Source, feed: Feed, device: str, threads: int | None = N
 
 
 def weigh(job: str) -> None:
-    """The fresh process of ``peak_memory``: prints the growth in bytes."""
+    """Body of the fresh process of :func:`peak_memory`; prints the growth in bytes.
+
+    Args:
+        job: Path of a file with the pickled model path, feed, device and threads.
+    """
     path, feed, device, threads = pickle.loads(Path(job).read_bytes())
     resolve_device(device)  # imports the runtime, so that it is not counted
     _forget_peak()
@@ -275,35 +375,39 @@ def weigh(job: str) -> None:
 
 
 def _forget_peak() -> None:
-    """Linux only: the peak so far (imports) no longer counts."""
+    """Resets the recorded peak on Linux, so that imports do not count."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return
 
 
-def _resident(what: str) -> int:
-    """Resident bytes now (VmRSS) or at their peak (VmHWM); where only the peak is known, that for both."""
+def _resident(field: str) -> int:
+    """Resident bytes now (VmRSS) or at their peak (VmHWM). Systems other than Linux report the peak for both."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(rf"{what}:\s+(\d+) kB", status.read_text())
+        found = re.search(rf"{field}:\s+(\d+) kB", status.read_text())
         if found:
             return int(found[1]) * 1024
-    import resource  # not on Windows: the process fails and the caller says None
+    import resource  # not on Windows: the process fails there, and its caller returns None
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _on_disk(proto: onnx.ModelProto, folder: Path) -> str:
+def _path_of(source: Source, folder: Path) -> str:
+    """Absolute path of a model file; a model in memory is written to the folder first."""
+    if not isinstance(source, onnx.ModelProto):
+        return os.fspath(Path(source).absolute())
     path = folder / "model.onnx"
-    external_data.save(proto, path, "model.data")
+    external_data.save(source, path, "model.data")
     return str(path)
 
 
 # ------------------------------------------------------------------------------------------------ step of widths
 
 CANDIDATES = (32, 16, 8, 4, 2, 1)
+"""Candidate steps, in channels."""
 NARROW, WIDE = 64, 128
 STEP_WIDTHS = (NARROW, *(NARROW + s for s in reversed(CANDIDATES)), WIDE)
 STEP_SECONDS = 0.8
@@ -312,7 +416,13 @@ DEFAULT_STEP = {"cpu": 8, "cuda": 16}
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The step of widths on a provider, in channels; ``measured`` is False where the device's default is taken."""
+    """Multiple of channels that the kernels of a provider prefer.
+
+    Attributes:
+        value: The multiple.
+        measured: False if it is the default of the device.
+        note: How it was found, for the report.
+    """
 
     value: int
     measured: bool
@@ -320,15 +430,29 @@ class Step:
 
 
 def step(device: str) -> int:
-    """The step of widths, in channels, that the provider likes: see ``find_step``."""
+    """Multiple of channels that the kernels of a provider prefer.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Returns:
+        The value of :func:`find_step`.
+    """
     return find_step(device).value
 
 
 @cache
 def find_step(device: str) -> Step:
-    """Time stacks of 3x3 convolutions at 64 to 128 channels and judge which widths pay; once a process, in about 1 s.
+    """Measures which widths are fast, on stacks of 3x3 convolutions of 64 to 128 channels.
 
-    On the CPU with one thread: the blocking of channels does not depend on threads, and the noise does.
+    The measurement takes about one second, once per process. On the CPU it uses one thread: the blocking of channels
+    does not depend on threads, but the noise does.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto``.
+
+    Returns:
+        The multiple of channels.
     """
     device = resolve_device(device)
     batch, size, threads = (64, 28, None) if device == "cuda" else (1, 14, 1)
@@ -339,16 +463,24 @@ def find_step(device: str) -> Step:
 
 
 def judge_step(times: Floats, device: str) -> Step:
-    """The step from times (rounds, len(STEP_WIDTHS)) at 64, 64 + 1, 64 + 2, 64 + 4, ..., 64 + 32 and 128 channels.
+    """Chooses the step from times at 64, 64 + 1, 64 + 2, 64 + 4, ..., 64 + 32 and 128 channels.
 
-    A step s pays if going down from 64 + 2s channels to 64 + s saves at least half of what a smooth curve through 64
-    and 128 channels says. The answer is the smallest s such that it and all larger ones pay. Even and odd rounds must
-    agree, or differ by a factor of two (then the larger one counts); otherwise the default of the device is taken.
+    A step s pays if narrowing from 64 + 2s channels to 64 + s saves at least half of the time that a smooth curve
+    through 64 and 128 channels predicts. The result is the smallest s such that it and all larger ones pay. Even and
+    odd rounds must agree, or differ by a factor of two (then the larger one counts); otherwise the default of the
+    device is used.
+
+    Args:
+        times: Measured times (rounds, len(STEP_WIDTHS)).
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        The step.
     """
-    found = [_judge_half(times[start::2]) for start in (0, 1)]
-    known = [f for f in found if f]
-    if len(known) == 2 and max(known) <= 2 * min(known):
-        value = max(known)
+    halves = [_judge_half(times[start::2]) for start in (0, 1)]
+    steps = [step for step in halves if step]
+    if len(steps) == 2 and max(steps) <= 2 * min(steps):
+        value = max(steps)
         return Step(
             value, True, f"measured on this {device}: widths that are multiples of {value} pay"
         )
@@ -361,6 +493,7 @@ def judge_step(times: Floats, device: str) -> Step:
 
 
 def _judge_half(times: Floats) -> int | None:
+    """Smallest step that pays by the times of some rounds; None if they are inconclusive."""
     if len(times) < 2:
         return None
     calm = quiet(times)
@@ -370,15 +503,16 @@ def _judge_half(times: Floats) -> int | None:
     value = None
     for s in CANDIDATES:
         i = STEP_WIDTHS.index(NARROW + s)
-        smooth = calm[i + 1] * (1 - ((NARROW + s) / STEP_WIDTHS[i + 1]) ** power)
-        if calm[i + 1] - calm[i] < smooth / 2:
+        width_ratio = (NARROW + s) / STEP_WIDTHS[i + 1]
+        predicted_saving = calm[i + 1] * (1 - width_ratio**power)
+        if calm[i + 1] - calm[i] < predicted_saving / 2:
             break
         value = s
     return value
 
 
 def _stack(width: int, batch: int, size: int, depth: int = 3) -> onnx.ModelProto:
-    """Convolutions of one width on a constant image that is made inside the graph, so that nothing large is copied."""
+    """Convolutions of one width on a constant image, which the graph makes itself so that no large input is copied."""
     rng = np.random.default_rng(0)
     constants = [numpy_helper.from_array(np.asarray([batch, width, size, size], np.int64), "shape")]
     nodes = [helper.make_node("Expand", ["x", "shape"], ["y0"])]

@@ -437,9 +437,11 @@ def _losses(full: list[int], scale: tuple[float, ...] = (1.0, 3.0)) -> Ladder:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[_Asked]:
     calls: list[_Asked] = []
 
-    def choose(ledger: cost.Ledger, ladder: Ladder, *args: Any) -> Choice:
-        found = budget_program.choose(ledger, ladder, *args)
-        calls.append(_Asked(ladder, args[1], args[2], args[3], found.widths.tolist()))
+    def choose(ledger: cost.Ledger, ladder: Ladder, *args: Any, **named: Any) -> Choice:
+        found = budget_program.choose(ledger, ladder, *args, **named)
+        calls.append(
+            _Asked(ladder, args[1], named["solver"], named["solver_limits"], found.widths.tolist())
+        )
         return found
 
     monkeypatch.setattr(allocation, "choose", choose)

@@ -173,9 +173,9 @@ def test_optimum_matches_enumeration(name: str, kinds: set[str], jagged: bool, s
         best = enumerate_best(ledger, ladder, targets)
         if math.isinf(best):
             with pytest.raises(BudgetNotMet):
-                choose(ledger, ladder, targets, (), solver, EXACT)
+                choose(ledger, ladder, targets, (), solver=solver, solver_limits=EXACT)
             continue
-        choice = choose(ledger, ladder, targets, (), solver, EXACT)
+        choice = choose(ledger, ladder, targets, (), solver=solver, solver_limits=EXACT)
         assert loss_of(ladder, choice.widths) == pytest.approx(best, abs=2e-6)
         assert fits(ledger, choice.widths, targets)
         assert choice.program["status"] == "optimal"
@@ -253,10 +253,10 @@ def test_any_ledger_matches_enumeration() -> None:
         if math.isinf(best):
             outcomes["infeasible"] += 1
             with pytest.raises(BudgetNotMet):
-                choose(ledger, ladder, targets, extra, "highs", EXACT)
+                choose(ledger, ladder, targets, extra, solver="highs", solver_limits=EXACT)
             return
         outcomes["feasible"] += 1
-        choice = choose(ledger, ladder, targets, extra, "highs", EXACT)
+        choice = choose(ledger, ladder, targets, extra, solver="highs", solver_limits=EXACT)
         assert fits(ledger, choice.widths, targets, extra)
         assert loss_of(ladder, choice.widths) == pytest.approx(best, abs=2e-5)
 
@@ -316,7 +316,9 @@ def test_ties_are_broken_by_the_wider_plan(solver: str) -> None:
     widths = tuple(np.arange(1, w + 1) for w in full)
     ladder = Ladder(widths, tuple(np.zeros(len(w)) for w in widths))
     limit = 0.5 * ledger.cost(full).macs
-    chosen = ledger.cost(choose(ledger, ladder, Targets(macs=limit), (), solver, EXACT).widths).macs
+    chosen = ledger.cost(
+        choose(ledger, ladder, Targets(macs=limit), (), solver=solver, solver_limits=EXACT).widths
+    ).macs
     every = [ledger.cost(np.asarray(w)).macs for w in itertools.product(*widths)]
     assert chosen == max(m for m in every if m <= limit)
 
@@ -347,7 +349,7 @@ def test_latency_is_an_additional_limit(solver: str) -> None:
     for seed in range(3):
         ladder = random_ladder(full, seed, levels=5)
         targets = Targets(macs=0.9 * ledger.cost(full).macs)
-        choice = choose(ledger, ladder, targets, (line,), solver, EXACT)
+        choice = choose(ledger, ladder, targets, (line,), solver=solver, solver_limits=EXACT)
         assert fits(ledger, choice.widths, targets, (line,))
         best = enumerate_best(ledger, ladder, targets, (line,))
         assert loss_of(ladder, choice.widths) == pytest.approx(best, abs=2e-6)
@@ -570,7 +572,7 @@ def test_densenet_sized_program_is_solved_in_seconds() -> None:
     )
     targets = Targets(macs=0.5 * ledger.cost(np.full(groups, 32)).macs)
     program = choose(
-        ledger, ladder, targets, (), "highs", SolverLimits(time_s=20.0, gap=1e-3)
+        ledger, ladder, targets, solver="highs", solver_limits=SolverLimits(time_s=20.0, gap=1e-3)
     ).program
     assert program["gap"] < 0.01  # solved to 0.001 in 3 s on a quiet machine
     assert program["seconds"] < 25

@@ -247,7 +247,7 @@ def test_real_model_is_profiled(text: str | None, tmp_path: Path) -> None:
     coupling = couple(model)
     costs = cost.ledger(model, coupling)
     table = latency_model.profile(
-        model, coupling, _ladder(coupling), samples, "cpu", batch=2, threads=1, seconds=0.2
+        model, coupling, _ladder(coupling), samples, device="cpu", batch=2, threads=1, seconds=0.2
     )
     factor = table.products.factor
     assert table.by_node

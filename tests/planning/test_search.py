@@ -35,7 +35,7 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.planning import allocation, budget_program, search
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.planning.budget_program import Ladder
-from onnx_oamip.planning.latency_model import Table
+from onnx_oamip.planning.latency_model import LatencyModel
 from onnx_oamip.planning.search import Attempt, Prepared, drop
 from onnx_oamip.planning.sensitivity import Sensitivity
 from onnx_oamip.planning.width_losses import interpolate, rungs
@@ -210,7 +210,7 @@ def test_small_resnet20_plan_matches_enumeration(limits: dict[str, float]) -> No
     best = _enumerate(ready, ladder, limit)
     assert 0 < best < np.inf
     found = budget_program.choose(
-        ready.ledger, ladder, limit, (), "auto", SolverLimits(time_s=60.0, gap=0.0)
+        ready.ledger, ladder, limit, solver_limits=SolverLimits(time_s=60.0, gap=0.0)
     )
     loss = sum(
         float(c[w.tolist().index(taken)])
@@ -461,7 +461,7 @@ def test_file_size_budget_is_met(
 
 def _clock(
     ready: Prepared, truth: Callable[[Floats], float], predicted: Callable[[Floats], float]
-) -> tuple[Table, Callable[..., float]]:
+) -> tuple[LatencyModel, Callable[..., float]]:
     """A table whose terms are MACs, and measured ratios, from two functions of the MACs of every node."""
     ledger = ready.ledger
     full = full_widths(ready.coupling)
@@ -471,7 +471,7 @@ def _clock(
         np.asarray([predicted(np.eye(len(whole))[i] * whole) - constant for i in range(len(whole))])
         / whole
     )
-    table = Table(
+    table = LatencyModel(
         constant,
         Products(rate, ledger.macs.axes),
         full[None],

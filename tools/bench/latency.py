@@ -235,7 +235,15 @@ def _timed(
     # Any width, since ``align 1`` takes any.
     ladder = [np.arange(1, len(group.units) + 1) for group in ready.coupling.groups]
     table = profile(
-        ready.model, ready.coupling, ladder, samples, device, batch, threads, PROFILE_SECONDS, seed
+        ready.model,
+        ready.coupling,
+        ladder,
+        samples,
+        device=device,
+        batch=batch,
+        threads=threads,
+        seconds=PROFILE_SECONDS,
+        seed=seed,
     )
     whole = table.seconds(ready.ledger.lengths(cost.full_widths(ready.coupling)))
     protos = {None: ready.model.proto, **made.protos}
