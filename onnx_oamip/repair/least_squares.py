@@ -509,7 +509,7 @@ def _refit(
         return None, remarks
     # Rows are in the order of the samples: the last ones are held out.
     split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)
-    form, solve, remark = _solver(cut, place, problem, residual, weight, split)
+    form, solve, remark = _solver(cut, place, problem, residual, weight=weight, split=split)
     if remark:
         remarks.append(remark)
     change, shift, ridge, (before, after) = choose_ridge(x, residual, split, solve)
@@ -578,7 +578,7 @@ def _problem(
 
 
 def _solver(
-    cut: _Cut, place: Site, problem: _Problem, residual: Floats, weight: Floats, split: int
+    cut: _Cut, place: Site, problem: _Problem, residual: Floats, *, weight: Floats, split: int
 ) -> tuple[str, Solve | None, str]:
     """Chooses the form of a fit: (name for the report, solver for the weights, remark for the user)."""
     rows, unknowns = problem.x.shape[1:]

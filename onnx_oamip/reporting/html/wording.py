@@ -24,7 +24,14 @@ def pieces(text: str) -> list[str]:
 
 
 def count(value: int) -> str:
-    """Formats a whole number with separators: 1,234,567."""
+    """Formats a whole number with separators: 1,234,567.
+
+    Args:
+        value: The number.
+
+    Returns:
+        The text.
+    """
     return f"{value:,}"
 
 
@@ -45,15 +52,38 @@ def short(value: float, unit: str = "") -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Formats a share in percent: 12.3 %, or a dash for None."""
+    """Formats a share in percent: 12.3 %.
+
+    Args:
+        value: The share, 1 for all; None if it was not measured.
+        digits: Digits behind the point.
+
+    Returns:
+        The text, a dash for None.
+    """
     return DASH if value is None else f"{100 * value:.{digits}f}{SPACE}%"
 
 
 def number(value: float | None) -> str:
-    """Formats a number with three digits, or a dash for None."""
+    """Formats a number with three digits.
+
+    Args:
+        value: The number; None if it was not measured.
+
+    Returns:
+        The text, a dash for None.
+    """
     return DASH if value is None else f"{value:.3g}"
 
 
 def plural(value: int, noun: str) -> str:
-    """Formats a count with its noun: 1 group, 2 groups."""
+    """Formats a count with its noun: 1 group, 2 groups.
+
+    Args:
+        value: The count.
+        noun: The noun in singular.
+
+    Returns:
+        The text.
+    """
     return f"{value:,} {noun}{'' if value == 1 else 's'}"

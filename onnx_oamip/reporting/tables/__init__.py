@@ -227,7 +227,7 @@ def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
 
 
 def _support(op: Document) -> str:
-    """How far an operator is supported: a key of the table of operators."""
+    """Kind of support of an operator, a key of the table of operators."""
     if op["macs"]:
         return "counted and refitted" if op["refit"] else "counted"
     return "repaired" if op["repair"] else "followed"

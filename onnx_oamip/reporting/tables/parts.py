@@ -265,7 +265,14 @@ def grid(*columns: str, header: bool = True) -> Table:
 
 
 def cell(text: str) -> Text:
-    """Makes a cell of text that comes from a model: it is never markup, and invisible characters are spelt out."""
+    """Makes a cell of text that comes from a model, so that it is never read as markup.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The cell, with invisible characters spelt out.
+    """
     return Text(visible(text), overflow="fold")
 
 
@@ -286,26 +293,65 @@ def bar(level: float, console: Console) -> Text:
 
 
 def percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
-    """Formats a share in percent; ``missing`` stands for None."""
+    """Formats a share in percent.
+
+    Args:
+        value: The share, 1 for all.
+        missing: Text for None.
+        digits: Digits behind the point.
+
+    Returns:
+        The text.
+    """
     return missing if value is None else f"{100 * value:.{digits}f} %"
 
 
 def count(number: int, noun: str) -> str:
-    """Formats a count with its noun: 1 round, 2 rounds."""
+    """Formats a count with its noun: 1 round, 2 rounds.
+
+    Args:
+        number: The count.
+        noun: The noun in singular.
+
+    Returns:
+        The text.
+    """
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def times(value: float) -> str:
-    """Formats a ratio with two decimals, or three digits if it is large."""
+    """Formats a ratio of times.
+
+    Args:
+        value: The ratio.
+
+    Returns:
+        The text, with two decimals, or three digits if the ratio is 10 or more.
+    """
     return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 
 def number(value: float | None) -> str:
-    """Formats a number with three digits, or a dash for None."""
+    """Formats a number with three digits.
+
+    Args:
+        value: The number; None if it was not measured.
+
+    Returns:
+        The text, a dash for None.
+    """
     return "-" if value is None else f"{value:.3g}"
 
 
 def some(names: Sequence[str], limit: int = 2) -> str:
-    """Lists the first names and the number of the others."""
+    """Lists the first names and the number of the others.
+
+    Args:
+        names: All names.
+        limit: Number of names to list.
+
+    Returns:
+        The text.
+    """
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
