@@ -48,7 +48,7 @@ from onnx_oamip.graph import runtime
 from onnx_oamip.planning import sensitivity
 from onnx_oamip.programs import solvers
 from onnx_oamip.programs.program import Builder
-from onnx_oamip.statistics import collector
+from onnx_oamip.statistics import calibration
 from onnx_oamip.verification import latency
 
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -96,7 +96,7 @@ def stick(place, started):
     if place.split()[0] in solvers.BACKENDS:
         solvers.BACKENDS = {name: slow(name) for name in solvers.BACKENDS}
     elif place == "runtime":
-        collector.calibration.collect = loop
+        calibration.collect = loop
     elif place == "runtime in threads":
         sensitivity._Part.losses = loop
     elif place == "latency":

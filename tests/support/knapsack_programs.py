@@ -1,4 +1,4 @@
-"""Mixed-integer programs that several test files solve."""
+"""Mixed-integer knapsack programs that several test files solve."""
 
 from __future__ import annotations
 
