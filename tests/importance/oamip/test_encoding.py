@@ -131,7 +131,7 @@ def _make(name: str, folder: Path) -> Model:
 
 def images_of(model: Model, count: int = IMAGES, seed: int = 0) -> Images:
     """Random images with all their activations; the first floating output stands for logits, class 0 everywhere."""
-    names = outputs.floats(model)
+    names = outputs.float_activations(model)
     feeds = tuple(feed(model, seed + i) for i in range(count))
     session = Session(outputs.with_outputs(model, names), "cpu")
     runs = [session.run(f, names) for f in feeds]
@@ -148,7 +148,7 @@ def outputs_of(model: Model, coupling: Coupling, images: Images, units: Bools) -
     fall to the other side than it did in the activations that the program is made of.
     """
     masked = rewrite.mask(model, coupling, units)
-    session = Session(outputs.with_outputs(model, outputs.floats(model), masked), "cpu")
+    session = Session(outputs.with_outputs(model, outputs.float_activations(model), masked), "cpu")
     return (
         np.stack([session.run(f, [images.logits])[0] for f in images.feeds])
         .reshape(-1)
