@@ -250,7 +250,7 @@ def test_added_bias_is_added_to_the_output(biased: tuple[str, Model]) -> None:
     np.testing.assert_allclose(twice - after, after - before, atol=4e-6)
 
 
-def test_bias_is_what_the_node_adds(biased: tuple[str, Model]) -> None:
+def test_bias_equals_the_addend_of_the_node(biased: tuple[str, Model]) -> None:
     """For Conv and Gemm: the output for an input of zeros. A MatMul adds nothing itself."""
     _, model = biased
     place = _linear(model)

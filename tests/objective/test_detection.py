@@ -364,7 +364,7 @@ def test_outputs_that_share_a_tensor_are_noted(tmp_path: Path) -> None:
     assert found.notes == ("output 'y' is measured with 'l', which holds the same numbers",)
 
 
-def test_an_output_that_is_an_input_is_noted(tmp_path: Path) -> None:
+def test_output_that_is_an_input_is_noted(tmp_path: Path) -> None:
     found = detect(model_of(PATTERNS["an input among the outputs"], tmp_path))
     assert found.tensors == ["l"]
     assert (
@@ -373,7 +373,7 @@ def test_an_output_that_is_an_input_is_noted(tmp_path: Path) -> None:
     )
 
 
-def test_an_output_that_is_a_constant_is_noted(tmp_path: Path) -> None:
+def test_constant_output_is_noted(tmp_path: Path) -> None:
     text = "(float[N, 6] x) => (float[] l, float[3] c) <float[6, 4] w, float[3] k> { l = MatMul(x, w) c = Identity(k) }"
     found = detect(load(build(text), tmp_path))
     assert [(t.output, t.kind) for t in found.terms] == [("l", "ambiguous"), ("c", "ignore")]

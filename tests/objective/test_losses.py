@@ -263,7 +263,7 @@ def test_part_of_a_tensor_is_compared_alone() -> None:
     )
 
 
-def test_terms_that_share_a_tensor_read_it_once() -> None:
+def test_terms_of_one_tensor_read_it_once() -> None:
     boxes, scores = (
         replace(VALUES, tensor="y", part=Part(1, 0, 2)),
         replace(BINARY, tensor="y", part=Part(1, 2, 5)),
@@ -370,7 +370,7 @@ def test_changed_output_shape_is_lost() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_the_original_must_be_finite(bad: float) -> None:
+def test_original_outputs_must_be_finite(bad: float) -> None:
     with pytest.raises(
         DataError, match="the model's output 'v' is NaN or infinite on some of this data"
     ):

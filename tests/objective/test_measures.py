@@ -305,7 +305,7 @@ def test_ambiguous_term_reports_the_worse_measure() -> None:
     assert measured(AMBIGUOUS, near, turned).measure == "agreement of decisions"
 
 
-def test_the_worst_term_comes_first() -> None:
+def test_worst_term_comes_first() -> None:
     truth = [one_hot([0, 1, 2, 0]), bits("1100"), np.arange(8.0).reshape(4, 2)]
     found = [one_hot([0, 1, 1, 0]), bits("1000"), np.arange(8.0).reshape(4, 2)]
     measures = Measures(scaled([CLASSES, BINARY, VALUES], truth))

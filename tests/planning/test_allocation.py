@@ -467,7 +467,7 @@ def _programmed(
     return allocation.allocate(coupling, ledger, scores, limit, wanted, steps, ladder, extra)
 
 
-def test_a_program_over_rungs_comes_close_to_every_width(
+def test_program_over_rungs_is_close_to_that_over_every_width(
     tmp_path: Path, asked: list[_Asked]
 ) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)

@@ -221,7 +221,7 @@ def test_small_resnet20_plan_matches_enumeration(limits: dict[str, float]) -> No
     assert found.program["status"] == "optimal"
 
 
-def test_the_program_beats_equal_shares() -> None:
+def test_program_loses_less_than_equal_shares() -> None:
     """By its own measure, at the same MACs: that is what it is for."""
     ready = prepared("lenet5-mnist")
     assert ready.ladder is not None

@@ -1,4 +1,4 @@
-"""Cases for what exported pipelines put before a network, also where a layer comes before it."""
+"""Cases for the preprocessing operators of exported pipelines (ai.onnx.ml), before and behind a layer."""
 
 from __future__ import annotations
 

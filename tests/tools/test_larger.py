@@ -50,7 +50,7 @@ def test_photographs_are_found_once_and_icons_ignored(tmp_path: Path) -> None:
         )
 
 
-def test_an_empty_folder_has_no_photographs(tmp_path: Path) -> None:
+def test_empty_folder_has_no_photographs(tmp_path: Path) -> None:
     assert photographs.find(tmp_path) == []
 
 
