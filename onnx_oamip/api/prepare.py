@@ -10,6 +10,7 @@ import numpy as np
 
 from onnx_oamip import executors
 from onnx_oamip.artifacts import cache, score_files
+from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import (
     BudgetNotMet,
@@ -196,8 +197,9 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     if settings.granularity == "connection":
         connections.check(settings, scored)
     elif settings.budget == Budget() and settings.alpha is None:
+        names = [f"`{kind.name}`" for kind in KINDS]
         raise SettingsError(
-            "nothing says how much to keep; give `macs`, `params`, `size`, `latency`, `max_drop` or `threshold`."
+            f"nothing says how much to keep; give {', '.join(names[:-1])} or {names[-1]}."
         )
     iterative.check(settings, scored)
     limit_method = limits.find(settings.limits)

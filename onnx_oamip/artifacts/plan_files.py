@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from onnx_oamip.artifacts.score_files import check_program, group_axes, places
+from onnx_oamip.core import budgets
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Axis,
@@ -174,12 +175,9 @@ def dumps(
         "model": {"path": model.path, "sha256": model.sha256, "topology": topology(model)},
         "importance": importance,
         "allocation": plan.allocation,
-        "budget": {
-            n: getattr(budget, n)
-            for n in ("macs", "params", "size", "latency", "max_drop", "threshold")
-        },
-        "before": {"macs": before.macs, "params": before.params, "bytes": before.bytes},
-        "predicted": {n: getattr(plan.predicted, n) for n in ("macs", "params", "bytes")},
+        "budget": {kind.name: getattr(budget, kind.name) for kind in budgets.KINDS},
+        "before": budgets.costs(before),
+        "predicted": budgets.costs(plan.predicted),
         "settings": {
             n: v for n, v in settings.items() if n not in ("cache", "force", "workers", "scheduler")
         },

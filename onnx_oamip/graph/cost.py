@@ -103,6 +103,23 @@ class OneOffCosts:
 
 
 @dataclass(frozen=True)
+class CountedCost:
+    """One cost as a function of the group widths: a sum of products, a constant, and the costs of inserted nodes.
+
+    Attributes:
+        products: The terms that depend on the widths.
+        one_off: Cost of the inserted nodes of each item of ``Ledger.one_off`` (items,).
+        constant: Part that does not depend on the widths.
+        divisor: Number that the sum is divided by, rounded down.
+    """
+
+    products: Products
+    one_off: Ints
+    constant: int = 0
+    divisor: int = 1
+
+
+@dataclass(frozen=True)
 class Ledger:
     """Costs of a model as functions of the group widths.
 
@@ -152,15 +169,21 @@ class Ledger:
         """
         lengths = self.lengths(widths)
         incurred = self.one_off.incurred(widths)
-        macs = self.terms(self.macs, lengths).sum()
-        params = self.terms(self.params, lengths).sum() + self.one_off.params[incurred].sum()
-        constant_bytes = self.terms(self.bytes, lengths).sum()
-        inserted_bytes = self.one_off.bytes[incurred].sum()
-        return Cost(
-            macs=int(macs) // self.batch,
-            params=int(params),
-            bytes=int(constant_bytes + inserted_bytes) + self.overhead,
-        )
+        values = {}
+        for name, counted in self.counted.items():
+            total = self.terms(counted.products, lengths).sum() + counted.one_off[incurred].sum()
+            values[name] = (int(total) + counted.constant) // counted.divisor
+        return Cost(**values)
+
+    @property
+    def counted(self) -> dict[str, CountedCost]:
+        """Every cost that budgets may bound, by its field of ``Cost``."""
+        free = np.zeros_like(self.one_off.params)
+        return {
+            "macs": CountedCost(self.macs, free, divisor=self.batch),
+            "params": CountedCost(self.params, self.one_off.params),
+            "bytes": CountedCost(self.bytes, self.one_off.bytes, constant=self.overhead),
+        }
 
     @staticmethod
     def terms(products: Products, lengths: Ints) -> Ints:

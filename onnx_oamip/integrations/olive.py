@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from onnx_oamip.api import pipeline
+from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
@@ -37,7 +38,7 @@ except ImportError as missing:
         "pip install 'onnx-oamip[olive]'."
     ) from missing
 
-SEARCHED = ("macs", "params", "size", "latency", "max_drop")
+SEARCHED = tuple(kind.name for kind in KINDS if kind.name != "threshold")
 """Budgets that a search of Olive may be given lists of values for."""
 SETTINGS = {name: field for name, field in Settings.model_fields.items() if name != "device"}
 """The device is Olive's to choose: its accelerator."""

@@ -9,12 +9,13 @@ alignment (in channels), or the full width; no group is ever emptied.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from onnx_oamip.core.budgets import COUNTED, BudgetKind, counted_shares
 from onnx_oamip.core.errors import BudgetNotMet
 from onnx_oamip.core.records import (
     Bools,
@@ -41,55 +42,90 @@ from onnx_oamip.verification.latency import find_step
 
 @dataclass(frozen=True)
 class Limits:
-    """Absolute limits; None where nothing was asked. ``before`` and the costs set aside make shares of them again."""
+    """Absolute limits on counted costs.
 
-    macs: float | None
-    params: float | None
-    bytes: float | None
+    Attributes:
+        values: Limit by the name of its budget, for the budgets that are set.
+        before: Costs of the original model, which make shares of limits again.
+        reserved: Cost set aside by the name of its budget, for parameters that a refit will create.
+    """
+
+    values: Mapping[str, float]
     before: Cost | None = None
-    aside: tuple[int, int, int] = (0, 0, 0)
+    reserved: Mapping[str, int] = field(default_factory=dict)
 
     def holds(self, cost: Cost) -> bool:
-        """Every limit is met."""
-        pairs = ((cost.macs, self.macs), (cost.params, self.params), (cost.bytes, self.bytes))
-        return all(limit is None or value <= limit for value, limit in pairs)
+        """Return True if every limit is met.
+
+        Args:
+            cost: Costs of a plan.
+        """
+        return all(kind.of(cost) <= limit for kind, limit in self._limited())
 
     def shares(self, cost: Cost) -> dict[str, float]:
-        """Cost over limit, by name, where there is a limit."""
-        pairs = {
-            "macs": (cost.macs, self.macs),
-            "params": (cost.params, self.params),
-            "size": (cost.bytes, self.bytes),
-        }
-        return {k: value / limit for k, (value, limit) in pairs.items() if limit}
+        """Divide costs by their limits.
+
+        Args:
+            cost: Costs of a plan.
+
+        Returns:
+            Cost over limit by the name of the budget.
+        """
+        return {kind.name: kind.of(cost) / limit for kind, limit in self._limited() if limit}
 
     def least(self, cost: Cost) -> dict[str, float]:
-        """The least share of every limited cost that ``cost`` meets, rounded up to four digits."""
+        """Find the smallest budgets that given costs meet.
+
+        Args:
+            cost: Costs of the narrowest plan.
+
+        Returns:
+            Share of the original by the name of the budget, rounded up to four digits.
+        """
         if self.before is None:
             return {}
-        whole, now = ((c.macs, c.params, c.bytes) for c in (self.before, cost))
-        asked = zip(("macs", "params", "size"), (self.macs, self.params, self.bytes), strict=True)
-        parts = zip(asked, whole, now, self.aside, strict=True)
-        return {
-            k: math.ceil(1e4 * (n + held) / max(w, 1)) / 1e4
-            for (k, limit), w, n, held in parts
-            if limit is not None
-        }
+        result = {}
+        for kind, _ in self._limited():
+            needed = kind.of(cost) + self.reserved.get(kind.name, 0)
+            result[kind.name] = math.ceil(1e4 * needed / max(kind.of(self.before), 1)) / 1e4
+        return result
+
+    def with_limit(self, name: str, limit: float) -> Limits:
+        """Replace one limit.
+
+        Args:
+            name: Name of the budget.
+            limit: Its new limit.
+
+        Returns:
+            The limits with this one.
+        """
+        return replace(self, values={**self.values, name: limit})
+
+    def _limited(self) -> Iterator[tuple[BudgetKind, float]]:
+        for kind in COUNTED:
+            if kind.name in self.values:
+                yield kind, self.values[kind.name]
 
 
 def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Limits:
-    """Shares turned absolute. ``reserve`` elements are set aside for biases that a refit will create."""
+    """Turn shares into absolute limits.
 
-    def share(part: float | None, whole: int, held: int) -> float | None:
-        return None if part is None else max(part * whole - (held if part < 1 else 0), 1.0)
+    Args:
+        budget: Shares to keep.
+        before: Costs of the original model.
+        reserve: Parameters set aside for biases that a refit will create.
+        itemsize: Bytes of one parameter.
 
-    return Limits(
-        macs=share(budget.macs, before.macs, 0),
-        params=share(budget.params, before.params, reserve),
-        bytes=share(budget.size, before.bytes, reserve * itemsize),
-        before=before,
-        aside=(0, reserve, reserve * itemsize),
-    )
+    Returns:
+        The limits of the counted budgets that are set.
+    """
+    reserved = {"params": reserve, "size": reserve * itemsize}
+    values = {}
+    for kind, share in counted_shares(budget):
+        held = reserved.get(kind.name, 0) if share < 1 else 0
+        values[kind.name] = max(share * kind.of(before) - held, 1.0)
+    return Limits(values, before, reserved)
 
 
 def allocate(

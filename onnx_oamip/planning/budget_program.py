@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.sparse import csr_array
 
+from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.errors import BudgetNotMet
 from onnx_oamip.core.records import Floats, Ints
 from onnx_oamip.graph.cost import Ledger, Products
@@ -52,14 +53,10 @@ ATTEMPTS = 5
 
 
 class Targets(Protocol):
-    """Absolute limits on counted costs; None for a cost without a limit."""
+    """Absolute limits on counted costs, by the name of their budget."""
 
     @property
-    def macs(self) -> float | None: ...
-    @property
-    def params(self) -> float | None: ...
-    @property
-    def bytes(self) -> float | None: ...
+    def values(self) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -272,29 +269,27 @@ class _Budget:
         sums: list[tuple[Ints | Floats, Ints]] = []
         constant: list[float] = []
         bound: list[float] = []
-        counted_costs: list[tuple[str, float | None, Products, int, int]] = [
-            ("macs", limits.macs, ledger.macs, ledger.batch, 0),
-            ("params", limits.params, ledger.params, 1, 0),
-            ("size", limits.bytes, ledger.bytes, 1, ledger.overhead),
-        ]
-        for name, limit, products, unit, overhead in counted_costs:
-            if limit is None:
+        one_off: list[Ints] = []
+        for kind in COUNTED:
+            if kind.name not in limits.values:
                 continue
-            names.append(name)
-            sums.append((products.factor, products.axes))
-            constant.append(float(overhead))
-            # Whole numbers: `sum // unit <= limit` is `sum < unit * (floor(limit) + 1)`.
-            bound.append(float(unit * (math.floor(limit) + 1) - 1))
+            cost = ledger.counted[kind.cost]
+            names.append(kind.name)
+            sums.append((cost.products.factor, cost.products.axes))
+            constant.append(float(cost.constant))
+            # Whole numbers: `sum // divisor <= limit` is `sum < divisor * (floor(limit) + 1)`.
+            upper = math.floor(limits.values[kind.name]) + 1
+            bound.append(float(cost.divisor * upper - 1))
+            one_off.append(cost.one_off)
         counted = len(names)
+        none = np.zeros_like(ledger.one_off.params)
         for measured in extra:
             names.append(measured.name)
             sums.append((measured.products.factor, measured.products.axes))
             constant.append(measured.constant)
             bound.append(measured.limit)
+            one_off.append(none)
         terms = [(np.asarray(factor, np.float64), axes) for factor, axes in sums]
-        none = 0 * ledger.one_off.bytes
-        added = {"params": ledger.one_off.params, "size": ledger.one_off.bytes}
-        one_off = [added.get(name, none) for name in names]
         return cls(
             names=tuple(names),
             levels=levels,

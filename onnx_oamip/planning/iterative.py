@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnx_oamip.artifacts import cache
+from onnx_oamip.core.budgets import COUNTED, KINDS, counted_shares
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records import (
     Bools,
@@ -38,11 +39,12 @@ def check(settings: Settings, scored: bool) -> None:
         return
     if scored:
         raise SettingsError("`iterations` scores the model anew each time; leave out `scores`.")
-    for name in ("latency", "max_drop", "threshold"):
-        if getattr(settings, name) is not None:
+    names = [kind.name for kind in COUNTED]
+    for kind in KINDS:
+        if kind.name not in names and getattr(settings, kind.name) is not None:
+            counted = ", ".join(f"`{name}`" for name in names)
             raise SettingsError(
-                f"`iterations` approaches counted budgets, not `{name}`; give `macs`, `params`, "
-                "`size` or `alpha`."
+                f"`iterations` approaches counted budgets, not `{kind.name}`; give {counted} or `alpha`."
             )
 
 
@@ -51,10 +53,7 @@ def approach(ready: Prepared) -> tuple[Prepared, Attempt]:
     asked = ready.settings
     rounds = asked.iterations
     for i in range(1, rounds):
-        shares = {name: getattr(asked, name) for name in ("macs", "params", "size")}
-        softer = {
-            name: share ** (i / rounds) for name, share in shares.items() if share is not None
-        }
+        softer = {kind.name: share ** (i / rounds) for kind, share in counted_shares(asked.budget)}
         here = replace(ready, settings=asked.model_copy(update=softer))
         ready = _rescored(ready, search.search(here))
         if ready.progress:

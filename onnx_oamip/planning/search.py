@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnx_oamip.artifacts import cache, plan_files, provenance
+from onnx_oamip.core.budgets import counted_shares
 from onnx_oamip.core.errors import BudgetNotMet, DataError, GateFailed
 from onnx_oamip.core.records import (
     Array,
@@ -92,12 +93,12 @@ def attempt(
     for _ in range(SIZE_TRIES):
         # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
         over = 0.0 if size is None else found.after.bytes - size * ready.before.bytes
-        if limit.bytes is None or over <= 0:
+        if over <= 0 or "size" not in limit.values:
             break
-        tighter = limit.bytes - over
+        tighter = limit.values["size"] - over
         if found.plan.predicted.bytes <= tighter:  # the same plan would be chosen again
             tighter = found.plan.predicted.bytes - over
-        limit = replace(limit, bytes=tighter)
+        limit = limit.with_limit("size", tighter)
         found = carry_out(ready, allocate(ready, limit, extra))
     return found
 
@@ -238,15 +239,12 @@ def plan(ready: Prepared) -> Plan:
 
 def meets(budget: Budget, before: Cost, after: Cost) -> None:
     """Raises GateFailed where a counted budget does not hold."""
-    for name, share, old, new in (
-        ("macs", budget.macs, before.macs, after.macs),
-        ("params", budget.params, before.params, after.params),
-        ("size", budget.size, before.bytes, after.bytes),
-    ):
-        if share is not None and new > share * old:
+    for kind, share in counted_shares(budget):
+        old, new = kind.of(before), kind.of(after)
+        if new > share * old:
             raise GateFailed(
-                f"the pruned model keeps {new / max(old, 1):.4f} of its {name}, more than `{name}={share}`; "
-                "nothing was written."
+                f"the pruned model keeps {new / max(old, 1):.4f} of its {kind.noun}, more than "
+                f"`{kind.name}={share}`; nothing was written."
             )
 
 
@@ -346,11 +344,11 @@ def _smallest(
     silent = replace(ready, progress=None)  # progress is that of the bisection
     best: Attempt | None = None
     tried: list[Trial] = []
-    low, high = 0.0, min(1.0, (limit.macs or ready.before.macs) / ready.before.macs)
+    low, high = 0.0, min(1.0, limit.values.get("macs", ready.before.macs) / ready.before.macs)
     share = high if high < 1 else 0.5
     for i in range(DROP_TRIES):
         try:
-            found = attempt(silent, replace(limit, macs=share * ready.before.macs), extra)
+            found = attempt(silent, limit.with_limit("macs", share * ready.before.macs), extra)
             lost = _drop(ready, original, found)
             tried.append(Trial(share, found.after.macs, lost))
         except BudgetNotMet:

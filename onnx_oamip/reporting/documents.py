@@ -16,6 +16,7 @@ import numpy as np
 from onnx_oamip.artifacts.keep_maps import Checkpoint
 from onnx_oamip.artifacts.plan_files import Planned
 from onnx_oamip.artifacts.score_files import Scored
+from onnx_oamip.core import budgets
 from onnx_oamip.core.json_values import plain_document
 from onnx_oamip.core.records import (
     Budget,
@@ -389,18 +390,11 @@ def _port(port: Port) -> Document:
 
 
 def _budget(budget: Budget) -> Document:
-    return {
-        "macs": budget.macs,
-        "params": budget.params,
-        "size": budget.size,
-        "threshold": budget.threshold,
-        "latency": budget.latency,
-        "max_drop": budget.max_drop,
-    }
+    return asdict(budget)
 
 
 def _cost(cost: Cost) -> Document:
-    return {"macs": cost.macs, "params": cost.params, "bytes": cost.bytes}
+    return budgets.costs(cost)
 
 
 def _whole(model: Model, coupling: Coupling) -> Document:

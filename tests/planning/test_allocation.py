@@ -768,20 +768,20 @@ def test_shares_and_limits_convert_both_ways() -> None:
     before = Cost(1000, 200, 4000)
     found = allocation.limits(Budget(macs=0.5, params=0.5, size=0.25), before, reserve=10)
     # What a refit adds is set aside: ten biases of four bytes.
-    assert (found.macs, found.params, found.bytes) == (500, 90, 960)
-    assert found.aside == (0, 10, 40)
+    assert found.values == {"macs": 500, "params": 90, "size": 960}
+    assert found.reserved == {"params": 10, "size": 40}
     assert found.holds(Cost(500, 90, 960))
     assert not any(found.holds(c) for c in (Cost(501, 90, 960), Cost(5, 91, 9), Cost(5, 9, 961)))
     assert found.shares(Cost(250, 45, 960)) == {"macs": 0.5, "params": 0.5, "size": 1.0}
     assert found.least(Cost(333, 60, 999)) == {"macs": 0.333, "params": 0.35, "size": 0.2598}
     half = allocation.limits(Budget(params=0.5), before, 10, itemsize=2)
-    assert (half.macs, half.params, half.bytes, half.aside) == (None, 90, None, (0, 10, 20))
+    assert (half.values, half.reserved) == ({"params": 90}, {"params": 10, "size": 20})
     assert half.least(Cost(1, 1, 1)) == {"params": 0.055}
     # All of it is all of it, refit or not; nothing at all is never asked for.
     whole = allocation.limits(Budget(macs=1.0, params=1.0, size=1.0), before, 10)
-    assert (whole.macs, whole.params, whole.bytes) == (1000, 200, 4000)
+    assert whole.values == {"macs": 1000, "params": 200, "size": 4000}
     tiny = allocation.limits(Budget(macs=0.0001, params=0.01, size=0.001), before, 10)
-    assert (tiny.macs, tiny.params, tiny.bytes) == (1, 1, 1)
-    assert allocation.Limits(1.0, None, None).least(Cost(1, 1, 1)) == {}
+    assert tiny.values == {"macs": 1, "params": 1, "size": 1}
+    assert allocation.Limits({"macs": 1.0}).least(Cost(1, 1, 1)) == {}
     nothing = allocation.limits(Budget(macs=0.5), Cost(0, 0, 0), 0)
     assert nothing.least(Cost(3, 0, 0)) == {"macs": 3.0}

@@ -73,6 +73,11 @@ class Targets:
     params: float | None = None
     bytes: float | None = None
 
+    @property
+    def values(self) -> dict[str, float]:
+        limits = {"macs": self.macs, "params": self.params, "size": self.bytes}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
 
 @cache
 def net(name: str) -> tuple[Model, Coupling, Ledger]:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from onnx_oamip.artifacts import provenance
+from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.errors import BudgetNotMet, SettingsError
 from onnx_oamip.core.records import (
     Connections,
@@ -73,10 +74,10 @@ def check(settings: Settings, scored: bool = False) -> None:
         raise SettingsError(
             "`granularity=connection` has nothing to do for a cluster; leave out `scheduler`."
         )
-    for name in ("macs", "size", "latency", "threshold"):
-        if getattr(settings, name) is not None:
+    for kind in KINDS:
+        if kind.name not in ("params", "max_drop") and getattr(settings, kind.name) is not None:
             raise SettingsError(
-                f"`{name}` is about units, and `granularity=connection` keeps them all; give `alpha`, `params` or "
+                f"`{kind.name}` is about units, and `granularity=connection` keeps them all; give `alpha`, `params` or "
                 "`max_drop`."
             )
     constraints = {

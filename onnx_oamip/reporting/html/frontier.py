@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.records import Frontier
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.reporting import documents
@@ -56,9 +57,12 @@ def frontier_page(found: Frontier) -> bytes:
     how = f"Scores: {value['importance']}. Allocation: {settings['allocate']}. Refit: {settings['refit']}."
     made = [p for p in value["points"] if p["reason"] is None]
     cards = [
-        Card("MACs", short(before["macs"]), f"{count(before['macs'])} for one sample"),
-        Card("Parameters", short(before["params"]), count(before["params"])),
-        Card("File", short(before["bytes"], "B"), f"{count(before['bytes'])} bytes"),
+        Card(
+            kind.label,
+            short(before[kind.cost], kind.unit),
+            f"{count(before[kind.cost])}{kind.detail}",
+        )
+        for kind in COUNTED
     ]
     if before["accuracy"] is not None:
         cards.append(
@@ -116,7 +120,7 @@ def _points(value: Document) -> Section:
     rows = [
         [
             percent(p["asked"]),
-            *(percent(p["shares"][k]) for k in ("macs", "params", "bytes")),
+            *(percent(p["shares"][kind.cost]) for kind in COUNTED),
             percent(p["accuracy"], 2),
             percent(p["agreement"], 2),
             number(p["output_relative_error"]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.options.validation import kind_of
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import ARRAYS
@@ -34,13 +35,8 @@ HALVED = 8
 
 _ASKED = frozenset(
     (
+        *(kind.name for kind in KINDS),
         "levels",
-        "macs",
-        "params",
-        "size",
-        "threshold",
-        "latency",
-        "max_drop",
         "data",
         "eval_data",
         "scores",

@@ -6,6 +6,7 @@ from pathlib import PurePath
 
 import numpy as np
 
+from onnx_oamip.core.budgets import COUNTED, KINDS
 from onnx_oamip.core.options import DataOptions
 from onnx_oamip.core.records import Report
 from onnx_oamip.core.settings import Settings
@@ -99,11 +100,10 @@ def prune_page(report: Report) -> bytes:
 
 
 def _asked(budget: Document) -> str:
-    names = {"macs": "MACs", "params": "parameters", "size": "bytes", "latency": "latency"}
     wanted = [
-        f"{percent(budget[key])} of the {name}"
-        for key, name in names.items()
-        if budget[key] is not None
+        f"{percent(budget[kind.name])} of the {kind.noun}"
+        for kind in KINDS
+        if kind.noun and budget[kind.name] is not None
     ]
     asked = [f"to keep at most {' and '.join(wanted)}"] if wanted else []
     if budget["max_drop"] is not None:
@@ -125,20 +125,11 @@ def _how(value: Document) -> str:
 def _cards(value: Document) -> list[Card]:
     before, after, checks = value["before"], value["after"], value["verification"]
     cards = []
-    for key, name, unit in (
-        ("macs", "MACs", ""),
-        ("params", "Parameters", ""),
-        ("bytes", "File", "B"),
-    ):
-        share = after[key] / before[key] if before[key] else None
-        cards.append(
-            Card(
-                name,
-                short(after[key], unit),
-                f"{percent(share)} of {short(before[key], unit)}",
-                share,
-            )
-        )
+    for kind in COUNTED:
+        old, new = before[kind.cost], after[kind.cost]
+        share = new / old if old else None
+        note = f"{percent(share)} of {short(old, kind.unit)}"
+        cards.append(Card(kind.label, short(new, kind.unit), note, share))
     ratio = checks["latency_ratio"]
     if ratio is not None:
         cards.append(Card("Latency", percent(ratio), f"{1 / ratio:.2f} times as fast", ratio))

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.printable import visible
 from onnx_oamip.reporting.documents import Document
 
@@ -52,18 +53,14 @@ def costs(
         The table.
     """
     if after is None:
-        table = grid(">MACs", ">parameters", ">bytes")
-        table.add_row(*(f"{before[k]:,}" for k in ("macs", "params", "bytes")))
+        table = grid(*(f">{kind.noun}" for kind in COUNTED))
+        table.add_row(*(f"{before[kind.cost]:,}" for kind in COUNTED))
         return table
     table = grid("", ">before", ">after", ">kept", *([">budget"] if budget else []))
-    for key, name, wanted in (
-        ("macs", "MACs", "macs"),
-        ("params", "parameters", "params"),
-        ("bytes", "bytes", "size"),
-    ):
-        kept = after[key] / before[key] if before[key] else None
-        row = [name, f"{before[key]:,}", f"{after[key]:,}", percent(kept)]
-        table.add_row(*row, *([percent(budget[wanted], "")] if budget else []))
+    for kind in COUNTED:
+        old, new = before[kind.cost], after[kind.cost]
+        row = [kind.noun, f"{old:,}", f"{new:,}", percent(new / old if old else None)]
+        table.add_row(*row, *([percent(budget[kind.name], "")] if budget else []))
     if budget and latency is not None:
         table.add_row(
             "latency",
