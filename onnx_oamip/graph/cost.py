@@ -31,8 +31,8 @@ from onnx_oamip.graph.ops import Total, lookup, rule_errors
 from onnx_oamip.graph.ops.inserted_nodes import (
     Names,
     Present,
+    restore_zeros,
     scale,
-    spread,
 )
 
 INDEX_BYTES = 4
@@ -357,9 +357,19 @@ def insertion_costs(model: Model, coupling: Coupling) -> list[Insertion]:
         with rule_errors(node):
             edit = spec.edit.repair(node, _CutOfOneAxis(model, axis))
         shape = model.shapes[consumer.data]
-        if edit.spread is not None and present.spread(node, edit.spread, edit.ordered) is None:
+        if (
+            edit.spread is not None
+            and present.restored_zeros(node, edit.spread, edit.ordered) is None
+        ):
             all_channels = np.ones(shape[consumer.axis], bool)
-            added = spread(node, len(shape), edit.spread, edit.ordered, all_channels, names)
+            added = restore_zeros(
+                node,
+                len(shape),
+                edit.spread,
+                ordered=edit.ordered,
+                keep=all_channels,
+                names=names,
+            )
             per_index = INDEX_BYTES if edit.ordered else 0
             result.append(Insertion(axis, 0, added.nbytes(node), per_index))
         if edit.scale != 1.0 and present.scale(node) is None:

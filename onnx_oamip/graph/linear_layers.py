@@ -77,7 +77,7 @@ def quantised(node: Node, model: Model) -> bool:
 
 
 def _holds_codes(node: Node, model: Model) -> bool:
-    """Whether a node makes real numbers of constant codes."""
+    """True for a node that makes real numbers of constant codes."""
     spec = lookup(node.domain, node.op, node.version)
     works_on_codes = spec is not None and spec.edit.zero is not None
     return works_on_codes and node.inputs[0] in model.constants

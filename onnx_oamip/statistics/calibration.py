@@ -195,7 +195,7 @@ def _instrument(model: Model, axes: list[Axis]) -> onnx.ModelProto:
         others = [a for a in range(len(model.shapes[tensor])) if a != axis]
         for kind, reduce in (("sum", build.reduce_sum), ("square", build.reduce_sum_square)):
             name = f"oamip_{kind}_{i}"
-            reduce(graph, cast[tensor], name, others, opset)
+            reduce(graph, cast[tensor], name, axes=others, opset=opset)
             graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
         size = f"oamip_size_{i}"
         graph.node.append(build.shape_of(tensor, size, f"oamip_shape_{i}"))

@@ -45,7 +45,7 @@ def _heads(labels: Labels, channels: Ints, units: Ints) -> None:
 
 @dataclass(frozen=True)
 class _Form:
-    """How an operator is written: numbers of query heads and of key and value heads (0 where they are not given).
+    """Layout of the inputs of an operator, and its numbers of query heads and of key and value heads (0: not given).
 
     ``added``: input that is added to the logits; ``past``: inputs with a state of earlier steps.
     """
@@ -101,7 +101,7 @@ def _separate(node: Node, labels: Labels, form: _Form) -> bool:
 
 
 def _not_separate(node: Node, labels: Labels, form: _Form) -> str | None:
-    """Why queries, keys and values cannot be followed, None where they can."""
+    """Reason that queries, keys and values cannot be followed, None where they can."""
     names = [name for slot in range(3) if (name := operand(node, slot)) is not None]
     if any(operand(node, slot) for slot in form.past):
         return f"{node} reads a past state"
@@ -224,7 +224,7 @@ def _four_axes(node: Node, labels: Labels) -> None:
 
 
 def _not_four_axes(node: Node, labels: Labels, names: list[str], followed: int) -> str | None:
-    """Why heads on an axis of their own cannot be followed, None where they can."""
+    """Reason that heads on an axis of their own cannot be followed, None where they can."""
     if any(operand(node, slot) for slot in (4, 5)):
         return f"{node} reads a past state"
     shapes = [shape for name in names if (shape := labels.shape(name)) is not None]
@@ -266,7 +266,7 @@ def _packed(node: Node, labels: Labels) -> None:
 
 
 def _not_packed(node: Node, labels: Labels, sizes: tuple[int, ...], heads: int) -> str | None:
-    """Why packed weights cannot be followed, None where they can."""
+    """Reason that packed weights cannot be followed, None where they can."""
     bias = operand(node, 2)
     constant = labels.is_constant(node.inputs[1]) and (not bias or labels.is_constant(bias))
     if not constant or not sizes:

@@ -16,96 +16,221 @@ AXES_AS_INPUT = {"ReduceSum": 13, "ReduceSumSquare": 18, "ReduceMean": 18}
 
 
 def add(a: str, b: str, out: str, name: str = "") -> NodeProto:
-    """``out = a + b``."""
+    """Build ``out = a + b``.
+
+    Args:
+        a: Name of an operand.
+        b: Name of the other.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Add", [a, b], [out], name)
 
 
 def mul(a: str, b: str, out: str, name: str = "") -> NodeProto:
-    """``out = a * b``, element by element."""
+    """Build ``out = a * b``, element by element.
+
+    Args:
+        a: Name of an operand.
+        b: Name of the other.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Mul", [a, b], [out], name)
 
 
 def matmul(a: str, b: str, out: str, name: str = "") -> NodeProto:
-    """``out = a @ b``."""
+    """Build ``out = a @ b``.
+
+    Args:
+        a: Name of an operand.
+        b: Name of the other.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("MatMul", [a, b], [out], name)
 
 
 def identity(source: str, out: str, name: str = "") -> NodeProto:
-    """``out = source``."""
+    """Build ``out = source``.
+
+    Args:
+        source: Name of the tensor.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Identity", [source], [out], name)
 
 
 def absolute(source: str, out: str, name: str = "") -> NodeProto:
-    """``out = |source|``."""
+    """Build ``out = |source|``.
+
+    Args:
+        source: Name of the tensor.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Abs", [source], [out], name)
 
 
 def to_float(source: str, out: str, name: str = "") -> NodeProto:
-    """``source`` in single precision; the runtime removes it where it already is."""
+    """Build a cast to single precision; the runtime removes it where there is nothing to cast.
+
+    Args:
+        source: Name of the tensor.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Cast", [source], [out], name, to=TensorProto.FLOAT)
 
 
 def shape_of(source: str, out: str, name: str = "") -> NodeProto:
-    """The shape of ``source``, int64."""
+    """Build a list of the lengths of ``source``, int64.
+
+    Args:
+        source: Name of the tensor.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Shape", [source], [out], name)
 
 
 def reshape(source: str, target: str, out: str, name: str = "") -> NodeProto:
-    """``source`` in the shape that the tensor ``target`` holds."""
+    """Build ``source`` in another shape.
+
+    Args:
+        source: Name of the tensor.
+        target: Name of the tensor with the shape.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Reshape", [source, target], [out], name)
 
 
 def transpose(source: str, out: str, perm: Sequence[int], name: str = "") -> NodeProto:
-    """``source`` with its axes in the order ``perm``."""
+    """Build ``source`` with its axes in another order.
+
+    Args:
+        source: Name of the tensor.
+        out: Name of the result.
+        perm: Order of the axes.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Transpose", [source], [out], name, perm=list(perm))
 
 
 def gather(source: str, index: str, out: str, name: str = "") -> NodeProto:
-    """The elements of axis 0 of ``source`` that the tensor ``index`` names."""
+    """Build the elements of axis 0 of ``source`` at some indices.
+
+    Args:
+        source: Name of the tensor.
+        index: Name of the tensor with the indices.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Gather", [source, index], [out], name, axis=0)
 
 
 def concat(sources: Sequence[str], out: str, name: str = "") -> NodeProto:
-    """``sources`` joined along axis 0."""
+    """Build ``sources`` joined along axis 0.
+
+    Args:
+        sources: Names of the tensors.
+        out: Name of the result.
+        name: Name of the node.
+
+    Returns:
+        The node.
+    """
     return helper.make_node("Concat", list(sources), [out], name, axis=0)
 
 
-def reduce_sum(graph: GraphProto, source: str, out: str, axes: Sequence[int], opset: int) -> None:
-    """Append a sum of ``source`` over ``axes``, which are dropped, to a graph.
+def reduce_sum(
+    graph: GraphProto, source: str, out: str, *, axes: Sequence[int], opset: int
+) -> None:
+    """Append a sum to a graph; over no axes it is the tensor.
 
     Args:
         graph: Graph that the node, and the constant with its axes where it needs one, are appended to.
         source: Name of the tensor.
         out: Name of the result.
-        axes: Axes to sum over; without any the result is ``source``.
+        axes: Axes to reduce over; they are dropped.
         opset: Opset of the model.
     """
     if axes:
-        _reduce(graph, "ReduceSum", source, out, axes, opset)
+        _reduce(graph, "ReduceSum", source, out, axes=axes, opset=opset)
     else:  # an empty list of axes would mean all of them
         graph.node.append(identity(source, out, out))
 
 
 def reduce_sum_square(
-    graph: GraphProto, source: str, out: str, axes: Sequence[int], opset: int
+    graph: GraphProto, source: str, out: str, *, axes: Sequence[int], opset: int
 ) -> None:
-    """Append a sum of squares over ``axes`` to a graph; arguments as for :func:`reduce_sum`."""
+    """Append a sum of squares to a graph; over no axes it is the square.
+
+    Args:
+        graph: Graph that the node, and the constant with its axes where it needs one, are appended to.
+        source: Name of the tensor.
+        out: Name of the result.
+        axes: Axes to reduce over; they are dropped.
+        opset: Opset of the model.
+    """
     if axes:
-        _reduce(graph, "ReduceSumSquare", source, out, axes, opset)
+        _reduce(graph, "ReduceSumSquare", source, out, axes=axes, opset=opset)
     else:
         graph.node.append(mul(source, source, out, out))
 
 
-def reduce_mean(graph: GraphProto, source: str, out: str, axes: Sequence[int], opset: int) -> None:
-    """Append a mean over ``axes`` to a graph; arguments as for :func:`reduce_sum`."""
+def reduce_mean(
+    graph: GraphProto, source: str, out: str, *, axes: Sequence[int], opset: int
+) -> None:
+    """Append a mean to a graph; over no axes it is the tensor.
+
+    Args:
+        graph: Graph that the node, and the constant with its axes where it needs one, are appended to.
+        source: Name of the tensor.
+        out: Name of the result.
+        axes: Axes to reduce over; they are dropped.
+        opset: Opset of the model.
+    """
     if axes:
-        _reduce(graph, "ReduceMean", source, out, axes, opset)
+        _reduce(graph, "ReduceMean", source, out, axes=axes, opset=opset)
     else:
         graph.node.append(identity(source, out, out))
 
 
 def _reduce(
-    graph: GraphProto, op: str, source: str, out: str, axes: Sequence[int], opset: int
+    graph: GraphProto, op: str, source: str, out: str, *, axes: Sequence[int], opset: int
 ) -> None:
     if opset < AXES_AS_INPUT[op]:
         graph.node.append(helper.make_node(op, [source], [out], out, axes=list(axes), keepdims=0))

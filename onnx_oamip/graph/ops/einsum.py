@@ -104,7 +104,15 @@ class EinsumProduct(Linear):
     """Einsum, where it is a plain product with a constant matrix as its second operand."""
 
     def site(self, node: Node, constants: Mapping[str, Array]) -> Site | None:
-        """The data is the first operand."""
+        """Find the weight: the second operand, where the equation is a plain product. See :meth:`Linear.site`.
+
+        Args:
+            node: Node of this operator.
+            constants: Values of constants by name.
+
+        Returns:
+            The site, or None where the node is something else.
+        """
         if len(node.inputs) != 2 or node.inputs[0] in constants or node.inputs[1] not in constants:
             return None
         # The rank of the data follows from the equation, but for an ellipsis, which changes nothing here.

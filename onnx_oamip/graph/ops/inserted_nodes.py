@@ -1,15 +1,15 @@
-"""The nodes that a cut puts around a node, where that still has to see what went.
+"""Nodes that a cut inserts around a node that must still see zeros for removed channels.
 
-Zeros are put back in front of a normalisation and dropped behind it; a mean is scaled down. Where the order of
-channels means nothing to the node, the zeros come last: a padding and a slice, which copy whole rows. Where it does,
-one zero is padded on and a gather puts it into every place, which copies number by number. The cut adds these nodes,
-the costs count them: both take them from here. A model that was cut before has such nodes already, and then only their
-constants change: cut twice is cut at once.
+Zeros are inserted in front of a normalisation and removed behind it; a mean is scaled down. Where the order of channels
+has no meaning for the node, the zeros come last: a Pad and a Slice, which copy whole rows. Where it has, one zero is
+padded on and a Gather puts it into every place, which copies number by number. The cut inserts these nodes and the
+costs count them: both take them from here. A model that was pruned before has such nodes already; then only their
+constants change, so that two cuts give the same model as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from onnx import helper, numpy_helper
 from onnx_oamip.core.records import (
     Array,
     Bools,
+    Ints,
     Model,
     Node,
 )
@@ -27,7 +28,7 @@ from onnx_oamip.graph.ops import Edit
 
 @dataclass(frozen=True)
 class Step:
-    """A node to add. Inputs name tensors, new constants among them."""
+    """A node to insert. Inputs name tensors, new constants among them."""
 
     op: str
     name: str
@@ -38,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Added:
-    """Nodes and constants to add around a node, which then reads ``reads`` (slot 0) and writes ``writes``."""
+    """Nodes and constants to insert around a node, which then reads ``reads`` (slot 0) and writes ``writes``."""
 
     steps: tuple[Step, ...]
     constants: Mapping[str, Array]
@@ -46,46 +47,89 @@ class Added:
     writes: str
 
     def nbytes(self, node: Node) -> int:
-        """What they take in a file, with the longer names in the node that they are around."""
-        nodes = [
-            helper.make_node(s.op, s.inputs, [s.output], s.name, **s.attrs).ByteSize()
-            for s in self.steps
-        ]
-        values = [numpy_helper.from_array(v, name).ByteSize() for name, v in self.constants.items()]
+        """Count the bytes that the insertion adds to a file.
+
+        Args:
+            node: The node that it is around, which gets longer names.
+
+        Returns:
+            Number of bytes.
+        """
+        sizes = [self._node_size(step) for step in self.steps]
+        sizes += [numpy_helper.from_array(v, n).ByteSize() for n, v in self.constants.items()]
         # A field of a message has a tag of one byte and its length.
-        longer = len(self.reads) - len(node.inputs[0]) + len(self.writes) - len(node.outputs[0])
-        return sum(n + (2 if n < 128 else 3) for n in (*nodes, *values)) + longer
+        headers = sum(2 if size < 128 else 3 for size in sizes)
+        longer_input = len(self.reads) - len(node.inputs[0])
+        longer_output = len(self.writes) - len(node.outputs[0])
+        return sum(sizes) + headers + longer_input + longer_output
+
+    @staticmethod
+    def _node_size(step: Step) -> int:
+        node = helper.make_node(step.op, step.inputs, [step.output], step.name, **step.attrs)
+        return int(node.ByteSize())
 
 
 class Names:
-    """Names that are not taken."""
+    """Unused names of a model."""
 
     def __init__(self, model: Model) -> None:
-        self._taken = {n.name for n in model.every} | set(model.shapes) | set(model.constants)
-        self._taken.update(
-            name for n in model.every for name in (*n.inputs, *n.outputs, *n.captures)
-        )
-        self._taken.update(
-            name for n in model.every for b in n.bodies.values() for name in (*b.inputs, *b.outputs)
-        )
+        self._taken = {*model.shapes, *model.constants}
+        for node in model.every:
+            self._taken.add(node.name)
+            self._taken.update((*node.inputs, *node.outputs, *node.captures))
+            for body in node.bodies.values():
+                self._taken.update((*body.inputs, *body.outputs))
 
     def new(self, name: str) -> str:
-        """The name, or with a number where it is taken."""
-        result, i = name, 1
+        """Take a name.
+
+        Args:
+            name: The name wanted.
+
+        Returns:
+            The name, with a number where it is taken.
+        """
+        result, number = name, 1
         while result in self._taken or f"{result}_out" in self._taken:
-            result, i = f"{name}_{i}", i + 1
+            result = f"{name}_{number}"
+            number += 1
         self._taken.add(result)
         return result
 
+    def several(self, stem: str, *suffixes: str) -> Iterator[str]:
+        """Take names of a common beginning.
 
-def spread(node: Node, rank: int, axis: int, ordered: bool, keep: Bools, names: Names) -> Added:
-    """Zeros where ``keep`` is false in front of the node, along an axis; behind it only what is kept.
+        Args:
+            stem: Beginning of the names.
+            suffixes: Their ends.
 
-    ``ordered``: the zeros go where the channels were, and not behind those that are kept.
+        Yields:
+            The names, in order.
+        """
+        for suffix in suffixes:
+            yield self.new(f"{stem}_{suffix}")
+
+
+def restore_zeros(
+    node: Node, rank: int, axis: int, *, ordered: bool, keep: Bools, names: Names
+) -> Added:
+    """Plan zeros for removed channels in front of a node, and their removal behind it.
+
+    Args:
+        node: The node.
+        rank: Rank of its data.
+        axis: Axis of the channels.
+        ordered: The zeros go where the channels were, not behind those that are kept.
+        keep: Channels that are kept.
+        names: Names that can be used.
+
+    Returns:
+        The nodes to insert.
     """
     zero = names.new(f"{node.name}_zero")
     pads = np.zeros(2 * rank, np.int64)
-    pads[rank + axis] = 1 if ordered else len(keep) - keep.sum()
+    removed = len(keep) - keep.sum()
+    pads[rank + axis] = 1 if ordered else removed
     constants: dict[str, Array] = {}
     if node.version < 11:
         pad = Step("Pad", zero, (node.inputs[0],), f"{zero}_out", {"pads": pads.tolist()})
@@ -93,39 +137,48 @@ def spread(node: Node, rank: int, axis: int, ordered: bool, keep: Bools, names: 
         amounts = names.new(f"{node.name}_zero_pads")
         constants[amounts] = pads
         pad = Step("Pad", zero, (node.inputs[0], amounts), f"{zero}_out", {})
-    full = names.new(f"{node.name}_full_out")
-    kept = names.new(f"{node.name}_kept")
+    full, kept = names.several(node.name, "full_out", "kept")
     if not ordered:
-        bounds = [names.new(f"{node.name}_kept_{what}") for what in ("start", "end", "axis")]
-        constants |= {
-            n: np.asarray([v], np.int64) for n, v in zip(bounds, (0, keep.sum(), axis), strict=True)
-        }
+        bounds = tuple(names.several(node.name, "kept_start", "kept_end", "kept_axis"))
+        for name, value in zip(bounds, (0, keep.sum(), axis), strict=True):
+            constants[name] = np.asarray([value], np.int64)
         drop = Step("Slice", kept, (full, *bounds), node.outputs[0], {})
-        return Added((pad, drop), constants, pad.output, full)
-    place = names.new(f"{node.name}_spread")
-    index, left = (names.new(f"{node.name}_{what}") for what in ("spread_index", "kept_index"))
-    constants[index] = np.where(keep, np.cumsum(keep) - 1, keep.sum()).astype(np.int32)
+        return Added((pad, drop), constants, reads=pad.output, writes=full)
+    place, index, left = names.several(node.name, "spread", "spread_index", "kept_index")
+    constants[index] = _places(keep).astype(np.int32)
     constants[left] = np.flatnonzero(keep).astype(np.int32)
-    steps = (
-        pad,
-        Step("Gather", place, (pad.output, index), f"{place}_out", {"axis": axis}),
-        Step("Gather", kept, (full, left), node.outputs[0], {"axis": axis}),
-    )
-    return Added(steps, constants, f"{place}_out", full)
+    spread = Step("Gather", place, (pad.output, index), f"{place}_out", {"axis": axis})
+    pick = Step("Gather", kept, (full, left), node.outputs[0], {"axis": axis})
+    return Added((pad, spread, pick), constants, reads=spread.output, writes=full)
+
+
+def _places(keep: Bools) -> Ints:
+    """Place of every channel among the kept ones, that of the zero behind them for a removed one."""
+    kept_so_far = np.cumsum(keep)
+    return np.where(keep, kept_so_far - 1, keep.sum())
 
 
 def scale(node: Node, factor: float, dtype: np.dtype[Any], names: Names) -> Added:
-    """The node's output times a number."""
-    before, number, name = (
-        names.new(f"{node.name}_{what}") for what in ("unscaled", "scale", "rescale")
-    )
+    """Plan a product of a node's output with a number.
+
+    Args:
+        node: The node.
+        factor: The number.
+        dtype: Element type of the output.
+        names: Names that can be used.
+
+    Returns:
+        The node to insert.
+    """
+    before, number, name = names.several(node.name, "unscaled", "scale", "rescale")
     step = Step("Mul", name, (before, number), node.outputs[0], {})
-    return Added((step,), {number: np.asarray(factor, dtype)}, node.inputs[0], before)
+    constants = {number: np.asarray(factor, dtype)}
+    return Added((step,), constants, reads=node.inputs[0], writes=before)
 
 
 @dataclass(frozen=True)
 class Around:
-    """Nodes that put zeros back and drop them: ``source`` is padded; where ``ordered``, ``before`` places the zeros."""
+    """Nodes that insert zeros and remove them: ``source`` is padded; where ``ordered``, ``before`` places the zeros."""
 
     source: str
     pad: Node
@@ -135,114 +188,137 @@ class Around:
 
 
 class Present:
-    """The nodes of that kind that a model has already."""
+    """The inserted nodes that a model has from an earlier cut."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._makers = {name: n for n in model.every for name in n.outputs}
+        self._producers = {name: node for node in model.every for name in node.outputs}
         self._readers: dict[str, list[Node]] = {port.name: [] for port in model.outputs}
-        self._shown = set(self._readers)
-        self._shown.update(
-            name for n in model.every for body in n.bodies.values() for name in body.outputs
-        )
-        for n in model.every:
-            for name in (*n.inputs, *n.captures):
-                self._readers.setdefault(name, []).append(n)
+        self._visible = set(self._readers)
+        for node in model.every:
+            for body in node.bodies.values():
+                self._visible.update(body.outputs)
+            for name in (*node.inputs, *node.captures):
+                self._readers.setdefault(name, []).append(node)
 
     def _only(self, tensor: str) -> Node | None:
-        """The one reader of a tensor that nobody else sees."""
-        found = self._readers.get(tensor, ())
-        return (
-            found[0]
-            if len(found) == 1 and tensor not in self._shown and not found[0].captures
-            else None
-        )
+        """The sole reader of a tensor that no output is and no body reads."""
+        readers = self._readers.get(tensor, ())
+        if len(readers) != 1 or tensor in self._visible or readers[0].captures:
+            return None
+        return readers[0]
+
+    def _rank(self, tensor: str) -> int:
+        """Rank of a tensor, 0 where it is not known."""
+        return len(self._model.shapes.get(tensor, ()))
 
     def _picks(self, node: Node | None, axis: int) -> bool:
-        """Whether a node takes listed indices of the axis."""
+        """True for a node that takes listed indices of the axis."""
         if node is None or node.op != "Gather" or node.domain:
             return False
-        index = self._model.constants.get(node.inputs[1])
-        rank = len(self._model.shapes.get(node.inputs[0], ()))
-        return (
-            index is not None
-            and index.ndim == 1
-            and rank > 0
-            and int(node.attrs.get("axis", 0)) % rank == axis
-        )
+        index, rank = self._model.constants.get(node.inputs[1]), self._rank(node.inputs[0])
+        if index is None or index.ndim != 1 or not rank:
+            return False
+        return int(node.attrs.get("axis", 0)) % rank == axis
 
-    def _first(self, node: Node | None, axis: int, count: int) -> bool:
-        """Whether a node takes the first ``count`` indices of the axis."""
+    def _takes_first(self, node: Node | None, axis: int, count: int) -> bool:
+        """True for a node that takes the first ``count`` indices of the axis."""
         if node is None or node.op != "Slice" or node.domain or len(node.inputs) != 4:
             return False
-        start, axes = (self._model.constants.get(node.inputs[i]) for i in (1, 3))
-        rank = len(self._model.shapes.get(node.inputs[0], ()))
-        if start is None or axes is None or rank == 0 or node.outputs[0] not in self._model.shapes:
+        start, axes = (self._model.constants.get(node.inputs[slot]) for slot in (1, 3))
+        rank, kept = self._rank(node.inputs[0]), self._model.shapes.get(node.outputs[0])
+        if start is None or axes is None or not rank or kept is None:
             return False
-        one = start.tolist() == [0] and (axes % rank).tolist() == [axis]
-        return one and self._model.shapes[node.outputs[0]][axis] == count
+        along_axis = start.tolist() == [0] and (axes % rank).tolist() == [axis]
+        return along_axis and kept[axis] == count
 
-    def spread(self, node: Node, axis: int, ordered: bool) -> Around | None:
-        """The nodes around one whose zeros are put back already; placed zeros do wherever the last would."""
-        before, behind = self._makers.get(node.inputs[0]), self._only(node.outputs[0])
+    def restored_zeros(self, node: Node, axis: int, ordered: bool) -> Around | None:
+        """Find the nodes around a node that see to its zeros already.
+
+        Args:
+            node: The node.
+            axis: Axis of the channels.
+            ordered: The zeros must be where the channels were; else those at the end will do as well.
+
+        Returns:
+            The nodes, or None where there are none.
+        """
+        before, behind = self._producers.get(node.inputs[0]), self._only(node.outputs[0])
         if before is None or behind is None or self._only(node.inputs[0]) is None:
             return None
         placed = self._picks(before, axis) and self._picks(behind, axis)
         if not placed and ordered:
             return None
-        pad = self._makers.get(before.inputs[0]) if placed else before
-        if pad is None or pad.op != "Pad" or pad.domain or self._only(pad.outputs[0]) is None:
-            return None
-        if (
-            pad.attrs.get("mode", "constant") != "constant"
-            or len(pad.inputs) > 2
-            or pad.attrs.get("value", 0)
-        ):
-            return None
-        amounts = (
-            pad.attrs.get("pads")
-            if len(pad.inputs) == 1
-            else self._model.constants.get(pad.inputs[1])
-        )
+        pad = self._producers.get(before.inputs[0]) if placed else before
         shape = self._model.shapes[node.inputs[0]]
-        at = len(shape) + axis
-        if amounts is None or np.count_nonzero(amounts) != 1 or amounts[at] <= 0:
+        amount = 0 if pad is None else self._padded_at_end(pad, len(shape), axis)
+        if pad is None or not amount:
             return None
-        fits = (
-            amounts[at] == 1
-            if placed
-            else self._first(behind, axis, shape[axis] - int(amounts[at]))
-        )
-        return Around(pad.inputs[0], pad, before, behind, placed) if fits else None
+        found = Around(pad.inputs[0], pad, before, behind, placed)
+        if placed:
+            return found if amount == 1 else None
+        return found if self._takes_first(behind, axis, shape[axis] - amount) else None
+
+    def _padded_at_end(self, node: Node, rank: int, axis: int) -> int:
+        """Number of zeros that a node pads behind one axis and nowhere else; 0 for other nodes."""
+        if node.op != "Pad" or node.domain or self._only(node.outputs[0]) is None:
+            return 0
+        constant = node.attrs.get("mode", "constant") == "constant"
+        if not constant or len(node.inputs) > 2 or node.attrs.get("value", 0):
+            return 0
+        amounts = node.attrs.get("pads")
+        if len(node.inputs) == 2:
+            amounts = self._model.constants.get(node.inputs[1])
+        if amounts is None or np.count_nonzero(amounts) != 1:
+            return 0
+        return max(int(amounts[rank + axis]), 0)
 
     def scale(self, node: Node) -> tuple[Node, int] | None:
-        """The product of a node's output with a constant number, and the slot of that."""
-        mul = self._only(node.outputs[0])
-        if mul is None or mul.op != "Mul" or mul.domain:
+        """Find a product of a node's output with a constant number.
+
+        Args:
+            node: The node.
+
+        Returns:
+            The product and the slot of the number, or None where there is none.
+        """
+        product = self._only(node.outputs[0])
+        if product is None or product.op != "Mul" or product.domain:
             return None
-        slot = 1 - mul.inputs.index(node.outputs[0])
-        number = self._model.constants.get(mul.inputs[slot])
-        return (mul, slot) if number is not None and number.ndim == 0 else None
+        slot = 1 - product.inputs.index(node.outputs[0])
+        number = self._model.constants.get(product.inputs[slot])
+        return (product, slot) if number is not None and number.ndim == 0 else None
 
 
-def again(around: Around, axis: int, source: Bools, inside: Bools, model: Model) -> dict[str, Edit]:
-    """Edits of nodes that put zeros back already, for a further cut; a slice behind them follows by itself.
+def edits_of_further_cut(
+    around: Around, axis: int, *, source: Bools, inside: Bools, model: Model
+) -> dict[str, Edit]:
+    """Adapt nodes that see to zeros already to a further cut; a Slice behind them needs no change.
 
-    ``source`` is what is kept of the tensor in front of the padding, ``inside`` of what the node reads.
+    Args:
+        around: The nodes.
+        axis: Axis of the channels.
+        source: Channels that are kept of the tensor in front of the padding.
+        inside: Channels that are kept of the tensor that the node reads.
+        model: The model before the further cut.
+
+    Returns:
+        Edits by node.
     """
     if not around.ordered:
         rank = len(model.shapes[around.source])
         pads = np.zeros(2 * rank, np.int64)
         pads[rank + axis] = len(inside) - source.sum()
         by_input = len(around.pad.inputs) == 2
-        return {
-            around.pad.name: Edit(inputs={1: pads}) if by_input else Edit({"pads": pads.tolist()})
-        }
-    index, kept = (model.constants[n.inputs[1]] for n in (around.before, around.behind))
+        edit = Edit(inputs={1: pads}) if by_input else Edit({"pads": pads.tolist()})
+        return {around.pad.name: edit}
+    index, kept = (model.constants[node.inputs[1]] for node in (around.before, around.behind))
     index = np.where(index < 0, index + len(source) + 1, index)
     kept = np.where(kept < 0, kept + len(inside), kept)
-    places = np.append(np.where(source, np.cumsum(source) - 1, source.sum()), source.sum())
+    # The zero lies behind the channels of the source, before and after the cut.
+    places = np.append(_places(source), source.sum())
+    still_kept = kept[inside[kept]]
     return {
         around.before.name: Edit(inputs={1: places[index].astype(np.int32)}),
-        around.behind.name: Edit(inputs={1: kept[inside[kept]].astype(np.int32)}),
+        around.behind.name: Edit(inputs={1: still_kept.astype(np.int32)}),
     }

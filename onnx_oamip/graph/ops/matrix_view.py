@@ -171,22 +171,55 @@ class Convolution(Linear):
         )
 
     def matrix_shape(self, site: Site, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Shape of the matrix, the taps of the kernel in one axis."""
+        """Return the shape of the matrix, the taps of the kernel in one axis; see :meth:`Linear.matrix_shape`.
+
+        Args:
+            site: The node.
+            shape: Shape of the weight.
+
+        Returns:
+            (groups, outputs per group, inputs per group, taps).
+        """
         return site.groups, shape[0] // site.groups, shape[1], int(np.prod(shape[2:]))
 
     def matrix(self, site: Site, weight: Floats) -> Floats:
-        """The weight with its outputs divided into groups."""
+        """Divide the outputs of a weight into groups; see :meth:`Linear.matrix`.
+
+        Args:
+            site: The node.
+            weight: Value of the weight.
+
+        Returns:
+            (groups, outputs per group, inputs per group, taps).
+        """
         per_group = weight.shape[0] // site.groups
         return weight.reshape(site.groups, per_group, weight.shape[1], -1)
 
     def weight(self, site: Site, matrix: Floats, kernel: tuple[int, ...]) -> Floats:
-        """The inverse of :meth:`matrix`."""
+        """Write a matrix as a weight: the inverse of :meth:`matrix`.
+
+        Args:
+            site: The node.
+            matrix: (groups, outputs per group, inputs per group, taps).
+            kernel: Spatial kernel.
+
+        Returns:
+            The weight.
+        """
         del site
         groups, outputs, inputs, _ = matrix.shape
         return matrix.reshape(groups * outputs, inputs, *kernel)
 
     def position_dependent(self, node: Node, kernel: tuple[int, ...]) -> bool:
-        """Outputs at the border read padding."""
+        """Tell convolutions that pad: outputs at the border read padding.
+
+        Args:
+            node: Node of this operator.
+            kernel: Spatial kernel.
+
+        Returns:
+            True if outputs differ by position.
+        """
         del kernel
         automatic = str(node.attrs.get("auto_pad", "")).startswith("SAME")
         return automatic or any(node.attrs.get("pads", ()))
@@ -199,19 +232,52 @@ class TransposedConvolution(Convolution):
     weight_axis = 0
 
     def matrix_shape(self, site: Site, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """Shape of the matrix, the taps of the kernel in one axis."""
+        """Return the shape of the matrix, the taps of the kernel in one axis; see :meth:`Linear.matrix_shape`.
+
+        Args:
+            site: The node.
+            shape: Shape of the weight.
+
+        Returns:
+            (groups, outputs per group, inputs per group, taps).
+        """
         return site.groups, shape[1], shape[0] // site.groups, int(np.prod(shape[2:]))
 
     def matrix(self, site: Site, weight: Floats) -> Floats:
-        """The weight with its inputs divided into groups, outputs first."""
+        """Divide the inputs of a weight into groups, and put the outputs first; see :meth:`Linear.matrix`.
+
+        Args:
+            site: The node.
+            weight: Value of the weight.
+
+        Returns:
+            (groups, outputs per group, inputs per group, taps).
+        """
         return super().matrix(site, weight).transpose(0, 2, 1, 3)
 
     def weight(self, site: Site, matrix: Floats, kernel: tuple[int, ...]) -> Floats:
-        """The inverse of :meth:`matrix`."""
+        """Write a matrix as a weight: the inverse of :meth:`matrix`.
+
+        Args:
+            site: The node.
+            matrix: (groups, outputs per group, inputs per group, taps).
+            kernel: Spatial kernel.
+
+        Returns:
+            The weight.
+        """
         return super().weight(site, matrix.transpose(0, 2, 1, 3), kernel)
 
     def position_dependent(self, node: Node, kernel: tuple[int, ...]) -> bool:
-        """Every output pixel meets taps of its own, unless there is only one."""
+        """Tell convolutions of more than one tap: every output pixel meets taps of its own.
+
+        Args:
+            node: Node of this operator.
+            kernel: Spatial kernel.
+
+        Returns:
+            True if outputs differ by position.
+        """
         sizes = (*kernel, *node.attrs.get("strides", ()))
         return super().position_dependent(node, kernel) or any(size != 1 for size in sizes)
 

@@ -24,7 +24,14 @@ class Term:
     open: bool
 
     def fits(self, rank: int) -> bool:
-        """True if a tensor of this rank has these axes."""
+        """Compare with the rank of a tensor.
+
+        Args:
+            rank: Number of its axes.
+
+        Returns:
+            True if a tensor of this rank has these axes.
+        """
         return rank >= len(self.head) if self.open else rank == len(self.head)
 
 
@@ -107,7 +114,7 @@ def _given(node: Node, terms: tuple[Term, ...]) -> list[tuple[Term, str]]:
 
 
 def _mismatch(node: Node, labels: Labels, inputs: tuple[Term, ...]) -> str | None:
-    """Why a node does not fit the signature, None where it does."""
+    """Reason that a node does not fit the signature, None where it does."""
     for term, name in _given(node, inputs):
         shape = labels.shape(name)
         if shape is None or not term.fits(len(shape)):

@@ -30,9 +30,9 @@ from onnx_oamip.graph.ops.inserted_nodes import (
     Added,
     Names,
     Present,
-    again,
+    edits_of_further_cut,
+    restore_zeros,
     scale,
-    spread,
 )
 
 
@@ -97,7 +97,9 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
                 source = node.inputs[0].name
                 keep = cuts.masks[source, edit.spread]
                 rank = len(model.shapes[source])
-                added = spread(original, rank, edit.spread, edit.ordered, keep, names)
+                added = restore_zeros(
+                    original, rank, edit.spread, ordered=edit.ordered, keep=keep, names=names
+                )
                 _insert(part, node, added, tensors)
             if edit.scale != 1.0:
                 dtype = model.dtypes[node.outputs[0].name]
@@ -174,12 +176,14 @@ def _reuse_insertions(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None
     for node in [n for n in model.every if n.name in edits]:
         edit = edits[node.name]
         if edit.spread is not None:
-            around = present.spread(node, edit.spread, edit.ordered)
+            around = present.restored_zeros(node, edit.spread, edit.ordered)
             if around is not None:
                 axis = edit.spread
                 before = _keep_or_all(cuts, around.source, axis)
                 inside = _keep_or_all(cuts, node.inputs[0], axis)
-                edits.update(again(around, axis, before, inside, model))
+                edits.update(
+                    edits_of_further_cut(around, axis, source=before, inside=inside, model=model)
+                )
                 # Where gathers place the zeros, the parameters of the node keep their places too.
                 inputs = {} if around.ordered else edit.inputs
                 edits[node.name] = replace(edit, spread=None, inputs=inputs)

@@ -184,7 +184,7 @@ def _instrument(
     for i, (tensor, axis) in enumerate(wanted):
         name = f"oamip_pool_{i}"
         axes = [a for a in range(1, len(model.shapes[tensor])) if a != axis]
-        build.reduce_mean(graph, floating(tensor), name, axes, opset)
+        build.reduce_mean(graph, floating(tensor), name, axes=axes, opset=opset)
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     for node, place in windows.items():
         name = f"oamip_taps_{node}"

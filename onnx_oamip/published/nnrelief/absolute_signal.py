@@ -248,14 +248,14 @@ def _instrument(
 
     for i, (tensor, axis) in enumerate(sites):
         axes = [a for a in range(len(model.shapes[tensor])) if a != axis]
-        build.reduce_sum(graph, absolute(tensor), f"oamip_abs_{i}", axes, opset)
+        build.reduce_sum(graph, absolute(tensor), f"oamip_abs_{i}", axes=axes, opset=opset)
         show(f"oamip_abs_{i}")
         graph.node.append(build.shape_of(tensor, f"oamip_size_{i}", f"oamip_shape_{i}"))
         show(f"oamip_size_{i}", TensorProto.INT64)
     for i, join in enumerate(sums):
         for k, tensor in enumerate(join.inputs):
             name = f"oamip_map_{i}_{k}"
-            build.reduce_sum(graph, absolute(tensor), name, [0], opset)
+            build.reduce_sum(graph, absolute(tensor), name, axes=[0], opset=opset)
             show(name)
         graph.node.append(build.shape_of(join.inputs[0], f"oamip_rows_{i}", f"oamip_count_{i}"))
         show(f"oamip_rows_{i}", TensorProto.INT64)
