@@ -111,7 +111,7 @@ def frontier(
             "steps": sorted(set(ready.steps.tolist())),
             "evaluated": proofs[0].samples,
         },
-        notes=(*ready.scores.notes, *ready.store.remarks()),
+        notes=(*ready.scores.notes, *ready.store.notes()),
     )
 
 

@@ -184,7 +184,7 @@ def score(
     used = samples.usable() if method.requests(settings) else 0
     asked = {**settings.model_dump(mode="json"), "device": context.device, "samples": used}
     with clock("write"):
-        content = score_files.save_scores(target, model, coupling, found, asked)
+        content = score_files.save_scores(target, model, coupling, found, settings=asked)
     notes: tuple[str, ...] = ()
     if used and held is not None and held.source == samples.source:
         notes = (
@@ -235,7 +235,7 @@ def plan(
     )
     with clock("plan"):
         chosen = search.plan(ready)
-    asked, notes = _asked(ready, scores), ready.store.remarks()
+    asked, notes = _asked(ready, scores), ready.store.notes()
     digest = None
     if target is not None:
         losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
@@ -243,13 +243,13 @@ def plan(
             ready.model,
             ready.coupling,
             chosen,
-            ready.before,
-            ready.scores.method,
-            settings.budget,
-            asked,
-            losses,
-            ready.scores.programs,
-            ready.scores.notes,
+            before=ready.before,
+            importance=ready.scores.method,
+            budget=settings.budget,
+            settings=asked,
+            losses=losses,
+            programs=ready.scores.programs,
+            notes=ready.scores.notes,
         )
         with clock("write"):
             write_bytes(text.encode(), target)
@@ -314,8 +314,8 @@ def apply(
     ready = preparing.open_for_plan(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
-    keep, notes = plan_files.keep(found, ready.model, ready.coupling, plan_file)
-    chosen = plan_files.to_plan(found, keep, ready.coupling, ready.ledger, notes)
+    keep, notes = plan_files.match_units(found, ready.model, ready.coupling, plan_file)
+    chosen = plan_files.to_plan(found, keep, ready.coupling, ready.ledger, notes=notes)
     with clock("refit"):
         result = search.carry_out(ready, chosen)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
@@ -378,7 +378,7 @@ def _finish(
             *result.plan.notes,
             *result.pruned.notes,
             *notes,
-            *ready.store.remarks(),
+            *ready.store.notes(),
         ),
         fits=result.pruned.fits,
         curves=ready.curves if isinstance(ready, Prepared) else (),
@@ -412,7 +412,7 @@ def _write(
         with clock("write"):
             batch.commit()
             if written is not None:
-                written.sweep()
+                written.remove_stale()
     return report
 
 

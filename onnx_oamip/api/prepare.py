@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnx_oamip import executors
-from onnx_oamip.artifacts import cache, score_files
+from onnx_oamip.artifacts import cache, cache_entries, score_files
 from onnx_oamip.core.budgets import KINDS
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import (
@@ -163,8 +163,8 @@ def _steps(context: Context) -> Any:
         context.device,
     )
     wide = cost.full_widths(coupling)
-    return context.store.keep(
-        cache.STEPS,
+    return context.store.recall(
+        cache_entries.STEPS,
         {
             "model": model.sha256,
             "align": settings.align,

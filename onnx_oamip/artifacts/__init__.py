@@ -1,1 +1,1 @@
-"""Files between commands: scores, plans, keep-maps, the cache and the pruned model."""
+"""Files that one command writes and another reads: models, plans, scores, keep-maps, and the cache."""

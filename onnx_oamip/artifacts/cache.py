@@ -1,15 +1,14 @@
-"""What a run learnt about a model and its data, kept by content: pruning again at another budget starts from it.
+"""Cache of statistics, scores, losses and refits: pruning again at another budget starts from them.
 
 An entry is named by a digest of everything it depends on: the model file, the data, the settings that matter, the
-device, and the code itself. So nothing ever has to be declared stale; entries that were not used for longest go when
-the folder grows over its limit. Entries hold plain arrays and are written whole or not at all; one that cannot be read
-counts as missing.
+device, and the code itself. So no entry ever has to be invalidated; the least recently used ones are deleted when the
+folder exceeds its limit. Entries hold plain arrays and are written completely or not at all; an entry that cannot be
+read counts as missing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,94 +18,95 @@ from dataclasses import dataclass, field
 from functools import cache as once
 from importlib import metadata
 from io import BytesIO
-from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from platformdirs import user_cache_path
 
+from onnx_oamip.artifacts.cache_entries import Kind
 from onnx_oamip.core.atomic_files import write_bytes
 from onnx_oamip.core.errors import OutputError
 from onnx_oamip.core.records import (
     Array,
-    Fit,
-    Gram,
     Model,
-    Moments,
-    Pruned,
-    Scores,
-    Sensitivity,
 )
 from onnx_oamip.core.versions import sources
 from onnx_oamip.data import numpy_files, out_of_core
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.external_data import references
 
 T = TypeVar("T")
-VARIABLE = "ONNX_OAMIP_CACHE"
-"""Environment variable: the folder, or ``off``. The flag and the configuration file win over it."""
-LIMIT = 2 << 30
-"""Bytes that all entries may take together."""
-LARGEST = LIMIT // 2
-"""Bytes above which one entry is not kept."""
-
-
-@dataclass(frozen=True)
-class Kind(Generic[T]):
-    """One kind of entry: how it becomes arrays by name (None: this one cannot be kept), and back."""
-
-    name: str
-    pack: Callable[[T], Mapping[str, Array] | None]
-    unpack: Callable[[Mapping[str, Array]], T]
+ENVIRONMENT_VARIABLE = "ONNX_OAMIP_CACHE"
+"""Holds the folder, or ``off``. The option and the configuration file override it."""
+MAX_TOTAL_BYTES = 2 << 30
+"""Size of all entries together."""
+MAX_ENTRY_BYTES = MAX_TOTAL_BYTES // 2
+"""Size of one entry; larger ones are not stored."""
+PACKAGES = ("numpy", "onnxruntime", "onnxruntime-gpu", "scipy")
+"""Packages whose version decides a result."""
 
 
 @dataclass
 class Store:
-    """A folder of entries (None: nothing is kept).
+    """A folder of entries.
 
-    ``taken`` lists the kinds that were found, ``refused`` says why something was not kept that was to be (empty: all
-    was).
+    Attributes:
+        folder: The folder, None to store nothing.
+        hits: Kinds of the entries that were found.
+        problem: Reason why an entry could not be stored, empty if there is none.
     """
 
     folder: Path | None = None
-    taken: list[str] = field(default_factory=list)
-    refused: str = ""
+    hits: list[str] = field(default_factory=list)
+    problem: str = ""
 
-    def remarks(self) -> tuple[str, ...]:
-        """What was not found out anew, and what the next run will have to find out again."""
-        known = ", ".join(dict.fromkeys(self.taken))
-        found = (
-            (f"from the cache, as an earlier run on the same model and data found them: {known}",)
-            if known
-            else ()
-        )
-        return (*found, *((self.refused,) if self.refused else ()))
+    def notes(self) -> tuple[str, ...]:
+        """Report the use of the cache.
 
-    def keep(
+        Returns:
+            Notes on the entries that were found, and on entries that could not be stored.
+        """
+        notes = []
+        if self.hits:
+            kinds = ", ".join(dict.fromkeys(self.hits))
+            notes.append(
+                f"from the cache, as an earlier run on the same model and data found them: {kinds}"
+            )
+        if self.problem:
+            notes.append(self.problem)
+        return tuple(notes)
+
+    def recall(
         self,
         kind: Kind[T],
         depends: Mapping[str, Any],
         make: Callable[[], T],
-        fits: Callable[[T], bool] = lambda _: True,
+        is_valid: Callable[[T], bool] = lambda _: True,
     ) -> T:
-        """The entry for what it ``depends`` on (plain values); made and written where it is not there.
+        """Return an entry, or compute and store it.
 
-        So it is where the one that is there does not fit: whoever may write to the folder may write anything.
+        Args:
+            kind: Kind of entry.
+            depends: Plain values that decide the result, besides the code and the machine.
+            make: Computes the result.
+            is_valid: Checks an entry before it is used: anyone may write anything to the folder.
+
+        Returns:
+            The stored result if there is a valid one, else the computed one.
         """
         if self.folder is None:
             return make()
-        text = json.dumps(
-            {**depends, "code": _code(), "host": _host()}, sort_keys=True, default=str
-        )
-        path = self.folder / f"{kind.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
-        value = _taken(kind, path, fits)
+        identity = {**depends, "code": _code_digest(), "host": _host()}
+        text = json.dumps(identity, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+        path = self.folder / f"{kind.name}-{digest}.npz"
+        value = _load(kind, path, is_valid)
         if value is not None:
+            # Mark the entry as recently used.
             with contextlib.suppress(OSError):
                 os.utime(path)
-            self.taken.append(kind.name)
+            self.hits.append(kind.name)
             return value
         value = make()
         packed = kind.pack(value)
@@ -114,58 +114,78 @@ class Store:
             self._write(path, packed)
         return value
 
-    def _write(self, path: Path, made: Mapping[str, Array]) -> None:
-        if sum(a.nbytes for a in made.values()) > LARGEST:
+    def _write(self, path: Path, arrays: Mapping[str, Array]) -> None:
+        if sum(array.nbytes for array in arrays.values()) > MAX_ENTRY_BYTES:
             return
         stream = BytesIO()
-        np.savez(stream, **dict(made))  # type: ignore[arg-type]
-        # Whoever cleans up or fills the disk meanwhile costs the next run time, not this one its result.
+        np.savez(stream, **dict(arrays))  # type: ignore[arg-type]
+        # A folder that is deleted or a disk that is full costs the next run time, but not this one its result.
         try:
             write_bytes(stream.getvalue(), path)
-            self._shrink()
+            self._evict()
         except OutputError as error:
-            self.refused = (
+            self.problem = (
                 f"not all of what was learnt is kept for the next run: {str(error).rstrip('.')}"
             )
 
-    def _shrink(self) -> None:
+    def _evict(self) -> None:
+        """Delete the least recently used entries above the limit."""
         assert self.folder is not None
         with contextlib.suppress(OSError):
-            entries = [(p.stat(), p) for p in self.folder.glob("*.npz")]
+            entries = [(path.stat(), path) for path in self.folder.glob("*.npz")]
+            entries.sort(key=lambda entry: -entry[0].st_mtime)
             total = 0
-            for about, path in sorted(entries, key=lambda entry: -entry[0].st_mtime):
-                total += about.st_size
-                if total > LIMIT:
+            for status, path in entries:
+                total += status.st_size
+                if total > MAX_TOTAL_BYTES:
                     path.unlink(missing_ok=True)
 
 
 def open_store(where: str) -> Store:
-    """The cache at a folder, ``auto`` (the environment's, or the user's own) or ``off``.
+    """Open the cache.
 
-    Raises OutputError where a folder was asked for that cannot be written to; the user's own is then done without.
+    Args:
+        where: A folder, ``auto`` (that of the environment variable, or the user's own), or ``off``.
+
+    Returns:
+        The store. If the user's own folder cannot be written to, it stores nothing and notes that.
+
+    Raises:
+        OutputError: The requested folder cannot be written to.
     """
-    asked = where if where != "auto" else os.environ.get(VARIABLE) or "auto"
-    if asked == "off":
+    requested = where
+    if where == "auto":
+        requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if requested == "off":
         return Store()
-    folder = user_cache_path("onnx-oamip") if asked == "auto" else Path(asked)
+    folder = user_cache_path("onnx-oamip") if requested == "auto" else Path(requested)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK)
+        writable = os.access(folder, os.W_OK)
     except OSError:
-        usable = False
-    if usable:
+        writable = False
+    if writable:
         return Store(folder)
-    if asked == "auto":
-        return Store(
-            refused=f"nothing is kept for the next run: {folder}, the cache, cannot be made or written to"
+    if requested == "auto":
+        problem = (
+            f"nothing is kept for the next run: {folder}, the cache, cannot be made or written to"
         )
+        return Store(problem=problem)
     raise OutputError(
         f"the cache folder {folder} cannot be made or written to; choose another `cache`, or off."
     )
 
 
 def identity(model: Model, samples: Samples) -> dict[str, Any]:
-    """What of a model and of data decides a statistic, as plain values."""
+    """Identify a model and data by their content.
+
+    Args:
+        model: Model that was loaded from a file.
+        samples: Samples that it reads.
+
+    Returns:
+        Plain values that decide every statistic of the model on the data.
+    """
     digest = hashlib.sha256()
     for name in sorted(samples.arrays):
         values = samples.arrays[name]
@@ -180,16 +200,23 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
     return {"model": model.sha256, "data": digest.hexdigest(), "shape": shape}
 
 
-def content(proto: onnx.ModelProto) -> str:
-    """Digest of a model that no file holds yet; of weights in files, where they are."""
+def content_digest(proto: onnx.ModelProto) -> str:
+    """Identify a model that is in no file yet.
+
+    Args:
+        proto: The model. Of weights in files only the locations count.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
     return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 
 
 @once
-def _code() -> str:
-    """Digest of this package's own sources and what it calls: what other code has found is not taken."""
+def _code_digest() -> str:
+    """Digest of this package's own sources and of the packages it calls: other code may give other results."""
     digest = hashlib.sha256(sources().encode())
-    for name in ("numpy", "onnxruntime", "onnxruntime-gpu", "scipy"):
+    for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             digest.update(f"{name} {metadata.version(name)}".encode())
     return digest.hexdigest()
@@ -200,126 +227,17 @@ def _host() -> str:
     return f"{platform.node()} {platform.machine()} {os.cpu_count()}"
 
 
-def _taken(kind: Kind[T], path: Path, fits: Callable[[T], bool]) -> T | None:
-    """What an entry holds; None where there is none, or one that was written by hand or cut short."""
+def _load(kind: Kind[T], path: Path, is_valid: Callable[[T], bool]) -> T | None:
+    """The content of an entry, or None if it is missing, damaged or not valid."""
     if not path.is_file():
         return None
     try:
-        found = numpy_files.load(path)
-        if not isinstance(found, dict):
+        loaded = numpy_files.load(path)
+        if not isinstance(loaded, dict):
             return None
-        value = kind.unpack({name: np.asarray(values) for name, values in found.items()})
-        return value if fits(value) else None
-    except Exception:  # it may hold anything, and is made anew
+        arrays = {name: np.asarray(values) for name, values in loaded.items()}
+        value = kind.unpack(arrays)
+        return value if is_valid(value) else None
+    except Exception:
+        # The file may hold anything. It is computed again.
         return None
-
-
-# -------------------------------------------------------------------------------------------------- kinds of entries
-
-
-def _text(value: Any) -> Array:
-    return np.asarray(json.dumps(value, default=_number), np.str_)
-
-
-def _number(value: Any) -> Any:
-    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
-
-
-def _pack_moments(found: Mapping[tuple[str, int], Moments]) -> dict[str, Array]:
-    index = [[tensor, axis, m.count] for (tensor, axis), m in found.items()]
-    held: dict[str, Array] = {"index": _text(index)}
-    for i, m in enumerate(found.values()):
-        held[f"mean{i}"], held[f"square{i}"] = m.mean, m.mean_square
-    return held
-
-
-def _unpack_moments(held: Mapping[str, Array]) -> dict[tuple[str, int], Moments]:
-    index = json.loads(str(held["index"]))
-    return {
-        (tensor, axis): Moments(held[f"mean{i}"], held[f"square{i}"], count)
-        for i, (tensor, axis, count) in enumerate(index)
-    }
-
-
-def _pack_grams(found: Mapping[str, Gram]) -> dict[str, Array]:
-    held: dict[str, Array] = {"index": _text([[name, g.taps, g.rows] for name, g in found.items()])}
-    for i, g in enumerate(found.values()):
-        held[f"matrix{i}"], held[f"mean{i}"], held[f"columns{i}"] = g.matrix, g.mean, g.columns
-    return held
-
-
-def _unpack_grams(held: Mapping[str, Array]) -> dict[str, Gram]:
-    index = json.loads(str(held["index"]))
-    return {
-        name: Gram(held[f"matrix{i}"], held[f"mean{i}"], held[f"columns{i}"], taps, rows)
-        for i, (name, taps, rows) in enumerate(index)
-    }
-
-
-def _pack_scores(found: Scores) -> dict[str, Array]:
-    about = {"method": found.method, "programs": found.programs, "notes": found.notes}
-    return {"values": found.values, "about": _text(about)}
-
-
-def _unpack_scores(held: Mapping[str, Array]) -> Scores:
-    about = json.loads(str(held["about"]))
-    return Scores(about["method"], held["values"], tuple(about["programs"]), tuple(about["notes"]))
-
-
-def _pack_losses(found: tuple[Sensitivity, ...]) -> dict[str, Array]:
-    held: dict[str, Array] = {"groups": np.asarray(len(found))}
-    for i, s in enumerate(found):
-        held[f"widths{i}"], held[f"loss{i}"] = s.widths, s.loss
-    return held
-
-
-def _unpack_losses(held: Mapping[str, Array]) -> tuple[Sensitivity, ...]:
-    return tuple(
-        Sensitivity(held[f"widths{i}"], held[f"loss{i}"]) for i in range(int(held["groups"]))
-    )
-
-
-def _pack_refit(found: Pruned) -> dict[str, Array] | None:
-    """All but ``raw``, which is quick to make. Weights in files of this process go with it: then nothing is kept."""
-    if references(found.proto):
-        return None
-    about = [found.notes, [dataclasses.astuple(fit) for fit in found.fits]]
-    return {
-        "proto": np.frombuffer(found.proto.SerializeToString(), np.uint8),
-        "about": _text(about),
-    }
-
-
-def _unpack_refit(arrays: Mapping[str, Array]) -> Pruned:
-    notes, fits = json.loads(str(arrays["about"]))
-    try:
-        proto = onnx.ModelProto.FromString(arrays["proto"].tobytes())
-    except DecodeError as error:
-        raise ValueError(str(error)) from error
-    return Pruned(None, proto, tuple(notes), tuple(Fit(*fit) for fit in fits))
-
-
-def _pack_outputs(found: list[list[Array]]) -> dict[str, Array] | None:
-    """A file holds numbers that numpy knows itself."""
-    for value in chain(*found):
-        if (
-            not isinstance(value, np.ndarray)
-            or value.dtype.isbuiltin != 1
-            or value.dtype.kind not in "biuf"
-        ):
-            return None
-    named = {f"{b} {i}": value for b, values in enumerate(found) for i, value in enumerate(values)}
-    return {"count": np.asarray([len(values) for values in found], np.int64), **named}
-
-
-def _unpack_outputs(arrays: Mapping[str, Array]) -> list[list[Array]]:
-    return [[arrays[f"{b} {i}"] for i in range(n)] for b, n in enumerate(arrays["count"].tolist())]
-
-
-MOMENTS: Kind[Mapping[tuple[str, int], Moments]] = Kind("moments", _pack_moments, _unpack_moments)
-GRAMS: Kind[Mapping[str, Gram]] = Kind("grams", _pack_grams, _unpack_grams)
-SCORES: Kind[Scores] = Kind("scores", _pack_scores, _unpack_scores)
-LOSSES: Kind[tuple[Sensitivity, ...]] = Kind("losses", _pack_losses, _unpack_losses)
-REFITS: Kind[Pruned] = Kind("refit", _pack_refit, _unpack_refit)
-OUTPUTS: Kind[list[list[Array]]] = Kind("outputs", _pack_outputs, _unpack_outputs)
-STEPS: Kind[Array] = Kind("steps", lambda found: {"steps": found}, lambda held: held["steps"])

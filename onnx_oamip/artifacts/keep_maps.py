@@ -1,8 +1,8 @@
-"""Hand-off to training: which indices of every weight stayed, and a PyTorch state dict cut in the same way.
+"""Keep-maps: the kept indices of every pruned weight, for pruning a PyTorch state dict in the same way.
 
-A keep-map is a safetensors file with one int64 vector of kept indices for every axis that was cut, called
-``tensor:axis`` after the ONNX initialiser. Weights of a state dict are found by the same name or, since exporters
-rename and transpose, by what they hold. They are cut and not refitted: fine-tuning starts from the trained weights.
+A keep-map is a safetensors file with one int64 vector of kept indices for every pruned axis, named ``tensor:axis``
+after the ONNX initialiser. Weights of a state dict are found by the same name or, since exporters rename and transpose,
+by their content. They are pruned and not refitted: fine-tuning starts from the trained weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -29,12 +29,22 @@ from onnx_oamip.core.records import (
     Model,
 )
 
-KEY, KIND, VERSION = "onnx_oamip", "keep-map", 1
+METADATA_KEY = "onnx_oamip"
+KIND = "keep-map"
+SCHEMA_VERSION = 1
+MAX_LISTED_CHARACTERS = 80
+"""Characters of the names of weights in an error."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One initialiser that was cut: its ``shape`` before, kept indices by axis, digests as it is and transposed."""
+    """One pruned initialiser.
+
+    Attributes:
+        shape: Shape before pruning.
+        kept: Kept indices by axis.
+        digests: Digests of its content as it is and transposed.
+    """
 
     shape: tuple[int, ...]
     kept: Mapping[int, Ints]
@@ -43,7 +53,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Cut:
-    """One tensor of a state dict: the initialiser it was matched with (None: left whole), shapes before and after."""
+    """One tensor of a state dict.
+
+    Attributes:
+        name: Name in the state dict.
+        weight: Initialiser that it was matched with, None if it was left as it is.
+        before: Shape before pruning.
+        after: Shape after pruning.
+    """
 
     name: str
     weight: str | None
@@ -53,7 +70,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What :func:`cut` wrote. ``unmatched``: initialisers that were cut and are in no tensor of the state dict."""
+    """Result of :func:`cut`.
+
+    Attributes:
+        output: File that was written.
+        sha256: Its digest.
+        tensors: All tensors of the state dict.
+        unmatched: Pruned initialisers that are in no tensor of the state dict.
+    """
 
     output: str
     sha256: str
@@ -61,68 +85,97 @@ class Checkpoint:
     unmatched: tuple[str, ...]
 
 
-def weights(model: Model, coupling: Coupling, keep: Bools) -> dict[str, Weight]:
-    """The constants of a model that lose channels when the units ``keep`` (n_units,) stay."""
+def pruned_weights(model: Model, coupling: Coupling, keep: Bools) -> dict[str, Weight]:
+    """Find the initialisers that lose channels.
+
+    Args:
+        model: Model to prune.
+        coupling: Units of the model.
+        keep: Kept units (n_units,).
+
+    Returns:
+        Kept indices by initialiser.
+    """
     kept: dict[str, dict[int, Ints]] = {}
     for tensor, axis in coupling.axes:
-        if tensor in model.constants:
-            stays = coupling.keep((tensor, axis), keep)
-            if not stays.all():
-                kept.setdefault(tensor, {})[axis] = np.flatnonzero(stays).astype(np.int64)
-    return {
-        name: Weight(model.constants[name].shape, axes, _digests(model.constants[name]))
-        for name, axes in kept.items()
-    }
+        if tensor not in model.constants:
+            continue
+        mask = coupling.keep((tensor, axis), keep)
+        if not mask.all():
+            kept.setdefault(tensor, {})[axis] = np.flatnonzero(mask).astype(np.int64)
+    weights = {}
+    for name, axes in kept.items():
+        value = model.constants[name]
+        weights[name] = Weight(value.shape, axes, (_digest(value), _digest(value.T)))
+    return weights
 
 
 def save_keep_map(
     path: str | os.PathLike[str], model: Model, coupling: Coupling, keep: Bools
 ) -> None:
-    """Write the keep-map of a pruned model, whole or not at all. Raises OutputError."""
+    """Write the keep-map of a pruned model, completely or not at all.
+
+    Args:
+        path: File to write.
+        model: Model that was pruned.
+        coupling: Units of the model.
+        keep: Kept units (n_units,).
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     write_bytes(keep_map(model, coupling, keep), path)
 
 
 def keep_map(model: Model, coupling: Coupling, keep: Bools) -> bytes:
-    """The content of the keep-map of a pruned model."""
-    found = weights(model, coupling, keep)
-    arrays = {
-        f"{name}:{axis}": index for name, w in found.items() for axis, index in w.kept.items()
-    }
-    about = {
-        name: {"shape": list(w.shape), "digests": list(w.digests)} for name, w in found.items()
-    }
-    # One entry: the library keeps no order among several, and the same map should be the same bytes.
+    """Build the keep-map of a pruned model.
+
+    Args:
+        model: Model that was pruned.
+        coupling: Units of the model.
+        keep: Kept units (n_units,).
+
+    Returns:
+        Content of the file.
+    """
+    arrays = {}
+    entries = {}
+    for name, weight in pruned_weights(model, coupling, keep).items():
+        entries[name] = {"shape": list(weight.shape), "digests": list(weight.digests)}
+        for axis, index in weight.kept.items():
+            arrays[f"{name}:{axis}"] = index
+    # A single entry: the library keeps no order among several, and the same map must be the same bytes.
     metadata = {
         "kind": KIND,
-        "schema_version": VERSION,
+        "schema_version": SCHEMA_VERSION,
         "model_sha256": model.sha256,
-        "weights": about,
+        "weights": entries,
     }
-    return bytes(save(arrays, metadata={KEY: json.dumps(metadata)}))
+    return bytes(save(arrays, metadata={METADATA_KEY: json.dumps(metadata)}))
 
 
 def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
-    """The weights of a keep-map by name. Raises DataError for a file that holds none."""
-    arrays, metadata = _read(path, "a keep-map as `keep_map` of prune writes it")
+    """Load a keep-map.
+
+    Args:
+        path: File to load.
+
+    Returns:
+        The pruned weights by name.
+
+    Raises:
+        DataError: The file holds no keep-map.
+    """
+    stored = _read(path, "a keep-map as `keep_map` of prune writes it")
     try:
-        header = json.loads(metadata.get(KEY, "{}"))
-        if header.get("kind") != KIND or header.get("schema_version") != VERSION:
+        header = json.loads(stored.metadata.get(METADATA_KEY, "{}"))
+        if header.get("kind") != KIND or header.get("schema_version") != SCHEMA_VERSION:
             raise DataError(
                 f"{path} is no keep-map of this version; write one by `keep_map` of prune."
             )
-        about = header["weights"]
-        kept: dict[str, dict[int, Ints]] = {name: {} for name in about}
-        for key, index in arrays.items():
-            name, _, axis = key.rpartition(":")
-            if not axis.isdecimal():
-                raise ValueError(f"an axis called {axis!r}")
-            kept[name][int(axis)] = _checked(index, int(about[name]["shape"][int(axis)]))
-        return {
-            name: Weight(
-                tuple(entry["shape"]), kept[name], (entry["digests"][0], entry["digests"][1])
-            )
-            for name, entry in about.items()
-        }
+        return _weights(stored.tensors, header["weights"])
+    except DataError:
+        raise
     except (
         KeyError,
         ValueError,
@@ -132,78 +185,27 @@ def load_keep_map(path: str | os.PathLike[str]) -> dict[str, Weight]:
         OverflowError,
         RecursionError,
     ) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path} is a damaged keep-map ({error}); write it again.") from error
 
 
-def cut(
-    map_file: str | os.PathLike[str],
-    state_dict: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-) -> Checkpoint:
-    """Cut the tensors of a state dict (safetensors) as a keep-map says, and write them to ``output``.
-
-    A tensor is matched by name, else by content, as it is or transposed; one that matches nothing stays as it is.
-    Raises DataError where files cannot be read, where a tensor has another shape than its weight, and where nothing
-    matches; OutputError where the result cannot be written.
-    """
-    found = load_keep_map(map_file)
-    state, metadata = _read(state_dict, "a state dict as safetensors.torch.save_file writes it")
-    result: dict[str, Array] = {}
-    tensors: list[Cut] = []
-    matched: set[str] = set()
-    for name, value in state.items():
-        weight, turned = (
-            (name, False) if name in found else _by_content(name, value, found, state_dict)
-        )
-        result[name] = value
-        if weight is not None:
-            matched.add(weight)
-            result[name] = _cut(value, found[weight], turned, name, state_dict)
-        tensors.append(Cut(name, weight, tuple(value.shape), tuple(result[name].shape)))
-    if found and not matched:
-        raise DataError(
-            f"{state_dict} has none of the {len(found)} weights of {map_file}, neither by name "
-            f"({', '.join(found)[:80]}) nor by content; give the state dict that the model was exported from."
-        )
-    content = save(result, metadata=metadata)
-    write_bytes(content, output)
-    unmatched = tuple(name for name in found if name not in matched)
-    return Checkpoint(str(output), hashlib.sha256(content).hexdigest(), tuple(tensors), unmatched)
-
-
-def _by_content(
-    name: str, value: Array, found: Mapping[str, Weight], path: str | os.PathLike[str]
-) -> tuple[str | None, bool]:
-    """(weight that holds the same numbers, whether it holds them transposed); of several that whose name ends alike."""
-    digest = _digest(value)
-    same = [weight for weight, w in found.items() if digest in w.digests]
-    if len(same) > 1:
-        same = [weight for weight in same if name.endswith(weight)] or same
-    if len(same) > 1:
-        raise DataError(
-            f"{path}: '{name}' holds the same numbers as {' and '.join(same[:2])}, so it cannot be told which of them "
-            "it is; name it like one of them."
-        )
-    return (same[0], digest != found[same[0]].digests[0]) if same else (None, False)
-
-
-def _cut(
-    value: Array, weight: Weight, turned: bool, name: str, path: str | os.PathLike[str]
-) -> Array:
-    shape = weight.shape[::-1] if turned else weight.shape
-    if value.shape != shape:
-        raise DataError(
-            f"{path}: '{name}' has shape {value.shape}, but the weight that was pruned has {shape}; give the state "
-            "dict of the original network."
-        )
-    for axis, index in weight.kept.items():
-        value = value.take(index, axis=len(shape) - 1 - axis if turned else axis)
-    return np.ascontiguousarray(value)
+def _weights(arrays: Mapping[str, Array], entries: Mapping[str, Any]) -> dict[str, Weight]:
+    """Weights from the content of a keep-map; raises various exceptions if it is damaged."""
+    kept: dict[str, dict[int, Ints]] = {name: {} for name in entries}
+    for key, index in arrays.items():
+        name, _, axis = key.rpartition(":")
+        if not axis.isdecimal():
+            raise ValueError(f"an axis called {axis!r}")
+        length = int(entries[name]["shape"][int(axis)])
+        kept[name][int(axis)] = _checked(index, length)
+    weights = {}
+    for name, entry in entries.items():
+        digests = (entry["digests"][0], entry["digests"][1])
+        weights[name] = Weight(tuple(entry["shape"]), kept[name], digests)
+    return weights
 
 
 def _checked(index: Array, length: int) -> Ints:
+    """Kept indices of an axis; raises ValueError unless they rise strictly within its length."""
     if index.dtype != np.int64 or index.ndim != 1 or not index.size:
         raise ValueError("indices that are no vector of int64")
     if index.min() < 0 or index.max() >= length or (np.diff(index) <= 0).any():
@@ -211,26 +213,124 @@ def _checked(index: Array, length: int) -> Ints:
     return index
 
 
-def _digests(value: Array) -> tuple[str, str]:
-    return _digest(value), _digest(value.T)
+def cut(
+    map_file: str | os.PathLike[str],
+    state_dict: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+) -> Checkpoint:
+    """Prune the tensors of a state dict (safetensors) by a keep-map.
+
+    A tensor is matched by name, else by content, as it is or transposed; one without a match is left as it is.
+
+    Args:
+        map_file: Keep-map.
+        state_dict: Weights of the original network.
+        output: File to write.
+
+    Returns:
+        The tensors with their matches.
+
+    Raises:
+        DataError: A file cannot be read, a tensor has another shape than its weight, or nothing matches.
+        OutputError: The output cannot be written.
+    """
+    weights = load_keep_map(map_file)
+    stored = _read(state_dict, "a state dict as safetensors.torch.save_file writes it")
+    result: dict[str, Array] = {}
+    tensors: list[Cut] = []
+    matched: set[str] = set()
+    for name, value in stored.tensors.items():
+        match = _match(name, value, weights, state_dict)
+        result[name] = value
+        if match is not None:
+            matched.add(match.weight)
+            weight = weights[match.weight]
+            result[name] = _prune(value, weight, match.transposed, name, state_dict)
+        weight_name = None if match is None else match.weight
+        tensors.append(Cut(name, weight_name, tuple(value.shape), tuple(result[name].shape)))
+    if weights and not matched:
+        listed = ", ".join(weights)[:MAX_LISTED_CHARACTERS]
+        raise DataError(
+            f"{state_dict} has none of the {len(weights)} weights of {map_file}, neither by name ({listed}) nor by "
+            "content; give the state dict that the model was exported from."
+        )
+    content = save(result, metadata=stored.metadata)
+    write_bytes(content, output)
+    return Checkpoint(
+        output=str(output),
+        sha256=hashlib.sha256(content).hexdigest(),
+        tensors=tuple(tensors),
+        unmatched=tuple(name for name in weights if name not in matched),
+    )
+
+
+class _Match(NamedTuple):
+    """Initialiser that a tensor holds, as it is or transposed."""
+
+    weight: str
+    transposed: bool
+
+
+def _match(
+    name: str, value: Array, weights: Mapping[str, Weight], path: str | os.PathLike[str]
+) -> _Match | None:
+    """The weight of the same name, else of the same content; of several the one whose name ends the tensor's."""
+    if name in weights:
+        return _Match(name, transposed=False)
+    digest = _digest(value)
+    equal = [key for key, weight in weights.items() if digest in weight.digests]
+    if len(equal) > 1:
+        equal = [key for key in equal if name.endswith(key)] or equal
+    if len(equal) > 1:
+        raise DataError(
+            f"{path}: '{name}' holds the same numbers as {' and '.join(equal[:2])}, so it cannot be told which of them "
+            "it is; name it like one of them."
+        )
+    if not equal:
+        return None
+    return _Match(equal[0], transposed=digest != weights[equal[0]].digests[0])
+
+
+def _prune(
+    value: Array, weight: Weight, transposed: bool, name: str, path: str | os.PathLike[str]
+) -> Array:
+    """The kept part of a tensor."""
+    shape = weight.shape[::-1] if transposed else weight.shape
+    if value.shape != shape:
+        raise DataError(
+            f"{path}: '{name}' has shape {value.shape}, but the weight that was pruned has {shape}; give the state "
+            "dict of the original network."
+        )
+    for axis, index in weight.kept.items():
+        own_axis = len(shape) - 1 - axis if transposed else axis
+        value = value.take(index, axis=own_axis)
+    return np.ascontiguousarray(value)
 
 
 def _digest(value: Array) -> str:
-    return hashlib.sha256(
-        f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
-    ).hexdigest()
+    """Digest of type, shape and content."""
+    header = f"{value.dtype}{value.shape}".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(value).tobytes()).hexdigest()
 
 
-def _read(path: str | os.PathLike[str], what: str) -> tuple[dict[str, Array], dict[str, Any]]:
+class _Stored(NamedTuple):
+    """Content of a safetensors file."""
+
+    tensors: dict[str, Array]
+    metadata: dict[str, Any]
+
+
+def _read(path: str | os.PathLike[str], expected: str) -> _Stored:
     if not Path(path).is_file():
-        raise DataError(f"{path}: no such file; give {what}.")
+        raise DataError(f"{path}: no such file; give {expected}.")
     try:
         with safe_open(os.fspath(path), "np") as file:
             names = file.keys()  # the file itself cannot be iterated
             tensors = {name: file.get_tensor(name) for name in names}
-            return tensors, dict(file.metadata() or {})
+            return _Stored(tensors, dict(file.metadata() or {}))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        text = str(error)
+        reason = text.splitlines()[0] if text else type(error).__name__
         raise DataError(
-            f"{path} cannot be read as safetensors: {text.rstrip('.')}; give {what}."
+            f"{path} cannot be read as safetensors: {reason.rstrip('.')}; give {expected}."
         ) from error

@@ -1,9 +1,10 @@
-"""Where results go: checked before any work, written aside and renamed (see ``aside``)."""
+"""Output files: checked before any work, then written to a temporary folder and renamed (``core.atomic_files``)."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +26,20 @@ def check_output(
     sources: Iterable[object] = (),
     option: str = "-o",
 ) -> Path:
-    """The output path given as ``option``, if it can be written to. Raises OutputError before any work is done."""
+    """Check that an output can be written, before any work is done.
+
+    Args:
+        path: Model that is read.
+        output: File to write.
+        sources: Other inputs; those that are no paths are ignored.
+        option: Option that gives the output, for error messages.
+
+    Returns:
+        The path of the output.
+
+    Raises:
+        OutputError: The output cannot be written, or would overwrite an input.
+    """
     target = Path(output)
     if not target.parent.is_dir():
         raise OutputError(
@@ -37,34 +51,56 @@ def check_output(
         raise OutputError(
             f"the output folder {target.parent} is not writable; choose another {option}."
         )
-    inputs = [
-        Path(path),
-        *external_paths(path),
-        *(Path(s) for s in sources if isinstance(s, (str, os.PathLike))),
-    ]
+    inputs = [Path(path), *external_paths(path)]
+    for source in sources:
+        if isinstance(source, (str, os.PathLike)):
+            inputs.append(Path(source))
     for written in (target, target.with_name(f"{target.name}.data")):
-        if any(written.exists() and p.exists() and written.samefile(p) for p in inputs):
+        if _is_one_of(written, inputs):
             raise OutputError(
                 f"writing {target} would overwrite the input {written}; choose another {option}."
             )
     return target
 
 
+def _is_one_of(path: Path, inputs: Iterable[Path]) -> bool:
+    """True if a file is the same as one of the inputs, under any name."""
+    if not path.exists():
+        return False
+    return any(other.exists() and path.samefile(other) for other in inputs)
+
+
 class Page(Protocol):
-    """A page about a run, to be written with its model."""
+    """A page about a run, to be written with its model.
+
+    Attributes:
+        path: File to write.
+    """
 
     path: Path
 
     def draw(self, report: Report) -> bytes:
-        """The page."""
+        """Render the page.
+
+        Args:
+            report: Report of the run.
+
+        Returns:
+            Content of the file.
+        """
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a run writes (None: it does not): all of it, or nothing.
+    """Files that a run writes, all of them or none.
 
-    They are renamed in the order page, keep-map, weights beside the model, model: whoever sees the new model sees all
-    else new.
+    They are renamed in the order page, keep-map, weights beside the model, model. A reader that sees the new model
+    therefore sees the new version of every other file.
+
+    Attributes:
+        model: The pruned model, None to write none.
+        keep_map: The keep-map, None to write none.
+        page: The HTML report, None to write none.
     """
 
     model: Path | None
@@ -74,33 +110,48 @@ class Targets:
 
 @dataclass(frozen=True)
 class Written:
-    """A model that was written aside: its ``sha256``, with the weights beside it, and ``bytes`` of all its files.
+    """A model in a temporary folder.
 
-    ``stale``: weights beside the model that was there before.
+    Attributes:
+        sha256: Digest of all its files.
+        bytes: Size of all its files.
+        stale: Weights beside the model that it replaces.
     """
 
     sha256: str
     bytes: int
     stale: tuple[Path, ...]
 
-    def sweep(self) -> None:
-        """Remove the weights of the model that was there before; after the renames."""
+    def remove_stale(self) -> None:
+        """Remove the weights of the replaced model. To be called after the files were renamed."""
         for path in self.stale:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
 def stage(batch: Batch, proto: onnx.ModelProto, target: Path) -> Written:
-    """Write a model aside; ``batch.commit`` renames it. Raises OutputError.
+    """Write a model to a temporary folder; ``batch.commit`` renames it.
 
-    Weights beside the model go to a file that was not there before, so that a model file never points at weights of
-    another one. The model comes last, so that what it points at is there.
+    Weights beside the model go to a file with a new name, so that a model file never refers to the weights of another
+    model. The model is renamed last, so that the weights it refers to exist.
+
+    Args:
+        batch: Files that are renamed together.
+        proto: Model to write.
+        target: Final path of the model.
+
+    Returns:
+        Digest and size of the files.
+
+    Raises:
+        OutputError: The files cannot be written.
     """
     with telling(target):
-        old = [p for p in external_paths(target) if _ours(p, target)]
+        previous = [path for path in external_paths(target) if _is_own_name(path, target)]
         folder = batch.folder(target)
-        names = external_data.save(proto, folder / target.name, _free(target))
-        digest, size = hashlib.sha256(), 0
+        names = external_data.save(proto, folder / target.name, _new_data_name(target))
+        digest = hashlib.sha256()
+        size = 0
         for name in names:
             with (folder / name).open("rb") as stream:
                 while chunk := stream.read(external_data.CHUNK_BYTES):
@@ -108,28 +159,45 @@ def stage(batch: Batch, proto: onnx.ModelProto, target: Path) -> Written:
                     size += len(chunk)
         for name in reversed(names):
             batch.take(folder / name, target.parent / name)
-        return Written(digest.hexdigest(), size, tuple(p for p in old if p.name not in names))
+        stale = tuple(path for path in previous if path.name not in names)
+        return Written(digest.hexdigest(), size, stale)
 
 
 def write(proto: onnx.ModelProto, target: Path) -> tuple[str, int]:
-    """Write one model: the target is either complete or as it was. Returns (sha256, bytes). Raises OutputError."""
+    """Write one model, completely or not at all.
+
+    Args:
+        proto: Model to write.
+        target: Path of the model.
+
+    Returns:
+        SHA-256 and size in bytes of all files.
+
+    Raises:
+        OutputError: The files cannot be written.
+    """
     with Batch() as batch:
         written = stage(batch, proto, target)
         batch.commit()
-    written.sweep()
+    written.remove_stale()
     return written.sha256, written.bytes
 
 
-def _free(target: Path) -> str:
+def _new_data_name(target: Path) -> str:
     """A name for the weights beside a model that no file has."""
-    name, i = f"{target.name}.data", 1
-    while (target.parent / name).exists():
-        name, i = f"{target.name}.{i}.data", i + 1
+    name = f"{target.name}.data"
+    for i in itertools.count(1):
+        if not (target.parent / name).exists():
+            break
+        name = f"{target.name}.{i}.data"
     return name
 
 
-def _ours(path: Path, target: Path) -> bool:
-    """Whether a file of weights has a name that ``write`` gives."""
-    number = path.name.removeprefix(f"{target.name}.").removesuffix("data").removesuffix(".")
-    named = path.name.startswith(f"{target.name}.") and path.name.endswith(".data")
-    return path.parent == target.parent and named and (number == "" or number.isdecimal())
+def _is_own_name(path: Path, target: Path) -> bool:
+    """True if a file of weights has a name that ``stage`` gives."""
+    if path.parent != target.parent:
+        return False
+    if not path.name.startswith(f"{target.name}.") or not path.name.endswith(".data"):
+        return False
+    middle = path.name.removeprefix(f"{target.name}.").removesuffix("data").removesuffix(".")
+    return middle == "" or middle.isdecimal()

@@ -1,28 +1,32 @@
-"""A plan between two commands, as a JSON file that a person can read, edit and apply.
+"""Plan files: the kept units of every group as JSON that a person can read, edit and apply.
 
-Groups are named by the weight that makes their channels; within a group units are numbered ``0 .. units - 1`` in the
-order of their channels on the first axis listed, so that for a plain layer a unit's number is its channel's. What
-counts is ``keep``; ``kept`` must be its length, and the rest of a group says what is meant. A plan made for one model
-can be applied to another of the same names, or of the same topology: it is then matched by the order of groups.
+Groups are named by the weight that produces their channels; within a group units are numbered ``0 .. units - 1`` in the
+order of their channels on the first axis listed, so that for a plain layer a unit's number is its channel's. Only
+``keep`` counts; ``kept`` must be its length, and the rest of a group serves the reader. A plan made for one model can
+be applied to another with the same names, or with the same topology: groups are then matched by their order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from onnx_oamip.artifacts.score_files import check_program, group_axes, places
+from onnx_oamip.artifacts import json_text
+from onnx_oamip.artifacts.score_files import (
+    check_program,
+    first_channels,
+    group_axes,
+    plain_number,
+)
 from onnx_oamip.core import budgets
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
@@ -40,9 +44,13 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.version import __version__
 from onnx_oamip.graph.cost import Ledger
 
-PLAN_VERSION = 1
-_DECODER = json.JSONDecoder()
-_AGAIN = "mend it, or run 'onnx-oamip plan' again"
+SCHEMA_VERSION = 1
+MAX_LISTED_GROUPS = 3
+"""Groups that a message lists by name."""
+IRRELEVANT_SETTINGS = ("cache", "force", "workers", "scheduler")
+"""Settings that do not change a plan."""
+_EXPECTED = "give what 'onnx-oamip plan' wrote"
+_REMEDY = "fix it, or run 'onnx-oamip plan' again"
 
 
 class _Record(BaseModel):
@@ -50,7 +58,7 @@ class _Record(BaseModel):
 
 
 class ModelEntry(_Record):
-    """The model a plan was made for: its file, and a digest of its graph without names and numbers."""
+    """The model that a plan was made for: its file, and a digest of its graph without names and numbers."""
 
     path: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
@@ -58,7 +66,7 @@ class ModelEntry(_Record):
 
 
 class AxisEntry(_Record):
-    """One axis that a group lives on, with the indices that one unit holds there."""
+    """One axis of a group, with the number of channels that one unit has there."""
 
     tensor: str
     axis: int = Field(ge=0)
@@ -74,7 +82,7 @@ class CostEntry(_Record):
 
 
 class GroupEntry(_Record):
-    """Which units of one group stay. ``loss`` is the measured loss of the model with only this group at that width."""
+    """The kept units of one group. ``loss`` is the measured loss of the model with only this group at that width."""
 
     name: str
     units: int = Field(ge=1)
@@ -85,14 +93,16 @@ class GroupEntry(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> GroupEntry:
-        if self.keep and (min(self.keep) < 0 or max(self.keep) >= self.units):
-            stray = min(self.keep) if min(self.keep) < 0 else max(self.keep)
-            raise ValueError(
-                f"'keep' lists unit {stray}, but the units of this group are 0 to {self.units - 1}"
-            )
-        unit, count = next(iter(Counter(self.keep).most_common(1)), (0, 0))
-        if count > 1:
-            raise ValueError(f"'keep' lists unit {unit} twice")
+        if self.keep:
+            least, greatest = min(self.keep), max(self.keep)
+            if least < 0 or greatest >= self.units:
+                stray = least if least < 0 else greatest
+                raise ValueError(
+                    f"'keep' lists unit {stray}, but the units of this group are 0 to {self.units - 1}"
+                )
+            unit, count = Counter(self.keep).most_common(1)[0]
+            if count > 1:
+                raise ValueError(f"'keep' lists unit {unit} twice")
         if self.kept != len(self.keep):
             raise ValueError(
                 f"'kept' says {self.kept}, but 'keep' lists {len(self.keep)} units; make the two agree"
@@ -121,7 +131,21 @@ class PlanFile(_Record):
 
 @dataclass(frozen=True)
 class Planned:
-    """Result of ``plan``: the plan, the file that was written with its digest, and the duration of every stage."""
+    """Result of ``plan``.
+
+    Attributes:
+        model: Model that was planned.
+        coupling: Units of the model.
+        scores: Their scores.
+        plan: The plan.
+        before: Cost of the model.
+        budget: Budget of the plan.
+        output: File that was written, None if none was requested.
+        sha256: Its digest.
+        seconds: Duration of every stage.
+        settings: Options of the run.
+        notes: Remarks for a reader.
+    """
 
     model: Model
     coupling: Coupling
@@ -140,6 +164,7 @@ def dumps(
     model: Model,
     coupling: Coupling,
     plan: Plan,
+    *,
     before: Cost,
     importance: str,
     budget: Budget,
@@ -148,29 +173,36 @@ def dumps(
     programs: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
 ) -> str:
-    """The text of a plan file; ``losses`` has one value a group, or None where none was measured.
+    """Build the text of a plan file. Equal plans give equal texts: it holds no times and no dates.
 
-    Nothing in it changes from run to run where the plan does not: no times, no dates.
+    Args:
+        model: Model that was planned.
+        coupling: Units of the model.
+        plan: The plan.
+        before: Cost of the model.
+        importance: Name of the importance method.
+        budget: Budget of the plan.
+        settings: Options of the run.
+        losses: Measured loss of each group at its width, None if it was not measured.
+        programs: Records of the programs behind the scores.
+        notes: Remarks for a reader.
+
+    Returns:
+        Content of the file.
     """
     groups = []
     for group, loss in zip(coupling.groups, losses, strict=True):
-        kept = np.flatnonzero(plan.keep[_numbered(model, coupling, group)])
-        groups.append(
-            {
-                "name": group.name,
-                "units": len(group.units),
-                "kept": len(kept),
-                "loss": loss,
-                "axes": [
-                    {"tensor": t, "axis": a, "per_unit": group.multiplicity[t, a]}
-                    for t, a in _weights(model, group)
-                ],
-                "keep": kept.tolist(),
-            }
-        )
+        groups.append(_group_entry(model, coupling, plan, group, loss))
+    all_programs = [dict(program) for program in (*programs, *plan.programs)]
+    for program in all_programs:
+        program.pop("seconds", None)
+    skipped = [
+        {"tensor": p.tensor, "axis": p.axis, "channels": p.count, "reason": p.reason}
+        for p in coupling.pinned
+    ]
     document = {
         "kind": "onnx-oamip plan",
-        "schema_version": PLAN_VERSION,
+        "schema_version": SCHEMA_VERSION,
         "tool_version": __version__,
         "model": {"path": model.path, "sha256": model.sha256, "topology": topology(model)},
         "importance": importance,
@@ -178,231 +210,256 @@ def dumps(
         "budget": {kind.name: getattr(budget, kind.name) for kind in budgets.KINDS},
         "before": budgets.costs(before),
         "predicted": budgets.costs(plan.predicted),
-        "settings": {
-            n: v for n, v in settings.items() if n not in ("cache", "force", "workers", "scheduler")
-        },
-        "programs": [
-            {k: v for k, v in p.items() if k != "seconds"} for p in (*programs, *plan.programs)
-        ],
+        "settings": {n: v for n, v in settings.items() if n not in IRRELEVANT_SETTINGS},
+        "programs": all_programs,
         "notes": list(dict.fromkeys((*notes, *plan.notes))),
-        "skipped": [
-            {"tensor": p.tensor, "axis": p.axis, "channels": p.count, "reason": p.reason}
-            for p in coupling.pinned
-        ],
+        "skipped": skipped,
         "groups": groups,
     }
-    return _short(json.dumps(document, indent=2, default=_plain)) + "\n"
+    return json_text.compact(json.dumps(document, indent=2, default=plain_number)) + "\n"
+
+
+def _group_entry(
+    model: Model, coupling: Coupling, plan: Plan, group: Group, loss: float | None
+) -> dict[str, Any]:
+    """One group as an entry of the file."""
+    kept = np.flatnonzero(plan.keep[_numbered_units(model, coupling, group)])
+    axes = []
+    for tensor, axis in _constant_axes(model, group):
+        per_unit = group.multiplicity[tensor, axis]
+        axes.append({"tensor": tensor, "axis": axis, "per_unit": per_unit})
+    return {
+        "name": group.name,
+        "units": len(group.units),
+        "kept": len(kept),
+        "loss": loss,
+        "axes": axes,
+        "keep": kept.tolist(),
+    }
 
 
 def digest(model: Model, coupling: Coupling, kept: Bools) -> str:
-    """SHA-256 of which units (n_units,) stay: of the JSON object of the lists ``keep`` by group, keys sorted."""
-    lists = {
-        g.name: np.flatnonzero(kept[_numbered(model, coupling, g)]).tolist()
-        for g in coupling.groups
-    }
-    return hashlib.sha256(
-        json.dumps(lists, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    """Identify a choice of units.
+
+    Args:
+        model: Model that was planned.
+        coupling: Units of the model.
+        kept: Kept units (n_units,).
+
+    Returns:
+        SHA-256 of the JSON object of the lists ``keep`` by group, keys sorted.
+    """
+    lists = {}
+    for group in coupling.groups:
+        numbered = kept[_numbered_units(model, coupling, group)]
+        lists[group.name] = np.flatnonzero(numbered).tolist()
+    text = json.dumps(lists, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(path: str | os.PathLike[str]) -> PlanFile:
-    """The plan that a file holds. Raises DataError with the line and the rule where it holds none."""
+    """Load a plan file.
+
+    Args:
+        path: File to load.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        DataError: The file holds no plan; the message names the line and the rule.
+    """
     file = Path(path)
     if not file.is_file():
-        what = "is a folder" if file.is_dir() else "no such plan file"
-        raise DataError(f"{file}: {what}; give what 'onnx-oamip plan' wrote.")
+        finding = "is a folder" if file.is_dir() else "no such plan file"
+        raise DataError(f"{file}: {finding}; {_EXPECTED}.")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{file} cannot be read as text: {error}; give what 'onnx-oamip plan' wrote."
-        ) from error
-    try:
-        content = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        where = (
-            f"line {error.lineno}: {error.msg}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error)
-        )
-        raise DataError(f"{file} is no valid JSON, {where}; {_AGAIN}.") from error
+        raise DataError(f"{file} cannot be read as text: {error}; {_EXPECTED}.") from error
+    content = _parse(text, file)
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version != PLAN_VERSION:
+    if isinstance(version, int) and version != SCHEMA_VERSION:
         raise DataError(
-            f"{file} has schema version {version}, but this version reads {PLAN_VERSION}; {_AGAIN}."
+            f"{file} has schema version {version}, but this version reads {SCHEMA_VERSION}; {_REMEDY}."
         )
     try:
         return PlanFile.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        place = [p for p in first["loc"] if isinstance(p, (str, int))]
+        location = [part for part in first["loc"] if isinstance(part, (str, int))]
         rule = first["msg"].removeprefix("Value error, ").rstrip(".")
-        raise DataError(
-            f"{file}, line {_line(text, place)}, {_dotted(content, place)}: {rule}; {_AGAIN}."
-        ) from error
+        line = json_text.line_of(text, location)
+        described = json_text.describe_path(content, location)
+        raise DataError(f"{file}, line {line}, {described}: {rule}; {_REMEDY}.") from error
 
 
-def keep(
-    found: PlanFile, model: Model, coupling: Coupling, path: str | os.PathLike[str]
-) -> tuple[Bools, tuple[str, ...]]:
-    """Which units (n_units,) stay in a model by a plan, and notes on how the two were matched.
+def _parse(text: str, file: Path) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=json_text.unique_keys)
+    except json.JSONDecodeError as error:
+        reason = f"line {error.lineno}: {error.msg}"
+        raise DataError(f"{file} is no valid JSON, {reason}; {_REMEDY}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is no valid JSON, {error}; {_REMEDY}.") from error
 
-    Groups that the plan does not name keep all their units. Raises DataError where the plan names what the model has
-    not.
+
+class MatchedUnits(NamedTuple):
+    """A plan in terms of a model.
+
+    Attributes:
+        keep: Kept units (n_units,).
+        notes: Remarks on the way in which groups were matched.
     """
-    result = np.ones(coupling.n_units, bool)
-    notes: list[str] = []
-    by_name = {g.name: g for g in coupling.groups}
-    pairs = [(entry, by_name.get(entry.name)) for entry in found.groups]
-    if found.model.sha256 != model.sha256:
-        same = found.model.topology == topology(model) and len(found.groups) == len(coupling.groups)
-        if any(g is None for _, g in pairs) and same:
-            pairs = list(zip(found.groups, coupling.groups, strict=True))
-            notes.append(
-                f"the plan was made for {found.model.path}; groups are matched by the order of the same graph"
-            )
-        else:
-            notes.append(f"the plan was made for {found.model.path}; groups are matched by name")
+
+    keep: Bools
+    notes: tuple[str, ...]
+
+
+class _MatchedGroups(NamedTuple):
+    """Entries of a plan with the model's groups, None for a name that the model does not have."""
+
+    pairs: list[tuple[GroupEntry, Group | None]]
+    notes: list[str]
+
+
+def match_units(
+    plan: PlanFile, model: Model, coupling: Coupling, path: str | os.PathLike[str]
+) -> MatchedUnits:
+    """Find the units that a plan keeps. Groups that it does not name keep all their units.
+
+    Args:
+        plan: The plan.
+        model: Model to prune.
+        coupling: Units of the model.
+        path: File of the plan, for error messages.
+
+    Returns:
+        Kept units of the model.
+
+    Raises:
+        DataError: The plan names a group twice, or one that the model does not have in this form.
+    """
+    keep = np.ones(coupling.n_units, bool)
+    matched = _match_groups(plan, model, coupling)
+    notes = matched.notes
     named: set[str] = set()
-    for entry, group in pairs:
+    for entry, group in matched.pairs:
         if entry.name in named:
-            raise DataError(f"{path} names the group '{entry.name}' twice; {_AGAIN}.")
+            raise DataError(f"{path} names the group '{entry.name}' twice; {_REMEDY}.")
         named.add(entry.name)
         if group is None:
             raise DataError(
                 f"{path} names the group '{entry.name}', which {model.path} does not have; its groups are "
-                f"{', '.join(list(by_name)[:3])}{', ...' if len(by_name) > 3 else ''}: {_AGAIN} on this model."
+                f"{_listed([g.name for g in coupling.groups])}: {_REMEDY} on this model."
             )
-        held = sorted(group.multiplicity[axis] for axis in _weights(model, group))
-        if entry.units != len(group.units) or sorted(a.per_unit for a in entry.axes) != held:
-            raise DataError(
-                f"{path} has {entry.units} units in the group '{entry.name}', {model.path} has {len(group.units)} "
-                f"there on other axes or in another number; {_AGAIN} on this model."
-            )
-        stays = np.zeros(entry.units, bool)
-        stays[list(entry.keep)] = True
-        result[_numbered(model, coupling, group)] = stays
-    left = [g.name for g in coupling.groups if g.name not in named]
-    if left and len(pairs) != len(coupling.groups):
-        notes.append(
-            f"the plan does not name {len(left)} groups, which stay whole: {', '.join(left[:3])}"
+        _check_entry(entry, model, group, path)
+        kept = np.zeros(entry.units, bool)
+        kept[list(entry.keep)] = True
+        keep[_numbered_units(model, coupling, group)] = kept
+    unnamed = [group.name for group in coupling.groups if group.name not in named]
+    if unnamed and len(matched.pairs) != len(coupling.groups):
+        listed = ", ".join(unnamed[:MAX_LISTED_GROUPS])
+        notes.append(f"the plan does not name {len(unnamed)} groups, which stay whole: {listed}")
+    return MatchedUnits(keep, tuple(notes))
+
+
+def _match_groups(plan: PlanFile, model: Model, coupling: Coupling) -> _MatchedGroups:
+    """Match groups by name, or by order if names differ and the graph is the same."""
+    by_name = {group.name: group for group in coupling.groups}
+    pairs = [(entry, by_name.get(entry.name)) for entry in plan.groups]
+    if plan.model.sha256 == model.sha256:
+        return _MatchedGroups(pairs, [])
+    made_for = f"the plan was made for {plan.model.path}"
+    names_differ = any(group is None for _, group in pairs)
+    same_count = len(plan.groups) == len(coupling.groups)
+    if names_differ and same_count and plan.model.topology == topology(model):
+        pairs = list(zip(plan.groups, coupling.groups, strict=True))
+        note = f"{made_for}; groups are matched by the order of the same graph"
+    else:
+        note = f"{made_for}; groups are matched by name"
+    return _MatchedGroups(pairs, [note])
+
+
+def _check_entry(
+    entry: GroupEntry, model: Model, group: Group, path: str | os.PathLike[str]
+) -> None:
+    """Check that an entry has the units of a group."""
+    multiplicities = sorted(group.multiplicity[axis] for axis in _constant_axes(model, group))
+    stored = sorted(axis.per_unit for axis in entry.axes)
+    if entry.units != len(group.units) or stored != multiplicities:
+        raise DataError(
+            f"{path} has {entry.units} units in the group '{entry.name}', {model.path} has {len(group.units)} "
+            f"there on other axes or in another number; {_REMEDY} on this model."
         )
-    return result, tuple(notes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:MAX_LISTED_GROUPS])
+    return f"{listed}, ..." if len(names) > MAX_LISTED_GROUPS else listed
 
 
 def to_plan(
-    found: PlanFile, kept: Bools, coupling: Coupling, ledger: Ledger, notes: Sequence[str]
+    stored: PlanFile, keep: Bools, coupling: Coupling, ledger: Ledger, *, notes: Sequence[str]
 ) -> Plan:
-    """The record that later stages read, with the cost of what is kept counted again."""
-    widths = np.bincount(coupling.unit_group[kept], minlength=len(coupling.groups)).astype(np.int64)
-    programs = tuple({"seconds": None, **program} for program in found.programs)
+    """Convert a plan file to the record that later stages read.
+
+    Args:
+        stored: The plan file.
+        keep: Kept units (n_units,).
+        coupling: Units of the model.
+        ledger: Costs of the model.
+        notes: Further remarks.
+
+    Returns:
+        The plan, with the cost of the kept units counted again.
+    """
+    groups = coupling.unit_group[keep]
+    widths = np.bincount(groups, minlength=len(coupling.groups)).astype(np.int64)
     return Plan(
-        kept, widths, found.allocation, ledger.cost(widths), programs, (*found.notes, *notes)
+        keep,
+        widths,
+        stored.allocation,
+        ledger.cost(widths),
+        tuple({"seconds": None, **program} for program in stored.programs),
+        (*stored.notes, *notes),
     )
 
 
 def topology(model: Model) -> str:
-    """SHA-256 of the graph without names and values: operators, how they are joined, and shapes of constants."""
+    """Identify a graph without names and values.
+
+    Args:
+        model: Model to identify.
+
+    Returns:
+        SHA-256 of the operators, their connections, and the shapes of constants.
+    """
     numbers: dict[str, int] = {}
 
     def number(tensor: str) -> int:
+        # An omitted input has no name.
         return numbers.setdefault(tensor, len(numbers)) if tensor else -1
 
     lines: list[Any] = [[number(p.name), str(p.dtype), len(p.dims)] for p in model.inputs]
     for node in model.every:
-        constants = [list(model.shapes[n]) if n in model.constants else None for n in node.inputs]
-        joined = [[number(n) for n in node.inputs], [number(n) for n in node.outputs]]
-        lines.append([node.op, node.domain, *joined, constants, len(node.captures)])
-    lines.append([number(p.name) for p in model.outputs])
+        constants = []
+        for name in node.inputs:
+            constants.append(list(model.shapes[name]) if name in model.constants else None)
+        inputs = [number(name) for name in node.inputs]
+        outputs = [number(name) for name in node.outputs]
+        lines.append([node.op, node.domain, inputs, outputs, constants, len(node.captures)])
+    lines.append([number(port.name) for port in model.outputs])
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
-def _weights(model: Model, group: Group) -> list[Axis]:
-    """The axes of constants, that by which units are numbered first; what lies between them follows."""
+def _constant_axes(model: Model, group: Group) -> list[Axis]:
+    """Axes of a group on constants, the one that numbers the units first; of activations one if there are none."""
     axes = group_axes(model, group)
     return [axis for axis in axes if axis[0] in model.constants] or axes[:1]
 
 
-def _numbered(model: Model, coupling: Coupling, group: Group) -> Ints:
-    """The units of a group in the order of their numbers."""
-    first = places(coupling, group, group_axes(model, group)[0])
-    return np.asarray(group.units[np.argsort(first, kind="stable")], np.int64)
-
-
-def _short(text: str) -> str:
-    """JSON with lists of numbers and small objects on one line each, which reads better; strings hold no breaks."""
-    text = re.sub(r"\[\n[\s\d,]+\]", _flat, text)
-    return re.sub(
-        r"\{\n[^{}\[\]]{1,200}\}", lambda found: min(_flat(found), found[0], key=_too_long), text
-    )
-
-
-def _flat(found: re.Match[str]) -> str:
-    return re.sub(r"\s*\n\s*", " ", re.sub(r"\s*\n\s*(?=[\]}])|(?<=[\[{])\s*\n\s*", "", found[0]))
-
-
-def _too_long(text: str) -> bool:
-    return max(map(len, text.splitlines())) > 110
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; readers differ in which of two values of a name they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"'{name}' stands twice in one object")
-    return found
-
-
-def _line(text: str, place: Sequence[str | int]) -> int:
-    """Line of the value at a path of valid JSON, or of the innermost value on the path that exists."""
-    position = _between(text, 0)
-    for part in place:
-        found = next((start for key, start in _members(text, position) if key == part), None)
-        if found is None:
-            break
-        position = found
-    return text.count("\n", 0, position) + 1
-
-
-def _members(text: str, position: int) -> Iterator[tuple[str | int, int]]:
-    """(key or index, position of the value) of each member of the object or array at a position of valid JSON."""
-    opening = text[position]
-    if opening not in "{[":
-        return
-    position = _between(text, position + 1)
-    for index in itertools.count():
-        if text[position] in "}]":
-            return
-        key: str | int = index
-        if opening == "{":
-            key, end = _DECODER.raw_decode(text, position)
-            position = _between(text, end)
-        yield key, position
-        position = _between(text, _DECODER.raw_decode(text, position)[1])
-
-
-def _between(text: str, position: int) -> int:
-    """Position of the next value, or of the bracket that closes, behind white space and separators."""
-    while text[position] in " \t\n\r,:":
-        position += 1
-    return position
-
-
-def _dotted(content: Any, place: Sequence[str | int]) -> str:
-    """A path for people: groups by their names."""
-    words: list[str] = []
-    for part in place:
-        try:
-            content = content[part]
-        except (KeyError, IndexError, TypeError):  # a key that is missing, and all behind it
-            content = None
-        name = content.get("name") if isinstance(content, dict) else None
-        words.append(
-            f"'{part}'" if isinstance(part, str) else f"number {part}{f' ({name})' if name else ''}"
-        )
-    return " ".join(words) or "the whole file"
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+def _numbered_units(model: Model, coupling: Coupling, group: Group) -> Ints:
+    """Units of a group in the order of their numbers."""
+    channel = first_channels(coupling, group, group_axes(model, group)[0])
+    return np.asarray(group.units[np.argsort(channel, kind="stable")], np.int64)

@@ -1,13 +1,13 @@
-"""Where a model comes from, as an entry of its own metadata: what was pruned, to what, and by which version.
+"""Provenance of a model, as an entry of its own metadata: the source, the plan, and the version that pruned it.
 
 The entry ``onnx_oamip.provenance`` holds a JSON object:
 
 =================  ==========================================================================================
-``tool_version``   of this package
-``source_sha256``  of the model file that was pruned
-``plan_sha256``    of what stays, see ``planfile.digest``; of the places of the weights that are not zero, where
-                   connections went
-``parent``         the entry that the source had, where it was pruned before
+``tool_version``   version of this package
+``source_sha256``  digest of the model file that was pruned
+``plan_sha256``    digest of the kept units, see ``plan_files.digest``; of the positions of nonzero weights if
+                   connections were pruned
+``parent``         the entry of the source, if that was pruned before
 =================  ==========================================================================================
 """
 
@@ -25,13 +25,19 @@ KEY = "onnx_oamip.provenance"
 
 
 def sign(proto: onnx.ModelProto, source_sha256: str, plan_sha256: str) -> None:
-    """Put the entry of a pruned model in place of that of its source, which it keeps as ``parent``."""
+    """Add the entry of a pruned model. An entry of its source becomes ``parent``.
+
+    Args:
+        proto: Pruned model, changed in place.
+        source_sha256: Digest of the model file that was pruned.
+        plan_sha256: Digest of the kept units or connections.
+    """
     entry: dict[str, Any] = {
         "tool_version": __version__,
         "source_sha256": source_sha256,
         "plan_sha256": plan_sha256,
     }
-    parent = of(proto)
+    parent = read(proto)
     if parent is not None:
         entry["parent"] = parent
     remove(proto)
@@ -39,17 +45,30 @@ def sign(proto: onnx.ModelProto, source_sha256: str, plan_sha256: str) -> None:
 
 
 def remove(proto: onnx.ModelProto) -> None:
-    """Take the entry out of a model."""
-    others = [p for p in proto.metadata_props if p.key != KEY]
+    """Remove the entry of a model.
+
+    Args:
+        proto: Model, changed in place.
+    """
+    others = [prop for prop in proto.metadata_props if prop.key != KEY]
     del proto.metadata_props[:]
     proto.metadata_props.extend(others)
 
 
-def of(proto: onnx.ModelProto) -> Mapping[str, Any] | None:
-    """The entry of a model; None where it has none, or one that is no JSON object."""
-    text = next((p.value for p in proto.metadata_props if p.key == KEY), None)
+def read(proto: onnx.ModelProto) -> Mapping[str, Any] | None:
+    """Read the entry of a model.
+
+    Args:
+        proto: Model to read.
+
+    Returns:
+        The entry, or None if there is none or it is no JSON object.
+    """
+    texts = [prop.value for prop in proto.metadata_props if prop.key == KEY]
+    if not texts:
+        return None
     try:
-        found = None if text is None else json.loads(text)
+        entry = json.loads(texts[0])
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return entry if isinstance(entry, dict) else None

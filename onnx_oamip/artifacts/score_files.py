@@ -1,14 +1,14 @@
-"""Results between two commands, as files: scores of every unit in an ``.npz`` that says which model they belong to.
+"""Files of scores: the importance of every unit in an ``.npz`` that names the model it belongs to.
 
-Arrays are plain (no pickles); what has a structure is JSON text. A unit is found again by its group and by its place on
-the group's first axis, so that scores still fit where groups were excluded later.
+Arrays are plain (no pickles); structured values are JSON text. A unit is identified by its group and by its first index
+on the group's first axis, so that scores still fit if groups are excluded later.
 
 =================  ==========================================================================================
-``schema_version``  1; it grows when a key changes its meaning or goes
-``model_sha256``    of the model file; ``model_path`` is where it was, for people
-``tool_version``    of this package
+``schema_version``  1; it grows when a key changes its meaning or is removed
+``model_sha256``    digest of the model file; ``model_path`` is its path, for people
+``tool_version``    version of this package
 ``method``          name of the importance method
-``settings``        JSON object: what was asked
+``settings``        JSON object: the options of the run
 ``programs``        JSON list: the mathematical programs behind the scores
 ``values``          (units,) float64, larger means keep
 ``unit_group``      (units,) number of each unit's group
@@ -23,7 +23,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,11 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.version import __version__
 from onnx_oamip.data import numpy_files
 
-SCORES_VERSION = 1
+SCHEMA_VERSION = 1
+SHOWN_DIGITS = 12
+"""Digits of a digest in an error."""
+_RERUN = "run 'onnx-oamip score' again"
+_EXPECTED = "give what 'onnx-oamip score' wrote"
 _TEXTS = (
     "model_sha256",
     "model_path",
@@ -55,11 +59,36 @@ _TEXTS = (
     "group_axes",
 )
 _KEYS = ("schema_version", *_TEXTS, "values", "unit_group", "group_names", "unit_index")
+_REQUIRED_OF_PROGRAM: Mapping[str, tuple[type, ...]] = {
+    "purpose": (str,),
+    "solver": (str,),
+    "status": (str,),
+    "gap": (float, int, type(None)),
+    "variables": (int,),
+    "rows": (int,),
+}
+_OPTIONAL_OF_PROGRAM: Mapping[str, tuple[type, ...]] = {
+    "seconds": (float, int, type(None)),
+    "limit": (str, type(None)),
+    "reason": (str, type(None)),
+    "binding": (list, type(None)),
+}
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Result of ``score``: the scores, the file that was written with its digest, and the duration of every stage."""
+    """Result of ``score``.
+
+    Attributes:
+        model: Model that was scored.
+        coupling: Units of the model.
+        scores: Their scores.
+        output: File that was written.
+        sha256: Its digest.
+        seconds: Duration of every stage.
+        settings: Options of the run.
+        notes: Remarks for a reader.
+    """
 
     model: Model
     coupling: Coupling
@@ -76,41 +105,54 @@ def save_scores(
     model: Model,
     coupling: Coupling,
     scores: Scores,
+    *,
     settings: Mapping[str, Any],
 ) -> bytes:
-    """Write the scores of a model's units, whole or not at all; the bytes written.
+    """Write the scores of a model's units, completely or not at all.
 
-    ``settings`` are plain values. Raises DataError where a score is not finite, OutputError where the file cannot be
-    written.
+    Args:
+        path: File to write.
+        model: Model that was scored.
+        coupling: Units of the model.
+        scores: Their scores.
+        settings: Options of the run, as plain values.
+
+    Returns:
+        Content of the file.
+
+    Raises:
+        DataError: A score is not finite.
+        OutputError: The file cannot be written.
     """
-    _finite(scores.values, coupling, "the scores")
-    order = [group_axes(model, group) for group in coupling.groups]
+    _check_finite(scores.values, coupling, "the scores")
     index = np.zeros(coupling.n_units, np.int64)
-    for group, axes in zip(coupling.groups, order, strict=True):
-        index[group.units] = places(coupling, group, axes[0])
-    listed = [
-        [{"tensor": t, "axis": a, "per_unit": group.multiplicity[t, a]} for t, a in axes]
-        for group, axes in zip(coupling.groups, order, strict=True)
-    ]
+    listed = []
+    for group in coupling.groups:
+        axes = group_axes(model, group)
+        index[group.units] = first_channels(coupling, group, axes[0])
+        listed.append(
+            [{"tensor": t, "axis": a, "per_unit": group.multiplicity[t, a]} for t, a in axes]
+        )
+    programs = [dict(program) for program in scores.programs]
     texts = {
         "model_sha256": model.sha256,
         "model_path": model.path,
         "tool_version": __version__,
         "method": scores.method,
         "settings": json.dumps(dict(settings)),
-        "programs": json.dumps([dict(p) for p in scores.programs], default=_plain),
+        "programs": json.dumps(programs, default=plain_number),
         "group_axes": json.dumps(listed),
     }
-    stream = io.BytesIO()
-    made: dict[str, Any] = {
-        "schema_version": np.int64(SCORES_VERSION),
+    arrays: dict[str, Any] = {
+        "schema_version": np.int64(SCHEMA_VERSION),
         **{name: np.asarray(text, np.str_) for name, text in texts.items()},
         "values": np.asarray(scores.values, np.float64),
         "unit_group": np.asarray(coupling.unit_group, np.int64),
-        "group_names": np.asarray([g.name for g in coupling.groups], np.str_),
+        "group_names": np.asarray([group.name for group in coupling.groups], np.str_),
         "unit_index": index,
     }
-    np.savez(stream, **made)
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
     write_bytes(stream.getvalue(), path)
     return stream.getvalue()
 
@@ -132,108 +174,124 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
         DataError: The file is missing, unreadable, malformed, of another schema version or of another model, or it does
             not have every unit once with a finite score.
     """
-    found = _read(Path(path))
-    if (version := _number(found["schema_version"])) != SCORES_VERSION:
+    arrays = _read(Path(path))
+    version = _integer(arrays["schema_version"])
+    if version != SCHEMA_VERSION:
         raise DataError(
-            f"{path} has schema version {version} but this version reads {SCORES_VERSION}; {_AGAIN}."
+            f"{path} has schema version {version} but this version reads {SCHEMA_VERSION}; {_RERUN}."
         )
-    texts = {name: _text(found[name], name, path) for name in _TEXTS}
+    texts = {name: _text(arrays[name], name, path) for name in _TEXTS}
     if texts["model_sha256"] != model.sha256:
+        stored, own = texts["model_sha256"][:SHOWN_DIGITS], model.sha256[:SHOWN_DIGITS]
         raise DataError(
-            f"{path} holds scores of {texts['model_path']} with sha256 {texts['model_sha256'][:12]}, but {model.path} "
-            f"has {model.sha256[:12]}; {_AGAIN} on this model."
+            f"{path} holds scores of {texts['model_path']} with sha256 {stored}, but {model.path} "
+            f"has {own}; {_RERUN} on this model."
         )
-    values, unit_group, index = found["values"], found["unit_group"], found["unit_index"]
-    names = found["group_names"]
-    whole = values.dtype == np.float64 and names.dtype.kind == "U" and names.ndim == 1
-    if not whole or any(a.dtype.kind != "i" for a in (unit_group, index)):
-        raise DataError(f"{path} has arrays of types that no scores have; {_AGAIN}.")
+    _check_arrays(arrays, path)
+    values = _values_by_unit(arrays, model, coupling, path)
+    _check_finite(values, coupling, str(path))
+    return Scores(texts["method"], values, _programs(texts["programs"], path))
+
+
+def _check_arrays(arrays: Mapping[str, Array], path: object) -> None:
+    """Check types and shapes of the arrays by unit."""
+    values, names = arrays["values"], arrays["group_names"]
+    unit_group, index = arrays["unit_group"], arrays["unit_index"]
+    are_integers = unit_group.dtype.kind == "i" and index.dtype.kind == "i"
+    are_names = names.dtype.kind == "U" and names.ndim == 1
+    if values.dtype != np.float64 or not are_names or not are_integers:
+        raise DataError(f"{path} has arrays of types that no scores have; {_RERUN}.")
     if not values.shape == unit_group.shape == index.shape == (values.size,):
         shapes = f"{values.shape}, {unit_group.shape} and {index.shape}"
         raise DataError(
-            f"{path}: values, unit_group and unit_index have the shapes {shapes}, not one; {_AGAIN}."
+            f"{path}: values, unit_group and unit_index have the shapes {shapes}, not one; {_RERUN}."
         )
-    result = np.zeros(coupling.n_units)
-    numbers = {str(name): i for i, name in enumerate(names)}
+
+
+def _values_by_unit(
+    arrays: Mapping[str, Array], model: Model, coupling: Coupling, path: object
+) -> Array:
+    """Score of every unit of the coupling (n_units,)."""
+    values = np.zeros(coupling.n_units)
+    numbers = {str(name): i for i, name in enumerate(arrays["group_names"])}
     for group in coupling.groups:
         if group.name not in numbers:
             raise DataError(
-                f"{path} has no scores for the group '{group.name}'; {_AGAIN} without `exclude`."
+                f"{path} has no scores for the group '{group.name}'; {_RERUN} without `exclude`."
             )
-        units = np.flatnonzero(unit_group == numbers[group.name])
-        here = places(coupling, group, group_axes(model, group)[0])
-        if not np.array_equal(index[units], here):
+        stored = np.flatnonzero(arrays["unit_group"] == numbers[group.name])
+        expected = first_channels(coupling, group, group_axes(model, group)[0])
+        if not np.array_equal(arrays["unit_index"][stored], expected):
             raise DataError(
-                f"{path} has {len(units)} units in the group '{group.name}', and they are not the {len(here)} that "
-                f"go together here; {_AGAIN} with the same data and the same version."
+                f"{path} has {len(stored)} units in the group '{group.name}', and they are not the {len(expected)} "
+                f"that go together here; {_RERUN} with the same data and the same version."
             )
-        result[group.units] = values[units]
-    _finite(result, coupling, str(path))
+        values[group.units] = arrays["values"][stored]
+    return values
+
+
+def _programs(text: str, path: object) -> tuple[dict[str, Any], ...]:
+    """Records of the programs behind the scores."""
     try:
-        programs = tuple(
-            check_program({"seconds": None, **p}) for p in json.loads(texts["programs"])
-        )
+        records = [{"seconds": None, **record} for record in json.loads(text)]
+        return tuple(check_program(record) for record in records)
     except (ValueError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path}: 'programs' is no JSON list of records of programs; {_AGAIN}."
+            f"{path}: 'programs' is no JSON list of records of programs; {_RERUN}."
         ) from error
-    return Scores(texts["method"], result, programs)
-
-
-_PROGRAM: Mapping[str, tuple[type, ...]] = {
-    "purpose": (str,),
-    "solver": (str,),
-    "status": (str,),
-    "gap": (float, int, type(None)),
-    "variables": (int,),
-    "rows": (int,),
-}
-_MORE: Mapping[str, tuple[type, ...]] = {
-    "seconds": (float, int, type(None)),
-    "limit": (str, type(None)),
-    "reason": (str, type(None)),
-    "binding": (list, type(None)),
-}
 
 
 def check_program(program: dict[str, Any]) -> dict[str, Any]:
-    """A record of a program from a file, as it is. Raises ValueError where it is none."""
-    for name, kinds in (*_PROGRAM.items(), *_MORE.items()):
-        if (name in program or name in _PROGRAM) and not isinstance(program.get(name), kinds):
+    """Check a record of a program that was read from a file.
+
+    Args:
+        program: The record.
+
+    Returns:
+        The same record.
+
+    Raises:
+        ValueError: A value is missing or of another type.
+    """
+    types = {**_REQUIRED_OF_PROGRAM, **_OPTIONAL_OF_PROGRAM}
+    for name, kinds in types.items():
+        is_expected = name in program or name in _REQUIRED_OF_PROGRAM
+        if is_expected and not isinstance(program.get(name), kinds):
             raise ValueError(f"'{name}' of a program is missing or of another type")
-    if not all(isinstance(text, str) for text in program.get("binding") or ()):
+    binding: Sequence[Any] = program.get("binding") or ()
+    if not all(isinstance(text, str) for text in binding):
         raise ValueError("'binding' of a program lists something that is no text")
     return program
 
 
-_AGAIN = "run 'onnx-oamip score' again"
-
-
 def _read(file: Path) -> dict[str, Array]:
+    """All arrays of a file of scores."""
     if not file.is_file():
-        what = "is a folder" if file.is_dir() else "no such file of scores"
-        raise DataError(f"{file}: {what}; give what 'onnx-oamip score' wrote.")
-    found = numpy_files.load(file, "scores", "give what 'onnx-oamip score' wrote")
-    missing = [key for key in _KEYS if key not in found] if isinstance(found, dict) else []
-    if missing or not isinstance(found, dict):
-        why = f"it has no '{missing[0]}'" if missing else "it holds one array"
-        raise DataError(
-            f"{file} cannot be read as scores: {why}; give what 'onnx-oamip score' wrote."
-        )
-    return {key: np.asarray(found[key]) for key in _KEYS}
+        finding = "is a folder" if file.is_dir() else "no such file of scores"
+        raise DataError(f"{file}: {finding}; {_EXPECTED}.")
+    loaded = numpy_files.load(file, "scores", _EXPECTED)
+    if not isinstance(loaded, dict):
+        raise DataError(f"{file} cannot be read as scores: it holds one array; {_EXPECTED}.")
+    missing = [key for key in _KEYS if key not in loaded]
+    if missing:
+        raise DataError(f"{file} cannot be read as scores: it has no '{missing[0]}'; {_EXPECTED}.")
+    return {key: np.asarray(loaded[key]) for key in _KEYS}
 
 
 def _text(value: Array, name: str, path: object) -> str:
     if value.dtype.kind != "U" or value.ndim:
-        raise DataError(f"{path}: '{name}' is no text; {_AGAIN}.")
+        raise DataError(f"{path}: '{name}' is no text; {_RERUN}.")
     return str(value)
 
 
-def _number(value: Array) -> int | None:
-    return int(value) if value.dtype.kind in "iu" and not value.ndim else None
+def _integer(value: Array) -> int | None:
+    """A single integer, or None for any other array."""
+    if value.dtype.kind not in "iu" or value.ndim:
+        return None
+    return int(value)
 
 
-def _finite(values: Array, coupling: Coupling, where: str) -> None:
+def _check_finite(values: Array, coupling: Coupling, where: str) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         group = coupling.groups[coupling.unit_group[bad[0]]].name
@@ -244,25 +302,50 @@ def _finite(values: Array, coupling: Coupling, where: str) -> None:
 
 
 def group_axes(model: Model, group: Group) -> list[Axis]:
-    """The axes of a group in the order that files list them: of the weight that it is called after, of other constants,
-    of activations."""
-    return sorted(
-        group.multiplicity,
-        key=lambda axis: (
-            axis[0] not in model.constants,
-            axis[0] not in (group.name, group.name.rpartition("#")[0]),
-            len(model.shapes[axis[0]]) < 2,
-        ),
-    )
+    """Order the axes of a group as files list them.
+
+    Args:
+        model: Model of the group.
+        group: Group of units.
+
+    Returns:
+        Axes of the weight that the group is named after, then of other constants, then of activations.
+    """
+
+    def rank(axis: Axis) -> tuple[bool, bool, bool]:
+        tensor, _ = axis
+        names = (group.name, group.name.rpartition("#")[0])
+        is_vector = len(model.shapes[tensor]) < 2
+        return tensor not in model.constants, tensor not in names, is_vector
+
+    return sorted(group.multiplicity, key=rank)
 
 
-def places(coupling: Coupling, group: Group, axis: Axis) -> Ints:
-    """First index of every unit (units,) of a group on one of its axes: the channel that it is known by."""
+def first_channels(coupling: Coupling, group: Group, axis: Axis) -> Ints:
+    """Find the channel that identifies each unit.
+
+    Args:
+        coupling: Units of the model.
+        group: Group of units.
+        axis: An axis of the group.
+
+    Returns:
+        First index of every unit on the axis (units,).
+    """
     labels = coupling.axes[axis]
     units, first = np.unique(labels, return_index=True)
     return np.asarray(first[np.searchsorted(units, group.units)], np.int64)
 
 
-def _plain(value: Any) -> Any:
-    """A number of numpy as one of Python."""
-    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
+def plain_number(value: Any) -> Any:
+    """Convert a value for JSON, as ``default`` of ``json.dumps``.
+
+    Args:
+        value: A value that JSON does not know.
+
+    Returns:
+        A number of numpy as one of Python; anything else as text.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return str(value)

@@ -75,7 +75,7 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
         ready,
         model=model,
         coupling=coupling,
-        cache_identity={**ready.cache_identity, "left": cache.content(proto)},
+        cache_identity={**ready.cache_identity, "left": cache.content_digest(proto)},
         collected=Collected(),
     )
     found = scoring.score(remaining)

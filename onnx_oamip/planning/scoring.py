@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from onnx_oamip.artifacts import cache
+from onnx_oamip.artifacts import cache_entries
 from onnx_oamip.core.options import (
     AllocationOptions,
     BudgetOptions,
@@ -83,8 +83,8 @@ def score(context: Context) -> Scores:
             **settings.model_dump(mode="json", exclude=_IRRELEVANT),
             **context.cache_identity,
         }
-        return context.store.keep(
-            cache.SCORES, depends, make, lambda found: fits(found, context.coupling)
+        return context.store.recall(
+            cache_entries.SCORES, depends, make, lambda found: fits(found, context.coupling)
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_oamip.artifacts import cache, plan_files, provenance
+from onnx_oamip.artifacts import cache, cache_entries, plan_files, provenance
 from onnx_oamip.core.budgets import counted_shares
 from onnx_oamip.core.errors import BudgetNotMet, DataError, GateFailed
 from onnx_oamip.core.records import (
@@ -150,8 +150,8 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
             **ready.cache_identity,
             "units": plan_files.digest(ready.model, ready.coupling, chosen.keep),
         }
-        found = ready.store.keep(
-            cache.REFITS,
+        found = ready.store.recall(
+            cache_entries.REFITS,
             kept,
             lambda: least_squares.least_squares(
                 ready.model,
@@ -208,7 +208,9 @@ def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
     known = {**cache.identity(model, held), "device": ready.device, "batch": batch}
     taken = [1 if held.whole else len(index) for index, _ in held.batches(batch)]
     return equivalence.Recorded(
-        ready.store.keep(cache.OUTPUTS, known, run, lambda found: _given(found, model, taken))
+        ready.store.recall(
+            cache_entries.OUTPUTS, known, run, lambda found: _given(found, model, taken)
+        )
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnx_oamip.artifacts import cache
+from onnx_oamip.artifacts import cache_entries
 from onnx_oamip.core.records import (
     Budget,
     Coupling,
@@ -63,8 +63,8 @@ def measure(
 
     known = {**context.cache_identity, "order": order.tolist(), "refit": settings.refit}
     wide = cost.full_widths(coupling)
-    curves = context.store.keep(
-        cache.LOSSES, known, run, lambda found: sensitivity.fits(found, wide)
+    curves = context.store.recall(
+        cache_entries.LOSSES, known, run, lambda found: sensitivity.fits(found, wide)
     )
     return rungs(coupling, curves, step, floor), curves
 

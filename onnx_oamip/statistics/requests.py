@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _moments(context: Context) -> Mapping[Axis, Moments]:
-    from onnx_oamip.artifacts import cache
+    from onnx_oamip.artifacts import cache_entries
     from onnx_oamip.statistics import calibration
 
     model, coupling = context.model, context.coupling
@@ -37,11 +37,11 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
     def valid(entry: Mapping[Axis, Moments]) -> bool:
         return calibration.fits(entry, model, coupling)
 
-    return context.store.keep(cache.MOMENTS, context.cache_identity, collect, valid)
+    return context.store.recall(cache_entries.MOMENTS, context.cache_identity, collect, valid)
 
 
 def _covariance(context: Context) -> Mapping[str, Gram]:
-    from onnx_oamip.artifacts import cache
+    from onnx_oamip.artifacts import cache_entries
     from onnx_oamip.data.feeds import feeds_within_memory
     from onnx_oamip.statistics import covariances
     from onnx_oamip.statistics.collector import parts
@@ -67,7 +67,7 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     def valid(entry: Mapping[str, Gram]) -> bool:
         return covariances.fits(entry, model, coupling, cap)
 
-    return context.store.keep(cache.GRAMS, context.cache_identity, collect, valid)
+    return context.store.recall(cache_entries.GRAMS, context.cache_identity, collect, valid)
 
 
 def _class_samples(context: Context) -> Images | None:

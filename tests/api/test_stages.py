@@ -24,7 +24,7 @@ from onnx_oamip import (
 )
 from onnx_oamip import plan as make_plan
 from onnx_oamip.api import pipeline
-from onnx_oamip.artifacts import cache, plan_files
+from onnx_oamip.artifacts import cache, cache_entries, plan_files
 from onnx_oamip.core.errors import DataError, GateFailed, OutputError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
@@ -361,20 +361,26 @@ def test_broken_cache_entry_counts_as_missing(task: Path, folder: Path) -> None:
 
 
 def test_cache_stays_under_its_size_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "LIMIT", 40_000)
-    monkeypatch.setattr(cache, "LARGEST", 20_000)
+    monkeypatch.setattr(cache, "MAX_TOTAL_BYTES", 40_000)
+    monkeypatch.setattr(cache, "MAX_ENTRY_BYTES", 20_000)
     store = cache.open_store(str(folder))
     now = time.time()
     for i in range(8):
-        store.keep(cache.STEPS, {"i": i}, lambda: np.zeros(1000, np.int64), lambda _: True)
+        store.recall(
+            cache_entries.STEPS, {"i": i}, lambda: np.zeros(1000, np.int64), lambda _: True
+        )
         for path in folder.iterdir():
             if path.stat().st_mtime > now:
                 os.utime(path, (now - 100 + i, now - 100 + i))
     sizes = [p.stat().st_size for p in folder.iterdir()]
     assert sum(sizes) <= 40_000
     assert len(sizes) == 4
-    store.keep(cache.STEPS, {"i": 7}, lambda: pytest.fail("the newest stays"), lambda _: True)
-    store.keep(cache.STEPS, {"large": 1}, lambda: np.zeros(10_000, np.int64), lambda _: True)
+    store.recall(
+        cache_entries.STEPS, {"i": 7}, lambda: pytest.fail("the newest stays"), lambda _: True
+    )
+    store.recall(
+        cache_entries.STEPS, {"large": 1}, lambda: np.zeros(10_000, np.int64), lambda _: True
+    )
     assert sum(p.stat().st_size for p in folder.iterdir()) <= 40_000
 
 

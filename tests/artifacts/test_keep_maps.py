@@ -206,5 +206,5 @@ def test_keep_map_of_an_unpruned_model_is_empty() -> None:
     model = models.load(MODELS / "lenet300-mnist.onnx")
     coupling = couple(model)
     everything = np.ones(coupling.n_units, bool)
-    assert keep_maps.weights(model, coupling, everything) == {}
+    assert keep_maps.pruned_weights(model, coupling, everything) == {}
     assert rewrite.cut(model, coupling, everything).graph.node

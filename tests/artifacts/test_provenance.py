@@ -123,7 +123,7 @@ def test_provenance_can_be_left_out_without_other_changes(task: Path) -> None:
         )
     proto = onnx.load(task / "with")
     provenance.remove(proto)
-    assert provenance.of(proto) is None
+    assert provenance.read(proto) is None
     assert proto == onnx.load(task / "without")
     assert [p.key for p in proto.metadata_props] == ["author"]
 
@@ -141,7 +141,7 @@ def test_foreign_metadata_entry_is_no_parent(value: str) -> None:
     proto = onnx.ModelProto()
     proto.metadata_props.add(key=provenance.KEY, value=value)
     provenance.sign(proto, "a", "b")
-    assert provenance.of(proto) == {
+    assert provenance.read(proto) == {
         "tool_version": __version__,
         "source_sha256": "a",
         "plan_sha256": "b",

@@ -53,7 +53,7 @@ def scored(tmp_path: Path) -> tuple[Path, Model, Coupling, Scores]:
     coupling = couple(model)
     values = np.random.default_rng(0).random(coupling.n_units)
     scores = Scores("activation", values, PROGRAMS)
-    save_scores(tmp_path / "s.npz", model, coupling, scores, {"seed": 3})
+    save_scores(tmp_path / "s.npz", model, coupling, scores, settings={"seed": 3})
     return tmp_path / "s.npz", model, coupling, scores
 
 
@@ -91,7 +91,7 @@ def test_score_file_names_every_unit(scored: tuple[Path, Model, Coupling, Scores
 
 def test_same_scores_give_the_same_bytes(scored: tuple[Path, Model, Coupling, Scores]) -> None:
     path, model, coupling, scores = scored
-    again = save_scores(path.with_name("again.npz"), model, coupling, scores, {"seed": 3})
+    again = save_scores(path.with_name("again.npz"), model, coupling, scores, settings={"seed": 3})
     assert again == path.read_bytes() == path.with_name("again.npz").read_bytes()
 
 
@@ -101,11 +101,11 @@ def test_groups_can_be_excluded_after_scoring_but_not_added(tmp_path: Path) -> N
     fewer = exclude(model, whole, ["w1"])
     assert 0 < fewer.n_units < whole.n_units
     values = np.arange(whole.n_units, dtype=np.float64)
-    save_scores(tmp_path / "s.npz", model, whole, Scores("l2", values), {})
+    save_scores(tmp_path / "s.npz", model, whole, Scores("l2", values), settings={})
     found = load_scores(tmp_path / "s.npz", model, fewer)
     (group,) = (g for g in whole.groups if g.name == "w2")
     np.testing.assert_array_equal(found.values, values[group.units])
-    save_scores(tmp_path / "s.npz", model, fewer, found, {})
+    save_scores(tmp_path / "s.npz", model, fewer, found, settings={})
     with pytest.raises(DataError, match=r"no scores for the group 'w1'.*without `exclude`\.$"):
         load_scores(tmp_path / "s.npz", model, whole)
 
@@ -228,7 +228,7 @@ def test_any_damage_is_detected_or_harmless(tmp_path: Path) -> None:
     model = load(build(MLP), tmp_path)
     coupling = couple(model)
     values = np.random.default_rng(0).random(coupling.n_units)
-    content = save_scores(tmp_path / "s.npz", model, coupling, Scores("l1", values), {})
+    content = save_scores(tmp_path / "s.npz", model, coupling, Scores("l1", values), settings={})
     path = tmp_path / "damaged.npz"
 
     @settings(max_examples=150)
@@ -255,7 +255,7 @@ def test_non_finite_scores_are_not_written(
             model,
             coupling,
             Scores("l2", np.where(np.arange(20) < 2, np.nan, scores.values)),
-            {},
+            settings={},
         )
     assert path.read_bytes() == before
 
@@ -271,7 +271,7 @@ def test_failed_write_keeps_the_old_file(
 
     monkeypatch.setattr(score_files.os, "replace", full)
     with pytest.raises(OutputError, match=r"cannot be written: No space left on device\.$"):
-        save_scores(path, model, coupling, Scores("l2", scores.values + 1), {})
+        save_scores(path, model, coupling, Scores("l2", scores.values + 1), settings={})
     assert path.read_bytes() == before
     assert sorted(p.name for p in path.parent.iterdir()) == names
 
