@@ -7,7 +7,7 @@ import pytest
 
 from onnx_oamip.core.records import Floats
 from onnx_oamip.published.dependence.correlation import partial
-from onnx_oamip.published.dependence.pooled_activations import standardise
+from onnx_oamip.published.dependence.layer_pairs import standardise
 
 
 def _residual(target: Floats, others: Floats) -> Floats:

@@ -14,7 +14,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance import find
-from onnx_oamip.published.dependence import mint, pooled_activations
+from onnx_oamip.published.dependence import layer_pairs, mint, pooled_activations
 from onnx_oamip.published.dependence.correlation import partial
 from onnx_oamip.published.dependence.propagation import propagate
 from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
@@ -91,7 +91,7 @@ def test_time_limit_is_reported(tmp_path: Path) -> None:
     )
     (note,) = hurried.notes
     assert "of 2 pairs of layers 2 were not reached" in note
-    pairs = list(pooled_activations.pairs(model, coupling, seen[POOLED_ACTIVATIONS]))
+    pairs = list(layer_pairs.pairs(model, coupling, seen[POOLED_ACTIVATIONS]))
     expected = propagate(
         model, coupling, seen, [(p, partial(p.parents, p.children)) for p in pairs]
     )

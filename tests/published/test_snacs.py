@@ -29,9 +29,9 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import linear_consumers
 from onnx_oamip.importance import find, names
 from onnx_oamip.planning import allocation, plan_constraints, width_losses
-from onnx_oamip.published.dependence import operating_limits, pooled_activations, snacs
+from onnx_oamip.published.dependence import layer_pairs, operating_limits, pooled_activations, snacs
 from onnx_oamip.published.dependence.correlation import partial
-from onnx_oamip.published.dependence.pooled_activations import standardise
+from onnx_oamip.published.dependence.layer_pairs import standardise
 from onnx_oamip.published.dependence.propagation import propagate, share
 from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 from onnx_oamip.statistics.requests import MOMENTS
@@ -245,7 +245,7 @@ def test_propagation_equals_a_hand_computation(tmp_path: Path) -> None:
         [[3.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     )  # rows (3/4, 1/4), (1/2, 1/2), (1/2, 1/2)
     first = np.asarray([[1.0, 4.0], [1.0, 0.0]])  # rows (1/5, 4/5), (1, 0)
-    pairs = {p.consumer.data: p for p in pooled_activations.pairs(model, coupling, seen)}
+    pairs = {p.consumer.data: p for p in layer_pairs.pairs(model, coupling, seen)}
     bare = Statistics({MOMENTS: {}}, 20, "cpu")
     values = propagate(model, coupling, bare, [(pairs["h"], first), (pairs["r"], last)])
     late = np.asarray([(3 / 4 + 1) / 3, (1 / 4 + 1) / 3])
@@ -264,8 +264,7 @@ def test_residual_sum_inherits_from_all_its_consumers(tmp_path: Path) -> None:
     model, coupling, _, seen = _seen(tmp_path, "residual", 30)
     assert seen[POOLED_ACTIVATIONS] is not None
     pairs = {
-        p.consumer.weight: p
-        for p in pooled_activations.pairs(model, coupling, seen[POOLED_ACTIVATIONS])
+        p.consumer.weight: p for p in layer_pairs.pairs(model, coupling, seen[POOLED_ACTIVATIONS])
     }
     assert set(pairs) == {"w2", "w3", "w4"}
     rho = {
@@ -361,19 +360,14 @@ def test_pooled_outputs_equal_those_computed_from_the_taps(tmp_path: Path, net: 
     places = linear_consumers(model, coupling)
     assert places
     for consumer, place in places:
-        layer = operating_limits._Layer(
-            model,
-            coupling,
-            seen[POOLED_ACTIVATIONS],
-            place,
-            (consumer.data, consumer.axis),
-            np.arange(40),
-        )
+        inlet, pooled = (consumer.data, consumer.axis), seen[POOLED_ACTIVATIONS]
+        layer = operating_limits._Layer(model, pooled, place, inlet=inlet, rows=np.arange(40))
+        channels = len(coupling.axes[inlet])
         end = pooled_activations.outlet(model, place)
-        gone = np.arange(0, len(layer.labels), 2)
+        gone = np.arange(0, channels, 2)
         found = layer.factor * (layer.linear - layer.part(gone)) + layer.shift
         masked = model.proto.__class__.FromString(model.proto.SerializeToString())
-        keep = np.ones(len(layer.labels), np.float32)
+        keep = np.ones(channels, np.float32)
         keep[gone] = 0
         view = [1] * len(model.shapes[consumer.data])
         view[consumer.axis] = -1

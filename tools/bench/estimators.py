@@ -30,9 +30,9 @@ from onnx_oamip.data import dataset
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.planning import plan_constraints
-from onnx_oamip.published.dependence import mint, pooled_activations, snacs
+from onnx_oamip.published.dependence import layer_pairs, mint, pooled_activations, snacs
 from onnx_oamip.published.dependence.correlation import partial
-from onnx_oamip.published.dependence.pooled_activations import standardise
+from onnx_oamip.published.dependence.layer_pairs import standardise
 
 from .speed import ZOO, random_weights
 from .studies import Row, paths, save
@@ -250,9 +250,9 @@ def pool_resnet(seed: int) -> None:
         assert samples is not None
         coupling = couple(model)
         start = time.perf_counter()
-        seen = pooled_activations.collect(model, coupling, samples, "cpu", seed, by_tap=True)
+        seen = pooled_activations.collect(model, coupling, samples, "cpu", seed=seed, by_tap=True)
         seconds = time.perf_counter() - start
-        pairs = list(pooled_activations.pairs(model, coupling, seen))
+        pairs = list(layer_pairs.pairs(model, coupling, seen))
         wide = max(pairs, key=lambda p: p.weight.size)
         snacs.dependence(wide.parents, wide.children[:, :4], seed)
         plan_constraints.sensitivity(model, coupling)

@@ -8,7 +8,7 @@ R the edges of the minimum spanning tree over it and the third part that join th
 Different from the authors' code, whose estimates of independent and dependent data hardly differ: rows of X, Y and Z
 are of the same samples; edges are counted by both their ends; neighbours of the first part are searched in the second;
 no distance of zero is lost. X, Y and Z count equally: each block's squared distance is divided by its dimension, or Z
-would decide all distances. Experimental: a tree a block is slow, and filters of a group share their score.
+would decide all distances. Experimental: a tree per block is slow, and filters of a group share their score.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
 from onnx_oamip.published.dependence.correlation import partial
-from onnx_oamip.published.dependence.pooled_activations import Pair, pairs, standardise
+from onnx_oamip.published.dependence.layer_pairs import Pair, pairs, standardise
 from onnx_oamip.published.dependence.propagation import propagate
 from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 
@@ -40,33 +40,6 @@ GROUPS = 16
 """Most groups of filters on either side of a pair of layers."""
 SPLITS = 3
 """Random splits of the samples in three, averaged."""
-
-
-def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
-) -> Scores:
-    """Importance of every unit, the mean of its group 1, propagated as SNACS does.
-
-    Layers are first looked at with one split each, then with a second, ... Where ``settings.score_time`` seconds have
-    passed, the splits made so far count, and layers without one take their partial correlations; a note says so.
-    """
-    assert statistics is not None
-    every = list(pairs(model, coupling, statistics[POOLED_ACTIVATIONS]))
-    found: list[list[Floats]] = [[] for _ in every]
-    end = _Deadline(time.monotonic() + settings.score_time)
-    jobs = [(i, settings.seed + split, end) for split in range(SPLITS) for i in range(len(every))]
-    made = executor(settings.workers, settings.scheduler).map(_one, every, jobs)
-    for (i, _, _), values in zip(jobs, made, strict=True):
-        if values is not None:
-            found[i].append(values)
-    rho = [
-        np.maximum(np.mean(estimates, axis=0), 0.0)
-        if estimates
-        else partial(pair.parents, pair.children)
-        for pair, estimates in zip(every, found, strict=True)
-    ]
-    values = propagate(model, coupling, statistics, zip(every, rho, strict=True))
-    return Scores("mint", values, notes=_notes(every, found, settings.score_time))
 
 
 @dataclass(frozen=True)
@@ -80,64 +53,165 @@ class _Deadline:
 
     @staticmethod
     def after(seconds: float) -> _Deadline:
+        """Make a deadline on the clock of this machine.
+
+        Args:
+            seconds: Seconds from now.
+
+        Returns:
+            The deadline.
+        """
         return _Deadline(time.monotonic() + seconds)
 
 
-def _one(every: Sequence[Pair], job: tuple[int, int, _Deadline]) -> Floats | None:
-    pair, seed, end = every[job[0]], job[1], job[2]
-    return dependence(pair.parents, pair.children, seed, end.at)
+@dataclass(frozen=True)
+class _Job:
+    """One estimate: index of the pair of layers, seed of the split, and the time after which it is not worth having."""
+
+    pair: int
+    seed: int
+    deadline: _Deadline
 
 
-def _notes(
-    every: Sequence[Pair], found: Sequence[Sequence[Floats]], seconds: float
-) -> tuple[str, ...]:
-    none = sum(not estimates for estimates in found)
-    fewer = sum(0 < len(estimates) < SPLITS for estimates in found)
-    if not none and not fewer:
-        return ()
-    note = (
-        f"`score_time={seconds:g}` ran out: of {len(every)} pairs of layers {none} were not reached and are scored by "
-        f"partial correlation, {fewer} have fewer than {SPLITS} estimates; the result depends on the machine's speed"
-    )
-    return (note,)
+def score(
+    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+) -> Scores:
+    """Score units by conditional mutual information, propagated as SNACS does.
+
+    All layers are estimated from one split first, then from a second, and so on. After ``settings.score_time`` seconds
+    the splits made so far count, and layers without one take their partial correlations; a note reports it.
+
+    Args:
+        model: The model.
+        coupling: Its units and consumers.
+        statistics: Moments and pooled activations.
+        settings: Settings of the run.
+
+    Returns:
+        One score per unit; the mean of each group is 1.
+    """
+    assert statistics is not None
+    every_pair = list(pairs(model, coupling, statistics[POOLED_ACTIVATIONS]))
+    deadline = _Deadline.after(settings.score_time)
+    jobs = [
+        _Job(i, settings.seed + split, deadline)
+        for split in range(SPLITS)
+        for i in range(len(every_pair))
+    ]
+    results = executor(settings.workers, settings.scheduler).map(_estimate, every_pair, jobs)
+    estimates: list[list[Floats]] = [[] for _ in every_pair]
+    for job, result in zip(jobs, results, strict=True):
+        if result is not None:
+            estimates[job.pair].append(result)
+
+    scored = [
+        (pair, _combine(pair, of_pair)) for pair, of_pair in zip(every_pair, estimates, strict=True)
+    ]
+    values = propagate(model, coupling, statistics, scored)
+    counts = [len(of_pair) for of_pair in estimates]
+    return Scores("mint", values, notes=_notes(counts, settings.score_time))
 
 
 def dependence(
     parents: Array, children: Array, seed: int = 0, ends: float = np.inf
 ) -> Floats | None:
-    """Estimate (c, p) of I(X; Y | Z) from one random split, filters in at most GROUPS groups of neighbours a side.
+    """Estimate I(X; Y | Z) from one random split, for at most GROUPS groups of neighbouring filters on each side.
 
-    Rows of ``parents`` (samples, p) and ``children`` (samples, c) are of the same samples. Not clipped: independent
-    data gives values around 0 of both signs. None where the monotonic clock passed ``ends`` before it was done.
+    Args:
+        parents: Samples of the parents (samples, p).
+        children: Samples of the children (samples, c), in the same order.
+        seed: Seed of the split.
+        ends: Time on the monotonic clock at which the estimation is abandoned.
+
+    Returns:
+        Estimates (c, p), not clipped: independent data gives values around 0 of both signs. None if abandoned.
     """
     x, y = _grouped(children), _grouped(parents)
     order = np.random.default_rng(seed).permutation(len(parents))
     third = len(order) // 3
     first, second, last = order[:third], order[third : 2 * third], order[2 * third : 3 * third]
     both = np.concatenate([last, first])
-    apart = np.repeat([False, True], third)
-    near_x = [_distances(part[both], part[both]) / part.shape[1] for part in x]
+    side = np.repeat([False, True], third)
+    in_x = [_distances(part[both], part[both]) / part.shape[1] for part in x]
     # Squared distances in Z are those of all parents less those in Y.
-    total = _distances(standardise(parents)[both], standardise(parents)[both])
-    across = _distances(standardise(parents)[first], standardise(parents)[second])
+    every = standardise(parents)
+    of_parents = _distances(every[both], every[both])
+    across = _distances(every[first], every[second])
+
     values = np.zeros((len(x), len(y)))
     for j, part in enumerate(y):
-        here = part.shape[1]
-        others = max(parents.shape[1] - here, 1)
-        nearest = second[np.argmin(across - _distances(part[first], part[second]), axis=1)]
-        taken = part[np.concatenate([last, nearest])]
-        rest = (total - _distances(part[both], part[both])) / others + _distances(
-            taken, taken
-        ) / here
-        for i, near in enumerate(near_x):
+        own = part.shape[1]
+        others = max(parents.shape[1] - own, 1)
+        across_in_z = across - _distances(part[first], part[second])
+        nearest = second[np.argmin(across_in_z, axis=1)]
+        exchanged = part[np.concatenate([last, nearest])]
+        in_z = (of_parents - _distances(part[both], part[both])) / others
+        in_y_and_z = in_z + _distances(exchanged, exchanged) / own
+        for i, distances in enumerate(in_x):
             if time.monotonic() > ends:
                 return None
-            values[i, j] = 1 - crossings(rest + near, apart) / third
-    sizes = [[part.shape[1] for part in side] for side in (x, y)]
-    return np.repeat(np.repeat(values, sizes[0], axis=0), sizes[1], axis=1)
+            values[i, j] = 1 - crossings(in_y_and_z + distances, side) / third
+    x_sizes = [part.shape[1] for part in x]
+    y_sizes = [part.shape[1] for part in y]
+    return np.repeat(np.repeat(values, x_sizes, axis=0), y_sizes, axis=1)
+
+
+def crossings(distance: Floats, side: Bools) -> int:
+    """Count the edges of a minimum spanning tree that join the two sides, by Prim's algorithm.
+
+    Args:
+        distance: Distances (n, n) between all points. Squared distances have the same tree.
+        side: The side of every point (n,).
+
+    Returns:
+        Number of edges whose ends lie on different sides.
+    """
+    count = len(distance)
+    nearest = distance[0].copy()
+    source: Ints = np.zeros(count, np.int64)
+    nearest[0] = np.inf
+    outside = np.ones(count, bool)
+    outside[0] = False
+    crossed = 0
+    for _ in range(count - 1):
+        point = int(np.argmin(nearest))
+        crossed += int(side[point] != side[source[point]])
+        outside[point] = False
+        nearest[point] = np.inf
+        closer = outside & (distance[point] < nearest)
+        nearest[closer] = distance[point][closer]
+        source[closer] = point
+    return crossed
+
+
+def _estimate(every_pair: Sequence[Pair], job: _Job) -> Floats | None:
+    pair = every_pair[job.pair]
+    return dependence(pair.parents, pair.children, job.seed, job.deadline.at)
+
+
+def _combine(pair: Pair, estimates: Sequence[Floats]) -> Floats:
+    """The mean of the estimates, or the partial correlation if there are none."""
+    if not estimates:
+        return partial(pair.parents, pair.children)
+    mean: Floats = np.mean(estimates, axis=0)
+    return np.maximum(mean, 0.0)
+
+
+def _notes(estimates: Sequence[int], seconds: float) -> tuple[str, ...]:
+    """A remark if some pairs have fewer ``estimates`` than splits."""
+    none = sum(count == 0 for count in estimates)
+    fewer = sum(0 < count < SPLITS for count in estimates)
+    if not none and not fewer:
+        return ()
+    note = (
+        f"`score_time={seconds:g}` ran out: of {len(estimates)} pairs of layers {none} were not reached and are scored "
+        f"by partial correlation, {fewer} have fewer than {SPLITS} estimates; the result depends on the machine's speed"
+    )
+    return (note,)
 
 
 def _grouped(values: Array) -> list[Floats]:
+    """Standardised columns in at most GROUPS groups of neighbours."""
     size = -(-values.shape[1] // GROUPS)
     whole = standardise(values)
     return [whole[:, start : start + size] for start in range(0, values.shape[1], size)]
@@ -147,26 +221,3 @@ def _distances(a: Floats, b: Floats) -> Floats:
     """Squared Euclidean distances between rows."""
     squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)
     return np.asarray(np.maximum(squares - 2 * (a @ b.T), 0.0))
-
-
-def crossings(distance: Floats, side: Bools) -> int:
-    """Edges of the minimum spanning tree over a dense ``distance`` (n, n) whose ends lie on different sides (n,).
-
-    Prim's algorithm; squared distances have the same tree as distances.
-    """
-    count = len(distance)
-    nearest = distance[0].copy()
-    source: Ints = np.zeros(count, np.int64)
-    nearest[0] = np.inf
-    open_ = np.ones(count, bool)
-    open_[0] = False
-    crossed = 0
-    for _ in range(count - 1):
-        point = int(np.argmin(nearest))
-        crossed += int(side[point] != side[source[point]])
-        open_[point] = False
-        nearest[point] = np.inf
-        closer = open_ & (distance[point] < nearest)
-        nearest[closer] = distance[point][closer]
-        source[closer] = point
-    return crossed

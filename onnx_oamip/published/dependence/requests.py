@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pooled:
-    """Activations pooled over positions: ``values`` maps an axis to (samples, channels) float32, rows the same samples.
+    """Activations pooled over positions, of the same samples for every tensor.
 
-    ``taps``: by convolution (samples, channels, taps), what every tap of its kernel reads on average over the output's
-    positions. ``labels`` (samples,): classes, where they are known.
+    Attributes:
+        values: By axis, means over positions (samples, channels), float32.
+        taps: By convolution, means over the output's positions of the inputs of every tap of its kernel (samples,
+            channels, taps).
+        labels: Classes (samples,), if they are known.
+        samples: Number of samples.
     """
 
     values: Mapping[Axis, Array]
@@ -35,8 +39,8 @@ def _collect(context: Context) -> Pooled:
         context.coupling,
         context.samples,
         context.device,
-        settings.seed,
-        context.batch,
+        seed=settings.seed,
+        batch_size=context.batch,
         by_tap=settings.limits != "none",
         progress=context.progress,
     )
