@@ -18,8 +18,8 @@ class Registry(Generic[T]):
     name is first looked up, so that listing names imports nothing.
 
     Attributes:
-        kind: Noun for one plug-in in messages, with its article.
-        option: Command-line option that takes the name of a plug-in.
+        kind: Noun for one plug-in in messages.
+        parameter: Setting that takes the name of a plug-in.
         group: Group of the entry points.
     """
 
@@ -28,7 +28,7 @@ class Registry(Generic[T]):
         built_in: Mapping[str, T],
         *,
         kind: str,
-        option: str,
+        parameter: str,
         group: str,
         convert: Callable[[Any], T],
     ) -> None:
@@ -37,12 +37,12 @@ class Registry(Generic[T]):
         Args:
             built_in: Plug-ins of the default path, in the order in which they are listed.
             kind: Noun for one plug-in in messages.
-            option: Command-line option that takes the name of a plug-in.
+            parameter: Setting that takes the name of a plug-in.
             group: Group of the entry points.
             convert: Turns a registered object or the object of an entry point into a plug-in.
         """
         self.kind = kind
-        self.option = option
+        self.parameter = parameter
         self.group = group
         self._convert = convert
         self._plugins = dict(built_in)
@@ -93,7 +93,7 @@ class Registry(Generic[T]):
         points = [p for p in metadata.entry_points(group=self.group) if p.name == name]
         if not points:
             choices = ", ".join(self.names())
-            raise SettingsError(f"{self.option} '{name}' is unknown; choose one of {choices}.")
+            raise SettingsError(f"`{self.parameter}='{name}'` is unknown; choose one of {choices}.")
         point = points[0]
         try:
             self.register(name, point.load())

@@ -136,7 +136,7 @@ def _as_method(plugin: Method | ScoreRule) -> Method:
 REGISTRY: Registry[Method] = Registry(
     _BUILT_IN,
     kind="importance method",
-    option="`importance`",
+    parameter="importance",
     group="onnx_oamip.importance",
     convert=_as_method,
 )

@@ -58,7 +58,7 @@ def _as_limit_method(plugin: LimitMethod) -> LimitMethod:
 REGISTRY: Registry[LimitMethod | None] = Registry(
     {"none": None},
     kind="limit method",
-    option="`limits`",
+    parameter="limits",
     group="onnx_oamip.limits",
     convert=_as_limit_method,
 )

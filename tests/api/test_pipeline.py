@@ -450,7 +450,7 @@ def test_excluding_every_group_is_refused(task: Path) -> None:
 def test_missing_budget_and_unknown_choices_are_refused(task: Path) -> None:
     with pytest.raises(SettingsError, match="nothing says how much to keep"):
         _prune(task, macs=None)
-    with pytest.raises(SettingsError, match="'magic' is unknown; choose one of"):
+    with pytest.raises(SettingsError, match="`importance='magic'` is unknown; choose one of"):
         _prune(task, importance="magic")
     with pytest.raises(SettingsError, match="matches no weight and no node"):
         _prune(task, exclude=("nobody",))

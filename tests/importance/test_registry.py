@@ -303,7 +303,9 @@ def test_method_of_an_installed_package_is_found(
         EnvironmentMissing, match="'broken' of no_such_module:rule cannot be loaded"
     ):
         find("broken")
-    with pytest.raises(SettingsError, match=r"'other' is unknown; choose one of .*theirs"):
+    with pytest.raises(
+        SettingsError, match=r"`importance='other'` is unknown; choose one of .*theirs"
+    ):
         find("other")
 
 
