@@ -13,7 +13,7 @@ from typing import Protocol
 
 import onnx
 
-from onnx_oamip.core.atomic_files import Batch, telling
+from onnx_oamip.core.atomic_files import Batch, output_errors
 from onnx_oamip.core.errors import OutputError
 from onnx_oamip.core.records import Report
 from onnx_oamip.graph import external_data
@@ -146,7 +146,7 @@ def stage(batch: Batch, proto: onnx.ModelProto, target: Path) -> Written:
     Raises:
         OutputError: The files cannot be written.
     """
-    with telling(target):
+    with output_errors(target):
         previous = [path for path in external_paths(target) if _is_own_name(path, target)]
         folder = batch.folder(target)
         names = external_data.save(proto, folder / target.name, _new_data_name(target))
@@ -158,7 +158,7 @@ def stage(batch: Batch, proto: onnx.ModelProto, target: Path) -> Written:
                     digest.update(chunk)
                     size += len(chunk)
         for name in reversed(names):
-            batch.take(folder / name, target.parent / name)
+            batch.stage(folder / name, target.parent / name)
         stale = tuple(path for path in previous if path.name not in names)
         return Written(digest.hexdigest(), size, stale)
 

@@ -1,7 +1,7 @@
-"""Files in the making: written and flushed in a folder aside, then renamed, so that nothing is ever half there.
+"""Atomic writes: files are written and flushed in a staging folder, then renamed, so that a target is never incomplete.
 
-A folder aside is locked by the process that uses it. One that a killed process left has no lock any more, and whoever
-makes the next of that name removes it.
+A folder is locked by the process that uses it. A folder that a killed process left behind is not locked any more; the
+next process that creates one with the same prefix removes it.
 """
 
 from __future__ import annotations
@@ -24,82 +24,101 @@ except ImportError:  # not on Windows
     locks = None
 
 SCRATCH = "onnx-oamip-"
-"""How folders for temporary files begin, in ``TMPDIR``."""
+"""Prefix of folders for temporary files in ``TMPDIR``."""
 YOUNG = 60
-"""Seconds in which a folder may be there before its lock is."""
+"""Seconds for which a folder may exist before its process has locked it."""
 OLD = 86_400
-"""Seconds after which a folder counts as left behind where locks do not work."""
+"""Seconds after which a folder counts as left behind, on file systems without locks."""
 _open: dict[Path, int | None] = {}
+"""Folders of this process, with the file descriptor that holds the lock."""
 
 
-def make(parent: Path, prefix: str) -> Path:
-    """A new folder, locked by this process; those of the same prefix that nobody holds any more are removed."""
-    for path in parent.glob(f"{_literal(prefix)}????????"):
-        if path.is_dir() and not path.is_symlink() and path not in _open and _left(path):
+def create_folder(parent: Path, prefix: str) -> Path:
+    """Create a folder that this process locks, and remove those of the same prefix that were left behind.
+
+    Args:
+        parent: Folder to create it in.
+        prefix: First part of its name; eight random characters follow.
+
+    Returns:
+        The folder.
+    """
+    for path in parent.glob(f"{_escaped(prefix)}????????"):
+        is_folder = path.is_dir() and not path.is_symlink()
+        if is_folder and path not in _open and _is_left_behind(path):
             shutil.rmtree(path, ignore_errors=True)
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     _open[path] = None
     with contextlib.suppress(OSError):
         if locks is not None:
-            held = os.open(path, os.O_RDONLY)
-            _open[path] = held
-            locks.flock(held, locks.LOCK_EX | locks.LOCK_NB)
+            descriptor = os.open(path, os.O_RDONLY)
+            _open[path] = descriptor
+            locks.flock(descriptor, locks.LOCK_EX | locks.LOCK_NB)
     return path
 
 
-def remove(path: Path) -> None:
-    """Remove a folder that ``make`` created."""
+def remove_folder(path: Path) -> None:
+    """Remove a folder and release its lock.
+
+    Args:
+        path: A folder from :func:`create_folder`.
+    """
     shutil.rmtree(path, ignore_errors=True)
-    held = _open.pop(path, None)
-    if held is not None:
-        os.close(held)
+    descriptor = _open.pop(path, None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def remove_all() -> None:
-    """Remove every folder of this process: it is about to end without unwinding."""
+    """Remove every folder of this process, for a process that ends without unwinding."""
     for path in list(_open):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for temporary files."""
-    path = make(Path(tempfile.gettempdir()), SCRATCH)
+    """Folder for temporary files, removed at the end of the block.
+
+    Yields:
+        The folder.
+    """
+    path = create_folder(Path(tempfile.gettempdir()), SCRATCH)
     try:
         yield path
     finally:
-        remove(path)
+        remove_folder(path)
 
 
-def _literal(prefix: str) -> str:
+def _escaped(prefix: str) -> str:
+    """The prefix as a shell pattern that matches nothing else."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in prefix)
 
 
-def _left(path: Path) -> bool:
-    """Whether the process that made a folder is gone."""
+def _is_left_behind(path: Path) -> bool:
+    """True if the process that created a folder has ended."""
     try:
         age = time.time() - path.stat().st_mtime
         if age < YOUNG or locks is None:
             return age > OLD
-        held = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
-        locks.flock(held, locks.LOCK_EX | locks.LOCK_NB)
+        locks.flock(descriptor, locks.LOCK_EX | locks.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
         return age > OLD
     finally:
-        os.close(held)
+        os.close(descriptor)
     return True
 
 
 class Batch:
-    """Files that belong together: written aside one by one, renamed by :meth:`commit` in the order they were added.
+    """Files that are replaced together: staged one by one, renamed by :meth:`commit` in the order they were added.
 
-    Where that fails, those already renamed become what they were. Only a process that is killed between two renames
-    leaves the first new and the rest old.
+    If a rename fails, the earlier ones are undone. Only a process that is killed between two renames leaves some
+    targets new and others old.
     """
 
     def __init__(self) -> None:
@@ -116,77 +135,112 @@ class Batch:
         trace: TracebackType | None,
     ) -> None:
         for folder in self._folders.values():
-            remove(folder)
+            remove_folder(folder)
 
     def folder(self, target: Path) -> Path:
-        """The folder aside for a target, on the same file system."""
+        """Staging folder of a target, on the same file system.
+
+        Args:
+            target: File to be replaced.
+
+        Returns:
+            The folder, created on the first call.
+        """
         if target not in self._folders:
-            self._folders[target] = make(target.parent, f".{target.name}.")
+            self._folders[target] = create_folder(target.parent, f".{target.name}.")
         return self._folders[target]
 
     def add(self, target: Path, content: bytes, first: bool = False) -> None:
-        """Write a file aside, to be renamed last, or ``first``. Raises OutputError, and the target is as it was."""
-        with telling(target):
-            made = self.folder(target) / target.name
-            made.write_bytes(content)
-            self.take(made, target)
+        """Write and stage a file.
+
+        Args:
+            target: File to be replaced.
+            content: Its new content.
+            first: Rename it before all others; after them by default.
+
+        Raises:
+            OutputError: It cannot be written; the target is unchanged.
+        """
+        with output_errors(target):
+            staged = self.folder(target) / target.name
+            staged.write_bytes(content)
+            self.stage(staged, target)
         if first:
             self._files.insert(0, self._files.pop())
 
-    def take(self, made: Path, target: Path) -> None:
-        """Flush a file that was written aside; it is to become ``target``. Raises OSError."""
-        with made.open("rb+") as stream:
+    def stage(self, staged: Path, target: Path) -> None:
+        """Flush a file that was written to the staging folder, to replace its target.
+
+        Args:
+            staged: The new file.
+            target: File to be replaced.
+
+        Raises:
+            OSError: It cannot be flushed.
+        """
+        with staged.open("rb+") as stream:
             os.fsync(stream.fileno())
-        self._files.append((made, target))
+        self._files.append((staged, target))
 
     def commit(self) -> None:
-        """Rename all. Raises OutputError, and all targets are as they were."""
+        """Rename all staged files.
+
+        Raises:
+            OutputError: One cannot be renamed; all targets are as they were.
+        """
         done: list[tuple[Path, Path | None]] = []
         try:
-            for made, target in self._files:
-                with telling(target):
-                    done.append((target, _kept(made, target)))
-                    os.replace(made, target)
+            for staged, target in self._files:
+                with output_errors(target):
+                    done.append((target, _backup(staged, target)))
+                    os.replace(staged, target)
         except BaseException:
-            for target, old in reversed(done):
+            for target, backup in reversed(done):
                 with contextlib.suppress(OSError):
-                    _restore(target, old)
+                    _restore(target, backup)
             raise
         for parent in {target.parent for _, target in self._files}:
-            _flush(parent)
+            _flush_folder(parent)
         self._files.clear()
 
 
-def _kept(made: Path, target: Path) -> Path | None:
-    """A second name for what is at ``target``; None where nothing is."""
+def _backup(staged: Path, target: Path) -> Path | None:
+    """Hard-link the existing target as a backup; None if there is no target."""
     if not os.path.lexists(target):
         return None
-    old = made.with_name(f"{made.name}.old")
-    with contextlib.suppress(OSError):  # a file system without links: nothing to restore from
-        os.link(target, old, follow_symlinks=False)
-    return old
+    backup = staged.with_name(f"{staged.name}.old")
+    with contextlib.suppress(OSError):  # without hard links there is nothing to restore from
+        os.link(target, backup, follow_symlinks=False)
+    return backup
 
 
-def _restore(target: Path, old: Path | None) -> None:
-    if old is None:
+def _restore(target: Path, backup: Path | None) -> None:
+    if backup is None:
         target.unlink(missing_ok=True)
-    elif os.path.lexists(old):
-        os.replace(old, target)
+    elif os.path.lexists(backup):
+        os.replace(backup, target)
 
 
-def _flush(folder: Path) -> None:
-    """Make renames last, where a folder can be flushed."""
+def _flush_folder(folder: Path) -> None:
+    """Make renames durable, on systems that can flush a folder."""
     with contextlib.suppress(OSError):
-        held = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(held)
+            os.fsync(descriptor)
         finally:
-            os.close(held)
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
-def telling(target: Path) -> Iterator[None]:
-    """What the system refuses about a target, as an OutputError."""
+def output_errors(target: Path) -> Iterator[None]:
+    """Turn every OSError of the block into an OutputError about a target.
+
+    Args:
+        target: File that the block writes.
+
+    Raises:
+        OutputError: The system refused an operation.
+    """
     try:
         yield
     except OutputError:
@@ -196,7 +250,15 @@ def telling(target: Path) -> Iterator[None]:
 
 
 def write_bytes(content: bytes, path: str | os.PathLike[str]) -> None:
-    """Write one file: it is either complete or as it was. Raises OutputError."""
+    """Write one file atomically.
+
+    Args:
+        content: The new content.
+        path: File to be replaced or created.
+
+    Raises:
+        OutputError: It cannot be written; an existing file is unchanged.
+    """
     with Batch() as batch:
         batch.add(Path(path), content)
         batch.commit()

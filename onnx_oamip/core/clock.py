@@ -1,4 +1,4 @@
-"""Seconds by stage."""
+"""Clock that measures the time of each stage."""
 
 from __future__ import annotations
 
@@ -8,25 +8,36 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Seconds by stage. A stage within another one counts for itself alone."""
+    """Accumulates seconds by stage; while a nested stage runs, the outer one is paused.
+
+    Attributes:
+        seconds: Seconds so far by the name of the stage.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._open: list[str] = []
+        self._running: list[str] = []
         self._since = 0.0
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        self._book()
-        self._open.append(stage)
+        """Measure a block.
+
+        Args:
+            stage: Name that its seconds are added to.
+        """
+        self._add_elapsed()
+        self._running.append(stage)
         try:
             yield
         finally:
-            self._book()
-            self._open.pop()
+            self._add_elapsed()
+            self._running.pop()
 
-    def _book(self) -> None:
+    def _add_elapsed(self) -> None:
+        """Add the time since the last call to the innermost running stage."""
         now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        if self._running:
+            stage = self._running[-1]
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
         self._since = now

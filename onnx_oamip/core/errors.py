@@ -1,4 +1,4 @@
-"""The errors a caller may meet. Every message is one sentence a user can act on.
+"""Errors that are raised on purpose. Every message is one sentence that a user can act on.
 
 The message says what was found, where, what was expected and what to do. It names parameters in backticks, with the
 value where that matters, such as `data` and `refit=bias`; the command line shows them as its options. ``exit_code`` is
@@ -12,22 +12,23 @@ from contextlib import contextmanager
 from onnx_oamip.core.printable import visible
 
 MOST = 1500
-"""Characters of a message; of a longer one the middle is left out."""
+"""Longest message in characters; the middle of a longer one is left out."""
 
 
 class OamipError(Exception):
-    """Root of all errors raised on purpose by this package."""
+    """Base class of all errors that this package raises on purpose."""
 
     exit_code = 2
 
     def __init__(self, message: str = "") -> None:
-        """One line, however odd the names in it."""
-        text = (
-            message
-            if len(message) <= MOST
-            else f"{message[: MOST * 2 // 3]} ... {message[-(MOST // 3) :]}"
-        )
-        super().__init__(visible(text))
+        """Create the error.
+
+        Args:
+            message: One sentence; names in it may hold line ends and control characters, which are escaped.
+        """
+        if len(message) > MOST:
+            message = f"{message[: MOST * 2 // 3]} ... {message[-(MOST // 3) :]}"
+        super().__init__(visible(message))
 
 
 class ModelError(OamipError, ValueError):
@@ -43,7 +44,7 @@ class SettingsError(OamipError, ValueError):
 
 
 class EnvironmentMissing(OamipError, RuntimeError):
-    """A package, device or licence that was asked for is not there."""
+    """A requested package, device or licence is not available."""
 
 
 class SolverError(OamipError, RuntimeError):
@@ -58,7 +59,15 @@ class OutOfMemory(OamipError, MemoryError):
 def memory_for(
     what: str, advice: str = "give a smaller `max_memory`, `workers=1` or fewer samples"
 ) -> Iterator[None]:
-    """Where memory runs out inside, say what for and what helps: raises OutOfMemory."""
+    """Turn a MemoryError of the block into one sentence.
+
+    Args:
+        what: Piece of work that the block does.
+        advice: Ways to need less memory.
+
+    Raises:
+        OutOfMemory: Memory ran out.
+    """
     try:
         yield
     except MemoryError as error:
@@ -66,7 +75,7 @@ def memory_for(
 
 
 class OutputError(OamipError, OSError):
-    """The result cannot be written where it was asked to go."""
+    """The result cannot be written to the requested path."""
 
 
 class BudgetNotMet(OamipError, RuntimeError):
@@ -82,10 +91,10 @@ class GateFailed(OamipError, RuntimeError):
 
 
 class RuleFailed(Exception):
-    """A rule of ``ops`` broke on a node: ``RuleFailed(node, reason)``.
+    """A rule of an operator failed on a node: ``RuleFailed(node, reason)``.
 
-    Not an OamipError. Either the rule is wrong, or the node does not fit its operator; who runs the model can tell
-    (``verify.judged``).
+    Not an OamipError: either the rule is wrong, or the node does not fit its operator. Running the model decides which
+    (``verification.equivalence``).
     """
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Values of records as plain values, for strict JSON."""
+"""Conversion of records to the types of strict JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,29 @@ import numpy as np
 
 
 def plain_document(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A document of plain values."""
+    """Convert a document.
+
+    Args:
+        value: Values by key.
+
+    Returns:
+        The document in the types of JSON.
+    """
     return {name: plain(item) for name, item in value.items()}
 
 
 def plain(value: Any) -> Any:
-    """The same value in JSON's own types; numbers that JSON has no word for become null."""
+    """Convert a value.
+
+    Args:
+        value: Numbers, arrays, mappings, sequences, sets and paths, nested as needed.
+
+    Returns:
+        The value in the types of JSON; infinities and NaN, which JSON cannot express, become None.
+
+    Raises:
+        TypeError: A value is of another type.
+    """
     if value is None or isinstance(value, (str, bool)):
         return value
     if isinstance(value, np.bool_):
@@ -29,9 +46,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (Sequence, AbstractSet)):
-        return [plain(v) for v in value]
+        return [plain(item) for item in value]
     if isinstance(value, PurePath):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no place in a report")

@@ -1,4 +1,4 @@
-"""Which versions decide a result."""
+"""Versions that a result depends on: packages, Python, and the sources of this package."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from pathlib import Path
 
 from onnx_oamip.core.version import __version__
 
+PACKAGE = Path(__file__).parents[1]
+"""Folder of the whole package."""
+
 
 def versions() -> dict[str, str | None]:
-    """Versions of what decides a result; null for what is not installed."""
+    """Find the versions of everything that decides a result.
+
+    Returns:
+        Version by package; None for a package that is not installed.
+    """
     return {
         "onnx_oamip": __version__,
         "onnx": _installed("onnx"),
@@ -27,9 +34,13 @@ def versions() -> dict[str, str | None]:
 
 @cache
 def sources() -> str:
-    """Digest of this package's own sources, which a version's number does not tell apart."""
+    """Digest the sources of this package, which differ between commits of one version.
+
+    Returns:
+        SHA-256 in hexadecimal digits.
+    """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

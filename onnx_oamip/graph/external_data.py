@@ -223,8 +223,10 @@ class _TemporaryFiles:
 
     def new_path(self) -> Path:
         if self._folder is None:
-            self._folder = atomic_files.make(Path(tempfile.gettempdir()), atomic_files.SCRATCH)
-            atexit.register(atomic_files.remove, self._folder)
+            self._folder = atomic_files.create_folder(
+                Path(tempfile.gettempdir()), atomic_files.SCRATCH
+            )
+            atexit.register(atomic_files.remove_folder, self._folder)
         self._count += 1
         return self._folder / str(self._count)
 

@@ -102,7 +102,7 @@ STAGES = {
     "verify": Stage("verification.equivalence.prove", REFIT),
     "latency": Stage("api.pipeline.compare_latency", REFIT),
     "write": Stage("api.pipeline._write", REFIT),
-    "rename": Stage("core.atomic_files._kept", REFIT),
+    "rename": Stage("core.atomic_files._backup", REFIT),
 }
 FAULTS = ("kill", "disk", "memory", "timeout", "licence", "worker")
 
@@ -774,7 +774,7 @@ def test_new_file_is_removed_if_a_later_one_fails(
 
 def test_temporary_folders_of_other_processes_are_kept(tmp_path: Path) -> None:
     """One that a running process holds stays, one that nobody holds goes; names that only look alike stay."""
-    held = atomic_files.make(tmp_path, ".x.")
+    held = atomic_files.create_folder(tmp_path, ".x.")
     left, other = tmp_path / ".x.abcdefgh", tmp_path / ".x.y"
     young = tmp_path / ".x.ijklmnop"
     for path in (left, other, young):
@@ -782,14 +782,14 @@ def test_temporary_folders_of_other_processes_are_kept(tmp_path: Path) -> None:
     for path in (held, left, other):
         os.utime(path, (1, 1))
     atomic_files._open.pop(held)  # as if another process had made it: only the lock tells
-    second = atomic_files.make(tmp_path, ".x.")
+    second = atomic_files.create_folder(tmp_path, ".x.")
     if atomic_files.locks is not None:
         assert held.exists()
     assert second.exists()
     assert not left.exists()
     assert other.exists()
     assert young.exists()
-    atomic_files.remove(second)
+    atomic_files.remove_folder(second)
     assert not second.exists()
 
 

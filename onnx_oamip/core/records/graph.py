@@ -1,4 +1,4 @@
-"""Records of what is given: a model, how to read data for it, and what goes together in it."""
+"""Records of a model, of how samples are read for it, and of its coupling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ Axis = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operator call. ``captures`` are outer tensors that only its bodies read; ``bodies`` by attribute name."""
+    """One call of an operator.
+
+    Attributes:
+        captures: Tensors of outer graphs that only the bodies read.
+        bodies: Subgraphs by the name of their attribute.
+    """
 
     name: str
     op: str
@@ -37,7 +42,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A graph inside a node: a branch of If, the body of Loop or Scan. Its constants are those of the model."""
+    """Subgraph of a node: a branch of If, the body of Loop or Scan. Its constants are those of the model."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -45,7 +50,14 @@ class Body:
 
 
 def within(nodes: Iterable[Node]) -> Iterator[Node]:
-    """Nodes and those in their bodies, every body before the node that holds it."""
+    """Walk over nodes and those in their bodies.
+
+    Args:
+        nodes: Nodes of one graph.
+
+    Yields:
+        All nodes, those of a body before the node that holds it.
+    """
     for node in nodes:
         for body in node.bodies.values():
             yield from within(body.nodes)
@@ -54,7 +66,11 @@ def within(nodes: Iterable[Node]) -> Iterator[Node]:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A graph input or output: ``dims`` holds an int, a symbol's name, or None where nothing is known."""
+    """Graph input or output.
+
+    Attributes:
+        dims: Size of every axis: a number, the name of a symbol, or None if unknown.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -65,9 +81,17 @@ class Port:
 class Reading:
     """How samples are read from images and tables; defaults fit a network fed with values from 0 to 1.
 
-    ``size``: (height, width), None for the model's own; ``fit``: resize the short side and cut the middle out
-    (``crop``), the long side and fill up (``pad``), or both (``stretch``); ``mean`` and ``std`` per channel, in values
-    after ``scale``; ``most``: samples read at most, spread evenly over the classes; ``column``: of a table.
+    Attributes:
+        size: (height, width) of images; None for that of the model.
+        fit: ``crop`` resizes the short side and cuts out the middle, ``pad`` resizes the long side and fills up, and
+            ``stretch`` resizes both.
+        scale: Factor of the values of an image.
+        mean: Subtracted from the scaled values, per channel.
+        std: Divisor of the result, per channel.
+        layout: Order of the axes of an image input.
+        color: Order of its channels.
+        most: Largest number of samples to read, evenly over the classes.
+        column: Column of a table that holds the samples.
     """
 
     size: tuple[int, int] | None = None
@@ -83,11 +107,24 @@ class Reading:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: constants folded, nodes named, shapes known for one feed of ``batch`` samples.
+    """A loaded model: constants folded, nodes named, shapes known for one batch.
 
-    ``proto`` is the normalised graph with symbolic dimensions as they were in the file; ``shapes`` holds concrete
-    shapes under ``bindings`` (symbol -> size). ``nodes`` are those of the graph itself; names of tensors and nodes are
-    unique over the bodies too (see ``bodies``). ``notes``: what a reader of a report should know about it.
+    Names of tensors and nodes are unique over all bodies.
+
+    Attributes:
+        proto: The normalised graph, with the symbolic dimensions of the file.
+        nodes: Nodes of the graph itself, without those in bodies.
+        constants: Values of constant tensors by name.
+        shapes: Concrete shapes by tensor, under ``bindings``.
+        dtypes: Element types by tensor.
+        inputs: Graph inputs.
+        outputs: Graph outputs.
+        bindings: Size of every symbolic dimension.
+        batch: Samples in one batch.
+        path: File that the model was read from.
+        sha256: Digest of the file.
+        file_bytes: Size of the file with its external data.
+        notes: Remarks for reports.
     """
 
     proto: Any
@@ -106,26 +143,35 @@ class Model:
 
     @property
     def every(self) -> tuple[Node, ...]:
-        """All nodes, those in bodies among them."""
+        """All nodes, including those in bodies."""
         return tuple(within(self.nodes))
 
     @property
     def homes(self) -> dict[str, str]:
-        """The node of the graph itself by every node in its bodies."""
+        """Name of the node of the graph itself that holds a node, by the name of the inner node."""
         return {inner.name: node.name for node in self.nodes for inner in within((node,))}
 
     def port(self, name: str) -> Port:
-        """The graph input called ``name``."""
+        """Return a graph input.
+
+        Args:
+            name: Its name.
+        """
         return next(p for p in self.inputs if p.name == name)
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A place where channels are summed over: ``node`` reads ``data`` along ``axis`` and contracts it.
+    """A node that contracts an axis of one of its inputs.
 
-    ``weight`` is what meets it along ``weight_axis``: a constant, another activation (attention scores), or None where
-    nothing does (a plain sum). ``groups`` is the number of channel blocks that share the weight axis (grouped
-    convolution; 1 otherwise).
+    Attributes:
+        node: Name of the node.
+        slot: Index of the input.
+        data: Tensor that is contracted.
+        axis: Its contracted axis.
+        weight: The other operand: a constant, or another activation (attention scores); None for a plain sum.
+        weight_axis: Contracted axis of the other operand.
+        groups: Blocks of channels that share the weight axis (grouped convolution), otherwise 1.
     """
 
     node: str
@@ -169,9 +215,16 @@ class Pinned:
 
 @dataclass(frozen=True)
 class Coupling:
-    """What must go together. ``axes`` maps an axis to the unit of each index (-1: pinned).
+    """The relation that ties channels across tensors.
 
-    ``inside``: consumers in the bodies of If, Loop and Scan, whose data no statistic reaches.
+    Attributes:
+        n_units: Number of units.
+        groups: Units that occupy the same axes.
+        unit_group: Group of every unit (n_units,).
+        axes: Unit of every index of an axis; -1 for a pinned index.
+        consumers: Nodes that contract a coupled axis.
+        pinned: Channels that cannot be removed.
+        inside: Consumers in the bodies of If, Loop and Scan, which no statistic covers.
     """
 
     n_units: int
@@ -183,10 +236,16 @@ class Coupling:
     inside: tuple[Consumer, ...] = ()
 
     def keep(self, axis: Axis, units: Bools) -> Bools:
-        """Which indices of ``axis`` stay when ``units`` (n_units,) says which units stay."""
+        """Turn a keep mask of units into one of the indices of an axis.
+
+        Args:
+            axis: A coupled axis.
+            units: Mask of the units to keep (n_units,).
+
+        Returns:
+            Mask of the indices to keep.
+        """
         labels = self.axes[axis]
-        return (
-            np.where(labels < 0, True, units[labels])
-            if self.n_units
-            else np.ones(labels.shape, bool)
-        )
+        if not self.n_units:
+            return np.ones(labels.shape, bool)
+        return np.where(labels < 0, True, units[labels])
