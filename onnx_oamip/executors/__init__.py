@@ -1,7 +1,8 @@
-"""Where independent pieces of work run: in threads here, or on the workers of a Dask cluster.
+"""Executors of independent pieces of work: threads of this process, or the workers of a Dask cluster.
 
-A piece is ``task(shared, item)``: a function of a module, what all pieces read, and one small item. Threads hand both
-over as they are; a cluster gets ``shared`` once a worker process. Results are the same, in the order of the items.
+A piece is ``task(shared, item)``: a module-level function, a value that all pieces read, and one small item. Threads
+receive both as they are; every worker process of a cluster receives ``shared`` once. Results are the same, in the order
+of the items.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ __all__ = ["Executor", "Threads", "check", "executor"]
 def executor(
     workers: int | None = None, scheduler: str | None = None, device: str = "cpu"
 ) -> Executor:
-    """``workers`` threads (None: one for every core), or the cluster of the Dask ``scheduler`` at that address.
+    """Choose an executor.
 
-    ``device``: where tasks run models, ``cpu`` or ``cuda``; workers that do not have it are refused.
+    Args:
+        workers: Number of threads, None for one per core.
+        scheduler: Address of a Dask scheduler, None for threads.
+        device: Device on which tasks run models, ``cpu`` or ``cuda``; a cluster whose workers lack it is refused.
+
+    Returns:
+        Threads, or the cluster.
     """
     if scheduler is None:
         return Threads(workers)
@@ -27,7 +34,15 @@ def executor(
 
 
 def check(scheduler: str | None, device: str = "cpu") -> None:
-    """Raises EnvironmentMissing where a cluster is asked for that cannot be used from here; quick."""
+    """Check quickly that a cluster can be used.
+
+    Args:
+        scheduler: Address of a Dask scheduler; None needs no check.
+        device: Device on which tasks run models.
+
+    Raises:
+        EnvironmentMissing: The cluster cannot be used from here.
+    """
     if scheduler is not None:
         from onnx_oamip.executors.cluster import Cluster
 

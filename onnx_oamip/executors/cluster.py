@@ -1,7 +1,7 @@
-"""The workers of a Dask cluster, through ``distributed``'s client: the only place that knows it.
+"""Workers of a Dask cluster, through ``distributed``'s client. The only module that imports it.
 
-A connection is made for one :meth:`Cluster.map` and closed behind it. Shared data goes to all workers at once; where
-the last copy is lost with a worker it is sent again, and pieces that a lost worker had run elsewhere.
+A connection is made for one :meth:`Cluster.map` and closed afterwards. Shared data is sent to all workers at once; if
+the last copy is lost with a worker it is sent again, and the pieces of a lost worker run elsewhere.
 """
 
 from __future__ import annotations
@@ -30,140 +30,175 @@ from onnx_oamip.core.versions import sources, versions
 from onnx_oamip.executors.parcel import Parcel, pack
 from onnx_oamip.executors.spec import (
     I,
+    PieceProgress,
     S,
     T,
-    Told,
 )
 from onnx_oamip.graph.runtime import resolve_device
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-TIMEOUT = 5.0
-"""Seconds for a scheduler to answer, and for workers to say what they are."""
-PATIENCE = 30.0
-"""Seconds without any worker after which a run is given up: one that was lost may be started again by then."""
-TICK = 1.0
-"""Seconds between looks at the workers while no result comes."""
-FETCH = 60.0
-"""Seconds for one result to arrive; after that it is asked for again."""
-SENDS = 3
-"""Times that sending the shared data may fail."""
-AHEAD = 2
-"""Pieces sent for every thread of the cluster: the next one is there when one is done, and the rest waits here."""
-DECISIVE = ("scipy", "scikit-learn", "threadpoolctl", "distributed")
-"""Packages that decide a result or whether processes understand each other, besides ``versions.versions``."""
-ALIKE = ("onnx_oamip", "python", "distributed")
-"""What the scheduler must have too."""
-Facts = tuple[tuple[str, str | None], ...]
+CONNECT_SECONDS = 5.0
+"""Time for a scheduler to answer, and for workers to report their versions."""
+MAX_SECONDS_WITHOUT_WORKERS = 30.0
+"""Time without any worker after which a run is given up. A lost worker may have been restarted by then."""
+POLL_SECONDS = 1.0
+"""Interval at which workers are counted while no result arrives."""
+FETCH_SECONDS = 60.0
+"""Time for one result to arrive; after that it is requested again."""
+MAX_SEND_FAILURES = 3
+"""Number of failures to send the shared data after which a run is given up."""
+PIECES_PER_THREAD = 2
+"""Pieces submitted per thread of the cluster: the next one is there when one is finished; the rest waits here."""
+COMPARED_PACKAGES = ("scipy", "scikit-learn", "threadpoolctl", "distributed")
+"""Packages that decide a result, or whether processes can communicate, besides those of ``versions.versions``."""
+COMPARED_WITH_SCHEDULER = ("onnx_oamip", "python", "distributed")
+"""Entries of the environment that the scheduler must share as well."""
+Environment = tuple[tuple[str, str | None], ...]
+"""Pairs of a name and a version."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster of the Dask scheduler at an address such as ``tcp://host:8786``."""
+    """An executor on the workers of a Dask cluster.
+
+    Attributes:
+        scheduler: Address of the scheduler, such as ``tcp://host:8786``.
+        device: Device on which tasks run models.
+    """
 
     scheduler: str
     device: str = "cpu"
 
     def check(self) -> None:
-        """Raises EnvironmentMissing where the cluster cannot be reached, has no worker, or runs other versions."""
+        """Check that the cluster can be used.
+
+        Raises:
+            EnvironmentMissing: The cluster cannot be reached, has no worker, or runs other versions.
+        """
         with self._client():
             pass
 
     def map(
-        self, task: Callable[[S, I], T], shared: S, items: Sequence[I], progress: Told | None = None
+        self,
+        task: Callable[[S, I], T],
+        shared: S,
+        items: Sequence[I],
+        progress: PieceProgress | None = None,
     ) -> list[T]:
-        """See :class:`onnx_oamip.executors.Executor`. Raises EnvironmentMissing where no worker is left."""
+        """Run ``task(shared, item)`` for every item. Exceptions of a task are raised here.
+
+        Args:
+            task: Module-level function.
+            shared: Value that all pieces read.
+            items: One small value per piece.
+            progress: Called whenever a piece is finished.
+
+        Returns:
+            Results in the order of the items.
+
+        Raises:
+            EnvironmentMissing: The cluster cannot be used, or no worker is left.
+            ModelError: A model is too large to be sent, or its weights are in a file that workers do not see.
+        """
         parcel = Parcel(pack(shared))
         with self._client() as client:
             run = _Run(self, client, task, parcel, items)
             try:
                 return run.results(progress)
             finally:
-                with contextlib.suppress(
-                    Exception
-                ):  # a scheduler that is gone has nothing to cancel
+                # A scheduler that has stopped has nothing to cancel.
+                with contextlib.suppress(Exception):
                     client.cancel(list(run.running))
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[Client]:
+        """A connection to a cluster that was checked."""
         with imports_of("cluster", "`scheduler`"):
             from distributed import Client
         with _quiet():
-            self._knock()
+            self._check_scheduler_answers()
             client = Client(
-                self.scheduler, timeout=TIMEOUT, set_as_default=False, name="onnx-oamip"
+                self.scheduler, timeout=CONNECT_SECONDS, set_as_default=False, name="onnx-oamip"
             )
             try:
-                self._meet(client)
+                self._check_environments(client)
                 yield client
             finally:
-                client.close(timeout=TIMEOUT)
+                client.close(timeout=CONNECT_SECONDS)
 
-    def _knock(self) -> None:
-        """Raises EnvironmentMissing where no scheduler answers: a client that never connected does not close."""
+    def _check_scheduler_answers(self) -> None:
+        """Check the address before a client is made: a client that never connected cannot be closed."""
         from distributed.core import rpc
 
-        async def ask() -> Any:
-            async with rpc(self.scheduler) as there:
-                return (await asyncio.wait_for(there.identity(), TIMEOUT))["type"]
+        async def ask_type() -> Any:
+            async with rpc(self.scheduler) as remote:
+                identity = await asyncio.wait_for(remote.identity(), CONNECT_SECONDS)
+                return identity["type"]
 
-        why = ""
+        reason = ""
         try:
-            with ThreadPoolExecutor(1) as thread:  # the caller's may have a loop of its own
-                if thread.submit(asyncio.run, ask()).result() == "Scheduler":
+            # The calling thread may run an event loop of its own.
+            with ThreadPoolExecutor(1) as thread:
+                if thread.submit(asyncio.run, ask_type()).result() == "Scheduler":
                     return
-        except Exception as error:  # whatever a socket, a name or another protocol raises
-            why = (
-                ""
-                if isinstance(error, (TimeoutError, asyncio.TimeoutError))
-                else f" ({_line(error)})"
-            )
+        except (TimeoutError, asyncio.TimeoutError):
+            pass
+        except Exception as error:
+            # Sockets, name resolution and other protocols raise many types.
+            reason = f" ({_first_line(error)})"
         raise EnvironmentMissing(
-            f"`scheduler={self.scheduler}`: no Dask scheduler answers there within {TIMEOUT:g} s{why}; give the "
-            "address that 'dask scheduler' shows, such as tcp://host:8786."
+            f"`scheduler={self.scheduler}`: no Dask scheduler answers there within {CONNECT_SECONDS:g} s{reason}; give "
+            "the address that 'dask scheduler' shows, such as tcp://host:8786."
         )
 
-    def _meet(self, client: Client) -> None:
-        """Raises EnvironmentMissing unless the scheduler and all its workers are as this process is."""
-        ours = facts()
+    def _check_environments(self, client: Client) -> None:
+        """Check that the scheduler and all its workers run the same versions as this process."""
+        ours = environment()
         try:
-            found: dict[str, Any] = client.run(misfit, ours, self.device, on_error="return")
+            answers: dict[str, Any] = client.run(mismatch, ours, self.device, on_error="return")
         except Exception as error:
             raise EnvironmentMissing(
-                f"`scheduler={self.scheduler}`: its workers do not answer ({_line(error)}); look at their logs."
+                f"`scheduler={self.scheduler}`: its workers do not answer ({_first_line(error)}); look at their logs."
             ) from error
-        # The scheduler works out nothing, but reads what it passes on.
-        alike = tuple((name, version) for name, version in ours if name in ALIKE)
-        try:
-            why = client.run_on_scheduler(misfit, alike, "cpu")
-        except Exception as error:
-            raise EnvironmentMissing(
-                f"the scheduler {self.scheduler} cannot read what onnx-oamip sends ({_line(error)}); install the same "
-                "version there."
-            ) from error
-        if why:
-            raise EnvironmentMissing(f"the scheduler {self.scheduler} {why}.")
-        # One that is going away just now is none.
-        found = {
-            address: answer for address, answer in found.items() if not isinstance(answer, OSError)
+        self._check_scheduler(client, ours)
+        # A worker that is just shutting down is none.
+        workers = {
+            address: answer
+            for address, answer in answers.items()
+            if not isinstance(answer, OSError)
         }
-        if not found:
+        if not workers:
             raise EnvironmentMissing(
                 f"the cluster at `scheduler={self.scheduler}` has no worker; start some with 'dask worker "
                 f"{self.scheduler}'."
             )
-        for address, answer in sorted(found.items()):
+        for address, answer in sorted(workers.items()):
             if isinstance(answer, Exception):
                 raise EnvironmentMissing(
-                    f"the worker {address} cannot run onnx-oamip ({_line(answer)}); install the same version there."
+                    f"the worker {address} cannot run onnx-oamip ({_first_line(answer)}); install the same version "
+                    "there."
                 ) from answer
             if answer:
                 raise EnvironmentMissing(f"the worker {address} {answer}.")
 
+    def _check_scheduler(self, client: Client, ours: Environment) -> None:
+        """Check the scheduler, which computes nothing but reads the messages that it passes on."""
+        shared = tuple(entry for entry in ours if entry[0] in COMPARED_WITH_SCHEDULER)
+        try:
+            difference = client.run_on_scheduler(mismatch, shared, "cpu")
+        except Exception as error:
+            raise EnvironmentMissing(
+                f"the scheduler {self.scheduler} cannot read what onnx-oamip sends ({_first_line(error)}); install the "
+                "same version there."
+            ) from error
+        if difference:
+            raise EnvironmentMissing(f"the scheduler {self.scheduler} {difference}.")
+
 
 class _Run:
-    """One map: what was sent and not come back."""
+    """One call of ``map``: pieces that wait, run and are finished."""
 
     def __init__(
         self,
@@ -173,53 +208,51 @@ class _Run:
         parcel: Parcel,
         items: Sequence[Any],
     ) -> None:
-        self.cluster, self.client, self.task, self.parcel, self.items = (
-            cluster,
-            client,
-            task,
-            parcel,
-            items,
-        )
-        self.facts = facts()
+        self.cluster = cluster
+        self.client = client
+        self.task = task
+        self.parcel = parcel
+        self.items = items
+        self.environment = environment()
         self.waiting = deque(range(len(items)))
         self.running: dict[Future, int] = {}
-        self.found: dict[int, Any] = {}
-        self.held: Future | None = None
-        self.missed = 0
-        self.seen = time.monotonic()
+        self.finished: dict[int, Any] = {}
+        self.shared: Future | None = None
+        self.send_failures = 0
+        self.workers_seen = time.monotonic()
 
-    def results(self, progress: Told | None) -> list[Any]:
-        """All results, in order."""
+    def results(self, progress: PieceProgress | None) -> list[Any]:
+        """Run all pieces; returns the results in order."""
         from distributed import wait
 
-        while len(self.found) < len(self.items):
+        while len(self.finished) < len(self.items):
             self._send(self._threads())
             if self.running:
-                with contextlib.suppress(
-                    Exception
-                ):  # time is out, or a future was lost: each one tells below
-                    wait(list(self.running), timeout=TICK, return_when="FIRST_COMPLETED")
+                # A timeout, or a lost future: each future reports its own state below.
+                with contextlib.suppress(Exception):
+                    wait(list(self.running), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
             else:
-                time.sleep(TICK / 10)
+                time.sleep(POLL_SECONDS / 10)
             for future in [f for f in self.running if f.done()]:
                 if self._take(future) and progress:
-                    progress(len(self.found), len(self.items))
-        return [self.found[i] for i in range(len(self.items))]
+                    progress(len(self.finished), len(self.items))
+        return [self.finished[i] for i in range(len(self.items))]
 
     def _threads(self) -> int:
-        """Threads of all workers, 0 while there are none. Raises EnvironmentMissing where that takes too long."""
-        done = f"with {len(self.found)} of {len(self.items)} pieces of work done"
+        """Threads of all workers, 0 without any; raises EnvironmentMissing if that lasts too long."""
+        done = f"with {len(self.finished)} of {len(self.items)} pieces of work done"
         if self.client.status == "closed":
             raise EnvironmentMissing(
                 f"the scheduler {self.cluster.scheduler} went away, {done}; run again when it is back."
             )
         count = 0
-        with contextlib.suppress(Exception):  # no answer is no worker
+        # Without an answer there is no worker.
+        with contextlib.suppress(Exception):
             count = sum(self.client.nthreads().values())
         now = time.monotonic()
         if count:
-            self.seen = now
-        elif now - self.seen > PATIENCE:
+            self.workers_seen = now
+        elif now - self.workers_seen > MAX_SECONDS_WITHOUT_WORKERS:
             raise EnvironmentMissing(
                 f"no worker is left at `scheduler={self.cluster.scheduler}`, {done}; look at their logs, start new "
                 "ones and run again."
@@ -227,38 +260,44 @@ class _Run:
         return count
 
     def _send(self, threads: int) -> None:
-        """Submit pieces, the shared data before the first."""
+        """Submit as many pieces as the threads need, the shared data before the first."""
         import dask
 
-        if threads and self.held is None:
-            try:
-                self.held = self.client.scatter(self.parcel, broadcast=True, hash=False)
-            except Exception as error:  # workers may have gone meanwhile
-                self.missed += 1
-                if self.missed == SENDS:
-                    raise EnvironmentMissing(
-                        f"the workers of `scheduler={self.cluster.scheduler}` do not take the model ({_line(error)}); "
-                        "look at their logs."
-                    ) from error
-        while self.held is not None and self.waiting and len(self.running) < AHEAD * threads:
+        if threads and self.shared is None:
+            self._send_shared()
+        limit = PIECES_PER_THREAD * threads
+        while self.shared is not None and self.waiting and len(self.running) < limit:
             index = self.waiting.popleft()
             piece = pickle.dumps((self.task, self.items[index]), pickle.HIGHEST_PROTOCOL)
             with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
                 future = self.client.submit(
-                    perform, self.held, piece, self.facts, self.cluster.device, pure=False
+                    perform, self.shared, piece, self.environment, self.cluster.device, pure=False
                 )
             self.running[future] = index
 
+    def _send_shared(self) -> None:
+        try:
+            self.shared = self.client.scatter(self.parcel, broadcast=True, hash=False)
+        except Exception as error:
+            # Workers may have stopped in the meantime.
+            self.send_failures += 1
+            if self.send_failures == MAX_SEND_FAILURES:
+                raise EnvironmentMissing(
+                    f"the workers of `scheduler={self.cluster.scheduler}` do not take the model "
+                    f"({_first_line(error)}); look at their logs."
+                ) from error
+
     def _take(self, future: Future) -> bool:
-        """Note the result of a future; False where it was lost, and is to be sent again."""
+        """Store the result of a future; false if it was lost and the piece must run again."""
         from distributed import KilledWorker
 
         index = self.running[future]
         try:
-            self.found[index] = future.result(timeout=FETCH)
+            self.finished[index] = future.result(timeout=FETCH_SECONDS)
         except (TimeoutError, asyncio.TimeoutError) as error:
+            # Either the task raised it, or the result did not arrive in time.
             if future.status == "error":
-                raise error  # the task's own
+                raise error
             return False
         except KilledWorker as error:
             raise EnvironmentMissing(
@@ -269,7 +308,7 @@ class _Run:
             if not future.cancelled():
                 raise
             self.waiting.appendleft(index)
-            self.held = None
+            self.shared = None
             del self.running[future]
             return False
         del self.running[future]
@@ -279,51 +318,71 @@ class _Run:
 # ---------------------------------------------------------------------------------------------------------- on workers
 
 
-def perform(shared: Parcel, piece: bytes, expected: Facts, device: str) -> Any:
-    """One piece of work, on a worker."""
-    why = misfit(expected, device)
-    if why is not None:  # it came after the others were asked
+def perform(shared: Parcel, piece: bytes, expected: Environment, device: str) -> Any:
+    """Run one piece of work on a worker.
+
+    Args:
+        shared: Value that all pieces read.
+        piece: Pickled task and item.
+        expected: Environment of the client.
+        device: Device on which the task runs models.
+
+    Returns:
+        Result of the task.
+
+    Raises:
+        EnvironmentMissing: The worker joined after the check and does not fit.
+    """
+    difference = mismatch(expected, device)
+    if difference is not None:
         from distributed import get_worker
 
-        raise EnvironmentMissing(f"the worker {get_worker().address} {why}.")
+        raise EnvironmentMissing(f"the worker {get_worker().address} {difference}.")
     task, item = pickle.loads(piece)
-    held = shared.open()
+    value = shared.open()
     with _ONE_THREAD:
-        return task(held, item)
+        return task(value, item)
 
 
 @lru_cache(maxsize=8)
-def misfit(expected: Facts, device: str) -> str | None:
-    """Why this process would not give the client's results; None where it does."""
-    here = dict(facts())
-    for what, version in expected:
-        if here.get(what) != version:
-            return _other(what, here.get(what), version)
+def mismatch(expected: Environment, device: str) -> str | None:
+    """Compare this process with the client.
+
+    Args:
+        expected: Environment of the client, as far as it counts here.
+        device: Device on which tasks run models.
+
+    Returns:
+        The first difference that may change results, as the rest of a sentence; None if there is none.
+    """
+    own = dict(environment())
+    for name, version in expected:
+        if own.get(name) != version:
+            theirs, ours = own.get(name) or "(none)", version or "(none)"
+            return f"has {name} {theirs}, and here is {ours}; install the same on both"
     try:
         resolve_device(device)
     except EnvironmentMissing as error:
-        return f"does not fit: {_line(error)}"
+        return f"does not fit: {_first_line(error)}"
     return None
 
 
-def facts() -> Facts:
-    """What must be the same here and there: names with versions."""
-    known = {**versions(), "python": ".".join(platform.python_version_tuple()[:2])}
-    known["onnx_oamip's sources"] = sources()[:12]
-    for name in DECISIVE:
+def environment() -> Environment:
+    """List the versions that must be the same in all processes.
+
+    Returns:
+        Pairs of a name and a version.
+    """
+    entries = {**versions(), "python": ".".join(platform.python_version_tuple()[:2])}
+    entries["onnx_oamip's sources"] = sources()[:12]
+    for name in COMPARED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            known[name] = metadata.version(name)
-    return tuple(known.items())
-
-
-def _other(what: str, theirs: str | None, ours: str | None) -> str:
-    return (
-        f"has {what} {theirs or '(none)'}, and here is {ours or '(none)'}; install the same on both"
-    )
+            entries[name] = metadata.version(name)
+    return tuple(entries.items())
 
 
 class _OneThread:
-    """Linear algebra with one thread while any task runs: limits are the whole process's, and tasks overlap."""
+    """Limits linear algebra to one thread while any task runs. The limit is that of the process, and tasks overlap."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -353,8 +412,8 @@ _ONE_THREAD = _OneThread()
 def _quiet() -> Iterator[None]:
     """Silence the logs and warnings of distributed: an error is reported in one sentence.
 
-    Its event loop, tornado's, logs a traceback where a signal interrupts a call that has not begun:
-    distributed then cancels a future that does not exist yet.
+    Its event loop, tornado's, logs a traceback if a signal interrupts a call that has not begun: distributed then
+    cancels a future that does not exist yet.
     """
     names = ("distributed", "distributed.client", "tornado.application")
     logs = [logging.getLogger(name) for name in names]
@@ -370,7 +429,7 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _line(error: BaseException) -> str:
-    """The first line of an error, without its full stop."""
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, without its full stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What tasks share, as it travels to another process: packed once here, opened once there."""
+"""The shared value of tasks on its way to other processes: packed once here, unpacked once there."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.records import Model
 from onnx_oamip.graph import external_data
 
-Stamp = tuple[int, int]
-"""Bytes of a file, and when it was changed last (ns)."""
+FileState = tuple[int, int]
+"""Size of a file in bytes, and time of its last change in nanoseconds."""
 
 
 class Parcel:
-    """A value as bytes. A process that receives it opens it at its first use, and every task there gets the same."""
+    """A packed value. A process unpacks it at its first use, and all tasks there share the result."""
 
     def __init__(self, content: bytes) -> None:
+        """Wrap a packed value.
+
+        Args:
+            content: Result of :func:`pack`.
+        """
         self.content = content
         self._lock = threading.Lock()
         self._opened: list[Any] = []
@@ -33,7 +38,14 @@ class Parcel:
         return len(self.content)
 
     def open(self) -> Any:
-        """The value. Raises ModelError where the model's weights are in a file that is not the same here."""
+        """Unpack the value.
+
+        Returns:
+            The value, the same object for every call.
+
+        Raises:
+            ModelError: Weights of a model are in a file that differs from the sender's.
+        """
         with self._lock:
             if not self._opened:
                 self._opened.append(pickle.loads(self.content))
@@ -41,9 +53,16 @@ class Parcel:
 
 
 def pack(value: Any) -> bytes:
-    """A value as bytes; constants of a model travel once, those in files as a reference to their place.
+    """Pack a value. Constants of a model are sent once, those in files as a reference to their location.
 
-    Raises ModelError for a model that is too large.
+    Args:
+        value: A value that may contain models.
+
+    Returns:
+        The packed value.
+
+    Raises:
+        ModelError: A model is too large to be sent.
     """
     stream = BytesIO()
     _Pickler(stream, pickle.HIGHEST_PROTOCOL).dump(value)
@@ -52,35 +71,40 @@ def pack(value: Any) -> bytes:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, value: Any) -> Any:
-        """Constants of a model are what its graph holds already."""
+        """Pickle a model without its constants; the receiver takes them from the graph, which holds them too."""
         if not isinstance(value, Model):
             return NotImplemented
-        if value.proto.ByteSize() >= external_data.PROTOBUF_LIMIT:
+        size = value.proto.ByteSize()
+        if size >= external_data.PROTOBUF_LIMIT:
             raise ModelError(
-                f"{value.path} holds {value.proto.ByteSize() / 1e9:.1f} GB of weights in a form that cannot be sent to "
+                f"{value.path} holds {size / 1e9:.1f} GB of weights in a form that cannot be sent to "
                 "a cluster; leave out `scheduler`."
             )
-        files = {external_data.location(t)[0] for t in external_data.references(value.proto)}
-        parts = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "constants"}
-        return _model, (parts, {path: _stamp(path) for path in sorted(files)})
+        tensors = external_data.references(value.proto)
+        files = {external_data.location(tensor)[0] for tensor in tensors}
+        states = {path: _state(path) for path in sorted(files)}
+        attributes = {
+            f.name: getattr(value, f.name) for f in fields(value) if f.name != "constants"
+        }
+        return _restore_model, (attributes, states)
 
 
-def _model(parts: Mapping[str, Any], files: Mapping[str, Stamp]) -> Model:
-    for path, stamp in files.items():
-        if _stamp(path) != stamp:
+def _restore_model(attributes: Mapping[str, Any], files: Mapping[str, FileState]) -> Model:
+    """The model in the receiving process."""
+    for path, state in files.items():
+        if _state(path) != state:
             raise ModelError(
                 f"a worker of the cluster does not see the file {path} as it is here, and large weights stay in their "
                 "file; put it (or with TMPDIR what is made anew) on storage that all share, or leave out `scheduler`."
             )
-    return Model(
-        **parts,
-        constants={t.name: external_data.array(t) for t in parts["proto"].graph.initializer},
-    )
+    initializers = attributes["proto"].graph.initializer
+    constants = {tensor.name: external_data.array(tensor) for tensor in initializers}
+    return Model(**attributes, constants=constants)
 
 
-def _stamp(path: str) -> Stamp | None:
+def _state(path: str) -> FileState | None:
     try:
-        about = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return about.st_size, about.st_mtime_ns
+    return status.st_size, status.st_mtime_ns

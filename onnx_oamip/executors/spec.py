@@ -1,4 +1,4 @@
-"""What every executor can do."""
+"""Interface of executors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ from typing import Protocol, TypeVar
 S = TypeVar("S")
 I = TypeVar("I")  # noqa: E741
 T = TypeVar("T")
-Told = Callable[[int, int], None]
-"""Called with (pieces done, pieces in all), from whatever thread."""
+PieceProgress = Callable[[int, int], None]
+"""Called with the number of finished pieces and their total, from any thread."""
 
 
 class Executor(Protocol):
-    """A place for independent pieces of work."""
+    """Runs independent pieces of work."""
 
     def map(
-        self, task: Callable[[S, I], T], shared: S, items: Sequence[I], progress: Told | None = None
+        self,
+        task: Callable[[S, I], T],
+        shared: S,
+        items: Sequence[I],
+        progress: PieceProgress | None = None,
     ) -> list[T]:
-        """``task(shared, item)`` for every item, in order. What a task raises is raised here."""
+        """Run ``task(shared, item)`` for every item. Exceptions of a task are raised here.
+
+        Args:
+            task: Module-level function.
+            shared: Value that all pieces read.
+            items: One small value per piece.
+            progress: Called whenever a piece is finished.
+
+        Returns:
+            Results in the order of the items.
+        """
         ...

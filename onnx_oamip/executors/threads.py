@@ -1,4 +1,4 @@
-"""Threads of this process: they share memory, so nothing is copied."""
+"""Threads of this process: they share memory, so that nothing is copied."""
 
 from __future__ import annotations
 
@@ -12,26 +12,44 @@ from threadpoolctl import threadpool_limits
 
 from onnx_oamip.executors.spec import (
     I,
+    PieceProgress,
     S,
     T,
-    Told,
 )
 
 
 @dataclass(frozen=True)
 class Threads:
-    """``workers`` at a time; None: one for every core."""
+    """An executor on threads.
+
+    Attributes:
+        workers: Number of threads, None for one per core.
+    """
 
     workers: int | None = None
 
     def map(
-        self, task: Callable[[S, I], T], shared: S, items: Sequence[I], progress: Told | None = None
+        self,
+        task: Callable[[S, I], T],
+        shared: S,
+        items: Sequence[I],
+        progress: PieceProgress | None = None,
     ) -> list[T]:
-        """See :class:`onnx_oamip.executors.Executor`."""
+        """Run ``task(shared, item)`` for every item. Exceptions of a task are raised here.
+
+        Args:
+            task: Any function.
+            shared: Value that all pieces read.
+            items: One value per piece.
+            progress: Called whenever a piece is finished.
+
+        Returns:
+            Results in the order of the items.
+        """
         lock = threading.Lock()
         done = 0
 
-        def one(item: I) -> T:
+        def run(item: I) -> T:
             nonlocal done
             result = task(shared, item)
             with lock:
@@ -40,6 +58,7 @@ class Threads:
                     progress(done, len(items))
             return result
 
-        # One thread a worker for linear algebra too, or the workers wait for each other.
-        with threadpool_limits(1), ThreadPoolExecutor(self.workers or os.cpu_count() or 1) as pool:
-            return list(pool.map(one, items))
+        workers = self.workers or os.cpu_count() or 1
+        # Linear algebra gets one thread per worker as well, or the workers wait for each other.
+        with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(run, items))

@@ -1,1 +1,1 @@
-"""Other programs: Olive and MLflow."""
+"""Integrations with other programs: Olive and MLflow."""

@@ -1,7 +1,7 @@
-"""Runs logged to MLflow: what was asked, what came of it, and the files.
+"""Logging of runs to MLflow: parameters, metrics and files.
 
 Experiment, credentials and the rest are MLflow's own environment variables (``MLFLOW_EXPERIMENT_NAME``,
-``MLFLOW_TRACKING_TOKEN``; ``MLFLOW_RUN_ID`` names a run to log to in place of a new one).
+``MLFLOW_TRACKING_TOKEN``; ``MLFLOW_RUN_ID`` names a run to log to instead of a new one).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from onnx_oamip.graph.loading import external_paths
 
 Document: TypeAlias = Mapping[str, Any]
 Log: TypeAlias = Callable[[Document, Iterable[Path | None]], None]
-"""Takes the document of a run and files beside the model to keep with it; None stands for a file not asked for."""
+"""Logs the document of a run, and files beside the model; None stands for a file that was not requested."""
 
-MEASURED = (
+VERIFICATION_METRICS = (
     "masked_equivalence",
     "output_relative_error",
     "agreement",
@@ -30,110 +30,132 @@ MEASURED = (
     "latency_ratio",
     "samples",
 )
-LONGEST = 6000
-"""Characters of a parameter's value that every MLflow server takes."""
+MAX_PARAMETER_CHARACTERS = 6000
+"""Length of a parameter's value that every MLflow server accepts."""
 
 
 @contextmanager
 def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
-    """An MLflow run around some work, which calls what this yields with its document.
+    """Run some work inside an MLflow run.
 
-    ``uri``: where MLflow keeps runs, empty for what MLflow is set to, None for no run at all. ``asked``: parameters,
-    logged at once; the document adds those that it alone knows. Work that fails leaves a run marked FAILED (KILLED
-    where it was interrupted) with the tag ``error``. Raises EnvironmentMissing without MLflow and OutputError where it
-    cannot log there, both before the work; OutputError where it could not log the result.
+    Work that fails leaves a run marked FAILED (KILLED if it was interrupted) with the tag ``error``.
+
+    Args:
+        uri: Tracking URI, empty for the one that MLflow is set to, None for no MLflow run at all.
+        asked: Parameters, logged at once. The document adds those that are known only at the end.
+
+    Yields:
+        Function to call with the document of the run.
+
+    Raises:
+        EnvironmentMissing: MLflow is not installed.
+        OutputError: MLflow cannot log there (before the work), or could not log the result.
     """
     if uri is None:
         yield lambda *_: None
         return
     with imports_of("mlflow", "`mlflow`"):
         import mlflow
-    given = _parameters(asked)
-    with _told(mlflow, "cannot be used; nothing was done"):
+    parameters = _parameters(asked)
+    with _reported(mlflow, "cannot be used; nothing was done"):
         if uri:
             mlflow.set_tracking_uri(uri)
         mlflow.start_run(nested=True)
 
     def log(document: Document, files: Iterable[Path | None]) -> None:
-        written = document["output"]["path"]
-        kept = f"; the model itself was written to {written}" if written else ""
-        with _told(mlflow, f"did not take the result{kept}"):
-            found = _parameters(
-                {**document["settings"], "model_sha256": document["model"]["sha256"]}
-            )
-            mlflow.log_params({name: value for name, value in found.items() if name not in given})
-            mlflow.log_metrics(metrics(document))
-            mlflow.set_tags(
-                {f"version.{name}": value for name, value in document["versions"].items() if value}
-            )
-            mlflow.log_dict(dict(document), "report.json")
-            for path in (*([Path(written), *external_paths(written)] if written else ()), *files):
-                if path is not None:
-                    mlflow.log_artifact(str(path))
+        output = document["output"]["path"]
+        addition = f"; the model itself was written to {output}" if output else ""
+        with _reported(mlflow, f"did not take the result{addition}"):
+            _log_document(mlflow, document, parameters)
+            for path in _written_files(output, files):
+                mlflow.log_artifact(str(path))
 
     try:
-        with _told(mlflow, "did not take the parameters; nothing was done"):
-            mlflow.log_params(given)
+        with _reported(mlflow, "did not take the parameters; nothing was done"):
+            mlflow.log_params(parameters)
         yield log
     except BaseException as error:
-        with suppress(Exception):  # what failed first is what the user must see
+        # The user must see the first failure, not one of marking the run.
+        with suppress(Exception):
             mlflow.set_tag("error", str(error) or type(error).__name__)
             mlflow.end_run("FAILED" if isinstance(error, Exception) else "KILLED")
         raise
-    with _told(mlflow, "took the result, but not the end of the run"):
+    with _reported(mlflow, "took the result, but not the end of the run"):
         mlflow.end_run()
 
 
-def metrics(document: Document) -> dict[str, float]:
-    """Numbers of a document of ``prune`` or ``plan``, without what was not measured.
+def _log_document(mlflow: Any, document: Document, logged: Mapping[str, str]) -> None:
+    """Log parameters that were not logged yet, metrics, versions and the document itself."""
+    known_at_the_end = {**document["settings"], "model_sha256": document["model"]["sha256"]}
+    parameters = _parameters(known_at_the_end)
+    mlflow.log_params({name: value for name, value in parameters.items() if name not in logged})
+    mlflow.log_metrics(metrics(document))
+    versions = document["versions"].items()
+    mlflow.set_tags({f"version.{name}": version for name, version in versions if version})
+    mlflow.log_dict(dict(document), "report.json")
 
-    ``macs_before``, ``macs_after`` (of a plan ``macs_predicted``) and ``macs_kept``, their ratio; the same for params
-    and bytes; what ``verification`` holds, by its names; ``groups`` and ``skipped`` as counts; ``seconds.STAGE``.
+
+def _written_files(output: str | None, files: Iterable[Path | None]) -> list[Path]:
+    """The model with the weights beside it, and the other files of a run."""
+    paths: list[Path] = []
+    if output:
+        paths += [Path(output), *external_paths(output)]
+    paths += [path for path in files if path is not None]
+    return paths
+
+
+def metrics(document: Document) -> dict[str, float]:
+    """Collect the numbers of a document.
+
+    Args:
+        document: Document of ``prune`` or ``plan``.
+
+    Returns:
+        ``macs_before``, ``macs_after`` (``macs_predicted`` of a plan) and their ratio ``macs_kept``; the same for
+        params and bytes; the measurements of ``verification`` by their names; the counts ``groups`` and ``skipped``;
+        ``seconds.STAGE``. Numbers that were not measured are left out.
     """
     when = "after" if "after" in document else "predicted"
-    found: dict[str, float | None] = {}
-    for name, old in document["before"].items():
-        new = document[when][name]
-        found.update(
-            {
-                f"{name}_before": old,
-                f"{name}_{when}": new,
-                f"{name}_kept": new / old if old else None,
-            }
-        )
-    checked = document.get("verification", {})
-    found.update({name: checked.get(name) for name in MEASURED})
-    found.update({name: len(document[name]) for name in ("groups", "skipped")})
-    found.update(
-        {
-            f"seconds.{stage.replace(' ', '_')}": value
-            for stage, value in document["timings"].items()
-        }
-    )
-    return {name: float(value) for name, value in found.items() if value is not None}
+    numbers: dict[str, float | None] = {}
+    for name, before in document["before"].items():
+        after = document[when][name]
+        numbers[f"{name}_before"] = before
+        numbers[f"{name}_{when}"] = after
+        numbers[f"{name}_kept"] = after / before if before else None
+    verification = document.get("verification", {})
+    for name in VERIFICATION_METRICS:
+        numbers[name] = verification.get(name)
+    for name in ("groups", "skipped"):
+        numbers[name] = len(document[name])
+    for stage, seconds in document["timings"].items():
+        numbers[f"seconds.{stage.replace(' ', '_')}"] = seconds
+    return {name: float(value) for name, value in numbers.items() if value is not None}
 
 
 def _parameters(values: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters as text: words and paths as they are, all else as JSON; what is not set is left out."""
-    found = {
-        n: str(v) if isinstance(v, (str, Path)) else json.dumps(v)
-        for n, v in values.items()
-        if v is not None
-    }
-    return {name: text[:LONGEST] for name, text in found.items()}
+    """Parameters as text: words and paths as they are, everything else as JSON. Unset ones are left out."""
+    parameters = {}
+    for name, value in values.items():
+        if value is None:
+            continue
+        text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+        parameters[name] = text[:MAX_PARAMETER_CHARACTERS]
+    return parameters
 
 
 @contextmanager
-def _told(mlflow: Any, what: str) -> Iterator[None]:
-    """Errors of MLflow, and of whatever client its stores use, as one sentence."""
+def _reported(mlflow: Any, finding: str) -> Iterator[None]:
+    """Report errors of MLflow, and of the clients of its stores, in one sentence."""
     try:
         yield
     except Exception as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].rstrip(".")
         if "MLFLOW_ALLOW_FILE_STORE" in str(error):
-            why = "it keeps runs in folders only where MLFLOW_ALLOW_FILE_STORE=true is set, and otherwise in a database"
-            why = f"{why} such as sqlite:///mlflow.db"
-        text = f"MLflow at {mlflow.get_tracking_uri()} {what}: {why}."
-        raise OutputError(
-            re.sub(r"//[^/@\s]*@", "//", text)
-        ) from error  # a URI may hold a password
+            reason = (
+                "it keeps runs in folders only where MLFLOW_ALLOW_FILE_STORE=true is set, and otherwise in a database "
+                "such as sqlite:///mlflow.db"
+            )
+        text = f"MLflow at {mlflow.get_tracking_uri()} {finding}: {reason}."
+        # A URI may hold a password.
+        raise OutputError(re.sub(r"//[^/@\s]*@", "//", text)) from error

@@ -1,4 +1,4 @@
-"""A pass for Olive (microsoft/Olive, ``olive-ai``), so that pruning is one step of its workflows.
+"""A pass for Olive (microsoft/Olive, ``olive-ai``), which makes pruning one step of its workflows.
 
 Olive finds passes by name in a package configuration. ``python -m onnx_oamip.integrations.olive > passes.json`` writes
 the one that ships with Olive and this pass, for ``olive run --config workflow.json --package-config passes.json``. From
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -38,14 +38,14 @@ except ImportError as missing:
         "pip install 'onnx-oamip[olive]'."
     ) from missing
 
-SEARCHED = tuple(kind.name for kind in KINDS if kind.name != "threshold")
-"""Budgets that a search of Olive may be given lists of values for."""
+SEARCHED_BUDGETS = tuple(kind.name for kind in KINDS if kind.name != "threshold")
+"""Budgets for which a search of Olive accepts lists of values."""
 SETTINGS = {name: field for name, field in Settings.model_fields.items() if name != "device"}
-"""The device is Olive's to choose: its accelerator."""
+"""Options of the pass. The device is chosen by Olive: its accelerator."""
 
 
 class OnnxOamip(Pass):  # type: ignore[misc]
-    """Removes channels and neurons of an ONNX model to a budget, refits the rest and checks the result.
+    """Prunes an ONNX model to a budget, refits it and verifies the result.
 
     Options are the settings of ``onnx-oamip prune``, and samples: ``data`` as on the command line, or ``data_config``,
     the name of one of Olive's; likewise ``eval_data`` and ``eval_data_config``.
@@ -53,7 +53,14 @@ class OnnxOamip(Pass):  # type: ignore[misc]
 
     @staticmethod
     def is_accelerator_agnostic(accelerator_spec: Any) -> bool:  # noqa: ARG004
-        """Latency, and the widths that pay, are measured on the accelerator."""
+        """Report that the pass depends on the accelerator.
+
+        Args:
+            accelerator_spec: Not used.
+
+        Returns:
+            False: latency, and the widths that reduce it, are measured on the accelerator.
+        """
         return False
 
     @classmethod
@@ -63,7 +70,7 @@ class OnnxOamip(Pass):  # type: ignore[misc]
                 type_=field.annotation,
                 default_value=field.get_default(),
                 # Olive takes lists of values only for options that have something to search.
-                search_defaults=Categorical([None]) if name in SEARCHED else None,
+                search_defaults=Categorical([None]) if name in SEARCHED_BUDGETS else None,
                 description=f"As `{name}` of onnx_oamip.Settings.",
             )
             for name, field in SETTINGS.items()
@@ -87,33 +94,34 @@ class OnnxOamip(Pass):  # type: ignore[misc]
             raise SettingsError(
                 f"OnnxOamip prunes ONNX models, not {type(model).__name__}; convert the model first."
             )
-        device = (
-            "cuda" if self.accelerator_spec.execution_provider == "CUDAExecutionProvider" else "cpu"
-        )
-        settings = Settings.create(
-            **{name: getattr(config, name) for name in SETTINGS}, device=device
-        )
+        provider = self.accelerator_spec.execution_provider
+        device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
+        options = {name: getattr(config, name) for name in SETTINGS}
+        settings = Settings.create(**options, device=device)
         output = Path(resolve_onnx_path(output_model_path))
         output.parent.mkdir(parents=True, exist_ok=True)
-        found = pipeline.prune(
+        report = pipeline.prune(
             model.model_path,
             _source(config, "data"),
             output,
             settings,
             _source(config, "eval_data"),
         )
-        document = documents.document(found)
+        document = documents.document(report)
         pruned = model_proto_to_olive_model(onnx.load(output), output, config)
-        kept = {name: document[name] for name in ("before", "after", "verification", "notes")}
-        pruned.model_attributes = {**(model.model_attributes or {}), "onnx_oamip": kept}
+        summary = {name: document[name] for name in ("before", "after", "verification", "notes")}
+        pruned.model_attributes = {**(model.model_attributes or {}), "onnx_oamip": summary}
         return pruned
 
 
 def package_config() -> dict[str, Any]:
-    """Olive's package configuration with this pass in it."""
-    content: dict[str, Any] = json.loads(
-        Path(OlivePackageConfig.get_default_config_path()).read_text(encoding="utf-8")
-    )
+    """Build the package configuration for Olive.
+
+    Returns:
+        The configuration that ships with Olive, with this pass added.
+    """
+    default = Path(OlivePackageConfig.get_default_config_path())
+    content: dict[str, Any] = json.loads(default.read_text(encoding="utf-8"))
     content["passes"][OnnxOamip.__name__] = {
         "module_path": f"onnx_oamip.integrations.olive.{OnnxOamip.__name__}",
         "supported_providers": ["CPUExecutionProvider", "CUDAExecutionProvider"],
@@ -127,42 +135,62 @@ def package_config() -> dict[str, Any]:
     return content
 
 
+class _Batch(NamedTuple):
+    """One batch of an Olive data set: arrays by input name, and labels if it yields any."""
+
+    inputs: Any
+    labels: Any
+
+
 def _source(config: Any, name: str) -> str | Mapping[str, Array] | None:
-    """A path as it is, or all batches of one of Olive's data sets as arrays by input name, with ``labels``."""
-    given, path = getattr(config, f"{name}_config"), getattr(config, name)
-    if given is None:
+    """Data of the pass: a path, or all batches of an Olive data set as arrays by input name, with ``labels``."""
+    data_config = getattr(config, f"{name}_config")
+    path = getattr(config, name)
+    if data_config is None:
         return None if path is None else str(path)
     if path is not None:
         raise SettingsError(f"{name} and {name}_config are both given; leave out one of them.")
-    batches = list(validate_config(given, DataConfig).to_data_container().create_dataloader())
-    pairs = [b if isinstance(b, (tuple, list)) and len(b) == 2 else (b, None) for b in batches]
-    if not pairs or not all(isinstance(inputs, Mapping) for inputs, _ in pairs):
+    batches = _batches(data_config)
+    if not batches or not all(isinstance(batch.inputs, Mapping) for batch in batches):
         raise DataError(
             f"{name}_config yields no batches by input name; its data set must give dicts of arrays."
         )
+    arrays = {}
     try:
-        found = {
-            key: np.concatenate([_array(inputs[key]) for inputs, _ in pairs]) for key in pairs[0][0]
-        }
+        for key in batches[0].inputs:
+            arrays[key] = np.concatenate([_array(batch.inputs[key]) for batch in batches])
     except (KeyError, ValueError) as error:
-        message = (
+        raise DataError(
             f"{name}_config yields batches of unequal names or shapes ({error}); make them equal."
-        )
-        raise DataError(message) from error
-    return {**_labels([labels for _, labels in pairs]), **found}
+        ) from error
+    return {**_labels([batch.labels for batch in batches]), **arrays}
+
+
+def _batches(data_config: Any) -> list[_Batch]:
+    loader = validate_config(data_config, DataConfig).to_data_container().create_dataloader()
+    batches = []
+    for batch in loader:
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            batches.append(_Batch(*batch))
+        else:
+            batches.append(_Batch(batch, None))
+    return batches
 
 
 def _labels(batches: list[Any]) -> dict[str, Array]:
-    """Classes, where there are any: Olive's own data sets give every sample the label 0 where they know none."""
+    """Classes, if there are any: Olive's own data sets label every sample 0 if they know none."""
     parts = [np.atleast_1d(_array(part)) for part in batches if part is not None]
-    if not parts or any(p.ndim != 1 or p.dtype.kind not in "iu" for p in parts):
+    if not parts or any(part.ndim != 1 or part.dtype.kind not in "iu" for part in parts):
         return {}
     labels = np.concatenate(parts)
     return {"labels": labels} if len(np.unique(labels)) > 1 else {}
 
 
 def _array(value: Any) -> Array:
-    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    """A numpy array of a tensor of PyTorch or of anything that numpy accepts."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+    return np.asarray(value)
 
 
 if __name__ == "__main__":

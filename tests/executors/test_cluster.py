@@ -272,7 +272,7 @@ def test_task_that_kills_its_workers_is_reported(
 def test_losing_every_worker_is_reported(
     local: Any, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "PATIENCE", 0.5)
+    monkeypatch.setattr(cluster, "MAX_SECONDS_WITHOUT_WORKERS", 0.5)
     try:
         with pytest.raises(
             EnvironmentMissing, match=r"no worker is left at `scheduler=tcp://.*, with [1-9] of 40"
@@ -344,7 +344,7 @@ def test_unreachable_scheduler_is_reported(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cluster, "TIMEOUT", 0.5)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
     assert f"--scheduler {where}: no Dask scheduler answers there" in _refused(
         place, capsys, "--scheduler", where
     )
@@ -364,7 +364,7 @@ def test_workers_with_other_versions_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    known = cluster.facts()
+    known = cluster.environment()
     monkeypatch.setattr(
         cluster, "facts", lambda: tuple((n, "1.0" if n == "numpy" else v) for n, v in known)
     )
@@ -376,7 +376,7 @@ def test_workers_with_other_versions_are_refused(
 def test_scheduler_of_another_version_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "misfit", executor_tasks.misfit)
+    monkeypatch.setattr(cluster, "mismatch", executor_tasks.mismatch)
     with pytest.raises(
         EnvironmentMissing, match=r"the scheduler tcp://\S+ has python 1\.0, and here"
     ):
@@ -386,8 +386,8 @@ def test_scheduler_of_another_version_is_refused(
 def test_late_worker_with_other_versions_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "facts", lambda: (("numpy", "1.0"), ("distributed", "1.0")))
-    monkeypatch.setattr(cluster.Cluster, "_meet", lambda *_: None)
+    monkeypatch.setattr(cluster, "environment", lambda: (("numpy", "1.0"), ("distributed", "1.0")))
+    monkeypatch.setattr(cluster.Cluster, "_check_environments", lambda *_: None)
     with pytest.raises(EnvironmentMissing, match=r"the worker tcp://\S+ has numpy"):
         executor(scheduler=address).map(executor_tasks.add, 1, [1])
 

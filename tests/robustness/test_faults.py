@@ -391,7 +391,7 @@ def _lost_worker(task: Path, stage: Stage, scheduler: str, kill: Callable[[], No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "onnx_oamip.executors.cluster.PATIENCE", 300.0
+            "onnx_oamip.executors.cluster.MAX_SECONDS_WITHOUT_WORKERS", 300.0
         )  # a busy machine is slow to start another
         patch.setattr(Cluster, "map", watched)
         # The stage of mint begins where it asks for a place to work, and ends with the run.

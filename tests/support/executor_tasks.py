@@ -49,8 +49,8 @@ def threads(shared: object, item: int) -> int:
     return max(pool["num_threads"] for pool in threadpool_info())
 
 
-def misfit(expected: tuple[tuple[str, str | None], ...], device: str) -> str | None:
-    """As ``cluster.misfit`` where only the scheduler, which is asked for less, is another version."""
+def mismatch(expected: tuple[tuple[str, str | None], ...], device: str) -> str | None:
+    """As ``cluster.mismatch`` where only the scheduler, which is asked for less, is another version."""
     return None if len(expected) > 3 else f"has {expected[1][0]} 1.0, and here is another"
 
 
