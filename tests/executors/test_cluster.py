@@ -366,7 +366,7 @@ def test_workers_with_other_versions_are_refused(
 ) -> None:
     known = cluster.environment()
     monkeypatch.setattr(
-        cluster, "facts", lambda: tuple((n, "1.0" if n == "numpy" else v) for n, v in known)
+        cluster, "environment", lambda: tuple((n, "1.0" if n == "numpy" else v) for n, v in known)
     )
     told = _refused(place, capsys, "--scheduler", address)
     assert "the worker tcp://" in told
