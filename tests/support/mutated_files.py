@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import onnx
 from cases import CASES, unknown_here
-from conftest import ROOT
 from google.protobuf.descriptor import FieldDescriptor as Field
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
-EXPORTS = ROOT / "tests" / "exports"
+EXPORTS = Path(__file__).resolve().parents[1] / "exports"
 NUMBERS = (0, 1, -1, 2, 3, 7, 255, 65536, 2**31 - 1, 2**31, 10**12, 2**62, 2**63 - 1, -(2**63))
 STRINGS = (
     "",
