@@ -8,10 +8,8 @@ from onnx_oamip.api.pipeline import (
     prune as prune,
     score as score,
 )
-from onnx_oamip.artifacts.plan_files import (
-    PlanFile as PlanFile,
-    Planned as Planned,
-)
+from onnx_oamip.artifacts.plan_files import Planned as Planned
+from onnx_oamip.artifacts.plan_schema import PlanFile as PlanFile
 from onnx_oamip.artifacts.score_files import (
     Scored as Scored,
     load_scores as load_scores,

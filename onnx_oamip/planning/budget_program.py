@@ -27,7 +27,6 @@ from onnx_oamip.programs.products import (
     Polynomials,
     linearise,
     reduce_costs,
-    with_thresholds,
 )
 from onnx_oamip.programs.solvers import (
     Limit,
@@ -38,6 +37,7 @@ from onnx_oamip.programs.solvers import (
     relative_gap,
     solve,
 )
+from onnx_oamip.programs.thresholds import with_thresholds
 
 SOLVER_LIMITS = SolverLimits(time_s=60.0, gap=1e-3)
 TIE_BREAK = 1e-6

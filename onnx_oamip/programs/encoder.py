@@ -57,7 +57,8 @@ def power_of_two(size: Floats) -> Floats:
     Returns:
         The least power of two above each number; 1 for 0.
     """
-    return np.where(size > 0, np.ldexp(1.0, np.frexp(size)[1]), 1.0)
+    _, exponent = np.frexp(size)
+    return np.where(size > 0, np.ldexp(1.0, exponent), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +185,8 @@ class Encoder:
         """The windows of all samples with their candidates, as far as bounds tell them apart."""
         size = x.rows // self.images
         of_all_samples = np.arange(self.images)[:, None, None] * size + windows
-        index = np.where(windows >= 0, of_all_samples, -1).reshape(-1, windows.shape[1])
+        places = windows.shape[1]
+        index = np.where(windows >= 0, of_all_samples, -1).reshape(-1, places)
         low = np.where(index >= 0, x.lower[index], -np.inf)
         high = np.where(index >= 0, x.upper[index], -np.inf)
         safest = low.argmax(axis=1)
@@ -236,12 +238,14 @@ class Encoder:
         z = self.variables(len(source), 0.0, 1.0, integer=True)
         candidate_low, _ = self._pooled_interval(x.lower[source], x.upper[source])
         margin = most[window] - candidate_low
-        self.largest = max(self.largest, float(margin.max()))
+        self.note_bound(margin)
         rows = x.take(source)
         maximum = (y[window], unit[window])
+        unless_chosen = (z, margin)
         self.rows(rows, -1.0, [maximum], lower=rows.constant)
-        self.rows(rows, -1.0, [maximum, (z, margin)], upper=rows.constant + margin)
-        self.builder.rows(count, (window, z, 1.0), lower=1.0, upper=1.0)
+        self.rows(rows, -1.0, [maximum, unless_chosen], upper=rows.constant + margin)
+        one_per_window = (window, z, 1.0)
+        self.builder.rows(count, one_per_window, lower=1.0, upper=1.0)
 
         def step(values: Floats) -> None:
             candidates = rows.at(values)
@@ -280,6 +284,14 @@ class Encoder:
         self.upper = np.append(self.upper, np.broadcast_to(upper, count))
         return self.builder.variables(count, lower, upper, integer=integer)
 
+    def note_bound(self, magnitude: Floats) -> None:
+        """Record the bounds that enter the program as coefficients.
+
+        Args:
+            magnitude: Magnitudes of the bounds, at least one.
+        """
+        self.largest = max(self.largest, float(magnitude.max()))
+
     def measured(self, lower: Floats, upper: Floats) -> tuple[Ints, Floats]:
         """Add variables that are scaled to a range of about one.
 
@@ -290,8 +302,10 @@ class Encoder:
         Returns:
             Indices of the variables, and the unit by which each is multiplied to give its number.
         """
-        unit = power_of_two(np.maximum(np.abs(lower), np.abs(upper)))
-        return self.variables(len(unit), lower / unit, upper / unit), unit
+        magnitude = np.maximum(np.abs(lower), np.abs(upper))
+        unit = power_of_two(magnitude)
+        variables = self.variables(len(unit), lower / unit, upper / unit)
+        return variables, unit
 
     def rows(
         self,
@@ -327,7 +341,8 @@ class Encoder:
         largest = np.zeros(count)
         np.maximum.at(largest, row, np.abs(value))
         unit = power_of_two(largest)
-        self.builder.rows(count, (row, column, value / unit[row]), lower / unit, upper / unit)
+        entries_in_units = (row, column, value / unit[row])
+        self.builder.rows(count, entries_in_units, lower / unit, upper / unit)
 
     def require(self, expression: Expression, lower: Floats | float, upper: Floats | float) -> None:
         """State a range of rows. A row of one variable becomes its bound; the others are added lazily.
@@ -384,7 +399,8 @@ class Encoder:
             return Rows(csr_array((0, columns)), np.zeros(0), np.zeros(0))
         blocks = [widen(part.rows.matrix, columns) for part in self.lazy]
         matrix = csr_array(vstack(blocks, format="csr"))
-        unit = power_of_two(abs(matrix).max(axis=1).toarray().reshape(-1))
+        largest = abs(matrix).max(axis=1).toarray()
+        unit = power_of_two(largest.reshape(-1))
         lower = np.concatenate([part.lower for part in self.lazy])
         upper = np.concatenate([part.upper for part in self.lazy])
         return Rows(csr_array(matrix / unit[:, None]), lower / unit, upper / unit)

@@ -75,15 +75,17 @@ class Exact(Encoder):
         s = self.keep[unit[where]]
         low, high = rows.lower, rows.upper
         h, size = self.measured(np.minimum(low, 0), np.maximum(high, 0))
-        magnitude = np.maximum(np.abs(low), np.abs(high))
-        self.largest = max(self.largest, float(magnitude.max()))
+        self.note_bound(np.maximum(np.abs(low), np.abs(high)))
         zero = Expression.of(np.zeros(len(where)))
-        self.rows(zero, 1.0, [(h, size), (s, -high)], upper=0.0)
+        product = (h, size)
+        minus_high_s = (s, -high)
+        minus_low_s = (s, -low)
+        self.rows(zero, 1.0, [product, minus_high_s], upper=0.0)
         # Without a negative bound, ``h >= 0`` is the variable's own bound.
         if (low != 0).any():
-            self.rows(zero, 1.0, [(h, size), (s, -low)], lower=0.0)
-        self.rows(rows, -1.0, [(h, size), (s, -high)], lower=rows.constant - high)
-        self.rows(rows, -1.0, [(h, size), (s, -low)], upper=rows.constant - low)
+            self.rows(zero, 1.0, [product, minus_low_s], lower=0.0)
+        self.rows(rows, -1.0, [product, minus_high_s], lower=rows.constant - high)
+        self.rows(rows, -1.0, [product, minus_low_s], upper=rows.constant - low)
 
         def step(values: Floats) -> None:
             values[h] = values[s] * rows.at(values) / size
@@ -114,7 +116,9 @@ class Exact(Encoder):
             on, mixed = signs(a)
         lower = np.maximum(a.lower, 0)
         upper = np.maximum(a.upper, 0)
-        result = replace(only(a, on), lower=np.where(on, lower, 0), upper=np.where(on, upper, 0))
+        known_lower = np.where(on, lower, 0)
+        known_upper = np.where(on, upper, 0)
+        result = replace(only(a, on), lower=known_lower, upper=known_upper)
         if unit is not None:
             result = self.gate(result, unit)
             # A gated row may be 0 whatever its own interval.
@@ -135,8 +139,9 @@ class Exact(Encoder):
     ) -> Expression:
         """Add the gated ReLUs of the rows ``where`` to the result."""
         count = len(where)
-        rows, low, high = a.take(where), a.lower[where], a.upper[where]
-        self.largest = max(self.largest, float(np.maximum(-low, high).max()))
+        rows = a.take(where)
+        low, high = rows.lower, rows.upper
+        self.note_bound(np.maximum(-low, high))
         h, size = self.measured(np.zeros(count), high)
         v = self.variables(count, 0.0, 1.0, integer=not self.relax)
         zero = Expression.of(np.zeros(count))
@@ -144,23 +149,26 @@ class Exact(Encoder):
         gated = np.flatnonzero(gate >= 0)
         free = np.flatnonzero(gate < 0)
         s = self.keep[gate[gated]]
-        self.rows(rows.take(free), -1.0, [(h[free], size[free])], lower=rows.constant[free])
-        self.rows(
-            rows.take(gated),
-            -1.0,
-            [(h[gated], size[gated]), (s, -high[gated])],
-            lower=(rows.constant - high)[gated],
-        )
-        self.rows(zero.take(gated), 1.0, [(v[gated], 1.0), (s, -1.0)], upper=0.0)
-        self.rows(rows, -1.0, [(h, size), (v, -low)], upper=rows.constant - low)
-        self.rows(zero, 1.0, [(h, size), (v, -high)], upper=0.0)
+        # h >= a where there is no gate, and h >= a - (1 - s) U where there is one.
+        h_free = (h[free], size[free])
+        self.rows(rows.take(free), -1.0, [h_free], lower=rows.constant[free])
+        h_gated = (h[gated], size[gated])
+        minus_high_s = (s, -high[gated])
+        above = (rows.constant - high)[gated]
+        self.rows(rows.take(gated), -1.0, [h_gated, minus_high_s], lower=above)
+        # v <= s, h <= a - (1 - v) L and h <= v U.
+        v_gated, minus_s = (v[gated], 1.0), (s, -1.0)
+        self.rows(zero.take(gated), 1.0, [v_gated, minus_s], upper=0.0)
+        activation, minus_low_v, minus_high_v = (h, size), (v, -low), (v, -high)
+        self.rows(rows, -1.0, [activation, minus_low_v], upper=rows.constant - low)
+        self.rows(zero, 1.0, [activation, minus_high_v], upper=0.0)
 
         def step(values: Floats) -> None:
-            activation = rows.at(values)
+            pre_activation = rows.at(values)
             share = np.ones(count)
             share[gated] = values[s]
-            values[h] = share * np.maximum(activation, 0) / size
-            values[v] = share * (activation > 0)
+            values[h] = share * np.maximum(pre_activation, 0) / size
+            values[v] = share * (pre_activation > 0)
 
         self.steps.append(step)
         return plus(result, where, h, size, columns=self.builder.n_variables)

@@ -66,18 +66,20 @@ class Paper(Encoder):
         """Add the ReLUs of the rows ``where`` to the result."""
         low, high = limits
         count = len(where)
-        self.largest = max(self.largest, float(np.maximum(-low, high).max()))
+        self.note_bound(np.maximum(-low, high))
         h, size = self.measured(np.zeros(count), high)
         v = self.variables(count, 0.0, 1.0, integer=not self.relax)
         zero = Expression.of(np.zeros(count))
-        self.rows(rows, -1.0, [(h, size)], lower=rows.constant)
-        self.rows(rows, -1.0, [(h, size), (v, -low)], upper=rows.constant - low)
-        self.rows(zero, 1.0, [(h, size), (v, -high)], upper=0.0)
+        # h >= a, h <= a - (1 - v) L and h <= v U.
+        activation, minus_low_v, minus_high_v = (h, size), (v, -low), (v, -high)
+        self.rows(rows, -1.0, [activation], lower=rows.constant)
+        self.rows(rows, -1.0, [activation, minus_low_v], upper=rows.constant - low)
+        self.rows(zero, 1.0, [activation, minus_high_v], upper=0.0)
 
         def step(values: Floats) -> None:
-            activation = rows.at(values)
-            values[h] = np.maximum(activation, 0) / size
-            values[v] = activation > 0
+            pre_activation = rows.at(values)
+            values[h] = np.maximum(pre_activation, 0) / size
+            values[v] = pre_activation > 0
 
         self.steps.append(step)
         return plus(result, where, h, size, columns=self.builder.n_variables)

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT
 
 import onnx_oamip
-from onnx_oamip.artifacts.plan_files import GroupEntry
+from onnx_oamip.artifacts.plan_schema import GroupEntry
 from onnx_oamip.cli import cli, main
 from tools.bench import __main__ as bench
 from tools.bench import picture, readme
