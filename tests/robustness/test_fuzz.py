@@ -812,9 +812,9 @@ def test_broken_plans_are_refused_in_one_sentence(
 CONFIGS = {
     "deep": (f"macs = {DEEP}", "is no valid TOML"),
     "digits": (f"seed = {'9' * 5000}", "is no valid TOML"),
-    "without end": ("seed = inf", "'inf' is not a valid"),
-    "a date": ("seed = 2020-01-01", "'2020-01-01' is not a valid"),
-    "half": ("seed = 1.5", "'1.5' is not a valid"),
+    "without end": ("seed = inf", "'inf' is not a whole number"),
+    "a date": ("seed = 2020-01-01", "'2020-01-01' is not a whole number"),
+    "half": ("seed = 1.5", "'1.5' is not a whole number"),
     "no name of a file": ('data = "\\u0000"', "no such data file"),
 }
 
