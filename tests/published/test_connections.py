@@ -24,7 +24,9 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import iterative
-from onnx_oamip.published.nnrelief import absolute_signal, masked_ridge, score
+from onnx_oamip.published.nnrelief import absolute_signal, masked_ridge
+from onnx_oamip.published.nnrelief.connection_shares import layers as connection_layers
+from onnx_oamip.published.nnrelief.selection import Rules
 from onnx_oamip.reporting import documents
 from onnx_oamip.verification.latency import Ratio
 
@@ -97,12 +99,12 @@ def test_without_refit_the_result_is_the_original_with_zeros(tmp_path: Path, net
     coupling = couple(original)
     samples = dataset.hold_out(dataset.load(path / "data.npz", original), 0)[0]
     signal = absolute_signal.collect(original, coupling, samples, "cpu")
-    layers = score.layers(original, coupling, signal)
-    chosen = score.rule(original, coupling, signal, layers)(0.7)
+    layers = connection_layers(original, coupling, signal)
+    chosen = Rules(original, coupling, signal, layers).select(0.7)
     for layer in layers:
         if layer.prunable:
-            kept = int(chosen.masks[layer.place.node.name].weights.sum())
-            value = after[layer.place.node.name, layer.place.weight_slot]
+            kept = int(chosen.masks[layer.site.node.name].weights.sum())
+            value = after[layer.site.node.name, layer.site.weight_slot]
             per = value.size // layer.shares.size
             assert int(np.count_nonzero(value)) == kept * per
     assert not np.isnan(found.verification.output_relative_error or 0.0)
@@ -122,7 +124,7 @@ def test_least_squares_on_a_support_equals_direct_solves(count: int) -> None:
     x, r = rng.standard_normal((2, 60, 12)), rng.standard_normal((2, 60, count))
     support = rng.random((2, count, 12)) < 0.4
     support[0, 0] = False
-    found = masked_ridge.supported(x, r, 50, support)(50, 0.1)
+    found = masked_ridge.masked_solver(x, r, 50, support)(50, 0.1)
     for g in range(2):
         a, b = x[g, :50] - x[g, :50].mean(axis=0), r[g, :50] - r[g, :50].mean(axis=0)
         strength = 0.1 * np.square(a).sum(axis=0).mean()
@@ -140,9 +142,9 @@ def test_conjugate_gradients_equal_direct_solves(monkeypatch: pytest.MonkeyPatch
     x = rng.standard_normal((400, 50)) @ rng.standard_normal((50, 50))
     gram, cross = x.T @ x, x.T @ rng.standard_normal((400, 30))
     support = rng.random((30, 50)) < 0.8
-    direct = masked_ridge.solve_supported(gram, cross, support, 0.1)
+    direct = masked_ridge.solve_masked(gram, cross, support, 0.1)
     monkeypatch.setattr(masked_ridge, "DEARER", 1e9)
-    turned = masked_ridge.solve_supported(gram, cross, support, 0.1)
+    turned = masked_ridge.solve_masked(gram, cross, support, 0.1)
     assert not np.array_equal(turned, direct)
     np.testing.assert_allclose(turned, direct, atol=1e-4 * np.abs(direct).max())
     assert not turned[~support.T].any()

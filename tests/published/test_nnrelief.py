@@ -23,31 +23,36 @@ from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import Editor
 from onnx_oamip.published.nnrelief import absolute_signal, score
+from onnx_oamip.published.nnrelief.connection_shares import Layer, contributions, layers, shares
 from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS, Signal
-from onnx_oamip.published.nnrelief.score import (
-    Layer,
+from onnx_oamip.published.nnrelief.selection import (
     Mask,
-    contributions,
+    Rules,
+    dead,
     faint,
     keep_alpha,
     needed,
-    shares,
+    ranked,
+    sweep,
 )
+from onnx_oamip.published.nnrelief.unit_worth import worth
 
 
 def heard(model: Model, values: dict[str, Array], exact: bool = False, batch: int = 7) -> Signal:
     found = dataset.load(values, model)
     assert found is not None
-    return absolute_signal.collect(model, couple(model), found, "cpu", batch, exact=exact)
+    return absolute_signal.collect(
+        model, couple(model), found, "cpu", batch_size=batch, exact=exact
+    )
 
 
 def layer(model: Model, signal: Signal, name: str) -> Layer:
-    found = score.layers(model, couple(model), signal)
-    return next(x for x in found if x.place.weight == name)
+    found = layers(model, couple(model), signal)
+    return next(x for x in found if x.site.weight == name)
 
 
 def reached(model: Model, signal: Signal, name: str) -> tuple[Array, Array]:
-    place = layer(model, signal, name).place
+    place = layer(model, signal, name).site
     return contributions(model, place, signal, Editor(model.proto).whole_bias(place))
 
 
@@ -264,15 +269,15 @@ def swept(
 ) -> tuple[dict[str, Mask], Array, Coupling]:
     """The sweep after everything that reads the given inputs of a weight was pruned."""
     coupling = couple(model)
-    found = score.layers(model, coupling, signal)
+    found = layers(model, coupling, signal)
     masks = {}
     for x in found:
         weights = np.ones(x.shares.shape, bool)
-        if x.place.weight in cuts:
-            weights[..., cuts[x.place.weight]] = False
-        masks[x.place.node.name] = Mask(weights, np.ones(x.bias.shape, bool))
-    result, units = score.sweep(coupling, found, masks)
-    return {x.place.weight: result[x.place.node.name] for x in found}, units, coupling
+        if x.site.weight in cuts:
+            weights[..., cuts[x.site.weight]] = False
+        masks[x.site.node.name] = Mask(weights, np.ones(x.bias.shape, bool))
+    result, units = sweep(coupling, found, masks)
+    return {x.site.weight: result[x.site.node.name] for x in found}, units, coupling
 
 
 def test_backward_sweep_follows_a_chain(tmp_path: Path) -> None:
@@ -332,10 +337,10 @@ def test_dead_units_have_no_connection_at_any_alpha(tmp_path: Path) -> None:
     model = load(proto, tmp_path)
     coupling = couple(model)
     signal = heard(model, samples(model, 30))
-    found = score.layers(model, coupling, signal)
-    silent = score.dead(coupling, signal)
+    found = layers(model, coupling, signal)
+    silent = dead(coupling, signal)
     assert {3, 7} <= set(np.flatnonzero(~coupling.keep(("h", 1), ~silent)).tolist())
-    kept = score.rule(model, coupling, signal, found)(1.0)
+    kept = Rules(model, coupling, signal, found).select(1.0)
     assert not kept.units[silent].any()
     statistics = Statistics({ABSOLUTE_ACTIVATIONS: signal}, 30, "cpu")
     scores = score.score(
@@ -353,9 +358,9 @@ def test_faint_branches_are_removed(tmp_path: Path) -> None:
     tensor.CopyFrom(numpy_helper.from_array(weight, "w3"))
     model = load(proto, tmp_path)
     coupling, signal = couple(model), heard(model, samples(model, 6))
-    found = score.layers(model, coupling, signal)
-    chosen = score.rule(model, coupling, signal, found)(0.95)
-    name = next(x.place.node.name for x in found if x.place.weight == "w3")
+    found = layers(model, coupling, signal)
+    chosen = Rules(model, coupling, signal, found).select(0.95)
+    name = next(x.site.node.name for x in found if x.site.weight == "w3")
     assert np.flatnonzero(chosen.muted[name]).tolist() == [2]
     assert not chosen.masks[name].weights[0, 2].any()
     assert coupling.keep(("s", 1), chosen.units).all()  # the other branch carries it on
@@ -367,10 +372,10 @@ def test_faint_branches_are_removed(tmp_path: Path) -> None:
 def test_outgoing_shares_of_a_chain(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     coupling, signal = couple(model), heard(model, samples(model, 10))
-    found = {x.place.weight: x for x in score.layers(model, coupling, signal)}
+    found = {x.site.weight: x for x in layers(model, coupling, signal)}
     last = found["w3"].shares[0].sum(axis=0) / 4
     first = last @ found["w2"].shares[0]
-    values = score.outgoing(model, coupling, signal, list(found.values()))
+    values, _ = worth(model, coupling, signal, list(found.values()))
     np.testing.assert_allclose(values[coupling.axes["r", 1]], last, rtol=1e-12)
     np.testing.assert_allclose(values[coupling.axes["h", 1]], first, rtol=1e-12)
 
@@ -378,12 +383,12 @@ def test_outgoing_shares_of_a_chain(tmp_path: Path) -> None:
 def test_residual_sum_splits_the_worth_of_a_channel(tmp_path: Path) -> None:
     model = load(build(NETS["residual"]), tmp_path)
     coupling, signal = couple(model), heard(model, samples(model, 10))
-    found = {x.place.weight: x for x in score.layers(model, coupling, signal)}
+    found = {x.site.weight: x for x in layers(model, coupling, signal)}
     after = found["w4"].shares[0].sum(axis=0) / 4
     norms = next(iter(signal.joins.values()))[1]
     inner = (after * norms[1] / norms.sum(axis=0)) @ found["w3"].shares[0]
     outer = after + inner @ found["w2"].shares[0]
-    values = score.outgoing(model, coupling, signal, list(found.values()))
+    values, _ = worth(model, coupling, signal, list(found.values()))
     np.testing.assert_allclose(values[coupling.axes["r", 1]], inner, rtol=1e-9)
     np.testing.assert_allclose(values[coupling.axes["s", 1]], outer, rtol=1e-9)
 
@@ -391,22 +396,22 @@ def test_residual_sum_splits_the_worth_of_a_channel(tmp_path: Path) -> None:
 def test_connections_are_ranked_over_all_layers(tmp_path: Path) -> None:
     model = load(build(NETS["mlp"]), tmp_path)
     coupling, signal = couple(model), heard(model, samples(model, 10))
-    found = score.layers(model, coupling, signal)
-    _, pi = score.worth(model, coupling, signal, found)
-    ranks = score.ranked(found, pi)
+    found = layers(model, coupling, signal)
+    _, pi = worth(model, coupling, signal, found)
+    ranks = ranked(found, pi)
     values, places = [], []
     for x in found:
         scale = (
-            pi[x.place.node.name]
-            / pi[x.place.node.name].sum()
+            pi[x.site.node.name]
+            / pi[x.site.node.name].sum()
             / ((x.shares**2).sum(axis=2) + x.bias**2)
         )
         values += [(scale[..., None] * x.shares**2).reshape(-1), (scale * x.bias**2).reshape(-1)]
-        places += [part.reshape(-1) for part in ranks[x.place.node.name]]
+        places += [part.reshape(-1) for part in ranks[x.site.node.name]]
     order = np.argsort(-np.concatenate(values), kind="stable")
     place = np.concatenate(places)
     assert (np.diff(np.concatenate(values)[np.argsort(place)]) <= 1e-15).all()
     assert place[order[0]] == 0
-    half = score.rule(model, coupling, signal, found, pi)(0.5)
+    half = Rules(model, coupling, signal, found, worth=pi).select(0.5)
     kept = sum(int(m.weights.sum() + m.bias.sum()) for m in half.masks.values())
     assert kept <= 0.5 * len(place) + 1

@@ -1,7 +1,7 @@
 """Pruning connection by connection (NNrelief): single weights of dense layers, whole kernels of convolutions.
 
-The result is the same network with zeros. It is no faster in a runtime of dense kernels, and no smaller as a file but
-where zeros are left out (``--sparse``) or compressed; what matters is the count. ``thinning`` does the work.
+The result is the same network with zeros. It is no faster in a runtime of dense kernels, and no smaller as a file
+unless zeros are left out (``sparse``) or compressed; only the count of connections shrinks. ``rounds`` does the work.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
-from onnx_oamip.published.nnrelief.rounds import (
-    Bench,
-    State,
-    Thinned,
-    held,
-)
+from onnx_oamip.published.nnrelief.rounds import ConnectionPruner, Thinned
+from onnx_oamip.published.nnrelief.state import State
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification import equivalence
 
 DROP_TRIES = 7
+"""Networks that the search for the largest drop prunes."""
 LEAST_SHARE = 1e-3
 """Share of connections that the search for the largest drop starts from."""
 DENSE = (
@@ -48,7 +45,18 @@ DENSE = (
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that a report says about it; ``proto`` is what is written, ``dense`` the same with zeros in place."""
+    """A network with pruned connections, and everything that its report contains.
+
+    Attributes:
+        proto: The model to write.
+        dense: The same with zeros in place.
+        scores: Scores of the units.
+        plan: Kept units.
+        connections: Counts by layer and by round.
+        verification: Results of the checks.
+        fits: Refits of the layers.
+        notes: Remarks for the report.
+    """
 
     proto: onnx.ModelProto
     dense: onnx.ModelProto
@@ -61,7 +69,15 @@ class Result:
 
 
 def check(settings: Settings, scored: bool = False) -> None:
-    """Raises SettingsError for settings that say nothing about connections; ``scored``: there are scores already."""
+    """Check that the settings apply to connections.
+
+    Args:
+        settings: Settings of the run.
+        scored: A file of scores is given.
+
+    Raises:
+        SettingsError: A setting does not apply.
+    """
     if scored:
         raise SettingsError(
             "`scores` holds scores of units, and `granularity=connection` scores connections anew."
@@ -101,60 +117,85 @@ def check(settings: Settings, scored: bool = False) -> None:
         )
 
 
-def prune(opened: Context) -> Result:
-    """Prune, refit and check. Raises BudgetNotMet where the budget cannot be met, GateFailed where a gate fails."""
-    settings, model = opened.settings, opened.model
-    evaluation = _evaluation(opened)
-    bench = Bench(opened)
-    if not bench.free:
+def prune(context: Context) -> Result:
+    """Prune the connections of a model, refit the rest, and check the result.
+
+    Args:
+        context: The original model with its calibration samples and its held-out samples.
+
+    Returns:
+        The pruned model with its measurements.
+
+    Raises:
+        BudgetNotMet: The budget cannot be met, or no connection can be pruned.
+        GateFailed: A check fails.
+    """
+    settings, model = context.settings, context.model
+    pruner = ConnectionPruner(context)
+    if not pruner.sites:
         raise BudgetNotMet(
             f"no connection of {model.path} can be pruned: all linear layers are excluded, or have no constant weights "
             "of their own."
         )
-    found = (
-        bench.thin(settings.params)
-        if settings.max_drop is None
-        else _smallest(bench, settings.max_drop)
-    )
+    thinned = _thin(pruner, settings)
     if not settings.no_provenance:
-        provenance.sign(found.proto, model.sha256, _digest(found.state))
-    proto = _sparse(found.proto) if settings.sparse else found.proto
+        provenance.sign(thinned.proto, model.sha256, _digest(thinned.state))
+    proto = _sparse(thinned.proto) if settings.sparse else thinned.proto
+    verification = _verify(context, thinned.proto, proto)
     layers = tuple(
-        LayerConnections(name, bench.size(name), held(found.state, name)) for name in bench.free
+        LayerConnections(name, pruner.size(name), thinned.state.connections_of(name))
+        for name in pruner.sites
     )
-    widths = np.bincount(
-        opened.coupling.unit_group[found.selection.units], minlength=len(opened.coupling.groups)
-    ).astype(np.int64)
-    equivalence.structure(found.proto)
-    if settings.sparse:  # ONNX's shape inference does not look into sparse constants
-        onnx.checker.check_model(proto)
-    after = Session(proto, opened.device, what="the pruned model")
-    before = Session(model.proto, opened.device, what=model.path)
-    batches = equivalence.runs_at(model, after, opened.samples, lambda: before)
-    seen = equivalence.compare(
-        model, before, after, evaluation, settings.batch_size, opened.progress
-    )
-    equivalence.numbers(model, seen)
     return Result(
         proto=proto,
-        dense=found.proto,
-        scores=found.scores,
-        plan=Plan(found.selection.units, widths, "connections", cost.count(model)),
-        connections=Connections(layers, found.rounds, settings.sparse),
-        verification=replace(seen, batches=batches),
-        fits=found.fits,
-        notes=(*found.notes, DENSE),
+        dense=thinned.proto,
+        scores=thinned.scores,
+        plan=_plan(context, thinned),
+        connections=Connections(layers, thinned.rounds, settings.sparse),
+        verification=verification,
+        fits=thinned.fits,
+        notes=(*thinned.notes, DENSE),
     )
 
 
-def _evaluation(opened: Context) -> Samples:
-    """The held-out samples: there are some wherever there is data, and this granularity needs data."""
-    assert opened.held_out is not None
-    return opened.held_out
+def _thin(pruner: ConnectionPruner, settings: Settings) -> Thinned:
+    if settings.max_drop is not None:
+        return _smallest(pruner, settings.max_drop)
+    return pruner.prune(settings.params)
+
+
+def _plan(context: Context, thinned: Thinned) -> Plan:
+    kept = thinned.selection.units
+    groups = context.coupling.unit_group[kept]
+    widths = np.bincount(groups, minlength=len(context.coupling.groups)).astype(np.int64)
+    return Plan(kept, widths, "connections", cost.count(context.model))
+
+
+def _verify(context: Context, dense: onnx.ModelProto, proto: onnx.ModelProto) -> Verification:
+    """Check the written model, and the same with zeros in place, against the original."""
+    model, settings = context.model, context.settings
+    equivalence.structure(dense)
+    if settings.sparse:
+        # ONNX's shape inference does not read sparse constants, so that they have a check of their own.
+        onnx.checker.check_model(proto)
+    after = Session(proto, context.device, what="the pruned model")
+    before = Session(model.proto, context.device, what=model.path)
+    batches = equivalence.runs_at(model, after, context.samples, lambda: before)
+    verification = equivalence.compare(
+        model, before, after, _evaluation(context), settings.batch_size, context.progress
+    )
+    equivalence.numbers(model, verification)
+    return replace(verification, batches=batches)
+
+
+def _evaluation(context: Context) -> Samples:
+    """The held-out samples, which exist wherever there is data; this granularity needs data."""
+    assert context.held_out is not None
+    return context.held_out
 
 
 def _digest(state: State) -> str:
-    """SHA-256 of which connections stay: by layer in order of names, its name and one bit a weight."""
+    """SHA-256 of the kept connections: by layer in the order of names, its name and one bit per weight."""
     digest = hashlib.sha256()
     for name in sorted(state.weights):
         digest.update(name.encode())
@@ -162,57 +203,58 @@ def _digest(state: State) -> str:
     return digest.hexdigest()
 
 
-def _smallest(bench: Bench, points: float) -> Thinned:
-    """The fewest connections that lose at most ``points`` on the evaluation samples, by bisection on a log scale."""
-    opened, evaluation = bench.opened, _evaluation(bench.opened)
-    original = Session(opened.model.proto, opened.device)
+def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
+    """The fewest connections that lose at most ``points`` on the held-out samples, by bisection on a log scale."""
+    context, evaluation = pruner.context, _evaluation(pruner.context)
+    original = Session(context.model.proto, context.device)
 
-    def lost(found: Thinned) -> float:
-        after = Session(found.proto, opened.device)
-        seen = equivalence.compare(opened.model, original, after, evaluation, opened.batch)
-        return search.drop(seen)
+    def loss(thinned: Thinned) -> float:
+        after = Session(thinned.proto, context.device)
+        measured = equivalence.compare(context.model, original, after, evaluation, context.batch)
+        return search.drop(measured)
 
-    least: Thinned | None = None
+    smallest: Thinned | None = None
     low, high = np.log(LEAST_SHARE), 0.0
     for i in range(DROP_TRIES):
         middle = (low + high) / 2
         try:
-            found = bench.thin(float(np.exp(middle)))
-            held = lost(found) <= points
+            thinned = pruner.prune(float(np.exp(middle)))
+            acceptable = loss(thinned) <= points
         except BudgetNotMet:
-            held = False
-        if held:
-            least, high = found, middle
+            acceptable = False
+        if acceptable:
+            smallest, high = thinned, middle
         else:
             low = middle
-        if bench.progress:
-            bench.progress("max-drop", i + 1, DROP_TRIES)
-    if least is None:
+        if context.progress:
+            context.progress("max-drop", i + 1, DROP_TRIES)
+    if smallest is None:
         raise BudgetNotMet(
             f"no share of connections that was tried loses at most {points} points on {evaluation.source}; ask for a "
             "larger drop."
         )
-    return least
+    return smallest
 
 
 def _sparse(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model with every constant stored sparsely where that is smaller (8 bytes an index and the value)."""
+    """The same model with constants stored sparsely where that is smaller (8 bytes per index, and the value)."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     result.ir_version = max(result.ir_version, 5)
-    kept = []
+    dense = []
     for tensor in result.graph.initializer:
         value = onnx.numpy_helper.to_array(tensor)
-        places = np.flatnonzero(value)
-        if value.dtype.kind != "f" or len(places) * (8 + value.itemsize) >= value.nbytes:
-            kept.append(tensor)
+        nonzero = np.flatnonzero(value)
+        sparse_size = len(nonzero) * (8 + value.itemsize)
+        if value.dtype.kind != "f" or sparse_size >= value.nbytes:
+            dense.append(tensor)
             continue
-        values = onnx.numpy_helper.from_array(value.reshape(-1)[places], tensor.name)
-        index = onnx.numpy_helper.from_array(places.astype(np.int64), "")
-        result.graph.sparse_initializer.append(
-            onnx.helper.make_sparse_tensor(values, index, list(value.shape))
-        )
-    copies = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
+        values = onnx.numpy_helper.from_array(value.reshape(-1)[nonzero], tensor.name)
+        index = onnx.numpy_helper.from_array(nonzero.astype(np.int64), "")
+        sparse = onnx.helper.make_sparse_tensor(values, index, list(value.shape))
+        result.graph.sparse_initializer.append(sparse)
+    # Copies, because the originals are deleted with the field that they are in.
+    copies = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in dense]
     del result.graph.initializer[:]
     result.graph.initializer.extend(copies)
     return result

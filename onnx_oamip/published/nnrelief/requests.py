@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Signal:
-    """Absolute signal (``absolute_signal.collect``): how much of it every channel brings to what reads it.
+    """Mean absolute signal of channels.
 
-    ``means``: axis -> (C,) mean of |x| over samples and positions; 0 where a channel never says anything.
-    ``kernels``: convolution -> (groups, outputs, inputs) mean over samples of the Frobenius norm of one kernel's
-    absolute map, where it was asked for. ``joins``: sum of two branches -> (its channel axis, norms (2, C) of the
-    branches' mean absolute maps).
+    Attributes:
+        means: By axis, the mean of |x| over samples and positions (C,); 0 for a channel without any signal.
+        kernels: By convolution, the mean over samples of the Frobenius norm of each kernel's absolute map (groups,
+            outputs, inputs). Empty unless requested.
+        joins: By sum of two branches, its channel axis and the norms of the branches' mean absolute maps (2, C).
     """
 
     means: Mapping[Axis, Floats]
@@ -35,8 +36,8 @@ def _collect(context: Context) -> Signal:
         context.coupling,
         context.samples,
         context.device,
-        context.batch,
-        context.progress,
+        batch_size=context.batch,
+        progress=context.progress,
         exact=context.settings.signal == "paper",
     )
 
