@@ -1,6 +1,6 @@
-"""The command line: parse, call, render. Nothing here knows how pruning works.
+"""The command line: parses options, calls the Python interface, and prints the result.
 
-Everything heavy is imported inside the commands, so that help and usage errors answer at once.
+Heavy packages are imported inside the commands, so that help and usage errors are printed at once.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from onnx_oamip.cli.interrupt import (
     INTERRUPTED,
     TERMINATED,
     Terminated,
-    heard,
+    signals_end_the_work,
 )
-from onnx_oamip.cli.stdout import reserved
+from onnx_oamip.cli.stdout import reserve_stdout
 from onnx_oamip.core.errors import OamipError
 
 __all__ = ["cli", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; every failure is one sentence on stderr.
+    """Run the command line; a failure is one sentence on stderr.
 
     Args:
         arguments: Command and options, for a call from Python. None takes those of the process, which then is the
             program ``onnx-oamip``: from here to its end, only the command writes to stdout.
+
+    Returns:
+        The exit status.
     """
-    with reserved() if arguments is None else nullcontext():
+    with reserve_stdout() if arguments is None else nullcontext():
         return _run(arguments)
 
 
@@ -42,7 +45,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with heard():
+        with signals_end_the_work():
             status = cli.main(arguments, prog_name="onnx-oamip", standalone_mode=False)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
@@ -56,17 +59,13 @@ def _run(arguments: Sequence[str] | None) -> int:
         return _fail(
             "there is not enough memory; give --max-memory, fewer samples, or a smaller model.", 2
         )
-    except (
-        OSError
-    ) as error:  # a full disk, a file that went away: the environment, wherever it struck
+    except OSError as error:  # a full disk, or a file that another process removed
         where = f" {error.filename}" if error.filename else ""
         return _fail(
             f"the system refused a file{where}: {error.strerror or error}; see to it and run again.",
             2,
         )
-    except (
-        Exception
-    ) as error:  # nobody foresaw it, so the lines of where it was belong to the report
+    except Exception as error:  # a fault of this package: the traceback belongs into the bug report
         traceback.print_exc()
         return _fail(
             f"{type(error).__name__} in onnx-oamip itself; please report it with the lines above.",

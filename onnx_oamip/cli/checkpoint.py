@@ -21,7 +21,7 @@ from onnx_oamip.cli.terminal import show
     type=MODEL,
     required=True,
     metavar="K.safetensors",
-    help="What prune --keep-map wrote.",
+    help="The file that prune --keep-map wrote.",
 )
 @click.option(
     "--state-dict",
@@ -40,7 +40,9 @@ from onnx_oamip.cli.terminal import show
 )
 @json_option
 @quiet_option
-def checkpoint(keep_map: Path, state_dict: Path, output: Path, as_json: bool, quiet: bool) -> None:
+def checkpoint(
+    *, keep_map: Path, state_dict: Path, output: Path, as_json: bool, quiet: bool
+) -> None:
     """Cut a PyTorch state dict as a model was pruned, for fine-tuning.
 
     Weights are matched by name or by content, cut and not refitted. The network that takes them must be built with the
@@ -52,6 +54,6 @@ def checkpoint(keep_map: Path, state_dict: Path, output: Path, as_json: bool, qu
 
     check_paths(output, {"--keep-map": keep_map, "--state-dict": state_dict})
     check_output(state_dict, output)
-    found = checkpoints.cut(keep_map, state_dict, output)
+    result = checkpoints.cut(keep_map, state_dict, output)
     if as_json or not quiet:
-        show(documents.checkpoint(found), as_json)
+        show(documents.checkpoint(result), as_json)

@@ -1,4 +1,4 @@
-"""The group of commands, and those whose options are few."""
+"""The group of all commands, and the commands with few options."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from onnx_oamip.core.version import __version__
 
 
 class Commands(click.Group):
-    """Lists the commands in the order of a user's work, and keeps stdout for what they show."""
+    """Group of commands, listed in the order of a user's work, with stdout reserved for their documents."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Adds a command; what else is printed while it runs is written to stderr."""
+        """Add a command; other text that is printed while it runs goes to stderr."""
         if cmd.callback is not None:
             cmd.callback = document_only(cmd.callback)
         super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """Names in the order in which they were added."""
+        """List the commands in the order in which they were added."""
         return list(self.commands)
 
 
@@ -56,7 +56,7 @@ def cli(ctx: click.Context) -> None:
 @click.argument("model", type=MODEL)
 @json_option
 def inspect(model: Path, as_json: bool) -> None:
-    """Show what of MODEL can go, what cannot, and why."""
+    """Show which channels of MODEL can be removed, which cannot, and why."""
     from onnx_oamip.graph.coupling import couple
     from onnx_oamip.graph.loading import load
     from onnx_oamip.reporting import documents
@@ -64,8 +64,8 @@ def inspect(model: Path, as_json: bool) -> None:
 
     loaded = load(model)
     with judged(loaded):
-        found = documents.inspection(loaded, couple(loaded))
-    show(found, as_json)
+        document = documents.inspection(loaded, couple(loaded))
+    show(document, as_json)
 
 
 cli.add_command(prune)
@@ -90,7 +90,7 @@ cli.add_command(frontier)
 @config_option
 @click.pass_context
 def verify(
-    ctx: click.Context, /, original: Path, pruned: Path, data: str, as_json: bool, **choices: Any
+    ctx: click.Context, /, *, original: Path, pruned: Path, data: str, as_json: bool, **choices: Any
 ) -> None:
     """Run ORIGINAL and PRUNED side by side on the same samples.
 
@@ -144,6 +144,7 @@ def verify(
 )
 @json_option
 def bench(
+    *,
     models: tuple[Path, ...],
     data: str | None,
     batches: tuple[int, ...],
@@ -155,14 +156,14 @@ def bench(
 ) -> None:
     """Time models side by side: latency, throughput and peak memory.
 
-    They take turns in random order in one run, so that what else the machine does hits all of them alike. The first
-    MODEL is what the others are compared with.
+    The models take turns in random order in one run, so that other load on the machine affects all of them alike. The
+    others are compared with the first MODEL.
     """
     from onnx_oamip.reporting import documents
     from onnx_oamip.verification import benchmark
 
     with Progress() as progress:
-        found = benchmark.run(
+        result = benchmark.run(
             models,
             data,
             batches,
@@ -172,7 +173,7 @@ def bench(
             seed=seed,
             progress=progress,
         )
-    show(documents.benchmark(found), as_json)
+    show(documents.benchmark(result), as_json)
 
 
 cli.add_command(pack)
@@ -191,7 +192,7 @@ def ops(as_json: bool) -> None:
 @cli.command()
 @json_option
 def solvers(as_json: bool) -> None:
-    """List the solvers found here, and what their licences allow."""
+    """List the installed solvers and the limits of their licences."""
     from onnx_oamip.programs import solvers as backends
     from onnx_oamip.reporting import documents
 

@@ -1,7 +1,7 @@
-"""A configuration file with the command line's own names, and the command that shows the one in effect.
+"""Configuration files with the names of the options, and the command that prints the configuration in effect.
 
-The file is flat TOML: ``macs = 0.5``, ``importance = "oamip"``, ``exclude = ["conv1*"]``. Every command takes from it
-the options that it has. What stands on the command line wins over the file, the file over the defaults.
+A file is flat TOML: ``macs = 0.5``, ``importance = "oamip"``, ``exclude = ["conv1*"]``. A command takes from it the
+options that it has. The command line takes precedence over the file, and the file over the defaults.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,17 @@ _NOT_IN_FILES = {"help", "config", "version"}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a file, by option name without the dashes. Raises SettingsError for what is not TOML."""
+    """Read a configuration file.
+
+    Args:
+        path: A TOML file.
+
+    Returns:
+        Values by the name of the option without its dashes.
+
+    Raises:
+        SettingsError: The file cannot be read, or is not valid TOML.
+    """
     try:
         with path.open("rb") as stream:
             return tomllib.load(stream)
@@ -40,15 +50,47 @@ def read(path: Path) -> dict[str, Any]:
     except (
         ValueError,
         RecursionError,
-    ) as error:  # numbers of thousands of digits, brackets in brackets, no TOML
+    ) as error:  # also for numbers or nesting beyond Python's limits
         raise SettingsError(f"the configuration {path} is no valid TOML: {error}.") from error
 
 
+def options(command: click.Command) -> Iterator[tuple[str, click.Option]]:
+    """List the options of a command that a file may set.
+
+    Args:
+        command: A command.
+
+    Yields:
+        Long name without the dashes, and the option.
+    """
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            name = next((o[2:] for o in parameter.opts if o.startswith("--")), None)
+            if name is not None and name not in _NOT_IN_FILES:
+                yield name, parameter
+
+
 def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
-    """Take defaults of the command from a file. Raises SettingsError for a name that no command has."""
+    """Take defaults of the command from a file. Raises SettingsError for a value that cannot be used."""
     if path is None:
         return None
     content = read(path)
+    _check_names(ctx, path, content)
+    defaults = {}
+    for name, parameter in options(ctx.command):
+        if name in content and parameter.name is not None:
+            try:
+                defaults[parameter.name] = _as_on_the_command_line(parameter, content[name])
+            except ValueError as error:
+                raise SettingsError(
+                    f"the configuration {path} sets {name} to {content[name]!r}; it is {error}."
+                ) from error
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return path
+
+
+def _check_names(ctx: click.Context, path: Path, content: Mapping[str, Any]) -> None:
+    """Raises SettingsError for a name that no command has, and for a table."""
     group = ctx.parent.command if ctx.parent is not None else ctx.command
     commands = group.commands.values() if isinstance(group, click.Group) else [ctx.command]
     known = {name for command in commands for name, _ in options(command)}
@@ -61,41 +103,23 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
             )
         if isinstance(value, dict):
             raise SettingsError(
-                f"the configuration {path} has a table '{name}'; options stand side by side in it."
+                f"the configuration {path} has a table '{name}'; nested tables are not supported."
             )
-    here = dict(options(ctx.command))
-    found = {
-        p.name: content[name] for name, p in here.items() if name in content and p.name is not None
-    }
-    for name, value in found.items():
-        parameter = next(p for p in here.values() if p.name == name)
-        separator = getattr(parameter.type, "separator", "")
-        if isinstance(value, list) and separator:
-            found[name] = separator.join(map(str, value))
-            continue
-        if isinstance(value, list) != parameter.multiple:
-            what = "one value, not a list" if isinstance(value, list) else "a list, in brackets"
-            raise SettingsError(
-                f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}."
-            )
-        if isinstance(value, bool) != bool(parameter.is_flag):
-            what = "true or false" if parameter.is_flag else "no switch"
-            raise SettingsError(
-                f"the configuration {path} sets {parameter.opts[-1][2:]} to {value!r}; it is {what}."
-            )
-        if not isinstance(value, (bool, list)):
-            found[name] = str(value)  # dates, infinity: read as on the command line
-    ctx.default_map = {**(ctx.default_map or {}), **found}
-    return path
 
 
-def options(command: click.Command) -> Iterator[tuple[str, click.Option]]:
-    """(name as on the command line, option) of all that a file may set."""
-    for parameter in command.params:
-        if isinstance(parameter, click.Option):
-            name = next((o[2:] for o in parameter.opts if o.startswith("--")), None)
-            if name is not None and name not in _NOT_IN_FILES:
-                yield name, parameter
+def _as_on_the_command_line(parameter: click.Option, value: Any) -> Any:
+    """Turn a value of a file into one of the command line. Raises ValueError with the expectation."""
+    separator = getattr(parameter.type, "separator", "")
+    if isinstance(value, list) and separator:
+        return separator.join(map(str, value))
+    if isinstance(value, list) != parameter.multiple:
+        raise ValueError(
+            "one value, not a list" if isinstance(value, list) else "a list, in brackets"
+        )
+    if isinstance(value, bool) != bool(parameter.is_flag):
+        raise ValueError("true or false" if parameter.is_flag else "no switch")
+    # Dates and infinity too are read as on the command line.
+    return value if isinstance(value, (bool, list)) else str(value)
 
 
 config_option = option(
@@ -141,39 +165,49 @@ def config(
         click.echo(json.dumps(Settings.schema_document(), indent=2), file=stream())
         return
     group = ctx.parent.command if ctx.parent is not None else None
-    found = group.commands.get(command) if isinstance(group, click.Group) else None
-    if found is None:
+    shown = group.commands.get(command) if isinstance(group, click.Group) else None
+    if shown is None:
         raise SettingsError(f"there is no command '{command}'; see 'onnx-oamip --help'.")
-    given = [] if path is None else ["--config", str(path)]
-    needed = [p for p in found.params if isinstance(p, click.Argument) or p.required]
-    for parameter in needed:  # it is not run: what it needs does not matter
-        parameter_value = (
-            ["-"] if isinstance(parameter, click.Argument) else [parameter.opts[-1], "-"]
-        )
-        given.extend(parameter_value)
-    inner = found.make_context(command, given, parent=ctx.parent)
-    rows = {}
-    for name, parameter in options(found):
-        if parameter.required or parameter.name is None:
-            continue
-        value = inner.params.get(parameter.name)
-        source = inner.get_parameter_source(parameter.name)
-        from_file = source is click.core.ParameterSource.DEFAULT_MAP
-        rows[name] = {"value": _plain(value), "source": "file" if from_file else "default"}
+    rows = _in_effect(ctx, shown, command, path)
     if as_json:
-        click.echo(
-            json.dumps({"schema_version": 1, "command": command, "options": rows}, indent=2),
-            file=stream(),
-        )
+        document = {"schema_version": 1, "command": command, "options": rows}
+        click.echo(json.dumps(document, indent=2), file=stream())
         return
     click.echo(f"# onnx-oamip {command}", file=stream())
     for name, row in rows.items():
-        text = "" if row["value"] in (None, []) else json.dumps(row["value"], ensure_ascii=False)
+        if row["value"] in (None, []):
+            click.echo(f"# {name} =", file=stream())
+            continue
+        value = json.dumps(row["value"], ensure_ascii=False)
         note = f"  # from {path}" if row["source"] == "file" else ""
-        click.echo(f"{name} = {text}{note}" if text else f"# {name} =", file=stream())
+        click.echo(f"{name} = {value}{note}", file=stream())
+
+
+def _in_effect(
+    ctx: click.Context, command: click.Command, name: str, path: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Value and source of every option of a command, by its long name."""
+    given = [] if path is None else ["--config", str(path)]
+    for parameter in command.params:  # the command is not run: required values are placeholders
+        if isinstance(parameter, click.Argument):
+            given.append("-")
+        elif parameter.required:
+            given.extend((parameter.opts[-1], "-"))
+    inner = command.make_context(name, given, parent=ctx.parent)
+    rows = {}
+    for option_name, parameter in options(command):
+        if parameter.required or parameter.name is None:
+            continue
+        source = inner.get_parameter_source(parameter.name)
+        from_file = source is click.core.ParameterSource.DEFAULT_MAP
+        rows[option_name] = {
+            "value": _plain(inner.params.get(parameter.name)),
+            "source": "file" if from_file else "default",
+        }
+    return rows
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
+        return [_plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value

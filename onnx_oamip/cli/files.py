@@ -1,4 +1,4 @@
-"""Files a command writes beside its result: checked before any work, written when the work is done."""
+"""The HTML page of a run: its path is checked before any work, and it is written with the result."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ if TYPE_CHECKING:
 
 
 class Page:
-    """The HTML file of a run.
-
-    ``inputs`` and other outputs of the same run are not to be overwritten. Raises OutputError for a path that cannot
-    be written, EnvironmentMissing where a package of the extra ``report`` is not installed: both before any work.
-    """
+    """The HTML page of one run."""
 
     def __init__(self, path: Path, model: Path, *others: Path | str | None) -> None:
+        """Check the path.
+
+        Args:
+            path: Where the page goes.
+            model: The model of the run.
+            others: Other inputs and outputs of the run, None for those that were not given.
+
+        Raises:
+            OutputError: The path cannot be written, or is another file of the run.
+            EnvironmentMissing: A package of the extra ``report`` is not installed.
+        """
         from onnx_oamip.artifacts.output import check_output
         from onnx_oamip.reporting import html  # noqa: F401 - raises where a package is missing
 
@@ -32,8 +39,20 @@ class Page:
                 )
         self.path = check_output(model, path, given, "--report")
 
+    @classmethod
+    def if_given(cls, path: Path | None, model: Path, *others: Path | str | None) -> Page | None:
+        """Return a page as the constructor does, or None without a path."""
+        return None if path is None else cls(path, model, *others)
+
     def draw(self, result: Report | Frontier) -> bytes:
-        """The page."""
+        """Render the page of a result.
+
+        Args:
+            result: Result of ``prune``, ``apply`` or ``frontier``.
+
+        Returns:
+            The HTML file.
+        """
         from onnx_oamip.core.records import Report
         from onnx_oamip.reporting import html
 
@@ -41,7 +60,14 @@ class Page:
         return Flags.of_context().in_text(page.decode()).encode()
 
     def write(self, result: Report | Frontier) -> None:
-        """Write the page whole or not at all. Raises OutputError."""
+        """Write the page of a result.
+
+        Args:
+            result: Result of ``prune``, ``apply`` or ``frontier``.
+
+        Raises:
+            OutputError: It cannot be written; an existing file is unchanged.
+        """
         from onnx_oamip.core.atomic_files import write_bytes
 
         write_bytes(self.draw(result), self.path)

@@ -73,6 +73,7 @@ from onnx_oamip.cli.terminal import Progress, show
 def frontier(
     ctx: click.Context,
     /,
+    *,
     model: Path,
     data: str,
     eval_data: str | None,
@@ -85,10 +86,10 @@ def frontier(
     quiet: bool,
     **choices: Any,
 ) -> None:
-    """Prune MODEL to several budgets in one run, and show what each costs and still does.
+    """Prune MODEL to several budgets in one run, and show cost and accuracy of each result.
 
-    What does not depend on the budget is found once. Every model passes the checks of prune, but for its speed: that
-    is measured, and shown. A level that cannot be met is shown with the reason.
+    Statistics, scores and losses are computed once. Every model passes the checks of prune, except that its speed is
+    only measured and shown. A level that cannot be met is shown with the reason.
     """
     from onnx_oamip.api.frontier import frontier as run
     from onnx_oamip.artifacts.output import check_output
@@ -98,9 +99,7 @@ def frontier(
 
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
-    page = (
-        None if report_file is None else Page(report_file, model, data, eval_data, scores, output)
-    )
+    page = Page.if_given(report_file, model, data, eval_data, scores, output)
     target = None if output is None else check_output(model, output, (data, eval_data, scores))
     if output is not None:
         check_paths(
@@ -108,11 +107,11 @@ def frontier(
             {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores},
         )
     with Progress(quiet) as progress:
-        found = run(model, data, settings, levels, eval_data, progress, scores, save_dir)
-    document = Flags.of_context().in_document(documents.frontier(found))
+        result = run(model, data, settings, levels, eval_data, progress, scores, save_dir)
+    document = Flags.of_context(ctx).in_document(documents.frontier(result))
     if target is not None:
         write_bytes(f"{documents.dumps(document)}\n".encode(), target)
     if page is not None:
-        page.write(found)
+        page.write(result)
     if as_json or not quiet:
         show(document, as_json)

@@ -36,7 +36,7 @@ from onnx_oamip.core.errors import SettingsError
     "--lossless",
     heading="Budget",
     is_flag=True,
-    help="Keep every bit. So it is anyway without --data, --clusters and --bits.",
+    help="Keep every bit; the default without --data, --clusters and --bits.",
 )
 @option(
     "--max-drop",
@@ -50,7 +50,7 @@ from onnx_oamip.core.errors import SettingsError
     "--data",
     heading="Data",
     metavar=DATA,
-    help="Samples, as for prune: the fewest bytes are looked for that lose at most --max-drop points on them.",
+    help="Samples, as for prune: the smallest file that loses at most --max-drop points on them is searched for.",
 )
 @option(
     "--eval-data",
@@ -73,12 +73,13 @@ from onnx_oamip.core.errors import SettingsError
     "rivals",
     heading="Output",
     is_flag=True,
-    help="Also show what zip, half precision and both come to.",
+    help="Also show the sizes of zip, half precision and both.",
 )
 @json_option
 @quiet_option
 @config_option
 def pack(
+    *,
     model: Path,
     output: Path,
     bits: int | None,
@@ -89,19 +90,21 @@ def pack(
 ) -> None:
     """Write MODEL in fewer bytes to MODEL.oamip, to store or to ship.
 
-    Nothing is lost unless --data, --clusters or --bits say so. The unpacked model is as large and as fast as MODEL.
+    Packing is lossless without --data, --clusters and --bits. The unpacked model is as large and as fast as MODEL.
     """
     from onnx_oamip.published import packing
     from onnx_oamip.published.packing import document
 
     if bits is not None:
         if choices["clusters"] is not None:
-            raise SettingsError("--bits and --clusters say the same; leave out one of them.")
+            raise SettingsError(
+                "--bits and --clusters are mutually exclusive; leave out one of them."
+            )
         choices["clusters"] = 2**bits
     with Progress(quiet) as progress:
-        found = packing.pack(model, output, progress=progress, **choices)
+        packed = packing.pack(model, output, progress=progress, **choices)
     if as_json or not quiet:
-        show(document.packing(found, rivals), as_json)
+        show(document.packing(packed, rivals), as_json)
 
 
 @click.command()
@@ -119,6 +122,6 @@ def unpack(packed: Path, output: Path, as_json: bool, quiet: bool) -> None:
     from onnx_oamip.published import packing
     from onnx_oamip.published.packing import document
 
-    found = packing.unpack(packed, output)
+    unpacked = packing.unpack(packed, output)
     if as_json or not quiet:
-        show(document.unpacking(found), as_json)
+        show(document.unpacking(unpacked), as_json)

@@ -1,4 +1,4 @@
-"""The commands ``prune``, ``plan`` and ``apply``: all at once, or what to remove and its removal one by one."""
+"""The commands ``prune``, ``plan`` and ``apply``: all stages at once, or the plan and its application separately."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from onnx_oamip.cli.config import config_option
 from onnx_oamip.cli.files import Page
+from onnx_oamip.cli.flags import Flags
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import (
     DATA,
@@ -83,6 +84,7 @@ mlflow_option = option(
 def prune(
     ctx: click.Context,
     /,
+    *,
     model: Path,
     data: str | None,
     eval_data: str | None,
@@ -98,8 +100,8 @@ def prune(
 ) -> None:
     """Write a smaller MODEL to OUT.onnx that meets the budgets, and report what was done.
 
-    At least one of --macs, --params, --size, --latency, --max-drop, --threshold and --alpha says how much goes. With
-    more than one, all are met. Nothing is written unless every check holds.
+    At least one of --macs, --params, --size, --latency, --max-drop, --threshold and --alpha is required. If several
+    are given, all are met. Nothing is written unless every check holds.
     """
     from onnx_oamip.api import pipeline
     from onnx_oamip.core.settings import Settings
@@ -115,27 +117,26 @@ def prune(
         )
     if report_file is not None and dry_run:
         raise click.UsageError(
-            "--report tells what was done, and --dry-run does nothing; leave out one of them."
+            "--report and --dry-run are mutually exclusive: a dry run has no result; leave out one."
         )
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
-    page = (
-        None
-        if report_file is None
-        else Page(report_file, model, data, eval_data, scores, output, keep_map)
-    )
-    asked = {**settings.model_dump(mode="json", exclude={"device"}), "model": model, "data": data}
-    with mlflow_tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
+    page = Page.if_given(report_file, model, data, eval_data, scores, output, keep_map)
+    parameters = {
+        **settings.model_dump(mode="json", exclude={"device"}),
+        "model": model,
+        "data": data,
+    }
+    with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
         if dry_run:
-            document = documents.planning(
-                pipeline.plan(model, data, None, settings, eval_data, progress, scores)
-            )
+            planned = pipeline.plan(model, data, None, settings, eval_data, progress, scores)
+            document = Flags.of_context(ctx).in_document(documents.planning(planned))
             log(document, ())
         else:
-            found = pipeline.prune(
+            report = pipeline.prune(
                 model, data, output, settings, eval_data, progress, scores, keep_map, page
             )
-            document = documents.document(found)
+            document = Flags.of_context(ctx).in_document(documents.document(report))
             log(document, (keep_map, report_file))
     if as_json or not quiet:
         show(document, as_json)
@@ -166,6 +167,7 @@ def prune(
 def plan(
     ctx: click.Context,
     /,
+    *,
     model: Path,
     data: str | None,
     eval_data: str | None,
@@ -177,8 +179,8 @@ def plan(
 ) -> None:
     """Write to P.json which units of MODEL prune would remove, for apply.
 
-    The file is made to be read and edited: every group with the units that stay, and what could not be removed with
-    the reason.
+    The file can be read and edited: it lists the units to keep of every group, and the channels that cannot be
+    removed with the reason.
     """
     from onnx_oamip.api import pipeline
     from onnx_oamip.core.settings import Settings
@@ -190,9 +192,9 @@ def plan(
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
-        found = pipeline.plan(model, data, output, settings, eval_data, progress, scores)
+        planned = pipeline.plan(model, data, output, settings, eval_data, progress, scores)
     if as_json or not quiet:
-        show(documents.planning(found), as_json)
+        show(documents.planning(planned), as_json)
 
 
 @click.command(
@@ -209,7 +211,7 @@ def plan(
     type=MODEL,
     required=True,
     metavar="P.json",
-    help="What stays, as plan wrote it.",
+    help="The plan to carry out, as plan wrote it.",
 )
 @option(
     "--data",
@@ -234,6 +236,7 @@ def plan(
 @quiet_option
 @config_option
 def apply(
+    *,
     model: Path,
     plan_file: Path,
     data: str | None,
@@ -246,10 +249,10 @@ def apply(
     quiet: bool,
     **choices: Any,
 ) -> None:
-    """Remove from MODEL what a plan says, refit what stays, and write OUT.onnx if every check holds.
+    """Carry out a plan on MODEL, refit the remaining weights, and write OUT.onnx if every check holds.
 
-    With the data that the plan was made with this gives the very model that prune writes. A plan that was edited is
-    carried out as it stands; one made for another model of the same names or the same graph can be applied too.
+    With the data of the plan, the result is the model that prune writes. An edited plan is carried out as it stands; a
+    plan for another model with the same names or the same graph can be applied too.
     """
     from onnx_oamip.api import pipeline
     from onnx_oamip.integrations import mlflow_tracking
@@ -258,18 +261,14 @@ def apply(
     check_paths(
         output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file}
     )
-    page = (
-        None
-        if report_file is None
-        else Page(report_file, model, data, eval_data, plan_file, output, keep_map)
-    )
+    page = Page.if_given(report_file, model, data, eval_data, plan_file, output, keep_map)
     changes = {name: value for name, value in choices.items() if value is not None}
-    asked = {"model": model, "data": data, "plan": plan_file}
-    with mlflow_tracking.run(tracking_uri, asked) as log, Progress(quiet) as progress:
-        found = pipeline.apply(
+    parameters = {"model": model, "data": data, "plan": plan_file}
+    with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
+        report = pipeline.apply(
             model, plan_file, data, output, changes, eval_data, progress, keep_map, page
         )
-        document = documents.document(found)
+        document = Flags.of_context().in_document(documents.document(report))
         log(document, (keep_map, report_file))
     if as_json or not quiet:
         show(document, as_json)

@@ -40,12 +40,12 @@ from onnx_oamip.cli.terminal import Progress, show
 @quiet_option
 @config_option
 def score(
-    model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any
+    *, model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any
 ) -> None:
     """Write the importance of every unit of MODEL to S.npz, for prune --scores.
 
-    They are the scores that prune would find on the same data. The file says which model it belongs to and which
-    channels a unit stands for; numpy.load reads it.
+    These are the scores that prune computes on the same data. The file names its model and the channels of every
+    unit; numpy.load reads it.
     """
     from onnx_oamip.api import pipeline
     from onnx_oamip.core.settings import Settings
@@ -53,6 +53,6 @@ def score(
 
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
-        found = pipeline.score(model, data, output, settings, progress)
+        scored = pipeline.score(model, data, output, settings, progress)
     if as_json or not quiet:
-        show(documents.scoring(found), as_json)
+        show(documents.scoring(scored), as_json)

@@ -1,7 +1,7 @@
-"""Standard output belongs to the command: its document is written there, and everything else is sent to stderr.
+"""Standard output is reserved for the document of the command; everything else that is printed goes to stderr.
 
-Libraries, plug-ins and the user's own data functions print where they like, and a program that parses the document, or
-reads nothing under ``--quiet``, breaks on any of it. Two levels are redirected. ``reserved`` takes file descriptor 1,
+Libraries, plug-ins and the user's own data functions print to stdout, which would break programs that parse the
+document or expect nothing under ``--quiet``. Two levels are redirected. ``reserve_stdout`` takes file descriptor 1,
 where compiled code and child processes write, for a process of its own. ``document_only`` takes ``sys.stdout``, where
 Python code writes, while a command runs; a command writes its document to ``stream()``.
 """
@@ -21,8 +21,8 @@ _STREAM = f"{__name__}.stream"
 
 
 @contextmanager
-def reserved() -> Iterator[None]:
-    """Keeps stdout for ``sys.stdout`` alone, and points file descriptor 1 at stderr until the process ends.
+def reserve_stdout() -> Iterator[None]:
+    """Keep stdout for ``sys.stdout`` alone, and point file descriptor 1 at stderr until the process ends.
 
     For the program only: a Python process that calls the command line keeps its own descriptors, and so does one that
     has replaced ``sys.stdout``. Descriptor 1 is not given back at the end, because text that compiled code left in its
@@ -46,12 +46,19 @@ def reserved() -> Iterator[None]:
         sys.stdout = sys.stderr
         with suppress(
             OSError
-        ):  # every document is flushed where it is written, and its errors are reported there
+        ):  # a document is flushed, and its errors reported, where it is written
             own.close()
 
 
 def document_only(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps the function of a command so that ``print`` writes to stderr while it runs; ``stream()`` is stdout."""
+    """Wrap the function of a command so that ``print`` writes to stderr while it runs.
+
+    Args:
+        command: The function.
+
+    Returns:
+        The function; its document goes to ``stream()``.
+    """
 
     @functools.wraps(command)
     def run(*arguments: Any, **options: Any) -> Any:
@@ -63,16 +70,16 @@ def document_only(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stream() -> TextIO:
-    """Stdout, for the document of the command that runs."""
-    found: TextIO = click.get_current_context().meta[_STREAM]
-    return found
+    """Return stdout, for the document of the running command."""
+    stdout: TextIO = click.get_current_context().meta[_STREAM]
+    return stdout
 
 
 def _null_device(descriptor: int) -> TextIO:
-    """Opens the null device under the number of a standard stream that the process was started without.
+    """Open the null device under the number of a standard stream that the process was started without.
 
-    The number is free otherwise, so that the next file to be opened, such as the model that is written, would get it,
-    and with it everything that is printed.
+    Otherwise the next file to be opened, such as the output model, would get the free number, and with it all printed
+    text.
     """
     null = open(os.devnull, "w")  # noqa: SIM115 - a standard stream stays open
     os.dup2(null.fileno(), descriptor)

@@ -1,4 +1,4 @@
-"""What a command shows: its document on stdout, its progress on stderr."""
+"""Output of a command: its document on stdout, its progress on stderr."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 
 def show(document: Document, as_json: bool) -> None:
-    """Print a document as JSON or as tables."""
+    """Print a document.
+
+    Args:
+        document: Result of a command.
+        as_json: Print it as JSON; as tables by default.
+    """
     from onnx_oamip.reporting import documents
 
     document = Flags.of_context().in_document(document)
@@ -32,9 +37,10 @@ def show(document: Document, as_json: bool) -> None:
 
 
 class Progress:
-    """A line on stderr for work that takes over a second; nothing where stderr is not a terminal."""
+    """Progress bars on stderr for work that takes more than a second; none where stderr is not a terminal."""
 
     DELAY = 1.0
+    """Seconds before the bars appear."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._wanted = not quiet and sys.stderr.isatty()
@@ -63,6 +69,13 @@ class Progress:
         return self
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show the progress of a stage.
+
+        Args:
+            stage: Its name.
+            done: Finished steps.
+            total: All steps.
+        """
         if self._display is None:
             return
         with self._lock:

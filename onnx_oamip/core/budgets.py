@@ -14,7 +14,7 @@ class BudgetKind:
 
     Attributes:
         name: The option, the field of ``Budget``, and the key in documents.
-        noun: What a share is kept of; empty for a budget that is no share.
+        noun: Cost that a share is kept of; empty for a budget that is no share.
         label: Heading in tables and pages.
         cost: Field of ``Cost``, and of ``Ledger.counted``, that the budget bounds; empty for one that is measured.
         unit: Unit of the cost in pages.

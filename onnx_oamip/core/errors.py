@@ -1,6 +1,6 @@
 """Errors that are raised on purpose. Every message is one sentence that a user can act on.
 
-The message says what was found, where, what was expected and what to do. It names parameters in backticks, with the
+The message states the finding, its place, the expectation and a way out. It names parameters in backticks, with the
 value where that matters, such as `data` and `refit=bias`; the command line shows them as its options. ``exit_code`` is
 the process status of the command line: 2 for bad input or environment, 1 for a budget or a verification gate that was
 not met.

@@ -14,7 +14,7 @@ def imports_of(extra: str, purpose: str) -> Iterator[None]:
 
     Args:
         extra: Name of the extra among the project's optional dependencies.
-        purpose: What the packages are needed for, the subject of the error's sentence.
+        purpose: Feature that needs the packages, the subject of the error's sentence.
 
     Raises:
         EnvironmentMissing: A package is not installed, or is broken.

@@ -12,7 +12,7 @@ from onnx_oamip.core.records import Budget
 
 
 class BudgetOptions(Options):
-    """How much to keep: shares of the original, the largest drop in points, or the least score."""
+    """Budgets: shares of the original, the largest drop in points, or the least score."""
 
     heading: ClassVar[str] = "Budget"
 

@@ -20,7 +20,7 @@ from onnx_oamip.core.records import Reading
 
 
 class DataOptions(Options):
-    """How samples are read; defaults fit a network fed with values from 0 to 1."""
+    """Options for reading samples; the defaults fit a network fed with values from 0 to 1."""
 
     heading: ClassVar[str] = "Data"
 
@@ -29,18 +29,20 @@ class DataOptions(Options):
         description="Of images: their size for the model. Default: the model's own, where it has one.",
     )
     image_fit: Literal["crop", "pad", "stretch"] = Field(
-        "crop", description="Of images: what to do with the rest of another shape."
+        "crop",
+        description="Of images: treatment of another aspect ratio: cut, fill up, or distort.",
     )
     image_scale: Annotated[Positive, Shown(metavar="S", default="1/255")] = Field(
         1 / 255,
-        description="Of images: what 8-bit values are multiplied by, before mean and deviation.",
+        description="Of images: factor of 8-bit values, before mean and deviation.",
     )
     image_mean: Numbers = Field(
         (0.0,),
-        description="Of images: what is taken off the scaled values, one number or one a channel.",
+        description="Of images: mean subtracted from the scaled values, one number or one a channel.",
     )
     image_std: PositiveNumbers = Field(
-        (1.0,), description="Of images: what the rest is divided by, one number or one a channel."
+        (1.0,),
+        description="Of images: deviation that the result is divided by, one number or one a channel.",
     )
     image_layout: Literal["auto", "nchw", "nhwc"] = Field(
         "auto",

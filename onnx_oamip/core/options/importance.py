@@ -1,4 +1,4 @@
-"""Options that say how units are scored, and what is removed by their scores."""
+"""Options for scoring units, and for the removal by their scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx_oamip.core.options.values import Count, Name
 
 
 class ImportanceOptions(Options):
-    """How units are scored."""
+    """The importance method."""
 
     heading: ClassVar[str] = "What to remove"
 
@@ -19,7 +19,7 @@ class ImportanceOptions(Options):
 
 
 class RemovalOptions(Options):
-    """What is removed at a time, and in how many rounds."""
+    """Options for the size of the removed parts and the number of rounds."""
 
     heading: ClassVar[str] = "What to remove"
 

@@ -69,7 +69,7 @@ class SnacsOptions(Options):
 
     phi: Literal["weight", "weight_sq", "exp_weight", "none"] = Field(
         "weight",
-        description="Of snacs: what information is multiplied with: the mean absolute weight w between two channels "
+        description="Of snacs: factor of the mutual information: the mean absolute weight w between two channels "
         "over the largest of the layer, its square, exp(-w^2 / 2), or nothing.",
     )
 

@@ -1,4 +1,4 @@
-"""Options of a plan and of the repair of what remains: allocation, constraints on groups, reconstruction."""
+"""Options of a plan and of the repair: allocation, constraints on groups, reconstruction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnx_oamip.core.options.values import (
 
 
 class AllocationOptions(Options):
-    """How a budget is spread over groups."""
+    """Options for spreading a budget over groups."""
 
     heading: ClassVar[str] = "What to remove"
 
@@ -29,7 +29,7 @@ class AllocationOptions(Options):
 
 
 class RepairOptions(Options):
-    """How the remaining weights compensate for removed units."""
+    """Options for the compensation of removed units by the remaining weights."""
 
     heading: ClassVar[str] = "Repair"
 
@@ -42,7 +42,7 @@ class RepairOptions(Options):
 
 
 class ConstraintOptions(Options):
-    """What every plan keeps of a group, whatever its budget."""
+    """Constraints on every group, which hold for any budget."""
 
     heading: ClassVar[str] = "What to remove"
 

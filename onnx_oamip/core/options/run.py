@@ -1,4 +1,4 @@
-"""Options of a run as such: solver, device, workers, cache, seed, memory, and what may be written."""
+"""Options of the execution of a run: solver, device, workers, cache, seed, memory, and conditions for writing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _OUTPUT = Shown(heading="Output")
 
 
 class RunOptions(Options):
-    """How a run is carried out. But for the seed and the memory, they do not change what a counted budget gives."""
+    """Options of the execution of a run; most of them do not change the result under a counted budget."""
 
     heading: ClassVar[str] = "Speed and resources"
 
     solver: Literal["auto", "gurobi", "highs"] = Field(
         "auto",
-        description="What solves the programs; auto takes Gurobi where its licence allows the program's size, else "
+        description="Solver of the programs; auto takes Gurobi where its licence allows the program's size, else "
         "HiGHS.",
     )
     time_limit: Seconds = Field(
@@ -49,8 +49,8 @@ class RunOptions(Options):
     )
     cache: Annotated[Name, Shown(metavar="DIR|auto|off")] = Field(
         "auto",
-        description="Where to keep what was found out about a model and its data, so that another budget starts from "
-        "it; auto is $ONNX_OAMIP_CACHE, or else the user's cache folder.",
+        description="Where to store statistics, scores and losses of a model and its data, so that another budget "
+        "starts from them; auto is $ONNX_OAMIP_CACHE, or else the user's cache folder.",
     )
     force: Annotated[bool, _OUTPUT] = Field(
         False, description="Write the model even where it was measured slower than the original."
@@ -72,7 +72,7 @@ class RunOptions(Options):
     batch_size: Count = Field(
         32,
         description="Samples that models are run on at a time to be compared; a model with a fixed batch keeps its "
-        "own. What is written does not depend on it.",
+        "own. The written model does not depend on it.",
     )
     max_memory: Memory | None = Field(
         None,

@@ -78,7 +78,7 @@ def _default_text(field: FieldInfo) -> str | None:
 
 
 def _annotations(field: FieldInfo) -> Iterator[Any]:
-    """What annotates a field, also where the field may be None besides."""
+    """Annotations of a field, including those of the alternatives to None."""
     yield from field.metadata
     for alternative in get_args(field.annotation):
         yield from getattr(alternative, "__metadata__", ())

@@ -19,7 +19,7 @@ class Kind:
 
     Attributes:
         name: Noun with its article, as in "50 is not a share to keep".
-        expected: What to give instead.
+        expected: Values to give instead.
         metavar: Placeholder in the help of the command line.
         separator: Text between the parts of a value that holds several; empty for one value.
     """
@@ -36,7 +36,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """How the help shows an option, where that does not follow from its type and its owner.
+    """Words of the help for one option, where they do not follow from its type and its owner.
 
     Attributes:
         metavar: Placeholder for the value.

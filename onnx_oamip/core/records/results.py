@@ -1,4 +1,4 @@
-"""Records of what is asked and what comes of it: budget, plan, pruned model, verification, report."""
+"""Records of the request and the results: budget, plan, pruned model, verification, report."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one node was refitted. Errors are mean squared, relative to the variance of the original output."""
+    """The refit of one node. Errors are mean squared, relative to the variance of the original output."""
 
     node: str
     form: str
@@ -134,9 +134,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What a model costs and still does at several budgets; ``report.frontier`` turns it into JSON.
+    """Cost and accuracy of a model at several budgets; ``reporting.documents.frontier`` converts it to JSON.
 
-    ``accuracy`` is the original's, None without labels.
+    Attributes:
+        before: Cost of the original.
+        accuracy: Accuracy of the original; None without labels.
+        points: One result for every level.
     """
 
     model: Model
@@ -161,9 +164,11 @@ class LayerConnections:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round of scoring, pruning and refitting, and what was left after it.
+    """One round of scoring, pruning and refitting connections.
 
-    ``alpha``: the share of signal that every unit kept, or where connections are ranked all together, of those left.
+    Attributes:
+        alpha: Share of signal that every unit keeps; that of the kept connections if all are ranked together.
+        kept: Connections that remain.
     """
 
     alpha: float
@@ -172,7 +177,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Connections:
-    """What was pruned connection by connection; ``sparse``: zeros are not stored."""
+    """Result of pruning single connections; ``sparse`` if zeros are not stored."""
 
     layers: tuple[LayerConnections, ...]
     rounds: tuple[Round, ...]
