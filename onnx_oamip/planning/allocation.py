@@ -17,6 +17,7 @@ import numpy as np
 
 from onnx_oamip.core.budgets import COUNTED, BudgetKind, counted_shares
 from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.core.options import ConstraintOptions
 from onnx_oamip.core.records import (
     Bools,
     Budget,
@@ -380,7 +381,7 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
 
 
 def _advice(
-    coupling: Coupling, settings: Settings, step: Ints, fits: Callable[[Ints], bool]
+    coupling: Coupling, settings: ConstraintOptions, step: Ints, fits: Callable[[Ints], bool]
 ) -> str:
     """Which of the settings that keep widths up bind: those without which the budget can be met."""
     full = full_widths(coupling)
@@ -398,7 +399,7 @@ def _advice(
     return "ask for more or see 'onnx-oamip inspect'"
 
 
-def _floors(settings: Settings) -> tuple[str, ...]:
+def _floors(settings: ConstraintOptions) -> tuple[str, ...]:
     """Options that say how much of every group stays."""
     asked = (
         ("floor", settings.floor, 0.0),
@@ -408,7 +409,7 @@ def _floors(settings: Settings) -> tuple[str, ...]:
     return tuple(f"`{name}={value}`" for name, value, unset in asked if value != unset)
 
 
-def _others(coupling: Coupling, settings: Settings) -> tuple[str, ...]:
+def _others(coupling: Coupling, settings: ConstraintOptions) -> tuple[str, ...]:
     """Other options that keep channels: the step of widths, and what was excluded."""
     excluded = dict.fromkeys(p.reason.removesuffix(" keeps it") for p in coupling.pinned if p.given)
     align = (f"`align={settings.align}`",) if settings.align not in ("auto", 1) else ()
