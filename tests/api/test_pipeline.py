@@ -331,7 +331,7 @@ CORRUPTIONS = {
     # Shape inference does not look at the channels of a convolution: it shows when the model runs.
     "a shape that shows late": (_corrupt("w4", lambda v: v[:, :-1]), "the (cut|pruned) model"),
     "a value": (_corrupt("b5", _not_a_number), "differs from the masked original by inf"),
-    "nothing removed": (lambda model, *_: model.proto, "keeps 1.0000 of its macs"),
+    "nothing removed": (lambda model, *_: model.proto, "keeps 1.0000 of its MACs"),
 }
 
 
