@@ -4,7 +4,7 @@ After HAM and sHAM: Marinò et al., "Compression strategies and space-conscious 
 (ICPR 2020), and "Compact representations of convolutional neural networks via weight pruning and quantization"
 (arXiv 2108.12704).
 
-A model is smaller in the packed file only: what is unpacked has dense weights again, and takes the memory and the time
+A model is smaller in the packed file only: an unpacked model has dense weights again, and takes the memory and the time
 of the original.
 """
 

@@ -1,4 +1,4 @@
-"""The JSON documents of ``pack`` and ``unpack``, and what the usual ways to store the same model come to."""
+"""The JSON documents of ``pack`` and ``unpack``, with the sizes of usual ways to store the same model."""
 
 from __future__ import annotations
 
@@ -19,44 +19,62 @@ from onnx_oamip.published.packing.packing import Packed, Unpacked
 from onnx_oamip.reporting.documents import SCHEMA_VERSION, Document
 
 SINGLE = 4
-"""Bytes of a float32: psi is bytes over what as many float32 would take."""
+"""Bytes of a float32: psi is the packed bytes over the bytes of as many float32."""
 
 
-def packing(found: Packed, rivals: bool = False) -> Document:
-    """The JSON document of ``pack``; with ``rivals`` the sizes under zip, in half precision, and both."""
-    before = found.original
-    verification = found.verification
+def packing(packed: Packed, rivals: bool = False) -> Document:
+    """Make the JSON document of ``pack``.
+
+    Args:
+        packed: The packed model.
+        rivals: Add the sizes under zip, in half precision, and both.
+
+    Returns:
+        The document.
+    """
+    before, contents = packed.original, packed.contents
+    tensors = zip(before.places, contents.codes, strict=True)
+    verification = packed.verification
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"path": found.path, "sha256": before.sha256},
-        "output": {"path": found.output, "sha256": found.sha256},
-        "unpacked": {"sha256": found.contents.files.sha256, "lossless": found.contents.lossless},
+        "model": {"path": packed.path, "sha256": before.sha256},
+        "output": {"path": packed.output, "sha256": packed.sha256},
+        "unpacked": {"sha256": contents.files.sha256, "lossless": contents.lossless},
         "before": {"bytes": before.nbytes},
-        "after": {"bytes": found.nbytes},
-        "ratio": found.nbytes / before.nbytes,
-        "tensors": [
-            _tensor(place, code, before if rivals else None)
-            for place, code in zip(before.places, found.contents.codes, strict=True)
-        ],
+        "after": {"bytes": packed.nbytes},
+        "ratio": packed.nbytes / before.nbytes,
+        "tensors": [_tensor(place, code, before if rivals else None) for place, code in tensors],
         "rivals": _rivals(before) if rivals else None,
         "verification": None if verification is None else {**asdict(verification)},
-        "timings": dict(found.seconds),
-        "settings": dict(found.contents.settings),
+        "timings": dict(packed.seconds),
+        "settings": dict(contents.settings),
         "versions": versions(),
     }
 
 
-def unpacking(found: Unpacked) -> Document:
-    """The JSON document of ``unpack``."""
-    files = found.contents.files
+def unpacking(unpacked: Unpacked) -> Document:
+    """Make the JSON document of ``unpack``.
+
+    Args:
+        unpacked: The unpacked model.
+
+    Returns:
+        The document.
+    """
+    contents = unpacked.contents
+    files = contents.files
     return {
         "schema_version": SCHEMA_VERSION,
-        "packed": {"path": found.path, "sha256": found.packed_sha256, "bytes": found.packed_bytes},
-        "output": {"path": found.output, "sha256": files.sha256, "bytes": files.nbytes},
+        "packed": {
+            "path": unpacked.path,
+            "sha256": unpacked.packed_sha256,
+            "bytes": unpacked.packed_bytes,
+        },
+        "output": {"path": unpacked.output, "sha256": files.sha256, "bytes": files.nbytes},
         "beside": [name for name in files.contents if name],
-        "lossless": found.contents.lossless,
-        "original_sha256": found.contents.original_sha256,
-        "tool_version": found.contents.tool_version,
+        "lossless": contents.lossless,
+        "original_sha256": contents.original_sha256,
+        "tool_version": contents.tool_version,
         "versions": versions(),
     }
 
@@ -77,6 +95,7 @@ def _tensor(place: Place, code: Coded, files: Files | None) -> Document:
 
 
 def _sizes(files: Files, place: Place) -> Mapping[str, int]:
+    """Bytes of one tensor zipped, in half precision, and both."""
     half = _half(files, place)
     return {
         "zip": len(zlib.compress(files.words(place).tobytes(), 9)),
@@ -88,10 +107,12 @@ def _sizes(files: Files, place: Place) -> Mapping[str, int]:
 def _rivals(files: Files) -> Mapping[str, int]:
     """Bytes of the files zipped, with float32 tensors in half precision, and both."""
     halves: dict[str, bytes] = {}
-    for i, (name, content) in enumerate(files.contents.items()):
+    for number, (name, content) in enumerate(files.contents.items()):
         parts: list[bytes] = []
         at = 0
-        for place in (p for p in files.places if p.file == i):
+        for place in files.places:
+            if place.file != number:
+                continue
             parts += [content[at : place.offset], _half(files, place)]
             at = place.offset + place.nbytes
         halves[name] = b"".join([*parts, content[at:]])
@@ -111,6 +132,7 @@ def _zipped(contents: Mapping[str, Any]) -> int:
 
 
 def _half(files: Files, place: Place) -> bytes:
+    """The bytes of a tensor, those of float32 in half precision."""
     words = files.words(place)
     if type_name(place.type) != "FLOAT":
         return words.tobytes()

@@ -1,7 +1,7 @@
-"""Bytes <-> fewer bytes, by the standard library's coders; the size to expect is always known before expanding.
+"""Lossless coding of bytes by the coders of the standard library; the decoded size is known before decoding.
 
 ``HUFFMAN`` is the canonical Huffman code of DEFLATE (RFC 1951, section 3.2.2) without its search for repeats: one code
-word for each byte, with a code made anew for every 32 K symbols. ``DEFLATE`` and ``LZMA`` look for repeats as well.
+word per byte, with a new code for every 32 K symbols. ``DEFLATE`` and ``LZMA`` look for repeats as well.
 """
 
 from __future__ import annotations
@@ -18,98 +18,189 @@ from onnx_oamip.core.records import Array
 
 STORED, HUFFMAN, DEFLATE, LZMA = range(4)
 RATIO = 1040
-"""No packed part stands for more than this many times its own bytes (DEFLATE itself ends at 1032)."""
+"""No packed part decodes to more than this many times its own bytes (DEFLATE itself ends at 1032)."""
 SLACK = 1 << 14
-"""... and this many bytes, for what is tiny."""
+"""... and this many bytes, for tiny parts."""
 REPEATS = 0.97
-"""LZMA is tried where DEFLATE's repeats bring the Huffman code at least down to this."""
+"""LZMA is tried if DEFLATE's repeats shorten the Huffman code at least to this share."""
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 _HEAD = struct.Struct("<BQ")
 
 
 class Damaged(ValueError):
-    """Packed bytes that do not say what they should; the message is part of a sentence."""
+    """Packed bytes that cannot be decoded; the message is part of a sentence."""
 
 
 def shrink(data: bytes, repeats: bool = True) -> bytes:
-    """A section: how the bytes are coded, their packed length, and the shortest coding; perhaps Huffman's alone."""
-    found = [(STORED, data)]
+    """Encode bytes as a section: the number of the coding, the packed length, and the shortest coding.
+
+    Args:
+        data: The bytes.
+        repeats: Also try codings that look for repeats.
+
+    Returns:
+        The section.
+    """
+    codings = [(STORED, data)]
     if data:
-        found.append((HUFFMAN, _deflate(data, zlib.Z_HUFFMAN_ONLY)))
-    if data and repeats:
-        found.append((DEFLATE, _deflate(data, zlib.Z_DEFAULT_STRATEGY)))
-        if len(found[2][1]) < REPEATS * len(found[1][1]):
-            found.append((LZMA, lzma.compress(data, lzma.FORMAT_RAW, filters=_FILTERS)))
-    mode, packed = min((f for f in found if within(len(data), len(f[1]))), key=lambda f: len(f[1]))
+        huffman = _deflate(data, zlib.Z_HUFFMAN_ONLY)
+        codings.append((HUFFMAN, huffman))
+        if repeats:
+            deflated = _deflate(data, zlib.Z_DEFAULT_STRATEGY)
+            codings.append((DEFLATE, deflated))
+            if len(deflated) < REPEATS * len(huffman):
+                lzma_coded = lzma.compress(data, lzma.FORMAT_RAW, filters=_FILTERS)
+                codings.append((LZMA, lzma_coded))
+    allowed = [coding for coding in codings if within(len(data), len(coding[1]))]
+    mode, packed = min(allowed, key=lambda coding: len(coding[1]))
     return _HEAD.pack(mode, len(packed)) + packed
 
 
 def within(size: int, packed: int) -> bool:
-    """Whether ``packed`` bytes may stand for ``size`` bytes: what a reader allows, a writer keeps to."""
+    """Test whether a reader accepts a packed part; a writer makes no other.
+
+    Args:
+        size: Decoded size in bytes.
+        packed: Packed size in bytes.
+
+    Returns:
+        True if the ratio is within the bounds.
+    """
     return size <= RATIO * packed + SLACK
 
 
 @dataclass
 class Reader:
-    """Takes a blob apart from front to back; raises Damaged instead of reading past its end."""
+    """Reads a blob from front to back, and never past its end.
+
+    Attributes:
+        blob: The bytes.
+        at: Position of the next byte.
+    """
 
     blob: memoryview
     at: int = 0
 
     def take(self, size: int) -> memoryview:
-        """The next ``size`` bytes."""
-        if not 0 <= size <= len(self.blob) - self.at:
-            raise Damaged(
-                f"{size} bytes are said to follow where {len(self.blob) - self.at} are left"
-            )
+        """Read bytes.
+
+        Args:
+            size: Number of bytes.
+
+        Returns:
+            The bytes.
+
+        Raises:
+            Damaged: Fewer are left.
+        """
+        left = len(self.blob) - self.at
+        if not 0 <= size <= left:
+            raise Damaged(f"{size} bytes are said to follow where {left} are left")
         self.at += size
         return self.blob[self.at - size : self.at]
 
     def numbers(self, dtype: np.dtype[np.generic], count: int) -> Array:
-        """The next ``count`` little-endian numbers."""
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype.newbyteorder("<")).astype(
-            dtype, copy=False
-        )
+        """Read little-endian numbers.
+
+        Args:
+            dtype: Type of a number.
+            count: Number of numbers.
+
+        Returns:
+            The numbers (count,).
+
+        Raises:
+            Damaged: Fewer are left.
+        """
+        stored = np.frombuffer(self.take(count * dtype.itemsize), dtype.newbyteorder("<"))
+        return stored.astype(dtype, copy=False)
 
     def section(self, size: int) -> bytes:
-        """What :func:`shrink` made of ``size`` bytes."""
+        """Read and decode a section that :func:`shrink` encoded.
+
+        Args:
+            size: Decoded size in bytes.
+
+        Returns:
+            The decoded bytes.
+
+        Raises:
+            Damaged: The section does not decode to this size.
+        """
         mode, length = _HEAD.unpack(self.take(_HEAD.size))
         return _expand(mode, bytes(self.take(length)), size)
 
     def end(self) -> None:
-        """Nothing may be left."""
+        """Check that all bytes were read.
+
+        Raises:
+            Damaged: Bytes are left.
+        """
         if self.at != len(self.blob):
             raise Damaged(f"{len(self.blob) - self.at} bytes are left over")
 
 
 def planes(words: Array) -> bytes:
-    """Sections of unsigned numbers (n,), one for each of their bytes, the lowest first."""
-    octets = (
-        np.ascontiguousarray(words, words.dtype.newbyteorder("<"))
-        .view(np.uint8)
-        .reshape(-1, words.dtype.itemsize)
-    )
-    return b"".join(shrink(octets[:, i].tobytes()) for i in range(words.dtype.itemsize))
+    """Encode unsigned numbers byte by byte.
+
+    Args:
+        words: The numbers (n,).
+
+    Returns:
+        One section per byte of a number, the lowest byte first.
+    """
+    size = words.dtype.itemsize
+    little = np.ascontiguousarray(words, words.dtype.newbyteorder("<"))
+    octets = little.view(np.uint8).reshape(-1, size)
+    return b"".join(shrink(octets[:, i].tobytes()) for i in range(size))
 
 
 def read_planes(reader: Reader, dtype: np.dtype[np.generic], count: int) -> Array:
-    """What :func:`planes` coded."""
+    """Read numbers that :func:`planes` encoded.
+
+    Args:
+        reader: Reader at their sections.
+        dtype: Type of a number.
+        count: Number of numbers.
+
+    Returns:
+        The numbers (count,).
+
+    Raises:
+        Damaged: The sections do not hold so many numbers.
+    """
     octets = np.empty((count, dtype.itemsize), np.uint8)
     for i in range(dtype.itemsize):
         octets[:, i] = np.frombuffer(reader.section(count), np.uint8)
-    return octets.reshape(-1).view(dtype.newbyteorder("<")).astype(dtype, copy=False)
+    little = octets.reshape(-1).view(dtype.newbyteorder("<"))
+    return little.astype(dtype, copy=False)
 
 
 def smallest_type(largest: int) -> np.dtype[np.generic]:
-    """The smallest unsigned type that holds a number."""
+    """Find the smallest unsigned type that holds a number.
+
+    Args:
+        largest: The number.
+
+    Returns:
+        The type.
+    """
     return np.dtype(np.min_scalar_type(largest))
 
 
 def entropy(counts: Sequence[int] | Array) -> float:
-    """Shannon's bound, in bits for a symbol, of symbols that occur this often."""
-    seen = np.asarray(counts, np.float64)
-    share = seen[seen > 0] / seen.sum()
-    return float(-(share * np.log2(share)).sum()) + 0.0
+    """Compute Shannon's bound for a code.
+
+    Args:
+        counts: Number of occurrences of each symbol.
+
+    Returns:
+        Bits per symbol.
+    """
+    occurrences = np.asarray(counts, np.float64)
+    shares = occurrences[occurrences > 0] / occurrences.sum()
+    # Adding 0.0 turns -0.0 into 0.0.
+    return float(-(shares * np.log2(shares)).sum()) + 0.0
 
 
 def _deflate(data: bytes, strategy: int) -> bytes:
@@ -118,6 +209,7 @@ def _deflate(data: bytes, strategy: int) -> bytes:
 
 
 def _expand(mode: int, packed: bytes, size: int) -> bytes:
+    """Decode at most one byte more than ``size``, so that a damaged length cannot fill the memory."""
     if not within(size, len(packed)):
         raise Damaged(
             f"{len(packed)} bytes are said to stand for {size}, more than any packed part does"

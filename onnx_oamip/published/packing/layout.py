@@ -1,7 +1,7 @@
-"""Where the numbers of a model lie in its files: byte ranges, found by walking the file's own encoding.
+"""Byte ranges of the tensors in the files of a model, found in the encoding of the files.
 
-What is between the ranges (the graph, names, small tensors) is kept byte for byte, so that a file comes back as it was
-whatever wrote it. Fields are numbered as in ``onnx.proto``; the encoding is that of Protocol Buffers.
+The bytes between the ranges (the graph, names, small tensors) are kept, so that a file is restored exactly, whatever
+program wrote it. Fields are numbered as in ``onnx.proto``; the encoding is that of Protocol Buffers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.published.packing.coding import Form
 
 LEAST = 256
-"""Bytes from which a tensor is coded on its own; smaller ones stay with the graph, which is packed as a whole."""
-_GRAPHS = {
+"""Bytes from which a tensor is coded on its own; smaller ones are packed with the graph, as a whole."""
+_MESSAGES = {
     "GraphProto",
     "NodeProto",
     "AttributeProto",
@@ -33,14 +33,27 @@ _GRAPHS = {
     "SparseTensorProto",
     "TrainingInfoProto",
 }
+"""Messages that may contain tensors."""
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
+"""Wire types of Protocol Buffers."""
 _DIMS, _TYPE, _FLOATS, _NAME, _RAW, _DOUBLES, _EXTERNAL = 1, 2, 4, 8, 9, 10, 13
+"""Fields of ``TensorProto``."""
 _NIBBLES = {"UINT4", "INT4", "FLOAT4E2M1"}
+"""Types with two items per byte."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor's bytes: ``nbytes`` of file number ``file`` from ``offset`` on; ``type`` as in ``TensorProto``."""
+    """The bytes of a tensor.
+
+    Attributes:
+        name: Name of the tensor.
+        type: Number of its type, as in ``TensorProto``.
+        shape: Its shape.
+        file: Number of the file.
+        offset: First byte in the file.
+        nbytes: Number of bytes.
+    """
 
     name: str
     type: int
@@ -51,20 +64,24 @@ class Place:
 
     @property
     def form(self) -> Form:
-        """How a coder sees it."""
+        """Properties that a coder needs."""
         dtype = word_type(self.type)
-        floating = "FLOAT" in type_name(self.type) or type_name(self.type) == "DOUBLE"
-        rows = (
-            self.shape[0]
-            if len(self.shape) > 1 and dtype.itemsize * prod(self.shape) == self.nbytes
-            else 0
-        )
+        kind = type_name(self.type)
+        floating = "FLOAT" in kind or kind == "DOUBLE"
+        one_word_per_item = dtype.itemsize * prod(self.shape) == self.nbytes
+        rows = self.shape[0] if len(self.shape) > 1 and one_word_per_item else 0
         return Form(dtype, self.nbytes // dtype.itemsize, rows, floating)
 
 
 @dataclass(frozen=True)
 class Files:
-    """A model as it lies there: the model file and those beside it, by their names in it; ``sha256`` is of all."""
+    """The files of a model.
+
+    Attributes:
+        contents: Bytes by name; the model file has an empty name and is the first.
+        places: Tensors in them that are coded on their own.
+        sha256: Digest of all files.
+    """
 
     contents: Mapping[str, bytes]
     places: tuple[Place, ...]
@@ -76,14 +93,28 @@ class Files:
         return sum(map(len, self.contents.values()))
 
     def words(self, place: Place) -> Array:
-        """A tensor's bits as unsigned numbers (n,)."""
+        """Read the bits of a tensor.
+
+        Args:
+            place: The tensor.
+
+        Returns:
+            Unsigned numbers (n,).
+        """
         content = list(self.contents.values())[place.file]
         form = place.form
         return np.frombuffer(content, form.dtype.newbyteorder("<"), form.count, place.offset)
 
     def substitute(self, words: Mapping[Place, Array]) -> Files:
-        """The same files with other bits in some of their tensors."""
-        contents = [bytearray(c) for c in self.contents.values()]
+        """Replace the bits of some tensors.
+
+        Args:
+            words: New words by tensor.
+
+        Returns:
+            The new files.
+        """
+        contents = [bytearray(content) for content in self.contents.values()]
         for place, new in words.items():
             little = np.ascontiguousarray(new, new.dtype.newbyteorder("<")).tobytes()
             assert len(little) == place.nbytes
@@ -92,7 +123,15 @@ class Files:
         return replace(self, contents=named, sha256=digest(named))
 
     def write(self, folder: Path, name: str) -> Path:
-        """Put the files into a folder that nobody else uses; the path of the model file."""
+        """Write the files into an empty folder.
+
+        Args:
+            folder: The folder.
+            name: Name of the model file.
+
+        Returns:
+            Path of the model file.
+        """
         for side, content in self.contents.items():
             target = folder / (side or name)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,29 +140,45 @@ class Files:
 
 
 def read(path: str | os.PathLike[str]) -> Files:
-    """A checked model's files. Raises ModelError with one sentence, as loading it does."""
+    """Read the files of a model and find the tensors in them.
+
+    Args:
+        path: Model file.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModelError: The file is no ONNX model, or its external data cannot be read.
+    """
     file = Path(path)
     models.read(file)
     contents = {"": file.read_bytes()}
-    places: list[Place] = []
     try:
-        found = list(_tensors(memoryview(contents[""]), onnx.ModelProto.DESCRIPTOR))
+        tensors = list(_tensors(memoryview(contents[""]), onnx.ModelProto.DESCRIPTOR))
     except (IndexError, UnicodeDecodeError) as error:
         raise ModelError(
             f"{file} is not an ONNX model or is truncated; export it again."
         ) from error
-    for tensor in found:
-        if tensor.external is None:
-            place: Place | None = tensor.place
-        else:
-            place = _external(tensor, file, contents)
-        if place is not None and place.nbytes >= LEAST and _sized(place):
+    places: list[Place] = []
+    for tensor in tensors:
+        place = tensor.place
+        if tensor.external is not None:
+            place = _external(tensor, tensor.external, file, contents)
+        if place is not None and place.nbytes >= LEAST and _has_expected_size(place):
             places.append(place)
     return Files(contents, _apart(places), digest(contents))
 
 
 def digest(contents: Mapping[str, bytes]) -> str:
-    """sha256 of the model file and those beside it, as reports of a model give it."""
+    """Compute the sha256 of the files of a model, as reports of a model give it.
+
+    Args:
+        contents: Bytes by name.
+
+    Returns:
+        The digest.
+    """
     result = hashlib.sha256()
     for name in sorted(contents):
         result.update(contents[name])
@@ -131,43 +186,62 @@ def digest(contents: Mapping[str, bytes]) -> str:
 
 
 def inside(name: str) -> bool:
-    """Whether a name of a file beside a model stays in the model's folder on every system."""
+    """Test whether the name of a file beside a model stays in the model's folder on every system.
+
+    Args:
+        name: The name.
+
+    Returns:
+        True for a relative path without backslashes, colons, NUL and parent folders.
+    """
     path = PurePosixPath(name)
-    return (
-        bool(name)
-        and not path.is_absolute()
-        and not {"..", ""} & {*path.parts}
-        and not {*name} & {*"\\:\0"}
-    )
+    if not name or path.is_absolute():
+        return False
+    leads_out = bool({"..", ""} & {*path.parts})
+    has_special = bool({*name} & {*"\\:\0"})
+    return not leads_out and not has_special
 
 
 def type_name(code: int) -> str:
-    """The name of a tensor type, such as ``FLOAT16``; empty for a number that stands for none."""
+    """Name a tensor type.
+
+    Args:
+        code: Number of the type, as in ``TensorProto``.
+
+    Returns:
+        Its name, such as ``FLOAT16``; empty for an unknown number.
+    """
     return str(TensorProto.DataType.Name(code)) if code in TensorProto.DataType.values() else ""
 
 
 def word_type(code: int) -> np.dtype[np.generic]:
-    """The unsigned type that holds one item of a tensor, or half of a complex one; bytes of packed nibbles."""
+    """Find the unsigned type that holds one item of a tensor.
+
+    Args:
+        code: Number of the tensor's type.
+
+    Returns:
+        The type. It holds half of a complex item, and two packed nibbles.
+    """
     if type_name(code) in _NIBBLES:
         return np.dtype(np.uint8)
     size = onnx.helper.tensor_dtype_to_np_dtype(code).itemsize
     return np.dtype(f"u{min(size, 8)}")
 
 
-def _sized(place: Place) -> bool:
-    """Whether a tensor has as many bytes as its shape says, in a type of numbers."""
-    if type_name(place.type) in ("", "UNDEFINED", "STRING"):
+def _has_expected_size(place: Place) -> bool:
+    """True if a tensor of numbers has as many bytes as its shape requires."""
+    kind, items = type_name(place.type), prod(place.shape)
+    if kind in ("", "UNDEFINED", "STRING"):
         return False
-    if type_name(place.type) in _NIBBLES:
-        return place.nbytes == -(-prod(place.shape) // 2)
-    return (
-        place.nbytes
-        == prod(place.shape) * onnx.helper.tensor_dtype_to_np_dtype(place.type).itemsize
-    )
+    if kind in _NIBBLES:
+        return place.nbytes == -(-items // 2)
+    itemsize: int = onnx.helper.tensor_dtype_to_np_dtype(place.type).itemsize
+    return place.nbytes == items * itemsize
 
 
 def _apart(places: Sequence[Place]) -> tuple[Place, ...]:
-    """In the order in which they lie; of tensors that share bytes the first."""
+    """Places in the order of their bytes; of places that share bytes, the first."""
     result: list[Place] = []
     for place in sorted(places, key=lambda p: (p.file, p.offset)):
         last = result[-1] if result else None
@@ -181,6 +255,16 @@ def _apart(places: Sequence[Place]) -> tuple[Place, ...]:
 
 @dataclass(frozen=True)
 class _Tensor:
+    """A tensor in the encoding of a model.
+
+    Attributes:
+        place: Its bytes in the model file; None if there are none, or several fields with some.
+        external: Its reference to another file.
+        name: Its name.
+        type: Number of its type.
+        shape: Its shape.
+    """
+
     place: Place | None
     external: Mapping[str, str] | None
     name: str
@@ -191,21 +275,22 @@ class _Tensor:
 def _tensors(
     data: memoryview, kind: Any, start: int = 0, stop: int | None = None
 ) -> Iterator[_Tensor]:
-    """Every tensor of a message, in attributes and subgraphs as well."""
-    for number, wire, begin, end in _fields(data, start, len(data) if stop is None else stop):
+    """Every tensor of a message, those in attributes and subgraphs included."""
+    end_of_message = len(data) if stop is None else stop
+    for number, wire, begin, end in _fields(data, start, end_of_message):
         field = kind.fields_by_number.get(number)
         if wire != _BYTES or field is None or field.message_type is None:
             continue
         if field.message_type.name == "TensorProto":
             yield _tensor(data, begin, end)
-        elif field.message_type.name in _GRAPHS:
+        elif field.message_type.name in _MESSAGES:
             yield from _tensors(data, field.message_type, begin, end)
 
 
 def _tensor(data: memoryview, start: int, stop: int) -> _Tensor:
     shape: list[int] = []
     kind, name = 0, ""
-    held: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     external: dict[str, str] = {}
     for number, wire, begin, end in _fields(data, start, stop):
         if number == _DIMS and wire == _VARINT:
@@ -219,18 +304,22 @@ def _tensor(data: memoryview, start: int, stop: int) -> _Tensor:
         elif number == _NAME:
             name = bytes(data[begin:end]).decode()
         elif number in (_RAW, _FLOATS, _DOUBLES) and wire == _BYTES:
-            held.append((begin, end - begin))
+            ranges.append((begin, end - begin))
         elif number == _EXTERNAL:
             entry = onnx.StringStringEntryProto.FromString(bytes(data[begin:end]))
             external[entry.key] = entry.value
-    place = Place(name, kind, tuple(shape), 0, *held[0]) if len(held) == 1 else None
+    place = None
+    if len(ranges) == 1:
+        ((offset, nbytes),) = ranges
+        place = Place(name, kind, tuple(shape), 0, offset, nbytes)
     return _Tensor(place, external or None, name, kind, tuple(shape))
 
 
-def _external(tensor: _Tensor, file: Path, contents: dict[str, bytes]) -> Place | None:
-    """Where a tensor lies in a file beside the model, which is read the first time that it is named."""
-    assert tensor.external is not None
-    name = tensor.external.get("location", "")
+def _external(
+    tensor: _Tensor, reference: Mapping[str, str], file: Path, contents: dict[str, bytes]
+) -> Place | None:
+    """Place of a tensor in a file beside the model, which is read at the first reference to it."""
+    name = reference.get("location", "")
     if not inside(name):
         raise ModelError(
             f"{file} keeps weights in '{name}', outside its own folder; move them beside it."
@@ -238,8 +327,8 @@ def _external(tensor: _Tensor, file: Path, contents: dict[str, bytes]) -> Place 
     try:
         if name not in contents:
             contents[name] = (file.parent / name).read_bytes()
-        offset = int(tensor.external.get("offset") or 0)
-        nbytes = int(tensor.external.get("length") or len(contents[name]) - offset)
+        offset = int(reference.get("offset") or 0)
+        nbytes = int(reference.get("length") or len(contents[name]) - offset)
     except OSError as error:
         raise ModelError(
             f"{file} keeps weights in '{name}', which cannot be read: {error.strerror}."
@@ -250,11 +339,12 @@ def _external(tensor: _Tensor, file: Path, contents: dict[str, bytes]) -> Place 
         ) from error
     if not 0 <= offset <= offset + nbytes <= len(contents[name]):
         return None
-    return Place(tensor.name, tensor.type, tensor.shape, list(contents).index(name), offset, nbytes)
+    number = list(contents).index(name)
+    return Place(tensor.name, tensor.type, tensor.shape, number, offset, nbytes)
 
 
 def _fields(data: memoryview, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-    """(number, wire type, first byte, byte behind) of every field of a message."""
+    """Number, wire type, first byte, and the byte behind the last, of every field of a message."""
     at = start
     while at < stop:
         key, at = _varint(data, at)
@@ -273,7 +363,7 @@ def _fields(data: memoryview, start: int, stop: int) -> Iterator[tuple[int, int,
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """(number, byte behind it)."""
+    """A number, and the position behind it."""
     value = shift = 0
     while True:
         byte = data[at]

@@ -1,4 +1,4 @@
-"""pack(...) and unpack(...): what the commands of the same names do."""
+"""The public functions ``pack`` and ``unpack``."""
 
 from __future__ import annotations
 
@@ -34,11 +34,12 @@ from onnx_oamip.published.packing import (
     layout,
 )
 from onnx_oamip.published.packing.allocation import Judge
+from onnx_oamip.published.packing.coding import Coded
 from onnx_oamip.published.packing.container import Contents
 from onnx_oamip.published.packing.layout import Files, Place
 
 MAX_DROP = 0.5
-"""Points that may be lost where samples are given and nothing else is said."""
+"""Points that may be lost by default, where samples are given."""
 
 
 @dataclass(frozen=True)
@@ -127,47 +128,42 @@ def pack(
         OamipError: Bad input or a missing package (``exit_code`` 2), or a loss above ``max_drop`` (1). No file is
             written.
     """
-    _check(lossless, clusters, data, eval_data, max_drop)
+    _check(lossless=lossless, clusters=clusters, data=data, eval_data=eval_data, max_drop=max_drop)
     points = MAX_DROP if max_drop is None else max_drop
     settings = Settings.create(
         max_drop=points, device=device, seed=seed, batch_size=batch_size, **reading
     )
-    clock = Clock()
     target = check_output(path, output, (data, eval_data))
-    exact = clusters is None and data is None
     check_extras(data, eval_data)
+    exact = clusters is None and data is None
     if not exact:
         codebook.check()
+    clock = Clock()
     with clock("load"):
         original = layout.read(path)
-        judge = None if data is None else _judge(path, original, data, eval_data, settings)
-    codes: dict[Place, coding.Coded] = {}
-    values: dict[Place, Floats] = {}
-    verification = None
+        judge = None
+        if data is not None:
+            judge = _judge(path, original, data=data, eval_data=eval_data, settings=settings)
+    sharing = _Sharing({}, {}, None)
     if not exact:
-        shareable = [p for p in original.places if codebook.shares(p, original.words(p))]
         with clock("codebooks"):
-            if clusters is None:
-                assert judge is not None
-                codes = _encode(original, shareable, progress)
-                bytes_exact = {place: len(code.blob) for place, code in codes.items()}
-                found = allocation.candidates(original, bytes_exact, seed, progress)
-                values, verification = allocation.smallest(judge, found, points, progress)
-            else:
-                values = {place: _codebook(original, place, clusters, seed) for place in shareable}
-                verification = None if judge is None else _within(judge, values, points)
+            sharing = _share(
+                original, judge, clusters=clusters, settings=settings, progress=progress
+            )
     with clock("encode"):
-        files = original.substitute(allocation.shared(original, values))
-        codes = {place: code for place, code in codes.items() if place not in values}
-        codes |= _encode(files, [p for p in files.places if p not in codes], progress)
-        asked: dict[str, Any] = {
-            "lossless": exact,
-            "clusters": clusters,
-            "max_drop": None if data is None else points,
-            "seed": seed,
-        }
-        ordered = tuple(codes[place] for place in files.places)
-        contents = Contents(files, ordered, original.sha256, files.sha256 == original.sha256, asked)
+        files = original.substitute(allocation.shared(original, sharing.values))
+        contents = Contents(
+            files=files,
+            codes=_encode_rest(files, sharing, progress),
+            original_sha256=original.sha256,
+            lossless=files.sha256 == original.sha256,
+            settings={
+                "lossless": exact,
+                "clusters": clusters,
+                "max_drop": None if data is None else points,
+                "seed": seed,
+            },
+        )
         packed = container.write(contents)
     with clock("verify"):
         if container.read(packed, str(target)) != contents:
@@ -176,9 +172,15 @@ def pack(
             )
     with clock("write"):
         write_bytes(packed, target)
-    sha256 = hashlib.sha256(packed).hexdigest()
     return Packed(
-        str(path), str(target), sha256, len(packed), original, contents, verification, clock.seconds
+        path=str(path),
+        output=str(target),
+        sha256=hashlib.sha256(packed).hexdigest(),
+        nbytes=len(packed),
+        original=original,
+        contents=contents,
+        verification=sharing.verification,
+        seconds=clock.seconds,
     )
 
 
@@ -206,31 +208,52 @@ def unpack(path: str | os.PathLike[str], output: str | os.PathLike[str]) -> Unpa
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}.") from error
     contents = container.read(packed, str(file))
-    sides = {name: _beside(target, name) for name in contents.files.contents if name}
+    model_files = contents.files.contents
+    sides = {name: _beside(target, name) for name in model_files if name}
     for name, side in sides.items():
-        if side.exists() and (side.is_dir() or side.read_bytes() != contents.files.contents[name]):
+        if side.exists() and (side.is_dir() or side.read_bytes() != model_files[name]):
             raise OutputError(
                 f"{side} is there already, with something else in it; unpack into another folder."
             )
     with Batch() as batch:
         for name, side in sides.items():
             side.parent.mkdir(parents=True, exist_ok=True)
-            batch.add(side, contents.files.contents[name])
-        batch.add(target, contents.files.contents[""])
+            batch.add(side, model_files[name])
+        batch.add(target, model_files[""])
         batch.commit()
     return Unpacked(
-        str(file), hashlib.sha256(packed).hexdigest(), len(packed), str(target), contents
+        path=str(file),
+        packed_sha256=hashlib.sha256(packed).hexdigest(),
+        packed_bytes=len(packed),
+        output=str(target),
+        contents=contents,
     )
 
 
+@dataclass(frozen=True)
+class _Sharing:
+    """Result of weight sharing.
+
+    Attributes:
+        values: Values of the codebook by tensor that shares weights.
+        codes: Codings of tensors that are kept exact, as far as they are known.
+        verification: The measured loss, or None without evaluation samples.
+    """
+
+    values: Mapping[Place, Floats]
+    codes: Mapping[Place, Coded]
+    verification: Verification | None
+
+
 def _check(
+    *,
     lossless: bool,
     clusters: int | None,
     data: Source | None,
     eval_data: Source | None,
     max_drop: float | None,
 ) -> None:
-    """Settings that contradict each other."""
+    """Check for contradictions between the parameters of ``pack``."""
     asked = {
         "`clusters`": clusters,
         "`data`": data,
@@ -251,47 +274,88 @@ def _check(
 def _judge(
     path: str | os.PathLike[str],
     files: Files,
+    *,
     data: Source,
     eval_data: Source | None,
     settings: Settings,
 ) -> Judge:
     device = resolve_device(settings.device)
     model = models.load(path)
-    samples, held = samples_of(model, data, eval_data, settings)
-    assert held is not None
-    model = models.rebind(model, samples.bindings(model))
-    original = Session(path, device, what=str(path))
-    return Judge(files, model, original, samples, held, device, settings.batch_size)
+    samples, held_out = samples_of(model, data, eval_data, settings)
+    assert held_out is not None
+    return Judge(
+        files=files,
+        model=models.rebind(model, samples.bindings(model)),
+        original=Session(path, device, what=str(path)),
+        calibration=samples,
+        held_out=held_out,
+        device=device,
+        batch_size=settings.batch_size,
+    )
 
 
-def _encode(
-    files: Files, places: list[Place], progress: Progress | None
-) -> dict[Place, coding.Coded]:
-    found = {}
+def _share(
+    files: Files,
+    judge: Judge | None,
+    *,
+    clusters: int | None,
+    settings: Settings,
+    progress: Progress | None,
+) -> _Sharing:
+    """Share weights in codebooks of ``clusters`` values, or of sizes that ``judge`` measures."""
+    shareable = [place for place in files.places if codebook.shares(place, files.words(place))]
+    points, seed = settings.max_drop, settings.seed
+    assert points is not None
+    if clusters is not None:
+        values = {place: _codebook(files, place, clusters, seed) for place in shareable}
+        verification = None if judge is None else _accepted(judge, values, points)
+        return _Sharing(values, {}, verification)
+    assert judge is not None
+    codes = _encode(files, shareable, progress)
+    exact_bytes = {place: len(code.blob) for place, code in codes.items()}
+    choices = allocation.candidates(files, exact_bytes, seed, progress)
+    values, measured = allocation.smallest(judge, choices, points, progress)
+    return _Sharing(values, codes, measured)
+
+
+def _encode(files: Files, places: list[Place], progress: Progress | None) -> dict[Place, Coded]:
+    codes = {}
     for i, place in enumerate(places):
-        found[place] = coding.encode(files.words(place), place.form)
+        codes[place] = coding.encode(files.words(place), place.form)
         if progress:
             progress("encode", i + 1, len(places))
-    return found
+    return codes
+
+
+def _encode_rest(files: Files, sharing: _Sharing, progress: Progress | None) -> tuple[Coded, ...]:
+    """Codings of all tensors, with those that are known already."""
+    codes = {p: code for p, code in sharing.codes.items() if p not in sharing.values}
+    missing = [place for place in files.places if place not in codes]
+    codes |= _encode(files, missing, progress)
+    return tuple(codes[place] for place in files.places)
 
 
 def _codebook(files: Files, place: Place, clusters: int, seed: int) -> Floats:
-    seen = codebook.histogram(codebook.numbers(place, files.words(place)))
-    return codebook.cluster(seen, clusters, place.form.dtype.itemsize, seed).values
+    distribution = codebook.histogram(codebook.numbers(place, files.words(place)))
+    itemsize = place.form.dtype.itemsize
+    return codebook.cluster(distribution, clusters, itemsize, seed).values
 
 
-def _within(judge: Judge, values: Mapping[Place, Floats], points: float) -> Verification:
-    found = judge.measure(allocation.shared(judge.files, values), judge.held)
-    if not (lost := judge.lost(found)) <= points:
+def _accepted(judge: Judge, values: Mapping[Place, Floats], points: float) -> Verification:
+    """The measured loss of shared weights; raises GateFailed if it is above ``points``."""
+    verification = judge.measure(allocation.shared(judge.files, values), judge.held_out)
+    lost = judge.lost(verification)
+    # Not `lost > points`: a loss that is not a number is not accepted.
+    if not lost <= points:
         raise GateFailed(
-            f"with this many shared values {lost:.2f} points are lost on {judge.held.source}, more than "
+            f"with this many shared values {lost:.2f} points are lost on {judge.held_out.source}, more than "
             f"`max_drop={points:g}`; nothing was written; give more `clusters`, or leave it out to have it chosen."
         )
-    return found
+    return verification
 
 
 def _beside(target: Path, name: str) -> Path:
-    """Where a file beside the model goes. Raises OutputError where that is the model's place or leads elsewhere."""
+    """Path of a file beside the model; raises OutputError for the model's own path or one outside its folder."""
     side = target.parent / name
     if side.resolve() == target.resolve():
         raise OutputError(f"the model keeps weights in a file called {name}; give -o another name.")
