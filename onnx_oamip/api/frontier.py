@@ -111,7 +111,8 @@ def frontier(
             "steps": sorted(set(ready.steps.tolist())),
             "evaluated": proofs[0].samples,
         },
-        notes=(*ready.scores.notes, *ready.store.notes()),
+        notes=(*ready.objective.notes, *ready.scores.notes, *ready.store.notes()),
+        objective=ready.objective,
     )
 
 

@@ -28,6 +28,7 @@ from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Budget,
+    Measure,
     Report,
     Verification,
 )
@@ -39,10 +40,11 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import find
+from onnx_oamip.objective import at_outputs, find_objective, scale
+from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import iterative, search
 from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.published.nnrelief import connections
-from onnx_oamip.statistics import class_samples
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification import equivalence
 from onnx_oamip.verification.latency import compare_latency
@@ -140,9 +142,10 @@ def _thin(context: Context, targets: Targets) -> Report:
             "scores": None,
             "steps": [],
         },
-        notes=found.notes,
+        notes=(*context.objective.notes, *found.notes),
         fits=found.fits,
         connections=found.connections,
+        objective=context.objective,
     )
     return _write(report, found.proto, None, targets, context.clock)
 
@@ -265,7 +268,8 @@ def plan(
         digest,
         clock.seconds,
         asked,
-        notes,
+        (*ready.objective.notes, *notes),
+        ready.objective,
     )
 
 
@@ -374,6 +378,7 @@ def _finish(
         timings=clock.seconds,
         settings=asked,
         notes=(
+            *ready.objective.notes,
             *(scores.notes if scores else ()),
             *result.plan.notes,
             *result.pruned.notes,
@@ -383,6 +388,7 @@ def _finish(
         fits=result.pruned.fits,
         curves=ready.curves if isinstance(ready, Prepared) else (),
         tried=result.tried,
+        objective=ready.objective,
     )
     keep_map = None
     if targets.keep_map is not None:
@@ -464,13 +470,25 @@ def compare(
     samples = held or dataset.load(source, model, reading=settings.reading)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
-    class_samples.check_labels(model, samples)
+    named = {name for node in other.nodes for name in node.outputs}
+    objective = find_objective(model, settings, samples)
+    lacking = [t for t in objective.tensors if t not in named | {p.name for p in other.outputs}]
+    objective = at_outputs(model, objective, lacking)
+    objective = scale(model, objective, samples, device, batch_size=settings.batch_size)
     equivalence.structure(other.proto)
-    after = Session(other.proto, device, what=str(pruned))
-    before = Session(model.proto, device, what=str(original))
+    after = equivalence.watch(model, objective, device, other.proto, str(pruned))
+    before = equivalence.watch(model, objective, device, what=str(original))
     batches = equivalence.runs_at(model, after, samples, lambda: before)
-    found = equivalence.compare(model, before, after, samples, settings.batch_size, progress)
+    found = equivalence.compare(
+        model, objective, before, after, samples, settings.batch_size, progress=progress
+    )
     equivalence.numbers(model, found)
+    if settings.metric is not None:
+        metric = metrics.load(settings.metric)
+        values = equivalence.user_metric(
+            metric, model, other.proto, samples, device, settings.batch_size
+        )
+        found = replace(found, metric=values)
     return replace(found, batches=batches)
 
 
@@ -492,8 +510,11 @@ def prove(
     equivalence.structure(pruned.proto)
     masked = rewrite.mask(model, ready.coupling, result.plan.keep)
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
-    proof = equivalence.prove(model, masked, pruned.raw, few, settings.batch_size)
-    final = Session(pruned.proto, device, what="the pruned model")
+    objective = ready.objective
+    proof = equivalence.prove(
+        model, masked, pruned.raw, few, settings.batch_size, objective=objective
+    )
+    final = equivalence.watch(model, objective, device, pruned.proto, "the pruned model")
     batches = equivalence.runs_at(
         model, final, samples, lambda: Session(model.proto, device, what=model.path)
     )
@@ -513,14 +534,26 @@ def prove(
     answers = (
         answers
         or search.answers(ready, settings.batch_size)
-        or Session(model.proto, device, what=model.path)
+        or equivalence.watch(model, objective, device, what=model.path)
     )
+    size = settings.batch_size
     found = equivalence.compare(
-        model, answers, final, ready.held_out, settings.batch_size, ready.progress
+        model, objective, answers, final, ready.held_out, size, progress=ready.progress
     )
     equivalence.numbers(model, found)
+    raw: tuple[Measure, ...] = ()
+    if pruned.fits:
+        cut = equivalence.watch(model, objective, device, pruned.raw, "the cut model")
+        raw = equivalence.compare(model, objective, answers, cut, ready.held_out, size).outputs
+    metric = None
+    if ready.metric is not None:
+        metric = equivalence.user_metric(
+            ready.metric, model, pruned.proto, ready.held_out, device, size
+        )
     return replace(
         found,
+        outputs_before_refit=raw,
+        metric=metric,
         masked_equivalence=proof.distance,
         rounding=proof.rounding,
         batches=batches,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
@@ -29,6 +30,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import run_size
 from onnx_oamip.data.sources import File, Source, samples_of
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
@@ -36,6 +38,8 @@ from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.runtime import UNFUSED, Session, resolve_device
 from onnx_oamip.importance import find
+from onnx_oamip.objective import find_objective, scale
+from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import (
     allocation,
     iterative,
@@ -47,10 +51,10 @@ from onnx_oamip.planning import (
 )
 from onnx_oamip.planning.search import Prepared
 from onnx_oamip.published.nnrelief import connections
-from onnx_oamip.statistics import class_samples
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 
+LOG = logging.getLogger("onnx_oamip")
 BUDGETS = {budget.name for budget in fields(Budget)}
 
 
@@ -247,15 +251,27 @@ def open_context(
         model = models.load(path)
         samples, held = samples_of(model, source, eval_data, settings)
         model = models.rebind(model, samples.bindings(model))
-        for part in (samples, held):
-            if part is not None:
-                class_samples.check_labels(model, part)
+        objective = find_objective(model, settings, samples, held)
+        metric = None if settings.metric is None else metrics.load(settings.metric)
         # What does not run cannot be proved: say so before the work.
         session = Session(model.proto, "cpu", what=model.path)
         for _, feed in islice(samples.batches(settings.batch_size), None if source is None else 1):
             session.run(feed)
         if session.unfused:
             model = replace(model, notes=(*model.notes, UNFUSED))
+    identity = _cache_identity(model, samples, settings, device)
+    if source is not None or eval_data is not None:
+        with clock("objective"):
+            size = run_size(model, settings.activation_memory_limit)
+            objective = scale(
+                model, objective, samples, device, batch_size=size, store=store, identity=identity
+            )
+    for note in objective.notes:
+        LOG.warning("%s", note)
+    if settings.max_drop is not None and source is not None:
+        bound = search.bounded(objective, metric)
+        objective = replace(objective, notes=(*objective.notes, bound))
+        LOG.warning("%s", bound)
     with clock("couple"):
         coupling = exclude(model, couple(model), settings.exclude)
         if settings.granularity == "unit":
@@ -269,8 +285,10 @@ def open_context(
         held_out=held,
         device=device,
         settings=settings,
+        objective=objective,
+        metric=metric,
         store=store,
-        cache_identity=_cache_identity(model, samples, settings, device),
+        cache_identity=identity,
         progress=progress,
         clock=clock,
     )

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from onnx_oamip.core.records import (
     Array,
     Fit,
+    Floats,
     Gram,
     Moments,
     Pruned,
@@ -182,5 +183,7 @@ REFITS: Kind[Pruned] = Kind("refit", _pack_refit, _unpack_refit)
 """Refitted models."""
 OUTPUTS: Kind[list[list[Array]]] = Kind("outputs", _pack_outputs, _unpack_outputs)
 """Outputs of the original model on the held-out samples."""
+RELEVANCE: Kind[Mapping[str, Floats]] = Kind("relevance", dict, dict)
+"""Weights of the outputs of linear consumers, by node."""
 STEPS: Kind[Array] = Kind("steps", _pack_steps, _unpack_steps)
 """Alignment steps of the groups."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from onnx_oamip.core.records import (
     Group,
     Ints,
     Model,
+    Objective,
     Plan,
     Scores,
 )
@@ -81,6 +82,7 @@ class Planned:
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    objective: Objective = field(default_factory=Objective)
 
 
 def dumps(

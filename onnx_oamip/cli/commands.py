@@ -16,6 +16,7 @@ from onnx_oamip.cli.pack import pack, unpack
 from onnx_oamip.cli.prune import apply, plan, prune
 from onnx_oamip.cli.score import score
 from onnx_oamip.cli.settings import SettingsCommand, SettingType
+from onnx_oamip.cli.statements import statements_option
 from onnx_oamip.cli.stdout import document_only
 from onnx_oamip.cli.terminal import Progress, show
 from onnx_oamip.core.version import __version__
@@ -52,19 +53,25 @@ def cli(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
-@cli.command()
+@cli.command(cls=SettingsCommand, names=("task",))
 @click.argument("model", type=MODEL)
+@statements_option
 @json_option
-def inspect(model: Path, as_json: bool) -> None:
-    """Show which channels of MODEL can be removed, which cannot, and why."""
+@config_option
+def inspect(model: Path, as_json: bool, **choices: Any) -> None:
+    """Show which channels of MODEL can be removed, which cannot and why, and by what a pruned model is judged."""
+    from onnx_oamip.core.settings import Settings
     from onnx_oamip.graph.coupling import couple
     from onnx_oamip.graph.loading import load
+    from onnx_oamip.objective import detect
     from onnx_oamip.reporting import documents
     from onnx_oamip.verification.equivalence import judged
 
+    settings = Settings.create(**choices)
     loaded = load(model)
+    objective = detect(loaded, None, settings.task, settings.kinds)
     with judged(loaded):
-        document = documents.inspection(loaded, couple(loaded))
+        document = documents.inspection(loaded, couple(loaded), objective)
     show(document, as_json)
 
 
@@ -76,7 +83,9 @@ cli.add_command(checkpoint)
 cli.add_command(frontier)
 
 
-@cli.command(cls=SettingsCommand, owners=("DataOptions",), names=("device", "batch_size"))
+@cli.command(
+    cls=SettingsCommand, owners=("ObjectiveOptions", "DataOptions"), names=("device", "batch_size")
+)
 @click.argument("original", type=MODEL)
 @click.argument("pruned", type=MODEL)
 @option(
@@ -86,6 +95,7 @@ cli.add_command(frontier)
     metavar=DATA,
     help="Samples to compare on: as for prune; where a file has keys that start with 'eval.', those are used.",
 )
+@statements_option
 @json_option
 @config_option
 @click.pass_context

@@ -1,7 +1,8 @@
 """Configuration files with the names of the options, and the command that prints the configuration in effect.
 
 A file is flat TOML: ``macs = 0.5``, ``importance = "oamip"``, ``exclude = ["conv1*"]``. A command takes from it the
-options that it has. The command line takes precedence over the file, and the file over the defaults.
+options that it has. The command line takes precedence over the file, and the file over the defaults. The table
+``outputs`` holds statements about outputs of the model: ``outputs = { boxes = "values:0.5" }``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import click
 
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import json_option
+from onnx_oamip.cli.statements import IN_FILE, OutputOption
 from onnx_oamip.cli.stdout import stream
 from onnx_oamip.core.errors import SettingsError
 
@@ -75,6 +77,7 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
     if path is None:
         return None
     content = read(path)
+    ctx.meta[IN_FILE] = _statements(content.pop("outputs", {}), path)
     _check_names(ctx, path, content)
     defaults = {}
     for name, parameter in options(ctx.command):
@@ -87,6 +90,16 @@ def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | N
                 ) from error
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
+
+
+def _statements(table: object, path: Path) -> dict[str, object]:
+    """The table ``outputs`` of a file. Raises SettingsError for another value."""
+    if not isinstance(table, dict):
+        raise SettingsError(
+            f"the configuration {path} sets outputs to {table!r}; it is a table of kinds by name, such as "
+            '{ boxes = "values:0.5" }.'
+        )
+    return table
 
 
 def _check_names(ctx: click.Context, path: Path, content: Mapping[str, Any]) -> None:
@@ -109,6 +122,8 @@ def _check_names(ctx: click.Context, path: Path, content: Mapping[str, Any]) -> 
 
 def _as_on_the_command_line(parameter: click.Option, value: Any) -> Any:
     """Turn a value of a file into one of the command line. Raises ValueError with the expectation."""
+    if isinstance(value, str) and isinstance(parameter, OutputOption):
+        return [value]
     separator = getattr(parameter.type, "separator", "")
     if isinstance(value, list) and separator:
         return separator.join(map(str, value))
@@ -175,10 +190,10 @@ def config(
         return
     click.echo(f"# onnx-oamip {command}", file=stream())
     for name, row in rows.items():
-        if row["value"] in (None, []):
+        if row["value"] in (None, [], {}):
             click.echo(f"# {name} =", file=stream())
             continue
-        value = json.dumps(row["value"], ensure_ascii=False)
+        value = _toml(row["value"])
         note = f"  # from {path}" if row["source"] == "file" else ""
         click.echo(f"{name} = {value}{note}", file=stream())
 
@@ -204,7 +219,18 @@ def _in_effect(
             "value": _plain(inner.params.get(parameter.name)),
             "source": "file" if from_file else "default",
         }
+        if isinstance(parameter, OutputOption):
+            statements = inner.params.get("outputs", {})
+            rows["outputs"] = {"value": statements, "source": "file" if statements else "default"}
     return rows
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML has it, which for all but tables is how JSON has it."""
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    entries = (f"{_toml(name)} = {_toml(item)}" for name, item in value.items())
+    return f"{{ {', '.join(entries)} }}"
 
 
 def _plain(value: Any) -> Any:

@@ -65,3 +65,5 @@ def _long_names(group: click.Group) -> Iterator[tuple[str, str]]:
             for option in parameter.opts:
                 if isinstance(parameter, click.Option) and option.startswith("--"):
                     yield option[2:].replace("-", "_"), option
+                    for name in getattr(parameter, "sets", ()):
+                        yield name, option

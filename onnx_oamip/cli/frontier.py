@@ -23,12 +23,13 @@ from onnx_oamip.cli.options import (
     scores_option,
 )
 from onnx_oamip.cli.settings import PLANNING, SeparatedType, SettingsCommand
+from onnx_oamip.cli.statements import output_option
 from onnx_oamip.cli.terminal import Progress, show
 
 
 @click.command(
     cls=SettingsCommand,
-    owners=(*PLANNING, "DataOptions", "RunOptions"),
+    owners=("ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
     without=("force", "strict", "no_provenance"),
 )
 @click.argument("model", type=MODEL)
@@ -50,14 +51,7 @@ from onnx_oamip.cli.terminal import Progress, show
     help="Shares of the multiply-accumulates to keep, as 0.8,0.5,25%.",
 )
 @scores_option
-@option(
-    "-o",
-    "--output",
-    heading="Output",
-    type=MODEL,
-    metavar="F.json",
-    help="Write the JSON document to a file too.",
-)
+@output_option("F.json", "Write the JSON document to a file too.")
 @report_option
 @option(
     "--save-dir",

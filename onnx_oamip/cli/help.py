@@ -11,6 +11,7 @@ from onnx_oamip.cli.flags import Flags
 
 HEADINGS = (
     "Budget",
+    "What must be kept",
     "What to remove",
     "Repair",
     "Data",

@@ -23,6 +23,7 @@ from onnx_oamip.cli.options import (
     scores_option,
 )
 from onnx_oamip.cli.settings import PLANNING, SettingsCommand
+from onnx_oamip.cli.statements import output_option
 from onnx_oamip.cli.terminal import Progress, show
 
 data_option = option(
@@ -54,20 +55,20 @@ mlflow_option = option(
 
 @click.command(
     cls=SettingsCommand,
-    owners=("BudgetOptions", *PLANNING, "RemovalOptions", "DataOptions", "RunOptions"),
+    owners=(
+        "BudgetOptions",
+        "ObjectiveOptions",
+        *PLANNING,
+        "RemovalOptions",
+        "DataOptions",
+        "RunOptions",
+    ),
 )
 @click.argument("model", type=MODEL)
 @data_option
 @eval_option
 @scores_option
-@option(
-    "-o",
-    "--output",
-    heading="Output",
-    type=MODEL,
-    metavar="OUT.onnx",
-    help="Where the pruned model goes; only --dry-run does without.",
-)
+@output_option("OUT.onnx", "Where the pruned model goes; only --dry-run does without.")
 @keep_map_option
 @report_option
 @mlflow_option
@@ -144,22 +145,14 @@ def prune(
 
 @click.command(
     cls=SettingsCommand,
-    owners=("BudgetOptions", *PLANNING, "DataOptions", "RunOptions"),
+    owners=("BudgetOptions", "ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
     without=("force", "no_provenance"),
 )
 @click.argument("model", type=MODEL)
 @data_option
 @eval_option
 @scores_option
-@option(
-    "-o",
-    "--output",
-    heading="Output",
-    type=MODEL,
-    required=True,
-    metavar="P.json",
-    help="Where the plan goes.",
-)
+@output_option("P.json", "Where the plan goes.", required=True)
 @json_option
 @quiet_option
 @config_option
@@ -199,7 +192,7 @@ def plan(
 
 @click.command(
     cls=SettingsCommand,
-    owners=("RepairOptions", "DataOptions", "RunOptions"),
+    owners=("ObjectiveOptions", "RepairOptions", "DataOptions", "RunOptions"),
     without=("solver", "time_limit", "workers", "scheduler"),
     unset=("refit", "seed", "batch_size"),
 )
@@ -220,15 +213,7 @@ def plan(
     help="Calibration samples, as for prune. Only a plan made with --refit none does without.",
 )
 @eval_option
-@option(
-    "-o",
-    "--output",
-    heading="Output",
-    type=MODEL,
-    required=True,
-    metavar="OUT.onnx",
-    help="Where the pruned model goes.",
-)
+@output_option("OUT.onnx", "Where the pruned model goes.", required=True)
 @keep_map_option
 @report_option
 @mlflow_option

@@ -11,14 +11,15 @@ from onnx_oamip.cli.config import config_option
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option
 from onnx_oamip.cli.settings import SCORING, SettingsCommand
+from onnx_oamip.cli.statements import output_option
 from onnx_oamip.cli.terminal import Progress, show
 
 
 @click.command(
     cls=SettingsCommand,
-    owners=(*SCORING, "DataOptions", "RunOptions"),
+    owners=("ObjectiveOptions", *SCORING, "DataOptions", "RunOptions"),
     names=("exclude",),
-    without=("force", "strict", "batch_size", "no_provenance"),
+    without=("force", "strict", "batch_size", "no_provenance", "metric"),
 )
 @click.argument("model", type=MODEL)
 @option(
@@ -27,15 +28,7 @@ from onnx_oamip.cli.terminal import Progress, show
     metavar=DATA,
     help="Calibration samples, as for prune. Only --importance l1, l2 or random does without.",
 )
-@option(
-    "-o",
-    "--output",
-    heading="Output",
-    type=MODEL,
-    required=True,
-    metavar="S.npz",
-    help="Where the scores go.",
-)
+@output_option("S.npz", "Where the scores go.", required=True)
 @json_option
 @quiet_option
 @config_option

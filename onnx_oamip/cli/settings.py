@@ -80,7 +80,8 @@ class SettingsCommand(Command):
         names = set(self._names)
         for owner in self._owners:
             names.update(getattr(options, owner).model_fields)
-        taken = names.difference(self._without)
+        elsewhere = {name for own in self._params for name in getattr(own, "sets", ())}
+        taken = names.difference(self._without, elsewhere)
         return [
             setting_option(name, unset=name in self._unset)
             for name in Settings.model_fields

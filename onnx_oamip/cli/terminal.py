@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from types import TracebackType
@@ -14,6 +15,9 @@ from onnx_oamip.cli.stdout import stream
 
 if TYPE_CHECKING:
     from onnx_oamip.reporting.documents import Document
+
+
+LOG = logging.getLogger("onnx_oamip")
 
 
 def show(document: Document, as_json: bool) -> None:
@@ -36,13 +40,27 @@ def show(document: Document, as_json: bool) -> None:
     tables.show(document, Console(file=stream(), highlight=False, markup=False, emoji=False))
 
 
+class Notes(logging.Handler):
+    """Warnings of the package as lines on stderr, with options in place of parameters."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        text = Flags.of_context().in_text(record.getMessage())
+        click.echo(f"note: {text}", err=True)
+
+
 class Progress:
-    """Progress bars on stderr for work that takes more than a second; none where stderr is not a terminal."""
+    """Progress bars and notes on stderr.
+
+    Bars are for work that takes more than a second, where stderr is a terminal.
+    """
 
     DELAY = 1.0
     """Seconds before the bars appear."""
 
     def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._handler: logging.Handler = logging.NullHandler()
         self._wanted = not quiet and sys.stderr.isatty()
         self._lock = threading.Lock()
         self._tasks: dict[str, Any] = {}
@@ -50,6 +68,9 @@ class Progress:
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Progress:
+        self._handler = logging.NullHandler() if self._quiet else Notes()
+        LOG.addHandler(self._handler)
+        LOG.propagate = False
         if self._wanted:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -89,6 +110,8 @@ class Progress:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        LOG.removeHandler(self._handler)
+        LOG.propagate = True
         with self._lock:
             if self._timer is not None:
                 self._timer.cancel()

@@ -13,6 +13,7 @@ from onnx_oamip.core.options import (
     MintOptions,
     NNReliefOptions,
     OamipOptions,
+    ObjectiveOptions,
     Options,
     RemovalOptions,
     RepairOptions,
@@ -34,6 +35,7 @@ class Settings(
     NNReliefOptions,
     OamipOptions,
     ImportanceOptions,
+    ObjectiveOptions,
     BudgetOptions,
 ):
     """All options of a run.

@@ -13,7 +13,6 @@ import numpy as np
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Array,
-    Ints,
     Model,
     Port,
 )
@@ -248,31 +247,35 @@ def check_count(arrays: Mapping[str, Values], where: str) -> int:
     return count
 
 
-def check_labels(given: Values, count: int, whole: bool, where: str) -> Ints:
-    """Check labels.
+def check_labels(given: Values, count: int, where: str) -> Array:
+    """Check labels. Their fit to an output of the model is for the objective to say.
 
     Args:
-        given: Class of each sample, or of each row of each whole feed.
+        given: Labels, samples along axis 0.
         count: Number of samples.
-        whole: True if every sample is a whole feed.
         where: Name of the source.
 
     Returns:
-        The labels in memory.
+        The labels in memory: int64 or floats.
 
     Raises:
-        DataError: The labels are no classes, or not one per sample.
+        DataError: The labels are no numbers, not one entry per sample, or negative classes.
     """
-    if not np.issubdtype(given.dtype, np.integer):
+    if given.dtype.kind not in "biuf":
         raise DataError(
-            f"{where}: 'labels' is {given.dtype}; expected integers, one class per sample."
+            f"{where}: 'labels' is {given.dtype}; expected integers, one class per sample, or floats."
         )
-    if given.ndim == 0 or len(given) != count or (given.ndim != 1 and not whole):
+    if given.ndim == 0 or len(given) != count:
         raise DataError(
-            f"{where}: 'labels' has shape {given.shape}; expected ({count},), one class per sample."
+            f"{where}: 'labels' has shape {given.shape}; expected ({count},), one class per sample, or more axes "
+            "behind that one."
         )
     # Read only now that the shape is checked: a file may claim a huge one.
     labels = np.asarray(given)
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise DataError(f"{where}: 'labels' has NaN or infinite values; clean the data.")
+        return labels
     if labels.size and labels.max() > np.iinfo(np.int64).max:
         raise DataError(
             f"{where}: 'labels' has the class {int(labels.max())}, which exceeds int64."

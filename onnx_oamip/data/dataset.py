@@ -52,7 +52,7 @@ class Samples:
 
     Attributes:
         arrays: Stored arrays by input name. Large ones may stay in a file, from which a feed reads its part.
-        labels: Class of each sample, or of the rows of each whole feed; None if unknown.
+        labels: Whole numbers or floats, samples along axis 0; None if unknown.
         count: Number of samples along axis 0.
         whole: True if every index is one whole feed (arrays have rank + 1).
         scales: Scale and offset by input. They are applied when a feed is made, so that compact arrays stay compact.
@@ -63,7 +63,7 @@ class Samples:
     """
 
     arrays: Mapping[str, Values]
-    labels: Ints | None
+    labels: Array | None
     count: int
     whole: bool
     scales: Mapping[str, Scaling]
@@ -71,6 +71,13 @@ class Samples:
     fixed_batch: int | None
     source: str
     origin: Ints | None = None
+
+    @property
+    def classes(self) -> Ints | None:
+        """Labels that are one whole number per sample; None without such labels."""
+        if self.labels is None or self.labels.ndim != 1 or self.labels.dtype.kind != "i":
+            return None
+        return self.labels
 
     def feed(self, index: Ints) -> dict[str, Array]:
         """Make one feed.
@@ -329,7 +336,7 @@ def _samples(loaded: dict[str, Values], model: Model, where: str) -> Samples:
     labels = None
     # An input may be called "labels"; then its array is data.
     if LABELS in loaded and LABELS not in arrays:
-        labels = array_checks.check_labels(loaded[LABELS], count, whole, where)
+        labels = array_checks.check_labels(loaded[LABELS], count, where)
     return Samples(
         arrays=arrays,
         labels=labels,

@@ -1,9 +1,8 @@
-"""Outputs of a model: the classification head, floating activations, and models with other outputs."""
+"""Outputs of a model: the operator behind one, floating activations, and models with other outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,40 +14,6 @@ from onnx_oamip.core.records import (
     Node,
 )
 from onnx_oamip.graph.ops import Trait, has
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A classification head: the place of the output of shape (samples, classes), and the tensor with its logits."""
-
-    index: int
-    logits: str
-
-
-def head(model: Model) -> Head | None:
-    """Find the classification head: the first floating output of shape (samples, two or more classes).
-
-    Args:
-        model: The model.
-
-    Returns:
-        The head, whose logits are the input of a softmax over the classes if one makes the output. None where the
-        model has no such output.
-    """
-    for index, port in enumerate(model.outputs):
-        shape = model.shapes.get(port.name)
-        classes = shape is not None and len(shape) == 2 and shape[1] > 1
-        if classes and is_float(port.dtype):
-            return Head(index, _logits(model, port.name))
-    return None
-
-
-def _logits(model: Model, scores: str) -> str:
-    softmax = producer_with(model, scores, Trait.SOFTMAX)
-    if softmax is None:
-        return scores
-    over_classes = int(softmax.attrs.get("axis", -1)) in (-1, 1)
-    return softmax.inputs[0] if over_classes else scores
 
 
 def producer_with(model: Model, tensor: str, traits: Trait) -> Node | None:
@@ -111,7 +76,10 @@ def with_outputs(
     result = onnx.ModelProto()
     result.CopyFrom(model.proto if proto is None else proto)
     del result.graph.output[:]
+    declared = {port.name: port.dtype for port in model.outputs}
     for name in names:
-        kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
+        kind = helper.np_dtype_to_tensor_dtype(
+            model.dtypes[name] if name in model.dtypes else declared[name]
+        )
         result.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     return result

@@ -18,7 +18,9 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.linear_layers import matrix, site
 from onnx_oamip.importance.magnitude import power_sums
+from onnx_oamip.statistics.requests import RELEVANCE
 
 
 def score(
@@ -26,10 +28,12 @@ def score(
 ) -> Scores:
     """Score units by their shares of the energy of all consumers.
 
+    Where the objective has several terms a consumer counts by the loss that its errors bring, 1 on average.
+
     Args:
         model: The model.
         coupling: Its units and consumers.
-        statistics: Moments of the consumed axes.
+        statistics: Moments of the consumed axes, and the relevance of consumers.
         settings: Not read.
 
     Returns:
@@ -37,9 +41,31 @@ def score(
     """
     assert statistics is not None
     total = np.zeros(coupling.n_units)
+    loud = _loss_of_consumers(model, coupling, statistics)
     for consumer in (*coupling.consumers, *coupling.inside):
-        total += shares(model, coupling, statistics, consumer)
+        total += loud.get(consumer.node, 1.0) * shares(model, coupling, statistics, consumer)
     return Scores("activation", total)
+
+
+def _loss_of_consumers(
+    model: Model, coupling: Coupling, statistics: Statistics
+) -> dict[str, float]:
+    """Loss where a consumer's output is as wrong as it is large, over the mean of all; empty without relevance."""
+    relevance = statistics.get(RELEVANCE, {})
+    nodes = {node.name: node for node in model.nodes}
+    result = {}
+    for consumer in coupling.consumers:
+        values = relevance.get(consumer.node)
+        known = statistics.moments.get((consumer.data, consumer.axis))
+        place = site(nodes[consumer.node], model.constants)
+        if values is None or known is None or place is None:
+            continue
+        weight = np.square(matrix(place, model.constants[place.weight])).sum(axis=3)
+        square = known.mean_square.reshape(weight.shape[0], 1, -1)
+        energy = (weight * square).sum(axis=2).reshape(-1)
+        result[consumer.node] = float(values @ energy)
+    mean = sum(result.values()) / max(len(result), 1)
+    return {name: value / mean for name, value in result.items()} if mean else {}
 
 
 def shares(model: Model, coupling: Coupling, statistics: Statistics, consumer: Consumer) -> Floats:

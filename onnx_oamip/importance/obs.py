@@ -3,13 +3,14 @@
 For a consumer with weights W and inverse (ridged) covariance H of its inputs, removing the columns j of one unit and
 repairing the rest costs ``tr(W_j (H_jj)^-1 W_j')`` and changes ``W -= W_j (H_jj)^-1 H_j:``; H itself is then downdated
 (Hassibi and Stork 1993; in blocks as in Frantar and Alistarh 2022). One pass gives the whole order of a group and its
-error curve. Several consumers are added up, each in units of its output variance. Wide groups remove a few units per
-step, a share of those left, so that the last ones are still ordered one by one.
+error curve. Several consumers are added up, each in units of its output variance, or if the objective has several
+terms by the loss that their errors bring (``statistics.relevance``). Wide groups remove a few units per step, a share
+of those left, so that the last ones are still ordered one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.linalg import cho_factor
@@ -32,7 +33,8 @@ from onnx_oamip.statistics.layer_problems import (
     jobs,
     problems,
 )
-from onnx_oamip.statistics.requests import COVARIANCE
+from onnx_oamip.statistics.relevance import weighted
+from onnx_oamip.statistics.requests import COVARIANCE, RELEVANCE
 
 MIRROR = 256
 """Rows of a symmetric matrix that are mirrored at a time: whole triangles would be copied several times."""
@@ -62,7 +64,8 @@ def score(
     # Groups side by side, each with one thread for linear algebra: most matrices are too small to share.
     pool = executor(settings.workers, settings.scheduler)
     every_job = jobs(coupling, statistics[COVARIANCE])
-    results = pool.map(_eliminate_group, (model, coupling), every_job)
+    shared = (model, coupling, statistics.get(RELEVANCE, {}))
+    results = pool.map(_eliminate_group, shared, every_job)
     for group, result in zip(coupling.groups, results, strict=True):
         if result is not None:
             order, curve = result
@@ -70,10 +73,12 @@ def score(
     return Scores("obs", values)
 
 
-def _eliminate_group(shared: tuple[Model, Coupling], job: Job) -> tuple[Ints, Floats] | None:
-    model, coupling = shared
+def _eliminate_group(
+    shared: tuple[Model, Coupling, Mapping[str, Floats]], job: Job
+) -> tuple[Ints, Floats] | None:
+    model, coupling, relevance = shared
     group, grams = job
-    every_problem = problems(model, coupling, grams, group)
+    every_problem = weighted(problems(model, coupling, grams, group), relevance)
     if not every_problem:
         return None
     return eliminate(every_problem, len(coupling.groups[group].units))
@@ -130,7 +135,7 @@ class _State:
     """One consumer during the removal of its inputs."""
 
     def __init__(self, problem: Problem) -> None:
-        self.scale = problem.scale
+        self.scale = problem.scale / problem.share
         self.columns = problem.columns.copy()
         self.weight = problem.weight.copy()
         self.present = np.ones(len(problem.gram), bool)

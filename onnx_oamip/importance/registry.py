@@ -23,14 +23,14 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.registry import Registry
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS
+from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS, RELEVANCE
 
 ScoreRule = Callable[[Model, Coupling, Statistics | None, Settings], Scores]
 Requests = frozenset[Request[Any]]
 
 WEIGHTS_ONLY: Requests = frozenset()
 MOMENTS_ONLY: Requests = frozenset({MOMENTS})
-LAYER_WISE: Requests = frozenset({MOMENTS, COVARIANCE})
+LAYER_WISE: Requests = frozenset({MOMENTS, COVARIANCE, RELEVANCE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ _BUILT_IN = {
     "activation": Method(
         lazy_rule("onnx_oamip.importance.activation"),
         "mean square of what consumers receive, times their weights",
+        frozenset({MOMENTS, RELEVANCE}),
     ),
     "l2": Method(
         lazy_rule("onnx_oamip.importance.magnitude", "l2"),

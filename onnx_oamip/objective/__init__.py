@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from onnx_oamip.objective.detection import detect
-from onnx_oamip.objective.losses import (
-    Loss,
-    compare,
-    loss,
-    sums,
-)
-from onnx_oamip.objective.measures import Measure, Measures
-from onnx_oamip.objective.normaliser import Normaliser
-from onnx_oamip.objective.terms import (
+from onnx_oamip.core.records.objective import (
     CHOICES,
     Kind,
+    Measure,
     Objective,
     Part,
     Scale,
     Term,
     document,
 )
+from onnx_oamip.objective.detection import at_outputs, detect
+from onnx_oamip.objective.losses import (
+    Loss,
+    compare,
+    loss,
+    sums,
+)
+from onnx_oamip.objective.measures import Measures
+from onnx_oamip.objective.normaliser import Normaliser
+from onnx_oamip.objective.preparation import find_objective, scale
 
 __all__ = [
     "CHOICES",
@@ -32,9 +34,12 @@ __all__ = [
     "Part",
     "Scale",
     "Term",
+    "at_outputs",
     "compare",
     "detect",
     "document",
+    "find_objective",
     "loss",
+    "scale",
     "sums",
 ]

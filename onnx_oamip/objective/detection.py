@@ -9,22 +9,22 @@ values (floats). The user's choice goes before both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.records import Array, Model
-from onnx_oamip.graph.ops import kinds
-from onnx_oamip.objective.structure import Graph
-from onnx_oamip.objective.tails import Tails
-from onnx_oamip.objective.terms import (
+from onnx_oamip.core.records.objective import (
     CHOICES,
     Kind,
     Objective,
     Term,
 )
+from onnx_oamip.graph.ops import kinds
+from onnx_oamip.objective.structure import Graph
+from onnx_oamip.objective.tails import Tails
 
 ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")
 """Kinds in the order in which labels look for their term."""
@@ -49,7 +49,8 @@ def detect(
 
     Raises:
         SettingsError: ``task`` or ``outputs`` name no output, or a kind that it cannot have.
-        DataError: A label is no class of the term that the labels belong to.
+        DataError: A label is no class of the term that the labels belong to, or labels of floats or of several axes
+            fit no term.
     """
     chosen = dict(outputs or {})
     tails = Tails(Graph(model))
@@ -80,7 +81,8 @@ def detect(
         raise SettingsError(
             "every output is ignored, so nothing could be measured; leave one of `outputs` out."
         )
-    return Objective(tuple(terms), (*notes, *more, *(t.assumption for t in terms if t.assumption)))
+    said = (*notes, *more, *(t.assumption for t in terms if t.assumption))
+    return Objective(tuple(terms), tuple(dict.fromkeys(said)))
 
 
 def _found(tails: Tails, chosen: Mapping[str, tuple[str, float]]) -> tuple[list[Term], list[str]]:
@@ -121,6 +123,34 @@ def _short(term: Term) -> str:
     return term.tensor if term.part is None else f"{term.tensor}{term.part}"
 
 
+def at_outputs(model: Model, objective: Objective, missing: Collection[str]) -> Objective:
+    """Read terms at their outputs where another file of the model lacks the tensors in front of them.
+
+    Args:
+        model: The original.
+        objective: Terms without scales.
+        missing: Tensors that the other file does not have.
+
+    Returns:
+        The objective with one term for every output that lost a tensor, and a note about it.
+    """
+    lost = {t.output: t for t in objective.judged if t.tensor in missing}
+    if not lost:
+        return objective
+    graph = Graph(model)
+    terms = [t for t in objective.terms if t.output not in lost]
+    for name, old in lost.items():
+        alone = sum(t.output == name for t in objective.terms) == 1
+        kind: Kind = old.kind if alone else "values"
+        if not graph.floating(name):
+            kind = "exact"
+        same = replace(old, kind=kind, part=None, form="auto", threshold=None, tail="")
+        terms.append(replace(same, name=name, tensor=name, axis=graph.channel_axis(name)))
+    named = ", ".join(f"'{name}'" for name in lost)
+    note = f"{named} is compared as it is: the other model has no tensor of the name in front of it"
+    return replace(objective, terms=tuple(terms), notes=(*objective.notes, note))
+
+
 # ------------------------------------------------------------------------------------------------------ user's choice
 
 
@@ -158,7 +188,13 @@ def _as(tails: Tails, term: Term, kind: str, option: str) -> Term:
         not floats and len(found) == 1
     ):  # decisions, and one tensor of floats that they are made from
         plain, floats = (
-            replace(plain, tensor=found[0].tensor, axis=found[0].axis, part=found[0].part),
+            replace(
+                plain,
+                tensor=found[0].tensor,
+                axis=found[0].axis,
+                part=found[0].part,
+                decided=found[0].decided,
+            ),
             True,
         )
     if not floats:
@@ -229,6 +265,11 @@ def _labelled(tails: Tails, terms: list[Term], labels: Array) -> tuple[list[Term
             fitting = _fit(tails, term, labels)
             if fitting is not None:
                 return [*terms[:place], fitting, *terms[place + 1 :]], []
+            if kind == "ambiguous" and _bits(labels) and _one_number(tails, term, labels):
+                raise DataError(
+                    f"'labels' of shape {labels.shape} may be independent decisions or classes marked by a 1 for the "
+                    f"raw output '{term.output}'; give one class per sample, or `outputs={term.output}=binary`."
+                )
             if (
                 kind in ("classes", "ambiguous")
                 and _whole(labels)
@@ -240,13 +281,19 @@ def _labelled(tails: Tails, terms: list[Term], labels: Array) -> tuple[list[Term
             f"'labels' has the class {int(labels.max())}, but the model's output '{wrong.output}' has "
             f"{_columns(tails, wrong)} classes, which count from 0."
         )
+    if not _whole(labels) or sum(length != 1 for length in labels.shape[1:]):
+        raise DataError(
+            f"'labels' is {labels.dtype} of shape {labels.shape}, which fits no output of the model; expected "
+            "integers, one class per sample (or per position); zeros and ones, one per binary decision; or floats, "
+            "one per value."
+        )
     return terms, [f"labels of shape {labels.shape} fit no output of the model and are not used"]
 
 
 def _fit(tails: Tails, term: Term, labels: Array) -> Term | None:
     """The term that the labels make of this one, None where they do not fit."""
     columns = _columns(tails, term)
-    bits = _whole(labels) and bool(np.isin(labels, (0, 1)).all())
+    bits = _bits(labels)
     kind: Kind | None = None
     if not _whole(labels):
         fits = term.kind in ("ambiguous", "values") and _one_number(tails, term, labels)
@@ -255,7 +302,7 @@ def _fit(tails: Tails, term: Term, labels: Array) -> Term | None:
         bits
         and term.kind != "classes"
         and _one_number(tails, term, labels)
-        and (columns == 1 or labels.ndim > 1)
+        and (columns == 1 or (labels.ndim > 1 and term.kind != "ambiguous"))
     ):
         kind = "binary"
     elif (
@@ -282,6 +329,10 @@ def _fit(tails: Tails, term: Term, labels: Array) -> Term | None:
 
 def _whole(labels: Array) -> bool:
     return labels.dtype.kind in "iub"
+
+
+def _bits(labels: Array) -> bool:
+    return _whole(labels) and bool(np.isin(labels, (0, 1)).all())
 
 
 def _one_class(tails: Tails, term: Term, labels: Array) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_oamip.core.records import Floats
-from onnx_oamip.objective.terms import Form
+from onnx_oamip.core.records.objective import Form
 
 SMALLEST = 1e-12
 """Probabilities are clipped here before their logarithm is taken."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.core.records.objective import Objective, Scale, Term
 from onnx_oamip.objective.divergences import (
     angle,
     binary_divergence,
@@ -21,7 +22,6 @@ from onnx_oamip.objective.divergences import (
     squared_error,
 )
 from onnx_oamip.objective.normaliser import cutoff
-from onnx_oamip.objective.terms import Objective, Scale, Term
 
 LOST = 1000.0
 """Largest loss of a term, and that of outputs which are not finite where the original's are."""

@@ -18,7 +18,6 @@ Recall and precision are those of what the original finds.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,10 +27,10 @@ from onnx_oamip.core.records import (
     Floats,
     Ints,
 )
+from onnx_oamip.core.records.objective import Measure, Objective, Term
 from onnx_oamip.objective.divergences import angle, squared_error
 from onnx_oamip.objective.moments import COLUMNS, Moments
 from onnx_oamip.objective.normaliser import DOMINANT, cutoff
-from onnx_oamip.objective.terms import Objective, Term
 
 RARE = 0.05
 """Share of decisions below which they are rare, and of positive decisions below which a warning is given."""
@@ -41,24 +40,25 @@ DIGITS = 9
 """Decimals of points: 100 * (0.99 - 0.985) is a little over 0.5, which its samples do not say."""
 
 
-@dataclass(frozen=True, eq=False)
-class Measure:
-    """How well one term is kept.
+def promise(term: Term) -> str:
+    """Name what ``--max-drop`` bounds for a term.
 
-    ``values``: numbers by name (``agreement``, ``accuracy_before``, ``recall``, ``error_over_variance``, ...), None
-    where nothing could be measured; ``classes``: (class, share of the original's decisions, recall) of rare classes,
-    worst first; ``columns``: error over variance by column.
+    Args:
+        term: A judged term.
+
+    Returns:
+        The measure whose points are counted.
     """
-
-    term: str
-    output: str
-    kind: str
-    measure: str
-    lost: float
-    values: Mapping[str, float | None]
-    classes: tuple[tuple[int, float, float], ...] = ()
-    columns: tuple[float, ...] = ()
-    warnings: tuple[str, ...] = ()
+    if term.labelled and term.kind in ("classes", "binary"):
+        return "accuracy"
+    return {
+        "classes": "agreement with the original's classes",
+        "binary": "agreement, recall and precision of decisions",
+        "values": "error over variance, worst column",
+        "embedding": "mean cosine",
+        "ambiguous": "agreement of the largest column, or error over variance, whichever is worse",
+        "exact": "equal entries",
+    }[term.kind]
 
 
 class Measures:

@@ -22,6 +22,12 @@ import numpy as np
 
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.core.records.objective import (
+    Form,
+    Objective,
+    Scale,
+    Term,
+)
 from onnx_oamip.objective.divergences import (
     directions,
     log_binary,
@@ -29,12 +35,6 @@ from onnx_oamip.objective.divergences import (
     weighted,
 )
 from onnx_oamip.objective.moments import Moments
-from onnx_oamip.objective.terms import (
-    Form,
-    Objective,
-    Scale,
-    Term,
-)
 
 DOMINANT = 0.8
 """Share of all decisions above which a class is the background."""

@@ -9,9 +9,10 @@ from functools import cached_property
 import numpy as np
 
 from onnx_oamip.core.records import Array, Model, Node
+from onnx_oamip.core.records.objective import Part
+from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.ops import Trait, has, kinds, lookup
 from onnx_oamip.graph.ops.movement import taken_range
-from onnx_oamip.objective.terms import Part
 
 DEPTH = 200
 """Steps that are followed behind an output."""
@@ -188,6 +189,9 @@ class Graph:
             return None
         if node.op.endswith(kinds.CHANNELS_ON_AXIS_1):
             return 1
+        place = site(node, self.model.constants)
+        if place is not None:
+            return place.output_axis % len(shape)
         if self.heavy(node) or node.op in kinds.CHANNELS_LAST:
             return len(shape) - 1
         source = node.inputs[0] if node.inputs else ""

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from onnx_oamip.core.records import Node
+from onnx_oamip.core.records.objective import Form, Kind, Term
 from onnx_oamip.graph.ops import Trait, has, kinds
 from onnx_oamip.graph.ops.compositions import sigmoid, softmax, unit_vectors
 from onnx_oamip.objective.structure import DEPTH, Graph, Origin
-from onnx_oamip.objective.terms import Form, Kind, Term
 
 OPEN: tuple[Kind, ...] = ("ambiguous", "values")
 
@@ -48,7 +48,8 @@ class Tails:
         if self.graph.floating(tensor) and not self.decisive(tensor):
             return self.explain(tensor)
         found = self.decide(tensor, set(), 0)
-        return _distinct(replace(t, kind="values") if t.kind == "ambiguous" else t for t in found)
+        settled = (replace(t, kind="values") if t.kind == "ambiguous" else t for t in found)
+        return [replace(term, decided=True) for term in _distinct(settled)]
 
     # -------------------------------------------------------------------------------------------------------- floats
 

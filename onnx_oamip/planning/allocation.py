@@ -364,7 +364,9 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
         for i in np.argsort(-values)[:3]
     ]
     widest = sorted(coupling.groups, key=lambda g: -max(g.multiplicity.values()) * len(g.units))[:3]
-    reasons = [p.reason for p in coupling.pinned if p.count > 1]
+    # Inputs and outputs of the model keep their channels in every model; other reasons say more.
+    pinned = sorted(coupling.pinned, key=lambda p: p.given)
+    reasons = [p.reason for p in pinned if p.count > 1]
     why = f"; channels there cannot go, for example because {reasons[0]}" if reasons else ""
     shares = limit.least(ledger.cost(floor))
     reach = (

@@ -13,6 +13,7 @@ from onnx_oamip.core.options import (
     BudgetOptions,
     ConstraintOptions,
     DataOptions,
+    ObjectiveOptions,
 )
 from onnx_oamip.core.records import (
     Coupling,
@@ -22,10 +23,11 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.graph.cost import full_widths
-from onnx_oamip.graph.outputs import head
+from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import Method, find
+from onnx_oamip.objective import document, loss, sums
 from onnx_oamip.planning import sensitivity
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.repair import least_squares
@@ -37,11 +39,14 @@ CHOICE_SAMPLES = 64
 """Samples on which orders of removal are compared for one group."""
 TRIALS = 64
 """Choices of orders for all groups that are measured at most."""
+AVERAGE = 1.0
+"""Loss of a model that gives the average answer."""
 _IRRELEVANT = {
     *BudgetOptions.model_fields,
     *AllocationOptions.model_fields,
     *ConstraintOptions.model_fields,
     *DataOptions.model_fields,
+    *ObjectiveOptions.model_fields,
     "force",
     "strict",
     "workers",
@@ -51,7 +56,7 @@ _IRRELEVANT = {
     "max_memory",
     "no_provenance",
 }
-"""Settings that no score depends on, or that the identity of the context covers."""
+"""Settings that no score depends on, or that the identity of the context and the objective cover."""
 
 
 def score(context: Context) -> Scores:
@@ -82,6 +87,7 @@ def score(context: Context) -> Scores:
         depends = {
             **settings.model_dump(mode="json", exclude=_IRRELEVANT),
             **context.cache_identity,
+            "objective": document(context.objective),
         }
         return context.store.recall(
             cache_entries.SCORES, depends, make, lambda found: fits(found, context.coupling)
@@ -118,10 +124,11 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
         list(orders),
         [feed for _, feed in few.batches(context.batch)],
         context.device,
-        context.workers,
-        context.progress,
-        settings.refit,
-        settings.scheduler,
+        objective=context.objective,
+        workers=context.workers,
+        progress=context.progress,
+        repair=settings.refit,
+        scheduler=settings.scheduler,
     )
     picks = _together(context, orders, alone)
     values = found.values.copy()
@@ -142,7 +149,7 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
     Layers that lost units do not behave as layers alone: every order for all groups is measured, and ``alone`` (the
     best per group); the best of them is then changed group by group while that helps, for ``TRIALS`` trials at most.
     The loss is that of the cut model at the shares of ``sensitivity.CHOICE``, by its logarithms, and nowhere counts as
-    more than that of a model that says nothing: where all is lost, differences mean nothing.
+    more than that of a model that gives the average answer: where all is lost, differences mean nothing.
     """
     model, coupling, device, progress = (
         context.model,
@@ -153,17 +160,14 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
     repair = context.settings.refit
     moments = collect(context, {MOMENTS}) if repair == "bias" else None
     feeds = [feed for _, feed in parts(context.samples)[1].batches(context.batch)]
-    original = Session(model.proto, device)
-    wanted = sensitivity.targets(model)
+    objective = context.objective
+    wanted = objective.tensors
+    original = Session(with_outputs(model, wanted), device)
     truth = [original.run(feed, wanted) for feed in feeds]
-    ranked = head(model) is not None
-    nothing = (
-        float(np.log(truth[0][0].shape[1])) if ranked else 1.0
-    )  # uniform over the classes, or all zeros
     groups = len(coupling.groups)
     tried = 0
 
-    def loss(picks: Ints) -> float:
+    def total_loss(picks: Ints) -> float:
         nonlocal tried
         tried += 1
         if progress:
@@ -176,23 +180,24 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
             proto = rewrite.cut(model, coupling, keep)
             if moments is not None:
                 proto = least_squares.fold_means(model, coupling, keep, moments, proto).proto
-            session = Session(proto, device, what="the cut model")
-            lost = [
-                sensitivity.divergence(model, t, session.run(f, wanted))
+            session = Session(with_outputs(model, wanted, proto), device, what="the cut model")
+            found = sum(
+                sums(objective, t, session.run(f, wanted))
                 for f, t in zip(feeds, truth, strict=True)
-            ]
-            total += float(np.log(min(float(np.mean(lost)), nothing) + 1e-9))
+            )
+            lost = loss(objective, np.asarray(found)).total
+            total += float(np.log(min(lost, AVERAGE) + 1e-9))
         return total
 
     starts = [alone, *(np.full(groups, i, np.int64) for i in range(len(orders)))]
-    losses = [loss(start) for start in starts]
+    losses = [total_loss(start) for start in starts]
     best, least = starts[int(np.argmin(losses))].copy(), min(losses)
     for g, i in product(range(groups), range(len(orders))):
         if tried >= TRIALS:
             break
         trial = best.copy()
         trial[g] = i
-        if i != best[g] and (found := loss(trial)) < least:
+        if i != best[g] and (found := total_loss(trial)) < least:
             best, least = trial, found
     return best
 

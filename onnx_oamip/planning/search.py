@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from onnx_oamip.core.records import (
     Budget,
     Cost,
     Ints,
-    Model,
+    Objective,
     Plan,
     Pruned,
     Scores,
@@ -30,9 +31,10 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import attention_scale, rewrite
 from onnx_oamip.importance import find
+from onnx_oamip.objective.measures import promise
+from onnx_oamip.objective.metric import Metric
 from onnx_oamip.planning import allocation
 from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
 from onnx_oamip.planning.latency_model import profile
@@ -51,8 +53,6 @@ DROP_TRIES = 7
 DROP_RESOLUTION = 0.02
 ANSWERS = 1 << 26
 """Bytes of the original's outputs on the evaluation data that are held, and kept for the next run."""
-DIGITS = 9
-"""Of a drop in points: 100 * (0.99 - 0.985) is a little over 0.5, which its samples do not say."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -194,29 +194,40 @@ def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
 
     No plan changes it, so it is found out once.
     """
-    model, held = ready.model, ready.held_out
-    if held is None or any(port.name not in model.shapes for port in model.outputs):
+    model, held, objective = ready.model, ready.held_out, ready.objective
+    names = equivalence.watched(model, objective)
+    if held is None or any(name not in model.shapes for name in names):
         return None
-    each = sum(int(np.prod(model.shapes[p.name])) * p.dtype.itemsize for p in model.outputs)
+    types = {**{port.name: port.dtype for port in model.outputs}, **model.dtypes}
+    each = sum(int(np.prod(model.shapes[name])) * types[name].itemsize for name in names)
     if each * held.count > ANSWERS * (1 if held.whole else model.batch):
         return None
 
     def run() -> list[list[Array]]:
-        session = Session(model.proto, ready.device, what=model.path)
+        session = equivalence.watch(model, objective, ready.device, what=model.path)
         return list(session.stream(feed for _, feed in held.batches(batch)))
 
-    known = {**cache.identity(model, held), "device": ready.device, "batch": batch}
+    known = {
+        **cache.identity(model, held),
+        "device": ready.device,
+        "batch": batch,
+        "tensors": names,
+    }
     taken = [1 if held.whole else len(index) for index, _ in held.batches(batch)]
+    wanted = [(model.shapes[name], types[name]) for name in names]
     return equivalence.Recorded(
         ready.store.recall(
-            cache_entries.OUTPUTS, known, run, lambda found: _given(found, model, taken)
+            cache_entries.OUTPUTS, known, run, lambda found: _given(found, wanted, taken)
         )
     )
 
 
-def _given(found: Sequence[Sequence[Array]], model: Model, taken: Sequence[int]) -> bool:
-    """Whether these may be the outputs of a model for batches of so many samples."""
-    wanted = [(model.shapes[port.name], port.dtype) for port in model.outputs]
+def _given(
+    found: Sequence[Sequence[Array]],
+    wanted: Sequence[tuple[tuple[int, ...], np.dtype[Any]]],
+    taken: Sequence[int],
+) -> bool:
+    """Whether these may be tensors of these shapes and types for batches of so many samples."""
     return [[(v.shape, v.dtype) for v in values] for values in found] == [
         [((*(length * n for length in shape[:1]), *shape[1:]), dtype) for shape, dtype in wanted]
         for n in taken
@@ -334,6 +345,14 @@ def latency_ratio(ready: Context, proto: object, seconds: float = 2.0) -> float:
 # ---------------------------------------------------------------------------------------------------- accuracy drop
 
 
+@dataclass(frozen=True)
+class Drop:
+    """What a model lost on evaluation data, in points of a ``measure``."""
+
+    lost: float
+    measure: str
+
+
 def _smallest(
     ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...], points: float
 ) -> Attempt:
@@ -342,7 +361,9 @@ def _smallest(
         raise BudgetNotMet(
             "`max_drop` needs data to measure the drop on; give `data` with enough samples, or `eval_data`."
         )
-    original = answers(ready, ready.batch) or Session(ready.model.proto, ready.device)
+    original = answers(ready, ready.batch) or equivalence.watch(
+        ready.model, ready.objective, ready.device
+    )
     silent = replace(ready, progress=None)  # progress is that of the bisection
     best: Attempt | None = None
     tried: list[Trial] = []
@@ -351,14 +372,15 @@ def _smallest(
     for i in range(DROP_TRIES):
         try:
             found = attempt(silent, limit.with_limit("macs", share * ready.before.macs), extra)
-            lost = _drop(ready, original, found)
-            tried.append(Trial(share, found.after.macs, lost))
+            loss = _drop(ready, original, found)
+            tried.append(Trial(share, found.after.macs, loss.lost, loss.measure))
+            held = loss.lost <= points
         except BudgetNotMet:
-            lost = np.inf
             tried.append(Trial(share, None, None))
+            held = False
         if ready.progress:
             ready.progress("max-drop", i + 1, DROP_TRIES)
-        if lost <= points:
+        if held:
             best, high = found, found.after.macs / ready.before.macs
         else:
             low = share
@@ -367,35 +389,81 @@ def _smallest(
         share = (low + high) / 2
     if best is None:
         whole = attempt(silent, limit, extra)
-        lost = _drop(ready, original, whole)
-        tried.append(Trial(1.0, whole.after.macs, lost))
-        if lost > points:
+        loss = _drop(ready, original, whole)
+        tried.append(Trial(1.0, whole.after.macs, loss.lost, loss.measure))
+        if loss.lost > points:
             raise BudgetNotMet(
-                f"no plan within the other budgets loses at most {points} points on {ready.held_out.source}; "
-                "ask for a larger drop or a larger budget."
+                f"no plan within the other budgets loses at most {points} points on {ready.held_out.source} "
+                f"({loss.measure}); ask for a larger drop or a larger budget."
             )
         best = whole
     return replace(best, tried=tuple(tried))
 
 
-def _drop(ready: Prepared, original: equivalence.Answers, found: Attempt) -> float:
+def _drop(ready: Prepared, original: equivalence.Answers, found: Attempt) -> Drop:
     assert ready.held_out is not None
-    after = Session(found.pruned.proto, ready.device)
-    return drop(equivalence.compare(ready.model, original, after, ready.held_out, ready.batch))
+    if ready.metric is not None:
+        values = equivalence.user_metric(
+            ready.metric, ready.model, found.pruned.proto, ready.held_out, ready.device, ready.batch
+        )
+        return Drop(values.lost, values.name)
+    after = equivalence.watch(ready.model, ready.objective, ready.device, found.pruned.proto)
+    return drop(
+        equivalence.compare(
+            ready.model, ready.objective, original, after, ready.held_out, ready.batch
+        )
+    )
 
 
-def drop(found: Verification) -> float:
-    """Points of accuracy lost; without labels points of agreement short of 100; else of relative output error.
+def bounded(objective: Objective, metric: Metric | None) -> str:
+    """Name what ``max_drop`` bounds.
 
-    Raises DataError where none of them could be measured.
+    Args:
+        objective: Terms by which the pruned model is judged.
+        metric: The user's own metric, or None.
+
+    Returns:
+        A note: the measures of all terms, or the metric.
+
+    Raises:
+        DataError: Nothing could be measured, or nothing but the equality of whole numbers.
     """
-    if found.accuracy_before is not None and found.accuracy_after is not None:
-        return round(100 * (found.accuracy_before - found.accuracy_after), DIGITS)
-    if found.agreement is not None:
-        return round(100 * (1 - found.agreement), DIGITS)
-    if found.output_relative_error is None:
+    if metric is not None:
+        return f"`max_drop` bounds the metric {metric.name}, in its own units"
+    judged = objective.judged
+    if not judged:
+        raise DataError(
+            "no loss can be measured: every output is a constant or an input of the model; give another budget than "
+            "`max_drop`."
+        )
+    if all(term.kind == "exact" for term in judged):
+        raise DataError(
+            "`max_drop` would bound the equality of whole numbers, which says little; give `outputs=NAME=KIND` or "
+            "`metric`, or another budget."
+        )
+    measures = "; ".join(f"{promise(term)} of '{term.name}'" for term in judged)
+    return f"`max_drop` bounds points of {measures}"
+
+
+def drop(found: Verification) -> Drop:
+    """The loss of the worst term.
+
+    Args:
+        found: The measures of all terms.
+
+    Returns:
+        Points lost, and of which measure.
+
+    Raises:
+        DataError: Nothing was measured.
+    """
+    if found.metric is not None:
+        return Drop(found.metric.lost, found.metric.name)
+    known = [m for m in found.outputs if any(v is not None for v in m.values.values())]
+    if not known:
         raise DataError(
             "no loss can be measured on the evaluation data: the model has no floating-point output that is not all "
             "zero; give another budget than `max_drop`."
         )
-    return 100 * found.output_relative_error
+    worst = max(known, key=lambda measure: measure.lost)
+    return Drop(worst.lost, f"{worst.measure} of '{worst.term}'")

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnx_oamip.core.errors import DataError, memory_for
+from onnx_oamip.core.errors import memory_for
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
@@ -27,15 +27,17 @@ from onnx_oamip.core.records import (
     Gram,
     Ints,
     Model,
+    Objective,
     Sensitivity,
 )
 from onnx_oamip.executors import executor
 from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
 from onnx_oamip.graph.ops import build
-from onnx_oamip.graph.outputs import head
+from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.partial_execution import Slicer, element_types
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.subgraphs import insert, reads
+from onnx_oamip.objective import loss, sums
 from onnx_oamip.statistics.layer_problems import (
     Job,
     compensate,
@@ -46,8 +48,6 @@ from onnx_oamip.statistics.layer_problems import (
 T = TypeVar("T")
 CHOICE = (0.7, 0.5, 0.3)
 """Shares of a group's width at which orders of removal are compared."""
-LOST = 30.0
-"""The loss of a cut that overflows: about that of a probability which rounds to 0."""
 LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
 
@@ -74,18 +74,32 @@ def measure(
     order: Floats,
     feeds: Sequence[Mapping[str, Array]],
     device: str,
+    *,
+    objective: Objective,
     workers: int | None = None,
     progress: Progress | None = None,
     repair: str = "least-squares",
     scheduler: str | None = None,
 ) -> tuple[Sensitivity, ...]:
-    """Per group the loss at a few widths, units removed by rising ``order`` (n_units,).
+    """Measure the loss of the model with one group narrowed, for every group at a few widths.
 
-    The loss is the mean KL divergence from the original class probabilities (a classification head), or the squared
-    output error relative to the output's energy (anything else). ``repair``: how consumers make up for what went, as
-    ``--refit`` says. ``workers`` threads, or the cluster of a Dask ``scheduler``.
+    Args:
+        model: The original.
+        coupling: Its units.
+        grams: Second moments of what linear consumers read.
+        order: Units are removed by rising order (n_units,).
+        feeds: Samples that losses are measured on.
+        device: Where the model runs.
+        objective: The terms, with their scales; a loss of 1 is that of a model that gives the average answer.
+        workers: Groups that are measured at the same time.
+        progress: Callback ``(stage, done, total)``.
+        repair: How consumers are repaired, as ``--refit`` says.
+        scheduler: Address of a Dask scheduler, in place of ``workers``.
+
+    Returns:
+        The losses of every group.
     """
-    whole = _whole(model, coupling, [order], feeds, device, repair)
+    whole = _whole(model, coupling, [order], feeds, device, objective=objective, repair=repair)
     return tuple(_by_group(_measure, whole, grams, workers, scheduler, progress, "sensitivity"))
 
 
@@ -96,17 +110,35 @@ def choose(
     orders: Sequence[Floats],
     feeds: Sequence[Mapping[str, Array]],
     device: str,
+    *,
+    objective: Objective,
     workers: int | None = None,
     progress: Progress | None = None,
     repair: str = "least-squares",
     scheduler: str | None = None,
 ) -> Ints:
-    """Per group the index of the order of removal, of several (n_units,), under which the model loses least.
+    """Choose for every group the order of removal under which the model loses least.
 
     Losses as in :func:`measure`, at the widths of ``CHOICE``; their logarithms are added up, so that no width drowns
     the others. The first order wins ties.
+
+    Args:
+        model: The original.
+        coupling: Its units.
+        grams: Second moments of what linear consumers read.
+        orders: Several orders (n_units,); units are removed by rising order.
+        feeds: Samples that losses are measured on.
+        device: Where the model runs.
+        objective: The terms, with their scales.
+        workers: Groups that are measured at the same time.
+        progress: Callback ``(stage, done, total)``.
+        repair: How consumers are repaired, as ``--refit`` says.
+        scheduler: Address of a Dask scheduler, in place of ``workers``.
+
+    Returns:
+        The index of an order by group (groups,).
     """
-    whole = _whole(model, coupling, orders, feeds, device, repair)
+    whole = _whole(model, coupling, orders, feeds, device, objective=objective, repair=repair)
     found = _by_group(_choose, whole, grams, workers, scheduler, progress, "choose")
     return np.asarray(found, np.int64)
 
@@ -131,20 +163,15 @@ def _whole(
     orders: Sequence[Floats],
     feeds: Sequence[Mapping[str, Array]],
     device: str,
+    *,
+    objective: Objective,
     repair: str,
 ) -> _Whole:
     slicer = Slicer(model.proto)
     types = _types(model, slicer, feeds, device)
-    original = Session(model.proto, device, threads=None)
-    wanted = targets(model)
-    truth = _Truth(feeds, [original.run(feed, wanted) for feed in feeds], wanted)
-    for outputs in truth.outputs:
-        for name, value in zip(wanted, outputs, strict=True):
-            if value.dtype.kind == "f" and (np.isnan(value) | np.isposinf(value)).any():
-                raise DataError(
-                    f"the model's output '{name}' is NaN or infinite on some of this data, so no loss can be measured; "
-                    "leave out the samples at which it is, or prune the model in float32."
-                )
+    wanted = objective.tensors
+    original = Session(with_outputs(model, wanted), device, threads=None)
+    truth = _Truth(objective, feeds, [original.run(feed, wanted) for feed in feeds], wanted)
     return _Whole(model, coupling, slicer, types, truth, orders, device, repair)
 
 
@@ -197,17 +224,6 @@ def levels(width: int) -> Ints:
     return np.unique(np.clip(np.round(shares * width), 1, width).astype(np.int64))
 
 
-def targets(model: Model) -> list[str]:
-    """The outputs that a loss looks at: the classification head, or all floating ones."""
-    place = head(model)
-    floating = [p.name for p in model.outputs if p.dtype.kind == "f"]
-    return (
-        [model.outputs[place.index].name]
-        if place is not None
-        else floating or [p.name for p in model.outputs]
-    )
-
-
 def _types(
     model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str
 ) -> dict[str, int]:
@@ -220,41 +236,16 @@ def _types(
         types.update(
             (n, int(helper.np_dtype_to_tensor_dtype(v.dtype)))
             for n, v in zip(unknown, found, strict=True)
+            if hasattr(v, "dtype")  # sequences have none, and are never cut in two
         )
     return types
 
 
-def divergence(model: Model, truth: Sequence[Array], found: Sequence[Array]) -> float:
-    """Mean KL divergence of class probabilities, or relative squared error of the outputs.
-
-    Where the original is infinite (a class that is ruled out) so must be what is compared, and nothing is lost there;
-    ``LOST`` where only one of them is a number.
-    """
-    with np.errstate(invalid="ignore"):
-        if head(model) is not None:
-            p, q = _log_probabilities(truth[0]), _log_probabilities(found[0])
-            loss = float(np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1).mean())
-            return loss if np.isfinite(loss) else LOST
-        pairs = [
-            (a.astype(np.float64), b.astype(np.float64)) for a, b in zip(truth, found, strict=True)
-        ]
-        error = sum(float(np.square(np.where(a == b, 0.0, a - b)).sum()) for a, b in pairs)
-    energy = sum(float(np.square(a[np.isfinite(a)]).sum()) for a, _ in pairs)
-    return (error / energy if energy else error) if np.isfinite(error) else LOST
-
-
-def _log_probabilities(values: Array) -> Floats:
-    found = values.astype(np.float64)
-    if (found >= 0).all() and np.allclose(found.sum(axis=1), 1, atol=1e-3):
-        return np.log(np.maximum(found, 1e-12))  # the model ends in a softmax of its own
-    shifted = found - found.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
 @dataclass(frozen=True)
 class _Truth:
-    """What the original gives on every feed: the ``wanted`` outputs, in order."""
+    """The tensors of the objective in the original on every feed: ``wanted`` names them, in order."""
 
+    objective: Objective
     feeds: Sequence[Mapping[str, Array]]
     outputs: Sequence[list[Array]]
     wanted: list[str]
@@ -358,18 +349,16 @@ class _Part:
 
     def losses(self, removed: Sequence[Ints]) -> Floats:
         """Mean loss (sets,) with the units at each set of positions of the group taken away."""
-        loss = np.zeros(len(removed))
         if not self.reaches:
-            return loss
+            return np.zeros(len(removed))
+        objective = self.truth.objective
         settings = [self.level(r) for r in removed]
-        samples = 0
+        total = np.zeros((len(removed), len(objective.judged), 3))
         for feed, truth in zip(self.truth.feeds, self.truth.outputs, strict=True):
             boundary = self.boundary(feed)
-            weight = len(truth[0]) if truth[0].ndim else 1
-            samples += weight
             for i, setting in enumerate(settings):
-                loss[i] += weight * divergence(self.model, truth, self.run(boundary, setting))
-        return loss / max(samples, 1)
+                total[i] += sums(objective, truth, self.run(boundary, setting))
+        return np.asarray([loss(objective, one).total for one in total])
 
     def boundary(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Tensors that cross from the original front into this part."""

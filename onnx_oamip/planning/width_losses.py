@@ -15,6 +15,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import cost
+from onnx_oamip.objective import document
 from onnx_oamip.planning import allocation, scoring, sensitivity
 from onnx_oamip.planning.budget_program import Ladder
 from onnx_oamip.statistics.collector import collect, parts
@@ -55,13 +56,19 @@ def measure(
             order,
             feeds,
             context.device,
-            context.workers,
-            context.progress,
-            settings.refit,
-            settings.scheduler,
+            objective=context.objective,
+            workers=context.workers,
+            progress=context.progress,
+            repair=settings.refit,
+            scheduler=settings.scheduler,
         )
 
-    known = {**context.cache_identity, "order": order.tolist(), "refit": settings.refit}
+    known = {
+        **context.cache_identity,
+        "order": order.tolist(),
+        "refit": settings.refit,
+        "objective": document(context.objective),
+    }
     wide = cost.full_widths(coupling)
     curves = context.store.recall(
         cache_entries.LOSSES, known, run, lambda found: sensitivity.fits(found, wide)

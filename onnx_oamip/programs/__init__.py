@@ -6,6 +6,7 @@ from onnx_oamip.programs.expression import Expression, Interval
 from onnx_oamip.programs.loss import (
     ACCEPTED,
     CostBudget,
+    Head,
     Incumbent,
     Loss,
     ScoredLayer,
@@ -23,6 +24,7 @@ __all__ = [
     "Encoder",
     "Exact",
     "Expression",
+    "Head",
     "Incumbent",
     "Interval",
     "Loss",

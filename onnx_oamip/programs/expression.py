@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array
+from scipy.sparse import coo_array, csr_array, vstack
 
 from onnx_oamip.core.records import Bools, Floats, Ints
 
@@ -211,6 +211,27 @@ def _map_samples(linear: csr_array, matrix: csr_array, images: int, columns: int
     image, column = np.divmod(result.col.astype(np.int64), columns)
     position = (image * outputs + result.row, column)
     return csr_array(coo_array((result.data, position), shape=(images * outputs, columns)))
+
+
+def concatenate(parts: Sequence[Expression]) -> Expression:
+    """Stack the rows of expressions.
+
+    Args:
+        parts: At least one expression over the same variables.
+
+    Returns:
+        All rows, in order.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    columns = max(part.matrix.shape[1] for part in parts)
+    matrix = vstack([widen(part.matrix, columns) for part in parts], format="csr")
+    return Expression(
+        matrix=csr_array(matrix),
+        constant=np.concatenate([part.constant for part in parts]),
+        lower=np.concatenate([part.lower for part in parts]),
+        upper=np.concatenate([part.upper for part in parts]),
+    )
 
 
 def only(expression: Expression, rows: Bools) -> Expression:

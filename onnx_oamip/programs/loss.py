@@ -2,7 +2,8 @@
 
 The loss of a sample, ``log sum_k exp(o_k) - o_y``, is convex in the logits o, and the logits are affine in the
 variables of the program: the loss is the greatest of its tangent planes. One epigraph variable per sample represents
-it; planes are added where a solution lies below the loss, so that every linear solver takes the program.
+it; planes are added where a solution lies below the loss, so that every linear solver takes the program. With several
+classification heads every head has its own loss of a sample, and the objective has their weighted sum.
 
 Source: Kelley, "The cutting-plane method for solving convex programs", 1960.
 """
@@ -18,7 +19,7 @@ from scipy.sparse import coo_array, csr_array, vstack
 
 from onnx_oamip.core.records import Bools, Floats, Ints
 from onnx_oamip.programs.encoder import Encoder
-from onnx_oamip.programs.expression import Expression, widen
+from onnx_oamip.programs.expression import Expression, concatenate, widen
 from onnx_oamip.programs.program import Program, Rows
 
 FEASIBLE = 1e-6
@@ -31,21 +32,44 @@ MAX_RANGE_ROWS = 150
 """Range rows that one round adds."""
 
 
+ABSENT = -1e30
+"""Logit of a class that a head does not have: heads of several sizes stand in one array."""
+
+
+class Head(NamedTuple):
+    """A classification head.
+
+    Attributes:
+        logits: Expression with (outputs * classes) rows.
+        label: Class of each output (outputs,), -1 for outputs that do not count.
+        weight: Weight of the head's mean loss beside the other heads'.
+    """
+
+    logits: Expression
+    label: Ints
+    weight: float = 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """Cross-entropy over the variables of a program.
+    """Cross-entropy over the variables of a program. A sample stands here for one head on one sample.
 
     Attributes:
         logits: Expression with (samples * classes) rows.
         label: Class of each sample (samples,).
         epigraph: Index of the variable that stands for the loss of each sample (samples,).
-        weight: Weight of each sample in the objective.
+        weight: Weight of each sample in the objective (samples,).
     """
 
     logits: Expression
     label: Ints
     epigraph: Ints
-    weight: float
+    weight: Floats
+
+    def equal_logits(self) -> Floats:
+        """Return the logits (samples, classes) at which all classes that a head has are equally probable."""
+        absent = self.logits.constant == ABSENT
+        return np.where(absent, ABSENT, 0.0).reshape(len(self.label), -1)
 
     def outputs(self, values: Floats) -> Floats:
         """Compute the logits at a point.
@@ -164,34 +188,38 @@ class Sparsity:
 
 
 def objective(
-    encoder: Encoder, logits: Expression, label: Ints, *, weight: float, sparsity: Sparsity
+    encoder: Encoder, heads: Sequence[Head], *, weight: float, sparsity: Sparsity
 ) -> tuple[Program, Loss]:
-    """Add the objective ``weight * mean loss + S(s)``, or ``weight * mean loss`` under a budget.
+    """Add the objective ``weight * sum of mean losses + S(s)``, or the weighted losses alone under a budget.
 
     S is the sum of the (m - 1) largest of the m layer terms I_l, which is ``sum_l I_l + max_l (-I_l)``: one more
     variable and one row per layer.
 
     Args:
         encoder: Encoder of the program, with all layers stated.
-        logits: Expression of the logits, (outputs * classes) rows.
-        label: Class of each output (outputs,), -1 for outputs that do not count.
-        weight: Weight of the loss.
+        heads: Classification heads, each with an output that counts.
+        weight: Weight of the losses.
         sparsity: Sparsity term or budget.
 
     Returns:
         The complete program and its loss.
     """
-    classes = logits.rows // len(label)
-    counted = np.flatnonzero(label >= 0)
-    rows = (counted[:, None] * classes + np.arange(classes)).reshape(-1)
-    epigraph = encoder.variables(len(counted), 0.0, np.inf)
+    most_classes = max(head.logits.rows // len(head.label) for head in heads)
+    logits, labels, weights = [], [], []
+    for head in heads:
+        counted = np.flatnonzero(head.label >= 0)
+        logits.append(_padded(head, counted, most_classes))
+        labels.append(head.label[counted])
+        weights.append(np.full(len(counted), weight * head.weight / len(counted)))
+    label = np.concatenate(labels)
+    epigraph = encoder.variables(len(label), 0.0, np.inf)
     loss = Loss(
-        logits=logits.take(rows),
-        label=label[counted],
+        logits=concatenate(logits),
+        label=label,
         epigraph=epigraph,
-        weight=weight / len(counted),
+        weight=np.concatenate(weights),
     )
-    linear: list[tuple[Ints, float]] = [(epigraph, loss.weight)]
+    linear: list[tuple[Ints, Floats | float]] = [(epigraph, loss.weight)]
     offset = 0.0
     if sparsity.budget is not None:
         cost, limit = sparsity.budget
@@ -208,6 +236,21 @@ def objective(
     for variables, coefficient in linear:
         np.add.at(coefficients, variables, coefficient)
     return replace(program, objective=coefficients, offset=offset), loss
+
+
+def _padded(head: Head, counted: Ints, classes: int) -> Expression:
+    """The logits of some outputs of a head, with absent ones up to a number of classes."""
+    own = head.logits.rows // len(head.label)
+    rows = (counted[:, None] * own + np.arange(own)).reshape(-1)
+    logits = head.logits.take(rows)
+    if own == classes:
+        return logits
+    absent = Expression.of(np.full(len(counted) * (classes - own), ABSENT))
+    places = [
+        np.arange(logits.rows).reshape(len(counted), own),
+        logits.rows + np.arange(absent.rows).reshape(len(counted), classes - own),
+    ]
+    return concatenate([logits, absent]).take(np.concatenate(places, axis=1).reshape(-1))
 
 
 def _largest_negative(encoder: Encoder, layers: Sequence[ScoredLayer]) -> Ints:
@@ -336,7 +379,7 @@ class Separation:
         """Smallest gap of one sample that is worth a plane."""
         scale = min(abs(self.program.value(values)), abs(self.on_loss(values)[1]))
         allowed = max(self.accuracy * scale, self.accuracy * FEASIBLE)
-        return allowed / (self.loss.weight * len(self.loss.label))
+        return allowed / float(self.loss.weight.sum())
 
     def _violated_ranges(self, values: Floats) -> Rows:
         """The most violated range rows, one-sided, each once."""
@@ -367,7 +410,7 @@ class Separation:
         rest = self.program.objective.copy()
         rest[self.loss.epigraph] = 0.0
         linear = rest @ start + steps * (rest @ direction)
-        total = linear + self.loss.weight * self.loss.losses(outputs).sum(axis=-1)
+        total = linear + self.loss.losses(outputs) @ self.loss.weight
         point: Floats = start + steps[int(total.argmin())] * direction
         self.offer(point)
         return point

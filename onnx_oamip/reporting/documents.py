@@ -26,12 +26,16 @@ from onnx_oamip.core.records import (
     Fit,
     Floats,
     Frontier,
+    Measure,
+    MetricValues,
     Model,
+    Objective,
     Point,
     Port,
     Report,
     Verification,
 )
+from onnx_oamip.core.records.objective import document as terms
 from onnx_oamip.core.versions import versions
 from onnx_oamip.graph.cost import full_widths, ledger
 from onnx_oamip.graph.ops import REGISTRY
@@ -80,8 +84,12 @@ def document(report: Report) -> Document:
         "programs": [*(report.scores.programs if report.scores else ()), *report.plan.programs],
         "fits": [_fit(fit) for fit in report.fits],
         "curves": [{"widths": curve.widths, "losses": curve.loss} for curve in report.curves],
-        "tried": [{"asked": t.asked, "macs": t.macs, "lost": t.lost} for t in report.tried],
+        "tried": [
+            {"asked": t.asked, "macs": t.macs, "lost": t.lost, "measure": t.measure}
+            for t in report.tried
+        ],
         "connections": None if report.connections is None else _connections(report.connections),
+        "objective": terms(report.objective),
         "verification": _verification(report.verification),
         "notes": _distinct([*report.model.notes, *report.notes, *report.plan.notes]),
         "timings": report.timings,
@@ -107,6 +115,7 @@ def frontier(found: Frontier) -> Document:
         "groups": [
             {"name": group.name, "units": len(group.units)} for group in found.coupling.groups
         ],
+        "objective": terms(found.objective),
         "points": [_point(point, found.before) for point in found.points],
         "importance": found.importance,
         "notes": _distinct([*found.model.notes, *found.notes]),
@@ -176,6 +185,7 @@ def planning(found: Planned) -> Document:
         "before": _cost(found.before),
         "predicted": _cost(found.plan.predicted),
         "budget": _budget(found.budget),
+        "objective": terms(found.objective),
         "groups": groups,
         "skipped": _skipped(found.coupling),
         "importance": found.scores.method,
@@ -191,12 +201,13 @@ def planning(found: Planned) -> Document:
     return plain_document(result)
 
 
-def inspection(model: Model, coupling: Coupling) -> Document:
-    """Builds the JSON document of ``inspect``: removable groups, and pinned channels with their reasons.
+def inspection(model: Model, coupling: Coupling, objective: Objective) -> Document:
+    """Builds the JSON document of ``inspect``: removable groups, pinned channels with their reasons, and the terms.
 
     Args:
         model: The model.
         coupling: Its coupling.
+        objective: Terms by which a pruned model is judged.
 
     Returns:
         A dict of plain values.
@@ -223,6 +234,8 @@ def inspection(model: Model, coupling: Coupling) -> Document:
             for group, consumers in zip(coupling.groups, _consumers(coupling), strict=True)
         ],
         "skipped": _skipped(coupling),
+        "objective": terms(objective),
+        "notes": list(objective.notes),
         "versions": versions(),
     }
     return plain_document(result)
@@ -435,9 +448,52 @@ def _verification(verification: Verification) -> Document:
         "accuracy_before": verification.accuracy_before,
         "accuracy_after": verification.accuracy_after,
         "latency_ratio": verification.latency_ratio,
+        "outputs": _measures(verification),
+        "metric": _metric(verification.metric),
         "batches": verification.batches,
         "samples": verification.samples,
         "failures": verification.failures,
+    }
+
+
+def _measures(verification: Verification) -> list[Document]:
+    """One entry for every term of the objective, the worst first, with its numbers before the refit."""
+    raw = {measure.term: measure for measure in verification.outputs_before_refit}
+    return [
+        {
+            **_measure(measure),
+            "before_refit": _measure(raw[measure.term]) if measure.term in raw else None,
+        }
+        for measure in verification.outputs
+    ]
+
+
+def _measure(measure: Measure) -> Document:
+    classes = [
+        {"class": number, "share": share, "recall": recall}
+        for number, share, recall in measure.classes
+    ]
+    return {
+        "term": measure.term,
+        "output": measure.output,
+        "kind": measure.kind,
+        "measure": measure.measure,
+        "lost": measure.lost,
+        "values": measure.values,
+        "classes": classes,
+        "columns": measure.columns,
+        "warnings": measure.warnings,
+    }
+
+
+def _metric(found: MetricValues | None) -> Document | None:
+    if found is None:
+        return None
+    return {
+        "name": found.name,
+        "before": found.before,
+        "after": found.after,
+        "lost": found.lost,
     }
 
 
@@ -458,6 +514,8 @@ def _point(point: Point, before: Cost) -> Document:
         "agreement": proved and proved.agreement,
         "output_relative_error": proved and proved.output_relative_error,
         "latency_ratio": proved and proved.latency_ratio,
+        "outputs": proved and _measures(proved),
+        "metric": proved and _metric(proved.metric),
         "kept": point.widths,
         "output": point.output,
         "sha256": point.sha256,

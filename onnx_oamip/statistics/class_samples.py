@@ -9,20 +9,22 @@ predictions are the classes. Held-out data is never read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Array,
+    ClassHead,
     Floats,
     Images,
     Ints,
     Model,
+    Objective,
+    Term,
 )
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.outputs import float_activations, head, with_outputs
+from onnx_oamip.graph.outputs import float_activations, with_outputs
 from onnx_oamip.graph.runtime import Session
 
 LIMIT_BYTES = 1 << 30
@@ -44,31 +46,29 @@ class _Choice:
     notes: tuple[str, ...]
 
 
-def check_labels(model: Model, samples: Samples) -> None:
-    """Check that every label is a class of the model's classification head; other models take any label.
+def heads(model: Model, objective: Objective) -> list[Term]:
+    """Find the classification heads of an objective.
 
     Args:
         model: The model.
-        samples: Samples with or without labels.
+        objective: Its terms.
 
-    Raises:
-        DataError: A label is too large.
+    Returns:
+        Terms with class scores of shape (samples, classes), two classes or more, the labelled one first. Raw floats of
+        that shape are among them.
     """
-    classifier = head(model)
-    if classifier is None or samples.labels is None:
-        return
-    output = model.outputs[classifier.index].name
-    classes = model.shapes[output][1]
-    largest = int(samples.labels.max(initial=0))
-    if largest >= classes:
-        raise DataError(
-            f"{samples.source}: 'labels' has the class {largest}, but the model's output '{output}' has {classes} "
-            "classes, which count from 0."
-        )
+    found = []
+    for term in objective.judged:
+        shape = model.shapes.get(term.tensor, ())
+        table = len(shape) == 2 and shape[1] > 1 and term.axis == 1 and term.part is None
+        if table and term.kind in ("classes", "ambiguous"):
+            found.append(term)
+    return sorted(found, key=lambda term: not term.labelled)
 
 
 def collect(
     model: Model,
+    objective: Objective,
     samples: Samples,
     device: str,
     *,
@@ -76,12 +76,13 @@ def collect(
     seed: int,
     batch_size: int = 32,
 ) -> Images | None:
-    """Choose samples of every class and run them with all activations.
+    """Choose samples of every class of the first head and run them with all activations.
 
-    A class without a correctly classified sample has none.
+    A class without a correctly classified sample has none. The labels of further heads are their own predictions.
 
     Args:
         model: The model.
+        objective: Its terms.
         samples: Calibration samples.
         device: Device that the model runs on.
         per_class: Number of samples per class.
@@ -91,47 +92,80 @@ def collect(
     Returns:
         The samples; None for a model without a classification head.
     """
-    classifier = head(model)
-    if classifier is None:
+    terms = heads(model, objective)
+    if not terms:
         return None
-    logits = classifier.logits
+    first = terms[0]
     outputs, sample_of_row = _all_logits(
-        model, samples, logits, device=device, batch_size=batch_size
+        model, samples, [term.tensor for term in terms], device=device, batch_size=batch_size
     )
-    truth, notes = _classes(outputs, samples, sample_of_row)
-    choice = _choose(outputs, truth, per_class, seed)
-    feeds, labels = _feeds(samples, sample_of_row, choice, model.shapes[logits][0])
-    notes = (*notes, *choice.notes)
+    truth, notes = _classes(outputs[0], samples if first.labelled else None, sample_of_row)
+    choice = _choose(outputs[0], truth, per_class, seed)
+    rows = model.shapes[first.tensor][0]
+    feeds, labels = _feeds(samples, sample_of_row, choice, rows)
+    weights = _weights(terms)
+    others = []
+    for term, logits, weight in zip(terms[1:], outputs[1:], weights[1:], strict=True):
+        predicted = logits[choice.rows].argmax(axis=1).astype(np.int64)
+        of_head = replace(choice, labels=predicted)
+        _, head_labels = _feeds(samples, sample_of_row, of_head, rows)
+        others.append(ClassHead(term.tensor, head_labels, weight))
+    images = Images(
+        feeds=tuple(feeds),
+        labels=labels,
+        logits=first.tensor,
+        activations={},
+        notes=(*notes, *_left_out(objective, terms), *choice.notes),
+        others=tuple(others),
+        weight=weights[0],
+    )
 
     names = float_activations(model)
     values_per_feed = sum(int(np.prod(model.shapes[name])) for name in names)
     if not feeds or 4 * values_per_feed * len(feeds) > LIMIT_BYTES:
-        return Images(tuple(feeds), labels, logits, {}, notes)
-    activations = _activations(model, feeds, names, device)
-    return Images(tuple(feeds), labels, logits, activations, notes)
+        return images
+    return replace(images, activations=_activations(model, feeds, names, device))
+
+
+def _weights(terms: Sequence[Term]) -> list[float]:
+    """Weight of the loss of every head: its weight in the objective over its spread, 1 on average."""
+    spreads = [term.scale.spread if term.scale is not None else 1.0 for term in terms]
+    relative = [term.weight / spread for term, spread in zip(terms, spreads, strict=True)]
+    return [value * len(relative) / sum(relative) for value in relative]
+
+
+def _left_out(objective: Objective, terms: Sequence[Term]) -> tuple[str, ...]:
+    """A remark about terms that are no classification heads."""
+    rest = [f"'{term.name}'" for term in objective.judged if term not in terms]
+    if not rest:
+        return ()
+    return (f"the program over the network is about classes and leaves out {', '.join(rest)}",)
 
 
 def _all_logits(
-    model: Model, samples: Samples, logits: str, *, device: str, batch_size: int
-) -> tuple[Floats, Ints]:
-    """Logits (rows, classes) of all samples, and the sample of each row, ascending."""
-    session = Session(with_outputs(model, [logits]), device, what="the model")
-    rows, sample_of_row = [], []
+    model: Model, samples: Samples, tensors: Sequence[str], *, device: str, batch_size: int
+) -> tuple[list[Floats], Ints]:
+    """Logits (rows, classes) of every head for all samples, and the sample of each row, ascending."""
+    session = Session(with_outputs(model, tensors), device, what="the model")
+    rows: list[list[Floats]] = [[] for _ in tensors]
+    sample_of_row = []
     for index, feed in samples.batches(batch_size):
-        value = session.run(feed, [logits])[0]
-        rows.append(value.astype(np.float64))
-        sample_of_row.append(np.repeat(index, len(value) // len(index)))
-    return np.concatenate(rows), np.concatenate(sample_of_row)
+        values = session.run(feed, tensors)
+        for collected, value in zip(rows, values, strict=True):
+            collected.append(value.astype(np.float64))
+        sample_of_row.append(np.repeat(index, len(values[0]) // len(index)))
+    return [np.concatenate(collected) for collected in rows], np.concatenate(sample_of_row)
 
 
 def _classes(
-    outputs: Floats, samples: Samples, sample_of_row: Ints
+    outputs: Floats, labelled: Samples | None, sample_of_row: Ints
 ) -> tuple[Ints, tuple[str, ...]]:
     """The class of every row, by its label or by the prediction of the model, and remarks."""
     predicted = outputs.argmax(axis=1)
-    if samples.labels is None or samples.labels[sample_of_row].size != len(sample_of_row):
+    given = None if labelled is None else labelled.labels
+    if given is None or given[sample_of_row].size != len(sample_of_row):
         return predicted, ()
-    labels = samples.labels[sample_of_row].reshape(-1)
+    labels = given[sample_of_row].reshape(-1)
     if labels.max(initial=0) >= outputs.shape[1]:
         note = "labels beyond the model's classes: its own predictions stand in for them"
         return predicted, (note,)

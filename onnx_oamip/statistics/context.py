@@ -16,12 +16,14 @@ from onnx_oamip.core.records import (
     Cost,
     Coupling,
     Model,
+    Objective,
     Request,
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import parallel_runs, run_size
 from onnx_oamip.graph import cost
+from onnx_oamip.objective.metric import Metric
 
 T = TypeVar("T")
 
@@ -37,6 +39,8 @@ class Context:
         held_out: Held-out samples, or None.
         device: The device that inference runs on.
         settings: Settings of the run.
+        objective: Terms by which a pruned model is judged; with their scales if there is data.
+        metric: The user's own metric, or None.
         store: Cache of the results of earlier runs.
         cache_identity: Everything that the statistics depend on, as plain values: it identifies their cache entries.
             Empty without data.
@@ -51,6 +55,8 @@ class Context:
     held_out: Samples | None
     device: str
     settings: Settings
+    objective: Objective
+    metric: Metric | None = None
     store: Store = field(default_factory=Store)
     cache_identity: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress | None = None

@@ -44,6 +44,7 @@ class Problem:
         spread: The node's own inputs (d, fold) behind each column.
         scale: Variance of y, in which losses of several consumers are comparable.
         ridge: The number on the diagonal of ``gram``.
+        share: Weight of this consumer beside those of the group's other consumers, 1 on average.
     """
 
     consumer: Consumer
@@ -55,6 +56,7 @@ class Problem:
     spread: Ints
     scale: float
     ridge: float = 0.0
+    share: float = 1.0
 
     def unfold(self, weight: Floats, shift: Floats) -> tuple[Floats, Floats]:
         """Turn folded weights into those of the node's block.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_oamip.core.records import (
     Axis,
+    Floats,
     Gram,
     Images,
     Moments,
@@ -76,6 +77,7 @@ def _class_samples(context: Context) -> Images | None:
     settings = context.settings
     return class_samples.collect(
         context.model,
+        context.objective,
         context.samples,
         context.device,
         per_class=settings.images_per_class,
@@ -84,11 +86,43 @@ def _class_samples(context: Context) -> Images | None:
     )
 
 
+def _relevance(context: Context) -> Mapping[str, Floats]:
+    from onnx_oamip.artifacts import cache_entries
+    from onnx_oamip.core.records.objective import document
+    from onnx_oamip.statistics import relevance
+    from onnx_oamip.statistics.collector import parts
+
+    model, coupling, objective = context.model, context.coupling, context.objective
+    if len(objective.judged) < 2:
+        return {}
+
+    def collect() -> Mapping[str, Floats]:
+        return relevance.collect(
+            model,
+            coupling,
+            objective,
+            parts(context.samples)[1],
+            context.device,
+            seed=context.settings.seed,
+            batch_size=context.batch,
+            progress=context.progress,
+        )
+
+    def valid(entry: Mapping[str, Floats]) -> bool:
+        return relevance.fits(entry, model, coupling)
+
+    identity = {**context.cache_identity, "objective": document(objective)}
+    return context.store.recall(cache_entries.RELEVANCE, identity, collect, valid)
+
+
 MOMENTS: Request[Mapping[Axis, Moments]] = Request("moments", _moments)
 """Mean and mean square of every channel that a consumer reads, by axis. Kept in the cache."""
 CLASS_SAMPLES: Request[Images | None] = Request("class samples", _class_samples)
 """A few correctly classified samples of every class with all activations; None for a model that is no classifier."""
 COVARIANCE: Request[Mapping[str, Gram]] = Request("covariance", _covariance)
 """Covariance of the input of every linear node, by node. Kept in the cache."""
-BUILT_IN: tuple[Request[Any], ...] = (MOMENTS, CLASS_SAMPLES, COVARIANCE)
+RELEVANCE: Request[Mapping[str, Floats]] = Request("relevance", _relevance)
+"""Loss of the objective per squared error of every linear consumer's output channels, by node. Empty for an objective
+of one term: all consumers then weigh alike. Kept in the cache."""
+BUILT_IN: tuple[Request[Any], ...] = (MOMENTS, CLASS_SAMPLES, COVARIANCE, RELEVANCE)
 """In the order of their passes over the samples, which precede those of all other requests."""

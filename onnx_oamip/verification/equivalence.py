@@ -3,12 +3,12 @@
 Gates: the checker with full shape inference; ONNX Runtime loads and runs it, at two batch sizes where the batch is
 symbolic; before refit it equals the original with removed channels zeroed at their consumers, as far as rounding lets
 anybody tell; the budget is met.
-Measurements: relative output error, top-1 agreement, accuracy where labels are given.
+Measurements: relative output error, and of every term of the objective how well it is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import tee
@@ -24,8 +24,10 @@ from onnx_oamip.core.records import (
     Array,
     Bools,
     Floats,
-    Ints,
+    Measure,
+    MetricValues,
     Model,
+    Objective,
     Port,
     Verification,
 )
@@ -33,9 +35,11 @@ from onnx_oamip.data.dataset import Samples, placeholder
 from onnx_oamip.graph.external_data import array, checkable, references
 from onnx_oamip.graph.external_data import tensor as stored
 from onnx_oamip.graph.ops import Trait, lookup
-from onnx_oamip.graph.outputs import head, is_float, producer_with, with_outputs
+from onnx_oamip.graph.outputs import is_float, producer_with, with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.shape_inference import symbol
+from onnx_oamip.objective import Measures
+from onnx_oamip.objective.metric import Metric
 
 TOLERANCE = 1e-4
 """Largest difference between pruned and masked outputs, relative to the output's scale (float32)."""
@@ -79,18 +83,36 @@ class Recorded:
 
 
 @dataclass
-class _Measured:
-    """Running comparison of two models over batches."""
+class _Errors:
+    """Running error of one floating output.
+
+    ``lost``: infinities of the original in place of which stands an ordinary number. ``comparable``: both models gave
+    arrays of one shape so far.
+    """
 
     squared: float = 0.0
     scale: float = 0.0
     lost: int = 0
-    """Infinities of the original in place of which stands an ordinary number."""
-    agree: int = 0
-    right_before: int = 0
-    right_after: int = 0
-    ranked: int = 0
-    labelled: int = 0
+    comparable: bool = True
+
+    def add(self, old: Array, new: Array) -> None:
+        """Add a batch."""
+        if old.shape != new.shape:
+            self.comparable = False
+            return
+        a, b = old.astype(np.float64), new.astype(np.float64)
+        known = np.isfinite(a)
+        self.squared += float(np.square(a[known] - b[known]).sum())
+        self.scale += float(np.square(a[known]).sum())
+        self.lost += int((np.isinf(a) & ~_beyond(old, b)).sum())
+
+    def relative(self) -> float | None:
+        """The relative error; infinite where infinities were lost, None where nothing can be compared."""
+        if not self.comparable:
+            return None
+        if self.lost:
+            return float(np.inf)
+        return float(np.sqrt(self.squared / self.scale)) if self.scale else None
 
 
 def structure(proto: onnx.ModelProto) -> None:
@@ -124,17 +146,29 @@ def judged(model: Model) -> Iterator[None]:
 
 
 def prove(
-    model: Model, masked: onnx.ModelProto, cut: onnx.ModelProto, samples: Samples, batch_size: int
+    model: Model,
+    masked: onnx.ModelProto,
+    cut: onnx.ModelProto,
+    samples: Samples,
+    batch_size: int,
+    *,
+    objective: Objective | None = None,
 ) -> Proof:
     """Gate 3: the cut model equals the masked one. Raises GateFailed.
 
     Every output counts for itself, and so does what a final sigmoid or softmax reads: where that saturates, the output
-    would hide a wrong cut. An output may differ by :func:`tolerance`. Where the values of an output are small beside
-    what they are computed from, its rounding is more than that; then it may differ by ``ROUNDING`` times what the same
-    masked model differs by when each of its weights is moved by one unit in the last place, which is as exact as the
-    file knows them (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.5: backward error).
+    would hide a wrong cut. Outputs that are made of decisions (ArgMax, NonMaxSuppression) jump where rounding decides;
+    in their place count the tensors that the terms of the ``objective`` read in front of them. An output may differ by
+    :func:`tolerance`. Where its values are small beside what they are computed from, its rounding is more than that;
+    then it may differ by ``ROUNDING`` times what the same masked model differs by when each of its weights is moved by
+    one unit in the last place, which is as exact as the file knows them (Higham, Accuracy and Stability of Numerical
+    Algorithms, 2002, section 1.5: backward error).
     """
-    names = [port.name for port in model.outputs]
+    terms = objective.judged if objective is not None else ()
+    decided = {term.output for term in terms if term.decided}
+    exact = {term.output for term in terms if term.kind == "exact"}
+    names = [p.name for p in model.outputs if p.name not in decided - exact]
+    names += [term.tensor for term in terms if term.decided]
     # The output of a saturating operator hides differences of large inputs: its input is compared too.
     makers = [producer_with(model, name, Trait.SATURATES) for name in names]
     wanted = list(dict.fromkeys([*names, *(node.inputs[0] for node in makers if node is not None)]))
@@ -208,7 +242,9 @@ def differences(reference: Session, other: Session, samples: Samples, batch_size
     worst, largest = np.zeros(len(reference.outputs)), np.zeros(len(reference.outputs))
     for _, feed in samples.batches(batch_size):
         for i, (a, b) in enumerate(zip(reference.run(feed), other.run(feed), strict=True)):
-            if is_float(a.dtype):
+            if a.shape != b.shape:
+                worst[i] = np.inf
+            elif is_float(a.dtype):
                 gap = _gap(a.astype(np.float64), b.astype(np.float64))
                 # NaN loses every comparison: it must not slip through max()
                 worst[i] = max(worst[i], gap) if np.isfinite(gap) else np.inf
@@ -239,66 +275,156 @@ def _largest(array: Array) -> float:
     return float(np.abs(array.astype(np.float64)).max(initial=0.0))
 
 
+def watched(model: Model, objective: Objective) -> list[str]:
+    """Name the tensors that are compared: the outputs of a model, and what the terms of an objective read."""
+    return list(dict.fromkeys([*(port.name for port in model.outputs), *objective.tensors]))
+
+
+def watch(
+    model: Model,
+    objective: Objective,
+    device: str,
+    proto: onnx.ModelProto | None = None,
+    what: str = "the model",
+) -> Session:
+    """Open a model, or one made of it, for :func:`compare`.
+
+    Args:
+        model: The original.
+        objective: The terms.
+        device: Where the model runs.
+        proto: A model made of the original, None for itself.
+        what: Its name in messages.
+
+    Returns:
+        A session whose outputs are those of :func:`watched`.
+    """
+    names = watched(model, objective)
+    made = model.proto if proto is None else proto
+    own = names == [port.name for port in model.outputs]
+    return Session(made if own else with_outputs(model, names, made), device, what=what)
+
+
 def compare(
     model: Model,
+    objective: Objective,
     before: Answers,
     after: Session,
     samples: Samples,
     batch_size: int,
+    *,
     progress: Progress | None = None,
 ) -> Verification:
-    """Output error, agreement and accuracy of ``after`` against ``before`` on evaluation data."""
+    """Compare a pruned model with its original on evaluation data.
+
+    Args:
+        model: The original.
+        objective: Its terms, with their scales.
+        before: Answers of the original: the tensors of :func:`watched`, in order.
+        after: The pruned model, opened by :func:`watch`.
+        samples: Evaluation samples.
+        batch_size: Samples of one run.
+        progress: Callback ``(stage, done, total)``.
+
+    Returns:
+        The measures of every term and the errors of the outputs, without the results of gates.
+    """
     total = samples.usable()
-    found = _Measured()
-    ranked = head(model)
+    names = watched(model, objective)
+    place = {name: i for i, name in enumerate(names)}
+    tensors = [place[name] for name in objective.tensors]
+    floating = [i for i, port in enumerate(model.outputs) if is_float(port.dtype)]
+    errors = {i: _Errors() for i in dict.fromkeys(place[model.outputs[i].name] for i in floating)}
+    measures = Measures(objective)
     batches, same = tee(samples.batches(batch_size))
     answers = before.stream(feed for _, feed in same)
     for (index, feed), old in zip(batches, answers, strict=True):
-        new = after.run(feed)
-        for a, b in zip(old, new, strict=True):
-            if is_float(a.dtype):
-                a64, b64 = a.astype(np.float64), b.astype(np.float64)
-                known = np.isfinite(a64)
-                found.squared += float(np.square(a64[known] - b64[known]).sum())
-                found.scale += float(np.square(a64[known]).sum())
-                found.lost += int((np.isinf(a64) & ~_beyond(a, b64)).sum())
-        if ranked is not None:
-            _rank(found, old[ranked.index], new[ranked.index], samples, index)
+        new = after.run(feed, names)
+        for i, error in errors.items():
+            error.add(old[i], new[i])
+        labels = None if samples.labels is None else samples.labels[index]
+        measures.update([old[i] for i in tensors], [new[i] for i in tensors], labels)
         if progress:
             progress("verify", int(index[-1]) + 1, total)
-    error = float(np.sqrt(found.squared / found.scale)) if found.scale else None
+    outputs = measures.results()
+    decided = _first_decisions(objective, outputs)
     return Verification(
         masked_equivalence=None,
-        output_relative_error=np.inf if found.lost else error,
-        agreement=found.agree / found.ranked if found.ranked else None,
-        accuracy_before=found.right_before / found.labelled if found.labelled else None,
-        accuracy_after=found.right_after / found.labelled if found.labelled else None,
+        output_relative_error=_worst(outputs, [error.relative() for error in errors.values()]),
+        agreement=decided.get("agreement"),
+        accuracy_before=decided.get("accuracy_before"),
+        accuracy_after=decided.get("accuracy_after"),
         batches=(),
         samples=total,
+        outputs=outputs,
     )
+
+
+def user_metric(
+    metric: Metric,
+    model: Model,
+    proto: onnx.ModelProto,
+    samples: Samples,
+    device: str,
+    batch_size: int,
+) -> MetricValues:
+    """Measure the user's own metric of a pruned model and of its original.
+
+    Args:
+        metric: The metric; it remembers its value of the original.
+        model: The original.
+        proto: The pruned model.
+        samples: Evaluation samples.
+        device: Where the models run.
+        batch_size: Samples of one run.
+
+    Returns:
+        Both values.
+
+    Raises:
+        DataError: The user's function failed, or returned no finite number.
+    """
+
+    def value(made: onnx.ModelProto) -> float:
+        if metric.reads_model:
+            return metric.of_model(made)
+        session = Session(made, device)
+        names = [port.name for port in model.outputs]
+        runs = [session.run(feed, names) for _, feed in samples.batches(batch_size)]
+        join = np.stack if samples.whole else np.concatenate
+        outputs = {n: join([run[i] for run in runs]) for i, n in enumerate(names)}
+        labels = None if samples.labels is None else samples.labels[: samples.usable()]
+        return metric.of_outputs(outputs, labels)
+
+    if metric.original is None:
+        metric.original = value(model.proto)
+    return MetricValues(metric.name, metric.original, value(proto))
+
+
+def _worst(outputs: Sequence[Measure], errors: Sequence[float | None]) -> float | None:
+    """The largest relative error of the outputs, or where none can be compared that of the terms."""
+    known = [error for error in errors if error is not None]
+    if not known:
+        found = (measure.values.get("relative_error") for measure in outputs)
+        known = [error for error in found if error is not None]
+    return max(known, key=lambda error: np.inf if np.isnan(error) else error, default=None)
+
+
+def _first_decisions(
+    objective: Objective, outputs: Sequence[Measure]
+) -> Mapping[str, float | None]:
+    """Numbers of the first term with decisions: the one with labels, then classes, raw scores, and yes or no."""
+    by_term = {measure.term: measure.values for measure in outputs}
+    kinds = ("classes", "ambiguous", "binary")
+    decided = [term for term in objective.judged if term.kind in kinds]
+    first = min(decided, key=lambda t: (not t.labelled, kinds.index(t.kind)), default=None)
+    return {} if first is None else by_term[first.name]
 
 
 def _beyond(old: Array, new: Floats) -> Bools:
     """Where ``new`` is as large as half the largest number of the type of ``old``, with the sign of that."""
     most = float(finfo(old.dtype).max)  # type: ignore[no-untyped-call]
     return np.asarray(np.sign(old.astype(np.float64)) * new >= most / 2)
-
-
-def _rank(found: _Measured, old: Array, new: Array, samples: Samples, index: Ints) -> None:
-    a, b = _top(old), _top(new)
-    found.agree += int((a == b).sum())
-    found.ranked += len(a)
-    labels = samples.labels
-    if labels is not None:
-        truth = labels[index].reshape(-1)
-        if len(truth) == len(a):
-            found.right_before += int((a == truth).sum())
-            found.right_after += int((b == truth).sum())
-            found.labelled += len(a)
-
-
-def _top(logits: Array) -> Ints:
-    return np.asarray(logits.astype(np.float64).argmax(axis=-1), np.int64)
 
 
 def runs_at(
@@ -313,9 +439,10 @@ def runs_at(
         assert size is not None
         index = np.arange(size, dtype=np.int64) % samples.count
         feed = samples.feed(index)
-        outputs = session.run(feed)
+        names = [port.name for port in model.outputs]
+        outputs = session.run(feed, names)
         sound = all(np.isfinite(v).all() for v in outputs if is_float(v.dtype))
-        truths = before().run(feed) if before and not sound else [None] * len(outputs)
+        truths = before().run(feed, names) if before and not sound else [None] * len(outputs)
         for port, value, truth in zip(model.outputs, outputs, truths, strict=True):
             if not samples.whole and _leads_with_batch(model, port) and len(value) != size:
                 raise GateFailed(

@@ -310,14 +310,23 @@ def test_model_without_inputs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "part"),
     [
-        (LABELS.astype(np.float32), "'labels' is float32; expected integers"),
+        (LABELS.astype(np.complex64), "'labels' is complex64; expected integers"),
+        (np.where(LABELS > 0, LABELS, np.nan), "'labels' has NaN or infinite values"),
         (LABELS[:9], "'labels' has shape (9,); expected (10,)"),
-        (LABELS[:, None], "'labels' has shape (10, 1); expected (10,)"),
+        (np.asarray(3), "'labels' has shape (); expected (10,)"),
         (LABELS - 1, "the negative class -1"),
     ],
 )
-def test_labels_must_be_classes(model: Model, labels: Array, part: str) -> None:
+def test_labels_must_be_numbers_for_every_sample(model: Model, labels: Array, part: str) -> None:
     _refused({"x": IMAGES, "labels": labels}, model, part)
+
+
+@pytest.mark.parametrize("labels", [LABELS / 2, np.eye(10, 5) > 0, LABELS[:, None]])
+def test_labels_of_any_rank_are_kept(model: Model, labels: Array) -> None:
+    samples = _load({"x": IMAGES, "labels": labels}, model)
+    assert samples.labels is not None
+    np.testing.assert_array_equal(samples.labels, labels)
+    assert samples.classes is None
 
 
 def test_whole_feeds_keep_their_labels(model: Model) -> None:

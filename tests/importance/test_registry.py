@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
+import objectives
 import pytest
 from graphs import NETS, activations, build, load, samples
 from onnx import ModelProto, numpy_helper
@@ -32,8 +33,8 @@ from onnx_oamip.published.dependence import pooled_activations
 from onnx_oamip.published.dependence.requests import POOLED_ACTIVATIONS
 from onnx_oamip.published.nnrelief import absolute_signal
 from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
-from onnx_oamip.statistics import calibration, class_samples, covariances
-from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS
+from onnx_oamip.statistics import calibration, covariances
+from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS, RELEVANCE
 
 SETTINGS = Settings.create(macs=0.5, device="cpu")
 
@@ -45,11 +46,12 @@ def _statistics(model: Model, coupling: Coupling, arrays: dict[str, Array]) -> S
     moments = calibration.collect(model, coupling, found, "cpu")
     feeds = [feed for _, feed in found.batches(32)]
     grams = covariances.collect(model, coupling, feeds, "cpu", seed=0)
-    few = class_samples.collect(model, found, "cpu", per_class=1, seed=0)
+    few = objectives.class_samples(model, found, 1, 0)
     heard = absolute_signal.collect(model, coupling, found, "cpu")
     seen = pooled_activations.collect(model, coupling, found, "cpu")
     answers = {
         MOMENTS: moments.moments,
+        RELEVANCE: {},
         COVARIANCE: grams,
         CLASS_SAMPLES: few,
         ABSOLUTE_ACTIVATIONS: heard,

@@ -498,7 +498,6 @@ def test_long_chain_of_cheap_operators_is_followed(tmp_path: Path) -> None:
     [
         ("softmax", np.asarray([0, 3, 1]), "classes"),
         ("raw scores or values", np.asarray([0, 3, 1]), "classes"),
-        ("raw scores or values", np.eye(4, dtype=np.int64)[:3], "binary"),
         ("raw scores or values", np.random.default_rng(0).random((3, 4)), "values"),
         ("raw taggers", np.zeros((3, 5), np.int64), "classes"),
         ("argmax of a segmenter", np.zeros((3, 8, 8), np.int64), "classes"),
@@ -530,13 +529,29 @@ def test_label_outside_the_classes_is_refused(name: str, tmp_path: Path) -> None
         detect(model_of(pattern, tmp_path), np.asarray([1, 4]))
 
 
+def test_zeros_and_ones_beside_raw_scores_are_refused(tmp_path: Path) -> None:
+    """They may be independent decisions, or classes marked by a 1; the user says which."""
+    model = model_of(PATTERNS["raw scores or values"], tmp_path)
+    labels = np.eye(4, dtype=np.int64)[:3]
+    with pytest.raises(DataError, match="give one class per sample, or --output l=binary"):
+        detect(model, labels)
+    assert only(detect(model, labels, task="binary")).labelled
+
+
 @pytest.mark.parametrize(
     "labels", [np.zeros((3, 7), np.int64), np.zeros((3, 7)), np.asarray([0.5, 0.2])]
 )
-def test_labels_that_fit_no_output_are_noted(labels: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
-    pattern = PATTERNS["softmax"]
-    found = detect(model_of(pattern, tmp_path), labels)
-    assert not only(found).labelled
+def test_labels_of_no_output_are_refused(labels: np.ndarray, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    with pytest.raises(
+        DataError, match="fits no output of the model; expected integers, one class"
+    ):
+        detect(model_of(PATTERNS["softmax"], tmp_path), labels)
+
+
+def test_classes_of_no_output_are_noted(tmp_path: Path) -> None:
+    """Folders of images give classes to models that have none."""
+    found = detect(load(build(TWO), tmp_path), np.asarray([0, 1]), task="values")
+    assert not any(term.labelled for term in found.terms)
     assert any("fit no output" in note for note in found.notes)
 
 

@@ -14,12 +14,14 @@ from conftest import MODELS
 from graphs import CNN, RESIDUAL, build, constants, load, samples
 
 from onnx_oamip.api import pipeline
-from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.core.errors import BudgetNotMet, DataError
 from onnx_oamip.core.records import (
     Array,
     Coupling,
     Floats,
     Ints,
+    Measure,
+    MetricValues,
     Model,
     Plan,
     Verification,
@@ -36,12 +38,12 @@ from onnx_oamip.planning import allocation, budget_program, search
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.planning.budget_program import Ladder
 from onnx_oamip.planning.latency_model import LatencyModel
-from onnx_oamip.planning.search import Attempt, Prepared, drop
+from onnx_oamip.planning.search import Attempt, Drop, Prepared, drop
 from onnx_oamip.planning.sensitivity import Sensitivity
 from onnx_oamip.planning.width_losses import interpolate, rungs
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.repair import least_squares
-from onnx_oamip.verification.equivalence import compare
+from onnx_oamip.verification.equivalence import compare, watch
 
 SHIPPED = sorted(path.stem for path in MODELS.glob("*.onnx"))
 BIG = ("vgg-fashion", "vit-fashion")
@@ -352,8 +354,10 @@ def test_several_budgets_are_met_together() -> None:
 
 def _measured_drop(ready: Prepared, found: Attempt) -> float:
     assert ready.held_out is not None
-    before, after = Session(ready.model.proto, "cpu"), Session(found.pruned.proto, "cpu")
-    return drop(compare(ready.model, before, after, ready.held_out, 100))
+    model, objective = ready.model, ready.objective
+    before = watch(model, objective, "cpu")
+    after = watch(model, objective, "cpu", found.pruned.proto)
+    return drop(compare(model, objective, before, after, ready.held_out, 100)).lost
 
 
 @pytest.fixture
@@ -439,7 +443,7 @@ def test_file_size_budget_is_met(
     monkeypatch.setattr(
         search,
         "_drop",
-        lambda ready, _, found: float(found.after.macs < 0.5 * ready.before.macs) * 9,
+        lambda ready, _, found: Drop(9.0 * (found.after.macs < 0.5 * ready.before.macs), "m"),
     )
     carry_out = search.carry_out
 
@@ -588,13 +592,17 @@ def test_budget_of_one_keeps_all_units(tmp_path: Path) -> None:
     assert found.after.macs == ready.before.macs
 
 
-def test_drop_prefers_accuracy_over_agreement_over_error() -> None:
-    def make(
-        error: float | None, agreement: float | None, before: float | None, after: float | None
-    ) -> Verification:
-        return Verification(None, error, agreement, before, after, (), 10)
+def test_drop_is_that_of_the_worst_term() -> None:
+    def measure(term: str, lost: float, value: float | None = 0.5) -> Measure:
+        return Measure(term, term, "classes", "agreement", lost, {"agreement": value})
 
-    assert drop(make(0.5, 0.8, 0.9, 0.85)) == pytest.approx(5)
-    assert drop(make(0.5, 0.8, None, None)) == pytest.approx(20)
-    assert drop(make(0.5, None, None, None)) == pytest.approx(50)
-    assert drop(make(0.5, 0.8, 0.9, 0.95)) == pytest.approx(-5)
+    def make(*outputs: Measure, metric: MetricValues | None = None) -> Verification:
+        return Verification(None, 0.5, 0.8, None, None, (), 10, outputs=outputs, metric=metric)
+
+    assert drop(make(measure("a", 5.0), measure("b", 7.0))) == Drop(7.0, "agreement of 'b'")
+    assert drop(make(measure("a", 5.0), measure("b", 0.0, None))) == Drop(5.0, "agreement of 'a'")
+    own = MetricValues("m:f", 30.0, 28.0)
+    assert drop(make(measure("a", 5.0), metric=own)) == Drop(2.0, "m:f")
+    assert drop(make(metric=MetricValues("m:f", 30.0, 31.0))).lost == 0
+    with pytest.raises(DataError, match="no loss can be measured"):
+        drop(make(measure("a", 0.0, None)))

@@ -7,13 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import objectives
 import pytest
 from cases import CASES, OpCase, unknown_here
 from graphs import ATTENTION, CNN, GROUPED, MLP, RESIDUAL, activations, build, feed, load, samples
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 from scipy.linalg import lstsq
-from scipy.special import rel_entr, softmax
 
+from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Coupling,
@@ -26,17 +27,12 @@ from onnx_oamip.data import dataset
 from onnx_oamip.graph import subgraphs
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import matrix, site, unmatrix
-from onnx_oamip.graph.outputs import Head, head
+from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.objective import detect, loss, sums
 from onnx_oamip.planning import sensitivity
-from onnx_oamip.planning.sensitivity import (
-    Sensitivity,
-    choose,
-    divergence,
-    levels,
-    measure,
-)
+from onnx_oamip.planning.sensitivity import Sensitivity, levels
 from onnx_oamip.repair import least_squares
 from onnx_oamip.statistics import calibration, covariances, layer_problems
 
@@ -228,26 +224,65 @@ def by_hand(
 
 
 def loss_by_hand(model: Model, changed: ModelProto, feeds: Sequence[Mapping[str, Array]]) -> float:
-    """Mean KL divergence of class probabilities over samples, or mean over samples of the relative squared error."""
-    before, after = Session(model.proto, "cpu"), Session(changed, "cpu")
-    found_head = head(model)
-    place = None if found_head is None else found_head.index
-    total, count = 0.0, 0
-    for values in feeds:
-        old = [a.astype(np.float64) for a in before.run(values)]
-        new = [a.astype(np.float64) for a in after.run(values)]
-        samples = len(old[0]) if old[0].ndim else 1
-        if place is not None:
-            p, q = old[place], new[place]
-            if model.nodes[-1].op != "Softmax":
-                p, q = softmax(p, axis=1), softmax(q, axis=1)
-            total += float(rel_entr(p, q).sum())
-            samples = len(p)
-        else:
-            error = sum(float(np.square(a - b).sum()) for a, b in zip(old, new, strict=True))
-            total += samples * error / sum(float(np.square(a).sum()) for a in old)
-        count += samples
-    return total / count
+    """The objective's loss of a whole changed model."""
+    objective = objectives.of_feeds(model, feeds)
+    before = Session(with_outputs(model, objective.tensors), "cpu")
+    after = Session(with_outputs(model, objective.tensors, changed), "cpu")
+    total = sum(
+        sums(objective, before.run(values, objective.tensors), after.run(values, objective.tensors))
+        for values in feeds
+    )
+    return loss(objective, np.asarray(total)).total
+
+
+def measure(
+    model: Model,
+    coupling: Coupling,
+    grams: Mapping[str, Gram],
+    order: Floats,
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    repair: str = "least-squares",
+) -> tuple[Sensitivity, ...]:
+    return sensitivity.measure(
+        model,
+        coupling,
+        grams,
+        order,
+        feeds,
+        device,
+        objective=objectives.of_feeds(model, feeds),
+        workers=workers,
+        progress=progress,
+        repair=repair,
+    )
+
+
+def choose(
+    model: Model,
+    coupling: Coupling,
+    grams: Mapping[str, Gram],
+    orders: Sequence[Floats],
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    repair: str = "least-squares",
+) -> Ints:
+    return sensitivity.choose(
+        model,
+        coupling,
+        grams,
+        orders,
+        feeds,
+        device,
+        objective=objectives.of_feeds(model, feeds),
+        workers=workers,
+        progress=progress,
+        repair=repair,
+    )
 
 
 def _expected(
@@ -318,11 +353,13 @@ def test_networks_have_the_named_consumers(tmp_path: Path) -> None:
     }
     assert consumers("residual trunk") == {"w1": {"Conv", "MatMul"}, "w2": {"Conv"}}
     assert consumers("attention, classes")["wq"] == {"MatMul"}
-    model = load(build(NETS["attention, classes"]), tmp_path)
-    assert head(model) == Head(0, model.outputs[0].name)
-    assert head(load(build(NETS["attention, token output"]), tmp_path)) is None
-    model = load(build(NETS["classes in front of the group"]), tmp_path)
-    assert head(model) == Head(0, model.outputs[0].name)
+
+    def kinds(name: str) -> list[str]:
+        return [term.kind for term in detect(load(build(NETS[name]), tmp_path)).terms]
+
+    assert kinds("softmax at the end") == ["classes"]
+    assert kinds("dense") == kinds("attention, token output") == ["ambiguous"]
+    assert kinds("two outputs, none with classes") == ["values", "values"]
 
 
 @pytest.mark.parametrize(
@@ -504,41 +541,6 @@ def test_levels_rise_from_one_to_the_full_width(width: int) -> None:
     assert len(found) <= len(sensitivity.LEVELS) + 2
     if width == 16:
         assert found.tolist() == [1, 2, 5, 7, 10, 13, 16]
-
-
-def test_divergence_of_logits_equals_that_of_probabilities(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    a, b = 3 * rng.standard_normal((7, 4)), 3 * rng.standard_normal((7, 4))
-    p, q = softmax(a, axis=1), softmax(b, axis=1)
-    expected = float(rel_entr(p, q).sum(axis=1).mean())
-    logits = load(build(NETS["dense"]), tmp_path)
-    for scale in (0.0, 500.0, -500.0):  # logits may be anywhere
-        assert divergence(logits, [a + scale], [b]) == pytest.approx(expected, rel=1e-9)
-    assert divergence(logits, [a], [a]) == 0
-    ended = load(build(NETS["softmax at the end"]), tmp_path)
-    assert divergence(ended, [p.astype(np.float32)], [q.astype(np.float32)]) == pytest.approx(
-        expected, rel=1e-5
-    )
-    # A class that got no probability at all costs much, but not everything.
-    sure = np.eye(4)[:1]
-    assert 5 < divergence(ended, [sure], [np.eye(4)[1:2]]) < 100
-
-
-def test_divergence_of_other_outputs_is_relative_error(tmp_path: Path) -> None:
-    model = load(build(NETS["two outputs, none with classes"]), tmp_path)
-    rng = np.random.default_rng(0)
-    old = [
-        rng.standard_normal((2, 4, 3, 3)).astype(np.float32),
-        rng.standard_normal((2, 2, 3, 3)).astype(np.float32),
-    ]
-    new = [1.1 * old[0], 1.1 * old[1]]
-    assert divergence(model, old, new) == pytest.approx(0.01, rel=1e-5)
-    assert divergence(model, old, [old[0], 0 * old[1]]) == pytest.approx(
-        np.square(old[1]).sum() / (np.square(old[0]).sum() + np.square(old[1]).sum()), rel=1e-5
-    )
-    silent = [0 * a for a in old]
-    assert divergence(model, silent, silent) == 0
-    assert np.isfinite(divergence(model, silent, old))
 
 
 # --------------------------------------------------------------------------------------------- repairs and choices

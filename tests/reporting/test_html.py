@@ -40,7 +40,17 @@ from onnx_oamip.reporting.documents import document
 from onnx_oamip.reporting.html import charts, prune_page, wording
 from onnx_oamip.verification.latency import Ratio
 
-SECTIONS = ["widths", "errors", "sensitivity", "scores", "skipped", "programs", "checks", "again"]
+SECTIONS = [
+    "widths",
+    "errors",
+    "sensitivity",
+    "scores",
+    "skipped",
+    "programs",
+    "outputs",
+    "checks",
+    "again",
+]
 HOSTILE = (
     "<script>alert(1)</script>",
     "a&b&amp;c",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import objectives
 import onnx
 import pytest
 from graphs import build
@@ -36,7 +37,6 @@ from onnx_oamip.importance.oamip.formulation import Formulation, formulate
 from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.solve import optimise
 from onnx_oamip.programs.solvers import SolverLimits
-from onnx_oamip.statistics import class_samples
 from onnx_oamip.verification.latency import Ratio
 
 
@@ -496,8 +496,7 @@ def test_joint_program_equals_enumeration_of_subsets(
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
-    held = class_samples.collect(model, samples, "cpu", per_class=1, seed=0)
-    assert held is not None
+    held = objectives.class_samples(model, samples, 1, 0)
     formulation = formulate(model, coupling, held, Form("exact", 5.0))
     outcome = optimise(formulation, SolverLimits(time_s=20, gap=1e-6), solver)
     every = np.asarray(list(product((0.0, 1.0), repeat=len(formulation.units))))

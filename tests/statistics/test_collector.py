@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import objectives
 import pytest
 from graphs import MLP, build, load, samples
 
@@ -25,7 +26,7 @@ from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
 from onnx_oamip.statistics import calibration, class_samples, covariances
 from onnx_oamip.statistics.collector import collect
 from onnx_oamip.statistics.context import Context
-from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS
+from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE, MOMENTS, RELEVANCE
 
 PASSES = {
     MOMENTS: calibration,
@@ -42,7 +43,15 @@ def context(tmp_path: Path) -> Context:
     model = load(build(MLP), tmp_path)
     found = dataset.load({**samples(model, 40), "labels": np.arange(40) % 4}, model)
     assert found is not None
-    return Context(model, couple(model), found, None, "cpu", Settings.create(macs=0.5, workers=1))
+    return Context(
+        model,
+        couple(model),
+        found,
+        None,
+        "cpu",
+        Settings.create(macs=0.5, workers=1),
+        objectives.of_samples(model, found),
+    )
 
 
 @pytest.fixture
@@ -138,7 +147,8 @@ def test_scoring_collects_the_statistics_of_the_method(
 ) -> None:
     settings = context.settings.model_copy(update={"importance": name, "mode": "decoupled"})
     score(replace(context, settings=settings))
-    assert set(passes) == find(name).requests(settings)
+    # An objective of one term needs no relevance of consumers.
+    assert set(passes) == find(name).requests(settings) - {RELEVANCE}
 
 
 def test_reading_an_unrequested_statistic_is_refused(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from onnx_oamip.api import pipeline
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.verification import equivalence
 
@@ -38,16 +37,23 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
                 )
                 ready = pipeline.prepare(model, data, settings)
                 assert ready.held_out is not None
-                original = Session(ready.model.proto, ready.device)
+                original = equivalence.watch(ready.model, ready.objective, ready.device)
                 for allocation, row in found.items():
                     here = replace(
                         ready,
                         ladder=ready.ladder if allocation == "mip" else None,
                         settings=settings.model_copy(update={"allocate": allocation}),
                     )
-                    after = Session(search.search(here).pruned.proto, ready.device)
+                    after = equivalence.watch(
+                        ready.model, ready.objective, ready.device, search.search(here).pruned.proto
+                    )
                     v = equivalence.compare(
-                        ready.model, original, after, ready.held_out, settings.batch_size
+                        ready.model,
+                        ready.objective,
+                        original,
+                        after,
+                        ready.held_out,
+                        settings.batch_size,
                     )
                     assert v.accuracy_before is not None
                     assert v.accuracy_after is not None

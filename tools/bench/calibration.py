@@ -17,7 +17,6 @@ import numpy as np
 
 from onnx_oamip.api import prepare
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.verification import equivalence
 
@@ -63,12 +62,19 @@ def run(
                 settings = Settings.create(macs=SHARES[0], seed=seed, cache=kept)
                 ready = prepare.prepare(model, source, settings)
                 assert ready.held_out is not None
-                original = Session(ready.model.proto, ready.device)
+                original = equivalence.watch(ready.model, ready.objective, ready.device)
                 for share, column in zip(SHARES, COLUMNS[3:], strict=False):
                     here = replace(ready, settings=settings.model_copy(update={"macs": share}))
-                    after = Session(search.search(here).pruned.proto, ready.device)
+                    after = equivalence.watch(
+                        ready.model, ready.objective, ready.device, search.search(here).pruned.proto
+                    )
                     seen = equivalence.compare(
-                        ready.model, original, after, ready.held_out, settings.batch_size
+                        ready.model,
+                        ready.objective,
+                        original,
+                        after,
+                        ready.held_out,
+                        settings.batch_size,
                     )
                     assert seen.accuracy_after is not None
                     assert seen.accuracy_before is not None

@@ -14,7 +14,6 @@ from onnx_oamip.api import pipeline
 from onnx_oamip.core.records import Plan
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import cost
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import allocation, search
 from onnx_oamip.verification import equivalence
 
@@ -44,16 +43,23 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                 )
                 ready = pipeline.prepare(model, data, settings)
                 assert ready.held_out is not None
-                original = Session(ready.model.proto, ready.device)
+                original = equivalence.watch(ready.model, ready.objective, ready.device)
                 full = cost.full_widths(ready.coupling)
                 for share in SHARES:
                     widths = np.maximum(1, np.round(share * full)).astype(np.int64)
                     keep = allocation.best_units(ready.coupling, ready.scores.values, widths)
                     chosen = Plan(keep, widths, "uniform", replace(ready.before))
                     cut = search.carry_out(ready, chosen)
-                    after = Session(cut.pruned.proto, ready.device)
+                    after = equivalence.watch(
+                        ready.model, ready.objective, ready.device, cut.pruned.proto
+                    )
                     seen = equivalence.compare(
-                        ready.model, original, after, ready.held_out, settings.batch_size
+                        ready.model,
+                        ready.objective,
+                        original,
+                        after,
+                        ready.held_out,
+                        settings.batch_size,
                     )
                     assert seen.accuracy_after is not None
                     fresh: Row = {"model": name, "refit": refit, "units kept": f"{share:.0%}"}

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 
 from onnx_oamip.api import prepare
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.verification import equivalence
 
@@ -57,12 +56,22 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     )
                     ready = prepare.prepare(model, data, settings)
                     assert ready.held_out is not None
-                    original = Session(ready.model.proto, ready.device)
+                    original = equivalence.watch(ready.model, ready.objective, ready.device)
                     for share in SHARES:
                         here = replace(ready, settings=settings.model_copy(update={"macs": share}))
-                        after = Session(search.search(here).pruned.proto, ready.device)
+                        after = equivalence.watch(
+                            ready.model,
+                            ready.objective,
+                            ready.device,
+                            search.search(here).pruned.proto,
+                        )
                         seen = equivalence.compare(
-                            ready.model, original, after, ready.held_out, settings.batch_size
+                            ready.model,
+                            ready.objective,
+                            original,
+                            after,
+                            ready.held_out,
+                            settings.batch_size,
                         )
                         assert seen.accuracy_after is not None
                         assert seen.accuracy_before is not None

@@ -21,6 +21,7 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.importance.oamip import solve
 from onnx_oamip.importance.oamip.formulation import EPSILON, formulate
 from onnx_oamip.importance.oamip.region import Form
+from onnx_oamip.objective import detect
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.statistics import class_samples
 
@@ -44,7 +45,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
-    held = class_samples.collect(model, samples, "cpu", per_class=1, seed=seed)
+    objective = detect(model, samples.labels)
+    held = class_samples.collect(model, objective, samples, "cpu", per_class=1, seed=seed)
     assert held is not None
     rows = [_ours(model, coupling, held, solver, seed) for solver in ("highs", "gurobi")]
     rows += [_published(model, held, gap) for gap in (GAP, None)]

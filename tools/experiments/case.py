@@ -18,6 +18,7 @@ from onnx_oamip.core.records import (
     Images,
     Ints,
     Model,
+    Objective,
     Scores,
     Statistics,
 )
@@ -29,6 +30,7 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery.rewrite import cut
 from onnx_oamip.importance import find
+from onnx_oamip.objective import find_objective, scale
 from onnx_oamip.planning import scoring
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.repair.least_squares import least_squares
@@ -59,6 +61,7 @@ class Case:
     coupling: Coupling
     samples: feeds.Samples
     statistics: Statistics
+    objective: Objective
 
     @property
     def about(self) -> Network:
@@ -86,8 +89,11 @@ def open_case(path: Path, network: str, data: Dataset, seed: int) -> Case:
     model = models.rebind(model, samples.bindings(model))
     coupling = couple(model)
     plain = settings(importance="oamip", mode="decoupled")
-    statistics = collect(Context(model, coupling, samples, None, DEVICE, plain), LAYER_WISE)
-    return Case(network, data, seed, model, coupling, samples, statistics)
+    objective = scale(model, find_objective(model, plain, samples), samples, DEVICE)
+    statistics = collect(
+        Context(model, coupling, samples, None, DEVICE, plain, objective), LAYER_WISE
+    )
+    return Case(network, data, seed, model, coupling, samples, statistics, objective)
 
 
 def _samples(model: Model, data: Dataset, seed: int) -> feeds.Samples:
@@ -119,7 +125,7 @@ def settings(**values: Any) -> Settings:
 
 def score(case: Case, asked: Settings, few: Images | None = None) -> tuple[Scores, float]:
     """(scores, seconds) by a method of the package; ``few`` images for a program over the whole network."""
-    context = Context(case.model, case.coupling, case.samples, None, DEVICE, asked)
+    context = Context(case.model, case.coupling, case.samples, None, DEVICE, asked, case.objective)
     collect(context, LAYER_WISE)  # outside the measurement, for comparisons of orders of removal
     began = time.perf_counter()
     statistics = replace(case.statistics, answers={**case.statistics.answers, CLASS_SAMPLES: few})
@@ -129,7 +135,9 @@ def score(case: Case, asked: Settings, few: Images | None = None) -> tuple[Score
 
 def choose(case: Case, samples: feeds.Samples, per_class: int = 1) -> Images:
     """The package's choice: of the samples that are classified correctly, per class those it is least sure of."""
-    found = class_samples.collect(case.model, samples, DEVICE, per_class=per_class, seed=case.seed)
+    found = class_samples.collect(
+        case.model, case.objective, samples, DEVICE, per_class=per_class, seed=case.seed
+    )
     assert found is not None
     return found
 

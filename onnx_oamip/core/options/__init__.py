@@ -11,6 +11,7 @@ from onnx_oamip.core.options.methods import (
     OamipOptions,
     SnacsOptions,
 )
+from onnx_oamip.core.options.objective import ObjectiveOptions
 from onnx_oamip.core.options.plan import AllocationOptions, ConstraintOptions, RepairOptions
 from onnx_oamip.core.options.run import RunOptions
 from onnx_oamip.core.options.validation import Options
@@ -24,6 +25,7 @@ __all__ = [
     "MintOptions",
     "NNReliefOptions",
     "OamipOptions",
+    "ObjectiveOptions",
     "Options",
     "RemovalOptions",
     "RepairOptions",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 LEAST_MEMORY = 1 << 28
 """Bytes below which a memory limit is refused."""
@@ -47,6 +48,34 @@ class Shown:
     metavar: str | None = None
     default: str | None = None
     heading: str | None = None
+
+
+KINDS = ("classes", "binary", "values", "embedding", "ignore")
+"""What an output can be said to hold."""
+
+
+def kind_and_weight(text: str) -> tuple[str, float]:
+    """Read a statement about an output.
+
+    Args:
+        text: ``KIND`` or ``KIND:WEIGHT``.
+
+    Returns:
+        The kind, and its weight: 1 where none is given.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    kind, separator, weight = text.partition(":")
+    number = float(weight) if separator else 1.0
+    if kind not in KINDS or not 0 < number < math.inf:
+        raise ValueError(f"{text!r} is no kind of {', '.join(KINDS)} with a weight above 0")
+    return kind, number
+
+
+def _checked_statement(text: str) -> str:
+    kind_and_weight(text)
+    return text
 
 
 def _read_percentage(value: Any) -> Any:
@@ -177,4 +206,12 @@ Address = Annotated[
     str,
     Field(min_length=1),
     Kind("an address", "one such as tcp://host:8786", "ADDRESS"),
+]
+Statements = Annotated[
+    dict[str, Annotated[str, AfterValidator(_checked_statement)]],
+    Kind(
+        "a set of statements about outputs",
+        "kinds by name, such as {'boxes': 'values:0.5'}; kinds are " + ", ".join(KINDS),
+        "NAME=KIND[:WEIGHT]",
+    ),
 ]

@@ -25,6 +25,7 @@ from onnx_oamip.core.records.graph import (
     Reading,
     within,
 )
+from onnx_oamip.core.records.objective import Measure, Objective, Scale, Term
 from onnx_oamip.core.records.results import (
     Budget,
     Connections,
@@ -32,6 +33,7 @@ from onnx_oamip.core.records.results import (
     Fit,
     Frontier,
     LayerConnections,
+    MetricValues,
     Plan,
     Point,
     Pruned,
@@ -41,6 +43,7 @@ from onnx_oamip.core.records.results import (
     Verification,
 )
 from onnx_oamip.core.records.statistics import (
+    ClassHead,
     Gram,
     Images,
     Moments,
@@ -56,6 +59,7 @@ __all__ = [
     "Body",
     "Bools",
     "Budget",
+    "ClassHead",
     "Connections",
     "Consumer",
     "Cost",
@@ -68,9 +72,12 @@ __all__ = [
     "Images",
     "Ints",
     "LayerConnections",
+    "Measure",
+    "MetricValues",
     "Model",
     "Moments",
     "Node",
+    "Objective",
     "Pinned",
     "Plan",
     "Point",
@@ -80,9 +87,11 @@ __all__ = [
     "Report",
     "Request",
     "Round",
+    "Scale",
     "Scores",
     "Sensitivity",
     "Statistics",
+    "Term",
     "Trial",
     "Verification",
     "within",

@@ -12,6 +12,7 @@ from onnx_oamip.core.records.graph import (
     Ints,
     Model,
 )
+from onnx_oamip.core.records.objective import Measure, Objective
 from onnx_oamip.core.records.statistics import Scores, Sensitivity
 
 
@@ -25,7 +26,7 @@ class Budget:
         size: Share of the file's bytes to keep.
         threshold: Units with a lower score are removed.
         latency: Share of the measured latency to keep.
-        max_drop: Largest accepted loss in points: of accuracy, or of agreement without labels.
+        max_drop: Largest accepted loss of the worst term of the objective, in points of its measure.
     """
 
     macs: float | None = None
@@ -86,12 +87,32 @@ class Pruned:
     fits: tuple[Fit, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class MetricValues:
+    """The user's own metric: its ``name`` (``module:function``), and its values of the original and the pruned model.
+
+    Larger is better.
+    """
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def lost(self) -> float:
+        """By how much the value of the pruned model is below that of the original, 0 where it is not."""
+        return max(self.before - self.after, 0.0)
+
+
 @dataclass(frozen=True)
 class Verification:
     """Checks and measurements of a pruned model.
 
     ``failures`` lists the checks that failed. ``rounding`` is the difference that rounding alone makes to the masked
-    model, if ``masked_equivalence`` was compared with it. Values that were not measured are None.
+    model, if ``masked_equivalence`` was compared with it. Values that were not measured are None. ``outputs`` are the
+    measures of all terms of the objective, the worst first; ``outputs_before_refit`` those of the cut model, empty if
+    nothing was refitted. ``agreement`` and the accuracies are those of the first term with decisions;
+    ``output_relative_error`` is that of the worst output.
     """
 
     masked_equivalence: float | None
@@ -104,16 +125,20 @@ class Verification:
     failures: tuple[str, ...] = ()
     latency_ratio: float | None = None
     rounding: float | None = None
+    outputs: tuple[Measure, ...] = ()
+    outputs_before_refit: tuple[Measure, ...] = ()
+    metric: MetricValues | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One try of a search for the smallest model: asked to keep the share ``asked`` of the MACs, it kept ``macs`` and
-    ``lost`` this many points on evaluation data. Both are None where no plan met the budgets."""
+    ``lost`` this many points of ``measure`` on evaluation data. All are None where no plan met the budgets."""
 
     asked: float
     macs: int | None
     lost: float | None
+    measure: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +176,7 @@ class Frontier:
     timings: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    objective: Objective = field(default_factory=Objective)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +245,4 @@ class Report:
     curves: tuple[Sensitivity, ...] = ()
     tried: tuple[Trial, ...] = ()
     connections: Connections | None = None
+    objective: Objective = field(default_factory=Objective)

@@ -58,15 +58,32 @@ class Gram:
 
 
 @dataclass(frozen=True)
+class ClassHead:
+    """A classification head on chosen samples.
+
+    Attributes:
+        logits: Name of the tensor with the logits.
+        labels: Class of every row of the logits (feeds, rows), -1 for rows that do not count.
+        weight: Weight of the head's loss beside those of the other heads.
+    """
+
+    logits: str
+    labels: Ints
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Images:
     """A few samples of every class with all activations.
 
     Attributes:
         feeds: Inputs of the model.
-        labels: Class of every row of the logits (feeds, rows), -1 for rows that do not count.
-        logits: Name of the tensor with the logits.
+        labels: Class of every row of the first head's logits (feeds, rows), -1 for rows that do not count.
+        logits: Name of the tensor with the logits of the first head.
         activations: By tensor (feeds, *its shape for one feed). Empty if there are too many to keep.
         notes: Remarks for the report.
+        others: Further heads.
+        weight: Weight of the first head's loss.
     """
 
     feeds: tuple[Mapping[str, Array], ...]
@@ -74,6 +91,18 @@ class Images:
     logits: str
     activations: Mapping[str, Array]
     notes: tuple[str, ...] = ()
+    others: tuple[ClassHead, ...] = ()
+    weight: float = 1.0
+
+    @property
+    def heads(self) -> tuple[ClassHead, ...]:
+        """All classification heads."""
+        return (ClassHead(self.logits, self.labels, self.weight), *self.others)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the logits of all heads."""
+        return frozenset(head.logits for head in self.heads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +156,18 @@ class Statistics:
     def moments(self) -> Mapping[Axis, Moments]:
         """Moments by consumed axis, for a rule that is registered without requests."""
         return cast("Mapping[Axis, Moments]", self._named("moments"))
+
+    def get(self, request: Request[T], default: T) -> T:
+        """Look up the answer to a request that a rule can do without.
+
+        Args:
+            request: The request.
+            default: The answer if it was not requested.
+
+        Returns:
+            The statistic.
+        """
+        return cast("T", self.answers.get(request, default))
 
     def _named(self, name: str) -> Any:
         for request, answer in self.answers.items():

@@ -58,7 +58,8 @@ from onnx_oamip.statistics.layer_problems import (
     jobs,
     problems,
 )
-from onnx_oamip.statistics.requests import COVARIANCE
+from onnx_oamip.statistics.relevance import weighted
+from onnx_oamip.statistics.requests import COVARIANCE, RELEVANCE
 
 KEPT_SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 """Shares of a group's units that the programs keep, one program for each."""
@@ -103,7 +104,7 @@ def score(
     records: list[Mapping[str, Any]] = []
     without_moments: list[str] = []
     pool = executor(settings.workers, settings.scheduler)
-    shared = (model, coupling, settings)
+    shared = (model, coupling, settings, statistics.get(RELEVANCE, {}))
     results = pool.map(_score_group, shared, jobs(coupling, statistics[COVARIANCE]))
     for group, result in zip(coupling.groups, results, strict=True):
         units = group.units
@@ -160,13 +161,15 @@ class _GroupResult:
     record: Mapping[str, Any]
 
 
-def _score_group(shared: tuple[Model, Coupling, Settings], job: Job) -> _GroupResult | None:
+def _score_group(
+    shared: tuple[Model, Coupling, Settings, Mapping[str, Floats]], job: Job
+) -> _GroupResult | None:
     """Solve the programs of one group; None if no consumer of the group has second moments."""
-    model, coupling, settings = shared
+    model, coupling, settings, relevance = shared
     index, grams = job
     group = coupling.groups[index]
     with memory_for(f"the programs of the group '{group.name}'"):
-        consumers = problems(model, coupling, grams, index)
+        consumers = weighted(problems(model, coupling, grams, index), relevance)
         if not consumers:
             return None
         return _solve_group(consumers, len(group.units), group.name, settings)
@@ -260,7 +263,7 @@ def _loss(consumers: Sequence[Problem], refit: str, order: Ints) -> Loss:
                 covariance=covariance,
                 ridge=problem.ridge,
                 columns=problem.columns,
-                scale=problem.scale,
+                scale=problem.scale / problem.share,
             )
         )
     return Repaired(fits, order)
@@ -290,7 +293,7 @@ def quadratic(problem: Problem, centred: bool) -> Floats:
     energy = float(np.einsum("od,od->", problem.weight @ moments, problem.weight))
     blocks = per_column.reshape(units, per_unit, units, per_unit)
     result: Floats = blocks.sum(axis=(1, 3)) / max(energy, TINY)
-    return result
+    return result * problem.share
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from onnx_oamip.core.records import (
     Array,
     Axis,
     Bools,
+    ClassHead,
     Coupling,
     Floats,
     Images,
@@ -39,6 +40,7 @@ from onnx_oamip.programs import (
     Encoder,
     Exact,
     Expression,
+    Head,
     Loss,
     Paper,
     Program,
@@ -120,7 +122,7 @@ def formulate(
     blocked = without_rule(model)
     # Some nodes turn out to be unencodable only when their rule runs. Each of them shrinks the region.
     while True:
-        covered = region(model, coupling, images.logits, form, blocked)
+        covered = region(model, coupling, images.tensors, form, blocked)
         if not covered.included.any():
             raise SettingsError(nothing_encodable(covered))
         walk = _Formulator(model, coupling, images, form, region=covered, tighten=tighten)
@@ -195,15 +197,8 @@ class _Formulator:
             if not self.encoder.largest <= MAX_BOUND:
                 raise SolverError(_out_of_range(self.encoder.largest, str(self.model.nodes[i])))
         sparsity = self._sparsity(cost)
-        logits = self._value(self.images.logits)
-        magnitude = np.maximum(np.abs(logits.lower), np.abs(logits.upper))
-        largest_logit = float(magnitude.max(initial=0.0))
-        if not largest_logit <= MAX_LOGIT_BOUND:
-            raise SolverError(_out_of_range(largest_logit, f"the logits '{self.images.logits}'"))
-        label = self.images.labels.reshape(-1)
-        program, loss = objective(
-            self.encoder, logits, label, weight=self.form.weight, sparsity=sparsity
-        )
+        heads = [self._head(head) for head in self.images.heads]
+        program, loss = objective(self.encoder, heads, weight=self.form.weight, sparsity=sparsity)
         return Formulation(
             program=program,
             encoder=self.encoder,
@@ -213,6 +208,15 @@ class _Formulator:
             units=np.flatnonzero(self.region.included),
             outside=self.region.outside,
         )
+
+    def _head(self, head: ClassHead) -> Head:
+        """The logits of a classification head, whose bounds must be within the range of solvers."""
+        logits = self._value(head.logits)
+        magnitude = np.maximum(np.abs(logits.lower), np.abs(logits.upper))
+        largest = float(magnitude.max(initial=0.0))
+        if not largest <= MAX_LOGIT_BOUND:
+            raise SolverError(_out_of_range(largest, f"the logits '{head.logits}'"))
+        return Head(logits, head.labels.reshape(-1), head.weight)
 
     def _encode(self, i: int) -> None:
         node = self.model.nodes[i]
@@ -347,7 +351,7 @@ class _Formulator:
         """The tensor and all tensors that its elements are moved to, or None if any of them is read without a gate."""
         tensors = {name}
         consumers = [j for j in self.consumers[name] if j in self.needed]
-        if name == self.images.logits or not consumers:
+        if name in self.images.tensors or not consumers:
             return None
         for j in consumers:
             node = self.model.nodes[j]
@@ -365,7 +369,7 @@ class _Formulator:
 
     def _read_by_relus_only(self, name: str) -> bool:
         consumers = [self.model.nodes[j] for j in self.consumers[name] if j in self.needed]
-        if not consumers or name == self.images.logits:
+        if not consumers or name in self.images.tensors:
             return False
         return all(has(node, Trait.RECTIFIES) for node in consumers)
 

@@ -7,7 +7,7 @@ front of a node without such a rule are left out, with the reason.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -99,14 +99,18 @@ def without_rule(model: Model) -> dict[int, str]:
 
 
 def region(
-    model: Model, coupling: Coupling, logits: str, form: Form, blocked: Mapping[int, str]
+    model: Model,
+    coupling: Coupling,
+    logits: Collection[str],
+    form: Form,
+    blocked: Mapping[int, str],
 ) -> Region:
     """Determine the region that the program can cover.
 
     Args:
         model: Model to score.
         coupling: Units of the model.
-        logits: Tensor on which the cross-entropy is computed.
+        logits: Tensors on which cross-entropies are computed, one per head.
         form: Options of the program.
         blocked: Reason by index, for the nodes that cannot be encoded.
 
@@ -209,13 +213,13 @@ def consumers_of(model: Model) -> dict[str, list[int]]:
     return consumers
 
 
-def _ancestors(model: Model, logits: str) -> set[int]:
+def _ancestors(model: Model, logits: Collection[str]) -> set[int]:
     """Indices of the nodes that the logits depend on."""
     producer: dict[str, int] = {}
     for i, node in enumerate(model.nodes):
         producer.update((name, i) for name in node.outputs if name)
     ancestors: set[int] = set()
-    stack = [logits]
+    stack = list(logits)
     while stack:
         i = producer.get(stack.pop(), -1)
         if i >= 0 and i not in ancestors:
@@ -294,7 +298,7 @@ def extent(model: Model, coupling: Coupling, images: Images, form: Form) -> int:
     Raises:
         SettingsError: No unit can be encoded.
     """
-    covered = region(model, coupling, images.logits, form, without_rule(model))
+    covered = region(model, coupling, images.tensors, form, without_rule(model))
     if not covered.included.any():
         raise SettingsError(nothing_encodable(covered))
     elements = 0

@@ -291,11 +291,16 @@ def by_class(images: Images) -> list[Images]:
         labels = np.where(images.labels == label, images.labels, -1)
         feeds = np.flatnonzero((labels >= 0).any(axis=1))
         activations = {name: value[feeds] for name, value in images.activations.items()}
+        others = []
+        for head in images.others:
+            of_class = np.where(labels >= 0, head.labels, -1)
+            others.append(replace(head, labels=of_class[feeds]))
         part = replace(
             images,
             feeds=tuple(images.feeds[i] for i in feeds),
             labels=labels[feeds],
             activations=activations,
+            others=tuple(others),
         )
         parts.append(part)
     return parts

@@ -256,7 +256,7 @@ class _Search:
         loss = self.separation.loss
         samples = len(loss.label)
         best = self.separation.best.values
-        logits = np.zeros((samples, loss.logits.rows // samples))
+        logits = loss.equal_logits()
         if best is not None:
             logits = loss.outputs(best)
         planes = loss.tangents(logits, np.arange(samples), program.n_variables)

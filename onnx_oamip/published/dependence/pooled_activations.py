@@ -96,7 +96,7 @@ def collect(
     rows = chosen.usable()
     targets = _targets(model, coupling, chosen, by_tap)
     if not targets.axes:
-        return Pooled({}, {}, chosen.labels, rows)
+        return Pooled({}, {}, chosen.classes, rows)
 
     instrumented = _instrument(model, targets)
     session = Session(instrumented, device, what="the model with its pooled activations")
@@ -114,9 +114,7 @@ def collect(
                 refuse(model, samples, tensor, device=device, batch_size=batch_size)
         if progress:
             progress("pool", int(index[-1]) + 1, rows)
-    labels = None
-    if chosen.labels is not None and chosen.labels.ndim == 1:
-        labels = chosen.labels[:rows]
+    labels = None if chosen.classes is None else chosen.classes[:rows]
     return Pooled(values, by_window, labels, rows)
 
 
@@ -155,8 +153,8 @@ def _choose(samples: Samples, most: int, seed: int) -> Ints:
     if samples.count <= most:
         return np.arange(samples.count, dtype=np.int64)
     order = np.random.default_rng(seed).permutation(samples.count)
-    if samples.labels is not None and samples.labels.ndim == 1:
-        classes = samples.labels[order]
+    if samples.classes is not None:
+        classes = samples.classes[order]
         by_class = np.argsort(classes, kind="stable")
         first_of_class = np.searchsorted(classes[by_class], classes)
         rank = np.empty(len(order), np.int64)

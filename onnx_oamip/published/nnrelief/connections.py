@@ -26,7 +26,6 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
-from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.published.nnrelief.rounds import ConnectionPruner, Thinned
 from onnx_oamip.published.nnrelief.state import State
@@ -178,13 +177,18 @@ def _verify(context: Context, dense: onnx.ModelProto, proto: onnx.ModelProto) ->
     if settings.sparse:
         # ONNX's shape inference does not read sparse constants, so that they have a check of their own.
         onnx.checker.check_model(proto)
-    after = Session(proto, context.device, what="the pruned model")
-    before = Session(model.proto, context.device, what=model.path)
+    objective, evaluation = context.objective, _evaluation(context)
+    device, size = context.device, settings.batch_size
+    after = equivalence.watch(model, objective, device, proto, "the pruned model")
+    before = equivalence.watch(model, objective, device, what=model.path)
     batches = equivalence.runs_at(model, after, context.samples, lambda: before)
     verification = equivalence.compare(
-        model, before, after, _evaluation(context), settings.batch_size, context.progress
+        model, objective, before, after, evaluation, size, progress=context.progress
     )
     equivalence.numbers(model, verification)
+    if context.metric is not None:
+        values = equivalence.user_metric(context.metric, model, proto, evaluation, device, size)
+        verification = replace(verification, metric=values)
     return replace(verification, batches=batches)
 
 
@@ -206,12 +210,17 @@ def _digest(state: State) -> str:
 def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
     """The fewest connections that lose at most ``points`` on the held-out samples, by bisection on a log scale."""
     context, evaluation = pruner.context, _evaluation(pruner.context)
-    original = Session(context.model.proto, context.device)
+    model, objective, device = context.model, context.objective, context.device
+    original = equivalence.watch(model, objective, device)
 
     def loss(thinned: Thinned) -> float:
-        after = Session(thinned.proto, context.device)
-        measured = equivalence.compare(context.model, original, after, evaluation, context.batch)
-        return search.drop(measured)
+        if context.metric is not None:
+            return equivalence.user_metric(
+                context.metric, model, thinned.proto, evaluation, device, context.batch
+            ).lost
+        after = equivalence.watch(model, objective, device, thinned.proto)
+        measured = equivalence.compare(model, objective, original, after, evaluation, context.batch)
+        return search.drop(measured).lost
 
     smallest: Thinned | None = None
     low, high = np.log(LEAST_SHARE), 0.0

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import onnx
 
 from onnx_oamip.core import atomic_files
 from onnx_oamip.core.errors import DataError
@@ -21,9 +23,11 @@ from onnx_oamip.core.records import (
     Floats,
     Ints,
     Model,
+    Objective,
     Verification,
 )
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.published.packing import codebook
@@ -73,6 +77,7 @@ class Judge:
     Attributes:
         files: Files of the original.
         model: The original.
+        objective: Terms by which the model is judged.
         original: Its session.
         calibration: Samples for the losses of single tensors.
         held_out: Samples for the drop.
@@ -82,6 +87,7 @@ class Judge:
 
     files: Files
     model: Model
+    objective: Objective
     original: Session
     calibration: Samples
     held_out: Samples
@@ -100,8 +106,10 @@ class Judge:
         """
         with atomic_files.scratch() as folder:
             path = self.files.substitute(words).write(folder, "model.onnx")
-            session = Session(path, self.device, what="the model with shared weights")
-            return equivalence.compare(self.model, self.original, session, samples, self.batch_size)
+            session = watch_file(path, self.model, self.objective, self.device)
+            return equivalence.compare(
+                self.model, self.objective, self.original, session, samples, self.batch_size
+            )
 
     def lost(self, verification: Verification) -> float:
         """Compute the points that a model loses.
@@ -121,7 +129,29 @@ class Judge:
                 f"no output of {self.model.path} is a float that is not zero on {self.held_out.source}, so that what "
                 "is lost cannot be measured; give `clusters` without `data`, or leave both out to lose nothing."
             )
-        return search.drop(verification)
+        return search.drop(verification).lost
+
+
+def watch_file(path: Path, model: Model, objective: Objective, device: str) -> Session:
+    """Open a model file so that it gives what the terms of an objective read.
+
+    Args:
+        path: The file; its weights may lie beside it.
+        model: The same model as it was loaded.
+        objective: The terms; the file has their tensors.
+        device: Where it runs.
+
+    Returns:
+        A session for :func:`equivalence.compare`.
+    """
+    what = "the model with shared weights"
+    names = equivalence.watched(model, objective)
+    if names == [port.name for port in model.outputs]:
+        return Session(path, device, what=what)
+    proto = onnx.load(path, load_external_data=False)
+    shown = path.with_name(f"watched-{path.name}")
+    onnx.save(with_outputs(model, names, proto), shown)
+    return Session(shown, device, what=what)
 
 
 def candidates(

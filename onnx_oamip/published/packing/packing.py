@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from onnx_oamip.artifacts.output import check_output
 from onnx_oamip.core.atomic_files import Batch, write_bytes
 from onnx_oamip.core.clock import Clock
@@ -26,6 +28,7 @@ from onnx_oamip.data.dataset import check_extras
 from onnx_oamip.data.sources import Source, samples_of
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.published.packing import (
     allocation,
     codebook,
@@ -37,6 +40,7 @@ from onnx_oamip.published.packing.allocation import Judge
 from onnx_oamip.published.packing.coding import Coded
 from onnx_oamip.published.packing.container import Contents
 from onnx_oamip.published.packing.layout import Files, Place
+from onnx_oamip.verification import equivalence
 
 MAX_DROP = 0.5
 """Points that may be lost by default, where samples are given."""
@@ -283,10 +287,20 @@ def _judge(
     model = models.load(path)
     samples, held_out = samples_of(model, data, eval_data, settings)
     assert held_out is not None
+    model = models.rebind(model, samples.bindings(model))
+    objective = find_objective(model, settings, samples, held_out)
+    graph = onnx.load(path, load_external_data=False).graph
+    named = {name for node in graph.node for name in node.output}
+    objective = at_outputs(model, objective, [t for t in objective.tensors if t not in named])
+    objective = scale(model, objective, samples, device, batch_size=settings.batch_size)
+    original = Session(path, device, what=str(path))
+    if equivalence.watched(model, objective) != [port.name for port in model.outputs]:
+        original = equivalence.watch(model, objective, device, what=str(path))
     return Judge(
         files=files,
-        model=models.rebind(model, samples.bindings(model)),
-        original=Session(path, device, what=str(path)),
+        model=model,
+        objective=objective,
+        original=original,
         calibration=samples,
         held_out=held_out,
         device=device,

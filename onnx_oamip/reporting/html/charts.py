@@ -221,6 +221,51 @@ def scores(values: Floats, kept: Bools, salt: str) -> str:
     return done()
 
 
+def outputs(
+    rows: Sequence[tuple[str, float | None, float]], allowed: float | None, salt: str
+) -> str:
+    """Draw the points that every output lost, two dots a row: before the refit, if there was one, and after it.
+
+    Args:
+        rows: (output, points lost before the refit or None, points lost).
+        allowed: The most that may be lost, None without a limit.
+        salt: Makes ids of the chart its own.
+
+    Returns:
+        The chart as SVG.
+    """
+    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Points lost by every output") as (
+        fig,
+        done,
+    ):
+        axes = _rows(fig, [name for name, _, _ in rows])
+        places = np.arange(len(rows))
+        after = np.asarray([lost for _, _, lost in rows])
+        before = np.asarray([np.nan if lost is None else lost for _, lost, _ in rows])
+        known = np.isfinite(before)
+        top = max(float(np.append(after, before[known]).max()), allowed or 0.0, 1.0)
+        axes.set_xlim(0, 1.05 * top)
+        if allowed is not None:
+            axes.axvline(allowed, color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.hlines(places[known], after[known], before[known], color=BEFORE, linewidth=2.5)
+        axes.scatter(
+            before[known],
+            places[known],
+            s=26,
+            color="white",
+            edgecolors=MARK,
+            linewidths=1.4,
+            zorder=3,
+            clip_on=False,
+        )
+        axes.scatter(after, places, s=26, color=AFTER, zorder=4, clip_on=False)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="x")
+        axes.set_xlabel("points lost")
+        _values(axes, [f"{lost:.2f}" for lost in after])
+    return done()
+
+
 def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str) -> str:
     """Draws the trials of a search for the smallest model.
 

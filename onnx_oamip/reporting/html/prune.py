@@ -43,6 +43,7 @@ from onnx_oamip.reporting.html.wording import (
     plural,
     short,
 )
+from onnx_oamip.reporting.tables.parts import KIND_NAMES, agreement_name, points
 
 APPLIED = (
     "refit",
@@ -80,6 +81,7 @@ def prune_page(report: Report) -> bytes:
         _search(value),
         _skipped(value),
         _programs(value),
+        _outputs(value),
         _checks(value),
         again(value, "apply", APPLIED)
         if "plan" in value["settings"]
@@ -243,8 +245,8 @@ def _sensitivity(value: Document) -> Section | None:
             )
         )
     lead = (
-        "The measured loss of the model with only this group narrowed and what reads it repaired: divergence of the "
-        "class probabilities, or relative squared error of the outputs. The line marks the width that was chosen. "
+        "The measured loss of the model with only this group narrowed and what reads it repaired: 1 where it is as far "
+        "off as a model that always gives the average answer. The line marks the width that was chosen. "
         "One scale for all groups; at full width nothing is lost, which is drawn at the foot."
     )
     parts = [Figures(drawn, "narrow"), *limited(shown, groups, "groups")]
@@ -359,12 +361,54 @@ def _programs(value: Document) -> Section | None:
     )
 
 
+def _outputs(value: Document) -> Section | None:
+    """What every term of the objective lost, the worst first."""
+    measures = value["verification"]["outputs"]
+    if not measures:
+        return None
+    shown = measures[:ROWS]
+    rows = []
+    for measure in shown:
+        before = measure["before_refit"]
+        rows.append(
+            [
+                measure["term"],
+                KIND_NAMES[measure["kind"]],
+                measure["measure"],
+                points(before and before["lost"]),
+                points(measure["lost"]),
+                _numbers(measure["values"]),
+            ]
+        )
+    columns = ("output", "kept as", "measure", ">lost before refit", ">lost", "numbers")
+    drawn = [(m["term"], m["before_refit"] and m["before_refit"]["lost"], m["lost"]) for m in shown]
+    allowed = value["budget"]["max_drop"] if value["verification"]["metric"] is None else None
+    parts: list[Part] = [
+        Figures([Figure(charts.outputs(drawn, allowed, "o"))], "wide"),
+        *limited(list(range(len(shown))), measures, "outputs"),
+        Table.of(columns, rows),
+    ]
+    parts += [Note(text, warn=True) for m in measures for text in m["warnings"]]
+    lead = (
+        "Points that every output lost on the evaluation samples, the worst first: of accuracy where there are labels, "
+        "of agreement with the original's decisions, or of squared error over variance. Open: before the refit. "
+        "Filled: after."
+    )
+    return Section("outputs", "What is kept", lead, parts)
+
+
+def _numbers(values: Document) -> str:
+    """The numbers of a measure that are known."""
+    known = {name: value for name, value in values.items() if value is not None}
+    return ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in known.items())
+
+
 def _checks(value: Document) -> Section:
     found, max_drop = value["verification"], value["budget"]["max_drop"]
     rows = [
         ("differs from the masked original by", number(found["masked_equivalence"])),
         ("relative error of the outputs", number(found["output_relative_error"])),
-        ("same top class as the original", percent(found["agreement"], 2)),
+        (agreement_name(found), percent(found["agreement"], 2)),
         ("accuracy before", percent(found["accuracy_before"], 2)),
         ("accuracy after", percent(found["accuracy_after"], 2)),
         ("latency, of the original's", percent(found["latency_ratio"])),

@@ -25,7 +25,9 @@ from onnx_oamip.reporting.tables.parts import (
     grid,
     limited,
     number,
+    objective_rows,
     operator_name,
+    output_rows,
     percent,
     program_rows,
     reason_rows,
@@ -71,6 +73,7 @@ def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     yield from reason_rows(value["skipped"])
     yield from program_rows(value["programs"])
     yield from fit_rows(value["fits"])
+    yield from output_rows(value["verification"])
     yield checks(value["verification"], value["budget"]["max_drop"])
     if value["notes"]:
         yield Text("\n".join(f"note: {note}" for note in value["notes"]))
@@ -154,13 +157,17 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
             cell(group["name"]), f"{group['units']:,}", str(weights), cell(some(group["consumers"]))
         )
     yield from limited(table, value["groups"], "groups")
+    yield from objective_rows(value["objective"])
     yield from reason_rows(value["skipped"])
+    if value["notes"]:
+        yield Text("\n".join(f"note: {note}" for note in value["notes"]))
 
 
 def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
     before, after = value["original"], value["pruned"]
     yield Text.assemble((before["path"], "bold"), " and ", (after["path"], "bold"))
     yield costs(before["cost"], after["cost"])
+    yield from output_rows(value["verification"])
     yield checks(value["verification"])
 
 

@@ -14,6 +14,16 @@ from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.printable import visible
 from onnx_oamip.reporting.documents import Document
 
+KIND_NAMES = {
+    "classes": "classes",
+    "binary": "decisions",
+    "values": "values",
+    "embedding": "vectors",
+    "ambiguous": "classes or values",
+    "exact": "equal numbers",
+    "ignore": "not measured",
+}
+"""Words for the kinds of terms."""
 ROWS = 40
 """Largest number of rows of a table; the JSON document has all."""
 BAR = 12
@@ -174,16 +184,18 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
         )
     table.add_row("relative error of the outputs", number(verification["output_relative_error"]))
     if verification["agreement"] is not None:
-        table.add_row(
-            "same top class as the original", percent(verification["agreement"], digits=2)
-        )
+        table.add_row(agreement_name(verification), percent(verification["agreement"], digits=2))
     if verification["accuracy_after"] is not None:
         before = percent(verification["accuracy_before"], digits=2)
         table.add_row(
             "accuracy", f"{before} -> {percent(verification['accuracy_after'], digits=2)}"
         )
+    metric = verification["metric"]
+    if metric is not None:
+        table.add_row(cell(metric["name"]), f"{metric['before']:.6g} -> {metric['after']:.6g}")
     if max_drop is not None:
-        table.add_row("largest drop allowed", f"{max_drop:g} points")
+        unit = "points" if metric is None else f"of {metric['name']}"
+        table.add_row("largest drop allowed", cell(f"{max_drop:g} {unit}"))
     table.add_row(
         "measured on",
         count(verification["samples"], "sample") if verification["samples"] else "no data",
@@ -193,6 +205,51 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
     for failure in verification["failures"]:
         table.add_row(Text("FAILED", "bold red"), cell(failure))
     return table
+
+
+def agreement_name(verification: Document) -> str:
+    """Name the agreement of a verification: of the largest class, or of decisions at a threshold."""
+    kinds = {measure["kind"] for measure in verification["outputs"]}
+    top = not verification["outputs"] or kinds & {"classes", "ambiguous"}
+    return "same top class as the original" if top else "same decisions as the original"
+
+
+def output_rows(verification: Document) -> Iterator[RenderableType]:
+    """Draw a table with a row for every term of the objective, the worst first."""
+    if not verification["outputs"]:
+        return
+    refitted = any(measure["before_refit"] for measure in verification["outputs"])
+    table = grid("output", "kept as", "measure", ">points lost", *([">before refit"] * refitted))
+    for measure in verification["outputs"][:ROWS]:
+        row: list[RenderableType] = [cell(measure["term"]), KIND_NAMES[measure["kind"]]]
+        row += [cell(measure["measure"]), points(measure["lost"])]
+        before = measure["before_refit"]
+        if refitted:
+            row.append(points(before and before["lost"]))
+        table.add_row(*row)
+    yield from limited(table, verification["outputs"], "outputs")
+
+
+def objective_rows(terms: Sequence[Document]) -> Iterator[RenderableType]:
+    """Draw a table with a row for every term of the objective."""
+    if not terms:
+        return
+    table = grid("output", "kept as", ">weight", "measured at", "because of")
+    for term in terms[:ROWS]:
+        part = "" if term["part"] is None else " [{1}:{2}] of axis {0}".format(*term["part"])
+        place = "-" if term["kind"] == "ignore" else f"{term['tensor']}{part}"
+        reason = (
+            term["tail"]
+            or {"structure": "-", "labels": "the labels", "user": "your statement"}[term["source"]]
+        )
+        table.add_row(
+            cell(term["name"]),
+            KIND_NAMES[term["kind"]],
+            f"{term['weight']:g}",
+            cell(place),
+            cell(reason),
+        )
+    yield from limited(table, terms, "outputs")
 
 
 def reason_rows(skipped: Sequence[Document]) -> Iterator[RenderableType]:
@@ -326,6 +383,10 @@ def times(value: float) -> str:
         The text, with two decimals, or three digits if the ratio is 10 or more.
     """
     return f"{value:.2f}" if value < 10 else f"{value:.3g}"
+
+
+def points(lost: float | None) -> str:
+    return "-" if lost is None else f"{lost:.2f}"
 
 
 def number(value: float | None) -> str:

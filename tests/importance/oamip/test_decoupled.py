@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import objectives
 import pytest
 from graphs import ATTENTION, MLP, NETS, build, load, samples
 from onnx import ModelProto, numpy_helper
@@ -566,7 +567,9 @@ def test_scores_are_permuted_within_groups_only(net: str, refit: str, tmp_path: 
     found = dataset.load(samples(model, 400), model)
     assert found is not None
     settings = _settings(refit=refit)
-    context = Context(model, coupling, found, None, "cpu", settings)
+    context = Context(
+        model, coupling, found, None, "cpu", settings, objectives.of_samples(model, found)
+    )
     own = decoupled.score(
         model, coupling, collect(context, find("oamip").requests(settings)), settings
     )
@@ -620,7 +623,9 @@ def test_choices_are_measured_on_samples_outside_the_moments(
         return choose(*args)
 
     monkeypatch.setattr(sensitivity, "choose", recorded)
-    scoring.score(Context(model, coupling, found, None, "cpu", settings))
+    scoring.score(
+        Context(model, coupling, found, None, "cpu", settings, objectives.of_samples(model, found))
+    )
     fitted, _ = parts(found)
     used = {row.tobytes() for row in fitted.arrays["x"]}
     rows = {row.tobytes() for batch in seen[0] for row in batch["x"]}

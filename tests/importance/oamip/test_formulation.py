@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import objectives
 import pytest
 from conftest import MODELS
 from graphs import build, load
@@ -28,7 +29,6 @@ from onnx_oamip.importance.oamip.region import Form
 from onnx_oamip.importance.oamip.select import unit_costs
 from onnx_oamip.importance.oamip.solve import Outcome
 from onnx_oamip.programs.solvers import SolverLimits
-from onnx_oamip.statistics import class_samples
 
 SOLVERS = ("highs", "gurobi")
 # Networks of 12 units. GATE(x, m) is x itself, or x times an input m: then one session serves every choice.
@@ -101,8 +101,7 @@ class Case:
         arrays = {"x": rng.standard_normal((40, *self.model.shapes["x"][1:])).astype(np.float32)}
         samples = dataset.load(arrays, self.model)
         assert samples is not None
-        found = class_samples.collect(self.model, samples, "cpu", per_class=1, seed=seed)
-        assert found is not None
+        found = objectives.class_samples(self.model, samples, 1, seed)
         self.images = found
         session = Session(build(_text(name, masked=True), seed=seed), "cpu")
         self.keeps = np.array(list(product((0.0, 1.0), repeat=self.coupling.n_units)))
@@ -305,8 +304,7 @@ def _mlp(folder: Path, seed: int) -> tuple[Model, Coupling, Images]:
     arrays = {"x": np.random.default_rng(seed).standard_normal((60, 8)).astype(np.float32)}
     samples = dataset.load(arrays, model)
     assert samples is not None
-    held = class_samples.collect(model, samples, "cpu", per_class=1, seed=seed)
-    assert held is not None
+    held = objectives.class_samples(model, samples, 1, seed)
     return model, couple(model), held
 
 
@@ -372,8 +370,7 @@ def _shipped(name: str, per_class: int = 1) -> tuple[Model, Coupling, Images]:
     samples = dataset.load(str(MODELS / "mnist.npz"), model)
     assert samples is not None
     model = models.rebind(model, samples.bindings(model))
-    held = class_samples.collect(model, samples, "cpu", per_class=per_class, seed=0)
-    assert held is not None
+    held = objectives.class_samples(model, samples, per_class, 0)
     return model, couple(model), held
 
 

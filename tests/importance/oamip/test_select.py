@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import objectives
 import pytest
 from conftest import MODELS
 from graphs import CNN, MLP, build, load
@@ -29,7 +30,7 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.importance import find, names
 from onnx_oamip.importance.oamip import select
-from onnx_oamip.statistics import calibration, class_samples
+from onnx_oamip.statistics import calibration
 from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE
 
 SEED = 3
@@ -65,7 +66,7 @@ def _ready(
     assert samples is not None
     coupling = couple(model)
     moments = calibration.collect(model, coupling, samples, "cpu")
-    few = class_samples.collect(model, samples, "cpu", per_class=per_class, seed=0)
+    few = objectives.class_samples(model, samples, per_class, 0)
     return model, coupling, _statistics(moments, few)
 
 
@@ -295,10 +296,7 @@ def test_selected_images_are_correct_with_low_confidence(
     if labelled:
         truth = np.random.default_rng(0).integers(0, 4, 80)
         arrays["labels"] = truth
-    found = class_samples.collect(
-        model, _samples(model, arrays), "cpu", per_class=per_class, seed=0
-    )
-    assert found is not None
+    found = objectives.class_samples(model, _samples(model, arrays), per_class, 0)
     for label in range(4):
         right = np.flatnonzero((truth == label) & (logits.argmax(axis=1) == label))
         unsure = right[np.argsort(share[right, label])][:per_class]
@@ -314,8 +312,7 @@ def test_class_without_a_correct_sample_is_noted(tmp_path: Path) -> None:
     arrays = dict(random_samples(model, 40))
     arrays["labels"] = Session(model.proto, "cpu").run(arrays)[0].argmax(axis=1)
     arrays["labels"][arrays["labels"] == 2] = 1
-    found = class_samples.collect(model, _samples(model, arrays), "cpu", per_class=1, seed=0)
-    assert found is not None
+    found = objectives.class_samples(model, _samples(model, arrays), 1, 0)
     assert 2 not in found.labels
     assert found.notes == ("1 of 4 classes have no correct sample",)
 
@@ -335,8 +332,7 @@ def test_fixed_batch_is_supported(tmp_path: Path) -> None:
     fixed, free = MLP.replace("float[N,", "float[3,"), MLP
     model = load(build(fixed, seed=SEED), tmp_path)
     arrays = random_samples(load(build(free, seed=SEED), tmp_path), 60)
-    found = class_samples.collect(model, _samples(model, arrays), "cpu", per_class=1, seed=0)
-    assert found is not None
+    found = objectives.class_samples(model, _samples(model, arrays), 1, 0)
     assert found.labels.shape == (2, 3)
     assert sorted(found.labels[found.labels >= 0].tolist()) == [0, 1, 2, 3]
     coupling = couple(model)

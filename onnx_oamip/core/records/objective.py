@@ -1,4 +1,4 @@
-"""Records of the objective: the terms by which a pruned model is judged.
+"""Records of the objective: the terms by which a pruned model is judged, and how well each is kept.
 
 A term reads one tensor of the graph (or a slice of it) in the original and in the pruned model and compares the two. It
 is found by structure (``detection``), scaled on the original's outputs (``normaliser``), and read by everything that
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.core.records.graph import Array, Floats
 
 Kind: TypeAlias = Literal[
     "classes", "binary", "values", "embedding", "ambiguous", "exact", "ignore"
@@ -62,6 +62,7 @@ class Term:
     ``output``: the graph output that it was found for; ``axis``: classes, columns or vector components, None for one
     column; ``threshold``: of a binary decision, in the tensor's own units, None for even odds; ``tail``: what lies
     between the tensor and the output; ``assumption``: what was assumed, and the option that says otherwise;
+    ``decided``: the output is made of decisions about the tensor, as ArgMax gives them;
     ``labelled``: the labels of the data belong to this term; ``balanced``: rare positives weigh as much as the rest;
     ``scale``: None before the original's outputs were seen.
     """
@@ -80,6 +81,7 @@ class Term:
     source: Source = "structure"
     labelled: bool = False
     balanced: bool = True
+    decided: bool = False
     scale: Scale | None = None
 
     @property
@@ -105,7 +107,7 @@ class Term:
 class Objective:
     """All terms, those that are ignored among them; ``notes``: what a reader of the report should know."""
 
-    terms: tuple[Term, ...]
+    terms: tuple[Term, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -122,6 +124,26 @@ class Objective:
         """The arrays of each judged term, from arrays in the order of ``tensors``."""
         place = {name: i for i, name in enumerate(self.tensors)}
         return [tuple(arrays[place[term.tensor]] for arrays in outputs) for term in self.judged]
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """How well one term is kept.
+
+    ``values``: numbers by name (``agreement``, ``accuracy_before``, ``recall``, ``error_over_variance``, ...), None
+    where nothing could be measured; ``classes``: (class, share of the original's decisions, recall) of rare classes,
+    worst first; ``columns``: error over variance by column.
+    """
+
+    term: str
+    output: str
+    kind: str
+    measure: str
+    lost: float
+    values: Mapping[str, float | None]
+    classes: tuple[tuple[int, float, float], ...] = ()
+    columns: tuple[float, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def document(objective: Objective) -> list[Mapping[str, Any]]:
