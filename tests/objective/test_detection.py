@@ -533,7 +533,7 @@ def test_zeros_and_ones_beside_raw_scores_are_refused(tmp_path: Path) -> None:
     """They may be independent decisions, or classes marked by a 1; the user says which."""
     model = model_of(PATTERNS["raw scores or values"], tmp_path)
     labels = np.eye(4, dtype=np.int64)[:3]
-    with pytest.raises(DataError, match="give one class per sample, or --output l=binary"):
+    with pytest.raises(DataError, match="give one class per sample, or `outputs=l=binary`"):
         detect(model, labels)
     assert only(detect(model, labels, task="binary")).labelled
 

@@ -178,7 +178,7 @@ def test_command_on_the_page_gives_the_same_model(
 def test_page_has_a_chart_for_every_group_and_node(report: Report, plain_page: bytes) -> None:
     value, tree = document(report), Tree(plain_page)
     groups = len(value["groups"])
-    assert len(tree.named("svg")) == 2 + 2 * groups
+    assert len(tree.named("svg")) == 3 + 2 * groups
     assert all(a["role"] == "img" and a["aria-label"] for a in tree.named("svg"))
     assert len(value["curves"]) == groups
     for group, curve in zip(value["groups"], value["curves"], strict=True):
@@ -475,6 +475,7 @@ def test_apply_writes_a_page(place: Path, capfd: pytest.CaptureFixture[str]) -> 
         "errors",
         "skipped",
         "programs",
+        "outputs",
         "checks",
         "again",
     ]
