@@ -46,6 +46,7 @@ KEYS = {
     "model",
     "before",
     "groups",
+    "objective",
     "points",
     "importance",
     "notes",

@@ -617,10 +617,10 @@ def test_choices_are_measured_on_samples_outside_the_moments(
     seen: list[Sequence[Mapping[str, Array]]] = []
     choose = sensitivity.choose
 
-    def recorded(*args: Any) -> Ints:
+    def recorded(*args: Any, **named: Any) -> Ints:
         seen.append(args[4])
-        assert args[8] == "none"
-        return choose(*args)
+        assert named["repair"] == "none"
+        return choose(*args, **named)
 
     monkeypatch.setattr(sensitivity, "choose", recorded)
     scoring.score(
