@@ -63,6 +63,8 @@ POINT = {
     "accuracy",
     "agreement",
     "output_relative_error",
+    "outputs",
+    "metric",
     "latency_ratio",
     "kept",
     "output",

@@ -22,14 +22,14 @@ def of_feeds(model: Model, feeds: Sequence[Mapping[str, Array]]) -> Objective:
     return normaliser.finish()
 
 
-def of_samples(model: Model, samples: Samples) -> Objective:
-    """The objective that the structure and the labels of samples give, scaled on them."""
-    return scale(model, detect(model, samples.labels), samples, "cpu")
+def of_samples(model: Model, samples: Samples, task: str | None = None) -> Objective:
+    """The objective that the structure, the labels of samples or a stated task give, scaled on them."""
+    return scale(model, detect(model, samples.labels, task), samples, "cpu")
 
 
-def class_samples(model: Model, samples: Samples, per_class: int = 1, seed: int = 0) -> Images:
-    """Samples of every class of the first head that the objective has."""
+def class_samples(
+    model: Model, samples: Samples, per_class: int = 1, seed: int = 0
+) -> Images | None:
+    """Samples of every class of the first head that the objective has; None where it has none."""
     objective = of_samples(model, samples)
-    found = collect(model, objective, samples, "cpu", per_class=per_class, seed=seed)
-    assert found is not None
-    return found
+    return collect(model, objective, samples, "cpu", per_class=per_class, seed=seed)

@@ -30,7 +30,7 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.importance import find, names
 from onnx_oamip.importance.oamip import select
-from onnx_oamip.statistics import calibration
+from onnx_oamip.statistics import calibration, class_samples
 from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE
 
 SEED = 3
@@ -59,19 +59,20 @@ def _statistics(moments: Statistics, few: Images | None) -> Statistics:
 
 
 def _ready(
-    text: str, folder: Path, per_class: int = 1, count: int = 60
+    text: str, folder: Path, per_class: int = 1, count: int = 60, task: str | None = None
 ) -> tuple[Model, Coupling, Statistics]:
     model = load(build(text, seed=SEED), folder)
     samples = dataset.load(random_samples(model, count), model)
     assert samples is not None
     coupling = couple(model)
     moments = calibration.collect(model, coupling, samples, "cpu")
-    few = objectives.class_samples(model, samples, per_class, 0)
+    objective = objectives.of_samples(model, samples, task)
+    few = class_samples.collect(model, objective, samples, "cpu", per_class=per_class, seed=0)
     return model, coupling, _statistics(moments, few)
 
 
-def _score(text: str, folder: Path, **values: Any) -> Scores:
-    return select.score(*_ready(text, folder), _settings(**values))
+def _score(text: str, folder: Path, task: str | None = None, **values: Any) -> Scores:
+    return select.score(*_ready(text, folder, task=task), _settings(**values))
 
 
 # ----------------------------------------------------------------------------------------------------------- scores
@@ -194,7 +195,8 @@ def test_auto_mode_is_decoupled_if_joint_is_impossible(
 ) -> None:
     monkeypatch.setattr(select.decoupled, "score", _rest([]))
     monkeypatch.setattr(select, "MAX_AUTO_EXTENT", {"exact": 0, "paper": 0})
-    found = _score(text, tmp_path, mode="auto")
+    task = "classes" if text == NO_FORM else None
+    found = _score(text, tmp_path, task, mode="auto")
     assert (found.values == 0.25).all()
     assert "mode decoupled, since" in found.notes[0]
     assert reason in found.notes[0]
@@ -209,8 +211,9 @@ def test_auto_mode_is_decoupled_if_joint_is_impossible(
     ids=["no-head", "no-form"],
 )
 def test_joint_mode_is_refused_if_impossible(tmp_path: Path, text: str, reason: str) -> None:
+    task = "classes" if text == NO_FORM else None
     with pytest.raises(SettingsError, match=reason):
-        _score(text, tmp_path, mode="joint")
+        _score(text, tmp_path, task, mode="joint")
 
 
 def test_joint_program_over_the_size_limit_is_refused(
