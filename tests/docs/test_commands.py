@@ -175,7 +175,8 @@ def run_console(block: str, capfd: pytest.CaptureFixture[str]) -> None:
         capfd.readouterr()
         code = main(words[1:at])
         out, err = capfd.readouterr()
-        assert (code, err) == (0, ""), command
+        assert code == 0, (command, err)
+        assert all(line.startswith("note: ") for line in err.splitlines()), (command, err)
         for target in words[at + 1 :]:
             assert json.loads(out)["schema_version"] == 1
             Path(target).write_text(out)

@@ -158,7 +158,7 @@ def test_pruned_model_meets_the_budgets(
     name: str, budgets: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(least_squares, "MAX_ROWS", 512)
-    monkeypatch.setattr(least_squares, "LEAST_ROWS", 256)
+    monkeypatch.setattr(least_squares, "MIN_ROWS", 256)
     ready = asked(prepared(name), **budgets)
     found = search.search(replace(ready, samples=ready.samples.take(np.arange(16))))
     used = shares(ready, found)
@@ -364,7 +364,7 @@ def _measured_drop(ready: Prepared, found: Attempt) -> float:
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refit a fraction of the time; the drop is measured on what it gives."""
     monkeypatch.setattr(least_squares, "MAX_ROWS", 1024)
-    monkeypatch.setattr(least_squares, "LEAST_ROWS", 512)
+    monkeypatch.setattr(least_squares, "MIN_ROWS", 512)
     monkeypatch.setattr(search, "DROP_TRIES", 5)
 
 
