@@ -377,22 +377,40 @@ def test_usage_error_is_one_sentence(run: Callable[..., tuple], mistake: str) ->
     assert Path("model.onnx").read_bytes() == LENET.read_bytes()
 
 
-def test_unmeasurable_drop_is_refused(tmp_path: Path) -> None:
+def _saved(path: Path, nodes: list[onnx.NodeProto], output: onnx.ValueInfoProto) -> None:
+    """A model whose input `x` (batch, 40) is multiplied by `w` (40, 30)."""
     rng = np.random.default_rng(0)
+    weights = {"w": (40, 30), "v": (30, 1)}
     graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "w"], ["s"]),
-            helper.make_node("ArgMax", ["s"], ["y"], axis=1),
-        ],
-        "classes",
+        [helper.make_node("MatMul", ["x", "w"], ["s"]), *nodes],
+        "small",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 40])],
-        [helper.make_tensor_value_info("y", TensorProto.INT64, ["batch", 1])],
-        [numpy_helper.from_array(rng.standard_normal((40, 30)).astype(np.float32), "w")],
+        [output],
+        [
+            numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name)
+            for name, shape in weights.items()
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save_model(model, tmp_path / "in.onnx")
-    samples = {"x": rng.standard_normal((50, 40)).astype(np.float32)}
+    onnx.save_model(model, path)
+
+
+def test_unmeasurable_drop_is_refused(tmp_path: Path) -> None:
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 1])
+    _saved(tmp_path / "in.onnx", [helper.make_node("MatMul", ["s", "v"], ["y"])], output)
+    samples = {"x": np.zeros((50, 40), np.float32)}
     for clusters in (None, 8):
         with pytest.raises(DataError, match="cannot be measured"):
             pack(tmp_path / "in.onnx", tmp_path / "out.oamip", data=samples, clusters=clusters)
     assert not (tmp_path / "out.oamip").exists()
+
+
+def test_decisions_of_an_argmax_limit_the_drop(tmp_path: Path) -> None:
+    output = helper.make_tensor_value_info("y", TensorProto.INT64, ["batch", 1])
+    _saved(tmp_path / "in.onnx", [helper.make_node("ArgMax", ["s"], ["y"], axis=1)], output)
+    rng = np.random.default_rng(1)
+    samples = {"x": rng.standard_normal((200, 40)).astype(np.float32)}
+    packed = pack(tmp_path / "in.onnx", tmp_path / "out.oamip", data=samples, max_drop=5.0)
+    assert packed.verification is not None
+    assert packed.verification.agreement is not None
+    assert packed.verification.agreement >= 0.95
