@@ -144,7 +144,9 @@ def _batch(model: Model, feed: Mapping[str, Array]) -> Fraction:
     """Size of a feed as a multiple of the batch in the model's shapes."""
     name = model.inputs[0].name
     shape = model.shapes.get(name, ())
-    return Fraction(len(feed[name]), shape[0]) if shape and shape[0] else Fraction(1)
+    if not shape or not shape[0]:
+        return Fraction(1)
+    return Fraction(len(feed[name]), shape[0])
 
 
 def _layers(model: Model, coupling: Coupling, cap: int) -> list[tuple[Site, Ints]]:
@@ -238,7 +240,8 @@ class _Sum:
         output = (len(value), *self.output_shape[1:])
         inputs = data_rows(self.layer, value, rows, output).transpose(1, 0, 2)
         # Equal places of all columns make one equation each.
-        equations = inputs[:, :, self.columns.T].reshape(self.groups, -1, len(self.columns))
+        by_place = inputs[:, :, self.columns.T]
+        equations = by_place.reshape(self.groups, -1, len(self.columns))
         self.total += equations.sum(axis=1)
         self.square += equations.transpose(0, 2, 1) @ equations
         self.seen += equations.shape[1]

@@ -147,13 +147,13 @@ def test_calibration_does_not_use_the_requested_batch_size(
     path.write_bytes(build(TEXT).SerializeToString())
     arrays = {"image": np.random.default_rng(0).normal(size=(90, 3, 8, 8)).astype(np.float32)}
     seen: dict[int, set[int]] = {}
-    divided = dataset.Samples.divided
+    feed_indices = dataset.Samples.feed_indices
 
     def watch(self: dataset.Samples, size: int) -> Any:
         seen[batch].add(size)
-        return divided(self, size)
+        return feed_indices(self, size)
 
-    monkeypatch.setattr(dataset.Samples, "divided", watch)
+    monkeypatch.setattr(dataset.Samples, "feed_indices", watch)
     for batch in BATCHES:
         seen[batch] = set()
         settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, batch_size=batch)

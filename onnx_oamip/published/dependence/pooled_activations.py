@@ -186,8 +186,17 @@ def _targets(model: Model, coupling: Coupling, samples: Samples, by_tap: bool) -
 
 def _has_windows(model: Model, layer: Site) -> bool:
     """True for a convolution whose mean output does not follow from its mean input pixel."""
-    moved = model.shapes[layer.data][2:] != model.shapes[layer.node.outputs[0]][2:]
-    return layer.spatial and (moved or int(np.prod(layer.kernel)) > 1)
+    if not layer.spatial:
+        return False
+    before, after = _spatial_shapes(model, layer)
+    taps = int(np.prod(layer.kernel))
+    return before != after or taps > 1
+
+
+def _spatial_shapes(model: Model, layer: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Spatial axes of the input and of the output of a convolution."""
+    output = layer.node.outputs[0]
+    return model.shapes[layer.data][2:], model.shapes[output][2:]
 
 
 def _arrays(
@@ -200,7 +209,8 @@ def _arrays(
         values[tensor, axis] = np.empty((rows, channels), np.float32)
     by_window: dict[str, Array] = {}
     for node, layer in targets.windows.items():
-        channels, count = model.shapes[layer.data][1], int(np.prod(layer.kernel))
+        channels = model.shapes[layer.data][1]
+        count = int(np.prod(layer.kernel))
         by_window[node] = np.empty((rows, channels, count), np.float32)
     return values, by_window
 
@@ -241,12 +251,14 @@ def _instrument(model: Model, targets: _Targets) -> onnx.ModelProto:
 
 def _read_frequencies(model: Model, layer: Site) -> Array:
     """(pixels, taps) float32: the share of output positions at which a tap reads a pixel."""
-    before, after = model.shapes[layer.data][2:], model.shapes[layer.node.outputs[0]][2:]
+    before, after = _spatial_shapes(model, layer)
     positions = np.arange(int(np.prod(after)), dtype=np.int64)
     index = taps(layer.node, layer.kernel, before=before, after=after, positions=positions)
     pixels, count = int(np.prod(before)), index.shape[1]
     code = index * count + np.arange(count)
-    times = np.bincount(code[index >= 0], minlength=pixels * count).reshape(pixels, count)
+    # A tap outside the image, in the padding, reads a zero.
+    inside = code[index >= 0]
+    times = np.bincount(inside, minlength=pixels * count).reshape(pixels, count)
     return (times / len(positions)).astype(np.float32)
 
 
@@ -254,8 +266,10 @@ def _must_run_alone(model: Model, samples: Samples, axes: Sequence[Axis], sessio
     """True if samples must run one by one, because axis 0 of a tensor does not count samples."""
     if samples.whole or samples.fixed_batch or samples.count < 2:
         return False
-    if any(axis == 0 or len(model.shapes[tensor]) < 2 for tensor, axis in axes):
-        return True
+    for tensor, axis in axes:
+        if axis == 0 or len(model.shapes[tensor]) < 2:
+            return True
+    # Two samples at once: a tensor that does not grow with them mixes samples.
     index, feed = next(samples.batches(2))
     outputs = session.run(feed, [f"oamip_pool_{i}" for i in range(len(axes))])
     for (tensor, _), output in zip(axes, outputs, strict=True):
@@ -267,4 +281,5 @@ def _must_run_alone(model: Model, samples: Samples, axes: Sequence[Axis], sessio
 
 def _mean_by_sample(value: Array, count: int, shape: tuple[int, ...]) -> Array:
     """(count, *shape): the mean over all leading indices that belong to one sample."""
-    return np.asarray(value.reshape(count, -1, *shape).mean(axis=1))
+    by_sample = value.reshape(count, -1, *shape)
+    return np.asarray(by_sample.mean(axis=1))

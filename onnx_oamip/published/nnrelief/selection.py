@@ -90,11 +90,7 @@ class Rules:
             self._ranks = {layer.name: needed(layer.shares, layer.bias) for layer in prunable}
         else:
             self._ranks = ranked(prunable, worth)
-        self._whole = {
-            layer.name: Mask(np.ones(layer.shares.shape, bool), np.ones(layer.bias.shape, bool))
-            for layer in layers
-            if not layer.prunable
-        }
+        self._whole = {layer.name: _whole(layer) for layer in layers if not layer.prunable}
         self._branches: list[_BranchNorms] = []
         for join in joins(model, coupling):
             norms = signal.joins[join.node][1]
@@ -151,12 +147,14 @@ def needed(weights: Floats, bias: Floats) -> Ranks:
     order = np.argsort(-entries, axis=-1, kind="stable")
     falling = np.take_along_axis(entries, order, axis=-1)
     carried = np.cumsum(falling, axis=-1)
-    before = np.concatenate([np.zeros_like(carried[..., :1]), carried[..., :-1]], axis=-1)
+    total = carried[..., -1:]
+    first = np.zeros_like(total)
+    before = np.concatenate([first, carried[..., :-1]], axis=-1)
     is_smaller = falling[..., 1:] < falling[..., :-1]
-    begins_run = np.concatenate([np.ones(falling[..., :1].shape, bool), is_smaller], axis=-1)
+    begins_run = np.concatenate([first == 0, is_smaller], axis=-1)
     # `before` never falls: the first of every run of equal entries stands for all of them.
     before = np.maximum.accumulate(np.where(begins_run, before, 0.0), axis=-1)
-    whole = np.where(carried[..., -1:] > 0, carried[..., -1:], 1.0)
+    whole = np.where(total > 0, total, 1.0)
     ranks = np.empty_like(entries)
     by_size = np.where(falling > 0, before / whole, np.inf)
     np.put_along_axis(ranks, order, by_size, axis=-1)
@@ -179,8 +177,10 @@ def ranked(layers: Sequence[Layer], worth: Mapping[str, Floats]) -> dict[str, Ra
     """
     values = [_energy(layer, worth[layer.name]) for layer in layers]
     flat = np.concatenate([np.zeros(0), *(value.reshape(-1) for value in values)])
-    ranks = np.empty(len(flat))
-    ranks[np.argsort(-flat, kind="stable")] = np.arange(len(flat)) / max(len(flat), 1)
+    count = len(flat)
+    by_energy = np.argsort(-flat, kind="stable")
+    ranks = np.empty(count)
+    ranks[by_energy] = np.arange(count) / max(count, 1)
     ranks[flat == 0] = np.inf
     result: dict[str, Ranks] = {}
     start = 0
@@ -278,6 +278,12 @@ def sweep(
         if (read | ~units).all():
             return result, units
         units &= read
+
+
+def _whole(layer: Layer) -> Mask:
+    """The mask that keeps all connections."""
+    weights, bias = np.ones(layer.shares.shape, bool), np.ones(layer.bias.shape, bool)
+    return Mask(weights, bias)
 
 
 def _energy(layer: Layer, worth: Floats) -> Floats:
