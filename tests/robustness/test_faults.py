@@ -40,7 +40,8 @@ from onnx_oamip.programs import Program, solvers
 from onnx_oamip.programs.solvers import Limit, SolverLimits, Termination
 from onnx_oamip.verification.latency import Ratio
 
-MOMENTS = ("moments",)
+SCALES = ("scales",)
+MOMENTS = (*SCALES, "moments")
 GRAMS = (*MOMENTS, "grams")
 SCORES = (*GRAMS, "scores")
 STEPS = (*SCORES, "steps")
@@ -67,8 +68,8 @@ def _oamip(mode: str, **values: Any) -> dict[str, Any]:
 
 STAGES = {
     "load": Stage("graph.loading.load"),
-    "couple": Stage("api.prepare.couple"),
-    "calibrate": Stage("statistics.calibration.collect"),
+    "couple": Stage("api.prepare.couple", SCALES),
+    "calibrate": Stage("statistics.calibration.collect", SCALES),
     "gram": Stage("statistics.covariances.collect", MOMENTS),
     "pool": Stage(
         "published.dependence.pooled_activations.collect", MOMENTS, {"importance": "mint"}
