@@ -110,7 +110,7 @@ def test_overflowing_squares_are_summed_in_double(tmp_path: Path) -> None:
 
 
 def test_bounds_beyond_solver_limits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SolverError, match=r"beyond what solvers resolve; use `mode=decoupled`"):
+    with pytest.raises(SolverError, match=r"beyond what solvers resolve; use --mode decoupled"):
         go(
             tmp_path,
             IMAGES,
@@ -460,7 +460,7 @@ def test_joint_mode_without_a_correct_sample_is_refused(
     found = told(build(TEXT), arrays, "--importance", "oamip", "--mode", "joint")
     assert found.code == 2
     assert (
-        "no calibration sample is classified as its label says; use `mode=decoupled`" in found.error
+        "no calibration sample is classified as its label says; use --mode decoupled" in found.error
     )
 
 
