@@ -16,7 +16,8 @@ from onnx_oamip.core.records import Array, Model, Objective, Scale
 from onnx_oamip.core.records.objective import document
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph.outputs import with_outputs
+from onnx_oamip.data.overflow import refuse
+from onnx_oamip.graph.outputs import is_float, with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective.detection import detect
 from onnx_oamip.objective.normaliser import Normaliser
@@ -91,7 +92,11 @@ def scale(
         tensors = objective.tensors
         session = Session(with_outputs(model, tensors), device, what="the model")
         for _, feed in _spread(model, objective, samples).batches(batch_size):
-            statistics.update(session.run(feed, tensors))
+            outputs = session.run(feed, tensors)
+            for tensor, value in zip(tensors, outputs, strict=True):
+                if is_float(value.dtype) and (np.isnan(value) | np.isposinf(value)).any():
+                    refuse(model, samples, tensor, device=device, batch_size=batch_size)
+            statistics.update(outputs)
         return tuple(t.scale for t in statistics.finish().judged if t.scale is not None)
 
     if not objective.judged:

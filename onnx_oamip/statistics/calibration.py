@@ -26,10 +26,10 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph.ops import build
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.statistics.overflow import refuse
 from onnx_oamip.statistics.requests import MOMENTS
 
 Feed = Mapping[str, Array]

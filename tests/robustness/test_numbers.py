@@ -110,7 +110,7 @@ def test_overflowing_squares_are_summed_in_double(tmp_path: Path) -> None:
 
 
 def test_bounds_beyond_solver_limits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SolverError, match=r"beyond what solvers resolve; use --mode decoupled"):
+    with pytest.raises(SolverError, match=r"beyond what solvers resolve; use `mode=decoupled`"):
         go(
             tmp_path,
             IMAGES,
@@ -353,7 +353,10 @@ def test_nan_outputs_are_refused(told: Callable[..., Told]) -> None:
     proto = changed(build(CLIPPED), w3=np.full((20, 5), 3e38))
     found = told(proto, {"x": ROWS, "labels": np.arange(60) % 5})
     assert found.code == 2
-    assert "the model's output 'scores' is NaN or infinite on some of this data" in found.error
+    assert (
+        "the tensor 'scores' takes NaN or infinite values in 48 of 48 calibration samples"
+        in found.error
+    )
 
 
 def test_infinite_mask_as_data_is_refused_with_the_replacement(told: Callable[..., Told]) -> None:

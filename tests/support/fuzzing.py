@@ -136,7 +136,8 @@ def judge(status: int, out: str, err: str) -> str:
         return f"prints control characters: {out[:500]!r}"
     if status == 0:
         return ""
-    sentence = err.removesuffix("\n")
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    sentence = "\n".join(lines)
     if status not in (1, 2) or out:
         return f"status {status}: {out[:100]}{err[:300]}"
     if not sentence.startswith("Error: ") or "\n" in sentence or not sentence.isprintable():

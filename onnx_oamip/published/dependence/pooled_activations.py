@@ -23,13 +23,13 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph import chains
 from onnx_oamip.graph.linear_layers import linear_consumers
 from onnx_oamip.graph.ops import Trait, build, has, taps
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.published.dependence.requests import Pooled
-from onnx_oamip.statistics.overflow import refuse
 
 SAMPLES = 2000
 """Most samples that are pooled: estimators of dependence need that many rows, and memory grows with them."""

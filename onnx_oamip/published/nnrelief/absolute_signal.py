@@ -24,6 +24,7 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph.linear_layers import matrix
 from onnx_oamip.graph.ops import build
 from onnx_oamip.graph.ops.matrix_view import Site
@@ -37,7 +38,6 @@ from onnx_oamip.published.nnrelief.branches import (
 )
 from onnx_oamip.published.nnrelief.requests import Signal
 from onnx_oamip.statistics.calibration import consumed
-from onnx_oamip.statistics.overflow import refuse
 
 PATCH_BYTES = 1 << 28
 """Upper bound of the patches that one run holds for one convolution; it sets how many samples run at a time."""
