@@ -176,10 +176,11 @@ class Graph:
         shape = self.shape(tensor)
         if rank == 2 or shape is None:
             return 1
-        dims = next((port.dims for port in self.model.outputs if port.name == tensor), shape)
-        fixed = [
-            axis for axis in (1, rank - 1) if isinstance(dims[axis], int)
-        ]  # channels have a fixed number
+        declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
+        # A declared shape may contradict the inferred one.
+        dims = declared if declared and len(declared) == rank else shape
+        # Channels have a fixed number.
+        fixed = [axis for axis in (1, rank - 1) if isinstance(dims[axis], int)]
         return min(fixed or [1, rank - 1], key=lambda axis: shape[axis])
 
     def _channels(self, tensor: str, depth: int) -> int | None:
