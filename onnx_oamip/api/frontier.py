@@ -122,7 +122,7 @@ def _target(
     share: float,
     sources: tuple[object, ...],
 ) -> Path | None:
-    """Where the model of one level goes. Raises OutputError where it cannot be written there."""
+    """Path of the model of one level. Raises OutputError where it cannot be written there."""
     if folder is None:
         return None
     return check_output(

@@ -337,7 +337,7 @@ def _targets(
     page: Page | None,
     sources: tuple[object, ...],
 ) -> Targets:
-    """Where the model and what belongs to it go. Raises OutputError before any work where they cannot."""
+    """Paths of the model and of the files beside it. Raises OutputError before any work where they cannot."""
     model = None if output is None else check_output(path, output, sources)
     return Targets(
         model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page

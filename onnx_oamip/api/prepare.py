@@ -185,7 +185,7 @@ def _steps(context: Context) -> Any:
 def _cache_identity(
     model: Model, samples: Samples, settings: Settings, device: str
 ) -> dict[str, Any]:
-    """What every statistic depends on."""
+    """Identity of cached statistics: the values that all of them depend on."""
     return {
         **cache.identity(model, samples),
         "exclude": settings.exclude,

@@ -1,4 +1,4 @@
-"""What a pruned model must keep: its terms, how they are found, and how they are measured."""
+"""Objective of a pruned model: its terms, how they are found, and how they are measured."""
 
 from __future__ import annotations
 

@@ -336,7 +336,7 @@ def _bits(labels: Array) -> bool:
 
 
 def _one_class(tails: Tails, term: Term, labels: Array) -> bool:
-    """Whether there is one label for every decision of a sample."""
+    """Check for one label for every decision of a sample."""
     shape = tails.graph.shape(term.tensor)
     if shape is None or term.axis is None or term.axis == 0 or term.part is not None:
         return False
@@ -344,13 +344,13 @@ def _one_class(tails: Tails, term: Term, labels: Array) -> bool:
 
 
 def _one_number(tails: Tails, term: Term, labels: Array) -> bool:
-    """Whether there is one label for every number of a sample."""
+    """Check for one label for every number of a sample."""
     shape = tails.graph.shape(term.tensor)
     return shape is not None and term.part is None and _per_sample(labels, shape)
 
 
 def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
-    """Whether labels have this shape behind their samples; lengths of 1 do not count. Or one whole feed each."""
+    """Check that labels have this shape behind their samples; lengths of 1 do not count. Or one whole feed each."""
     given = tuple(n for n in labels.shape[1:] if n != 1)
     return given in (tuple(n for n in shape[1:] if n != 1), tuple(n for n in shape if n != 1))
 
@@ -381,7 +381,7 @@ def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
 
 
 def _opened(tails: Tails, term: Term, decided: bool, several_maps: bool) -> Term:
-    """What raw floats are taken for."""
+    """Kind that is assumed for raw floats."""
     reason = _why_values(tails, term, decided, several_maps)
     shape = ", ".join(["N", *map(str, (tails.graph.shape(term.tensor) or ("?", "?"))[1:])])
     if reason is None:
@@ -398,7 +398,7 @@ def _opened(tails: Tails, term: Term, decided: bool, several_maps: bool) -> Term
 
 
 def _why_values(tails: Tails, term: Term, decided: bool, several_maps: bool) -> str | None:
-    """Why raw floats are no class scores; None where they may be."""
+    """Reason that raw floats are no class scores; None where they may be."""
     graph, columns = tails.graph, _columns(tails, term)
     rank = graph.rank(term.tensor)
     if rank is None or columns is None:

@@ -1,4 +1,4 @@
-"""What a pruned model still does, term by term: agreement, recall, explained variance, cosine, worst term first.
+"""Measures of a pruned model, term by term: agreement, recall, explained variance, cosine, worst term first.
 
 Every measure has ``lost``, points from 0 to 100 that ``--max-drop`` bounds, and ``measure``, the name of what they are
 points of:

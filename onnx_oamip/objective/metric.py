@@ -39,7 +39,7 @@ class Metric:
 
     @property
     def reads_model(self) -> bool:
-        """Whether the function takes the path of a model file."""
+        """True if the function takes the path of a model file."""
         try:
             parameters = list(inspect.signature(self.function).parameters)
         except (TypeError, ValueError):  # callables of other languages

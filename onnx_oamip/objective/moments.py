@@ -53,7 +53,7 @@ class Moments:
         self.count = self.count + other.count
 
     def divisors(self, usual: Floats | None = None) -> Floats:
-        """What squared errors of each column are divided by: its variance.
+        """Divisors of the squared errors of each column: its variance.
 
         A column that does not vary is measured against the mean variance of the others. Where none varies: against
         ``usual``, or without it the mean square of all columns, or 1 where that is 0.

@@ -43,7 +43,7 @@ ROOM = 1 << 24
 LEAST = 1e-3
 """Smallest spread of decisions, over the largest possible one."""
 SUM = 1e-3
-"""How far probabilities may sum from 1."""
+"""Tolerance of a sum of probabilities around 1."""
 
 
 class Normaliser:
@@ -179,7 +179,7 @@ class _Answers:
         )
 
     def fits(self, rows: Floats) -> bool:
-        """Whether rows may be probabilities."""
+        """Check whether rows may be probabilities."""
         raise NotImplementedError
 
     def sums_of(self, rows: Floats) -> tuple[Floats, ...]:

@@ -112,7 +112,7 @@ def scale(
 
 
 def fits(scales: tuple[Scale, ...], objective: Objective) -> bool:
-    """Whether these may be the scales of the judged terms: one each, of finite positive numbers."""
+    """Check that these may be the scales of the judged terms: one each, of finite positive numbers."""
     return len(scales) == len(objective.judged) and all(
         s.form in ("auto", "logits", "probabilities", "scores")
         and s.spread > 0

@@ -58,7 +58,7 @@ class Graph:
         return "" if node is None else node.op
 
     def branches(self, tensor: str) -> list[str]:
-        """What the branches of an If give for a tensor; empty where another operator gives it."""
+        """Outputs of the branches of an If for a tensor; empty where another operator gives it."""
         node = self.maker(tensor)
         if node is None or not has(node, Trait.BRANCHES):
             return []
@@ -83,7 +83,7 @@ class Graph:
         return next((len(p.dims) for p in self.model.outputs if p.name == tensor and p.dims), None)
 
     def floating(self, tensor: str) -> bool:
-        """Whether a tensor is floating; those of unknown type are not."""
+        """Check whether a tensor is floating; those of unknown type are not."""
         kind = self.model.dtypes.get(tensor)
         if kind is None:
             kind = next((p.dtype for p in self.model.outputs if p.name == tensor), None)
@@ -108,7 +108,7 @@ class Graph:
         return None if value is None else [int(a) for a in value.reshape(-1)]
 
     def heavy(self, node: Node) -> bool:
-        """Whether a node counts multiply-accumulates."""
+        """Check whether a node counts multiply-accumulates."""
         spec = lookup(node.domain, node.op, node.version)
         return spec is not None and spec.cost is not None
 
@@ -209,7 +209,7 @@ class Graph:
         return None
 
     def like_an_input(self, tensor: str) -> bool:
-        """Whether a tensor is a picture in three colours as one of the inputs is."""
+        """Check whether a tensor is a picture in three colours as one of the inputs is."""
         shape = self.shape(tensor)
         if shape is None or len(shape) != 4 or 3 not in (shape[1], shape[3]):
             return False

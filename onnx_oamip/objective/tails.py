@@ -1,4 +1,4 @@
-"""What the model's outputs are made of: terms found by looking through the operators at the ends of the graph.
+"""Terms of a model's outputs, found by looking through the operators at the ends of the graph.
 
 A float tensor is read by ``explain``: what a softmax or sigmoid reads, unit vectors, the parts of a Concat, or the
 tensor itself. Decisions (integers, booleans, and floats that depend on them, whose number may differ by sample) are
@@ -172,7 +172,7 @@ class Tails:
         return [replace(self._term(origin.tensor, kind, axis, tail=node.op), part=origin.part)]
 
     def probable(self, tensor: str, depth: int = 0) -> bool:
-        """Whether a tensor holds probabilities by its structure."""
+        """Check whether a tensor holds probabilities by its structure."""
         if tensor not in self._probable:
             self._probable[tensor] = False
             origin = self.graph.trace(tensor)
@@ -201,7 +201,7 @@ class Tails:
     # ----------------------------------------------------------------------------------------------------- decisions
 
     def decisive(self, tensor: str, depth: int = 0) -> bool:
-        """Whether a tensor depends on a decision that is made behind the last layer."""
+        """Check whether a tensor depends on a decision behind the last layer."""
         if tensor not in self._decisive:
             self._decisive[tensor] = False
             node = self.graph.maker(tensor)
@@ -219,7 +219,7 @@ class Tails:
         return node.op in kinds.DECISIONS and not values and any(self.learnt(name) for name in read)
 
     def learnt(self, tensor: str, depth: int = 0) -> bool:
-        """Whether a layer, or an operator that nobody knows, lies behind a tensor."""
+        """Check whether a layer or an unknown operator lies behind a tensor."""
         if tensor not in self._learnt:
             self._learnt[tensor] = False
             node = self.graph.makers.get(tensor)

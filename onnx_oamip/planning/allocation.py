@@ -385,7 +385,7 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
 def _advice(
     coupling: Coupling, settings: ConstraintOptions, step: Ints, fits: Callable[[Ints], bool]
 ) -> str:
-    """Which of the settings that keep widths up bind: those without which the budget can be met."""
+    """Settings with a lower bound on widths that binds: those without which the budget can be met."""
     full = full_widths(coupling)
     floors, others = _floors(settings), _others(coupling, settings)
     excluded = [name for name in others if name.startswith("`exclude=")]

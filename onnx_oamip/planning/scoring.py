@@ -95,7 +95,7 @@ def score(context: Context) -> Scores:
 
 
 def fits(found: Scores, coupling: Coupling) -> bool:
-    """Whether these may be the scores of the units of a coupling."""
+    """Check that these may be the scores of the units of a coupling."""
     texts = all(isinstance(text, str) for text in (found.method, *found.notes))
     whole = found.values.dtype == np.float64 and found.values.shape == (coupling.n_units,)
     records = all(isinstance(program, dict) for program in found.programs)

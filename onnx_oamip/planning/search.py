@@ -190,7 +190,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
 
 
 def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
-    """What the original gives on the evaluation samples in batches of ``batch``; None where that is over ``ANSWERS``.
+    """Outputs of the original on the evaluation samples in batches of ``batch``; None where that is over ``ANSWERS``.
 
     No plan changes it, so it is found out once.
     """
@@ -227,7 +227,7 @@ def _given(
     wanted: Sequence[tuple[tuple[int, ...], np.dtype[Any]]],
     taken: Sequence[int],
 ) -> bool:
-    """Whether these may be tensors of these shapes and types for batches of so many samples."""
+    """Check that these may be tensors of these shapes and types for batches of so many samples."""
     return [[(v.shape, v.dtype) for v in values] for values in found] == [
         [((*(length * n for length in shape[:1]), *shape[1:]), dtype) for shape, dtype in wanted]
         for n in taken
@@ -235,7 +235,7 @@ def _given(
 
 
 def folds_constants(settings: Settings) -> bool:
-    """Whether what removed units emit without their weights is folded: no refit, by a method that counts on it."""
+    """Check whether the constants that removed units emit are folded: no refit, and a method that keeps biases."""
     # In the exact formulation and the decoupled programs a removed unit is gone, its constant with it.
     published = settings.formulation == "paper" and settings.mode != "decoupled"
     return settings.refit == "none" and find(settings.importance).keeps_bias and published
@@ -347,7 +347,7 @@ def latency_ratio(ready: Context, proto: object, seconds: float = 2.0) -> float:
 
 @dataclass(frozen=True)
 class Drop:
-    """What a model lost on evaluation data, in points of a ``measure``."""
+    """Loss of a model on evaluation data, in points of a ``measure``."""
 
     lost: float
     measure: str

@@ -1,4 +1,4 @@
-"""What each group's width costs: the loss of the model with only that group narrowed and its consumers repaired.
+"""Sensitivities: the loss of the model with only that group narrowed and its consumers repaired.
 
 For every group one part of the graph is made: everything behind its first consumer, with the consumers' weights, bias
 shifts and masks as inputs. A level then only feeds other numbers; nothing in front of the group runs again and no
@@ -53,7 +53,7 @@ LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 
 
 def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
-    """Whether these may be the losses of groups that are this wide (groups,)."""
+    """Check that these may be the losses of groups that are this wide (groups,)."""
     return len(found) == len(wide) and all(
         s.widths.dtype == np.int64
         and s.loss.dtype == np.float64
@@ -145,7 +145,7 @@ def choose(
 
 @dataclass(frozen=True, eq=False)
 class _Whole:
-    """What the work on every group shares; ``types``: element types of all tensors."""
+    """Inputs that the work on every group shares; ``types``: element types of all tensors."""
 
     model: Model
     coupling: Coupling

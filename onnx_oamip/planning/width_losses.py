@@ -24,7 +24,7 @@ from onnx_oamip.statistics.requests import COVARIANCE
 
 
 def programmed(settings: Settings) -> bool:
-    """Whether losses are measured for the budget program: an alpha alone leaves it nothing to choose."""
+    """Check whether losses are measured for the budget program: an alpha alone leaves it nothing to choose."""
     return settings.allocate == "mip" and settings.budget != Budget()
 
 

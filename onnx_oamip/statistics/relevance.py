@@ -1,4 +1,4 @@
-"""How much the objective reacts to errors of every linear node, by small random changes of its weights.
+"""Response of the objective to errors of every linear node, by small random changes of its weights.
 
 A unit that several consumers read is worth the loss that its removal brings through all of them. An error of the same
 size costs much behind one consumer and nothing behind another: the boxes of a detector barely move where its classes
@@ -105,7 +105,7 @@ def weighted(found: Sequence[Problem], relevance: Mapping[str, Floats]) -> list[
 
 
 def fits(found: Mapping[str, Floats], model: Model, coupling: Coupling) -> bool:
-    """Whether these may be the weights of a model's consumers: none at all, or one array each, finite and positive."""
+    """Check that these may be the weights of a model's consumers: none at all, or one array each."""
     lengths = {p.node.name: _channels(p, model) for p in _places(model, coupling)}
     return not found or (
         list(found) == list(lengths)

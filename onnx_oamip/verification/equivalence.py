@@ -54,7 +54,7 @@ DRAWS = 3
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """How far the cut model is from the masked one, at most, over the scale of what is compared.
+    """Largest difference between the cut and the masked model, relative to the scale of the compared tensors.
 
     ``rounding`` is how far rounding alone moves the masked model there; None where the tolerance was enough.
     """
@@ -64,7 +64,7 @@ class Proof:
 
 
 class Answers(Protocol):
-    """What gives a model's outputs for one feed after the other: a session, or :class:`Recorded`."""
+    """Source of a model's outputs for one feed after the other: a session, or :class:`Recorded`."""
 
     def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:
         """Outputs for each feed in turn."""
@@ -260,7 +260,7 @@ def differences(reference: Session, other: Session, samples: Samples, batch_size
 
 
 def tolerance(model: Model) -> float:
-    """How far pruned and masked may differ, by the precision of the model's outputs."""
+    """Largest difference allowed between pruned and masked, by the precision of the outputs."""
     half = any(p.dtype.itemsize < 4 and is_float(p.dtype) for p in model.outputs)
     return TOLERANCE_HALF if half else TOLERANCE
 
@@ -422,7 +422,7 @@ def _first_decisions(
 
 
 def _beyond(old: Array, new: Floats) -> Bools:
-    """Where ``new`` is as large as half the largest number of the type of ``old``, with the sign of that."""
+    """Mask of values of ``new`` beyond half the largest number of the type of ``old``, with the same sign."""
     most = float(finfo(old.dtype).max)  # type: ignore[no-untyped-call]
     return np.asarray(np.sign(old.astype(np.float64)) * new >= most / 2)
 
@@ -454,7 +454,7 @@ def runs_at(
 
 
 def _sound(value: Array, truth: Array | None) -> bool:
-    """Whether all values are numbers, or the very infinities of the original (classes that are ruled out)."""
+    """Check that all values are numbers, or the very infinities of the original (classes that are ruled out)."""
     found = value.astype(np.float64)
     same = (
         False if truth is None or truth.shape != value.shape else (truth == value) | np.isnan(truth)

@@ -51,7 +51,7 @@ class Shown:
 
 
 KINDS = ("classes", "binary", "values", "embedding", "ignore")
-"""What an output can be said to hold."""
+"""Kinds that a user can state for an output."""
 
 
 def kind_and_weight(text: str) -> tuple[str, float]:

@@ -79,7 +79,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read from images and tables; defaults fit a network fed with values from 0 to 1.
+    """Options for reading samples from images and tables; defaults fit a network fed with values from 0 to 1.
 
     Attributes:
         size: (height, width) of images; None for that of the model.

@@ -18,9 +18,9 @@ from onnx_oamip.core.records.graph import Array, Floats
 Kind: TypeAlias = Literal[
     "classes", "binary", "values", "embedding", "ambiguous", "exact", "ignore"
 ]
-"""What a tensor holds. ``ambiguous``: class scores or values, the loss takes the worse; ``exact``: equal or not."""
+"""Kind of a tensor. ``ambiguous``: class scores or values, the loss takes the worse; ``exact``: equal or not."""
 Form: TypeAlias = Literal["auto", "logits", "probabilities", "scores"]
-"""How decisions are stored. ``auto``: logits or probabilities, found on data; ``scores``: compared with a threshold."""
+"""Form of stored decisions. ``auto``: logits or probabilities, found on data; ``scores``: compared with a threshold."""
 Source: TypeAlias = Literal["structure", "labels", "user"]
 
 CHOICES: tuple[Kind, ...] = ("classes", "binary", "values", "embedding", "ignore")
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """What one unit of a term's loss is, found on the original's outputs (``normaliser.Normaliser``).
+    """Scale of one unit of a term's loss, found on the original's outputs (``normaliser.Normaliser``).
 
     ``spread``: loss of the average answer (classes, binary, embedding); ``variance`` (columns,): what squared errors
     are divided by (values); ``background``: the class of most of the original's decisions, -1 where none dominates;
@@ -128,7 +128,7 @@ class Objective:
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """How well one term is kept.
+    """Measured quality of one term.
 
     ``values``: numbers by name (``agreement``, ``accuracy_before``, ``recall``, ``error_over_variance``, ...), None
     where nothing could be measured; ``classes``: (class, share of the original's decisions, recall) of rare classes,

@@ -69,9 +69,9 @@ class Linear:
     bias: BiasInput | None = None
     """None for operators without a bias of their own: exporters put an addition behind them."""
     spatial: bool = False
-    """Whether data is an image that a kernel slides over."""
+    """True for operators whose kernel slides over an image."""
     scatters: bool = False
-    """Whether an input pixel is spread over output pixels, each of which meets taps of its own."""
+    """True for transposed convolutions: an input pixel is spread over several output pixels."""
 
     def site(self, node: Node, constants: Mapping[str, Array]) -> Site | None:
         """Find the data and the weight of a node.

@@ -362,7 +362,7 @@ def _programs(value: Document) -> Section | None:
 
 
 def _outputs(value: Document) -> Section | None:
-    """What every term of the objective lost, the worst first."""
+    """Losses of all terms of the objective, the worst first."""
     measures = value["verification"]["outputs"]
     if not measures:
         return None
