@@ -504,7 +504,19 @@ def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:
 def prove(
     ready: Context, result: Attempt, answers: equivalence.Answers | None = None
 ) -> Verification:
-    """All gates and measurements on the final model; ``answers``: the original's, where known. Raises GateFailed."""
+    """Run every gate and measurement on the final model.
+
+    Args:
+        ready: Context of the run: the original, its samples and its objective.
+        result: The cut and refitted model, with its plan.
+        answers: Recorded outputs of the original on the held-out samples; None to compute them.
+
+    Returns:
+        The verification. Without held-out data it has the results of the gates only.
+
+    Raises:
+        GateFailed: A gate does not hold.
+    """
     model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
     pruned = result.pruned
     equivalence.structure(pruned.proto)

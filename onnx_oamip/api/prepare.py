@@ -121,7 +121,22 @@ def open_for_plan(
     progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> Context:
-    """Load a model and its data for a plan that is already made. Raises OamipError for bad input."""
+    """Load a model and its data for a plan that exists already.
+
+    Args:
+        path: The model file.
+        source: Calibration data; None only where neither refit nor folding needs any.
+        settings: Settings of the plan.
+        eval_data: Held-out data; a part of the calibration data where it is None.
+        progress: Callback ``(stage, done, total)``.
+        clock: Seconds by stage are added to it.
+
+    Returns:
+        The context of the run, without scores.
+
+    Raises:
+        OamipError: Bad input, or calibration data is missing.
+    """
     if source is None and settings.refit != "none":
         raise DataError(
             f"`refit={settings.refit}` needs calibration data; give `data`, or `refit=none`."
@@ -141,7 +156,22 @@ def score(
     progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> tuple[Context, Scores]:
-    """Prepare up to the scores. They have no constraints applied: those belong to a plan."""
+    """Load a model and score its units.
+
+    Args:
+        path: The model file.
+        source: Calibration data; None where the method needs none.
+        settings: Settings of the run.
+        progress: Callback ``(stage, done, total)``.
+        clock: Seconds by stage are added to it.
+
+    Returns:
+        The context, and one score per unit. Constraints of a plan (floors, limits) are not applied to the scores.
+
+    Raises:
+        DataError: The method needs calibration data.
+        OamipError: Other bad input.
+    """
     if source is None and find(settings.importance).requests(settings):
         raise DataError(f"`importance={settings.importance}` needs calibration data; give `data`.")
     executors.check(settings.scheduler, resolve_device(settings.device))
@@ -196,7 +226,17 @@ def _cache_identity(
 
 
 def check(settings: Settings, source: Source | None, scored: bool = False) -> None:
-    """Settings that contradict each other or the data, before any work; ``scored``: there are scores already."""
+    """Refuse settings that contradict each other or the data, before any work.
+
+    Args:
+        settings: Settings of the run.
+        source: Calibration data, or None.
+        scored: True if scores are read from a file, so that the importance method does not run.
+
+    Raises:
+        SettingsError: Two settings exclude each other, or no budget is given.
+        DataError: A setting needs calibration data.
+    """
     method = find(settings.importance)
     if settings.granularity == "connection":
         connections.check(settings, scored)
@@ -239,9 +279,21 @@ def open_context(
     progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> Context:
-    """Load a model at the shapes of its data, and find its units: what every verb begins with.
+    """Load a model at the shapes of its data and find its units; every command starts here.
 
-    Raises OamipError for a model, data or device that cannot be used.
+    Args:
+        path: The model file.
+        source: Calibration data; None for random samples, which only run the model.
+        settings: Settings of the run.
+        eval_data: Held-out data; a part of the calibration data where it is None.
+        progress: Callback ``(stage, done, total)``.
+        clock: Seconds by stage are added to it.
+
+    Returns:
+        The context: model, coupling, samples, objective with its scales, device and cache.
+
+    Raises:
+        OamipError: The model, the data or the device cannot be used, or no channel can be removed.
     """
     dataset.check_extras(source, eval_data)
     clock = clock or Clock()

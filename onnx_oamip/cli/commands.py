@@ -26,13 +26,25 @@ class Commands(click.Group):
     """Group of commands, listed in the order of a user's work, with stdout reserved for their documents."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command; other text that is printed while it runs goes to stderr."""
+        """Add a command; other text that is printed while it runs goes to stderr.
+
+        Args:
+            cmd: The command.
+            name: Its name; that of the command itself by default.
+        """
         if cmd.callback is not None:
             cmd.callback = document_only(cmd.callback)
         super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """List the commands in the order in which they were added."""
+        """List the commands in the order in which they were added.
+
+        Args:
+            ctx: Context of the group; not used.
+
+        Returns:
+            Their names.
+        """
         return list(self.commands)
 
 

@@ -41,7 +41,19 @@ class Page:
 
     @classmethod
     def if_given(cls, path: Path | None, model: Path, *others: Path | str | None) -> Page | None:
-        """Return a page as the constructor does, or None without a path."""
+        """Check a page's path, if there is one.
+
+        Args:
+            path: Where the page goes, or None for no page.
+            model: The model of the run.
+            others: Other inputs and outputs of the run, None for those that were not given.
+
+        Returns:
+            The page as the constructor makes it, or None without a path.
+
+        Raises:
+            OutputError: The path cannot be written, or is another file of the run.
+        """
         return None if path is None else cls(path, model, *others)
 
     def draw(self, result: Report | Frontier) -> bytes:

@@ -25,17 +25,38 @@ class Flags:
 
     @classmethod
     def of_context(cls, ctx: click.Context | None = None) -> Flags:
-        """The options of all commands of the program that runs; ``ctx`` is the current context by default."""
+        """Collect the options of all commands of the running program.
+
+        Args:
+            ctx: Context of a command; the current one by default.
+
+        Returns:
+            The translation from parameters to command-line options.
+        """
         group = (ctx or click.get_current_context()).find_root().command
         assert isinstance(group, click.Group)
         return cls(group)
 
     def in_text(self, text: str) -> str:
-        """Return a text with options in place of parameters; backticks around other words stay."""
+        """Replace the names of parameters by those of command-line options.
+
+        Args:
+            text: A message with parameters in backticks, such as `max_drop=1`.
+
+        Returns:
+            The message with options such as --max-drop 1. Backticks around other words stay.
+        """
         return _PARAMETER.sub(self._flag, text)
 
     def in_document(self, value: Any) -> Any:
-        """Return a JSON document with options in place of parameters in its messages."""
+        """Replace parameters by options in the messages of a JSON document.
+
+        Args:
+            value: The document, or a part of it.
+
+        Returns:
+            A copy. Values under keys that hold no messages are unchanged.
+        """
         if isinstance(value, dict):
             return {
                 key: self._in_messages(item) if key in _MESSAGES else self.in_document(item)

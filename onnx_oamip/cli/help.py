@@ -46,7 +46,14 @@ class Option(click.Option):
         self._default_text = default_text
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the flags and the help text, with the default."""
+        """Return the line of help for this option, with its default.
+
+        Args:
+            ctx: Context of the command.
+
+        Returns:
+            The flags and the text, or None for a hidden option.
+        """
         record = super().get_help_record(ctx)
         if record is None:
             return None
@@ -62,7 +69,12 @@ class Command(click.Command):
     """A command whose help lists its options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for every heading that has options."""
+        """Write one section of help for every heading that has options.
+
+        Args:
+            ctx: Context of the command.
+            formatter: Receives the sections.
+        """
         sections: dict[str, list[tuple[str, str]]] = {heading: [] for heading in HEADINGS}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

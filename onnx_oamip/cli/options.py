@@ -68,7 +68,15 @@ def check_paths(output: Path, inputs: Mapping[str, Path | str | None]) -> None:
 
 
 def same_file(first: Path | str, second: Path | str) -> bool:
-    """Return True if both paths name one file, which need not exist."""
+    """Check whether two paths name one file, which need not exist.
+
+    Args:
+        first: A path.
+        second: Another one, absolute or relative, with or without links.
+
+    Returns:
+        True for the same file.
+    """
     try:
         return os.path.samefile(first, second)
     except (OSError, ValueError):  # a configuration can hold a name that no file can have

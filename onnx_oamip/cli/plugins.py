@@ -37,14 +37,32 @@ class PlugInOption(Option):
         self._purpose = (self.help or "").rstrip(".")
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Check that a plug-in of this name exists. Raises BadParameter if not."""
+        """Check that a plug-in of this name exists.
+
+        Args:
+            ctx: Context of the command.
+            value: Name given by the user.
+
+        Returns:
+            The name.
+
+        Raises:
+            BadParameter: No installed package has a plug-in of this name.
+        """
         known = import_module(self._registry).names()
         if value not in known:
             raise click.BadParameter(f"{value!r} is not one of {', '.join(known)}.", ctx, self)
         return value
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        """Return the flags and the help text with all plug-ins."""
+        """Return the line of help for this option, with all installed plug-ins.
+
+        Args:
+            ctx: Context of the command.
+
+        Returns:
+            The flags and the text, or None for a hidden option.
+        """
         registry = import_module(self._registry)
         entries = [self._entry(name, registry.find) for name in registry.names()]
         self.help = f"{self._purpose}: {'; '.join(entry for entry in entries if entry)}."

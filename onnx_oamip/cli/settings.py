@@ -104,7 +104,19 @@ class SettingType(_ParamType):
         return kind.separator if kind is not None else ""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read a value. Raises BadParameter for one that the setting does not take."""
+        """Read the value of a setting from the command line or from a configuration file.
+
+        Args:
+            value: Text, or a value of TOML.
+            param: Option that the value was given for, named in the error.
+            ctx: Context of the command.
+
+        Returns:
+            The value in the type of the setting.
+
+        Raises:
+            BadParameter: The setting does not take this value.
+        """
         from pydantic import TypeAdapter, ValidationError
 
         field = _field(self.name)
@@ -137,7 +149,19 @@ class SeparatedType(_ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[Any, ...]:
-        """Read all parts. Raises BadParameter for one that the setting does not take."""
+        """Read several values of a setting from one text.
+
+        Args:
+            value: Text with separators, or a list from TOML.
+            param: Option that the value was given for, named in the error.
+            ctx: Context of the command.
+
+        Returns:
+            The values in the type of the setting.
+
+        Raises:
+            BadParameter: The setting does not take one of the values.
+        """
         parts = value.split(self.separator) if isinstance(value, str) else value
         return tuple(self._part.convert(part, param, ctx) for part in parts)
 

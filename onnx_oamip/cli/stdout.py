@@ -70,7 +70,11 @@ def document_only(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stream() -> TextIO:
-    """Return stdout, for the document of the running command."""
+    """Return stdout, for the document of the running command.
+
+    Returns:
+        The stream that only the document may be written to.
+    """
     stdout: TextIO = click.get_current_context().meta[_STREAM]
     return stdout
 

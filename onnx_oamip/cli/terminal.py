@@ -44,7 +44,11 @@ class Notes(logging.Handler):
     """Warnings of the package as lines on stderr, with options in place of parameters."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
+        """Write a message of the log to stderr as one line, with options in place of parameters.
+
+        Args:
+            record: The message.
+        """
         text = Flags.of_context().in_text(record.getMessage())
         click.echo(f"note: {text}", err=True)
 

@@ -46,10 +46,13 @@ class Settings(
 
     @classmethod
     def create(cls, **values: Any) -> Settings:
-        """Return validated settings.
+        """Validate settings.
 
         Args:
-            values: Options by name.
+            values: Options by name; the others have their defaults.
+
+        Returns:
+            The settings.
 
         Raises:
             SettingsError: An option does not exist, or a value is out of its range.
@@ -58,13 +61,25 @@ class Settings(
 
     @classmethod
     def owner(cls, name: str) -> type[Options]:
-        """Return the group of options that a field belongs to."""
+        """Return the group of options that a setting belongs to.
+
+        Args:
+            name: Name of the setting.
+
+        Returns:
+            The class that declares it.
+        """
         owners = (base for base in cls.__bases__ if issubclass(base, Options))
         return next(owner for owner in owners if name in owner.model_fields)
 
     @classmethod
     def schema_document(cls) -> dict[str, Any]:
-        """Return the JSON schema of all settings under the names that configuration files have for them."""
+        """Return the JSON schema of a configuration file.
+
+        Returns:
+            The schema of all settings, under the names that configuration files have for them (dashes for
+            underscores).
+        """
         schema = cls.model_json_schema()
         schema["properties"] = {
             name.replace("_", "-"): value for name, value in schema["properties"].items()

@@ -67,7 +67,11 @@ class Loss:
     weight: Floats
 
     def equal_logits(self) -> Floats:
-        """Return the logits (samples, classes) at which all classes that a head has are equally probable."""
+        """Return the logits at which all classes that a head has are equally probable.
+
+        Returns:
+            Logits (samples, classes): zeros, and ``ABSENT`` for classes that a head does not have.
+        """
         absent = self.logits.constant == ABSENT
         return np.where(absent, ABSENT, 0.0).reshape(len(self.label), -1)
 

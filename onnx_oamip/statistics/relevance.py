@@ -105,7 +105,16 @@ def weighted(found: Sequence[Problem], relevance: Mapping[str, Floats]) -> list[
 
 
 def fits(found: Mapping[str, Floats], model: Model, coupling: Coupling) -> bool:
-    """Check that these may be the weights of a model's consumers: none at all, or one array each."""
+    """Validate a cache entry: the weights of a model's consumers.
+
+    Args:
+        found: Weights by linear node, as read.
+        model: The original.
+        coupling: Its units.
+
+    Returns:
+        True if there are no weights at all, or for every consumer a positive finite float64 array of its length.
+    """
     lengths = {p.node.name: _channels(p, model) for p in _places(model, coupling)}
     return not found or (
         list(found) == list(lengths)

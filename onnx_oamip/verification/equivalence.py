@@ -67,7 +67,14 @@ class Answers(Protocol):
     """Source of a model's outputs for one feed after the other: a session, or :class:`Recorded`."""
 
     def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:
-        """Outputs for each feed in turn."""
+        """Return the outputs for each feed in turn.
+
+        Args:
+            feeds: Arrays by input name, batch by batch.
+
+        Returns:
+            For each feed a list of outputs, in a fixed order.
+        """
         ...
 
 
@@ -78,7 +85,14 @@ class Recorded:
     outputs: list[list[Array]]
 
     def stream(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[list[Array]]:  # noqa: ARG002
-        """See :class:`Answers`; the feeds are not looked at."""
+        """Return the recorded outputs.
+
+        Args:
+            feeds: The feeds that the outputs were computed for; not read.
+
+        Returns:
+            For each feed a list of outputs, in the order of the recording.
+        """
         return iter(self.outputs)
 
 
@@ -116,7 +130,14 @@ class _Errors:
 
 
 def structure(proto: onnx.ModelProto) -> None:
-    """Gate 1: valid ONNX with consistent shapes. Raises GateFailed."""
+    """Check that a model is valid ONNX with consistent shapes (gate 1).
+
+    Args:
+        proto: The pruned model.
+
+    Raises:
+        GateFailed: The checker of ONNX or its shape inference refuses the model.
+    """
     try:
         onnx.checker.check_model(checkable(proto), full_check=True)
     except Exception as error:  # the checker raises several types
@@ -126,9 +147,16 @@ def structure(proto: onnx.ModelProto) -> None:
 
 @contextmanager
 def judged(model: Model) -> Iterator[None]:
-    """Around rules on a model that has not run yet. Where one breaks, the runtime says whose fault it is.
+    """Find out whether a failing operator rule is the fault of the model or of the rule.
 
-    Raises ModelError where the model does not run either; else the rule is wrong, and its error goes on.
+    If a rule fails inside the block, the model is run once: if ONNX Runtime refuses it too, the model is at fault.
+
+    Args:
+        model: A model that has not run yet, whose operator rules the block applies.
+
+    Raises:
+        ModelError: A rule failed and the model does not run.
+        RuleFailed: A rule failed although the model runs: the rule is wrong.
     """
     try:
         yield
@@ -154,15 +182,34 @@ def prove(
     *,
     objective: Objective | None = None,
 ) -> Proof:
-    """Gate 3: the cut model equals the masked one. Raises GateFailed.
+    """Check masked equivalence (gate 3): the cut model computes the same as the masked original.
 
-    Every output counts for itself, and so does what a final sigmoid or softmax reads: where that saturates, the output
-    would hide a wrong cut. Outputs that are made of decisions (ArgMax, NonMaxSuppression) jump where rounding decides;
-    in their place count the tensors that the terms of the ``objective`` read in front of them. An output may differ by
-    :func:`tolerance`. Where its values are small beside what they are computed from, its rounding is more than that;
-    then it may differ by ``ROUNDING`` times what the same masked model differs by when each of its weights is moved by
-    one unit in the last place, which is as exact as the file knows them (Higham, Accuracy and Stability of Numerical
-    Algorithms, 2002, section 1.5: backward error).
+    Every output is compared on its own. In front of a final sigmoid or softmax its input is compared too, because a
+    saturated output would hide a wrong cut. Outputs made of decisions (ArgMax, NonMaxSuppression) jump where
+    rounding
+    decides; in their place, the tensors that the terms of the objective compare in front of them are compared.
+
+    An output may differ by :func:`tolerance`. Where its values are small beside those that it is computed from, its
+    rounding error exceeds that. It may then differ by ``ROUNDING`` times the change of the masked model's output
+    when each
+    weight is moved by one unit in the last place, the precision of the weights in the file.
+
+    Args:
+        model: The original.
+        masked: The original with removed channels set to zero at their consumers.
+        cut: The model after surgery, before refit.
+        samples: Samples to compare on.
+        batch_size: Samples of one run.
+        objective: Terms that replace outputs made of decisions; None to compare the outputs alone.
+
+    Returns:
+        The largest difference, and the rounding error that explains it where the tolerance is exceeded.
+
+    Raises:
+        GateFailed: An output differs by more than is allowed.
+
+    Source:
+        Backward error: Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 1.5.
     """
     terms = objective.judged if objective is not None else ()
     decided = {term.output for term in terms if term.decided}
@@ -208,7 +255,16 @@ def prove(
 
 
 def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
-    """A copy with every weight of an operator that multiplies moved by one unit in the last place, up or down."""
+    """Copy a model with its weights moved by one unit in the last place, up or down at random.
+
+    Args:
+        model: The original, from which the weights of operators that multiply are found.
+        proto: The model to copy.
+        seed: Seed of the directions.
+
+    Returns:
+        The copy. Weights that would become infinite are unchanged.
+    """
     weights = {
         name
         for node in model.nodes
@@ -235,9 +291,20 @@ def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
 
 
 def differences(reference: Session, other: Session, samples: Samples, batch_size: int) -> Floats:
-    """Of every output the largest absolute difference over the largest reference magnitude, over all samples.
+    """Measure how far the outputs of two models differ.
 
-    Infinite where whole numbers differ, where only one side is a number, and beside a reference of nothing but zeros.
+    Args:
+        reference: Session of the first model.
+        other: Session of the other one, with the same outputs.
+        samples: Samples to run on.
+        batch_size: Samples of one run.
+
+    Returns:
+        For every output (outputs,) the largest absolute difference over the largest finite magnitude of the
+        reference, over
+        all samples. Infinite where shapes or integers differ, where only one side is NaN or infinite, and beside a
+        reference
+        of zeros.
     """
     worst, largest = np.zeros(len(reference.outputs)), np.zeros(len(reference.outputs))
     for _, feed in samples.batches(batch_size):
@@ -260,7 +327,14 @@ def differences(reference: Session, other: Session, samples: Samples, batch_size
 
 
 def tolerance(model: Model) -> float:
-    """Largest difference allowed between pruned and masked, by the precision of the outputs."""
+    """Return the largest difference allowed between the cut and the masked model.
+
+    Args:
+        model: The original.
+
+    Returns:
+        A share of the output's scale: ``TOLERANCE``, or ``TOLERANCE_HALF`` if an output is in half precision.
+    """
     half = any(p.dtype.itemsize < 4 and is_float(p.dtype) for p in model.outputs)
     return TOLERANCE_HALF if half else TOLERANCE
 
@@ -276,7 +350,15 @@ def _largest(array: Array) -> float:
 
 
 def watched(model: Model, objective: Objective) -> list[str]:
-    """Name the tensors that are compared: the outputs of a model, and what the terms of an objective read."""
+    """Name the tensors that are compared.
+
+    Args:
+        model: The original.
+        objective: Its terms.
+
+    Returns:
+        The graph outputs, then the other tensors that terms of the objective compare; each once.
+    """
     return list(dict.fromkeys([*(port.name for port in model.outputs), *objective.tensors]))
 
 
@@ -430,9 +512,21 @@ def _beyond(old: Array, new: Floats) -> Bools:
 def runs_at(
     model: Model, session: Session, samples: Samples, before: Callable[[], Session] | None = None
 ) -> tuple[int, ...]:
-    """Gate 2: batch sizes at which the pruned model ran with outputs of the right length. Raises GateFailed.
+    """Run the pruned model at the batch sizes that its input allows (gate 2).
 
-    Outputs must be numbers, but where the original gives none either; ``before`` makes its session where that is asked.
+    Args:
+        model: The original.
+        session: The pruned model, opened by :func:`watch`.
+        samples: Samples to run on.
+        before: Opens the original. Called only if an output holds NaN or infinity, to see whether the original's
+            does too;
+            None to refuse all of them.
+
+    Returns:
+        Batch sizes that ran: 1 and 2, or the fixed one of the model.
+
+    Raises:
+        GateFailed: An output has the wrong length, or NaN or infinity where the original has a number.
     """
     sizes = [1] if samples.whole else [samples.fixed_batch] if samples.fixed_batch else [1, 2]
     for size in sizes:
@@ -463,7 +557,15 @@ def _sound(value: Array, truth: Array | None) -> bool:
 
 
 def numbers(model: Model, found: Verification) -> None:
-    """Raises GateFailed where a comparison met outputs that are no numbers any more."""
+    """Check that the outputs of the pruned model are finite wherever those of the original are.
+
+    Args:
+        model: The original.
+        found: The comparison of both models on the evaluation data.
+
+    Raises:
+        GateFailed: They are not.
+    """
     error = found.output_relative_error
     if error is not None and not np.isfinite(error):
         raise GateFailed(

@@ -273,7 +273,20 @@ def measure_ratio(
     threads: int | None = None,
     seconds: float = 3.0,
 ) -> float:
-    """Median of :func:`compare_latency`, which has the same parameters."""
+    """Measure the median latency of a model relative to another one.
+
+    Args:
+        first: Model to compare with.
+        other: Model to compare.
+        samples: Samples to run on.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        batch: Samples per run.
+        threads: Threads within an operator. Default: the choice of ONNX Runtime.
+        seconds: Approximate time of the measurement.
+
+    Returns:
+        The median ratio of :func:`compare_latency`, under 1 if ``other`` is faster.
+    """
     ratio = compare_latency(
         first, other, samples, device, batch=batch, threads=threads, seconds=seconds
     )

@@ -35,17 +35,38 @@ class Options(BaseModel):
 
 
 def kind_of(field: FieldInfo) -> Kind | None:
-    """Return the kind of values that a field takes; None for a choice of names and for a switch."""
+    """Return the kind of values that a setting takes.
+
+    Args:
+        field: Field of a group of options.
+
+    Returns:
+        The kind; None for a choice of names and for a switch.
+    """
     return next((part for part in _annotations(field) if isinstance(part, Kind)), None)
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """Return the names that a field takes, in order; empty unless it is a choice of names."""
+    """Return the names that a setting can take.
+
+    Args:
+        field: Field of a group of options.
+
+    Returns:
+        The names in order; empty unless the setting is a choice of names.
+    """
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
 def shown(field: FieldInfo) -> Shown:
-    """Return how the help shows the option of a field; an empty heading is that of its owner."""
+    """Return the words of the help for the option of a setting.
+
+    Args:
+        field: Field of a group of options.
+
+    Returns:
+        Placeholder, default and heading; an empty heading is that of the group.
+    """
     own = next((part for part in _annotations(field) if isinstance(part, Shown)), Shown())
     kind = kind_of(field)
     return Shown(
@@ -56,7 +77,15 @@ def shown(field: FieldInfo) -> Shown:
 
 
 def refusal(field: FieldInfo, value: object) -> str:
-    """Return why a field does not take a value, without a full stop."""
+    """Explain why a setting does not take a value.
+
+    Args:
+        field: Field of a group of options.
+        value: The refused value.
+
+    Returns:
+        A clause without a full stop.
+    """
     kind = kind_of(field)
     if kind is not None:
         return kind.refusal(value)

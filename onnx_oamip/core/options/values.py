@@ -31,7 +31,14 @@ class Kind:
     separator: str = ""
 
     def refusal(self, value: object) -> str:
-        """Return the sentence for a value that is not of this kind, without a full stop."""
+        """Explain why a value is not of this kind.
+
+        Args:
+            value: The refused value.
+
+        Returns:
+            A clause without a full stop, which names a value to give instead.
+        """
         return f"{value!r} is not {self.name}; give {self.expected}"
 
 

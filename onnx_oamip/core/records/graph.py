@@ -156,6 +156,9 @@ class Model:
 
         Args:
             name: Its name.
+
+        Returns:
+            The input with its type and dimensions.
         """
         return next(p for p in self.inputs if p.name == name)
 

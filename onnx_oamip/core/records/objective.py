@@ -92,7 +92,14 @@ class Term:
         return float(self.scale.variance.mean()) if self.kind == "values" else self.scale.spread
 
     def rows(self, array: Array) -> Floats:
-        """The term's numbers in an array of its tensor: (positions, columns) in float64."""
+        """Return the term's part of a tensor as a matrix.
+
+        Args:
+            array: The tensor that the term compares, of one batch.
+
+        Returns:
+            Float64 (positions, columns): one row per sample and position, one column per class, value or component.
+        """
         if self.part is not None:
             array = array[
                 (slice(None),) * self.part.axis + (slice(self.part.start, self.part.stop),)
@@ -121,7 +128,14 @@ class Objective:
         return list(dict.fromkeys(term.tensor for term in self.judged))
 
     def pairs(self, *outputs: Sequence[Array]) -> list[tuple[Array, ...]]:
-        """The arrays of each judged term, from arrays in the order of ``tensors``."""
+        """Sort tensors by the terms that compare them.
+
+        Args:
+            outputs: For each model (original, pruned) its arrays, in the order of ``tensors``.
+
+        Returns:
+            For each judged term, the array of every model.
+        """
         place = {name: i for i, name in enumerate(self.tensors)}
         return [tuple(arrays[place[term.tensor]] for arrays in outputs) for term in self.judged]
 
@@ -147,7 +161,14 @@ class Measure:
 
 
 def document(objective: Objective) -> list[Mapping[str, Any]]:
-    """The JSON of the terms."""
+    """Return the JSON form of an objective.
+
+    Args:
+        objective: The objective.
+
+    Returns:
+        One object per term, ignored terms included.
+    """
     return [
         {
             "name": term.name,

@@ -208,14 +208,28 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
 
 
 def agreement_name(verification: Document) -> str:
-    """Name the agreement of a verification: of the largest class, or of decisions at a threshold."""
+    """Name the agreement of a verification.
+
+    Args:
+        verification: Its JSON document.
+
+    Returns:
+        Words for equal top classes, or for equal decisions at a threshold.
+    """
     kinds = {measure["kind"] for measure in verification["outputs"]}
     top = not verification["outputs"] or kinds & {"classes", "ambiguous"}
     return "same top class as the original" if top else "same decisions as the original"
 
 
 def output_rows(verification: Document) -> Iterator[RenderableType]:
-    """Draw a table with a row for every term of the objective, the worst first."""
+    """Draw a table of how well each term of the objective is kept, the worst first.
+
+    Args:
+        verification: JSON document of a verification.
+
+    Yields:
+        The table, and a line that counts the rows left out; nothing without terms.
+    """
     if not verification["outputs"]:
         return
     refitted = any(measure["before_refit"] for measure in verification["outputs"])
@@ -231,7 +245,14 @@ def output_rows(verification: Document) -> Iterator[RenderableType]:
 
 
 def objective_rows(terms: Sequence[Document]) -> Iterator[RenderableType]:
-    """Draw a table with a row for every term of the objective."""
+    """Draw a table of the terms of an objective.
+
+    Args:
+        terms: Their JSON documents.
+
+    Yields:
+        The table, and a line that counts the rows left out; nothing without terms.
+    """
     if not terms:
         return
     table = grid("output", "kept as", ">weight", "measured at", "because of")
@@ -386,6 +407,14 @@ def times(value: float) -> str:
 
 
 def points(lost: float | None) -> str:
+    """Format a loss of percentage points.
+
+    Args:
+        lost: Points, or None where nothing was measured.
+
+    Returns:
+        Two decimals, or a dash.
+    """
     return "-" if lost is None else f"{lost:.2f}"
 
 
