@@ -97,7 +97,11 @@ class OneOffCosts:
 
     @classmethod
     def none(cls) -> OneOffCosts:
-        """Returns an empty collection, which fits any number of groups."""
+        """Make an empty collection, which fits any number of groups.
+
+        Returns:
+            The collection.
+        """
         nothing = np.zeros(0, np.int64)
         return cls(np.zeros((0, 1), bool), np.zeros(1, np.int64), nothing, nothing)
 

@@ -32,7 +32,11 @@ WIDTH = 8
 
 
 def memory() -> int:
-    """Return the bytes that this process can still allocate: free memory, or a lower limit of the process."""
+    """Return the bytes that this process can still allocate.
+
+    Returns:
+        The free memory of the machine, or less where a limit is set for the process.
+    """
     return min(_free(), _allowed())
 
 

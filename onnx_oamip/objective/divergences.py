@@ -15,7 +15,15 @@ SMALLEST = 1e-12
 
 
 def log_classes(values: Floats, form: Form) -> Floats:
-    """Log-probabilities (positions, classes)."""
+    """Return log-probabilities of classes.
+
+    Args:
+        values: Class scores (positions, classes).
+        form: ``probabilities``; anything else is read as logits.
+
+    Returns:
+        Log-probabilities (positions, classes). Probabilities are clipped at ``SMALLEST``.
+    """
     if form == "probabilities":
         return np.asarray(np.log(np.maximum(values, SMALLEST)))
     with np.errstate(invalid="ignore"):
@@ -24,7 +32,16 @@ def log_classes(values: Floats, form: Form) -> Floats:
 
 
 def log_binary(values: Floats, form: Form, threshold: float | None) -> tuple[Floats, Floats]:
-    """Log-probabilities (positions, columns) of yes and of no."""
+    """Return log-probabilities of binary decisions.
+
+    Args:
+        values: Scores (positions, columns).
+        form: ``probabilities``, ``logits``, or ``scores`` that are compared with a threshold.
+        threshold: Threshold of ``scores``, at which both answers are equally probable; None for 0.
+
+    Returns:
+        Log-probabilities of the positive and of the negative answer, each (positions, columns).
+    """
     if form == "probabilities":
         inside = np.clip(values, SMALLEST, 1 - SMALLEST)
         return np.log(inside), np.log1p(-inside)
@@ -34,13 +51,29 @@ def log_binary(values: Floats, form: Form, threshold: float | None) -> tuple[Flo
 
 
 def weighted(log: Floats) -> Floats:
-    """``p log p`` by element, 0 where p is 0."""
+    """Return ``p log p`` by element.
+
+    Args:
+        log: Log-probabilities, of any shape.
+
+    Returns:
+        The products, of the same shape; 0 where p is 0.
+    """
     with np.errstate(invalid="ignore"):
         return np.where(np.isneginf(log), 0.0, np.exp(log) * log)
 
 
 def class_divergence(truth: Floats, found: Floats, form: Form) -> Floats:
-    """KL divergence (positions,) of class probabilities."""
+    """Return the Kullback-Leibler divergence of class probabilities.
+
+    Args:
+        truth: Class scores of the original (positions, classes).
+        found: Class scores of the pruned model, of the same shape.
+        form: Form of both, see :func:`log_classes`.
+
+    Returns:
+        Divergences (positions,) in nats; infinite where only one side is finite.
+    """
     p, q = log_classes(truth, form), log_classes(found, form)
     with np.errstate(invalid="ignore"):
         loss = np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1)
@@ -48,7 +81,17 @@ def class_divergence(truth: Floats, found: Floats, form: Form) -> Floats:
 
 
 def binary_divergence(truth: Floats, found: Floats, form: Form, threshold: float | None) -> Floats:
-    """KL divergence (positions, columns) of independent yes/no answers."""
+    """Return the Kullback-Leibler divergence of independent binary decisions.
+
+    Args:
+        truth: Scores of the original (positions, columns).
+        found: Scores of the pruned model, of the same shape.
+        form: Form of both, see :func:`log_binary`.
+        threshold: Threshold of the form ``scores``.
+
+    Returns:
+        Divergences (positions, columns) in nats; infinite where only one side is finite.
+    """
     (yes, no), (new_yes, new_no) = (
         log_binary(truth, form, threshold),
         log_binary(found, form, threshold),
@@ -59,13 +102,29 @@ def binary_divergence(truth: Floats, found: Floats, form: Form, threshold: float
 
 
 def squared_error(truth: Floats, found: Floats) -> Floats:
-    """Squared differences (positions, columns)."""
+    """Return squared differences.
+
+    Args:
+        truth: Values of the original (positions, columns).
+        found: Values of the pruned model, of the same shape.
+
+    Returns:
+        Squared differences, of the same shape. Equal infinities differ by 0.
+    """
     with np.errstate(invalid="ignore"):
         return lost(np.square(np.where(truth == found, 0.0, truth - found)))
 
 
 def angle(truth: Floats, found: Floats) -> Floats:
-    """1 - cosine (positions,); a vector of zeros is at right angles to every other one."""
+    """Return one minus the cosine of pairs of vectors.
+
+    Args:
+        truth: Vectors of the original (positions, components).
+        found: Vectors of the pruned model, of the same shape.
+
+    Returns:
+        Values from 0 to 2 (positions,); 1 if exactly one of the vectors is zero.
+    """
     with np.errstate(invalid="ignore"):
         a, b = directions(truth), directions(found)
         loss = np.square(a - b).sum(axis=1) / 2  # exact where both are equal, unlike 1 - a.b
@@ -74,7 +133,14 @@ def angle(truth: Floats, found: Floats) -> Floats:
 
 
 def directions(values: Floats) -> Floats:
-    """Vectors (positions, components) at length 1; zeros stay zeros."""
+    """Scale vectors to length 1.
+
+    Args:
+        values: Vectors (positions, components).
+
+    Returns:
+        Unit vectors, of the same shape. Zero vectors remain zero.
+    """
     with np.errstate(invalid="ignore"):
         largest = np.abs(values).max(axis=1, keepdims=True, initial=0.0)
         near = np.divide(values, largest, out=np.zeros_like(values), where=largest != 0)
@@ -83,5 +149,12 @@ def directions(values: Floats) -> Floats:
 
 
 def lost(loss: Floats) -> Floats:
-    """The loss with infinity in place of what is no number."""
+    """Replace NaN in losses by infinity.
+
+    Args:
+        loss: Losses, of any shape.
+
+    Returns:
+        The losses without NaN, of the same shape.
+    """
     return np.where(np.isnan(loss), np.inf, loss)

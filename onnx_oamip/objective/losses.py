@@ -53,14 +53,31 @@ def sums(objective: Objective, truth: Sequence[Array], found: Sequence[Array]) -
 
 
 def loss(objective: Objective, total: Floats) -> Loss:
-    """The loss from the sums of all batches (judged terms, 3)."""
+    """Return the loss from the sums of all batches.
+
+    Args:
+        objective: The terms.
+        total: Sums of :func:`sums` (judged terms, 3), added up over batches.
+
+    Returns:
+        The loss of every judged term, at most ``LOST``, and their mean by weight.
+    """
     terms = np.minimum(total[:, :2].max(axis=1, initial=0.0) / np.maximum(total[:, 2], 1), LOST)
     weight = np.asarray([term.weight for term in objective.judged])
     return Loss(terms, float(weight @ terms / weight.sum()) if weight.sum() else 0.0)
 
 
 def compare(objective: Objective, truth: Sequence[Array], found: Sequence[Array]) -> Loss:
-    """The loss of one batch."""
+    """Return the loss of one batch.
+
+    Args:
+        objective: A scaled objective.
+        truth: The original's arrays in the order of ``objective.tensors``.
+        found: The pruned model's.
+
+    Returns:
+        The loss.
+    """
     return loss(objective, sums(objective, truth, found))
 
 

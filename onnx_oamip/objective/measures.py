@@ -71,7 +71,13 @@ class Measures:
     def update(
         self, before: Sequence[Array], after: Sequence[Array], labels: Array | None = None
     ) -> None:
-        """Add a batch: arrays in the order of ``objective.tensors``, and the labels of its samples."""
+        """Add a batch.
+
+        Args:
+            before: The original's arrays, in the order of ``objective.tensors``.
+            after: The pruned model's, in the same order.
+            labels: Labels of the samples, where the data has any.
+        """
         pairs = self.objective.pairs(before, after)
         for term, counts, (old, new) in zip(
             self.objective.judged, self._counts, pairs, strict=True
@@ -81,13 +87,21 @@ class Measures:
                 count.update(old, new, given)
 
     def merge(self, other: Measures) -> None:
-        """Add all batches of another one."""
+        """Add all batches of another comparison.
+
+        Args:
+            other: Measures of the same objective.
+        """
         for mine, theirs in zip(self._counts, other._counts, strict=True):
             for count, more in zip(mine, theirs, strict=True):
                 count.merge(more)
 
     def results(self) -> tuple[Measure, ...]:
-        """One measure a term, by falling loss; the order of terms where they lose the same."""
+        """Compute the measure of every judged term.
+
+        Returns:
+            Measures in the order of falling loss, equal losses in the order of the terms.
+        """
         found = [
             _worst(t, [c.result() for c in cs])
             for t, cs in zip(self.objective.judged, self._counts, strict=True)

@@ -47,11 +47,32 @@ class Metric:
         return parameters == [PATH]
 
     def of_outputs(self, outputs: Mapping[str, Array], labels: Array | None) -> float:
-        """The value for the outputs of a model on all evaluation samples. Raises DataError where there is none."""
+        """Evaluate the metric on the outputs of a model.
+
+        Args:
+            outputs: Arrays by output name, over all evaluation samples.
+            labels: Labels of the samples, or None.
+
+        Returns:
+            The value.
+
+        Raises:
+            DataError: The function failed, or returned no finite number.
+        """
         return self._value(dict(outputs), labels)
 
     def of_model(self, proto: onnx.ModelProto) -> float:
-        """The value of a model, written to a temporary file. Raises DataError where there is none."""
+        """Evaluate the metric on a model, which is written to a temporary file.
+
+        Args:
+            proto: The model.
+
+        Returns:
+            The value.
+
+        Raises:
+            DataError: The function failed, or returned no finite number.
+        """
         with atomic_files.scratch() as folder:
             path = folder / "model.onnx"
             external_data.save(proto, path, f"{path.name}.data")

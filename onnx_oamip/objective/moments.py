@@ -29,7 +29,11 @@ class Moments:
     deviation: Floats = field(default_factory=_nothing)
 
     def update(self, rows: Floats) -> None:
-        """Add rows (positions, columns)."""
+        """Add rows.
+
+        Args:
+            rows: Values (positions, columns). Values that are not finite are left out.
+        """
         known = np.isfinite(rows)
         count = known.sum(axis=0).astype(np.float64)
         mean = np.where(known, rows, 0.0).sum(axis=0) / np.maximum(count, 1)
@@ -38,7 +42,15 @@ class Moments:
         self.merge(Moments(count, mean, deviation))
 
     def merge(self, other: Moments) -> None:
-        """Add the rows of another one."""
+        """Add the rows of other moments.
+
+        Args:
+            other: Moments of the same columns.
+
+        Source:
+            Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances,
+            1979.
+        """
         if not other.count.size:
             return
         if not self.count.size:
@@ -53,10 +65,17 @@ class Moments:
         self.count = self.count + other.count
 
     def divisors(self, usual: Floats | None = None) -> Floats:
-        """Divisors of the squared errors of each column: its variance.
+        """Return the divisors of squared errors: the variance of each column.
 
-        A column that does not vary is measured against the mean variance of the others. Where none varies: against
-        ``usual``, or without it the mean square of all columns, or 1 where that is 0.
+        A constant column gets the mean variance of the others. If all columns are constant, they get ``usual``;
+        without it, the
+        mean square of all columns, or 1 where that is 0.
+
+        Args:
+            usual: Divisors (columns,) found on other samples, for columns that are all constant here.
+
+        Returns:
+            Positive divisors (columns,); the mean variance in all of them if there are more than ``COLUMNS``.
         """
         own = self.deviation / np.maximum(self.count, 1)
         live = (own > CONSTANT * np.square(self.mean)) & (own > DEAD * own.max(initial=0.0))

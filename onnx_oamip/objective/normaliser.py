@@ -57,9 +57,13 @@ class Normaliser:
         self._sums = [_Sums(term) for term in objective.judged]
 
     def update(self, outputs: Sequence[Array]) -> None:
-        """Add a batch: arrays in the order of ``objective.tensors``.
+        """Add a batch.
 
-        Raises DataError where one is NaN or plus infinity: no loss can be measured from there.
+        Args:
+            outputs: Arrays of the original, in the order of ``objective.tensors``.
+
+        Raises:
+            DataError: A tensor holds NaN or plus infinity, from which no loss can be measured.
         """
         pairs = zip(self.objective.judged, self._sums, self.objective.pairs(outputs), strict=True)
         for term, sums, (array,) in pairs:
@@ -74,12 +78,20 @@ class Normaliser:
             sums.update(rows)
 
     def merge(self, other: Normaliser) -> None:
-        """Add all batches of another one."""
+        """Add all batches of another normaliser.
+
+        Args:
+            other: Normaliser of the same objective.
+        """
         for mine, theirs in zip(self._sums, other._sums, strict=True):
             mine.merge(theirs)
 
     def finish(self) -> Objective:
-        """The objective with the scale of every judged term."""
+        """Compute the scales from all batches.
+
+        Returns:
+            The objective with the scale of every judged term.
+        """
         scales = iter([sums.scale() for sums in self._sums])
         terms = [
             term if term.kind == "ignore" else replace(term, scale=next(scales))

@@ -112,7 +112,15 @@ def scale(
 
 
 def fits(scales: tuple[Scale, ...], objective: Objective) -> bool:
-    """Check that these may be the scales of the judged terms: one each, of finite positive numbers."""
+    """Validate a cache entry: the scales of the judged terms.
+
+    Args:
+        scales: Scales as read.
+        objective: The terms that they belong to.
+
+    Returns:
+        True if there is one scale per judged term, all of finite positive numbers.
+    """
     return len(scales) == len(objective.judged) and all(
         s.form in ("auto", "logits", "probabilities", "scores")
         and s.spread > 0

@@ -48,24 +48,52 @@ class Graph:
         return frozenset(port.name for port in self.model.inputs)
 
     def maker(self, tensor: str) -> Node | None:
-        """The producer of a tensor; None for inputs, constants, and operators of other domains."""
+        """Return the producer of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The node; None for inputs, constants, and operators of unknown domains.
+        """
         node = self.makers.get(tensor)
         return node if node is not None and node.domain in ("", "ai.onnx", "ai.onnx.ml") else None
 
     def op(self, tensor: str) -> str:
-        """The operator that gives a tensor; empty where there is none that is known."""
+        """Name the operator that produces a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The operator; empty for inputs, constants and operators of unknown domains.
+        """
         node = self.maker(tensor)
         return "" if node is None else node.op
 
     def branches(self, tensor: str) -> list[str]:
-        """Outputs of the branches of an If for a tensor; empty where another operator gives it."""
+        """Return the outputs of the branches of an If for one of its outputs.
+
+        Args:
+            tensor: Name of a tensor.
+
+        Returns:
+            One tensor per branch; empty if the producer has no branches.
+        """
         node = self.maker(tensor)
         if node is None or not has(node, Trait.BRANCHES):
             return []
         return [body.outputs[node.outputs.index(tensor)] for body in node.bodies.values()]
 
     def shape(self, tensor: str) -> tuple[int, ...] | None:
-        """The shape for one feed; None where it depends on values or is not known."""
+        """Return the shape of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Lengths of the axes for one feed, or None where they are unknown or depend on values.
+        """
         if tensor in self.model.shapes:
             return self.model.shapes[tensor]
         declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
@@ -76,30 +104,67 @@ class Graph:
         return known if len(known) == len(bound) else None
 
     def rank(self, tensor: str) -> int | None:
-        """The number of axes, of graph outputs as they declare it."""
+        """Return the number of axes of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The number, or None where it is neither inferred nor declared.
+        """
         shape = self.shape(tensor)
         if shape is not None:
             return len(shape)
         return next((len(p.dims) for p in self.model.outputs if p.name == tensor and p.dims), None)
 
     def floating(self, tensor: str) -> bool:
-        """Check whether a tensor is floating; those of unknown type are not."""
+        """Check whether a tensor has a floating-point type.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            False also for tensors of unknown type.
+        """
         kind = self.model.dtypes.get(tensor)
         if kind is None:
             kind = next((p.dtype for p in self.model.outputs if p.name == tensor), None)
         return kind is not None and (bool(np.issubdtype(kind, np.floating)) or "float" in kind.name)
 
     def constant(self, tensor: str) -> Array | None:
-        """The value of a constant."""
+        """Return the value of a constant.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value, or None for an activation.
+        """
         return self.model.constants.get(tensor)
 
     def number(self, tensor: str) -> float | None:
-        """The value of a constant with one element."""
+        """Return the value of a constant with one element.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value, or None for an activation and for constants of any other size.
+        """
         value = self.constant(tensor)
         return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
 
     def integers(self, node: Node, slot: int, attribute: str) -> list[int] | None:
-        """A list that later opsets give as an input and earlier ones as an attribute; None where it is not constant."""
+        """Return a list that early opsets have as an attribute and later ones as an input.
+
+        Args:
+            node: The node.
+            slot: Position of the input.
+            attribute: Name of the attribute.
+
+        Returns:
+            The list, or None where it is absent or computed.
+        """
         if attribute in node.attrs:
             return [int(a) for a in np.atleast_1d(node.attrs[attribute])]
         if len(node.inputs) <= slot or not node.inputs[slot]:
@@ -108,14 +173,30 @@ class Graph:
         return None if value is None else [int(a) for a in value.reshape(-1)]
 
     def heavy(self, node: Node) -> bool:
-        """Check whether a node counts multiply-accumulates."""
+        """Check whether a node counts multiply-accumulates.
+
+        Args:
+            node: The node.
+
+        Returns:
+            True for operators with a cost.
+        """
         spec = lookup(node.domain, node.op, node.version)
         return spec is not None and spec.cost is not None
 
     # ------------------------------------------------------------------------------------------------- moved entries
 
     def trace(self, tensor: str) -> Origin:
-        """Go back through casts between floats, reshapes, transpositions and slices."""
+        """Follow a tensor backwards through operators that only move or convert entries.
+
+        These are casts between floats, quantisation, reshapes, transpositions and slices.
+
+        Args:
+            tensor: Name of the tensor to start from.
+
+        Returns:
+            The first tensor behind them, and the slice of it that arrives.
+        """
         part: Part | None = None
         seen = [tensor]
         while (node := self.maker(tensor)) is not None:
@@ -160,13 +241,29 @@ class Graph:
         return None if found is None else Part(*found)
 
     def axis_before(self, node: Node, axis: int) -> int | None:
-        """The axis in front of a reshape that holds the same entries as ``axis`` behind it."""
+        """Find an axis of the input of a reshape.
+
+        Args:
+            node: The reshape.
+            axis: Axis of its output.
+
+        Returns:
+            The axis of its input that holds the same entries, or None where entries of several axes are merged or
+            split.
+        """
         return _matching(self.shape(node.outputs[0]), self.shape(node.inputs[0]), axis)
 
     # ------------------------------------------------------------------------------------------------------- channels
 
     def channel_axis(self, tensor: str) -> int | None:
-        """The axis of classes, columns or channels; None where a tensor has one column or an unknown rank."""
+        """Find the axis of classes, columns or channels of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The axis; None where the tensor has one column or an unknown rank.
+        """
         rank = self.rank(tensor)
         if rank is None or rank < 2:
             return None
@@ -209,7 +306,14 @@ class Graph:
         return None
 
     def like_an_input(self, tensor: str) -> bool:
-        """Check whether a tensor is a picture in three colours as one of the inputs is."""
+        """Check whether a tensor is an image with three colours, as one of the graph inputs is.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            True for four axes, three channels, and the shape of a graph input.
+        """
         shape = self.shape(tensor)
         if shape is None or len(shape) != 4 or 3 not in (shape[1], shape[3]):
             return False

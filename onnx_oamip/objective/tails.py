@@ -44,7 +44,16 @@ class Tails:
         )
 
     def terms(self, tensor: str) -> list[Term]:
-        """The terms behind a tensor; none where no float in front of it can be reached."""
+        """Find the terms of a graph output.
+
+        Args:
+            tensor: Name of the output. If it is an integer or depends on decisions, the terms are the
+                floating-point tensors that
+                the decisions are made from.
+
+        Returns:
+            The terms; empty if no such tensor can be reached.
+        """
         if self.graph.floating(tensor) and not self.decisive(tensor):
             return self.explain(tensor)
         found = self.decide(tensor, set(), 0)
@@ -54,7 +63,14 @@ class Tails:
     # -------------------------------------------------------------------------------------------------------- floats
 
     def explain(self, tensor: str) -> list[Term]:
-        """The terms of a float tensor that depends on no decision."""
+        """Find the terms of a floating-point tensor that depends on no decision.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The terms of the first rule that recognises the operators in front of it; else one ambiguous term.
+        """
         origin = self.graph.trace(tensor)
         boxes = next((name for name in origin.seen if name in self.boxes), None)
         if boxes is not None:
@@ -172,7 +188,15 @@ class Tails:
         return [replace(self._term(origin.tensor, kind, axis, tail=node.op), part=origin.part)]
 
     def probable(self, tensor: str, depth: int = 0) -> bool:
-        """Check whether a tensor holds probabilities by its structure."""
+        """Check by structure whether a tensor holds probabilities.
+
+        Args:
+            tensor: Its name.
+            depth: Steps taken so far, up to ``DEPTH``.
+
+        Returns:
+            True if it is made by a softmax or a sigmoid, also through operators that keep probabilities.
+        """
         if tensor not in self._probable:
             self._probable[tensor] = False
             origin = self.graph.trace(tensor)
@@ -201,7 +225,15 @@ class Tails:
     # ----------------------------------------------------------------------------------------------------- decisions
 
     def decisive(self, tensor: str, depth: int = 0) -> bool:
-        """Check whether a tensor depends on a decision behind the last layer."""
+        """Check whether a tensor depends on a decision behind the last layer.
+
+        Args:
+            tensor: Its name.
+            depth: Steps taken so far, up to ``DEPTH``.
+
+        Returns:
+            True behind an ArgMax, a TopK, a comparison and the like.
+        """
         if tensor not in self._decisive:
             self._decisive[tensor] = False
             node = self.graph.maker(tensor)
@@ -219,7 +251,15 @@ class Tails:
         return node.op in kinds.DECISIONS and not values and any(self.learnt(name) for name in read)
 
     def learnt(self, tensor: str, depth: int = 0) -> bool:
-        """Check whether a layer or an unknown operator lies behind a tensor."""
+        """Check whether a tensor depends on a layer or on an operator that is not known.
+
+        Args:
+            tensor: Its name.
+            depth: Steps taken so far, up to ``DEPTH``.
+
+        Returns:
+            False for tensors that are computed from constants and lengths alone.
+        """
         if tensor not in self._learnt:
             self._learnt[tensor] = False
             node = self.graph.makers.get(tensor)
@@ -232,7 +272,16 @@ class Tails:
         return self._learnt[tensor]
 
     def decide(self, tensor: str, seen: set[str], depth: int) -> list[Term]:
-        """The terms that a decision, or what depends on one, is made from."""
+        """Find the terms that a decision is made from.
+
+        Args:
+            tensor: Name of a tensor that holds a decision, or depends on one.
+            seen: Tensors that were visited; this one is added.
+            depth: Steps taken so far, up to ``DEPTH``.
+
+        Returns:
+            The terms of the floating-point tensors in front of the decision.
+        """
         node = self.graph.maker(tensor)
         if tensor in seen or not self.learnt(tensor):
             return []

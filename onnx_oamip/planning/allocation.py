@@ -56,10 +56,13 @@ class Limits:
     reserved: Mapping[str, int] = field(default_factory=dict)
 
     def holds(self, cost: Cost) -> bool:
-        """Return True if every limit is met.
+        """Check whether every limit is met.
 
         Args:
             cost: Costs of a plan.
+
+        Returns:
+            True if no cost exceeds its limit.
         """
         return all(kind.of(cost) <= limit for kind, limit in self._limited())
 
@@ -140,11 +143,24 @@ def allocate(
     extra: Sequence[LinearisedLimit] = (),
     floor: Floats | None = None,
 ) -> Plan:
-    """The plan: widths by the chosen allocation, within a group the units of highest score (ties: lower index).
+    """Choose the widths by the allocation of the settings, and the units of highest score in each group.
 
-    ``floor`` (groups,): the least share of every group, ``settings.floor`` of all where it is not given.
+    Args:
+        coupling: The units.
+        ledger: Costs as functions of the widths.
+        scores: One score per unit; of equal ones the lower index is kept.
+        limit: Limits of the counted budgets.
+        settings: Allocation, floor, threshold and alpha.
+        step: Units per alignment step of every group (groups,).
+        ladder: Losses at every width that a plan may choose; None for allocations without a program.
+        extra: Further linear limits of the budget program.
+        floor: Least share of every group (groups,); ``settings.floor`` for all where it is None.
 
-    Raises BudgetNotMet, naming what binds, where even the narrowest model is over a limit.
+    Returns:
+        The plan.
+
+    Raises:
+        BudgetNotMet: Even the narrowest model exceeds a limit; the message names it.
     """
     full = full_widths(coupling)
     narrowest = least(settings.floor if floor is None else floor, step, full)
@@ -200,7 +216,16 @@ def allocate(
 
 
 def least(floor: Floats | float, step: Ints, full: Ints) -> Ints:
-    """Narrowest width of every group: a multiple of its step that holds the share ``floor``, or the full width."""
+    """Return the narrowest width of every group.
+
+    Args:
+        floor: Least share of a group, one for all or (groups,).
+        step: Units per alignment step of every group (groups,).
+        full: Units of every group (groups,).
+
+    Returns:
+        Multiples of the steps (groups,) that hold the share, or the full width where that is smaller.
+    """
     share = np.ceil(floor * full - ROUNDING).astype(np.int64)
     widths: Ints = np.minimum(np.maximum(step, -(-share // step) * step), full)
     return widths
@@ -259,10 +284,20 @@ def _at(ladder: Ladder, rungs: Sequence[Ints]) -> Ladder:
 
 
 def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> Ints:
-    """Units per alignment step of each group: a unit that holds several channels needs fewer of itself.
+    """Choose the units per alignment step of each group.
 
-    ``auto`` measures the step that the device likes and applies it where kernels block channels (convolutions), but
-    never more than a quarter of a group: a narrow layer has little time to win and much to lose.
+    Args:
+        model: The model.
+        coupling: Its units.
+        align: Channels per step; ``auto`` measures the step that suits the device. It is then applied only to
+            groups with
+            convolutions, whose kernels block channels, and never exceeds a quarter of a group: a narrow layer has
+                little time
+            to win and much accuracy to lose.
+        device: Where the model runs.
+
+    Returns:
+        Steps (groups,): fewer units than channels if a unit holds several channels.
     """
     result = []
     wanted = find_step(device).value if align == "auto" else int(align)
@@ -281,7 +316,16 @@ def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> In
 
 
 def best_units(coupling: Coupling, values: Floats, widths: Ints) -> Bools:
-    """The ``widths[g]`` units of largest value in every group."""
+    """Keep the units of largest value in every group.
+
+    Args:
+        coupling: The units.
+        values: One value per unit (n_units,); ties go to the lower index.
+        widths: Units to keep of every group (groups,).
+
+    Returns:
+        The keep mask (n_units,).
+    """
     # lexsort is stable: by group, then by falling value, then by index.
     order = np.lexsort((-values, coupling.unit_group))
     place = np.empty(len(order), np.int64)

@@ -28,7 +28,15 @@ from onnx_oamip.statistics.context import Collected
 
 
 def check(settings: Settings, scored: bool) -> None:
-    """Raises SettingsError for settings that contradict rounds, or an alpha that nobody asks for."""
+    """Refuse settings that contradict rounds, and an `alpha` that the method does not use.
+
+    Args:
+        settings: Settings of the run.
+        scored: True if scores are read from a file.
+
+    Raises:
+        SettingsError: Two settings exclude each other.
+    """
     if settings.alpha is not None and settings.importance != "nnrelief" and not scored:
         raise SettingsError(f"`alpha` is about `importance=nnrelief`, not {settings.importance}.")
     if settings.sparse and settings.granularity != "connection":
@@ -49,7 +57,17 @@ def check(settings: Settings, scored: bool) -> None:
 
 
 def approach(ready: Prepared) -> tuple[Prepared, Attempt]:
-    """The last of ``settings.iterations`` attempts, and what it was made from. Raises BudgetNotMet."""
+    """Prune in several rounds, each with a smaller budget and with new scores of the remaining model.
+
+    Args:
+        ready: Scores and losses of the original. ``settings.iterations`` is the number of rounds.
+
+    Returns:
+        The attempt of the last round, and the scores and losses that it was made from.
+
+    Raises:
+        BudgetNotMet: A round has no plan within its budget.
+    """
     asked = ready.settings
     rounds = asked.iterations
     for i in range(1, rounds):
@@ -88,9 +106,15 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
 
 
 def units(whole: Coupling, part: Coupling, keep: Bools) -> Ints:
-    """The unit of ``whole`` that every unit of ``part`` is, where ``part`` is what ``keep`` (n_units,) left of it.
+    """Map the units of a pruned model to those of its original.
 
-    -1 for a unit that shares no named axis with it.
+    Args:
+        whole: Units of the original.
+        part: Units of the pruned model.
+        keep: Keep mask of the original's units (n_units,) that the pruned model was made by.
+
+    Returns:
+        The original's unit of every unit of ``part`` (units of ``part``,); -1 where both share no axis of a name.
     """
     result = np.full(part.n_units, -1, np.int64)
     for key, labels in part.axes.items():

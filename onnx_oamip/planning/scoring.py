@@ -95,7 +95,15 @@ def score(context: Context) -> Scores:
 
 
 def fits(found: Scores, coupling: Coupling) -> bool:
-    """Check that these may be the scores of the units of a coupling."""
+    """Validate a cache entry: the scores of a coupling.
+
+    Args:
+        found: Scores as read.
+        coupling: The units.
+
+    Returns:
+        True if there is one finite float64 score per unit, and texts and records have their types.
+    """
     texts = all(isinstance(text, str) for text in (found.method, *found.notes))
     whole = found.values.dtype == np.float64 and found.values.shape == (coupling.n_units,)
     records = all(isinstance(program, dict) for program in found.programs)
@@ -103,9 +111,17 @@ def fits(found: Scores, coupling: Coupling) -> bool:
 
 
 def apply_method(context: Context, method: Method, statistics: Statistics | None) -> Scores:
-    """The method's scores; where it offers other orders as well, per group the order that was measured to lose least.
+    """Score the units, and choose among the removal orders that the method offers.
 
-    The scores of a group keep their values and change hands.
+    Args:
+        context: The model, its samples and the settings.
+        method: The importance method.
+        statistics: Statistics that the method requested; None if it requested none.
+
+    Returns:
+        One score per unit. If the method offers several orders, each group takes the one of least measured loss;
+        its scores
+        keep their values and are sorted into that order.
     """
     model, coupling, settings = context.model, context.coupling, context.settings
     found = method.score(model, coupling, statistics, settings)
@@ -203,7 +219,16 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
 
 
 def order(scores: Scores, coupling: Coupling) -> Floats:
-    """Removal order as scores; ties are broken as ``allocation.best_units`` breaks them (higher index first)."""
+    """Return the removal order as scores without ties.
+
+    Args:
+        scores: Scores of all units.
+        coupling: The units.
+
+    Returns:
+        Ranks (n_units,), larger means keep. Of equal scores the higher index is removed first, as in
+        ``allocation.best_units``.
+    """
     rank = np.lexsort((-np.arange(coupling.n_units), scores.values))
     order = np.empty(coupling.n_units)
     order[rank] = np.arange(coupling.n_units)

@@ -87,7 +87,19 @@ class Attempt:
 def attempt(
     ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]
 ) -> Attempt:
-    """Allocate, cut and refit; once more for each time that the file is larger than was predicted."""
+    """Allocate, cut and refit; repeat with a tighter limit while the file is larger than predicted.
+
+    Args:
+        ready: Scores and losses.
+        limit: Limits of the counted budgets.
+        extra: Further linear limits of the budget program.
+
+    Returns:
+        The attempt. If the file is too large after ``SIZE_TRIES`` repeats, it is returned as it is.
+
+    Raises:
+        BudgetNotMet: No plan meets the limits.
+    """
     found = carry_out(ready, allocate(ready, limit, extra))
     size = ready.settings.budget.size
     for _ in range(SIZE_TRIES):
@@ -106,7 +118,19 @@ def attempt(
 def allocate(
     ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...] = ()
 ) -> Plan:
-    """The plan under absolute limits."""
+    """Choose the widths of all groups and the units to keep.
+
+    Args:
+        ready: Scores and losses.
+        limit: Limits of the counted budgets.
+        extra: Further linear limits of the budget program.
+
+    Returns:
+        The plan.
+
+    Raises:
+        BudgetNotMet: No plan meets the limits.
+    """
     return allocation.allocate(
         ready.coupling,
         ready.ledger,
@@ -121,7 +145,15 @@ def allocate(
 
 
 def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
-    """Per group the measured loss of the model with only that group as narrow as planned; None where none was."""
+    """Return the measured loss of every group at its planned width.
+
+    Args:
+        ready: Scores and losses.
+        chosen: The plan.
+
+    Returns:
+        Per group the loss of the model with only that group pruned; None where no losses were measured.
+    """
     if ready.ladder is None:
         return [None] * len(ready.coupling.groups)
     rows = zip(ready.ladder.widths, ready.ladder.cost, chosen.widths.tolist(), strict=True)
@@ -129,13 +161,29 @@ def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
 
 
 def adding(ready: Context, chosen: Plan) -> list[str]:
-    """Names of the groups whose cut adds nodes, as a normalisation has to see the zeros of what went."""
+    """Name the groups whose cut inserts nodes, because a normalisation needs zeros in place of removed channels.
+
+    Args:
+        ready: The model and its costs.
+        chosen: The plan.
+
+    Returns:
+        Names of the groups.
+    """
     brought = ready.ledger.one_off.inserting_groups(chosen.widths)
     return [ready.coupling.groups[g].name for g in np.flatnonzero(brought)]
 
 
 def carry_out(ready: Context, chosen: Plan) -> Attempt:
-    """Cut and refit as the settings say."""
+    """Cut a model as planned, and refit its consumers.
+
+    Args:
+        ready: The model, its samples and the settings, which choose the refit.
+        chosen: The plan.
+
+    Returns:
+        The cut and refitted model with its costs.
+    """
     raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
     pruned = Pruned(raw, raw)
     if chosen.keep.all():
@@ -190,9 +238,16 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
 
 
 def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
-    """Outputs of the original on the evaluation samples in batches of ``batch``; None where that is over ``ANSWERS``.
+    """Record the outputs of the original on the held-out samples; they are the same for every plan.
 
-    No plan changes it, so it is found out once.
+    Args:
+        ready: The model and its samples.
+        batch: Samples of one run.
+
+    Returns:
+        The outputs, from the cache where an earlier run kept them. None without held-out samples, and where the
+        outputs would
+        take more than ``ANSWERS`` bytes.
     """
     model, held, objective = ready.model, ready.held_out, ready.objective
     names = equivalence.watched(model, objective)
@@ -235,14 +290,31 @@ def _given(
 
 
 def folds_constants(settings: Settings) -> bool:
-    """Check whether the constants that removed units emit are folded: no refit, and a method that keeps biases."""
+    """Check whether constant outputs of removed units are folded into the biases of their consumers.
+
+    Args:
+        settings: Settings of the run.
+
+    Returns:
+        True without a refit, for a method whose removed units keep their biases.
+    """
     # In the exact formulation and the decoupled programs a removed unit is gone, its constant with it.
     published = settings.formulation == "paper" and settings.mode != "decoupled"
     return settings.refit == "none" and find(settings.importance).keeps_bias and published
 
 
 def plan(ready: Prepared) -> Plan:
-    """The plan that :func:`search` would carry out; only budgets that are measured on a cut model need one made."""
+    """Make the plan that :func:`search` would carry out.
+
+    Args:
+        ready: Scores and losses.
+
+    Returns:
+        The plan. A model is cut only for budgets that are measured on one (`size`, `max_drop`).
+
+    Raises:
+        BudgetNotMet: No plan meets the budget.
+    """
     if ready.settings.size is not None or ready.settings.max_drop is not None:
         found = search(ready)
         meets(ready.settings.budget, ready.before, found.after)
@@ -251,7 +323,16 @@ def plan(ready: Prepared) -> Plan:
 
 
 def meets(budget: Budget, before: Cost, after: Cost) -> None:
-    """Raises GateFailed where a counted budget does not hold."""
+    """Check the counted budgets of a pruned model.
+
+    Args:
+        budget: The budgets, as shares of the original.
+        before: Costs of the original.
+        after: Costs of the pruned model.
+
+    Raises:
+        GateFailed: A budget is exceeded.
+    """
     for kind, share in counted_shares(budget):
         old, new = kind.of(before), kind.of(after)
         if new > share * old:
@@ -262,7 +343,17 @@ def meets(budget: Budget, before: Cost, after: Cost) -> None:
 
 
 def search(ready: Prepared) -> Attempt:
-    """The attempt that meets the budget. Raises BudgetNotMet, saying what binds, where there is none."""
+    """Find and carry out a plan that meets the budget.
+
+    Args:
+        ready: Scores and losses.
+
+    Returns:
+        The attempt.
+
+    Raises:
+        BudgetNotMet: There is no such plan; the message names the limit that prevents it.
+    """
     limit, extra = _limits(ready)
     if ready.settings.max_drop is not None:
         return _smallest(ready, limit, extra, ready.settings.max_drop)
@@ -337,7 +428,16 @@ def _aim(tried: Sequence[tuple[float, float]], share: float) -> float:
 
 
 def latency_ratio(ready: Context, proto: object, seconds: float = 2.0) -> float:
-    """Measured latency of a model over the original's, one sample at a time, medians of interleaved rounds."""
+    """Measure the latency of a model relative to the original's, one sample at a time.
+
+    Args:
+        ready: The original, its samples and the device.
+        proto: The other model.
+        seconds: Approximate time of the measurement.
+
+    Returns:
+        The ratio of medians over interleaved rounds, under 1 if the other model is faster.
+    """
     ratio = compare_latency(ready.model.proto, proto, ready.samples, ready.device, seconds=seconds)  # type: ignore[arg-type]
     return ratio.median
 

@@ -53,7 +53,15 @@ LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 
 
 def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
-    """Check that these may be the losses of groups that are this wide (groups,)."""
+    """Validate a cache entry: the losses of every group at several widths.
+
+    Args:
+        found: Losses as read.
+        wide: Units of every group (groups,).
+
+    Returns:
+        True if each group has finite losses at rising widths, the last of which is its full width.
+    """
     return len(found) == len(wide) and all(
         s.widths.dtype == np.int64
         and s.loss.dtype == np.float64
@@ -219,7 +227,14 @@ def _losses(whole: _Whole, job: Job, removed: Sequence[Ints]) -> Floats:
 
 
 def levels(width: int) -> Ints:
-    """Widths measured for a group, ascending, the full width last; 1 is always among them."""
+    """Choose the widths at which a group is measured.
+
+    Args:
+        width: Units of the group.
+
+    Returns:
+        Rising widths from 1 to the full width.
+    """
     shares = np.asarray([1 / width, *sorted(LEVELS), 1.0])
     return np.unique(np.clip(np.round(shares * width), 1, width).astype(np.int64))
 

@@ -24,7 +24,14 @@ from onnx_oamip.statistics.requests import COVARIANCE
 
 
 def programmed(settings: Settings) -> bool:
-    """Check whether losses are measured for the budget program: an alpha alone leaves it nothing to choose."""
+    """Check whether the budget program runs, which needs measured losses.
+
+    Args:
+        settings: Settings of the run.
+
+    Returns:
+        False for other allocations, and if `alpha` is the only budget.
+    """
     return settings.allocate == "mip" and settings.budget != Budget()
 
 
@@ -79,9 +86,16 @@ def measure(
 def rungs(
     coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: Floats | float
 ) -> Ladder:
-    """Widths each group may take (all multiples of its step) with losses interpolated between the measured ones.
+    """List the widths that a plan may choose for each group, with their losses.
 
-    ``floor``: the least share of a group, one for all or (groups,).
+    Args:
+        coupling: The groups.
+        sensitivities: Measured losses of every group.
+        step: Units per alignment step of every group (groups,).
+        floor: Least share of a group, one for all or (groups,).
+
+    Returns:
+        Widths: all multiples of the step from the floor on, and the full width. Losses are interpolated.
     """
     widths, losses = [], []
     wide = cost.full_widths(coupling)
@@ -96,7 +110,19 @@ def rungs(
 
 
 def interpolate(found: Sensitivity, widths: Ints) -> Floats:
-    """Losses at other widths: monotone cubic through the measured ones (never below zero, never rising with width)."""
+    """Interpolate the losses of a group by a monotone cubic.
+
+    Args:
+        found: Losses at the measured widths.
+        widths: Other widths.
+
+    Returns:
+        Losses at those widths, never negative and never rising with the width.
+
+    Source:
+        Fritsch and Butland, A method for constructing local monotone piecewise cubic interpolants, 1984 (PCHIP of
+        scipy).
+    """
     if len(found.widths) == 1:
         return np.zeros(len(widths))
     from scipy.interpolate import PchipInterpolator  # brings half of scipy

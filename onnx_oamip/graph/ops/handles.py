@@ -28,79 +28,251 @@ LabelAxis = Ints | None
 class Labels(Protocol):
     """The handle of a channel rule: read the labels of inputs, tie and pin them, set those of outputs."""
 
-    def shape(self, tensor: str) -> tuple[int, ...] | None: ...
-    def constant(self, tensor: str) -> Array | None: ...
-    def is_constant(self, tensor: str) -> bool: ...
-    def readers(self, tensor: str) -> Sequence[Node]: ...
+    def shape(self, tensor: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Lengths of the axes, or None where they are unknown.
+        """
+        ...
+
+    def constant(self, tensor: str) -> Array | None:
+        """Return the value of a constant.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value, or None for an activation.
+        """
+        ...
+
+    def is_constant(self, tensor: str) -> bool:
+        """Check whether a tensor is a constant.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            True for initialisers and for outputs of constant nodes.
+        """
+        ...
+
+    def readers(self, tensor: str) -> Sequence[Node]:
+        """Return the consumers of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Its consumers, in the order of the graph.
+        """
+        ...
+
     def producer(self, tensor: str) -> Node | None:
-        """The node that makes a tensor, None for a graph input or a constant."""
+        """Return the producer of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The node, or None for a graph input or a constant.
+        """
         ...
 
     def is_output(self, tensor: str) -> bool:
-        """True for outputs of the graph."""
+        """Check whether a tensor is a graph output.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            True for graph outputs.
+        """
         ...
 
     def label(self, tensor: str, axis: int) -> LabelAxis:
-        """Labels along one axis. A constant gets fresh labels when first asked."""
+        """Return the labels along one axis of a tensor.
+
+        Args:
+            tensor: Its name. A constant gets new labels at the first request.
+            axis: The axis.
+
+        Returns:
+            One label per index (channels,), or None where the axis is not tracked.
+        """
         ...
 
     def axes(self, tensor: str) -> list[LabelAxis]:
-        """Labels of all axes of an activation; for a constant, of all its axes (made fresh)."""
+        """Return the labels along all axes of a tensor.
+
+        Args:
+            tensor: Its name. A constant gets new labels along every axis.
+
+        Returns:
+            Labels per axis, None for axes that are not tracked.
+        """
         ...
 
     def fresh(self, count: int, reason: str) -> Ints:
-        """New pinned labels, for channels that must not be removed."""
+        """Make pinned labels, for channels that must not be removed.
+
+        Args:
+            count: Number of channels.
+            reason: Reason shown to the user.
+
+        Returns:
+            The labels (count,).
+        """
         ...
 
     def free(self, count: int) -> Ints:
-        """New labels, for channels that are made here and can be removed."""
+        """Make labels for channels that start at this node and can be removed.
+
+        Args:
+            count: Number of channels.
+
+        Returns:
+            The labels (count,).
+        """
         ...
 
     def tie(self, a: Ints, b: Ints) -> None:
-        """Channels of ``a`` and ``b``, broadcast against each other, can only be removed together."""
+        """Couple channels pairwise: both of a pair are removed together or not at all.
+
+        Args:
+            a: Labels.
+            b: Labels of a shape that broadcasts against that of ``a``.
+        """
         ...
 
     def pin(self, labels: LabelAxis, reason: str, listed: bool = True) -> None:
-        """Keep channels; ``listed``: report them. False for indices that are no channels, such as taps of a kernel."""
+        """Pin channels: they are never removed.
+
+        Args:
+            labels: Labels (channels,); None does nothing.
+            reason: Reason shown to the user.
+            listed: Report the channels as pinned. False for indices that are no channels, such as taps of a kernel.
+        """
         ...
 
-    def pin_all(self, tensor: str, reason: str) -> None: ...
+    def pin_all(self, tensor: str, reason: str) -> None:
+        """Pin the channels along every axis of a tensor.
+
+        Args:
+            tensor: Its name.
+            reason: Reason shown to the user.
+        """
+        ...
+
     def unify(self, occurrences: Sequence[Axis], node: Node) -> LabelAxis:
-        """Tie several axes of equal length; where one is untracked, pin the others and return None."""
+        """Couple several axes of equal length, index by index.
+
+        Args:
+            occurrences: The axes. If one of them is not tracked, the others are pinned.
+            node: Node at which the axes meet, named in the reason.
+
+        Returns:
+            The common labels, or None if an axis is not tracked.
+        """
         ...
 
     def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
-        """Record that ``node`` sums over the axis ``data``, meeting ``weight`` along its axis.
+        """Record that a node sums over an axis.
 
-        ``data`` holds zeros where channels are masked: an activation, or a constant of the node where it meets values
-        that cannot be reached from outside (the recurrent weights of an LSTM meet the node's own output).
+        Masked channels are set to zero there, which removes their contribution to the sum.
+
+        Args:
+            node: The consumer.
+            data: The summed axis of an activation, or of a constant of the node that meets values that cannot be
+                reached from
+                outside (the recurrent weights of an LSTM meet the node's own output).
+            weight: The axis of the weight that it is multiplied with, if any.
+            groups: Blocks of a grouped product.
         """
         ...
 
     def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
-        """Labels of an output; ``why`` explains untracked axes (default: as the node's first input)."""
+        """Set the labels of an output.
+
+        Args:
+            tensor: Its name.
+            axes: Labels per axis, None for axes that are not tracked.
+            why: Reason for axes that are not tracked; by default that of the node's first input.
+        """
         ...
 
     def enter(self, body: Body) -> None:
-        """Follow the nodes of a body whose inputs have their labels."""
+        """Apply the channel rules to the nodes of a subgraph.
+
+        Args:
+            body: The subgraph; its inputs have labels.
+        """
         ...
 
     def choice(self, node: Node, default: int) -> int:
-        """Side of an ambiguous split that stays free: a position chosen by the search, or ``default``."""
+        """Return the side of an ambiguous split that remains removable.
+
+        Args:
+            node: The node that splits.
+            default: Position of the side that is taken without a search.
+
+        Returns:
+            The position that the search over splits has chosen, or ``default``.
+        """
         ...
 
 
 class Cuts(Protocol):
     """The handle of a repair rule: kept channels along axes, and shapes and constants before the cut."""
 
-    def shape(self, tensor: str) -> tuple[int, ...]: ...
-    def constant(self, tensor: str) -> Array | None: ...
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return the shape of a tensor before the cut.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Lengths of the axes.
+        """
+        ...
+
+    def constant(self, tensor: str) -> Array | None:
+        """Return the value of a constant before the cut.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value, or None for an activation.
+        """
+        ...
+
     def keep(self, tensor: str, axis: int) -> Bools | None:
-        """Mask along the axis, or None where nothing is cut there."""
+        """Return the keep mask along one axis.
+
+        Args:
+            tensor: Name of a tensor.
+            axis: The axis.
+
+        Returns:
+            The mask (channels,), or None where no channel is removed.
+        """
         ...
 
     def kept(self, tensor: str, axis: int) -> int:
-        """Length of the axis after the cut."""
+        """Return the length of an axis after the cut.
+
+        Args:
+            tensor: Name of a tensor.
+            axis: The axis.
+
+        Returns:
+            The number of channels kept.
+        """
         ...
 
 
@@ -111,41 +283,153 @@ class Terms(Protocol):
     mixed-integer program and the intervals that bound them. A rule may name tensors in between as it likes.
     """
 
-    def shape(self, tensor: str) -> tuple[int, ...]: ...
-    def constant(self, tensor: str) -> Array | None: ...
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """Return the shape of a tensor for the feed that is encoded.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Lengths of the axes.
+        """
+        ...
+
+    def constant(self, tensor: str) -> Array | None:
+        """Return the value of a constant.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value, or None for an activation.
+        """
+        ...
+
     def affine(
         self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0
     ) -> None:
-        """``out = sum of matrix @ tensor + offset``: matrices are (elements of out, elements of the tensor)."""
+        """State that a tensor is an affine function of others: ``out = sum of matrix @ tensor + offset``.
+
+        Args:
+            out: Name of the tensor.
+            parts: Names of the others with their matrices (elements of ``out``, elements of the other).
+            offset: Constant, broadcast to the elements of ``out``.
+        """
         ...
 
     def relu(self, out: str, x: str) -> None:
-        """``out = max(x, 0)``."""
+        """State ``out = max(x, 0)`` by element.
+
+        Args:
+            out: Name of the result.
+            x: Name of the argument.
+        """
         ...
 
     def maximum(self, out: str, x: str, windows: Ints) -> None:
-        """``out[i] = max_j x[windows[i, j]]``, -1 for a place outside; every window has at least one inside."""
+        """State ``out[i] = max over j of x[windows[i, j]]``.
+
+        Args:
+            out: Name of the result.
+            x: Name of the argument.
+            windows: Elements of ``x`` in C order (elements of ``out``, size of a window); -1 for a place in the
+                padding. Every
+                window has at least one element.
+        """
         ...
 
 
 class Reader(Protocol):
     """The handle of rules that look at a whole graph: producers, shapes and constants by name of a tensor."""
 
-    def maker(self, tensor: str) -> Node | None: ...
-    def op(self, tensor: str) -> str:
-        """The operator that gives a tensor; empty where there is none that is known."""
+    def maker(self, tensor: str) -> Node | None:
+        """Return the producer of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The node; None for inputs, constants, and operators of unknown domains.
+        """
         ...
 
-    def shape(self, tensor: str) -> tuple[int, ...] | None: ...
-    def rank(self, tensor: str) -> int | None: ...
-    def floating(self, tensor: str) -> bool: ...
-    def constant(self, tensor: str) -> Array | None: ...
+    def op(self, tensor: str) -> str:
+        """Name the operator that produces a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The operator; empty for inputs, constants and operators of unknown domains.
+        """
+        ...
+
+    def shape(self, tensor: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Lengths of the axes for one feed, or None where they are unknown.
+        """
+        ...
+
+    def rank(self, tensor: str) -> int | None:
+        """Return the number of axes of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The number, or None where it is unknown.
+        """
+        ...
+
+    def floating(self, tensor: str) -> bool:
+        """Check whether a tensor has a floating-point type.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            False also for tensors of unknown type.
+        """
+        ...
+
+    def constant(self, tensor: str) -> Array | None:
+        """Return the value of a constant.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value, or None for an activation.
+        """
+        ...
+
     def number(self, tensor: str) -> float | None:
-        """The value of a constant with one element."""
+        """Return the value of a constant with one element.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The value, or None for an activation and for constants of any other size.
+        """
         ...
 
     def integers(self, node: Node, slot: int, attribute: str) -> list[int] | None:
-        """A list given as an attribute or as a constant input; None where it is neither."""
+        """Return a list that early opsets have as an attribute and later ones as an input.
+
+        Args:
+            node: The node.
+            slot: Position of the input.
+            attribute: Name of the attribute.
+
+        Returns:
+            The list, or None where it is absent or computed.
+        """
         ...
 
 

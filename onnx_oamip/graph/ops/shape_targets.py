@@ -41,43 +41,127 @@ class Targets(Protocol):
         ...
 
     def producer(self, tensor: str, op: str) -> NodeProto | None:
-        """The producer of a tensor, if it is this operator."""
+        """Return the producer of a tensor if it is a given operator.
+
+        Args:
+            tensor: Name of the tensor.
+            op: Name of the operator.
+
+        Returns:
+            The node, or None.
+        """
         ...
 
-    def consumers(self, tensor: str) -> Sequence[NodeProto]: ...
-    def is_output(self, tensor: str) -> bool: ...
+    def consumers(self, tensor: str) -> Sequence[NodeProto]:
+        """Return the consumers of a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            Nodes in the order of the graph.
+        """
+        ...
+
+    def is_output(self, tensor: str) -> bool:
+        """Check whether a tensor is a graph output.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            True for graph outputs.
+        """
+        ...
+
     def dims(self, tensor: str) -> Dims | None:
-        """Dimensions as declared or inferred: a number, a symbol's name, or None."""
+        """Return the dimensions of a tensor as declared or inferred.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            A number, the name of a symbol or None per axis; None for an unknown rank.
+        """
         ...
 
     def lengths(self, tensor: str) -> Entries | None:
-        """Dimensions as numbers and polynomials."""
+        """Return the dimensions of a tensor in symbolic form.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            A number or a polynomial of symbols per axis; None where an axis is unknown.
+        """
         ...
 
     def entries(self, tensor: str) -> Entries | None:
-        """Elements of an integer tensor as numbers and polynomials."""
+        """Return the elements of an integer tensor in symbolic form.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            A number or a polynomial of symbols per element; None where an element is unknown.
+        """
         ...
 
     def constant(self, stem: str, value: npt.NDArray[Any]) -> str:
-        """Add a constant; returns its name."""
+        """Add a constant to the graph.
+
+        Args:
+            stem: Beginning of its name.
+            value: Its value.
+
+        Returns:
+            Its name, made unique.
+        """
         ...
 
     def read(self, node: NodeProto, slot: int, name: str) -> None:
-        """Let a node read another tensor."""
+        """Replace an input of a node.
+
+        Args:
+            node: The node.
+            slot: Position of the input.
+            name: The tensor to read instead.
+        """
         ...
 
     def joined(
         self, at: int, node: NodeProto, slot: int, *, wanted: Sequence[Any], source: Sequence[int]
     ) -> None:
-        """Let a node read a list of numbers and of lengths taken where they come from; ``source``: old places."""
+        """Replace a list that a node reads by one that is joined from constants and from lengths of tensors.
+
+        Args:
+            at: Position of the node in the graph; inserted nodes stand before it.
+            node: The node.
+            slot: Position of the input that holds the list.
+            wanted: Entries of the new list, numbers or symbols.
+            source: Position of every entry in the old list, from which symbols without a known tensor are taken.
+        """
         ...
 
     def canonical(self, name: str) -> bool:
-        """True if a list is joined from single numbers and lengths already."""
+        """Check whether a list is joined from single numbers and lengths already.
+
+        Args:
+            name: Name of the list.
+
+        Returns:
+            True if no rule needs to rewrite it.
+        """
         ...
 
     def become_transpose(self, node: NodeProto, source: str, perm: Sequence[int]) -> None:
-        """Turn a node into a transposition of another tensor."""
+        """Turn a node into a transposition of another tensor.
+
+        Args:
+            node: The node.
+            source: The tensor to transpose.
+            perm: Axes of ``source`` in the order of the result.
+        """
         ...
 
 
