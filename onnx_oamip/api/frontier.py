@@ -40,6 +40,7 @@ def frontier(
     settings: Settings,
     levels: Sequence[float] = LEVELS,
     eval_data: Source | None = None,
+    *,
     progress: Progress | None = None,
     scores: str | os.PathLike[str] | None = None,
     save_dir: str | os.PathLike[str] | None = None,

@@ -63,6 +63,7 @@ def prune(
     output: File | None,
     settings: Settings,
     eval_data: Source | None = None,
+    *,
     progress: Progress | None = None,
     scores: File | None = None,
     keep_map: File | None = None,
@@ -205,6 +206,7 @@ def plan(
     output: File | None,
     settings: Settings,
     eval_data: Source | None = None,
+    *,
     progress: Progress | None = None,
     scores: File | None = None,
 ) -> Planned:
@@ -279,6 +281,7 @@ def apply(
     source: Source | None,
     output: File | None,
     changes: Mapping[str, Any] | None = None,
+    *,
     eval_data: Source | None = None,
     progress: Progress | None = None,
     keep_map: File | None = None,
@@ -480,13 +483,24 @@ def compare(
     before = equivalence.watch(model, objective, device, what=str(original))
     batches = equivalence.runs_at(model, after, samples, lambda: before)
     found = equivalence.compare(
-        model, objective, before, after, samples, settings.batch_size, progress=progress
+        model,
+        objective,
+        before,
+        after,
+        samples=samples,
+        batch_size=settings.batch_size,
+        progress=progress,
     )
     equivalence.numbers(model, found)
     if settings.metric is not None:
         metric = metrics.load(settings.metric)
         values = equivalence.user_metric(
-            metric, model, other.proto, samples, device, settings.batch_size
+            metric,
+            model,
+            other.proto,
+            samples=samples,
+            device=device,
+            batch_size=settings.batch_size,
         )
         found = replace(found, metric=values)
     return replace(found, batches=batches)
@@ -550,17 +564,31 @@ def prove(
     )
     size = settings.batch_size
     found = equivalence.compare(
-        model, objective, answers, final, ready.held_out, size, progress=ready.progress
+        model,
+        objective,
+        answers,
+        final,
+        samples=ready.held_out,
+        batch_size=size,
+        progress=ready.progress,
     )
     equivalence.numbers(model, found)
     raw: tuple[Measure, ...] = ()
     if pruned.fits:
         cut = equivalence.watch(model, objective, device, pruned.raw, "the cut model")
-        raw = equivalence.compare(model, objective, answers, cut, ready.held_out, size).outputs
+        measured = equivalence.compare(
+            model, objective, answers, cut, samples=ready.held_out, batch_size=size
+        )
+        raw = measured.outputs
     metric = None
     if ready.metric is not None:
         metric = equivalence.user_metric(
-            ready.metric, model, pruned.proto, ready.held_out, device, size
+            ready.metric,
+            model,
+            pruned.proto,
+            samples=ready.held_out,
+            device=device,
+            batch_size=size,
         )
     return replace(
         found,

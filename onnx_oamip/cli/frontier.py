@@ -101,7 +101,16 @@ def frontier(
             {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores},
         )
     with Progress(quiet) as progress:
-        result = run(model, data, settings, levels, eval_data, progress, scores, save_dir)
+        result = run(
+            model,
+            data,
+            settings,
+            levels,
+            eval_data,
+            progress=progress,
+            scores=scores,
+            save_dir=save_dir,
+        )
     document = Flags.of_context(ctx).in_document(documents.frontier(result))
     if target is not None:
         write_bytes(f"{documents.dumps(document)}\n".encode(), target)

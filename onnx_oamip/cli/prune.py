@@ -130,12 +130,22 @@ def prune(
     }
     with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
         if dry_run:
-            planned = pipeline.plan(model, data, None, settings, eval_data, progress, scores)
+            planned = pipeline.plan(
+                model, data, None, settings, eval_data, progress=progress, scores=scores
+            )
             document = Flags.of_context(ctx).in_document(documents.planning(planned))
             log(document, ())
         else:
             report = pipeline.prune(
-                model, data, output, settings, eval_data, progress, scores, keep_map, page
+                model,
+                data,
+                output,
+                settings,
+                eval_data,
+                progress=progress,
+                scores=scores,
+                keep_map=keep_map,
+                page=page,
             )
             document = Flags.of_context(ctx).in_document(documents.document(report))
             log(document, (keep_map, report_file))
@@ -185,7 +195,9 @@ def plan(
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
-        planned = pipeline.plan(model, data, output, settings, eval_data, progress, scores)
+        planned = pipeline.plan(
+            model, data, output, settings, eval_data, progress=progress, scores=scores
+        )
     if as_json or not quiet:
         show(documents.planning(planned), as_json)
 
@@ -251,7 +263,15 @@ def apply(
     parameters = {"model": model, "data": data, "plan": plan_file}
     with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
         report = pipeline.apply(
-            model, plan_file, data, output, changes, eval_data, progress, keep_map, page
+            model,
+            plan_file,
+            data,
+            output,
+            changes,
+            eval_data=eval_data,
+            progress=progress,
+            keep_map=keep_map,
+            page=page,
         )
         document = Flags.of_context().in_document(documents.document(report))
         log(document, (keep_map, report_file))

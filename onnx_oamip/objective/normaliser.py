@@ -299,7 +299,15 @@ class _Binary(_Answers):
 
 
 def cutoff(threshold: float | None, form: Form) -> float:
-    """The threshold of a binary decision in the units of the tensor."""
+    """Return the threshold of a binary decision in the units of the tensor.
+
+    Args:
+        threshold: Threshold of the term, or None for even odds.
+        form: Form of the scores.
+
+    Returns:
+        The threshold.
+    """
     if threshold is not None:
         return threshold
     return 0.5 if form == "probabilities" else 0.0

@@ -138,6 +138,7 @@ def allocate(
     scores: Scores,
     limit: Limits,
     settings: Settings,
+    *,
     step: Ints,
     ladder: Ladder | None = None,
     extra: Sequence[LinearisedLimit] = (),
@@ -186,7 +187,9 @@ def allocate(
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
         try:
-            widths, programs = _programmed(ladder, ceiling, ledger, limit, extra, settings)
+            widths, programs = _programmed(
+                ladder, ceiling, ledger=ledger, limit=limit, extra=extra, settings=settings
+            )
         except BudgetNotMet as error:
             held = ", ".join((*_floors(settings), *_others(coupling, settings)))
             told = f"; what keeps widths up: {held}." if held else "."
@@ -194,7 +197,7 @@ def allocate(
         if (
             not extra
         ):  # what the rungs left unused; a measured limit is not counted here and gets no filling
-            widths = _fill(ledger, limit, widths, step, ceiling, full)
+            widths = _fill(ledger, limit, widths, step=step, ceiling=ceiling, full=full)
             used = limit.shares(ledger.cost(widths))
             binding = [name for name, share in used.items() if share >= BINDING]
             programs = (*programs[:-1], {**programs[-1], "used": used, "binding": binding})
@@ -202,10 +205,12 @@ def allocate(
         widths = ceiling
     else:
         if settings.allocate == "global":
-            widths = _global(coupling, scores, step, narrowest, ceiling, full, fits)
+            widths = _global(
+                coupling, scores, fits, step=step, floor=narrowest, ceiling=ceiling, full=full
+            )
         else:
-            widths = _uniform(step, narrowest, ceiling, full, fits)
-        widths = _fill(ledger, limit, widths, step, ceiling, full)
+            widths = _uniform(fits, step=step, floor=narrowest, ceiling=ceiling, full=full)
+        widths = _fill(ledger, limit, widths, step=step, ceiling=ceiling, full=full)
     return Plan(
         keep=best_units(coupling, scores.values, widths),
         widths=widths,
@@ -240,6 +245,7 @@ RUNGS = 12
 def _programmed(
     ladder: Ladder,
     ceiling: Ints,
+    *,
     ledger: Ledger,
     limit: Limits,
     extra: Sequence[LinearisedLimit],
@@ -291,13 +297,13 @@ def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> In
         coupling: Its units.
         align: Channels per step; ``auto`` measures the step that suits the device. It is then applied only to
             groups with
-            convolutions, whose kernels block channels, and never exceeds a quarter of a group: a narrow layer has
-                little time
+            convolutions, whose kernels block channels, and never exceeds a quarter of a group. A narrow layer has
+            little time
             to win and much accuracy to lose.
         device: Where the model runs.
 
     Returns:
-        Steps (groups,): fewer units than channels if a unit holds several channels.
+        Steps (groups,); fewer units than channels if a unit holds several channels.
     """
     result = []
     wanted = find_step(device).value if align == "auto" else int(align)
@@ -340,7 +346,7 @@ def _snap(widths: Ints, step: Ints, full: Ints) -> Ints:
 
 
 def _uniform(
-    step: Ints, floor: Ints, ceiling: Ints, full: Ints, fits: Callable[[Ints], bool]
+    fits: Callable[[Ints], bool], *, step: Ints, floor: Ints, ceiling: Ints, full: Ints
 ) -> Ints:
     def widths(share: float) -> Ints:
         return np.clip(
@@ -357,11 +363,12 @@ def _uniform(
 def _global(
     coupling: Coupling,
     scores: Scores,
+    fits: Callable[[Ints], bool],
+    *,
     step: Ints,
     floor: Ints,
     ceiling: Ints,
     full: Ints,
-    fits: Callable[[Ints], bool],
 ) -> Ints:
     mean = np.bincount(coupling.unit_group, scores.values) / full
     relative = scores.values / np.where(mean > 0, mean, 1)[coupling.unit_group]
@@ -379,7 +386,7 @@ def _global(
 
 
 def _fill(
-    ledger: Ledger, limit: Limits, widths: Ints, step: Ints, ceiling: Ints, full: Ints
+    ledger: Ledger, limit: Limits, widths: Ints, *, step: Ints, ceiling: Ints, full: Ints
 ) -> Ints:
     """Give back single steps while they fit, the group of the largest kept share lost first.
 

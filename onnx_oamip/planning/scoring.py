@@ -139,7 +139,7 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
         collect(context, {COVARIANCE})[COVARIANCE],
         list(orders),
         [feed for _, feed in few.batches(context.batch)],
-        context.device,
+        device=context.device,
         objective=context.objective,
         workers=context.workers,
         progress=context.progress,

@@ -137,10 +137,10 @@ def allocate(
         ready.scores,
         limit,
         ready.settings,
-        ready.steps,
-        ready.ladder,
-        extra,
-        ready.constraints.floor,
+        step=ready.steps,
+        ladder=ready.ladder,
+        extra=extra,
+        floor=ready.constraints.floor,
     )
 
 
@@ -504,13 +504,23 @@ def _drop(ready: Prepared, original: equivalence.Answers, found: Attempt) -> Dro
     assert ready.held_out is not None
     if ready.metric is not None:
         values = equivalence.user_metric(
-            ready.metric, ready.model, found.pruned.proto, ready.held_out, ready.device, ready.batch
+            ready.metric,
+            ready.model,
+            found.pruned.proto,
+            samples=ready.held_out,
+            device=ready.device,
+            batch_size=ready.batch,
         )
         return Drop(values.lost, values.name)
     after = equivalence.watch(ready.model, ready.objective, ready.device, found.pruned.proto)
     return drop(
         equivalence.compare(
-            ready.model, ready.objective, original, after, ready.held_out, ready.batch
+            ready.model,
+            ready.objective,
+            original,
+            after,
+            samples=ready.held_out,
+            batch_size=ready.batch,
         )
     )
 

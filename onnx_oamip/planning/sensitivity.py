@@ -81,8 +81,8 @@ def measure(
     grams: Mapping[str, Gram],
     order: Floats,
     feeds: Sequence[Mapping[str, Array]],
-    device: str,
     *,
+    device: str,
     objective: Objective,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -107,8 +107,19 @@ def measure(
     Returns:
         The losses of every group.
     """
-    whole = _whole(model, coupling, [order], feeds, device, objective=objective, repair=repair)
-    return tuple(_by_group(_measure, whole, grams, workers, scheduler, progress, "sensitivity"))
+    whole = _whole(
+        model, coupling, [order], feeds, device=device, objective=objective, repair=repair
+    )
+    found = _by_group(
+        _measure,
+        whole,
+        grams,
+        workers=workers,
+        scheduler=scheduler,
+        progress=progress,
+        stage="sensitivity",
+    )
+    return tuple(found)
 
 
 def choose(
@@ -117,8 +128,8 @@ def choose(
     grams: Mapping[str, Gram],
     orders: Sequence[Floats],
     feeds: Sequence[Mapping[str, Array]],
-    device: str,
     *,
+    device: str,
     objective: Objective,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -146,8 +157,18 @@ def choose(
     Returns:
         The index of an order by group (groups,).
     """
-    whole = _whole(model, coupling, orders, feeds, device, objective=objective, repair=repair)
-    found = _by_group(_choose, whole, grams, workers, scheduler, progress, "choose")
+    whole = _whole(
+        model, coupling, orders, feeds, device=device, objective=objective, repair=repair
+    )
+    found = _by_group(
+        _choose,
+        whole,
+        grams,
+        workers=workers,
+        scheduler=scheduler,
+        progress=progress,
+        stage="choose",
+    )
     return np.asarray(found, np.int64)
 
 
@@ -170,8 +191,8 @@ def _whole(
     coupling: Coupling,
     orders: Sequence[Floats],
     feeds: Sequence[Mapping[str, Array]],
-    device: str,
     *,
+    device: str,
     objective: Objective,
     repair: str,
 ) -> _Whole:
@@ -187,6 +208,7 @@ def _by_group(
     task: Callable[[_Whole, Job], T],
     whole: _Whole,
     grams: Mapping[str, Gram],
+    *,
     workers: int | None,
     scheduler: str | None,
     progress: Progress | None,

@@ -62,7 +62,7 @@ def measure(
             collect(context, {COVARIANCE})[COVARIANCE],
             order,
             feeds,
-            context.device,
+            device=context.device,
             objective=context.objective,
             workers=context.workers,
             progress=context.progress,

@@ -392,9 +392,9 @@ def compare(
     objective: Objective,
     before: Answers,
     after: Session,
+    *,
     samples: Samples,
     batch_size: int,
-    *,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare a pruned model with its original on evaluation data.
@@ -446,6 +446,7 @@ def user_metric(
     metric: Metric,
     model: Model,
     proto: onnx.ModelProto,
+    *,
     samples: Samples,
     device: str,
     batch_size: int,

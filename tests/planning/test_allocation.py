@@ -82,7 +82,7 @@ def _plan(
     )
     limit = allocation.limits(asked.budget, ledger.cost(cost.full_widths(coupling)), reserve)
     steps = allocation.steps(model, coupling, asked.align, "cpu")
-    return allocation.allocate(coupling, ledger, scores, limit, asked, steps)
+    return allocation.allocate(coupling, ledger, scores, limit, asked, step=steps)
 
 
 def _full(model: Model, coupling: Coupling) -> tuple[int, int, int]:
@@ -464,7 +464,9 @@ def _programmed(
         "given", np.arange(coupling.n_units, dtype=np.float64) if values is None else values
     )
     steps = allocation.steps(model, coupling, align, "cpu")
-    return allocation.allocate(coupling, ledger, scores, limit, wanted, steps, ladder, extra)
+    return allocation.allocate(
+        coupling, ledger, scores, limit, wanted, step=steps, ladder=ladder, extra=extra
+    )
 
 
 def test_program_over_rungs_is_close_to_that_over_every_width(
@@ -573,7 +575,13 @@ def test_floors_apply_per_group(tmp_path: Path) -> None:
     values = np.concatenate([np.ones(120), 1 + np.arange(80.0)])
     steps = np.ones(2, np.int64)
     plan = allocation.allocate(
-        coupling, ledger, Scores("given", values), limit, wanted, steps, floor=np.array([0.1, 0.9])
+        coupling,
+        ledger,
+        Scores("given", values),
+        limit,
+        wanted,
+        step=steps,
+        floor=np.array([0.1, 0.9]),
     )
     assert plan.widths[1] >= 72
     with pytest.raises(BudgetNotMet, match=r"it can be met without `floor=0\.1`\.$"):
@@ -583,7 +591,7 @@ def test_floors_apply_per_group(tmp_path: Path) -> None:
             Scores("given", values),
             limit,
             wanted,
-            steps,
+            step=steps,
             floor=np.array([0.9, 0.9]),
         )
 

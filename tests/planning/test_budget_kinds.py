@@ -123,7 +123,7 @@ def test_other_allocations_meet_a_new_kind(
     scores = Scores("given", np.random.default_rng(0).random(coupling.n_units))
     settings = Settings.create(allocate=allocate, align=1)
     steps = np.ones(len(coupling.groups), np.int64)
-    plan = allocation.allocate(coupling, ledger, scores, limits(share), settings, steps)
+    plan = allocation.allocate(coupling, ledger, scores, limits(share), settings, step=steps)
     assert 26 * share - 1 < outputs(plan.widths) <= 26 * share
 
 
@@ -135,7 +135,7 @@ def test_messages_name_a_new_kind(network: tuple[Coupling, Ledger]) -> None:
     with pytest.raises(
         BudgetNotMet, match=r"the `outputs` budget cannot be met.*`outputs=0\.2308`"
     ):
-        allocation.allocate(coupling, ledger, scores, limits(0.1), settings, steps)
+        allocation.allocate(coupling, ledger, scores, limits(0.1), settings, step=steps)
     before, after = CostWithOutputs(1, 1, 1, outputs=26), CostWithOutputs(1, 1, 1, outputs=20)
     with pytest.raises(GateFailed, match=r"keeps 0\.7692 of its outputs, more than `outputs=0\.5`"):
         search.meets(BudgetWithOutputs(outputs=0.5), before, after)

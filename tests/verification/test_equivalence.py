@@ -59,7 +59,7 @@ def _compare(
     model = models.rebind(model, found.bindings(model))
     objective = objectives.of_samples(model, found)
     sessions = [equivalence.watch(model, objective, "cpu", proto) for proto in (before, after)]
-    return equivalence.compare(model, objective, *sessions, found, batch_size)
+    return equivalence.compare(model, objective, *sessions, samples=found, batch_size=batch_size)
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_infinity_that_becomes_finite_is_a_difference(
     )
     objective = Objective((Term("y", "y", "y", "values", 1, scale=ONES),))
     sessions = [equivalence.watch(model, objective, "cpu", proto) for proto in (before, after)]
-    compared = equivalence.compare(model, objective, *sessions, found, 8)
+    compared = equivalence.compare(model, objective, *sessions, samples=found, batch_size=8)
     if sound:
         equivalence.numbers(model, compared)
         assert compared.output_relative_error == 0

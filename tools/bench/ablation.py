@@ -52,8 +52,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = (), macs: float = 0.5) ->
                         ready.objective,
                         original,
                         after,
-                        ready.held_out,
-                        settings.batch_size,
+                        samples=ready.held_out,
+                        batch_size=settings.batch_size,
                     )
                     assert v.accuracy_before is not None
                     assert v.accuracy_after is not None

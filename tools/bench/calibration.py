@@ -73,8 +73,8 @@ def run(
                         ready.objective,
                         original,
                         after,
-                        ready.held_out,
-                        settings.batch_size,
+                        samples=ready.held_out,
+                        batch_size=settings.batch_size,
                     )
                     assert seen.accuracy_after is not None
                     assert seen.accuracy_before is not None

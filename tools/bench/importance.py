@@ -58,8 +58,8 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                         ready.objective,
                         original,
                         after,
-                        ready.held_out,
-                        settings.batch_size,
+                        samples=ready.held_out,
+                        batch_size=settings.batch_size,
                     )
                     assert seen.accuracy_after is not None
                     fresh: Row = {"model": name, "refit": refit, "units kept": f"{share:.0%}"}

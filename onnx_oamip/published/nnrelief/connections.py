@@ -183,11 +183,19 @@ def _verify(context: Context, dense: onnx.ModelProto, proto: onnx.ModelProto) ->
     before = equivalence.watch(model, objective, device, what=model.path)
     batches = equivalence.runs_at(model, after, context.samples, lambda: before)
     verification = equivalence.compare(
-        model, objective, before, after, evaluation, size, progress=context.progress
+        model,
+        objective,
+        before,
+        after,
+        samples=evaluation,
+        batch_size=size,
+        progress=context.progress,
     )
     equivalence.numbers(model, verification)
     if context.metric is not None:
-        values = equivalence.user_metric(context.metric, model, proto, evaluation, device, size)
+        values = equivalence.user_metric(
+            context.metric, model, proto, samples=evaluation, device=device, batch_size=size
+        )
         verification = replace(verification, metric=values)
     return replace(verification, batches=batches)
 
@@ -216,10 +224,17 @@ def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
     def loss(thinned: Thinned) -> float:
         if context.metric is not None:
             return equivalence.user_metric(
-                context.metric, model, thinned.proto, evaluation, device, context.batch
+                context.metric,
+                model,
+                thinned.proto,
+                samples=evaluation,
+                device=device,
+                batch_size=context.batch,
             ).lost
         after = equivalence.watch(model, objective, device, thinned.proto)
-        measured = equivalence.compare(model, objective, original, after, evaluation, context.batch)
+        measured = equivalence.compare(
+            model, objective, original, after, samples=evaluation, batch_size=context.batch
+        )
         return search.drop(measured).lost
 
     smallest: Thinned | None = None

@@ -108,7 +108,12 @@ class Judge:
             path = self.files.substitute(words).write(folder, "model.onnx")
             session = watch_file(path, self.model, self.objective, self.device)
             return equivalence.compare(
-                self.model, self.objective, self.original, session, samples, self.batch_size
+                self.model,
+                self.objective,
+                self.original,
+                session,
+                samples=samples,
+                batch_size=self.batch_size,
             )
 
     def lost(self, verification: Verification) -> float:
