@@ -21,7 +21,7 @@ corrects the errors that earlier layers made.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -71,13 +71,17 @@ from onnx_oamip.repair.ridge import (
 ROWS_PER_UNKNOWN = 4
 MIN_ROWS = 4096
 MAX_ROWS = 24576
-MIN_WIDE_ROWS = 256
 GRAM_CAP = 4608
-"""Unknowns per output above which a Gram matrix gets too large; then removed channels are mixed into kept ones."""
+"""Unknowns per output above which their Gram matrix gets too large: fewer rows are sampled, see ``_solver``."""
 HELD_OUT = 0.2
 """Share of the rows on which the ridge strength is chosen."""
 WIDE_VALUES = 1 << 25
-"""Bound on the values (rows x unknowns) sampled of a node that is too wide for a Gram matrix."""
+"""Most values (rows x unknowns) sampled of a node that is too wide for a Gram matrix."""
+MIN_WIDE_ROWS = 32
+VALUE_BYTES = 8
+"""Inputs and outputs at the sampled rows are float64."""
+WIDE_COPIES = 4
+"""Arrays of that size during the refit of a wide node."""
 
 
 # ----------------------------------------------------------------------------------------------------------- bias
@@ -253,10 +257,20 @@ def least_squares(
     feeds, used = feeds_within_memory(model, samples, batch_size, memory_limit)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
-    targets = collect_targets(model, places, feeds, types=types, device=device, rng=rng, cap=cap)
+    limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
+    targets = collect_targets(
+        model,
+        places,
+        feeds,
+        types=types,
+        device=device,
+        rng=rng,
+        cap=cap,
+        mixed={place.node.name for place in places if _mixes_channels(cut, place, cap)},
+        memory_limit=limit,
+    )
     frontier = Frontier(proto, feeds, types, device)
     if used < samples.usable():
-        limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
         notes.append(
             f"least squares used {used} of {samples.usable()} samples, as many as fit in {limit >> 20} MiB"
         )
@@ -349,7 +363,7 @@ class Target:
         shapes: Shape of the whole output.
         rows: Numbers of the sampled rows.
         values: Outputs (rows, outputs).
-        inputs: Inputs (rows, groups, inputs * taps), only of nodes that are too wide for a Gram matrix; else empty.
+        inputs: Inputs (rows, groups, inputs * taps), only of nodes whose channels are mixed; else empty.
         join: Residual sum that the output reaches, if its other branch is not refitted later.
         joined: Other branch of that sum (rows, outputs); else empty.
     """
@@ -371,6 +385,8 @@ def collect_targets(
     device: str,
     rng: np.random.Generator,
     cap: int,
+    mixed: Collection[str] = (),
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> dict[str, Target]:
     """Samples the outputs of linear nodes in one run through the original model.
 
@@ -381,7 +397,9 @@ def collect_targets(
         types: ONNX element types by tensor name.
         device: ``cpu`` or ``cuda``.
         rng: Chooses the rows.
-        cap: Unknowns per output above which inputs are sampled too.
+        cap: Unknowns per output above which a node is wide: fewer of its rows are sampled.
+        mixed: Names of the nodes whose inputs are sampled too.
+        memory_limit: Upper bound in bytes on one array of inputs and outputs at the sampled rows.
 
     Returns:
         The samples by node name.
@@ -392,11 +410,9 @@ def collect_targets(
     result = {}
     for place in places:
         output = place.node.outputs[0]
-        _, _, ins, taps = matrix_shape(place, model.constants[place.weight])
-        unknowns = ins * taps
-        is_wide = unknowns > cap
+        weight = model.constants[place.weight]
         # The frontier drops tensors once their last consumer has run: ask for the input before the output.
-        data = frontier.reach([place.data])[place.data] if is_wide else []
+        data = frontier.reach([place.data])[place.data] if place.node.name in mixed else []
         joint = join(model, place)
         if joint is not None:
             before_sum = slicer.needed([joint.other], ())
@@ -405,7 +421,8 @@ def collect_targets(
         waiting.discard(place.node.name)
         others = frontier.reach([output, joint.other])[joint.other] if joint else []
         outputs = frontier.reach([output])[output]
-        rows_per_feed = -(-_row_limit(unknowns, is_wide) // len(feeds))
+        row_limit = _row_limit(matrix_shape(place, weight), cap, memory_limit)
+        rows_per_feed = -(-row_limit // len(feeds))
         shapes = tuple(y.shape for y in outputs)
         rows = tuple(pick(row_count(place, shape), rows_per_feed, rng) for shape in shapes)
         # Inputs and the other branch are empty where they are not needed: hence strict=False.
@@ -424,12 +441,39 @@ def collect_targets(
     return result
 
 
-def _row_limit(unknowns: int, is_wide: bool) -> int:
-    """Number of rows to sample for a node with so many unknowns per output."""
-    if not is_wide:
-        return int(np.clip(ROWS_PER_UNKNOWN * unknowns, MIN_ROWS, MAX_ROWS))
+def is_wide(place: Site, weight: Array, cap: int = GRAM_CAP) -> bool:
+    """Test whether a node has too many unknowns per output for a Gram matrix.
+
+    Args:
+        place: The linear node.
+        weight: Its weight.
+        cap: Most unknowns.
+
+    Returns:
+        True if it has more.
+    """
+    _, _, ins, taps = matrix_shape(place, weight)
+    return ins * taps > cap
+
+
+def _row_limit(shape: tuple[int, int, int, int], cap: int, memory_limit: int) -> int:
+    """Number of rows to sample for a node.
+
+    Args:
+        shape: Groups, outputs and inputs per group, and taps.
+        cap: Unknowns per output above which it is wide.
+        memory_limit: Upper bound in bytes on one array of its inputs and outputs.
+    """
+    groups, outs, ins, taps = shape
+    unknowns = ins * taps
+    values_per_row = groups * (unknowns + outs)
+    most_values = memory_limit // VALUE_BYTES
+    if unknowns <= cap:
+        wanted = int(np.clip(ROWS_PER_UNKNOWN * unknowns, MIN_ROWS, MAX_ROWS))
+        return min(wanted, max(MIN_WIDE_ROWS, most_values // values_per_row))
     # Rows this wide are many values each: bound the values instead.
-    return max(MIN_WIDE_ROWS, min(MIN_ROWS, WIDE_VALUES // unknowns))
+    most_values = min(WIDE_VALUES, most_values // WIDE_COPIES)
+    return max(MIN_WIDE_ROWS, min(MIN_ROWS, most_values // (groups * max(unknowns, outs))))
 
 
 def _sampled(place: Site, outputs: Sequence[Array], rows: Sequence[Ints]) -> tuple[Array, ...]:
@@ -446,7 +490,8 @@ class _Problem:
     Attributes:
         x: Inputs in the cut model (groups, rows, inputs * taps).
         y: Wanted outputs (groups, rows, outputs).
-        wide_inputs: Inputs in the original model (rows, groups, inputs * taps) of a wide node; None for others.
+        wide_inputs: Inputs in the original model (rows, groups, inputs * taps), only of a node whose channels are
+            mixed; None for others.
     """
 
     x: Floats
@@ -579,8 +624,12 @@ def _problem(
 
 def _solver(
     cut: _Cut, place: Site, problem: _Problem, residual: Floats, *, weight: Floats, split: int
-) -> tuple[str, Solve | None, str]:
-    """Chooses the form of a fit: (name for the report, solver for the weights, remark for the user)."""
+) -> tuple[str, Solve, str]:
+    """Chooses the form of a fit: (name for the report, solver for the weights, remark for the user).
+
+    A wide node with channels of several inputs each has fewer unknowns if whole channels are mixed. Any other is solved
+    for all its unknowns: in its dual form the system is no larger than the number of rows.
+    """
     rows, unknowns = problem.x.shape[1:]
     if problem.wide_inputs is None:
         remark = ""
@@ -588,17 +637,27 @@ def _solver(
             remark = f"{rows} rows for {unknowns} unknowns, so more calibration samples would help"
         return "least squares", ridge_regression(problem.x, residual, split), remark
     mixing = _channel_mixing(cut, place, problem.wide_inputs, problem.x, weight)
-    if mixing is None:
-        remark = f"{unknowns} unknowns are too many and have no channel form, so only its bias is refitted"
-        return "bias", None, remark
     too_many = f"{unknowns} unknowns are too many for a Gram matrix"
     return "channel mixing", mixing, f"{too_many}, so removed channels are mixed into kept ones"
 
 
-def _channel_mixing(
-    cut: _Cut, place: Site, wide_inputs: Array, x: Floats, weight: Floats
-) -> Solve | None:
-    """Solver for very wide nodes, which expresses removed channels by kept ones.
+def _mixes_channels(cut: _Cut, place: Site, cap: int) -> bool:
+    """Tests for a wide node with fewer channels, of several inputs each, than a Gram matrix may have rows.
+
+    All its units have the same number of inputs.
+    """
+    weight = cut.model.constants[place.weight]
+    units = _units_of_inputs(cut, place) if is_wide(place, weight, cap) else None
+    if units is None:
+        return False
+    _, _, ins, taps = matrix_shape(place, weight)
+    present, counts = np.unique(units, return_counts=True)
+    equal = bool((counts == counts[0]).all())
+    return equal and len(present) < ins * taps and len(present) <= GRAM_CAP
+
+
+def _channel_mixing(cut: _Cut, place: Site, wide_inputs: Array, x: Floats, weight: Floats) -> Solve:
+    """Solver for wide nodes that :func:`_mixes_channels` accepts, which expresses removed channels by kept ones.
 
     With channel blocks z (original, all channels) and z' (cut, kept ones), ``z = z' A`` is fitted by ridge regression
     towards "every kept channel is itself". The weights of a removed channel are then distributed over the kept ones.
@@ -612,14 +671,11 @@ def _channel_mixing(
         weight: Its weights after the cut (1, outputs, kept channels, taps).
 
     Returns:
-        The solver, or None if the channels are not those of equally large units.
+        The solver.
     """
     units = _units_of_inputs(cut, place)
-    if units is None:
-        return None
+    assert units is not None
     present, counts = np.unique(units, return_counts=True)
-    if (counts != counts[0]).any():
-        return None
     _, outs, _, taps = weight.shape
     # A unit may hold several columns of the input; its columns and the taps play the same part.
     block = int(counts[0]) * taps
@@ -656,8 +712,14 @@ def _channel_mixing(
 
 
 def _units_of_inputs(cut: _Cut, place: Site) -> Ints | None:
-    """Unit of every input channel of a node (channels,); None if some have none, or the node has several groups."""
-    axis = place.data_axis % len(cut.model.shapes[place.data])
+    """Unit of every input channel of a node (channels,).
+
+    None if some have no unit, the node has several groups, or the shape of its input is unknown.
+    """
+    shape = cut.model.shapes.get(place.data)
+    if shape is None:
+        return None
+    axis = place.data_axis % len(shape)
     units = cut.coupling.axes.get((place.data, axis))
     if units is None or place.groups > 1 or (units < 0).any():
         return None

@@ -158,25 +158,26 @@ def normal_equations(x: Floats, residual: Floats, split: int) -> dict[int, tuple
 
 
 def _dual(x: Floats, residual: Floats) -> Solve:
-    prepared: dict[int, tuple[Floats, Floats, Floats]] = {}
-
-    def prepare(count: int) -> tuple[Floats, Floats, Floats]:
-        """Gram matrix of the rows, centred residual, and transposed centred inputs of the leading rows."""
-        leading_x = x[:, :count]
-        leading_residual = residual[:, :count]
-        centred = leading_x - leading_x.mean(axis=1, keepdims=True)
-        target = leading_residual - leading_residual.mean(axis=1, keepdims=True)
-        transposed = centred.transpose(0, 2, 1)
-        return centred @ transposed, target, transposed
+    # Subtracting a mean loses no digits in the products; that of the leading rows is subtracted from the products.
+    centred = x - x.mean(axis=1, keepdims=True)
+    products = centred @ centred.transpose(0, 2, 1)
 
     def solve(count: int, ridge: float) -> Floats:
-        if count not in prepared:
-            prepared[count] = prepare(count)
-        gram, target, transposed = prepared[count]
+        gram = _centred(_centred(products[:, :count, :count]).transpose(0, 2, 1))
+        target = _centred(residual[:, :count])
         # The strength is relative to the mean diagonal of X'X, in either form.
-        return transposed @ solve_ridge(gram, target, ridge * count / x.shape[2])
+        multipliers = solve_ridge(gram, target, ridge * count / x.shape[2])
+        # Multipliers add up to zero, as targets do, so that the mean of the leading inputs does not count.
+        change: Floats = centred[:, :count].transpose(0, 2, 1) @ _centred(multipliers)
+        return change
 
     return solve
+
+
+def _centred(values: Floats) -> Floats:
+    """Values (groups, rows, columns) without the mean of the rows."""
+    result: Floats = values - values.mean(axis=1, keepdims=True)
+    return result
 
 
 def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
@@ -196,7 +197,8 @@ def solve_ridge(gram: Floats, cross: Floats, ridge: float) -> Floats:
     strength = (
         ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12 * diagonal.max(initial=0.0) + 1e-300
     )
-    loaded = gram + np.eye(size) * strength[:, :, None]
+    loaded = gram.copy()
+    loaded[:, range(size), range(size)] += strength
     if len(gram) == 1:
         factor = cho_factor(loaded[0], overwrite_a=True, check_finite=False)
         return np.asarray(cho_solve(factor, cross[0]))[None]

@@ -41,6 +41,7 @@ from onnx_oamip.repair.least_squares import (
     GRAM_CAP,
     Target,
     collect_targets,
+    is_wide,
 )
 from onnx_oamip.repair.ridge import RIDGES
 from onnx_oamip.statistics.collector import collect
@@ -256,8 +257,9 @@ class ConnectionPruner:
                 editor=editor,
                 original_bias=original_bias,
             )
-            # A layer that is too wide for a Gram matrix has sampled inputs, and only its bias is fitted.
-            bias_only = context.settings.refit != "least-squares" or bool(targets[name].inputs)
+            # Weights behind a mask are solved by a Gram matrix, so that only the bias of a wide layer is fitted.
+            too_wide = is_wide(site, model.constants[site.weight])
+            bias_only = context.settings.refit != "least-squares" or too_wide
             candidates = (ridges[name],) if name in ridges else RIDGES
             weight, bias, fit = refit(layer, rows, bias_only=bias_only, ridges=candidates)
             weights[name], biases[name] = weight, bias
