@@ -8,6 +8,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from onnx_oamip.core.solvers import PACKAGES as SOLVER_PACKAGES
 from onnx_oamip.core.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
@@ -27,8 +28,7 @@ def versions() -> dict[str, str | None]:
         "numpy": _installed("numpy"),
         "python": platform.python_version(),
         "onnx_graphsurgeon": _installed("onnx-graphsurgeon"),
-        "gurobipy": _installed("gurobipy"),
-        "highspy": _installed("highspy"),
+        **{package: _installed(package) for package in SOLVER_PACKAGES.values()},
     }
 
 

@@ -26,6 +26,7 @@ from onnx_oamip.programs.solvers import (
     Solution,
     SolverLimits,
     Termination,
+    gurobi,
 )
 
 EXACT = SolverLimits(gap=0.0)
@@ -440,7 +441,7 @@ def test_program_that_exceeds_the_licence_by_cuts_moves_to_highs(size_limited: N
 def test_refusal_by_gurobi_is_reported(size_limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where our own count were wrong, the solver's refusal is still one sentence."""
     with pytest.raises(SolverError, match=r"2,001 variables.*`solver=highs`"):
-        solvers.gurobi.solve(knapsack(2001), SolverLimits())
+        gurobi.solve(knapsack(2001), SolverLimits())
 
 
 def test_auto_reports_the_chosen_solver_and_the_reason(solver: str) -> None:

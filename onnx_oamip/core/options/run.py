@@ -16,6 +16,7 @@ from onnx_oamip.core.options.values import (
     Seconds,
     Shown,
 )
+from onnx_oamip.core.solvers import SolverName
 
 ACTIVATION_MEMORY = 1 << 30
 """Bytes of activations held at the same time where no option bounds memory."""
@@ -29,7 +30,7 @@ class RunOptions(Options):
 
     heading: ClassVar[str] = "Speed and resources"
 
-    solver: Literal["auto", "gurobi", "highs"] = Field(
+    solver: SolverName = Field(
         "auto",
         description="Solver of the programs; auto takes Gurobi where its licence allows the program's size, else "
         "HiGHS.",

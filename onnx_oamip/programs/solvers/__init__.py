@@ -1,7 +1,7 @@
 """Solution of mixed-integer linear programs by any solver that is installed.
 
 ``auto`` takes the first backend of ``BACKENDS`` that is installed and whose licence allows the size of the program, and
-reports the choice with its reason. A new solver is one module and one entry here.
+reports the choice with its reason. A new solver is one module here and one entry of ``core.solvers``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import importlib.util
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 from onnx_oamip.core.errors import SettingsError, SolverError
 from onnx_oamip.core.records import Floats
+from onnx_oamip.core.solvers import PACKAGES
 from onnx_oamip.programs import Program, Rows
-from onnx_oamip.programs.solvers import gurobi, highs
 from onnx_oamip.programs.solvers.spec import (
     Backend,
     Licence,
@@ -42,7 +43,9 @@ __all__ = [
     "solve_with_cuts",
 ]
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (gurobi.BACKEND, highs.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    name: import_module(f"{__name__}.{name}").BACKEND for name in PACKAGES
+}
 """In order of preference under ``auto``."""
 MIN_TIME_LIMIT = 0.01
 """Seconds that a round gets even if the time is used up."""
@@ -292,4 +295,4 @@ def _advice(backend: Backend) -> str:
     """Ways out if a backend cannot be used."""
     if importlib.util.find_spec(backend.package) is None:
         return f"install it with pip install {backend.package}, or use another `solver`"
-    return gurobi.ADVICE if backend.name == gurobi.NAME else f"reinstall {backend.package}"
+    return backend.advice or f"reinstall {backend.package}"

@@ -256,4 +256,11 @@ def _gurobipy() -> Any:
     return gurobipy
 
 
-BACKEND = Backend(name=NAME, package="gurobipy", licence=licence, rows=rows, solve=solve)
+BACKEND = Backend(
+    name=NAME,
+    package="gurobipy",
+    licence=licence,
+    rows=rows,
+    solve=solve,
+    advice=ADVICE,
+)

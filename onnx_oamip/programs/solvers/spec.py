@@ -145,6 +145,7 @@ class Backend:
         licence: Function that determines the licence.
         rows: Function that counts the rows of a program as the licence does.
         solve: Function that solves a program.
+        advice: Ways out if the package is installed but cannot be used; by default to reinstall it.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Backend:
     licence: Callable[[], Licence]
     rows: Callable[[Program], int]
     solve: Callable[[Program, SolverLimits], Solution]
+    advice: str = ""
 
 
 def solution(
