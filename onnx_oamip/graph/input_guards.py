@@ -170,7 +170,7 @@ def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]
         return set(), False
     sizes = _known_sizes(skeleton)
     most = max(FOLDED, TIMES * external_data.size(proto))
-    result: set[str] = set()
+    result = _filled_for_expansion(proto.graph)
     waits = False
     for node in candidates:
         for name in node.output:
@@ -179,6 +179,18 @@ def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]
                 result.add(name)
                 waits |= open_size
     return result, waits
+
+
+def _filled_for_expansion(graph: GraphProto) -> set[str]:
+    """Outputs of fills that are only expanded to lengths known at run time: as constants they would add to the file."""
+    constants = {tensor.name for tensor in graph.initializer}
+    filled = {name for node in graph.node if node.op_type in kinds.FILL for name in node.output}
+    read_elsewhere: set[str] = {value.name for value in graph.output}
+    for node in graph.node:
+        reads = subgraphs.reads(node)
+        expands = node.op_type in kinds.EXPANSION and reads[1] not in constants
+        read_elsewhere.update(reads[1:] if expands else reads)
+    return filled - read_elsewhere
 
 
 def _computed_from_constants(graph: GraphProto) -> list[NodeProto]:

@@ -96,6 +96,18 @@ class _Editor:
         joined = insert("concat", partial(build.concat, pieces))
         self.read(node, slot, joined)
 
+    def expanded(
+        self, at: int, node: NodeProto, *, known: Sequence[int], wanted: Sequence[Any]
+    ) -> None:
+        out = node.output[0]
+        lengths = self.constant(f"{out}_lengths", np.asarray(known, np.int64))
+        whole = self.unused(f"{out}_one")
+        self.before.setdefault(at, []).append(
+            build.renamed(node, lengths, whole, self.unused(f"{whole}_node"))
+        )
+        build.become_expand(node, whole)
+        self.joined(at, node, 1, wanted=wanted, source=range(len(wanted)))
+
     def producer(self, tensor: str, op: str) -> NodeProto | None:
         node = self.producers.get(tensor)
         return node if node is not None and node.op_type == op else None

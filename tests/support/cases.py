@@ -23,6 +23,7 @@ FAMILIES = (
     "cases_recurrent",
     "cases_shapes",
     "cases_tabular",
+    "cases_indexed",
 )
 """Modules that add cases when they are imported; fuzzing numbers its networks in this order."""
 

@@ -39,8 +39,11 @@ NEED_NEWER_RUNTIME = {
     "standard-attention-states-given-out": (1, 24),
     "standard-attention-mask-by-head": (1, 25),
     "qdq-weight-transposed": (1, 28),
+    "deformable-convolution": (1, 32),
+    "deformable-convolution-depthwise": (1, 32),
+    "deformable-convolution-blocks": (1, 32),
 }
-"""Opset 24, a reduction over no axes, forms of Attention that are refused or answered at random, and a transposition
+"""Opset 24, a reduction over no axes, deformable convolutions, forms of Attention that are refused or answered at random, and a transposition
 between a weight and its scale that is rewritten wrongly: the last release for Python 3.10 (1.23) takes none of them."""
 
 

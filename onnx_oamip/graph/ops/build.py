@@ -275,3 +275,34 @@ def become_transpose(node: NodeProto, source: str, perm: Sequence[int]) -> None:
     node.op_type, node.input[0] = "Transpose", source
     del node.input[1:], node.attribute[:]
     node.attribute.append(helper.make_attribute("perm", list(perm)))
+
+
+def renamed(node: NodeProto, source: str, out: str, name: str) -> NodeProto:
+    """Build a copy of a node of one input and one output.
+
+    Args:
+        node: The node.
+        source: Name of the input of the copy.
+        out: Name of its output.
+        name: Name of the copy.
+
+    Returns:
+        The copy, with the attributes of the node.
+    """
+    result = NodeProto()
+    result.CopyFrom(node)
+    result.input[0], result.output[0], result.name = source, out, name
+    return result
+
+
+def become_expand(node: NodeProto, source: str) -> None:
+    """Turn a node whose first input is a list of lengths into an expansion to these lengths, in place.
+
+    Args:
+        node: Node that is rewritten.
+        source: Name of the tensor that is expanded.
+    """
+    target = node.input[0]
+    node.op_type = "Expand"
+    del node.input[:], node.attribute[:]
+    node.input.extend([source, target])

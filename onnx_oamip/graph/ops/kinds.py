@@ -14,6 +14,8 @@ SHAPE = frozenset({"Shape"})
 """Reads lengths at run time."""
 FILL = frozenset({"ConstantOfShape"})
 """Makes a tensor of equal values, whose shape is its input."""
+EXPANSION = frozenset({"Expand"})
+"""Repeats a tensor to a shape that is its second input."""
 LOOP = frozenset({"Loop"})
 """May run for ever: the runtime needs watching."""
 NOT_FOLDED = ("DequantizeLinear", "QuantizeLinear", "Random", "Bernoulli", "Multinomial")

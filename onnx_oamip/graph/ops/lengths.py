@@ -81,6 +81,20 @@ def _expand(node: Node, labels: Labels) -> None:
     labels.set(out, known)
 
 
+def _fill(node: Node, labels: Labels) -> None:
+    """Equal numbers: along an axis of constant length any of them may go."""
+    out = node.outputs[0]
+    target, shape = labels.constant(node.inputs[0]), labels.shape(out)
+    if target is None or shape is None:
+        labels.set(out, [], f"{node} takes its shape from a computation")
+        return
+    labels.set(out, [labels.free(n) if n > 1 else None for n in shape])
+
+
+def _fill_repair(node: Node, cuts: Cuts) -> Edit:
+    return _lengths(node, cuts, 0, None)
+
+
 def _tile(node: Node, labels: Labels) -> None:
     _sized(node, labels, 1, "repeats")
 
@@ -153,6 +167,7 @@ SPECS = (
     OpSpec("Resize", _upsample, until=10),
     OpSpec("Upsample", _upsample),
     OpSpec("Expand", _expand, edit=EditRules(_expand_repair)),
+    OpSpec("ConstantOfShape", _fill, since=9, edit=EditRules(_fill_repair)),
     OpSpec("Tile", _tile),
     OpSpec("Shape", _shape),
 )

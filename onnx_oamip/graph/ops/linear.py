@@ -99,6 +99,22 @@ def _followed(labels: Labels, weight: str) -> bool:
     )
 
 
+def _deformable(node: Node, labels: Labels) -> None:
+    """DeformConv: a convolution that reads at offsets, with channels in blocks of equal offsets."""
+    x, blocks = node.inputs[0], int(node.attrs.get("offset_group", 1))
+    for slot, what in ((2, "offsets"), (4, "a mask")):
+        name = operand(node, slot)
+        if name is not None:
+            labels.pin_all(name, f"{node} takes it as {what}")
+    channels = labels.label(x, 1)
+    if blocks > 1 and channels is not None:
+        # A block keeps its offsets: every block loses the same channels.
+        by_block = channels.reshape(blocks, -1)
+        labels.tie(by_block, by_block[:1])
+    bias = operand(node, 3)
+    conv(replace(node, inputs=(x, node.inputs[1], *([bias] if bias else []))), labels)
+
+
 def conv_transpose(node: Node, labels: Labels) -> None:
     """Channel rule of ConvTranspose: the weight is (input channels, outputs per group, ...).
 
@@ -365,6 +381,7 @@ SPECS = (
         cost=_transposed_cost,
         linear=TransposedConvolution(),
     ),
+    OpSpec("DeformConv", _deformable, since=19, edit=EditRules(regroup), cost=conv_cost),
     OpSpec("Gemm", gemm, cost=_gemm_cost, linear=GeneralProduct(), encode=_gemm_encode),
     OpSpec("MatMul", matmul, cost=matmul_cost, linear=Product(), encode=_matmul_encode),
 )

@@ -143,6 +143,12 @@ class Targets(Protocol):
         """
         ...
 
+    def expanded(
+        self, at: int, node: NodeProto, *, known: Sequence[int], wanted: Sequence[Any]
+    ) -> None:
+        """Let a node make a tensor of ``known`` lengths, and expand that to lengths taken where they come from."""
+        ...
+
     def canonical(self, name: str) -> bool:
         """Check whether a list is joined from single numbers and lengths already.
 
@@ -307,6 +313,19 @@ def _expand(node: NodeProto, at: int, edit: Targets) -> None:
         edit.joined(at, node, 1, wanted=wanted, source=range(len(wanted)))
 
 
+def _fill(node: NodeProto, at: int, edit: Targets) -> None:
+    """Fills the known lengths by a constant target, which can be cut, and expands the result along the open ones."""
+    target = edit.entries(node.input[0])
+    if target is None:
+        return
+    is_open = [isinstance(value, Size) for value in target]
+    known = [1 if isinstance(value, Size) else int(value) for value in target]
+    if not any(is_open) or max(known, default=1) <= 1:
+        return
+    wanted = [value if isinstance(value, Size) else 1 for value in target]
+    edit.expanded(at, node, known=known, wanted=wanted)
+
+
 def _resize(node: NodeProto, at: int, edit: Targets) -> None:
     """Sizes only of the axes that change."""
     if len(node.input) < 4 or not node.input[3] or edit.canonical(node.input[3]):
@@ -368,6 +387,7 @@ def drop_expand(node: NodeProto, edit: Targets) -> None:
 RULES: dict[str, tuple[int, TargetRule]] = {
     "Reshape": (1, _reshape),
     "Expand": (1, _expand),
+    "ConstantOfShape": (0, _fill),
     "Resize": (3, _resize),
 }
 """(input with the target shape, rule) by operator."""
