@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from onnx_oamip.core.records import (
     Port,
 )
 from onnx_oamip.graph import external_data, input_guards, subgraphs
-from onnx_oamip.graph.ops import kinds
+from onnx_oamip.graph.ops import fused, kinds
 from onnx_oamip.graph.runtime import Session, runtime
 from onnx_oamip.graph.shape_folding import fold
 from onnx_oamip.graph.shape_inference import (
@@ -55,14 +56,16 @@ class ModelFile(NamedTuple):
     """Content of a model file.
 
     Attributes:
-        proto: The model as it is in the file; large weights are references.
+        proto: The model of the file, fused operators written out; large weights are references.
         sha256: Digest of the file and of those with its external data.
         size: Bytes of all these files.
+        written_out: Names of the fused operators.
     """
 
     proto: ModelProto
     sha256: str
     size: int
+    written_out: tuple[str, ...] = ()
 
 
 def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
@@ -80,10 +83,11 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
         ModelError: The file is missing, truncated or invalid.
     """
     file = Path(path)
-    source, sha256, size = read(file)
+    found = read(file)
     try:
-        proto = _normalise(source)
-        return from_proto(proto, bindings, path=str(file), sha256=sha256, size=size)
+        proto = _normalise(found.proto)
+        model = from_proto(proto, bindings, path=str(file), sha256=found.sha256, size=found.size)
+        return replace(model, notes=_remarks(found))
     except OamipError:
         raise
     except RuleFailed:
@@ -94,6 +98,18 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
         raise ModelError(
             f"{file}: the graph cannot be normalised: {_first_line(error)}."
         ) from error
+
+
+def _remarks(file: ModelFile) -> tuple[str, ...]:
+    """Notes about a file for reports."""
+    if not file.written_out:
+        return ()
+    names = ", ".join(file.written_out)
+    note = (
+        f"fused operators ({names}) are written out in their parts, which ONNX Runtime fuses again when it loads the "
+        "result"
+    )
+    return (note,)
 
 
 def from_proto(
@@ -210,11 +226,12 @@ def read(file: Path) -> ModelFile:
         size += data_file.stat().st_size
         _add_content(digest, data_file)
     _resolve_external_data(file, proto, {**data_files, str(file.resolve()): file}, size)
+    written_out = fused.write_out(proto)
     try:
         onnx.checker.check_model(external_data.checkable(proto))
     except Exception as error:
         raise ModelError(f"{file} is not a valid ONNX model: {_first_line(error)}.") from error
-    return ModelFile(proto, digest.hexdigest(), size)
+    return ModelFile(proto, digest.hexdigest(), size, written_out)
 
 
 def _add_content(digest: Any, file: Path) -> None:

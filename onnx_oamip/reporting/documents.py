@@ -235,7 +235,7 @@ def inspection(model: Model, coupling: Coupling, objective: Objective) -> Docume
         ],
         "skipped": _skipped(coupling),
         "objective": terms(objective),
-        "notes": list(objective.notes),
+        "notes": _distinct([*model.notes, *objective.notes]),
         "versions": versions(),
     }
     return plain_document(result)

@@ -133,7 +133,7 @@ image("prelu-one-slope", "PRelu", "r = PRelu(h, gain)", constants="float[1] gain
 image("add-per-channel", "Add", "r = Add(h, b)", constants="float[8,1,1] b")
 image("mul-scalar", "Mul", "r = Mul(s, h)", constants="float s = {0.3}")
 image("mul-itself", "Mul", "r = Mul(h, h)")
-for _name, _op in (("gelu", "Gelu"), ("quick-gelu", "QuickGelu")):
+for _name, _op in (("gelu", "Gelu"), ("quick-gelu", "QuickGelu"), ("fast-gelu", "FastGelu")):
     _qualified = f"com.microsoft.{_op}"
     dense(
         f"microsoft-{_name}",

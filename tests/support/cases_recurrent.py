@@ -124,8 +124,7 @@ recurrent(
     operands="g, w, r, b, , h0, c0",
     before=f"{_SIZE}  h0 = ConstantOfShape<value = float[1] {{1}}>(size)  c0 = Identity(h0)",
     constants="int64 at = {1}, int64[1] z = {0}, int64[1] d = {1}, int64[1] k = {8}",
-    units=7,
-    pinned="ties it to 'h0'",
+    units=7 + 8,
 )
 recurrent(
     "gru-state-from-outside",

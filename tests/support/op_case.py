@@ -43,8 +43,9 @@ NEED_NEWER_RUNTIME = {
     "deformable-convolution-depthwise": (1, 32),
     "deformable-convolution-blocks": (1, 32),
 }
-"""Opset 24, a reduction over no axes, deformable convolutions, forms of Attention that are refused or answered at random, and a transposition
-between a weight and its scale that is rewritten wrongly: the last release for Python 3.10 (1.23) takes none of them."""
+"""Opset 24, a reduction over no axes, deformable convolutions, forms of Attention that are refused or answered at
+random, and a transposition between a weight and its scale that is rewritten wrongly: the last release for Python 3.10
+(1.23) takes none of them."""
 
 
 def unknown_here(case: OpCase) -> str:

@@ -265,6 +265,7 @@ SPECS = (
     OpSpec("Cast", _cast, encode=same, traits=Trait.CASTS),
     OpSpec("Gelu", passes, "com.microsoft", shape=LikeInput()),
     OpSpec("QuickGelu", passes, "com.microsoft", shape=LikeInput()),
+    OpSpec("FastGelu", passes, "com.microsoft", shape=LikeInput()),
     *(_elementwise(name, broadcast) for name in BINARY.split()),
     # The slope broadcasts one way, to the data; multidirectional alignment gives the same axes.
     OpSpec("PRelu", broadcast, encode=_leaky_encode, traits=Trait.PIECEWISE),

@@ -146,7 +146,14 @@ class Targets(Protocol):
     def expanded(
         self, at: int, node: NodeProto, *, known: Sequence[int], wanted: Sequence[Any]
     ) -> None:
-        """Let a node make a tensor of ``known`` lengths, and expand that to lengths taken where they come from."""
+        """Let a node make a tensor of known lengths, and expand that to lengths taken where they come from.
+
+        Args:
+            at: Place of the node in the graph.
+            node: The node, whose input is a list of lengths.
+            known: Lengths of the tensor that it makes, 1 for one that is open.
+            wanted: Lengths of the expansion: a size for one that is open, 1 for the others.
+        """
         ...
 
     def canonical(self, name: str) -> bool:

@@ -1,0 +1,199 @@
+"""Fused operators of optimised files: written out, they compute the same and are pruned like the file before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import assert_exact, build, distance, feed, load, random_keep
+
+from onnx_oamip.graph import cost
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.ops.fused import _WRITERS
+from onnx_oamip.graph.runtime import Session
+
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One fused node between layers, the operators that it becomes, and the units counted by hand."""
+
+    op: str
+    text: str
+    parts: frozenset[str]
+    units: int
+    macs: int
+    opset: int = 17
+    domain: str = MICROSOFT
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.opset}-{'-'.join(sorted(self.parts))}"
+
+
+def _image(activation: str, inputs: str = "h, wf, bf", attributes: str = "") -> str:
+    return f"""(float[N,3,6,6] x) => (float[N,4,6,6] y)
+    <float[8,3,3,3] w1, float[8,8,1,1] wf, float[8] bf, float[4,8,1,1] w2> {{
+        h = Conv<pads = [1, 1, 1, 1]>(x, w1)
+        r = com.microsoft.FusedConv<activation = "{activation}"{attributes}>({inputs})
+        y = Conv(r, w2)
+    }}"""
+
+
+_IMAGE_MACS = 36 * (8 * 27 + 64 + 32)
+
+
+def _tokens(body: str, weights: str = "") -> str:
+    return f"""(float[N,4,5] x) => (float[N,4,3] y)
+    <float[5,8] w1, float[5,8] w2, float[8] bias, float[8] gain, float[8] beta, float[8,3] w3{weights}> {{
+        h = MatMul(x, w1)
+        k = MatMul(x, w2)
+        {body}
+        y = MatMul(r, w3)
+    }}"""
+
+
+_TOKENS_MACS = 4 * (40 + 40 + 24)
+_SKIP = "r = com.microsoft.SkipLayerNormalization<epsilon = 0.001>(h, k, gain, beta, bias)"
+_SKIP_SUM = """n, , , s = com.microsoft.SkipLayerNormalization<epsilon = 0.001>(h, k, gain, beta)
+    r = Add(n, s)"""
+_SKIP_RMS = "r = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = 0.001>(h, k, gain, bias)"
+_EMBEDDING = """(int32[N,4] ids, int32[N,4] kinds) => (float[N,4,3] y)
+<float[5,8] words, float[6,8] places, float[5,8] types, float[8] gain, float[8] beta, float[8,3] w3,
+ int64[2] last = {1, 2}> {
+    e, none = com.microsoft.EmbedLayerNormalization<epsilon = 0.001>(
+        ids, kinds, words, places, types, gain, beta)
+    f = Cast<to = 1>(none)
+    n = Unsqueeze(f, last)
+    r = Add(e, n)
+    y = MatMul(r, w3)
+}"""
+_EMBEDDING_AT = """(int32[N,4] ids, int32[N,4] which, int32[N,4] mask) => (float[N,4,3] y, int32[N] lengths)
+<float[5,8] words, float[6,8] places, float[8] gain, float[8] beta, float[8,3] w3, int32 one = {1}> {
+    m = Min(mask, one)
+    r, lengths = com.microsoft.EmbedLayerNormalization<epsilon = 0.001>(
+        ids, , words, places, , gain, beta, m, which)
+    y = MatMul(r, w3)
+}"""
+_GEMM = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,8] wf, float[8] bf, float[8,3] w3> {
+    h = MatMul(x, w1)
+    r = com.microsoft.FusedGemm<activation = "LeakyRelu", activation_alpha = 0.2, transB = 1>(h, wf, bf)
+    y = MatMul(r, w3)
+}"""
+_NORM = frozenset({"Add", "LayerNormalization"})
+_LONG = frozenset({"ReduceMean", "Sqrt", "Div"})
+NETWORKS = [
+    Network("FusedConv", _image("Relu"), frozenset({"Conv", "Relu"}), 8 + 8, _IMAGE_MACS),
+    Network(
+        "FusedConv",
+        _image("Relu", "h, wf, bf, h"),
+        frozenset({"Conv", "Add", "Relu"}),
+        8,
+        _IMAGE_MACS,
+    ),
+    Network(
+        "FusedConv",
+        _image("Clip", attributes=", activation_params = [0.0, 0.5]"),
+        frozenset({"Conv", "Clip"}),
+        8 + 8,
+        _IMAGE_MACS,
+    ),
+    Network(
+        "FusedConv",
+        _image("LeakyRelu", "h, wf", ", activation_params = [0.3]"),
+        frozenset({"Conv", "LeakyRelu"}),
+        8 + 8,
+        _IMAGE_MACS,
+    ),
+    Network("FusedGemm", _GEMM, frozenset({"Gemm", "LeakyRelu"}), 8 + 8, 40 + 64 + 24),
+    Network("SkipLayerNormalization", _tokens(_SKIP), _NORM, 8, _TOKENS_MACS),
+    Network("SkipLayerNormalization", _tokens(_SKIP_SUM), _NORM, 8, _TOKENS_MACS),
+    Network("SkipLayerNormalization", _tokens(_SKIP), _LONG, 8, _TOKENS_MACS, opset=13),
+    Network("SkipSimplifiedLayerNormalization", _tokens(_SKIP_RMS), _LONG, 8, _TOKENS_MACS),
+    Network("EmbedLayerNormalization", _EMBEDDING, _NORM | {"Gather"}, 8, 4 * 24),
+    Network("EmbedLayerNormalization", _EMBEDDING_AT, _NORM | {"Gather", "ReduceSum"}, 8, 4 * 24),
+    Network(
+        "BiasGelu",
+        _tokens("s = com.microsoft.BiasGelu(h, bias)  r = Add(s, k)"),
+        frozenset({"Add", "Gelu"}),
+        8,
+        _TOKENS_MACS,
+    ),
+    Network(
+        "FastGelu",
+        _tokens("s = com.microsoft.FastGelu(h, bias)  r = Add(s, k)"),
+        frozenset({"Add", "FastGelu"}),
+        8,
+        _TOKENS_MACS,
+    ),
+    Network(
+        "LayerNormalization",
+        _tokens("s = LayerNormalization(h, gain, beta)  r = Add(s, k)"),
+        _LONG,
+        8,
+        _TOKENS_MACS,
+        opset=13,
+        domain="",
+    ),
+    Network(
+        "SimplifiedLayerNormalization",
+        _tokens("s = SimplifiedLayerNormalization(h, gain)  r = Add(s, k)"),
+        _LONG,
+        8,
+        _TOKENS_MACS,
+        domain="",
+    ),
+]
+WITHOUT_A_CPU_KERNEL = {(MICROSOFT, "BiasAdd")}
+
+
+def _proto(network: Network) -> onnx.ModelProto:
+    return build(network.text, network.opset, domains={MICROSOFT: 1})
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=str)
+def test_parts_compute_the_same_and_are_pruned_like_the_layers_before_the_fusion(
+    network: Network, tmp_path: Path
+) -> None:
+    proto = _proto(network)
+    assert network.op in {node.op_type for node in proto.graph.node}
+    model = load(proto, tmp_path)
+    assert any(network.op in note for note in model.notes)
+    kinds = {node.op for node in model.nodes}
+    assert network.parts <= kinds, kinds
+    assert {node.domain for node in model.nodes} <= {"", MICROSOFT}
+    values = feed(model, 3, 2)
+    fused, written_out = Session(proto, "cpu"), Session(model.proto, "cpu")
+    assert distance(fused.run(values), written_out.run(values)) <= 1e-5
+    coupling = couple(model)
+    assert coupling.n_units == network.units, [p.reason for p in coupling.pinned]
+    assert cost.count(model).macs == network.macs
+    assert_exact(model, coupling, random_keep(coupling, np.random.default_rng(0), 0.5))
+
+
+def test_every_fused_operator_has_a_network() -> None:
+    covered = {(network.domain, network.op) for network in NETWORKS}
+    assert covered == _WRITERS.keys() - WITHOUT_A_CPU_KERNEL
+
+
+def test_addition_of_a_bias_and_a_skip_connection_is_written_out(tmp_path: Path) -> None:
+    """No kernel of ONNX Runtime's for processors runs BiasAdd: only the parts are looked at."""
+    text = _tokens("r = com.microsoft.BiasAdd(h, bias, k)")
+    model = load(build(text, domains={MICROSOFT: 1}), tmp_path)
+    assert [node.op for node in model.nodes] == ["MatMul", "MatMul", "Add", "Add", "MatMul"]
+    assert couple(model).n_units == 8
+
+
+def test_unknown_activation_leaves_the_fused_node(tmp_path: Path) -> None:
+    model = load(build(_image("Tan"), domains={MICROSOFT: 1}), tmp_path)
+    assert "FusedConv" in {node.op for node in model.nodes}
+    assert model.notes == ()
+
+
+def test_half_precision_keeps_its_type(tmp_path: Path) -> None:
+    text = _tokens(_SKIP).replace("float[", "float16[")
+    model = load(build(text, 13, domains={MICROSOFT: 1}), tmp_path)
+    assert {model.dtypes[name].name for node in model.nodes for name in node.outputs} == {"float16"}
