@@ -35,7 +35,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.data.sources import File, Source, source_name
-from onnx_oamip.graph import cost
+from onnx_oamip.graph import cost, default_inputs
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.graph.surgery import rewrite
@@ -403,6 +403,8 @@ def _write(
     report: Report, proto: onnx.ModelProto, keep_map: bytes | None, targets: Targets, clock: Clock
 ) -> Report:
     """Write what was asked for, all of it or nothing; the report with what was written."""
+    proto, notes = default_inputs.reopen(proto, report.model)
+    report = replace(report, notes=(*report.notes, *notes))
     with Batch() as batch:
         written: Written | None = None
         with clock("write"):

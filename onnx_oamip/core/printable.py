@@ -28,3 +28,19 @@ def _escaped(character: str) -> str:
     if code < 256:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Leave out the middle of a long name.
+
+    Args:
+        text: Any text.
+        most: Longest result in characters.
+
+    Returns:
+        The text, or its beginning and its end with ``...`` between them.
+    """
+    if len(text) <= most:
+        return text
+    half = (most - 3) // 2
+    return f"{text[: most - 3 - half]}...{text[-half:]}"

@@ -382,16 +382,31 @@ def _matching_patterns(model: Model, coupling: Coupling, patterns: Sequence[str]
     all_names = set(nodes_of).union(*nodes_of.values())
     matched = [""] * len(coupling.groups)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in all_names):
+        if not any(matches(name, pattern, all_names) for name in all_names):
             raise SettingsError(
                 f"`exclude='{pattern}'` matches no weight and no node; see 'onnx-oamip inspect' for names."
             )
         for i, group in enumerate(coupling.groups):
             weights = {tensor for tensor, _ in group.multiplicity if tensor in nodes_of}
             names = weights.union(*(nodes_of[weight] for weight in weights))
-            if any(fnmatchcase(name, pattern) for name in names):
+            if any(matches(name, pattern, all_names) for name in names):
                 matched[i] = pattern
     return matched
+
+
+def matches(name: str, pattern: str, names: Collection[str]) -> bool:
+    """Match a name of a weight or a node with a pattern of ``exclude``.
+
+    Args:
+        name: The name.
+        pattern: A name, or a shell pattern. Exporters write ``[`` and ``*`` into names, so a pattern that is the name
+            of a weight or a node matches only that name.
+        names: All names that the pattern may mean.
+
+    Returns:
+        True if the pattern matches.
+    """
+    return name == pattern if pattern in names else fnmatchcase(name, pattern)
 
 
 def _excluded(model: Model, coupling: Coupling, matched: Sequence[str]) -> list[Pinned]:

@@ -22,7 +22,7 @@ import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from onnx_oamip.core.errors import ModelError, OamipError, RuleFailed
+from onnx_oamip.core.errors import ModelError, OamipError
 from onnx_oamip.core.records import (
     Array,
     Body,
@@ -30,7 +30,7 @@ from onnx_oamip.core.records import (
     Node,
     Port,
 )
-from onnx_oamip.graph import external_data, input_guards, subgraphs
+from onnx_oamip.graph import default_inputs, external_data, input_guards, node_order, subgraphs
 from onnx_oamip.graph.ops import fused, kinds
 from onnx_oamip.graph.runtime import Session, runtime
 from onnx_oamip.graph.shape_folding import fold
@@ -84,20 +84,17 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
     """
     file = Path(path)
     found = read(file)
+    interface = default_inputs.take(found.proto)
     try:
         proto = _normalise(found.proto)
         model = from_proto(proto, bindings, path=str(file), sha256=found.sha256, size=found.size)
-        return replace(model, notes=_remarks(found))
     except OamipError:
         raise
-    except RuleFailed:
-        # If the runtime refuses the model too, the model is at fault and not the rule.
+    except Exception:
+        # If the runtime refuses the model too, the model is at fault; else this package is.
         Session(file, "cpu", what=str(file))
         raise
-    except Exception as error:  # a library refused the graph, with an exception type of its own
-        raise ModelError(
-            f"{file}: the graph cannot be normalised: {_first_line(error)}."
-        ) from error
+    return replace(model, interface=interface, notes=(*_remarks(found), *interface.notes))
 
 
 def _remarks(file: ModelFile) -> tuple[str, ...]:
@@ -181,9 +178,10 @@ def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
     """
     if all(model.bindings.get(k) == v for k, v in bindings.items()):
         return model
-    return from_proto(
+    bound = from_proto(
         model.proto, bindings, path=model.path, sha256=model.sha256, size=model.file_bytes
     )
+    return replace(bound, interface=model.interface, notes=model.notes)
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -226,6 +224,7 @@ def read(file: Path) -> ModelFile:
         size += data_file.stat().st_size
         _add_content(digest, data_file)
     _resolve_external_data(file, proto, {**data_files, str(file.resolve()): file}, size)
+    _sort_nodes(file, proto)
     written_out = fused.write_out(proto)
     try:
         onnx.checker.check_model(external_data.checkable(proto))
@@ -240,12 +239,24 @@ def _add_content(digest: Any, file: Path) -> None:
             digest.update(chunk)
 
 
+def _sort_nodes(file: Path, proto: ModelProto) -> None:
+    """Sorts the nodes: ONNX Runtime runs unsorted graphs, the ONNX checker and this package do not."""
+    try:
+        node_order.sort(proto.graph)
+    except ModelError as error:
+        raise ModelError(f"{file} is not a valid ONNX model: {error}") from error
+
+
 def _data_files(file: Path, proto: ModelProto) -> dict[str, Path]:
-    """Files with the external data of a model, by the name in the model; they must exist in its folder."""
+    """Files with the external data of a model, by the name in the model; they must exist in its folder.
+
+    A model that is a link may have its data in the folder that it links to, as in a store of files by their content.
+    """
+    folders = (file.parent, file.resolve().parent)
     result: dict[str, Path] = {}
     for name in sorted(_external_names(proto) - {str(file.resolve())}):
         data_file = file.parent / name
-        if not _is_inside(data_file, name, file.parent):
+        if not any(_is_inside(data_file, name, folder) for folder in folders):
             raise ModelError(
                 f"{file} keeps weights in '{name}', outside its own folder; move them beside it."
             )
@@ -369,6 +380,7 @@ def _normalise(source: ModelProto) -> ModelProto:
         if not fold(result):
             break
         result = _fold_and_resolve(result)
+    default_inputs.close(result)
     return result
 
 
@@ -397,8 +409,14 @@ def _folded(source: ModelProto) -> ModelProto:
 def _fold_all(source: ModelProto, unfoldable: set[str]) -> ModelProto:
     """One pass of :func:`_folded`, which leaves the tensors in ``unfoldable`` computed."""
 
+    replaceable = default_inputs.names(source)
+
     def is_kept(node: gs.Node | NodeProto) -> bool:
-        return _must_stay(node) or not unfoldable.isdisjoint(_output_names(node))
+        return (
+            _must_stay(node)
+            or not unfoldable.isdisjoint(_output_names(node))
+            or not replaceable.isdisjoint(_input_names(node))
+        )
 
     _load_folded_weights(source, is_kept)
     graph = gs.import_onnx(source)
@@ -483,6 +501,12 @@ def _output_names(node: gs.Node | NodeProto) -> list[str]:
     return [tensor.name for tensor in node.outputs]
 
 
+def _input_names(node: gs.Node | NodeProto) -> list[str]:
+    if isinstance(node, NodeProto):
+        return list(node.input)
+    return [tensor.name for tensor in node.inputs]
+
+
 def _must_stay(node: gs.Node | NodeProto) -> bool:
     """Tests for nodes that are never folded.
 
@@ -509,12 +533,12 @@ def restore(proto: ModelProto, source: ModelProto) -> None:
         source: The graph that it was imported from.
     """
     _restore_model_fields(proto, source)
-    _restore_interface(proto, source)
     _restore_node_docs(proto, source)
     # Shapes of intermediate tensors are inferred anew; old ones would be wrong after a cut.
     del proto.graph.value_info[:]
     # graphsurgeon puts constants into the subgraphs that read them.
     subgraphs.lift(proto)
+    _restore_interface(proto, source)
 
 
 def _restore_model_fields(proto: ModelProto, source: ModelProto) -> None:
@@ -532,15 +556,13 @@ def _restore_model_fields(proto: ModelProto, source: ModelProto) -> None:
 
 def _restore_interface(proto: ModelProto, source: ModelProto) -> None:
     declared = {value.name: value for value in (*source.graph.input, *source.graph.output)}
-    for value in (*proto.graph.input, *proto.graph.output):
+    for value in proto.graph.output:
         if value.name in declared:
             value.CopyFrom(declared[value.name])
-    # An input that is also an initialiser is a constant. It may shrink, so it is no longer offered as an input.
-    constants = {tensor.name for tensor in source.graph.initializer}
-    constants.update(sparse.values.name for sparse in source.graph.sparse_initializer)
-    inputs = [value for value in proto.graph.input if value.name not in constants]
+    # An input with a default value that no node reads has lost that value, and would have to be fed.
+    lost = default_inputs.names(source) - {tensor.name for tensor in proto.graph.initializer}
     del proto.graph.input[:]
-    proto.graph.input.extend(inputs)
+    proto.graph.input.extend(value for value in source.graph.input if value.name not in lost)
 
 
 def _restore_node_docs(proto: ModelProto, source: ModelProto) -> None:

@@ -143,12 +143,20 @@ def infer(proto: ModelProto, bound: Mapping[str, int], known: Shapes | None = No
             name = symbol(port, axis)
             if name is not None:
                 dim.dim_value = bound[name]
-    # Declared shapes of outputs may hold for other sizes.
-    for value in copy.graph.output:
-        value.type.tensor_type.ClearField("shape")
+    _clear_output_shapes(copy.graph)
     for name, shape in (known or {}).items():
         copy.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 0, list(shape)))
     return _inferred(copy, proto)
+
+
+def _clear_output_shapes(graph: GraphProto) -> None:
+    """Clears the declared shapes of outputs, which may hold for other sizes; one that is an input has its shape."""
+    inputs = {value.name: value for value in graph.input}
+    for value in graph.output:
+        if value.name in inputs:
+            value.CopyFrom(inputs[value.name])
+        else:
+            value.type.tensor_type.ClearField("shape")
 
 
 def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
@@ -401,10 +409,8 @@ class _SubgraphInference:
                 element_type = int(onnx.helper.np_dtype_to_tensor_dtype(dtypes[name]))
             outer = onnx.helper.make_tensor_value_info(name, element_type, shapes.get(name))
             model.graph.input.append(outer)
-        for value in graph.output:
-            output = onnx.ValueInfoProto(name=value.name, type=value.type)
-            output.type.tensor_type.ClearField("shape")
-            model.graph.output.append(output)
+        model.graph.output.extend(graph.output)
+        _clear_output_shapes(model.graph)
         return model
 
 
@@ -636,11 +642,15 @@ def skeleton(proto: ModelProto) -> ModelProto:
     result.functions.extend(proto.functions)
     graph = result.graph
     graph.name = proto.graph.name or "graph"
-    graph.input.extend(proto.graph.input)
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    inputs = {value.name for value in proto.graph.input}
+    graph.input.extend(value for value in proto.graph.input if value.name not in constants)
     graph.output.extend(proto.graph.output)
     graph.node.extend(proto.graph.node)
     for tensor in proto.graph.initializer:
-        if int(np.prod(tensor.dims)) <= SMALL:
+        is_small = int(np.prod(tensor.dims)) <= SMALL
+        # A feed may replace the value of a constant that is also an input.
+        if is_small and tensor.name not in inputs:
             graph.initializer.append(tensor)
         else:
             value = onnx.helper.make_tensor_value_info(

@@ -6,7 +6,7 @@ initialisers of the main graph. Labels, cuts and costs can then treat the nodes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 
 import onnx
 import onnx.inliner
@@ -370,7 +370,7 @@ def _lift_constant_nodes(graph: GraphProto, main: GraphProto, present: set[str])
         main.initializer[-1].name = node.output[0]
         present.add(node.output[0])
     if len(kept) < len(graph.node):
-        _set_nodes(graph, kept)
+        set_nodes(graph, kept)
 
 
 def return_own_tensors(main: GraphProto) -> None:
@@ -416,8 +416,13 @@ def unused_name(name: str, taken: Set[str]) -> str:
     return result
 
 
-def _set_nodes(graph: GraphProto, wanted: list[NodeProto]) -> None:
-    """Replaces the nodes of a graph by others, some of which may be its own."""
+def set_nodes(graph: GraphProto, wanted: Sequence[NodeProto]) -> None:
+    """Replaces the nodes of a graph.
+
+    Args:
+        graph: The graph, changed in place.
+        wanted: Its new nodes, some of which may be its own.
+    """
     copies = [NodeProto.FromString(node.SerializeToString()) for node in wanted]
     del graph.node[:]
     graph.node.extend(copies)
@@ -437,7 +442,12 @@ def resolve(proto: ModelProto) -> bool:
     Returns:
         True if a node was replaced.
     """
-    conditions = {t.name: t for t in proto.graph.initializer if t.data_type == TensorProto.BOOL}
+    inputs = {value.name for value in proto.graph.input}
+    conditions = {
+        t.name: t
+        for t in proto.graph.initializer
+        if t.data_type == TensorProto.BOOL and t.name not in inputs
+    }
     changed = False
     for graph in graphs(proto.graph):
         # A branch may hold another such If, which is found in the next turn.
@@ -446,7 +456,7 @@ def resolve(proto: ModelProto) -> bool:
             condition = numpy_helper.to_array(conditions[node.input[0]])
             branch = bodies(node)[BRANCHES[bool(condition.reshape(-1)[0])]]
             inlined = _inlined_branch(node, branch)
-            _set_nodes(graph, [*graph.node[:position], *inlined, *graph.node[position + 1 :]])
+            set_nodes(graph, [*graph.node[:position], *inlined, *graph.node[position + 1 :]])
             changed = True
     return changed
 
@@ -510,4 +520,4 @@ def insert(graph: GraphProto, change: Callable[[NodeProto], list[NodeProto]]) ->
         for body in all_bodies(node):
             insert(body, change)
         wanted += change(node)
-    _set_nodes(graph, wanted)
+    set_nodes(graph, wanted)

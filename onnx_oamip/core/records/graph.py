@@ -106,6 +106,21 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Interface:
+    """Inputs of a model file, where some of them have default values.
+
+    Attributes:
+        inputs: Declarations of all inputs, in the order of the file; empty if none has a default value.
+        defaults: Default values (tensors) by name.
+        notes: Remarks for reports.
+    """
+
+    inputs: tuple[Any, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Model:
     """A loaded model: constants folded, nodes named, shapes known for one batch.
 
@@ -124,6 +139,7 @@ class Model:
         path: File that the model was read from.
         sha256: Digest of the file.
         file_bytes: Size of the file with its external data.
+        interface: Inputs of the file with default values, which are constants here.
         notes: Remarks for reports.
     """
 
@@ -139,6 +155,7 @@ class Model:
     path: str
     sha256: str
     file_bytes: int
+    interface: Interface = Interface()
     notes: tuple[str, ...] = ()
 
     @property

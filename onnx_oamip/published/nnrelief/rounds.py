@@ -10,9 +10,8 @@ paper; with a refit the bias takes the mean output of the branch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx
@@ -27,6 +26,7 @@ from onnx_oamip.core.records import (
     Scores,
 )
 from onnx_oamip.data.feeds import feeds_within_memory
+from onnx_oamip.graph.coupling import matches
 from onnx_oamip.graph.linear_layers import Editor, unmatrix
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier, element_types
@@ -99,8 +99,11 @@ class ConnectionPruner:
         uses = tensor_uses(model)
         every = [site for site in linear_nodes(model) if not is_depthwise(model, site)]
         unshared = [site for site in every if uses[site.weight] == 1]
+        names = {name for site in every for name in (site.node.name, site.weight)}
         self.sites = {
-            site.node.name: site for site in unshared if not _is_excluded(site, settings.exclude)
+            site.node.name: site
+            for site in unshared
+            if not _is_excluded(site, settings.exclude, names)
         }
         left_alone = {
             "layers share their weight with others": len(every) - len(unshared),
@@ -287,10 +290,10 @@ class ConnectionPruner:
         return self._targets
 
 
-def _is_excluded(site: Site, patterns: Sequence[str]) -> bool:
-    """True if a pattern of ``exclude`` matches the node or its weight."""
-    names = (site.node.name, site.weight)
-    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+def _is_excluded(site: Site, patterns: Sequence[str], names: Collection[str]) -> bool:
+    """True if a pattern of ``exclude`` matches the node or its weight, out of the names of all of them."""
+    own = (site.node.name, site.weight)
+    return any(matches(name, pattern, names) for pattern in patterns for name in own)
 
 
 def _live(selection: Selection, site: Site, model: Model, coupling: Coupling) -> Bools:
