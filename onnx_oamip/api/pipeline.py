@@ -33,7 +33,7 @@ from onnx_oamip.core.records import (
     Verification,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data import dataset
+from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.sources import File, Source, source_name
 from onnx_oamip.graph import cost, default_inputs
 from onnx_oamip.graph import loading as models
@@ -483,6 +483,7 @@ def compare(
     equivalence.structure(other.proto)
     after = equivalence.watch(model, objective, device, other.proto, str(pruned))
     before = equivalence.watch(model, objective, device, what=str(original))
+    samples = batching.tried(before, samples, settings.batch_size)
     batches = equivalence.runs_at(model, after, samples, lambda: before)
     found = equivalence.compare(
         model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from onnx_oamip.core.records import (
     Scores,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data import dataset
+from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
 from onnx_oamip.data.sources import File, Source, samples_of
@@ -307,10 +306,14 @@ def open_context(
         metric = None if settings.metric is None else metrics.load(settings.metric)
         # What does not run cannot be proved: say so before the work.
         session = Session(model.proto, "cpu", what=model.path)
-        for _, feed in islice(samples.batches(settings.batch_size), None if source is None else 1):
-            session.run(feed)
-        if session.unfused:
-            model = replace(model, notes=(*model.notes, UNFUSED))
+        if source is None:
+            for _, feed in samples.batches(settings.batch_size):
+                session.run(feed)
+        else:
+            samples = batching.tried(session, samples, settings.batch_size)
+            held = batching.alike(samples, held)
+        unfused = (UNFUSED,) if session.unfused else ()
+        model = replace(model, notes=(*model.notes, *samples.notes, *unfused))
     identity = _cache_identity(model, samples, settings, device)
     if source is not None or eval_data is not None:
         with clock("objective"):

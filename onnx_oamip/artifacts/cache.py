@@ -33,7 +33,7 @@ from onnx_oamip.core.records import (
     Model,
 )
 from onnx_oamip.core.versions import sources
-from onnx_oamip.data import numpy_files, out_of_core
+from onnx_oamip.data import numpy_files, unequal
 from onnx_oamip.data.dataset import Samples
 
 T = TypeVar("T")
@@ -189,14 +189,15 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
     digest = hashlib.sha256()
     for name in sorted(samples.arrays):
         values = samples.arrays[name]
-        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(f"{name} {values.dtype} {unequal.shape_of(values)}".encode())
         for factor in samples.scales.get(name, ()):
             digest.update(f"{factor.shape} {factor.tolist()}".encode())
-        for block in out_of_core.blocks(values):
+        for block in unequal.blocks(values):
             digest.update(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
     if samples.labels is not None:
         digest.update(np.ascontiguousarray(samples.labels).tobytes())
-    shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items())]
+    layouts = sorted(samples.layouts.items())
+    shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items()), layouts]
     return {"model": model.sha256, "data": digest.hexdigest(), "shape": shape}
 
 

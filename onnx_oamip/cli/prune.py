@@ -31,7 +31,7 @@ data_option = option(
     heading="Data",
     metavar=DATA,
     help="Calibration samples: an .npz or .npy file with arrays by input name, a .parquet file, a folder of images (a "
-    "folder a class gives labels), or a function that yields feeds. "
+    "folder a class gives labels) or with one .npz a sample, or a function that yields feeds. "
     "Only --importance l1, l2 or random with --allocate uniform or global and --refit none does without.",
 )
 keep_map_option = option(

@@ -16,8 +16,10 @@ from onnx_oamip.core.records import (
     Model,
     Port,
 )
-from onnx_oamip.data import out_of_core
+from onnx_oamip.data import layouts, out_of_core
+from onnx_oamip.data.layouts import fits, fixed
 from onnx_oamip.data.out_of_core import Values
+from onnx_oamip.data.unequal import Stored, UnequalArrays
 
 LABELS = "labels"
 SCALE = ".scale"
@@ -35,7 +37,7 @@ class Scaling(NamedTuple):
     offset: Array
 
 
-def check_names(arrays: Mapping[str, Values], model: Model, where: str) -> None:
+def check_names(arrays: Mapping[str, Stored], model: Model, where: str) -> None:
     """Check that every input has an array, and that every array has a meaning.
 
     Args:
@@ -69,7 +71,7 @@ def check_names(arrays: Mapping[str, Values], model: Model, where: str) -> None:
 
 
 def check_scaling(
-    arrays: Mapping[str, Values], array: Values, port: Port, where: str
+    arrays: Mapping[str, Stored], array: Stored, port: Port, model: Model, where: str
 ) -> Scaling | None:
     """Read the scale and the offset of an input.
 
@@ -77,6 +79,7 @@ def check_scaling(
         arrays: All arrays by name.
         array: Array of the input.
         port: The input.
+        model: The model; a key that is the name of another input is no scale.
         where: Name of the source.
 
     Returns:
@@ -85,8 +88,10 @@ def check_scaling(
     Raises:
         DataError: A factor is not finite or does not broadcast to a sample.
     """
-    scale = _factor(arrays, port.name + SCALE, array, port, where)
-    offset = _factor(arrays, port.name + OFFSET, array, port, where)
+    names = {other.name for other in model.inputs}
+    given = {key: value for key, value in arrays.items() if key not in names}
+    scale = _factor(given, port.name + SCALE, array, port, where)
+    offset = _factor(given, port.name + OFFSET, array, port, where)
     if scale is None and offset is None:
         return None
     if scale is None:
@@ -97,15 +102,19 @@ def check_scaling(
 
 
 def _factor(
-    arrays: Mapping[str, Values], key: str, array: Values, port: Port, where: str
+    arrays: Mapping[str, Stored], key: str, array: Stored, port: Port, where: str
 ) -> Array | None:
     """A scale or an offset: one number, or numbers that broadcast to a sample, for example one per channel."""
     if key not in arrays:
         return None
     given = arrays[key]
-    if not np.issubdtype(given.dtype, np.number) or given.dtype.kind == "c":
+    is_number = np.issubdtype(given.dtype, np.number) and given.dtype.kind != "c"
+    if isinstance(given, UnequalArrays) or not is_number:
         raise DataError(f"{where}: '{key}' must hold finite numbers.")
-    sample = array.shape[array.ndim - len(port.dims) + 1 :]
+    if isinstance(array, UnequalArrays):
+        sample: tuple[int, ...] = (1,) * (len(port.dims) - 1)
+    else:
+        sample = array.shape[array.ndim - len(port.dims) + 1 :]
     if given.size != 1 and not _broadcasts(given.shape, sample):
         raise DataError(
             f"{where}: '{key}' has shape {given.shape}, which does not broadcast to a sample's {sample}; give one "
@@ -127,16 +136,6 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     return all(length in (1, wanted) for length, wanted in pairs)
 
 
-def _fits(shape: tuple[int, ...], dims: tuple[int | str | None, ...]) -> bool:
-    """True if the shape has every length that is fixed."""
-    pairs = zip(shape, dims, strict=True)
-    return all(not _is_fixed(wanted) or length == wanted for length, wanted in pairs)
-
-
-def _is_fixed(dim: int | str | None) -> bool:
-    return isinstance(dim, int) and dim > 0
-
-
 def expected(port: Port) -> str:
     """Describe the array that an input takes.
 
@@ -147,11 +146,12 @@ def expected(port: Port) -> str:
         Type and shape, such as ``float32 [N, 3, 32, 32]``.
     """
     dims = ", ".join("?" if dim is None else str(dim) for dim in port.dims)
-    return f"{port.dtype} [{dims}]"
+    kind = "text" if port.dtype == object else port.dtype
+    return f"{kind} [{dims}]"
 
 
-def check_array(array: Values, port: Port, *, scaled: bool, where: str) -> None:
-    """Check type, shape and values of an array.
+def check_type(array: Stored, port: Port, *, scaled: bool, where: str) -> None:
+    """Check the type of an array.
 
     Args:
         array: Samples along axis 0.
@@ -160,43 +160,125 @@ def check_array(array: Values, port: Port, *, scaled: bool, where: str) -> None:
         where: Name of the source.
 
     Raises:
-        DataError: The array does not fit the input, or holds NaN or infinite values.
+        DataError: The type is not that of the input.
     """
     label = f"{where}: array '{port.name}'"
-    _check_type(array, port, scaled, label)
-    _check_shape(array, port, label)
-    if array.dtype.kind in "fcV":
-        _check_finite(array, label)
-
-
-def _check_type(array: Values, port: Port, scaled: bool, label: str) -> None:
+    takes_text = port.dtype == object
     if array.dtype == object:
-        raise DataError(f"{label} holds Python objects; expected {expected(port)}.")
-    accepted = array.dtype == port.dtype
+        advice = "" if takes_text else "; give numbers, or for unequal lengths a list of arrays"
+        raise DataError(f"{label} holds Python objects; expected {expected(port)}{advice}.")
+    accepted = array.dtype == port.dtype or (takes_text and array.dtype.kind == "U")
     if scaled:
         accepted = np.issubdtype(array.dtype, np.number)
     if not accepted:
-        hint = f"; convert it with array.astype('{port.dtype}')"
-        if array.dtype.kind in "iu":
+        kind = "str" if takes_text else str(port.dtype)
+        hint = f"; convert it with array.astype('{kind}')"
+        if array.dtype.kind == "U":
+            hint = "; give the numbers that the texts stand for"
+        elif array.dtype.kind in "iu":
             hint += f", or say what its codes mean with '{port.name}.scale'"
         raise DataError(f"{label} is {array.dtype} but the model expects {expected(port)}{hint}.")
 
 
-def _check_shape(array: Values, port: Port, label: str) -> None:
+def check_finite(array: Stored, port: Port, where: str) -> None:
+    """Check that all values of an array are numbers.
+
+    Args:
+        array: Samples along axis 0.
+        port: Input that takes them.
+        where: Name of the source.
+
+    Raises:
+        DataError: There are NaN or infinite values.
+    """
+    if array.dtype.kind not in "fcV":
+        return
+    wrong = out_of_core.first_not_finite(_values(array))
+    if wrong is None:
+        return
+    row = array.sample_of(wrong.row) if isinstance(array, UnequalArrays) else wrong.row
+    hint = ""
+    if wrong.only_negative_infinity:
+        hint = ", and where -inf masks something, write the type's lowest number"
+    raise DataError(
+        f"{where}: array '{port.name}' has NaN or infinite values, first in sample {row}; clean the data{hint}."
+    )
+
+
+def _values(array: Stored) -> Values:
+    return array.values if isinstance(array, UnequalArrays) else array
+
+
+def find_layouts(
+    arrays: Mapping[str, Stored], model: Model, where: str
+) -> tuple[dict[str, layouts.Layout], int]:
+    """Find the layout of every array, and the number of samples.
+
+    Args:
+        arrays: Array of every input.
+        model: The model.
+        where: Name of the source.
+
+    Returns:
+        Layouts by input, and the number of samples.
+
+    Raises:
+        DataError: An array does not fit its input, the arrays hold unequal numbers of samples, or none.
+    """
+    found = layouts.find(arrays, model)
+    if found is None:
+        for port in model.inputs:
+            _check_shape(arrays[port.name], port, model, where)
+        counts = {name: _length(array) for name, array in arrays.items()}
+        most = max(counts.values())
+        odd = next((p for p in model.inputs if counts[p.name] != most), model.inputs[-1])
+        raise DataError(
+            f"{where} holds unequal numbers of samples ({counts}), or mixes layouts: '{odd.name}' is "
+            f"{_shape_of(arrays[odd.name])}; for {most} samples give {layouts.accepted(odd, model, most)}."
+        )
+    if not found[1]:
+        raise DataError(
+            f"{where} holds no samples; at least one is needed, a few hundred are better."
+        )
+    return found
+
+
+def _length(array: Stored) -> int:
+    """Number of samples if axis 0 counts them, 1 for a single number."""
+    return len(array) if isinstance(array, UnequalArrays) or array.ndim else 1
+
+
+def _shape_of(array: Stored) -> str:
+    if isinstance(array, UnequalArrays):
+        return f"{len(array)} arrays of unequal shapes"
+    return str(array.shape)
+
+
+def _check_shape(array: Stored, port: Port, model: Model, where: str) -> None:
+    """Raise DataError if an array fits its input in no layout."""
+    if next(layouts.candidates(array, port, model), None) is not None:
+        return
     rank = len(port.dims)
-    if array.ndim not in (rank, rank + 1) or array.ndim == 0:
-        one_sample = array.ndim == rank - 1 and _fits(array.shape, port.dims[1:])
-        hint = "; for one sample write array[None]" if one_sample else ""
-        raise DataError(
-            f"{label} has shape {array.shape} but the model expects {expected(port)}: axis 0 counts samples{hint}."
-        )
-    # In a batched array axis 0 counts samples, whatever batch the model is fixed to.
-    dims = port.dims[1:] if array.ndim == rank else port.dims
-    if not _fits(array.shape[1:], dims):
+    hint = ""
+    if isinstance(array, UnequalArrays):
+        samples = array.shapes.tolist()
+        place = next((i for i, s in enumerate(samples) if not fits(s, port.dims)), 0)
+        found = f"shape {tuple(samples[place])} in sample {place}"
+    else:
+        found = f"shape {array.shape}"
         hint = _transpose_hint(array, port)
-        raise DataError(
-            f"{label} has shape {array.shape} but the model expects {expected(port)}{hint}."
-        )
+    several = len(model.inputs) > 1 or bool(port.dims and fixed(port.dims[0]))
+    if several and not hint:
+        hint = f"; give {layouts.accepted(port, model, _length(array))}"
+    elif not isinstance(array, UnequalArrays) and (
+        array.ndim not in (rank, rank + 1) or not array.ndim
+    ):
+        hint = ": axis 0 counts samples"
+        if array.ndim == rank - 1 and fits(array.shape, port.dims[1:]):
+            hint += "; for one sample write array[None]"
+    raise DataError(
+        f"{where}: array '{port.name}' has {found} but the model expects {expected(port)}{hint}."
+    )
 
 
 def _transpose_hint(array: Values, port: Port) -> str:
@@ -204,50 +286,12 @@ def _transpose_hint(array: Values, port: Port) -> str:
     for order in _LAYOUT_CHANGES:
         if len(order) == array.ndim == len(port.dims):
             transposed = tuple(array.shape[axis] for axis in order[1:])
-            if _fits(transposed, port.dims[1:]):
+            if fits(transposed, port.dims[1:]):
                 return f"; the layout fits after array.transpose({', '.join(map(str, order))})"
     return ""
 
 
-def _check_finite(array: Values, label: str) -> None:
-    wrong = out_of_core.first_not_finite(array)
-    if wrong is None:
-        return
-    hint = ""
-    if wrong.only_negative_infinity:
-        hint = ", and where -inf masks something, write the type's lowest number"
-    raise DataError(
-        f"{label} has NaN or infinite values, first in sample {wrong.row}; clean the data{hint}."
-    )
-
-
-def check_count(arrays: Mapping[str, Values], where: str) -> int:
-    """Check that all arrays hold the same number of samples.
-
-    Args:
-        arrays: Samples by input, at least one input.
-        where: Name of the source.
-
-    Returns:
-        The number of samples.
-
-    Raises:
-        DataError: There are no samples, or unequal numbers of them.
-    """
-    counts = {name: len(array) for name, array in arrays.items()}
-    count = min(counts.values())
-    if count == 0:
-        raise DataError(
-            f"{where} holds no samples; at least one is needed, a few hundred are better."
-        )
-    if len(set(counts.values())) > 1:
-        raise DataError(
-            f"{where} holds unequal numbers of samples ({counts}); axis 0 of every array counts samples."
-        )
-    return count
-
-
-def check_labels(given: Values, count: int, where: str) -> Array:
+def check_labels(given: Stored, count: int, where: str) -> Array:
     """Check labels. Their fit to an output of the model is for the objective to say.
 
     Args:
@@ -261,6 +305,10 @@ def check_labels(given: Values, count: int, where: str) -> Array:
     Raises:
         DataError: The labels are no numbers, not one entry per sample, or negative classes.
     """
+    if isinstance(given, UnequalArrays):
+        raise DataError(
+            f"{where}: 'labels' has arrays of unequal shapes; give every sample labels of one shape, or leave them out."
+        )
     if given.dtype.kind not in "biuf":
         raise DataError(
             f"{where}: 'labels' is {given.dtype}; expected integers, one class per sample, or floats."

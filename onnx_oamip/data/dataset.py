@@ -1,20 +1,19 @@
 """Calibration and evaluation data as samples, checked against the model and split into feeds.
 
 Format of ``.npz`` (``.npy`` for a model with one input): arrays by input name, optional ``labels``. Axis 0 counts
-samples: an array of the input's rank is batched along axis 0, one of rank + 1 holds one whole feed per index. An
-integer array for a floating input needs the meaning of its codes: ``NAME.scale`` and optional ``NAME.offset`` give
-``value * scale + offset``. Keys that start with ``eval.`` hold evaluation data in the same way. Other sources are
-``module:function`` (``feed_functions``), folders of images (``images``) and Parquet files (``parquet``).
+samples; ``layouts`` has all layouts of an array. An integer array for a floating input needs the meaning of its codes:
+``NAME.scale`` and optional ``NAME.offset`` give ``value * scale + offset``. Keys that start with ``eval.`` hold
+evaluation data in the same way. A key that is the name of an input is that input, whatever it starts or ends with.
+``formats`` lists the other sources.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +27,14 @@ from onnx_oamip.core.records import (
 from onnx_oamip.data import (
     array_checks,
     feed_functions,
-    images,
-    numpy_files,
+    formats,
+    layouts,
     out_of_core,
-    parquet,
 )
 from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE, Scaling
-from onnx_oamip.data.out_of_core import Values
+from onnx_oamip.data.layouts import Layout
+from onnx_oamip.data.loaded import Loaded
+from onnx_oamip.data.unequal import FeedCollector, Stored, UnequalArrays, as_text
 from onnx_oamip.graph.shape_inference import symbol
 
 EVALUATION = "eval."
@@ -43,7 +43,9 @@ MAX_RANDOM_BYTES = 1 << 28
 """Size of random feeds for one input: large inputs get fewer."""
 EVALUATION_PARTS = 5
 """One of this many parts of the samples is held out."""
-_FORMATS = "an .npz, .npy or .parquet file, a folder of images, or module:function"
+
+Feeds = Iterable[Mapping[str, Array]]
+"""Feeds of a program: any iterable of dicts of arrays by input name."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +53,41 @@ class Samples:
     """Samples that were checked against a model.
 
     Attributes:
-        arrays: Stored arrays by input name. Large ones may stay in a file, from which a feed reads its part.
+        arrays: Stored arrays by input name. Large ones may stay in a file, from which a feed reads its part. One that
+            all feeds share has length 1 on axis 0.
         labels: Whole numbers or floats, samples along axis 0; None if unknown.
-        count: Number of samples along axis 0.
-        whole: True if every index is one whole feed (arrays have rank + 1).
+        count: Number of samples.
+        layouts: Layout of each array.
         scales: Scale and offset by input. They are applied when a feed is made, so that compact arrays stay compact.
         dtypes: Type of each input.
         fixed_batch: Batch that the model is fixed to, None if it is free.
         source: Name of the source.
         origin: Indices of the samples in the source, None if these are all of them in order.
+        reading: How images were read, for the report; None without images.
+        notes: Remarks for the report.
     """
 
-    arrays: Mapping[str, Values]
+    arrays: Mapping[str, Stored]
     labels: Array | None
     count: int
-    whole: bool
+    layouts: Mapping[str, Layout]
     scales: Mapping[str, Scaling]
     dtypes: Mapping[str, np.dtype[Any]]
     fixed_batch: int | None
     source: str
     origin: Ints | None = None
+    reading: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """True if every sample is a feed of its own: whole feeds, or arrays of unequal shapes."""
+        return self.unequal or any(layout.kind == "feed" for layout in self.layouts.values())
+
+    @property
+    def unequal(self) -> bool:
+        """True if arrays of one input have unequal shapes."""
+        return any(isinstance(stored, UnequalArrays) for stored in self.arrays.values())
 
     @property
     def classes(self) -> Ints | None:
@@ -90,7 +107,7 @@ class Samples:
         """
         feed = {}
         for name, stored in self.arrays.items():
-            value = stored[int(index[0])] if self.whole else stored[index]
+            value = layouts.feed_of(stored, self.layouts[name], index)
             if name in self.scales:
                 scale, offset = self.scales[name]
                 value = value.astype(np.float32) * scale + offset
@@ -142,13 +159,23 @@ class Samples:
         Returns:
             The samples in that order.
         """
-        arrays = {name: out_of_core.take(value, index) for name, value in self.arrays.items()}
+        arrays = {name: self._take(name, index) for name in self.arrays}
         return replace(
             self,
             arrays=arrays,
             labels=None if self.labels is None else self.labels[index],
             count=len(index),
             origin=index if self.origin is None else self.origin[index],
+        )
+
+    def _take(self, name: str, index: Ints) -> Stored:
+        stored = self.arrays[name]
+        if self.layouts[name].kind == "shared":
+            return stored
+        return (
+            stored.take(index)
+            if isinstance(stored, UnequalArrays)
+            else out_of_core.take(stored, index)
         )
 
     def bindings(self, model: Model) -> dict[str, int]:
@@ -158,21 +185,29 @@ class Samples:
             model: Model whose inputs have symbols.
 
         Returns:
-            Size by symbol, for one sample per feed; for one feed if these are whole feeds.
+            Size by symbol, for one sample per feed; for one feed if these are whole feeds, and for the one of median
+            size if their shapes are unequal.
         """
         sizes: dict[str, int] = {}
+        place = self._median()
         for port in model.inputs:
-            shape = self.arrays[port.name].shape[1:]
-            if not self.whole:
-                shape = (1, *shape)
+            shape = layouts.feed_shape(self.arrays[port.name], self.layouts[port.name], place)
             for axis in range(len(port.dims)):
                 name = symbol(port, axis)
                 if name is not None:
                     sizes.setdefault(name, int(shape[axis]))
         return sizes
 
+    def _median(self) -> int:
+        """Index of the feed of median size."""
+        stored = [a.sizes for a in self.arrays.values() if isinstance(a, UnequalArrays)]
+        if not stored:
+            return 0
+        order = np.argsort(np.sum(stored, axis=0), kind="stable")
+        return int(order[len(order) // 2])
 
-def check_extras(*sources: str | os.PathLike[str] | Mapping[str, Array] | None) -> None:
+
+def check_extras(*sources: str | os.PathLike[str] | Mapping[str, Array] | Feeds | None) -> None:
     """Check that the optional packages for reading sources are installed.
 
     Args:
@@ -184,22 +219,13 @@ def check_extras(*sources: str | os.PathLike[str] | Mapping[str, Array] | None) 
     for source in sources:
         if not isinstance(source, (str, os.PathLike)):
             continue
-        path = Path(source)
-        if path.is_dir():
-            images.check_extra(os.fspath(source))
-        elif path.suffix == ".parquet":
-            parquet.check_extra(path)
-
-
-class _Loaded(NamedTuple):
-    """Arrays of a source by name, and the name of the source in messages."""
-
-    arrays: dict[str, Values]
-    where: str
+        entry = formats.matching(os.fspath(source))
+        if entry is not None and entry.check_extra is not None:
+            entry.check_extra(os.fspath(source))
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Array],
+    source: str | os.PathLike[str] | Mapping[str, Array] | Feeds,
     model: Model,
     prefix: str = "",
     reading: Reading | None = None,
@@ -207,7 +233,7 @@ def load(
     """Load data and check them against the model's inputs.
 
     Args:
-        source: Path, ``module:function``, or arrays by name.
+        source: Path, ``module:function``, arrays by name, or feeds.
         model: Model that reads the data.
         prefix: ``EVALUATION`` for the evaluation part of the source, empty for the rest.
         reading: Reading of images and tables.
@@ -219,142 +245,109 @@ def load(
         DataError: The data cannot be read or do not fit the model.
         EnvironmentMissing: An optional package is not installed.
     """
+    if prefix == EVALUATION and not _has_parts(source):
+        return None
     if isinstance(source, Mapping):
-        arrays, where = _native(source), "the data"
+        loaded = Loaded(_native(source), "the data")
+    elif isinstance(source, (str, os.PathLike)):
+        name = os.fspath(source)
+        loaded = formats.find(name).read(name, model, reading or Reading())
     else:
-        path = Path(source)
-        has_no_parts = path.is_dir() or path.suffix == ".parquet"
-        if prefix == EVALUATION and has_no_parts:
-            return None
-        arrays, where = _read(os.fspath(source), model, reading or Reading())
+        loaded = Loaded(feed_functions.collect(source, "the data"), "the data")
+    inputs = {port.name for port in model.inputs}
+    held_out = {k for k in loaded.arrays if k.startswith(EVALUATION) and k not in inputs}
     if prefix == EVALUATION:
-        evaluation = _evaluation_part(arrays)
-        if not evaluation:
-            return None
-        return _samples(evaluation, model, where)
-    calibration = {key: v for key, v in arrays.items() if not key.startswith(EVALUATION)}
-    return _samples(calibration, model, where)
+        evaluation = _evaluation_part(loaded.arrays, held_out)
+        return _samples(replace(loaded, arrays=evaluation), model) if held_out else None
+    calibration = {key: v for key, v in loaded.arrays.items() if key not in held_out}
+    return _samples(replace(loaded, arrays=calibration), model)
 
 
-def _evaluation_part(arrays: Mapping[str, Values]) -> dict[str, Values]:
-    """Arrays of the evaluation part, empty if there are none. Scales hold for both parts."""
-    scales = {}
-    part = {}
-    for key, value in arrays.items():
-        if key.startswith(EVALUATION):
-            part[key.removeprefix(EVALUATION)] = value
-        if key.endswith((SCALE, OFFSET)):
-            scales[key] = value
-    return {**scales, **part} if part else {}
+def _has_parts(source: object) -> bool:
+    """True if a source may hold evaluation data under names of their own."""
+    if isinstance(source, (str, os.PathLike)):
+        return formats.find(os.fspath(source)).has_parts
+    return isinstance(source, Mapping)
 
 
-def _native(source: Mapping[str, Array]) -> dict[str, Values]:
+def _evaluation_part(arrays: Mapping[str, Stored], held_out: set[str]) -> dict[str, Stored]:
+    """Arrays of the evaluation part by input name. Scales hold for both parts."""
+    scales = {key: v for key, v in arrays.items() if key.endswith((SCALE, OFFSET))}
+    part = {key.removeprefix(EVALUATION): arrays[key] for key in held_out}
+    return {**{key: v for key, v in scales.items() if key not in held_out}, **part}
+
+
+def _native(source: Mapping[str, Any]) -> dict[str, Stored]:
     """A caller's own arrays, by name and in this machine's byte order."""
     for name in source:
         if not isinstance(name, str):
             raise DataError(
                 f"the data has the key {name!r}, which is no name of an input; keys are names."
             )
+    return {name: _stored(name, value) for name, value in source.items()}
+
+
+def _stored(name: str, value: Any) -> Stored:
+    """One array of a caller, or one per sample where their shapes are unequal."""
     try:
-        return {name: out_of_core.native(np.asarray(value)) for name, value in source.items()}
-    except ValueError as error:
-        raise DataError(
-            f"the data holds something that is no array of numbers: {error}."
-        ) from error
+        array = as_text(np.asarray(value))
+    except ValueError:
+        # numpy refuses lists of unequal lengths.
+        array = np.empty(0, object)
+    if array.dtype != object or (isinstance(value, np.ndarray) and array.ndim != 1):
+        return out_of_core.native(array)
+    collector = FeedCollector("the data")
+    for sample in value:
+        if sample is None or isinstance(sample, (dict, set)):
+            raise DataError(
+                f"the data: array '{name}' holds Python objects; expected numbers, or a list of arrays."
+            )
+        collector.append({name: sample})
+    if not collector.count:
+        raise DataError(f"the data holds no samples for '{name}'; at least one is needed.")
+    return collector.finish()[name]
 
 
-def _read(source: str, model: Model, reading: Reading) -> _Loaded:
-    path = Path(source)
-    if path.is_dir():
-        return _read_images(path, source, model, reading)
-    is_file_name = path.suffix in {".npz", ".npy", ".parquet"}
-    if ":" in source and not path.exists() and not is_file_name:
-        return _Loaded(feed_functions.load(source), source)
-    if not path.exists():
-        raise DataError(f"{source}: no such data file; give {_FORMATS}.")
-    if path.suffix == ".parquet":
-        return _Loaded(parquet.load(path, model, reading), source)
-    return _Loaded(_read_numpy(path, model), str(path))
-
-
-def _read_images(path: Path, source: str, model: Model, reading: Reading) -> _Loaded:
-    if len(model.inputs) != 1:
-        names = ", ".join(port.name for port in model.inputs)
-        raise DataError(
-            f"{source} is a folder of images, but the model has the inputs {names}; give an .npz."
-        )
-    port = model.inputs[0]
-    folder = images.load_folder(path, port, reading)
-    scale, offset = images.scaling(port, reading, folder.where)
-    arrays: dict[str, Values] = {
-        port.name: folder.codes,
-        port.name + SCALE: scale,
-        port.name + OFFSET: offset,
-    }
-    if folder.labels is not None:
-        arrays[LABELS] = folder.labels
-    return _Loaded(arrays, folder.where)
-
-
-def _read_numpy(path: Path, model: Model) -> dict[str, Values]:
-    loaded = numpy_files.load(path)
-    if isinstance(loaded, dict):
-        return loaded
-    if len(model.inputs) != 1:
-        names = ", ".join(port.name for port in model.inputs)
-        raise DataError(
-            f"{path} holds one array but the model has the inputs {names}; use an .npz with those names."
-        )
-    return {model.inputs[0].name: loaded}
-
-
-def _samples(loaded: dict[str, Values], model: Model, where: str) -> Samples:
+def _samples(loaded: Loaded, model: Model) -> Samples:
     """Check arrays and make samples of them."""
-    array_checks.check_names(loaded, model, where)
-    arrays: dict[str, Values] = {}
+    given, where = loaded.arrays, loaded.where
+    array_checks.check_names(given, model, where)
     scales: dict[str, Scaling] = {}
-    extra_ranks = set()
+    inputs = {port.name: given[port.name] for port in model.inputs}
     for port in model.inputs:
-        array = loaded[port.name]
-        scaling = array_checks.check_scaling(loaded, array, port, where)
-        array_checks.check_array(array, port, scaled=scaling is not None, where=where)
-        arrays[port.name] = array
+        array = inputs[port.name]
+        scaling = array_checks.check_scaling(given, array, port, model, where)
+        array_checks.check_type(array, port, scaled=scaling is not None, where=where)
         if scaling is not None:
             scales[port.name] = scaling
-        extra_ranks.add(array.ndim - len(port.dims))
-    if len(extra_ranks) > 1:
-        raise DataError(
-            f"{where} mixes batched arrays and whole feeds; give every input the same kind."
-        )
-    count = array_checks.check_count(arrays, where)
-    whole = extra_ranks == {1}
-    fixed_batch = None if whole else _fixed_batch(model)
+    found, count = array_checks.find_layouts(inputs, model, where)
+    arrays = {name: layouts.arranged(array, found[name]) for name, array in inputs.items()}
+    for port in model.inputs:
+        array_checks.check_finite(arrays[port.name], port, where)
+    labels = None
+    # An input may be called "labels"; then its array is data.
+    if LABELS in given and LABELS not in arrays:
+        labels = array_checks.check_labels(given[LABELS], count, where)
+    samples = Samples(
+        arrays=arrays,
+        labels=labels,
+        count=count,
+        layouts=found,
+        scales=scales,
+        dtypes={port.name: port.dtype for port in model.inputs},
+        fixed_batch=None,
+        source=where,
+        reading=loaded.reading,
+        notes=loaded.notes,
+    )
+    if samples.whole:
+        return samples
+    fixed_batch = next(iter(layouts.batch_sizes(found, model)), None)
     if fixed_batch and count < fixed_batch:
         raise DataError(
             f"{where} holds {count} samples but the model takes {fixed_batch} at a time; give at least {fixed_batch}."
         )
-    labels = None
-    # An input may be called "labels"; then its array is data.
-    if LABELS in loaded and LABELS not in arrays:
-        labels = array_checks.check_labels(loaded[LABELS], count, where)
-    return Samples(
-        arrays=arrays,
-        labels=labels,
-        count=count,
-        whole=whole,
-        scales=scales,
-        dtypes={port.name: port.dtype for port in model.inputs},
-        fixed_batch=fixed_batch,
-        source=where,
-    )
-
-
-def _fixed_batch(model: Model) -> int | None:
-    """Batch that the first input is fixed to, None if it is free."""
-    dims = model.inputs[0].dims
-    if dims and isinstance(dims[0], int) and dims[0] > 0:
-        return dims[0]
-    return None
+    return replace(samples, fixed_batch=fixed_batch)
 
 
 def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
@@ -396,17 +389,21 @@ def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
     sizes = [math.prod(model.shapes[p.name]) * p.dtype.itemsize for p in model.inputs]
     largest = max(sizes, default=0)
     count = min(count, max(1, MAX_RANDOM_BYTES // max(largest, 1)))
-    arrays: dict[str, Values] = {}
+    arrays: dict[str, Stored] = {}
     for port in model.inputs:
         shape = (count, *model.shapes[port.name])
-        floating = port.dtype.kind not in "iub"
-        values = rng.standard_normal(shape) if floating else rng.integers(0, 2, shape)
+        values: Array = rng.integers(0, 2, shape)
+        if port.dtype == object:
+            # Whole numbers as texts.
+            values = values.astype(np.str_)
+        elif port.dtype.kind not in "iub":
+            values = rng.standard_normal(shape)
         arrays[port.name] = values.astype(port.dtype)
     return Samples(
         arrays=arrays,
         labels=None,
         count=count,
-        whole=True,
+        layouts={port.name: Layout("feed") for port in model.inputs},
         scales={},
         dtypes={port.name: port.dtype for port in model.inputs},
         fixed_batch=None,

@@ -1,4 +1,4 @@
-"""Samples from a user's function, named ``module:function``."""
+"""Samples from a user's function, named ``module:function``, or from feeds in memory."""
 
 from __future__ import annotations
 
@@ -6,30 +6,32 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
-
-import numpy as np
+from pathlib import Path
+from typing import Any
 
 from onnx_oamip.core.errors import DataError
-from onnx_oamip.data.out_of_core import Spool, Values
+from onnx_oamip.core.records import Model, Reading
+from onnx_oamip.data.loaded import Format, Loaded
+from onnx_oamip.data.unequal import FeedCollector, Stored
+
+FILES = (".npz", ".npy", ".parquet")
+"""Suffixes of files: a name with a colon and one of these names no function."""
 
 
-class _ArrayType(NamedTuple):
-    """Shape and element type of an array."""
+def matches(source: str) -> bool:
+    """Test for ``module:function``.
 
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    Args:
+        source: Name of a source.
 
-    @classmethod
-    def of(cls, value: Any) -> _ArrayType:
-        array = np.asarray(value)
-        return cls(array.shape, array.dtype)
-
-    def __str__(self) -> str:
-        return f"{self.dtype} of shape {self.shape}"
+    Returns:
+        True if it names a function.
+    """
+    path = Path(source)
+    return ":" in source and path.suffix not in FILES and not path.exists()
 
 
-def load(source: str) -> dict[str, Values]:
+def load(source: str, _model: Model, _reading: Reading) -> Loaded:
     """Call a function and collect its feeds.
 
     Args:
@@ -41,75 +43,76 @@ def load(source: str) -> dict[str, Values]:
         Arrays by input name, one whole feed per index of axis 0.
 
     Raises:
-        DataError: The function cannot be imported, fails, or yields no feeds or unequal ones.
+        DataError: The function cannot be imported, fails, or yields no feeds, or feeds of unequal names or types.
     """
-    feeds = _feeds(source)
-    first = _next(feeds, source)
-    if not isinstance(first, Mapping) or not first:
-        raise _no_feeds(source)
-    # One index is one whole feed: feeds of equal shapes can be stacked, whatever their own batch is.
-    types = {name: _ArrayType.of(value) for name, value in first.items()}
-    spools = {name: Spool(f"`data={source}`: what it yields for '{name}'") for name in first}
-    count = 0
-    feed: Any = first
-    while feed is not None:
-        if not isinstance(feed, Mapping):
-            raise _no_feeds(source)
-        for name, spool in spools.items():
-            _check_equal(feed, name, types[name], count, source)
-            spool.append(np.asarray(feed[name]))
-        count += 1
-        feed = _next(feeds, source)
-    arrays = {}
-    for name, (shape, dtype) in types.items():
-        arrays[name] = spools[name].finish((count, *shape), dtype)
-    return arrays
+    return Loaded(_collected(_called(source), f"`data={source}`"), source)
 
 
-def _feeds(source: str) -> Iterator[Any]:
+def collect(feeds: Any, where: str) -> dict[str, Stored]:
+    """Collect feeds in memory.
+
+    Args:
+        feeds: An iterable of feeds, or an object with ``get_next()``.
+        where: Name of the source.
+
+    Returns:
+        Arrays by input name, one whole feed per index of axis 0.
+
+    Raises:
+        DataError: There are no feeds, or they have unequal names or types.
+    """
+    try:
+        iterator = _iterator(feeds)
+    except TypeError as error:
+        raise _no_feeds(where) from error
+    return _collected(iterator, where)
+
+
+def _collected(feeds: Iterator[Any], where: str) -> dict[str, Stored]:
+    collector = FeedCollector(where)
+    while (feed := _next(feeds, where)) is not None:
+        if not isinstance(feed, Mapping) or not feed:
+            raise _no_feeds(where)
+        collector.append(feed)
+    if not collector.count:
+        raise _no_feeds(where)
+    return collector.finish()
+
+
+def _called(source: str) -> Iterator[Any]:
     """Import and call the function."""
     module_name, _, function = source.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        result = getattr(importlib.import_module(module_name), function)()
-        if hasattr(result, "get_next"):
-            return iter(result.get_next, None)
-        return iter(result)
+        return _iterator(getattr(importlib.import_module(module_name), function)())
     except Exception as error:
-        raise _failed(source, error) from error
+        raise _failed(f"`data={source}`", error) from error
 
 
-def _next(feeds: Iterator[Any], source: str) -> Any:
+def _iterator(feeds: Any) -> Iterator[Any]:
+    """Iterate over feeds; raises TypeError for anything else."""
+    if hasattr(feeds, "get_next"):
+        return iter(feeds.get_next, None)
+    return iter(feeds)
+
+
+def _next(feeds: Iterator[Any], where: str) -> Any:
     """The next feed, or None at the end. The user's code runs here: any exception is possible."""
     try:
         return next(feeds, None)
     except Exception as error:
-        raise _failed(source, error) from error
+        raise _failed(where, error) from error
 
 
-def _check_equal(
-    feed: Mapping[str, Any], name: str, wanted: _ArrayType, number: int, source: str
-) -> None:
-    """Check that an array of a feed has the type that it has in the first feed."""
-    if name not in feed:
-        difference = f"there is no '{name}'"
-    else:
-        present = _ArrayType.of(feed[name])
-        if present == wanted:
-            return
-        difference = f"'{name}' is {present}"
-    raise DataError(
-        f"`data={source}` yields feeds of unequal names or shapes, or types (in the first '{name}' is {wanted}, in "
-        f"feed {number} {difference}); make them equal."
-    )
-
-
-def _failed(source: str, error: Exception) -> DataError:
+def _failed(where: str, error: Exception) -> DataError:
     return DataError(
-        f"`data={source}`: {type(error).__name__}: {error}; expected an importable module:function that yields feeds."
+        f"{where}: {type(error).__name__}: {error}; expected an importable module:function that yields feeds."
     )
 
 
-def _no_feeds(source: str) -> DataError:
-    return DataError(f"`data={source}` yielded no feeds; expected dicts of arrays by input name.")
+def _no_feeds(where: str) -> DataError:
+    return DataError(f"{where} yielded no feeds; expected dicts of arrays by input name.")
+
+
+FORMAT = Format("module:function", matches, load)

@@ -1,13 +1,14 @@
-"""Images as samples: found in a folder, decoded, fitted to the model's size and layout, stored as 8-bit codes.
+"""Images as samples: found in a folder, decoded, fitted to the model's size and layout, stored as codes.
 
-Values are ``(code * scale - mean) / std`` per colour channel. Codes stay 8-bit, many of them in a temporary file, and
-become values when a feed is made.
+Values are ``(code * scale - mean) / std`` per colour channel, where codes are 0 to 255. They are stored as bytes, many
+of them in a temporary file, and become values when a feed is made. If an image has 16 bits, all are stored with 16,
+where 257 is one code of 8 bits.
 """
 
 from __future__ import annotations
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +20,27 @@ from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.extras import imports_of
 from onnx_oamip.core.records import (
     Array,
+    Floats,
     Ints,
+    Model,
     Port,
     Reading,
 )
-from onnx_oamip.data.array_checks import Scaling
+from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE, Scaling
+from onnx_oamip.data.folders import is_visible, visible_files
+from onnx_oamip.data.loaded import Format, Loaded
 from onnx_oamip.data.out_of_core import Spool, Values
+from onnx_oamip.data.unequal import Stored
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".avif"),
+    *(".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"),
+}
+PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+"""Names of folders that divide a data set and are no classes."""
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode by number of channels."""
 ALWAYS_ALLOWED_PIXELS = 1 << 24
@@ -38,6 +49,10 @@ MAX_PIXELS_PER_BYTE = 64
 """Pixels per byte of a larger image: photographs have 2 to 20, an image of one colour has thousands."""
 MAX_REASON_CHARACTERS = 200
 """Characters of Pillow's message in an error."""
+WIDE = 257
+"""Code of 16 bits that equals the code 1 of 8 bits: 255 * 257 is 65535."""
+SCALED_TO_16_BITS = ("PNG", "PPM")
+"""Formats whose images in Pillow's mode of 32-bit integers have values up to 65535."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +79,22 @@ class ImageInput:
         return self.height, self.width, self.channels
 
 
-class ImageFolder(NamedTuple):
-    """Images of a folder.
+class Codes(NamedTuple):
+    """Decoded images.
 
     Attributes:
-        codes: Codes of the images (samples, *shape of one sample), uint8.
-        labels: Class of each image, None if the folder has no folders by class.
-        where: Name of the source, with the share of the images that was read.
+        values: Codes (samples, *shape of one sample), uint8 or uint16.
+        bits: 8 or 16.
+        modes: Number of images by Pillow's mode, such as RGB, L, CMYK or RGBA.
     """
 
-    codes: Values
-    labels: Ints | None
-    where: str
+    values: Values
+    bits: int
+    modes: Mapping[str, int]
+
+
+class _HasMoreBits(Exception):
+    """An image has 16 bits, so that codes of 8 bits would lose values."""
 
 
 def check_extra(where: str) -> None:
@@ -91,25 +110,44 @@ def check_extra(where: str) -> None:
         import PIL.Image  # noqa: F401
 
 
-def load_folder(path: Path, port: Port, reading: Reading) -> ImageFolder:
-    """Load the images in a folder and its subfolders.
-
-    If every image lies in a folder of its class, the classes are numbered by the sorted names of these folders. Of more
-    than ``reading.most`` images every class contributes its share, evenly spaced.
+def matches(source: str) -> bool:
+    """Test for a folder.
 
     Args:
-        path: Folder to search.
-        port: Input that takes the images.
+        source: Path.
+
+    Returns:
+        True if it is one.
+    """
+    return Path(source).is_dir()
+
+
+def load_folder(source: str, model: Model, reading: Reading) -> Loaded:
+    """Load the images in a folder and its subfolders.
+
+    If every image lies in a folder of its class, the classes are numbered by the sorted names of these folders. Hidden
+    files and folders are left out. Of more than ``reading.most`` images every class contributes its share, evenly
+    spaced.
+
+    Args:
+        source: Folder to search.
+        model: Model with one input, which takes the images.
         reading: Size, layout and number of the images.
 
     Returns:
-        Codes and labels.
+        Codes with their scale, and labels.
 
     Raises:
         DataError: There are no images, a file is no image, or the input takes none.
         EnvironmentMissing: The extra ``images`` is not installed.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    path = Path(source)
+    if len(model.inputs) != 1:
+        names = ", ".join(port.name for port in model.inputs)
+        raise DataError(
+            f"{path} is a folder of images, but the model has the inputs {names}; give an .npz."
+        )
+    files = sorted(visible_files(path, SUFFIXES))
     if not files:
         raise DataError(
             f"{path} is a folder without images ({', '.join(sorted(SUFFIXES))}); give images or an .npz."
@@ -118,19 +156,44 @@ def load_folder(path: Path, port: Port, reading: Reading) -> ImageFolder:
     for file in files:
         parts = file.relative_to(path).parts
         by_class[parts[0] if len(parts) > 1 else ""].append(file)
+    _check_classes(path, by_class)
     chosen = files
     where = str(path)
     if len(files) > reading.most:
         chosen = _balanced(by_class, reading.most)
         where = f"{path} ({len(chosen):,} of {len(files):,} images)"
-    labels = None
-    if "" not in by_class and len(by_class) > 1:
-        number = {name: i for i, name in enumerate(sorted(by_class))}
-        classes = [number[file.relative_to(path).parts[0]] for file in chosen]
-        labels = np.asarray(classes, np.int64)
+    notes: tuple[str, ...] = ()
+    labels = _labels(path, chosen, by_class)
+    if labels is None and len(by_class) > 1:
+        notes = (
+            f"{path}: {len(by_class[''])} images lie in no folder of a class, so no image has a label",
+        )
     sources = [(str(file), file.read_bytes) for file in chosen]
-    codes = decode(sources, port, reading, str(path))
-    return ImageFolder(codes, labels, where)
+    loaded = load_encoded(sources, model.inputs[0], reading, str(path))
+    arrays = {**loaded.arrays, **({} if labels is None else {LABELS: labels})}
+    return Loaded(arrays, where, loaded.reading, (*notes, *loaded.notes))
+
+
+def _check_classes(path: Path, by_class: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse a folder whose folders are the parts of a data set, which hold the classes."""
+    parts = sorted(name for name in by_class if name.lower() in PARTS)
+    if parts and len(parts) == len(by_class) and len(parts) > 1:
+        raise DataError(
+            f"{path} holds the parts {', '.join(parts)} of a data set, not classes; give one of them as `data` and "
+            "another as `eval_data`."
+        )
+
+
+def _labels(
+    path: Path, chosen: Sequence[Path], by_class: Mapping[str, Sequence[Path]]
+) -> Ints | None:
+    """Classes of the images by the sorted names of their folders; None if not every image has one."""
+    if "" in by_class or len(by_class) < 2:
+        return None
+    # A class whose folder is empty still has its number.
+    names = [entry.name for entry in path.iterdir() if entry.is_dir() and is_visible(entry.name)]
+    number = {name: i for i, name in enumerate(sorted(names))}
+    return np.asarray([number[file.relative_to(path).parts[0]] for file in chosen], np.int64)
 
 
 def _balanced(by_class: Mapping[str, Sequence[Path]], count: int) -> list[Path]:
@@ -149,9 +212,61 @@ def _balanced(by_class: Mapping[str, Sequence[Path]], count: int) -> list[Path]:
     return sorted(chosen)
 
 
+def load_encoded(
+    sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str
+) -> Loaded:
+    """Decode images for an input.
+
+    Args:
+        sources: Name of each image, and a function that returns its bytes.
+        port: Input that takes the images.
+        reading: Size, layout, colour order, scale, mean and deviation.
+        where: Name of the data.
+
+    Returns:
+        Codes of the input with their scale and offset, and how they were read.
+
+    Raises:
+        DataError: An image cannot be decoded, or the input takes none.
+        EnvironmentMissing: The extra ``images`` is not installed.
+    """
+    target = image_input(port, reading, where)
+    # Settings are refused before any image is decoded.
+    scaling(port, reading, where, 16 if port.dtype == np.uint16 else 8)
+    codes = decode(sources, port, reading, where)
+    scale, offset = scaling(port, reading, where, codes.bits)
+    arrays: dict[str, Stored] = {
+        port.name: codes.values,
+        port.name + SCALE: scale,
+        port.name + OFFSET: offset,
+    }
+    transparent = sum(n for mode, n in codes.modes.items() if mode.upper().endswith("A"))
+    drops = bool(transparent) and target.channels != 4
+    record = {
+        "input": port.name,
+        "layout": target.layout,
+        "size": [target.height, target.width],
+        "channels": target.channels,
+        "color": reading.color if target.channels >= 3 else "gray",
+        "fit": reading.fit,
+        "resample": "bilinear",
+        "bits": codes.bits,
+        "scale": _base_scale(port, reading, codes.bits),
+        "mean": list(reading.mean),
+        "std": list(reading.std),
+        "modes": dict(sorted(codes.modes.items())),
+        "alpha": None if not transparent else "dropped" if drops else "kept",
+    }
+    notes: tuple[str, ...] = ()
+    if drops:
+        finding = f"{where}: {transparent} of {len(sources)} images have transparency"
+        notes = (f"{finding}, which is dropped: the model sees the colours behind it",)
+    return Loaded(arrays, where, record, notes)
+
+
 def decode(
     sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str
-) -> Values:
+) -> Codes:
     """Decode images.
 
     Args:
@@ -161,7 +276,7 @@ def decode(
         where: Name of the data.
 
     Returns:
-        Codes (samples, *shape of one sample), uint8.
+        Codes of 16 bits if an image has as many or the input takes them, otherwise of 8 bits.
 
     Raises:
         DataError: An image cannot be decoded, or the input takes none.
@@ -169,29 +284,68 @@ def decode(
     """
     check_extra(where)
     target = image_input(port, reading, where)
+    bits = 16 if port.dtype == np.uint16 else 8
+    widens = bits == 8 and port.dtype.kind not in "iu"
+    try:
+        return _decode_all(sources, target, reading, where, bits=bits, widens=widens)
+    except _HasMoreBits:
+        return _decode_all(sources, target, reading, where, bits=16, widens=False)
+
+
+def _decode_all(
+    sources: Sequence[tuple[str, Callable[[], bytes]]],
+    target: ImageInput,
+    reading: Reading,
+    where: str,
+    *,
+    bits: int,
+    widens: bool,
+) -> Codes:
+    """Codes of some bits; raises _HasMoreBits for an image with more if ``widens``."""
     spool = Spool(f"the images of {where}")
+    modes: Counter[str] = Counter()
     for name, content in sources:
-        code = _decode_one(name, content, target, reading.fit)
+        mode, code = _decode_one(name, content, target, reading.fit, bits=bits, widens=widens)
+        modes[mode] += 1
         if reading.color == "bgr" and target.channels >= 3:
             # Transparency stays the last channel.
             code = np.concatenate([code[..., 2::-1], code[..., 3:]], axis=-1)
         spool.append(code.transpose(2, 0, 1) if target.layout == "nchw" else code)
-    return spool.finish((len(sources), *target.shape), np.dtype(np.uint8))
+    dtype = np.dtype(np.uint16 if bits == 16 else np.uint8)
+    return Codes(spool.finish((len(sources), *target.shape), dtype), bits, modes)
 
 
-def _decode_one(name: str, content: Callable[[], bytes], target: ImageInput, fit: str) -> Array:
-    """Codes of one image (height, width, channels)."""
+def _decode_one(
+    name: str,
+    content: Callable[[], bytes],
+    target: ImageInput,
+    fit: str,
+    *,
+    bits: int,
+    widens: bool,
+) -> tuple[str, Array]:
+    """Mode of one image, and its codes (height, width, channels)."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         data = content()
         with Image.open(io.BytesIO(data)) as image:
             _check_size(image, len(data))
+            is_wide = _is_wide(image)
+            if is_wide and widens:
+                raise _HasMoreBits
             ImageOps.exif_transpose(image, in_place=True)
-            mode = MODES[target.channels]
-            converted = image if image.mode == mode else image.convert(mode)
-            pixels = np.asarray(_resized(converted, target, fit))
-            return pixels.reshape(target.height, target.width, target.channels)
+            # The mode before conversion, with A for the transparency of a palette.
+            has_alpha = "transparency" in image.info and not image.mode.endswith("A")
+            mode = f"{image.mode}+A" if has_alpha else image.mode
+            codes = _wide_codes(image, target, fit) if is_wide else _codes(image, target, fit)
+            if is_wide and bits == 8:
+                codes = np.round(codes / WIDE).astype(np.uint8)
+            elif not is_wide and bits == 16:
+                codes = codes.astype(np.uint16) * np.uint16(WIDE)
+            return mode, codes
+    except _HasMoreBits:
+        raise
     except UnidentifiedImageError as error:
         reason = "it has no format of images that is known" if data else "it is empty"
         raise DataError(
@@ -206,6 +360,39 @@ def _decode_one(name: str, content: Callable[[], bytes], target: ImageInput, fit
         ) from error
 
 
+def _is_wide(image: Image.Image) -> bool:
+    """True for an image of 16 bits. Raises ValueError for one whose values have no known range."""
+    if image.mode.startswith("I;16"):
+        return True
+    if image.mode == "I" and image.format in SCALED_TO_16_BITS:
+        return True
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(
+            f"its pixels are {kind}, which have no known range (convert it to 8 or 16 bits, or give an .npz)"
+        )
+    return False
+
+
+def _codes(image: Image.Image, target: ImageInput, fit: str) -> Array:
+    """Codes of 8 bits (height, width, channels)."""
+    mode = MODES[target.channels]
+    converted = image if image.mode == mode else image.convert(mode)
+    pixels = np.asarray(_resized(converted, target, fit))
+    return pixels.reshape(target.height, target.width, target.channels)
+
+
+def _wide_codes(image: Image.Image, target: ImageInput, fit: str) -> Array:
+    """Codes of 16 bits (height, width, channels) of a gray image; transparency is full."""
+    from PIL import Image
+
+    gray = Image.fromarray(np.asarray(image).astype(np.float32))
+    values = np.clip(np.round(np.asarray(_resized(gray, target, fit))), 0, 65535)
+    codes = np.repeat(values.astype(np.uint16)[..., None], target.channels, axis=2)
+    codes[..., 3:] = 65535
+    return codes
+
+
 def _check_size(image: Image.Image, size: int) -> None:
     """Raise ValueError for an image of ``size`` bytes that is much larger once it is decoded."""
     allowed = max(ALWAYS_ALLOWED_PIXELS, MAX_PIXELS_PER_BYTE * size)
@@ -215,28 +402,55 @@ def _check_size(image: Image.Image, size: int) -> None:
         )
 
 
-def scaling(port: Port, reading: Reading, where: str) -> Scaling:
+def scaling(port: Port, reading: Reading, where: str, bits: int = 8) -> Scaling:
     """Compute the scale and the offset that turn codes into values.
 
     Args:
         port: Input that takes the images.
         reading: Scale, mean and standard deviation.
         where: Name of the data.
+        bits: Bits of the codes.
 
     Returns:
         Scale and offset, float32, of a shape that broadcasts to one sample by channel.
 
     Raises:
-        DataError: There are not as many means or deviations as channels, or the input takes no images.
+        DataError: There are not as many means or deviations as channels, the input takes no images, or takes whole
+            numbers that these settings do not give.
     """
     target = image_input(port, reading, where)
     mean = _per_channel("mean", reading.mean, port, target)
     std = _per_channel("std", reading.std, port, target)
     channels = target.channels
     shape = (channels, 1, 1) if target.layout == "nchw" else (channels,)
-    scale = (reading.scale / std).astype(np.float32)
-    offset = (-mean / std).astype(np.float32)
-    return Scaling(scale.reshape(shape), offset.reshape(shape))
+    scale = _base_scale(port, reading, bits) / std
+    offset = -mean / std
+    if port.dtype.kind in "iu":
+        _check_whole(scale, offset, port, bits)
+    return Scaling(
+        scale.astype(np.float32).reshape(shape), offset.astype(np.float32).reshape(shape)
+    )
+
+
+def _base_scale(port: Port, reading: Reading, bits: int) -> float:
+    """Factor of codes before mean and deviation. An input of whole numbers takes codes as they are."""
+    default = 1.0 if port.dtype.kind in "iu" else 1 / 255
+    scale = default if reading.scale is None else reading.scale
+    return scale / WIDE if bits == 16 and port.dtype != np.uint16 else scale
+
+
+def _check_whole(scale: Floats, offset: Floats, port: Port, bits: int) -> None:
+    """Raise DataError unless codes become whole numbers in the range of an input."""
+    limits = np.iinfo(port.dtype)
+    least = float(offset.min())
+    most = float((scale * (2**bits - 1) + offset).max())
+    whole = np.array_equal(scale, np.round(scale)) and np.array_equal(offset, np.round(offset))
+    if not whole or least < limits.min or most > limits.max:
+        raise DataError(
+            f"the model's input '{port.name}' takes {port.dtype}, but images would have values from {least:g} to "
+            f"{most:g} by `image_scale`, `image_mean` and `image_std`; choose them so that whole numbers from "
+            f"{limits.min} to {limits.max} result, or leave them out to feed codes of 0 to {2**bits - 1} as they are."
+        )
 
 
 def _per_channel(name: str, given: Sequence[float], port: Port, target: ImageInput) -> Array:
@@ -315,3 +529,6 @@ def _resized(image: Image.Image, target: ImageInput, fit: str) -> Image.Image:
     if fit == "pad":
         return ImageOps.pad(image, size, resample)
     return ImageOps.fit(image, size, resample)
+
+
+FORMAT = Format("a folder of images", matches, load_folder, check_extra=check_extra)

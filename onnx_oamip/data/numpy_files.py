@@ -17,6 +17,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from onnx_oamip.core.errors import DataError, OutputError
+from onnx_oamip.core.records import Model, Reading
+from onnx_oamip.data.loaded import Format, Loaded
 from onnx_oamip.data.out_of_core import (
     IN_MEMORY_BYTES,
     FileArray,
@@ -218,7 +220,10 @@ def _check_header(header: _Header, name: str) -> None:
     """Refuse arrays that are not numbers, and shapes that are not lengths."""
     dtype = header.dtype
     if dtype.hasobject:
-        raise _UnreadableFile(f"{name} holds Python objects, which could run code", "numbers")
+        raise _UnreadableFile(
+            f"{name} holds Python objects, which could run code",
+            "numbers, and samples of unequal lengths as a folder with one .npz per sample",
+        )
     if dtype.names is not None or dtype.subdtype is not None or not dtype.itemsize:
         described = str(dtype)[:MAX_TYPE_CHARACTERS]
         raise _UnreadableFile(f"{name} holds records of type {described}", "numbers")
@@ -289,3 +294,69 @@ def _first_line(error: Exception) -> str:
     text = str(error).strip()
     line = text.splitlines()[0] if text else type(error).__name__
     return line[:MAX_REASON_CHARACTERS].rstrip(".")
+
+
+def only_input(path: Path, model: Model) -> str:
+    """Name the input that a file with a single array is for.
+
+    Args:
+        path: The file.
+        model: The model.
+
+    Returns:
+        Name of the model's only input.
+
+    Raises:
+        DataError: The model has several inputs.
+    """
+    if len(model.inputs) != 1:
+        names = ", ".join(port.name for port in model.inputs)
+        raise DataError(
+            f"{path} holds one array but the model has the inputs {names}; use an .npz with those names."
+        )
+    return model.inputs[0].name
+
+
+def matches(source: str) -> bool:
+    """Test for a file of arrays by its suffix, or by its first bytes: links into a store have no suffix.
+
+    Args:
+        source: Path.
+
+    Returns:
+        True for a .npz or .npy file.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return False
+    if path.suffix in (".npz", ".npy"):
+        return True
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(NPY_MAGIC))
+    except OSError:
+        return False
+    return start == NPY_MAGIC or start.startswith(ZIP_MAGIC)
+
+
+def read(source: str, model: Model, _reading: Reading) -> Loaded:
+    """Load a .npy or .npz file for a model.
+
+    Args:
+        source: File to load.
+        model: Model that reads the samples.
+
+    Returns:
+        Arrays by input name.
+
+    Raises:
+        DataError: The file cannot be read, or holds one array for several inputs.
+    """
+    path = Path(source)
+    loaded = load(path)
+    if isinstance(loaded, dict):
+        return Loaded(loaded, source)
+    return Loaded({only_input(path, model): loaded}, source)
+
+
+FORMAT = Format("an .npz or .npy file", matches, read, has_parts=True)

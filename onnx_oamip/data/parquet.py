@@ -18,8 +18,10 @@ from onnx_oamip.core.records import (
     Reading,
 )
 from onnx_oamip.data import parquet_pages
-from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE
-from onnx_oamip.data.images import decode, scaling
+from onnx_oamip.data.array_checks import LABELS
+from onnx_oamip.data.images import load_encoded
+from onnx_oamip.data.loaded import Format, Loaded
+from onnx_oamip.data.unequal import Stored, UnequalArrays
 from onnx_oamip.graph.input_guards import amount, memory
 
 LABEL_COLUMNS = ("labels", "label")
@@ -36,27 +38,39 @@ MAX_REASON_CHARACTERS = 200
 _TEXT_TYPES = ("BYTE_ARRAY",)
 
 
-def check_extra(path: Path) -> None:
+def matches(source: str) -> bool:
+    """Test for a Parquet file by its suffix.
+
+    Args:
+        source: Path.
+
+    Returns:
+        True if the suffix is .parquet.
+    """
+    return Path(source).suffix == ".parquet"
+
+
+def check_extra(source: str) -> None:
     """Check that the extra ``parquet`` is installed.
 
     Args:
-        path: File that will be read.
+        source: File that will be read.
 
     Raises:
         EnvironmentMissing: It is not.
     """
-    with imports_of("parquet", f"reading {path}"):
+    with imports_of("parquet", f"reading {source}"):
         import pyarrow.parquet  # noqa: F401
 
 
-def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
+def load(source: str, model: Model, reading: Reading) -> Loaded:
     """Load the columns of a model's inputs.
 
     An input takes the column of its name; the input of a model with a single one takes ``reading.column``, or the only
     column beside the labels. Images are bytes, or records of bytes as the datasets library writes them.
 
     Args:
-        path: File to load.
+        source: File to load.
         model: Model that reads the samples.
         reading: Column, number of samples, and treatment of images.
 
@@ -67,7 +81,8 @@ def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
         DataError: The file cannot be read or does not fit the model.
         EnvironmentMissing: pyarrow is not installed, or Pillow for images.
     """
-    check_extra(path)
+    check_extra(source)
+    path = Path(source)
     try:
         return _load(path, model, reading)
     except (DataError, EnvironmentMissing):
@@ -81,7 +96,7 @@ def load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
         ) from error
 
 
-def _load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
+def _load(path: Path, model: Model, reading: Reading) -> Loaded:
     import pyarrow
     import pyarrow.parquet
 
@@ -104,13 +119,18 @@ def _load(path: Path, model: Model, reading: Reading) -> dict[str, Any]:
             f"{path} holds no rows; at least one sample is needed, a few hundred are better."
         )
     table = pyarrow.Table.from_batches(batches).slice(0, reading.most)
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Stored] = {}
+    records: list[Mapping[str, Any]] = []
+    notes: tuple[str, ...] = ()
     for name, column in columns.items():
-        arrays |= _input_arrays(table.column(column), column, model.port(name), reading, path)
+        loaded = _input_arrays(table.column(column), column, model.port(name), reading, path)
+        arrays |= loaded.arrays
+        records += [] if loaded.reading is None else [loaded.reading]
+        notes += loaded.notes
     if label_column:
         stored = _storage(table.column(label_column))
         arrays[LABELS] = _stacked(stored, f"{path}, column '{label_column}'")
-    return arrays
+    return Loaded(arrays, str(path), records[0] if records else None, notes)
 
 
 def _read_batches(
@@ -196,9 +216,7 @@ def _only_column(names: Sequence[str], input_name: str, reading: Reading, path: 
     raise DataError(f"{path} has {finding}; choose one of {', '.join(names)} with `column`.")
 
 
-def _input_arrays(
-    column: Any, name: str, port: Port, reading: Reading, path: Path
-) -> Mapping[str, Any]:
+def _input_arrays(column: Any, name: str, port: Port, reading: Reading, path: Path) -> Loaded:
     """Array of one input, with scale and offset if the column holds images."""
     import pyarrow
 
@@ -215,16 +233,21 @@ def _input_arrays(
         chunks = [chunk.field("bytes") for chunk in chunks]
     kind = chunks[0].type
     if types.is_dictionary(kind) and types.is_binary(kind.value_type):
-        codes = decode(_encoded_images(chunks, where), port, reading, where)
-        scale, offset = scaling(port, reading, where)
-        return {port.name: codes, port.name + SCALE: scale, port.name + OFFSET: offset}
-    values = _unflattened(_stacked(_storage(column), where), port)
-    # Lists do not record the width of their numbers: take the input's, but never cast fractions to integers.
+        return load_encoded(_encoded_images(chunks, where), port, reading, where)
+    if types.is_dictionary(kind) and types.is_string(kind.value_type) and port.dtype == object:
+        return Loaded({port.name: np.asarray(column.to_pylist(), np.str_)}, where)
+    stored = _stacked(_storage(column), where)
+    if isinstance(stored, UnequalArrays):
+        values = _in_input_type(np.asarray(stored.values), port)
+        return Loaded({port.name: UnequalArrays(values, stored.shapes)}, where)
+    return Loaded({port.name: _in_input_type(_unflattened(stored, port), port)}, where)
+
+
+def _in_input_type(values: Array, port: Port) -> Array:
+    """Numbers in the type of the input: lists do not record its width. Fractions are never cast to integers."""
     is_integer = values.dtype.kind in "iu"
     to_floating = values.dtype.kind == "f" and port.dtype.kind not in "iu"
-    if is_integer or to_floating:
-        values = values.astype(port.dtype)
-    return {port.name: values}
+    return values.astype(port.dtype) if is_integer or to_floating else values
 
 
 def _encoded_images(chunks: Sequence[Any], where: str) -> list[tuple[str, Callable[[], bytes]]]:
@@ -260,20 +283,27 @@ def _storage(column: Any) -> Any:
     return combined.storage if isinstance(combined, pyarrow.ExtensionArray) else combined
 
 
-def _stacked(column: Any, where: str) -> Array:
-    """Numbers, or nested lists of them that have one length at every level, as one array."""
+def _stacked(column: Any, where: str) -> Array | UnequalArrays:
+    """Numbers, or nested lists of them, as one array; as one array per row where only the outer lists are unequal."""
     import pyarrow
     import pyarrow.compute
 
     types = pyarrow.types
     shape = [len(column)]
+    rows: Array | None = None
     while _is_list(column.type):
         lengths = pyarrow.compute.list_value_length(column)
         limits = pyarrow.compute.min_max(lengths).as_py()
-        if column.null_count or limits["min"] != limits["max"]:
+        if column.null_count:
             raise DataError(
-                f"{where} holds values of unequal shapes; every row needs the shape of the input."
+                f"{where} has lists with {column.null_count} empty places; remove those rows."
             )
+        if limits["min"] != limits["max"]:
+            if len(shape) > 1:
+                raise DataError(
+                    f"{where} holds values of unequal shapes inside a row; only the outer lists may differ in length."
+                )
+            rows = np.asarray(lengths.to_numpy(zero_copy_only=False), np.int64)
         shape.append(limits["max"] or 0)
         column = _storage(column.flatten())
     if column.null_count:
@@ -283,7 +313,11 @@ def _stacked(column: Any, where: str) -> Array:
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
         raise DataError(f"{where} holds {kind}; expected numbers, lists of numbers, or images.")
-    return np.asarray(column.to_numpy(zero_copy_only=False)).reshape(shape)
+    values = np.asarray(column.to_numpy(zero_copy_only=False))
+    if rows is None:
+        return values.reshape(shape)
+    inner = np.broadcast_to(np.asarray(shape[2:], np.int64), (len(rows), len(shape) - 2))
+    return UnequalArrays(values, np.concatenate([rows[:, None], inner], axis=1))
 
 
 def _is_list(kind: Any) -> bool:
@@ -291,3 +325,6 @@ def _is_list(kind: Any) -> bool:
 
     types = pyarrow.types
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+FORMAT = Format("a .parquet file", matches, load, check_extra=check_extra)

@@ -12,10 +12,10 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
-from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.dataset import Feeds, Samples
 
 File = str | os.PathLike[str]
-Source = File | Mapping[str, Array]
+Source = File | Mapping[str, Array] | Feeds
 ARRAYS = "(arrays)"
 """Name of arrays in memory in reports."""
 
@@ -36,16 +36,16 @@ def source_name(source: Source | None) -> str | None:
     """Name a source in reports.
 
     Args:
-        source: Path, arrays in memory, or None.
+        source: Path, arrays or feeds in memory, or None.
 
     Returns:
         The path, ``ARRAYS``, or None.
     """
     if source is None:
         return None
-    if isinstance(source, Mapping):
-        return ARRAYS
-    return os.fspath(source)
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return ARRAYS
 
 
 def samples_of(

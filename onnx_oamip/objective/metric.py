@@ -46,11 +46,11 @@ class Metric:
             return False
         return parameters == [PATH]
 
-    def of_outputs(self, outputs: Mapping[str, Array], labels: Array | None) -> float:
+    def of_outputs(self, outputs: Mapping[str, Array | list[Array]], labels: Array | None) -> float:
         """Evaluate the metric on the outputs of a model.
 
         Args:
-            outputs: Arrays by output name, over all evaluation samples.
+            outputs: Arrays by output name, over all evaluation samples; a list of arrays where their shapes differ.
             labels: Labels of the samples, or None.
 
         Returns:

@@ -272,7 +272,10 @@ def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
     wanted = [(model.shapes[name], types[name]) for name in names]
     return equivalence.Recorded(
         ready.store.recall(
-            cache_entries.OUTPUTS, known, run, lambda found: _given(found, wanted, taken)
+            cache_entries.OUTPUTS,
+            known,
+            run,
+            lambda found: held.unequal or _given(found, wanted, taken),
         )
     )
 

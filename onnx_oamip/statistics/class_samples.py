@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import (
     Array,
     ClassHead,
@@ -146,6 +147,11 @@ def _all_logits(
     model: Model, samples: Samples, tensors: Sequence[str], *, device: str, batch_size: int
 ) -> tuple[list[Floats], Ints]:
     """Logits (rows, classes) of every head for all samples, and the sample of each row, ascending."""
+    if samples.unequal:
+        raise DataError(
+            f"{samples.source} holds samples of unequal shapes, and this method compares activations at the same "
+            "positions; pad the samples to one length, or choose another `importance`."
+        )
     session = Session(with_outputs(model, tensors), device, what="the model")
     rows: list[list[Floats]] = [[] for _ in tensors]
     sample_of_row = []

@@ -474,14 +474,20 @@ def user_metric(
         session = Session(made, device)
         names = [port.name for port in model.outputs]
         runs = [session.run(feed, names) for _, feed in samples.batches(batch_size)]
-        join = np.stack if samples.whole else np.concatenate
-        outputs = {n: join([run[i] for run in runs]) for i, n in enumerate(names)}
+        outputs = {n: _joined([run[i] for run in runs], samples) for i, n in enumerate(names)}
         labels = None if samples.labels is None else samples.labels[: samples.usable()]
         return metric.of_outputs(outputs, labels)
 
     if metric.original is None:
         metric.original = value(model.proto)
     return MetricValues(metric.name, metric.original, value(proto))
+
+
+def _joined(values: list[Array], samples: Samples) -> Array | list[Array]:
+    """Values of all feeds of an output along axis 0; a list of them where their shapes are unequal."""
+    if not samples.whole:
+        return np.concatenate(values)
+    return np.stack(values) if len({value.shape for value in values}) == 1 else values
 
 
 def _worst(outputs: Sequence[Measure], errors: Sequence[float | None]) -> float | None:

@@ -132,8 +132,8 @@ class Reader:
 def nothing():
     return []
 
-def unequal():
-    return [{"x": np.zeros((1, 3, 4, 4), np.float32)}, {"x": np.zeros((2, 3, 4, 4), np.float32)}]
+def retyped():
+    return [{"x": np.zeros((1, 3, 4, 4), np.float32)}, {"x": np.zeros((1, 3, 4, 4))}]
 
 def renamed():
     return [{"x": np.zeros((1, 3, 4, 4), np.float32)}, {"z": np.zeros((1, 3, 4, 4), np.float32)}]
@@ -179,8 +179,8 @@ def test_callable_may_return_a_list(model: Model, module: str) -> None:
     [
         ("nothing", "yielded no feeds"),
         ("no_dicts", "yielded no feeds"),
-        ("unequal", "unequal names or shapes"),
-        ("renamed", "unequal names or shapes"),
+        ("retyped", "'x' is float32 with 4 axes in the first and float64 with 4 axes in feed 1"),
+        ("renamed", "unequal names (feed 1 lacks 'x'"),
         ("broken", "the disk is on fire"),
         ("breaks_later", "gone"),
         ("absent", "expected an importable module:function"),
@@ -274,7 +274,7 @@ def test_inputs_with_different_sample_counts_are_refused(pair: Model) -> None:
     assert _load({"ids": ids, "mask": mask}, pair).count == 4
     assert _load({"ids": ids[None], "mask": mask[None]}, pair).whole
     _refused({"ids": ids, "mask": mask[:3]}, pair, "unequal numbers of samples")
-    _refused({"ids": ids[None], "mask": mask}, pair, "mixes batched arrays and whole feeds")
+    _refused({"ids": ids[None], "mask": mask}, pair, "mixes layouts", "whole feed")
     _refused(
         {"ids": ids.astype(np.int32), "mask": mask},
         pair,
@@ -293,7 +293,11 @@ def test_scalar_input_needs_one_value_a_feed(tmp_path: Path) -> None:
     samples = _load({"x": x, "g": g}, gate)
     assert samples.whole
     assert samples.feed(np.asarray([1]))["g"].shape == ()
-    _refused({"x": x[0], "g": np.float32(1)}, gate)
+    # One value for all samples leaves them batched.
+    samples = _load({"x": x[0], "g": np.float32(3)}, gate)
+    assert not samples.whole
+    feed = samples.feed(np.arange(2))
+    assert (feed["x"].shape, feed["g"].shape, float(feed["g"])) == ((2, 5), (), 3)
 
 
 def test_model_without_inputs_is_refused(tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ class DataOptions(Options):
         "crop",
         description="Of images: treatment of another aspect ratio: cut, fill up, or distort.",
     )
-    image_scale: Annotated[Positive, Shown(metavar="S", default="1/255")] = Field(
-        1 / 255,
-        description="Of images: factor of 8-bit values, before mean and deviation.",
+    image_scale: Annotated[Positive | None, Shown(metavar="S", default="1/255")] = Field(
+        None,
+        description="Of images: factor of 8-bit values, before mean and deviation; 1 for an input of whole "
+        "numbers.",
     )
     image_mean: Numbers = Field(
         (0.0,),

@@ -85,7 +85,7 @@ class Reading:
         size: (height, width) of images; None for that of the model.
         fit: ``crop`` resizes the short side and cuts out the middle, ``pad`` resizes the long side and fills up, and
             ``stretch`` resizes both.
-        scale: Factor of the values of an image.
+        scale: Factor of the 8-bit codes of an image; None for 1/255, or 1 for an input of whole numbers.
         mean: Subtracted from the scaled values, per channel.
         std: Divisor of the result, per channel.
         layout: Order of the axes of an image input.
@@ -96,7 +96,7 @@ class Reading:
 
     size: tuple[int, int] | None = None
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    scale: float = 1 / 255
+    scale: float | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     layout: Literal["auto", "nchw", "nhwc"] = "auto"
