@@ -38,6 +38,8 @@ def load(source: str, _model: Model, _reading: Reading) -> Loaded:
         source: ``module:function``. The module is searched in the working directory as well. The function takes no
             arguments and returns an iterable of feeds (dicts of arrays by input name), or an object with ``get_next()``
             like ONNX Runtime's CalibrationDataReader.
+        _model: Ignored: a function knows its model.
+        _reading: Ignored.
 
     Returns:
         Arrays by input name, one whole feed per index of axis 0.

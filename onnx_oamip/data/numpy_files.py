@@ -334,7 +334,8 @@ def matches(source: str) -> bool:
     try:
         with path.open("rb") as stream:
             start = stream.read(len(NPY_MAGIC))
-    except OSError:
+    except (OSError, ValueError):
+        # ValueError: a name with a zero byte.
         return False
     return start == NPY_MAGIC or start.startswith(ZIP_MAGIC)
 
@@ -345,6 +346,7 @@ def read(source: str, model: Model, _reading: Reading) -> Loaded:
     Args:
         source: File to load.
         model: Model that reads the samples.
+        _reading: Ignored: arrays are fed as they are.
 
     Returns:
         Arrays by input name.
