@@ -51,7 +51,8 @@ class GroupEntry(_Record):
     @model_validator(mode="after")
     def _consistent(self) -> GroupEntry:
         if self.keep:
-            least, greatest = min(self.keep), max(self.keep)
+            least = min(self.keep)
+            greatest = max(self.keep)
             if least < 0 or greatest >= self.units:
                 stray = least if least < 0 else greatest
                 raise ValueError(

@@ -71,4 +71,6 @@ def read(proto: onnx.ModelProto) -> Mapping[str, Any] | None:
         entry = json.loads(texts[0])
     except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) else None
+    if isinstance(entry, dict):
+        return entry
+    return None

@@ -41,7 +41,12 @@ from onnx_oamip.cli.terminal import show
 @json_option
 @quiet_option
 def checkpoint(
-    *, keep_map: Path, state_dict: Path, output: Path, as_json: bool, quiet: bool
+    *,
+    keep_map: Path,
+    state_dict: Path,
+    output: Path,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Cut a PyTorch state dict as a model was pruned, for fine-tuning.
 

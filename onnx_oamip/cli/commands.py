@@ -112,7 +112,14 @@ cli.add_command(frontier)
 @config_option
 @click.pass_context
 def verify(
-    ctx: click.Context, /, *, original: Path, pruned: Path, data: str, as_json: bool, **choices: Any
+    ctx: click.Context,
+    /,
+    *,
+    original: Path,
+    pruned: Path,
+    data: str,
+    as_json: bool,
+    **choices: Any,
 ) -> None:
     """Run ORIGINAL and PRUNED side by side on the same samples.
 

@@ -134,7 +134,9 @@ def _as_on_the_command_line(parameter: click.Option, value: Any) -> Any:
     if isinstance(value, bool) != bool(parameter.is_flag):
         raise ValueError("true or false" if parameter.is_flag else "no switch")
     # Dates and infinity too are read as on the command line.
-    return value if isinstance(value, (bool, list)) else str(value)
+    if isinstance(value, (bool, list)):
+        return value
+    return str(value)
 
 
 config_option = option(
@@ -168,7 +170,11 @@ config_option = option(
 @json_option
 @click.pass_context
 def config(
-    ctx: click.Context, command: str, path: Path | None, schema: bool, as_json: bool
+    ctx: click.Context,
+    command: str,
+    path: Path | None,
+    schema: bool,
+    as_json: bool,
 ) -> None:
     """Show the configuration in effect: every option of a command with its value, as a file to start from.
 
@@ -199,7 +205,10 @@ def config(
 
 
 def _in_effect(
-    ctx: click.Context, command: click.Command, name: str, path: Path | None
+    ctx: click.Context,
+    command: click.Command,
+    name: str,
+    path: Path | None,
 ) -> dict[str, dict[str, Any]]:
     """Value and source of every option of a command, by its long name."""
     given = [] if path is None else ["--config", str(path)]
@@ -236,4 +245,6 @@ def _toml(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(part) for part in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -54,7 +54,9 @@ class Page:
         Raises:
             OutputError: The path cannot be written, or is another file of the run.
         """
-        return None if path is None else cls(path, model, *others)
+        if path is None:
+            return None
+        return cls(path, model, *others)
 
     def draw(self, result: Report | Frontier) -> bytes:
         """Render the page of a result.

@@ -69,14 +69,18 @@ class Flags:
     def _in_messages(self, value: Any) -> Any:
         if isinstance(value, list):
             return [self._in_messages(item) for item in value]
-        return self.in_text(value) if isinstance(value, str) else self.in_document(value)
+        if isinstance(value, str):
+            return self.in_text(value)
+        return self.in_document(value)
 
     def _flag(self, match: re.Match[str]) -> str:
         name, value = match.groups()
         flag = self._by_parameter.get(name)
         if flag is None:
             return match[0]
-        return flag if value is None else f"{flag} {value}"
+        if value is None:
+            return flag
+        return f"{flag} {value}"
 
 
 def _long_names(group: click.Group) -> Iterator[tuple[str, str]]:

@@ -114,7 +114,12 @@ def pack(
 )
 @json_option
 @quiet_option
-def unpack(packed: Path, output: Path, as_json: bool, quiet: bool) -> None:
+def unpack(
+    packed: Path,
+    output: Path,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Write the model that MODEL.oamip holds, as an ONNX file that any runtime loads.
 
     Files that keep weights beside the model go beside MODEL.onnx under their own names.

@@ -74,4 +74,6 @@ class PlugInOption(Option):
             plugin = find(name)
         except EnvironmentMissing as error:
             return f"{name}, {str(error).rstrip('.')}"
-        return f"{name}, {plugin.summary}" if plugin is not None else ""
+        if plugin is not None:
+            return f"{name}, {plugin.summary}"
+        return ""

@@ -33,7 +33,13 @@ from onnx_oamip.cli.terminal import Progress, show
 @quiet_option
 @config_option
 def score(
-    *, model: Path, data: str | None, output: Path, as_json: bool, quiet: bool, **choices: Any
+    *,
+    model: Path,
+    data: str | None,
+    output: Path,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
 ) -> None:
     """Write the importance of every unit of MODEL to S.npz, for prune --scores.
 

@@ -101,7 +101,9 @@ class SettingType(_ParamType):
         from onnx_oamip.core.options.validation import kind_of
 
         kind = kind_of(_field(self.name))
-        return kind.separator if kind is not None else ""
+        if kind is not None:
+            return kind.separator
+        return ""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Read the value of a setting from the command line or from a configuration file.

@@ -96,7 +96,10 @@ class FeedSelection(NamedTuple):
 
 
 def feeds_within_memory(
-    model: Model, samples: Samples, batch_size: int, memory_limit: int | None = None
+    model: Model,
+    samples: Samples,
+    batch_size: int,
+    memory_limit: int | None = None,
 ) -> FeedSelection:
     """Take as many feeds as keep the activations of all of them within a limit.
 

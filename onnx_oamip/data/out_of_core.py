@@ -96,7 +96,11 @@ class FileArray:
 
     @classmethod
     def at(
-        cls, file: SharedFile, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+        cls,
+        file: SharedFile,
+        offset: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
     ) -> FileArray:
         """Make an array of a part of a file.
 

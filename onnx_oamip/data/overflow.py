@@ -45,7 +45,12 @@ class _Scan:
 
 
 def refuse(
-    model: Model, samples: Samples, tensor: str, *, device: str, batch_size: int
+    model: Model,
+    samples: Samples,
+    tensor: str,
+    *,
+    device: str,
+    batch_size: int,
 ) -> NoReturn:
     """Raise an error about a tensor that is not finite; the samples run once more to find where.
 
@@ -99,7 +104,14 @@ def by_sample(value: Array, count: int) -> Bools:
     return np.full(count, bool(finite.all()))
 
 
-def _scan(model: Model, samples: Samples, tensor: str, *, device: str, batch_size: int) -> _Scan:
+def _scan(
+    model: Model,
+    samples: Samples,
+    tensor: str,
+    *,
+    device: str,
+    batch_size: int,
+) -> _Scan:
     session = Session(with_outputs(model, [tensor]), device, what="the model")
     runs_alone = samples.fixed_batch in (None, 1) and not samples.whole
     faulty: list[Ints] = []
@@ -117,10 +129,17 @@ def _scan(model: Model, samples: Samples, tensor: str, *, device: str, batch_siz
 
 def _largest_number(dtype: np.dtype[Any]) -> float:
     # numpy knows no bfloat16; its range is that of float32.
-    return float(np.finfo(dtype).max) if dtype.kind == "f" else 3.4e38
+    if dtype.kind == "f":
+        return float(np.finfo(dtype).max)
+    return 3.4e38
 
 
-def _first_faulty_node(model: Model, tensor: str, feed: Feed, device: str) -> str:
+def _first_faulty_node(
+    model: Model,
+    tensor: str,
+    feed: Feed,
+    device: str,
+) -> str:
     """The first node in front of a tensor with finite inputs and an output that is not finite.
 
     Empty if the activations do not fit into memory.

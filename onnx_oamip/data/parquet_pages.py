@@ -112,7 +112,8 @@ class _CompactReader:
             head = self._byte()
             if not head:
                 break
-            delta, kind = head >> 4, head & 15
+            delta = head >> 4
+            kind = head & 15
             field = field + delta if delta else self._integer()
             values[field] = self._value(kind)
         self.depth -= 1
@@ -140,7 +141,8 @@ class _CompactReader:
 
     def _skip_list(self) -> None:
         head = self._byte()
-        count, kind = head >> 4, head & 15
+        count = head >> 4
+        kind = head & 15
         if count == 15:
             count = self._varint()
         for _ in range(count):

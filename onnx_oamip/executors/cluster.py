@@ -318,7 +318,12 @@ class _Run:
 # ---------------------------------------------------------------------------------------------------------- on workers
 
 
-def perform(shared: Parcel, piece: bytes, expected: Environment, device: str) -> Any:
+def perform(
+    shared: Parcel,
+    piece: bytes,
+    expected: Environment,
+    device: str,
+) -> Any:
     """Run one piece of work on a worker.
 
     Args:
@@ -358,7 +363,8 @@ def mismatch(expected: Environment, device: str) -> str | None:
     own = dict(environment())
     for name, version in expected:
         if own.get(name) != version:
-            theirs, ours = own.get(name) or "(none)", version or "(none)"
+            theirs = own.get(name) or "(none)"
+            ours = version or "(none)"
             return f"has {name} {theirs}, and here is {ours}; install the same on both"
     try:
         resolve_device(device)
@@ -432,4 +438,6 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     """The first line of an error's message, without its full stop."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    if lines:
+        return lines[0].rstrip(".")
+    return type(error).__name__

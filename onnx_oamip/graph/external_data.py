@@ -137,7 +137,10 @@ def location(tensor: TensorProto) -> Location:
 
 
 def set_reference(
-    tensor: TensorProto, path: str | os.PathLike[str], offset: int, length: int
+    tensor: TensorProto,
+    path: str | os.PathLike[str],
+    offset: int,
+    length: int,
 ) -> None:
     """Replaces the payload of a tensor by a reference to a file.
 
@@ -338,7 +341,8 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
     position = start
     while position < end:
         key, content = _varint(data, position)
-        number, wire_type = key >> 3, key & 7
+        number = key >> 3
+        wire_type = key & 7
         if wire_type == LENGTH_DELIMITED:
             length, content = _varint(data, content)
             stop = content + length

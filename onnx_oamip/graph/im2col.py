@@ -48,7 +48,12 @@ def pick(total: int, wanted: int, rng: np.random.Generator) -> Ints:
     return chosen
 
 
-def data_rows(site: Site, x: Array, rows: Ints, output: tuple[int, ...]) -> Floats:
+def data_rows(
+    site: Site,
+    x: Array,
+    rows: Ints,
+    output: tuple[int, ...],
+) -> Floats:
     """Cut out the inputs that the node combines for some rows of its output.
 
     Args:

@@ -31,7 +31,9 @@ def producer_with(model: Model, tensor: str, traits: Trait) -> Node | None:
     node = producers.get(tensor)
     while node is not None and has(node, Trait.COPIES):
         node = producers.get(node.inputs[0])
-    return node if node is not None and has(node, traits) else None
+    if node is not None and has(node, traits):
+        return node
+    return None
 
 
 def is_float(kind: np.dtype[Any]) -> bool:

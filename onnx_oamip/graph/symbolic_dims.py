@@ -81,11 +81,14 @@ class Size:
     def __rfloordiv__(self, other: Any) -> Any:
         return divide(other, self)
 
-    __radd__, __rmul__ = __add__, __mul__
+    __radd__ = __add__
+    __rmul__ = __mul__
 
 
 def _terms(value: Any) -> Sequence[Product]:
-    return value.terms if isinstance(value, Size) else [((), int(value))]
+    if isinstance(value, Size):
+        return value.terms
+    return [((), int(value))]
 
 
 def _collect(terms: Sequence[Product]) -> Any:

@@ -24,7 +24,10 @@ from onnx_oamip.statistics.requests import RELEVANCE
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by their shares of the energy of all consumers.
 
@@ -65,10 +68,17 @@ def _loss_of_consumers(
         energy = (weight * square).sum(axis=2).reshape(-1)
         result[consumer.node] = float(values @ energy)
     mean = sum(result.values()) / max(len(result), 1)
-    return {name: value / mean for name, value in result.items()} if mean else {}
+    if mean:
+        return {name: value / mean for name, value in result.items()}
+    return {}
 
 
-def shares(model: Model, coupling: Coupling, statistics: Statistics, consumer: Consumer) -> Floats:
+def shares(
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics,
+    consumer: Consumer,
+) -> Floats:
     """Compute the share of each unit in the energy of one consumer.
 
     Args:
@@ -109,7 +119,9 @@ def weight_energy(model: Model, consumer: Consumer, statistics: Statistics) -> F
     axis = consumer.weight_axis
     if consumer.weight not in model.constants:
         moments = statistics.moments.get((consumer.weight, axis))
-        return np.ones(channels) if moments is None else moments.mean_square
+        if moments is None:
+            return np.ones(channels)
+        return moments.mean_square
     weight = model.constants[consumer.weight]
     if consumer.groups > 1 and weight.shape[axis] != channels:
         # (outputs, channels per group, ...): channel j of group i meets the rows of group i only.

@@ -14,7 +14,10 @@ from onnx_oamip.core.settings import Settings
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Draw one score per unit.
 

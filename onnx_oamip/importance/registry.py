@@ -60,7 +60,9 @@ class Method:
         Returns:
             The requests under these settings.
         """
-        return self.requires(settings) if callable(self.requires) else self.requires
+        if callable(self.requires):
+            return self.requires(settings)
+        return self.requires
 
 
 def lazy_rule(module: str, name: str = "score") -> ScoreRule:
@@ -75,7 +77,10 @@ def lazy_rule(module: str, name: str = "score") -> ScoreRule:
     """
 
     def score(
-        model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+        model: Model,
+        coupling: Coupling,
+        statistics: Statistics | None,
+        settings: Settings,
     ) -> Scores:
         rule: ScoreRule = getattr(import_module(module), name)
         return rule(model, coupling, statistics, settings)
@@ -87,7 +92,9 @@ def lazy_rule(module: str, name: str = "score") -> ScoreRule:
 
 def _oamip_requests(settings: Settings) -> Requests:
     """Programs over the whole network need samples of every class; the layer-wise programs do not."""
-    return LAYER_WISE if settings.mode == "decoupled" else LAYER_WISE | {CLASS_SAMPLES}
+    if settings.mode == "decoupled":
+        return LAYER_WISE
+    return LAYER_WISE | {CLASS_SAMPLES}
 
 
 _BUILT_IN = {

@@ -183,7 +183,9 @@ def _labels(batches: list[Any]) -> dict[str, Array]:
     if not parts or any(part.ndim != 1 or part.dtype.kind not in "iu" for part in parts):
         return {}
     labels = np.concatenate(parts)
-    return {"labels": labels} if len(np.unique(labels)) > 1 else {}
+    if len(np.unique(labels)) > 1:
+        return {"labels": labels}
+    return {}
 
 
 def _array(value: Any) -> Array:

@@ -185,7 +185,10 @@ def choose(
 
 
 def _record(
-    budget: _Budget, formulation: _Formulation, solution: Solution, level: Ints
+    budget: _Budget,
+    formulation: _Formulation,
+    solution: Solution,
+    level: Ints,
 ) -> dict[str, Any]:
     """Record of the solve for the report; its time is filled in by the caller."""
     objective = formulation.objective(budget, level)
@@ -247,7 +250,11 @@ class _Budget:
 
     @classmethod
     def of(
-        cls, ledger: Ledger, ladder: Ladder, limits: Targets, extra: Sequence[LinearisedLimit]
+        cls,
+        ledger: Ledger,
+        ladder: Ladder,
+        limits: Targets,
+        extra: Sequence[LinearisedLimit],
     ) -> _Budget:
         """Collects the limits that are given.
 
@@ -410,7 +417,10 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
 
 
 def _one_off_variables(
-    builder: Builder, binaries: Ints, budget: _Budget, incumbent: Ints | None
+    builder: Builder,
+    binaries: Ints,
+    budget: _Budget,
+    incumbent: Ints | None,
 ) -> Ints:
     """Variables of the one-off items (items,): at least 1 if a member group is pruned; -1 for items without a limit."""
     items = budget.ledger.one_off
@@ -487,7 +497,8 @@ def _greedy(budget: _Budget) -> Ints | None:
     Returns:
         The level vector, or None if no group can be narrowed to any effect.
     """
-    levels, first = budget.levels, budget.first
+    levels = budget.levels
+    first = budget.first
     level = budget.widest.copy()
     while not budget.holds(level):
         is_exceeded = budget.used(level) > 1
@@ -505,7 +516,8 @@ def _greedy(budget: _Budget) -> Ints | None:
 
 def _polish(budget: _Budget, level: Ints) -> Ints:
     """Widens single groups as long as the loss does not grow and all limits hold, the largest gain first."""
-    levels, first = budget.levels, budget.first
+    levels = budget.levels
+    first = budget.first
     level = level.copy()
     refused = np.zeros(len(levels.group), bool)
     while True:

@@ -84,7 +84,8 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
 
     Removed units score below all others. Losses are measured on the original again, in the new order.
     """
-    keep, proto = left.plan.keep, left.pruned.proto
+    keep = left.plan.keep
+    proto = left.pruned.proto
     model = models.from_proto(
         proto, ready.model.bindings, path=ready.model.path, sha256=ready.model.sha256
     )
@@ -126,7 +127,12 @@ def units(whole: Coupling, part: Coupling, keep: Bools) -> Ints:
     return result
 
 
-def below(before: Floats, keep: Bools, places: Ints, values: Floats) -> Floats:
+def below(
+    before: Floats,
+    keep: Bools,
+    places: Ints,
+    values: Floats,
+) -> Floats:
     """Scores (n_units,) of the original's units after a round.
 
     Args:

@@ -245,7 +245,12 @@ class Rates(NamedTuple):
     by_node: bool
 
 
-def fit(walls: Floats, nodes: Floats | None, macs: Floats, activations: Floats) -> Rates:
+def fit(
+    walls: Floats,
+    nodes: Floats | None,
+    macs: Floats,
+    activations: Floats,
+) -> Rates:
     """Fits the coefficients by non-negative least squares of relative errors.
 
     Args:
@@ -381,7 +386,12 @@ def parse(events: Sequence[Mapping[str, Any]], skip: int = WARM_RUNS) -> Kernels
     return result
 
 
-def assign(proto: onnx.ModelProto, names: Sequence[str], kernels: Kernels, macs: Floats) -> Floats:
+def assign(
+    proto: onnx.ModelProto,
+    names: Sequence[str],
+    kernels: Kernels,
+    macs: Floats,
+) -> Floats:
     """Distributes kernel times over linear nodes.
 
     A kernel is named after a node, or after the output of the last node that was fused into it. From there the search
@@ -421,7 +431,12 @@ def assign(proto: onnx.ModelProto, names: Sequence[str], kernels: Kernels, macs:
     return times
 
 
-def _share(times: Floats, nodes: Sequence[int], spent: float, macs: Floats) -> None:
+def _share(
+    times: Floats,
+    nodes: Sequence[int],
+    spent: float,
+    macs: Floats,
+) -> None:
     """Adds a time to several nodes, in proportion to their MACs."""
     if nodes and spent:
         weights = np.asarray(macs[list(nodes)], float)
@@ -460,7 +475,9 @@ class _KernelGraph:
         ends = [
             i for i, c in enumerate(unfused) if c in "/_" and i and unfused[:i] in self._by_name
         ]
-        return self._by_name[unfused[: ends[-1]]] if ends else None
+        if ends:
+            return self._by_name[unfused[: ends[-1]]]
+        return None
 
     def behind(self, start: int, anchors: Set[int], free: Set[int]) -> list[int]:
         """Finds the free linear nodes whose results reach a node without passing another kernel.

@@ -68,7 +68,9 @@ def constraints(context: Context, scores: Scores) -> Constraints:
     Returns:
         The constraints.
     """
-    model, coupling, settings = context.model, context.coupling, context.settings
+    model = context.model
+    coupling = context.coupling
+    settings = context.settings
     full = full_widths(coupling)
     floor = np.full(len(full), settings.floor)
     kept = np.zeros(coupling.n_units, bool)

@@ -36,7 +36,11 @@ def programmed(settings: Settings) -> bool:
 
 
 def measure(
-    context: Context, scores: Scores, *, step: Ints, floor: Floats
+    context: Context,
+    scores: Scores,
+    *,
+    step: Ints,
+    floor: Floats,
 ) -> tuple[Ladder | None, tuple[Sensitivity, ...]]:
     """Measure the losses of the original model when its units are removed in the order of some scores.
 
@@ -49,7 +53,9 @@ def measure(
     Returns:
         (losses at every width that a plan may choose, losses as measured); (None, ()) where no program needs them.
     """
-    model, coupling, settings = context.model, context.coupling, context.settings
+    model = context.model
+    coupling = context.coupling
+    settings = context.settings
     if not programmed(settings):
         return None, ()
     order = scoring.order(scores, coupling)
@@ -84,7 +90,10 @@ def measure(
 
 
 def rungs(
-    coupling: Coupling, sensitivities: tuple[Sensitivity, ...], step: Ints, floor: Floats | float
+    coupling: Coupling,
+    sensitivities: tuple[Sensitivity, ...],
+    step: Ints,
+    floor: Floats | float,
 ) -> Ladder:
     """List the widths that a plan may choose for each group, with their losses.
 
@@ -97,7 +106,8 @@ def rungs(
     Returns:
         Widths: all multiples of the step from the floor on, and the full width. Losses are interpolated.
     """
-    widths, losses = [], []
+    widths = []
+    losses = []
     wide = cost.full_widths(coupling)
     narrow = allocation.least(floor, step, wide)
     for found, s, first, full in zip(

@@ -197,7 +197,13 @@ class Encoder:
         leader = self._remove_dominated(x, index, candidate, safest)
         return _Windows(index, candidate, leader, lower=floor, upper=high.max(axis=1))
 
-    def _remove_dominated(self, x: Expression, index: Ints, candidate: Bools, safest: Ints) -> Ints:
+    def _remove_dominated(
+        self,
+        x: Expression,
+        index: Ints,
+        candidate: Bools,
+        safest: Ints,
+    ) -> Ints:
         """Clear the candidates that are never above the leader of their window; returns the leaders (windows,).
 
         The leader is the candidate of greatest value with all variables at their upper bounds. Differences of
@@ -226,7 +232,11 @@ class Encoder:
         return leader
 
     def _undecided_maxima(
-        self, x: Expression, windows: _Windows, undecided: Ints, result: Expression
+        self,
+        x: Expression,
+        windows: _Windows,
+        undecided: Ints,
+        result: Expression,
     ) -> Expression:
         """Add the variables and rows of undecided windows, and the variables to the result."""
         count = len(undecided)
@@ -267,7 +277,11 @@ class Encoder:
     # --- building ---------------------------------------------------------------------------------------------
 
     def variables(
-        self, count: int, lower: Floats | float, upper: Floats | float, integer: bool = False
+        self,
+        count: int,
+        lower: Floats | float,
+        upper: Floats | float,
+        integer: bool = False,
     ) -> Ints:
         """Add variables, and remember their bounds for intervals.
 

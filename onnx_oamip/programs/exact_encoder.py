@@ -68,12 +68,17 @@ class Exact(Encoder):
         return replace(result, lower=lower, upper=upper)
 
     def _gate_variable(
-        self, x: Expression, unit: Ints, where: Ints, result: Expression
+        self,
+        x: Expression,
+        unit: Ints,
+        where: Ints,
+        result: Expression,
     ) -> Expression:
         """Add the products of the rows ``where`` to the result."""
         rows = x.take(where)
         s = self.keep[unit[where]]
-        low, high = rows.lower, rows.upper
+        low = rows.lower
+        high = rows.upper
         h, size = self.measured(np.minimum(low, 0), np.maximum(high, 0))
         self.note_bound(np.maximum(np.abs(low), np.abs(high)))
         zero = Expression.of(np.zeros(len(where)))
@@ -130,17 +135,23 @@ class Exact(Encoder):
     def _tightened(self, a: Expression, where: Ints) -> Expression:
         """The expression with tightened intervals in the rows ``where``."""
         assert self.tighten is not None
-        lower, upper = a.lower.copy(), a.upper.copy()
+        lower = a.lower.copy()
+        upper = a.upper.copy()
         lower[where], upper[where] = self.tighten(self.program(), a.take(where))
         return a.within(lower, upper)
 
     def _relu_of_unknown_sign(
-        self, a: Expression, unit: Ints | None, where: Ints, result: Expression
+        self,
+        a: Expression,
+        unit: Ints | None,
+        where: Ints,
+        result: Expression,
     ) -> Expression:
         """Add the gated ReLUs of the rows ``where`` to the result."""
         count = len(where)
         rows = a.take(where)
-        low, high = rows.lower, rows.upper
+        low = rows.lower
+        high = rows.upper
         self.note_bound(np.maximum(-low, high))
         h, size = self.measured(np.zeros(count), high)
         v = self.variables(count, 0.0, 1.0, integer=not self.relax)
@@ -157,9 +168,12 @@ class Exact(Encoder):
         above = (rows.constant - high)[gated]
         self.rows(rows.take(gated), -1.0, [h_gated, minus_high_s], lower=above)
         # v <= s, h <= a - (1 - v) L and h <= v U.
-        v_gated, minus_s = (v[gated], 1.0), (s, -1.0)
+        v_gated = (v[gated], 1.0)
+        minus_s = (s, -1.0)
         self.rows(zero.take(gated), 1.0, [v_gated, minus_s], upper=0.0)
-        activation, minus_low_v, minus_high_v = (h, size), (v, -low), (v, -high)
+        activation = (h, size)
+        minus_low_v = (v, -low)
+        minus_high_v = (v, -high)
         self.rows(rows, -1.0, [activation, minus_low_v], upper=rows.constant - low)
         self.rows(zero, 1.0, [activation, minus_high_v], upper=0.0)
 

@@ -198,7 +198,12 @@ def _by_sample(values: Floats, images: int) -> Floats:
     return values.reshape(images, -1).T
 
 
-def _map_samples(linear: csr_array, matrix: csr_array, images: int, columns: int) -> csr_array:
+def _map_samples(
+    linear: csr_array,
+    matrix: csr_array,
+    images: int,
+    columns: int,
+) -> csr_array:
     """Apply a map to the block of rows of every sample, by one product with the blocks laid side by side."""
     outputs, inputs = linear.shape
     entries = matrix.tocoo()

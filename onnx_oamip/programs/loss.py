@@ -192,7 +192,11 @@ class Sparsity:
 
 
 def objective(
-    encoder: Encoder, heads: Sequence[Head], *, weight: float, sparsity: Sparsity
+    encoder: Encoder,
+    heads: Sequence[Head],
+    *,
+    weight: float,
+    sparsity: Sparsity,
 ) -> tuple[Program, Loss]:
     """Add the objective ``weight * sum of mean losses + S(s)``, or the weighted losses alone under a budget.
 
@@ -209,7 +213,9 @@ def objective(
         The complete program and its loss.
     """
     most_classes = max(head.logits.rows // len(head.label) for head in heads)
-    logits, labels, weights = [], [], []
+    logits = []
+    labels = []
+    weights = []
     for head in heads:
         counted = np.flatnonzero(head.label >= 0)
         logits.append(_padded(head, counted, most_classes))
@@ -289,7 +295,13 @@ class Incumbent:
 class Separation:
     """Finds cuts at a point: violated range rows and tangent planes. Keeps the best feasible point on the way."""
 
-    def __init__(self, program: Program, loss: Loss, pending: Rows, accuracy: float) -> None:
+    def __init__(
+        self,
+        program: Program,
+        loss: Loss,
+        pending: Rows,
+        accuracy: float,
+    ) -> None:
         """Start without an incumbent.
 
         Args:

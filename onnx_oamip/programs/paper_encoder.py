@@ -61,7 +61,11 @@ class Paper(Encoder):
         return replace(result, lower=np.maximum(a.lower, 0), upper=high)
 
     def _relu_of_unknown_sign(
-        self, rows: Expression, limits: Interval, where: Ints, result: Expression
+        self,
+        rows: Expression,
+        limits: Interval,
+        where: Ints,
+        result: Expression,
     ) -> Expression:
         """Add the ReLUs of the rows ``where`` to the result."""
         low, high = limits
@@ -71,7 +75,9 @@ class Paper(Encoder):
         v = self.variables(count, 0.0, 1.0, integer=not self.relax)
         zero = Expression.of(np.zeros(count))
         # h >= a, h <= a - (1 - v) L and h <= v U.
-        activation, minus_low_v, minus_high_v = (h, size), (v, -low), (v, -high)
+        activation = (h, size)
+        minus_low_v = (v, -low)
+        minus_high_v = (v, -high)
         self.rows(rows, -1.0, [activation], lower=rows.constant)
         self.rows(rows, -1.0, [activation, minus_low_v], upper=rows.constant - low)
         self.rows(zero, 1.0, [activation, minus_high_v], upper=0.0)

@@ -173,7 +173,12 @@ def _directions(fixed: Ints, per_unit: csr_array) -> tuple[Ints, _Axes]:
     return directions, _Axes(direction, constant, step)
 
 
-def _expand(cost: int, factor: Floats, term_axes: Ints, axes: _Axes) -> list[_Terms]:
+def _expand(
+    cost: int,
+    factor: Floats,
+    term_axes: Ints,
+    axes: _Axes,
+) -> list[_Terms]:
     """Expand the products of ``constant + step * direction`` of one cost."""
     varies = axes.direction[term_axes] >= 0
     fixed_lengths = np.where(varies, 1.0, axes.constant[term_axes])
@@ -198,7 +203,12 @@ def _expand(cost: int, factor: Floats, term_axes: Ints, axes: _Axes) -> list[_Te
 
 
 def linearise(
-    builder: Builder, binaries: Ints, levels: Levels, polynomials: Polynomials, *, start: Floats
+    builder: Builder,
+    binaries: Ints,
+    levels: Levels,
+    polynomials: Polynomials,
+    *,
+    start: Floats,
 ) -> tuple[csr_array, Floats]:
     """Linearise costs; adds the variables and rows of the products to the builder.
 
@@ -248,7 +258,8 @@ class _Factors:
 
 def _factors(levels: Levels, polynomials: Polynomials) -> tuple[_Factors, Ints]:
     """The distinct factors, and each monomial as a chain of them: most groups first, -1 at the end."""
-    directions, monomials = polynomials.directions, polynomials.monomials
+    directions = polynomials.directions
+    monomials = polynomials.monomials
     n_groups = np.diff(directions.indptr)
     power = _powers(monomials, n_groups)
     # A pair of direction and power as one number.
@@ -281,7 +292,8 @@ def _powers(monomials: Ints, n_groups: Ints) -> Ints:
     """Exponent of every factor: repeated directions of a single group become one factor, the others have 0."""
     power = (monomials >= 0).astype(np.int64)
     for j in range(1, monomials.shape[1]):
-        current, previous = monomials[:, j], monomials[:, j - 1]
+        current = monomials[:, j]
+        previous = monomials[:, j - 1]
         same = (current >= 0) & (current == previous) & (n_groups[current] == 1)
         power[same, j] += power[same, j - 1]
         power[same, j - 1] = 0

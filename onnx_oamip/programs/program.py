@@ -324,7 +324,9 @@ def _spread(value: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Floats:
 
 def _joined(blocks: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Blocks behind each other, as an empty array of the type if there are none."""
-    return np.concatenate(blocks) if blocks else np.zeros(0, dtype)
+    if blocks:
+        return np.concatenate(blocks)
+    return np.zeros(0, dtype)
 
 
 def _check_sides(kind: str, lower: Floats, upper: Floats) -> None:

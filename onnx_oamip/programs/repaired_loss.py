@@ -262,7 +262,12 @@ def _shares(weight: Floats, free: Bools, count: int) -> Floats:
     return np.clip(keep, 0.0, 1.0)
 
 
-def _fit(consumer: LinearConsumer, cross: Floats, present: Ints, share: Floats) -> Floats:
+def _fit(
+    consumer: LinearConsumer,
+    cross: Floats,
+    present: Ints,
+    share: Floats,
+) -> Floats:
     """The best V (outputs, present columns): ``V = W C S (S C S + ridge)^-1 S`` with S the root of the shares."""
     if not len(present):
         return np.zeros((len(cross), 0))

@@ -207,7 +207,8 @@ class Quadratic:
             after = _project(ahead - gradient / lipschitz, free, count)
             next_momentum = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
             ahead = after + (momentum - 1) / next_momentum * (after - keep)
-            keep, momentum = after, next_momentum
+            keep = after
+            momentum = next_momentum
         return keep
 
 

@@ -88,7 +88,11 @@ WIDE_COPIES = 4
 
 
 def fold_means(
-    model: Model, coupling: Coupling, units: Bools, statistics: Statistics, raw: onnx.ModelProto
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    statistics: Statistics,
+    raw: onnx.ModelProto,
 ) -> Pruned:
     """Adds the means of removed channels to the biases of their consumers.
 
@@ -134,7 +138,12 @@ def fold_means(
     return Pruned(raw, proto, tuple(notes))
 
 
-def output_mask(model: Model, coupling: Coupling, place: Site, units: Bools) -> Bools:
+def output_mask(
+    model: Model,
+    coupling: Coupling,
+    place: Site,
+    units: Bools,
+) -> Bools:
     """Outputs that a linear node keeps.
 
     Args:
@@ -183,7 +192,8 @@ def is_valid_cache_entry(refitted: Pruned, raw: onnx.ModelProto) -> bool:
     Returns:
         True if the entry has the interface, the nodes and the weight shapes of the cut model, possibly among others.
     """
-    old, new = raw.graph, refitted.proto.graph
+    old = raw.graph
+    new = refitted.proto.graph
     if list(old.input) != list(new.input) or list(old.output) != list(new.output):
         return False
     if list(raw.opset_import) != list(refitted.proto.opset_import) or refitted.proto.functions:
@@ -511,7 +521,11 @@ class _Problem:
 
 
 def _refit(
-    cut: _Cut, editor: Editor, place: Site, frontier: Frontier, target: Target
+    cut: _Cut,
+    editor: Editor,
+    place: Site,
+    frontier: Frontier,
+    target: Target,
 ) -> tuple[Fit | None, list[str]]:
     """Refits one node.
 
@@ -542,7 +556,8 @@ def _refit(
             f"{int((~finite).sum())} of {finite.size} rows are not finite and not fitted to"
         )
         problem = problem.take(finite)
-    x, y = problem.x, problem.y
+    x = problem.x
+    y = problem.y
     rows = y.shape[1]
     if not rows:
         return None, remarks
@@ -586,7 +601,11 @@ def _in_cut_model(place: Site, node: onnx.NodeProto) -> Site:
 
 
 def _problem(
-    cut: _Cut, place: Site, node: onnx.NodeProto, frontier: Frontier, target: Target
+    cut: _Cut,
+    place: Site,
+    node: onnx.NodeProto,
+    frontier: Frontier,
+    target: Target,
 ) -> _Problem:
     """Inputs and wanted outputs of a node at the sampled rows.
 
@@ -623,7 +642,13 @@ def _problem(
 
 
 def _solver(
-    cut: _Cut, place: Site, problem: _Problem, residual: Floats, *, weight: Floats, split: int
+    cut: _Cut,
+    place: Site,
+    problem: _Problem,
+    residual: Floats,
+    *,
+    weight: Floats,
+    split: int,
 ) -> tuple[str, Solve, str]:
     """Chooses the form of a fit: (name for the report, solver for the weights, remark for the user).
 
@@ -656,7 +681,13 @@ def _mixes_channels(cut: _Cut, place: Site, cap: int) -> bool:
     return equal and len(present) < ins * taps and len(present) <= GRAM_CAP
 
 
-def _channel_mixing(cut: _Cut, place: Site, wide_inputs: Array, x: Floats, weight: Floats) -> Solve:
+def _channel_mixing(
+    cut: _Cut,
+    place: Site,
+    wide_inputs: Array,
+    x: Floats,
+    weight: Floats,
+) -> Solve:
     """Solver for wide nodes that :func:`_mixes_channels` accepts, which expresses removed channels by kept ones.
 
     With channel blocks z (original, all channels) and z' (cut, kept ones), ``z = z' A`` is fitted by ridge regression
@@ -697,7 +728,8 @@ def _channel_mixing(cut: _Cut, place: Site, wide_inputs: Array, x: Floats, weigh
     weight_blocks = full_weight[kept_outputs][:, columns].reshape(outs, len(present), block)
 
     def solve(count: int, ridge: float) -> Floats:
-        a, b = kept_blocks[:count], remaining[:count]
+        a = kept_blocks[:count]
+        b = remaining[:count]
         a = a - a.mean(axis=(0, 2), keepdims=True)
         b = b - b.mean(axis=(0, 2), keepdims=True)
         gram = np.einsum("rkt,rlt->kl", a, a, optimize=True)

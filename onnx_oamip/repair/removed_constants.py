@@ -215,7 +215,11 @@ class _Level:
 
 
 def _levels(
-    model: Model, proto: onnx.ModelProto, axes: list[Axis], samples: Samples, device: str
+    model: Model,
+    proto: onnx.ModelProto,
+    axes: list[Axis],
+    samples: Samples,
+    device: str,
 ) -> dict[Axis, _Level]:
     """Runs a model on a few samples, one at a time so that memory holds whole activations of one sample only.
 

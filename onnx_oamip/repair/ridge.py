@@ -41,7 +41,11 @@ class RidgeFit(NamedTuple):
 
 
 def choose_ridge(
-    x: Floats, residual: Floats, split: int, solve: Solve | None, ridges: Sequence[float] = RIDGES
+    x: Floats,
+    residual: Floats,
+    split: int,
+    solve: Solve | None,
+    ridges: Sequence[float] = RIDGES,
 ) -> RidgeFit:
     """Fits with the ridge strength that has the smallest error on held-out rows.
 
@@ -86,7 +90,8 @@ def choose_ridge(
 
         ridge, ridge_error = _downhill(ridges, held_out_error)
         if ridge_error < after:
-            after, chosen = ridge_error, ridge
+            after = ridge_error
+            chosen = ridge
     change = None if chosen is None or solve is None else solve(rows, chosen)
     return RidgeFit(change, shift_of(change, rows), chosen, (before, min(after, before)))
 

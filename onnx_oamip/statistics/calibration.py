@@ -65,7 +65,8 @@ class _Sums:
         Returns:
             Mean and mean square per channel.
         """
-        mean, mean_square = self.first / self.count, self.second / self.count
+        mean = self.first / self.count
+        mean_square = self.second / self.count
         return Moments(np.asarray(mean), np.asarray(mean_square), self.count)
 
 
@@ -104,8 +105,11 @@ def collect(
         for index, feed in samples.batches(batch_size):
             outputs = iter(session.run(feed, names))
             for axis, accumulated in sums.items():
-                first, second, shape = next(outputs), next(outputs), next(outputs)
-                first, second = first.astype(np.float64), second.astype(np.float64)
+                first = next(outputs)
+                second = next(outputs)
+                shape = next(outputs)
+                first = first.astype(np.float64)
+                second = second.astype(np.float64)
                 if not _reliable(first, second).all():
                     first, second = _sums_in_float64(model, axis, feed, device)
                 if not np.isfinite(first + second).all():
@@ -168,7 +172,12 @@ def _reliable(first: Floats, second: Floats) -> Bools:
     return np.asarray(finite & ((second > FAINT) | (first == 0)))
 
 
-def _sums_in_float64(model: Model, axis: Axis, feed: Feed, device: str) -> tuple[Floats, Floats]:
+def _sums_in_float64(
+    model: Model,
+    axis: Axis,
+    feed: Feed,
+    device: str,
+) -> tuple[Floats, Floats]:
     """Sums and sums of squares of one feed along an axis, in float64 throughout."""
     tensor, position = axis
     (output,) = Session(with_outputs(model, [tensor]), device).run(feed, [tensor])

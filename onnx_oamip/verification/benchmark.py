@@ -115,7 +115,10 @@ def _described(inputs: set[tuple[str, str, int]]) -> str:
 
 
 def _feeds(
-    model: Model, samples: Samples | None, batch: int | None, seed: int
+    model: Model,
+    samples: Samples | None,
+    batch: int | None,
+    seed: int,
 ) -> tuple[Feeds, int]:
     """Feeds of ``batch`` samples, and the number that each one has. Raises DataError if the two differ."""
     where = model.path

@@ -155,11 +155,16 @@ def bench(
 
 
 def _default_name(source: Source, i: int) -> str:
-    return f"model {i}" if isinstance(source, onnx.ModelProto) else Path(source).name
+    if isinstance(source, onnx.ModelProto):
+        return f"model {i}"
+    return Path(source).name
 
 
 def interleave(
-    calls: Sequence[Call], seconds: float, rounds: int | None = None, seed: int = 0
+    calls: Sequence[Call],
+    seconds: float,
+    rounds: int | None = None,
+    seed: int = 0,
 ) -> tuple[list[list[float]], Floats]:
     """Times calls in rounds: every call in each round, in random order, a few times in a row if it is fast.
 
@@ -337,7 +342,12 @@ def caller(session: Session, feeds: Sequence[Feed]) -> Call:
 # -------------------------------------------------------------------------------------------------------- memory
 
 
-def peak_memory(source: Source, feed: Feed, device: str, threads: int | None = None) -> int | None:
+def peak_memory(
+    source: Source,
+    feed: Feed,
+    device: str,
+    threads: int | None = None,
+) -> int | None:
     """Measures the memory that a model needs, in a fresh process.
 
     Args:
@@ -405,7 +415,9 @@ def _resident(field: str) -> int:
     import resource  # not on Windows: the process fails there, and its caller returns None
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024
 
 
 def _path_of(source: Source, folder: Path) -> str:
@@ -524,7 +536,12 @@ def _judge_half(times: Floats) -> int | None:
     return value
 
 
-def _stack(width: int, batch: int, size: int, depth: int = 3) -> onnx.ModelProto:
+def _stack(
+    width: int,
+    batch: int,
+    size: int,
+    depth: int = 3,
+) -> onnx.ModelProto:
     """Convolutions of one width on a constant image, which the graph makes itself so that no large input is copied."""
     rng = np.random.default_rng(0)
     constants = [numpy_helper.from_array(np.asarray([batch, width, size, size], np.int64), "shape")]

@@ -55,7 +55,9 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
     Returns:
         The names in order; empty unless the setting is a choice of names.
     """
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    if get_origin(field.annotation) is Literal:
+        return get_args(field.annotation)
+    return ()
 
 
 def shown(field: FieldInfo) -> Shown:
@@ -103,7 +105,9 @@ def _default_text(field: FieldInfo) -> str | None:
         return None
     if isinstance(default, tuple) and kind is not None:
         return kind.separator.join(f"{part:g}" for part in default)
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    if isinstance(default, float):
+        return f"{default:g}"
+    return str(default)
 
 
 def _annotations(field: FieldInfo) -> Iterator[Any]:

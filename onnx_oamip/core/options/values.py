@@ -99,7 +99,9 @@ def _read_percentage(value: Any) -> Any:
 def _read_points(value: Any) -> Any:
     """Turn "5%" into 5 points; anything else is left as it is."""
     text = value.strip() if isinstance(value, str) else value
-    return text[:-1] if isinstance(text, str) and text.endswith("%") else text
+    if isinstance(text, str) and text.endswith("%"):
+        return text[:-1]
+    return text
 
 
 def _read_memory(value: Any) -> Any:
@@ -113,7 +115,9 @@ def _read_memory(value: Any) -> Any:
 
 
 def _read_alignment(value: Any) -> Any:
-    return value.strip() if isinstance(value, str) else value
+    if isinstance(value, str):
+        return value.strip()
+    return value
 
 
 def _read_pixels(value: Any) -> Any:
@@ -123,14 +127,18 @@ def _read_pixels(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     sides = value.lower().split("x")
-    return (sides[0], sides[-1]) if len(sides) <= 2 else value
+    if len(sides) <= 2:
+        return (sides[0], sides[-1])
+    return value
 
 
 def _read_numbers(value: Any) -> Any:
     """Turn "0.4,0.5" into its parts, and one number into a list of one."""
     if isinstance(value, str):
         return [_read_percentage(part) for part in value.split(",")]
-    return [value] if isinstance(value, (int, float)) else value
+    if isinstance(value, (int, float)):
+        return [value]
+    return value
 
 
 Share = Annotated[

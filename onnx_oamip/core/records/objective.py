@@ -89,7 +89,9 @@ class Term:
         """Loss of the average answer before scaling: one number for the report."""
         if self.scale is None:
             return None
-        return float(self.scale.variance.mean()) if self.kind == "values" else self.scale.spread
+        if self.kind == "values":
+            return float(self.scale.variance.mean())
+        return self.scale.spread
 
     def rows(self, array: Array) -> Floats:
         """Return the term's part of a tensor as a matrix.

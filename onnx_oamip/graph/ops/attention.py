@@ -56,7 +56,13 @@ class _Form:
     past: tuple[int, ...] = ()
 
 
-def _per_head(node: Node, labels: Labels, slot: int, units: Ints, heads: int) -> str | None:
+def _per_head(
+    node: Node,
+    labels: Labels,
+    slot: int,
+    units: Ints,
+    heads: int,
+) -> str | None:
     """Follow an input that is added to the logits (..., heads, queries, keys); a reason where that cannot be done."""
     name = operand(node, slot)
     if name is None:
@@ -150,7 +156,12 @@ def _further_outputs(node: Node, labels: Labels) -> list[tuple[int, str]]:
     return [(i, n) for i, n in named if n and (labels.readers(n) or labels.is_output(n))]
 
 
-def _states(node: Node, labels: Labels, units: Ints, heads: int) -> None:
+def _states(
+    node: Node,
+    labels: Labels,
+    units: Ints,
+    heads: int,
+) -> None:
     """Keys and values (or logits) as further outputs, of shape (batch, heads, ...)."""
     for index, name in _further_outputs(node, labels):
         logits = index >= 2
@@ -183,14 +194,16 @@ def _multi_head(node: Node, labels: Labels) -> None:
 
 
 def _group_query(node: Node, labels: Labels) -> None:
-    heads, groups = _count(node, "num_heads"), _count(node, "kv_num_heads")
+    heads = _count(node, "num_heads")
+    groups = _count(node, "kv_num_heads")
     _separate(node, labels, _Form(heads, groups, added=10, past=(3, 4)))
 
 
 def _standard(node: Node, labels: Labels) -> None:
     shape = labels.shape(node.inputs[0])
     if shape is not None and len(shape) == 3:
-        heads, groups = _count(node, "q_num_heads"), _count(node, "kv_num_heads")
+        heads = _count(node, "q_num_heads")
+        groups = _count(node, "kv_num_heads")
         _separate(node, labels, _Form(heads, groups, added=3, past=(4, 5)))
     else:
         _four_axes(node, labels)
@@ -223,7 +236,12 @@ def _four_axes(node: Node, labels: Labels) -> None:
         labels.pin(size, f"{node} gives '{name}' as an extra output")
 
 
-def _not_four_axes(node: Node, labels: Labels, names: list[str], followed: int) -> str | None:
+def _not_four_axes(
+    node: Node,
+    labels: Labels,
+    names: list[str],
+    followed: int,
+) -> str | None:
     """Reason that heads on an axis of their own cannot be followed, None where they can."""
     if any(operand(node, slot) for slot in (4, 5)):
         return f"{node} reads a past state"
@@ -265,7 +283,12 @@ def _packed(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], [None, None, np.repeat(units, sizes[2] // heads)])
 
 
-def _not_packed(node: Node, labels: Labels, sizes: tuple[int, ...], heads: int) -> str | None:
+def _not_packed(
+    node: Node,
+    labels: Labels,
+    sizes: tuple[int, ...],
+    heads: int,
+) -> str | None:
     """Reason that packed weights cannot be followed, None where they can."""
     bias = operand(node, 2)
     constant = labels.is_constant(node.inputs[1]) and (not bias or labels.is_constant(bias))
@@ -284,7 +307,9 @@ def _sizes(node: Node, columns: int) -> tuple[int, ...]:
     """Widths of queries, keys and values; nothing where they do not add up to the columns."""
     given = tuple(int(n) for n in node.attrs.get("qkv_hidden_sizes", ()))
     sizes = given or (columns // 3,) * 3
-    return sizes if len(sizes) == 3 and sum(sizes) == columns else ()
+    if len(sizes) == 3 and sum(sizes) == columns:
+        return sizes
+    return ()
 
 
 # ---------------------------------------------------------------------------------------------------- repair and cost
@@ -309,11 +334,14 @@ def _repair(node: Node, cuts: Cuts) -> Edit:
 
 def _products(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     """Queries times keys, then probabilities times values."""
-    q, k, out = node.inputs[0], operand(node, 1), node.outputs[0]
+    q = node.inputs[0]
+    k = operand(node, 1)
+    out = node.outputs[0]
     if k is None or len(shapes[k]) != len(shapes[q]) or len(shapes[q]) not in (3, 4):
         return (((), 0),)  # packed inputs: nothing there is followed
     rank = len(shapes[q])
-    length, size = rank - 2, rank - 1
+    length = rank - 2
+    size = rank - 1
     widths: Total = (((q, size), (out, size)), 0)
     batch_and_heads = ((q, axis) for axis in range(length))
     return (*batch_and_heads, (q, length), (k, length), widths)
@@ -321,10 +349,13 @@ def _products(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
 
 def _packed_cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     """Three projections and two products over as many keys as queries, all as wide as the output."""
-    x, w, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    x = node.inputs[0]
+    w = node.inputs[1]
+    out = node.outputs[0]
     sizes = _sizes(node, shapes[w][1])
     if len(set(sizes)) == 1:
-        projections, products = [(w, 0)] * 3, [(x, 1)] * 2
+        projections = [(w, 0)] * 3
+        products = [(x, 1)] * 2
         per_column: Total = ((*projections, *products), 0)
         return ((x, 0), (x, 1), (out, 2), per_column)
     # Widths differ: nothing here may be cut, and the cost is a number.

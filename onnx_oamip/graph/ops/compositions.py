@@ -138,7 +138,12 @@ def _unwrapped(graph: Reader, tensor: str) -> str:
     return tensor
 
 
-def _length_axis(graph: Reader, divisor: str, source: str, inverse: bool) -> int | None:
+def _length_axis(
+    graph: Reader,
+    divisor: str,
+    source: str,
+    inverse: bool,
+) -> int | None:
     """The axis of which ``divisor`` holds the Euclidean length of ``source`` (``inverse``: 1 over it)."""
     node = graph.maker(_unwrapped(graph, divisor))
     if node is None:

@@ -15,13 +15,17 @@ from onnx_oamip.graph.ops.spec import ChannelRule, Flow, OpSpec, Trait
 
 
 def _if(node: Node) -> Flow:
-    then, other = node.bodies["then_branch"], node.bodies["else_branch"]
+    then = node.bodies["then_branch"]
+    other = node.bodies["else_branch"]
     ends = zip(then.outputs, other.outputs, node.outputs, strict=False)
     return Flow(joins=tuple(((a, b), out) for a, b, out in ends if out))
 
 
 def _carried(
-    first: tuple[str, ...], given: tuple[str, ...], made: tuple[str, ...], last: tuple[str, ...]
+    first: tuple[str, ...],
+    given: tuple[str, ...],
+    made: tuple[str, ...],
+    last: tuple[str, ...],
 ) -> Flow:
     enters = zip(first, made, given, strict=False)
     joins = zip(first, made, last, strict=False)
@@ -32,7 +36,8 @@ def _carried(
 
 
 def _loop(node: Node) -> Flow:
-    body, count = node.bodies["body"], len(node.inputs) - 2
+    body = node.bodies["body"]
+    count = len(node.inputs) - 2
     flow = _carried(
         node.inputs[2:], body.inputs[2:], body.outputs[1 : 1 + count], node.outputs[:count]
     )
@@ -41,7 +46,8 @@ def _loop(node: Node) -> Flow:
 
 
 def _scan(node: Node) -> Flow:
-    body, scanned = node.bodies["body"], int(node.attrs["num_scan_inputs"])
+    body = node.bodies["body"]
+    scanned = int(node.attrs["num_scan_inputs"])
     count = len(node.inputs) - scanned
     flow = _carried(
         node.inputs[:count], body.inputs[:count], body.outputs[:count], node.outputs[:count]
@@ -95,9 +101,16 @@ def _enter(node: Node, flow: Flow, labels: Labels) -> None:
         labels.set(name, axes, f"a part of '{outer}'")
 
 
-def _stack(node: Node, labels: Labels, inner: str, name: str, axis: int) -> None:
+def _stack(
+    node: Node,
+    labels: Labels,
+    inner: str,
+    name: str,
+    axis: int,
+) -> None:
     """Labels of an output that holds the outputs of all steps along a new axis."""
-    shape, step = labels.shape(name), labels.shape(inner)
+    shape = labels.shape(name)
+    step = labels.shape(inner)
     if shape is None or step is None or len(shape) != len(step) + 1:
         labels.pin_all(inner, f"{node} stacks it to a shape that is not known")
         labels.set(name, [], f"an output of {node}")
@@ -115,7 +128,8 @@ def _joined(node: Node, labels: Labels, sources: tuple[str, str]) -> list[LabelA
         for name in sources:
             labels.pin_all(name, reason)
         return []
-    first, second = labels.axes(one), labels.axes(other)
+    first = labels.axes(one)
+    second = labels.axes(other)
     result: list[LabelAxis] = []
     for a, b in zip(first, second, strict=True):
         if a is None or b is None:

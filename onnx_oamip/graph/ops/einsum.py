@@ -97,7 +97,9 @@ def weight_axis(node: Node, ranks: list[int]) -> int | None:
         return None
     axis = weight.index(data[-1])
     other = weight[1 - axis]
-    return axis if other not in data and result == [*data[:-1], other] else None
+    if other not in data and result == [*data[:-1], other]:
+        return axis
+    return None
 
 
 class EinsumProduct(Linear):

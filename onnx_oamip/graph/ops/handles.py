@@ -180,7 +180,13 @@ class Labels(Protocol):
         """
         ...
 
-    def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
+    def consume(
+        self,
+        node: Node,
+        data: Axis,
+        weight: Axis | None,
+        groups: int = 1,
+    ) -> None:
         """Record that a node sums over an axis.
 
         Masked channels are set to zero there, which removes their contribution to the sum.
@@ -447,10 +453,17 @@ def operand(node: Node, index: int) -> str | None:
     Returns:
         The name, or None where the input is absent (an empty name counts as absent).
     """
-    return (node.inputs[index] or None) if index < len(node.inputs) else None
+    if index < len(node.inputs):
+        return node.inputs[index] or None
+    return None
 
 
-def integers(node: Node, labels: Labels | Cuts | Terms, name: str, index: int) -> Ints | None:
+def integers(
+    node: Node,
+    labels: Labels | Cuts | Terms,
+    name: str,
+    index: int,
+) -> Ints | None:
     """Read a list of integers that is an attribute in old opsets and an input in later ones.
 
     Args:

@@ -88,7 +88,12 @@ def product(matrix: Array, lead: int, trailing: int = 1) -> csr_array:
     return csr_array(whole)
 
 
-def convolution(node: Node, weight: Array, before: Shape, after: Shape) -> csr_array:
+def convolution(
+    node: Node,
+    weight: Array,
+    before: Shape,
+    after: Shape,
+) -> csr_array:
     """Build the map of a Conv with any strides, padding, dilations and groups, without dense Toeplitz blocks.
 
     Args:
@@ -101,9 +106,11 @@ def convolution(node: Node, weight: Array, before: Shape, after: Shape) -> csr_a
         The matrix (elements of ``after``, elements of ``before``).
     """
     batch, inputs = before[:2]
-    outputs, per_group = after[1], weight.shape[1]
+    outputs = after[1]
+    per_group = weight.shape[1]
     groups = inputs // per_group
-    pixels, size = int(np.prod(after[2:])), int(np.prod(before[2:]))
+    pixels = int(np.prod(after[2:]))
+    size = int(np.prod(before[2:]))
     kernel = weight.shape[2:]
     positions = np.arange(pixels)
     read = taps(node, kernel, before=before[2:], after=after[2:], positions=positions)
@@ -133,7 +140,8 @@ def windows(node: Node, before: Shape, after: Shape) -> Ints:
     Returns:
         (output elements, taps): flat input elements, -1 outside the image.
     """
-    planes, size = before[0] * before[1], int(np.prod(before[2:]))
+    planes = before[0] * before[1]
+    size = int(np.prod(before[2:]))
     read = _pooled(node, before[2:], after[2:])
     first = np.arange(planes)[:, None, None] * size
     elements = np.where(read >= 0, first + read, -1)
@@ -206,6 +214,7 @@ def reduction(shape: Shape, axes: Sequence[int], mean: bool) -> csr_array:
     """
     kept = tuple(1 if a in axes else n for a, n in enumerate(shape))
     row = np.broadcast_to(places(kept), shape).reshape(-1)
-    size, total = int(np.prod(shape)), int(np.prod(kept))
+    size = int(np.prod(shape))
+    total = int(np.prod(kept))
     weight = np.full(size, total / size if mean else 1.0)
     return csr_array(coo_array((weight, (row, np.arange(size))), shape=(total, size)))

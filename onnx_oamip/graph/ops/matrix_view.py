@@ -123,7 +123,9 @@ class Linear:
         """
         del kernel  # a product has none
         plain = matrix[0, :, :, 0]
-        return plain.T if site.weight_axis == 0 else plain
+        if site.weight_axis == 0:
+            return plain.T
+        return plain
 
     def position_dependent(self, node: Node, kernel: tuple[int, ...]) -> bool:
         """Tell nodes whose outputs differ by position for an input of equal values at all positions.
@@ -343,4 +345,6 @@ def _data_slot(node: Node, constants: Mapping[str, Array]) -> int | None:
     if sum(fixed) != 1:
         return None
     slot = 0 if fixed[1] else 1
-    return slot if constants[node.inputs[1 - slot]].ndim == 2 else None
+    if constants[node.inputs[1 - slot]].ndim == 2:
+        return slot
+    return None

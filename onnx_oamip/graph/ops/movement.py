@@ -30,7 +30,8 @@ def _transpose(node: Node, labels: Labels) -> None:
 
 def _depth_to_space(node: Node, labels: Labels) -> None:
     """Channel ``c`` of the result takes blocksize**2 channels of the input, which go together."""
-    found, b = labels.label(node.inputs[0], 1), int(node.attrs["blocksize"])
+    found = labels.label(node.inputs[0], 1)
+    b = int(node.attrs["blocksize"])
     result = None
     if found is not None:
         crd = node.attrs.get("mode", "DCR") == "CRD"
@@ -42,7 +43,8 @@ def _depth_to_space(node: Node, labels: Labels) -> None:
 
 
 def _space_to_depth(node: Node, labels: Labels) -> None:
-    found, b = labels.label(node.inputs[0], 1), int(node.attrs["blocksize"])
+    found = labels.label(node.inputs[0], 1)
+    b = int(node.attrs["blocksize"])
     _pin_space(node, labels)
     labels.set(
         node.outputs[0], [None, None if found is None else np.tile(found, b * b), None, None]
@@ -139,8 +141,10 @@ def slice_bounds(
     Raises:
         KeyError: A bound is computed.
     """
-    starts, ends = integers(node, labels, "starts", 1), integers(node, labels, "ends", 2)
-    axes, steps = integers(node, labels, "axes", 3), integers(node, labels, "steps", 4)
+    starts = integers(node, labels, "starts", 1)
+    ends = integers(node, labels, "ends", 2)
+    axes = integers(node, labels, "axes", 3)
+    steps = integers(node, labels, "steps", 4)
     if starts is None or ends is None:
         raise KeyError("starts")
     where = np.arange(len(starts)) if axes is None else axes % len(shape)
@@ -158,7 +162,8 @@ def slice_bounds(
 def _sliced(node: Node, labels: Labels, rank: int) -> list[int]:
     """The axes that a Slice may shorten, whatever its bounds: all of them where even the list is computed."""
     try:
-        axes, starts = integers(node, labels, "axes", 3), labels.shape(node.inputs[1])
+        axes = integers(node, labels, "axes", 3)
+        starts = labels.shape(node.inputs[1])
     except KeyError:
         return list(range(rank))
     if axes is None:
@@ -207,7 +212,8 @@ def _slice_repair(node: Node, cuts: Cuts) -> Edit:
     cut = {a for a in bounds if cuts.keep(name, a) is not None}
     if not cut:
         return Edit()
-    starts, ends = [], []
+    starts = []
+    ends = []
     for a, (start, stop, step) in bounds.items():
         keep = cuts.keep(name, a)
         if keep is not None and a in cut:
@@ -223,13 +229,15 @@ def _slice_repair(node: Node, cuts: Cuts) -> Edit:
 
 def _gather(node: Node, labels: Labels) -> None:
     data, index = node.inputs[:2]
-    shape, index_shape = labels.shape(data), labels.shape(index)
+    shape = labels.shape(data)
+    index_shape = labels.shape(index)
     if shape is None or index_shape is None:
         opaque(node, labels, f"{node} reads a tensor of unknown shape")
         return
     axis = int(node.attrs.get("axis", 0)) % len(shape)
     axes = labels.axes(data)
-    found, picked = axes[axis], labels.constant(index)
+    found = axes[axis]
+    picked = labels.constant(index)
     labels.pin_all(index, f"{node} uses it as an index")
     middle: list[LabelAxis] = [None] * len(index_shape)
     if found is not None:
@@ -244,7 +252,8 @@ def _gather(node: Node, labels: Labels) -> None:
 
 def _gather_repair(node: Node, cuts: Cuts) -> Edit:
     axis = int(node.attrs.get("axis", 0)) % len(cuts.shape(node.inputs[0]))
-    keep, picked = cuts.keep(node.inputs[0], axis), cuts.constant(node.inputs[1])
+    keep = cuts.keep(node.inputs[0], axis)
+    picked = cuts.constant(node.inputs[1])
     if keep is None or picked is None:
         return Edit()
     place = np.cumsum(keep) - 1
@@ -255,7 +264,8 @@ def _gather_repair(node: Node, cuts: Cuts) -> Edit:
 
 def _pad(node: Node, labels: Labels) -> None:
     name = node.inputs[0]
-    axes, shape = labels.axes(name), labels.shape(name)
+    axes = labels.axes(name)
+    shape = labels.shape(name)
     try:
         pads = integers(node, labels, "pads", 1)
         listed = integers(node, labels, "axes", 3) if node.version >= 18 else None
@@ -299,15 +309,22 @@ def taken_range(node: Node, tensor: str, graph: Reader) -> tuple[int, int, int] 
     """
     find = _RANGES.get(node.op)
     shape = graph.shape(node.inputs[0]) if node.inputs else None
-    return None if find is None or shape is None else find(node, tensor, shape, graph)
+    if find is None or shape is None:
+        return None
+    return find(node, tensor, shape, graph)
 
 
 def _slice_range(
-    node: Node, tensor: str, shape: Shape, graph: Reader
+    node: Node,
+    tensor: str,
+    shape: Shape,
+    graph: Reader,
 ) -> tuple[int, int, int] | None:
     del tensor  # there is one output
-    starts, ends = graph.integers(node, 1, "starts"), graph.integers(node, 2, "ends")
-    axes, steps = graph.integers(node, 3, "axes"), graph.integers(node, 4, "steps")
+    starts = graph.integers(node, 1, "starts")
+    ends = graph.integers(node, 2, "ends")
+    axes = graph.integers(node, 3, "axes")
+    steps = graph.integers(node, 4, "steps")
     if starts is None or ends is None or len(starts) != 1 or (steps or [1]) != [1]:
         return None
     computed_axes = axes is None and operand(node, 3) is not None
@@ -315,11 +332,16 @@ def _slice_range(
         return None
     axis = (axes or [0])[0] % len(shape)
     start, stop, _ = slice(starts[0], ends[0]).indices(shape[axis])
-    return (axis, start, stop) if start < stop else None
+    if start < stop:
+        return (axis, start, stop)
+    return None
 
 
 def _split_range(
-    node: Node, tensor: str, shape: Shape, graph: Reader
+    node: Node,
+    tensor: str,
+    shape: Shape,
+    graph: Reader,
 ) -> tuple[int, int, int] | None:
     axis = _axis(node, shape)
     place = node.outputs.index(tensor)
@@ -332,7 +354,10 @@ def _split_range(
 
 
 def _gather_range(
-    node: Node, tensor: str, shape: Shape, graph: Reader
+    node: Node,
+    tensor: str,
+    shape: Shape,
+    graph: Reader,
 ) -> tuple[int, int, int] | None:
     del tensor  # there is one output
     index = graph.constant(node.inputs[1])
@@ -364,9 +389,11 @@ def _transpose_encode(node: Node, terms: Terms) -> None:
 
 def _concat_encode(node: Node, terms: Terms) -> None:
     """Every input's elements land where the operator puts its index array; constants land in the offset."""
-    axis, shapes = int(node.attrs["axis"]), [terms.shape(n) for n in node.inputs]
+    axis = int(node.attrs["axis"])
+    shapes = [terms.shape(n) for n in node.inputs]
     absent = [np.full(s, -1, np.int64) for s in shapes]
-    parts, offset = [], np.zeros(terms.shape(node.outputs[0]))
+    parts = []
+    offset = np.zeros(terms.shape(node.outputs[0]))
     for i, (name, shape) in enumerate(zip(node.inputs, shapes, strict=True)):
         index = maps.places(shape)
         joined = np.concatenate([*absent[:i], index, *absent[i + 1 :]], axis=axis)

@@ -70,7 +70,8 @@ def _layer_spread(node: Node, cuts: Cuts) -> Edit:
 
 def _groups(node: Node, labels: Labels) -> None:
     """GroupNormalization: whole groups go. Gain and bias are per group before opset 21, per channel since."""
-    found, shape = labels.label(node.inputs[0], 1), labels.shape(node.inputs[0])
+    found = labels.label(node.inputs[0], 1)
+    shape = labels.shape(node.inputs[0])
     if shape is None or found is None or not all(labels.is_constant(n) for n in node.inputs[1:3]):
         opaque(node, labels, f"{node} reads something untracked")
         return
@@ -86,9 +87,12 @@ def _groups(node: Node, labels: Labels) -> None:
 
 
 def _regroup(node: Node, cuts: Cuts) -> Edit:
-    channels, groups = cuts.shape(node.inputs[0])[1], int(node.attrs["num_groups"])
+    channels = cuts.shape(node.inputs[0])[1]
+    groups = int(node.attrs["num_groups"])
     kept = cuts.kept(node.inputs[0], 1) * groups // channels
-    return Edit() if kept == groups else Edit({"num_groups": kept})
+    if kept == groups:
+        return Edit()
+    return Edit({"num_groups": kept})
 
 
 def _neighbours(node: Node, labels: Labels) -> None:
@@ -105,7 +109,9 @@ def _consume_and_pass(node: Node, labels: Labels, axis: int) -> None:
 
 
 def _spread(node: Node, cuts: Cuts) -> Edit:
-    return Edit() if cuts.keep(node.inputs[0], 1) is None else Edit(spread=1)
+    if cuts.keep(node.inputs[0], 1) is None:
+        return Edit()
+    return Edit(spread=1)
 
 
 def _all_but_first(node: Node, labels: Labels) -> None:
@@ -157,7 +163,8 @@ def _batch_encode(node: Node, terms: Terms) -> None:
     if any(v is None for v in found):
         raise Refused(f"{node} takes a parameter from a computation")
     gain, bias, mean, variance = (np.asarray(v, np.float64) for v in found)
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
+    out = node.outputs[0]
     shape = terms.shape(x)
     scale = gain / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))
     view = (-1, *[1] * (len(shape) - 2))

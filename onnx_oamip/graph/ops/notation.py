@@ -32,7 +32,9 @@ class Term:
         Returns:
             True if a tensor of this rank has these axes.
         """
-        return rank >= len(self.head) if self.open else rank == len(self.head)
+        if self.open:
+            return rank >= len(self.head)
+        return rank == len(self.head)
 
 
 def _term(text: str, signature: str) -> Term:
@@ -126,7 +128,11 @@ def _mismatch(node: Node, labels: Labels, inputs: tuple[Term, ...]) -> str | Non
 
 
 def _name_axes(
-    node: Node, labels: Labels, term: Term, name: str, axes_by_symbol: dict[str, list[Axis]]
+    node: Node,
+    labels: Labels,
+    term: Term,
+    name: str,
+    axes_by_symbol: dict[str, list[Axis]],
 ) -> None:
     """Add the axes of one input under their symbols; pin those that nothing may cut."""
     for axis, symbol in enumerate(term.head):
@@ -141,7 +147,12 @@ def _name_axes(
         labels.pin(labels.label(name, axis), f"it is {what} of {node}", listed=data)
 
 
-def _contract(node: Node, axes: list[Axis], found: LabelAxis, labels: Labels) -> None:
+def _contract(
+    node: Node,
+    axes: list[Axis],
+    found: LabelAxis,
+    labels: Labels,
+) -> None:
     """Sum over an axis: the node consumes the first activation, the other tensor is its weight."""
     if found is None:
         return

@@ -24,7 +24,8 @@ from onnx_oamip.graph.ops.spec import EditRules, OpSpec, Shapes, Trait
 
 def _scaled(node: Node, labels: Labels) -> None:
     x, scale = node.inputs[:2]
-    shape, size = labels.shape(x), labels.shape(scale)
+    shape = labels.shape(x)
+    size = labels.shape(scale)
     axis = _axis(node, shape)
     if (
         shape is None
@@ -49,12 +50,15 @@ def _scaled(node: Node, labels: Labels) -> None:
 
 def _axis(node: Node, shape: tuple[int, ...] | None) -> int | None:
     axis = int(node.attrs.get("axis", 1))
-    return axis % len(shape) if shape and -len(shape) <= axis < len(shape) else None
+    if shape and -len(shape) <= axis < len(shape):
+        return axis % len(shape)
+    return None
 
 
 def _zero_stored(node: Node, cuts: Cuts) -> dict[int, Array]:
     """DequantizeLinear: its zero point, as broadcasts to the data."""
-    shape, zero = cuts.shape(node.inputs[0]), operand(node, 2)
+    shape = cuts.shape(node.inputs[0])
+    zero = operand(node, 2)
     value = None if zero is None else cuts.constant(zero)
     if zero is not None and value is None:
         return {}
@@ -68,7 +72,9 @@ def _zero_stored(node: Node, cuts: Cuts) -> dict[int, Array]:
             if value.shape[a] != n:
                 value = np.repeat(value, -(-n // value.shape[a]), axis=a).take(np.arange(n), axis=a)
         return {0: value}
-    return {0: value.reshape(())} if value.size == 1 else {}
+    if value.size == 1:
+        return {0: value.reshape(())}
+    return {}
 
 
 def _zero_real(node: Node, cuts: Cuts) -> dict[int, Array]:
@@ -94,10 +100,15 @@ def _dynamic(node: Node, labels: Labels) -> None:
 
 
 def _integer(
-    node: Node, labels: Labels, weight: int, whole: tuple[int, ...], each: tuple[int, ...]
+    node: Node,
+    labels: Labels,
+    weight: int,
+    whole: tuple[int, ...],
+    each: tuple[int, ...],
 ) -> None:
     """A convolution or product of a quantised activation (slot 0) and a quantised constant (slot ``weight``)."""
-    x, w = node.inputs[0], node.inputs[weight]
+    x = node.inputs[0]
+    w = node.inputs[weight]
     shape = labels.shape(w)
     if shape is None or not labels.is_constant(w) or labels.is_constant(x):
         opaque(node, labels, f"{node} multiplies two quantised activations")
@@ -127,18 +138,32 @@ class _Turned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._labels, name)
 
-    def consume(self, _: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
+    def consume(
+        self,
+        _: Node,
+        data: Axis,
+        weight: Axis | None,
+        groups: int = 1,
+    ) -> None:
         assert weight is not None
         self._labels.consume(self._node, weight, data if groups == 1 else None)
 
 
 def _size(labels: Labels, name: str) -> int:
     shape = labels.shape(name)
-    return -1 if shape is None else int(np.prod(shape))
+    if shape is None:
+        return -1
+    return int(np.prod(shape))
 
 
-def _zero_weight(node: Node, cuts: Cuts, weight: int, zero: int) -> dict[int, Array]:
-    w, name = node.inputs[weight], operand(node, zero)
+def _zero_weight(
+    node: Node,
+    cuts: Cuts,
+    weight: int,
+    zero: int,
+) -> dict[int, Array]:
+    w = node.inputs[weight]
+    name = operand(node, zero)
     value = np.zeros(()) if name is None else cuts.constant(name)
     if value is None:
         return {}

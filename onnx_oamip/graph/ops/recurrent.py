@@ -85,7 +85,12 @@ def _last(labels: Labels, name: str) -> int:
     return len(labels.shape(name) or ()) - 1
 
 
-def _stack(labels: Labels, name: str, parts: int, hidden: Ints) -> None:
+def _stack(
+    labels: Labels,
+    name: str,
+    parts: int,
+    hidden: Ints,
+) -> None:
     """Every part of axis 1 holds the hidden units in order."""
     found = labels.label(name, 1)
     assert found is not None

@@ -118,7 +118,10 @@ def refined(before: list[int], after: list[int]) -> tuple[list[list[int]], list[
 
 
 def _divide(
-    node: Node, labels: Labels, axes: list[LabelAxis], lengths: list[list[int]]
+    node: Node,
+    labels: Labels,
+    axes: list[LabelAxis],
+    lengths: list[list[int]],
 ) -> list[LabelAxis]:
     """Divide every axis into its lengths; at most one part of an axis is tracked."""
     parts: list[LabelAxis] = []
@@ -134,7 +137,10 @@ def _divide(
 
 
 def _merged(
-    node: Node, labels: Labels, parts: list[LabelAxis], lengths: list[list[int]]
+    node: Node,
+    labels: Labels,
+    parts: list[LabelAxis],
+    lengths: list[list[int]],
 ) -> Iterator[LabelAxis]:
     """Merge runs of parts into axes of these lengths."""
     at = 0
@@ -145,7 +151,12 @@ def _merged(
         yield _merge(node, labels, run, sizes) if tracked else None
 
 
-def _merge(node: Node, labels: Labels, parts: list[LabelAxis], sizes: list[int]) -> Ints:
+def _merge(
+    node: Node,
+    labels: Labels,
+    parts: list[LabelAxis],
+    sizes: list[int],
+) -> Ints:
     """Several axes become one: the index set of a unit is a strided run of the merged axis."""
     tracked = [(i, part) for i, part in enumerate(parts) if part is not None]
     # Only one tracked axis can stay free: the one with the most channels.
@@ -159,7 +170,12 @@ def _merge(node: Node, labels: Labels, parts: list[LabelAxis], sizes: list[int])
     return np.ascontiguousarray(repeated).reshape(-1)
 
 
-def _split(node: Node, labels: Labels, found: Ints, sizes: Shape) -> tuple[int, Ints]:
+def _split(
+    node: Node,
+    labels: Labels,
+    found: Ints,
+    sizes: Shape,
+) -> tuple[int, Ints]:
     """One axis becomes several: keep the axis along which labels vary, tie across the others.
 
     Where labels vary along several axes (packed heads, channel shuffle) one must be chosen: by default the last,

@@ -79,7 +79,9 @@ def _pick(condition: Any, a: Any, b: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    return value if isinstance(value, Size) else int(value)
+    if isinstance(value, Size):
+        return value
+    return int(value)
 
 
 def _numbers(array: Entries) -> list[int]:
@@ -107,7 +109,9 @@ def _listed_axes(attributes: Attributes, given: Sequence[Any]) -> list[int] | No
     """Axes given as an attribute (old opsets) or as input 1."""
     if "axes" in attributes:
         return list(attributes["axes"])
-    return _numbers(given[1]) if len(given) > 1 else None
+    if len(given) > 1:
+        return _numbers(given[1])
+    return None
 
 
 def _squeeze(attributes: Attributes, given: Sequence[Any]) -> Entries:

@@ -13,7 +13,12 @@ Shape = tuple[int, ...]
 
 
 def taps(
-    node: Node, kernel: Sequence[int], *, before: Shape, after: Shape, positions: Ints
+    node: Node,
+    kernel: Sequence[int],
+    *,
+    before: Shape,
+    after: Shape,
+    positions: Ints,
 ) -> Ints:
     """Find the input pixel that every tap of a kernel reads.
 
@@ -28,7 +33,8 @@ def taps(
         (positions, taps): flat indices into ``before``, -1 for padding.
     """
     rank = len(before)
-    strides, dilations = _per_axis(node, "strides", rank), _per_axis(node, "dilations", rank)
+    strides = _per_axis(node, "strides", rank)
+    dilations = _per_axis(node, "dilations", rank)
     first = begins(node, kernel, before, after)
     place = np.stack(np.unravel_index(positions, after), axis=-1)  # (positions, rank)
     flat = np.zeros((*positions.shape, 1), np.int64)
@@ -54,7 +60,12 @@ def _scattered(distance: Ints, stride: int) -> tuple[Ints, Bools]:
     return distance // stride, distance % stride == 0
 
 
-def begins(node: Node, kernel: Sequence[int], before: Shape, after: Shape) -> list[int]:
+def begins(
+    node: Node,
+    kernel: Sequence[int],
+    before: Shape,
+    after: Shape,
+) -> list[int]:
     """Find the padding in front of the first pixel, given or derived as the operator specification does.
 
     Args:
@@ -66,7 +77,8 @@ def begins(node: Node, kernel: Sequence[int], before: Shape, after: Shape) -> li
     Returns:
         Pixels of padding per axis.
     """
-    attrs, transposed = node.attrs, node.op == "ConvTranspose"
+    attrs = node.attrs
+    transposed = node.op == "ConvTranspose"
     rank = len(before)
     mode = attrs.get("auto_pad", "NOTSET") or "NOTSET"
     if mode == "VALID":
@@ -74,7 +86,8 @@ def begins(node: Node, kernel: Sequence[int], before: Shape, after: Shape) -> li
     if mode == "NOTSET" and not (transposed and "output_shape" in attrs):
         return [int(p) for p in attrs.get("pads", [0] * (2 * rank))[:rank]]
     extra = attrs.get("output_padding", [0] * rank)
-    strides, dilations = _per_axis(node, "strides", rank), _per_axis(node, "dilations", rank)
+    strides = _per_axis(node, "strides", rank)
+    dilations = _per_axis(node, "dilations", rank)
     result = []
     for axis in range(rank):
         stride = strides[axis]

@@ -26,7 +26,10 @@ from onnx_oamip.graph.ops import Trait, attention, has
 
 
 def rescale(
-    model: Model, coupling: Coupling, units: Bools, proto: onnx.ModelProto
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+    proto: onnx.ModelProto,
 ) -> onnx.ModelProto:
     """Brings the attention scales of a cut model into the usual form, the square root of the size of a head.
 

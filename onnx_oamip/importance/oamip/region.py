@@ -283,7 +283,12 @@ def _adds_constant(node: Node, model: Model) -> bool:
     return has(node, Trait.BIAS) and any(name in model.constants for name in node.inputs)
 
 
-def extent(model: Model, coupling: Coupling, images: Images, form: Form) -> int:
+def extent(
+    model: Model,
+    coupling: Coupling,
+    images: Images,
+    form: Form,
+) -> int:
     """Estimate the size of the program by the ReLUs and maxima behind a gate.
 
     Args:

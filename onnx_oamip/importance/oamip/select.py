@@ -68,7 +68,10 @@ class _ModeChoice(NamedTuple):
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by their keep variables.
 
@@ -108,7 +111,11 @@ def score(
 
 
 def _joint_scores(
-    model: Model, coupling: Coupling, statistics: Statistics, settings: Settings, mode: str
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics,
+    settings: Settings,
+    mode: str,
 ) -> Scores:
     """Scores by one program, or by one per class."""
     images = _class_samples(statistics)
@@ -227,7 +234,10 @@ def unit_costs(model: Model, coupling: Coupling) -> Floats:
 
 
 def _choose_mode(
-    model: Model, coupling: Coupling, statistics: Statistics, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics,
+    settings: Settings,
 ) -> _ModeChoice:
     """Resolve ``auto`` by the size of the joint program."""
     if settings.formulation == "paper" and settings.score_budget is not None:

@@ -75,7 +75,10 @@ class Outcome:
 
 
 def optimise(
-    formulation: Formulation, limits: SolverLimits, solver: str, guess: Floats | None = None
+    formulation: Formulation,
+    limits: SolverLimits,
+    solver: str,
+    guess: Floats | None = None,
 ) -> Outcome:
     """Solve an importance program to a gap, or as far as the time limit allows.
 
@@ -297,7 +300,8 @@ class _Search:
                     trial = current.copy()
                     trial[part] = not remove
                     if self._improves(trial):
-                        current, improved = trial, True
+                        current = trial
+                        improved = True
             if not improved:
                 size //= 2
 
@@ -348,7 +352,8 @@ class BoundTightener:
         Returns:
             Lower and upper bound of every row, at least as tight as the given ones.
         """
-        lower, upper = rows.lower.copy(), rows.upper.copy()
+        lower = rows.lower.copy()
+        upper = rows.upper.copy()
         # Over a box alone the interval is exact already.
         if not program.n_rows:
             return Interval(lower, upper)
@@ -366,7 +371,13 @@ class BoundTightener:
             self.spent += time.perf_counter() - began
         return Interval(np.minimum(lower, upper), np.maximum(lower, upper))
 
-    def _minimum(self, relaxed: Program, rows: Expression, i: int, sign: float) -> float | None:
+    def _minimum(
+        self,
+        relaxed: Program,
+        rows: Expression,
+        i: int,
+        sign: float,
+    ) -> float | None:
         """Safe least (sign 1) or greatest (sign -1) value of a row, or None if the solver proves none."""
         row = csr_array(rows.matrix[[i]])
         # Tolerances of solvers are absolute: scale the largest coefficient to 1.

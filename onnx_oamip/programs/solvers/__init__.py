@@ -200,7 +200,10 @@ def _remaining(limits: SolverLimits, began: float) -> float | None:
 
 
 def _reached_limit(
-    limits: SolverLimits, began: float, rounds: int, max_rounds: int | None
+    limits: SolverLimits,
+    began: float,
+    rounds: int,
+    max_rounds: int | None,
 ) -> Limit | None:
     """Limit that allows no further round, or None."""
     if limits.time_s is not None and time.perf_counter() - began >= limits.time_s:
@@ -242,7 +245,10 @@ def _version(package: str) -> str | None:
 
 
 def _choose(
-    program: Program, solver: str, notify: Notify | None, failures: Mapping[str, str]
+    program: Program,
+    solver: str,
+    notify: Notify | None,
+    failures: Mapping[str, str],
 ) -> tuple[Backend, str]:
     """The backend to use, with the reason; ``failures`` are the reasons of backends that have failed already."""
     if solver != "auto":

@@ -154,7 +154,8 @@ def _load(gp: Any, model: Any, program: Program) -> Any:
     if program.start is not None:
         undefined = np.isnan(program.start)
         variables.Start = np.where(undefined, gp.GRB.UNDEFINED, program.start)
-    low, high = program.row_lower, program.row_upper
+    low = program.row_lower
+    high = program.row_upper
     equal = low == high
     below = ~equal & np.isfinite(high)
     above = ~equal & np.isfinite(low)
@@ -167,7 +168,13 @@ def _load(gp: Any, model: Any, program: Program) -> Any:
 
 
 def _read(
-    gp: Any, model: Any, variables: Any, program: Program, *, limits: SolverLimits, began: float
+    gp: Any,
+    model: Any,
+    variables: Any,
+    program: Program,
+    *,
+    limits: SolverLimits,
+    began: float,
 ) -> Solution:
     """Translate the state of a Gurobi model after a run."""
     status = _status_name(gp, model)

@@ -104,7 +104,12 @@ def _options(limits: SolverLimits) -> dict[str, Any]:
     return options
 
 
-def _read(highspy: Any, highs: Any, program: Program, seconds: float) -> Solution:
+def _read(
+    highspy: Any,
+    highs: Any,
+    program: Program,
+    seconds: float,
+) -> Solution:
     """Translate the state of HiGHS after a run."""
     status = highs.getModelStatus().name
     info = highs.getInfo()

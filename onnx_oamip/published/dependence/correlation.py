@@ -29,7 +29,10 @@ LEAST_RESIDUAL = 1e-12
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by partial correlations, propagated as SNACS does.
 
@@ -62,7 +65,8 @@ def partial(parents: Array, children: Array) -> Floats:
     Returns:
         Correlations (c, p) from 0 to 1.
     """
-    x, y = standardise(parents), standardise(children)
+    x = standardise(parents)
+    y = standardise(children)
     rows = len(x)
     gram = x.T @ x / rows
     ridge = shrinkage(gram, rows) if len(gram) > 1 else ONE_PARENT_RIDGE

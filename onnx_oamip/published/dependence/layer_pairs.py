@@ -59,7 +59,8 @@ def pairs(model: Model, coupling: Coupling, pooled: Pooled) -> Iterator[Pair]:
         One pair per block of every linear consumer with pooled activations, in graph order.
     """
     for consumer, layer in linear_consumers(model, coupling):
-        inlet, end = (consumer.data, consumer.axis), outlet(model, layer)
+        inlet = (consumer.data, consumer.axis)
+        end = outlet(model, layer)
         if inlet not in pooled.values or end not in pooled.values:
             continue
         # (groups, outputs, inputs)

@@ -74,7 +74,10 @@ class _Job:
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by conditional mutual information, propagated as SNACS does.
 
@@ -113,7 +116,10 @@ def score(
 
 
 def dependence(
-    parents: Array, children: Array, seed: int = 0, ends: float = np.inf
+    parents: Array,
+    children: Array,
+    seed: int = 0,
+    ends: float = np.inf,
 ) -> Floats | None:
     """Estimate I(X; Y | Z) from one random split, for at most GROUPS groups of neighbouring filters on each side.
 
@@ -126,10 +132,13 @@ def dependence(
     Returns:
         Estimates (c, p), not clipped: independent data gives values around 0 of both signs. None if abandoned.
     """
-    x, y = _grouped(children), _grouped(parents)
+    x = _grouped(children)
+    y = _grouped(parents)
     order = np.random.default_rng(seed).permutation(len(parents))
     third = len(order) // 3
-    first, second, last = order[:third], order[third : 2 * third], order[2 * third : 3 * third]
+    first = order[:third]
+    second = order[third : 2 * third]
+    last = order[2 * third : 3 * third]
     both = np.concatenate([last, first])
     side = np.repeat([False, True], third)
     in_x = [_distances(part[both], part[both]) / part.shape[1] for part in x]

@@ -89,7 +89,9 @@ def upper_limits(context: Context, scores: Scores) -> UpperLimits:
     Returns:
         The least limit over a group's linear consumers. A group without one has no limit.
     """
-    model, coupling, settings = context.model, context.coupling, context.settings
+    model = context.model
+    coupling = context.coupling
+    settings = context.settings
     pooled = collect(context, {POOLED_ACTIVATIONS})[POOLED_ACTIVATIONS]
     rows = np.random.default_rng(0).permutation(pooled.samples)[:ROWS]
     labels = pooled.labels
@@ -170,7 +172,9 @@ def similarity(original: Floats) -> Measure:
     def alignment(outputs: Floats) -> float:
         centred = outputs - outputs.mean(axis=0)
         scale = np.sqrt(own * _alignment(centred, centred))
-        return float(_alignment(centred_original, centred) / scale) if scale > 0 else 0.0
+        if scale > 0:
+            return float(_alignment(centred_original, centred) / scale)
+        return 0.0
 
     return alignment
 
@@ -206,7 +210,13 @@ class _Layer:
     """
 
     def __init__(
-        self, model: Model, pooled: Pooled, site: Site, *, inlet: Axis, rows: Ints
+        self,
+        model: Model,
+        pooled: Pooled,
+        site: Site,
+        *,
+        inlet: Axis,
+        rows: Ints,
     ) -> None:
         self.weight = site.factor * matrix(site, model.constants[site.weight])
         by_tap = pooled.taps.get(site.node.name)
@@ -241,7 +251,13 @@ class _Layer:
             result[:, block * outs : (block + 1) * outs] = read @ weight.T
         return result
 
-    def limits(self, coupling: Coupling, inlet: Axis, order: Ints, measure: Measure) -> Floats:
+    def limits(
+        self,
+        coupling: Coupling,
+        inlet: Axis,
+        order: Ints,
+        measure: Measure,
+    ) -> Floats:
         """Find the largest share of every group that the node tolerates to lose.
 
         Args:
@@ -263,7 +279,13 @@ class _Layer:
             result[group] = counts[level == LEVELS][0] / len(units)
         return result
 
-    def _values(self, labels: Ints, units: Ints, counts: Ints, measure: Measure) -> Floats:
+    def _values(
+        self,
+        labels: Ints,
+        units: Ints,
+        counts: Ints,
+        measure: Measure,
+    ) -> Floats:
         """Information in the outputs after the removal of the first ``counts`` units, in ascending order."""
         left = self.linear
         removed = 0

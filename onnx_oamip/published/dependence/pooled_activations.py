@@ -165,7 +165,12 @@ def _choose(samples: Samples, most: int, seed: int) -> Ints:
     return np.sort(order[:count]).astype(np.int64)
 
 
-def _targets(model: Model, coupling: Coupling, samples: Samples, by_tap: bool) -> _Targets:
+def _targets(
+    model: Model,
+    coupling: Coupling,
+    samples: Samples,
+    by_tap: bool,
+) -> _Targets:
     layers = linear_consumers(model, coupling)
     ends: list[Axis] = []
     for consumer, layer in layers:
@@ -254,7 +259,8 @@ def _read_frequencies(model: Model, layer: Site) -> Array:
     before, after = _spatial_shapes(model, layer)
     positions = np.arange(int(np.prod(after)), dtype=np.int64)
     index = taps(layer.node, layer.kernel, before=before, after=after, positions=positions)
-    pixels, count = int(np.prod(before)), index.shape[1]
+    pixels = int(np.prod(before))
+    count = index.shape[1]
     code = index * count + np.arange(count)
     # A tap outside the image, in the padding, reads a zero.
     inside = code[index >= 0]
@@ -262,7 +268,12 @@ def _read_frequencies(model: Model, layer: Site) -> Array:
     return (times / len(positions)).astype(np.float32)
 
 
-def _must_run_alone(model: Model, samples: Samples, axes: Sequence[Axis], session: Session) -> bool:
+def _must_run_alone(
+    model: Model,
+    samples: Samples,
+    axes: Sequence[Axis],
+    session: Session,
+) -> bool:
     """True if samples must run one by one, because axis 0 of a tensor does not count samples."""
     if samples.whole or samples.fixed_batch or samples.count < 2:
         return False

@@ -30,7 +30,10 @@ Scored = tuple[Pair, Floats]
 
 
 def propagate(
-    model: Model, coupling: Coupling, statistics: Statistics, scored: Iterable[Scored]
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics,
+    scored: Iterable[Scored],
 ) -> Floats:
     """Compute the importance of every unit from the dependence between channels.
 

@@ -70,7 +70,10 @@ class Draw:
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by adaptive conditional mutual information.
 
@@ -115,7 +118,10 @@ def weigh(weight: Floats, phi: str) -> Floats:
 
 
 def dependence(
-    parents: Array, children: Array, seed: int = 0, conditions: int = CONDITIONS
+    parents: Array,
+    children: Array,
+    seed: int = 0,
+    conditions: int = CONDITIONS,
 ) -> Floats:
     """Estimate the information (ACMI with phi = 1) between every child and parent, given a few other parents.
 
@@ -131,7 +137,8 @@ def dependence(
     Returns:
         Estimates (c, p).
     """
-    x, y = standardise(children), standardise(parents)
+    x = standardise(children)
+    y = standardise(parents)
     given = chosen(y, x, conditions)
     total = np.zeros((x.shape[1], y.shape[1]))
     hashed = draws(y, x, seed)
@@ -233,7 +240,12 @@ def _child(draw: Draw, child: int, given: Ints) -> Floats:
     return result
 
 
-def _given(draw: Draw, x: Ints, given: Ints, parents: Ints) -> Floats:
+def _given(
+    draw: Draw,
+    x: Ints,
+    given: Ints,
+    parents: Ints,
+) -> Floats:
     """Estimates less null of some ``parents`` with one child, all under the same condition."""
     z = np.zeros(len(x), np.int64)
     for parent in given.tolist():
@@ -284,7 +296,8 @@ class _Counts:
         parents = y.shape[1]
         width = parents * self.cells
         columns = y + np.arange(parents) * self.cells
-        n_k, n_ik = np.bincount(self.z), np.bincount(self.xz)
+        n_k = np.bincount(self.z)
+        n_ik = np.bincount(self.xz)
         n_jk = _table(self.z, columns, len(n_k), width)[self.z_of_joint]
         expected = n_jk * (n_ik / n_k[self.z_of_joint])[:, None]  # N_ik N_jk / N_k
         positive = np.where(expected > 0, expected, 1.0)
@@ -298,6 +311,11 @@ class _Counts:
         return np.asarray(2 * (null - measured) / len(self.z))
 
 
-def _table(rows: Ints, columns: Ints, count: int, width: int) -> Array:
+def _table(
+    rows: Ints,
+    columns: Ints,
+    count: int,
+    width: int,
+) -> Array:
     code = rows[:, None] * width + columns
     return np.bincount(code.reshape(-1), minlength=count * width).reshape(count, width)

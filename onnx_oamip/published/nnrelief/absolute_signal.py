@@ -211,7 +211,8 @@ def _batch(model: Model, windows: tuple[Site, ...], most: int) -> int:
 
 
 def _patch_values(model: Model, layer: Site) -> int:
-    channels, taps = model.shapes[layer.data][1], int(np.prod(layer.kernel))
+    channels = model.shapes[layer.data][1]
+    taps = int(np.prod(layer.kernel))
     positions = int(np.prod(model.shapes[layer.node.outputs[0]][2:]))
     return channels * taps * positions
 
@@ -258,16 +259,24 @@ def _instrument(model: Model, targets: _Targets) -> onnx.ModelProto:
 
 
 def _append_grams(
-    graph: onnx.GraphProto, model: Model, layer: Site, *, magnitude: str, number: int
+    graph: onnx.GraphProto,
+    model: Model,
+    layer: Site,
+    *,
+    magnitude: str,
+    number: int,
 ) -> None:
     """Append nodes that compute ``oamip_gram_number`` (samples, channels, taps, taps) from the patches of channels."""
-    channels, taps = model.shapes[layer.data][1], int(np.prod(layer.kernel))
+    channels = model.shapes[layer.data][1]
+    taps = int(np.prod(layer.kernel))
     one_per_tap = np.tile(np.eye(taps)[None, :, None], (channels, 1, 1, 1))
     weight = layer.rules.weight(layer, one_per_tap, layer.kernel).astype(np.float32)
     original = next(node for node in model.proto.graph.node if node.name == layer.node.name)
-    weight_name, shape_name = f"oamip_taps_{number}", f"oamip_patch_shape_{number}"
+    weight_name = f"oamip_taps_{number}"
+    shape_name = f"oamip_patch_shape_{number}"
     patches = f"oamip_patches_{number}"
-    rows, columns = f"oamip_rows_of_{number}", f"oamip_columns_of_{number}"
+    rows = f"oamip_rows_of_{number}"
+    columns = f"oamip_columns_of_{number}"
 
     convolution = onnx.NodeProto()
     convolution.CopyFrom(original)

@@ -108,7 +108,10 @@ def tensor_uses(model: Model) -> Counter[str]:
 
 
 def contributions(
-    model: Model, site: Site, signal: Signal, bias: Floats | None
+    model: Model,
+    site: Site,
+    signal: Signal,
+    bias: Floats | None,
 ) -> tuple[Floats, Floats]:
     """Compute the absolute signal of every connection of a layer.
 

@@ -129,7 +129,8 @@ def prune(context: Context) -> Result:
         BudgetNotMet: The budget cannot be met, or no connection can be pruned.
         GateFailed: A check fails.
     """
-    settings, model = context.settings, context.model
+    settings = context.settings
+    model = context.model
     pruner = ConnectionPruner(context)
     if not pruner.sites:
         raise BudgetNotMet(
@@ -172,13 +173,16 @@ def _plan(context: Context, thinned: Thinned) -> Plan:
 
 def _verify(context: Context, dense: onnx.ModelProto, proto: onnx.ModelProto) -> Verification:
     """Check the written model, and the same with zeros in place, against the original."""
-    model, settings = context.model, context.settings
+    model = context.model
+    settings = context.settings
     equivalence.structure(dense)
     if settings.sparse:
         # ONNX's shape inference does not read sparse constants, so that they have a check of their own.
         onnx.checker.check_model(proto)
-    objective, evaluation = context.objective, _evaluation(context)
-    device, size = context.device, settings.batch_size
+    objective = context.objective
+    evaluation = _evaluation(context)
+    device = context.device
+    size = settings.batch_size
     after = equivalence.watch(model, objective, device, proto, "the pruned model")
     before = equivalence.watch(model, objective, device, what=model.path)
     batches = equivalence.runs_at(model, after, context.samples, lambda: before)
@@ -217,8 +221,11 @@ def _digest(state: State) -> str:
 
 def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
     """The fewest connections that lose at most ``points`` on the held-out samples, by bisection on a log scale."""
-    context, evaluation = pruner.context, _evaluation(pruner.context)
-    model, objective, device = context.model, context.objective, context.device
+    context = pruner.context
+    evaluation = _evaluation(pruner.context)
+    model = context.model
+    objective = context.objective
+    device = context.device
     original = equivalence.watch(model, objective, device)
 
     def loss(thinned: Thinned) -> float:
@@ -238,7 +245,8 @@ def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
         return search.drop(measured).lost
 
     smallest: Thinned | None = None
-    low, high = np.log(LEAST_SHARE), 0.0
+    low = np.log(LEAST_SHARE)
+    high = 0.0
     for i in range(DROP_TRIES):
         middle = (low + high) / 2
         try:
@@ -247,7 +255,8 @@ def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
         except BudgetNotMet:
             acceptable = False
         if acceptable:
-            smallest, high = thinned, middle
+            smallest = thinned
+            high = middle
         else:
             low = middle
         if context.progress:

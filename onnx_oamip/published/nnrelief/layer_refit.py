@@ -53,7 +53,12 @@ class Connected:
 
 
 def collect_rows(
-    site: Site, frontier: Frontier, *, target: Target, editor: Editor, original_bias: Floats
+    site: Site,
+    frontier: Frontier,
+    *,
+    target: Target,
+    editor: Editor,
+    original_bias: Floats,
 ) -> Rows:
     """Collect the inputs of a layer in the pruned network, and the outputs that it should have.
 
@@ -88,7 +93,11 @@ def collect_rows(
 
 
 def refit(
-    layer: Connected, rows: Rows, *, bias_only: bool, ridges: Sequence[float] = RIDGES
+    layer: Connected,
+    rows: Rows,
+    *,
+    bias_only: bool,
+    ridges: Sequence[float] = RIDGES,
 ) -> tuple[Floats, Floats, Fit | None]:
     """Fit the kept connections of a layer to its wanted outputs.
 
@@ -101,8 +110,10 @@ def refit(
     Returns:
         Weights, biases, and a record of the fit; None if there are too few rows.
     """
-    weight, site = layer.weight, layer.site
-    x, y = rows.inputs, rows.outputs
+    weight = layer.weight
+    site = layer.site
+    x = rows.inputs
+    y = rows.outputs
     groups, outs, ins, taps = weight.shape
     by_row = (site.factor * weight).reshape(groups, outs, ins * taps)
     live = layer.live.reshape(groups, 1, outs)

@@ -25,7 +25,12 @@ DEARER = 5.0
 """Time of an operation on many small matrices, in operations on a large one."""
 
 
-def masked_solver(x: Floats, residual: Floats, split: int, support: Bools) -> Solve:
+def masked_solver(
+    x: Floats,
+    residual: Floats,
+    split: int,
+    support: Bools,
+) -> Solve:
     """Prepare the regression of the residuals of a layer.
 
     Args:
@@ -46,7 +51,12 @@ def masked_solver(x: Floats, residual: Floats, split: int, support: Bools) -> So
     return solve
 
 
-def solve_masked(gram: Floats, cross: Floats, support: Bools, ridge: float) -> Floats:
+def solve_masked(
+    gram: Floats,
+    cross: Floats,
+    support: Bools,
+    ridge: float,
+) -> Floats:
     """Solve the regressions of all outputs of a group.
 
     Args:
@@ -87,7 +97,12 @@ def solve_masked(gram: Floats, cross: Floats, support: Bools, ridge: float) -> F
     return result
 
 
-def _conjugate_gradients(gram: Floats, cross: Floats, support: Bools, strength: float) -> Floats:
+def _conjugate_gradients(
+    gram: Floats,
+    cross: Floats,
+    support: Bools,
+    strength: float,
+) -> Floats:
     """The same by conjugate gradients with the diagonal as preconditioner, for all outputs at once."""
     own = support.T
     preconditioner = 1 / (np.diagonal(gram)[:, None] + strength)

@@ -39,7 +39,10 @@ from onnx_oamip.published.nnrelief.unit_worth import worth
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by their share of the signal that later layers receive.
 

@@ -192,7 +192,11 @@ def ranked(layers: Sequence[Layer], worth: Mapping[str, Floats]) -> dict[str, Ra
 
 
 def keep_alpha(
-    weights: Floats, bias: Floats, alpha: float, *, guard: bool = True
+    weights: Floats,
+    bias: Floats,
+    alpha: float,
+    *,
+    guard: bool = True,
 ) -> tuple[Bools, Bools]:
     """Apply the alpha rule to ranks.
 
@@ -282,7 +286,8 @@ def sweep(
 
 def _whole(layer: Layer) -> Mask:
     """The mask that keeps all connections."""
-    weights, bias = np.ones(layer.shares.shape, bool), np.ones(layer.bias.shape, bool)
+    weights = np.ones(layer.shares.shape, bool)
+    bias = np.ones(layer.bias.shape, bool)
     return Mask(weights, bias)
 
 
@@ -319,4 +324,6 @@ def _without_removed(layer: Layer, mask: Mask, units: Bools) -> Mask:
 
 def _at(units: Bools, labels: Ints) -> Bools:
     """``units`` at labels; entries at -1 are arbitrary."""
-    return units[labels] if len(units) else np.zeros(labels.shape, bool)
+    if len(units):
+        return units[labels]
+    return np.zeros(labels.shape, bool)

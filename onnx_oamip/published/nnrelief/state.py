@@ -58,7 +58,9 @@ class State:
             Number of biases.
         """
         bias = self.biases[name]
-        return 0 if bias is None else int(np.count_nonzero(bias))
+        if bias is None:
+            return 0
+        return int(np.count_nonzero(bias))
 
     def connections_of(self, name: str) -> int:
         """Count the connections of a layer: its weights and biases that are not zero.
@@ -100,7 +102,11 @@ class State:
 
 
 def realise(
-    model: Model, sites: Sites, state: State, *, muted: Mapping[str, Bools]
+    model: Model,
+    sites: Sites,
+    state: State,
+    *,
+    muted: Mapping[str, Bools],
 ) -> onnx.ModelProto:
     """Write a state into the original graph.
 
@@ -121,7 +127,8 @@ def realise(
         value = unmatrix(site, state.weights[name], original)
         if not np.array_equal(value, original):
             editor.replace(editor.nodes[name], site.weight_slot, value)
-        new, old = state.biases[name], editor.whole_bias(site)
+        new = state.biases[name]
+        old = editor.whole_bias(site)
         if new is not None and old is not None and (new != old).any():
             editor.add_bias(site, new - old)
     sums = [node for node in model.nodes if has(node, Trait.SUM)]
@@ -131,7 +138,12 @@ def realise(
     return proto
 
 
-def view(model: Model, sites: Sites, state: State, proto: onnx.ModelProto) -> Model:
+def view(
+    model: Model,
+    sites: Sites,
+    state: State,
+    proto: onnx.ModelProto,
+) -> Model:
     """Make a model of the graph and the weights of the last round, under the names of the original.
 
     Args:
@@ -151,7 +163,12 @@ def view(model: Model, sites: Sites, state: State, proto: onnx.ModelProto) -> Mo
 
 
 def _silence(
-    model: Model, editor: Editor, ends: Sequence[str], *, name: str, outputs: Bools
+    model: Model,
+    editor: Editor,
+    ends: Sequence[str],
+    *,
+    name: str,
+    outputs: Bools,
 ) -> None:
     """Zero the scale and shift of every normalisation between a layer and the end of its branch, at ``outputs``."""
     for tensor in ends:

@@ -137,7 +137,12 @@ class Judge:
         return search.drop(verification).lost
 
 
-def watch_file(path: Path, model: Model, objective: Objective, device: str) -> Session:
+def watch_file(
+    path: Path,
+    model: Model,
+    objective: Objective,
+    device: str,
+) -> Session:
     """Open a model file so that it gives what the terms of an objective read.
 
     Args:
@@ -160,7 +165,10 @@ def watch_file(path: Path, model: Model, objective: Objective, device: str) -> S
 
 
 def candidates(
-    files: Files, exact: Mapping[Place, int], seed: int, progress: Progress | None = None
+    files: Files,
+    exact: Mapping[Place, int],
+    seed: int,
+    progress: Progress | None = None,
 ) -> Candidates:
     """Find codebooks of every tensor that may share its values.
 
@@ -187,7 +195,10 @@ def candidates(
 
 
 def smallest(
-    judge: Judge, choices: Candidates, points: float, progress: Progress | None = None
+    judge: Judge,
+    choices: Candidates,
+    points: float,
+    progress: Progress | None = None,
 ) -> tuple[dict[Place, Floats], Verification]:
     """Find the smallest model within an accepted loss.
 
@@ -219,7 +230,9 @@ def smallest(
         if key not in measured:
             measured[key] = judge.measure(shared(judge.files, values), judge.held_out)
         if judge.lost(measured[key]) <= points:
-            best, verification, low = values, measured[key], middle
+            best = values
+            verification = measured[key]
+            low = middle
         else:
             high = middle
         if progress:

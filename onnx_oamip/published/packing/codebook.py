@@ -119,11 +119,17 @@ def histogram(values: Floats) -> Histogram:
         weights, edges = np.histogram(nonzero, BINS)
         sums, _ = np.histogram(nonzero, edges, weights=nonzero)
         used = weights > 0
-        points, counts = sums[used] / weights[used], weights[used]
+        points = sums[used] / weights[used]
+        counts = weights[used]
     return Histogram(points, counts.astype(np.float64), values.size - nonzero.size)
 
 
-def cluster(distribution: Histogram, k: int, itemsize: int, seed: int) -> Codebook:
+def cluster(
+    distribution: Histogram,
+    k: int,
+    itemsize: int,
+    seed: int,
+) -> Codebook:
     """Find a codebook by k-means.
 
     Lloyd's iteration starts where the density of centres is that of the values to the power 1/3, which is the best for
@@ -140,7 +146,8 @@ def cluster(distribution: Histogram, k: int, itemsize: int, seed: int) -> Codebo
         The codebook.
     """
     keeps_zero = distribution.zeros * k >= distribution.count
-    points, weights = distribution.points, distribution.weights
+    points = distribution.points
+    weights = distribution.weights
     if distribution.zeros and not keeps_zero:
         points = np.append(points, 0.0)
         weights = np.append(weights, float(distribution.zeros))
@@ -164,7 +171,8 @@ def grid(distribution: Histogram, k: int, itemsize: int) -> Codebook:
     Returns:
         The codebook.
     """
-    points, weights = distribution.points, distribution.weights
+    points = distribution.points
+    weights = distribution.weights
     middle = k // 2
     width = 2 * float(np.abs(points).max(initial=0.0)) / k or 1.0
     cells = np.clip(np.rint(points / width), -middle, middle).astype(np.int64) + middle
@@ -216,7 +224,12 @@ def _measured(values: Floats, distribution: Histogram, itemsize: int) -> Codeboo
     return Codebook(values, error, nbytes)
 
 
-def _lloyd(points: Floats, weights: Floats, k: int, seed: int) -> Floats:
+def _lloyd(
+    points: Floats,
+    weights: Floats,
+    k: int,
+    seed: int,
+) -> Floats:
     """Centres (k,) of weighted points by k-means."""
     if len(points) <= k:
         return points
@@ -224,7 +237,8 @@ def _lloyd(points: Floats, weights: Floats, k: int, seed: int) -> Floats:
     from sklearn.cluster import KMeans
 
     order = np.argsort(points, kind="stable")
-    points, weights = points[order], weights[order]
+    points = points[order]
+    weights = weights[order]
     gaps = np.gradient(points) if len(points) > 1 else np.ones(1)
     density = np.cumsum(np.cbrt(weights / gaps) * gaps)
     quantiles = (np.arange(k) + 0.5) / k * density[-1]

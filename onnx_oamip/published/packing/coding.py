@@ -149,7 +149,9 @@ def distinct(words: Array) -> tuple[Array, Ints] | None:
     if len(np.unique(words[:_PROBE])) > CODEBOOK:
         return None
     values, labels = np.unique(words, return_inverse=True)
-    return None if len(values) > CODEBOOK else (values, labels.reshape(-1))
+    if len(values) > CODEBOOK:
+        return None
+    return (values, labels.reshape(-1))
 
 
 def _of_nonzeros(form: Form, count: int) -> Form:

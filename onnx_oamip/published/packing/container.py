@@ -254,7 +254,8 @@ def _rebuild(size: int, tensors: Sequence[tuple[Place, Coded]], between: memoryv
     for place, code in tensors:
         gap = place.offset - at
         parts.append(rest[taken : taken + gap])
-        taken, at = taken + gap, place.offset + place.nbytes
+        taken = taken + gap
+        at = place.offset + place.nbytes
         words = coding.decode(code.method, memoryview(code.blob), place.form)
         parts.append(np.ascontiguousarray(words, words.dtype.newbyteorder("<")).tobytes())
     return b"".join([*parts, rest[taken:]])

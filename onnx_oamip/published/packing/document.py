@@ -32,7 +32,8 @@ def packing(packed: Packed, rivals: bool = False) -> Document:
     Returns:
         The document.
     """
-    before, contents = packed.original, packed.contents
+    before = packed.original
+    contents = packed.contents
     tensors = zip(before.places, contents.codes, strict=True)
     verification = packed.verification
     return {

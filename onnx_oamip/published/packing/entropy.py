@@ -214,7 +214,8 @@ def _expand(mode: int, packed: bytes, size: int) -> bytes:
         raise Damaged(
             f"{len(packed)} bytes are said to stand for {size}, more than any packed part does"
         )
-    data, ended = packed, True
+    data = packed
+    ended = True
     try:
         if mode in (HUFFMAN, DEFLATE):
             inflate = zlib.decompressobj(-15)

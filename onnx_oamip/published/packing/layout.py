@@ -211,7 +211,9 @@ def type_name(code: int) -> str:
     Returns:
         Its name, such as ``FLOAT16``; empty for an unknown number.
     """
-    return str(TensorProto.DataType.Name(code)) if code in TensorProto.DataType.values() else ""
+    if code in TensorProto.DataType.values():
+        return str(TensorProto.DataType.Name(code))
+    return ""
 
 
 def word_type(code: int) -> np.dtype[np.generic]:
@@ -231,7 +233,8 @@ def word_type(code: int) -> np.dtype[np.generic]:
 
 def _has_expected_size(place: Place) -> bool:
     """True if a tensor of numbers has as many bytes as its shape requires."""
-    kind, items = type_name(place.type), prod(place.shape)
+    kind = type_name(place.type)
+    items = prod(place.shape)
     if kind in ("", "UNDEFINED", "STRING"):
         return False
     if kind in _NIBBLES:
@@ -273,7 +276,10 @@ class _Tensor:
 
 
 def _tensors(
-    data: memoryview, kind: Any, start: int = 0, stop: int | None = None
+    data: memoryview,
+    kind: Any,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[_Tensor]:
     """Every tensor of a message, those in attributes and subgraphs included."""
     end_of_message = len(data) if stop is None else stop
@@ -316,7 +322,10 @@ def _tensor(data: memoryview, start: int, stop: int) -> _Tensor:
 
 
 def _external(
-    tensor: _Tensor, reference: Mapping[str, str], file: Path, contents: dict[str, bytes]
+    tensor: _Tensor,
+    reference: Mapping[str, str],
+    file: Path,
+    contents: dict[str, bytes],
 ) -> Place | None:
     """Place of a tensor in a file beside the model, which is read at the first reference to it."""
     name = reference.get("location", "")

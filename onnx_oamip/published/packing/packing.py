@@ -318,7 +318,8 @@ def _share(
 ) -> _Sharing:
     """Share weights in codebooks of ``clusters`` values, or of sizes that ``judge`` measures."""
     shareable = [place for place in files.places if codebook.shares(place, files.words(place))]
-    points, seed = settings.max_drop, settings.seed
+    points = settings.max_drop
+    seed = settings.seed
     assert points is not None
     if clusters is not None:
         values = {place: _codebook(files, place, clusters, seed) for place in shareable}
@@ -349,7 +350,12 @@ def _encode_rest(files: Files, sharing: _Sharing, progress: Progress | None) -> 
     return tuple(codes[place] for place in files.places)
 
 
-def _codebook(files: Files, place: Place, clusters: int, seed: int) -> Floats:
+def _codebook(
+    files: Files,
+    place: Place,
+    clusters: int,
+    seed: int,
+) -> Floats:
     distribution = codebook.histogram(codebook.numbers(place, files.words(place)))
     itemsize = place.form.dtype.itemsize
     return codebook.cluster(distribution, clusters, itemsize, seed).values

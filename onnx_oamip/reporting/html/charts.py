@@ -138,7 +138,11 @@ def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[floa
 
 
 def sensitivity(
-    shares: Floats, losses: Floats, chosen: float, span: tuple[float, float], salt: str
+    shares: Floats,
+    losses: Floats,
+    chosen: float,
+    span: tuple[float, float],
+    salt: str,
 ) -> str:
     """Draws the sensitivity of a group.
 
@@ -315,7 +319,10 @@ def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str)
 
 
 def frontier(
-    points: Sequence[tuple[float, float]], whole: float | None, name: str, salt: str
+    points: Sequence[tuple[float, float]],
+    whole: float | None,
+    name: str,
+    salt: str,
 ) -> str:
     """Draws a quality over the share of MACs kept.
 
@@ -429,7 +436,13 @@ def decades(values: Sequence[float]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-def _axes(fig: Figure, left: float, right: float, top: float, foot: float) -> Axes:
+def _axes(
+    fig: Figure,
+    left: float,
+    right: float,
+    top: float,
+    foot: float,
+) -> Axes:
     """Axes with margins in pixels."""
     width, height = (72 * v for v in fig.get_size_inches())
     return fig.add_axes(
@@ -539,7 +552,10 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def _figure(
-    width: float, height: float, salt: str, label: str
+    width: float,
+    height: float,
+    salt: str,
+    label: str,
 ) -> Iterator[tuple[Figure, Callable[[], str]]]:
     """Context of a drawing: a figure in pixels, and a function that gives the SVG once the context has ended."""
     result: list[str] = []
@@ -558,7 +574,13 @@ def _figure(
         result.append(_inline(stream.getvalue(), salt, label, width, height))
 
 
-def _inline(content: bytes, salt: str, label: str, width: float, height: float) -> str:
+def _inline(
+    content: bytes,
+    salt: str,
+    label: str,
+    width: float,
+    height: float,
+) -> str:
     """Strips an SVG file to the drawing: no prologue, namespaces, page-wide style rules, or unreferenced ids."""
     root = ElementTree.fromstring(content)
     used = set(re.findall(rb"(?:url\(#|href=\"#)([^)\"]+)", content))

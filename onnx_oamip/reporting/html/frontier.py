@@ -52,7 +52,8 @@ def frontier_page(found: Frontier) -> bytes:
         An HTML file; the same result gives the same bytes.
     """
     value = documents.frontier(found)
-    model, settings = value["model"]["path"], value["settings"]
+    model = value["model"]["path"]
+    settings = value["settings"]
     before = value["before"]
     how = f"Scores: {value['importance']}. Allocation: {settings['allocate']}. Refit: {settings['refit']}."
     made = [p for p in value["points"] if p["reason"] is None]

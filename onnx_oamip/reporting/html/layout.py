@@ -105,7 +105,9 @@ class Table:
 
 
 def _as_cell(item: str | Cell) -> Cell:
-    return item if isinstance(item, Cell) else Cell(item)
+    if isinstance(item, Cell):
+        return item
+    return Cell(item)
 
 
 @dataclass(frozen=True)
@@ -197,4 +199,6 @@ def render(page: Page) -> bytes:
 def _visible(value: Any) -> Any:
     """Spells out invisible characters of plain text; markup that is safe already passes unchanged."""
     is_plain_text = isinstance(value, str) and not hasattr(value, "__html__")
-    return visible(value) if is_plain_text else value
+    if is_plain_text:
+        return visible(value)
+    return value

@@ -72,7 +72,8 @@ def prune_page(report: Report) -> bytes:
         [report.scores.values[group.units] for group in groups] if report.scores else []
     )
     value["keep"] = [report.plan.keep[group.units] for group in groups]
-    model, output = value["model"]["path"], value["output"]["path"]
+    model = value["model"]["path"]
+    output = value["output"]["path"]
     sections = [
         _widths(value),
         _errors(value),
@@ -112,7 +113,9 @@ def _asked(budget: Document) -> str:
         asked.append(f"to lose at most {budget['max_drop']:g} points")
     if budget["threshold"] is not None:
         asked.append(f"to remove what scores below {budget['threshold']:g}")
-    return f"Asked {', '.join(asked)}." if asked else "No budget was asked for."
+    if asked:
+        return f"Asked {', '.join(asked)}."
+    return "No budget was asked for."
 
 
 def _how(value: Document) -> str:
@@ -125,10 +128,13 @@ def _how(value: Document) -> str:
 
 
 def _cards(value: Document) -> list[Card]:
-    before, after, checks = value["before"], value["after"], value["verification"]
+    before = value["before"]
+    after = value["after"]
+    checks = value["verification"]
     cards = []
     for kind in COUNTED:
-        old, new = before[kind.cost], after[kind.cost]
+        old = before[kind.cost]
+        new = after[kind.cost]
         share = new / old if old else None
         note = f"{percent(share)} of {short(old, kind.unit)}"
         cards.append(Card(kind.label, short(new, kind.unit), note, share))
@@ -226,7 +232,8 @@ def _errors(value: Document) -> Section | None:
 
 
 def _sensitivity(value: Document) -> Section | None:
-    curves, groups = value["curves"], value["groups"]
+    curves = value["curves"]
+    groups = value["groups"]
     if not curves:
         return None
     shown = largest([g["units"] for g in groups], SMALL_CHARTS)
@@ -234,7 +241,8 @@ def _sensitivity(value: Document) -> Section | None:
     span = charts.decades(np.concatenate(losses).tolist())
     drawn = []
     for i in shown:
-        group, finite = groups[i], np.isfinite(losses[i])
+        group = groups[i]
+        finite = np.isfinite(losses[i])
         shares = np.asarray(curves[i]["widths"]) / group["units"]
         svg = charts.sensitivity(shares[finite], losses[i][finite], group["level"], span, f"s{i}")
         drawn.append(
@@ -280,10 +288,12 @@ def _spread(group: Document) -> str:
 
 
 def _search(value: Document) -> Section | None:
-    tried, allowed = value["tried"], value["budget"]["max_drop"]
+    tried = value["tried"]
+    allowed = value["budget"]["max_drop"]
     if not tried or allowed is None:
         return None
-    whole, final = value["before"]["macs"], value["after"]["macs"]
+    whole = value["before"]["macs"]
+    final = value["after"]["macs"]
     met = [t for t in tried if t["lost"] is not None]
     drawn = [(t["macs"] / whole, t["lost"], t["macs"] == final) for t in met]
     rows = [
@@ -404,7 +414,8 @@ def _numbers(values: Document) -> str:
 
 
 def _checks(value: Document) -> Section:
-    found, max_drop = value["verification"], value["budget"]["max_drop"]
+    found = value["verification"]
+    max_drop = value["budget"]["max_drop"]
     rows = [
         ("differs from the masked original by", number(found["masked_equivalence"])),
         ("relative error of the outputs", number(found["output_relative_error"])),

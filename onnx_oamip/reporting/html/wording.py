@@ -61,7 +61,9 @@ def percent(value: float | None, digits: int = 1) -> str:
     Returns:
         The text, a dash for None.
     """
-    return DASH if value is None else f"{100 * value:.{digits}f}{SPACE}%"
+    if value is None:
+        return DASH
+    return f"{100 * value:.{digits}f}{SPACE}%"
 
 
 def number(value: float | None) -> str:
@@ -73,7 +75,9 @@ def number(value: float | None) -> str:
     Returns:
         The text, a dash for None.
     """
-    return DASH if value is None else f"{value:.3g}"
+    if value is None:
+        return DASH
+    return f"{value:.3g}"
 
 
 def plural(value: int, noun: str) -> str:

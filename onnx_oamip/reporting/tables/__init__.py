@@ -117,7 +117,8 @@ def _frontier(value: Document, _: Console) -> Iterator[RenderableType]:
     for point in value["points"]:
         shares = (percent(share) for share in (point["asked"], *point["shares"].values()))
         right = (percent(point[key], digits=2) for key in ("accuracy", "agreement"))
-        error, latency = number(point["output_relative_error"]), percent(point["latency_ratio"])
+        error = number(point["output_relative_error"])
+        latency = percent(point["latency_ratio"])
         table.add_row(*shares, *right, error, latency)
     yield table
     lines = ["shares, and latency, of the original's; error: of the outputs, relative."]
@@ -164,7 +165,8 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
 
 
 def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
-    before, after = value["original"], value["pruned"]
+    before = value["original"]
+    after = value["pruned"]
     yield Text.assemble((before["path"], "bold"), " and ", (after["path"], "bold"))
     yield costs(before["cost"], after["cost"])
     yield from output_rows(value["verification"])
@@ -182,7 +184,8 @@ def _bench(value: Document, _: Console) -> Iterator[RenderableType]:
         table = grid("model", ">p50 ms", ">p95 ms", ">samples/s", ">peak MiB", ">time, 95 %")
         for model, name in zip(value["models"], names, strict=True):
             timing = model["timings"][place]
-            ratio, peak = timing["ratio"], timing["peak_bytes"]
+            ratio = timing["ratio"]
+            peak = timing["peak_bytes"]
             table.add_row(
                 cell(name),
                 f"{timing['p50_ms']:,.3f}",
@@ -236,8 +239,12 @@ def _operators(value: Document, _: Console) -> Iterator[RenderableType]:
 def _support(op: Document) -> str:
     """Kind of support of an operator, a key of the table of operators."""
     if op["macs"]:
-        return "counted and refitted" if op["refit"] else "counted"
-    return "repaired" if op["repair"] else "followed"
+        if op["refit"]:
+            return "counted and refitted"
+        return "counted"
+    if op["repair"]:
+        return "repaired"
+    return "followed"
 
 
 def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
@@ -255,7 +262,8 @@ def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
 
 def _pack(value: Document, _: Console) -> Iterator[RenderableType]:
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
-    before, rivals = value["before"]["bytes"], value["rivals"]
+    before = value["before"]["bytes"]
+    rivals = value["rivals"]
     table = grid("", ">bytes", ">of the model")
     sizes = {"model": before, "packed": value["after"]["bytes"]}
     if rivals:

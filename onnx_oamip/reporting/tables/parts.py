@@ -42,7 +42,9 @@ def operator_name(op: Document) -> str:
     name = f"{op['domain']}::{op['name']}" if op["domain"] else op["name"]
     if op["until"] is not None:
         return f"{name} (opset {op['since']}-{op['until']})"
-    return name if op["since"] == 1 else f"{name} (opset {op['since']}+)"
+    if op["since"] == 1:
+        return name
+    return f"{name} (opset {op['since']}+)"
 
 
 def costs(
@@ -68,7 +70,8 @@ def costs(
         return table
     table = grid("", ">before", ">after", ">kept", *([">budget"] if budget else []))
     for kind in COUNTED:
-        old, new = before[kind.cost], after[kind.cost]
+        old = before[kind.cost]
+        new = after[kind.cost]
         row = [kind.noun, f"{old:,}", f"{new:,}", percent(new / old if old else None)]
         table.add_row(*row, *([percent(budget[kind.name], "")] if budget else []))
     if budget and latency is not None:
@@ -158,7 +161,8 @@ def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
         "nodes refitted", cell(", ".join(f"{n:,} by {form}" for form, n in counts.items()))
     )
     worst = max(fits, key=lambda fit: fit["error_after"])
-    before, after = number(worst["error_before"]), number(worst["error_after"])
+    before = number(worst["error_before"])
+    after = number(worst["error_after"])
     table.add_row("largest relative error left", cell(f"{before} -> {after} in {worst['node']}"))
     yield table
 
@@ -218,7 +222,9 @@ def agreement_name(verification: Document) -> str:
     """
     kinds = {measure["kind"] for measure in verification["outputs"]}
     top = not verification["outputs"] or kinds & {"classes", "ambiguous"}
-    return "same top class as the original" if top else "same decisions as the original"
+    if top:
+        return "same top class as the original"
+    return "same decisions as the original"
 
 
 def output_rows(verification: Document) -> Iterator[RenderableType]:
@@ -378,7 +384,9 @@ def percent(value: float | None, missing: str = "-", digits: int = 1) -> str:
     Returns:
         The text.
     """
-    return missing if value is None else f"{100 * value:.{digits}f} %"
+    if value is None:
+        return missing
+    return f"{100 * value:.{digits}f} %"
 
 
 def count(number: int, noun: str) -> str:
@@ -403,7 +411,9 @@ def times(value: float) -> str:
     Returns:
         The text, with two decimals, or three digits if the ratio is 10 or more.
     """
-    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
+    if value < 10:
+        return f"{value:.2f}"
+    return f"{value:.3g}"
 
 
 def points(lost: float | None) -> str:
@@ -427,7 +437,9 @@ def number(value: float | None) -> str:
     Returns:
         The text, a dash for None.
     """
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return f"{value:.3g}"
 
 
 def some(names: Sequence[str], limit: int = 2) -> str:
