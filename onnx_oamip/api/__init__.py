@@ -1,1 +1,1 @@
-"""The verbs of the package: prune and its stages."""
+"""The functions of the package: ``prune`` and its stages."""

@@ -1,7 +1,7 @@
-"""A model at several budgets: what it costs and what it still does, all from one preparation.
+"""Frontier of a model: cost and accuracy at several budgets, from one preparation.
 
 Statistics, scores and sensitivities are made once; every budget then is a plan, a cut, a refit and all checks of
-``prune``. Speed is measured and told, not a condition: where a model is slower than the original, the curve shows it.
+``prune``. Speed is measured and reported, but is no condition: a model may be slower than the original.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The verbs, and the order of stages: prune is plan and apply, and plan is prepare and search."""
+"""Stages of a run and their order: ``prune`` is ``plan`` and ``apply``; ``plan`` is preparation and search."""
 
 from __future__ import annotations
 

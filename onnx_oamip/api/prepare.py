@@ -71,15 +71,15 @@ def prepare(
 
     Args:
         path: The model file.
-        source: Calibration data (see ``data``); None where nothing that was asked for needs any.
-        settings: What the run was asked to do.
+        source: Calibration data (see ``data``); None if no setting needs any.
+        settings: Settings of the run.
         eval_data: Held-out data; a part of the calibration data where it is None.
         progress: Callback ``(stage, done, total)``.
         clock: Seconds by stage are added to it.
         scores: A file of scores that take the place of those by ``settings.importance``.
 
     Returns:
-        Everything that a plan is made from, for any budget.
+        Scores, constraints and losses, from which a plan for any budget can be made.
 
     Raises:
         OamipError: Bad input.

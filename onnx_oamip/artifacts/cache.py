@@ -202,7 +202,7 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
 
 
 def content_digest(proto: onnx.ModelProto) -> str:
-    """Identify a model that is in no file yet.
+    """Identify a model in memory by its content.
 
     Args:
         proto: The model. Of weights in files only the locations count.

@@ -1,4 +1,4 @@
-"""Kinds of budgets: the one table that settings, planning, documents and pages go through."""
+"""Table of the kinds of budgets, used by settings, planning, documents and pages."""
 
 from __future__ import annotations
 

@@ -88,5 +88,5 @@ class Settings(
 
     @property
     def without_budget(self) -> Settings:
-        """These settings without anything that says how much to keep."""
+        """Copy the settings without budgets."""
         return self.model_copy(update=dict.fromkeys(BudgetOptions.model_fields, None))

@@ -1,7 +1,7 @@
 """Chains of nodes behind and in front of a tensor, as long as each tensor between has one consumer.
 
 A linear node is followed by a bias, a batch normalisation or a sum of branches, and preceded by reshapes of its data.
-Which of them a caller passes through is up to it: it asks for traits of operators (:func:`onnx_oamip.graph.ops.has`).
+The caller decides through which of them it passes, by traits of operators (:func:`onnx_oamip.graph.ops.has`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Chains(Generic[N]):
     visible: frozenset[str]
 
     def read_once(self, tensor: str) -> bool:
-        """Tell tensors that can be changed for one consumer from others.
+        """Check whether a tensor can be changed for its consumer without affecting another one.
 
         Args:
             tensor: Name of a tensor.

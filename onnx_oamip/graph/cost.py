@@ -57,7 +57,7 @@ class Products:
 class OneOffCosts:
     """Fixed costs of nodes that are inserted once any of several groups is pruned.
 
-    Such nodes pad removed channels with zeros, or scale a mean. Their cost does not depend on how many units go.
+    Such nodes pad removed channels with zeros, or scale a mean. Their cost is independent of the widths.
 
     Attributes:
         members: Groups whose pruning inserts the nodes of each item (items, groups).

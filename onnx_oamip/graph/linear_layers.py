@@ -62,7 +62,7 @@ def linear_consumers(model: Model, coupling: Coupling) -> list[tuple[Consumer, S
 
 
 def quantised(node: Node, model: Model) -> bool:
-    """Tell nodes whose weight is stored as codes, which no refit may set freely.
+    """Check whether the weight of a node is stored as integer codes, which a refit cannot set freely.
 
     Args:
         node: A linear node.
@@ -115,7 +115,7 @@ def unmatrix(site: Site, value: Floats, like: Array) -> Array:
     Args:
         site: The linear node.
         value: The matrix, which may have other numbers of channels.
-        like: A weight of the node, for type and kernel.
+        like: The node's present weight, which gives the type and the size of the kernel.
 
     Returns:
         The weight in the layout of the operator.
@@ -166,7 +166,7 @@ class Editor:
         Args:
             node: Node of the proto.
             slot: Input index.
-            value: The new value. An initialiser that others read as well stays, and the node gets one of its own.
+            value: The new value. An initialiser with other consumers is left as it is, and the node gets its own.
         """
         name = _operand(node, slot)
         if name in self.tensors and self._own(name):

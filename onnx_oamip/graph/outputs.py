@@ -37,7 +37,7 @@ def producer_with(model: Model, tensor: str, traits: Trait) -> Node | None:
 
 
 def is_float(kind: np.dtype[Any]) -> bool:
-    """Tell floating element types from others.
+    """Check whether an element type is floating-point.
 
     Args:
         kind: Element type.

@@ -152,7 +152,7 @@ class _Part:
 
 
 class _Partition:
-    """A graph taken apart front to back, as far as targets ask for it. Every node is in at most one part."""
+    """A graph divided into parts from inputs to outputs, up to the targets. Every node is in at most one part."""
 
     def __init__(
         self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False
@@ -197,7 +197,7 @@ class _Partition:
 
 
 class Frontier:
-    """Activations of one graph over a fixed list of feeds, computed front to back as far as targets ask for it.
+    """Activations of one graph over a fixed list of feeds, computed from inputs to outputs up to the targets.
 
     Every node runs once per feed. Memory holds, for all feeds, the tensors that later nodes still read.
 

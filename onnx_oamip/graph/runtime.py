@@ -82,7 +82,7 @@ def resolve_device(device: str) -> str:
         ``cpu`` or ``cuda``.
 
     Raises:
-        EnvironmentMissing: CUDA is asked for but not available. There is no silent fallback to the CPU.
+        EnvironmentMissing: CUDA is requested but not available. There is no silent fallback to the CPU.
     """
     providers = runtime().get_available_providers()
     if device not in ("cuda", "auto"):

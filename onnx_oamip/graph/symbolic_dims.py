@@ -162,7 +162,7 @@ def lengths(tensor: str, dims: Mapping[str, Sequence[int | str | None]]) -> Entr
 
 
 def numbers(entries: Entries) -> bool:
-    """Tell lists of plain numbers from those with symbols.
+    """Check whether a list holds numbers only, and no symbols.
 
     Args:
         entries: Elements of a tensor.

@@ -44,7 +44,7 @@ def sums(objective: Objective, truth: Sequence[Array], found: Sequence[Array]) -
         found: The pruned model's.
 
     Returns:
-        What ``loss`` takes, after sums over any number of batches.
+        The argument of ``loss``, after sums over any number of batches.
     """
     pairs = objective.pairs(truth, found)
     return np.stack(

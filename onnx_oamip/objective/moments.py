@@ -1,4 +1,4 @@
-"""Streaming mean and variance of columns, and what squared errors are divided by."""
+"""Streaming mean and variance of columns, and the divisors of squared errors."""
 
 from __future__ import annotations
 
@@ -68,8 +68,7 @@ class Moments:
         """Return the divisors of squared errors: the variance of each column.
 
         A constant column gets the mean variance of the others. If all columns are constant, they get ``usual``;
-        without it, the
-        mean square of all columns, or 1 where that is 0.
+        without it, the mean square of all columns, or 1 where that is 0.
 
         Args:
             usual: Divisors (columns,) found on other samples, for columns that are all constant here.

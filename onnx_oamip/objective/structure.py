@@ -1,4 +1,4 @@
-"""The graph read from its outputs backwards: producers, axes, and what lies behind operators that only move entries."""
+"""The graph seen from its outputs: producers, channel axes, and tensors behind operators that only move entries."""
 
 from __future__ import annotations
 

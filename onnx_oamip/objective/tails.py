@@ -47,9 +47,8 @@ class Tails:
         """Find the terms of a graph output.
 
         Args:
-            tensor: Name of the output. If it is an integer or depends on decisions, the terms are the
-                floating-point tensors that
-                the decisions are made from.
+            tensor: Name of the output. If it is an integer or depends on decisions, the terms are the floating-point
+                tensors that the decisions are made from.
 
         Returns:
             The terms; empty if no such tensor can be reached.

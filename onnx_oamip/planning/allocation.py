@@ -1,4 +1,4 @@
-"""Budget and scores -> which units stay.
+"""Choice of the units to keep, from scores, losses and a budget.
 
 ``mip`` chooses every group's width by the budget program from measured losses. ``uniform`` keeps the same share of
 every group; ``global`` keeps the units of largest score relative to their group's mean, wherever they are. These two
@@ -295,11 +295,9 @@ def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> In
     Args:
         model: The model.
         coupling: Its units.
-        align: Channels per step; ``auto`` measures the step that suits the device. It is then applied only to
-            groups with
-            convolutions, whose kernels block channels, and never exceeds a quarter of a group. A narrow layer has
-            little time
-            to win and much accuracy to lose.
+        align: Channels per step; ``auto`` measures the step that suits the device. It is then applied only to groups
+            with convolutions, whose kernels block channels, and never exceeds a quarter of a group. A narrow layer
+            has little time to win and much accuracy to lose.
         device: Where the model runs.
 
     Returns:
@@ -390,7 +388,7 @@ def _fill(
 ) -> Ints:
     """Give back single steps while they fit, the group of the largest kept share lost first.
 
-    Widths are multiples of the step, or full; so they stay.
+    Widths are multiples of the step or full, before and after.
     """
     widths = widths.copy()
     stuck = widths >= ceiling
@@ -453,7 +451,7 @@ def _advice(
 
 
 def _floors(settings: ConstraintOptions) -> tuple[str, ...]:
-    """Options that say how much of every group stays."""
+    """Options that bound the share of a group that is kept."""
     asked = (
         ("floor", settings.floor, 0.0),
         ("limits", settings.limits, "none"),

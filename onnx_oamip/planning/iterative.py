@@ -1,7 +1,7 @@
-"""Budgets approached in rounds: score, prune, refit, and score again what is left.
+"""Iterative pruning: score, prune, refit, and score the remaining units again.
 
-Every round cuts the original anew by all that has gone so far and refits it against the original; what the round before
-left is only scored. Counted budgets shrink by the same factor every round, an alpha is taken each time.
+Every round cuts the original by all units removed so far, and refits it against the original. The model of the
+previous round is only scored. Counted budgets shrink by the same factor every round, an alpha is taken each time.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ _IRRELEVANT = {
 def score(context: Context) -> Scores:
     """Score every unit of a model by the importance method of the settings.
 
-    The one path to scores: every verb and every round of ``--iterations`` takes it. The statistics that the method
+    All scores are computed here, for every command and every round of ``--iterations``. The statistics that the method
     requests are collected first; scores that rest on them are taken from the store where an earlier run kept them.
 
     Args:
@@ -119,9 +119,8 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
         statistics: Statistics that the method requested; None if it requested none.
 
     Returns:
-        One score per unit. If the method offers several orders, each group takes the one of least measured loss;
-        its scores
-        keep their values and are sorted into that order.
+        One score per unit. If the method offers several orders, each group takes the one of least measured loss; its
+        scores keep their values and are sorted into that order.
     """
     model, coupling, settings = context.model, context.coupling, context.settings
     found = method.score(model, coupling, statistics, settings)

@@ -1,4 +1,4 @@
-"""From what was learnt about a model to one pruned model that meets its budget, as often as the budget needs.
+"""Search for a pruned model that meets its budget, from scores and measured losses.
 
 Statistics, scores and sensitivities are made once (``Prepared``). Counted budgets need one attempt; a measured latency
 is reached by correcting the additive model with measurements; ``max_drop`` by a bisection over the share of MACs.
@@ -61,7 +61,7 @@ class Prepared(Context):
 
     Attributes:
         scores: Scores with the constraints applied.
-        constraints: What every plan keeps.
+        constraints: Floors and limits that every plan meets.
         steps: Units per alignment step of every group (groups,).
         ladder: Losses at every width that a plan may choose; None where no program needs them.
         curves: The measured losses that the ladder was made from.
@@ -246,8 +246,7 @@ def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
 
     Returns:
         The outputs, from the cache where an earlier run kept them. None without held-out samples, and where the
-        outputs would
-        take more than ``ANSWERS`` bytes.
+        outputs would take more than ``ANSWERS`` bytes.
     """
     model, held, objective = ready.model, ready.held_out, ready.objective
     names = equivalence.watched(model, objective)

@@ -264,7 +264,7 @@ def levels(width: int) -> Ints:
 def _types(
     model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str
 ) -> dict[str, int]:
-    """Element types of all tensors; behind an operator that shape inference does not know, a run tells."""
+    """Element types of all tensors; the model runs where shape inference does not know them."""
     types = element_types(model.proto, model.dtypes)
     unknown = [o for node in slicer.nodes for o in node.output if o and o not in types]
     if unknown and feeds:

@@ -182,7 +182,7 @@ class Encoder:
         return self._undecided_maxima(x, found, np.flatnonzero(undecided), result)
 
     def _windows(self, x: Expression, windows: Ints) -> _Windows:
-        """The windows of all samples with their candidates, as far as bounds tell them apart."""
+        """The windows of all samples, with the elements that can be the maximum according to their bounds."""
         size = x.rows // self.images
         of_all_samples = np.arange(self.images)[:, None, None] * size + windows
         places = windows.shape[1]

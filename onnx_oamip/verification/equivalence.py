@@ -1,8 +1,8 @@
-"""Proof that a pruned model is what it claims to be. A failed gate means that nothing is written.
+"""Verification of a pruned model: gates, which decide whether it is written, and measurements.
 
 Gates: the checker with full shape inference; ONNX Runtime loads and runs it, at two batch sizes where the batch is
-symbolic; before refit it equals the original with removed channels zeroed at their consumers, as far as rounding lets
-anybody tell; the budget is met.
+symbolic; before refit it equals the original with removed channels zeroed at their consumers, up to rounding; the
+budget is met.
 Measurements: relative output error, and of every term of the objective how well it is kept.
 """
 
@@ -185,14 +185,12 @@ def prove(
     """Check masked equivalence (gate 3): the cut model computes the same as the masked original.
 
     Every output is compared on its own. In front of a final sigmoid or softmax its input is compared too, because a
-    saturated output would hide a wrong cut. Outputs made of decisions (ArgMax, NonMaxSuppression) jump where
-    rounding
+    saturated output would hide a wrong cut. Outputs made of decisions (ArgMax, NonMaxSuppression) jump where rounding
     decides; in their place, the tensors that the terms of the objective compare in front of them are compared.
 
     An output may differ by :func:`tolerance`. Where its values are small beside those that it is computed from, its
-    rounding error exceeds that. It may then differ by ``ROUNDING`` times the change of the masked model's output
-    when each
-    weight is moved by one unit in the last place, the precision of the weights in the file.
+    rounding error exceeds that. It may then differ by ``ROUNDING`` times the change of the masked model's output when
+    each weight is moved by one unit in the last place, the precision of the weights in the file.
 
     Args:
         model: The original.
@@ -301,10 +299,8 @@ def differences(reference: Session, other: Session, samples: Samples, batch_size
 
     Returns:
         For every output (outputs,) the largest absolute difference over the largest finite magnitude of the
-        reference, over
-        all samples. Infinite where shapes or integers differ, where only one side is NaN or infinite, and beside a
-        reference
-        of zeros.
+        reference, over all samples. Infinite where shapes or integers differ, where only one side is NaN or infinite,
+        and beside a reference of zeros.
     """
     worst, largest = np.zeros(len(reference.outputs)), np.zeros(len(reference.outputs))
     for _, feed in samples.batches(batch_size):
@@ -502,7 +498,7 @@ def _worst(outputs: Sequence[Measure], errors: Sequence[float | None]) -> float 
 def _first_decisions(
     objective: Objective, outputs: Sequence[Measure]
 ) -> Mapping[str, float | None]:
-    """Numbers of the first term with decisions: the one with labels, then classes, raw scores, and yes or no."""
+    """Measures of the term whose decisions are reported: labelled terms first, then classes, scores and binary."""
     by_term = {measure.term: measure.values for measure in outputs}
     kinds = ("classes", "ambiguous", "binary")
     decided = [term for term in objective.judged if term.kind in kinds]
@@ -525,9 +521,8 @@ def runs_at(
         model: The original.
         session: The pruned model, opened by :func:`watch`.
         samples: Samples to run on.
-        before: Opens the original. Called only if an output holds NaN or infinity, to see whether the original's
-            does too;
-            None to refuse all of them.
+        before: Opens the original. Called only if an output holds NaN or infinity, to see whether the original's does
+            too; None to refuse all of them.
 
     Returns:
         Batch sizes that ran: 1 and 2, or the fixed one of the model.

@@ -1,4 +1,4 @@
-"""Options that say how much of a model to keep."""
+"""Budgets: upper bounds on the cost of the pruned model."""
 
 from __future__ import annotations
 

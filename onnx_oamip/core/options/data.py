@@ -1,4 +1,4 @@
-"""Options that say how samples are read from images and tables."""
+"""Options for reading samples from images and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that say what a pruned model must keep, and how that is measured."""
+"""Options of the objective: the terms by which a pruned model is judged."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def lookup(domain: str, name: str, version: int) -> OpSpec | None:
 
 
 def has(node: Node | NodeProto, traits: Trait) -> bool:
-    """Ask for traits of the operator of a node.
+    """Check whether the operator of a node has a trait.
 
     Args:
         node: Node of a model or of a proto.
@@ -139,7 +139,7 @@ def rule_errors(node: Node) -> Iterator[None]:
 
 
 def follows_bodies(node: Node) -> bool:
-    """Tell nodes into whose bodies channels are followed.
+    """Check whether channels are followed into the subgraphs of a node.
 
     Args:
         node: Any node.

@@ -1,7 +1,7 @@
 """Einsum: the equation is the channel rule. Reference: ONNX operator specification, "Einsum" (opset 12).
 
-Equal letters go together, a letter that the result does not have is summed over, and an ellipsis stands for letters of
-its own. MACs are the product of the lengths of all letters, as for the loops that the equation writes down.
+Axes with equal letters are coupled, a letter that the result does not have is summed over, and an ellipsis stands for
+letters of its own. MACs are the product of the lengths of all letters, as for the loops that the equation writes down.
 """
 
 from __future__ import annotations

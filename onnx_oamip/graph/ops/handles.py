@@ -194,8 +194,7 @@ class Labels(Protocol):
         Args:
             node: The consumer.
             data: The summed axis of an activation, or of a constant of the node that meets values that cannot be
-                reached from
-                outside (the recurrent weights of an LSTM meet the node's own output).
+                reached from outside (the recurrent weights of an LSTM meet the node's own output).
             weight: The axis of the weight that it is multiplied with, if any.
             groups: Blocks of a grouped product.
         """
@@ -339,8 +338,7 @@ class Terms(Protocol):
             out: Name of the result.
             x: Name of the argument.
             windows: Elements of ``x`` in C order (elements of ``out``, size of a window); -1 for a place in the
-                padding. Every
-                window has at least one element.
+                padding. Every window has at least one element.
         """
         ...
 
@@ -476,7 +474,7 @@ def integers(
         The list, or None if there is neither.
 
     Raises:
-        KeyError: The input is there but is not a constant, so that a rule can tell the two apart.
+        KeyError: The input is there but is not a constant, in contrast to one that is absent.
     """
     if name in node.attrs:
         return np.atleast_1d(np.asarray(node.attrs[name], np.int64))

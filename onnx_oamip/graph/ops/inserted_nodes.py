@@ -119,7 +119,7 @@ def restore_zeros(
         node: The node.
         rank: Rank of its data.
         axis: Axis of the channels.
-        ordered: The zeros go where the channels were, not behind those that are kept.
+        ordered: Insert the zeros at the positions of the removed channels, instead of behind the kept ones.
         keep: Channels that are kept.
         names: Names that can be used.
 
@@ -153,7 +153,7 @@ def restore_zeros(
 
 
 def _places(keep: Bools) -> Ints:
-    """Place of every channel among the kept ones, that of the zero behind them for a removed one."""
+    """Index of every channel in a tensor of the kept channels and one zero; removed channels get the zero."""
     kept_so_far = np.cumsum(keep)
     return np.where(keep, kept_so_far - 1, keep.sum())
 

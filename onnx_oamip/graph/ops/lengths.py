@@ -64,7 +64,7 @@ def _upsample(node: Node, labels: Labels) -> None:
 
 
 def _expand(node: Node, labels: Labels) -> None:
-    """As the others; of equal copies along an axis made here any may go, where their number is a constant."""
+    """Follow the input's channels; copies along an axis of constant length are equal, so any can be removed."""
     _sized(node, labels, 1, "shape")
     name, out = node.inputs[0], node.outputs[0]
     target, before, after = labels.constant(node.inputs[1]), labels.shape(name), labels.shape(out)
@@ -82,7 +82,7 @@ def _expand(node: Node, labels: Labels) -> None:
 
 
 def _fill(node: Node, labels: Labels) -> None:
-    """Equal numbers: along an axis of constant length any of them may go."""
+    """All elements are equal, so any index along an axis of constant length can be removed."""
     out = node.outputs[0]
     target, shape = labels.constant(node.inputs[0]), labels.shape(out)
     if target is None or shape is None:

@@ -1,10 +1,10 @@
-"""Linear operators: convolutions and matrix products. They make channels and they consume them.
+"""Linear operators: convolutions and matrix products, which produce and consume channels.
 
 Grouped convolution, two policies (a kernel's block structure must stay rectangular):
 
 * *whole groups*, where there are more groups than channels in one (depthwise is the extreme): a unit is a group with
   all its inputs and outputs; ``group`` shrinks.
-* *slots*, otherwise: channel ``j`` of every group goes together, on either side; ``group`` stays.
+* *slots*, otherwise: a unit is channel ``j`` of every group, for inputs and outputs alike; ``group`` is unchanged.
 """
 
 from __future__ import annotations

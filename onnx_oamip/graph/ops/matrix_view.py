@@ -128,7 +128,7 @@ class Linear:
         return plain
 
     def position_dependent(self, node: Node, kernel: tuple[int, ...]) -> bool:
-        """Tell nodes whose outputs differ by position for an input of equal values at all positions.
+        """Check whether the outputs of a node differ by position although its input is equal at all positions.
 
         Args:
             node: Node of this operator.
@@ -213,7 +213,7 @@ class Convolution(Linear):
         return matrix.reshape(groups * outputs, inputs, *kernel)
 
     def position_dependent(self, node: Node, kernel: tuple[int, ...]) -> bool:
-        """Tell convolutions that pad: outputs at the border read padding.
+        """Recognise a convolution with padding: its outputs at the border read zeros.
 
         Args:
             node: Node of this operator.
@@ -271,7 +271,7 @@ class TransposedConvolution(Convolution):
         return super().weight(site, matrix.transpose(0, 2, 1, 3), kernel)
 
     def position_dependent(self, node: Node, kernel: tuple[int, ...]) -> bool:
-        """Tell convolutions of more than one tap: every output pixel meets taps of its own.
+        """Recognise a transposed convolution with several taps: every output pixel is computed by other taps.
 
         Args:
             node: Node of this operator.

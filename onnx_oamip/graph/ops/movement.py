@@ -29,7 +29,7 @@ def _transpose(node: Node, labels: Labels) -> None:
 
 
 def _depth_to_space(node: Node, labels: Labels) -> None:
-    """Channel ``c`` of the result takes blocksize**2 channels of the input, which go together."""
+    """Channel ``c`` of the result is made of blocksize**2 channels of the input, which are one unit."""
     found = labels.label(node.inputs[0], 1)
     b = int(node.attrs["blocksize"])
     result = None
@@ -301,7 +301,7 @@ def taken_range(node: Node, tensor: str, graph: Reader) -> tuple[int, int, int] 
 
     Args:
         node: Any node.
-        tensor: The output asked for.
+        tensor: The output in question.
         graph: Shapes and constants.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Normalisation: per-channel parameters go with their channel; a normalised axis is pinned."""
+"""Normalisation: per-channel parameters are coupled with their channel; a normalised axis is pinned."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _layer_spread(node: Node, cuts: Cuts) -> Edit:
 
 
 def _groups(node: Node, labels: Labels) -> None:
-    """GroupNormalization: whole groups go. Gain and bias are per group before opset 21, per channel since."""
+    """GroupNormalization: a unit is a whole group. Gain and bias are per group before opset 21, per channel since."""
     found = labels.label(node.inputs[0], 1)
     shape = labels.shape(node.inputs[0])
     if shape is None or found is None or not all(labels.is_constant(n) for n in node.inputs[1:3]):

@@ -6,7 +6,7 @@ and the peepholes ``P`` (D, 3 h): gates are stacked, so a hidden unit holds one 
 zero its column of ``R``. A masked unit then reaches no other unit, whatever its activations, clip or
 initial state are, because everything else in the three cells acts unit by unit.
 
-Both directions live in the same arrays, so that hidden unit ``j`` of either goes together with that of the other.
+Both directions live in the same arrays, so that hidden units ``j`` of both are removed together.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ def _split(
     """One axis becomes several: keep the axis along which labels vary, tie across the others.
 
     Where labels vary along several axes (packed heads, channel shuffle) one must be chosen: by default the last,
-    so that slot ``j`` of every block goes together; the first where every block is then normalised on its own
+    so that a unit is slot ``j`` of every block; the first where every block is then normalised on its own
     (GroupNorm as torch exports it).
     """
     block = found.reshape(sizes)
