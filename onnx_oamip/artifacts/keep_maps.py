@@ -98,7 +98,7 @@ def pruned_weights(model: Model, coupling: Coupling, keep: Bools) -> dict[str, W
     """
     kept: dict[str, dict[int, Ints]] = {}
     for tensor, axis in coupling.axes:
-        if tensor not in model.constants:
+        if not model.is_stored(tensor):
             continue
         mask = coupling.keep((tensor, axis), keep)
         if not mask.all():

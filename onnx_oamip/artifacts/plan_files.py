@@ -381,7 +381,7 @@ def topology(model: Model) -> str:
 def _constant_axes(model: Model, group: Group) -> list[Axis]:
     """Axes of a group on constants, the one that numbers the units first; of activations one if there are none."""
     axes = group_axes(model, group)
-    return [axis for axis in axes if axis[0] in model.constants] or axes[:1]
+    return [axis for axis in axes if model.is_stored(axis[0])] or axes[:1]
 
 
 def _numbered_units(model: Model, coupling: Coupling, group: Group) -> Ints:

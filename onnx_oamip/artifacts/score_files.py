@@ -316,7 +316,7 @@ def group_axes(model: Model, group: Group) -> list[Axis]:
         tensor, _ = axis
         names = (group.name, group.name.rpartition("#")[0])
         is_vector = len(model.shapes[tensor]) < 2
-        return tensor not in model.constants, tensor not in names, is_vector
+        return not model.is_stored(tensor), tensor not in names, is_vector
 
     return sorted(group.multiplicity, key=rank)
 

@@ -33,6 +33,7 @@ from onnx_oamip.graph.ops.inserted_nodes import (
     Present,
     restore_zeros,
     scale,
+    take_kept,
 )
 
 INDEX_BYTES = 4
@@ -262,10 +263,10 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         names.append(node.name)
 
     constants: dict[str, list[int]] = {}
-    for name in model.constants:
+    for name in model.initialisers:
         rank = len(model.shapes[name])
         constants[name] = index.numbers((name, axis) for axis in range(rank))
-    params = [constants[name] for name in model.constants if is_float(model.dtypes[name])]
+    params = [axes for name, axes in constants.items() if is_float(model.dtypes[name])]
     item_sizes = np.asarray([model.dtypes[name].itemsize for name in constants], np.int64)
 
     insertions = insertion_costs(model, coupling)
@@ -273,7 +274,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     positions = [index.numbers([insertion.axis]) for insertion in indexed]
     fixed, per_unit = index.affine(model, coupling)
 
-    constant_bytes = sum(value.nbytes for value in model.constants.values())
+    constant_bytes = sum(model.constants[name].nbytes for name in constants)
     graph_bytes = max(size(model.proto) - constant_bytes, 0)
     # The terms count the positions of the kept channels, a one-off item those of all: subtract one of the two.
     all_positions = 0
@@ -380,6 +381,19 @@ def insertion_costs(model: Model, coupling: Coupling) -> list[Insertion]:
             dtype = model.dtypes[node.outputs[0]]
             added = scale(node, 1.0, dtype, names)
             result.append(Insertion(axis, int(is_float(dtype)), added.nbytes(node), 0))
+    return result + _picks(model, coupling, names)
+
+
+def _picks(model: Model, coupling: Coupling, names: Names) -> list[Insertion]:
+    """Costs of the nodes that take the kept indices of a constant which another node computes."""
+    makers = {name: node for node in model.nodes for name in node.outputs}
+    result = []
+    for tensor, axis in coupling.axes:
+        if tensor in model.computed and tensor not in model.views:
+            every_index = np.ones(model.shapes[tensor][axis], bool)
+            added = take_kept(makers[tensor], {axis: every_index}, names)
+            n_bytes = added.nbytes(makers[tensor])
+            result.append(Insertion((tensor, axis), 0, n_bytes, INDEX_BYTES))
     return result
 
 

@@ -126,9 +126,22 @@ class _Labels:
             return axes[axis] if axis < len(axes) else None
         key = (tensor, axis)
         self.claims.add((self._node, key))
+        source = self.model.source(tensor)
+        if source != tensor:
+            return self._label_of_view(key, source)
         if key not in self.constant_labels:
             self.constant_labels[key] = self._new(self.model.shapes[tensor][axis])
         return self.constant_labels[key]
+
+    def _label_of_view(self, key: Axis, source: str) -> Ints:
+        """Labels of an axis of a view: those of the initialiser, as far as they were followed into it."""
+        tensor, axis = key
+        axes = self.tracked[tensor]
+        followed = axes[axis]
+        if followed is None:
+            reason = f"'{tensor}' rearranges it from '{source}' in a form that is not followed"
+            followed = axes[axis] = self.fresh(self.model.shapes[tensor][axis], reason)
+        return followed
 
     def axes(self, tensor: str) -> list[LabelAxis]:
         if self.is_constant(tensor):
@@ -249,6 +262,8 @@ class _Labels:
         for node in nodes:
             self._node = node.name
             self._first_input = node.inputs[0] if node.inputs else ""
+            if self._computes_constant(node):
+                continue  # it reads its constants whole, and its outputs have labels of their own
             obstacle = self._obstacle(node)
             if obstacle:
                 opaque(node, self, obstacle)
@@ -257,6 +272,11 @@ class _Labels:
             assert spec is not None  # an operator without an entry is an obstacle
             with rule_errors(node):
                 spec.channels(node, self)
+
+    def _computes_constant(self, node: Node) -> bool:
+        """Tests for a node that computes a constant which is no view of an initialiser."""
+        name = node.outputs[0] if node.outputs else ""
+        return name in self.model.computed and name not in self.model.views
 
     def _obstacle(self, node: Node) -> str:
         """Reason why the channels of a node cannot be followed; empty if they can."""
@@ -282,7 +302,13 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     for port in model.outputs:
         labels.pin_all(port.name, f"it is part of the graph output '{port.name}'", given=True)
     # A node that reads a constant without labelling an axis depends on all channels of that axis.
-    for key, axis_labels in labels.constant_labels.items():
+    of_views = {
+        (view, axis): axis_labels
+        for view in model.views
+        for axis, axis_labels in enumerate(labels.tracked.get(view, ()))
+        if axis_labels is not None
+    }
+    for key, axis_labels in {**labels.constant_labels, **of_views}.items():
         constant = key[0]
         for node in labels.readers(constant):
             if (node.name, key) in labels.claims:
@@ -416,7 +442,7 @@ def _excluded(model: Model, coupling: Coupling, matched: Sequence[str]) -> list[
         if not pattern:
             continue
         for (tensor, axis), per_unit in group.multiplicity.items():
-            if tensor in model.constants and len(model.shapes[tensor]) > 1:
+            if model.is_stored(tensor) and len(model.shapes[tensor]) > 1:
                 channels = per_unit * len(group.units)
                 reason = f"`exclude='{pattern}'` keeps it"
                 result.append(Pinned(tensor, axis, channels, reason, True))

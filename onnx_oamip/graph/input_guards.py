@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto
+from onnx import GraphProto, ModelProto, SparseTensorProto, TensorProto
 
 from onnx_oamip.core.errors import ModelError
-from onnx_oamip.graph import external_data, subgraphs
+from onnx_oamip.graph import computed_constants, external_data, subgraphs
 from onnx_oamip.graph.ops import kinds
 
 UNKNOWN_MEMORY = 1 << 34
@@ -156,7 +156,9 @@ def inferred(proto: ModelProto) -> GraphProto:
 
 
 def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]:
-    """Find the computed constants that must not be folded, because they are or may be too large.
+    """Find the computed constants that must not be folded.
+
+    They are or may be too large, or the file would grow.
 
     Args:
         proto: The model.
@@ -165,12 +167,13 @@ def unfoldable(proto: ModelProto, skeleton: ModelProto) -> tuple[set[str], bool]
     Returns:
         Names of tensors that stay computed, and whether the size of some of them is known only after others are folded.
     """
-    candidates = _computed_from_constants(proto.graph)
+    candidates = computed_constants.computing_nodes(proto.graph)
     if not candidates:
         return set(), False
-    sizes = _known_sizes(skeleton)
-    most = max(FOLDED, TIMES * external_data.size(proto))
-    result = _filled_for_expansion(proto.graph)
+    exact_sizes, sizes = _known_sizes(skeleton)
+    most = most_bytes(proto)
+    result = computed_constants.enlarging(proto.graph, exact_sizes)
+    result |= _filled_for_expansion(proto.graph)
     waits = False
     for node in candidates:
         for name in node.output:
@@ -193,24 +196,31 @@ def _filled_for_expansion(graph: GraphProto) -> set[str]:
     return filled - read_elsewhere
 
 
-def _computed_from_constants(graph: GraphProto) -> list[NodeProto]:
-    known = {t.name for t in graph.initializer}
-    result: list[NodeProto] = []
-    for node in graph.node:
-        if known.issuperset(subgraphs.reads(node)):
-            known.update(node.output)
-            result.append(node)
-    return result
+def most_bytes(proto: ModelProto) -> int:
+    """Size above which a computed constant is too large to be folded or evaluated.
+
+    Args:
+        proto: The model that computes it.
+
+    Returns:
+        The size in bytes.
+    """
+    return max(FOLDED, TIMES * external_data.size(proto))
 
 
-def _known_sizes(skeleton: ModelProto) -> dict[str, int]:
-    """Bytes of the tensors whose shape inference gives as numbers."""
+def _known_sizes(skeleton: ModelProto) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of the tensors whose shapes inference gives as numbers: exact where the type is known, and at most."""
     plain = onnx.shape_inference.infer_shapes(skeleton).graph
-    sizes: dict[str, int] = {}
+    exact: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for graph in subgraphs.graphs(plain):
         for value in (*graph.value_info, *graph.output):
             kind = value.type.tensor_type
             dims = kind.shape.dim
-            if kind.HasField("shape") and all(d.HasField("dim_value") for d in dims):
-                sizes[value.name] = math.prod(d.dim_value for d in dims) * WIDTH
-    return sizes
+            if not kind.HasField("shape") or any(not d.HasField("dim_value") for d in dims):
+                continue
+            largest[value.name] = math.prod(d.dim_value for d in dims) * WIDTH
+            if kind.elem_type in external_data.SIZED_TYPES:
+                shaped = TensorProto(data_type=kind.elem_type, dims=[d.dim_value for d in dims])
+                exact[value.name] = external_data.size_of(shaped)
+    return exact, largest

@@ -6,7 +6,8 @@ W is (groups, outputs, inputs, taps) whatever the operator; the layouts are face
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,8 +21,9 @@ from onnx_oamip.core.records import (
     Model,
     Node,
 )
+from onnx_oamip.graph.computed_constants import Constants
 from onnx_oamip.graph.external_data import array, references, tensor
-from onnx_oamip.graph.ops import Site, Trait, build, has, lookup
+from onnx_oamip.graph.ops import Site, Trait, build, has, lookup, views
 from onnx_oamip.graph.ops.matrix_view import BiasInput
 from onnx_oamip.graph.subgraphs import reads
 
@@ -127,7 +129,8 @@ def unmatrix(site: Site, value: Floats, like: Array) -> Array:
 class Editor:
     """Editor of the weights and biases of a proto, in place.
 
-    A constant that several nodes share is copied for the node that changes it.
+    A constant that several nodes share is copied for the node that changes it, unless it is to change for all of them.
+    A constant that nodes transpose, reshape or cast is changed where it is stored.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
@@ -147,30 +150,95 @@ class Editor:
             for name in set(reads(node)) - set(node.input):  # inside an If or a Loop
                 self.readers[name].append((node, -1))
         self.outputs = {v.name for v in proto.graph.output}
+        self.makers = {name: node for node in proto.graph.node for name in node.output if name}
 
     def constant(self, name: str) -> Array | None:
-        """Read an initialiser.
+        """Read a constant.
 
         Args:
             name: Name of a tensor.
 
         Returns:
-            Its value, or None if it is no initialiser.
+            Its value, or None if it depends on more than initialisers.
         """
         held = self.tensors.get(name)
-        return None if held is None else array(held)
+        if held is not None:
+            return array(held)
+        if name not in self.makers:
+            return None
+        return Constants(self.proto).get(name)
 
-    def replace(self, node: onnx.NodeProto, slot: int, value: Array) -> None:
+    def path(self, name: str) -> list[onnx.NodeProto] | None:
+        """Find the nodes between an initialiser and a view of it.
+
+        Args:
+            name: Name of a tensor.
+
+        Returns:
+            The nodes, the one behind the initialiser first; None where the tensor is neither.
+        """
+        result: list[onnx.NodeProto] = []
+        while name not in self.tensors:
+            node = self.makers.get(name)
+            if node is None or not views.is_view(node):
+                return None
+            result.insert(0, node)
+            name = node.input[0]
+        return result
+
+    def source(self, name: str) -> str:
+        """Name the initialiser of a view.
+
+        Args:
+            name: Name of a tensor.
+
+        Returns:
+            The initialiser, or the name itself where it is no view.
+        """
+        path = self.path(name)
+        return path[0].input[0] if path else name
+
+    def stored_type(self, name: str) -> np.dtype[Any] | None:
+        """Return the element type in which a constant is stored.
+
+        Args:
+            name: Name of a tensor.
+
+        Returns:
+            The type, or None where the constant is computed and cannot be changed.
+        """
+        if self.path(name) is None:
+            return None
+        kind = self.tensors[self.source(name)].data_type
+        return np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+
+    def rounded(self, name: str, value: Array) -> Array:
+        """Round a new value of a constant to what its readers would see once it is stored.
+
+        Args:
+            name: The constant, an initialiser or a view of one.
+            value: Its new value.
+
+        Returns:
+            The value in its present type.
+        """
+        kind = self.stored_type(name)
+        with np.errstate(over="ignore"):
+            return value if kind is None else value.astype(kind).astype(value.dtype)
+
+    def replace(self, node: onnx.NodeProto, slot: int, value: Array, for_all: bool = False) -> None:
         """Give an input of a node a new constant value.
 
         Args:
             node: Node of the proto.
             slot: Input index.
             value: The new value. An initialiser with other consumers is left as it is, and the node gets its own.
+            for_all: Change the initialiser for all its consumers.
         """
         name = _operand(node, slot)
-        if name in self.tensors and self._own(name):
-            self.tensors[name].CopyFrom(tensor(value, name, self._external))
+        path = self.path(name) if name else None
+        if path is not None and (for_all or self._own(name, path)):
+            self._store(self.source(name), path, value)
             return
         stem = name or f"{node.name}_input{slot}"
         fresh = self._unused(f"{stem}_refitted")
@@ -183,9 +251,39 @@ class Editor:
         node.input[slot] = fresh
         self.readers[fresh].append((node, slot))
 
-    def _own(self, name: str) -> bool:
-        """A constant with one reader, which may change it."""
-        return len(self.readers[name]) == 1 and name not in self.outputs
+    def _store(self, name: str, path: Sequence[onnx.NodeProto], value: Array) -> None:
+        """Writes the value of a view, which some nodes make, to its initialiser."""
+        before = [array(self.tensors[name])]
+        for node in path[:-1]:
+            present = self.constant(node.output[0])
+            assert present is not None
+            before.append(present)
+        for node, source in zip(reversed(path), reversed(before[: len(path)]), strict=True):
+            value = views.write(node, value, source)
+        plain = np.ascontiguousarray(value)
+        self.tensors[name].CopyFrom(tensor(plain, name, self._external))
+
+    def _own(self, name: str, path: Sequence[onnx.NodeProto]) -> bool:
+        """Tests for a constant with one reader, which may change it."""
+        names = [name, *(node.input[0] for node in path)]
+        return all(len(self.readers[n]) == 1 and n not in self.outputs for n in names)
+
+    def readers_of(self, name: str) -> list[tuple[onnx.NodeProto, int]]:
+        """Find the readers of an initialiser, through its views.
+
+        Args:
+            name: Name of an initialiser, or of a view.
+
+        Returns:
+            Pairs of a node and an input index, -1 for a node whose subgraphs read it; nodes of views left out.
+        """
+        result = []
+        for node, slot in self.readers[name]:
+            if slot == 0 and views.is_view(node):
+                result += self.readers_of(node.output[0])
+            else:
+                result.append((node, slot))
+        return result
 
     def _unused(self, name: str) -> str:
         result, number = name, 1
@@ -214,7 +312,8 @@ class Editor:
             return 0  # computed: it stays as it is
         if own is None and old.size != outputs:
             return outputs
-        replaced = old.size if self._own(name) else 0
+        path = self.path(name)
+        replaced = old.size if path is not None and self._own(name, path) else 0
         return max(old.size, outputs) - replaced
 
     def _added_behind(self, site: Site) -> str:
@@ -273,19 +372,34 @@ class Editor:
             return inner
         return outer.astype(np.float64)
 
-    def add_bias(self, site: Site, delta: Floats) -> bool:
+    def bias_name(self, site: Site) -> str:
+        """Name the constant that ``add_bias`` changes.
+
+        Args:
+            site: The linear node.
+
+        Returns:
+            The name, empty where there is none yet.
+        """
+        own = site.rules.bias
+        if own is None:
+            return self._added_behind(site)
+        return _operand(self.nodes[site.node.name], own.slot)
+
+    def add_bias(self, site: Site, delta: Floats, for_all: bool = False) -> bool:
         """Shift the output of a node by a constant; makes a bias where there is none.
 
         Args:
             site: The linear node.
             delta: Shift of every output (outputs,).
+            for_all: Change a bias that others read as well for all of them.
 
         Returns:
             False where the bias is not a constant and therefore stays as it is.
         """
         node, own = self.nodes[site.node.name], site.rules.bias
         if own is None:
-            return self._add_behind(node, site, delta)
+            return self._add_behind(node, site, delta, for_all)
         has_bias = bool(_operand(node, own.slot))
         factor = _bias_factor(node, own)
         if own.factor is not None and (not has_bias or factor == 0):
@@ -301,7 +415,8 @@ class Editor:
         old = self.constant(node.input[own.slot])
         if old is None:
             return False
-        self.replace(node, own.slot, (old.astype(np.float64) + shift).astype(old.dtype))
+        moved = (old.astype(np.float64) + shift).astype(old.dtype)
+        self.replace(node, own.slot, moved, for_all)
         return True
 
     def _following_add(self, site: Site) -> tuple[onnx.NodeProto, int] | None:
@@ -317,13 +432,12 @@ class Editor:
         if not has(addition, Trait.BIAS):
             return None
         other = 1 - slot
-        constant = self.tensors.get(addition.input[other])
-        if constant is None or len(constant.dims) > 1:
+        constant = self.constant(addition.input[other])
+        if constant is None or constant.ndim > 1:
             return None
-        one_number = list(constant.dims) == [1]
-        return None if one_number else (addition, other)
+        return None if constant.shape == (1,) else (addition, other)
 
-    def _add_behind(self, node: onnx.NodeProto, site: Site, delta: Floats) -> bool:
+    def _add_behind(self, node: onnx.NodeProto, site: Site, delta: Floats, for_all: bool) -> bool:
         """Change the addition behind a product, or put one there."""
         weight = self.constant(node.input[site.weight_slot])
         assert weight is not None
@@ -332,7 +446,8 @@ class Editor:
             addition, slot = following
             old = self.constant(addition.input[slot])
             if old is not None and old.shape == delta.shape:
-                self.replace(addition, slot, (old.astype(np.float64) + delta).astype(old.dtype))
+                moved = (old.astype(np.float64) + delta).astype(old.dtype)
+                self.replace(addition, slot, moved, for_all)
                 return True
         shift = np.ascontiguousarray(_per_output(site, delta).astype(weight.dtype))
         inner = self._unused(f"{node.output[0]}_unbiased")

@@ -2,14 +2,16 @@
 
 No other module reads model files. Preserved are opset imports, metadata, doc strings, symbolic dimensions, and the
 declarations of inputs and outputs. Normalising changes the following: values that the graph computes from constants
-become initialisers (not those that a subgraph computes); a subgraph returns an outer value or a constant through an
-Identity; unnamed nodes get names; local functions are inlined; unused nodes are removed; and values computed from
-shapes (the target of a Reshape, say) become constants where that is provably the same.
+become initialisers (not those that a subgraph computes, and not where the file would grow); readers of a copy of a
+constant read the constant; a subgraph returns an outer value or a constant through an Identity; unnamed nodes get
+names; local functions are inlined; unused nodes are removed; and values computed from shapes (the target of a Reshape,
+say) become constants where that is provably the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +32,14 @@ from onnx_oamip.core.records import (
     Node,
     Port,
 )
-from onnx_oamip.graph import default_inputs, external_data, input_guards, node_order, subgraphs
+from onnx_oamip.graph import (
+    computed_constants,
+    default_inputs,
+    external_data,
+    input_guards,
+    node_order,
+    subgraphs,
+)
 from onnx_oamip.graph.ops import fused, kinds
 from onnx_oamip.graph.runtime import Session, runtime
 from onnx_oamip.graph.shape_folding import fold
@@ -133,19 +142,28 @@ def from_proto(
         ModelError: Its shapes are too large to be sensible.
     """
     graph = proto.graph
-    constants = {t.name: external_data.array(t) for t in graph.initializer}
-    inputs = tuple(port_of(v) for v in graph.input if v.name not in constants)
+    initialisers = {t.name for t in graph.initializer}
+    inputs = tuple(port_of(v) for v in graph.input if v.name not in initialisers)
     bound = bind(inputs, bindings or {})
     versions = {o.domain: o.version for o in proto.opset_import}
     nodes = tuple(_node(n, versions) for n in graph.node)
     shapes, dtypes = all_types(proto, bound, nodes)
-    for name, value in constants.items():
+    most = input_guards.most_bytes(proto)
+
+    def is_offered(name: str) -> bool:
+        known = name in shapes and name in dtypes
+        return known and math.prod(shapes[name]) * dtypes[name].itemsize <= most
+
+    constants = computed_constants.Constants(proto, is_offered)
+    for name, value in constants.stored.items():
         shapes[name], dtypes[name] = value.shape, value.dtype
     input_guards.check(shapes, dtypes)
     return Model(
         proto=proto,
         nodes=nodes,
         constants=constants,
+        computed=frozenset(constants.nodes),
+        views=constants.views,
         shapes=shapes,
         dtypes=dtypes,
         inputs=inputs,
@@ -374,6 +392,7 @@ def _normalise(source: ModelProto) -> ModelProto:
     _densify(source)
     _expand_short_constants(source)
     subgraphs.flatten(source)
+    computed_constants.share(source)
     result = _fold_and_resolve(source)
     # Folding a computed shape makes the nodes that computed it foldable or unused, and so on.
     for _ in range(ROUNDS):
@@ -508,18 +527,12 @@ def _input_names(node: gs.Node | NodeProto) -> list[str]:
 
 
 def _must_stay(node: gs.Node | NodeProto) -> bool:
-    """Tests for nodes that are never folded.
-
-    Quantised weights stay quantised; random and stateful operators stay, and nodes with one of them in a subgraph.
-    """
+    """Tests for nodes that are never folded, as :func:`computed_constants.must_stay` does."""
     if isinstance(node, NodeProto):
-        operators = {node.op_type}
-        for body in subgraphs.all_bodies(node):
-            operators.update(inner.op_type for inner in subgraphs.nodes(body))
-    else:
-        operators = {node.op}
-        for body in node.subgraphs(recursive=True):
-            operators.update(inner.op for inner in body.nodes)
+        return computed_constants.must_stay(node)
+    operators = {node.op}
+    for body in node.subgraphs(recursive=True):
+        operators.update(inner.op for inner in body.nodes)
     return any(operator.startswith(kinds.NOT_FOLDED) for operator in operators)
 
 

@@ -13,8 +13,25 @@ import onnx
 from onnx import ValueInfoProto, helper
 
 from onnx_oamip.core.records import Array
+from onnx_oamip.graph.computed_constants import computing_nodes, is_random
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.subgraphs import reads
+
+
+def computed(proto: onnx.ModelProto, constant: str) -> Array:
+    """Value of a constant that nodes compute.
+
+    Args:
+        proto: The model.
+        constant: Name of a tensor that depends on initialisers only.
+
+    Returns:
+        The value.
+    """
+    slicer = Slicer(proto)
+    part = slicer.model(slicer.needed([constant], ()), [constant], {})
+    value: Array = Session(part, "cpu", what=f"the constant '{constant}'").run({}, [constant])[0]
+    return value
 
 
 class Slicer:
@@ -26,6 +43,7 @@ class Slicer:
         reads: Tensors that each node needs, those that its subgraphs capture included.
         producer: Position of the producer of each tensor.
         constants: Initialisers by name.
+        on_constants: Positions of the nodes that compute constants; a part that needs one computes it again.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
@@ -36,6 +54,11 @@ class Slicer:
         for i, node in enumerate(self.nodes):
             self.producer.update((name, i) for name in node.output if name)
         self.constants = {t.name: t for t in proto.graph.initializer}
+        computing = computing_nodes(proto.graph, is_random)
+        constant = {name for node in computing for name in node.output if name}
+        self.on_constants = {
+            i for i, node in enumerate(self.nodes) if not constant.isdisjoint(node.output)
+        }
 
     def __reduce__(self) -> tuple[type[Slicer], tuple[onnx.ModelProto]]:
         return Slicer, (self.proto,)  # the receiver of a pickled slicer rebuilds the index
@@ -152,7 +175,10 @@ class _Part:
 
 
 class _Partition:
-    """A graph divided into parts from inputs to outputs, up to the targets. Every node is in at most one part."""
+    """A graph divided into parts from inputs to outputs, up to the targets.
+
+    Every node is in at most one part, unless it computes a constant.
+    """
 
     def __init__(
         self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False
@@ -177,13 +203,16 @@ class _Partition:
         nodes = slicer.needed(targets, available)
         if not nodes:
             return None
-        self._done.update(slicer.nodes[i].name for i in nodes)
+        # Constants are computed wherever they are needed, and never held for every feed.
+        moving = [i for i in nodes if i not in slicer.on_constants]
+        self._done.update(slicer.nodes[i].name for i in moving)
         read_later: set[str] = set()
         for i, node in enumerate(slicer.nodes):
             if node.name not in self._done:
                 read_later.update(slicer.reads[i])
-        computed = [name for i in nodes for name in slicer.nodes[i].output if name]
-        outputs = [name for name in computed if name in read_later or name in targets]
+        read_later.difference_update(n for i in slicer.on_constants for n in slicer.nodes[i].output)
+        results = [name for i in nodes for name in slicer.nodes[i].output if name]
+        outputs = [name for name in results if name in read_later or name in targets]
         for name in outputs:
             self._types.setdefault(name, 0)
         part = slicer.model(nodes, outputs, self._types)

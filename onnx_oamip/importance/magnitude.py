@@ -74,7 +74,7 @@ def power_sums(weight: Array, axes: tuple[int, ...], power: int) -> Floats:
 
 
 def linear_weights(model: Model) -> list[str]:
-    """List the constants of rank 2 and more that linear operators read.
+    """List the constants of rank 2 and more that linear operators read, a stored one also through its views.
 
     Args:
         model: The model.
@@ -89,7 +89,7 @@ def linear_weights(model: Model) -> list[str]:
             continue
         for name in node.inputs[:2]:
             if name in model.constants and model.constants[name].ndim > 1:
-                names.append(name)
+                names.append(model.source(name))
     return list(dict.fromkeys(names))
 
 

@@ -225,7 +225,7 @@ def inspection(model: Model, coupling: Coupling, objective: Objective) -> Docume
                         "tensor": tensor,
                         "axis": axis,
                         "per_unit": held,
-                        "constant": tensor in model.constants,
+                        "constant": model.is_stored(tensor),
                     }
                     for (tensor, axis), held in group.multiplicity.items()
                 ],

@@ -95,6 +95,10 @@ STEPS = (
 """Operators that jump: a difference in the last bit of what they read may be one of a whole step in what they give."""
 
 
+WEIGHT_FORMS = (0.72, 0.07, 0.07, 0.04, 0.1)
+"""How often a weight is stored as it is read, as float16, transposed, flat, and with another use."""
+
+
 def jumps(node: NodeProto) -> bool:
     """Whether a node is one of ``STEPS``, or a cast to what has no fractions."""
     to = next((a.i for a in node.attribute if a.name == "to"), TensorProto.FLOAT)
@@ -110,6 +114,7 @@ class Maker:
         self.constants: list[TensorProto] = []
         self.inputs: list[ValueInfoProto] = []
         self.rng = np.random.default_rng(seed)
+        self.earlier: dict[tuple[int, ...], str] = {}
         self.count = 0
         self.opset = opset or self.spread((NEWEST, NEWEST, NEWEST, *OPSETS))
 
@@ -149,8 +154,28 @@ class Maker:
         return names
 
     def weight(self, *shape: int) -> str:
+        """A new weight, or now and then one that is stored in another form, or for another node already."""
         fan = np.prod(shape[1:]) if len(shape) > 2 else shape[0]
-        return self.constant(self.rng.standard_normal(shape) * np.sqrt(1.5 / fan), np.float32, "w")
+        value = self.rng.standard_normal(shape) * np.sqrt(1.5 / fan)
+        form = self.rng.choice(("plain", "half", "turned", "flat", "again"), p=WEIGHT_FORMS)
+        if form == "again" and shape in self.earlier:
+            return self.copied("Identity", self.earlier[shape])
+        if form == "half" and self.opset >= 9:
+            half = self.constant(value, np.float16, "w")
+            return self.copied("Cast", half, to=TensorProto.FLOAT)
+        if form == "flat":
+            flat = self.constant(value.reshape(-1), np.float32, "w")
+            return self.copied("Reshape", flat, self.ints(*shape))
+        if form == "turned" and len(shape) == 2:
+            turned = self.constant(value.T, np.float32, "w")
+            self.earlier[shape[::-1]] = turned
+            return self.copied("Transpose", turned)
+        self.earlier[shape] = self.constant(value, np.float32, "w")
+        return self.earlier[shape]
+
+    def copied(self, op: str, *inputs: str, **attrs: Any) -> str:
+        """A node that moves or casts a constant."""
+        return self.outputs(op, inputs, 1, **attrs)[0]
 
     def bias(self, *shape: int) -> str:
         return self.constant(0.3 * self.rng.standard_normal(shape), np.float32, "b")

@@ -129,7 +129,7 @@ class Model:
     Attributes:
         proto: The normalised graph, with the symbolic dimensions of the file.
         nodes: Nodes of the graph itself, without those in bodies.
-        constants: Values of constant tensors by name.
+        constants: Values of constant tensors by name: initialisers, and what nodes compute from them alone.
         shapes: Concrete shapes by tensor, under ``bindings``.
         dtypes: Element types by tensor.
         inputs: Graph inputs.
@@ -141,6 +141,8 @@ class Model:
         file_bytes: Size of the file with its external data.
         interface: Inputs of the file with default values, which are constants here.
         notes: Remarks for reports.
+        computed: Names of the constants that nodes compute.
+        views: Initialiser by the name of a computed constant that holds its elements, transposed, reshaped or cast.
     """
 
     proto: Any
@@ -157,6 +159,35 @@ class Model:
     file_bytes: int
     interface: Interface = Interface()
     notes: tuple[str, ...] = ()
+    computed: frozenset[str] = frozenset()
+    views: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def initialisers(self) -> list[str]:
+        """Names of the constants that are stored."""
+        return [name for name in self.constants if name not in self.computed]
+
+    def is_stored(self, tensor: str) -> bool:
+        """Tests for an initialiser.
+
+        Args:
+            tensor: Name of a tensor.
+
+        Returns:
+            True for a constant that no node computes.
+        """
+        return tensor in self.constants and tensor not in self.computed
+
+    def source(self, constant: str) -> str:
+        """Name of the initialiser that holds the elements of a constant.
+
+        Args:
+            constant: Name of an initialiser, or of a constant that is computed.
+
+        Returns:
+            The initialiser that the constant is a view of, or else the name itself.
+        """
+        return self.views.get(constant, constant)
 
     @property
     def every(self) -> tuple[Node, ...]:

@@ -158,6 +158,32 @@ def _places(keep: Bools) -> Ints:
     return np.where(keep, kept_so_far - 1, keep.sum())
 
 
+def take_kept(node: Node, kept: Mapping[int, Bools], names: Names) -> Added:
+    """Plan the choice of the kept indices of a constant that a node computes.
+
+    Args:
+        node: The node, which goes on to compute the whole constant.
+        kept: Mask of the kept indices by axis.
+        names: Names that can be used.
+
+    Returns:
+        The nodes to insert.
+    """
+    tensor = node.outputs[0]
+    whole = names.new(f"{tensor}_whole")
+    constants: dict[str, Array] = {}
+    steps: list[Step] = []
+    source = whole
+    for axis, keep in kept.items():
+        index, pick = names.several(tensor, "kept", "pick")
+        constants[index] = np.flatnonzero(keep).astype(np.int32)
+        is_last = len(steps) + 1 == len(kept)
+        result = tensor if is_last else f"{pick}_out"
+        steps.append(Step("Gather", pick, (source, index), result, {"axis": axis}))
+        source = result
+    return Added(tuple(steps), constants, reads=node.inputs[0], writes=whole)
+
+
 def scale(node: Node, factor: float, dtype: np.dtype[Any], names: Names) -> Added:
     """Plan a product of a node's output with a number.
 

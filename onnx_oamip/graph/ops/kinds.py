@@ -18,7 +18,9 @@ EXPANSION = frozenset({"Expand"})
 """Repeats a tensor to a shape that is its second input."""
 LOOP = frozenset({"Loop"})
 """May run for ever: the runtime needs watching."""
-NOT_FOLDED = ("DequantizeLinear", "QuantizeLinear", "Random", "Bernoulli", "Multinomial")
+RANDOM = ("Random", "Bernoulli", "Multinomial")
+"""Beginnings of the names of operators that draw random numbers."""
+NOT_FOLDED = ("DequantizeLinear", "QuantizeLinear", *RANDOM)
 """Beginnings of the names of operators that are kept although all they read is constant.
 
 Quantised weights stay codes, and random numbers are drawn at every run.

@@ -33,6 +33,7 @@ from onnx_oamip.graph.ops.inserted_nodes import (
     edits_of_further_cut,
     restore_zeros,
     scale,
+    take_kept,
 )
 
 
@@ -105,6 +106,11 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
                 dtype = model.dtypes[node.outputs[0].name]
                 added = scale(original, edit.scale, dtype, names)
                 _insert(part, node, added, tensors)
+    tensors = graph.tensors()
+    for node in [n for n in graph.nodes if n.name in nodes]:
+        remaining = _kept_of_computed_constant(nodes[node.name], model, cuts)
+        if remaining:
+            _insert(graph, node, take_kept(nodes[node.name], remaining, names), tensors)
     # A repaired node has its own copy of the constant it read before: drop constants that no node reads any more.
     graph.cleanup(remove_unused_graph_inputs=False)
     graph.toposort()
@@ -114,7 +120,7 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     away = bool(external_data.references(model.proto))
     # One after the other, so that memory never holds a large model twice.
     for tensor in result.graph.initializer:
-        if tensor.name in touched and tensor.name in model.constants:
+        if tensor.name in touched and model.is_stored(tensor.name):
             kept = compress(model.constants[tensor.name], tensor.name, cuts.masks)
             tensor.CopyFrom(external_data.tensor(kept, tensor.name, away))
     return result
@@ -127,6 +133,8 @@ def _repairs(model: Model, cuts: _Cuts, touched: Set[str]) -> dict[str, Edit]:
         # Only nodes that the cut touches: the shapes of others may not be known.
         if touched.isdisjoint((*node.inputs, *node.outputs)):
             continue
+        if _kept_of_computed_constant(node, model, cuts):
+            continue  # it computes the whole constant, from which the kept channels are taken
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.edit.repair is None or node.captures:
             continue
@@ -135,6 +143,15 @@ def _repairs(model: Model, cuts: _Cuts, touched: Set[str]) -> dict[str, Edit]:
         if edit != Edit():
             edits[node.name] = edit
     return edits
+
+
+def _kept_of_computed_constant(node: Node, model: Model, cuts: _Cuts) -> dict[int, Bools]:
+    """Kept indices by axis of a constant that a node computes, and that is no view of an initialiser."""
+    name = node.outputs[0] if node.outputs else ""
+    if name not in model.computed or name in model.views:
+        return {}
+    ranks = range(len(model.shapes[name]))
+    return {axis: keep for axis in ranks if (keep := cuts.keep(name, axis)) is not None}
 
 
 def _update_declared_shapes(graph: onnx.GraphProto, cuts: _Cuts) -> None:

@@ -1,0 +1,306 @@
+"""Constants that nodes compute from initialisers: which of them are folded, and the values of the others.
+
+A file may store a tensor once and use it in several forms: a shared weight behind Identity nodes, a float16 weight
+behind a Cast, a small table behind a Tile. Folding such nodes would store every form. Normalising therefore folds only
+what does not enlarge the file (:func:`enlarging`), and the other nodes stay in the graph. Their values are available
+all the same (:class:`Constants`). A new value of a view of an initialiser is written there (``ops.views``).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from onnx import GraphProto, ModelProto, NodeProto
+
+from onnx_oamip.core.records import Array
+from onnx_oamip.graph import external_data, subgraphs
+from onnx_oamip.graph.ops import kinds, views
+
+SMALL = 64
+"""Bytes of a constant that cost no more than the node that would compute it."""
+
+
+def must_stay(node: NodeProto) -> bool:
+    """Tests for nodes that are never folded.
+
+    Quantised weights stay quantised; random and stateful operators stay, and nodes with one of them in a subgraph.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        True if the node stays although all it reads is constant.
+    """
+    return _runs(node, kinds.NOT_FOLDED)
+
+
+def is_random(node: NodeProto) -> bool:
+    """Tests for nodes that draw random numbers, themselves or in a subgraph.
+
+    Args:
+        node: Any node.
+
+    Returns:
+        True if two runs of the node may differ.
+    """
+    return _runs(node, kinds.RANDOM)
+
+
+def _runs(node: NodeProto, beginnings: tuple[str, ...]) -> bool:
+    """Tests for nodes that run an operator whose name has one of some beginnings."""
+    operators = [node.op_type]
+    for body in subgraphs.all_bodies(node):
+        operators += [inner.op_type for inner in subgraphs.nodes(body)]
+    return any(operator.startswith(beginnings) for operator in operators)
+
+
+def computing_nodes(
+    graph: GraphProto, stays: Callable[[NodeProto], bool] = lambda _: False
+) -> list[NodeProto]:
+    """Finds the nodes that read nothing but constants.
+
+    Args:
+        graph: The main graph, its nodes in topological order.
+        stays: Nodes whose outputs do not count as constants.
+
+    Returns:
+        The nodes, in the order of the graph.
+    """
+    known = {tensor.name for tensor in graph.initializer}
+    result = []
+    for node in graph.node:
+        if known.issuperset(subgraphs.reads(node)) and not stays(node):
+            known.update(name for name in node.output if name)
+            result.append(node)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ aliases
+
+
+def share(proto: ModelProto) -> None:
+    """Makes all readers of one constant read one tensor, in place.
+
+    Readers of an Identity of a constant read the constant itself; of several equal nodes that compute the same constant
+    (a weight that is transposed for each of its uses), all readers read the first. The nodes that lose their readers
+    stay.
+
+    Args:
+        proto: A model whose names are unique.
+    """
+    first: dict[str, str] = {}
+    made_by: dict[bytes, list[str]] = {}
+    for node in computing_nodes(proto.graph, must_stay):
+        if subgraphs.all_bodies(node) or node.op_type in kinds.CONSTANT:
+            continue
+        for slot, name in enumerate(node.input):
+            node.input[slot] = first.get(name, name)
+        if views.is_identity(node):
+            first[node.output[0]] = node.input[0]
+            continue
+        earlier = made_by.setdefault(_without_names(node), list(node.output))
+        first.update(zip(node.output, earlier, strict=True))
+    for reader in subgraphs.nodes(proto.graph):
+        for slot, name in enumerate(reader.input):
+            if first.get(name, name) != name:
+                reader.input[slot] = first[name]
+
+
+def _without_names(node: NodeProto) -> bytes:
+    """What a node computes: equal for nodes that compute the same."""
+    bare = NodeProto()
+    bare.CopyFrom(node)
+    for text in ("name", "doc_string"):
+        bare.ClearField(text)
+    del bare.metadata_props[:]
+    bare.output[:] = [""] * len(node.output)
+    return bare.SerializeToString(deterministic=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ folding
+
+
+@dataclass
+class _Part:
+    """Nodes that compute constants from the same initialisers.
+
+    Attributes:
+        nodes: The nodes in topological order.
+        before: Bytes that folding all of them frees.
+        after: Bytes of the constants that folding them makes.
+    """
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    before: int = 0
+    after: int = 0
+
+
+def enlarging(graph: GraphProto, sizes: Mapping[str, int]) -> set[str]:
+    """Finds the constants that must stay computed because folding them would make the file larger.
+
+    Nodes with an initialiser in common are folded together, or else each on its own if its outputs are not larger than
+    what only it reads.
+
+    Args:
+        graph: The main graph, its nodes in topological order.
+        sizes: Bytes of the computed constants, as far as they are known.
+
+    Returns:
+        Names of tensors.
+    """
+    nodes = computing_nodes(graph, must_stay)
+    stored = {t.name: external_data.size_of(t) for t in graph.initializer}
+    constants = [node for node in nodes if node.op_type in kinds.CONSTANT]
+    stored.update((node.output[0], node.ByteSize()) for node in constants)
+    computing = [node for node in nodes if node.op_type not in kinds.CONSTANT]
+    known = {**{name: 0 for node in computing for name in node.output}, **sizes, **stored}
+    readers: dict[str, int] = defaultdict(int)
+    for node in graph.node:
+        for name in set(subgraphs.reads(node)):
+            readers[name] += 1
+    for value in graph.output:
+        readers[value.name] += 1
+    result: set[str] = set()
+    for part in _parts(computing, stored, known, readers):
+        if part.after > part.before:
+            result |= _enlarging_alone(part.nodes, known, readers)
+    return result
+
+
+def _parts(
+    computing: Sequence[NodeProto],
+    stored: Mapping[str, int],
+    known: Mapping[str, int],
+    readers: Mapping[str, int],
+) -> Iterable[_Part]:
+    """Divides nodes into parts that have no large constant in common, with their costs."""
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while root.setdefault(name, name) != name:
+            name = root[name]
+        return name
+
+    def joined(node: NodeProto) -> list[str]:
+        inputs = [name for name in subgraphs.reads(node) if known[name] > SMALL]
+        return [*inputs, *(name for name in node.output if name)]
+
+    for node in computing:
+        names = joined(node)
+        for name in names[1:]:
+            root[find(name)] = find(names[0])
+    parts: dict[str, _Part] = defaultdict(_Part)
+    inner: dict[str, int] = defaultdict(int)
+    for node in computing:
+        part = parts[find(joined(node)[-1])]
+        part.nodes.append(node)
+        part.before += node.ByteSize()
+        for name in set(subgraphs.reads(node)):
+            inner[name] += 1
+    for part in parts.values():
+        read = {name for node in part.nodes for name in subgraphs.reads(node)}
+        made = {name for node in part.nodes for name in node.output}
+        freed = [n for n in read if n in stored and inner[n] == readers[n]]
+        left = [n for n in made if readers[n] > inner[n] and known[n] > SMALL]
+        part.before += sum(stored[name] for name in freed)
+        part.after += sum(known[name] for name in left)
+    return parts.values()
+
+
+def _enlarging_alone(
+    nodes: Sequence[NodeProto], known: Mapping[str, int], readers: Mapping[str, int]
+) -> set[str]:
+    """Outputs of those nodes of a part that are not folded, each judged on its own."""
+    result: set[str] = set()
+    for node in nodes:
+        inputs = set(subgraphs.reads(node))
+        freed = sum(known[name] for name in inputs if readers[name] == 1)
+        made = sum(known[name] for name in node.output if known[name] > SMALL)
+        if made > freed or not result.isdisjoint(inputs):
+            result.update(name for name in node.output if name)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+class Constants(Mapping[str, Array]):
+    """Values of constants by name: those of initialisers, and those that nodes compute from them, on demand.
+
+    Attributes:
+        stored: Values of the initialisers.
+        nodes: Node that computes a constant, by the name of the constant.
+        views: Initialiser by the name of a constant that holds its elements, transposed, reshaped or cast.
+    """
+
+    def __init__(self, proto: ModelProto, wanted: Callable[[str], bool] = lambda _: True) -> None:
+        """Finds the constants.
+
+        Args:
+            proto: The model; an initialiser that changes later keeps its value here.
+            wanted: Computed constants to offer, by name.
+        """
+        graph = proto.graph
+        self.stored = {t.name: external_data.array(t) for t in graph.initializer}
+        self.nodes: dict[str, NodeProto] = {}
+        self.views: dict[str, str] = {}
+        for node in computing_nodes(graph, lambda n: must_stay(n) or not _is_plain(n)):
+            name = node.output[0]
+            if len(node.output) > 1 or not node.input or not wanted(name):
+                continue
+            self.nodes[name] = node
+            source = node.input[0]
+            root = source if source in self.stored else self.views.get(source)
+            if root is not None and views.is_view(node):
+                self.views[name] = root
+        self._proto = proto
+        self._values: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name in self.stored:
+            return self.stored[name]
+        if name not in self._values:
+            self._values[name] = self._computed(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.stored, *self.nodes))
+
+    def __len__(self) -> int:
+        return len(self.stored) + len(self.nodes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored or name in self.nodes
+
+    def path(self, name: str) -> list[NodeProto]:
+        """Nodes between a view and its initialiser.
+
+        Args:
+            name: A constant that is a view, or an initialiser.
+
+        Returns:
+            The nodes, the one behind the initialiser first.
+        """
+        result: list[NodeProto] = []
+        while name not in self.stored:
+            result.insert(0, self.nodes[name])
+            name = self.nodes[name].input[0]
+        return result
+
+    def _computed(self, name: str) -> Array:
+        node = self.nodes[name]
+        if name in self.views:
+            moved = views.read(node, self[node.input[0]])
+            if moved is not None:
+                return moved
+        # Imported here: a session needs a module that uses this one.
+        from onnx_oamip.graph.partial_execution import computed
+
+        return computed(self._proto, name)
+
+
+def _is_plain(node: NodeProto) -> bool:
+    """Tests for a node of ONNX's own domain without subgraphs."""
+    return node.domain in ("", "ai.onnx") and not subgraphs.all_bodies(node)

@@ -1,0 +1,272 @@
+"""Constants that nodes compute from initialisers: folding never enlarges a file, and what stays is followed and cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import assert_exact, build, distance, feed, keep_one, load, random_keep
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from onnx_oamip.core.records import Model
+from onnx_oamip.graph import cost, loading
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.linear_layers import Editor
+from onnx_oamip.graph.runtime import Session
+
+IDENTITY = """(float[N,6] x) => (float[N,4] y)
+<float[6,24] first, float[24,24] shared, float[24,4] last> {
+    a = MatMul(x, first)
+    b = Relu(a)
+    c = MatMul(b, shared)
+    d = Relu(c)
+    alias = Identity(shared)
+    e = MatMul(d, alias)
+    f = Relu(e)
+    y = MatMul(f, last)
+}"""
+TRANSPOSE = """(float[N,6] x) => (float[N,6] y)
+<float[6,20] shared, float[20] bias> {
+    a = MatMul(x, shared)
+    b = Add(a, bias)
+    c = Relu(b)
+    turned = Transpose<perm = [1, 0]>(shared)
+    y = MatMul(c, turned)
+}"""
+HALF = """(float[N,6] x) => (float[N,4] y)
+<float16[6,24] w1, float16[24,24] w2, float16[24,4] w3, float16[24] b1> {
+    v1 = Cast<to = 1>(w1)
+    v2 = Cast<to = 1>(w2)
+    v3 = Cast<to = 1>(w3)
+    c1 = Cast<to = 1>(b1)
+    a = Gemm(x, v1, c1)
+    b = Relu(a)
+    c = Gemm(b, v2)
+    d = Relu(c)
+    y = Gemm(d, v3)
+}"""
+RESHAPE = """(float[N,6,4,4] x) => (float[N,12] y)
+<float[12,6,1,1] shared, int64[2] matrix = {12, -1}, float[12,12] last> {
+    a = Conv(x, shared)
+    p = GlobalAveragePool(a)
+    f = Flatten(p)
+    q = GlobalAveragePool(x)
+    g = Flatten(q)
+    flat = Reshape(shared, matrix)
+    h = Gemm<transB = 1>(g, flat)
+    s = Add(f, h)
+    r = Relu(s)
+    y = MatMul(r, last)
+}"""
+TIED = """(int64[N,5] x) => (float[N,5,16] y)
+<float[16,10] table, float[10,12] up, float[12,10] down> {
+    h = Gather(table, x)
+    a = MatMul(h, up)
+    b = Relu(a)
+    c = MatMul(b, down)
+    s = Add(h, c)
+    head = Transpose<perm = [1, 0]>(table)
+    y = MatMul(s, head)
+}"""
+GRID = """(float[1,3,16,16] x) => (float[1,4] y)
+<float[8,3,3,3] w1, float[1,1,1,16] line, int64[4] times = {1, 2, 16, 1}, float[6,10,3,3] w2, float[6,4] w3> {
+    a = Conv<pads = [1, 1, 1, 1]>(x, w1)
+    b = Relu(a)
+    grid = Tile(line, times)
+    c = Concat<axis = 1>(b, grid)
+    d = Conv<pads = [1, 1, 1, 1]>(c, w2)
+    e = Relu(d)
+    p = GlobalAveragePool(e)
+    f = Flatten(p)
+    y = MatMul(f, w3)
+}"""
+POSITIONS = """(float[N,40,6] x) => (float[N,40,4] y)
+<float[6,24] w1, float[1,1,24] line, int64[3] shape = {1, 40, 24}, float[24,4] w2> {
+    a = MatMul(x, w1)
+    table = Expand(line, shape)
+    waves = Sin(table)
+    b = Add(a, waves)
+    c = Relu(b)
+    y = MatMul(c, w2)
+}"""
+CODES = """(float[N,6] x) => (float[N,4] y)
+<int8[6,32] codes, float scale = {0.01}, float[32,4] last> {
+    real = Cast<to = 1>(codes)
+    weight = Mul(real, scale)
+    a = MatMul(x, weight)
+    b = Relu(a)
+    y = MatMul(b, last)
+}"""
+FORMS = {
+    "identity": (IDENTITY, 24),
+    "transpose": (TRANSPOSE, 20),
+    "half": (HALF, 48),
+    "reshape": (RESHAPE, 12),
+    "tied": (TIED, 22),
+    "grid": (GRID, 16),
+    "positions": (POSITIONS, 24),
+    "codes": (CODES, 32),
+}
+"""Graphs with a constant in several forms, and the units that can be removed, counted by hand."""
+
+
+def _file_bytes(proto: ModelProto) -> int:
+    return len(proto.SerializeToString())
+
+
+def _stored_bytes(proto: ModelProto) -> int:
+    return sum(tensor.ByteSize() for tensor in proto.graph.initializer)
+
+
+def _parameters(proto: ModelProto) -> int:
+    """Elements of the floating initialisers of a file."""
+    floating = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    held = (t for t in proto.graph.initializer if t.data_type in floating)
+    return sum(int(np.prod(tensor.dims)) for tensor in held)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_file_is_not_enlarged_and_parameters_are_those_stored(form: str, tmp_path: Path) -> None:
+    proto = build(FORMS[form][0])
+    model = load(proto, tmp_path)
+    assert cost.count(model).params == _parameters(proto)
+    assert _stored_bytes(model.proto) <= _stored_bytes(proto)
+    # Nodes without a name get one; the lengths of messages may need a further byte, and the default domain is named.
+    names = sum(len(node.name) + 4 for node in model.proto.graph.node)
+    assert _file_bytes(model.proto) <= _file_bytes(proto) + names + 16
+    values = feed(model, 1, 2)
+    assert distance(Session(proto, "cpu").run(values), Session(model.proto, "cpu").run(values)) == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cut_equals_masked_original_and_costs_what_was_predicted(form: str, tmp_path: Path) -> None:
+    text, units = FORMS[form]
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    assert coupling.n_units == units
+    rng = np.random.default_rng(3)
+    for keep in (random_keep(coupling, rng, 0.5), keep_one(coupling, rng)):
+        cut = assert_exact(model, coupling, keep)
+        widths = np.asarray([int(keep[g.units].sum()) for g in coupling.groups], np.int64)
+        predicted = cost.ledger(model, coupling).cost(widths)
+        counted = cost.count(loading.from_proto(cut, model.bindings))
+        assert (predicted.macs, predicted.params) == (counted.macs, counted.params)
+        assert abs(predicted.bytes - _file_bytes(cut)) <= 40
+        assert _file_bytes(cut) < _file_bytes(model.proto)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_of_computed_constants_are_those_of_the_runtime(form: str, tmp_path: Path) -> None:
+    model = load(build(FORMS[form][0]), tmp_path)
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    names = sorted(model.computed)
+    for name in names:
+        kind = helper.np_dtype_to_tensor_dtype(model.dtypes[name])
+        proto.graph.output.append(helper.make_tensor_value_info(name, kind, None))
+    assert bool(names) == (form != "identity")
+    results = Session(proto, "cpu").run(feed(model, 0, 1), ["y", *names])
+    for name, expected in zip(names, results[1:], strict=True):
+        np.testing.assert_array_equal(model.constants[name], expected)
+
+
+def test_transposition_of_a_weight_with_one_use_is_folded(tmp_path: Path) -> None:
+    text = TRANSPOSE.replace("turned = Transpose<perm = [1, 0]>(shared)", "turned = Transpose(own)")
+    model = load(
+        build(text.replace("<float[6,20] shared", "<float[6,20] own, float[6,20] shared")), tmp_path
+    )
+    assert not model.computed
+
+
+def test_equal_transpositions_of_one_weight_are_stored_once(tmp_path: Path) -> None:
+    text = """(float[N,12] x) => (float[N,12] y)
+    <float[12,12] w> {
+        t = Transpose(w)
+        a = MatMul(x, t)
+        b = Relu(a)
+        u = Transpose(w)
+        y = MatMul(b, u)
+    }"""
+    model = load(build(text), tmp_path)
+    assert len(model.proto.graph.initializer) == 1
+    assert not model.computed
+
+
+def test_constant_that_is_a_graph_output_too_stays_readable(tmp_path: Path) -> None:
+    text = IDENTITY.replace("(float[N,4] y)", "(float[N,4] y, float[24,24] alias)")
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    # The shared weight is given out whole, so that nothing between the two uses can be removed.
+    assert coupling.n_units == 0
+    assert [port.name for port in model.outputs] == ["y", "alias"]
+
+
+def test_weight_norm_is_folded_although_one_step_alone_would_grow(tmp_path: Path) -> None:
+    text = """(float[N,6] x) => (float[N,4] y)
+    <float[6,32] v, float[1,32] g, float[32,4] last> {
+        n = ReduceL2<axes = [0], keepdims = 1>(v)
+        u = Div(v, n)
+        w = Mul(u, g)
+        a = MatMul(x, w)
+        b = Relu(a)
+        y = MatMul(b, last)
+    }"""
+    model = load(build(text), tmp_path)
+    assert not model.computed
+    assert couple(model).n_units == 32
+
+
+def test_weight_that_two_uses_cut_along_both_axes_is_cut_along_both(tmp_path: Path) -> None:
+    model = load(build(IDENTITY), tmp_path)
+    coupling = couple(model)
+    keep = random_keep(coupling, np.random.default_rng(0), 0.5)
+    cut = assert_exact(model, coupling, keep)
+    width = int(keep.sum())
+    shapes = {t.name: tuple(t.dims) for t in cut.graph.initializer}
+    assert shapes["shared"] == (width, width)
+
+
+@pytest.mark.parametrize(
+    ("form", "view"), [("half", "v2"), ("reshape", "flat"), ("transpose", "turned")]
+)
+def test_new_value_of_a_view_is_written_to_its_initialiser(
+    form: str, view: str, tmp_path: Path
+) -> None:
+    model: Model = load(build(FORMS[form][0]), tmp_path)
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    editor = Editor(proto)
+    reader, slot = next(
+        (node, slot)
+        for node in proto.graph.node
+        for slot, name in enumerate(node.input)
+        if name == view
+    )
+    value = np.random.default_rng(0).standard_normal(model.shapes[view]).astype(np.float32)
+    editor.replace(reader, slot, value, for_all=True)
+    np.testing.assert_array_equal(editor.constant(view), editor.rounded(view, value))
+    before = {t.name: (t.data_type, tuple(t.dims)) for t in model.proto.graph.initializer}
+    assert {t.name: (t.data_type, tuple(t.dims)) for t in proto.graph.initializer} == before
+    rounding = 1e-3 if form == "half" else 0.0
+    np.testing.assert_allclose(editor.constant(view), value, rtol=rounding, atol=1e-7)
+
+
+def test_half_precision_that_overflows_is_seen_before_it_is_written(tmp_path: Path) -> None:
+    model = load(build(HALF), tmp_path)
+    editor = Editor(model.proto)
+    assert editor.stored_type("v2") == np.float16
+    assert np.isinf(editor.rounded("v2", np.full((24, 24), 1e6, np.float32))).all()
+
+
+def test_bfloat16_weights_behind_a_cast_are_followed(tmp_path: Path) -> None:
+    proto = build(HALF.replace("float16", "float"))
+    for tensor in proto.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        kind = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
+        tensor.CopyFrom(numpy_helper.from_array(value.astype(kind), tensor.name))
+    model = load(proto, tmp_path)
+    assert couple(model).n_units == 48
+    assert {t.data_type for t in model.proto.graph.initializer} == {TensorProto.BFLOAT16}
+    onnx.checker.check_model(model.proto, full_check=True)
