@@ -310,6 +310,9 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     }
     for key, axis_labels in {**labels.constant_labels, **of_views}.items():
         constant = key[0]
+        if labels.is_output(constant):
+            reason = f"'{constant}' is a graph output as well"
+            labels.pin(axis_labels, reason, given=True)
         for node in labels.readers(constant):
             if (node.name, key) in labels.claims:
                 continue

@@ -12,8 +12,6 @@ from onnx_oamip.core.printable import shortened
 from onnx_oamip.core.records import Interface, Model
 from onnx_oamip.graph import external_data
 
-FIRST_VERSION = 4
-"""Version of the format since which initialisers need not be inputs; before, no feed could replace them."""
 NAMED = 3
 """Inputs that a note names."""
 LISTED_WEIGHTS = (
@@ -46,9 +44,6 @@ def take(proto: ModelProto) -> Interface:
     """
     listed = names(proto)
     if not listed:
-        return Interface()
-    if proto.ir_version < FIRST_VERSION:
-        close(proto)
         return Interface()
     if len(listed) == len(proto.graph.initializer):
         close(proto)

@@ -22,7 +22,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import (
+    AttributeProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    numpy_helper,
+)
 
 from onnx_oamip.core.errors import ModelError, OamipError
 from onnx_oamip.core.records import (
@@ -34,10 +41,10 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.graph import (
     computed_constants,
+    conformance,
     default_inputs,
     external_data,
     input_guards,
-    node_order,
     subgraphs,
 )
 from onnx_oamip.graph.ops import fused, kinds
@@ -95,7 +102,9 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
     found = read(file)
     interface = default_inputs.take(found.proto)
     try:
+        notes = (*_remarks(found), *conformance.declare_outputs(found.proto), *interface.notes)
         proto = _normalise(found.proto)
+        notes = (*notes, *conformance.declare_outputs(proto))
         model = from_proto(proto, bindings, path=str(file), sha256=found.sha256, size=found.size)
     except OamipError:
         raise
@@ -103,7 +112,7 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
         # If the runtime refuses the model too, the model is at fault; else this package is.
         Session(file, "cpu", what=str(file))
         raise
-    return replace(model, interface=interface, notes=(*_remarks(found), *interface.notes))
+    return replace(model, interface=interface, notes=notes)
 
 
 def _remarks(file: ModelFile) -> tuple[str, ...]:
@@ -242,10 +251,13 @@ def read(file: Path) -> ModelFile:
         size += data_file.stat().st_size
         _add_content(digest, data_file)
     _resolve_external_data(file, proto, {**data_files, str(file.resolve()): file}, size)
-    _sort_nodes(file, proto)
+    try:
+        conformance.conform(proto)
+    except ModelError as error:
+        raise ModelError(f"{file} is not a valid ONNX model: {error}") from error
     written_out = fused.write_out(proto)
     try:
-        onnx.checker.check_model(external_data.checkable(proto))
+        onnx.checker.check_model(conformance.with_shapes(external_data.checkable(proto)))
     except Exception as error:
         raise ModelError(f"{file} is not a valid ONNX model: {_first_line(error)}.") from error
     return ModelFile(proto, digest.hexdigest(), size, written_out)
@@ -255,14 +267,6 @@ def _add_content(digest: Any, file: Path) -> None:
     with file.open("rb") as stream:
         while chunk := stream.read(external_data.CHUNK_BYTES):
             digest.update(chunk)
-
-
-def _sort_nodes(file: Path, proto: ModelProto) -> None:
-    """Sorts the nodes: ONNX Runtime runs unsorted graphs, the ONNX checker and this package do not."""
-    try:
-        node_order.sort(proto.graph)
-    except ModelError as error:
-        raise ModelError(f"{file} is not a valid ONNX model: {error}") from error
 
 
 def _data_files(file: Path, proto: ModelProto) -> dict[str, Path]:
@@ -429,12 +433,15 @@ def _fold_all(source: ModelProto, unfoldable: set[str]) -> ModelProto:
     """One pass of :func:`_folded`, which leaves the tensors in ``unfoldable`` computed."""
 
     replaceable = default_inputs.names(source)
+    # graphsurgeon cannot write texts as constants.
+    texts = {t.name for t in source.graph.initializer if t.data_type == TensorProto.STRING}
+    open_inputs = replaceable | texts
 
     def is_kept(node: gs.Node | NodeProto) -> bool:
         return (
             _must_stay(node)
             or not unfoldable.isdisjoint(_output_names(node))
-            or not replaceable.isdisjoint(_input_names(node))
+            or not open_inputs.isdisjoint(_input_names(node))
         )
 
     _load_folded_weights(source, is_kept)
@@ -483,19 +490,28 @@ def _load_folded_weights(proto: ModelProto, is_kept: Callable[[NodeProto], bool]
 
 
 def _densify(proto: ModelProto) -> None:
-    """Replaces sparse initialisers by dense ones."""
+    """Replaces sparse initialisers and sparse constants by dense ones."""
     for graph in subgraphs.graphs(proto.graph):
         for sparse in graph.sparse_initializer:
-            values = numpy_helper.to_array(sparse.values)
-            indices = numpy_helper.to_array(sparse.indices)
-            input_guards.check_written_out(sparse, proto)
-            dense = np.zeros(tuple(sparse.dims), values.dtype)
-            if indices.ndim == 2:  # one row of coordinates per value
-                dense[tuple(indices.T)] = values
-            else:  # positions in the flat array
-                dense.reshape(-1)[indices] = values
-            graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+            graph.initializer.append(_dense(sparse, proto))
         del graph.sparse_initializer[:]
+        for node in graph.node:
+            if node.op_type in kinds.CONSTANT and node.attribute[0].name == "sparse_value":
+                dense = _dense(node.attribute[0].sparse_tensor, proto)
+                node.attribute[0].CopyFrom(onnx.helper.make_attribute("value", dense))
+
+
+def _dense(sparse: SparseTensorProto, proto: ModelProto) -> TensorProto:
+    """A sparse tensor with its zeros."""
+    values = numpy_helper.to_array(sparse.values)
+    indices = numpy_helper.to_array(sparse.indices)
+    input_guards.check_written_out(sparse, proto)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 2:  # one row of coordinates per value
+        dense[tuple(indices.T)] = values
+    else:  # positions in the flat array
+        dense.reshape(-1)[indices] = values
+    return numpy_helper.from_array(dense, sparse.values.name)
 
 
 def _expand_short_constants(proto: ModelProto) -> None:

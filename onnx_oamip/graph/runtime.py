@@ -29,8 +29,13 @@ PATIENCE = 120.0
 """Seconds that one run of a graph with a Loop may take: a few bytes can ask for one without an end."""
 TICK = 0.2
 """Seconds between two checks of the time and the memory during such a run."""
-EXACT = {"session.qdq_matmulnbits_accuracy_level": "1", "session.disable_double_qdq_remover": "1"}
-"""Products in float32; no merging of quantisations. A release that does not know an entry ignores it."""
+EXACT = {
+    "session.qdq_matmulnbits_accuracy_level": "1",
+    "session.disable_double_qdq_remover": "1",
+    "session.x64quantprecision": "1",
+}
+"""Products in float32; no merging of quantisations; no sums of 16 bits, which saturate on processors without
+instructions for int8. A release that does not know an entry ignores it."""
 FUSION = "QDQSelectorActionTransformer"
 """Optimiser that makes one integer kernel of an operator between DequantizeLinear and QuantizeLinear."""
 UNFUSED = (

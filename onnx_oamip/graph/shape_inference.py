@@ -143,14 +143,20 @@ def infer(proto: ModelProto, bound: Mapping[str, int], known: Shapes | None = No
             name = symbol(port, axis)
             if name is not None:
                 dim.dim_value = bound[name]
-    _clear_output_shapes(copy.graph)
+    clear_output_shapes(copy.graph)
     for name, shape in (known or {}).items():
         copy.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 0, list(shape)))
     return _inferred(copy, proto)
 
 
-def _clear_output_shapes(graph: GraphProto) -> None:
-    """Clears the declared shapes of outputs, which may hold for other sizes; one that is an input has its shape."""
+def clear_output_shapes(graph: GraphProto) -> None:
+    """Clears the declared shapes of outputs, which may be wrong or hold for other sizes.
+
+    An output that is an input gets the declaration of the input.
+
+    Args:
+        graph: The graph, changed in place.
+    """
     inputs = {value.name: value for value in graph.input}
     for value in graph.output:
         if value.name in inputs:
@@ -410,7 +416,7 @@ class _SubgraphInference:
             outer = onnx.helper.make_tensor_value_info(name, element_type, shapes.get(name))
             model.graph.input.append(outer)
         model.graph.output.extend(graph.output)
-        _clear_output_shapes(model.graph)
+        clear_output_shapes(model.graph)
         return model
 
 
@@ -497,7 +503,9 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
         if value.type.tensor_type.HasField("shape"):
             dims[value.name] = _dims(value.type.tensor_type.shape)
     for name, symbols in recognised.items():
-        inferred_dims = dims.get(name, [None] * len(symbols))
+        inferred_dims = dims.get(name, [])
+        if len(inferred_dims) != len(symbols):  # not known, or declared with another rank
+            inferred_dims = [None] * len(symbols)
         dims[name] = [
             dim if isinstance(dim, int) or symbol is None else symbol
             for dim, symbol in zip(inferred_dims, symbols, strict=True)

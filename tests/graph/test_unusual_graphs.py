@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from graphs import build, load
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_oamip import Settings, prune
 from onnx_oamip.api import pipeline
@@ -185,3 +185,129 @@ def test_fault_of_the_file_is_named_by_the_runtime(
     proto.opset_import.append(helper.make_opsetid("of", 1))
     with pytest.raises(ModelError, match="ONNX Runtime cannot load"):
         load(proto, tmp_path)
+
+
+# ------------------------------------------------------------------------- what the checker of ONNX does not accept
+
+
+def test_initialisers_of_an_old_file_need_not_be_inputs(tmp_path: Path) -> None:
+    proto = build(NET, opset=8, ir=3)
+    assert len(load(proto, tmp_path).constants) == 2
+
+
+def test_second_spelling_of_the_default_domain(tmp_path: Path) -> None:
+    proto = build(NET)
+    proto.graph.node[0].domain = "ai.onnx"
+    model = load(proto, tmp_path)
+    assert couple(model).n_units == 12
+    proto.opset_import[0].domain = "ai.onnx"
+    assert [o.domain for o in load(proto, tmp_path).proto.opset_import] == [""]
+
+
+def test_output_without_a_shape_gets_the_inferred_one(tmp_path: Path) -> None:
+    proto = build(NET)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    model = load(proto, tmp_path)
+    assert model.outputs[0].dims == ("N", 3)
+    assert not model.notes
+
+
+def test_input_without_a_shape_is_refused(tmp_path: Path) -> None:
+    proto = build(NET)
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(ModelError, match="input 'x' declares no shape"):
+        load(proto, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [["N", 7], ["N", 3, 1], [3]])
+def test_wrong_declared_output_is_corrected_with_a_note(
+    tmp_path: Path, shape: list[str | int]
+) -> None:
+    # The shape of the target of a Reshape is followed through the declared shapes.
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,12] w1, float[12,3] w2, int64[1] k = {12}, int64 zero = {0},"
+        " int64[1] first = {0}> { a = MatMul(x, w1)  s = Shape(x)  n = Gather(s, zero)  m = Unsqueeze(n, first)"
+        " t = Concat<axis = 0>(m, k)  r = Reshape(a, t)  h = Relu(r)  y = MatMul(h, w2) }"
+    )
+    proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", 1, shape))
+    report, out, _ = _pruned(proto, tmp_path)
+    assert report.model.outputs[0].dims == ("N", 3)
+    assert any("graph computes [N, 3]" in note for note in report.model.notes)
+    onnx.checker.check_model(out, full_check=True)
+
+
+# ----------------------------------------------------------------------------------------------- types and operators
+
+
+def test_constant_output_is_not_cut(tmp_path: Path) -> None:
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y, float[12] b1) <float[6,12] w1, float[12] b1, float[12,9] w2, float[9,3] w3> {"
+        " a = Gemm(x, w1, b1)  h = Relu(a)  b = MatMul(h, w2)  r = Relu(b)  y = MatMul(r, w3) }"
+    )
+    model = load(proto, tmp_path)
+    coupling = couple(model)
+    assert coupling.n_units == 9
+    assert any("'b1' is a graph output" in pin.reason for pin in coupling.pinned)
+
+
+def test_bounds_of_a_slice_keep_their_type(tmp_path: Path) -> None:
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,12] w1, float[8,3] w2, int32[1] from = {4}, int32[1] to = {12},"
+        " int32[1] axis = {1}> { a = MatMul(x, w1)  h = Relu(a)  s = Slice(h, from, to, axis)  y = MatMul(s, w2) }"
+    )
+    _, out, _ = _pruned(proto, tmp_path)
+    kinds = {t.name: t.data_type for t in out.graph.initializer}
+    (node,) = [node for node in out.graph.node if node.op_type == "Slice"]
+    assert [kinds[name] for name in node.input[1:]] == [TensorProto.INT32] * 3
+
+
+def test_sequences_of_constants_are_not_folded(tmp_path: Path) -> None:
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,12] w1, float[12,3] w2, float[1,12] b> {"
+        " a = MatMul(x, w1)  e = SequenceEmpty()  f = SequenceInsert(e, b)  c = ConcatFromSequence<axis = 0>(f)"
+        " d = Add(a, c)  h = Relu(d)  y = MatMul(h, w2) }"
+    )
+    assert "SequenceInsert" in [node.op for node in load(proto, tmp_path).nodes]
+
+
+def test_texts_are_not_folded(tmp_path: Path) -> None:
+    proto = build(NET.replace("(float[N,3] y)", "(float[N,3] y, string[N,1] z)"))
+    proto.graph.initializer.append(helper.make_tensor("names", 8, [3], [b"a", b"b", b"c"]))
+    proto.graph.initializer.append(helper.make_tensor("turned", 7, [3], [2, 1, 0]))
+    proto.graph.node.extend(
+        [
+            helper.make_node("Gather", ["names", "turned"], ["listed"]),
+            helper.make_node("ArgMax", ["y"], ["best"], axis=1),
+            helper.make_node("Gather", ["listed", "best"], ["z"]),
+        ]
+    )
+    _, _, values = _pruned(proto, tmp_path)
+    np.testing.assert_array_equal(
+        values[1], np.array(["c", "b", "a"])[values[0].argmax(1)][:, None]
+    )
+
+
+def test_sparse_constant_node_becomes_dense(tmp_path: Path) -> None:
+    proto = build(NET)
+    values = helper.make_tensor("v", 1, [2], [2.0, 3.0])
+    sparse = helper.make_sparse_tensor(values, helper.make_tensor("i", 7, [2], [1, 10]), [12])
+    proto.graph.node.insert(1, helper.make_node("Constant", [], ["mask"], sparse_value=sparse))
+    proto.graph.node.insert(2, helper.make_node("Mul", ["a", "mask"], ["m"]))
+    proto.graph.node[3].input[0] = "m"
+    model = load(proto, tmp_path)
+    np.testing.assert_array_equal(model.constants["mask"], np.eye(12)[[1, 10]].T @ [2, 3])
+
+
+def test_decomposed_dynamic_int8_is_cut_exactly(tmp_path: Path) -> None:
+    # Full-range codes: sums of 16 bits would saturate, and differently after a cut.
+    codes = np.random.default_rng(0).integers(-127, 128, (64, 16)).astype(np.int8)
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,64] w1, float[16,3] w2, float scale = {0.01}> {"
+        " a = MatMul(x, w1)  h = Relu(a)  q, s, z = DynamicQuantizeLinear(h)  i = MatMulInteger(q, codes, z, zero)"
+        " f = Cast<to = 1>(i)  t = Mul(s, scale)  b = Mul(f, t)  r = Relu(b)  y = MatMul(r, w2) }"
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(codes, "codes"))
+    proto.graph.initializer.append(numpy_helper.from_array(np.int8(0), "zero"))
+    report, _, _ = _pruned(proto, tmp_path)
+    assert [g.name for g in report.coupling.groups] == ["w1", "codes"]
+    assert report.verification.masked_equivalence == 0

@@ -20,10 +20,17 @@ LOOP = frozenset({"Loop"})
 """May run for ever: the runtime needs watching."""
 RANDOM = ("Random", "Bernoulli", "Multinomial")
 """Beginnings of the names of operators that draw random numbers."""
-NOT_FOLDED = ("DequantizeLinear", "QuantizeLinear", *RANDOM)
+NOT_FOLDED = (
+    "DequantizeLinear",
+    "QuantizeLinear",
+    "Sequence",
+    "SplitToSequence",
+    "Optional",
+    *RANDOM,
+)
 """Beginnings of the names of operators that are kept although all they read is constant.
 
-Quantised weights stay codes, and random numbers are drawn at every run.
+Quantised weights stay codes, random numbers are drawn at every run, and an initialiser cannot hold a sequence.
 """
 CONVOLUTION = "Conv"
 """Part of the name of every convolution, quantised and fused ones among them."""

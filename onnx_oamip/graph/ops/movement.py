@@ -6,6 +6,8 @@ recomputes them from the kept channels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from onnx_oamip.core.records import Node
@@ -212,6 +214,7 @@ def _slice_repair(node: Node, cuts: Cuts) -> Edit:
     cut = {a for a in bounds if cuts.keep(name, a) is not None}
     if not cut:
         return Edit()
+    bounds_type = _bounds_type(node, cuts)
     starts = []
     ends = []
     for a, (start, stop, step) in bounds.items():
@@ -221,10 +224,16 @@ def _slice_repair(node: Node, cuts: Cuts) -> Edit:
             start = int(keep[:low].sum())
             stop = start + int(keep[low:high].sum())
         starts.append(start)
-        ends.append(stop if stop is not None else np.iinfo(np.int64).min)
+        ends.append(stop if stop is not None else np.iinfo(bounds_type).min)
     if "starts" in node.attrs:
         return Edit({"starts": starts, "ends": ends})
-    return Edit(inputs={1: np.asarray(starts, np.int64), 2: np.asarray(ends, np.int64)})
+    return Edit(inputs={1: np.asarray(starts, bounds_type), 2: np.asarray(ends, bounds_type)})
+
+
+def _bounds_type(node: Node, cuts: Cuts) -> np.dtype[Any]:
+    """Element type of the bounds of a Slice, which may be int32 and must be one for all of them."""
+    starts = None if "starts" in node.attrs else cuts.constant(node.inputs[1])
+    return np.dtype(np.int64) if starts is None else starts.dtype
 
 
 def _gather(node: Node, labels: Labels) -> None:

@@ -1,0 +1,146 @@
+"""Conformance: files that ONNX Runtime runs although they do not keep to all rules of ONNX, made to keep to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from onnx import ModelProto, ValueInfoProto
+
+from onnx_oamip.core.errors import ModelError
+from onnx_oamip.graph import default_inputs, node_order, subgraphs
+from onnx_oamip.graph.input_guards import inferred
+from onnx_oamip.graph.shape_inference import clear_output_shapes, skeleton
+
+DEFAULT_DOMAIN = "ai.onnx"
+"""Second spelling of the default domain, whose first one is empty."""
+FIRST_VERSION = 4
+"""Version of the format since which initialisers need not be inputs; before, no feed could replace them."""
+
+
+def conform(proto: ModelProto) -> None:
+    """Rewrites what the checker of ONNX refuses and ONNX Runtime accepts; the model computes the same.
+
+    Nodes are sorted, the default domain gets one spelling, and initialisers need not be inputs. Works in place.
+
+    Args:
+        proto: A model as it is in its file.
+
+    Raises:
+        ModelError: The nodes read each other's outputs in a cycle.
+    """
+    node_order.sort(proto.graph)
+    if proto.ir_version < FIRST_VERSION:
+        default_inputs.close(proto)
+        proto.ir_version = FIRST_VERSION
+    _spell_default_domain(proto)
+
+
+def _spell_default_domain(proto: ModelProto) -> None:
+    nodes = list(subgraphs.nodes(proto.graph))
+    imports = [proto.opset_import]
+    for function in proto.functions:
+        nodes.extend(function.node)
+        imports.append(function.opset_import)
+    for node in nodes:
+        if node.domain == DEFAULT_DOMAIN:
+            node.domain = ""
+    for imported in imports:
+        spelt = [opset for opset in imported if opset.domain == DEFAULT_DOMAIN]
+        if len(spelt) < len(imported) and any(not opset.domain for opset in imported):
+            for opset in spelt:
+                imported.remove(opset)
+        else:
+            for opset in spelt:
+                opset.domain = ""
+
+
+def with_shapes(proto: ModelProto) -> ModelProto:
+    """Declares a shape for inputs and outputs that have none, for the checker, which demands one.
+
+    Args:
+        proto: Any model.
+
+    Returns:
+        The model itself if all have a shape, else a copy.
+    """
+    if not _without_shape((*proto.graph.input, *proto.graph.output)):
+        return proto
+    result = ModelProto()
+    result.CopyFrom(proto)
+    for value in _without_shape((*result.graph.input, *result.graph.output)):
+        value.type.tensor_type.shape.SetInParent()
+    return result
+
+
+def _without_shape(values: Sequence[ValueInfoProto]) -> list[ValueInfoProto]:
+    tensors = [value for value in values if value.type.HasField("tensor_type")]
+    return [value for value in tensors if not value.type.tensor_type.HasField("shape")]
+
+
+def declare_outputs(proto: ModelProto) -> tuple[str, ...]:
+    """Declares outputs without a shape, or with one that the graph contradicts, as the graph computes them.
+
+    Works in place. Dimensions that are not known as numbers are left as they are.
+
+    Args:
+        proto: A valid model.
+
+    Returns:
+        A note for every shape that was wrong.
+
+    Raises:
+        ModelError: An input has no shape, or an output has none and none can be inferred.
+    """
+    graph = proto.graph
+    for value in _without_shape(graph.input):
+        raise ModelError(
+            f"the input '{value.name}' declares no shape, so that its number of axes is not known; declare one, with "
+            "names for lengths that vary, and save the model again."
+        )
+    copy = skeleton(proto)
+    clear_output_shapes(copy.graph)
+    computed = {value.name: value for value in inferred(copy).output}
+    notes: dict[str, None] = {}  # a set in order
+    for value in graph.output:
+        found = computed[value.name].type
+        if not (value.type.HasField("tensor_type") and found.tensor_type.HasField("shape")):
+            continue
+        declared = value.type.tensor_type
+        if not declared.HasField("shape"):
+            declared.shape.CopyFrom(found.tensor_type.shape)
+            continue
+        before = _text(declared.shape)
+        if _correct(declared.shape, found.tensor_type.shape):
+            notes[
+                f"the file declares the output '{value.name}' as {before}, but its graph computes "
+                f"{_text(declared.shape)}; the result declares what is computed"
+            ] = None
+    for value in _without_shape(graph.output):
+        raise ModelError(
+            f"the output '{value.name}' declares no shape, and none can be inferred; declare one, with names for "
+            "lengths that vary, and save the model again."
+        )
+    return tuple(notes)
+
+
+def _correct(declared: onnx.TensorShapeProto, found: onnx.TensorShapeProto) -> bool:
+    """Replaces what contradicts the shape that was found; True if anything did."""
+    if len(declared.dim) != len(found.dim):
+        declared.CopyFrom(found)
+        return True
+    wrong = [
+        (ours, theirs)
+        for ours, theirs in zip(declared.dim, found.dim, strict=True)
+        if ours.HasField("dim_value")
+        and theirs.HasField("dim_value")
+        and ours.dim_value != theirs.dim_value
+    ]
+    for ours, theirs in wrong:
+        ours.CopyFrom(theirs)
+    return bool(wrong)
+
+
+def _text(shape: onnx.TensorShapeProto) -> str:
+    dims = [str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in shape.dim]
+    return f"[{', '.join(dims)}]"
