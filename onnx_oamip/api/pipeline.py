@@ -28,12 +28,14 @@ from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Budget,
+    ContactSheet,
     Measure,
     Report,
     Verification,
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
+from onnx_oamip.data.contact_sheet import contact_sheet
 from onnx_oamip.data.sources import File, Source, source_name
 from onnx_oamip.graph import cost, default_inputs
 from onnx_oamip.graph import loading as models
@@ -147,6 +149,8 @@ def _thin(context: Context, targets: Targets) -> Report:
         fits=found.fits,
         connections=found.connections,
         objective=context.objective,
+        reading=context.samples.reading,
+        contact_sheet=_contact_sheet(context),
     )
     return _write(report, found.proto, None, targets, context.clock)
 
@@ -392,11 +396,20 @@ def _finish(
         curves=ready.curves if isinstance(ready, Prepared) else (),
         tried=result.tried,
         objective=ready.objective,
+        reading=ready.samples.reading,
+        contact_sheet=_contact_sheet(ready),
     )
     keep_map = None
     if targets.keep_map is not None:
         keep_map = keep_maps.keep_map(ready.model, ready.coupling, result.plan.keep)
     return _write(report, result.pruned.proto, keep_map, targets, clock)
+
+
+def _contact_sheet(context: Context) -> ContactSheet | None:
+    """Samples as the model saw them; None without data, where feeds are random."""
+    if context.held_out is None:
+        return None
+    return contact_sheet(context.samples, context.model)
 
 
 def _write(

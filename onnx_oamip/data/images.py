@@ -51,6 +51,8 @@ MAX_REASON_CHARACTERS = 200
 """Characters of Pillow's message in an error."""
 WIDE = 257
 """Code of 16 bits that equals the code 1 of 8 bits: 255 * 257 is 65535."""
+QUALITY = 88
+"""Quality of JPEG files that are written."""
 SCALED_TO_16_BITS = ("PNG", "PPM")
 """Formats whose images in Pillow's mode of 32-bit integers have values up to 65535."""
 
@@ -442,14 +444,16 @@ def _base_scale(port: Port, reading: Reading, bits: int) -> float:
 def _check_whole(scale: Floats, offset: Floats, port: Port, bits: int) -> None:
     """Raise DataError unless codes become whole numbers in the range of an input."""
     limits = np.iinfo(port.dtype)
-    least = float(offset.min())
+    least = float(offset.min()) + 0.0  # no -0
     most = float((scale * (2**bits - 1) + offset).max())
     whole = np.array_equal(scale, np.round(scale)) and np.array_equal(offset, np.round(offset))
     if not whole or least < limits.min or most > limits.max:
+        codes = 2**bits - 1
+        hint = f", or leave them out to feed codes of 0 to {codes}" if codes <= limits.max else ""
         raise DataError(
             f"the model's input '{port.name}' takes {port.dtype}, but images would have values from {least:g} to "
             f"{most:g} by `image_scale`, `image_mean` and `image_std`; choose them so that whole numbers from "
-            f"{limits.min} to {limits.max} result, or leave them out to feed codes of 0 to {2**bits - 1} as they are."
+            f"{limits.min} to {limits.max} result{hint}."
         )
 
 
@@ -529,6 +533,24 @@ def _resized(image: Image.Image, target: ImageInput, fit: str) -> Image.Image:
     if fit == "pad":
         return ImageOps.pad(image, size, resample)
     return ImageOps.fit(image, size, resample)
+
+
+def jpeg(pixels: Array) -> bytes | None:
+    """Encode a drawing as JPEG.
+
+    Args:
+        pixels: The drawing (height, width, 3), uint8.
+
+    Returns:
+        The file; None if the extra ``images`` is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        return None
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=QUALITY)
+    return stream.getvalue()
 
 
 FORMAT = Format("a folder of images", matches, load_folder, check_extra=check_extra)

@@ -90,6 +90,7 @@ def document(report: Report) -> Document:
         ],
         "connections": None if report.connections is None else _connections(report.connections),
         "objective": terms(report.objective),
+        "reading": report.reading,
         "verification": _verification(report.verification),
         "notes": _distinct([*report.model.notes, *report.notes, *report.plan.notes]),
         "timings": report.timings,

@@ -30,6 +30,7 @@ from onnx_oamip.core.records.objective import Measure, Objective, Scale, Term
 from onnx_oamip.core.records.results import (
     Budget,
     Connections,
+    ContactSheet,
     Cost,
     Fit,
     Frontier,
@@ -63,6 +64,7 @@ __all__ = [
     "ClassHead",
     "Connections",
     "Consumer",
+    "ContactSheet",
     "Cost",
     "Coupling",
     "Fit",

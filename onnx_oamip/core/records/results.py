@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onnx_oamip.core.records.graph import (
+    Array,
     Bools,
     Coupling,
     Ints,
@@ -220,12 +221,32 @@ class Connections:
         return sum(layer.kept for layer in self.layers)
 
 
+@dataclass(frozen=True, eq=False)
+class ContactSheet:
+    """Samples of an input as the model saw them, side by side.
+
+    Attributes:
+        input: Name of the input.
+        pixels: The drawing (height, width, 3), uint8.
+        count: Number of samples in it.
+        low: Value that is black.
+        high: Value that is white.
+    """
+
+    input: str
+    pixels: Array
+    count: int
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Report:
     """Result of ``prune`` or ``apply``; ``document`` converts it to JSON.
 
     ``curves`` are the measured losses of every group at a few widths, if the allocation needed them; ``tried`` the
-    steps of a search for ``max_drop``. The result of ``apply`` has no scores.
+    steps of a search for ``max_drop``. The result of ``apply`` has no scores. ``reading`` states how images were read,
+    and ``contact_sheet`` shows samples of an input that takes images.
     """
 
     model: Model
@@ -246,3 +267,5 @@ class Report:
     tried: tuple[Trial, ...] = ()
     connections: Connections | None = None
     objective: Objective = field(default_factory=Objective)
+    reading: Mapping[str, Any] | None = None
+    contact_sheet: ContactSheet | None = None

@@ -151,7 +151,21 @@ class Bullets:
     kind: ClassVar[str] = "list"
 
 
-Part = Figures | Table | Pairs | Note | Code | Bullets
+@dataclass(frozen=True)
+class Picture:
+    """A picture inside the page.
+
+    Attributes:
+        jpeg: The picture in base64.
+        description: Its content in words.
+    """
+
+    jpeg: str
+    description: str
+    kind: ClassVar[str] = "picture"
+
+
+Part = Figures | Table | Pairs | Note | Code | Bullets | Picture
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from onnx_oamip.reporting.html.page import (
     limited,
     paged,
 )
+from onnx_oamip.reporting.html.samples import samples_section
 from onnx_oamip.reporting.html.wording import (
     DASH,
     count,
@@ -84,6 +85,7 @@ def prune_page(report: Report) -> bytes:
         _programs(value),
         _outputs(value),
         _checks(value),
+        samples_section(report.contact_sheet, report.reading),
         again(value, "apply", APPLIED)
         if "plan" in value["settings"]
         else again(value, "prune", Settings.model_fields),
