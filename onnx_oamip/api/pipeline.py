@@ -390,6 +390,7 @@ def _finish(
             *result.plan.notes,
             *result.pruned.notes,
             *notes,
+            *(text for measure in verification.outputs for text in measure.warnings),
             *ready.store.notes(),
         ),
         fits=result.pruned.fits,
@@ -398,6 +399,7 @@ def _finish(
         objective=ready.objective,
         reading=ready.samples.reading,
         contact_sheet=_contact_sheet(ready),
+        compared=result.pruned.losses,
     )
     keep_map = None
     if targets.keep_map is not None:

@@ -26,7 +26,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
-from onnx_oamip.importance import activation
+from onnx_oamip.importance import activation, magnitude
 from onnx_oamip.statistics.layer_problems import (
     Job,
     Problem,
@@ -70,7 +70,34 @@ def score(
         if result is not None:
             order, curve = result
             values[group.units[order]] = curve
-    return Scores("obs", values)
+    return Scores("obs", values, others=_others(model, coupling, statistics, settings, values))
+
+
+def _others(
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics,
+    settings: Settings,
+    values: Floats,
+) -> dict[str, Floats]:
+    """Other orders for groups with a consumer that has no covariance, such as a normalisation.
+
+    What that consumer loses is not part of the error above, so that another order may be better. All other groups keep
+    their order.
+    """
+    grams = statistics[COVARIANCE]
+    unseen = np.zeros(coupling.n_units, bool)
+    for consumer in (*coupling.consumers, *coupling.inside):
+        if consumer.node not in grams:
+            labels = coupling.axes[consumer.data, consumer.axis]
+            unseen[labels[labels >= 0]] = True
+    if not unseen.any():
+        return {}
+    affected = np.isin(coupling.unit_group, coupling.unit_group[unseen])
+    return {
+        name: np.where(affected, method(model, coupling, statistics, settings).values, values)
+        for name, method in (("activation", activation.score), ("l2", magnitude.l2))
+    }
 
 
 def _eliminate_group(

@@ -26,6 +26,9 @@ from onnx_oamip.graph.ops import kinds
 from onnx_oamip.objective.structure import Graph
 from onnx_oamip.objective.tails import Tails
 
+DECISIONS = 2.0
+"""Weight of decisions beside values. Both cost 1 where the average answer is given; but a decision is right or wrong,
+and a box that is a little off is still a box."""
 ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")
 """Kinds in the order in which labels look for their term."""
 
@@ -81,6 +84,7 @@ def detect(
         raise SettingsError(
             "every output is ignored, so nothing could be measured; leave one of `outputs` out."
         )
+    terms = _weighed(terms)
     said = (*notes, *more, *(t.assumption for t in terms if t.assumption))
     return Objective(tuple(terms), tuple(dict.fromkeys(said)))
 
@@ -420,6 +424,19 @@ def _as_values(term: Term) -> Term:
 
 def _otherwise(note: str, term: Term, kind: str) -> str:
     return f"{note}; `outputs={term.output}={kind}` says otherwise"
+
+
+def _weighed(terms: list[Term]) -> list[Term]:
+    """The terms where decisions beside values count ``DECISIONS`` times, unless the user gave their weight."""
+    kinds_there = {term.kind for term in terms}
+    if not kinds_there & {"classes", "binary"} or not kinds_there & {"values", "embedding"}:
+        return terms
+    return [
+        replace(term, weight=DECISIONS)
+        if term.kind in ("classes", "binary") and term.source != "user"
+        else term
+        for term in terms
+    ]
 
 
 def _once(terms: list[Term]) -> tuple[list[Term], list[str]]:

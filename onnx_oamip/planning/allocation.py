@@ -31,6 +31,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.cost import Ledger, full_widths
+from onnx_oamip.graph.ops import Trait, has, kinds
 from onnx_oamip.planning.budget_program import (
     BINDING,
     Ladder,
@@ -290,33 +291,44 @@ def _at(ladder: Ladder, rungs: Sequence[Ints]) -> Ladder:
 
 
 def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> Ints:
-    """Choose the units per alignment step of each group.
+    """Determine the alignment step of each group: a unit that holds several channels needs fewer of itself.
+
+    ``auto`` measures the step of convolutions on the device. It holds for groups of their channels alone, as no other
+    layer was measured, and is never more than a quarter of a group: a narrow layer has little time to win and much to
+    lose.
 
     Args:
         model: The model.
-        coupling: Its units.
-        align: Channels per step; ``auto`` measures the step that suits the device. It is then applied only to groups
-            with convolutions, whose kernels block channels, and never exceeds a quarter of a group. A narrow layer
-            has little time to win and much accuracy to lose.
-        device: Where the model runs.
+        coupling: Its groups.
+        align: Step in channels, or ``auto``.
+        device: Device that the step is measured on.
 
     Returns:
-        Steps (groups,); fewer units than channels if a unit holds several channels.
+        Units per step (groups,).
     """
     result = []
     wanted = find_step(device).value if align == "auto" else int(align)
+    convolved = _weights_of_convolutions(model) if align == "auto" else frozenset()
     for group in coupling.groups:
         held = min(group.multiplicity.values())
         channels = wanted
         if align == "auto":
-            blocked = any(
-                len(model.shapes[t]) > 2 for t, _ in group.multiplicity if t in model.constants
-            )
-            channels = wanted if blocked else 1
+            measured = any(tensor in convolved for tensor, _ in group.multiplicity)
+            channels = wanted if measured else 1
             while channels > 1 and channels * 4 > len(group.units) * held:
                 channels //= 2
         result.append(channels // math.gcd(channels, held))
     return np.asarray(result, np.int64)
+
+
+def _weights_of_convolutions(model: Model) -> frozenset[str]:
+    """Constants that convolutions read, also as codes or in another layout."""
+    found: set[str] = set()
+    for node in reversed(model.every):
+        passes = has(node, Trait.DEQUANTISES | Trait.MOVES | Trait.CASTS)
+        if kinds.CONVOLUTION in node.op or (passes and found.intersection(node.outputs)):
+            found.update(node.inputs)
+    return frozenset(name for name in found if name in model.constants)
 
 
 def best_units(coupling: Coupling, values: Floats, widths: Ints) -> Bools:

@@ -37,6 +37,8 @@ from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 
 CHOICE_SAMPLES = 64
 """Samples on which orders of removal are compared for one group."""
+MARGIN = 0.2
+"""Share by which another order must lose less than that of the method: so much comes by chance on few samples."""
 TRIALS = 64
 """Choices of orders for all groups that are measured at most."""
 AVERAGE = 1.0
@@ -111,16 +113,18 @@ def fits(found: Scores, coupling: Coupling) -> bool:
 
 
 def apply_method(context: Context, method: Method, statistics: Statistics | None) -> Scores:
-    """Score the units, and choose among the removal orders that the method offers.
+    """Score all units by a method; if it offers other orders as well, choose the order of every group by measurement.
+
+    The values of the scores of a group stay the same, sorted into that order. For programs without a repair by least squares whole
+    models are measured too, as what other layers lost then counts.
 
     Args:
-        context: The model, its samples and the settings.
-        method: The importance method.
-        statistics: Statistics that the method requested; None if it requested none.
+        context: The model, its calibration samples and the settings.
+        method: The method.
+        statistics: The statistics that it requests.
 
     Returns:
-        One score per unit. If the method offers several orders, each group takes the one of least measured loss; its
-        scores keep their values and are sorted into that order.
+        The scores, with a note on the choice.
     """
     model, coupling, settings = context.model, context.coupling, context.settings
     found = method.score(model, coupling, statistics, settings)
@@ -130,8 +134,9 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     few = measured.take(
         np.arange(min(measured.count, max(CHOICE_SAMPLES, context.samples.fixed_batch or 1)))
     )
-    names = ["the program", *found.others]
+    names = ["the program" if found.method == "oamip" else found.method, *found.others]
     orders = np.stack([found.values, *found.others.values()])
+    programmed = found.method == "oamip"
     alone = sensitivity.choose(
         model,
         coupling,
@@ -144,8 +149,10 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
         progress=context.progress,
         repair=settings.refit,
         scheduler=settings.scheduler,
+        margin=0.0 if programmed else MARGIN,
     )
-    picks = _together(context, orders, alone)
+    whole = programmed and settings.refit != "least-squares"
+    picks = _together(context, orders, alone) if whole else alone
     values = found.values.copy()
     for group, pick in zip(coupling.groups, picks.tolist(), strict=True):
         values[group.units[np.argsort(orders[pick][group.units], kind="stable")]] = np.sort(
@@ -154,7 +161,10 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     counts = ", ".join(
         f"{name} {n}" for i, name in enumerate(names) if (n := int((picks == i).sum()))
     )
-    note = f"orders of removal measured on {measured.count} samples; least loss by groups: {counts}"
+    if not programmed and not picks.any():
+        return replace(found, others={})
+    count = measured.count if whole else few.count
+    note = f"orders of removal measured on {count} samples; least loss by groups: {counts}"
     return replace(found, values=values, others={}, notes=(*found.notes, note))
 
 

@@ -10,7 +10,7 @@ copied to other processes, and results do not depend on the number of workers, n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -135,6 +135,7 @@ def choose(
     progress: Progress | None = None,
     repair: str = "least-squares",
     scheduler: str | None = None,
+    margin: float = 0.0,
 ) -> Ints:
     """Choose for every group the order of removal under which the model loses least.
 
@@ -153,6 +154,7 @@ def choose(
         progress: Callback ``(stage, done, total)``.
         repair: How consumers are repaired, as ``--refit`` says.
         scheduler: Address of a Dask scheduler, in place of ``workers``.
+        margin: Share by which another order must lose less than the first one to be chosen.
 
     Returns:
         The index of an order by group (groups,).
@@ -160,6 +162,7 @@ def choose(
     whole = _whole(
         model, coupling, orders, feeds, device=device, objective=objective, repair=repair
     )
+    whole = replace(whole, margin=margin)
     found = _by_group(
         _choose,
         whole,
@@ -184,6 +187,7 @@ class _Whole:
     orders: Sequence[Floats]
     device: str
     repair: str
+    margin: float = 0.0
 
 
 def _whole(
@@ -238,8 +242,14 @@ def _choose(whole: _Whole, job: Job) -> int:
     units = whole.coupling.groups[job[0]].units
     gone = [len(units) - max(1, round(share * len(units))) for share in CHOICE]
     sets = [np.argsort(order[units], kind="stable")[:n] for order in whole.orders for n in gone]
+    if all(
+        set(a) == set(b) for a, b in zip(sets, sets[: len(gone)] * len(whole.orders), strict=True)
+    ):
+        return 0  # all orders remove the same units
     found = _losses(whole, job, sets).reshape(len(whole.orders), -1)
-    return int(np.argmin(np.log(found + 1e-9).sum(axis=1)))
+    logs = np.log(found + 1e-9).mean(axis=1)
+    best = int(np.argmin(logs))
+    return best if logs[best] < logs[0] + np.log1p(-whole.margin) else 0
 
 
 def _losses(whole: _Whole, job: Job, removed: Sequence[Ints]) -> Floats:

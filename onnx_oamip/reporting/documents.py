@@ -88,6 +88,7 @@ def document(report: Report) -> Document:
             {"asked": t.asked, "macs": t.macs, "lost": t.lost, "measure": t.measure}
             for t in report.tried
         ],
+        "compared": dict(report.compared),
         "connections": None if report.connections is None else _connections(report.connections),
         "objective": terms(report.objective),
         "reading": report.reading,

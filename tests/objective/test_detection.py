@@ -593,7 +593,7 @@ def test_user_weight_applies_to_a_part(tmp_path: Path) -> None:
     )
     assert [(t.tensor, t.kind, t.weight) for t in found.terms] == [
         ("b8", "values", 3.0),
-        ("c5", "binary", 1.0),
+        ("c5", "binary", 2.0),
     ]
 
 

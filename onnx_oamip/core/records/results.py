@@ -80,12 +80,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A rewritten model: ``raw`` before the refit, ``proto`` after it, and the ``fits`` of its nodes."""
+    """A rewritten model: ``raw`` before the refit, ``proto`` after it, and the ``fits`` of its nodes.
+
+    ``losses``: of the objective with the refit and without, where both were compared.
+    """
 
     raw: Any
     proto: Any
     notes: tuple[str, ...] = ()
     fits: tuple[Fit, ...] = ()
+    losses: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,3 +273,4 @@ class Report:
     objective: Objective = field(default_factory=Objective)
     reading: Mapping[str, Any] | None = None
     contact_sheet: ContactSheet | None = None
+    compared: Mapping[str, float] = field(default_factory=dict)
