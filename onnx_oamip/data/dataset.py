@@ -168,6 +168,18 @@ class Samples:
             origin=index if self.origin is None else self.origin[index],
         )
 
+    def first(self, count: int) -> Samples:
+        """Select the first samples.
+
+        Args:
+            count: Number of samples; a fixed batch gets at least one whole feed.
+
+        Returns:
+            At most that many samples.
+        """
+        wanted = max(count, self.fixed_batch or 1)
+        return self if wanted >= self.count else self.take(np.arange(wanted))
+
     def _take(self, name: str, index: Ints) -> Stored:
         stored = self.arrays[name]
         if self.layouts[name].kind == "shared":
@@ -358,20 +370,39 @@ def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
         seed: Seed of the random choice.
 
     Returns:
-        Calibration samples (four fifths) and evaluation samples (one fifth), in their original order. Too few samples
-        to split are returned as both.
+        Calibration samples (four fifths) in random order, as :func:`shuffle` does, and evaluation samples (one fifth)
+        in their original order. Too few samples to split are returned as both.
     """
     if samples.count < 2:
         return samples, samples
-    order = np.random.default_rng(seed).permutation(samples.count)
+    order = _random_order(samples, seed)
     held_out = max(1, samples.count // EVALUATION_PARTS)
     if samples.fixed_batch:
         held_out = max(samples.fixed_batch, held_out - held_out % samples.fixed_batch)
         if samples.count - held_out < samples.fixed_batch:
             return samples, samples
-    calibration = np.sort(order[held_out:])
     evaluation = np.sort(order[:held_out])
-    return samples.take(calibration), samples.take(evaluation)
+    return samples.take(order[held_out:]), samples.take(evaluation)
+
+
+def shuffle(samples: Samples, seed: int) -> Samples:
+    """Put samples into random order, so that any run of consecutive ones represents all.
+
+    Stages use the first or the last samples only, as many as they need or as fit in memory; data are often sorted, by
+    class for example.
+
+    Args:
+        samples: Samples in any order.
+        seed: Seed of the order.
+
+    Returns:
+        The same samples.
+    """
+    return samples.take(_random_order(samples, seed))
+
+
+def _random_order(samples: Samples, seed: int) -> Ints:
+    return np.random.default_rng(seed).permutation(samples.count)
 
 
 def placeholder(model: Model, seed: int, count: int = 8) -> Samples:

@@ -24,7 +24,7 @@ class SampleSets(NamedTuple):
     """Samples of a run.
 
     Attributes:
-        calibration: Samples for statistics, scores, losses and refits.
+        calibration: Samples for statistics, scores, losses and refits, in random order.
         held_out: Samples on which the result is measured, None if there are no data.
     """
 
@@ -78,4 +78,4 @@ def samples_of(
         held_out = dataset.load(source, model, dataset.EVALUATION, reading)
     if held_out is None:
         return SampleSets(*dataset.hold_out(samples, settings.seed))
-    return SampleSets(samples, held_out)
+    return SampleSets(dataset.shuffle(samples, settings.seed), held_out)

@@ -115,8 +115,8 @@ def fits(found: Scores, coupling: Coupling) -> bool:
 def apply_method(context: Context, method: Method, statistics: Statistics | None) -> Scores:
     """Score all units by a method; if it offers other orders as well, choose the order of every group by measurement.
 
-    The values of the scores of a group stay the same, sorted into that order. For programs without a repair by least squares whole
-    models are measured too, as what other layers lost then counts.
+    The values of the scores of a group stay the same, sorted into that order. For programs without a repair by least
+    squares whole models are measured too, as the losses of other layers then count.
 
     Args:
         context: The model, its calibration samples and the settings.
@@ -131,9 +131,7 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     if not found.others:
         return found
     measured = parts(context.samples)[1]
-    few = measured.take(
-        np.arange(min(measured.count, max(CHOICE_SAMPLES, context.samples.fixed_batch or 1)))
-    )
+    few = measured.first(CHOICE_SAMPLES)
     names = ["the program" if found.method == "oamip" else found.method, *found.others]
     orders = np.stack([found.values, *found.others.values()])
     programmed = found.method == "oamip"

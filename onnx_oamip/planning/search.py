@@ -252,7 +252,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
                 ready.coupling,
                 chosen.keep,
                 raw,
-                samples=ready.samples,
+                samples=parts(ready.samples)[0],
                 device=ready.device,
                 batch_size=ready.batch,
                 seed=s.seed,
@@ -286,7 +286,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
 
 
 def _better(ready: Context, chosen: Plan, refitted: Pruned) -> Pruned:
-    """The refitted model, or the cut one if that loses less on calibration samples that no refit saw.
+    """The refitted model, or the cut one if that loses less on calibration samples that the refit did not use.
 
     A refit brings every layer near to what it gave, which need not bring the outputs near.
     """
@@ -304,19 +304,14 @@ def _better(ready: Context, chosen: Plan, refitted: Pruned) -> Pruned:
         for total, session in zip(totals, sessions, strict=True):
             total += sums(objective, truth, session.run(feed, tensors))
     after, before = (loss(objective, total).total for total in totals)
+    losses = {"refit": after, "none": before}
     if after <= before:
-        return replace(refitted, losses={"refit": after, "none": before})
+        return replace(refitted, losses=losses)
     note = (
-        f"the refit is left out: on calibration samples that it did not see the model loses {after:.3g} with it and "
+        f"the refit is left out: on calibration samples that it did not use the model loses {after:.3g} with it and "
         f"{before:.3g} without"
     )
-    return replace(
-        refitted,
-        proto=plain,
-        fits=(),
-        notes=(*refitted.notes, note),
-        losses={"refit": after, "none": before},
-    )
+    return replace(refitted, proto=plain, fits=(), notes=(*refitted.notes, note), losses=losses)
 
 
 def answers(ready: Context, batch: int) -> equivalence.Recorded | None:

@@ -15,8 +15,6 @@ from onnx_oamip.statistics.requests import BUILT_IN
 
 SENSITIVITY_SAMPLES = 128
 """Most calibration samples that losses are measured on."""
-GRAM_SAMPLES = 512
-"""Most calibration samples that covariances are collected from."""
 
 
 def collect(context: Context, requests: Iterable[Request[Any]]) -> Statistics:
@@ -45,21 +43,21 @@ def collect(context: Context, requests: Iterable[Request[Any]]) -> Statistics:
 
 
 def parts(samples: Samples) -> tuple[Samples, Samples]:
-    """Split calibration samples, so that a repair is not measured on the rows that it was computed from.
+    """Split calibration samples, so that a repair is not measured on the samples that it was computed from.
 
     Args:
-        samples: All calibration samples.
+        samples: All calibration samples, in random order.
 
     Returns:
-        Samples for covariances, and samples for sensitivities. Both are all samples if there are too few to split.
+        Samples for covariances and repairs, and up to ``SENSITIVITY_SAMPLES`` for losses. Both are all samples if there
+        are too few to split.
     """
     count = samples.count
     measured = min(SENSITIVITY_SAMPLES, count // 4)
     if measured < (samples.fixed_batch or 1):
         return samples, samples
     split = count - measured
-    fitted = np.arange(min(split, GRAM_SAMPLES))
-    return samples.take(fitted), samples.take(np.arange(split, count))
+    return samples.take(np.arange(split)), samples.take(np.arange(split, count))
 
 
 def _position(request: Request[Any]) -> tuple[int, str]:

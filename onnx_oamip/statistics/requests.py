@@ -17,6 +17,9 @@ from onnx_oamip.core.records import (
 if TYPE_CHECKING:
     from onnx_oamip.statistics.context import Context
 
+GRAM_SAMPLES = 512
+"""Most calibration samples that covariances are collected from."""
+
 
 def _moments(context: Context) -> Mapping[Axis, Moments]:
     from onnx_oamip.artifacts import cache_entries
@@ -48,7 +51,7 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     from onnx_oamip.statistics.collector import parts
 
     model, coupling, settings = context.model, context.coupling, context.settings
-    fitted, _ = parts(context.samples)
+    fitted = parts(context.samples)[0].first(GRAM_SAMPLES)
     feeds, _ = feeds_within_memory(model, fitted, context.batch, settings.activation_memory_limit)
     cap = covariances.CAP
     if settings.max_memory is not None:

@@ -13,7 +13,7 @@ from graphs import build, load
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model
 from onnx_oamip.data import dataset
-from onnx_oamip.data.dataset import EVALUATION, Samples, hold_out
+from onnx_oamip.data.dataset import EVALUATION, Samples, hold_out, shuffle
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((10, 3, 4, 4)).astype(np.float32)
@@ -525,6 +525,28 @@ def test_hold_out_is_a_partition(tmp_path: Path, count: int) -> None:
     if count == 100:
         other = hold_out(samples, seed=4)[1]
         assert not np.array_equal(held.arrays["x"], other.arrays["x"])
+
+
+def test_calibration_samples_of_sorted_classes_are_in_random_order(tmp_path: Path) -> None:
+    text = "(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"
+    samples = _numbered(load(build(text), tmp_path), 200)
+    for mixed in (shuffle(samples, seed=3), hold_out(samples, seed=3)[0]):
+        assert mixed.labels is not None
+        assert mixed.origin is not None
+        np.testing.assert_array_equal(mixed.arrays["x"][:, 0], mixed.labels)
+        np.testing.assert_array_equal(mixed.origin, mixed.labels)
+        assert len(np.unique(mixed.labels)) == mixed.count
+        for part in (mixed.labels[:40], mixed.labels[-40:]):
+            assert len(np.unique(part // 20)) == 10  # ten classes of 20 samples, all represented
+    np.testing.assert_array_equal(shuffle(samples, 3).labels, shuffle(samples, 3).labels)
+    assert not np.array_equal(shuffle(samples, 3).labels, shuffle(samples, 4).labels)
+
+
+def test_first_samples_fill_a_fixed_batch(fixed: Model, model: Model) -> None:
+    assert _numbered(fixed, 9).first(2).count == 4
+    samples = _load({"x": IMAGES}, model)
+    np.testing.assert_array_equal(samples.first(3).arrays["x"], IMAGES[:3])
+    assert samples.first(50) is samples
 
 
 def test_single_sample_is_used_for_calibration_and_evaluation(tmp_path: Path) -> None:

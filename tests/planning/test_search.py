@@ -457,7 +457,7 @@ def test_file_size_budget_is_met(
     assert max(sizes) > 0.75, "an attempt was to miss"
     assert 0.6 * ready.before.bytes < found.after.bytes <= 0.75 * ready.before.bytes
     if "max_drop" not in budgets:
-        assert len(sizes) == 2
+        assert 2 <= len(sizes) <= 1 + search.SIZE_TRIES
 
 
 # ---------------------------------------------------------------------------------------------------------- latency
