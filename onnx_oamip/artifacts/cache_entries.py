@@ -75,10 +75,10 @@ def _unpack_moments(arrays: Mapping[str, Array]) -> dict[tuple[str, int], Moment
 
 
 def _pack_grams(grams: Mapping[str, Gram]) -> dict[str, Array]:
-    index = [[name, gram.taps, gram.rows] for name, gram in grams.items()]
+    index = [[name, gram.taps, gram.rows, gram.factor is not None] for name, gram in grams.items()]
     arrays: dict[str, Array] = {"index": _as_text(index)}
     for i, gram in enumerate(grams.values()):
-        arrays[f"matrix{i}"] = gram.matrix
+        arrays[f"values{i}"] = gram.values
         arrays[f"mean{i}"] = gram.mean
         arrays[f"columns{i}"] = gram.columns
     return arrays
@@ -86,9 +86,15 @@ def _pack_grams(grams: Mapping[str, Gram]) -> dict[str, Array]:
 
 def _unpack_grams(arrays: Mapping[str, Array]) -> dict[str, Gram]:
     grams = {}
-    for i, (name, taps, rows) in enumerate(_from_text(arrays["index"])):
+    for i, (name, taps, rows, is_factor) in enumerate(_from_text(arrays["index"])):
+        values = arrays[f"values{i}"]
         grams[name] = Gram(
-            arrays[f"matrix{i}"], arrays[f"mean{i}"], arrays[f"columns{i}"], taps, rows
+            matrix=None if is_factor else values,
+            mean=arrays[f"mean{i}"],
+            columns=arrays[f"columns{i}"],
+            taps=taps,
+            rows=rows,
+            factor=values if is_factor else None,
         )
     return grams
 

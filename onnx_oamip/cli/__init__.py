@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import click
 
@@ -45,7 +46,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with signals_end_the_work():
+        with signals_end_the_work(), _no_numeric_warnings():
             status = cli.main(arguments, prog_name="onnx-oamip", standalone_mode=False)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
@@ -72,6 +73,19 @@ def _run(arguments: Sequence[str] | None) -> int:
             2,
         )
     return status if isinstance(status, int) else 0
+
+
+@contextmanager
+def _no_numeric_warnings() -> Iterator[None]:
+    """Keep warnings of numpy and scipy about overflow and the like off stderr, but not those of a user's function.
+
+    Results that are not finite are refused or noted where they matter.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", category=RuntimeWarning, module=r"(onnx_oamip|numpy|scipy)(\.|$)"
+        )
+        yield
 
 
 def _fail(message: str, status: int) -> int:

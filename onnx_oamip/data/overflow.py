@@ -69,8 +69,8 @@ def refuse(
     reader = f", which {readers[0]} reads," if readers else ""
     if scan.first is None:
         raise DataError(
-            f"the tensor '{tensor}'{reader} takes values up to {scan.largest:.1e}, and their sums are NaN or infinite "
-            "in float32; scale the model's inputs as in training, or fold the scale into its weights."
+            f"the tensor '{tensor}'{reader} takes values up to {scan.largest:.1e}, whose squares cannot be summed in "
+            "float64; scale the model's inputs as in training, or fold the scale into its weights."
         )
 
     source = _first_faulty_node(model, tensor, scan.first, device)

@@ -121,7 +121,9 @@ def eliminate(consumers: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
     Returns:
         The order of removal (count,), and the cumulated error (count,) after each removal.
     """
-    states = [_State(problem) for problem in consumers]
+    states = [_state(problem) for problem in consumers]
+    # A unit that is constant in all consumers costs nothing: biases make up for it.
+    constant = np.all([problem.constant for problem in consumers], axis=0)
     alive = np.ones(count, bool)
     order: list[Ints] = []
     curve: list[Floats] = []
@@ -131,6 +133,7 @@ def eliminate(consumers: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
         loss = np.zeros(left)
         for state in states:
             loss += state.losses(candidates)
+        loss[constant[candidates]] = 0.0
         step = max(1, left // ONE_BY_ONE)
         least = np.argsort(loss, kind="stable")[:step]
         removed = candidates[least]
@@ -139,8 +142,7 @@ def eliminate(consumers: Sequence[Problem], count: int) -> tuple[Ints, Floats]:
         error = float(curve[-1][-1])
         alive[removed] = False
         if step < left:
-            for state in states:
-                state.remove(removed)
+            states = [state.remove(removed) for state in states]
     return np.concatenate(order), np.concatenate(curve) / len(consumers)
 
 
@@ -158,15 +160,89 @@ def _inverse(gram: Floats) -> Floats:
     return np.ascontiguousarray(inverse)
 
 
+def _state(problem: Problem) -> _State | _WideState:
+    scale = problem.scale / problem.share
+    columns, weight = problem.columns.copy(), problem.weight.copy()
+    if problem.factor is not None:
+        return _WideState(problem.factor.copy(), columns, weight, ridge=problem.ridge, scale=scale)
+    assert problem.gram is not None
+    return _State(problem.gram, columns, weight, scale)
+
+
+class _WideState:
+    """One consumer with more columns than rows during the removal of its inputs.
+
+    With F the factor of the present columns and ``K = F F' + ridge I``, a matrix of rows by rows, the inverse is
+    ``H = (I - F' K^-1 F) / ridge`` (Woodbury).
+    """
+
+    def __init__(
+        self, factor: Floats, columns: Ints, weight: Floats, *, ridge: float, scale: float
+    ) -> None:
+        self.factor, self.columns, self.weight = factor, columns, weight
+        self.ridge, self.scale = ridge, scale
+        self._solve()
+
+    def _solve(self) -> None:
+        products = self.factor @ self.factor.T
+        products[np.diag_indices_from(products)] += self.ridge
+        self.solved = _inverse(products) @ self.factor
+
+    def losses(self, units: Ints) -> Floats:
+        """Compute the loss of removing each unit from the present state.
+
+        Args:
+            units: Units that are present.
+
+        Returns:
+            One loss per unit, in units of the consumer's output variance.
+        """
+        per_unit = self.columns.shape[1]
+        columns = self.columns[units].reshape(-1)
+        shape = (len(self.factor), len(units), per_unit)
+        factor = self.factor[:, columns].reshape(shape)
+        solved = self.solved[:, columns].reshape(shape)
+        reach = np.einsum("nuk,nul->ukl", factor, solved, optimize=True)
+        weights = self.weight[:, columns].reshape(len(self.weight), len(units), per_unit)
+        energy = np.einsum("ouk,oul->ukl", weights, weights, optimize=True)
+        blocks = np.eye(per_unit) - reach
+        losses = self.ridge * np.einsum("ukl,ulk->u", np.linalg.inv(blocks), energy)
+        return np.asarray(losses) / self.scale
+
+    def remove(self, units: Ints) -> _State | _WideState:
+        """Remove units and repair the weights of the rest.
+
+        Args:
+            units: Units that are present.
+
+        Returns:
+            The state without them, as a matrix once there are no more columns than rows.
+        """
+        removed = self.columns[units].reshape(-1)
+        lost = self.weight[:, removed] @ self.factor[:, removed].T
+        present = np.ones(self.factor.shape[1], bool)
+        present[removed] = False
+        place = np.cumsum(present) - 1
+        # Entries of removed units become arbitrary, and are never read.
+        self.columns = place[self.columns]
+        self.factor = self.factor[:, present]
+        self.weight = self.weight[:, present]
+        self._solve()
+        self.weight += lost @ self.solved
+        if self.factor.shape[1] > len(self.factor):
+            return self
+        gram = self.factor.T @ self.factor
+        gram[np.diag_indices_from(gram)] += self.ridge
+        return _State(gram, self.columns, self.weight, self.scale)
+
+
 class _State:
     """One consumer during the removal of its inputs."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.scale = problem.scale / problem.share
-        self.columns = problem.columns.copy()
-        self.weight = problem.weight.copy()
-        self.present = np.ones(len(problem.gram), bool)
-        self.inverse = _inverse(problem.gram)
+    def __init__(self, gram: Floats, columns: Ints, weight: Floats, scale: float) -> None:
+        self.columns, self.weight, self.scale = columns, weight, scale
+        self.present = np.ones(len(gram), bool)
+        self.inverse = _inverse(gram)
 
     def losses(self, units: Ints) -> Floats:
         """Compute the loss of removing each unit from the present state.
@@ -184,11 +260,14 @@ class _State:
         losses = np.einsum("ukl,ulk->u", np.linalg.inv(blocks), energy)
         return np.asarray(losses) / self.scale
 
-    def remove(self, units: Ints) -> None:
+    def remove(self, units: Ints) -> _State:
         """Remove units: repair the weights of the rest and downdate the inverse.
 
         Args:
             units: Units that are present.
+
+        Returns:
+            The state without them.
         """
         removed = self.columns[units].reshape(-1)
         rows = self.inverse[removed]
@@ -198,6 +277,7 @@ class _State:
         self.present[removed] = False
         if self.present.mean() < LEAST_PRESENT:
             self._drop_removed()
+        return self
 
     def _drop_removed(self) -> None:
         place = np.cumsum(self.present) - 1

@@ -437,7 +437,7 @@ def collect_targets(
         rows = tuple(pick(row_count(place, shape), rows_per_feed, rng) for shape in shapes)
         # Inputs and the other branch are empty where they are not needed: hence strict=False.
         sampled_inputs = [
-            data_rows(place, x, chosen, shape).astype(np.float32)
+            data_rows(place, x, chosen, shape).astype(np.promote_types(x.dtype, np.float32))
             for x, chosen, shape in zip(data, rows, shapes, strict=False)
         ]
         result[place.node.name] = Target(
@@ -487,8 +487,9 @@ def _row_limit(shape: tuple[int, int, int, int], cap: int, memory_limit: int) ->
 
 
 def _sampled(place: Site, outputs: Sequence[Array], rows: Sequence[Ints]) -> tuple[Array, ...]:
+    # Numbers of a float64 model may be beyond the range of float32.
     return tuple(
-        output_rows(place, y, chosen).astype(np.float32)
+        output_rows(place, y, chosen).astype(np.promote_types(y.dtype, np.float32))
         for y, chosen in zip(outputs, rows, strict=False)
     )
 

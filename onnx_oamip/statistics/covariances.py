@@ -17,6 +17,7 @@ from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
     Coupling,
+    Floats,
     Gram,
     Ints,
     Model,
@@ -28,8 +29,14 @@ from onnx_oamip.graph.partial_execution import element_types, stream
 
 CAP = 2304
 """Unknowns above which only the channels x channels form is kept (taps folded into the outputs)."""
-MOST_COLUMNS = 8192
-"""Columns above which a consumer has no matrix (half a gigabyte): its units are scored by their activations alone."""
+MOST_COLUMNS = 4096
+"""Columns above which a factor is kept in place of the matrix, whose work is cubic in the columns."""
+MOST_VALUES = 1 << 25
+"""Most values of such a factor, where no option bounds memory."""
+MOST_FLOPS = 2e11
+"""Floating-point operations of an elimination of all columns of such a factor, about 64 * columns * rows^2."""
+FLOPS_PER_VALUE = 64
+LEAST_FACTOR_ROWS = 32
 ROWS_PER_UNKNOWN = 2
 LEAST_ROWS, MOST_ROWS = 4096, 8192
 
@@ -43,10 +50,11 @@ def collect(
     seed: int = 0,
     progress: Progress | None = None,
     cap: int = CAP,
+    limit: int | None = None,
 ) -> dict[str, Gram]:
     """Collect the covariance of the input of every linear consumer, over sampled rows of all feeds.
 
-    One feed is in memory at a time. Sums are float64.
+    One feed is in memory at a time. Sums are float64. Values that are not finite make the covariance NaN.
 
     Args:
         model: The model.
@@ -56,15 +64,18 @@ def collect(
         seed: Seed of the choice of rows.
         progress: Callback ``(stage, done, total)``.
         cap: Unknowns up to which a matrix has a column for each.
+        limit: Most values of a matrix or a factor; None for ``MOST_COLUMNS`` and ``MOST_VALUES``.
 
     Returns:
         Covariances by consumer node.
     """
-    sums = []
+    sums: list[_Sum | _Factor] = []
     for layer, columns in _layers(model, coupling, cap):
-        if len(columns) <= MOST_COLUMNS:
-            with memory_for(_purpose(layer)):
+        with memory_for(_purpose(layer)):
+            if _has_matrix(columns, limit):
                 sums.append(_Sum(model, layer, columns))
+            else:
+                sums.append(_Factor(model, layer, columns, limit))
     batches = [_batch(model, feed) for feed in feeds]
     rng = np.random.default_rng(seed)
     rows = []
@@ -81,37 +92,49 @@ def collect(
             # The size of this tensor depends on the data, so that its rows are chosen now.
             own_rng = np.random.default_rng((seed, i, b))
             rows[i][b] = pick(count, total.wanted(len(feeds)), own_rng)
-        with memory_for(_purpose(total.layer)):
+        # The caller refuses sums that are not finite; a warning would only repeat it.
+        with memory_for(_purpose(total.layer)), np.errstate(over="ignore", invalid="ignore"):
             total.add(value, rows[i][b])
         if progress and i + 1 == len(sums):
             progress("gram", b + 1, len(feeds))
-    return {total.layer.node.name: total.gram() for total in sums}
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {total.layer.node.name: total.gram() for total in sums}
 
 
-def fits(grams: Mapping[str, Gram], model: Model, coupling: Coupling, cap: int = CAP) -> bool:
-    """Validate a cache entry: one matrix per consumer, of its size, with finite values.
+def fits(
+    grams: Mapping[str, Gram],
+    model: Model,
+    coupling: Coupling,
+    cap: int = CAP,
+    limit: int | None = None,
+) -> bool:
+    """Validate a cache entry: one matrix or factor per consumer, of its size, with finite values.
 
     Args:
         grams: The entry.
         model: The model.
         coupling: Its consumers.
         cap: Unknowns up to which a matrix has a column for each.
+        limit: Most values of a matrix or a factor.
 
     Returns:
         True if the entry can hold the covariances of the model.
     """
-    every = _layers(model, coupling, cap)
-    expected = [(layer, columns) for layer, columns in every if len(columns) <= MOST_COLUMNS]
+    expected = _layers(model, coupling, cap)
     if list(grams) != [layer.node.name for layer, _ in expected]:
         return False
     for (layer, columns), gram in zip(expected, grams.values(), strict=True):
         groups = matrix_shape(layer, model.constants[layer.weight])[0]
         size = len(columns)
-        if gram.matrix.shape != (groups, size, size) or gram.mean.shape != (groups, size):
-            return False
         if type(gram.rows) is not int or type(gram.taps) is not int:
             return False
-        for values in (gram.matrix, gram.mean):
+        has_matrix = _has_matrix(columns, limit)
+        if has_matrix != (gram.factor is None):
+            return False
+        rank = size if has_matrix else gram.rows
+        if gram.values.shape != (groups, rank, size) or gram.mean.shape != (groups, size):
+            return False
+        for values in (gram.values, gram.mean):
             if values.dtype != np.float64 or not np.isfinite(values).all():
                 return False
         if not np.array_equal(gram.columns, columns):
@@ -131,9 +154,26 @@ def cap(coupling: Coupling, memory_limit: int) -> int:
     Returns:
         The number of unknowns, at most ``CAP``.
     """
+    return min(CAP, math.isqrt(share(coupling, memory_limit)))
+
+
+def share(coupling: Coupling, memory_limit: int) -> int:
+    """Divide memory by the consumers of a model.
+
+    Args:
+        coupling: The consumers of the model.
+        memory_limit: Upper bound in bytes on the matrices of all consumers.
+
+    Returns:
+        Most values of a matrix of one consumer.
+    """
     consumers = len({consumer.node for consumer in coupling.consumers})
-    values_per_matrix = memory_limit // (8 * max(1, consumers))
-    return min(CAP, math.isqrt(values_per_matrix))
+    return memory_limit // (8 * max(1, consumers))
+
+
+def _has_matrix(columns: Ints, limit: int | None) -> bool:
+    """Whether a consumer keeps a matrix of its columns, not a factor."""
+    return len(columns) <= MOST_COLUMNS and (limit is None or len(columns) ** 2 <= limit)
 
 
 def _purpose(layer: Site) -> str:
@@ -176,18 +216,14 @@ def _columns(layer: Site, weight: Array, labels: Ints, cap: int) -> Ints:
     return every[:, None]
 
 
-class _Sum:
-    """Sums over the rows that one consumer reads: of the columns (groups, d), and of their products (groups, d, d)."""
+class _Rows:
+    """Rows that one consumer reads: how many there are, how many to sample, and their equations."""
 
     def __init__(self, model: Model, layer: Site, columns: Ints) -> None:
         self.layer, self.columns = layer, columns
         self.groups, _, _, self.taps = matrix_shape(layer, model.constants[layer.weight])
         self.data_shape = model.shapes[layer.data]
         self.output_shape = model.shapes[layer.node.outputs[0]]
-        size = len(columns)
-        self.total = np.zeros((self.groups, size))
-        self.square = np.zeros((self.groups, size, size))
-        self.seen = 0
 
     def wanted(self, feeds: int) -> int:
         """Compute the rows to sample from each feed.
@@ -230,6 +266,41 @@ class _Sum:
             return len(value) * self._positions()
         return int(value.size) // int(value.shape[self.layer.data_axis])
 
+    def equations(self, value: Array, rows: Ints) -> Floats:
+        """Cut out rows of one feed.
+
+        Args:
+            value: Value of the consumer's input for the feed.
+            rows: Indices of the rows.
+
+        Returns:
+            Values of the columns (groups, equations, d).
+        """
+        output = (len(value), *self.output_shape[1:])
+        inputs = data_rows(self.layer, value, rows, output).transpose(1, 0, 2)
+        # Equal places of all columns make one equation each.
+        by_place: Floats = inputs[:, :, self.columns.T]
+        return by_place.reshape(self.groups, -1, len(self.columns))
+
+    def _positions(self) -> int:
+        return int(np.prod(self.output_shape[2:]))
+
+
+class _Sum(_Rows):
+    """Sums over rows: of the columns (groups, d), and of their products (groups, d, d).
+
+    They are relative to the first row: sums of squares of large values lose the digits of a small variance, and a
+    constant column has the variance 0 to the last digit.
+    """
+
+    def __init__(self, model: Model, layer: Site, columns: Ints) -> None:
+        super().__init__(model, layer, columns)
+        size = len(columns)
+        self.total = np.zeros((self.groups, size))
+        self.square = np.zeros((self.groups, size, size))
+        self.seen = 0
+        self.origin: Floats | None = None
+
     def add(self, value: Array, rows: Ints) -> None:
         """Add rows of one feed to the sums.
 
@@ -237,11 +308,12 @@ class _Sum:
             value: Value of the consumer's input for the feed.
             rows: Indices of the rows.
         """
-        output = (len(value), *self.output_shape[1:])
-        inputs = data_rows(self.layer, value, rows, output).transpose(1, 0, 2)
-        # Equal places of all columns make one equation each.
-        by_place = inputs[:, :, self.columns.T]
-        equations = by_place.reshape(self.groups, -1, len(self.columns))
+        equations = self.equations(value, rows)
+        if not equations.shape[1]:
+            return
+        if self.origin is None:
+            self.origin = equations[:, 0].copy()
+        equations -= self.origin[:, None]
         self.total += equations.sum(axis=1)
         self.square += equations.transpose(0, 2, 1) @ equations
         self.seen += equations.shape[1]
@@ -250,12 +322,65 @@ class _Sum:
         """Compute the covariance in place: the sums are not valid afterwards.
 
         Returns:
-            The covariance of the columns.
+            The covariance of the columns; zeros if there were no rows.
         """
-        mean = self.total / self.seen
-        self.square /= self.seen
+        count = max(self.seen, 1)
+        mean = self.total / count
+        self.square /= count
         self.square -= mean[:, :, None] * mean[:, None, :]
+        if self.origin is not None:
+            mean += self.origin
         return Gram(self.square, mean, self.columns, self.taps, self.seen)
 
-    def _positions(self) -> int:
-        return int(np.prod(self.output_shape[2:]))
+
+class _Factor(_Rows):
+    """Rows of a consumer with too many columns for a matrix: as many as its share of memory and of time allows."""
+
+    def __init__(self, model: Model, layer: Site, columns: Ints, limit: int | None) -> None:
+        super().__init__(model, layer, columns)
+        self.values = MOST_VALUES if limit is None else min(MOST_VALUES, limit)
+        self.parts: list[Floats] = []
+
+    def wanted(self, feeds: int) -> int:
+        """Compute the rows to sample from each feed.
+
+        Args:
+            feeds: Number of feeds.
+
+        Returns:
+            Number of rows, so that equations do not exceed the limits.
+        """
+        size, folded = self.columns.shape
+        in_memory = self.values // (self.groups * size)
+        in_time = math.isqrt(int(MOST_FLOPS / (FLOPS_PER_VALUE * self.groups * size)))
+        equations = max(LEAST_FACTOR_ROWS, min(in_memory, in_time, MOST_ROWS))
+        rows: int = max(1, equations // (folded * feeds))
+        return rows
+
+    def add(self, value: Array, rows: Ints) -> None:
+        """Keep rows of one feed.
+
+        Args:
+            value: Value of the consumer's input for the feed.
+            rows: Indices of the rows.
+        """
+        self.parts.append(self.equations(value, rows))
+
+    def gram(self) -> Gram:
+        """Compute the factor of the covariance.
+
+        Returns:
+            The covariance of the columns.
+        """
+        factor = np.concatenate(self.parts, axis=1)
+        self.parts.clear()
+        rows = factor.shape[1]
+        count = max(rows, 1)
+        origin = factor[:, :1].copy()
+        factor -= origin
+        mean = factor.sum(axis=1, keepdims=True) / count
+        factor -= mean
+        factor /= math.sqrt(count)
+        if rows:
+            mean += origin
+        return Gram(None, mean[:, 0], self.columns, self.taps, rows, factor)

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.records import (
+    Bools,
     Consumer,
     Coupling,
     Floats,
@@ -38,25 +39,53 @@ class Problem:
         consumer: The consumer.
         block: Index of the block of a grouped convolution.
         weight: W (outputs * fold, d).
-        gram: Covariance (d, d) with the ridge on its diagonal.
+        gram: Covariance G (d, d) with the ridge on its diagonal; None if ``factor`` stands for it.
         mean: Mean of x (d,).
         columns: Columns (units, k) that each unit of the group holds.
         spread: The node's own inputs (d, fold) behind each column.
         scale: Variance of y, in which losses of several consumers are comparable.
         ridge: The number on the diagonal of ``gram``.
         share: Weight of this consumer beside those of the group's other consumers, 1 on average.
+        factor: F (rows, d) with ``G = F' F + ridge I``, of a consumer with many columns; else None.
     """
 
     consumer: Consumer
     block: int
     weight: Floats
-    gram: Floats
+    gram: Floats | None
     mean: Floats
     columns: Ints
     spread: Ints
     scale: float
     ridge: float = 0.0
     share: float = 1.0
+    factor: Floats | None = None
+
+    @property
+    def constant(self) -> Bools:
+        """Units (units,) whose columns are all constant: a bias makes up for them."""
+        if self.factor is None:
+            assert self.gram is not None
+            ridged = np.diagonal(self.gram)
+        else:
+            ridged = np.square(self.factor).sum(axis=0) + self.ridge
+        varies = ridged > self.ridge
+        return np.asarray(~varies[self.columns].any(axis=1))
+
+    def variance(self, weight: Floats) -> float:
+        """Compute the variance of ``weight x``, summed over the outputs.
+
+        Args:
+            weight: Weights (outputs * fold, d).
+
+        Returns:
+            The trace of ``weight (G - ridge I) weight'``.
+        """
+        if self.factor is not None:
+            return float(np.square(self.factor @ weight.T).sum())
+        assert self.gram is not None
+        covariance = self.gram - self.ridge * np.eye(len(self.gram))
+        return float(np.einsum("od,od->", weight @ covariance, weight))
 
     def unfold(self, weight: Floats, shift: Floats) -> tuple[Floats, Floats]:
         """Turn folded weights into those of the node's block.
@@ -123,14 +152,22 @@ def _problem(
     by_column = weight.reshape(outs, -1)[:, gram.columns]
     folded_weight = by_column.transpose(0, 2, 1).reshape(outs * folded, size)
 
-    covariance = gram.matrix[block]
-    shrunk = shrinkage(covariance, gram.rows)
+    values = gram.values[block]
+    # Products of columns by columns, or of rows by rows, which have the same trace and the same norm.
+    products = values if gram.factor is None else values @ values.T
+    shrunk = shrinkage(products, gram.rows, size)
     # The trace is kept: a strong ridge must not raise the loss of a consumer.
-    ridged = covariance / (1 + shrunk)
-    ridge = float(shrunk * np.trace(ridged) / len(ridged) + TINY)
-    ridged[np.diag_indices_from(ridged)] += ridge
+    ridge = float(shrunk * (np.trace(products) / (1 + shrunk)) / size + TINY)
     # The variance of y, without the ridge: trace(W G W').
-    variance = float(np.einsum("od,od->", folded_weight @ covariance, folded_weight))
+    if gram.factor is None:
+        variance = float(np.einsum("od,od->", folded_weight @ values, folded_weight))
+        ridged = values / (1 + shrunk)
+        ridged[np.diag_indices_from(ridged)] += ridge
+        factor = None
+    else:
+        variance = float(np.square(values @ folded_weight.T).sum())
+        ridged = None
+        factor = values / np.sqrt(1 + shrunk)
     return Problem(
         consumer=consumer,
         block=block,
@@ -141,6 +178,7 @@ def _problem(
         spread=gram.columns,
         scale=max(variance, TINY),
         ridge=ridge,
+        factor=factor,
     )
 
 
@@ -165,20 +203,21 @@ def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:
     return result
 
 
-def shrinkage(gram: Floats, rows: int) -> float:
+def shrinkage(gram: Floats, rows: int, columns: int | None = None) -> float:
     """Compute the relative ridge for a covariance of few rows by oracle-approximating shrinkage.
 
     Source: Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 58 (2010),
     eq. 23, as a ratio of the target's weight to the sample's.
 
     Args:
-        gram: The covariance.
+        gram: The covariance, or a matrix with the same trace and norm.
         rows: Number of rows that it was computed from.
+        columns: Columns of the covariance; None for those of ``gram``.
 
     Returns:
         The ridge relative to the mean diagonal, at least ``RIDGE``.
     """
-    size = len(gram)
+    size = len(gram) if columns is None else columns
     trace, square = float(np.trace(gram)), float(np.square(gram).sum())
     denominator = (rows + 1 - 2 / size) * (square - trace**2 / size)
     weight = 1.0
@@ -208,8 +247,26 @@ def compensate(
     if repair == "none":
         return weight, np.zeros(len(weight))
     if repair == "least-squares" and kept.any():
+        if problem.factor is not None:
+            weight[:, kept] += _repair_by_rows(problem, problem.factor, kept)
+            return weight, (problem.weight - weight) @ problem.mean
+        assert problem.gram is not None
         cross = problem.gram[np.ix_(kept, removed_columns)] @ problem.weight[:, removed_columns].T
         kept_gram = problem.gram[np.ix_(kept, kept)]
         factor = cho_factor(kept_gram, overwrite_a=True, check_finite=False)
         weight[:, kept] += np.asarray(cho_solve(factor, cross)).T
     return weight, (problem.weight - weight) @ problem.mean
+
+
+def _repair_by_rows(problem: Problem, factor: Floats, kept: Bools) -> Floats:
+    """Change of the kept weights that repairs the removal of the other columns, by a system of rows by rows.
+
+    With F_S and F_R the kept and the removed columns, ``W_R F_R' (F_S F_S' + ridge I)^-1 F_S`` is the same as
+    ``W_R G_RS G_SS^-1``.
+    """
+    kept_factor = factor[:, kept]
+    lost = problem.weight[:, ~kept] @ factor[:, ~kept].T
+    products = kept_factor @ kept_factor.T
+    products[np.diag_indices_from(products)] += problem.ridge
+    solver = cho_factor(products, overwrite_a=True, check_finite=False)
+    return np.asarray(cho_solve(solver, lost.T)).T @ kept_factor

@@ -97,8 +97,7 @@ def weighted(found: Sequence[Problem], relevance: Mapping[str, Floats]) -> list[
         values = relevance[problem.consumer.node].reshape(-1, outs)[problem.block]
         roots = np.sqrt(np.repeat(values, problem.spread.shape[1]))
         weight = roots[:, None] * problem.weight
-        covariance = problem.gram - problem.ridge * np.eye(len(problem.gram))
-        scale = max(float(np.einsum("od,od->", weight @ covariance, weight)), TINY)
+        scale = max(problem.variance(weight), TINY)
         result.append(replace(problem, weight=weight, scale=scale, share=scale))
     mean = sum(problem.share for problem in result) / max(len(result), 1)
     return [replace(problem, share=problem.share / mean) for problem in result]

@@ -45,7 +45,10 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
 
 
 def _covariance(context: Context) -> Mapping[str, Gram]:
+    import numpy as np
+
     from onnx_oamip.artifacts import cache_entries
+    from onnx_oamip.data import overflow
     from onnx_oamip.data.feeds import feeds_within_memory
     from onnx_oamip.statistics import covariances
     from onnx_oamip.statistics.collector import parts
@@ -53,12 +56,13 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     model, coupling, settings = context.model, context.coupling, context.settings
     fitted = parts(context.samples)[0].first(GRAM_SAMPLES)
     feeds, _ = feeds_within_memory(model, fitted, context.batch, settings.activation_memory_limit)
-    cap = covariances.CAP
+    cap, limit = covariances.CAP, None
     if settings.max_memory is not None:
         cap = covariances.cap(coupling, settings.activation_memory_limit)
+        limit = covariances.share(coupling, settings.activation_memory_limit)
 
     def collect() -> Mapping[str, Gram]:
-        return covariances.collect(
+        found = covariances.collect(
             model,
             coupling,
             feeds,
@@ -66,10 +70,18 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
             seed=settings.seed,
             progress=context.progress,
             cap=cap,
+            limit=limit,
         )
+        for name, gram in found.items():
+            if not (np.isfinite(gram.values).all() and np.isfinite(gram.mean).all()):
+                data = next(c.data for c in coupling.consumers if c.node == name)
+                overflow.refuse(
+                    model, context.samples, data, device=context.device, batch_size=context.batch
+                )
+        return found
 
     def valid(entry: Mapping[str, Gram]) -> bool:
-        return covariances.fits(entry, model, coupling, cap)
+        return covariances.fits(entry, model, coupling, cap, limit)
 
     return context.store.recall(cache_entries.GRAMS, context.cache_identity, collect, valid)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,61 @@ def test_order_and_curve_equal_those_of_a_greedy_search(name: str, seed: int) ->
         np.testing.assert_array_equal(p.weight, weight)
         np.testing.assert_array_equal(p.gram, covariance)
         np.testing.assert_array_equal(p.columns, columns)
+
+
+def _factored(found: Problem, ridge: float = 5e-4) -> Problem:
+    """The same problem with a factor in place of the matrix."""
+    assert found.gram is not None
+    factor = np.linalg.cholesky(found.gram - ridge * np.eye(len(found.gram))).T
+    return replace(found, gram=None, factor=factor, ridge=ridge)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_factor_has_the_order_and_the_curve_of_the_matrix(name: str) -> None:
+    found = CASES[name](0)
+    wide = [_factored(p) for p in found]
+    count = len(found[0].columns)
+    before = [(p.weight.copy(), p.factor.copy()) for p in wide]
+    order, curve = obs.eliminate(found, count)
+    other_order, other_curve = obs.eliminate(wide, count)
+    np.testing.assert_array_equal(other_order, order)
+    np.testing.assert_allclose(other_curve, curve, rtol=1e-8, atol=1e-12)
+    for p, (weight, factor) in zip(wide, before, strict=True):
+        np.testing.assert_array_equal(p.weight, weight)
+        np.testing.assert_array_equal(p.factor, factor)
+
+
+def test_factor_of_few_rows_has_the_order_of_its_matrix() -> None:
+    """Groups of many units, first with more columns than rows, then with fewer; several units per step."""
+    rng = np.random.default_rng(5)
+    factor = rng.standard_normal((20, 100)) * np.exp(rng.standard_normal(100))
+    ridge = 0.1
+    gram = factor.T @ factor + ridge * np.eye(100)
+    full = replace(problem(5, 4, units(90), others=10), gram=gram, ridge=ridge)
+    wide = replace(full, gram=None, factor=factor)
+    order, curve = obs.eliminate([full], 90)
+    other_order, other_curve = obs.eliminate([wide], 90)
+    np.testing.assert_array_equal(other_order, order)
+    np.testing.assert_allclose(other_curve, curve, rtol=1e-8)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_constant_units_are_removed_first_and_cost_nothing(wide: bool) -> None:
+    """Whatever their weights: a bias makes up for them."""
+    rng = np.random.default_rng(6)
+    base = problem(6, 4, units(8, 2))
+    constant = base.columns[[3, 5]].reshape(-1)
+    factor = rng.standard_normal((30, 16))
+    factor[:, constant] = 0
+    base.weight[:, constant] *= 1e6
+    found = replace(base, gram=None, factor=factor, ridge=0.1)
+    if not wide:
+        gram = factor.T @ factor + 0.1 * np.eye(16)
+        found = replace(found, gram=gram, factor=None)
+    np.testing.assert_array_equal(np.flatnonzero(found.constant), [3, 5])
+    order, curve = obs.eliminate([found], 8)
+    assert order[:2].tolist() == [3, 5]
+    assert curve[1] == 0 < curve[2]
 
 
 def test_curve_ends_at_the_whole_variance() -> None:

@@ -237,15 +237,77 @@ def test_units_of_unequal_size_are_not_averaged(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.matrix, _covariance(rows), atol=1e-9)
 
 
-def test_consumers_over_the_column_limit_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", ["columns", "memory"])
+def test_factor_stands_for_the_matrix_of_many_columns(
+    net: tuple[Model, Coupling], by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(build(NETS["matmul 3d"].text), tmp_path)
+    """The same rows, the same covariance, the same problems and repairs; a cache entry knows its form."""
+    model, coupling = net
+    feeds = _feeds(model)
+    whole = covariances.collect(model, coupling, feeds, "cpu")
+    limit = None
+    if by == "columns":
+        monkeypatch.setattr(covariances, "MOST_COLUMNS", 1)
+    else:
+        limit = 1
+        monkeypatch.setattr(covariances, "LEAST_FACTOR_ROWS", 100_000)
+    found = covariances.collect(model, coupling, feeds, "cpu", limit=limit)
+    assert covariances.fits(found, model, coupling, limit=limit)
+    assert not covariances.fits(whole, model, coupling, limit=limit)
+    assert list(found) == list(whole)
+    for name, gram in found.items():
+        assert gram.matrix is None
+        assert gram.rows == whole[name].rows
+        np.testing.assert_allclose(gram.mean, whole[name].mean, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            gram.values.transpose(0, 2, 1) @ gram.values, whole[name].matrix, atol=1e-12
+        )
+    removed = np.arange(2)
+    for one, other in zip(
+        problems(model, coupling, found, 0), problems(model, coupling, whole, 0), strict=True
+    ):
+        assert one.ridge == pytest.approx(other.ridge, rel=1e-9)
+        assert one.scale == pytest.approx(other.scale, rel=1e-9)
+        assert one.variance(2 * one.weight) == pytest.approx(other.variance(2 * one.weight))
+        for left, right in zip(compensate(one, removed), compensate(other, removed), strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-7, atol=1e-9)
+
+
+def test_factor_keeps_within_memory_and_time(
+    net: tuple[Model, Coupling], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, coupling = net
+    feeds = _feeds(model)
+    monkeypatch.setattr(covariances, "LEAST_FACTOR_ROWS", 1)
+    monkeypatch.setattr(covariances, "MOST_COLUMNS", 1)
+    whole = covariances.collect(model, coupling, feeds, "cpu")
+    for name, gram in whole.items():
+        folded = gram.columns.shape[1]
+        few = covariances.collect(model, coupling, feeds, "cpu", limit=gram.values.size // 2)[name]
+        assert few.rows <= max(gram.rows // 2, folded * len(feeds))
+        flops = covariances.FLOPS_PER_VALUE * gram.values.size * gram.rows / 4
+        monkeypatch.setattr(covariances, "MOST_FLOPS", flops)
+        few = covariances.collect(model, coupling, feeds, "cpu")[name]
+        assert few.rows <= max(gram.rows // 2, folded * len(feeds))
+
+
+def test_large_constants_have_the_variance_zero(tmp_path: Path) -> None:
+    """Their squares would lose the variance of everything else beside them."""
+    text = """(float[N,3] x) => (float[] y) <float[3,4] u, float[4] b = {1e20, 1e8, 0, 0}, float[4,2] w> {
+        h = MatMul(x, u)
+        s = Add(h, b)
+        r = Relu(s)
+        y = MatMul(r, w)
+    }"""
+    model = load(build(text), tmp_path)
     coupling = couple(model)
-    monkeypatch.setattr(covariances, "MOST_COLUMNS", 7)
-    assert not covariances.collect(model, coupling, _feeds(model), "cpu")
-    monkeypatch.setattr(covariances, "MOST_COLUMNS", 8)
-    assert covariances.collect(model, coupling, _feeds(model), "cpu")
+    feeds = _feeds(model)
+    (gram,) = covariances.collect(model, coupling, feeds, "cpu").values()
+    (rows,), _ = _read(model, feeds)
+    exact = rows - rows[:1]
+    assert gram.matrix[0, 0].tolist() == [0, 0, 0, 0]
+    np.testing.assert_allclose(gram.matrix[0], np.cov(exact.T, bias=True), rtol=1e-9)
+    assert gram.mean[0, 0] == np.float32(1e20)
 
 
 def test_many_rows_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,19 +42,30 @@ class Gram:
     Each of the d columns stands for ``fold`` inputs. With a fold above 1 the covariance is that of equal places of a
     channel, averaged, and places count as outputs.
 
+    A covariance of n rows has at most rank n, so that of a node with many columns is kept as a factor.
+
     Attributes:
-        matrix: Covariance (groups, d, d).
+        matrix: Covariance (groups, d, d); None if it is kept as a factor.
         mean: Mean (groups, d).
         columns: Inputs of each column (d, fold), as channel * taps + tap within a block.
         taps: Taps of the kernel; 1 for products.
         rows: Number of rows that it was computed from.
+        factor: F (groups, rows, d) with covariance ``F' F``; None if the matrix is kept.
     """
 
-    matrix: Floats
+    matrix: Floats | None
     mean: Floats
     columns: Ints
     taps: int
     rows: int
+    factor: Floats | None = None
+
+    @property
+    def values(self) -> Floats:
+        """The matrix, or the factor in its place."""
+        values = self.matrix if self.factor is None else self.factor
+        assert values is not None
+        return values
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ def score(
 ) -> Scores:
     """Score the units of every group by the programs of that group.
 
-    A group whose consumers have no second moments (attention scores, very wide inputs) takes its activation scores,
-    with a note. Groups are solved in parallel.
+    A group whose consumers have no second moments (attention scores) takes its activation scores, and one with a
+    consumer of too many columns for a matrix its scores by ``obs``; notes name them. Groups are solved in parallel.
 
     Args:
         model: Model to score.
@@ -103,6 +103,7 @@ def score(
     other_moments = activations.copy()
     records: list[Mapping[str, Any]] = []
     without_moments: list[str] = []
+    without_program: list[str] = []
     pool = executor(settings.workers, settings.scheduler)
     shared = (model, coupling, settings, statistics.get(RELEVANCE, {}))
     results = pool.map(_score_group, shared, jobs(coupling, statistics[COVARIANCE]))
@@ -116,8 +117,14 @@ def score(
         values[units] = result.values
         surgeon[units] = result.surgeon
         other_moments[units] = result.other_moments
-        records.append(result.record)
-    notes = _missing_moments(without_moments)
+        if result.record is None:
+            without_program.append(group.name)
+        else:
+            records.append(result.record)
+    notes = (
+        *_note(without_moments, "have no consumer with second moments, so activation scores"),
+        *_note(without_program, "are too wide for a program, so scores of the order of obs"),
+    )
     # Repaired consumers hide the way in which an order was found. Without repair the rest of the network decides, which
     # no moment of a single layer captures, so these orders are worth a measurement on the whole model.
     others = {}
@@ -132,16 +139,14 @@ def score(
     return Scores("oamip", values, tuple(records), notes, others)
 
 
-def _missing_moments(names: Sequence[str]) -> tuple[str, ...]:
-    """Note for the groups that took activation scores."""
+def _note(names: Sequence[str], reason: str) -> tuple[str, ...]:
+    """Note for the groups that took other scores; none if there are no such groups."""
     if not names:
         return ()
     listed = ", ".join(names[:MAX_LISTED_GROUPS])
     if len(names) > MAX_LISTED_GROUPS:
         listed += ", ..."
-    return (
-        f"{len(names)} groups have no consumer with second moments, so activation scores stand in ({listed})",
-    )
+    return (f"{len(names)} groups {reason} stand in ({listed})",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +157,13 @@ class _GroupResult:
         values: Scores by the programs (units,).
         surgeon: Alternative ranking by the optimal brain surgeon (units,).
         other_moments: Alternative ranking by the quadratic loss that the refit does not correspond to (units,).
-        record: Record of the programs.
+        record: Record of the programs; None if the group is too wide for one.
     """
 
     values: Floats
     surgeon: Floats
     other_moments: Floats
-    record: Mapping[str, Any]
+    record: Mapping[str, Any] | None
 
 
 def _score_group(
@@ -172,7 +177,18 @@ def _score_group(
         consumers = weighted(problems(model, coupling, grams, index), relevance)
         if not consumers:
             return None
+        if any(problem.factor is not None for problem in consumers):
+            return _eliminate_group(consumers, len(group.units))
         return _solve_group(consumers, len(group.units), group.name, settings)
+
+
+def _eliminate_group(consumers: Sequence[Problem], units: int) -> _GroupResult:
+    """Scores of a group that is too wide for a program: the cumulated error in the order of obs."""
+    order, curve = obs.eliminate(consumers, units)
+    values, surgeon = np.empty(units), np.empty(units)
+    values[order] = _strictly_rising(curve)
+    surgeon[order] = np.arange(units)
+    return _GroupResult(values, surgeon, values, None)
 
 
 def _solve_group(
@@ -255,6 +271,7 @@ def _loss(consumers: Sequence[Problem], refit: str, order: Ints) -> Loss:
         return _quadratic(consumers, refit == "bias")
     fits = []
     for problem in consumers:
+        assert problem.gram is not None
         covariance = problem.gram.copy()
         covariance[np.diag_indices_from(covariance)] -= problem.ridge
         fits.append(
@@ -283,6 +300,7 @@ def quadratic(problem: Problem, centred: bool) -> Floats:
     Returns:
         Q (units, units) with ``Q_ij = tr(W_i C_ij W_j')``. The loss of removing a set is the sum of Q over the set.
     """
+    assert problem.gram is not None
     moments = problem.gram
     if not centred:
         moments = moments + np.outer(problem.mean, problem.mean)
