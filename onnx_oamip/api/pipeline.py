@@ -476,7 +476,7 @@ def compare(
     """
     dataset.check_extras(source)
     device = resolve_device(settings.device)
-    model, other = models.load(original), models.load(pruned)
+    model, other = (models.load(path, stated=settings.shapes) for path in (original, pruned))
     for ours, theirs, what in (
         (model.inputs, other.inputs, "inputs"),
         (model.outputs, other.outputs, "outputs"),
@@ -489,7 +489,7 @@ def compare(
     held = dataset.load(source, model, dataset.EVALUATION, settings.reading)
     samples = held or dataset.load(source, model, reading=settings.reading)
     assert samples is not None
-    model = models.rebind(model, samples.bindings(model))
+    model = dataset.at_data(model, samples)
     named = {name for node in other.nodes for name in node.outputs}
     objective = find_objective(model, settings, samples)
     lacking = [t for t in objective.tensors if t not in named | {p.name for p in other.outputs}]

@@ -299,9 +299,13 @@ def open_context(
     device = resolve_device(settings.device)
     store = cache.open_store(settings.cache)
     with clock("load"):
-        model = models.load(path)
+        model = models.load(path, stated=settings.shapes)
         samples, held = samples_of(model, source, eval_data, settings)
-        model = models.rebind(model, samples.bindings(model))
+        model = dataset.at_data(model, samples)
+        bound = cost.uncounted_note(model)
+        if bound:
+            LOG.warning("%s", bound)
+            model = replace(model, notes=(*model.notes, bound))
         objective = find_objective(model, settings, samples, held)
         metric = None if settings.metric is None else metrics.load(settings.metric)
         # What does not run cannot be proved: say so before the work.

@@ -65,7 +65,7 @@ def cli(ctx: click.Context) -> None:
         ctx.exit(2)
 
 
-@cli.command(cls=SettingsCommand, names=("task",))
+@cli.command(cls=SettingsCommand, names=("task", "shape"))
 @click.argument("model", type=MODEL)
 @statements_option
 @json_option
@@ -73,6 +73,7 @@ def cli(ctx: click.Context) -> None:
 def inspect(model: Path, as_json: bool, **choices: Any) -> None:
     """Show which channels of MODEL can be removed, which cannot and why, and by what a pruned model is judged."""
     from onnx_oamip.core.settings import Settings
+    from onnx_oamip.graph.cost import uncounted_note
     from onnx_oamip.graph.coupling import couple
     from onnx_oamip.graph.loading import load
     from onnx_oamip.objective import detect
@@ -80,10 +81,13 @@ def inspect(model: Path, as_json: bool, **choices: Any) -> None:
     from onnx_oamip.verification.equivalence import judged
 
     settings = Settings.create(**choices)
-    loaded = load(model)
+    loaded = load(model, stated=settings.shapes)
     objective = detect(loaded, None, settings.task, settings.kinds)
     with judged(loaded):
         document = documents.inspection(loaded, couple(loaded), objective)
+    note = uncounted_note(loaded)
+    if note:
+        click.echo(f"note: {note}", err=True)
     show(document, as_json)
 
 
@@ -133,12 +137,13 @@ def verify(
     settings = Settings.create(**choices)
     with Progress() as progress:
         verification = pipeline.compare(original, pruned, data, settings, progress=progress)
-    show(documents.comparison(load(original), load(pruned), verification), as_json)
+    before, after = (load(path, stated=settings.shapes) for path in (original, pruned))
+    show(documents.comparison(before, after, verification), as_json)
     if verification.failures:
         ctx.exit(1)
 
 
-@cli.command(cls=SettingsCommand, names=("device", "seed"))
+@cli.command(cls=SettingsCommand, names=("device", "seed", "shape"))
 @click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL [MODEL ...]")
 @option(
     "--data",
@@ -181,6 +186,7 @@ def bench(
     seconds: float,
     device: str,
     seed: int,
+    shape: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Time models side by side: latency, throughput and peak memory.
@@ -188,9 +194,11 @@ def bench(
     The models take turns in random order in one run, so that other load on the machine affects all of them alike. The
     others are compared with the first MODEL.
     """
+    from onnx_oamip.core.settings import Settings
     from onnx_oamip.reporting import documents
     from onnx_oamip.verification import benchmark
 
+    stated = Settings.create(shape=shape).shapes
     with Progress() as progress:
         result = benchmark.run(
             models,
@@ -201,6 +209,7 @@ def bench(
             seconds=seconds,
             seed=seed,
             progress=progress,
+            stated=stated,
         )
     show(documents.benchmark(result), as_json)
 

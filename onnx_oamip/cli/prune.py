@@ -206,7 +206,7 @@ def plan(
     cls=SettingsCommand,
     owners=("ObjectiveOptions", "RepairOptions", "DataOptions", "RunOptions"),
     without=("solver", "time_limit", "workers", "scheduler"),
-    unset=("refit", "seed", "batch_size"),
+    unset=("refit", "seed", "batch_size", "shape"),
 )
 @click.argument("model", type=MODEL)
 @option(
@@ -259,7 +259,8 @@ def apply(
         output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file}
     )
     page = Page.if_given(report_file, model, data, eval_data, plan_file, output, keep_map)
-    changes = {name: value for name, value in choices.items() if value is not None}
+    # A setting that is not given is that of the plan.
+    changes = {name: value for name, value in choices.items() if value not in (None, ())}
     parameters = {"model": model, "data": data, "plan": plan_file}
     with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
         report = pipeline.apply(

@@ -35,6 +35,7 @@ from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE, Scaling
 from onnx_oamip.data.layouts import Layout
 from onnx_oamip.data.loaded import Loaded
 from onnx_oamip.data.unequal import FeedCollector, Stored, UnequalArrays, as_text
+from onnx_oamip.graph.loading import rebind
 from onnx_oamip.graph.shape_inference import symbol
 
 EVALUATION = "eval."
@@ -360,6 +361,35 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
             f"{where} holds {count} samples but the model takes {fixed_batch} at a time; give at least {fixed_batch}."
         )
     return replace(samples, fixed_batch=fixed_batch)
+
+
+def at_data(model: Model, samples: Samples) -> Model:
+    """Give a model the sizes of its data.
+
+    Args:
+        model: The model, at the sizes that settings state.
+        samples: The data.
+
+    Returns:
+        The model with the shapes of one sample.
+
+    Raises:
+        DataError: A stated size is not that of the data. The leading dimension, which counts samples, may differ, and
+            every one of unequal samples.
+    """
+    sizes = samples.bindings(model)
+    if any(isinstance(array, UnequalArrays) for array in samples.arrays.values()):
+        kept = {name: model.bindings[name] for name in sizes if name not in model.assumed}
+        return rebind(model, {**sizes, **kept})
+    leading = {symbol(port, 0) for port in model.inputs if port.dims}
+    for name, size in sizes.items():
+        stated = model.bindings[name]
+        if name not in model.assumed and name not in leading and stated != size:
+            raise DataError(
+                f"`shape` states the length {stated} for '{name}', but {samples.source} has {size}; leave it out, or "
+                "give samples of that length."
+            )
+    return rebind(model, sizes)
 
 
 def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:

@@ -25,9 +25,11 @@ from onnx_oamip.core.records import (
     Coupling,
     Ints,
     Model,
+    Node,
+    Uncounted,
 )
 from onnx_oamip.graph.external_data import size
-from onnx_oamip.graph.ops import Total, lookup, rule_errors
+from onnx_oamip.graph.ops import Total, kinds, lookup, rule_errors
 from onnx_oamip.graph.ops.inserted_nodes import (
     Names,
     Present,
@@ -252,8 +254,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     names = []
     for node in model.every:
         spec = lookup(node.domain, node.op, node.version)
-        needed = [name for name in (*node.inputs[:2], *node.outputs) if name]
-        if not spec or not spec.cost or any(name not in model.shapes for name in needed):
+        if spec is None or spec.cost is None or _lacks_shapes(node, model):
             continue
         with rule_errors(node):
             terms = spec.cost(node, model.shapes)
@@ -295,6 +296,70 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         nodes=tuple(names),
         one_off=_one_off_costs(insertions, coupling),
     )
+
+
+def _lacks_shapes(node: Node, model: Model) -> bool:
+    """Tests whether a shape that costs depend on is not known; optional outputs do not matter."""
+    needed = [name for name in (*node.inputs[:2], *node.outputs[:1]) if name]
+    return any(name not in model.shapes for name in needed)
+
+
+def uncounted(model: Model) -> tuple[Uncounted, ...]:
+    """Finds the arithmetic that the MACs of a model leave out.
+
+    Args:
+        model: The model, at the shapes that costs are counted at.
+
+    Returns:
+        One record per operator and reason, in graph order.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in model.every:
+        reason = _why_uncounted(node, model)
+        if reason:
+            operator = f"{node.domain}::{node.op}" if node.domain else node.op
+            found.setdefault((operator, reason), []).append(node.name)
+    return tuple(
+        Uncounted(operator, reason, tuple(nodes)) for (operator, reason), nodes in found.items()
+    )
+
+
+def _why_uncounted(node: Node, model: Model) -> str:
+    """Reason why the arithmetic of a node is not counted; empty if it is, or if there is none."""
+    spec = lookup(node.domain, node.op, node.version)
+    if spec is not None:
+        missing = spec.cost is not None and _lacks_shapes(node, model)
+        return "its shapes are not known before it runs" if missing else ""
+    if node.domain not in kinds.DESCRIBED_DOMAINS:
+        return "the operator is not known"
+    multiplies = node.op in kinds.LINEAR_MODELS or any(
+        part in node.op for part in kinds.LINEAR_KERNELS
+    )
+    reads_weight = any(
+        name in model.constants
+        and len(model.shapes[name]) > 1
+        and (is_float(model.dtypes[name]) or model.dtypes[name].itemsize == 1)
+        for name in node.inputs
+    )
+    return "the operator is not known" if multiplies or reads_weight else ""
+
+
+def uncounted_note(model: Model) -> str:
+    """States what the MACs of a model leave out.
+
+    Args:
+        model: The model.
+
+    Returns:
+        One sentence without a full stop; empty if everything is counted.
+    """
+    parts = [
+        f"{len(record.nodes)} x {record.operator} ({record.reason})" for record in uncounted(model)
+    ]
+    if not parts:
+        return ""
+    left_out = ", ".join(parts)
+    return f"the MACs do not include {left_out}: they are a lower bound, and a budget of MACs bounds the rest only"
 
 
 @dataclass(frozen=True)

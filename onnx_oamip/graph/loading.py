@@ -52,11 +52,13 @@ from onnx_oamip.graph.runtime import Session, runtime
 from onnx_oamip.graph.shape_folding import fold
 from onnx_oamip.graph.shape_inference import (
     ROUNDS,
-    all_types,
     bind,
+    fitting_types,
     port_of,
     skeleton,
+    symbol,
 )
+from onnx_oamip.graph.shape_inference import sizes as stated_sizes
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 SHORT_CONSTANTS = {
@@ -84,19 +86,27 @@ class ModelFile(NamedTuple):
     written_out: tuple[str, ...] = ()
 
 
-def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None) -> Model:
+def load(
+    path: str | os.PathLike[str],
+    bindings: Mapping[str, int] | None = None,
+    *,
+    stated: Mapping[str, tuple[int, ...]] | None = None,
+) -> Model:
     """Reads, checks and normalises a model.
 
     Args:
         path: Model file.
         bindings: Sizes of symbolic dimensions, by name (``batch``) or by position (``input.2``). Default: 1 for the
-            leading dimension of every input; 64 in images and 16 elsewhere for other symbols.
+            leading dimension of every input; 64 in images and 16 elsewhere for other symbols, and more where a kernel
+            is longer.
+        stated: Lengths by name of an input or of a symbolic dimension, as settings state them.
 
     Returns:
         The model, with constants folded and shapes inferred.
 
     Raises:
         ModelError: The file is missing, truncated or invalid.
+        SettingsError: A stated shape does not fit the inputs.
     """
     file = Path(path)
     found = read(file)
@@ -105,7 +115,8 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
         notes = (*_remarks(found), *conformance.declare_outputs(found.proto), *interface.notes)
         proto = _normalise(found.proto)
         notes = (*notes, *conformance.declare_outputs(proto))
-        model = from_proto(proto, bindings, path=str(file), sha256=found.sha256, size=found.size)
+        sizes = {**(bindings or {}), **_stated_sizes(proto, stated or {})}
+        model = from_proto(proto, sizes, path=str(file), sha256=found.sha256, size=found.size)
     except OamipError:
         raise
     except Exception:
@@ -113,6 +124,12 @@ def load(path: str | os.PathLike[str], bindings: Mapping[str, int] | None = None
         Session(file, "cpu", what=str(file))
         raise
     return replace(model, interface=interface, notes=notes)
+
+
+def _stated_sizes(proto: ModelProto, stated: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    constants = {tensor.name for tensor in proto.graph.initializer}
+    inputs = tuple(port_of(v) for v in proto.graph.input if v.name not in constants)
+    return stated_sizes(inputs, stated)
 
 
 def _remarks(file: ModelFile) -> tuple[str, ...]:
@@ -156,7 +173,9 @@ def from_proto(
     bound = bind(inputs, bindings or {})
     versions = {o.domain: o.version for o in proto.opset_import}
     nodes = tuple(_node(n, versions) for n in graph.node)
-    shapes, dtypes = all_types(proto, bound, nodes)
+    assumed = tuple(name for name in bound if name not in (bindings or {}))
+    leading = {symbol(port, 0) for port in inputs if len(port.dims) > 1}
+    bound, shapes, dtypes = fitting_types(proto, bound, nodes, set(assumed) - leading)
     most = input_guards.most_bytes(proto)
 
     def is_offered(name: str) -> bool:
@@ -182,6 +201,7 @@ def from_proto(
         path=path,
         sha256=sha256,
         file_bytes=external_data.size(proto) if size is None else size,
+        assumed=assumed,
     )
 
 
@@ -203,10 +223,12 @@ def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
     Returns:
         The model with new shapes, or the same one if nothing changes.
     """
+    assumed = tuple(name for name in model.assumed if name not in bindings)
     if all(model.bindings.get(k) == v for k, v in bindings.items()):
-        return model
+        return model if assumed == model.assumed else replace(model, assumed=assumed)
+    sizes = {**{k: v for k, v in model.bindings.items() if k not in model.assumed}, **bindings}
     bound = from_proto(
-        model.proto, bindings, path=model.path, sha256=model.sha256, size=model.file_bytes
+        model.proto, sizes, path=model.path, sha256=model.sha256, size=model.file_bytes
     )
     return replace(bound, interface=model.interface, notes=model.notes)
 

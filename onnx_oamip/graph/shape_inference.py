@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
-from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.errors import ModelError, SettingsError
 from onnx_oamip.core.records import Axis, Node, Port
 from onnx_oamip.graph import subgraphs
 from onnx_oamip.graph.input_guards import inferred
@@ -44,6 +44,10 @@ ROUNDS = 20
 """Bound on rounds of inference, each of which uses the results of the last."""
 PRIMES = (10007, 10009, 10037, 10039, 10061, 10067, 10069, 10079, 10091, 10093, 10099, 10103)
 """Sizes by which symbolic dimensions are recognised in inferred shapes."""
+ENLARGED = 4
+"""Factor by which assumed sizes grow where an axis would be shorter than a kernel."""
+LARGEST_ASSUMED = 1 << 17
+"""Size beyond which no assumption is tried."""
 INTEGER_TYPES = frozenset({TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL})
 """Element types of tensors whose elements are followed symbolically."""
 
@@ -117,6 +121,59 @@ def bind(inputs: tuple[Port, ...], wanted: Mapping[str, int]) -> dict[str, int]:
                 default = DEFAULT_LENGTH
             bound.setdefault(name, int(wanted.get(name, default)))
     return bound
+
+
+def sizes(inputs: tuple[Port, ...], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Finds the sizes of symbolic dimensions that stated shapes give.
+
+    Args:
+        inputs: Graph inputs.
+        shapes: Lengths by name of an input or of a symbolic dimension.
+
+    Returns:
+        Sizes by name of the dimension.
+
+    Raises:
+        SettingsError: A name is neither, or a shape does not fit its input.
+    """
+    ports = {port.name: port for port in inputs}
+    symbols = [name for port in inputs for a in range(len(port.dims)) if (name := symbol(port, a))]
+    result: dict[str, int] = {}
+    for name, lengths in shapes.items():
+        stated = "x".join(map(str, lengths))
+        if name in ports:
+            found = _sizes_of_input(ports[name], lengths, f"`shape={name}={stated}`")
+        elif name in symbols and len(lengths) == 1:
+            found = {name: lengths[0]}
+        else:
+            known = ", ".join(dict.fromkeys((*ports, *symbols)))
+            raise SettingsError(
+                f"`shape={name}={stated}` names no input and no symbolic dimension; there are {known}."
+            )
+        for key, size in found.items():
+            if result.setdefault(key, size) != size:
+                raise SettingsError(
+                    f"`shape={name}={stated}` gives '{key}' the length {size}, another one {result[key]}; give both "
+                    "the same."
+                )
+    return result
+
+
+def _sizes_of_input(port: Port, lengths: tuple[int, ...], stated: str) -> dict[str, int]:
+    declared = "x".join("?" if dim is None else str(dim) for dim in port.dims)
+    if len(lengths) != len(port.dims):
+        raise SettingsError(
+            f"{stated} has {len(lengths)} lengths, but the input has {len(port.dims)} axes ({declared})."
+        )
+    result: dict[str, int] = {}
+    for axis, length in enumerate(lengths):
+        name = symbol(port, axis)
+        fits = length == port.dims[axis] if name is None else result.get(name, length) == length
+        if not fits:
+            raise SettingsError(f"{stated} does not fit the input, which is {declared}.")
+        if name is not None:
+            result[name] = length
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------ inference
@@ -275,6 +332,46 @@ def all_types(
         from_subgraphs.update(fresh)
         shapes, dtypes = tensor_types(infer(proto, bound, from_subgraphs))
         shapes.update({n: s for n, s in from_subgraphs.items() if n not in shapes})
+
+
+def fitting_types(
+    proto: ModelProto, bound: Mapping[str, int], nodes: Sequence[Node], growing: Set[str]
+) -> tuple[dict[str, int], Shapes, Types]:
+    """Shapes and types at sizes that no kernel is longer than: assumed sizes grow until every kernel fits.
+
+    Args:
+        proto: The model.
+        bound: Sizes of its symbolic dimensions.
+        nodes: The nodes of its main graph.
+        growing: Dimensions whose size may be changed.
+
+    Returns:
+        The sizes, and shapes and element types by tensor name. A tensor that has no elements at any size keeps its
+        length of 0, and one with a negative length has no shape.
+    """
+    sizes = dict(bound)
+    shapes, dtypes = all_types(proto, sizes, nodes)
+    found = dict(sizes), shapes, dtypes
+    empty = _lengths_without_elements(shapes, proto)
+    while empty and growing and max(sizes[name] for name in growing) < LARGEST_ASSUMED:
+        for name in growing:
+            sizes[name] *= ENLARGED
+        shapes, dtypes = all_types(proto, sizes, nodes)
+        previous, empty = empty, _lengths_without_elements(shapes, proto)
+        if not empty:
+            return sizes, shapes, dtypes
+        if empty == previous:
+            break  # they have no elements whatever the sizes
+    sizes, shapes, dtypes = found
+    return sizes, {n: s for n, s in shapes.items() if min(s, default=0) >= 0}, dtypes
+
+
+def _lengths_without_elements(shapes: Shapes, proto: ModelProto) -> dict[str, int]:
+    """The least length of every computed tensor that has one of 0 or less."""
+    given = {value.name for value in proto.graph.input}
+    given.update(tensor.name for tensor in proto.graph.initializer)
+    least = {name: min(shape, default=1) for name, shape in shapes.items() if name not in given}
+    return {name: length for name, length in least.items() if length <= 0}
 
 
 class _SubgraphInference:

@@ -33,11 +33,12 @@ from onnx_oamip.core.records import (
     Point,
     Port,
     Report,
+    Uncounted,
     Verification,
 )
 from onnx_oamip.core.records.objective import document as terms
 from onnx_oamip.core.versions import versions
-from onnx_oamip.graph.cost import full_widths, ledger
+from onnx_oamip.graph.cost import full_widths, ledger, uncounted
 from onnx_oamip.graph.ops import REGISTRY
 from onnx_oamip.programs.solvers import SolverRecord
 from onnx_oamip.verification.benchmark import Benchmark
@@ -397,7 +398,13 @@ def _model(model: Model) -> Document:
         "outputs": [_port(p) for p in model.outputs],
         "opset": {o.domain or "ai.onnx": o.version for o in model.proto.opset_import},
         "bindings": model.bindings,
+        "assumed": list(model.assumed),
+        "uncounted": [_uncounted(record) for record in uncounted(model)],
     }
+
+
+def _uncounted(record: Uncounted) -> Document:
+    return {"operator": record.operator, "reason": record.reason, "nodes": list(record.nodes)}
 
 
 def _port(port: Port) -> Document:

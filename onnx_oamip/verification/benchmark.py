@@ -51,6 +51,7 @@ def run(
     seconds: float = 10.0,
     seed: int = 0,
     progress: Progress | None = None,
+    stated: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Benchmark:
     """Times models that take the same inputs.
 
@@ -64,6 +65,7 @@ def run(
         seconds: Approximate time per batch size.
         seed: Seed of the order and of random numbers.
         progress: Receives the number of batch sizes done.
+        stated: Lengths by name of an input or of a symbolic dimension, for random numbers.
 
     Returns:
         The measurements.
@@ -74,7 +76,7 @@ def run(
     """
     device = resolve_device(device)
     dataset.check_extras(source)
-    loaded = tuple(models.load(path) for path in paths)
+    loaded = tuple(models.load(path, stated=stated) for path in paths)
     _same_inputs(loaded)
     samples = None
     if source is not None:

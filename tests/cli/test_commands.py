@@ -21,6 +21,7 @@ import onnx
 import pytest
 from command_line import Result, one_sentence, perceptron, samples, without_notes
 from conftest import ROOT
+from graphs import build
 
 from onnx_oamip.cli import cli, main
 from onnx_oamip.core.errors import BudgetNotMet, EnvironmentMissing
@@ -587,6 +588,69 @@ def test_names_with_brackets_are_not_markup(run: Run, place: Path) -> None:
     assert "[red]w[/nope]" in result.out
 
 
+def test_inspect_states_the_sizes_that_it_assumed(run: Run, place: Path) -> None:
+    text = """(float[n,1,samples] x) => (float[n,8,frames] y) <float[4,1,20] w1, float[8,4,1] w2> {
+        h = Conv(x, w1)
+        y = Conv(h, w2)
+    }"""
+    (place / "audio.onnx").write_bytes(build(text).SerializeToString())
+    assert "sizes assumed: n = 1, samples = 64" in run("inspect", "audio.onnx").out
+    stated = run("inspect", "audio.onnx", "--shape", "x=2x1x29")
+    assert (stated.code, "sizes assumed" in stated.out) == (0, False)
+    document = run("inspect", "audio.onnx", "--json", "--shape", "samples=29").document
+    assert document["model"]["bindings"] == {"n": 1, "samples": 29}
+    assert document["model"]["assumed"] == ["n"]
+    assert document["cost"]["macs"] == 10 * (4 * 20 + 8 * 4)
+    (place / "sizes.toml").write_text('shape = ["samples=39"]\n')
+    from_file = run("inspect", "audio.onnx", "--json", "--config", "sizes.toml").document
+    assert from_file["cost"]["macs"] == 20 * (4 * 20 + 8 * 4)
+
+
+def test_plan_states_the_shape_that_apply_takes_from_it(run: Run, place: Path) -> None:
+    text = """(float[n,1,samples] x) => (float[n,8,frames] y) <float[4,1,20] w1, float[8,4,1] w2> {
+        h = Conv(x, w1)
+        y = Conv(h, w2)
+    }"""
+    (place / "audio.onnx").write_bytes(build(text).SerializeToString())
+    free = ("--importance", "l2", "--allocate", "uniform", "--refit", "none", "--align", 1)
+    planned = run(
+        "plan",
+        "audio.onnx",
+        "-o",
+        "p.json",
+        "--macs",
+        0.5,
+        *free,
+        "--shape",
+        "samples=29",
+        "--json",
+    )
+    assert planned.document["before"]["macs"] == 1120
+    applied = run("apply", "audio.onnx", "--plan", "p.json", "-o", "out.onnx", "--json", "--force")
+    assert applied.document["settings"]["shape"] == ["samples=29"]
+    assert applied.document["before"]["macs"] == 1120
+    assert applied.document["after"]["macs"] == 560
+
+
+def test_what_is_not_counted_is_noted(run: Run, place: Path) -> None:
+    text = """(float[n,5] x) => (float[n,3] y, float[n,3] z) <float[5,8] w1, float[8,3] w2, float[5,3] w3> {
+        h = MatMul(x, w1)
+        y = MatMul(h, w2)
+        m = com.microsoft.SparseToDenseMatMul(x, w3)
+        z = Relu(m)
+    }"""
+    (place / "mixed.onnx").write_bytes(
+        build(text, domains={"com.microsoft": 1}).SerializeToString()
+    )
+    result = run("inspect", "mixed.onnx", "--json")
+    assert result.err.startswith("note: the MACs do not include 1 x com.microsoft::SparseToDense")
+    (record,) = result.document["model"]["uncounted"]
+    assert record["operator"] == "com.microsoft::SparseToDenseMatMul"
+    assert "not in the MACs: com.microsoft::SparseToDenseMatMul (1 node)" in run(
+        "inspect", "mixed.onnx"
+    ).out.replace("\n", " ")
+
+
 def test_output_is_plain_on_terminals_without_block_characters(place: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-m", "onnx_oamip", *PRUNE],
@@ -613,7 +677,8 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
         "--scheduler tcp://host:1 "
         "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3 "
-        "--cache off --image-size 24x32 --image-fit pad --image-scale 0.5 --image-mean 1,2,3 --image-std 4 "
+        "--cache off --shape x=1x2 --shape n=3 "
+        "--image-size 24x32 --image-fit pad --image-scale 0.5 --image-mean 1,2,3 --image-std 4 "
         "--image-layout nhwc --image-color bgr --samples 99 --column c "
         "--alpha 0.9 --signal paper --granularity connection --iterations 2 --sparse "
         "--phi exp_weight --score-time 7 --limits snacs --protect 20% --strict --max-memory 2GB --no-provenance "
@@ -650,6 +715,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "relax": True,
         "images_per_class": 3,
         "cache": "off",
+        "shape": ("x=1x2", "n=3"),
         "image_size": (24, 32),
         "image_fit": "pad",
         "image_scale": 0.5,

@@ -59,6 +59,9 @@ def test_every_option_has_one_owner_and_a_description() -> None:
         ("image_size", [224, 320], (224, 320)),
         ("image_mean", "0.4,50%,1", (0.4, 0.5, 1.0)),
         ("image_std", 2, (2.0,)),
+        ("shape", "x=1x3x640x640", ("x=1x3x640x640",)),
+        ("shape", ["a=b=2x3", "length=7"], ("a=b=2x3", "length=7")),
+        ("shape", {"x": (1, 3), "length": 7, "y": "2x4"}, ("x=1x3", "length=7", "y=2x4")),
     ],
 )
 def test_values_are_read_as_on_the_command_line(name: str, text: object, value: object) -> None:
@@ -79,6 +82,8 @@ def test_values_are_read_as_on_the_command_line(name: str, text: object, value: 
         ({"max_memory": 1000}, "`max_memory`: 1000 is not an amount of memory; "),
         ({"image_size": "1x2x3"}, "`image_size`: '1x2x3' is not a size in pixels; "),
         ({"image_size": "0"}, "`image_size`: '0' is not a size in pixels; "),
+        ({"shape": ("x=1x0",)}, "`shape`: ('x=1x0',) is not a list of shapes; "),
+        ({"shape": "=1"}, "`shape`: '=1' is not a list of shapes; "),
         ({"image_std": "0"}, "`image_std`: '0' is not a list of numbers above 0; "),
         ({"image_mean": ()}, r"`image_mean`: () is not a list of numbers; "),
         ({"exclude": "w1"}, "`exclude`: 'w1' is not a list of patterns; "),

@@ -14,6 +14,7 @@ from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import EVALUATION, Samples, hold_out, shuffle
+from onnx_oamip.graph import loading as models
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.standard_normal((10, 3, 4, 4)).astype(np.float32)
@@ -488,6 +489,18 @@ def test_bindings_come_from_the_data(pair: Model) -> None:
     ids, mask = np.zeros((4, 6), np.int64), np.ones((4, 6), np.float32)
     assert _load({"ids": ids, "mask": mask}, pair).bindings(pair) == {"N": 1, "T": 6}
     assert _load({"ids": ids[None], "mask": mask[None]}, pair).bindings(pair) == {"N": 4, "T": 6}
+
+
+def test_stated_sizes_are_those_of_the_data(pair: Model, folder: Path) -> None:
+    """Only the leading dimension, which counts samples, may differ."""
+    samples = _load({"ids": np.zeros((4, 6), np.int64), "mask": np.ones((4, 6), np.float32)}, pair)
+    path = folder / "pair.onnx"
+    path.write_bytes(pair.proto.SerializeToString())
+    stated = models.load(path, stated={"ids": (8, 6)})
+    assert dataset.at_data(stated, samples).bindings == {"N": 1, "T": 6}
+    other = models.load(path, stated={"T": (7,)})
+    with pytest.raises(DataError, match=r"`shape` states the length 7 for 'T', but .* has 6"):
+        dataset.at_data(other, samples)
 
 
 def test_take_selects_samples(model: Model) -> None:

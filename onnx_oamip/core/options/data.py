@@ -14,7 +14,9 @@ from onnx_oamip.core.options.values import (
     Pixels,
     Positive,
     PositiveNumbers,
+    Shapes,
     Shown,
+    shape_of,
 )
 from onnx_oamip.core.records import Reading
 
@@ -24,6 +26,12 @@ class DataOptions(Options):
 
     heading: ClassVar[str] = "Data"
 
+    shape: Shapes = Field(
+        (),
+        description="Shape of an input, or length of a symbolic dimension, that costs are counted at; may be given "
+        "more than once. Default: that of the data; without data 1 for the leading dimension, 64 in images, 16 "
+        "elsewhere.",
+    )
     image_size: Pixels | None = Field(
         None,
         description="Of images: their size for the model. Default: the model's own, where it has one.",
@@ -58,6 +66,11 @@ class DataOptions(Options):
     column: Name | None = Field(
         None, description="Of a Parquet file: the column that the model's only input takes."
     )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Lengths by name of an input or of a symbolic dimension."""
+        return dict(map(shape_of, self.shape))
 
     @property
     def reading(self) -> Reading:

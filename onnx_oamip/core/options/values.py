@@ -132,6 +132,42 @@ def _read_pixels(value: Any) -> Any:
     return value
 
 
+_SHAPE = re.compile(r"(?P<name>.+)=(?P<lengths>[1-9]\d*(?:x[1-9]\d*)*)", re.DOTALL)
+
+
+def shape_of(text: str) -> tuple[str, tuple[int, ...]]:
+    """Read the shape of an input, or the length of a symbolic dimension.
+
+    Args:
+        text: ``NAME=1x3x640x640``.
+
+    Returns:
+        The name and the lengths.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    match = _SHAPE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no name with lengths")
+    return match["name"], tuple(map(int, match["lengths"].split("x")))
+
+
+def _checked_shape(text: str) -> str:
+    shape_of(text)
+    return text
+
+
+def _read_shapes(value: Any) -> Any:
+    """Turn a table of lengths by name, or a single shape, into a list of texts."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, dict):
+        return value
+    lists = {name: v if isinstance(v, (list, tuple)) else (v,) for name, v in value.items()}
+    return tuple(f"{name}={'x'.join(map(str, lengths))}" for name, lengths in lists.items())
+
+
 def _read_numbers(value: Any) -> Any:
     """Turn "0.4,0.5" into its parts, and one number into a list of one."""
     if isinstance(value, str):
@@ -215,6 +251,15 @@ PositiveNumbers = Annotated[
 Patterns = Annotated[
     tuple[str, ...],
     Kind("a list of patterns", "shell patterns such as 'conv1*'", "PATTERN"),
+]
+Shapes = Annotated[
+    tuple[Annotated[str, AfterValidator(_checked_shape)], ...],
+    BeforeValidator(_read_shapes),
+    Kind(
+        "a list of shapes",
+        "lengths from 1 by the name of an input or of a symbolic dimension, such as x=1x3x640x640 or length=128",
+        "NAME=1x3x640x640",
+    ),
 ]
 Name = Annotated[str, Kind("a name", "a text", "NAME")]
 Address = Annotated[

@@ -42,6 +42,7 @@ from onnx_oamip.core.records.results import (
     Report,
     Round,
     Trial,
+    Uncounted,
     Verification,
 )
 from onnx_oamip.core.records.statistics import (
@@ -97,6 +98,7 @@ __all__ = [
     "Statistics",
     "Term",
     "Trial",
+    "Uncounted",
     "Verification",
     "within",
 ]

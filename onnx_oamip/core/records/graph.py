@@ -143,6 +143,7 @@ class Model:
         notes: Remarks for reports.
         computed: Names of the constants that nodes compute.
         views: Initialiser by the name of a computed constant that holds its elements, transposed, reshaped or cast.
+        assumed: Symbolic dimensions whose size is a default.
     """
 
     proto: Any
@@ -161,6 +162,7 @@ class Model:
     notes: tuple[str, ...] = ()
     computed: frozenset[str] = frozenset()
     views: Mapping[str, str] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     @property
     def initialisers(self) -> list[str]:

@@ -39,6 +39,21 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Uncounted:
+    """Nodes of one operator whose multiply-accumulates are not counted.
+
+    Attributes:
+        operator: Name of the operator, with its domain unless that is the default.
+        reason: Why they are not counted.
+        nodes: Names of the nodes.
+    """
+
+    operator: str
+    reason: str
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """Cost of a model.
 

@@ -24,7 +24,7 @@ from onnx_oamip.core.errors import (
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Floats, Verification
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data.dataset import check_extras
+from onnx_oamip.data.dataset import at_data, check_extras
 from onnx_oamip.data.sources import Source, samples_of
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session, resolve_device
@@ -284,10 +284,10 @@ def _judge(
     settings: Settings,
 ) -> Judge:
     device = resolve_device(settings.device)
-    model = models.load(path)
+    model = models.load(path, stated=settings.shapes)
     samples, held_out = samples_of(model, data, eval_data, settings)
     assert held_out is not None
-    model = models.rebind(model, samples.bindings(model))
+    model = at_data(model, samples)
     objective = find_objective(model, settings, samples, held_out)
     graph = onnx.load(path, load_external_data=False).graph
     named = {name for node in graph.node for name in node.output}

@@ -15,6 +15,7 @@ from onnx_oamip.core.printable import visible
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.tables.parts import (
     ROWS,
+    assumption_rows,
     bar,
     cell,
     checks,
@@ -151,6 +152,7 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
             table.add_row(kind[:-1], cell(port["name"]), port["dtype"], cell(f"[{dims}]"))
     yield table
     yield costs(value["cost"])
+    yield from assumption_rows(model)
     table = grid("group", ">units", ">weights", "summed over by")
     for group in value["groups"][:ROWS]:
         weights = len({a["tensor"] for a in group["axes"] if a["constant"]})
@@ -169,6 +171,7 @@ def _verify(value: Document, _: Console) -> Iterator[RenderableType]:
     after = value["pruned"]
     yield Text.assemble((before["path"], "bold"), " and ", (after["path"], "bold"))
     yield costs(before["cost"], after["cost"])
+    yield from assumption_rows(before)
     yield from output_rows(value["verification"])
     yield checks(value["verification"])
 

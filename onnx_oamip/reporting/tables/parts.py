@@ -85,6 +85,28 @@ def costs(
     return table
 
 
+def assumption_rows(model: Document) -> Iterator[RenderableType]:
+    """Makes the lines about the sizes and the nodes that costs depend on.
+
+    Args:
+        model: The model, as documents describe it.
+
+    Yields:
+        Assumed sizes, and operators that are not counted; nothing if there are none.
+    """
+    lines = []
+    # One sample is what costs are counted for: no assumption.
+    lengths = {name: model["bindings"][name] for name in model["assumed"]}
+    if any(length != 1 for length in lengths.values()):
+        sizes = ", ".join(f"{name} = {length:,}" for name, length in lengths.items())
+        lines.append(f"sizes assumed: {sizes}; --shape NAME=LENGTHS states others.")
+    for record in model["uncounted"]:
+        nodes = count(len(record["nodes"]), "node")
+        lines.append(f"not in the MACs: {record['operator']} ({nodes}), {record['reason']}")
+    if lines:
+        yield Text("\n".join(lines))
+
+
 def connection_rows(found: Document, console: Console) -> Iterator[RenderableType]:
     """Makes the table of kept connections per layer.
 
