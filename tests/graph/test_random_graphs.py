@@ -226,7 +226,7 @@ def test_pruned_equals_masked_and_predicted_cost(folder: Path) -> None:
 
 @pytest.mark.fuzz
 def test_pruning_twice_equals_pruning_at_once(folder: Path) -> None:
-    _check_composition(folder, 300)
+    _check_composition(folder, 150)
 
 
 @pytest.mark.slow

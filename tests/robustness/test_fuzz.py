@@ -40,7 +40,7 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.ops import OpSpec
 from onnx_oamip.verification.latency import Ratio
 
-CASES = {"model": (500, 20_000), "data": (200, 5_000)}
+CASES = {"model": (300, 20_000), "data": (120, 5_000)}
 """Mutated files by default, and with --slow."""
 
 
