@@ -44,6 +44,7 @@ from onnx_oamip.graph import (
     conformance,
     default_inputs,
     external_data,
+    finite_weights,
     input_guards,
     subgraphs,
 )
@@ -123,6 +124,7 @@ def load(
         # If the runtime refuses the model too, the model is at fault; else this package is.
         Session(file, "cpu", what=str(file))
         raise
+    finite_weights.check(model)
     return replace(model, interface=interface, notes=notes)
 
 
