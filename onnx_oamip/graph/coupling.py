@@ -67,6 +67,7 @@ class _Labels:
         untracked_reasons: Why a tensor carries no labels.
         given: Intermediate tensors whose labels are missing because of the interface of the model.
         ties: Pairs of label arrays (n,) that must be kept or removed together, index by index.
+        tied_by: Node that made each tie, in words.
         pins: Labels that must not be removed.
         claims: (node, constant axis) for every constant axis that the rule of a node has labelled.
         read_whole: Reason for each constant that a node reads without following its channels.
@@ -82,6 +83,7 @@ class _Labels:
         self.untracked_reasons: dict[str, str] = {}
         self.given: set[str] = set()
         self.ties: list[tuple[Ints, Ints]] = []
+        self.tied_by: list[str] = []
         self.pins: list[_Pin] = []
         self.claims: set[tuple[str, Axis]] = set()
         self.read_whole: dict[str, str] = {}
@@ -90,6 +92,7 @@ class _Labels:
         self.defaults: dict[str, int] = {}
         self._choices = choices
         self._node = ""
+        self._site = ""
         self._first_input = ""
         self._depth = 0
         self._consumers_of = consumers_by_tensor(model)
@@ -171,6 +174,7 @@ class _Labels:
             return
         left, right = np.broadcast_arrays(a, b)
         self.ties.append((left.reshape(-1), right.reshape(-1)))
+        self.tied_by.append(self._site)
 
     def pin(self, labels: LabelAxis, reason: str, listed: bool = True, given: bool = False) -> None:
         if labels is not None and labels.size:
@@ -261,6 +265,7 @@ class _Labels:
         """
         for node in nodes:
             self._node = node.name
+            self._site = str(node)
             self._first_input = node.inputs[0] if node.inputs else ""
             if self._computes_constant(node):
                 continue  # it reads its constants whole, and its outputs have labels of their own
@@ -336,6 +341,7 @@ def couple(model: Model) -> Coupling:
     """
     labels = _propagate(model, {})
     best = _resolve(model, labels)
+    best_labels = labels
     choices: dict[str, int] = {}
     source = {node.name: node.inputs[0] for node in model.every if node.name in labels.defaults}
 
@@ -344,19 +350,47 @@ def couple(model: Model) -> Coupling:
 
     # All together first: queries, keys and values of one attention are only useful together.
     pinned = dict.fromkeys((name for name in labels.defaults if is_pinned(name)), 0)
-    if len(pinned) > 1:
-        trial = _resolve(model, _propagate(model, pinned))
-        if _pinned_count(trial) < _pinned_count(best):
-            best = trial
-            choices = dict(pinned)
-    for name in labels.defaults:
-        if name in choices or not is_pinned(name):
+    trials = [pinned] if len(pinned) > 1 else []
+    for trial_choices in (*trials, *({name: 0} for name in labels.defaults)):
+        if any(name in choices or not is_pinned(name) for name in trial_choices):
             continue
-        trial = _resolve(model, _propagate(model, {**choices, name: 0}))
+        trial_labels = _propagate(model, {**choices, **trial_choices})
+        trial = _resolve(model, trial_labels)
         if _pinned_count(trial) < _pinned_count(best):
-            best = trial
-            choices[name] = 0
-    return best
+            best, best_labels = trial, trial_labels
+            choices.update(trial_choices)
+    return replace(best, pinned=(*best.pinned, *_single_units(model, best, best_labels)))
+
+
+def _single_units(model: Model, coupling: Coupling, labels: _Labels) -> list[Pinned]:
+    """Records for the weights of groups of one unit, which is kept: its channels were joined by a node."""
+    result = []
+    for group in coupling.groups:
+        weights = {
+            key: channels
+            for key, channels in group.multiplicity.items()
+            if key in labels.constant_labels and _is_weight(model, key[0])
+        }
+        if len(group.units) > 1 or min(weights.values(), default=1) == 1:
+            continue  # one channel is one unit without being joined to others
+        widest = max(weights, key=lambda key: weights[key])
+        joined = labels.constant_labels[widest][coupling.axes[widest] == group.units[0]]
+        reason = f"{_joined_by(labels, joined)} joins them into one unit, which stays"
+        result += [Pinned(*key, channels, reason) for key, channels in weights.items()]
+    return result
+
+
+def _joined_by(labels: _Labels, joined: Ints) -> str:
+    """The node whose tie is the first by which all of several labels are joined."""
+    low, high = 0, len(labels.ties)
+    while low < high:
+        middle = (low + high) // 2
+        component = _components(labels, middle)[joined]
+        if (component == component[0]).all():
+            high = middle
+        else:
+            low = middle + 1
+    return labels.tied_by[low - 1]
 
 
 def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupling:
@@ -503,12 +537,12 @@ def _resolve(model: Model, labels: _Labels) -> Coupling:
     )
 
 
-def _components(labels: _Labels) -> Ints:
-    """Component number of every label (labels,)."""
+def _components(labels: _Labels, ties: int | None = None) -> Ints:
+    """Component number of every label (labels,), by the first ``ties`` ties or by all."""
     if not labels.count:
         return np.zeros(0, np.int64)
-    left = _concatenated([a for a, _ in labels.ties])
-    right = _concatenated([b for _, b in labels.ties])
+    left = _concatenated([a for a, _ in labels.ties[:ties]])
+    right = _concatenated([b for _, b in labels.ties[:ties]])
     shape = (labels.count, labels.count)
     edges = coo_array((np.ones(len(left), np.int8), (left, right)), shape=shape)
     _, component = connected_components(edges, directed=False)

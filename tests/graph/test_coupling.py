@@ -239,3 +239,26 @@ def test_model_without_prunable_channels_has_no_units(nodes: str, tmp_path: Path
     assert (coupling.n_units, coupling.groups, coupling.consumers) == (0, (), ())
     assert coupling.axes == {}
     assert sorted(p.count for p in coupling.pinned) == ([6, 6] if "w" in nodes else [])
+
+
+def test_single_unit_is_listed_with_the_node_that_joined_it(tmp_path: Path) -> None:
+    """Eight channels are joined in two steps, the second by the residual addition; one channel is not listed."""
+    text = """(float[N,3,6,6] x) => (float[N,4,6,6] y)
+    <float[8,3,1,1] w1, float[8,8,1,1] w2, float[1,8,1,1] w3, float[4,1,1,1] w4, float[8] gain, float[8] b,
+     int64[8] turned = {4, 5, 6, 7, 0, 1, 2, 3}> {
+        h = Conv(x, w1)
+        n = GroupNormalization<num_groups = 2>(h, gain, b)
+        t = Gather<axis = 1>(n, turned)
+        s = Add(t, h)
+        c = Conv(s, w2)
+        r = Relu(c)
+        g = Conv(r, w3)
+        y = Conv(g, w4)
+    }"""
+    coupling = couple(load(build(text, 21), tmp_path))
+    assert sorted(len(group.units) for group in coupling.groups) == [1, 1, 8]
+    listed = {(p.tensor, p.axis): p for p in coupling.pinned if "one unit" in p.reason}
+    assert {key: p.count for key, p in listed.items()} == {("w1", 0): 8, ("w2", 1): 8}
+    assert {p.reason for p in listed.values()} == {
+        "Add 'Add_3' joins them into one unit, which stays"
+    }

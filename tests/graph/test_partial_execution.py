@@ -199,7 +199,7 @@ def test_types_unknown_to_shape_inference_are_measured(tmp_path: Path) -> None:
     """Behind an operator of another domain a tensor's type is only known once it is there."""
     text = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {
         a = MatMul(x, w1)
-        g = com.microsoft.FastGelu(a)
+        g = com.microsoft.Trilu(a)
         r = Relu(g)
         y = MatMul(r, w2)
     }"""
@@ -211,7 +211,7 @@ def test_types_unknown_to_shape_inference_are_measured(tmp_path: Path) -> None:
         found = frontier.reach([name])[name]
         for values, part in zip(feeds, found, strict=True):
             a = values["x"] @ model.constants["w1"]
-            g = 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+            g = np.triu(a)
             expected = {
                 "a": a,
                 "g": g,

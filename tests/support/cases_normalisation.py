@@ -35,6 +35,17 @@ image(
     out="N,4,6,6",
 )
 image(
+    "group-normalization-of-one-group",
+    "GroupNormalization",
+    "r = GroupNormalization<num_groups = 1>(h, gain, b)",
+    # The one unit cannot go: it is listed with the node that joined its channels.
+    units=1,
+    constants="float[8] gain, float[8] b",
+    pinned="GroupNormalization 'GroupNormalization_1' joins them into one unit",
+    opset=21,
+    out="N,4,6,6",
+)
+image(
     "mean-variance-normalization",
     "MeanVarianceNormalization",
     "r = MeanVarianceNormalization<axes = [0, 2, 3]>(h)",

@@ -348,11 +348,11 @@ dense(
 )
 dense(
     "unknown-domain",
-    "com.microsoft.FastGelu",
-    "a = Relu(h)  b = MatMul(a, w3)  r = com.microsoft.FastGelu(b)",
+    "com.microsoft.Trilu",
+    "a = Relu(h)  b = MatMul(a, w3)  r = com.microsoft.Trilu(b)",
     8,
     "float[8,8] w3",
-    "operator com.microsoft::FastGelu",
+    "operator com.microsoft::Trilu",
     domains={"com.microsoft": 1},
     out="N,3",
 )
