@@ -200,6 +200,15 @@ TEXT = {
         "Third-party models",
         "Pruned to seven tenths of every group, with their own weights if they are distributed with any.",
     ),
+    "wild": (
+        "Models from the wild",
+        (
+            "ONNX files out of published packages, pruned by the default command to 0.7 and 0.5 of the MACs on 64 "
+            "samples. Kept is the share of the model's own task, as `measure` says, with the original's answers on "
+            "held-out samples as the truth: from 0.95 on the file is usable. Seconds and memory are those of the "
+            "largest of the commands."
+        ),
+    ),
     "coupling": (
         "Coupling",
         "Seconds to find the units, on graphs of the onnx package.",
@@ -210,6 +219,9 @@ TEXT = {
     ),
 }
 """Title and text of every study and of its summaries (``study-...``), in the order of the page."""
+
+OTHERS = {"wild": "tools.wild run"}
+"""Studies of other tools, with their commands."""
 
 SHOWN = {
     "coverage": ("network", "exporter", "kept %", "onnxsim %", "Torch-Pruning %", "cut = masked")
@@ -307,7 +319,8 @@ def _environment(record: dict[str, Any]) -> str:
 
 def _again(record: dict[str, Any]) -> str:
     study = record["study"].partition("-")[0]
-    return f"`python -m tools.bench {study}`, seed {record['seed']}; {_environment(record)}."
+    command = OTHERS.get(study, f"tools.bench {study}")
+    return f"`python -m {command}`, seed {record['seed']}; {_environment(record)}."
 
 
 def _all(record: dict[str, Any]) -> list[Row]:

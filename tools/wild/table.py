@@ -1,0 +1,105 @@
+"""The table of all runs, as a study that docs/results.md shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bench import studies
+from .draw import SEED
+from .manifest import Entry, Manifest
+from .run import BUDGETS
+
+USABLE = 0.95
+MOST_MIB, MOST_SECONDS = 4096, 600
+COLUMNS = (
+    "file",
+    "package",
+    "task",
+    "measure",
+    "kept at 0.7",
+    "kept at 0.5",
+    "bytes at 0.5",
+    "seconds",
+    "peak MiB",
+    "remark",
+)
+CLOCKED = ("seconds", "peak MiB")
+Record = Mapping[str, Any]
+
+
+def rows(manifest: Manifest, out: Path) -> list[studies.Row]:
+    """One row for every file with a record; a cell says what happened where nothing was pruned."""
+    found = []
+    for entry in manifest.entries:
+        inspected = _read(out, f"{entry.name}-inspect")
+        runs = [_read(out, f"{entry.name}-{budget}") for budget in BUDGETS]
+        if inspected or any(runs):
+            found.append(_row(entry, inspected, runs))
+    return found
+
+
+def _read(out: Path, stem: str) -> Record | None:
+    path = out / f"{stem}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) -> studies.Row:
+    made = [run for run in (inspected, *runs) if run]
+    judged = [run for run in runs if run and "kept" in run]
+    last = judged[-1] if judged else None
+    remarks = [run["error"] for run in made if run.get("error")]
+    return {
+        "file": entry.name,
+        "package": f"{entry.package.name} {entry.package.version}",
+        "task": entry.task + (", budget in parameters" if entry.budget == "params" else ""),
+        "measure": last["measure"] if last else None,
+        "kept at 0.7": _kept(runs[0]),
+        "kept at 0.5": _kept(runs[1]),
+        "bytes at 0.5": round(last["after"]["bytes"] / last["before"]["bytes"], 2)
+        if last
+        else None,
+        "seconds": max(run["seconds"] for run in made),
+        "peak MiB": max(run.get("peak_mib", 0) for run in made),
+        "remark": " ".join(dict.fromkeys(remarks)).replace("|", "/") or None,
+    }
+
+
+def _kept(run: Record | None) -> float | str | None:
+    """The share of the task that is kept, or what happened instead."""
+    if run is None:
+        return None
+    return round(run["kept"], 3) if "kept" in run else str(run["status"])
+
+
+def summary(found: Sequence[studies.Row]) -> list[str]:
+    """Counts over all files, as sentences."""
+
+    def usable(column: str) -> int:
+        return sum(isinstance(row[column], float) and row[column] >= USABLE for row in found)
+
+    refused = [
+        r["file"]
+        for r in found
+        if any(isinstance(r[c], str) for c in ("kept at 0.7", "kept at 0.5"))
+    ]
+    larger = [r["file"] for r in found if (r["bytes at 0.5"] or 0) > 1]
+    over = [r["file"] for r in found if r["seconds"] > MOST_SECONDS or r["peak MiB"] > MOST_MIB]
+    share = f"{len(found)} files; usable (at least {USABLE:.0%} of the task)"
+    return [
+        f"{share} at 0.7: {usable('kept at 0.7')}, at 0.5: {usable('kept at 0.5')}",
+        f"without a result: {', '.join(refused) or 'none'}",
+        f"larger than the original: {', '.join(larger) or 'none'}",
+        f"over {MOST_SECONDS} s or {MOST_MIB} MiB: {', '.join(over) or 'none'}",
+    ]
+
+
+def write(manifest: Manifest, out: Path, study: Path | None = None) -> str:
+    """The table as Markdown; with ``study``, also saved as the study ``wild`` in that folder."""
+    found = rows(manifest, out)
+    if study is not None:
+        studies.store(study, "wild", found, COLUMNS, SEED, CLOCKED)
+    lines = "\n".join(f"- {line}" for line in summary(found))
+    return f"{studies.table(found, COLUMNS)}\n\n{lines}"
