@@ -113,8 +113,10 @@ def load(
     found = read(file)
     interface = default_inputs.take(found.proto)
     try:
-        notes = (*_remarks(found), *conformance.declare_outputs(found.proto), *interface.notes)
-        proto = _normalise(found.proto)
+        # Shape inference follows every call of a function: too many calls are refused before.
+        source = subgraphs.inline(found.proto)
+        notes = (*_remarks(found), *conformance.declare_outputs(source), *interface.notes)
+        proto = _normalise(source)
         notes = (*notes, *conformance.declare_outputs(proto))
         sizes = {**(bindings or {}), **_stated_sizes(proto, stated or {})}
         model = from_proto(proto, sizes, path=str(file), sha256=found.sha256, size=found.size)
@@ -416,7 +418,6 @@ def _normalise(source: ModelProto) -> ModelProto:
     runtime()  # graphsurgeon folds with ONNX Runtime: report at once if that is not installed
     # graphsurgeon also prints the errors that it raises: silence it.
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL + 1
-    source = subgraphs.inline(source)
     _densify(source)
     _expand_short_constants(source)
     subgraphs.flatten(source)
