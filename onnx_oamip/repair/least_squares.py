@@ -20,9 +20,9 @@ corrects the errors that earlier layers made.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -62,12 +62,18 @@ from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.ridge import (
+    RidgeFit,
     Solve,
+    best_shift,
     choose_ridge,
+    remaining_error,
     ridge_regression,
     solve_ridge,
 )
+from onnx_oamip.repair.shared_weights import Family, Rows, Sharing, schedule, stacked
 
+SINGLE_BYTES = 4
+"""Bytes of a number in single precision; weights that are stored in fewer are rounded noticeably."""
 ROWS_PER_UNKNOWN = 4
 MIN_ROWS = 4096
 MAX_ROWS = 24576
@@ -263,7 +269,11 @@ def least_squares(
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
-    places, notes = _places(cut)
+    families, notes = _families(cut)
+    places = [place for family in families for place in family.uses]
+    order = {node.name: i for i, node in enumerate(model.nodes)}
+    places.sort(key=lambda place: order[place.node.name])
+    late = frozenset[str]().union(*(family.late for family in families))
     feeds, used = feeds_within_memory(model, samples, batch_size, memory_limit)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
@@ -276,7 +286,13 @@ def least_squares(
         device=device,
         rng=rng,
         cap=cap,
-        mixed={place.node.name for place in places if _mixes_channels(cut, place, cap)},
+        mixed={
+            family.names[0]
+            for family in families
+            if not family.is_shared and _mixes_channels(cut, family.uses[0], cap)
+        },
+        uses={name: len(family.uses) for family in families for name in family.names},
+        late=late,
         memory_limit=limit,
     )
     frontier = Frontier(proto, feeds, types, device)
@@ -285,9 +301,18 @@ def least_squares(
             f"least squares used {used} of {samples.usable()} samples, as many as fit in {limit >> 20} MiB"
         )
     fits: list[Fit] = []
+    by_first = {family.names[0]: family for family in families}
     for i, place in enumerate(places):
+        fit = None
+        remarks: list[str] = []
+        name = place.node.name
         with memory_for(f"the refit of {place.node}"):
-            fit, remarks = _refit(cut, editor, place, frontier, targets.pop(place.node.name))
+            if name in by_first:
+                fit, remarks = _refit(cut, editor, by_first[name], frontier, targets)
+            elif name in late:
+                _shift_bias(cut, editor, place, frontier, targets[name])
+            if name in late or name not in by_first:
+                targets.pop(name, None)
         if fit is not None:
             fits.append(fit)
         if remarks:
@@ -297,33 +322,34 @@ def least_squares(
     return Pruned(raw, proto, tuple(notes), tuple(fits))
 
 
-def _places(cut: _Cut) -> tuple[list[Site], list[str]]:
-    """Linear nodes to refit, and notes on those that cannot be.
+def _families(cut: _Cut) -> tuple[list[Family], list[str]]:
+    """Linear nodes to refit, those that share a weight together, and notes on those that cannot be.
 
-    They are the consumers of removed channels, and all linear nodes behind one: their input has changed.
+    They are the consumers of removed channels, all linear nodes behind one, whose input has changed, and all that share
+    a weight with one of these.
     """
     model = cut.model
     changed = _changed_nodes(cut)
     slicer = Slicer(model.proto)
     outputs = (name for node in slicer.nodes if node.name in changed for name in node.output)
     behind = {slicer.nodes[i].name for i in slicer.descendants(outputs)}
-    uses: Counter[str] = Counter()
-    for node in model.nodes:
-        uses.update((*node.inputs, *node.captures))
-    places = []
+    sharing = Sharing(model)
+    families: dict[str, Family] = {}
     notes = _notes_on_bodies(model, cut.coupling, cut.units)
     for node in model.nodes:
         is_behind_cut = node.name in changed or node.name in behind
         place = site(node, model.constants) if is_behind_cut else None
-        if place is not None and uses[place.weight] > 1:
-            notes.append(
-                f"{node}: its weight '{place.weight}' is shared with another node, so it is not refitted"
-            )
+        obstacle = "" if place is None else sharing.obstacle(place)
+        if obstacle:
+            notes.append(f"{node}: {obstacle}, so it is not refitted")
         elif place is not None:
-            places.append(place)
+            family = Family(sharing.family(place))
+            families.setdefault(family.names[0], family)
         elif node.name in changed:
             notes += _notes_on_unfitted(node, model)
-    return places, notes
+    order = {node.name: i for i, node in enumerate(model.nodes)}
+    in_order = sorted(families.values(), key=lambda family: order[family.names[0]])
+    return schedule(in_order, slicer), notes
 
 
 def _changed_nodes(cut: _Cut) -> set[str]:
@@ -373,9 +399,10 @@ class Target:
         shapes: Shape of the whole output.
         rows: Numbers of the sampled rows.
         values: Outputs (rows, outputs).
-        inputs: Inputs (rows, groups, inputs * taps), only of nodes whose channels are mixed; else empty.
+        inputs: Inputs (rows, groups, inputs * taps), only of nodes whose channels are mixed and of late ones.
         join: Residual sum that the output reaches, if its other branch is not refitted later.
         joined: Other branch of that sum (rows, outputs); else empty.
+        is_late: Whether the node shares a weight that is refitted before its input in the cut model is known.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -384,6 +411,7 @@ class Target:
     inputs: tuple[Array, ...]
     join: Join | None
     joined: tuple[Array, ...]
+    is_late: bool = False
 
 
 def collect_targets(
@@ -396,6 +424,8 @@ def collect_targets(
     rng: np.random.Generator,
     cap: int,
     mixed: Collection[str] = (),
+    uses: Mapping[str, int] = MappingProxyType({}),
+    late: Collection[str] = (),
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
 ) -> dict[str, Target]:
     """Samples the outputs of linear nodes in one run through the original model.
@@ -408,7 +438,9 @@ def collect_targets(
         device: ``cpu`` or ``cuda``.
         rng: Chooses the rows.
         cap: Unknowns per output above which a node is wide: fewer of its rows are sampled.
-        mixed: Names of the nodes whose inputs are sampled too.
+        mixed: Names of the nodes whose channels are mixed, for which inputs are sampled too.
+        uses: Number of nodes that share the weight of a node, by its name.
+        late: Names of the nodes that need their inputs in the original model.
         memory_limit: Upper bound in bytes on one array of inputs and outputs at the sampled rows.
 
     Returns:
@@ -422,17 +454,20 @@ def collect_targets(
         output = place.node.outputs[0]
         weight = model.constants[place.weight]
         # The frontier drops tensors once their last consumer has run: ask for the input before the output.
-        data = frontier.reach([place.data])[place.data] if place.node.name in mixed else []
-        joint = join(model, place)
+        name = place.node.name
+        needs_inputs = name in mixed or name in late
+        data = frontier.reach([place.data])[place.data] if needs_inputs else []
+        is_shared = uses.get(name, 1) > 1
+        joint = None if is_shared else join(model, place)
         if joint is not None:
             before_sum = slicer.needed([joint.other], ())
             if any(slicer.nodes[i].name in waiting for i in before_sum):
                 joint = None  # the other branch is refitted later, and will compensate the error of this one
-        waiting.discard(place.node.name)
+        waiting.discard(name)
         others = frontier.reach([output, joint.other])[joint.other] if joint else []
         outputs = frontier.reach([output])[output]
         row_limit = _row_limit(matrix_shape(place, weight), cap, memory_limit)
-        rows_per_feed = -(-row_limit // len(feeds))
+        rows_per_feed = -(-row_limit // (len(feeds) * uses.get(name, 1)))
         shapes = tuple(y.shape for y in outputs)
         rows = tuple(pick(row_count(place, shape), rows_per_feed, rng) for shape in shapes)
         # Inputs and the other branch are empty where they are not needed: hence strict=False.
@@ -440,13 +475,14 @@ def collect_targets(
             data_rows(place, x, chosen, shape).astype(np.promote_types(x.dtype, np.float32))
             for x, chosen, shape in zip(data, rows, shapes, strict=False)
         ]
-        result[place.node.name] = Target(
+        result[name] = Target(
             shapes=shapes,
             rows=rows,
             values=_sampled(place, outputs, rows),
             inputs=tuple(sampled_inputs),
             join=joint,
             joined=_sampled(place, others, rows),
+            is_late=name in late,
         )
     return result
 
@@ -521,24 +557,113 @@ class _Problem:
         return _Problem(self.x[:, rows], self.y[:, rows], wide_inputs)
 
 
+@dataclass(frozen=True)
+class _Use:
+    """A linear node in the cut model, with its weight and its sampled rows.
+
+    Attributes:
+        here: The node.
+        weight: Its weight as a matrix, times its factor (groups, outputs, inputs, taps).
+        problem: Its least-squares problem.
+        residual: What its outputs lack (groups, rows, outputs).
+    """
+
+    here: Site
+    weight: Floats
+    problem: _Problem
+    residual: Floats
+
+
 def _refit(
     cut: _Cut,
     editor: Editor,
-    place: Site,
+    family: Family,
     frontier: Frontier,
-    target: Target,
+    targets: Mapping[str, Target],
 ) -> tuple[Fit | None, list[str]]:
-    """Refits one node.
+    """Refits one weight, for all nodes that share it.
 
     Args:
         cut: The original model and the kept units.
         editor: The cut model, changed in place.
-        place: The node in the original model.
+        family: The nodes in the original model.
         frontier: Activations of the cut model.
-        target: Outputs of the node in the original model.
+        targets: Outputs of the nodes in the original model.
 
     Returns:
         A record of the fit, None if there is none, and remarks for the user.
+    """
+    remarks: list[str] = []
+    uses = []
+    for place in family.uses:
+        name = place.node.name
+        source = None if name in family.late else frontier
+        use = _use(cut, editor, place, source, target=targets[name], remarks=remarks)
+        if use is None:
+            return None, remarks
+        uses.append(use)
+    first = uses[0]
+    if any(use.residual.shape[1] < 2 for use in uses):
+        if not family.is_shared:
+            editor.add_bias(first.here, first.residual.reshape(-1))
+        remarks.append("one row is too few to fit and to judge, so only its bias moves")
+        return None, remarks
+    has_common_bias = family.is_shared and _has_common_bias(editor, uses)
+    parts = [Rows(_scaled(use, first), use.problem.y, use.residual) for use in uses]
+    own_biases = family.is_shared and not has_common_bias
+    rows, split = stacked([part.centred() for part in parts] if own_biases else parts, HELD_OUT)
+    problem = replace(first.problem, x=rows.x, y=rows.y)
+    form, solve, remark = _solver(
+        cut, family.uses[0], problem, rows.residual, weight=first.weight, split=split
+    )
+    if remark:
+        remarks.append(remark)
+    found = choose_ridge(rows.x, rows.residual, split, solve)
+    stored = _as_stored(editor, first, rows, split, found=found)
+    if stored is None:
+        kind = editor.stored_type(_weight_name(editor, first.here))
+        remarks.append(f"fitted weights are out of range for {kind}, so it is not refitted")
+        return None, remarks
+    found = stored
+    scale = float(rows.y.var(axis=1).sum()) or 1.0
+    before, after = found.errors
+    _, count, unknowns = rows.x.shape
+    fit = Fit(family.title, form, count, unknowns, found.ridge, before / scale, after / scale)
+    improves = after < before
+    if improves and found.change is not None:
+        _write_weight(editor, first, found.change, for_all=family.is_shared)
+    if not own_biases:
+        if improves:
+            editor.add_bias(first.here, found.shift.reshape(-1), for_all=family.is_shared)
+        return fit, remarks
+    change = found.change if improves else None
+    for use, part in zip(uses, parts, strict=True):
+        if use.here.node.name not in family.late:
+            editor.add_bias(use.here, best_shift(part.x, part.residual, change).reshape(-1))
+    return fit, remarks
+
+
+def _use(
+    cut: _Cut,
+    editor: Editor,
+    place: Site,
+    frontier: Frontier | None,
+    *,
+    target: Target,
+    remarks: list[str],
+) -> _Use | None:
+    """A linear node with what its outputs lack at the sampled rows.
+
+    Args:
+        cut: The original model and the kept units.
+        editor: The cut model.
+        place: The node in the original model.
+        frontier: Activations of the cut model; None to take the inputs in the original model.
+        target: Outputs of the node in the original model.
+        remarks: Remarks for the user, extended by those about this node.
+
+    Returns:
+        The use; None if its bias cannot be changed or no row is finite.
     """
     node = editor.nodes[place.node.name]
     current = editor.constant(node.input[place.weight_slot])
@@ -546,51 +671,108 @@ def _refit(
     here = _in_cut_model(place, node)
     bias = editor.bias(here)
     if bias is None:
-        return None, ["its bias is not one constant per output, so it is not refitted"]
+        remarks.append("its bias is not one constant per output, so it is not refitted")
+        return None
     weight = here.factor * matrix(here, current)
-    groups, outs, ins, taps = weight.shape
+    groups, outs, _, _ = weight.shape
     problem = _problem(cut, place, node, frontier, target)
-    remarks: list[str] = []
     finite = problem.finite_rows
     if not finite.all():
         remarks.append(
             f"{int((~finite).sum())} of {finite.size} rows are not finite and not fitted to"
         )
         problem = problem.take(finite)
-    x = problem.x
-    y = problem.y
-    rows = y.shape[1]
-    if not rows:
-        return None, remarks
-    predicted = x @ weight.reshape(groups, outs, -1).transpose(0, 2, 1)
-    residual = y - predicted - bias.reshape(groups, 1, outs)
-    if rows < 2:
-        editor.add_bias(here, residual.reshape(-1))
-        remarks.append("one row is too few to fit and to judge, so only its bias moves")
-        return None, remarks
-    # Rows are in the order of the samples: the last ones are held out.
-    split = min(int(np.ceil((1 - HELD_OUT) * rows)), rows - 1)
-    form, solve, remark = _solver(cut, place, problem, residual, weight=weight, split=split)
-    if remark:
-        remarks.append(remark)
-    change, shift, ridge, (before, after) = choose_ridge(x, residual, split, solve)
-    scale = float(y.var(axis=1).sum()) or 1.0
-    fit = Fit(place.node.name, form, rows, ins * taps, ridge, before / scale, after / scale)
-    improves = after < before
-    if not improves:
-        return fit, remarks
-    if change is not None:
-        fitted = weight + change.transpose(0, 2, 1).reshape(weight.shape)
-        with np.errstate(over="ignore"):
-            value = unmatrix(here, fitted / here.factor, current)
-        if not np.isfinite(value).all():
-            remarks.append(
-                f"fitted weights are out of range for {current.dtype}, so it is not refitted"
-            )
-            return None, remarks
-        editor.replace(node, place.weight_slot, value)
-    editor.add_bias(here, shift.reshape(-1))
-    return fit, remarks
+    if not problem.y.shape[1]:
+        return None
+    predicted = problem.x @ weight.reshape(groups, outs, -1).transpose(0, 2, 1)
+    residual = problem.y - predicted - bias.reshape(groups, 1, outs)
+    return _Use(here, weight, problem, residual)
+
+
+def _scaled(use: _Use, first: _Use) -> Floats:
+    """Inputs of a use that give its outputs with the factor of the first use."""
+    ratio = use.here.factor / first.here.factor
+    return use.problem.x if ratio == 1 else use.problem.x * ratio
+
+
+def _has_common_bias(editor: Editor, uses: Sequence[_Use]) -> bool:
+    """Tests for uses of a weight that share their bias too, and with no other node."""
+    names = {editor.source(editor.bias_name(use.here)) for use in uses}
+    return len(names) == 1 and "" not in names and len(editor.readers_of(names.pop())) == len(uses)
+
+
+def _weight_name(editor: Editor, here: Site) -> str:
+    return str(editor.nodes[here.node.name].input[here.weight_slot])
+
+
+def _new_weight(editor: Editor, use: _Use, change: Floats) -> Array:
+    """The weight of a node with a change, as its readers will see it once it is stored."""
+    name = _weight_name(editor, use.here)
+    current = editor.constant(name)
+    assert current is not None
+    fitted = use.weight + change.transpose(0, 2, 1).reshape(use.weight.shape)
+    with np.errstate(over="ignore"):
+        value = unmatrix(use.here, fitted / use.here.factor, current)
+    return editor.rounded(name, value)
+
+
+def _write_weight(editor: Editor, use: _Use, change: Floats, for_all: bool) -> None:
+    node = editor.nodes[use.here.node.name]
+    editor.replace(node, use.here.weight_slot, _new_weight(editor, use, change), for_all)
+
+
+def _as_stored(
+    editor: Editor, use: _Use, rows: Rows, split: int, *, found: RidgeFit
+) -> RidgeFit | None:
+    """A fit with the weights that are stored: half precision rounds the change, to which the bias is fitted again.
+
+    Args:
+        editor: The cut model.
+        use: The node, the first of those that share the weight.
+        rows: Rows of all of them.
+        split: Number of rows in front of those held out.
+        found: The fit.
+
+    Returns:
+        The fit; None if the weights are out of range.
+    """
+    if found.change is None:
+        return found
+    value = _new_weight(editor, use, found.change)
+    if not np.isfinite(value).all():
+        return None
+    kind = editor.stored_type(_weight_name(editor, use.here))
+    if kind is None or kind.itemsize >= SINGLE_BYTES:
+        return found
+    rounded = use.here.factor * matrix(use.here, value) - use.weight
+    groups, outs, _, _ = rounded.shape
+    change = rounded.reshape(groups, outs, -1).transpose(0, 2, 1)
+    shift = best_shift(rows.x, rows.residual, change)
+    leading = best_shift(rows.x[:, :split], rows.residual[:, :split], change)
+    after = remaining_error(rows.x[:, split:], rows.residual[:, split:], change, leading)
+    return RidgeFit(change, shift, found.ridge, (found.errors[0], after))
+
+
+def _shift_bias(cut: _Cut, editor: Editor, place: Site, frontier: Frontier, target: Target) -> None:
+    """Refits the bias of a node whose weight was refitted before its input was known."""
+    remarks: list[str] = []
+    use = _use(cut, editor, place, frontier, target=target, remarks=remarks)
+    if use is None or _shares_bias(editor, use):
+        return
+    rows = use.residual.shape[1]
+    split = int(np.ceil((1 - HELD_OUT) * rows))
+    if split == rows:
+        return
+    found = choose_ridge(use.problem.x, use.residual, split, None)
+    before, after = found.errors
+    if after < before:
+        editor.add_bias(use.here, found.shift.reshape(-1))
+
+
+def _shares_bias(editor: Editor, use: _Use) -> bool:
+    """Tests for a node whose bias other nodes read as well."""
+    name = editor.bias_name(use.here)
+    return bool(name) and len(editor.readers_of(editor.source(name))) > 1
 
 
 def _in_cut_model(place: Site, node: onnx.NodeProto) -> Site:
@@ -605,7 +787,7 @@ def _problem(
     cut: _Cut,
     place: Site,
     node: onnx.NodeProto,
-    frontier: Frontier,
+    frontier: Frontier | None,
     target: Target,
 ) -> _Problem:
     """Inputs and wanted outputs of a node at the sampled rows.
@@ -614,21 +796,24 @@ def _problem(
         cut: The original model and the kept units.
         place: The node in the original model.
         node: The node in the cut model.
-        frontier: Activations of the cut model.
+        frontier: Activations of the cut model; None to take the inputs in the original model.
         target: Outputs in the original model.
     """
     here = _in_cut_model(place, node)
-    data = node.input[place.slot]
-    inputs = frontier.reach([data])[data]
-    x = np.concatenate(
-        [
-            data_rows(here, value, rows, shape)
-            for value, rows, shape in zip(inputs, target.rows, target.shapes, strict=True)
-        ]
-    ).transpose(1, 0, 2)
+    if frontier is None:
+        x = _original_inputs(cut, place, here, target)
+    else:
+        data = node.input[place.slot]
+        inputs = frontier.reach([data])[data]
+        x = np.concatenate(
+            [
+                data_rows(here, value, rows, shape)
+                for value, rows, shape in zip(inputs, target.rows, target.shapes, strict=True)
+            ]
+        ).transpose(1, 0, 2)
     kept = output_mask(cut.model, cut.coupling, place, cut.units)
     y = np.concatenate(target.values).astype(np.float64)[:, kept]
-    if target.join is not None:
+    if target.join is not None and frontier is not None:
         other = target.join.other
         branch = [
             output_rows(here, value, rows)
@@ -638,8 +823,20 @@ def _problem(
         y += target.join.correction(error, kept)
     groups = len(x)
     y = y.reshape(-1, groups, y.shape[1] // groups).transpose(1, 0, 2)
-    wide_inputs = np.concatenate(target.inputs) if target.inputs else None
+    is_mixed = bool(target.inputs) and not target.is_late
+    wide_inputs = np.concatenate(target.inputs) if is_mixed else None
     return _Problem(x, y, wide_inputs)
+
+
+def _original_inputs(cut: _Cut, place: Site, here: Site, target: Target) -> Floats:
+    """Inputs of a node in the original model, without the removed channels (groups, rows, inputs * taps)."""
+    inputs = np.concatenate(target.inputs).astype(np.float64)
+    _, _, ins, taps = matrix_shape(place, cut.model.constants[place.weight])
+    axis = place.data_axis % len(cut.model.shapes[place.data])
+    channels = inputs.reshape(len(inputs), place.groups * ins, taps)
+    if (place.data, axis) in cut.coupling.axes:
+        channels = channels[:, cut.coupling.keep((place.data, axis), cut.units)]
+    return channels.reshape(len(inputs), here.groups, -1).transpose(1, 0, 2)
 
 
 def _solver(

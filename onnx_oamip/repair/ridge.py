@@ -65,10 +65,7 @@ def choose_ridge(
     means = {n: (x[:, :n].mean(axis=1), residual[:, :n].mean(axis=1)) for n in (split, rows)}
 
     def error(change: Floats | None, shift: Floats) -> float:
-        remaining = residual[:, split:] - shift[:, None]
-        if change is not None:
-            remaining -= x[:, split:] @ change
-        return float(np.square(remaining).mean(axis=1).sum())
+        return remaining_error(x[:, split:], residual[:, split:], change, shift)
 
     def shift_of(change: Floats | None, count: int) -> Floats:
         """Best shift of the bias on the leading rows, for a change of the weights."""
@@ -94,6 +91,41 @@ def choose_ridge(
             chosen = ridge
     change = None if chosen is None or solve is None else solve(rows, chosen)
     return RidgeFit(change, shift_of(change, rows), chosen, (before, min(after, before)))
+
+
+def remaining_error(x: Floats, residual: Floats, change: Floats | None, shift: Floats) -> float:
+    """Measure what a fit leaves on rows that it has not seen.
+
+    Args:
+        x: Inputs (groups, rows, inputs * taps).
+        residual: Difference to the wanted outputs (groups, rows, outputs).
+        change: Change of the weights (groups, inputs * taps, outputs); None for none.
+        shift: Change of the bias (groups, outputs).
+
+    Returns:
+        Mean square over the rows, summed over groups and outputs.
+    """
+    remaining = residual - shift[:, None]
+    if change is not None:
+        remaining -= x @ change
+    return float(np.square(remaining).mean(axis=1).sum())
+
+
+def best_shift(x: Floats, residual: Floats, change: Floats | None) -> Floats:
+    """Find the change of the bias that fits best to a change of the weights.
+
+    Args:
+        x: Inputs (groups, rows, inputs * taps).
+        residual: Difference to the wanted outputs (groups, rows, outputs).
+        change: Change of the weights (groups, inputs * taps, outputs); None for none.
+
+    Returns:
+        The shift (groups, outputs).
+    """
+    shift: Floats = residual.mean(axis=1)
+    if change is not None:
+        shift = shift - (x.mean(axis=1)[:, None] @ change)[:, 0]
+    return shift
 
 
 def _downhill(ridges: Sequence[float], error_of: Callable[[float], float]) -> tuple[float, float]:

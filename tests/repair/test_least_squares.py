@@ -47,6 +47,7 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.repair import least_squares, ridge
 from onnx_oamip.repair.residual_joins import join
+from onnx_oamip.repair.shared_weights import Family
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -114,7 +115,8 @@ def test_nothing_removed_changes_nothing(
     untouched = _fit(model, coupling, keep, _samples(model, 64))
     assert not untouched.fits
     assert untouched.proto.SerializeToString() == untouched.raw.SerializeToString()
-    monkeypatch.setattr(least_squares, "_places", lambda *_: (_linear(model), []))
+    families = [Family((place,)) for place in _linear(model)]
+    monkeypatch.setattr(least_squares, "_families", lambda *_: (families, []))
     forced = _fit(model, coupling, keep, _samples(model, 64))
     assert len(forced.fits) == len(_linear(model))
     feed = random_samples(model, 50, 9)
@@ -134,7 +136,8 @@ def test_nothing_removed_changes_nothing_in_trained_models(
     monkeypatch.setattr(least_squares, "MAX_ROWS", 2048)
     monkeypatch.setattr(least_squares, "MIN_ROWS", 1024)
     model, coupling, found, held = _shipped(name, source, count)
-    monkeypatch.setattr(least_squares, "_places", lambda *_: (_linear(model), []))
+    families = [Family((place,)) for place in _linear(model)]
+    monkeypatch.setattr(least_squares, "_families", lambda *_: (families, []))
     keep = np.ones(coupling.n_units, bool)
     pruned = _fit(model, coupling, keep, found)
     feed = held.feed(np.arange(64))
@@ -718,31 +721,6 @@ def test_wide_node_with_overflowing_activations_is_refitted(tmp_path: Path) -> N
     assert fit.error_after < 1.2 * least.fits[0].error_after
 
 
-def test_shared_weights_stay_unchanged(tmp_path: Path) -> None:
-    text = """(float[N,5] a, float[N,5] b) => (float[] y) <float[5,8] wa, float[5,8] wb, float[8,3] u, float[3] c> {
-        ma = MatMul(a, wa)
-        mb = MatMul(b, wb)
-        ra = Relu(ma)
-        rb = Tanh(mb)
-        ya = MatMul(ra, u)
-        yb = MatMul(rb, u)
-        s = Add(ya, yb)
-        y = Add(s, c)
-    }"""
-    model = load(build(text), tmp_path)
-    coupling = couple(model)
-    keep = np.ones(coupling.n_units, bool)
-    keep[coupling.groups[0].units[:3]] = False
-    pruned = _fit(model, coupling, keep, _samples(model, 100))
-    assert not pruned.fits
-    assert len(pruned.notes) == 2
-    assert all(
-        "its weight 'u' is shared with another node, so it is not refitted" in n
-        for n in pruned.notes
-    )
-    assert pruned.proto.SerializeToString() == pruned.raw.SerializeToString()
-
-
 def test_weights_read_by_a_branch_stay_unchanged(tmp_path: Path) -> None:
     """An If captures the weight: it is shared, though no other node lists it."""
     case = next(c for c in CASES if c.name == "if-reads-an-outer-weight")
@@ -896,7 +874,10 @@ def test_residual_join_is_recognised(nodes: str, other: str | None, tmp_path: Pa
 def test_join_compensates_the_error_of_the_other_branch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The branches with the shared weight u stay wrong; those beside them read what it takes to make up for that."""
+    """The branches with the weight u stay wrong; those beside them read what it takes to make up for that."""
+    monkeypatch.setattr(
+        least_squares.Sharing, "obstacle", lambda _, place: "kept" if place.weight == "u" else ""
+    )
     proto = build("""(float[N,5] a, float[N,5] b) => (float[N,3] y, float[N,3] z)
     <float[5,8] wa, float[5,8] wb, float[8,3] u, float[8,3] va, float[8,3] vb, float[3] gain, float[3] c, float[3] m,
      float[3] var> {
