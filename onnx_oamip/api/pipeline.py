@@ -490,6 +490,8 @@ def compare(
     samples = held or dataset.load(source, model, reading=settings.reading)
     assert samples is not None
     model = dataset.at_data(model, samples)
+    trial = Session(model.proto, device, what=str(original))
+    samples = batching.tried(trial, samples, settings.batch_size)
     named = {name for node in other.nodes for name in node.outputs}
     objective = find_objective(model, settings, samples)
     lacking = [t for t in objective.tensors if t not in named | {p.name for p in other.outputs}]
@@ -498,7 +500,6 @@ def compare(
     equivalence.structure(other.proto)
     after = equivalence.watch(model, objective, device, other.proto, str(pruned))
     before = equivalence.watch(model, objective, device, what=str(original))
-    samples = batching.tried(before, samples, settings.batch_size)
     batches = equivalence.runs_at(model, after, samples, lambda: before)
     found = equivalence.compare(
         model,

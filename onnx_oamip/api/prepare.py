@@ -315,7 +315,7 @@ def open_context(
                 session.run(feed)
         else:
             samples = batching.tried(session, samples, settings.batch_size)
-            held = batching.alike(samples, held)
+            held = batching.alike(session, samples, held)
         unfused = (UNFUSED,) if session.unfused else ()
         model = replace(model, notes=(*model.notes, *samples.notes, *unfused))
     identity = _cache_identity(model, samples, settings, device)

@@ -175,7 +175,7 @@ def check_type(array: Stored, port: Port, *, scaled: bool, where: str) -> None:
         hint = f"; convert it with array.astype('{kind}')"
         if array.dtype.kind == "U":
             hint = "; give the numbers that the texts stand for"
-        elif array.dtype.kind in "iu":
+        elif array.dtype.kind in "iu" and port.dtype.kind not in "iub":
             hint += f", or say what its codes mean with '{port.name}.scale'"
         raise DataError(f"{label} is {array.dtype} but the model expects {expected(port)}{hint}.")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model, Reading
-from onnx_oamip.data import numpy_files
+from onnx_oamip.data import images, numpy_files
 from onnx_oamip.data.folders import visible_files
 from onnx_oamip.data.loaded import Format, Loaded
 from onnx_oamip.data.unequal import FeedCollector
@@ -44,6 +45,11 @@ def load(source: str, model: Model, reading: Reading) -> Loaded:
         DataError: A file cannot be read, or differs from the first one in its names, types or ranks.
     """
     files = sorted(visible_files(Path(source), SUFFIXES))
+    pictures = sum(1 for _ in visible_files(Path(source), images.SUFFIXES))
+    if pictures:
+        raise DataError(
+            f"{source} holds {pictures:,} images and {len(files):,} .npz or .npy files; give a folder of one kind."
+        )
     chosen = files
     where = source
     if len(files) > reading.most:

@@ -1,22 +1,31 @@
-"""Trial of a model on its samples: several at a time, or one at a time if the model takes no more."""
+"""Trial of a model on its samples: several at a time, or one at a time if it takes no more or mixes them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.records import Array, Ints
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.layouts import feed_shape
 from onnx_oamip.graph.runtime import Session
 
 ALONE = "the model refuses several samples in one run, so they run one at a time"
+MIXED = "several samples in one run change each other's outputs, so they run one at a time"
+ELSEWHERE = "output '{}' counts samples on axis {}, so they run one at a time"
+TOLERANCE = 0.1
+"""Relative error of a sample's outputs in a batch, above which the samples are mixed; quantisation makes less."""
 
 
 def tried(session: Session, samples: Samples, size: int) -> Samples:
-    """Run the model on the first samples.
+    """Run the model on the first samples, and on the largest one where their shapes are unequal.
 
-    A model may take any batch by its inputs and still refuse more than one sample, for example if a Reshape has the
-    batch of 1 of its export. It then runs on one sample at a time.
+    A model may take any batch by its inputs and still not treat samples alike: it refuses more than one if a Reshape
+    has the batch of 1 of its export, mixes them if that Reshape takes the rest as another axis, or counts them on
+    another axis of an output. It then runs on one sample at a time.
 
     Args:
         session: The model.
@@ -24,7 +33,7 @@ def tried(session: Session, samples: Samples, size: int) -> Samples:
         size: Largest number of samples in a run.
 
     Returns:
-        The samples, fixed to a batch of 1 if the model takes no more.
+        The samples, fixed to a batch of 1 if the model does not treat several alike.
 
     Raises:
         ModelError: The model cannot be run on the samples.
@@ -32,33 +41,89 @@ def tried(session: Session, samples: Samples, size: int) -> Samples:
     """
     index = next(samples.feed_indices(size))
     try:
-        session.run(samples.feed(index))
+        together = session.run(samples.feed(index))
     except ModelError as error:
-        fed = ", ".join(
-            f"'{name}' {feed_shape(stored, samples.layouts[name], 0)}"
-            for name, stored in samples.arrays.items()
-        )
-        refusal = ModelError(f"{str(error).rstrip('.')} (one sample was fed as {fed}).")
         if len(index) == 1 or samples.fixed_batch:
-            raise refusal from error
-        try:
-            session.run(samples.feed(index[:1]))
-        except ModelError:
-            raise refusal from error
-        return replace(samples, fixed_batch=1, notes=(*samples.notes, ALONE))
-    return samples
+            raise _refusal(error, samples, int(index[0])) from error
+        _run_one(session, samples, int(index[0]))
+        return _alone(samples, ALONE)
+    if samples.unequal:
+        _run_one(session, samples, samples.largest())
+    if len(index) == 1 or samples.fixed_batch:
+        return samples
+    note = _mixes(together, _run_one(session, samples, int(index[0])), session.outputs, len(index))
+    return _alone(samples, note) if note else samples
 
 
-def alike(samples: Samples, other: Samples | None) -> Samples | None:
-    """Fix further samples to the batch that was found for the first ones.
+def _run_one(session: Session, samples: Samples, place: int) -> list[Array]:
+    """Outputs for one sample."""
+    try:
+        return session.run(samples.feed(_index(place)))
+    except ModelError as error:
+        raise _refusal(error, samples, place) from error
+
+
+def _index(place: int) -> Ints:
+    return np.asarray([place], np.int64)
+
+
+def _refusal(error: ModelError, samples: Samples, place: int) -> ModelError:
+    """The error with the shapes that were fed."""
+    fed = ", ".join(
+        f"'{name}' {feed_shape(stored, samples.layouts[name], place)}"
+        for name, stored in samples.arrays.items()
+    )
+    number = place if samples.origin is None else int(samples.origin[place])
+    return ModelError(f"{str(error).rstrip('.')} (sample {number} was fed as {fed}).")
+
+
+def _alone(samples: Samples, note: str) -> Samples:
+    return replace(samples, fixed_batch=1, notes=(*samples.notes, note))
+
+
+def _mixes(
+    together: Sequence[Array], single: Sequence[Array], names: Sequence[str], count: int
+) -> str:
+    """The reason why several samples are not like single ones; empty if they are, or if shapes do not show it."""
+    for batch, one, name in zip(together, single, names, strict=True):
+        axis = _batch_axis(batch.shape, one.shape, count)
+        if axis is None or not np.issubdtype(one.dtype, np.floating):
+            continue
+        first = np.take(batch, np.arange(one.shape[axis]), axis=axis)
+        error = np.linalg.norm((first - one).astype(np.float64))
+        if error > TOLERANCE * np.linalg.norm(one.astype(np.float64)):
+            return MIXED
+        if axis:
+            return ELSEWHERE.format(name, axis)
+    return ""
+
+
+def _batch_axis(batch: Sequence[int], one: Sequence[int], count: int) -> int | None:
+    """The only axis that grows with the number of samples; None if there is none, or several."""
+    if len(batch) != len(one):
+        return None
+    grown = [axis for axis in range(len(one)) if batch[axis] != one[axis]]
+    if len(grown) != 1 or batch[grown[0]] != count * one[grown[0]]:
+        return None
+    return grown[0]
+
+
+def alike(session: Session, samples: Samples, other: Samples | None) -> Samples | None:
+    """Fix further samples to the batch that was found for the first ones, and run the largest of unequal ones.
 
     Args:
+        session: The model.
         samples: Samples that were tried.
         other: Further samples of the same model, or None.
 
     Returns:
         The further samples.
+
+    Raises:
+        ModelError: The model cannot be run on the largest sample.
     """
+    if other is not None and other.unequal:
+        _run_one(session, other, other.largest())
     if other is None or other.whole or samples.whole:
         return other
     return replace(other, fixed_batch=samples.fixed_batch)

@@ -22,6 +22,7 @@ from onnx_oamip.core.records import (
     Array,
     Ints,
     Model,
+    Port,
     Reading,
 )
 from onnx_oamip.data import (
@@ -211,13 +212,25 @@ class Samples:
                     sizes.setdefault(name, int(shape[axis]))
         return sizes
 
+    def largest(self) -> int:
+        """Find the feed with the most values where shapes are unequal.
+
+        Returns:
+            Its index; 0 if all shapes are equal.
+        """
+        return int(self._by_size()[-1])
+
     def _median(self) -> int:
         """Index of the feed of median size."""
-        stored = [a.sizes for a in self.arrays.values() if isinstance(a, UnequalArrays)]
-        if not stored:
-            return 0
-        order = np.argsort(np.sum(stored, axis=0), kind="stable")
+        order = self._by_size()
         return int(order[len(order) // 2])
+
+    def _by_size(self) -> Ints:
+        """Indices of the feeds of unequal shapes by rising number of values; 0 alone if all shapes are equal."""
+        sizes = [a.sizes for a in self.arrays.values() if isinstance(a, UnequalArrays)]
+        if not sizes:
+            return np.zeros(1, np.int64)
+        return np.argsort(np.sum(sizes, axis=0), kind="stable")
 
 
 def check_extras(*sources: str | os.PathLike[str] | Mapping[str, Array] | Feeds | None) -> None:
@@ -326,7 +339,7 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
     given, where = loaded.arrays, loaded.where
     array_checks.check_names(given, model, where)
     scales: dict[str, Scaling] = {}
-    inputs = {port.name: given[port.name] for port in model.inputs}
+    inputs = {port.name: _as_column(given[port.name], port) for port in model.inputs}
     for port in model.inputs:
         array = inputs[port.name]
         scaling = array_checks.check_scaling(given, array, port, model, where)
@@ -378,7 +391,7 @@ def at_data(model: Model, samples: Samples) -> Model:
             every one of unequal samples.
     """
     sizes = samples.bindings(model)
-    if any(isinstance(array, UnequalArrays) for array in samples.arrays.values()):
+    if samples.unequal:
         kept = {name: model.bindings[name] for name in sizes if name not in model.assumed}
         return rebind(model, {**sizes, **kept})
     leading = {symbol(port, 0) for port in model.inputs if port.dims}
@@ -390,6 +403,13 @@ def at_data(model: Model, samples: Samples) -> Model:
                 "give samples of that length."
             )
     return rebind(model, sizes)
+
+
+def _as_column(array: Stored, port: Port) -> Stored:
+    """One value per sample as a column, for inputs such as the ``[N, 1]`` of a table's columns."""
+    if not isinstance(array, UnequalArrays) and array.ndim == 1 and port.dims[1:] == (1,):
+        return np.asarray(array)[:, None]
+    return array
 
 
 def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:

@@ -28,6 +28,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE, Scaling
 from onnx_oamip.data.folders import is_visible, visible_files
+from onnx_oamip.data.layouts import fixed
 from onnx_oamip.data.loaded import Format, Loaded
 from onnx_oamip.data.out_of_core import Spool, Values
 from onnx_oamip.data.unequal import Stored
@@ -152,7 +153,8 @@ def load_folder(source: str, model: Model, reading: Reading) -> Loaded:
     files = sorted(visible_files(path, SUFFIXES))
     if not files:
         raise DataError(
-            f"{path} is a folder without images ({', '.join(sorted(SUFFIXES))}); give images or an .npz."
+            f"{path} is a folder without images ({', '.join(sorted(SUFFIXES))}) or arrays; give images, an .npz, or a "
+            "folder with one .npz per sample."
         )
     by_class: dict[str, list[Path]] = defaultdict(list)
     for file in files:
@@ -496,11 +498,13 @@ def image_input(port: Port, reading: Reading, where: str) -> ImageInput:
         channels, height, width = dims[1], dims[2], dims[3]
     else:
         channels, height, width = dims[3], dims[1], dims[2]
-    if not isinstance(channels, int) or channels not in MODES:
+    if channels not in MODES:
+        count = channels if fixed(channels) else "an open number of"
         raise DataError(
             f"{where} holds images, but the model's input '{port.name}' is {expected} and read as {layout} has "
-            f"{channels} channels; images have 1, 3 or 4: set `image_layout`, or give an .npz."
+            f"{count} channels; images have 1, 3 or 4: set `image_layout`, or give an .npz."
         )
+    assert isinstance(channels, int)
     requested_height, requested_width = reading.size or (None, None)
     described = f"the model's input '{port.name}' is {expected}"
     return ImageInput(

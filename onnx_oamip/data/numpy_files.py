@@ -222,7 +222,7 @@ def _check_header(header: _Header, name: str) -> None:
     if dtype.hasobject:
         raise _UnreadableFile(
             f"{name} holds Python objects, which could run code",
-            "numbers, and samples of unequal lengths as a folder with one .npz per sample",
+            "numbers or of str, and samples of unequal lengths as a folder with one .npz per sample",
         )
     if dtype.names is not None or dtype.subdtype is not None or not dtype.itemsize:
         described = str(dtype)[:MAX_TYPE_CHARACTERS]

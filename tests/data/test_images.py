@@ -214,6 +214,12 @@ def test_image_outside_of_the_classes_is_noted(tmp_path: Path, model: Model) -> 
     )
 
 
+def test_folder_of_images_and_arrays_is_refused(tmp_path: Path, model: Model) -> None:
+    _save(Image.fromarray(PIXELS), tmp_path / "1.png")
+    np.savez(tmp_path / "2.npz", x=np.zeros((1, 3, 8, 6), np.float32))
+    _refused(tmp_path, model, "holds 1 images and 1 .npz or .npy files; give a folder of one kind")
+
+
 def test_linked_folders_are_followed_once(tmp_path: Path, model: Model) -> None:
     _save(Image.fromarray(PIXELS), tmp_path / "store" / "1.png")
     (tmp_path / "d").mkdir()

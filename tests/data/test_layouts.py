@@ -245,7 +245,7 @@ def test_model_that_takes_one_sample_runs_on_one_at_a_time(place: Path) -> None:
     assert samples.fixed_batch == 1
     assert batching.ALONE in samples.notes
     assert [len(feed["x"]) for _, feed in samples.batches(4)] == [1] * 5
-    other = batching.alike(samples, _load({"x": x}, model))
+    other = batching.alike(session, samples, _load({"x": x}, model))
     assert other is not None
     assert other.fixed_batch == 1
 
@@ -253,8 +253,64 @@ def test_model_that_takes_one_sample_runs_on_one_at_a_time(place: Path) -> None:
 def test_error_of_a_run_names_the_feed(text: Model) -> None:
     session = Session(text.proto, "cpu")
     samples = _load({"ids": np.full((4, 3), 99)}, text)
-    with pytest.raises(ModelError, match=r"one sample was fed as 'ids' \(1, 3\)"):
+    with pytest.raises(ModelError, match=r"sample 0 was fed as 'ids' \(1, 3\)"):
         batching.tried(session, samples, 4)
+
+
+def test_largest_of_unequal_samples_is_tried_first(place: Path) -> None:
+    """A text longer than the table of positions is named before the work starts."""
+    body = "e = Gather(table, ids) s = Add(e, positions) y = MatMul(s, w)"
+    model = load(
+        build(
+            "(int64[1,S] ids) => (float[1,S,3] y)"
+            f" <float[9,4] table, float[1,5,4] positions, float[4,3] w> {{ {body} }}"
+        ),
+        place,
+    )
+    session = Session(model.proto, "cpu")
+    samples = _load({"ids": [np.zeros(n, np.int64) for n in (5, 1, 7, 5)]}, model)
+    with pytest.raises(ModelError, match=r"sample 2 was fed as 'ids' \(1, 7\)"):
+        batching.tried(session, samples, 4)
+
+
+@pytest.mark.parametrize(
+    ("body", "note"),
+    [
+        # The batch moves into the positions, so that channels of different samples are read as one.
+        ("r = Reshape(x, s) t = Transpose<perm = [0, 2, 1]>(r) y = MatMul(t, w)", batching.MIXED),
+        (
+            "t = Transpose<perm = [2, 0, 1]>(x) y = MatMul(t, w)",
+            batching.ELSEWHERE.format("y", 1),
+        ),
+        ("t = Transpose<perm = [0, 2, 1]>(x) y = MatMul(t, w)", None),
+    ],
+)
+def test_samples_that_a_batch_changes_run_alone(place: Path, body: str, note: str | None) -> None:
+    model = load(
+        build(
+            f"(float[N,4,6] x) => (float[A,B,3] y) <int64[3] s = {{1, 4, -1}}, float[4,3] w> {{ {body} }}"
+        ),
+        place,
+    )
+    session = Session(model.proto, "cpu")
+    x = RNG.standard_normal((5, 4, 6)).astype(np.float32)
+    samples = batching.tried(session, _load({"x": x}, model), 4)
+    assert samples.notes == (() if note is None else (note,))
+    assert samples.fixed_batch == (None if note is None else 1)
+
+
+def test_one_value_per_sample_is_a_column(place: Path) -> None:
+    """Models of tables have an input [N, 1] for every column."""
+    model = load(
+        build(
+            "(float[N,1] age, float[N,4] x) => (float[] y) <float[5,3] w> {"
+            " c = Concat<axis = 1>(age, x) y = MatMul(c, w) }"
+        ),
+        place,
+    )
+    age, x = RNG.standard_normal(6).astype(np.float32), np.ones((6, 4), np.float32)
+    feed = _load({"age": age, "x": x}, model).feed(np.asarray([2, 5]))
+    np.testing.assert_array_equal(feed["age"], age[[2, 5], None])
 
 
 # ---------------------------------------------------------------------------------------------- names of the inputs

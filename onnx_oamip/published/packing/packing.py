@@ -24,6 +24,7 @@ from onnx_oamip.core.errors import (
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Floats, Verification
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import batching
 from onnx_oamip.data.dataset import at_data, check_extras
 from onnx_oamip.data.sources import Source, samples_of
 from onnx_oamip.graph import loading as models
@@ -286,14 +287,16 @@ def _judge(
     device = resolve_device(settings.device)
     model = models.load(path, stated=settings.shapes)
     samples, held_out = samples_of(model, data, eval_data, settings)
-    assert held_out is not None
     model = at_data(model, samples)
+    original = Session(path, device, what=str(path))
+    samples = batching.tried(original, samples, settings.batch_size)
+    held_out = batching.alike(original, samples, held_out)
+    assert held_out is not None
     objective = find_objective(model, settings, samples, held_out)
     graph = onnx.load(path, load_external_data=False).graph
     named = {name for node in graph.node for name in node.output}
     objective = at_outputs(model, objective, [t for t in objective.tensors if t not in named])
     objective = scale(model, objective, samples, device, batch_size=settings.batch_size)
-    original = Session(path, device, what=str(path))
     if equivalence.watched(model, objective) != [port.name for port in model.outputs]:
         original = equivalence.watch(model, objective, device, what=str(path))
     return Judge(
