@@ -14,8 +14,8 @@ from onnx_oamip.api import prepare as preparing
 from onnx_oamip.api.prepare import BUDGETS, prepare
 from onnx_oamip.artifacts import keep_maps, plan_files, score_files
 from onnx_oamip.artifacts.output import (
+    FileTargets,
     Page,
-    Targets,
     Written,
     check_output,
     stage,
@@ -117,7 +117,7 @@ def prune(
     return _finish(ready, result, targets, budget=settings.budget, asked=asked, answers=answers)
 
 
-def _thin(context: Context, targets: Targets) -> Report:
+def _thin(context: Context, targets: FileTargets) -> Report:
     """Prune connections: same shapes, with zeros (see ``published.nnrelief.connections``)."""
     if targets.keep_map is not None:
         raise SettingsError(
@@ -200,7 +200,15 @@ def score(
         )
     digest = hashlib.sha256(content).hexdigest()
     return Scored(
-        model, coupling, found, str(target), digest, clock.seconds, asked, (*found.notes, *notes)
+        model,
+        coupling,
+        found,
+        str(target),
+        digest,
+        clock.seconds,
+        asked,
+        notes=(*found.notes, *notes),
+        objective=context.objective,
     )
 
 
@@ -343,10 +351,10 @@ def _targets(
     keep_map: File | None,
     page: Page | None,
     sources: tuple[object, ...],
-) -> Targets:
+) -> FileTargets:
     """Paths of the model and of the files beside it. Raises OutputError before any work where they cannot."""
     model = None if output is None else check_output(path, output, sources)
-    return Targets(
+    return FileTargets(
         model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page
     )
 
@@ -354,7 +362,7 @@ def _targets(
 def _finish(
     ready: Context,
     result: Attempt,
-    targets: Targets,
+    targets: FileTargets,
     *,
     budget: Budget,
     asked: Mapping[str, Any],
@@ -415,7 +423,11 @@ def _contact_sheet(context: Context) -> ContactSheet | None:
 
 
 def _write(
-    report: Report, proto: onnx.ModelProto, keep_map: bytes | None, targets: Targets, clock: Clock
+    report: Report,
+    proto: onnx.ModelProto,
+    keep_map: bytes | None,
+    targets: FileTargets,
+    clock: Clock,
 ) -> Report:
     """Write what was asked for, all of it or nothing; the report with what was written."""
     proto, notes = default_inputs.reopen(proto, report.model)
@@ -522,7 +534,7 @@ def compare(
             batch_size=settings.batch_size,
         )
         found = replace(found, metric=values)
-    return replace(found, batches=batches)
+    return replace(found, batches=batches, objective=objective)
 
 
 def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class Page(Protocol):
 
 
 @dataclass(frozen=True)
-class Targets:
+class FileTargets:
     """Files that a run writes, all of them or none.
 
     They are renamed in the order page, keep-map, weights beside the model, model. A reader that sees the new model

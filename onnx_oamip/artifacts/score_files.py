@@ -24,7 +24,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from onnx_oamip.core.records import (
     Group,
     Ints,
     Model,
+    Objective,
     Scores,
 )
 from onnx_oamip.core.version import __version__
@@ -88,6 +89,7 @@ class Scored:
         seconds: Duration of every stage.
         settings: Options of the run.
         notes: Remarks for a reader.
+        objective: Terms that the scores were chosen by.
     """
 
     model: Model
@@ -98,6 +100,7 @@ class Scored:
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    objective: Objective = field(default_factory=Objective)
 
 
 def save_scores(

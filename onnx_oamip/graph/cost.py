@@ -37,6 +37,7 @@ from onnx_oamip.graph.ops.inserted_nodes import (
     scale,
     take_kept,
 )
+from onnx_oamip.graph.outputs import is_float
 
 INDEX_BYTES = 4
 """Bytes that an inserted gather needs for the position of each kept channel."""
@@ -511,18 +512,6 @@ def _products(terms: Sequence[Sequence[int]], factor: Ints) -> Products:
     for i, term in enumerate(terms):
         axes[i, : len(term)] = term
     return Products(factor, axes)
-
-
-def is_float(dtype: np.dtype[np.generic]) -> bool:
-    """Tests for a floating-point type, complex types and the extension types (bfloat16, float8) included.
-
-    Args:
-        dtype: Element type of a tensor.
-
-    Returns:
-        True if its elements count as parameters.
-    """
-    return np.issubdtype(dtype, np.inexact) or "float" in dtype.name
 
 
 def full_widths(coupling: Coupling) -> Ints:

@@ -364,7 +364,12 @@ def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
 
 def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
     """Every term with a kind that can be measured, and what was assumed."""
-    decided = any(t.kind in ("classes", "binary") and t.source != "labels" for t in terms)
+    decided = any(
+        t.kind in ("classes", "binary")
+        and t.source != "labels"
+        and not tails.graph.feeds_a_layer(t.output)
+        for t in terms
+    )
     open_maps = [
         t for t in terms if t.kind == "ambiguous" and (tails.graph.rank(t.tensor) or 0) > 3
     ]
@@ -375,7 +380,7 @@ def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
         elif (
             term.kind == "binary"
             and term.source == "structure"
-            and tails.graph.like_an_input(term.tensor)
+            and tails.graph.like_an_input(term.output)
         ):
             note = f"output '{term.output}' has the shape of an input picture: its sigmoid gives values, not decisions"
             result.append(replace(_as_values(term), assumption=_otherwise(note, term, "binary")))
@@ -411,11 +416,13 @@ def _why_values(tails: Tails, term: Term, decided: bool, several_maps: bool) -> 
         return "as it has one column"
     if decided:
         return "as another output holds decisions"
+    if graph.feeds_a_layer(term.output):
+        return "as further layers read it"
     if (behind := graph.trace(term.tensor).node) is not None and behind.op in kinds.NOT_SCORES:
         return f"as it ends in {behind.op}"
     if rank > 3 and several_maps:
         return "as there are several maps"
-    return "as it has the shape of an input picture" if graph.like_an_input(term.tensor) else None
+    return "as it has the shape of an input picture" if graph.like_an_input(term.output) else None
 
 
 def _as_values(term: Term) -> Term:

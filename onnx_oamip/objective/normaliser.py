@@ -38,11 +38,11 @@ from onnx_oamip.objective.moments import Moments
 
 DOMINANT = 0.8
 """Share of all decisions above which a class is the background."""
-ROOM = 1 << 24
+MAX_SUMS = 1 << 24
 """Sums of probabilities by decision that are held at most, per term."""
-LEAST = 1e-3
+MIN_SPREAD = 1e-3
 """Smallest spread of decisions, over the largest possible one."""
-SUM = 1e-3
+SUM_TOLERANCE = 1e-3
 """Tolerance of a sum of probabilities around 1."""
 
 
@@ -155,7 +155,7 @@ class _Direction:
 
     def spread(self) -> float:
         """1 - cosine to the mean direction, on average."""
-        return max(1 - float(np.linalg.norm(self.total)) / max(self.count, 1), LEAST)
+        return max(1 - float(np.linalg.norm(self.total)) / max(self.count, 1), MIN_SPREAD)
 
 
 class _Answers:
@@ -172,7 +172,7 @@ class _Answers:
     def update(self, rows: Floats) -> None:
         """Add rows (positions, columns)."""
         if self.form == "probabilities" and self.term.form == "auto" and self.possible:
-            self.possible = self.fits(rows)
+            self.possible = self.may_be_probabilities(rows)
         if self.possible:
             self.add(self.sums_of(rows))
 
@@ -190,7 +190,7 @@ class _Answers:
             else tuple(a + b for a, b in zip(self.sums, sums, strict=True))
         )
 
-    def fits(self, rows: Floats) -> bool:
+    def may_be_probabilities(self, rows: Floats) -> bool:
         """Check whether rows may be probabilities."""
         raise NotImplementedError
 
@@ -207,7 +207,7 @@ class _Classes(_Answers):
     """By decision of the original: counts and sums of negated entropies; sums of class probabilities.
 
     ``by_decision``: sums of probabilities of the positions with a decision, None where they are not needed or take more
-    than ``ROOM`` numbers; then no background is looked for.
+    than ``MAX_SUMS`` numbers; then no background is looked for.
     """
 
     def __init__(self, term: Term, form: Form) -> None:
@@ -216,8 +216,8 @@ class _Classes(_Answers):
             {} if term.balanced and term.kind == "classes" else None
         )
 
-    def fits(self, rows: Floats) -> bool:
-        return bool((rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=SUM))
+    def may_be_probabilities(self, rows: Floats) -> bool:
+        return bool((rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=SUM_TOLERANCE))
 
     def sums_of(self, rows: Floats) -> tuple[Floats, ...]:
         log = log_classes(rows, self.form)
@@ -244,7 +244,7 @@ class _Classes(_Answers):
             return
         for decision, values in sums.items():
             self.by_decision[decision] = self.by_decision.get(decision, 0.0) + values
-        if sum(values.size for values in self.by_decision.values()) > ROOM:
+        if sum(values.size for values in self.by_decision.values()) > MAX_SUMS:
             self.by_decision = None
 
     def scale(self, variance: Floats) -> Scale:
@@ -265,14 +265,14 @@ class _Classes(_Answers):
         spread = float(weight @ negentropy) / total - float(
             weighted(_log(np.maximum(mean, 0.0))).sum()
         )
-        least = LEAST * float(np.log(max(len(mean), 2)))
+        least = MIN_SPREAD * float(np.log(max(len(mean), 2)))
         return Scale(self.form, max(spread, least), variance, background, np.asarray([[low, high]]))
 
 
 class _Binary(_Answers):
     """By column and decision of the original: counts, sums of probabilities of yes, sums of negated entropies."""
 
-    def fits(self, rows: Floats) -> bool:
+    def may_be_probabilities(self, rows: Floats) -> bool:
         return bool(((rows >= 0) & (rows <= 1)).all())
 
     def sums_of(self, rows: Floats) -> tuple[Floats, ...]:
@@ -295,7 +295,7 @@ class _Binary(_Answers):
         mean = np.clip((balance * probability).sum(axis=1) / total[:, 0], 0.0, 1.0)
         kept = weighted(_log(mean)) + weighted(_log(1 - mean))
         spread = float(((balance * negentropy).sum(axis=1) / total[:, 0] - kept).mean())
-        return Scale(self.form, max(spread, LEAST * float(np.log(2))), variance, -1, balance)
+        return Scale(self.form, max(spread, MIN_SPREAD * float(np.log(2))), variance, -1, balance)
 
 
 def cutoff(threshold: float | None, form: Form) -> float:

@@ -22,11 +22,11 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective.detection import detect
 from onnx_oamip.objective.normaliser import Normaliser
 
-SAMPLES = 512
+MAX_SAMPLES = 512
 """Samples that scales are found on, at most; rare decisions need hundreds."""
-LEAST = 32
+MIN_SAMPLES = 32
 """Samples that are taken however large the outputs are."""
-NUMBERS = 1 << 27
+MAX_NUMBERS = 1 << 27
 """Numbers of all outputs of all samples together, about: large maps need fewer samples."""
 
 
@@ -74,7 +74,7 @@ def scale(
     Args:
         model: The original.
         objective: Terms without scales.
-        samples: Calibration samples; up to ``SAMPLES`` of them are run, evenly spaced.
+        samples: Calibration samples; up to ``MAX_SAMPLES`` of them are run, evenly spaced.
         device: Where the model runs.
         batch_size: Samples of one run.
         store: Cache of earlier runs.
@@ -102,7 +102,9 @@ def scale(
     if not objective.judged:
         return objective
     depends = {**(identity or {}), "objective": document(objective)}
-    found = (store or Store()).recall(SCALES, depends, find, lambda value: fits(value, objective))
+    found = (store or Store()).recall(
+        SCALES, depends, find, lambda value: are_scales(value, objective)
+    )
     scales = iter(found)
     terms = (
         term if term.kind == "ignore" else replace(term, scale=next(scales))
@@ -111,7 +113,7 @@ def scale(
     return replace(objective, terms=tuple(terms))
 
 
-def fits(scales: tuple[Scale, ...], objective: Objective) -> bool:
+def are_scales(scales: tuple[Scale, ...], objective: Objective) -> bool:
     """Validate a cache entry: the scales of the judged terms.
 
     Args:
@@ -138,7 +140,7 @@ def _spread(model: Model, objective: Objective, samples: Samples) -> Samples:
     """Evenly spaced samples, as many as scales need."""
     lengths = [int(np.prod(model.shapes.get(name, (1,)))) for name in objective.tensors]
     each = max(sum(lengths) // max(1 if samples.whole else model.batch, 1), 1)
-    most = int(np.clip(NUMBERS // each, LEAST, SAMPLES))
+    most = int(np.clip(MAX_NUMBERS // each, MIN_SAMPLES, MAX_SAMPLES))
     count = min(samples.count, max(most, samples.fixed_batch or 1))
     return samples.take(np.linspace(0, samples.count - 1, count).round().astype(np.int64))
 

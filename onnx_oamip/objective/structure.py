@@ -13,6 +13,7 @@ from onnx_oamip.core.records.objective import Part
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.ops import Trait, has, kinds, lookup
 from onnx_oamip.graph.ops.movement import taken_range
+from onnx_oamip.graph.outputs import is_float
 
 DEPTH = 200
 """Steps that are followed behind an output."""
@@ -41,6 +42,15 @@ class Graph:
     def makers(self) -> dict[str, Node]:
         """The node that gives a tensor, in the graph itself or in a body."""
         return {out: node for node in self.model.every for out in node.outputs if out}
+
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """Nodes that read a tensor, in the graph itself or in a body."""
+        found: dict[str, list[Node]] = {}
+        for node in self.model.every:
+            for name in dict.fromkeys((*node.inputs, *node.captures)):
+                found.setdefault(name, []).append(node)
+        return found
 
     @cached_property
     def given(self) -> frozenset[str]:
@@ -129,7 +139,7 @@ class Graph:
         kind = self.model.dtypes.get(tensor)
         if kind is None:
             kind = next((p.dtype for p in self.model.outputs if p.name == tensor), None)
-        return kind is not None and (bool(np.issubdtype(kind, np.floating)) or "float" in kind.name)
+        return kind is not None and is_float(kind)
 
     def constant(self, tensor: str) -> Array | None:
         """Return the value of a constant.
@@ -304,6 +314,24 @@ class Graph:
             if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
                 return self._channels(name, depth + 1)
         return None
+
+    def feeds_a_layer(self, tensor: str) -> bool:
+        """Check whether a node with multiply-accumulates depends on a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            True for hidden states and attention maps, False for what only other outputs are made of.
+        """
+        pending, seen = [tensor], {tensor}
+        while pending:
+            for node in self.readers.get(pending.pop(), ()):
+                if self.heavy(node):
+                    return True
+                pending += [name for name in node.outputs if name and name not in seen]
+                seen.update(node.outputs)
+        return False
 
     def like_an_input(self, tensor: str) -> bool:
         """Check whether a tensor is an image with three colours, as one of the graph inputs is.

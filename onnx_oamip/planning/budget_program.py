@@ -52,7 +52,7 @@ ATTEMPTS = 5
 """Number of solves, each with limits tightened by the excess that the tolerance of the last one allowed."""
 
 
-class Targets(Protocol):
+class CostLimits(Protocol):
     """Absolute limits on counted costs, by the name of their budget."""
 
     @property
@@ -133,7 +133,7 @@ class Choice:
 def choose(
     ledger: Ledger,
     ladder: Ladder,
-    limits: Targets,
+    limits: CostLimits,
     extra: Sequence[LinearisedLimit] = (),
     *,
     solver: str = "auto",
@@ -253,7 +253,7 @@ class _Budget:
         cls,
         ledger: Ledger,
         ladder: Ladder,
-        limits: Targets,
+        limits: CostLimits,
         extra: Sequence[LinearisedLimit],
     ) -> _Budget:
         """Collects the limits that are given.

@@ -151,7 +151,8 @@ def scoring(found: Scored) -> Document:
         "low": LOW,
         "groups": groups,
         "programs": found.scores.programs,
-        "notes": _distinct([*found.model.notes, *found.notes]),
+        "objective": terms(found.objective),
+        "notes": _distinct([*found.model.notes, *found.objective.notes, *found.notes]),
         "timings": found.seconds,
         "settings": found.settings,
         "versions": versions(),
@@ -264,7 +265,9 @@ def comparison(original: Model, pruned: Model, verification: Verification) -> Do
         "schema_version": SCHEMA_VERSION,
         "original": sides[0],
         "pruned": sides[1],
+        "objective": terms(verification.objective),
         "verification": _verification(verification),
+        "notes": _distinct(verification.objective.notes),
         "versions": versions(),
     }
     return plain_document(result)
@@ -428,7 +431,9 @@ def _whole(model: Model, coupling: Coupling) -> Document:
 def _summary(values: Floats) -> Document:
     if not len(values):
         return {"min": None, "mean": None, "max": None}
-    return {"min": values.min(), "mean": values.mean(), "max": values.max()}
+    # A unit ranked directly below another may differ from it by the smallest number that a float can hold.
+    normal = np.where(np.abs(values) < np.finfo(np.float64).tiny, 0.0, values)
+    return {"min": normal.min(), "mean": normal.mean(), "max": normal.max()}
 
 
 def _skipped(coupling: Coupling) -> list[Document]:

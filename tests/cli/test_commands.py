@@ -301,11 +301,13 @@ def test_score_document(run: Run, place: Path) -> None:
         "low",
         "groups",
         "programs",
+        "objective",
         "notes",
         "timings",
         "settings",
         "versions",
     }
+    assert [term["kind"] for term in document["objective"]] == ["classes"]
     assert (document["schema_version"], document["method"], document["low"]) == (
         1,
         "activation",
@@ -384,6 +386,10 @@ def test_verify_document(run: Run, place: Path) -> None:
     assert document["verification"]["masked_equivalence"] is None
     assert document["verification"]["samples"] == 40
     assert document["verification"]["output_relative_error"] > 0
+    (term,) = document["objective"]
+    assert (term["output"], term["kind"], term["source"]) == ("logits", "classes", "labels")
+    assert term["normaliser"] > 0
+    assert document["notes"] == []
     same = run("verify", "model.onnx", "model.onnx", "--data", "data.npz", "--json").document[
         "verification"
     ]

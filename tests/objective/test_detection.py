@@ -397,6 +397,39 @@ def test_boxes_beside_a_softmax_are_values(tmp_path: Path) -> None:
     assert [t.labelled for t in labelled.terms] == [False, False, True]
 
 
+def test_attention_maps_and_hidden_states_beside_logits_are_no_decisions(tmp_path: Path) -> None:
+    """Softmax of attention does not make values of the logits, and what further layers read is no class score."""
+    text = """(float[N, 5, 6] x) => (float[] att, float[] hidden, float[] logits)
+        <float[6, 6] wq, float[6, 8] wv, float[8, 3] wl>
+        { q = MatMul(x, wq) k = Transpose <perm = [0, 2, 1]> (x) s = MatMul(q, k) att = Softmax(s)
+          a = MatMul(att, x) hidden = MatMul(a, wv) p = ReduceMean <axes = [1], keepdims = 0> (hidden)
+          logits = MatMul(p, wl) }"""
+    found = detect(load(build(text), tmp_path))
+    assert [(t.output, t.kind) for t in found.terms] == [
+        ("att", "classes"),
+        ("hidden", "values"),
+        ("logits", "ambiguous"),
+    ]
+    assert any("'hidden'" in note and "further layers read it" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("outs", "tail", "kind"),
+    [
+        ("float[N, 3, 8, 8] y", "y = Sigmoid(l)", "values"),
+        ("float[N, 3, 64] y", "p = Sigmoid(l) y = Reshape(p, flat)", "binary"),
+        ("int64[N, 2] y", "p = Sigmoid(l) f = Reshape(p, all) v, y = TopK(f, two)", "binary"),
+    ],
+)
+def test_only_an_output_like_the_input_is_a_picture(
+    outs: str, tail: str, kind: str, tmp_path: Path
+) -> None:
+    """Scores of three classes at the input's resolution, decided by TopK or flattened, are no picture."""
+    text = f"""(float[N, 3, 8, 8] x) => ({outs}) <float[3, 3, 1, 1] w, int64[3] flat = {{0, 3, 64}},
+        int64[2] all = {{0, 192}}, int64[1] two = {{2}}> {{ l = Conv(x, w) {tail} }}"""
+    assert only(detect(load(build(text), tmp_path))).kind == kind
+
+
 def test_five_softmax_heads_all_count(tmp_path: Path) -> None:
     heads = " ".join(f"l{i} = MatMul(x, w{i}) y{i} = Softmax(l{i})" for i in range(5))
     outs, weights = (

@@ -182,7 +182,7 @@ def test_no_background_with_more_decisions_than_the_limit(monkeypatch: pytest.Mo
     truth = np.repeat(5 * np.eye(5), [18, 1, 1, 0, 0], axis=0)
     first, second = truth[:19], truth[19:]
     assert _background(scaled([CLASSES], [first], [second])) == 0
-    monkeypatch.setattr(normaliser, "ROOM", 10)
+    monkeypatch.setattr(normaliser, "MAX_SUMS", 10)
     for batches in ([first], [second]), ([second], [first]):
         assert _background(scaled([CLASSES], *batches)) == -1
     one, other = Normaliser(Objective((CLASSES,))), Normaliser(Objective((CLASSES,)))

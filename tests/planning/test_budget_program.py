@@ -68,7 +68,7 @@ BUDGETS = ({"macs"}, {"params"}, {"macs", "params"}, {"macs", "params", "bytes"}
 
 
 @dataclass(frozen=True)
-class Targets:
+class CostLimits:
     macs: float | None = None
     params: float | None = None
     bytes: float | None = None
@@ -110,7 +110,7 @@ def measured(ledger: Ledger, widths: Ints, line: LinearisedLimit) -> float:
 
 
 def fits(
-    ledger: Ledger, widths: Ints, targets: Targets, extra: tuple[LinearisedLimit, ...] = ()
+    ledger: Ledger, widths: Ints, targets: CostLimits, extra: tuple[LinearisedLimit, ...] = ()
 ) -> bool:
     counted = ledger.cost(widths)
     met = [
@@ -122,7 +122,7 @@ def fits(
 
 
 def enumerate_best(
-    ledger: Ledger, ladder: Ladder, targets: Targets, extra: tuple[LinearisedLimit, ...] = ()
+    ledger: Ledger, ladder: Ladder, targets: CostLimits, extra: tuple[LinearisedLimit, ...] = ()
 ) -> float:
     best = math.inf
     for levels in itertools.product(*(range(len(w)) for w in ladder.widths)):
@@ -144,8 +144,8 @@ def loss_of(ladder: Ladder, widths: Ints) -> float:
     )
 
 
-def shares(before: cost.Cost, kinds: set[str], share: float) -> Targets:
-    return Targets(**{kind: share * getattr(before, kind) for kind in kinds})
+def shares(before: cost.Cost, kinds: set[str], share: float) -> CostLimits:
+    return CostLimits(**{kind: share * getattr(before, kind) for kind in kinds})
 
 
 def usable(name: str) -> bool:
@@ -292,9 +292,9 @@ def test_products_are_shared_between_terms_and_budgets() -> None:
     """MACs, parameters and bytes of a chain need the same three products: one set of variables for all."""
     _, coupling, ledger = net("dense")
     ladder = random_ladder(full_widths(coupling), 0)
-    one = choose(ledger, ladder, Targets(macs=120), solver_limits=EXACT).program
+    one = choose(ledger, ladder, CostLimits(macs=120), solver_limits=EXACT).program
     all_three = choose(
-        ledger, ladder, Targets(macs=120, params=130, bytes=10**6), solver_limits=EXACT
+        ledger, ladder, CostLimits(macs=120, params=130, bytes=10**6), solver_limits=EXACT
     ).program
     assert (
         one["variables"] == all_three["variables"] == 3 * 3 + 2 * 4
@@ -308,7 +308,7 @@ def test_products_are_shared_between_terms_and_budgets() -> None:
 def test_without_limit_the_least_loss_is_chosen() -> None:
     _, coupling, ledger = net("residual")
     full = full_widths(coupling)
-    choice = choose(ledger, random_ladder(full, 3), Targets())
+    choice = choose(ledger, random_ladder(full, 3), CostLimits())
     assert choice.widths.tolist() == full.tolist()
     assert choice.program["binding"] == []
     assert choice.program["gap"] == 0
@@ -322,7 +322,9 @@ def test_ties_are_broken_by_the_wider_plan(solver: str) -> None:
     ladder = Ladder(widths, tuple(np.zeros(len(w)) for w in widths))
     limit = 0.5 * ledger.cost(full).macs
     chosen = ledger.cost(
-        choose(ledger, ladder, Targets(macs=limit), (), solver=solver, solver_limits=EXACT).widths
+        choose(
+            ledger, ladder, CostLimits(macs=limit), (), solver=solver, solver_limits=EXACT
+        ).widths
     ).macs
     every = [ledger.cost(np.asarray(w)).macs for w in itertools.product(*widths)]
     assert chosen == max(m for m in every if m <= limit)
@@ -333,10 +335,10 @@ def test_binding_limits_are_named() -> None:
     full = full_widths(coupling)
     widths = tuple(np.arange(1, w + 1) for w in full)
     ladder = Ladder(widths, tuple(np.linspace(1, 0, len(w)) for w in widths))
-    least = choose(ledger, ladder, Targets(macs=20_000), solver_limits=EXACT).widths
+    least = choose(ledger, ladder, CostLimits(macs=20_000), solver_limits=EXACT).widths
     reached = ledger.cost(least).macs
     program = choose(
-        ledger, ladder, Targets(macs=reached, params=10_000, bytes=10**9), solver_limits=EXACT
+        ledger, ladder, CostLimits(macs=reached, params=10_000, bytes=10**9), solver_limits=EXACT
     ).program
     assert program["binding"] == ["macs"]
     assert program["used"].keys() == {"macs", "params", "size"}
@@ -353,7 +355,7 @@ def test_latency_is_an_additional_limit(solver: str) -> None:
     line = replace(line, limit=0.4 * measured(ledger, full, line))
     for seed in range(3):
         ladder = random_ladder(full, seed, levels=5)
-        targets = Targets(macs=0.9 * ledger.cost(full).macs)
+        targets = CostLimits(macs=0.9 * ledger.cost(full).macs)
         choice = choose(ledger, ladder, targets, (line,), solver=solver, solver_limits=EXACT)
         assert fits(ledger, choice.widths, targets, (line,))
         best = enumerate_best(ledger, ladder, targets, (line,))
@@ -374,13 +376,13 @@ def test_limit_is_met_exactly() -> None:
     for limit in (exact, exact + 0.5):
         assert (
             ledger.cost(
-                choose(ledger, ladder, Targets(macs=limit), solver_limits=EXACT).widths
+                choose(ledger, ladder, CostLimits(macs=limit), solver_limits=EXACT).widths
             ).macs
             <= limit
         )
     assert (
         ledger.cost(
-            choose(ledger, ladder, Targets(macs=exact - 0.5), solver_limits=EXACT).widths
+            choose(ledger, ladder, CostLimits(macs=exact - 0.5), solver_limits=EXACT).widths
         ).macs
         < exact
     )
@@ -460,7 +462,7 @@ def test_solver_without_a_solution_is_reported(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         BudgetNotMet, match="found no widths within 7 s and its other limits; give it more time"
     ):
-        choose(ledger, random_ladder(full_widths(coupling), 0), Targets(), (line,))
+        choose(ledger, random_ladder(full_widths(coupling), 0), CostLimits(), (line,))
 
 
 def test_time_limit_keeps_the_best_plan(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,13 +488,13 @@ def test_infeasible_program_names_the_limit() -> None:
     ladder = random_ladder(full_widths(coupling), 0)
     floor = ledger.cost(np.asarray([w[0] for w in ladder.widths]))
     with pytest.raises(BudgetNotMet, match=r"still over macs \(2\.00 times its limit\)") as caught:
-        choose(ledger, ladder, Targets(macs=floor.macs / 2, params=10**6))
+        choose(ledger, ladder, CostLimits(macs=floor.macs / 2, params=10**6))
     assert caught.value.exit_code == 1
     with pytest.raises(BudgetNotMet, match="size"):
-        choose(ledger, ladder, Targets(bytes=ledger.overhead / 2))
+        choose(ledger, ladder, CostLimits(bytes=ledger.overhead / 2))
     line = LinearisedLimit("latency", Products(np.ones(4), ledger.macs.axes), 0.0, 1.0)
     with pytest.raises(BudgetNotMet, match="over latency"):
-        choose(ledger, ladder, Targets(), (line,))
+        choose(ledger, ladder, CostLimits(), (line,))
 
 
 def test_program_record_is_json() -> None:
@@ -520,11 +522,11 @@ def test_single_level_and_empty_ladders_are_supported() -> None:
     _, coupling, ledger = net("residual")
     full = full_widths(coupling)
     ladder = Ladder(tuple(np.asarray([w]) for w in full), tuple(np.zeros(1) for _ in full))
-    assert choose(ledger, ladder, Targets(macs=10**9)).widths.tolist() == full.tolist()
+    assert choose(ledger, ladder, CostLimits(macs=10**9)).widths.tolist() == full.tolist()
     nothing = cost.ledger(net("residual")[0], Coupling(0, (), np.zeros(0, np.int64), {}, (), ()))
-    assert choose(nothing, Ladder((), ()), Targets(macs=10**9)).widths.tolist() == []
+    assert choose(nothing, Ladder((), ()), CostLimits(macs=10**9)).widths.tolist() == []
     with pytest.raises(BudgetNotMet):
-        choose(nothing, Ladder((), ()), Targets(macs=1))
+        choose(nothing, Ladder((), ()), CostLimits(macs=1))
 
 
 @pytest.mark.parametrize(
@@ -551,7 +553,7 @@ def test_infinite_limit_is_refused() -> None:
 
 def test_ladder_must_fit_the_model() -> None:
     with pytest.raises(ValueError, match="the ladder has 1 groups, the model 3"):
-        choose(net("dense")[2], Ladder((np.ones(1, np.int64),), (np.zeros(1),)), Targets(macs=1))
+        choose(net("dense")[2], Ladder((np.ones(1, np.int64),), (np.zeros(1),)), CostLimits(macs=1))
 
 
 # ------------------------------------------------------------------------------------------------------------- size
@@ -575,7 +577,7 @@ def test_densenet_sized_program_is_solved_in_seconds() -> None:
         (widths,) * groups,
         tuple(rng.lognormal() * ((32 / widths) ** rng.uniform(1, 3) - 1) for _ in range(groups)),
     )
-    targets = Targets(macs=0.5 * ledger.cost(np.full(groups, 32)).macs)
+    targets = CostLimits(macs=0.5 * ledger.cost(np.full(groups, 32)).macs)
     program = choose(
         ledger, ladder, targets, solver="highs", solver_limits=SolverLimits(time_s=20.0, gap=1e-3)
     ).program

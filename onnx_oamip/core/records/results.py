@@ -132,7 +132,7 @@ class Verification:
     model, if ``masked_equivalence`` was compared with it. Values that were not measured are None. ``outputs`` are the
     measures of all terms of the objective, the worst first; ``outputs_before_refit`` those of the cut model, empty if
     nothing was refitted. ``agreement`` and the accuracies are those of the first term with decisions;
-    ``output_relative_error`` is that of the worst output.
+    ``output_relative_error`` is that of the worst output. ``objective``: the terms, where no other record holds them.
     """
 
     masked_equivalence: float | None
@@ -148,6 +148,7 @@ class Verification:
     outputs: tuple[Measure, ...] = ()
     outputs_before_refit: tuple[Measure, ...] = ()
     metric: MetricValues | None = None
+    objective: Objective = field(default_factory=Objective)
 
 
 @dataclass(frozen=True, slots=True)

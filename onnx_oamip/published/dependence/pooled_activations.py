@@ -36,7 +36,7 @@ SAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class _Targets:
+class _Pools:
     """Everything that is pooled.
 
     Attributes:
@@ -170,7 +170,7 @@ def _targets(
     coupling: Coupling,
     samples: Samples,
     by_tap: bool,
-) -> _Targets:
+) -> _Pools:
     layers = linear_consumers(model, coupling)
     ends: list[Axis] = []
     for consumer, layer in layers:
@@ -186,7 +186,7 @@ def _targets(
     for _, layer in layers:
         if by_tap and (layer.data, 1) in axes and _has_windows(model, layer):
             windows[layer.node.name] = layer
-    return _Targets(tuple(axes), windows)
+    return _Pools(tuple(axes), windows)
 
 
 def _has_windows(model: Model, layer: Site) -> bool:
@@ -204,9 +204,7 @@ def _spatial_shapes(model: Model, layer: Site) -> tuple[tuple[int, ...], tuple[i
     return model.shapes[layer.data][2:], model.shapes[output][2:]
 
 
-def _arrays(
-    model: Model, targets: _Targets, rows: int
-) -> tuple[dict[Axis, Array], dict[str, Array]]:
+def _arrays(model: Model, targets: _Pools, rows: int) -> tuple[dict[Axis, Array], dict[str, Array]]:
     """Empty arrays for the rows of all samples: by axis, and by convolution."""
     values: dict[Axis, Array] = {}
     for tensor, axis in targets.axes:
@@ -220,7 +218,7 @@ def _arrays(
     return values, by_window
 
 
-def _instrument(model: Model, targets: _Targets) -> onnx.ModelProto:
+def _instrument(model: Model, targets: _Pools) -> onnx.ModelProto:
     """The model with two kinds of outputs: means over all axes but axis 0 and the channels, and the inputs of taps."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)

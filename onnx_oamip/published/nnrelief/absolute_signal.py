@@ -46,7 +46,7 @@ CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class _Targets:
+class _Signals:
     """Everything that is measured.
 
     Attributes:
@@ -128,7 +128,7 @@ def norms(weight: Floats, gram: Floats) -> Floats:
 class _Sums:
     """Sums over the outputs of the instrumented model."""
 
-    def __init__(self, model: Model, targets: _Targets) -> None:
+    def __init__(self, model: Model, targets: _Signals) -> None:
         self._targets = targets
         self._weights = {
             layer.node.name: np.abs(matrix(layer, model.constants[layer.weight]))
@@ -188,13 +188,13 @@ class _Sums:
         return Signal(means, kernels, of_joins)
 
 
-def _targets(model: Model, coupling: Coupling, exact: bool) -> _Targets:
+def _targets(model: Model, coupling: Coupling, exact: bool) -> _Signals:
     layers = linear_nodes(model)
     axes = {*consumed(model, coupling), *(data_axis(model, layer) for layer in layers)}
     windows = [
         layer for layer in layers if exact and layer.spatial and not is_depthwise(model, layer)
     ]
-    return _Targets(tuple(sorted(axes)), tuple(joins(model, coupling)), tuple(windows))
+    return _Signals(tuple(sorted(axes)), tuple(joins(model, coupling)), tuple(windows))
 
 
 def _norm(total: Floats, axis: int) -> Floats:
@@ -217,7 +217,7 @@ def _patch_values(model: Model, layer: Site) -> int:
     return channels * taps * positions
 
 
-def _instrument(model: Model, targets: _Targets) -> onnx.ModelProto:
+def _instrument(model: Model, targets: _Signals) -> onnx.ModelProto:
     """The model with the statistics as outputs."""
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
