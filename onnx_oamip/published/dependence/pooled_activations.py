@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
@@ -90,13 +91,18 @@ def collect(
         The pooled activations.
 
     Raises:
-        DataError: An activation is not finite.
+        DataError: An activation is not finite, or the samples have unequal shapes and kernels are read tap by tap.
     """
     chosen = samples.take(_choose(samples, most, seed))
     rows = chosen.usable()
     targets = _targets(model, coupling, chosen, by_tap)
     if not targets.axes:
         return Pooled({}, {}, chosen.classes, rows)
+    if targets.windows and samples.unequal:
+        raise DataError(
+            f"{samples.source} holds samples of unequal shapes, and `limits` reads convolutions at equal positions; "
+            "pad the samples to one length, or leave `limits` out."
+        )
 
     instrumented = _instrument(model, targets)
     session = Session(instrumented, device, what="the model with its pooled activations")
