@@ -16,9 +16,9 @@ import numpy as np
 
 from onnx_oamip.core.records import Floats, Model, Node
 from onnx_oamip.graph.computed_constants import Constants
-from onnx_oamip.graph.cost import is_float
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.graph.outputs import is_float
 from onnx_oamip.graph.partial_execution import Slicer
 
 
