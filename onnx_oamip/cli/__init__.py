@@ -5,11 +5,12 @@ Heavy packages are imported inside the commands, so that help and usage errors a
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import click
 
@@ -21,10 +22,13 @@ from onnx_oamip.cli.interrupt import (
     Terminated,
     signals_end_the_work,
 )
-from onnx_oamip.cli.stdout import reserve_stdout
+from onnx_oamip.cli.stdout import ReaderGone, reserve_stdout, to_stderr
 from onnx_oamip.core.errors import OamipError
 
 __all__ = ["cli", "main"]
+
+BROKEN_PIPE = 128 + 13
+"""Exit status of a program that SIGPIPE ends: the reader of stdout has gone away."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,37 +46,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    status, message = _status_and_error(arguments)
+    if message:
+        given = sys.argv[1:] if arguments is None else arguments
+        _report(message, status, as_json="--json" in given)
+    return status
+
+
+def _status_and_error(arguments: Sequence[str] | None) -> tuple[int, str]:
+    """Exit status of a command, and the sentence about its failure; empty if there is none."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         with signals_end_the_work(), _no_numeric_warnings():
             status = cli.main(arguments, prog_name="onnx-oamip", standalone_mode=False)
+    except ReaderGone:
+        return BROKEN_PIPE, ""
     except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
+        return error.exit_code, error.format_message()
     except OamipError as error:
-        return _fail(str(error), error.exit_code)
+        return error.exit_code, str(error)
     except (click.Abort, KeyboardInterrupt) as error:
         if isinstance(error.__cause__ or error, Terminated):
-            return _fail("terminated.", TERMINATED)
-        return _fail("interrupted.", INTERRUPTED)
+            return TERMINATED, "terminated."
+        return INTERRUPTED, "interrupted."
     except MemoryError:
-        return _fail(
-            "there is not enough memory; give --max-memory, fewer samples, or a smaller model.", 2
-        )
+        advice = "give --max-memory, fewer samples, or a smaller model"
+        return 2, f"there is not enough memory; {advice}."
     except OSError as error:  # a full disk, or a file that another process removed
         where = f" {error.filename}" if error.filename else ""
-        return _fail(
-            f"the system refused a file{where}: {error.strerror or error}; see to it and run again.",
-            2,
-        )
+        reason = error.strerror or error
+        return 2, f"the system refused a file{where}: {reason}; see to it and run again."
     except Exception as error:  # a fault of this package: the traceback belongs into the bug report
-        traceback.print_exc()
-        return _fail(
-            f"{type(error).__name__} in onnx-oamip itself; please report it with the lines above.",
-            2,
-        )
-    return status if isinstance(status, int) else 0
+        to_stderr(traceback.format_exc().rstrip())
+        kind = type(error).__name__
+        return 2, f"{kind} in onnx-oamip itself; please report it with the lines above."
+    return status if isinstance(status, int) else 0, ""
 
 
 @contextmanager
@@ -88,7 +98,19 @@ def _no_numeric_warnings() -> Iterator[None]:
         yield
 
 
-def _fail(message: str, status: int) -> int:
+def _report(message: str, status: int, *, as_json: bool) -> None:
+    """Write an error as one sentence to stderr, and with --json as a document to stdout."""
     text = Flags(cli).in_text(" ".join(message.split()))
-    click.echo(f"Error: {text}{'' if text.endswith(('.', '?')) else '.'}", err=True)
-    return status
+    sentence = f"{text}{'' if text.endswith(('.', '?')) else '.'}"
+    to_stderr(f"Error: {sentence}")
+    if not as_json:
+        return
+    error, _, hint = sentence.rpartition("; ")
+    document = {
+        "schema_version": 1,
+        "error": error or sentence,
+        "hint": hint if error else None,
+        "status": status,
+    }
+    with suppress(OSError, ValueError):  # the failure may be that of stdout
+        click.echo(json.dumps(document, indent=2))

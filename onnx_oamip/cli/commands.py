@@ -17,7 +17,7 @@ from onnx_oamip.cli.prune import apply, plan, prune
 from onnx_oamip.cli.score import score
 from onnx_oamip.cli.settings import SettingsCommand, SettingType
 from onnx_oamip.cli.statements import statements_option
-from onnx_oamip.cli.stdout import document_only
+from onnx_oamip.cli.stdout import document_only, reader_may_go
 from onnx_oamip.cli.terminal import Progress, show
 from onnx_oamip.core.version import __version__
 
@@ -35,6 +35,37 @@ class Commands(click.Group):
         if cmd.callback is not None:
             cmd.callback = document_only(cmd.callback)
         super().add_command(cmd, name)
+
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Parse the options in front of the command, which may print help.
+
+        Args:
+            *arguments: As for any command of click.
+            **options: As for any command of click.
+
+        Returns:
+            The context.
+
+        Raises:
+            ReaderGone: The reader of stdout has gone away.
+        """
+        with reader_may_go():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Parse the options of a command, and run it.
+
+        Args:
+            ctx: Context of the group.
+
+        Returns:
+            The exit status, or None for 0.
+
+        Raises:
+            ReaderGone: The reader of stdout has gone away.
+        """
+        with reader_may_go():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """List the commands in the order in which they were added.

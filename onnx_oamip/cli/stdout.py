@@ -69,6 +69,36 @@ def document_only(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+class ReaderGone(Exception):
+    """The reader of stdout has gone away."""
+
+
+@contextmanager
+def reader_may_go() -> Iterator[None]:
+    """Turn the error of a broken pipe into one that click passes on.
+
+    Raises:
+        ReaderGone: A write to a pipe failed because its reader has closed it.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderGone from error
+
+
+def to_stderr(line: str) -> None:
+    """Write a line to stderr, or nowhere if it is closed or its reader has gone away.
+
+    Args:
+        line: The text.
+    """
+    try:
+        click.echo(line, err=True)
+    except (OSError, ValueError):
+        # What is left in the buffer would fail again at the end of the process, and change its exit status.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - a standard stream stays open
+
+
 def stream() -> TextIO:
     """Return stdout, for the document of the running command.
 

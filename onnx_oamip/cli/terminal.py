@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_oamip.cli.flags import Flags
-from onnx_oamip.cli.stdout import stream
+from onnx_oamip.cli.stdout import stream, to_stderr
 
 if TYPE_CHECKING:
     from onnx_oamip.reporting.documents import Document
@@ -50,7 +50,7 @@ class Notes(logging.Handler):
             record: The message.
         """
         text = Flags.of_context().in_text(record.getMessage())
-        click.echo(f"note: {text}", err=True)
+        to_stderr(f"note: {text}")
 
 
 class Progress:

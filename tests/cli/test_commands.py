@@ -19,7 +19,14 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import numpy as np
 import onnx
 import pytest
-from command_line import Result, one_sentence, perceptron, samples, without_notes
+from command_line import (
+    Result,
+    error_document,
+    one_sentence,
+    perceptron,
+    samples,
+    without_notes,
+)
 from conftest import ROOT
 from graphs import build
 
@@ -401,7 +408,8 @@ def test_verify_of_models_with_other_outputs_exits_1(run: Run, place: Path) -> N
     other.graph.output[0].name = other.graph.node[-1].output[0] = "elsewhere"
     onnx.save_model(other, "other.onnx")
     result = run("verify", "model.onnx", "other.onnx", "--data", "data.npz", "--json")
-    assert (result.code, result.out) == (1, "")
+    assert result.code == 1
+    error_document(result)
     one_sentence(result)
 
 
@@ -502,7 +510,8 @@ def test_bench_usage_error_is_one_sentence(run: Run, place: Path, mistake: str) 
     onnx.save_model(renamed, "renamed.onnx")
     arguments, word = BENCH_MISTAKES[mistake]
     result = run("bench", *arguments, "--json")
-    assert (result.code, result.out) == (2, "")
+    assert result.code == 2
+    error_document(result)
     one_sentence(result)
     assert word in result.err
 
@@ -967,7 +976,8 @@ def test_prune_usage_error_is_one_sentence_and_writes_nothing(
     make()
     before = contents(place)
     result = run(*PRUNE, "--json", *options)
-    assert (result.code, result.out) == (2, "")
+    assert result.code == 2
+    error_document(result)
     one_sentence(result)
     assert word in result.err
     assert contents(place) == before
@@ -1004,7 +1014,8 @@ def test_scores_usage_error_is_one_sentence_and_writes_nothing(
     make()
     before = contents(place)
     result = run(*PRUNE, "--scores", "s.npz", "--json", *options)
-    assert (result.code, result.out) == (2, "")
+    assert result.code == 2
+    error_document(result)
     one_sentence(result)
     assert word in result.err
     assert contents(place) == before
@@ -1041,7 +1052,8 @@ def test_score_usage_error_is_one_sentence_and_writes_nothing(
     make()
     before = contents(place)
     result = run("score", "model.onnx", "--data", "data.npz", "-o", "s.npz", "--json", *options)
-    assert (result.code, result.out) == (2, "")
+    assert result.code == 2
+    error_document(result)
     one_sentence(result)
     assert word in result.err
     assert contents(place) == before
@@ -1121,11 +1133,34 @@ def test_missing_runtime_error_names_the_package_to_install(
 
 
 def test_unreachable_budget_exits_1_and_is_named(run: Run, place: Path) -> None:
-    result = run(*PRUNE, "--json", "--macs", "0.01")
+    result = run(*PRUNE, "--macs", "0.01")
     assert (result.code, result.out) == (1, "")
     one_sentence(result)
     assert "--macs" in result.err
     assert not (place / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (("inspect", "missing.onnx"), 2),
+        ((*PRUNE, "--macs", "0.01"), 1),
+        ((*PRUNE, "--macs", "many"), 2),
+        (("inspect", "--no-such-option"), 2),
+    ],
+)
+def test_error_is_one_document_with_json(
+    run: Run, place: Path, arguments: tuple[str, ...], status: int
+) -> None:
+    """Finding and way out apart; together they are the sentence on stderr."""
+    result = run(*arguments, "--json")
+    assert result.code == status
+    one_sentence(result)
+    document = error_document(result)
+    assert document["status"] == status
+    if "missing.onnx" in arguments:
+        assert document["error"] == "missing.onnx: no such file"
+        assert document["hint"] == "give the path of an .onnx model."
 
 
 def test_old_output_survives_a_failure(run: Run, place: Path) -> None:

@@ -335,6 +335,37 @@ def test_prints_reach_no_file_if_a_stream_is_closed(folder: Path, shell: str) ->
         assert json.loads(answer.out)["schema_version"] == 1
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes are closed as a POSIX shell does")
+@pytest.mark.parametrize(
+    ("words", "redirection", "expected"),
+    [
+        ("ops --json", "> gone", 141),
+        ("--help", "> gone", 141),
+        ("inspect missing.onnx", "2> gone", 2),
+        ("inspect missing.onnx --json", "> gone 2> gone", 2),
+    ],
+)
+def test_reader_that_goes_away_ends_the_program_as_a_signal_would(
+    folder: Path, words: str, redirection: str, expected: int
+) -> None:
+    """The reader opens the pipe and closes it without reading; errors of the command keep their status."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "onnx_oamip", *words.split()]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=_environment(folder),
+        stdout=write_end if "> gone" in redirection.replace("2> gone", "") else subprocess.PIPE,
+        stderr=write_end if "2> gone" in redirection else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(write_end)
+    assert done.returncode == expected
+    assert not done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_unwritable_document_is_an_error(folder: Path) -> None:
     answer = _program(folder, "ops", "--json", shell="> /dev/full")

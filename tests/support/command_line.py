@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -71,3 +72,13 @@ def without_notes(text: str) -> str:
 def one_sentence(result: Result) -> None:
     assert re.fullmatch(r"Error: [^\n]+[.?]\n", without_notes(result.err)), result.err
     assert "Traceback" not in result.err
+
+
+def error_document(result: Result) -> dict[str, Any]:
+    """The document of an error: finding and way out apart, which together are the sentence on stderr."""
+    document: dict[str, Any] = json.loads(result.out)
+    assert list(document) == ["schema_version", "error", "hint", "status"]
+    assert document["schema_version"] == 1
+    sentence = "; ".join(filter(None, (document["error"], document["hint"])))
+    assert result.err.splitlines()[-1] == f"Error: {sentence}"
+    return document
