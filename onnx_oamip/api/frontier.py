@@ -76,7 +76,13 @@ def frontier(
     }
     clock = Clock()
     ready = prepare(
-        path, source, asked[0], eval_data=eval_data, progress=progress, clock=clock, scores=scores
+        path,
+        source,
+        asked[0],
+        eval_data=eval_data,
+        progress=progress,
+        clock=clock,
+        scores=scores,
     )
     points = []
     for i, share in enumerate(shares):
@@ -127,7 +133,10 @@ def _target(
     if folder is None:
         return None
     return check_output(
-        path, Path(folder) / f"{Path(path).stem}-macs{share}.onnx", sources, "`save_dir`"
+        path,
+        Path(folder) / f"{Path(path).stem}-macs{share}.onnx",
+        sources,
+        "`save_dir`",
     )
 
 

@@ -158,7 +158,10 @@ def open_store(where: str) -> Store:
         requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if requested == "off":
         return Store()
-    folder = user_cache_path("onnx-oamip") if requested == "auto" else Path(requested)
+    if requested == "auto":
+        folder = user_cache_path("onnx-oamip")
+    else:
+        folder = Path(requested)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)

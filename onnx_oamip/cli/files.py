@@ -70,7 +70,10 @@ class Page:
         from onnx_oamip.core.records import Report
         from onnx_oamip.reporting import html
 
-        page = html.prune_page(result) if isinstance(result, Report) else html.frontier_page(result)
+        if isinstance(result, Report):
+            page = html.prune_page(result)
+        else:
+            page = html.frontier_page(result)
         return Flags.of_context().in_text(page.decode()).encode()
 
     def write(self, result: Report | Frontier) -> None:

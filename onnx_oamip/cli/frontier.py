@@ -94,7 +94,10 @@ def frontier(
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
     page = Page.if_given(report_file, model, data, eval_data, scores, output)
-    target = None if output is None else check_output(model, output, (data, eval_data, scores))
+    if output is None:
+        target = None
+    else:
+        target = check_output(model, output, (data, eval_data, scores))
     if output is not None:
         check_paths(
             output,

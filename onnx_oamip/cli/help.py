@@ -58,7 +58,10 @@ class Option(click.Option):
         if record is None:
             return None
         flags, text = record
-        default = "" if self._default_text is None else f"  [default: {self._default_text}]"
+        if self._default_text is None:
+            default = ""
+        else:
+            default = f"  [default: {self._default_text}]"
         return flags, Flags.of_context(ctx).in_text(text) + default
 
 

@@ -110,7 +110,12 @@ def pack(
 @click.command()
 @click.argument("packed", type=MODEL, metavar="MODEL.oamip")
 @click.option(
-    "-o", "--output", type=MODEL, required=True, metavar="MODEL.onnx", help="Where the model goes."
+    "-o",
+    "--output",
+    type=MODEL,
+    required=True,
+    metavar="MODEL.onnx",
+    help="Where the model goes.",
 )
 @json_option
 @quiet_option

@@ -149,7 +149,10 @@ class SeparatedType(_ParamType):
         self._part = SettingType(name)
 
     def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+        self,
+        value: Any,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
     ) -> tuple[Any, ...]:
         """Read several values of a setting from one text.
 
@@ -164,7 +167,10 @@ class SeparatedType(_ParamType):
         Raises:
             BadParameter: The setting does not take one of the values.
         """
-        parts = value.split(self.separator) if isinstance(value, str) else value
+        if isinstance(value, str):
+            parts = value.split(self.separator)
+        else:
+            parts = value
         return tuple(self._part.convert(part, param, ctx) for part in parts)
 
 

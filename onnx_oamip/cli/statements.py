@@ -107,7 +107,9 @@ def _sort(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -
 
 
 def checked(
-    statements: Mapping[str, object], ctx: click.Context, param: click.Parameter
+    statements: Mapping[str, object],
+    ctx: click.Context,
+    param: click.Parameter,
 ) -> dict[str, str]:
     """Check statements as the settings do.
 

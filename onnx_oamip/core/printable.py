@@ -27,7 +27,9 @@ def _escaped(character: str) -> str:
     code = ord(character)
     if code < 256:
         return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    if code < 65536:
+        return f"\\u{code:04x}"
+    return f"\\U{code:08x}"
 
 
 def shortened(text: str, most: int = 80) -> str:

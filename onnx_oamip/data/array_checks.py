@@ -71,7 +71,11 @@ def check_names(arrays: Mapping[str, Stored], model: Model, where: str) -> None:
 
 
 def check_scaling(
-    arrays: Mapping[str, Stored], array: Stored, port: Port, model: Model, where: str
+    arrays: Mapping[str, Stored],
+    array: Stored,
+    port: Port,
+    model: Model,
+    where: str,
 ) -> Scaling | None:
     """Read the scale and the offset of an input.
 
@@ -102,7 +106,11 @@ def check_scaling(
 
 
 def _factor(
-    arrays: Mapping[str, Stored], key: str, array: Stored, port: Port, where: str
+    arrays: Mapping[str, Stored],
+    key: str,
+    array: Stored,
+    port: Port,
+    where: str,
 ) -> Array | None:
     """A scale or an offset: one number, or numbers that broadcast to a sample, for example one per channel."""
     if key not in arrays:
@@ -125,7 +133,9 @@ def _factor(
     if not np.isfinite(value).all():
         raise DataError(f"{where}: '{key}' must hold finite numbers.")
     value = value.astype(np.float32)
-    return np.asarray(value.reshape(()), np.float32) if value.size == 1 else value
+    if value.size == 1:
+        return np.asarray(value.reshape(()), np.float32)
+    return value
 
 
 def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
@@ -150,7 +160,13 @@ def expected(port: Port) -> str:
     return f"{kind} [{dims}]"
 
 
-def check_type(array: Stored, port: Port, *, scaled: bool, where: str) -> None:
+def check_type(
+    array: Stored,
+    port: Port,
+    *,
+    scaled: bool,
+    where: str,
+) -> None:
     """Check the type of an array.
 
     Args:
@@ -165,7 +181,10 @@ def check_type(array: Stored, port: Port, *, scaled: bool, where: str) -> None:
     label = f"{where}: array '{port.name}'"
     takes_text = port.dtype == object
     if array.dtype == object:
-        advice = "" if takes_text else "; give numbers, or for unequal lengths a list of arrays"
+        if takes_text:
+            advice = ""
+        else:
+            advice = "; give numbers, or for unequal lengths a list of arrays"
         raise DataError(f"{label} holds Python objects; expected {expected(port)}{advice}.")
     accepted = array.dtype == port.dtype or (takes_text and array.dtype.kind == "U")
     if scaled:
@@ -196,7 +215,10 @@ def check_finite(array: Stored, port: Port, where: str) -> None:
     wrong = out_of_core.first_not_finite(_values(array))
     if wrong is None:
         return
-    row = array.sample_of(wrong.row) if isinstance(array, UnequalArrays) else wrong.row
+    if isinstance(array, UnequalArrays):
+        row = array.sample_of(wrong.row)
+    else:
+        row = wrong.row
     hint = ""
     if wrong.only_negative_infinity:
         hint = ", and where -inf masks something, write the type's lowest number"
@@ -206,11 +228,15 @@ def check_finite(array: Stored, port: Port, where: str) -> None:
 
 
 def _values(array: Stored) -> Values:
-    return array.values if isinstance(array, UnequalArrays) else array
+    if isinstance(array, UnequalArrays):
+        return array.values
+    return array
 
 
 def find_layouts(
-    arrays: Mapping[str, Stored], model: Model, where: str
+    arrays: Mapping[str, Stored],
+    model: Model,
+    where: str,
 ) -> tuple[dict[str, layouts.Layout], int]:
     """Find the layout of every array, and the number of samples.
 
@@ -245,7 +271,9 @@ def find_layouts(
 
 def _length(array: Stored) -> int:
     """Number of samples if axis 0 counts them, 1 for a single number."""
-    return len(array) if isinstance(array, UnequalArrays) or array.ndim else 1
+    if isinstance(array, UnequalArrays) or array.ndim:
+        return len(array)
+    return 1
 
 
 def _shape_of(array: Stored) -> str:
@@ -254,7 +282,12 @@ def _shape_of(array: Stored) -> str:
     return str(array.shape)
 
 
-def _check_shape(array: Stored, port: Port, model: Model, where: str) -> None:
+def _check_shape(
+    array: Stored,
+    port: Port,
+    model: Model,
+    where: str,
+) -> None:
     """Raise DataError if an array fits its input in no layout."""
     if next(layouts.candidates(array, port, model), None) is not None:
         return

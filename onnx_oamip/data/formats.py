@@ -47,7 +47,10 @@ def find(source: str) -> Format:
     if entry is not None and (is_function or Path(source).exists()):
         return entry
     descriptions = [known.description for known in FORMATS]
-    finding = "its format is not read" if Path(source).exists() else "no such data file"
+    if Path(source).exists():
+        finding = "its format is not read"
+    else:
+        finding = "no such data file"
     raise DataError(
         f"{source}: {finding}; give {', '.join(descriptions[1:])}, or {descriptions[0]}."
     )

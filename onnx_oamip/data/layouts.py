@@ -129,7 +129,10 @@ def candidates(array: Stored, port: Port, model: Model) -> Iterator[Candidate]:
 
 
 def _shared(
-    shape: tuple[int, ...], dims: Dims, axes: Sequence[int], model: Model
+    shape: tuple[int, ...],
+    dims: Dims,
+    axes: Sequence[int],
+    model: Model,
 ) -> Iterator[Candidate]:
     """The layout of a value that all feeds get: one of a batch of 1, or one without a batch."""
     single = next((axis for axis in axes if shape[axis] == 1), None)
@@ -259,7 +262,10 @@ def feed_of(stored: Stored, layout: Layout, index: Array) -> Array:
         if axis is None or len(index) == 1:
             return value
         return np.repeat(value, len(index), axis=axis)
-    value = stored[first][None] if isinstance(stored, UnequalArrays) else stored[index]
+    if isinstance(stored, UnequalArrays):
+        value = stored[first][None]
+    else:
+        value = stored[index]
     return np.moveaxis(value, 0, layout.axis or 0)
 
 
@@ -274,7 +280,10 @@ def feed_shape(stored: Stored, layout: Layout, place: int) -> tuple[int, ...]:
     Returns:
         The shape.
     """
-    shape = stored.shapes[place].tolist() if isinstance(stored, UnequalArrays) else stored.shape[1:]
+    if isinstance(stored, UnequalArrays):
+        shape = stored.shapes[place].tolist()
+    else:
+        shape = stored.shape[1:]
     if layout.kind != "batch":
         return tuple(shape)
     axis = layout.axis or 0
@@ -298,7 +307,9 @@ def accepted(port: Port, model: Model, count: int) -> str:
     words.append(f"{_shape(count, port.dims)} with one whole feed per index")
     if not port.dims or fixed(port.dims[0]):
         words.append(f"{_shape(None, port.dims)} for all samples")
-    return ", ".join(words[:-1]) + f" or {words[-1]}" if len(words) > 1 else words[0]
+    if len(words) > 1:
+        return ", ".join(words[:-1]) + f" or {words[-1]}"
+    return words[0]
 
 
 def _shape(count: int | None, dims: Dims) -> str:

@@ -78,7 +78,10 @@ def load(path: Path, purpose: str = "numpy data", advice: str = "") -> Values | 
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     except Exception as error:
         # The exceptions of zipfile and zlib for broken archives are not documented.
-        expected = error.expected if isinstance(error, _UnreadableFile) else ""
+        if isinstance(error, _UnreadableFile):
+            expected = error.expected
+        else:
+            expected = ""
         if not advice and expected:
             advice = f"write it as arrays of {expected}"
         elif not advice:

@@ -81,7 +81,10 @@ class FileArray:
     """
 
     def __init__(
-        self, read: Callable[[Ints], Array], shape: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        read: Callable[[Ints], Array],
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
     ) -> None:
         """Make an array of a function.
 

@@ -134,7 +134,11 @@ def _load(path: Path, model: Model, reading: Reading) -> Loaded:
 
 
 def _read_batches(
-    file: Any, stream: IO[bytes], columns: Sequence[str], max_rows: int, path: Path
+    file: Any,
+    stream: IO[bytes],
+    columns: Sequence[str],
+    max_rows: int,
+    path: Path,
 ) -> list[Any]:
     """Record batches of the columns, until at least ``max_rows`` rows are read."""
     batches: list[Any] = []
@@ -186,7 +190,10 @@ def _check_memory(path: Path, size: int) -> None:
 
 
 def _input_columns(
-    names: Sequence[str], model: Model, reading: Reading, path: Path
+    names: Sequence[str],
+    model: Model,
+    reading: Reading,
+    path: Path,
 ) -> dict[str, str]:
     """Column of each input."""
     inputs = [port.name for port in model.inputs]
@@ -200,7 +207,12 @@ def _input_columns(
     return {name: name for name in inputs}
 
 
-def _only_column(names: Sequence[str], input_name: str, reading: Reading, path: Path) -> str:
+def _only_column(
+    names: Sequence[str],
+    input_name: str,
+    reading: Reading,
+    path: Path,
+) -> str:
     """Column of a model's only input."""
     others = [name for name in names if name not in LABEL_COLUMNS]
     chosen = reading.column
@@ -216,7 +228,13 @@ def _only_column(names: Sequence[str], input_name: str, reading: Reading, path: 
     raise DataError(f"{path} has {finding}; choose one of {', '.join(names)} with `column`.")
 
 
-def _input_arrays(column: Any, name: str, port: Port, reading: Reading, path: Path) -> Loaded:
+def _input_arrays(
+    column: Any,
+    name: str,
+    port: Port,
+    reading: Reading,
+    path: Path,
+) -> Loaded:
     """Array of one input, with scale and offset if the column holds images."""
     import pyarrow
 

@@ -14,7 +14,9 @@ __all__ = ["Executor", "Threads", "check", "executor"]
 
 
 def executor(
-    workers: int | None = None, scheduler: str | None = None, device: str = "cpu"
+    workers: int | None = None,
+    scheduler: str | None = None,
+    device: str = "cpu",
 ) -> Executor:
     """Choose an executor.
 

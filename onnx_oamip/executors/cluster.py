@@ -120,7 +120,10 @@ class Cluster:
         with _quiet():
             self._check_scheduler_answers()
             client = Client(
-                self.scheduler, timeout=CONNECT_SECONDS, set_as_default=False, name="onnx-oamip"
+                self.scheduler,
+                timeout=CONNECT_SECONDS,
+                set_as_default=False,
+                name="onnx-oamip",
             )
             try:
                 self._check_environments(client)
@@ -271,7 +274,12 @@ class _Run:
             piece = pickle.dumps((self.task, self.items[index]), pickle.HIGHEST_PROTOCOL)
             with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
                 future = self.client.submit(
-                    perform, self.shared, piece, self.environment, self.cluster.device, pure=False
+                    perform,
+                    self.shared,
+                    piece,
+                    self.environment,
+                    self.cluster.device,
+                    pure=False,
                 )
             self.running[future] = index
 

@@ -67,7 +67,10 @@ class Chains(Generic[N]):
         """
         while (node := self.sole_consumer(tensor)) is not None:
             yield tensor, node
-            outputs = node.outputs if isinstance(node, Node) else node.output
+            if isinstance(node, Node):
+                outputs = node.outputs
+            else:
+                outputs = node.output
             tensor = outputs[0]
 
     def in_front(self, tensor: str, data_input: Callable[[N], str | None]) -> Iterator[N]:

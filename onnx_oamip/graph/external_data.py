@@ -573,7 +573,10 @@ def save(proto: ModelProto, path: Path, side: str) -> list[str]:
     result.CopyFrom(small)
     with (path.parent / side).open("wb") as stream:
         for tensor in references(result):
-            value = values[tensor.name] if tensor.name in values else array(tensor)
+            if tensor.name in values:
+                value = values[tensor.name]
+            else:
+                value = array(tensor)
             set_reference(tensor, side, *_append(stream, value))
     path.write_bytes(result.SerializeToString(deterministic=True))
     return [path.name, side]

@@ -63,7 +63,9 @@ def float_activations(model: Model) -> list[str]:
 
 
 def with_outputs(
-    model: Model, names: Sequence[str], proto: onnx.ModelProto | None = None
+    model: Model,
+    names: Sequence[str],
+    proto: onnx.ModelProto | None = None,
 ) -> onnx.ModelProto:
     """Copy a model and give it other outputs.
 

@@ -46,7 +46,8 @@ class _Editor:
 
     def unused(self, stem: str) -> str:
         """The stem, or with a number where it is taken."""
-        result, number = stem, 1
+        result = stem
+        number = 1
         while result in self.taken:
             result = f"{stem}_{number}"
             number += 1
@@ -72,9 +73,16 @@ class _Editor:
         self.changed = True
 
     def joined(
-        self, at: int, node: NodeProto, slot: int, *, wanted: Sequence[Any], source: Sequence[int]
+        self,
+        at: int,
+        node: NodeProto,
+        slot: int,
+        *,
+        wanted: Sequence[Any],
+        source: Sequence[int],
     ) -> None:
-        old, stem = node.input[slot], node.output[0]
+        old = node.input[slot]
+        stem = node.output[0]
         inserted = self.before.setdefault(at, [])
 
         def insert(suffix: str, make: Callable[[str, str], NodeProto]) -> str:
@@ -87,17 +95,24 @@ class _Editor:
             if not isinstance(value, Size):
                 pieces.append(self.constant(f"{stem}_length", np.asarray([value], np.int64)))
                 continue
-            tensor, index = old, place
+            tensor = old
+            index = place
             home = self.homes.get(value.symbol or "")
             if home is not None:
-                tensor, index = insert("shape", partial(build.shape_of, home[0])), home[1]
+                tensor = insert("shape", partial(build.shape_of, home[0]))
+                index = home[1]
             pick = self.constant(f"{stem}_place", np.asarray([index], np.int64))
             pieces.append(insert("gather", partial(build.gather, tensor, pick)))
         joined = insert("concat", partial(build.concat, pieces))
         self.read(node, slot, joined)
 
     def expanded(
-        self, at: int, node: NodeProto, *, known: Sequence[int], wanted: Sequence[Any]
+        self,
+        at: int,
+        node: NodeProto,
+        *,
+        known: Sequence[int],
+        wanted: Sequence[Any],
     ) -> None:
         out = node.output[0]
         lengths = self.constant(f"{out}_lengths", np.asarray(known, np.int64))
@@ -110,7 +125,9 @@ class _Editor:
 
     def producer(self, tensor: str, op: str) -> NodeProto | None:
         node = self.producers.get(tensor)
-        return node if node is not None and node.op_type == op else None
+        if node is not None and node.op_type == op:
+            return node
+        return None
 
     def consumers(self, tensor: str) -> list[NodeProto]:
         return [node for node in self.graph.node if tensor in node.input]

@@ -51,7 +51,9 @@ def score(
 
 
 def _loss_of_consumers(
-    model: Model, coupling: Coupling, statistics: Statistics
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics,
 ) -> dict[str, float]:
     """Loss where a consumer's output is as wrong as it is large, over the mean of all; empty without relevance."""
     relevance = statistics.get(RELEVANCE, {})

@@ -137,7 +137,10 @@ def _as_method(plugin: Method | ScoreRule) -> Method:
     if isinstance(plugin, Method):
         return plugin
     text = (plugin.__doc__ or "").strip()
-    summary = text.splitlines()[0].rstrip(".") if text else f"a rule of {plugin.__module__}"
+    if text:
+        summary = text.splitlines()[0].rstrip(".")
+    else:
+        summary = f"a rule of {plugin.__module__}"
     return Method(plugin, summary)
 
 

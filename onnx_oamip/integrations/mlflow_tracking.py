@@ -64,7 +64,10 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
 
     def log(document: Document, files: Iterable[Path | None]) -> None:
         output = document["output"]["path"]
-        addition = f"; the model itself was written to {output}" if output else ""
+        if output:
+            addition = f"; the model itself was written to {output}"
+        else:
+            addition = ""
         with _reported(mlflow, f"did not take the result{addition}"):
             _log_document(mlflow, document, parameters)
             for path in _written_files(output, files):
@@ -138,7 +141,10 @@ def _parameters(values: Mapping[str, Any]) -> dict[str, str]:
     for name, value in values.items():
         if value is None:
             continue
-        text = str(value) if isinstance(value, (str, Path)) else json.dumps(value)
+        if isinstance(value, (str, Path)):
+            text = str(value)
+        else:
+            text = json.dumps(value)
         parameters[name] = text[:MAX_PARAMETER_CHARACTERS]
     return parameters
 

@@ -74,13 +74,19 @@ def class_divergence(truth: Floats, found: Floats, form: Form) -> Floats:
     Returns:
         Divergences (positions,) in nats; infinite where only one side is finite.
     """
-    p, q = log_classes(truth, form), log_classes(found, form)
+    p = log_classes(truth, form)
+    q = log_classes(found, form)
     with np.errstate(invalid="ignore"):
         loss = np.where(p == q, 0.0, np.exp(p) * (p - q)).sum(axis=1)
     return lost(np.where((truth == found).all(axis=1), 0.0, np.maximum(loss, 0.0)))
 
 
-def binary_divergence(truth: Floats, found: Floats, form: Form, threshold: float | None) -> Floats:
+def binary_divergence(
+    truth: Floats,
+    found: Floats,
+    form: Form,
+    threshold: float | None,
+) -> Floats:
     """Return the Kullback-Leibler divergence of independent binary decisions.
 
     Args:
@@ -126,7 +132,8 @@ def angle(truth: Floats, found: Floats) -> Floats:
         Values from 0 to 2 (positions,); 1 if exactly one of the vectors is zero.
     """
     with np.errstate(invalid="ignore"):
-        a, b = directions(truth), directions(found)
+        a = directions(truth)
+        b = directions(found)
         loss = np.square(a - b).sum(axis=1) / 2  # exact where both are equal, unlike 1 - a.b
     alone = a.any(axis=1) != b.any(axis=1)
     return lost(np.where(alone, 1.0, loss))

@@ -85,10 +85,14 @@ def _sum(term: Term, truth: Array, found: Array) -> Floats:
     """(decision loss, value loss, positions)."""
     if term.kind == "exact":
         same = truth.shape == found.shape
-        unequal = float((truth != found).sum()) if same else float(truth.size)
+        if same:
+            unequal = float((truth != found).sum())
+        else:
+            unequal = float(truth.size)
         return np.asarray([unequal, 0.0, truth.size])
     assert term.scale is not None, "the objective has no scales yet"
-    old, new = term.rows(truth), term.rows(found)
+    old = term.rows(truth)
+    new = term.rows(found)
     if old.shape != new.shape:
         return np.asarray([np.inf, np.inf, len(old)])
     decisions = values = 0.0
@@ -113,7 +117,12 @@ def _classes(scale: Scale, old: Floats, new: Floats) -> float:
     return float(divergence.sum() / scale.spread)
 
 
-def _binary(term: Term, scale: Scale, old: Floats, new: Floats) -> float:
+def _binary(
+    term: Term,
+    scale: Scale,
+    old: Floats,
+    new: Floats,
+) -> float:
     positive = old > cutoff(term.threshold, scale.form)
     weight = np.where(positive, scale.balance[:, 1], scale.balance[:, 0])
     divergence = binary_divergence(old, new, scale.form, term.threshold)

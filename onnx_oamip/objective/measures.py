@@ -69,7 +69,10 @@ class Measures:
         self._counts = [_counters(term) for term in objective.judged]
 
     def update(
-        self, before: Sequence[Array], after: Sequence[Array], labels: Array | None = None
+        self,
+        before: Sequence[Array],
+        after: Sequence[Array],
+        labels: Array | None = None,
     ) -> None:
         """Add a batch.
 
@@ -80,7 +83,10 @@ class Measures:
         """
         pairs = self.objective.pairs(before, after)
         for term, counts, (old, new) in zip(
-            self.objective.judged, self._counts, pairs, strict=True
+            self.objective.judged,
+            self._counts,
+            pairs,
+            strict=True,
         ):
             given = labels if term.labelled else None
             for count in counts:
@@ -139,13 +145,22 @@ class _Counter:
 
     def share(self, part: str, whole: str) -> float | None:
         """One sum over another; None where the latter is zero."""
-        return self.sum(part) / self.sum(whole) if self.sum(whole) else None
+        if self.sum(whole):
+            return self.sum(part) / self.sum(whole)
+        return None
 
     def measure(
-        self, name: str, kept: float | None, values: Mapping[str, float | None], **more: object
+        self,
+        name: str,
+        kept: float | None,
+        values: Mapping[str, float | None],
+        **more: object,
     ) -> Measure:
         """The measure whose points are what is short of 1."""
-        lost = 0.0 if kept is None else round(float(np.clip(100 * (1 - kept), 0.0, 100.0)), DIGITS)
+        if kept is None:
+            lost = 0.0
+        else:
+            lost = round(float(np.clip(100 * (1 - kept), 0.0, 100.0)), DIGITS)
         return Measure(self.term.name, self.term.output, self.term.kind, name, lost, values, **more)  # type: ignore[arg-type]
 
 
@@ -153,11 +168,15 @@ class _Decisions(_Counter):
     """Agreement of class decisions: counts by the original's decision."""
 
     def update(self, old: Array, new: Array, labels: Array | None) -> None:
-        before, after = self.term.rows(old), self.term.rows(new)
+        before = self.term.rows(old)
+        after = self.term.rows(new)
         same_shape = before.shape == after.shape
         a = before.argmax(axis=1)
         b = after.argmax(axis=1) if same_shape else np.full(len(a), -1)
-        b = np.where(np.isnan(after).any(axis=1), -1, b) if same_shape else b
+        if same_shape:
+            b = np.where(np.isnan(after).any(axis=1), -1, b)
+        else:
+            b = b
         classes = before.shape[1]
         self.add(
             decided=np.bincount(a, minlength=classes).astype(np.float64),
@@ -180,7 +199,8 @@ class _Decisions(_Counter):
             "accuracy_before": self.share("right", "labelled"),
             "accuracy_after": self.share("right_after", "labelled"),
         }
-        rare, warnings = _rare(decided, kept), []
+        rare = _rare(decided, kept)
+        warnings = []
         background = int(decided.argmax())
         others = decided.sum() - decided[background]
         recall = None
@@ -194,11 +214,17 @@ class _Decisions(_Counter):
         drop = _drop(values)
         if drop is not None:
             return self.measure(
-                "accuracy", 1 - drop, values, classes=rare, warnings=tuple(warnings)
+                "accuracy",
+                1 - drop,
+                values,
+                classes=rare,
+                warnings=tuple(warnings),
             )
-        name, worst = "agreement of decisions", agreement
+        name = "agreement of decisions"
+        worst = agreement
         if recall is not None and agreement is not None and recall < agreement:
-            name, worst = f"recall of all decisions but class {background}", recall
+            name = f"recall of all decisions but class {background}"
+            worst = recall
         return self.measure(name, worst, values, classes=rare, warnings=tuple(warnings))
 
 
@@ -208,14 +234,25 @@ class _Binary(_Counter):
     def update(self, old: Array, new: Array, labels: Array | None) -> None:
         assert self.term.scale is not None, "the objective has no scales yet"
         limit = cutoff(self.term.threshold, self.term.scale.form)
-        before, after = self.term.rows(old), self.term.rows(new)
+        before = self.term.rows(old)
+        after = self.term.rows(new)
         a = before > limit
         # Where there is no number any more, the decision is the other one.
-        b = np.where(np.isnan(after), ~a, after > limit) if after.shape == before.shape else ~a
+        if after.shape == before.shape:
+            b = np.where(np.isnan(after), ~a, after > limit)
+        else:
+            b = ~a
         self.add(
-            all=a.size, both=(a & b).sum(), neither=(~a & ~b).sum(), before=a.sum(), after=b.sum()
+            all=a.size,
+            both=(a & b).sum(),
+            neither=(~a & ~b).sum(),
+            before=a.sum(),
+            after=b.sum(),
         )
-        truth = None if labels is None else np.asarray(labels).reshape(-1) > 0
+        if labels is None:
+            truth = None
+        else:
+            truth = np.asarray(labels).reshape(-1) > 0
         if truth is not None and truth.size == a.size:
             self._labelled(a.reshape(-1), b.reshape(-1), truth)
 
@@ -272,13 +309,13 @@ class _Values(_Counter):
         self.moments = Moments()
 
     def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
-        before, after = self.term.rows(old), self.term.rows(new)
+        before = self.term.rows(old)
+        after = self.term.rows(new)
         known = np.isfinite(before)
-        error = (
-            squared_error(before, after)
-            if after.shape == before.shape
-            else np.full(before.shape, np.inf)
-        )
+        if after.shape == before.shape:
+            error = squared_error(before, after)
+        else:
+            error = np.full(before.shape, np.inf)
         self.moments.update(before)
         self.add(
             error=error.sum(axis=0), energy=np.square(np.where(known, before, 0.0)).sum(axis=0)
@@ -299,7 +336,8 @@ class _Values(_Counter):
         divisors = self.moments.divisors(self.term.scale.variance)
         columns = error / np.maximum(self.moments.count, 1) / divisors
         place = int(columns.argmax())
-        whole, worst = float(columns.mean()), float(columns.max())
+        whole = float(columns.mean())
+        worst = float(columns.max())
         energy = self.sum("energy")
         values = {
             "error_over_variance": whole,
@@ -318,7 +356,8 @@ class _Cosines(_Counter):
     """Cosines of vectors, kept one by one for their percentile."""
 
     def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
-        before, after = self.term.rows(old), self.term.rows(new)
+        before = self.term.rows(old)
+        after = self.term.rows(new)
         if before.shape != after.shape:
             cosine = np.full(len(before), -1.0)
         else:
@@ -343,7 +382,10 @@ class _Equal(_Counter):
     """Entries that are equal."""
 
     def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
-        equal = float((old == new).sum()) if old.shape == new.shape else 0.0
+        if old.shape == new.shape:
+            equal = float((old == new).sum())
+        else:
+            equal = 0.0
         self.add(all=old.size, equal=equal)
 
     def result(self) -> Measure:
@@ -385,8 +427,11 @@ def _worst(term: Term, found: Sequence[Measure]) -> Measure:
 
 
 def _drop(values: Mapping[str, float | None], name: str = "accuracy") -> float | None:
-    before, after = values.get(f"{name}_before"), values.get(f"{name}_after")
-    return None if before is None or after is None else before - after
+    before = values.get(f"{name}_before")
+    after = values.get(f"{name}_after")
+    if before is None or after is None:
+        return None
+    return before - after
 
 
 def _rare(decided: Floats, kept: Floats) -> tuple[tuple[int, float, float], ...]:

@@ -79,8 +79,13 @@ class Moments:
         own = self.deviation / np.maximum(self.count, 1)
         live = (own > CONSTANT * np.square(self.mean)) & (own > DEAD * own.max(initial=0.0))
         if not live.any():
-            square = float((own + np.square(self.mean)).mean()) if own.size else 0.0
-            return np.full(max(own.size, 1), square or 1.0) if usual is None else usual
+            if own.size:
+                square = float((own + np.square(self.mean)).mean())
+            else:
+                square = 0.0
+            if usual is None:
+                return np.full(max(own.size, 1), square or 1.0)
+            return usual
         if own.size > COLUMNS:
             return np.full(own.size, float(own.mean()))
         return np.where(live, own, float(own[live].mean()))

@@ -221,7 +221,8 @@ class _Classes(_Answers):
 
     def sums_of(self, rows: Floats) -> tuple[Floats, ...]:
         log = log_classes(rows, self.form)
-        probability, negentropy = np.exp(log), weighted(log).sum(axis=1)
+        probability = np.exp(log)
+        negentropy = weighted(log).sum(axis=1)
         decision = log.argmax(axis=1)
         if self.by_decision is not None and len(rows):
             order = np.argsort(decision, kind="stable")
@@ -257,7 +258,9 @@ class _Classes(_Answers):
         background, low, high = -1, 1.0, 1.0
         inside = np.zeros_like(probability)
         if self.by_decision is not None and DOMINANT < share < 1:
-            background, low, high = most, 0.5 / share, 0.5 / (1 - share)
+            background = most
+            low = 0.5 / share
+            high = 0.5 / (1 - share)
             inside = self.by_decision[most]
         weight = np.full(len(decided), high)
         weight[background] = low
@@ -310,7 +313,9 @@ def cutoff(threshold: float | None, form: Form) -> float:
     """
     if threshold is not None:
         return threshold
-    return 0.5 if form == "probabilities" else 0.0
+    if form == "probabilities":
+        return 0.5
+    return 0.0
 
 
 def _log(values: Floats) -> Floats:

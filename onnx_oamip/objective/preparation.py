@@ -31,7 +31,10 @@ MAX_NUMBERS = 1 << 27
 
 
 def find_objective(
-    model: Model, settings: Settings, samples: Samples, held: Samples | None = None
+    model: Model,
+    settings: Settings,
+    samples: Samples,
+    held: Samples | None = None,
 ) -> Objective:
     """Find the terms by which a pruned model is judged, without their scales.
 

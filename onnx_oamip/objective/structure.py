@@ -292,7 +292,8 @@ class Graph:
 
     def _channels(self, tensor: str, depth: int) -> int | None:
         """The channel axis as the layers behind a tensor have it."""
-        node, shape = self.maker(tensor), self.shape(tensor)
+        node = self.maker(tensor)
+        shape = self.shape(tensor)
         if node is None or shape is None or len(shape) < 2 or depth > DEPTH:
             return None
         if node.op.endswith(kinds.CHANNELS_ON_AXIS_1):
@@ -349,11 +350,14 @@ class Graph:
 
 
 def _matching(
-    shape: tuple[int, ...] | None, other: tuple[int, ...] | None, axis: int
+    shape: tuple[int, ...] | None,
+    other: tuple[int, ...] | None,
+    axis: int,
 ) -> int | None:
     """The axis of ``other`` that holds the entries of an axis of ``shape`` after a reshape."""
     if shape is None or other is None:
         return None
-    before, length = math.prod(shape[:axis]), shape[axis]
+    before = math.prod(shape[:axis])
+    length = shape[axis]
     fits = [i for i, size in enumerate(other) if size == length and math.prod(other[:i]) == before]
     return fits[0] if fits else None

@@ -93,7 +93,12 @@ class Tails:
         return [self._term(tensor, "ambiguous")]
 
     def _term(
-        self, tensor: str, kind: Kind, axis: int | None = None, form: Form = "auto", tail: str = ""
+        self,
+        tensor: str,
+        kind: Kind,
+        axis: int | None = None,
+        form: Form = "auto",
+        tail: str = "",
     ) -> Term:
         place = self.graph.channel_axis(tensor) if axis is None else axis
         return Term("", "", tensor, kind, place, form=form, tail=tail)
@@ -104,7 +109,11 @@ class Tails:
             return []
         logits, axis = found
         term = self._term(
-            logits, "classes", axis, "logits", f"{_called(node, 'Softmax')} over axis {axis}"
+            logits,
+            "classes",
+            axis,
+            "logits",
+            f"{_called(node, 'Softmax')} over axis {axis}",
         )
         # A slice of the classes is decided by all of them.
         whole = origin.part is None or origin.part.axis == axis
@@ -131,7 +140,10 @@ class Tails:
         if found is None:
             return []
         vectors, axis = found
-        part = origin.part if origin.part is None or origin.part.axis != axis else None
+        if origin.part is None or origin.part.axis != axis:
+            part = origin.part
+        else:
+            part = None
         term = self._term(vectors, "embedding", axis, tail=_called(node, "division by the length"))
         return [replace(term, part=part)]
 
@@ -171,7 +183,10 @@ class Tails:
         if not self.probable(origin.tensor):
             return []
         term = self._term(
-            origin.tensor, "binary", form="probabilities", tail=f"{node.op} of probabilities"
+            origin.tensor,
+            "binary",
+            form="probabilities",
+            tail=f"{node.op} of probabilities",
         )
         return [replace(term, part=origin.part)]
 
@@ -286,7 +301,9 @@ class Tails:
             return []
         seen.add(tensor)
         if self.graph.floating(tensor) and not self.decisive(tensor):
-            return self.explain(tensor) if self.graph.shape(tensor) is not None else []
+            if self.graph.shape(tensor) is not None:
+                return self.explain(tensor)
+            return []
         if node is None or node.op not in kinds.POSTPROCESSING or depth > DEPTH:
             return []
         if node.op in ("ArgMax", "Hardmax"):
@@ -305,10 +322,13 @@ class Tails:
         """The terms of what a decision compares, which may be a decision itself."""
         if not self.graph.floating(tensor) or self.decisive(tensor):
             return self.decide(tensor, seen, depth + 1)
-        return self.explain(tensor) if self.graph.constant(tensor) is None else []
+        if self.graph.constant(tensor) is None:
+            return self.explain(tensor)
+        return []
 
     def _largest(self, node: Node, seen: set[str], depth: int) -> list[Term]:
-        source, rank = node.inputs[0], self.graph.rank(node.inputs[0])
+        source = node.inputs[0]
+        rank = self.graph.rank(node.inputs[0])
         found = self._scores(source, seen, depth)
         tail = f"{node.op} of {{}}"
         if len(found) == 1 and found[0].kind == "classes":
@@ -317,7 +337,10 @@ class Tails:
             return found
         axis = int(node.attrs.get("axis", 0 if node.op == "ArgMax" else -1)) % max(rank, 1)
         behind = self.graph.maker(source)  # a sigmoid does not change which is largest
-        logits = sigmoid(self.graph, behind) if behind is not None else None
+        if behind is not None:
+            logits = sigmoid(self.graph, behind)
+        else:
+            logits = None
         return [
             self._term(logits or source, "classes", axis, "auto", f"{node.op} over axis {axis}")
         ]
@@ -332,9 +355,10 @@ class Tails:
 
     def _suppressed(self, node: Node, seen: set[str], depth: int) -> list[Term]:
         """Scores of NonMaxSuppression, decided at its threshold."""
-        limit = (
-            self.graph.number(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] else None
-        )
+        if len(node.inputs) > 4 and node.inputs[4]:
+            limit = self.graph.number(node.inputs[4])
+        else:
+            limit = None
         found = self._scores(node.inputs[1], seen, depth)
         return [self._at(term, limit, "scores of NonMaxSuppression", "auto") for term in found]
 
@@ -347,7 +371,13 @@ class Tails:
             return found
         return [self._at(term, limit, node.op, "scores") for term in found]
 
-    def _at(self, term: Term, limit: float | None, tail: str, form: Form) -> Term:
+    def _at(
+        self,
+        term: Term,
+        limit: float | None,
+        tail: str,
+        form: Form,
+    ) -> Term:
         """A term that is decided at a threshold (of probabilities, where it reads logits)."""
         described = ", ".join(filter(None, (term.tail, tail)))
         if term.kind == "ambiguous":
@@ -362,7 +392,9 @@ class Tails:
 
 def _called(node: Node, usual: str) -> str:
     """The operator, or the usual name of what is written out."""
-    return node.op if node.op in kinds.COMPOSED else usual
+    if node.op in kinds.COMPOSED:
+        return node.op
+    return usual
 
 
 def _distinct(terms: Iterable[Term]) -> list[Term]:

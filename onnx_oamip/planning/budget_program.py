@@ -169,7 +169,12 @@ def choose(
         raise BudgetNotMet(_not_met(budget, narrowest))
     formulation = _formulate(budget, incumbent)
     solution, level = _solve(
-        budget, formulation, incumbent, solver=solver, limits=solver_limits, notify=notify
+        budget,
+        formulation,
+        incumbent,
+        solver=solver,
+        limits=solver_limits,
+        notify=notify,
     )
     if level is None:
         if solution.termination is Termination.INFEASIBLE:
@@ -196,7 +201,10 @@ def _record(
     if solution.bound is not None:
         gap = relative_gap(objective, min(solution.bound, objective))
     # The greedy widths count as a feasible solution if the solver returned none.
-    status = solution.termination if solution.has_values else Termination.FEASIBLE
+    if solution.has_values:
+        status = solution.termination
+    else:
+        status = Termination.FEASIBLE
     used = dict(zip(budget.names, budget.used(level).tolist(), strict=True))
     return {
         "purpose": "budget",
@@ -389,7 +397,12 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
         unit = max(loss, 1e-3 * largest) / MAGNITUDE
     builder = Builder()
     binaries = builder.variables(
-        n_levels, 0, 1, objective=budget.loss / unit, integer=True, start=start
+        n_levels,
+        0,
+        1,
+        objective=budget.loss / unit,
+        integer=True,
+        start=start,
     )
     matrix, constant = linearise(builder, binaries, levels, budget.costs, start=start)
     matrix = csr_array(matrix / budget.scale[:, None])

@@ -87,7 +87,10 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
     keep = left.plan.keep
     proto = left.pruned.proto
     model = models.from_proto(
-        proto, ready.model.bindings, path=ready.model.path, sha256=ready.model.sha256
+        proto,
+        ready.model.bindings,
+        path=ready.model.path,
+        sha256=ready.model.sha256,
     )
     coupling = exclude(model, couple(model), ready.settings.exclude)
     remaining = replace(
@@ -101,7 +104,10 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
     values = below(ready.scores.values, keep, units(ready.coupling, coupling, keep), found.values)
     scores = ready.constraints.apply(ready.coupling, replace(found, values=values))
     ladder, curves = width_losses.measure(
-        ready, scores, step=ready.steps, floor=ready.constraints.floor
+        ready,
+        scores,
+        step=ready.steps,
+        floor=ready.constraints.floor,
     )
     return replace(ready, scores=scores, ladder=ladder, curves=curves)
 

@@ -143,7 +143,12 @@ def profile(
     widths = level_widths(coupling, ladder, seed=seed)
     protos = [cut(model, coupling, first_units(coupling, w)) for w in widths]
     walls, kernels = _run(
-        protos, feeds_of(samples, batch), device, threads=threads, seconds=seconds, seed=seed
+        protos,
+        feeds_of(samples, batch),
+        device,
+        threads=threads,
+        seconds=seconds,
+        seed=seed,
     )
     carriers = _activations(model, costs)
     lengths = [costs.lengths(w) for w in widths]
@@ -267,7 +272,11 @@ def fit(
     total_activation = activations.sum(axis=1)
     if nodes is None or not nodes.any():
         constant, per_mac, per_element = _solve(
-            walls, walls, ones, macs.sum(axis=1), total_activation
+            walls,
+            walls,
+            ones,
+            macs.sum(axis=1),
+            total_activation,
         )
         return Rates(constant, np.full(n_nodes, per_mac), np.full(n_nodes, per_element), False)
     coefficients = np.asarray(
@@ -421,7 +430,10 @@ def assign(
             anchors[anchor] += spent
     free = set(graph.linear) - set(anchors)
     for anchor, spent in sorted(anchors.items()):
-        owners = [anchor] if anchor in graph.linear else graph.behind(anchor, set(anchors), free)
+        if anchor in graph.linear:
+            owners = [anchor]
+        else:
+            owners = graph.behind(anchor, set(anchors), free)
         free -= set(owners)
         if owners:
             _share(times, [graph.linear[i] for i in owners], spent, macs)

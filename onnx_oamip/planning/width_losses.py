@@ -84,7 +84,10 @@ def measure(
     }
     wide = cost.full_widths(coupling)
     curves = context.store.recall(
-        cache_entries.LOSSES, known, run, lambda found: sensitivity.fits(found, wide)
+        cache_entries.LOSSES,
+        known,
+        run,
+        lambda found: sensitivity.fits(found, wide),
     )
     return rungs(coupling, curves, step, floor), curves
 
@@ -111,7 +114,11 @@ def rungs(
     wide = cost.full_widths(coupling)
     narrow = allocation.least(floor, step, wide)
     for found, s, first, full in zip(
-        sensitivities, step.tolist(), narrow.tolist(), wide.tolist(), strict=True
+        sensitivities,
+        step.tolist(),
+        narrow.tolist(),
+        wide.tolist(),
+        strict=True,
     ):
         every = np.unique(np.append(np.arange(first, full + 1, s), full))
         widths.append(every.astype(np.int64))

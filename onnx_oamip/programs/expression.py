@@ -158,7 +158,9 @@ def widen(matrix: csr_array, columns: int) -> csr_array:
 
 
 def combine(
-    parts: Sequence[tuple[csr_array, Expression]], offset: Floats, images: int
+    parts: Sequence[tuple[csr_array, Expression]],
+    offset: Floats,
+    images: int,
 ) -> Expression:
     """Compute ``sum of map @ expression + offset`` for every sample.
 

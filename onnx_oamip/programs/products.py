@@ -126,7 +126,9 @@ class _Axes:
 
 
 def reduce_costs(
-    fixed: Ints, per_unit: csr_array, sums: Sequence[tuple[Floats, Ints]]
+    fixed: Ints,
+    per_unit: csr_array,
+    sums: Sequence[tuple[Floats, Ints]],
 ) -> Polynomials:
     """Rewrite costs as polynomials in few directions.
 
@@ -163,7 +165,10 @@ def _directions(fixed: Ints, per_unit: csr_array) -> tuple[Ints, _Axes]:
     """The distinct directions of the axes (directions, groups), and the axes in terms of them."""
     variable = np.unique(per_unit.nonzero()[0])
     held = per_unit[variable].toarray()
-    common = np.gcd.reduce(held, axis=1) if len(variable) else np.zeros(0, np.int64)
+    if len(variable):
+        common = np.gcd.reduce(held, axis=1)
+    else:
+        common = np.zeros(0, np.int64)
     directions, position = np.unique(held // common[:, None], axis=0, return_inverse=True)
     direction = np.full(len(fixed) + 1, -1, np.int64)
     direction[variable] = position.reshape(-1)
@@ -363,11 +368,19 @@ class _Table:
         source, level = np.divmod(distinct, n_levels)
         scaled_start = (self.start - self.low) / spread
         product = builder.variables(
-            len(distinct), 0.0, 1.0, start=start[level] * scaled_start[source]
+            len(distinct),
+            0.0,
+            1.0,
+            start=start[level] * scaled_start[source],
         )
         self._bound_by_binaries(builder, product, binaries[level])
         self._sum_to_expression(
-            builder, product, source=source, level=level, levels=levels, spread=spread
+            builder,
+            product,
+            source=source,
+            level=level,
+            levels=levels,
+            spread=spread,
         )
         # E x = low x + spread v, times the value of the factor at the level.
         times_binary = forms.data * self.low[expression[row]]

@@ -89,7 +89,10 @@ def choose_ridge(
         if ridge_error < after:
             after = ridge_error
             chosen = ridge
-    change = None if chosen is None or solve is None else solve(rows, chosen)
+    if chosen is None or solve is None:
+        change = None
+    else:
+        change = solve(rows, chosen)
     return RidgeFit(change, shift_of(change, rows), chosen, (before, min(after, before)))
 
 

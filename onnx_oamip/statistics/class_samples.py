@@ -98,7 +98,11 @@ def collect(
         return None
     first = terms[0]
     outputs, sample_of_row = _all_logits(
-        model, samples, [term.tensor for term in terms], device=device, batch_size=batch_size
+        model,
+        samples,
+        [term.tensor for term in terms],
+        device=device,
+        batch_size=batch_size,
     )
     truth, notes = _classes(outputs[0], samples if first.labelled else None, sample_of_row)
     choice = _choose(outputs[0], truth, per_class, seed)
@@ -144,7 +148,12 @@ def _left_out(objective: Objective, terms: Sequence[Term]) -> tuple[str, ...]:
 
 
 def _all_logits(
-    model: Model, samples: Samples, tensors: Sequence[str], *, device: str, batch_size: int
+    model: Model,
+    samples: Samples,
+    tensors: Sequence[str],
+    *,
+    device: str,
+    batch_size: int,
 ) -> tuple[list[Floats], Ints]:
     """Logits (rows, classes) of every head for all samples, and the sample of each row, ascending."""
     if samples.unequal:
@@ -164,7 +173,9 @@ def _all_logits(
 
 
 def _classes(
-    outputs: Floats, labelled: Samples | None, sample_of_row: Ints
+    outputs: Floats,
+    labelled: Samples | None,
+    sample_of_row: Ints,
 ) -> tuple[Ints, tuple[str, ...]]:
     """The class of every row, by its label or by the prediction of the model, and remarks."""
     predicted = outputs.argmax(axis=1)
@@ -178,7 +189,12 @@ def _classes(
     return labels, ()
 
 
-def _choose(outputs: Floats, truth: Ints, per_class: int, seed: int) -> _Choice:
+def _choose(
+    outputs: Floats,
+    truth: Ints,
+    per_class: int,
+    seed: int,
+) -> _Choice:
     """The least certain of the correctly classified rows of every class."""
     predicted = outputs.argmax(axis=1)
     every = np.arange(len(predicted))
@@ -203,7 +219,10 @@ def _choose(outputs: Floats, truth: Ints, per_class: int, seed: int) -> _Choice:
 
 
 def _feeds(
-    samples: Samples, sample_of_row: Ints, choice: _Choice, rows: int
+    samples: Samples,
+    sample_of_row: Ints,
+    choice: _Choice,
+    rows: int,
 ) -> tuple[list[dict[str, Array]], Ints]:
     """One feed per image, or as many images as a fixed batch takes; labels (feeds, rows), -1 where a row is padding.
 
@@ -219,7 +238,8 @@ def _feeds(
         row_in_sample = np.arange(len(sample_of_row)) - np.searchsorted(
             sample_of_row, sample_of_row
         )
-        feed, row = images, row_in_sample[choice.rows]
+        feed = images
+        row = row_in_sample[choice.rows]
     else:
         feed, row = np.divmod(images, step)
     labels = np.full((len(feeds), rows), -1, np.int64)
@@ -228,7 +248,10 @@ def _feeds(
 
 
 def _activations(
-    model: Model, feeds: Sequence[dict[str, Array]], names: Sequence[str], device: str
+    model: Model,
+    feeds: Sequence[dict[str, Array]],
+    names: Sequence[str],
+    device: str,
 ) -> dict[str, Array]:
     """By tensor (feeds, *its shape for one feed): the named activations, and the inputs of the model."""
     session = Session(with_outputs(model, names), device, what="the model with its activations")

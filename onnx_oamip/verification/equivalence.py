@@ -114,7 +114,8 @@ class _Errors:
         if old.shape != new.shape:
             self.comparable = False
             return
-        a, b = old.astype(np.float64), new.astype(np.float64)
+        a = old.astype(np.float64)
+        b = new.astype(np.float64)
         known = np.isfinite(a)
         self.squared += float(np.square(a[known] - b[known]).sum())
         self.scale += float(np.square(a[known]).sum())
@@ -222,15 +223,16 @@ def prove(
     most[[i for i, node in enumerate(makers) if node is not None]] = np.inf
     # Rounding must not depend on a provider's reduced precision: this is done on the CPU.
     reference = Session(
-        with_outputs(model, wanted, masked), "cpu", what="the masked model", exact=True
+        with_outputs(model, wanted, masked),
+        "cpu",
+        what="the masked model",
+        exact=True,
     )
     other = Session(with_outputs(model, wanted, cut), "cpu", what="the cut model", exact=True)
     found = differences(reference, other, samples, batch_size)
-    worst, rounding, allowed = (
-        float(found.max(initial=0.0)),
-        None,
-        np.full(len(found), tolerance(model)),
-    )
+    worst = float(found.max(initial=0.0))
+    rounding = None
+    allowed = np.full(len(found), tolerance(model))
     if (np.isfinite(found) & (found > allowed) & (found <= most)).any():
         own = np.zeros(len(found))
         for draw in range(DRAWS):
@@ -288,7 +290,12 @@ def rounded(model: Model, proto: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     return result
 
 
-def differences(reference: Session, other: Session, samples: Samples, batch_size: int) -> Floats:
+def differences(
+    reference: Session,
+    other: Session,
+    samples: Samples,
+    batch_size: int,
+) -> Floats:
     """Measure how far the outputs of two models differ.
 
     Args:
@@ -302,7 +309,8 @@ def differences(reference: Session, other: Session, samples: Samples, batch_size
         reference, over all samples. Infinite where shapes or integers differ, where only one side is NaN or infinite,
         and beside a reference of zeros.
     """
-    worst, largest = np.zeros(len(reference.outputs)), np.zeros(len(reference.outputs))
+    worst = np.zeros(len(reference.outputs))
+    largest = np.zeros(len(reference.outputs))
     for _, feed in samples.batches(batch_size):
         for i, (a, b) in enumerate(zip(reference.run(feed), other.run(feed), strict=True)):
             if a.shape != b.shape:
@@ -513,7 +521,10 @@ def _beyond(old: Array, new: Floats) -> Bools:
 
 
 def runs_at(
-    model: Model, session: Session, samples: Samples, before: Callable[[], Session] | None = None
+    model: Model,
+    session: Session,
+    samples: Samples,
+    before: Callable[[], Session] | None = None,
 ) -> tuple[int, ...]:
     """Run the pruned model at the batch sizes that its input allows (gate 2).
 

@@ -139,7 +139,10 @@ def bench(
     for i, name in enumerate(names):
         times = np.asarray(runs[i])
         p50, p95 = (float(quantile) for quantile in np.quantile(times, [0.5, 0.95]))
-        peak = peak_memory(sources[i], feeds[0], device, threads) if memory else None
+        if memory:
+            peak = peak_memory(sources[i], feeds[0], device, threads)
+        else:
+            peak = None
         timing = Timing(
             name=name,
             p50_ms=p50 * 1e3,
@@ -293,7 +296,13 @@ def measure_ratio(
         The median ratio of :func:`compare_latency`, under 1 if ``other`` is faster.
     """
     ratio = compare_latency(
-        first, other, samples, device, batch=batch, threads=threads, seconds=seconds
+        first,
+        other,
+        samples,
+        device,
+        batch=batch,
+        threads=threads,
+        seconds=seconds,
     )
     return ratio.median
 

@@ -165,7 +165,10 @@ def _states(
     """Keys and values (or logits) as further outputs, of shape (batch, heads, ...)."""
     for index, name in _further_outputs(node, labels):
         logits = index >= 2
-        per_head = np.repeat(units, heads // len(units)) if logits else units
+        if logits:
+            per_head = np.repeat(units, heads // len(units))
+        else:
+            per_head = units
         labels.set(name, [None, per_head, None, None], f"{node} gives it out head by head")
 
 
@@ -258,7 +261,10 @@ def _packed(node: Node, labels: Labels) -> None:
     x, w = node.inputs[:2]
     heads = _count(node, "num_heads")
     shape = labels.shape(w)
-    sizes = _sizes(node, shape[1]) if shape is not None and len(shape) == 2 else ()
+    if shape is not None and len(shape) == 2:
+        sizes = _sizes(node, shape[1])
+    else:
+        sizes = ()
     reason = _not_packed(node, labels, sizes, heads)
     columns = labels.label(w, 1) if reason is None else None
     if columns is not None:

@@ -15,7 +15,12 @@ AXES_AS_INPUT = {"ReduceSum": 13, "ReduceSumSquare": 18, "ReduceMean": 18}
 """Opset from which a reduction takes its axes as an input, by operator."""
 
 
-def add(a: str, b: str, out: str, name: str = "") -> NodeProto:
+def add(
+    a: str,
+    b: str,
+    out: str,
+    name: str = "",
+) -> NodeProto:
     """Build ``out = a + b``.
 
     Args:
@@ -30,7 +35,12 @@ def add(a: str, b: str, out: str, name: str = "") -> NodeProto:
     return helper.make_node("Add", [a, b], [out], name)
 
 
-def mul(a: str, b: str, out: str, name: str = "") -> NodeProto:
+def mul(
+    a: str,
+    b: str,
+    out: str,
+    name: str = "",
+) -> NodeProto:
     """Build ``out = a * b``, element by element.
 
     Args:
@@ -45,7 +55,12 @@ def mul(a: str, b: str, out: str, name: str = "") -> NodeProto:
     return helper.make_node("Mul", [a, b], [out], name)
 
 
-def matmul(a: str, b: str, out: str, name: str = "") -> NodeProto:
+def matmul(
+    a: str,
+    b: str,
+    out: str,
+    name: str = "",
+) -> NodeProto:
     """Build ``out = a @ b``.
 
     Args:
@@ -116,7 +131,12 @@ def shape_of(source: str, out: str, name: str = "") -> NodeProto:
     return helper.make_node("Shape", [source], [out], name)
 
 
-def reshape(source: str, target: str, out: str, name: str = "") -> NodeProto:
+def reshape(
+    source: str,
+    target: str,
+    out: str,
+    name: str = "",
+) -> NodeProto:
     """Build ``source`` in another shape.
 
     Args:
@@ -131,7 +151,12 @@ def reshape(source: str, target: str, out: str, name: str = "") -> NodeProto:
     return helper.make_node("Reshape", [source, target], [out], name)
 
 
-def transpose(source: str, out: str, perm: Sequence[int], name: str = "") -> NodeProto:
+def transpose(
+    source: str,
+    out: str,
+    perm: Sequence[int],
+    name: str = "",
+) -> NodeProto:
     """Build ``source`` with its axes in another order.
 
     Args:
@@ -146,7 +171,12 @@ def transpose(source: str, out: str, perm: Sequence[int], name: str = "") -> Nod
     return helper.make_node("Transpose", [source], [out], name, perm=list(perm))
 
 
-def gather(source: str, index: str, out: str, name: str = "") -> NodeProto:
+def gather(
+    source: str,
+    index: str,
+    out: str,
+    name: str = "",
+) -> NodeProto:
     """Build the elements of axis 0 of ``source`` at some indices.
 
     Args:
@@ -176,7 +206,12 @@ def concat(sources: Sequence[str], out: str, name: str = "") -> NodeProto:
 
 
 def reduce_sum(
-    graph: GraphProto, source: str, out: str, *, axes: Sequence[int], opset: int
+    graph: GraphProto,
+    source: str,
+    out: str,
+    *,
+    axes: Sequence[int],
+    opset: int,
 ) -> None:
     """Append a sum to a graph; over no axes it is the tensor.
 
@@ -194,7 +229,12 @@ def reduce_sum(
 
 
 def reduce_sum_square(
-    graph: GraphProto, source: str, out: str, *, axes: Sequence[int], opset: int
+    graph: GraphProto,
+    source: str,
+    out: str,
+    *,
+    axes: Sequence[int],
+    opset: int,
 ) -> None:
     """Append a sum of squares to a graph; over no axes it is the square.
 
@@ -212,7 +252,12 @@ def reduce_sum_square(
 
 
 def reduce_mean(
-    graph: GraphProto, source: str, out: str, *, axes: Sequence[int], opset: int
+    graph: GraphProto,
+    source: str,
+    out: str,
+    *,
+    axes: Sequence[int],
+    opset: int,
 ) -> None:
     """Append a mean to a graph; over no axes it is the tensor.
 
@@ -230,7 +275,13 @@ def reduce_mean(
 
 
 def _reduce(
-    graph: GraphProto, op: str, source: str, out: str, *, axes: Sequence[int], opset: int
+    graph: GraphProto,
+    op: str,
+    source: str,
+    out: str,
+    *,
+    axes: Sequence[int],
+    opset: int,
 ) -> None:
     if opset < AXES_AS_INPUT[op]:
         graph.node.append(helper.make_node(op, [source], [out], out, axes=list(axes), keepdims=0))
@@ -277,7 +328,12 @@ def become_transpose(node: NodeProto, source: str, perm: Sequence[int]) -> None:
     node.attribute.append(helper.make_attribute("perm", list(perm)))
 
 
-def renamed(node: NodeProto, source: str, out: str, name: str) -> NodeProto:
+def renamed(
+    node: NodeProto,
+    source: str,
+    out: str,
+    name: str,
+) -> NodeProto:
     """Build a copy of a node of one input and one output.
 
     Args:

@@ -65,7 +65,8 @@ def softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
         or total.op != "ReduceSum"
     ):
         return None
-    power, axis = graph.maker(node.inputs[0]), _one_axis(graph, total)
+    power = graph.maker(node.inputs[0])
+    axis = _one_axis(graph, total)
     if power is None or power.op != "Exp" or total.inputs[0] != node.inputs[0] or axis is None:
         return None
     shifted = graph.maker(power.inputs[0])
@@ -106,7 +107,9 @@ def unit_vectors(graph: Reader, node: Node) -> tuple[str, int] | None:
             (node.inputs[0], int(node.attrs.get("axis", -1)) % rank) if rank and euclidean else None
         )
     if node.op == "Div":
-        source, divisor, inverse = node.inputs[0], node.inputs[1], False
+        source = node.inputs[0]
+        divisor = node.inputs[1]
+        inverse = False
     elif node.op == "Mul":
         source, divisor = _factors(graph, node)
         inverse = True
@@ -194,7 +197,8 @@ def _same(graph: Reader, tensor: str, source: str) -> bool:
 
 def _one_axis(graph: Reader, node: Node) -> int | None:
     """The axis of a reduction over one."""
-    axes, rank = graph.integers(node, 1, "axes"), graph.rank(node.inputs[0])
+    axes = graph.integers(node, 1, "axes")
+    rank = graph.rank(node.inputs[0])
     if axes is None or len(axes) != 1 or not rank:
         return None
     return axes[0] % rank

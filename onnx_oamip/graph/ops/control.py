@@ -39,7 +39,10 @@ def _loop(node: Node) -> Flow:
     body = node.bodies["body"]
     count = len(node.inputs) - 2
     flow = _carried(
-        node.inputs[2:], body.inputs[2:], body.outputs[1 : 1 + count], node.outputs[:count]
+        node.inputs[2:],
+        body.inputs[2:],
+        body.outputs[1 : 1 + count],
+        node.outputs[:count],
     )
     stacked = zip(body.outputs[1 + count :], node.outputs[count:], strict=False)
     return Flow(flow.joins, flow.enters, stacks=tuple((x, out, 0) for x, out in stacked if out))
@@ -50,14 +53,20 @@ def _scan(node: Node) -> Flow:
     scanned = int(node.attrs["num_scan_inputs"])
     count = len(node.inputs) - scanned
     flow = _carried(
-        node.inputs[:count], body.inputs[:count], body.outputs[:count], node.outputs[:count]
+        node.inputs[:count],
+        body.inputs[:count],
+        body.outputs[:count],
+        node.outputs[:count],
     )
     ins = node.attrs.get("scan_input_axes") or [0] * scanned
     outs = node.attrs.get("scan_output_axes") or [0] * (len(body.outputs) - count)
     slices = zip(node.inputs[count:], body.inputs[count:], ins, strict=True)
     stacks = zip(body.outputs[count:], node.outputs[count:], outs, strict=False)
     return Flow(
-        flow.joins, flow.enters, tuple(slices), tuple((x, out, a) for x, out, a in stacks if out)
+        flow.joins,
+        flow.enters,
+        tuple(slices),
+        tuple((x, out, a) for x, out, a in stacks if out),
     )
 
 

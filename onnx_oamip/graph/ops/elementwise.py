@@ -77,7 +77,11 @@ def broadcast(node: Node, labels: Labels) -> None:
 
 
 def _meet(
-    node: Node, labels: Labels, here: list[Axis], sizes: list[int], scalar: bool
+    node: Node,
+    labels: Labels,
+    here: list[Axis],
+    sizes: list[int],
+    scalar: bool,
 ) -> LabelAxis:
     size = max(sizes)
     full = [a for a, n in zip(here, sizes, strict=True) if n == size]
@@ -87,7 +91,9 @@ def _meet(
     tracked = [a for a in full if not labels.is_constant(a[0]) and labels.label(*a) is not None]
     # Constants alone (a positional table along an untracked axis) need no labels: nothing there can shrink. A constant
     # times one number is still the constant (scales of channels times the scale of what is quantised at run time).
-    return labels.unify(full, node) if tracked or (scalar and size > 1) else None
+    if tracked or (scalar and size > 1):
+        return labels.unify(full, node)
+    return None
 
 
 def _cast(node: Node, labels: Labels) -> None:
@@ -95,7 +101,11 @@ def _cast(node: Node, labels: Labels) -> None:
 
 
 def _affine(
-    node: Node, terms: Terms, x: str, weights: Array | float, offset: Array | float = 0.0
+    node: Node,
+    terms: Terms,
+    x: str,
+    weights: Array | float,
+    offset: Array | float = 0.0,
 ) -> None:
     """``out = weights * x + offset``, all broadcast to the output."""
     shape = terms.shape(node.outputs[0])
@@ -136,8 +146,10 @@ def _slope(node: Node, terms: Terms) -> Floats:
 
 def _leaky_encode(node: Node, terms: Terms) -> None:
     """``slope x + (1 - slope) max(x, 0)``."""
-    x, out = node.inputs[0], node.outputs[0]
-    shape, slope = terms.shape(x), _slope(node, terms)
+    x = node.inputs[0]
+    out = node.outputs[0]
+    shape = terms.shape(x)
+    slope = _slope(node, terms)
     positive = f"{out}/positive"
     terms.relu(positive, x)
     parts = [
@@ -147,9 +159,17 @@ def _leaky_encode(node: Node, terms: Terms) -> None:
     terms.affine(out, parts)
 
 
-def _clip_bound(node: Node, terms: Terms, name: str, index: int) -> float | None:
+def _clip_bound(
+    node: Node,
+    terms: Terms,
+    name: str,
+    index: int,
+) -> float | None:
     tensor = operand(node, index)
-    value = node.attrs.get(name) if tensor is None else terms.constant(tensor)
+    if tensor is None:
+        value = node.attrs.get(name)
+    else:
+        value = terms.constant(tensor)
     if tensor is not None and value is None:
         raise Refused(f"{node} takes its bounds from a computation")
     if value is None:
@@ -161,10 +181,13 @@ def _clip_bound(node: Node, terms: Terms, name: str, index: int) -> float | None
 
 def _clip_encode(node: Node, terms: Terms) -> None:
     """``low + max(x - low, 0)``, then ``high - max(high - x, 0)``: one after the other, so that bounds stay tight."""
-    x, out = node.inputs[0], node.outputs[0]
-    low, high = _clip_bound(node, terms, "min", 1), _clip_bound(node, terms, "max", 2)
+    x = node.inputs[0]
+    out = node.outputs[0]
+    low = _clip_bound(node, terms, "min", 1)
+    high = _clip_bound(node, terms, "max", 2)
     shape = terms.shape(x)
-    same, minus = maps.broadcast(shape, shape), maps.broadcast(shape, shape, -1.0)
+    same = maps.broadcast(shape, shape)
+    minus = maps.broadcast(shape, shape, -1.0)
     if low is not None:
         terms.affine(f"{out}/above", [(x, same)], -low)
         terms.relu(f"{out}/over", f"{out}/above")
@@ -187,7 +210,8 @@ def _sum_encode(node: Node, terms: Terms) -> None:
     """Add, Sub and Sum of activations and constants."""
     _old_broadcast(node, terms)
     after = terms.shape(node.outputs[0])
-    parts, offset = [], np.zeros(after)
+    parts = []
+    offset = np.zeros(after)
     for i, name in enumerate(node.inputs):
         sign = -1.0 if node.op == "Sub" and i else 1.0
         value = terms.constant(name)

@@ -65,19 +65,30 @@ class _Parts:
 
     def input(self, slot: int) -> str:
         """Name of an input, empty where it is absent."""
-        return self.node.input[slot] if slot < len(self.node.input) else ""
+        if slot < len(self.node.input):
+            return self.node.input[slot]
+        return ""
 
     def output(self, slot: int) -> str:
         """Name of an output, empty where it is absent."""
-        return self.node.output[slot] if slot < len(self.node.output) else ""
+        if slot < len(self.node.output):
+            return self.node.output[slot]
+        return ""
 
     def text(self, attribute: str) -> str:
         """Value of a text attribute, empty where it is absent."""
         value = self.attrs.get(attribute, b"")
-        return value.decode() if isinstance(value, bytes) else str(value)
+        if isinstance(value, bytes):
+            return value.decode()
+        return str(value)
 
     def add(
-        self, op: str, inputs: Sequence[str], out: str = "", domain: str = "", **attrs: Any
+        self,
+        op: str,
+        inputs: Sequence[str],
+        out: str = "",
+        domain: str = "",
+        **attrs: Any,
     ) -> str:
         """Append a node.
 
@@ -109,7 +120,14 @@ class _Parts:
         dtype = self._graph.dtypes.get(like, np.dtype(np.float32))
         return self.constant(np.asarray(value, dtype))
 
-    def reduced(self, op: str, source: str, axis: int, out: str = "", keepdims: int = 1) -> str:
+    def reduced(
+        self,
+        op: str,
+        source: str,
+        axis: int,
+        out: str = "",
+        keepdims: int = 1,
+    ) -> str:
         """Append a reduction over one axis; returns the name of its output."""
         if self.version < AXES_OF_REDUCTIONS[op]:
             return self.add(op, (source,), out, axes=[axis], keepdims=keepdims)
@@ -117,7 +135,8 @@ class _Parts:
         return self.add(op, (source, axes), out, keepdims=keepdims)
 
     def _unused(self, name: str) -> str:
-        result, number = name, 1
+        result = name
+        number = 1
         while result in self._graph.taken:
             result = f"{name}_{number}"
             number += 1
@@ -140,7 +159,12 @@ _CLIP_BY_INPUTS = 11
 """Opset from which Clip takes its bounds as inputs."""
 
 
-def _activation(parts: _Parts, source: str, values: Sequence[float], out: str) -> bool:
+def _activation(
+    parts: _Parts,
+    source: str,
+    values: Sequence[float],
+    out: str,
+) -> bool:
     """Append the fused activation.
 
     Returns:
@@ -189,7 +213,11 @@ def _product(parts: _Parts) -> bool:
 
 
 def _normalised(
-    parts: _Parts, source: str, affine: tuple[str, str], epsilon: float, out: str
+    parts: _Parts,
+    source: str,
+    affine: tuple[str, str],
+    epsilon: float,
+    out: str,
 ) -> None:
     """Append a layer normalisation over the last axis, in elementary operators before it was one."""
     if parts.version >= LAYER_NORMALIZATION_SINCE:
@@ -201,7 +229,13 @@ def _normalised(
     _scaled(parts, centred, affine, epsilon, out)
 
 
-def _scaled(parts: _Parts, centred: str, affine: tuple[str, str], epsilon: float, out: str) -> None:
+def _scaled(
+    parts: _Parts,
+    centred: str,
+    affine: tuple[str, str],
+    epsilon: float,
+    out: str,
+) -> None:
     """Append the division by the root mean square of the last axis, then a gain and a bias."""
     gain, bias = affine
     square = parts.add("Mul", (centred, centred))

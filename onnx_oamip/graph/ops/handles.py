@@ -311,7 +311,10 @@ class Terms(Protocol):
         ...
 
     def affine(
-        self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0
+        self,
+        out: str,
+        parts: Sequence[tuple[str, csr_array]],
+        offset: npt.ArrayLike = 0.0,
     ) -> None:
         """State that a tensor is an affine function of others: ``out = sum of matrix @ tensor + offset``.
 

@@ -19,14 +19,21 @@ Shape = tuple[int, ...]
 def _shapes(labels: Labels, names: Sequence[str]) -> list[Shape] | None:
     """Shapes of several tensors, None where one of them is not known."""
     found = [shape for name in names if (shape := labels.shape(name)) is not None]
-    return found if len(found) == len(names) else None
+    if len(found) == len(names):
+        return found
+    return None
 
 
 def _unknown(node: Node, labels: Labels) -> None:
     opaque(node, labels, f"{node} reads a tensor of unknown shape")
 
 
-def _pin_indexed(node: Node, labels: Labels, name: str, axes: Sequence[int]) -> None:
+def _pin_indexed(
+    node: Node,
+    labels: Labels,
+    name: str,
+    axes: Sequence[int],
+) -> None:
     if labels.is_constant(name):
         return
     for axis in axes:
@@ -38,7 +45,9 @@ def _tied(node: Node, labels: Labels, here: list[Axis]) -> LabelAxis:
     tracked = any(
         not labels.is_constant(name) and labels.label(name, axis) is not None for name, axis in here
     )
-    return labels.unify(here, node) if tracked else None
+    if tracked:
+        return labels.unify(here, node)
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- lists of places
@@ -90,7 +99,12 @@ def _scatter_elements(node: Node, labels: Labels) -> None:
     _by_element(node, labels, node.inputs[:3], moves=0)
 
 
-def _by_element(node: Node, labels: Labels, names: Sequence[str], moves: int) -> None:
+def _by_element(
+    node: Node,
+    labels: Labels,
+    names: Sequence[str],
+    moves: int,
+) -> None:
     """Along the listed axis elements move; along the others data, index and updates go together.
 
     Args:
@@ -123,7 +137,8 @@ def _by_element(node: Node, labels: Labels, names: Sequence[str], moves: int) ->
 def _sampled(node: Node, labels: Labels) -> None:
     """Every channel of an image (n, channels, ...) is read at the same places."""
     image, *places = node.inputs
-    shape, out = labels.shape(image), labels.shape(node.outputs[0])
+    shape = labels.shape(image)
+    out = labels.shape(node.outputs[0])
     if shape is None or out is None:
         _unknown(node, labels)
         return

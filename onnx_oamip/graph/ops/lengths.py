@@ -11,9 +11,16 @@ from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec
 
 
-def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:
-    name, out = node.inputs[0], node.outputs[0]
-    before, after = labels.shape(name), labels.shape(out)
+def _sized(
+    node: Node,
+    labels: Labels,
+    slot: int,
+    what: str,
+) -> None:
+    name = node.inputs[0]
+    out = node.outputs[0]
+    before = labels.shape(name)
+    after = labels.shape(out)
     if before is None or after is None:
         opaque(node, labels, f"{node} has a shape that is not known before it runs")
         return
@@ -21,9 +28,10 @@ def _sized(node: Node, labels: Labels, slot: int, what: str) -> None:
     axes = labels.axes(name)
     shift = len(after) - len(before)
     where = [int(a) % len(after) for a in node.attrs.get("axes", range(len(after)))]
-    computed = (
-        set() if source is None else {where[i] for i in _computed(source, len(where), labels)}
-    )
+    if source is None:
+        computed = set()
+    else:
+        computed = {where[i] for i in _computed(source, len(where), labels)}
     result: list[LabelAxis] = [None] * len(after)
     for a, found in enumerate(axes):
         if found is None:
@@ -42,11 +50,10 @@ def _computed(tensor: str, count: int, labels: Labels) -> list[int]:
     if labels.constant(tensor) is not None:
         return []
     maker = labels.producer(tensor)
-    parts = (
-        [labels.shape(n) for n in maker.inputs]
-        if maker is not None and maker.op == "Concat"
-        else []
-    )
+    if maker is not None and maker.op == "Concat":
+        parts = [labels.shape(n) for n in maker.inputs]
+    else:
+        parts = []
     if maker is None or not parts or any(p is None or len(p) != 1 for p in parts):
         return list(range(count))
     fixed: list[bool] = []
@@ -66,11 +73,16 @@ def _upsample(node: Node, labels: Labels) -> None:
 def _expand(node: Node, labels: Labels) -> None:
     """Follow the input's channels; copies along an axis of constant length are equal, so any can be removed."""
     _sized(node, labels, 1, "shape")
-    name, out = node.inputs[0], node.outputs[0]
-    target, before, after = labels.constant(node.inputs[1]), labels.shape(name), labels.shape(out)
+    name = node.inputs[0]
+    out = node.outputs[0]
+    target = labels.constant(node.inputs[1])
+    before = labels.shape(name)
+    after = labels.shape(out)
     if target is None or before is None or after is None:
         return
-    known, shift, first = labels.axes(out), len(after) - len(before), len(after) - len(target)
+    known = labels.axes(out)
+    shift = len(after) - len(before)
+    first = len(after) - len(target)
     copies = [
         a
         for a, n in enumerate(after)
@@ -84,7 +96,8 @@ def _expand(node: Node, labels: Labels) -> None:
 def _fill(node: Node, labels: Labels) -> None:
     """All elements are equal, so any index along an axis of constant length can be removed."""
     out = node.outputs[0]
-    target, shape = labels.constant(node.inputs[0]), labels.shape(out)
+    target = labels.constant(node.inputs[0])
+    shape = labels.shape(out)
     if target is None or shape is None:
         labels.set(out, [], f"{node} takes its shape from a computation")
         return
@@ -115,7 +128,12 @@ def _expand_repair(node: Node, cuts: Cuts) -> Edit:
     return _lengths(node, cuts, 1, None)
 
 
-def _lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
+def _lengths(
+    node: Node,
+    cuts: Cuts,
+    slot: int,
+    axes: list[int] | None,
+) -> Edit:
     out = node.outputs[0]
     value = cuts.constant(node.inputs[slot])
     if value is None:
@@ -126,18 +144,18 @@ def _lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
     for i, a in enumerate(where):
         if cuts.keep(out, a) is not None and value[i] != 1:
             fixed[i] = cuts.kept(out, a)
-    return Edit() if (fixed == value).all() else Edit(inputs={slot: fixed})
+    if (fixed == value).all():
+        return Edit()
+    return Edit(inputs={slot: fixed})
 
 
 def _looks(reader: Node, labels: Labels, order: list[int]) -> list[int] | None:
     """The axes whose lengths a reader of a shape takes from it, None where that is not known."""
     if reader.op == "Gather":
         picks = labels.constant(reader.inputs[1])
-        return (
-            None
-            if picks is None or not order
-            else [order[int(i)] for i in np.atleast_1d(picks).reshape(-1)]
-        )
+        if picks is None or not order:
+            return None
+        return [order[int(i)] for i in np.atleast_1d(picks).reshape(-1)]
     if reader.op == "Slice":
         try:
             ((start, stop, step),) = slice_bounds(reader, labels, (len(order),)).values()
@@ -151,7 +169,8 @@ def _shape(node: Node, labels: Labels) -> None:
     """Reading a size does not hurt where only untracked axes are looked at."""
     name = node.inputs[0]
     axes = labels.axes(name)
-    start, stop = int(node.attrs.get("start", 0)), node.attrs.get("end")
+    start = int(node.attrs.get("start", 0))
+    stop = node.attrs.get("end")
     seen: set[int] = set(range(len(labels.shape(name) or axes))[slice(start, stop)])
     order = sorted(seen)
     looks = [_looks(r, labels, order) for r in labels.readers(node.outputs[0])]

@@ -35,7 +35,10 @@ _transposed_dense = rule("n c *, c o *, o -> n o *")
 
 def _pin_spatial(node: Node, labels: Labels, name: str) -> None:
     data = name == node.inputs[0]
-    why = f"it is a spatial axis of {node}" if data else f"it is an axis of the kernel of {node}"
+    if data:
+        why = f"it is a spatial axis of {node}"
+    else:
+        why = f"it is an axis of the kernel of {node}"
     for axis in range(2, len(labels.shape(name) or ())):
         labels.pin(labels.label(name, axis), why, listed=data)
 
@@ -51,19 +54,22 @@ def conv(node: Node, labels: Labels) -> None:
     if groups == 1:
         _conv_dense(node, labels)
         return
-    x, w = node.inputs[0], node.inputs[1]
+    x = node.inputs[0]
+    w = node.inputs[1]
     shape = labels.shape(w)
     data = labels.label(x, 1)
     # The weight's labels are asked for last: an opaque node must not have claimed any.
     if shape is None or data is None or not _followed(labels, w):
         opaque(node, labels, f"the grouped {node} reads an untracked input")
         return
-    rows, columns = labels.label(w, 0), labels.label(w, 1)
+    rows = labels.label(w, 0)
+    columns = labels.label(w, 1)
     assert rows is not None
     assert columns is not None
     if not labels.is_constant(w):
         _pin_spatial(node, labels, w)
-    per_in, per_out = shape[1], shape[0] // groups
+    per_in = shape[1]
+    per_out = shape[0] // groups
     _pin_spatial(node, labels, x)
     bias = operand(node, 2)
     if bias is not None:
@@ -79,14 +85,20 @@ def conv(node: Node, labels: Labels) -> None:
         labels.tie(inputs, first)
         labels.tie(rows.reshape(groups, per_out), first)
     else:
-        inputs, outputs = data.reshape(groups, per_in), rows.reshape(groups, per_out)
+        inputs = data.reshape(groups, per_in)
+        outputs = rows.reshape(groups, per_out)
         labels.tie(inputs, columns[None])
         labels.tie(outputs, rows[None, :per_out])
         labels.consume(node, (x, 1), (w, 1), groups)
     _set_image(node, labels, rows, len(shape))
 
 
-def _set_image(node: Node, labels: Labels, channels: LabelAxis, rank: int) -> None:
+def _set_image(
+    node: Node,
+    labels: Labels,
+    channels: LabelAxis,
+    rank: int,
+) -> None:
     """The output of a grouped convolution: channels on axis 1, nothing else tracked."""
     spatial: list[LabelAxis] = [None] * (rank - 2)
     labels.set(node.outputs[0], [None, channels, *spatial])
@@ -101,7 +113,8 @@ def _followed(labels: Labels, weight: str) -> bool:
 
 def _deformable(node: Node, labels: Labels) -> None:
     """DeformConv: a convolution that reads at offsets, with channels in blocks of equal offsets."""
-    x, blocks = node.inputs[0], int(node.attrs.get("offset_group", 1))
+    x = node.inputs[0]
+    blocks = int(node.attrs.get("offset_group", 1))
     for slot, what in ((2, "offsets"), (4, "a mask")):
         name = operand(node, slot)
         if name is not None:
@@ -126,13 +139,15 @@ def conv_transpose(node: Node, labels: Labels) -> None:
     if groups == 1:
         _transposed_dense(node, labels)
         return
-    x, w = node.inputs[0], node.inputs[1]
+    x = node.inputs[0]
+    w = node.inputs[1]
     shape = labels.shape(w)
     data = labels.label(x, 1)
     if shape is None or data is None:
         opaque(node, labels, f"the grouped {node} reads an untracked input")
         return
-    per_in, per_out = shape[0] // groups, shape[1]
+    per_in = shape[0] // groups
+    per_out = shape[1]
     bias = operand(node, 2)
     untracked_bias = bias and not labels.is_constant(bias) and labels.label(bias, 0) is None
     if not _followed(labels, w) or untracked_bias:
@@ -180,7 +195,10 @@ def regroup(node: Node, cuts: Cuts) -> Edit:
     if groups == 1:
         return Edit()
     weight = cuts.shape(node.inputs[3 if node.op == "QLinearConv" else 1])
-    per_in = weight[0] // groups if node.op == "ConvTranspose" else weight[1]
+    if node.op == "ConvTranspose":
+        per_in = weight[0] // groups
+    else:
+        per_in = weight[1]
     if not _whole(groups, per_in):
         return Edit()
     kept_channels = cuts.kept(node.inputs[0], 1)
@@ -198,7 +216,8 @@ def conv_cost(node: Node, shapes: Shapes, weight: int = 1) -> tuple[Axis, ...]:
     Returns:
         The axes whose lengths are multiplied.
     """
-    out, w = node.outputs[0], node.inputs[weight]
+    out = node.outputs[0]
+    w = node.inputs[weight]
     return (*_axes(out, shapes), *_axes(w, shapes, first=1))
 
 
@@ -257,7 +276,8 @@ def matmul(node: Node, labels: Labels) -> None:
         labels: Labels of the graph.
     """
     a, b = node.inputs[:2]
-    sa, sb = labels.shape(a), labels.shape(b)
+    sa = labels.shape(a)
+    sb = labels.shape(b)
     out = labels.shape(node.outputs[0])
     if sa is None or sb is None or out is None or not sa or not sb:
         opaque(node, labels, f"{node} has an operand of unknown shape")
@@ -278,7 +298,13 @@ def matmul(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], result)
 
 
-def _leading_axis(node: Node, labels: Labels, place: int, lead: int, length: int) -> LabelAxis:
+def _leading_axis(
+    node: Node,
+    labels: Labels,
+    place: int,
+    lead: int,
+    length: int,
+) -> LabelAxis:
     """Labels of one of the leading axes of the output, along which matrices are multiplied one by one."""
     here: list[Axis] = []
     for name in node.inputs[:2]:
@@ -292,7 +318,9 @@ def _leading_axis(node: Node, labels: Labels, place: int, lead: int, length: int
             labels.pin(labels.label(name, axis), f"{node} broadcasts its single channel")
     activations = (axis for axis in here if not labels.is_constant(axis[0]))
     tracked = any(labels.label(*axis) is not None for axis in activations)
-    return labels.unify(here, node) if tracked else None
+    if tracked:
+        return labels.unify(here, node)
+    return None
 
 
 def matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
@@ -305,7 +333,8 @@ def matmul_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
     Returns:
         The axes whose lengths are multiplied.
     """
-    a, out = node.inputs[0], node.outputs[0]
+    a = node.inputs[0]
+    out = node.outputs[0]
     summed = (a, len(shapes[a]) - 1)
     return (*_axes(out, shapes), summed)
 
@@ -318,10 +347,14 @@ def _constant(node: Node, terms: Terms, index: int) -> Array:
 
 
 def _conv_encode(node: Node, terms: Terms) -> None:
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
+    out = node.outputs[0]
     weight = _constant(node, terms, 1)
     after = terms.shape(out)
-    bias = np.zeros(after[1]) if operand(node, 2) is None else _constant(node, terms, 2)
+    if operand(node, 2) is None:
+        bias = np.zeros(after[1])
+    else:
+        bias = _constant(node, terms, 2)
     per_channel = (-1, *[1] * (len(after) - 2))
     offset = np.broadcast_to(bias.reshape(per_channel), after)
     matrix = maps.convolution(node, weight, terms.shape(x), after)
@@ -331,7 +364,8 @@ def _conv_encode(node: Node, terms: Terms) -> None:
 def _gemm_encode(node: Node, terms: Terms) -> None:
     left = terms.constant(node.inputs[0]) is not None
     slot = 1 if left else 0
-    x, out = node.inputs[slot], node.outputs[0]
+    x = node.inputs[slot]
+    out = node.outputs[0]
     weight = _constant(node, terms, 1 - slot)
     if node.attrs.get(TRANSPOSITIONS[1 - slot], 0):
         weight = weight.T
@@ -339,7 +373,10 @@ def _gemm_encode(node: Node, terms: Terms) -> None:
     if node.attrs.get(TRANSPOSITIONS[slot], 0):
         read = read.T
     rows, columns = read.shape
-    matrix = maps.product(weight, 1, columns) if left else maps.product(weight.T, rows)
+    if left:
+        matrix = maps.product(weight, 1, columns)
+    else:
+        matrix = maps.product(weight.T, rows)
     offset = np.zeros(())
     if operand(node, 2) is not None:
         offset = node.attrs.get("beta", 1.0) * _constant(node, terms, 2)
@@ -351,7 +388,8 @@ def _gemm_encode(node: Node, terms: Terms) -> None:
 def _matmul_encode(node: Node, terms: Terms) -> None:
     left = terms.constant(node.inputs[0]) is not None
     slot = 1 if left else 0
-    x, shape = node.inputs[slot], terms.shape(node.inputs[slot])
+    x = node.inputs[slot]
+    shape = terms.shape(node.inputs[slot])
     weight = _constant(node, terms, 1 - slot)
     if weight.ndim > 2:
         raise Refused(f"{node} has a weight of its own for every matrix of a batch")

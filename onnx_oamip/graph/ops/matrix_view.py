@@ -302,7 +302,12 @@ class Product(Linear):
             return None
         contracted = -1 if slot == 0 else -2
         return Site(
-            node, self, slot, weight_axis=slot, data_axis=contracted, output_axis=contracted
+            node,
+            self,
+            slot,
+            weight_axis=slot,
+            data_axis=contracted,
+            output_axis=contracted,
         )
 
 

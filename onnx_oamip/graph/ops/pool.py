@@ -72,29 +72,34 @@ def _mean_repair(node: Node, cuts: Cuts) -> Edit:
 def _max_encode(node: Node, terms: Terms) -> None:
     if any(node.outputs[1:]):
         raise Refused(f"{node} gives its indices as well")
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
+    out = node.outputs[0]
     terms.maximum(out, x, maps.windows(node, terms.shape(x), terms.shape(out)))
 
 
 def _average_encode(node: Node, terms: Terms) -> None:
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
+    out = node.outputs[0]
     terms.affine(out, [(x, maps.average(node, terms.shape(x), terms.shape(out)))])
 
 
 def _global_average_encode(node: Node, terms: Terms) -> None:
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
+    out = node.outputs[0]
     shape = terms.shape(x)
     terms.affine(out, [(x, maps.reduction(shape, range(2, len(shape)), mean=True))])
 
 
 def _global_max_encode(node: Node, terms: Terms) -> None:
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
+    out = node.outputs[0]
     shape = terms.shape(x)
     terms.maximum(out, x, maps.places(shape).reshape(int(np.prod(shape[:2])), -1))
 
 
 def _reduce_encode(node: Node, terms: Terms) -> None:
-    x, out = node.inputs[0], node.outputs[0]
+    x = node.inputs[0]
+    out = node.outputs[0]
     shape = terms.shape(x)
     try:
         listed = integers(node, terms, "axes", 1)

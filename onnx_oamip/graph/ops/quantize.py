@@ -206,11 +206,18 @@ SPECS = (
         traits=Trait.DEQUANTISES,
     ),
     OpSpec(
-        "QuantizeLinear", _scaled, since=10, edit=EditRules(zero=_zero_real), traits=Trait.QUANTISES
+        "QuantizeLinear",
+        _scaled,
+        since=10,
+        edit=EditRules(zero=_zero_real),
+        traits=Trait.QUANTISES,
     ),
     OpSpec("DynamicQuantizeLinear", _dynamic),
     OpSpec(
-        "QLinearConv", _linear_conv, edit=EditRules(regroup, _zero_linear), cost=_linear_conv_cost
+        "QLinearConv",
+        _linear_conv,
+        edit=EditRules(regroup, _zero_linear),
+        cost=_linear_conv_cost,
     ),
     OpSpec("ConvInteger", _integers, edit=EditRules(regroup, _zero_integer), cost=conv_cost),
     OpSpec("QLinearMatMul", _linear_matmul, edit=EditRules(zero=_zero_linear), cost=matmul_cost),

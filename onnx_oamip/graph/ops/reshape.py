@@ -32,8 +32,10 @@ def blocks(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]
     left = [i for i, n in enumerate(before) if n != 1]
     right = [i for i, n in enumerate(after) if n != 1]
     while left and right:
-        a, b = [left.pop(0)], [right.pop(0)]
-        size_a, size_b = before[a[0]], after[b[0]]
+        a = [left.pop(0)]
+        b = [right.pop(0)]
+        size_a = before[a[0]]
+        size_b = after[b[0]]
         while size_a != size_b:
             rest = left if size_a < size_b else right
             if not rest:
@@ -56,8 +58,10 @@ def reshaped(node: Node, labels: Labels, fixed: bool) -> None:
         labels: Labels of the graph.
         fixed: The target is a constant that can be repaired.
     """
-    name, result_name = node.inputs[0], node.outputs[0]
-    before, after = labels.shape(name), labels.shape(result_name)
+    name = node.inputs[0]
+    result_name = node.outputs[0]
+    before = labels.shape(name)
+    after = labels.shape(result_name)
     if before is None or after is None or 0 in before:
         opaque(node, labels, f"{node} has a shape that is not known before it runs")
         return
@@ -246,7 +250,11 @@ SPECS = (
     OpSpec("Reshape", _reshape, edit=EditRules(_reshape_repair), encode=_encode, traits=_TRAITS),
     OpSpec("Flatten", _same_elements, encode=_encode, traits=_TRAITS),
     OpSpec(
-        "Squeeze", _same_elements, edit=EditRules(_squeeze_repair), encode=_encode, traits=_TRAITS
+        "Squeeze",
+        _same_elements,
+        edit=EditRules(_squeeze_repair),
+        encode=_encode,
+        traits=_TRAITS,
     ),
     OpSpec("Unsqueeze", _same_elements, encode=_encode, traits=_TRAITS),
 )

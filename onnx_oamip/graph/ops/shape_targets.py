@@ -130,7 +130,13 @@ class Targets(Protocol):
         ...
 
     def joined(
-        self, at: int, node: NodeProto, slot: int, *, wanted: Sequence[Any], source: Sequence[int]
+        self,
+        at: int,
+        node: NodeProto,
+        slot: int,
+        *,
+        wanted: Sequence[Any],
+        source: Sequence[int],
     ) -> None:
         """Replace a list that a node reads by one that is joined from constants and from lengths of tensors.
 
@@ -144,7 +150,12 @@ class Targets(Protocol):
         ...
 
     def expanded(
-        self, at: int, node: NodeProto, *, known: Sequence[int], wanted: Sequence[Any]
+        self,
+        at: int,
+        node: NodeProto,
+        *,
+        known: Sequence[int],
+        wanted: Sequence[Any],
     ) -> None:
         """Let a node make a tensor of known lengths, and expand that to lengths taken where they come from.
 
@@ -188,11 +199,15 @@ def _merged_transpose(node: NodeProto, edit: Targets) -> bool:
     torch's exporter writes so the transposed keys of ``scaled_dot_product_attention``. Returns whether it was one.
     """
     transpose = edit.producer(node.input[0], "Transpose")
-    merge = None if transpose is None else edit.producer(transpose.input[0], "Reshape")
+    if transpose is None:
+        merge = None
+    else:
+        merge = edit.producer(transpose.input[0], "Reshape")
     if transpose is None or merge is None:
         return False
     before = edit.lengths(merge.input[0])
-    merged, after = edit.entries(merge.input[1]), edit.entries(node.input[1])
+    merged = edit.entries(merge.input[1])
+    after = edit.entries(node.input[1])
     orders = [list(a.ints) for a in transpose.attribute if a.name == "perm"]
     if before is None or merged is None or after is None or not orders or orders[0][0] != 0:
         return False
@@ -238,7 +253,12 @@ def _has_zero(target: Entries) -> bool:
 
 
 def _read_numbers(
-    node: NodeProto, slot: int, values: Sequence[int], edit: Targets, *, suffix: str
+    node: NodeProto,
+    slot: int,
+    values: Sequence[int],
+    edit: Targets,
+    *,
+    suffix: str,
 ) -> None:
     """Let a node read a constant list."""
     name = edit.constant(f"{node.output[0]}_{suffix}", np.asarray(values, np.int64))
@@ -263,7 +283,9 @@ def _numeric_target(target: list[Any], before: Entries) -> list[int] | None:
             result.append(0)
         else:
             result.append(-1)
-    return result if result.count(-1) <= 1 else None
+    if result.count(-1) <= 1:
+        return result
+    return None
 
 
 def _copied(value: Any, axis: int, before: Entries) -> Any:
@@ -300,12 +322,15 @@ def static_target(before: Dims | None, after: Dims | None) -> list[int] | None:
             target.append(0)
         else:
             target.append(-1)
-    return target if target.count(-1) <= 1 else None
+    if target.count(-1) <= 1:
+        return target
+    return None
 
 
 def _expand(node: NodeProto, at: int, edit: Targets) -> None:
     """A target of 1 for every axis that keeps its length, whatever the length."""
-    target, before = edit.entries(node.input[1]), edit.lengths(node.input[0])
+    target = edit.entries(node.input[1])
+    before = edit.lengths(node.input[0])
     if target is None or before is None or edit.canonical(node.input[1]):
         return
     shift = len(target) - len(before)
@@ -337,7 +362,8 @@ def _resize(node: NodeProto, at: int, edit: Targets) -> None:
     """Sizes only of the axes that change."""
     if len(node.input) < 4 or not node.input[3] or edit.canonical(node.input[3]):
         return
-    target, before = edit.entries(node.input[3]), edit.lengths(node.input[0])
+    target = edit.entries(node.input[3])
+    before = edit.lengths(node.input[0])
     named = {a.name for a in node.attribute}
     if target is None or before is None or "axes" in named or len(target) != len(before):
         return
@@ -375,7 +401,8 @@ def drop_expand(node: NodeProto, edit: Targets) -> None:
     if node.op_type != "Expand":
         return
     expanded = node.output[0]
-    full, before = edit.lengths(expanded), edit.lengths(node.input[0])
+    full = edit.lengths(expanded)
+    before = edit.lengths(node.input[0])
     if full is None or before is None or edit.is_output(expanded) or edit.version < 7:
         return
     readers = edit.consumers(expanded)

@@ -155,7 +155,10 @@ def _expand(attributes: Attributes, given: Sequence[Any]) -> Entries:
 def _fill(attributes: Attributes, given: Sequence[Any]) -> Entries:
     lengths = _numbers(given[0])
     stored = attributes.get("value")
-    value = np.zeros(1) if stored is None else onnx.numpy_helper.to_array(stored)
+    if stored is None:
+        value = np.zeros(1)
+    else:
+        value = onnx.numpy_helper.to_array(stored)
     if value.dtype.kind not in "ib" or math.prod(lengths) > LIMIT:
         raise Unknown
     return np.full(lengths, value.item(), object)

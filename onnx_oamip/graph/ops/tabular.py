@@ -37,7 +37,11 @@ def _rows(node: Node, labels: Labels) -> None:
 
 SPECS = (
     OpSpec(
-        "Scaler", _columns, DOMAIN, edit=EditRules(_columns_repair), shape=LikeInput(floats=True)
+        "Scaler",
+        _columns,
+        DOMAIN,
+        edit=EditRules(_columns_repair),
+        shape=LikeInput(floats=True),
     ),
     OpSpec("Imputer", _columns, DOMAIN, edit=EditRules(_columns_repair), shape=LikeInput()),
     OpSpec("Normalizer", _rows, DOMAIN, shape=LikeInput(floats=True)),

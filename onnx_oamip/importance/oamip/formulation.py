@@ -255,13 +255,19 @@ class _Formulator:
         return self.model.constants.get(tensor)
 
     def affine(
-        self, out: str, parts: Sequence[tuple[str, csr_array]], offset: npt.ArrayLike = 0.0
+        self,
+        out: str,
+        parts: Sequence[tuple[str, csr_array]],
+        offset: npt.ArrayLike = 0.0,
     ) -> None:
         """State that a tensor is a sum of linear maps of other tensors plus an offset.
 
         Constants among the parts (weights that the node reads as data) are treated like activations.
         """
-        size = parts[0][1].shape[0] if parts else int(np.prod(self.shapes[out]))
+        if parts:
+            size = parts[0][1].shape[0]
+        else:
+            size = int(np.prod(self.shapes[out]))
         shift = np.asarray(offset, np.float64)
         if not np.isfinite(shift).all():
             raise Refused(f"a constant added to make '{out}' is infinite")
@@ -384,7 +390,10 @@ class _Formulator:
             if not len(units):
                 continue
             shape = self.model.shapes.get(group.name.partition("#")[0], ())
-            kernel_size = int(np.prod(shape[2:])) if self.form.kernel_share else 1
+            if self.form.kernel_share:
+                kernel_size = int(np.prod(shape[2:]))
+            else:
+                kernel_size = 1
             divisor = float(len(group.units) * kernel_size)
             layers.append(ScoredLayer(self.keep_index[units], divisor))
         if self.form.budget is None:

@@ -151,7 +151,9 @@ def _blocking_reasons(
 
 
 def _excluded_units(
-    coupling: Coupling, sites: Sequence[GateSite], blocking: Mapping[int, str]
+    coupling: Coupling,
+    sites: Sequence[GateSite],
+    blocking: Mapping[int, str],
 ) -> dict[int, str]:
     """Reason by unit, for the units that have no gate or a gate in front of a blocked node."""
     has_gate = np.zeros(coupling.n_units, bool)

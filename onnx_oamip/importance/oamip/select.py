@@ -162,7 +162,10 @@ def _joint_scores(
 
 def _early_end(mode: str, outcome: Outcome) -> str:
     """Note for a program that ended with a wide gap."""
-    bound = "no bound" if np.isinf(outcome.gap) else f"a gap of {outcome.gap:.0%}"
+    if np.isinf(outcome.gap):
+        bound = "no bound"
+    else:
+        bound = f"a gap of {outcome.gap:.0%}"
     all_kept = bool((outcome.keep > 1 - 1e-6).all())
     point = "all units kept" if all_kept else "its best point"
     return (
@@ -201,7 +204,12 @@ def program(
         seconds = TIGHTENING_TIME_SHARE * settings.time_limit
         tighten = BoundTightener(limits, settings.solver, seconds)
     formulation = formulate(
-        model, coupling, images, form, cost=unit_costs(model, coupling), tighten=tighten
+        model,
+        coupling,
+        images,
+        form,
+        cost=unit_costs(model, coupling),
+        tighten=tighten,
     )
     first_point = None if guess is None else guess[formulation.units]
     return formulation, optimise(formulation, limits, settings.solver, first_point)

@@ -149,7 +149,10 @@ class _Optimisation:
         half = None if time_s is None else time_s / 2
         end = self._cut(relaxed, replace(self.limits, time_s=half), self.search.relaxation_cuts)
         if not self.is_enough(self.bound) and end.solution.values is not None:
-            seconds = None if time_s is None else DESCENT_TIME_SHARE * time_s
+            if time_s is None:
+                seconds = None
+            else:
+                seconds = DESCENT_TIME_SHARE * time_s
             self.search.descend(end.solution.values, seconds)
         return replace(end.program, integer=integer)
 
@@ -193,7 +196,10 @@ class _Optimisation:
                 "the importance program has no solution yet; give it more `time_limit`."
             )
         bound = min(self.bound, best.objective)
-        gap = relative_gap(best.objective, bound) if np.isfinite(bound) else np.inf
+        if np.isfinite(bound):
+            gap = relative_gap(best.objective, bound)
+        else:
+            gap = np.inf
         keep = np.clip(best.values[self.formulation.encoder.keep], 0.0, 1.0)
         return Outcome(
             keep=keep,
@@ -283,7 +289,10 @@ class _Search:
         best = self.separation.best
         if best.values is None or not self.binary_keep:
             return
-        deadline = None if seconds is None else time.perf_counter() + seconds
+        if seconds is None:
+            deadline = None
+        else:
+            deadline = time.perf_counter() + seconds
         order = np.argsort(values[self.keep], kind="stable")
         current = np.round(best.values[self.keep])
         size = max(len(self.keep) // 4, 1)

@@ -222,7 +222,10 @@ def available() -> list[SolverRecord]:
     records = []
     for backend in BACKENDS.values():
         installed = importlib.util.find_spec(backend.package) is not None
-        licence = backend.licence() if installed else Licence("not installed", None, None, False)
+        if installed:
+            licence = backend.licence()
+        else:
+            licence = Licence("not installed", None, None, False)
         record = SolverRecord(
             name=backend.name,
             installed=installed,
@@ -262,7 +265,10 @@ def _choose(
                 notify(f"solving with {backend.name}: {'; '.join(passed_over)}.")
             return backend, "; ".join([*passed_over, choice])
         passed_over.append(obstacle)
-    advice = "try another `time_limit`" if failures else "install one with pip install highspy"
+    if failures:
+        advice = "try another `time_limit`"
+    else:
+        advice = "install one with pip install highspy"
     raise SolverError(f"no solver can be used: {'; '.join(passed_over)}; {advice}.")
 
 

@@ -149,7 +149,11 @@ def _load(gp: Any, model: Any, program: Program) -> Any:
         return None
     kind = np.where(program.integer, gp.GRB.INTEGER, gp.GRB.CONTINUOUS)
     variables = model.addMVar(
-        program.n_variables, program.lower, program.upper, program.objective, kind
+        program.n_variables,
+        program.lower,
+        program.upper,
+        program.objective,
+        kind,
     )
     if program.start is not None:
         undefined = np.isnan(program.start)

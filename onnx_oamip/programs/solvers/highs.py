@@ -132,7 +132,10 @@ def _read(
     limit = _LIMITS.get(status)
     if limit is None or (limit is Limit.NUMERIC and values is None):
         raise SolverError(f"HiGHS ended with status {status}; try `solver=gurobi`.")
-    end = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
+    if values is None:
+        end = Termination.NO_SOLUTION
+    else:
+        end = Termination.FEASIBLE
     return solution(program, NAME, seconds, end, limit=limit, values=values, bound=bound)
 
 

@@ -82,7 +82,10 @@ class SolverLimits:
         ):
             # Written so that NaN is out of range.
             if value is not None and not value >= least:
-                expected = "more than 0" if 0 < least < 1 else f"at least {least}"
+                if 0 < least < 1:
+                    expected = "more than 0"
+                else:
+                    expected = f"at least {least}"
                 raise SettingsError(f"{name} is {value}; expected {expected}.")
 
 

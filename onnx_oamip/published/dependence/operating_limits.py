@@ -220,7 +220,10 @@ class _Layer:
     ) -> None:
         self.weight = site.factor * matrix(site, model.constants[site.weight])
         by_tap = pooled.taps.get(site.node.name)
-        inputs = pooled.values[inlet][:, :, None] if by_tap is None else by_tap
+        if by_tap is None:
+            inputs = pooled.values[inlet][:, :, None]
+        else:
+            inputs = by_tap
         self.inputs = inputs[rows].astype(np.float64)  # (samples, inputs, taps)
         groups, _, ins, _ = self.weight.shape
         self.linear = self.part(np.arange(groups * ins))

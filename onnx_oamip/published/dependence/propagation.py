@@ -62,7 +62,10 @@ def propagate(
             behind = [
                 flow for later, flow in passed.items() if consumer.node in ancestors[later.data]
             ]
-            inherited = np.sum(behind, axis=0) if behind else np.zeros(coupling.n_units)
+            if behind:
+                inherited = np.sum(behind, axis=0)
+            else:
+                inherited = np.zeros(coupling.n_units)
             flow = _through(blocks[consumer], inherited, coupling.n_units)
         else:
             flow = activation.shares(model, coupling, statistics, consumer)

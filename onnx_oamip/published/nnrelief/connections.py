@@ -198,7 +198,12 @@ def _verify(context: Context, dense: onnx.ModelProto, proto: onnx.ModelProto) ->
     equivalence.numbers(model, verification)
     if context.metric is not None:
         values = equivalence.user_metric(
-            context.metric, model, proto, samples=evaluation, device=device, batch_size=size
+            context.metric,
+            model,
+            proto,
+            samples=evaluation,
+            device=device,
+            batch_size=size,
         )
         verification = replace(verification, metric=values)
     return replace(verification, batches=batches)
@@ -240,7 +245,12 @@ def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
             ).lost
         after = equivalence.watch(model, objective, device, thinned.proto)
         measured = equivalence.compare(
-            model, objective, original, after, samples=evaluation, batch_size=context.batch
+            model,
+            objective,
+            original,
+            after,
+            samples=evaluation,
+            batch_size=context.batch,
         )
         return search.drop(measured).lost
 

@@ -95,7 +95,8 @@ class ConnectionPruner:
             context: The original model and its calibration samples.
         """
         self.context = context
-        model, settings = context.model, context.settings
+        model = context.model
+        settings = context.settings
         uses = tensor_uses(model)
         every = [site for site in linear_nodes(model) if not is_depthwise(model, site)]
         unshared = [site for site in every if uses[site.weight] == 1]
@@ -119,7 +120,10 @@ class ConnectionPruner:
         # Outputs of the original layers: collected in the first refit, and valid for all rounds and shares.
         self._targets: Mapping[str, Target] | None = None
         self._feeds, _ = feeds_within_memory(
-            model, context.samples, context.batch, settings.activation_memory_limit
+            model,
+            context.samples,
+            context.batch,
+            settings.activation_memory_limit,
         )
         self._types = element_types(model.proto, model.dtypes)
 
@@ -146,9 +150,12 @@ class ConnectionPruner:
         Raises:
             BudgetNotMet: More connections than the share are left.
         """
-        model, settings = self.context.model, self.context.settings
-        iterations, refits = settings.iterations, settings.refit != "none"
-        state, proto = self.original, model.proto
+        model = self.context.model
+        settings = self.context.settings
+        iterations = settings.iterations
+        refits = settings.refit != "none"
+        state = self.original
+        proto = model.proto
         rounds: list[Round] = []
         fits: tuple[Fit, ...] = ()
         # Ridges of the first round are good enough until the last.
@@ -211,14 +218,16 @@ class ConnectionPruner:
             alpha = (low + high) / 2
             selection = rules.select(alpha)
             if self._size_after(selection, state) <= limit:
-                low, best = alpha, selection
+                low = alpha
+                best = selection
             else:
                 high = alpha
         return low, best
 
     def _size_after(self, selection: Selection, state: State) -> int:
         """Number of connections after the refit of a selection, which gives every live output a bias."""
-        model, coupling = self.context.model, self.context.coupling
+        model = self.context.model
+        coupling = self.context.coupling
         refits = self.context.settings.refit != "none"
         total = 0
         for name, site in self.sites.items():
@@ -226,24 +235,33 @@ class ConnectionPruner:
             taps = state.weights[name].shape[3]
             total += int(mask.weights.sum()) * taps
             if state.biases[name] is not None:
-                biases = _live(selection, site, model, coupling) if refits else mask.bias
+                if refits:
+                    biases = _live(selection, site, model, coupling)
+                else:
+                    biases = mask.bias
                 total += int(biases.sum())
         return total
 
     def _refit(
-        self, state: State, selection: Selection, ridges: Mapping[str, float]
+        self,
+        state: State,
+        selection: Selection,
+        ridges: Mapping[str, float],
     ) -> tuple[State, onnx.ModelProto, tuple[Fit, ...]]:
         """Fit every layer to the outputs of the original, front to back, on its inputs in the pruned network."""
-        context, model = self.context, self.context.model
+        context = self.context
+        model = self.context.model
         targets = self._original_outputs()
         unfitted = replace(state, biases=self.original.biases)
         proto = realise(model, self.sites, unfitted, muted={})
         editor = Editor(proto)
         frontier = Frontier(proto, self._feeds, self._types, context.device)
-        weights, biases = dict(state.weights), dict(state.biases)
+        weights = dict(state.weights)
+        biases = dict(state.biases)
         fits = []
         for i, (name, site) in enumerate(self.sites.items()):
-            bias, original_bias = biases[name], self.original.biases[name]
+            bias = biases[name]
+            original_bias = self.original.biases[name]
             if bias is None or original_bias is None:
                 continue
             layer = Connected(
@@ -296,7 +314,12 @@ def _is_excluded(site: Site, patterns: Sequence[str], names: Collection[str]) ->
     return any(matches(name, pattern, names) for pattern in patterns for name in own)
 
 
-def _live(selection: Selection, site: Site, model: Model, coupling: Coupling) -> Bools:
+def _live(
+    selection: Selection,
+    site: Site,
+    model: Model,
+    coupling: Coupling,
+) -> Bools:
     """Outputs (outputs,) of kept units."""
     output = site.node.outputs[0]
     axis = (output, site.output_axis % len(model.shapes[output]))

@@ -253,7 +253,9 @@ def dead(coupling: Coupling, signal: Signal) -> Bools:
 
 
 def sweep(
-    coupling: Coupling, layers: Sequence[Layer], masks: Mapping[str, Mask]
+    coupling: Coupling,
+    layers: Sequence[Layer],
+    masks: Mapping[str, Mask],
 ) -> tuple[dict[str, Mask], Bools]:
     """Remove units that no kept connection leaves, with all connections that enter them, until none is left.
 

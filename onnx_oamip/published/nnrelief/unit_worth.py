@@ -25,7 +25,10 @@ from onnx_oamip.published.nnrelief.requests import Signal
 
 
 def worth(
-    model: Model, coupling: Coupling, signal: Signal, layers: Sequence[Layer]
+    model: Model,
+    coupling: Coupling,
+    signal: Signal,
+    layers: Sequence[Layer],
 ) -> tuple[Floats, dict[str, Floats]]:
     """Compute the worth of every unit and of every output of a layer.
 
@@ -54,7 +57,11 @@ class _Walk:
     """
 
     def __init__(
-        self, model: Model, coupling: Coupling, signal: Signal, layers: Sequence[Layer]
+        self,
+        model: Model,
+        coupling: Coupling,
+        signal: Signal,
+        layers: Sequence[Layer],
     ) -> None:
         self.total = np.zeros(coupling.n_units)
         self.output_worth: dict[str, Floats] = {}

@@ -151,7 +151,10 @@ def cluster(
     if distribution.zeros and not keeps_zero:
         points = np.append(points, 0.0)
         weights = np.append(weights, float(distribution.zeros))
-    centres = _lloyd(points, weights, max(k - keeps_zero, 1), seed) if points.size else points
+    if points.size:
+        centres = _lloyd(points, weights, max(k - keeps_zero, 1), seed)
+    else:
+        centres = points
     if keeps_zero:
         centres = np.append(centres, 0.0)
     return _measured(np.unique(centres), distribution, itemsize)

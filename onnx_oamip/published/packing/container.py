@@ -223,7 +223,9 @@ def _contents(header: Mapping[str, Any], blobs: memoryview, size: int) -> Conten
 
 
 def _tensors(
-    entries: Sequence[Mapping[str, Any]], blobs: memoryview, sizes: Sequence[int]
+    entries: Sequence[Mapping[str, Any]],
+    blobs: memoryview,
+    sizes: Sequence[int],
 ) -> tuple[list[Place], list[Coded]]:
     """Tensors that lie one behind another in their files, and their codings."""
     places: list[Place] = []

@@ -69,7 +69,10 @@ class Place:
         kind = type_name(self.type)
         floating = "FLOAT" in kind or kind == "DOUBLE"
         one_word_per_item = dtype.itemsize * prod(self.shape) == self.nbytes
-        rows = self.shape[0] if len(self.shape) > 1 and one_word_per_item else 0
+        if len(self.shape) > 1 and one_word_per_item:
+            rows = self.shape[0]
+        else:
+            rows = 0
         return Form(dtype, self.nbytes // dtype.itemsize, rows, floating)
 
 

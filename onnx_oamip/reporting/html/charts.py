@@ -110,7 +110,10 @@ def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[floa
         SVG.
     """
     with _figure(
-        WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Relative error of every node, refitted"
+        WIDE,
+        _TOP + _FOOT + _ROW * len(rows),
+        salt,
+        "Relative error of every node, refitted",
     ) as (fig, done):
         axes = _rows(fig, [name for name, _, _ in rows])
         places = np.arange(len(rows))
@@ -165,7 +168,13 @@ def sensitivity(
         axes.grid()
         axes.axvline(chosen, color=MARK, linewidth=1, clip_on=False)
         axes.plot(
-            shares, floor, color=AFTER, linewidth=1.4, marker="o", markersize=3, clip_on=False
+            shares,
+            floor,
+            color=AFTER,
+            linewidth=1.4,
+            marker="o",
+            markersize=3,
+            clip_on=False,
         )
         height = np.exp(np.interp(chosen, shares, np.log(floor)))
         axes.plot(
@@ -207,7 +216,8 @@ def scores(values: Floats, kept: Bools, salt: str) -> str:
             edges = np.geomspace(low, high, 17)
             axes.set_xscale("log")
         else:
-            least, most = float(values.min(initial=0)), float(values.max(initial=0))
+            least = float(values.min(initial=0))
+            most = float(values.max(initial=0))
             edges = np.linspace(least, most if most > least else least + 1, 17)
         drawn = np.clip(values, edges[0], edges[-1])
         for units, colour in ((drawn, BEFORE), (drawn[kept], AFTER)):
@@ -226,7 +236,9 @@ def scores(values: Floats, kept: Bools, salt: str) -> str:
 
 
 def outputs(
-    rows: Sequence[tuple[str, float | None, float]], allowed: float | None, salt: str
+    rows: Sequence[tuple[str, float | None, float]],
+    allowed: float | None,
+    salt: str,
 ) -> str:
     """Draw the points that every output lost, two dots a row: before the refit, if there was one, and after it.
 
@@ -288,11 +300,13 @@ def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str)
         axes.grid()
         axes.axhline(allowed, color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
         x, y, taken = (np.asarray(column) for column in zip(*tries, strict=True))
-        low, high = min(0.0, float(y.min())), max(float(y.max()), allowed)
+        low = min(0.0, float(y.min()))
+        high = max(float(y.max()), allowed)
         far = y > 5 * allowed if allowed > 0 else np.zeros(len(y), bool)
         if far.any():
             high = max(float(y[~far].max(initial=0)), 2 * allowed)
-        foot, top = low - 0.08 * max(high - low, 0.1), high + 0.12 * max(high - low, 0.1)
+        foot = low - 0.08 * max(high - low, 0.1)
+        top = high + 0.12 * max(high - low, 0.1)
         shown = np.where(far, top, y)
         order = np.argsort(x, kind="stable")
         axes.plot(x[order], shown[order], color=BEFORE, linewidth=1.4, zorder=2)
@@ -353,9 +367,17 @@ def frontier(
                 clip_on=False,
             )
         axes.plot(
-            x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False
+            x,
+            y,
+            color=AFTER,
+            linewidth=1.6,
+            marker="o",
+            markersize=5.5,
+            zorder=3,
+            clip_on=False,
         )
-        low, high = float(seen.min()), float(seen.max())
+        low = float(seen.min())
+        high = float(seen.max())
         room = max(high - low, 0.002)
         axes.set_xlim(0, 1)
         axes.set_ylim(low - 0.22 * room, high + 0.12 * room)
@@ -392,7 +414,14 @@ def latency(points: Sequence[tuple[float, float]], salt: str) -> str:
         x, y = (np.asarray(column, np.float64) for column in zip(*sorted(points), strict=True))
         axes.plot([0, 1], [0, 1], color=MARK, linewidth=1.2, linestyle=(0, (5, 3)))
         axes.plot(
-            x, y, color=AFTER, linewidth=1.6, marker="o", markersize=5.5, zorder=3, clip_on=False
+            x,
+            y,
+            color=AFTER,
+            linewidth=1.6,
+            marker="o",
+            markersize=5.5,
+            zorder=3,
+            clip_on=False,
         )
         for a, b in zip(x.tolist(), y.tolist(), strict=True):
             axes.annotate(
@@ -527,7 +556,8 @@ def shortened(text: str, available: float) -> str:
             re.sub(r"([^\W\d_])[^\W\d_]+(?=[./_:])", r"\1", text[:end] + text[end : end + 1])
             + text[end + 1 :]
         )
-    kept, short = len(found), found
+    kept = len(found)
+    short = found
     while kept > 2 and (extent := _extent(short)) > available:
         kept = max(min(kept - 1, int(kept * available / extent)), 2)
         short = f"{found[: kept - kept // 2]}…{found[-(kept // 2) :]}"
@@ -598,11 +628,10 @@ def _inline(
                 if value.encode() not in used:
                     continue
                 value = f"{salt}-{value}"
-            value = (
-                f"#{salt}-{value[1:]}"
-                if name == "href"
-                else value.replace("url(#", f"url(#{salt}-")
-            )
+            if name == "href":
+                value = f"#{salt}-{value[1:]}"
+            else:
+                value = value.replace("url(#", f"url(#{salt}-")
             element.set(name, re.sub(r"-?\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", value))
     root.attrib.clear()
     root.attrib.update(

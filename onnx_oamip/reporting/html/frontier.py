@@ -98,7 +98,10 @@ def _curve(value: Document, made: Sequence[Document]) -> Section:
     )
     drawn = []
     if quality is not None:
-        whole = value["before"]["accuracy"] if quality == "accuracy" else 1.0
+        if quality == "accuracy":
+            whole = value["before"]["accuracy"]
+        else:
+            whole = 1.0
         drawn.append(
             charts.frontier([(p["shares"]["macs"], p[quality]) for p in made], whole, quality, "q")
         )
@@ -155,7 +158,10 @@ def _points(value: Document) -> Section:
     if value["notes"]:
         parts.append(Bullets(value["notes"]))
     return Section(
-        "points", "Models", "Shares are of the original's; latency is measured side by side.", parts
+        "points",
+        "Models",
+        "Shares are of the original's; latency is measured side by side.",
+        parts,
     )
 
 
@@ -173,7 +179,10 @@ def _kept(value: Document, made: Sequence[Document]) -> Section:
     columns = ("group", ">units", *(f"#{percent(p['shares']['macs'], 0)}" for p in made))
     parts: list[Part] = [Table.of(columns, rows), *limited(shown, groups, "groups")]
     return Section(
-        "widths", "Widths", "Units kept in every group, by the share of MACs kept.", parts
+        "widths",
+        "Widths",
+        "Units kept in every group, by the share of MACs kept.",
+        parts,
     )
 
 

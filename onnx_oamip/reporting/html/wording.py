@@ -47,7 +47,10 @@ def short(value: float, unit: str = "") -> str:
     """
     # A number that rounds up to the next thousand gets the next prefix.
     scale, prefix = next(((s, p) for s, p in _SCALES if abs(value) >= 0.9995 * s), (1.0, ""))
-    digits = f"{value / scale:#.3g}".rstrip(".") if scale > 1 else f"{value:,.0f}"
+    if scale > 1:
+        digits = f"{value / scale:#.3g}".rstrip(".")
+    else:
+        digits = f"{value:,.0f}"
     return f"{digits}{SPACE}{prefix}{unit}".rstrip()
 
 
