@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import fields, replace
 from typing import Any
 
@@ -383,11 +384,16 @@ def _nothing_skipped(model: Model, coupling: Coupling) -> None:
 
 
 def _something_free(model: Model, coupling: Coupling) -> None:
-    if not coupling.n_units:
-        reasons = sorted(
-            (p.reason for p in coupling.pinned), key=lambda r: not r.startswith("`exclude=")
-        )
-        why = f", for example because {reasons[0]}" if reasons else ": it has no weights"
-        raise BudgetNotMet(
-            f"no channel of {model.path} can be removed{why}; see 'onnx-oamip inspect'."
-        )
+    if coupling.n_units:
+        return
+    if not coupling.pinned:
+        raise BudgetNotMet(f"no channel of {model.path} can be removed: it has no weights.")
+    channels: Counter[str] = Counter()
+    for pin in coupling.pinned:
+        channels[pin.reason] += pin.count
+    # What the user excluded comes first, then what holds most channels.
+    reasons = sorted(channels, key=lambda r: (not r.startswith("`exclude="), -channels[r]))
+    raise BudgetNotMet(
+        f"no channel of {model.path} can be removed, for example because {reasons[0]}; see 'onnx-oamip inspect' for "
+        "all reasons, or remove single connections with `granularity=connection`."
+    )

@@ -18,6 +18,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.printable import shortened
 from onnx_oamip.core.records import (
     Array,
     Axis,
@@ -94,6 +95,8 @@ class _Labels:
         self._node = ""
         self._site = ""
         self._first_input = ""
+        # Input of the current node whose missing labels untracked an axis of another one.
+        self._untracked_input = ""
         self._depth = 0
         self._consumers_of = consumers_by_tensor(model)
         self._producers: dict[str, Node] = {}
@@ -202,7 +205,7 @@ class _Labels:
         _, first = tracked[0]
         for tensor, labels in tracked[1:]:
             if labels.shape != first.shape:
-                reason = f"{node} ties axes of different length at '{tensor}'"
+                reason = f"{node} ties axes of different length at '{shortened(tensor)}'"
                 self.pin(labels, reason)
                 self.pin(first, reason)
                 return None
@@ -212,8 +215,10 @@ class _Labels:
     def _pin_tied_to_untracked(
         self, untracked: str, tracked: Sequence[tuple[str, Ints]], node: Node
     ) -> None:
+        if tracked:
+            self._untracked_input = untracked
         why_untracked = self.untracked_reasons.get(untracked, "untracked")
-        reason = f"{node} ties it to '{untracked}', {why_untracked}"
+        reason = f"{node} ties it to '{shortened(untracked)}', {why_untracked}"
         for _, labels in tracked:
             self.pin(labels, reason, given=untracked in self.given)
 
@@ -238,12 +243,13 @@ class _Labels:
                 continue
             matches = shape is not None and axis < len(shape) and shape[axis] == labels.size
             if not matches:
-                self.pin(labels, f"'{tensor}' has a shape that does not match it")
+                self.pin(labels, f"'{shortened(tensor)}' has a shape that does not match it")
             checked.append(labels if matches else None)
         self.tracked[tensor] = checked
-        inherited = self.untracked_reasons.get(self._first_input, "untracked")
+        source = self._untracked_input or self._first_input
+        inherited = self.untracked_reasons.get(source, "untracked")
         self.untracked_reasons[tensor] = why or inherited
-        if not why and self._first_input in self.given:
+        if not why and source in self.given:
             self.given.add(tensor)
 
     def choice(self, node: Node, default: int) -> int:
@@ -251,11 +257,11 @@ class _Labels:
         return self._choices.get(node.name, default)
 
     def enter(self, body: Body) -> None:
-        outer = self._node, self._first_input
+        outer = self._node, self._first_input, self._untracked_input
         self._depth += 1
         self.follow(body.nodes)
         self._depth -= 1
-        self._node, self._first_input = outer
+        self._node, self._first_input, self._untracked_input = outer
 
     def follow(self, nodes: Sequence[Node]) -> None:
         """Applies the channel rule of every node in turn.
@@ -267,6 +273,7 @@ class _Labels:
             self._node = node.name
             self._site = str(node)
             self._first_input = node.inputs[0] if node.inputs else ""
+            self._untracked_input = ""
             if self._computes_constant(node):
                 continue  # it reads its constants whole, and its outputs have labels of their own
             obstacle = self._obstacle(node)
@@ -287,7 +294,7 @@ class _Labels:
         """Reason why the channels of a node cannot be followed; empty if they can."""
         if lookup(node.domain, node.op, node.version) is None:
             operator = f"{node.domain}::{node.op}" if node.domain else node.op
-            return f"operator {operator} (node '{node.name}') is not supported"
+            return f"operator {operator} (node '{shortened(node.name)}') is not supported"
         if not follows_bodies(node) and (node.bodies or node.captures):
             return f"{node} has a subgraph that is not followed"
         output_shape_missing = any(
@@ -301,11 +308,13 @@ class _Labels:
 def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     labels = _Labels(model, choices)
     for port in model.inputs:
-        labels.set(port.name, [], f"a graph input ({port.name})")
+        labels.set(port.name, [], f"a graph input ({shortened(port.name)})")
         labels.given.add(port.name)
     labels.follow(model.nodes)
     for port in model.outputs:
-        labels.pin_all(port.name, f"it is part of the graph output '{port.name}'", given=True)
+        labels.pin_all(
+            port.name, f"it is part of the graph output '{shortened(port.name)}'", given=True
+        )
     # A node that reads a constant without labelling an axis depends on all channels of that axis.
     of_views = {
         (view, axis): axis_labels
@@ -316,12 +325,12 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
     for key, axis_labels in {**labels.constant_labels, **of_views}.items():
         constant = key[0]
         if labels.is_output(constant):
-            reason = f"'{constant}' is a graph output as well"
+            reason = f"'{shortened(constant)}' is a graph output as well"
             labels.pin(axis_labels, reason, given=True)
         for node in labels.readers(constant):
             if (node.name, key) in labels.claims:
                 continue
-            default = f"{node} reads '{constant}' whole"
+            default = f"{node} reads '{shortened(constant)}' whole"
             labels.pin(axis_labels, labels.read_whole.get(constant, default))
     return labels
 

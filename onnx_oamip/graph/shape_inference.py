@@ -233,11 +233,19 @@ def _inferred(copy: ModelProto, proto: ModelProto) -> GraphProto:
     graph = inferred(copy)
     # ONNX's inference does not compute the target of a Reshape through operators such as Where. The symbolic values
     # do: tensors known by them become constants, and the inference runs again.
-    for _ in range(ROUNDS):
-        if not _insert_known_values(copy, graph):
-            break
+    missing = _without_shape(copy, graph)
+    while missing and _insert_known_values(copy, graph):
         graph = inferred(copy)
+        before, missing = missing, _without_shape(copy, graph)
+        if len(missing) == len(before):  # the new constants did not help
+            break
     return graph
+
+
+def _without_shape(copy: ModelProto, graph: GraphProto) -> set[str]:
+    """Tensors computed by a graph whose shapes are not known, given the same graph with inferred shapes."""
+    shapes, _ = tensor_types(graph)
+    return {name for node in copy.graph.node for name in node.output if name and name not in shapes}
 
 
 def _replace_unknown_operators(copy: ModelProto, proto: ModelProto) -> None:
@@ -261,19 +269,17 @@ def _insert_known_values(copy: ModelProto, graph: GraphProto) -> bool:
         graph: The same graph with inferred shapes.
 
     Returns:
-        False if there are none, or if all shapes are known without them.
+        False if there are none.
     """
     entries = known_values(copy, graph).entries
     constants = {tensor.name for tensor in copy.graph.initializer}
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output)}
-    computed = {name for node in copy.graph.node for name in node.output if name}
     fresh = {
         name
         for name, values in entries.items()
         if name not in constants and name in types and numbers(values)
     }
-    known_shapes, _ = tensor_types(graph)
-    if not fresh or computed.issubset(known_shapes):
+    if not fresh:
         return False
     for node in copy.graph.node:
         for i, name in enumerate(node.output):

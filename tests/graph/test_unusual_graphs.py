@@ -13,10 +13,13 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_oamip import Settings, prune
 from onnx_oamip.api import pipeline
-from onnx_oamip.core.errors import ModelError
+from onnx_oamip.cli import main
+from onnx_oamip.core.errors import BudgetNotMet, ModelError
 from onnx_oamip.core.records import Array, Report
 from onnx_oamip.graph import loading as models
+from onnx_oamip.graph import shape_inference
 from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.graph.input_guards import inferred
 from onnx_oamip.verification.latency import Ratio
 
 NET = """(float[N,6] x) => (float[N,3] y) <float[6,12] w1, float[12,3] w2> {
@@ -311,3 +314,75 @@ def test_decomposed_dynamic_int8_is_cut_exactly(tmp_path: Path) -> None:
     report, _, _ = _pruned(proto, tmp_path)
     assert [g.name for g in report.coupling.groups] == ["w1", "codes"]
     assert report.verification.masked_equivalence == 0
+
+
+# ------------------------------------------------------------------------------------------------- reasons and names
+
+
+@pytest.mark.parametrize("inputs", [["buffer", "r"], ["r", "buffer"]])
+def test_reason_names_the_input_that_pins(tmp_path: Path, inputs: list[str]) -> None:
+    # A buffer of earlier frames is joined in time: channels behind the join are those of the buffer, not of x.
+    proto = build(
+        "(float[N,4,9] x, float[N,6,2] buffer) => (float[N,3,9] y)"
+        " <float[6,4,1] w1, float[7,6,3] w2, float[3,7,1] w3> {"
+        " a = Conv(x, w1)  r = Relu(a)  c = Concat<axis = 2>(r, r)  b = Conv(c, w2)  s = Relu(b)  y = Conv(s, w3) }"
+    )
+    proto.graph.node[2].input[:] = inputs
+    coupling = couple(load(proto, tmp_path))
+    reasons = {(pin.tensor, pin.axis): pin.reason for pin in coupling.pinned}
+    assert "a graph input (buffer)" in reasons["w1", 0]
+    assert "a graph input (buffer)" in reasons["w2", 1]
+    assert "a graph input (x)" in reasons["w1", 1]
+
+
+def test_long_names_are_shortened_in_the_middle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scope = "/model/" + "scope/" * 90
+    proto = build(NET)
+    for node in proto.graph.node:
+        node.name = f"{scope}{node.output[0]}"
+    for tensor, node in zip(proto.graph.initializer, proto.graph.node[::2], strict=True):
+        tensor.name = node.input[1] = f"{scope}{tensor.name}"
+    (tmp_path / "net.onnx").write_bytes(proto.SerializeToString())
+    assert main(["inspect", str(tmp_path / "net.onnx")]) == 0
+    shown = capsys.readouterr().out
+    text = "".join(shown.split())
+    assert "scope/w1" in text
+    assert "scope/a'tiesit" in text
+    assert "scope/" * 20 not in text
+
+
+def test_message_names_what_pins_most(tmp_path: Path) -> None:
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,30] w1, float[30,3] w2> {"
+        " a = MatMul(x, w1)  s = SequenceConstruct(a, a)  i = Constant<value = int64 {0}>()"
+        " b = SequenceAt(s, i)  y = MatMul(b, w2) }"
+    )
+    with pytest.raises(BudgetNotMet, match=r"because operator SequenceConstruct .* not supported"):
+        _pruned(proto, tmp_path)
+
+
+def test_inference_stops_where_it_makes_no_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At the large lengths by which dimensions are recognised, the sum with the table of places fails.
+    calls = []
+
+    def counted(copy: ModelProto) -> object:
+        calls.append(copy)
+        return inferred(copy)
+
+    monkeypatch.setattr(shape_inference, "inferred", counted)
+    layer = (
+        "  s{0} = Shape(h{0})  t{0} = Concat<axis = 0>(s{0}, one)"
+        "  r{0} = Reshape(h{0}, t{0})  h{1} = Squeeze(r{0}, last)"
+    )
+    layers = "".join(layer.format(i, i + 1) for i in range(8))
+    proto = build(
+        "(float[N,L,4] x) => (float[N,L,4] y) <float[1,20,4] places, int64[1] one = {1}, int64[1] last = {3},"
+        " int64[1] zero = {0}, float[4,4] w> {  s = Shape<start = 1, end = 2>(x)  p = Slice(places, zero, s, one)"
+        f"  h0 = Add(x, p) {layers}  y = MatMul(h8, w) }}"
+    )
+    load(proto, tmp_path)
+    assert len(calls) < 50

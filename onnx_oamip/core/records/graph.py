@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from onnx_oamip.core.printable import shortened
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -37,7 +39,7 @@ class Node:
     bodies: Mapping[str, Body] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.op} '{self.name}'"
+        return f"{self.op} '{shortened(self.name)}'"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_oamip.core.printable import shortened
 from onnx_oamip.core.records import Axis, Ints, Node
 from onnx_oamip.graph.ops.handles import Cuts, Labels, operand
 from onnx_oamip.graph.ops.notation import opaque
@@ -69,12 +70,12 @@ def _per_head(
         return None
     shape = labels.shape(name)
     if shape is None:
-        return f"{node} adds '{name}', whose shape is unknown"
+        return f"{node} adds '{shortened(name)}', whose shape is unknown"
     axis = len(shape) - 3
     if axis >= 0 and shape[axis] != 1:
         found = labels.label(name, axis)
         if found is None or shape[axis] != heads:
-            return f"{node} adds '{name}', which has its own values for every head"
+            return f"{node} adds '{shortened(name)}', which has its own values for every head"
         _heads(labels, found, units)
     if not labels.is_constant(name):
         for other in range(len(shape)):
@@ -236,7 +237,7 @@ def _four_axes(node: Node, labels: Labels) -> None:
     labels.set(node.outputs[0], [None, axes[0], None, size])
     _states(node, labels, units, heads)
     for _, name in _further_outputs(node, labels):
-        labels.pin(size, f"{node} gives '{name}' as an extra output")
+        labels.pin(size, f"{node} gives '{shortened(name)}' as an extra output")
 
 
 def _not_four_axes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from onnx_oamip.core.printable import shortened
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops.handles import LabelAxis, Labels
 from onnx_oamip.graph.ops.spec import ChannelRule, Flow, OpSpec, Trait
@@ -107,7 +108,7 @@ def _enter(node: Node, flow: Flow, labels: Labels) -> None:
         axes = labels.axes(outer)
         if axes:
             labels.pin(axes.pop(axis), f"{node} steps along it")
-        labels.set(name, axes, f"a part of '{outer}'")
+        labels.set(name, axes, f"a part of '{shortened(outer)}'")
 
 
 def _stack(
@@ -133,7 +134,7 @@ def _joined(node: Node, labels: Labels, sources: tuple[str, str]) -> list[LabelA
     """Channels of a tensor that is one of two: tied where both are tracked, else pinned."""
     one, other = sources
     if labels.shape(one) is None or labels.shape(one) != labels.shape(other):
-        reason = f"{node} gives '{one}' or '{other}', which differ in shape"
+        reason = f"{node} gives '{shortened(one)}' or '{shortened(other)}', which differ in shape"
         for name in sources:
             labels.pin_all(name, reason)
         return []
@@ -142,8 +143,12 @@ def _joined(node: Node, labels: Labels, sources: tuple[str, str]) -> list[LabelA
     result: list[LabelAxis] = []
     for a, b in zip(first, second, strict=True):
         if a is None or b is None:
-            labels.pin(a, f"{node} joins it with '{other}', whose channels are not tracked")
-            labels.pin(b, f"{node} joins it with '{one}', whose channels are not tracked")
+            labels.pin(
+                a, f"{node} joins it with '{shortened(other)}', whose channels are not tracked"
+            )
+            labels.pin(
+                b, f"{node} joins it with '{shortened(one)}', whose channels are not tracked"
+            )
             result.append(None)
         else:
             labels.tie(a, b)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from onnx_oamip.core.printable import shortened
 from onnx_oamip.core.records import Axis, Node
 from onnx_oamip.graph.ops.handles import LabelAxis, Labels, operand
 from onnx_oamip.graph.ops.spec import ChannelRule
@@ -121,7 +122,7 @@ def _mismatch(node: Node, labels: Labels, inputs: tuple[Term, ...]) -> str | Non
         shape = labels.shape(name)
         if shape is None or not term.fits(len(shape)):
             axes = " ".join(term.head)
-            return f"{node} reads '{name}' of shape {shape}, expected axes '{axes}'"
+            return f"{node} reads '{shortened(name)}' of shape {shape}, expected axes '{axes}'"
     if any(node.inputs[len(inputs) :]):
         return f"{node} has inputs this version does not know"
     return None
@@ -174,7 +175,7 @@ def extra_outputs(node: Node, labels: Labels, first: int) -> None:
     """
     for name in node.outputs[first:]:
         if name:
-            labels.pin_all(node.inputs[0], f"{node} gives '{name}' as an extra output")
+            labels.pin_all(node.inputs[0], f"{node} gives '{shortened(name)}' as an extra output")
             labels.set(name, [], f"an extra output of {node}")
 
 

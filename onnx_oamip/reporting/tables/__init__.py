@@ -11,7 +11,7 @@ from pathlib import PurePath
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from onnx_oamip.core.printable import visible
+from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.tables.parts import (
     ROWS,
@@ -96,7 +96,7 @@ def _groups(groups: Sequence[Document], console: Console) -> Iterator[Renderable
     for group in groups[:ROWS]:
         scores = group["score"]
         table.add_row(
-            cell(group["name"]),
+            cell(shortened(group["name"])),
             f"{group['units']:,}",
             f"{group['kept']:,}",
             bar(group["level"], console),
@@ -134,7 +134,9 @@ def _score(value: Document, _: Console) -> Iterator[RenderableType]:
     for group in value["groups"][:ROWS]:
         scores = group["score"]
         spread = (number(scores[key]) for key in ("min", "median", "max"))
-        table.add_row(cell(group["name"]), f"{group['units']:,}", *spread, percent(scores["below"]))
+        table.add_row(
+            cell(shortened(group["name"])), f"{group['units']:,}", *spread, percent(scores["below"])
+        )
     yield from limited(table, value["groups"], "groups")
     yield from program_rows(value["programs"])
     notes = [f"scored by {value['method']}", *(f"note: {note}" for note in value["notes"])]
@@ -149,7 +151,9 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
     for kind in ("inputs", "outputs"):
         for port in model[kind]:
             dims = ", ".join("?" if d is None else str(d) for d in port["dims"])
-            table.add_row(kind[:-1], cell(port["name"]), port["dtype"], cell(f"[{dims}]"))
+            table.add_row(
+                kind[:-1], cell(shortened(port["name"])), port["dtype"], cell(f"[{dims}]")
+            )
     yield table
     yield costs(value["cost"])
     yield from assumption_rows(model)
@@ -157,7 +161,10 @@ def _inspect(value: Document, _: Console) -> Iterator[RenderableType]:
     for group in value["groups"][:ROWS]:
         weights = len({a["tensor"] for a in group["axes"] if a["constant"]})
         table.add_row(
-            cell(group["name"]), f"{group['units']:,}", str(weights), cell(some(group["consumers"]))
+            cell(shortened(group["name"])),
+            f"{group['units']:,}",
+            str(weights),
+            cell(some(group["consumers"])),
         )
     yield from limited(table, value["groups"], "groups")
     yield from objective_rows(value["objective"])
@@ -210,7 +217,8 @@ def _checkpoint(value: Document, _: Console) -> Iterator[RenderableType]:
     table = grid("tensor", "before", "after")
     for tensor in cut[:ROWS]:
         table.add_row(
-            cell(tensor["name"]), *(" x ".join(map(str, tensor[k])) for k in ("before", "after"))
+            cell(shortened(tensor["name"])),
+            *(" x ".join(map(str, tensor[k])) for k in ("before", "after")),
         )
     yield from limited(table, cut, "tensors")
     yield Text(f"{len(value['tensors']) - len(cut)} tensors stay as they are.")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnx_oamip.core.budgets import COUNTED
-from onnx_oamip.core.printable import visible
+from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
 
 KIND_NAMES = {
@@ -475,4 +475,6 @@ def some(names: Sequence[str], limit: int = 2) -> str:
         The text.
     """
     rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(shortened(name) for name in names[:limit]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )
