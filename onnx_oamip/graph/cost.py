@@ -396,6 +396,9 @@ class _CutOfOneAxis:
     def constant(self, tensor: str) -> Array | None:
         return self._model.constants.get(tensor)
 
+    def readers(self, tensor: str) -> Sequence[Node]:
+        return [node for node in self._model.every if tensor in node.inputs]
+
     def keep(self, tensor: str, axis: int) -> Bools | None:
         if (tensor, axis) != self._axis:
             return None
@@ -428,9 +431,10 @@ def insertion_costs(model: Model, coupling: Coupling) -> list[Insertion]:
         with rule_errors(node):
             edit = spec.edit.repair(node, _CutOfOneAxis(model, axis))
         shape = model.shapes[consumer.data]
+        last = nodes[edit.until or node.name]
         if (
             edit.spread is not None
-            and present.restored_zeros(node, edit.spread, edit.ordered) is None
+            and present.restored_zeros(node, edit.spread, edit.ordered, last) is None
         ):
             all_channels = np.ones(shape[consumer.axis], bool)
             added = restore_zeros(
@@ -440,9 +444,10 @@ def insertion_costs(model: Model, coupling: Coupling) -> list[Insertion]:
                 ordered=edit.ordered,
                 keep=all_channels,
                 names=names,
+                last=last,
             )
             per_index = INDEX_BYTES if edit.ordered else 0
-            result.append(Insertion(axis, 0, added.nbytes(node), per_index))
+            result.append(Insertion(axis, 0, added.nbytes(node, last), per_index))
         if edit.scale != 1.0 and present.scale(node) is None:
             dtype = model.dtypes[node.outputs[0]]
             added = scale(node, 1.0, dtype, names)

@@ -45,6 +45,46 @@ image(
     opset=21,
     out="N,4,6,6",
 )
+_SEAM = """(float[N,3,6,6] x) => (float[N,4,6,6] y)
+<float[6,3,1,1] w1, float[4,3,3,3] w2, float[4,10,1,1] w3{constants}> {{
+    a = Conv(x, w1)
+    b = Conv<pads = [1, 1, 1, 1]>(x, w2)
+    h = Concat<axis = 1>(a, b)
+    {body}
+    s = Relu(r)
+    y = Conv(s, w3)
+}}"""
+case(
+    "group-normalization-across-a-seam",
+    "GroupNormalization",
+    _SEAM.format(
+        constants=", float[10] gain, float[10] beta",
+        body="r = GroupNormalization<num_groups = 2>(h, gain, beta)",
+    ),
+    # Groups of five hold channels of both layers: as units they would tie the layers to each other.
+    units=6 + 4,
+    opset=21,
+)
+case(
+    "group-normalization-up-to-a-seam",
+    "GroupNormalization",
+    _SEAM.format(
+        constants=", float[10] gain, float[10] beta",
+        body="r = GroupNormalization<num_groups = 5>(h, gain, beta)",
+    ),
+    units=3 + 2,
+    opset=21,
+)
+case(
+    "group-normalization-across-a-seam-written-out",
+    "InstanceNormalization Reshape",
+    _SEAM.format(
+        constants=", int64[3] in = {0, 2, -1}, int64[4] out = {0, 10, 6, 6}, float[2] ones = {1.0, 1.0}, "
+        "float[2] none = {0.0, 0.0}",
+        body="g = Reshape(h, in)  i = InstanceNormalization(g, ones, none)  r = Reshape(i, out)",
+    ),
+    units=6 + 4,
+)
 image(
     "mean-variance-normalization",
     "MeanVarianceNormalization",

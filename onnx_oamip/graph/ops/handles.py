@@ -232,7 +232,7 @@ class Labels(Protocol):
 
 
 class Cuts(Protocol):
-    """The handle of a repair rule: kept channels along axes, and shapes and constants before the cut."""
+    """The handle of a repair rule: kept channels along axes, and the graph before the cut."""
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Return the shape of a tensor before the cut.
@@ -253,6 +253,17 @@ class Cuts(Protocol):
 
         Returns:
             The value, or None for an activation.
+        """
+        ...
+
+    def readers(self, tensor: str) -> Sequence[Node]:
+        """Return the nodes that read a tensor before the cut.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The nodes, in graph order.
         """
         ...
 

@@ -46,11 +46,12 @@ class Added:
     reads: str
     writes: str
 
-    def nbytes(self, node: Node) -> int:
+    def nbytes(self, node: Node, last: Node | None = None) -> int:
         """Count the bytes that the insertion adds to a file.
 
         Args:
             node: The node that it is around, which gets longer names.
+            last: The node behind which it ends; default: the same node.
 
         Returns:
             Number of bytes.
@@ -60,7 +61,7 @@ class Added:
         # A field of a message has a tag of one byte and its length.
         headers = sum(2 if size < 128 else 3 for size in sizes)
         longer_input = len(self.reads) - len(node.inputs[0])
-        longer_output = len(self.writes) - len(node.outputs[0])
+        longer_output = len(self.writes) - len((last or node).outputs[0])
         return sum(sizes) + headers + longer_input + longer_output
 
     @staticmethod
@@ -111,7 +112,14 @@ class Names:
 
 
 def restore_zeros(
-    node: Node, rank: int, axis: int, *, ordered: bool, keep: Bools, names: Names
+    node: Node,
+    rank: int,
+    axis: int,
+    *,
+    ordered: bool,
+    keep: Bools,
+    names: Names,
+    last: Node | None = None,
 ) -> Added:
     """Plan zeros for removed channels in front of a node, and their removal behind it.
 
@@ -122,10 +130,12 @@ def restore_zeros(
         ordered: Insert the zeros at the positions of the removed channels, instead of behind the kept ones.
         keep: Channels that are kept.
         names: Names that can be used.
+        last: The node behind which the zeros are removed; default: the same node.
 
     Returns:
         The nodes to insert.
     """
+    out = (last or node).outputs[0]
     zero = names.new(f"{node.name}_zero")
     pads = np.zeros(2 * rank, np.int64)
     removed = len(keep) - keep.sum()
@@ -142,13 +152,13 @@ def restore_zeros(
         bounds = tuple(names.several(node.name, "kept_start", "kept_end", "kept_axis"))
         for name, value in zip(bounds, (0, keep.sum(), axis), strict=True):
             constants[name] = np.asarray([value], np.int64)
-        drop = Step("Slice", kept, (full, *bounds), node.outputs[0], {})
+        drop = Step("Slice", kept, (full, *bounds), out, {})
         return Added((pad, drop), constants, reads=pad.output, writes=full)
     place, index, left = names.several(node.name, "spread", "spread_index", "kept_index")
     constants[index] = _places(keep).astype(np.int32)
     constants[left] = np.flatnonzero(keep).astype(np.int32)
     spread = Step("Gather", place, (pad.output, index), f"{place}_out", {"axis": axis})
-    pick = Step("Gather", kept, (full, left), node.outputs[0], {"axis": axis})
+    pick = Step("Gather", kept, (full, left), out, {"axis": axis})
     return Added((pad, spread, pick), constants, reads=spread.output, writes=full)
 
 
@@ -258,18 +268,24 @@ class Present:
         along_axis = start.tolist() == [0] and (axes % rank).tolist() == [axis]
         return along_axis and kept[axis] == count
 
-    def restored_zeros(self, node: Node, axis: int, ordered: bool) -> Around | None:
+    def restored_zeros(
+        self, node: Node, axis: int, ordered: bool, last: Node | None = None
+    ) -> Around | None:
         """Find the nodes around a node that see to its zeros already.
 
         Args:
             node: The node.
             axis: Axis of the channels.
             ordered: The zeros must be where the channels were; else those at the end will do as well.
+            last: The node behind which the zeros are removed; default: the same node.
 
         Returns:
             The nodes, or None where there are none.
         """
-        before, behind = self._producers.get(node.inputs[0]), self._only(node.outputs[0])
+        before, behind = (
+            self._producers.get(node.inputs[0]),
+            self._only((last or node).outputs[0]),
+        )
         if before is None or behind is None or self._only(node.inputs[0]) is None:
             return None
         placed = self._picks(before, axis) and self._picks(behind, axis)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnx_oamip.core.records import Array, Floats, Node
+from onnx_oamip.core.records import Array, Floats, Ints, Node
 from onnx_oamip.graph.ops import maps
 from onnx_oamip.graph.ops.handles import Cuts, Labels, Refused, Terms
 from onnx_oamip.graph.ops.notation import extra_outputs, opaque, rule
@@ -68,8 +68,28 @@ def _layer_spread(node: Node, cuts: Cuts) -> Edit:
     return Edit(inputs=inputs, spread=axis, ordered=False)
 
 
+def crosses_seam(channels: Ints, groups: int) -> bool:
+    """Tell groups in which channels of different origin meet, as where a concatenation is normalised.
+
+    As units, such groups would tie the parts of the concatenation to each other, and with skip connections the whole
+    network to one unit.
+
+    Args:
+        channels: Labels of the channels.
+        groups: Number of groups of equal size.
+
+    Returns:
+        True if the labels of a group do not follow each other.
+    """
+    steps = np.diff(channels.reshape(groups, -1), axis=1)
+    return bool(((steps != 0) & (steps != 1)).any())
+
+
 def _groups(node: Node, labels: Labels) -> None:
-    """GroupNormalization: a unit is a whole group. Gain and bias are per group before opset 21, per channel since."""
+    """GroupNormalization: a unit is a whole group, or a channel where groups cross a seam.
+
+    Gain and bias are per group before opset 21, per channel since.
+    """
     found = labels.label(node.inputs[0], 1)
     shape = labels.shape(node.inputs[0])
     if shape is None or found is None or not all(labels.is_constant(n) for n in node.inputs[1:3]):
@@ -77,7 +97,11 @@ def _groups(node: Node, labels: Labels) -> None:
         return
     for axis in (0, *range(2, len(shape))):
         labels.pin(labels.label(node.inputs[0], axis), f"{node} normalises over this axis")
-    blocks = found.reshape(int(node.attrs["num_groups"]), -1)
+    groups = int(node.attrs["num_groups"])
+    if crosses_seam(found, groups):
+        _consume_and_pass(node, labels, 1)
+        return
+    blocks = found.reshape(groups, -1)
     labels.tie(blocks, blocks[:, :1])
     for name in node.inputs[1:3]:
         made = labels.label(name, 0)
@@ -87,6 +111,9 @@ def _groups(node: Node, labels: Labels) -> None:
 
 
 def _regroup(node: Node, cuts: Cuts) -> Edit:
+    by_channel = cuts.keep(node.inputs[0], 1) is not None and cuts.keep(node.inputs[1], 0) is None
+    if by_channel:
+        return Edit(spread=1)  # gain and bias meet the channels at their old places
     channels = cuts.shape(node.inputs[0])[1]
     groups = int(node.attrs["num_groups"])
     kept = cuts.kept(node.inputs[0], 1) * groups // channels

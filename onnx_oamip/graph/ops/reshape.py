@@ -10,6 +10,7 @@ import numpy as np
 from onnx_oamip.core.records import Ints, Node
 from onnx_oamip.graph.ops import maps
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Terms, integers, operand
+from onnx_oamip.graph.ops.norm import crosses_seam
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Trait
 
@@ -200,9 +201,67 @@ def _split(
     return place, first.reshape(-1)
 
 
+def _group_norm_end(first: Node, graph: Labels | Cuts) -> Node | None:
+    """The second reshape of a GroupNorm written with an InstanceNormalization, by the first; None for other nodes."""
+    readers = graph.readers(first.outputs[0])
+    if len(readers) != 1 or readers[0].op != "InstanceNormalization" or readers[0].domain:
+        return None
+    behind = graph.readers(readers[0].outputs[0])
+    reshaped_back = len(behind) == 1 and behind[0].op == first.op and not behind[0].domain
+    return behind[0] if reshaped_back and behind[0].inputs[0] == readers[0].outputs[0] else None
+
+
+def _by_channel(first: Node, labels: Labels) -> Node | None:
+    """The second reshape of a GroupNorm whose groups cross a seam, so that units are channels; None for others."""
+    last = _group_norm_end(first, labels)
+    if last is None or not _fixed(last, labels):
+        return None
+    name, blocks = first.inputs[0], first.outputs[0]
+    shapes = [labels.shape(tensor) for tensor in (name, blocks, last.outputs[0])]
+    if any(shape is None or len(shape) < 3 for shape in shapes) or shapes[0] != shapes[2]:
+        return None
+    before, inside, _ = (shape or () for shape in shapes)
+    found = labels.label(name, 1)
+    visible = any(labels.is_output(tensor) for tensor in (blocks, last.inputs[0]))
+    grouped = len(inside) == 3 and inside[0] == before[0] and before[1] % inside[1] == 0
+    if found is None or visible or not grouped or not crosses_seam(found, inside[1]):
+        return None
+    return last
+
+
+def _first_reshape(last: Node, labels: Labels) -> Node | None:
+    """The first reshape of a GroupNorm that is written in channels, by the second; None for other nodes."""
+    norm = labels.producer(last.inputs[0])
+    first = (
+        None if norm is None or norm.domain or not norm.inputs else labels.producer(norm.inputs[0])
+    )
+    if first is None or first.domain or first.op != last.op:
+        return None
+    end = _by_channel(first, labels)
+    return first if end is not None and end.name == last.name else None
+
+
+def _fixed(node: Node, labels: Labels) -> bool:
+    """Tests for a target that is a constant."""
+    return "shape" in node.attrs or labels.constant(node.inputs[1]) is not None
+
+
 def _reshape(node: Node, labels: Labels) -> None:
-    fixed = "shape" in node.attrs or labels.constant(node.inputs[1]) is not None
-    reshaped(node, labels, fixed)
+    name, out = node.inputs[0], node.outputs[0]
+    if _by_channel(node, labels) is not None:
+        for axis, found in enumerate(labels.axes(name)):
+            if axis != 1:
+                labels.pin(found, f"{node} divides it into groups that are normalised")
+        labels.consume(node, (name, 1), None)
+        labels.set(out, [], f"{node} divides it into groups that are normalised")
+        return
+    first = _first_reshape(node, labels)
+    if first is not None:
+        rank = len(labels.shape(out) or ())
+        channels = labels.label(first.inputs[0], 1)
+        labels.set(out, [channels if axis == 1 else None for axis in range(rank)])
+        return
+    reshaped(node, labels, _fixed(node, labels))
 
 
 def _same_elements(node: Node, labels: Labels) -> None:
@@ -210,7 +269,14 @@ def _same_elements(node: Node, labels: Labels) -> None:
 
 
 def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
-    out = node.outputs[0]
+    name, out = node.inputs[0], node.outputs[0]
+    if all(cuts.keep(name, axis) is None for axis in range(len(cuts.shape(name)))):
+        return (
+            Edit()
+        )  # behind a normalisation of all channels, the kept ones are taken from the result
+    last = _group_norm_end(node, cuts)
+    if last is not None and cuts.keep(out, 1) is None:
+        return Edit(spread=1, until=last.name)
     if "shape" not in node.attrs and cuts.constant(node.inputs[1]) is None:
         return Edit()  # a computed target: the axes that it changes were pinned
     target = integers(node, cuts, "shape", 1)

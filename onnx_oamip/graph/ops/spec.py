@@ -18,13 +18,15 @@ class Edit:
 
     ``spread`` is an axis along which the node must still see zeros for removed channels: they are inserted in front of
     it and removed behind it. ``ordered``: at their old places; else, where places mean nothing to the node as edited,
-    behind the others. ``scale`` multiplies the first output. Both add nodes (``inserted_nodes``), which costs count.
+    behind the others; ``until``: node behind which they are removed, itself by default. ``scale`` multiplies the first
+    output. Both add nodes (``inserted_nodes``), which costs count.
     """
 
     attrs: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[int, Array | None] = field(default_factory=dict)
     spread: int | None = None
     ordered: bool = True
+    until: str = ""
     scale: float = 1.0
 
 

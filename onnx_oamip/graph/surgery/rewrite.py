@@ -6,7 +6,7 @@ sizes in attributes, or must still see removed channels as zeros, need a ``repai
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -58,6 +58,9 @@ class _Cuts:
     def constant(self, tensor: str) -> Array | None:
         return self._model.constants.get(tensor)
 
+    def readers(self, tensor: str) -> Sequence[Node]:
+        return [node for node in self._model.every if tensor in node.inputs]
+
     def keep(self, tensor: str, axis: int) -> Bools | None:
         return self.masks.get((tensor, axis))
 
@@ -98,10 +101,18 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
                 source = node.inputs[0].name
                 keep = cuts.masks[source, edit.spread]
                 rank = len(model.shapes[source])
+                last = edit.until or node.name
                 added = restore_zeros(
-                    original, rank, edit.spread, ordered=edit.ordered, keep=keep, names=names
+                    original,
+                    rank,
+                    edit.spread,
+                    ordered=edit.ordered,
+                    keep=keep,
+                    names=names,
+                    last=nodes[last],
                 )
-                _insert(part, node, added, tensors)
+                (end,) = (other for other in part.nodes if other.name == last)
+                _insert(part, node, added, tensors, end)
             if edit.scale != 1.0:
                 dtype = model.dtypes[node.outputs[0].name]
                 added = scale(original, edit.scale, dtype, names)
@@ -190,10 +201,12 @@ def _reuse_insertions(edits: dict[str, Edit], cuts: _Cuts, model: Model) -> None
         model: The model, which may have been pruned before.
     """
     present = Present(model)
+    nodes = {node.name: node for node in model.every}
     for node in [n for n in model.every if n.name in edits]:
         edit = edits[node.name]
         if edit.spread is not None:
-            around = present.restored_zeros(node, edit.spread, edit.ordered)
+            last = nodes[edit.until or node.name]
+            around = present.restored_zeros(node, edit.spread, edit.ordered, last)
             if around is not None:
                 axis = edit.spread
                 before = _keep_or_all(cuts, around.source, axis)
@@ -217,7 +230,13 @@ def _keep_or_all(cuts: _Cuts, tensor: str, axis: int) -> Bools:
     return np.ones(cuts.shape(tensor)[axis], bool) if keep is None else keep
 
 
-def _insert(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.Tensor]) -> None:
+def _insert(
+    graph: gs.Graph,
+    node: gs.Node,
+    added: Added,
+    tensors: dict[str, gs.Tensor],
+    last: gs.Node | None = None,
+) -> None:
     """Inserts new nodes in front of a node and behind it.
 
     Args:
@@ -225,6 +244,7 @@ def _insert(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.
         node: The node, connected to the new ones.
         added: The new nodes.
         tensors: Tensors of the graph by name, extended by the new ones.
+        last: The node that the new ones are behind; default: the same node.
     """
 
     def tensor(name: str) -> gs.Tensor:
@@ -234,7 +254,7 @@ def _insert(graph: gs.Graph, node: gs.Node, added: Added, tensors: dict[str, gs.
         return tensors[name]
 
     node.inputs[0] = tensor(added.reads)
-    node.outputs[0] = tensor(added.writes)
+    (last or node).outputs[0] = tensor(added.writes)
     for step in added.steps:
         inputs = [tensor(name) for name in step.inputs]
         outputs = [tensor(step.output)]
