@@ -279,7 +279,7 @@ def load(
         name = os.fspath(source)
         loaded = formats.find(name).read(name, model, reading or Reading())
     else:
-        loaded = Loaded(feed_functions.collect(source, "the data"), "the data")
+        loaded = feed_functions.collect(source, "the data", reading or Reading())
     inputs = {port.name for port in model.inputs}
     held_out = {k for k in loaded.arrays if k.startswith(EVALUATION) and k not in inputs}
     if prefix == EVALUATION:

@@ -15,6 +15,7 @@ import onnx
 
 from onnx_oamip.core import atomic_files
 from onnx_oamip.core.errors import DataError, SettingsError
+from onnx_oamip.core.foreign_code import described, foreign_code
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data
 
@@ -79,12 +80,8 @@ class Metric:
             return self._value(str(path))
 
     def _value(self, *arguments: Any) -> float:
-        try:
+        with foreign_code(f"`metric={self.name}`", DataError, "it is to return one number"):
             value = float(self.function(*arguments))
-        except Exception as error:  # the user's own code ran: the message repeats its error
-            raise DataError(
-                f"`metric={self.name}`: {type(error).__name__}: {error}; expected one number."
-            ) from error
         if not math.isfinite(value):
             raise DataError(f"`metric={self.name}` returned {value}; expected a finite number.")
         return value
@@ -109,10 +106,8 @@ def load(source: str) -> Metric:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module_name), function)
-    except Exception as error:  # importing runs the user's own code
-        raise SettingsError(
-            f"`metric={source}` cannot be imported: {type(error).__name__}: {error}."
-        ) from error
+    except (Exception, SystemExit) as error:  # importing runs the user's own code
+        raise SettingsError(f"`metric={source}` cannot be imported: {described(error)}.") from error
     if not callable(found):
         raise SettingsError(f"`metric={source}` is {type(found).__name__}, no function.")
     return Metric(source, found)

@@ -28,7 +28,7 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import Method, find
 from onnx_oamip.objective import document, loss, sums
-from onnx_oamip.planning import sensitivity
+from onnx_oamip.planning import foreign_scores, sensitivity
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.repair import least_squares
 from onnx_oamip.statistics.collector import collect, parts
@@ -83,8 +83,7 @@ def score(context: Context) -> Scores:
 
     with context.clock("score"):
         # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
-        built_in = str(getattr(method.score, "__module__", "")).startswith("onnx_oamip.")
-        if not requests or not built_in:
+        if not requests or not _is_built_in(method):
             return make()
         depends = {
             **settings.model_dump(mode="json", exclude=_IRRELEVANT),
@@ -112,6 +111,11 @@ def fits(found: Scores, coupling: Coupling) -> bool:
     return whole and texts and records and bool(np.isfinite(found.values).all())
 
 
+def _is_built_in(method: Method) -> bool:
+    """Whether a method is part of this package; of a lazy rule, the module that it imports counts."""
+    return str(getattr(method.score, "__module__", "")).startswith("onnx_oamip.")
+
+
 def apply_method(context: Context, method: Method, statistics: Statistics | None) -> Scores:
     """Score all units by a method; if it offers other orders as well, choose the order of every group by measurement.
 
@@ -127,7 +131,10 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
         The scores, with a note on the choice.
     """
     model, coupling, settings = context.model, context.coupling, context.settings
-    found = method.score(model, coupling, statistics, settings)
+    if _is_built_in(method):
+        found = method.score(model, coupling, statistics, settings)
+    else:
+        found = foreign_scores.score(context, method, statistics)
     if not found.others:
         return found
     measured = parts(context.samples)[1]

@@ -11,7 +11,7 @@ import pytest
 from graphs import build, load
 
 from onnx_oamip.core.errors import DataError
-from onnx_oamip.core.records import Array, Model
+from onnx_oamip.core.records import Array, Model, Reading
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import EVALUATION, Samples, hold_out, shuffle
 from onnx_oamip.graph import loading as models
@@ -148,6 +148,30 @@ def broken():
 def breaks_later():
     yield {"x": np.zeros((1, 3, 4, 4), np.float32)}
     raise KeyError("gone")
+
+def none():
+    return None
+
+def exits():
+    raise SystemExit(3)
+
+def exits_later():
+    yield from as_list()
+    raise SystemExit
+
+def empty():
+    yield from as_list()
+    yield {"x": as_list()[0]["x"][:0]}
+
+def ragged():
+    yield {"x": [[1.0, 2.0], [3.0]]}
+
+def numbered():
+    yield {1: as_list()[0]["x"]}
+
+def endless():
+    while True:
+        yield from feeds()
 """
 
 
@@ -179,7 +203,13 @@ def test_callable_may_return_a_list(model: Model, module: str) -> None:
     ("name", "part"),
     [
         ("nothing", "yielded no feeds"),
-        ("no_dicts", "yielded no feeds"),
+        ("no_dicts", "yielded a ndarray"),
+        ("none", "returned a NoneType"),
+        ("exits", "raised SystemExit: 3; call it"),
+        ("exits_later", "raised SystemExit; call it"),
+        ("empty", "feed 1 without samples: 'x' has shape (0, 3, 4, 4)"),
+        ("ragged", "yielded 'x', which is no array"),
+        ("numbered", "names are no texts"),
         ("retyped", "'x' is float32 with 4 axes in the first and float64 with 4 axes in feed 1"),
         ("renamed", "unequal names (feed 1 lacks 'x'"),
         ("broken", "the disk is on fire"),
@@ -189,6 +219,19 @@ def test_callable_may_return_a_list(model: Model, module: str) -> None:
 )
 def test_invalid_callables_are_refused(model: Model, module: str, name: str, part: str) -> None:
     _refused(f"{module}:{name}", model, f"`data={module}:{name}`", part)
+
+
+def test_function_without_an_end_is_read_up_to_the_limit(model: Model, module: str) -> None:
+    """The note gives the number of samples and the option."""
+    samples = dataset.load(f"{module}:endless", model, reading=Reading(most=5))
+    assert samples is not None
+    assert samples.count == 3
+    (note,) = samples.notes
+    assert "only the first 6 samples are used, as `samples=5` allows" in note
+    exact = dataset.load(f"{module}:feeds", model, reading=Reading(most=6))
+    assert exact is not None
+    assert exact.count == 3
+    assert not exact.notes
 
 
 def test_missing_module_is_refused(model: Model) -> None:
