@@ -17,6 +17,7 @@ from onnx_oamip.artifacts.output import (
     FileTargets,
     Page,
     Written,
+    check_not_larger,
     check_output,
     stage,
 )
@@ -439,6 +440,8 @@ def _write(
                 batch.add(targets.keep_map, keep_map)
             if targets.model is not None:
                 written = stage(batch, proto, targets.model)
+                if not report.plan.keep.all() and not report.settings["force"]:
+                    check_not_larger(report.model, proto, written.bytes)
                 report = replace(
                     report,
                     output=str(targets.model),

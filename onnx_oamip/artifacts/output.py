@@ -13,9 +13,10 @@ from typing import Protocol
 
 import onnx
 
+from onnx_oamip.artifacts import provenance
 from onnx_oamip.core.atomic_files import Batch, output_errors
 from onnx_oamip.core.errors import OutputError
-from onnx_oamip.core.records import Report
+from onnx_oamip.core.records import Model, Report
 from onnx_oamip.graph import external_data
 from onnx_oamip.graph.loading import external_paths
 
@@ -161,6 +162,46 @@ def stage(batch: Batch, proto: onnx.ModelProto, target: Path) -> Written:
             batch.stage(folder / name, target.parent / name)
         stale = tuple(path for path in previous if path.name not in names)
         return Written(digest.hexdigest(), size, stale)
+
+
+def check_not_larger(model: Model, pruned: onnx.ModelProto, written: int) -> None:
+    """Check that a pruned file is not larger than its original.
+
+    Args:
+        model: The original.
+        pruned: Model that is to be written.
+        written: Bytes of its files.
+
+    Raises:
+        OutputError: The pruned file is larger; the message names what makes it so.
+    """
+    if written <= model.file_bytes:
+        return
+    added = _bytes_added(model, pruned)
+    cause = max(added, key=lambda what: added[what])
+    raise OutputError(
+        f"the pruned file would have {written:,} bytes, more than the {model.file_bytes:,} of the original, because "
+        f"{cause} adds {added[cause]:,}; nothing was written; try a smaller budget, or `force` to write it anyway."
+    )
+
+
+def _bytes_added(model: Model, pruned: onnx.ModelProto) -> dict[str, int]:
+    """Bytes that a pruned file has beyond its original, by what they are for."""
+
+    def of_nodes(proto: onnx.ModelProto) -> int:
+        return sum(node.ByteSize() for node in proto.graph.node)
+
+    def of_constants(proto: onnx.ModelProto) -> int:
+        references = sum(tensor.ByteSize() for tensor in proto.graph.initializer)
+        return references + external_data.size(proto) - proto.ByteSize()
+
+    return {
+        "writing out names, functions and fused operators": external_data.size(model.proto)
+        - model.file_bytes,
+        "what the cut and the refit insert": of_nodes(pruned) - of_nodes(model.proto),
+        "storing constants": of_constants(pruned) - of_constants(model.proto),
+        "the entry about its provenance": provenance.size(pruned) - provenance.size(model.proto),
+    }
 
 
 def write(proto: onnx.ModelProto, target: Path) -> tuple[str, int]:

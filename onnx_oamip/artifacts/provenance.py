@@ -55,6 +55,18 @@ def remove(proto: onnx.ModelProto) -> None:
     proto.metadata_props.extend(others)
 
 
+def size(proto: onnx.ModelProto) -> int:
+    """Bytes of the entry of a model.
+
+    Args:
+        proto: Any model.
+
+    Returns:
+        The size, 0 without an entry.
+    """
+    return sum(prop.ByteSize() for prop in proto.metadata_props if prop.key == KEY)
+
+
 def read(proto: onnx.ModelProto) -> Mapping[str, Any] | None:
     """Read the entry of a model.
 

@@ -389,6 +389,36 @@ def test_model_slower_than_the_original_is_refused(
     _untouched(task, "out.onnx")
 
 
+NORMALISED = """(float[N,8] x) => (float[N,2] y)
+<float[8,6] w0, float[6] scale, float[6] bias, float[6,2] w1> {
+    s = MatMul(x, w0)
+    n = LayerNormalization<axis = -1>(s, scale, bias)
+    r = Relu(n)
+    y = MatMul(r, w1)
+}"""
+"""A graph so small that the nodes which a cut inserts take more than it removes."""
+
+
+def test_file_larger_than_the_original_is_written_only_if_forced(tmp_path: Path) -> None:
+    proto = build(NORMALISED)
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((40, 8), np.float32))
+    with pytest.raises(OutputError) as caught:
+        _prune(tmp_path, no_provenance=True)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    size = (tmp_path / "model.onnx").stat().st_size
+    assert (
+        f"more than the {size:,} of the original, because what the cut and the refit insert"
+        in message
+    )
+    assert message.endswith("try a smaller budget, or `force` to write it anyway.")
+    _untouched(tmp_path)
+    report = _prune(tmp_path, no_provenance=True, force=True)
+    _untouched(tmp_path, "out.onnx")
+    assert report.after.bytes == (tmp_path / "out.onnx").stat().st_size > size
+
+
 def test_slower_model_error_names_the_cut_that_added_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

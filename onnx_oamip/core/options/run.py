@@ -54,7 +54,8 @@ class RunOptions(Options):
         "starts from them; auto is $ONNX_OAMIP_CACHE, or else the user's cache folder.",
     )
     force: Annotated[bool, _OUTPUT] = Field(
-        False, description="Write the model even where it was measured slower than the original."
+        False,
+        description="Write the model even where it was measured slower than the original, or is larger.",
     )
     strict: Annotated[bool, _OUTPUT] = Field(
         False,
