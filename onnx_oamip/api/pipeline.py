@@ -76,8 +76,8 @@ def prune(
 
     Args:
         path: Model file.
-        source: Calibration samples: a path, ``module:function``, or a dict of arrays by input name. None for methods
-            that need no data.
+        source: Calibration samples: a path, ``module:function``, a dict of arrays by input name, or an iterable of
+            feeds (such dicts, whose lengths may differ). None for methods that need no data.
         output: File to write, or None to write nothing.
         settings: Budgets and options.
         eval_data: Samples to measure the result on. Default: the held-out part of ``source``.

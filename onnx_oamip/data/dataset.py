@@ -116,6 +116,20 @@ class Samples:
             feed[name] = np.asarray(value, self.dtypes[name], order="C")
         return feed
 
+    def feed_size(self, feed: Mapping[str, Array]) -> int:
+        """Count the samples in a feed by the batch axes of its inputs.
+
+        Args:
+            feed: A feed of these samples.
+
+        Returns:
+            Number of samples; 1 for inputs without a batch.
+        """
+        for name, (kind, axis, _) in self.layouts.items():
+            if kind != "shared" and axis is not None and feed[name].ndim > axis:
+                return int(feed[name].shape[axis])
+        return 1
+
     def feed_indices(self, size: int) -> Iterator[Ints]:
         """Split the samples into feeds.
 
@@ -484,7 +498,7 @@ def placeholder(model: Model, seed: int, count: int = 8) -> Samples:
         arrays=arrays,
         labels=None,
         count=count,
-        layouts={port.name: Layout("feed") for port in model.inputs},
+        layouts={p.name: Layout("feed", layouts.batch_axis(p, model)) for p in model.inputs},
         scales={},
         dtypes={port.name: port.dtype for port in model.inputs},
         fixed_batch=None,

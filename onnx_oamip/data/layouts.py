@@ -97,6 +97,19 @@ def batch_axes(port: Port, model: Model) -> tuple[int, ...]:
     return tuple(axes)
 
 
+def batch_axis(port: Port, model: Model) -> int | None:
+    """Choose the likeliest batch axis of an input.
+
+    Args:
+        port: Input of the model.
+        model: The model.
+
+    Returns:
+        The axis, None if there is none.
+    """
+    return next(iter(batch_axes(port, model)), None)
+
+
 def candidates(array: Stored, port: Port, model: Model) -> Iterator[Candidate]:
     """Iterate over the layouts that an array may have by its shape.
 

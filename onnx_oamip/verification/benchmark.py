@@ -131,8 +131,7 @@ def _feeds(
     elif samples.fixed_batch is None:
         where = samples.source
     feeds = latency.feeds_of(samples, batch or 1)
-    first = next(iter(feeds[0].values()))
-    size = len(first) if first.ndim else 1
+    size = samples.feed_size(feeds[0])
     if batch is not None and size != batch:
         raise DataError(
             f"`batch={batch}` cannot be timed: {where} gives {size} samples at a time; leave `batch` out."

@@ -363,3 +363,22 @@ def test_texts_are_fed_as_str(place: Path) -> None:
     outputs = Session(model.proto, "cpu").run(samples.feed(np.arange(3)))
     assert outputs[0].shape == (3, 2, 4)
     _refused({"words": np.zeros((3, 2), np.float32)}, model, "'words' is float32", "text [N, 2]")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_samples_of_a_feed_are_counted_on_the_batch_axis(place: Path, batched: bool) -> None:
+    """The state comes first, and its axis 0 counts layers."""
+    model = load(
+        build(
+            "(float[2,N,3] state, float[N,3] x) => (float[] y) <float[3,4] w> {"
+            " s = ReduceMean<axes = [0], keepdims = 0>(state) a = Add(s, x) y = MatMul(a, w) }"
+        ),
+        place,
+    )
+    if batched:
+        arrays = {"state": np.zeros((2, 6, 3), np.float32), "x": np.zeros((6, 3), np.float32)}
+        samples = _load(arrays, model)
+        assert samples.feed_size(samples.feed(np.arange(5))) == 5
+    else:
+        samples = dataset.placeholder(model, seed=0)
+        assert samples.feed_size(samples.feed(np.asarray([0]))) == model.bindings["N"]
