@@ -196,6 +196,8 @@ def check_type(
             hint = "; give the numbers that the texts stand for"
         elif array.dtype.kind in "iu" and port.dtype.kind not in "iub":
             hint += f", or say what its codes mean with '{port.name}.scale'"
+        elif array.dtype.kind == "f" and port.dtype.kind in "iu":
+            hint = "; give the whole numbers that the model takes, a conversion would cut fractions"
         raise DataError(f"{label} is {array.dtype} but the model expects {expected(port)}{hint}.")
 
 

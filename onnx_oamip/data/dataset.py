@@ -31,6 +31,7 @@ from onnx_oamip.data import (
     formats,
     layouts,
     out_of_core,
+    unequal,
 )
 from onnx_oamip.data.array_checks import LABELS, OFFSET, SCALE, Scaling
 from onnx_oamip.data.layouts import Layout
@@ -46,8 +47,8 @@ MAX_RANDOM_BYTES = 1 << 28
 EVALUATION_PARTS = 5
 """One of this many parts of the samples is held out."""
 
-Feeds = Iterable[Mapping[str, Array]]
-"""Feeds of a program: any iterable of dicts of arrays by input name."""
+FeedIterable = Iterable[Mapping[str, Array]]
+"""FeedIterable of a program: any iterable of dicts of arrays by input name."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,9 @@ class Samples:
         return np.argsort(np.sum(sizes, axis=0), kind="stable")
 
 
-def check_extras(*sources: str | os.PathLike[str] | Mapping[str, Array] | Feeds | None) -> None:
+def check_extras(
+    *sources: str | os.PathLike[str] | Mapping[str, Array] | FeedIterable | None,
+) -> None:
     """Check that the optional packages for reading sources are installed.
 
     Args:
@@ -265,7 +268,7 @@ def check_extras(*sources: str | os.PathLike[str] | Mapping[str, Array] | Feeds 
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Array] | Feeds,
+    source: str | os.PathLike[str] | Mapping[str, Array] | FeedIterable,
     model: Model,
     prefix: str = "",
     reading: Reading | None = None,
@@ -353,6 +356,7 @@ def _samples(loaded: Loaded, model: Model) -> Samples:
     given, where = loaded.arrays, loaded.where
     array_checks.check_names(given, model, where)
     scales: dict[str, Scaling] = {}
+    given = _rebatched(given, model)
     inputs = {port.name: _as_column(given[port.name], port) for port in model.inputs}
     for port in model.inputs:
         array = inputs[port.name]
@@ -417,6 +421,28 @@ def at_data(model: Model, samples: Samples) -> Model:
                 "give samples of that length."
             )
     return rebind(model, sizes)
+
+
+def _rebatched(arrays: Mapping[str, Stored], model: Model) -> Mapping[str, Stored]:
+    """Batches of a loader, whose last one is smaller, as samples along axis 0; other arrays as they are."""
+    names = {port.name for port in model.inputs} | ({LABELS} & set(arrays))
+    batches = {
+        name: array
+        for name, array in arrays.items()
+        if name in names and isinstance(array, UnequalArrays) and unequal.differ_in_length(array)
+    }
+    if set(batches) != names or not all(
+        layouts.is_batched_freely(port, model) and batches[port.name].rank == len(port.dims)
+        for port in model.inputs
+    ):
+        return arrays
+    lengths = {tuple(array.shapes[:, 0].tolist()) for array in batches.values()}
+    *full, last = min(lengths)
+    # Two samples of different lengths look like two batches, unless labels are as long.
+    is_loader = len(set(full)) == 1 and last < full[0] and (len(full) > 1 or LABELS in batches)
+    if len(lengths) > 1 or not is_loader:
+        return arrays
+    return {**arrays, **{name: unequal.joined(array) for name, array in batches.items()}}
 
 
 def _as_column(array: Stored, port: Port) -> Stored:

@@ -110,6 +110,19 @@ def batch_axis(port: Port, model: Model) -> int | None:
     return next(iter(batch_axes(port, model)), None)
 
 
+def is_batched_freely(port: Port, model: Model) -> bool:
+    """Test for an input whose axis 0 is a batch of any size.
+
+    Args:
+        port: Input of the model.
+        model: The model.
+
+    Returns:
+        True if it is.
+    """
+    return batch_axis(port, model) == 0 and not fixed(port.dims[0])
+
+
 def candidates(array: Stored, port: Port, model: Model) -> Iterator[Candidate]:
     """Iterate over the layouts that an array may have by its shape.
 

@@ -12,10 +12,10 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
-from onnx_oamip.data.dataset import Feeds, Samples
+from onnx_oamip.data.dataset import FeedIterable, Samples
 
 File = str | os.PathLike[str]
-Source = File | Mapping[str, Array] | Feeds
+Source = File | Mapping[str, Array] | FeedIterable
 ARRAYS = "(arrays)"
 """Name of arrays in memory in reports."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Ints
 from onnx_oamip.data import out_of_core
-from onnx_oamip.data.out_of_core import Spool, Values
+from onnx_oamip.data.out_of_core import FileArray, Spool, Values
 
 TEXT_KINDS = "USO"
 """Kinds of numpy types whose values have no fixed size."""
@@ -90,6 +90,40 @@ class UnequalArrays:
 
 Stored = Values | UnequalArrays
 """Samples along axis 0, or one array of its own shape per sample."""
+
+
+def differ_in_length(arrays: UnequalArrays) -> bool:
+    """Compare the axes behind the first.
+
+    Args:
+        arrays: Arrays of unequal shapes.
+
+    Returns:
+        True if all arrays have axis 0, and differ on no other.
+    """
+    return arrays.rank > 0 and len(np.unique(arrays.shapes[:, 1:], axis=0)) == 1
+
+
+def joined(arrays: UnequalArrays) -> Values:
+    """Join arrays along axis 0.
+
+    Args:
+        arrays: Arrays that differ in length only, without gaps between their values.
+
+    Returns:
+        One array.
+    """
+    shape = (int(arrays.shapes[:, 0].sum()), *arrays.shapes[0, 1:].tolist())
+    values = arrays.values
+    if isinstance(values, np.ndarray):
+        return values.reshape(shape)
+    size = int(np.prod(shape[1:]))
+
+    def read(index: Ints) -> Array:
+        rows = [values[row * size : (row + 1) * size] for row in index.tolist()]
+        return np.asarray(rows, values.dtype).reshape(len(rows), *shape[1:])
+
+    return FileArray(read, shape, values.dtype)
 
 
 def blocks(stored: Stored) -> Iterator[Array]:

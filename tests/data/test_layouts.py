@@ -13,7 +13,7 @@ from graphs import build, load
 
 from onnx_oamip.core.errors import DataError, ModelError
 from onnx_oamip.core.records import Model
-from onnx_oamip.data import batching, dataset
+from onnx_oamip.data import batching, dataset, out_of_core
 from onnx_oamip.data.dataset import EVALUATION, Samples
 from onnx_oamip.data.unequal import UnequalArrays
 from onnx_oamip.graph.runtime import Session
@@ -159,6 +159,27 @@ def test_graphs_keep_their_nodes_and_edges_together(graph: Model) -> None:
     # Equal edges for all graphs.
     shared = _load({"nodes": [f["nodes"] for f in feeds], "edges": feeds[2]["edges"]}, graph)
     np.testing.assert_array_equal(shared.feed(np.asarray([1]))["edges"], feeds[2]["edges"])
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_batches_of_a_loader_are_samples(
+    place: Path, monkeypatch: pytest.MonkeyPatch, in_file: bool
+) -> None:
+    """The last batch is smaller, and labels come in batches too."""
+    model = load(build("(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"), place)
+    if in_file:
+        monkeypatch.setattr(out_of_core, "IN_MEMORY_BYTES", 16)
+    x, labels = RNG.standard_normal((11, 5)).astype(np.float32), np.arange(11) % 3
+    cuts = (slice(0, 4), slice(4, 8), slice(8, 11))
+    samples = _load([{"x": x[cut], "labels": labels[cut]} for cut in cuts], model)
+    assert (samples.count, samples.whole) == (11, False)
+    assert isinstance(samples.arrays["x"], out_of_core.FileArray) == in_file
+    assert samples.classes is not None
+    assert samples.classes.tolist() == labels.tolist()
+    np.testing.assert_array_equal(samples.feed(np.asarray([9, 2]))["x"], x[[9, 2]])
+    # Two sets of points of different lengths are no batches, and neither are lengths without an order.
+    assert _load([{"x": x[:4]}, {"x": x[:2]}], model).count == 2
+    assert _load([{"x": x[:4]}, {"x": x[:2]}, {"x": x[:3]}], model).count == 3
 
 
 # ---------------------------------------------------------------------------------------------- states, shared values
