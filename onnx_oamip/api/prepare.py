@@ -389,10 +389,13 @@ def _something_free(model: Model, coupling: Coupling) -> None:
     if not coupling.pinned:
         raise BudgetNotMet(f"no channel of {model.path} can be removed: it has no weights.")
     channels: Counter[str] = Counter()
+    given = {pin.reason for pin in coupling.pinned if pin.given}
     for pin in coupling.pinned:
         channels[pin.reason] += pin.count
-    # What the user excluded comes first, then what holds most channels.
-    reasons = sorted(channels, key=lambda r: (not r.startswith("`exclude="), -channels[r]))
+    # What the user excluded comes first, then what holds most channels; inputs and outputs, which every model keeps, last.
+    reasons = sorted(
+        channels, key=lambda r: (not r.startswith("`exclude="), r in given, -channels[r])
+    )
     raise BudgetNotMet(
         f"no channel of {model.path} can be removed, for example because {reasons[0]}; see 'onnx-oamip inspect' for "
         "all reasons, or remove single connections with `granularity=connection`."

@@ -327,11 +327,14 @@ def _propagate(model: Model, choices: Mapping[str, int]) -> _Labels:
         if labels.is_output(constant):
             reason = f"'{shortened(constant)}' is a graph output as well"
             labels.pin(axis_labels, reason, given=True)
+        if constant in labels.read_whole:
+            # Also if the node that reads it whole has labelled some of its axes.
+            labels.pin(axis_labels, labels.read_whole[constant])
+            continue
         for node in labels.readers(constant):
             if (node.name, key) in labels.claims:
                 continue
-            default = f"{node} reads '{shortened(constant)}' whole"
-            labels.pin(axis_labels, labels.read_whole.get(constant, default))
+            labels.pin(axis_labels, f"{node} reads '{shortened(constant)}' whole")
     return labels
 
 

@@ -160,9 +160,8 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     picks = _together(context, orders, alone) if whole else alone
     values = found.values.copy()
     for group, pick in zip(coupling.groups, picks.tolist(), strict=True):
-        values[group.units[np.argsort(orders[pick][group.units], kind="stable")]] = np.sort(
-            values[group.units]
-        )
+        if pick:
+            values[group.units] = _sorted_into(orders[pick][group.units], values[group.units])
     counts = ", ".join(
         f"{name} {n}" for i, name in enumerate(names) if (n := int((picks == i).sum()))
     )
@@ -171,6 +170,15 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     count = measured.count if whole else few.count
     note = f"orders of removal measured on {count} samples; least loss by groups: {counts}"
     return replace(found, values=values, others={}, notes=(*found.notes, note))
+
+
+def _sorted_into(order: Floats, values: Floats) -> Floats:
+    """Values of a group in another order (units,). Equal ones are moved apart by rounding errors, to keep the order."""
+    ranked = np.sort(values)
+    apart = 4 * np.finfo(np.float64).eps * (np.abs(ranked).max(initial=0.0) or 1.0)
+    result = np.empty_like(values)
+    result[np.argsort(order, kind="stable")] = ranked + apart * np.arange(len(values))
+    return result
 
 
 def _together(context: Context, orders: Floats, alone: Ints) -> Ints:

@@ -253,6 +253,18 @@ def test_constant_output_is_not_cut(tmp_path: Path) -> None:
     assert any("'b1' is a graph output" in pin.reason for pin in coupling.pinned)
 
 
+def test_bias_of_a_product_with_an_unknown_shape_is_not_cut(tmp_path: Path) -> None:
+    """The rule of Gemm ties its bias to its weight, also where the weight is pinned."""
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <int64[2] half = {6, 6}, float[6,12] w1, float[12,9] w2, float[9] b2,"
+        " float[9,3] w3> { a = MatMul(x, w1)  s = SplitToSequence <axis = 1> (a, half)"
+        " j = ConcatFromSequence <axis = 1> (s)  b = Gemm(j, w2, b2)  r = Relu(b)  y = MatMul(r, w3) }"
+    )
+    model = load(proto, tmp_path)
+    assert model.shapes.get("j") is None
+    assert couple(model).n_units == 0
+
+
 def test_bounds_of_a_slice_keep_their_type(tmp_path: Path) -> None:
     proto = build(
         "(float[N,6] x) => (float[N,3] y) <float[6,12] w1, float[8,3] w2, int32[1] from = {4}, int32[1] to = {12},"
