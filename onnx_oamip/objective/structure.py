@@ -281,14 +281,15 @@ class Graph:
         if found is not None:
             return found
         shape = self.shape(tensor)
-        if rank == 2 or shape is None:
+        if shape is None:
             return 1
         declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
         # A declared shape may contradict the inferred one.
         dims = declared if declared and len(declared) == rank else shape
-        # Channels have a fixed number.
-        fixed = [axis for axis in (1, rank - 1) if isinstance(dims[axis], int)]
-        return min(fixed or [1, rank - 1], key=lambda axis: shape[axis])
+        # Channels have a fixed number, and surely not one that the inputs vary, such as the batch.
+        possible = [axis for axis in {1, rank - 1} if dims[axis] not in self.model.bindings]
+        fixed = [axis for axis in possible if isinstance(dims[axis], int)]
+        return min(fixed or possible, key=lambda axis: (shape[axis], axis), default=None)
 
     def _channels(self, tensor: str, depth: int) -> int | None:
         """The channel axis as the layers behind a tensor have it."""

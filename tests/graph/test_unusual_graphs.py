@@ -398,3 +398,14 @@ def test_inference_stops_where_it_makes_no_progress(
     )
     load(proto, tmp_path)
     assert len(calls) < 50
+
+
+def test_output_with_the_batch_behind_is_one_column(tmp_path: Path) -> None:
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y, float[1,N] z) <float[6,12] w1, float[12,3] w2, int64[1] first = {0}> {"
+        " a = MatMul(x, w1)  h = Relu(a)  y = MatMul(h, w2)"
+        " m = ReduceMean<axes = [1], keepdims = 0>(y)  z = Unsqueeze(m, first) }"
+    )
+    report, _, values = _pruned(proto, tmp_path)
+    np.testing.assert_allclose(values[1][0], values[0].mean(axis=1), rtol=1e-5)
+    assert {term.output: term.axis for term in report.objective.terms} == {"y": 1, "z": None}

@@ -236,7 +236,9 @@ class Maker:
     def slice(self, x: Value, start: int, stop: int, axis: int, shape: Sequence[int]) -> Value:
         if self.opset < 10:
             return self.node("Slice", [x.name], shape, axes=[axis], starts=[start], ends=[stop])
-        return self.node("Slice", [x.name, *(self.ints(i) for i in (start, stop, axis))], shape)
+        kind = (np.int64, np.int32)[self.pick(2)]  # one type for all bounds
+        bounds = [self.constant([i], kind, "bound") for i in (start, stop, axis)]
+        return self.node("Slice", [x.name, *bounds], shape)
 
     def axis(self, axis: int, rank: int) -> int:
         """Counted from the end or from the front; old operators know only the latter."""

@@ -435,6 +435,20 @@ def finished(make: Maker, result: Value, start: Value) -> ModelProto:
     return helper.make_model(graph, opset_imports=imports, ir_version=IR[make.opset])
 
 
+def unusual(make: Maker, proto: ModelProto, start: Value) -> ModelProto:
+    """The same model as some converters leave it: not sorted, an output listed twice, an input among the outputs."""
+    graph = proto.graph
+    if make.pick(3) == 0:
+        nodes = list(graph.node)[::-1]
+        del graph.node[:]
+        graph.node.extend(nodes)
+    if make.pick(4) == 0:
+        graph.output.append(graph.output[0])
+    if make.pick(4) == 0:
+        graph.output.extend(value for value in graph.input if value.name == start.name)
+    return proto
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> Network:
     """An image passes a few blocks, maybe as tokens, then as a vector; one or two branches meet at the end."""
@@ -455,5 +469,5 @@ def networks(draw: st.DrawFn) -> Network:
     if len(vectors) == 2:
         widths = tuple(v.shape[-1] for v in vectors)
         last = make.node("Concat", [v.name for v in vectors], (sum(widths),), axis=1)
-    proto = finished(make, make.linear(last, 3), image)
+    proto = unusual(make, finished(make, make.linear(last, 3), image), image)
     return Network(proto, tuple(blocks), make.opset)
