@@ -33,6 +33,7 @@ QUICK = {
     "refit": "none",
     "align": 1,
     "device": "cpu",
+    "force": True,
 }
 ROWS = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 

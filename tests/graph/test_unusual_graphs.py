@@ -32,6 +32,7 @@ QUICK = {
     "allocate": "uniform",
     "align": 1,
     "device": "cpu",
+    "force": True,
     "macs": 0.5,
 }
 ROWS = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
