@@ -399,6 +399,9 @@ class _CutOfOneAxis:
     def readers(self, tensor: str) -> Sequence[Node]:
         return [node for node in self._model.every if tensor in node.inputs]
 
+    def producer(self, tensor: str) -> Node | None:
+        return next((node for node in self._model.every if tensor in node.outputs), None)
+
     def keep(self, tensor: str, axis: int) -> Bools | None:
         if (tensor, axis) != self._axis:
             return None

@@ -194,3 +194,71 @@ case(
     ),
     domains={"com.microsoft": 1},
 )
+
+_MERGED = """(float[N,5,6] x) => (float[N,5,4] y)
+<float[6,12] w, float[12,12] wq, float[12,12] wk, float[12,12] wv, float[12,4] wo, int64[1] zero = {0},
+ int64[1] heads = {4}, int64[1] open = {-1}, int64[1] size = {3}, int64[1] width = {12}> {
+    h = MatMul(x, w)
+    q = MatMul(h, wq)
+    k = MatMul(h, wk)
+    v = MatMul(h, wv)
+    s = Shape(h)
+    n = Gather(s, zero)
+    divided = Concat<axis = 0>(n, open, heads, size)
+    q4 = Reshape(q, divided)
+    k4 = Reshape(k, divided)
+    v4 = Reshape(v, divided)
+    qt = Transpose<perm = [0, 2, 1, 3]>(q4)
+    kt = Transpose<perm = [0, 2, 1, 3]>(k4)
+    vt = Transpose<perm = [0, 2, 1, 3]>(v4)
+    b = Mul(n, heads)
+    merged = Concat<axis = 0>(b, open, size)
+    qm = Reshape(qt, merged)
+    km = Reshape(kt, merged)
+    vm = Reshape(vt, merged)
+    kl = Transpose<perm = [0, 2, 1]>(km)
+    l = MatMul(qm, kl)
+    p = Softmax(l)
+    o = MatMul(p, vm)
+    apart = Concat<axis = 0>(n, heads, open, size)
+    o4 = Reshape(o, apart)
+    ot = Transpose<perm = [0, 2, 1, 3]>(o4)
+    joined = Concat<axis = 0>(n, open, width)
+    c = Reshape(ot, joined)
+    y = MatMul(c, wo)
+}"""
+# Two lengths of one target are open, the batch and the one that is left: the others can still be changed.
+case("attention-with-heads-merged-into-the-batch", "Reshape", _MERGED, units=12 + 3 + 3)
+case(
+    "group-norm-back-to-an-open-shape",
+    "InstanceNormalization Reshape",
+    """(float[N,3,H,W] x) => (float[N,4,H,W] y)
+    <float[8,3,1,1] w1, float[4,8,1,1] w3, int64[3] in = {0, 2, -1}, float[2] ones = {1.0, 1.0},
+     float[2] none = {0.0, 0.0}> {
+        h = Conv(x, w1)
+        g = Reshape(h, in)
+        i = InstanceNormalization(g, ones, none)
+        s = Shape(h)
+        r = Reshape(i, s)
+        y = Conv(r, w3)
+    }""",
+    units=2,
+    bindings={"H": 6, "W": 5},
+)
+case(
+    "resize-to-listed-sizes",
+    "Resize",
+    """(float[N,3,H,W] x, float[N,1,U,V] as) => (float[N,4,U,V] y)
+    <float[8,3,1,1] w1, float[4,8,1,1] w3, int64[1] zero = {0}, int64[2] space = {2, 3}, int64[1] width = {8}> {
+        h = Conv(x, w1)
+        s = Shape(x)
+        n = Gather(s, zero)
+        z = Shape(as)
+        u = Gather(z, space)
+        t = Concat<axis = 0>(n, width, u)
+        r = Resize<mode = "nearest">(h, , , t)
+        y = Conv(r, w3)
+    }""",
+    units=8,
+    bindings={"H": 6, "W": 5, "U": 7, "V": 9},
+)

@@ -267,6 +267,17 @@ class Cuts(Protocol):
         """
         ...
 
+    def producer(self, tensor: str) -> Node | None:
+        """Return the node that writes a tensor.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The node, or None for a graph input or a constant.
+        """
+        ...
+
     def keep(self, tensor: str, axis: int) -> Bools | None:
         """Return the keep mask along one axis.
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from onnx_oamip.core.records import Array, Node
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, operand
+from onnx_oamip.graph.ops.listed import elements
 from onnx_oamip.graph.ops.movement import slice_bounds
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec
@@ -47,19 +48,10 @@ def _sized(
 
 def _computed(tensor: str, count: int, labels: Labels) -> list[int]:
     """Places of a list of ``count`` lengths whose value is not known before it runs."""
-    if labels.constant(tensor) is not None:
-        return []
-    maker = labels.producer(tensor)
-    if maker is not None and maker.op == "Concat":
-        parts = [labels.shape(n) for n in maker.inputs]
-    else:
-        parts = []
-    if maker is None or not parts or any(p is None or len(p) != 1 for p in parts):
+    known = elements(tensor, labels)
+    if known is None:
         return list(range(count))
-    fixed: list[bool] = []
-    for name, part in zip(maker.inputs, parts, strict=True):
-        fixed += [labels.constant(name) is not None] * (part[0] if part else 0)
-    return [i for i, known in enumerate(fixed) if not known]
+    return [place for place, value in enumerate(known) if value is None]
 
 
 def _resize(node: Node, labels: Labels) -> None:
@@ -137,7 +129,7 @@ def _lengths(
     out = node.outputs[0]
     value = cuts.constant(node.inputs[slot])
     if value is None:
-        return Edit()  # a computed length: what it could cut was pinned
+        return _listed_lengths(node, cuts, slot, axes)
     # A target shorter than the result is aligned from the right (Expand).
     where = axes or list(range(len(cuts.shape(out)) - len(value), len(cuts.shape(out))))
     fixed: Array = value.copy()
@@ -147,6 +139,22 @@ def _lengths(
     if (fixed == value).all():
         return Edit()
     return Edit(inputs={slot: fixed})
+
+
+def _listed_lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
+    """As ``_lengths``, in a list that is joined; what a computed length could cut was pinned."""
+    out = node.outputs[0]
+    known = elements(node.inputs[slot], cuts)
+    if known is None:
+        return Edit()
+    rank = len(cuts.shape(out))
+    where = axes or list(range(rank - len(known), rank))
+    changed = {
+        place: cuts.kept(out, axis)
+        for place, axis in enumerate(where)
+        if cuts.keep(out, axis) is not None and known[place] not in (None, 1)
+    }
+    return Edit(lengths={slot: changed}) if changed else Edit()
 
 
 def _looks(reader: Node, labels: Labels, order: list[int]) -> list[int] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -10,11 +10,14 @@ import numpy as np
 from onnx_oamip.core.records import Ints, Node
 from onnx_oamip.graph.ops import maps
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Terms, integers, operand
+from onnx_oamip.graph.ops.listed import elements
 from onnx_oamip.graph.ops.norm import crosses_seam
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Trait
 
 Shape = tuple[int, ...]
+_COMPUTED = "takes its target shape from a computation"
+_REGROUPED = "regroups it across axes that do not line up"
 
 
 def blocks(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]:
@@ -51,13 +54,13 @@ def blocks(before: Shape, after: Shape) -> Iterator[tuple[list[int], list[int]]]
         yield a, b
 
 
-def reshaped(node: Node, labels: Labels, fixed: bool) -> None:
+def reshaped(node: Node, labels: Labels, known: Sequence[bool] | None = None) -> None:
     """Channel rule of any reshape with known shapes.
 
     Args:
         node: The node.
         labels: Labels of the graph.
-        fixed: The target is a constant that can be repaired.
+        known: Whether the length of an axis of the result is a number that can be repaired; default: of every axis.
     """
     name = node.inputs[0]
     result_name = node.outputs[0]
@@ -75,22 +78,23 @@ def reshaped(node: Node, labels: Labels, fixed: bool) -> None:
         tracked = [axes[a] for a in left if axes[a] is not None]
         if not tracked:
             continue
+        cuttable = [b for b in right if known is None or known[b]]
+        fine = refined([before[a] for a in left], [after[b] for b in right])
+        if not cuttable or fine is None:
+            why = _COMPUTED if fine is not None else _REGROUPED
+            reason = f"{node} {why}"
+            for found in tracked:
+                labels.pin(found, reason)
+            continue
         if len(left) == len(right) == 1:
             result[right[0]] = axes[left[0]]
             continue
-        fine = refined([before[a] for a in left], [after[b] for b in right])
-        if fixed and fine is not None:
-            parts = _divide(node, labels, [axes[a] for a in left], fine[0])
-            for axis, merged in zip(right, _merged(node, labels, parts, fine[1]), strict=True):
+        parts = _divide(node, labels, [axes[a] for a in left], fine[0])
+        for axis, merged in zip(right, _merged(node, labels, parts, fine[1]), strict=True):
+            if axis in cuttable:
                 result[axis] = merged
-            continue
-        reason = (
-            f"{node} regroups it across axes that do not line up"
-            if fixed
-            else f"{node} takes its target shape from a computation"
-        )
-        for found in tracked:
-            labels.pin(found, reason)
+            else:
+                labels.pin(merged, f"{node} {_COMPUTED}")
     labels.set(result_name, result)
 
 
@@ -214,7 +218,7 @@ def _group_norm_end(first: Node, graph: Labels | Cuts) -> Node | None:
 def _by_channel(first: Node, labels: Labels) -> Node | None:
     """The second reshape of a GroupNorm whose groups cross a seam, so that units are channels; None for others."""
     last = _group_norm_end(first, labels)
-    if last is None or not _fixed(last, labels):
+    if last is None or _known(last, labels)[1:2] != [True]:
         return None
     name, blocks = first.inputs[0], first.outputs[0]
     shapes = [labels.shape(tensor) for tensor in (name, blocks, last.outputs[0])]
@@ -241,9 +245,15 @@ def _first_reshape(last: Node, labels: Labels) -> Node | None:
     return first if end is not None and end.name == last.name else None
 
 
-def _fixed(node: Node, labels: Labels) -> bool:
-    """Tests for a target that is a constant."""
-    return "shape" in node.attrs or labels.constant(node.inputs[1]) is not None
+def _known(node: Node, labels: Labels) -> list[bool]:
+    """Whether the length of an axis of the result is a number, as opposed to one that is read at run time."""
+    rank = len(labels.shape(node.outputs[0]) or ())
+    if "shape" in node.attrs:
+        return [True] * rank
+    target = elements(node.inputs[1], labels)
+    if target is None or len(target) != rank:
+        return [False] * rank
+    return [length is not None for length in target]
 
 
 def _reshape(node: Node, labels: Labels) -> None:
@@ -261,11 +271,11 @@ def _reshape(node: Node, labels: Labels) -> None:
         channels = labels.label(first.inputs[0], 1)
         labels.set(out, [channels if axis == 1 else None for axis in range(rank)])
         return
-    reshaped(node, labels, _fixed(node, labels))
+    reshaped(node, labels, _known(node, labels))
 
 
 def _same_elements(node: Node, labels: Labels) -> None:
-    reshaped(node, labels, True)
+    reshaped(node, labels)
 
 
 def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
@@ -278,7 +288,7 @@ def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
     if last is not None and cuts.keep(out, 1) is None:
         return Edit(spread=1, until=last.name)
     if "shape" not in node.attrs and cuts.constant(node.inputs[1]) is None:
-        return Edit()  # a computed target: the axes that it changes were pinned
+        return _repair_listed(node, cuts)
     target = integers(node, cuts, "shape", 1)
     assert target is not None
     fixed = target.copy()
@@ -290,6 +300,18 @@ def _reshape_repair(node: Node, cuts: Cuts) -> Edit:
     if "shape" in node.attrs:
         return Edit({"shape": fixed.tolist()})
     return Edit(inputs={1: fixed})
+
+
+def _repair_listed(node: Node, cuts: Cuts) -> Edit:
+    """Repair of a target that is joined from lengths; the axes that a computed length would change were pinned."""
+    out = node.outputs[0]
+    target = elements(node.inputs[1], cuts) or []
+    changed = {
+        axis: cuts.kept(out, axis)
+        for axis, length in enumerate(target)
+        if length is not None and length > 0 and cuts.keep(out, axis) is not None
+    }
+    return Edit(lengths={1: changed}) if changed else Edit()
 
 
 def _squeeze_repair(node: Node, cuts: Cuts) -> Edit:

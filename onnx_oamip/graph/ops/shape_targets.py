@@ -227,7 +227,6 @@ def _merged_transpose(node: NodeProto, edit: Targets) -> bool:
 
 def _reshape(node: NodeProto, at: int, edit: Targets) -> None:
     """A target in numbers: computed where the list is known, else from the inferred dimensions."""
-    del at  # nothing is inserted
     if _merged_transpose(node, edit):
         return
     target = edit.entries(node.input[1])
@@ -242,10 +241,21 @@ def _reshape(node: NodeProto, at: int, edit: Targets) -> None:
     if wanted is None:
         wanted = static_target(edit.dims(node.input[0]), edit.dims(node.output[0]))
     if wanted is None:
+        _join_target(node, at, edit)
         return
     _read_numbers(node, 1, wanted, edit, suffix="target")
     for attribute in zero_flags:  # a zero of the new target copies a length
         node.attribute.remove(attribute)
+
+
+def _join_target(node: NodeProto, at: int, edit: Targets) -> None:
+    """A target with several open lengths, read as a whole from a shape: joined, so that its numbers can be changed."""
+    target = edit.entries(node.input[1])
+    if target is None or edit.producer(node.input[1], "Concat") is not None:
+        return
+    widths = [value for value in target if not isinstance(value, Size)]
+    if max(widths, default=1) > 1:
+        edit.joined(at, node, 1, wanted=list(target), source=range(len(target)))
 
 
 def _has_zero(target: Entries) -> bool:

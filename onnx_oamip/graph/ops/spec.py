@@ -16,6 +16,8 @@ from onnx_oamip.graph.ops.matrix_view import Linear
 class Edit:
     """Changes of a node after slicing: attributes to set or drop (None), inputs to replace by constants or drop.
 
+    ``lengths``: numbers to set in an input that another node joins from pieces, by slot and place in the list.
+
     ``spread`` is an axis along which the node must still see zeros for removed channels: they are inserted in front of
     it and removed behind it. ``ordered``: at their old places; else, where places mean nothing to the node as edited,
     behind the others; ``until``: node behind which they are removed, itself by default. ``scale`` multiplies the first
@@ -24,6 +26,7 @@ class Edit:
 
     attrs: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[int, Array | None] = field(default_factory=dict)
+    lengths: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
     spread: int | None = None
     ordered: bool = True
     until: str = ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -25,7 +26,14 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.graph import external_data, subgraphs
 from onnx_oamip.graph.loading import restore
-from onnx_oamip.graph.ops import Edit, Trait, build, lookup, rule_errors
+from onnx_oamip.graph.ops import (
+    Edit,
+    Trait,
+    build,
+    consumers_by_tensor,
+    lookup,
+    rule_errors,
+)
 from onnx_oamip.graph.ops.inserted_nodes import (
     Added,
     Names,
@@ -59,7 +67,18 @@ class _Cuts:
         return self._model.constants.get(tensor)
 
     def readers(self, tensor: str) -> Sequence[Node]:
-        return [node for node in self._model.every if tensor in node.inputs]
+        return self._readers[tensor]
+
+    def producer(self, tensor: str) -> Node | None:
+        return self._producers.get(tensor)
+
+    @cached_property
+    def _readers(self) -> Mapping[str, Sequence[Node]]:
+        return consumers_by_tensor(self._model)
+
+    @cached_property
+    def _producers(self) -> Mapping[str, Node]:
+        return {name: node for node in self._model.every for name in node.outputs if name}
 
     def keep(self, tensor: str, axis: int) -> Bools | None:
         return self.masks.get((tensor, axis))
@@ -96,7 +115,7 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
         for node in [n for n in part.nodes if n.name in edits]:
             edit = edits[node.name]
             original = nodes[node.name]
-            _apply(node, edit)
+            _apply(part, node, edit, model)
             if edit.spread is not None:
                 source = node.inputs[0].name
                 keep = cuts.masks[source, edit.spread]
@@ -261,8 +280,10 @@ def _insert(
         graph.nodes.append(gs.Node(step.op, step.name, dict(step.attrs), inputs, outputs))
 
 
-def _apply(node: gs.Node, edit: Edit) -> None:
-    """Changes the attributes and constant inputs of a node."""
+def _apply(graph: gs.Graph, node: gs.Node, edit: Edit, model: Model) -> None:
+    """Changes the attributes, constant inputs and listed lengths of a node."""
+    for slot, lengths in edit.lengths.items():
+        node.inputs[slot] = _with_lengths(graph, node, slot, lengths, model)
     for key, value in edit.attrs.items():
         if value is None:
             node.attrs.pop(key, None)
@@ -279,6 +300,29 @@ def _apply(node: gs.Node, edit: Edit) -> None:
             old.data_location = None  # the old value may have been in a file
         else:
             node.inputs[slot] = gs.Constant(f"{node.name}_input{slot}_pruned", np.asarray(value))
+
+
+def _with_lengths(
+    graph: gs.Graph, node: gs.Node, slot: int, lengths: Mapping[int, int], model: Model
+) -> gs.Variable:
+    """Output of a copy of the node that joins an input, with other numbers at some places of the list."""
+    (old,) = node.inputs[slot].inputs
+    name = f"{node.name}_input{slot}_pruned"
+    pieces = []
+    place = 0
+    for i, piece in enumerate(old.inputs):
+        value = piece.values.copy() if isinstance(piece, gs.Constant) else None
+        (count,) = model.shapes[piece.name]
+        changed = {at: n for at, n in lengths.items() if place <= at < place + count}
+        if value is not None and changed:
+            for at, length in changed.items():
+                value[at - place] = length
+            piece = gs.Constant(f"{name}_{i}", value)
+        pieces.append(piece)
+        place += count
+    result = gs.Variable(name, dtype=node.inputs[slot].dtype)
+    graph.nodes.append(gs.Node(old.op, f"{name}_node", dict(old.attrs), pieces, [result]))
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------ mask

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from cases import CASES
 from graphs import assert_exact, build, constants, distance, feed, load, operands
 from onnx import numpy_helper
 
@@ -266,3 +267,24 @@ def test_shared_gain_is_copied_for_each_normalisation(tmp_path: Path) -> None:
     assert coupling.n_units == 24
     for seed in range(3):
         assert_exact(model, coupling, np.random.default_rng(seed).random(24) < 0.6)
+
+
+def test_second_cut_changes_the_lengths_of_the_first(tmp_path: Path) -> None:
+    """A list of lengths is copied for the node that reads it; a further cut changes the copy and adds none."""
+    (case,) = (c for c in CASES if c.name == "attention-with-heads-merged-into-the-batch")
+    model = load(case.make(), tmp_path)
+    computed = [n for n in model.nodes if n.op == "Reshape" and n.inputs[1] not in model.constants]
+    assert computed
+    coupling = couple(model)
+    first = np.arange(18) % 3 != 1
+    half = load(rewrite.cut(model, coupling, first), tmp_path)
+    again = couple(half)
+    assert again.n_units == 12
+    second = np.arange(12) % 2 == 0
+    both = first.copy()
+    both[np.flatnonzero(first)[~second]] = False
+    twice, at_once = assert_exact(half, again, second), assert_exact(model, coupling, both)
+    operators = [Counter(n.op_type for n in proto.graph.node) for proto in (twice, at_once)]
+    assert operators[0] == operators[1]
+    values = feed(model, 3, 2)
+    assert distance(Session(at_once, "cpu").run(values), Session(twice, "cpu").run(values)) <= 1e-6
