@@ -255,10 +255,10 @@ def find_layouts(
     """
     found = layouts.find(arrays, model)
     if found is None:
-        for port in model.inputs:
-            _check_shape(arrays[port.name], port, model, where)
         counts = {name: _length(array) for name, array in arrays.items()}
         most = max(counts.values())
+        for port in model.inputs:
+            _check_shape(arrays[port.name], port, model, where, count=most)
         odd = next((p for p in model.inputs if counts[p.name] != most), model.inputs[-1])
         raise DataError(
             f"{where} holds unequal numbers of samples ({counts}), or mixes layouts: '{odd.name}' is "
@@ -284,12 +284,7 @@ def _shape_of(array: Stored) -> str:
     return str(array.shape)
 
 
-def _check_shape(
-    array: Stored,
-    port: Port,
-    model: Model,
-    where: str,
-) -> None:
+def _check_shape(array: Stored, port: Port, model: Model, where: str, *, count: int) -> None:
     """Raise DataError if an array fits its input in no layout."""
     if next(layouts.candidates(array, port, model), None) is not None:
         return
@@ -304,7 +299,7 @@ def _check_shape(
         hint = _transpose_hint(array, port)
     several = len(model.inputs) > 1 or bool(port.dims and fixed(port.dims[0]))
     if several and not hint:
-        hint = f"; give {layouts.accepted(port, model, _length(array))}"
+        hint = f"; give {layouts.accepted(port, model, count)}"
     elif not isinstance(array, UnequalArrays) and (
         array.ndim not in (rank, rank + 1) or not array.ndim
     ):

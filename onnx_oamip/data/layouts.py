@@ -77,12 +77,15 @@ def batch_axes(port: Port, model: Model) -> tuple[int, ...]:
         model: The model.
 
     Returns:
-        Axes, the likeliest first: axis 0 if its length is free or 1; otherwise an axis with the symbol that leads
-        another input, or an axis of free length or length 1.
+        Axes, the likeliest first: that of the symbol which all inputs share; otherwise axis 0 if its length is free or
+        1, an axis with the symbol that leads another input, or an axis of free length or length 1.
     """
     dims = port.dims
     if not dims:
         return ()
+    shared = _shared_symbol(model)
+    if shared in dims:
+        return (dims.index(shared),)
     others = [p.dims[0] for p in model.inputs if p is not port and p.dims]
     if not fixed(dims[0]):
         return (0,)
@@ -95,6 +98,15 @@ def batch_axes(port: Port, model: Model) -> tuple[int, ...]:
     if not is_batch:
         axes += [k for k in range(1, len(dims)) if dims[k] == 1]
     return tuple(axes)
+
+
+def _shared_symbol(model: Model) -> str | None:
+    """The first symbol that all inputs with symbols have, as the batch of a sequence and of a recurrent state."""
+    symbols = [[dim for dim in port.dims if isinstance(dim, str)] for port in model.inputs]
+    symbols = [names for names in symbols if names]
+    if len(symbols) < 2:
+        return None
+    return next((name for name in symbols[0] if all(name in names for names in symbols)), None)
 
 
 def batch_axis(port: Port, model: Model) -> int | None:
@@ -166,7 +178,7 @@ def _shared(
         grows = not fixed(dims[single])
         yield Candidate(Layout("shared", single if grows else None), None)
         return
-    leading = {port.dims[0] for port in model.inputs if port.dims}
+    leading = {port.dims[0] for port in model.inputs if port.dims} | {_shared_symbol(model)}
     if all(isinstance(dims[axis], str) and dims[axis] not in leading for axis in axes):
         # Axes of other lengths, such as the edges of a graph.
         yield Candidate(Layout("shared", None), None)

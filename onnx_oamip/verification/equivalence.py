@@ -551,7 +551,7 @@ def runs_at(
         sound = all(np.isfinite(v).all() for v in outputs if is_float(v.dtype))
         truths = before().run(feed, names) if before and not sound else [None] * len(outputs)
         for port, value, truth in zip(model.outputs, outputs, truths, strict=True):
-            if not samples.whole and _leads_with_batch(model, port) and len(value) != size:
+            if not samples.whole and _leads_with_batch(model, samples, port) and len(value) != size:
                 raise GateFailed(
                     f"the pruned model gives {len(value)} rows in '{port.name}' for a batch of {size}."
                 )
@@ -587,10 +587,11 @@ def numbers(model: Model, found: Verification) -> None:
         )
 
 
-def _leads_with_batch(model: Model, port: Port) -> bool:
-    first = model.inputs[0]
-    return (
-        bool(port.dims and first.dims)
-        and symbol(port, 0) == symbol(first, 0)
-        and port.dims[0] == first.dims[0]
-    )
+def _leads_with_batch(model: Model, samples: Samples, port: Port) -> bool:
+    """True if axis 0 of an output has the symbol of the batch of the first input that has one."""
+    for source in model.inputs:
+        axis = samples.layouts[source.name].axis
+        if axis is not None and source.dims:
+            same_dim = bool(port.dims) and port.dims[0] == source.dims[axis]
+            return same_dim and symbol(port, 0) == symbol(source, axis)
+    return False

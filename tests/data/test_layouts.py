@@ -208,6 +208,27 @@ def test_recurrent_states_are_read_in_any_layout(recurrent: Model, layout: str) 
     np.testing.assert_array_equal(part.feed(np.asarray([0]))["x"], x[[5]])
 
 
+@pytest.mark.parametrize("natural", [True, False])
+def test_batch_is_the_symbol_that_all_inputs_share(place: Path, natural: bool) -> None:
+    """A sequence with its time first, and the state of one layer."""
+    model = load(
+        build(
+            "(float[T,N,5] x, float[1,N,5] h) => (float[] y) <float[5,4] w> { s = Add(x, h) y = MatMul(s, w) }"
+        ),
+        place,
+    )
+    x, h = (RNG.standard_normal((6, n, 5)).astype(np.float32) for n in (3, 1))
+    arrays = {"x": x, "h": h}
+    if natural:
+        arrays = {name: array.transpose(1, 0, 2) for name, array in arrays.items()}
+    samples = _load(arrays, model)
+    assert samples.count == 6
+    assert samples.bindings(model) == {"T": 3, "N": 1}
+    feed = samples.feed(np.asarray([4, 2]))
+    np.testing.assert_array_equal(feed["x"], x[[4, 2]].transpose(1, 0, 2))
+    np.testing.assert_array_equal(feed["h"], h[[4, 2]].transpose(1, 0, 2))
+
+
 def test_refused_state_names_the_layouts_that_work(recurrent: Model) -> None:
     x = np.zeros((6, 5), np.float32)
     _refused(
