@@ -125,7 +125,10 @@ def describe_path(content: Any, path: Sequence[str | int]) -> str:
             content = content[part]
         except (KeyError, IndexError, TypeError):
             content = None
-        name = content.get("name") if isinstance(content, dict) else None
+        if isinstance(content, dict):
+            name = content.get("name")
+        else:
+            name = None
         if isinstance(part, str):
             words.append(f"'{part}'")
         elif name:

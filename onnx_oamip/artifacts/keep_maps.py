@@ -85,7 +85,11 @@ class Checkpoint:
     unmatched: tuple[str, ...]
 
 
-def pruned_weights(model: Model, coupling: Coupling, keep: Bools) -> dict[str, Weight]:
+def pruned_weights(
+    model: Model,
+    coupling: Coupling,
+    keep: Bools,
+) -> dict[str, Weight]:
     """Find the initialisers that lose channels.
 
     Args:
@@ -111,7 +115,10 @@ def pruned_weights(model: Model, coupling: Coupling, keep: Bools) -> dict[str, W
 
 
 def save_keep_map(
-    path: str | os.PathLike[str], model: Model, coupling: Coupling, keep: Bools
+    path: str | os.PathLike[str],
+    model: Model,
+    coupling: Coupling,
+    keep: Bools,
 ) -> None:
     """Write the keep-map of a pruned model, completely or not at all.
 
@@ -272,7 +279,10 @@ class _Match(NamedTuple):
 
 
 def _match(
-    name: str, value: Array, weights: Mapping[str, Weight], path: str | os.PathLike[str]
+    name: str,
+    value: Array,
+    weights: Mapping[str, Weight],
+    path: str | os.PathLike[str],
 ) -> _Match | None:
     """The weight of the same name, else of the same content; of several the one whose name ends the tensor's."""
     if name in weights:
@@ -292,7 +302,11 @@ def _match(
 
 
 def _prune(
-    value: Array, weight: Weight, transposed: bool, name: str, path: str | os.PathLike[str]
+    value: Array,
+    weight: Weight,
+    transposed: bool,
+    name: str,
+    path: str | os.PathLike[str],
 ) -> Array:
     """The kept part of a tensor."""
     shape = weight.shape[::-1] if transposed else weight.shape
@@ -330,7 +344,10 @@ def _read(path: str | os.PathLike[str], expected: str) -> _Stored:
             return _Stored(tensors, dict(file.metadata() or {}))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = str(error)
-        reason = text.splitlines()[0] if text else type(error).__name__
+        if text:
+            reason = text.splitlines()[0]
+        else:
+            reason = type(error).__name__
         raise DataError(
             f"{path} cannot be read as safetensors: {reason.rstrip('.')}; give {expected}."
         ) from error

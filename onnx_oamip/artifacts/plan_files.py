@@ -145,7 +145,11 @@ def dumps(
 
 
 def _group_entry(
-    model: Model, coupling: Coupling, plan: Plan, group: Group, loss: float | None
+    model: Model,
+    coupling: Coupling,
+    plan: Plan,
+    group: Group,
+    loss: float | None,
 ) -> dict[str, Any]:
     """One group as an entry of the file."""
     kept = np.flatnonzero(plan.keep[_numbered_units(model, coupling, group)])
@@ -196,14 +200,20 @@ def load(path: str | os.PathLike[str]) -> PlanFile:
     """
     file = Path(path)
     if not file.is_file():
-        finding = "is a folder" if file.is_dir() else "no such plan file"
+        if file.is_dir():
+            finding = "is a folder"
+        else:
+            finding = "no such plan file"
         raise DataError(f"{file}: {finding}; {_EXPECTED}.")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as text: {error}; {_EXPECTED}.") from error
     content = _parse(text, file)
-    version = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(content, dict):
+        version = content.get("schema_version")
+    else:
+        version = None
     if isinstance(version, int) and version != SCHEMA_VERSION:
         raise DataError(
             f"{file} has schema version {version}, but this version reads {SCHEMA_VERSION}; {_REMEDY}."
@@ -249,7 +259,10 @@ class _MatchedGroups(NamedTuple):
 
 
 def match_units(
-    plan: PlanFile, model: Model, coupling: Coupling, path: str | os.PathLike[str]
+    plan: PlanFile,
+    model: Model,
+    coupling: Coupling,
+    path: str | os.PathLike[str],
 ) -> MatchedUnits:
     """Find the units that a plan keeps. Groups that it does not name keep all their units.
 
@@ -289,7 +302,11 @@ def match_units(
     return MatchedUnits(keep, tuple(notes))
 
 
-def _match_groups(plan: PlanFile, model: Model, coupling: Coupling) -> _MatchedGroups:
+def _match_groups(
+    plan: PlanFile,
+    model: Model,
+    coupling: Coupling,
+) -> _MatchedGroups:
     """Match groups by name, or by order if names differ and the graph is the same."""
     by_name = {group.name: group for group in coupling.groups}
     pairs = [(entry, by_name.get(entry.name)) for entry in plan.groups]
@@ -307,7 +324,10 @@ def _match_groups(plan: PlanFile, model: Model, coupling: Coupling) -> _MatchedG
 
 
 def _check_entry(
-    entry: GroupEntry, model: Model, group: Group, path: str | os.PathLike[str]
+    entry: GroupEntry,
+    model: Model,
+    group: Group,
+    path: str | os.PathLike[str],
 ) -> None:
     """Check that an entry has the units of a group."""
     multiplicities = sorted(group.multiplicity[axis] for axis in _constant_axes(model, group))
@@ -321,11 +341,18 @@ def _check_entry(
 
 def _listed(names: Sequence[str]) -> str:
     listed = ", ".join(names[:MAX_LISTED_GROUPS])
-    return f"{listed}, ..." if len(names) > MAX_LISTED_GROUPS else listed
+    if len(names) > MAX_LISTED_GROUPS:
+        return f"{listed}, ..."
+    return listed
 
 
 def to_plan(
-    stored: PlanFile, keep: Bools, coupling: Coupling, ledger: Ledger, *, notes: Sequence[str]
+    stored: PlanFile,
+    keep: Bools,
+    coupling: Coupling,
+    ledger: Ledger,
+    *,
+    notes: Sequence[str],
 ) -> Plan:
     """Convert a plan file to the record that later stages read.
 
@@ -364,7 +391,9 @@ def topology(model: Model) -> str:
 
     def number(tensor: str) -> int:
         # An omitted input has no name.
-        return numbers.setdefault(tensor, len(numbers)) if tensor else -1
+        if tensor:
+            return numbers.setdefault(tensor, len(numbers))
+        return -1
 
     lines: list[Any] = [[number(p.name), str(p.dtype), len(p.dims)] for p in model.inputs]
     for node in model.every:

@@ -160,7 +160,11 @@ def save_scores(
     return stream.getvalue()
 
 
-def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) -> Scores:
+def load_scores(
+    path: str | os.PathLike[str],
+    model: Model,
+    coupling: Coupling,
+) -> Scores:
     """Read the scores of a model from a file that ``score`` wrote.
 
     The file may have more groups than ``coupling`` (some were excluded since), never fewer.
@@ -185,7 +189,8 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
         )
     texts = {name: _text(arrays[name], name, path) for name in _TEXTS}
     if texts["model_sha256"] != model.sha256:
-        stored, own = texts["model_sha256"][:SHOWN_DIGITS], model.sha256[:SHOWN_DIGITS]
+        stored = texts["model_sha256"][:SHOWN_DIGITS]
+        own = model.sha256[:SHOWN_DIGITS]
         raise DataError(
             f"{path} holds scores of {texts['model_path']} with sha256 {stored}, but {model.path} "
             f"has {own}; {_RERUN} on this model."
@@ -198,8 +203,10 @@ def load_scores(path: str | os.PathLike[str], model: Model, coupling: Coupling) 
 
 def _check_arrays(arrays: Mapping[str, Array], path: object) -> None:
     """Check types and shapes of the arrays by unit."""
-    values, names = arrays["values"], arrays["group_names"]
-    unit_group, index = arrays["unit_group"], arrays["unit_index"]
+    values = arrays["values"]
+    names = arrays["group_names"]
+    unit_group = arrays["unit_group"]
+    index = arrays["unit_index"]
     are_integers = unit_group.dtype.kind == "i" and index.dtype.kind == "i"
     are_names = names.dtype.kind == "U" and names.ndim == 1
     if values.dtype != np.float64 or not are_names or not are_integers:
@@ -212,7 +219,10 @@ def _check_arrays(arrays: Mapping[str, Array], path: object) -> None:
 
 
 def _values_by_unit(
-    arrays: Mapping[str, Array], model: Model, coupling: Coupling, path: object
+    arrays: Mapping[str, Array],
+    model: Model,
+    coupling: Coupling,
+    path: object,
 ) -> Array:
     """Score of every unit of the coupling (n_units,)."""
     values = np.zeros(coupling.n_units)
@@ -270,7 +280,10 @@ def check_program(program: dict[str, Any]) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Array]:
     """All arrays of a file of scores."""
     if not file.is_file():
-        finding = "is a folder" if file.is_dir() else "no such file of scores"
+        if file.is_dir():
+            finding = "is a folder"
+        else:
+            finding = "no such file of scores"
         raise DataError(f"{file}: {finding}; {_EXPECTED}.")
     loaded = numpy_files.load(file, "scores", _EXPECTED)
     if not isinstance(loaded, dict):

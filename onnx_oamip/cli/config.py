@@ -72,7 +72,11 @@ def options(command: click.Command) -> Iterator[tuple[str, click.Option]]:
                 yield name, parameter
 
 
-def _load(ctx: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+def _load(
+    ctx: click.Context,
+    _: click.Parameter,
+    path: Path | None,
+) -> Path | None:
     """Take defaults of the command from a file. Raises SettingsError for a value that cannot be used."""
     if path is None:
         return None
@@ -102,7 +106,11 @@ def _statements(table: object, path: Path) -> dict[str, object]:
     return table
 
 
-def _check_names(ctx: click.Context, path: Path, content: Mapping[str, Any]) -> None:
+def _check_names(
+    ctx: click.Context,
+    path: Path,
+    content: Mapping[str, Any],
+) -> None:
     """Raises SettingsError for a name that no command has, and for a table."""
     group = ctx.parent.command if ctx.parent is not None else ctx.command
     commands = group.commands.values() if isinstance(group, click.Group) else [ctx.command]

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 class Page:
     """The HTML page of one run."""
 
-    def __init__(self, path: Path, model: Path, *others: Path | str | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        model: Path,
+        *others: Path | str | None,
+    ) -> None:
         """Check the path.
 
         Args:
@@ -40,7 +45,12 @@ class Page:
         self.path = check_output(model, path, given, "--report")
 
     @classmethod
-    def if_given(cls, path: Path | None, model: Path, *others: Path | str | None) -> Page | None:
+    def if_given(
+        cls,
+        path: Path | None,
+        model: Path,
+        *others: Path | str | None,
+    ) -> Page | None:
         """Check a page's path, if there is one.
 
         Args:

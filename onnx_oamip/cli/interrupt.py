@@ -64,7 +64,10 @@ def _end_process(code: int) -> None:
     from onnx_oamip.core.atomic_files import remove_all
 
     remove_all()
-    word = "interrupted" if code == signal.SIGINT else "terminated"
+    if code == signal.SIGINT:
+        word = "interrupted"
+    else:
+        word = "terminated"
     with suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), f"Error: {word}.\n".encode())
     os._exit(128 + code)

@@ -24,7 +24,12 @@ class PlugInOption(Option):
     The registry is imported when the help is printed or a value is checked: it is heavy, and other packages extend it.
     """
 
-    def __init__(self, *arguments: Any, registry: str, **attributes: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        registry: str,
+        **attributes: Any,
+    ) -> None:
         """Create the option.
 
         Args:

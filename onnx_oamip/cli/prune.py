@@ -131,7 +131,13 @@ def prune(
     with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
         if dry_run:
             planned = pipeline.plan(
-                model, data, None, settings, eval_data, progress=progress, scores=scores
+                model,
+                data,
+                None,
+                settings,
+                eval_data,
+                progress=progress,
+                scores=scores,
             )
             document = Flags.of_context(ctx).in_document(documents.planning(planned))
             log(document, ())
@@ -196,7 +202,13 @@ def plan(
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
         planned = pipeline.plan(
-            model, data, output, settings, eval_data, progress=progress, scores=scores
+            model,
+            data,
+            output,
+            settings,
+            eval_data,
+            progress=progress,
+            scores=scores,
         )
     if as_json or not quiet:
         show(documents.planning(planned), as_json)

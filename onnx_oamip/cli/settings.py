@@ -105,7 +105,12 @@ class SettingType(_ParamType):
             return kind.separator
         return ""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(
+        self,
+        value: Any,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
         """Read the value of a setting from the command line or from a configuration file.
 
         Args:

@@ -32,7 +32,12 @@ class OutputOption(Option):
 
     sets = ("outputs",)
 
-    def __init__(self, *arguments: Any, path: bool = True, **attributes: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        path: bool = True,
+        **attributes: Any,
+    ) -> None:
         """Create the option.
 
         Args:
@@ -44,7 +49,12 @@ class OutputOption(Option):
         self.takes_path = path
 
 
-def output_option(metavar: str, purpose: str, *, required: bool = False) -> Callable[..., Any]:
+def output_option(
+    metavar: str,
+    purpose: str,
+    *,
+    required: bool = False,
+) -> Callable[..., Any]:
     """Create the option ``--output`` of a command that writes a file.
 
     Args:
@@ -78,7 +88,11 @@ statements_option = option(
 """The option of commands that write no file."""
 
 
-def _sort(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Path | None:
+def _sort(
+    ctx: click.Context,
+    param: click.Parameter,
+    values: tuple[str, ...],
+) -> Path | None:
     """Return the path, and set the parameter ``outputs`` of the command if there are statements."""
     assert isinstance(param, OutputOption)
     statements: dict[str, str] = dict(ctx.meta.get(IN_FILE, {}))

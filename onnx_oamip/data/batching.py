@@ -52,7 +52,9 @@ def tried(session: Session, samples: Samples, size: int) -> Samples:
     if len(index) == 1 or samples.fixed_batch:
         return samples
     note = _mixes(together, _run_one(session, samples, int(index[0])), session.outputs, len(index))
-    return _alone(samples, note) if note else samples
+    if note:
+        return _alone(samples, note)
+    return samples
 
 
 def _run_one(session: Session, samples: Samples, place: int) -> list[Array]:
@@ -73,7 +75,10 @@ def _refusal(error: ModelError, samples: Samples, place: int) -> ModelError:
         f"'{name}' {feed_shape(stored, samples.layouts[name], place)}"
         for name, stored in samples.arrays.items()
     )
-    number = place if samples.origin is None else int(samples.origin[place])
+    if samples.origin is None:
+        number = place
+    else:
+        number = int(samples.origin[place])
     return ModelError(f"{str(error).rstrip('.')} (sample {number} was fed as {fed}).")
 
 
@@ -82,7 +87,10 @@ def _alone(samples: Samples, note: str) -> Samples:
 
 
 def _mixes(
-    together: Sequence[Array], single: Sequence[Array], names: Sequence[str], count: int
+    together: Sequence[Array],
+    single: Sequence[Array],
+    names: Sequence[str],
+    count: int,
 ) -> str:
     """The reason why several samples are not like single ones; empty if they are, or if shapes do not show it."""
     for batch, one, name in zip(together, single, names, strict=True):
@@ -98,7 +106,11 @@ def _mixes(
     return ""
 
 
-def _batch_axis(batch: Sequence[int], one: Sequence[int], count: int) -> int | None:
+def _batch_axis(
+    batch: Sequence[int],
+    one: Sequence[int],
+    count: int,
+) -> int | None:
     """The only axis that grows with the number of samples; None if there is none, or several."""
     if len(batch) != len(one):
         return None
@@ -108,7 +120,11 @@ def _batch_axis(batch: Sequence[int], one: Sequence[int], count: int) -> int | N
     return grown[0]
 
 
-def alike(session: Session, samples: Samples, other: Samples | None) -> Samples | None:
+def alike(
+    session: Session,
+    samples: Samples,
+    other: Samples | None,
+) -> Samples | None:
     """Fix further samples to the batch that was found for the first ones, and run the largest of unequal ones.
 
     Args:

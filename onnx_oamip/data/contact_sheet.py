@@ -70,7 +70,8 @@ def _sheet(name: str, images: Sequence[Array]) -> ContactSheet:
     rows = math.ceil(len(drawn) / columns)
     pixels = np.full((rows * height - MARGIN, columns * width - MARGIN, 3), 255, np.uint8)
     for i, image in enumerate(drawn):
-        top, left = (i // columns) * height, (i % columns) * width
+        top = (i // columns) * height
+        left = (i % columns) * width
         pixels[top : top + image.shape[0], left : left + image.shape[1]] = image
     return ContactSheet(name, pixels, len(drawn), low, high)
 
@@ -80,7 +81,8 @@ def _resized(image: Array) -> Array:
     height, width, channels = image.shape
     longest = max(height, width)
     step = min(-(-longest // SIDE), height, width)
-    rows, columns = height // step, width // step
+    rows = height // step
+    columns = width // step
     blocks = image[: rows * step, : columns * step].reshape(rows, step, columns, step, channels)
     small = blocks.mean(axis=(1, 3))
     times = max(1, SIDE // 2 // longest)

@@ -112,7 +112,10 @@ def feeds_within_memory(
     Returns:
         At least one feed, with the number of samples used.
     """
-    limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
+    if memory_limit is None:
+        limit = DEFAULT_MEMORY_LIMIT
+    else:
+        limit = memory_limit
     max_samples = _samples_within(model, limit)
     chosen: list[Ints] = []
     used = 0

@@ -189,7 +189,9 @@ def _check_classes(path: Path, by_class: Mapping[str, Sequence[Path]]) -> None:
 
 
 def _labels(
-    path: Path, chosen: Sequence[Path], by_class: Mapping[str, Sequence[Path]]
+    path: Path,
+    chosen: Sequence[Path],
+    by_class: Mapping[str, Sequence[Path]],
 ) -> Ints | None:
     """Classes of the images by the sorted names of their folders; None if not every image has one."""
     if "" in by_class or len(by_class) < 2:
@@ -217,7 +219,10 @@ def _balanced(by_class: Mapping[str, Sequence[Path]], count: int) -> list[Path]:
 
 
 def load_encoded(
-    sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str
+    sources: Sequence[tuple[str, Callable[[], bytes]]],
+    port: Port,
+    reading: Reading,
+    where: str,
 ) -> Loaded:
     """Decode images for an input.
 
@@ -269,7 +274,10 @@ def load_encoded(
 
 
 def decode(
-    sources: Sequence[tuple[str, Callable[[], bytes]]], port: Port, reading: Reading, where: str
+    sources: Sequence[tuple[str, Callable[[], bytes]]],
+    port: Port,
+    reading: Reading,
+    where: str,
 ) -> Codes:
     """Decode images.
 
@@ -406,7 +414,12 @@ def _check_size(image: Image.Image, size: int) -> None:
         )
 
 
-def scaling(port: Port, reading: Reading, where: str, bits: int = 8) -> Scaling:
+def scaling(
+    port: Port,
+    reading: Reading,
+    where: str,
+    bits: int = 8,
+) -> Scaling:
     """Compute the scale and the offset that turn codes into values.
 
     Args:
@@ -443,7 +456,12 @@ def _base_scale(port: Port, reading: Reading, bits: int) -> float:
     return scale / WIDE if bits == 16 and port.dtype != np.uint16 else scale
 
 
-def _check_whole(scale: Floats, offset: Floats, port: Port, bits: int) -> None:
+def _check_whole(
+    scale: Floats,
+    offset: Floats,
+    port: Port,
+    bits: int,
+) -> None:
     """Raise DataError unless codes become whole numbers in the range of an input."""
     limits = np.iinfo(port.dtype)
     least = float(offset.min()) + 0.0  # no -0
@@ -459,7 +477,12 @@ def _check_whole(scale: Floats, offset: Floats, port: Port, bits: int) -> None:
         )
 
 
-def _per_channel(name: str, given: Sequence[float], port: Port, target: ImageInput) -> Array:
+def _per_channel(
+    name: str,
+    given: Sequence[float],
+    port: Port,
+    target: ImageInput,
+) -> Array:
     """One number per channel (channels,), float64."""
     channels = target.channels
     if len(given) not in (1, channels):
@@ -495,9 +518,13 @@ def image_input(port: Port, reading: Reading, where: str) -> ImageInput:
         channels_last = dims[3] in MODES and dims[1] not in MODES
         layout = "nhwc" if channels_last else "nchw"
     if layout == "nchw":
-        channels, height, width = dims[1], dims[2], dims[3]
+        channels = dims[1]
+        height = dims[2]
+        width = dims[3]
     else:
-        channels, height, width = dims[3], dims[1], dims[2]
+        channels = dims[3]
+        height = dims[1]
+        width = dims[2]
     if channels not in MODES:
         count = channels if fixed(channels) else "an open number of"
         raise DataError(
@@ -515,7 +542,12 @@ def image_input(port: Port, reading: Reading, where: str) -> ImageInput:
     )
 
 
-def _side(name: str, requested: int | None, dim: int | str | None, described: str) -> int:
+def _side(
+    name: str,
+    requested: int | None,
+    dim: int | str | None,
+    described: str,
+) -> int:
     """Length of one side in pixels."""
     fixed = dim if isinstance(dim, int) and dim > 0 else None
     if fixed is None and requested is None:

@@ -184,7 +184,11 @@ def _shared(
         yield Candidate(Layout("shared", None), None)
 
 
-def _unequal(array: UnequalArrays, dims: Dims, axes: Sequence[int]) -> Iterator[Candidate]:
+def _unequal(
+    array: UnequalArrays,
+    dims: Dims,
+    axes: Sequence[int],
+) -> Iterator[Candidate]:
     """Layouts of arrays of unequal shapes: whole feeds, or samples that lack the batch axis."""
     shapes = np.unique(array.shapes, axis=0).tolist()
     if all(fits(shape, dims) for shape in shapes):

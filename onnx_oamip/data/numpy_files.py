@@ -52,7 +52,11 @@ class _UnreadableFile(ValueError):
         self.expected = expected
 
 
-def load(path: Path, purpose: str = "numpy data", advice: str = "") -> Values | dict[str, Values]:
+def load(
+    path: Path,
+    purpose: str = "numpy data",
+    advice: str = "",
+) -> Values | dict[str, Values]:
     """Load a .npy or .npz file, in this machine's byte order.
 
     Large arrays stay in the file, those of a compressed archive in a temporary one, and are read by rows on demand.
@@ -137,7 +141,11 @@ class _Header(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _read_archive(stream: IO[bytes], path: Path, file: SharedFile) -> dict[str, Values]:
+def _read_archive(
+    stream: IO[bytes],
+    path: Path,
+    file: SharedFile,
+) -> dict[str, Values]:
     arrays: dict[str, Values] = {}
     with zipfile.ZipFile(stream) as archive:
         members = archive.infolist()
@@ -147,7 +155,10 @@ def _read_archive(stream: IO[bytes], path: Path, file: SharedFile) -> dict[str, 
             if name in arrays:
                 raise DataError(f"{path} holds '{name}' twice; keep one of them.")
             stored = member.compress_type == zipfile.ZIP_STORED
-            offset = _content_offset(file, member) if stored else 0
+            if stored:
+                offset = _content_offset(file, member)
+            else:
+                offset = 0
             with archive.open(member) as content:
                 source = _Source(
                     stream=content,
@@ -235,7 +246,11 @@ def _check_header(header: _Header, name: str) -> None:
         raise _UnreadableFile(f"{name} has the shape {header.shape}, which is none")
 
 
-def _read_content(source: _Source, start: int, header: _Header) -> tuple[int, Values | None]:
+def _read_content(
+    source: _Source,
+    start: int,
+    header: _Header,
+) -> tuple[int, Values | None]:
     """The array behind a header, or the number of bytes that are there and None if it is truncated."""
     size = header.bytes
     if size > source.size:
@@ -260,7 +275,11 @@ def _read_content(source: _Source, start: int, header: _Header) -> tuple[int, Va
     return available, values if available == size else None
 
 
-def _read_in_memory(source: _Source, header: _Header, fortran: bool) -> tuple[int, Values]:
+def _read_in_memory(
+    source: _Source,
+    header: _Header,
+    fortran: bool,
+) -> tuple[int, Values]:
     """Number of bytes that are there, and the array that they begin."""
     size = header.bytes
     if size > IN_MEMORY_BYTES:

@@ -28,7 +28,12 @@ IN_MEMORY_BYTES = 1 << 22
 class SharedFile:
     """An open file that any thread can read at any position. It is closed when its last reader is deleted."""
 
-    def __init__(self, stream: IO[bytes], name: str, fixed: bool = True) -> None:
+    def __init__(
+        self,
+        stream: IO[bytes],
+        name: str,
+        fixed: bool = True,
+    ) -> None:
         """Take over an open file.
 
         Args:

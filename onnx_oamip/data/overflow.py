@@ -80,7 +80,10 @@ def refuse(
     if dtype.itemsize < 4:
         advice = "prune the model in float32 and convert the result"
         ends = f" ({dtype} ends at {_largest_number(dtype):.3g})"
-    numbers = scan.faulty if samples.origin is None else samples.origin[scan.faulty]
+    if samples.origin is None:
+        numbers = scan.faulty
+    else:
+        numbers = samples.origin[scan.faulty]
     raise DataError(
         f"the tensor '{tensor}'{reader} takes NaN or infinite values in {len(scan.faulty)} of {samples.usable()} "
         f"calibration samples, first in sample {int(numbers.min())} of {samples.source},{since}{ends}, so no "
@@ -121,7 +124,10 @@ def _scan(
         value = session.run(feed, [tensor])[0].astype(np.float64)
         here = index[~by_sample(value, len(index))]
         if len(here) and first is None:
-            first = samples.feed(here[:1]) if runs_alone else feed
+            if runs_alone:
+                first = samples.feed(here[:1])
+            else:
+                first = feed
         faulty.append(here)
         largest = max(largest, float(np.abs(value).max(initial=0.0)))
     return _Scan(np.unique(np.concatenate(faulty)), first, largest)

@@ -158,7 +158,11 @@ def _read_batches(
     return batches
 
 
-def _decoded_bytes(stream: IO[bytes], group: Any, columns: Sequence[str]) -> int:
+def _decoded_bytes(
+    stream: IO[bytes],
+    group: Any,
+    columns: Sequence[str],
+) -> int:
     """Upper bound on the bytes of a row group's columns after decoding, by the headers of its pages."""
     total = 0
     roots = {name.partition(".")[0] for name in columns}

@@ -49,7 +49,10 @@ def source_name(source: Source | None) -> str | None:
 
 
 def samples_of(
-    model: Model, source: Source | None, eval_data: Source | None, settings: Settings
+    model: Model,
+    source: Source | None,
+    eval_data: Source | None,
+    settings: Settings,
 ) -> SampleSets:
     """Load the samples of a run.
 

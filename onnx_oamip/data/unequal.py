@@ -28,7 +28,12 @@ class UnequalArrays:
         starts: Position of the first value of every array (samples,).
     """
 
-    def __init__(self, values: Values, shapes: Ints, starts: Ints | None = None) -> None:
+    def __init__(
+        self,
+        values: Values,
+        shapes: Ints,
+        starts: Ints | None = None,
+    ) -> None:
         """Divide values into arrays.
 
         Args:

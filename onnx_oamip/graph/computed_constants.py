@@ -210,7 +210,9 @@ def _parts(
 
 
 def _enlarging_alone(
-    nodes: Sequence[NodeProto], known: Mapping[str, int], readers: Mapping[str, int]
+    nodes: Sequence[NodeProto],
+    known: Mapping[str, int],
+    readers: Mapping[str, int],
 ) -> set[str]:
     """Outputs of those nodes of a part that are not folded, each judged on its own."""
     result: set[str] = set()

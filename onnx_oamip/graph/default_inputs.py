@@ -100,7 +100,10 @@ def _is_same(one: TensorProto, other: TensorProto) -> bool:
 
 def _note(closed: list[str]) -> str:
     named = ", ".join(f"'{shortened(name)}'" for name in closed[:NAMED])
-    rest = f" and {len(closed) - NAMED} more" if len(closed) > NAMED else ""
+    if len(closed) > NAMED:
+        rest = f" and {len(closed) - NAMED} more"
+    else:
+        rest = ""
     return (
         f"the default values of the inputs {named}{rest} were cut or refitted; they are constants of the result and no "
         "inputs"

@@ -130,7 +130,10 @@ def location(tensor: TensorProto) -> Location:
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     offset = int(entries.get("offset") or 0)
-    length = int(entries["length"]) if entries.get("length") else None
+    if entries.get("length"):
+        length = int(entries["length"])
+    else:
+        length = None
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"'{tensor.name}' has a negative offset or length")
     return Location(entries.get("location", ""), offset, length)
@@ -168,7 +171,10 @@ def size_of(tensor: TensorProto) -> int:
     """
     count = int(np.prod(tensor.dims, dtype=np.int64))
     if tensor.data_type in PACKED:
-        elements_per_byte = 4 if tensor.data_type in TWO_BITS else 2
+        if tensor.data_type in TWO_BITS:
+            elements_per_byte = 4
+        else:
+            elements_per_byte = 2
         return -(-count // elements_per_byte)
     return count * int(_dtype(tensor).itemsize)
 

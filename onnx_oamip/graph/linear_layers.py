@@ -39,7 +39,9 @@ def site(node: Node, constants: Mapping[str, Array]) -> Site | None:
         The site, or None where the node is not linear or its weight is not one constant of a plain matrix form.
     """
     spec = lookup(node.domain, node.op, node.version)
-    return None if spec is None or spec.linear is None else spec.linear.site(node, constants)
+    if spec is None or spec.linear is None:
+        return None
+    return spec.linear.site(node, constants)
 
 
 def linear_consumers(model: Model, coupling: Coupling) -> list[tuple[Consumer, Site]]:
@@ -224,9 +226,17 @@ class Editor:
         """
         kind = self.stored_type(name)
         with np.errstate(over="ignore"):
-            return value if kind is None else value.astype(kind).astype(value.dtype)
+            if kind is None:
+                return value
+            return value.astype(kind).astype(value.dtype)
 
-    def replace(self, node: onnx.NodeProto, slot: int, value: Array, for_all: bool = False) -> None:
+    def replace(
+        self,
+        node: onnx.NodeProto,
+        slot: int,
+        value: Array,
+        for_all: bool = False,
+    ) -> None:
         """Give an input of a node a new constant value.
 
         Args:
@@ -251,7 +261,12 @@ class Editor:
         node.input[slot] = fresh
         self.readers[fresh].append((node, slot))
 
-    def _store(self, name: str, path: Sequence[onnx.NodeProto], value: Array) -> None:
+    def _store(
+        self,
+        name: str,
+        path: Sequence[onnx.NodeProto],
+        value: Array,
+    ) -> None:
         """Writes the value of a view, which some nodes make, to its initialiser."""
         before = [array(self.tensors[name])]
         for node in path[:-1]:
@@ -286,7 +301,8 @@ class Editor:
         return result
 
     def _unused(self, name: str) -> str:
-        result, number = name, 1
+        result = name
+        number = 1
         while result in self.tensors or result in self.readers or result in self.nodes:
             result = f"{name}_{number}"
             number += 1
@@ -304,7 +320,10 @@ class Editor:
         node = self.nodes[site.node.name]
         outputs = self._outputs(site)
         own = site.rules.bias
-        name = self._added_behind(site) if own is None else _operand(node, own.slot)
+        if own is None:
+            name = self._added_behind(site)
+        else:
+            name = _operand(node, own.slot)
         if not name:
             return outputs
         old = self.constant(name)
@@ -313,7 +332,10 @@ class Editor:
         if own is None and old.size != outputs:
             return outputs
         path = self.path(name)
-        replaced = old.size if path is not None and self._own(name, path) else 0
+        if path is not None and self._own(name, path):
+            replaced = old.size
+        else:
+            replaced = 0
         return max(old.size, outputs) - replaced
 
     def _added_behind(self, site: Site) -> str:
@@ -340,7 +362,8 @@ class Editor:
         Returns:
             (outputs,), zeros without a bias; None where it is not one constant per output.
         """
-        node, own = self.nodes[site.node.name], site.rules.bias
+        node = self.nodes[site.node.name]
+        own = site.rules.bias
         zeros = np.zeros(self._outputs(site))
         name = "" if own is None else _operand(node, own.slot)
         if own is None or not name:
@@ -386,7 +409,12 @@ class Editor:
             return self._added_behind(site)
         return _operand(self.nodes[site.node.name], own.slot)
 
-    def add_bias(self, site: Site, delta: Floats, for_all: bool = False) -> bool:
+    def add_bias(
+        self,
+        site: Site,
+        delta: Floats,
+        for_all: bool = False,
+    ) -> bool:
         """Shift the output of a node by a constant; makes a bias where there is none.
 
         Args:
@@ -397,7 +425,8 @@ class Editor:
         Returns:
             False where the bias is not a constant and therefore stays as it is.
         """
-        node, own = self.nodes[site.node.name], site.rules.bias
+        node = self.nodes[site.node.name]
+        own = site.rules.bias
         if own is None:
             return self._add_behind(node, site, delta, for_all)
         has_bias = bool(_operand(node, own.slot))
@@ -409,7 +438,10 @@ class Editor:
         shift = _per_output(site, delta) / factor
         if not has_bias:
             weight = self.constant(node.input[site.weight_slot])
-            dtype = weight.dtype if weight is not None else np.dtype(np.float32)
+            if weight is not None:
+                dtype = weight.dtype
+            else:
+                dtype = np.dtype(np.float32)
             self.replace(node, own.slot, np.ascontiguousarray(shift.astype(dtype)))
             return True
         old = self.constant(node.input[own.slot])
@@ -435,9 +467,17 @@ class Editor:
         constant = self.constant(addition.input[other])
         if constant is None or constant.ndim > 1:
             return None
-        return None if constant.shape == (1,) else (addition, other)
+        if constant.shape == (1,):
+            return None
+        return (addition, other)
 
-    def _add_behind(self, node: onnx.NodeProto, site: Site, delta: Floats, for_all: bool) -> bool:
+    def _add_behind(
+        self,
+        node: onnx.NodeProto,
+        site: Site,
+        delta: Floats,
+        for_all: bool,
+    ) -> bool:
         """Change the addition behind a product, or put one there."""
         weight = self.constant(node.input[site.weight_slot])
         assert weight is not None
@@ -466,12 +506,16 @@ class Editor:
 
 def _per_output(site: Site, values: Floats) -> Floats:
     """Values (outputs,) in the shape that broadcasts to the output of a product."""
-    return values if site.slot == 0 else values[:, None]
+    if site.slot == 0:
+        return values
+    return values[:, None]
 
 
 def _operand(node: onnx.NodeProto, slot: int) -> str:
     """Name of an input, empty where it is absent."""
-    return str(node.input[slot]) if slot < len(node.input) else ""
+    if slot < len(node.input):
+        return str(node.input[slot])
+    return ""
 
 
 def _bias_factor(node: onnx.NodeProto, own: BiasInput) -> float:

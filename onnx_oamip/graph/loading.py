@@ -214,7 +214,9 @@ def _batch(inputs: Sequence[Port], shapes: Mapping[str, tuple[int, ...]]) -> int
     if not inputs:
         return 1
     shape = shapes.get(inputs[0].name, ())
-    return shape[0] if len(shape) > 1 and shape[0] > 0 else 1
+    if len(shape) > 1 and shape[0] > 0:
+        return shape[0]
+    return 1
 
 
 def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
@@ -229,10 +231,16 @@ def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
     """
     assumed = tuple(name for name in model.assumed if name not in bindings)
     if all(model.bindings.get(k) == v for k, v in bindings.items()):
-        return model if assumed == model.assumed else replace(model, assumed=assumed)
+        if assumed == model.assumed:
+            return model
+        return replace(model, assumed=assumed)
     sizes = {**{k: v for k, v in model.bindings.items() if k not in model.assumed}, **bindings}
     bound = from_proto(
-        model.proto, sizes, path=model.path, sha256=model.sha256, size=model.file_bytes
+        model.proto,
+        sizes,
+        path=model.path,
+        sha256=model.sha256,
+        size=model.file_bytes,
     )
     return replace(bound, interface=model.interface, notes=model.notes)
 
@@ -326,7 +334,10 @@ def _is_inside(data_file: Path, name: str, folder: Path) -> bool:
 
 
 def _resolve_external_data(
-    file: Path, proto: ModelProto, data_files: Mapping[str, Path], size: int
+    file: Path,
+    proto: ModelProto,
+    data_files: Mapping[str, Path],
+    size: int,
 ) -> None:
     """Makes large weights of a large model refer to absolute paths, and loads all other external weights.
 
@@ -640,7 +651,10 @@ def _node(node: NodeProto, versions: Mapping[str, int]) -> Node:
         node: The node.
         versions: Opset version by domain.
     """
-    domain = "" if node.domain in DEFAULT_DOMAINS else node.domain
+    if node.domain in DEFAULT_DOMAINS:
+        domain = ""
+    else:
+        domain = node.domain
     attrs = {}
     for attribute in node.attribute:
         if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):

@@ -71,7 +71,11 @@ def _topological(needs: Sequence[Set[int]]) -> list[int]:
     return order
 
 
-def _cycle_message(nodes: Sequence[NodeProto], needs: Sequence[Set[int]], sorted_: Set[int]) -> str:
+def _cycle_message(
+    nodes: Sequence[NodeProto],
+    needs: Sequence[Set[int]],
+    sorted_: Set[int],
+) -> str:
     cycle = _cycle(needs, sorted_)
     named = [_described(nodes[i]) for i in (*cycle[:LONGEST_CYCLE], cycle[0])]
     if len(cycle) > LONGEST_CYCLE:

@@ -101,7 +101,10 @@ class Slicer:
         return result
 
     def model(
-        self, nodes: Sequence[int], outputs: Sequence[str], dtypes: Mapping[str, int]
+        self,
+        nodes: Sequence[int],
+        outputs: Sequence[str],
+        dtypes: Mapping[str, int],
     ) -> onnx.ModelProto:
         """Makes a model of some nodes. Tensors that they read and do not compute become its inputs.
 
@@ -181,7 +184,11 @@ class _Partition:
     """
 
     def __init__(
-        self, proto: onnx.ModelProto, types: Mapping[str, int], device: str, lean: bool = False
+        self,
+        proto: onnx.ModelProto,
+        types: Mapping[str, int],
+        device: str,
+        lean: bool = False,
     ) -> None:
         self._proto = proto
         self._types = dict(types)

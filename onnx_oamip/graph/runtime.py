@@ -263,7 +263,12 @@ class Session:
         self.outputs = [o.name for o in self._session.get_outputs()]
         self.inputs = [i.name for i in self._session.get_inputs()]
 
-    def _serialise(self, proto: onnx.ModelProto, entries: dict[str, str], spin: bool) -> bytes:
+    def _serialise(
+        self,
+        proto: onnx.ModelProto,
+        entries: dict[str, str],
+        spin: bool,
+    ) -> bytes:
         """Bytes of a graph; adds session entries if it refers to files, and notes the values to pass along."""
         small, self._detached = external_data.detached(proto)
         if external_data.references(small):

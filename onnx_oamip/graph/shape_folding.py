@@ -138,7 +138,12 @@ class _Editor:
     def dims(self, tensor: str) -> Dims | None:
         return self.known.dims.get(tensor)
 
-    def become_transpose(self, node: NodeProto, source: str, perm: Sequence[int]) -> None:
+    def become_transpose(
+        self,
+        node: NodeProto,
+        source: str,
+        perm: Sequence[int],
+    ) -> None:
         build.become_transpose(node, source, perm)
         self.changed = True
 

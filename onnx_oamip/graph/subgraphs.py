@@ -345,7 +345,11 @@ def lift(proto: ModelProto) -> None:
     return_own_tensors(main)
 
 
-def _lift_initializers(graph: GraphProto, main: GraphProto, present: set[str]) -> None:
+def _lift_initializers(
+    graph: GraphProto,
+    main: GraphProto,
+    present: set[str],
+) -> None:
     inputs = {value.name for value in graph.input}
     kept = []
     for tensor in graph.initializer:
@@ -359,7 +363,11 @@ def _lift_initializers(graph: GraphProto, main: GraphProto, present: set[str]) -
         graph.initializer.extend(kept)
 
 
-def _lift_constant_nodes(graph: GraphProto, main: GraphProto, present: set[str]) -> None:
+def _lift_constant_nodes(
+    graph: GraphProto,
+    main: GraphProto,
+    present: set[str],
+) -> None:
     kept = []
     for node in graph.node:
         is_constant = node.op_type in kinds.CONSTANT and node.attribute[0].name == "value"

@@ -104,7 +104,11 @@ def shares(
     return np.bincount(labels[free], share, minlength=coupling.n_units).astype(np.float64)
 
 
-def weight_energy(model: Model, consumer: Consumer, statistics: Statistics) -> Floats:
+def weight_energy(
+    model: Model,
+    consumer: Consumer,
+    statistics: Statistics,
+) -> Floats:
     """Compute the energy of the weights of each channel of a consumer.
 
     Args:

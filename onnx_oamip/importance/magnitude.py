@@ -17,7 +17,10 @@ from onnx_oamip.graph.ops import lookup
 
 
 def l1(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by the sum of their absolute weights.
 
@@ -34,7 +37,10 @@ def l1(
 
 
 def l2(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by the square root of the sum of their squared weights.
 

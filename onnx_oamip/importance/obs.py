@@ -45,7 +45,10 @@ LEAST_PRESENT = 0.75
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score units by the error of their group at their removal.
 
@@ -162,7 +165,8 @@ def _inverse(gram: Floats) -> Floats:
 
 def _state(problem: Problem) -> _State | _WideState:
     scale = problem.scale / problem.share
-    columns, weight = problem.columns.copy(), problem.weight.copy()
+    columns = problem.columns.copy()
+    weight = problem.weight.copy()
     if problem.factor is not None:
         return _WideState(problem.factor.copy(), columns, weight, ridge=problem.ridge, scale=scale)
     assert problem.gram is not None
@@ -177,7 +181,13 @@ class _WideState:
     """
 
     def __init__(
-        self, factor: Floats, columns: Ints, weight: Floats, *, ridge: float, scale: float
+        self,
+        factor: Floats,
+        columns: Ints,
+        weight: Floats,
+        *,
+        ridge: float,
+        scale: float,
     ) -> None:
         self.factor, self.columns, self.weight = factor, columns, weight
         self.ridge, self.scale = ridge, scale
@@ -239,7 +249,13 @@ class _WideState:
 class _State:
     """One consumer during the removal of its inputs."""
 
-    def __init__(self, gram: Floats, columns: Ints, weight: Floats, scale: float) -> None:
+    def __init__(
+        self,
+        gram: Floats,
+        columns: Ints,
+        weight: Floats,
+        scale: float,
+    ) -> None:
         self.columns, self.weight, self.scale = columns, weight, scale
         self.present = np.ones(len(gram), bool)
         self.inverse = _inverse(gram)

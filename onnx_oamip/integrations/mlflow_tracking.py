@@ -87,7 +87,11 @@ def run(uri: str | None, asked: Mapping[str, Any]) -> Iterator[Log]:
         mlflow.end_run()
 
 
-def _log_document(mlflow: Any, document: Document, logged: Mapping[str, str]) -> None:
+def _log_document(
+    mlflow: Any,
+    document: Document,
+    logged: Mapping[str, str],
+) -> None:
     """Log parameters that were not logged yet, metrics, versions and the document itself."""
     known_at_the_end = {**document["settings"], "model_sha256": document["model"]["sha256"]}
     parameters = _parameters(known_at_the_end)

@@ -89,13 +89,21 @@ class OnnxOamip(Pass):  # type: ignore[misc]
     def _validators(cls) -> dict[str, Callable[..., Any]]:
         return {}
 
-    def _run_for_config(self, model: Any, config: Any, output_model_path: str) -> Any:
+    def _run_for_config(
+        self,
+        model: Any,
+        config: Any,
+        output_model_path: str,
+    ) -> Any:
         if not isinstance(model, ONNXModelHandler):
             raise SettingsError(
                 f"OnnxOamip prunes ONNX models, not {type(model).__name__}; convert the model first."
             )
         provider = self.accelerator_spec.execution_provider
-        device = "cuda" if provider == "CUDAExecutionProvider" else "cpu"
+        if provider == "CUDAExecutionProvider":
+            device = "cuda"
+        else:
+            device = "cpu"
         options = {name: getattr(config, name) for name in SETTINGS}
         settings = Settings.create(**options, device=device)
         output = Path(resolve_onnx_path(output_model_path))

@@ -91,11 +91,16 @@ def detect(
 
 def _found(tails: Tails, chosen: Mapping[str, tuple[str, float]]) -> tuple[list[Term], list[str]]:
     """(terms of all outputs, notes)."""
-    graph, terms, notes = tails.graph, [], []
+    graph = tails.graph
+    terms = []
+    notes = []
     for name in dict.fromkeys(port.name for port in graph.model.outputs):
         whole = Term(name, name, name, "ignore", graph.channel_axis(name))
         if name in graph.given or graph.constant(name) is not None:
-            what = "an input of the model" if name in graph.given else "a constant"
+            if name in graph.given:
+                what = "an input of the model"
+            else:
+                what = "a constant"
             terms.append(whole)
             notes.append(
                 f"output '{name}' is {what}, which pruning does not change: it is not measured"
@@ -124,10 +129,16 @@ def _of_output(tails: Tails, name: str) -> list[Term]:
 
 
 def _short(term: Term) -> str:
-    return term.tensor if term.part is None else f"{term.tensor}{term.part}"
+    if term.part is None:
+        return term.tensor
+    return f"{term.tensor}{term.part}"
 
 
-def at_outputs(model: Model, objective: Objective, missing: Collection[str]) -> Objective:
+def at_outputs(
+    model: Model,
+    objective: Objective,
+    missing: Collection[str],
+) -> Objective:
     """Read terms at their outputs where another file of the model lacks the tensors in front of them.
 
     Args:
@@ -174,33 +185,49 @@ def _chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
     return replace(_as(tails, term, kind, f"`outputs={term.name}={kind}`"), weight=float(weight))
 
 
-def _as(tails: Tails, term: Term, kind: str, option: str) -> Term:
+def _as(
+    tails: Tails,
+    term: Term,
+    kind: str,
+    option: str,
+) -> Term:
     """A term turned into another kind. Raises SettingsError where it cannot be one."""
     plain = replace(
-        term, kind="ignore", source="user", assumption="", form="auto", threshold=None, tail=""
+        term,
+        kind="ignore",
+        source="user",
+        assumption="",
+        form="auto",
+        threshold=None,
+        tail="",
     )
     if kind == "ignore":
         return plain
-    found = tails.terms(term.tensor) if term.name == term.output else [term]
+    if term.name == term.output:
+        found = tails.terms(term.tensor)
+    else:
+        found = [term]
     same = [t for t in found if t.kind == kind]
     if len(same) == 1 == len(found):
         return replace(
-            same[0], name=term.name, output=term.output, weight=term.weight, source="user"
+            same[0],
+            name=term.name,
+            output=term.output,
+            weight=term.weight,
+            source="user",
         )
     floats = tails.graph.floating(term.tensor)
     if (
         not floats and len(found) == 1
     ):  # decisions, and one tensor of floats that they are made from
-        plain, floats = (
-            replace(
-                plain,
-                tensor=found[0].tensor,
-                axis=found[0].axis,
-                part=found[0].part,
-                decided=found[0].decided,
-            ),
-            True,
+        plain = replace(
+            plain,
+            tensor=found[0].tensor,
+            axis=found[0].axis,
+            part=found[0].part,
+            decided=found[0].decided,
         )
+        floats = True
     if not floats:
         raise SettingsError(
             f"{option} does not fit: '{term.name}' holds {_type(tails.graph.model, term.output)} and comes from no "
@@ -225,11 +252,9 @@ def _columns(tails: Tails, term: Term) -> int | None:
         return None
     if term.axis is None or term.axis >= len(shape):
         return 1
-    return (
-        term.part.stop - term.part.start
-        if term.part and term.part.axis == term.axis
-        else shape[term.axis]
-    )
+    if term.part and term.part.axis == term.axis:
+        return term.part.stop - term.part.start
+    return shape[term.axis]
 
 
 def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
@@ -259,7 +284,11 @@ def _told(tails: Tails, terms: list[Term], task: str) -> list[Term]:
 # ------------------------------------------------------------------------------------------------------------- labels
 
 
-def _labelled(tails: Tails, terms: list[Term], labels: Array) -> tuple[list[Term], list[str]]:
+def _labelled(
+    tails: Tails,
+    terms: list[Term],
+    labels: Array,
+) -> tuple[list[Term], list[str]]:
     """(terms, notes) where the labels belong to the first term that they fit."""
     wrong: Term | None = None
     for kind in ORDER:
@@ -315,7 +344,10 @@ def _fit(tails: Tails, term: Term, labels: Array) -> Term | None:
         and columns > 1
         and _one_class(tails, term, labels)
     ):
-        kind = "classes" if labels.min(initial=0) >= 0 and labels.max(initial=0) < columns else None
+        if labels.min(initial=0) >= 0 and labels.max(initial=0) < columns:
+            kind = "classes"
+        else:
+            kind = None
     if kind is None or (term.source == "user" and term.kind != kind):
         return None
     form = term.form if term.kind == kind else "auto"
@@ -389,7 +421,12 @@ def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
     return result
 
 
-def _opened(tails: Tails, term: Term, decided: bool, several_maps: bool) -> Term:
+def _opened(
+    tails: Tails,
+    term: Term,
+    decided: bool,
+    several_maps: bool,
+) -> Term:
     """Kind that is assumed for raw floats."""
     reason = _why_values(tails, term, decided, several_maps)
     shape = ", ".join(["N", *map(str, (tails.graph.shape(term.tensor) or ("?", "?"))[1:])])
@@ -406,9 +443,15 @@ def _opened(tails: Tails, term: Term, decided: bool, several_maps: bool) -> Term
     return replace(_as_values(term), assumption=_otherwise(note, term, "classes"))
 
 
-def _why_values(tails: Tails, term: Term, decided: bool, several_maps: bool) -> str | None:
+def _why_values(
+    tails: Tails,
+    term: Term,
+    decided: bool,
+    several_maps: bool,
+) -> str | None:
     """Reason that raw floats are no class scores; None where they may be."""
-    graph, columns = tails.graph, _columns(tails, term)
+    graph = tails.graph
+    columns = _columns(tails, term)
     rank = graph.rank(term.tensor)
     if rank is None or columns is None:
         return "as its shape is not known"
@@ -422,7 +465,9 @@ def _why_values(tails: Tails, term: Term, decided: bool, several_maps: bool) -> 
         return f"as it ends in {behind.op}"
     if rank > 3 and several_maps:
         return "as there are several maps"
-    return "as it has the shape of an input picture" if graph.like_an_input(term.output) else None
+    if graph.like_an_input(term.output):
+        return "as it has the shape of an input picture"
+    return None
 
 
 def _as_values(term: Term) -> Term:

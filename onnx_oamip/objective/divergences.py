@@ -31,7 +31,11 @@ def log_classes(values: Floats, form: Form) -> Floats:
         return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
-def log_binary(values: Floats, form: Form, threshold: float | None) -> tuple[Floats, Floats]:
+def log_binary(
+    values: Floats,
+    form: Form,
+    threshold: float | None,
+) -> tuple[Floats, Floats]:
     """Return log-probabilities of binary decisions.
 
     Args:
@@ -45,7 +49,10 @@ def log_binary(values: Floats, form: Form, threshold: float | None) -> tuple[Flo
     if form == "probabilities":
         inside = np.clip(values, SMALLEST, 1 - SMALLEST)
         return np.log(inside), np.log1p(-inside)
-    odds = values - (threshold or 0.0) if form == "scores" else values
+    if form == "scores":
+        odds = values - (threshold or 0.0)
+    else:
+        odds = values
     with np.errstate(invalid="ignore"):
         return -np.logaddexp(0.0, -odds), -np.logaddexp(0.0, odds)
 

@@ -35,7 +35,11 @@ class Loss:
     total: float
 
 
-def sums(objective: Objective, truth: Sequence[Array], found: Sequence[Array]) -> Floats:
+def sums(
+    objective: Objective,
+    truth: Sequence[Array],
+    found: Sequence[Array],
+) -> Floats:
     """Sums of one batch (judged terms, 3): decision loss, value loss, positions; batches are added up.
 
     Args:
@@ -67,7 +71,11 @@ def loss(objective: Objective, total: Floats) -> Loss:
     return Loss(terms, float(weight @ terms / weight.sum()) if weight.sum() else 0.0)
 
 
-def compare(objective: Objective, truth: Sequence[Array], found: Sequence[Array]) -> Loss:
+def compare(
+    objective: Objective,
+    truth: Sequence[Array],
+    found: Sequence[Array],
+) -> Loss:
     """Return the loss of one batch.
 
     Args:

@@ -308,7 +308,12 @@ class _Values(_Counter):
         super().__init__(term)
         self.moments = Moments()
 
-    def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
+    def update(
+        self,
+        old: Array,
+        new: Array,
+        labels: Array | None,  # noqa: ARG002
+    ) -> None:
         before = self.term.rows(old)
         after = self.term.rows(new)
         known = np.isfinite(before)
@@ -355,7 +360,12 @@ class _Values(_Counter):
 class _Cosines(_Counter):
     """Cosines of vectors, kept one by one for their percentile."""
 
-    def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
+    def update(
+        self,
+        old: Array,
+        new: Array,
+        labels: Array | None,  # noqa: ARG002
+    ) -> None:
         before = self.term.rows(old)
         after = self.term.rows(new)
         if before.shape != after.shape:
@@ -381,7 +391,12 @@ class _Cosines(_Counter):
 class _Equal(_Counter):
     """Entries that are equal."""
 
-    def update(self, old: Array, new: Array, labels: Array | None) -> None:  # noqa: ARG002
+    def update(
+        self,
+        old: Array,
+        new: Array,
+        labels: Array | None,  # noqa: ARG002
+    ) -> None:
         if old.shape == new.shape:
             equal = float((old == new).sum())
         else:

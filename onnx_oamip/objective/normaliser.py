@@ -129,7 +129,10 @@ class _Sums:
             mine.merge(theirs)
 
     def scale(self) -> Scale:
-        variance = self.moments.divisors() if self.moments else np.ones(1)
+        if self.moments:
+            variance = self.moments.divisors()
+        else:
+            variance = np.ones(1)
         if self.direction:
             return Scale("auto", self.direction.spread(), variance, -1, np.ones((1, 2)))
         for answers in self.answers:  # probabilities come first

@@ -106,7 +106,10 @@ def scale(
         return objective
     depends = {**(identity or {}), "objective": document(objective)}
     found = (store or Store()).recall(
-        SCALES, depends, find, lambda value: are_scales(value, objective)
+        SCALES,
+        depends,
+        find,
+        lambda value: are_scales(value, objective),
     )
     scales = iter(found)
     terms = (

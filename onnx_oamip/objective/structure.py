@@ -164,7 +164,12 @@ class Graph:
         value = self.constant(tensor)
         return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
 
-    def integers(self, node: Node, slot: int, attribute: str) -> list[int] | None:
+    def integers(
+        self,
+        node: Node,
+        slot: int,
+        attribute: str,
+    ) -> list[int] | None:
         """Return a list that early opsets have as an attribute and later ones as an input.
 
         Args:
@@ -217,7 +222,12 @@ class Graph:
             seen.append(tensor)
         return Origin(tensor, part, node, tuple(seen))
 
-    def _step(self, node: Node, tensor: str, part: Part | None) -> tuple[str, Part | None] | None:
+    def _step(
+        self,
+        node: Node,
+        tensor: str,
+        part: Part | None,
+    ) -> tuple[str, Part | None] | None:
         source = node.inputs[0] if node.inputs else ""
         if has(node, Trait.IDENTITY) and tensor == node.outputs[0]:
             return source, part
@@ -239,7 +249,12 @@ class Graph:
         cut = self._cut(node, tensor)
         return (source, cut) if cut is not None and part is None else None
 
-    def _transposed(self, node: Node, source: str, part: Part | None) -> Part | None:
+    def _transposed(
+        self,
+        node: Node,
+        source: str,
+        part: Part | None,
+    ) -> Part | None:
         if part is None:
             return None
         order = node.attrs.get("perm") or range(self.rank(source) or 0)[::-1]

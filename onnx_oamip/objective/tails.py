@@ -100,7 +100,10 @@ class Tails:
         form: Form = "auto",
         tail: str = "",
     ) -> Term:
-        place = self.graph.channel_axis(tensor) if axis is None else axis
+        if axis is None:
+            place = self.graph.channel_axis(tensor)
+        else:
+            place = axis
         return Term("", "", tensor, kind, place, form=form, tail=tail)
 
     def _classes(self, origin: Origin, node: Node) -> list[Term]:

@@ -113,7 +113,12 @@ class Limits:
                 yield kind, self.values[kind.name]
 
 
-def limits(budget: Budget, before: Cost, reserve: int, itemsize: int = 4) -> Limits:
+def limits(
+    budget: Budget,
+    before: Cost,
+    reserve: int,
+    itemsize: int = 4,
+) -> Limits:
     """Turn shares into absolute limits.
 
     Args:
@@ -189,7 +194,12 @@ def allocate(
     if ladder is not None:
         try:
             widths, programs = _programmed(
-                ladder, ceiling, ledger=ledger, limit=limit, extra=extra, settings=settings
+                ladder,
+                ceiling,
+                ledger=ledger,
+                limit=limit,
+                extra=extra,
+                settings=settings,
             )
         except BudgetNotMet as error:
             held = ", ".join((*_floors(settings), *_others(coupling, settings)))
@@ -207,7 +217,13 @@ def allocate(
     else:
         if settings.allocate == "global":
             widths = _global(
-                coupling, scores, fits, step=step, floor=narrowest, ceiling=ceiling, full=full
+                coupling,
+                scores,
+                fits,
+                step=step,
+                floor=narrowest,
+                ceiling=ceiling,
+                full=full,
             )
         else:
             widths = _uniform(fits, step=step, floor=narrowest, ceiling=ceiling, full=full)
@@ -278,7 +294,12 @@ def _programmed(
         stride = -(-len(around) // RUNGS)
         near.append(around[(around - at) % stride == 0])
     fine = choose(
-        ledger, _at(ladder, near), limit, extra, solver=settings.solver, solver_limits=solver_limits
+        ledger,
+        _at(ladder, near),
+        limit,
+        extra,
+        solver=settings.solver,
+        solver_limits=solver_limits,
     )
     return fine.widths, (coarse.program, fine.program)
 
@@ -290,7 +311,12 @@ def _at(ladder: Ladder, rungs: Sequence[Ints]) -> Ladder:
     )
 
 
-def steps(model: Model, coupling: Coupling, align: int | str, device: str) -> Ints:
+def steps(
+    model: Model,
+    coupling: Coupling,
+    align: int | str,
+    device: str,
+) -> Ints:
     """Determine the alignment step of each group: a unit that holds several channels needs fewer of itself.
 
     ``auto`` measures the step of convolutions on the device. It holds for groups of their channels alone, as no other
@@ -356,7 +382,12 @@ def _snap(widths: Ints, step: Ints, full: Ints) -> Ints:
 
 
 def _uniform(
-    fits: Callable[[Ints], bool], *, step: Ints, floor: Ints, ceiling: Ints, full: Ints
+    fits: Callable[[Ints], bool],
+    *,
+    step: Ints,
+    floor: Ints,
+    ceiling: Ints,
+    full: Ints,
 ) -> Ints:
     def widths(share: float) -> Ints:
         return np.clip(
@@ -396,7 +427,13 @@ def _global(
 
 
 def _fill(
-    ledger: Ledger, limit: Limits, widths: Ints, *, step: Ints, ceiling: Ints, full: Ints
+    ledger: Ledger,
+    limit: Limits,
+    widths: Ints,
+    *,
+    step: Ints,
+    ceiling: Ints,
+    full: Ints,
 ) -> Ints:
     """Give back single steps while they fit, the group of the largest kept share lost first.
 
@@ -416,7 +453,13 @@ def _fill(
     return widths
 
 
-def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, advice: str) -> str:
+def _binding(
+    coupling: Coupling,
+    ledger: Ledger,
+    limit: Limits,
+    floor: Ints,
+    advice: str,
+) -> str:
     name, over = max(limit.shares(ledger.cost(floor)).items(), key=lambda item: item[1])
     lengths = ledger.lengths(floor)
     values = ledger.terms(ledger.macs, lengths)
@@ -444,11 +487,15 @@ def _binding(coupling: Coupling, ledger: Ledger, limit: Limits, floor: Ints, adv
 
 
 def _advice(
-    coupling: Coupling, settings: ConstraintOptions, step: Ints, fits: Callable[[Ints], bool]
+    coupling: Coupling,
+    settings: ConstraintOptions,
+    step: Ints,
+    fits: Callable[[Ints], bool],
 ) -> str:
     """Settings with a lower bound on widths that binds: those without which the budget can be met."""
     full = full_widths(coupling)
-    floors, others = _floors(settings), _others(coupling, settings)
+    floors = _floors(settings)
+    others = _others(coupling, settings)
     excluded = [name for name in others if name.startswith("`exclude=")]
     one = np.ones_like(step)
     if floors and fits(least(0.0, step, full)):

@@ -491,7 +491,12 @@ class _KernelGraph:
             return self._by_name[unfused[: ends[-1]]]
         return None
 
-    def behind(self, start: int, anchors: Set[int], free: Set[int]) -> list[int]:
+    def behind(
+        self,
+        start: int,
+        anchors: Set[int],
+        free: Set[int],
+    ) -> list[int]:
         """Finds the free linear nodes whose results reach a node without passing another kernel.
 
         Args:

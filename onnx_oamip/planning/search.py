@@ -90,7 +90,9 @@ class Attempt:
 
 
 def attempt(
-    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
 ) -> Attempt:
     """Allocate, cut and refit; repeat with a tighter limit while the file is larger than predicted.
 
@@ -121,7 +123,9 @@ def attempt(
 
 
 def allocate(
-    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...] = ()
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...] = (),
 ) -> Plan:
     """Choose a plan under absolute limits.
 
@@ -139,7 +143,8 @@ def allocate(
     Raises:
         BudgetNotMet: No plan meets the limits.
     """
-    steps, ladder = ready.steps, ready.ladder
+    steps = ready.steps
+    ladder = ready.ladder
     best: Plan | None = None
     while True:
         missed: BudgetNotMet | None = None
@@ -236,7 +241,11 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
         pass
     elif ready.settings.refit == "bias":
         pruned = least_squares.fold_means(
-            ready.model, ready.coupling, chosen.keep, collect(ready, {MOMENTS}), raw
+            ready.model,
+            ready.coupling,
+            chosen.keep,
+            collect(ready, {MOMENTS}),
+            raw,
         )
     elif ready.settings.refit == "least-squares":
         s = ready.settings
@@ -325,7 +334,9 @@ def answers(ready: Context, batch: int) -> equivalence.Recorded | None:
         The outputs, from the cache where an earlier run kept them. None without held-out samples, and where the
         outputs would take more than ``ANSWERS`` bytes.
     """
-    model, held, objective = ready.model, ready.held_out, ready.objective
+    model = ready.model
+    held = ready.held_out
+    objective = ready.objective
     names = equivalence.watched(model, objective)
     if held is None or any(name not in model.shapes for name in names):
         return None
@@ -413,7 +424,8 @@ def meets(budget: Budget, before: Cost, after: Cost) -> None:
         GateFailed: A budget is exceeded.
     """
     for kind, share in counted_shares(budget):
-        old, new = kind.of(before), kind.of(after)
+        old = kind.of(before)
+        new = kind.of(after)
         if new > share * old:
             raise GateFailed(
                 f"the pruned model keeps {new / max(old, 1):.4f} of its {kind.noun}, more than "
@@ -453,7 +465,11 @@ def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, 
 # ------------------------------------------------------------------------------------------------------- latency
 
 
-def _latency(ready: Prepared, limit: allocation.Limits, share: float) -> LinearisedLimit:
+def _latency(
+    ready: Prepared,
+    limit: allocation.Limits,
+    share: float,
+) -> LinearisedLimit:
     """The latency row under which the measured latency of the cut model keeps ``share`` of the original's."""
     assert ready.ladder is not None
     table = profile(
@@ -533,7 +549,10 @@ class Drop:
 
 
 def _smallest(
-    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...], points: float
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+    points: float,
 ) -> Attempt:
     """The fewest MACs at which the drop on evaluation data stays within ``points``, by bisection."""
     if ready.held_out is None:
@@ -546,7 +565,8 @@ def _smallest(
     silent = replace(ready, progress=None)  # progress is that of the bisection
     best: Attempt | None = None
     tried: list[Trial] = []
-    low, high = 0.0, min(1.0, limit.values.get("macs", ready.before.macs) / ready.before.macs)
+    low = 0.0
+    high = min(1.0, limit.values.get("macs", ready.before.macs) / ready.before.macs)
     share = high if high < 1 else 0.5
     for i in range(DROP_TRIES):
         try:
@@ -560,7 +580,8 @@ def _smallest(
         if ready.progress:
             ready.progress("max-drop", i + 1, DROP_TRIES)
         if held:
-            best, high = found, found.after.macs / ready.before.macs
+            best = found
+            high = found.after.macs / ready.before.macs
         else:
             low = share
         if high - low < DROP_RESOLUTION:
@@ -579,7 +600,11 @@ def _smallest(
     return replace(best, tried=tuple(tried))
 
 
-def _drop(ready: Prepared, original: equivalence.Answers, found: Attempt) -> Drop:
+def _drop(
+    ready: Prepared,
+    original: equivalence.Answers,
+    found: Attempt,
+) -> Drop:
     assert ready.held_out is not None
     if ready.metric is not None:
         values = equivalence.user_metric(

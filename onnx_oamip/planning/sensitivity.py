@@ -108,7 +108,13 @@ def measure(
         The losses of every group.
     """
     whole = _whole(
-        model, coupling, [order], feeds, device=device, objective=objective, repair=repair
+        model,
+        coupling,
+        [order],
+        feeds,
+        device=device,
+        objective=objective,
+        repair=repair,
     )
     found = _by_group(
         _measure,
@@ -160,7 +166,13 @@ def choose(
         The index of an order by group (groups,).
     """
     whole = _whole(
-        model, coupling, orders, feeds, device=device, objective=objective, repair=repair
+        model,
+        coupling,
+        orders,
+        feeds,
+        device=device,
+        objective=objective,
+        repair=repair,
     )
     whole = replace(whole, margin=margin)
     found = _by_group(
@@ -225,7 +237,10 @@ def _by_group(
             progress(stage, done, total)
 
     return executor(workers, scheduler, whole.device).map(
-        task, whole, jobs(whole.coupling, grams), told
+        task,
+        whole,
+        jobs(whole.coupling, grams),
+        told,
     )
 
 
@@ -249,7 +264,9 @@ def _choose(whole: _Whole, job: Job) -> int:
     found = _losses(whole, job, sets).reshape(len(whole.orders), -1)
     logs = np.log(found + 1e-9).mean(axis=1)
     best = int(np.argmin(logs))
-    return best if logs[best] < logs[0] + np.log1p(-whole.margin) else 0
+    if logs[best] < logs[0] + np.log1p(-whole.margin):
+        return best
+    return 0
 
 
 def _losses(whole: _Whole, job: Job, removed: Sequence[Ints]) -> Floats:
@@ -272,7 +289,10 @@ def levels(width: int) -> Ints:
 
 
 def _types(
-    model: Model, slicer: Slicer, feeds: Sequence[Mapping[str, Array]], device: str
+    model: Model,
+    slicer: Slicer,
+    feeds: Sequence[Mapping[str, Array]],
+    device: str,
 ) -> dict[str, int]:
     """Element types of all tensors; the model runs where shape inference does not know them."""
     types = element_types(model.proto, model.dtypes)
@@ -301,8 +321,16 @@ class _Truth:
 class _Part:
     """The graph behind a group's consumers, with the numbers a level changes as inputs."""
 
-    def __init__(self, whole: _Whole, group: int, grams: Mapping[str, Gram]) -> None:
-        model, coupling, slicer, types = whole.model, whole.coupling, whole.slicer, whole.types
+    def __init__(
+        self,
+        whole: _Whole,
+        group: int,
+        grams: Mapping[str, Gram],
+    ) -> None:
+        model = whole.model
+        coupling = whole.coupling
+        slicer = whole.slicer
+        types = whole.types
         found = problems(model, coupling, grams, group)
         self.model, self.found, self.truth, self.repair = model, found, whole.truth, whole.repair
         wanted = whole.truth.wanted
@@ -372,7 +400,8 @@ class _Part:
                 proto.graph.input.append(
                     helper.make_tensor_value_info(f"oamip_shift_{copy.name}", kind, None)
                 )
-                inner, out = f"oamip_inner_{copy.name}", copy.output[0]
+                inner = f"oamip_inner_{copy.name}"
+                out = copy.output[0]
                 copy.output[0] = inner
                 nodes.append(copy)
                 nodes.append(build.add(inner, f"oamip_shift_{copy.name}", out))

@@ -358,7 +358,12 @@ class Encoder:
         entries_in_units = (row, column, value / unit[row])
         self.builder.rows(count, entries_in_units, lower / unit, upper / unit)
 
-    def require(self, expression: Expression, lower: Floats | float, upper: Floats | float) -> None:
+    def require(
+        self,
+        expression: Expression,
+        lower: Floats | float,
+        upper: Floats | float,
+    ) -> None:
         """State a range of rows. A row of one variable becomes its bound; the others are added lazily.
 
         Args:

@@ -156,7 +156,10 @@ class Exact(Encoder):
         h, size = self.measured(np.zeros(count), high)
         v = self.variables(count, 0.0, 1.0, integer=not self.relax)
         zero = Expression.of(np.zeros(count))
-        gate = np.full(count, -1) if unit is None else unit[where]
+        if unit is None:
+            gate = np.full(count, -1)
+        else:
+            gate = unit[where]
         gated = np.flatnonzero(gate >= 0)
         free = np.flatnonzero(gate < 0)
         s = self.keep[gate[gated]]

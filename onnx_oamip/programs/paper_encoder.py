@@ -48,7 +48,10 @@ class Paper(Encoder):
         """
         on, mixed = signs(a)
         high = np.maximum(a.upper, 0)
-        scored = a if unit is None else self._scored(a, unit, high)
+        if unit is None:
+            scored = a
+        else:
+            scored = self._scored(a, unit, high)
         result = only(scored, on)
         positive = np.flatnonzero(on)
         negative = np.flatnonzero(~on & ~mixed)

@@ -230,7 +230,10 @@ def linearise(
     factors, chain = _factors(levels, polynomials)
     table = _Table.of(factors, binaries, start)
     degree = chain.shape[1]
-    expression = chain[:, 0] if degree else np.full(len(chain), -1)
+    if degree:
+        expression = chain[:, 0]
+    else:
+        expression = np.full(len(chain), -1)
     for depth in range(1, degree):
         further = chain[:, depth] >= 0
         products = np.stack([expression[further], chain[further, depth]], axis=1)
@@ -399,7 +402,11 @@ class _Table:
         )
 
     @staticmethod
-    def _bound_by_binaries(builder: Builder, product: Ints, binary: Ints) -> None:
+    def _bound_by_binaries(
+        builder: Builder,
+        product: Ints,
+        binary: Ints,
+    ) -> None:
         """Rows ``v_l <= x_l``."""
         row = np.arange(len(product))
         weights = np.array([[1.0], [-1.0]])

@@ -188,7 +188,12 @@ class _SweptConsumer:
     unit costs a product as thin as the unit.
     """
 
-    def __init__(self, consumer: LinearConsumer, cross: Floats, kept: Bools) -> None:
+    def __init__(
+        self,
+        consumer: LinearConsumer,
+        cross: Floats,
+        kept: Bools,
+    ) -> None:
         self.consumer = consumer
         inside = np.ones(consumer.weight.shape[1], bool)
         inside[consumer.columns[~kept]] = False

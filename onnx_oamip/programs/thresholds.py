@@ -59,7 +59,11 @@ def with_thresholds(program: Program, levels: Levels) -> Program:
     return result.with_rows(_descending(narrowest[level - 1], result.n_variables))
 
 
-def _threshold_change(level: Ints, n_levels: int, n_variables: int) -> csr_array:
+def _threshold_change(
+    level: Ints,
+    n_levels: int,
+    n_variables: int,
+) -> csr_array:
     """Change of variables ``x_l = t_l - t_(l+1)``; variables behind the levels stay themselves.
 
     Args:

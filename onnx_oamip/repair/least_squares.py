@@ -377,7 +377,11 @@ def _has_cost(node: Node) -> bool:
     return spec is not None and spec.cost is not None
 
 
-def _notes_on_bodies(model: Model, coupling: Coupling, units: Bools) -> list[str]:
+def _notes_on_bodies(
+    model: Model,
+    coupling: Coupling,
+    units: Bools,
+) -> list[str]:
     """Notes on the nodes whose subgraphs lost channels: no statistics are collected in there."""
     pruned = {
         model.homes[consumer.node]
@@ -502,7 +506,11 @@ def is_wide(place: Site, weight: Array, cap: int = GRAM_CAP) -> bool:
     return ins * taps > cap
 
 
-def _row_limit(shape: tuple[int, int, int, int], cap: int, memory_limit: int) -> int:
+def _row_limit(
+    shape: tuple[int, int, int, int],
+    cap: int,
+    memory_limit: int,
+) -> int:
     """Number of rows to sample for a node.
 
     Args:
@@ -522,7 +530,11 @@ def _row_limit(shape: tuple[int, int, int, int], cap: int, memory_limit: int) ->
     return max(MIN_WIDE_ROWS, min(MIN_ROWS, most_values // (groups * max(unknowns, outs))))
 
 
-def _sampled(place: Site, outputs: Sequence[Array], rows: Sequence[Ints]) -> tuple[Array, ...]:
+def _sampled(
+    place: Site,
+    outputs: Sequence[Array],
+    rows: Sequence[Ints],
+) -> tuple[Array, ...]:
     # Numbers of a float64 model may be beyond the range of float32.
     return tuple(
         output_rows(place, y, chosen).astype(np.promote_types(y.dtype, np.float32))
@@ -614,7 +626,12 @@ def _refit(
     rows, split = stacked([part.centred() for part in parts] if own_biases else parts, HELD_OUT)
     problem = replace(first.problem, x=rows.x, y=rows.y)
     form, solve, remark = _solver(
-        cut, family.uses[0], problem, rows.residual, weight=first.weight, split=split
+        cut,
+        family.uses[0],
+        problem,
+        rows.residual,
+        weight=first.weight,
+        split=split,
     )
     if remark:
         remarks.append(remark)
@@ -716,13 +733,23 @@ def _new_weight(editor: Editor, use: _Use, change: Floats) -> Array:
     return editor.rounded(name, value)
 
 
-def _write_weight(editor: Editor, use: _Use, change: Floats, for_all: bool) -> None:
+def _write_weight(
+    editor: Editor,
+    use: _Use,
+    change: Floats,
+    for_all: bool,
+) -> None:
     node = editor.nodes[use.here.node.name]
     editor.replace(node, use.here.weight_slot, _new_weight(editor, use, change), for_all)
 
 
 def _as_stored(
-    editor: Editor, use: _Use, rows: Rows, split: int, *, found: RidgeFit
+    editor: Editor,
+    use: _Use,
+    rows: Rows,
+    split: int,
+    *,
+    found: RidgeFit,
 ) -> RidgeFit | None:
     """A fit with the weights that are stored: half precision rounds the change, to which the bias is fitted again.
 
@@ -753,7 +780,13 @@ def _as_stored(
     return RidgeFit(change, shift, found.ridge, (found.errors[0], after))
 
 
-def _shift_bias(cut: _Cut, editor: Editor, place: Site, frontier: Frontier, target: Target) -> None:
+def _shift_bias(
+    cut: _Cut,
+    editor: Editor,
+    place: Site,
+    frontier: Frontier,
+    target: Target,
+) -> None:
     """Refits the bias of a node whose weight was refitted before its input was known."""
     remarks: list[str] = []
     use = _use(cut, editor, place, frontier, target=target, remarks=remarks)
@@ -828,7 +861,12 @@ def _problem(
     return _Problem(x, y, wide_inputs)
 
 
-def _original_inputs(cut: _Cut, place: Site, here: Site, target: Target) -> Floats:
+def _original_inputs(
+    cut: _Cut,
+    place: Site,
+    here: Site,
+    target: Target,
+) -> Floats:
     """Inputs of a node in the original model, without the removed channels (groups, rows, inputs * taps)."""
     inputs = np.concatenate(target.inputs).astype(np.float64)
     _, _, ins, taps = matrix_shape(place, cut.model.constants[place.weight])

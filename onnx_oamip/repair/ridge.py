@@ -96,7 +96,12 @@ def choose_ridge(
     return RidgeFit(change, shift_of(change, rows), chosen, (before, min(after, before)))
 
 
-def remaining_error(x: Floats, residual: Floats, change: Floats | None, shift: Floats) -> float:
+def remaining_error(
+    x: Floats,
+    residual: Floats,
+    change: Floats | None,
+    shift: Floats,
+) -> float:
     """Measure what a fit leaves on rows that it has not seen.
 
     Args:
@@ -168,7 +173,11 @@ def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
     return lambda count, ridge: solve_ridge(*normal[count], ridge)
 
 
-def normal_equations(x: Floats, residual: Floats, split: int) -> dict[int, tuple[Floats, Floats]]:
+def normal_equations(
+    x: Floats,
+    residual: Floats,
+    split: int,
+) -> dict[int, tuple[Floats, Floats]]:
     """Normal equations of the leading rows and of all rows.
 
     Args:

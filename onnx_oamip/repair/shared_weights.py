@@ -48,7 +48,9 @@ class Family:
     def title(self) -> str:
         """Name for reports: the first node, and how many others share its weight."""
         others = len(self.uses) - 1
-        return f"{self.names[0]} and {others} more" if others else self.names[0]
+        if others:
+            return f"{self.names[0]} and {others} more"
+        return self.names[0]
 
 
 class Sharing:
@@ -97,7 +99,10 @@ class Sharing:
             return f"its weight '{source}' is a graph output"
         form = _form(model, place)
         for node, slot in self._uses[source]:
-            other = site(node, model.constants) if node.name in self._main else None
+            if node.name in self._main:
+                other = site(node, model.constants)
+            else:
+                other = None
             is_alike = other is not None and other.weight_slot == slot
             if other is None or not is_alike or _form(model, other) != form:
                 return (

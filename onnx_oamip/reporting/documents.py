@@ -61,7 +61,10 @@ def document(report: Report) -> Document:
     """
     kept = np.asarray(report.plan.widths, np.int64)
     # A plan from a file comes without scores: their summaries are null.
-    values = report.scores.values if report.scores else np.full(report.coupling.n_units, np.nan)
+    if report.scores:
+        values = report.scores.values
+    else:
+        values = np.full(report.coupling.n_units, np.nan)
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(report.model),
@@ -205,7 +208,11 @@ def planning(found: Planned) -> Document:
     return plain_document(result)
 
 
-def inspection(model: Model, coupling: Coupling, objective: Objective) -> Document:
+def inspection(
+    model: Model,
+    coupling: Coupling,
+    objective: Objective,
+) -> Document:
     """Builds the JSON document of ``inspect``: removable groups, pinned channels with their reasons, and the terms.
 
     Args:
@@ -245,7 +252,11 @@ def inspection(model: Model, coupling: Coupling, objective: Objective) -> Docume
     return plain_document(result)
 
 
-def comparison(original: Model, pruned: Model, verification: Verification) -> Document:
+def comparison(
+    original: Model,
+    pruned: Model,
+    verification: Verification,
+) -> Document:
     """Builds the JSON document of ``verify``.
 
     Args:
@@ -514,7 +525,10 @@ def _metric(found: MetricValues | None) -> Document | None:
 def _point(point: Point, before: Cost) -> Document:
     """One point of a frontier; values that were not measured are null."""
     whole = _cost(before)
-    after = dict.fromkeys(whole) if point.cost is None else _cost(point.cost)
+    if point.cost is None:
+        after = dict.fromkeys(whole)
+    else:
+        after = _cost(point.cost)
     shares: Document = dict.fromkeys(whole)
     for key, value in after.items():
         if value is not None and whole[key]:

@@ -141,7 +141,11 @@ def consumed(model: Model, coupling: Coupling) -> list[Axis]:
     return sorted(axes)
 
 
-def fits(moments: Mapping[Axis, Moments], model: Model, coupling: Coupling) -> bool:
+def fits(
+    moments: Mapping[Axis, Moments],
+    model: Model,
+    coupling: Coupling,
+) -> bool:
     """Validate a cache entry: one record per consumed axis, of its length, with finite values.
 
     Args:

@@ -62,5 +62,8 @@ def parts(samples: Samples) -> tuple[Samples, Samples]:
 
 def _position(request: Request[Any]) -> tuple[int, str]:
     """Place of a request in the order of passes: built-in ones first, then by name."""
-    rank = BUILT_IN.index(request) if request in BUILT_IN else len(BUILT_IN)
+    if request in BUILT_IN:
+        rank = BUILT_IN.index(request)
+    else:
+        rank = len(BUILT_IN)
     return rank, request.name

@@ -189,19 +189,31 @@ def _batch(model: Model, feed: Mapping[str, Array]) -> Fraction:
     return Fraction(len(feed[name]), shape[0])
 
 
-def _layers(model: Model, coupling: Coupling, cap: int) -> list[tuple[Site, Ints]]:
+def _layers(
+    model: Model,
+    coupling: Coupling,
+    cap: int,
+) -> list[tuple[Site, Ints]]:
     """Linear consumers in graph order, each with the inputs (d, fold) of its columns."""
     axes = {c.node: coupling.axes[c.data, c.axis] for c in coupling.consumers}
     result = []
     for node in model.nodes:
-        layer = site(node, model.constants) if node.name in axes else None
+        if node.name in axes:
+            layer = site(node, model.constants)
+        else:
+            layer = None
         if layer is not None:
             weight = model.constants[layer.weight]
             result.append((layer, _columns(layer, weight, axes[node.name], cap)))
     return result
 
 
-def _columns(layer: Site, weight: Array, labels: Ints, cap: int) -> Ints:
+def _columns(
+    layer: Site,
+    weight: Array,
+    labels: Ints,
+    cap: int,
+) -> Ints:
     """(d, fold) inputs by column: one by one up to ``cap``, else the taps of a channel, or the inputs of a unit."""
     groups, _, ins, taps = matrix_shape(layer, weight)
     every = np.arange(ins * taps)
@@ -336,7 +348,13 @@ class _Sum(_Rows):
 class _Factor(_Rows):
     """Rows of a consumer with too many columns for a matrix: as many as its share of memory and of time allows."""
 
-    def __init__(self, model: Model, layer: Site, columns: Ints, limit: int | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        layer: Site,
+        columns: Ints,
+        limit: int | None,
+    ) -> None:
         super().__init__(model, layer, columns)
         self.values = MOST_VALUES if limit is None else min(MOST_VALUES, limit)
         self.parts: list[Floats] = []

@@ -104,7 +104,10 @@ class Problem:
 
 
 def problems(
-    model: Model, coupling: Coupling, grams: Mapping[str, Gram], group: int
+    model: Model,
+    coupling: Coupling,
+    grams: Mapping[str, Gram],
+    group: int,
 ) -> list[Problem]:
     """Make the problems of all linear consumers of a group.
 
@@ -132,14 +135,25 @@ def problems(
         for block in range(groups):
             block_labels = labels[block * ins : (block + 1) * ins]
             problem = _problem(
-                consumer, block, weight=weight[block], gram=gram, labels=block_labels, units=units
+                consumer,
+                block,
+                weight=weight[block],
+                gram=gram,
+                labels=block_labels,
+                units=units,
             )
             result.append(problem)
     return result
 
 
 def _problem(
-    consumer: Consumer, block: int, *, weight: Floats, gram: Gram, labels: Ints, units: Ints
+    consumer: Consumer,
+    block: int,
+    *,
+    weight: Floats,
+    gram: Gram,
+    labels: Ints,
+    units: Ints,
 ) -> Problem:
     """The problem of one block: ``weight`` (outputs, inputs, taps), ``labels`` (inputs,) the units of its inputs."""
     column_units = labels[gram.columns[:, 0] // gram.taps]
@@ -154,7 +168,10 @@ def _problem(
 
     values = gram.values[block]
     # Products of columns by columns, or of rows by rows, which have the same trace and the same norm.
-    products = values if gram.factor is None else values @ values.T
+    if gram.factor is None:
+        products = values
+    else:
+        products = values @ values.T
     shrunk = shrinkage(products, gram.rows, size)
     # The trace is kept: a strong ridge must not raise the loss of a consumer.
     ridge = float(shrunk * (np.trace(products) / (1 + shrunk)) / size + TINY)
@@ -218,7 +235,8 @@ def shrinkage(gram: Floats, rows: int, columns: int | None = None) -> float:
         The ridge relative to the mean diagonal, at least ``RIDGE``.
     """
     size = len(gram) if columns is None else columns
-    trace, square = float(np.trace(gram)), float(np.square(gram).sum())
+    trace = float(np.trace(gram))
+    square = float(np.square(gram).sum())
     denominator = (rows + 1 - 2 / size) * (square - trace**2 / size)
     weight = 1.0
     if denominator > 0:
@@ -227,7 +245,9 @@ def shrinkage(gram: Floats, rows: int, columns: int | None = None) -> float:
 
 
 def compensate(
-    problem: Problem, removed: Ints, repair: str = "least-squares"
+    problem: Problem,
+    removed: Ints,
+    repair: str = "least-squares",
 ) -> tuple[Floats, Floats]:
     """Compute the weights of a consumer after the removal of units.
 

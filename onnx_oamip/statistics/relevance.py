@@ -162,7 +162,10 @@ class _Probe:
         """Loss per squared error of the output channels of one node."""
         channels = _channels(place, self.model)
         alone = channels <= SINGLE
-        parts = np.arange(channels)[:, None] if alone else np.arange(channels)[None]
+        if alone:
+            parts = np.arange(channels)[:, None]
+        else:
+            parts = np.arange(channels)[None]
         weight = self.model.constants[place.weight]
         noise = CHANGE * rng.standard_normal(weight.shape)
         result = np.zeros(channels)
@@ -175,7 +178,12 @@ class _Probe:
             result[part] = self._loss_per_error(place, changed, before)
         return result
 
-    def _loss_per_error(self, place: Site, changed: Array, before: Sequence[Array]) -> float:
+    def _loss_per_error(
+        self,
+        place: Site,
+        changed: Array,
+        before: Sequence[Array],
+    ) -> float:
         out = place.node.outputs[0]
         loss = error = 0.0
         for feed, truth, old in zip(self.feeds, self.truth, before, strict=True):
@@ -191,7 +199,10 @@ class _Probe:
         return float((loss / samples) / (error / positions))
 
     def _run(
-        self, feed: Mapping[str, Array], names: Sequence[str], changed: Mapping[str, Array]
+        self,
+        feed: Mapping[str, Array],
+        names: Sequence[str],
+        changed: Mapping[str, Array],
     ) -> list[Array]:
         return self.session.run({**feed, **self.given, **changed}, names)
 

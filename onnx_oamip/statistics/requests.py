@@ -25,7 +25,8 @@ def _moments(context: Context) -> Mapping[Axis, Moments]:
     from onnx_oamip.artifacts import cache_entries
     from onnx_oamip.statistics import calibration
 
-    model, coupling = context.model, context.coupling
+    model = context.model
+    coupling = context.coupling
 
     def collect() -> Mapping[Axis, Moments]:
         statistics = calibration.collect(
@@ -53,10 +54,13 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     from onnx_oamip.statistics import covariances
     from onnx_oamip.statistics.collector import parts
 
-    model, coupling, settings = context.model, context.coupling, context.settings
+    model = context.model
+    coupling = context.coupling
+    settings = context.settings
     fitted = parts(context.samples)[0].first(GRAM_SAMPLES)
     feeds, _ = feeds_within_memory(model, fitted, context.batch, settings.activation_memory_limit)
-    cap, limit = covariances.CAP, None
+    cap = covariances.CAP
+    limit = None
     if settings.max_memory is not None:
         cap = covariances.cap(coupling, settings.activation_memory_limit)
         limit = covariances.share(coupling, settings.activation_memory_limit)
@@ -76,7 +80,11 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
             if not (np.isfinite(gram.values).all() and np.isfinite(gram.mean).all()):
                 data = next(c.data for c in coupling.consumers if c.node == name)
                 overflow.refuse(
-                    model, context.samples, data, device=context.device, batch_size=context.batch
+                    model,
+                    context.samples,
+                    data,
+                    device=context.device,
+                    batch_size=context.batch,
                 )
         return found
 
@@ -107,7 +115,9 @@ def _relevance(context: Context) -> Mapping[str, Floats]:
     from onnx_oamip.statistics import relevance
     from onnx_oamip.statistics.collector import parts
 
-    model, coupling, objective = context.model, context.coupling, context.objective
+    model = context.model
+    coupling = context.coupling
+    objective = context.objective
     if len(objective.judged) < 2:
         return {}
 

@@ -90,7 +90,13 @@ def run(
         feeds, size = _feeds(loaded[0], samples, batch, seed)
         names = [m.path for m in loaded]
         timings[size] = latency.bench(
-            names, feeds, device, threads, seconds=seconds, names=names, seed=seed
+            names,
+            feeds,
+            device,
+            threads,
+            seconds=seconds,
+            names=names,
+            seed=seed,
         )
     origin = None if samples is None else samples.source
     return Benchmark(loaded, timings, device, threads, seconds, origin)

@@ -307,7 +307,11 @@ def measure_ratio(
     return ratio.median
 
 
-def feeds_of(samples: Samples, batch: int, count: int = FEEDS) -> list[dict[str, Array]]:
+def feeds_of(
+    samples: Samples,
+    batch: int,
+    count: int = FEEDS,
+) -> list[dict[str, Array]]:
     """Takes the first few feeds of equal size.
 
     Args:

@@ -117,7 +117,11 @@ def _annotations(field: FieldInfo) -> Iterator[Any]:
         yield from getattr(alternative, "__metadata__", ())
 
 
-def _refusal_by_name(options: type[Options], name: str, values: dict[str, Any]) -> str:
+def _refusal_by_name(
+    options: type[Options],
+    name: str,
+    values: dict[str, Any],
+) -> str:
     if name in options.model_fields:
         return f"`{name}`: {refusal(options.model_fields[name], values[name])}"
     close = difflib.get_close_matches(name, options.model_fields, 1)

@@ -63,7 +63,10 @@ class Gram:
     @property
     def values(self) -> Floats:
         """The matrix, or the factor in its place."""
-        values = self.matrix if self.factor is None else self.factor
+        if self.factor is None:
+            values = self.matrix
+        else:
+            values = self.factor
         assert values is not None
         return values
 

@@ -35,7 +35,11 @@ def places(shape: Shape) -> Ints:
     return np.arange(int(np.prod(shape)), dtype=np.int64).reshape(shape)
 
 
-def gather(index: Ints, columns: int, weights: npt.ArrayLike = 1.0) -> csr_array:
+def gather(
+    index: Ints,
+    columns: int,
+    weights: npt.ArrayLike = 1.0,
+) -> csr_array:
     """Build the map that picks elements.
 
     Args:
@@ -54,7 +58,11 @@ def gather(index: Ints, columns: int, weights: npt.ArrayLike = 1.0) -> csr_array
     return csr_array((values[inside], flat[inside], pointers), shape=(len(flat), columns))
 
 
-def broadcast(before: Shape, after: Shape, weights: npt.ArrayLike = 1.0) -> csr_array:
+def broadcast(
+    before: Shape,
+    after: Shape,
+    weights: npt.ArrayLike = 1.0,
+) -> csr_array:
     """Build the map of multidirectional broadcasting.
 
     Args:
@@ -190,7 +198,10 @@ def _taps_in_padded_image(node: Node, before: Shape, after: Shape) -> Ints:
     kernel = _kernel(node)
     first = begins(node, kernel, before, after)
     pads = node.attrs.get("pads")
-    last = [int(p) for p in pads[len(first) :]] if pads else first
+    if pads:
+        last = [int(p) for p in pads[len(first) :]]
+    else:
+        last = first
     if (node.attrs.get("auto_pad", "NOTSET") or "NOTSET").startswith("SAME"):
         # Windows end inside the image: any bound that is large enough will do.
         last = [max(k, f) for k, f in zip(kernel, first, strict=True)]

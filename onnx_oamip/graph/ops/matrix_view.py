@@ -107,10 +107,18 @@ class Linear:
         Returns:
             (groups, outputs per group, inputs per group, taps).
         """
-        outputs_first = weight.T if site.weight_axis == 0 else weight
+        if site.weight_axis == 0:
+            outputs_first = weight.T
+        else:
+            outputs_first = weight
         return outputs_first[None, :, :, None]
 
-    def weight(self, site: Site, matrix: Floats, kernel: tuple[int, ...]) -> Floats:
+    def weight(
+        self,
+        site: Site,
+        matrix: Floats,
+        kernel: tuple[int, ...],
+    ) -> Floats:
         """Write a matrix as a weight: the inverse of :meth:`matrix`, also for other numbers of channels.
 
         Args:
@@ -197,7 +205,12 @@ class Convolution(Linear):
         per_group = weight.shape[0] // site.groups
         return weight.reshape(site.groups, per_group, weight.shape[1], -1)
 
-    def weight(self, site: Site, matrix: Floats, kernel: tuple[int, ...]) -> Floats:
+    def weight(
+        self,
+        site: Site,
+        matrix: Floats,
+        kernel: tuple[int, ...],
+    ) -> Floats:
         """Write a matrix as a weight: the inverse of :meth:`matrix`.
 
         Args:
@@ -257,7 +270,12 @@ class TransposedConvolution(Convolution):
         """
         return super().matrix(site, weight).transpose(0, 2, 1, 3)
 
-    def weight(self, site: Site, matrix: Floats, kernel: tuple[int, ...]) -> Floats:
+    def weight(
+        self,
+        site: Site,
+        matrix: Floats,
+        kernel: tuple[int, ...],
+    ) -> Floats:
         """Write a matrix as a weight: the inverse of :meth:`matrix`.
 
         Args:

@@ -37,7 +37,10 @@ def _depth_to_space(node: Node, labels: Labels) -> None:
     result = None
     if found is not None:
         crd = node.attrs.get("mode", "DCR") == "CRD"
-        block = found.reshape(-1, b * b) if crd else found.reshape(b * b, -1).T
+        if crd:
+            block = found.reshape(-1, b * b)
+        else:
+            block = found.reshape(b * b, -1).T
         labels.tie(block, block[:, :1])
         result = np.ascontiguousarray(block[:, 0])
     _pin_space(node, labels)
@@ -128,7 +131,9 @@ def _split_repair(node: Node, cuts: Cuts) -> Edit:
 
 
 def slice_bounds(
-    node: Node, labels: Labels | Cuts, shape: Shape
+    node: Node,
+    labels: Labels | Cuts,
+    shape: Shape,
 ) -> dict[int, tuple[int, int, int]]:
     """Read the bounds of a Slice.
 
@@ -149,11 +154,21 @@ def slice_bounds(
     steps = integers(node, labels, "steps", 4)
     if starts is None or ends is None:
         raise KeyError("starts")
-    where = np.arange(len(starts)) if axes is None else axes % len(shape)
-    by = np.ones(len(starts), np.int64) if steps is None else steps
+    if axes is None:
+        where = np.arange(len(starts))
+    else:
+        where = axes % len(shape)
+    if steps is None:
+        by = np.ones(len(starts), np.int64)
+    else:
+        by = steps
     result = {}
     for a, start, stop, step in zip(
-        where.tolist(), starts.tolist(), ends.tolist(), by.tolist(), strict=True
+        where.tolist(),
+        starts.tolist(),
+        ends.tolist(),
+        by.tolist(),
+        strict=True,
     ):
         # Python clips bounds beyond either end as ONNX does; a negative stop beyond the start means "to the front".
         stop = None if step < 0 and stop < -shape[a] else stop
@@ -232,8 +247,13 @@ def _slice_repair(node: Node, cuts: Cuts) -> Edit:
 
 def _bounds_type(node: Node, cuts: Cuts) -> np.dtype[Any]:
     """Element type of the bounds of a Slice, which may be int32 and must be one for all of them."""
-    starts = None if "starts" in node.attrs else cuts.constant(node.inputs[1])
-    return np.dtype(np.int64) if starts is None else starts.dtype
+    if "starts" in node.attrs:
+        starts = None
+    else:
+        starts = cuts.constant(node.inputs[1])
+    if starts is None:
+        return np.dtype(np.int64)
+    return starts.dtype
 
 
 def _gather(node: Node, labels: Labels) -> None:
@@ -267,7 +287,10 @@ def _gather_repair(node: Node, cuts: Cuts) -> Edit:
         return Edit()
     place = np.cumsum(keep) - 1
     picked = np.where(picked < 0, picked + len(keep), picked)
-    fixed = place[picked[keep[picked]]] if picked.ndim == 1 else place[picked]
+    if picked.ndim == 1:
+        fixed = place[picked[keep[picked]]]
+    else:
+        fixed = place[picked]
     return Edit(inputs={1: fixed.astype(picked.dtype)})
 
 
@@ -277,16 +300,25 @@ def _pad(node: Node, labels: Labels) -> None:
     shape = labels.shape(name)
     try:
         pads = integers(node, labels, "pads", 1)
-        listed = integers(node, labels, "axes", 3) if node.version >= 18 else None
+        if node.version >= 18:
+            listed = integers(node, labels, "axes", 3)
+        else:
+            listed = None
     except KeyError:
         pads, listed = None, None
     if pads is None or shape is None:
         opaque(node, labels, f"{node} takes its amounts from a computation")
         return
-    where = np.arange(len(shape)) if listed is None else listed % len(shape)
+    if listed is None:
+        where = np.arange(len(shape))
+    else:
+        where = listed % len(shape)
     result = list(axes)
     for a, low, high in zip(
-        where.tolist(), pads[: len(where)].tolist(), pads[len(where) :].tolist(), strict=True
+        where.tolist(),
+        pads[: len(where)].tolist(),
+        pads[len(where) :].tolist(),
+        strict=True,
     ):
         found = axes[a]
         if found is None or (low == 0 and high == 0):
@@ -305,7 +337,11 @@ def _pad(node: Node, labels: Labels) -> None:
 # -------------------------------------------------------------------------------------------------- contiguous ranges
 
 
-def taken_range(node: Node, tensor: str, graph: Reader) -> tuple[int, int, int] | None:
+def taken_range(
+    node: Node,
+    tensor: str,
+    graph: Reader,
+) -> tuple[int, int, int] | None:
     """The contiguous range of its first input that a node gives.
 
     Args:

@@ -178,7 +178,12 @@ class Targets(Protocol):
         """
         ...
 
-    def become_transpose(self, node: NodeProto, source: str, perm: Sequence[int]) -> None:
+    def become_transpose(
+        self,
+        node: NodeProto,
+        source: str,
+        perm: Sequence[int],
+    ) -> None:
         """Turn a node into a transposition of another tensor.
 
         Args:

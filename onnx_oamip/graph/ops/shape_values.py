@@ -19,7 +19,11 @@ Attributes = Mapping[str, Any]
 Rule = Callable[[Attributes, Sequence[Any]], Entries]
 
 
-def evaluate(node: NodeProto, inputs: Sequence[Entries | None], shape: Entries | None) -> Entries:
+def evaluate(
+    node: NodeProto,
+    inputs: Sequence[Entries | None],
+    shape: Entries | None,
+) -> Entries:
     """Compute the first output of a node.
 
     Args:

@@ -82,4 +82,6 @@ def write(node: NodeProto, value: Array, source: Array) -> Array:
 def _order(node: NodeProto, rank: int) -> list[int]:
     """Permutation of the axes of a node that permutes them."""
     given = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-    return list(range(rank))[::-1] if given is None else given
+    if given is None:
+        return list(range(rank))[::-1]
+    return given

@@ -116,7 +116,12 @@ class _CutGraph:
     def _value(self, name: str) -> Array:
         return numpy_helper.to_array(self._initialisers[name])
 
-    def _scales(self, node: onnx.NodeProto | None, data: str, size: int) -> bool:
+    def _scales(
+        self,
+        node: onnx.NodeProto | None,
+        data: str,
+        size: int,
+    ) -> bool:
         """Tests whether a node, the only consumer of ``data``, scales it for heads of this size."""
         if (
             node is None

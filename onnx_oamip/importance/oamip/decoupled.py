@@ -80,7 +80,10 @@ MIN_SCALE = 1e-30
 
 
 def score(
-    model: Model, coupling: Coupling, statistics: Statistics | None, settings: Settings
+    model: Model,
+    coupling: Coupling,
+    statistics: Statistics | None,
+    settings: Settings,
 ) -> Scores:
     """Score the units of every group by the programs of that group.
 
@@ -185,14 +188,18 @@ def _score_group(
 def _eliminate_group(consumers: Sequence[Problem], units: int) -> _GroupResult:
     """Scores of a group that is too wide for a program: the cumulated error in the order of obs."""
     order, curve = obs.eliminate(consumers, units)
-    values, surgeon = np.empty(units), np.empty(units)
+    values = np.empty(units)
+    surgeon = np.empty(units)
     values[order] = _strictly_rising(curve)
     surgeon[order] = np.arange(units)
     return _GroupResult(values, surgeon, values, None)
 
 
 def _solve_group(
-    consumers: Sequence[Problem], units: int, name: str, settings: Settings
+    consumers: Sequence[Problem],
+    units: int,
+    name: str,
+    settings: Settings,
 ) -> _GroupResult:
     """Solve the program of a group for every share, from the widest to the narrowest."""
     began = time.perf_counter()
@@ -216,7 +223,12 @@ def _solve_group(
         else:
             start = loss.narrow(keep, count, MAX_SEARCH_STEPS)
             step = _improve(
-                subset, keep, start, settings, evaluations=evaluations, deadline=deadline
+                subset,
+                keep,
+                start,
+                settings,
+                evaluations=evaluations,
+                deadline=deadline,
             )
             steps.append(step)
             kept = step.keep
@@ -228,7 +240,8 @@ def _solve_group(
         fraction = np.arange(1, len(dropped) + 1)
         values[ranked] = level + (next_level - level) * fraction / len(dropped)
         removed.append(ranked)
-        keep, level = kept, next_level
+        keep = kept
+        level = next_level
     # A smaller set may lose no more than a larger one, and a loss may reach 1 early. Equal scores are then ordered by
     # removal, because the sets must stay nested.
     sequence = np.concatenate(removed)
@@ -389,7 +402,10 @@ def _improve(
         if remaining <= 0:
             break
         limits = SolverLimits(
-            time_s=remaining, gap=RELATIVE_GAP / 4, seed=settings.seed, nodes=MAX_NODES
+            time_s=remaining,
+            gap=RELATIVE_GAP / 4,
+            seed=settings.seed,
+            nodes=MAX_NODES,
         )
         program = subset.program(free, best.count, best.keep)
         last = solve(program, limits, settings.solver)
@@ -413,13 +429,21 @@ def _improve(
     )
 
 
-def _record(name: str, subset: Subset, steps: Sequence[_Step], seconds: float) -> Mapping[str, Any]:
+def _record(
+    name: str,
+    subset: Subset,
+    steps: Sequence[_Step],
+    seconds: float,
+) -> Mapping[str, Any]:
     """One record for all programs of a group. The gap is that of the sum of their losses."""
     solutions = [step.solution for step in steps if step.solution is not None]
     value = sum(step.value for step in steps)
     bound = sum(step.bound for step in steps)
     gap = relative_gap(value, bound)
-    status = Termination.OPTIMAL if gap <= RELATIVE_GAP else Termination.FEASIBLE
+    if gap <= RELATIVE_GAP:
+        status = Termination.OPTIMAL
+    else:
+        status = Termination.FEASIBLE
     limits = [solution.limit.value for solution in solutions if solution.limit is not None]
     solvers = dict.fromkeys(solution.solver for solution in solutions)
     return {

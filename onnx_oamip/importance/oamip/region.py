@@ -126,7 +126,10 @@ def region(
     included[list(outside)] = False
     inside = _dependent_nodes(model, coupling, sites, needed, included)
     # The bounds of `paper` propagate from the graph input; `exact` starts from known activations.
-    nodes = sorted(needed) if form.kind == "paper" else sorted(inside)
+    if form.kind == "paper":
+        nodes = sorted(needed)
+    else:
+        nodes = sorted(inside)
     return Region(tuple(nodes), frozenset(inside), included, outside)
 
 

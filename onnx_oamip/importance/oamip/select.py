@@ -211,7 +211,10 @@ def program(
         cost=unit_costs(model, coupling),
         tighten=tighten,
     )
-    first_point = None if guess is None else guess[formulation.units]
+    if guess is None:
+        first_point = None
+    else:
+        first_point = guess[formulation.units]
     return formulation, optimise(formulation, limits, settings.solver, first_point)
 
 

@@ -112,7 +112,12 @@ def optimise(
 class _Optimisation:
     """State of one solve: bound, incumbent, rounds and time."""
 
-    def __init__(self, formulation: Formulation, limits: SolverLimits, solver: str) -> None:
+    def __init__(
+        self,
+        formulation: Formulation,
+        limits: SolverLimits,
+        solver: str,
+    ) -> None:
         self.formulation = formulation
         self.limits = limits
         self.solver = solver
@@ -164,7 +169,12 @@ class _Optimisation:
         if end.solution.termination is Termination.INFEASIBLE:
             raise SolverError("the importance program has no solution; widen `score_budget`.")
 
-    def _cut(self, program: Program, limits: SolverLimits, separate: Separate) -> CutSolution:
+    def _cut(
+        self,
+        program: Program,
+        limits: SolverLimits,
+        separate: Separate,
+    ) -> CutSolution:
         end = solve_with_cuts(
             program,
             limits,
@@ -211,10 +221,18 @@ class _Optimisation:
             notices=tuple(self.notices[:1]),
         )
 
-    def _record(self, last: CutSolution, bound: float, gap: float) -> dict[str, Any]:
+    def _record(
+        self,
+        last: CutSolution,
+        bound: float,
+        gap: float,
+    ) -> dict[str, Any]:
         program = self.formulation.program
         proved = self.is_enough(bound)
-        status = Termination.OPTIMAL if proved else Termination.FEASIBLE
+        if proved:
+            status = Termination.OPTIMAL
+        else:
+            status = Termination.FEASIBLE
         limit = None if proved else last.solution.limit
         return {
             "purpose": "importance",
@@ -338,7 +356,12 @@ class BoundTightener:
     first; rows that the time does not suffice for keep their intervals.
     """
 
-    def __init__(self, limits: SolverLimits, solver: str, seconds: float) -> None:
+    def __init__(
+        self,
+        limits: SolverLimits,
+        solver: str,
+        seconds: float,
+    ) -> None:
         """Prepare without solving anything.
 
         Args:

@@ -170,8 +170,14 @@ def solve_with_cuts(
         notify = None
         rounds += 1
         if last.bound is not None:
-            bound = last.bound if bound is None else max(bound, last.bound)
-        rows = None if last.values is None else separate(last.values)
+            if bound is None:
+                bound = last.bound
+            else:
+                bound = max(bound, last.bound)
+        if last.values is None:
+            rows = None
+        else:
+            rows = separate(last.values)
         closed = last.values is not None and (rows is None or rows.count == 0)
         if closed or last.values is None or rows is None:
             break

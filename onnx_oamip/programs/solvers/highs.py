@@ -143,7 +143,10 @@ def _without_variables(program: Program, seconds: float) -> Solution:
     """Solution of a program that HiGHS calls empty: its only point either satisfies the rows or does not."""
     point = np.zeros(program.n_variables)
     feasible = program.violation(point) <= 0
-    end = Termination.OPTIMAL if feasible else Termination.INFEASIBLE
+    if feasible:
+        end = Termination.OPTIMAL
+    else:
+        end = Termination.INFEASIBLE
     return solution(program, NAME, seconds, end, values=point, bound=program.value(point))
 
 

@@ -69,7 +69,10 @@ def partial(parents: Array, children: Array) -> Floats:
     y = standardise(children)
     rows = len(x)
     gram = x.T @ x / rows
-    ridge = shrinkage(gram, rows) if len(gram) > 1 else ONE_PARENT_RIDGE
+    if len(gram) > 1:
+        ridge = shrinkage(gram, rows)
+    else:
+        ridge = ONE_PARENT_RIDGE
     gram[np.diag_indices_from(gram)] = np.diag(gram) + ridge
     cross = x.T @ y / rows
     inverse = np.linalg.inv(gram)

@@ -108,7 +108,11 @@ def upper_limits(context: Context, scores: Scores) -> UpperLimits:
     return UpperLimits(shares, criterion)
 
 
-def upper_limit(levels: Ints, values: Floats, tolerance: float = TOLERANCE) -> int:
+def upper_limit(
+    levels: Ints,
+    values: Floats,
+    tolerance: float = TOLERANCE,
+) -> int:
     """Find the largest level at which a value is at least ``max - tolerance (max - min)`` of all values.
 
     Args:
@@ -188,7 +192,10 @@ def _jobs(model: Model, coupling: Coupling, pooled: Pooled) -> list[_Job]:
         if all(axis in pooled.values for axis in ends):
             values = {axis: pooled.values[axis] for axis in ends}
             node = layer.node.name
-            taps = {node: pooled.taps[node]} if node in pooled.taps else {}
+            if node in pooled.taps:
+                taps = {node: pooled.taps[node]}
+            else:
+                taps = {}
             result.append((inlet, layer, replace(pooled, values=values, taps=taps)))
     return result
 

@@ -120,7 +120,10 @@ def collect(
                 refuse(model, samples, tensor, device=device, batch_size=batch_size)
         if progress:
             progress("pool", int(index[-1]) + 1, rows)
-    labels = None if chosen.classes is None else chosen.classes[:rows]
+    if chosen.classes is None:
+        labels = None
+    else:
+        labels = chosen.classes[:rows]
     return Pooled(values, by_window, labels, rows)
 
 
@@ -181,7 +184,10 @@ def _targets(
     ends: list[Axis] = []
     for consumer, layer in layers:
         ends += [(consumer.data, consumer.axis), outlet(model, layer)]
-    samples_per_feed = 1 if samples.whole else samples.fixed_batch or 1
+    if samples.whole:
+        samples_per_feed = 1
+    else:
+        samples_per_feed = samples.fixed_batch or 1
     axes = []
     for tensor, axis in dict.fromkeys(ends):
         # Several samples in one fixed feed can be separated along axis 0 only.
@@ -210,7 +216,11 @@ def _spatial_shapes(model: Model, layer: Site) -> tuple[tuple[int, ...], tuple[i
     return model.shapes[layer.data][2:], model.shapes[output][2:]
 
 
-def _arrays(model: Model, targets: _Pools, rows: int) -> tuple[dict[Axis, Array], dict[str, Array]]:
+def _arrays(
+    model: Model,
+    targets: _Pools,
+    rows: int,
+) -> tuple[dict[Axis, Array], dict[str, Array]]:
     """Empty arrays for the rows of all samples: by axis, and by convolution."""
     values: dict[Axis, Array] = {}
     for tensor, axis in targets.axes:

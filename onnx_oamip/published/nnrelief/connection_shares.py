@@ -61,7 +61,11 @@ class Layer:
         return np.asarray(same & (self.inputs[:, None, :] >= 0))
 
 
-def layers(model: Model, coupling: Coupling, signal: Signal) -> tuple[Layer, ...]:
+def layers(
+    model: Model,
+    coupling: Coupling,
+    signal: Signal,
+) -> tuple[Layer, ...]:
     """List the linear nodes with a constant weight and more than one input per filter.
 
     Args:

@@ -140,7 +140,10 @@ def prune(context: Context) -> Result:
     thinned = _thin(pruner, settings)
     if not settings.no_provenance:
         provenance.sign(thinned.proto, model.sha256, _digest(thinned.state))
-    proto = _sparse(thinned.proto) if settings.sparse else thinned.proto
+    if settings.sparse:
+        proto = _sparse(thinned.proto)
+    else:
+        proto = thinned.proto
     verification = _verify(context, thinned.proto, proto)
     layers = tuple(
         LayerConnections(name, pruner.size(name), thinned.state.connections_of(name))
@@ -171,7 +174,11 @@ def _plan(context: Context, thinned: Thinned) -> Plan:
     return Plan(kept, widths, "connections", cost.count(context.model))
 
 
-def _verify(context: Context, dense: onnx.ModelProto, proto: onnx.ModelProto) -> Verification:
+def _verify(
+    context: Context,
+    dense: onnx.ModelProto,
+    proto: onnx.ModelProto,
+) -> Verification:
     """Check the written model, and the same with zeros in place, against the original."""
     model = context.model
     settings = context.settings

@@ -207,7 +207,12 @@ class ConnectionPruner:
         rules = Rules(model, coupling, signal, every, worth=output_worth if together else None)
         return Scores("nnrelief", values), rules
 
-    def _largest_alpha(self, rules: Rules, limit: float, state: State) -> tuple[float, Selection]:
+    def _largest_alpha(
+        self,
+        rules: Rules,
+        limit: float,
+        state: State,
+    ) -> tuple[float, Selection]:
         """The largest alpha that leaves at most ``limit`` connections; the smallest alpha if none does."""
         everything = rules.select(1.0)
         if self._size_after(everything, state) <= limit:
@@ -308,7 +313,11 @@ class ConnectionPruner:
         return self._targets
 
 
-def _is_excluded(site: Site, patterns: Sequence[str], names: Collection[str]) -> bool:
+def _is_excluded(
+    site: Site,
+    patterns: Sequence[str],
+    names: Collection[str],
+) -> bool:
     """True if a pattern of ``exclude`` matches the node or its weight, out of the names of all of them."""
     own = (site.node.name, site.weight)
     return any(matches(name, pattern, names) for pattern in patterns for name in own)

@@ -96,8 +96,14 @@ class Rules:
             norms = signal.joins[join.node][1]
             for side, tensor in enumerate(join.inputs):
                 site = branch_layer(model, tensor)
-                layer = site.node.name if site is not None else None
-                prunable_layer = layer if layer in self._ranks else None
+                if site is not None:
+                    layer = site.node.name
+                else:
+                    layer = None
+                if layer in self._ranks:
+                    prunable_layer = layer
+                else:
+                    prunable_layer = None
                 self._branches.append(_BranchNorms(prunable_layer, norms[side], norms[1 - side]))
 
     def select(self, alpha: float) -> Selection:

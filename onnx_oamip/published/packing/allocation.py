@@ -305,7 +305,11 @@ def _values(choices: Candidates, levels: Ints) -> dict[Place, Floats]:
     return result
 
 
-def _loss_factors(judge: Judge, choices: Candidates, progress: Progress | None) -> Floats:
+def _loss_factors(
+    judge: Judge,
+    choices: Candidates,
+    progress: Progress | None,
+) -> Floats:
     """Loss per mean squared error of each tensor (tensors,): that of the outputs, or of the tensor if they are zero."""
     calibration = judge.calibration
     order = np.random.default_rng(0).permutation(calibration.count)

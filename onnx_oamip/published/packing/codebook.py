@@ -217,7 +217,11 @@ def share(place: Place, words: Array, values: Floats) -> Array:
     return np.asarray(rounded[nearest(values, numbers(place, words))])
 
 
-def _measured(values: Floats, distribution: Histogram, itemsize: int) -> Codebook:
+def _measured(
+    values: Floats,
+    distribution: Histogram,
+    itemsize: int,
+) -> Codebook:
     points = np.append(distribution.points, 0.0)
     weights = np.append(distribution.weights, float(distribution.zeros))
     labels = nearest(values, points)

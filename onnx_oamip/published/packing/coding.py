@@ -103,7 +103,10 @@ def candidates(words: Array, form: Form) -> list[Coded]:
         method = "sham" if inner.method in _SHARED else "csc"
         blob += bytes([METHODS.index(inner.method)]) + inner.blob
         # Zero is one more value than the codebook holds.
-        clusters = None if inner.clusters is None else inner.clusters + 1
+        if inner.clusters is None:
+            clusters = None
+        else:
+            clusters = inner.clusters + 1
         codings.append(Coded(method, blob, clusters))
     return codings
 

@@ -184,7 +184,11 @@ def _read(data: memoryview) -> Contents:
         raise Damaged(f"is damaged: {error}") from error
 
 
-def _contents(header: Mapping[str, Any], blobs: memoryview, size: int) -> Contents:
+def _contents(
+    header: Mapping[str, Any],
+    blobs: memoryview,
+    size: int,
+) -> Contents:
     """Contents from a header whose fields may hold anything; ``size``: bytes of the packed file."""
     sizes = [_number(entry["bytes"]) for entry in header["files"]]
     if sum(sizes) > entropy.RATIO * size + FREE:
@@ -246,7 +250,11 @@ def _tensors(
     return places, codes
 
 
-def _rebuild(size: int, tensors: Sequence[tuple[Place, Coded]], between: memoryview) -> bytes:
+def _rebuild(
+    size: int,
+    tensors: Sequence[tuple[Place, Coded]],
+    between: memoryview,
+) -> bytes:
     """One file of ``size`` bytes from its tensors and the bytes between them."""
     reader = Reader(between)
     rest = memoryview(reader.section(size - sum(place.nbytes for place, _ in tensors)))
@@ -263,7 +271,11 @@ def _rebuild(size: int, tensors: Sequence[tuple[Place, Coded]], between: memoryv
     return b"".join([*parts, rest[taken:]])
 
 
-def _between(content: bytes, file: int, places: Sequence[Place]) -> Iterator[bytes]:
+def _between(
+    content: bytes,
+    file: int,
+    places: Sequence[Place],
+) -> Iterator[bytes]:
     """The bytes of a file between its tensors."""
     at = 0
     for place in places:

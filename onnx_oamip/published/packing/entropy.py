@@ -155,7 +155,11 @@ def planes(words: Array) -> bytes:
     return b"".join(shrink(octets[:, i].tobytes()) for i in range(size))
 
 
-def read_planes(reader: Reader, dtype: np.dtype[np.generic], count: int) -> Array:
+def read_planes(
+    reader: Reader,
+    dtype: np.dtype[np.generic],
+    count: int,
+) -> Array:
     """Read numbers that :func:`planes` encoded.
 
     Args:

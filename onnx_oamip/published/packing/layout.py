@@ -355,7 +355,11 @@ def _external(
     return Place(tensor.name, tensor.type, tensor.shape, number, offset, nbytes)
 
 
-def _fields(data: memoryview, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+def _fields(
+    data: memoryview,
+    start: int,
+    stop: int,
+) -> Iterator[tuple[int, int, int, int]]:
     """Number, wire type, first byte, and the byte behind the last, of every field of a message."""
     at = start
     while at < stop:

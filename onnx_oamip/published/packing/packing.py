@@ -136,7 +136,11 @@ def pack(
     _check(lossless=lossless, clusters=clusters, data=data, eval_data=eval_data, max_drop=max_drop)
     points = MAX_DROP if max_drop is None else max_drop
     settings = Settings.create(
-        max_drop=points, device=device, seed=seed, batch_size=batch_size, **reading
+        max_drop=points,
+        device=device,
+        seed=seed,
+        batch_size=batch_size,
+        **reading,
     )
     target = check_output(path, output, (data, eval_data))
     check_extras(data, eval_data)
@@ -153,7 +157,11 @@ def pack(
     if not exact:
         with clock("codebooks"):
             sharing = _share(
-                original, judge, clusters=clusters, settings=settings, progress=progress
+                original,
+                judge,
+                clusters=clusters,
+                settings=settings,
+                progress=progress,
             )
     with clock("encode"):
         files = original.substitute(allocation.shared(original, sharing.values))
@@ -326,7 +334,10 @@ def _share(
     assert points is not None
     if clusters is not None:
         values = {place: _codebook(files, place, clusters, seed) for place in shareable}
-        verification = None if judge is None else _accepted(judge, values, points)
+        if judge is None:
+            verification = None
+        else:
+            verification = _accepted(judge, values, points)
         return _Sharing(values, {}, verification)
     assert judge is not None
     codes = _encode(files, shareable, progress)
@@ -336,7 +347,11 @@ def _share(
     return _Sharing(values, codes, measured)
 
 
-def _encode(files: Files, places: list[Place], progress: Progress | None) -> dict[Place, Coded]:
+def _encode(
+    files: Files,
+    places: list[Place],
+    progress: Progress | None,
+) -> dict[Place, Coded]:
     codes = {}
     for i, place in enumerate(places):
         codes[place] = coding.encode(files.words(place), place.form)
@@ -345,7 +360,11 @@ def _encode(files: Files, places: list[Place], progress: Progress | None) -> dic
     return codes
 
 
-def _encode_rest(files: Files, sharing: _Sharing, progress: Progress | None) -> tuple[Coded, ...]:
+def _encode_rest(
+    files: Files,
+    sharing: _Sharing,
+    progress: Progress | None,
+) -> tuple[Coded, ...]:
     """Codings of all tensors, with those that are known already."""
     codes = {p: code for p, code in sharing.codes.items() if p not in sharing.values}
     missing = [place for place in files.places if place not in codes]
@@ -364,7 +383,11 @@ def _codebook(
     return codebook.cluster(distribution, clusters, itemsize, seed).values
 
 
-def _accepted(judge: Judge, values: Mapping[Place, Floats], points: float) -> Verification:
+def _accepted(
+    judge: Judge,
+    values: Mapping[Place, Floats],
+    points: float,
+) -> Verification:
     """The measured loss of shared weights; raises GateFailed if it is above ``points``."""
     verification = judge.measure(allocation.shared(judge.files, values), judge.held_out)
     lost = judge.lost(verification)

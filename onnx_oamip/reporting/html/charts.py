@@ -98,7 +98,11 @@ def widths(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
     return done()
 
 
-def errors(rows: Sequence[tuple[str, float, float]], salt: str, span: tuple[float, float]) -> str:
+def errors(
+    rows: Sequence[tuple[str, float, float]],
+    salt: str,
+    span: tuple[float, float],
+) -> str:
     """Draws the errors of refitted nodes: two dots per row on a logarithmic axis.
 
     Args:
@@ -282,7 +286,11 @@ def outputs(
     return done()
 
 
-def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str) -> str:
+def drops(
+    tries: Sequence[tuple[float, float, bool]],
+    allowed: float,
+    salt: str,
+) -> str:
     """Draws the trials of a search for the smallest model.
 
     A trial that misses the limit by far is a triangle at the upper edge, so that the axis resolves the others.
@@ -302,7 +310,10 @@ def drops(tries: Sequence[tuple[float, float, bool]], allowed: float, salt: str)
         x, y, taken = (np.asarray(column) for column in zip(*tries, strict=True))
         low = min(0.0, float(y.min()))
         high = max(float(y.max()), allowed)
-        far = y > 5 * allowed if allowed > 0 else np.zeros(len(y), bool)
+        if allowed > 0:
+            far = y > 5 * allowed
+        else:
+            far = np.zeros(len(y), bool)
         if far.any():
             high = max(float(y[~far].max(initial=0)), 2 * allowed)
         foot = low - 0.08 * max(high - low, 0.1)

@@ -173,7 +173,11 @@ def largest(sizes: Sequence[float], most: int) -> list[int]:
     return sorted(order.tolist())
 
 
-def limited(shown: Sequence[int], every: Sequence[Any], nouns: str) -> list[Part]:
+def limited(
+    shown: Sequence[int],
+    every: Sequence[Any],
+    nouns: str,
+) -> list[Part]:
     """Makes a note for a table or a set of charts that does not show everything.
 
     Args:

@@ -110,7 +110,10 @@ def _asked(budget: Document) -> str:
         for kind in KINDS
         if kind.noun and budget[kind.name] is not None
     ]
-    asked = [f"to keep at most {' and '.join(wanted)}"] if wanted else []
+    if wanted:
+        asked = [f"to keep at most {' and '.join(wanted)}"]
+    else:
+        asked = []
     if budget["max_drop"] is not None:
         asked.append(f"to lose at most {budget['max_drop']:g} points")
     if budget["threshold"] is not None:
@@ -281,7 +284,10 @@ def _scores(value: Document) -> Section | None:
         "compare units of one group; where they span decades the axis is logarithmic, and zeros stand at its left end."
     )
     return Section(
-        "scores", "Scores", lead, [Figures(drawn, "narrow"), *limited(shown, groups, "groups")]
+        "scores",
+        "Scores",
+        lead,
+        [Figures(drawn, "narrow"), *limited(shown, groups, "groups")],
     )
 
 
@@ -394,7 +400,10 @@ def _outputs(value: Document) -> Section | None:
         )
     columns = ("output", "kept as", "measure", ">lost before refit", ">lost", "numbers")
     drawn = [(m["term"], m["before_refit"] and m["before_refit"]["lost"], m["lost"]) for m in shown]
-    allowed = value["budget"]["max_drop"] if value["verification"]["metric"] is None else None
+    if value["verification"]["metric"] is None:
+        allowed = value["budget"]["max_drop"]
+    else:
+        allowed = None
     parts: list[Part] = [
         Figures([Figure(charts.outputs(drawn, allowed, "o"))], "wide"),
         *limited(list(range(len(shown))), measures, "outputs"),

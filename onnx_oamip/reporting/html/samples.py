@@ -55,4 +55,6 @@ def _text(value: Any) -> str:
         return ", ".join(f"{name}: {count}" for name, count in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(_text(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
