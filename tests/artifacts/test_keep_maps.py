@@ -98,7 +98,7 @@ def test_renamed_and_transposed_weights_are_found_by_content(resnet: Path) -> No
 
 def test_apply_writes_the_same_keep_map(tmp_path: Path) -> None:
     proto = build(
-        "(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {"
+        "(float[N,6] x) => (float[N,3] y) <float[6,60] a, float[60,3] b> {"
         " h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
     )
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
