@@ -631,6 +631,20 @@ def test_auto_alignment_measures_a_step_for_convolutions(
     assert devices == ["cuda"] * 3
 
 
+def test_auto_alignment_leaves_recurrent_layers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of an LSTM have three axes, as those of a convolution, but no step was measured for it."""
+    monkeypatch.setattr(allocation, "find_step", lambda _: latency.Step(8, True, ""))
+    text = """(float[T,N,6] x) => (float[N,4] y) <float[1,256,6] w, float[1,256,64] r, int64[1] zero = {0},
+        float[64,4] v> { s, h = LSTM <hidden_size = 64> (x, w, r)  f = Squeeze(h, zero)  y = MatMul(f, v) }"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    assert [len(group.units) for group in coupling.groups] == [64]
+    assert allocation.steps(model, coupling, "auto", "cpu").tolist() == [1]
+    assert allocation.steps(model, coupling, 8, "cpu").tolist() == [8]
+
+
 @pytest.mark.parametrize("allocate", ["uniform", "global"])
 def test_group_that_is_not_a_multiple_may_stay_whole(tmp_path: Path, allocate: str) -> None:
     model = load(build(WIDE["wide-mlp"]), tmp_path)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import MODELS
 from graphs import CNN, RESIDUAL, build, constants, load, samples
+from onnx import numpy_helper
 
 from onnx_oamip.api import pipeline
 from onnx_oamip.core.errors import BudgetNotMet, DataError
@@ -23,17 +25,22 @@ from onnx_oamip.core.records import (
     Measure,
     MetricValues,
     Model,
+    Objective,
     Plan,
+    Pruned,
     Verification,
 )
+from onnx_oamip.core.records.objective import Term
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.cost import Products, full_widths
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.objective.metric import Metric
 from onnx_oamip.planning import allocation, budget_program, search
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.planning.budget_program import Ladder
@@ -43,7 +50,9 @@ from onnx_oamip.planning.sensitivity import Sensitivity
 from onnx_oamip.planning.width_losses import interpolate, rungs
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.repair import least_squares
+from onnx_oamip.statistics import collector
 from onnx_oamip.verification.equivalence import compare, watch
+from onnx_oamip.verification.latency import Step
 
 SHIPPED = sorted(path.stem for path in MODELS.glob("*.onnx"))
 BIG = ("vgg-fashion", "vit-fashion")
@@ -606,3 +615,90 @@ def test_drop_is_that_of_the_worst_term() -> None:
     assert drop(make(metric=MetricValues("m:f", 30.0, 31.0))).lost == 0
     with pytest.raises(DataError, match="no loss can be measured"):
         drop(make(measure("a", 0.0, None)))
+
+
+# ----------------------------------------------------------------------------------------------- measures and choices
+
+
+def test_refit_that_loses_more_than_none_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = small(CNN, tmp_path)
+    real = least_squares.least_squares
+    used: list[Samples] = []
+
+    def harmful(*args: Any, samples: Samples, **names: Any) -> Pruned:
+        """A refit with the signs of all weights turned."""
+        used.append(samples)
+        found = real(*args, samples=samples, **names)
+        for tensor in found.proto.graph.initializer:
+            value = numpy_helper.to_array(tensor)
+            if value.dtype == np.float32:
+                tensor.CopyFrom(numpy_helper.from_array(-value, tensor.name))
+        return found
+
+    sound = search.search(ready)
+    assert set(sound.pruned.losses) == {"refit", "none"}
+    assert sound.pruned.losses["refit"] <= sound.pruned.losses["none"]
+    assert sound.pruned.fits
+    monkeypatch.setattr(least_squares, "least_squares", harmful)
+    found = search.search(ready)
+    assert found.pruned.losses["refit"] > found.pruned.losses["none"]
+    assert found.pruned.losses["none"] == sound.pruned.losses["none"]
+    assert found.pruned.fits == ()
+    assert any("the refit is left out" in note for note in found.pruned.notes)
+    before, after = constants(found.pruned.raw), constants(found.pruned.proto)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    # It was compared on samples that it did not use.
+    (fitted,) = used
+    measured = collector.parts(ready.samples)[1]
+    assert fitted.origin is not None
+    assert measured.origin is not None
+    assert not set(fitted.origin.tolist()) & set(measured.origin.tolist())
+    assert fitted.count + measured.count == ready.samples.count
+
+
+def test_step_of_widths_gives_way_where_it_misses_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 channels at 0.6 of the MACs are 38: in steps of 16 they would be 32, which is half."""
+    monkeypatch.setattr(allocation, "find_step", lambda _: Step(16, True, ""))
+    text = """(float[N,3,6,6] x) => (float[N,3,6,6] y) <float[64,3,1,1] w1, float[3,64,1,1] w2> {
+        a = Conv(x, w1) h = Relu(a) y = Conv(h, w2) }"""
+    ready = small(text, tmp_path, macs=0.6, align="auto")
+    assert ready.steps.tolist() == [16]
+    plan = search.plan(ready)
+    assert plan.widths.tolist() == [38]
+    assert any("steps of 2 units in place of 16" in note for note in plan.notes)
+    exact = search.plan(replace(ready, settings=settings(macs=0.75, align="auto")))
+    assert exact.widths.tolist() == [48]
+    assert not any("in place of" in note for note in exact.notes)
+    stated = small(text, tmp_path, macs=0.6, align=16)
+    assert search.plan(stated).widths.tolist() == [32]
+
+
+def _judged(*kinds: str) -> Objective:
+    return Objective(tuple(Term(f"y{i}", f"y{i}", "t", k) for i, k in enumerate(kinds)))  # type: ignore[arg-type]
+
+
+def test_measure_of_max_drop_is_stated_for_every_term() -> None:
+    found = search.bounded(_judged("classes", "binary", "values", "embedding", "ignore"), None)
+    assert found == (
+        "`max_drop` bounds points of agreement with the original's classes of 'y0'; agreement, recall and precision of "
+        "decisions of 'y1'; error over variance, worst column of 'y2'; mean cosine of 'y3'"
+    )
+    labelled = Objective((replace(_judged("classes").terms[0], labelled=True),))
+    assert search.bounded(labelled, None) == "`max_drop` bounds points of accuracy of 'y0'"
+    metric = Metric("m:f", len)
+    assert search.bounded(_judged("exact"), metric) == (
+        "`max_drop` bounds the metric m:f, in its own units"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [(("exact", "exact"), "equality of whole numbers"), (("ignore",), "no loss can be measured")],
+)
+def test_max_drop_without_a_meaning_is_refused(kinds: tuple[str, ...], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        search.bounded(_judged(*kinds), None)

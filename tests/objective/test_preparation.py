@@ -1,0 +1,93 @@
+"""Scales of an objective, and their entries in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from graphs import build, load
+
+from onnx_oamip.artifacts.cache import open_store
+from onnx_oamip.core.records import Model, Objective
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.objective import detect, preparation, scale
+
+HEADS = """(float[N,8] x) => (float[] y, float[] z, float[] e) <float[8,6] w1, float[8,3] w2, float[8,5] w3> {
+    a = MatMul(x, w1) y = Softmax(a) z = MatMul(x, w2) b = MatMul(x, w3)
+    e = LpNormalization <axis = 1> (b) }"""
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> tuple[Model, Samples]:
+    model = load(build(HEADS), tmp_path)
+    x = np.random.default_rng(0).standard_normal((700, 8)).astype(np.float32)
+    samples = dataset.load({"x": x}, model)
+    assert samples is not None
+    return model, samples
+
+
+def _equal(one: Objective, other: Objective) -> bool:
+    pairs = zip(one.judged, other.judged, strict=True)
+    return all(
+        a.scale is not None
+        and b.scale is not None
+        and (a.scale.form, a.scale.spread, a.scale.background)
+        == (b.scale.form, b.scale.spread, b.scale.background)
+        and np.array_equal(a.scale.variance, b.scale.variance)
+        and np.array_equal(a.scale.balance, b.scale.balance)
+        for a, b in pairs
+    )
+
+
+def test_scales_come_from_the_cache(
+    case: tuple[Model, Samples], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, samples = case
+    runs: list[int] = []
+    session = preparation.Session
+
+    def counted(*args: Any, **names: Any) -> Any:
+        runs.append(1)
+        return session(*args, **names)
+
+    monkeypatch.setattr(preparation, "Session", counted)
+    store = open_store(str(tmp_path / "cache"))
+    objective = detect(model)
+    assert [t.kind for t in objective.judged] == ["classes", "values", "embedding"]
+    first = scale(model, objective, samples, "cpu", store=store, identity={"data": 1})
+    again = scale(model, objective, samples, "cpu", store=store, identity={"data": 1})
+    assert len(runs) == 1
+    assert _equal(first, again)
+    # Other data, or another statement about an output, are other entries.
+    scale(model, objective, samples, "cpu", store=store, identity={"data": 2})
+    stated = detect(model, outputs={"z": ("classes", 1.0)})
+    scale(model, stated, samples, "cpu", store=store, identity={"data": 1})
+    assert len(runs) == 3
+
+
+def test_scales_use_evenly_spaced_samples(
+    case: tuple[Model, Samples], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, samples = case
+    taken = preparation._spread(model, detect(model), samples)
+    assert taken.count == preparation.MAX_SAMPLES
+    assert taken.origin is not None
+    assert (taken.origin[0], taken.origin[-1]) == (0, 699)
+    monkeypatch.setattr(preparation, "MAX_NUMBERS", 14 * 40)
+    assert preparation._spread(model, detect(model), samples).count == 40
+
+
+def test_broken_scales_are_not_accepted(case: tuple[Model, Samples]) -> None:
+    model, samples = case
+    objective = scale(model, detect(model), samples, "cpu")
+    scales = tuple(t.scale for t in objective.judged if t.scale is not None)
+    assert preparation.are_scales(scales, objective)
+    assert not preparation.are_scales(scales[:2], objective)
+    broken = replace(scales[0], spread=-1.0)
+    assert not preparation.are_scales((broken, *scales[1:]), objective)
+    broken = replace(scales[1], variance=np.asarray([1.0, np.nan, 1.0]))
+    assert not preparation.are_scales((scales[0], broken, scales[2]), objective)
