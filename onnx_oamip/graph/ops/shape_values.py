@@ -74,6 +74,36 @@ def _equal(a: Any, b: Any) -> bool:
     return False  # a length is not negative
 
 
+def _larger(*values: Any) -> Any:
+    """Largest of several values, if that does not depend on the symbols."""
+    result, *others = values
+    for value in others:
+        if _not_below(value, result):
+            result = value
+        elif not _not_below(result, value):
+            raise Unknown
+    return result
+
+
+def _smaller(*values: Any) -> Any:
+    """Smallest of several values, if that does not depend on the symbols."""
+    return _larger(*(value * -1 for value in values)) * -1
+
+
+def _not_below(a: Any, b: Any) -> bool:
+    """Checks whether a is at least b whatever the lengths are; False also where that is not known."""
+    difference = a - b
+    if isinstance(difference, Size):
+        return difference.length
+    return bool(difference >= 0)
+
+
+def _remainder(a: Any, b: Any) -> Any:
+    if isinstance(a, Size) or isinstance(b, Size) or not b:
+        raise Unknown
+    return a % b
+
+
 def _pick(condition: Any, a: Any, b: Any) -> Any:
     if not isinstance(condition, Size):
         return a if condition else b
@@ -98,6 +128,12 @@ def _cast(attributes: Attributes, given: Sequence[Any]) -> Entries:
     if attributes["to"] not in (TensorProto.INT64, TensorProto.INT32):
         raise Unknown
     return _each(_whole)(attributes, given[:1])
+
+
+def _modulo(attributes: Attributes, given: Sequence[Any]) -> Entries:
+    if attributes.get("fmod", 0):  # the sign of the dividend
+        raise Unknown
+    return _each(_remainder)(attributes, given)
 
 
 def _gather(attributes: Attributes, given: Sequence[Any]) -> Entries:
@@ -181,6 +217,10 @@ _RULES: dict[str, Rule] = {
     "Sub": _each(lambda a, b: a - b),
     "Mul": _each(lambda a, b: a * b),
     "Div": _each(divide),
+    "Max": _each(_larger),
+    "Min": _each(_smaller),
+    "Mod": _modulo,
+    "Neg": _each(lambda a: a * -1),
     "Equal": _each(_equal),
     "Where": _each(_pick),
     "Identity": _each(lambda a: a),
