@@ -182,9 +182,8 @@ def score(
 def _needed_later(settings: Settings) -> set[Request[Any]]:
     """Statistics of the original model that are read after its scores and losses are known."""
     refitting = {MOMENTS} if settings.refit == "bias" else set()
-    measuring_again = (
-        {COVARIANCE} if settings.iterations > 1 and width_losses.programmed(settings) else set()
-    )
+    again = settings.iterations > 1 or settings.effort == "high"
+    measuring_again = {COVARIANCE} if again and width_losses.programmed(settings) else set()
     return refitting | measuring_again
 
 
@@ -253,6 +252,8 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
         raise SettingsError(
             f"`latency` needs `allocate=mip`, not {settings.allocate}: only the program knows times."
         )
+    if settings.effort == "high":
+        _check_effort(settings)
     if source is None:
         asks = {
             f"`importance={settings.importance}`": bool(method.requests(settings)) and not scored,
@@ -268,6 +269,20 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
                     f"{what} needs calibration data; give `data`, or use `importance=l2`, `allocate=uniform` "
                     "and `refit=none`."
                 )
+
+
+def _check_effort(settings: Settings) -> None:
+    """Refuse to look again where no losses choose the widths, or where the budget itself is searched for."""
+    if not width_losses.programmed(settings) or settings.granularity == "connection":
+        raise SettingsError(
+            "`effort=high` measures losses again for the budget program; give a budget and `allocate=mip`, or leave "
+            "`effort` out."
+        )
+    if settings.max_drop is not None:
+        raise SettingsError(
+            "`effort=high` chooses widths under a fixed budget; give `macs`, `params`, `size` or `latency` in place of "
+            "`max_drop`."
+        )
 
 
 def open_context(

@@ -21,6 +21,7 @@ from onnx_oamip.core.errors import memory_for
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Array,
+    Bools,
     Consumer,
     Coupling,
     Floats,
@@ -31,13 +32,20 @@ from onnx_oamip.core.records import (
     Sensitivity,
 )
 from onnx_oamip.executors import executor
-from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
+from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.ops import build
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.partial_execution import Slicer, element_types
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.subgraphs import insert, reads
 from onnx_oamip.objective import loss, sums
+from onnx_oamip.planning.background import (
+    Background,
+    background,
+    channel_mask,
+    consumer_values,
+    surrounding,
+)
 from onnx_oamip.statistics.layer_problems import (
     Job,
     compensate,
@@ -88,6 +96,7 @@ def measure(
     progress: Progress | None = None,
     repair: str = "least-squares",
     scheduler: str | None = None,
+    around: Bools | None = None,
 ) -> tuple[Sensitivity, ...]:
     """Measure the loss of the model with one group narrowed, for every group at a few widths.
 
@@ -103,9 +112,10 @@ def measure(
         progress: Callback ``(stage, done, total)``.
         repair: How consumers are repaired, as ``--refit`` says.
         scheduler: Address of a Dask scheduler, in place of ``workers``.
+        around: Keep mask (n_units,) of a plan at whose widths all other groups are; None for the original.
 
     Returns:
-        The losses of every group.
+        The losses of every group beyond that at its full width, which is 0 in the original.
     """
     whole = _whole(
         model,
@@ -116,6 +126,9 @@ def measure(
         objective=objective,
         repair=repair,
     )
+    if around is not None:
+        plan = background(model, coupling, grams, keep=around, repair=repair)
+        whole = replace(whole, around=plan)
     found = _by_group(
         _measure,
         whole,
@@ -200,6 +213,7 @@ class _Whole:
     device: str
     repair: str
     margin: float = 0.0
+    around: Background | None = None
 
 
 def _whole(
@@ -248,9 +262,14 @@ def _measure(whole: _Whole, job: Job) -> Sensitivity:
     units = whole.coupling.groups[job[0]].units
     removal = np.argsort(whole.orders[0][units], kind="stable")
     widths = levels(len(units))
-    loss = np.append(_losses(whole, job, [removal[: len(units) - w] for w in widths[:-1]]), 0.0)
+    if whole.around is None:
+        narrowed = [removal[: len(units) - w] for w in widths[:-1]]
+        loss = np.append(_losses(whole, job, narrowed), 0.0)  # the original loses nothing
+    else:
+        loss = _losses(whole, job, [removal[: len(units) - w] for w in widths])
     # More units never hurt: noise in the measurement must not make the program prefer fewer.
-    return Sensitivity(widths, np.maximum.accumulate(loss[::-1])[::-1])
+    rising = np.maximum.accumulate(loss[::-1])[::-1]
+    return Sensitivity(widths, rising - rising[-1])
 
 
 def _choose(whole: _Whole, job: Job) -> int:
@@ -331,10 +350,15 @@ class _Part:
         coupling = whole.coupling
         slicer = whole.slicer
         types = whole.types
+        if whole.around is not None:
+            slicer = Slicer(surrounding(model, coupling, whole.around, group=group))
         found = problems(model, coupling, grams, group)
         self.model, self.found, self.truth, self.repair = model, found, whole.truth, whole.repair
         wanted = whole.truth.wanted
         self.units = coupling.groups[group].units
+        self.others: Ints | None = None
+        if whole.around is not None:
+            self.others = np.setdiff1d(whole.around.removed, self.units)
         self.linear = {p.consumer.node: p.consumer for p in found}
         self.wanted = wanted
         # A node may read the group at several places (a recurrent one: its input and its own state).
@@ -449,29 +473,19 @@ class _Part:
         result: dict[str, Array] = {}
         repaired: dict[str, list[tuple[Floats, Floats]]] = {}
         for problem in self.found:
-            mended = compensate(problem, removed, self.repair)
+            mended = compensate(problem, removed, self.repair, self.others)
             repaired.setdefault(problem.consumer.node, []).append(problem.unfold(*mended))
         for name, blocks in repaired.items():
-            node = next(n for n in self.model.nodes if n.name == name)
-            place = site(node, self.model.constants)
-            assert place is not None
-            like = self.model.constants[place.weight]
-            weight = np.stack([w for w, _ in blocks]).reshape(matrix_shape(place, like))
-            shift = np.concatenate([s for _, s in blocks])
-            result[f"oamip_weight_{name}"] = unmatrix(place, weight / place.factor, like)
-            view = [1] * len(self.model.shapes[node.outputs[0]])
-            view[place.output_axis] = -1
-            result[f"oamip_shift_{name}"] = shift.reshape(view).astype(like.dtype)
+            weight, shift = consumer_values(self.model, name, blocks)
+            result[f"oamip_weight_{name}"] = weight
+            result[f"oamip_shift_{name}"] = shift
         gone = self.units[removed]
+        if self.others is not None:
+            gone = np.append(gone, self.others)
         for key, consumer, labels in (
             found for several in self.masked.values() for found in several
         ):
-            view = [1] * len(self.model.shapes[consumer.data])
-            view[consumer.axis] = -1
-            keep = ~np.isin(labels, gone)
-            result[f"oamip_mask_{key}"] = keep.reshape(view).astype(
-                self.model.dtypes[consumer.data]
-            )
+            result[f"oamip_mask_{key}"] = channel_mask(self.model, consumer, ~np.isin(labels, gone))
         return result
 
     def run(self, boundary: Mapping[str, Array], setting: Mapping[str, Array]) -> list[Array]:

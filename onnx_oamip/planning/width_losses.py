@@ -6,6 +6,7 @@ import numpy as np
 
 from onnx_oamip.artifacts import cache_entries
 from onnx_oamip.core.records import (
+    Bools,
     Budget,
     Coupling,
     Floats,
@@ -53,11 +54,26 @@ def measure(
     Returns:
         (losses at every width that a plan may choose, losses as measured); (None, ()) where no program needs them.
     """
-    model = context.model
-    coupling = context.coupling
-    settings = context.settings
-    if not programmed(settings):
+    if not programmed(context.settings):
         return None, ()
+    curves = losses_of_groups(context, scores)
+    return rungs(context.coupling, curves, step, floor), curves
+
+
+def losses_of_groups(
+    context: Context, scores: Scores, around: Bools | None = None
+) -> tuple[Sensitivity, ...]:
+    """Measure the losses of all groups, or read them from the cache.
+
+    Args:
+        context: The original model.
+        scores: They give the order of removal.
+        around: Keep mask (n_units,) of a plan at whose widths the other groups are; None for the original.
+
+    Returns:
+        The losses of every group.
+    """
+    model, coupling, settings = context.model, context.coupling, context.settings
     order = scoring.order(scores, coupling)
 
     def run() -> tuple[Sensitivity, ...]:
@@ -74,6 +90,7 @@ def measure(
             progress=context.progress,
             repair=settings.refit,
             scheduler=settings.scheduler,
+            around=around,
         )
 
     known = {
@@ -82,14 +99,15 @@ def measure(
         "refit": settings.refit,
         "objective": document(context.objective),
     }
+    if around is not None:
+        known["around"] = np.flatnonzero(~around).tolist()
     wide = cost.full_widths(coupling)
-    curves = context.store.recall(
+    return context.store.recall(
         cache_entries.LOSSES,
         known,
         run,
         lambda found: sensitivity.fits(found, wide),
     )
-    return rungs(coupling, curves, step, floor), curves
 
 
 def rungs(

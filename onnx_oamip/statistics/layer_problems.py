@@ -47,6 +47,7 @@ class Problem:
         ridge: The number on the diagonal of ``gram``.
         share: Weight of this consumer beside those of the group's other consumers, 1 on average.
         factor: F (rows, d) with ``G = F' F + ridge I``, of a consumer with many columns; else None.
+        units: Unit of each column (d,), of this group or another one; -1 where there is none.
     """
 
     consumer: Consumer
@@ -60,6 +61,7 @@ class Problem:
     ridge: float = 0.0
     share: float = 1.0
     factor: Floats | None = None
+    units: Ints | None = None
 
     @property
     def constant(self) -> Bools:
@@ -192,6 +194,7 @@ def _problem(
         gram=ridged,
         mean=gram.mean[block],
         columns=columns,
+        units=column_units,
         spread=gram.columns,
         scale=max(variance, TINY),
         ridge=ridge,
@@ -248,6 +251,7 @@ def compensate(
     problem: Problem,
     removed: Ints,
     repair: str = "least-squares",
+    others: Ints | None = None,
 ) -> tuple[Floats, Floats]:
     """Compute the weights of a consumer after the removal of units.
 
@@ -256,11 +260,16 @@ def compensate(
         removed: Indices of the removed units in their group.
         repair: ``least-squares`` fits the kept weights to the original output, ``bias`` folds the means of the removed
             inputs, ``none`` does nothing.
+        others: Units of other groups that are removed as well.
 
     Returns:
         Weights (outputs, d) with zeros at the columns of removed units, and the shift of the bias (outputs,).
     """
     removed_columns = problem.columns[removed].reshape(-1)
+    if others is not None:
+        assert problem.units is not None
+        of_others = np.flatnonzero(np.isin(problem.units, others))
+        removed_columns = np.union1d(removed_columns, of_others)
     kept = np.ones(problem.weight.shape[1], bool)
     kept[removed_columns] = False
     weight = np.where(kept, problem.weight, 0.0)

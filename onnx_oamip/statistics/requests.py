@@ -50,7 +50,7 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
 
     from onnx_oamip.artifacts import cache_entries
     from onnx_oamip.data import overflow
-    from onnx_oamip.data.feeds import feeds_within_memory
+    from onnx_oamip.data.feeds import Feeds
     from onnx_oamip.statistics import covariances
     from onnx_oamip.statistics.collector import parts
 
@@ -58,7 +58,8 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     coupling = context.coupling
     settings = context.settings
     fitted = parts(context.samples)[0].first(GRAM_SAMPLES)
-    feeds, _ = feeds_within_memory(model, fitted, context.batch, settings.activation_memory_limit)
+    # One feed is in memory at a time, so that all samples are read.
+    feeds = Feeds(fitted, list(fitted.feed_indices(context.batch)))
     cap = covariances.CAP
     limit = None
     if settings.max_memory is not None:

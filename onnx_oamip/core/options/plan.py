@@ -26,6 +26,12 @@ class AllocationOptions(Options):
         description="How a budget is spread: by a mixed-integer program over measured losses, by the lowest scores "
         "wherever they are, or as the same share of every group.",
     )
+    effort: Literal["normal", "high"] = Field(
+        "normal",
+        description="How widths are chosen by the program: by the loss of every group alone, or by its mean with the "
+        "loss around the first plan, which takes about three times as long and pays where much is removed from a "
+        "network with branches. The plan that loses less is kept.",
+    )
 
 
 class RepairOptions(Options):

@@ -1,0 +1,175 @@
+"""The original with groups at the widths of a plan: the surroundings in which another group is measured.
+
+Losses of single groups do not add up where groups stand in for each other, as residual branches do: each may go alone
+and not all together. Measured with the other groups at the widths of a plan, a group loses what it would lose as the
+last one to be narrowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnx_oamip.core.records import Array, Bools, Consumer, Coupling, Floats, Gram, Ints, Model
+from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
+from onnx_oamip.graph.ops import build
+from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.graph.subgraphs import insert
+from onnx_oamip.statistics.layer_problems import compensate, problems
+
+Blocks = Sequence[tuple[Floats, Floats]]
+"""Weights (outputs, inputs * taps) and shifts of the bias (outputs,) of every block of a consumer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Background:
+    """A plan as values for the original graph.
+
+    Attributes:
+        removed: Units that the plan removes (n,).
+        repaired: Weight in the layout of the node, and shift that broadcasts to its output, by linear consumer.
+        masks: Consumers of another kind with the mask of the channels that they read, by node.
+    """
+
+    removed: Ints
+    repaired: Mapping[str, tuple[Array, Array]]
+    masks: Mapping[str, Sequence[tuple[Consumer, Array]]]
+
+
+def background(
+    model: Model, coupling: Coupling, grams: Mapping[str, Gram], *, keep: Bools, repair: str
+) -> Background:
+    """Compute the repaired weights and the masks of a plan.
+
+    Args:
+        model: The original.
+        coupling: Its units.
+        grams: Covariances by consumer node.
+        keep: Keep mask of the plan (n_units,).
+        repair: How consumers are repaired, as ``refit`` says.
+
+    Returns:
+        The values.
+    """
+    gone = np.flatnonzero(~keep)
+    repaired: dict[str, tuple[Array, Array]] = {}
+    for index, group in enumerate(coupling.groups):
+        removed = np.flatnonzero(~keep[group.units])
+        if not len(removed):
+            continue
+        blocks: dict[str, list[tuple[Floats, Floats]]] = {}
+        for problem in problems(model, coupling, grams, index):
+            # A consumer of several groups is repaired for all of them at once, with the first one.
+            if problem.consumer.node not in repaired:
+                found = compensate(problem, removed, repair, gone)
+                blocks.setdefault(problem.consumer.node, []).append(problem.unfold(*found))
+        repaired |= {name: consumer_values(model, name, found) for name, found in blocks.items()}
+    masks: dict[str, list[tuple[Consumer, Array]]] = {}
+    for consumer, labels in _consumers(coupling):
+        kept = np.asarray((labels < 0) | keep[labels])
+        if consumer.node not in repaired and not kept.all():
+            mask = channel_mask(model, consumer, kept)
+            masks.setdefault(consumer.node, []).append((consumer, mask))
+    return Background(gone, repaired, masks)
+
+
+def surrounding(
+    model: Model, coupling: Coupling, around: Background, *, group: int
+) -> onnx.ModelProto:
+    """Put a plan into the original graph, but for the consumers of one group, whose weights are set at every level.
+
+    Args:
+        model: The original.
+        coupling: Its units.
+        around: The plan.
+        group: Index of the group whose consumers stay as they are.
+
+    Returns:
+        A graph of the same shapes, in which the channels that the plan removes are without effect.
+    """
+    units = coupling.groups[group].units
+    own = {c.node for c, labels in _consumers(coupling) if np.isin(labels, units).any()}
+    nodes = {node.name: node for node in model.nodes}
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    added: dict[str, Array] = {}
+
+    def changed(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        if copy.name in own:
+            return [copy]
+        if copy.name in around.repaired:
+            place = site(nodes[copy.name], model.constants)
+            assert place is not None
+            weight, shift = (f"oamip_around_{part}_{copy.name}" for part in ("weight", "shift"))
+            added[weight], added[shift] = around.repaired[copy.name]
+            inner, output = f"oamip_around_{copy.name}", copy.output[0]
+            copy.input[place.weight_slot] = weight
+            copy.output[0] = inner
+            return [copy, build.add(inner, shift, output)]
+        masked = []
+        for number, (consumer, mask) in enumerate(around.masks.get(copy.name, ())):
+            name = f"oamip_around_mask_{number}_{copy.name}"
+            added[name] = mask
+            source = copy.input[consumer.slot]
+            copy.input[consumer.slot] = f"{name}_of_input"
+            masked.append(build.mul(source, name, copy.input[consumer.slot]))
+        return [*masked, copy]
+
+    insert(proto.graph, changed)
+    proto.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in added.items())
+    return proto
+
+
+def consumer_values(model: Model, name: str, blocks: Blocks) -> tuple[Array, Array]:
+    """Write repaired blocks as the weight of a consumer and a shift of its output.
+
+    Args:
+        model: The original.
+        name: Name of the consumer.
+        blocks: Its repaired blocks.
+
+    Returns:
+        The weight in the layout of the node, and the shift with the axes of its output.
+    """
+    place = _site(model, name)
+    like = model.constants[place.weight]
+    weight = np.stack([w for w, _ in blocks]).reshape(matrix_shape(place, like))
+    shift = np.concatenate([s for _, s in blocks])
+    view = [1] * len(model.shapes[place.node.outputs[0]])
+    view[place.output_axis] = -1
+    return unmatrix(place, weight / place.factor, like), shift.reshape(view).astype(like.dtype)
+
+
+def channel_mask(model: Model, consumer: Consumer, kept: Bools) -> Array:
+    """Write a mask of channels as a factor of the tensor that holds them.
+
+    Args:
+        model: The original.
+        consumer: A place where the channels are read.
+        kept: The mask (channels,).
+
+    Returns:
+        The mask with the axes and the type of the tensor.
+    """
+    view = [1] * len(model.shapes[consumer.data])
+    view[consumer.axis] = -1
+    return kept.reshape(view).astype(model.dtypes[consumer.data])
+
+
+def _consumers(coupling: Coupling) -> Iterator[tuple[Consumer, Ints]]:
+    """All consumers, in the main graph and in bodies, with the units of the channels that they read."""
+    for consumer in (*coupling.consumers, *coupling.inside):
+        yield consumer, coupling.axes[consumer.data, consumer.axis]
+
+
+def _site(model: Model, name: str) -> Site:
+    node = next(n for n in model.nodes if n.name == name)
+    place = site(node, model.constants)
+    assert place is not None
+    return place
