@@ -366,7 +366,9 @@ def _measured_drop(ready: Prepared, found: Attempt) -> float:
     model, objective = ready.model, ready.objective
     before = watch(model, objective, "cpu")
     after = watch(model, objective, "cpu", found.pruned.proto)
-    return drop(compare(model, objective, before, after, ready.held_out, 100)).lost
+    return drop(
+        compare(model, objective, before, after, samples=ready.held_out, batch_size=100)
+    ).lost
 
 
 @pytest.fixture
