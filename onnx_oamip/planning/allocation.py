@@ -256,7 +256,13 @@ def least(floor: Floats | float, step: Ints, full: Ints) -> Ints:
 ROUNDING = 1e-9
 """A share of a group that is a whole number of units but for rounding is that number."""
 RUNGS = 12
-"""Most widths per group that one budget program chooses from."""
+"""Widths per group that the first budget program chooses from."""
+DENSE, GROWTH = 4, 3
+"""Distances up to which a later program has every width around those taken, and the factor between those beyond."""
+ROUNDS = 6
+"""Most programs after the first one."""
+SETTLED = 1e-3
+"""Share of the loss that a program has to gain for another one to follow: the gap that each is solved to."""
 
 
 def _programmed(
@@ -268,7 +274,11 @@ def _programmed(
     extra: Sequence[LinearisedLimit],
     settings: Settings,
 ) -> tuple[Ints, tuple[Mapping[str, Any], ...]]:
-    """Widths by the budget program: over rungs spread across each ladder, then over rungs next to the ones taken."""
+    """Widths by the budget program: over rungs spread across each ladder, then over rungs around those taken.
+
+    The latter is repeated until the loss settles: costs are products of widths, so that the best widths can lie far
+    from the best ones of a coarse ladder.
+    """
     solver_limits = SolverLimits(time_s=settings.time_limit, gap=1e-3, seed=settings.seed)
     lengths = [
         int(np.searchsorted(w, c, side="right"))
@@ -285,23 +295,37 @@ def _programmed(
     )
     if all(len(r) == n for r, n in zip(rungs, lengths, strict=True)):
         return coarse.widths, (coarse.program,)
-    near = []
-    for w, width, r, n in zip(ladder.widths, coarse.widths, rungs, lengths, strict=True):
-        at = int(np.searchsorted(w, width))
-        gap = int(np.diff(r).max(initial=1))
-        # Every width between the neighbouring rungs, thinned where there are too many; the one taken stays.
-        around = np.arange(max(0, at - gap), min(n, at + gap + 1))
-        stride = -(-len(around) // RUNGS)
-        near.append(around[(around - at) % stride == 0])
-    fine = choose(
-        ledger,
-        _at(ladder, near),
-        limit,
-        extra,
-        solver=settings.solver,
-        solver_limits=solver_limits,
-    )
-    return fine.widths, (coarse.program, fine.program)
+    chosen, programs = coarse, [coarse.program]
+    for _ in range(ROUNDS):
+        places = [
+            int(np.searchsorted(w, width))
+            for w, width in zip(ladder.widths, chosen.widths, strict=True)
+        ]
+        near = [_spread(at, n) for at, n in zip(places, lengths, strict=True)]
+        finer = choose(
+            ledger,
+            _at(ladder, near),
+            limit,
+            extra,
+            solver=settings.solver,
+            solver_limits=solver_limits,
+        )
+        programs.append(finer.program)
+        gained = chosen.program["objective"] - finer.program["objective"]
+        settled = gained <= SETTLED * abs(chosen.program["objective"])
+        if gained >= 0:
+            chosen = finer
+        if settled:
+            break
+    return chosen.widths, tuple(programs)
+
+
+def _spread(at: int, count: int) -> Ints:
+    """Places around one of them, at growing distances: near ones to settle on, and far ones to move to."""
+    powers = int(np.ceil(np.log(max(count, 2)) / np.log(GROWTH)))
+    distances = np.union1d(np.arange(1, DENSE + 1), GROWTH ** np.arange(powers))
+    places = np.concatenate([at - distances, [at], at + distances])
+    return np.unique(places[(places >= 0) & (places < count)])
 
 
 def _at(ladder: Ladder, rungs: Sequence[Ints]) -> Ladder:
