@@ -138,14 +138,18 @@ def _stated_sizes(proto: ModelProto, stated: Mapping[str, tuple[int, ...]]) -> d
 
 def _remarks(file: ModelFile) -> tuple[str, ...]:
     """Notes about a file for reports."""
-    if not file.written_out:
-        return ()
-    names = ", ".join(file.written_out)
-    note = (
-        f"fused operators ({names}) are written out in their parts, which ONNX Runtime fuses again when it loads the "
-        "result"
-    )
-    return (note,)
+    notes = []
+    if file.written_out:
+        names = ", ".join(file.written_out)
+        notes.append(
+            f"fused operators ({names}) are written out in their parts, which ONNX Runtime fuses again when it loads "
+            "the result"
+        )
+    if file.proto.training_info:
+        notes.append(
+            "the file holds training graphs (training_info), which belong to the original weights; the result has none"
+        )
+    return tuple(notes)
 
 
 def from_proto(

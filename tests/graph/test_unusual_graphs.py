@@ -329,6 +329,14 @@ def test_decomposed_dynamic_int8_is_cut_exactly(tmp_path: Path) -> None:
     assert report.verification.masked_equivalence == 0
 
 
+def test_dropped_training_graphs_are_noted(tmp_path: Path) -> None:
+    proto = build(NET)
+    assert not load(proto, tmp_path).notes
+    proto.training_info.add().initialization.name = "start"
+    (note,) = load(proto, tmp_path).notes
+    assert "training_info" in note
+
+
 # ------------------------------------------------------------------------------------------------- reasons and names
 
 
