@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, numpy_helper
 from random_network_parts import Activation, Maker, Value
 
 COMPARE = (("Greater", 9), ("Less", 9), ("GreaterOrEqual", 12), ("LessOrEqual", 12))
@@ -324,7 +324,62 @@ class Statistics(Elementwise):
         return self.node("Add", [x.name, found.name], x.shape) if self.pick(2) else found
 
 
-class Sequences(Statistics):
+class Indexed(Statistics):
+    """Operators that read or write at places of a list, the same in every sample."""
+
+    def in_every_sample(self, x: Value, values: np.ndarray) -> str:
+        """An array with a batch axis in front: zeros of the batch size of ``x`` are added."""
+        sizes = self.node("Shape", [x.name], ())
+        batch = self.node("Gather", [sizes.name, self.ints(0)], ())
+        lengths = self.node("Concat", [batch.name, self.ints(*values.shape)], (), axis=0)
+        zero = numpy_helper.from_array(np.zeros(1, values.dtype))
+        zeros = self.node("ConstantOfShape", [lengths.name], values.shape, value=zero)
+        held = self.constant(values[None], values.dtype, "places")
+        return self.node("Add", [zeros.name, held], values.shape).name
+
+    def block_rows(self, x: Value) -> Value:
+        """Tokens in another order, or added to others."""
+        tokens = x.shape[0]
+        order = self.rng.permutation(tokens).reshape(-1, 1)
+        op = self.spread(("GatherND", "GatherElements", "ScatterElements", "ScatterND"))
+        if op == "GatherND":
+            places = self.in_every_sample(x, order)
+            return self.node(op, [x.name, places], x.shape, batch_dims=1)
+        if op == "ScatterND":
+            turned = self.node("Transpose", [x.name], (), perm=[1, 0, 2])
+            rows = Value(self.constant(order, np.int64, "rows"), ())
+            read = self.node("Gather", [turned.name, self.ints(*order[:, 0].tolist())], ())
+            written = self.node(op, [turned.name, rows.name, self.activate(read).name], ())
+            return self.node("Transpose", [written.name], x.shape, perm=[1, 0, 2])
+        places = self.in_every_sample(x, order)
+        wide = self.node("Expand", [places, self.ints(1, 1, x.shape[-1])], x.shape)
+        if op == "GatherElements":
+            return self.node(op, [x.name, wide.name], x.shape, axis=1)
+        inputs = [x.name, wide.name, self.activate(x).name]
+        reduction = {"reduction": "add"} if self.opset >= 16 and self.pick(2) else {}
+        return self.node(op, inputs, x.shape, axis=1, **reduction)
+
+    def block_sampled(self, x: Value) -> Value:
+        """An image that is read at some places, or boxes of the first image of a batch."""
+        channels, height, width = x.shape
+        # ONNX Runtime has no kernels of opset 22 for the boxes.
+        boxed = ("RoiAlign", "MaxRoiPool") if self.opset < 22 else ()
+        op = self.spread((*boxed, *(["GridSample"] * (self.opset >= 16))))
+        if op == "GridSample":
+            grid = self.rng.uniform(-1, 1, (height, width, 2)).astype(np.float32)
+            return self.node(op, [x.name, self.in_every_sample(x, grid)], x.shape)
+        box = np.asarray([0, 0, width - 1, height - 1], np.float32)
+        shape = (channels, 2, 2)
+        if op == "MaxRoiPool":
+            boxes = self.in_every_sample(x, np.append(np.float32(0), box))
+            return self.node(op, [x.name, boxes], shape, pooled_shape=[2, 2])
+        boxes = self.in_every_sample(x, box)
+        first = self.in_every_sample(x, np.asarray(0, np.int64))
+        sizes = {"output_height": 2, "output_width": 2, "sampling_ratio": 1}
+        return self.node(op, [x.name, boxes, first], shape, **sizes)
+
+
+class Sequences(Indexed):
     """Tokens (T, F): equations, recurrence, fused attention."""
 
     def block_einsum(self, x: Value) -> Value:

@@ -60,7 +60,14 @@ def _activations() -> tuple[Activation, ...]:
         ),
         *(
             Activation(op)
-            for op in ("Floor", "Ceil", "com.microsoft.Gelu", "com.microsoft.QuickGelu", "Clip")
+            for op in (
+                "Floor",
+                "Ceil",
+                "com.microsoft.Gelu",
+                "com.microsoft.QuickGelu",
+                "com.microsoft.FastGelu",
+                "Clip",
+            )
         ),
         *(
             Activation(op, where, since)

@@ -351,6 +351,7 @@ IMAGE = {
     "instance_norm": 7,
     "group_norm": 18,
     "mean_variance": 9,
+    "sampled": 10,
     **ANY,
 }
 VECTORS = {
@@ -374,6 +375,7 @@ TOKENS = {
     "group_query": 10,
     "standard_attention": 23,
     "rms_norm": 23,
+    "rows": 12,
 }
 """Blocks by the kind of value that they take, with the first opset that has what they are made of."""
 KINDS = {"image": IMAGE, "flat": FLAT, "tokens": TOKENS}
