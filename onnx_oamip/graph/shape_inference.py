@@ -17,6 +17,7 @@ from onnx_oamip.graph import subgraphs
 from onnx_oamip.graph.input_guards import inferred
 from onnx_oamip.graph.ops import (
     LikeInput,
+    LikeOperator,
     LikeProduct,
     MatrixRule,
     Trait,
@@ -48,6 +49,9 @@ ENLARGED = 4
 """Factor by which assumed sizes grow where an axis would be shorter than a kernel."""
 LARGEST_ASSUMED = 1 << 17
 """Size beyond which no assumption is tried."""
+FLOATING_TYPES = frozenset(
+    {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+)
 INTEGER_TYPES = frozenset({TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL})
 """Element types of tensors whose elements are followed symbolically."""
 
@@ -257,6 +261,9 @@ def _replace_unknown_operators(copy: ModelProto, proto: ModelProto) -> None:
             continue
         if isinstance(spec.shape, LikeInput):
             build.become_identity(node, floats=spec.shape.floats)
+        elif isinstance(spec.shape, LikeOperator):
+            like = spec.shape
+            build.become_operator(node, like.name, inputs=like.inputs, attrs=like.attrs)
         elif isinstance(spec.shape, LikeProduct):
             _as_product(copy, node, spec.shape.matrix, proto)
 
@@ -302,6 +309,10 @@ def _as_product(copy: ModelProto, node: NodeProto, rule: MatrixRule, source: Mod
         return
     name = f"oamip_matrix_{len(copy.graph.input)}"
     element_type = constants[node.input[1]].data_type
+    if (
+        element_type not in FLOATING_TYPES
+    ):  # codes of a quantised weight: the product is that of the data
+        element_type = TensorProto.FLOAT
     matrix = onnx.helper.make_tensor_value_info(name, element_type, list(shape))
     copy.graph.input.append(matrix)
     build.become_product(node, name)

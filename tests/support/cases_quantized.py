@@ -288,3 +288,37 @@ case(
     }}""",
     units=8,
 )
+
+_KERNELS = """(float[N,4,32] x) => (float[N,4,3] y) <float[32,32] w1, float[8,3] w2{weights}> {{
+    h = MatMul(x, w1)
+    {body}
+    y = MatMul(r, w2)
+}}"""
+for _name, _weights, _body in (
+    (
+        "MatMulNBits",
+        "uint8[8,1,16] packed, float[8] scales",
+        "r = com.microsoft.MatMulNBits<K = 32, N = 8, bits = 4, block_size = 32>(h, packed, scales)",
+    ),
+    (
+        "DynamicQuantizeMatMul",
+        "int8[32,8] codes, float scale = {0.1}",
+        "r = com.microsoft.DynamicQuantizeMatMul(h, codes, scale)",
+    ),
+    (
+        "DynamicQuantizeLSTM",
+        """int8[1,32,32] wx, int8[1,8,32] wh, float[1] sx, int8[1] zx = {0}, float[1] sh, int8[1] zh = {0},
+        int64[1] at = {1}""",
+        """q, last, cell = com.microsoft.DynamicQuantizeLSTM<hidden_size = 8>(h, wx, wh, , , , , , sx, zx, sh, zh)
+        r = Squeeze(q, at)""",
+    ),
+):
+    case(
+        f"counted-{_name.lower()}",
+        f"com.microsoft.{_name}",
+        _KERNELS.format(weights=", " + _weights, body=_body),
+        # The layer in front feeds the quantised weight, and the layer behind reads what it makes.
+        units=0,
+        pinned="has a quantised weight that is not followed",
+        domains={"com.microsoft": 1},
+    )

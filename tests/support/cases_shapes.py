@@ -180,16 +180,16 @@ case(
 )
 case(
     "weights-behind-an-unknown-operator",
-    "com.microsoft.FusedMatMul",
-    """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2> {
-        a = com.microsoft.FusedMatMul(x, w1)
+    "com.microsoft.CDist",
+    """(float[N,5] x) => (float[N,3] y) <float[8,5] w1, float[8,3] w2> {
+        a = com.microsoft.CDist<metric = "euclidean">(x, w1)
         h = Relu(a)
         y = MatMul(h, w2)
     }""",
     units=0,
     # Of both weights it is said why they stay.
     pinned=(
-        "operator com.microsoft::FusedMatMul",
+        "operator com.microsoft::CDist",
         "MatMul 'MatMul_2' has an output of unknown shape",
     ),
     domains={"com.microsoft": 1},

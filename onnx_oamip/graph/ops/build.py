@@ -304,6 +304,25 @@ def become_identity(node: NodeProto, *, floats: bool) -> None:
         node.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
 
 
+def become_operator(
+    node: NodeProto, name: str, *, inputs: Sequence[int], attrs: Sequence[str]
+) -> None:
+    """Turn a node into one of a standard operator with the same shapes, in place, for shape inference.
+
+    Args:
+        node: Node of an operator that ONNX's inference does not know.
+        name: The standard operator.
+        inputs: Slots of the inputs that it reads.
+        attrs: Attributes of the same name in both.
+    """
+    kept = [attribute for attribute in node.attribute if attribute.name in attrs]
+    names = [node.input[slot] for slot in inputs]
+    node.op_type, node.domain = name, ""
+    del node.input[:], node.attribute[:]
+    node.input.extend(names)
+    node.attribute.extend(kept)
+
+
 def become_product(node: NodeProto, matrix: str) -> None:
     """Turn a node into the product of its first input with a matrix, in place, for shape inference.
 

@@ -32,6 +32,7 @@ class _Context:
         version: Opset of the default domain.
         taken: Names in use.
         dtypes: Element types of the weights by name.
+        ranks: Ranks of the weights by name.
     """
 
     def __init__(self, proto: ModelProto) -> None:
@@ -45,6 +46,7 @@ class _Context:
             tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type)
             for tensor in graph.initializer
         }
+        self.ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
 
 
 class _Parts:
@@ -134,6 +136,10 @@ class _Parts:
         axes = self.constant(np.asarray([axis], np.int64))
         return self.add(op, (source, axes), out, keepdims=keepdims)
 
+    def rank(self, weight: str) -> int:
+        """Rank of a weight; 0 for a computed tensor."""
+        return self._graph.ranks.get(weight, 0)
+
     def _unused(self, name: str) -> str:
         result = name
         number = 1
@@ -207,6 +213,33 @@ def _product(parts: _Parts) -> bool:
         return False  # its bounds have no documented place among these
     values = [parts.attrs[key] for key in keys if key in parts.attrs]
     return _activation(parts, result, values, parts.output(0))
+
+
+def _matrix_product(parts: _Parts) -> bool:
+    """FusedMatMul: a product of matrices that may be transposed, times a number."""
+    if parts.attrs.get("transBatchA", 0) or parts.attrs.get("transBatchB", 0):
+        return False
+    transposed = [bool(parts.attrs.get(name, 0)) for name in ("transA", "transB")]
+    factor = float(parts.attrs.get("alpha", 1.0))
+    out = parts.output(0) if factor == 1.0 else ""
+    operands = list(parts.node.input[:2])
+    for slot, name in enumerate(operands):
+        rank = parts.rank(name)
+        if transposed[slot] and rank > 1:
+            perm = [*range(rank - 2), rank - 1, rank - 2]
+            operands[slot] = parts.add("Transpose", (name,), perm=perm)
+            transposed[slot] = False
+    if any(transposed):  # computed operands, whose rank is not known here
+        if any(parts.rank(name) for name in operands):
+            return False
+        left, right = "km" if transposed[0] else "mk", "nk" if transposed[1] else "kn"
+        equation = f"...{left},...{right}->...mn"
+        result = parts.add("Einsum", operands, out, equation=equation)
+    else:
+        result = parts.add("MatMul", operands, out)
+    if factor != 1.0:
+        parts.add("Mul", (result, parts.number(factor, parts.input(1))), parts.output(0))
+    return True
 
 
 # --------------------------------------------------------------------------------------------------- normalisation
@@ -355,6 +388,7 @@ def _bias_add(parts: _Parts) -> bool:
 _WRITERS: Mapping[tuple[str, str], Callable[[_Parts], bool]] = {
     (CONTRIBUTED, "FusedConv"): _convolution,
     (CONTRIBUTED, "FusedGemm"): _product,
+    (CONTRIBUTED, "FusedMatMul"): _matrix_product,
     (CONTRIBUTED, "SkipLayerNormalization"): _skip_normalization,
     (CONTRIBUTED, "SkipSimplifiedLayerNormalization"): _skip_root_mean_square,
     (CONTRIBUTED, "EmbedLayerNormalization"): _embedding,

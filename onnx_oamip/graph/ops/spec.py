@@ -84,6 +84,19 @@ class LikeInput:
 
 
 @dataclass(frozen=True, slots=True)
+class LikeOperator:
+    """Shapes of an operator that ONNX's inference does not know: those of a standard one.
+
+    ``name``: the standard operator; ``inputs``: slots of the inputs that it reads; ``attrs``: attributes of the same
+    name in both.
+    """
+
+    name: str
+    inputs: tuple[int, ...]
+    attrs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class LikeProduct:
     """Shape of an operator that ONNX's inference does not know: that of its first input times a matrix.
 
@@ -156,7 +169,7 @@ class OpSpec:
     """For products of the data input with a constant weight: their matrix form, by which refits change them."""
     encode: EncodeRule | None = None
     """States the operator exactly by linear maps, ReLUs and maxima; raises Refused for a form it cannot state."""
-    shape: LikeInput | LikeProduct | None = None
+    shape: LikeInput | LikeOperator | LikeProduct | None = None
     """For operators whose shapes ONNX's own inference does not know."""
     flow: Callable[[Node], Flow] | None = None
     """For nodes with bodies that are followed: the tensors that pass in and out."""

@@ -109,6 +109,32 @@ NETWORKS = [
         _IMAGE_MACS,
     ),
     Network("FusedGemm", _GEMM, frozenset({"Gemm", "LeakyRelu"}), 8 + 8, 40 + 64 + 24),
+    Network(
+        "FusedMatMul",
+        _tokens("r = com.microsoft.FusedMatMul<alpha = 0.5>(h, wf)", ", float[8,8] wf"),
+        frozenset({"MatMul", "Mul"}),
+        8 + 8,
+        4 * (40 + 64 + 24),
+    ),
+    Network(
+        "FusedMatMul",
+        _tokens("r = com.microsoft.FusedMatMul<transB = 1>(h, wf)", ", float[8,8] wf"),
+        frozenset({"MatMul"}),
+        8 + 8,
+        4 * (40 + 64 + 24),
+    ),
+    Network(
+        "FusedMatMul",
+        _tokens(
+            "l = com.microsoft.FusedMatMul<alpha = 0.25, transB = 1>(h, k)  p = Softmax(l)"
+            "  v = MatMul(x, w4)  r = MatMul(p, v)",
+            ", float[5,8] w4",
+        ),
+        frozenset({"Einsum", "Mul"}),
+        # Queries and keys go together, values by themselves.
+        8 + 8,
+        4 * (3 * 40 + 24) + 2 * 4 * 4 * 8,
+    ),
     Network("SkipLayerNormalization", _tokens(_SKIP), _NORM, 8, _TOKENS_MACS),
     Network("SkipLayerNormalization", _tokens(_SKIP_SUM), _NORM, 8, _TOKENS_MACS),
     Network("SkipLayerNormalization", _tokens(_SKIP), _LONG, 8, _TOKENS_MACS, opset=13),
