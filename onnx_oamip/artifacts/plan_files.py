@@ -41,6 +41,7 @@ from onnx_oamip.core.records import (
     Plan,
     Scores,
 )
+from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.core.version import __version__
 from onnx_oamip.graph.cost import Ledger
 
@@ -199,6 +200,7 @@ def load(path: str | os.PathLike[str]) -> PlanFile:
         DataError: The file holds no plan; the message names the line and the rule.
     """
     file = Path(path)
+    refuse_special(file, "the plan", DataError)
     if not file.is_file():
         if file.is_dir():
             finding = "is a folder"
@@ -206,7 +208,8 @@ def load(path: str | os.PathLike[str]) -> PlanFile:
             finding = "no such plan file"
         raise DataError(f"{file}: {finding}; {_EXPECTED}.")
     try:
-        text = file.read_text(encoding="utf-8")
+        # Editors of some systems begin a text with a byte order mark.
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as text: {error}; {_EXPECTED}.") from error
     content = _parse(text, file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,12 +22,15 @@ from onnx_oamip.cli.options import json_option
 from onnx_oamip.cli.statements import IN_FILE, OutputOption
 from onnx_oamip.cli.stdout import stream
 from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.regular_files import refuse_special
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+MOST_BYTES = 1 << 20
+"""Size of a configuration beyond which it is taken for another file."""
 _NOT_IN_FILES = {"help", "config", "version"}
 
 
@@ -42,9 +46,14 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         SettingsError: The file cannot be read, or is not valid TOML.
     """
+    refuse_special(path, "the configuration", SettingsError)
+    if os.path.isfile(path) and os.path.getsize(path) > MOST_BYTES:
+        raise SettingsError(
+            f"the configuration {path} is larger than {MOST_BYTES >> 20} MiB; give a TOML file of options."
+        )
     try:
-        with path.open("rb") as stream:
-            return tomllib.load(stream)
+        # Editors of some systems begin a text with a byte order mark.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SettingsError(
             f"the configuration {path} cannot be read: {error.strerror}."

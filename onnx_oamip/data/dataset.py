@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from onnx_oamip.core.records import (
     Port,
     Reading,
 )
+from onnx_oamip.core.regular_files import refuse_special
 from onnx_oamip.data import (
     array_checks,
     feed_functions,
@@ -294,6 +296,7 @@ def load(
         loaded = Loaded(_native(source), "the data")
     elif isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
+        refuse_special(Path(name), "the data", DataError)
         loaded = formats.find(name).read(name, model, reading or Reading())
     else:
         loaded = feed_functions.collect(source, "the data", reading or Reading())
