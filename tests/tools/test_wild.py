@@ -180,6 +180,23 @@ def test_values_are_judged_by_the_worst_output(tmp_path: Path, listed: manifest.
     assert tasks.values(other).kept == pytest.approx(expected, abs=1e-5)
 
 
+def test_answers_take_one_whole_feed_per_sample(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "s"], ["y"])],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3]),
+            helper.make_tensor_value_info("s", TensorProto.FLOAT, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])],
+    )
+    path = tmp_path / "scaled.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    x = np.arange(6, dtype=np.float32).reshape(2, 1, 3)
+    found = tasks.answers(path, {"x": x, "s": np.float32([2, 3])})["y"]
+    np.testing.assert_array_equal(np.stack(found), x * np.float32([[[2]], [[3]]]))
+
+
 def test_decisions_are_judged_by_f1(tmp_path: Path, listed: manifest.Manifest) -> None:
     other = case(tmp_path, listed, 0.5)
     x = samples.held_out(other.samples)["x"]

@@ -53,7 +53,10 @@ def answers(path: Path, feeds: Feeds) -> dict[str, list[Array]]:
     names = [output.name for output in run.get_outputs()]
     found: dict[str, list[Array]] = {name: [] for name in names}
     for i in range(len(next(iter(feeds.values())))):
-        feed = {k: v[i] if v.ndim > ranks[k] else v[i : i + 1] for k, v in feeds.items()}
+        # the element of a vector is no array, which a scalar input needs
+        feed = {
+            k: np.asarray(v[i]) if v.ndim > ranks[k] else v[i : i + 1] for k, v in feeds.items()
+        }
         for name, values in zip(names, run.run(None, feed), strict=True):
             found[name].append(np.asarray(values))
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .draw import Draw, Feeds, module, session
+from .draw import Draw, Feeds, lone_module, module, session
 from .sounds import SENTENCES
 
 
@@ -195,7 +195,8 @@ def seizures(draw: Draw, *, name: str, seconds: int) -> Feeds:
 
 def spindles(draw: Draw) -> Feeds:
     """Recordings of 30 s and their scalograms, made by the package's own function."""
-    package = module(draw.package("brainmaze-eeg-models"), "brainmaze_eeg_models.spindles._cwt")
+    folder = draw.package("brainmaze-eeg-models") / "brainmaze_eeg_models/spindles"
+    package = lone_module(folder / "_cwt.py")
     signals = np.stack([recording(draw.rng, 250, 30) for _ in range(draw.count)])
 
     def even(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
