@@ -197,11 +197,11 @@ def read_alike(before: Sequence[Sequence[Any]], after: Sequence[Sequence[Any]]) 
     return Verdict("characters read", kept, {"characters": characters, "lines alike": same})
 
 
-def ctc(case: Case, *, output: str, blank: int, decoded: bool = False) -> Verdict:
+def ctc(case: Case, *, output: str, blank: int) -> Verdict:
     """Characters of texts read along a sequence, repeats and blanks removed."""
 
     def text(scores: Array) -> list[int]:
-        best = np.ravel(scores if decoded else scores.argmax(axis=-1)).astype(int)
+        best = np.ravel(scores.argmax(axis=-1))
         kept = best[np.r_[True, best[1:] != best[:-1]]]
         return [int(k) for k in kept if k != blank]
 
