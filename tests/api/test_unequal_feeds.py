@@ -46,6 +46,20 @@ def _feeds(count: int, seed: int) -> list[Feed]:
     return [{"x": rng.standard_normal((1, 1, n)).astype(np.float32)} for n in lengths]
 
 
+def test_methods_that_compare_positions_refuse(tmp_path: Path) -> None:
+    body = AUDIO.replace("(float[1,4] y)", "(float[N,4] y)").replace("float[1,1,T]", "float[N,1,T]")
+    onnx.save(build(body), tmp_path / "m.onnx")
+    options = Settings(macs=0.5, align=1, force=True, cache="off", importance="oamip")
+    with pytest.raises(DataError, match="samples of unequal shapes"):
+        prune(tmp_path / "m.onnx", _feeds(12, 0), tmp_path / "o.onnx", options)
+    assert not (tmp_path / "o.onnx").exists()
+    model = load(build(body), tmp_path)
+    samples = dataset.load(_feeds(4, 0), model)
+    assert samples is not None
+    with pytest.raises(DataError, match="samples of unequal shapes"):
+        pooled_activations.collect(model, couple(model), samples, "cpu", by_tap=True)
+
+
 def test_costs_and_errors_are_those_of_the_samples(tmp_path: Path) -> None:
     onnx.save(build(AUDIO), tmp_path / "m.onnx")
     data, held_out = _feeds(25, 0), _feeds(9, 1)
@@ -64,17 +78,3 @@ def test_costs_and_errors_are_those_of_the_samples(tmp_path: Path) -> None:
     assert report.verification.output_relative_error == pytest.approx(error, rel=1e-3)
     assert report.verification.masked_equivalence is not None
     assert report.verification.masked_equivalence < 1e-5
-
-
-def test_methods_that_compare_positions_refuse(tmp_path: Path) -> None:
-    body = AUDIO.replace("(float[1,4] y)", "(float[N,4] y)").replace("float[1,1,T]", "float[N,1,T]")
-    onnx.save(build(body), tmp_path / "m.onnx")
-    options = Settings(macs=0.5, align=1, force=True, cache="off", importance="oamip")
-    with pytest.raises(DataError, match="samples of unequal shapes"):
-        prune(tmp_path / "m.onnx", _feeds(12, 0), tmp_path / "o.onnx", options)
-    assert not (tmp_path / "o.onnx").exists()
-    model = load(build(body), tmp_path)
-    samples = dataset.load(_feeds(4, 0), model)
-    assert samples is not None
-    with pytest.raises(DataError, match="samples of unequal shapes"):
-        pooled_activations.collect(model, couple(model), samples, "cpu", by_tap=True)
