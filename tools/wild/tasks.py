@@ -288,13 +288,12 @@ def suppressed(boxes: Array, scores: Array, limit: float = 0.5) -> list[Array]:
     return kept
 
 
-def detections(case: Case, *, output: str, threshold: float, layout: str = "columns") -> Verdict:
-    """F1 of boxes (centre, size) of one class each above a threshold; rows, or columns as YOLOv8 gives them."""
+def detections(case: Case, *, output: str, threshold: float) -> Verdict:
+    """F1 of boxes above a threshold; a column holds centre, size and the scores of the classes (YOLOv8)."""
 
     def boxes(values: Array) -> list[Array]:
-        rows = values[0].T if layout == "columns" else values[0]
-        scores = rows[:, 4:] if layout == "columns" else rows[:, 4:5] * rows[:, 5:]
-        best, kind = scores.max(axis=1), scores.argmax(axis=1)
+        rows = values[0].T
+        best, kind = rows[:, 4:].max(axis=1), rows[:, 4:].argmax(axis=1)
         chosen = best >= threshold
         half = rows[chosen, 2:4] / 2
         middle = rows[chosen, :2] + 1e4 * kind[chosen, None]  # boxes of two classes never overlap
