@@ -1,15 +1,16 @@
 """Sensitivities: the loss of the model with only that group narrowed and its consumers repaired.
 
 For every group one part of the graph is made: everything behind its first consumer, with the consumers' weights, bias
-shifts and masks as inputs. A level then only feeds other numbers; nothing in front of the group runs again and no
-session is rebuilt. Cost: about (1 + levels) halves of a forward pass per group. Groups run in parallel threads, each
-with single-threaded sessions: ONNX Runtime and LAPACK release the interpreter lock, weights are shared instead of
-copied to other processes, and results do not depend on the number of workers, nor on whether a cluster does the work.
+shifts and masks as inputs. A level then only feeds other numbers; no session is rebuilt, and nothing in front of the
+group runs again unless the weights of all levels are too large to be held. Cost: about (1 + levels) halves of a forward
+pass per group. Groups run in parallel threads, each with single-threaded sessions: ONNX Runtime and LAPACK release the
+interpreter lock, weights are shared instead of copied to other processes, and results do not depend on the number of
+workers, nor on whether a cluster does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -58,6 +59,8 @@ CHOICE = (0.7, 0.5, 0.3)
 """Shares of a group's width at which orders of removal are compared."""
 LEVELS = (0.8, 0.6, 0.45, 0.3, 0.15)
 """Shares of a group's width at which the loss is measured; the full width costs nothing."""
+LEVEL_BYTES = 1 << 28
+"""Bytes of repaired weights held at a time; where one weight has many consumers, a level may exceed the model."""
 
 
 def fits(found: Sequence[Sensitivity], wide: Ints) -> bool:
@@ -452,13 +455,27 @@ class _Part:
         if not self.reaches:
             return np.zeros(len(removed))
         objective = self.truth.objective
-        settings = [self.level(r) for r in removed]
         total = np.zeros((len(removed), len(objective.judged), 3))
-        for feed, truth in zip(self.truth.feeds, self.truth.outputs, strict=True):
-            boundary = self.boundary(feed)
-            for i, setting in enumerate(settings):
-                total[i] += sums(objective, truth, self.run(boundary, setting))
+        for start, settings in self._levels(removed):
+            for feed, truth in zip(self.truth.feeds, self.truth.outputs, strict=True):
+                boundary = self.boundary(feed)
+                for i, setting in enumerate(settings, start):
+                    total[i] += sums(objective, truth, self.run(boundary, setting))
         return np.asarray([loss(objective, one).total for one in total])
+
+    def _levels(self, removed: Sequence[Ints]) -> Iterator[tuple[int, list[dict[str, Array]]]]:
+        """Inputs of several levels at a time, as many as fit in ``LEVEL_BYTES``, with the number of the first."""
+        held: list[dict[str, Array]] = []
+        start = 0
+        for places in removed:
+            held.append(self.level(places))
+            size = sum(value.nbytes for value in held[0].values())
+            if (len(held) + 1) * size > LEVEL_BYTES:
+                yield start, held
+                start += len(held)
+                held = []
+        if held:
+            yield start, held
 
     def boundary(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Tensors that cross from the original front into this part."""

@@ -321,6 +321,34 @@ def test_losses_do_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:
             np.testing.assert_array_equal(a.loss, b.loss)
 
 
+def test_losses_do_not_depend_on_the_number_of_levels_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(build(MLP), tmp_path)
+    coupling = couple(model)
+    feeds = _feeds(model)
+    grams = covariances.collect(model, coupling, feeds, "cpu")
+    order = _order(coupling)
+    held: list[int] = []
+    whole = sensitivity._Part._levels
+
+    def counted(part: object, removed: Sequence[Ints]) -> object:
+        for start, settings in whole(part, removed):
+            held.append(len(settings))
+            yield start, settings
+
+    monkeypatch.setattr(sensitivity._Part, "_levels", counted)
+    at_once = measure(model, coupling, grams, order, feeds, "cpu", 1)
+    assert len(held) == len(coupling.groups)
+    assert min(held) > 1
+    held.clear()
+    monkeypatch.setattr(sensitivity, "LEVEL_BYTES", 1)
+    one_by_one = measure(model, coupling, grams, order, feeds, "cpu", 1)
+    assert set(held) == {1}
+    for a, b in zip(at_once, one_by_one, strict=True):
+        np.testing.assert_array_equal(a.loss, b.loss)
+
+
 def test_nodes_before_the_group_do_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
