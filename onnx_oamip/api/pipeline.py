@@ -124,10 +124,12 @@ def _thin(context: Context, targets: FileTargets) -> Report:
         raise SettingsError(
             "a keep-map is about units, and `granularity=connection` removes none; leave it out."
         )
-    model, settings = context.model, context.settings
+    model = context.model
+    settings = context.settings
     with context.clock("connections"):
         found = connections.prune(context)
-    before, after = cost.count(model), cost.count(models.from_proto(found.dense, model.bindings))
+    before = cost.count(model)
+    after = cost.count(models.from_proto(found.dense, model.bindings))
     report = Report(
         model=model,
         output=None,
@@ -184,12 +186,10 @@ def score(
     method = find(settings.importance)
     target = check_output(path, output, (source,))
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
-    model, coupling, samples, held = (
-        context.model,
-        context.coupling,
-        context.samples,
-        context.held_out,
-    )
+    model = context.model
+    coupling = context.coupling
+    samples = context.samples
+    held = context.held_out
     used = samples.usable() if method.requests(settings) else 0
     asked = {**settings.model_dump(mode="json"), "device": context.device, "samples": used}
     with clock("write"):
@@ -247,13 +247,17 @@ def plan(
             "a plan is made in one go and of units; connections and iterations need prune."
         )
     preparing.check(settings, source, scores is not None)
-    target = None if output is None else check_output(path, output, (source, eval_data, scores))
+    if output is None:
+        target = None
+    else:
+        target = check_output(path, output, (source, eval_data, scores))
     ready = prepare(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
     )
     with clock("plan"):
         chosen = search.plan(ready)
-    asked, notes = _asked(ready, scores), ready.store.notes()
+    asked = _asked(ready, scores)
+    notes = ready.store.notes()
     digest = None
     if target is not None:
         losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
@@ -354,7 +358,10 @@ def _targets(
     sources: tuple[object, ...],
 ) -> FileTargets:
     """Paths of the model and of the files beside it. Raises OutputError before any work where they cannot."""
-    model = None if output is None else check_output(path, output, sources)
+    if output is None:
+        model = None
+    else:
+        model = check_output(path, output, sources)
     return FileTargets(
         model, None if keep_map is None else check_output(path, keep_map, (*sources, model)), page
     )
@@ -371,7 +378,10 @@ def _finish(
     answers: equivalence.Answers | None = None,
 ) -> Report:
     """Verify, write and report the result of a plan."""
-    scores = ready.scores if isinstance(ready, Prepared) else None
+    if isinstance(ready, Prepared):
+        scores = ready.scores
+    else:
+        scores = None
     clock = ready.clock
     with clock("verify"):
         try:
@@ -567,7 +577,10 @@ def prove(
     Raises:
         GateFailed: A gate does not hold.
     """
-    model, samples, device, settings = ready.model, ready.samples, ready.device, ready.settings
+    model = ready.model
+    samples = ready.samples
+    device = ready.device
+    settings = ready.settings
     pruned = result.pruned
     equivalence.structure(pruned.proto)
     masked = rewrite.mask(model, ready.coupling, result.plan.keep)
@@ -580,7 +593,10 @@ def prove(
     batches = equivalence.runs_at(
         model, final, samples, lambda: Session(model.proto, device, what=model.path)
     )
-    ratio = None if result.plan.keep.all() else _measured_latency(ready, result)
+    if result.plan.keep.all():
+        ratio = None
+    else:
+        ratio = _measured_latency(ready, result)
     if ready.held_out is None:
         return Verification(
             proof.distance,
@@ -640,7 +656,10 @@ def prove(
 def _measured_latency(ready: Context, result: Attempt) -> float:
     """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
     budget = ready.settings.latency
-    allowed = SLOWER if budget is None else budget * (1 + search.LATENCY_SLACK)
+    if budget is None:
+        allowed = SLOWER
+    else:
+        allowed = budget * (1 + search.LATENCY_SLACK)
     for seconds in GATE_SECONDS if budget is None else (3.0,):
         found = compare_latency(
             ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=seconds
@@ -648,9 +667,15 @@ def _measured_latency(ready: Context, result: Attempt) -> float:
         if found.high < 1:
             break
     if found.low > allowed and not ready.settings.force:
-        what = "slower than the original" if budget is None else f"over `latency={budget}`"
+        if budget is None:
+            what = "slower than the original"
+        else:
+            what = f"over `latency={budget}`"
         named = " ".join(f"`exclude='{name}'`" for name in search.adding(ready, result.plan)[:3])
-        advice = f"{named}, where a cut adds nodes" if named else "`align` 8 or 16"
+        if named:
+            advice = f"{named}, where a cut adds nodes"
+        else:
+            advice = "`align` 8 or 16"
         raise GateFailed(
             f"the pruned model was measured {what} on {ready.device}: {found.median:.2f} of its time; nothing was "
             f"written; try {advice}, another budget, or `force`."

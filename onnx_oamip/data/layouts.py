@@ -172,7 +172,7 @@ def _shared(
     axes: Sequence[int],
     model: Model,
 ) -> Iterator[Candidate]:
-    """The layout of a value that all feeds get: one of a batch of 1, or one without a batch."""
+    """Layout of an input with the same value in all feeds: with a batch axis of length 1, or without a batch axis."""
     single = next((axis for axis in axes if shape[axis] == 1), None)
     if single is not None:
         grows = not fixed(dims[single])

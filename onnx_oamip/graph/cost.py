@@ -76,7 +76,7 @@ class OneOffCosts:
     bytes: Ints
 
     def incurred(self, widths: Ints) -> Bools:
-        """Items that have to be paid at these widths.
+        """Items whose cost is incurred at these widths.
 
         Args:
             widths: Units that every group keeps (groups,).
@@ -227,7 +227,9 @@ class _AxisIndex:
             axes, _ = _as_total(length)
             for axis in axes:
                 lengths_with.setdefault(axis, []).append(i)
-        rows, columns, values = [], [], []
+        rows = []
+        columns = []
+        values = []
         for g, group in enumerate(coupling.groups):
             for axis, indices_per_unit in group.multiplicity.items():
                 for i in lengths_with.get(axis, ()):
@@ -318,7 +320,10 @@ def uncounted(model: Model) -> tuple[Uncounted, ...]:
     for node in model.every:
         reason = _why_uncounted(node, model)
         if reason:
-            operator = f"{node.domain}::{node.op}" if node.domain else node.op
+            if node.domain:
+                operator = f"{node.domain}::{node.op}"
+            else:
+                operator = node.op
             found.setdefault((operator, reason), []).append(node.name)
     return tuple(
         Uncounted(operator, reason, tuple(nodes)) for (operator, reason), nodes in found.items()
@@ -330,7 +335,9 @@ def _why_uncounted(node: Node, model: Model) -> str:
     spec = lookup(node.domain, node.op, node.version)
     if spec is not None:
         missing = spec.cost is not None and _lacks_shapes(node, model)
-        return "its shapes are not known before it runs" if missing else ""
+        if missing:
+            return "its shapes are not known before it runs"
+        return ""
     if node.domain not in kinds.DESCRIBED_DOMAINS:
         return "the operator is not known"
     multiplies = node.op in kinds.LINEAR_MODELS or any(
@@ -342,7 +349,9 @@ def _why_uncounted(node: Node, model: Model) -> str:
         and (is_float(model.dtypes[name]) or model.dtypes[name].itemsize == 1)
         for name in node.inputs
     )
-    return "the operator is not known" if multiplies or reads_weight else ""
+    if multiplies or reads_weight:
+        return "the operator is not known"
+    return ""
 
 
 def uncounted_note(model: Model) -> str:

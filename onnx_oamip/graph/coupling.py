@@ -129,7 +129,9 @@ class _Labels:
     def label(self, tensor: str, axis: int) -> LabelAxis:
         if not self.is_constant(tensor):
             axes = self.tracked.get(tensor, [])
-            return axes[axis] if axis < len(axes) else None
+            if axis < len(axes):
+                return axes[axis]
+            return None
         key = (tensor, axis)
         self.claims.add((self._node, key))
         source = self.model.source(tensor)
@@ -179,7 +181,13 @@ class _Labels:
         self.ties.append((left.reshape(-1), right.reshape(-1)))
         self.tied_by.append(self._site)
 
-    def pin(self, labels: LabelAxis, reason: str, listed: bool = True, given: bool = False) -> None:
+    def pin(
+        self,
+        labels: LabelAxis,
+        reason: str,
+        listed: bool = True,
+        given: bool = False,
+    ) -> None:
         if labels is not None and labels.size:
             self.pins.append(_Pin(np.asarray(labels).reshape(-1), reason, listed, given))
 
@@ -222,7 +230,13 @@ class _Labels:
         for _, labels in tracked:
             self.pin(labels, reason, given=untracked in self.given)
 
-    def consume(self, node: Node, data: Axis, weight: Axis | None, groups: int = 1) -> None:
+    def consume(
+        self,
+        node: Node,
+        data: Axis,
+        weight: Axis | None,
+        groups: int = 1,
+    ) -> None:
         tensor, axis = data
         slot = node.inputs.index(tensor)
         weight_name, weight_axis = weight or (None, 0)
@@ -293,7 +307,10 @@ class _Labels:
     def _obstacle(self, node: Node) -> str:
         """Reason why the channels of a node cannot be followed; empty if they can."""
         if lookup(node.domain, node.op, node.version) is None:
-            operator = f"{node.domain}::{node.op}" if node.domain else node.op
+            if node.domain:
+                operator = f"{node.domain}::{node.op}"
+            else:
+                operator = node.op
             return f"operator {operator} (node '{shortened(node.name)}') is not supported"
         if not follows_bodies(node) and (node.bodies or node.captures):
             return f"{node} has a subgraph that is not followed"
@@ -369,7 +386,8 @@ def couple(model: Model) -> Coupling:
         trial_labels = _propagate(model, {**choices, **trial_choices})
         trial = _resolve(model, trial_labels)
         if _pinned_count(trial) < _pinned_count(best):
-            best, best_labels = trial, trial_labels
+            best = trial
+            best_labels = trial_labels
             choices.update(trial_choices)
     return replace(best, pinned=(*best.pinned, *_single_units(model, best, best_labels)))
 
@@ -394,7 +412,8 @@ def _single_units(model: Model, coupling: Coupling, labels: _Labels) -> list[Pin
 
 def _joined_by(labels: _Labels, joined: Ints) -> str:
     """The node whose tie is the first by which all of several labels are joined."""
-    low, high = 0, len(labels.ties)
+    low = 0
+    high = len(labels.ties)
     while low < high:
         middle = (low + high) // 2
         component = _components(labels, middle)[joined]
@@ -481,7 +500,9 @@ def matches(name: str, pattern: str, names: Collection[str]) -> bool:
     Returns:
         True if the pattern matches.
     """
-    return name == pattern if pattern in names else fnmatchcase(name, pattern)
+    if pattern in names:
+        return name == pattern
+    return fnmatchcase(name, pattern)
 
 
 def _excluded(model: Model, coupling: Coupling, matched: Sequence[str]) -> list[Pinned]:
@@ -562,7 +583,9 @@ def _components(labels: _Labels, ties: int | None = None) -> Ints:
 
 
 def _concatenated(parts: Collection[Ints]) -> Ints:
-    return np.concatenate(list(parts)) if parts else np.zeros(0, np.int64)
+    if parts:
+        return np.concatenate(list(parts))
+    return np.zeros(0, np.int64)
 
 
 def _groups(
@@ -624,14 +647,20 @@ def _group_names(model: Model, multiplicity: Sequence[Mapping[Axis, int]]) -> li
     for axes in multiplicity:
         tensors = [tensor for tensor, _ in axes]
         weights = [tensor for tensor in tensors if tensor in order]
-        base = min(weights, key=lambda weight: order[weight]) if weights else tensors[0]
+        if weights:
+            base = min(weights, key=lambda weight: order[weight])
+        else:
+            base = tensors[0]
         used[base] += 1
         names.append(base if used[base] == 1 else f"{base}#{used[base]}")
     return names
 
 
 def _pinned(
-    model: Model, labels: _Labels, components: Mapping[Axis, Ints], first_pin: Ints
+    model: Model,
+    labels: _Labels,
+    components: Mapping[Axis, Ints],
+    first_pin: Ints,
 ) -> tuple[Pinned, ...]:
     """Axes of weights (constants of rank 2 and more) with pinned channels.
 

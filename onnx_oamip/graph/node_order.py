@@ -53,7 +53,7 @@ def sort(graph: GraphProto, outer: Set[str] = frozenset()) -> None:
 
 
 def _topological(needs: Sequence[Set[int]]) -> list[int]:
-    """Positions so that each stands behind those it needs, low ones first; without those in or behind a cycle."""
+    """Positions in topological order, of equal ones the lowest first; nodes in or behind a cycle are left out."""
     readers: Mapping[int, list[int]] = defaultdict(list)
     for i, needed in enumerate(needs):
         for j in needed:

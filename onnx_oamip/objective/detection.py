@@ -174,7 +174,7 @@ def _by_part(term: Term, chosen: Mapping[str, tuple[str, float]]) -> bool:
 
 
 def _chosen(tails: Tails, term: Term, choice: tuple[str, float]) -> Term:
-    """A term of the kind and weight that the user says."""
+    """A term with the kind and the weight that the user stated."""
     kind, weight = choice
     if kind not in CHOICES:
         raise SettingsError(f"`outputs={term.name}={kind}`: the kinds are {', '.join(CHOICES)}.")
@@ -395,7 +395,7 @@ def _per_sample(labels: Array, shape: tuple[int, ...]) -> bool:
 
 
 def _settled(tails: Tails, terms: list[Term]) -> list[Term]:
-    """Every term with a kind that can be measured, and what was assumed."""
+    """The terms with an assumption in place of every kind that the structure leaves open."""
     decided = any(
         t.kind in ("classes", "binary")
         and t.source != "labels"

@@ -194,7 +194,7 @@ class Tails:
         return [replace(term, part=origin.part)]
 
     def _branch(self, origin: Origin, node: Node) -> list[Term]:
-        """Answers of one kind from all branches of an If; their logits lie inside, out of reach."""
+        """One term for the output of an If whose branches all end in classes or embeddings, measured at that output."""
         found = [self.explain(name) for name in self.graph.branches(origin.tensor)]
         kinds = {(term.kind, term.axis) for terms in found for term in terms}
         if len(kinds) != 1 or any(len(terms) != 1 for terms in found):
@@ -322,7 +322,7 @@ class Tails:
         return [term for name in read for term in self.decide(name, seen, depth + 1)]
 
     def _scores(self, tensor: str, seen: set[str], depth: int) -> list[Term]:
-        """The terms of what a decision compares, which may be a decision itself."""
+        """The terms of a tensor that a decision compares; the tensor may hold decisions itself."""
         if not self.graph.floating(tensor) or self.decisive(tensor):
             return self.decide(tensor, seen, depth + 1)
         if self.graph.constant(tensor) is None:
@@ -394,7 +394,7 @@ class Tails:
 
 
 def _called(node: Node, usual: str) -> str:
-    """The operator, or the usual name of what is written out."""
+    """Name of the operator, or of the operator that a composition of others stands for."""
     if node.op in kinds.COMPOSED:
         return node.op
     return usual

@@ -31,7 +31,8 @@ def score(context: Context, method: Method, statistics: Statistics | None) -> Sc
         SettingsError: The method raised an exception, changed the model, or returned no number for every unit.
     """
     name = f"`importance={context.settings.importance}`"
-    model, units = context.model, context.coupling.n_units
+    model = context.model
+    units = context.coupling.n_units
     before = _digest(model)
     with foreign_code(name, SettingsError, ADVICE):
         found = method.score(model, context.coupling, statistics, context.settings)

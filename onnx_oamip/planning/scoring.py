@@ -78,7 +78,10 @@ def score(context: Context) -> Scores:
     requests = method.requests(settings)
 
     def make() -> Scores:
-        statistics = collect(context, requests) if requests else None
+        if requests:
+            statistics = collect(context, requests)
+        else:
+            statistics = None
         return apply_method(context, method, statistics)
 
     with context.clock("score"):
@@ -130,7 +133,9 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     Returns:
         The scores, with a note on the choice.
     """
-    model, coupling, settings = context.model, context.coupling, context.settings
+    model = context.model
+    coupling = context.coupling
+    settings = context.settings
     if _is_built_in(method):
         found = method.score(model, coupling, statistics, settings)
     else:
@@ -189,14 +194,15 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
     The loss is that of the cut model at the shares of ``sensitivity.CHOICE``, by its logarithms, and nowhere counts as
     more than that of a model that gives the average answer: where all is lost, differences mean nothing.
     """
-    model, coupling, device, progress = (
-        context.model,
-        context.coupling,
-        context.device,
-        context.progress,
-    )
+    model = context.model
+    coupling = context.coupling
+    device = context.device
+    progress = context.progress
     repair = context.settings.refit
-    moments = collect(context, {MOMENTS}) if repair == "bias" else None
+    if repair == "bias":
+        moments = collect(context, {MOMENTS})
+    else:
+        moments = None
     feeds = [feed for _, feed in parts(context.samples)[1].batches(context.batch)]
     objective = context.objective
     wanted = objective.tensors
@@ -229,14 +235,16 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
 
     starts = [alone, *(np.full(groups, i, np.int64) for i in range(len(orders)))]
     losses = [total_loss(start) for start in starts]
-    best, least = starts[int(np.argmin(losses))].copy(), min(losses)
+    best = starts[int(np.argmin(losses))].copy()
+    least = min(losses)
     for g, i in product(range(groups), range(len(orders))):
         if tried >= TRIALS:
             break
         trial = best.copy()
         trial[g] = i
         if i != best[g] and (found := total_loss(trial)) < least:
-            best, least = trial, found
+            best = trial
+            least = found
     return best
 
 

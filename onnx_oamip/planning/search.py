@@ -80,7 +80,7 @@ class Prepared(Context):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One plan, carried out; ``tried``: the tries of the search that chose it."""
+    """A plan with the model pruned by it; ``tried``: the trials of the search that chose the plan."""
 
     plan: Plan
     pruned: Pruned
@@ -501,7 +501,7 @@ def search(ready: Prepared) -> Attempt:
 
 
 def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, ...]]:
-    """The counted limits, and the row of a latency budget."""
+    """Limits of the counted budgets, and the linear constraint of a latency budget."""
     adds = ready.settings.refit != "none" or folds_constants(ready.settings)
     limit = allocation.limits(
         ready.settings.budget, ready.before, least_squares.new_biases(ready.model) if adds else 0

@@ -368,7 +368,10 @@ def _packed_cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     # Widths differ: nothing here may be cut, and the cost is a number.
     batch, length, width = shapes[x]
     projections_cost = width * shapes[w][1]
-    products_cost = length * (sizes[0] + sizes[2]) if sizes else 0
+    if sizes:
+        products_cost = length * (sizes[0] + sizes[2])
+    else:
+        products_cost = 0
     fixed: Total = ((), batch * length * (projections_cost + products_cost))
     return (fixed,)
 

@@ -90,7 +90,8 @@ class Names:
         Returns:
             The name, with a number where it is taken.
         """
-        result, number = name, 1
+        result = name
+        number = 1
         while result in self._taken or f"{result}_out" in self._taken:
             result = f"{name}_{number}"
             number += 1
@@ -194,7 +195,12 @@ def take_kept(node: Node, kept: Mapping[int, Bools], names: Names) -> Added:
     return Added(tuple(steps), constants, reads=node.inputs[0], writes=whole)
 
 
-def scale(node: Node, factor: float, dtype: np.dtype[Any], names: Names) -> Added:
+def scale(
+    node: Node,
+    factor: float,
+    dtype: np.dtype[Any],
+    names: Names,
+) -> Added:
     """Plan a product of a node's output with a number.
 
     Args:
@@ -252,7 +258,8 @@ class Present:
         """True for a node that takes listed indices of the axis."""
         if node is None or node.op != "Gather" or node.domain:
             return False
-        index, rank = self._model.constants.get(node.inputs[1]), self._rank(node.inputs[0])
+        index = self._model.constants.get(node.inputs[1])
+        rank = self._rank(node.inputs[0])
         if index is None or index.ndim != 1 or not rank:
             return False
         return int(node.attrs.get("axis", 0)) % rank == axis
@@ -262,14 +269,19 @@ class Present:
         if node is None or node.op != "Slice" or node.domain or len(node.inputs) != 4:
             return False
         start, axes = (self._model.constants.get(node.inputs[slot]) for slot in (1, 3))
-        rank, kept = self._rank(node.inputs[0]), self._model.shapes.get(node.outputs[0])
+        rank = self._rank(node.inputs[0])
+        kept = self._model.shapes.get(node.outputs[0])
         if start is None or axes is None or not rank or kept is None:
             return False
         along_axis = start.tolist() == [0] and (axes % rank).tolist() == [axis]
         return along_axis and kept[axis] == count
 
     def restored_zeros(
-        self, node: Node, axis: int, ordered: bool, last: Node | None = None
+        self,
+        node: Node,
+        axis: int,
+        ordered: bool,
+        last: Node | None = None,
     ) -> Around | None:
         """Find the nodes around a node that see to its zeros already.
 
@@ -282,24 +294,30 @@ class Present:
         Returns:
             The nodes, or None where there are none.
         """
-        before, behind = (
-            self._producers.get(node.inputs[0]),
-            self._only((last or node).outputs[0]),
-        )
+        before = self._producers.get(node.inputs[0])
+        behind = self._only((last or node).outputs[0])
         if before is None or behind is None or self._only(node.inputs[0]) is None:
             return None
         placed = self._picks(before, axis) and self._picks(behind, axis)
         if not placed and ordered:
             return None
-        pad = self._producers.get(before.inputs[0]) if placed else before
+        if placed:
+            pad = self._producers.get(before.inputs[0])
+        else:
+            pad = before
         shape = self._model.shapes[node.inputs[0]]
-        amount = 0 if pad is None else self._padded_at_end(pad, len(shape), axis)
+        if pad is None:
+            amount = 0
+        else:
+            amount = self._padded_at_end(pad, len(shape), axis)
         if pad is None or not amount:
             return None
         found = Around(pad.inputs[0], pad, before, behind, placed)
         if placed:
             return found if amount == 1 else None
-        return found if self._takes_first(behind, axis, shape[axis] - amount) else None
+        if self._takes_first(behind, axis, shape[axis] - amount):
+            return found
+        return None
 
     def _padded_at_end(self, node: Node, rank: int, axis: int) -> int:
         """Number of zeros that a node pads behind one axis and nowhere else; 0 for other nodes."""
@@ -329,11 +347,18 @@ class Present:
             return None
         slot = 1 - product.inputs.index(node.outputs[0])
         number = self._model.constants.get(product.inputs[slot])
-        return (product, slot) if number is not None and number.ndim == 0 else None
+        if number is not None and number.ndim == 0:
+            return (product, slot)
+        return None
 
 
 def edits_of_further_cut(
-    around: Around, axis: int, *, source: Bools, inside: Bools, model: Model
+    around: Around,
+    axis: int,
+    *,
+    source: Bools,
+    inside: Bools,
+    model: Model,
 ) -> dict[str, Edit]:
     """Adapt nodes that see to zeros already to a further cut; a Slice behind them needs no change.
 
@@ -352,7 +377,10 @@ def edits_of_further_cut(
         pads = np.zeros(2 * rank, np.int64)
         pads[rank + axis] = len(inside) - source.sum()
         by_input = len(around.pad.inputs) == 2
-        edit = Edit(inputs={1: pads}) if by_input else Edit({"pads": pads.tolist()})
+        if by_input:
+            edit = Edit(inputs={1: pads})
+        else:
+            edit = Edit({"pads": pads.tolist()})
         return {around.pad.name: edit}
     index, kept = (model.constants[node.inputs[1]] for node in (around.before, around.behind))
     index = np.where(index < 0, index + len(source) + 1, index)

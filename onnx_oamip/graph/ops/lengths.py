@@ -141,7 +141,12 @@ def _lengths(
     return Edit(inputs={slot: fixed})
 
 
-def _listed_lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -> Edit:
+def _listed_lengths(
+    node: Node,
+    cuts: Cuts,
+    slot: int,
+    axes: list[int] | None,
+) -> Edit:
     """As ``_lengths``, in a list that is joined; what a computed length could cut was pinned."""
     out = node.outputs[0]
     known = elements(node.inputs[slot], cuts)
@@ -154,7 +159,9 @@ def _listed_lengths(node: Node, cuts: Cuts, slot: int, axes: list[int] | None) -
         for place, axis in enumerate(where)
         if cuts.keep(out, axis) is not None and known[place] not in (None, 1)
     }
-    return Edit(lengths={slot: changed}) if changed else Edit()
+    if changed:
+        return Edit(lengths={slot: changed})
+    return Edit()
 
 
 def _looks(reader: Node, labels: Labels, order: list[int]) -> list[int] | None:

@@ -23,7 +23,8 @@ def elements(tensor: str, graph: Labels | Cuts) -> list[int | None] | None:
         return None
     result: list[int | None] = []
     for name in maker.inputs:
-        piece, shape = graph.constant(name), graph.shape(name)
+        piece = graph.constant(name)
+        shape = graph.shape(name)
         if shape is None or len(shape) != 1:
             return None
         result += [None] * shape[0] if piece is None else [int(number) for number in piece]

@@ -39,7 +39,10 @@ def operator_name(op: Document) -> str:
     Returns:
         The name.
     """
-    name = f"{op['domain']}::{op['name']}" if op["domain"] else op["name"]
+    if op["domain"]:
+        name = f"{op['domain']}::{op['name']}"
+    else:
+        name = op["name"]
     if op["until"] is not None:
         return f"{name} (opset {op['since']}-{op['until']})"
     if op["since"] == 1:
@@ -220,7 +223,10 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
     if metric is not None:
         table.add_row(cell(metric["name"]), f"{metric['before']:.6g} -> {metric['after']:.6g}")
     if max_drop is not None:
-        unit = "points" if metric is None else f"of {metric['name']}"
+        if metric is None:
+            unit = "points"
+        else:
+            unit = f"of {metric['name']}"
         table.add_row("largest drop allowed", cell(f"{max_drop:g} {unit}"))
     table.add_row(
         "measured on",
@@ -285,8 +291,14 @@ def objective_rows(terms: Sequence[Document]) -> Iterator[RenderableType]:
         return
     table = grid("output", "kept as", ">weight", "measured at", "because of")
     for term in terms[:ROWS]:
-        part = "" if term["part"] is None else " [{1}:{2}] of axis {0}".format(*term["part"])
-        place = "-" if term["kind"] == "ignore" else f"{term['tensor']}{part}"
+        if term["part"] is None:
+            part = ""
+        else:
+            part = " [{1}:{2}] of axis {0}".format(*term["part"])
+        if term["kind"] == "ignore":
+            place = "-"
+        else:
+            place = f"{term['tensor']}{part}"
         reason = (
             term["tail"]
             or {"structure": "-", "labels": "the labels", "user": "your statement"}[term["source"]]
