@@ -8,6 +8,7 @@ import onnx
 from onnx import ModelProto, ValueInfoProto
 
 from onnx_oamip.core.errors import ModelError
+from onnx_oamip.core.printable import shortened
 from onnx_oamip.graph import default_inputs, node_order, subgraphs
 from onnx_oamip.graph.input_guards import inferred
 from onnx_oamip.graph.shape_inference import clear_output_shapes, skeleton
@@ -27,13 +28,25 @@ def conform(proto: ModelProto) -> None:
         proto: A model as it is in its file.
 
     Raises:
-        ModelError: The nodes read each other's outputs in a cycle.
+        ModelError: The nodes read each other's outputs in a cycle, or refer to attributes of a function outside of one.
     """
+    _check_attributes(proto)
     node_order.sort(proto.graph)
     if proto.ir_version < FIRST_VERSION:
         default_inputs.close(proto)
         proto.ir_version = FIRST_VERSION
     _spell_default_domain(proto)
+
+
+def _check_attributes(proto: ModelProto) -> None:
+    """Raises ModelError for references to attributes of a function outside of any function."""
+    for node in subgraphs.nodes(proto.graph):
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                raise ModelError(
+                    f"the attribute '{attribute.name}' of {node.op_type} '{shortened(node.name)}' refers to one of a "
+                    "function, outside of any function; export the model again."
+                )
 
 
 def _spell_default_domain(proto: ModelProto) -> None:

@@ -240,6 +240,14 @@ def test_wrong_declared_output_is_corrected_with_a_note(
     onnx.checker.check_model(out, full_check=True)
 
 
+def test_reference_to_an_attribute_outside_a_function_is_refused(tmp_path: Path) -> None:
+    proto = build(NET.replace("Relu(a)", "LeakyRelu<alpha = 0.1>(a)"))
+    proto.graph.node[1].attribute[0].ref_attr_name = "slope"
+    proto.graph.node[1].attribute[0].ClearField("f")
+    with pytest.raises(ModelError, match=r"'alpha' of LeakyRelu .* outside of any function"):
+        load(proto, tmp_path)
+
+
 # ----------------------------------------------------------------------------------------------- types and operators
 
 
