@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from command_line import one_sentence, perceptron, samples, without_notes
+from command_line import error_document, one_sentence, perceptron, samples, without_notes
 from conftest import ROOT
 from onnx import numpy_helper
 from safetensors.numpy import save_file
@@ -276,10 +276,11 @@ def test_gurobi_without_a_valid_licence_is_an_error(
     answers: Mapping[str, Answer], gurobi: None, licence: str
 ) -> None:
     answer = answers[f"gurobi, {licence}"]
-    assert (answer.code, answer.out) == (2, "")
+    document = error_document(answer)
+    assert answer.code == document["status"] == 2
     one_sentence(answer)
-    assert LICENCES[licence][1] in answer.err
-    assert "--solver highs" in answer.err
+    assert LICENCES[licence][1] in document["error"]
+    assert "--solver highs" in document["hint"]
 
 
 # ---------------------------------------------------------------------------------------- streams of the process

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from command_line import Result, error_document
 from conftest import MODELS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -369,10 +370,10 @@ MISTAKES = {
 def test_usage_error_is_one_sentence(run: Callable[..., tuple], mistake: str) -> None:
     np.savez("data.npz", image=np.zeros((4, 1, 28, 28), np.float32))
     options, word = MISTAKES[mistake]
-    code, out, err = run("pack", "model.onnx", "-o", "out.oamip", *options, "--json")
-    assert (code, out) == (2, "")
-    assert err.startswith("Error: ")
-    assert (err.count("\n"), word in err) == (1, True), err
+    result = Result(*run("pack", "model.onnx", "-o", "out.oamip", *options, "--json"))
+    assert result.code == error_document(result)["status"] == 2
+    assert result.err.startswith("Error: ")
+    assert (result.err.count("\n"), word in result.err) == (1, True), result.err
     assert sorted(p.name for p in Path().iterdir()) == ["data.npz", "model.onnx"]
     assert Path("model.onnx").read_bytes() == LENET.read_bytes()
 
