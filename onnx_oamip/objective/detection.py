@@ -26,7 +26,7 @@ from onnx_oamip.graph.ops import kinds
 from onnx_oamip.objective.structure import Graph
 from onnx_oamip.objective.tails import Tails
 
-DECISIONS = 2.0
+DECISIONS = 2.25
 """Weight of decisions beside values. Both cost 1 where the average answer is given; but a decision is right or wrong,
 and a box that is a little off is still a box."""
 ORDER: tuple[Kind, ...] = ("classes", "binary", "ambiguous", "values")

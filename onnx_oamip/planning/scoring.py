@@ -181,8 +181,10 @@ def _sorted_into(order: Floats, values: Floats) -> Floats:
     """Values of a group in another order (units,). Equal ones are moved apart by rounding errors, to keep the order."""
     ranked = np.sort(values)
     apart = 4 * np.finfo(np.float64).eps * (np.abs(ranked).max(initial=0.0) or 1.0)
+    among_equals = np.arange(len(values)) - np.searchsorted(ranked, ranked, side="left")
     result = np.empty_like(values)
-    result[np.argsort(order, kind="stable")] = ranked + apart * np.arange(len(values))
+    rising = np.maximum.accumulate(ranked + apart * among_equals)
+    result[np.argsort(order, kind="stable")] = rising
     return result
 
 

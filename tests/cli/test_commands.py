@@ -688,7 +688,8 @@ def test_quiet_prints_nothing(run: Run, place: Path) -> None:
 
 def test_options_reach_the_settings(run: Run, place: Path) -> None:
     options = (
-        "--params 0.9 --size 95% --latency 100% --max-drop 99 --importance l2 --allocate mip --refit none --align 4 "
+        "--params 0.9 --size 95% --latency 100% --max-drop 99 --importance l2 --allocate mip --effort high "
+        "--refit none --align 4 "
         "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
         "--scheduler tcp://host:1 "
         "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3 "
@@ -711,6 +712,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "metric": "m:f",
         "importance": "l2",
         "allocate": "mip",
+        "effort": "high",
         "refit": "none",
         "align": 4,
         "floor": 0.1,
