@@ -793,7 +793,9 @@ def test_other_allocations_and_refits(run: Run, place: Path, allocate: str, refi
     ).document
     assert (document["programs"], document["allocation"]) == ([], allocate)
     assert document["groups"][0]["kept"] == 8
-    assert bool(document["fits"]) == (refit == "least-squares")
+    compared = document["compared"]
+    assert bool(compared) == (refit == "least-squares")
+    assert bool(document["fits"]) == bool(compared and compared["refit"] <= compared["none"])
 
 
 def test_scores_from_a_file(run: Run, place: Path) -> None:
