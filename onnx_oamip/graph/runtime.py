@@ -38,6 +38,10 @@ EXACT = {
 instructions for int8. A release that does not know an entry ignores it."""
 FUSION = "QDQSelectorActionTransformer"
 """Optimiser that makes one integer kernel of an operator between DequantizeLinear and QuantizeLinear."""
+SHIFT = "QDQS8ToU8Transformer"
+"""Optimiser that makes uint8 of int8 codes for these integer kernels. With ``session.x64quantprecision``, on processors
+without instructions for int8, it also rewrites weights, and wrongly: it adds one zero point for the whole tensor to
+scales per axis, fails where two nodes share a zero point, and in some releases ends the process."""
 UNFUSED = (
     "ONNX Runtime refuses this model once it has fused its quantised operators, so it was run and timed without that; "
     f"the result needs the same: InferenceSession(path, disabled_optimizers=['{FUSION}'])"
@@ -246,6 +250,7 @@ class Session:
                 threads=threads,
                 profile=profile,
                 lean=lean,
+                exact=exact,
             )
             try:
                 self._session = opener.open(unfused=exact)
@@ -358,6 +363,7 @@ class _Opener:
         content: Path of a model file, or a serialised graph.
         detached: Values of initialisers that the graph only names.
         entries: Session entries of ONNX Runtime.
+        exact: True if these are the entries of an exact session.
     """
 
     content: str | bytes
@@ -367,6 +373,7 @@ class _Opener:
     threads: int | None
     profile: str | os.PathLike[str] | None
     lean: bool
+    exact: bool
 
     def open(self, unfused: bool) -> Any:
         """Opens the session; ``unfused``: without integer kernels."""
@@ -390,11 +397,14 @@ class _Opener:
         providers = ["CPUExecutionProvider"]
         if self.device == "cuda":
             providers.insert(0, "CUDAExecutionProvider")
+        disabled = [FUSION] if unfused else []
+        if self.exact:
+            disabled.append(SHIFT)
         return rt.InferenceSession(
             self.content,
             options,
             providers=providers,
-            disabled_optimizers=[FUSION] if unfused else None,
+            disabled_optimizers=disabled or None,
         )
 
 

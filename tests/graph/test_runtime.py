@@ -81,6 +81,49 @@ def test_model_that_runs_fused_stays_fused(operator: str) -> None:
     assert not session.unfused
 
 
+CODES = ", ".join(str((37 * i) % 255 - 127) for i in range(64))
+HALF_CODES = [(5 * i) % 16 - 8 for i in range(64)]
+ZEROS = "{3, -5, 0, 7, -1, 2, 9, -8}"
+QUANTISED_WEIGHTS = {
+    "per axis": "w = DequantizeLinear(c, s)  y = MatMul(x, w)",
+    "per axis with zero points": "w = DequantizeLinear(c, s, z)  y = MatMul(x, w)",
+    "per row": "w = DequantizeLinear<axis = 0>(c, s, z)  y = MatMul(x, w)",
+    "per tensor": "w = DequantizeLinear(c, t)  y = MatMul(x, w)",
+    "per tensor with a zero point": "w = DequantizeLinear(c, t, tz)  y = MatMul(x, w)",
+    "codes of two nodes": """v = DequantizeLinear(c, s)  w = DequantizeLinear<axis = 0>(c, s)  h = MatMul(x, v)
+        y = MatMul(h, w)""",
+    "zero points of two nodes": """v = DequantizeLinear(c, s, z)  w = DequantizeLinear(d, s, z)  h = MatMul(x, v)
+        y = MatMul(h, w)""",
+    "quantised in the graph": """q = QuantizeLinear(f, s, z)  w = DequantizeLinear(q, s, z)
+        p = QuantizeLinear(f, t, tz)  v = DequantizeLinear(p, t, tz)  h = MatMul(x, v)  y = MatMul(h, w)""",
+    "unsigned": "w = DequantizeLinear(u, s)  y = MatMul(x, w)",
+    "of four bits": "w = DequantizeLinear(i, s)  y = MatMul(x, w)",
+    "in blocks": "w = DequantizeLinear<axis = 0, block_size = 4>(c, b)  y = MatMul(x, w)",
+}
+"""Ways to store a weight as codes, among them those that an optimiser for processors without int8 handles wrongly."""
+
+
+@pytest.mark.parametrize("way", QUANTISED_WEIGHTS)
+def test_exact_session_computes_quantised_weights_as_stored(way: str) -> None:
+    proto = build(
+        f"""(float[N,8] x) => (float[N,8] y) <int8[8,8] c = {{{CODES}}}, int8[8,8] d = {{{CODES}}}, float[8,8] f,
+        uint8[8,8] u = {{{", ".join(str(i) for i in range(64))}}}, int8[8] z = {ZEROS},
+        float[8] s = {{0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8}}, float t = {{0.1}}, int8 tz = {{3}},
+        float[2,8] b = {{0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1}}>
+        {{ {QUANTISED_WEIGHTS[way]} }}""",
+        opset=21,
+    )
+    tensor = onnx.helper.make_tensor("i", onnx.TensorProto.INT4, [8, 8], HALF_CODES)
+    proto.graph.initializer.append(tensor)  # the parser packs no codes of four bits
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)}
+    rt = runtime()
+    plain = rt.SessionOptions()
+    plain.graph_optimization_level = rt.GraphOptimizationLevel.ORT_DISABLE_ALL
+    expected = rt.InferenceSession(proto.SerializeToString(), plain).run(None, feed)[0]
+    found = Session(proto, "cpu", exact=True).run(feed)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_error_without_fusion_is_reported_once() -> None:
     session = Session(spread("Relu(d)"), "cpu", what="this model")
     with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run this model on this data: .*x"):
