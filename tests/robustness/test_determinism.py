@@ -276,6 +276,7 @@ def test_activations_and_matrices_stay_within_their_memory_share(
         batch_size=8,
         workers=4,
         macs=0.6,
+        force=True,  # the entry about its provenance is larger than what this tiny network loses
     )
     room = least // 4
     assert most["samples"] == room // (3 << 20), (
