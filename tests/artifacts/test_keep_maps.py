@@ -135,9 +135,10 @@ def test_keep_map_of_unrelated_files_is_refused(
     save_file({"other": np.ones(3)}, tmp_path / "other")
     refused("has none of the", weights=tmp_path / "other")
     save_file({"conv1.weight": np.ones((7, 1, 3, 3), np.float32)}, tmp_path / "shape")
-    twice = load_file(state)["blocks.3.bn2.bias"]
-    save_file({"a": twice}, tmp_path / "twice")
-    refused("the same numbers as", weights=tmp_path / "twice")
+    save_file({"bias": np.ones(4, np.float32)}, tmp_path / "twice")
+    refused(
+        "the same numbers as", keep_map=_map_of_equal_biases(tmp_path), weights=tmp_path / "twice"
+    )
     refused(r"'conv1.weight' has shape \(7, 1, 3, 3\)", weights=tmp_path / "shape")
     about = {"conv1.weight": {"shape": [16, 1, 3, 3], "digests": ["", ""]}}
     metadata = {
@@ -151,6 +152,36 @@ def test_keep_map_of_unrelated_files_is_refused(
         == 2
     )
     assert "--state-dict itself" in capsys.readouterr().err
+
+
+def _map_of_equal_biases(folder: Path) -> Path:
+    """Keep-map of a network that stores the same numbers in two initialisers."""
+    proto = build(
+        "(float[N,6] x) => (float[N,3] y) <float[6,4] a, float[4] p = {1, 1, 1, 1}, float[4,4] b,"
+        " float[4] q = {1, 1, 1, 1}, float[4,3] c> {"
+        " h = Gemm(x, a, p) r = Relu(h) i = Gemm(r, b, q) s = Relu(i) y = MatMul(s, c) }"
+    )
+    (folder / "equal.onnx").write_bytes(proto.SerializeToString())
+    model = models.load(folder / "equal.onnx")
+    coupling = couple(model)
+    keep = np.arange(coupling.n_units) % 2 == 0
+    keep_maps.save_keep_map(folder / "equal", model, coupling, keep)
+    assert {"p:0", "q:0"} <= set(load_file(folder / "equal"))
+    return folder / "equal"
+
+
+def test_weight_that_the_file_stores_once_is_cut_under_both_its_names(
+    resnet: Path, tmp_path: Path
+) -> None:
+    """The file has an Identity of a bias in place of an equal one, and the state dict has both."""
+    name, other = "blocks.3.bn2.bias", "blocks.3.shortcut.1.bias"
+    state = load_file(resnet / "s.safetensors")
+    save_file({**state, other: state[name]}, tmp_path / "both")
+    found = keep_maps.cut(resnet / "k.safetensors", tmp_path / "both", tmp_path / "cut")
+    assert {t.name: t.weight for t in found.tensors}[other] == name
+    cut = load_file(tmp_path / "cut")
+    np.testing.assert_array_equal(cut[other], models.load(resnet / "out.onnx").constants[name])
+    assert len(cut[other]) < len(state[name])
 
 
 def test_checkpoint_command_lists_every_tensor(
