@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.foreign_code import described
 from onnx_oamip.core.records import (
     Array,
     Ints,
@@ -348,7 +349,14 @@ def _stored(name: str, value: Any) -> Stored:
             raise DataError(
                 f"the data: array '{name}' holds Python objects; expected numbers, or a list of arrays."
             )
-        collector.append({name: sample})
+        try:
+            array = np.asarray(sample)
+        except ValueError as error:  # a list of unequal lengths within one sample
+            raise DataError(
+                f"the data: sample {collector.count} of '{name}' is no array of numbers: {described(error)}; give "
+                "one array per sample."
+            ) from error
+        collector.append({name: array})
     if not collector.count:
         raise DataError(f"the data holds no samples for '{name}'; at least one is needed.")
     return collector.finish()[name]

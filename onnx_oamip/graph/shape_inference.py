@@ -631,7 +631,11 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
         for tensor in graph.initializer
         if tensor.data_type in INTEGER_TYPES
     }
-    integers = {name for name, kind in types.items() if kind in INTEGER_TYPES}
+    integers = {
+        name: onnx.helper.tensor_dtype_to_np_dtype(kind)
+        for name, kind in types.items()
+        if kind in INTEGER_TYPES
+    }
     return Values(dims, types, follow(graph.node, constants, dims, integers))
 
 

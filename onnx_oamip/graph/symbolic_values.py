@@ -21,7 +21,7 @@ def follow(
     nodes: Sequence[NodeProto],
     constants: Mapping[str, npt.NDArray[Any]],
     dims: Mapping[str, Sequence[int | str | None]],
-    integers: set[str],
+    integers: Mapping[str, np.dtype[Any]],
 ) -> dict[str, Entries]:
     """Compute the integer tensors that are made of shapes.
 
@@ -29,10 +29,11 @@ def follow(
         nodes: Nodes in graph order.
         constants: Constants of integer or boolean type by name.
         dims: Dimensions by tensor: a number, a symbol's name, or None.
-        integers: Names of the tensors of integer or boolean type.
+        integers: Types of the tensors of integer or boolean type by name.
 
     Returns:
-        Elements by tensor. A value that is not known before the model runs, at a known place, is a symbol of its own.
+        Elements by tensor. A value that is not known before the model runs, at a known place, is a symbol of its own;
+        so is one beyond the range of its type, which a runtime may wrap.
     """
     values = {
         name: value.astype(object)
@@ -46,12 +47,26 @@ def follow(
         inputs = [values.get(n) for n in node.input]
         try:
             computed = evaluate(node, inputs, lengths(node.input[0], dims))
-            result: Entries | None = np.asarray(computed, object)
+            result: Entries | None = _within_range(np.asarray(computed, object), integers[name])
         except (Unknown, ValueError, IndexError):
             result = _own_symbols(name, dims.get(name))
         if result is not None and result.size <= LIMIT:
             values[name] = result
     return values
+
+
+def _within_range(entries: Entries, dtype: np.dtype[Any]) -> Entries:
+    """The elements, if a tensor of this type holds their numbers.
+
+    Raises:
+        Unknown: A number is too large or too small.
+    """
+    if dtype.kind == "i":
+        bounds = np.iinfo(dtype)
+        for value in entries.reshape(-1):
+            if not isinstance(value, Size) and not bounds.min <= value <= bounds.max:
+                raise Unknown
+    return entries
 
 
 def _own_symbols(name: str, dims: Sequence[int | str | None] | None) -> Entries | None:

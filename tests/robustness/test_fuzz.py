@@ -34,7 +34,9 @@ from onnx_oamip.graph import (
     coupling,
     ops,
     runtime,
+    shape_inference,
     subgraphs,
+    symbolic_dims,
 )
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.ops import OpSpec
@@ -84,6 +86,41 @@ def test_judge_detects_forbidden_outcomes() -> None:
     )
     for status, out, err in wrong:
         assert fuzzing.judge(status, out, err), err
+
+
+def test_judge_detects_malformed_error_documents() -> None:
+    sentence = "Error: the model is broken; export it again.\n"
+    right = {
+        "schema_version": 1,
+        "error": "the model is broken",
+        "hint": "export it again.",
+        "status": 2,
+    }
+    document = json.dumps(right) + "\n"
+    whole = json.dumps({**right, "error": "the model is broken.", "hint": None})
+    assert not fuzzing.judge(2, document, sentence, as_json=True)
+    assert not fuzzing.judge(2, whole, "Error: the model is broken.\n", as_json=True)
+    changes: tuple[dict[str, Any], ...] = (
+        {"schema_version": 2},
+        {"error": "the model is whole"},
+        {"error": "the model\nis broken"},
+        {"error": None},
+        {"error": ["the model is broken"]},
+        {"hint": None},
+        {"hint": ""},
+        {"hint": 3},
+        {"status": 1},
+        {"more": 1},
+    )
+    wrong = [json.dumps({**right, **change}) for change in changes]
+    wrong += [json.dumps({k: v for k, v in right.items() if k != name}) for name in right]
+    wrong += ["", "{}", "[]", "null", document[:-3], f"note\n{document}", document * 2]
+    for out in wrong:
+        assert fuzzing.judge(2, out, sentence, as_json=True), out
+    assert fuzzing.judge(1, document, sentence, as_json=True)
+    assert fuzzing.judge(2, document, "", as_json=True)
+    # Without --json, an error leaves stdout empty.
+    assert fuzzing.judge(2, document, sentence)
 
 
 # ------------------------------------------------------------------------------------------------- models, one by one
@@ -705,9 +742,60 @@ def test_keys_that_are_not_input_names_are_refused(key: Any, model: Model) -> No
         dataset.load({key: GOOD}, model)
 
 
-def test_ragged_lists_are_refused(model: Model) -> None:
-    with pytest.raises(DataError, match="no array of numbers"):
-        dataset.load({"x": [[1.0], [1.0, 2.0]]}, model)  # type: ignore[dict-item]
+ONE, TWO = np.float32([1.0]), np.float32([2.0, 3.0])
+RAGGED: dict[str, tuple[Any, str]] = {
+    "Python numbers": ([[1.0], [1.0, 2.0]], "array 'x' is float64 but the model expects float32"),
+    "a fixed shape": ([ONE, TWO], r"array 'x' has shape \(1,\) in sample 0 but the model expects"),
+    "a length that is fixed": (
+        [np.ones((1, 3, 4, 4), np.float32), np.ones((1, 3, 4, 5), np.float32)],
+        r"array 'x' has shape \(1, 3, 4, 5\) in sample 1 but the model expects",
+    ),
+    "unequal ranks": ([ONE, TWO[:, None]], "'x' is float32 with 1 axes in the first and float32"),
+    "within a sample": ([[ONE, TWO], [ONE, ONE]], "sample 0 of 'x' is no array of numbers"),
+    "within a later sample": ([ONE, [ONE, TWO]], "sample 1 of 'x' is no array of numbers"),
+    "texts among numbers": ([[1.0], "a"], "'x' is float64 with 1 axes in the first and <U1"),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_ragged_lists_are_refused_at_fixed_shapes(name: str, model: Model) -> None:
+    value, sentence = RAGGED[name]
+    with pytest.raises(DataError, match=sentence) as caught:
+        dataset.load({"x": value}, model)
+    text = str(caught.value)
+    assert text.isprintable()
+    assert text.endswith(".")
+
+
+def test_ragged_lists_are_samples_of_a_dynamic_length(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(build("(float[N,T] x) => (float[N,T] y) { y = Relu(x) }").SerializeToString())
+    dynamic = models.load(path)
+    samples = dataset.load({"x": [list(ONE), list(TWO)]}, dynamic)
+    assert samples is not None
+    assert samples.count == 2
+    for place, value in enumerate((ONE, TWO)):
+        found = samples.feed(np.asarray([place]))["x"]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, value[None])
+    with pytest.raises(DataError, match="is float64 but the model expects float32"):
+        dataset.load({"x": [[1.0], [1.0, 2.0]]}, dynamic)
+    with pytest.raises(DataError, match="sample 0 of 'x' is no array of numbers"):
+        dataset.load({"x": [[ONE, TWO]]}, dynamic)
+
+
+@pytest.mark.parametrize(("kind", "factor"), [("int64", 2**62), ("int32", 2**30)])
+def test_shape_values_beyond_their_type_are_not_known(kind: str, factor: int) -> None:
+    """Python's integers have no end; a runtime wraps them, or fails."""
+    proto = build(
+        f"(float[6,5] x) => ({kind}[2] large, {kind}[2] small)"
+        f" <{kind}[2] by = {{{factor},1}}, {kind}[2] one = {{1,1}}> {{"
+        f" s = Shape(x)  t = Cast<to={int(TensorProto.DataType.Value(kind.upper()))}>(s)"
+        " large = Mul(t, by)  small = Mul(t, one) }"
+    )
+    entries = shape_inference.known_values(proto).entries
+    assert entries["small"].tolist() == [6, 5]
+    assert not symbolic_dims.numbers(entries["large"])
 
 
 def test_labels_beyond_the_classes_are_refused(

@@ -49,6 +49,7 @@ QUICK = (
 EXHAUSTED = re.compile(
     r"bad.?alloc|(un|not )able to allocate|failed to alloc|out of memory|memoryerror", re.IGNORECASE
 )
+ERROR_KEYS = {"schema_version", "error", "hint", "status"}
 TRACE = re.compile(r"Traceback|Error\('|<class '")
 
 
@@ -130,15 +131,18 @@ def _call(arguments: list[str], watch: _Watch | None = None) -> tuple[int, str, 
     return status, out.getvalue(), err.getvalue()
 
 
-def judge(status: int, out: str, err: str) -> str:
-    """What is wrong with how a command ended; nothing where it is a result or one sentence."""
+def judge(status: int, out: str, err: str, *, as_json: bool = False) -> str:
+    """What is wrong with how a command ended; nothing where it is a result or one sentence.
+
+    With ``as_json``, stdout has to state that sentence as a document; without it, an error leaves stdout empty.
+    """
     if any(not c.isprintable() and c != "\n" for c in out):
         return f"prints control characters: {out[:500]!r}"
     if status == 0:
         return ""
     lines = [line for line in err.splitlines() if not line.startswith("note: ")]
     sentence = "\n".join(lines)
-    if status not in (1, 2) or out:
+    if status not in (1, 2):
         return f"status {status}: {out[:100]}{err[:300]}"
     if not sentence.startswith("Error: ") or "\n" in sentence or not sentence.isprintable():
         return f"not one line: {err[:500]!r}"
@@ -146,7 +150,29 @@ def judge(status: int, out: str, err: str) -> str:
         return f"{len(sentence)} characters"
     if EXHAUSTED.search(sentence) and "asks for" not in sentence:
         return f"memory: {sentence[:500]}"
-    return "" if sentence.endswith((".", "?", "!")) else f"not a sentence: {sentence[:300]}"
+    if not sentence.endswith((".", "?", "!")):
+        return f"not a sentence: {sentence[:300]}"
+    stated = _states(out, sentence.removeprefix("Error: "), status) if as_json else not out
+    if not stated:
+        return f"status {status}: {out[:300]}{err[:300]}"
+    return ""
+
+
+def _states(out: str, sentence: str, status: int) -> bool:
+    """True if all of stdout is the document with which ``--json`` states this error."""
+    try:
+        document = json.loads(out)
+    except ValueError:
+        return False
+    if not isinstance(document, dict) or set(document) != ERROR_KEYS:
+        return False
+    error, hint = document["error"], document["hint"]
+    parts = [error] if hint is None else [error, hint]
+    return (
+        (document["schema_version"], document["status"]) == (1, status)
+        and all(isinstance(part, str) and part for part in parts)
+        and "; ".join(parts) == sentence
+    )
 
 
 def _files(folder: Path) -> set[str]:
@@ -182,8 +208,9 @@ def run_model(number: int, folder: Path, watch: _Watch) -> Outcome:
     if not wrong and status == 0:
         onnx.checker.check_model(str(target / "out.onnx"))
     if not wrong:
-        looked = _call(["inspect", str(path), *(["--json"] if number % 2 else [])], watch)
-        wrong = judge(*looked)
+        as_json = number % 2 == 1
+        looked = _call(["inspect", str(path), *(["--json"] if as_json else [])], watch)
+        wrong = judge(*looked, as_json=as_json)
         if not wrong and looked[0] and not status:
             wrong = f"pruned, but inspect says {looked[2]}"
     return Outcome(
