@@ -21,7 +21,7 @@ from onnx_oamip.core.errors import (
     OutOfMemory,
 )
 from onnx_oamip.core.records import Array
-from onnx_oamip.graph import external_data, input_guards, subgraphs
+from onnx_oamip.graph import external_data, input_guards, integer_weights, subgraphs
 from onnx_oamip.graph.ops import kinds
 
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -29,10 +29,12 @@ PATIENCE = 120.0
 """Seconds that one run of a graph with a Loop may take: a few bytes can ask for one without an end."""
 TICK = 0.2
 """Seconds between two checks of the time and the memory during such a run."""
+UNSATURATED = "session.x64quantprecision"
+"""Entry that makes uint8 of the int8 weights of integer products on processors without instructions for int8."""
 EXACT = {
     "session.qdq_matmulnbits_accuracy_level": "1",
     "session.disable_double_qdq_remover": "1",
-    "session.x64quantprecision": "1",
+    UNSATURATED: "1",
 }
 """Products in float32; no merging of quantisations; no sums of 16 bits, which saturate on processors without
 instructions for int8. A release that does not know an entry ignores it."""
@@ -237,6 +239,8 @@ class Session:
             if isinstance(proto, (str, os.PathLike)):
                 content = os.fspath(proto)
             else:
+                if exact:
+                    proto = integer_weights.separated(proto)
                 nodes = list(subgraphs.nodes(proto.graph))
                 self._is_watched = not spin and any(n.op_type in kinds.LOOP for n in nodes)
                 if device == "cpu":
@@ -255,8 +259,10 @@ class Session:
             try:
                 self._session = opener.open(unfused=exact)
             except Exception:
-                if exact or not _is_quantised(content):
+                if not exact and not _is_quantised(content):
                     raise
+                # Some releases have no kernel for int8 activations with weights made uint8.
+                entries.pop(UNSATURATED, None)
                 self._session = opener.open(unfused=True)
                 self.unfused = True
             # Some kernels refuse only in the first run. Keeping a path for that costs nothing; the bytes of a graph

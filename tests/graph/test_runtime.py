@@ -99,6 +99,19 @@ QUANTISED_WEIGHTS = {
     "unsigned": "w = DequantizeLinear(u, s)  y = MatMul(x, w)",
     "of four bits": "w = DequantizeLinear(i, s)  y = MatMul(x, w)",
     "in blocks": "w = DequantizeLinear<axis = 0, block_size = 4>(c, b)  y = MatMul(x, w)",
+    "as integers": "k = MatMulInteger(n, c, un, tz)  y = Cast<to = 1>(k)",
+    "as integers without zero points": "k = MatMulInteger(n, c)  y = Cast<to = 1>(k)",
+    "as integers with codes of two nodes": """k = MatMulInteger(n, c, un, tz)  o = MatMulInteger(n, c, un)
+        l = Add(k, o)  y = Cast<to = 1>(l)""",
+    "as integers with zero points of two nodes": """k = MatMulInteger(n, c, un, z)  o = MatMulInteger(n, d, un, z)
+        l = Add(k, o)  y = Cast<to = 1>(l)""",
+    "as integers with a zero point of two inputs": """m = QuantizeLinear(x, t, tz)  k = MatMulInteger(m, c, tz, tz)
+        y = Cast<to = 1>(k)""",
+    "as integers that are rounded": """k = QLinearMatMul(n, t, un, c, t, tz, g, un)
+        o = QLinearMatMul(n, t, un, d, t, tz, g, un)  v = DequantizeLinear(k, g, un)  w = DequantizeLinear(o, g, un)
+        y = Add(v, w)""",
+    "as integers of which one is dequantised": """k = MatMulInteger(n, c, un, tz)  l = Cast<to = 1>(k)
+        w = DequantizeLinear(c, s)  y = MatMul(l, w)""",
 }
 """Ways to store a weight as codes, among them those that an optimiser for processors without int8 handles wrongly."""
 
@@ -109,8 +122,9 @@ def test_exact_session_computes_quantised_weights_as_stored(way: str) -> None:
         f"""(float[N,8] x) => (float[N,8] y) <int8[8,8] c = {{{CODES}}}, int8[8,8] d = {{{CODES}}}, float[8,8] f,
         uint8[8,8] u = {{{", ".join(str(i) for i in range(64))}}}, int8[8] z = {ZEROS},
         float[8] s = {{0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8}}, float t = {{0.1}}, int8 tz = {{3}},
+        float g = {{2.0}}, uint8 un = {{120}},
         float[2,8] b = {{0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1}}>
-        {{ {QUANTISED_WEIGHTS[way]} }}""",
+        {{ n = QuantizeLinear(x, t, un)  {QUANTISED_WEIGHTS[way]} }}""",
         opset=21,
     )
     tensor = onnx.helper.make_tensor("i", onnx.TensorProto.INT4, [8, 8], HALF_CODES)

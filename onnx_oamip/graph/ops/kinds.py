@@ -32,6 +32,8 @@ NOT_FOLDED = (
 
 Quantised weights stay codes, random numbers are drawn at every run, and an initialiser cannot hold a sequence.
 """
+INTEGER_PRODUCTS = {"ConvInteger": 4, "MatMulInteger": 4, "QLinearConv": 8, "QLinearMatMul": 8}
+"""Products of codes, with the number of inputs up to the last zero point."""
 CONVOLUTION = "Conv"
 """Part of the name of every convolution, quantised and fused ones among them."""
 DEQUANTISATION = b"DequantizeLinear"
