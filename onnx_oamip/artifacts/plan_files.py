@@ -225,6 +225,9 @@ def load(path: str | os.PathLike[str]) -> PlanFile:
         return PlanFile.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":  # nested too deeply, which newer interpreters read
+            reason = first["msg"].removeprefix("Invalid JSON: ")
+            raise DataError(f"{file} is no valid JSON, {reason}; {_REMEDY}.") from error
         location = [part for part in first["loc"] if isinstance(part, (str, int))]
         rule = first["msg"].removeprefix("Value error, ").rstrip(".")
         line = json_text.line_of(text, location)

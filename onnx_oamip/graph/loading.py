@@ -10,6 +10,7 @@ say) become constants where that is provably the same.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
@@ -332,8 +333,15 @@ def _is_inside(data_file: Path, name: str, folder: Path) -> bool:
     if os.path.isabs(name):
         return False
     try:
+        data_file.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a circle of links
+            return False
+    except ValueError:  # an impossible file name
+        return False
+    try:
         return data_file.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a circle of links, or an impossible file name
+    except (OSError, RuntimeError, ValueError):
         return False
 
 

@@ -19,6 +19,7 @@ from onnx_oamip.objective import (
     detect,
     document,
 )
+from onnx_oamip.objective.detection import DECISIONS
 
 TWO = """(float[N, 6] x) => (float[] a, float[] b) <float[6, 3] wa, float[6, 1] wb>
     { a = MatMul(x, wa) b = MatMul(x, wb) }"""
@@ -626,7 +627,7 @@ def test_user_weight_applies_to_a_part(tmp_path: Path) -> None:
     )
     assert [(t.tensor, t.kind, t.weight) for t in found.terms] == [
         ("b8", "values", 3.0),
-        ("c5", "binary", 2.0),
+        ("c5", "binary", DECISIONS),
     ]
 
 
