@@ -57,7 +57,7 @@ def test_ties_keep_the_chosen_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert len(np.unique(values)) == len(values)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_default_loses_no_more_than_cheap_orders_before_a_normalisation(
     seed: int, tmp_path: Path
 ) -> None:
