@@ -109,7 +109,7 @@ def share(proto: ModelProto) -> None:
 
 
 def _without_names(node: NodeProto) -> bytes:
-    """What a node computes: equal for nodes that compute the same."""
+    """Key of the computation of a node; nodes that compute the same have equal keys."""
     bare = NodeProto()
     bare.CopyFrom(node)
     for text in ("name", "doc_string"):

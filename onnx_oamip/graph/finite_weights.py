@@ -75,7 +75,7 @@ def _readers(model: Model, name: str) -> Iterator[Node]:
 
 
 def _refuses(node: Node, *, is_nan: bool) -> bool:
-    """Whether the outputs of a node mean nothing with such a constant: NaN, or infinite."""
+    """Test for a node whose outputs are meaningless with such a constant: NaN, or infinite."""
     spec = lookup(node.domain, node.op, node.version)
     if spec is None:
         return False

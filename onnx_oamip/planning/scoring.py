@@ -115,7 +115,7 @@ def fits(found: Scores, coupling: Coupling) -> bool:
 
 
 def _is_built_in(method: Method) -> bool:
-    """Whether a method is part of this package; of a lazy rule, the module that it imports counts."""
+    """Test for a method of this package; of a lazy rule, the module that it imports counts."""
     return str(getattr(method.score, "__module__", "")).startswith("onnx_oamip.")
 
 

@@ -36,7 +36,7 @@ class Family:
 
     @property
     def is_shared(self) -> bool:
-        """Whether there are several uses."""
+        """True if there are several uses."""
         return len(self.uses) > 1
 
     @property
@@ -112,7 +112,7 @@ class Sharing:
 
 
 def _form(model: Model, place: Site) -> tuple[object, ...]:
-    """How a linear node reads the initialiser of its weight as a matrix; equal for nodes that read it alike."""
+    """Form in which a linear node reads its weight as a matrix; equal for nodes that read it alike."""
     path: list[bytes] = []
     if isinstance(model.constants, Constants):
         for node in model.constants.path(place.weight):

@@ -172,7 +172,7 @@ def share(coupling: Coupling, memory_limit: int) -> int:
 
 
 def _has_matrix(columns: Ints, limit: int | None) -> bool:
-    """Whether a consumer keeps a matrix of its columns, not a factor."""
+    """Test for a consumer that keeps a matrix of its columns, not a factor."""
     return len(columns) <= MOST_COLUMNS and (limit is None or len(columns) ** 2 <= limit)
 
 

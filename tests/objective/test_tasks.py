@@ -66,7 +66,7 @@ def _r2(before: Array, after: Array) -> Floats:
 
 
 def test_detector_that_ends_in_suppression_keeps_boxes_and_scores(tmp_path: Path) -> None:
-    """How many boxes come out differs by image and by model: what the suppression reads is compared."""
+    """The number of boxes differs by image and by model, so the inputs of the suppression are compared."""
     proto = build(
         f"""(float[1,3,8,8] x) => (float[n,4] found, int64[n,3] sel)
         <{TRUNK_WEIGHTS}, float[4,24,1,1] wb, float[2,24,1,1] ws, int64[3] sb = {{1,4,16}}, int64[3] ss = {{1,2,16}},

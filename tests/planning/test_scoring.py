@@ -17,7 +17,7 @@ from onnx_oamip.planning import scoring, sensitivity
 
 COUNT = 600
 X = np.random.default_rng(5).standard_normal((900, 16)).astype(np.float32)
-# What a normalisation loses is not part of the error that obs minimises: its scores of the units in front are zero.
+# The loss in a normalisation is not part of the error that obs minimises: its scores of the units in front are zero.
 NORMALISED = """(float[N,16] x) => (float[N,4] y)
     <float[16,64] w1, float[64] b1, float[64] g1, float[64] c1, float[64,48] w2, float[48] b2, float[48] g2,
      float[48] c2, float[48,4] w3> {

@@ -132,7 +132,7 @@ def _call(arguments: list[str], watch: _Watch | None = None) -> tuple[int, str, 
 
 
 def judge(status: int, out: str, err: str, *, as_json: bool = False) -> str:
-    """What is wrong with how a command ended; nothing where it is a result or one sentence.
+    """Describe the fault in the end of a command; empty where it is a result or one sentence.
 
     With ``as_json``, stdout has to state that sentence as a document; without it, an error leaves stdout empty.
     """

@@ -17,7 +17,7 @@ INPUTS, FIRST, SECOND, OWN, COLUMNS = 12, 32, 64, 14, 4
 
 @dataclass(frozen=True)
 class Head:
-    """What follows the scores of a head: ``kind`` that the user states, None where structure tells."""
+    """Nodes behind the scores of a head, and the ``kind`` that the user states; None where the structure decides."""
 
     tail: str
     measure: str
@@ -77,7 +77,7 @@ def replace_weight(proto: ModelProto, name: str, value: Array) -> None:
 
 
 def kept(kind: str, before: Array, after: Array) -> float:
-    """How well one output is kept: an agreement, a cosine, or R2 of the worst column."""
+    """Fidelity of one output: an agreement, a cosine, or R2 of the worst column."""
     measure = HEADS[kind].measure
     if measure == "argmax":
         return float((before.argmax(-1) == after.argmax(-1)).mean())

@@ -103,7 +103,7 @@ STEPS = (
 
 
 WEIGHT_FORMS = (0.72, 0.07, 0.07, 0.04, 0.1)
-"""How often a weight is stored as it is read, as float16, transposed, flat, and with another use."""
+"""Frequencies of weights stored as they are read, as float16, transposed, flat, and with another use."""
 
 
 def jumps(node: NodeProto) -> bool:

@@ -43,7 +43,7 @@ class Entry:
     sha256: str
     task: str
     source: str
-    """Where the samples come from, in words."""
+    """Origin of the samples, in words."""
     samples: str
     """Name of the function of ``samples.SAMPLES`` that makes them."""
     judge: str

@@ -95,7 +95,7 @@ def images(
 
 
 def faces(draw: Draw, *, net: str) -> Feeds:
-    """What a net of MTCNN is given when the package looks for faces, as many positives as others."""
+    """Inputs of a net of MTCNN when the package looks for faces, as many positives as others."""
     seen = face_inputs(draw)[net]
     path = draw.entry.path(draw.cache)
     run, chosen = session(path), []

@@ -246,7 +246,7 @@ def _first_reshape(last: Node, labels: Labels) -> Node | None:
 
 
 def _known(node: Node, labels: Labels) -> list[bool]:
-    """Whether the length of an axis of the result is a number, as opposed to one that is read at run time."""
+    """Test for an axis of the result whose length is a number, not one that is read at run time."""
     rank = len(labels.shape(node.outputs[0]) or ())
     if "shape" in node.attrs:
         return [True] * rank
