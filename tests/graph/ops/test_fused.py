@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from graphs import assert_exact, build, distance, feed, load, random_keep
 
+from onnx_oamip.core.records import Array
 from onnx_oamip.graph import cost
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.ops.fused import _WRITERS
@@ -192,12 +194,22 @@ def test_parts_compute_the_same_and_are_pruned_like_the_layers_before_the_fusion
     assert network.parts <= kinds, kinds
     assert {node.domain for node in model.nodes} <= {"", MICROSOFT}
     values = feed(model, 3, 2)
-    fused, written_out = Session(proto, "cpu"), Session(model.proto, "cpu")
-    assert distance(fused.run(values), written_out.run(values)) <= 1e-5
+    written_out = Session(model.proto, "cpu")
+    assert distance(_run_as_it_stands(proto, values), written_out.run(values)) <= 1e-5
     coupling = couple(model)
     assert coupling.n_units == network.units, [p.reason for p in coupling.pinned]
     assert cost.count(model).macs == network.macs
     assert_exact(model, coupling, random_keep(coupling, np.random.default_rng(0), 0.5))
+
+
+def _run_as_it_stands(proto: onnx.ModelProto, values: dict[str, Array]) -> list[Array]:
+    """Outputs without the optimiser of ONNX Runtime: that of 1.23 leaves out the sum of a FusedConv."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return list(session.run(None, values))
 
 
 def test_every_fused_operator_has_a_network() -> None:
