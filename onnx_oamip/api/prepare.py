@@ -407,7 +407,7 @@ def _something_free(model: Model, coupling: Coupling) -> None:
     given = {pin.reason for pin in coupling.pinned if pin.given}
     for pin in coupling.pinned:
         channels[pin.reason] += pin.count
-    # What the user excluded comes first, the inputs and outputs, which every model keeps, last; most channels first.
+    # Exclusions by the user first; inputs and outputs, which every model keeps, last; most channels first.
     reasons = sorted(
         channels, key=lambda r: (not r.startswith("`exclude="), r in given, -channels[r])
     )

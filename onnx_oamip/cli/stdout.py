@@ -95,7 +95,7 @@ def to_stderr(line: str) -> None:
     try:
         click.echo(line, err=True)
     except (OSError, ValueError):
-        # What is left in the buffer would fail again at the end of the process, and change its exit status.
+        # The rest of the buffer would fail again at the end of the process, and change its exit status.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - a standard stream stays open
 
 
