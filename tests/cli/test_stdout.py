@@ -410,4 +410,3 @@ def test_call_from_python_keeps_prints_out_of_the_document(
 def test_document_goes_to_the_stdout_of_the_caller() -> None:
     result = CliRunner().invoke(cli, ["ops", "--json"], catch_exceptions=False)
     assert json.loads(result.stdout)["schema_version"] == 1
-    assert result.stderr == ""
