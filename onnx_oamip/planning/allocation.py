@@ -489,7 +489,7 @@ def _binding(
     values = ledger.terms(ledger.macs, lengths)
     heavy = [
         f"{ledger.nodes[i]} ({100 * values[i] / max(values.sum(), 1):.0f} %)"
-        for i in np.argsort(-values)[:3]
+        for i in np.argsort(-values, kind="stable")[:3]
     ]
     widest = sorted(coupling.groups, key=lambda g: -max(g.multiplicity.values()) * len(g.units))[:3]
     # Inputs and outputs of the model keep their channels in every model; other reasons say more.

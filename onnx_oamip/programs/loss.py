@@ -401,7 +401,7 @@ class Separation:
         """The most violated range rows, one-sided, each once."""
         excess = np.stack(self._excess(values))
         excess[self.added] = 0.0
-        largest = np.argsort(-excess, axis=None)[:MAX_RANGE_ROWS]
+        largest = np.argsort(-excess, axis=None, kind="stable")[:MAX_RANGE_ROWS]
         violated = largest[excess.reshape(-1)[largest] > FEASIBLE]
         side, row = np.unravel_index(violated, excess.shape)
         self.added[side, row] = True
