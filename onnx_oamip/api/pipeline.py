@@ -37,6 +37,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.contact_sheet import contact_sheet
+from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import File, Source, source_name
 from onnx_oamip.graph import cost, default_inputs
 from onnx_oamip.graph import loading as models
@@ -106,7 +107,7 @@ def prune(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
     )
     with clock("verify"):  # before the plan: a run that is killed in between has it already
-        answers = search.answers(ready, settings.batch_size)
+        answers = search.answers(ready, ready.comparison_batch)
     with clock("plan and refit"):
         ready, result = iterative.approach(ready)
     search.meets(settings.budget, ready.before, result.after)
@@ -517,13 +518,14 @@ def compare(
     samples = held or dataset.load(source, model, reading=settings.reading)
     assert samples is not None
     model = dataset.at_data(model, samples)
+    size = comparison_size(model, settings.batch_size, settings.activation_memory_limit)
     trial = Session(model.proto, device, what=str(original))
-    samples = batching.tried(trial, samples, settings.batch_size)
+    samples = batching.tried(trial, samples, size)
     named = {name for node in other.nodes for name in node.outputs}
     objective = find_objective(model, settings, samples)
     lacking = [t for t in objective.tensors if t not in named | {p.name for p in other.outputs}]
     objective = at_outputs(model, objective, lacking)
-    objective = scale(model, objective, samples, device, batch_size=settings.batch_size)
+    objective = scale(model, objective, samples, device, batch_size=size)
     equivalence.structure(other.proto)
     after = equivalence.watch(model, objective, device, other.proto, str(pruned))
     before = equivalence.watch(model, objective, device, what=str(original))
@@ -534,7 +536,7 @@ def compare(
         before,
         after,
         samples=samples,
-        batch_size=settings.batch_size,
+        batch_size=size,
         progress=progress,
     )
     equivalence.numbers(model, found)
@@ -546,7 +548,7 @@ def compare(
             other.proto,
             samples=samples,
             device=device,
-            batch_size=settings.batch_size,
+            batch_size=size,
         )
         found = replace(found, metric=values)
     return replace(found, batches=batches, objective=objective)
@@ -580,14 +582,13 @@ def prove(
     model = ready.model
     samples = ready.samples
     device = ready.device
-    settings = ready.settings
     pruned = result.pruned
     equivalence.structure(pruned.proto)
     masked = rewrite.mask(model, ready.coupling, result.plan.keep)
     few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
     objective = ready.objective
     proof = equivalence.prove(
-        model, masked, pruned.raw, few, settings.batch_size, objective=objective
+        model, masked, pruned.raw, few, ready.comparison_batch, objective=objective
     )
     final = equivalence.watch(model, objective, device, pruned.proto, "the pruned model")
     batches = equivalence.runs_at(
@@ -611,10 +612,10 @@ def prove(
         )
     answers = (
         answers
-        or search.answers(ready, settings.batch_size)
+        or search.answers(ready, ready.comparison_batch)
         or equivalence.watch(model, objective, device, what=model.path)
     )
-    size = settings.batch_size
+    size = ready.comparison_batch
     found = equivalence.compare(
         model,
         objective,

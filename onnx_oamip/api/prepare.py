@@ -30,7 +30,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.data.feeds import run_size
+from onnx_oamip.data.feeds import comparison_size, run_size
 from onnx_oamip.data.sources import File, Source, samples_of
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
@@ -324,13 +324,14 @@ def open_context(
             model = replace(model, notes=(*model.notes, bound))
         objective = find_objective(model, settings, samples, held)
         metric = None if settings.metric is None else metrics.load(settings.metric)
+        batch = comparison_size(model, settings.batch_size, settings.activation_memory_limit)
         # What does not run cannot be proved: say so before the work.
         session = Session(model.proto, "cpu", what=model.path)
         if source is None:
-            for _, feed in samples.batches(settings.batch_size):
+            for _, feed in samples.batches(batch):
                 session.run(feed)
         else:
-            samples = batching.tried(session, samples, settings.batch_size)
+            samples = batching.tried(session, samples, batch)
             held = batching.alike(session, samples, held)
         unfused = (UNFUSED,) if session.unfused else ()
         model = replace(model, notes=(*model.notes, *samples.notes, *unfused))

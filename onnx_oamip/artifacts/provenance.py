@@ -56,7 +56,7 @@ def remove(proto: onnx.ModelProto) -> None:
 
 
 def size(proto: onnx.ModelProto) -> int:
-    """Bytes of the entry of a model.
+    """Bytes that the entry of a model takes in its file.
 
     Args:
         proto: Any model.
@@ -64,7 +64,8 @@ def size(proto: onnx.ModelProto) -> int:
     Returns:
         The size, 0 without an entry.
     """
-    return sum(prop.ByteSize() for prop in proto.metadata_props if prop.key == KEY)
+    entries = [prop for prop in proto.metadata_props if prop.key == KEY]
+    return onnx.ModelProto(metadata_props=entries).ByteSize()
 
 
 def read(proto: onnx.ModelProto) -> Mapping[str, Any] | None:

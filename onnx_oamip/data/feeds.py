@@ -33,7 +33,21 @@ def run_size(model: Model, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> int:
     Returns:
         ``MAX_RUN_SAMPLES``, or as many as keep the activations within the limit; at least one.
     """
-    return min(MAX_RUN_SAMPLES, _samples_within(model, memory_limit))
+    return comparison_size(model, MAX_RUN_SAMPLES, memory_limit)
+
+
+def comparison_size(model: Model, most: int, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> int:
+    """Choose the number of samples in one run of models that are compared.
+
+    Args:
+        model: Model to run.
+        most: Number asked for.
+        memory_limit: Bytes of activations.
+
+    Returns:
+        ``most``, or as many as keep the activations within the limit; at least one.
+    """
+    return min(most, _samples_within(model, memory_limit))
 
 
 def parallel_runs(model: Model, memory_limit: int) -> int:

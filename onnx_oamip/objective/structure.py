@@ -376,4 +376,5 @@ def _matching(
     before = math.prod(shape[:axis])
     length = shape[axis]
     fits = [i for i, size in enumerate(other) if size == length and math.prod(other[:i]) == before]
-    return fits[0] if fits else None
+    # Of several axes of length 1, the nearest: the first one counts samples.
+    return min(fits, key=lambda i: abs(i - axis), default=None)

@@ -21,7 +21,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.data.feeds import parallel_runs, run_size
+from onnx_oamip.data.feeds import comparison_size, parallel_runs, run_size
 from onnx_oamip.graph import cost
 from onnx_oamip.objective.metric import Metric
 
@@ -78,6 +78,12 @@ class Context:
     def batch(self) -> int:
         """Samples in one inference run of a stage that collects or measures."""
         return run_size(self.model, self.settings.activation_memory_limit)
+
+    @property
+    def comparison_batch(self) -> int:
+        """Samples in one run of models that are compared: ``batch_size``, or fewer where the activations are large."""
+        settings = self.settings
+        return comparison_size(self.model, settings.batch_size, settings.activation_memory_limit)
 
     @property
     def workers(self) -> int | None:

@@ -16,7 +16,7 @@ from onnx import ModelProto, numpy_helper
 
 from onnx_oamip import compare, prune
 from onnx_oamip.api import pipeline
-from onnx_oamip.artifacts import output
+from onnx_oamip.artifacts import output, provenance
 from onnx_oamip.core.errors import (
     BudgetNotMet,
     DataError,
@@ -417,6 +417,30 @@ def test_file_larger_than_the_original_is_written_only_if_forced(tmp_path: Path)
     report = _prune(tmp_path, no_provenance=True, force=True)
     _untouched(tmp_path, "out.onnx")
     assert report.after.bytes == (tmp_path / "out.onnx").stat().st_size > size
+
+
+SMALL = """(float[N,8] x) => (float[N,2] y)
+<float[8,8] w0, float[8,2] w1> {
+    s = MatMul(x, w0)
+    r = Relu(s)
+    y = MatMul(r, w1)
+}"""
+"""A graph so small that the entry about provenance takes more than a cut removes."""
+
+
+def test_provenance_does_not_count_in_the_comparison_of_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build(SMALL).SerializeToString())
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((40, 8), np.float32))
+    _prune(tmp_path)
+    _untouched(tmp_path, "out.onnx")
+    written = onnx.load(tmp_path / "out.onnx")
+    assert written.ByteSize() > path.stat().st_size
+    whole = written.ByteSize()
+    provenance.remove(written)
+    assert written.ByteSize() < path.stat().st_size
+    assert provenance.size(onnx.load(tmp_path / "out.onnx")) == whole - written.ByteSize()
+    assert provenance.size(written) == 0
 
 
 def test_slower_model_error_names_the_cut_that_added_nodes(

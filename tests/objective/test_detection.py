@@ -283,6 +283,12 @@ PATTERNS: dict[str, Pattern] = {
     "raw scores or values": dense("float[] l", "", ("ambiguous", "l", 1)),
     "raw taggers": sequence("float[] l", "", ("ambiguous", "l", 2)),
     "one column": dense("float[] l", "", ("values", "l", 1), k=1),
+    "one column behind a reshape": dense(
+        "float[] y",
+        "s = Constant <value_ints = [-1, 1]> () y = Reshape(l, s)",
+        ("values", "y", 1),
+        k=1,
+    ),
     "a map of one channel": maps("float[] l", "", ("values", "l", 1), k=1),
     "picture to picture": maps("float[] l", "", ("values", "l", 1), k=3),
     "tanh": dense("float[] y", "y = Tanh(l)", ("values", "y", 1)),

@@ -182,12 +182,40 @@ def test_run_size_follows_from_model_and_memory(tmp_path: Path) -> None:
     assert feed_batches.run_size(model) == feed_batches.MAX_RUN_SAMPLES
     assert feed_batches.run_size(model, 5 * sample) == 5
     assert feed_batches.run_size(model, 1) == 1
+    assert feed_batches.comparison_size(model, 100) == 100
+    assert feed_batches.comparison_size(model, 3, 5 * sample) == 3
+    assert feed_batches.comparison_size(model, 100, 5 * sample) == 5
     found = dataset.load({"image": np.zeros((40, 3, 8, 8), np.float32)}, model)
     assert found is not None
     feeds, used = feed_batches.feeds_within_memory(
         model, found, feed_batches.run_size(model, 10 * sample), 10 * sample
     )
     assert (len(feeds), used) == (1, 10)
+
+
+def test_models_are_compared_on_as_many_samples_as_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run of ``prune`` or ``compare`` holds activations of more samples than the limit allows."""
+    path, pruned = tmp_path / "model.onnx", tmp_path / "pruned.onnx"
+    path.write_bytes(build(TEXT).SerializeToString())
+    arrays = {"image": np.random.default_rng(0).normal(size=(60, 3, 8, 8)).astype(np.float32)}
+    limit = 7 * 4 * (16 * 64 + 16 * 64 + 12 * 64)
+    monkeypatch.setattr(Settings, "activation_memory_limit", property(lambda _: limit))
+    taken: list[int] = []
+    run = Session.run
+
+    def watch(self: Session, feed: Any, names: Any = None) -> Any:
+        taken.append(len(feed["image"]) if "image" in feed else 0)
+        return run(self, feed, names)
+
+    monkeypatch.setattr(Session, "run", watch)
+    settings = Settings.create(macs=0.5, device="cpu", cache="off", align=1, batch_size=50)
+    prune(path, arrays, pruned, settings)
+    assert max(taken) == 7
+    taken.clear()
+    pipeline.compare(path, pruned, arrays, settings)
+    assert max(taken) == 7
 
 
 def test_less_memory_gives_smaller_runs_and_matrices(tmp_path: Path) -> None:
@@ -276,7 +304,7 @@ def test_activations_and_matrices_stay_within_their_memory_share(
         batch_size=8,
         workers=4,
         macs=0.6,
-        force=True,  # the entry about its provenance is larger than what this tiny network loses
+        force=True,  # this graph has fewer weights than its cut file has entries
     )
     room = least // 4
     assert most["samples"] == room // (3 << 20), (

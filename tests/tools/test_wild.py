@@ -258,7 +258,8 @@ def test_runner_resumes_and_its_table_has_every_outcome(
 
     def command(arguments: list[str], limit: float) -> run.Record:
         calls.append(arguments[0])
-        record = {"status": "done", "exit": 0, "seconds": 1.5, "peak_mib": 100, "error": ""}
+        record = {"status": "done", "exit": 0, "seconds": 1.5, "processor": 2.5, "peak_mib": 100}
+        record["error"] = ""
         if arguments[0] == "inspect":
             return {**record, "stdout": json.dumps(INSPECTED)}
         if "0.5" in arguments:
@@ -279,7 +280,7 @@ def test_runner_resumes_and_its_table_has_every_outcome(
     assert calls[3:] == ["prune"]
     (row,) = table.rows(listed, out)
     assert (row["kept at 0.7"], row["kept at 0.5"]) == (1.0, "refused")
-    assert (row["seconds"], row["peak MiB"], row["remark"]) == (1.5, 100, "Error: too little.")
+    assert (row["processor s"], row["peak MiB"], row["remark"]) == (2.5, 100, "Error: too little.")
     written = table.write(listed, out, tmp_path)
     assert "at 0.7: 1, at 0.5: 0" in written
     assert "without a result: toy" in written

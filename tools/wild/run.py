@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -56,6 +57,12 @@ def run_all(
                 out / f"{entry.name}-{budget}.json",
                 lambda e=entry, b=budget: prune(e, manifest, cache, out, budget=b, limit=limit),
             )
+        shutil.rmtree(_statistics(out, entry), ignore_errors=True)
+
+
+def _statistics(out: Path, entry: Entry) -> Path:
+    """Cache of the statistics of a file: the first budget collects them, the second reads them."""
+    return out / "statistics" / entry.name
 
 
 def _once(path: Path, make: Any) -> None:
@@ -141,6 +148,7 @@ def prune(
         return _about(entry, record | {"trace": traceback.format_exc()})
     pruned = out / "pruned" / f"{entry.name}-{budget}.onnx"
     options = [f"--{entry.budget}", str(budget), "--data", str(data), "-o", str(pruned)]
+    options += ["--cache", str(_statistics(out, entry))]
     record = command(["prune", str(entry.path(cache)), *options, "--json"], limit)
     stdout = record.pop("stdout")
     record["asked"] = budget

@@ -189,7 +189,7 @@ def _verify(
     objective = context.objective
     evaluation = _evaluation(context)
     device = context.device
-    size = settings.batch_size
+    size = context.comparison_batch
     after = equivalence.watch(model, objective, device, proto, "the pruned model")
     before = equivalence.watch(model, objective, device, what=model.path)
     batches = equivalence.runs_at(model, after, context.samples, lambda: before)

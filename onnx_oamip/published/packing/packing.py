@@ -26,6 +26,7 @@ from onnx_oamip.core.records import Floats, Verification
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching
 from onnx_oamip.data.dataset import at_data, check_extras
+from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import Source, samples_of
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.runtime import Session, resolve_device
@@ -296,15 +297,16 @@ def _judge(
     model = models.load(path, stated=settings.shapes)
     samples, held_out = samples_of(model, data, eval_data, settings)
     model = at_data(model, samples)
+    size = comparison_size(model, settings.batch_size, settings.activation_memory_limit)
     original = Session(path, device, what=str(path))
-    samples = batching.tried(original, samples, settings.batch_size)
+    samples = batching.tried(original, samples, size)
     held_out = batching.alike(original, samples, held_out)
     assert held_out is not None
     objective = find_objective(model, settings, samples, held_out)
     graph = onnx.load(path, load_external_data=False).graph
     named = {name for node in graph.node for name in node.output}
     objective = at_outputs(model, objective, [t for t in objective.tensors if t not in named])
-    objective = scale(model, objective, samples, device, batch_size=settings.batch_size)
+    objective = scale(model, objective, samples, device, batch_size=size)
     if equivalence.watched(model, objective) != [port.name for port in model.outputs]:
         original = equivalence.watch(model, objective, device, what=str(path))
     return Judge(
@@ -315,7 +317,7 @@ def _judge(
         calibration=samples,
         held_out=held_out,
         device=device,
-        batch_size=settings.batch_size,
+        batch_size=size,
     )
 
 
