@@ -53,6 +53,8 @@ class Entry:
     """Options of the function that makes samples."""
     judged: Mapping[str, Any] = field(default_factory=dict)
     """Options of the judge."""
+    options: tuple[str, ...] = ()
+    """Options of ``prune`` that state what a user knows and the file does not hold, such as the kind of an output."""
 
     def path(self, cache: Path) -> Path:
         """The file in a cache folder."""
@@ -101,7 +103,8 @@ def _entry(row: Mapping[str, Any], packages: Mapping[str, Package]) -> Entry:
     if package not in packages:
         raise ValueError(f"{name}: package {package} has no table of its own.")
     try:
-        entry = Entry(**{**row, "package": packages[str(package)]})
+        options = tuple(row.get("options", ()))
+        entry = Entry(**{**row, "package": packages[str(package)], "options": options})
     except TypeError as error:
         raise ValueError(f"{name}: {error}.") from error
     if entry.budget not in BUDGETS:

@@ -148,7 +148,7 @@ def prune(
         return _about(entry, record | {"trace": traceback.format_exc()})
     pruned = out / "pruned" / f"{entry.name}-{budget}.onnx"
     options = [f"--{entry.budget}", str(budget), "--data", str(data), "-o", str(pruned)]
-    options += ["--cache", str(_statistics(out, entry))]
+    options += [*entry.options, "--cache", str(_statistics(out, entry))]
     record = command(["prune", str(entry.path(cache)), *options, "--json"], limit)
     stdout = record.pop("stdout")
     record["asked"] = budget

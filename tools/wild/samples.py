@@ -1,4 +1,8 @@
-"""Samples of every file: 64 for calibration and 64 that are held out, from other sources of the same kind."""
+"""Samples of every file: 64 for calibration and 64 that are held out, from other sources of the same kind.
+
+A sample is what a user has: a picture, a clip, a sentence, a file. Models that slide over one, or read parts of it, get
+several windows of each.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,10 @@ from .faces import face_inputs
 from .manifest import Entry, Manifest
 
 COUNT = 64
+WINDOWS = 12
+"""Windows of a clip that a model for streams gets."""
+CROPS = 4
+"""Crops of a picture that a stage of a detector gets."""
 
 
 def write(entry: Entry, manifest: Manifest, cache: Path) -> Path:
@@ -109,8 +117,9 @@ def faces(draw: Draw, *, net: str) -> Feeds:
     draw.rng.shuffle(chosen)  # type: ignore[arg-type]
     chosen.sort(key=lambda pair: pair[0] < 0.5)
     positive = sum(score >= 0.5 for score, _ in chosen)
-    take = min(positive, draw.count // 2)
-    picked = chosen[:take] + chosen[positive : positive + draw.count - take]
+    count = CROPS * draw.count
+    take = min(positive, count // 2)
+    picked = chosen[:take] + chosen[positive : positive + count - take]
     return {name: np.stack([value for _, value in picked]).astype(np.float32)}
 
 
@@ -169,7 +178,7 @@ def wake_mels(run: onnxruntime.InferenceSession, audio: sounds.Array) -> npt.NDA
 
 
 def wake(draw: Draw, *, name: str, said: list[str], frames: int = 16) -> Feeds:
-    """Embeddings of clips, half of which end with the wake phrase in some voice."""
+    """Embeddings at the last seconds of clips, half of which end with the wake phrase in some voice."""
     folder = draw.package("openwakeword") / "openwakeword/resources/models"
     mel, embed = session(folder / "melspectrogram.onnx"), session(folder / "embedding_model.onnx")
     rng, made = draw.rng, []
@@ -186,9 +195,11 @@ def wake(draw: Draw, *, name: str, said: list[str], frames: int = 16) -> Feeds:
         heard = np.concatenate([before, end * np.float32(rng.uniform(0.4, 1.6)), tail])
         heard += np.float32(10 ** rng.uniform(-4, -2)) * sounds.noise(rng, len(heard))
         mels = wake_mels(mel, np.clip(heard, -1, 1))
-        starts = range(len(mels) - 76 - 8 * (frames - 1), len(mels) - 75, 8)
+        steps = frames + WINDOWS - 1
+        starts = range(len(mels) - 76 - 8 * (steps - 1), len(mels) - 75, 8)
         windows = np.stack([mels[s : s + 76] for s in starts])[..., None]
-        made.append(embed.run(None, {"input_1": windows})[0].reshape(frames, -1))
+        rows = embed.run(None, {"input_1": windows})[0].reshape(steps, -1)
+        made += list(sounds.windows(rows, frames, range(frames, steps + 1)))
     return {name: np.stack(made).astype(np.float32)}
 
 
@@ -200,14 +211,16 @@ def stream(
     shapes = {i.name: [d if isinstance(d, int) else 1 for d in i.shape] for i in run.get_inputs()}
     fed = [output.name for output in run.get_outputs()]
     rows: dict[str, list[npt.NDArray[Any]]] = {key: [] for key in shapes}
-    while len(rows[name]) < draw.count:
+    for _ in range(draw.count):
         audio = sounds.clip(draw.rng, draw.part, 4 * sounds.RATE)
         state = {key: np.zeros(shapes[key], np.float32) for key in states}
-        for end in range(length + context, len(audio), length):
+        ends = range(length + context, len(audio), length)
+        chosen = set(draw.rng.choice(ends, WINDOWS, replace=False).tolist())
+        for end in ends:
             feed = {name: audio[None, end - length - context : end], **state}
             if rate:
                 feed["sr"] = np.array(sounds.RATE, np.int64)
-            if draw.rng.random() < 0.12 and len(rows[name]) < draw.count:
+            if end in chosen:
                 for key, value in feed.items():
                     rows[key].append(value)
             found = dict(zip(fed, run.run(None, feed), strict=True))

