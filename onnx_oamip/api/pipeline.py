@@ -30,6 +30,7 @@ from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Budget,
     ContactSheet,
+    Latency,
     Measure,
     Report,
     Verification,
@@ -51,12 +52,14 @@ from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification import equivalence
-from onnx_oamip.verification.latency import compare_latency
+from onnx_oamip.verification.latency import compare_latency, described
 
 PROOF_SAMPLES = 64
 """Samples on which pruned and masked are compared: exactness does not need more."""
 GATE_SECONDS = (0.3, 2.0)
 """Time for the latency gate: a first look, and a longer one where that does not show the pruned model to be faster."""
+BUDGET_SECONDS = (3.0, 6.0)
+"""Time for the gate of a latency budget, and a longer one where the first ratio is in doubt."""
 SLOWER = 1.02
 """A pruned model is refused where even the optimistic end of its measured latency ratio is above this."""
 
@@ -595,9 +598,9 @@ def prove(
         model, final, samples, lambda: Session(model.proto, device, what=model.path)
     )
     if result.plan.keep.all():
-        ratio = None
+        latency = None
     else:
-        ratio = _measured_latency(ready, result)
+        latency = _measured_latency(ready, result)
     if ready.held_out is None:
         return Verification(
             proof.distance,
@@ -607,7 +610,7 @@ def prove(
             None,
             batches,
             0,
-            latency_ratio=ratio,
+            latency=latency,
             rounding=proof.rounding,
         )
     answers = (
@@ -650,22 +653,27 @@ def prove(
         masked_equivalence=proof.distance,
         rounding=proof.rounding,
         batches=batches,
-        latency_ratio=ratio,
+        latency=latency,
     )
 
 
-def _measured_latency(ready: Context, result: Attempt) -> float:
+def _measured_latency(ready: Context, result: Attempt) -> Latency:
     """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
     budget = ready.settings.latency
     if budget is None:
         allowed = SLOWER
+        durations = GATE_SECONDS
     else:
         allowed = budget * (1 + search.LATENCY_SLACK)
-    for seconds in GATE_SECONDS if budget is None else (3.0,):
-        found = compare_latency(
+        durations = BUDGET_SECONDS
+    share = _share_of_work(ready, result)
+    for seconds in durations:
+        ratio = compare_latency(
             ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=seconds
         )
-        if found.high < 1:
+        found = described(ratio, share=share)
+        is_clear = found.high < 1 or budget is not None
+        if is_clear and not found.doubt:
             break
     if found.low > allowed and not ready.settings.force:
         if budget is None:
@@ -681,4 +689,11 @@ def _measured_latency(ready: Context, result: Attempt) -> float:
             f"the pruned model was measured {what} on {ready.device}: {found.median:.2f} of its time; nothing was "
             f"written; try {advice}, another budget, or `force`."
         )
-    return found.median
+    return found
+
+
+def _share_of_work(ready: Context, result: Attempt) -> float | None:
+    """Share of the multiply-accumulates that is kept; None if not all of them are counted."""
+    if cost.uncounted(ready.model) or not ready.before.macs:
+        return None
+    return result.after.macs / ready.before.macs

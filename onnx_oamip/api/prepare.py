@@ -53,6 +53,7 @@ from onnx_oamip.planning.search import Prepared
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
+from onnx_oamip.verification.latency import find_step
 
 LOG = logging.getLogger("onnx_oamip")
 BUDGETS = {budget.name for budget in fields(Budget)}
@@ -208,6 +209,8 @@ def _steps(context: Context) -> Any:
         lambda found: (
             found.dtype == np.int64 and found.shape == wide.shape and bool((found > 0).all())
         ),
+        # Another run must not start from a step that was measured while the machine was busy.
+        lambda _: settings.align != "auto" or find_step(device).is_settled,
     )
 
 

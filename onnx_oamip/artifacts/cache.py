@@ -83,6 +83,7 @@ class Store:
         depends: Mapping[str, Any],
         make: Callable[[], T],
         is_valid: Callable[[T], bool] = lambda _: True,
+        is_stored: Callable[[T], bool] = lambda _: True,
     ) -> T:
         """Return an entry, or compute and store it.
 
@@ -91,6 +92,7 @@ class Store:
             depends: Plain values that decide the result, besides the code and the machine.
             make: Computes the result.
             is_valid: Checks an entry before it is used: anyone may write anything to the folder.
+            is_stored: Decides if a computed result is stored.
 
         Returns:
             The stored result if there is a valid one, else the computed one.
@@ -109,7 +111,7 @@ class Store:
             self.hits.append(kind.name)
             return value
         value = make()
-        packed = kind.pack(value)
+        packed = kind.pack(value) if is_stored(value) else None
         if packed is not None:
             self._write(path, packed)
         return value

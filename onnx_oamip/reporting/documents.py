@@ -473,6 +473,7 @@ def _verification(verification: Verification) -> Document:
         "accuracy_before": verification.accuracy_before,
         "accuracy_after": verification.accuracy_after,
         "latency_ratio": verification.latency_ratio,
+        "latency": verification.latency and asdict(verification.latency),
         "outputs": _measures(verification),
         "metric": _metric(verification.metric),
         "batches": verification.batches,

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnx_oamip.core import atomic_files
 from onnx_oamip.core.errors import DataError
-from onnx_oamip.core.records import Array, Floats
+from onnx_oamip.core.records import Array, Floats, Latency
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import external_data
 from onnx_oamip.graph.runtime import Session, resolve_device
@@ -42,6 +42,10 @@ BLOCK_SECONDS = 0.002
 """A model runs at least about this long within a round (at most 32 times), so that the clock's grain is small."""
 FEEDS = 4
 """Number of different feeds that the runs cycle through."""
+TOO_FAST = 1.5
+"""Speed-up over the saved work beyond which a ratio with a wide interval is in doubt."""
+BUSY = 1.5
+"""Load per processor above which a measured step of widths is not stored."""
 MEMORY_RUNS = 3
 MEMORY_TIMEOUT = 600.0
 
@@ -271,6 +275,63 @@ def compare_latency(
     return paired(medians[:, 0], medians[:, 1])
 
 
+def described(
+    found: Ratio,
+    *,
+    share: float | None,
+    threads: int | None = None,
+) -> Latency:
+    """Makes the record of a measured ratio.
+
+    Args:
+        found: The ratio.
+        share: Share of the work that the other model keeps; None if not all of it is counted.
+        threads: Threads within an operator. Default: the choice of ONNX Runtime.
+
+    Returns:
+        The record, with the load of the machine. A speed-up far above the saved work whose interval is wider than the
+        difference is in doubt: another process took the processor from one of the two models.
+    """
+    load = machine_load()
+    doubt = ""
+    if share is not None:
+        is_too_fast = found.median < share / TOO_FAST
+        is_unsure = found.high - found.low > share - found.median
+        if is_too_fast and is_unsure:
+            doubt = (
+                f"the interval from {found.low:.2f} to {found.high:.2f} is too wide for a speed-up that the saved "
+                f"work does not explain"
+            )
+    return Latency(
+        median=found.median,
+        low=found.low,
+        high=found.high,
+        rounds=found.rounds,
+        threads=threads or _processors(),
+        load=load,
+        doubt=doubt,
+    )
+
+
+def machine_load() -> float | None:
+    """Load of the machine over the last minute.
+
+    Returns:
+        Processes that were ready to run per processor; None where the system does not say (Windows).
+    """
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (AttributeError, OSError):
+        return None
+
+
+def _processors() -> int:
+    """Processors that this process may use: the number of threads that ONNX Runtime chooses."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def measure_ratio(
     first: Source,
     other: Source,
@@ -460,11 +521,18 @@ class Step:
         value: The multiple.
         measured: False if it is the default of the device.
         note: How it was found, for the report.
+        load: Load per processor during the measurement; None where the system does not say.
     """
 
     value: int
     measured: bool
     note: str
+    load: float | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """True if the step was measured on a machine that had time for it, so that it may be stored."""
+        return self.measured and (self.load is None or self.load <= BUSY)
 
 
 def step(device: str) -> int:
@@ -497,7 +565,7 @@ def find_step(device: str) -> Step:
     sessions = [Session(_stack(w, batch, size), device, threads, spin=True) for w in STEP_WIDTHS]
     feed = [{"x": np.ones(1, np.float32)}]
     _, medians = interleave([caller(s, feed) for s in sessions], STEP_SECONDS)
-    return judge_step(medians, device)
+    return replace(judge_step(medians, device), load=machine_load())
 
 
 def judge_step(times: Floats, device: str) -> Step:

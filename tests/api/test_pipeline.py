@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import onnxruntime
 import pytest
 from graphs import NETS, build, constants, load
 from onnx import ModelProto, numpy_helper
+from rich.console import Console
 
 from onnx_oamip import compare, prune
 from onnx_oamip.api import pipeline
@@ -30,6 +33,8 @@ from onnx_oamip.graph import cost, external_data
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.reporting.documents import document
+from onnx_oamip.reporting.tables import show
 from onnx_oamip.verification.latency import Ratio
 
 TEXT = """(float[batch,3,8,8] image) => (float[batch,5] scores)
@@ -376,6 +381,35 @@ def test_model_without_batch_axis_is_never_written(
     with pytest.raises(GateFailed):
         _prune(task, refit="none")
     _untouched(task)
+
+
+def test_latency_in_doubt_is_measured_again_and_then_not_shown(
+    task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsure = Ratio(0.05, 0.02, 0.99, 9)
+    seconds: list[float] = []
+
+    def measured(*_: object, **options: float) -> Ratio:
+        seconds.append(options["seconds"])
+        return found.pop(0)
+
+    monkeypatch.setattr(pipeline, "compare_latency", measured)
+    found = [unsure, Ratio(0.5, 0.4, 0.6, 9)]
+    report = _prune(task)
+    assert seconds == list(pipeline.GATE_SECONDS)
+    assert report.verification.latency_ratio == 0.5
+    found = [unsure, unsure]
+    report = _prune(task, force=True)
+    assert report.verification.latency_ratio is None
+    value = document(report)["verification"]
+    assert value["latency_ratio"] is None
+    assert value["latency"]["low"] == 0.02
+    console = Console(file=StringIO(), width=80)
+    show(document(report), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"^ *latency +in doubt +- *$", text, re.MULTILINE)
+    assert "latency: 2.0 to 99.0 % (95 % interval, 9 rounds, threads " in text
+    assert "note: the latency is not shown: the interval from 0.02 to 0.99" in text
 
 
 def test_model_slower_than_the_original_is_refused(

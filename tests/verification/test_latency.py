@@ -17,7 +17,7 @@ from onnx_oamip.core.records import Floats
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.verification import latency
-from onnx_oamip.verification.latency import CANDIDATES, STEP_WIDTHS
+from onnx_oamip.verification.latency import CANDIDATES, STEP_WIDTHS, Ratio
 
 LENET = ROOT / "models" / "lenet5-mnist.onnx"
 SMALL = """(float[n, 3, 8, 8] x) => (float[] y) <float[8, 3, 3, 3] w1, float[4, 8, 3, 3] w2>
@@ -92,6 +92,41 @@ def test_paired_ratio_ignores_drift_and_outliers() -> None:
 def test_paired_ratio_of_few_rounds_spans_all_of_them() -> None:
     ratio = latency.paired(np.ones(3), np.asarray([2.0, 1.0, 3.0]))
     assert ratio == latency.Ratio(2.0, 1.0, 3.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "share", "is_doubted"),
+    [
+        (
+            Ratio(0.09, 0.05, 1.10, 40),
+            0.5,
+            True,
+        ),  # 11 x as fast at half the work, measured under load
+        (Ratio(0.09, 0.08, 0.10, 40), 0.5, False),  # far above the saved work, but sure
+        (Ratio(0.48, 0.20, 1.20, 40), 0.5, False),  # an unsure figure that the saved work explains
+        (Ratio(0.30, 0.20, 0.45, 40), 0.5, True),
+        (Ratio(0.09, 0.05, 1.10, 40), None, False),  # nothing to compare with: not all is counted
+    ],
+)
+def test_speed_up_that_the_work_does_not_explain_is_in_doubt(
+    ratio: Ratio, share: float | None, is_doubted: bool
+) -> None:
+    found = latency.described(ratio, share=share, threads=3)
+    assert bool(found.doubt) == is_doubted
+    measured = (found.median, found.low, found.high, found.rounds)
+    assert measured == (ratio.median, ratio.low, ratio.high, ratio.rounds)
+    assert found.threads == 3
+    assert latency.described(ratio, share=share).threads >= 1
+
+
+@pytest.mark.parametrize(
+    ("measured", "load", "is_settled"),
+    [(True, 0.4, True), (True, None, True), (True, 4.0, False), (False, 0.4, False)],
+)
+def test_step_measured_under_load_is_not_settled(
+    measured: bool, load: float | None, is_settled: bool
+) -> None:
+    assert latency.Step(8, measured, "", load).is_settled == is_settled
 
 
 def test_quiet_time_is_the_mean_of_the_lowest_quarter() -> None:

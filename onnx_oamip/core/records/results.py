@@ -124,6 +124,29 @@ class MetricValues:
         return max(self.before - self.after, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Measured latency of a result relative to the original's, one sample at a time.
+
+    Attributes:
+        median: Median over rounds of the ratio within a round; under 1 if the result is faster.
+        low: Lower end of the 95 % interval of that median.
+        high: Upper end of the interval.
+        rounds: Number of rounds.
+        threads: Threads within an operator.
+        load: Processes that were ready to run per processor of the machine; None where the system does not say.
+        doubt: Reason why the median is not shown, or an empty string.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+    threads: int
+    load: float | None
+    doubt: str = ""
+
+
 @dataclass(frozen=True)
 class Verification:
     """Checks and measurements of a pruned model.
@@ -143,12 +166,19 @@ class Verification:
     batches: tuple[int, ...]
     samples: int
     failures: tuple[str, ...] = ()
-    latency_ratio: float | None = None
+    latency: Latency | None = None
     rounding: float | None = None
     outputs: tuple[Measure, ...] = ()
     outputs_before_refit: tuple[Measure, ...] = ()
     metric: MetricValues | None = None
     objective: Objective = field(default_factory=Objective)
+
+    @property
+    def latency_ratio(self) -> float | None:
+        """Median latency relative to the original's; None if it was not measured or is in doubt."""
+        if self.latency is None or self.latency.doubt:
+            return None
+        return self.latency.median
 
 
 @dataclass(frozen=True, slots=True)

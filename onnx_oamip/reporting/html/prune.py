@@ -44,7 +44,7 @@ from onnx_oamip.reporting.html.wording import (
     plural,
     short,
 )
-from onnx_oamip.reporting.tables.parts import KIND_NAMES, agreement_name, points
+from onnx_oamip.reporting.tables.parts import KIND_NAMES, agreement_name, latency_interval, points
 
 APPLIED = (
     "refit",
@@ -146,6 +146,8 @@ def _cards(value: Document) -> list[Card]:
     ratio = checks["latency_ratio"]
     if ratio is not None:
         cards.append(Card("Latency", percent(ratio), f"{1 / ratio:.2f} times as fast", ratio))
+    elif checks["latency"]:
+        cards.append(Card("Latency", DASH, "in doubt", None))
     if checks["accuracy_after"] is not None:
         lost = 100 * (checks["accuracy_before"] - checks["accuracy_after"])
         note = f"{_points(lost)} {percent(checks['accuracy_before'], 2)}"
@@ -424,6 +426,16 @@ def _numbers(values: Document) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in known.items())
 
 
+def _latency_rows(latency: Document | None) -> list[tuple[str, str]]:
+    """Rows on how sure the measured latency is."""
+    if latency is None:
+        return []
+    rows = [("latency lies between", latency_interval(latency))]
+    if latency["doubt"]:
+        rows.append(("latency is not shown, as", latency["doubt"]))
+    return rows
+
+
 def _checks(value: Document) -> Section:
     found = value["verification"]
     max_drop = value["budget"]["max_drop"]
@@ -434,6 +446,7 @@ def _checks(value: Document) -> Section:
         ("accuracy before", percent(found["accuracy_before"], 2)),
         ("accuracy after", percent(found["accuracy_after"], 2)),
         ("latency, of the original's", percent(found["latency_ratio"])),
+        *_latency_rows(found["latency"]),
         ("largest drop allowed", DASH if max_drop is None else f"{max_drop:g} points"),
         ("measured on", plural(found["samples"], "sample") if found["samples"] else "no data"),
         ("ran at batch", ", ".join(str(b) for b in found["batches"]) or DASH),

@@ -24,6 +24,7 @@ from onnx_oamip.reporting.tables.parts import (
     count,
     fit_rows,
     grid,
+    latency_rows,
     limited,
     number,
     objective_rows,
@@ -65,9 +66,10 @@ def _visible(lines: Text) -> Text:
 def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     output = value["output"]["path"] or "(not written)"
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (output, "bold"))
-    yield costs(
-        value["before"], value["after"], value["budget"], value["verification"]["latency_ratio"]
-    )
+    latency = value["verification"]["latency"]
+    yield costs(value["before"], value["after"], value["budget"], latency)
+    if latency:
+        yield from latency_rows(latency)
     yield from _groups(value["groups"], console)
     if value["connections"]:
         yield from connection_rows(value["connections"], console)

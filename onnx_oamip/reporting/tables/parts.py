@@ -54,7 +54,7 @@ def costs(
     before: Document,
     after: Document | None = None,
     budget: Document | None = None,
-    latency: float | None = None,
+    latency: Document | None = None,
 ) -> Table:
     """Makes the table of costs.
 
@@ -62,7 +62,7 @@ def costs(
         before: Cost of the original.
         after: Cost of the result; None for a table of one model.
         budget: The budgets, shown beside the kept shares.
-        latency: Measured latency relative to the original.
+        latency: Measured latency relative to the original, as documents describe it.
 
     Returns:
         The table.
@@ -78,14 +78,45 @@ def costs(
         row = [kind.noun, f"{old:,}", f"{new:,}", percent(new / old if old else None)]
         table.add_row(*row, *([percent(budget[kind.name], "")] if budget else []))
     if budget and latency is not None:
-        table.add_row(
-            "latency",
-            "",
-            f"{1 / latency:.2f} x as fast",
-            percent(latency),
-            percent(budget["latency"], ""),
-        )
+        if latency["doubt"]:
+            speed, kept = "in doubt", "-"
+        else:
+            speed, kept = f"{1 / latency['median']:.2f} x as fast", percent(latency["median"])
+        table.add_row("latency", "", speed, kept, percent(budget["latency"], ""))
     return table
+
+
+def latency_interval(found: Document) -> str:
+    """Describes how sure a measured latency is.
+
+    Args:
+        found: The ``latency`` of a document.
+
+    Returns:
+        The 95 % interval with the number of rounds, the threads and the load of the machine.
+    """
+    measured = [f"{found['rounds']:,} rounds", f"threads {found['threads']}"]
+    if found["load"] is not None:
+        measured.append(f"load {found['load']:.1f}")
+    low = percent(found["low"]).rstrip(" %")
+    return f"{low} to {percent(found['high'])} (95 % interval, {', '.join(measured)})"
+
+
+def latency_rows(found: Document) -> Iterator[RenderableType]:
+    """Makes the lines about a measured latency.
+
+    Args:
+        found: The ``latency`` of a document.
+
+    Yields:
+        The interval, and why the ratio is not shown where it is in doubt.
+    """
+    yield Text(f"latency: {latency_interval(found)}")
+    if found["doubt"]:
+        yield Text(
+            f"note: the latency is not shown: {found['doubt']}; measure both models again with 'onnx-oamip bench' "
+            f"while the machine is idle."
+        )
 
 
 def assumption_rows(model: Document) -> Iterator[RenderableType]:
