@@ -26,6 +26,7 @@ import time
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csc_array
 
 from onnx_oamip.programs.solvers.spec import Backend, Licence, Termination, solution
 
@@ -34,7 +35,10 @@ NAME = "scipy"
 
 def solve(program, limits):
     began = time.perf_counter()
-    rows = LinearConstraint(program.matrix, program.row_lower, program.row_upper)
+    matrix = csc_array(program.matrix)
+    # Early releases of milp take short indices alone.
+    matrix.indices, matrix.indptr = matrix.indices.astype(np.int32), matrix.indptr.astype(np.int32)
+    rows = LinearConstraint(matrix, program.row_lower, program.row_upper)
     found = milp(
         program.objective,
         integrality=program.integer.astype(int),
