@@ -1,12 +1,17 @@
 """Prunes trained ONNX models to a budget, without retraining, and verifies the result.
 
-The main functions are ``prune`` and its stages ``score``, ``plan`` and ``apply``; ``frontier`` for several budgets;
-``compare`` for two models; ``pack`` and ``unpack`` for storage. They return frozen records, and every intended error is
-an ``OamipError``. Names are imported when first used, so ``import onnx_oamip`` is fast.
-
-All stages at once, with a callback ``progress(stage, done, total)``:
+The main functions are ``inspect``; ``prune`` and its stages ``score``, ``plan`` and ``apply``; ``frontier`` for several
+budgets; ``verify`` for two models; ``pack`` and ``unpack`` for storage. Models and data may be files or in memory.
+Results are frozen records, and every intended error is an ``OamipError``. Names are imported when first used, so
+``import onnx_oamip`` is fast.
 
 >>> import onnx_oamip
+>>> result = onnx_oamip.prune("models/lenet300-mnist.onnx", "models/mnist.npz", macs=0.5, importance="activation")
+>>> len(result.model.graph.output), result.report.after.macs <= 0.5 * result.report.before.macs
+(1, True)
+
+With a file to write, all stages at once, and a callback ``progress(stage, done, total)``:
+
 >>> stages = set()
 >>> report = onnx_oamip.prune(
 ...     "models/lenet300-mnist.onnx", "models/mnist.npz", "half.onnx",

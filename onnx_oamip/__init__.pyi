@@ -1,12 +1,20 @@
 """Public names of the package; ``__init__.py`` imports each from here when it is first used."""
 
 from onnx_oamip.api.frontier import frontier as frontier
-from onnx_oamip.api.pipeline import (
+from onnx_oamip.api.in_memory import (
     apply as apply,
-    compare as compare,
+    inspect as inspect,
     plan as plan,
     prune as prune,
+    verify as verify,
+)
+from onnx_oamip.api.pipeline import (
+    compare as compare,
     score as score,
+)
+from onnx_oamip.api.results import (
+    Inspection as Inspection,
+    Result as Result,
 )
 from onnx_oamip.artifacts.plan_files import Planned as Planned
 from onnx_oamip.artifacts.plan_schema import PlanFile as PlanFile

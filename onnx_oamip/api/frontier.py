@@ -23,7 +23,7 @@ from onnx_oamip.core.errors import (
     ModelError,
     SettingsError,
 )
-from onnx_oamip.core.progress import Progress
+from onnx_oamip.core.progress import FRONTIER, Progress
 from onnx_oamip.core.records import Frontier, Point
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import Source, source_name
@@ -74,7 +74,7 @@ def frontier(
     targets = {
         share: _target(path, save_dir, share, (source, eval_data, scores)) for share in shares
     }
-    clock = Clock()
+    clock = Clock(progress, FRONTIER)
     ready = prepare(
         path,
         source,

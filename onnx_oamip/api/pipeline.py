@@ -8,25 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import onnx
 
 from onnx_oamip.api import prepare as preparing
 from onnx_oamip.api.prepare import BUDGETS, prepare
-from onnx_oamip.artifacts import keep_maps, plan_files, score_files
+from onnx_oamip.api.results import Result, finished, write
+from onnx_oamip.artifacts import plan_files, score_files
 from onnx_oamip.artifacts.output import (
     FileTargets,
     Page,
-    Written,
-    check_not_larger,
     check_output,
-    stage,
 )
-from onnx_oamip.artifacts.plan_files import Planned
+from onnx_oamip.artifacts.plan_files import Planned, PlanSource
 from onnx_oamip.artifacts.score_files import Scored
-from onnx_oamip.core.atomic_files import Batch, write_bytes
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
-from onnx_oamip.core.progress import Progress
+from onnx_oamip.core.progress import APPLY, PLAN, PREPARATION, PRUNE, Progress
 from onnx_oamip.core.records import (
     Budget,
     ContactSheet,
@@ -40,8 +36,9 @@ from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.contact_sheet import contact_sheet
 from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import File, Source, source_name
-from onnx_oamip.graph import cost, default_inputs
+from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import find
@@ -65,7 +62,7 @@ SLOWER = 1.02
 
 
 def prune(
-    path: File,
+    path: ModelSource,
     source: Source | None,
     output: File | None,
     settings: Settings,
@@ -79,7 +76,7 @@ def prune(
     """Prune a model to the budgets in ``settings``, verify the result and write it.
 
     Args:
-        path: Model file.
+        path: Model file, or a model in memory.
         source: Calibration samples: a path, ``module:function``, a dict of arrays by input name, or an iterable of
             feeds (such dicts, whose lengths may differ). None for methods that need no data.
         output: File to write, or None to write nothing.
@@ -98,14 +95,53 @@ def prune(
         BudgetNotMet: No plan meets the budgets (``exit_code`` 1). No file is written.
         GateFailed: The result failed a check (``exit_code`` 1). No file is written.
     """
-    clock = Clock()
+    clock = Clock(progress, PRUNE)
     preparing.check(settings, source, scores is not None)
     targets = _targets(path, output, keep_map, page, (source, eval_data, scores))
+    if settings.granularity == "connection" and keep_map is not None:
+        raise SettingsError(
+            "a keep-map is about units, and `granularity=connection` removes none; leave it out."
+        )
+    result = pruned(
+        path, source, settings, eval_data=eval_data, progress=progress, scores=scores, clock=clock
+    )
+    return write(result, targets, clock)
+
+
+def pruned(
+    path: ModelSource,
+    source: Source | None,
+    settings: Settings,
+    *,
+    eval_data: Source | None = None,
+    progress: Progress | None = None,
+    scores: File | None = None,
+    clock: Clock | None = None,
+) -> Result:
+    """Prune a model to the budgets in ``settings`` and verify the result, in memory.
+
+    Args:
+        path: Model file, or a model in memory.
+        source: Calibration samples, as for ``prune``.
+        settings: Budgets and options.
+        eval_data: Samples to measure the result on. Default: the held-out part of ``source``.
+        progress: Called as ``progress(stage, done, total)``.
+        scores: File of scores written by ``score``, used in place of ``settings.importance``.
+        clock: Seconds by stage are added to it.
+
+    Returns:
+        The pruned model and its report.
+
+    Raises:
+        OamipError: As for ``prune``.
+    """
+    clock = clock or Clock(progress, PRUNE)
+    preparing.check(settings, source, scores is not None)
     if settings.granularity == "connection":
         context = preparing.open_context(
             path, source, settings, eval_data=eval_data, progress=progress, clock=clock
         )
-        return _thin(context, targets)
+        return _thin(context)
     ready = prepare(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
     )
@@ -119,15 +155,11 @@ def prune(
         "data": source_name(source),
         "eval_data": source_name(eval_data),
     }
-    return _finish(ready, result, targets, budget=settings.budget, asked=asked, answers=answers)
+    return _finish(ready, result, budget=settings.budget, asked=asked, answers=answers)
 
 
-def _thin(context: Context, targets: FileTargets) -> Report:
+def _thin(context: Context) -> Result:
     """Prune connections: same shapes, with zeros (see ``published.nnrelief.connections``)."""
-    if targets.keep_map is not None:
-        raise SettingsError(
-            "a keep-map is about units, and `granularity=connection` removes none; leave it out."
-        )
     model = context.model
     settings = context.settings
     with context.clock("connections"):
@@ -159,11 +191,11 @@ def _thin(context: Context, targets: FileTargets) -> Report:
         reading=context.samples.reading,
         contact_sheet=_contact_sheet(context),
     )
-    return _write(report, found.proto, None, targets, context.clock)
+    return finished(report, found.proto)
 
 
 def score(
-    path: File,
+    path: ModelSource,
     source: Source | None,
     output: File,
     settings: Settings,
@@ -174,7 +206,7 @@ def score(
     The scores are those that ``prune`` uses: if ``source`` has no evaluation part, a fifth of it is held out.
 
     Args:
-        path: Model file.
+        path: Model file, or a model in memory.
         source: Calibration samples, or None for methods that need no data.
         output: File of scores to write (``.npz``).
         settings: Importance method and its options.
@@ -186,7 +218,7 @@ def score(
     Raises:
         OamipError: Bad input or a missing package. No file is written.
     """
-    clock = Clock()
+    clock = Clock(progress, PREPARATION[:-1])
     method = find(settings.importance)
     target = check_output(path, output, (source,))
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
@@ -218,7 +250,7 @@ def score(
 
 
 def plan(
-    path: File,
+    path: ModelSource,
     source: Source | None,
     output: File | None,
     settings: Settings,
@@ -230,7 +262,7 @@ def plan(
     """Choose the units to keep under the budgets in ``settings``, and write the plan.
 
     Args:
-        path: Model file.
+        path: Model file, or a model in memory.
         source: Calibration samples, or None for methods that need no data.
         output: Plan file to write (JSON), or None to write nothing.
         settings: Budgets and options.
@@ -245,7 +277,7 @@ def plan(
         OamipError: Bad input or a missing package. No file is written.
         BudgetNotMet: No plan meets the budgets. No file is written.
     """
-    clock = Clock()
+    clock = Clock(progress, PLAN)
     if settings.granularity == "connection" or settings.iterations > 1:
         raise SettingsError(
             "a plan is made in one go and of units; connections and iterations need prune."
@@ -261,44 +293,30 @@ def plan(
     with clock("plan"):
         chosen = search.plan(ready)
     asked = _asked(ready, scores)
-    notes = ready.store.notes()
-    digest = None
-    if target is not None:
-        losses = [None if loss is None else float(loss) for loss in search.losses(ready, chosen)]
-        text = plan_files.dumps(
-            ready.model,
-            ready.coupling,
-            chosen,
-            before=ready.before,
-            importance=ready.scores.method,
-            budget=settings.budget,
-            settings=asked,
-            losses=losses,
-            programs=ready.scores.programs,
-            notes=ready.scores.notes,
-        )
-        with clock("write"):
-            write_bytes(text.encode(), target)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-    return Planned(
-        ready.model,
-        ready.coupling,
-        ready.scores,
-        chosen,
-        ready.before,
-        settings.budget,
-        None if target is None else str(target),
-        digest,
-        clock.seconds,
-        asked,
-        (*ready.objective.notes, *notes),
-        ready.objective,
+    planned = Planned(
+        model=ready.model,
+        coupling=ready.coupling,
+        scores=ready.scores,
+        plan=chosen,
+        before=ready.before,
+        budget=settings.budget,
+        output=None,
+        sha256=None,
+        seconds=clock.seconds,
+        settings=asked,
+        notes=(*ready.objective.notes, *ready.store.notes()),
+        objective=ready.objective,
+        losses=tuple(search.losses(ready, chosen)),
     )
+    if target is None:
+        return planned
+    with clock("write"):
+        return planned.save(target)
 
 
 def apply(
-    path: File,
-    plan_file: File,
+    path: ModelSource,
+    plan_file: PlanSource,
     source: Source | None,
     output: File | None,
     changes: Mapping[str, Any] | None = None,
@@ -313,8 +331,8 @@ def apply(
     The plan is followed as it is, whatever budget it was made for.
 
     Args:
-        path: Model file.
-        plan_file: Plan written by ``plan``.
+        path: Model file, or a model in memory.
+        plan_file: Plan written by ``plan``, or its result.
         source: Calibration samples, or None if the settings of the plan need no data.
         output: File to write, or None to write nothing.
         changes: Settings that replace those recorded in the plan, by name.
@@ -330,9 +348,44 @@ def apply(
         OamipError: Bad input, or a plan that does not fit the model. No file is written.
         GateFailed: The result failed a check. No file is written.
     """
-    clock = Clock()
-    found = plan_files.load(plan_file)
+    clock = Clock(progress, APPLY)
     targets = _targets(path, output, keep_map, page, (source, eval_data, plan_file))
+    result = applied(
+        path, plan_file, source, changes, eval_data=eval_data, progress=progress, clock=clock
+    )
+    return write(result, targets, clock)
+
+
+def applied(
+    path: ModelSource,
+    plan_file: PlanSource,
+    source: Source | None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    eval_data: Source | None = None,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
+) -> Result:
+    """Carry out a plan in memory: rewrite, refit and verify.
+
+    Args:
+        path: Model file, or a model in memory.
+        plan_file: Plan file, its content, or the result of ``plan``.
+        source: Calibration samples, or None if the settings of the plan need no data.
+        changes: Settings that replace those recorded in the plan, by name.
+        eval_data: Samples to measure on. Default: the held-out part of ``source``.
+        progress: Called as ``progress(stage, done, total)``.
+        clock: Seconds by stage are added to it.
+
+    Returns:
+        The pruned model and its report, which has no scores.
+
+    Raises:
+        OamipError: As for ``apply``.
+    """
+    clock = clock or Clock(progress, APPLY)
+    found = plan_files.content(plan_file)
+    name = plan_files.name(plan_file)
     made_with = {
         n: v for n, v in found.settings.items() if n in Settings.model_fields and n not in BUDGETS
     }
@@ -342,20 +395,18 @@ def apply(
     ready = preparing.open_for_plan(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
-    keep, notes = plan_files.match_units(found, ready.model, ready.coupling, plan_file)
+    keep, notes = plan_files.match_units(found, ready.model, ready.coupling, name)
     chosen = plan_files.to_plan(found, keep, ready.coupling, ready.ledger, notes=notes)
     with clock("refit"):
         result = search.carry_out(ready, chosen)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
-    asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": str(plan_file)}
+    asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": name}
     asked |= {"data": source_name(source), "eval_data": source_name(eval_data)}
-    return _finish(
-        ready, result, targets, budget=budget, asked=asked, notes=_unmet(budget, ready, result)
-    )
+    return _finish(ready, result, budget=budget, asked=asked, notes=_unmet(budget, ready, result))
 
 
 def _targets(
-    path: File,
+    path: ModelSource,
     output: File | None,
     keep_map: File | None,
     page: Page | None,
@@ -374,14 +425,13 @@ def _targets(
 def _finish(
     ready: Context,
     result: Attempt,
-    targets: FileTargets,
     *,
     budget: Budget,
     asked: Mapping[str, Any],
     notes: tuple[str, ...] = (),
     answers: equivalence.Answers | None = None,
-) -> Report:
-    """Verify, write and report the result of a plan."""
+) -> Result:
+    """Verify and report the result of a plan."""
     if isinstance(ready, Prepared):
         scores = ready.scores
     else:
@@ -424,10 +474,7 @@ def _finish(
         contact_sheet=_contact_sheet(ready),
         compared=result.pruned.losses,
     )
-    keep_map = None
-    if targets.keep_map is not None:
-        keep_map = keep_maps.keep_map(ready.model, ready.coupling, result.plan.keep)
-    return _write(report, result.pruned.proto, keep_map, targets, clock)
+    return finished(report, result.pruned.proto)
 
 
 def _contact_sheet(context: Context) -> ContactSheet | None:
@@ -435,42 +482,6 @@ def _contact_sheet(context: Context) -> ContactSheet | None:
     if context.held_out is None:
         return None
     return contact_sheet(context.samples, context.model)
-
-
-def _write(
-    report: Report,
-    proto: onnx.ModelProto,
-    keep_map: bytes | None,
-    targets: FileTargets,
-    clock: Clock,
-) -> Report:
-    """Write what was asked for, all of it or nothing; the report with what was written."""
-    proto, notes = default_inputs.reopen(proto, report.model)
-    report = replace(report, notes=(*report.notes, *notes))
-    with Batch() as batch:
-        written: Written | None = None
-        with clock("write"):
-            if keep_map is not None and targets.keep_map is not None:
-                batch.add(targets.keep_map, keep_map)
-            if targets.model is not None:
-                written = stage(batch, proto, targets.model)
-                # Removed connections are stored as zeros: their file is as large as the original.
-                narrower = not report.plan.keep.all() and report.settings["granularity"] == "unit"
-                if narrower and not report.settings["force"]:
-                    check_not_larger(report.model, proto, written.bytes)
-                report = replace(
-                    report,
-                    output=str(targets.model),
-                    output_sha256=written.sha256,
-                    after=replace(report.after, bytes=written.bytes),
-                )
-        if targets.page is not None:
-            batch.add(targets.page.path, targets.page.draw(report), first=True)
-        with clock("write"):
-            batch.commit()
-            if written is not None:
-                written.remove_stale()
-    return report
 
 
 def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
@@ -483,8 +494,8 @@ def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
 
 
 def compare(
-    original: File,
-    pruned: File,
+    original: ModelSource,
+    pruned: ModelSource,
     source: Source,
     settings: Settings,
     progress: Progress | None = None,
@@ -492,8 +503,8 @@ def compare(
     """Compare a pruned model with its original: validity, two batch sizes, output error, agreement, accuracy.
 
     Args:
-        original: Model file before pruning.
-        pruned: Model file after pruning.
+        original: Model before pruning, a file or in memory.
+        pruned: Model after pruning.
         source: Samples to compare on; the evaluation part if there is one.
         settings: Device, batch size and options for images and tables.
         progress: Called as ``progress(stage, done, total)``.
@@ -522,7 +533,7 @@ def compare(
     assert samples is not None
     model = dataset.at_data(model, samples)
     size = comparison_size(model, settings.batch_size, settings.activation_memory_limit)
-    trial = Session(model.proto, device, what=str(original))
+    trial = Session(model.proto, device, what=model.path)
     samples = batching.tried(trial, samples, size)
     named = {name for node in other.nodes for name in node.outputs}
     objective = find_objective(model, settings, samples)
@@ -530,8 +541,8 @@ def compare(
     objective = at_outputs(model, objective, lacking)
     objective = scale(model, objective, samples, device, batch_size=size)
     equivalence.structure(other.proto)
-    after = equivalence.watch(model, objective, device, other.proto, str(pruned))
-    before = equivalence.watch(model, objective, device, what=str(original))
+    after = equivalence.watch(model, objective, device, other.proto, other.path)
+    before = equivalence.watch(model, objective, device, what=model.path)
     batches = equivalence.runs_at(model, after, samples, lambda: before)
     found = equivalence.compare(
         model,

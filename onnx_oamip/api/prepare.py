@@ -35,6 +35,7 @@ from onnx_oamip.data.sources import File, Source, samples_of
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple, exclude
+from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.runtime import UNFUSED, Session, resolve_device
 from onnx_oamip.importance import find
@@ -60,7 +61,7 @@ BUDGETS = {budget.name for budget in fields(Budget)}
 
 
 def prepare(
-    path: File,
+    path: ModelSource,
     source: Source | None,
     settings: Settings,
     *,
@@ -72,7 +73,7 @@ def prepare(
     """Load a model, score its units, find the constraints on plans, and measure losses.
 
     Args:
-        path: The model file.
+        path: The model, a file or in memory.
         source: Calibration data (see ``data``); None if no setting needs any.
         settings: Settings of the run.
         eval_data: Held-out data; a part of the calibration data where it is None.
@@ -114,7 +115,7 @@ def prepare(
 
 
 def open_for_plan(
-    path: File,
+    path: ModelSource,
     source: Source | None,
     settings: Settings,
     *,
@@ -125,7 +126,7 @@ def open_for_plan(
     """Load a model and its data for a plan that exists already.
 
     Args:
-        path: The model file.
+        path: The model, a file or in memory.
         source: Calibration data; None only where neither refit nor folding needs any.
         settings: Settings of the plan.
         eval_data: Held-out data; a part of the calibration data where it is None.
@@ -150,7 +151,7 @@ def open_for_plan(
 
 
 def score(
-    path: File,
+    path: ModelSource,
     source: Source | None,
     settings: Settings,
     *,
@@ -160,7 +161,7 @@ def score(
     """Load a model and score its units.
 
     Args:
-        path: The model file.
+        path: The model, a file or in memory.
         source: Calibration data; None where the method needs none.
         settings: Settings of the run.
         progress: Callback ``(stage, done, total)``.
@@ -289,7 +290,7 @@ def _check_effort(settings: Settings) -> None:
 
 
 def open_context(
-    path: File,
+    path: ModelSource,
     source: Source | None,
     settings: Settings,
     *,
@@ -300,7 +301,7 @@ def open_context(
     """Load a model at the shapes of its data and find its units; every command starts here.
 
     Args:
-        path: The model file.
+        path: The model, a file or in memory.
         source: Calibration data; None for random samples, which only run the model.
         settings: Settings of the run.
         eval_data: Held-out data; a part of the calibration data where it is None.

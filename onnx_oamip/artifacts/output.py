@@ -18,11 +18,11 @@ from onnx_oamip.core.atomic_files import Batch, output_errors
 from onnx_oamip.core.errors import OutputError
 from onnx_oamip.core.records import Model, Report
 from onnx_oamip.graph import external_data
-from onnx_oamip.graph.loading import external_paths
+from onnx_oamip.graph.loading import ModelSource, external_paths
 
 
 def check_output(
-    path: str | os.PathLike[str],
+    path: ModelSource,
     output: str | os.PathLike[str],
     sources: Iterable[object] = (),
     option: str = "-o",
@@ -30,7 +30,7 @@ def check_output(
     """Check that an output can be written, before any work is done.
 
     Args:
-        path: Model that is read.
+        path: Model that is read; one in memory is no file that could be overwritten.
         output: File to write.
         sources: Other inputs; those that are no paths are ignored.
         option: Option that gives the output, for error messages.
@@ -52,7 +52,7 @@ def check_output(
         raise OutputError(
             f"the output folder {target.parent} is not writable; choose another {option}."
         )
-    inputs = [Path(path), *external_paths(path)]
+    inputs = [] if isinstance(path, onnx.ModelProto) else [Path(path), *external_paths(path)]
     for source in sources:
         if isinstance(source, (str, os.PathLike)):
             inputs.append(Path(source))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,10 @@ from onnx_oamip.artifacts.score_files import (
     group_axes,
     plain_number,
 )
-from onnx_oamip.core import budgets
+from onnx_oamip.core import budgets, notebook
+from onnx_oamip.core.atomic_files import write_bytes
 from onnx_oamip.core.errors import DataError
+from onnx_oamip.core.notebook import COST_HEADER, cost_rows, summary
 from onnx_oamip.core.records import (
     Axis,
     Bools,
@@ -46,6 +48,8 @@ from onnx_oamip.core.version import __version__
 from onnx_oamip.graph.cost import Ledger
 
 SCHEMA_VERSION = 1
+IN_MEMORY = "(plan)"
+"""Name of a plan in memory in messages and reports."""
 MAX_LISTED_GROUPS = 3
 """Groups that a message lists by name."""
 IRRELEVANT_SETTINGS = ("cache", "force", "workers", "scheduler")
@@ -54,9 +58,9 @@ _EXPECTED = "give what 'onnx-oamip plan' wrote"
 _REMEDY = "fix it, or run 'onnx-oamip plan' again"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Planned:
-    """Result of ``plan``.
+    """Result of ``plan``, which ``apply`` takes as it is or as the file that ``save`` writes.
 
     Attributes:
         model: Model that was planned.
@@ -70,6 +74,8 @@ class Planned:
         seconds: Duration of every stage.
         settings: Options of the run.
         notes: Remarks for a reader.
+        objective: Terms by which a pruned model is judged.
+        losses: Measured loss of each group at its width, None if it was not measured.
     """
 
     model: Model
@@ -84,6 +90,93 @@ class Planned:
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=Objective)
+    losses: tuple[float | None, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Content of the plan file."""
+        return dumps(
+            self.model,
+            self.coupling,
+            self.plan,
+            before=self.before,
+            importance=self.scores.method,
+            budget=self.budget,
+            settings=self.settings,
+            losses=self.losses or (None,) * len(self.coupling.groups),
+            programs=self.scores.programs,
+            notes=self.scores.notes,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Planned:
+        """Write the plan file.
+
+        Args:
+            path: File to write, completely or not at all.
+
+        Returns:
+            The same plan, with the file and its digest.
+
+        Raises:
+            OutputError: The file cannot be written; an existing one is unchanged.
+        """
+        content = self.text.encode()
+        write_bytes(content, Path(path))
+        return replace(self, output=str(path), sha256=hashlib.sha256(content).hexdigest())
+
+    def __repr__(self) -> str:
+        return f"<Planned {self.model.path}: {summary(self.before, self.plan.predicted)}>"
+
+    def _repr_html_(self) -> str:
+        widths = self.plan.widths.tolist()
+        rows = [
+            [group.name, len(group.units), width]
+            for group, width in zip(self.coupling.groups, widths, strict=True)
+        ]
+        return notebook.tables(
+            f"Plan for {self.model.path}",
+            (cost_rows(self.before, self.plan.predicted), COST_HEADER),
+            (rows, ("group", "units", "kept")),
+        )
+
+
+PlanSource = str | os.PathLike[str] | Planned | PlanFile
+"""A plan file, the result of ``plan``, or the content of a plan file."""
+
+
+def content(source: PlanSource) -> PlanFile:
+    """Return the content of a plan.
+
+    Args:
+        source: Plan file, result of ``plan``, or content of a plan file.
+
+    Returns:
+        The content.
+
+    Raises:
+        DataError: The file holds no plan.
+    """
+    if isinstance(source, PlanFile):
+        return source
+    if isinstance(source, Planned):
+        return PlanFile.model_validate_json(source.text, strict=True)
+    return load(source)
+
+
+def name(source: PlanSource) -> str:
+    """Name a plan in messages and reports.
+
+    Args:
+        source: Plan file, result of ``plan``, or content of a plan file.
+
+    Returns:
+        The path, or ``(plan)`` for one in memory.
+    """
+    if isinstance(source, PlanFile):
+        return IN_MEMORY
+    if isinstance(source, Planned):
+        return source.output or IN_MEMORY
+    return os.fspath(source)
 
 
 def dumps(

@@ -103,23 +103,14 @@ def cli(ctx: click.Context) -> None:
 @config_option
 def inspect(model: Path, as_json: bool, **choices: Any) -> None:
     """Show which channels of MODEL can be removed, which cannot and why, and by what a pruned model is judged."""
-    from onnx_oamip.core.settings import Settings
+    from onnx_oamip.api import in_memory
     from onnx_oamip.graph.cost import uncounted_note
-    from onnx_oamip.graph.coupling import couple
-    from onnx_oamip.graph.loading import load
-    from onnx_oamip.objective import detect
-    from onnx_oamip.reporting import documents
-    from onnx_oamip.verification.equivalence import judged
 
-    settings = Settings.create(**choices)
-    loaded = load(model, stated=settings.shapes)
-    objective = detect(loaded, None, settings.task, settings.kinds)
-    with judged(loaded):
-        document = documents.inspection(loaded, couple(loaded), objective)
-    note = uncounted_note(loaded)
+    found = in_memory.inspect(model, **choices)
+    note = uncounted_note(found.model)
     if note:
         click.echo(f"note: {note}", err=True)
-    show(document, as_json)
+    show(found.document, as_json)
 
 
 cli.add_command(prune)

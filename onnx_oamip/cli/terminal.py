@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +14,7 @@ from onnx_oamip.cli.stdout import stream, to_stderr
 
 if TYPE_CHECKING:
     from onnx_oamip.reporting.documents import Document
+    from onnx_oamip.reporting.progress import Bars
 
 
 LOG = logging.getLogger("onnx_oamip")
@@ -54,59 +54,24 @@ class Notes(logging.Handler):
 
 
 class Progress:
-    """Progress bars and notes on stderr.
+    """Notes of the package on stderr, and progress bars where stderr is a terminal.
 
-    Bars are for work that takes more than a second, where stderr is a terminal.
+    To be entered before heavy packages are imported, so that the first bar appears in time.
     """
-
-    DELAY = 1.0
-    """Seconds before the bars appear."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._handler: logging.Handler = logging.NullHandler()
-        self._wanted = not quiet and sys.stderr.isatty()
-        self._lock = threading.Lock()
-        self._tasks: dict[str, Any] = {}
-        self._display: Any = None
-        self._timer: threading.Timer | None = None
+        self._bars: Bars | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Bars:
+        from onnx_oamip.reporting.progress import Bars
+
         self._handler = logging.NullHandler() if self._quiet else Notes()
         LOG.addHandler(self._handler)
         LOG.propagate = False
-        if self._wanted:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Display
-
-            self._display = Display(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._timer = threading.Timer(self.DELAY, self._start)
-            self._timer.daemon = True
-            self._timer.start()
-        return self
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show the progress of a stage.
-
-        Args:
-            stage: Its name.
-            done: Finished steps.
-            total: All steps.
-        """
-        if self._display is None:
-            return
-        with self._lock:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._display.add_task(stage, total=total)
-        self._display.update(self._tasks[stage], completed=done, total=total)
+        self._bars = Bars(not self._quiet and sys.stderr.isatty())
+        return self._bars.__enter__()
 
     def __exit__(
         self,
@@ -116,14 +81,5 @@ class Progress:
     ) -> None:
         LOG.removeHandler(self._handler)
         LOG.propagate = True
-        with self._lock:
-            if self._timer is not None:
-                self._timer.cancel()
-            if self._display is not None:
-                self._display.stop()
-            self._wanted = False
-
-    def _start(self) -> None:
-        with self._lock:
-            if self._wanted:
-                self._display.start()
+        if self._bars is not None:
+            self._bars.__exit__(kind, value, trace)

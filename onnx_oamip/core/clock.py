@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+from onnx_oamip.core.progress import Progress
 
 
 class Clock:
@@ -14,7 +16,16 @@ class Clock:
         seconds: Seconds so far by the name of the stage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Progress | None = None, steps: Sequence[str] = ()) -> None:
+        """Start with no seconds.
+
+        Args:
+            progress: Callback of the run; its method ``begin`` is called at every step, if it has one.
+            steps: Names of the stages that are steps of the run, in their order.
+        """
+        self._begin = getattr(progress, "begin", None)
+        self._steps = tuple(steps)
+        self._reached = 0
         self.seconds: dict[str, float] = {}
         self._running: list[str] = []
         self._since = 0.0
@@ -28,11 +39,19 @@ class Clock:
         """
         self._add_elapsed()
         self._running.append(stage)
+        self._announce(stage)
         try:
             yield
         finally:
             self._add_elapsed()
             self._running.pop()
+
+    def _announce(self, stage: str) -> None:
+        """Report a step; a stage that comes before its turn is none."""
+        if self._begin is None or stage not in self._steps[self._reached : self._reached + 1]:
+            return
+        self._reached += 1
+        self._begin(stage, self._reached, len(self._steps))
 
     def _add_elapsed(self) -> None:
         """Add the time since the last call to the innermost running stage."""

@@ -14,12 +14,12 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from onnx_oamip.core.errors import DataError
-from onnx_oamip.core.foreign_code import described
+from onnx_oamip.core.foreign_code import described, foreign_code
 from onnx_oamip.core.records import (
     Array,
     Ints,
@@ -32,6 +32,7 @@ from onnx_oamip.data import (
     array_checks,
     feed_functions,
     formats,
+    in_memory,
     layouts,
     out_of_core,
     unequal,
@@ -50,8 +51,17 @@ MAX_RANDOM_BYTES = 1 << 28
 EVALUATION_PARTS = 5
 """One of this many parts of the samples is held out."""
 
-FeedIterable = Iterable[Mapping[str, Array]]
-"""FeedIterable of a program: any iterable of dicts of arrays by input name."""
+
+class Items(Protocol):
+    """Samples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
+FeedIterable = Iterable[Any] | Items
+"""Samples in memory, see ``in_memory``."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +289,7 @@ def load(
     """Load data and check them against the model's inputs.
 
     Args:
-        source: Path, ``module:function``, arrays by name, or feeds.
+        source: Path, ``module:function``, or samples in memory (``in_memory``).
         model: Model that reads the data.
         prefix: ``EVALUATION`` for the evaluation part of the source, empty for the rest.
         reading: Reading of images and tables.
@@ -293,14 +303,18 @@ def load(
     """
     if prefix == EVALUATION and not _has_parts(source):
         return None
-    if isinstance(source, Mapping):
-        loaded = Loaded(_native(source), "the data")
-    elif isinstance(source, (str, os.PathLike)):
+    reading = reading or Reading()
+    if isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
         refuse_special(Path(name), "the data", DataError)
-        loaded = formats.find(name).read(name, model, reading or Reading())
+        loaded = formats.find(name).read(name, model, reading)
     else:
-        loaded = feed_functions.collect(source, "the data", reading or Reading())
+        with foreign_code("the data", DataError, feed_functions.ADVICE):
+            named = in_memory.by_name(source, model, reading.most)
+        if isinstance(named.samples, Mapping):
+            loaded = Loaded(_native(named.samples), "the data")
+        else:
+            loaded = feed_functions.collect(named.samples, "the data", named.most)
     inputs = {port.name for port in model.inputs}
     held_out = {k for k in loaded.arrays if k.startswith(EVALUATION) and k not in inputs}
     if prefix == EVALUATION:

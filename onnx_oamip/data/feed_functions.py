@@ -60,13 +60,13 @@ def load(source: str, _model: Model, reading: Reading) -> Loaded:
     return _collected(feeds, where, source, reading.most)
 
 
-def collect(feeds: Any, where: str, reading: Reading) -> Loaded:
+def collect(feeds: Any, where: str, most: int | None) -> Loaded:
     """Collect feeds in memory.
 
     Args:
         feeds: An iterable of feeds, or an object with ``get_next()``.
         where: Name of the source.
-        reading: Most samples to take of an iterable without a length, which may have no end.
+        most: Most samples to take; None for all.
 
     Returns:
         Arrays by input name, one whole feed per index of axis 0.
@@ -74,7 +74,7 @@ def collect(feeds: Any, where: str, reading: Reading) -> Loaded:
     Raises:
         DataError: There are no feeds, or they have unequal names or types.
     """
-    return _collected(feeds, where, where, None if hasattr(feeds, "__len__") else reading.most)
+    return _collected(feeds, where, where, most)
 
 
 def _collected(feeds: Any, where: str, source: str, most: int | None) -> Loaded:

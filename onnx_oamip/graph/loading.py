@@ -63,6 +63,10 @@ from onnx_oamip.graph.shape_inference import (
 from onnx_oamip.graph.shape_inference import sizes as stated_sizes
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
+ModelSource = str | os.PathLike[str] | ModelProto
+"""A model file, or a model in memory."""
+IN_MEMORY = "(model)"
+"""Name of a model in memory in messages and reports."""
 SHORT_CONSTANTS = {
     "value_float": TensorProto.FLOAT,
     "value_floats": TensorProto.FLOAT,
@@ -89,7 +93,7 @@ class ModelFile(NamedTuple):
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: ModelSource,
     bindings: Mapping[str, int] | None = None,
     *,
     stated: Mapping[str, tuple[int, ...]] | None = None,
@@ -97,7 +101,7 @@ def load(
     """Reads, checks and normalises a model.
 
     Args:
-        path: Model file.
+        path: Model file, or a model in memory, which is not changed.
         bindings: Sizes of symbolic dimensions, by name (``batch``) or by position (``input.2``). Default: 1 for the
             leading dimension of every input; 64 in images and 16 elsewhere for other symbols, and more where a kernel
             is longer.
@@ -110,8 +114,12 @@ def load(
         ModelError: The file is missing, truncated or invalid.
         SettingsError: A stated shape does not fit the inputs.
     """
-    file = Path(path)
-    found = read(file)
+    if isinstance(path, ModelProto):
+        name = IN_MEMORY
+        found = read_proto(path)
+    else:
+        name = str(Path(path))
+        found = read(Path(path))
     interface = default_inputs.take(found.proto)
     try:
         # Shape inference follows every call of a function: too many calls are refused before.
@@ -120,12 +128,12 @@ def load(
         proto = _normalise(source)
         notes = (*notes, *conformance.declare_outputs(proto))
         sizes = {**(bindings or {}), **_stated_sizes(proto, stated or {})}
-        model = from_proto(proto, sizes, path=str(file), sha256=found.sha256, size=found.size)
+        model = from_proto(proto, sizes, path=name, sha256=found.sha256, size=found.size)
     except OamipError:
         raise
     except Exception:
         # If the runtime refuses the model too, the model is at fault; else this package is.
-        Session(file, "cpu", what=str(file))
+        Session(path if isinstance(path, ModelProto) else Path(path), "cpu", what=name)
         raise
     finite_weights.check(model)
     return replace(model, interface=interface, notes=notes)
@@ -281,25 +289,73 @@ def read(file: Path) -> ModelFile:
         raise ModelError(
             f"{file} is not an ONNX model or is truncated ({size} bytes do not parse); export it again."
         ) from error
-    if not proto.graph.node or not proto.opset_import:
-        raise ModelError(
-            f"{file} is not an ONNX model: it holds no graph; give a file written by an ONNX exporter."
-        )
+    _check_graph(str(file), proto)
     data_files = _data_files(file, proto)
     for data_file in data_files.values():
         size += data_file.stat().st_size
         _add_content(digest, data_file)
     _resolve_external_data(file, proto, {**data_files, str(file.resolve()): file}, size)
+    written_out = _conform(str(file), proto)
+    return ModelFile(proto, digest.hexdigest(), size, written_out)
+
+
+def read_proto(source: ModelProto) -> ModelFile:
+    """Copies and checks a model in memory.
+
+    Args:
+        source: The model, which is not changed.
+
+    Returns:
+        A copy, with the digest and the size of the file that ``onnx.save`` would write.
+
+    Raises:
+        ModelError: The model is invalid, too large for one file, or refers to weights in files.
+    """
+    _check_graph(IN_MEMORY, source)
+    away = sorted(_external_names(source))
+    if away:
+        raise ModelError(
+            f"{IN_MEMORY} refers to weights in '{away[0]}', which were not loaded; give the path of the model, or load "
+            "it with 'onnx.load(path)'."
+        )
+    size = source.ByteSize()
+    if size >= external_data.PROTOBUF_LIMIT:
+        raise ModelError(
+            f"{IN_MEMORY} holds {size:,} bytes, more than one file of ONNX can; save it with its weights in files "
+            "beside it, and give the path."
+        )
+    content = source.SerializeToString(deterministic=True)
+    proto = ModelProto.FromString(content)
+    written_out = _conform(IN_MEMORY, proto)
+    return ModelFile(proto, hashlib.sha256(content).hexdigest(), size, written_out)
+
+
+def _check_graph(name: str, proto: ModelProto) -> None:
+    if not proto.graph.node or not proto.opset_import:
+        raise ModelError(
+            f"{name} is not an ONNX model: it holds no graph; give a file written by an ONNX exporter."
+        )
+
+
+def _conform(name: str, proto: ModelProto) -> tuple[str, ...]:
+    """Corrects small deviations from the standard, writes out fused operators, and checks a model, in place.
+
+    Returns:
+        Names of the fused operators.
+
+    Raises:
+        ModelError: The model is invalid.
+    """
     try:
         conformance.conform(proto)
     except ModelError as error:
-        raise ModelError(f"{file} is not a valid ONNX model: {error}") from error
+        raise ModelError(f"{name} is not a valid ONNX model: {error}") from error
     written_out = fused.write_out(proto)
     try:
         onnx.checker.check_model(conformance.with_shapes(external_data.checkable(proto)))
     except Exception as error:
-        raise ModelError(f"{file} is not a valid ONNX model: {_first_line(error)}.") from error
-    return ModelFile(proto, digest.hexdigest(), size, written_out)
+        raise ModelError(f"{name} is not a valid ONNX model: {_first_line(error)}.") from error
+    return written_out
 
 
 def _add_content(digest: Any, file: Path) -> None:

@@ -122,7 +122,7 @@ class Interface:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A loaded model: constants folded, nodes named, shapes known for one batch.
 
@@ -165,6 +165,9 @@ class Model:
     computed: frozenset[str] = frozenset()
     views: Mapping[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Model {self.path}: {len(self.nodes)} nodes, {self.file_bytes:,} bytes>"
 
     @property
     def initialisers(self) -> list[str]:
@@ -268,7 +271,7 @@ class Pinned:
     given: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Coupling:
     """The relation that ties channels across tensors.
 
@@ -289,6 +292,9 @@ class Coupling:
     consumers: tuple[Consumer, ...]
     pinned: tuple[Pinned, ...]
     inside: tuple[Consumer, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Coupling: {self.n_units:,} units in {len(self.groups)} groups, {len(self.pinned)} pinned axes>"
 
     def keep(self, axis: Axis, units: Bools) -> Bools:
         """Turn a keep mask of units into one of the indices of an axis.

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from onnx_oamip.core.notebook import COST_HEADER, cost_rows, summary, tables
 from onnx_oamip.core.records.graph import (
     Array,
     Bools,
@@ -68,7 +71,7 @@ class Cost:
     bytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Units to keep (n_units,), the width of every group, the predicted cost, and the programs behind them."""
 
@@ -78,6 +81,10 @@ class Plan:
     predicted: Cost
     programs: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        kept = int(np.count_nonzero(self.keep))
+        return f"<Plan: keeps {kept:,} of {len(self.keep):,} units in {len(self.widths)} groups, by {self.allocation}>"
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class Fit:
     error_after: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pruned:
     """A rewritten model: ``raw`` before the refit, ``proto`` after it, and the ``fits`` of its nodes.
 
@@ -105,6 +112,9 @@ class Pruned:
     notes: tuple[str, ...] = ()
     fits: tuple[Fit, ...] = ()
     losses: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<Pruned: {len(self.fits)} nodes refitted>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +157,7 @@ class Latency:
     doubt: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """Checks and measurements of a pruned model.
 
@@ -180,6 +190,33 @@ class Verification:
             return None
         return self.latency.median
 
+    @property
+    def sentence(self) -> str:
+        """The measurements in one line."""
+        parts = []
+        if self.accuracy_before is not None and self.accuracy_after is not None:
+            parts.append(f"accuracy {self.accuracy_before:.2%} -> {self.accuracy_after:.2%}")
+        if self.agreement is not None:
+            parts.append(f"agreement {self.agreement:.2%}")
+        if self.output_relative_error is not None:
+            parts.append(f"output error {self.output_relative_error:.3g}")
+        if self.latency_ratio is not None:
+            parts.append(f"latency ratio {self.latency_ratio:.2f}")
+        if self.failures:
+            parts.append(f"failed: {'; '.join(self.failures)}")
+        measured = ", ".join(parts) or "not measured"
+        return f"{measured} ({self.samples:,} samples)"
+
+    def __repr__(self) -> str:
+        return f"<Verification: {self.sentence}>"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (measure.term, measure.kind, measure.measure, f"{measure.lost:.2f}")
+            for measure in self.outputs
+        ]
+        return tables(self.sentence, (rows, ("output", "kind", "measure", "points lost")))
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -208,7 +245,7 @@ class Point:
     sha256: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Frontier:
     """Cost and accuracy of a model at several budgets; ``reporting.documents.frontier`` converts it to JSON.
 
@@ -228,6 +265,20 @@ class Frontier:
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     objective: Objective = field(default_factory=Objective)
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{point.asked:g}" for point in self.points)
+        return f"<Frontier {self.model.path}: {len(self.points)} levels of MACs ({levels})>"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for point in self.points:
+            if point.cost is None or point.verification is None:
+                rows.append((f"{point.asked:g}", "-", point.reason))
+            else:
+                share = point.cost.macs / self.before.macs
+                rows.append((f"{point.asked:g}", f"{share:.3f}", point.verification.sentence))
+        return tables(f"Frontier of {self.model.path}", (rows, ("asked", "MACs", "result")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +341,7 @@ class ContactSheet:
     high: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Result of ``prune`` or ``apply``; ``document`` converts it to JSON.
 
@@ -320,3 +371,20 @@ class Report:
     reading: Mapping[str, Any] | None = None
     contact_sheet: ContactSheet | None = None
     compared: Mapping[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        costs = summary(self.before, self.after)
+        return f"<Report {self.model.path} -> {self.output}: {costs}; {self.verification.sentence}>"
+
+    def _repr_html_(self) -> str:
+        widths = self.plan.widths.tolist()
+        groups = [
+            (group.name, len(group.units), width)
+            for group, width in zip(self.coupling.groups, widths, strict=True)
+        ]
+        return tables(
+            f"{self.model.path}: {self.verification.sentence}",
+            (cost_rows(self.before, self.after), COST_HEADER),
+            (groups, ("group", "units", "kept")),
+            ([(note,) for note in dict.fromkeys(self.notes)], ("notes",)),
+        )

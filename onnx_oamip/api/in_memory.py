@@ -1,0 +1,327 @@
+"""Public functions: models and data are files or in memory, results are in memory, and files are written if named.
+
+``prune`` and ``apply`` return a ``Result`` with the pruned model. With a third argument, the file to write, they return
+the report alone, as the command line uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, Literal, TypeAlias, overload
+
+from onnx_oamip.api import pipeline
+from onnx_oamip.api.results import Inspection, Result
+from onnx_oamip.artifacts.output import Page
+from onnx_oamip.artifacts.plan_files import Planned, PlanSource
+from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.progress import Progress
+from onnx_oamip.core.records import Report, Verification
+from onnx_oamip.core.renamed_parameters import earlier_names
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.sources import File, Source
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.loading import ModelSource, load
+from onnx_oamip.objective import detect
+from onnx_oamip.reporting.progress import Bars
+from onnx_oamip.verification.equivalence import judged
+
+ShownProgress: TypeAlias = "Progress | bool | None"
+"""A callback, or True for bars on stderr or in the notebook."""
+
+
+class _Unset(Enum):
+    """Type of the default of ``output``, which differs from None."""
+
+    UNSET = "unset"
+
+
+_UNSET = _Unset.UNSET
+
+
+@overload
+def prune(
+    model: ModelSource,
+    data: Source | None,
+    output: File | None,
+    settings: Settings,
+    eval_data: Source | None = None,
+    *,
+    progress: ShownProgress = None,
+    scores: File | None = None,
+    keep_map: File | None = None,
+    page: Page | None = None,
+) -> Report: ...
+
+
+@overload
+def prune(
+    model: ModelSource,
+    data: Source | None = None,
+    *,
+    settings: Settings | None = None,
+    eval_data: Source | None = None,
+    progress: ShownProgress = None,
+    scores: File | None = None,
+    **options: Any,
+) -> Result: ...
+
+
+@earlier_names(path="model", source="data")
+def prune(
+    model: ModelSource,
+    data: Source | None = None,
+    output: File | Literal[_Unset.UNSET] | None = _UNSET,
+    settings: Settings | None = None,
+    eval_data: Source | None = None,
+    *,
+    progress: ShownProgress = None,
+    scores: File | None = None,
+    keep_map: File | None = None,
+    page: Page | None = None,
+    **options: Any,
+) -> Result | Report:
+    """Prune a model to budgets and verify the result.
+
+    Args:
+        model: Model file, or an ``onnx.ModelProto``, which is not changed.
+        data: Calibration samples: a path, ``module:function``, arrays by input name, an array, a tuple of arrays with
+            labels last, or an iterable of feeds, such as a ``DataLoader``. None for methods that need no data.
+        output: File to write, or None to write nothing and get the report alone. Default: the result stays in memory.
+        settings: Budgets and options.
+        eval_data: Samples to measure the result on. Default: the held-out part of ``data``.
+        progress: True for bars, or a function that is called as ``progress(stage, done, total)``.
+        scores: File of scores written by ``score``, used in place of the importance method.
+        keep_map: File to write the kept indices of every weight to; needs ``output``.
+        page: HTML page about the run, written with the model; needs ``output``.
+        **options: Settings by name, such as ``macs=0.5``; they take precedence over ``settings``.
+
+    Returns:
+        The pruned model with its report; the report alone if ``output`` is given.
+
+    Raises:
+        OamipError: Bad input or a missing package (``exit_code`` 2). No file is written.
+        BudgetNotMet: No plan meets the budgets (``exit_code`` 1). No file is written.
+        GateFailed: The result failed a check (``exit_code`` 1). No file is written.
+    """
+    asked = _settings(settings, options)
+    with _shown(progress) as callback:
+        if output is _UNSET:
+            _refuse_files(keep_map, page)
+            return pipeline.pruned(
+                model, data, asked, eval_data=eval_data, progress=callback, scores=scores
+            )
+        return pipeline.prune(
+            model,
+            data,
+            output,
+            asked,
+            eval_data,
+            progress=callback,
+            scores=scores,
+            keep_map=keep_map,
+            page=page,
+        )
+
+
+@earlier_names(path="model", source="data")
+def plan(
+    model: ModelSource,
+    data: Source | None = None,
+    output: File | None = None,
+    settings: Settings | None = None,
+    eval_data: Source | None = None,
+    *,
+    progress: ShownProgress = None,
+    scores: File | None = None,
+    **options: Any,
+) -> Planned:
+    """Choose the units to keep under budgets.
+
+    Args:
+        model: Model file, or an ``onnx.ModelProto``.
+        data: Calibration samples as for ``prune``, or None for methods that need no data.
+        output: Plan file to write (JSON). Default: none is written.
+        settings: Budgets and options.
+        eval_data: Samples to measure on. Default: the held-out part of ``data``.
+        progress: True for bars, or a function that is called as ``progress(stage, done, total)``.
+        scores: File of scores written by ``score``, used in place of the importance method.
+        **options: Settings by name; they take precedence over ``settings``.
+
+    Returns:
+        The plan with its predicted cost, which ``apply`` takes and ``Planned.save`` writes.
+
+    Raises:
+        OamipError: Bad input or a missing package. No file is written.
+        BudgetNotMet: No plan meets the budgets. No file is written.
+    """
+    asked = _settings(settings, options)
+    with _shown(progress) as callback:
+        return pipeline.plan(
+            model, data, output, asked, eval_data, progress=callback, scores=scores
+        )
+
+
+@overload
+def apply(
+    model: ModelSource,
+    plan: PlanSource,
+    data: Source | None,
+    output: File | None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    eval_data: Source | None = None,
+    progress: ShownProgress = None,
+    keep_map: File | None = None,
+    page: Page | None = None,
+) -> Report: ...
+
+
+@overload
+def apply(
+    model: ModelSource,
+    plan: PlanSource,
+    data: Source | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    eval_data: Source | None = None,
+    progress: ShownProgress = None,
+    **options: Any,
+) -> Result: ...
+
+
+@earlier_names(path="model", plan_file="plan", source="data")
+def apply(
+    model: ModelSource,
+    plan: PlanSource,
+    data: Source | None = None,
+    output: File | Literal[_Unset.UNSET] | None = _UNSET,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    eval_data: Source | None = None,
+    progress: ShownProgress = None,
+    keep_map: File | None = None,
+    page: Page | None = None,
+    **options: Any,
+) -> Result | Report:
+    """Carry out a plan, edited or not: rewrite, refit and verify.
+
+    The plan is followed as it is, whatever budget it was made for.
+
+    Args:
+        model: Model file, or an ``onnx.ModelProto``.
+        plan: Result of ``plan``, or a plan file.
+        data: Calibration samples as for ``prune``, or None if the settings of the plan need no data.
+        output: File to write, or None to write nothing and get the report alone. Default: the result stays in memory.
+        changes: Settings that replace those recorded in the plan, by name.
+        eval_data: Samples to measure on. Default: the held-out part of ``data``.
+        progress: True for bars, or a function that is called as ``progress(stage, done, total)``.
+        keep_map: File to write the kept indices of every weight to; needs ``output``.
+        page: HTML page about the run, written with the model; needs ``output``.
+        **options: Settings as in ``changes``.
+
+    Returns:
+        The pruned model with its report, which has no scores; the report alone if ``output`` is given.
+
+    Raises:
+        OamipError: Bad input, or a plan that does not fit the model. No file is written.
+        GateFailed: The result failed a check. No file is written.
+    """
+    replaced = {**(changes or {}), **options}
+    with _shown(progress) as callback:
+        if output is _UNSET:
+            _refuse_files(keep_map, page)
+            return pipeline.applied(
+                model, plan, data, replaced, eval_data=eval_data, progress=callback
+            )
+        return pipeline.apply(
+            model,
+            plan,
+            data,
+            output,
+            replaced,
+            eval_data=eval_data,
+            progress=callback,
+            keep_map=keep_map,
+            page=page,
+        )
+
+
+def inspect(model: ModelSource, *, settings: Settings | None = None, **options: Any) -> Inspection:
+    """Find what can be removed from a model, what cannot and why, and by what a pruned model is judged.
+
+    Args:
+        model: Model file, or an ``onnx.ModelProto``.
+        settings: Options ``task``, ``outputs`` and ``shape``.
+        **options: Settings by name; they take precedence over ``settings``.
+
+    Returns:
+        The model with its units and its objective.
+
+    Raises:
+        OamipError: The model cannot be read, or a setting does not fit it.
+    """
+    asked = _settings(settings, options)
+    loaded = load(model, stated=asked.shapes)
+    objective = detect(loaded, None, asked.task, asked.kinds)
+    with judged(loaded):
+        coupling = couple(loaded)
+    return Inspection(loaded, coupling, objective)
+
+
+def verify(
+    original: ModelSource,
+    pruned: ModelSource | Result,
+    data: Source,
+    settings: Settings | None = None,
+    *,
+    progress: ShownProgress = None,
+    **options: Any,
+) -> Verification:
+    """Compare a pruned model with its original: validity, two batch sizes, output error, agreement, accuracy.
+
+    Args:
+        original: Model before pruning, a file or an ``onnx.ModelProto``.
+        pruned: Model after pruning, or a ``Result``.
+        data: Samples to compare on, as for ``prune``; the evaluation part if there is one.
+        settings: Device, batch size and options for images and tables.
+        progress: True for bars, or a function that is called as ``progress(stage, done, total)``.
+        **options: Settings by name; they take precedence over ``settings``.
+
+    Returns:
+        The checks and measurements; ``failures`` lists the checks that do not hold.
+
+    Raises:
+        OamipError: Bad input or a missing package.
+        GateFailed: The models have different inputs or outputs, or the pruned model is not valid.
+    """
+    other = pruned.model if isinstance(pruned, Result) else pruned
+    with _shown(progress) as callback:
+        return pipeline.compare(original, other, data, _settings(settings, options), callback)
+
+
+def _settings(settings: Settings | None, options: Mapping[str, Any]) -> Settings:
+    """Settings with those that are given by name."""
+    if settings is None:
+        return Settings.create(**options)
+    if not options:
+        return settings
+    return Settings.create(**{**settings.model_dump(exclude_unset=True), **options})
+
+
+def _refuse_files(keep_map: File | None, page: Page | None) -> None:
+    if keep_map is not None or page is not None:
+        raise SettingsError(
+            "a keep-map and a page are written with the model; give `output`, or write them by 'Result.save'."
+        )
+
+
+@contextmanager
+def _shown(progress: ShownProgress) -> Iterator[Progress | None]:
+    """The callback of a run; bars while it runs if True was given."""
+    if progress is True:
+        with Bars() as bars:
+            yield bars
+    else:
+        yield progress or None

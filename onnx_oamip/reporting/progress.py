@@ -1,0 +1,99 @@
+"""Progress bars on stderr or in a notebook, by rich."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Any
+
+
+class Bars:
+    """Bars of a run: one for its steps, and one for every stage that counts.
+
+    They are for work that takes longer than ``DELAY``. An instance is a callback ``progress(stage, done, total)``.
+    """
+
+    DELAY = 0.5
+    """Seconds before the bars appear."""
+
+    def __init__(self, wanted: bool = True) -> None:
+        """Create the bars, which are shown inside a ``with`` block.
+
+        Args:
+            wanted: False for a callback that shows nothing.
+        """
+        self._wanted = wanted
+        self._lock = threading.Lock()
+        self._tasks: dict[str, Any] = {}
+        self._overall: Any = None
+        self._display: Any = None
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Bars:
+        if self._wanted:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Display
+
+            self._display = Display(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._overall = self._display.add_task("start", total=None)
+            self._timer = threading.Timer(self.DELAY, self._start)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def begin(self, step: str, number: int, count: int) -> None:
+        """Show the step that a run has come to.
+
+        Args:
+            step: Its name.
+            number: Its number, from 1.
+            count: Number of all steps.
+        """
+        if self._display is not None:
+            self._display.update(
+                self._overall,
+                description=f"step {number} of {count}: {step}",
+                completed=number - 1,
+                total=count,
+            )
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show the progress of a stage.
+
+        Args:
+            stage: Its name.
+            done: Finished parts.
+            total: All parts.
+        """
+        if self._display is None:
+            return
+        with self._lock:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._display.add_task(stage, total=total)
+        self._display.update(self._tasks[stage], completed=done, total=total)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            if self._display is not None:
+                self._display.stop()
+            self._wanted = False
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._wanted:
+                self._display.start()
