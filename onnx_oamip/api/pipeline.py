@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,11 @@ from onnx_oamip.artifacts.output import (
 )
 from onnx_oamip.artifacts.plan_files import Planned, PlanSource
 from onnx_oamip.artifacts.score_files import Scored
+<<<<<<< HEAD
+=======
+from onnx_oamip.core.atomic_files import Batch, write_bytes
+from onnx_oamip.core.budgets import KINDS
+>>>>>>> 31b6efb (Find the critical units without a budget, and keep the fewest units within a summed loss)
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
 from onnx_oamip.core.progress import APPLY, PLAN, PREPARATION, PRUNE, Progress
@@ -51,12 +57,18 @@ from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification import equivalence
 from onnx_oamip.verification.latency import compare_latency, described
 
+LOG = logging.getLogger("onnx_oamip")
 PROOF_SAMPLES = 64
 """Samples on which pruned and masked are compared: exactness does not need more."""
 GATE_SECONDS = (0.3, 2.0)
 """Time for the latency gate: a first look, and a longer one where that does not show the pruned model to be faster."""
+<<<<<<< HEAD
 BUDGET_SECONDS = (3.0, 6.0)
 """Time for the gate of a latency budget, and a longer one where the first ratio is in doubt."""
+=======
+MAX_SILENT_DROP = 1.0
+"""Points above which a loss is warned of if no budget bounds a cost or the drop."""
+>>>>>>> 31b6efb (Find the critical units without a budget, and keep the fewest units within a summed loss)
 SLOWER = 1.02
 """A pruned model is refused where even the optimistic end of its measured latency ratio is above this."""
 
@@ -463,6 +475,7 @@ def _finish(
             *result.plan.notes,
             *result.pruned.notes,
             *notes,
+            *_unbounded_loss(budget, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
             *ready.store.notes(),
         ),
@@ -475,6 +488,26 @@ def _finish(
         compared=result.pruned.losses,
     )
     return finished(report, result.pruned.proto)
+
+
+def _unbounded_loss(budget: Budget, verification: Verification) -> tuple[str, ...]:
+    """Note and warning if a threshold or a bound on summed losses took more than ``MAX_SILENT_DROP`` points.
+
+    Scores and losses are no points: such a budget does not say how much accuracy may be lost.
+    """
+    scored = {kind.name for kind in KINDS} - {"threshold", "max_loss"}
+    if any(getattr(budget, name) is not None for name in scored):
+        return ()
+    lost = [measure for measure in verification.outputs if measure.lost > MAX_SILENT_DROP]
+    if not lost:
+        return ()
+    worst = max(lost, key=lambda measure: measure.lost)
+    note = (
+        f"the pruned model loses {worst.lost:.1f} points ({worst.measure} of '{worst.term}'); give `max_drop` to bound "
+        "the loss, or a lower `threshold` or `max_loss`"
+    )
+    LOG.warning("%s", note)
+    return (note,)
 
 
 def _contact_sheet(context: Context) -> ContactSheet | None:

@@ -43,6 +43,7 @@ from onnx_oamip.objective import find_objective, scale
 from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import (
     allocation,
+    critical_units,
     iterative,
     limits,
     plan_constraints,
@@ -93,15 +94,20 @@ def prepare(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
     if scores is None:
-        found = scoring.score(context)
+        settings_of_losses = critical_units.without_repair(settings)
+        found = scoring.score(replace(context, settings=settings_of_losses))
     else:
         found = score_files.load_scores(scores, context.model, context.coupling)
         context = replace(context, settings=_scored_by(found, settings, source))
+        _check_amount(context.settings)
     constraints = plan_constraints.constraints(context, found)
     found = constraints.apply(context.coupling, found)
     with context.clock("sensitivity"):
         steps = _steps(context)
-        ladder, curves = width_losses.measure(context, found, step=steps, floor=constraints.floor)
+        unrepaired = replace(context, settings=critical_units.without_repair(context.settings))
+        ladder, curves = width_losses.measure(
+            unrepaired, found, step=steps, floor=constraints.floor
+        )
     context.collected.forget(but=_needed_later(context.settings))
     inherited = {field.name: getattr(context, field.name) for field in fields(Context)}
     return Prepared(
@@ -184,7 +190,9 @@ def score(
 def _needed_later(settings: Settings) -> set[Request[Any]]:
     """Statistics of the original model that are read after its scores and losses are known."""
     refitting = {MOMENTS} if settings.refit == "bias" else set()
-    again = settings.iterations > 1 or settings.effort == "high"
+    again = (
+        settings.iterations > 1 or settings.effort == "high" or critical_units.is_possible(settings)
+    )
     measuring_again = {COVARIANCE} if again and width_losses.programmed(settings) else set()
     return refitting | measuring_again
 
@@ -243,11 +251,9 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     method = find(settings.importance)
     if settings.granularity == "connection":
         connections.check(settings, scored)
-    elif settings.budget == Budget() and settings.alpha is None:
-        names = [f"`{kind.name}`" for kind in KINDS]
-        raise SettingsError(
-            f"nothing says how much to keep; give {', '.join(names[:-1])} or {names[-1]}."
-        )
+    elif not scored:
+        _check_amount(settings)
+    critical_units.check(settings)
     iterative.check(settings, scored)
     limit_method = limits.find(settings.limits)
     if limit_method is not None:
@@ -255,6 +261,10 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     if settings.latency is not None and settings.allocate != "mip":
         raise SettingsError(
             f"`latency` needs `allocate=mip`, not {settings.allocate}: only the program knows times."
+        )
+    if settings.max_loss is not None and settings.allocate != "mip":
+        raise SettingsError(
+            f"`max_loss` needs `allocate=mip`, not {settings.allocate}: only the program knows losses."
         )
     if settings.effort == "high":
         _check_effort(settings)
@@ -273,6 +283,19 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
                     f"{what} needs calibration data; give `data`, or use `importance=l2`, `allocate=uniform` "
                     "and `refit=none`."
                 )
+
+
+def _check_amount(settings: Settings) -> None:
+    """Refuse settings by which nothing says how much to keep."""
+    if settings.budget != Budget() or settings.alpha is not None:
+        return
+    if critical_units.is_possible(settings):
+        return
+    names = [f"`{kind.name}`" for kind in KINDS]
+    raise SettingsError(
+        f"nothing says how much to keep; give {', '.join(names[:-1])} or {names[-1]}, or `importance=oamip` with "
+        "`allocate=mip`, which finds the critical units."
+    )
 
 
 def _check_effort(settings: Settings) -> None:

@@ -101,8 +101,9 @@ def prune(
 ) -> None:
     """Write a smaller MODEL to OUT.onnx that meets the budgets, and report what was done.
 
-    At least one of --macs, --params, --size, --latency, --max-drop, --threshold and --alpha is required. If several
-    are given, all are met. Nothing is written unless every check holds.
+    At least one of --macs, --params, --size, --latency, --max-drop, --max-loss, --threshold and --alpha is required,
+    but with --importance oamip, which finds the critical units without one. If several are given, all are met. Nothing
+    is written unless every check holds.
     """
     from onnx_oamip.api import pipeline
     from onnx_oamip.core.settings import Settings

@@ -52,6 +52,7 @@ KINDS = (
     BudgetKind("latency", noun="latency"),
     BudgetKind("max_drop"),
     BudgetKind("threshold"),
+    BudgetKind("max_loss"),
 )
 """All budgets; the measured ones come after the counted ones."""
 

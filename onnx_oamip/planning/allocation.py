@@ -37,6 +37,8 @@ from onnx_oamip.planning.budget_program import (
     Ladder,
     LinearisedLimit,
     choose,
+    fewest_units,
+    multiplier,
 )
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.verification.latency import find_step
@@ -192,9 +194,13 @@ def allocate(
         )
     programs: tuple[Mapping[str, Any], ...] = ()
     if ladder is not None:
+        if settings.max_loss is None:
+            programmed = ladder
+        else:
+            programmed = fewest_units(ladder, settings.max_loss)
         try:
             widths, programs = _programmed(
-                ladder,
+                programmed,
                 ceiling,
                 ledger=ledger,
                 limit=limit,
@@ -205,13 +211,16 @@ def allocate(
             held = ", ".join((*_floors(settings), *_others(coupling, settings)))
             told = f"; what keeps widths up: {held}." if held else "."
             raise BudgetNotMet(f"{str(error).rstrip('.')}{told}") from error
-        if (
-            not extra
-        ):  # what the rungs left unused; a measured limit is not counted here and gets no filling
+        # What the rungs left unused. A measured limit is not counted here and gets no filling, and neither does a
+        # program that keeps as few units as possible.
+        if not extra and settings.max_loss is None:
             widths = _fill(ledger, limit, widths, step=step, ceiling=ceiling, full=full)
             used = limit.shares(ledger.cost(widths))
             binding = [name for name, share in used.items() if share >= BINDING]
             programs = (*programs[:-1], {**programs[-1], "used": used, "binding": binding})
+        if settings.max_loss is not None:
+            traded = _trade(ladder, ceiling, widths, settings.max_loss)
+            programs = (*programs[:-1], {**programs[-1], **traded})
     elif fits(ceiling):
         widths = ceiling
     else:
@@ -235,6 +244,23 @@ def allocate(
         predicted=ledger.cost(widths),
         programs=programs,
     )
+
+
+def _trade(ladder: Ladder, ceiling: Ints, widths: Ints, max_loss: float) -> dict[str, float]:
+    """Record of the trade between loss and units: the multiplier of the bound, and a bound on the number of units."""
+    allowed = [np.flatnonzero(w <= c) for w, c in zip(ladder.widths, ceiling, strict=True)]
+    weight, units = multiplier(_at(ladder, allowed), max_loss)
+    loss = sum(
+        float(np.interp(width, w, cost))
+        for width, w, cost in zip(widths, ladder.widths, ladder.cost, strict=True)
+    )
+    return {
+        "max_loss": max_loss,
+        "loss": loss,
+        "lambda": weight,
+        "units": int(widths.sum()),
+        "least_units": units,
+    }
 
 
 def least(floor: Floats | float, step: Ints, full: Ints) -> Ints:
@@ -332,6 +358,8 @@ def _at(ladder: Ladder, rungs: Sequence[Ints]) -> Ladder:
     return Ladder(
         tuple(w[r] for w, r in zip(ladder.widths, rungs, strict=True)),
         tuple(c[r] for c, r in zip(ladder.cost, rungs, strict=True)),
+        tuple(b[r] for b, r in zip(ladder.bounded, rungs, strict=False)),
+        ladder.most,
     )
 
 

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,10 @@ from onnx_oamip.programs.thresholds import with_thresholds
 SOLVER_LIMITS = SolverLimits(time_s=60.0, gap=1e-3)
 TIE_BREAK = 1e-6
 """Weight of the used budget, relative to the loss: among equal losses, the wider plan is chosen."""
+PREFERENCE = 1e-3
+"""Weight of the loss, as a share of its bound, in the number of units: among equal numbers, less loss is chosen."""
+TINY_LOSS = 1e-12
+"""Divisor in place of a bound of 0 on the loss."""
 MAGNITUDE = 1e3
 """Objective of the initial incumbent: large enough for the tie-break to exceed the absolute tolerances of solvers."""
 BINDING = 0.995
@@ -67,6 +72,8 @@ class Ladder:
         widths: Candidate widths of each group, ascending. The last one is the widest that is allowed, usually the full
             width with a loss of 0.
         cost: Loss when only this group has the candidate width, in the order of ``widths``.
+        bounded: A second measure of every candidate, whose sum may not exceed ``most``; empty if there is none.
+        most: Upper bound on the sum of ``bounded``.
 
     Raises:
         ValueError: Widths and losses do not match, or widths are not positive and ascending.
@@ -74,6 +81,8 @@ class Ladder:
 
     widths: tuple[Ints, ...]
     cost: tuple[Floats, ...]
+    bounded: tuple[Floats, ...] = ()
+    most: float = math.inf
 
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.cost):
@@ -89,6 +98,70 @@ class Ladder:
                 raise ValueError(
                     f"group {g} has the losses {cost.tolist()}, expected {len(widths)} finite numbers."
                 )
+
+
+def fewest_units(ladder: Ladder, max_loss: float) -> Ladder:
+    """Exchange objective and constraint: as few units as possible within a bound on the summed loss.
+
+    Args:
+        ladder: Candidate widths and losses.
+        max_loss: Upper bound on the sum of the losses.
+
+    Returns:
+        The ladder whose cost is the number of units. Among equal numbers the lower loss is preferred.
+    """
+    preference = PREFERENCE / max(max_loss, TINY_LOSS)
+    units = tuple(
+        widths + preference * np.minimum(losses, max_loss)
+        for widths, losses in zip(ladder.widths, ladder.cost, strict=True)
+    )
+    return replace(ladder, cost=units, bounded=ladder.cost, most=max_loss)
+
+
+def multiplier(ladder: Ladder, max_loss: float) -> tuple[float, float]:
+    """Solve the linear relaxation of the program for the fewest units within a bound on the summed loss.
+
+    The relaxation takes the lower convex hull of every group's candidates. Its segments are taken in the order of
+    units saved per loss until the bound is used up (Sinha and Zoltners, The multiple-choice knapsack problem, 1979).
+
+    Args:
+        ladder: Candidate widths and losses.
+        max_loss: Upper bound on the sum of the losses.
+
+    Returns:
+        (lambda, units): the multiplier of the bound, at which ``lambda * loss + units`` has the same minimum, and the
+        least number of units that any widths within the bound keep. Lambda is 0 if the bound does not bind.
+    """
+    segments: list[tuple[float, float]] = []
+    units = 0.0
+    for widths, losses in zip(ladder.widths, ladder.cost, strict=True):
+        hull = _lower_hull(losses[::-1], widths[::-1].astype(np.float64))
+        units += hull[0][1]
+        segments += [(b[0] - a[0], a[1] - b[1]) for a, b in pairwise(hull)]
+    left = max_loss
+    for loss, saved in sorted(segments, key=lambda segment: segment[0] / segment[1]):
+        if loss > left:
+            return saved / loss, units - saved * left / loss
+        left -= loss
+        units -= saved
+    return 0.0, units
+
+
+def _lower_hull(x: Floats, y: Floats) -> list[tuple[float, float]]:
+    """Falling part of the lower convex hull of points whose x do not fall."""
+    hull: list[tuple[float, float]] = []
+    for point in zip(x.tolist(), y.tolist(), strict=True):
+        while hull and (
+            hull[-1][0] == point[0] or (len(hull) > 1 and _above(hull[-2], hull[-1], point))
+        ):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Tests whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
 @dataclass(frozen=True)
@@ -163,9 +236,9 @@ def choose(
     budget = _Budget.of(ledger, ladder, limits, extra)
     incumbent = _greedy(budget)
     narrowest = budget.used(budget.widest * 0)
-    # Counted costs only fall with the widths, and one-off costs are the exception: without these, the greedy search
-    # only fails if nothing holds.
-    if incumbent is None and not extra and not budget.one_off.any():
+    # Counted costs only fall with the widths, and one-off costs are the exception: without these, and without a bound
+    # on the loss, the greedy search only fails if nothing holds.
+    if incumbent is None and not extra and not budget.one_off.any() and not len(budget.bounded):
         raise BudgetNotMet(_not_met(budget, narrowest))
     formulation = _formulate(budget, incumbent)
     solution, level = _solve(
@@ -178,6 +251,8 @@ def choose(
     )
     if level is None:
         if solution.termination is Termination.INFEASIBLE:
+            if len(budget.bounded):
+                raise BudgetNotMet(_loss_not_met(budget))
             raise BudgetNotMet(_not_met(budget, narrowest))
         raise BudgetNotMet(
             f"the solver found no widths within {solution.seconds:.0f} s and its other limits; give it more time, or "
@@ -206,6 +281,8 @@ def _record(
     else:
         status = Termination.FEASIBLE
     used = dict(zip(budget.names, budget.used(level).tolist(), strict=True))
+    if len(budget.bounded):
+        used["max_loss"] = budget.bounded_share(level)
     return {
         "purpose": "budget",
         "solver": solution.solver,
@@ -241,6 +318,8 @@ class _Budget:
         sums: (factors, axes) of the terms of each cost.
         counted: Number of leading costs that are whole numbers.
         one_off: Addition of every one-off item of the ledger to every cost (costs, items).
+        bounded: Second measure of every candidate, whose sum is bounded; empty if there is none.
+        most: Upper bound on the sum of ``bounded``.
     """
 
     names: tuple[str, ...]
@@ -255,6 +334,8 @@ class _Budget:
     sums: tuple[tuple[Ints | Floats, Ints], ...]
     counted: int
     one_off: Ints
+    bounded: Floats
+    most: float
 
     @classmethod
     def of(
@@ -318,6 +399,8 @@ class _Budget:
             sums=tuple(sums),
             counted=counted,
             one_off=np.reshape(one_off, (len(names), len(none))),
+            bounded=np.concatenate([np.zeros(0), *ladder.bounded]),
+            most=max(ladder.most, TINY_LOSS),
         )
 
     @property
@@ -357,7 +440,13 @@ class _Budget:
         used = self.used(level)
         counted_hold = (used[: self.counted] <= 1).all()
         measured_hold = (used[self.counted :] <= 1 + ROUNDING).all()
-        return bool(counted_hold and measured_hold)
+        return bool(counted_hold and measured_hold and self.bounded_share(level) <= 1 + ROUNDING)
+
+    def bounded_share(self, level: Ints) -> float:
+        """Share of the bound on the second measure that a level vector uses; 0 without such a bound."""
+        if not len(self.bounded):
+            return 0.0
+        return float(self.bounded[self.first + level].sum()) / self.most
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,17 +456,19 @@ class _Formulation:
     Attributes:
         program: The program.
         limit_rows: Its rows that are limits.
+        bounded_row: Its row that bounds the second measure (one row), or none.
         unit: Divisor of the losses in its objective.
     """
 
     program: Program
     limit_rows: Ints
+    bounded_row: Ints
     unit: float
 
     def objective(self, budget: _Budget, level: Ints) -> float:
         """Objective of the program at a level vector."""
         loss = float(budget.loss[budget.first + level].sum()) / self.unit
-        if not budget.names:
+        if not budget.names or len(budget.bounded):
             return loss
         return loss - TIE_BREAK * MAGNITUDE * float(budget.used(level).mean())
 
@@ -416,8 +507,12 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
     )
     available = (budget.bound - budget.constant - constant) / budget.scale
     limit_rows = builder.rows(matrix.shape[0], entries, upper=available)
+    bounded_row = np.zeros(0, np.int64)
+    if len(budget.bounded):
+        shares = (np.zeros(n_levels, np.int64), binaries, budget.bounded / budget.most)
+        bounded_row = builder.rows(1, shares, upper=1.0)
     program = builder.build()
-    if len(limit_rows):
+    if len(limit_rows) and not len(budget.bounded):
         # The tie-break rewards the mean share of the limits in use.
         use = np.bincount(matrix.indices, matrix.data, minlength=program.n_variables)
         constant_use = float(budget.share(constant + budget.constant).mean())
@@ -426,7 +521,7 @@ def _formulate(budget: _Budget, incumbent: Ints | None) -> _Formulation:
             objective=program.objective - TIE_BREAK * MAGNITUDE * (use / matrix.shape[0]),
             offset=-TIE_BREAK * MAGNITUDE * constant_use,
         )
-    return _Formulation(with_thresholds(program, levels), limit_rows, unit)
+    return _Formulation(with_thresholds(program, levels), limit_rows, bounded_row, unit)
 
 
 def _one_off_variables(
@@ -486,10 +581,12 @@ def _solve(
         if budget.holds(level):
             break
         excess = np.maximum(budget.used(level) - 1, 0)
+        excess_of_bounded = max(budget.bounded_share(level) - 1, 0.0)
         level = None
         if attempt + 1 < ATTEMPTS:
             upper = program.row_upper.copy()
             upper[formulation.limit_rows] -= 2 * excess + np.where(excess > 0, ROUNDING, 0)
+            upper[formulation.bounded_row] -= 2 * excess_of_bounded
             program = replace(program, row_upper=upper)
             time_left = None
             if limits.time_s is not None:
@@ -515,6 +612,10 @@ def _greedy(budget: _Budget) -> Ints | None:
     level = budget.widest.copy()
     while not budget.holds(level):
         is_exceeded = budget.used(level) > 1
+        if (
+            not is_exceeded.any()
+        ):  # only the bound on the loss is exceeded, and narrower groups lose more
+            return None
         slope = (is_exceeded / budget.scale) @ budget.costs.gradient(budget.widths(level))
         current = (first + level)[levels.group]
         gain = slope[levels.group] * (levels.width[current] - levels.width)
@@ -546,6 +647,15 @@ def _polish(budget: _Budget, level: Ints) -> Ints:
             level = wider
         else:
             refused[best] = True
+
+
+def _loss_not_met(budget: _Budget) -> str:
+    """Message for limits that no widths within the bound on the loss meet."""
+    others = " and ".join(budget.names) or "the threshold"
+    return (
+        f"no widths with a summed loss of at most {budget.most:.3g} meet {others}; ask for a larger loss or a larger "
+        "budget."
+    )
 
 
 def _not_met(budget: _Budget, used: Floats) -> str:

@@ -17,6 +17,7 @@ from onnx_oamip.core.budgets import counted_shares
 from onnx_oamip.core.errors import BudgetNotMet, DataError, GateFailed
 from onnx_oamip.core.records import (
     Array,
+    Bools,
     Budget,
     Cost,
     Ints,
@@ -35,7 +36,12 @@ from onnx_oamip.graph.surgery import attention_scale, rewrite
 from onnx_oamip.importance import find
 from onnx_oamip.objective.measures import promise
 from onnx_oamip.objective.metric import Metric
-from onnx_oamip.planning import allocation, calibration_loss, width_losses
+from onnx_oamip.planning import (
+    allocation,
+    calibration_loss,
+    critical_units,
+    width_losses,
+)
 from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
 from onnx_oamip.planning.latency_model import profile
 from onnx_oamip.planning.plan_constraints import Constraints
@@ -120,20 +126,12 @@ def _look_again(
 ) -> Attempt:
     """Measure the losses of groups around the plan, and choose widths by their mean with those in the original.
 
-    A group that others stand in for loses least as the first one to be narrowed, and most as the last one: the mean of
-    both is the trapezoid rule for its share of the whole loss on the way from the original to the plan. It never counts
-    for less than alone: a layer near the output can seem to gain where it only damps the errors in front of it. The
-    attempt that loses least on samples that no refit used is kept.
+    The attempt that loses least on samples that no refit used is kept.
     """
     (best_loss,) = calibration_loss.losses(ready, [first.pruned.proto])
     before, best, keep = best_loss, first, first.plan.keep
     for _ in range(LOOKS):
-        around = width_losses.losses_of_groups(ready, ready.scores, keep)
-        curves = tuple(
-            Sensitivity(alone.widths, (alone.loss + np.maximum(alone.loss, last.loss)) / 2)
-            for alone, last in zip(ready.curves, around, strict=True)
-        )
-        ladder = width_losses.rungs(ready.coupling, curves, ready.steps, ready.constraints.floor)
+        curves, ladder = _losses_around(ready, keep)
         again = _attempt(replace(ready, curves=curves, ladder=ladder), limit, extra)
         if np.array_equal(again.plan.keep, keep):
             break
@@ -148,6 +146,22 @@ def _look_again(
         f"{best_loss:.3g} in place of {before:.3g}"
     )
     return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
+
+
+def _losses_around(ready: Prepared, keep: Bools) -> tuple[tuple[Sensitivity, ...], Ladder]:
+    """Losses of groups by the mean of those in the original and those around a plan.
+
+    A group that others stand in for loses least as the first one to be narrowed, and most as the last one: the mean of
+    both is the trapezoid rule for its share of the whole loss on the way from the original to the plan. It never counts
+    for less than alone: a layer near the output can seem to gain where it only damps the errors in front of it.
+    """
+    around = width_losses.losses_of_groups(ready, ready.scores, keep)
+    curves = tuple(
+        Sensitivity(alone.widths, (alone.loss + np.maximum(alone.loss, last.loss)) / 2)
+        for alone, last in zip(ready.curves, around, strict=True)
+    )
+    floor = ready.constraints.floor
+    return curves, width_losses.rungs(ready.coupling, curves, ready.steps, floor)
 
 
 def _attempt(
@@ -447,14 +461,15 @@ def plan(ready: Prepared) -> Plan:
         ready: Scores and losses.
 
     Returns:
-        The plan. A model is cut only for budgets that are measured on one (`size`, `max_drop`).
+        The plan. A model is cut only for budgets that are measured on one (`size`, `max_drop`), and for critical units.
 
     Raises:
         BudgetNotMet: No plan meets the budget.
     """
     settings = ready.settings
     measured = settings.size is not None or settings.max_drop is not None
-    if measured or settings.effort == "high":
+    critical = critical_units.is_asked_for(settings, ready.scores)
+    if measured or critical or settings.effort == "high":
         found = search(ready)
         meets(ready.settings.budget, ready.before, found.after)
         return found.plan
@@ -497,6 +512,8 @@ def search(ready: Prepared) -> Attempt:
     limit, extra = _limits(ready)
     if ready.settings.max_drop is not None:
         return _smallest(ready, limit, extra, ready.settings.max_drop)
+    if critical_units.is_asked_for(ready.settings, ready.scores):
+        return _critical(ready)
     return attempt(ready, limit, extra)
 
 
@@ -608,9 +625,7 @@ def _smallest(
         raise BudgetNotMet(
             "`max_drop` needs data to measure the drop on; give `data` with enough samples, or `eval_data`."
         )
-    original = answers(ready, ready.batch) or equivalence.watch(
-        ready.model, ready.objective, ready.device
-    )
+    original = _original(ready)
     silent = replace(ready, progress=None)  # progress is that of the bisection
     best: Attempt | None = None
     tried: list[Trial] = []
@@ -676,6 +691,94 @@ def _drop(
             batch_size=ready.batch,
         )
     )
+
+
+def _original(ready: Prepared) -> equivalence.Answers:
+    """Outputs of the original on the held-out samples, recorded or computed again for every plan."""
+    recorded = answers(ready, ready.batch)
+    return recorded or equivalence.watch(ready.model, ready.objective, ready.device)
+
+
+# --------------------------------------------------------------------------------------------------- critical units
+
+
+def _critical(ready: Prepared) -> Attempt:
+    """The fewest units that keep the accuracy on held-out samples, before and after the refit.
+
+    Losses are measured a second time around the first result, where the groups stand in for each other. If a refit
+    makes a plan lose more than ``critical_units.POINTS``, the next wider one follows.
+    """
+    assert ready.held_out is not None  # `oamip` needs data, a part of which is held out
+    original = _original(ready)
+    unrepaired = replace(ready, settings=critical_units.without_repair(ready.settings))
+    kept = _keeping_accuracy(unrepaired, original)
+    if kept:
+        narrowest, _ = min(kept, key=_number_of_units)
+        curves, ladder = _losses_around(unrepaired, narrowest.keep)
+        kept += _keeping_accuracy(replace(unrepaired, curves=curves, ladder=ladder), original)
+    else:
+        lossless = _within_loss(unrepaired, 0.0)
+        kept.append((lossless, _drop(unrepaired, original, carry_out(unrepaired, lossless))))
+    silent = replace(ready, progress=None)
+    for chosen, lost in sorted(kept, key=_number_of_units):
+        found = carry_out(silent, chosen)
+        after = _drop(silent, original, found)
+        if max(lost.lost, after.lost) <= critical_units.POINTS:
+            points = {"without the refit": lost.lost, "with it": after.lost}
+            note = critical_units.describe(
+                chosen, ready.coupling, points, lost.measure, ready.held_out.count
+            )
+            return replace(found, plan=replace(chosen, notes=(*chosen.notes, note)))
+    raise BudgetNotMet(
+        f"no plan loses at most {critical_units.POINTS} points on {ready.held_out.source} before and after the refit; "
+        "give a budget, or `max_drop`."
+    )
+
+
+def _number_of_units(kept: tuple[Plan, Drop]) -> int:
+    return int(kept[0].widths.sum())
+
+
+def _keeping_accuracy(ready: Prepared, original: equivalence.Answers) -> list[tuple[Plan, Drop]]:
+    """Plans that keep the accuracy without a refit, by a bisection over the bound on the summed loss.
+
+    Args:
+        ready: Scores and losses; the settings have no refit.
+        original: Outputs of the original on the held-out samples.
+
+    Returns:
+        The plans, each with its loss.
+    """
+    assert ready.ladder is not None
+    silent = replace(ready, progress=None)  # progress is that of the search
+    least = np.asarray([widths[0] for widths in ready.ladder.widths])
+    held, missed = 0.0, np.inf
+    kept: list[tuple[Plan, Drop]] = []
+    for i in range(critical_units.TRIES):
+        bound = critical_units.next_bound(held, missed)
+        chosen = _within_loss(silent, bound)
+        lost = _drop(silent, original, carry_out(silent, chosen))
+        if ready.progress:
+            ready.progress("critical units", i + 1, critical_units.TRIES)
+        if lost.lost > critical_units.POINTS:
+            missed = bound
+        else:
+            held = bound
+            kept.append((chosen, lost))
+            if (chosen.widths <= least).all():
+                break
+        if missed <= critical_units.RESOLUTION * held:
+            break
+    return kept
+
+
+def _within_loss(ready: Prepared, bound: float) -> Plan:
+    """Plan of the fewest units within a bound on the summed loss."""
+    settings = ready.settings.model_copy(update={"max_loss": bound, "threshold": None})
+    return allocate(replace(ready, settings=settings), allocation.Limits({}, ready.before))
+
+
+# ------------------------------------------------------------------------------------------------------ what is lost
 
 
 def bounded(objective: Objective, metric: Metric | None) -> str:

@@ -17,7 +17,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import cost
 from onnx_oamip.objective import document
-from onnx_oamip.planning import allocation, scoring, sensitivity
+from onnx_oamip.planning import allocation, critical_units, scoring, sensitivity
 from onnx_oamip.planning.budget_program import Ladder
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
@@ -31,9 +31,11 @@ def programmed(settings: Settings) -> bool:
         settings: Settings of the run.
 
     Returns:
-        False for other allocations, and if `alpha` is the only budget.
+        False for other allocations, and if `alpha` is the only budget; True also for critical units.
     """
-    return settings.allocate == "mip" and settings.budget != Budget()
+    if settings.allocate != "mip":
+        return False
+    return settings.budget != Budget() or critical_units.is_possible(settings)
 
 
 def measure(

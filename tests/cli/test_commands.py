@@ -221,6 +221,7 @@ def test_prune_document_costs_match_files_and_budget(pruned: Pruned) -> None:
         "threshold": None,
         "latency": None,
         "max_drop": None,
+        "max_loss": None,
     }
 
 
@@ -707,6 +708,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "threshold": None,
         "latency": 1.0,
         "max_drop": 99.0,
+        "max_loss": None,
         "task": "classes",
         "outputs": {"a": "values:2", "b=c": "ignore"},
         "metric": "m:f",

@@ -18,6 +18,7 @@ import pytest
 from graphs import build, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
 from onnx_oamip.core.errors import BudgetNotMet
@@ -34,7 +35,13 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.planning import budget_program
 from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit, choose
+from onnx_oamip.planning.budget_program import (
+    Ladder,
+    LinearisedLimit,
+    choose,
+    fewest_units,
+    multiplier,
+)
 from onnx_oamip.programs import solvers
 from onnx_oamip.programs.products import reduce_costs
 from onnx_oamip.programs.solvers import Solution, SolverLimits, Termination
@@ -268,6 +275,63 @@ def test_any_ledger_matches_enumeration() -> None:
     check()
     assert outcomes["feasible"] > 0
     assert outcomes["infeasible"] > 0
+
+
+# ------------------------------------------------------------------------------------------- fewest units in a loss
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("macs", [None, 150.0])
+def test_fewest_units_within_a_loss_match_enumeration(seed: int, macs: float | None) -> None:
+    _, coupling, ledger = net("dense")
+    ladder = random_ladder(full_widths(coupling), seed)
+    targets = CostLimits(macs=macs)
+    allowed = float(np.random.default_rng(seed).uniform(1, 5))
+    best = min(
+        (
+            sum(widths)
+            for widths in itertools.product(*(w.tolist() for w in ladder.widths))
+            if loss_of(ladder, np.asarray(widths)) <= allowed
+            and fits(ledger, np.asarray(widths), targets)
+        ),
+        default=None,
+    )
+    if best is None:
+        with pytest.raises(BudgetNotMet, match="no widths with a summed loss of at most"):
+            choose(ledger, fewest_units(ladder, allowed), targets, solver_limits=EXACT)
+        return
+    found = choose(ledger, fewest_units(ladder, allowed), targets, solver_limits=EXACT)
+    assert found.widths.sum() == best
+    assert loss_of(ladder, found.widths) <= allowed
+    assert fits(ledger, found.widths, targets)
+    assert found.program["used"]["max_loss"] == pytest.approx(
+        loss_of(ladder, found.widths) / allowed
+    )
+
+
+def test_loss_of_zero_keeps_what_costs_something() -> None:
+    _, coupling, ledger = net("dense")
+    ladder = random_ladder(full_widths(coupling), 0)
+    found = choose(ledger, fewest_units(ladder, 0.0), CostLimits(), solver_limits=EXACT)
+    assert (found.widths == full_widths(coupling)).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_multiplier_solves_the_linear_relaxation(seed: int) -> None:
+    """The bound is that of a linear program over the candidates, and lambda its dual value."""
+    _, coupling, _ = net("residual")
+    ladder = random_ladder(full_widths(coupling), seed)
+    allowed = 0.3 * sum(float(losses[0]) for losses in ladder.cost)
+    loss = np.concatenate(ladder.cost)
+    group = np.repeat(np.arange(len(ladder.widths)), [len(w) for w in ladder.widths])
+    one_each = (group == np.arange(len(ladder.widths))[:, None]).astype(float)
+    reference = linprog(
+        np.concatenate(ladder.widths), loss[None], [allowed], one_each, np.ones(len(one_each))
+    )
+    weight, units = multiplier(ladder, allowed)
+    assert units == pytest.approx(reference.fun)
+    assert weight == pytest.approx(-reference.ineqlin.marginals[0])
+    assert multiplier(ladder, float("inf")) == (0.0, sum(int(w[0]) for w in ladder.widths))
 
 
 @settings(max_examples=50, deadline=None)

@@ -27,7 +27,8 @@ class BudgetOptions(Options):
     )
     threshold: NotNegative | None = Field(
         None,
-        description="Remove every unit whose score is below T, in the units of the chosen importance.",
+        description="Remove every unit whose score is below T, in the units of the chosen importance; on decoupled "
+        "scores of oamip, and with no other budget, keep the critical units.",
     )
     latency: Share | None = Field(
         None,
@@ -38,6 +39,11 @@ class BudgetOptions(Options):
         None,
         description="Find the fewest multiply-accumulates that lose at most P points on the evaluation samples: of "
         "accuracy, or without labels of agreement with the original.",
+    )
+    max_loss: NotNegative | None = Field(
+        None,
+        description="Keep as few units as possible while the measured losses of all groups sum to at most L; 1 is the "
+        "loss of the average answer. Needs `allocate=mip`.",
     )
 
     @property

@@ -31,6 +31,7 @@ class Budget:
         threshold: Units with a lower score are removed.
         latency: Share of the measured latency to keep.
         max_drop: Largest accepted loss of the worst term of the objective, in points of its measure.
+        max_loss: Upper bound on the sum of the measured losses of all groups; as few units as possible are kept.
     """
 
     macs: float | None = None
@@ -39,6 +40,7 @@ class Budget:
     threshold: float | None = None
     latency: float | None = None
     max_drop: float | None = None
+    max_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

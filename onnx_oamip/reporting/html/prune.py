@@ -116,6 +116,10 @@ def _asked(budget: Document) -> str:
         asked = []
     if budget["max_drop"] is not None:
         asked.append(f"to lose at most {budget['max_drop']:g} points")
+    if budget["max_loss"] is not None:
+        asked.append(
+            f"to keep as few units as possible with a loss of at most {budget['max_loss']:g}"
+        )
     if budget["threshold"] is not None:
         asked.append(f"to remove what scores below {budget['threshold']:g}")
     if asked:
