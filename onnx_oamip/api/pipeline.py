@@ -21,11 +21,7 @@ from onnx_oamip.artifacts.output import (
 )
 from onnx_oamip.artifacts.plan_files import Planned, PlanSource
 from onnx_oamip.artifacts.score_files import Scored
-<<<<<<< HEAD
-=======
-from onnx_oamip.core.atomic_files import Batch, write_bytes
 from onnx_oamip.core.budgets import KINDS
->>>>>>> 31b6efb (Find the critical units without a budget, and keep the fewest units within a summed loss)
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import GateFailed, ModelError, SettingsError
 from onnx_oamip.core.progress import APPLY, PLAN, PREPARATION, PRUNE, Progress
@@ -62,13 +58,10 @@ PROOF_SAMPLES = 64
 """Samples on which pruned and masked are compared: exactness does not need more."""
 GATE_SECONDS = (0.3, 2.0)
 """Time for the latency gate: a first look, and a longer one where that does not show the pruned model to be faster."""
-<<<<<<< HEAD
 BUDGET_SECONDS = (3.0, 6.0)
 """Time for the gate of a latency budget, and a longer one where the first ratio is in doubt."""
-=======
 MAX_SILENT_DROP = 1.0
 """Points above which a loss is warned of if no budget bounds a cost or the drop."""
->>>>>>> 31b6efb (Find the critical units without a budget, and keep the fewest units within a summed loss)
 SLOWER = 1.02
 """A pruned model is refused where even the optimistic end of its measured latency ratio is above this."""
 
