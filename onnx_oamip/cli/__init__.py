@@ -16,12 +16,7 @@ import click
 
 from onnx_oamip.cli.commands import cli
 from onnx_oamip.cli.flags import Flags
-from onnx_oamip.cli.interrupt import (
-    INTERRUPTED,
-    TERMINATED,
-    Terminated,
-    signals_end_the_work,
-)
+from onnx_oamip.cli.interrupt import ending, signals_end_the_work
 from onnx_oamip.cli.stdout import ReaderGone, reserve_stdout, to_stderr
 from onnx_oamip.core.errors import OamipError
 
@@ -68,9 +63,7 @@ def _status_and_error(arguments: Sequence[str] | None) -> tuple[int, str]:
     except OamipError as error:
         return error.exit_code, str(error)
     except (click.Abort, KeyboardInterrupt) as error:
-        if isinstance(error.__cause__ or error, Terminated):
-            return TERMINATED, "terminated."
-        return INTERRUPTED, "interrupted."
+        return ending(error)
     except MemoryError:
         advice = "give --max-memory, fewer samples, or a smaller model"
         return 2, f"there is not enough memory; {advice}."

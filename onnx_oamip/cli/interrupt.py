@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: an exception in the main thread, and the end of the process if that does not come through.
+"""Ctrl-C, SIGTERM and SIGHUP: an exception in the main thread, or the end of the process if that has no effect.
 
 Python runs signal handlers between two of its own instructions, in the main thread. A solver, a kernel or a thread pool
 may block it for long. A thread of this module receives the signal at once, and ends the process if the exception has
@@ -11,50 +11,81 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 
 GRACE = 2.0
 """Seconds for the work to unwind."""
-INTERRUPTED = 128 + signal.SIGINT
-TERMINATED = 128 + signal.SIGTERM
+ENDINGS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+"""Signals that end a run, with the word for it."""
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    ENDINGS[signal.SIGHUP] = "terminated, as its terminal was closed"
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM was received; code that stops for Ctrl-C stops for it too."""
+    """A signal other than that of Ctrl-C was received; code that stops for Ctrl-C stops for it too.
+
+    Attributes:
+        code: Number of the signal.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """Describes the end of a run by a signal.
+
+    Args:
+        error: Exception that Ctrl-C or another signal raised.
+
+    Returns:
+        Exit status, and the sentence for the user.
+    """
+    cause = error.__cause__ or error
+    code = cause.code if isinstance(cause, Terminated) else signal.SIGINT
+    return 128 + code, f"{ENDINGS[code]}."
 
 
 @contextmanager
 def signals_end_the_work() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the block soon, also while compiled code runs."""
+    """Let Ctrl-C, SIGTERM and SIGHUP end the block soon, also while compiled code runs."""
     if threading.current_thread() is not threading.main_thread() or os.name != "posix":
         yield
         return
-    previous_handler = signal.getsignal(signal.SIGTERM)
+    # A signal that the caller ignores (nohup does so with SIGHUP) or handles is left to it.
+    ours = [
+        code
+        for code in ENDINGS
+        if code != signal.SIGINT and signal.getsignal(code) is signal.SIG_DFL
+    ]
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     previous_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     done = threading.Event()
-    threading.Thread(target=_watch, args=(read_end, done), daemon=True).start()
-    if previous_handler is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _raise_terminated)
+    threading.Thread(
+        target=_watch, args=(read_end, done, {signal.SIGINT, *ours}), daemon=True
+    ).start()
+    for code in ours:
+        signal.signal(code, _raise_terminated)
     try:
         yield
     finally:
         done.set()
         signal.set_wakeup_fd(previous_wakeup)
-        if previous_handler is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, previous_handler)
+        for code in ours:
+            signal.signal(code, signal.SIG_DFL)
         os.close(write_end)  # the thread reads the end of the file, and closes its end
 
 
-def _raise_terminated(*_: object) -> None:
-    raise Terminated
+def _raise_terminated(code: int, _: object) -> None:
+    raise Terminated(code)
 
 
-def _watch(read_end: int, done: threading.Event) -> None:
+def _watch(read_end: int, done: threading.Event, codes: Set[int]) -> None:
     while code := os.read(read_end, 1):
-        if code[0] in (signal.SIGINT, signal.SIGTERM) and not done.wait(GRACE):
+        if code[0] in codes and not done.wait(GRACE):
             _end_process(code[0])
     os.close(read_end)
 
@@ -64,10 +95,6 @@ def _end_process(code: int) -> None:
     from onnx_oamip.core.atomic_files import remove_all
 
     remove_all()
-    if code == signal.SIGINT:
-        word = "interrupted"
-    else:
-        word = "terminated"
     with suppress(OSError, ValueError):
-        os.write(sys.stderr.fileno(), f"Error: {word}.\n".encode())
+        os.write(sys.stderr.fileno(), f"Error: {ENDINGS[code]}.\n".encode())
     os._exit(128 + code)

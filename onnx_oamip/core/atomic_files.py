@@ -1,7 +1,7 @@
 """Atomic writes: files are written and flushed in a staging folder, then renamed, so that a target is never incomplete.
 
 A folder is locked by the process that uses it. A folder that a killed process left behind is not locked any more; the
-next process that creates one with the same prefix removes it.
+next process that creates one beside it removes it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ except ImportError:  # not on Windows
 
 SCRATCH = "onnx-oamip-"
 """Prefix of folders for temporary files in ``TMPDIR``."""
+STAGING = ".onnx-oamip-"
+"""Prefix of folders beside an output, in which its files are written before they are renamed."""
+UNLOCKED = "new-"
+"""Part of the name of a folder that its process has not locked yet."""
+RANDOM = 8
+"""Random characters at the end of the name of a folder."""
 YOUNG = 60
 """Seconds for which a folder may exist before its process has locked it."""
 OLD = 86_400
@@ -43,18 +49,49 @@ def create_folder(parent: Path, prefix: str) -> Path:
     Returns:
         The folder.
     """
-    for path in parent.glob(f"{_escaped(prefix)}????????"):
-        is_folder = path.is_dir() and not path.is_symlink()
-        if is_folder and path not in _open and _is_left_behind(path):
-            shutil.rmtree(path, ignore_errors=True)
-    path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-    _open[path] = None
-    with contextlib.suppress(OSError):
-        if locks is not None:
-            descriptor = os.open(path, os.O_RDONLY)
-            _open[path] = descriptor
-            locks.flock(descriptor, locks.LOCK_EX | locks.LOCK_NB)
+    _remove_left_behind(parent, prefix)
+    unlocked = Path(tempfile.mkdtemp(prefix=f"{prefix}{UNLOCKED}", dir=parent))
+    _open[unlocked] = _locked(unlocked)
+    # The name that other processes look for appears with the lock already held.
+    path = unlocked.with_name(prefix + unlocked.name[-RANDOM:])
+    os.rename(unlocked, path)
+    _open[path] = _open.pop(unlocked)
     return path
+
+
+def _locked(path: Path) -> int | None:
+    """Descriptor that holds the lock of a folder; None on file systems without locks."""
+    if locks is None:
+        return None
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            locks.flock(descriptor, locks.LOCK_EX | locks.LOCK_NB)
+        return descriptor
+    return None
+
+
+def _remove_left_behind(parent: Path, prefix: str) -> None:
+    """Remove folders of a prefix whose process has ended."""
+    random = "?" * RANDOM
+    for path in parent.glob(f"{_escaped(prefix)}{random}"):
+        if path not in _open and _is_folder(path) and _is_left_behind(path):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in parent.glob(f"{_escaped(prefix)}{UNLOCKED}{random}"):
+        if path not in _open and _is_folder(path) and _age(path) > YOUNG:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _age(path: Path) -> float:
+    """Seconds since a folder was changed; 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def remove_folder(path: Path) -> None:
@@ -96,10 +133,9 @@ def _escaped(prefix: str) -> str:
 
 def _is_left_behind(path: Path) -> bool:
     """True if the process that created a folder has ended."""
+    if locks is None:
+        return _age(path) > OLD
     try:
-        age = time.time() - path.stat().st_mtime
-        if age < YOUNG or locks is None:
-            return age > OLD
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return False
@@ -108,7 +144,7 @@ def _is_left_behind(path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return age > OLD
+        return _age(path) > OLD
     finally:
         os.close(descriptor)
     return True
@@ -147,7 +183,7 @@ class Batch:
             The folder, created on the first call.
         """
         if target not in self._folders:
-            self._folders[target] = create_folder(target.parent, f".{target.name}.")
+            self._folders[target] = create_folder(target.parent, STAGING)
         return self._folders[target]
 
     def add(self, target: Path, content: bytes, first: bool = False) -> None:

@@ -263,8 +263,6 @@ def _killed(task: Path, name: str, ends: Callable[[], Mapping[str, Any]]) -> Ite
     assert end["end"] == -signal.SIGKILL, end
     shutil.rmtree(task / "cache", ignore_errors=True)
     for path in Path(end["folder"]).iterdir():
-        if path.name.startswith(".out.onnx."):
-            os.utime(path, (1, 1))  # so long ago that nobody is about to lock it
         (shutil.copytree if path.is_dir() else shutil.copy2)(path, task / path.name)
     left = [path for path in task.iterdir() if path.name.startswith(".")]
     assert len(left) == (1 if name == "rename" else 0), "only a write leaves its folder behind"
@@ -774,21 +772,22 @@ def test_new_file_is_removed_if_a_later_one_fails(
 
 
 def test_temporary_folders_of_other_processes_are_kept(tmp_path: Path) -> None:
-    """One that a running process holds stays, one that nobody holds goes; names that only look alike stay."""
-    held = atomic_files.create_folder(tmp_path, ".x.")
-    left, other = tmp_path / ".x.abcdefgh", tmp_path / ".x.y"
-    young = tmp_path / ".x.ijklmnop"
-    for path in (left, other, young):
+    """A folder that a running process holds stays, one that no process holds goes; similar names stay."""
+    held = atomic_files.create_folder(tmp_path, ".x-")
+    left, other = tmp_path / ".x-abcdefgh", tmp_path / ".x-y"
+    unlocked, young = tmp_path / ".x-new-abcdefgh", tmp_path / ".x-new-ijklmnop"
+    for path in (left, other, unlocked, young):
         path.mkdir()
-    for path in (held, left, other):
+    for path in (held, unlocked, *([left] if atomic_files.locks is None else [])):
         os.utime(path, (1, 1))
     atomic_files._open.pop(held)  # as if another process had made it: only the lock tells
-    second = atomic_files.create_folder(tmp_path, ".x.")
+    second = atomic_files.create_folder(tmp_path, ".x-")
     if atomic_files.locks is not None:
         assert held.exists()
     assert second.exists()
     assert not left.exists()
     assert other.exists()
+    assert not unlocked.exists()
     assert young.exists()
     atomic_files.remove_folder(second)
     assert not second.exists()

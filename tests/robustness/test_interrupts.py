@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM wherever a run may stand: it ends soon, with its children, and leaves nothing.
+"""Ctrl-C, SIGTERM and SIGHUP wherever a run may stand: it ends soon, with its children, and leaves nothing.
 
 Every case is a process of its own, stuck for minutes in what does not listen: a solver's search, a kernel, a cluster.
 """
@@ -35,7 +35,16 @@ PLACES = {
     "process": [],
     "cluster": ["--scheduler"],
 }
-SIGNALS = {"SIGINT": (130, "interrupted"), "SIGTERM": (143, "terminated")}
+SIGNALS = {
+    "SIGINT": (130, "interrupted"),
+    "SIGTERM": (143, "terminated"),
+    "SIGHUP": (129, "terminated, as its terminal was closed"),
+}
+HUNG_UP = ("highs in threads", "runtime", "latency", "process")
+"""Places where SIGHUP is tried: it takes the way of SIGTERM."""
+CASES = [
+    (place, name) for place in PLACES for name in SIGNALS if name != "SIGHUP" or place in HUNG_UP
+]
 DRIVER = """
 import json, os, signal, sys, tempfile, time
 from dataclasses import replace
@@ -139,7 +148,7 @@ for case in cases:
         os._exit(status)  # what libraries tidy up when a process ends is not made for one that was forked
     waiting[pid] = home
 # Each is told as soon as it is stuck, and has half a minute to go.
-number = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+number = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 told, ends = {}, {}
 until = time.monotonic() + 240
 while waiting and time.monotonic() < until:
@@ -185,7 +194,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     ) as cluster:
         cases = []
         for place, options in PLACES.items():
-            for name in SIGNALS:
+            for name in (name for at, name in CASES if at == place):
                 home = folder / f"{place} {name}"
                 (home / "tmp").mkdir(parents=True)
                 (home / "out.onnx").write_bytes(b"old")
@@ -227,8 +236,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     return {"folder": folder, **json.loads(found.stdout)}
 
 
-@pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "name"), CASES)
 def test_signal_ends_a_run(
     place: str, name: str, ends: Mapping[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
