@@ -234,6 +234,29 @@ def test_notes_are_peaks_that_sound() -> None:
     assert tasks.note_events(onsets, frames) == {(5, 1)}
 
 
+def test_pitches_agree_within_a_quarter_tone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(tones: list[float], confidence: list[float]) -> dict[str, list[Any]]:
+        return {"f": [np.array([tones])], "c": [np.array([confidence])]}
+
+    pair = (
+        found([100, 200, 300, 400], [0.9, 0.9, 0.1, 0.9]),
+        found([101, 220, 900, 400], [0.8, 0.8, 0.2, 0.3]),
+    )
+    monkeypatch.setattr(tasks, "both", lambda _: pair)
+    verdict = tasks.pitch(None, frequency="f", confidence="c")  # type: ignore[arg-type]
+    assert verdict.kept == 0.5
+    assert verdict.detail["voicing"] == 0.75
+    assert verdict.detail["near where both are voiced"] == 0.5
+
+
+def test_speech_is_where_silence_is_improbable(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = tuple({"p": [np.array([[[a, 1 - a], [b, 1 - b]]])]} for a, b in ((0.1, 0.2), (0.1, 0.3)))
+    monkeypatch.setattr(tasks, "both", lambda _: pair)
+    verdict = tasks.silence(None, output="p", most=0.2)  # type: ignore[arg-type]
+    assert verdict.kept == pytest.approx(2 / 3)
+    assert verdict.detail["positive"] == 1
+
+
 PRUNED: dict[str, Any] = {
     "before": {"macs": 6, "params": 6, "bytes": 200},
     "after": {"macs": 3, "params": 3, "bytes": 150},
@@ -278,6 +301,11 @@ def test_runner_resumes_and_its_table_has_every_outcome(
     (out / "toy-0.7.json").unlink()
     run.run_all(listed, tmp_path / "cache", out, names=["toy"])
     assert calls[3:] == ["prune"]
+    record = json.loads((out / "toy-0.7.json").read_text())
+    (out / "toy-0.7.json").write_text(json.dumps({**record, "kept": 0.25, "status": "not judged"}))
+    run.judge_all(listed, tmp_path / "cache", out, names=["toy"])
+    assert len(calls) == 4
+    assert json.loads((out / "toy-0.7.json").read_text()) == record
     (row,) = table.rows(listed, out)
     assert (row["kept at 0.7"], row["kept at 0.5"]) == (1.0, "refused")
     assert (row["processor s"], row["peak MiB"], row["remark"]) == (2.5, 100, "Error: too little.")

@@ -1,4 +1,4 @@
-"""``python -m tools.wild fetch|run|table --cache DIR``."""
+"""``python -m tools.wild fetch|run|judge|table|handover``."""
 
 from __future__ import annotations
 
@@ -9,22 +9,42 @@ from . import fetch, manifest
 
 
 def main() -> None:
-    """Fetch the files, run them, or write the table."""
+    """Fetch the files, run them, judge them again, write the table, or hand pruned files over to other tools."""
     parser = argparse.ArgumentParser(prog="python -m tools.wild", description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
-    for name in ("fetch", "run"):
+    for name in ("fetch", "run", "judge"):
         step = steps.add_parser(name)
         step.add_argument(
             "--cache", type=Path, required=True, help="folder of packages and samples"
         )
-    step.add_argument("--out", type=Path, required=True, help="folder of records")
-    step.add_argument("--budget", type=float, action="append", help="share to keep: 0.7 and 0.5")
-    step.add_argument("--limit", type=float, default=600, help="most seconds of a command: 600")
-    step.add_argument("name", nargs="*", help="files; without one, all of the manifest")
+        if name == "fetch":
+            continue
+        step.add_argument("--out", type=Path, required=True, help="folder of records")
+        step.add_argument(
+            "--budget", type=float, action="append", help="share to keep: 0.7 and 0.5"
+        )
+        step.add_argument("name", nargs="*", help="files; without one, all of the manifest")
+        if name == "run":
+            limit = "most seconds of a command: 600"
+            step.add_argument("--limit", type=float, default=600, help=limit)
     step = steps.add_parser("table")
     step.add_argument("--out", type=Path, required=True, help="folder of records")
     step.add_argument("--study", type=Path, help="folder to write the study wild.json to")
+    step = steps.add_parser("handover")
+    step.add_argument(
+        "--modules", type=Path, required=True, help="folder node_modules with onnxruntime-web"
+    )
+    step.add_argument("--study", type=Path, help="folder to write the study handover.json to")
+    step.add_argument(
+        "files", nargs="+", metavar="ORIGINAL,PRUNED,SAMPLES", help="two models, a .npz"
+    )
     chosen = parser.parse_args()
+    if chosen.step == "handover":
+        from . import handover
+
+        pairs = [handover.load(text) for text in chosen.files]
+        print(handover.write(pairs, chosen.modules, chosen.study))
+        return
     listed = manifest.load()
     if chosen.step == "fetch":
         fetch.fetch(listed, chosen.cache)
@@ -38,14 +58,12 @@ def main() -> None:
 
     if unknown := sorted(set(chosen.name) - {entry.name for entry in listed.entries}):
         parser.error(f"no file is named {unknown[0]}; manifest.toml lists them")
-    run.run_all(
-        listed,
-        chosen.cache,
-        chosen.out,
-        names=chosen.name,
-        budgets=chosen.budget or run.BUDGETS,
-        limit=chosen.limit,
-    )
+    places = (listed, chosen.cache, chosen.out)
+    budgets = chosen.budget or run.BUDGETS
+    if chosen.step == "judge":
+        run.judge_all(*places, names=chosen.name, budgets=budgets)
+    else:
+        run.run_all(*places, names=chosen.name, budgets=budgets, limit=chosen.limit)
 
 
 if __name__ == "__main__":

@@ -69,12 +69,16 @@ def _once(path: Path, make: Any) -> None:
     """Make a record unless there is one, in one step."""
     if path.exists():
         return
-    record = make()
+    _store(path, make())
+
+
+def _store(path: Path, record: Record) -> None:
+    """Write a record in one step, and print what it holds."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
-    told = record.get("kept", record.get("error", ""))
-    print(f"{path.stem}: {record['status']} {told} ({record['seconds']:.0f} s)", flush=True)
+    found = record.get("kept", record.get("error", ""))
+    print(f"{path.stem}: {record['status']} {found} ({record['seconds']:.0f} s)", flush=True)
 
 
 def command(arguments: Sequence[str], limit: float) -> Record:
@@ -158,6 +162,18 @@ def prune(
     for key in ("before", "after", "verification", "notes", "timings"):
         record[key] = found[key]
     record["align"] = found["settings"].get("align")
+    record = judged(record, entry, manifest, cache, out, budget=budget)
+    return _about(entry, record)
+
+
+def judged(
+    record: Record, entry: Entry, manifest: Manifest, cache: Path, out: Path, *, budget: float
+) -> Record:
+    """A record with the verdict of the judge of a file, in place of that which it may have."""
+    data = _apart(write, entry, manifest, cache)
+    record = {k: v for k, v in record.items() if k not in ("measure", "kept", "detail", "trace")}
+    record |= {"status": "done", "error": ""}
+    pruned = out / "pruned" / f"{entry.name}-{budget}.onnx"
     siblings = {
         other.name: path
         for other in manifest.entries
@@ -170,7 +186,26 @@ def prune(
     except Exception as error:  # the record says what the pruned file, or its judge, cannot do
         record |= {"status": "not judged", "error": f"{type(error).__name__}: {error}"}
         record["trace"] = traceback.format_exc()
-    return _about(entry, record)
+    return record
+
+
+def judge_all(
+    manifest: Manifest,
+    cache: Path,
+    out: Path,
+    *,
+    names: Sequence[str] = (),
+    budgets: Sequence[float] = BUDGETS,
+) -> None:
+    """Judge pruned files again, where a judge has changed; arguments as in ``run_all``."""
+    for entry in manifest.entries:
+        for budget in budgets:
+            path = out / f"{entry.name}-{budget}.json"
+            if (names and entry.name not in names) or not path.exists():
+                continue
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if "after" in record:
+                _store(path, judged(record, entry, manifest, cache, out, budget=budget))
 
 
 def _apart(function: Callable[..., Any], *arguments: Any) -> Any:

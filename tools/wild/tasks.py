@@ -129,6 +129,54 @@ def decisions(case: Case, *, output: str, threshold: float = 0.5, logits: bool =
     )
 
 
+def silence(case: Case, *, output: str, most: float) -> Verdict:
+    """F1 of speech: positions whose first class, silence, has at most this probability."""
+    before, after = both(case)
+    return decided(
+        *(np.concatenate([v[..., 0].ravel() for v in f[output]]) <= most for f in (before, after))
+    )
+
+
+def pitch(case: Case, *, frequency: str, confidence: str, cents: float = 50) -> Verdict:
+    """Share of frames that are unvoiced in both, or voiced in both with pitches less than a quarter tone apart."""
+    voiced, tones = [], []
+    for found in both(case):
+        voiced.append(np.concatenate([np.ravel(v) for v in found[confidence]]) >= 0.5)
+        tones.append(np.concatenate([np.ravel(v) for v in found[frequency]]))
+    near = 1200 * np.abs(np.log2(tones[1] / tones[0])) < cents
+    alike = (voiced[0] == voiced[1]) & (near | ~voiced[0])
+    detail = {
+        "voiced": float(voiced[0].mean()),
+        "voicing": float((voiced[0] == voiced[1]).mean()),
+        "near where both are voiced": float(near[voiced[0] & voiced[1]].mean()),
+    }
+    return Verdict("frames with the same pitch", float(alike.mean()), detail)
+
+
+def wake_embedding(case: Case, *, said: Mapping[str, str]) -> Verdict:
+    """F1 of the wake words that the package's own nets find in 20 clips each behind this embedding."""
+    folder = case.manifest.folder(case.cache, "openwakeword") / "openwakeword/resources/models"
+    mel, rng = session(folder / "melspectrogram.onnx"), np.random.default_rng([SEED, 6])
+    embeds = [session(path) for path in (case.original, case.pruned)]
+    found: list[list[bool]] = [[], []]
+    for file, text in said.items():
+        net = session(folder / file)
+        name = net.get_inputs()[0].name
+        for i in range(20):
+            voice = str(rng.choice(sounds.VOICES[1]))
+            phrase = sounds.speech(text, voice, int(rng.integers(120, 180))) if i % 2 else None
+            mels = wake_mels(mel, sounds.clip(rng, 1, 4 * sounds.RATE, phrase))
+            windows = np.stack([mels[s : s + 76] for s in range(0, len(mels) - 75, 8)])[..., None]
+            for embed, heard in zip(embeds, found, strict=True):
+                rows = embed.run(None, {"input_1": windows})[0].reshape(len(windows), -1)
+                parts = sounds.windows(rows, 16, range(16, len(rows) + 1))
+                heard.append(max(float(net.run(None, {name: w[None]})[0]) for w in parts) > 0.5)
+    verdict = decided(*(np.array(heard) for heard in found))
+    before, after = both(case)
+    shares = {f"R² {name}": explained(before[name], after[name]) for name in before}
+    return Verdict(verdict.measure, verdict.kept, {**verdict.detail, **shares})
+
+
 def wake_words(case: Case, *, said: Sequence[str], frames: int = 16) -> Verdict:
     """F1 of what is heard in 120 clips, half of them with the wake phrase, at every 80 ms."""
     folder = case.manifest.folder(case.cache, "openwakeword") / "openwakeword/resources/models"
@@ -345,6 +393,9 @@ JUDGES: dict[str, Callable[..., Verdict]] = {
         classes,
         embedding,
         decisions,
+        silence,
+        pitch,
+        wake_embedding,
         wake_words,
         streams,
         ctc,
