@@ -40,6 +40,7 @@ from onnx_oamip.planning.budget_program import (
     fewest_units,
     multiplier,
 )
+from onnx_oamip.programs.program_files import ProgramFile
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.verification.latency import find_step
 
@@ -206,6 +207,7 @@ def allocate(
                 limit=limit,
                 extra=extra,
                 settings=settings,
+                groups=tuple(group.name for group in coupling.groups),
             )
         except BudgetNotMet as error:
             held = ", ".join((*_floors(settings), *_others(coupling, settings)))
@@ -299,6 +301,7 @@ def _programmed(
     limit: Limits,
     extra: Sequence[LinearisedLimit],
     settings: Settings,
+    groups: tuple[str, ...],
 ) -> tuple[Ints, tuple[Mapping[str, Any], ...]]:
     """Widths by the budget program: over rungs spread across each ladder, then over rungs around those taken.
 
@@ -311,6 +314,9 @@ def _programmed(
         for w, c in zip(ladder.widths, ceiling, strict=True)
     ]
     rungs = [np.unique(np.round(np.linspace(0, n - 1, RUNGS)).astype(int)) for n in lengths]
+    file = None
+    if settings.write_program is not None:
+        file = ProgramFile(settings.write_program, "budget", groups)
     coarse = choose(
         ledger,
         _at(ladder, rungs),
@@ -318,6 +324,7 @@ def _programmed(
         extra,
         solver=settings.solver,
         solver_limits=solver_limits,
+        file=file,
     )
     if all(len(r) == n for r, n in zip(rungs, lengths, strict=True)):
         return coarse.widths, (coarse.program,)
@@ -335,6 +342,7 @@ def _programmed(
             extra,
             solver=settings.solver,
             solver_limits=solver_limits,
+            file=file,
         )
         programs.append(finer.program)
         gained = chosen.program["objective"] - finer.program["objective"]

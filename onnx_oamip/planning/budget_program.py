@@ -29,6 +29,7 @@ from onnx_oamip.programs.products import (
     linearise,
     reduce_costs,
 )
+from onnx_oamip.programs.program_files import ProgramFile
 from onnx_oamip.programs.solvers import (
     Limit,
     Notify,
@@ -212,6 +213,7 @@ def choose(
     solver: str = "auto",
     solver_limits: SolverLimits = SOLVER_LIMITS,
     notify: Notify | None = None,
+    file: ProgramFile | None = None,
 ) -> Choice:
     """Chooses the widths of least total loss under all limits at once.
 
@@ -223,6 +225,7 @@ def choose(
         solver: Name of the solver, or ``auto``.
         solver_limits: Limits on time and gap. At the time limit the incumbent is taken, with its gap.
         notify: Receives the progress of the solver.
+        file: File that the program is written to before it is solved.
 
     Returns:
         The widths, and the record of the solve.
@@ -241,6 +244,12 @@ def choose(
     if incumbent is None and not extra and not budget.one_off.any() and not len(budget.bounded):
         raise BudgetNotMet(_not_met(budget, narrowest))
     formulation = _formulate(budget, incumbent)
+    if file is not None:
+        file.write(
+            formulation.program,
+            _columns(budget, formulation, file.groups),
+            _rows(formulation, budget),
+        )
     solution, level = _solve(
         budget,
         formulation,
@@ -262,6 +271,25 @@ def choose(
     record = _record(budget, formulation, solution, level)
     record["seconds"] = time.perf_counter() - began
     return Choice(budget.widths(level), record)
+
+
+def _columns(budget: _Budget, formulation: _Formulation, groups: Sequence[str]) -> list[str]:
+    """Names of the variables: the least width that a threshold stands for, then the auxiliary ones."""
+    levels = budget.levels
+    has_threshold = np.ones(len(levels.group), bool)
+    has_threshold[budget.first] = False
+    thresholds = zip(
+        levels.group[has_threshold].tolist(), levels.width[has_threshold].tolist(), strict=True
+    )
+    names = [f"at_least_{width}_of_{groups[group]}" for group, width in thresholds]
+    others = formulation.program.n_variables - len(names)
+    return [*names, *(f"product_{i}" for i in range(others))]
+
+
+def _rows(formulation: _Formulation, budget: _Budget) -> dict[int, str]:
+    """Names of the rows that are limits."""
+    names = dict(zip(formulation.limit_rows.tolist(), budget.names, strict=True))
+    return names | dict.fromkeys(formulation.bounded_row.tolist(), "max_loss")
 
 
 def _record(

@@ -86,7 +86,8 @@ def score(context: Context) -> Scores:
 
     with context.clock("score"):
         # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
-        if not requests or not _is_built_in(method):
+        # A program is only written where it is solved.
+        if not requests or not _is_built_in(method) or settings.write_program is not None:
             return make()
         depends = {
             **settings.model_dump(mode="json", exclude=_IRRELEVANT),

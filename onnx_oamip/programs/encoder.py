@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_array, vstack
@@ -31,6 +32,36 @@ Step = Callable[[Floats], None]
 """Fills in the values of some variables from those of earlier ones, in an array of all variables."""
 Tighten = Callable[[Program, Expression], Interval]
 """Bounds of rows over the program so far; its integer variables may be relaxed."""
+
+
+class Label(NamedTuple):
+    """Meaning of a block of variables.
+
+    Attributes:
+        kind: What the variables stand for: ``keep``, ``value``, ``active``, ``winner``, ``loss``, ``sparsity``.
+        tensor: Name of the tensor that they belong to; empty for none.
+        rows: Row of the tensor, over all samples, of each variable.
+        per_sample: Rows of one sample.
+    """
+
+    kind: str
+    tensor: str
+    rows: Ints
+    per_sample: int
+
+    def names(self) -> list[str]:
+        """Name the variables by kind, tensor, sample and element.
+
+        Returns:
+            Name of each variable of the block.
+        """
+        if not self.tensor:
+            return [f"{self.kind}_{row}" for row in self.rows.tolist()]
+        sample, element = np.divmod(self.rows, self.per_sample)
+        return [
+            f"{self.kind}_{self.tensor}_sample{s}_{e}"
+            for s, e in zip(sample.tolist(), element.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +121,8 @@ class Encoder:
         lower: Lower bound of each variable so far.
         upper: Upper bound of each variable so far.
         steps: Evaluation of the network, in the order of its statements.
+        labels: Meaning of every block of variables.
+        tensor: Name of the tensor that is stated now, for the labels.
     """
 
     def __init__(
@@ -119,7 +152,9 @@ class Encoder:
         self.steps: list[Step] = []
         self.lazy: list[Lazy] = []
         self.largest = 0.0
-        self.keep = self.variables(keep, 0.0, 1.0, integer=not relax_keep)
+        self.labels: list[Label] = []
+        self.tensor = ""
+        self.keep = self.variables(keep, 0.0, 1.0, integer=not relax_keep, kind="keep")
 
     # --- statements -------------------------------------------------------------------------------------------
 
@@ -244,8 +279,10 @@ class Encoder:
         window, place = np.nonzero(windows.candidate[undecided])
         source = windows.index[undecided[window], place]
         least, most = self._pooled_interval(windows.lower[undecided], windows.upper[undecided])
-        y, unit = self.measured(least, most)
-        z = self.variables(len(source), 0.0, 1.0, integer=True)
+        y, unit = self.measured(least, most, where=undecided, of=len(windows.index))
+        z = self.variables(
+            len(source), 0.0, 1.0, integer=True, kind="winner", where=source, of=x.rows
+        )
         candidate_low, _ = self._pooled_interval(x.lower[source], x.upper[source])
         margin = most[window] - candidate_low
         self.note_bound(margin)
@@ -282,6 +319,10 @@ class Encoder:
         lower: Floats | float,
         upper: Floats | float,
         integer: bool = False,
+        *,
+        kind: str,
+        where: Ints | None = None,
+        of: int = 0,
     ) -> Ints:
         """Add variables, and remember their bounds for intervals.
 
@@ -290,10 +331,18 @@ class Encoder:
             lower: Lower bounds.
             upper: Upper bounds.
             integer: True for integer variables.
+            kind: What the variables stand for (see ``Label``).
+            where: Row of the stated tensor that each belongs to; None for variables of no tensor.
+            of: Rows of the stated tensor over all samples.
 
         Returns:
             Indices of the variables (count,).
         """
+        if where is None:
+            label = Label(kind, "", np.arange(count), 1)
+        else:
+            label = Label(kind, self.tensor, where, max(of // self.images, 1))
+        self.labels.append(label)
         self.lower = np.append(self.lower, np.broadcast_to(lower, count))
         self.upper = np.append(self.upper, np.broadcast_to(upper, count))
         return self.builder.variables(count, lower, upper, integer=integer)
@@ -306,19 +355,30 @@ class Encoder:
         """
         self.largest = max(self.largest, float(magnitude.max()))
 
-    def measured(self, lower: Floats, upper: Floats) -> tuple[Ints, Floats]:
+    def measured(
+        self,
+        lower: Floats,
+        upper: Floats,
+        *,
+        where: Ints,
+        of: int,
+    ) -> tuple[Ints, Floats]:
         """Add variables that are scaled to a range of about one.
 
         Args:
             lower: Least number that each variable stands for.
             upper: Greatest number that each variable stands for.
+            where: Row of the stated tensor that each belongs to.
+            of: Rows of the stated tensor over all samples.
 
         Returns:
             Indices of the variables, and the unit by which each is multiplied to give its number.
         """
         magnitude = np.maximum(np.abs(lower), np.abs(upper))
         unit = power_of_two(magnitude)
-        variables = self.variables(len(unit), lower / unit, upper / unit)
+        variables = self.variables(
+            len(unit), lower / unit, upper / unit, kind="value", where=where, of=of
+        )
         return variables, unit
 
     def rows(

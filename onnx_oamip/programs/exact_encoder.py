@@ -79,7 +79,8 @@ class Exact(Encoder):
         s = self.keep[unit[where]]
         low = rows.lower
         high = rows.upper
-        h, size = self.measured(np.minimum(low, 0), np.maximum(high, 0))
+        least, most = np.minimum(low, 0), np.maximum(high, 0)
+        h, size = self.measured(least, most, where=where, of=result.rows)
         self.note_bound(np.maximum(np.abs(low), np.abs(high)))
         zero = Expression.of(np.zeros(len(where)))
         product = (h, size)
@@ -153,8 +154,10 @@ class Exact(Encoder):
         low = rows.lower
         high = rows.upper
         self.note_bound(np.maximum(-low, high))
-        h, size = self.measured(np.zeros(count), high)
-        v = self.variables(count, 0.0, 1.0, integer=not self.relax)
+        h, size = self.measured(np.zeros(count), high, where=where, of=result.rows)
+        v = self.variables(
+            count, 0.0, 1.0, integer=not self.relax, kind="active", where=where, of=result.rows
+        )
         zero = Expression.of(np.zeros(count))
         if unit is None:
             gate = np.full(count, -1)

@@ -222,7 +222,7 @@ def objective(
         labels.append(head.label[counted])
         weights.append(np.full(len(counted), weight * head.weight / len(counted)))
     label = np.concatenate(labels)
-    epigraph = encoder.variables(len(label), 0.0, np.inf)
+    epigraph = encoder.variables(len(label), 0.0, np.inf, kind="loss")
     loss = Loss(
         logits=concatenate(logits),
         label=label,
@@ -265,7 +265,7 @@ def _padded(head: Head, counted: Ints, classes: int) -> Expression:
 
 def _largest_negative(encoder: Encoder, layers: Sequence[ScoredLayer]) -> Ints:
     """A variable that is at least every -I_l."""
-    top = encoder.variables(1, -np.inf, np.inf)
+    top = encoder.variables(1, -np.inf, np.inf, kind="sparsity")
 
     def step(values: Floats) -> None:
         negatives = []

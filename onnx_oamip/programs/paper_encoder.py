@@ -74,8 +74,10 @@ class Paper(Encoder):
         low, high = limits
         count = len(where)
         self.note_bound(np.maximum(-low, high))
-        h, size = self.measured(np.zeros(count), high)
-        v = self.variables(count, 0.0, 1.0, integer=not self.relax)
+        h, size = self.measured(np.zeros(count), high, where=where, of=result.rows)
+        v = self.variables(
+            count, 0.0, 1.0, integer=not self.relax, kind="active", where=where, of=result.rows
+        )
         zero = Expression.of(np.zeros(count))
         # h >= a, h <= a - (1 - v) L and h <= v U.
         activation = (h, size)

@@ -279,6 +279,7 @@ def test_prune_document_records_settings_and_timings(pruned: Pruned) -> None:
         "refit": "least-squares",
         "align": "auto",
         "solver": "auto",
+        "write_program": None,
     }
     assert settings["macs"] == 0.5
     assert settings.items() >= defaults.items()
@@ -521,7 +522,7 @@ def test_solvers_document(run: Run) -> None:
     result = run("solvers", "--json")
     assert (result.code, result.err) == (0, "")
     found = {s["name"]: s for s in result.document["solvers"]}
-    assert list(found) == ["gurobi", "highs"]
+    assert list(found) == ["gurobi", "highs", "scip"]
     for solver in found.values():
         assert set(solver) == {
             "name",
@@ -720,6 +721,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "floor": 0.1,
         "exclude": ("second",),
         "solver": "highs",
+        "write_program": None,
         "time_limit": 5.0,
         "workers": 1,
         "force": True,
@@ -781,6 +783,7 @@ def test_settings_reach_the_result(run: Run, place: Path) -> None:
         "align": 4,
         "floor": 0.5,
         "solver": "highs",
+        "write_program": None,
         "device": "cpu",
         "workers": None,
     }

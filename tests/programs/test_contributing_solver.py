@@ -66,7 +66,7 @@ NETWORK = """(float[N,6] x) => (float[N,3] y) <float[6,12] a, float[12,3] b> {
     r = Relu(h)
     y = MatMul(r, b)
 }"""
-NAMES = '"auto", "gurobi", "highs"'
+NAMES = '"auto", "gurobi", "highs", "scip"'
 ENTRIES = '"gurobi": "gurobipy", "highs": "highspy"'
 
 

@@ -477,7 +477,7 @@ def test_missing_gurobi_licence_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_available_lists_every_solver() -> None:
     records = {r.name: r for r in solvers.available()}
-    assert list(records) == ["gurobi", "highs"]
+    assert list(records) == ["gurobi", "highs", "scip"]
     for record in records.values():
         if record.installed:
             assert record.version

@@ -39,6 +39,11 @@ class RunOptions(Options):
         60.0,
         description="Most seconds for one solve of a program; the best found by then is taken and its gap reported.",
     )
+    write_program: Annotated[Name | None, Shown(metavar="DIR|FILE.mps|FILE.lp")] = Field(
+        None,
+        description="Write every program that is solved for scores or widths, with names by unit, layer and sample: "
+        "into a folder as MPS files, or as FILE-TITLE.mps or FILE-TITLE.lp.",
+    )
     workers: Count | None = Field(
         None,
         description="Groups that are scored or measured at the same time. Default: one for every core.",

@@ -37,6 +37,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
 from onnx_oamip.importance import activation, magnitude, obs
+from onnx_oamip.programs.program_files import ProgramFile
 from onnx_oamip.programs.repaired_loss import LinearConsumer, Repaired
 from onnx_oamip.programs.solvers import (
     Solution,
@@ -227,6 +228,7 @@ def _solve_group(
                 keep,
                 start,
                 settings,
+                name,
                 evaluations=evaluations,
                 deadline=deadline,
             )
@@ -371,6 +373,7 @@ def _improve(
     free: Bools,
     start: Bools,
     settings: Settings,
+    name: str,
     *,
     evaluations: float,
     deadline: float,
@@ -385,6 +388,7 @@ def _improve(
         free: Units that may be kept (units,).
         start: First set, a subset of the free units (units,).
         settings: Solver and seed.
+        name: Name of the group.
         evaluations: Evaluations of the loss that may be spent.
         deadline: Time at which to stop, by ``time.perf_counter``.
     """
@@ -420,6 +424,12 @@ def _improve(
         subset.tangent(keep)
         # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
         subset.tangent((keep + relaxed) / 2)
+    if settings.write_program is not None:
+        file = ProgramFile(
+            settings.write_program, f"importance-{name}-{best.count}-of-{subset.units}"
+        )
+        columns = [f"keep_{name}_{unit}" for unit in range(subset.units)]
+        file.write(subset.program(free, best.count, best.keep), [*columns, "loss"])
     return _Step(
         keep=best.keep,
         value=best.value,

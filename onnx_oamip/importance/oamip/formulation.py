@@ -81,6 +81,19 @@ class Formulation:
     units: Ints
     outside: Mapping[int, str]
 
+    def names(self, coupling: Coupling) -> list[str]:
+        """Name the variables by unit, tensor, sample and element.
+
+        Args:
+            coupling: Units of the model.
+
+        Returns:
+            Name of each variable (variables,).
+        """
+        of_units = unit_names(coupling)
+        rest = [name for label in self.encoder.labels[1:] for name in label.names()]
+        return [*(of_units[unit] for unit in self.units), *rest]
+
     def complete(self, keep: Floats) -> Floats:
         """Evaluate the network at given keep variables.
 
@@ -91,6 +104,22 @@ class Formulation:
             Values of all variables (variables,); those of the loss's epigraph are 0.
         """
         return self.encoder.complete(keep, self.program.n_variables)
+
+
+def unit_names(coupling: Coupling) -> dict[int, str]:
+    """Name the keep variables of all units.
+
+    Args:
+        coupling: Units of the model.
+
+    Returns:
+        Name by unit: ``keep``, the group, and the position in it.
+    """
+    return {
+        int(unit): f"keep_{group.name}_{position}"
+        for group in coupling.groups
+        for position, unit in enumerate(group.units)
+    }
 
 
 def formulate(
@@ -241,6 +270,7 @@ class _Formulator:
 
     def _gate_scored(self, output: str) -> None:
         gates = self._keep_of_rows((output, self.scored_axis[output]))
+        self.encoder.tensor = output
         self.expressions[output] = self.encoder.gate(self.expressions[output], gates)
         self.gated.add(output)
 
@@ -287,10 +317,12 @@ class _Formulator:
             if axis is not None:
                 gates = self._keep_of_rows(axis)
                 self.gated.add(out)
+        self.encoder.tensor = out
         self.expressions[out] = self.encoder.relu(self._value(x), gates)
 
     def maximum(self, out: str, x: str, windows: Ints) -> None:
         """State that a tensor holds the maxima of windows of another."""
+        self.encoder.tensor = out
         self.expressions[out] = self.encoder.maximum(self._value(x), windows)
 
     # --- gates ------------------------------------------------------------------------------------------------
@@ -334,6 +366,7 @@ class _Formulator:
             alias = f"{name}/gate{axis[1]}"
             if alias not in self.expressions:
                 gates = self._keep_of_rows(axis)
+                self.encoder.tensor = alias
                 self.expressions[alias] = self.encoder.gate(self._value(name), gates)
                 self.shapes[alias] = self.shapes[name]
             inputs[slot] = alias

@@ -39,6 +39,7 @@ from onnx_oamip.importance.oamip.solve import (
     Outcome,
     optimise,
 )
+from onnx_oamip.programs.program_files import ProgramFile
 from onnx_oamip.programs.solvers import SolverLimits
 from onnx_oamip.statistics.requests import CLASS_SAMPLES
 
@@ -215,7 +216,13 @@ def program(
         first_point = None
     else:
         first_point = guess[formulation.units]
-    return formulation, optimise(formulation, limits, settings.solver, first_point)
+    outcome = optimise(formulation, limits, settings.solver, first_point)
+    if settings.write_program is not None:
+        classes = "-".join(str(label) for label in np.unique(images.labels[images.labels >= 0]))
+        title = f"importance-{settings.formulation}-classes-{classes}"
+        file = ProgramFile(settings.write_program, title)
+        file.write(outcome.program, formulation.names(coupling))
+    return formulation, outcome
 
 
 def _rank(scores: Floats) -> Floats:

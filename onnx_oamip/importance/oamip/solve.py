@@ -58,6 +58,7 @@ class Outcome:
     Attributes:
         keep: Keep variables of the best point (keep variables,), in [0, 1].
         values: All variables of the best point (variables,).
+        program: The program with all cuts that were added.
         objective: True objective of the best point.
         bound: Proved lower bound of the objective, -inf if there is none.
         gap: Relative distance of the objective and the bound.
@@ -67,6 +68,7 @@ class Outcome:
 
     keep: Floats
     values: Floats
+    program: Program
     objective: float
     bound: float
     gap: float
@@ -214,6 +216,9 @@ class _Optimisation:
         return Outcome(
             keep=keep,
             values=best.values,
+            program=replace(
+                self.last.program, integer=self.formulation.program.integer, start=None
+            ),
             objective=best.objective,
             bound=bound,
             gap=gap,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +86,37 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
         end = infeasible_or_unbounded(program, limits, solve)
         return solution(program, NAME, time.perf_counter() - began, end)
     return _read(highspy, highs, program, time.perf_counter() - began)
+
+
+def write(
+    program: Program,
+    path: Path,
+    columns: Sequence[str],
+    rows: Mapping[int, str],
+) -> None:
+    """Write a program in the format of the file's suffix: MPS or LP.
+
+    Args:
+        program: Program to write.
+        path: File to write.
+        columns: Name of each variable.
+        rows: Names of some rows by their index.
+
+    Raises:
+        SolverError: HiGHS refuses the program or cannot write it.
+    """
+    highspy = _highspy()
+    model = _silent(highspy)
+    if _load(model, program) == highspy.HighsStatus.kError:
+        raise SolverError(
+            "HiGHS refused the program's arrays; its coefficients may be out of range."
+        )
+    for index, name in enumerate(columns):
+        model.passColName(index, name)
+    for index in range(program.n_rows):
+        model.passRowName(index, rows.get(index, f"row_{index}"))
+    if model.writeModel(str(path)) == highspy.HighsStatus.kError:
+        raise SolverError(f"HiGHS cannot write the program to {path}.")
 
 
 def _options(limits: SolverLimits) -> dict[str, Any]:

@@ -1,0 +1,220 @@
+"""SCIP (open source, Apache 2.0), for programs of any size. The only module that imports pyscipopt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from onnx_oamip.core.errors import SolverError
+from onnx_oamip.core.records import Floats
+from onnx_oamip.programs import Program
+from onnx_oamip.programs.solvers.spec import (
+    Backend,
+    Licence,
+    Limit,
+    Solution,
+    SolverLimits,
+    Termination,
+    importing,
+    infeasible_or_unbounded,
+    solution,
+)
+
+NAME = "scip"
+ABSOLUTE_GAP = 1e-9
+MAX_SEED = 2**31
+"""Seeds are taken modulo this, SCIP's upper bound."""
+POLL_SECONDS = 0.2
+"""Interval at which the waiting thread can receive Ctrl-C."""
+STOP_SECONDS = 5
+"""Time for SCIP to stop after an interrupt."""
+_OPTIMAL = {"optimal", "gaplimit"}
+"""Statuses of a solve that reached its gap."""
+_LIMITS = {
+    "timelimit": Limit.TIME,
+    "nodelimit": Limit.NODE,
+    "totalnodelimit": Limit.NODE,
+    "memlimit": Limit.MEMORY,
+}
+
+
+def licence() -> Licence:
+    """Check that pyscipopt can be imported; SCIP needs no licence.
+
+    Returns:
+        A licence for any size, or an unusable one with the reason.
+    """
+    try:
+        _pyscipopt()
+    except SolverError as error:
+        return Licence(f"none: {error}", None, None, False)
+    return Licence("open source (Apache 2.0), any size", None, None, True)
+
+
+def solve(program: Program, limits: SolverLimits) -> Solution:
+    """Solve a program with SCIP.
+
+    Args:
+        program: Program to solve.
+        limits: Limits and tolerances. SCIP uses one thread.
+
+    Returns:
+        The solution.
+
+    Raises:
+        SolverError: SCIP fails without a solution.
+    """
+    began = time.perf_counter()
+    if _empty_row_is_violated(program):
+        return solution(program, NAME, time.perf_counter() - began, Termination.INFEASIBLE)
+    scip = _pyscipopt()
+    model = scip.Model()
+    model.hideOutput()
+    for name, value in _parameters(limits).items():
+        model.setParam(name, value)
+    variables = _load(scip, model, program)
+    _run(model)
+    status = model.getStatus()
+    if status in ("unbounded", "inforunbd"):
+        end = infeasible_or_unbounded(program, limits, solve)
+        return solution(program, NAME, time.perf_counter() - began, end)
+    return _read(model, variables, program, status=status, seconds=time.perf_counter() - began)
+
+
+def _empty_row_is_violated(program: Program) -> bool:
+    """Tests whether a row without entries excludes 0; SCIP takes no such rows."""
+    empty = np.diff(program.matrix.indptr) == 0
+    excludes_zero = (program.row_lower > 0) | (program.row_upper < 0)
+    return bool((empty & excludes_zero).any())
+
+
+def _parameters(limits: SolverLimits) -> dict[str, Any]:
+    """SCIP's parameters for the limits."""
+    parameters: dict[str, Any] = {
+        "limits/gap": limits.gap,
+        "limits/absgap": ABSOLUTE_GAP,
+        "randomization/randomseedshift": limits.seed % MAX_SEED,
+        "misc/catchctrlc": False,
+    }
+    if limits.time_s is not None:
+        parameters["limits/time"] = float(limits.time_s)
+    if limits.nodes is not None:
+        parameters["limits/totalnodes"] = limits.nodes
+    return parameters
+
+
+def _load(scip: Any, model: Any, program: Program) -> list[Any]:
+    """Pass the program and its first point; returns SCIP's variables."""
+
+    def side(value: float) -> float | None:
+        return value if np.isfinite(value) else None
+
+    columns = zip(
+        program.lower.tolist(),
+        program.upper.tolist(),
+        program.objective.tolist(),
+        program.integer.tolist(),
+        strict=True,
+    )
+    variables = [
+        model.addVar(lb=side(low), ub=side(high), obj=cost, vtype="I" if whole else "C")
+        for low, high, cost, whole in columns
+    ]
+    model.addObjoffset(program.offset)
+    matrix = program.matrix
+    for row in range(program.n_rows):
+        entries = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        if entries.start == entries.stop:
+            continue
+        terms = zip(matrix.data[entries].tolist(), matrix.indices[entries].tolist(), strict=True)
+        expression = scip.quicksum(weight * variables[column] for weight, column in terms)
+        low, high = (side(float(s[row])) for s in (program.row_lower, program.row_upper))
+        if low is not None or high is not None:
+            model.addCons(scip.scip.ExprCons(expression, low, high))
+    if program.start is not None:
+        _propose(model, variables, program.start)
+    return variables
+
+
+def _propose(model: Any, variables: list[Any], start: Floats) -> None:
+    """Pass the known values of a first point, which SCIP completes."""
+    point = model.createPartialSol()
+    for index in np.flatnonzero(~np.isnan(start)).tolist():
+        model.setSolVal(point, variables[index], float(start[index]))
+    model.addSol(point)
+
+
+def _run(model: Any) -> None:
+    """Run SCIP in a thread of its own, which leaves the calling thread free to receive Ctrl-C."""
+    done = threading.Event()
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            model.optimizeNogil()
+        except Exception as error:  # SCIP's errors, such as a lack of memory
+            errors.append(error)
+        finally:
+            done.set()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        while not done.wait(POLL_SECONDS):
+            pass
+    except KeyboardInterrupt:
+        model.interruptSolve()
+        done.wait(STOP_SECONDS)
+        raise
+    finally:
+        worker.join(STOP_SECONDS)
+    if errors:
+        cause = str(errors[0]).rstrip(".") or type(errors[0]).__name__
+        raise SolverError(f"SCIP failed: {cause}; try `solver=highs`.") from errors[0]
+
+
+def _read(
+    model: Any,
+    variables: list[Any],
+    program: Program,
+    *,
+    status: str,
+    seconds: float,
+) -> Solution:
+    """Translate the state of SCIP after a run."""
+    values = None
+    if model.getNSols():
+        best = model.getBestSol()
+        values = np.asarray([model.getSolVal(best, v) for v in variables], np.float64)
+    if status == "infeasible":
+        return solution(program, NAME, seconds, Termination.INFEASIBLE)
+    if status in _OPTIMAL and values is not None:
+        if program.integer.any():
+            bound = float(model.getDualbound())
+        else:
+            bound = program.value(values)
+        return solution(program, NAME, seconds, Termination.OPTIMAL, values=values, bound=bound)
+    limit = _LIMITS.get(status)
+    if limit is None:
+        raise SolverError(f"SCIP ended with status {status}; try `solver=highs`.")
+    end = Termination.NO_SOLUTION if values is None else Termination.FEASIBLE
+    bound = float(model.getDualbound())
+    return solution(program, NAME, seconds, end, limit=limit, values=values, bound=bound)
+
+
+def _pyscipopt() -> Any:
+    with importing("pyscipopt"):
+        import pyscipopt
+    return pyscipopt
+
+
+BACKEND = Backend(
+    name=NAME,
+    package="pyscipopt",
+    licence=licence,
+    rows=lambda program: program.n_rows,
+    solve=solve,
+)
