@@ -15,7 +15,8 @@ import numpy as np
 
 from onnx_oamip.api import pipeline
 from onnx_oamip.api.prepare import prepare
-from onnx_oamip.artifacts.output import check_output, write
+from onnx_oamip.artifacts.output import check_new_folder, check_output, write
+from onnx_oamip.core.atomic_files import output_errors
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import (
     BudgetNotMet,
@@ -29,6 +30,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import Source, source_name
 from onnx_oamip.planning import iterative, search
 from onnx_oamip.planning.search import Prepared
+from onnx_oamip.verification import equivalence
 
 LEVELS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
 """Shares of the multiply-accumulates at which a model is looked at."""
@@ -55,7 +57,8 @@ def frontier(
         eval_data: Samples to measure on. Default: the held-out part of ``source``.
         progress: Called as ``progress(stage, done, total)``.
         scores: File of scores written by ``score``, used in place of ``settings.importance``.
-        save_dir: Folder for the models, named ``MODEL-macs0.5.onnx``. Default: none is written.
+        save_dir: Folder for the models, named ``MODEL-macs0.5.onnx``; it is made if it does not exist. Default: none
+            is written.
 
     Returns:
         One point per level; a level that cannot be met has a reason in place of a result.
@@ -118,7 +121,12 @@ def frontier(
             "steps": sorted(set(ready.steps.tolist())),
             "evaluated": proofs[0].samples,
         },
-        notes=(*ready.objective.notes, *ready.scores.notes, *ready.store.notes()),
+        notes=(
+            *ready.objective.notes,
+            *ready.scores.notes,
+            *equivalence.few_samples(proofs[0].samples),
+            *ready.store.notes(),
+        ),
         objective=ready.objective,
     )
 
@@ -132,12 +140,11 @@ def _target(
     """Path of the model of one level. Raises OutputError where it cannot be written there."""
     if folder is None:
         return None
-    return check_output(
-        path,
-        Path(folder) / f"{Path(path).stem}-macs{share}.onnx",
-        sources,
-        "`save_dir`",
-    )
+    target = Path(folder) / f"{Path(path).stem}-macs{share}.onnx"
+    if Path(folder).exists():
+        return check_output(path, target, sources, "`save_dir`")
+    check_new_folder(Path(folder), "`save_dir`")
+    return target
 
 
 def _point(ready: Prepared, share: float, target: Path | None) -> Point:
@@ -151,5 +158,7 @@ def _point(ready: Prepared, share: float, target: Path | None) -> Point:
     point = Point(share, found.after, np.asarray(found.plan.widths, np.int64), verification)
     if target is None:
         return point
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     sha256, size = write(found.pruned.proto, target)
     return replace(point, cost=replace(found.after, bytes=size), output=str(target), sha256=sha256)

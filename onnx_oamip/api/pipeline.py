@@ -470,6 +470,7 @@ def _finish(
             *notes,
             *_unbounded_loss(budget, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
+            *equivalence.few_samples(verification.samples),
             *ready.store.notes(),
         ),
         fits=result.pruned.fits,
@@ -591,7 +592,8 @@ def compare(
             batch_size=size,
         )
         found = replace(found, metric=values)
-    return replace(found, batches=batches, objective=objective)
+    notes = (*objective.notes, *equivalence.few_samples(found.samples))
+    return replace(found, batches=batches, objective=replace(objective, notes=notes))
 
 
 def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:

@@ -64,6 +64,23 @@ def check_output(
     return target
 
 
+def check_new_folder(folder: Path, option: str) -> None:
+    """Check that a folder can be made, before any work is done.
+
+    Args:
+        folder: Folder that does not exist.
+        option: Option that gives it, for error messages.
+
+    Raises:
+        OutputError: The closest folder above it is a file or not writable.
+    """
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(
+            f"the output folder {folder} cannot be made in {above}; choose another {option}."
+        )
+
+
 def _is_one_of(path: Path, inputs: Iterable[Path]) -> bool:
     """True if a file is the same as one of the inputs, under any name."""
     if not path.exists():

@@ -259,4 +259,21 @@ def solvers(as_json: bool) -> None:
     show(documents.solvers(backends.available()), as_json)
 
 
+@cli.command()
+@json_option
+@click.pass_context
+def doctor(ctx: click.Context, /, *, as_json: bool) -> None:
+    """Show versions, devices, solvers and the cache, and prune a tiny network on every device.
+
+    The exit status is 1 if something that the package needs does not work.
+    """
+    with Progress():
+        from onnx_oamip.api.doctor import diagnose
+
+        found = diagnose()
+    show(found.document, as_json)
+    if found.problems:
+        ctx.exit(1)
+
+
 cli.add_command(config)

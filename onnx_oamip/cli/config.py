@@ -31,6 +31,8 @@ else:
 
 MOST_BYTES = 1 << 20
 """Size of a configuration beyond which it is taken for another file."""
+PLACEHOLDER = "placeholder"
+"""Value of required parameters of a command that is parsed and not run."""
 _NOT_IN_FILES = {"help", "config", "version"}
 
 
@@ -231,9 +233,9 @@ def _in_effect(
     given = [] if path is None else ["--config", str(path)]
     for parameter in command.params:  # the command is not run: required values are placeholders
         if isinstance(parameter, click.Argument):
-            given.append("-")
+            given.append(PLACEHOLDER)
         elif parameter.required:
-            given.extend((parameter.opts[-1], "-"))
+            given.extend((parameter.opts[-1], PLACEHOLDER))
     inner = command.make_context(name, given, parent=ctx.parent)
     rows = {}
     for option_name, parameter in options(command):

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 _PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
-_MESSAGES = frozenset({"licence", "notes", "reason"})
+_MESSAGES = frozenset({"licence", "notes", "problem", "problems", "reason"})
 """Keys of documents whose values are sentences."""
 
 

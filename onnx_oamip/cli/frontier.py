@@ -31,6 +31,10 @@ from onnx_oamip.cli.terminal import Progress, show
     cls=SettingsCommand,
     owners=("ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
     without=("force", "strict", "no_provenance"),
+    examples=(
+        "model.onnx --data samples.npz --report frontier.html",
+        "model.onnx --data samples.npz --levels 0.7,0.5,30% --save-dir models",
+    ),
 )
 @click.argument("model", type=MODEL)
 @option(
@@ -58,7 +62,7 @@ from onnx_oamip.cli.terminal import Progress, show
     heading="Output",
     type=MODEL,
     metavar="DIR",
-    help="Write the model of every level to this folder.",
+    help="Write the model of every level to this folder, which is made if it does not exist.",
 )
 @json_option
 @quiet_option

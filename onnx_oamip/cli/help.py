@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,10 @@ HEADINGS = (
     "Options",
 )
 """Headings of options, in the order of the help. The last one is for all options without a heading."""
+
+
+CONTINUED = " \\\n      "
+"""Between the lines of a command that is too long for one."""
 
 
 class Option(click.Option):
@@ -69,7 +75,34 @@ option = partial(click.option, cls=Option)
 
 
 class Command(click.Command):
-    """A command whose help lists its options under headings."""
+    """A command whose help lists its options under headings, and examples at the end."""
+
+    def __init__(self, *arguments: Any, examples: Sequence[str] = (), **attributes: Any) -> None:
+        """Create the command.
+
+        Args:
+            arguments: As for ``click.Command``.
+            examples: Command lines without the name of the program.
+            attributes: Further arguments of ``click.Command``.
+        """
+        super().__init__(*arguments, **attributes)
+        self.examples = tuple(examples)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, one per line.
+
+        Args:
+            ctx: Context of the command.
+            formatter: Receives the lines.
+        """
+        super().format_epilog(ctx, formatter)
+        if not self.examples:
+            return
+        with formatter.section("Examples"):
+            for example in self.examples:
+                words = f"{ctx.command_path.split()[0]} {self.name} {example}"
+                lines = textwrap.wrap(words, formatter.width - 6, break_on_hyphens=False)
+                formatter.write("  " + CONTINUED.join(lines) + "\n")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section of help for every heading that has options.

@@ -5,13 +5,46 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from onnx_oamip.cli.help import option
 from onnx_oamip.core.errors import OutputError, SettingsError
 
-MODEL = click.Path(path_type=Path)
+
+class FilePath(click.Path):
+    """A path. A dash, by which other programs mean stdin or stdout, is refused."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(
+        self,
+        value: Any,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        """Check a path.
+
+        Args:
+            value: Text of the command line.
+            param: Option that it was given for.
+            ctx: Context of the command.
+
+        Returns:
+            The path.
+
+        Raises:
+            BadParameter: The path is a dash.
+        """
+        if value == "-":
+            self.fail(DASH, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+DASH = "stdin and stdout hold no files here; give the path of a file, or ./- for one of that name."
+MODEL = FilePath()
 DATA = "FILE|FOLDER|MODULE:FUNCTION"
 
 eval_option = option(

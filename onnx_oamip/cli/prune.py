@@ -63,6 +63,12 @@ mlflow_option = option(
         "DataOptions",
         "RunOptions",
     ),
+    examples=(
+        "model.onnx --data samples.npz --macs 50% -o half.onnx",
+        "model.onnx --data samples.npz --max-drop 1 --report small.html -o small.onnx",
+        "model.onnx --data images/ --image-size 224 --latency 0.6 -o fast.onnx",
+        "model.onnx --macs 0.7 --importance l2 --allocate uniform --refit none -o no-data.onnx",
+    ),
 )
 @click.argument("model", type=MODEL)
 @data_option
@@ -105,10 +111,8 @@ def prune(
     but with --importance oamip, which finds the critical units without one. If several are given, all are met. Nothing
     is written unless every check holds.
     """
-    from onnx_oamip.api import pipeline
     from onnx_oamip.core.settings import Settings
     from onnx_oamip.integrations import mlflow_tracking
-    from onnx_oamip.reporting import documents
 
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
@@ -130,6 +134,9 @@ def prune(
         "data": data,
     }
     with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
+        from onnx_oamip.api import pipeline
+        from onnx_oamip.reporting import documents
+
         if dry_run:
             planned = pipeline.plan(
                 model,
@@ -164,6 +171,7 @@ def prune(
     cls=SettingsCommand,
     owners=("BudgetOptions", "ObjectiveOptions", *PLANNING, "DataOptions", "RunOptions"),
     without=("force", "no_provenance"),
+    examples=("model.onnx --data samples.npz --macs 50% -o plan.json",),
 )
 @click.argument("model", type=MODEL)
 @data_option
@@ -192,9 +200,7 @@ def plan(
     The file can be read and edited: it lists the units to keep of every group, and the channels that cannot be
     removed with the reason.
     """
-    from onnx_oamip.api import pipeline
     from onnx_oamip.core.settings import Settings
-    from onnx_oamip.reporting import documents
 
     check_paths(
         output, {"the model": model, "--data": data, "--eval-data": eval_data, "--scores": scores}
@@ -202,6 +208,9 @@ def plan(
     check_scores(ctx, scores)
     settings = Settings.create(**choices)
     with Progress(quiet) as progress:
+        from onnx_oamip.api import pipeline
+        from onnx_oamip.reporting import documents
+
         planned = pipeline.plan(
             model,
             data,
@@ -220,6 +229,7 @@ def plan(
     owners=("ObjectiveOptions", "RepairOptions", "DataOptions", "RunOptions"),
     without=("solver", "time_limit", "workers", "scheduler"),
     unset=("refit", "seed", "batch_size", "shape"),
+    examples=("model.onnx --plan plan.json --data samples.npz -o half.onnx",),
 )
 @click.argument("model", type=MODEL)
 @option(
@@ -264,9 +274,7 @@ def apply(
     With the data of the plan, the result is the model that prune writes. An edited plan is carried out as it stands; a
     plan for another model with the same names or the same graph can be applied too.
     """
-    from onnx_oamip.api import pipeline
     from onnx_oamip.integrations import mlflow_tracking
-    from onnx_oamip.reporting import documents
 
     check_paths(
         output, {"the model": model, "--data": data, "--eval-data": eval_data, "--plan": plan_file}
@@ -276,6 +284,9 @@ def apply(
     changes = {name: value for name, value in choices.items() if value not in (None, ())}
     parameters = {"model": model, "data": data, "plan": plan_file}
     with mlflow_tracking.run(tracking_uri, parameters) as log, Progress(quiet) as progress:
+        from onnx_oamip.api import pipeline
+        from onnx_oamip.reporting import documents
+
         report = pipeline.apply(
             model,
             plan_file,

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from onnx_oamip.cli.help import Option, option
+from onnx_oamip.cli.options import DASH
 
 HEADING = "What must be kept"
 IN_FILE = "onnx_oamip.outputs"
@@ -110,6 +111,8 @@ def _sort(
             f"{paths[0]!r} is not a statement about an output; give NAME=KIND, kinds are {_KINDS}."
         )
         raise click.BadParameter(message, ctx, param)
+    if "-" in paths:
+        raise click.BadParameter(DASH, ctx, param)
     if len(paths) > 1:
         message = (
             f"{paths[0]!r} and {paths[1]!r} are two paths; give one, and statements as NAME=KIND."

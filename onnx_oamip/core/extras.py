@@ -7,6 +7,17 @@ from contextlib import contextmanager
 
 from onnx_oamip.core.errors import EnvironmentMissing
 
+MODULES = {
+    "report": ("jinja2", "matplotlib"),
+    "images": ("PIL",),
+    "parquet": ("pyarrow",),
+    "pack": ("sklearn",),
+    "mlflow": ("mlflow",),
+    "olive": ("olive",),
+    "cluster": ("distributed",),
+}
+"""Importable names of the packages of every extra."""
+
 
 @contextmanager
 def imports_of(extra: str, purpose: str) -> Iterator[None]:

@@ -57,6 +57,10 @@ _OUT_OF_MEMORY = re.compile(
 # --------------------------------------------------------------------------------------------- module and device
 
 
+DEVICES = ("cpu", "cuda")
+"""Devices that a run can be asked for."""
+
+
 def runtime() -> Any:
     """Imports ONNX Runtime, without its log output and its telemetry.
 

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 from onnx_oamip.core.errors import OutputError
 from onnx_oamip.core.extras import imports_of
-from onnx_oamip.graph.loading import external_paths
 
 Document: TypeAlias = Mapping[str, Any]
 Log: TypeAlias = Callable[[Document, Iterable[Path | None]], None]
@@ -106,6 +105,8 @@ def _written_files(output: str | None, files: Iterable[Path | None]) -> list[Pat
     """The model with the weights beside it, and the other files of a run."""
     paths: list[Path] = []
     if output:
+        from onnx_oamip.graph.loading import external_paths  # heavy, and not needed without MLflow
+
         paths += [Path(output), *external_paths(output)]
     paths += [path for path in files if path is not None]
     return paths

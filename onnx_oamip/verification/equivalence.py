@@ -49,7 +49,28 @@ ROUNDING = 4.0
 """Times the measured rounding that a difference may be where it exceeds the tolerance."""
 ROUNDING_MOST = 1e-2
 """Differences above this share of the scale are not put down to rounding: there it would hide what the cut does."""
+FEW_SAMPLES = 30
+"""Number of held-out samples below which a note says how much one of them counts."""
 DRAWS = 3
+
+
+def few_samples(samples: int) -> tuple[str, ...]:
+    """Remark on measurements from few samples.
+
+    Args:
+        samples: Number of held-out samples; 0 without any.
+
+    Returns:
+        A note, if one sample moves the measurements by more than a few points.
+    """
+    if not 0 < samples < FEW_SAMPLES:
+        return ()
+    noun = "sample" if samples == 1 else "samples"
+    note = (
+        f"agreement, accuracy and errors were measured on {samples} {noun} only, where a single one counts "
+        f"{100 / samples:.3g} points; give more samples, or `eval_data`"
+    )
+    return (note,)
 
 
 @dataclass(frozen=True, slots=True)

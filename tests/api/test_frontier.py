@@ -236,7 +236,7 @@ def test_frontier_keeps_models_slower_than_the_original(
         ((), None, SettingsError),
         ((0.5, 1.5), None, SettingsError),
         ((0.5, 0), None, SettingsError),
-        ((0.5,), "no", OutputError),
+        ((0.5,), "file/models", OutputError),
     ],
 )
 def test_invalid_input_raises_an_error(
@@ -248,6 +248,7 @@ def test_invalid_input_raises_an_error(
     error: type[OamipError],
 ) -> None:
     monkeypatch.setattr(frontiers, "prepare", lambda *_, **__: pytest.fail("work was done"))
+    (tmp_path / "file").write_text("no folder")
     where = None if save_dir is None else tmp_path / save_dir
     with pytest.raises(error):
         frontier(folder / "net.onnx", str(folder / "data.npz"), settings(), levels, save_dir=where)
@@ -267,11 +268,11 @@ def test_page_and_document_agree(found: Frontier) -> None:
     for row, point in zip(rows[1:], value["points"], strict=False):
         assert row == [
             f"{100 * point['asked']:.1f} %",
-            *(f"{100 * point['shares'][k]:.1f} %" for k in ("macs", "params", "bytes")),
             f"{100 * point['accuracy']:.2f} %",
+            f"{100 * point['latency_ratio']:.1f} %",
             f"{100 * point['agreement']:.2f} %",
             f"{point['output_relative_error']:.3g}",
-            f"{100 * point['latency_ratio']:.1f} %",
+            *(f"{100 * point['shares'][k]:.1f} %" for k in ("macs", "params", "bytes")),
         ]
     widths = plain(tree, "widths")
     assert widths[0][2:] == [f"{100 * p['shares']['macs']:.0f} %" for p in value["points"]]
@@ -356,7 +357,6 @@ def test_command_prints_a_table(
     place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    (place / "d").mkdir()
     assert main([*BASE, "--levels", "0.7,0.4,0.001", "--save-dir", "d"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -364,7 +364,8 @@ def test_command_prints_a_table(
     assert "50.0 %" in out, "latency"
     assert "at 0.1 %: " in out
     assert "wrote d/net-macs0.4.onnx" in out
-    assert max(len(line) for line in out.splitlines() if not line.startswith(("at", "wrote"))) <= 80
+    texts = ("at", "wrote", "note")
+    assert max(len(line) for line in out.splitlines() if not line.startswith(texts)) <= 80
     assert sorted(p.name for p in (place / "d").iterdir()) == [
         "net-macs0.4.onnx",
         "net-macs0.7.onnx",
@@ -380,7 +381,7 @@ MISTAKES = {
     "output in no folder": ("-o", "no/f.json"),
     "page over the model": ("--report", "net.onnx"),
     "page over the output": ("-o", "f", "--report", "f"),
-    "no folder to save to": ("--save-dir", "no"),
+    "no folder to save to": ("--save-dir", "net.onnx/models"),
     "scores and importance": ("--scores", "s.npz", "--importance", "l2"),
     "no such scores": ("--scores", "s.npz"),
 }

@@ -159,6 +159,44 @@ def test_missing_command_shows_help_and_exits_2(run: Run) -> None:
     assert result.err.startswith("Usage:")
 
 
+@pytest.mark.parametrize("command", ["prune", "plan", "apply", "frontier"])
+def test_help_ends_with_examples_of_existing_options(run: Run, command: str) -> None:
+    shown = run(command, "--help").out.rpartition("Examples:")[2]
+    examples = cli.commands[command].examples
+    assert examples
+    for example in examples:
+        words = example.split()
+        assert words[0] == "model.onnx"
+        assert set(words) <= set(shown.split())
+        cli.commands[command].make_context(command, words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("prune", "model.onnx", "--data", "data.npz", "--macs", "0.5", "-o", "-"),
+        ("apply", "model.onnx", "--plan", "-", "-o", "out.onnx"),
+        ("plan", "model.onnx", "--data", "data.npz", "--macs", "0.5", "-o", "-"),
+    ],
+)
+def test_dash_is_no_path(run: Run, place: Path, arguments: tuple[str, ...]) -> None:
+    before = sorted(place.iterdir())
+    result = run(*arguments)
+    assert result.code == 2
+    assert "stdin and stdout hold no files here" in result.err
+    assert sorted(place.iterdir()) == before
+
+
+def test_few_samples_are_named_beside_the_accuracy(run: Run, place: Path) -> None:
+    np.savez("one.npz", input=samples(6), labels=np.arange(6) % 4)
+    result = run(
+        "prune", "model.onnx", "--data", "one.npz", "--macs", "0.5", "-o", "o.onnx", "--force"
+    )
+    assert result.code == 0
+    assert re.search(r"accuracy +\S+ % -> \S+ % of 1 sample$", result.out, re.MULTILINE)
+    assert "measured on 1 sample only, where a single one counts 100 points" in result.out
+
+
 def test_package_runs_as_a_module() -> None:
     command = [sys.executable, "-m", "onnx_oamip", "--version"]
     found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

@@ -18,7 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 PYTHONS = [text for c in PROJECT["classifiers"] for text in re.findall(r"Python :: (3\.\d+)$", c)]
 KNOWN_TO_BREAK: dict[str, str] = {}
 """What breaks with the releases that a dependency's specifier excludes, by the dependency's name."""
@@ -109,3 +110,29 @@ def test_quick_start_command_is_found_in_the_readme(workflow: dict[str, Any]) ->
     shown = subprocess.check_output(["bash", "-c", command.partition(">")[0]], cwd=ROOT, text=True)
     assert shown.startswith("pip install -e '.[cpu]' && onnx-oamip prune ")
     assert shown.count("\n") == 1
+
+
+def test_description_has_no_links_that_only_work_in_the_repository() -> None:
+    hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for rule in hook["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    local = re.findall(r"\]\((?!https?:|#)[^)]*\)", text)
+    assert local == []
+    assert "[choosing a budget]" not in text
+    assert "choosing a budget" in text
+    assert "figures/accuracy.svg" not in text
+
+
+def test_archives_hold_what_they_should() -> None:
+    """All tracked files in the source archive, because the tests read them; only the package in the wheel."""
+    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"] == {}
+    sdist = pytest.importorskip("hatchling.builders.sdist", reason="needs hatchling")
+    files = {
+        file.relative_path.replace("\\", "/")
+        for file in sdist.SdistBuilder(str(ROOT)).recurse_included_files()
+    }
+    assert {"models/mnist.npz", "CHANGELOG.md", ".github/workflows/ci.yml", "mkdocs.yml"} <= files
+    assert {"constraints.txt", "tools/op_table.py", "tests/fast.json", "docs/index.md"} <= files
+    weights = {path.suffix for path in (ROOT / "onnx_oamip").rglob("*") if path.is_file()}
+    assert not weights & {".onnx", ".npz", ".npy", ".pb"}

@@ -124,23 +124,23 @@ def _points(value: Document) -> Section:
     rows = [
         [
             percent(p["asked"]),
-            *(percent(p["shares"][kind.cost]) for kind in COUNTED),
             percent(p["accuracy"], 2),
+            percent(p["latency_ratio"]),
             percent(p["agreement"], 2),
             number(p["output_relative_error"]),
-            percent(p["latency_ratio"]),
+            *(percent(p["shares"][kind.cost]) for kind in COUNTED),
         ]
         for p in value["points"]
     ]
     columns = (
-        ">MACs asked",
+        ">asked",
+        ">accuracy",
+        ">latency",
+        ">same class",
+        ">output error",
         ">MACs",
         ">parameters",
         ">bytes",
-        ">accuracy",
-        ">same class",
-        ">output error",
-        ">latency",
     )
     parts: list[Part] = [Table.of(columns, rows)]
     parts += [
@@ -160,7 +160,7 @@ def _points(value: Document) -> Section:
     return Section(
         "points",
         "Models",
-        "Shares are of the original's; latency is measured side by side.",
+        "Asked: share of the MACs to keep. Shares are of the original's; latency is measured side by side.",
         parts,
     )
 

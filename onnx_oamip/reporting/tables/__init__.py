@@ -74,7 +74,7 @@ def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     if value["connections"]:
         yield from connection_rows(value["connections"], console)
     yield from reason_rows(value["skipped"])
-    yield from program_rows(value["programs"])
+    yield from program_rows(value["programs"], console)
     yield from fit_rows(value["fits"])
     yield from output_rows(value["verification"])
     yield checks(value["verification"], value["budget"]["max_drop"])
@@ -88,7 +88,7 @@ def _plan(value: Document, console: Console) -> Iterator[RenderableType]:
     yield costs(value["before"], value["predicted"], value["budget"])
     yield from _groups(value["groups"], console)
     yield from reason_rows(value["skipped"])
-    yield from program_rows(value["programs"])
+    yield from program_rows(value["programs"], console)
     if value["notes"]:
         yield Text("\n".join(f"note: {note}" for note in value["notes"]))
 
@@ -130,7 +130,7 @@ def _frontier(value: Document, _: Console) -> Iterator[RenderableType]:
     yield Text("\n".join([*lines, *(f"note: {note}" for note in value["notes"])]))
 
 
-def _score(value: Document, _: Console) -> Iterator[RenderableType]:
+def _score(value: Document, console: Console) -> Iterator[RenderableType]:
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
     table = grid("group", ">units", ">least", ">median", ">largest", f">below {value['low']:g}")
     for group in value["groups"][:ROWS]:
@@ -140,7 +140,7 @@ def _score(value: Document, _: Console) -> Iterator[RenderableType]:
             cell(shortened(group["name"])), f"{group['units']:,}", *spread, percent(scores["below"])
         )
     yield from limited(table, value["groups"], "groups")
-    yield from program_rows(value["programs"])
+    yield from program_rows(value["programs"], console)
     notes = [f"scored by {value['method']}", *(f"note: {note}" for note in value["notes"])]
     yield Text("\n".join(notes))
 
@@ -260,6 +260,35 @@ def _support(op: Document) -> str:
     return "followed"
 
 
+def _doctor(value: Document, console: Console) -> Iterator[RenderableType]:
+    system = value["system"]
+    cache = value["cache"]
+    table = grid("", "finding", header=False)
+    table.add_row("system", cell(system["platform"]))
+    free = f"{system['free_memory'] / 2**30:.1f} GiB free"
+    table.add_row("hardware", f"{count(system['processors'], 'processor')}, {free}")
+    for package, version in value["versions"].items():
+        table.add_row(package, version or "not installed")
+    table.add_row("providers", cell(", ".join(value["providers"])))
+    stored = f"{cache['folder']}, {cache['bytes'] / 2**20:.1f} MiB"
+    table.add_row("cache", cell(stored if cache["folder"] else "off"))
+    yield table
+    table = grid("device", "trial", ">seconds", "problem")
+    for device in value["devices"]:
+        trial = "passed" if device["seconds"] is not None else "failed"
+        seconds = "-" if device["seconds"] is None else f"{device['seconds']:.1f}"
+        row = (trial if device["usable"] else "not available", seconds, cell(device["problem"]))
+        table.add_row(device["name"], *row)
+    yield table
+    yield from _solvers(value, console)
+    table = grid("extra", "missing packages")
+    for extra, missing in value["extras"].items():
+        table.add_row(extra, cell(", ".join(missing) or "none"))
+    yield table
+    problems = [f"problem: {problem}" for problem in value["problems"]]
+    yield Text("\n".join(problems) or "no problem found")
+
+
 def _solvers(value: Document, _: Console) -> Iterator[RenderableType]:
     table = grid("solver", "version", "usable", ">variables", ">rows", "licence")
     for solver in value["solvers"]:
@@ -335,6 +364,7 @@ _DRAW = {
     "pruned": _verify,
     "models": _bench,
     "operators": _operators,
+    "devices": _doctor,
     "solvers": _solvers,
 }
 """Function that makes the tables of a document, by a key that only the documents of one command have.

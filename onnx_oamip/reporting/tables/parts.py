@@ -13,6 +13,7 @@ from rich.text import Text
 from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
+from onnx_oamip.verification.equivalence import FEW_SAMPLES
 
 KIND_NAMES = {
     "classes": "classes",
@@ -28,6 +29,10 @@ ROWS = 40
 """Largest number of rows of a table; the JSON document has all."""
 BAR = 12
 """Width of a bar, in characters."""
+NARROW_BAR = 4
+"""Width of a bar on a narrow terminal."""
+WIDE = 80
+"""Columns from which on tables have all their columns."""
 
 
 def operator_name(op: Document) -> str:
@@ -163,31 +168,32 @@ def connection_rows(found: Document, console: Console) -> Iterator[RenderableTyp
     yield Text(f"{found['compression']:.1f} times fewer connections after {rounds}")
 
 
-def program_rows(programs: Sequence[Document]) -> Iterator[RenderableType]:
+def program_rows(programs: Sequence[Document], console: Console) -> Iterator[RenderableType]:
     """Makes the table of solved programs.
 
     Args:
         programs: The ``programs`` of a document.
+        console: Where it is shown; a narrow one gets fewer columns, so that no word is broken.
 
     Yields:
         The table, and the reasons for the choice of the solver; nothing without programs.
     """
     if not programs:
         return
-    table = grid(
-        "program", "solver", "status", ">gap", ">seconds", ">variables", ">rows", "what binds"
-    )
+    is_wide = console.width >= WIDE
+    sizes = (">seconds", ">size") if is_wide else ()
+    table = grid("program", "solver", "status", ">gap", *sizes, "binding")
     for program in programs:
         limit = program.get("limit")
         binding = program.get("binding")
+        seconds = "-" if program["seconds"] is None else f"{program['seconds']:.2f}"
+        size = (seconds, f"{program['variables']:,} x {program['rows']:,}")
         table.add_row(
             cell(program["purpose"]),
             cell(program["solver"]),
             cell(f"{program['status']}, {limit} limit" if limit else program["status"]),
             percent(program["gap"], digits=2),
-            "-" if program["seconds"] is None else f"{program['seconds']:.2f}",
-            f"{program['variables']:,}",
-            f"{program['rows']:,}",
+            *(size if is_wide else ()),
             cell("-" if binding is None else ", ".join(binding) or "nothing"),
         )
     yield table
@@ -247,9 +253,10 @@ def checks(verification: Document, max_drop: float | None = None) -> Table:
         table.add_row(agreement_name(verification), percent(verification["agreement"], digits=2))
     if verification["accuracy_after"] is not None:
         before = percent(verification["accuracy_before"], digits=2)
-        table.add_row(
-            "accuracy", f"{before} -> {percent(verification['accuracy_after'], digits=2)}"
-        )
+        after = percent(verification["accuracy_after"], digits=2)
+        few = verification["samples"] < FEW_SAMPLES
+        of = f" of {count(verification['samples'], 'sample')}" if few else ""
+        table.add_row("accuracy", f"{before} -> {after}{of}")
     metric = verification["metric"]
     if metric is not None:
         table.add_row(cell(metric["name"]), f"{metric['before']:.6g} -> {metric['after']:.6g}")
@@ -434,8 +441,9 @@ def bar(level: float, console: Console) -> Text:
     """
     encoding = (console.encoding or "").lower()
     full, empty = ("█", "░") if encoding.startswith("utf") else ("#", ".")
-    filled = min(BAR, max(round(level * BAR), 1 if level > 0 else 0))
-    return Text(f"{full * filled}{empty * (BAR - filled)} {100 * level:5.1f} %")
+    width = BAR if console.width >= WIDE else NARROW_BAR
+    filled = min(width, max(round(level * width), 1 if level > 0 else 0))
+    return Text(f"{full * filled}{empty * (width - filled)} {100 * level:5.1f} %")
 
 
 def percent(value: float | None, missing: str = "-", digits: int = 1) -> str:

@@ -1,0 +1,53 @@
+"""Terminal tables: no word is broken at the widths of terminals."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from onnx_oamip.reporting.tables import parts
+
+PROGRAM = {
+    "purpose": "importance",
+    "solver": "gurobi",
+    "status": "feasible",
+    "limit": "time",
+    "gap": 0.4094,
+    "seconds": 312.02,
+    "variables": 2000,
+    "rows": 1999,
+    "binding": ["params"],
+}
+
+
+def drawn(width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    for part in parts.program_rows([PROGRAM], console):
+        console.print(part)
+    stream = console.file
+    assert isinstance(stream, io.StringIO)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 79, 80, 120])
+def test_program_table_breaks_no_word(width: int) -> None:
+    text = drawn(width)
+    words = {"importance", "gurobi", "feasible,", "time", "limit", "40.94", "params"}
+    assert words <= set(text.split())
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_wide_program_table_has_sizes_and_seconds() -> None:
+    assert "312.02" in drawn(80)
+    assert "2,000 x 1,999" in drawn(80)
+    assert "312.02" not in drawn(60)
+
+
+@pytest.mark.parametrize(("width", "cells"), [(60, 4), (80, 12)])
+def test_bar_is_shorter_on_narrow_terminals(width: int, cells: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    text = parts.bar(0.5, console).plain
+    assert len(text.split()[0]) == cells
+    assert text.endswith("50.0 %")
