@@ -34,7 +34,6 @@ from onnx_oamip.data.feeds import comparison_size, run_size
 from onnx_oamip.data.sources import File, Source, samples_of
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.runtime import UNFUSED, Session, resolve_device
@@ -44,6 +43,7 @@ from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import (
     allocation,
     critical_units,
+    idle_branches,
     iterative,
     limits,
     plan_constraints,
@@ -376,7 +376,8 @@ def open_context(
         objective = replace(objective, notes=(*objective.notes, bound))
         LOG.warning("%s", bound)
     with clock("couple"):
-        coupling = exclude(model, couple(model), settings.exclude)
+        sampled = None if source is None else samples
+        coupling = idle_branches.removable(model, sampled, settings.exclude)
         if settings.granularity == "unit":
             _something_free(model, coupling)
             if settings.strict:

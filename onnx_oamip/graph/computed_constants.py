@@ -9,10 +9,10 @@ all the same (:class:`Constants`). A new value of a view of an initialiser is wr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data, subgraphs
@@ -20,6 +20,11 @@ from onnx_oamip.graph.ops import kinds, views
 
 SMALL = 64
 """Bytes of a constant that cost no more than the node that would compute it."""
+
+
+LONGEST_COPIED = 4096
+"""Elements of a vector of equal numbers of which every reader gets its own copy."""
+FLOATING_TYPES = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE})
 
 
 def must_stay(node: NodeProto) -> bool:
@@ -108,6 +113,52 @@ def share(proto: ModelProto) -> None:
                 reader.input[slot] = first[name]
 
 
+def separate(proto: ModelProto, inputs: Set[str]) -> None:
+    """Gives every reader of a vector of equal numbers a copy of its own, in place.
+
+    Exporters store equal initialisers once: the gains of all normalisations that were never trained are one vector of
+    ones. As one tensor it would tie the channels of all its readers to each other.
+
+    Args:
+        proto: A model whose names are unique.
+        inputs: Initialisers whose value a feed may replace.
+    """
+    readers: dict[str, int] = defaultdict(int)
+    nodes = list(subgraphs.nodes(proto.graph))
+    for node in nodes:
+        for name in node.input:
+            readers[name] += 1
+    outputs = {value.name for graph in subgraphs.graphs(proto.graph) for value in graph.output}
+    shared = {
+        tensor.name: tensor
+        for tensor in proto.graph.initializer
+        if readers[tensor.name] > 1 and tensor.name not in inputs | outputs and _is_uniform(tensor)
+    }
+    if not shared:
+        return
+    taken = subgraphs.names(proto.graph)
+    read: set[str] = set()
+    for node in nodes:
+        for slot, name in enumerate(node.input):
+            if name not in shared or name not in read:
+                read.add(name)
+                continue
+            copy = subgraphs.unused_name(name, taken)
+            taken.add(copy)
+            proto.graph.initializer.append(shared[name])
+            proto.graph.initializer[-1].name = copy
+            node.input[slot] = copy
+
+
+def _is_uniform(tensor: TensorProto) -> bool:
+    """Tests for a small vector of equal numbers of a floating type, along one axis of any rank."""
+    sizes = [size for size in tensor.dims if size != 1]
+    if len(sizes) != 1 or sizes[0] > LONGEST_COPIED or tensor.data_type not in FLOATING_TYPES:
+        return False
+    value = external_data.array(tensor)
+    return bool((value == value.reshape(-1)[0]).all())
+
+
 def _without_names(node: NodeProto) -> bytes:
     """Key of the computation of a node; nodes that compute the same have equal keys."""
     bare = NodeProto()
@@ -117,6 +168,49 @@ def _without_names(node: NodeProto) -> bytes:
     del bare.metadata_props[:]
     bare.output[:] = [""] * len(node.output)
     return bare.SerializeToString(deterministic=True)
+
+
+def hoist(proto: ModelProto) -> None:
+    """Moves nodes of subgraphs that compute constants to the main graph, where they are folded, in place.
+
+    Args:
+        proto: A flattened model.
+    """
+    main = proto.graph
+    if not any(subgraphs.all_bodies(node) for node in main.node):
+        return
+    known = {tensor.name for tensor in main.initializer}
+    known -= {value.name for value in main.input}
+    nodes: list[NodeProto] = []
+    for node in main.node:
+        for body in subgraphs.all_bodies(node):
+            for graph in subgraphs.graphs(body):
+                nodes += _taken_out(graph, known)
+        nodes.append(node)
+        if known.issuperset(subgraphs.reads(node)) and not must_stay(node):
+            known.update(name for name in node.output if name)
+    if len(nodes) > len(main.node):
+        subgraphs.set_nodes(main, nodes)
+        subgraphs.return_own_tensors(main)
+
+
+def _taken_out(graph: GraphProto, known: set[str]) -> list[NodeProto]:
+    """Removes the nodes of a subgraph that read known constants only; their outputs become known."""
+    moved = []
+    kept = []
+    outputs = {value.name for value in graph.output}
+    for node in graph.node:
+        computes = known.issuperset(node.input) and _is_plain(node) and not must_stay(node)
+        # An Identity of an outer tensor is how a subgraph returns one.
+        returns = views.is_identity(node) and node.output[0] in outputs
+        if not computes or returns or not any(node.input):
+            kept.append(node)
+            continue
+        known.update(name for name in node.output if name)
+        moved.append(NodeProto.FromString(node.SerializeToString()))
+    if moved:
+        subgraphs.set_nodes(graph, kept)
+    return moved
 
 
 # ------------------------------------------------------------------------------------------------------------ folding

@@ -246,7 +246,7 @@ class _Labels:
         else:
             self.consumers.append(consumer)
 
-    def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
+    def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "", source: str = "") -> None:
         if not tensor:
             return
         shape = self.shape(tensor)
@@ -260,7 +260,7 @@ class _Labels:
                 self.pin(labels, f"'{shortened(tensor)}' has a shape that does not match it")
             checked.append(labels if matches else None)
         self.tracked[tensor] = checked
-        source = self._untracked_input or self._first_input
+        source = source or self._untracked_input or self._first_input
         inherited = self.untracked_reasons.get(source, "untracked")
         self.untracked_reasons[tensor] = why or inherited
         if not why and source in self.given:
@@ -270,11 +270,14 @@ class _Labels:
         self.defaults[node.name] = default
         return self._choices.get(node.name, default)
 
-    def enter(self, body: Body) -> None:
+    def enter(self, body: Body, unused: str = "") -> None:
         outer = self._node, self._first_input, self._untracked_input
+        before = self.count
         self._depth += 1
         self.follow(body.nodes)
         self._depth -= 1
+        if unused:
+            self.pin(np.arange(before, self.count, dtype=np.int64), unused)
         self._node, self._first_input, self._untracked_input = outer
 
     def follow(self, nodes: Sequence[Node]) -> None:
@@ -441,7 +444,24 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
     if not patterns:
         return coupling
     matched = _matching_patterns(model, coupling, patterns)
-    removed = np.asarray([bool(pattern) for pattern in matched], bool)
+    reasons = [f"`exclude='{pattern}'` keeps it" if pattern else "" for pattern in matched]
+    return without(model, coupling, reasons)
+
+
+def without(model: Model, coupling: Coupling, reasons: Sequence[str]) -> Coupling:
+    """Removes groups from a coupling, so that they are kept whole.
+
+    Args:
+        model: The coupled model.
+        coupling: Its coupling.
+        reasons: Reason to keep each group whole; empty for groups that remain.
+
+    Returns:
+        The coupling without these groups; their weights are listed as pinned.
+    """
+    removed = np.asarray([bool(reason) for reason in reasons], bool)
+    if not removed.any():
+        return coupling
     unit_stays = ~removed[coupling.unit_group]
     new_unit = np.where(unit_stays, np.cumsum(unit_stays) - 1, -1)
     new_group = np.cumsum(~removed) - 1
@@ -452,8 +472,8 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
             axes[key] = renumbered
     groups = [
         replace(group, units=new_unit[group.units])
-        for group, pattern in zip(coupling.groups, matched, strict=True)
-        if not pattern
+        for group, reason in zip(coupling.groups, reasons, strict=True)
+        if not reason
     ]
     return Coupling(
         n_units=int(unit_stays.sum()),
@@ -462,7 +482,7 @@ def exclude(model: Model, coupling: Coupling, patterns: Sequence[str]) -> Coupli
         axes=axes,
         consumers=_consumers_on(coupling.consumers, axes),
         inside=_consumers_on(coupling.inside, axes),
-        pinned=(*coupling.pinned, *_excluded(model, coupling, matched)),
+        pinned=(*coupling.pinned, *_kept_whole(model, coupling, reasons)),
     )
 
 
@@ -505,16 +525,15 @@ def matches(name: str, pattern: str, names: Collection[str]) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _excluded(model: Model, coupling: Coupling, matched: Sequence[str]) -> list[Pinned]:
-    """Records for the weights of groups that a pattern excludes."""
+def _kept_whole(model: Model, coupling: Coupling, reasons: Sequence[str]) -> list[Pinned]:
+    """Records for the weights of groups that are kept for a reason."""
     result = []
-    for group, pattern in zip(coupling.groups, matched, strict=True):
-        if not pattern:
+    for group, reason in zip(coupling.groups, reasons, strict=True):
+        if not reason:
             continue
         for (tensor, axis), per_unit in group.multiplicity.items():
             if model.is_stored(tensor) and len(model.shapes[tensor]) > 1:
                 channels = per_unit * len(group.units)
-                reason = f"`exclude='{pattern}'` keeps it"
                 result.append(Pinned(tensor, axis, channels, reason, True))
     return result
 

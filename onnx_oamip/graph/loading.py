@@ -507,6 +507,7 @@ def _normalise(source: ModelProto) -> ModelProto:
         if not fold(result):
             break
         result = _fold_and_resolve(result)
+    computed_constants.separate(result, default_inputs.names(result))
     default_inputs.close(result)
     return result
 
@@ -521,6 +522,7 @@ def _fold_and_resolve(source: ModelProto) -> ModelProto:
 
 def _folded(source: ModelProto) -> ModelProto:
     """Sorts and names the nodes, removes unused ones, and folds those that are computed from constants."""
+    computed_constants.hoist(source)
     unfoldable, has_unknown_sizes = input_guards.unfoldable(source, skeleton(source))
     result = _fold_all(source, unfoldable)
     # Tensors of unknown size are left unfolded; the values folded so far may determine their sizes.

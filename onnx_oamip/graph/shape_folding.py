@@ -17,12 +17,11 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from onnx_oamip.graph.ops import build, kinds
 from onnx_oamip.graph.ops.shape_targets import RULES, drop_expand, is_list_of_lengths
 from onnx_oamip.graph.shape_inference import (
-    Dims,
     Values,
     known_values,
     symbol_homes,
 )
-from onnx_oamip.graph.symbolic_dims import Entries, Size, lengths, numbers
+from onnx_oamip.graph.symbolic_dims import Dims, Entries, Size, lengths, numbers
 
 
 class _Editor:
@@ -137,6 +136,12 @@ class _Editor:
 
     def dims(self, tensor: str) -> Dims | None:
         return self.known.dims.get(tensor)
+
+    def dtype(self, tensor: str) -> np.dtype[Any]:
+        kind = self.known.types.get(tensor)
+        if kind is None:
+            (kind,) = (t.data_type for t in self.graph.initializer if t.name == tensor)
+        return helper.tensor_dtype_to_np_dtype(kind)
 
     def become_transpose(
         self,

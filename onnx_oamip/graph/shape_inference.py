@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,9 @@ from onnx_oamip.graph.ops import (
     rule_errors,
 )
 from onnx_oamip.graph.ops.spec import Flow
-from onnx_oamip.graph.symbolic_dims import Entries, numbers
+from onnx_oamip.graph.symbolic_dims import Dims, Entries, Size, numbers, product
 from onnx_oamip.graph.symbolic_values import follow
 
-Dims = list[int | str | None]
-"""Dimensions of a tensor: a number, the name of a symbol, or None if nothing is known."""
 Shapes = dict[str, tuple[int, ...]]
 Types = dict[str, np.dtype[Any]]
 
@@ -52,8 +51,16 @@ LARGEST_ASSUMED = 1 << 17
 FLOATING_TYPES = frozenset(
     {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 )
-INTEGER_TYPES = frozenset({TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL})
-"""Element types of tensors whose elements are followed symbolically."""
+FOLLOWED_TYPES = frozenset(
+    {
+        TensorProto.INT64,
+        TensorProto.INT32,
+        TensorProto.BOOL,
+        TensorProto.FLOAT,
+        TensorProto.DOUBLE,
+    }
+)
+"""Element types of small tensors whose elements are followed: integers symbolically, floats as numbers."""
 
 
 # ------------------------------------------------------------------------------------------------------ interface
@@ -194,6 +201,11 @@ def infer(proto: ModelProto, bound: Mapping[str, int], known: Shapes | None = No
     Returns:
         The graph with inferred shapes; large constants are inputs in it.
     """
+    return _inferred(_with_sizes(proto, bound, known or {}), proto)
+
+
+def _with_sizes(proto: ModelProto, bound: Mapping[str, int], known: Shapes) -> ModelProto:
+    """A skeleton whose inputs have the sizes of symbolic dimensions."""
     copy = skeleton(proto)
     inputs = {value.name for value in proto.graph.input}
     for value in copy.graph.input:
@@ -205,9 +217,13 @@ def infer(proto: ModelProto, bound: Mapping[str, int], known: Shapes | None = No
             if name is not None:
                 dim.dim_value = bound[name]
     clear_output_shapes(copy.graph)
-    for name, shape in (known or {}).items():
+    _declare(copy, known)
+    return copy
+
+
+def _declare(copy: ModelProto, known: Shapes) -> None:
+    for name, shape in known.items():
         copy.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 0, list(shape)))
-    return _inferred(copy, proto)
 
 
 def clear_output_shapes(graph: GraphProto) -> None:
@@ -334,21 +350,82 @@ def all_types(
     Returns:
         Shapes and element types by tensor name, as far as they can be inferred.
     """
-    shapes, dtypes = tensor_types(infer(proto, bound))
-    if not any(node.bodies for node in nodes):
-        return shapes, dtypes
     protos = {node.name: node for node in subgraphs.nodes(proto.graph)}
-    from_subgraphs: Shapes = {}
+
+    def run(known: Shapes) -> tuple[ModelProto, GraphProto]:
+        copy = _with_sizes(proto, bound, known)
+        return copy, _inferred(copy, proto)
+
+    found = _settled(_Known({}, {}, {}), nodes, run, proto=proto, protos=protos)
+    return found.shapes, found.dtypes
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known about the tensors around a subgraph.
+
+    Attributes:
+        shapes: Their shapes.
+        dtypes: Their element types.
+        values: Values of those that are computed from shapes.
+    """
+
+    shapes: Shapes
+    dtypes: Types
+    values: Mapping[str, np.ndarray[Any, Any]]
+
+
+def _settled(
+    outer: _Known,
+    nodes: Sequence[Node],
+    run: Callable[[Shapes], tuple[ModelProto, GraphProto]],
+    *,
+    proto: ModelProto,
+    protos: Mapping[str, NodeProto],
+) -> _Known:
+    """Infers a graph and its subgraphs, until the outputs of subgraphs give no further shapes.
+
+    Args:
+        outer: The tensors around the graph.
+        nodes: Its nodes.
+        run: Infers the graph itself, given shapes of outputs of subgraphs; returns it before and after.
+        proto: The model.
+        protos: All its nodes by name.
+
+    Returns:
+        The tensors of the graph and of its subgraphs.
+    """
+    known: Shapes = {}
     while True:
-        inference = _SubgraphInference(proto, protos, shapes, dtypes)
+        copy, graph = run(known)
+        shapes, dtypes = tensor_types(graph)
+        shapes.update({n: s for n, s in known.items() if n not in shapes})
+        if not any(node.bodies for node in nodes):
+            return _Known(shapes, dtypes, {})
+        around = _Known(
+            {**outer.shapes, **shapes},
+            {**outer.dtypes, **dtypes},
+            {**outer.values, **_numeric_values(copy, graph)},
+        )
+        inference = _SubgraphInference(proto, protos, around)
         inference.follow(nodes)
         fresh = {n: s for n, s in inference.outputs.items() if n not in shapes}
         if not fresh:
-            return {**inference.shapes, **shapes}, {**inference.dtypes, **dtypes}
+            inner_shapes, inner_dtypes = inference.shapes, inference.dtypes
+            return _Known({**inner_shapes, **shapes}, {**inner_dtypes, **dtypes}, {})
         # The shape of a loop's output is known now: infer the nodes behind it.
-        from_subgraphs.update(fresh)
-        shapes, dtypes = tensor_types(infer(proto, bound, from_subgraphs))
-        shapes.update({n: s for n, s in from_subgraphs.items() if n not in shapes})
+        known.update(fresh)
+
+
+def _numeric_values(copy: ModelProto, graph: GraphProto) -> dict[str, np.ndarray[Any, Any]]:
+    """Values of the small tensors that a graph computes from shapes, given the same graph with inferred shapes."""
+    known = known_values(copy, graph)
+    types = {**known.types, **{t.name: t.data_type for t in copy.graph.initializer}}
+    return {
+        name: np.asarray(entries.astype(onnx.helper.tensor_dtype_to_np_dtype(types[name])))
+        for name, entries in known.entries.items()
+        if name in types and numbers(entries)
+    }
 
 
 def fitting_types(
@@ -407,13 +484,13 @@ class _SubgraphInference:
         self,
         proto: ModelProto,
         protos: Mapping[str, NodeProto],
-        outer_shapes: Mapping[str, tuple[int, ...]],
-        outer_dtypes: Mapping[str, np.dtype[Any]],
+        outer: _Known,
     ) -> None:
         self._proto = proto
         self._protos = protos
-        self._outer_shapes = outer_shapes
-        self._outer_dtypes = outer_dtypes
+        self._outer_shapes = outer.shapes
+        self._outer_dtypes = outer.dtypes
+        self._outer_values = outer.values
         self.shapes: Shapes = {}
         self.dtypes: Types = {}
         self.outputs: Shapes = {}
@@ -433,7 +510,7 @@ class _SubgraphInference:
             shapes, dtypes = self._infer_node(node, flow)
             self.shapes.update({n: s for n, s in shapes.items() if n not in self._outer_shapes})
             self.dtypes.update({n: t for n, t in dtypes.items() if n not in self._outer_dtypes})
-            self._infer_outputs(flow, shapes)
+            self._infer_outputs(node, flow, shapes)
 
     def _infer_node(self, node: Node, flow: Flow) -> tuple[Shapes, Types]:
         """Shapes and types of all tensors that the subgraphs of a node see."""
@@ -457,9 +534,12 @@ class _SubgraphInference:
             for name in changing:
                 del inputs[name]
 
-    def _infer_outputs(self, flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _infer_outputs(self, node: Node, flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Shapes of the outputs of a node, from those of its subgraphs."""
+        condition = self._outer_values.get(node.inputs[0]) if has(node, Trait.BRANCHES) else None
         for (first, second), output in flow.joins:
+            if condition is not None:  # the sizes decide which branch runs
+                first = second = first if condition.reshape(-1)[0] else second
             if first in shapes and shapes[first] == shapes.get(second):
                 self.outputs[output] = shapes[first]
         outer = self._outer_shapes
@@ -487,14 +567,16 @@ class _SubgraphInference:
             shapes: Shapes of the tensors around it, extended by its own.
             dtypes: Element types of the tensors around it, extended by its own.
         """
-        model = self._as_model(graph, inputs, shapes, dtypes)
-        own_shapes, own_dtypes = tensor_types(_inferred(model, self._proto))
-        shapes.update(own_shapes)
-        dtypes.update(own_dtypes)
-        within = _SubgraphInference(self._proto, self._protos, shapes, dtypes)
-        within.follow(nodes)
-        shapes.update(within.shapes)
-        dtypes.update(within.dtypes)
+
+        def run(known: Shapes) -> tuple[ModelProto, GraphProto]:
+            model = self._as_model(graph, inputs, shapes, dtypes)
+            _declare(model, known)
+            return model, _inferred(model, self._proto)
+
+        around = _Known(shapes, dtypes, self._outer_values)
+        found = _settled(around, nodes, run, proto=self._proto, protos=self._protos)
+        shapes.update(found.shapes)
+        dtypes.update(found.dtypes)
 
     def _as_model(
         self,
@@ -523,6 +605,10 @@ class _SubgraphInference:
             if tensor.name in read and int(np.prod(tensor.dims)) <= SMALL:
                 model.graph.initializer.append(tensor)
                 defined.add(tensor.name)
+        for name in sorted((read - defined) & self._outer_values.keys()):
+            known = self._outer_values[name]
+            model.graph.initializer.append(numpy_helper.from_array(known, name))
+            defined.add(name)
         for name in sorted(read - defined):
             element_type = 0
             if name in dtypes:
@@ -573,7 +659,7 @@ def _dtype(element_type: int) -> np.dtype[Any]:
     return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element_type))
 
 
-def _dims(shape: onnx.TensorShapeProto) -> Dims:
+def _dims(shape: onnx.TensorShapeProto) -> list[int | str | None]:
     return [d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in shape.dim]
 
 
@@ -587,7 +673,7 @@ class Values:
     Attributes:
         dims: Dimensions by tensor name.
         types: ONNX element types by tensor name.
-        entries: Elements of small integer tensors by name, as numbers or symbolic sizes.
+        entries: Elements of small tensors by name, as numbers or symbolic sizes.
     """
 
     dims: Mapping[str, Dims]
@@ -617,7 +703,7 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
         if value.type.tensor_type.HasField("shape"):
             dims[value.name] = _dims(value.type.tensor_type.shape)
     for name, symbols in recognised.items():
-        inferred_dims = dims.get(name, [])
+        inferred_dims = list(dims.get(name, []))
         if len(inferred_dims) != len(symbols):  # not known, or declared with another rank
             inferred_dims = [None] * len(symbols)
         dims[name] = [
@@ -629,21 +715,24 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
     constants = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in graph.initializer
-        if tensor.data_type in INTEGER_TYPES
+        if tensor.data_type in FOLLOWED_TYPES
     }
-    integers = {
+    dtypes = {
         name: onnx.helper.tensor_dtype_to_np_dtype(kind)
         for name, kind in types.items()
-        if kind in INTEGER_TYPES
+        if kind in FOLLOWED_TYPES
     }
-    return Values(dims, types, follow(graph.node, constants, dims, integers))
+    dtypes.update((name, value.dtype) for name, value in constants.items())
+    version = {o.domain: o.version for o in proto.opset_import}.get("", 1)
+    entries = follow(graph.node, constants, dims, dtypes=dtypes, version=version)
+    return Values(dims, types, entries)
 
 
 def _recognised_dims(proto: ModelProto) -> dict[str, Dims]:
     """Dynamic dimensions that ONNX's inference loses, recognised by their sizes under three bindings.
 
-    A dimension is recognised as a symbol if it equals the symbol's size under every binding. Two of the bindings use
-    large primes, so that no other computation gives the same number. Fixed lengths are not recognised.
+    A dimension is recognised as a product of symbols and a number if it equals that under every binding. Two of the
+    bindings use large primes, so that no other computation gives the same number. Fixed lengths are not recognised.
 
     A large size exceeds the tables of positions and causal masks of a model: behind a sum of both, inference fails at
     such a size. There, and only there, the table is assumed to be as long as the model asks for.
@@ -668,7 +757,7 @@ def _recognised_dims(proto: ModelProto) -> dict[str, Dims]:
         shapes = [by_name[name] for by_name in found]
         if len({len(shape) for shape in shapes}) > 1:
             continue
-        result[name] = [_symbol_of_sizes(sizes, bindings) for sizes in zip(*shapes, strict=True)]
+        result[name] = [_product_of_sizes(sizes, bindings) for sizes in zip(*shapes, strict=True)]
     return result
 
 
@@ -677,12 +766,20 @@ def _inferred_shapes(proto: ModelProto, binding: Mapping[str, int]) -> Shapes:
     return shapes
 
 
-def _symbol_of_sizes(sizes: tuple[int, ...], bindings: Sequence[Mapping[str, int]]) -> str | None:
-    """First symbol that has these sizes under the bindings."""
-    for name in bindings[0]:
-        if sizes == tuple(binding[name] for binding in bindings):
-            return name
-    return None
+def _product_of_sizes(
+    sizes: tuple[int, ...], bindings: Sequence[Mapping[str, int]]
+) -> Size | str | None:
+    """Product of symbols that has these sizes under the bindings, of which the second one is of primes."""
+    factor = sizes[1]
+    names: list[str] = []
+    for name, prime in bindings[1].items():
+        while factor and factor % prime == 0:
+            factor //= prime
+            names.append(name)
+    expected = (math.prod((factor, *(binding[name] for name in names))) for binding in bindings)
+    if not names or sizes != tuple(expected):
+        return None
+    return product(names, factor)
 
 
 def _with_endless_tables(proto: ModelProto) -> ModelProto | None:
@@ -748,7 +845,7 @@ def symbol_homes(proto: ModelProto, dims: Mapping[str, Dims]) -> dict[str, Axis]
     inputs = [value.name for value in proto.graph.input]
     for name in (*inputs, *(tensor for tensor in dims if tensor not in inputs)):
         for axis, dim in enumerate(dims.get(name, [])):
-            if not isinstance(dim, int):
+            if not isinstance(dim, int | Size):
                 homes.setdefault(dim or f"{name}:{axis}", (name, axis))
     return homes
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Entries = npt.NDArray[np.object_]
-"""Elements of an integer or boolean tensor: ``int``, ``bool`` or ``Size``."""
+"""Elements of an integer or boolean tensor: ``int``, ``bool`` or ``Size``; of a float tensor: ``float``."""
 LIMIT = 1024
 """Longer tensors are no shapes."""
 VALUE = "?"
@@ -142,12 +142,31 @@ def _divide_numbers(a: int, b: int) -> int:
     return size if (a < 0) == (b < 0) else -size
 
 
-def lengths(tensor: str, dims: Mapping[str, Sequence[int | str | None]]) -> Entries | None:
+Dims = Sequence["int | str | Size | None"]
+"""Dimensions of a tensor: a number, the name of a symbol, a polynomial of symbols, or None if nothing is known."""
+
+
+def product(names: Sequence[str], factor: int) -> Size | str:
+    """Return a product of symbols.
+
+    Args:
+        names: Symbols, repeated for a power.
+        factor: The number in front of them.
+
+    Returns:
+        The name itself if that is all, else a size.
+    """
+    if len(names) == 1 and factor == 1:
+        return names[0]
+    return Size(((tuple(sorted(names)), factor),))
+
+
+def lengths(tensor: str, dims: Mapping[str, Dims]) -> Entries | None:
     """Return the dimensions of a tensor as numbers and sizes.
 
     Args:
         tensor: Name of the tensor.
-        dims: Dimensions by tensor: a number, a symbol's name, or None.
+        dims: Dimensions by tensor.
 
     Returns:
         The dimensions, or None if nothing is known of the tensor. One without a name is called after its place.
@@ -157,7 +176,7 @@ def lengths(tensor: str, dims: Mapping[str, Sequence[int | str | None]]) -> Entr
         return None
     out = np.empty(len(known), object)
     for axis, dim in enumerate(known):
-        out[axis] = dim if isinstance(dim, int) else Size.of(dim or f"{tensor}:{axis}")
+        out[axis] = dim if isinstance(dim, int | Size) else Size.of(dim or f"{tensor}:{axis}")
     return out
 
 

@@ -21,8 +21,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
-from onnx_oamip.graph.coupling import couple, exclude
-from onnx_oamip.planning import scoring, search, width_losses
+from onnx_oamip.planning import idle_branches, scoring, search, width_losses
 from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.statistics.context import Collected
 
@@ -92,7 +91,7 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
         path=ready.model.path,
         sha256=ready.model.sha256,
     )
-    coupling = exclude(model, couple(model), ready.settings.exclude)
+    coupling = idle_branches.removable(model, ready.samples, ready.settings.exclude)
     remaining = replace(
         ready,
         model=model,

@@ -51,7 +51,7 @@ rows(
     "gather-nd-elements",
     "GatherND",
     "i = Mod(places, four)  p = GatherND(h, i)  q = Unsqueeze(p, last)  r = Mul(q, ones)",
-    0,
+    8,
     constants=f"{_INDEX_CONSTANTS}, float[1,8] ones",
     index="6,2",
     pinned="picks from it at run time",

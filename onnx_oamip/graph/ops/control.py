@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from onnx_oamip.core.printable import shortened
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops.handles import LabelAxis, Labels
 from onnx_oamip.graph.ops.spec import ChannelRule, Flow, OpSpec, Trait
 
+BRANCHES = ("then_branch", "else_branch")
+"""Bodies of an If, in the order in which joins name their outputs."""
+
 
 def _if(node: Node) -> Flow:
-    then = node.bodies["then_branch"]
-    other = node.bodies["else_branch"]
+    then, other = (node.bodies[key] for key in BRANCHES)
     ends = zip(then.outputs, other.outputs, node.outputs, strict=False)
     return Flow(joins=tuple(((a, b), out) for a, b, out in ends if out))
 
@@ -82,14 +86,52 @@ def _followed_bodies(find_flow: Callable[[Node], Flow]) -> ChannelRule:
 
 def _channels(node: Node, flow: Flow, labels: Labels) -> None:
     _enter(node, flow, labels)
-    for body in node.bodies.values():
-        labels.enter(body)
+    unused = _unused_branch(node, flow, labels)
+    # The branch that runs comes first: what only the other one reads is met in that one.
+    for key in sorted(node.bodies, key=lambda key: key == unused):
+        reason = f"only a branch of {node} reads it that does not run at these sizes"
+        labels.enter(node.bodies[key], reason if key == unused else "")
     for sources, name in flow.joins:
-        labels.set(name, _joined(node, labels, sources), f"it leaves {node}")
+        if unused is None:
+            found = _joined(node, labels, sources)
+        else:
+            other = sources[BRANCHES.index(unused)]
+            taken = sources[1 - BRANCHES.index(unused)]
+            found = _chosen(node, labels, taken, other)
+            if not any(axis is not None for axis in found):
+                labels.set(name, found, source=taken)
+                continue
+        labels.set(name, found, f"it leaves {node}")
     for (first, step), _ in flow.enters:
         _joined(node, labels, (first, step))
     for inner, name, axis in flow.stacks:
         _stack(node, labels, inner, name, axis)
+
+
+def _unused_branch(node: Node, flow: Flow, labels: Labels) -> str | None:
+    """The branch that sizes rule out; None where both may run.
+
+    ``squeeze(dim)`` is exported as a choice between a Squeeze and an Identity, by the length of the axis.
+    """
+    if set(node.bodies) != set(BRANCHES):
+        return None
+    for sources, name in flow.joins:
+        shape = labels.shape(name)
+        fits = [labels.shape(source) == shape for source in sources]
+        if shape is not None and fits.count(True) == 1:
+            return BRANCHES[fits.index(False)]
+    return None
+
+
+def _chosen(node: Node, labels: Labels, taken: str, other: str) -> list[LabelAxis]:
+    """Channels of an output that comes from one branch; the other one may return the same channels."""
+    axes = labels.axes(taken)
+    followed = [found for found in axes if found is not None]
+    for found in labels.axes(other):
+        if found is not None and not any(np.isin(found, same).all() for same in followed):
+            reason = f"{node} gives '{shortened(taken)}' at these sizes, and at others this"
+            labels.pin(found, reason)
+    return axes
 
 
 def _enter(node: Node, flow: Flow, labels: Labels) -> None:

@@ -60,9 +60,6 @@ def broadcast(node: Node, labels: Labels) -> None:
         labels.set(node.outputs[0], [])
         return
     rank = max(len(s) for s in known)
-    scalar = all(
-        labels.is_constant(n) or max(s, default=1) == 1 for n, s in zip(names, known, strict=True)
-    )
     result: list[LabelAxis] = []
     for i in range(rank):
         here: list[Axis] = []
@@ -72,7 +69,7 @@ def broadcast(node: Node, labels: Labels) -> None:
             if axis >= 0:
                 here.append((name, axis))
                 sizes.append(shape[axis])
-        result.append(_meet(node, labels, here, sizes, scalar))
+        result.append(_meet(node, labels, here, sizes))
     labels.set(node.outputs[0], result)
 
 
@@ -81,7 +78,6 @@ def _meet(
     labels: Labels,
     here: list[Axis],
     sizes: list[int],
-    scalar: bool,
 ) -> LabelAxis:
     size = max(sizes)
     full = [a for a, n in zip(here, sizes, strict=True) if n == size]
@@ -89,9 +85,11 @@ def _meet(
         if n != size and not labels.is_constant(axis[0]):
             labels.pin(labels.label(*axis), f"{node} broadcasts its single channel")
     tracked = [a for a in full if not labels.is_constant(a[0]) and labels.label(*a) is not None]
-    # Constants alone (a positional table along an untracked axis) need no labels: nothing there can shrink. A constant
-    # times one number is still the constant (scales of channels times the scale of what is quantised at run time).
-    if tracked or (scalar and size > 1):
+    # Constants that meet a single channel make channels of their own: the gain of a normalisation times the spread, the
+    # scales of channels times the scale of what is quantised at run time. A positional table along an untracked axis
+    # needs no labels: nothing there can shrink.
+    made_here = size > 1 and all(labels.is_constant(name) for name, _ in full)
+    if tracked or made_here:
         return labels.unify(full, node)
     return None
 

@@ -200,21 +200,23 @@ class Labels(Protocol):
         """
         ...
 
-    def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "") -> None:
+    def set(self, tensor: str, axes: Sequence[LabelAxis], why: str = "", source: str = "") -> None:
         """Set the labels of an output.
 
         Args:
             tensor: Its name.
             axes: Labels per axis, None for axes that are not tracked.
-            why: Reason for axes that are not tracked; by default that of the node's first input.
+            why: Reason for axes that are not tracked; by default that of the source.
+            source: Tensor that the output is made of, the node's first input by default.
         """
         ...
 
-    def enter(self, body: Body) -> None:
+    def enter(self, body: Body, unused: str = "") -> None:
         """Apply the channel rules to the nodes of a subgraph.
 
         Args:
             body: The subgraph; its inputs have labels.
+            unused: Reason to pin the channels that are met first in it, if it does not run.
         """
         ...
 

@@ -12,6 +12,8 @@ CONSTANT = frozenset({"Constant"})
 """Nodes that hold a tensor as an attribute."""
 SHAPE = frozenset({"Shape"})
 """Reads lengths at run time."""
+SPLIT = frozenset({"Split"})
+"""Divides a tensor into several along an axis."""
 FILL = frozenset({"ConstantOfShape"})
 """Makes a tensor of equal values, whose shape is its input."""
 EXPANSION = frozenset({"Expand"})

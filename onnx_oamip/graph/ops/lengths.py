@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
 from onnx_oamip.core.records import Array, Node
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, operand
@@ -164,20 +164,65 @@ def _listed_lengths(
     return Edit()
 
 
-def _looks(reader: Node, labels: Labels, order: list[int]) -> list[int] | None:
-    """The axes whose lengths a reader of a shape takes from it, None where that is not known."""
-    if reader.op == "Gather":
+Places = Sequence["int | None"]
+"""Axis whose length every element of a list is; None for other elements."""
+
+
+def _looked_at(tensor: str, order: Places, labels: Labels) -> set[int]:
+    """Axes whose lengths matter to the readers of a list, followed through operators that move its elements."""
+    if not order or all(axis is None for axis in order):
+        return set()
+    readers = labels.readers(tensor)
+    whole = {axis for axis in order if axis is not None}
+    if labels.is_output(tensor) or not readers:
+        return whole
+    seen: set[int] = set()
+    for reader in readers:
+        moved = _moved(reader, tensor, order, labels)
+        if moved is None:
+            return whole
+        seen |= _looked_at(reader.outputs[0], moved, labels)
+    return seen
+
+
+def _moved(reader: Node, tensor: str, order: Places, labels: Labels) -> Places | None:
+    """The elements of a list as a reader passes them on in its one output; None for another reader."""
+    if reader.domain or len(reader.outputs) != 1:
+        return None
+    if reader.op in ("Size", "Shape"):  # the number of axes
+        return []
+    if reader.op in ("Identity", "Cast") or (
+        reader.op in ("Squeeze", "Unsqueeze") and reader.inputs[0] == tensor
+    ):
+        return order
+    if reader.op == "Gather" and reader.inputs[0] == tensor:
         picks = labels.constant(reader.inputs[1])
-        if picks is None or not order:
+        if picks is None or max(map(abs, picks.reshape(-1).tolist()), default=0) > len(order):
             return None
-        return [order[int(i)] for i in np.atleast_1d(picks).reshape(-1)]
-    if reader.op == "Slice":
+        return [order[int(i)] for i in picks.reshape(-1)]
+    if reader.op == "Slice" and reader.inputs[0] == tensor:
         try:
             ((start, stop, step),) = slice_bounds(reader, labels, (len(order),)).values()
         except (KeyError, ValueError):
             return None
         return order[start:stop:step]
+    if reader.op == "Concat":
+        return _joined(reader, tensor, order, labels)
     return None
+
+
+def _joined(reader: Node, tensor: str, order: Places, labels: Labels) -> Places | None:
+    """The elements of a list that is joined with others."""
+    result: list[int | None] = []
+    for name in reader.inputs:
+        shape = labels.shape(name)
+        if name == tensor:
+            result += order
+        elif shape is None or len(shape) != 1:
+            return None
+        else:
+            result += [None] * shape[0]
+    return result
 
 
 def _shape(node: Node, labels: Labels) -> None:
@@ -186,12 +231,8 @@ def _shape(node: Node, labels: Labels) -> None:
     axes = labels.axes(name)
     start = int(node.attrs.get("start", 0))
     stop = node.attrs.get("end")
-    seen: set[int] = set(range(len(labels.shape(name) or axes))[slice(start, stop)])
-    order = sorted(seen)
-    looks = [_looks(r, labels, order) for r in labels.readers(node.outputs[0])]
-    if looks and all(x is not None for x in looks):
-        seen = {a for x in looks if x is not None for a in x}
-    for a in seen.intersection(range(len(axes))):
+    order = list(range(len(labels.shape(name) or axes)))[slice(start, stop)]
+    for a in _looked_at(node.outputs[0], order, labels).intersection(range(len(axes))):
         labels.pin(axes[a], f"{node} reads its length at run time")
     labels.set(node.outputs[0], [])
 

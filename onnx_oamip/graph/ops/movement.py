@@ -13,6 +13,7 @@ import numpy as np
 from onnx_oamip.core.records import Node
 from onnx_oamip.graph.ops import maps
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, Reader, Terms, integers, operand
+from onnx_oamip.graph.ops.listed import followed
 from onnx_oamip.graph.ops.notation import opaque
 from onnx_oamip.graph.ops.spec import Edit, EditRules, OpSpec, Trait
 
@@ -294,36 +295,38 @@ def _gather_repair(node: Node, cuts: Cuts) -> Edit:
     return Edit(inputs={1: fixed.astype(picked.dtype)})
 
 
+def _pad_amounts(node: Node, labels: Labels, rank: int) -> dict[int, list[int | None]] | None:
+    """Amounts before and behind every axis that a node pads, None for one that is computed."""
+    axes = integers(node, labels, "axes", 3) if node.version >= 18 else None
+    where = list(range(rank)) if axes is None else (axes % rank).tolist()
+    if "pads" in node.attrs:
+        amounts: list[int | None] | None = list(node.attrs["pads"])
+    else:
+        amounts = followed(node.inputs[1], labels)
+    if amounts is None or len(amounts) != 2 * len(where):
+        return None
+    return {a: [amounts[i], amounts[i + len(where)]] for i, a in enumerate(where)}
+
+
 def _pad(node: Node, labels: Labels) -> None:
     name = node.inputs[0]
     axes = labels.axes(name)
-    shape = labels.shape(name)
     try:
-        pads = integers(node, labels, "pads", 1)
-        if node.version >= 18:
-            listed = integers(node, labels, "axes", 3)
-        else:
-            listed = None
+        amounts = _pad_amounts(node, labels, len(axes))
     except KeyError:
-        pads, listed = None, None
-    if pads is None or shape is None:
+        amounts = None
+    if amounts is None:
         opaque(node, labels, f"{node} takes its amounts from a computation")
         return
-    if listed is None:
-        where = np.arange(len(shape))
-    else:
-        where = listed % len(shape)
     result = list(axes)
-    for a, low, high in zip(
-        where.tolist(),
-        pads[: len(where)].tolist(),
-        pads[len(where) :].tolist(),
-        strict=True,
-    ):
+    for a, (low, high) in amounts.items():
         found = axes[a]
         if found is None or (low == 0 and high == 0):
             continue
-        if low < 0 or high < 0 or node.attrs.get("mode", "constant") != "constant":
+        if low is None or high is None:
+            labels.pin(found, f"{node} takes its amounts from a computation")
+            result[a] = None
+        elif low < 0 or high < 0 or node.attrs.get("mode", "constant") != "constant":
             labels.pin(found, f"{node} crops or repeats along it")
             result[a] = None
         else:

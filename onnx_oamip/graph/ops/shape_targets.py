@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, helper
 
-from onnx_oamip.graph.symbolic_dims import Entries, Size, Unknown, divide
+from onnx_oamip.graph.symbolic_dims import Dims, Entries, Size, Unknown, divide
 
-Dims = Sequence[int | str | None]
 BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
 """Operators that repeat their operands to a common shape themselves."""
 
@@ -81,7 +80,18 @@ class Targets(Protocol):
             tensor: Its name.
 
         Returns:
-            A number, the name of a symbol or None per axis; None for an unknown rank.
+            A number, a symbol, a size or None per axis; None for an unknown rank.
+        """
+        ...
+
+    def dtype(self, tensor: str) -> np.dtype[Any]:
+        """Return the element type of a tensor.
+
+        Args:
+            tensor: Name of a constant, or of a tensor whose entries are known.
+
+        Returns:
+            The type.
         """
         ...
 
@@ -399,11 +409,46 @@ def _resize(node: NodeProto, at: int, edit: Targets) -> None:
     for axis, size in zip(changed, wanted, strict=True):
         old = before[axis]
         if not known or not isinstance(old, int) or size % old:
+            edit.joined(at, node, 3, wanted=list(target), source=range(len(target)))
             return
         factors[axis] = size / old
     scales = edit.constant(f"{node.output[0]}_scales", np.asarray(factors, np.float32))
     edit.read(node, 2, scales)
     del node.input[3:]
+
+
+def _slice(node: NodeProto, at: int, edit: Targets) -> None:
+    """An end at the length of its axis becomes the largest integer, so that it holds for any length."""
+    del at
+    ends = edit.entries(node.input[2])
+    lengths = edit.lengths(node.input[0])
+    axes = _slice_axes(node, edit)
+    if ends is None or lengths is None or axes is None or len(axes) != len(ends):
+        return
+    dtype = edit.dtype(node.input[2])  # starts, ends and axes have one type
+    longest = np.iinfo(dtype).max
+    wanted = [
+        longest if end == lengths[axis] else end for axis, end in zip(axes, ends, strict=True)
+    ]
+    if not any(isinstance(value, Size) for value in wanted):
+        value = np.asarray(wanted, dtype)
+        edit.read(node, 2, edit.constant(f"{node.output[0]}_ends", value))
+
+
+def _slice_axes(node: NodeProto, edit: Targets) -> list[int] | None:
+    """Axes of a Slice with steps of one; None where they are computed, or a step is another."""
+    if len(node.input) > 4:
+        steps = edit.entries(node.input[4])
+        if steps is None or any(step != 1 for step in steps):
+            return None
+    if len(node.input) > 3 and node.input[3]:
+        axes = edit.entries(node.input[3])
+    else:
+        ends = edit.entries(node.input[2])
+        axes = np.arange(0 if ends is None else len(ends)).astype(object)
+    if axes is None or any(isinstance(axis, Size) for axis in axes):
+        return None
+    return [int(axis) for axis in axes]
 
 
 def drop_expand(node: NodeProto, edit: Targets) -> None:
@@ -438,5 +483,6 @@ RULES: dict[str, tuple[int, TargetRule]] = {
     "Expand": (1, _expand),
     "ConstantOfShape": (0, _fill),
     "Resize": (3, _resize),
+    "Slice": (2, _slice),
 }
 """(input with the target shape, rule) by operator."""

@@ -6,13 +6,16 @@ Some of these operators have no entry in the table, since no channel passes thro
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
-from onnx import NodeProto, TensorProto
+from onnx import GraphProto, NodeProto, TensorProto
 
+from onnx_oamip.graph.ops import kinds
 from onnx_oamip.graph.symbolic_dims import LIMIT, Entries, Size, Unknown, divide
 
 Attributes = Mapping[str, Any]
@@ -47,6 +50,93 @@ def evaluate(
     if rule is None or missing:
         raise Unknown
     return rule(attributes, inputs)
+
+
+def evaluate_all(
+    node: NodeProto,
+    inputs: Sequence[Entries | None],
+    shape: Entries | None,
+) -> list[Entries]:
+    """Computes all outputs of a node that has one, or that splits a list.
+
+    Args:
+        node: Node of the default domain.
+        inputs: Values of its inputs, None where they are not known or absent.
+        shape: Dimensions of its first input.
+
+    Returns:
+        The elements of every output, numbers or sizes.
+
+    Raises:
+        Unknown: As :func:`evaluate`.
+    """
+    if node.op_type not in kinds.SPLIT:
+        return [np.asarray(evaluate(node, inputs, shape), object)]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    data = inputs[0]
+    lengths = inputs[1] if len(inputs) > 1 else None
+    if data is None or data.ndim != 1 or (lengths is None and len(inputs) > 1):
+        raise Unknown
+    if lengths is not None:
+        parts = _numbers(lengths)
+    elif "split" in attributes:
+        parts = list(attributes["split"])
+    else:
+        longest = -(-len(data) // len(node.output))
+        parts = [longest] * (len(node.output) - 1)
+        parts.append(len(data) - sum(parts))
+    return list(np.split(data, np.cumsum(parts)[:-1]))
+
+
+def has_rule(node: NodeProto) -> bool:
+    """Tells operators that are followed here on symbols as well.
+
+    Args:
+        node: Node of the default domain.
+
+    Returns:
+        False for those whose values need numbers, see :func:`compute`.
+    """
+    return node.op_type in _RULES or node.op_type in kinds.SHAPE | kinds.SPLIT
+
+
+def compute(
+    node: NodeProto, inputs: Mapping[str, npt.NDArray[Any]], version: int
+) -> list[npt.NDArray[Any]]:
+    """Computes a small node on numbers by ONNX's reference implementation.
+
+    Args:
+        node: Node of the default domain.
+        inputs: Values of all its inputs, by name.
+        version: Opset of the default domain.
+
+    Returns:
+        Values of its outputs.
+
+    Raises:
+        Unknown: The node draws random numbers, runs another graph, may make a large tensor, or cannot be computed.
+    """
+    is_random = node.op_type.startswith(kinds.RANDOM)
+    has_body = any(a.HasField("g") or a.graphs for a in node.attribute)
+    if is_random or has_body or node.op_type in kinds.GROWING:
+        raise Unknown
+    # Imported here: most models need no such node.
+    from onnx.reference import ReferenceEvaluator
+
+    graph = GraphProto(name="node")
+    graph.node.append(node)
+    for name, value in inputs.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        graph.input.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
+    names = [name for name in node.output if name]
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            found = ReferenceEvaluator(graph, opsets={"": version}).run(names, dict(inputs))
+    except Exception as error:  # each operator raises errors of its own
+        raise Unknown from error
+    return [np.asarray(value) for value in found]
 
 
 def _each(rule: Callable[..., Any]) -> Rule:
@@ -118,6 +208,12 @@ def _whole(value: Any) -> Any:
     return int(value)
 
 
+def _truth(value: Any) -> bool:
+    if isinstance(value, Size):
+        raise Unknown
+    return bool(value)
+
+
 def _numbers(array: Entries) -> list[int]:
     if any(isinstance(v, Size) for v in array.reshape(-1)):
         raise Unknown
@@ -125,6 +221,8 @@ def _numbers(array: Entries) -> list[int]:
 
 
 def _cast(attributes: Attributes, given: Sequence[Any]) -> Entries:
+    if attributes["to"] == TensorProto.BOOL:
+        return _each(_truth)(attributes, given[:1])
     if attributes["to"] not in (TensorProto.INT64, TensorProto.INT32):
         raise Unknown
     return _each(_whole)(attributes, given[:1])

@@ -1,0 +1,92 @@
+"""Branches of If nodes that no calibration sample runs: what only they read is kept, as nothing is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from onnx_oamip.core.records import Array, Body, Coupling, Model, Node
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.graph import subgraphs
+from onnx_oamip.graph.coupling import couple, exclude, without
+from onnx_oamip.graph.ops import Trait, consumers_by_tensor, has
+from onnx_oamip.graph.partial_execution import element_types, stream
+
+
+def removable(model: Model, samples: Samples | None, excluded: tuple[str, ...]) -> Coupling:
+    """Couples a model and leaves out groups that must be kept whole.
+
+    Args:
+        model: A loaded model.
+        samples: Calibration samples that decide which branches run; None if they are random.
+        excluded: Patterns of names that the user excludes.
+
+    Returns:
+        The coupling.
+
+    Raises:
+        SettingsError: A pattern matches no weight and no node.
+    """
+    coupling = exclude(model, couple(model), excluded)
+    idle = {} if samples is None else _idle_nodes(model, samples)
+    if not idle:
+        return coupling
+    readers = consumers_by_tensor(model)
+
+    def branch_of(constant: str) -> str:
+        """Node of the only branches that read a constant, if they are idle; else empty."""
+        nodes = {node for reader in readers[constant] for node in ends(reader)}
+        return nodes.pop() if len(nodes) == 1 else ""
+
+    def ends(reader: Node) -> Iterator[str]:
+        if reader.outputs and reader.outputs[0] in model.computed:
+            for behind in readers[reader.outputs[0]]:
+                yield from ends(behind)
+        else:
+            yield idle.get(reader.name, "")
+
+    reasons = []
+    for group in coupling.groups:
+        weights = {tensor for tensor, _ in group.multiplicity if tensor in model.constants}
+        branches = {branch_of(weight) for weight in weights}
+        name = branches.pop() if len(branches) == 1 else ""
+        reasons.append(
+            f"only a branch of {name} reads it, which no calibration sample runs" if name else ""
+        )
+    return without(model, coupling, reasons)
+
+
+def _idle_nodes(model: Model, samples: Samples) -> dict[str, str]:
+    """Nodes in branches that no sample runs, with the name of the node that has the branch."""
+    result: dict[str, str] = {}
+    choices = [node for node in model.nodes if has(node, Trait.BRANCHES)]
+    taken = _conditions(model, samples, [node.inputs[0] for node in choices])
+    for node in choices:
+        met = taken[node.inputs[0]]
+        for outcome, key in subgraphs.BRANCHES.items():
+            if outcome not in met:
+                result.update((inner.name, str(node)) for inner in _nodes(node.bodies[key]))
+    return result
+
+
+def _nodes(body: Body) -> Iterator[Node]:
+    for node in body.nodes:
+        yield node
+        for inner in node.bodies.values():
+            yield from _nodes(inner)
+
+
+def _conditions(model: Model, samples: Samples, conditions: list[str]) -> Mapping[str, set[bool]]:
+    """Values that conditions have over the samples."""
+    found: dict[str, set[bool]] = {name: set() for name in conditions}
+    if not conditions:
+        return found
+    targets = list(found)
+    types = element_types(model.proto, model.dtypes)
+
+    def feeds() -> Iterator[Mapping[str, Array]]:
+        for _, feed in samples.batches(model.batch):
+            yield feed
+
+    for _, place, value in stream(model.proto, feeds(), targets, types, "cpu"):
+        found[targets[place]].add(bool(value.reshape(-1)[0]))
+    return found

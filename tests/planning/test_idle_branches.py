@@ -1,0 +1,56 @@
+"""Branches that no calibration sample runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import build, load
+
+from onnx_oamip.data import dataset
+from onnx_oamip.planning.idle_branches import removable
+
+NET = """(float[N,6] x, bool flag) => (float[N,4] y)
+<float[6,12] w0, float[12,16] w1, float[16,10] w2, float[12,14] v1, float[14,10] v2, float[10,4] w3> {
+    a = MatMul(x, w0)
+    h = Relu(a)
+    o = If(flag) <
+        then_branch = yes () => (float[N,10] u) { p = MatMul(h, w1)  r = Relu(p)  u = MatMul(r, w2) },
+        else_branch = no () => (float[N,10] v) {
+            turned = Transpose(v1)  back = Transpose(turned)
+            p2 = MatMul(h, back)  r2 = Relu(p2)  v = MatMul(r2, v2)
+        }
+    >
+    y = MatMul(o, w3)
+}"""
+ROWS = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "free"),
+    [
+        pytest.param([True, True], {"w0", "w1", "w2"}, id="one"),
+        pytest.param([False, False], {"w0", "back", "w2"}, id="other"),
+        pytest.param([True, False], {"w0", "w1", "back", "w2"}, id="both"),
+    ],
+)
+def test_weights_of_an_idle_branch_are_kept(
+    flags: list[bool], free: set[str], tmp_path: Path
+) -> None:
+    model = load(build(NET), tmp_path)
+    feeds = [{"x": ROWS[:4], "flag": np.asarray(flag)} for flag in flags]
+    samples = dataset.load(feeds, model)
+    coupling = removable(model, samples, ())
+    assert {group.name for group in coupling.groups} == free
+    reasons = {pin.tensor: pin.reason for pin in coupling.pinned if "no calibration" in pin.reason}
+    idle = {"w0", "w1", "back", "w2"} - free
+    assert idle <= reasons.keys()
+    assert set(reasons.values()) == (
+        {"only a branch of If 'If_2' reads it, which no calibration sample runs"} if idle else set()
+    )
+
+
+def test_random_samples_decide_nothing(tmp_path: Path) -> None:
+    model = load(build(NET), tmp_path)
+    assert {group.name for group in removable(model, None, ()).groups} == {"w0", "w1", "back", "w2"}
