@@ -15,6 +15,8 @@ DEFAULT_MEMORY_LIMIT = ACTIVATION_MEMORY
 """Bytes of activations that one pass over the data keeps for all its feeds."""
 MAX_RUN_SAMPLES = 32
 """Samples in one run of the model while statistics are collected."""
+RUNS_IN_MEMORY = 4
+"""Runs whose activations the limit holds: open sessions keep their memory, and groups are measured in parallel."""
 FRONTIER_TENSORS = 3
 """Number of the largest tensors that estimate the activations that are alive at the same time."""
 ELEMENT_BYTES = 4
@@ -28,7 +30,7 @@ def run_size(model: Model, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> int:
 
     Args:
         model: Model to run.
-        memory_limit: Bytes of activations.
+        memory_limit: Bytes of activations, for ``RUNS_IN_MEMORY`` runs.
 
     Returns:
         ``MAX_RUN_SAMPLES``, or as many as keep the activations within the limit; at least one.
@@ -42,12 +44,12 @@ def comparison_size(model: Model, most: int, memory_limit: int = DEFAULT_MEMORY_
     Args:
         model: Model to run.
         most: Number asked for.
-        memory_limit: Bytes of activations.
+        memory_limit: Bytes of activations, for ``RUNS_IN_MEMORY`` runs.
 
     Returns:
         ``most``, or as many as keep the activations within the limit; at least one.
     """
-    return min(most, _samples_within(model, memory_limit))
+    return min(most, _samples_within(model, memory_limit // RUNS_IN_MEMORY))
 
 
 def parallel_runs(model: Model, memory_limit: int) -> int:
