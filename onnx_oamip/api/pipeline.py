@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,7 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import find
 from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.objective import metric as metrics
-from onnx_oamip.planning import iterative, search
+from onnx_oamip.planning import iterative, latency_tables, search
 from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.statistics.context import Context
@@ -471,6 +472,7 @@ def _finish(
             *_unbounded_loss(budget, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
             *equivalence.few_samples(verification.samples),
+            *_elsewhere(ready, result),
             *ready.store.notes(),
         ),
         fits=result.pruned.fits,
@@ -699,7 +701,13 @@ def prove(
 def _measured_latency(ready: Context, result: Attempt) -> Latency:
     """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
     budget = ready.settings.latency
-    if budget is None:
+    if (
+        ready.settings.latency_table is not None
+    ):  # for another device: the time here decides nothing
+        budget = None
+        allowed = math.inf
+        durations = GATE_SECONDS[:1]
+    elif budget is None:
         allowed = SLOWER
         durations = GATE_SECONDS
     else:
@@ -729,6 +737,19 @@ def _measured_latency(ready: Context, result: Attempt) -> Latency:
             f"written; try {advice}, another budget, or `force`."
         )
     return found
+
+
+def _elsewhere(ready: Context, result: Attempt) -> tuple[str, ...]:
+    """Predicted latency on the device of a latency table."""
+    table = ready.settings.latency_table
+    if table is None or result.plan.keep.all():
+        return ()
+    ratio = latency_tables.predicted(table, ready.model, ready.coupling, result.plan.widths)
+    note = (
+        f"by {table}, one sample takes {ratio:.3f} of the original's time there; the latency that is shown was "
+        "measured here"
+    )
+    return (note,)
 
 
 def _share_of_work(ready: Context, result: Attempt) -> float | None:

@@ -45,6 +45,7 @@ from onnx_oamip.planning import (
     critical_units,
     idle_branches,
     iterative,
+    latency_tables,
     limits,
     plan_constraints,
     scoring,
@@ -206,6 +207,10 @@ def _steps(context: Context) -> Any:
         context.device,
     )
     wide = cost.full_widths(coupling)
+    table = settings.latency_table
+    if table is not None and settings.align == "auto":
+        known = latency_tables.step(table)
+        return allocation.steps(model, coupling, "auto", device, known=known)
     return context.store.recall(
         cache_entries.STEPS,
         {
@@ -258,6 +263,10 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     limit_method = limits.find(settings.limits)
     if limit_method is not None:
         limit_method.check()
+    if settings.latency_table is not None:
+        latency_tables.step(
+            settings.latency_table
+        )  # a file that cannot be read is refused before any work
     if settings.latency is not None and settings.allocate != "mip":
         raise SettingsError(
             f"`latency` needs `allocate=mip`, not {settings.allocate}: only the program knows times."

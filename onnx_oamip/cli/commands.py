@@ -13,6 +13,7 @@ from onnx_oamip.cli.frontier import frontier
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.options import DATA, MODEL, json_option
 from onnx_oamip.cli.pack import pack, unpack
+from onnx_oamip.cli.profile import profile
 from onnx_oamip.cli.prune import apply, plan, prune
 from onnx_oamip.cli.score import score
 from onnx_oamip.cli.settings import SettingsCommand, SettingType
@@ -236,6 +237,7 @@ def bench(
     show(documents.benchmark(result), as_json)
 
 
+cli.add_command(profile)
 cli.add_command(pack)
 cli.add_command(unpack)
 

@@ -376,6 +376,8 @@ def steps(
     coupling: Coupling,
     align: int | str,
     device: str,
+    *,
+    known: int | None = None,
 ) -> Ints:
     """Determine the alignment step of each group: a unit that holds several channels needs fewer of itself.
 
@@ -388,12 +390,18 @@ def steps(
         coupling: Its groups.
         align: Step in channels, or ``auto``.
         device: Device that the step is measured on.
+        known: Step that ``auto`` takes in place of a measurement, None to measure.
 
     Returns:
         Units per step (groups,).
     """
     result = []
-    wanted = find_step(device).value if align == "auto" else int(align)
+    if align != "auto":
+        wanted = int(align)
+    elif known is not None:
+        wanted = known
+    else:
+        wanted = find_step(device).value
     convolved = _weights_of_convolutions(model) if align == "auto" else frozenset()
     for group in coupling.groups:
         held = min(group.multiplicity.values())

@@ -138,6 +138,62 @@ def profile(
     Returns:
         The fitted model.
     """
+    measured = measure(
+        model,
+        coupling,
+        ladder,
+        samples,
+        device=device,
+        batch=batch,
+        threads=threads,
+        seconds=seconds,
+        seed=seed,
+    )
+    return fitted(model, coupling, measured)
+
+
+class Measurement(NamedTuple):
+    """Times of a network at several vectors of widths, the widest first.
+
+    Attributes:
+        widths: Units of every group (levels, groups).
+        walls: Seconds of whole runs (levels,).
+        nodes: Seconds of the linear nodes of the ledger (levels, nodes); None if unknown.
+    """
+
+    widths: Ints
+    walls: Floats
+    nodes: Floats | None
+
+
+def measure(
+    model: Model,
+    coupling: Coupling,
+    ladder: Sequence[Ints],
+    samples: Samples,
+    *,
+    device: str,
+    batch: int = 1,
+    threads: int | None = None,
+    seconds: float = 6.0,
+    seed: int = 0,
+) -> Measurement:
+    """Measures the network at a few vectors of widths, as :func:`profile` does before it fits the model.
+
+    Args:
+        model: The whole model.
+        coupling: Its coupling.
+        ladder: Candidate widths of each group, in units.
+        samples: Samples to run on.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        batch: Samples per run.
+        threads: Threads within an operator. Default: the choice of ONNX Runtime.
+        seconds: Approximate time of the measurement (5 to 30 rounds).
+        seed: Seed of the widths and of the order.
+
+    Returns:
+        The times.
+    """
     device = resolve_device(device)
     costs = ledger(model, coupling)
     widths = level_widths(coupling, ladder, seed=seed)
@@ -150,28 +206,45 @@ def profile(
         seconds=seconds,
         seed=seed,
     )
+    if device == "cuda":  # the profile of the CUDA provider records kernel launches, not their work
+        return Measurement(widths, walls, None)
+    macs = _terms_at(costs.macs, [costs.lengths(w) for w in widths])
+    nodes = [
+        assign(proto, costs.nodes, times, node_macs)
+        for proto, times, node_macs in zip(protos, kernels, macs, strict=True)
+    ]
+    return Measurement(widths, walls, np.asarray(nodes))
+
+
+def fitted(model: Model, coupling: Coupling, measured: Measurement) -> LatencyModel:
+    """Fits the latency model to measured times.
+
+    Args:
+        model: The whole model.
+        coupling: Its coupling.
+        measured: Times at some widths. Times at a single vector of widths are taken as proportional to the work.
+
+    Returns:
+        The fitted model.
+    """
+    costs = ledger(model, coupling)
     carriers = _activations(model, costs)
-    lengths = [costs.lengths(w) for w in widths]
+    lengths = [costs.lengths(w) for w in measured.widths]
     macs = _terms_at(costs.macs, lengths)
     activations = _terms_at(carriers, lengths)
-    nodes = None
-    if device != "cuda":  # the profile of the CUDA provider records kernel launches, not their work
-        nodes = np.asarray(
-            [
-                assign(proto, costs.nodes, times, node_macs)
-                for proto, times, node_macs in zip(protos, kernels, macs, strict=True)
-            ]
-        )
-    constant, per_mac, per_element, by_node = fit(walls, nodes, macs, activations)
-    fitted = constant + macs @ per_mac + activations @ per_element
+    fit_rates = fit if len(measured.walls) > 1 else _proportional
+    constant, per_mac, per_element, by_node = fit_rates(
+        measured.walls, measured.nodes, macs, activations
+    )
+    predicted = constant + macs @ per_mac + activations @ per_element
     factor: Array = np.concatenate([per_mac, per_element])
     return LatencyModel(
         constant=constant,
         products=Products(factor, np.concatenate([costs.macs.axes, carriers.axes])),
-        widths=widths,
-        measured=walls,
-        fitted=fitted,
-        error=float(np.abs(fitted / walls - 1).max()),
+        widths=measured.widths,
+        measured=measured.walls,
+        fitted=predicted,
+        error=float(np.abs(predicted / measured.walls - 1).max()),
         by_node=by_node,
     )
 
@@ -290,6 +363,22 @@ def fit(
         per_element=coefficients[:, 2] + per_element,
         by_node=True,
     )
+
+
+def _proportional(
+    walls: Floats,
+    nodes: Floats | None,
+    macs: Floats,
+    activations: Floats,
+) -> Rates:
+    """Coefficients from times at one vector of widths: linear nodes by MACs, all other time by activations."""
+    if nodes is None or not nodes.any():
+        rate = float(walls[0] / max(macs[0].sum(), 1))
+        return Rates(0.0, np.full(macs.shape[1], rate), np.zeros(macs.shape[1]), False)
+    per_mac: Floats = nodes[0] / np.maximum(macs[0], 1)
+    rest = max(float(walls[0] - nodes[0].sum()), 0.0)
+    rate = rest / max(float(activations[0].sum()), 1.0)
+    return Rates(0.0, per_mac, np.full(macs.shape[1], rate), True)
 
 
 def _solve(scale: Floats, target: Floats, *columns: Floats) -> list[float]:

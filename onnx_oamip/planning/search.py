@@ -40,6 +40,7 @@ from onnx_oamip.planning import (
     allocation,
     calibration_loss,
     critical_units,
+    latency_tables,
     width_losses,
 )
 from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
@@ -538,6 +539,10 @@ def _latency(
 ) -> LinearisedLimit:
     """The latency row under which the measured latency of the cut model keeps ``share`` of the original's."""
     assert ready.ladder is not None
+    if ready.settings.latency_table is not None:
+        return latency_tables.limit(
+            ready.settings.latency_table, ready.model, ready.coupling, share
+        )
     table = profile(
         ready.model,
         ready.coupling,

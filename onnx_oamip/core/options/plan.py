@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from onnx_oamip.core.options.values import (
     Patterns,
     ShareBelowOne,
     ShareOrZero,
+    Shown,
 )
 
 
@@ -56,6 +57,12 @@ class ConstraintOptions(Options):
         "auto",
         description="Keep channels in multiples of N where a group has that many; auto takes the step that was "
         "measured to pay on the device, for convolutions.",
+    )
+    latency_table: Annotated[Name | None, Shown(metavar="FILE", heading="Budget")] = Field(
+        None,
+        description="Times of another device, as profile writes them there, or a CSV file with the columns operator, "
+        "shapes and milliseconds, or a profile of ONNX Runtime, trtexec or benchmark_app. `latency` and `align=auto` "
+        "then hold for that device, and nothing is timed for them here.",
     )
     floor: ShareOrZero = Field(
         0.0, description="Least share to keep of every group, as 0.1 or 10%."

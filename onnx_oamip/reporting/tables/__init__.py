@@ -260,6 +260,22 @@ def _support(op: Document) -> str:
     return "followed"
 
 
+def _profile(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["output"]["path"], "bold"))
+    table = grid(">widths", ">measured ms", ">fitted ms")
+    for place, level in enumerate(value["levels"]):
+        name = "all units" if place == 0 else f"narrower {place}"
+        table.add_row(name, f"{level['milliseconds']:.3f}", f"{level['fitted']:.3f}")
+    yield table
+    form = (
+        "by layer" if value["by_node"] else "for the whole network, as layers were not recognised"
+    )
+    yield Text(
+        f"{value['device']}, channels in multiples of {value['step']}; fitted {form}, off by at most "
+        f"{percent(value['largest_error'])}"
+    )
+
+
 def _doctor(value: Document, console: Console) -> Iterator[RenderableType]:
     system = value["system"]
     cache = value["cache"]
@@ -363,6 +379,7 @@ _DRAW = {
     "groups": _inspect,
     "pruned": _verify,
     "models": _bench,
+    "levels": _profile,
     "operators": _operators,
     "devices": _doctor,
     "solvers": _solvers,

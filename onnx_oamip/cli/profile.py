@@ -1,0 +1,89 @@
+"""The command ``profile``: a latency table of this device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from onnx_oamip.cli.help import option
+from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option
+from onnx_oamip.cli.settings import SettingsCommand, SettingType
+from onnx_oamip.cli.terminal import Progress, show
+
+
+@click.command(
+    cls=SettingsCommand,
+    names=("device", "seed", "shape", "exclude"),
+    examples=("model.onnx -o table.json", "model.onnx --device cuda --batch 8 -o table.json"),
+)
+@click.argument("model", type=MODEL)
+@option(
+    "--data",
+    heading="Data",
+    metavar=DATA,
+    help="Samples to run on: as for prune. Default: random numbers at the model's shapes, which time as well.",
+)
+@option(
+    "-o",
+    "--output",
+    heading="Output",
+    type=MODEL,
+    required=True,
+    metavar="TABLE.json",
+    help="Where the table goes.",
+)
+@option(
+    "--batch",
+    heading="Data",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Samples in one run.",
+)
+@option(
+    "--threads",
+    heading="Speed and resources",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
+)
+@option(
+    "--seconds",
+    heading="Speed and resources",
+    type=SettingType("time_limit"),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="How long to measure, all widths together.",
+)
+@json_option
+@quiet_option
+def profile(
+    *,
+    model: Path,
+    data: str | None,
+    output: Path,
+    batch: int,
+    threads: int | None,
+    seconds: float,
+    device: str,
+    seed: int,
+    shape: tuple[str, ...],
+    exclude: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Time MODEL on this device at several widths, for prune --latency-table on another machine.
+
+    The table holds the time of every layer, so that --latency can be planned for a device that is not there.
+    """
+    with Progress(quiet):
+        from onnx_oamip.api.profiling import profile as run
+        from onnx_oamip.core.settings import Settings
+
+        settings = Settings.create(device=device, seed=seed, shape=shape, exclude=exclude)
+        found = run(model, output, settings, data, batch=batch, threads=threads, seconds=seconds)
+    if as_json or not quiet:
+        show(found.document, as_json)
