@@ -701,10 +701,9 @@ def prove(
 def _measured_latency(ready: Context, result: Attempt) -> Latency:
     """Latency over the original's. Raises GateFailed where it is surely over 1, or over the budget by more than 5 %."""
     budget = ready.settings.latency
-    if (
-        ready.settings.latency_table is not None
-    ):  # for another device: the time here decides nothing
-        budget = None
+    durations: tuple[float, ...]
+    if ready.settings.latency_table is not None:
+        budget = None  # it holds for another device: the time here decides nothing
         allowed = math.inf
         durations = GATE_SECONDS[:1]
     elif budget is None:
