@@ -27,6 +27,20 @@ def row_count(site: Site, output: tuple[int, ...]) -> int:
     return int(np.prod(output)) // channels
 
 
+def row_axes(site: Site, output: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the lengths of the axes that the rows of one feed run over.
+
+    Args:
+        site: The linear node.
+        output: Shape of its output.
+
+    Returns:
+        The shape of the output without the axis of its channels.
+    """
+    axis = site.output_axis % len(output)
+    return output[:axis] + output[axis + 1 :]
+
+
 def pick(total: int, wanted: int, rng: np.random.Generator) -> Ints:
     """Choose rows that are evenly spread: one at random in every stretch.
 
@@ -45,6 +59,35 @@ def pick(total: int, wanted: int, rng: np.random.Generator) -> Ints:
     lengths = np.diff(edges)
     offsets = (rng.random(wanted) * lengths).astype(np.int64)
     chosen: Ints = np.minimum(edges[:-1] + offsets, edges[1:] - 1)
+    return chosen
+
+
+def pick_weighted(
+    weights: Floats,
+    wanted: int,
+    rng: np.random.Generator,
+) -> Ints:
+    """Choose rows in proportion to weights, so that plain sums over the chosen rows are weighted sums over all.
+
+    Rows are evenly spread over the sum of the weights; one of a large weight is chosen repeatedly. A feed of large
+    weights gets more rows.
+
+    Args:
+        weights: Positive weights of the rows, about 1 on average over all feeds.
+        wanted: Rows to choose where the mean weight is 1. Fewer are chosen if they include every row anyway.
+        rng: Source of randomness.
+
+    Returns:
+        Indices of rows, ascending.
+    """
+    if not weights.size:
+        return np.zeros(0, np.int64)
+    sums = np.cumsum(weights)
+    whole = float(sums[-1])
+    enough = whole / float(weights.min())
+    count = max(1, round(min(wanted * whole / len(weights), enough)))
+    places = (np.arange(count) + rng.random(count)) * (whole / count)
+    chosen: Ints = np.minimum(np.searchsorted(sums, places, side="right"), len(weights) - 1)
     return chosen
 
 

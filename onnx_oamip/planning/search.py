@@ -6,11 +6,12 @@ is reached by correcting the additive model with measurements; ``max_drop`` by a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnx_oamip.artifacts import cache, cache_entries, plan_files, provenance
 from onnx_oamip.core.budgets import counted_shares
@@ -36,6 +37,7 @@ from onnx_oamip.graph.surgery import attention_scale, rewrite
 from onnx_oamip.importance import find
 from onnx_oamip.objective.measures import promise
 from onnx_oamip.objective.metric import Metric
+from onnx_oamip.objective.position_weights import has_rare_decisions, weighting
 from onnx_oamip.planning import (
     allocation,
     calibration_loss,
@@ -60,6 +62,8 @@ NEAR_LIMIT = 0.95
 """Share of a limit that a plan with the measured step of widths uses at least; below it the step gives way."""
 LOOKS = 2
 """Times that losses are measured again around a plan, with ``effort=high``."""
+REFIT, EQUAL_ROWS, WITHOUT = "refit", "refit_of_equal_rows", "none"
+"""Names of what is compared by loss: the refit, one that does not count rare decisions more, and no refit."""
 DROP_TRIES = 7
 DROP_RESOLUTION = 0.02
 ANSWERS = 1 << 26
@@ -229,8 +233,7 @@ def allocate(
                 best = replace(plan, notes=(*plan.notes, *note))
         except BudgetNotMet as error:
             missed = error
-        used = limit.shares(best.predicted) if best is not None else {}
-        near = best is not None and (bool(extra) or max(used.values(), default=1.0) >= NEAR_LIMIT)
+        near = best is not None and _used(best, limit, extra) >= NEAR_LIMIT
         if near or ready.settings.align != "auto" or steps.max(initial=1) == 1:
             if best is None and missed is not None:
                 raise missed
@@ -260,6 +263,18 @@ def _allocate(
         extra=extra,
         floor=ready.constraints.floor,
     )
+
+
+def _used(
+    plan: Plan,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+) -> float:
+    """The largest share of a limit that a plan uses; 1 without limits."""
+    used = limit.shares(plan.predicted)
+    if extra:  # the program that chose the plan reports what it uses of them
+        used |= {row.name: plan.programs[-1]["used"][row.name] for row in extra}
+    return max(used.values(), default=1.0)
 
 
 def _gave_way(before: Ints, after: Ints) -> str:
@@ -311,41 +326,10 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     """
     raw = rewrite.cut(ready.model, ready.coupling, chosen.keep)
     pruned = Pruned(raw, raw)
-    if chosen.keep.all():
-        pass
-    elif ready.settings.refit == "bias":
-        pruned = least_squares.fold_means(
-            ready.model,
-            ready.coupling,
-            chosen.keep,
-            collect(ready, {MOMENTS}),
-            raw,
-        )
-    elif ready.settings.refit == "least-squares":
-        s = ready.settings
-        kept = {
-            **ready.cache_identity,
-            "units": plan_files.digest(ready.model, ready.coupling, chosen.keep),
-        }
-        found = ready.store.recall(
-            cache_entries.REFITS,
-            kept,
-            lambda: least_squares.least_squares(
-                ready.model,
-                ready.coupling,
-                chosen.keep,
-                raw,
-                samples=parts(ready.samples)[0],
-                device=ready.device,
-                batch_size=ready.batch,
-                seed=s.seed,
-                progress=ready.progress,
-                memory_limit=s.activation_memory_limit,
-            ),
-            lambda found: least_squares.is_valid_cache_entry(found, raw),
-        )
-        pruned = replace(found, raw=raw)
-    elif folds_constants(ready.settings):
+    refits = {} if chosen.keep.all() else _refits(ready, chosen, raw)
+    if refits:
+        pruned = _least_loss(ready, chosen, refits)
+    elif not chosen.keep.all() and folds_constants(ready.settings):
         pruned = removed_constants.fold_constants(
             ready.model,
             ready.coupling,
@@ -355,12 +339,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
             device=ready.device,
         )
     # Last: a refit fits the queries to what they gave before.
-    pruned = replace(
-        pruned,
-        proto=attention_scale.rescale(ready.model, ready.coupling, chosen.keep, pruned.proto),
-    )
-    if pruned.fits:
-        pruned = _better(ready, chosen, pruned)
+    pruned = replace(pruned, proto=_rescaled(ready, chosen, pruned.proto))
     if not ready.settings.no_provenance:
         what = plan_files.digest(ready.model, ready.coupling, chosen.keep)
         provenance.sign(pruned.proto, ready.model.sha256, what)
@@ -368,21 +347,80 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     return Attempt(chosen, pruned, after)
 
 
-def _better(ready: Context, chosen: Plan, refitted: Pruned) -> Pruned:
-    """The refitted model, or the cut one if that loses less on calibration samples that the refit did not use.
+def _rescaled(ready: Context, chosen: Plan, proto: onnx.ModelProto) -> onnx.ModelProto:
+    return attention_scale.rescale(ready.model, ready.coupling, chosen.keep, proto)
 
-    A refit brings every layer near to what it gave, which need not bring the outputs near.
-    """
-    plain = attention_scale.rescale(ready.model, ready.coupling, chosen.keep, refitted.raw)
-    after, before = calibration_loss.losses(ready, [refitted.proto, plain])
-    losses = {"refit": after, "none": before}
-    if after <= before:
-        return replace(refitted, losses=losses)
-    note = (
-        f"the refit is left out: on calibration samples that it did not use the model loses {after:.3g} with it and "
-        f"{before:.3g} without"
+
+def _refits(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> dict[str, Pruned]:
+    """Refits of a cut model by their names in the report, that of the settings first."""
+    if ready.settings.refit == "bias":
+        moments = collect(ready, {MOMENTS})
+        folded = least_squares.fold_means(ready.model, ready.coupling, chosen.keep, moments, raw)
+        return {REFIT: folded}
+    if ready.settings.refit != "least-squares":
+        return {}
+    refits = {REFIT: _least_squares(ready, chosen, raw, ready.objective)}
+    if has_rare_decisions(ready.objective):
+        refits[EQUAL_ROWS] = _least_squares(ready, chosen, raw, None)
+    return refits
+
+
+def _least_squares(
+    ready: Context,
+    chosen: Plan,
+    raw: onnx.ModelProto,
+    objective: Objective | None,
+) -> Pruned:
+    """Least-squares refit of a cut model, from the cache where an earlier run kept it."""
+    s = ready.settings
+    kept = {
+        **ready.cache_identity,
+        **(weighting(objective) if objective else {}),
+        "units": plan_files.digest(ready.model, ready.coupling, chosen.keep),
+    }
+    found = ready.store.recall(
+        cache_entries.REFITS,
+        kept,
+        lambda: least_squares.least_squares(
+            ready.model,
+            ready.coupling,
+            chosen.keep,
+            raw,
+            samples=parts(ready.samples)[0],
+            device=ready.device,
+            batch_size=ready.batch,
+            seed=s.seed,
+            progress=ready.progress,
+            memory_limit=s.activation_memory_limit,
+            objective=objective,
+        ),
+        lambda found: least_squares.is_valid_cache_entry(found, raw),
     )
-    return replace(refitted, proto=plain, fits=(), notes=(*refitted.notes, note), losses=losses)
+    return replace(found, raw=raw)
+
+
+def _least_loss(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> Pruned:
+    """The refit, or the cut model without one, that loses least on the calibration samples kept for this.
+
+    A refit brings every layer near to what it gave, which need not bring the outputs near. The first of equal ones is
+    taken, and the first one without a comparison where it changed nothing.
+    """
+    first = refits[REFIT]
+    if ready.settings.refit == "least-squares" and not first.fits:
+        return first
+    candidates = {**refits, WITHOUT: Pruned(first.raw, first.raw, first.notes)}
+    protos = [_rescaled(ready, chosen, candidate.proto) for candidate in candidates.values()]
+    losses = dict(zip(candidates, calibration_loss.losses(ready, protos), strict=True))
+    best = min(losses, key=lambda name: losses[name])
+    notes = candidates[best].notes
+    if best == WITHOUT:
+        unused = "" if ready.settings.refit == "bias" else "that it did not use "
+        note = (
+            f"the refit is left out: on calibration samples {unused}the model loses {losses[REFIT]:.3g} with it and "
+            f"{losses[WITHOUT]:.3g} without"
+        )
+        notes = (*notes, note)
+    return replace(candidates[best], notes=notes, losses=losses)
 
 
 def answers(ready: Context, batch: int) -> equivalence.Recorded | None:

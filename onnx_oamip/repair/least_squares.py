@@ -38,6 +38,7 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
     Node,
+    Objective,
     Pruned,
     Statistics,
 )
@@ -47,6 +48,8 @@ from onnx_oamip.graph.im2col import (
     data_rows,
     output_rows,
     pick,
+    pick_weighted,
+    row_axes,
     row_count,
 )
 from onnx_oamip.graph.linear_layers import (
@@ -60,6 +63,7 @@ from onnx_oamip.graph.linear_layers import (
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
+from onnx_oamip.objective.position_weights import PositionWeights, position_weights
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.ridge import (
     RidgeFit,
@@ -243,6 +247,7 @@ def least_squares(
     progress: Progress | None = None,
     cap: int = GRAM_CAP,
     memory_limit: int | None = None,
+    objective: Objective | None = None,
 ) -> Pruned:
     """Refits every linear node behind the cut, front to back.
 
@@ -258,6 +263,7 @@ def least_squares(
         progress: Receives the number of refitted nodes.
         cap: Unknowns per output above which channels are mixed instead of fitting all weights.
         memory_limit: Upper bound in bytes on the activations in memory; fewer samples are used if they do not fit.
+        objective: Terms with their scales: rows behind rare decisions count more. None to count all rows alike.
 
     Returns:
         The refitted model, with notes and one record per fit.
@@ -294,6 +300,7 @@ def least_squares(
         uses={name: len(family.uses) for family in families for name in family.names},
         late=late,
         memory_limit=limit,
+        weights=position_weights(model, objective, feeds, device) if objective else None,
     )
     frontier = Frontier(proto, feeds, types, device)
     if used < samples.usable():
@@ -431,6 +438,7 @@ def collect_targets(
     uses: Mapping[str, int] = MappingProxyType({}),
     late: Collection[str] = (),
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    weights: Sequence[PositionWeights] | None = None,
 ) -> dict[str, Target]:
     """Samples the outputs of linear nodes in one run through the original model.
 
@@ -446,6 +454,7 @@ def collect_targets(
         uses: Number of nodes that share the weight of a node, by its name.
         late: Names of the nodes that need their inputs in the original model.
         memory_limit: Upper bound in bytes on one array of inputs and outputs at the sampled rows.
+        weights: Weights of positions by feed: rows are sampled in proportion to them. None to sample all rows alike.
 
     Returns:
         The samples by node name.
@@ -471,9 +480,14 @@ def collect_targets(
         others = frontier.reach([output, joint.other])[joint.other] if joint else []
         outputs = frontier.reach([output])[output]
         row_limit = _row_limit(matrix_shape(place, weight), cap, memory_limit)
-        rows_per_feed = -(-row_limit // (len(feeds) * uses.get(name, 1)))
         shapes = tuple(y.shape for y in outputs)
-        rows = tuple(pick(row_count(place, shape), rows_per_feed, rng) for shape in shapes)
+        rows_per_feed = -(-row_limit // (len(feeds) * uses.get(name, 1)))
+        rows = tuple(
+            pick(row_count(place, shape), rows_per_feed, rng)
+            if weights is None
+            else pick_weighted(weights[feed].rows(row_axes(place, shape)), rows_per_feed, rng)
+            for feed, shape in enumerate(shapes)
+        )
         # Inputs and the other branch are empty where they are not needed: hence strict=False.
         sampled_inputs = [
             data_rows(place, x, chosen, shape).astype(np.promote_types(x.dtype, np.float32))

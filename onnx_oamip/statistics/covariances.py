@@ -22,10 +22,11 @@ from onnx_oamip.core.records import (
     Ints,
     Model,
 )
-from onnx_oamip.graph.im2col import data_rows, pick
+from onnx_oamip.graph.im2col import data_rows, pick, pick_weighted
 from onnx_oamip.graph.linear_layers import matrix_shape, site
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import element_types, stream
+from onnx_oamip.objective.position_weights import PositionWeights
 
 CAP = 2304
 """Unknowns above which only the channels x channels form is kept (taps folded into the outputs)."""
@@ -51,6 +52,7 @@ def collect(
     progress: Progress | None = None,
     cap: int = CAP,
     limit: int | None = None,
+    weights: Sequence[PositionWeights] | None = None,
 ) -> dict[str, Gram]:
     """Collect the covariance of the input of every linear consumer, over sampled rows of all feeds.
 
@@ -65,6 +67,7 @@ def collect(
         progress: Callback ``(stage, done, total)``.
         cap: Unknowns up to which a matrix has a column for each.
         limit: Most values of a matrix or a factor; None for ``MOST_COLUMNS`` and ``MOST_VALUES``.
+        weights: Weights of positions by feed: rows are sampled in proportion to them. None to sample all rows alike.
 
     Returns:
         Covariances by consumer node.
@@ -76,25 +79,14 @@ def collect(
                 sums.append(_Sum(model, layer, columns))
             else:
                 sums.append(_Factor(model, layer, columns, limit))
-    batches = [_batch(model, feed) for feed in feeds]
-    rng = np.random.default_rng(seed)
-    rows = []
-    for total in sums:
-        wanted = total.wanted(len(feeds))
-        rows.append([pick(total.rows(batch), wanted, rng) for batch in batches])
-
+    rows = _Chosen(model, sums, feeds, seed, weights)
     types = element_types(model.proto, model.dtypes)
     targets = [total.layer.data for total in sums]
     for b, i, value in stream(model.proto, feeds, targets, types, device):
         total = sums[i]
-        count = total.count(value)
-        if count != total.rows(batches[b]):
-            # The size of this tensor depends on the data, so that its rows are chosen now.
-            own_rng = np.random.default_rng((seed, i, b))
-            rows[i][b] = pick(count, total.wanted(len(feeds)), own_rng)
         # The caller refuses sums that are not finite; a warning would only repeat it.
         with memory_for(_purpose(total.layer)), np.errstate(over="ignore", invalid="ignore"):
-            total.add(value, rows[i][b])
+            total.add(value, rows.of(i, b, value))
         if progress and i + 1 == len(sums):
             progress("gram", b + 1, len(feeds))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -265,18 +257,19 @@ class _Rows:
         values = int(batch * int(np.prod(self.data_shape)))
         return values // self.data_shape[self.layer.data_axis]
 
-    def count(self, value: Array) -> int:
-        """Count the rows of a value of the consumer's input.
+    def axes(self, value: Array) -> tuple[int, ...]:
+        """Return the lengths of the axes that the rows of a value of the consumer's input run over.
 
         Args:
             value: The value for one feed.
 
         Returns:
-            Number of rows.
+            Lengths, samples first.
         """
         if self.layer.spatial:
-            return len(value) * self._positions()
-        return int(value.size) // int(value.shape[self.layer.data_axis])
+            return (len(value), *self.output_shape[2:])
+        axis = self.layer.data_axis % value.ndim
+        return value.shape[:axis] + value.shape[axis + 1 :]
 
     def equations(self, value: Array, rows: Ints) -> Floats:
         """Cut out rows of one feed.
@@ -298,6 +291,41 @@ class _Rows:
         return int(np.prod(self.output_shape[2:]))
 
 
+class _Chosen:
+    """Rows that are sampled, by consumer and feed."""
+
+    def __init__(
+        self,
+        model: Model,
+        consumers: Sequence[_Rows],
+        feeds: Sequence[Mapping[str, Array]],
+        seed: int,
+        weights: Sequence[PositionWeights] | None,
+    ) -> None:
+        self.consumers, self.feeds, self.seed, self.weights = consumers, len(feeds), seed, weights
+        rng = np.random.default_rng(seed)
+        batches = [_batch(model, feed) for feed in feeds] if weights is None else []
+        self.counts = [[rows.rows(batch) for batch in batches] for rows in consumers]
+        self.chosen = [
+            [pick(count, rows.wanted(self.feeds), rng) for count in counts]
+            for rows, counts in zip(consumers, self.counts, strict=True)
+        ]
+
+    def of(self, consumer: int, feed: int, value: Array) -> Ints:
+        """Indices of the rows of a value of a consumer's input."""
+        rows = self.consumers[consumer]
+        wanted = rows.wanted(self.feeds)
+        axes = rows.axes(value)
+        count = int(np.prod(axes))
+        if self.weights is None and count == self.counts[consumer][feed]:
+            return self.chosen[consumer][feed]
+        # The size of this tensor depends on the data, or weights choose its rows.
+        rng = np.random.default_rng((self.seed, consumer, feed))
+        if self.weights is None:
+            return pick(count, wanted, rng)
+        return pick_weighted(self.weights[feed].rows(axes), wanted, rng)
+
+
 class _Sum(_Rows):
     """Sums over rows: of the columns (groups, d), and of their products (groups, d, d).
 
@@ -311,6 +339,7 @@ class _Sum(_Rows):
         self.total = np.zeros((self.groups, size))
         self.square = np.zeros((self.groups, size, size))
         self.seen = 0
+        self.squared_counts = 0
         self.origin: Floats | None = None
 
     def add(self, value: Array, rows: Ints) -> None:
@@ -329,6 +358,8 @@ class _Sum(_Rows):
         self.total += equations.sum(axis=1)
         self.square += equations.transpose(0, 2, 1) @ equations
         self.seen += equations.shape[1]
+        of_row = equations.shape[1] // len(rows)
+        self.squared_counts += of_row * int(np.square(np.unique(rows, return_counts=True)[1]).sum())
 
     def gram(self) -> Gram:
         """Compute the covariance in place: the sums are not valid afterwards.
@@ -342,7 +373,9 @@ class _Sum(_Rows):
         self.square -= mean[:, :, None] * mean[:, None, :]
         if self.origin is not None:
             mean += self.origin
-        return Gram(self.square, mean, self.columns, self.taps, self.seen)
+        # Rows that were chosen repeatedly say less than as many different ones (Kish's effective sample size).
+        distinct = round(self.seen**2 / max(self.squared_counts, 1))
+        return Gram(self.square, mean, self.columns, self.taps, distinct)
 
 
 class _Factor(_Rows):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 GRAM_SAMPLES = 512
 """Most calibration samples that covariances are collected from."""
+COVARIANCE_POWER = 0.75
+"""Exponent of the weights of rare decisions: full weights leave a covariance to too few different rows."""
 
 
 def _moments(context: Context) -> Mapping[Axis, Moments]:
@@ -51,6 +53,7 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     from onnx_oamip.artifacts import cache_entries
     from onnx_oamip.data import overflow
     from onnx_oamip.data.feeds import Feeds
+    from onnx_oamip.objective.position_weights import position_weights, weighting
     from onnx_oamip.statistics import covariances
     from onnx_oamip.statistics.collector import parts
 
@@ -76,6 +79,13 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
             progress=context.progress,
             cap=cap,
             limit=limit,
+            weights=position_weights(
+                model,
+                context.objective,
+                feeds,
+                context.device,
+                power=COVARIANCE_POWER,
+            ),
         )
         for name, gram in found.items():
             if not (np.isfinite(gram.values).all() and np.isfinite(gram.mean).all()):
@@ -92,7 +102,8 @@ def _covariance(context: Context) -> Mapping[str, Gram]:
     def valid(entry: Mapping[str, Gram]) -> bool:
         return covariances.fits(entry, model, coupling, cap, limit)
 
-    return context.store.recall(cache_entries.GRAMS, context.cache_identity, collect, valid)
+    identity = {**context.cache_identity, **weighting(context.objective)}
+    return context.store.recall(cache_entries.GRAMS, identity, collect, valid)
 
 
 def _class_samples(context: Context) -> Images | None:

@@ -22,6 +22,8 @@ from onnx_oamip.graph.im2col import (
     data_rows,
     output_rows,
     pick,
+    pick_weighted,
+    row_axes,
     row_count,
 )
 from onnx_oamip.graph.linear_layers import Editor, matrix, site
@@ -215,6 +217,7 @@ def test_rows_times_weights_equal_the_output(name: str, tmp_path: Path) -> None:
     (y,) = Session(model.proto, "cpu").run({"x": x})
     total = row_count(place, y.shape)
     assert total * y.shape[place.output_axis] == y.size
+    assert np.prod(row_axes(place, y.shape)) == total
     every = np.arange(total)
     truth = output_rows(place, y, every)
     np.testing.assert_allclose(
@@ -317,3 +320,19 @@ def test_pick_spreads_rows_evenly() -> None:
     rows = pick(10_000, 1000, np.random.default_rng(0))
     np.testing.assert_array_equal(rows // 10, np.arange(1000))
     assert np.bincount(rows % 10, minlength=10).min() > 60
+
+
+def test_weighted_rows_are_chosen_in_proportion() -> None:
+    weights = np.where(np.arange(1000) % 50 == 0, 25.0, 0.5)
+    chosen = pick_weighted(weights, 400, np.random.default_rng(0))
+    assert len(chosen) == round(400 * weights.mean())
+    assert (np.diff(chosen) >= 0).all()
+    rare = np.isin(chosen, np.flatnonzero(weights > 1)).mean()
+    assert rare == pytest.approx(25 * 20 / weights.sum(), abs=0.01)
+
+
+def test_weighted_rows_include_every_row_where_they_may() -> None:
+    weights = np.asarray([0.5, 2.0, 0.5, 1.0])
+    chosen = pick_weighted(weights, 10_000, np.random.default_rng(0))
+    assert np.bincount(chosen).tolist() == [1, 4, 1, 2]
+    assert not pick_weighted(np.zeros(0), 10, np.random.default_rng(0)).size

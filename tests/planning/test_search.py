@@ -668,6 +668,14 @@ def test_refit_that_loses_more_than_none_is_left_out(
     assert fitted.count + measured.count == ready.samples.count
 
 
+def test_bias_fold_that_loses_more_than_none_is_left_out(tmp_path: Path) -> None:
+    found = search.search(small(CNN, tmp_path, refit="bias"))
+    assert found.pruned.losses["refit"] > found.pruned.losses["none"]
+    assert any("the refit is left out" in note for note in found.pruned.notes)
+    before, after = constants(found.pruned.raw), constants(found.pruned.proto)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
 def test_step_of_widths_gives_way_where_it_misses_the_budget(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -685,6 +693,29 @@ def test_step_of_widths_gives_way_where_it_misses_the_budget(
     assert not any("in place of" in note for note in exact.notes)
     stated = small(text, tmp_path, macs=0.6, align=16)
     assert search.plan(stated).widths.tolist() == [32]
+
+
+def test_step_of_widths_gives_way_where_it_misses_the_latency(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 channels within 0.6 of a latency that is proportional to the MACs, with no other budget."""
+    monkeypatch.setattr(allocation, "find_step", lambda _: Step(16, True, ""))
+    text = """(float[N,3,6,6] x) => (float[N,3,6,6] y) <float[64,3,1,1] w1, float[3,64,1,1] w2> {
+        a = Conv(x, w1) h = Relu(a) y = Conv(h, w2) }"""
+    ready = small(text, tmp_path, macs=None, latency=0.6, align="auto", refit="none")
+    assert ready.steps.tolist() == [16]
+
+    def seconds(macs: Floats) -> float:
+        return 1e-6 * float(macs.sum())
+
+    table, measure = _clock(ready, seconds, seconds)
+    monkeypatch.setattr(search, "profile", lambda *_, **__: table)
+    monkeypatch.setattr(search, "latency_ratio", measure)
+    found = search.search(ready)
+    assert found.plan.widths.tolist() == [38]
+    assert any("steps of 2 units in place of 16" in note for note in found.plan.notes)
+    exact = replace(ready, settings=settings(macs=None, latency=0.75, align="auto", refit="none"))
+    assert search.search(exact).plan.widths.tolist() == [48]
 
 
 def _judged(*kinds: str) -> Objective:

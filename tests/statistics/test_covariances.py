@@ -23,6 +23,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import site
 from onnx_oamip.graph.runtime import Session
+from onnx_oamip.objective.position_weights import PositionWeights
 from onnx_oamip.statistics import covariances, layer_problems
 from onnx_oamip.statistics.layer_problems import (
     Problem,
@@ -110,6 +111,10 @@ def _feeds(model: Model, count: int = 3, batch: int = 3) -> list[dict[str, Array
     return [feed(model, seed, batch + seed) for seed in range(count)]
 
 
+def _batch_axis(model: Model) -> int:
+    return 1 if model.inputs[0].dims[0] == 5 else 0
+
+
 def _read(model: Model, feeds: list[dict[str, Array]]) -> tuple[Floats, Floats]:
     """All rows that the last node reads, (groups, rows, inputs * taps), and gives, (groups, rows, outputs).
 
@@ -179,6 +184,28 @@ def test_covariance_covers_all_rows(net: tuple[Model, Coupling]) -> None:
     np.testing.assert_array_equal(last.columns, np.arange(rows.shape[2])[:, None])
     # Only consumers of channels that may go are looked at: nothing in front of them.
     assert set(found) == {c.node for c in coupling.consumers}
+
+
+def test_weighted_covariance_is_that_of_repeated_rows(net: tuple[Model, Coupling]) -> None:
+    """Samples of three times the weight count three times, however the rows of the consumer are laid out."""
+    model, coupling = net
+    feeds = _feeds(model)
+    name = model.nodes[-1].name
+    samples = [max(values.shape[_batch_axis(model)] for values in feed.values()) for feed in feeds]
+    heavy = [np.where(np.arange(count) == 1, 3.0, 1.0) for count in samples]
+    weights = [PositionWeights(0.0, ((1.0, values),)) for values in heavy]
+    found = covariances.collect(model, coupling, feeds, "cpu", weights=weights)[name]
+    repeated = [
+        {
+            key: np.take(value, np.repeat(np.arange(len(w)), w.astype(int)), _batch_axis(model))
+            for key, value in feed.items()
+        }
+        for feed, w in zip(feeds, heavy, strict=True)
+    ]
+    rows, _ = _read(model, repeated)
+    truth = _covariance(rows)
+    np.testing.assert_allclose(found.matrix, truth, rtol=0, atol=1e-10 * np.abs(truth).max())
+    assert found.rows < rows.shape[1]
 
 
 @pytest.mark.parametrize("name", [n for n in NETS if "conv" in n or "transposed" in n])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -102,14 +102,33 @@ class Term:
         Returns:
             Float64 (positions, columns): one row per sample and position, one column per class, value or component.
         """
+        values = self._of_part(array)
+        return values.astype(np.float64).reshape(
+            -1, 1 if self._is_flat(values) else values.shape[-1]
+        )
+
+    def positions(self, array: Array) -> tuple[int, ...]:
+        """Return the lengths of the axes that the rows of :meth:`rows` run over.
+
+        Args:
+            array: The tensor that the term compares, of one batch.
+
+        Returns:
+            Lengths in the order of the tensor's axes.
+        """
+        values = self._of_part(array)
+        return values.shape if self._is_flat(values) else values.shape[:-1]
+
+    def _of_part(self, array: Array) -> Array:
+        """The term's part of a tensor, with the axis of classes, columns or components last."""
         if self.part is not None:
-            array = array[
-                (slice(None),) * self.part.axis + (slice(self.part.start, self.part.stop),)
-            ]
-        values = array.astype(np.float64)
-        if self.axis is None or values.ndim == 0:
-            return values.reshape(-1, 1)
-        return np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
+            part = slice(self.part.start, self.part.stop)
+            array = array[(slice(None),) * self.part.axis + (part,)]
+        return array if self._is_flat(array) else np.moveaxis(array, cast("int", self.axis), -1)
+
+    def _is_flat(self, array: Array) -> bool:
+        """Test for a term of one column."""
+        return self.axis is None or array.ndim == 0
 
 
 @dataclass(frozen=True, eq=False)
