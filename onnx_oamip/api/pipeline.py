@@ -47,7 +47,7 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import find
 from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.objective import metric as metrics
-from onnx_oamip.planning import iterative, latency_tables, search
+from onnx_oamip.planning import iterative, latency_tables, score_draws, search
 from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.statistics.context import Context
@@ -310,7 +310,11 @@ def plan(
         sha256=None,
         seconds=clock.seconds,
         settings=asked,
-        notes=(*ready.objective.notes, *ready.store.notes()),
+        notes=(
+            *ready.objective.notes,
+            *score_draws.notes(ready.scores, ready.coupling, chosen.keep),
+            *ready.store.notes(),
+        ),
         objective=ready.objective,
         losses=tuple(search.losses(ready, chosen)),
     )
@@ -466,6 +470,7 @@ def _finish(
         notes=(
             *ready.objective.notes,
             *(scores.notes if scores else ()),
+            *(score_draws.notes(scores, ready.coupling, result.plan.keep) if scores else ()),
             *result.plan.notes,
             *result.pruned.notes,
             *notes,

@@ -259,6 +259,10 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
     elif not scored:
         _check_amount(settings)
     critical_units.check(settings)
+    if settings.draws > 1 and (scored or not method.requests(settings)):
+        raise SettingsError(
+            "`draws` scores on several draws of the samples, and here no sample is read for scores; leave it out."
+        )
     iterative.check(settings, scored)
     limit_method = limits.find(settings.limits)
     if limit_method is not None:

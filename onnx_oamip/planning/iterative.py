@@ -101,7 +101,8 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
     )
     found = scoring.score(remaining)
     values = below(ready.scores.values, keep, units(ready.coupling, coupling, keep), found.values)
-    scores = ready.constraints.apply(ready.coupling, replace(found, values=values))
+    # The draws of a round are over the units that remained.
+    scores = ready.constraints.apply(ready.coupling, replace(found, values=values, draws=None))
     ladder, curves = width_losses.measure(
         ready,
         scores,

@@ -28,11 +28,11 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import Method, find
 from onnx_oamip.objective import document, loss, sums
-from onnx_oamip.planning import foreign_scores, sensitivity
+from onnx_oamip.planning import foreign_scores, score_draws, sensitivity
 from onnx_oamip.planning.allocation import best_units
 from onnx_oamip.repair import least_squares
 from onnx_oamip.statistics.collector import collect, parts
-from onnx_oamip.statistics.context import Context
+from onnx_oamip.statistics.context import Collected, Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 
 CHOICE_SAMPLES = 64
@@ -73,6 +73,28 @@ def score(context: Context) -> Scores:
     Returns:
         One score per unit. Constraints on plans are not part of it (see ``limits.constraints``).
     """
+    settings = context.settings
+    if settings.draws == 1:
+        return _score(context)
+    found = []
+    samples = context.samples
+    indices = score_draws.samples_of_draws(
+        samples.count, settings.draws, settings.seed, samples.fixed_batch or 1
+    )
+    for draw, index in enumerate(indices):
+        identity = {**context.cache_identity, "draw": [draw, settings.draws]}
+        drawn = replace(
+            context,
+            samples=samples.take(index),
+            cache_identity=identity,
+            collected=Collected(),
+        )
+        found.append(_score(drawn))
+    return score_draws.combine(found)
+
+
+def _score(context: Context) -> Scores:
+    """Scores on all samples of a context, from the store where they are there."""
     settings = context.settings
     method = find(settings.importance)
     requests = method.requests(settings)

@@ -19,6 +19,7 @@ from onnx_oamip.artifacts.score_files import Scored
 from onnx_oamip.core import budgets
 from onnx_oamip.core.json_values import plain_document
 from onnx_oamip.core.records import (
+    Bools,
     Budget,
     Connections,
     Cost,
@@ -33,6 +34,7 @@ from onnx_oamip.core.records import (
     Point,
     Port,
     Report,
+    Scores,
     Uncounted,
     Verification,
 )
@@ -40,6 +42,7 @@ from onnx_oamip.core.records.objective import document as terms
 from onnx_oamip.core.versions import versions
 from onnx_oamip.graph.cost import full_widths, ledger, uncounted
 from onnx_oamip.graph.ops import REGISTRY
+from onnx_oamip.planning import score_draws
 from onnx_oamip.programs.solvers import SolverRecord
 from onnx_oamip.verification.benchmark import Benchmark
 from onnx_oamip.verification.latency import Timing
@@ -83,6 +86,7 @@ def document(report: Report) -> Document:
             for group, width in zip(report.coupling.groups, kept, strict=True)
         ],
         "skipped": _skipped(report.coupling),
+        "draws": _draws(report.scores, report.coupling, report.plan.keep),
         "importance": report.scores.method if report.scores else report.settings["importance"],
         "allocation": report.plan.allocation,
         "programs": [*(report.scores.programs if report.scores else ()), *report.plan.programs],
@@ -103,6 +107,14 @@ def document(report: Report) -> Document:
         "versions": versions(),
     }
     return plain_document(result)
+
+
+def _draws(scores: Scores | None, coupling: Coupling, keep: Bools) -> Document | None:
+    """Agreement of the draws of the samples; None for scores on all of them."""
+    if scores is None or scores.draws is None:
+        return None
+    groups = score_draws.agreements(scores, coupling, keep)
+    return {"count": len(scores.draws), "groups": [asdict(group) for group in groups]}
 
 
 def frontier(found: Frontier) -> Document:
@@ -195,6 +207,7 @@ def planning(found: Planned) -> Document:
         "objective": terms(found.objective),
         "groups": groups,
         "skipped": _skipped(found.coupling),
+        "draws": _draws(found.scores, found.coupling, found.plan.keep),
         "importance": found.scores.method,
         "allocation": found.plan.allocation,
         "programs": [*found.scores.programs, *found.plan.programs],

@@ -16,6 +16,11 @@ class ImportanceOptions(Options):
     heading: ClassVar[str] = "What to remove"
 
     importance: Name = Field("obs", description="How units are scored.")
+    draws: Count = Field(
+        1,
+        description="Score on N random halves of the calibration samples, take the mean, and report the spread and the "
+        "units that all of them keep.",
+    )
 
 
 class RemovalOptions(Options):

@@ -204,6 +204,7 @@ class Scores:
         notes: Remarks for the report.
         others: Further scores by name, whose orders of removal are measured against this one (see
             ``sensitivity.choose``).
+        draws: Scores on each draw of the samples (draws, n_units), whose mean are the values; None for a single one.
     """
 
     method: str
@@ -211,6 +212,7 @@ class Scores:
     programs: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     others: Mapping[str, Floats] = field(default_factory=dict)
+    draws: Floats | None = None
 
 
 @dataclass(frozen=True)
