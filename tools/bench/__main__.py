@@ -36,6 +36,7 @@ STUDIES = (
     "importance",
     "methods",
     "decoupled",
+    "critical",
     "estimators",
     "storage",
     "large",
