@@ -121,6 +121,7 @@ VERSIONS = {
     "onnx_graphsurgeon",
     "gurobipy",
     "highspy",
+    "pyscipopt",
 }
 
 
@@ -753,6 +754,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "outputs": {"a": "values:2", "b=c": "ignore"},
         "metric": "m:f",
         "importance": "l2",
+        "draws": 1,
         "allocate": "mip",
         "effort": "high",
         "refit": "none",
