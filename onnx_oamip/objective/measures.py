@@ -34,6 +34,8 @@ from onnx_oamip.objective.normaliser import DOMINANT, cutoff
 
 RARE = 0.05
 """Share of decisions below which they are rare, and of positive decisions below which a warning is given."""
+ENOUGH = 20
+"""Decisions from which on a warning is given that all are the same."""
 LISTED = 10
 """Rare classes listed at most."""
 DIGITS = 9
@@ -181,6 +183,7 @@ class _Decisions(_Counter):
         self.add(
             decided=np.bincount(a, minlength=classes).astype(np.float64),
             kept=np.bincount(a[a == b], minlength=classes).astype(np.float64),
+            found=np.bincount(b[b >= 0], minlength=classes).astype(np.float64),
         )
         truth = None if labels is None else np.asarray(labels).reshape(-1)
         if truth is not None and len(truth) == len(a):
@@ -206,11 +209,17 @@ class _Decisions(_Counter):
         recall = None
         if decided[background] > DOMINANT * decided.sum() and others:
             recall = float((kept.sum() - kept[background]) / others)
+            found = self.sums["found"].sum() - self.sums["found"][background]
             values.update(
-                background=float(background), positives=float(others / decided.sum()), recall=recall
+                background=float(background),
+                positives=float(others / decided.sum()),
+                recall=recall,
+                precision=float(recall * others / found) if found else None,
             )
             if others < RARE * decided.sum():
                 warnings.append(_few(self.term, others / decided.sum()))
+        elif not others and len(decided) > 1 and decided.sum() >= ENOUGH:
+            warnings.append(_alike(self.term, f"class {background}"))
         drop = _drop(values)
         if drop is not None:
             return self.measure(
@@ -276,7 +285,9 @@ class _Binary(_Counter):
             "precision": self.share("both", "after"),
         }
         few = positives is not None and positives < RARE
-        warnings = (_few(self.term, positives or 0.0),) if few else ()
+        warnings = (_few(self.term, positives),) if few and positives else ()
+        if positives == 0 and whole >= ENOUGH:
+            warnings = (_alike(self.term, "negative"),)
         values = {**found, "positives": positives}
         for when in ("", "_after"):
             right = self.sum(f"found{when}") + self.sum(f"refused{when}")
@@ -456,6 +467,13 @@ def _rare(decided: Floats, kept: Floats) -> tuple[tuple[int, float, float], ...]
     recall = kept[few] / np.maximum(decided[few], 1)
     order: Ints = np.argsort(recall, kind="stable")[:LISTED]
     return tuple((int(few[i]), float(decided[few[i]] / total), float(recall[i])) for i in order)
+
+
+def _alike(term: Term, decision: str) -> str:
+    return (
+        f"all decisions of '{term.name}' are {decision} on this data, so that their agreement says nothing; give data "
+        "on which the model decides otherwise"
+    )
 
 
 def _few(term: Term, share: float) -> str:

@@ -117,6 +117,20 @@ PATTERNS: dict[str, Pattern] = {
         "s = ReduceSum(e, a) y = Div(e, s)",
         ("classes", "l", 1),
     ),
+    "softmax written out over the whole shape": dense(
+        "float[] y",
+        "m = ReduceMax <axes = [1], keepdims = 0> (l) low = Constant <value_float = -1e30> () n = Max(low, m) "
+        "t = Constant <value_ints = [-1, 1]> () r = Reshape(n, t) z = Shape(l) g = Expand(r, z) d = Sub(l, g) "
+        "e = Exp(d) a = Constant <value_ints = [1]> () s = ReduceSum <keepdims = 0> (e, a) v = Reshape(s, t) "
+        "f = Expand(v, z) y = Div(e, f)",
+        ("classes", "l", 1),
+    ),
+    "log-softmax by the logarithm of the sum": dense(
+        "float[] y",
+        "m = ReduceMax <axes = [1]> (l) d = Sub(l, m) e = Exp(d) a = Constant <value_ints = [1]> () "
+        "s = ReduceSum(e, a) g = Log(s) y = Sub(d, g)",
+        ("classes", "l", 1),
+    ),
     "log-softmax written out": dense(
         "float[] y", "s = ReduceLogSumExp <axes = [1]> (l) y = Sub(l, s)", ("classes", "l", 1)
     ),

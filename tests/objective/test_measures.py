@@ -98,6 +98,7 @@ def test_rare_classes_are_measured_by_recall() -> None:
     found = measured(CLASSES, one_hot(before.tolist(), 2), one_hot(after.tolist(), 2))
     assert found.values["agreement"] == 0.99
     assert found.values["recall"] == pytest.approx(1 / 3)
+    assert found.values["precision"] == 1.0
     assert found.values["background"] == 0
     assert found.measure == "recall of all decisions but class 0"
     assert found.lost == pytest.approx(200 / 3)
@@ -113,8 +114,21 @@ def test_false_positives_are_counted() -> None:
     after = np.where(np.arange(100) < 60, 1, 0)
     found = measured(CLASSES, one_hot(before.tolist(), 2), one_hot(after.tolist(), 2))
     assert found.values["recall"] == 1.0
+    assert found.values["precision"] == pytest.approx(10 / 60)
     assert (found.measure, found.lost) == ("agreement of decisions", 50.0)
     assert not found.warnings
+
+
+@pytest.mark.parametrize("kind", ["classes", "binary"])
+def test_equal_decisions_are_warned_of(kind: str) -> None:
+    scores = one_hot([0] * 40, 2) if kind == "classes" else np.full((40, 1), -1.0)
+    found = measured(CLASSES if kind == "classes" else BINARY, scores, scores)
+    assert found.lost == 0
+    decision = "class 0" if kind == "classes" else "negative"
+    (warning,) = found.warnings
+    assert warning.startswith(f"all decisions of '{found.term}' are {decision} on this data")
+    few = measured(CLASSES if kind == "classes" else BINARY, scores[:5], scores[:5])
+    assert not few.warnings
 
 
 def test_rare_classes_of_many_are_listed_worst_first() -> None:

@@ -51,29 +51,47 @@ def softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
     if node.op == "Log":
         inner = graph.maker(node.inputs[0])
         return softmax(graph, inner) if inner is not None and inner.op != "Log" else None
-    if (
-        node.op == "Sub"
-        and (total := graph.maker(node.inputs[1])) is not None
-        and total.op == "ReduceLogSumExp"
-    ):
-        axis = _one_axis(graph, total)
-        same = total.inputs[0] == node.inputs[0]
-        return (node.inputs[0], axis) if same and axis is not None else None
-    if (
-        node.op != "Div"
-        or (total := graph.maker(node.inputs[1])) is None
-        or total.op != "ReduceSum"
-    ):
+    if node.op == "Sub":
+        return _logarithm_of_softmax(graph, node)
+    total = graph.maker(_unwrapped(graph, node.inputs[1])) if node.op == "Div" else None
+    if total is None or total.op != "ReduceSum":
+        return None
+    axis = _one_axis(graph, total)
+    if axis is None or total.inputs[0] != node.inputs[0] or graph.op(node.inputs[0]) != "Exp":
         return None
     power = graph.maker(node.inputs[0])
-    axis = _one_axis(graph, total)
-    if power is None or power.op != "Exp" or total.inputs[0] != node.inputs[0] or axis is None:
+    assert power is not None
+    return _unshifted(graph, power.inputs[0]), axis
+
+
+def _logarithm_of_softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
+    """The logits and the axis of ``x - log(sum(exp(x)))``, or None."""
+    total = graph.maker(_unwrapped(graph, node.inputs[1]))
+    if total is None:
         return None
-    shifted = graph.maker(power.inputs[0])
-    stable = (
-        shifted is not None and shifted.op == "Sub" and graph.op(shifted.inputs[1]) == "ReduceMax"
+    power: Node | None = None
+    if total.op == "Log":
+        total = graph.maker(_unwrapped(graph, total.inputs[0]))
+        power = graph.maker(total.inputs[0]) if total is not None and total.inputs else None
+        if total is None or total.op != "ReduceSum" or power is None or power.op != "Exp":
+            return None
+    elif total.op != "ReduceLogSumExp":
+        return None
+    summed = total.inputs[0] if power is None else power.inputs[0]
+    axis = _one_axis(graph, total)
+    return (
+        (_unshifted(graph, summed), axis) if summed == node.inputs[0] and axis is not None else None
     )
-    return (shifted.inputs[0] if shifted is not None and stable else power.inputs[0]), axis
+
+
+def _unshifted(graph: Reader, tensor: str) -> str:
+    """The logits in front of the subtraction of their maximum, which changes no softmax."""
+    shifted = graph.maker(tensor)
+    if shifted is None or shifted.op != "Sub":
+        return tensor
+    largest = graph.maker(_unwrapped(graph, shifted.inputs[1]))
+    is_maximum = largest is not None and largest.op == "ReduceMax"
+    return shifted.inputs[0] if is_maximum else tensor
 
 
 def _softmax(graph: Reader, node: Node) -> tuple[str, int] | None:
