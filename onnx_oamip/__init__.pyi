@@ -2,7 +2,9 @@
 
 from onnx_oamip.api.frontier import frontier as frontier
 from onnx_oamip.api.in_memory import (
+    Feeds as Feeds,
     apply as apply,
+    feeds as feeds,
     inspect as inspect,
     plan as plan,
     prune as prune,

@@ -17,9 +17,11 @@ from onnx_oamip.artifacts.output import Page
 from onnx_oamip.artifacts.plan_files import Planned, PlanSource
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.progress import Progress
-from onnx_oamip.core.records import Report, Verification
+from onnx_oamip.core.records import Array, Report, Verification
 from onnx_oamip.core.renamed_parameters import earlier_names
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.sources import File, Source
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import ModelSource, load
@@ -299,6 +301,68 @@ def verify(
     other = pruned.model if isinstance(pruned, Result) else pruned
     with _shown(progress) as callback:
         return pipeline.compare(original, other, data, _settings(settings, options), callback)
+
+
+class Feeds:
+    """Samples as a model gets them: an iterator of feeds, and a reader for ONNX Runtime's quantiser."""
+
+    def __init__(self, samples: Samples, size: int) -> None:
+        """Start at the first feed.
+
+        Args:
+            samples: The samples.
+            size: Largest number of samples in a feed.
+        """
+        self._samples = samples
+        self._size = size
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Start again at the first feed."""
+        self._feeds = self._samples.batches(self._size)
+
+    def get_next(self) -> dict[str, Array] | None:
+        """Return the next feed.
+
+        Returns:
+            Arrays by input name, None after the last feed.
+        """
+        return next(self, None)
+
+    def __iter__(self) -> Feeds:
+        return self
+
+    def __next__(self) -> dict[str, Array]:
+        return next(self._feeds)[1]
+
+
+def feeds(
+    model: ModelSource,
+    data: Source,
+    *,
+    settings: Settings | None = None,
+    **options: Any,
+) -> Feeds:
+    """Read samples as ``prune`` does, for other programs that run a model.
+
+    Args:
+        model: Model file, or an ``onnx.ModelProto``.
+        data: Samples, as for ``prune``; held-out samples under names of their own are left out.
+        settings: Batch size, and options for images and tables.
+        **options: Settings by name, such as ``batch_size=32`` or ``image_size=224``.
+
+    Returns:
+        The feeds, with ``get_next`` as a ``CalibrationDataReader`` of ONNX Runtime has it.
+
+    Raises:
+        OamipError: The data cannot be read or do not fit the model.
+    """
+    asked = _settings(settings, options)
+    dataset.check_extras(data)
+    loaded = load(model, stated=asked.shapes)
+    samples = dataset.load(data, loaded, reading=asked.reading)
+    assert samples is not None
+    return Feeds(samples, asked.batch_size)
 
 
 def _settings(settings: Settings | None, options: Mapping[str, Any]) -> Settings:

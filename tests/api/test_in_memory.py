@@ -313,3 +313,15 @@ def test_progress_has_steps_for_objects_that_ask(model: ModelProto, arrays: Arra
     ]
     assert [number for _, number, _ in steps.seen] == list(range(1, 8))
     assert {count for _, _, count in steps.seen} == {8}
+
+
+def test_feeds_are_the_samples_and_serve_the_quantiser(model: ModelProto, arrays: Arrays) -> None:
+    found = onnx_oamip.feeds(model, (arrays["image"], arrays["labels"]), batch_size=20)
+    batches = [feed["image"] for feed in found]
+    assert [len(batch) for batch in batches] == [20, 20, 8]
+    assert np.array_equal(np.concatenate(batches), arrays["image"])
+    assert found.get_next() is None
+    found.rewind()
+    first = found.get_next()
+    assert first is not None
+    assert np.array_equal(first["image"], arrays["image"][:20])

@@ -241,6 +241,17 @@ def test_trial_without_a_plan_is_shown(report: Report) -> None:
 # ------------------------------------------------------------------------------------------------ safety, quietness
 
 
+def test_page_opens_with_the_result_in_one_sentence(report: Report) -> None:
+    text = prune_page(report).decode().replace("\u00a0", " ")
+    share = 100 * report.after.macs / report.before.macs
+    opening = text.partition('<p class="lead">')[2].partition("</p>")[0]
+    assert opening.startswith(f"The pruned model has {share:.1f} % of the MACs and ")
+    assert opening.endswith(".")
+    accuracy = report.verification.accuracy_after
+    assert accuracy is not None
+    assert f"reaches {100 * accuracy:.2f} % accuracy where the original has" in opening
+
+
 def test_same_report_gives_the_same_bytes(report: Report, plain_page: bytes) -> None:
     first = plain_page
     assert first == prune_page(report)

@@ -95,6 +95,7 @@ def prune_page(report: Report) -> bytes:
             kicker="Pruned by onnx-oamip",
             title=PurePath(model).name,
             lead=[
+                _sentence(value),
                 f"{model} → {output or '(not written)'}",
                 f"{_asked(value['budget'])} {_how(value)}",
             ],
@@ -125,6 +126,29 @@ def _asked(budget: Document) -> str:
     if asked:
         return f"Asked {', '.join(asked)}."
     return "No budget was asked for."
+
+
+def _sentence(value: Document) -> str:
+    """The result in one sentence: what is left, what it costs, and how fast it is."""
+    before, after, found = value["before"], value["after"], value["verification"]
+    parts = [
+        f"{percent(after[kind.cost] / before[kind.cost])} of the {kind.noun}"
+        for kind in COUNTED[:2]
+        if before[kind.cost]
+    ]
+    text = f"The pruned model has {' and '.join(parts)}"
+    if found["latency_ratio"] is not None:
+        text += f", takes {percent(found['latency_ratio'])} of the time"
+    if found["accuracy_after"] is not None:
+        right = f"{percent(found['accuracy_after'], 2)} accuracy"
+        text += (
+            f", and reaches {right} where the original has {percent(found['accuracy_before'], 2)}"
+        )
+    elif found["agreement"] is not None:
+        text += f", and decides as the original on {percent(found['agreement'], 2)} of the samples"
+    elif found["output_relative_error"] is not None:
+        text += f", and its outputs differ by {number(found['output_relative_error'])} relative to the original's"
+    return f"{text}."
 
 
 def _how(value: Document) -> str:
