@@ -14,6 +14,7 @@ from onnx_oamip.api.pipeline import (
     compare as compare,
     score as score,
 )
+from onnx_oamip.api.recovery import recover as recover
 from onnx_oamip.api.results import (
     Inspection as Inspection,
     Result as Result,
@@ -43,6 +44,8 @@ from onnx_oamip.core.records import (
     Pinned as Pinned,
     Plan as Plan,
     Pruned as Pruned,
+    Recovered as Recovered,
+    Recovery as Recovery,
     Report as Report,
     Request as Request,
     Scores as Scores,

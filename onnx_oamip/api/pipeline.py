@@ -31,6 +31,7 @@ from onnx_oamip.core.records import (
     ContactSheet,
     Latency,
     Measure,
+    Recovery,
     Report,
     Verification,
 )
@@ -50,6 +51,7 @@ from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import iterative, latency_tables, score_draws, search
 from onnx_oamip.planning.search import Attempt, Prepared
 from onnx_oamip.published.nnrelief import connections
+from onnx_oamip.recovery import recover as recovery
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification import equivalence
 from onnx_oamip.verification.latency import compare_latency, described
@@ -432,6 +434,25 @@ def _targets(
     )
 
 
+def _recovered(ready: Context, result: Attempt) -> tuple[Attempt, Recovery | None]:
+    """The result of a plan, trained if the settings ask for it."""
+    if ready.settings.recover is None or result.plan.keep.all():
+        return result, None
+    model = ready.model
+    student = models.from_proto(result.pruned.proto, model.bindings, path="the pruned model")
+    with ready.clock("recover"):
+        proto, found = recovery.run(
+            recovery.Pair(model, student, ready.coupling, result.plan.keep),
+            ready.objective,
+            ready.samples,
+            ready.held_out,
+            ready.settings,
+            device=ready.device,
+            progress=ready.progress,
+        )
+    return replace(result, pruned=replace(result.pruned, proto=proto)), found
+
+
 def _finish(
     ready: Context,
     result: Attempt,
@@ -447,6 +468,7 @@ def _finish(
     else:
         scores = None
     clock = ready.clock
+    result, found = _recovered(ready, result)
     with clock("verify"):
         try:
             verification = prove(ready, result, answers)
@@ -473,6 +495,7 @@ def _finish(
             *(score_draws.notes(scores, ready.coupling, result.plan.keep) if scores else ()),
             *result.plan.notes,
             *result.pruned.notes,
+            *(recovery.notes(found) if found else ()),
             *notes,
             *_unbounded_loss(budget, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
@@ -487,6 +510,7 @@ def _finish(
         reading=ready.samples.reading,
         contact_sheet=_contact_sheet(ready),
         compared=result.pruned.losses,
+        recovery=found,
     )
     return finished(report, result.pruned.proto)
 

@@ -146,6 +146,7 @@ def open_for_plan(
     Raises:
         OamipError: Bad input, or calibration data is missing.
     """
+    check_recovery(settings, source)
     if source is None and settings.refit != "none":
         raise DataError(
             f"`refit={settings.refit}` needs calibration data; give `data`, or `refit=none`."
@@ -253,6 +254,7 @@ def check(settings: Settings, source: Source | None, scored: bool = False) -> No
         SettingsError: Two settings exclude each other, or no budget is given.
         DataError: A setting needs calibration data.
     """
+    check_recovery(settings, source)
     method = find(settings.importance)
     if settings.granularity == "connection":
         connections.check(settings, scored)
@@ -309,6 +311,29 @@ def _check_amount(settings: Settings) -> None:
         f"nothing says how much to keep; give {', '.join(names[:-1])} or {names[-1]}, or `importance=oamip` with "
         "`allocate=mip`, which finds the critical units."
     )
+
+
+def check_recovery(settings: Settings, source: Source | None) -> None:
+    """Refuse a recovery that has no data, or would fill the zeros of removed connections.
+
+    Args:
+        settings: Settings of the run.
+        source: Calibration data, or None.
+
+    Raises:
+        SettingsError: Connections are pruned.
+        DataError: There is no data.
+        EnvironmentMissing: torch is not installed.
+    """
+    if settings.recover is None:
+        return
+    if settings.granularity == "connection":
+        raise SettingsError(
+            "`recover` changes all weights, and `granularity=connection` sets some to zero; leave out one of the two."
+        )
+    if source is None:
+        raise DataError("`recover` needs samples to train on; give `data`.")
+    recovery.check()
 
 
 def _check_effort(settings: Settings) -> None:

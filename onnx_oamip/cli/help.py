@@ -16,6 +16,7 @@ HEADINGS = (
     "What must be kept",
     "What to remove",
     "Repair",
+    "Recovery",
     "Data",
     "Speed and resources",
     "Output",

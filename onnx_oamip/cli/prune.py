@@ -59,6 +59,7 @@ mlflow_option = option(
         "BudgetOptions",
         "ObjectiveOptions",
         *PLANNING,
+        "RecoveryOptions",
         "RemovalOptions",
         "DataOptions",
         "RunOptions",
@@ -226,9 +227,9 @@ def plan(
 
 @click.command(
     cls=SettingsCommand,
-    owners=("ObjectiveOptions", "RepairOptions", "DataOptions", "RunOptions"),
+    owners=("ObjectiveOptions", "RepairOptions", "RecoveryOptions", "DataOptions", "RunOptions"),
     without=("solver", "time_limit", "workers", "scheduler"),
-    unset=("refit", "seed", "batch_size", "shape"),
+    unset=("refit", "seed", "batch_size", "shape", "augment"),
     examples=("model.onnx --plan plan.json --data samples.npz -o half.onnx",),
 )
 @click.argument("model", type=MODEL)

@@ -207,6 +207,9 @@ def setting_option(name: str, *, unset: bool = False) -> Option:
     if choices:
         return Option(flags, type=click.Choice(choices), **attributes)
     attributes["metavar"] = words.metavar
+    if words.flag_value is not None:
+        attributes.update(is_flag=False, flag_value=words.flag_value)
+        attributes["metavar"] = f"[{words.metavar}]"
     if name in REGISTRIES:
         return PlugInOption(flags, registry=REGISTRIES[name], **attributes)
     if isinstance(field.get_default(), tuple) and not SettingType(name).separator:

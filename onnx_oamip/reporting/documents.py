@@ -33,6 +33,8 @@ from onnx_oamip.core.records import (
     Objective,
     Point,
     Port,
+    Recovered,
+    Recovery,
     Report,
     Scores,
     Uncounted,
@@ -97,6 +99,7 @@ def document(report: Report) -> Document:
             for t in report.tried
         ],
         "compared": dict(report.compared),
+        "recovery": None if report.recovery is None else _recovery(report.recovery),
         "connections": None if report.connections is None else _connections(report.connections),
         "objective": terms(report.objective),
         "reading": report.reading,
@@ -295,6 +298,56 @@ def comparison(
         "versions": versions(),
     }
     return plain_document(result)
+
+
+def recovered(found: Recovered) -> Document:
+    """Converts the result of ``recover`` to its JSON document.
+
+    Args:
+        found: The result.
+
+    Returns:
+        A dict of plain values.
+    """
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "original": _model(found.original),
+        "unrecovered": _model(found.pruned),
+        "output": {"path": found.output, "sha256": found.output_sha256},
+        "objective": terms(found.objective),
+        "recovery": _recovery(found.recovery),
+        "notes": _distinct([*found.original.notes, *found.notes]),
+        "timings": found.timings,
+        "settings": found.settings,
+        "versions": versions(),
+    }
+    return plain_document(result)
+
+
+def _recovery(found: Recovery) -> Document:
+    before = {measure.term: measure for measure in found.outputs_before}
+    return {
+        "accepted": found.accepted,
+        "before": found.before,
+        "after": found.after,
+        "steps": found.steps,
+        "best_step": found.best_step,
+        "batch": found.batch,
+        "seconds": found.seconds,
+        "ended": found.ended,
+        "samples": found.samples,
+        "held_out": found.held_out,
+        "augment": found.augment,
+        "device": found.device,
+        "weights": found.weights,
+        "features": list(found.features),
+        "left_out": list(found.left_out),
+        "curve": [{"step": step, "loss": loss} for step, loss in found.curve],
+        "outputs": [
+            {**_measure(measure), "before_recovery": _measure(before[measure.term])}
+            for measure in found.outputs
+        ],
+    }
 
 
 def checkpoint(found: Checkpoint) -> Document:

@@ -13,6 +13,7 @@ from onnx_oamip.core.options.methods import (
 )
 from onnx_oamip.core.options.objective import ObjectiveOptions
 from onnx_oamip.core.options.plan import AllocationOptions, ConstraintOptions, RepairOptions
+from onnx_oamip.core.options.recovery import RecoveryOptions
 from onnx_oamip.core.options.run import RunOptions
 from onnx_oamip.core.options.validation import Options
 
@@ -27,6 +28,7 @@ __all__ = [
     "OamipOptions",
     "ObjectiveOptions",
     "Options",
+    "RecoveryOptions",
     "RemovalOptions",
     "RepairOptions",
     "RunOptions",

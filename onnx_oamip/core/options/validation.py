@@ -75,6 +75,7 @@ def shown(field: FieldInfo) -> Shown:
         metavar=own.metavar or (kind.metavar if kind is not None else None),
         default=own.default or _default_text(field),
         heading=own.heading,
+        flag_value=own.flag_value,
     )
 
 

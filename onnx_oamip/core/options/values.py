@@ -50,11 +50,13 @@ class Shown:
         metavar: Placeholder for the value.
         default: Text of the default.
         heading: Heading that the option is listed under.
+        flag_value: Value where the option is given without one; None if it always takes a value.
     """
 
     metavar: str | None = None
     default: str | None = None
     heading: str | None = None
+    flag_value: str | None = None
 
 
 KINDS = ("classes", "binary", "values", "embedding", "ignore")

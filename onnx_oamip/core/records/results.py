@@ -119,6 +119,51 @@ class Pruned:
         return f"<Pruned: {len(self.fits)} nodes refitted>"
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """Training of a pruned model with the original as its teacher.
+
+    Attributes:
+        accepted: True if the trained model is taken; otherwise the objective did not fall, and the model is as before.
+        before: Loss of the objective on held-out samples before training.
+        after: The lowest one found by training; None where nothing was trained.
+        steps: Steps that were done.
+        best_step: Steps behind the lowest loss.
+        batch: Samples of one step.
+        seconds: Time of the training.
+        ended: Why it ended: ``budget``, ``no improvement``, ``interrupted``, ``diverged`` or ``nothing to train``.
+        samples: Samples trained on.
+        held_out: Samples judged on.
+        augment: Changes of the samples, by input.
+        device: Device of torch.
+        weights: Number of initialisers that were trained.
+        features: Tensors that were compared besides those of the objective.
+        left_out: Nodes that torch does not compute, with the reason.
+        curve: Pairs of a step and the loss after it on held-out samples.
+        outputs_before: Measures of the terms before training, on the evaluation data or else on the held-out samples.
+        outputs: The same of the model that is taken.
+    """
+
+    accepted: bool
+    before: float
+    after: float | None
+    steps: int
+    best_step: int
+    batch: int
+    seconds: float
+    ended: str
+    samples: int
+    held_out: int
+    augment: str
+    device: str
+    weights: int
+    features: tuple[str, ...]
+    left_out: tuple[str, ...]
+    curve: tuple[tuple[int, float], ...]
+    outputs_before: tuple[Measure, ...] = ()
+    outputs: tuple[Measure, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class MetricValues:
     """The user's own metric: its ``name`` (``module:function``), and its values of the original and the pruned model.
@@ -373,6 +418,7 @@ class Report:
     reading: Mapping[str, Any] | None = None
     contact_sheet: ContactSheet | None = None
     compared: Mapping[str, float] = field(default_factory=dict)
+    recovery: Recovery | None = None
 
     def __repr__(self) -> str:
         costs = summary(self.before, self.after)
@@ -390,3 +436,30 @@ class Report:
             (groups, ("group", "units", "kept")),
             ([(note,) for note in dict.fromkeys(self.notes)], ("notes",)),
         )
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Result of ``recover``; ``reporting.documents.recovered`` converts it to JSON.
+
+    Attributes:
+        original: The teacher.
+        pruned: The model before recovery.
+        output: File that was written, None for none.
+        output_sha256: Its digest.
+        recovery: How it was trained.
+        objective: Terms of the loss.
+        timings: Seconds by stage.
+        settings: Options of the run.
+        notes: Remarks.
+    """
+
+    original: Model
+    pruned: Model
+    output: str | None
+    output_sha256: str | None
+    recovery: Recovery
+    objective: Objective
+    timings: Mapping[str, float]
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()

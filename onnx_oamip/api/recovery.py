@@ -1,0 +1,192 @@
+"""The function ``recover``: trains a pruned model with its original as the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import onnx
+
+from onnx_oamip.artifacts import plan_files, provenance
+from onnx_oamip.artifacts.output import check_output, stage
+from onnx_oamip.core.atomic_files import Batch
+from onnx_oamip.core.clock import Clock
+from onnx_oamip.core.errors import DataError, GateFailed, ModelError
+from onnx_oamip.core.progress import Progress
+from onnx_oamip.core.records import Bools, Coupling, Model, Recovered
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import batching, dataset
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import run_size
+from onnx_oamip.data.sources import File, Source, samples_of, source_name
+from onnx_oamip.graph import default_inputs
+from onnx_oamip.graph import loading as models
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.runtime import Session, resolve_device
+from onnx_oamip.objective import at_outputs, find_objective, scale
+from onnx_oamip.recovery import recover as recovery
+from onnx_oamip.recovery.recover import Pair
+from onnx_oamip.verification import equivalence
+
+
+def recover(
+    pruned: File,
+    original: File,
+    source: Source,
+    settings: Settings | None = None,
+    output: File | None = None,
+    *,
+    plan_file: File | None = None,
+    eval_data: Source | None = None,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Recovered:
+    """Train a pruned model, without labels, to answer as its original does.
+
+    The pair may come from this package or from another tool. The graph and the shapes of its parameters stay as they
+    are. If the objective does not fall on the held-out samples, the model is written as it was.
+
+    Args:
+        pruned: Model to train.
+        original: Model that it was pruned from.
+        source: Samples, of which a fifth is held out if there are no evaluation data.
+        settings: Options; ``recover`` is the effort (default ten minutes), ``augment`` the changes of samples.
+        output: File to write, or None to write nothing.
+        plan_file: Plan that the model was pruned by; with it, narrower tensors inside the models are compared too.
+        eval_data: Samples to judge on.
+        progress: Called as ``progress(stage, done, total)``.
+        stop: Asked after every step; True ends training with the best so far.
+
+    Returns:
+        The recovery, with the losses before and after.
+
+    Raises:
+        OamipError: Bad input or a missing package. No file is written.
+        GateFailed: The models have different inputs or outputs, or the result fails a check. No file is written.
+    """
+    chosen = settings or Settings()
+    recovery.check()
+    clock = Clock()
+    target = None
+    if output is not None:
+        target = check_output(pruned, output, (original, source, eval_data, plan_file))
+    dataset.check_extras(source, eval_data)
+    device = resolve_device(chosen.device)
+    with clock("load"):
+        teacher, student = (models.load(p, stated=chosen.shapes) for p in (original, pruned))
+        check_interface(teacher, student)
+        samples, held = samples_of(teacher, source, eval_data, chosen)
+        teacher = dataset.at_data(teacher, samples)
+        student = dataset.at_data(student, samples)
+        session = Session(teacher.proto, device, what=str(original))
+        samples = batching.tried(session, samples, chosen.batch_size)
+        held = batching.alike(session, samples, held)
+        coupling, keep = _plan(plan_file, teacher, student)
+    with clock("objective"):
+        objective = find_objective(teacher, chosen, samples, held)
+        known = {name for node in student.nodes for name in node.outputs}
+        objective = at_outputs(
+            teacher, objective, [name for name in objective.tensors if name not in known]
+        )
+        size = run_size(teacher, chosen.activation_memory_limit)
+        objective = scale(teacher, objective, samples, device, batch_size=size)
+    with clock("recover"):
+        proto, found = recovery.run(
+            Pair(teacher, student, coupling, keep),
+            objective,
+            samples,
+            held,
+            chosen,
+            device=device,
+            progress=progress,
+            stop=stop,
+        )
+    with clock("verify"):
+        _verify(teacher, student, proto, samples, device)
+    result = Recovered(
+        original=teacher,
+        pruned=student,
+        output=None,
+        output_sha256=None,
+        recovery=found,
+        objective=objective,
+        timings=clock.seconds,
+        settings={
+            **chosen.model_dump(mode="json"),
+            "device": device,
+            "data": source_name(source),
+            "eval_data": source_name(eval_data),
+            "plan": None if plan_file is None else str(plan_file),
+        },
+        notes=(*samples.notes, *objective.notes, *recovery.notes(found)),
+    )
+    if target is None:
+        return result
+    proto, opened = default_inputs.reopen(proto, student)
+    with Batch() as batch:
+        with clock("write"):
+            written = stage(batch, proto, target)
+            batch.commit()
+            written.remove_stale()
+    return replace(
+        result,
+        output=str(target),
+        output_sha256=written.sha256,
+        notes=(*result.notes, *opened),
+    )
+
+
+def check_interface(original: Model, pruned: Model) -> None:
+    """Check that two models have the same inputs and outputs.
+
+    Args:
+        original: The original.
+        pruned: The pruned model.
+
+    Raises:
+        GateFailed: Names or types differ.
+    """
+    for ours, theirs, what in (
+        (original.inputs, pruned.inputs, "inputs"),
+        (original.outputs, pruned.outputs, "outputs"),
+    ):
+        if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
+            names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
+            raise GateFailed(
+                f"the two models have different {what}: {names[0]} against {names[1]}."
+            )
+
+
+def _plan(
+    plan_file: File | None, original: Model, pruned: Model
+) -> tuple[Coupling | None, Bools | None]:
+    """Units of the original, and those that a plan keeps. Raises DataError for the plan of another model."""
+    if plan_file is None:
+        return None, None
+    coupling = couple(original)
+    keep, _ = plan_files.match_units(plan_files.load(plan_file), original, coupling, plan_file)
+    entry = provenance.read(pruned.proto)
+    if entry is not None and entry.get("plan_sha256") != plan_files.digest(
+        original, coupling, keep
+    ):
+        raise DataError(
+            f"{pruned.path} was not pruned by {plan_file}, which keeps other units; give the plan that it was made by, "
+            "or none."
+        )
+    return coupling, keep
+
+
+def _verify(
+    original: Model, pruned: Model, proto: onnx.ModelProto, samples: Samples, device: str
+) -> None:
+    """Raises GateFailed where the trained model is not valid or does not run."""
+    equivalence.structure(proto)
+    try:
+        session = Session(proto, device, what="the recovered model")
+        equivalence.runs_at(
+            original, session, samples, lambda: Session(pruned.proto, device, what=pruned.path)
+        )
+    except ModelError as error:
+        raise GateFailed(
+            f"{str(error).rstrip('.')}; nothing was written, please report this model."
+        ) from error

@@ -1,0 +1,253 @@
+"""Random changes of samples, which the original labels anew: by kind of input, or by a function of the user.
+
+``images`` (3 channels, or 1 in a square): a random part resized to the whole, mirrored, with other brightness and
+contrast; half of the samples are mixed with another one. ``audio`` (one long axis): gain, shift and noise. ``tokens``
+(whole numbers along one axis): some are replaced by others of the data, and the end is hidden where an input is a mask.
+Other inputs, such as tables, are left as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from onnx_oamip.core.errors import DataError, SettingsError
+from onnx_oamip.core.foreign_code import described, foreign_code
+from onnx_oamip.core.records import Array, Floats, Model
+
+Feed: TypeAlias = Mapping[str, Array]
+Augment: TypeAlias = Callable[[Feed, np.random.Generator], dict[str, Array]]
+InputKind: TypeAlias = Literal["images", "audio", "tokens", "mask", "other"]
+
+LEAST_CROP = 0.35
+"""Smallest share of the area of an image that a crop keeps."""
+LEAST_SIDE = 8
+"""Shortest side of an input that is taken for an image."""
+LEAST_WAVE = 1000
+"""Fewest positions of an input that is taken for a waveform."""
+REPLACED = 0.1
+"""Share of tokens that are replaced."""
+
+
+def kinds(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, InputKind]:
+    """Find the kind of every input.
+
+    Args:
+        model: The model.
+        shapes: Shapes of one feed by input.
+
+    Returns:
+        The kind by name of the input.
+    """
+    return {port.name: _kind(port.name, port.dtype, shapes[port.name]) for port in model.inputs}
+
+
+def _kind(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> InputKind:
+    if dtype.kind == "f" and len(shape) == 4 and _channel_axis(shape) is not None:
+        return "images"
+    if dtype.kind == "f" and len(shape) in (2, 3) and shape[-1] >= LEAST_WAVE:
+        return "audio" if len(shape) == 2 or shape[1] <= 2 else "other"
+    if dtype.kind in "iub" and len(shape) == 2 and shape[1] > 1:
+        return "mask" if "mask" in name else "tokens"
+    return "other"
+
+
+def _channel_axis(shape: tuple[int, ...]) -> int | None:
+    """Axis of the channels of an image; None for anything else."""
+    for axis, sides in ((1, shape[2:]), (3, shape[1:3])):
+        is_large = min(sides) >= LEAST_SIDE
+        if is_large and (shape[axis] == 3 or (shape[axis] == 1 and sides[0] == sides[1])):
+            return axis
+    return None
+
+
+def automatic(found: Mapping[str, InputKind]) -> Augment:
+    """Build the changes for inputs of some kinds.
+
+    Args:
+        found: Kind by name of the input.
+
+    Returns:
+        A function that changes a feed. Inputs of one feed get the same places mixed.
+    """
+
+    def augment(feed: Feed, rng: np.random.Generator) -> dict[str, Array]:
+        changed = dict(feed)
+        for name, kind in found.items():
+            if kind == "images":
+                changed[name] = images(feed[name], rng)
+            elif kind == "audio":
+                changed[name] = audio(feed[name], rng)
+        if any(kind == "tokens" for kind in found.values()):
+            _change_tokens(changed, found, rng)
+        return changed
+
+    return augment
+
+
+def images(batch: Array, rng: np.random.Generator) -> Array:
+    """Crop, mirror, colour and mix images.
+
+    Args:
+        batch: Images (samples, channels, height, width) or (samples, height, width, channels).
+        rng: Source of random numbers.
+
+    Returns:
+        Changed images of the same shape and type.
+    """
+    axis = _channel_axis(batch.shape)
+    planes = batch if axis == 1 else np.moveaxis(batch, 3, 1)
+    low, high = float(planes.min()), float(planes.max())
+    result = np.stack([_one_image(image.astype(np.float32), rng) for image in planes])
+    mixed = rng.permutation(len(result))[: len(result) // 2]
+    others = rng.permutation(len(result))[: len(mixed)]
+    shares = rng.uniform(0.3, 1.0, (len(mixed), 1, 1, 1)).astype(np.float32)
+    result[mixed] = shares * result[mixed] + (1 - shares) * result[others]
+    result = np.clip(result, low, high)
+    if axis != 1:
+        result = np.moveaxis(result, 1, 3)
+    return np.ascontiguousarray(result.astype(batch.dtype))
+
+
+def _one_image(image: Floats, rng: np.random.Generator) -> Floats:
+    """A random part of one image (channels, height, width), resized, mirrored and coloured."""
+    height, width = image.shape[1:]
+    area = rng.uniform(LEAST_CROP, 1.0)
+    stretch = np.exp(rng.uniform(-np.log(4 / 3), np.log(4 / 3)) / 2)
+    tall = min(np.sqrt(area) * stretch, 1.0) * height
+    wide = min(np.sqrt(area) / stretch, 1.0) * width
+    top, left = rng.uniform(0, height - tall), rng.uniform(0, width - wide)
+    part = _resampled(image, 1, top + (np.arange(height) + 0.5) * tall / height - 0.5)
+    part = _resampled(part, 2, left + (np.arange(width) + 0.5) * wide / width - 0.5)
+    if rng.random() < 0.5:
+        part = part[:, :, ::-1]
+    spread = part.std()
+    mean = part.mean(axis=(1, 2), keepdims=True)
+    contrast = rng.uniform(0.7, 1.3)
+    shift = rng.uniform(-0.3, 0.3) * spread + rng.uniform(-0.1, 0.1, mean.shape) * spread
+    return ((part - mean) * contrast + mean + shift).astype(np.float32)
+
+
+def _resampled(image: Floats, axis: int, places: Floats) -> Floats:
+    """Linear interpolation along one axis."""
+    length = image.shape[axis]
+    places = places.clip(0, length - 1)
+    first = np.floor(places).astype(np.int64)
+    second = np.minimum(first + 1, length - 1)
+    shape = [1, 1, 1]
+    shape[axis] = len(places)
+    share = (places - first).astype(np.float32).reshape(shape)
+    return image.take(first, axis) * (1 - share) + image.take(second, axis) * share
+
+
+def audio(batch: Array, rng: np.random.Generator) -> Array:
+    """Change gain, shift waveforms in time and add noise.
+
+    Args:
+        batch: Waveforms, time on the last axis.
+        rng: Source of random numbers.
+
+    Returns:
+        Changed waveforms of the same shape and type.
+    """
+    result = batch.astype(np.float32)
+    for place in range(len(result)):
+        wave = np.roll(result[place], int(rng.integers(result.shape[-1])), axis=-1)
+        gain = np.exp(rng.uniform(-0.7, 0.7))
+        noise = rng.standard_normal(wave.shape) * wave.std() * rng.uniform(0, 0.1)
+        result[place] = gain * (wave + noise)
+    return result.astype(batch.dtype)
+
+
+def _change_tokens(
+    feed: dict[str, Array], found: Mapping[str, InputKind], rng: np.random.Generator
+) -> None:
+    """Hide the ends of sequences in masks, and replace tokens that no mask hides, in place."""
+    masks = [name for name, kind in found.items() if kind == "mask"]
+    for name in masks:
+        mask = feed[name].copy()
+        for row in mask:
+            used = int(np.count_nonzero(row))
+            if used > 1:
+                row[int(rng.integers((used + 1) // 2, used + 1)) :] = 0
+        feed[name] = mask
+    for name, kind in found.items():
+        ids = feed[name]
+        if kind != "tokens" or len(np.unique(ids)) <= 2:  # two values are no vocabulary
+            continue
+        replaced = rng.random(ids.shape) < REPLACED
+        for mask_name in masks:
+            if feed[mask_name].shape == ids.shape:
+                replaced &= feed[mask_name] != 0
+        replaced[:, 0] = False  # the first token often stands for the whole sequence
+        drawn = rng.choice(ids.reshape(-1), ids.shape)
+        feed[name] = np.where(replaced, drawn, ids).astype(ids.dtype)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The changes of a run, and their description for the report."""
+
+    function: Augment | None
+    description: str
+
+
+def choose(setting: str, model: Model, feed: Feed) -> Chosen:
+    """Find the changes that a setting asks for.
+
+    Args:
+        setting: ``none``, ``auto`` or ``module:function``.
+        model: The original.
+        feed: One feed of the samples.
+
+    Returns:
+        The function, None where nothing is changed.
+
+    Raises:
+        SettingsError: The function cannot be imported.
+    """
+    if setting == "none":
+        return Chosen(None, "none")
+    if setting != "auto":
+        return Chosen(_of_user(setting), setting)
+    found = kinds(model, {name: value.shape for name, value in feed.items()})
+    changed = {name: kind for name, kind in found.items() if kind not in ("other", "mask")}
+    if not changed:
+        return Chosen(None, "none")
+    described_kinds = ", ".join(f"{name}: {kind}" for name, kind in changed.items())
+    return Chosen(automatic(found), described_kinds)
+
+
+def _of_user(setting: str) -> Augment:
+    module_name, separator, function_name = setting.partition(":")
+    if not separator or not module_name or not function_name:
+        raise SettingsError(
+            f"`augment={setting}` is not none, auto or module:function; give one of these."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (Exception, SystemExit) as error:  # importing runs the user's own code
+        raise SettingsError(f"`augment={setting}` cannot be imported: {described(error)}.") from error
+
+    def augment(feed: Feed, rng: np.random.Generator) -> dict[str, Array]:
+        with foreign_code(
+            f"`augment={setting}`", DataError, "it is to return a feed like the one it is given"
+        ):
+            found = {name: np.asarray(value) for name, value in dict(function(feed, rng)).items()}
+        for name, value in feed.items():
+            if name not in found or found[name].shape != value.shape:
+                got = found[name].shape if name in found else "nothing"
+                raise DataError(
+                    f"`augment={setting}` returned {got} for '{name}'; expected the shape {value.shape}."
+                )
+        return {name: found[name].astype(value.dtype) for name, value in feed.items()}
+
+    return augment

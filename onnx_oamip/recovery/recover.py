@@ -1,0 +1,157 @@
+"""Recovery of a pruned model: what is trained, on which samples, and whether the result is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.extras import imports_of
+from onnx_oamip.core.options.recovery import DEFAULT_EFFORT, effort_of
+from onnx_oamip.core.progress import Progress
+from onnx_oamip.core.records import Bools, Coupling, Model, Objective, Recovery
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.feeds import run_size
+from onnx_oamip.recovery import augmentation, features
+from onnx_oamip.recovery.judge import Judge, split
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pruned model with its original.
+
+    Attributes:
+        original: The original.
+        pruned: The pruned model, at the shapes of the same samples.
+        coupling: Units of the original, None where no plan is known.
+        keep: Units that were kept (n_units,), None where no plan is known.
+    """
+
+    original: Model
+    pruned: Model
+    coupling: Coupling | None = None
+    keep: Bools | None = None
+
+
+def check() -> None:
+    """Check that torch is installed, before any work.
+
+    Raises:
+        EnvironmentMissing: It is not.
+    """
+    with imports_of("recover", "recovery"):
+        import onnx_oamip.recovery.training  # noqa: F401
+
+
+def run(
+    pair: Pair,
+    objective: Objective,
+    samples: Samples,
+    held_out: Samples | None,
+    settings: Settings,
+    *,
+    device: str,
+    progress: Progress | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[onnx.ModelProto, Recovery]:
+    """Train a pruned model, and decide whether the result is taken.
+
+    Args:
+        pair: Both models.
+        objective: Terms with scales.
+        samples: Calibration samples.
+        held_out: Held-out samples; evaluation data of the user among them only measure the result.
+        settings: Effort, changes of samples, device, memory and seed.
+        device: Device of ONNX Runtime.
+        progress: Callback ``(stage, done, total)``.
+        stop: Asked after every step; True ends training with the best so far.
+
+    Returns:
+        The trained model, or the pruned one where the objective did not fall; and how it was trained.
+
+    Raises:
+        EnvironmentMissing: torch is not installed.
+        SettingsError: There is nothing to judge by, or the changes of samples cannot be imported.
+    """
+    if not objective.judged:
+        raise SettingsError(
+            "a recovery needs an output to judge by, and all are ignored; leave out `task` or `output_kinds`."
+        )
+    with imports_of("recover", "recovery"):
+        from onnx_oamip.recovery import training
+
+    chosen = augmentation.choose(settings.augment, pair.original, samples.feed(np.arange(1)))
+    size = run_size(pair.original, settings.activation_memory_limit)
+    samples, judged = split(samples, held_out, settings.seed)
+    judge = Judge(pair.original, objective, judged, device=device, batch_size=size)
+    if held_out is None or held_out is judged:
+        measured = judge
+    else:
+        measured = Judge(pair.original, objective, held_out, device=device, batch_size=size)
+    torch_device = training.resolve_device(settings.device)
+    task = training.Task(
+        original=pair.original,
+        pruned=pair.pruned,
+        objective=objective,
+        features=features.features(pair.original, pair.pruned, pair.coupling, pair.keep),
+        samples=samples,
+        judge=judge,
+        device=torch_device,
+        runtime_device=device,
+        memory=settings.activation_memory_limit,
+        seed=settings.seed,
+        augment=chosen.function,
+        progress=progress,
+        stop=stop,
+    )
+    trained = training.train(task, effort_of(settings.recover or DEFAULT_EFFORT))
+    proto = pair.pruned.proto if trained.proto is None else trained.proto
+    best = trained.best
+    return proto, Recovery(
+        accepted=trained.proto is not None,
+        before=best.start,
+        after=best.loss if best.curve else None,
+        steps=trained.steps,
+        best_step=best.step,
+        batch=trained.batch,
+        seconds=trained.seconds,
+        ended=trained.ended,
+        samples=samples.count,
+        held_out=judged.count,
+        augment=chosen.description,
+        device=torch_device,
+        weights=len(trained.weights),
+        features=trained.features,
+        left_out=trained.left_out,
+        curve=tuple(best.curve),
+        outputs_before=measured.measures(pair.pruned.proto),
+        outputs=measured.measures(proto),
+    )
+
+
+def notes(recovery: Recovery) -> tuple[str, ...]:
+    """State what a reader of the report should know about a recovery.
+
+    Args:
+        recovery: The recovery.
+
+    Returns:
+        Notes for the report.
+    """
+    found = []
+    if not recovery.accepted:
+        found.append(
+            f"the recovery was not taken: the held-out objective did not fall below {recovery.before:.4g}; the model is "
+            "the pruned one as it was"
+        )
+    if recovery.left_out:
+        listed = "; ".join(recovery.left_out[:3])
+        more = "; ..." if len(recovery.left_out) > 3 else ""
+        found.append(
+            f"the recovery trained only a part of the model, as torch does not compute {listed}{more}"
+        )
+    return tuple(found)

@@ -1,0 +1,490 @@
+"""Distillation: gradient steps on the weights of a pruned model, with the original as the teacher.
+
+The loss is the objective of the run plus errors of features. Against overfitting, weights are pulled towards their
+start, averaged over steps, and samples are changed at random; a sample that is changed gets its answer from the
+original.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import torch
+
+from onnx_oamip.core.errors import EnvironmentMissing
+from onnx_oamip.core.options.recovery import Effort
+from onnx_oamip.core.progress import Progress
+from onnx_oamip.core.records import Array, Ints, Model
+from onnx_oamip.core.records.objective import Objective
+from onnx_oamip.data.dataset import Samples
+
+from onnx_oamip.graph.outputs import with_outputs
+from onnx_oamip.graph.runtime import Session
+from onnx_oamip.recovery import parts
+from onnx_oamip.recovery.augmentation import Augment
+from onnx_oamip.recovery.engine import CannotRun, Engine, as_tensor, is_supported, trainable
+from onnx_oamip.recovery.features import Feature
+from onnx_oamip.recovery.judge import Best, Judge, written
+from onnx_oamip.recovery.losses import differentiable, feature_loss, objective_loss
+from onnx_oamip.recovery.operators.calls import Tensor
+from onnx_oamip.recovery.parts import Part
+
+RATE = 2e-3
+"""Largest change of a weight in one step, over the root mean square of its tensor."""
+WARM_UP = 0.05
+"""Share of the steps in which the rate rises."""
+PULL = 2e-3
+"""Share of the way back to its start that a weight is pulled in every step at the full rate."""
+DECAY = 0.98
+"""Share of the former average in the average of weights over steps."""
+FEATURE_WEIGHT = 2.0
+"""Weight of the features against the objective."""
+MAX_BATCH = 32
+"""Samples of one step, at most."""
+BYTES_PER_ELEMENT = 8
+"""An activation in float32 and its gradient."""
+EVALUATIONS = 20
+"""Times that held-out samples are judged."""
+LEAST_INTERVAL = 10
+"""Fewest steps between two of them."""
+PATIENCE = 7
+"""Evaluations without a better one after which training stops."""
+TIMED_STEPS = 3
+"""Steps that are timed to find how many fit into a time."""
+VARIANCE_BATCHES = 4
+"""Batches on which the variance of features is found."""
+TOLERANCE = 0.02
+"""Relative error of a tensor against ONNX Runtime above which an operator counts as computed differently."""
+SMALLEST = 1e-12
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what.
+
+    Attributes:
+        original: The teacher.
+        pruned: The model to train.
+        objective: Terms with scales.
+        features: Tensors besides the objective's that are compared.
+        samples: Samples to train on.
+        judge: Loss on held-out samples.
+        device: ``cpu`` or ``cuda``, of torch.
+        runtime_device: Device of ONNX Runtime.
+        memory: Bytes of activations.
+        seed: Seed of the order of samples and of their changes.
+        augment: Changes of feeds, or None.
+        progress: Callback ``(stage, done, total)``.
+        stop: Asked after every step; True ends training with the best so far.
+    """
+
+    original: Model
+    pruned: Model
+    objective: Objective
+    features: tuple[Feature, ...]
+    samples: Samples
+    judge: Judge
+    device: str
+    runtime_device: str
+    memory: int
+    seed: int
+    augment: Augment | None = None
+    progress: Progress | None = None
+    stop: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of training.
+
+    Attributes:
+        proto: The best model, None where none was better than the start.
+        best: Losses on held-out samples.
+        steps: Steps that were done.
+        batch: Samples of one step.
+        seconds: Time that the steps took, with their evaluations.
+        ended: Why training ended.
+        weights: Initialisers that were trained.
+        features: Tensors that were compared besides the objective's.
+        left_out: Nodes that torch cannot compute, with the reason.
+    """
+
+    proto: onnx.ModelProto | None
+    best: Best
+    steps: int
+    batch: int
+    seconds: float
+    ended: str
+    weights: tuple[str, ...]
+    features: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def resolve_device(device: str) -> str:
+    """Choose the device of torch.
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``auto`` for CUDA where torch has it.
+
+    Returns:
+        ``cpu`` or ``cuda``.
+
+    Raises:
+        EnvironmentMissing: CUDA is requested but torch has none.
+    """
+    if device == "cpu":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "auto":
+        return "cpu"
+    raise EnvironmentMissing(
+        "`device=cuda` was asked for but this torch has no CUDA; install a build of torch with CUDA, or use "
+        "`device=cpu`."
+    )
+
+
+def train(task: Task, effort: Effort) -> Trained:
+    """Train a pruned model.
+
+    Args:
+        task: Models, samples and loss.
+        effort: Steps or seconds.
+
+    Returns:
+        The best model by the judge, and how it was found.
+    """
+    started = time.monotonic()
+    torch.manual_seed(task.seed)
+    start = task.judge.loss(task.pruned.proto)
+    best = Best(start, PATIENCE)
+    part, left_out = _trained_part(task)
+    if not part.weights or not part.tensors:
+        return Trained(None, best, 0, 0, 0.0, "nothing to train", (), (), left_out)
+    run = _Run(task, part)
+    steps = effort.steps or TIMED_STEPS
+    done = 0
+    ended = "budget"
+    try:
+        while done < steps:
+            run.step(done, steps)
+            done += 1
+            if effort.seconds is not None and done == TIMED_STEPS:
+                steps = _steps_within(effort.seconds, started, run.seconds / done)
+                run.restart()
+            if task.progress is not None:
+                task.progress(_stage(best), done, steps)
+            interval = max(LEAST_INTERVAL, steps // EVALUATIONS)
+            is_last = done == steps or _is_over(effort, started)
+            if done % interval == 0 or is_last:
+                weights = run.averaged()
+                best.offer(done, task.judge.loss(written(task.pruned.proto, weights)), weights)
+            if task.stop is not None and task.stop():
+                ended = "interrupted"
+                break
+            if best.has_stalled:
+                ended = "no improvement"
+                break
+            if is_last:
+                break
+    except _Diverged:
+        ended = "diverged"
+    proto = written(task.pruned.proto, best.weights) if best.is_better else None
+    return Trained(
+        proto=proto,
+        best=best,
+        steps=done,
+        batch=run.batch,
+        seconds=time.monotonic() - started,
+        ended=ended,
+        weights=part.weights,
+        features=tuple(feature.tensor for feature in run.features),
+        left_out=left_out,
+    )
+
+
+def _stage(best: Best) -> str:
+    """Name of the stage with the loss before and after, for the display of progress."""
+    if not best.curve:
+        return f"recover: held-out loss {best.start:.4f}"
+    return f"recover: held-out loss {best.start:.4f} -> {best.loss:.4f}"
+
+
+def _steps_within(seconds: float, started: float, each: float) -> int:
+    """Steps that fit into a time, a tenth of it left to evaluations."""
+    left = seconds - (time.monotonic() - started)
+    return max(TIMED_STEPS, TIMED_STEPS + int(0.9 * left / max(each, 1e-6)))
+
+
+def _is_over(effort: Effort, started: float) -> bool:
+    return effort.seconds is not None and time.monotonic() - started >= effort.seconds
+
+
+class _Diverged(Exception):  # noqa: N818
+    """The loss is no finite number."""
+
+
+# ----------------------------------------------------------------------------------------------- what is trained
+
+
+def _trained_part(task: Task) -> tuple[Part, tuple[str, ...]]:
+    """The part that torch computes as ONNX Runtime does, and the nodes that limit it."""
+    model = task.pruned
+    wanted = _wanted(task)
+    needed = parts.ancestors(model, wanted)
+    reasons = {
+        node.name: f"{node}: torch has no function for it" for node in needed if not is_supported(node)
+    }
+    feed = next(task.samples.batches(1))[1]
+    while True:
+        part = parts.choose(model, wanted, reasons, lambda nodes: trainable(model, nodes))
+        if not part.weights or not part.tensors:
+            return part, tuple(reasons.values())
+        found = _first_difference(task, part, feed)
+        if found is None:
+            return part, tuple(reasons.values())
+        reasons[found[0]] = found[1]
+
+
+def _wanted(task: Task) -> list[str]:
+    terms = [term.tensor for term in differentiable(task.objective)]
+    names = (*terms, *(feature.tensor for feature in task.features))
+    return parts.floating(task.pruned, dict.fromkeys(names))
+
+
+def _first_difference(
+    task: Task, part: Part, feed: Mapping[str, Array]
+) -> tuple[str, str] | None:
+    """Name of the first node that torch cannot compute as ONNX Runtime does, and the reason; None if there is none."""
+    model = task.pruned
+    engine = Engine(model, part.tensors, given=part.given)
+    tensors = [*part.tensors, *part.given]
+    values = _runtime_values(task, tensors, feed)
+    fed = _fed(feed, {name: values[name] for name in part.given})
+    try:
+        with torch.no_grad():
+            found = engine.run(fed)
+    except CannotRun as error:
+        home = model.homes[error.node.name]
+        return home, f"{error.node}: {error.reason}"
+    if all(_is_close(a, values[n]) for n, a in zip(part.tensors, found, strict=True)):
+        return None
+    return _locate(task, part, fed, feed)
+
+
+def _runtime_values(
+    task: Task, tensors: Sequence[str], feed: Mapping[str, Array]
+) -> dict[str, Array]:
+    names = list(dict.fromkeys(tensors))
+    session = Session(with_outputs(task.pruned, names), "cpu", exact=True)
+    return dict(zip(names, session.run(feed, names), strict=True))
+
+
+def _locate(
+    task: Task, part: Part, fed: Mapping[str, Tensor], feed: Mapping[str, Array]
+) -> tuple[str, str]:
+    """The node whose output is the first to differ."""
+    model = task.pruned
+    nodes = parts.ancestors(model, part.tensors, part.given)
+    tensors = parts.floating(model, (name for node in nodes for name in node.outputs if name))
+    values = _runtime_values(task, tensors, feed)
+    with torch.no_grad():
+        found = dict(zip(tensors, Engine(model, tensors, given=part.given).run(fed), strict=True))
+    for node in nodes:
+        for name in node.outputs:
+            if name in found and not _is_close(found[name], values[name]):
+                return node.name, f"{node}: torch computes it differently"
+    return nodes[-1].name, f"{nodes[-1]}: torch computes it differently"
+
+
+def _is_close(found: Tensor, truth: Array) -> bool:
+    ours = found.detach().numpy().astype(np.float64)
+    theirs = truth.astype(np.float64)
+    if ours.shape != theirs.shape:
+        return False
+    known = np.isfinite(theirs)
+    error = np.linalg.norm((ours - theirs)[known])
+    return bool(error <= TOLERANCE * np.linalg.norm(theirs[known]) + SMALLEST)
+
+
+def _fed(feed: Mapping[str, Array], more: Mapping[str, Array], device: str = "cpu") -> dict[str, Tensor]:
+    return {name: as_tensor(value, device) for name, value in {**feed, **more}.items()}
+
+
+# -------------------------------------------------------------------------------------------------------- the steps
+
+
+class _Teacher:
+    """Answers of the original: tensors of the objective and features.
+
+    On a GPU torch computes them too, where it can; elsewhere ONNX Runtime does.
+    """
+
+    def __init__(self, task: Task, tensors: Sequence[str]) -> None:
+        self._device = task.device
+        self._tensors = list(tensors)
+        nodes = parts.ancestors(task.original, tensors)
+        self._engine = None
+        self._session = None
+        if task.device != "cpu" and all(is_supported(node) for node in nodes):
+            self._engine = Engine(task.original, self._tensors, device=task.device)
+        else:
+            proto = with_outputs(task.original, self._tensors)
+            self._session = Session(proto, task.runtime_device, what="the original")
+
+    def answers(self, feed: Mapping[str, Array]) -> dict[str, Tensor]:
+        """The original's tensors by name."""
+        if self._engine is not None:
+            with torch.no_grad():
+                found = self._engine.run(_fed(feed, {}, self._device))
+            return dict(zip(self._tensors, found, strict=True))
+        assert self._session is not None
+        values = self._session.run(feed, self._tensors)
+        return {n: as_tensor(v, self._device) for n, v in zip(self._tensors, values, strict=True)}
+
+
+class _Run:
+    """State of training: engine, optimiser, and averages of weights."""
+
+    def __init__(self, task: Task, part: Part) -> None:
+        self._task = task
+        self._part = part
+        self._engine = Engine(
+            task.pruned, part.tensors, given=part.given, device=task.device, weights=part.weights
+        )
+        compared = set(part.tensors)
+        self._terms = [t for t in differentiable(task.objective) if t.tensor in compared]
+        self.features = tuple(f for f in task.features if f.tensor in compared)
+        self._teacher = _Teacher(task, part.tensors)
+        self._given = None
+        if part.given:
+            proto = with_outputs(task.pruned, part.given)
+            self._given = Session(proto, task.runtime_device, what="the pruned model")
+        self.batch = _batch_size(task)
+        self._rng = np.random.default_rng(task.seed)
+        self._batches = self._endless()
+        self._weights = list(self._engine.weights.values())
+        self._start = [weight.detach().clone() for weight in self._weights]
+        self._variances = self._feature_variances()
+        self.restart()
+
+    def restart(self) -> None:
+        """Put all weights back to their start."""
+        with torch.no_grad():
+            for weight, start in zip(self._weights, self._start, strict=True):
+                weight.copy_(start)
+        self._average = [weight.detach().clone() for weight in self._weights]
+        self._optimiser = torch.optim.Adam(_groups(self._weights), betas=(0.9, 0.99), eps=1e-10)
+        self._rates = [group["lr"] for group in self._optimiser.param_groups]
+        self.seconds = 0.0
+
+    def _endless(self) -> Iterator[Ints]:
+        """Indices of batches, in another random order in every round over the samples."""
+        samples = self._task.samples
+        size = 1 if samples.whole else min(self.batch, samples.count)
+        while True:
+            order = self._rng.permutation(samples.count)
+            for first in range(0, samples.count - size + 1, size):
+                yield order[first : first + size]
+
+    def _feature_variances(self) -> list[float]:
+        """Variance of every feature about the means of its channels, on samples as they are."""
+        totals: dict[str, list[float]] = defaultdict(list)
+        for place, (_, feed) in enumerate(self._task.samples.batches(self.batch)):
+            if place == VARIANCE_BATCHES:
+                break
+            answers = self._teacher.answers(feed)
+            for feature in self.features:
+                value = answers[feature.tensor]
+                axes = [axis for axis, _ in feature.kept] or [1 % value.dim()]
+                others = [axis for axis in range(value.dim()) if axis not in axes]
+                totals[feature.tensor].append(float(value.var(others, correction=0).mean()))
+        return [max(float(np.mean(totals[f.tensor])), SMALLEST) for f in self.features]
+
+    def step(self, done: int, steps: int) -> None:
+        """One gradient step."""
+        began = time.monotonic()
+        task = self._task
+        feed: Mapping[str, Array] = task.samples.feed(next(self._batches))
+        if task.augment is not None:
+            feed = task.augment(feed, self._rng)
+        loss = self._loss(feed)
+        if not math.isfinite(float(loss.detach())):
+            raise _Diverged
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        share = _share(done, steps)
+        for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * share
+        self._optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self._weights, self._start, PULL * share)
+            decay = min(DECAY, (1 + done) / (10 + done))
+            torch._foreach_lerp_(self._average, self._weights, 1 - decay)
+        self.seconds += time.monotonic() - began
+
+    def _loss(self, feed: Mapping[str, Array]) -> Tensor:
+        truth = self._teacher.answers(feed)
+        given: dict[str, Array] = {}
+        if self._given is not None:
+            names = list(self._part.given)
+            given = dict(zip(names, self._given.run(feed, names), strict=True))
+        outputs = self._engine.run(_fed(feed, given, self._task.device))
+        found = dict(zip(self._part.tensors, outputs, strict=True))
+        losses = []
+        if self._terms:
+            names = [term.tensor for term in self._terms]
+            losses.append(
+                objective_loss(self._terms, [truth[n] for n in names], [found[n] for n in names])
+            )
+        if self.features:
+            names = [feature.tensor for feature in self.features]
+            old, new = [truth[n] for n in names], [found[n] for n in names]
+            losses.append(FEATURE_WEIGHT * feature_loss(self.features, self._variances, old, new))
+        return torch.stack(losses).sum()
+
+    def averaged(self) -> dict[str, Array]:
+        """Averaged weights by the name of their initialiser."""
+        return {
+            name: value.cpu().numpy()
+            for name, value in zip(self._engine.weights, self._average, strict=True)
+        }
+
+
+def _share(done: int, steps: int) -> float:
+    """Share of the full rate: a linear rise, then half a cosine to zero."""
+    rise = max(1, round(WARM_UP * steps))
+    if done < rise:
+        return (done + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (done - rise) / max(steps - rise, 1)))
+
+
+def _groups(weights: Sequence[Tensor]) -> list[dict[str, object]]:
+    """Groups of weights of about the same size, each with a rate that is proportional to it."""
+    sizes = [float(weight.detach().square().mean().sqrt()) for weight in weights]
+    usual = float(np.median([size for size in sizes if size > 0] or [1.0]))
+    groups: dict[int, list[Tensor]] = defaultdict(list)
+    for weight, size in zip(weights, sizes, strict=True):
+        groups[round(math.log2(size if size > 0 else usual))].append(weight)
+    return [{"params": held, "lr": RATE * 2.0**power} for power, held in sorted(groups.items())]
+
+
+def _batch_size(task: Task) -> int:
+    """Samples of one step: as many as keep the activations of all layers within the memory."""
+    model, samples = task.pruned, task.samples
+    if samples.whole:
+        return 1
+    if samples.fixed_batch:
+        return samples.fixed_batch
+    needed = {name for node in model.nodes for name in node.outputs if name in model.shapes}
+    elements = sum(int(np.prod(model.shapes[name])) for name in needed - set(model.constants))
+    each = BYTES_PER_ELEMENT * elements // max(model.batch, 1)
+    return int(np.clip(task.memory // max(each, 1), 1, MAX_BATCH))
+
+
