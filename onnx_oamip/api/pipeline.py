@@ -436,7 +436,7 @@ def _targets(
 
 def _recovered(ready: Context, result: Attempt) -> tuple[Attempt, Recovery | None]:
     """The result of a plan, trained if the settings ask for it."""
-    if ready.settings.recover is None or result.plan.keep.all():
+    if ready.judged is None or result.plan.keep.all():
         return result, None
     model = ready.model
     student = models.from_proto(result.pruned.proto, model.bindings, path="the pruned model")
@@ -445,9 +445,10 @@ def _recovered(ready: Context, result: Attempt) -> tuple[Attempt, Recovery | Non
             recovery.Pair(model, student, ready.coupling, result.plan.keep),
             ready.objective,
             ready.samples,
-            ready.held_out,
+            ready.judged,
             ready.settings,
             device=ready.device,
+            measured=ready.held_out,
             progress=ready.progress,
         )
     return replace(result, pruned=replace(result.pruned, proto=proto)), found

@@ -54,6 +54,7 @@ from onnx_oamip.planning import (
 )
 from onnx_oamip.planning.search import Prepared
 from onnx_oamip.published.nnrelief import connections
+from onnx_oamip.recovery.judge import split
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
 from onnx_oamip.verification.latency import find_step
@@ -382,6 +383,9 @@ def open_context(
     with clock("load"):
         model = models.load(path, stated=settings.shapes)
         samples, held = samples_of(model, source, eval_data, settings)
+        judged = None
+        if settings.recover is not None and source is not None:
+            samples, judged = split(samples, held, settings.seed)
         model = dataset.at_data(model, samples)
         bound = cost.uncounted_note(model)
         if bound:
@@ -398,6 +402,7 @@ def open_context(
         else:
             samples = batching.tried(session, samples, batch)
             held = batching.alike(session, samples, held)
+            judged = batching.alike(session, samples, judged)
         unfused = (UNFUSED,) if session.unfused else ()
         model = replace(model, notes=(*model.notes, *samples.notes, *unfused))
     identity = _cache_identity(model, samples, settings, device)
@@ -425,6 +430,7 @@ def open_context(
         coupling=coupling,
         samples=samples,
         held_out=held,
+        judged=judged,
         device=device,
         settings=settings,
         objective=objective,

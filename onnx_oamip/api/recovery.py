@@ -25,6 +25,7 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.recovery import recover as recovery
+from onnx_oamip.recovery.judge import split
 from onnx_oamip.recovery.recover import Pair
 from onnx_oamip.verification import equivalence
 
@@ -33,7 +34,7 @@ def recover(
     pruned: File,
     original: File,
     source: Source,
-    settings: Settings | None = None,
+    settings: Settings,
     output: File | None = None,
     *,
     plan_file: File | None = None,
@@ -64,40 +65,41 @@ def recover(
         OamipError: Bad input or a missing package. No file is written.
         GateFailed: The models have different inputs or outputs, or the result fails a check. No file is written.
     """
-    chosen = settings or Settings()
     recovery.check()
     clock = Clock()
     target = None
     if output is not None:
         target = check_output(pruned, output, (original, source, eval_data, plan_file))
     dataset.check_extras(source, eval_data)
-    device = resolve_device(chosen.device)
+    device = resolve_device(settings.device)
     with clock("load"):
-        teacher, student = (models.load(p, stated=chosen.shapes) for p in (original, pruned))
+        teacher, student = (models.load(p, stated=settings.shapes) for p in (original, pruned))
         check_interface(teacher, student)
-        samples, held = samples_of(teacher, source, eval_data, chosen)
+        samples, held = samples_of(teacher, source, eval_data, settings)
         teacher = dataset.at_data(teacher, samples)
         student = dataset.at_data(student, samples)
         session = Session(teacher.proto, device, what=str(original))
-        samples = batching.tried(session, samples, chosen.batch_size)
+        samples = batching.tried(session, samples, settings.batch_size)
         held = batching.alike(session, samples, held)
+        samples, judged = split(samples, held, settings.seed)
         coupling, keep = _plan(plan_file, teacher, student)
     with clock("objective"):
-        objective = find_objective(teacher, chosen, samples, held)
+        objective = find_objective(teacher, settings, samples, held)
         known = {name for node in student.nodes for name in node.outputs}
         objective = at_outputs(
             teacher, objective, [name for name in objective.tensors if name not in known]
         )
-        size = run_size(teacher, chosen.activation_memory_limit)
+        size = run_size(teacher, settings.activation_memory_limit)
         objective = scale(teacher, objective, samples, device, batch_size=size)
     with clock("recover"):
         proto, found = recovery.run(
             Pair(teacher, student, coupling, keep),
             objective,
             samples,
-            held,
-            chosen,
+            judged,
+            settings,
             device=device,
+            measured=held,
             progress=progress,
             stop=stop,
         )
@@ -112,7 +114,7 @@ def recover(
         objective=objective,
         timings=clock.seconds,
         settings={
-            **chosen.model_dump(mode="json"),
+            **settings.model_dump(mode="json"),
             "device": device,
             "data": source_name(source),
             "eval_data": source_name(eval_data),
@@ -123,11 +125,10 @@ def recover(
     if target is None:
         return result
     proto, opened = default_inputs.reopen(proto, student)
-    with Batch() as batch:
-        with clock("write"):
-            written = stage(batch, proto, target)
-            batch.commit()
-            written.remove_stale()
+    with Batch() as batch, clock("write"):
+        written = stage(batch, proto, target)
+        batch.commit()
+        written.remove_stale()
     return replace(
         result,
         output=str(target),

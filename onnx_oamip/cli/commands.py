@@ -15,6 +15,7 @@ from onnx_oamip.cli.options import DATA, MODEL, json_option
 from onnx_oamip.cli.pack import pack, unpack
 from onnx_oamip.cli.profile import profile
 from onnx_oamip.cli.prune import apply, plan, prune
+from onnx_oamip.cli.recover import recover
 from onnx_oamip.cli.score import score
 from onnx_oamip.cli.settings import SettingsCommand, SettingType
 from onnx_oamip.cli.statements import statements_option
@@ -118,6 +119,7 @@ cli.add_command(prune)
 cli.add_command(score)
 cli.add_command(plan)
 cli.add_command(apply)
+cli.add_command(recover)
 cli.add_command(checkpoint)
 cli.add_command(frontier)
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 
 GRACE = 2.0
@@ -20,6 +20,10 @@ ENDINGS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "termin
 """Signals that end a run, with the word for it."""
 if hasattr(signal, "SIGHUP"):  # not on Windows
     ENDINGS[signal.SIGHUP] = "terminated, as its terminal was closed"
+
+
+_DEFERRED = threading.Semaphore(0)
+"""One permit for a Ctrl-C that only asks a block to stop (:func:`first_interrupt_stops`)."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -79,12 +83,40 @@ def signals_end_the_work() -> Iterator[None]:
         os.close(write_end)  # the thread reads the end of the file, and closes its end
 
 
+@contextmanager
+def first_interrupt_stops() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C of the block set a flag, and a second one end the work.
+
+    Yields:
+        A function that returns True once Ctrl-C was pressed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = threading.Event()
+
+    def note(*_: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+
+    previous_handler = signal.signal(signal.SIGINT, note)
+    _DEFERRED.release()
+    try:
+        yield pressed.is_set
+    finally:
+        _DEFERRED.acquire(blocking=False)
+        signal.signal(signal.SIGINT, previous_handler)
+
+
 def _raise_terminated(code: int, _: object) -> None:
     raise Terminated(code)
 
 
 def _watch(read_end: int, done: threading.Event, codes: Set[int]) -> None:
     while code := os.read(read_end, 1):
+        if code[0] == signal.SIGINT and _DEFERRED.acquire(blocking=False):
+            continue
         if code[0] in codes and not done.wait(GRACE):
             _end_process(code[0])
     os.close(read_end)

@@ -115,7 +115,7 @@ def images(batch: Array, rng: np.random.Generator) -> Array:
     return np.ascontiguousarray(result.astype(batch.dtype))
 
 
-def _one_image(image: Floats, rng: np.random.Generator) -> Floats:
+def _one_image(image: Array, rng: np.random.Generator) -> Array:
     """A random part of one image (channels, height, width), resized, mirrored and coloured."""
     height, width = image.shape[1:]
     area = rng.uniform(LEAST_CROP, 1.0)
@@ -131,10 +131,10 @@ def _one_image(image: Floats, rng: np.random.Generator) -> Floats:
     mean = part.mean(axis=(1, 2), keepdims=True)
     contrast = rng.uniform(0.7, 1.3)
     shift = rng.uniform(-0.3, 0.3) * spread + rng.uniform(-0.1, 0.1, mean.shape) * spread
-    return ((part - mean) * contrast + mean + shift).astype(np.float32)
+    return np.asarray((part - mean) * contrast + mean + shift, np.float32)
 
 
-def _resampled(image: Floats, axis: int, places: Floats) -> Floats:
+def _resampled(image: Array, axis: int, places: Floats) -> Array:
     """Linear interpolation along one axis."""
     length = image.shape[axis]
     places = places.clip(0, length - 1)
@@ -143,7 +143,7 @@ def _resampled(image: Floats, axis: int, places: Floats) -> Floats:
     shape = [1, 1, 1]
     shape[axis] = len(places)
     share = (places - first).astype(np.float32).reshape(shape)
-    return image.take(first, axis) * (1 - share) + image.take(second, axis) * share
+    return np.asarray(image.take(first, axis) * (1 - share) + image.take(second, axis) * share)
 
 
 def audio(batch: Array, rng: np.random.Generator) -> Array:
@@ -235,7 +235,9 @@ def _of_user(setting: str) -> Augment:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (Exception, SystemExit) as error:  # importing runs the user's own code
-        raise SettingsError(f"`augment={setting}` cannot be imported: {described(error)}.") from error
+        raise SettingsError(
+            f"`augment={setting}` cannot be imported: {described(error)}."
+        ) from error
 
     def augment(feed: Feed, rng: np.random.Generator) -> dict[str, Array]:
         with foreign_code(

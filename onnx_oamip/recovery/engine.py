@@ -21,7 +21,7 @@ from onnx_oamip.recovery.operators.calls import Tensor
 from onnx_oamip.recovery.parts import ancestors
 
 
-class CannotRun(Exception):  # noqa: N818
+class CannotRun(Exception):
     """A node that torch cannot compute.
 
     Attributes:

@@ -93,7 +93,9 @@ def block_ends(model: Model) -> list[str]:
         output = _after_affine(model, node.outputs[0], consumers)
         layers[output] = None
         readers = consumers.get(output, [])
-        if readers and all(site(reader, model.constants) is not None for reader in readers):
+        linear = [reader for reader in readers if site(reader, model.constants) is not None]
+        others = [reader for reader in readers if reader not in linear]
+        if linear and all(_is_join(model, reader, computed) for reader in others):
             ends[output] = None
     chosen = dict(ends or layers)
     inputs = {port.name for port in model.inputs}

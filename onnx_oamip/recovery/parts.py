@@ -73,7 +73,7 @@ def choose(
     if not stops:
         return Part(tuple(tensors), (), tuple(weights(nodes)))
     front = _front(model, nodes, stops, tensors, weights)
-    behind = _behind(model, nodes, stops, tensors, weights)
+    behind = _behind(model, stops, tensors, weights)
     return max(front, behind, key=lambda part: _elements(model, part.weights))
 
 
@@ -93,7 +93,6 @@ def _front(
 
 def _behind(
     model: Model,
-    nodes: Sequence[Node],
     stops: Sequence[Node],
     tensors: Sequence[str],
     weights: Weights,

@@ -17,7 +17,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
 from onnx_oamip.recovery import augmentation, features
-from onnx_oamip.recovery.judge import Judge, split
+from onnx_oamip.recovery.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,11 @@ def run(
     pair: Pair,
     objective: Objective,
     samples: Samples,
-    held_out: Samples | None,
+    judged: Samples,
     settings: Settings,
     *,
     device: str,
+    measured: Samples | None = None,
     progress: Progress | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[onnx.ModelProto, Recovery]:
@@ -63,10 +64,11 @@ def run(
     Args:
         pair: Both models.
         objective: Terms with scales.
-        samples: Calibration samples.
-        held_out: Held-out samples; evaluation data of the user among them only measure the result.
+        samples: Samples to train on.
+        judged: Held-out samples that judge.
         settings: Effort, changes of samples, device, memory and seed.
         device: Device of ONNX Runtime.
+        measured: Samples on which the result is measured; those that judge by default.
         progress: Callback ``(stage, done, total)``.
         stop: Asked after every step; True ends training with the best so far.
 
@@ -86,12 +88,10 @@ def run(
 
     chosen = augmentation.choose(settings.augment, pair.original, samples.feed(np.arange(1)))
     size = run_size(pair.original, settings.activation_memory_limit)
-    samples, judged = split(samples, held_out, settings.seed)
     judge = Judge(pair.original, objective, judged, device=device, batch_size=size)
-    if held_out is None or held_out is judged:
-        measured = judge
-    else:
-        measured = Judge(pair.original, objective, held_out, device=device, batch_size=size)
+    final = judge
+    if measured is not None and measured is not judged:
+        final = Judge(pair.original, objective, measured, device=device, batch_size=size)
     torch_device = training.resolve_device(settings.device)
     task = training.Task(
         original=pair.original,
@@ -128,8 +128,8 @@ def run(
         features=trained.features,
         left_out=trained.left_out,
         curve=tuple(best.curve),
-        outputs_before=measured.measures(pair.pruned.proto),
-        outputs=measured.measures(proto),
+        outputs_before=final.measures(pair.pruned.proto),
+        outputs=final.measures(proto),
     )
 
 
@@ -145,8 +145,8 @@ def notes(recovery: Recovery) -> tuple[str, ...]:
     found = []
     if not recovery.accepted:
         found.append(
-            f"the recovery was not taken: the held-out objective did not fall below {recovery.before:.4g}; the model is "
-            "the pruned one as it was"
+            f"the recovery was not taken, as the held-out objective did not fall below {recovery.before:.4g}; the "
+            "model is the unrecovered one"
         )
     if recovery.left_out:
         listed = "; ".join(recovery.left_out[:3])

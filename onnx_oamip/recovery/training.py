@@ -23,7 +23,6 @@ from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Array, Ints, Model
 from onnx_oamip.core.records.objective import Objective
 from onnx_oamip.data.dataset import Samples
-
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.recovery import parts
@@ -226,7 +225,7 @@ def _is_over(effort: Effort, started: float) -> bool:
     return effort.seconds is not None and time.monotonic() - started >= effort.seconds
 
 
-class _Diverged(Exception):  # noqa: N818
+class _Diverged(Exception):
     """The loss is no finite number."""
 
 
@@ -239,7 +238,9 @@ def _trained_part(task: Task) -> tuple[Part, tuple[str, ...]]:
     wanted = _wanted(task)
     needed = parts.ancestors(model, wanted)
     reasons = {
-        node.name: f"{node}: torch has no function for it" for node in needed if not is_supported(node)
+        node.name: f"{node}: torch has no function for it"
+        for node in needed
+        if not is_supported(node)
     }
     feed = next(task.samples.batches(1))[1]
     while True:
@@ -258,9 +259,7 @@ def _wanted(task: Task) -> list[str]:
     return parts.floating(task.pruned, dict.fromkeys(names))
 
 
-def _first_difference(
-    task: Task, part: Part, feed: Mapping[str, Array]
-) -> tuple[str, str] | None:
+def _first_difference(task: Task, part: Part, feed: Mapping[str, Array]) -> tuple[str, str] | None:
     """Name of the first node that torch cannot compute as ONNX Runtime does, and the reason; None if there is none."""
     model = task.pruned
     engine = Engine(model, part.tensors, given=part.given)
@@ -313,7 +312,9 @@ def _is_close(found: Tensor, truth: Array) -> bool:
     return bool(error <= TOLERANCE * np.linalg.norm(theirs[known]) + SMALLEST)
 
 
-def _fed(feed: Mapping[str, Array], more: Mapping[str, Array], device: str = "cpu") -> dict[str, Tensor]:
+def _fed(
+    feed: Mapping[str, Array], more: Mapping[str, Array], device: str = "cpu"
+) -> dict[str, Tensor]:
     return {name: as_tensor(value, device) for name, value in {**feed, **more}.items()}
 
 
@@ -486,5 +487,3 @@ def _batch_size(task: Task) -> int:
     elements = sum(int(np.prod(model.shapes[name])) for name in needed - set(model.constants))
     each = BYTES_PER_ELEMENT * elements // max(model.batch, 1)
     return int(np.clip(task.memory // max(each, 1), 1, MAX_BATCH))
-
-

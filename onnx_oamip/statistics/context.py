@@ -37,6 +37,8 @@ class Context:
         coupling: Its units, without those that are excluded.
         samples: Calibration samples; random ones where there is no data.
         held_out: Held-out samples, or None.
+        judged: Samples that judge a recovery: those held out, or a part of the data where these are the user's own
+            evaluation data; None without a recovery.
         device: The device that inference runs on.
         settings: Settings of the run.
         objective: Terms by which a pruned model is judged; with their scales if there is data.
@@ -56,6 +58,7 @@ class Context:
     device: str
     settings: Settings
     objective: Objective
+    judged: Samples | None = None
     metric: Metric | None = None
     store: Store = field(default_factory=Store)
     cache_identity: Mapping[str, Any] = field(default_factory=dict)

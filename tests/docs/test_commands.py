@@ -54,8 +54,15 @@ def commands(page: str, *languages: str) -> list[list[str]]:
 WITH_COMMANDS = [page for page in PAGES if commands(page, "console")]
 
 
+NOT_RUN = {"recover"}
+"""Commands that need an extra which the tests do without; pages show them in blocks that are not run."""
+
+
 def test_pages_show_every_command() -> None:
-    assert {words[0] for page in PAGES for words in commands(page, "console")} == set(cli.commands)
+    run = {words[0] for page in PAGES for words in commands(page, "console")}
+    shown = {words[0] for page in PAGES for words in commands(page, "sh")}
+    assert run == set(cli.commands) - NOT_RUN
+    assert shown >= NOT_RUN
 
 
 def files_read(words: list[str]) -> list[str]:

@@ -38,7 +38,11 @@ def effort_of(text: str) -> Effort:
         ValueError: It is neither, or zero.
     """
     match = _EFFORT.fullmatch(text.strip())
-    if match is None or float(match["number"]) == 0 or not (match["unit"] or text.strip().isdigit()):
+    if (
+        match is None
+        or float(match["number"]) == 0
+        or not (match["unit"] or text.strip().isdigit())
+    ):
         raise ValueError(f"{text!r} is no number of steps and no time")
     if match["unit"]:
         return Effort(seconds=float(match["number"]) * _SECONDS[match["unit"]])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from onnx_oamip.recovery.operators.calls import Call, Kernel, Tensor, UnsupportedForm
+from onnx_oamip.recovery.operators.calls import Call, Kernel, Tensor, UnsupportedForm, padded
 
 
 def _heads(x: Tensor, count: int) -> Tensor:
@@ -19,7 +19,13 @@ def _merged(x: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, added: Tensor | None, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None,
+    added: Tensor | None,
+    causal: bool,
 ) -> Tensor:
     scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
     if added is not None:
@@ -41,12 +47,9 @@ def _packed(
     call: Call,
     x: Tensor,
     w: Tensor,
-    b: Tensor | None = None,
-    mask: Tensor | None = None,
-    past: Tensor | None = None,
-    added: Tensor | None = None,
-    *rest: Any,
+    *more: Tensor | None,
 ) -> Tensor:
+    b, mask, past, added, *rest = padded(more, 4)
     _refuse((past, *rest), ("a past state", "a shared past state"))
     if call.attr("do_rotary", 0):
         raise UnsupportedForm("it rotates its positions")
@@ -60,7 +63,7 @@ def _packed(
         hidden = _hidden_keys(mask, k.shape[2], call.attr("mask_filter_value", -10000.0))
         added = hidden if added is None else hidden + added
     is_causal = bool(call.attr("unidirectional", 0))
-    return _merged(_attend(q, k, v, call.attr("scale"), added, is_causal))
+    return _merged(_attend(q, k, v, scale=call.attr("scale"), added=added, causal=is_causal))
 
 
 def _hidden_keys(mask: Tensor, length: int, value: float) -> Tensor:
@@ -78,14 +81,10 @@ def _hidden_keys(mask: Tensor, length: int, value: float) -> Tensor:
 def _multi_head(
     call: Call,
     q: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    b: Tensor | None = None,
-    mask: Tensor | None = None,
-    added: Tensor | None = None,
-    *rest: Any,
+    *more: Tensor | None,
 ) -> Tensor:
-    _refuse((*rest,), ("past keys", "past values"))
+    k, v, b, mask, added, *rest = padded(more, 5)
+    _refuse(tuple(rest), ("past keys", "past values"))
     if k is None or v is None or k.dim() != 3 or q.dim() != 3:
         raise UnsupportedForm("its queries, keys and values are packed")
     heads = int(call.attr("num_heads"))
@@ -96,10 +95,8 @@ def _multi_head(
         hidden = _hidden_keys(mask, k.shape[1], call.attr("mask_filter_value", -10000.0))
         added = hidden if added is None else hidden + added
     is_causal = bool(call.attr("unidirectional", 0))
-    found = _attend(
-        _heads(q, heads), _heads(k, heads), _heads(v, heads), call.attr("scale"), added, is_causal
-    )
-    return _merged(found)
+    q, k, v = (_heads(x, heads) for x in (q, k, v))
+    return _merged(_attend(q, k, v, scale=call.attr("scale"), added=added, causal=is_causal))
 
 
 _STANDARD = {
@@ -140,7 +137,8 @@ def _standard(
     added = mask
     if mask is not None and mask.dtype == torch.bool:
         added = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-    y = _attend(q, k, v, call.attr("scale"), added, bool(call.attr("is_causal", 0)))
+    is_causal = bool(call.attr("is_causal", 0))
+    y = _attend(q, k, v, scale=call.attr("scale"), added=added, causal=is_causal)
     return _merged(y) if is_flat else y
 
 

@@ -12,7 +12,7 @@ Tensor: TypeAlias = Any
 """A ``torch.Tensor``; torch is an optional package, whose types are not checked."""
 
 
-class UnsupportedForm(Exception):  # noqa: N818
+class UnsupportedForm(Exception):
     """A form of an operator that its function does not compute; the message is a clause about the form."""
 
 
@@ -93,6 +93,19 @@ class Kernel:
 
 Table: TypeAlias = Mapping[tuple[str, str], Kernel]
 """Kernels by domain and name of the operator."""
+
+
+def padded(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """Fill up inputs that a node leaves out at the end.
+
+    Args:
+        inputs: The inputs that it has.
+        count: Number of inputs of the operator.
+
+    Returns:
+        Exactly that many; those left out are None.
+    """
+    return (*inputs, *[None] * (count - len(inputs)))
 
 
 def integers(tensor: Tensor) -> list[int]:

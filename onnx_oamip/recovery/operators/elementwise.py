@@ -62,7 +62,9 @@ def _mean(call: Call, *inputs: Tensor) -> Tensor:  # noqa: ARG001
 def _power(a: Tensor, b: Tensor) -> Tensor:
     if b.numel() == 1 and not b.requires_grad:
         exponent = b.item()
-        if exponent == 2:  # the gradient by a general exponent is slower, and not finite at 0 for some
+        if (
+            exponent == 2
+        ):  # the gradient by a general exponent is slower, and not finite at 0 for some
             return a * a
         return torch.pow(a, exponent).to(a.dtype)
     return torch.pow(a, b).to(a.dtype)
@@ -278,4 +280,3 @@ KERNELS = {
     ("com.microsoft", "FastGelu"): Kernel(_fast_gelu),
     ("com.microsoft", "QuickGelu"): Kernel(_quick_gelu),
 }
-

@@ -15,6 +15,7 @@ from onnx_oamip.recovery.operators.calls import (
     Tensor,
     UnsupportedForm,
     integers,
+    padded,
 )
 from onnx_oamip.recovery.operators.elementwise import DTYPES
 
@@ -101,11 +102,9 @@ def _split(call: Call, x: Tensor, sizes: Tensor | None = None) -> Any:
 def _slice(
     call: Call,
     x: Tensor,
-    starts: Tensor | None = None,
-    ends: Tensor | None = None,
-    axes: Tensor | None = None,
-    steps: Tensor | None = None,
+    *lists: Tensor | None,
 ) -> Tensor:
+    starts, ends, axes, steps = padded(lists, 4)
     first = call.numbers("starts", starts) or []
     last = call.numbers("ends", ends) or []
     along = call.numbers("axes", axes) or list(range(len(first)))

@@ -10,9 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from onnx_oamip.recovery.operators.calls import Call, Kernel, Tensor, UnsupportedForm
 
 
-def _batch(
-    call: Call, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
-) -> Tensor:
+def _batch(call: Call, x: Tensor, *constants: Tensor) -> Tensor:
+    scale, bias, mean, variance = constants
     if call.attr("training_mode", 0) or call.wants(1):
         raise UnsupportedForm("it is in training mode")
     return F.batch_norm(

@@ -51,9 +51,7 @@ def _average(call: Call, x: Tensor) -> Tensor:
     fits = all(2 * pad <= kernel for pad, kernel in zip(frame.begin, frame.kernel, strict=True))
     if frame.is_symmetric and fits and set(frame.dilations) == {1}:
         function = _AVERAGES[len(frame.kernel)]
-        return function(
-            x, frame.kernel, frame.strides, frame.begin, count_include_pad=with_padding
-        )
+        return function(x, frame.kernel, frame.strides, frame.begin, count_include_pad=with_padding)
     counted = torch.ones((1, 1, *x.shape[2:]), dtype=x.dtype, device=x.device)
     if with_padding:
         counted = frame.padded(counted, 1.0, ends=frame.end)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from onnx_oamip.recovery.operators.calls import Call, Kernel, Tensor, UnsupportedForm
+from onnx_oamip.recovery.operators.calls import Call, Kernel, Tensor, UnsupportedForm, padded
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -120,12 +120,9 @@ def _recurrent(gates: int, defaults: list[str], step: Any, has_cell: bool) -> An
         x: Tensor,
         w: Tensor,
         r: Tensor,
-        b: Tensor | None = None,
-        lengths: Tensor | None = None,
-        h0: Tensor | None = None,
-        c0: Tensor | None = None,
-        peepholes: Tensor | None = None,
+        *more: Tensor | None,
     ) -> Any:
+        b, lengths, h0, c0, peepholes = padded(more, 5)
         if call.attr("layout", 0):
             raise UnsupportedForm("its layout is 1")
         directions = w.shape[0]

@@ -31,8 +31,10 @@ from onnx_oamip.reporting.tables.parts import (
     operator_name,
     output_rows,
     percent,
+    points,
     program_rows,
     reason_rows,
+    recovery_lines,
     some,
     times,
 )
@@ -76,8 +78,28 @@ def _prune(value: Document, console: Console) -> Iterator[RenderableType]:
     yield from reason_rows(value["skipped"])
     yield from program_rows(value["programs"], console)
     yield from fit_rows(value["fits"])
+    if value["recovery"]:
+        yield recovery_lines(value["recovery"])
     yield from output_rows(value["verification"])
     yield checks(value["verification"], value["budget"]["max_drop"])
+    if value["notes"]:
+        yield Text("\n".join(f"note: {note}" for note in value["notes"]))
+
+
+def _recover(value: Document, _: Console) -> Iterator[RenderableType]:
+    output = value["output"]["path"] or "(not written)"
+    yield Text.assemble((value["unrecovered"]["path"], "bold"), " -> ", (output, "bold"))
+    yield recovery_lines(value["recovery"])
+    table = grid("output", "measure", ">lost before", ">lost after")
+    for measure in value["recovery"]["outputs"][:ROWS]:
+        before = measure["before_recovery"]
+        table.add_row(
+            cell(shortened(measure["output"])),
+            cell(measure["measure"]),
+            points(before["lost"]),
+            points(measure["lost"]),
+        )
+    yield table
     if value["notes"]:
         yield Text("\n".join(f"note: {note}" for note in value["notes"]))
 
@@ -369,6 +391,7 @@ def _unpack(value: Document, _: Console) -> Iterator[RenderableType]:
 
 
 _DRAW = {
+    "unrecovered": _recover,
     "ratio": _pack,
     "packed": _unpack,
     "points": _frontier,

@@ -229,6 +229,24 @@ def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
     yield table
 
 
+def recovery_lines(recovery: Document) -> Text:
+    """Build the lines about a recovery.
+
+    Args:
+        recovery: The part ``recovery`` of a document.
+
+    Returns:
+        Its losses on held-out samples, its steps, and whether it was taken.
+    """
+    after = recovery["after"]
+    losses = f"{recovery['before']:.4g} -> {'-' if after is None else f'{after:.4g}'}"
+    taken = "taken" if recovery["accepted"] else "not taken"
+    return Text(
+        f"recovery {taken}: held-out objective {losses} at step {recovery['best_step']:,} of {recovery['steps']:,} "
+        f"({recovery['ended']}, {recovery['seconds']:,.0f} s)"
+    )
+
+
 def checks(verification: Document, max_drop: float | None = None) -> Table:
     """Makes the table of the verification.
 

@@ -1,0 +1,121 @@
+"""Random changes of samples by kind of input, and by a function of the user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from graphs import build, load
+
+from onnx_oamip.core.errors import DataError, SettingsError
+from onnx_oamip.core.records import Model
+from onnx_oamip.recovery import augmentation
+
+
+def model(folder: Path, inputs: str) -> Model:
+    """A network with some inputs; what it computes does not matter."""
+    first = inputs.split()[-1]
+    text = f"({inputs}) => (float[] y) {{ s = Shape({first}) y = Cast<to = 1>(s) }}"
+    return load(build(text), folder)
+
+
+@pytest.mark.parametrize(
+    ("declared", "shape", "kind"),
+    [
+        ("float[N, 3, 32, 32] x", (4, 3, 32, 32), "images"),
+        ("float[N, 1, 28, 28] x", (4, 1, 28, 28), "images"),
+        ("float[N, 32, 48, 3] x", (4, 32, 48, 3), "images"),
+        ("float[N, 1, 80, 300] x", (4, 1, 80, 300), "other"),
+        ("float[N, 16000] x", (4, 16000), "audio"),
+        ("float[N, 1, 16000] x", (4, 1, 16000), "audio"),
+        ("int64[N, 12] x", (4, 12), "tokens"),
+        ("int64[N, 12] attention_mask", (4, 12), "mask"),
+        ("float[N, 12] x", (4, 12), "other"),
+    ],
+)
+def test_kind_of_an_input(declared: str, shape: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+    loaded = model(tmp_path, declared)
+    name = loaded.inputs[0].name
+    assert augmentation.kinds(loaded, {name: shape}) == {name: kind}
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 20, 24), (6, 20, 24, 3)], ids=["nchw", "nhwc"])
+def test_images_change_within_their_range(shape: tuple[int, ...]) -> None:
+    batch = np.random.default_rng(0).uniform(-2, 3, shape).astype(np.float32)
+    changed = augmentation.images(batch, np.random.default_rng(1))
+    again = augmentation.images(batch, np.random.default_rng(1))
+    assert changed.shape == shape
+    assert changed.dtype == np.float32
+    assert batch.min() <= changed.min() < changed.max() <= batch.max()
+    assert all(np.abs(a - b).max() > 0.1 for a, b in zip(changed, batch, strict=True))
+    assert np.array_equal(changed, again)
+
+
+def test_crop_resamples_a_ramp_linearly() -> None:
+    ramp = np.tile(np.arange(10.0, dtype=np.float32), (1, 3, 1))
+    found = augmentation._resampled(ramp, 2, np.array([0.25, 4.5, 8.75, 20.0]))
+    assert found[0, 0].tolist() == [0.25, 4.5, 8.75, 9.0]
+
+
+def test_waveforms_keep_shape_and_type() -> None:
+    batch = np.sin(np.arange(3000.0)).reshape(2, 1500).astype(np.float16)
+    changed = augmentation.audio(batch, np.random.default_rng(0))
+    assert (changed.shape, changed.dtype) == (batch.shape, batch.dtype)
+    assert not np.array_equal(changed, batch)
+
+
+def test_tokens_are_replaced_by_tokens_of_the_data_where_the_mask_shows_them() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.choice([7, 8, 9, 50], (20, 16))
+    mask = np.ones((20, 16), np.int64)
+    mask[:, 12:] = 0
+    change = augmentation.automatic({"ids": "tokens", "attention_mask": "mask"})
+    changed = change({"ids": ids, "attention_mask": mask}, rng)
+    assert set(np.unique(changed["ids"])) == {7, 8, 9, 50}
+    assert np.array_equal(changed["ids"][:, 0], ids[:, 0])
+    assert np.array_equal(changed["ids"][:, 12:], ids[:, 12:])
+    assert 0 < (changed["ids"] != ids).mean() < 0.2
+    lengths = changed["attention_mask"].sum(axis=1)
+    assert lengths.min() >= 6
+    assert lengths.max() <= 12
+    assert len(set(lengths.tolist())) > 1
+
+
+def test_tables_stay_as_they_are(tmp_path: Path) -> None:
+    loaded = model(tmp_path, "float[N, 12] x")
+    chosen = augmentation.choose("auto", loaded, {"x": np.zeros((1, 12), np.float32)})
+    assert chosen == augmentation.Chosen(None, "none")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("images", "is not none, auto or module:function"),
+        ("no_such_module:f", "cannot be imported"),
+    ],
+)
+def test_unknown_function_is_refused(setting: str, expected: str, tmp_path: Path) -> None:
+    loaded = model(tmp_path, "float[N, 12] x")
+    with pytest.raises(SettingsError, match=expected):
+        augmentation.choose(setting, loaded, {"x": np.zeros((1, 12), np.float32)})
+
+
+def test_function_of_the_user_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_changes.py").write_text(
+        "def double(feed, rng):\n    return {k: 2 * v for k, v in feed.items()}\n"
+        "def cut(feed, rng):\n    return {k: v[:, 1:] for k, v in feed.items()}\n"
+        "def fail(feed, rng):\n    raise RuntimeError('broken')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = model(tmp_path, "float[N, 12] x")
+    fed = {"x": np.ones((2, 12), np.float32)}
+    rng = np.random.default_rng(0)
+    double = augmentation.choose("own_changes:double", loaded, fed).function
+    assert double is not None
+    assert double(fed, rng)["x"].tolist() == [[2.0] * 12] * 2
+    for name, message in (("cut", r"returned \(2, 11\) for 'x'"), ("fail", "RuntimeError: broken")):
+        function = augmentation.choose(f"own_changes:{name}", loaded, fed).function
+        assert function is not None
+        with pytest.raises(DataError, match=message):
+            function(fed, rng)

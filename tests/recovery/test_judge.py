@@ -1,0 +1,84 @@
+"""The judge: losses on held-out samples, weights that are written back, and the rule that nothing gets worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import build, load
+from onnx import numpy_helper
+
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import dataset
+from onnx_oamip.objective import find_objective, scale
+from onnx_oamip.recovery.judge import Best, Judge, split, written
+
+TEXT = "(float[N, 6] x) => (float[N, 4] y) <float[6, 4] w, float[4] b> { y = Gemm(x, w, b) }"
+
+
+def test_judge_finds_the_loss_and_the_measures_of_a_model(tmp_path: Path) -> None:
+    model = load(build(TEXT), tmp_path)
+    data = {"x": np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)}
+    samples = dataset.load(data, model)
+    assert samples is not None
+    settings = Settings.create(task="values")
+    objective = scale(model, find_objective(model, settings, samples), samples, "cpu")
+    judge = Judge(model, objective, samples, device="cpu", batch_size=7)
+    shifted = written(model.proto, {"b": model.constants["b"] + 0.5})
+    truth = data["x"] @ model.constants["w"]
+    expected = np.mean(0.25 / truth.var(axis=0))
+    assert judge.loss(model.proto) == 0
+    assert judge.loss(shifted) == pytest.approx(expected, rel=1e-4)
+    (measure,) = judge.measures(shifted)
+    assert measure.values["error_over_variance"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
+def test_weights_are_written_in_their_type_and_nothing_else_changes(
+    kind: int, tmp_path: Path
+) -> None:
+    proto = build(TEXT)
+    for held in proto.graph.initializer:
+        numpy_type = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        value = numpy_helper.to_array(held).astype(numpy_type)
+        held.CopyFrom(numpy_helper.from_array(value, held.name))
+    result = written(proto, {"w": np.full((6, 4), 1.0001, np.float32)})
+    before = {held.name: held for held in proto.graph.initializer}
+    after = {held.name: held for held in result.graph.initializer}
+    assert after["b"] == before["b"]
+    assert after["w"].data_type == kind
+    assert (numpy_helper.to_array(after["w"]).astype(np.float32) == 1.0).all()
+    assert result.graph.node == proto.graph.node
+
+
+def test_best_is_taken_only_if_it_is_better_than_the_start() -> None:
+    best = Best(start=1.0, patience=2)
+    best.offer(10, 0.9999, {"w": np.zeros(1)})
+    assert not best.is_better
+    best.offer(20, 0.8, {"w": np.ones(1)})
+    assert (best.is_better, best.step, best.weights["w"].tolist()) == (True, 20, [1.0])
+    best.offer(30, 0.9, {})
+    assert not best.has_stalled
+    best.offer(40, 0.8, {})
+    assert best.has_stalled
+    assert (best.step, best.loss) == (20, 0.8)
+
+
+def test_a_loss_that_is_no_number_is_never_best() -> None:
+    best = Best(start=1.0, patience=2)
+    best.offer(10, float("nan"), {})
+    assert not best.is_better
+
+
+def test_held_out_part_of_the_data_judges_and_evaluation_data_do_not(tmp_path: Path) -> None:
+    model = load(build(TEXT), tmp_path)
+    whole = dataset.load({"x": np.arange(120, dtype=np.float32).reshape(20, 6)}, model)
+    assert whole is not None
+    train, held = dataset.hold_out(whole, 0)
+    assert split(train, held, 0) == (train, held)
+    part, judged = split(train, whole, 0)
+    assert (part.count, judged.count) == (13, 3)
+    seen = {tuple(row) for row in part.feed(np.arange(13))["x"]}
+    assert not seen & {tuple(row) for row in judged.feed(np.arange(3))["x"]}

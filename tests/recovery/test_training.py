@@ -1,0 +1,323 @@
+"""Training: losses as those of the run, never worse, the same bytes again, and all kinds of weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import build, load
+from onnx import numpy_helper
+
+from onnx_oamip.api.pipeline import apply, prune
+from onnx_oamip.api.recovery import recover
+from onnx_oamip.core.errors import DataError, GateFailed
+from onnx_oamip.core.records import Objective, Scale, Term
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.objective import compare
+
+torch = pytest.importorskip("torch")
+
+from onnx_oamip.recovery import losses, training  # noqa: E402
+
+NETWORK = """(float[N, 8] x) => (float[N, 4] y)
+<float[8, 24] w1, float[24] b1, float[24, 16] w2, float[16] b2, float[16, 4] w3> {
+    a = Gemm(x, w1, b1)
+    r = Relu(a)
+    c = Gemm(r, w2, b2)
+    s = Tanh(c)
+    y = MatMul(s, w3)
+}"""
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    """A folder with model.onnx, data.npz and a model pruned to half, half.onnx, without a refit."""
+    onnx.save_model(build(NETWORK), tmp_path / "model.onnx")
+    data = np.random.default_rng(0).normal(size=(240, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=data)
+    settings = Settings.create(macs=0.5, refit="none", force=True, task="values", align=1)
+    prune(tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "half.onnx", settings)
+    return tmp_path
+
+
+def settings(**changes: object) -> Settings:
+    return Settings.create(**{"recover": 60, "task": "values", "device": "cpu", **changes})
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    proto = onnx.load(path)
+    return {held.name: numpy_helper.to_array(held) for held in proto.graph.initializer}
+
+
+def test_recovery_lowers_the_objective_and_changes_nothing_but_weights(case: Path) -> None:
+    found = recover(
+        case / "half.onnx",
+        case / "model.onnx",
+        case / "data.npz",
+        settings(recover=300),
+        case / "out.onnx",
+    )
+    recovery = found.recovery
+    assert recovery.accepted
+    assert recovery.after is not None
+    assert recovery.after < 0.8 * recovery.before
+    assert (recovery.samples, recovery.held_out) == (192, 48)
+    before, after = onnx.load(case / "half.onnx"), onnx.load(case / "out.onnx")
+    assert after.graph.node == before.graph.node
+    assert after.metadata_props == before.metadata_props
+    old, new = stored(case / "half.onnx"), stored(case / "out.onnx")
+    assert {n: v.shape for n, v in new.items()} == {n: v.shape for n, v in old.items()}
+    assert any(not np.array_equal(new[name], old[name]) for name in old)
+
+
+def test_same_seed_gives_the_same_bytes(case: Path) -> None:
+    for name in ("one.onnx", "two.onnx"):
+        recover(
+            case / "half.onnx",
+            case / "model.onnx",
+            case / "data.npz",
+            settings(recover=40),
+            case / name,
+        )
+    assert (case / "one.onnx").read_bytes() == (case / "two.onnx").read_bytes()
+
+
+def test_worse_result_is_not_taken(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "RATE", 30.0)
+    found = recover(
+        case / "half.onnx",
+        case / "model.onnx",
+        case / "data.npz",
+        settings(recover=20),
+        case / "out.onnx",
+    )
+    assert not found.recovery.accepted
+    assert "was not taken" in " ".join(found.notes)
+    old, new = stored(case / "half.onnx"), stored(case / "out.onnx")
+    assert all(np.array_equal(new[name], old[name]) for name in old)
+
+
+def test_stop_ends_training_with_the_best_so_far(case: Path) -> None:
+    calls = []
+
+    def stop() -> bool:
+        calls.append(None)
+        return len(calls) == 25
+
+    found = recover(
+        case / "half.onnx",
+        case / "model.onnx",
+        case / "data.npz",
+        settings(recover=4000),
+        stop=stop,
+    )
+    assert (found.recovery.steps, found.recovery.ended) == (25, "interrupted")
+    assert found.output is None
+
+
+def test_time_ends_training(case: Path) -> None:
+    found = recover(
+        case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover="0.5s")
+    )
+    assert found.recovery.ended in ("budget", "no improvement")
+    assert 0 < found.recovery.seconds < 10
+
+
+def test_plan_of_the_model_adds_narrower_features(case: Path) -> None:
+    chosen = Settings.create(macs=0.5, refit="none", force=True, task="values", align=1)
+    from onnx_oamip.api.pipeline import plan
+
+    plan(case / "model.onnx", case / "data.npz", case / "plan.json", chosen)
+    apply(case / "model.onnx", case / "plan.json", case / "data.npz", case / "half.onnx")
+    arguments = (case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=3))
+    assert set(recover(*arguments).recovery.features) < set(
+        recover(*arguments, plan_file=case / "plan.json").recovery.features
+    )
+
+
+def test_plan_of_another_model_is_refused(case: Path) -> None:
+    from onnx_oamip.api.pipeline import plan
+
+    chosen = Settings.create(macs=0.8, refit="none", force=True, task="values", align=1)
+    plan(case / "model.onnx", case / "data.npz", case / "other.json", chosen)
+    with pytest.raises(DataError, match="was not pruned by"):
+        recover(
+            case / "half.onnx",
+            case / "model.onnx",
+            case / "data.npz",
+            settings(),
+            plan_file=case / "other.json",
+        )
+
+
+def test_models_with_other_inputs_are_refused(case: Path) -> None:
+    onnx.save_model(
+        build(NETWORK.replace(" x)", " z)").replace("Gemm(x", "Gemm(z")), case / "o.onnx"
+    )
+    with pytest.raises(GateFailed, match="different inputs"):
+        recover(case / "o.onnx", case / "model.onnx", case / "data.npz", settings())
+
+
+def test_prune_recovers_behind_the_refit(case: Path) -> None:
+    chosen = Settings.create(
+        macs=0.4, recover=150, force=True, task="values", align=1, device="cpu"
+    )
+    report = prune(case / "model.onnx", case / "data.npz", case / "out.onnx", chosen)
+    assert report.recovery is not None
+    assert report.recovery.accepted
+    assert report.recovery.features
+    (measure,) = report.verification.outputs
+    assert measure.values == report.recovery.outputs[0].values
+
+
+# ------------------------------------------------------------------------------------------------------- weights
+
+
+def test_shared_weight_stays_one_weight(tmp_path: Path) -> None:
+    text = """(float[N, 6] x) => (float[N, 6] y) <float[6, 6] w, float[6] b> {
+        a = MatMul(x, w)
+        r = Relu(a)
+        c = MatMul(r, w)
+        y = Add(c, b)
+    }"""
+    model = load(build(text), tmp_path)
+    ours = training.Engine(model, ["y"], weights=training.trainable(model, model.nodes))
+    assert set(ours.weights) == {"w", "b"}
+
+
+def test_scales_of_quantisation_and_statistics_are_not_trained(tmp_path: Path) -> None:
+    text = """(float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y)
+    <int8[4, 3, 3, 3] codes, float[4] gain_q, int8[4] zeros, float[4] b, float[4] gain, float[4] shift, float[4] mean,
+     float[4] var, float low = {0.0}> {
+        w = DequantizeLinear<axis = 0>(codes, gain_q, zeros)
+        a = Conv(x, w, b)
+        n = BatchNormalization(a, gain, shift, mean, var)
+        y = Clip(n, low)
+    }"""
+    proto = build(text)
+    model = load(proto, tmp_path)
+    assert training.trainable(model, model.nodes) == ["b", "gain", "shift"]
+
+
+def test_weight_behind_a_view_is_trained_where_it_is_stored(tmp_path: Path) -> None:
+    text = """(float[N, 6] x) => (float[N, 4] y) <float[4, 6] w> {
+        t = Transpose<perm = [1, 0]>(w)
+        y = MatMul(x, t)
+    }"""
+    model = load(build(text), tmp_path)
+    (name,) = training.trainable(model, model.nodes)
+    ours = training.Engine(model, ["y"], weights=[name])
+    (found,) = ours.run({"x": torch.ones(2, 6)})
+    found.sum().backward()
+    assert ours.weights[name].grad is not None
+
+
+def test_half_precision_is_trained_in_float32_and_written_back(case: Path) -> None:
+    model, half = onnx.load(case / "model.onnx"), onnx.load(case / "half.onnx")
+    for proto in (model, half):
+        for held in proto.graph.initializer:
+            value = numpy_helper.to_array(held)
+            if value.dtype == np.float32:
+                held.CopyFrom(numpy_helper.from_array(value.astype(np.float16), held.name))
+        for value in (*proto.graph.input, *proto.graph.output):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+        del proto.graph.value_info[:]
+    onnx.save_model(model, case / "model16.onnx")
+    onnx.save_model(half, case / "half16.onnx")
+    with np.load(case / "data.npz") as data:
+        np.savez(case / "data16.npz", x=data["x"].astype(np.float16))
+    found = recover(
+        case / "half16.onnx",
+        case / "model16.onnx",
+        case / "data16.npz",
+        settings(recover=100),
+        case / "out.onnx",
+    )
+    assert found.recovery.accepted
+    assert {value.dtype for value in stored(case / "out.onnx").values()} == {np.dtype(np.float16)}
+
+
+def test_node_that_torch_cannot_compute_is_named_and_the_rest_is_trained(tmp_path: Path) -> None:
+    text = """(float[N, 8] x) => (float[N, 4] y, float[N, 4] z)
+    <float[8, 24] w1, float[24, 16] w2, float[16, 4] w3> {
+        a = MatMul(x, w1)
+        r = Relu(a)
+        c = MatMul(r, w2)
+        t = Tanh(c)
+        y = MatMul(t, w3)
+        z = com.microsoft.Trilu(y)
+    }"""
+    proto = build(text, domains={"com.microsoft": 1})
+    onnx.save_model(proto, tmp_path / "model.onnx")
+    rng = np.random.default_rng(1)
+    for held in proto.graph.initializer:
+        value = numpy_helper.to_array(held)
+        noise = 0.3 * value.std() * rng.normal(size=value.shape)
+        held.CopyFrom(numpy_helper.from_array((value + noise).astype(np.float32), held.name))
+    onnx.save_model(proto, tmp_path / "other.onnx")
+    np.savez(tmp_path / "data.npz", x=rng.normal(size=(100, 8)).astype(np.float32))
+    found = recover(
+        tmp_path / "other.onnx",
+        tmp_path / "model.onnx",
+        tmp_path / "data.npz",
+        settings(recover=100),
+    )
+    assert any("Trilu" in text for text in found.recovery.left_out)
+    assert found.recovery.weights > 0
+    assert found.recovery.accepted
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_recovery_on_a_gpu_lowers_the_objective(case: Path) -> None:
+    found = recover(
+        case / "half.onnx",
+        case / "model.onnx",
+        case / "data.npz",
+        settings(recover=2000, device="auto"),
+    )
+    assert found.recovery.device == "cuda"
+    assert found.recovery.accepted
+
+
+# --------------------------------------------------------------------------------------------------------- losses
+
+ROWS = np.random.default_rng(3).normal(size=(2, 12, 5))
+TERMS = {
+    "classes": Term("y", "y", "y", "classes", axis=1),
+    "probabilities": Term("y", "y", "y", "classes", axis=1),
+    "rare classes": Term("y", "y", "y", "classes", axis=1),
+    "binary": Term("y", "y", "y", "binary", axis=1),
+    "scores": Term("y", "y", "y", "binary", axis=1, threshold=0.3),
+    "embedding": Term("y", "y", "y", "embedding", axis=1),
+    "values": Term("y", "y", "y", "values", axis=1),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_loss_is_that_of_the_objective(name: str) -> None:
+    forms = {"probabilities": "probabilities", "scores": "scores"}
+    scale = Scale(
+        form=forms.get(name, "logits"),  # type: ignore[arg-type]
+        spread=0.7,
+        variance=np.linspace(0.5, 2, 5),
+        background=2 if name == "rare classes" else -1,
+        balance=np.tile([[0.6, 2.5]], (5 if TERMS[name].kind == "binary" else 1, 1)),
+    )
+    term = replace(TERMS[name], scale=scale)
+    old, new = ROWS
+    if name == "probabilities":
+        old, new = (np.exp(v) / np.exp(v).sum(axis=1, keepdims=True) for v in (old, new))
+    expected = compare(Objective((term,)), [old], [new]).total
+    found = losses.objective_loss([term], [torch.from_numpy(old)], [torch.from_numpy(new)])
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+def test_feature_loss_compares_the_channels_that_are_kept() -> None:
+    old = np.arange(24.0).reshape(2, 3, 4)
+    new = old[:, [0, 2]] + 1.0
+    feature = losses.Feature("t", ((1, np.array([0, 2])),))
+    found = losses.feature_loss([feature], [4.0], [torch.from_numpy(old)], [torch.from_numpy(new)])
+    assert float(found) == pytest.approx(0.25)
