@@ -54,6 +54,7 @@ from onnx_oamip.planning import (
 )
 from onnx_oamip.planning.search import Prepared
 from onnx_oamip.published.nnrelief import connections
+from onnx_oamip.recovery import recover as recovery
 from onnx_oamip.recovery.judge import split
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS

@@ -12,7 +12,7 @@ from onnx_oamip.artifacts.output import check_output, stage
 from onnx_oamip.core.atomic_files import Batch
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import DataError, GateFailed, ModelError
-from onnx_oamip.core.progress import Progress
+from onnx_oamip.core.progress import RECOVER, Progress
 from onnx_oamip.core.records import Bools, Coupling, Model, Recovered
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
@@ -22,6 +22,7 @@ from onnx_oamip.data.sources import File, Source, samples_of, source_name
 from onnx_oamip.graph import default_inputs
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.recovery import recover as recovery
@@ -31,9 +32,9 @@ from onnx_oamip.verification import equivalence
 
 
 def recover(
-    pruned: File,
-    original: File,
-    source: Source,
+    pruned: ModelSource,
+    original: ModelSource,
+    data: Source,
     settings: Settings,
     output: File | None = None,
     *,
@@ -48,9 +49,9 @@ def recover(
     are. If the objective does not fall on the held-out samples, the model is written as it was.
 
     Args:
-        pruned: Model to train.
+        pruned: Model to train, a file or in memory.
         original: Model that it was pruned from.
-        source: Samples, of which a fifth is held out if there are no evaluation data.
+        data: Samples, of which a fifth is held out if there are no evaluation data.
         settings: Options; ``recover`` is the effort (default ten minutes), ``augment`` the changes of samples.
         output: File to write, or None to write nothing.
         plan_file: Plan that the model was pruned by; with it, narrower tensors inside the models are compared too.
@@ -66,19 +67,19 @@ def recover(
         GateFailed: The models have different inputs or outputs, or the result fails a check. No file is written.
     """
     recovery.check()
-    clock = Clock()
+    clock = Clock(progress, RECOVER)
     target = None
     if output is not None:
-        target = check_output(pruned, output, (original, source, eval_data, plan_file))
-    dataset.check_extras(source, eval_data)
+        target = check_output(pruned, output, (original, data, eval_data, plan_file))
+    dataset.check_extras(data, eval_data)
     device = resolve_device(settings.device)
     with clock("load"):
         teacher, student = (models.load(p, stated=settings.shapes) for p in (original, pruned))
         check_interface(teacher, student)
-        samples, held = samples_of(teacher, source, eval_data, settings)
+        samples, held = samples_of(teacher, data, eval_data, settings)
         teacher = dataset.at_data(teacher, samples)
         student = dataset.at_data(student, samples)
-        session = Session(teacher.proto, device, what=str(original))
+        session = Session(teacher.proto, device, what=teacher.path)
         samples = batching.tried(session, samples, settings.batch_size)
         held = batching.alike(session, samples, held)
         samples, judged = split(samples, held, settings.seed)
@@ -116,7 +117,7 @@ def recover(
         settings={
             **settings.model_dump(mode="json"),
             "device": device,
-            "data": source_name(source),
+            "data": source_name(data),
             "eval_data": source_name(eval_data),
             "plan": None if plan_file is None else str(plan_file),
         },

@@ -13,5 +13,6 @@ PREPARATION = ("load", "objective", "couple", "score", "sensitivity")
 PRUNE = (*PREPARATION, "plan and refit", "verify", "write")
 PLAN = (*PREPARATION, "plan", "write")
 APPLY = ("load", "objective", "couple", "refit", "verify", "write")
+RECOVER = ("load", "objective", "recover", "verify", "write")
 FRONTIER = (*PREPARATION, "plan, refit and verify")
 """Steps in their order, by the names under which their seconds are reported."""

@@ -34,7 +34,7 @@ from onnx_oamip.recovery.losses import differentiable, feature_loss, objective_l
 from onnx_oamip.recovery.operators.calls import Tensor
 from onnx_oamip.recovery.parts import Part
 
-RATE = 2e-3
+RATE = 1e-3
 """Largest change of a weight in one step, over the root mean square of its tensor."""
 WARM_UP = 0.05
 """Share of the steps in which the rate rises."""

@@ -69,16 +69,17 @@ class Bars:
         """Show the progress of a stage.
 
         Args:
-            stage: Its name.
+            stage: Its name; what stands behind a colon may change from call to call.
             done: Finished parts.
             total: All parts.
         """
         if self._display is None:
             return
+        name = stage.partition(":")[0]
         with self._lock:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._display.add_task(stage, total=total)
-        self._display.update(self._tasks[stage], completed=done, total=total)
+            if name not in self._tasks:
+                self._tasks[name] = self._display.add_task(stage, total=total)
+        self._display.update(self._tasks[name], description=stage, completed=done, total=total)
 
     def __exit__(
         self,

@@ -11,7 +11,7 @@ import pytest
 from graphs import build, load
 from onnx import numpy_helper
 
-from onnx_oamip.api.pipeline import apply, prune
+from onnx_oamip.api.pipeline import apply, plan, prune
 from onnx_oamip.api.recovery import recover
 from onnx_oamip.core.errors import DataError, GateFailed
 from onnx_oamip.core.records import Objective, Scale, Term
@@ -32,15 +32,21 @@ NETWORK = """(float[N, 8] x) => (float[N, 4] y)
 }"""
 
 
-@pytest.fixture
-def case(tmp_path: Path) -> Path:
-    """A folder with model.onnx, data.npz and a model pruned to half, half.onnx, without a refit."""
-    onnx.save_model(build(NETWORK), tmp_path / "model.onnx")
+BARE = Settings.create(macs=0.5, refit="none", force=True, task="values", align=1)
+"""Settings of a pruned model that leaves much to recover."""
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model.onnx, data.npz, plan.json, and half.onnx, pruned by the plan without a refit."""
+    folder = tmp_path_factory.mktemp("recovery")
+    onnx.save_model(build(NETWORK), folder / "model.onnx")
     data = np.random.default_rng(0).normal(size=(240, 8)).astype(np.float32)
-    np.savez(tmp_path / "data.npz", x=data)
-    settings = Settings.create(macs=0.5, refit="none", force=True, task="values", align=1)
-    prune(tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "half.onnx", settings)
-    return tmp_path
+    np.savez(folder / "data.npz", x=data)
+    plan(folder / "model.onnx", folder / "data.npz", folder / "plan.json", BARE)
+    names = ("model.onnx", "plan.json", "data.npz", "half.onnx")
+    apply(*(folder / name for name in names), {"force": True})
+    return folder
 
 
 def settings(**changes: object) -> Settings:
@@ -57,7 +63,7 @@ def test_recovery_lowers_the_objective_and_changes_nothing_but_weights(case: Pat
         case / "half.onnx",
         case / "model.onnx",
         case / "data.npz",
-        settings(recover=300),
+        settings(recover=200),
         case / "out.onnx",
     )
     recovery = found.recovery
@@ -111,7 +117,7 @@ def test_stop_ends_training_with_the_best_so_far(case: Path) -> None:
         case / "half.onnx",
         case / "model.onnx",
         case / "data.npz",
-        settings(recover=4000),
+        settings(recover=1000),
         stop=stop,
     )
     assert (found.recovery.steps, found.recovery.ended) == (25, "interrupted")
@@ -127,11 +133,6 @@ def test_time_ends_training(case: Path) -> None:
 
 
 def test_plan_of_the_model_adds_narrower_features(case: Path) -> None:
-    chosen = Settings.create(macs=0.5, refit="none", force=True, task="values", align=1)
-    from onnx_oamip.api.pipeline import plan
-
-    plan(case / "model.onnx", case / "data.npz", case / "plan.json", chosen)
-    apply(case / "model.onnx", case / "plan.json", case / "data.npz", case / "half.onnx")
     arguments = (case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=3))
     assert set(recover(*arguments).recovery.features) < set(
         recover(*arguments, plan_file=case / "plan.json").recovery.features
@@ -139,10 +140,8 @@ def test_plan_of_the_model_adds_narrower_features(case: Path) -> None:
 
 
 def test_plan_of_another_model_is_refused(case: Path) -> None:
-    from onnx_oamip.api.pipeline import plan
-
-    chosen = Settings.create(macs=0.8, refit="none", force=True, task="values", align=1)
-    plan(case / "model.onnx", case / "data.npz", case / "other.json", chosen)
+    other = Settings.create(macs=0.8, refit="none", task="values", align=1)
+    plan(case / "model.onnx", case / "data.npz", case / "other.json", other)
     with pytest.raises(DataError, match="was not pruned by"):
         recover(
             case / "half.onnx",
