@@ -12,6 +12,7 @@ MODULES = {
     "images": ("PIL",),
     "parquet": ("pyarrow",),
     "pack": ("sklearn",),
+    "recover": ("torch",),
     "mlflow": ("mlflow",),
     "olive": ("olive",),
     "cluster": ("distributed",),

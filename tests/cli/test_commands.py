@@ -40,6 +40,7 @@ COMMANDS = (
     "score",
     "plan",
     "apply",
+    "recover",
     "checkpoint",
     "frontier",
     "verify",
