@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from scipy.linalg import eigvalsh
 
 from onnx_oamip.core.records import Bools, Floats, Ints
+from onnx_oamip.programs.diagonal_split import separable
 from onnx_oamip.programs.program import Builder, Program
 
 QUADRATIC_STEPS = 20
@@ -117,7 +117,7 @@ class Quadratic:
 
     def __init__(self, matrix: Floats) -> None:
         self.matrix = (matrix + matrix.T) / 2
-        self.diagonal = _separable(self.matrix)
+        self.diagonal = separable(self.matrix)
         self.flops = 2.0 * self.matrix.size
 
     def convex(self, keep: Floats) -> tuple[float, Floats]:
@@ -229,19 +229,6 @@ def _project(point: Floats, free: Bools, count: int) -> Floats:
     sums = at_one + partial_sum[above] - partial_sum[below] - (above - below) * shifts
     shift = np.interp(-float(count), -sums, shifts)
     return np.where(free, np.clip(point - shift, 0, 1), 0.0)
-
-
-def _separable(matrix: Floats) -> Floats:
-    """The largest diagonal D >= 0, proportional to the matrix's own, that leaves ``matrix - D`` semidefinite."""
-    own = np.diagonal(matrix)
-    threshold = RELATIVE_TOLERANCE * max(float(own.max(initial=0.0)), 1e-300)
-    live = own > threshold
-    if not live.any():
-        return np.zeros(len(matrix))
-    root = np.sqrt(own[live])
-    correlation = matrix[np.ix_(live, live)] / np.outer(root, root)
-    least = float(eigvalsh(correlation, subset_by_index=[0, 0])[0])
-    return np.where(live, max(least - 1e-9, 0.0) * own, 0.0)
 
 
 class Subset:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_oamip.core.records import Bools, Floats
+from onnx_oamip.programs.diagonal_split import separable
 from onnx_oamip.programs.repaired_loss import (
     LinearConsumer,
     Repaired,
@@ -23,7 +24,6 @@ from onnx_oamip.programs.subset import (
     Quadratic,
     Subset,
     _project,
-    _separable,
     loss_at,
 )
 
@@ -164,28 +164,49 @@ def test_quadratic_is_the_form(seed: int, units: int, thin: bool, dead: int) -> 
 def test_separable_part_is_as_large_as_can_be(seed: int, units: int, thin: bool, dead: int) -> None:
     rng = np.random.default_rng(seed)
     q = matrix(rng, units, 1 + units // 2 if thin else None, min(dead, units - 1))
-    found = _separable(q)
+    found = separable(q)
     own = np.diagonal(q)
     assert (found >= 0).all()
     assert (found <= own).all()
     assert np.linalg.eigvalsh(q - np.diag(found))[0] >= -1e-9 * own.max()
     live = own > 0
-    share = found[live] / own[live]
-    np.testing.assert_allclose(share, share[0], rtol=1e-9)
-    # A little more, and it would no longer be semidefinite.
     root = np.sqrt(own[live])
-    more = (q[np.ix_(live, live)] / np.outer(root, root)) - (share[0] + 1e-8) * np.eye(
-        int(live.sum())
-    )
-    assert np.linalg.eigvalsh(more)[0] < 0
+    correlation = q[np.ix_(live, live)] / np.outer(root, root)
+    least = max(float(np.linalg.eigvalsh(correlation)[0]), 0.0)
+    assert found.sum() >= (least - 2e-9) * own.sum()  # the largest multiple of its own diagonal
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_separable_part_is_the_largest_of_a_grid(seed: int) -> None:
+    """Of three units: two entries from a grid, the third one from the Schur complement."""
+    q = matrix(np.random.default_rng(seed), 3)
+    steps = np.linspace(0, 1, 201)
+    first, second = np.meshgrid(steps * q[0, 0], steps * q[1, 1])
+    a, b, c = q[0, 0] - first, q[1, 1] - second, q[0, 1]
+    determinant = a * b - c * c
+    with np.errstate(divide="ignore", invalid="ignore"):
+        explained = (b * q[0, 2] ** 2 - 2 * c * q[0, 2] * q[1, 2] + a * q[1, 2] ** 2) / determinant
+    third = q[2, 2] - explained
+    total = np.where((determinant > 0) & (a > 0) & (third >= 0), first + second + third, 0.0)
+    assert separable(q).sum() >= total.max() - 1e-4 * np.trace(q)
+
+
+def test_separable_part_of_two_units_is_known() -> None:
+    """Of ``[[1, c], [c, 1]]`` each can lose ``1 - c``."""
+    found = separable(np.asarray([[1.0, 0.3], [0.3, 1.0]]))
+    np.testing.assert_allclose(found, 0.7, rtol=1e-5)
+    # Of a unit that is alone, all can be taken, which a multiple of the diagonal does not do.
+    three = np.eye(3)
+    three[0, 1] = three[1, 0] = 0.9
+    np.testing.assert_allclose(separable(three), [0.1, 0.1, 1.0], rtol=1e-3)
 
 
 def test_separable_part_of_a_diagonal_is_the_diagonal() -> None:
     own = np.asarray([3.0, 0.0, 1e-4, 0.5])
-    np.testing.assert_allclose(_separable(np.diag(own)), own, rtol=1e-8, atol=0)
-    np.testing.assert_array_equal(_separable(np.zeros((3, 3))), np.zeros(3))
+    np.testing.assert_allclose(separable(np.diag(own)), own, rtol=1e-8, atol=0)
+    np.testing.assert_array_equal(separable(np.zeros((3, 3))), np.zeros(3))
     np.testing.assert_array_equal(
-        _separable(np.ones((3, 3))), np.zeros(3)
+        separable(np.ones((3, 3))), np.zeros(3)
     )  # rank one: nothing can be taken
 
 
