@@ -173,7 +173,8 @@ def _thin(context: Context) -> Result:
     with context.clock("connections"):
         found = connections.prune(context)
     before = cost.count(model)
-    after = cost.count(models.from_proto(found.dense, model.bindings))
+    dense = models.from_proto(found.dense, model.bindings)
+    after = cost.count(replace(dense, idle=model.idle))
     report = Report(
         model=model,
         output=None,

@@ -388,6 +388,8 @@ def open_context(
         if settings.recover is not None and source is not None:
             samples, judged = split(samples, held, settings.seed)
         model = dataset.at_data(model, samples)
+        if source is not None:
+            model = idle_branches.marked(model, samples)
         bound = cost.uncounted_note(model)
         if bound:
             LOG.warning("%s", bound)
@@ -420,8 +422,7 @@ def open_context(
         objective = replace(objective, notes=(*objective.notes, bound))
         LOG.warning("%s", bound)
     with clock("couple"):
-        sampled = None if source is None else samples
-        coupling = idle_branches.removable(model, sampled, settings.exclude)
+        coupling = idle_branches.removable(model, settings.exclude)
         if settings.granularity == "unit":
             _something_free(model, coupling)
             if settings.strict:

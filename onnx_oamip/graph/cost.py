@@ -5,8 +5,8 @@ no cut model. A factor may be the sum of several lengths (a recurrent node reads
 step).
 
 MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else, those
-of branches and loop bodies counted as if each ran once; params are the elements of floating constants; bytes is the
-size of the file with its external data.
+of branches and loop bodies counted as if each ran once, but not those of a branch that no calibration sample runs;
+params are the elements of floating constants; bytes is the size of the file with its external data.
 """
 
 from __future__ import annotations
@@ -259,6 +259,8 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         spec = lookup(node.domain, node.op, node.version)
         if spec is None or spec.cost is None or _lacks_shapes(node, model):
             continue
+        if node.name in model.idle:
+            continue
         with rule_errors(node):
             terms = spec.cost(node, model.shapes)
             for term in terms:
@@ -318,7 +320,7 @@ def uncounted(model: Model) -> tuple[Uncounted, ...]:
     """
     found: dict[tuple[str, str], list[str]] = {}
     for node in model.every:
-        reason = _why_uncounted(node, model)
+        reason = "" if node.name in model.idle else _why_uncounted(node, model)
         if reason:
             if node.domain:
                 operator = f"{node.domain}::{node.op}"

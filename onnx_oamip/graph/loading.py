@@ -255,7 +255,7 @@ def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
         sha256=model.sha256,
         size=model.file_bytes,
     )
-    return replace(bound, interface=model.interface, notes=model.notes)
+    return replace(bound, interface=model.interface, notes=model.notes, idle=model.idle)
 
 
 # ------------------------------------------------------------------------------------------------------- reading

@@ -7,6 +7,7 @@ initialisers of the main graph. Labels, cuts and costs can then treat the nodes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from itertools import islice
 
 import onnx
 import onnx.inliner
@@ -339,7 +340,8 @@ def lift(proto: ModelProto) -> None:
     """
     main = proto.graph
     present = {tensor.name for tensor in main.initializer}
-    for graph in list(graphs(main))[1:]:
+    # One after the other: a graph that changes holds new copies of the subgraphs within it.
+    for graph in islice(graphs(main), 1, None):
         _lift_initializers(graph, main, present)
         _lift_constant_nodes(graph, main, present)
     return_own_tensors(main)
@@ -371,8 +373,10 @@ def _lift_constant_nodes(
     kept = []
     for node in graph.node:
         is_constant = node.op_type in kinds.CONSTANT and node.attribute[0].name == "value"
-        if not is_constant or node.output[0] in present:
+        if not is_constant:
             kept.append(node)
+            continue
+        if node.output[0] in present:  # names are unique: the same constant in another subgraph
             continue
         main.initializer.append(node.attribute[0].t)
         main.initializer[-1].name = node.output[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from onnx_oamip.core.records import Array, Body, Coupling, Model, Node
 from onnx_oamip.data.dataset import Samples
@@ -12,12 +13,32 @@ from onnx_oamip.graph.ops import Trait, consumers_by_tensor, has
 from onnx_oamip.graph.partial_execution import element_types, stream
 
 
-def removable(model: Model, samples: Samples | None, excluded: tuple[str, ...]) -> Coupling:
-    """Couples a model and leaves out groups that must be kept whole.
+def marked(model: Model, samples: Samples) -> Model:
+    """Finds the branches that no calibration sample runs.
 
     Args:
         model: A loaded model.
-        samples: Calibration samples that decide which branches run; None if they are random.
+        samples: The samples.
+
+    Returns:
+        The model with its idle nodes and a note about them, or the same model if all branches run.
+    """
+    idle = _idle_nodes(model, samples)
+    if not idle:
+        return model
+    names = ", ".join(sorted(set(idle.values())))
+    note = (
+        f"no calibration sample runs a branch of {names}: its MACs are not counted, and weights that only it reads are "
+        "kept; give samples for both branches to prune both"
+    )
+    return replace(model, idle=idle, notes=(*model.notes, note))
+
+
+def removable(model: Model, excluded: tuple[str, ...]) -> Coupling:
+    """Couples a model and leaves out groups that must be kept whole.
+
+    Args:
+        model: A model; :func:`marked` finds its idle branches.
         excluded: Patterns of names that the user excludes.
 
     Returns:
@@ -27,8 +48,7 @@ def removable(model: Model, samples: Samples | None, excluded: tuple[str, ...]) 
         SettingsError: A pattern matches no weight and no node.
     """
     coupling = exclude(model, couple(model), excluded)
-    idle = {} if samples is None else _idle_nodes(model, samples)
-    if not idle:
+    if not model.idle:
         return coupling
     readers = consumers_by_tensor(model)
 
@@ -42,7 +62,7 @@ def removable(model: Model, samples: Samples | None, excluded: tuple[str, ...]) 
             for behind in readers[reader.outputs[0]]:
                 yield from ends(behind)
         else:
-            yield idle.get(reader.name, "")
+            yield model.idle.get(reader.name, "")
 
     reasons = []
     for group in coupling.groups:

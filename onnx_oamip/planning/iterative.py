@@ -91,7 +91,8 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
         path=ready.model.path,
         sha256=ready.model.sha256,
     )
-    coupling = idle_branches.removable(model, ready.samples, ready.settings.exclude)
+    model = replace(model, idle=ready.model.idle)
+    coupling = idle_branches.removable(model, ready.settings.exclude)
     remaining = replace(
         ready,
         model=model,

@@ -474,3 +474,21 @@ def test_value_infos_in_bodies_follow_the_cut(tmp_path: Path) -> None:
     ]
     assert sizes == [1, 1]  # the carried tensor, of twelve channels before
     assert body.input[2].type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+def test_constants_of_nested_bodies_are_stored_once(tmp_path: Path) -> None:
+    """A copy that stays in an inner body makes an invalid file, if the graph around it has the constant too."""
+    body = "r9 = Neg(h)"
+    for level in range(8, 0, -1):
+        body = f"""c{level} = Constant<value_float = {level}.0>()  a{level} = Add(h, c{level})
+            i{level} = If(flag) <
+                then_branch = yes () => (float[N,4] r{level + 1}) {{ {body} }},
+                else_branch = no () => (float[N,4] v{level}) {{ v{level} = Neg(a{level}) }}
+            >
+            r{level} = Add(i{level}, a{level})"""
+    head = "(float[N,6] x, bool flag) => (float[N,4] y) <float[6,4] w>"
+    proto = build(f"{head} {{ h = MatMul(x, w)  {body}  y = Identity(r1) }}")
+    model = load(proto, tmp_path)
+    made = [node.op_type for node in subgraphs.nodes(model.proto.graph)]
+    assert "Constant" not in made
+    _same(proto, model)

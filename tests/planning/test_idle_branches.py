@@ -9,7 +9,8 @@ import pytest
 from graphs import build, load
 
 from onnx_oamip.data import dataset
-from onnx_oamip.planning.idle_branches import removable
+from onnx_oamip.graph import cost
+from onnx_oamip.planning.idle_branches import marked, removable
 
 NET = """(float[N,6] x, bool flag) => (float[N,4] y)
 <float[6,12] w0, float[12,16] w1, float[16,10] w2, float[12,14] v1, float[14,10] v2, float[10,4] w3> {
@@ -41,7 +42,9 @@ def test_weights_of_an_idle_branch_are_kept(
     model = load(build(NET), tmp_path)
     feeds = [{"x": ROWS[:4], "flag": np.asarray(flag)} for flag in flags]
     samples = dataset.load(feeds, model)
-    coupling = removable(model, samples, ())
+    assert samples is not None
+    known = marked(model, samples)
+    coupling = removable(known, ())
     assert {group.name for group in coupling.groups} == free
     reasons = {pin.tensor: pin.reason for pin in coupling.pinned if "no calibration" in pin.reason}
     idle = {"w0", "w1", "back", "w2"} - free
@@ -51,6 +54,19 @@ def test_weights_of_an_idle_branch_are_kept(
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "branches"),
+    [([True], 12 * 16 + 16 * 10), ([False], 12 * 14 + 14 * 10), ([True, False], 12 * 30 + 30 * 10)],
+)
+def test_macs_of_an_idle_branch_are_not_counted(
+    flags: list[bool], branches: int, tmp_path: Path
+) -> None:
+    model = load(build(NET), tmp_path)
+    samples = dataset.load([{"x": ROWS, "flag": np.asarray(flag)} for flag in flags], model)
+    assert samples is not None
+    assert cost.count(marked(model, samples)).macs == 6 * 12 + branches + 10 * 4
+
+
 def test_random_samples_decide_nothing(tmp_path: Path) -> None:
     model = load(build(NET), tmp_path)
-    assert {group.name for group in removable(model, None, ()).groups} == {"w0", "w1", "back", "w2"}
+    assert {group.name for group in removable(model, ()).groups} == {"w0", "w1", "back", "w2"}

@@ -146,6 +146,7 @@ class Model:
         computed: Names of the constants that nodes compute.
         views: Initialiser by the name of a computed constant that holds its elements, transposed, reshaped or cast.
         assumed: Symbolic dimensions whose size is a default.
+        idle: Node by the name of every node in a branch of it that no calibration sample runs.
     """
 
     proto: Any
@@ -165,6 +166,7 @@ class Model:
     computed: frozenset[str] = frozenset()
     views: Mapping[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
+    idle: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Model {self.path}: {len(self.nodes)} nodes, {self.file_bytes:,} bytes>"
