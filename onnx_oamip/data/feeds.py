@@ -84,10 +84,10 @@ class Feeds(Sequence[dict[str, Array]]):
             index: Indices of the samples of each feed.
         """
         self._samples = samples
-        self._index = index
+        self.indices = index
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.indices)
 
     @overload
     def __getitem__(self, place: int) -> dict[str, Array]: ...
@@ -95,8 +95,8 @@ class Feeds(Sequence[dict[str, Array]]):
     def __getitem__(self, place: slice) -> Feeds: ...
     def __getitem__(self, place: int | slice) -> dict[str, Array] | Feeds:
         if isinstance(place, slice):
-            return Feeds(self._samples, self._index[place])
-        return self._samples.feed(self._index[place])
+            return Feeds(self._samples, self.indices[place])
+        return self._samples.feed(self.indices[place])
 
 
 class FeedSelection(NamedTuple):
@@ -141,3 +141,19 @@ def feeds_within_memory(
         chosen.append(index)
         used += len(index)
     return FeedSelection(Feeds(samples, chosen), used)
+
+
+def all_feeds(model: Model, samples: Samples, batch_size: int, memory_limit: int) -> Feeds:
+    """Divide all samples into feeds, each of which keeps its activations within a limit.
+
+    Args:
+        model: Model to run.
+        samples: Samples to read.
+        batch_size: Largest number of samples in a feed.
+        memory_limit: Bytes of activations of one feed.
+
+    Returns:
+        The feeds.
+    """
+    size = min(batch_size, _samples_within(model, memory_limit))
+    return Feeds(samples, list(samples.feed_indices(size)))

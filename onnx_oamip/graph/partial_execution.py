@@ -1,13 +1,15 @@
 """Partial execution: runs parts of a graph as models of their own, so that no run computes more than it must.
 
 ``Slicer`` cuts out the nodes between some tensors and others. ``Frontier`` runs a graph front to back over all feeds
-and keeps only the tensors that later nodes still read. ``stream`` takes one feed after another through the same parts.
+and keeps only the tensors that later nodes still read, within a limit of memory. ``stream`` takes one feed after
+another through the same parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import TypeVar
 
 import onnx
 from onnx import ValueInfoProto, helper
@@ -16,6 +18,10 @@ from onnx_oamip.core.records import Array
 from onnx_oamip.graph.computed_constants import computing_nodes, is_random
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.subgraphs import reads
+
+T = TypeVar("T")
+REPEATS = 4
+"""Node runs per feed that a frontier may repeat to save memory, relative to the number of nodes."""
 
 
 def computed(proto: onnx.ModelProto, constant: str) -> Array:
@@ -163,12 +169,19 @@ class _Part:
     Attributes:
         session: The loaded part.
         outputs: Tensors that it computes.
+        moving: Names of its nodes that do not compute constants.
         needed_later: Tensors that any later part reads.
     """
 
     session: Session
     outputs: list[str]
+    moving: Set[str]
     needed_later: Set[str]
+
+    @property
+    def size(self) -> int:
+        """Number of its nodes that do not compute constants."""
+        return len(self.moving)
 
     def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
         """Computes the outputs from the values of other tensors; both are given by name."""
@@ -180,7 +193,7 @@ class _Part:
 class _Partition:
     """A graph divided into parts from inputs to outputs, up to the targets.
 
-    Every node is in at most one part, unless it computes a constant.
+    Every node is in at most one part, unless it computes a constant or the results of its part were not held.
     """
 
     def __init__(
@@ -211,11 +224,11 @@ class _Partition:
         if not nodes:
             return None
         # Constants are computed wherever they are needed, and never held for every feed.
-        moving = [i for i in nodes if i not in slicer.on_constants]
-        self._done.update(slicer.nodes[i].name for i in moving)
+        moving = {slicer.nodes[i].name for i in nodes if i not in slicer.on_constants}
+        done = self._done | moving
         read_later: set[str] = set()
         for i, node in enumerate(slicer.nodes):
-            if node.name not in self._done:
+            if node.name not in done:
                 read_later.update(slicer.reads[i])
         read_later.difference_update(n for i in slicer.on_constants for n in slicer.nodes[i].output)
         results = [name for i in nodes for name in slicer.nodes[i].output if name]
@@ -224,7 +237,11 @@ class _Partition:
             self._types.setdefault(name, 0)
         part = slicer.model(nodes, outputs, self._types)
         session = Session(part, self._device, what="a part of the model", lean=self._lean)
-        return _Part(session, outputs, read_later.union(targets))
+        return _Part(session, outputs, moving, read_later.union(targets))
+
+    def advance(self, part: _Part) -> None:
+        """Notes that the outputs of a part are held, so that later parts begin behind it."""
+        self._done |= part.moving
 
     def record_types(self, values: Mapping[str, Array]) -> None:
         """Notes the element types of computed tensors: the next part declares its inputs with them."""
@@ -235,7 +252,10 @@ class _Partition:
 class Frontier:
     """Activations of one graph over a fixed list of feeds, computed from inputs to outputs up to the targets.
 
-    Every node runs once per feed. Memory holds, for all feeds, the tensors that later nodes still read.
+    Memory holds, for all feeds, the tensors that later nodes still read. Where they exceed the memory limit, the
+    tensors in front of them stay in memory and the nodes in between run again for the next targets: every node runs
+    once per feed unless memory is short. Nodes run again at most ``REPEATS`` times as often as the graph has nodes;
+    beyond that the last feeds are left out.
 
     Attributes:
         tensors: Values of the tensors in memory, one array per feed.
@@ -248,21 +268,23 @@ class Frontier:
         feeds: Sequence[Mapping[str, Array]],
         types: Mapping[str, int],
         device: str,
+        memory_limit: int | None = None,
     ) -> None:
-        """Starts at the graph inputs.
+        """Starts at the graph inputs, which are read from the feeds whenever they are needed.
 
         Args:
             proto: The model.
             feeds: Values of the graph inputs, one mapping per batch.
             types: ONNX element types by tensor name.
             device: ``cpu`` or ``cuda``.
+            memory_limit: Upper bound in bytes on the tensors in memory; None for no bound.
         """
         self.tensors: dict[str, list[Array]] = {}
-        for feed in feeds:
-            for name, value in feed.items():
-                self.tensors.setdefault(name, []).append(value)
         self.batches = len(feeds)
+        self._feeds = feeds
+        self._memory_limit = memory_limit
         self._partition = _Partition(proto, types, device)
+        self._repeats_left = REPEATS * len(proto.graph.node)
 
     def reach(self, targets: Sequence[str]) -> dict[str, list[Array]]:
         """Computes tensors, and drops from memory those that no later node reads.
@@ -273,18 +295,63 @@ class Frontier:
         Returns:
             Values by name, one array per feed.
         """
+        columns = self.each(targets, lambda _, values: dict(values))
+        return {name: [values[name] for values in columns] for name in targets}
+
+    def each(
+        self, targets: Sequence[str], take: Callable[[int, Mapping[str, Array]], T]
+    ) -> list[T]:
+        """Computes tensors for one feed after another, and drops from memory those that no later node reads.
+
+        Args:
+            targets: Names of tensors that are in memory, or computed by nodes that have not run yet.
+            take: Function of the index of a feed and the values of the targets by name.
+
+        Returns:
+            Results of the function, one per feed.
+        """
         part = self._partition.next(targets, self.tensors)
-        if part is not None:
-            columns: dict[str, list[Array]] = {name: [] for name in part.outputs}
-            for i in range(self.batches):
-                inputs = {name: self.tensors[name][i] for name in part.session.inputs}
-                for name, value in part.run(inputs).items():
-                    columns[name].append(value)
-            first_values = {name: column[0] for name, column in columns.items() if column}
-            self._partition.record_types(first_values)
+        read = list(targets) if part is None else [*part.session.inputs, *targets]
+        columns: dict[str, list[Array]] = {}
+        taken: list[T] = []
+        while len(taken) < self.batches:
+            i = len(taken)
+            values = self._values(i, read)
+            if part is not None:
+                results = part.run(values)
+                if i == 0:
+                    self._partition.record_types(results)
+                    columns = {name: [] for name in results if self._holds(part, results)}
+                for name, column in columns.items():
+                    column.append(results[name])
+                values.update(results)
+            taken.append(take(i, {name: values[name] for name in targets}))
+        if part is not None and columns:
+            self._partition.advance(part)
             self.tensors.update(columns)
             self.tensors = {n: v for n, v in self.tensors.items() if n in part.needed_later}
-        return {name: self.tensors[name] for name in targets}
+        return taken
+
+    def _values(self, i: int, names: Sequence[str]) -> dict[str, Array]:
+        """Values of those tensors that are in memory, or graph inputs, at one feed."""
+        held = {name: self.tensors[name][i] for name in names if name in self.tensors}
+        given = self._feeds[i] if len(held) < len(set(names)) else {}
+        return held | {name: given[name] for name in names if name in given}
+
+    def _holds(self, part: _Part, results: Mapping[str, Array]) -> bool:
+        """Decides whether the results of a part are held for all feeds, and leaves out feeds if they have to be."""
+        if self._memory_limit is None:
+            return True
+        held = {name: column[0] for name, column in self.tensors.items()} | dict(results)
+        bytes_per_feed = sum(v.nbytes for name, v in held.items() if name in part.needed_later)
+        within_limit = self._memory_limit // max(bytes_per_feed, 1)
+        if within_limit >= self.batches:
+            return True
+        if self._repeats_left >= part.size:
+            self._repeats_left -= part.size
+            return False
+        self.batches = max(within_limit, 1)
+        return True
 
 
 def stream(
@@ -319,6 +386,8 @@ def stream(
                 parts.append(partition.next([target], values))
             part = parts[k]
             if part is not None:
+                if is_first_feed:
+                    partition.advance(part)
                 results = part.run(values)
                 values.update(results)
                 if is_first_feed:

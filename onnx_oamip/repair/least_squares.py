@@ -20,9 +20,11 @@ corrects the errors that earlier layers made.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,7 +45,7 @@ from onnx_oamip.core.records import (
     Statistics,
 )
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT, feeds_within_memory
+from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT, all_feeds
 from onnx_oamip.graph.im2col import (
     data_rows,
     output_rows,
@@ -62,7 +64,7 @@ from onnx_oamip.graph.linear_layers import (
 )
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.ops.matrix_view import Site
-from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types
+from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types, stream
 from onnx_oamip.objective.position_weights import PositionWeights, position_weights
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.ridge import (
@@ -78,7 +80,7 @@ from onnx_oamip.repair.shared_weights import Family, Rows, Sharing, schedule, st
 
 SINGLE_BYTES = 4
 """Bytes of a number in single precision; weights that are stored in fewer are rounded noticeably."""
-ROWS_PER_UNKNOWN = 4
+ROWS_PER_UNKNOWN = 16
 MIN_ROWS = 4096
 MAX_ROWS = 24576
 GRAM_CAP = 4608
@@ -280,10 +282,10 @@ def least_squares(
     order = {node.name: i for i, node in enumerate(model.nodes)}
     places.sort(key=lambda place: order[place.node.name])
     late = frozenset[str]().union(*(family.late for family in families))
-    feeds, used = feeds_within_memory(model, samples, batch_size, memory_limit)
+    limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
+    feeds = all_feeds(model, samples, batch_size, limit)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
-    limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
     targets = collect_targets(
         model,
         places,
@@ -302,11 +304,7 @@ def least_squares(
         memory_limit=limit,
         weights=position_weights(model, objective, feeds, device) if objective else None,
     )
-    frontier = Frontier(proto, feeds, types, device)
-    if used < samples.usable():
-        notes.append(
-            f"least squares used {used} of {samples.usable()} samples, as many as fit in {limit >> 20} MiB"
-        )
+    frontier = Frontier(proto, feeds, types, device, limit)
     fits: list[Fit] = []
     by_first = {family.names[0]: family for family in families}
     for i, place in enumerate(places):
@@ -326,6 +324,12 @@ def least_squares(
             notes.append(f"{place.node}: {'; '.join(remarks)}")
         if progress:
             progress("refit", i + 1, len(places))
+    if frontier.batches < len(feeds):
+        used = sum(map(len, feeds.indices[: frontier.batches]))
+        total = sum(map(len, feeds.indices))
+        notes.append(
+            f"least squares used {used} of {total} samples for the last nodes, as many as fit in {limit >> 20} MiB"
+        )
     return Pruned(raw, proto, tuple(notes), tuple(fits))
 
 
@@ -459,49 +463,144 @@ def collect_targets(
     Returns:
         The samples by node name.
     """
-    frontier = Frontier(model.proto, feeds, types, device)
+    samplers = _samplers(
+        model,
+        places,
+        batches=len(feeds),
+        rng=rng,
+        cap=cap,
+        needs_inputs={*mixed, *late},
+        uses=uses,
+        memory_limit=memory_limit,
+        weights=weights,
+    )
+    asked = [(sampler, tensor) for sampler in samplers for tensor in sampler.tensors]
+    tensors = [tensor for _, tensor in asked]
+    for _, number, value in stream(model.proto, feeds, tensors, types, device):
+        sampler, tensor = asked[number]
+        sampler.take(tensor, value)
+    return {sampler.place.node.name: sampler.target(late) for sampler in samplers}
+
+
+def _row_choice(
+    place: Site,
+    rows_per_feed: int,
+    rng: np.random.Generator,
+    weights: Sequence[PositionWeights] | None,
+) -> Callable[[int, tuple[int, ...]], Ints]:
+    """Choice of the rows of a node, by the index of a feed and the shape of the output there."""
+
+    def choose(feed: int, shape: tuple[int, ...]) -> Ints:
+        if weights is None:
+            return pick(row_count(place, shape), rows_per_feed, rng)
+        return pick_weighted(weights[feed].rows(row_axes(place, shape)), rows_per_feed, rng)
+
+    return choose
+
+
+class _Sampler:
+    """Samples the tensors around one linear node, one feed after another.
+
+    Attributes:
+        place: The node.
+        tensors: Tensors to sample, in the order in which they are taken; the output is the last one.
+    """
+
+    def __init__(
+        self,
+        place: Site,
+        *,
+        choose: Callable[[int, tuple[int, ...]], Ints],
+        needs_inputs: bool,
+        join: Join | None,
+    ) -> None:
+        """Begins with no feed.
+
+        Args:
+            place: The node.
+            choose: Chooses rows of a feed, by its index and the shape of the output.
+            needs_inputs: Whether inputs are sampled too.
+            join: Residual sum whose other branch is sampled too.
+        """
+        self.place = place
+        self.join = join
+        self.tensors = [
+            *([place.data] if needs_inputs else []),
+            *([join.other] if join else []),
+            place.node.outputs[0],
+        ]
+        self._needs_inputs = needs_inputs
+        self._choose = choose
+        self._held: dict[str, Array] = {}
+        self._found: dict[str, list[Any]] = defaultdict(list)
+
+    def take(self, tensor: str, value: Array) -> None:
+        """Takes the value of the next tensor at one feed; rows are chosen once the output is known."""
+        self._held[tensor] = value
+        output = self.place.node.outputs[0]
+        if tensor != output:
+            return
+        found = self._found
+        rows = self._choose(len(found["rows"]), value.shape)
+        found["shapes"].append(value.shape)
+        found["rows"].append(rows)
+        found["values"].append(_sampled(self.place, value, rows))
+        if self._needs_inputs:
+            data = self._held[self.place.data]
+            inputs = data_rows(self.place, data, rows, value.shape)
+            found["inputs"].append(inputs.astype(np.promote_types(data.dtype, np.float32)))
+        if self.join is not None:
+            found["joined"].append(_sampled(self.place, self._held[self.join.other], rows))
+        self._held = {}
+
+    def target(self, late: Collection[str]) -> Target:
+        """The samples of all feeds, for a node that is among the late ones or not."""
+        found = {name: tuple(values) for name, values in self._found.items()}
+        return Target(
+            shapes=found.get("shapes", ()),
+            rows=found.get("rows", ()),
+            values=found.get("values", ()),
+            inputs=found.get("inputs", ()),
+            join=self.join,
+            joined=found.get("joined", ()),
+            is_late=self.place.node.name in late,
+        )
+
+
+def _samplers(
+    model: Model,
+    places: Sequence[Site],
+    *,
+    batches: int,
+    rng: np.random.Generator,
+    cap: int,
+    needs_inputs: Collection[str],
+    uses: Mapping[str, int],
+    memory_limit: int,
+    weights: Sequence[PositionWeights] | None,
+) -> list[_Sampler]:
+    """Samplers of linear nodes, each with a generator of its own, so that their rows do not depend on each other."""
     slicer = Slicer(model.proto)
     waiting = {place.node.name for place in places}
-    result = {}
-    for place in places:
-        output = place.node.outputs[0]
-        weight = model.constants[place.weight]
-        # The frontier drops tensors once their last consumer has run: ask for the input before the output.
+    result = []
+    for place, own_rng in zip(places, rng.spawn(len(places)), strict=True):
         name = place.node.name
-        needs_inputs = name in mixed or name in late
-        data = frontier.reach([place.data])[place.data] if needs_inputs else []
-        is_shared = uses.get(name, 1) > 1
-        joint = None if is_shared else join(model, place)
+        count = uses.get(name, 1)
+        joint = None if count > 1 else join(model, place)
         if joint is not None:
             before_sum = slicer.needed([joint.other], ())
             if any(slicer.nodes[i].name in waiting for i in before_sum):
                 joint = None  # the other branch is refitted later, and will compensate the error of this one
         waiting.discard(name)
-        others = frontier.reach([output, joint.other])[joint.other] if joint else []
-        outputs = frontier.reach([output])[output]
-        row_limit = _row_limit(matrix_shape(place, weight), cap, memory_limit)
-        shapes = tuple(y.shape for y in outputs)
-        rows_per_feed = -(-row_limit // (len(feeds) * uses.get(name, 1)))
-        rows = tuple(
-            pick(row_count(place, shape), rows_per_feed, rng)
-            if weights is None
-            else pick_weighted(weights[feed].rows(row_axes(place, shape)), rows_per_feed, rng)
-            for feed, shape in enumerate(shapes)
-        )
-        # Inputs and the other branch are empty where they are not needed: hence strict=False.
-        sampled_inputs = [
-            data_rows(place, x, chosen, shape).astype(np.promote_types(x.dtype, np.float32))
-            for x, chosen, shape in zip(data, rows, shapes, strict=False)
-        ]
-        result[name] = Target(
-            shapes=shapes,
-            rows=rows,
-            values=_sampled(place, outputs, rows),
-            inputs=tuple(sampled_inputs),
+        shape = matrix_shape(place, model.constants[place.weight])
+        rows_per_feed = -(-_row_limit(shape, cap, memory_limit) // (batches * count))
+        sampler = _Sampler(
+            place,
+            choose=_row_choice(place, rows_per_feed, own_rng, weights),
+            needs_inputs=name in needs_inputs,
             join=joint,
-            joined=_sampled(place, others, rows),
-            is_late=name in late,
         )
+        result.append(sampler)
     return result
 
 
@@ -544,16 +643,9 @@ def _row_limit(
     return max(MIN_WIDE_ROWS, min(MIN_ROWS, most_values // (groups * max(unknowns, outs))))
 
 
-def _sampled(
-    place: Site,
-    outputs: Sequence[Array],
-    rows: Sequence[Ints],
-) -> tuple[Array, ...]:
+def _sampled(place: Site, output: Array, rows: Ints) -> Array:
     # Numbers of a float64 model may be beyond the range of float32.
-    return tuple(
-        output_rows(place, y, chosen).astype(np.promote_types(y.dtype, np.float32))
-        for y, chosen in zip(outputs, rows, strict=False)
-    )
+    return output_rows(place, output, rows).astype(np.promote_types(output.dtype, np.float32))
 
 
 @dataclass(frozen=True)
@@ -847,32 +939,47 @@ def _problem(
         target: Outputs in the original model.
     """
     here = _in_cut_model(place, node)
+    kept = output_mask(cut.model, cut.coupling, place, cut.units)
     if frontier is None:
         x = _original_inputs(cut, place, here, target)
+        y = np.concatenate(target.values).astype(np.float64)[:, kept]
     else:
-        data = node.input[place.slot]
-        inputs = frontier.reach([data])[data]
-        x = np.concatenate(
-            [
-                data_rows(here, value, rows, shape)
-                for value, rows, shape in zip(inputs, target.rows, target.shapes, strict=True)
-            ]
-        ).transpose(1, 0, 2)
-    kept = output_mask(cut.model, cut.coupling, place, cut.units)
-    y = np.concatenate(target.values).astype(np.float64)[:, kept]
-    if target.join is not None and frontier is not None:
-        other = target.join.other
-        branch = [
-            output_rows(here, value, rows)
-            for value, rows in zip(frontier.reach([other])[other], target.rows, strict=True)
-        ]
-        error = np.concatenate(target.joined)[:, kept] - np.concatenate(branch)
-        y += target.join.correction(error, kept)
+        x, y = _sampled_problem(here, node.input[place.slot], frontier, target, kept)
     groups = len(x)
     y = y.reshape(-1, groups, y.shape[1] // groups).transpose(1, 0, 2)
     is_mixed = bool(target.inputs) and not target.is_late
     wide_inputs = np.concatenate(target.inputs) if is_mixed else None
     return _Problem(x, y, wide_inputs)
+
+
+def _sampled_problem(
+    here: Site, data: str, frontier: Frontier, target: Target, kept: Bools
+) -> tuple[Floats, Floats]:
+    """Inputs of a node in the cut model and wanted outputs at the sampled rows, of the feeds that the frontier holds.
+
+    Args:
+        here: The node in the cut model.
+        data: Tensor that it reads there.
+        frontier: Activations of the cut model.
+        target: Outputs in the original model.
+        kept: Mask of the outputs that the node keeps (outputs,).
+
+    Returns:
+        Inputs (groups, rows, inputs * taps) and wanted outputs (rows, kept outputs).
+    """
+    join = target.join
+
+    def take(i: int, values: Mapping[str, Array]) -> tuple[Floats, Floats]:
+        rows = target.rows[i]
+        wanted = target.values[i].astype(np.float64)[:, kept]
+        if join is not None:
+            error = target.joined[i][:, kept] - output_rows(here, values[join.other], rows)
+            wanted += join.correction(error, kept)
+        return data_rows(here, values[data], rows, target.shapes[i]), wanted
+
+    tensors = [data] if join is None else [data, join.other]
+    inputs, outputs = zip(*frontier.each(tensors, take), strict=True)
+    return np.concatenate(inputs).transpose(1, 0, 2), np.concatenate(outputs)
 
 
 def _original_inputs(
