@@ -1,9 +1,9 @@
 """Random changes of samples, which the original labels anew: by kind of input, or by a function of the user.
 
 ``images`` (3 channels, or 1 in a square): a random part resized to the whole, mirrored, with other brightness and
-contrast; half of the samples are mixed with another one. ``audio`` (one long axis): gain, shift and noise. ``tokens``
-(whole numbers along one axis): some are replaced by others of the data, and the end is hidden where an input is a mask.
-Other inputs, such as tables, are left as they are.
+contrast; half of the samples are mixed with another one, unless they are small. ``audio`` (one long axis): gain, shift
+and noise. ``tokens`` (whole numbers along one axis): some are replaced by others of the data, and the end is hidden
+where an input is a mask. Other inputs, such as tables, are left as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ InputKind: TypeAlias = Literal["images", "audio", "tokens", "mask", "other"]
 
 LEAST_CROP = 0.35
 """Smallest share of the area of an image that a crop keeps."""
+SMALL_SIDE = 96
+"""Images with a shorter side show one object that fills them: parts and mixtures of them look like nothing else."""
+LEAST_CROP_OF_SMALL = 0.8
+"""Smallest share of the area of such an image that a crop keeps."""
 LEAST_SIDE = 8
 """Shortest side of an input that is taken for an image."""
 LEAST_WAVE = 1000
@@ -104,8 +108,10 @@ def images(batch: Array, rng: np.random.Generator) -> Array:
     axis = _channel_axis(batch.shape)
     planes = batch if axis == 1 else np.moveaxis(batch, 3, 1)
     low, high = float(planes.min()), float(planes.max())
-    result = np.stack([_one_image(image.astype(np.float32), rng) for image in planes])
-    mixed = rng.permutation(len(result))[: len(result) // 2]
+    is_small = min(planes.shape[2:]) < SMALL_SIDE
+    least = LEAST_CROP_OF_SMALL if is_small else LEAST_CROP
+    result = np.stack([_one_image(image.astype(np.float32), least, rng) for image in planes])
+    mixed = rng.permutation(len(result))[: 0 if is_small else len(result) // 2]
     others = rng.permutation(len(result))[: len(mixed)]
     shares = rng.uniform(0.3, 1.0, (len(mixed), 1, 1, 1)).astype(np.float32)
     result[mixed] = shares * result[mixed] + (1 - shares) * result[others]
@@ -115,10 +121,10 @@ def images(batch: Array, rng: np.random.Generator) -> Array:
     return np.ascontiguousarray(result.astype(batch.dtype))
 
 
-def _one_image(image: Array, rng: np.random.Generator) -> Array:
+def _one_image(image: Array, least: float, rng: np.random.Generator) -> Array:
     """A random part of one image (channels, height, width), resized, mirrored and coloured."""
     height, width = image.shape[1:]
-    area = rng.uniform(LEAST_CROP, 1.0)
+    area = rng.uniform(least, 1.0)
     stretch = np.exp(rng.uniform(-np.log(4 / 3), np.log(4 / 3)) / 2)
     tall = min(np.sqrt(area) * stretch, 1.0) * height
     wide = min(np.sqrt(area) / stretch, 1.0) * width

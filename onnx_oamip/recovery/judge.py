@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx
 
-from onnx_oamip.core.records import Array, Measure, Model
+from onnx_oamip.core.records import Array, Floats, Measure, Model
 from onnx_oamip.core.records.objective import Objective
 from onnx_oamip.data.dataset import Samples, hold_out
 from onnx_oamip.graph.external_data import references, tensor
@@ -17,7 +17,9 @@ from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective import Measures, loss, sums
 
 LEAST_GAIN = 1e-3
-"""Share of the loss by which it has to fall for a result to count as better: below that it is noise."""
+"""Share of the loss by which it has to fall for a result to count as better."""
+ERRORS = 1.0
+"""Standard errors by which the mean difference of the samples has to exceed zero, so that noise is not taken."""
 
 
 class Judge:
@@ -54,19 +56,26 @@ class Judge:
         batches = self._samples.batches(self._size)
         return [session.run(feed, tensors) for _, feed in batches]
 
-    def loss(self, proto: onnx.ModelProto) -> float:
-        """Compute the loss of the objective.
+    def losses(self, proto: onnx.ModelProto) -> Floats:
+        """Compute the loss of the objective sample by sample.
 
         Args:
             proto: A pruned model.
 
         Returns:
-            The mean loss of all terms by weight; 1 is that of the average answer.
+            The mean loss of all terms by weight, for every sample (or feed, where outputs are not split by samples);
+            1 is that of the average answer.
         """
-        total = np.zeros((len(self._objective.judged), 3))
-        for truth, found in zip(self._truth, self._outputs(proto), strict=True):
-            total = total + sums(self._objective, truth, found)
-        return loss(self._objective, total).total
+        found: list[float] = []
+        indices = self._samples.feed_indices(self._size)
+        for index, truth, output in zip(indices, self._truth, self._outputs(proto), strict=True):
+            arrays = (*truth, *output)
+            is_split = all(value.ndim and len(value) == len(index) for value in arrays)
+            parts = [slice(i, i + 1) for i in range(len(index))] if is_split else [slice(None)]
+            for part in parts:
+                old, new = ([v[part] if v.ndim else v for v in side] for side in (truth, output))
+                found.append(loss(self._objective, sums(self._objective, old, new)).total)
+        return np.asarray(found)
 
     def measures(self, proto: onnx.ModelProto) -> tuple[Measure, ...]:
         """Measure every term.
@@ -87,37 +96,49 @@ class Judge:
 
 @dataclass
 class Best:
-    """The best weights so far, by their loss on held-out samples.
+    """The best weights so far, by their losses on held-out samples.
 
     Attributes:
-        start: Loss of the model before recovery.
+        start: Losses of the model before recovery, by sample.
         patience: Evaluations without a new best after which training stops.
-        curve: Pairs of a step and the loss after it.
+        curve: Pairs of a step and the mean loss after it.
+        losses: Losses of the best weights, by sample; empty before the first evaluation.
+        step: Steps behind the best weights.
+        weights: The best weights by name.
     """
 
-    start: float
+    start: Floats
     patience: int
     curve: list[tuple[int, float]] = field(default_factory=list)
-    loss: float = np.inf
+    losses: Floats = field(default_factory=lambda: np.zeros(0))
     step: int = 0
     weights: Mapping[str, Array] = field(default_factory=dict)
 
-    def offer(self, step: int, found: float, weights: Mapping[str, Array]) -> None:
-        """Note the loss of a step, and its weights if it is the lowest so far.
+    @property
+    def loss(self) -> float:
+        """Mean loss of the best weights; infinite before the first evaluation."""
+        return float(self.losses.mean()) if self.losses.size else np.inf
+
+    def offer(self, step: int, found: Floats, weights: Mapping[str, Array]) -> None:
+        """Note the losses of a step, and its weights if their mean is the lowest so far.
 
         Args:
             step: Steps done.
-            found: Loss on held-out samples.
+            found: Losses on held-out samples, by sample.
             weights: Weights by name.
         """
-        self.curve.append((step, found))
-        if found < self.loss:
-            self.loss, self.step, self.weights = found, step, weights
+        self.curve.append((step, float(found.mean())))
+        if found.mean() < self.loss:
+            self.losses, self.step, self.weights = found, step, weights
 
     @property
     def is_better(self) -> bool:
-        """True if the best is better than the start by more than noise."""
-        return self.loss < self.start * (1 - LEAST_GAIN)
+        """True if the best is better than the start, by more than the differences between samples explain."""
+        if not np.isfinite(self.loss):
+            return False
+        gains = self.start - self.losses
+        noise = ERRORS * float(gains.std()) / np.sqrt(gains.size)
+        return bool(gains.mean() > max(LEAST_GAIN * float(self.start.mean()), noise))
 
     @property
     def has_stalled(self) -> bool:

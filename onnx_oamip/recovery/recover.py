@@ -113,7 +113,7 @@ def run(
     best = trained.best
     return proto, Recovery(
         accepted=trained.proto is not None,
-        before=best.start,
+        before=float(best.start.mean()),
         after=best.loss if best.curve else None,
         steps=trained.steps,
         best_step=best.step,
@@ -145,8 +145,8 @@ def notes(recovery: Recovery) -> tuple[str, ...]:
     found = []
     if not recovery.accepted:
         found.append(
-            f"the recovery was not taken, as the held-out objective did not fall below {recovery.before:.4g}; the "
-            "model is the unrecovered one"
+            f"the recovery was not taken, as the held-out objective ({recovery.before:.4g}) did not fall by "
+            "more than noise; the model is the unrecovered one"
         )
     if recovery.left_out:
         listed = "; ".join(recovery.left_out[:3])

@@ -161,8 +161,7 @@ def train(task: Task, effort: Effort) -> Trained:
     """
     started = time.monotonic()
     torch.manual_seed(task.seed)
-    start = task.judge.loss(task.pruned.proto)
-    best = Best(start, PATIENCE)
+    best = Best(task.judge.losses(task.pruned.proto), PATIENCE)
     part, left_out = _trained_part(task)
     if not part.weights or not part.tensors:
         return Trained(None, best, 0, 0, 0.0, "nothing to train", (), (), left_out)
@@ -183,7 +182,7 @@ def train(task: Task, effort: Effort) -> Trained:
             is_last = done == steps or _is_over(effort, started)
             if done % interval == 0 or is_last:
                 weights = run.averaged()
-                best.offer(done, task.judge.loss(written(task.pruned.proto, weights)), weights)
+                best.offer(done, task.judge.losses(written(task.pruned.proto, weights)), weights)
             if task.stop is not None and task.stop():
                 ended = "interrupted"
                 break
@@ -210,9 +209,10 @@ def train(task: Task, effort: Effort) -> Trained:
 
 def _stage(best: Best) -> str:
     """Name of the stage with the loss before and after, for the display of progress."""
+    start = float(best.start.mean())
     if not best.curve:
-        return f"recover: held-out loss {best.start:.4f}"
-    return f"recover: held-out loss {best.start:.4f} -> {best.loss:.4f}"
+        return f"recover: held-out loss {start:.4f}"
+    return f"recover: held-out loss {start:.4f} -> {best.loss:.4f}"
 
 
 def _steps_within(seconds: float, started: float, each: float) -> int:

@@ -29,8 +29,8 @@ def test_judge_finds_the_loss_and_the_measures_of_a_model(tmp_path: Path) -> Non
     shifted = written(model.proto, {"b": model.constants["b"] + 0.5})
     truth = data["x"] @ model.constants["w"]
     expected = np.mean(0.25 / truth.var(axis=0))
-    assert judge.loss(model.proto) == 0
-    assert judge.loss(shifted) == pytest.approx(expected, rel=1e-4)
+    assert judge.losses(model.proto).tolist() == [0.0] * 40
+    assert judge.losses(shifted).mean() == pytest.approx(expected, rel=1e-4)
     (measure,) = judge.measures(shifted)
     assert measure.values["error_over_variance"] == pytest.approx(expected, rel=1e-4)
 
@@ -53,22 +53,33 @@ def test_weights_are_written_in_their_type_and_nothing_else_changes(
     assert result.graph.node == proto.graph.node
 
 
+START = np.array([1.0, 1.2, 0.8, 1.0])
+
+
 def test_best_is_taken_only_if_it_is_better_than_the_start() -> None:
-    best = Best(start=1.0, patience=2)
-    best.offer(10, 0.9999, {"w": np.zeros(1)})
+    best = Best(START, patience=2)
+    best.offer(10, START - 1e-4, {"w": np.zeros(1)})
     assert not best.is_better
-    best.offer(20, 0.8, {"w": np.ones(1)})
+    best.offer(20, START - 0.2, {"w": np.ones(1)})
     assert (best.is_better, best.step, best.weights["w"].tolist()) == (True, 20, [1.0])
-    best.offer(30, 0.9, {})
+    best.offer(30, START - 0.1, {})
     assert not best.has_stalled
-    best.offer(40, 0.8, {})
+    best.offer(40, START - 0.2, {})
     assert best.has_stalled
-    assert (best.step, best.loss) == (20, 0.8)
+    assert best.step == 20
+    assert best.loss == pytest.approx(0.8)
+
+
+def test_a_gain_on_one_sample_alone_is_noise() -> None:
+    best = Best(START, patience=2)
+    best.offer(10, START - np.array([0.9, -0.1, -0.1, -0.1]), {})
+    assert best.loss < START.mean()
+    assert not best.is_better
 
 
 def test_a_loss_that_is_no_number_is_never_best() -> None:
-    best = Best(start=1.0, patience=2)
-    best.offer(10, float("nan"), {})
+    best = Best(START, patience=2)
+    best.offer(10, np.full(4, np.nan), {})
     assert not best.is_better
 
 
