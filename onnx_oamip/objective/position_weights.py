@@ -24,6 +24,8 @@ from onnx_oamip.objective.normaliser import cutoff
 
 MAX_NUMBERS = 1 << 20
 """Positions of one batch and term that are held at most; larger maps are averaged."""
+MAX_WEIGHT = 64.0
+"""Largest weight of a position: a larger one would leave a sum over the rows of a layer to very few of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +148,7 @@ def _balance(term: Term, array: Array) -> Floats:
     else:
         decision = log_classes(rows, scale.form).argmax(axis=1)
         weights = scale.balance[0, (decision != scale.background).astype(np.int64)]
-    return np.asarray(weights).reshape(term.positions(array) or (1,))
+    return np.minimum(weights, MAX_WEIGHT).reshape(term.positions(array) or (1,))
 
 
 def _pooled(values: Floats) -> Array:

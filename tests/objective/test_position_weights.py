@@ -16,6 +16,7 @@ from onnx_oamip.graph.loading import from_proto
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective import Normaliser, Term
 from onnx_oamip.objective.position_weights import (
+    MAX_WEIGHT,
     PositionWeights,
     has_rare_decisions,
     position_weights,
@@ -101,6 +102,13 @@ def test_large_maps_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
     ((_, values),) = weights.maps
     assert values.shape == (2, 2, 2)
     assert values[0, 0, 0] == values.max()
+
+
+def test_weight_of_a_single_positive_is_bounded() -> None:
+    scores = _scores(np.arange(1000) == 0)
+    rows = weights_of(_scaled(CLASSES, outputs=[scores]), [scores]).rows((1000,))
+    assert rows[0] == MAX_WEIGHT
+    np.testing.assert_allclose(rows[1:], 0.5 / 0.999)
 
 
 def test_even_decisions_have_no_weights() -> None:
