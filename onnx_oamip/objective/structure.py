@@ -15,6 +15,8 @@ from onnx_oamip.graph.ops import Trait, has, kinds, lookup
 from onnx_oamip.graph.ops.movement import taken_range
 from onnx_oamip.graph.outputs import is_float
 
+ONE_COLUMN = -1
+"""Stands for a channel axis that was removed, as it had one channel: all axes count positions."""
 DEPTH = 200
 """Steps that are followed behind an output."""
 
@@ -294,7 +296,7 @@ class Graph:
             return None
         found = self._channels(tensor, 0)
         if found is not None:
-            return found
+            return None if found == ONE_COLUMN else found
         shape = self.shape(tensor)
         if shape is None:
             return 1
@@ -307,7 +309,7 @@ class Graph:
         return min(fixed or possible, key=lambda axis: (shape[axis], axis), default=None)
 
     def _channels(self, tensor: str, depth: int) -> int | None:
-        """The channel axis as the layers behind a tensor have it."""
+        """The channel axis as the layers behind a tensor have it, ``ONE_COLUMN`` if they removed an only channel."""
         node = self.maker(tensor)
         shape = self.shape(tensor)
         if node is None or shape is None or len(shape) < 2 or depth > DEPTH:
@@ -323,10 +325,14 @@ class Graph:
         if has(node, Trait.TRANSPOSES):
             inner = self._channels(source, depth + 1)
             order = list(node.attrs.get("perm") or range(len(shape))[::-1])
-            return None if inner is None else order.index(inner)
+            return inner if inner is None or inner == ONE_COLUMN else order.index(inner)
         if has(node, Trait.RESHAPES):
             inner = self._channels(source, depth + 1)
-            return None if inner is None else _matching(self.shape(source), shape, inner)
+            before = self.shape(source)
+            if inner is None or inner == ONE_COLUMN or before is None:
+                return inner
+            place = _matching(before, shape, inner)
+            return ONE_COLUMN if place is None and before[inner] == 1 else place
         for name in node.inputs:
             if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
                 return self._channels(name, depth + 1)
@@ -375,6 +381,8 @@ def _matching(
         return None
     before = math.prod(shape[:axis])
     length = shape[axis]
-    fits = [i for i, size in enumerate(other) if size == length and math.prod(other[:i]) == before]
-    # Of several axes of length 1, the nearest: the first one counts samples.
+    # The first axis counts samples, before a reshape and after it.
+    possible = range(1, len(other)) if axis else range(len(other))
+    fits = [i for i in possible if other[i] == length and math.prod(other[:i]) == before]
+    # Of several axes of length 1, the nearest.
     return min(fits, key=lambda i: abs(i - axis), default=None)

@@ -140,6 +140,19 @@ PATTERNS: dict[str, Pattern] = {
     "sigmoid": dense("float[] y", "y = Sigmoid(l)", ("binary", "l", 1)),
     "one sigmoid": dense("float[] y", "y = Sigmoid(l)", ("binary", "l", 1), k=1),
     "sigmoid over maps": maps("float[] y", "y = Sigmoid(l)", ("binary", "l", 1), k=1),
+    "sigmoid over a squeezed map": maps(
+        "float[] y",
+        "a = Constant <value_ints = [1]> () q = Squeeze(l, a) y = Sigmoid(q)",
+        ("binary", "q", None),
+        k=1,
+    ),
+    "sigmoid over one column of all positions": maps(
+        "float[] y",
+        "t = Transpose <perm = [0, 2, 3, 1]> (l) s = Constant <value_ints = [0, -1]> () q = Reshape(t, s) "
+        "y = Sigmoid(q)",
+        ("binary", "q", None),
+        k=1,
+    ),
     "hard sigmoid": dense("float[] y", "y = HardSigmoid(l)", ("binary", "y", 1)),
     "sigmoid written out": dense(
         "float[] y",
