@@ -148,7 +148,8 @@ def _balance(term: Term, array: Array) -> Floats:
     else:
         decision = log_classes(rows, scale.form).argmax(axis=1)
         weights = scale.balance[0, (decision != scale.background).astype(np.int64)]
-    return np.minimum(weights, MAX_WEIGHT).reshape(term.positions(array) or (1,))
+    bounded: Floats = np.minimum(weights, MAX_WEIGHT)
+    return bounded.reshape(term.positions(array) or (1,))
 
 
 def _pooled(values: Floats) -> Array:

@@ -331,8 +331,8 @@ class Graph:
             before = self.shape(source)
             if inner is None or inner == ONE_COLUMN or before is None:
                 return inner
-            place = _matching(before, shape, inner)
-            return ONE_COLUMN if place is None and before[inner] == 1 else place
+            axis = _matching(before, shape, inner)
+            return ONE_COLUMN if axis is None and before[inner] == 1 else axis
         for name in node.inputs:
             if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
                 return self._channels(name, depth + 1)
