@@ -308,7 +308,7 @@ def test_runner_resumes_and_its_table_has_every_outcome(
     assert json.loads((out / "toy-0.7.json").read_text()) == record
     (row,) = table.rows(listed, out)
     assert (row["kept at 0.7"], row["kept at 0.5"]) == (1.0, "refused")
-    assert (row["processor s"], row["peak MiB"], row["remark"]) == (2.5, 100, "Error: too little.")
+    assert (row["processor s"], row["peak MiB"], row["remark"]) == (2.5, 100, "too little.")
     written = table.write(listed, out, tmp_path)
     assert "at 0.7: 1, at 0.5: 0" in written
     assert "without a result: toy" in written

@@ -212,8 +212,17 @@ TEXT = {
         (
             "ONNX files out of published packages, pruned by the default command to 0.7 and 0.5 of the MACs on 64 "
             "samples. Kept is the share of the model's own task, as `measure` says, with the original's answers on "
-            "held-out samples as the truth: from 0.95 on the file is usable. Seconds and memory are those of the "
-            "largest of the commands."
+            "held-out samples as the truth: from 0.95 on the file is usable. Processor time and memory are those of "
+            "the largest of the commands. Beside it onnxsim on the originals: the size of what it makes, and the "
+            "largest difference of an output, relative to the largest value of that output."
+        ),
+    ),
+    "handover": (
+        "Hand-over to other tools",
+        (
+            "Originals and files pruned to half the MACs, given to other tools: largest difference of an output from "
+            "ONNX Runtime on the same file, relative to the largest value of that output. Bytes are those of what the "
+            "tool made of the pruned file, over those of the original and over the pruned file."
         ),
     ),
     "coupling": (
@@ -227,7 +236,7 @@ TEXT = {
 }
 """Title and text of every study and of its summaries (``study-...``), in the order of the page."""
 
-OTHERS = {"wild": "tools.wild run"}
+OTHERS = {"wild": "tools.wild run", "handover": "tools.wild handover"}
 """Studies of other tools, with their commands."""
 
 SHOWN = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) 
         task.append("budget in parameters")
     if entry.options:
         task.append(" ".join(entry.options))
-    remarks = [run["error"] for run in made if run.get("error")]
+    remarks = [_brief(run["error"]) for run in made if run.get("error")]
     return {
         "file": entry.name,
         "package": f"{entry.package.name} {entry.package.version}",
@@ -69,8 +70,14 @@ def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) 
         else None,
         "processor s": max(run.get("processor", 0) for run in made),
         "peak MiB": max(run.get("peak_mib", 0) for run in made),
-        "remark": " ".join(dict.fromkeys(remarks)).replace("|", "/") or None,
+        "remark": ". ".join(dict.fromkeys(remarks)).replace("|", "/") or None,
     }
+
+
+def _brief(error: str) -> str:
+    """The first clause of an error, with file names in place of paths."""
+    clause = error.removeprefix("Error: ").split(";")[0].split(", for example")[0]
+    return re.sub(r"/\S+/(\S+)", r"\1", clause)
 
 
 def _kept(run: Record | None) -> float | str | None:
