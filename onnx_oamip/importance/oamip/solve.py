@@ -101,7 +101,7 @@ def optimise(
     run.add_first_points(guess)
     program = run.search.with_tangents(formulation.program)
     if formulation.program.integer.any():
-        program = run.solve_relaxation(program)
+        program = run.solve_relaxation(program, guess)
         if not run.is_enough(run.bound):
             if run.separation.best.values is not None:
                 program = replace(program, start=run.separation.best.values)
@@ -148,19 +148,26 @@ class _Optimisation:
         best = self.separation.best.objective
         return best - bound <= max(self.limits.gap * abs(best), ABSOLUTE_GAP)
 
-    def solve_relaxation(self, program: Program) -> Program:
-        """Solve the relaxation in half of the time; returns the program with its cuts."""
+    def solve_relaxation(self, program: Program, guess: Floats | None) -> Program:
+        """Solve the relaxation in half of the time; returns the program with its cuts.
+
+        Units are then tried in the order of its solution, or in that of the guess if there is no solution in time.
+        """
         integer = self.formulation.program.integer
         relaxed = replace(program, integer=np.zeros(program.n_variables, bool), start=None)
         time_s = self.limits.time_s
         half = None if time_s is None else time_s / 2
         end = self._cut(relaxed, replace(self.limits, time_s=half), self.search.relaxation_cuts)
-        if not self.is_enough(self.bound) and end.solution.values is not None:
+        if end.solution.values is None:
+            order = guess
+        else:
+            order = end.solution.values[self.search.keep]
+        if not self.is_enough(self.bound) and order is not None:
             if time_s is None:
                 seconds = None
             else:
                 seconds = DESCENT_TIME_SHARE * time_s
-            self.search.descend(end.solution.values, seconds)
+            self.search.descend(order, seconds)
         return replace(end.program, integer=integer)
 
     def solve_program(self, program: Program) -> None:
@@ -304,10 +311,10 @@ class _Search:
         """Cuts at a solution of the program."""
         return self.separation.cuts(values)
 
-    def descend(self, values: Floats, seconds: float | None) -> None:
+    def descend(self, priority: Floats, seconds: float | None) -> None:
         """Improve the incumbent by removing or taking back units, many at once at first.
 
-        Units are tried in the order of a relaxation's ``values``. Every try costs one evaluation of the network.
+        Units of low ``priority`` (keep variables,) are removed first. Every try costs one evaluation of the network.
         """
         best = self.separation.best
         if best.values is None or not self.binary_keep:
@@ -316,7 +323,7 @@ class _Search:
             deadline = None
         else:
             deadline = time.perf_counter() + seconds
-        order = np.argsort(values[self.keep], kind="stable")
+        order = np.argsort(priority, kind="stable")
         current = np.round(best.values[self.keep])
         size = max(len(self.keep) // 4, 1)
         while size:

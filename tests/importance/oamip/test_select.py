@@ -29,7 +29,9 @@ from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.importance import find, names
-from onnx_oamip.importance.oamip import select
+from onnx_oamip.importance.oamip import select, solve
+from onnx_oamip.programs import Program
+from onnx_oamip.programs.solvers import CutSolution, Limit, Solution, Termination
 from onnx_oamip.statistics import calibration, class_samples
 from onnx_oamip.statistics.requests import CLASS_SAMPLES, COVARIANCE
 
@@ -121,6 +123,31 @@ def test_heavier_loss_weight_keeps_more_units(tmp_path: Path) -> None:
         _score(MLP, tmp_path, mode="joint", loss_weight=w).values.sum() for w in (0.05, 50.0)
     )
     assert light < heavy
+
+
+def test_units_are_removed_by_the_guess_if_the_relaxation_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any solution of a program, evaluations of the network still improve on keeping all units."""
+    model, coupling, statistics = _ready(MLP, tmp_path)
+    images = statistics[CLASS_SAMPLES]
+    assert images is not None
+    nothing = Solution(Termination.NO_SOLUTION, Limit.TIME, None, None, None, None, 1.0, "highs")
+
+    def out_of_time(program: Program, *_: object, **__: object) -> CutSolution:
+        return CutSolution(nothing, program, rounds=1, cuts=0, closed=False)
+
+    monkeypatch.setattr(solve, "solve_with_cuts", out_of_time)
+    found = []
+    for guess in (None, np.arange(coupling.n_units) / coupling.n_units):
+        _, outcome = select.program(model, coupling, images, _settings(loss_weight=0.5), guess)
+        found.append(outcome)
+    all_kept, improved = found
+    assert (all_kept.keep == 1).all()
+    assert improved.objective < all_kept.objective
+    removed = np.flatnonzero(improved.keep == 0)
+    assert len(removed)
+    assert removed[0] == 0  # the unit of lowest guess is among them
 
 
 def test_budget_is_met_and_used(tmp_path: Path) -> None:
