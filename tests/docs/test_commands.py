@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def commands(page: str, *languages: str) -> list[list[str]]:
 
 
 WITH_COMMANDS = [page for page in PAGES if commands(page, "console")]
+WITH_PROGRAMS = [page for page in PAGES if {"console", "python"} & dict(fences(page)).keys()]
 
 
 NOT_RUN = {"recover"}
@@ -146,7 +149,17 @@ def own_file(path: Path, model: Path, samples: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS)
+@pytest.fixture
+def _unchanged_logging() -> Iterator[None]:
+    root, own = logging.getLogger(), logging.getLogger("onnx_oamip")
+    handlers, level = list(root.handlers), own.level
+    yield
+    root.handlers[:] = handlers
+    own.setLevel(level)
+
+
+@pytest.mark.usefixtures("_unchanged_logging")
+@pytest.mark.parametrize("page", WITH_PROGRAMS)
 def test_commands_and_programs_of_pages_run(
     page: str,
     capfd: pytest.CaptureFixture[str],
@@ -159,12 +172,13 @@ def test_commands_and_programs_of_pages_run(
     monkeypatch.chdir(tmp_path)
     materials(tmp_path, page)
     before = set(sys.modules)
+    names = {"__name__": "__main__"}
     try:
         for language, block in fences(page):
             if language == "console":
                 run_console(block, capfd)
             elif language == "python":
-                exec(compile(block, page, "exec"), {"__name__": "__main__"})
+                exec(compile(block, page, "exec"), names)
     finally:
         for module in set(sys.modules) - before:
             if getattr(sys.modules[module], "__file__", None) == str(tmp_path / f"{module}.py"):
