@@ -12,6 +12,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+try:
+    import jsonschema
+except ImportError:  # it belongs to the extra `dev`
+    jsonschema = None
+
 
 @dataclass(frozen=True)
 class Result:
@@ -26,7 +31,37 @@ class Result:
         def refuse(word: str) -> None:
             raise ValueError(f"{word} is not JSON")
 
-        return json.loads(self.out, parse_constant=refuse)
+        document = json.loads(self.out, parse_constant=refuse)
+        check_schema(document)
+        return document
+
+
+SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
+SIGNS = {
+    "status": "error",
+    "ratio": "pack",
+    "packed": "unpack",
+    "points": "frontier",
+    "after": "prune",
+    "predicted": "plan",
+    "method": "score",
+    "pruned": "verify",
+    "levels": "profile",
+    "models": "bench",
+    "operators": "ops",
+    "devices": "doctor",
+    "solvers": "solvers",
+    "groups": "inspect",
+}
+"""Schema of a document, by the first of these keys that it has."""
+
+
+def check_schema(document: dict) -> None:
+    """The document is as its published schema says, if the package that checks it is installed."""
+    name = next((name for key, name in SIGNS.items() if key in document), None)
+    if jsonschema is not None and name is not None:
+        schema = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
+        jsonschema.validate(document, schema)
 
 
 def perceptron(path: Path, hidden: int = 16) -> None:

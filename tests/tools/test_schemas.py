@@ -1,0 +1,57 @@
+"""Published JSON schemas: fresh where they are made from types, and refusing what breaks them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from command_line import SCHEMAS, SIGNS
+
+from onnx_oamip.artifacts.plan_schema import PlanFile
+from onnx_oamip.cli import cli
+from onnx_oamip.planning.latency_tables import LatencyTable
+from tools import schemas
+
+
+def published(name: str) -> dict:
+    return json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("plan-file", PlanFile.model_json_schema()),
+        ("latency-table", LatencyTable.model_json_schema()),
+    ],
+)
+def test_schema_of_a_file_is_fresh(name: str, schema: dict) -> None:
+    found = published(name)
+    assert found.pop("$schema") == schemas.DIALECT
+    found.pop("title")
+    schema.pop("title", None)
+    assert found == json.loads(json.dumps(schema)), "run: python -m tools.schemas"
+
+
+def test_every_command_with_a_document_has_a_schema() -> None:
+    names = {path.stem for path in SCHEMAS.iterdir()}
+    assert names == {*schemas.COMMANDS, "apply", "error", "plan-file", "latency-table"}
+    assert set(SIGNS.values()) | {"apply"} <= names
+    assert set(cli.commands) - names == {"checkpoint", "config", "recover"}
+
+
+def test_schema_requires_keys_and_types() -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="needs the extra 'dev'")
+    document = {"schema_version": 1, "error": "it failed", "hint": None, "status": 2}
+    jsonschema.validate(document, published("error"))
+    for broken in ({**document, "status": "2"}, {"error": "it failed"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, published("error"))
+
+
+def test_schema_describes_nested_values() -> None:
+    value = {"a": 1, "b": [{"c": "x", "d": 1}, {"c": "y"}], "timings": {"load": 1}, "e": None}
+    found = schemas.schema_of(value)
+    assert found["required"] == ["a", "b", "e", "timings"]
+    assert found["properties"]["b"]["items"]["required"] == ["c"]
+    assert found["properties"]["timings"] == {"type": ["object", "null"]}
+    assert found["properties"]["e"] == {}
