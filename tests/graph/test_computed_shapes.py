@@ -131,6 +131,32 @@ BRANCH = """(float[N,3,8] x, bool flag) => (float[N,2,10] y)
     r = Relu(o)
     y = Conv(r, w3)
 }"""
+RESIZE = """(float[N,3,H,W] x) => (float[N,2,H,W] y)
+<float[8,3,1,1] w1, float[5,8,2,2] w2, float[2,5,1,1] w3, int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}> {
+    a = Conv(x, w1)
+    b = Conv<strides = [2, 2]>(a, w2)
+    fine = Shape(a)
+    rows = Slice(fine, two, four, zero)
+    coarse = Shape(b)
+    kept = Slice(coarse, zero, two, zero)
+    sizes = Concat<axis = 0>(kept, rows)
+    c = Resize<mode = "nearest">(b, , , sizes)
+    y = Conv(c, w3)
+}"""
+CELL = """(float[N,6] x) => (float[N,3] y)
+<float[6,5] w1, float[5,5] w2, float[5,3] w3, float null = {0.0}, int64[1] first = {0}, int64[1] width = {5}> {
+    lengths = Shape(x)
+    batch = Gather(lengths, first)
+    size = Concat<axis = 0>(batch, width)
+    start = Expand(null, size)
+    a = MatMul(x, w1)
+    b = MatMul(start, w2)
+    c = Add(a, b)
+    d = Mul(c, start)
+    e = Add(d, c)
+    h = Tanh(e)
+    y = MatMul(h, w3)
+}"""
 ONES = """(float[N,6] x) => (float[N,3] y)
 <float[6,8] w1, float[8,8] w2, float[8,3] w3, float[8] ones = {1, 1, 1, 1, 1, 1, 1, 1}> {
     a = MatMul(x, w1)  b = Mul(a, ones)  c = Relu(b)
@@ -148,13 +174,15 @@ ONES = """(float[N,6] x) => (float[N,3] y)
         pytest.param(SPATIAL, {"w1": 8}, {"H": 3, "W": 3}, id="spatial"),
         pytest.param(SQUEEZE, {"w1": 8, "w2": 6}, {"T": 4}, id="squeeze"),
         pytest.param(BRANCH, {"w1": 7, "w2": 5}, {}, id="branch"),
+        pytest.param(RESIZE, {"w1": 8, "w2": 5}, {"H": 4, "W": 4}, id="resize"),
+        pytest.param(CELL, {"w1": 5}, {}, id="cell"),
         pytest.param(ONES, {"w1": 8, "w2": 8}, {}, id="ones"),
     ],
 )
 def test_channels_are_followed(
     text: str, widths: dict[str, int], bindings: dict[str, int], tmp_path: Path
 ) -> None:
-    model = load(build(text, opset=17 if "axes = [1]" in text else 18), tmp_path, bindings)
+    model = load(build(text, opset=18 if "num_outputs" in text else 17), tmp_path, bindings)
     assert cost.uncounted(model) == ()
     coupling = couple(model)
     assert {group.name: len(group.units) for group in coupling.groups} == widths
