@@ -132,7 +132,8 @@ BRANCH = """(float[N,3,8] x, bool flag) => (float[N,2,10] y)
     y = Conv(r, w3)
 }"""
 RESIZE = """(float[N,3,H,W] x) => (float[N,2,H,W] y)
-<float[8,3,1,1] w1, float[5,8,2,2] w2, float[2,5,1,1] w3, int64[1] zero = {0}, int64[1] two = {2}, int64[1] four = {4}> {
+<float[8,3,1,1] w1, float[5,8,2,2] w2, float[2,5,1,1] w3, int64[1] zero = {0}, int64[1] two = {2},
+ int64[1] four = {4}> {
     a = Conv(x, w1)
     b = Conv<strides = [2, 2]>(a, w2)
     fine = Shape(a)
