@@ -28,7 +28,8 @@ InputKind: TypeAlias = Literal["images", "audio", "tokens", "mask", "other"]
 LEAST_CROP = 0.35
 """Smallest share of the area of an image that a crop keeps."""
 SMALL_SIDE = 96
-"""Images with a shorter side show one object that fills them: parts and mixtures of them look like nothing else."""
+"""Images with a shorter side show one object that fills them: parts and mixtures of them look like nothing else, so
+that only half of them are changed, and less."""
 LEAST_CROP_OF_SMALL = 0.8
 """Smallest share of the area of such an image that a crop keeps."""
 LEAST_SIDE = 8
@@ -110,7 +111,9 @@ def images(batch: Array, rng: np.random.Generator) -> Array:
     low, high = float(planes.min()), float(planes.max())
     is_small = min(planes.shape[2:]) < SMALL_SIDE
     least = LEAST_CROP_OF_SMALL if is_small else LEAST_CROP
-    result = np.stack([_one_image(image.astype(np.float32), least, rng) for image in planes])
+    result = planes.astype(np.float32)
+    for place in rng.permutation(len(result))[: len(result) // 2 if is_small else None]:
+        result[place] = _one_image(result[place], least, rng)
     mixed = rng.permutation(len(result))[: 0 if is_small else len(result) // 2]
     others = rng.permutation(len(result))[: len(mixed)]
     shares = rng.uniform(0.3, 1.0, (len(mixed), 1, 1, 1)).astype(np.float32)
