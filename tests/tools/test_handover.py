@@ -58,10 +58,11 @@ def test_every_tool_gets_both_files_and_a_failure_is_a_cell(
     rows = json.loads((tmp_path / "handover.json").read_text())["rows"]
     first, second = rows
     assert first["version"] == np.__version__
-    assert (first["pruned"], first["original"], first["bytes"]) == ("1e+00", "1e+00", 0.75)
+    assert (first["pruned"], first["original"], first["bytes kept"]) == ("1e+00", "1e+00", 0.75)
+    assert first["bytes of pruned"] == round(30 / pair.pruned.stat().st_size, 2)
     assert (second["version"], second["pruned"]) == ("1.2", "fails: no such operator")
-    assert (second["original"], second["bytes"]) == ("0e+00", None)
-    assert "| broken | 1.2 | original | fails: no such operator | 0e+00 | - |" in text
+    assert (second["original"], second["bytes kept"]) == ("0e+00", None)
+    assert "| broken | 1.2 | original | fails: no such operator | 0e+00 | - | - |" in text
 
 
 def test_samples_reach_javascript_unchanged() -> None:

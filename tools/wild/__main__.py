@@ -1,4 +1,4 @@
-"""``python -m tools.wild fetch|run|judge|table|handover``."""
+"""``python -m tools.wild fetch|run|judge|simplify|table|handover``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main() -> None:
     """Fetch the files, run them, judge them again, write the table, or hand pruned files over to other tools."""
     parser = argparse.ArgumentParser(prog="python -m tools.wild", description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
-    for name in ("fetch", "run", "judge"):
+    for name in ("fetch", "run", "judge", "simplify"):
         step = steps.add_parser(name)
         step.add_argument(
             "--cache", type=Path, required=True, help="folder of packages and samples"
@@ -20,6 +20,8 @@ def main() -> None:
         if name == "fetch":
             continue
         step.add_argument("--out", type=Path, required=True, help="folder of records")
+        if name == "simplify":
+            continue
         step.add_argument(
             "--budget", type=float, action="append", help="share to keep: 0.7 and 0.5"
         )
@@ -48,6 +50,11 @@ def main() -> None:
     listed = manifest.load()
     if chosen.step == "fetch":
         fetch.fetch(listed, chosen.cache)
+        return
+    if chosen.step == "simplify":
+        from . import handover
+
+        handover.simplify_all(listed, chosen.cache, chosen.out)
         return
     if chosen.step == "table":
         from . import table

@@ -6,6 +6,7 @@ Every tool reads the original and the pruned file: what it cannot do with both h
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import subprocess
 import tempfile
@@ -22,24 +23,26 @@ from onnx_oamip.data import dataset
 from onnx_oamip.graph import loading
 
 from ..bench import studies
+from . import samples
 from .draw import SEED, Array, Feeds, session
+from .manifest import Manifest
 
 RUNS = 8
 """Samples that outputs are compared on."""
 CALIBRATION = 32
 """Samples for the ranges of static int8."""
-COLUMNS = ("tool", "version", "file", "pruned", "original", "bytes")
+COLUMNS = ("tool", "version", "file", "pruned", "original", "bytes kept", "bytes of pruned")
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pruned file with its original and samples of its inputs, one sample along axis 0 of each array."""
+    """A pruned file with its original, and feeds of one sample each."""
 
     name: str
     original: Path
     pruned: Path
-    samples: Feeds
+    feeds: Sequence[Feeds]
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,13 @@ class Work:
     """A file that a tool gets, a folder to write to, and the folder of the installed npm packages."""
 
     file: Path
-    samples: Feeds
+    all_feeds: Sequence[Feeds]
     place: Path
     modules: Path
 
-    def feeds(self, count: int) -> list[Feeds]:
+    def feeds(self, count: int) -> Sequence[Feeds]:
         """The first samples, one by one."""
-        return [
-            {name: values[i : i + 1] for name, values in self.samples.items()} for i in range(count)
-        ]
+        return self.all_feeds[:count]
 
 
 Outputs = list[dict[str, Array]]
@@ -229,21 +230,23 @@ def rows(pairs: Sequence[Pair], modules: Path) -> list[studies.Row]:
             row["file"] = pair.name
             sizes = {}
             for kind, file in (("pruned", pair.pruned), ("original", pair.original)):
-                row[kind], sizes[kind] = _cell(function, file, pair.samples, modules)
-            row["bytes"] = None
-            if sizes["pruned"] and sizes["original"]:
-                row["bytes"] = round(sizes["pruned"] / sizes["original"], 2)
+                row[kind], sizes[kind] = _cell(function, file, pair.feeds, modules)
+            made = sizes["pruned"]
+            row["bytes kept"] = row["bytes of pruned"] = None
+            if made and sizes["original"]:
+                row["bytes kept"] = round(made / sizes["original"], 2)
+                row["bytes of pruned"] = round(made / pair.pruned.stat().st_size, 2)
             print(row, flush=True)
             found.append(row)
     return found
 
 
 def _cell(
-    function: Callable[[Work], Handed], file: Path, samples: Feeds, modules: Path
+    function: Callable[[Work], Handed], file: Path, feeds: Sequence[Feeds], modules: Path
 ) -> tuple[str, int | None]:
     """The difference that a tool makes, or why it fails, and the bytes of what it wrote."""
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(file, samples, Path(folder), modules)
+        work = Work(file, feeds, Path(folder), modules)
         try:
             made, size = function(work)
         except Exception as error:  # the row says what the tool cannot do
@@ -262,10 +265,28 @@ def _version(package: str, modules: Path) -> str:
 def load(text: str) -> Pair:
     """Read ``ORIGINAL.onnx,PRUNED.onnx,SAMPLES.npz``."""
     original, pruned, data = map(Path, text.split(","))
-    samples = dataset.load(data, loading.load(original))
-    assert samples is not None
-    feed = samples.take(np.arange(max(RUNS, CALIBRATION))).feed(np.arange(max(RUNS, CALIBRATION)))
-    return Pair(original.stem, original, pruned, dict(feed))
+    return Pair(original.stem, original, pruned, _feeds(original, data))
+
+
+def _feeds(model: Path, data: Path) -> list[Feeds]:
+    """Feeds of one sample each, as this package reads them."""
+    found = dataset.load(data, loading.load(model))
+    assert found is not None
+    return [feed for _, feed in itertools.islice(found.batches(1), CALIBRATION)]
+
+
+def simplify_all(manifest: Manifest, cache: Path, out: Path) -> None:
+    """Hand every original to onnxsim, for the table of the real files; what has a record is left as it is."""
+    for entry in manifest.entries:
+        path = out / f"{entry.name}-onnxsim.json"
+        if path.exists():
+            continue
+        file = entry.path(cache)
+        feeds = _feeds(file, samples.write(entry, manifest, cache))
+        difference, size = _cell(simplifier, file, feeds, Path())
+        share = round(size / file.stat().st_size, 3) if size else None
+        path.write_text(json.dumps({"apart": difference, "bytes": share}) + "\n", encoding="utf-8")
+        print(entry.name, difference, share, flush=True)
 
 
 def write(pairs: Sequence[Pair], modules: Path, study: Path | None = None) -> str:

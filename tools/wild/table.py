@@ -25,6 +25,8 @@ COLUMNS = (
     "bytes at 0.5",
     "processor s",
     "peak MiB",
+    "onnxsim bytes",
+    "onnxsim apart",
     "remark",
 )
 CLOCKED = ("processor s", "peak MiB")
@@ -39,7 +41,9 @@ def rows(manifest: Manifest, out: Path) -> list[studies.Row]:
         inspected = _read(out, f"{entry.name}-inspect")
         runs = [_read(out, f"{entry.name}-{budget}") for budget in BUDGETS]
         if inspected or any(runs):
-            found.append(_row(entry, inspected, runs))
+            simplified = _read(out, f"{entry.name}-onnxsim") or {}
+            beside = {f"onnxsim {key}": simplified.get(key) for key in ("bytes", "apart")}
+            found.append(_row(entry, inspected, runs) | beside)
     return found
 
 

@@ -170,7 +170,7 @@ def wake_embedding(case: Case, *, said: Mapping[str, str]) -> Verdict:
             for embed, heard in zip(embeds, found, strict=True):
                 rows = embed.run(None, {"input_1": windows})[0].reshape(len(windows), -1)
                 parts = sounds.windows(rows, 16, range(16, len(rows) + 1))
-                heard.append(max(float(net.run(None, {name: w[None]})[0]) for w in parts) > 0.5)
+                heard.append(max(net.run(None, {name: w[None]})[0].max() for w in parts) > 0.5)
     verdict = decided(*(np.array(heard) for heard in found))
     before, after = both(case)
     shares = {f"R² {name}": explained(before[name], after[name]) for name in before}
