@@ -46,6 +46,7 @@ from onnx_oamip.graph.cost import full_widths, ledger, uncounted
 from onnx_oamip.graph.ops import REGISTRY
 from onnx_oamip.planning import score_draws
 from onnx_oamip.programs.solvers import SolverRecord
+from onnx_oamip.reporting.knee import knee
 from onnx_oamip.verification.benchmark import Benchmark
 from onnx_oamip.verification.latency import Timing
 
@@ -129,6 +130,7 @@ def frontier(found: Frontier) -> Document:
     Returns:
         A dict of plain values.
     """
+    points = [_point(point, found.before) for point in found.points]
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(found.model),
@@ -137,7 +139,8 @@ def frontier(found: Frontier) -> Document:
             {"name": group.name, "units": len(group.units)} for group in found.coupling.groups
         ],
         "objective": terms(found.objective),
-        "points": [_point(point, found.before) for point in found.points],
+        "points": points,
+        "knee": _knee(points, found.accuracy),
         "importance": found.importance,
         "notes": _distinct([*found.model.notes, *found.notes]),
         "timings": found.timings,
@@ -145,6 +148,18 @@ def frontier(found: Frontier) -> Document:
         "versions": versions(),
     }
     return plain_document(result)
+
+
+def _knee(points: Sequence[Document], accuracy: float | None) -> float | None:
+    """The level behind which quality falls faster; None if the curve has no such point."""
+    made = [point for point in points if not point["reason"]]
+    qualities = {"accuracy": accuracy, "agreement": 1.0}
+    for name, whole in qualities.items():
+        if whole is not None and all(point[name] is not None for point in made):
+            shares = [1.0, *(point["shares"]["macs"] for point in made)]
+            place = knee(shares, [whole, *(point[name] for point in made)])
+            return None if place is None else made[place - 1]["asked"]
+    return None
 
 
 def scoring(found: Scored) -> Document:

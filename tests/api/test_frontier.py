@@ -48,6 +48,7 @@ KEYS = {
     "groups",
     "objective",
     "points",
+    "knee",
     "importance",
     "notes",
     "timings",

@@ -37,6 +37,7 @@ from onnx_oamip.reporting.html.wording import (
     plural,
     short,
 )
+from onnx_oamip.reporting.tables.parts import knee_command
 
 ASKED = tuple(name for name in Settings.model_fields if name not in ("macs", "force"))
 """Settings that the command ``frontier`` has as options."""
@@ -117,7 +118,11 @@ def _curve(value: Document, made: Sequence[Document]) -> Section:
         "What the model still does, and how long it takes, at every share of its multiply-accumulates. Dashed: what "
         "the original does, and a latency that falls as the multiply-accumulates do."
     )
-    return Section("curve", "Curve", lead, [Figures([Figure(svg) for svg in drawn], "wide")])
+    parts: list[Part] = [Figures([Figure(svg) for svg in drawn], "wide")]
+    if value["knee"] is not None:
+        text = f"Knee: {percent(value['knee'])}, below which quality falls faster. For that model: "
+        parts.append(Note(text + knee_command(value)))
+    return Section("curve", "Curve", lead, parts)
 
 
 def _points(value: Document) -> Section:

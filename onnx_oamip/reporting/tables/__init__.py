@@ -24,6 +24,7 @@ from onnx_oamip.reporting.tables.parts import (
     count,
     fit_rows,
     grid,
+    knee_command,
     latency_rows,
     limited,
     number,
@@ -149,6 +150,11 @@ def _frontier(value: Document, _: Console) -> Iterator[RenderableType]:
     lines = ["shares, and latency, of the original's; error: of the outputs, relative."]
     lines += [f"at {percent(p['asked'])}: {p['reason']}" for p in value["points"] if p["reason"]]
     lines += [f"wrote {p['output']}" for p in value["points"] if p["output"]]
+    if value["knee"] is not None:
+        lines.append(
+            f"knee: {percent(value['knee'])}, below which quality falls faster; for that model:"
+        )
+        lines.append(f"  {knee_command(value)}")
     yield Text("\n".join([*lines, *(f"note: {note}" for note in value["notes"])]))
 
 

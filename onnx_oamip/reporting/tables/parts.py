@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich import box
@@ -122,6 +123,22 @@ def latency_rows(found: Document) -> Iterator[RenderableType]:
             f"note: the latency is not shown: {found['doubt']}; measure both models again with 'onnx-oamip bench' "
             f"while the machine is idle."
         )
+
+
+def knee_command(value: Document) -> str:
+    """Write the command that makes the model at the knee of a frontier.
+
+    Args:
+        value: Document of ``frontier``, with a knee.
+
+    Returns:
+        The command; other options of the run are to be added.
+    """
+    level = f"{value['knee']:g}"
+    data = value["settings"]["data"]
+    model = value["model"]["path"]
+    output = f"{PurePath(model).stem}-macs{level}.onnx"
+    return f"onnx-oamip prune {model} --data {data} --macs {level} -o {output}"
 
 
 def assumption_rows(model: Document) -> Iterator[RenderableType]:
