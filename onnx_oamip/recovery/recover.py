@@ -81,7 +81,7 @@ def run(
     """
     if not objective.judged:
         raise SettingsError(
-            "a recovery needs an output to judge by, and all are ignored; leave out `task` or `output_kinds`."
+            "a recovery needs an output to judge by, and all are ignored; leave out `task` or `outputs`."
         )
     with imports_of("recover", "recovery"):
         from onnx_oamip.recovery import training
