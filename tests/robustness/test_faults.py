@@ -68,7 +68,7 @@ def _oamip(mode: str, **values: Any) -> dict[str, Any]:
 
 STAGES = {
     "load": Stage("graph.loading.load"),
-    "couple": Stage("api.prepare.couple", SCALES),
+    "couple": Stage("planning.idle_branches.couple", SCALES),
     "calibrate": Stage("statistics.calibration.collect", SCALES),
     "gram": Stage("statistics.covariances.collect", MOMENTS),
     "pool": Stage(
