@@ -53,6 +53,8 @@ class Entry:
     """Options of the function that makes samples."""
     judged: Mapping[str, Any] = field(default_factory=dict)
     """Options of the judge."""
+    reason: str = ""
+    """Why the task is lost at some budget, as found in the model."""
     options: tuple[str, ...] = ()
     """Options of ``prune`` that state what a user knows and the file does not hold, such as the kind of an output."""
 

@@ -61,7 +61,8 @@ def _row(entry: Entry, inspected: Record | None, runs: Sequence[Record | None]) 
         task.append("budget in parameters")
     if entry.options:
         task.append(" ".join(entry.options))
-    remarks = [_brief(run["error"]) for run in made if run.get("error")]
+    remarks = [entry.reason] if entry.reason else []
+    remarks += [_brief(run["error"]) for run in made if run.get("error")]
     return {
         "file": entry.name,
         "package": f"{entry.package.name} {entry.package.version}",
