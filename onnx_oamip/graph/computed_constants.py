@@ -153,7 +153,11 @@ def separate(proto: ModelProto, inputs: Set[str]) -> None:
 def _is_uniform(tensor: TensorProto) -> bool:
     """Tests for a small vector of equal numbers of a floating type, along one axis of any rank."""
     sizes = [size for size in tensor.dims if size != 1]
-    if len(sizes) != 1 or sizes[0] > LONGEST_COPIED or tensor.data_type not in FLOATING_TYPES:
+    if (
+        len(sizes) != 1
+        or not 0 < sizes[0] <= LONGEST_COPIED
+        or tensor.data_type not in FLOATING_TYPES
+    ):
         return False
     value = external_data.array(tensor)
     return bool((value == value.reshape(-1)[0]).all())
