@@ -692,8 +692,11 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
         Dimensions, element types, and the lists that the graph computes from dimensions.
     """
     recognised: dict[str, Dims] = {}
+    nodes = proto.graph.node if graph is None else graph.node
     if graph is None:
-        graph = inferred(skeleton(proto))
+        copy = skeleton(proto)
+        _replace_unknown_operators(copy, proto)
+        graph = inferred(copy)
         recognised = _recognised_dims(proto)
     dims: dict[str, Dims] = {}
     types: dict[str, int] = {}
@@ -724,7 +727,7 @@ def known_values(proto: ModelProto, graph: GraphProto | None = None) -> Values:
     }
     dtypes.update((name, value.dtype) for name, value in constants.items())
     version = {o.domain: o.version for o in proto.opset_import}.get("", 1)
-    entries = follow(graph.node, constants, dims, dtypes=dtypes, version=version)
+    entries = follow(nodes, constants, dims, dtypes=dtypes, version=version)
     return Values(dims, types, entries)
 
 

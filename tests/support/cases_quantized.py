@@ -305,13 +305,6 @@ for _name, _weights, _body in (
         "int8[32,8] codes, float scale = {0.1}",
         "r = com.microsoft.DynamicQuantizeMatMul(h, codes, scale)",
     ),
-    (
-        "DynamicQuantizeLSTM",
-        """int8[1,32,32] wx, int8[1,8,32] wh, float[1] sx, int8[1] zx = {0}, float[1] sh, int8[1] zh = {0},
-        int64[1] at = {1}""",
-        """q, last, cell = com.microsoft.DynamicQuantizeLSTM<hidden_size = 8>(h, wx, wh, , , , , , sx, zx, sh, zh)
-        r = Squeeze(q, at)""",
-    ),
 ):
     case(
         f"counted-{_name.lower()}",
@@ -322,3 +315,51 @@ for _name, _weights, _body in (
         pinned="has a quantised weight that is not followed",
         domains={"com.microsoft": 1},
     )
+
+
+def _dynamic_lstm(
+    name: str, units: int, *, directions: int = 1, rows: int = 1, state: str = "", pinned: str = ""
+) -> None:
+    """A quantised LSTM of six units between two products, with ``rows`` scales for every direction."""
+    count = directions * rows
+    shape = f"[{directions},{rows}]" if rows > 1 else f"[{directions}]"
+    parameters = [
+        codes("int8", "wx", directions, 9, 24),
+        codes("int8", "wh", directions, 6, 24),
+        *(gains(scale, count).replace(f"[{count}]", shape, 1) for scale in ("sx", "sh")),
+        *(
+            codes("int8", zero, count, low=0, high=0).replace(f"[{count}]", shape, 1)
+            for zero in ("zx", "zh")
+        ),
+        f"float[5,9] w1, float[{directions},48] b, float[{6 * directions},3] w2",
+        f"int64[3] flat = {{0, 0, {6 * directions}}}",
+    ]
+    lines = ["h = MatMul(x, w1)", "a = Relu(h)", "t = Transpose<perm = [1, 0, 2]>(a)"]
+    if state:
+        parameters.append(f"float start = {{{state}}}, int64[3] sizes = {{{directions}, 4, 6}}")
+        lines.append("s = Expand(start, sizes)")
+    start = "s, s" if state else ", "
+    direction = "bidirectional" if directions == 2 else "forward"
+    lines += [
+        f"""q = com.microsoft.DynamicQuantizeLSTM<hidden_size = 6, direction = "{direction}">
+            (t, wx, wh, b, , {start}, , sx, zx, sh, zh)""",
+        "m = Transpose<perm = [2, 0, 1, 3]>(q)",
+        "f = Reshape(m, flat)",
+        "y = MatMul(f, w2)",
+    ]
+    case(
+        f"dynamic-lstm-{name}",
+        "com.microsoft.DynamicQuantizeLSTM MatMul",
+        f"(float[4,N,5] x) => (float[4,N,3] y) <{', '.join(parameters)}> {{ {'  '.join(lines)} }}",
+        units=units,
+        pinned=pinned,
+        domains={"com.microsoft": 1},
+        bindings={"N": 3},
+    )
+
+
+_dynamic_lstm("scale", 9 + 6)
+_dynamic_lstm("scales-of-rows", 9 + 6, rows=24)
+_dynamic_lstm("bidirectional", 9 + 6, directions=2)
+_dynamic_lstm("from-zeros", 9 + 6, state="0.0")
+_dynamic_lstm("from-ones", 0, state="1.0", pinned="does not start from zeros")

@@ -63,11 +63,11 @@ def _upsample(node: Node, labels: Labels) -> None:
 
 
 def _expand(node: Node, labels: Labels) -> None:
-    """Follow the input's channels; copies along an axis of constant length are equal, so any can be removed."""
+    """Follow the input's channels; copies along an axis of known length are equal, so any can be removed."""
     _sized(node, labels, 1, "shape")
     name = node.inputs[0]
     out = node.outputs[0]
-    target = labels.constant(node.inputs[1])
+    target = elements(node.inputs[1], labels)
     before = labels.shape(name)
     after = labels.shape(out)
     if target is None or before is None or after is None:
@@ -78,7 +78,10 @@ def _expand(node: Node, labels: Labels) -> None:
     copies = [
         a
         for a, n in enumerate(after)
-        if n > 1 and a >= first and (a < shift or before[a - shift] == 1)
+        if n > 1
+        and a >= first
+        and target[a - first] is not None
+        and (a < shift or before[a - shift] == 1)
     ]
     for a in copies:
         known[a] = labels.free(after[a])

@@ -11,7 +11,7 @@ from onnx_oamip.core.records import Axis, Node
 from onnx_oamip.graph.ops.handles import Labels
 from onnx_oamip.graph.ops.linear import matmul_cost
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import LikeOperator, LikeProduct, OpSpec, Shapes, Total
+from onnx_oamip.graph.ops.spec import LikeProduct, OpSpec, Shapes, Total
 
 DOMAIN = "com.microsoft"
 
@@ -36,24 +36,9 @@ def _matrix_shape(node: Node, constants: Shapes) -> tuple[int, int] | None:
     return (shape[0], shape[1]) if shape is not None and len(shape) == 2 else None
 
 
-def _recurrent_cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
-    """Weights are (directions, inputs, gates times hidden units): transposed, unlike those of LSTM."""
-    del shapes
-    x, w, r = node.inputs[:3]
-    inputs_and_state: Total = (((w, 1), (r, 1)), 0)
-    return ((x, 0), (x, 1), (w, 0), (w, 2), inputs_and_state)
-
-
 SPECS = (
     OpSpec("MatMulNBits", _whole, DOMAIN, cost=_packed_cost, shape=LikeProduct(_packed_shape)),
     OpSpec(
         "DynamicQuantizeMatMul", _whole, DOMAIN, cost=matmul_cost, shape=LikeProduct(_matrix_shape)
-    ),
-    OpSpec(
-        "DynamicQuantizeLSTM",
-        _whole,
-        DOMAIN,
-        cost=_recurrent_cost,
-        shape=LikeOperator("LSTM", (0, 1, 2), ("hidden_size", "direction")),
     ),
 )
