@@ -96,11 +96,14 @@ def _nodes(body: Body) -> Iterator[Node]:
 
 
 def _conditions(model: Model, samples: Samples, conditions: list[str]) -> Mapping[str, set[bool]]:
-    """Values that conditions have over the samples."""
+    """Values that conditions have over the samples; one that is a constant or a default has its stored value."""
     found: dict[str, set[bool]] = {name: set() for name in conditions}
-    if not conditions:
+    for name in found:
+        if name in model.constants:
+            found[name].add(_truth(model.constants[name]))
+    targets = [name for name in found if name not in model.constants]
+    if not targets:
         return found
-    targets = list(found)
     types = element_types(model.proto, model.dtypes)
 
     def feeds() -> Iterator[Mapping[str, Array]]:
@@ -108,5 +111,10 @@ def _conditions(model: Model, samples: Samples, conditions: list[str]) -> Mappin
             yield feed
 
     for _, place, value in stream(model.proto, feeds(), targets, types, "cpu"):
-        found[targets[place]].add(bool(value.reshape(-1)[0]))
+        found[targets[place]].add(_truth(value))
     return found
+
+
+def _truth(condition: Array) -> bool:
+    """Value of a condition, which has one element."""
+    return bool(condition.reshape(-1)[0])
