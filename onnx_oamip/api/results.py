@@ -27,6 +27,7 @@ from onnx_oamip.core.records import Coupling, Model, Objective, Report, Scores
 from onnx_oamip.data.sources import File
 from onnx_oamip.graph import default_inputs, external_data
 from onnx_oamip.reporting import documents
+from onnx_oamip.verification.equivalence import judged
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,8 +122,13 @@ class Inspection:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON document of the command ``inspect``."""
-        return documents.inspection(self.model, self.coupling, self.objective)
+        """The JSON document of the command ``inspect``.
+
+        Raises:
+            ModelError: The cost of a node cannot be counted, and the model does not run.
+        """
+        with judged(self.model):
+            return documents.inspection(self.model, self.coupling, self.objective)
 
     def __repr__(self) -> str:
         coupling = self.coupling
