@@ -227,8 +227,14 @@ _MERGED = """(float[N,5,6] x) => (float[N,5,4] y)
     c = Reshape(ot, joined)
     y = MatMul(c, wo)
 }"""
-# Two lengths of one target are open, the batch and the one that is left: the others can still be changed.
 case("attention-with-heads-merged-into-the-batch", "Reshape", _MERGED, units=12 + 3 + 3)
+# Two lengths of one target are open, the batch and the one that is left: the others can still be changed.
+case(
+    "attention-with-heads-merged-into-the-batch-of-any-length",
+    "Reshape",
+    _MERGED.replace("N,5,", "N,T,"),
+    units=12 + 3 + 3,
+)
 case(
     "group-norm-back-to-an-open-shape",
     "InstanceNormalization Reshape",
