@@ -26,7 +26,18 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "schemas"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 OPEN = frozenset(
-    {"bindings", "opset", "timings", "values", "versions", "outputs", "lengths", "extras", "system"}
+    {
+        "bindings",
+        "compared",
+        "extras",
+        "lengths",
+        "opset",
+        "outputs",
+        "system",
+        "timings",
+        "values",
+        "versions",
+    }
 )
 """Keys whose object has names of its own."""
 FREE = frozenset({"settings", "reading", "metric", "connections", "fp16_zip"})

@@ -741,7 +741,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "--image-layout nhwc --image-color bgr --samples 99 --column c "
         "--alpha 0.9 --signal paper --granularity connection --iterations 2 --sparse "
         "--phi exp_weight --score-time 7 --limits snacs --protect 20% --strict --max-memory 2GB --no-provenance "
-        "--task classes --output a=values:2 --output b=c=ignore --metric m:f"
+        "--task classes --output a=values:2 --output b=c=ignore --metric m:f --recover 30s --augment none"
     )
     expected = {
         "macs": 0.5,
@@ -759,6 +759,8 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "allocate": "mip",
         "effort": "high",
         "refit": "none",
+        "recover": "30s",
+        "augment": "none",
         "align": 4,
         "latency_table": "t.csv",
         "floor": 0.1,
@@ -842,8 +844,9 @@ def test_other_allocations_and_refits(run: Run, place: Path, allocate: str, refi
     assert (document["programs"], document["allocation"]) == ([], allocate)
     assert document["groups"][0]["kept"] == 8
     compared = document["compared"]
-    assert bool(compared) == (refit == "least-squares")
-    assert bool(document["fits"]) == bool(compared and compared["refit"] <= compared["none"])
+    assert bool(compared) == (refit != "none")
+    is_better = bool(compared) and compared["refit"] <= compared["none"]
+    assert bool(document["fits"]) == (refit == "least-squares" and is_better)
 
 
 def test_scores_from_a_file(run: Run, place: Path) -> None:

@@ -187,7 +187,7 @@ def test_every_optional_package_belongs_to_a_declared_extra() -> None:
         path.read_text(encoding="utf-8") for path in (ROOT / "onnx_oamip").rglob("*.py")
     )
     named = set(re.findall(r'imports_of\(\s*"(\w+)"', sources))
-    assert {*PACKAGES, "mlflow", "cluster"} == named <= set(declared)
+    assert {*PACKAGES, "mlflow", "cluster", "recover"} == named <= set(declared)
 
 
 def test_broken_package_is_an_environment_error() -> None:

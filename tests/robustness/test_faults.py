@@ -102,7 +102,7 @@ STAGES = {
     "refit": Stage("repair.least_squares.least_squares", OUTPUTS),
     "verify": Stage("verification.equivalence.prove", REFIT),
     "latency": Stage("api.pipeline.compare_latency", REFIT),
-    "write": Stage("api.pipeline._write", REFIT),
+    "write": Stage("api.pipeline.write", REFIT),
     "rename": Stage("core.atomic_files._backup", REFIT),
 }
 FAULTS = ("kill", "disk", "memory", "timeout", "licence", "worker")
