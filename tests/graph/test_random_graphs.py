@@ -232,12 +232,12 @@ def _check_composition(folder: Path, examples: int) -> None:
 
 @pytest.mark.fuzz
 def test_pruned_equals_masked_and_predicted_cost(folder: Path) -> None:
-    _check_exactness(folder, 300)
+    _check_exactness(folder, 200)
 
 
 @pytest.mark.fuzz
 def test_pruning_twice_equals_pruning_at_once(folder: Path) -> None:
-    _check_composition(folder, 150)
+    _check_composition(folder, 80)
 
 
 @pytest.mark.slow

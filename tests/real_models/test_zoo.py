@@ -15,8 +15,8 @@ from onnx_oamip.api import pipeline
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.verification.latency import Ratio
 
-LARGE = {"bvlc_alexnet", "densenet121", "vgg19", "zfnet512"}
-"""More than 200 MB of weights, or more than 400 layers."""
+LARGE = {"bvlc_alexnet", "densenet121", "inception_v2", "resnet50", "vgg19", "zfnet512"}
+"""Networks with more than 100 MB of weights or about 200 layers, whose tests take long."""
 
 
 def test_every_zoo_network_is_tested() -> None:

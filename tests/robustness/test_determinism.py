@@ -68,7 +68,7 @@ def written(model: Path, arrays: dict[str, np.ndarray], target: Path, **values: 
     ("name", "divisions", "count"),
     [
         *((name, DIVIDED, 128) for name in FEW),
-        ("vit-fashion", FEW_DIVIDED, 48),
+        pytest.param("vit-fashion", FEW_DIVIDED, 48, marks=pytest.mark.slow),
         *(pytest.param(name, DIVIDED, 512, marks=pytest.mark.slow) for name in REST),
     ],
 )
