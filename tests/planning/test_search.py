@@ -160,9 +160,24 @@ def test_refit_adds_biases_only(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "budgets", [{"macs": 0.5}, {"params": 0.3}, {"macs": 0.6, "params": 0.5}, {"size": 0.4}]
+    ("name", "budgets"),
+    [
+        *(
+            (name, budgets)
+            for name in ("lenet300-mnist", "lenet5-mnist")
+            for budgets in (
+                {"macs": 0.5},
+                {"params": 0.3},
+                {"macs": 0.6, "params": 0.5},
+                {"size": 0.4},
+            )
+        ),
+        ("resnet20-fashion", {"macs": 0.6, "params": 0.5}),
+        pytest.param("resnet20-fashion", {"macs": 0.5}, marks=pytest.mark.slow),
+        pytest.param("resnet20-fashion", {"params": 0.3}, marks=pytest.mark.slow),
+        pytest.param("resnet20-fashion", {"size": 0.4}, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("name", ["lenet300-mnist", "lenet5-mnist", "resnet20-fashion"])
 def test_pruned_model_meets_the_budgets(
     name: str, budgets: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,10 @@ def test_nothing_removed_changes_nothing(
 
 @pytest.mark.parametrize(
     ("name", "source", "count"),
-    [("lenet5-mnist", "mnist", 64), ("resnet20-fashion", "fashion-mnist", 24)],
+    [
+        ("lenet5-mnist", "mnist", 64),
+        pytest.param("resnet20-fashion", "fashion-mnist", 24, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_removed_changes_nothing_in_trained_models(
     name: str, source: str, count: int, monkeypatch: pytest.MonkeyPatch
@@ -524,7 +527,7 @@ def _unfitted(pruned: Pruned, node: str) -> ModelProto:
     ("name", "source", "count", "share", "slack"),
     [
         ("lenet5-mnist", "mnist", 128, 0.5, 1.0),
-        ("resnet20-fashion", "fashion-mnist", 48, 0.6, 1.02),
+        pytest.param("resnet20-fashion", "fashion-mnist", 48, 0.6, 1.02, marks=pytest.mark.slow),
         ("mobilenet-fashion", "fashion-mnist", 48, 0.6, 1.02),
     ],
 )
