@@ -362,7 +362,7 @@ def all_types(
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known about the tensors around a subgraph.
+    """Known properties of the tensors around a subgraph.
 
     Attributes:
         shapes: Their shapes.

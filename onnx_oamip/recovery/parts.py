@@ -13,7 +13,7 @@ from onnx_oamip.graph.outputs import is_float
 
 @dataclass(frozen=True)
 class Part:
-    """What is computed and trained.
+    """Part of a model that is computed and trained.
 
     Attributes:
         tensors: Tensors that are compared with the original's.

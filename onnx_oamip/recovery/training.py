@@ -65,7 +65,7 @@ SMALLEST = 1e-12
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what.
+    """Model to train, with its teacher, data and judge.
 
     Attributes:
         original: The teacher.

@@ -153,7 +153,7 @@ class Dataset:
 
 
 class Tensor:
-    """What is read of a tensor of PyTorch."""
+    """Stand-in for a tensor of PyTorch, with the members that are read."""
 
     def __init__(self, values: np.ndarray[Any, Any]) -> None:
         self.values, self.shape = values, values.shape

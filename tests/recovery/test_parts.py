@@ -61,7 +61,7 @@ def test_nothing_is_trained_if_every_weight_is_in_front_of_the_node(tmp_path: Pa
 
 
 def test_weight_that_the_blocked_node_depends_on_stays(tmp_path: Path) -> None:
-    """What ONNX Runtime computes with the old weights would not fit the new ones."""
+    """Weights that ONNX Runtime computes with stay as they are, as its results would not fit new ones."""
     text = """(float[N, 4] x) => (float[N, 4] y) <float[4, 4] w1, float[4, 4] w2> {
         a = MatMul(x, w1)
         c = Relu(a)

@@ -1,4 +1,4 @@
-"""How torch computes operators: one function per operator, for all versions, in families.
+"""Operators computed by torch: one function per operator, for all versions, in families.
 
 Imports torch. ``graph/ops`` has everything else about an operator; this table is apart, because torch is optional.
 """

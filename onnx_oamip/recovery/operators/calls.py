@@ -1,4 +1,4 @@
-"""What a function of the operator table is given: the node, and readers of its attributes and of lists of numbers."""
+"""Arguments of a function of the operator table: the node, and readers of its attributes and of lists of numbers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ Function: TypeAlias = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """How torch computes an operator.
+    """Computation of an operator by torch.
 
     Attributes:
         run: The function.
