@@ -213,8 +213,8 @@ def allocate(
             held = ", ".join((*_floors(settings), *_others(coupling, settings)))
             told = f"; what keeps widths up: {held}." if held else "."
             raise BudgetNotMet(f"{str(error).rstrip('.')}{told}") from error
-        # What the rungs left unused. A measured limit is not counted here and gets no filling, and neither does a
-        # program that keeps as few units as possible.
+        # Widen groups within the budget that lies between two rungs. A measured limit cannot be counted here, and a
+        # program that keeps as few units as possible is not to be widened.
         if not extra and settings.max_loss is None:
             widths = _fill(ledger, limit, widths, step=step, ceiling=ceiling, full=full)
             used = limit.shares(ledger.cost(widths))
