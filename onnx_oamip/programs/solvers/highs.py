@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from onnx_oamip.programs.solvers.spec import (
     Termination,
     importing,
     infeasible_or_unbounded,
+    open_source,
+    run_interruptibly,
     solution,
 )
 
@@ -31,10 +32,6 @@ ROW_WISE = 2
 """HiGHS's code for a matrix in compressed rows."""
 MINIMISE = 1
 """HiGHS's code for the sense of the objective."""
-POLL_SECONDS = 0.2
-"""Interval at which the waiting thread can receive Ctrl-C."""
-CANCEL_SECONDS = 5
-"""Time for HiGHS to stop after an interrupt."""
 _LIMITS = {
     "kTimeLimit": Limit.TIME,
     "kSolutionLimit": Limit.NODE,  # HiGHS reports its node limit so
@@ -52,11 +49,7 @@ def licence() -> Licence:
     Returns:
         A licence for any size, or an unusable one with the reason.
     """
-    try:
-        _highspy()
-    except SolverError as error:
-        return Licence(f"none: {error}", None, None, False)
-    return Licence("open source (MIT), any size", None, None, True)
+    return open_source(_highspy, "MIT")
 
 
 def solve(program: Program, limits: SolverLimits) -> Solution:
@@ -231,33 +224,7 @@ def _run(highs: Any) -> None:
     takes any. It also leaves the calling thread free to receive Ctrl-C, which ends the solve and is raised again.
     """
     highs.HandleUserInterrupt = True
-    done = threading.Event()
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            highs.run()
-        except Exception as error:  # C++ exceptions, such as a lack of memory
-            errors.append(error)
-        finally:
-            done.set()
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        # Not join: interrupted there, Python before 3.13 takes a running thread for ended. Not without a timeout:
-        # Windows would not receive Ctrl-C.
-        while not done.wait(POLL_SECONDS):
-            pass
-    except KeyboardInterrupt:
-        highs.cancelSolve()
-        done.wait(CANCEL_SECONDS)
-        raise
-    finally:
-        worker.join(CANCEL_SECONDS)
-    if errors:
-        cause = str(errors[0]).rstrip(".") or type(errors[0]).__name__
-        raise SolverError(f"HiGHS failed: {cause}; try `solver=gurobi`.") from errors[0]
+    run_interruptibly(highs.run, highs.cancelSolve, name="HiGHS", instead="gurobi")
 
 
 def _highspy() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any
 
@@ -20,6 +19,8 @@ from onnx_oamip.programs.solvers.spec import (
     Termination,
     importing,
     infeasible_or_unbounded,
+    open_source,
+    run_interruptibly,
     solution,
 )
 
@@ -27,10 +28,6 @@ NAME = "scip"
 ABSOLUTE_GAP = 1e-9
 MAX_SEED = 2**31
 """Seeds are taken modulo this, SCIP's upper bound."""
-POLL_SECONDS = 0.2
-"""Interval at which the waiting thread can receive Ctrl-C."""
-STOP_SECONDS = 5
-"""Time for SCIP to stop after an interrupt."""
 _OPTIMAL = {"optimal", "gaplimit"}
 """Statuses of a solve that reached its gap."""
 _LIMITS = {
@@ -47,11 +44,7 @@ def licence() -> Licence:
     Returns:
         A licence for any size, or an unusable one with the reason.
     """
-    try:
-        _pyscipopt()
-    except SolverError as error:
-        return Licence(f"none: {error}", None, None, False)
-    return Licence("open source (Apache 2.0), any size", None, None, True)
+    return open_source(_pyscipopt, "Apache 2.0")
 
 
 def solve(program: Program, limits: SolverLimits) -> Solution:
@@ -76,7 +69,7 @@ def solve(program: Program, limits: SolverLimits) -> Solution:
     for name, value in _parameters(limits).items():
         model.setParam(name, value)
     variables = _load(scip, model, program)
-    _run(model)
+    run_interruptibly(model.optimizeNogil, model.interruptSolve, name="SCIP", instead="highs")
     status = model.getStatus()
     if status in ("unbounded", "inforunbd"):
         end = infeasible_or_unbounded(program, limits, solve)
@@ -145,35 +138,6 @@ def _propose(model: Any, variables: list[Any], start: Floats) -> None:
     for index in np.flatnonzero(~np.isnan(start)).tolist():
         model.setSolVal(point, variables[index], float(start[index]))
     model.addSol(point)
-
-
-def _run(model: Any) -> None:
-    """Run SCIP in a thread of its own, which leaves the calling thread free to receive Ctrl-C."""
-    done = threading.Event()
-    errors: list[Exception] = []
-
-    def work() -> None:
-        try:
-            model.optimizeNogil()
-        except Exception as error:  # SCIP's errors, such as a lack of memory
-            errors.append(error)
-        finally:
-            done.set()
-
-    worker = threading.Thread(target=work, daemon=True)
-    worker.start()
-    try:
-        while not done.wait(POLL_SECONDS):
-            pass
-    except KeyboardInterrupt:
-        model.interruptSolve()
-        done.wait(STOP_SECONDS)
-        raise
-    finally:
-        worker.join(STOP_SECONDS)
-    if errors:
-        cause = str(errors[0]).rstrip(".") or type(errors[0]).__name__
-        raise SolverError(f"SCIP failed: {cause}; try `solver=highs`.") from errors[0]
 
 
 def _read(

@@ -6,6 +6,7 @@ incumbent at the time limit is FEASIBLE + TIME, a result with a gap, and neither
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +22,10 @@ INFINITE = 1e30
 """Magnitude from which a solver's bound means that it has none."""
 MIN_OBJECTIVE = 1e-10
 """Divisor of a relative gap if the objective is smaller."""
+POLL_SECONDS = 0.2
+"""Interval at which the thread that waits for a solver can receive Ctrl-C."""
+STOP_SECONDS = 5
+"""Time for a solver to stop after an interrupt."""
 
 
 class Termination(str, Enum):
@@ -268,3 +273,67 @@ def importing(package: str) -> Iterator[None]:
         raise SolverError(
             f"the solver package {package} cannot be imported ({error}); install it with pip install {package}."
         ) from error
+
+
+def open_source(load: Callable[[], object], name: str) -> Licence:
+    """Licence of a solver that needs none, once its package can be imported.
+
+    Args:
+        load: Function that imports the package, inside ``importing``.
+        name: Name of the open-source licence.
+
+    Returns:
+        A licence for any size, or an unusable one with the reason.
+    """
+    try:
+        load()
+    except SolverError as error:
+        return Licence(f"none: {error}", None, None, False)
+    return Licence(f"open source ({name}), any size", None, None, True)
+
+
+def run_interruptibly(
+    run: Callable[[], object],
+    stop: Callable[[], object],
+    *,
+    name: str,
+    instead: str,
+) -> None:
+    """Run a solver in a thread of its own, which leaves the calling thread free to receive Ctrl-C.
+
+    Args:
+        run: Function that solves; it releases Python's lock.
+        stop: Function that asks the solver to end; called on Ctrl-C, which is raised again after it.
+        name: Name of the solver in messages.
+        instead: Another solver to try if this one fails.
+
+    Raises:
+        SolverError: The solver raised an exception.
+    """
+    done = threading.Event()
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            run()
+        except Exception as error:  # the solver's own, such as a lack of memory
+            errors.append(error)
+        finally:
+            done.set()
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        # Not join: interrupted there, Python before 3.13 takes a running thread for ended. Not without a timeout:
+        # Windows would not receive Ctrl-C.
+        while not done.wait(POLL_SECONDS):
+            pass
+    except KeyboardInterrupt:
+        stop()
+        done.wait(STOP_SECONDS)
+        raise
+    finally:
+        worker.join(STOP_SECONDS)
+    if errors:
+        cause = str(errors[0]).rstrip(".") or type(errors[0]).__name__
+        raise SolverError(f"{name} failed: {cause}; try `solver={instead}`.") from errors[0]
