@@ -50,6 +50,7 @@ from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import iterative, latency_tables, score_draws, search
 from onnx_oamip.planning.search import Attempt, Prepared
+from onnx_oamip.programs.program_files import check_solutions_read
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.recovery import recover as recovery
 from onnx_oamip.statistics.context import Context
@@ -157,6 +158,7 @@ def pruned(
         answers = search.answers(ready, ready.comparison_batch)
     with clock("plan and refit"):
         ready, result = iterative.approach(ready)
+    check_solutions_read(settings, [*ready.scores.programs, *result.plan.programs])
     search.meets(settings.budget, ready.before, result.after)
     asked = {
         **_asked(ready, scores),
@@ -231,6 +233,7 @@ def score(
     method = find(settings.importance)
     target = check_output(path, output, (source,))
     context, found = preparing.score(path, source, settings, progress=progress, clock=clock)
+    check_solutions_read(settings, found.programs)
     model = context.model
     coupling = context.coupling
     samples = context.samples
@@ -301,6 +304,7 @@ def plan(
     )
     with clock("plan"):
         chosen = search.plan(ready)
+    check_solutions_read(settings, [*ready.scores.programs, *chosen.programs])
     asked = _asked(ready, scores)
     planned = Planned(
         model=ready.model,

@@ -314,9 +314,7 @@ def _programmed(
         for w, c in zip(ladder.widths, ceiling, strict=True)
     ]
     rungs = [np.unique(np.round(np.linspace(0, n - 1, RUNGS)).astype(int)) for n in lengths]
-    file = None
-    if settings.write_program is not None:
-        file = ProgramFile(settings.write_program, "budget", groups)
+    file = ProgramFile.of(settings, "budget", groups)
     coarse = choose(
         ledger,
         _at(ladder, rungs),

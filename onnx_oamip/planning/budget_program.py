@@ -9,6 +9,7 @@ numbers.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from onnx_oamip.programs.products import (
     linearise,
     reduce_costs,
 )
-from onnx_oamip.programs.program_files import ProgramFile
+from onnx_oamip.programs.program_files import ProgramFile, distinct, first_point_record
 from onnx_oamip.programs.solvers import (
     Limit,
     Notify,
@@ -56,6 +57,10 @@ ROUNDING = 1e-9
 """Relative error allowed in sums of measured (not counted) costs."""
 ATTEMPTS = 5
 """Number of solves, each with limits tightened by the excess that the tolerance of the last one allowed."""
+NO_FILE = ProgramFile("budget")
+"""Neither a program to write nor a solution to read."""
+_THRESHOLD = re.compile(r"at_least_(\d+)_of_(.+)")
+"""Name of a threshold variable in files."""
 
 
 class CostLimits(Protocol):
@@ -213,7 +218,7 @@ def choose(
     solver: str = "auto",
     solver_limits: SolverLimits = SOLVER_LIMITS,
     notify: Notify | None = None,
-    file: ProgramFile | None = None,
+    file: ProgramFile = NO_FILE,
 ) -> Choice:
     """Chooses the widths of least total loss under all limits at once.
 
@@ -225,7 +230,7 @@ def choose(
         solver: Name of the solver, or ``auto``.
         solver_limits: Limits on time and gap. At the time limit the incumbent is taken, with its gap.
         notify: Receives the progress of the solver.
-        file: File that the program is written to before it is solved.
+        file: Files of the program: it is written before it is solved, and a solution of it is read as a first point.
 
     Returns:
         The widths, and the record of the solve.
@@ -238,18 +243,21 @@ def choose(
     began = time.perf_counter()
     budget = _Budget.of(ledger, ladder, limits, extra)
     incumbent = _greedy(budget)
+    proposed = _proposed(budget, file)
+    is_better = proposed is not None and _is_better(budget, proposed, incumbent)
+    if is_better:
+        incumbent = proposed
     narrowest = budget.used(budget.widest * 0)
     # Counted costs only fall with the widths, and one-off costs are the exception: without these, and without a bound
     # on the loss, the greedy search only fails if nothing holds.
     if incumbent is None and not extra and not budget.one_off.any() and not len(budget.bounded):
         raise BudgetNotMet(_not_met(budget, narrowest))
     formulation = _formulate(budget, incumbent)
-    if file is not None:
-        file.write(
-            formulation.program,
-            _columns(budget, formulation, file.groups),
-            _rows(formulation, budget),
-        )
+    file.write(
+        lambda: formulation.program,
+        lambda: _columns(budget, formulation, file.groups),
+        lambda: _rows(formulation, budget),
+    )
     solution, level = _solve(
         budget,
         formulation,
@@ -270,7 +278,39 @@ def choose(
     level = _polish(budget, level)
     record = _record(budget, formulation, solution, level)
     record["seconds"] = time.perf_counter() - began
+    record |= first_point_record(int(proposed is not None), int(is_better))
     return Choice(budget.widths(level), record)
+
+
+def _proposed(budget: _Budget, file: ProgramFile) -> Ints | None:
+    """Level vector that a solution file proposes: the widest candidates within the widths that it reaches.
+
+    The file may be of a program over other candidates of the same groups, as there are several in one run.
+    """
+    values = file.solution()
+    if values is None:
+        return None
+    index = {name: group for group, name in enumerate(distinct(file.groups))}
+    reached = np.zeros(len(budget.widest), np.int64)
+    for name, value in values.items():
+        threshold = _THRESHOLD.fullmatch(name)
+        group = index.get(threshold[2]) if threshold and value > 0.5 else None
+        if threshold and group is not None:
+            reached[group] = max(reached[group], int(threshold[1]))
+    is_within = budget.levels.width <= reached[budget.levels.group]
+    count = np.bincount(budget.levels.group[is_within], minlength=len(reached))
+    level: Ints = np.maximum(count - 1, 0)
+    return level
+
+
+def _is_better(budget: _Budget, level: Ints, other: Ints | None) -> bool:
+    """Tests whether a level vector meets all limits at a lower loss than another one."""
+    if not budget.holds(level):
+        return False
+    if other is None:
+        return True
+    loss = budget.loss[budget.first + level].sum() - budget.loss[budget.first + other].sum()
+    return bool(loss < 0)
 
 
 def _columns(budget: _Budget, formulation: _Formulation, groups: Sequence[str]) -> list[str]:

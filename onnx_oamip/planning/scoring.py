@@ -108,8 +108,9 @@ def _score(context: Context) -> Scores:
 
     with context.clock("score"):
         # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
-        # A program is only written where it is solved.
-        if not requests or not _is_built_in(method) or settings.write_program is not None:
+        # A program is only written, and a solution of it only read, where it is solved.
+        has_files = settings.write_program is not None or settings.read_solutions is not None
+        if not requests or not _is_built_in(method) or has_files:
             return make()
         depends = {
             **settings.model_dump(mode="json", exclude=_IRRELEVANT),

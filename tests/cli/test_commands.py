@@ -319,6 +319,7 @@ def test_prune_document_records_settings_and_timings(pruned: Pruned) -> None:
         "refit": "least-squares",
         "align": "auto",
         "solver": "auto",
+        "read_solutions": None,
         "write_program": None,
     }
     assert settings["macs"] == 0.5
@@ -766,6 +767,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "floor": 0.1,
         "exclude": ("second",),
         "solver": "highs",
+        "read_solutions": None,
         "write_program": None,
         "time_limit": 5.0,
         "workers": 1,
@@ -828,6 +830,7 @@ def test_settings_reach_the_result(run: Run, place: Path) -> None:
         "align": 4,
         "floor": 0.5,
         "solver": "highs",
+        "read_solutions": None,
         "write_program": None,
         "device": "cpu",
         "workers": None,

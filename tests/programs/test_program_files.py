@@ -11,13 +11,13 @@ from knapsack_programs import knapsack
 from onnx import ModelProto
 
 from onnx_oamip.api import pipeline
-from onnx_oamip.core.errors import OutputError
+from onnx_oamip.core.errors import DataError, OutputError, SettingsError
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.planning import search
 from onnx_oamip.programs import solvers
-from onnx_oamip.programs.program_files import ProgramFile, distinct
+from onnx_oamip.programs.program_files import ProgramFile, distinct, read_solution
 from onnx_oamip.programs.solvers import SolverLimits
 
 highspy = pytest.importorskip("highspy")
@@ -62,9 +62,10 @@ def _settings(**values: object) -> Settings:
 def test_written_program_has_the_same_optimum(tmp_path: Path, suffix: str) -> None:
     program = knapsack(12, seed=1)
     expected = solvers.solve(program, SolverLimits(gap=0.0), "highs")
-    file = ProgramFile(str(tmp_path / f"p{suffix}"), "a/title")
+    file = ProgramFile("a/title", str(tmp_path / f"p{suffix}"))
     names = [f"unit {i}" for i in range(program.n_variables)]
-    file.write(program, names, {0: "the limit"})
+    file.write(lambda: program, lambda: names, lambda: {0: "the limit"})
+    assert file.path is not None
     assert file.path == tmp_path / f"p-a_title{suffix}"
     optimum, values = solved(file.path)
     assert optimum == pytest.approx(expected.objective)
@@ -80,7 +81,7 @@ def test_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     program = knapsack(3, seed=0)
     with pytest.raises(OutputError):
-        ProgramFile(str(tmp_path / "file"), "title").write(program, ["a", "b", "c"])
+        ProgramFile("title", str(tmp_path / "file")).write(lambda: program, lambda: ["a", "b", "c"])
 
 
 def test_budget_program_is_written_with_groups_and_widths(tmp_path: Path) -> None:
@@ -148,3 +149,93 @@ def test_joint_program_is_written_with_tensors_and_samples(
         assert any("_sample1_" in name for name in values)
     first = scored.coupling.groups[0]
     assert set(distinct([f"keep_{first.name}_{i}" for i in range(len(first.units))])) <= set(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Objective value = 3\nkeep_a_0 1\nkeep_a_1 0.5\n",  # Gurobi
+        "solution status: optimal\nobjective value: 3\nkeep_a_0   1 \t(obj:1)\nkeep_a_1  0.5\n",  # SCIP
+        "Model status\nOptimal\n\n# Columns 2\nkeep_a_0 1\nkeep_a_1 0.5\n# Rows 0\n",  # HiGHS
+        "Optimal - objective value 3\n  0 keep_a_0 1 2\n  1 keep_a_1 0.5 0\n",  # CBC
+    ],
+)
+def test_solutions_of_several_solvers_are_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.sol").write_text(text)
+    found = read_solution(tmp_path / "p.sol")
+    assert {name: found[name] for name in found if name.startswith("keep")} == {
+        "keep_a_0": 1.0,
+        "keep_a_1": 0.5,
+    }
+    values = ProgramFile("p", solutions=str(tmp_path)).values(lambda: ["keep_a_1", "keep_a_2"])
+    assert values is not None
+    assert values.tolist() == [0.5, 0.0]
+
+
+def test_unsuitable_solutions_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "p.sol").write_text("nothing here\n")
+    with pytest.raises(DataError, match="no line NAME VALUE"):
+        read_solution(tmp_path / "p.sol")
+    (tmp_path / "p.sol").write_text("other 1\n")
+    with pytest.raises(DataError, match="none of the variables"):
+        ProgramFile("p", solutions=str(tmp_path)).values(lambda: ["keep_a_0"])
+    assert ProgramFile("q", solutions=str(tmp_path)).values(lambda: ["keep_a_0"]) is None
+
+
+def _write_solution(program: Path, folder: Path) -> None:
+    _, values = solved(program)
+    lines = [f"{name} {value}" for name, value in values.items()]
+    folder.mkdir(exist_ok=True)
+    (folder / f"{program.stem}.sol").write_text("\n".join(lines))
+
+
+def test_solution_of_the_budget_program_goes_back_in(tmp_path: Path) -> None:
+    """The plan is that of the run that wrote the program, and the solution is read in every round."""
+    path, source = _task(MLP, tmp_path)
+    written = _settings(write_program=str(tmp_path / "programs"), importance="l2")
+    first = search.plan(pipeline.prepare(path, source, written))
+    _write_solution(tmp_path / "programs" / "budget.mps", tmp_path / "solutions")
+    read = _settings(read_solutions=str(tmp_path / "solutions"), importance="l2")
+    second = search.plan(pipeline.prepare(path, source, read))
+    assert second.widths.tolist() == first.widths.tolist()
+    assert all(record["solutions_read"] == 1 for record in second.programs)
+
+
+def test_solution_that_loses_more_or_exceeds_the_budget_is_not_taken(tmp_path: Path) -> None:
+    """Widths of 1 meet every budget at a high loss; full widths lose nothing and exceed it."""
+    path, source = _task(MLP, tmp_path)
+    folder = tmp_path / "solutions"
+    folder.mkdir()
+    settings = _settings(read_solutions=str(folder), importance="l2")
+    ready = pipeline.prepare(path, source, settings)
+    for width in (1, 1000):
+        lines = [f"at_least_{width}_of_{group.name} 1" for group in ready.coupling.groups]
+        (folder / "budget.sol").write_text("\n".join(lines))
+        plan = search.plan(ready)
+        assert [record["solutions_taken"] for record in plan.programs] == [0] * len(plan.programs)
+
+
+@pytest.mark.parametrize("mode", ["decoupled", "joint"])
+def test_solution_of_an_importance_program_is_a_first_point(tmp_path: Path, mode: str) -> None:
+    path, source = _task(TINY, tmp_path)
+    options = {"importance": "oamip", "mode": mode, "refit": "bias", "time_limit": 20}
+    written = _settings(write_program=str(tmp_path / "programs"), **options)
+    first = pipeline.score(path, source, tmp_path / "s.npz", written)
+    programs = sorted((tmp_path / "programs").iterdir())
+    for program in programs:
+        _write_solution(program, tmp_path / "solutions")
+    read = _settings(read_solutions=str(tmp_path / "solutions"), **options)
+    second = pipeline.score(path, source, tmp_path / "t.npz", read)
+    records = second.scores.programs
+    assert sum(record["solutions_read"] for record in records) == len(programs)
+    if mode == "joint":  # the first point found here keeps all units
+        assert records[0]["solutions_taken"] == 1
+    for before, after in zip(first.scores.programs, records, strict=True):
+        assert after["objective"] <= before["objective"] * (1 + 1e-6)
+
+
+def test_folder_without_solutions_of_this_run_is_an_error(tmp_path: Path) -> None:
+    path, source = _task(MLP, tmp_path)
+    settings = _settings(read_solutions=str(tmp_path), importance="l2")
+    with pytest.raises(SettingsError, match="no program of this run"):
+        pipeline.plan(path, source, None, settings)

@@ -44,6 +44,11 @@ class RunOptions(Options):
         description="Write every program that is solved for scores or widths, with names by unit, layer and sample: "
         "into a folder as MPS files, or as FILE-TITLE.mps or FILE-TITLE.lp.",
     )
+    read_solutions: Annotated[Name | None, Shown(metavar="DIR")] = Field(
+        None,
+        description="Folder with solutions of programs that --write-program wrote, as TITLE.sol with a line NAME VALUE "
+        "for every variable: the solver starts from them where they are better than its own first point.",
+    )
     workers: Count | None = Field(
         None,
         description="Groups that are scored or measured at the same time. Default: one for every core.",

@@ -37,7 +37,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.executors import executor
 from onnx_oamip.importance import activation, magnitude, obs
-from onnx_oamip.programs.program_files import ProgramFile
+from onnx_oamip.programs.program_files import ProgramFile, first_point_record
 from onnx_oamip.programs.repaired_loss import LinearConsumer, Repaired
 from onnx_oamip.programs.solvers import (
     Solution,
@@ -346,6 +346,8 @@ class _Step:
     bound: float
     solution: Solution | None
     improved: bool
+    solution_read: bool
+    solution_taken: bool
 
 
 class _Incumbent:
@@ -358,14 +360,16 @@ class _Incumbent:
         self.keep = start
         self.value = loss_at(loss, start)
 
-    def offer(self, weights: Floats) -> None:
-        """Take the units of largest weight among the free ones if their loss is lower."""
+    def offer(self, weights: Floats) -> bool:
+        """Take the units of largest weight among the free ones if their loss is lower; True if they are taken."""
         ranked = np.argsort(-np.where(self.free, weights, -1.0), kind="stable")
         trial = np.zeros(len(weights), bool)
         trial[ranked[: self.count]] = True
         value = loss_at(self.loss, trial)
-        if value < self.value:
+        is_better = bool(value < self.value)
+        if is_better:
             self.keep, self.value = trial, value
+        return is_better
 
 
 def _improve(
@@ -394,6 +398,10 @@ def _improve(
     """
     loss = subset.loss
     best = _Incumbent(loss, free, start)
+    file = ProgramFile.of(settings, f"importance-{name}-{best.count}-of-{subset.units}")
+    columns = [f"keep_{name}_{unit}" for unit in range(subset.units)]
+    proposed = file.values(lambda: columns)
+    taken = proposed is not None and best.offer(proposed)
     bound = 0.0
     last: Solution | None = None
     relax_steps = int(min(MAX_SEARCH_STEPS / 4, max(2, evaluations / 3)))
@@ -424,18 +432,18 @@ def _improve(
         subset.tangent(keep)
         # A plane at the midpoint cuts deeper between the two points than the plane at the far end alone.
         subset.tangent((keep + relaxed) / 2)
-    if settings.write_program is not None:
-        file = ProgramFile(
-            settings.write_program, f"importance-{name}-{best.count}-of-{subset.units}"
-        )
-        columns = [f"keep_{name}_{unit}" for unit in range(subset.units)]
-        file.write(subset.program(free, best.count, best.keep), [*columns, "loss"])
+    file.write(
+        lambda: subset.program(free, best.count, best.keep),
+        lambda: [*columns, "loss"],
+    )
     return _Step(
         keep=best.keep,
         value=best.value,
         bound=min(bound, best.value),
         solution=last,
         improved=best.keep is not start,
+        solution_read=proposed is not None,
+        solution_taken=taken,
     )
 
 
@@ -471,4 +479,8 @@ def _record(
         "rows": subset.rows,
         "programs": len(steps),
         "improved": sum(step.improved for step in steps),
+        **first_point_record(
+            sum(step.solution_read for step in steps),
+            sum(step.solution_taken for step in steps),
+        ),
     }

@@ -216,12 +216,13 @@ def program(
         first_point = None
     else:
         first_point = guess[formulation.units]
-    outcome = optimise(formulation, limits, settings.solver, first_point)
-    if settings.write_program is not None:
-        classes = "-".join(str(label) for label in np.unique(images.labels[images.labels >= 0]))
-        title = f"importance-{settings.formulation}-classes-{classes}"
-        file = ProgramFile(settings.write_program, title)
-        file.write(outcome.program, formulation.names(coupling))
+    classes = "-".join(str(label) for label in np.unique(images.labels[images.labels >= 0]))
+    file = ProgramFile.of(settings, f"importance-{settings.formulation}-classes-{classes}")
+    names = formulation.names(coupling)
+    keep = formulation.encoder.keep
+    proposed = file.values(lambda: [names[column] for column in keep])
+    outcome = optimise(formulation, limits, settings.solver, first_point, proposed=proposed)
+    file.write(lambda: outcome.program, lambda: names)
     return formulation, outcome
 
 

@@ -25,6 +25,7 @@ from onnx_oamip.programs import (
     Rows,
     Separation,
 )
+from onnx_oamip.programs.program_files import first_point_record
 from onnx_oamip.programs.solvers import (
     CutSolution,
     Separate,
@@ -81,6 +82,8 @@ def optimise(
     limits: SolverLimits,
     solver: str,
     guess: Floats | None = None,
+    *,
+    proposed: Floats | None = None,
 ) -> Outcome:
     """Solve an importance program to a gap, or as far as the time limit allows.
 
@@ -90,6 +93,7 @@ def optimise(
         solver: Name of a backend, or ``auto``.
         guess: Cheap score of each keep variable (keep variables,). Under a budget, the units of highest score that fit
             are a first point.
+        proposed: Keep variables of a solution from elsewhere (keep variables,), another first point.
 
     Returns:
         The best point with its bound.
@@ -98,7 +102,7 @@ def optimise(
         SolverError: The solver refuses the program, the budget cannot be met, or no point was found in time.
     """
     run = _Optimisation(formulation, limits, solver)
-    run.add_first_points(guess)
+    run.add_first_points(guess, proposed)
     program = run.search.with_tangents(formulation.program)
     if formulation.program.integer.any():
         program = run.solve_relaxation(program, guess)
@@ -135,13 +139,20 @@ class _Optimisation:
         self.rounds = 0
         self.cuts = 0
         self.notices: list[str] = []
+        self.first_point: dict[str, Any] = {}
         self.last: CutSolution | None = None
 
-    def add_first_points(self, guess: Floats | None) -> None:
-        """Offer the point that keeps all units, and under a budget the one that the guess proposes."""
+    def add_first_points(self, guess: Floats | None, proposed: Floats | None) -> None:
+        """Offer the point that keeps all units, under a budget the one of the guess, and the one that is proposed."""
         self.search.offer(np.ones(len(self.formulation.units)))
         if guess is not None and self.formulation.sparsity.budget is not None:
             self.search.offer(self.search.rounded(guess))
+        if proposed is not None:
+            before = self.separation.best.objective
+            keep = np.round(proposed) if self.search.binary_keep else proposed
+            self.search.offer(np.clip(keep, 0.0, 1.0))
+            taken = self.separation.best.objective < before
+            self.first_point = first_point_record(1, int(taken))
 
     def is_enough(self, bound: float) -> bool:
         """True if the incumbent is within the gap of a bound."""
@@ -262,6 +273,7 @@ class _Optimisation:
             "cuts": self.cuts,
             "largest_bound": self.formulation.encoder.largest,
             "reason": last.solution.reason,
+            **self.first_point,
         }
 
 
