@@ -44,6 +44,10 @@ FEEDS = 4
 """Number of different feeds that the runs cycle through."""
 TOO_FAST = 1.5
 """Speed-up over the saved work beyond which a ratio with a wide interval is in doubt."""
+SLOWER = 1.02
+"""A model is slower where even the optimistic end of its latency ratio is above this."""
+OVERHEAD_MS = 0.05
+"""Milliseconds per run that decide nothing: a call and the scheduling of a few nodes take as long."""
 BUSY = 1.5
 """Load per processor above which a measured step of widths is not stored."""
 MEMORY_RUNS = 3
@@ -62,12 +66,14 @@ class Ratio:
         low: Lower end of the 95 % interval of that median.
         high: Upper end of the interval.
         rounds: Number of rounds.
+        added: Median over rounds of the seconds that a run takes longer; below 0 if it is faster.
     """
 
     median: float
     low: float
     high: float
     rounds: int
+    added: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +247,8 @@ def paired(first: Floats, other: Floats) -> Ratio:
     ratios = np.sort(other / first)
     n = len(ratios)
     k = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
-    return Ratio(float(np.median(ratios)), float(ratios[k]), float(ratios[n - 1 - k]), n)
+    added = float(np.median(other - first))
+    return Ratio(float(np.median(ratios)), float(ratios[k]), float(ratios[n - 1 - k]), n, added)
 
 
 def compare_latency(
@@ -310,7 +317,32 @@ def described(
         threads=threads or _processors(),
         load=load,
         doubt=doubt,
+        added_ms=found.added * 1e3,
     )
+
+
+def is_slower(found: Latency) -> bool:
+    """Checks whether a model is slower beyond the noise of the measurement.
+
+    Args:
+        found: The measured latency.
+
+    Returns:
+        True if the whole interval of the ratio is above ``SLOWER``.
+    """
+    return found.low > SLOWER
+
+
+def is_overhead(found: Latency) -> bool:
+    """Checks whether a slowdown is no more than calls and the scheduling of a few nodes take.
+
+    Args:
+        found: The measured latency.
+
+    Returns:
+        True if a run takes at most ``OVERHEAD_MS`` longer, as in networks of microseconds.
+    """
+    return found.added_ms <= OVERHEAD_MS
 
 
 def machine_load() -> float | None:

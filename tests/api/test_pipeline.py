@@ -415,12 +415,33 @@ def test_latency_in_doubt_is_measured_again_and_then_not_shown(
 def test_model_slower_than_the_original_is_refused(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
+    slow = Ratio(1.5, 1.4, 1.6, 9, added=2e-4)
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: slow)
     with pytest.raises(GateFailed, match="measured slower than the original"):
         _prune(task)
     _untouched(task)
-    _prune(task, force=True)
+    report = _prune(task, force=True)
     _untouched(task, "out.onnx")
+    note = "slower than the original: 1.50 of its time, 0.200 ms more per run"
+    assert any(text.endswith(note) for text in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "is_noted"),
+    [
+        (Ratio(1.09, 1.05, 1.13, 99, added=3e-6), True),  # a network of 35 microseconds
+        (Ratio(1.10, 0.98, 1.20, 99, added=2e-3), False),  # not shown by the interval
+    ],
+)
+def test_slowdown_within_noise_or_overhead_is_written(
+    task: Path, monkeypatch: pytest.MonkeyPatch, ratio: Ratio, is_noted: bool
+) -> None:
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: ratio)
+    report = _prune(task)
+    _untouched(task, "out.onnx")
+    notes = [text for text in report.notes if "measured slower than the original" in text]
+    assert bool(notes) == is_noted
+    assert all("within the overhead of calls" in text for text in notes)
 
 
 NORMALISED = """(float[N,8] x) => (float[N,2] y)
@@ -481,7 +502,8 @@ def test_slower_model_error_names_the_cut_that_added_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A normalisation has to see the zeros of what went; without its stream nothing has to be put back."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.5, 1.4, 1.6, 9))
+    slow = Ratio(1.5, 1.4, 1.6, 9, added=2e-4)
+    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: slow)
     text = """(float[N,8] x) => (float[N,3] y)
     <float[8,12] w0, float[12] scale, float[12] bias, float[12,16] w1, float[16,3] w2> {
         s = MatMul(x, w0)

@@ -91,7 +91,7 @@ def test_paired_ratio_ignores_drift_and_outliers() -> None:
 
 def test_paired_ratio_of_few_rounds_spans_all_of_them() -> None:
     ratio = latency.paired(np.ones(3), np.asarray([2.0, 1.0, 3.0]))
-    assert ratio == latency.Ratio(2.0, 1.0, 3.0, 3)
+    assert ratio == latency.Ratio(2.0, 1.0, 3.0, 3, added=1.0)
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,7 @@ class Latency:
         threads: Threads within an operator.
         load: Processes that were ready to run per processor of the machine; None where the system does not say.
         doubt: Reason why the median is not shown, or an empty string.
+        added_ms: Median over rounds of the milliseconds that a run takes longer; below 0 if it is faster.
     """
 
     median: float
@@ -202,6 +203,7 @@ class Latency:
     threads: int
     load: float | None
     doubt: str = ""
+    added_ms: float = 0.0
 
 
 @dataclass(frozen=True, repr=False)
