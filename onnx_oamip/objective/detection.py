@@ -75,7 +75,7 @@ def detect(
     if labels is not None:
         terms, note = _labelled(tails, terms, labels)
         notes += note
-    terms, more = _once(_settled(tails, terms))
+    terms, more = _once([_by_state(tails.graph, term) for term in _settled(tails, terms)])
     if (
         terms
         and all(term.kind == "ignore" for term in terms)
@@ -160,7 +160,8 @@ def at_outputs(
         if not graph.floating(name):
             kind = "exact"
         same = replace(old, kind=kind, part=None, form="auto", threshold=None, tail="")
-        terms.append(replace(same, name=name, tensor=name, axis=graph.channel_axis(name)))
+        whole = replace(same, name=name, tensor=name, axis=graph.channel_axis(name), stacked=())
+        terms.append(_by_state(graph, whole))
     named = ", ".join(f"'{name}'" for name in lost)
     note = f"{named} is compared as it is: the other model has no tensor of the name in front of it"
     return replace(objective, terms=tuple(terms), notes=(*objective.notes, note))
@@ -374,7 +375,9 @@ def _bits(labels: Array) -> bool:
 def _one_class(tails: Tails, term: Term, labels: Array) -> bool:
     """Check for one label for every decision of a sample."""
     shape = tails.graph.shape(term.tensor)
-    if shape is None or term.axis is None or term.axis == 0 or term.part is not None:
+    if shape is None or term.axis is None or term.part is not None:
+        return False
+    if _is_over_samples(tails.graph, term):
         return False
     return _per_sample(labels, tuple(n for axis, n in enumerate(shape) if axis != term.axis))
 
@@ -429,7 +432,10 @@ def _opened(
 ) -> Term:
     """Kind that is assumed for raw floats."""
     reason = _why_values(tails, term, decided, several_maps)
-    shape = ", ".join(["N", *map(str, (tails.graph.shape(term.tensor) or ("?", "?"))[1:])])
+    lengths = list(map(str, tails.graph.shape(term.tensor) or ("?", "?")))
+    if tails.graph.counts_samples(term.tensor):
+        lengths[0] = "N"
+    shape = ", ".join(lengths)
     if reason is None:
         note = (
             f"output '{term.output}' [{shape}] may hold class scores or values: the loss takes the worse of class "
@@ -455,7 +461,7 @@ def _why_values(
     rank = graph.rank(term.tensor)
     if rank is None or columns is None:
         return "as its shape is not known"
-    if columns < 2 or term.axis in (None, 0):
+    if columns < 2 or term.axis is None or _is_over_samples(graph, term):
         return "as it has one column"
     if decided:
         return "as another output holds decisions"
@@ -463,11 +469,26 @@ def _why_values(
         return "as further layers read it"
     if (behind := graph.trace(term.tensor).node) is not None and behind.op in kinds.NOT_SCORES:
         return f"as it ends in {behind.op}"
+    if graph.state_axis(term.tensor) is not None:
+        return "as it holds states of recurrent layers"
     if rank > 3 and several_maps:
         return "as there are several maps"
     if graph.like_an_input(term.output):
         return "as it has the shape of an input picture"
     return None
+
+
+def _is_over_samples(graph: Graph, term: Term) -> bool:
+    """Test for classes or columns along the axis of the samples."""
+    return term.axis == 0 and graph.counts_samples(term.tensor)
+
+
+def _by_state(graph: Graph, term: Term) -> Term:
+    """A term whose directions and layers of a recurrent state are columns: one row per sample, not one for each."""
+    if term.kind not in ("values", "embedding") or term.axis is None or term.part is not None:
+        return term
+    axis = graph.state_axis(term.tensor)
+    return term if axis in (None, term.axis) else replace(term, stacked=(axis,))
 
 
 def _as_values(term: Term) -> Term:

@@ -11,7 +11,7 @@ import numpy as np
 from onnx_oamip.core.records import Array, Model, Node
 from onnx_oamip.core.records.objective import Part
 from onnx_oamip.graph.linear_layers import site
-from onnx_oamip.graph.ops import Trait, has, kinds, lookup
+from onnx_oamip.graph.ops import Trait, has, kinds, lookup, recurrent
 from onnx_oamip.graph.ops.movement import taken_range
 from onnx_oamip.graph.outputs import is_float
 
@@ -53,6 +53,11 @@ class Graph:
             for name in dict.fromkeys((*node.inputs, *node.captures)):
                 found.setdefault(name, []).append(node)
         return found
+
+    @cached_property
+    def is_fixed(self) -> bool:
+        """True for a model that takes a fixed number of samples at a time."""
+        return all(isinstance(port.dims[0], int) for port in self.model.inputs if port.dims)
 
     @cached_property
     def given(self) -> frozenset[str]:
@@ -278,7 +283,26 @@ class Graph:
             The axis of its input that holds the same entries, or None where entries of several axes are merged or
             split.
         """
-        return _matching(self.shape(node.outputs[0]), self.shape(node.inputs[0]), axis)
+        return self._matching(node.outputs[0], node.inputs[0], axis)
+
+    def counts_samples(self, tensor: str) -> bool:
+        """Check whether axis 0 of a tensor counts samples.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            False where it has another length than that axis of every input of a model with a fixed batch, or a fixed
+            length in a model whose batch is free.
+        """
+        shape = self.shape(tensor)
+        firsts = [port.dims[0] for port in self.model.inputs if port.dims]
+        if not shape or not firsts:
+            return True
+        if all(isinstance(dim, int) for dim in firsts):
+            return shape[0] in firsts
+        declared = next((port.dims for port in self.model.outputs if port.name == tensor), None)
+        return not declared or not isinstance(declared[0], int)
 
     # ------------------------------------------------------------------------------------------------------- channels
 
@@ -292,6 +316,8 @@ class Graph:
             The axis; None where the tensor has one column or an unknown rank.
         """
         rank = self.rank(tensor)
+        if rank == 1 and self._is_one_row(tensor):
+            return 0
         if rank is None or rank < 2:
             return None
         found = self._channels(tensor, 0)
@@ -307,6 +333,13 @@ class Graph:
         possible = [axis for axis in {1, rank - 1} if dims[axis] not in self.model.bindings]
         fixed = [axis for axis in possible if isinstance(dims[axis], int)]
         return min(fixed or possible, key=lambda axis: (shape[axis], axis), default=None)
+
+    def _is_one_row(self, tensor: str) -> bool:
+        """Test for a vector without an axis of samples, as a squeeze of a fixed batch of one leaves it."""
+        shape = self.shape(tensor)
+        return (
+            self.is_fixed and shape is not None and shape[0] > 1 and not self.counts_samples(tensor)
+        )
 
     def _channels(self, tensor: str, depth: int) -> int | None:
         """The channel axis as the layers behind a tensor have it, ``ONE_COLUMN`` if they removed an only channel."""
@@ -331,12 +364,68 @@ class Graph:
             before = self.shape(source)
             if inner is None or inner == ONE_COLUMN or before is None:
                 return inner
-            axis = _matching(before, shape, inner)
+            axis = self._matching(source, tensor, inner)
             return ONE_COLUMN if axis is None and before[inner] == 1 else axis
         for name in node.inputs:
             if self.constant(name) is None and len(self.shape(name) or ()) == len(shape):
                 return self._channels(name, depth + 1)
         return None
+
+    def _matching(self, tensor: str, other: str, axis: int) -> int | None:
+        """The axis of ``other`` that holds the entries of an axis of ``tensor`` after a reshape."""
+        shape = self.shape(tensor)
+        lengths = self.shape(other)
+        if shape is None or lengths is None:
+            return None
+        before = math.prod(shape[:axis])
+        length = shape[axis]
+        # The first axis counts samples, before a reshape and after it, unless a fixed batch of one is squeezed.
+        has_samples = axis > 0 and self.counts_samples(tensor) and self.counts_samples(other)
+        possible = range(1 if has_samples else 0, len(lengths))
+        fits = [i for i in possible if lengths[i] == length and math.prod(lengths[:i]) == before]
+        # Of several axes of length 1, the nearest.
+        return min(fits, key=lambda i: abs(i - axis), default=None)
+
+    def state_axis(self, tensor: str) -> int | None:
+        """Find the axis along which the directions and layers of a recurrent state are stacked.
+
+        Args:
+            tensor: Its name.
+
+        Returns:
+            The axis; None for other tensors, and for one direction of one layer.
+        """
+        shape = self.shape(tensor)
+        axis = self._directions(tensor, 0)
+        if axis is None or shape is None or shape[axis] < 2:
+            return None
+        return axis
+
+    def _directions(self, tensor: str, depth: int) -> int | None:
+        node = self.makers.get(tensor)
+        if node is None or depth > DEPTH:
+            return None
+        own = recurrent.direction_axis(node, tensor)
+        if own is not None:
+            return own
+        source = node.inputs[0] if node.inputs else ""
+        if node.op in kinds.CONCATENATION:
+            found = {self._directions(name, depth + 1) for name in node.inputs}
+            rank = self.rank(tensor) or 1
+            along = int(node.attrs.get("axis", 0)) % rank
+            return along if found == {along} else None
+        moves = Trait.IDENTITY | Trait.CASTS | Trait.TRANSPOSES | Trait.RESHAPES
+        if not has(node, moves):
+            return None
+        inner = self._directions(source, depth + 1)
+        if inner is None:
+            return None
+        if has(node, Trait.TRANSPOSES):
+            order = list(node.attrs.get("perm") or range(self.rank(source) or 0)[::-1])
+            return order.index(inner)
+        if has(node, Trait.RESHAPES):
+            return self._matching(source, tensor, inner)
+        return inner
 
     def feeds_a_layer(self, tensor: str) -> bool:
         """Check whether a node with multiply-accumulates depends on a tensor.
@@ -369,20 +458,3 @@ class Graph:
         if shape is None or len(shape) != 4 or 3 not in (shape[1], shape[3]):
             return False
         return any(self.shape(name) == shape for name in self.given)
-
-
-def _matching(
-    shape: tuple[int, ...] | None,
-    other: tuple[int, ...] | None,
-    axis: int,
-) -> int | None:
-    """The axis of ``other`` that holds the entries of an axis of ``shape`` after a reshape."""
-    if shape is None or other is None:
-        return None
-    before = math.prod(shape[:axis])
-    length = shape[axis]
-    # The first axis counts samples, before a reshape and after it.
-    possible = range(1, len(other)) if axis else range(len(other))
-    fits = [i for i in possible if other[i] == length and math.prod(other[:i]) == before]
-    # Of several axes of length 1, the nearest.
-    return min(fits, key=lambda i: abs(i - axis), default=None)

@@ -6,6 +6,7 @@ which the original has no finite number count nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,8 +91,11 @@ def rows(term: Term, tensor: Tensor) -> Tensor:
         tensor = tensor.narrow(term.part.axis, term.part.start, length)
     if term.axis is None or tensor.dim() == 0:
         return tensor.reshape(-1, 1)
-    moved = tensor.movedim(term.axis, -1)
-    return moved.reshape(-1, moved.shape[-1])
+    axes = (*term.stacked, term.axis)
+    last = tuple(range(-len(axes), 0))
+    moved = tensor.movedim(axes, last)
+    columns = math.prod(moved.shape[-len(axes) :])
+    return moved.reshape(-1, columns)
 
 
 def _term(term: Term, truth: Tensor, found: Tensor) -> Tensor:

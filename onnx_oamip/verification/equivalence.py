@@ -509,8 +509,14 @@ def user_metric(
 
 
 def _joined(values: list[Array], samples: Samples) -> Array | list[Array]:
-    """Values of all feeds of an output along axis 0; a list of them where their shapes are unequal."""
-    if not samples.whole:
+    """Values of all feeds of an output along axis 0; a list of them where their shapes are unequal.
+
+    Where axis 0 of the output counts no samples, as that of a recurrent state, the feeds are stacked along a new one.
+    """
+    counts_samples = all(value.ndim for value in values) and (
+        sum(map(len, values)) == samples.usable()
+    )
+    if not samples.whole and counts_samples:
         return np.concatenate(values)
     return np.stack(values) if len({value.shape for value in values}) == 1 else values
 

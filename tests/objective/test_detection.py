@@ -543,6 +543,64 @@ def test_channels_of_unknown_layers_have_a_fixed_number(tmp_path: Path) -> None:
     assert [(t.output, t.axis) for t in found.terms] == [("h", 2), ("m", 1)]
 
 
+LSTM = """(float[T, {batch}, 3] x) => (float[] {out}) <float[2, 16, 3] w, float[2, 16, 4] r> {{
+    y, h, c = LSTM <hidden_size = 4, direction = "bidirectional"> (x, w, r) {tail} }}"""
+
+
+@pytest.mark.parametrize("batch", ["1", "N"])
+@pytest.mark.parametrize(
+    ("out", "tail", "axis", "stacked"),
+    [
+        ("h", "", 2, (0,)),
+        ("y", "", 3, (1,)),
+        ("z", "z = Concat <axis = 0> (h, c)", 2, (0,)),
+        ("z", "z = Transpose <perm = [1, 0, 2]> (h)", 2, (1,)),
+        (
+            "z",
+            "m = Tanh(h) z = Concat <axis = 1> (m, c)",
+            2,
+            (),
+        ),  # unlike tensors, joined by samples
+    ],
+)
+def test_directions_of_a_recurrent_state_are_columns(
+    batch: str, out: str, tail: str, axis: int, stacked: tuple[int, ...], tmp_path: Path
+) -> None:
+    term = only(detect(load(build(LSTM.format(batch=batch, out=out, tail=tail)), tmp_path)))
+    assert (term.kind, term.axis, term.stacked) == (
+        "values" if stacked else "ambiguous",
+        axis,
+        stacked,
+    )
+    assert document(Objective((term,)))[0]["stacked"] == stacked
+
+
+@pytest.mark.parametrize(
+    ("tail", "kind", "axis", "shape"),
+    [
+        ("z = Squeeze(g, a)", "ambiguous", 0, "[5]"),
+        ("s = Softmax <axis = 1> (g) z = Squeeze(s, a)", "classes", 1, ""),
+        ("z = Squeeze(l, zero)", "ambiguous", 0, "[5, 8, 9]"),
+    ],
+)
+def test_squeezed_batch_leaves_the_channel_axis(
+    tail: str, kind: str, axis: int, shape: str, tmp_path: Path
+) -> None:
+    """A vector or a map without an axis of samples: its first axis holds classes or channels."""
+    text = f"""(float[1, 3, 8, 9] x) => (float[] z) <float[5, 3, 1, 1] w, int64[3] a = {{0, 2, 3}},
+        int64[1] zero = {{0}}> {{ l = Conv(x, w) g = GlobalAveragePool(l) {tail} }}"""
+    term = only(detect(load(build(text), tmp_path)))
+    assert (term.kind, term.axis) == (kind, axis)
+    assert term.assumption.startswith(f"output 'z' {shape} may hold" if shape else "")
+
+
+def test_label_belongs_to_a_vector_without_an_axis_of_samples(tmp_path: Path) -> None:
+    text = """(float[1, 6] x) => (float[5] z) <float[6, 5] w, int64[1] zero = {0}> {
+        l = MatMul(x, w) z = Squeeze(l, zero) }"""
+    term = only(detect(load(build(text), tmp_path), np.asarray([0, 4, 2])))
+    assert (term.kind, term.axis, term.labelled) == ("classes", 0, True)
+
+
 def test_integers_from_a_subgraph_are_compared_for_equality(tmp_path: Path) -> None:
     found = detect(load(_branches(TensorProto.INT64, "ArgMax"), tmp_path))
     assert (only(found).kind, only(found).tensor) == ("exact", "y")

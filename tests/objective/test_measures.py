@@ -370,3 +370,14 @@ def test_points_lie_between_0_and_100(kind: str, seed: int) -> None:
     result = measured(KINDS[kind], truth, found)  # type: ignore[index]
     assert 0 <= result.lost <= 100
     assert measured(KINDS[kind], truth, truth).lost == 0  # type: ignore[index]
+
+
+def test_stacked_state_is_one_row_per_sample() -> None:
+    """Two directions with means far apart: their distance is no variance over the samples."""
+    truth = np.asarray([[[0.0], [2.0]], [[100.0], [102.0]]])  # (directions, samples, units)
+    term = Term("h", "h", "h", "values", 2, stacked=(0,))
+    assert (term.rows(truth) == [[0, 100], [2, 102]]).all()
+    assert term.positions(truth) == (2,)
+    found = measured(term, truth, truth + 1)
+    assert found.values["error_over_variance"] == 1.0  # an error of 1 against a variance of 1
+    assert measured(replace(term, stacked=()), truth, truth + 1).values["r2"] > 0.99  # type: ignore[operator]

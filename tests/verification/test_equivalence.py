@@ -29,6 +29,7 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
+from onnx_oamip.objective.metric import Metric
 from onnx_oamip.verification import equivalence
 
 ONES = Scale("auto", 1.0, np.ones(4), -1, np.ones((1, 2)))
@@ -388,6 +389,28 @@ def test_model_agrees_with_itself(mlp: Model) -> None:
     result = _compare(mlp, mlp.proto, mlp.proto, _samples(mlp, samples(mlp, 9)), 4)
     assert (result.output_relative_error, result.agreement) == (0, 1)
     assert (result.accuracy_before, result.accuracy_after) == (None, None)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [("[2, 1, 4]", (5, 2, 1, 4)), ("[1, 2, 4]", (5, 2, 4))])
+def test_metric_reads_one_entry_per_sample_of_a_fixed_batch(
+    axes: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Axis 0 of a recurrent state counts directions: entries of several samples are not joined along it."""
+    sizes = axes.strip("[]")
+    text = f"""(float[1,8] x) => (float[{sizes}] y) <float[8,8] w, int64[3] s = {{{sizes}}}> {{
+        a = MatMul(x, w) y = Reshape(a, s) }}"""
+    model = load(build(text), tmp_path)
+    seen: list[tuple[int, ...]] = []
+
+    def shape_of(outputs: dict[str, Array], labels: Array | None) -> float:
+        assert labels is None
+        seen.append(outputs["y"].shape)
+        return 1.0
+
+    metric = Metric("m:shape_of", shape_of)
+    found = _samples(model, {"x": np.ones((5, 8), np.float32)})
+    equivalence.user_metric(metric, model, model.proto, samples=found, device="cpu", batch_size=2)
+    assert seen == [shape, shape]
 
 
 def test_model_without_classes_has_no_agreement(tmp_path: Path) -> None:

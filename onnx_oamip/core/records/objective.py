@@ -7,9 +7,10 @@ judges (``losses``, ``measures``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -60,7 +61,8 @@ class Term:
     """One tensor that the pruned model must keep, and how its error is measured.
 
     ``output``: the graph output that it was found for; ``axis``: classes, columns or vector components, None for one
-    column; ``threshold``: of a binary decision, in the tensor's own units, None for even odds; ``tail``: what lies
+    column; ``stacked``: axes of the directions and layers of a recurrent state, whose entries are columns of their own;
+    ``threshold``: of a binary decision, in the tensor's own units, None for even odds; ``tail``: what lies
     between the tensor and the output; ``assumption``: what was assumed, and the option that says otherwise;
     ``decided``: the output is made of decisions about the tensor, as ArgMax gives them;
     ``labelled``: the labels of the data belong to this term; ``balanced``: rare positives weigh as much as the rest;
@@ -83,6 +85,7 @@ class Term:
     balanced: bool = True
     decided: bool = False
     scale: Scale | None = None
+    stacked: tuple[int, ...] = ()
 
     @property
     def normaliser(self) -> float | None:
@@ -103,9 +106,8 @@ class Term:
             Float64 (positions, columns): one row per sample and position, one column per class, value or component.
         """
         values = self._of_part(array)
-        return values.astype(np.float64).reshape(
-            -1, 1 if self._is_flat(values) else values.shape[-1]
-        )
+        columns = math.prod(values.shape[values.ndim - self._column_axes(values) :])
+        return values.astype(np.float64).reshape(-1, columns)
 
     def positions(self, array: Array) -> tuple[int, ...]:
         """Return the lengths of the axes that the rows of :meth:`rows` run over.
@@ -117,18 +119,23 @@ class Term:
             Lengths in the order of the tensor's axes.
         """
         values = self._of_part(array)
-        return values.shape if self._is_flat(values) else values.shape[:-1]
+        return values.shape[: values.ndim - self._column_axes(values)]
 
     def _of_part(self, array: Array) -> Array:
-        """The term's part of a tensor, with the axis of classes, columns or components last."""
+        """The term's part of a tensor, with the axes of classes, columns or components last."""
         if self.part is not None:
             part = slice(self.part.start, self.part.stop)
             array = array[(slice(None),) * self.part.axis + (part,)]
-        return array if self._is_flat(array) else np.moveaxis(array, cast("int", self.axis), -1)
+        if self.axis is None or array.ndim == 0:
+            return array
+        axes = (*self.stacked, self.axis)
+        return np.moveaxis(array, axes, range(-len(axes), 0))
 
-    def _is_flat(self, array: Array) -> bool:
-        """Test for a term of one column."""
-        return self.axis is None or array.ndim == 0
+    def _column_axes(self, array: Array) -> int:
+        """Number of axes that hold columns."""
+        if self.axis is None or array.ndim == 0:
+            return 0
+        return 1 + len(self.stacked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +207,7 @@ def document(objective: Objective) -> list[Mapping[str, Any]]:
             else [term.part.axis, term.part.start, term.part.stop],
             "kind": term.kind,
             "axis": term.axis,
+            "stacked": term.stacked,
             "weight": term.weight,
             "threshold": term.threshold,
             "normaliser": term.normaliser,

@@ -14,6 +14,8 @@ SHAPE = frozenset({"Shape"})
 """Reads lengths at run time."""
 SPLIT = frozenset({"Split"})
 """Divides a tensor into several along an axis."""
+CONCATENATION = frozenset({"Concat"})
+"""Joins tensors along an axis."""
 FILL = frozenset({"ConstantOfShape"})
 """Makes a tensor of equal values, whose shape is its input."""
 EXPANSION = frozenset({"Expand"})

@@ -226,6 +226,23 @@ def _quantised_cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     return ((x, 0), (x, 1), (w, 0), (w, 2), inputs_and_state)
 
 
+def direction_axis(node: Node, tensor: str) -> int | None:
+    """Find the axis of an output of a recurrent operator that counts its directions.
+
+    Args:
+        node: The node.
+        tensor: Name of one of its outputs: the sequence, or a state behind the last step.
+
+    Returns:
+        The axis; None for other operators.
+    """
+    if node.op not in GATES and node.op != "DynamicQuantizeLSTM":
+        return None
+    is_sequence = tensor == node.outputs[0]
+    is_batch_first = bool(node.attrs.get("layout", 0))
+    return int(is_sequence) + int(is_batch_first)
+
+
 SPECS = (
     *(OpSpec(name, _recurrent, since=7, edit=EditRules(_repair), cost=_cost) for name in GATES),
     OpSpec(
