@@ -56,6 +56,8 @@ from onnx_oamip.graph.shape_inference import (
     ROUNDS,
     bind,
     fitting_types,
+    is_tensor,
+    output_ports,
     port_of,
     skeleton,
     symbol,
@@ -154,6 +156,12 @@ def _remarks(file: ModelFile) -> tuple[str, ...]:
             f"fused operators ({names}) are written out in their parts, which ONNX Runtime fuses again when it loads "
             "the result"
         )
+    others = [value.name for value in file.proto.graph.output if not is_tensor(value)]
+    if others:
+        names = ", ".join(f"'{name}'" for name in others)
+        notes.append(
+            f"not tensors, so kept as they are and not compared: the graph outputs {names}"
+        )
     if file.proto.training_info:
         notes.append(
             "the file holds training graphs (training_info), which belong to the original weights; the result has none"
@@ -212,7 +220,7 @@ def from_proto(
         shapes=shapes,
         dtypes=dtypes,
         inputs=inputs,
-        outputs=tuple(port_of(v) for v in graph.output),
+        outputs=output_ports(graph),
         bindings=bound,
         batch=_batch(inputs, shapes),
         path=path,

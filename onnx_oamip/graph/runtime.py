@@ -275,7 +275,8 @@ class Session:
                 isinstance(content, str) or _is_quantised(content)
             )
             self._opener = opener if may_fail_later else None
-        self.outputs = [o.name for o in self._session.get_outputs()]
+        # Sequences and maps are not compared with anything.
+        self.outputs = [o.name for o in self._session.get_outputs() if o.type.startswith("tensor")]
         self.inputs = [i.name for i in self._session.get_inputs()]
 
     def _serialise(
@@ -299,7 +300,7 @@ class Session:
 
         Args:
             feed: Values of the graph inputs by name.
-            names: Outputs to compute. Default: all.
+            names: Outputs to compute. Default: all that are tensors.
 
         Returns:
             Their values, in the order of ``names``.
@@ -308,7 +309,7 @@ class Session:
             ModelError: The model cannot be run on this feed, or has a Loop that runs longer than ``PATIENCE``.
             OutOfMemory: The memory does not suffice.
         """
-        wanted = list(names) if names else None
+        wanted = list(names) if names else self.outputs
         inputs = dict(feed)
         with _runtime_errors(f"run {self._what} on this data"):
             try:
@@ -324,7 +325,7 @@ class Session:
         self._opener = None
         return values
 
-    def _run(self, names: list[str] | None, feed: dict[str, Array]) -> list[Array]:
+    def _run(self, names: list[str], feed: dict[str, Array]) -> list[Array]:
         if not self._is_watched:
             values: list[Array] = self._session.run(names, feed)
             return values

@@ -78,16 +78,49 @@ def port_of(value: onnx.ValueInfoProto) -> Port:
     Raises:
         ModelError: It is not a tensor.
     """
-    if not value.type.HasField("tensor_type"):
+    if not is_tensor(value):
+        raise ModelError(
+            f"the graph input or output '{value.name}' is not a tensor; only tensors are supported."
+        )
+    tensor_type = value.type.tensor_type
+    return Port(value.name, _dtype(tensor_type.elem_type), tuple(_dims(tensor_type.shape)))
+
+
+def is_tensor(value: onnx.ValueInfoProto) -> bool:
+    """Check whether a declared value is a tensor, not a sequence, a map or an optional value.
+
+    Args:
+        value: The declaration.
+
+    Returns:
+        True for a tensor.
+    """
+    return bool(value.type.HasField("tensor_type"))
+
+
+def output_ports(graph: onnx.GraphProto) -> tuple[Port, ...]:
+    """Records of the graph outputs that are tensors. The others stay in the graph and are not compared.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        One record per output that is a tensor.
+
+    Raises:
+        ModelError: There are outputs, and none of them is a tensor.
+    """
+    tensors = [value for value in graph.output if is_tensor(value)]
+    if graph.output and not tensors:
+        value = graph.output[0]
         # skl2onnx turns the probabilities of a classifier into a sequence of dictionaries by default.
         is_list_of_maps = value.type.sequence_type.elem_type.HasField("map_type")
         hint = "; for probabilities as one, export with skl2onnx's options={'zipmap': False}"
         raise ModelError(
-            f"the graph input or output '{value.name}' is not a tensor; only tensors are supported"
+            f"the graph output '{value.name}' is not a tensor, and nothing else is there to compare"
             f"{hint if is_list_of_maps else ''}."
         )
-    tensor_type = value.type.tensor_type
-    return Port(value.name, _dtype(tensor_type.elem_type), tuple(_dims(tensor_type.shape)))
+    return tuple(port_of(value) for value in tensors)
 
 
 def symbol(port: Port, axis: int) -> str | None:

@@ -104,6 +104,25 @@ def test_input_that_is_not_a_tensor_is_refused(tmp_path: Path) -> None:
         models.load(path)
 
 
+def test_sequence_beside_a_tensor_is_kept_and_alone_is_refused(tmp_path: Path) -> None:
+    proto = build(NET)
+    proto.graph.node.append(helper.make_node("SequenceConstruct", ["f", "y"], ["both"]))
+    element = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    both = helper.make_value_info("both", helper.make_sequence_type_proto(element))
+    proto.graph.output.append(both)
+    path = tmp_path / "sequence.onnx"
+    path.write_bytes(proto.SerializeToString())
+    model = models.load(path)
+    assert [port.name for port in model.outputs] == ["y"]
+    assert [value.name for value in model.proto.graph.output] == ["y", "both"]
+    assert any("'both'" in note for note in model.notes)
+    assert len(Session(model.proto, "cpu").run(feed(model, 1, 2))) == 1
+    del proto.graph.output[0]
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="'both' is not a tensor, and nothing else"):
+        models.load(path)
+
+
 # --------------------------------------------------------------------------------------------------- external data
 
 

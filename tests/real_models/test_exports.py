@@ -24,6 +24,7 @@ import pytest
 from conftest import ROOT
 from onnx import ModelProto, TensorProto, helper
 
+import onnx_oamip
 from onnx_oamip.artifacts import provenance
 from onnx_oamip.cli import main
 from onnx_oamip.core.records import Array
@@ -274,10 +275,8 @@ def test_exporters_give_the_same_pruned_network(
         assert np.abs(found - scores).max() <= 1e-3 * np.abs(scores).max()
 
 
-def test_dictionaries_of_probabilities_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """What skl2onnx makes of a classifier where nothing is said: ZipMap, one dictionary for every sample."""
+def test_dictionaries_of_probabilities_are_kept_beside_the_label(tmp_path: Path) -> None:
+    """What skl2onnx makes of a classifier by default: a label, and ZipMap, one dictionary for every sample."""
     proto = onnx.load(FOLDER / "sklearn-float.onnx")
     proto.graph.node.append(
         helper.make_node(
@@ -291,29 +290,18 @@ def test_dictionaries_of_probabilities_are_refused(
     value = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
     kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, value))
     proto.graph.output[1].CopyFrom(helper.make_value_info("zipped", kind))
-    onnx.save(proto, tmp_path / "model.onnx")
-    data, out = tmp_path / "data.npz", tmp_path / "out.onnx"
+    data = tmp_path / "data.npz"
     _digits().data_file(FOLDER, data, "pixels", [64])
-    assert (
-        main(
-            [
-                "prune",
-                str(tmp_path / "model.onnx"),
-                "--data",
-                str(data),
-                "--params",
-                "0.5",
-                "-o",
-                str(out),
-            ]
-        )
-        == 2
+    result = onnx_oamip.prune(proto, data, params=0.5, force=True, cache="off")
+    assert result.report.after.params <= 0.5 * result.report.before.params
+    assert any("'zipped'" in note for note in result.report.model.notes)
+    assert [o.name for o in result.model.graph.output] == [o.name for o in proto.graph.output]
+    session = onnxruntime.InferenceSession(
+        result.model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "'zipped' is not a tensor" in said
-    assert "'zipmap': False" in said
-    assert not out.exists()
+    pixels = np.load(data)["pixels"][:5].astype(np.float32)
+    label, zipped = session.run(None, {"pixels": pixels})
+    assert [max(row, key=row.get) for row in zipped] == label.tolist()
 
 
 def test_missing_framework_is_named(tmp_path: Path) -> None:
