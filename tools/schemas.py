@@ -56,11 +56,27 @@ COMMANDS = {
     "profile": [MODEL, "-o", "table.json", "--seconds", "0.1"],
     "pack": [MODEL, "-o", "packed"],
     "unpack": ["packed", "-o", "unpacked.onnx"],
+    "int8": ["half.onnx", "--data", DATA, "-o", "int8.onnx"],
+    "run": ["run.toml"],
     "ops": [],
     "solvers": [],
     "doctor": [],
 }
 """Arguments of every command that prints a document."""
+RUN = f"""
+model = "{MODEL}"
+data = "{DATA}"
+importance = "l2"
+cache = "off"
+device = "cpu"
+[prune]
+macs = 0.5
+force = true
+[int8]
+[check]
+seconds = 0.1
+"""
+"""File of the command ``run``."""
 
 
 def documents(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,6 +153,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / MODEL).write_bytes((ROOT / "models" / MODEL).read_bytes())
+        (folder / "run.toml").write_text(RUN, encoding="utf-8")
         np.savez(folder / DATA, **{k: whole[k][:64] if whole[k].ndim else whole[k] for k in whole})
         for command, document in documents(folder):
             result[command] = schema_of(document)

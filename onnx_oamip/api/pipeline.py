@@ -30,6 +30,7 @@ from onnx_oamip.core.records import (
     ContactSheet,
     Latency,
     Measure,
+    Model,
     Recovery,
     Report,
     Verification,
@@ -37,6 +38,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.contact_sheet import contact_sheet
+from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import File, Source, source_name
 from onnx_oamip.graph import cost
@@ -598,6 +600,35 @@ def compare(
     held = dataset.load(source, model, dataset.EVALUATION, settings.reading)
     samples = held or dataset.load(source, model, reading=settings.reading)
     assert samples is not None
+    return compare_on(model, other, samples, settings, device=device, progress=progress)
+
+
+def compare_on(
+    model: Model,
+    other: Model,
+    samples: Samples,
+    settings: Settings,
+    *,
+    device: str,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare two loaded models with the same interface on samples.
+
+    Args:
+        model: Model before pruning.
+        other: Model after pruning.
+        samples: Samples to compare on.
+        settings: Objective, batch size and metric.
+        device: Device to run on.
+        progress: Called as ``progress(stage, done, total)``.
+
+    Returns:
+        The checks and measurements.
+
+    Raises:
+        GateFailed: The second model is not valid.
+        DataError: The samples do not fit the model.
+    """
     model = dataset.at_data(model, samples)
     size = comparison_size(model, settings.batch_size, settings.activation_memory_limit)
     trial = Session(model.proto, device, what=model.path)

@@ -20,12 +20,14 @@ from onnx_oamip.artifacts.output import (
     stage,
 )
 from onnx_oamip.artifacts.plan_files import Planned
+from onnx_oamip.artifacts.shipped_sizes import zipped_file, zipped_model
 from onnx_oamip.core.atomic_files import Batch
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.notebook import tables
 from onnx_oamip.core.records import Coupling, Model, Objective, Report, Scores
 from onnx_oamip.data.sources import File
 from onnx_oamip.graph import default_inputs, external_data
+from onnx_oamip.graph.loading import IN_MEMORY
 from onnx_oamip.reporting import documents
 from onnx_oamip.verification.equivalence import judged
 
@@ -187,7 +189,15 @@ def finished(report: Report, proto: onnx.ModelProto) -> Result:
     if narrower and not report.settings["force"]:
         check_not_larger(report.model, proto, size)
     after = replace(report.after, bytes=size)
-    return Result(proto, replace(report, after=after, notes=(*report.notes, *notes)))
+    original = report.model.path
+    zipped = None if original == IN_MEMORY else zipped_file(original)
+    result = replace(
+        report,
+        after=after,
+        notes=(*report.notes, *notes),
+        zip_bytes=(zipped, zipped_model(proto)),
+    )
+    return Result(proto, result)
 
 
 def write(result: Result, targets: FileTargets, clock: Clock) -> Report:

@@ -99,10 +99,7 @@ class Store:
         """
         if self.folder is None:
             return make()
-        identity = {**depends, "code": _code_digest(), "host": _host()}
-        text = json.dumps(identity, sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:32]
-        path = self.folder / f"{kind.name}-{digest}.npz"
+        path = self.folder / f"{kind.name}-{fingerprint(depends)}.npz"
         value = _load(kind, path, is_valid)
         if value is not None:
             # Mark the entry as recently used.
@@ -204,6 +201,20 @@ def identity(model: Model, samples: Samples) -> dict[str, Any]:
     layouts = sorted(samples.layouts.items())
     shape = [samples.whole, samples.fixed_batch, sorted(model.bindings.items()), layouts]
     return {"model": model.sha256, "data": digest.hexdigest(), "shape": shape}
+
+
+def fingerprint(depends: Mapping[str, Any]) -> str:
+    """Digest everything that decides a result, the code and the machine included.
+
+    Args:
+        depends: Plain values that decide it besides the code and the machine.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    everything = {**depends, "code": _code_digest(), "host": _host()}
+    text = json.dumps(everything, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def content_digest(proto: onnx.ModelProto) -> str:

@@ -11,11 +11,13 @@ from onnx_oamip.cli.checkpoint import checkpoint
 from onnx_oamip.cli.config import config, config_option
 from onnx_oamip.cli.frontier import frontier
 from onnx_oamip.cli.help import option
+from onnx_oamip.cli.int8 import int8
 from onnx_oamip.cli.options import DATA, MODEL, json_option
 from onnx_oamip.cli.pack import pack, unpack
 from onnx_oamip.cli.profile import profile
 from onnx_oamip.cli.prune import apply, plan, prune
 from onnx_oamip.cli.recover import recover
+from onnx_oamip.cli.run import run
 from onnx_oamip.cli.score import score
 from onnx_oamip.cli.settings import SettingsCommand, SettingType
 from onnx_oamip.cli.statements import statements_option
@@ -120,6 +122,8 @@ cli.add_command(score)
 cli.add_command(plan)
 cli.add_command(apply)
 cli.add_command(recover)
+cli.add_command(int8)
+cli.add_command(run)
 cli.add_command(checkpoint)
 cli.add_command(frontier)
 

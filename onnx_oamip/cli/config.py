@@ -11,7 +11,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,23 +92,51 @@ def _load(
     if path is None:
         return None
     content = read(path)
-    ctx.meta[IN_FILE] = _statements(content.pop("outputs", {}), path)
+    ctx.meta[IN_FILE] = statements(content.pop("outputs", {}), path)
     _check_names(ctx, path, content)
-    defaults = {}
-    for name, parameter in options(ctx.command):
+    ctx.default_map = {**(ctx.default_map or {}), **defaults(ctx.command, content, path)}
+    return path
+
+
+def defaults(command: click.Command, content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Take the options of a command from the content of a file.
+
+    Args:
+        command: The command.
+        content: Values by the name of an option; names that the command has not are left out.
+        path: The file, for messages.
+
+    Returns:
+        Defaults by the name of the parameter, as click takes them.
+
+    Raises:
+        SettingsError: A value has another type than the option.
+    """
+    found = {}
+    for name, parameter in options(command):
         if name in content and parameter.name is not None:
             try:
-                defaults[parameter.name] = _as_on_the_command_line(parameter, content[name])
+                found[parameter.name] = _as_on_the_command_line(parameter, content[name])
             except ValueError as error:
                 raise SettingsError(
                     f"the configuration {path} sets {name} to {content[name]!r}; it is {error}."
                 ) from error
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
-    return path
+    return found
 
 
-def _statements(table: object, path: Path) -> dict[str, object]:
-    """The table ``outputs`` of a file. Raises SettingsError for another value."""
+def statements(table: object, path: Path) -> dict[str, object]:
+    """Check the table ``outputs`` of a file.
+
+    Args:
+        table: Its value.
+        path: The file, for messages.
+
+    Returns:
+        Kinds by the name of an output.
+
+    Raises:
+        SettingsError: The value is no table.
+    """
     if not isinstance(table, dict):
         raise SettingsError(
             f"the configuration {path} sets outputs to {table!r}; it is a table of kinds by name, such as "
@@ -128,15 +156,28 @@ def _check_names(
     known = {name for command in commands for name, _ in options(command)}
     for name, value in content.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; is it {close[0]}" if close else ""
-            raise SettingsError(
-                f"the configuration {path} sets '{name}', which is no option of any command{hint}?"
-            )
+            raise unknown(name, known, f"the configuration {path} sets", "no option of any command")
         if isinstance(value, dict):
             raise SettingsError(
                 f"the configuration {path} has a table '{name}'; nested tables are not supported."
             )
+
+
+def unknown(name: str, known: Iterable[str], where: str, what: str) -> SettingsError:
+    """Error for a name that stands in a file and is no option.
+
+    Args:
+        name: The name.
+        known: Names that are options.
+        where: Begin of the sentence: the file, and that it sets the name.
+        what: What the name is not.
+
+    Returns:
+        The error, with the closest of the known names.
+    """
+    close = difflib.get_close_matches(name, sorted(known), 1)
+    hint = f"; is it {close[0]}?" if close else "."
+    return SettingsError(f"{where} '{name}', which is {what}{hint}")
 
 
 def _as_on_the_command_line(parameter: click.Option, value: Any) -> Any:

@@ -17,6 +17,7 @@ HEADINGS = (
     "What to remove",
     "Repair",
     "Recovery",
+    "Quantisation",
     "Data",
     "Speed and resources",
     "Output",

@@ -14,5 +14,6 @@ PRUNE = (*PREPARATION, "plan and refit", "verify", "write")
 PLAN = (*PREPARATION, "plan", "write")
 APPLY = ("load", "objective", "couple", "refit", "verify", "write")
 RECOVER = ("load", "objective", "recover", "verify", "write")
+INT8 = ("load", "quantise", "write")
 FRONTIER = (*PREPARATION, "plan, refit and verify")
 """Steps in their order, by the names under which their seconds are reported."""

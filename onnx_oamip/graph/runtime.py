@@ -87,6 +87,21 @@ def runtime() -> Any:
     return onnxruntime
 
 
+def quantiser() -> Any:
+    """Imports the quantiser of ONNX Runtime.
+
+    Returns:
+        The module ``onnxruntime.quantization``.
+
+    Raises:
+        EnvironmentMissing: ONNX Runtime is not installed.
+    """
+    runtime()
+    from onnxruntime import quantization
+
+    return quantization
+
+
 def resolve_device(device: str) -> str:
     """Chooses the device to run on.
 
@@ -162,11 +177,15 @@ def _check_crashes(nodes: Iterable[onnx.NodeProto], what: str) -> None:
 
 
 @contextmanager
-def _runtime_errors(action: str) -> Iterator[None]:
+def runtime_errors(action: str) -> Iterator[None]:
     """Turns the undocumented exceptions of ONNX Runtime into errors of this package.
 
     Args:
         action: The attempted action as a verb phrase, for the message.
+
+    Raises:
+        ModelError: ONNX Runtime refuses the model.
+        OutOfMemory: The memory does not suffice.
     """
     try:
         yield
@@ -238,7 +257,7 @@ class Session:
         self.unfused = exact
         self._detached: Mapping[str, Array] = {}
         self._is_watched = False
-        with _runtime_errors(f"load {what}"):
+        with runtime_errors(f"load {what}"):
             content: str | bytes
             if isinstance(proto, (str, os.PathLike)):
                 content = os.fspath(proto)
@@ -311,7 +330,7 @@ class Session:
         """
         wanted = list(names) if names else self.outputs
         inputs = dict(feed)
-        with _runtime_errors(f"run {self._what} on this data"):
+        with runtime_errors(f"run {self._what} on this data"):
             try:
                 values = self._run(wanted, inputs)
             except OamipError:

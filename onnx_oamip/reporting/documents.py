@@ -75,8 +75,8 @@ def document(report: Report) -> Document:
         "schema_version": SCHEMA_VERSION,
         "model": _model(report.model),
         "output": {"path": report.output, "sha256": report.output_sha256},
-        "before": _cost(report.before),
-        "after": _cost(report.after),
+        "before": {**_cost(report.before), "zip_bytes": report.zip_bytes[0]},
+        "after": {**_cost(report.after), "zip_bytes": report.zip_bytes[1]},
         "budget": _budget(report.budget),
         "groups": [
             {
@@ -104,7 +104,7 @@ def document(report: Report) -> Document:
         "connections": None if report.connections is None else _connections(report.connections),
         "objective": terms(report.objective),
         "reading": report.reading,
-        "verification": _verification(report.verification),
+        "verification": verified(report.verification),
         "notes": _distinct([*report.model.notes, *report.notes, *report.plan.notes]),
         "timings": report.timings,
         "settings": report.settings,
@@ -308,7 +308,7 @@ def comparison(
         "original": sides[0],
         "pruned": sides[1],
         "objective": terms(verification.objective),
-        "verification": _verification(verification),
+        "verification": verified(verification),
         "notes": _distinct(verification.objective.notes),
         "versions": versions(),
     }
@@ -545,21 +545,29 @@ def _consumers(coupling: Coupling) -> list[list[str]]:
     return [list(by_group) for by_group in names]
 
 
-def _verification(verification: Verification) -> Document:
+def verified(found: Verification) -> Document:
+    """Converts a verification to its part of a document.
+
+    Args:
+        found: The verification.
+
+    Returns:
+        A dict of values.
+    """
     return {
-        "masked_equivalence": verification.masked_equivalence,
-        "rounding": verification.rounding,
-        "output_relative_error": verification.output_relative_error,
-        "agreement": verification.agreement,
-        "accuracy_before": verification.accuracy_before,
-        "accuracy_after": verification.accuracy_after,
-        "latency_ratio": verification.latency_ratio,
-        "latency": verification.latency and asdict(verification.latency),
-        "outputs": _measures(verification),
-        "metric": _metric(verification.metric),
-        "batches": verification.batches,
-        "samples": verification.samples,
-        "failures": verification.failures,
+        "masked_equivalence": found.masked_equivalence,
+        "rounding": found.rounding,
+        "output_relative_error": found.output_relative_error,
+        "agreement": found.agreement,
+        "accuracy_before": found.accuracy_before,
+        "accuracy_after": found.accuracy_after,
+        "latency_ratio": found.latency_ratio,
+        "latency": found.latency and asdict(found.latency),
+        "outputs": _measures(found),
+        "metric": _metric(found.metric),
+        "batches": found.batches,
+        "samples": found.samples,
+        "failures": found.failures,
     }
 
 

@@ -39,6 +39,8 @@ class Result:
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 SIGNS = {
     "status": "error",
+    "broken": "run",
+    "float_model": "int8",
     "ratio": "pack",
     "packed": "unpack",
     "points": "frontier",

@@ -396,7 +396,8 @@ class Report:
 
     ``curves`` are the measured losses of every group at a few widths, if the allocation needed them; ``tried`` the
     steps of a search for ``max_drop``. The result of ``apply`` has no scores. ``reading`` states how images were read,
-    and ``contact_sheet`` shows samples of an input that takes images.
+    and ``contact_sheet`` shows samples of an input that takes images. ``zip_bytes``: sizes before and after, deflated
+    as in a zip archive; None for a model in memory.
     """
 
     model: Model
@@ -421,6 +422,7 @@ class Report:
     contact_sheet: ContactSheet | None = None
     compared: Mapping[str, float] = field(default_factory=dict)
     recovery: Recovery | None = None
+    zip_bytes: tuple[int | None, int | None] = (None, None)
 
     def __repr__(self) -> str:
         costs = summary(self.before, self.after)

@@ -170,6 +170,8 @@ def _cards(value: Document) -> list[Card]:
         new = after[kind.cost]
         share = new / old if old else None
         note = f"{percent(share)} of {short(old, kind.unit)}"
+        if kind.cost == "bytes" and after["zip_bytes"]:
+            note += f", {short(after['zip_bytes'], kind.unit)} zipped"
         cards.append(Card(kind.label, short(new, kind.unit), note, share))
     ratio = checks["latency_ratio"]
     if ratio is not None:

@@ -15,6 +15,7 @@ from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.tables.parts import (
     ROWS,
+    WIDE,
     assumption_rows,
     bar,
     cell,
@@ -37,6 +38,8 @@ from onnx_oamip.reporting.tables.parts import (
     reason_rows,
     recovery_lines,
     some,
+    stage_quality,
+    stage_sizes,
     times,
 )
 
@@ -396,7 +399,44 @@ def _unpack(value: Document, _: Console) -> Iterator[RenderableType]:
     yield Text("\n".join(lines))
 
 
+def _int8(value: Document, _: Console) -> Iterator[RenderableType]:
+    before, after = value["float_model"], value["output"]
+    yield Text.assemble((before["path"], "bold"), " -> ", (after["path"], "bold"))
+    table = grid("", ">before", ">after", ">kept")
+    for name, key in (("bytes", "bytes"), ("zip", "zip_bytes")):
+        share = percent(after[key] / before[key])
+        table.add_row(name, f"{before[key]:,}", f"{after[key]:,}", share)
+    yield table
+    weights = value["weights"]
+    samples = f" from {count(value['samples'], 'sample')}" if value["samples"] else ""
+    yield Text(
+        f"{count(weights['int8'], 'weight')} int8, {weights['float']:,} left as they are; ranges {value['ranges']}"
+        f"{samples}"
+    )
+    if value["notes"]:
+        yield Text("\n".join(f"note: {note}" for note in value["notes"]))
+
+
+def _run(value: Document, console: Console) -> Iterator[RenderableType]:
+    yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["folder"], "bold"))
+    yield stage_sizes(value["stages"])
+    yield stage_quality(value["stages"], value["reused"], is_wide=console.width >= WIDE)
+    lines = [
+        "zip: deflated, as it ships; time: of the original's, the median and its 95 % interval;",
+        "lost: points of the worst output against the original on held-out samples.",
+    ]
+    lines += [f"wrote {row['path']}" for row in value["stages"][1:]]
+    lines += [f"note: {note}" for note in value["notes"]]
+    yield Text("\n".join(lines))
+    if value["broken"]:
+        yield Text(
+            "\n".join(f"limit broken: {sentence}" for sentence in value["broken"]), "bold red"
+        )
+
+
 _DRAW = {
+    "stages": _run,
+    "float_model": _int8,
     "unrecovered": _recover,
     "ratio": _pack,
     "packed": _unpack,

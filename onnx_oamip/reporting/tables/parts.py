@@ -83,6 +83,12 @@ def costs(
         new = after[kind.cost]
         row = [kind.noun, f"{old:,}", f"{new:,}", percent(new / old if old else None)]
         table.add_row(*row, *([percent(budget[kind.name], "")] if budget else []))
+    zipped = [side["zip_bytes"] for side in (before, after) if side.get("zip_bytes")]
+    if len(zipped) == 2:
+        kept = percent(zipped[1] / zipped[0])
+        table.add_row(
+            "bytes, zip", *(f"{size:,}" for size in zipped), kept, *([""] if budget else [])
+        )
     if budget and latency is not None:
         if latency["doubt"]:
             speed, kept = "in doubt", "-"
@@ -139,6 +145,66 @@ def knee_command(value: Document) -> str:
     model = value["model"]["path"]
     output = f"{PurePath(model).stem}-macs{level}.onnx"
     return f"onnx-oamip prune {model} --data {data} --macs {level} -o {output}"
+
+
+def stage_sizes(rows: Sequence[Document]) -> Table:
+    """Makes the table of the sizes of the models of a run.
+
+    Args:
+        rows: The ``stages`` of a document, the original first.
+
+    Returns:
+        The table.
+    """
+    table = grid("model", ">MACs", ">bytes", ">kept", ">zip", ">kept")
+    first = rows[0]
+    for row in rows:
+        kept = {key: percent(row[key] / first[key]) for key in ("macs", "bytes", "zip_bytes")}
+        table.add_row(
+            cell(row["stage"]),
+            kept["macs"],
+            f"{row['bytes']:,}",
+            kept["bytes"],
+            f"{row['zip_bytes']:,}",
+            kept["zip_bytes"],
+        )
+    return table
+
+
+def stage_quality(rows: Sequence[Document], reused: Sequence[str], *, is_wide: bool) -> Table:
+    """Makes the table of latency and quality of the models of a run.
+
+    Args:
+        rows: The ``stages`` of a document, the original first.
+        reused: Names of the stages that were not run again.
+        is_wide: Show all columns.
+
+    Returns:
+        The table.
+    """
+    wide = (">ms", "run") if is_wide else ()
+    table = grid("model", ">time (95 %)", ">agreement", ">accuracy", ">lost", *wide)
+    accuracy = next((r["verification"]["accuracy_before"] for r in rows if r["verification"]), None)
+    for row in rows:
+        found = row["verification"]
+        run = "unchanged" if row["stage"] in reused else "now"
+        more = (f"{row['milliseconds']:.3f}", "" if found is None else run) if is_wide else ()
+        if found is None:
+            table.add_row(cell(row["stage"]), "100 %", "", percent(accuracy, digits=2), "", *more)
+            continue
+        ratio = found["latency"]
+        interval = f"{percent(ratio['low']).rstrip(' %')}-{percent(ratio['high'])}"
+        time = "in doubt" if ratio["doubt"] else f"{percent(ratio['median'])} ({interval})"
+        lost = [measure["lost"] for measure in found["outputs"] if measure["lost"] is not None]
+        table.add_row(
+            cell(row["stage"]),
+            time,
+            percent(found["agreement"], digits=2),
+            percent(found["accuracy_after"], digits=2),
+            points(max(lost)) if lost else "-",
+            *more,
+        )
+    return table
 
 
 def assumption_rows(model: Document) -> Iterator[RenderableType]:
