@@ -188,6 +188,25 @@ def test_page_has_a_chart_for_every_group_and_node(report: Report, plain_page: b
         assert curve["losses"][-1] == 0
 
 
+def test_agreement_of_draws_is_drawn(report: Report) -> None:
+    """Two draws: the scores of the run, and the same in reverse order, which keep different units."""
+    assert report.scores is not None
+    values = report.scores.values
+    scores = replace(report.scores, draws=np.stack([values, values[::-1]]))
+    drawn = replace(report, scores=scores)
+    found = document(drawn)["draws"]
+    tree = Tree(prune_page(drawn))
+    assert numbers_of(tree, "draws")[1:] == [
+        [g["name"], str(g["kept"]), str(g["agreed"]), f"{100 * g['spread']:.1f} %"]
+        for g in found["groups"]
+    ]
+    agreed, kept = (sum(g[key] for g in found["groups"]) for key in ("agreed", "kept"))
+    assert 0 < agreed < kept
+    assert f"{agreed} of {kept}" in tree.sections["draws"]
+    for group in found["groups"]:
+        assert f"{group['agreed']} of {group['kept']}" in tree.sections["draws"]
+
+
 def test_sections_without_content_are_left_out(folder: Path) -> None:
     settings = Settings.create(
         macs=0.5, importance="l2", allocate="uniform", refit="none", device="cpu", align=1

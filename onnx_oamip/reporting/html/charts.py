@@ -83,18 +83,48 @@ def widths(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
     Returns:
         SVG.
     """
-    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, "Channels before and after") as (
-        fig,
-        done,
-    ):
+    values = [f"{units:,} → {kept:,}" for _, units, kept in rows]
+    return _nested_bars(
+        rows, values, salt=salt, most=most, title="Channels before and after", axis="channels"
+    )
+
+
+def agreement(rows: Sequence[tuple[str, int, int]], salt: str, most: int) -> str:
+    """Draws how many of the kept units of each group every draw of the samples keeps.
+
+    Args:
+        rows: Name of each group, its kept units, and those of them that all draws keep.
+        salt: Prefix of the ids in the drawing.
+        most: End of the axis.
+
+    Returns:
+        SVG.
+    """
+    values = [f"{agreed:,} of {kept:,}" for _, kept, agreed in rows]
+    return _nested_bars(
+        rows, values, salt=salt, most=most, title="Units that all draws keep", axis="kept units"
+    )
+
+
+def _nested_bars(
+    rows: Sequence[tuple[str, int, int]],
+    values: Sequence[str],
+    *,
+    salt: str,
+    most: int,
+    title: str,
+    axis: str,
+) -> str:
+    """A light bar per row, and inside it a dark one for a part of the same units."""
+    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, title) as (fig, done):
         axes = _rows(fig, [name for name, _, _ in rows])
         places = np.arange(len(rows))
-        axes.barh(places, [units for _, units, _ in rows], height=0.62, color=BEFORE)
-        axes.barh(places, [kept for _, _, kept in rows], height=0.62, color=AFTER)
+        axes.barh(places, [whole for _, whole, _ in rows], height=0.62, color=BEFORE)
+        axes.barh(places, [part for _, _, part in rows], height=0.62, color=AFTER)
         axes.set_xlim(0, most)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.set_xlabel("channels")
-        _values(axes, [f"{units:,} → {kept:,}" for _, units, kept in rows])
+        axes.set_xlabel(axis)
+        _values(axes, values)
     return done()
 
 

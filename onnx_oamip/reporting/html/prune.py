@@ -80,6 +80,7 @@ def prune_page(report: Report) -> bytes:
         _errors(value),
         _sensitivity(value),
         _scores(value),
+        _draws(value),
         _search(value),
         _skipped(value),
         _programs(value),
@@ -325,6 +326,35 @@ def _scores(value: Document) -> Section | None:
 
 def _spread(group: Document) -> str:
     return f"{number(group['score']['min'])} to {number(group['score']['max'])}"
+
+
+def _draws(value: Document) -> Section | None:
+    """Section about the agreement of several draws of the samples, if there are any."""
+    if value["draws"] is None:
+        return None
+    groups = value["draws"]["groups"]
+    shown = largest([group["kept"] for group in groups], ROWS)
+    rows = [(groups[i]["name"], groups[i]["kept"], groups[i]["agreed"]) for i in shown]
+    most = max(group["kept"] for group in groups)
+    kept, agreed = (sum(group[key] for group in groups) for key in ("kept", "agreed"))
+    lead = (
+        f"Scores are means over {plural(value['draws']['count'], 'draw')} of the samples. Light: units that are kept. "
+        f"Dark: those of them that every draw alone would keep at the same widths, {count(agreed)} of {count(kept)}. "
+        "The spread is the standard deviation of a score over the draws, relative to the mean score of the group."
+    )
+    table = [
+        [group["name"], count(group["kept"]), count(group["agreed"]), percent(group["spread"])]
+        for group in (groups[i] for i in shown)
+    ]
+    parts: list[Part] = [
+        Figures(
+            [Figure(charts.agreement(part, f"a{i}", most)) for i, part in enumerate(paged(rows))],
+            "wide",
+        ),
+        *limited(shown, groups, "groups"),
+        Table.of(("group", ">kept", ">kept by all draws", ">spread"), table),
+    ]
+    return Section("draws", "Draws of the samples", lead, parts)
 
 
 def _search(value: Document) -> Section | None:
