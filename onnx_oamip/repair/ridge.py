@@ -16,6 +16,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
 from onnx_oamip.core.records import Floats
+from onnx_oamip.statistics.layer_problems import similar_scale
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge strengths, relative to the mean diagonal of the Gram matrix, searched downhill from the middle."""
@@ -170,7 +171,15 @@ def ridge_regression(x: Floats, residual: Floats, split: int) -> Solve:
     if x.shape[1] < x.shape[2]:
         return _dual(x, residual)
     normal = normal_equations(x, residual, split)
-    return lambda count, ridge: solve_ridge(*normal[count], ridge)
+    divisors = similar_scale(np.einsum("gii->gi", normal[split][0]))
+    if divisors is None:
+        return lambda count, ridge: solve_ridge(*normal[count], ridge)
+    column = divisors[:, :, None]
+    scaled = {
+        count: (gram / column / divisors[:, None], cross / column)
+        for count, (gram, cross) in normal.items()
+    }
+    return lambda count, ridge: solve_ridge(*scaled[count], ridge) / column
 
 
 def normal_equations(
@@ -209,6 +218,9 @@ def normal_equations(
 def _dual(x: Floats, residual: Floats) -> Solve:
     # Subtracting a mean loses no digits in the products; that of the leading rows is subtracted from the products.
     centred = x - x.mean(axis=1, keepdims=True)
+    divisors = similar_scale(np.einsum("grd,grd->gd", centred, centred))
+    if divisors is not None:
+        centred /= divisors[:, None]
     products = centred @ centred.transpose(0, 2, 1)
 
     def solve(count: int, ridge: float) -> Floats:
@@ -218,6 +230,8 @@ def _dual(x: Floats, residual: Floats) -> Solve:
         multipliers = solve_ridge(gram, target, ridge * count / x.shape[2])
         # Multipliers add up to zero, as targets do, so that the mean of the leading inputs does not count.
         change: Floats = centred[:, :count].transpose(0, 2, 1) @ _centred(multipliers)
+        if divisors is not None:
+            change /= divisors[:, :, None]
         return change
 
     return solve

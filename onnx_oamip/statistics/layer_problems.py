@@ -29,6 +29,8 @@ TINY = 1e-150
 """Stands for a variance of 0. Far below the squares of any activation in float32, so that scales do not matter."""
 RIDGE = 1e-3
 """Relative to the mean diagonal: keeps a covariance of few rows from promising a perfect repair."""
+MAX_SPREAD = 1 / RIDGE
+"""Variance over the median variance from which an input would make ridges larger than the median; it is scaled down."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Problem:
         share: Weight of this consumer beside those of the group's other consumers, 1 on average.
         factor: F (rows, d) with ``G = F' F + ridge I``, of a consumer with many columns; else None.
         units: Unit of each column (d,), of this group or another one; -1 where there is none.
+        divisors: Numbers (d,) that x was divided by, and W multiplied with, to be of similar size; None for ones.
     """
 
     consumer: Consumer
@@ -62,6 +65,7 @@ class Problem:
     share: float = 1.0
     factor: Floats | None = None
     units: Ints | None = None
+    divisors: Floats | None = None
 
     @property
     def constant(self) -> Bools:
@@ -99,6 +103,8 @@ class Problem:
         Returns:
             Weights (outputs, inputs) and bias (outputs,).
         """
+        if self.divisors is not None:
+            weight = weight / self.divisors
         size, fold = self.spread.shape
         full = np.empty((len(weight) // fold, size * fold))
         full[:, self.spread] = weight.reshape(-1, fold, size).transpose(0, 2, 1)
@@ -169,6 +175,14 @@ def _problem(
     folded_weight = by_column.transpose(0, 2, 1).reshape(outs * folded, size)
 
     values = gram.values[block]
+    mean = gram.mean[block]
+    divisors = similar_scale(_variances(gram, values))
+    if divisors is not None:
+        values = values / divisors
+        if gram.factor is None:
+            values = values / divisors[:, None]
+        mean = mean / divisors
+        folded_weight = folded_weight * divisors
     # Products of columns by columns, or of rows by rows, which have the same trace and the same norm.
     if gram.factor is None:
         products = values
@@ -192,14 +206,46 @@ def _problem(
         block=block,
         weight=folded_weight,
         gram=ridged,
-        mean=gram.mean[block],
+        mean=mean,
         columns=columns,
         units=column_units,
         spread=gram.columns,
         scale=max(variance, TINY),
         ridge=ridge,
         factor=factor,
+        divisors=divisors,
     )
+
+
+def _variances(gram: Gram, values: Floats) -> Floats:
+    """Variance of each column (d,), from the covariance or its factor."""
+    if gram.factor is None:
+        return np.diagonal(values)
+    return np.asarray(np.einsum("rd,rd->d", values, values))
+
+
+def similar_scale(variances: Floats) -> Floats | None:
+    """Find divisors that bring the inputs of a layer to a similar scale.
+
+    A ridge is one number for all inputs. A few of huge variance, whose weights are as small in turn, would make it
+    larger than all the others.
+
+    Args:
+        variances: Variance of each input (..., d).
+
+    Returns:
+        Divisors of the inputs (..., d): those of more than ``MAX_SPREAD`` times the median variance get that median, all
+        others have the divisor 1. None if there are none of those. The median is over variances that are not 0.
+    """
+    varies = variances > TINY
+    # Rows without a variance get a median of 0 over their zeros, and no outlier.
+    counted = varies | ~varies.any(axis=-1, keepdims=True)
+    typical = np.nanmedian(np.where(counted, variances, np.nan), axis=-1, keepdims=True)
+    ratios = variances / np.maximum(typical, TINY)
+    is_outlier = ratios > MAX_SPREAD
+    if not is_outlier.any():
+        return None
+    return np.sqrt(np.where(is_outlier, ratios, 1.0))
 
 
 def jobs(coupling: Coupling, grams: Mapping[str, Gram]) -> list[Job]:

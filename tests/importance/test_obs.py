@@ -313,6 +313,54 @@ def _score(model: Model, coupling: Coupling, statistics: Statistics) -> Scores:
     return find("obs").score(model, coupling, statistics, SETTINGS)
 
 
+SCALED = """(float[N,12] x) => (float[N,4] y)
+<float[12,24] w1, float[24] b1, float[24,4] w2> {
+    a = Gemm(x, w1, b1)  h = Relu(a)  y = MatMul(h, w2)
+}"""
+
+
+def _scaled(exponents: Ints) -> ModelProto:
+    """The same function with the hidden units times powers of 2, and the weights behind them divided by those."""
+    proto = build(SCALED, seed=4)
+    factors = np.exp2(exponents).astype(np.float32)
+    for tensor in proto.graph.initializer:
+        value = numpy_helper.to_array(tensor)
+        scaled = value / factors[:, None] if tensor.name == "w2" else value * factors
+        tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
+    return proto
+
+
+def _order(proto: ModelProto, folder: Path, rows: int) -> Ints:
+    model = load(proto, folder)
+    coupling = couple(model)
+    scores = _score(model, coupling, _statistics(model, coupling, samples(model, rows)))
+    return np.argsort(scores.values, kind="stable")
+
+
+@pytest.mark.parametrize("rows", [96, 16])  # a covariance as a matrix, and as a factor
+def test_order_does_not_depend_on_the_scale_of_a_few_units(tmp_path: Path, rows: int) -> None:
+    """Units of huge activations and tiny weights take part like others, and do not hide those."""
+    huge = np.zeros(24, np.int64)
+    huge[:4] = 20
+    order = _order(_scaled(huge), tmp_path, rows)
+    np.testing.assert_array_equal(_order(_scaled(2 * huge), tmp_path, rows), order)
+    plain = _order(_scaled(0 * huge), tmp_path, rows)
+    assert len(np.intersect1d(order[:12], plain[:12])) >= 11
+
+
+def test_units_of_denormal_activations_go_first(tmp_path: Path) -> None:
+    """Beside a unit of huge activations, whose ridge would make all others equal."""
+    exponents = np.zeros(24, np.int64)
+    exponents[5] = 60
+    proto = _scaled(exponents)
+    for tensor in proto.graph.initializer:
+        if tensor.name != "w2":
+            value = numpy_helper.to_array(tensor).copy()
+            value[..., 10:16] *= np.float32(1e-38)
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    assert sorted(_order(proto, tmp_path, 96)[:6].tolist()) == list(range(10, 16))
+
+
 @pytest.mark.parametrize("net", NETS)
 def test_scores_equal_the_curve_of_every_group(net: str, tmp_path: Path) -> None:
     model = load(build(NETS[net]), tmp_path)

@@ -131,3 +131,22 @@ def test_primal_and_dual_forms_have_the_same_solution(count: int, strength: floa
     found = ridge.ridge_regression(x, residual, SPLIT)(count, strength)
     normal = ridge.normal_equations(x, residual, SPLIT)[count]
     np.testing.assert_allclose(found, ridge.solve_ridge(*normal, strength), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rows", [200, 20])  # the normal equations, and the dual form
+def test_fit_does_not_depend_on_the_scale_of_a_few_inputs(rows: int) -> None:
+    """An input times a huge number has its weight divided by it, and the weights of others stay."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((2, rows, 30))
+    residual = x @ rng.standard_normal((2, 30, 3)) + 0.1 * rng.standard_normal((2, rows, 3))
+    fits = []
+    for factor in (1e6, 1e12):
+        scaled = x.copy()
+        scaled[:, :, :3] *= factor
+        solve = ridge.ridge_regression(scaled, residual, rows // 2)
+        change = solve(rows, 0.1)
+        change[:, :3] *= factor
+        fits.append(change)
+    np.testing.assert_allclose(fits[0], fits[1], rtol=1e-6, atol=1e-9)
+    plain = ridge.ridge_regression(x, residual, rows // 2)(rows, 0.1)
+    np.testing.assert_allclose(fits[0], plain, rtol=0.2, atol=0.2)
