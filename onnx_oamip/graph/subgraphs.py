@@ -163,7 +163,10 @@ def reads(node: NodeProto) -> list[str]:
         The inputs in order, then the captured tensors by name.
     """
     inputs = [name for name in node.input if name]
-    outer = set().union(*(captured(body) for body in all_bodies(node)))
+    held = all_bodies(node)
+    if not held:
+        return inputs
+    outer = set().union(*(captured(body) for body in held))
     return [*inputs, *sorted(outer - set(inputs))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from command_line import SCHEMAS, SIGNS
@@ -29,7 +30,22 @@ def test_schema_of_a_file_is_fresh(name: str, schema: dict) -> None:
     assert found.pop("$schema") == schemas.DIALECT
     found.pop("title")
     schema.pop("title", None)
-    assert found == json.loads(json.dumps(schema)), "run: python -m tools.schemas"
+    made = json.loads(json.dumps(schema))
+    assert _without_defaults(found) == _without_defaults(made), "run: python -m tools.schemas"
+
+
+def _without_defaults(schema: Any) -> Any:
+    """The schema without what says nothing, which releases of pydantic write or leave out."""
+    if isinstance(schema, list):
+        return [_without_defaults(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: _without_defaults(part) for key, part in schema.items()}
+    if kept.get("additionalProperties") is True:
+        del kept["additionalProperties"]
+    if "const" in kept and kept.get("enum") == [kept["const"]]:
+        del kept["enum"]
+    return kept
 
 
 def test_every_command_with_a_document_has_a_schema() -> None:
