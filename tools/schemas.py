@@ -58,6 +58,7 @@ COMMANDS = {
     "unpack": ["packed", "-o", "unpacked.onnx"],
     "int8": ["half.onnx", "--data", DATA, "-o", "int8.onnx"],
     "run": ["run.toml"],
+    "compare": ["half.json", "run.json"],
     "ops": [],
     "solvers": [],
     "doctor": [],
@@ -94,7 +95,11 @@ def documents(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
                 status = main([command, *arguments, "--json"])
             assert status == 0, command
-            yield command, json.loads(out.getvalue())
+            document = json.loads(out.getvalue())
+            if command in ("prune", "run"):
+                name = "half" if command == "prune" else command
+                Path(f"{name}.json").write_text(out.getvalue(), encoding="utf-8")
+            yield command, document
 
 
 def schema_of(value: Any, key: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from onnx_oamip.cli.checkpoint import checkpoint
+from onnx_oamip.cli.compare import compare
 from onnx_oamip.cli.config import config, config_option
 from onnx_oamip.cli.frontier import frontier
 from onnx_oamip.cli.help import option
@@ -243,6 +244,7 @@ def bench(
     show(documents.benchmark(result), as_json)
 
 
+cli.add_command(compare)
 cli.add_command(profile)
 cli.add_command(pack)
 cli.add_command(unpack)

@@ -40,6 +40,7 @@ SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 SIGNS = {
     "status": "error",
     "broken": "run",
+    "compared_models": "compare",
     "float_model": "int8",
     "ratio": "pack",
     "packed": "unpack",

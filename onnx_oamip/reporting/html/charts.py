@@ -316,6 +316,46 @@ def outputs(
     return done()
 
 
+def intervals(
+    rows: Sequence[tuple[str, float, tuple[float, float] | None]],
+    label: str,
+    salt: str,
+    *,
+    percent: bool,
+) -> str:
+    """Draw one number of several models as bars, with intervals where they are known.
+
+    Args:
+        rows: Name of each model, its number, and the interval of that.
+        label: What the number is.
+        salt: Prefix of the ids in the drawing.
+        percent: The numbers are shares.
+
+    Returns:
+        SVG.
+    """
+    with _figure(WIDE, _TOP + _FOOT + _ROW * len(rows), salt, label) as (fig, done):
+        axes = _rows(fig, [name for name, _, _ in rows])
+        places = np.arange(len(rows))
+        values = np.asarray([value for _, value, _ in rows], np.float64)
+        axes.barh(places, values, height=0.62, color=AFTER)
+        known = [(place, found) for place, (_, _, found) in enumerate(rows) if found is not None]
+        if known:
+            marked, ends = zip(*known, strict=True)
+            low, high = zip(*ends, strict=True)
+            axes.hlines(marked, low, high, color=MARK, linewidth=2)
+        tops = [float(values.max(initial=0)), *(high for _, (_, high) in known)]
+        least = 1.0 if percent else 0.1
+        axes.set_xlim(0, max(1.02 * max(tops), least))
+        scale = 100 if percent else 1
+        unit = " %" if percent else ""
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{scale * v:.3g}{unit}"))
+        axes.set_xlabel(label)
+        _values(axes, [f"{scale * value:.{1 if percent else 2}f}{unit}" for value in values])
+    return done()
+
+
 def drops(
     tries: Sequence[tuple[float, float, bool]],
     allowed: float,

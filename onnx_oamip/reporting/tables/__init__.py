@@ -13,6 +13,7 @@ from rich.text import Text
 
 from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
+from onnx_oamip.reporting.side_by_side import lost
 from onnx_oamip.reporting.tables.parts import (
     ROWS,
     WIDE,
@@ -40,6 +41,7 @@ from onnx_oamip.reporting.tables.parts import (
     some,
     stage_quality,
     stage_sizes,
+    time_cell,
     times,
 )
 
@@ -434,7 +436,25 @@ def _run(value: Document, console: Console) -> Iterator[RenderableType]:
         )
 
 
+def _compare(value: Document, _: Console) -> Iterator[RenderableType]:
+    yield Text(value["original"]["path"], "bold")
+    table = grid("model", ">MACs", ">bytes", ">zip", ">time (95 %)", ">accuracy", ">lost")
+    for model in value["compared_models"]:
+        found = model["verification"]
+        shares = (percent(model["shares"][key]) for key in ("macs", "bytes", "zip_bytes"))
+        accuracy = percent(found and found["accuracy_after"], digits=2)
+        table.add_row(
+            cell(shortened(model["name"])), *shares, time_cell(found), accuracy, points(lost(found))
+        )
+    yield table
+    yield Text("shares of the original's; lost: points of the worst output.")
+    if value["differences"]:
+        names = ", ".join(row["setting"] for row in value["differences"])
+        yield Text(f"settings that differ: {names}")
+
+
 _DRAW = {
+    "compared_models": _compare,
     "stages": _run,
     "float_model": _int8,
     "unrecovered": _recover,

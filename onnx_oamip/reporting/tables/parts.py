@@ -14,6 +14,7 @@ from rich.text import Text
 from onnx_oamip.core.budgets import COUNTED
 from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
+from onnx_oamip.reporting.side_by_side import lost
 from onnx_oamip.verification.equivalence import FEW_SAMPLES
 
 KIND_NAMES = {
@@ -192,19 +193,33 @@ def stage_quality(rows: Sequence[Document], reused: Sequence[str], *, is_wide: b
         if found is None:
             table.add_row(cell(row["stage"]), "100 %", "", percent(accuracy, digits=2), "", *more)
             continue
-        ratio = found["latency"]
-        interval = f"{percent(ratio['low']).rstrip(' %')}-{percent(ratio['high'])}"
-        time = "in doubt" if ratio["doubt"] else f"{percent(ratio['median'])} ({interval})"
-        lost = [measure["lost"] for measure in found["outputs"] if measure["lost"] is not None]
         table.add_row(
             cell(row["stage"]),
-            time,
+            time_cell(found),
             percent(found["agreement"], digits=2),
             percent(found["accuracy_after"], digits=2),
-            points(max(lost)) if lost else "-",
+            points(lost(found)),
             *more,
         )
     return table
+
+
+def time_cell(verification: Document | None) -> str:
+    """Describe a measured latency in a cell.
+
+    Args:
+        verification: Verification of a document, or None.
+
+    Returns:
+        The median with its interval; a dash where nothing was measured.
+    """
+    ratio = verification and verification["latency"]
+    if not ratio:
+        return "-"
+    if ratio["doubt"]:
+        return "in doubt"
+    interval = f"{percent(ratio['low']).rstrip(' %')}-{percent(ratio['high'])}"
+    return f"{percent(ratio['median'])} ({interval})"
 
 
 def assumption_rows(model: Document) -> Iterator[RenderableType]:
