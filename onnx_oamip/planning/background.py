@@ -14,11 +14,22 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_oamip.core.records import Array, Bools, Consumer, Coupling, Floats, Gram, Ints, Model
+from onnx_oamip.core.records import (
+    Array,
+    Bools,
+    Consumer,
+    Coupling,
+    Floats,
+    Gram,
+    Ints,
+    Model,
+    Node,
+)
 from onnx_oamip.graph.linear_layers import matrix_shape, site, unmatrix
 from onnx_oamip.graph.ops import build
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.subgraphs import insert
+from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.statistics.layer_problems import compensate, problems
 
 Blocks = Sequence[tuple[Floats, Floats]]
@@ -32,12 +43,12 @@ class Background:
     Attributes:
         removed: Units that the plan removes (n,).
         repaired: Weight in the layout of the node, and shift that broadcasts to its output, by linear consumer.
-        masks: Consumers of another kind with the mask of the channels that they read, by node.
+        masks: Consumers of another kind with their :class:`Mask`, by node.
     """
 
     removed: Ints
     repaired: Mapping[str, tuple[Array, Array]]
-    masks: Mapping[str, Sequence[tuple[Consumer, Array]]]
+    masks: Mapping[str, Sequence[tuple[Consumer, Mask]]]
 
 
 def background(
@@ -68,11 +79,12 @@ def background(
                 found = compensate(problem, removed, repair, gone)
                 blocks.setdefault(problem.consumer.node, []).append(problem.unfold(*found))
         repaired |= {name: consumer_values(model, name, found) for name, found in blocks.items()}
-    masks: dict[str, list[tuple[Consumer, Array]]] = {}
+    nodes = {node.name: node for node in model.every}
+    masks: dict[str, list[tuple[Consumer, Mask]]] = {}
     for consumer, labels in _consumers(coupling):
         kept = np.asarray((labels < 0) | keep[labels])
         if consumer.node not in repaired and not kept.all():
-            mask = channel_mask(model, consumer, kept)
+            mask = channel_mask(model, nodes[consumer.node], consumer, kept)
             masks.setdefault(consumer.node, []).append((consumer, mask))
     return Background(gone, repaired, masks)
 
@@ -115,10 +127,8 @@ def surrounding(
         masked = []
         for number, (consumer, mask) in enumerate(around.masks.get(copy.name, ())):
             name = f"oamip_around_mask_{number}_{copy.name}"
-            added[name] = mask
-            source = copy.input[consumer.slot]
-            copy.input[consumer.slot] = f"{name}_of_input"
-            masked.append(build.mul(source, name, copy.input[consumer.slot]))
+            added[name] = mask.value
+            masked += apply_mask(copy, consumer.slot, name, mask.replaces)
         return [*masked, copy]
 
     insert(proto.graph, changed)
@@ -146,20 +156,60 @@ def consumer_values(model: Model, name: str, blocks: Blocks) -> tuple[Array, Arr
     return unmatrix(place, weight / place.factor, like), shift.reshape(view).astype(like.dtype)
 
 
-def channel_mask(model: Model, consumer: Consumer, kept: Bools) -> Array:
-    """Write a mask of channels as a factor of the tensor that holds them.
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Removal of the channels that a consumer reads, as a value for the original graph.
+
+    Attributes:
+        value: Factor of the tensor that holds the channels, or what takes its place.
+        replaces: Whether it takes the place of the tensor: codes of integers, which no product can mask.
+    """
+
+    value: Array
+    replaces: bool
+
+
+def channel_mask(model: Model, node: Node, consumer: Consumer, kept: Bools) -> Mask:
+    """Write the removal of channels as a value.
 
     Args:
         model: The original.
-        consumer: A place where the channels are read.
-        kept: The mask (channels,).
+        node: The node that reads the channels.
+        consumer: A place where it reads them.
+        kept: The channels that are kept (channels,).
 
     Returns:
-        The mask with the axes and the type of the tensor.
+        The mask, with the axes and the type of the tensor.
     """
     view = [1] * len(model.shapes[consumer.data])
     view[consumer.axis] = -1
-    return kept.reshape(view).astype(model.dtypes[consumer.data])
+    keep = kept.reshape(view)
+    codes = rewrite.masked_codes(model, node, consumer.slot, keep)
+    if codes is not None:
+        return Mask(codes, replaces=True)
+    return Mask(keep.astype(model.dtypes[consumer.data]), replaces=False)
+
+
+def apply_mask(
+    node: onnx.NodeProto, slot: int, name: str, replaces: bool
+) -> list[onnx.NodeProto]:
+    """Let a node read a masked input, in place.
+
+    Args:
+        node: The node.
+        slot: Input index.
+        name: Tensor with the value of the mask.
+        replaces: Whether the mask takes the place of the input.
+
+    Returns:
+        The nodes to insert in front of it.
+    """
+    source = node.input[slot]
+    if replaces:
+        node.input[slot] = name
+        return []
+    node.input[slot] = f"{name}_of_input"
+    return [build.mul(source, name, node.input[slot])]
 
 
 def _consumers(coupling: Coupling) -> Iterator[tuple[Consumer, Ints]]:

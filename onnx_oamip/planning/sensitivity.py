@@ -42,6 +42,8 @@ from onnx_oamip.graph.subgraphs import insert, reads
 from onnx_oamip.objective import loss, sums
 from onnx_oamip.planning.background import (
     Background,
+    Mask,
+    apply_mask,
     background,
     channel_mask,
     consumer_values,
@@ -366,6 +368,7 @@ class _Part:
         self.wanted = wanted
         # A node may read the group at several places (a recurrent one: its input and its own state).
         self.masked: dict[str, list[tuple[str, Consumer, Ints]]] = {}
+        self.nodes = {node.name: node for node in model.every}
         homes = model.homes
         names: set[str] = set()
         for c in (*coupling.consumers, *coupling.inside):
@@ -433,14 +436,12 @@ class _Part:
                 nodes.append(copy)
                 nodes.append(build.add(inner, f"oamip_shift_{copy.name}", out))
                 return nodes
-            for key, consumer, _ in self.masked.get(copy.name, ()):
+            for key, consumer, labels in self.masked.get(copy.name, ()):
                 kind = types[consumer.data]
-                proto.graph.input.append(
-                    helper.make_tensor_value_info(f"oamip_mask_{key}", kind, None)
-                )
-                source = copy.input[consumer.slot]
-                nodes.append(build.mul(source, f"oamip_mask_{key}", f"oamip_masked_{key}"))
-                copy.input[consumer.slot] = f"oamip_masked_{key}"
+                name = f"oamip_mask_{key}"
+                proto.graph.input.append(helper.make_tensor_value_info(name, kind, None))
+                none_removed = self._mask(consumer, np.ones(len(labels), bool))
+                nodes += apply_mask(copy, consumer.slot, name, none_removed.replaces)
             nodes.append(copy)
             return nodes
 
@@ -502,8 +503,12 @@ class _Part:
         for key, consumer, labels in (
             found for several in self.masked.values() for found in several
         ):
-            result[f"oamip_mask_{key}"] = channel_mask(self.model, consumer, ~np.isin(labels, gone))
+            result[f"oamip_mask_{key}"] = self._mask(consumer, ~np.isin(labels, gone)).value
         return result
+
+    def _mask(self, consumer: Consumer, kept: Bools) -> Mask:
+        """Removal of the channels that a consumer reads."""
+        return channel_mask(self.model, self.nodes[consumer.node], consumer, kept)
 
     def run(self, boundary: Mapping[str, Array], setting: Mapping[str, Array]) -> list[Array]:
         """The wanted outputs at one level."""

@@ -43,22 +43,25 @@ from onnx_oamip.graph.ops.inserted_nodes import (
     scale,
     take_kept,
 )
+from onnx_oamip.graph.outputs import is_float
+
+
+def _masks(coupling: Coupling, units: Bools) -> dict[Axis, Bools]:
+    """Kept indices of every axis that loses some under a choice of units."""
+    masks = {key: coupling.keep(key, units) for key in coupling.axes}
+    return {key: mask for key, mask in masks.items() if not mask.all()}
 
 
 class _Cuts:
-    """Removed channels of one model for one choice of units; implements ``ops.Cuts``.
+    """Removed channels of one model; implements ``ops.Cuts``.
 
     Attributes:
         masks: Kept indices of every axis that loses some.
     """
 
-    def __init__(self, model: Model, coupling: Coupling, units: Bools) -> None:
+    def __init__(self, model: Model, masks: Mapping[Axis, Bools]) -> None:
         self._model = model
-        self.masks: dict[Axis, Bools] = {}
-        for key in coupling.axes:
-            mask = coupling.keep(key, units)
-            if not mask.all():
-                self.masks[key] = mask
+        self.masks = masks
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         return self._model.shapes[tensor]
@@ -102,7 +105,7 @@ def cut(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     Returns:
         The narrower graph.
     """
-    cuts = _Cuts(model, coupling, units)
+    cuts = _Cuts(model, _masks(coupling, units))
     touched = {tensor for tensor, _ in cuts.masks}
     edits = _repairs(model, cuts, touched)
     if any(edit.spread is not None or edit.scale != 1.0 for edit in edits.values()):
@@ -328,6 +331,38 @@ def _with_lengths(
 # ------------------------------------------------------------------------------------------------------------ mask
 
 
+def masked_codes(model: Model, node: Node, slot: int, keep: Bools) -> Array | None:
+    """Masks removed channels in a constant operand of integer arithmetic, in which no product can mask them.
+
+    Args:
+        model: The whole model.
+        node: A node.
+        slot: Input index of the operand.
+        keep: Kept indices, in a shape that broadcasts against the operand.
+
+    Returns:
+        The operand with the code of zero for the removed channels; None for other operands.
+    """
+    codes = model.constants.get(node.inputs[slot])
+    if codes is None or is_float(codes.dtype):
+        return None
+    zero = _zero_point(node, slot, _Cuts(model, {}))
+    return None if zero is None else _masked(codes, keep, zero)
+
+
+def _zero_point(node: Node, slot: int, cuts: _Cuts) -> Array | None:
+    """Value that stands for zero in a quantised input of a node; None for other inputs."""
+    spec = lookup(node.domain, node.op, node.version)
+    if spec is None or spec.edit.zero is None:
+        return None
+    return spec.edit.zero(node, cuts).get(slot)
+
+
+def _masked(codes: Array, keep: Bools, zero: Array) -> Array:
+    zeros = np.broadcast_to(zero, codes.shape).astype(codes.dtype)
+    return np.ascontiguousarray(np.where(keep, codes, zeros))
+
+
 def mask(model: Model, coupling: Coupling, units: Bools) -> onnx.ModelProto:
     """Masks removed channels in the original graph: the reference that a cut is verified against.
 
@@ -373,7 +408,7 @@ class _Masks:
         # A masked tensor can be shared by the nodes of the main graph; one made in a subgraph is not visible outside.
         self._main_nodes = {node.name for node in model.nodes}
         self._protos = {node.name: node for node in subgraphs.nodes(proto.graph)}
-        self._cuts = _Cuts(model, coupling, units)
+        self._cuts = _Cuts(model, _masks(coupling, units))
         self._masked: dict[Axis, str] = {}
         self.inserted: dict[str, list[onnx.NodeProto]] = {}
 
@@ -426,11 +461,7 @@ class _Masks:
         return self._coupling.keep(key, self._units).reshape(shape)
 
     def _zero_point(self, node: Node, slot: int) -> Array | None:
-        """Value that stands for zero in a quantised input of a node; None for other inputs."""
-        spec = lookup(node.domain, node.op, node.version)
-        if spec is None or spec.edit.zero is None:
-            return None
-        return spec.edit.zero(node, self._cuts).get(slot)
+        return _zero_point(node, slot, self._cuts)
 
     def _is_quantised(self, tensor: str) -> bool:
         """Tests whether a tensor is a dequantised one, possibly behind operators that only move elements."""
@@ -476,8 +507,7 @@ class _Masks:
                 return None
             value = self._model.constants[tensor]
             keep = self._broadcast_mask((tensor, axis), value.ndim)
-            zeros = np.broadcast_to(zero, value.shape).astype(value.dtype)
-            masked = np.ascontiguousarray(np.where(keep, value, zeros))
+            masked = _masked(value, keep, zero)
             self._proto.graph.initializer.append(numpy_helper.from_array(masked, name))
             return name
         node = self._producers.get(tensor)
