@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from onnx_oamip.core.records import Array
 from onnx_oamip.graph import external_data, subgraphs
-from onnx_oamip.graph.ops import kinds, views
+from onnx_oamip.graph.ops import Trait, has, kinds, views
 
 SMALL = 64
 """Bytes of a constant that cost no more than the node that would compute it."""
@@ -326,13 +326,79 @@ def _enlarging_alone(
 # ------------------------------------------------------------------------------------------------------------- values
 
 
+def computed_nodes(graph: GraphProto) -> dict[str, NodeProto]:
+    """Finds the constants that nodes compute, dequantised weights among them unless activations are quantised too.
+
+    Where activations are quantised as well, ONNX Runtime fuses both dequantisations with the product behind them, and
+    the weights stay codes.
+
+    Args:
+        graph: The main graph, its nodes in topological order.
+
+    Returns:
+        The node by the name of its output.
+    """
+    kinds_of = {t.name: helper.tensor_dtype_to_np_dtype(t.data_type) for t in graph.initializer}
+    quantises = any(has(node, Trait.QUANTISES) for node in subgraphs.nodes(graph))
+
+    def stays(node: NodeProto) -> bool:
+        if not _is_plain(node):
+            return True
+        if has(node, Trait.DEQUANTISES) and not quantises:
+            kind = kinds_of.get(node.input[0])
+            return kind is None or kind.kind not in "iu"
+        return must_stay(node)
+
+    nodes = computing_nodes(graph, stays)
+    return {n.output[0]: n for n in nodes if len(n.output) == 1 and n.input}
+
+
+def followed_views(graph: GraphProto, nodes: Mapping[str, NodeProto]) -> dict[str, str]:
+    """Finds the constants that are views of an initialiser.
+
+    Args:
+        graph: The main graph.
+        nodes: Node of every computed constant, in the order of the graph.
+
+    Returns:
+        The initialiser by the name of the view.
+    """
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    result: dict[str, str] = {}
+    for name, node in nodes.items():
+        source = node.input[0]
+        root = source if source in stored else result.get(source)
+        if root is not None and (views.is_view(node) or _is_dequantised(node, stored, nodes)):
+            result[name] = root
+    return result
+
+
+def _is_dequantised(
+    node: NodeProto, stored: Mapping[str, TensorProto], nodes: Mapping[str, NodeProto]
+) -> bool:
+    """Tests for codes times constant scales; the codes may be cast to the type of the scales."""
+    if has(node, Trait.DEQUANTISES):
+        return True
+    codes = node.input[0]
+    while codes in nodes and views.keeps_places(nodes[codes]):
+        codes = nodes[codes].input[0]
+    if not has(node, Trait.SCALES) or codes not in stored or node.input[1] not in stored:
+        return False
+    if not views.are_codes(helper.tensor_dtype_to_np_dtype(stored[codes].data_type)):
+        return False
+    shape = tuple(stored[codes].dims)
+    scale = tuple(stored[node.input[1]].dims)
+    fits = zip(reversed(shape), reversed(scale), strict=False)
+    return len(scale) <= len(shape) and all(n in (1, length) for length, n in fits)
+
+
 class Constants(Mapping[str, Array]):
     """Values of constants by name: those of initialisers, and those that nodes compute from them, on demand.
 
     Attributes:
         stored: Values of the initialisers.
         nodes: Node that computes a constant, by the name of the constant.
-        views: Initialiser by the name of a constant that holds its elements, transposed, reshaped or cast.
+        views: Initialiser by the name of a constant that holds its elements, transposed, reshaped, cast or dequantised.
     """
 
     def __init__(self, proto: ModelProto, wanted: Callable[[str], bool] = lambda _: True) -> None:
@@ -344,17 +410,8 @@ class Constants(Mapping[str, Array]):
         """
         graph = proto.graph
         self.stored = {t.name: external_data.array(t) for t in graph.initializer}
-        self.nodes: dict[str, NodeProto] = {}
-        self.views: dict[str, str] = {}
-        for node in computing_nodes(graph, lambda n: must_stay(n) or not _is_plain(n)):
-            name = node.output[0]
-            if len(node.output) > 1 or not node.input or not wanted(name):
-                continue
-            self.nodes[name] = node
-            source = node.input[0]
-            root = source if source in self.stored else self.views.get(source)
-            if root is not None and views.is_view(node):
-                self.views[name] = root
+        self.nodes = {name: n for name, n in computed_nodes(graph).items() if wanted(name)}
+        self.views = followed_views(graph, self.nodes)
         self._proto = proto
         self._values: dict[str, Array] = {}
 
@@ -392,7 +449,8 @@ class Constants(Mapping[str, Array]):
     def _computed(self, name: str) -> Array:
         node = self.nodes[name]
         if name in self.views:
-            moved = views.read(node, self[node.input[0]])
+            others = [self[other] for other in node.input[1:] if other]
+            moved = views.read(node, self[node.input[0]], others)
             if moved is not None:
                 return moved
         # Imported here: a session needs a module that uses this one.

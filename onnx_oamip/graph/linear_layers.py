@@ -21,7 +21,7 @@ from onnx_oamip.core.records import (
     Model,
     Node,
 )
-from onnx_oamip.graph.computed_constants import Constants
+from onnx_oamip.graph.computed_constants import Constants, computed_nodes, followed_views
 from onnx_oamip.graph.external_data import array, references, tensor
 from onnx_oamip.graph.ops import Site, Trait, build, has, lookup, views
 from onnx_oamip.graph.ops.matrix_view import BiasInput
@@ -132,7 +132,7 @@ class Editor:
     """Editor of the weights and biases of a proto, in place.
 
     A constant that several nodes share is copied for the node that changes it, unless it is to change for all of them.
-    A constant that nodes transpose, reshape or cast is changed where it is stored.
+    A constant that nodes transpose, reshape, cast or dequantise is changed where it is stored.
     """
 
     def __init__(self, proto: onnx.ModelProto) -> None:
@@ -152,7 +152,8 @@ class Editor:
             for name in set(reads(node)) - set(node.input):  # inside an If or a Loop
                 self.readers[name].append((node, -1))
         self.outputs = {v.name for v in proto.graph.output}
-        self.makers = {name: node for node in proto.graph.node for name in node.output if name}
+        self.makers = computed_nodes(proto.graph)
+        self.views = followed_views(proto.graph, self.makers)
 
     def constant(self, name: str) -> Array | None:
         """Read a constant.
@@ -181,9 +182,9 @@ class Editor:
         """
         result: list[onnx.NodeProto] = []
         while name not in self.tensors:
-            node = self.makers.get(name)
-            if node is None or not views.is_view(node):
+            if name not in self.views:
                 return None
+            node = self.makers[name]
             result.insert(0, node)
             name = node.input[0]
         return result
@@ -224,11 +225,26 @@ class Editor:
         Returns:
             The value in its present type.
         """
-        kind = self.stored_type(name)
+        path = self.path(name)
+        if path is None:
+            return value
+        stored, shapes = self._backwards(self.source(name), path, value)
+        seen = stored[self.source(name)]
+        for node, shape in zip(path, shapes, strict=True):
+            others = [
+                stored[other] if other in stored else self._required(other)
+                for other in node.input[1:]
+                if other
+            ]
+            moved = views.read(node, seen, others)
+            seen = seen.reshape(shape) if moved is None else moved
         with np.errstate(over="ignore"):
-            if kind is None:
-                return value
-            return value.astype(kind).astype(value.dtype)
+            return seen.astype(value.dtype)
+
+    def _required(self, name: str) -> Array:
+        value = self.constant(name)
+        assert value is not None
+        return value
 
     def replace(
         self,
@@ -268,15 +284,37 @@ class Editor:
         value: Array,
     ) -> None:
         """Writes the value of a view, which some nodes make, to its initialiser."""
-        before = [array(self.tensors[name])]
-        for node in path[:-1]:
-            present = self.constant(node.output[0])
-            assert present is not None
-            before.append(present)
-        for node, source in zip(reversed(path), reversed(before[: len(path)]), strict=True):
-            value = views.write(node, value, source)
-        plain = np.ascontiguousarray(value)
-        self.tensors[name].CopyFrom(tensor(plain, name, self._external))
+        stored, _ = self._backwards(name, path, value)
+        for changed, found in stored.items():
+            plain = np.ascontiguousarray(found)
+            self.tensors[changed].CopyFrom(tensor(plain, changed, self._external))
+
+    def _backwards(
+        self, name: str, path: Sequence[onnx.NodeProto], value: Array
+    ) -> tuple[dict[str, Array], list[tuple[int, ...]]]:
+        """Values of the initialisers under which a view has a given value, and the shapes along its path.
+
+        A scale of codes that are multiplied by it becomes larger where the codes would not reach the value. The scale of
+        a DequantizeLinear stays, as that of a bias may be made of it.
+        """
+        sources = [self._required(node.input[0]) for node in path]
+        codes = sources[0].dtype if path else value.dtype
+        result: dict[str, Array] = {}
+        shapes: list[tuple[int, ...]] = []
+        for node, source in zip(reversed(path), reversed(sources), strict=True):
+            others = [self._required(other) for other in node.input[1:] if other]
+            shapes.insert(0, value.shape)
+            if has(node, Trait.SCALES) and self._is_own_scale(node.input[1]):
+                others = [views.wider_scale(others[0], value, codes)]
+                result[node.input[1]] = others[0]
+            value = views.write(node, value, source, others)
+        if not path:
+            value = value.astype(array(self.tensors[name]).dtype)
+        return {**result, name: value}, shapes
+
+    def _is_own_scale(self, name: str) -> bool:
+        """Tests for a stored scale with one reader."""
+        return name in self.tensors and len(self.readers[name]) == 1 and name not in self.outputs
 
     def _own(self, name: str, path: Sequence[onnx.NodeProto]) -> bool:
         """Tests for a constant with one reader, which may change it."""
@@ -294,7 +332,7 @@ class Editor:
         """
         result = []
         for node, slot in self.readers[name]:
-            if slot == 0 and views.is_view(node):
+            if slot == 0 and node.output and node.output[0] in self.views:
                 result += self.readers_of(node.output[0])
             else:
                 result.append((node, slot))

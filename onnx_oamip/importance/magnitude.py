@@ -14,6 +14,7 @@ from onnx_oamip.core.records import (
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.ops import lookup
+from onnx_oamip.graph.outputs import is_float
 
 
 def l1(
@@ -82,6 +83,8 @@ def power_sums(weight: Array, axes: tuple[int, ...], power: int) -> Floats:
 def linear_weights(model: Model) -> list[str]:
     """List the constants of rank 2 and more that linear operators read, a stored one also through its views.
 
+    Codes are listed as the weights that they stand for.
+
     Args:
         model: The model.
 
@@ -94,8 +97,10 @@ def linear_weights(model: Model) -> list[str]:
         if spec is None or spec.linear is None:
             continue
         for name in node.inputs[:2]:
-            if name in model.constants and model.constants[name].ndim > 1:
-                names.append(model.source(name))
+            if name not in model.constants or model.constants[name].ndim < 2:
+                continue
+            source = model.source(name)
+            names.append(source if is_float(model.dtypes[source]) else name)
     return list(dict.fromkeys(names))
 
 

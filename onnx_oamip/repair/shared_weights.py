@@ -54,7 +54,7 @@ class Family:
 
 
 class Sharing:
-    """Uses of the initialisers of a model, through nodes that transpose, reshape or cast them."""
+    """Uses of the initialisers of a model, through nodes that transpose, reshape, cast or dequantise them."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -93,7 +93,8 @@ class Sharing:
         source = model.source(place.weight)
         if source in model.computed:
             return f"its weight '{place.weight}' is computed from constants"
-        if not is_float(model.dtypes[source]):
+        kind = model.dtypes[source]
+        if not is_float(kind) and kind.kind not in "iu":
             return f"its weight is stored as '{source}' of {model.dtypes[source]}"
         if source in self._given_out:
             return f"its weight '{source}' is a graph output"

@@ -144,7 +144,8 @@ class Model:
         interface: Inputs of the file with default values, which are constants here.
         notes: Remarks for reports.
         computed: Names of the constants that nodes compute.
-        views: Initialiser by the name of a computed constant that holds its elements, transposed, reshaped or cast.
+        views: Initialiser by the name of a computed constant that holds its elements, transposed, reshaped, cast or
+            dequantised.
         assumed: Symbolic dimensions whose size is a default.
         idle: Node by the name of every node in a branch of it that no calibration sample runs.
     """

@@ -258,7 +258,7 @@ TRAITS: dict[str, Trait] = {
     "Add": Trait.BIAS | Trait.SUM | Trait.CHANNEL_AFFINE,
     "Sum": Trait.SUM,
     "Sub": Trait.CHANNEL_AFFINE,
-    "Mul": Trait.CHANNEL_AFFINE,
+    "Mul": Trait.SCALES | Trait.CHANNEL_AFFINE,
     "Sigmoid": Trait.SATURATES,
     "HardSigmoid": Trait.SATURATES,
     "Tanh": Trait.SATURATES,

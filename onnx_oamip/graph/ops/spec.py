@@ -143,6 +143,8 @@ class Trait(Flag):
     """Maps real numbers to codes."""
     DEQUANTISES = auto()
     """Maps codes to real numbers."""
+    SCALES = auto()
+    """Multiplies two inputs, element by element."""
     BRANCHES = auto()
     """Runs one of its bodies."""
 

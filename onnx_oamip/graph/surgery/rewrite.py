@@ -502,7 +502,7 @@ class _Masks:
         Returns:
             ``name``, or None if there is no such constant.
         """
-        if tensor in self._model.constants:
+        if self._model.is_stored(tensor) or (tensor in self._model.constants and zero is not None):
             if zero is None or (tensor, axis) not in self._coupling.axes:
                 return None
             value = self._model.constants[tensor]
