@@ -6,11 +6,14 @@ step).
 
 MACs are the multiply-accumulates of linear operators for one sample at the calibration shapes and nothing else, those
 of branches and loop bodies counted as if each ran once, but not those of a branch that no calibration sample runs;
-params are the elements of floating constants; bytes is the size of the file with its external data.
+params are the elements of weights, of floating type or stored as codes of few bits (:func:`parameters`); bytes is the
+size of the file with its external data.
 """
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,7 +32,7 @@ from onnx_oamip.core.records import (
     Uncounted,
 )
 from onnx_oamip.graph.external_data import size
-from onnx_oamip.graph.ops import Total, kinds, lookup, rule_errors
+from onnx_oamip.graph.ops import Total, Trait, kinds, lookup, rule_errors
 from onnx_oamip.graph.ops.inserted_nodes import (
     Names,
     Present,
@@ -41,6 +44,9 @@ from onnx_oamip.graph.outputs import is_float
 
 INDEX_BYTES = 4
 """Bytes that an inserted gather needs for the position of each kept channel."""
+NARROW = "iuV"
+"""Kinds of numpy for integers of at most eight bits; those of four and two bits are extension types."""
+BITS_OF_A_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class Ledger:
         fixed: Part of each axis length that no group changes (axes,).
         per_unit: Indices that one unit of a group occupies on an axis (axes, groups).
         macs: Multiply-accumulates, one term per linear node.
-        params: Elements of the floating constants.
+        params: Elements of the weights.
         bytes: Bytes of all constants, inserted indices included.
         overhead: Bytes of the file that do not depend on the widths.
         batch: Samples per batch at the calibration shapes, which ``macs`` is divided by.
@@ -272,7 +278,8 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
     for name in model.initialisers:
         rank = len(model.shapes[name])
         constants[name] = index.numbers((name, axis) for axis in range(rank))
-    params = [axes for name, axes in constants.items() if is_float(model.dtypes[name])]
+    counted = parameters(model)
+    params = [axes for name, axes in constants.items() if name in counted]
     item_sizes = np.asarray([model.dtypes[name].itemsize for name in constants], np.int64)
 
     insertions = insertion_costs(model, coupling)
@@ -291,7 +298,7 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         fixed=fixed,
         per_unit=per_unit,
         macs=_products(macs, np.ones(len(macs), np.int64)),
-        params=_products(params, np.ones(len(params), np.int64)),
+        params=_products(params, np.asarray(list(counted.values()), np.int64)),
         bytes=_products(
             [*constants.values(), *positions],
             np.append(item_sizes, [insertion.per_index for insertion in indexed]),
@@ -301,6 +308,56 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
         nodes=tuple(names),
         one_off=_one_off_costs(insertions, coupling),
     )
+
+
+def parameters(model: Model) -> dict[str, int]:
+    """Finds the initialisers that hold parameters: floating numbers, and codes of weights.
+
+    Scales and zero points of codes are none, nor are integers that are no weights: indices, shapes, lengths.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Parameters per element by initialiser; more than one where the bytes of a weight hold several codes.
+    """
+    readers: dict[str, list[tuple[Node, int]]] = defaultdict(list)
+    for node in model.every:
+        for slot, name in enumerate(node.inputs):
+            readers[name].append((node, slot))
+    found = {name: _per_element(model, name, readers[name]) for name in model.initialisers}
+    return {name: count for name, count in found.items() if count}
+
+
+def _per_element(model: Model, name: str, readers: Sequence[tuple[Node, int]]) -> int:
+    """Parameters per element of an initialiser."""
+    if readers and all(_is_format(model, node, slot) for node, slot in readers):
+        return 0
+    kind = model.dtypes[name]
+    if is_float(kind):
+        return 1
+    specs = (lookup(node.domain, node.op, node.version) for node, _ in readers)
+    codes = [spec.codes for spec in specs if spec is not None and spec.codes is not None]
+    is_narrow = kind.itemsize == 1 and kind.kind in NARROW and math.prod(model.shapes[name]) > 1
+    if not is_narrow:
+        return int(kind.kind in "iu" and bool(codes))
+    packed = [
+        BITS_OF_A_BYTE // int(node.attrs[rule.bits])
+        for node, _ in readers
+        for rule in codes
+        if rule.bits in node.attrs
+    ]
+    return max(packed, default=1)
+
+
+def _is_format(model: Model, node: Node, slot: int) -> bool:
+    """Tests for an input that is a scale, a zero point or a length of an operator on codes."""
+    spec = lookup(node.domain, node.op, node.version)
+    if spec is not None and spec.codes is not None:
+        return slot in spec.codes.formats
+    # A Cast and a product that write a dequantisation out.
+    scales = slot > 0 and spec is not None and bool(spec.traits & Trait.SCALES)
+    return scales and node.outputs[0] in model.views
 
 
 def _lacks_shapes(node: Node, model: Model) -> bool:

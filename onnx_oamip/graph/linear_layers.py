@@ -286,7 +286,7 @@ class Editor:
         """Writes the value of a view, which some nodes make, to its initialiser."""
         stored, _ = self._backwards(name, path, value)
         for changed, found in stored.items():
-            plain = np.ascontiguousarray(found)
+            plain = np.ascontiguousarray(found).reshape(found.shape)
             self.tensors[changed].CopyFrom(tensor(plain, changed, self._external))
 
     def _backwards(
@@ -294,8 +294,8 @@ class Editor:
     ) -> tuple[dict[str, Array], list[tuple[int, ...]]]:
         """Values of the initialisers under which a view has a given value, and the shapes along its path.
 
-        A scale of codes that are multiplied by it becomes larger where the codes would not reach the value. The scale of
-        a DequantizeLinear stays, as that of a bias may be made of it.
+        A scale in a product with codes becomes larger where the codes would not reach the value. That of a node which
+        dequantises stays, as the scale of a bias may be made of it.
         """
         sources = [self._required(node.input[0]) for node in path]
         codes = sources[0].dtype if path else value.dtype

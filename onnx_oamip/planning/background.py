@@ -190,9 +190,7 @@ def channel_mask(model: Model, node: Node, consumer: Consumer, kept: Bools) -> M
     return Mask(keep.astype(model.dtypes[consumer.data]), replaces=False)
 
 
-def apply_mask(
-    node: onnx.NodeProto, slot: int, name: str, replaces: bool
-) -> list[onnx.NodeProto]:
+def apply_mask(node: onnx.NodeProto, slot: int, name: str, replaces: bool) -> list[onnx.NodeProto]:
     """Let a node read a masked input, in place.
 
     Args:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from cases_quantized import codes, gains
 from graphs import assert_exact, build, distance, feed, keep_one, load, random_keep
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -99,6 +100,26 @@ CODES = """(float[N,6] x) => (float[N,4] y)
     b = Relu(a)
     y = MatMul(b, last)
 }"""
+CODES_BY_COLUMN = f"""(float[N,6] x) => (float[N,4] y)
+<{codes("int8", "q1", 6, 32)}, {gains("s1", 32)}, {codes("int8", "q2", 32, 4)}, float[1,4] s2> {{
+    real1 = Cast<to = 1>(q1)
+    w1 = Mul(real1, s1)
+    a = MatMul(x, w1)
+    b = Relu(a)
+    real2 = Cast<to = 1>(q2)
+    w2 = Mul(real2, s2)
+    y = MatMul(b, w2)
+}}"""
+DEQUANTISED = f"""(float[N,6] x) => (float[N,4] y)
+<{codes("uint8", "q1", 6, 32, low=0, high=120)}, {gains("s1", 32)}, {codes("uint8", "z1", 32, low=50, high=70)},
+{codes("int8", "q2", 4, 32)}, float s2 = {{0.006}}> {{
+    w1 = DequantizeLinear<axis = 1>(q1, s1, z1)
+    a = MatMul(x, w1)
+    b = Relu(a)
+    real2 = DequantizeLinear(q2, s2)
+    w2 = Transpose<perm = [1, 0]>(real2)
+    y = MatMul(b, w2)
+}}"""
 FORMS = {
     "identity": (IDENTITY, 24),
     "transpose": (TRANSPOSE, 20),
@@ -108,6 +129,8 @@ FORMS = {
     "grid": (GRID, 16),
     "positions": (POSITIONS, 24),
     "codes": (CODES, 32),
+    "codes-by-column": (CODES_BY_COLUMN, 32),
+    "dequantised": (DEQUANTISED, 32),
 }
 """Graphs with a constant in several forms, and the units that can be removed, counted by hand."""
 
@@ -121,9 +144,10 @@ def _stored_bytes(proto: ModelProto) -> int:
 
 
 def _parameters(proto: ModelProto) -> int:
-    """Elements of the floating initialisers of a file."""
-    floating = (TensorProto.FLOAT, TensorProto.FLOAT16)
-    held = (t for t in proto.graph.initializer if t.data_type in floating)
+    """Elements of the floating initialisers and codes of a file, but for scales and zero points."""
+    kinds = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.UINT8)
+    formats = ("s1", "s2", "z1", "scale")
+    held = (t for t in proto.graph.initializer if t.data_type in kinds and t.name not in formats)
     return sum(int(np.prod(tensor.dims)) for tensor in held)
 
 
@@ -143,7 +167,10 @@ def test_file_is_not_enlarged_and_parameters_are_those_stored(form: str, tmp_pat
 @pytest.mark.parametrize("form", FORMS)
 def test_cut_equals_masked_original_and_costs_what_was_predicted(form: str, tmp_path: Path) -> None:
     text, units = FORMS[form]
-    model = load(build(text), tmp_path)
+    proto = build(text)
+    for tensor in proto.graph.initializer:  # a parser of text stores integers in more bytes
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name))
+    model = load(proto, tmp_path)
     coupling = couple(model)
     assert coupling.n_units == units
     rng = np.random.default_rng(3)
@@ -251,6 +278,55 @@ def test_new_value_of_a_view_is_written_to_its_initialiser(
     assert {t.name: (t.data_type, tuple(t.dims)) for t in proto.graph.initializer} == before
     rounding = 1e-3 if form == "half" else 0.0
     np.testing.assert_allclose(editor.constant(view), value, rtol=rounding, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+@pytest.mark.parametrize(
+    ("form", "view", "bits", "scale"),
+    [("codes-by-column", "w2", "q2", "s2"), ("dequantised", "w1", "q1", "s1")],
+)
+def test_new_weights_are_stored_as_codes_whose_scales_reach_them(
+    form: str, view: str, bits: str, scale: str, factor: float, tmp_path: Path
+) -> None:
+    model: Model = load(build(FORMS[form][0]), tmp_path)
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    editor = Editor(proto)
+    reader = next(node for node in proto.graph.node if view in node.input)
+    stored = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    value = model.constants[view] * np.float32(factor)
+    seen = editor.rounded(view, value)
+    editor.replace(reader, 1, value)
+    np.testing.assert_array_equal(editor.constant(view), seen)
+    after = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+    assert after[bits].dtype == stored[bits].dtype
+    if form == "dequantised":
+        # The scale stays, and codes end at their limits.
+        np.testing.assert_array_equal(after[scale], stored[scale])
+        zero = stored["z1"].astype(np.float64)
+        value = np.clip(value, -zero * stored[scale], (255 - zero) * stored[scale])
+    else:
+        largest = np.where(value > 0, value / 127, -value / 128).max(axis=0)
+        grown = np.maximum(largest, np.abs(stored[scale]).reshape(-1))
+        np.testing.assert_allclose(np.abs(after[scale]).reshape(-1), grown, rtol=1e-5)
+    assert (np.abs(seen - value) <= 0.501 * np.abs(after[scale])).all()
+
+
+def test_codes_in_several_scales_at_once_are_taken_at_run_time(tmp_path: Path) -> None:
+    """A product that makes more elements than there are codes is no view of them."""
+    text = """(float[N,6] x) => (float[N,4] y)
+    <int8[1,32] codes, float[6,1] scale, float[32,4] last> {
+        real = Cast<to = 1>(codes)
+        weight = Mul(real, scale)
+        a = MatMul(x, weight)
+        b = Relu(a)
+        y = MatMul(b, last)
+    }"""
+    model = load(build(text), tmp_path)
+    assert model.computed == {"real", "weight"}
+    assert set(model.views) == {"real"}
+    coupling = couple(model)
+    assert_exact(model, coupling, random_keep(coupling, np.random.default_rng(0), 0.5))
 
 
 def test_half_precision_that_overflows_is_seen_before_it_is_written(tmp_path: Path) -> None:

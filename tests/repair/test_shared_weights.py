@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases_quantized import codes
 from graphs import build, load
 from graphs import samples as random_samples
 from onnx import ModelProto, numpy_helper
@@ -224,6 +225,38 @@ def test_half_precision_weights_are_refitted_as_stored(tmp_path: Path) -> None:
     shift = residual[:240].mean(axis=0)
     measured = np.square(residual[held] - shift).mean(axis=0).sum() / wanted.var(axis=0).sum()
     assert fit.error_after == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        ("r1 = Cast<to = 1>(q1)  v1 = Mul(r1, s1)", "r2 = Cast<to = 1>(q2)  v2 = Mul(r2, s2)"),
+        ("v1 = DequantizeLinear(q1, s1)", "v2 = DequantizeLinear(q2, s2)"),
+    ],
+    ids=["product", "dequantised"],
+)
+def test_codes_are_refitted_and_stay_codes(forms: tuple[str, str], tmp_path: Path) -> None:
+    text = f"""(float[N,6] x) => (float[N,4] y)
+    <{codes("int8", "q1", 6, 24)}, float s1 = {{0.01}}, {codes("int8", "q2", 24, 4)}, float s2 = {{0.005}},
+    float[4] b2> {{
+        {forms[0]}
+        {forms[1]}
+        a = MatMul(x, v1)
+        h = Relu(a)
+        y = Gemm(h, v2, b2)
+    }}"""
+    model = load(build(text), tmp_path)
+    coupling = couple(model)
+    assert coupling.n_units == 24
+    pruned = _fit(model, _without(coupling, "q1", 1, [1, 2, 8, 20]), _samples(model, 300))
+    before, after = _stored(pruned.raw), _stored(pruned.proto)
+    assert {n: (v.shape, v.dtype) for n, v in after.items()} == {
+        n: (v.shape, v.dtype) for n, v in before.items()
+    }
+    assert after["q2"].shape == (20, 4)
+    assert not np.array_equal(after["q2"], before["q2"])
+    other = _samples(model, 100, 5)
+    assert _error(model, pruned.proto, other) < 0.8 * _error(model, pruned.raw, other)
 
 
 def test_refit_that_overflows_half_precision_is_given_up(

@@ -64,7 +64,7 @@ class Cost:
 
     Attributes:
         macs: Multiply-accumulates for one sample.
-        params: Elements of floating-point constants.
+        params: Elements of weights, of floating type or stored as codes of few bits.
         bytes: Size of the file with its external data.
     """
 

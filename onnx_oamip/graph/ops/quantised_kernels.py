@@ -11,7 +11,7 @@ from onnx_oamip.core.records import Axis, Node
 from onnx_oamip.graph.ops.handles import Labels
 from onnx_oamip.graph.ops.linear import matmul_cost
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import LikeProduct, OpSpec, Shapes, Total
+from onnx_oamip.graph.ops.spec import Codes, LikeProduct, OpSpec, Shapes, Total
 
 DOMAIN = "com.microsoft"
 
@@ -37,8 +37,20 @@ def _matrix_shape(node: Node, constants: Shapes) -> tuple[int, int] | None:
 
 
 SPECS = (
-    OpSpec("MatMulNBits", _whole, DOMAIN, cost=_packed_cost, shape=LikeProduct(_packed_shape)),
     OpSpec(
-        "DynamicQuantizeMatMul", _whole, DOMAIN, cost=matmul_cost, shape=LikeProduct(_matrix_shape)
+        "MatMulNBits",
+        _whole,
+        DOMAIN,
+        cost=_packed_cost,
+        shape=LikeProduct(_packed_shape),
+        codes=Codes((2, 3, 4), bits="bits"),
+    ),
+    OpSpec(
+        "DynamicQuantizeMatMul",
+        _whole,
+        DOMAIN,
+        cost=matmul_cost,
+        shape=LikeProduct(_matrix_shape),
+        codes=Codes((2, 3)),
     ),
 )

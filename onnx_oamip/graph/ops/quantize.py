@@ -17,7 +17,7 @@ from onnx_oamip.core.records import Array, Axis, Node
 from onnx_oamip.graph.ops.handles import Cuts, Labels, operand
 from onnx_oamip.graph.ops.linear import conv, conv_cost, matmul, matmul_cost, regroup
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import EditRules, OpSpec, Shapes, Trait
+from onnx_oamip.graph.ops.spec import Codes, EditRules, OpSpec, Shapes, Trait
 
 # ------------------------------------------------------------------------------- QuantizeLinear and DequantizeLinear
 
@@ -197,12 +197,17 @@ def _linear_conv_cost(node: Node, shapes: Shapes) -> tuple[Axis, ...]:
     return conv_cost(node, shapes, weight=3)
 
 
+_SCALE = Codes((1, 2))
+_ZERO_POINTS = Codes((2, 3))
+_SCALES = Codes((1, 2, 4, 5, 6, 7))
+
 SPECS = (
     OpSpec(
         "DequantizeLinear",
         _scaled,
         since=10,
         edit=EditRules(zero=_zero_stored),
+        codes=_SCALE,
         traits=Trait.DEQUANTISES,
     ),
     OpSpec(
@@ -210,6 +215,7 @@ SPECS = (
         _scaled,
         since=10,
         edit=EditRules(zero=_zero_real),
+        codes=_SCALE,
         traits=Trait.QUANTISES,
     ),
     OpSpec("DynamicQuantizeLinear", _dynamic),
@@ -218,8 +224,27 @@ SPECS = (
         _linear_conv,
         edit=EditRules(regroup, _zero_linear),
         cost=_linear_conv_cost,
+        codes=_SCALES,
     ),
-    OpSpec("ConvInteger", _integers, edit=EditRules(regroup, _zero_integer), cost=conv_cost),
-    OpSpec("QLinearMatMul", _linear_matmul, edit=EditRules(zero=_zero_linear), cost=matmul_cost),
-    OpSpec("MatMulInteger", _integers, edit=EditRules(zero=_zero_integer), cost=matmul_cost),
+    OpSpec(
+        "ConvInteger",
+        _integers,
+        edit=EditRules(regroup, _zero_integer),
+        cost=conv_cost,
+        codes=_ZERO_POINTS,
+    ),
+    OpSpec(
+        "QLinearMatMul",
+        _linear_matmul,
+        edit=EditRules(zero=_zero_linear),
+        cost=matmul_cost,
+        codes=_SCALES,
+    ),
+    OpSpec(
+        "MatMulInteger",
+        _integers,
+        edit=EditRules(zero=_zero_integer),
+        cost=matmul_cost,
+        codes=_ZERO_POINTS,
+    ),
 )

@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_oamip.core.records import Array, Axis, Ints, Node
 from onnx_oamip.graph.ops.handles import Cuts, LabelAxis, Labels, operand
 from onnx_oamip.graph.ops.notation import opaque
-from onnx_oamip.graph.ops.spec import Edit, EditRules, LikeOperator, OpSpec, Shapes, Total
+from onnx_oamip.graph.ops.spec import Codes, Edit, EditRules, LikeOperator, OpSpec, Shapes, Total
 
 QUANTISED_GATES = 4
 """Gates of DynamicQuantizeLSTM."""
@@ -252,5 +252,6 @@ SPECS = (
         edit=EditRules(_quantised_repair, _quantised_zero),
         cost=_quantised_cost,
         shape=LikeOperator("LSTM", (0, 1, 2), ("hidden_size", "direction")),
+        codes=Codes((4, 8, 9, 10, 11)),
     ),
 )

@@ -106,6 +106,18 @@ class LikeProduct:
     matrix: MatrixRule
 
 
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Constant inputs of an operator that reads weights as codes.
+
+    ``formats``: slots of scales, zero points and lengths, which are no parameters of the model; ``bits``: attribute
+    with the bits of a code, where the bytes of a weight hold several.
+    """
+
+    formats: tuple[int, ...]
+    bits: str = ""
+
+
 class Trait(Flag):
     """Properties of an operator that passes over a graph ask for (:func:`onnx_oamip.graph.ops.has`)."""
 
@@ -175,4 +187,6 @@ class OpSpec:
     """For operators whose shapes ONNX's own inference does not know."""
     flow: Callable[[Node], Flow] | None = None
     """For nodes with bodies that are followed: the tensors that pass in and out."""
+    codes: Codes | None = None
+    """For operators on codes: which of their constants are parameters."""
     traits: Trait = NO_TRAITS

@@ -168,7 +168,8 @@ def _along(node: NodeProto, parameter: Array, shape: tuple[int, ...]) -> Array:
 def _divided(value: Array, scale: Array) -> Array:
     """Quotient, zero where the scale is."""
     broadcast = np.broadcast_to(scale, value.shape)
-    return np.divide(value, broadcast, out=np.zeros_like(value), where=broadcast != 0)
+    result: Array = np.divide(value, broadcast, out=np.zeros_like(value), where=broadcast != 0)
+    return result
 
 
 def _converted(value: Array, kind: np.dtype[Any]) -> Array:

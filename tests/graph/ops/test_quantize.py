@@ -282,3 +282,25 @@ def test_weights_of_four_bits_are_compared_in_float(tmp_path: Path) -> None:
             random_keep(coupling, np.random.default_rng(seed), 0.5),
             batches=(64, 512),
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qdq-conv-per-tensor", 8 * 3 * 9 + 8 + 4 * 8 * 9),
+        ("qdq-matmul-per-column", 5 * 8 + 8 + 8 * 3),
+        ("qlinear-conv", 8 * 3 * 9 + 8 + 12 * 4 * 9 + 4 * 12),
+        # The scales of what a product of integers makes are numbers like any others.
+        ("conv-integer", 8 * 3 * 9 + 8 * 9 + 4 * 8 + 1),
+        ("dynamic-quantisation", 5 * 8 + 8 * 6 + 8 + 6 + 6 * 3),
+        ("dynamic-lstm-scales-of-rows", 5 * 9 + 9 * 24 + 6 * 24 + 48 + 6 * 3),
+        ("counted-matmulnbits", 32 * 32 + 32 * 8 + 8 * 3),
+        ("counted-dynamicquantizematmul", 32 * 32 + 32 * 8 + 8 * 3),
+    ],
+)
+def test_codes_are_parameters_and_their_scales_are_not(
+    name: str, expected: int, tmp_path: Path
+) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    model = load(case.make(), tmp_path, case.bindings)
+    assert cost.count(model).params == expected
