@@ -311,6 +311,8 @@ class Tails:
             return []
         if node.op in ("ArgMax", "Hardmax"):
             return self._largest(node, seen, depth)
+        if node.op == "ArgMin":
+            return self._least(node, seen, depth)
         if node.op == "TopK":
             return self._top(node, seen, depth)
         if node.op == "NonMaxSuppression":
@@ -347,6 +349,16 @@ class Tails:
         return [
             self._term(logits or source, "classes", axis, "auto", f"{node.op} over axis {axis}")
         ]
+
+    def _least(self, node: Node, seen: set[str], depth: int) -> list[Term]:
+        """The place of the least value, such as a distance: classes by the negated values."""
+        source = node.inputs[0]
+        rank = self.graph.rank(source)
+        if rank is None or not self.graph.floating(source) or self.decisive(source):
+            return self._scores(source, seen, depth)
+        axis = int(node.attrs.get("axis", 0)) % max(rank, 1)
+        term = self._term(source, "classes", axis, "logits", f"{node.op} over axis {axis}")
+        return [replace(term, least=True)]
 
     def _top(self, node: Node, seen: set[str], depth: int) -> list[Term]:
         source = node.inputs[0]

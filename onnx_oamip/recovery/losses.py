@@ -89,6 +89,8 @@ def rows(term: Term, tensor: Tensor) -> Tensor:
     if term.part is not None:
         length = term.part.stop - term.part.start
         tensor = tensor.narrow(term.part.axis, term.part.start, length)
+    if term.least:
+        tensor = -tensor
     if term.axis is None or tensor.dim() == 0:
         return tensor.reshape(-1, 1)
     axes = (*term.stacked, term.axis)

@@ -62,7 +62,7 @@ def heads(model: Model, objective: Objective) -> list[Term]:
     for term in objective.judged:
         shape = model.shapes.get(term.tensor, ())
         table = len(shape) == 2 and shape[1] > 1 and term.axis == 1 and term.part is None
-        if table and term.kind in ("classes", "ambiguous"):
+        if table and term.kind in ("classes", "ambiguous") and not term.least:
             found.append(term)
     return sorted(found, key=lambda term: not term.labelled)
 

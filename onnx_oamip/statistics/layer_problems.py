@@ -234,8 +234,8 @@ def similar_scale(variances: Floats) -> Floats | None:
         variances: Variance of each input (..., d).
 
     Returns:
-        Divisors of the inputs (..., d): those of more than ``MAX_SPREAD`` times the median variance get that median, all
-        others have the divisor 1. None if there are none of those. The median is over variances that are not 0.
+        Divisors of the inputs (..., d): those of more than ``MAX_SPREAD`` times the median variance get that median,
+        all others have the divisor 1. None if there are none of those. The median is over variances that are not 0.
     """
     varies = variances > TINY
     # Rows without a variance get a median of 0 over their zeros, and no outlier.

@@ -212,6 +212,9 @@ PATTERNS: dict[str, Pattern] = {
     "argmax of a sigmoid": dense(
         "int64[] y", "p = Sigmoid(l) y = ArgMax <axis = 1> (p)", ("classes", "l", 1)
     ),
+    "argmin of distances": maps(
+        "int64[] y", "y = ArgMin <axis = 1, keepdims = 0> (l)", ("classes", "l", 1)
+    ),
     "argmax cast to a byte": maps(
         "uint8[] y",
         "i = ArgMax <axis = 1, keepdims = 0> (l) y = Cast <to = 2> (i)",

@@ -57,6 +57,16 @@ def test_agreement_of_classes() -> None:
     assert not found.warnings
 
 
+def test_least_value_decides_where_the_term_says_so() -> None:
+    """Distances: a change of the far ones decides nothing, and the loss sees the near ones."""
+    term = replace(CLASSES, form="logits", least=True)
+    distances = np.asarray([[0.1, 3.0, 5.0], [4.0, 0.2, 2.0]])
+    far = distances + np.asarray([[0.0, 9.0, 9.0], [9.0, 0.0, 9.0]])
+    near = distances[:, [1, 0, 2]]
+    assert measured(term, distances, far).values["agreement"] == 1.0
+    assert measured(term, distances, near).values["agreement"] == 0.0
+
+
 def test_accuracy_of_classes() -> None:
     term = replace(CLASSES, labelled=True)
     found = measured(term, one_hot([0, 1, 2, 0]), one_hot([0, 1, 1, 0]), np.asarray([0, 1, 2, 1]))

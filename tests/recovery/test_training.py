@@ -288,6 +288,7 @@ TERMS = {
     "classes": Term("y", "y", "y", "classes", axis=1),
     "probabilities": Term("y", "y", "y", "classes", axis=1),
     "rare classes": Term("y", "y", "y", "classes", axis=1),
+    "distances": Term("y", "y", "y", "classes", axis=1, least=True),
     "binary": Term("y", "y", "y", "binary", axis=1),
     "scores": Term("y", "y", "y", "binary", axis=1, threshold=0.3),
     "embedding": Term("y", "y", "y", "embedding", axis=1),

@@ -65,6 +65,7 @@ class Term:
     ``threshold``: of a binary decision, in the tensor's own units, None for even odds; ``tail``: what lies
     between the tensor and the output; ``assumption``: what was assumed, and the option that says otherwise;
     ``decided``: the output is made of decisions about the tensor, as ArgMax gives them;
+    ``least``: the decision takes the least value, as ArgMin does, so that rows are negated;
     ``labelled``: the labels of the data belong to this term; ``balanced``: rare positives weigh as much as the rest;
     ``scale``: None before the original's outputs were seen.
     """
@@ -86,6 +87,7 @@ class Term:
     decided: bool = False
     scale: Scale | None = None
     stacked: tuple[int, ...] = ()
+    least: bool = False
 
     @property
     def normaliser(self) -> float | None:
@@ -107,7 +109,8 @@ class Term:
         """
         values = self._of_part(array)
         columns = math.prod(values.shape[values.ndim - self._column_axes(values) :])
-        return values.astype(np.float64).reshape(-1, columns)
+        rows = values.astype(np.float64).reshape(-1, columns)
+        return -rows if self.least else rows
 
     def positions(self, array: Array) -> tuple[int, ...]:
         """Return the lengths of the axes that the rows of :meth:`rows` run over.
