@@ -17,10 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import numpy_helper
+from safetensors.numpy import save_file
 
 from onnx_oamip.artifacts.plan_schema import PlanFile
 from onnx_oamip.cli import main
+from onnx_oamip.core.records import Measure, Model, Recovered, Recovery
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.loading import load
+from onnx_oamip.objective import detect
 from onnx_oamip.planning.latency_tables import LatencyTable
+from onnx_oamip.reporting.documents import recovered as make_recovered
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "schemas"
@@ -31,6 +39,7 @@ OPEN = frozenset(
         "compared",
         "extras",
         "lengths",
+        "options",
         "opset",
         "outputs",
         "system",
@@ -47,7 +56,20 @@ MODEL, DATA = "lenet300-mnist.onnx", "mnist.npz"
 QUICK = ["--importance", "l2", "--cache", "off", "--device", "cpu"]
 COMMANDS = {
     "inspect": [MODEL],
-    "prune": [MODEL, "--data", DATA, "--macs", "0.5", "-o", "half.onnx", "--force", *QUICK],
+    "prune": [
+        *(
+            MODEL,
+            "--data",
+            DATA,
+            "--macs",
+            "0.5",
+            "-o",
+            "half.onnx",
+            "--keep-map",
+            "kept.safetensors",
+        ),
+        *("--force", *QUICK),
+    ],
     "score": [MODEL, "--data", DATA, "-o", "scores.npz", *QUICK],
     "plan": [MODEL, "--data", DATA, "--macs", "0.5", "-o", "plan.json", *QUICK],
     "verify": [MODEL, "half.onnx", "--data", DATA],
@@ -59,6 +81,8 @@ COMMANDS = {
     "int8": ["half.onnx", "--data", DATA, "-o", "int8.onnx"],
     "run": ["run.toml"],
     "compare": ["half.json", "run.json"],
+    "checkpoint": ["--keep-map", "kept.safetensors", "--state-dict", "weights.st", "-o", "cut.st"],
+    "config": [],
     "ops": [],
     "solvers": [],
     "doctor": [],
@@ -100,6 +124,41 @@ def documents(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 name = "half" if command == "prune" else command
                 Path(f"{name}.json").write_text(out.getvalue(), encoding="utf-8")
             yield command, document
+
+
+def recovered(model: Model) -> dict[str, Any]:
+    """Document of ``recover`` with made-up numbers: it needs torch, which is not installed everywhere.
+
+    Args:
+        model: Original and pruned model.
+
+    Returns:
+        The document.
+    """
+    measure = Measure("y", "y", "classes", "accuracy", 0.5, {"agreement": 0.9}, warnings=("few",))
+    found = Recovery(
+        accepted=True,
+        before=0.2,
+        after=0.1,
+        steps=10,
+        best_step=5,
+        batch=8,
+        seconds=1.0,
+        ended="budget",
+        samples=80,
+        held_out=20,
+        augment="none",
+        device="cpu",
+        weights=3,
+        features=("a",),
+        left_out=("b",),
+        curve=((5, 0.1),),
+        outputs_before=(measure,),
+        outputs=(measure,),
+    )
+    objective = detect(model, None, None, {})
+    result = Recovered(model, model, "o.onnx", "0", found, objective, {"load": 1.0}, {})
+    return make_recovered(result)
 
 
 def schema_of(value: Any, key: str = "") -> dict[str, Any]:
@@ -153,6 +212,7 @@ def schemas() -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {
         "plan-file": PlanFile.model_json_schema(),
         "latency-table": LatencyTable.model_json_schema(),
+        "settings": Settings.schema_document(),
     }
     whole = np.load(ROOT / "models" / DATA)
     with tempfile.TemporaryDirectory() as name:
@@ -160,8 +220,12 @@ def schemas() -> dict[str, dict[str, Any]]:
         (folder / MODEL).write_bytes((ROOT / "models" / MODEL).read_bytes())
         (folder / "run.toml").write_text(RUN, encoding="utf-8")
         np.savez(folder / DATA, **{k: whole[k][:64] if whole[k].ndim else whole[k] for k in whole})
+        weights = onnx.load(folder / MODEL).graph.initializer
+        save_file({w.name: numpy_helper.to_array(w) for w in weights}, folder / "weights.st")
         for command, document in documents(folder):
             result[command] = schema_of(document)
+        result["recover"] = schema_of(recovered(load(folder / MODEL)))
+    result["prune"]["properties"]["recovery"] = result["recover"]["properties"]["recovery"]
     result["apply"] = result["prune"]
     result["error"] = schema_of({"schema_version": 1, "error": "", "hint": "", "status": 2})
     titles = {name: {"$schema": DIALECT, "title": f"onnx-oamip {name}"} for name in result}

@@ -30,6 +30,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import Source, source_name
 from onnx_oamip.planning import iterative, search
 from onnx_oamip.planning.search import Prepared
+from onnx_oamip.reporting import documents
 from onnx_oamip.verification import equivalence
 
 LEVELS = (0.8, 0.65, 0.5, 0.35, 0.25, 0.15)
@@ -88,12 +89,15 @@ def frontier(
         scores=scores,
     )
     points = []
+    show_point = getattr(progress, "show_point", None)
     for i, share in enumerate(shares):
         here = replace(ready, settings=ready.settings.model_copy(update={"macs": share}))
         with clock("plan, refit and verify"):
             points.append(_point(here, share, targets[share]))
         if progress:
             progress("frontier", i + 1, len(shares))
+        if show_point is not None:
+            show_point(documents.frontier_point(points[-1], ready.before))
     proofs = [p.verification for p in points if p.verification is not None]
     if not proofs:
         raise BudgetNotMet(f"no level can be met; at {shares[0]:g}: {points[0].reason}")

@@ -24,7 +24,7 @@ from onnx_oamip.cli.options import (
 )
 from onnx_oamip.cli.settings import PLANNING, SettingsCommand
 from onnx_oamip.cli.statements import output_option
-from onnx_oamip.cli.terminal import Progress, show
+from onnx_oamip.cli.terminal import Progress, explain_drop, show
 
 data_option = option(
     "--data",
@@ -164,6 +164,8 @@ def prune(
             )
             document = Flags.of_context(ctx).in_document(documents.document(report))
             log(document, (keep_map, report_file))
+            if not quiet:
+                explain_drop(document)
     if as_json or not quiet:
         show(document, as_json)
 

@@ -40,6 +40,19 @@ def show(document: Document, as_json: bool) -> None:
     tables.show(document, Console(file=stream(), highlight=False, markup=False, emoji=False))
 
 
+def explain_drop(document: Document) -> None:
+    """Print on stderr why a search for a largest loss chose its model.
+
+    Args:
+        document: Document of ``prune``.
+    """
+    from onnx_oamip.reporting.tables.parts import drop_choice
+
+    sentence = drop_choice(document)
+    if sentence:
+        to_stderr(f"note: {Flags.of_context().in_text(sentence)}")
+
+
 class Notes(logging.Handler):
     """Warnings of the package as lines on stderr, with options in place of parameters."""
 

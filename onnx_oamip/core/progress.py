@@ -7,7 +7,8 @@ from collections.abc import Callable
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, the number of finished parts, and their total.
 
-An object with a method ``begin(step, number, count)`` is also informed of every step that a run comes to.
+An object with a method ``begin(step, number, count)`` is also informed of every step that a run comes to, and one with
+``show_point(document)`` of every model of a frontier.
 """
 PREPARATION = ("load", "objective", "couple", "score", "sensitivity")
 PRUNE = (*PREPARATION, "plan and refit", "verify", "write")

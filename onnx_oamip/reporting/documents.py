@@ -130,7 +130,7 @@ def frontier(found: Frontier) -> Document:
     Returns:
         A dict of plain values.
     """
-    points = [_point(point, found.before) for point in found.points]
+    points = [frontier_point(point, found.before) for point in found.points]
     result = {
         "schema_version": SCHEMA_VERSION,
         "model": _model(found.model),
@@ -612,8 +612,16 @@ def _metric(found: MetricValues | None) -> Document | None:
     }
 
 
-def _point(point: Point, before: Cost) -> Document:
-    """One point of a frontier; values that were not measured are null."""
+def frontier_point(point: Point, before: Cost) -> Document:
+    """Converts one point of a frontier to its part of a document.
+
+    Args:
+        point: The point.
+        before: Cost of the original.
+
+    Returns:
+        A dict of values; those that were not measured are None.
+    """
     whole = _cost(before)
     if point.cost is None:
         after = dict.fromkeys(whole)
@@ -632,6 +640,7 @@ def _point(point: Point, before: Cost) -> Document:
         "agreement": proved and proved.agreement,
         "output_relative_error": proved and proved.output_relative_error,
         "latency_ratio": proved and proved.latency_ratio,
+        "latency": proved and proved.latency and asdict(proved.latency),
         "outputs": proved and _measures(proved),
         "metric": proved and _metric(proved.metric),
         "kept": point.widths,

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+    from rich.progress import Progress as RichProgress
+
+    from onnx_oamip.reporting.documents import Document
 
 
 class Bars:
@@ -28,14 +36,14 @@ class Bars:
         self._overall: Any = None
         self._display: Any = None
         self._timer: threading.Timer | None = None
+        self._points: list[Document] = []
 
     def __enter__(self) -> Bars:
         if self._wanted:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Display
 
-            self._display = Display(
+            self._display = _display(self._points)(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -81,6 +89,16 @@ class Bars:
                 self._tasks[name] = self._display.add_task(stage, total=total)
         self._display.update(self._tasks[name], description=stage, completed=done, total=total)
 
+    def show_point(self, point: Document) -> None:
+        """Show a model of a frontier in a table above the bars.
+
+        Args:
+            point: The point, as documents describe it.
+        """
+        self._points.append(point)
+        if self._display is not None:
+            self._display.refresh()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -98,3 +116,18 @@ class Bars:
         with self._lock:
             if self._wanted:
                 self._display.start()
+
+
+def _display(points: list[Document]) -> type[RichProgress]:
+    """Kind of display that has a table of points above its bars."""
+    from rich.progress import Progress
+
+    class Display(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            if points:
+                from onnx_oamip.reporting.tables.parts import point_table
+
+                yield point_table(points)
+            yield from super().get_renderables()
+
+    return Display

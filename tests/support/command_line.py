@@ -40,6 +40,9 @@ SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 SIGNS = {
     "status": "error",
     "broken": "run",
+    "unrecovered": "recover",
+    "unmatched": "checkpoint",
+    "options": "config",
     "compared_models": "compare",
     "float_model": "int8",
     "ratio": "pack",

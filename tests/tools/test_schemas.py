@@ -10,6 +10,7 @@ from command_line import SCHEMAS, SIGNS
 
 from onnx_oamip.artifacts.plan_schema import PlanFile
 from onnx_oamip.cli import cli
+from onnx_oamip.core.settings import Settings
 from onnx_oamip.planning.latency_tables import LatencyTable
 from tools import schemas
 
@@ -23,6 +24,7 @@ def published(name: str) -> dict:
     [
         ("plan-file", PlanFile.model_json_schema()),
         ("latency-table", LatencyTable.model_json_schema()),
+        ("settings", Settings.schema_document()),
     ],
 )
 def test_schema_of_a_file_is_fresh(name: str, schema: dict) -> None:
@@ -50,9 +52,10 @@ def _without_defaults(schema: Any) -> Any:
 
 def test_every_command_with_a_document_has_a_schema() -> None:
     names = {path.stem for path in SCHEMAS.iterdir()}
-    assert names == {*schemas.COMMANDS, "apply", "error", "plan-file", "latency-table"}
+    files = {"plan-file", "latency-table", "settings"}
+    assert names == {*schemas.COMMANDS, "apply", "error", "recover", *files}
     assert set(SIGNS.values()) | {"apply"} <= names
-    assert set(cli.commands) - names == {"checkpoint", "config", "recover"}
+    assert set(cli.commands) <= names
 
 
 def test_schema_requires_keys_and_types() -> None:

@@ -130,7 +130,7 @@ def _points(value: Document) -> Section:
         [
             percent(p["asked"]),
             percent(p["accuracy"], 2),
-            percent(p["latency_ratio"]),
+            _time(p),
             percent(p["agreement"], 2),
             number(p["output_relative_error"]),
             *(percent(p["shares"][kind.cost]) for kind in COUNTED),
@@ -140,7 +140,7 @@ def _points(value: Document) -> Section:
     columns = (
         ">asked",
         ">accuracy",
-        ">latency",
+        ">latency (95 %)",
         ">same class",
         ">output error",
         ">MACs",
@@ -168,6 +168,14 @@ def _points(value: Document) -> Section:
         "Asked: share of the MACs to keep. Shares are of the original's; latency is measured side by side.",
         parts,
     )
+
+
+def _time(point: Document) -> str:
+    """Measured latency of a point with its interval; a dash where it is not known."""
+    found = point["latency"]
+    if found is None or found["doubt"]:
+        return percent(None)
+    return f"{percent(found['median'])} ({percent(found['low'])} to {percent(found['high'])})"
 
 
 def _kept(value: Document, made: Sequence[Document]) -> Section:

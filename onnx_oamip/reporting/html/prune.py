@@ -44,7 +44,13 @@ from onnx_oamip.reporting.html.wording import (
     plural,
     short,
 )
-from onnx_oamip.reporting.tables.parts import KIND_NAMES, agreement_name, latency_interval, points
+from onnx_oamip.reporting.tables.parts import (
+    KIND_NAMES,
+    agreement_name,
+    drop_choice,
+    latency_interval,
+    points,
+)
 
 APPLIED = (
     "refit",
@@ -381,6 +387,9 @@ def _search(value: Document) -> Section | None:
     parts: list[Part] = [Table.of((">MACs asked", ">MACs kept", ">points lost"), rows)]
     if drawn:
         parts.insert(0, Figures([Figure(charts.drops(drawn, allowed, "d"))], "wide"))
+    choice = drop_choice(value)
+    if choice:
+        parts.insert(0, Note(f"{choice}."))
     return Section("search", "Search", lead, parts)
 
 

@@ -34,6 +34,7 @@ from onnx_oamip.reporting.tables.parts import (
     operator_name,
     output_rows,
     percent,
+    point_table,
     points,
     program_rows,
     reason_rows,
@@ -142,16 +143,7 @@ def _frontier(value: Document, _: Console) -> Iterator[RenderableType]:
         (value["model"]["path"], "bold"), f"  {value['importance']} scores, accuracy {accuracy}"
     )
     yield costs(before)
-    table = grid(
-        ">MACs asked", ">kept", ">params", ">bytes", ">accuracy", ">agreement", ">error", ">latency"
-    )
-    for point in value["points"]:
-        shares = (percent(share) for share in (point["asked"], *point["shares"].values()))
-        right = (percent(point[key], digits=2) for key in ("accuracy", "agreement"))
-        error = number(point["output_relative_error"])
-        latency = percent(point["latency_ratio"])
-        table.add_row(*shares, *right, error, latency)
-    yield table
+    yield point_table(value["points"])
     lines = ["shares, and latency, of the original's; error: of the outputs, relative."]
     lines += [f"at {percent(p['asked'])}: {p['reason']}" for p in value["points"] if p["reason"]]
     lines += [f"wrote {p['output']}" for p in value["points"] if p["output"]]

@@ -132,6 +132,54 @@ def latency_rows(found: Document) -> Iterator[RenderableType]:
         )
 
 
+def point_table(found: Sequence[Document]) -> Table:
+    """Makes the table of the models of a frontier.
+
+    Args:
+        found: Its ``points``, so far or all.
+
+    Returns:
+        The table.
+    """
+    table = grid(
+        ">MACs asked", ">kept", ">params", ">bytes", ">accuracy", ">agreement", ">error", ">latency"
+    )
+    for point in found:
+        shares = (percent(share) for share in (point["asked"], *point["shares"].values()))
+        right = (percent(point[key], digits=2) for key in ("accuracy", "agreement"))
+        error = number(point["output_relative_error"])
+        latency = percent(point["latency_ratio"])
+        table.add_row(*shares, *right, error, latency)
+    return table
+
+
+def drop_choice(value: Document) -> str:
+    """Explain the choice of a search for the smallest model within a loss.
+
+    Args:
+        value: Document of ``prune``.
+
+    Returns:
+        One sentence without a full stop; empty if there was no such search.
+    """
+    allowed = value["budget"]["max_drop"]
+    measured = [trial for trial in value["tried"] if trial["lost"] is not None]
+    chosen = [trial for trial in measured if trial["macs"] == value["after"]["macs"]]
+    if allowed is None or not chosen:
+        return ""
+    whole = value["before"]["macs"]
+    text = (
+        f"`max_drop={allowed:g}` keeps {percent(chosen[-1]['macs'] / whole)} of the MACs, the fewest of "
+        f"{count(len(value['tried']), 'plan')} that lose at most {allowed:g} ({points(chosen[-1]['lost'])} of "
+        f"{chosen[-1]['measure']})"
+    )
+    smaller = [t for t in measured if t["lost"] > allowed and t["macs"] < chosen[-1]["macs"]]
+    if smaller:
+        nearest = max(smaller, key=lambda trial: trial["macs"])
+        text += f"; the next smaller one, of {percent(nearest['macs'] / whole)}, loses {points(nearest['lost'])}"
+    return text
+
+
 def knee_command(value: Document) -> str:
     """Write the command that makes the model at the knee of a frontier.
 
