@@ -23,6 +23,7 @@ NAMED_ELSEWHERE: list[tuple[str, list[str], str]] = [
         "objective/tails.py",
         [
             "ArgMax",
+            "ArgMin",
             "Concat",
             "HardSigmoid",
             "Hardmax",
