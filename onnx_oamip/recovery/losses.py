@@ -51,28 +51,38 @@ def objective_loss(terms: Sequence[Term], truth: Sequence[Tensor], found: Sequen
     return torch.stack(parts).sum()
 
 
+def kept_channels(feature: Feature, tensor: Tensor) -> Tensor:
+    """Select the channels of a feature that the pruned model has.
+
+    Args:
+        feature: The feature.
+        tensor: The original's tensor.
+
+    Returns:
+        The tensor without the removed channels.
+    """
+    for axis, kept in feature.kept:
+        tensor = tensor.index_select(axis, torch.as_tensor(kept, device=tensor.device))
+    return tensor
+
+
 def feature_loss(
-    features: Sequence[Feature],
-    variances: Sequence[float],
-    truth: Sequence[Tensor],
-    found: Sequence[Tensor],
+    variances: Sequence[float], truth: Sequence[Tensor], found: Sequence[Tensor]
 ) -> Any:
     """Compute the mean squared error of features over their variance.
 
     Args:
-        features: Tensors that are compared.
         variances: Variance of every feature in the original.
-        truth: The original's tensors.
-        found: The pruned model's, which lack the removed channels.
+        truth: The original's tensors, with the channels that were kept.
+        found: The pruned model's.
 
     Returns:
         A tensor with one number.
     """
-    errors = []
-    for feature, variance, old, new in zip(features, variances, truth, found, strict=True):
-        for axis, kept in feature.kept:
-            old = old.index_select(axis, torch.as_tensor(kept, device=old.device))
-        errors.append(F.mse_loss(new, old) / variance)
+    errors = [
+        F.mse_loss(new, old) / variance
+        for variance, old, new in zip(variances, truth, found, strict=True)
+    ]
     return torch.stack(errors).mean()
 
 

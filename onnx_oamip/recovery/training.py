@@ -1,16 +1,18 @@
 """Distillation: gradient steps on the weights of a pruned model, with the original as the teacher.
 
-The loss is the objective of the run plus errors of features. Against overfitting, weights are pulled towards their
-start, averaged over steps, and samples are changed at random; a sample that is changed gets its answer from the
-original.
+The loss is the objective of the run plus errors of features, at which blocks end. In the first part of the budget
+gradients stop there, so that every block is a problem of its own: its input comes from the pruned blocks in front, its
+target is the original's feature. Against overfitting, weights are pulled towards their start, averaged over steps, and
+samples are changed at random; a sample that is changed gets its answer from the original.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +22,15 @@ import torch
 from onnx_oamip.core.errors import EnvironmentMissing
 from onnx_oamip.core.options.recovery import Effort
 from onnx_oamip.core.progress import Progress
-from onnx_oamip.core.records import Array, Ints, Model
+from onnx_oamip.core.records import Array, Model
 from onnx_oamip.core.records.objective import Objective
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.recovery import parts
 from onnx_oamip.recovery.augmentation import Augment
-from onnx_oamip.recovery.engine import CannotRun, Engine, as_tensor, is_supported, trainable
+from onnx_oamip.recovery.batches import Batch, Batches, Given, Teacher, fed
+from onnx_oamip.recovery.engine import CannotRun, Engine, is_supported, trainable
 from onnx_oamip.recovery.features import Feature
 from onnx_oamip.recovery.judge import Best, Judge, written
 from onnx_oamip.recovery.losses import differentiable, feature_loss, objective_loss
@@ -37,7 +40,11 @@ from onnx_oamip.recovery.parts import Part
 RATE = 1e-3
 """Largest change of a weight in one step, over the root mean square of its tensor."""
 WARM_UP = 0.05
-"""Share of the steps in which the rate rises."""
+"""Share of the budget in which the rate rises."""
+LEAST_RATE = 0.1
+"""Share of the full rate at the first step."""
+BLOCK_SHARE = 0.3
+"""Share of the budget in which every block is trained for itself."""
 PULL = 2e-3
 """Share of the way back to its start that a weight is pulled in every step at the full rate."""
 DECAY = 0.98
@@ -52,10 +59,8 @@ EVALUATIONS = 20
 """Times that held-out samples are judged."""
 LEAST_INTERVAL = 10
 """Fewest steps between two of them."""
-PATIENCE = 7
+PATIENCE = 10
 """Evaluations without a better one after which training stops."""
-TIMED_STEPS = 3
-"""Steps that are timed to find how many fit into a time."""
 VARIANCE_BATCHES = 4
 """Batches on which the variance of features is found."""
 TOLERANCE = 0.02
@@ -106,7 +111,9 @@ class Trained:
         proto: The best model, None where none was better than the start.
         best: Losses on held-out samples.
         steps: Steps that were done.
+        block_steps: Those of them in which every block was trained for itself.
         batch: Samples of one step.
+        held_bytes: Bytes of answers of the original that were held to be used again.
         seconds: Time that the steps took, with their evaluations.
         ended: Why training ended.
         weights: Initialisers that were trained.
@@ -117,7 +124,9 @@ class Trained:
     proto: onnx.ModelProto | None
     best: Best
     steps: int
+    block_steps: int
     batch: int
+    held_bytes: int
     seconds: float
     ended: str
     weights: tuple[str, ...]
@@ -150,7 +159,7 @@ def resolve_device(device: str) -> str:
 
 
 def train(task: Task, effort: Effort) -> Trained:
-    """Train a pruned model.
+    """Train a pruned model, first every block for itself, then all weights together.
 
     Args:
         task: Models, samples and loss.
@@ -159,52 +168,89 @@ def train(task: Task, effort: Effort) -> Trained:
     Returns:
         The best model by the judge, and how it was found.
     """
-    started = time.monotonic()
+    budget = _Budget(effort)
     torch.manual_seed(task.seed)
     best = Best(task.judge.losses(task.pruned.proto), PATIENCE)
     part, left_out = _trained_part(task)
     if not part.weights or not part.tensors:
-        return Trained(None, best, 0, 0, 0.0, "nothing to train", (), (), left_out)
+        return Trained(None, best, 0, 0, 0, 0, 0.0, "nothing to train", (), (), left_out)
     run = _Run(task, part)
-    steps = effort.steps or TIMED_STEPS
-    done = 0
-    ended = "budget"
-    try:
-        while done < steps:
-            run.step(done, steps)
-            done += 1
-            if effort.seconds is not None and done == TIMED_STEPS:
-                steps = _steps_within(effort.seconds, started, run.seconds / done)
-                run.restart()
-            if task.progress is not None:
-                task.progress(_stage(best), done, steps)
-            interval = max(LEAST_INTERVAL, steps // EVALUATIONS)
-            is_last = done == steps or _is_over(effort, started)
-            if done % interval == 0 or is_last:
-                weights = run.averaged()
-                best.offer(done, task.judge.losses(written(task.pruned.proto, weights)), weights)
-            if task.stop is not None and task.stop():
-                ended = "interrupted"
-                break
-            if best.has_stalled:
-                ended = "no improvement"
-                break
-            if is_last:
-                break
-    except _Diverged:
-        ended = "diverged"
+    ended = _run_until_end(task, run, best, budget)
     proto = written(task.pruned.proto, best.weights) if best.is_better else None
     return Trained(
         proto=proto,
         best=best,
-        steps=done,
+        steps=budget.done,
+        block_steps=budget.block_steps,
         batch=run.batch,
-        seconds=time.monotonic() - started,
+        held_bytes=run.batches.held_bytes,
+        seconds=budget.seconds,
         ended=ended,
         weights=part.weights,
         features=tuple(feature.tensor for feature in run.features),
         left_out=left_out,
     )
+
+
+def _run_until_end(task: Task, run: _Run, best: Best, budget: _Budget) -> str:
+    """Train until the budget or something else ends it; the reason."""
+    judged = 0
+    while True:
+        by_blocks = bool(run.features) and budget.progress < BLOCK_SHARE
+        try:
+            run.step(budget.progress, by_blocks=by_blocks)
+        except _Diverged:
+            return "diverged"
+        budget.count(by_blocks=by_blocks)
+        if task.progress is not None:
+            task.progress(_stage(best), budget.done, budget.expected)
+        is_due = budget.progress * EVALUATIONS >= len(best.curve) + 1
+        if budget.is_over or (is_due and budget.done >= judged + LEAST_INTERVAL):
+            judged = budget.done
+            weights = run.averaged()
+            best.offer(judged, task.judge.losses(written(task.pruned.proto, weights)), weights)
+        if task.stop is not None and task.stop():
+            return "interrupted"
+        if budget.is_over:
+            return "budget"
+        if best.has_stalled:
+            return "no improvement"
+
+
+class _Budget:
+    """Steps or time of a training, and how much of it is used."""
+
+    def __init__(self, effort: Effort) -> None:
+        self._effort = effort
+        self._started = time.monotonic()
+        self.done = 0
+        self.block_steps = 0
+        self.progress = 0.0
+
+    def count(self, *, by_blocks: bool) -> None:
+        """Count one step."""
+        self.done += 1
+        self.block_steps += by_blocks
+        if self._effort.seconds is not None:
+            self.progress = min(self.seconds / self._effort.seconds, 1.0)
+        else:
+            assert self._effort.steps is not None
+            self.progress = self.done / self._effort.steps
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing is left."""
+        return self.progress >= 1
+
+    @property
+    def expected(self) -> int:
+        """Number of steps at the end, estimated where the budget is a time."""
+        return self._effort.steps or max(self.done, round(self.done / self.progress))
 
 
 def _stage(best: Best) -> str:
@@ -213,16 +259,6 @@ def _stage(best: Best) -> str:
     if not best.curve:
         return f"recover: held-out loss {start:.4f}"
     return f"recover: held-out loss {start:.4f} -> {best.loss:.4f}"
-
-
-def _steps_within(seconds: float, started: float, each: float) -> int:
-    """Steps that fit into a time, a tenth of it left to evaluations."""
-    left = seconds - (time.monotonic() - started)
-    return max(TIMED_STEPS, TIMED_STEPS + int(0.9 * left / max(each, 1e-6)))
-
-
-def _is_over(effort: Effort, started: float) -> bool:
-    return effort.seconds is not None and time.monotonic() - started >= effort.seconds
 
 
 class _Diverged(Exception):
@@ -265,16 +301,16 @@ def _first_difference(task: Task, part: Part, feed: Mapping[str, Array]) -> tupl
     engine = Engine(model, part.tensors, given=part.given)
     tensors = [*part.tensors, *part.given]
     values = _runtime_values(task, tensors, feed)
-    fed = _fed(feed, {name: values[name] for name in part.given})
+    given = fed({**feed, **{name: values[name] for name in part.given}}, "cpu")
     try:
         with torch.no_grad():
-            found = engine.run(fed)
+            found = engine.run(given)
     except CannotRun as error:
         home = model.homes[error.node.name]
         return home, f"{error.node}: {error.reason}"
     if all(_is_close(a, values[n]) for n, a in zip(part.tensors, found, strict=True)):
         return None
-    return _locate(task, part, fed, feed)
+    return _locate(task, part, given, feed)
 
 
 def _runtime_values(
@@ -286,7 +322,7 @@ def _runtime_values(
 
 
 def _locate(
-    task: Task, part: Part, fed: Mapping[str, Tensor], feed: Mapping[str, Array]
+    task: Task, part: Part, given: Mapping[str, Tensor], feed: Mapping[str, Array]
 ) -> tuple[str, str]:
     """The node whose output is the first to differ."""
     model = task.pruned
@@ -294,7 +330,7 @@ def _locate(
     tensors = parts.floating(model, (name for node in nodes for name in node.outputs if name))
     values = _runtime_values(task, tensors, feed)
     with torch.no_grad():
-        found = dict(zip(tensors, Engine(model, tensors, given=part.given).run(fed), strict=True))
+        found = dict(zip(tensors, Engine(model, tensors, given=part.given).run(given), strict=True))
     for node in nodes:
         for name in node.outputs:
             if name in found and not _is_close(found[name], values[name]):
@@ -312,49 +348,13 @@ def _is_close(found: Tensor, truth: Array) -> bool:
     return bool(error <= TOLERANCE * np.linalg.norm(theirs[known]) + SMALLEST)
 
 
-def _fed(
-    feed: Mapping[str, Array], more: Mapping[str, Array], device: str = "cpu"
-) -> dict[str, Tensor]:
-    return {name: as_tensor(value, device) for name, value in {**feed, **more}.items()}
-
-
 # -------------------------------------------------------------------------------------------------------- the steps
-
-
-class _Teacher:
-    """Answers of the original: tensors of the objective and features.
-
-    On a GPU torch computes them too, where it can; elsewhere ONNX Runtime does.
-    """
-
-    def __init__(self, task: Task, tensors: Sequence[str]) -> None:
-        self._device = task.device
-        self._tensors = list(tensors)
-        nodes = parts.ancestors(task.original, tensors)
-        self._engine = None
-        self._session = None
-        if task.device != "cpu" and all(is_supported(node) for node in nodes):
-            self._engine = Engine(task.original, self._tensors, device=task.device)
-        else:
-            proto = with_outputs(task.original, self._tensors)
-            self._session = Session(proto, task.runtime_device, what="the original")
-
-    def answers(self, feed: Mapping[str, Array]) -> dict[str, Tensor]:
-        """The original's tensors by name."""
-        if self._engine is not None:
-            with torch.no_grad():
-                found = self._engine.run(_fed(feed, {}, self._device))
-            return dict(zip(self._tensors, found, strict=True))
-        assert self._session is not None
-        values = self._session.run(feed, self._tensors)
-        return {n: as_tensor(v, self._device) for n, v in zip(self._tensors, values, strict=True)}
 
 
 class _Run:
     """State of training: engine, optimiser, and averages of weights."""
 
     def __init__(self, task: Task, part: Part) -> None:
-        self._task = task
         self._part = part
         self._engine = Engine(
             task.pruned, part.tensors, given=part.given, device=task.device, weights=part.weights
@@ -362,82 +362,70 @@ class _Run:
         compared = set(part.tensors)
         self._terms = [t for t in differentiable(task.objective) if t.tensor in compared]
         self.features = tuple(f for f in task.features if f.tensor in compared)
-        self._teacher = _Teacher(task, part.tensors)
-        self._given = None
-        if part.given:
-            proto = with_outputs(task.pruned, part.given)
-            self._given = Session(proto, task.runtime_device, what="the pruned model")
+        self._ends = frozenset(feature.tensor for feature in self.features)
         self.batch = _batch_size(task)
-        self._rng = np.random.default_rng(task.seed)
-        self._batches = self._endless()
+        teacher = Teacher(
+            task.original,
+            part.tensors,
+            self.features,
+            device=task.device,
+            runtime_device=task.runtime_device,
+        )
+        self.batches = Batches(
+            task.samples,
+            teacher,
+            _given(task, part),
+            size=self.batch,
+            augment=task.augment,
+            device=task.device,
+            memory=task.memory,
+            seed=task.seed,
+        )
+        self._variances = self._feature_variances()
         self._weights = list(self._engine.weights.values())
         self._start = [weight.detach().clone() for weight in self._weights]
-        self._variances = self._feature_variances()
-        self.restart()
-
-    def restart(self) -> None:
-        """Put all weights back to their start."""
-        with torch.no_grad():
-            for weight, start in zip(self._weights, self._start, strict=True):
-                weight.copy_(start)
         self._average = [weight.detach().clone() for weight in self._weights]
         self._optimiser = torch.optim.Adam(_groups(self._weights), betas=(0.9, 0.99), eps=1e-10)
         self._rates = [group["lr"] for group in self._optimiser.param_groups]
-        self.seconds = 0.0
-
-    def _endless(self) -> Iterator[Ints]:
-        """Indices of batches, in another random order in every round over the samples."""
-        samples = self._task.samples
-        size = 1 if samples.whole else min(self.batch, samples.count)
-        while True:
-            order = self._rng.permutation(samples.count)
-            for first in range(0, samples.count - size + 1, size):
-                yield order[first : first + size]
+        self._done = 0
 
     def _feature_variances(self) -> list[float]:
         """Variance of every feature about the means of its channels, on samples as they are."""
         totals: dict[str, list[float]] = defaultdict(list)
-        for place, (_, feed) in enumerate(self._task.samples.batches(self.batch)):
-            if place == VARIANCE_BATCHES:
-                break
-            answers = self._teacher.answers(feed)
+        for batch in itertools.islice(self.batches.unchanged(), VARIANCE_BATCHES):
             for feature in self.features:
-                value = answers[feature.tensor]
+                value = batch.truth[feature.tensor]
                 axes = [axis for axis, _ in feature.kept] or [1 % value.dim()]
                 others = [axis for axis in range(value.dim()) if axis not in axes]
                 totals[feature.tensor].append(float(value.var(others, correction=0).mean()))
         return [max(float(np.mean(totals[f.tensor])), SMALLEST) for f in self.features]
 
-    def step(self, done: int, steps: int) -> None:
-        """One gradient step."""
-        began = time.monotonic()
-        task = self._task
-        feed: Mapping[str, Array] = task.samples.feed(next(self._batches))
-        if task.augment is not None:
-            feed = task.augment(feed, self._rng)
-        loss = self._loss(feed)
+    def step(self, progress: float, *, by_blocks: bool) -> None:
+        """One gradient step.
+
+        Args:
+            progress: Share of the budget that is used, on which the rate depends.
+            by_blocks: Every block is trained for itself: no gradient passes the end of a block.
+        """
+        loss = self._loss(next(self.batches), self._ends if by_blocks else frozenset())
         if not math.isfinite(float(loss.detach())):
             raise _Diverged
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        share = _share(done, steps)
+        share = _share(progress)
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * share
         self._optimiser.step()
         with torch.no_grad():
             torch._foreach_lerp_(self._weights, self._start, PULL * share)
-            decay = min(DECAY, (1 + done) / (10 + done))
+            decay = min(DECAY, (1 + self._done) / (10 + self._done))
             torch._foreach_lerp_(self._average, self._weights, 1 - decay)
-        self.seconds += time.monotonic() - began
+        self._done += 1
 
-    def _loss(self, feed: Mapping[str, Array]) -> Tensor:
-        truth = self._teacher.answers(feed)
-        given: dict[str, Array] = {}
-        if self._given is not None:
-            names = list(self._part.given)
-            given = dict(zip(names, self._given.run(feed, names), strict=True))
-        outputs = self._engine.run(_fed(feed, given, self._task.device))
+    def _loss(self, batch: Batch, ends: Collection[str]) -> Tensor:
+        outputs = self._engine.run(batch.fed, ends)
         found = dict(zip(self._part.tensors, outputs, strict=True))
+        truth = batch.truth
         losses = []
         if self._terms:
             names = [term.tensor for term in self._terms]
@@ -447,7 +435,7 @@ class _Run:
         if self.features:
             names = [feature.tensor for feature in self.features]
             old, new = [truth[n] for n in names], [found[n] for n in names]
-            losses.append(FEATURE_WEIGHT * feature_loss(self.features, self._variances, old, new))
+            losses.append(FEATURE_WEIGHT * feature_loss(self._variances, old, new))
         return torch.stack(losses).sum()
 
     def averaged(self) -> dict[str, Array]:
@@ -458,12 +446,22 @@ class _Run:
         }
 
 
-def _share(done: int, steps: int) -> float:
+def _given(task: Task, part: Part) -> Given | None:
+    """Function that computes the tensors in front of the part, by ONNX Runtime."""
+    if not part.given:
+        return None
+    names = list(part.given)
+    session = Session(
+        with_outputs(task.pruned, names), task.runtime_device, what="the pruned model"
+    )
+    return lambda feed: dict(zip(names, session.run(feed, names), strict=True))
+
+
+def _share(progress: float) -> float:
     """Share of the full rate: a linear rise, then half a cosine to zero."""
-    rise = max(1, round(WARM_UP * steps))
-    if done < rise:
-        return (done + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (done - rise) / max(steps - rise, 1)))
+    if progress < WARM_UP:
+        return LEAST_RATE + (1 - LEAST_RATE) * progress / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
 def _groups(weights: Sequence[Tensor]) -> list[dict[str, object]]:

@@ -106,6 +106,19 @@ def test_worse_result_is_not_taken(case: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(np.array_equal(new[name], old[name]) for name in old)
 
 
+def test_blocks_are_trained_for_themselves_first(
+    case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=50))
+    plan_file = case / "plan.json"
+    both = recover(*arguments, plan_file=plan_file).recovery
+    assert both.block_steps == round(training.BLOCK_SHARE * 50)
+    monkeypatch.setattr(training, "BLOCK_SHARE", 1.0)
+    blocks = recover(*arguments, plan_file=plan_file).recovery
+    assert blocks.block_steps == blocks.steps
+    assert blocks.accepted
+
+
 def test_stop_ends_training_with_the_best_so_far(case: Path) -> None:
     calls = []
 
@@ -185,6 +198,25 @@ def test_shared_weight_stays_one_weight(tmp_path: Path) -> None:
     model = load(build(text), tmp_path)
     ours = training.Engine(model, ["y"], weights=training.trainable(model, model.nodes))
     assert set(ours.weights) == {"w", "b"}
+
+
+def test_no_gradient_passes_the_end_of_a_block(tmp_path: Path) -> None:
+    text = """(float[N, 6] x) => (float[N, 4] y) <float[6, 5] w1, float[5, 4] w2> {
+        a = MatMul(x, w1)
+        r = Relu(a)
+        y = MatMul(r, w2)
+    }"""
+    model = load(build(text), tmp_path)
+    ours = training.Engine(model, ["r", "y"], weights=["w1", "w2"])
+    fed = {"x": torch.ones(2, 6)}
+    whole, parted = ours.run(fed), ours.run(fed, ends={"r"})
+    assert all(torch.equal(a, b) for a, b in zip(whole, parted, strict=True))
+    leaves = list(ours.weights.values())
+    first, second = torch.autograd.grad(parted[1].sum(), leaves, allow_unused=True)
+    assert first is None
+    assert second is not None
+    (first,) = torch.autograd.grad(parted[0].sum(), leaves[:1])
+    assert first.abs().sum() > 0
 
 
 def test_scales_of_quantisation_and_statistics_are_not_trained(tmp_path: Path) -> None:
@@ -319,5 +351,6 @@ def test_feature_loss_compares_the_channels_that_are_kept() -> None:
     old = np.arange(24.0).reshape(2, 3, 4)
     new = old[:, [0, 2]] + 1.0
     feature = losses.Feature("t", ((1, np.array([0, 2])),))
-    found = losses.feature_loss([feature], [4.0], [torch.from_numpy(old)], [torch.from_numpy(new)])
+    kept = losses.kept_channels(feature, torch.from_numpy(old))
+    found = losses.feature_loss([4.0], [kept], [torch.from_numpy(new)])
     assert float(found) == pytest.approx(0.25)

@@ -10,6 +10,7 @@ others. What became of each comes last, and the exit status is 1 where one faile
 
 What studies need beside ``pip install -e '.[cpu,dev]'``:
   coverage, estimators, foreign, latency, programs, rivals: the extra experiments (torch, onnxsim and others)
+  recover: the extra recover (torch)
   finetune, and the larger counts of calibration: training images, --mnist DIR and --fashion DIR, folders with the
     four IDX files of MNIST and of Fashion-MNIST, gzipped or plain (models/README.md says from where)
   rows for CUDA in latency: the extra gpu in place of cpu, and an NVIDIA GPU
@@ -47,6 +48,7 @@ STUDIES = (
     "cost",
     "resume",
     "memory",
+    "recover",
     "finetune",
     "cuda",
 )
@@ -79,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help=f"IDX files of {title}: for finetune, calibration",
         )
     parser.add_argument(
-        "--larger", type=Path, metavar="DIR", help="of larger: what tools.make_larger_models made"
+        "--larger",
+        type=Path,
+        metavar="DIR",
+        help="of larger and recover: what tools.make_larger_models made",
     )
     parser.add_argument(
         "--model", action="append", default=[], help="only this model; may be given more than once"

@@ -156,6 +156,16 @@ TEXT = {
         "Learning rates of the fine-tune",
         "Accuracy in percent on 8,000 other test images after one epoch, by share of the network's own learning rate.",
     ),
+    "recover": (
+        "Recovery without labels",
+        (
+            "`recover` behind the default pruning: trained on the same 512 unlabelled calibration images, a fifth of "
+            "which judges, with the original as the teacher. Accuracy and agreement with the original's first answer "
+            "in percent, divergence from its answers in nats, all on images that no step has seen (2,000, and 512 "
+            "crops of other photographs for EfficientNet-Lite0). By blocks are the steps of the first phase, in which "
+            "no gradient passes the end of a block."
+        ),
+    ),
     "calibration": (
         "Calibration set size",
         "Unlabelled images of the network's own domain, of another one, and noise; accuracy in percent.",

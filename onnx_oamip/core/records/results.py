@@ -128,8 +128,10 @@ class Recovery:
         before: Loss of the objective on held-out samples before training.
         after: The lowest one found by training; None where nothing was trained.
         steps: Steps that were done.
+        block_steps: Those of them in which every block was trained for itself.
         best_step: Steps behind the lowest loss.
         batch: Samples of one step.
+        held_bytes: Bytes of answers of the original that were held to be used again; 0 where all were computed anew.
         seconds: Time of the training.
         ended: Why it ended: ``budget``, ``no improvement``, ``interrupted``, ``diverged`` or ``nothing to train``.
         samples: Samples trained on.
@@ -148,8 +150,10 @@ class Recovery:
     before: float
     after: float | None
     steps: int
+    block_steps: int
     best_step: int
     batch: int
+    held_bytes: int
     seconds: float
     ended: str
     samples: int
