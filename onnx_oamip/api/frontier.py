@@ -157,6 +157,7 @@ def _point(ready: Prepared, share: float, target: Path | None) -> Point:
         ready, found = iterative.approach(ready)
         search.meets(ready.settings.budget, ready.before, found.after)
         verification = pipeline.prove(ready, found)
+        proto = pipeline.in_file(ready, found)
     except (BudgetNotMet, GateFailed, ModelError) as error:
         return Point(share, reason=str(error))
     point = Point(share, found.after, np.asarray(found.plan.widths, np.int64), verification)
@@ -164,5 +165,5 @@ def _point(ready: Prepared, share: float, target: Path | None) -> Point:
         return point
     with output_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    sha256, size = write(found.pruned.proto, target)
+    sha256, size = write(proto, target)
     return replace(point, cost=replace(found.after, bytes=size), output=str(target), sha256=sha256)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnx_oamip.api import prepare as preparing
 from onnx_oamip.api.prepare import BUDGETS, prepare
@@ -41,7 +42,7 @@ from onnx_oamip.data.contact_sheet import contact_sheet
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import File, Source, source_name
-from onnx_oamip.graph import cost
+from onnx_oamip.graph import cost, taken_branches
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.runtime import Session, resolve_device
@@ -310,9 +311,10 @@ def plan(
         chosen = search.plan(ready)
     check_solutions_read(settings, [*ready.scores.programs, *chosen.programs])
     asked = _asked(ready, scores)
+    model, coupling = ready.in_file
     planned = Planned(
-        model=ready.model,
-        coupling=ready.coupling,
+        model=model,
+        coupling=coupling,
         scores=ready.scores,
         plan=chosen,
         before=ready.before,
@@ -416,7 +418,7 @@ def applied(
     ready = preparing.open_for_plan(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
     )
-    keep, notes = plan_files.match_units(found, ready.model, ready.coupling, name)
+    keep, notes = plan_files.match_units(found, *ready.in_file, name)
     chosen = plan_files.to_plan(found, keep, ready.coupling, ready.ledger, notes=notes)
     with clock("refit"):
         result = search.carry_out(ready, chosen)
@@ -482,18 +484,23 @@ def _finish(
     with clock("verify"):
         try:
             verification = prove(ready, result, answers)
+            proto = in_file(ready, result)
+            if ready.whole is not None:  # the other branches were cut as well
+                written = cost.count(models.remade(ready.whole.model, proto))
+                result = replace(result, after=replace(result.after, params=written.params))
         except ModelError as error:  # the original ran before: what does not load or run here is what was made of it
             raise GateFailed(
                 f"{str(error).rstrip('.')}; nothing was written, please report this model."
             ) from error
+    model, coupling = ready.in_file
     report = Report(
-        model=ready.model,
+        model=model,
         output=None,
         output_sha256=None,
         before=ready.before,
         after=result.after,
         budget=budget,
-        coupling=ready.coupling,
+        coupling=coupling,
         scores=scores,
         plan=result.plan,
         verification=verification,
@@ -523,7 +530,39 @@ def _finish(
         compared=result.pruned.losses,
         recovery=found,
     )
-    return finished(report, result.pruned.proto)
+    return finished(report, proto)
+
+
+def in_file(ready: Context, result: Attempt) -> onnx.ModelProto:
+    """Return the branches of If nodes that were analysed in the main graph to their nodes.
+
+    Args:
+        ready: Context of the run.
+        result: The cut and refitted model.
+
+    Returns:
+        The model to write, which computes the same.
+
+    Raises:
+        GateFailed: It does not.
+    """
+    whole = ready.whole
+    if whole is None:
+        unchanged: onnx.ModelProto = result.pruned.proto
+        return unchanged
+    cut = rewrite.cut(whole.model, whole.coupling, result.plan.keep)
+    proto = taken_branches.put_back(cut, result.pruned.proto, whole.returns)
+    equivalence.structure(proto)
+    equivalence.same(
+        ready.model, result.pruned.proto, proto, _few(ready.samples), ready.comparison_batch
+    )
+    return proto
+
+
+def _few(samples: Samples) -> Samples:
+    """The first samples, as many as show exactness."""
+    count = min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))
+    return samples.take(np.arange(count))
 
 
 def _unbounded_loss(budget: Budget, verification: Verification) -> tuple[str, ...]:
@@ -698,10 +737,9 @@ def prove(
     pruned = result.pruned
     equivalence.structure(pruned.proto)
     masked = rewrite.mask(model, ready.coupling, result.plan.keep)
-    few = samples.take(np.arange(min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))))
     objective = ready.objective
     proof = equivalence.prove(
-        model, masked, pruned.raw, few, ready.comparison_batch, objective=objective
+        model, masked, pruned.raw, _few(samples), ready.comparison_batch, objective=objective
     )
     final = equivalence.watch(model, objective, device, pruned.proto, "the pruned model")
     batches = equivalence.runs_at(

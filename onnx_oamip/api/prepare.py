@@ -26,13 +26,14 @@ from onnx_oamip.core.records import (
     Model,
     Request,
     Scores,
+    Whole,
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import comparison_size, run_size
 from onnx_oamip.data.sources import File, Source, samples_of
-from onnx_oamip.graph import cost
+from onnx_oamip.graph import cost, taken_branches
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.ops import lookup
@@ -388,8 +389,12 @@ def open_context(
         if settings.recover is not None and source is not None:
             samples, judged = split(samples, held, settings.seed)
         model = dataset.at_data(model, samples)
+        in_file, returns = model, frozenset[str]()
         if source is not None:
-            model = idle_branches.marked(model, samples)
+            in_file = idle_branches.marked(model, samples)
+            model = in_file
+            if settings.granularity == "unit":
+                model, returns = idle_branches.with_taken_branches(in_file, samples, held)
         bound = cost.uncounted_note(model)
         if bound:
             LOG.warning("%s", bound)
@@ -422,7 +427,11 @@ def open_context(
         objective = replace(objective, notes=(*objective.notes, bound))
         LOG.warning("%s", bound)
     with clock("couple"):
-        coupling = idle_branches.removable(model, settings.exclude)
+        coupling = idle_branches.removable(in_file, settings.exclude)
+        whole = None
+        if returns:
+            whole = Whole(replace(in_file, notes=model.notes), coupling, returns)
+            coupling = taken_branches.coupling_of(coupling, model)
         if settings.granularity == "unit":
             _something_free(model, coupling)
             if settings.strict:
@@ -441,6 +450,7 @@ def open_context(
         cache_identity=identity,
         progress=progress,
         clock=clock,
+        whole=whole,
     )
 
 

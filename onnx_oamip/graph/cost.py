@@ -146,6 +146,7 @@ class Ledger:
         params: Elements of the weights.
         bytes: Bytes of all constants, inserted indices included.
         overhead: Bytes of the file that do not depend on the widths.
+        fixed_params: Parameters that do not depend on the widths, besides those in ``params``.
         batch: Samples per batch at the calibration shapes, which ``macs`` is divided by.
         nodes: Name of the node of each term of ``macs``.
         one_off: Costs of inserted nodes.
@@ -160,6 +161,7 @@ class Ledger:
     batch: int
     nodes: tuple[str, ...]
     one_off: OneOffCosts = field(default_factory=OneOffCosts.none)
+    fixed_params: int = 0
 
     def lengths(self, widths: Ints) -> Ints:
         """Axis lengths at given widths.
@@ -195,7 +197,7 @@ class Ledger:
         free = np.zeros_like(self.one_off.params)
         return {
             "macs": CountedCost(self.macs, free, divisor=self.batch),
-            "params": CountedCost(self.params, self.one_off.params),
+            "params": CountedCost(self.params, self.one_off.params, constant=self.fixed_params),
             "bytes": CountedCost(self.bytes, self.one_off.bytes, constant=self.overhead),
         }
 
@@ -303,10 +305,11 @@ def ledger(model: Model, coupling: Coupling) -> Ledger:
             [*constants.values(), *positions],
             np.append(item_sizes, [insertion.per_index for insertion in indexed]),
         ),
-        overhead=graph_bytes - all_positions,
+        overhead=graph_bytes - all_positions + model.aside_bytes,
         batch=model.batch,
         nodes=tuple(names),
         one_off=_one_off_costs(insertions, coupling),
+        fixed_params=model.aside_params,
     )
 
 

@@ -240,6 +240,30 @@ def _batch(inputs: Sequence[Port], shapes: Mapping[str, tuple[int, ...]]) -> int
     return 1
 
 
+def remade(model: Model, proto: ModelProto) -> Model:
+    """Builds a Model from a graph that was made of another one, at the same sizes.
+
+    Args:
+        model: The other model.
+        proto: The graph.
+
+    Returns:
+        The model, with the notes and the branches left out of the other one.
+    """
+    made = from_proto(
+        proto, model.bindings, path=model.path, sha256=model.sha256, size=model.file_bytes
+    )
+    return replace(
+        made,
+        interface=model.interface,
+        notes=model.notes,
+        assumed=model.assumed,
+        idle=model.idle,
+        aside_params=model.aside_params,
+        aside_bytes=model.aside_bytes,
+    )
+
+
 def rebind(model: Model, bindings: Mapping[str, int]) -> Model:
     """Gives a model other sizes of its symbolic dimensions.
 

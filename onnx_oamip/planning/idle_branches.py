@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from onnx_oamip.core.records import Array, Body, Coupling, Model, Node
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph import subgraphs
+from onnx_oamip.graph import cost, external_data, subgraphs, taken_branches
 from onnx_oamip.graph.coupling import couple, exclude, without
+from onnx_oamip.graph.loading import remade
 from onnx_oamip.graph.ops import Trait, consumers_by_tensor, has
 from onnx_oamip.graph.partial_execution import element_types, stream
 
@@ -32,6 +33,47 @@ def marked(model: Model, samples: Samples) -> Model:
         "kept; give samples for both branches to prune both"
     )
     return replace(model, idle=idle, notes=(*model.notes, note))
+
+
+def with_taken_branches(
+    model: Model, samples: Samples, held_out: Samples | None
+) -> tuple[Model, frozenset[str]]:
+    """Puts branches that all samples take in place of their If nodes, so that they are analysed like the main graph.
+
+    Args:
+        model: A model; :func:`marked` finds its idle branches.
+        samples: Calibration samples.
+        held_out: Held-out samples, which must take the same branches.
+
+    Returns:
+        The model, and the names of the nodes in it that give outputs of branches their names outside.
+    """
+    if not model.idle:
+        return model, frozenset()
+    returns: set[str] = set()
+    found = model
+    while taken := _taken(found, [samples, *([held_out] if held_out is not None else [])]):
+        proto, added = taken_branches.inline(found.proto, taken)
+        found = remade(found, proto)
+        returns.update(added)
+    if found is model:
+        return model, frozenset()
+    whole, part = cost.count(model), cost.count(found)
+    aside = external_data.size(model.proto) - external_data.size(found.proto)
+    left_out = replace(found, aside_params=whole.params - part.params, aside_bytes=aside)
+    return left_out, frozenset(returns)
+
+
+def _taken(model: Model, parts: Sequence[Samples]) -> dict[str, bool]:
+    """Condition of the If nodes of the main graph that have the same one for all samples, by name of the node."""
+    choices = [node for node in model.nodes if has(node, Trait.BRANCHES)]
+    conditions = [node.inputs[0] for node in choices]
+    met: dict[str, set[bool]] = {name: set() for name in conditions}
+    for samples in parts if choices else ():
+        for name, outcomes in _conditions(model, samples, conditions).items():
+            met[name] |= outcomes
+    found = {node.name: met[node.inputs[0]] for node in choices}
+    return {name: min(outcomes) for name, outcomes in found.items() if len(outcomes) == 1}
 
 
 def removable(model: Model, excluded: tuple[str, ...]) -> Coupling:

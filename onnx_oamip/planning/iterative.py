@@ -85,13 +85,7 @@ def _rescored(ready: Prepared, left: Attempt) -> Prepared:
     """
     keep = left.plan.keep
     proto = left.pruned.proto
-    model = models.from_proto(
-        proto,
-        ready.model.bindings,
-        path=ready.model.path,
-        sha256=ready.model.sha256,
-    )
-    model = replace(model, idle=ready.model.idle)
+    model = models.remade(ready.model, proto)
     coupling = idle_branches.removable(model, ready.settings.exclude)
     remaining = replace(
         ready,

@@ -343,8 +343,7 @@ def carry_out(ready: Context, chosen: Plan) -> Attempt:
     if not ready.settings.no_provenance:
         what = plan_files.digest(ready.model, ready.coupling, chosen.keep)
         provenance.sign(pruned.proto, ready.model.sha256, what)
-    result = models.from_proto(pruned.proto, ready.model.bindings)
-    after = cost.count(replace(result, idle=ready.model.idle))
+    after = cost.count(models.remade(ready.model, pruned.proto))
     return Attempt(chosen, pruned, after)
 
 

@@ -18,6 +18,7 @@ from onnx_oamip.core.records import (
     Model,
     Objective,
     Request,
+    Whole,
 )
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
@@ -48,6 +49,7 @@ class Context:
             Empty without data.
         progress: Callback ``(stage, done, total)``, None for silence.
         clock: Seconds by stage.
+        whole: The model of the file, where branches that all samples take stand in ``model``; else None.
         collected: Statistics that this run collected already (see ``collector.collect``).
     """
 
@@ -64,12 +66,20 @@ class Context:
     cache_identity: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress | None = None
     clock: Clock = field(default_factory=Clock)
+    whole: Whole | None = None
     collected: Collected = field(default_factory=lambda: Collected())
 
     @cached_property
     def ledger(self) -> cost.Ledger:
         """Costs of the model at any widths of its groups."""
         return cost.ledger(self.model, self.coupling)
+
+    @property
+    def in_file(self) -> tuple[Model, Coupling]:
+        """The model of the file and its units, which are those of ``coupling``."""
+        if self.whole is None:
+            return self.model, self.coupling
+        return self.whole.model, self.whole.coupling
 
     @cached_property
     def before(self) -> Cost:

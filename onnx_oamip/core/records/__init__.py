@@ -24,6 +24,7 @@ from onnx_oamip.core.records.graph import (
     Pinned,
     Port,
     Reading,
+    Whole,
     within,
 )
 from onnx_oamip.core.records.objective import Measure, Objective, Scale, Term
@@ -106,5 +107,6 @@ __all__ = [
     "Trial",
     "Uncounted",
     "Verification",
+    "Whole",
     "within",
 ]

@@ -148,6 +148,8 @@ class Model:
             dequantised.
         assumed: Symbolic dimensions whose size is a default.
         idle: Node by the name of every node in a branch of it that no calibration sample runs.
+        aside_params: Parameters of branches that were left out of the graph (see ``graph.taken_branches``).
+        aside_bytes: Their bytes.
     """
 
     proto: Any
@@ -168,6 +170,8 @@ class Model:
     views: Mapping[str, str] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()
     idle: Mapping[str, str] = field(default_factory=dict)
+    aside_params: int = 0
+    aside_bytes: int = 0
 
     def __repr__(self) -> str:
         return f"<Model {self.path}: {len(self.nodes)} nodes, {self.file_bytes:,} bytes>"
@@ -313,3 +317,18 @@ class Coupling:
         if not self.n_units:
             return np.ones(labels.shape, bool)
         return np.where(labels < 0, True, units[labels])
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """The model of the file, where branches of If nodes stand in the graph that is analysed.
+
+    Attributes:
+        model: The model with its If nodes.
+        coupling: The same units in it.
+        returns: Names of the nodes that give the outputs of the branches their names outside.
+    """
+
+    model: Model
+    coupling: Coupling
+    returns: frozenset[str]
