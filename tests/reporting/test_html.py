@@ -42,6 +42,7 @@ from onnx_oamip.verification.latency import Ratio
 
 SECTIONS = [
     "widths",
+    "network",
     "errors",
     "sensitivity",
     "scores",
@@ -179,7 +180,7 @@ def test_command_on_the_page_gives_the_same_model(
 def test_page_has_a_chart_for_every_group_and_node(report: Report, plain_page: bytes) -> None:
     value, tree = document(report), Tree(plain_page)
     groups = len(value["groups"])
-    assert len(tree.named("svg")) == 3 + 2 * groups
+    assert len(tree.named("svg")) == 4 + 2 * groups
     assert all(a["role"] == "img" and a["aria-label"] for a in tree.named("svg"))
     assert len(value["curves"]) == groups
     for group, curve in zip(value["groups"], value["curves"], strict=True):
@@ -215,6 +216,7 @@ def test_sections_without_content_are_left_out(folder: Path) -> None:
     tree = Tree(prune_page(found))
     assert [a["id"] for a in tree.named("section")] == [
         "widths",
+        "network",
         "scores",
         "skipped",
         "checks",
@@ -509,6 +511,7 @@ def test_apply_writes_a_page(place: Path, capfd: pytest.CaptureFixture[str]) -> 
     tree = Tree(page)
     assert [a["id"] for a in tree.named("section")] == [
         "widths",
+        "network",
         "errors",
         "skipped",
         "programs",

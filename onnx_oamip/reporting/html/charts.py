@@ -27,6 +27,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.backends.backend_svg import FigureCanvasSVG  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.font_manager import FontProperties  # noqa: E402
+from matplotlib.patches import PathPatch, Rectangle  # noqa: E402
+from matplotlib.path import Path  # noqa: E402
 from matplotlib.textpath import TextToPath  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402
 
@@ -34,6 +36,7 @@ _LOG.setLevel(_LEVEL)
 
 from onnx_oamip.core.printable import visible  # noqa: E402
 from onnx_oamip.core.records import Bools, Floats  # noqa: E402
+from onnx_oamip.reporting.html.network import Box, Network  # noqa: E402
 
 WIDE, NARROW = 420, 190
 INK, MUTED, GRID, BEFORE, AFTER, MARK = (
@@ -68,6 +71,8 @@ _STYLE = {
     "svg.fonttype": "none",
     "path.simplify": False,
 }
+_BOX, _TALL, _BETWEEN, _BELOW, _ASIDE = 140, 38, 14, 18, 20
+"""Sizes in pixels of a network: width and height of a box, gaps between boxes and rows, and room at the sides."""
 _ROW, _NAME, _VALUE, _TOP, _FOOT = 20, 160, 92, 6, 44
 """Sizes in pixels of a chart with rows: height of a row, widths of the columns of names and values, margins."""
 
@@ -354,6 +359,76 @@ def intervals(
         axes.set_xlabel(label)
         _values(axes, [f"{scale * value:.{1 if percent else 2}f}{unit}" for value in values])
     return done()
+
+
+def network(found: Network, salt: str) -> str:
+    """Draw the layers of a network as boxes in rows, each with its channels before and after pruning.
+
+    Args:
+        found: The network.
+        salt: Prefix of the ids in the drawing.
+
+    Returns:
+        SVG.
+    """
+    places = found.places()
+    half = max((abs(column) for column, _ in places), default=0.0)
+    deepest = max((row for _, row in places), default=0)
+    width = (2 * half + 1) * (_BOX + _BETWEEN) + 2 * _ASIDE
+    height = (deepest + 1) * (_TALL + _BELOW) + _BELOW
+    with _figure(width, height, salt, "Layers with their channels before and after") as (fig, done):
+        axes = fig.add_axes((0, 0, 1, 1))
+        axes.set_xlim(0, width)
+        axes.set_ylim(height, 0)
+        axes.axis("off")
+        corners = [
+            (
+                (column + half) * (_BOX + _BETWEEN) + _ASIDE + _BETWEEN / 2,
+                row * (_TALL + _BELOW) + _BELOW,
+            )
+            for column, row in places
+        ]
+        for start, end in sorted(found.edges):
+            is_next = places[end][1] - places[start][1] == 1
+            axes.add_patch(_edge(corners[start], corners[end], is_next))
+        for box, corner in zip(found.boxes, corners, strict=True):
+            _box(axes, box, corner)
+    return done()
+
+
+def _edge(start: tuple[float, float], end: tuple[float, float], is_next: bool) -> PathPatch:
+    """Curve from a box to one of the next row, or past boxes in between to a later one."""
+    if is_next:
+        first = (start[0] + _BOX / 2, start[1] + _TALL)
+        last = (end[0] + _BOX / 2, end[1])
+        bend = (last[1] - first[1]) / 2
+        points = [first, (first[0], first[1] + bend), (last[0], last[1] - bend), last]
+    else:
+        first = (start[0] + _BOX, start[1] + _TALL / 2)
+        last = (end[0] + _BOX, end[1] + _TALL / 2)
+        side = max(first[0], last[0]) + 1.3 * _ASIDE
+        points = [first, (side, first[1]), (side, last[1]), last]
+    codes = [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]
+    return PathPatch(Path(points, codes), facecolor="none", edgecolor=MUTED, linewidth=1.1)
+
+
+def _box(axes: Axes, box: Box, corner: tuple[float, float]) -> None:
+    """A box with its name, its operator and channels, and the kept share as a bar at its foot."""
+    left, top = corner
+    axes.add_patch(
+        Rectangle(corner, _BOX, _TALL, facecolor="#f5f7fa", edgecolor=BEFORE, linewidth=1)
+    )
+    text = box.kind
+    if box.before is not None and box.after is not None:
+        text += f"  {box.before:,} → {box.after:,}"
+        foot = (left, top + _TALL - 4)
+        axes.add_patch(Rectangle(foot, _BOX, 4, facecolor=BEFORE))
+        axes.add_patch(Rectangle(foot, _BOX * box.after / box.before, 4, facecolor=AFTER))
+    name = shortened(box.name, _BOX - 10)
+    axes.text(left + 6, top + 15, name, fontsize=9.5, color=INK, va="baseline")
+    axes.text(
+        left + 6, top + 29, shortened(text, _BOX - 4), fontsize=8.5, color=MUTED, va="baseline"
+    )
 
 
 def drops(

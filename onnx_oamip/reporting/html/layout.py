@@ -49,6 +49,14 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Diagram:
+    """A drawing in its own size, which scrolls inside its own box where it is larger than the page."""
+
+    svg: str
+    kind: ClassVar[str] = "diagram"
+
+
+@dataclass(frozen=True)
 class Column:
     """A column of a table.
 
@@ -165,7 +173,7 @@ class Picture:
     kind: ClassVar[str] = "picture"
 
 
-Part = Figures | Table | Pairs | Note | Code | Bullets | Picture
+Part = Figures | Diagram | Table | Pairs | Note | Code | Bullets | Picture
 
 
 @dataclass(frozen=True)

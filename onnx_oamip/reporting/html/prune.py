@@ -17,6 +17,7 @@ from onnx_oamip.reporting.html.layout import (
     Block,
     Bullets,
     Card,
+    Diagram,
     Figure,
     Figures,
     Note,
@@ -27,6 +28,7 @@ from onnx_oamip.reporting.html.layout import (
     Table,
     render,
 )
+from onnx_oamip.reporting.html.network import network
 from onnx_oamip.reporting.html.page import (
     ROWS,
     SMALL_CHARTS,
@@ -83,6 +85,7 @@ def prune_page(report: Report) -> bytes:
     output = value["output"]["path"]
     sections = [
         _widths(value),
+        _network(report),
         _errors(value),
         _sensitivity(value),
         _scores(value),
@@ -237,6 +240,19 @@ def _widths(value: Document) -> Section:
         Table.of(columns, table),
     ]
     return Section("widths", "Widths", lead, parts)
+
+
+def _network(report: Report) -> Section | None:
+    """The graph of the network; None where no width changed."""
+    if report.plan.keep.all():
+        return None
+    lead = (
+        "Layers along the data flow, from top to bottom, with the channels of their outputs before and after pruning; "
+        "the bar shows the share that is kept. Layers of a large network are drawn in blocks, whose channels are added "
+        "up."
+    )
+    found = network(report.model, report.coupling, report.plan.keep)
+    return Section("network", "Network", lead, [Diagram(charts.network(found, "n"))])
 
 
 def _errors(value: Document) -> Section | None:
