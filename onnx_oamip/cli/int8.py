@@ -69,6 +69,12 @@ from onnx_oamip.cli.terminal import Progress, show
     help="Leave nodes as they are whose name matches, such as 'head*'; may be given more than once.",
 )
 @option(
+    "--reduce-range",
+    heading="Quantisation",
+    is_flag=True,
+    help="Weights of 7 bits: sums do not saturate on x86 processors without VNNI.",
+)
+@option(
     "-o",
     "--output",
     heading="Output",
@@ -89,6 +95,7 @@ def int8(
     calibration: str,
     per_tensor: bool,
     keep_float: tuple[str, ...],
+    reduce_range: bool,
     output: Path,
     as_json: bool,
     quiet: bool,
@@ -109,7 +116,7 @@ def int8(
             data,
             output,
             Settings.create(**choices),
-            Int8Options(ranges, per_tensor, calibration, keep_float),
+            Int8Options(ranges, per_tensor, calibration, keep_float, reduce_range),
             eval_data=eval_data,
             progress=progress,
         )

@@ -37,12 +37,14 @@ class Int8Options:
         per_tensor: One scale for every weight, instead of one for every output channel.
         calibration: How static ranges are chosen, a key of ``CALIBRATIONS``.
         keep_float: Patterns of the names of nodes that are not quantised.
+        reduce_range: Weights of 7 bits, whose sums do not saturate on x86 processors without VNNI.
     """
 
     ranges: str = "static"
     per_tensor: bool = False
     calibration: str = "minmax"
     keep_float: tuple[str, ...] = ()
+    reduce_range: bool = False
 
 
 class Reader(Protocol):
@@ -101,11 +103,14 @@ def quantise(path: Path, options: Int8Options, reader: Reader | None = None) -> 
             save_as_external_data=is_large,
         )
         graph = onnx.load(prepared, load_external_data=False)
+        if _matrices(graph, INTEGERS):
+            raise ModelError(f"{path} has weights of 8 bits already; give the model before int8.")
         kept = _kept(graph, options.keep_float, path)
         per_channel = not options.per_tensor and _opset(graph) >= PER_CHANNEL_OPSET
         target = folder / "int8.onnx"
         common: dict[str, Any] = {
             "per_channel": per_channel,
+            "reduce_range": options.reduce_range,
             "nodes_to_exclude": list(kept),
             "use_external_data_format": is_large,
         }
@@ -121,8 +126,10 @@ def quantise(path: Path, options: Int8Options, reader: Reader | None = None) -> 
         proto = onnx.load(target)
     weights = _matrices(proto, INTEGERS)
     if not weights:
+        advice = "leave int8 out" if options.ranges == "dynamic" else "try `ranges=dynamic`"
         raise ModelError(
-            f"ONNX Runtime finds no weight of {path} to make int8; try `ranges=dynamic`, or leave int8 out."
+            f"ONNX Runtime finds no weight of {path} to make int8, as it leaves functions and bodies of nodes alone; "
+            f"{advice}."
         )
     return Int8Model(proto, weights, _matrices(proto, FLOATS), per_channel, kept)
 

@@ -15,7 +15,7 @@ from onnx_oamip.reporting.documents import SCHEMA_VERSION, Document
 
 COSTS = ("macs", "params", "bytes", "zip_bytes")
 FROM_RUNS = "what 'onnx-oamip prune --json' or 'onnx-oamip run --json' prints"
-UNRELATED = frozenset({"cache", "workers", "scheduler", "steps"})
+UNRELATED = frozenset({"cache", "device", "workers", "scheduler", "steps"})
 """Settings in which runs may differ without a difference of their results."""
 
 
