@@ -39,7 +39,7 @@ from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.runtime import UNFUSED, Session, resolve_device
 from onnx_oamip.importance import find
-from onnx_oamip.objective import find_objective, scale
+from onnx_oamip.objective import find_objective, scale, spread_rare
 from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import (
     allocation,
@@ -420,6 +420,10 @@ def open_context(
             objective = scale(
                 model, objective, samples, device, batch_size=size, store=store, identity=identity
             )
+            spread = spread_rare(model, objective, samples, device, batch_size=size)
+            if spread is not samples:
+                samples = spread
+                identity = _cache_identity(model, samples, settings, device)
     for note in objective.notes:
         LOG.warning("%s", note)
     if settings.max_drop is not None and source is not None:

@@ -22,6 +22,7 @@ from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.foreign_code import described, foreign_code
 from onnx_oamip.core.records import (
     Array,
+    Floats,
     Ints,
     Model,
     Port,
@@ -50,6 +51,8 @@ MAX_RANDOM_BYTES = 1 << 28
 """Size of random feeds for one input: large inputs get fewer."""
 EVALUATION_PARTS = 5
 """One of this many parts of the samples is held out."""
+DOMINANT = 0.8
+"""Share of all labels, or of all decisions, above which a class is the background and the others are rare."""
 
 
 class Items(Protocol):
@@ -486,11 +489,16 @@ def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
 
     Returns:
         Calibration samples (four fifths) in random order, as :func:`shuffle` does, and evaluation samples (one fifth)
-        in their original order. Too few samples to split are returned as both.
+        in their original order, each with its share of rare labels. Too few samples to split are returned as both.
     """
     if samples.count < 2:
         return samples, samples
     order = _random_order(samples, seed)
+    rare = _rare_labels(samples)
+    if rare is not None:
+        order = order[
+            evenly(rare[order])[::-1]
+        ]  # the first part gets the first of the rare samples
     held_out = max(1, samples.count // EVALUATION_PARTS)
     if samples.fixed_batch:
         held_out = max(samples.fixed_batch, held_out - held_out % samples.fixed_batch)
@@ -498,6 +506,41 @@ def hold_out(samples: Samples, seed: int) -> tuple[Samples, Samples]:
             return samples, samples
     evaluation = np.sort(order[:held_out])
     return samples.take(order[held_out:]), samples.take(evaluation)
+
+
+def _rare_labels(samples: Samples) -> Floats | None:
+    """Marks samples of all classes but the most frequent one, where that has nearly all; None where it has not."""
+    if samples.classes is None:
+        return None
+    found, counts = np.unique(samples.classes, return_counts=True)
+    most = counts.argmax()
+    if not DOMINANT * samples.count < counts[most] < samples.count:
+        return None
+    marks: Floats = (samples.classes != found[most]).astype(np.float64)
+    return marks
+
+
+def evenly(rareness: Floats) -> Ints:
+    """Order samples so that rare ones are spread evenly: each run of consecutive ones has its share of them.
+
+    Args:
+        rareness: A number per sample, larger for rarer ones.
+
+    Returns:
+        Indices of the samples. The rarest is the last, the next ones divide the rest in halves, quarters and so on (van
+        der Corput's sequence). Samples that are equally rare stay in their order.
+    """
+    count = len(rareness)
+    rarest_first = np.argsort(-rareness, kind="stable")
+    place = np.arange(count)
+    fraction = np.zeros(count)
+    step = 0.5
+    while place.any():
+        fraction += step * (place % 2)
+        place //= 2
+        step /= 2
+    result: Ints = rarest_first[np.argsort(-fraction, kind="stable")]
+    return result
 
 
 def shuffle(samples: Samples, seed: int) -> Samples:

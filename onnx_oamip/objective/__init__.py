@@ -21,7 +21,7 @@ from onnx_oamip.objective.losses import (
 )
 from onnx_oamip.objective.measures import Measures
 from onnx_oamip.objective.normaliser import Normaliser
-from onnx_oamip.objective.preparation import find_objective, scale
+from onnx_oamip.objective.preparation import find_objective, scale, spread_rare
 
 __all__ = [
     "CHOICES",
@@ -41,5 +41,6 @@ __all__ = [
     "find_objective",
     "loss",
     "scale",
+    "spread_rare",
     "sums",
 ]

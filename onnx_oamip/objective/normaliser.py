@@ -28,6 +28,7 @@ from onnx_oamip.core.records.objective import (
     Scale,
     Term,
 )
+from onnx_oamip.data.dataset import DOMINANT
 from onnx_oamip.objective.divergences import (
     directions,
     log_binary,
@@ -36,8 +37,6 @@ from onnx_oamip.objective.divergences import (
 )
 from onnx_oamip.objective.moments import Moments
 
-DOMINANT = 0.8
-"""Share of all decisions above which a class is the background."""
 MAX_SUMS = 1 << 24
 """Sums of probabilities by decision that are held at most, per term."""
 MIN_SPREAD = 1e-3

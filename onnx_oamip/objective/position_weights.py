@@ -54,6 +54,22 @@ class PositionWeights:
             total += share * _carried_over(values, tuple(shape))
         return total.reshape(-1)
 
+    def by_sample(self, count: int) -> Floats:
+        """Compute the mean weight of the positions of every sample.
+
+        Args:
+            count: Number of samples in the batch.
+
+        Returns:
+            Means (count,); one for all samples where the positions are not sorted by sample.
+        """
+        total = np.full(count, self.uniform)
+        for share, values in self.maps:
+            is_by_sample = len(values) == count
+            rows = values.reshape(count if is_by_sample else 1, -1)
+            total += share * rows.mean(axis=1)
+        return total
+
 
 def has_rare_decisions(objective: Objective) -> bool:
     """Test for an objective with a term whose positions do not all weigh the same.

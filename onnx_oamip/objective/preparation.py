@@ -15,12 +15,13 @@ from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model, Objective, Scale
 from onnx_oamip.core.records.objective import document
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data.dataset import Samples
+from onnx_oamip.data.dataset import Samples, evenly
 from onnx_oamip.data.overflow import refuse
 from onnx_oamip.graph.outputs import is_float, with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.objective.detection import detect
 from onnx_oamip.objective.normaliser import Normaliser
+from onnx_oamip.objective.position_weights import has_rare_decisions, weights_of
 
 MAX_SAMPLES = 512
 """Samples that scales are found on, at most; rare decisions need hundreds."""
@@ -117,6 +118,42 @@ def scale(
         for term in objective.terms
     )
     return replace(objective, terms=tuple(terms))
+
+
+def spread_rare(
+    model: Model,
+    objective: Objective,
+    samples: Samples,
+    device: str,
+    *,
+    batch_size: int = 32,
+) -> Samples:
+    """Reorder calibration samples so that each run of consecutive ones has its share of rare decisions.
+
+    Stages take the first or the last samples. Where few samples hold a decision that the model is there to make, a
+    random order leaves some of these stages without one.
+
+    Args:
+        model: The original.
+        objective: Terms with their scales.
+        samples: Calibration samples in random order.
+        device: Where the model runs.
+        batch_size: Samples of one run.
+
+    Returns:
+        The samples. In their order if no decisions are rare, or there are more than ``MAX_SAMPLES``: a random order
+        spreads those well enough.
+    """
+    count = samples.usable()
+    if count > MAX_SAMPLES or count < samples.count or not has_rare_decisions(objective):
+        return samples
+    tensors = objective.tensors
+    session = Session(with_outputs(model, tensors), device, what="the model")
+    rareness = np.zeros(count)
+    for index, feed in samples.batches(batch_size):
+        weights = weights_of(objective, session.run(feed, tensors))
+        rareness[index] = weights.by_sample(len(index))
+    return samples.take(evenly(rareness))
 
 
 def are_scales(scales: tuple[Scale, ...], objective: Objective) -> bool:

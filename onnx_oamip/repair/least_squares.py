@@ -66,6 +66,7 @@ from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier, Slicer, element_types, stream
 from onnx_oamip.objective.position_weights import PositionWeights, position_weights
+from onnx_oamip.repair import recurrent
 from onnx_oamip.repair.residual_joins import Join, join
 from onnx_oamip.repair.ridge import (
     RidgeFit,
@@ -188,7 +189,8 @@ def new_biases(model: Model) -> int:
     """
     editor = Editor(model.proto)
     places = (site(node, model.constants) for node in model.nodes)
-    return sum(editor.bias_growth(place) for place in places if place is not None)
+    products = sum(editor.bias_growth(place) for place in places if place is not None)
+    return products + recurrent.bias_growth(model)
 
 
 # --------------------------------------------------------------------------------------------------- least squares
@@ -277,7 +279,7 @@ def least_squares(
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
     editor = Editor(proto)
-    families, notes = _families(cut)
+    families, layers, notes = _families(cut)
     places = [place for family in families for place in family.uses]
     order = {node.name: i for i, node in enumerate(model.nodes)}
     places.sort(key=lambda place: order[place.node.name])
@@ -286,6 +288,7 @@ def least_squares(
     feeds = all_feeds(model, samples, batch_size, limit)
     types = element_types(model.proto, model.dtypes)
     rng = np.random.default_rng(seed)
+    weights = position_weights(model, objective, feeds, device) if objective else None
     targets = collect_targets(
         model,
         places,
@@ -302,17 +305,24 @@ def least_squares(
         uses={name: len(family.uses) for family in families for name in family.names},
         late=late,
         memory_limit=limit,
-        weights=position_weights(model, objective, feeds, device) if objective else None,
+        weights=weights,
+    )
+    steps = recurrent.collect(
+        model, layers, feeds, types=types, device=device, rng=rng, weights=weights
     )
     frontier = Frontier(proto, feeds, types, device, limit)
     fits: list[Fit] = []
     by_first = {family.names[0]: family for family in families}
-    for i, place in enumerate(places):
+    in_order = sorted([*places, *layers], key=lambda one: order[one.node.name])
+    for i, place in enumerate(in_order):
         fit = None
         remarks: list[str] = []
         name = place.node.name
         with memory_for(f"the refit of {place.node}"):
-            if name in by_first:
+            if isinstance(place, recurrent.Layer):
+                keep = recurrent.kept_units(place, coupling, units)
+                fit, remarks = recurrent.refit(place, keep, editor, frontier, steps.pop(name))
+            elif name in by_first:
                 fit, remarks = _refit(cut, editor, by_first[name], frontier, targets)
             elif name in late:
                 _shift_bias(cut, editor, place, frontier, targets[name])
@@ -323,7 +333,7 @@ def least_squares(
         if remarks:
             notes.append(f"{place.node}: {'; '.join(remarks)}")
         if progress:
-            progress("refit", i + 1, len(places))
+            progress("refit", i + 1, len(in_order))
     if frontier.batches < len(feeds):
         used = sum(map(len, feeds.indices[: frontier.batches]))
         total = sum(map(len, feeds.indices))
@@ -333,8 +343,8 @@ def least_squares(
     return Pruned(raw, proto, tuple(notes), tuple(fits))
 
 
-def _families(cut: _Cut) -> tuple[list[Family], list[str]]:
-    """Linear nodes to refit, those that share a weight together, and notes on those that cannot be.
+def _families(cut: _Cut) -> tuple[list[Family], list[recurrent.Layer], list[str]]:
+    """Linear nodes to refit, those that share a weight together, recurrent layers, and notes on those that cannot be.
 
     They are the consumers of removed channels, all linear nodes behind one, whose input has changed, and all that share
     a weight with one of these.
@@ -346,9 +356,13 @@ def _families(cut: _Cut) -> tuple[list[Family], list[str]]:
     behind = {slicer.nodes[i].name for i in slicer.descendants(outputs)}
     sharing = Sharing(model)
     families: dict[str, Family] = {}
+    layers = []
     notes = _notes_on_bodies(model, cut.coupling, cut.units)
     for node in model.nodes:
         is_behind_cut = node.name in changed or node.name in behind
+        if is_behind_cut and (layer := recurrent.layer(node, model)) is not None:
+            layers.append(layer)
+            continue
         place = site(node, model.constants) if is_behind_cut else None
         obstacle = "" if place is None else sharing.obstacle(place)
         if obstacle:
@@ -360,7 +374,7 @@ def _families(cut: _Cut) -> tuple[list[Family], list[str]]:
             notes += _notes_on_unfitted(node, model)
     order = {node.name: i for i, node in enumerate(model.nodes)}
     in_order = sorted(families.values(), key=lambda family: order[family.names[0]])
-    return schedule(in_order, slicer), notes
+    return schedule(in_order, slicer), layers, notes
 
 
 def _changed_nodes(cut: _Cut) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from graphs import build, load
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Model, Reading
 from onnx_oamip.data import dataset
-from onnx_oamip.data.dataset import EVALUATION, Samples, hold_out, shuffle
+from onnx_oamip.data.dataset import EVALUATION, Samples, evenly, hold_out, shuffle
 from onnx_oamip.graph import loading as models
 
 RNG = np.random.default_rng(0)
@@ -623,6 +624,31 @@ def test_hold_out_respects_a_fixed_batch(
     assert (kept.count, held.count) == expected
     assert kept.usable() >= 4
     assert held.usable() >= 4
+
+
+@pytest.mark.parametrize("rare", [1, 2, 3, 4, 7, 16])
+def test_rare_samples_are_spread_evenly(rare: int) -> None:
+    """Each quarter of the samples has its share of rare ones, up to one sample; the last one is first in turn."""
+    rareness = np.zeros(64)
+    rareness[np.random.default_rng(rare).permutation(64)[:rare]] = 1
+    order = evenly(rareness)
+    assert sorted(order.tolist()) == list(range(64))
+    quarters = rareness[order].reshape(4, 16).sum(axis=1)
+    assert quarters.max() - quarters.min() <= 1
+    assert quarters[3] == np.ceil(rare / 4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_hold_out_has_its_share_of_rare_labels(tmp_path: Path, seed: int) -> None:
+    text = "(float[N,5] x) => (float[] y) <float[5,3] w> { y = MatMul(x, w) }"
+    samples = _numbered(load(build(text), tmp_path), 60)
+    labels = np.zeros(60, np.int64)
+    labels[:5] = 2
+    kept, held = hold_out(replace(samples, labels=labels), seed)
+    assert kept.labels is not None
+    assert held.labels is not None
+    # One of five belongs to the held-out fifth; the order may round up.
+    assert [int((part.labels == 2).sum()) for part in (kept, held)] == [3, 2]
 
 
 def test_placeholder_feeds_fit_the_model(pair: Model, model: Model) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from graphs import build, load
+from onnx import numpy_helper
 
 from onnx_oamip.artifacts.cache import open_store
 from onnx_oamip.core.records import Model, Objective
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.objective import detect, preparation, scale
+from onnx_oamip.objective import detect, preparation, scale, spread_rare
+from onnx_oamip.statistics.collector import parts
 
 HEADS = """(float[N,8] x) => (float[] y, float[] z, float[] e) <float[8,6] w1, float[8,3] w2, float[8,5] w3> {
     a = MatMul(x, w1) y = Softmax(a) z = MatMul(x, w2) b = MatMul(x, w3)
@@ -91,3 +93,28 @@ def test_broken_scales_are_not_accepted(case: tuple[Model, Samples]) -> None:
     assert not preparation.are_scales((broken, *scales[1:]), objective)
     broken = replace(scales[1], variance=np.asarray([1.0, np.nan, 1.0]))
     assert not preparation.are_scales((scales[0], broken, scales[2]), objective)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_losses_are_measured_on_samples_with_rare_decisions(tmp_path: Path, whole: bool) -> None:
+    """The last quarter of the samples, on which losses are measured, gets one of two positive samples."""
+    batch = 1 if whole else "N"
+    text = f"(float[{batch},4,2] x) => (float[] y) <float[2,1] w> {{ l = MatMul(x, w) y = Sigmoid(l) }}"
+    proto = build(text)
+    proto.graph.initializer[0].CopyFrom(
+        numpy_helper.from_array(np.asarray([[1.0], [0.0]], np.float32), "w")
+    )
+    model = load(proto, tmp_path)
+    x = -np.ones((40, 4, 2), np.float32)
+    x[:, :, 1] = np.arange(40)[:, None]
+    x[2:4, 1, 0] = 3
+    samples = dataset.load({"x": x}, model)
+    assert samples is not None
+    objective = scale(model, detect(model), samples, "cpu")
+    spread = spread_rare(model, objective, samples, "cpu", batch_size=16)
+    places = spread.arrays["x"][:, 0, 1].astype(int)
+    assert sorted(places.tolist()) == list(range(40))
+    measured = parts(spread)[1].arrays["x"]
+    assert [row[0, 1] for row in measured if (row[:, 0] > 0).any()] == [2.0]
+    few = scale(model, detect(model), samples.take(np.arange(10, 40)), "cpu")
+    assert spread_rare(model, few, samples, "cpu") is samples  # all decisions are alike

@@ -116,7 +116,7 @@ def test_nothing_removed_changes_nothing(
     assert not untouched.fits
     assert untouched.proto.SerializeToString() == untouched.raw.SerializeToString()
     families = [Family((place,)) for place in _linear(model)]
-    monkeypatch.setattr(least_squares, "_families", lambda *_: (families, []))
+    monkeypatch.setattr(least_squares, "_families", lambda *_: (families, [], []))
     forced = _fit(model, coupling, keep, _samples(model, 64))
     assert len(forced.fits) == len(_linear(model))
     feed = random_samples(model, 50, 9)
@@ -140,7 +140,7 @@ def test_nothing_removed_changes_nothing_in_trained_models(
     monkeypatch.setattr(least_squares, "MIN_ROWS", 1024)
     model, coupling, found, held = _shipped(name, source, count)
     families = [Family((place,)) for place in _linear(model)]
-    monkeypatch.setattr(least_squares, "_families", lambda *_: (families, []))
+    monkeypatch.setattr(least_squares, "_families", lambda *_: (families, [], []))
     keep = np.ones(coupling.n_units, bool)
     pruned = _fit(model, coupling, keep, found)
     feed = held.feed(np.arange(64))

@@ -29,6 +29,10 @@ ZERO_POINTS = {1: 9, 2: 11}
 """Slots of the codes of DynamicQuantizeLSTM, with those of their zero points; the scale is in front of each."""
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+RESETTING = "GRU"
+"""Has a reset gate, which multiplies the state in front of its third gate or behind it."""
+LENGTHS = 4
+"""Input with the lengths of the sequences; all have that of the data where it is absent."""
 STATES = (5, 6)
 """Inputs with a state to start from; the specification takes zeros where they are absent."""
 STILL = (
@@ -224,6 +228,18 @@ def _quantised_cost(node: Node, shapes: Shapes) -> tuple[Axis | Total, ...]:
     x, w, r = node.inputs[:3]
     inputs_and_state: Total = (((w, 1), (r, 1)), 0)
     return ((x, 0), (x, 1), (w, 0), (w, 2), inputs_and_state)
+
+
+def is_reversed(node: Node) -> bool:
+    """Test for a recurrent operator of one direction that steps backwards in time.
+
+    Args:
+        node: The node.
+
+    Returns:
+        True for the direction "reverse".
+    """
+    return node.attrs.get("direction") == "reverse"
 
 
 def direction_axis(node: Node, tensor: str) -> int | None:
