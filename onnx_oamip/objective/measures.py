@@ -4,7 +4,7 @@ Every measure has ``lost``, points from 0 to 100 that ``--max-drop`` bounds, and
 points of:
 
 - ``classes``: accuracy where the labels belong to the term; else the agreement of decisions, or where one class takes
-  more than ``normaliser.DOMINANT`` of them, the recall of all others if that is worse;
+  more than ``DOMINANT`` of them, the recall of all others if that is worse;
 - ``binary``: accuracy with labels (balanced accuracy where fewer than ``RARE`` of them are positive); else the worst of
   agreement, recall and precision of decisions;
 - ``values``: squared error over the variance about the mean, in the worst column;
@@ -28,9 +28,10 @@ from onnx_oamip.core.records import (
     Ints,
 )
 from onnx_oamip.core.records.objective import Measure, Objective, Term
+from onnx_oamip.data.dataset import DOMINANT
 from onnx_oamip.objective.divergences import angle, squared_error
 from onnx_oamip.objective.moments import COLUMNS, Moments
-from onnx_oamip.objective.normaliser import DOMINANT, cutoff
+from onnx_oamip.objective.normaliser import cutoff
 
 RARE = 0.05
 """Share of decisions below which they are rare, and of positive decisions below which a warning is given."""

@@ -313,7 +313,8 @@ def least_squares(
     frontier = Frontier(proto, feeds, types, device, limit)
     fits: list[Fit] = []
     by_first = {family.names[0]: family for family in families}
-    in_order = sorted([*places, *layers], key=lambda one: order[one.node.name])
+    linear_and_recurrent: list[Site | recurrent.Layer] = [*places, *layers]
+    in_order = sorted(linear_and_recurrent, key=lambda place: order[place.node.name])
     for i, place in enumerate(in_order):
         fit = None
         remarks: list[str] = []

@@ -26,6 +26,7 @@ from onnx_oamip.core.records import Array, Bools, Coupling, Fit, Floats, Ints, M
 from onnx_oamip.graph.im2col import pick, pick_weighted
 from onnx_oamip.graph.linear_layers import Editor
 from onnx_oamip.graph.ops import recurrent
+from onnx_oamip.graph.ops.handles import operand
 from onnx_oamip.graph.partial_execution import Frontier, stream
 from onnx_oamip.objective.position_weights import PositionWeights
 from onnx_oamip.repair.ridge import RidgeFit, choose_ridge, ridge_regression
@@ -96,7 +97,7 @@ def layer(node: Node, model: Model) -> Layer | None:
     w, r = (model.constants.get(name) for name in node.inputs[1:3])
     if w is None or r is None or min(w.dtype.itemsize, r.dtype.itemsize) < SINGLE_BYTES:
         return None
-    name = recurrent.operand(node, 3)
+    name = operand(node, 3)
     bias = np.zeros((len(w), 2 * w.shape[1])) if name is None else model.constants.get(name)
     if bias is None:
         return None
@@ -130,7 +131,7 @@ def bias_growth(model: Model) -> int:
         Number of elements before pruning.
     """
     found = (layer(node, model) for node in model.nodes)
-    return sum(one.b.size for one in found if one and recurrent.operand(one.node, 3) is None)
+    return sum(int(one.b.size) for one in found if one and operand(one.node, 3) is None)
 
 
 # -------------------------------------------------------------------------------------------------------- the original
@@ -165,9 +166,7 @@ def collect(
     proto, sequences = _with_sequences(model, layers)
     wanted: list[tuple[int, str]] = []
     for i, one in enumerate(layers):
-        optional = (
-            recurrent.operand(one.node, slot) for slot in (recurrent.LENGTHS, recurrent.STATES[0])
-        )
+        optional = (operand(one.node, slot) for slot in (recurrent.LENGTHS, recurrent.STATES[0]))
         computed = [name for name in optional if name and name not in model.constants]
         wanted += [(i, name) for name in (one.node.inputs[0], *computed, sequences[i])]
     found: dict[str, list[Steps]] = {one.node.name: [] for one in layers}
@@ -234,10 +233,10 @@ def _steps(
     """
     time, directions, samples, units = states.shape
     first: Array = np.zeros((directions, samples, units))
-    if (name := recurrent.operand(one.node, recurrent.STATES[0])) is not None:
+    if (name := operand(one.node, recurrent.STATES[0])) is not None:
         first = np.broadcast_to(values[name], first.shape)
     ends = np.full(samples, time)
-    if (name := recurrent.operand(one.node, recurrent.LENGTHS)) is not None:
+    if (name := operand(one.node, recurrent.LENGTHS)) is not None:
         ends = values[name].astype(np.int64).reshape(-1)
     before = []
     for k, is_reversed in enumerate(one.reversed):
@@ -360,8 +359,8 @@ def refit(
             found = _fit(part, (w[k], r[k], b[k]), (cut_x, state[:, keep]), wanted, split)
             errors += (*found.errors, float(wanted.var(axis=0).sum()))
             ridge = ridge if found.ridge is None else found.ridge
-    before, after, scale = errors
-    scale = scale or 1.0
+    before, after, variance = errors.tolist()
+    scale = variance or 1.0
     unknowns = cut_x.shape[1] + int(keep.sum())
     fit = Fit(one.node.name, "gate sums", len(x), unknowns, ridge, before / scale, after / scale)
     if after < before:
