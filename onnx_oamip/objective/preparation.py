@@ -27,6 +27,8 @@ MAX_SAMPLES = 512
 """Samples that scales are found on, at most; rare decisions need hundreds."""
 MIN_SAMPLES = 32
 """Samples that are taken however large the outputs are."""
+ENOUGH_RARE = 32.0
+"""Samples with rare decisions from which on a random order spreads them well enough."""
 MAX_NUMBERS = 1 << 27
 """Numbers of all outputs of all samples together, about: large maps need fewer samples."""
 
@@ -141,8 +143,8 @@ def spread_rare(
         batch_size: Samples of one run.
 
     Returns:
-        The samples. In their order if no decisions are rare, or there are more than ``MAX_SAMPLES``: a random order
-        spreads those well enough.
+        The samples. In their order if no decisions are rare, or enough samples hold rare ones: a random order spreads
+        those well enough.
     """
     count = samples.usable()
     if count > MAX_SAMPLES or count < samples.count or not has_rare_decisions(objective):
@@ -153,6 +155,11 @@ def spread_rare(
     for index, feed in samples.batches(batch_size):
         weights = weights_of(objective, session.run(feed, tensors))
         rareness[index] = weights.by_sample(len(index))
+    beyond = rareness - rareness.min()
+    # As many equally rare samples would have the same spread (Kish's effective sample size).
+    effective = float(beyond.sum() ** 2 / max(np.square(beyond).sum(), 1e-300))
+    if effective >= ENOUGH_RARE:
+        return samples
     return samples.take(evenly(rareness))
 
 
