@@ -175,12 +175,12 @@ def _quantised(node: Node, labels: Labels) -> None:
         opaque(node, labels, f"{node} takes its weights from a computation")
         return
     states = [state for slot in STATES if (state := operand(node, slot)) is not None]
-    if not all(zeros(state, labels) for state in states):
-        opaque(node, labels, f"{node} quantises a hidden state that does not start from zeros")
-        return
     _pin_steps(node, labels)
     hidden = labels.label(r, 1)
     assert hidden is not None
+    if not all(zeros(state, labels) for state in states):
+        # The range of its codes covers all hidden units, also those that would be removed.
+        labels.pin(hidden, f"{node} quantises a hidden state that does not start from zeros")
     stacks = {(w, 2): QUANTISED_GATES, (r, 2): QUANTISED_GATES}
     if bias := operand(node, 3):
         stacks[bias, 1] = 2 * QUANTISED_GATES
