@@ -77,7 +77,15 @@ from onnx_oamip.repair.ridge import (
     ridge_regression,
     solve_ridge,
 )
-from onnx_oamip.repair.shared_weights import Family, Rows, Sharing, schedule, stacked
+from onnx_oamip.repair.shared_weights import (
+    Family,
+    Rows,
+    Sharing,
+    Spread,
+    pooled_variance,
+    schedule,
+    stacked,
+)
 
 SINGLE_BYTES = 4
 """Bytes of a number in single precision; weights that are stored in fewer are rounded noticeably."""
@@ -325,6 +333,8 @@ def least_squares(
                 fit, remarks = recurrent.refit(place, keep, editor, frontier, steps.pop(name))
             elif name in by_first:
                 fit, remarks = _refit(cut, editor, by_first[name], frontier, targets)
+                for late_name in by_first[name].late:
+                    targets[late_name] = replace(targets[late_name], inputs=())
             elif name in late:
                 _shift_bias(cut, editor, place, frontier, targets[name])
             if name in late or name not in by_first:
@@ -691,20 +701,33 @@ class _Problem:
 
 
 @dataclass(frozen=True)
-class _Use:
-    """A linear node in the cut model, with its weight and its sampled rows.
+class _Layer:
+    """A linear node in the cut model.
 
     Attributes:
         here: The node.
         weight: Its weight as a matrix, times its factor (groups, outputs, inputs, taps).
-        problem: Its least-squares problem.
-        residual: What its outputs lack (groups, rows, outputs).
     """
 
     here: Site
     weight: Floats
-    problem: _Problem
-    residual: Floats
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A linear node in the cut model, with its sampled rows.
+
+    Attributes:
+        layer: The node.
+        rows: Inputs and what its outputs lack at the sampled rows.
+        spread: Number, mean and variance of the wanted outputs.
+        wide_inputs: Inputs in the original model, only of a node whose channels are mixed; None for others.
+    """
+
+    layer: _Layer
+    rows: Rows
+    spread: Spread
+    wide_inputs: Array | None
 
 
 def _refit(
@@ -727,30 +750,36 @@ def _refit(
         A record of the fit, None if there is none, and remarks for the user.
     """
     remarks: list[str] = []
-    uses = []
+    layers: list[_Layer] = []
+    parts: list[Rows] = []
+    spreads: list[Spread] = []
+    wide_inputs: Array | None = None
     for place in family.uses:
         name = place.node.name
         source = None if name in family.late else frontier
         use = _use(cut, editor, place, source, target=targets[name], remarks=remarks)
         if use is None:
             return None, remarks
-        uses.append(use)
-    first = uses[0]
-    if any(use.residual.shape[1] < 2 for use in uses):
+        layers.append(use.layer)
+        parts.append(use.rows.times(use.layer.here.factor / layers[0].here.factor))
+        spreads.append(use.spread)
+        wide_inputs = use.wide_inputs
+        del use  # memory holds one copy of the rows
+    first = layers[0]
+    if any(part.count < 2 for part in parts):
         if not family.is_shared:
-            editor.add_bias(first.here, first.residual.reshape(-1))
+            editor.add_bias(first.here, parts[0].residual.reshape(-1))
         remarks.append("one row is too few to fit and to judge, so only its bias moves")
         return None, remarks
-    has_common_bias = family.is_shared and _has_common_bias(editor, uses)
-    parts = [Rows(_scaled(use, first), use.problem.y, use.residual) for use in uses]
+    has_common_bias = family.is_shared and _has_common_bias(editor, layers)
     own_biases = family.is_shared and not has_common_bias
-    rows, split = stacked([part.centred() for part in parts] if own_biases else parts, HELD_OUT)
-    problem = replace(first.problem, x=rows.x, y=rows.y)
+    means = [part.means for part in parts]
+    rows, split = stacked(parts, HELD_OUT, centred=own_biases)
     form, solve, remark = _solver(
         cut,
         family.uses[0],
-        problem,
-        rows.residual,
+        rows,
+        wide_inputs,
         weight=first.weight,
         split=split,
     )
@@ -763,7 +792,7 @@ def _refit(
         remarks.append(f"fitted weights are out of range for {kind}, so it is not refitted")
         return None, remarks
     found = stored
-    scale = float(rows.y.var(axis=1).sum()) or 1.0
+    scale = pooled_variance(spreads, own_means=own_biases) or 1.0
     before, after = found.errors
     _, count, unknowns = rows.x.shape
     fit = Fit(family.title, form, count, unknowns, found.ridge, before / scale, after / scale)
@@ -775,9 +804,10 @@ def _refit(
             editor.add_bias(first.here, found.shift.reshape(-1), for_all=family.is_shared)
         return fit, remarks
     change = found.change if improves else None
-    for use, part in zip(uses, parts, strict=True):
-        if use.here.node.name not in family.late:
-            editor.add_bias(use.here, best_shift(part.x, part.residual, change).reshape(-1))
+    for layer, (mean_input, mean_residual) in zip(layers, means, strict=True):
+        if layer.here.node.name not in family.late:
+            shift = best_shift(mean_input, mean_residual, change)
+            editor.add_bias(layer.here, shift.reshape(-1))
     return fit, remarks
 
 
@@ -822,28 +852,27 @@ def _use(
         problem = problem.take(finite)
     if not problem.y.shape[1]:
         return None
-    predicted = problem.x @ weight.reshape(groups, outs, -1).transpose(0, 2, 1)
-    residual = problem.y - predicted - bias.reshape(groups, 1, outs)
-    return _Use(here, weight, problem, residual)
+    residual = problem.x @ weight.reshape(groups, outs, -1).transpose(0, 2, 1)
+    np.subtract(problem.y, residual, out=residual)
+    residual -= bias.reshape(groups, 1, outs)
+    spread = Spread(
+        problem.y.shape[1], problem.y.mean(axis=1).reshape(-1), problem.y.var(axis=1).reshape(-1)
+    )
+    return _Use(_Layer(here, weight), Rows(problem.x, residual), spread, problem.wide_inputs)
 
 
-def _scaled(use: _Use, first: _Use) -> Floats:
-    """Inputs of a use that give its outputs with the factor of the first use."""
-    ratio = use.here.factor / first.here.factor
-    return use.problem.x if ratio == 1 else use.problem.x * ratio
-
-
-def _has_common_bias(editor: Editor, uses: Sequence[_Use]) -> bool:
+def _has_common_bias(editor: Editor, layers: Sequence[_Layer]) -> bool:
     """Tests for uses of a weight that share their bias too, and with no other node."""
-    names = {editor.source(editor.bias_name(use.here)) for use in uses}
-    return len(names) == 1 and "" not in names and len(editor.readers_of(names.pop())) == len(uses)
+    names = {editor.source(editor.bias_name(layer.here)) for layer in layers}
+    readers = len(layers)
+    return len(names) == 1 and "" not in names and len(editor.readers_of(names.pop())) == readers
 
 
 def _weight_name(editor: Editor, here: Site) -> str:
     return str(editor.nodes[here.node.name].input[here.weight_slot])
 
 
-def _new_weight(editor: Editor, use: _Use, change: Floats) -> Array:
+def _new_weight(editor: Editor, use: _Layer, change: Floats) -> Array:
     """The weight of a node with a change, as its readers will see it once it is stored."""
     name = _weight_name(editor, use.here)
     current = editor.constant(name)
@@ -856,7 +885,7 @@ def _new_weight(editor: Editor, use: _Use, change: Floats) -> Array:
 
 def _write_weight(
     editor: Editor,
-    use: _Use,
+    use: _Layer,
     change: Floats,
     for_all: bool,
 ) -> None:
@@ -866,7 +895,7 @@ def _write_weight(
 
 def _as_stored(
     editor: Editor,
-    use: _Use,
+    use: _Layer,
     rows: Rows,
     split: int,
     *,
@@ -895,8 +924,8 @@ def _as_stored(
     rounded = use.here.factor * matrix(use.here, value) - use.weight
     groups, outs, _, _ = rounded.shape
     change = rounded.reshape(groups, outs, -1).transpose(0, 2, 1)
-    shift = best_shift(rows.x, rows.residual, change)
-    leading = best_shift(rows.x[:, :split], rows.residual[:, :split], change)
+    shift = best_shift(*rows.means, change)
+    leading = best_shift(*rows.leading(split).means, change)
     after = remaining_error(rows.x[:, split:], rows.residual[:, split:], change, leading)
     return RidgeFit(change, shift, found.ridge, (found.errors[0], after))
 
@@ -911,19 +940,18 @@ def _shift_bias(
     """Refits the bias of a node whose weight was refitted before its input was known."""
     remarks: list[str] = []
     use = _use(cut, editor, place, frontier, target=target, remarks=remarks)
-    if use is None or _shares_bias(editor, use):
+    if use is None or _shares_bias(editor, use.layer):
         return
-    rows = use.residual.shape[1]
-    split = int(np.ceil((1 - HELD_OUT) * rows))
-    if split == rows:
+    split = int(np.ceil((1 - HELD_OUT) * use.rows.count))
+    if split == use.rows.count:
         return
-    found = choose_ridge(use.problem.x, use.residual, split, None)
+    found = choose_ridge(use.rows.x, use.rows.residual, split, None)
     before, after = found.errors
     if after < before:
-        editor.add_bias(use.here, found.shift.reshape(-1))
+        editor.add_bias(use.layer.here, found.shift.reshape(-1))
 
 
-def _shares_bias(editor: Editor, use: _Use) -> bool:
+def _shares_bias(editor: Editor, use: _Layer) -> bool:
     """Tests for a node whose bias other nodes read as well."""
     name = editor.bias_name(use.here)
     return bool(name) and len(editor.readers_of(editor.source(name))) > 1
@@ -984,17 +1012,46 @@ def _sampled_problem(
     """
     join = target.join
 
-    def take(i: int, values: Mapping[str, Array]) -> tuple[Floats, Floats]:
+    inputs, outputs = _Filled(target.rows), _Filled(target.rows)
+
+    def take(i: int, values: Mapping[str, Array]) -> None:
         rows = target.rows[i]
         wanted = target.values[i].astype(np.float64)[:, kept]
         if join is not None:
             error = target.joined[i][:, kept] - output_rows(here, values[join.other], rows)
             wanted += join.correction(error, kept)
-        return data_rows(here, values[data], rows, target.shapes[i]), wanted
+        inputs.append(data_rows(here, values[data], rows, target.shapes[i]))
+        outputs.append(wanted)
 
-    tensors = [data] if join is None else [data, join.other]
-    inputs, outputs = zip(*frontier.each(tensors, take), strict=True)
-    return np.concatenate(inputs).transpose(1, 0, 2), np.concatenate(outputs)
+    frontier.each([data] if join is None else [data, join.other], take)
+    return inputs.values.transpose(1, 0, 2), outputs.values
+
+
+class _Filled:
+    """An array of rows that are appended one feed after another: memory never holds them twice."""
+
+    def __init__(self, rows: Sequence[Ints]) -> None:
+        """Begins empty.
+
+        Args:
+            rows: The rows of every feed; of the last ones none may come.
+        """
+        self._most = sum(map(len, rows))
+        self._count = 0
+        self._held: Floats | None = None
+
+    def append(self, part: Floats) -> None:
+        """Append the rows of a feed (rows, ...)."""
+        if self._held is None:
+            self._held = np.empty((self._most, *part.shape[1:]))
+        self._held[self._count : self._count + len(part)] = part
+        self._count += len(part)
+
+    @property
+    def values(self) -> Floats:
+        """All rows so far."""
+        assert self._held is not None
+        return self._held[: self._count]
 
 
 def _original_inputs(
@@ -1016,8 +1073,8 @@ def _original_inputs(
 def _solver(
     cut: _Cut,
     place: Site,
-    problem: _Problem,
-    residual: Floats,
+    sampled: Rows,
+    wide_inputs: Array | None,
     *,
     weight: Floats,
     split: int,
@@ -1027,13 +1084,13 @@ def _solver(
     A wide node with channels of several inputs each has fewer unknowns if whole channels are mixed. Any other is solved
     for all its unknowns: in its dual form the system is no larger than the number of rows.
     """
-    rows, unknowns = problem.x.shape[1:]
-    if problem.wide_inputs is None:
+    rows, unknowns = sampled.x.shape[1:]
+    if wide_inputs is None:
         remark = ""
         if rows < unknowns:
             remark = f"{rows} rows for {unknowns} unknowns, so more calibration samples would help"
-        return "least squares", ridge_regression(problem.x, residual, split), remark
-    mixing = _channel_mixing(cut, place, problem.wide_inputs, problem.x, weight)
+        return "least squares", ridge_regression(sampled.x, sampled.residual, split), remark
+    mixing = _channel_mixing(cut, place, wide_inputs, sampled.x, weight)
     too_many = f"{unknowns} unknowns are too many for a Gram matrix"
     return "channel mixing", mixing, f"{too_many}, so removed channels are mixed into kept ones"
 

@@ -21,6 +21,9 @@ from onnx_oamip.statistics.layer_problems import similar_scale
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge strengths, relative to the mean diagonal of the Gram matrix, searched downhill from the middle."""
 
+BLOCK = 4096
+"""Rows that are centred and multiplied at a time, which bounds the memory of the products."""
+
 Solve = Callable[[int, float], Floats]
 """(number of leading rows to use, relative ridge) -> change of the weights (groups, inputs * taps, outputs)."""
 
@@ -70,11 +73,7 @@ def choose_ridge(
 
     def shift_of(change: Floats | None, count: int) -> Floats:
         """Best shift of the bias on the leading rows, for a change of the weights."""
-        mean_input, mean_residual = means[count]
-        shift: Floats = mean_residual
-        if change is not None:
-            shift = mean_residual - (mean_input[:, None] @ change)[:, 0]
-        return shift
+        return best_shift(*means[count], change)
 
     no_shift = np.zeros_like(residual[:, 0])
     before = error(None, no_shift)
@@ -120,20 +119,20 @@ def remaining_error(
     return float(np.square(remaining).mean(axis=1).sum())
 
 
-def best_shift(x: Floats, residual: Floats, change: Floats | None) -> Floats:
+def best_shift(mean_input: Floats, mean_residual: Floats, change: Floats | None) -> Floats:
     """Find the change of the bias that fits best to a change of the weights.
 
     Args:
-        x: Inputs (groups, rows, inputs * taps).
-        residual: Difference to the wanted outputs (groups, rows, outputs).
+        mean_input: Means of the inputs (groups, inputs * taps).
+        mean_residual: Means of the differences to the wanted outputs (groups, outputs).
         change: Change of the weights (groups, inputs * taps, outputs); None for none.
 
     Returns:
         The shift (groups, outputs).
     """
-    shift: Floats = residual.mean(axis=1)
-    if change is not None:
-        shift = shift - (x.mean(axis=1)[:, None] @ change)[:, 0]
+    if change is None:
+        return mean_residual
+    shift: Floats = mean_residual - (mean_input[:, None] @ change)[:, 0]
     return shift
 
 
@@ -204,10 +203,12 @@ def normal_equations(
     right = np.zeros((len(x), unknowns, residual.shape[2]))
     normal: dict[int, tuple[Floats, Floats]] = {}
     for first, last in ((0, split), (split, rows)):
-        part = x[:, first:last] - near_mean
-        transposed = part.transpose(0, 2, 1)
-        gram += transposed @ part
-        right += transposed @ residual[:, first:last]
+        for start in range(first, last, BLOCK):
+            block = slice(start, min(start + BLOCK, last))
+            part = x[:, block] - near_mean
+            transposed = part.transpose(0, 2, 1)
+            gram += transposed @ part
+            right += transposed @ residual[:, block]
         mean = x[:, :last].mean(axis=1, keepdims=True) - near_mean
         mean_residual = residual[:, :last].mean(axis=1, keepdims=True)
         scaled_mean = last * mean.transpose(0, 2, 1)

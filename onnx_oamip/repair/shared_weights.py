@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -157,55 +158,114 @@ def schedule(families: Sequence[Family], slicer: Slicer) -> list[Family]:
     return result
 
 
+class Spread(NamedTuple):
+    """Wanted outputs of one use of a weight at its sampled rows.
+
+    Attributes:
+        rows: Their number.
+        mean: Means of the outputs (outputs,).
+        variance: Their variances (outputs,).
+    """
+
+    rows: int
+    mean: Floats
+    variance: Floats
+
+
+def pooled_variance(spreads: Sequence[Spread], *, own_means: bool) -> float:
+    """Variance of the outputs of several uses together, summed over the outputs.
+
+    Args:
+        spreads: The outputs of every use.
+        own_means: Subtract the mean of every use, not that of all.
+
+    Returns:
+        The sum.
+    """
+    counts = np.asarray([spread.rows for spread in spreads], np.float64)[:, None]
+    means = np.stack([spread.mean for spread in spreads])
+    within = np.stack([spread.variance for spread in spreads])
+    mean = (counts * means).sum(axis=0) / counts.sum()
+    between = 0.0 if own_means else np.square(means - mean)
+    return float((counts * (within + between)).sum() / counts.sum())
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Sampled rows of one use of a weight.
+    """Sampled rows of one use of a weight, or of all.
 
     Attributes:
         x: Inputs (groups, rows, inputs * taps), in units of the first use.
-        y: Wanted outputs (groups, rows, outputs).
         residual: What the outputs still lack (groups, rows, outputs).
     """
 
     x: Floats
-    y: Floats
     residual: Floats
 
-    def centred(self) -> Rows:
-        """Subtract the means of the rows, for a use with a bias of its own.
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return int(self.x.shape[1])
+
+    @property
+    def means(self) -> tuple[Floats, Floats]:
+        """Means of the inputs (groups, inputs * taps) and of what the outputs lack (groups, outputs)."""
+        return self.x.mean(axis=1), self.residual.mean(axis=1)
+
+    def leading(self, count: int) -> Rows:
+        """Take the first rows.
+
+        Args:
+            count: Number of rows.
 
         Returns:
-            The centred rows.
+            Views of them.
         """
-        x, y, residual = (
-            v - v.mean(axis=1, keepdims=True) for v in (self.x, self.y, self.residual)
-        )
-        return Rows(x, y, residual)
+        return Rows(self.x[:, :count], self.residual[:, :count])
+
+    def times(self, factor: float) -> Rows:
+        """Scale the inputs.
+
+        Args:
+            factor: The factor; for 1 nothing is copied.
+
+        Returns:
+            The rows.
+        """
+        return self if factor == 1 else Rows(self.x * factor, self.residual)
 
 
-def stacked(parts: Sequence[Rows], held_out: float) -> tuple[Rows, int]:
+def stacked(parts: list[Rows], held_out: float, *, centred: bool) -> tuple[Rows, int]:
     """Stack the rows of all uses, so that the normal equations are the sums of those of the uses.
 
     Args:
-        parts: Rows of every use, at least two each and in the order of the samples.
+        parts: Rows of every use, at least two each and in the order of the samples. The list is emptied, so that
+            memory holds no use twice.
         held_out: Share of the rows of every use, its last ones, that come last.
+        centred: Subtract the means of the rows of every use, for uses with biases of their own.
 
     Returns:
         The rows, and the number of those in front of the ones held out.
     """
-    splits = []
-    for part in parts:
-        rows = part.y.shape[1]
-        splits.append(min(int(np.ceil((1 - held_out) * rows)), rows - 1))
-
-    def stack(arrays: Sequence[Floats]) -> Floats:
-        if len(arrays) == 1:
-            return arrays[0]
-        first = [a[:, :split] for a, split in zip(arrays, splits, strict=True)]
-        last = [a[:, split:] for a, split in zip(arrays, splits, strict=True)]
-        return np.concatenate([*first, *last], axis=1)
-
-    x, y, residual = (
-        stack([getattr(part, field) for part in parts]) for field in ("x", "y", "residual")
+    splits = [min(int(np.ceil((1 - held_out) * part.count)), part.count - 1) for part in parts]
+    first = parts[0]
+    if len(parts) == 1 and not centred:
+        return parts.pop(), splits[0]
+    total = sum(part.count for part in parts)
+    x, residual = (
+        np.empty((whole.shape[0], total, whole.shape[2])) for whole in (first.x, first.residual)
     )
-    return Rows(x, y, residual), sum(splits)
+    del first
+    lead = 0
+    rest = sum(splits)
+    for split in splits:
+        part = parts.pop(0)
+        behind = part.count - split
+        for whole, piece in ((x, part.x), (residual, part.residual)):
+            mean = piece.mean(axis=1, keepdims=True) if centred else 0.0
+            np.subtract(piece[:, :split], mean, out=whole[:, lead : lead + split])
+            np.subtract(piece[:, split:], mean, out=whole[:, rest : rest + behind])
+        del part, piece
+        lead += split
+        rest += behind
+    return Rows(x, residual), sum(splits)

@@ -232,8 +232,8 @@ TEXT = {
         (
             "Originals and files pruned to half the MACs, given to other tools: largest difference of an output from "
             "ONNX Runtime on the same file, relative to the largest value of that output. Bytes are those of what the "
-            "tool made of the pruned file, over those of the original and over the pruned file. onnx2tf (TFLite) is left "
-            "out: it needs TensorFlow 2.19, which is too large to install beside the other tools."
+            "tool made of the pruned file, over those of the original and over the pruned file. onnx2tf (TFLite) is "
+            "left out: it needs TensorFlow 2.19, which is too large to install beside the other tools."
         ),
     ),
     "coupling": (
