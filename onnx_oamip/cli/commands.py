@@ -13,14 +13,14 @@ from onnx_oamip.cli.config import config, config_option
 from onnx_oamip.cli.frontier import frontier
 from onnx_oamip.cli.help import option
 from onnx_oamip.cli.int8 import int8
-from onnx_oamip.cli.options import DATA, MODEL, json_option
+from onnx_oamip.cli.options import DATA, MODEL, json_option, threads_option
 from onnx_oamip.cli.pack import pack, unpack
 from onnx_oamip.cli.profile import profile
 from onnx_oamip.cli.prune import apply, plan, prune
 from onnx_oamip.cli.recover import recover
 from onnx_oamip.cli.run import run
 from onnx_oamip.cli.score import score
-from onnx_oamip.cli.settings import SettingsCommand, SettingType
+from onnx_oamip.cli.settings import SettingsCommand, seconds_option
 from onnx_oamip.cli.statements import statements_option
 from onnx_oamip.cli.stdout import document_only, reader_may_go
 from onnx_oamip.cli.terminal import Progress, show
@@ -190,22 +190,8 @@ def verify(
     metavar="N",
     help="Samples in one run; may be given more than once. Default: 1, or what the model is fixed to.",
 )
-@option(
-    "--threads",
-    heading="Speed and resources",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
-)
-@option(
-    "--seconds",
-    heading="Speed and resources",
-    type=SettingType("time_limit"),
-    default=10.0,
-    show_default=True,
-    metavar="S",
-    help="How long to measure at each batch size, all models together.",
-)
+@threads_option
+@seconds_option("How long to measure at each batch size, all models together.")
 @json_option
 def bench(
     *,

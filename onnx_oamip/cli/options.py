@@ -85,6 +85,15 @@ quiet_option = option(
 )
 
 
+threads_option = option(
+    "--threads",
+    heading="Speed and resources",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
+)
+
+
 def check_paths(output: Path, inputs: Mapping[str, Path | str | None]) -> None:
     """Refuse to write over a file that is read.
 

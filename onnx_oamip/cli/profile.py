@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from onnx_oamip.cli.help import option
-from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option
-from onnx_oamip.cli.settings import SettingsCommand, SettingType
+from onnx_oamip.cli.options import DATA, MODEL, json_option, quiet_option, threads_option
+from onnx_oamip.cli.settings import SettingsCommand, seconds_option
 from onnx_oamip.cli.terminal import Progress, show
 
 
@@ -42,22 +42,8 @@ from onnx_oamip.cli.terminal import Progress, show
     metavar="N",
     help="Samples in one run.",
 )
-@option(
-    "--threads",
-    heading="Speed and resources",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Threads inside an operator. Default: as many as ONNX Runtime takes.",
-)
-@option(
-    "--seconds",
-    heading="Speed and resources",
-    type=SettingType("time_limit"),
-    default=10.0,
-    show_default=True,
-    metavar="S",
-    help="How long to measure, all widths together.",
-)
+@threads_option
+@seconds_option("How long to measure, all widths together.")
 @json_option
 @quiet_option
 def profile(

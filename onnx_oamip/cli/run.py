@@ -16,7 +16,7 @@ import click
 
 from onnx_oamip.cli.config import PLACEHOLDER, defaults, options, read, statements, unknown
 from onnx_oamip.cli.help import Command, option
-from onnx_oamip.cli.options import MODEL, json_option, quiet_option, same_file
+from onnx_oamip.cli.options import MODEL, json_option, quiet_option, report_option, same_file
 from onnx_oamip.cli.settings import SettingType
 from onnx_oamip.cli.statements import IN_FILE
 from onnx_oamip.cli.terminal import Progress, show
@@ -79,7 +79,7 @@ class RunFile:
 
 @click.command(
     cls=Command,
-    examples=("pipeline.toml", "pipeline.toml --again"),
+    examples=("pipeline.toml", "pipeline.toml --report stages.html"),
 )
 @click.argument("file", type=MODEL, metavar="PIPELINE.toml")
 @option(
@@ -88,6 +88,7 @@ class RunFile:
     is_flag=True,
     help="Run every stage, also those whose inputs and settings are unchanged.",
 )
+@report_option
 @json_option
 @quiet_option
 @click.pass_context
@@ -97,6 +98,7 @@ def run(
     *,
     file: Path,
     again: bool,
+    report_file: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -107,6 +109,11 @@ def run(
     last run in the same folder is not run again. The exit status is 1 where a limit is broken.
     """
     given = load_run_file(ctx, file)
+    if report_file is not None:
+        from onnx_oamip.artifacts.output import check_output
+        from onnx_oamip.reporting import html
+
+        check_output(given.own["model"], report_file, (file, given.own["data"]), "--report")
     with Progress(quiet) as progress:
         from onnx_oamip.api import staged_run
 
@@ -119,6 +126,11 @@ def run(
             again=again,
             progress=progress,
         )
+    if report_file is not None:
+        from onnx_oamip.core.atomic_files import write_bytes
+        from onnx_oamip.reporting.side_by_side import stages
+
+        write_bytes(html.compare_page(stages(found.document)), report_file)
     if as_json or not quiet:
         show(found.document, as_json)
     if found.broken:

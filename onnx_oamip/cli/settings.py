@@ -6,12 +6,12 @@ the settings takes a tenth of a second, which the list of commands does not need
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from onnx_oamip.cli.help import Command, Option
+from onnx_oamip.cli.help import Command, Option, option
 from onnx_oamip.cli.plugins import REGISTRIES, PlugInOption
 
 if TYPE_CHECKING:
@@ -215,6 +215,26 @@ def setting_option(name: str, *, unset: bool = False) -> Option:
     if isinstance(field.get_default(), tuple) and not SettingType(name).separator:
         return Option(flags, multiple=True, **attributes)
     return Option(flags, type=SettingType(name), **attributes)
+
+
+def seconds_option(purpose: str) -> Callable[..., Any]:
+    """Create the option ``--seconds`` of a command that measures time.
+
+    Args:
+        purpose: Sentence about what is measured.
+
+    Returns:
+        A decorator, as ``click.option`` returns it.
+    """
+    return option(
+        "--seconds",
+        heading="Speed and resources",
+        type=SettingType("time_limit"),
+        default=10.0,
+        show_default=True,
+        metavar="S",
+        help=purpose,
+    )
 
 
 def _field(name: str) -> FieldInfo:

@@ -31,20 +31,37 @@ def side_by_side(paths: Sequence[Path]) -> Document:
     Raises:
         DataError: A file cannot be read, is no report, or is about another original; or there is only one model.
     """
-    entries: list[Document] = []
-    originals: list[Document] = []
-    for path in paths:
-        value = _read(path)
-        originals.append(_original(value))
-        if originals[-1]["sha256"] != originals[0]["sha256"]:
+    values = [_read(path) for path in paths]
+    for path, value in zip(paths, values, strict=True):
+        ours, first = _original(value), _original(values[0])
+        if ours["sha256"] != first["sha256"]:
             raise DataError(
-                f"{path} is about another model than {paths[0]}: {originals[-1]['path']} and {originals[0]['path']} "
-                "differ; compare reports of one original."
+                f"{path} is about another model than {paths[0]}: {ours['path']} and {first['path']} differ; compare "
+                "reports of one original."
             )
-        entries += _entries(value, path)
+    entries = [
+        entry for path, value in zip(paths, values, strict=True) for entry in _entries(value, path)
+    ]
     if len(entries) < 2:
         raise DataError(f"{paths[0]} is about one model; give the reports of two and more.")
-    before = originals[0]
+    return _compared(_original(values[0]), entries)
+
+
+def stages(value: Document) -> Document:
+    """Compare the models of one run.
+
+    Args:
+        value: Document of ``run``.
+
+    Returns:
+        The document of ``compare`` for its stages, with the limits that are broken as ``broken``.
+    """
+    entries = list(_entries(value, None))
+    return {**_compared(_original(value), entries), "broken": value["broken"]}
+
+
+def _compared(before: Document, entries: list[Document]) -> Document:
+    """The document of a comparison."""
     for entry in entries:
         entry["shares"] = {
             name: entry[name] / before[name] if entry[name] and before[name] else None
@@ -87,13 +104,13 @@ def _original(value: Document) -> Document:
     return {**model, **{name: costs.get(name) for name in COSTS}}
 
 
-def _entries(value: Document, path: Path) -> Iterator[Document]:
-    """Models of a report."""
+def _entries(value: Document, path: Path | None) -> Iterator[Document]:
+    """Models of a report, which is in no file yet if the path is None."""
     if "stages" in value:
         for row in value["stages"][1:]:
             yield {
-                "name": f"{path.stem}, {row['stage']}",
-                "report": str(path),
+                "name": row["stage"] if path is None else f"{path.stem}, {row['stage']}",
+                "report": None if path is None else str(path),
                 "path": row["path"],
                 "sha256": row["sha256"],
                 **{name: row[name] for name in COSTS},
@@ -103,6 +120,7 @@ def _entries(value: Document, path: Path) -> Iterator[Document]:
                 "settings": value["settings"].get(row["stage"]) or {},
             }
         return
+    assert path is not None
     method = {name: value[name] for name in ("importance", "allocation")}
     output = value["output"]["path"]
     yield {

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from command_line import check_schema, perceptron, samples
+from headless_browser import Tree, assert_fetches_nothing
 
 from onnx_oamip.api import pipeline, staged_run
 from onnx_oamip.cli import main
@@ -159,6 +160,23 @@ def test_table_shows_all_stages_at_80_columns(
     tables = shown.partition("zip: ")[0]
     assert max(map(len, tables.splitlines())) <= 80
     assert "75.0 % (65.0-85.0 %)" in shown
+
+
+def test_page_shows_every_stage_and_broken_limits(place: Path, run: Callable[..., dict]) -> None:
+    run(RUN + "\n[check]\nsize = 0.001\n", "--report", "stages.html", code=1)
+    content = (place / "stages.html").read_bytes()
+    assert_fetches_nothing(content)
+    tree = Tree(content)
+    assert [row[0] for row in tree.rows["models"][1:3]] == ["prune", "int8"]
+    assert "Limit broken: the last model has" in content.decode()
+
+
+@pytest.mark.usefixtures("place")
+def test_trained_stage_stands_between_the_others(run: Callable[..., dict]) -> None:
+    pytest.importorskip("torch", reason="needs the extra 'recover'")
+    found = run(f"{RUN}[recover]\nrecover = 5\n")
+    assert [row["stage"] for row in found["stages"]] == ["original", "prune", "recover", "int8"]
+    assert run(f"{RUN}[recover]\nrecover = 5\n")["reused"] == ["prune", "recover", "int8", "check"]
 
 
 WRONG = {

@@ -55,7 +55,11 @@ def compare_page(value: Document) -> bytes:
         Page(
             kicker="Compared by onnx-oamip",
             title=PurePath(original["path"]).name,
-            lead=[_sentence(models), f"{plural(len(models), 'model')} of {original['path']}"],
+            lead=[
+                _sentence(models),
+                f"{plural(len(models), 'model')} of {original['path']}",
+                *(f"Limit broken: {sentence}." for sentence in value.get("broken", ())),
+            ],
             cards=cards,
             sections=[section for section in sections if section is not None],
         )
@@ -111,35 +115,43 @@ def _models(value: Document) -> Section:
             else f"{percent(ratio['median'])} ({percent(ratio['low'])} to {percent(ratio['high'])})"
         )
         zipped = model["zip_bytes"]
+        shares = {kind.cost: percent(model["shares"][kind.cost]) for kind in COUNTED}
         rows.append(
             [
                 model["name"],
-                *(percent(model["shares"][kind.cost]) for kind in COUNTED),
+                shares["bytes"],
+                percent(found.get("accuracy_after"), 2),
+                time,
+                shares["macs"],
+                shares["params"],
                 count(model["bytes"]),
                 DASH if zipped is None else count(zipped),
-                time,
-                percent(found.get("accuracy_after"), 2),
                 percent(found.get("agreement"), 2),
                 number(found.get("output_relative_error")),
             ]
         )
+    # What decides comes first: a telephone shows three columns.
     columns = (
         "model",
-        *(f">{kind.label}" for kind in COUNTED),
+        ">file",
+        ">accuracy",
+        ">time (95 %)",
+        ">MACs",
+        ">parameters",
         ">bytes",
         ">zipped",
-        ">time (95 %)",
-        ">accuracy",
         ">agreement",
         ">output error",
     )
+    has_reports = any(m["report"] for m in value["compared_models"])
     files = [
-        [m["name"], m["path"] or "(not written)", m["report"]] for m in value["compared_models"]
+        [m["name"], m["path"] or "(not written)", *([m["report"] or DASH] * has_reports)]
+        for m in value["compared_models"]
     ]
     digests = [(m["name"], m["sha256"] or DASH) for m in value["compared_models"]]
     parts: list[Part] = [
         Table.of(columns, rows),
-        Table.of(("model", "file", "report"), files),
+        Table.of(("model", "file", *(["report"] * has_reports)), files),
         Pairs([Block("SHA-256", digests)]),
     ]
     before = next(
