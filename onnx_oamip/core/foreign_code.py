@@ -33,6 +33,18 @@ def foreign_code(name: str, error: type[OamipError], advice: str) -> Iterator[No
         raise error(f"{name} raised {described(cause)}; {advice}.") from cause
 
 
+def is_own(function: object) -> bool:
+    """Test for a function of this package.
+
+    Args:
+        function: A function, or a lazy rule, of which the module that it imports counts.
+
+    Returns:
+        False for code of users and of other packages.
+    """
+    return str(getattr(function, "__module__", "")).startswith("onnx_oamip.")
+
+
 def described(error: BaseException) -> str:
     """Describe an exception of foreign code in a part of a sentence.
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.foreign_code import foreign_code, is_own
 from onnx_oamip.core.records import (
     Bools,
     Coupling,
@@ -83,10 +85,41 @@ def constraints(context: Context, scores: Scores) -> Constraints:
             floor = np.maximum(floor, kept_widths / np.maximum(full, 1))
         method = limits.find(settings.limits)
         if method is not None and len(full):
-            upper = method.limits(context, scores)
+            upper = _upper_limits(method, context, scores)
             floor = np.maximum(floor, 1 - upper.shares)
             notes = (_note(coupling, upper, settings.limits),)
     return Constraints(floor, kept, notes)
+
+
+def _upper_limits(
+    method: limits.LimitMethod, context: Context, scores: Scores
+) -> limits.UpperLimits:
+    """Limits by a method; those of another package are checked.
+
+    Raises:
+        SettingsError: The method raised an exception, or returned no share from 0 to 1 for every group.
+    """
+    if is_own(method.limits):
+        return method.limits(context, scores)
+    name = f"`limits={context.settings.limits}`"
+    advice = "correct the method, or choose other `limits`"
+    with foreign_code(name, SettingsError, advice):
+        found = method.limits(context, scores)
+        shares = np.asarray(found.shares, np.float64)
+        criterion = str(found.criterion)
+    groups = len(context.coupling.groups)
+    if shares.shape != (groups,):
+        raise SettingsError(
+            f"{name} returned shares of shape {shares.shape} for {groups} groups; {advice}."
+        )
+    outside = np.flatnonzero(~((shares >= 0) & (shares <= 1)))
+    if outside.size:
+        first = int(outside[0])
+        raise SettingsError(
+            f"{name} returned {shares[first]:g} as the share of group {first} that may be removed, expected a number "
+            f"from 0 to 1; {advice}."
+        )
+    return limits.UpperLimits(shares, criterion)
 
 
 def _note(coupling: Coupling, upper: limits.UpperLimits, name: str) -> str:

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 
 from onnx_oamip.artifacts import cache_entries
+from onnx_oamip.core.foreign_code import is_own
 from onnx_oamip.core.options import (
     AllocationOptions,
     BudgetOptions,
@@ -110,7 +111,7 @@ def _score(context: Context) -> Scores:
         # Looking at weights alone costs less than looking up, and code from elsewhere may have changed.
         # A program is only written, and a solution of it only read, where it is solved.
         has_files = settings.write_program is not None or settings.read_solutions is not None
-        if not requests or not _is_built_in(method) or has_files:
+        if not requests or not is_own(method.score) or has_files:
             return make()
         depends = {
             **settings.model_dump(mode="json", exclude=_IRRELEVANT),
@@ -138,11 +139,6 @@ def fits(found: Scores, coupling: Coupling) -> bool:
     return whole and texts and records and bool(np.isfinite(found.values).all())
 
 
-def _is_built_in(method: Method) -> bool:
-    """Test for a method of this package; of a lazy rule, the module that it imports counts."""
-    return str(getattr(method.score, "__module__", "")).startswith("onnx_oamip.")
-
-
 def apply_method(context: Context, method: Method, statistics: Statistics | None) -> Scores:
     """Score all units by a method; if it offers other orders as well, choose the order of every group by measurement.
 
@@ -160,7 +156,7 @@ def apply_method(context: Context, method: Method, statistics: Statistics | None
     model = context.model
     coupling = context.coupling
     settings = context.settings
-    if _is_built_in(method):
+    if is_own(method.score):
         found = method.score(model, coupling, statistics, settings)
     else:
         found = foreign_scores.score(context, method, statistics)

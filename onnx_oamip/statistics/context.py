@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from onnx_oamip.artifacts.cache import Store
 from onnx_oamip.core.clock import Clock
 from onnx_oamip.core.errors import SettingsError
+from onnx_oamip.core.foreign_code import foreign_code, is_own
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import (
     Cost,
@@ -129,7 +130,7 @@ class Collected:
         self._check_name(request)
         entry = self._entries.get(request)
         if entry is None or not _interchangeable(entry[0], context):
-            entry = context, request.collect(context)
+            entry = context, _collected(request, context)
             self._entries[request] = entry
         return cast("T", entry[1])
 
@@ -149,6 +150,15 @@ class Collected:
                 raise SettingsError(
                     f"two different statistics are named '{request.name}'; rename one of the two requests."
                 )
+
+
+def _collected(request: Request[T], context: Context) -> T:
+    """Answer to a request; an exception of a collector of another package is reported as that of the statistic."""
+    if is_own(request.collect):
+        return request.collect(context)
+    advice = "correct its collector, or choose another `importance`"
+    with foreign_code(f"the statistic '{request.name}'", SettingsError, advice):
+        return request.collect(context)
 
 
 def _interchangeable(one: Context, other: Context) -> bool:
