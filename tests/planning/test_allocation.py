@@ -543,6 +543,28 @@ def test_few_widths_need_one_program_only(tmp_path: Path, asked: list[_Asked]) -
         np.testing.assert_array_equal(given, widths)
 
 
+def test_group_of_few_widths_leaves_further_programs_to_the_others(
+    tmp_path: Path, asked: list[_Asked]
+) -> None:
+    model = load(build(WIDE["wide-mlp"]), tmp_path)
+    coupling = couple(model)
+    wide = _losses([120, 80])
+    mixed = Ladder((wide.widths[0], np.array([20, 80])), (wide.cost[0], np.array([1.0, 0.0])))
+    found = _programmed(model, coupling, mixed, macs=0.4)
+    assert len(found.programs) == len(asked) > 1
+    assert len(asked[0].ladder.widths[0]) == allocation.RUNGS
+
+
+def test_measured_step_holds_for_channels_of_convolutions(tmp_path: Path) -> None:
+    """Also where another layer reads them, and for no group that only other layers have."""
+    convolved = load(build(WIDE["wide-residual"]), tmp_path)
+    groups = couple(convolved)
+    assert any("w6" in {tensor for tensor, _ in g.multiplicity} for g in groups.groups)
+    assert allocation.steps(convolved, groups, "auto", "cpu", known=8).tolist() == [8, 8, 8]
+    dense = load(build(WIDE["wide-mlp"]), tmp_path)
+    assert allocation.steps(dense, couple(dense), "auto", "cpu", known=8).tolist() == [1, 1]
+
+
 def test_ends_of_a_ladder_can_be_chosen(tmp_path: Path, asked: list[_Asked]) -> None:
     """All of one group is worth the most, all of the other nothing: what is taken has a neighbour on one side only."""
     model = load(build(WIDE["wide-mlp"]), tmp_path)

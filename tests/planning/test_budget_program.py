@@ -547,6 +547,63 @@ def test_time_limit_keeps_the_best_plan(monkeypatch: pytest.MonkeyPatch) -> None
     assert choice.program["gap"] == pytest.approx(1, abs=1e-5)
 
 
+def _free_widenings(
+    ledger: Ledger, ladder: Ladder, widths: Ints, targets: CostLimits
+) -> list[tuple[int, int]]:
+    """Groups with a wider candidate that loses no more and fits, with that width."""
+    found = []
+    for g, (candidates, losses) in enumerate(zip(ladder.widths, ladder.cost, strict=True)):
+        at = candidates.tolist().index(widths[g])
+        for place in range(at + 1, len(candidates)):
+            wider = widths.copy()
+            wider[g] = candidates[place]
+            if losses[place] <= losses[at] and fits(ledger, wider, targets):
+                found.append((g, int(candidates[place])))
+    return found
+
+
+def test_solution_is_widened_where_that_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver may return the narrowest of widths that are equally good."""
+    _, coupling, ledger = net("dense")
+    full = full_widths(coupling)
+    ladder = Ladder(tuple(np.arange(1, w + 1) for w in full), tuple(np.full(w, 0.5) for w in full))
+    targets = shares(ledger.cost(full), {"macs"}, 0.6)
+
+    def narrow(program: solvers.Program, *_: object) -> Solution:
+        nothing = np.zeros(program.n_variables)
+        return Solution(Termination.OPTIMAL, None, nothing, None, 0.0, None, 1.0, "highs")
+
+    monkeypatch.setattr(budget_program, "solve", narrow)
+    monkeypatch.setattr(budget_program, "_greedy", lambda _: None)
+    latency = LinearisedLimit("latency", Products(np.zeros(4), ledger.macs.axes), 0.0, 1.0)
+    found = choose(ledger, ladder, targets, (latency,)).widths
+    assert (found > 1).any()
+    assert _free_widenings(ledger, ladder, np.ones_like(full), targets)
+    assert not _free_widenings(ledger, ladder, found, targets)
+
+
+def test_greedy_plan_takes_back_steps_that_cost_nothing() -> None:
+    """A step that a later one makes unnecessary is taken back; some of these plans have such steps."""
+    _, coupling, ledger = net("concat")
+    full = full_widths(coupling)
+    unpolished = 0
+    for seed, share in itertools.product(range(8), (0.3, 0.5, 0.7)):
+        ladder = random_ladder(full, seed)
+        targets = shares(ledger.cost(full), {"macs", "params"}, share)
+        budget = budget_program._Budget.of(ledger, ladder, targets, ())
+        level = budget_program._greedy(budget)
+        if level is None:
+            continue
+        assert fits(ledger, budget.widths(level), targets)
+        assert not _free_widenings(ledger, ladder, budget.widths(level), targets)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(budget_program, "_polish", lambda _, level: level)
+            raw = budget_program._greedy(budget)
+        assert raw is not None
+        unpolished += bool(_free_widenings(ledger, ladder, budget.widths(raw), targets))
+    assert unpolished
+
+
 def test_infeasible_program_names_the_limit() -> None:
     _, coupling, ledger = net("dense")
     ladder = random_ladder(full_widths(coupling), 0)
