@@ -42,7 +42,7 @@ from onnx_oamip.data.contact_sheet import contact_sheet
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import File, Source, source_name
-from onnx_oamip.graph import cost, taken_branches
+from onnx_oamip.graph import cost, op_libraries, taken_branches
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.runtime import Session, resolve_device
@@ -625,6 +625,7 @@ def compare(
         GateFailed: The models have different inputs or outputs, or the pruned model is not valid.
     """
     dataset.check_extras(source)
+    op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)
     model, other = (models.load(path, stated=settings.shapes) for path in (original, pruned))
     for ours, theirs, what in (

@@ -33,7 +33,7 @@ from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import comparison_size, run_size
 from onnx_oamip.data.sources import File, Source, samples_of
-from onnx_oamip.graph import cost, taken_branches
+from onnx_oamip.graph import cost, op_libraries, taken_branches
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.loading import ModelSource
 from onnx_oamip.graph.ops import lookup
@@ -93,6 +93,7 @@ def prepare(
         OamipError: Bad input.
     """
     check(settings, source, scores is not None)
+    op_libraries.use(settings.op_library)
     executors.check(settings.scheduler, resolve_device(settings.device))
     context = open_context(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock
@@ -187,6 +188,7 @@ def score(
     """
     if source is None and find(settings.importance).requests(settings):
         raise DataError(f"`importance={settings.importance}` needs calibration data; give `data`.")
+    op_libraries.use(settings.op_library)
     executors.check(settings.scheduler, resolve_device(settings.device))
     context = open_context(path, source, settings, progress=progress, clock=clock)
     return context, scoring.score(context)
@@ -380,6 +382,7 @@ def open_context(
     """
     dataset.check_extras(source, eval_data)
     clock = clock or Clock()
+    libraries = op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)
     store = cache.open_store(settings.cache)
     with clock("load"):
@@ -413,7 +416,10 @@ def open_context(
             judged = batching.alike(session, samples, judged)
         unfused = (UNFUSED,) if session.unfused else ()
         model = replace(model, notes=(*model.notes, *samples.notes, *unfused))
-    identity = _cache_identity(model, samples, settings, device)
+    identity = {
+        **_cache_identity(model, samples, settings, device),
+        "op_libraries": [library.sha256 for library in libraries],
+    }
     if source is not None or eval_data is not None:
         with clock("objective"):
             size = run_size(model, settings.activation_memory_limit)

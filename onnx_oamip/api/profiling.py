@@ -16,6 +16,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.core.versions import versions
 from onnx_oamip.data import dataset
 from onnx_oamip.data.sources import File, Source
+from onnx_oamip.graph import op_libraries
 from onnx_oamip.graph.coupling import couple, exclude
 from onnx_oamip.graph.loading import ModelSource, load
 from onnx_oamip.graph.runtime import resolve_device
@@ -94,6 +95,7 @@ def profile(
         OamipError: Bad input, or the model has no layer whose time could depend on widths. No file is written.
     """
     target = check_output(path, output, (source,))
+    op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)
     model = load(path, stated=settings.shapes)
     if source is None:

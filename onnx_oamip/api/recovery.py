@@ -19,7 +19,7 @@ from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
 from onnx_oamip.data.sources import File, Source, samples_of, source_name
-from onnx_oamip.graph import default_inputs
+from onnx_oamip.graph import default_inputs, op_libraries
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.loading import ModelSource
@@ -72,6 +72,7 @@ def recover(
     if output is not None:
         target = check_output(pruned, output, (original, data, eval_data, plan_file))
     dataset.check_extras(data, eval_data)
+    op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)
     with clock("load"):
         teacher, student = (models.load(p, stated=settings.shapes) for p in (original, pruned))

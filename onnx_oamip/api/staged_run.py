@@ -31,7 +31,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.core.versions import versions
 from onnx_oamip.data import dataset
 from onnx_oamip.data.sources import File, SampleSets, Source, samples_of, source_name
-from onnx_oamip.graph import cost
+from onnx_oamip.graph import cost, op_libraries
 from onnx_oamip.graph.loading import load
 from onnx_oamip.graph.quantisation import Int8Options
 from onnx_oamip.graph.runtime import resolve_device
@@ -384,6 +384,7 @@ class _Work:
     def _check(self) -> tuple[None, None, Mapping[str, Any]]:
         """Rows of the final table."""
         stages = self.stages
+        op_libraries.use(stages.check.op_library)
         device = resolve_device(stages.check.device)
         samples = self._sets().held_out
         assert samples is not None

@@ -130,7 +130,9 @@ cli.add_command(frontier)
 
 
 @cli.command(
-    cls=SettingsCommand, owners=("ObjectiveOptions", "DataOptions"), names=("device", "batch_size")
+    cls=SettingsCommand,
+    owners=("ObjectiveOptions", "DataOptions"),
+    names=("device", "op_library", "batch_size"),
 )
 @click.argument("original", type=MODEL)
 @click.argument("pruned", type=MODEL)
@@ -173,7 +175,7 @@ def verify(
         ctx.exit(1)
 
 
-@cli.command(cls=SettingsCommand, names=("device", "seed", "shape"))
+@cli.command(cls=SettingsCommand, names=("device", "op_library", "seed", "shape"))
 @click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL [MODEL ...]")
 @option(
     "--data",
@@ -201,6 +203,7 @@ def bench(
     threads: int | None,
     seconds: float,
     device: str,
+    op_library: tuple[str, ...],
     seed: int,
     shape: tuple[str, ...],
     as_json: bool,
@@ -226,6 +229,7 @@ def bench(
             seed=seed,
             progress=progress,
             stated=stated,
+            op_library=op_library,
         )
     show(documents.benchmark(result), as_json)
 

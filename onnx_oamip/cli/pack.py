@@ -15,7 +15,11 @@ from onnx_oamip.cli.terminal import Progress, show
 from onnx_oamip.core.errors import SettingsError
 
 
-@click.command(cls=SettingsCommand, owners=("DataOptions",), names=("device", "seed", "batch_size"))
+@click.command(
+    cls=SettingsCommand,
+    owners=("DataOptions",),
+    names=("device", "op_library", "seed", "batch_size"),
+)
 @click.argument("model", type=MODEL)
 @option(
     "--clusters",

@@ -14,7 +14,7 @@ from onnx_oamip.cli.terminal import Progress, show
 
 @click.command(
     cls=SettingsCommand,
-    names=("device", "seed", "shape", "exclude"),
+    names=("device", "op_library", "seed", "shape", "exclude"),
     examples=("model.onnx -o table.json", "model.onnx --device cuda --batch 8 -o table.json"),
 )
 @click.argument("model", type=MODEL)
@@ -55,6 +55,7 @@ def profile(
     threads: int | None,
     seconds: float,
     device: str,
+    op_library: tuple[str, ...],
     seed: int,
     shape: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -69,7 +70,9 @@ def profile(
         from onnx_oamip.api.profiling import profile as run
         from onnx_oamip.core.settings import Settings
 
-        settings = Settings.create(device=device, seed=seed, shape=shape, exclude=exclude)
+        settings = Settings.create(
+            device=device, op_library=op_library, seed=seed, shape=shape, exclude=exclude
+        )
         found = run(model, output, settings, data, batch=batch, threads=threads, seconds=seconds)
     if as_json or not quiet:
         show(found.document, as_json)

@@ -27,7 +27,7 @@ from onnx_oamip.cli.terminal import Progress, show
 @click.command(
     cls=SettingsCommand,
     owners=("RecoveryOptions", "ObjectiveOptions", "DataOptions"),
-    names=("device", "seed", "batch_size", "max_memory"),
+    names=("device", "op_library", "seed", "batch_size", "max_memory"),
     without=("metric",),
 )
 @click.argument("pruned", type=MODEL)

@@ -34,6 +34,7 @@ from onnx_oamip.executors.spec import (
     S,
     T,
 )
+from onnx_oamip.graph import op_libraries
 from onnx_oamip.graph.runtime import resolve_device
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ COMPARED_PACKAGES = ("scipy", "scikit-learn", "threadpoolctl", "distributed")
 """Packages that decide a result, or whether processes can communicate, besides those of ``versions.versions``."""
 COMPARED_WITH_SCHEDULER = ("onnx_oamip", "python", "distributed")
 """Entries of the environment that the scheduler must share as well."""
+OP_LIBRARY = "operator library "
+"""Beginning of the entries of the environment for libraries of custom operators, before the path."""
 Environment = tuple[tuple[str, str | None], ...]
 """Pairs of a name and a version."""
 
@@ -351,6 +354,7 @@ def perform(
         from distributed import get_worker
 
         raise EnvironmentMissing(f"the worker {get_worker().address} {difference}.")
+    op_libraries.use(_library_paths(expected))  # the answer above may come from another thread
     task, item = pickle.loads(piece)
     value = shared.open()
     with _ONE_THREAD:
@@ -368,6 +372,10 @@ def mismatch(expected: Environment, device: str) -> str | None:
     Returns:
         The first difference that may change results, as the rest of a sentence; None if there is none.
     """
+    try:
+        op_libraries.use(_library_paths(expected))
+    except EnvironmentMissing as error:
+        return f"lacks a file: {_first_line(error)}"
     own = dict(environment())
     for name, version in expected:
         if own.get(name) != version:
@@ -381,8 +389,12 @@ def mismatch(expected: Environment, device: str) -> str | None:
     return None
 
 
+def _library_paths(expected: Environment) -> list[str]:
+    return [name.removeprefix(OP_LIBRARY) for name, _ in expected if name.startswith(OP_LIBRARY)]
+
+
 def environment() -> Environment:
-    """List the versions that must be the same in all processes.
+    """List the versions and the libraries of custom operators that must be the same in all processes.
 
     Returns:
         Pairs of a name and a version.
@@ -392,6 +404,8 @@ def environment() -> Environment:
     for name in COMPARED_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             entries[name] = metadata.version(name)
+    for library in op_libraries.in_use():
+        entries[f"{OP_LIBRARY}{library.path}"] = library.sha256[:12]
     return tuple(entries.items())
 
 

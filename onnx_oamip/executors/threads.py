@@ -16,6 +16,7 @@ from onnx_oamip.executors.spec import (
     S,
     T,
 )
+from onnx_oamip.graph import op_libraries
 
 
 @dataclass(frozen=True)
@@ -60,5 +61,10 @@ class Threads:
 
         workers = self.workers or os.cpu_count() or 1
         # Linear algebra gets one thread per worker as well, or the workers wait for each other.
-        with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        pool = ThreadPoolExecutor(
+            workers,
+            initializer=op_libraries.share,
+            initargs=(op_libraries.in_use(),),
+        )
+        with threadpool_limits(1), pool:
             return list(pool.map(run, items))

@@ -21,7 +21,13 @@ from onnx_oamip.core.errors import (
     OutOfMemory,
 )
 from onnx_oamip.core.records import Array
-from onnx_oamip.graph import external_data, input_guards, integer_weights, subgraphs
+from onnx_oamip.graph import (
+    external_data,
+    input_guards,
+    integer_weights,
+    op_libraries,
+    subgraphs,
+)
 from onnx_oamip.graph.ops import kinds
 
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -52,6 +58,10 @@ _OUT_OF_MEMORY = re.compile(
     r"bad.alloc|failed to allocate|out of memory|available memory", re.IGNORECASE
 )
 """Text of ONNX Runtime's errors where memory has run out; they have no type of their own."""
+
+
+_UNREGISTERED = "is not a registered function/op"
+"""Text of ONNX Runtime's error for an operator that it does not know."""
 
 
 # --------------------------------------------------------------------------------------------- module and device
@@ -201,7 +211,10 @@ def _as_oamip_error(error: Exception, action: str) -> OamipError:
         return OutOfMemory(
             f"there is not enough memory to {action}; give a smaller `max_memory`, fewer samples, or a smaller model."
         )
-    return ModelError(f"ONNX Runtime cannot {action}: {text}")
+    advice = ""
+    if _UNREGISTERED in text:
+        advice = "; give the library of this custom operator by `op_library`."
+    return ModelError(f"ONNX Runtime cannot {action}: {text}{advice}")
 
 
 # ---------------------------------------------------------------------------------------------------- sessions
@@ -410,6 +423,7 @@ class _Opener:
         rt = runtime()
         options = rt.SessionOptions()
         options.log_severity_level = 4
+        op_libraries.register(options)
         for key, value in self.entries.items():
             options.add_session_config_entry(key, value)
         if self.lean:

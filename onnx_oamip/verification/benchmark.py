@@ -12,6 +12,7 @@ from onnx_oamip.core.records import Array, Model
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import loading as models
+from onnx_oamip.graph import op_libraries
 from onnx_oamip.graph.runtime import resolve_device
 from onnx_oamip.graph.shape_inference import symbol
 from onnx_oamip.verification import latency
@@ -52,6 +53,7 @@ def run(
     seed: int = 0,
     progress: Progress | None = None,
     stated: Mapping[str, tuple[int, ...]] | None = None,
+    op_library: Sequence[str] = (),
 ) -> Benchmark:
     """Times models that take the same inputs.
 
@@ -66,6 +68,7 @@ def run(
         seed: Seed of the order and of random numbers.
         progress: Receives the number of batch sizes done.
         stated: Lengths by name of an input or of a symbolic dimension, for random numbers.
+        op_library: Shared libraries of custom operators.
 
     Returns:
         The measurements.
@@ -74,6 +77,7 @@ def run(
         ModelError: A model cannot be loaded, or its inputs differ from those of the first.
         DataError: The samples do not fit the model or a batch size.
     """
+    op_libraries.use(op_library)
     device = resolve_device(device)
     dataset.check_extras(source)
     loaded = tuple(models.load(path, stated=stated) for path in paths)

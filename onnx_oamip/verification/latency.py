@@ -27,7 +27,7 @@ from onnx_oamip.core import atomic_files
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.core.records import Array, Floats, Latency
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.graph import external_data
+from onnx_oamip.graph import external_data, op_libraries
 from onnx_oamip.graph.runtime import Session, resolve_device
 
 Source = onnx.ModelProto | str | os.PathLike[str]
@@ -469,7 +469,8 @@ def peak_memory(
     with atomic_files.scratch() as folder:
         job = folder / "job"
         path = _path_of(source, folder)
-        job.write_bytes(pickle.dumps((path, dict(feed), device, threads)))
+        libraries = [library.path for library in op_libraries.in_use()]
+        job.write_bytes(pickle.dumps((path, dict(feed), device, threads, libraries)))
         home = str(Path(__file__).parents[2])  # the folder that holds the package
         paths = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
         code = f"import sys; from {__name__} import weigh; weigh(sys.argv[1])"
@@ -491,9 +492,10 @@ def weigh(job: str) -> None:
     """Body of the fresh process of :func:`peak_memory`; prints the growth in bytes.
 
     Args:
-        job: Path of a file with the pickled model path, feed, device and threads.
+        job: Path of a file with the pickled model path, feed, device, threads and libraries of custom operators.
     """
-    path, feed, device, threads = pickle.loads(Path(job).read_bytes())
+    path, feed, device, threads, libraries = pickle.loads(Path(job).read_bytes())
+    op_libraries.use(libraries)
     resolve_device(device)  # imports the runtime, so that it is not counted
     _forget_peak()
     before = _resident("VmRSS")

@@ -456,7 +456,8 @@ def test_verify_of_models_with_other_outputs_exits_1(run: Run, place: Path) -> N
     one_sentence(result)
 
 
-def test_bench_document(run: Run, place: Path) -> None:
+def test_bench_document(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnx_oamip.verification.latency.peak_memory", lambda *_, **__: 1 << 20)
     perceptron(place / "wide.onnx", 64)
     models = ("model.onnx", "wide.onnx")
     options = (
@@ -515,7 +516,8 @@ def test_bench_on_data(run: Run, place: Path) -> None:
     )
     assert (result.code, result.err) == (0, "")
     assert (result.document["batch"], result.document["data"]) == ([4], "data.npz")
-    assert len(result.document["models"]) == 1
+    (model,) = result.document["models"]
+    assert model["timings"][0]["peak_bytes"] > 0
 
 
 def test_bench_of_a_fixed_batch(run: Run, place: Path) -> None:
@@ -597,6 +599,7 @@ def test_tables_fit_80_columns_and_agree_with_the_documents(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("onnx_oamip.verification.latency.peak_memory", lambda *_, **__: 1 << 20)
     pruned = run(*PRUNE, "--max-drop", 90)
     perceptron(place / "a-network-with-quite-a-long-name.onnx", 64)
     names = ("model.onnx", "out.onnx", "a-network-with-quite-a-long-name.onnx")
@@ -711,7 +714,7 @@ def test_what_is_not_counted_is_noted(run: Run, place: Path) -> None:
 
 def test_output_is_plain_on_terminals_without_block_characters(place: Path) -> None:
     found = subprocess.run(
-        [sys.executable, "-m", "onnx_oamip", *PRUNE],
+        [sys.executable, "-m", "onnx_oamip", *PRUNE, "--align", "1"],
         env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         check=True,
@@ -735,6 +738,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "--allocate mip --effort high "
         "--refit none --align 4 "
         "--floor 10% --exclude second --solver highs --time-limit 5 --workers 1 --device cpu --seed 3 --batch-size 8 "
+        "--op-library a.so --op-library b.so "
         "--scheduler tcp://host:1 "
         "--mode joint --formulation paper --loss-weight 2 --score-budget 40% --relax --images-per-class 3 "
         "--cache off --shape x=1x2 --shape n=3 "
@@ -773,6 +777,7 @@ def test_options_reach_the_settings(run: Run, place: Path) -> None:
         "workers": 1,
         "force": True,
         "device": "cpu",
+        "op_library": ("a.so", "b.so"),
         "seed": 3,
         "batch_size": 8,
         "scheduler": "tcp://host:1",

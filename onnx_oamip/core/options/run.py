@@ -77,6 +77,11 @@ class RunOptions(Options):
         description="Where the model runs; auto takes CUDA where it works, and asking for cuda where it does not is an "
         "error.",
     )
+    op_library: Annotated[tuple[Name, ...], Shown(metavar="FILE")] = Field(
+        (),
+        description="Shared library of custom operators that the model has, for ONNX Runtime to register; may be given "
+        "more than once.",
+    )
     seed: CountOrZero = Field(
         0,
         description="Seed of everything random; with the same seed a budget that is counted gives the same model.",

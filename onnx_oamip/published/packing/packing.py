@@ -29,6 +29,7 @@ from onnx_oamip.data.dataset import at_data, check_extras
 from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import Source, samples_of
 from onnx_oamip.graph import loading as models
+from onnx_oamip.graph import op_libraries
 from onnx_oamip.graph.runtime import Session, resolve_device
 from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.published.packing import (
@@ -293,6 +294,7 @@ def _judge(
     eval_data: Source | None,
     settings: Settings,
 ) -> Judge:
+    op_libraries.use(settings.op_library)
     device = resolve_device(settings.device)
     model = models.load(path, stated=settings.shapes)
     samples, held_out = samples_of(model, data, eval_data, settings)
