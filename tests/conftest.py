@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +67,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record-fast"):
         config.pluginmanager.register(FastRecorder())
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        share_bytecode(config)
+
+
+def share_bytecode(config: pytest.Config) -> None:
+    """Keep compiled modules in a temporary folder: every program that a test starts would compile all of them."""
+    folder = tempfile.mkdtemp(prefix="onnx-oamip-bytecode-")
+    os.environ["PYTHONPYCACHEPREFIX"] = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def fast_counts() -> dict[str, int]:
@@ -102,6 +113,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_latency_gates() -> None:
+    """Compare latencies for a moment in place of seconds: tests of the gate's verdict replace the measurement."""
+    from onnx_oamip.api import pipeline
+
+    pipeline.GATE_SECONDS = (0.02, 0.1)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from onnx_oamip.artifacts import cache, cache_entries, plan_files
 from onnx_oamip.core.errors import DataError, GateFailed, OutputError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
+from onnx_oamip.planning import latency_model
 from onnx_oamip.verification.latency import Ratio
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -87,6 +88,12 @@ def test_latency_plan_is_applied(
     task: Path, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("onnx_oamip.planning.search.latency_ratio", lambda *_, **__: 0.88)
+    measure = latency_model.interleave
+    monkeypatch.setattr(
+        latency_model,
+        "interleave",
+        lambda calls, seconds, *more: measure(calls, min(seconds, 0.5), *more),
+    )
     found = make_plan(
         task / "model.onnx", task / "data.npz", task / "p.json", asked(macs=None, **budget)
     )

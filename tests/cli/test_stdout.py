@@ -106,9 +106,11 @@ import atexit, noisy
 from onnx_oamip.api import pipeline
 from onnx_oamip.cli import main
 from onnx_oamip.reporting import documents
+from onnx_oamip.verification import latency
 from onnx_oamip.verification.latency import Ratio
 
 pipeline.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)
+latency.STEP_SECONDS = 0.01  # every fork would measure the step of widths again
 codes = []
 for number, run in enumerate(json.load(sys.stdin)):
     pid = os.fork()  # before any session: nothing here has threads yet
@@ -305,8 +307,8 @@ def _program(folder: Path, *arguments: str, shell: str = "") -> Answer:
 
 
 def test_fresh_process_reserves_stdout_for_the_document(folder: Path) -> None:
-    given = STEPS["prune"].replace("DATA", "noisy:feeds").split()
-    answer = _program(folder, "prune", *given, "--json", "--solver", "highs")
+    given = STEPS["plan"].replace("DATA", "noisy:feeds").split()
+    answer = _program(folder, "plan", *given, "--align", "1", "--json", "--solver", "highs")
     assert answer.code == 0, answer.err
     assert json.loads(answer.out)["programs"][-1]["solver"] == "highs"
     assert "NOISE of descriptor 1\n" in answer.err
@@ -331,6 +333,8 @@ def test_prints_reach_no_file_if_a_stream_is_closed(folder: Path, shell: str) ->
         "0.5",
         "--importance",
         "l2",
+        "--align",
+        "1",
         "--refit",
         "bias",
     ]

@@ -25,6 +25,8 @@ from safetensors.numpy import save_file
 
 from onnx_oamip.api import pipeline
 from onnx_oamip.cli import cli, main
+from onnx_oamip.planning import latency_model
+from onnx_oamip.verification import latency
 from onnx_oamip.verification.latency import Ratio
 
 PAGES = (
@@ -158,7 +160,20 @@ def _unchanged_logging() -> Iterator[None]:
     own.setLevel(level)
 
 
-@pytest.mark.usefixtures("_unchanged_logging")
+@pytest.fixture
+def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are measured for a moment: the pages are about commands. The step of widths is known before."""
+    latency.find_step("cpu")
+    measure = latency.interleave
+
+    def short(calls: Any, seconds: float, *more: Any, **named: Any) -> Any:
+        return measure(calls, min(seconds, 0.05), *more, **named)
+
+    monkeypatch.setattr(latency, "interleave", short)
+    monkeypatch.setattr(latency_model, "interleave", short)
+
+
+@pytest.mark.usefixtures("_unchanged_logging", "_short_measurements")
 @pytest.mark.parametrize("page", WITH_PROGRAMS)
 def test_commands_and_programs_of_pages_run(
     page: str,

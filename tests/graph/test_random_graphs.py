@@ -232,12 +232,12 @@ def _check_composition(folder: Path, examples: int) -> None:
 
 @pytest.mark.fuzz
 def test_pruned_equals_masked_and_predicted_cost(folder: Path) -> None:
-    _check_exactness(folder, 200)
+    _check_exactness(folder, 120)
 
 
 @pytest.mark.fuzz
 def test_pruning_twice_equals_pruning_at_once(folder: Path) -> None:
-    _check_composition(folder, 80)
+    _check_composition(folder, 50)
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,13 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.runtime import Session
 
 COUNT, HELD = 500, 500
-PAIRS = list(combinations_with_replacement(HEADS, 2))
+KINDS = list(HEADS)
+NEIGHBOURS = {*zip(KINDS, KINDS, strict=True), *pairwise(KINDS)}
+PAIRS = [
+    pytest.param(pair, marks=[] if pair in NEIGHBOURS else [pytest.mark.slow], id="-".join(pair))
+    for pair in combinations_with_replacement(KINDS, 2)
+]
+"""Every kind twice, and with the next one; all others with --slow."""
 
 
 def _arrays() -> tuple[Array, Array]:
@@ -54,7 +60,7 @@ def test_single_output_is_kept_at_half_the_cost(kind: str, tmp_path: Path) -> No
     assert _kept((kind,), tmp_path)[0] > 0.9
 
 
-@pytest.mark.parametrize("kinds", PAIRS, ids="-".join)
+@pytest.mark.parametrize("kinds", PAIRS)
 def test_pair_is_kept_as_well_as_each_output_alone(kinds: tuple[str, str], tmp_path: Path) -> None:
     onnx.save(network(kinds), tmp_path / "model.onnx")
     stated = _stated(kinds)

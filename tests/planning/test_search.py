@@ -540,7 +540,7 @@ CLOCKS: dict[str, Callable[[Floats], float]] = {
 }
 
 
-@pytest.mark.parametrize("share", [0.5, 0.7])
+@pytest.mark.parametrize("share", [0.5, pytest.param(0.7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CLOCKS)
 def test_latency_estimate_is_corrected_until_the_budget_is_met(
     name: str, share: float, monkeypatch: pytest.MonkeyPatch

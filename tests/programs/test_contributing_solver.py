@@ -82,10 +82,10 @@ def test_solver_is_one_module_and_one_table_entry(tmp_path: Path) -> None:
     onnx.save(build(NETWORK), tmp_path / "m.onnx")
     data = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
     np.savez(tmp_path / "d.npz", x=data)
-    command = [sys.executable, "-m", "onnx_oamip", "prune", "m.onnx", "--data", "d.npz"]
-    options = ["--macs", "0.5", "--align", "1", "--solver", "scipy", "--cache", "off", "--force"]
+    command = [sys.executable, "-m", "onnx_oamip", "plan", "m.onnx", "--data", "d.npz"]
+    options = ["--macs", "0.5", "--align", "1", "--solver", "scipy", "--cache", "off"]
     done = subprocess.run(
-        [*command, *options, "-o", "out.onnx", "--json"],
+        [*command, *options, "-o", "plan.json", "--json"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,

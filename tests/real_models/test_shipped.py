@@ -23,6 +23,8 @@ NAMES = (
     "mobilenet-fashion",
     "vit-fashion",
 )
+LARGE = {"vgg-fashion"}
+"""Networks whose tests take long."""
 
 
 def _data(name: str) -> Path:
@@ -43,7 +45,9 @@ def test_models_folder_holds_exactly_the_listed_files() -> None:
     assert {p.stem for p in MODELS.glob("*.onnx")} == set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in NAMES]
+)
 def test_half_of_the_units_is_cut_exactly(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

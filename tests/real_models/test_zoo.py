@@ -15,7 +15,15 @@ from onnx_oamip.api import pipeline
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.verification.latency import Ratio
 
-LARGE = {"bvlc_alexnet", "densenet121", "inception_v2", "resnet50", "vgg19", "zfnet512"}
+LARGE = {
+    "bvlc_alexnet",
+    "densenet121",
+    "inception_v1",
+    "inception_v2",
+    "resnet50",
+    "vgg19",
+    "zfnet512",
+}
 """Networks with more than 100 MB of weights or about 200 layers, whose tests take long."""
 
 

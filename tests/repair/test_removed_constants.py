@@ -244,7 +244,7 @@ def test_half_precision(tmp_path: Path) -> None:
 def test_random_networks_without_a_note_are_exact(tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=80)
+    @settings(max_examples=50)
     @given(network=networks(), seed=st.integers(0, 2**16))
     def holds(network: Network, seed: int) -> None:
         assume(not network.rounds)  # a value on the edge of a step may fall on either side of it

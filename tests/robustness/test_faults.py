@@ -118,14 +118,23 @@ def possible(stage: Stage, fault: str) -> bool:
 CELLS = [
     (name, fault) for name, stage in STAGES.items() for fault in FAULTS if possible(stage, fault)
 ]
+LOSE_WORKERS = ("score", "sensitivity")
+"""Stages that lose a worker in the default tier: the others are spread by the same executor."""
 ALWAYS = ("load", "calibrate", "decoupled", "plan", "refit", "write")
 """Stages that meet a lack of memory in the default tier: it is the same exception at all."""
+
+
+def in_default_tier(name: str, fault: str) -> bool:
+    stages = {"memory": ALWAYS, "worker": LOSE_WORKERS}.get(fault, tuple(STAGES))
+    return name in stages
+
+
 PARAMETERS = [
     pytest.param(
         name,
         fault,
         id=f"{name}-{fault}",
-        marks=[pytest.mark.slow] if fault == "memory" and name not in ALWAYS else [],
+        marks=[] if in_default_tier(name, fault) else [pytest.mark.slow],
     )
     for name, fault in CELLS
 ]

@@ -316,7 +316,7 @@ def test_units_behind_operators_without_a_form_are_included(tmp_path: Path, kind
 
 
 @pytest.mark.fuzz
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(net=networks())
 def test_random_networks(tmp_path_factory: pytest.TempPathFactory, net: Network) -> None:
     """Whatever part of a network can be stated is the network, whole and masked."""
