@@ -51,3 +51,16 @@ def test_bar_is_shorter_on_narrow_terminals(width: int, cells: int) -> None:
     text = parts.bar(0.5, console).plain
     assert len(text.split()[0]) == cells
     assert text.endswith("50.0 %")
+
+
+def test_long_name_of_a_node_leaves_room_for_the_words_beside_it() -> None:
+    node = "jax2tf_get_logits_/pjit_get_logits_/MagikaV2/Dense_1/" + "MatMul" * 10
+    fit = {"node": node, "form": "least squares", "error_before": 0.04, "error_after": 0.03}
+    console = Console(file=io.StringIO(), width=80)
+    for part in parts.fit_rows([fit]):
+        console.print(part)
+    stream = console.file
+    assert isinstance(stream, io.StringIO)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("largest relative error left" in line for line in lines) == 1

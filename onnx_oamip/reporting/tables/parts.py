@@ -31,6 +31,8 @@ ROWS = 40
 """Largest number of rows of a table; the JSON document has all."""
 BAR = 12
 """Width of a bar, in characters."""
+NAME = 28
+"""Longest name, in characters, beside numbers that are never cut."""
 NARROW_BAR = 4
 """Width of a bar on a narrow terminal."""
 WIDE = 80
@@ -371,7 +373,8 @@ def fit_rows(fits: Sequence[Document]) -> Iterator[RenderableType]:
     worst = max(fits, key=lambda fit: fit["error_after"])
     before = number(worst["error_before"])
     after = number(worst["error_after"])
-    table.add_row("largest relative error left", cell(f"{before} -> {after} in {worst['node']}"))
+    node = shortened(worst["node"], NAME)
+    table.add_row("largest relative error left", cell(f"{before} -> {after} in {node}"))
     yield table
 
 
