@@ -97,11 +97,16 @@ def test_models_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str]) -
     assert names[2] == "third"
 
 
-def test_table_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("columns", [60, 80])
+def test_table_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["compare", "half.json", "third.json"]) == 0
     shown = capsys.readouterr().out
+    assert {"half", "third"} <= set(shown.split())
     assert "50.0 % (40.0-60.0 %)" in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(map(len, shown.splitlines())) <= columns
 
 
 def test_page_shows_what_the_reports_say(tmp_path: Path) -> None:

@@ -147,10 +147,11 @@ def test_largest_loss_is_that_of_the_metric_or_of_the_worst_output(
     assert all(sentence in text for text in found)
 
 
-def test_table_shows_all_stages_at_80_columns(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_table_shows_all_stages_at_every_width(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", str(columns))
     (place / "p.toml").write_text(RUN)
     assert main(["run", "p.toml"]) == 0
     shown = capsys.readouterr().out
@@ -158,7 +159,8 @@ def test_table_shows_all_stages_at_80_columns(
     for stage in ("original", "prune", "int8"):
         assert rows.count(stage) == 2
     tables = shown.partition("zip: ")[0]
-    assert max(map(len, tables.splitlines())) <= 80
+    assert max(map(len, tables.splitlines())) <= columns
+    assert ("unchanged" in tables or "now" in tables) == (columns >= 80)
     assert "75.0 % (65.0-85.0 %)" in shown
 
 

@@ -15,6 +15,7 @@ from onnx_oamip.core.printable import shortened, visible
 from onnx_oamip.reporting.documents import Document
 from onnx_oamip.reporting.side_by_side import lost
 from onnx_oamip.reporting.tables.parts import (
+    NAME,
     ROWS,
     WIDE,
     assumption_rows,
@@ -413,8 +414,9 @@ def _int8(value: Document, _: Console) -> Iterator[RenderableType]:
 
 def _run(value: Document, console: Console) -> Iterator[RenderableType]:
     yield Text.assemble((value["model"]["path"], "bold"), " -> ", (value["folder"], "bold"))
-    yield stage_sizes(value["stages"])
-    yield stage_quality(value["stages"], value["reused"], is_wide=console.width >= WIDE)
+    is_wide = console.width >= WIDE
+    yield stage_sizes(value["stages"], is_wide=is_wide)
+    yield stage_quality(value["stages"], value["reused"], is_wide=is_wide)
     lines = [
         "zip: deflated, as it ships; time: of the original's, the median and its 95 % interval;",
         "lost: points of the worst output against the original on held-out samples.",
@@ -428,16 +430,24 @@ def _run(value: Document, console: Console) -> Iterator[RenderableType]:
         )
 
 
-def _compare(value: Document, _: Console) -> Iterator[RenderableType]:
+def _compare(value: Document, console: Console) -> Iterator[RenderableType]:
     yield Text(value["original"]["path"], "bold")
-    table = grid("model", ">MACs", ">bytes", ">zip", ">time (95 %)", ">accuracy", ">lost")
+    names = ["MACs", "bytes", "zip", "time (95 %)", "accuracy", "lost"]
+    if console.width < WIDE:
+        names = ["bytes", "time (95 %)", "lost"]
+    table = grid("model", *(f">{name}" for name in names))
     for model in value["compared_models"]:
         found = model["verification"]
-        shares = (percent(model["shares"][key]) for key in ("macs", "bytes", "zip_bytes"))
-        accuracy = percent(found and found["accuracy_after"], digits=2)
-        table.add_row(
-            cell(shortened(model["name"])), *shares, time_cell(found), accuracy, points(lost(found))
-        )
+        shares = model["shares"]
+        cells = {
+            "MACs": percent(shares["macs"]),
+            "bytes": percent(shares["bytes"]),
+            "zip": percent(shares["zip_bytes"]),
+            "time (95 %)": time_cell(found),
+            "accuracy": percent(found and found["accuracy_after"], digits=2),
+            "lost": points(lost(found)),
+        }
+        table.add_row(cell(shortened(model["name"], NAME)), *(cells[name] for name in names))
     yield table
     yield Text("shares of the original's; lost: points of the worst output.")
     if value["differences"]:

@@ -198,16 +198,17 @@ def knee_command(value: Document) -> str:
     return f"onnx-oamip prune {model} --data {data} --macs {level} -o {output}"
 
 
-def stage_sizes(rows: Sequence[Document]) -> Table:
+def stage_sizes(rows: Sequence[Document], *, is_wide: bool) -> Table:
     """Makes the table of the sizes of the models of a run.
 
     Args:
         rows: The ``stages`` of a document, the original first.
+        is_wide: Show all columns.
 
     Returns:
         The table.
     """
-    table = grid("model", ">MACs", ">bytes", ">kept", ">zip", ">kept")
+    table = grid("model", ">MACs", ">bytes", ">kept", ">zip", *([">kept"] * is_wide))
     first = rows[0]
     for row in rows:
         kept = {key: percent(row[key] / first[key]) for key in ("macs", "bytes", "zip_bytes")}
@@ -217,7 +218,7 @@ def stage_sizes(rows: Sequence[Document]) -> Table:
             f"{row['bytes']:,}",
             kept["bytes"],
             f"{row['zip_bytes']:,}",
-            kept["zip_bytes"],
+            *([kept["zip_bytes"]] * is_wide),
         )
     return table
 
@@ -228,29 +229,33 @@ def stage_quality(rows: Sequence[Document], reused: Sequence[str], *, is_wide: b
     Args:
         rows: The ``stages`` of a document, the original first.
         reused: Names of the stages that were not run again.
-        is_wide: Show all columns.
+        is_wide: Show all columns; otherwise accuracy is left out where there are no labels, and agreement elsewhere.
 
     Returns:
         The table.
     """
-    wide = (">ms", "run") if is_wide else ()
-    table = grid("model", ">time (95 %)", ">agreement", ">accuracy", ">lost", *wide)
     accuracy = next((r["verification"]["accuracy_before"] for r in rows if r["verification"]), None)
+    judged = ["agreement", "accuracy"]
+    if not is_wide:
+        judged.remove("accuracy" if accuracy is None else "agreement")
+    names = ("time (95 %)", *judged, "lost", *(["ms"] * is_wide))
+    table = grid("model", *(f">{name}" for name in names), *(["run"] * is_wide))
     for row in rows:
         found = row["verification"]
-        run = "unchanged" if row["stage"] in reused else "now"
-        more = (f"{row['milliseconds']:.3f}", "" if found is None else run) if is_wide else ()
         if found is None:
-            table.add_row(cell(row["stage"]), "100 %", "", percent(accuracy, digits=2), "", *more)
-            continue
-        table.add_row(
-            cell(row["stage"]),
-            time_cell(found),
-            percent(found["agreement"], digits=2),
-            percent(found["accuracy_after"], digits=2),
-            points(lost(found)),
-            *more,
-        )
+            cells = {"time (95 %)": "100 %", "accuracy": percent(accuracy, digits=2)}
+            run = ""
+        else:
+            cells = {
+                "time (95 %)": time_cell(found),
+                "agreement": percent(found["agreement"], digits=2),
+                "accuracy": percent(found["accuracy_after"], digits=2),
+                "lost": points(lost(found)),
+            }
+            run = "unchanged" if row["stage"] in reused else "now"
+        cells["ms"] = f"{row['milliseconds']:.3f}"
+        texts = (cells.get(name, "") for name in names)
+        table.add_row(cell(row["stage"]), *texts, *([run] * is_wide))
     return table
 
 
