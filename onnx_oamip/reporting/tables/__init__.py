@@ -451,8 +451,8 @@ def _compare(value: Document, console: Console) -> Iterator[RenderableType]:
     yield table
     yield Text("shares of the original's; lost: points of the worst output.")
     if value["differences"]:
-        names = ", ".join(row["setting"] for row in value["differences"])
-        yield Text(f"settings that differ: {names}")
+        settings = ", ".join(row["setting"] for row in value["differences"])
+        yield Text(f"settings that differ: {settings}")
 
 
 _DRAW = {
