@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class StagedRun:
         folder: Where the stages wrote.
         rows: Size, latency and quality of the original and of the model of every stage.
         limits: What the last model had to keep to.
-        broken: Limits that it does not keep to, in sentences.
+        broken: Limits that it does not keep to and checks that do not hold, in sentences.
         records: The stages in their order, the checks last.
         settings: Settings of every stage.
     """
@@ -178,7 +178,7 @@ def run(
         folder=target,
         rows=rows,
         limits=stages.limits,
-        broken=broken(rows[0], rows[-1], stages.limits),
+        broken=(*failed(rows), *broken(rows[0], rows[-1], stages.limits)),
         records=tuple(work.records),
         settings={
             "data": source_name(data),
@@ -186,6 +186,23 @@ def run(
             "seconds": stages.seconds,
             **settings,
         },
+    )
+
+
+def failed(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Checks of the models of a run that do not hold.
+
+    Args:
+        rows: Rows of the original and of the stages.
+
+    Returns:
+        A sentence for every such check.
+    """
+    return tuple(
+        f"the model of {row['stage']} fails a check: {failure}"
+        for row in rows
+        if row["verification"]
+        for failure in row["verification"]["failures"]
     )
 
 
@@ -270,7 +287,11 @@ class _Work:
     def check(self) -> StageRecord:
         """Measure all models, unless that is up to date."""
         models = [record.sha256 for record in self.records]
-        depends = {"models": models, "seconds": self.stages.seconds}
+        depends = {
+            "models": models,
+            "seconds": self.stages.seconds,
+            "paths": [self.original.path, str(self.folder)],
+        }
         return self._stage(CHECK, depends, self._check)
 
     def _sha256(self) -> str:

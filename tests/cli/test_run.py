@@ -124,6 +124,24 @@ def test_broken_limits_end_with_status_1(run: Callable) -> None:
     assert "of the time (at least 40.0%" in found["broken"][1]
 
 
+def test_checks_that_do_not_hold_are_named() -> None:
+    rows = [
+        {"stage": "original", "verification": None},
+        {"stage": "prune", "verification": {"failures": []}},
+        {"stage": "int8", "verification": {"failures": ["'y' is not finite"]}},
+    ]
+    assert staged_run.failed(rows) == ("the model of int8 fails a check: 'y' is not finite",)
+
+
+def test_budget_that_cannot_be_met_ends_with_status_1(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "p.toml").write_text(RUN.replace("0.5", "0.001"))
+    assert main(["run", "p.toml"]) == 1
+    assert "budget" in capsys.readouterr().err
+    assert not list((place / "p").glob("*.onnx"))
+
+
 def test_limits_are_checked_without_running_again(run: Callable) -> None:
     run(RUN)
     assert run(RUN + "\n[check]\nsize = 0.001\n", code=1)["reused"] == ["prune", "int8", "check"]
