@@ -45,7 +45,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 TESTS = Path(__file__).parent
 FAST = TESTS / "fast.json"
-"""How many tests the fast tier runs of every file that takes longer: the first ones, in their order. 0 is none."""
+"""Number of tests that the fast tier runs of every file that takes longer: the first ones. 0 is none."""
 FAST_SECONDS = 0.5
 """Processor seconds that a file may take in the fast tier."""
 

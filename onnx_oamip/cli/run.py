@@ -73,7 +73,7 @@ class RunFile:
 
     @property
     def folder(self) -> Path:
-        """Where the stages write: by default a folder beside the file, named after it."""
+        """Folder that the stages write to: by default beside the file, and named after it."""
         return Path(self.own.get("folder", self.path.with_suffix("")))
 
 

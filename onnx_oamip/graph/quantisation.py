@@ -30,7 +30,7 @@ FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How a model is quantised.
+    """Options of the quantisation of a model.
 
     Attributes:
         ranges: Of activations: ``static``, from calibration samples, or ``dynamic``, computed in every run.

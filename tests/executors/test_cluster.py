@@ -167,7 +167,7 @@ def test_commands_accept_a_scheduler_address(
 
 
 def test_cache_is_shared_by_local_and_cluster_runs(place: Path, address: str) -> None:
-    """What a cluster found is taken here: where it was worked out decides nothing."""
+    """Results of a cluster are taken from the cache here: the place of computation decides nothing."""
     settings = Settings.create(
         macs=0.5, align=1, device="cpu", cache=str(place / "cache"), scheduler=address
     )

@@ -170,7 +170,7 @@ def test_exclusion_reason_names_the_pattern(tmp_path: Path) -> None:
 
 
 def test_channels_in_a_branch_have_their_consumers_inside(tmp_path: Path) -> None:
-    """What a branch sums over has no statistic; what is summed over behind the branch has one again."""
+    """A sum inside a branch has no statistic; a sum behind the branch has one."""
     _, coupling = _coupled(BRANCHES, tmp_path)
     assert [g.name for g in coupling.groups] == ["w1", "w2"]
     assert [c.weight for c in coupling.inside] == ["w2", "w3"]

@@ -265,7 +265,7 @@ def test_inspect_does_not_load_a_gigabyte_of_weights(tmp_path: Path, external: b
 
 
 def test_small_copy_of_the_large_model_can_be_pruned(tmp_path: Path) -> None:
-    """What the tool writes is a transformer that can be pruned."""
+    """The tool writes a transformer that can be pruned."""
     path = tmp_path / "small.onnx"
     assert make(path, layers=1, width=32, heads=4) == sum(
         p.stat().st_size for p in tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""What a linear node reads, as rows: rows @ W + b must be the output that ONNX Runtime gives, for every layout."""
+"""Inputs of linear nodes as rows: rows @ W + b is the output of ONNX Runtime, for every layout."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_matrix_round_trip_restores_the_weight(
 def test_fewer_channels_are_fewer_rows_and_columns(
     held: tuple[Site, Array, tuple[int, ...]],
 ) -> None:
-    """What is left out of the matrix form is what is left out of the weight, where the layout has that channel."""
+    """Rows missing in the matrix form are the channels missing in the weight, if the layout has that channel."""
     place, weight, (groups, outs, ins, _) = held
     value = np.arange(weight.size, dtype=np.float32).reshape(weight.shape)
     rows = [True] + [False] * (outs - 2) + [True]

@@ -55,7 +55,7 @@ def problem(seed: int, outs: int, columns: Ints, others: int = 0, gain: float = 
 
 
 def loss(found: Problem, gone: Sequence[int]) -> float:
-    """What removing units costs after the best repair: one least squares on a root of the covariance."""
+    """Cost of removing units after the best repair: one least squares on a root of the covariance."""
     columns = found.columns[list(gone)].reshape(-1)
     stays = np.setdiff1d(np.arange(found.weight.shape[1]), columns)
     root = np.linalg.cholesky(found.gram).T
@@ -164,7 +164,7 @@ def test_factor_of_few_rows_has_the_order_of_its_matrix() -> None:
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_constant_units_are_removed_first_and_cost_nothing(wide: bool) -> None:
-    """Whatever their weights: a bias makes up for them."""
+    """Their weights do not matter: a bias compensates for them."""
     rng = np.random.default_rng(6)
     base = problem(6, 4, units(8, 2))
     constant = base.columns[[3, 5]].reshape(-1)

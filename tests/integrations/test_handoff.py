@@ -1,4 +1,4 @@
-"""What takes a pruned model over: quantisation by ONNX Runtime, the GitHub Action, the container."""
+"""Consumers of a pruned model: quantisation by ONNX Runtime, the GitHub Action, the container."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def run_step(
 
 
 def test_action_declares_inputs_outputs_and_steps(action: dict[str, Any]) -> None:
-    """What its expressions name is declared, in both directions, and no expression stands in a script."""
+    """Names in expressions are declared and used, and no expression is inside a script."""
     text = (ACTION / "action.yml").read_text(encoding="utf-8")
     assert action["runs"]["using"] == "composite"
     assert all(
@@ -292,7 +292,7 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_dockerfile_installs_the_package() -> None:
-    """What it copies exists, what it installs is declared, and it runs as a user of its own."""
+    """Copied files exist, installed packages are declared, and it runs as a user of its own."""
     text = (
         (ROOT / "tools" / "docker" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     )

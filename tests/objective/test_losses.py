@@ -403,7 +403,7 @@ NAMES = st.sampled_from(["classes", "binary", "values", "embedding", "ambiguous"
 
 
 def answers(kind: str, values: Floats) -> Floats:
-    """What a loss of 0 has to keep."""
+    """Properties that a loss of 0 implies."""
     if kind == "classes":
         return log_softmax(values, axis=1)
     if kind == "embedding":

@@ -530,7 +530,7 @@ def test_solver_without_a_solution_is_reported(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_time_limit_keeps_the_best_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the solver has nothing in time, the greedy plan stands."""
+    """Without a solution in time, the greedy plan is taken."""
     _, coupling, ledger = net("concat")
     full = full_widths(coupling)
 

@@ -579,7 +579,7 @@ def test_latency_budget_is_met_despite_noise(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_latency_combines_with_a_macs_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the other budget is tighter, the latency lands wherever that leads, below its share."""
+    """If the other budget is tighter, it decides, and the latency is below its share."""
     ready = asked(prepared("resnet20-fashion"), latency=0.9, macs=0.3, refit="none")
     table, measure = _clock(ready, _linear, _linear)
     monkeypatch.setattr(search, "profile", lambda *_, **__: table)

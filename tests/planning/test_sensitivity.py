@@ -263,7 +263,7 @@ def test_networks_have_the_named_consumers(tmp_path: Path) -> None:
     [("conv, pool, norm, flatten", 30), ("residual trunk", 50), ("transposed convolutions", 8)],
 )
 def test_folded_matrices_give_the_same_losses(name: str, cap: int, tmp_path: Path) -> None:
-    """Where a Gram matrix holds channels only, weights of all taps are repaired alike."""
+    """With a covariance of channels alone, the weights of all taps are repaired alike."""
     model = load(build(NETS[name]), tmp_path)
     coupling = couple(model)
     feeds = _feeds(model)
@@ -434,7 +434,7 @@ def test_constants_read_only_in_a_branch_are_supported(tmp_path: Path) -> None:
 
 
 def test_types_behind_unknown_operators_are_measured(tmp_path: Path) -> None:
-    """What crosses into a part may come from an operator whose result inference does not know."""
+    """An input of a part may come from an operator whose result type inference does not know."""
     text = """(float[N,5] x) => (float[N,3] y) <float[5,8] w1, float[8,3] w2, float[5,3] w3> {
         g = com.microsoft.Trilu(x)
         v = MatMul(g, w3)
@@ -477,7 +477,7 @@ def _masked(model: Model, coupling: Coupling, group: int, gone: Ints) -> ModelPr
 
 
 def _widths(coupling: Coupling, order: Floats, group: int) -> list[Ints]:
-    """What is gone at every level."""
+    """Units that are removed at every level."""
     units = coupling.groups[group].units
     removal = units[np.argsort(order[units], kind="stable")]
     return [removal[: len(units) - w] for w in levels(len(units))]

@@ -439,7 +439,7 @@ def test_program_that_exceeds_the_licence_by_cuts_moves_to_highs(size_limited: N
 
 
 def test_refusal_by_gurobi_is_reported(size_limited: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where our own count were wrong, the solver's refusal is still one sentence."""
+    """A solver's refusal is one sentence, even if the size was counted wrongly before."""
     with pytest.raises(SolverError, match=r"2,001 variables.*`solver=highs`"):
         gurobi.solve(knapsack(2001), SolverLimits())
 

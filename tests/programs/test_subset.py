@@ -265,7 +265,7 @@ def test_quadratic_narrow_is_exact_where_units_are_far_apart(seed: int) -> None:
 @given(SEEDS, st.integers(3, 10))
 @settings(max_examples=30)
 def test_narrow_is_nested(seed: int, units: int) -> None:
-    """What went stays away, with and without repair."""
+    """A removed unit is not taken back, with and without repair."""
     rng = np.random.default_rng(seed)
     for loss in (Quadratic(matrix(rng, units)), repaired("several", seed, units)):
         keep = everything(units)
@@ -552,7 +552,7 @@ def test_shared_out_is_best(seed: int, units: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 6])
 def test_units_of_zero_weight_receive_a_share(count: int) -> None:
-    """Where nothing is heard at all, and where fewer are heard than may stay."""
+    """Consumers that read no unit, and consumers that read fewer units than may be kept."""
     for weight in (np.zeros(6), np.asarray([0, 0, 5.0, 0, 1.0, 0])):
         found = _shares(weight, everything(6), count)
         assert found.sum() == pytest.approx(count)

@@ -261,7 +261,7 @@ def test_names_of_nodes_and_tensors_are_unchanged(halved: Halved) -> None:
 def test_exporters_give_the_same_pruned_network(
     names: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """What one network loses does not depend on how it was written down: layouts, folded norms, computed shapes."""
+    """The loss of one network does not depend on its export: layouts, folded norms, computed shapes."""
     first, *others = (_halve(name, tmp_path_factory.getbasetemp()) for name in names)
     images, _ = _held_out(first.before)
     (scores,) = _run(first.after, images).values()
@@ -276,7 +276,7 @@ def test_exporters_give_the_same_pruned_network(
 
 
 def test_dictionaries_of_probabilities_are_kept_beside_the_label(tmp_path: Path) -> None:
-    """What skl2onnx makes of a classifier by default: a label, and ZipMap, one dictionary for every sample."""
+    """Default export of a classifier by skl2onnx: a label, and ZipMap, one dictionary for every sample."""
     proto = onnx.load(FOLDER / "sklearn-float.onnx")
     proto.graph.node.append(
         helper.make_node(

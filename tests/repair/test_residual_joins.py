@@ -1,4 +1,4 @@
-"""Where a linear node's output meets another branch, and what stands between."""
+"""Joins of a linear node's output with another branch, and the nodes in between."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NORM = ", float[4] s = {1, 1, 1, 1}, float[4] z = {0, 0, 0, 0}, float[4] m = {0,
 def _join(
     folder: Path, between: str, constants: str = "", more: str = "", **changed: Array
 ) -> Join | None:
-    """What the output of the first convolution runs into, where constants have other values."""
+    """Nodes behind the first convolution, with other values of the constants."""
     text = (
         HEAD.format(constants=constants, more=more) + " { " + PLAIN.format(between=between) + " }"
     )

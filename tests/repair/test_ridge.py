@@ -109,7 +109,7 @@ def test_without_a_solver_only_the_bias_changes() -> None:
 
 
 def test_worse_bias_is_discarded() -> None:
-    """Where the held-out rows are right already, a shift would spoil them: the error after is that before."""
+    """If the held-out rows are exact already, no shift is made: the error after is that before."""
     x, residual = _problem()
     residual = residual * (np.arange(ROWS) < SPLIT)[:, None]
     _, _, _, errors = ridge.choose_ridge(x, residual, SPLIT, None)

@@ -251,7 +251,7 @@ WIDE = """(float[batch, 4, 256, 256] image) => (float[batch, 5] scores)
 def test_activations_and_matrices_stay_within_their_memory_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What walks hold, what runs take and give at the same time, and all second moments: bytes of arrays, counted."""
+    """Bytes of arrays that are held at the same time by walks, runs and second moments."""
     least = 1 << 28
     lock = threading.Lock()
     most = {"frontier": 0, "runs": 0, "samples": 0, "grams": 0}

@@ -1,4 +1,4 @@
-"""Whatever fails, wherever: old files stay, nothing is left behind, the next run starts from what was learnt.
+"""Failures anywhere: old files are unchanged, no new ones are left, and the next run starts from the cache.
 
 Every stage meets every fault: ``CELLS``. A cell is left out by a rule alone, ``possible``, which is held against what
 the stages do. A worker is a process of a cluster: a thread cannot die by itself, what kills it kills the process.
@@ -225,7 +225,7 @@ def kinds(folder: Path) -> dict[str, int]:
 def whole(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Mapping[str, Any]], tuple[bytes, Path]]:
-    """What a run from nothing writes, and the cache that it leaves; one run for all stages of the same settings."""
+    """Files and cache of a run from an empty cache; one run for all stages of the same settings."""
     found: dict[str, tuple[bytes, Path]] = {}
 
     def run(values: Mapping[str, Any]) -> tuple[bytes, Path]:
@@ -381,7 +381,7 @@ def _no_licence(task: Path, stage: Stage) -> None:
 
 
 def _records(report: Any, stage: Stage) -> list[Mapping[str, Any]]:
-    """What is told about the programs of a stage."""
+    """Records of the programs of a stage."""
     return list(
         report.plan.programs
         if stage.place == "planning.allocation.allocate"

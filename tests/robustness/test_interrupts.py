@@ -176,7 +176,7 @@ print(json.dumps(ends))
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """How every case ended, by its name: all run at the same time, each in a folder of its name."""
+    """End of every case by its name: all run at the same time, each in a folder of its name."""
     distributed = pytest.importorskip(
         "distributed", reason="the package distributed is not installed"
     )

@@ -322,7 +322,7 @@ def test_half_precision_overflow_names_the_tensor(method: str, told: Callable[..
 def test_rows_that_overflow_behind_a_clip_are_left_out_of_the_fit(
     kind: str, method: str, told: Callable[..., Told]
 ) -> None:
-    """What units read is finite, but a layer behind them overflows before it is clipped."""
+    """Inputs of units are finite, but a later layer overflows before it is clipped."""
     if kind == "half":
         proto, x = (
             half(changed(build(CLIPPED), w2=3e4 * weights(build(CLIPPED), "w2"))),

@@ -55,7 +55,7 @@ TRACE = re.compile(r"Traceback|Error\('|<class '")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one case ended: ``pruned``, ``inspected``, ``refused`` (a sentence), or what must not be."""
+    """End of one case: ``pruned``, ``inspected``, ``refused`` (a sentence), or what must not be."""
 
     case: int
     kind: str

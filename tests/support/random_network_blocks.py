@@ -213,7 +213,7 @@ class Elementwise(Maker):
         return self.node("DequantizeLinear", [made.name, *along], shape)
 
     def block_tabular(self, x: Value) -> Value:
-        """What scikit-learn's exporter puts in front of a network."""
+        """Nodes that scikit-learn's exporter puts in front of a network."""
         size = self.one_of((x.shape[-1], 1))
         offset, scale = (
             self.rng.standard_normal(size).tolist(),

@@ -107,7 +107,7 @@ WEIGHT_FORMS = (0.72, 0.07, 0.07, 0.04, 0.1)
 
 
 def jumps(node: NodeProto) -> bool:
-    """Whether a node is one of ``STEPS``, or a cast to what has no fractions."""
+    """True for a node of ``STEPS``, and for a cast to a type without fractions."""
     to = next((a.i for a in node.attribute if a.name == "to"), TensorProto.FLOAT)
     return node.op_type in STEPS or (node.op_type == "Cast" and to != TensorProto.FLOAT)
 

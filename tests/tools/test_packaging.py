@@ -1,4 +1,4 @@
-"""What is installed and where it is tested: constraints for every dependency, the workflow of hosted CI."""
+"""Installation and its tests: constraints for every dependency, the workflow of hosted CI."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PYTHONS = [text for c in PROJECT["classifiers"] for text in re.findall(r"Python :: (3\.\d+)$", c)]
 KNOWN_TO_BREAK: dict[str, str] = {}
-"""What breaks with the releases that a dependency's specifier excludes, by the dependency's name."""
+"""Failures with the releases that a dependency's specifier excludes, by the dependency's name."""
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
 
 

@@ -254,7 +254,7 @@ def test_wrong_cut_is_refused_for_uninformative_outputs(
 
 
 def test_saturated_sigmoids_hide_a_wrong_cut(tmp_path: Path) -> None:
-    """What the gate sees beyond the outputs is needed: they alone would let a wrong cut through."""
+    """The gate needs tensors besides the outputs, which alone do not show this wrong cut."""
     model, coupling, keep, found = _proof("near one", tmp_path)
     masked, cut = rewrite.mask(model, coupling, keep), rewrite.cut(model, coupling, keep)
     wrong = _changed(cut, "w3", constants(cut)["w3"][::-1])

@@ -68,7 +68,7 @@ def _choice(coupling: Coupling, gone: int) -> Bools:
 
 
 def _number(proto: ModelProto) -> float:
-    """What the logits are divided or multiplied by."""
+    """Divisor or factor of the logits."""
     held = constants(proto)
     node = next(n for n in proto.graph.node if n.op_type in ("Div", "Mul") and n.input[1] in held)
     return float(held[node.input[1]])

@@ -28,7 +28,7 @@ from onnx_oamip.graph.surgery import attention_scale, rewrite
 
 
 def _kind(group: Group) -> str:
-    """What a group of the encoder is made of."""
+    """Weights of a group of the encoder."""
     tensors = {t for t, _ in group.multiplicity}
     if "words" in tensors:
         return "residual"
@@ -105,7 +105,7 @@ def test_fused_attention_differs_without_the_rewritten_scale(tmp_path: Path) -> 
 
 
 def test_restored_zeros_prevent_fusion_of_normalisation(tmp_path: Path) -> None:
-    """What is fused around it stays correct; ``--exclude`` keeps the width of the residual stream."""
+    """Fused neighbours remain correct; ``--exclude`` keeps the width of the residual stream."""
     model = load(bert(), tmp_path)
     coupling = couple(model)
     cut = assert_exact(model, coupling, _half(coupling, "residual"), 2e-5)
@@ -117,7 +117,7 @@ def test_restored_zeros_prevent_fusion_of_normalisation(tmp_path: Path) -> None:
 
 
 def _session_optimised(proto: ModelProto, folder: Path) -> ModelProto:
-    """What a session makes of a model before it runs it, short of the layout of one machine."""
+    """Model as a session optimises it, without the layouts of one machine."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(folder / "optimised.onnx")

@@ -164,7 +164,7 @@ PROBLEMS: Mapping[str, Callable[[int], list[Problem]]] = {
 
 
 def _loss(found: Sequence[Problem], keep: Bools, refit: str) -> float:
-    """What the consumers lose, relative, mean over consumers: weights as they would be mended, moments as they are."""
+    """Relative loss of the consumers, averaged: weights after their repair, original moments."""
     total = 0.0
     for p in found:
         covariance = p.gram - p.ridge * np.eye(len(p.gram))
@@ -309,7 +309,7 @@ def test_loss_depends_on_the_refit() -> None:
 
 
 def test_proven_optimum_equals_enumeration() -> None:
-    """Where a record says optimal, the sum over shares is within its gap of the sum of the best nested sets' losses."""
+    """If a record states an optimum, the sum over shares is within its gap of the losses of the best nested sets."""
     from itertools import combinations
 
     for refit in ("least-squares", "bias"):
@@ -561,7 +561,7 @@ def test_one_of_two_equal_units_is_removed_early(tmp_path: Path) -> None:
 @pytest.mark.parametrize("refit", REFITS)
 @pytest.mark.parametrize("net", ["mlp", "attention"])
 def test_scores_are_permuted_within_groups_only(net: str, refit: str, tmp_path: Path) -> None:
-    """Where several orders were measured, the values of a group are the program's, dealt out in the order chosen."""
+    """With several measured orders, the values of a group are the program's, assigned in the order chosen."""
     model = load(build(NETS[net]), tmp_path)
     coupling = couple(model)
     found = dataset.load(samples(model, 400), model)

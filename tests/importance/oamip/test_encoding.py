@@ -319,7 +319,7 @@ def test_units_behind_operators_without_a_form_are_included(tmp_path: Path, kind
 @settings(max_examples=60)
 @given(net=networks())
 def test_random_networks(tmp_path_factory: pytest.TempPathFactory, net: Network) -> None:
-    """Whatever part of a network can be stated is the network, whole and masked."""
+    """Every part of a network that can be encoded equals the network, whole and masked."""
     model = load(net.proto, tmp_path_factory.mktemp("net"))
     coupling = couple(model)
     images = images_of(model)

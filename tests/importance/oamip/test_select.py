@@ -55,7 +55,7 @@ def _settings(**values: Any) -> Settings:
 
 
 def _statistics(moments: Statistics, few: Images | None) -> Statistics:
-    """What a program over the network reads; the layer-wise program has no covariance to work with."""
+    """Statistics of a program over the network; there is no covariance for the layer-wise program."""
     answers = {**moments.answers, COVARIANCE: {}, CLASS_SAMPLES: few}
     return Statistics(answers, moments.samples, "cpu")
 
