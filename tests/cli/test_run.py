@@ -63,6 +63,56 @@ def run(place: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[
     return called
 
 
+WRONG = {
+    "no model": ('data = "d.npz"\n[prune]\n', "names no model"),
+    "no data": ('model = "m.onnx"\n[prune]\n', "names no data"),
+    "no stage": ('model = "m.onnx"\ndata = "d.npz"\n', "no stage is described"),
+    "a name": (
+        RUN.replace("macs", "mcas"),
+        "in [prune] 'mcas', which is no option of prune; is it macs?",
+    ),
+    "a name at the top": ("qwertz = 1\n" + RUN, "sets 'qwertz', which is no option of a stage."),
+    "a table": (RUN + "[report]\nx = 1\n", "'report' to a table; tables are prune"),
+    "an option of files": (
+        RUN + '[check]\noutput = "x"\n',
+        "'output', which is no option of check",
+    ),
+    "a value": (RUN.replace("0.5", "2.0"), "--macs"),
+    "a limit": (RUN + "[check]\nsize = 3\n", "--size"),
+    "a model that is no text": (RUN.replace('"m.onnx"', "3"), "sets model to 3"),
+    "no budget": (RUN.replace("macs = 0.5", ""), "nothing says how much to keep"),
+    "a folder over the model": (RUN.replace('"m.onnx"', '"p/prune.onnx"'), "give another folder"),
+    "a folder that is a file": ('folder = "m.onnx"\n' + RUN, "is a file"),
+    "a model that is not there": (RUN.replace("m.onnx", "n.onnx"), "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_file_is_one_sentence_and_writes_nothing(
+    place: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, expected = WRONG[name]
+    (place / "p.toml").write_text(text)
+    assert main(["run", "p.toml"]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+    assert sorted(p.name for p in place.iterdir()) == ["d.npz", "m.onnx", "p.toml"]
+
+
+def test_missing_torch_is_reported_before_any_work(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("onnx_oamip.recovery.")]:
+        if name.rpartition(".")[2] in ("engine", "losses", "training"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (place / "p.toml").write_text(RUN + "[recover]\n")
+    assert main(["run", "p.toml"]) == 2
+    assert "extra 'recover'" in capsys.readouterr().err
+    assert not (place / "p").exists()
+
+
 def test_every_stage_is_measured_against_the_original(place: Path, run: Callable) -> None:
     found = run(RUN)
     names = [row["stage"] for row in found["stages"]]
@@ -197,53 +247,3 @@ def test_trained_stage_stands_between_the_others(run: Callable[..., dict]) -> No
     found = run(f"{RUN}[recover]\nrecover = 5\n")
     assert [row["stage"] for row in found["stages"]] == ["original", "prune", "recover", "int8"]
     assert run(f"{RUN}[recover]\nrecover = 5\n")["reused"] == ["prune", "recover", "int8", "check"]
-
-
-WRONG = {
-    "no model": ('data = "d.npz"\n[prune]\n', "names no model"),
-    "no data": ('model = "m.onnx"\n[prune]\n', "names no data"),
-    "no stage": ('model = "m.onnx"\ndata = "d.npz"\n', "no stage is described"),
-    "a name": (
-        RUN.replace("macs", "mcas"),
-        "in [prune] 'mcas', which is no option of prune; is it macs?",
-    ),
-    "a name at the top": ("qwertz = 1\n" + RUN, "sets 'qwertz', which is no option of a stage."),
-    "a table": (RUN + "[report]\nx = 1\n", "'report' to a table; tables are prune"),
-    "an option of files": (
-        RUN + '[check]\noutput = "x"\n',
-        "'output', which is no option of check",
-    ),
-    "a value": (RUN.replace("0.5", "2.0"), "--macs"),
-    "a limit": (RUN + "[check]\nsize = 3\n", "--size"),
-    "a model that is no text": (RUN.replace('"m.onnx"', "3"), "sets model to 3"),
-    "no budget": (RUN.replace("macs = 0.5", ""), "nothing says how much to keep"),
-    "a folder over the model": (RUN.replace('"m.onnx"', '"p/prune.onnx"'), "give another folder"),
-    "a folder that is a file": ('folder = "m.onnx"\n' + RUN, "is a file"),
-    "a model that is not there": (RUN.replace("m.onnx", "n.onnx"), "no such file"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_file_is_one_sentence_and_writes_nothing(
-    place: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text, expected = WRONG[name]
-    (place / "p.toml").write_text(text)
-    assert main(["run", "p.toml"]) == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert len(error.splitlines()) == 1
-    assert sorted(p.name for p in place.iterdir()) == ["d.npz", "m.onnx", "p.toml"]
-
-
-def test_missing_torch_is_reported_before_any_work(
-    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in [name for name in sys.modules if name.startswith("onnx_oamip.recovery.")]:
-        if name.rpartition(".")[2] in ("engine", "losses", "training"):
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (place / "p.toml").write_text(RUN + "[recover]\n")
-    assert main(["run", "p.toml"]) == 2
-    assert "extra 'recover'" in capsys.readouterr().err
-    assert not (place / "p").exists()
