@@ -84,4 +84,4 @@ def test_large_networks_are_drawn_in_blocks(named: bool) -> None:
     if named:
         assert found.boxes[0] == Box("/stage0", "12 layers", 120, 48)
     else:
-        assert found.boxes[0] == Box("Conv_0 …", "6 layers", 60, 24)
+        assert found.boxes[0] == Box("Conv_0 … Conv_5", "6 layers", 60, 24)

@@ -138,17 +138,17 @@ def _blocks(whole: Network) -> Network:
     """Put boxes that follow each other into blocks, by the longest starts of names that give few enough."""
     parts = [re.split(r"(?<=[^/.])(?=[/.])", box.name) for box in whole.boxes]
     for depth in range(max(map(len, parts)) - 1, 0, -1):
-        names = ["".join(part[:depth]) for part in parts]
-        runs = [list(run) for _, run in groupby(range(len(names)), names.__getitem__)]
+        starts = ["".join(part[:depth]) for part in parts]
+        runs = [list(run) for _, run in groupby(range(len(starts)), starts.__getitem__)]
         if len(runs) <= MOST:
-            return _merged(whole, runs, [names[run[0]] for run in runs])
+            return _merged(whole, runs, [starts[run[0]] for run in runs])
     edges = np.linspace(0, len(parts), MOST + 1).round().astype(int).tolist()
     runs = [list(range(*ends)) for ends in pairwise(edges)]
-    return _merged(whole, runs, [f"{whole.boxes[run[0]].name} …" for run in runs])
+    return _merged(whole, runs, [""] * len(runs))
 
 
 def _merged(whole: Network, runs: Sequence[Sequence[int]], names: Sequence[str]) -> Network:
-    """The network with one box for every run of boxes."""
+    """The network with one box for every run of boxes; one without a name of its own has those of its ends."""
     place = {box: number for number, run in enumerate(runs) for box in run}
     boxes = []
     for run, name in zip(runs, names, strict=True):
@@ -156,11 +156,13 @@ def _merged(whole: Network, runs: Sequence[Sequence[int]], names: Sequence[str])
         if len(run) == 1:
             boxes.append(inside[0])
             continue
+        is_unique = names.count(name) == 1
+        label = name if is_unique else f"{inside[0].name} … {inside[-1].name}"
         known = [
             (b.before, b.after) for b in inside if b.before is not None and b.after is not None
         ]
         sums = (sum(b for b, _ in known), sum(a for _, a in known)) if known else (None, None)
-        boxes.append(Box(name, f"{len(run)} layers", *sums))
+        boxes.append(Box(label, f"{len(run)} layers", *sums))
     edges = {(place[a], place[b]) for a, b in whole.edges}
     return Network(boxes, frozenset((a, b) for a, b in edges if a != b))
 
