@@ -459,8 +459,8 @@ class _Work:
 def _make(folder: Path) -> None:
     """Make the folder of a run. Raises OutputError where it cannot be made."""
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"the folder {folder} of the run is a file; give another `folder`.")
+        raise OutputError(f"the folder {folder} of the run is a file; give another one.")
     if not folder.exists():
-        check_new_folder(folder, "`folder`")
+        check_new_folder(folder, "folder")
         with output_errors(folder):
             folder.mkdir(parents=True)

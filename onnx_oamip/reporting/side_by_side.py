@@ -14,7 +14,7 @@ from onnx_oamip.core.versions import versions
 from onnx_oamip.reporting.documents import SCHEMA_VERSION, Document
 
 COSTS = ("macs", "params", "bytes", "zip_bytes")
-FROM_RUNS = "what 'onnx-oamip prune --json' or 'onnx-oamip run --json' prints"
+FROM_RUNS = "what 'onnx-oamip prune' or 'onnx-oamip run' prints as JSON"
 UNRELATED = frozenset({"cache", "device", "workers", "scheduler", "steps"})
 """Settings in which runs may differ without a difference of their results."""
 

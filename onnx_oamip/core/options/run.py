@@ -46,7 +46,7 @@ class RunOptions(Options):
     )
     read_solutions: Annotated[Name | None, Shown(metavar="DIR")] = Field(
         None,
-        description="Folder with solutions of programs that --write-program wrote, as TITLE.sol with a line NAME VALUE "
+        description="Folder with solutions of programs that `write_program` wrote, as TITLE.sol with a line NAME VALUE "
         "for every variable: the solver starts from them where they are better than its own first point.",
     )
     workers: Count | None = Field(
