@@ -150,6 +150,8 @@ def recovered(model: Model) -> dict[str, Any]:
         augment="none",
         device="cpu",
         weights=3,
+        block_steps=2,
+        held_bytes=100,
         features=("a",),
         left_out=("b",),
         curve=((5, 0.1),),
