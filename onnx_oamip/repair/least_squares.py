@@ -316,7 +316,14 @@ def least_squares(
         weights=weights,
     )
     steps = recurrent.collect(
-        model, layers, feeds, types=types, device=device, rng=rng, weights=weights
+        model,
+        layers,
+        feeds,
+        types=types,
+        device=device,
+        rng=rng,
+        memory_limit=limit,
+        weights=weights,
     )
     frontier = Frontier(proto, feeds, types, device, limit)
     fits: list[Fit] = []

@@ -34,6 +34,12 @@ from onnx_oamip.repair.ridge import RidgeFit, choose_ridge, ridge_regression
 ROWS_PER_UNKNOWN = 16
 MIN_ROWS = 4096
 MAX_ROWS = 24576
+FEWEST_ROWS = 32
+"""Rows that are sampled however little memory there is."""
+VALUE_BYTES = 8
+"""Inputs, states and sums at the sampled rows are float64."""
+COPIES = 3
+"""Arrays of inputs and sums during a fit."""
 HELD_OUT = 0.2
 """Share of the rows on which the ridge strength is chosen."""
 SINGLE_BYTES = 4
@@ -145,6 +151,7 @@ def collect(
     types: dict[str, int],
     device: str,
     rng: np.random.Generator,
+    memory_limit: int,
     weights: Sequence[PositionWeights] | None = None,
 ) -> dict[str, list[Steps]]:
     """Samples the steps of recurrent layers in one run through the original model.
@@ -156,6 +163,7 @@ def collect(
         types: ONNX element types by tensor name.
         device: ``cpu`` or ``cuda``.
         rng: Chooses the rows.
+        memory_limit: Upper bound in bytes on the arrays of one layer at the sampled rows.
         weights: Weights of positions by feed: rows are sampled in proportion to them. None to sample all rows alike.
 
     Returns:
@@ -177,7 +185,7 @@ def collect(
         if name != sequences[i]:
             continue
         one = layers[i]
-        count = _rows_per_feed(one, len(feeds))
+        count = -(-_row_limit(one, memory_limit) // len(feeds))
 
         def choose(shape: tuple[int, int], feed: int = feed, count: int = count) -> Ints:
             if weights is None:
@@ -208,10 +216,16 @@ def _with_sequences(model: Model, layers: Sequence[Layer]) -> tuple[onnx.ModelPr
     return proto, names
 
 
-def _rows_per_feed(one: Layer, feeds: int) -> int:
-    unknowns = one.w.shape[2] + one.r.shape[2]
-    wanted = int(np.clip(ROWS_PER_UNKNOWN * unknowns, MIN_ROWS, MAX_ROWS))
-    return -(-wanted // feeds)
+def _row_limit(one: Layer, memory_limit: int) -> int:
+    """Number of rows to sample for a layer."""
+    directions, outputs, inputs = one.w.shape
+    units = one.r.shape[2]
+    unknowns = inputs + units
+    wanted: int = min(MAX_ROWS, max(MIN_ROWS, ROWS_PER_UNKNOWN * unknowns))
+    held_per_row = inputs + directions * units
+    fitted_per_row = COPIES * (unknowns + outputs)
+    most: int = memory_limit // (VALUE_BYTES * (held_per_row + fitted_per_row))
+    return min(wanted, max(FEWEST_ROWS, most))
 
 
 def _steps(

@@ -139,7 +139,9 @@ def test_steps_behind_the_end_of_a_sequence_are_no_rows(direction: str, tmp_path
     (feed,) = (feed for _, feed in found.batches(SAMPLES))
     types = {"s": 1, "ends": 6, "x": 1, "h": 1}
     rng = np.random.default_rng(0)
-    steps = recurrent.collect(model, [layer], [feed], types=types, device="cpu", rng=rng)
+    steps = recurrent.collect(
+        model, [layer], [feed], types=types, device="cpu", rng=rng, memory_limit=1 << 30
+    )
     (one,) = steps[layer.node.name]
     assert len(one.rows) == feed["ends"].sum()
     assert (one.rows // SAMPLES < feed["ends"][one.rows % SAMPLES]).all()
@@ -152,3 +154,21 @@ def test_steps_behind_the_end_of_a_sequence_are_no_rows(direction: str, tmp_path
     cut, refitted = _errors(model, STATE_AXIS, found)
     assert cut > 1e-2
     assert refitted < 1e-5
+
+
+def test_little_memory_means_few_rows(tmp_path: Path) -> None:
+    model = _network("LSTM", "forward", "", tmp_path)
+    layer = recurrent.layer(next(n for n in model.nodes if n.op == "LSTM"), model)
+    assert layer is not None
+    feeds = [feed for _, feed in _data(model).batches(SAMPLES)]
+    assert len(feeds) == 1
+    types = {"s": 1, "x": 1, "h": 1}
+    counts = []
+    for limit in (1 << 30, 1 << 17, 1):
+        rng = np.random.default_rng(0)
+        steps = recurrent.collect(
+            model, [layer], feeds, types=types, device="cpu", rng=rng, memory_limit=limit
+        )
+        counts.append(sum(len(one.rows) for one in steps[layer.node.name]))
+    # Per row 6 inputs and 8 states, and three times those and 32 sums, of eight bytes each.
+    assert counts == [STEPS * SAMPLES, (1 << 17) // 8 // 152, recurrent.FEWEST_ROWS]
