@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from command_line import SCHEMAS, SIGNS
+from conftest import MODELS
 
 from onnx_oamip.artifacts.plan_schema import PlanFile
 from onnx_oamip.cli import cli
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.graph.loading import load
 from onnx_oamip.planning.latency_tables import LatencyTable
 from tools import schemas
 
@@ -48,6 +50,14 @@ def _without_defaults(schema: Any) -> Any:
     if "const" in kept and kept.get("enum") == [kept["const"]]:
         del kept["enum"]
     return kept
+
+
+def test_schema_of_a_recovery_is_fresh() -> None:
+    """Its document is made without training, as torch is not installed everywhere."""
+    found = schemas.schema_of(schemas.recovered(load(MODELS / schemas.MODEL)))
+    published_one = published("recover")
+    assert published_one["properties"]["recovery"] == found["properties"]["recovery"]
+    assert published_one["required"] == found["required"]
 
 
 def test_every_command_with_a_document_has_a_schema() -> None:
