@@ -121,11 +121,12 @@ def _checked(feeds: Any, where: str) -> Iterator[Mapping[str, Array]]:
         raise DataError(f"{where} returned a {type(feeds).__name__}; expected {EXPECTED}.")
     while True:
         with foreign_code(where, DataError, ADVICE):
-            feed = next(steps, None)
-        if feed is None:
+            found = next(steps, None)
+            feed = dict(found) if isinstance(found, Mapping) else {}
+        if found is None:
             return
-        if not isinstance(feed, Mapping) or not feed:
-            raise DataError(f"{where} yielded a {type(feed).__name__}; expected {EXPECTED}.")
+        if not feed:
+            raise DataError(f"{where} yielded a {type(found).__name__}; expected {EXPECTED}.")
         if not all(isinstance(name, str) for name in feed):
             raise DataError(
                 f"{where} yielded a feed whose names are no texts; expected {EXPECTED}."
@@ -136,7 +137,9 @@ def _checked(feeds: Any, where: str) -> Iterator[Mapping[str, Array]]:
 def _array(name: str, value: Any, where: str) -> Array:
     try:
         return np.asarray(value)
-    except ValueError as error:  # lists of unequal lengths
+    except (
+        Exception
+    ) as error:  # lists of unequal lengths, or an object that fails to become an array
         raise DataError(
             f"{where} yielded '{name}', which is no array: {described(error)}; give an array of numbers."
         ) from error

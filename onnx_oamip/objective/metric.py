@@ -60,7 +60,9 @@ class Metric:
         Raises:
             DataError: The function failed, or returned no finite number.
         """
-        return self._value(dict(outputs), labels)
+        # The function may change its arguments; the labels are read again.
+        own_labels = None if labels is None else labels.copy()
+        return self._value(dict(outputs), own_labels)
 
     def of_model(self, proto: onnx.ModelProto) -> float:
         """Evaluate the metric on a model, which is written to a temporary file.

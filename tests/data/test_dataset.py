@@ -170,6 +170,22 @@ def ragged():
 def numbered():
     yield {1: as_list()[0]["x"]}
 
+class Unreadable(dict):
+    def __iter__(self):
+        raise RuntimeError("closed")
+
+    keys = __iter__
+
+def unreadable():
+    yield Unreadable(x=1)
+
+class NoArray:
+    def __array__(self, *_, **__):
+        raise RuntimeError("on another device")
+
+def on_a_device():
+    yield {"x": NoArray()}
+
 def endless():
     while True:
         yield from feeds()
@@ -216,6 +232,8 @@ def test_callable_may_return_a_list(model: Model, module: str) -> None:
         ("broken", "the disk is on fire"),
         ("breaks_later", "gone"),
         ("absent", "expected an importable module:function"),
+        ("unreadable", "raised RuntimeError: closed; call it"),
+        ("on_a_device", "no array: RuntimeError: on another device; give an array"),
     ],
 )
 def test_invalid_callables_are_refused(model: Model, module: str, name: str, part: str) -> None:

@@ -134,3 +134,17 @@ def test_name_of_no_function_is_refused(name: str, words: str, place: Path) -> N
 
 def test_callable_without_a_signature_reads_outputs() -> None:
     assert not Metric("m:f", dict.fromkeys).reads_model
+
+
+def test_metric_may_change_its_arguments() -> None:
+    labels = np.arange(4)
+
+    def metric(outputs: dict[str, np.ndarray], given: np.ndarray) -> float:
+        given[:] = 0
+        outputs.clear()
+        return 1.0
+
+    outputs = {"y": np.eye(4)}
+    assert Metric("m:f", metric).of_outputs(outputs, labels) == 1
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert list(outputs) == ["y"]
