@@ -66,7 +66,8 @@ TEXT = {
         "Critical units",
         (
             "`--importance oamip` without a budget (decoupled), and the published threshold of 0.1 on keep variables "
-            "of programs over ten images: units kept, and points of accuracy lost on 2,000 test images. Seconds of a machine with other work."
+            "of programs over ten images: units kept, and points of accuracy lost on 2,000 test images. "
+            "Seconds of a machine with other work."
         ),
     ),
     "programs": (
