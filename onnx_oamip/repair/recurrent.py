@@ -336,6 +336,9 @@ def refit(
     present = [editor.constant(name) for name in node.input[1:3]]
     if any(_is_shared(editor, node, slot) for slot in (1, 2, 3)):
         return None, ["another node reads its weights too, so it is not refitted"]
+    if any(editor.stored_type(node.input[slot]) is None for slot in (1, 2)):
+        # New constants beside the stored ones, which other nodes may read, would enlarge the file.
+        return None, ["its weights are computed from constants, so it is not refitted"]
     assert present[0] is not None
     assert present[1] is not None
     data = node.input[0]

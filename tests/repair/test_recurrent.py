@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from graphs import build, load
 from onnx import numpy_helper
@@ -13,6 +14,8 @@ from onnx_oamip.core.records import Array, Model
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.coupling import couple
+from onnx_oamip.graph.linear_layers import Editor
+from onnx_oamip.graph.partial_execution import Frontier
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.repair import least_squares, recurrent
@@ -172,3 +175,19 @@ def test_little_memory_means_few_rows(tmp_path: Path) -> None:
         counts.append(sum(len(one.rows) for one in steps[layer.node.name]))
     # Per row 6 inputs and 8 states, and three times those and 32 sums, of eight bytes each.
     assert counts == [STEPS * SAMPLES, (1 << 17) // 8 // 152, recurrent.FEWEST_ROWS]
+
+
+def test_weights_that_nodes_put_together_are_not_refitted(tmp_path: Path) -> None:
+    """New weights would be stored beside the parts, from which other nodes may make theirs."""
+    model = _network("RNN", "forward", "", tmp_path)
+    layer = recurrent.layer(next(n for n in model.nodes if n.op == "RNN"), model)
+    assert layer is not None
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    proto.graph.node.insert(0, onnx.helper.make_node("Concat", ["w"], ["made"], axis=1))
+    (node,) = (node for node in proto.graph.node if node.op_type == "RNN")
+    node.input[1] = "made"
+    editor = Editor(proto)
+    frontier = Frontier(proto, [], {}, "cpu")
+    found = recurrent.refit(layer, np.ones(HIDDEN, bool), editor, frontier, [])
+    assert found == (None, ["its weights are computed from constants, so it is not refitted"])
