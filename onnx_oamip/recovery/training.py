@@ -37,7 +37,7 @@ from onnx_oamip.recovery.losses import differentiable, feature_loss, objective_l
 from onnx_oamip.recovery.operators.calls import Tensor
 from onnx_oamip.recovery.parts import Part
 
-RATE = 1e-3
+RATE = 1e-2
 """Largest change of a weight in one step, over the root mean square of its tensor."""
 WARM_UP = 0.05
 """Share of the budget in which the rate rises."""
@@ -59,7 +59,7 @@ EVALUATIONS = 20
 """Times that held-out samples are judged."""
 LEAST_INTERVAL = 10
 """Fewest steps between two of them."""
-PATIENCE = 10
+PATIENCE = 15
 """Evaluations without a better one after which training stops."""
 VARIANCE_BATCHES = 4
 """Batches on which the variance of features is found."""

@@ -162,9 +162,9 @@ TEXT = {
         (
             "`recover` behind the default pruning: trained on the same 512 unlabelled calibration images, a fifth of "
             "which judges, with the original as the teacher. Accuracy and agreement with the original's first answer "
-            "in percent, divergence from its answers in nats, all on images that no step has seen (2,000, and 512 "
-            "crops of other photographs for EfficientNet-Lite0). By blocks are the steps of the first phase, in which "
-            "no gradient passes the end of a block."
+            "in percent, divergence from its answers in nats, all on images that no step has seen. Every training is "
+            "done in two parts, the second starts from the result of the first; by blocks are the steps of their first "
+            "phases, in which no gradient passes the end of a block."
         ),
     ),
     "calibration": (

@@ -6,8 +6,8 @@ labels, the share of first answers that are those of the original, and the mean 
 answers in nats. EfficientNet-Lite0 needs ``--larger DIR``, the folder that ``tools/make_larger_models.py`` fills.
 
 Plans, models and records of the training are kept in the folder ``recover`` beside the result, and what is there is not
-made again: a study that is stopped goes on where it was. A training is done in parts of one process each, a network
-with two parts is trained twice; seconds, processor time and steps are sums, memory is that of the larger.
+made again: a study that is stopped goes on where it was. A training has two parts of one process each, the second
+of which starts from the result of the first; seconds, processor time and steps are sums, memory is that of the larger.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "resnet20-fashion": Case(0.25, (600,)),
-    "mobilenet-fashion": Case(0.25, (600,)),
-    "vit-fashion": Case(0.25, (600,)),
+    "resnet20-fashion": Case(0.25, (300, 300)),
+    "mobilenet-fashion": Case(0.25, (300, 300)),
+    "vit-fashion": Case(0.25, (300, 300)),
     "efficientnet-lite0": Case(0.5, (150, 150)),
 }
 
