@@ -31,7 +31,7 @@ def test_figures_are_those_of_the_unseen_images(tmp_path: Path) -> None:
     second = first[[1, 0, 2, 3]]
     protos = [linear(first), linear(second), linear(first)]
     found = recover.judged(tmp_path / "data.npz", protos)
-    assert (found["accuracy"], found["pruned"], found["recovered"]) == (75.0, 25.0, 75.0)
+    assert (found["original"], found["pruned"], found["recovered"]) == (75.0, 25.0, 75.0)
     assert (found["agreement pruned"], found["agreement recovered"]) == (50.0, 100.0)
     p = np.exp([2, 0, 0]) / np.exp([2, 0, 0]).sum()
     expected = 0.5 * (p * np.log(p / p[[1, 0, 2]])).sum()  # two of four images change places

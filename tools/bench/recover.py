@@ -34,7 +34,7 @@ LIMIT = 7200.0
 COLUMNS = (
     "model",
     "MACs kept",
-    "accuracy",
+    "original",
     "pruned",
     "recovered",
     "agreement pruned",
@@ -79,6 +79,8 @@ class Failed(Exception):
 
 def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
     """One row per network; what was made before is read from ``out``."""
+    import torch  # noqa: F401  (the environment names its version; without it the study is left out)
+
     rows: list[Row] = []
     for name in names or CASES:
         if name not in MODELS and (missing := absent(name, larger)):
@@ -171,7 +173,7 @@ def judged(data: Path, protos: Sequence[onnx.ModelProto]) -> Row:
     logits = [_answers(proto, images, scale, offset) for proto in protos]
     original = logits[0]
     found: Row = {}
-    for column, answers in zip(("accuracy", "pruned", "recovered"), logits, strict=True):
+    for column, answers in zip(("original", "pruned", "recovered"), logits, strict=True):
         found[column] = None if labels is None else _percent(answers.argmax(1) == labels)
     for state, answers in zip(("pruned", "recovered"), logits[1:], strict=True):
         found[f"agreement {state}"] = _percent(answers.argmax(1) == original.argmax(1))
