@@ -6,7 +6,8 @@ is reached by correcting the additive model with measurements; ``max_drop`` by a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,8 @@ from onnx_oamip.core.records import (
     Verification,
 )
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import augmentation
+from onnx_oamip.data.augmentation import Augment
 from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.surgery import attention_scale, rewrite
@@ -62,8 +65,9 @@ NEAR_LIMIT = 0.95
 """Share of a limit that a plan with the measured step of widths uses at least; below it the step gives way."""
 LOOKS = 2
 """Times that losses are measured again around a plan, with ``effort=high``."""
-REFIT, EQUAL_ROWS, WITHOUT = "refit", "refit_of_equal_rows", "none"
-"""Names of what is compared by loss: the refit, one that does not count rare decisions more, and no refit."""
+REFIT, EQUAL_ROWS, AUGMENTED, WITHOUT = "refit", "refit_of_equal_rows", "refit_with_copies", "none"
+"""Names of what is compared by loss: the refit, one that does not count rare decisions more, one with augmented copies
+of the samples, and no refit."""
 DROP_TRIES = 7
 DROP_RESOLUTION = 0.02
 ANSWERS = 1 << 26
@@ -359,10 +363,23 @@ def _refits(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> dict[str, Pru
         return {REFIT: folded}
     if ready.settings.refit != "least-squares":
         return {}
-    refits = {REFIT: _least_squares(ready, chosen, raw, ready.objective)}
+    refits = _least_squares(ready, chosen, raw, ready.objective, _change(ready, chosen))
     if has_rare_decisions(ready.objective):
-        refits[EQUAL_ROWS] = _least_squares(ready, chosen, raw, None)
+        equal = _least_squares(ready, chosen, raw, None, None)
+        refits[EQUAL_ROWS] = equal[REFIT]
     return refits
+
+
+def _change(ready: Context, chosen: Plan) -> Augment | None:
+    """Changes behind the augmented copies of the samples; None where no refit takes copies into account."""
+    samples = parts(ready.samples)[0]
+    feed = next(iter(samples.batches(1)))[1]
+    change = augmentation.for_refit(ready.settings.augment, ready.model, feed)
+    if change is None:
+        return None
+    model, coupling, units = ready.model, ready.coupling, chosen.keep
+    is_short = least_squares.is_short_of_samples(model, coupling, units, samples)
+    return change if is_short else None
 
 
 def _least_squares(
@@ -370,33 +387,42 @@ def _least_squares(
     chosen: Plan,
     raw: onnx.ModelProto,
     objective: Objective | None,
-) -> Pruned:
-    """Least-squares refit of a cut model, from the cache where an earlier run kept it."""
+    change: Augment | None,
+) -> dict[str, Pruned]:
+    """Least-squares refits of a cut model by name, from the cache where an earlier run kept them.
+
+    The refit on copies that a user's own function makes is not kept: the function may change between runs.
+    """
     s = ready.settings
+    sampling = least_squares.Sampling(
+        samples=parts(ready.samples)[0],
+        device=ready.device,
+        batch_size=ready.batch,
+        seed=s.seed,
+        memory_limit=s.activation_memory_limit,
+        objective=objective,
+        progress=ready.progress,
+    )
+    cut = ready.model, ready.coupling, chosen.keep, raw, sampling
     kept = {
         **ready.cache_identity,
         **(weighting(objective) if objective else {}),
         "units": plan_files.digest(ready.model, ready.coupling, chosen.keep),
     }
-    found = ready.store.recall(
-        cache_entries.REFITS,
-        kept,
-        lambda: least_squares.least_squares(
-            ready.model,
-            ready.coupling,
-            chosen.keep,
-            raw,
-            samples=parts(ready.samples)[0],
-            device=ready.device,
-            batch_size=ready.batch,
-            seed=s.seed,
-            progress=ready.progress,
-            memory_limit=s.activation_memory_limit,
-            objective=objective,
-        ),
-        lambda found: least_squares.is_valid_cache_entry(found, raw),
-    )
-    return replace(found, raw=raw)
+
+    def recall(identity: Mapping[str, Any], fit: Callable[[], Pruned]) -> Pruned:
+        def is_valid(found: Pruned) -> bool:
+            return least_squares.is_valid_cache_entry(found, raw)
+
+        return replace(ready.store.recall(cache_entries.REFITS, identity, fit, is_valid), raw=raw)
+
+    if change is None:
+        return {REFIT: recall(kept, lambda: least_squares.least_squares(*cut)[0])}
+    both = functools.cache(lambda: least_squares.least_squares(*cut, change=change))
+    if s.augment != "auto":
+        return {REFIT: both()[0], AUGMENTED: both()[1]}
+    copied = recall({**kept, "augment": s.augment}, lambda: both()[1])
+    return {REFIT: recall(kept, lambda: both()[0]), AUGMENTED: copied}
 
 
 def _least_loss(ready: Context, chosen: Plan, refits: Mapping[str, Pruned]) -> Pruned:

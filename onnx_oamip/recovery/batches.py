@@ -13,11 +13,11 @@ from typing import TypeAlias
 import numpy as np
 
 from onnx_oamip.core.records import Array, Ints, Model
+from onnx_oamip.data.augmentation import Augment
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.recovery import parts
-from onnx_oamip.recovery.augmentation import Augment
 from onnx_oamip.recovery.engine import Engine, as_tensor, is_supported
 from onnx_oamip.recovery.features import Feature
 from onnx_oamip.recovery.losses import kept_channels

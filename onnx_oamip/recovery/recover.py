@@ -14,9 +14,10 @@ from onnx_oamip.core.options.recovery import DEFAULT_EFFORT, effort_of
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Bools, Coupling, Model, Objective, Recovery
 from onnx_oamip.core.settings import Settings
+from onnx_oamip.data import augmentation
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.data.feeds import run_size
-from onnx_oamip.recovery import augmentation, features
+from onnx_oamip.recovery import features
 from onnx_oamip.recovery.judge import Judge
 
 

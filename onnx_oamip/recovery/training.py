@@ -24,11 +24,11 @@ from onnx_oamip.core.options.recovery import Effort
 from onnx_oamip.core.progress import Progress
 from onnx_oamip.core.records import Array, Model
 from onnx_oamip.core.records.objective import Objective
+from onnx_oamip.data.augmentation import Augment
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.recovery import parts
-from onnx_oamip.recovery.augmentation import Augment
 from onnx_oamip.recovery.batches import Batch, Batches, Given, Teacher, fed
 from onnx_oamip.recovery.engine import CannotRun, Engine, is_supported, trainable
 from onnx_oamip.recovery.features import Feature

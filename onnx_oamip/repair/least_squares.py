@@ -16,13 +16,16 @@ only the bias changes. Sums are in float64.
 
 Source: channel pruning with least-squares reconstruction, He, Zhang and Sun, ICCV 2017. The front-to-back order
 corrects the errors that earlier layers made.
+
+Where a node has few rows for its unknowns, as behind a pooling, augmented copies of the samples add to them
+(``change``): the original gives the wanted outputs for any input.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -44,8 +47,9 @@ from onnx_oamip.core.records import (
     Pruned,
     Statistics,
 )
+from onnx_oamip.data.augmentation import Augment, Copies
 from onnx_oamip.data.dataset import Samples
-from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT, all_feeds
+from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT, Feeds, all_feeds
 from onnx_oamip.graph.im2col import (
     data_rows,
     output_rows,
@@ -99,6 +103,10 @@ HELD_OUT = 0.2
 WIDE_VALUES = 1 << 25
 """Most values (rows x unknowns) sampled of a node that is too wide for a Gram matrix."""
 MIN_WIDE_ROWS = 32
+COPIES = 3
+"""Augmented copies of every sample."""
+SHORT = 0.1
+"""Share of all rows that a fit of a node samples, from which on augmented copies are added to its rows."""
 VALUE_BYTES = 8
 """Inputs and outputs at the sampled rows are float64."""
 WIDE_COPIES = 4
@@ -246,21 +254,45 @@ class _Cut:
     units: Bools
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Calibration samples of a refit, and how models are run on them.
+
+    Attributes:
+        samples: The samples.
+        device: ``cpu`` or ``cuda``.
+        batch_size: Samples per run.
+        seed: Seed of the choice of rows and of the changes of copies.
+        cap: Unknowns per output above which channels are mixed instead of fitting all weights.
+        memory_limit: Upper bound in bytes on the activations in memory; fewer samples are used if they do not fit.
+        objective: Terms with their scales: rows behind rare decisions count more. None to count all rows alike.
+        progress: Receives the number of refitted nodes.
+    """
+
+    samples: Samples
+    device: str
+    batch_size: int = 32
+    seed: int = 0
+    cap: int = GRAM_CAP
+    memory_limit: int | None = None
+    objective: Objective | None = None
+    progress: Progress | None = None
+
+    @property
+    def limit(self) -> int:
+        """Upper bound in bytes on the activations in memory."""
+        return DEFAULT_MEMORY_LIMIT if self.memory_limit is None else self.memory_limit
+
+
 def least_squares(
     model: Model,
     coupling: Coupling,
     units: Bools,
     raw: onnx.ModelProto,
+    sampling: Sampling,
     *,
-    samples: Samples,
-    device: str,
-    batch_size: int = 32,
-    seed: int = 0,
-    progress: Progress | None = None,
-    cap: int = GRAM_CAP,
-    memory_limit: int | None = None,
-    objective: Objective | None = None,
-) -> Pruned:
+    change: Augment | None = None,
+) -> tuple[Pruned, ...]:
     """Refits every linear node behind the cut, front to back.
 
     Args:
@@ -268,97 +300,259 @@ def least_squares(
         coupling: Its coupling.
         units: Keep mask of the units (n_units,).
         raw: The cut model.
-        samples: Calibration samples.
-        device: ``cpu`` or ``cuda``.
-        batch_size: Samples per run.
-        seed: Seed of the choice of rows.
-        progress: Receives the number of refitted nodes.
-        cap: Unknowns per output above which channels are mixed instead of fitting all weights.
-        memory_limit: Upper bound in bytes on the activations in memory; fewer samples are used if they do not fit.
-        objective: Terms with their scales: rows behind rare decisions count more. None to count all rows alike.
+        sampling: The samples.
+        change: Makes a changed feed, for a second refit: where samples are few, it is also on augmented copies of them.
+            Nodes in front of the first that is short of samples are refitted once for both. None for no second refit.
 
     Returns:
-        The refitted model, with notes and one record per fit.
+        The refitted model, with notes and one record per fit; behind it that of the second refit.
 
     Raises:
         OutOfMemory: The memory does not suffice for a node, which the message names.
     """
-    cut = _Cut(model, coupling, units)
+    task = _task(_Cut(model, coupling, units), sampling)
+    run = _begun(task, raw)
+    in_order = task.in_order
+    if change is None:
+        run.advance(in_order)
+        return (run.result(raw),)
+    short = _short_of_samples(model, task.families, sampling.samples, sampling.cap)
+    names = [place.node.name for place in in_order]
+    first = next((i for i, name in enumerate(names) if name in short), len(names))
+    run.advance(in_order[:first])
+    both = run.fork(change, short)
+    run.advance(in_order[first:])
+    plain = run.result(raw)
+    del run  # its activations
+    both.advance(in_order[first:])
+    return plain, both.result(raw)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The linear nodes behind a cut, and the samples that they are refitted on.
+
+    Attributes:
+        cut: The original model and the kept units.
+        sampling: The samples.
+        feeds: All of them, in batches.
+        types: ONNX element types of tensors.
+        rng: Chooses rows.
+        families: The nodes, those that share a weight together.
+        places: The same nodes in the order of the graph.
+        layers: Recurrent layers to refit.
+        notes: Remarks on nodes that are not refitted.
+    """
+
+    cut: _Cut
+    sampling: Sampling
+    feeds: Feeds
+    types: dict[str, int]
+    rng: np.random.Generator
+    families: tuple[Family, ...]
+    places: tuple[Site, ...]
+    layers: tuple[recurrent.Layer, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def in_order(self) -> list[Site | recurrent.Layer]:
+        """Nodes and recurrent layers in the order of the graph."""
+        number = {node.name: i for i, node in enumerate(self.cut.model.nodes)}
+        both: list[Site | recurrent.Layer] = [*self.places, *self.layers]
+        return sorted(both, key=lambda place: number[place.node.name])
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Names of the nodes whose weight is refitted before their input is known."""
+        return frozenset[str]().union(*(family.late for family in self.families))
+
+    def targets(
+        self,
+        feeds: Sequence[Mapping[str, Array]],
+        memory_limit: int,
+        weights: Sequence[PositionWeights] | None,
+        only: Collection[str] | None = None,
+    ) -> dict[str, Target]:
+        """Outputs of the original nodes on some feeds; of all nodes, or only of some."""
+        given = self.sampling
+        return collect_targets(
+            self.cut.model,
+            self.places,
+            feeds,
+            types=self.types,
+            device=given.device,
+            rng=self.rng,
+            cap=given.cap,
+            mixed={
+                family.names[0]
+                for family in self.families
+                if not family.is_shared and _mixes_channels(self.cut, family.uses[0], given.cap)
+            },
+            uses={name: len(family.uses) for family in self.families for name in family.names},
+            late=self.late,
+            memory_limit=memory_limit,
+            weights=weights,
+            only=only,
+        )
+
+    def weights(self, feeds: Sequence[Mapping[str, Array]]) -> list[PositionWeights] | None:
+        """Weights of the positions of some feeds; None if all positions weigh the same."""
+        given = self.sampling
+        if given.objective is None:
+            return None
+        return position_weights(self.cut.model, given.objective, feeds, given.device)
+
+    def steps(self, weights: Sequence[PositionWeights] | None) -> dict[str, list[recurrent.Steps]]:
+        """Gate sums of the recurrent layers at sampled steps."""
+        return recurrent.collect(
+            self.cut.model,
+            self.layers,
+            self.feeds,
+            types=self.types,
+            device=self.sampling.device,
+            rng=self.rng,
+            memory_limit=self.sampling.limit,
+            weights=weights,
+        )
+
+
+def _task(cut: _Cut, sampling: Sampling) -> _Task:
+    """Finds the nodes to refit, and the feeds."""
+    model = cut.model
+    families, layers, notes = _families(cut)
+    order = {node.name: i for i, node in enumerate(model.nodes)}
+    places = [place for family in families for place in family.uses]
+    places.sort(key=lambda place: order[place.node.name])
+    return _Task(
+        cut,
+        sampling,
+        all_feeds(model, sampling.samples, sampling.batch_size, sampling.limit),
+        element_types(model.proto, model.dtypes),
+        np.random.default_rng(sampling.seed),
+        tuple(families),
+        tuple(places),
+        tuple(layers),
+        tuple(notes),
+    )
+
+
+@dataclass
+class _Run:
+    """A refit in progress.
+
+    Attributes:
+        task: The nodes and the samples.
+        proto: The cut model, changed node by node.
+        frontier: Its activations.
+        targets: Outputs of the original nodes.
+        steps: Gate sums of the original recurrent layers.
+        limit: Upper bound in bytes on the activations of the samples in memory.
+        copies: Augmented copies of the samples, if any.
+        notes: Remarks so far.
+        fits: Records so far.
+    """
+
+    task: _Task
+    proto: onnx.ModelProto
+    frontier: Frontier
+    targets: dict[str, Target]
+    steps: dict[str, list[recurrent.Steps]]
+    limit: int
+    copies: _Copied | None = None
+    notes: list[str] = field(default_factory=list)
+    fits: list[Fit] = field(default_factory=list)
+
+    def advance(self, places: Sequence[Site | recurrent.Layer]) -> None:
+        """Refits the next nodes."""
+        task, cut = self.task, self.task.cut
+        editor = Editor(self.proto)
+        by_first = {family.names[0]: family for family in task.families}
+        number = {place.node.name: i for i, place in enumerate(task.in_order)}
+        for place in places:
+            fit = None
+            remarks: list[str] = []
+            name = place.node.name
+            with memory_for(f"the refit of {place.node}"):
+                if isinstance(place, recurrent.Layer):
+                    keep = recurrent.kept_units(place, cut.coupling, cut.units)
+                    steps = self.steps.pop(name)
+                    fit, remarks = recurrent.refit(place, keep, editor, self.frontier, steps)
+                elif name in by_first:
+                    fit, remarks = _refit(
+                        cut,
+                        editor,
+                        by_first[name],
+                        self.frontier,
+                        self.targets,
+                        copies=self.copies,
+                    )
+                    for late_name in by_first[name].late:
+                        self.targets[late_name] = replace(self.targets[late_name], inputs=())
+                elif name in task.late:
+                    _shift_bias(cut, editor, place, self.frontier, self.targets[name])
+                if name in task.late or name not in by_first:
+                    self.targets.pop(name, None)
+            if fit is not None:
+                self.fits.append(fit)
+            if remarks:
+                self.notes.append(f"{place.node}: {'; '.join(remarks)}")
+            if task.sampling.progress:
+                task.sampling.progress("refit", number[name] + 1, len(number))
+
+    def fork(self, change: Augment, short: Collection[str]) -> _Run:
+        """Makes a run that is as far as this one, and goes on with copies of the samples in half of the memory.
+
+        Args:
+            change: Makes a changed feed.
+            short: Names of the nodes whose rows the copies add to.
+
+        Returns:
+            The run.
+        """
+        task = self.task
+        limit = task.sampling.limit // 2
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        changed = Copies(task.feeds, change, COPIES, task.sampling.seed)
+        copied = _Copied(
+            Frontier(proto, changed, task.types, task.sampling.device, limit),
+            task.targets(changed, limit, task.weights(changed), short),
+        )
+        return _Run(
+            task,
+            proto,
+            self.frontier.fork(proto, limit),
+            dict(self.targets),
+            dict(self.steps),
+            limit,
+            copied,
+            list(self.notes),
+            list(self.fits),
+        )
+
+    def result(self, raw: onnx.ModelProto) -> Pruned:
+        """The refitted model with all notes, given the cut model."""
+        feeds, used = self.task.feeds, self.frontier.batches
+        notes = [*self.task.notes, *self.notes]
+        if used < len(feeds):
+            taken = sum(map(len, feeds.indices[:used]))
+            total = sum(map(len, feeds.indices))
+            notes.append(
+                f"least squares used {taken} of {total} samples for the last nodes, as many as fit in "
+                f"{self.limit >> 20} MiB"
+            )
+        return Pruned(raw, self.proto, tuple(notes), tuple(self.fits))
+
+
+def _begun(task: _Task, raw: onnx.ModelProto) -> _Run:
+    """A refit of all samples at its first node."""
     proto = onnx.ModelProto()
     proto.CopyFrom(raw)
-    editor = Editor(proto)
-    families, layers, notes = _families(cut)
-    places = [place for family in families for place in family.uses]
-    order = {node.name: i for i, node in enumerate(model.nodes)}
-    places.sort(key=lambda place: order[place.node.name])
-    late = frozenset[str]().union(*(family.late for family in families))
-    limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
-    feeds = all_feeds(model, samples, batch_size, limit)
-    types = element_types(model.proto, model.dtypes)
-    rng = np.random.default_rng(seed)
-    weights = position_weights(model, objective, feeds, device) if objective else None
-    targets = collect_targets(
-        model,
-        places,
-        feeds,
-        types=types,
-        device=device,
-        rng=rng,
-        cap=cap,
-        mixed={
-            family.names[0]
-            for family in families
-            if not family.is_shared and _mixes_channels(cut, family.uses[0], cap)
-        },
-        uses={name: len(family.uses) for family in families for name in family.names},
-        late=late,
-        memory_limit=limit,
-        weights=weights,
-    )
-    steps = recurrent.collect(
-        model,
-        layers,
-        feeds,
-        types=types,
-        device=device,
-        rng=rng,
-        memory_limit=limit,
-        weights=weights,
-    )
-    frontier = Frontier(proto, feeds, types, device, limit)
-    fits: list[Fit] = []
-    by_first = {family.names[0]: family for family in families}
-    linear_and_recurrent: list[Site | recurrent.Layer] = [*places, *layers]
-    in_order = sorted(linear_and_recurrent, key=lambda place: order[place.node.name])
-    for i, place in enumerate(in_order):
-        fit = None
-        remarks: list[str] = []
-        name = place.node.name
-        with memory_for(f"the refit of {place.node}"):
-            if isinstance(place, recurrent.Layer):
-                keep = recurrent.kept_units(place, coupling, units)
-                fit, remarks = recurrent.refit(place, keep, editor, frontier, steps.pop(name))
-            elif name in by_first:
-                fit, remarks = _refit(cut, editor, by_first[name], frontier, targets)
-                for late_name in by_first[name].late:
-                    targets[late_name] = replace(targets[late_name], inputs=())
-            elif name in late:
-                _shift_bias(cut, editor, place, frontier, targets[name])
-            if name in late or name not in by_first:
-                targets.pop(name, None)
-        if fit is not None:
-            fits.append(fit)
-        if remarks:
-            notes.append(f"{place.node}: {'; '.join(remarks)}")
-        if progress:
-            progress("refit", i + 1, len(in_order))
-    if frontier.batches < len(feeds):
-        used = sum(map(len, feeds.indices[: frontier.batches]))
-        total = sum(map(len, feeds.indices))
-        notes.append(
-            f"least squares used {used} of {total} samples for the last nodes, as many as fit in {limit >> 20} MiB"
-        )
-    return Pruned(raw, proto, tuple(notes), tuple(fits))
+    given = task.sampling
+    frontier = Frontier(proto, task.feeds, task.types, given.device, given.limit)
+    weights = task.weights(task.feeds)
+    targets = task.targets(task.feeds, given.limit, weights)
+    return _Run(task, proto, frontier, targets, task.steps(weights), given.limit)
 
 
 def _families(cut: _Cut) -> tuple[list[Family], list[recurrent.Layer], list[str]]:
@@ -475,6 +669,7 @@ def collect_targets(
     late: Collection[str] = (),
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     weights: Sequence[PositionWeights] | None = None,
+    only: Collection[str] | None = None,
 ) -> dict[str, Target]:
     """Samples the outputs of linear nodes in one run through the original model.
 
@@ -491,6 +686,7 @@ def collect_targets(
         late: Names of the nodes that need their inputs in the original model.
         memory_limit: Upper bound in bytes on one array of inputs and outputs at the sampled rows.
         weights: Weights of positions by feed: rows are sampled in proportion to them. None to sample all rows alike.
+        only: Names of the nodes to sample; None for all.
 
     Returns:
         The samples by node name.
@@ -506,6 +702,7 @@ def collect_targets(
         memory_limit=memory_limit,
         weights=weights,
     )
+    samplers = [s for s in samplers if only is None or s.place.node.name in only]
     asked = [(sampler, tensor) for sampler in samplers for tensor in sampler.tensors]
     tensors = [tensor for _, tensor in asked]
     for _, number, value in stream(model.proto, feeds, tensors, types, device):
@@ -651,6 +848,42 @@ def is_wide(place: Site, weight: Array, cap: int = GRAM_CAP) -> bool:
     return ins * taps > cap
 
 
+def is_short_of_samples(model: Model, coupling: Coupling, units: Bools, samples: Samples) -> bool:
+    """Test whether augmented copies of the samples would add to the rows of any fit.
+
+    Args:
+        model: The original model.
+        coupling: Its coupling.
+        units: Keep mask of the units (n_units,).
+        samples: Calibration samples.
+
+    Returns:
+        True if the fit of a node samples at least the share ``SHORT`` of its rows.
+    """
+    families, _, _ = _families(_Cut(model, coupling, units))
+    return bool(_short_of_samples(model, families, samples, GRAM_CAP))
+
+
+def _short_of_samples(
+    model: Model, families: Sequence[Family], samples: Samples, cap: int
+) -> set[str]:
+    """Names of the nodes whose fit samples so many of their rows that copies of the samples add to them.
+
+    Nodes that share a weight, and those too wide for a Gram matrix, are none of them.
+    """
+    result = set[str]()
+    for family in families:
+        place = family.uses[0]
+        shape = model.shapes.get(place.node.outputs[0])
+        weight = model.constants[place.weight]
+        if shape is None or family.is_shared or is_wide(place, weight, cap):
+            continue
+        rows = row_count(place, shape) * samples.usable() / max(model.batch, 1)
+        if _row_limit(matrix_shape(place, weight), cap, DEFAULT_MEMORY_LIMIT) >= SHORT * rows:
+            result.add(place.node.name)
+    return result
+
+
 def _row_limit(
     shape: tuple[int, int, int, int],
     cap: int,
@@ -678,6 +911,19 @@ def _row_limit(
 def _sampled(place: Site, output: Array, rows: Ints) -> Array:
     # Numbers of a float64 model may be beyond the range of float32.
     return output_rows(place, output, rows).astype(np.promote_types(output.dtype, np.float32))
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """Augmented copies of the samples.
+
+    Attributes:
+        frontier: Their activations in the cut model.
+        targets: Outputs in the original model of the nodes whose rows they add to, by name.
+    """
+
+    frontier: Frontier
+    targets: dict[str, Target]
 
 
 @dataclass(frozen=True)
@@ -743,6 +989,8 @@ def _refit(
     family: Family,
     frontier: Frontier,
     targets: Mapping[str, Target],
+    *,
+    copies: _Copied | None,
 ) -> tuple[Fit | None, list[str]]:
     """Refits one weight, for all nodes that share it.
 
@@ -752,6 +1000,7 @@ def _refit(
         family: The nodes in the original model.
         frontier: Activations of the cut model.
         targets: Outputs of the nodes in the original model.
+        copies: Augmented copies of the samples, if any.
 
     Returns:
         A record of the fit, None if there is none, and remarks for the user.
@@ -764,7 +1013,7 @@ def _refit(
     for place in family.uses:
         name = place.node.name
         source = None if name in family.late else frontier
-        use = _use(cut, editor, place, source, target=targets[name], remarks=remarks)
+        use = _use(cut, editor, place, source, target=targets[name], remarks=remarks, copies=copies)
         if use is None:
             return None, remarks
         layers.append(use.layer)
@@ -826,6 +1075,7 @@ def _use(
     *,
     target: Target,
     remarks: list[str],
+    copies: _Copied | None = None,
 ) -> _Use | None:
     """A linear node with what its outputs lack at the sampled rows.
 
@@ -836,6 +1086,7 @@ def _use(
         frontier: Activations of the cut model; None to take the inputs in the original model.
         target: Outputs of the node in the original model.
         remarks: Remarks for the user, extended by those about this node.
+        copies: Augmented copies of the samples, if any.
 
     Returns:
         The use; None if its bias cannot be changed or no row is finite.
@@ -850,7 +1101,7 @@ def _use(
         return None
     weight = here.factor * matrix(here, current)
     groups, outs, _, _ = weight.shape
-    problem = _problem(cut, place, node, frontier, target)
+    problem = _problem(cut, place, node, frontier, target, copies=copies)
     finite = problem.finite_rows
     if not finite.all():
         remarks.append(
@@ -978,6 +1229,8 @@ def _problem(
     node: onnx.NodeProto,
     frontier: Frontier | None,
     target: Target,
+    *,
+    copies: _Copied | None,
 ) -> _Problem:
     """Inputs and wanted outputs of a node at the sampled rows.
 
@@ -987,6 +1240,7 @@ def _problem(
         node: The node in the cut model.
         frontier: Activations of the cut model; None to take the inputs in the original model.
         target: Outputs in the original model.
+        copies: Augmented copies of the samples, if any.
     """
     here = _in_cut_model(place, node)
     kept = output_mask(cut.model, cut.coupling, place, cut.units)
@@ -994,7 +1248,12 @@ def _problem(
         x = _original_inputs(cut, place, here, target)
         y = np.concatenate(target.values).astype(np.float64)[:, kept]
     else:
-        x, y = _sampled_problem(here, node.input[place.slot], frontier, target, kept)
+        data = node.input[place.slot]
+        others = copies.targets.pop(place.node.name, None) if copies is not None else None
+        parts = [(frontier, target)]
+        if copies is not None and others is not None:
+            parts.append((copies.frontier, others))
+        x, y = _sampled_problem(here, data, parts, kept)
     groups = len(x)
     y = y.reshape(-1, groups, y.shape[1] // groups).transpose(1, 0, 2)
     is_mixed = bool(target.inputs) and not target.is_late
@@ -1003,62 +1262,103 @@ def _problem(
 
 
 def _sampled_problem(
-    here: Site, data: str, frontier: Frontier, target: Target, kept: Bools
+    here: Site,
+    data: str,
+    parts: Sequence[tuple[Frontier, Target]],
+    kept: Bools,
 ) -> tuple[Floats, Floats]:
-    """Inputs of a node in the cut model and wanted outputs at the sampled rows, of the feeds that the frontier holds.
+    """Inputs of a node in the cut model and wanted outputs at the sampled rows, of the feeds that the frontiers hold.
 
     Args:
         here: The node in the cut model.
         data: Tensor that it reads there.
-        frontier: Activations of the cut model.
-        target: Outputs in the original model.
+        parts: Activations of the cut model with outputs in the original model: of the samples, and of their copies if
+            there are any. The rows of every feed are followed by those of its copies: the last rows, which judge a fit,
+            are then no copies of rows of the fit.
         kept: Mask of the outputs that the node keeps (outputs,).
 
     Returns:
         Inputs (groups, rows, inputs * taps) and wanted outputs (rows, kept outputs).
     """
-    join = target.join
-
-    inputs, outputs = _Filled(target.rows), _Filled(target.rows)
-
-    def take(i: int, values: Mapping[str, Array]) -> None:
-        rows = target.rows[i]
-        wanted = target.values[i].astype(np.float64)[:, kept]
-        if join is not None:
-            error = target.joined[i][:, kept] - output_rows(here, values[join.other], rows)
-            wanted += join.correction(error, kept)
-        inputs.append(data_rows(here, values[data], rows, target.shapes[i]))
-        outputs.append(wanted)
-
-    frontier.each([data] if join is None else [data, join.other], take)
+    feeds = len(parts[0][1].rows)
+    places = sorted(
+        (feed * feeds // len(target.rows), part, feed)
+        for part, (_, target) in enumerate(parts)
+        for feed in range(len(target.rows))
+    )
+    counts = [len(parts[part][1].rows[feed]) for _, part, feed in places]
+    slots = {(part, feed): slot for slot, (_, part, feed) in enumerate(places)}
+    inputs, outputs = _Filled(counts), _Filled(counts)
+    for part, (frontier, target) in enumerate(parts):
+        _sample(here, data, frontier, target, kept=kept, put=_put(slots, part, inputs, outputs))
     return inputs.values.transpose(1, 0, 2), outputs.values
 
 
-class _Filled:
-    """An array of rows that are appended one feed after another: memory never holds them twice."""
+def _put(
+    slots: Mapping[tuple[int, int], int], part: int, inputs: _Filled, outputs: _Filled
+) -> Callable[[int, Floats, Floats], None]:
+    """Function that puts inputs and outputs of a feed of a part to their places."""
 
-    def __init__(self, rows: Sequence[Ints]) -> None:
+    def put(feed: int, x: Floats, y: Floats) -> None:
+        slot = slots[part, feed]
+        inputs.put(slot, x)
+        outputs.put(slot, y)
+
+    return put
+
+
+def _sample(
+    here: Site,
+    data: str,
+    frontier: Frontier,
+    target: Target,
+    *,
+    kept: Bools,
+    put: Callable[[int, Floats, Floats], None],
+) -> None:
+    """Gives inputs (rows, groups, inputs * taps) and wanted outputs (rows, kept outputs) of every feed to ``put``."""
+    join = target.join
+
+    def take(feed: int, values: Mapping[str, Array]) -> None:
+        rows = target.rows[feed]
+        wanted = target.values[feed].astype(np.float64)[:, kept]
+        if join is not None:
+            error = target.joined[feed][:, kept] - output_rows(here, values[join.other], rows)
+            wanted += join.correction(error, kept)
+        put(feed, data_rows(here, values[data], rows, target.shapes[feed]), wanted)
+
+    frontier.each([data] if join is None else [data, join.other], take)
+
+
+class _Filled:
+    """An array of the rows of several feeds, which come in any order: memory never holds them twice."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
         """Begins empty.
 
         Args:
-            rows: The rows of every feed; of the last ones none may come.
+            counts: Number of rows of every feed; those of some feeds may never come.
         """
-        self._most = sum(map(len, rows))
-        self._count = 0
+        self._ends = np.cumsum([0, *counts])
+        self._is_filled = np.zeros(self._ends[-1], bool)
         self._held: Floats | None = None
 
-    def append(self, part: Floats) -> None:
-        """Append the rows of a feed (rows, ...)."""
+    def put(self, slot: int, part: Floats) -> None:
+        """Put the rows (rows, ...) of a feed to their place."""
         if self._held is None:
-            self._held = np.empty((self._most, *part.shape[1:]))
-        self._held[self._count : self._count + len(part)] = part
-        self._count += len(part)
+            self._held = np.empty((len(self._is_filled), *part.shape[1:]))
+        place = slice(self._ends[slot], self._ends[slot + 1])
+        self._held[place] = part
+        self._is_filled[place] = True
 
     @property
     def values(self) -> Floats:
-        """All rows so far."""
+        """The rows that came."""
         assert self._held is not None
-        return self._held[: self._count]
+        count = int(self._is_filled.sum())
+        if self._is_filled[:count].all():
+            return self._held[:count]
+        return self._held[self._is_filled]
 
 
 def _original_inputs(

@@ -148,7 +148,8 @@ def test_refit_adds_biases_only(name: str) -> None:
     raw = rewrite.cut(model, coupling, keep)
     found = dataset.load(arrays(name, 16, 1), model)
     assert found is not None
-    pruned = least_squares.least_squares(model, coupling, keep, raw, samples=found, device="cpu")
+    sampling = least_squares.Sampling(samples=found, device="cpu")
+    (pruned,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
     predicted = ledger.cost(widths)
     counted = cost.count(models.from_proto(pruned.proto, model.bindings))
     assert counted.macs == predicted.macs
@@ -648,19 +649,19 @@ def test_drop_is_that_of_the_worst_term() -> None:
 def test_refit_that_loses_more_than_none_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = small(CNN, tmp_path)
+    ready = small(CNN, tmp_path, augment="none")
     real = least_squares.least_squares
     used: list[Samples] = []
 
-    def harmful(*args: Any, samples: Samples, **names: Any) -> Pruned:
+    def harmful(*args: Any) -> tuple[Pruned]:
         """A refit with the signs of all weights turned."""
-        used.append(samples)
-        found = real(*args, samples=samples, **names)
+        used.append(args[-1].samples)
+        (found,) = real(*args)
         for tensor in found.proto.graph.initializer:
             value = numpy_helper.to_array(tensor)
             if value.dtype == np.float32:
                 tensor.CopyFrom(numpy_helper.from_array(-value, tensor.name))
-        return found
+        return (found,)
 
     sound = search.search(ready)
     assert set(sound.pruned.losses) == {"refit", "none"}
@@ -681,6 +682,26 @@ def test_refit_that_loses_more_than_none_is_left_out(
     assert measured.origin is not None
     assert not set(fitted.origin.tolist()) & set(measured.origin.tolist())
     assert fitted.count + measured.count == ready.samples.count
+
+
+def test_images_are_refitted_with_copies_too_where_they_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refit that loses less is kept; both come from the cache of an earlier run."""
+    ready = small(CNN, tmp_path, cache=str(tmp_path / "cache"))
+    names = ("refit", "refit_with_copies", "none")
+    rows = []
+    for lost in ((0.1, 0.2, 0.5), (0.2, 0.1, 0.5)):
+        monkeypatch.setattr(search.calibration_loss, "losses", lambda *_, lost=lost: list(lost))
+        found = search.search(ready)
+        monkeypatch.setattr(least_squares, "least_squares", None)
+        assert found.pruned.losses == dict(zip(names, lost, strict=True))
+        rows.append(max(fit.rows for fit in found.pruned.fits))
+    assert rows[0] < rows[1]
+    monkeypatch.undo()
+    without = ready.settings.model_copy(update={"augment": "none"})
+    found = search.search(replace(ready, settings=without))
+    assert set(found.pruned.losses) == {"refit", "none"}
 
 
 def test_bias_fold_that_loses_more_than_none_is_left_out(tmp_path: Path) -> None:

@@ -468,7 +468,8 @@ def test_graph_that_is_not_a_refit_is_refused(change: str, tmp_path: Path) -> No
     raw = rewrite.cut(model, coupling, keep)
     samples_ = dataset.load({"x": samples(model, 40)["x"]}, model)
     assert samples_ is not None
-    found = least_squares.least_squares(model, coupling, keep, raw, samples=samples_, device="cpu")
+    sampling = least_squares.Sampling(samples=samples_, device="cpu")
+    (found,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
     assert found.proto != raw
     assert least_squares.is_valid_cache_entry(found, raw)
     assert least_squares.is_valid_cache_entry(Pruned(raw, raw), raw)

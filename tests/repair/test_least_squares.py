@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,9 +69,8 @@ def _without(coupling: Coupling, group: str, places: Sequence[int]) -> Bools:
 def _fit(model: Model, coupling: Coupling, keep: Bools, found: Samples, **named: object) -> Pruned:
     raw = rewrite.cut(model, coupling, keep)
     frozen = raw.SerializeToString()
-    pruned = least_squares.least_squares(
-        model, coupling, keep, raw, samples=found, device="cpu", **named
-    )  # type: ignore[arg-type]
+    sampling = least_squares.Sampling(samples=found, device="cpu", **named)  # type: ignore[arg-type]
+    (pruned,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
     assert raw.SerializeToString() == frozen == pruned.raw.SerializeToString()
     onnx.checker.check_model(pruned.proto, full_check=True)
     for fit in pruned.fits:
@@ -99,6 +98,61 @@ def _change(proto: ModelProto, name: str, change: object) -> None:
     value = numpy_helper.to_array(tensor).copy()
     change(value)  # type: ignore[operator]
     tensor.CopyFrom(numpy_helper.from_array(value, name))
+
+
+# ------------------------------------------------------------------------------------------------ augmented copies
+
+
+IMAGES = """(float[N, 3, 8, 8] x) => (float[N, 6] y)
+    <float[8, 3, 3, 3] v, float[16, 8, 3, 3] w, float[16, 6] u>
+    {
+        a = Conv<pads = [1, 1, 1, 1]>(x, v)
+        b = Relu(a)
+        c = Conv<pads = [1, 1, 1, 1]>(b, w)
+        d = Relu(c)
+        e = ReduceMean<axes = [2, 3], keepdims = 0>(d)
+        y = MatMul(e, u)
+    }"""
+
+
+def _mirrored(feed: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array]:
+    """Images with axes flipped at random: for noise, these are other images."""
+    axes = [axis for axis in (2, 3) if rng.random() < 0.8] or [2]
+    return {name: np.ascontiguousarray(np.flip(value, axes)) for name, value in feed.items()}
+
+
+def test_copies_add_rows_where_samples_are_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product has one row per sample, the convolutions more than they need."""
+    monkeypatch.setattr(least_squares, "MIN_ROWS", 64)
+    monkeypatch.setattr(least_squares, "ROWS_PER_UNKNOWN", 1)
+    model = load(build(IMAGES), tmp_path)
+    coupling = couple(model)
+    keep = random_keep(coupling, np.random.default_rng(0), 0.6)
+    samples = _samples(model, 24)
+    sampling = least_squares.Sampling(samples=samples, device="cpu", batch_size=8)
+    given = model, coupling, keep, rewrite.cut(model, coupling, keep), sampling
+    plain, copied = least_squares.least_squares(*given, change=_mirrored)
+    _, again = least_squares.least_squares(*given, change=_mirrored)
+    (alone,) = least_squares.least_squares(*given)
+    assert copied.proto.SerializeToString() == again.proto.SerializeToString()
+    assert plain.proto.SerializeToString() == alone.proto.SerializeToString()
+    assert plain.fits == alone.fits
+    few, many = ([fit.rows for fit in pruned.fits] for pruned in (plain, copied))
+    assert many[-1] == few[-1] * (1 + least_squares.COPIES) == 24 * (1 + least_squares.COPIES)
+    assert many[0] == few[0]
+    unseen = _samples(model, 400, 9)
+    assert _error(model, copied.proto, unseen) < 0.95 * _error(model, plain.proto, unseen)
+
+
+def test_copies_are_left_out_where_samples_suffice(tmp_path: Path) -> None:
+    model = load(build(IMAGES), tmp_path)
+    coupling = couple(model)
+    keep = random_keep(coupling, np.random.default_rng(0), 0.6)
+    many = replace(_samples(model, 4), count=1_000_000)
+    assert least_squares.is_short_of_samples(model, coupling, keep, _samples(model, 4))
+    assert not least_squares.is_short_of_samples(model, coupling, keep, many)
 
 
 # ------------------------------------------------------------------------------------------------ nothing removed

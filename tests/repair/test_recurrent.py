@@ -103,7 +103,8 @@ def _errors(model: Model, axis: tuple[str, int], found: Samples) -> tuple[float,
     units = coupling.axes[axis]
     keep[units[len(units) // 2 :]] = False
     raw = rewrite.cut(model, coupling, keep)
-    pruned = least_squares.least_squares(model, coupling, keep, raw, samples=found, device="cpu")
+    sampling = least_squares.Sampling(samples=found, device="cpu")
+    (pruned,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
     assert any(fit.form == "gate sums" for fit in pruned.fits)
     (feed,) = (feed for _, feed in found.batches(SAMPLES))
     outputs = [Session(proto, "cpu").run(feed)[0] for proto in (model.proto, raw, pruned.proto)]

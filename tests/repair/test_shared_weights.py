@@ -59,7 +59,9 @@ def _without(coupling: Coupling, tensor: str, axis: int, channels: list[int]) ->
 def _fit(model: Model, keep: Bools, found: Samples) -> Pruned:
     coupling = couple(model)
     raw = rewrite.cut(model, coupling, keep)
-    return least_squares.least_squares(model, coupling, keep, raw, samples=found, device="cpu")
+    sampling = least_squares.Sampling(samples=found, device="cpu")
+    (pruned,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
+    return pruned
 
 
 def _stored(proto: ModelProto) -> dict[str, Array]:

@@ -24,6 +24,7 @@ from tools.bench import (
     driver,
     latency,
     latency_figure,
+    mechanisms,
     picture,
     rivals,
     rivals_figure,
@@ -501,3 +502,22 @@ def test_study_without_rows_is_no_result(tmp_path: Path) -> None:
     """Nothing is stored that would take the place of the results there are."""
     assert studies.save(tmp_path, "coupling", [], ("model",), 0) == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_mechanisms_are_left_out_and_alone() -> None:
+    found = mechanisms.choices()
+    assert len(found) == 2 + 2 * len(mechanisms.OFF)
+    settings = {name: Settings.create(macs=0.5, **values) for name, values in found.items()}
+    assert settings["all"].effort == "high"
+    assert settings["all but copies"].augment == "none"
+    assert settings["all but copies"].refit == settings["all"].refit == "least-squares"
+    assert settings["refit alone"].importance == "l2"
+    assert settings["refit alone"].refit == "least-squares"
+    assert settings["none"].refit == "none"
+
+
+def test_saved_rows_of_mechanisms_are_kept(tmp_path: Path) -> None:
+    row = {"model": "m", "MACs asked": 0.5, "mechanisms": "all"}
+    studies.store(tmp_path, mechanisms.STUDY, [row], mechanisms.COLUMNS, 3)
+    assert mechanisms.saved(tmp_path, 3) == [row]
+    assert mechanisms.saved(tmp_path, 4) == []

@@ -29,6 +29,7 @@ STUDIES = (
     "budgets",
     "connections",
     "ablation",
+    "mechanisms",
     "speed",
     "coupling",
     "coverage",

@@ -101,9 +101,9 @@ class Bench:
     Data without ``eval.labels`` is judged by agreement: the original's first answers are the truth.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, data: Path | None = None) -> None:
         self.name, self.folder = name, folder
-        self.model, self.data = folder / f"{name}.onnx", folder / f"{name}.npz"
+        self.model, self.data = folder / f"{name}.onnx", data or folder / f"{name}.npz"
         with np.load(self.data) as held:
             self.scale, self.offset = held["input.scale"], held.get("input.offset", np.float32(0))
             self.images, self.unseen = held["input"], held["eval.input"]

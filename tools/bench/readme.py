@@ -43,6 +43,13 @@ TEXT = {
             "`least-squares`), widths not aligned."
         ),
     ),
+    "mechanisms": (
+        "Mechanisms",
+        (
+            "What each mechanism of the default, and of `--effort high`, is worth: accuracy in percent, or agreement "
+            "with the original, with all of them, each left out, each alone, and none; widths not aligned."
+        ),
+    ),
     "importance": (
         "Unit selection",
         "Accuracy in percent with the same share of units kept in every group, by importance and refit.",

@@ -83,6 +83,7 @@ class RecoveryOptions(Options):
     )
     augment: Annotated[Name, Shown(metavar="none|auto|MODULE:FUNCTION")] = Field(
         "auto",
-        description="Random changes of the samples of a recovery: auto takes those for the kind of each input (images, "
-        "audio, tokens; none for tables), or a function (feed, generator) -> feed.",
+        description="Random changes of samples, for a recovery and for the copies of images that the refit adds where "
+        "samples are few: auto takes those for the kind of each input (images, audio, tokens; none for tables), or a "
+        "function (feed, generator) -> feed.",
     )

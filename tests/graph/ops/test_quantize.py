@@ -162,7 +162,8 @@ def test_quantised_weight_is_not_refitted_and_is_noted(tmp_path: Path) -> None:
     values = {"x": np.random.default_rng(1).standard_normal((8, 3, 8, 8)).astype(np.float32)}
     given = dataset.load(values, model)
     assert given is not None
-    found = least_squares.least_squares(model, coupling, keep, raw, samples=given, device="cpu")
+    sampling = least_squares.Sampling(samples=given, device="cpu")
+    (found,) = least_squares.least_squares(model, coupling, keep, raw, sampling)
     assert not found.fits
     assert sum("is quantised" in note for note in found.notes) == 2
 

@@ -1,4 +1,4 @@
-"""Random changes of samples, which the original labels anew: by kind of input, or by a function of the user.
+"""Augmentation: random changes of samples, by kind of input or by a function of the user; the original labels them.
 
 ``images`` (3 channels, or 1 in a square): a random part resized to the whole, mirrored, with other brightness and
 contrast; half of the samples are mixed with another one, unless they are small. ``audio`` (one long axis): gain, shift
@@ -11,9 +11,9 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 
@@ -199,6 +199,39 @@ def _change_tokens(
         feed[name] = np.where(replaced, drawn, ids).astype(ids.dtype)
 
 
+class Copies(Sequence[dict[str, Array]]):
+    """Augmented copies of feeds, made on access from a seed, so that every access makes the same copies again."""
+
+    def __init__(self, feeds: Sequence[Feed], change: Augment, count: int, seed: int) -> None:
+        """Refer to feeds without reading them.
+
+        Args:
+            feeds: The feeds.
+            change: Makes a changed feed.
+            count: Copies of every feed. Those of one feed follow each other.
+            seed: Seed of all random choices.
+        """
+        self._per_feed = count
+        self._feeds = feeds
+        self._change = change
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._feeds) * self._per_feed
+
+    @overload
+    def __getitem__(self, place: int) -> dict[str, Array]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[dict[str, Array]]: ...
+    def __getitem__(self, place: int | slice) -> dict[str, Array] | list[dict[str, Array]]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        rng = np.random.default_rng([self._seed, place])
+        return self._change(self._feeds[place // self._per_feed], rng)
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The changes of a run, and their description for the report."""
@@ -231,6 +264,27 @@ def choose(setting: str, model: Model, feed: Feed) -> Chosen:
         return Chosen(None, "none")
     described_kinds = ", ".join(f"{name}: {kind}" for name, kind in changed.items())
     return Chosen(automatic(found), described_kinds)
+
+
+def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
+    """Find the changes behind the augmented copies that a refit takes into account.
+
+    Args:
+        setting: ``none``, ``auto`` or ``module:function``.
+        model: The original.
+        feed: One feed of the samples.
+
+    Returns:
+        The function. None where nothing is changed, and with ``auto`` without images among the inputs.
+
+    Raises:
+        SettingsError: The function cannot be imported.
+    """
+    if setting == "auto":
+        found = kinds(model, {name: value.shape for name, value in feed.items()})
+        if "images" not in found.values():
+            return None
+    return choose(setting, model, feed).function
 
 
 def _of_user(setting: str) -> Augment:

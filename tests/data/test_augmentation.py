@@ -9,8 +9,8 @@ import pytest
 from graphs import build, load
 
 from onnx_oamip.core.errors import DataError, SettingsError
-from onnx_oamip.core.records import Model
-from onnx_oamip.recovery import augmentation
+from onnx_oamip.core.records import Array, Model
+from onnx_oamip.data import augmentation
 
 
 def model(folder: Path, inputs: str) -> Model:
@@ -124,3 +124,35 @@ def test_function_of_the_user_is_checked(tmp_path: Path, monkeypatch: pytest.Mon
         assert function is not None
         with pytest.raises(DataError, match=message):
             function(fed, rng)
+
+
+def test_copies_are_made_on_access_and_the_same_again() -> None:
+    feeds = [{"x": np.full((2, 3), value)} for value in (1.0, 2.0)]
+    copies = augmentation.Copies(feeds, _scaled, 3, seed=7)
+    assert len(copies) == 6
+    found = list(copies)
+    scales = [copy["x"][0, 0] / (1 + place // 3) for place, copy in enumerate(found)]
+    assert len(set(scales)) == 6
+    assert copies[4]["x"].tolist() == found[4]["x"].tolist() == copies[3:5][1]["x"].tolist()
+    assert augmentation.Copies(feeds, _scaled, 3, seed=8)[0]["x"][0, 0] != found[0]["x"][0, 0]
+
+
+def _scaled(feed: augmentation.Feed, rng: np.random.Generator) -> dict[str, Array]:
+    return {name: rng.uniform(1, 2) * value for name, value in feed.items()}
+
+
+@pytest.mark.parametrize(
+    ("declared", "shape", "is_changed"),
+    [
+        ("float[N, 3, 32, 32] x", (4, 3, 32, 32), True),
+        ("float[N, 16000] x", (4, 16000), False),
+        ("float[N, 12] x", (4, 12), False),
+    ],
+)
+def test_a_refit_gets_copies_of_images_only(
+    declared: str, shape: tuple[int, ...], is_changed: bool, tmp_path: Path
+) -> None:
+    loaded = model(tmp_path, declared)
+    feed = {"x": np.zeros(shape, np.float32)}
+    assert (augmentation.for_refit("auto", loaded, feed) is not None) == is_changed
+    assert augmentation.for_refit("none", loaded, feed) is None

@@ -1,0 +1,106 @@
+"""What each mechanism is worth: all of them, each left out, each alone, and none, at equal MACs.
+
+A mechanism that is off gives way to its simple form: orders by the norms of weights, the same share of every group, no
+refit, no augmented copies of images, losses measured once. Networks with labels are judged by accuracy,
+EfficientNet-Lite0 (``--larger DIR``, see ``larger``) by agreement with the original. Rows that are in the saved study
+are not made again, so that it can be made in parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from onnx_oamip.api import prepare
+from onnx_oamip.core.settings import Settings
+from onnx_oamip.planning import search
+
+from .larger import Bench, absent
+from .studies import MODELS, Row, paths, save, store
+
+STUDY = "mechanisms"
+NETWORKS = ("resnet20-fashion", "mobilenet-fashion", "vit-fashion", "efficientnet-lite0")
+BUDGETS = (0.65, 0.5)
+OFF: Mapping[str, Mapping[str, str]] = {
+    "orders": {"importance": "l2"},
+    "budget program": {"allocate": "uniform"},
+    "refit": {"refit": "none"},
+    "copies": {"augment": "none"},
+    "second looks": {"effort": "normal"},
+}
+"""Settings without a mechanism, by its name."""
+ON: Mapping[str, str] = {"align": "1", "effort": "high"}
+"""Settings with all mechanisms, where they are not the defaults."""
+COLUMNS = ("model", "MACs asked", "mechanisms", "judged by", "before", "after", "divergence")
+
+
+def run(out: Path, seed: int, names: tuple[str, ...] = (), larger: Path | None = None) -> str:
+    """One row per network, budget and choice of mechanisms."""
+    rows = saved(out, seed)
+    for name in names or NETWORKS:
+        if name not in MODELS and (missing := absent(name, larger)):
+            print(missing, flush=True)
+            continue
+        bench = _bench(name, larger)
+        known = {(row["MACs asked"], row["mechanisms"]) for row in rows if row["model"] == name}
+        for row in _rows(bench, seed, known):
+            rows.append(row)
+            print(row, flush=True)
+            store(out, STUDY, rows, COLUMNS, seed)
+    return save(out, STUDY, rows, COLUMNS, seed)
+
+
+def choices() -> dict[str, dict[str, str]]:
+    """Settings of every choice of mechanisms, by its name."""
+    found = {"all": dict(ON)}
+    for name in OFF:
+        found[f"all but {name}"] = _without([name])
+    for name in OFF:
+        found[f"{name} alone"] = _without([other for other in OFF if other != name])
+    found["none"] = _without(list(OFF))
+    return found
+
+
+def _without(names: list[str]) -> dict[str, str]:
+    """Settings with some mechanisms off. Second looks choose widths by the budget program: off without it."""
+    if "budget program" in names and "second looks" not in names:
+        names = [*names, "second looks"]
+    settings = dict(ON)
+    for name in names:
+        settings.update(OFF[name])
+    return settings
+
+
+def saved(out: Path, seed: int) -> list[Row]:
+    """Rows that an earlier run with this seed stored."""
+    path = out / f"{STUDY}.json"
+    if not path.is_file():
+        return []
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return list(found["rows"]) if found["seed"] == seed else []
+
+
+def _bench(name: str, larger: Path | None) -> Bench:
+    """A shipped network, or one of the folder of larger ones, with its data."""
+    if name in MODELS:
+        model, data = paths(name)
+        return Bench(name, model.parent, data)
+    assert larger is not None
+    return Bench(name, larger)
+
+
+def _rows(bench: Bench, seed: int, known: set[tuple[float, str]]) -> Iterator[Row]:
+    """Rows of one network that are not known; statistics and losses are shared by a cache."""
+    with TemporaryDirectory() as kept:
+        for choice, values in choices().items():
+            for budget in BUDGETS:
+                if (budget, choice) in known:
+                    continue
+                settings = Settings.create(macs=budget, seed=seed, cache=kept, **values)
+                ready = prepare.prepare(bench.model, bench.data, settings)
+                row = bench.row(budget, choice, search.search(ready).pruned.proto)
+                row["mechanisms"] = row.pop("method")
+                yield {column: row[column] for column in COLUMNS}
