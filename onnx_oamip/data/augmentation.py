@@ -72,6 +72,11 @@ def _channel_axis(shape: tuple[int, ...]) -> int | None:
     return None
 
 
+def _sides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Height and width of images."""
+    return shape[2:] if _channel_axis(shape) == 1 else shape[1:3]
+
+
 def automatic(found: Mapping[str, InputKind]) -> Augment:
     """Build the changes for inputs of some kinds.
 
@@ -275,14 +280,17 @@ def for_refit(setting: str, model: Model, feed: Feed) -> Augment | None:
         feed: One feed of the samples.
 
     Returns:
-        The function. None where nothing is changed, and with ``auto`` without images among the inputs.
+        The function. None where nothing is changed, and with ``auto`` without images among the inputs that are at
+        least ``SMALL_SIDE`` high and wide: smaller ones are changed too little to be worth a second refit.
 
     Raises:
         SettingsError: The function cannot be imported.
     """
     if setting == "auto":
-        found = kinds(model, {name: value.shape for name, value in feed.items()})
-        if "images" not in found.values():
+        shapes = {name: value.shape for name, value in feed.items()}
+        found = kinds(model, shapes)
+        images_found = [shapes[name] for name, kind in found.items() if kind == "images"]
+        if all(min(_sides(shape)) < SMALL_SIDE for shape in images_found):
             return None
     return choose(setting, model, feed).function
 

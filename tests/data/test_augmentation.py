@@ -144,12 +144,14 @@ def _scaled(feed: augmentation.Feed, rng: np.random.Generator) -> dict[str, Arra
 @pytest.mark.parametrize(
     ("declared", "shape", "is_changed"),
     [
-        ("float[N, 3, 32, 32] x", (4, 3, 32, 32), True),
+        ("float[N, 3, 96, 128] x", (4, 3, 96, 128), True),
+        ("float[N, 96, 96, 3] x", (4, 96, 96, 3), True),
+        ("float[N, 3, 32, 128] x", (4, 3, 32, 128), False),
         ("float[N, 16000] x", (4, 16000), False),
         ("float[N, 12] x", (4, 12), False),
     ],
 )
-def test_a_refit_gets_copies_of_images_only(
+def test_a_refit_gets_copies_of_large_images_only(
     declared: str, shape: tuple[int, ...], is_changed: bool, tmp_path: Path
 ) -> None:
     loaded = model(tmp_path, declared)
