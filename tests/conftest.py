@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,8 @@ from hypothesis import HealthCheck, settings
 # A test starts from nothing, and leaves nothing behind.
 os.environ["ONNX_OAMIP_CACHE"] = "off"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # some tests import the runtime before the package does
+# Every program that a test starts would compile all modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell ignores Ctrl-C for what it runs in the background, and every process started from here would too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -67,15 +67,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record-fast"):
         config.pluginmanager.register(FastRecorder())
-    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
-        share_bytecode(config)
-
-
-def share_bytecode(config: pytest.Config) -> None:
-    """Keep compiled modules in a temporary folder: every program that a test starts would compile all of them."""
-    folder = tempfile.mkdtemp(prefix="onnx-oamip-bytecode-")
-    os.environ["PYTHONPYCACHEPREFIX"] = folder
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def fast_counts() -> dict[str, int]:

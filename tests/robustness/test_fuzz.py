@@ -42,7 +42,7 @@ from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.ops import OpSpec
 from onnx_oamip.verification.latency import Ratio
 
-CASES = {"model": (120, 20_000), "data": (60, 5_000)}
+CASES = {"model": (80, 20_000), "data": (40, 5_000)}
 """Mutated files by default, and with --slow."""
 
 

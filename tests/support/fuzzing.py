@@ -323,6 +323,7 @@ def prepare(root: Path) -> _Watch:
     ):
         status, _, err = _call(command)
         assert status == 0, err
+    sys.dont_write_bytecode = True  # a module that is imported later is no file of the command
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + SPACE, used + SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

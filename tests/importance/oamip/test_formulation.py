@@ -403,7 +403,7 @@ def test_programs_are_smaller_than_published(
     assert formulation.program.n_rows < rows
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["highs", pytest.param("gurobi", marks=pytest.mark.slow)])
 def test_lenet_is_solved_in_seconds_within_the_restricted_licence(solver: str) -> None:
     model, coupling, held = _shipped("lenet300-mnist")
     formulation = formulate(model, coupling, held, Form("paper"))
