@@ -439,9 +439,9 @@ class _Run:
         return torch.stack(losses).sum()
 
     def averaged(self) -> dict[str, Array]:
-        """Averaged weights by the name of their initialiser."""
+        """Averaged weights by the name of their initialiser, which later steps do not change."""
         return {
-            name: value.cpu().numpy()
+            name: value.cpu().numpy().copy()
             for name, value in zip(self._engine.weights, self._average, strict=True)
         }
 

@@ -137,6 +137,23 @@ def test_stop_ends_training_with_the_best_so_far(case: Path) -> None:
     assert found.output is None
 
 
+def test_weights_that_were_judged_do_not_change_later(
+    case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = []
+
+    class Noted(training.Best):
+        def offer(self, step: int, found: np.ndarray, weights: dict) -> None:
+            offered.append((weights, {name: value.copy() for name, value in weights.items()}))
+            super().offer(step, found, weights)
+
+    monkeypatch.setattr(training, "Best", Noted)
+    recover(case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=40))
+    assert len(offered) > 1
+    for weights, judged in offered:
+        assert all(np.array_equal(weights[name], judged[name]) for name in judged)
+
+
 def test_time_ends_training(case: Path) -> None:
     found = recover(
         case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover="0.5s")
