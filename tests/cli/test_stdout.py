@@ -44,6 +44,9 @@ STEPS = {
     "config": "",
     "doctor": "",
     "profile": "model.onnx -o table.json --seconds 0.1",
+    "int8": "out.onnx --data DATA -o int8.onnx",
+    "run": "stages.toml",
+    "compare": "stages/prune.json stages/prune.json -o compare.html",
 }
 """Arguments of every command; a later one may read what an earlier one has written."""
 if importlib.util.find_spec("torch"):
@@ -62,6 +65,18 @@ def _with_option(name: str) -> list[str]:
 
 QUIET = _with_option("--quiet")
 SOLVER = _with_option("--solver")
+STAGES = """
+model = "model.onnx"
+data = "data.npz"
+folder = "stages"
+
+[prune]
+macs = 0.5
+force = true
+
+[check]
+seconds = 0.1
+"""
 LICENCE = "TYPE=ACADEMIC\nVERSION=13\nHOSTNAME=other\nHOSTID=deadbeef\nUSERNAME=u\nSOCKETS=1\nKEY=A\nCKEY=A\n"
 LICENCES = {
     "missing": (None, "Unable to open Gurobi license file"),
@@ -145,6 +160,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({t.name: numpy_helper.to_array(t) for t in weights}, here / "weights.safetensors")
     np.savez(here / "data.npz", input=samples(40))
     (here / "noisy.py").write_text(NOISY)
+    (here / "stages.toml").write_text(STAGES)
     for name, (content, _) in LICENCES.items():
         if content is not None:
             (here / f"{name}.lic").write_text(content)

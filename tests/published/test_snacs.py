@@ -431,7 +431,7 @@ def _learnable(folder: Path) -> Chain:
 def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
     model, _, arrays = _learnable(tmp_path)
     wish = {
-        "macs": 0.45,
+        "macs": 0.4,
         "allocate": allocate,
         "refit": "bias",
         "importance": "activation",
@@ -446,7 +446,7 @@ def test_limits_hold_in_every_allocation(tmp_path: Path, allocate: str) -> None:
     chosen = [_allocated(ready) for ready in (free, bound)]
     assert (chosen[0].widths < least).any()
     assert (chosen[1].widths >= least).all()
-    assert chosen[1].predicted.macs <= 0.45 * bound.before.macs
+    assert chosen[1].predicted.macs <= 0.4 * bound.before.macs
 
 
 def test_budget_beyond_the_limits_names_the_limits(tmp_path: Path) -> None:
