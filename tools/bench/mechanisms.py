@@ -1,4 +1,4 @@
-"""What each mechanism is worth: all of them, each left out, each alone, and none, at equal MACs.
+"""Worth of each mechanism: all of them, each left out, each alone, and none, at equal MACs.
 
 A mechanism that is off gives way to its simple form: orders by the norms of weights, the same share of every group, no
 refit, no augmented copies of images, losses measured once. Networks with labels are judged by accuracy,

@@ -130,7 +130,7 @@ def _models(value: Document) -> Section:
                 number(found.get("output_relative_error")),
             ]
         )
-    # What decides comes first: a telephone shows three columns.
+    # Deciding columns come first: a telephone shows three of them.
     columns = (
         "model",
         ">file",
