@@ -500,7 +500,7 @@ class _Run:
                 task.sampling.progress("refit", number[name] + 1, len(number))
 
     def fork(self, change: Augment, short: Collection[str]) -> _Run:
-        """Makes a run that is as far as this one, and goes on with copies of the samples in half of the memory.
+        """Makes a run that is as far as this one, with copies of the samples; both get their share of the memory.
 
         Args:
             change: Makes a changed feed.
@@ -510,13 +510,13 @@ class _Run:
             The run.
         """
         task = self.task
-        limit = task.sampling.limit // 2
+        limit = task.sampling.limit // (1 + COPIES)
         proto = onnx.ModelProto()
         proto.CopyFrom(self.proto)
         changed = Copies(task.feeds, change, COPIES, task.sampling.seed)
         copied = _Copied(
-            Frontier(proto, changed, task.types, task.sampling.device, limit),
-            task.targets(changed, limit, task.weights(changed), short),
+            Frontier(proto, changed, task.types, task.sampling.device, COPIES * limit),
+            task.targets(changed, COPIES * limit, task.weights(changed), short),
         )
         return _Run(
             task,
