@@ -103,7 +103,7 @@ HELD_OUT = 0.2
 WIDE_VALUES = 1 << 25
 """Most values (rows x unknowns) sampled of a node that is too wide for a Gram matrix."""
 MIN_WIDE_ROWS = 32
-COPIES = 3
+COPIES = 2
 """Augmented copies of every sample."""
 SHORT = 0.1
 """Share of all rows that a fit of a node samples, from which on augmented copies are added to its rows."""
