@@ -151,6 +151,7 @@ def recovered(model: Model) -> dict[str, Any]:
         device="cpu",
         weights=3,
         block_steps=2,
+        slowed=0,
         held_bytes=100,
         features=("a",),
         left_out=("b",),

@@ -118,6 +118,7 @@ def run(
         after=best.loss if best.curve else None,
         steps=trained.steps,
         block_steps=trained.block_steps,
+        slowed=trained.slowed,
         best_step=best.step,
         batch=trained.batch,
         held_bytes=trained.held_bytes,

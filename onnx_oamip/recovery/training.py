@@ -43,6 +43,10 @@ WARM_UP = 0.05
 """Share of the budget in which the rate rises."""
 LEAST_RATE = 0.1
 """Share of the full rate at the first step."""
+WORSE = 1.25
+"""Loss over the lowest one so far, or over that of the start, from which the rate was too large."""
+SLOWER = 3.0
+"""Divisor of the rate where it was too large."""
 BLOCK_SHARE = 0.3
 """Share of the budget in which every block is trained for itself."""
 PULL = 2e-3
@@ -112,6 +116,7 @@ class Trained:
         best: Losses on held-out samples.
         steps: Steps that were done.
         block_steps: Those of them in which every block was trained for itself.
+        slowed: Times that the rate was divided because it was too large.
         batch: Samples of one step.
         held_bytes: Bytes of answers of the original that were held to be used again.
         seconds: Time that the steps took, with their evaluations.
@@ -125,6 +130,7 @@ class Trained:
     best: Best
     steps: int
     block_steps: int
+    slowed: int
     batch: int
     held_bytes: int
     seconds: float
@@ -173,7 +179,7 @@ def train(task: Task, effort: Effort) -> Trained:
     best = Best(task.judge.losses(task.pruned.proto), PATIENCE)
     part, left_out = _trained_part(task)
     if not part.weights or not part.tensors:
-        return Trained(None, best, 0, 0, 0, 0, 0.0, "nothing to train", (), (), left_out)
+        return Trained(None, best, 0, 0, 0, 0, 0, 0.0, "nothing to train", (), (), left_out)
     run = _Run(task, part)
     ended = _run_until_end(task, run, best, budget)
     proto = written(task.pruned.proto, best.weights) if best.is_better else None
@@ -182,6 +188,7 @@ def train(task: Task, effort: Effort) -> Trained:
         best=best,
         steps=budget.done,
         block_steps=budget.block_steps,
+        slowed=run.slowed,
         batch=run.batch,
         held_bytes=run.batches.held_bytes,
         seconds=budget.seconds,
@@ -209,6 +216,8 @@ def _run_until_end(task: Task, run: _Run, best: Best, budget: _Budget) -> str:
             judged = budget.done
             weights = run.averaged()
             best.offer(judged, task.judge.losses(written(task.pruned.proto, weights)), weights)
+            if best.curve[-1][1] > WORSE * min(best.loss, float(best.start.mean())):
+                run.slow_down(best)
         if task.stop is not None and task.stop():
             return "interrupted"
         if budget.is_over:
@@ -384,10 +393,32 @@ class _Run:
         self._variances = self._feature_variances()
         self._weights = list(self._engine.weights.values())
         self._start = [weight.detach().clone() for weight in self._weights]
-        self._average = [weight.detach().clone() for weight in self._weights]
-        self._optimiser = torch.optim.Adam(_groups(self._weights), betas=(0.9, 0.99), eps=1e-10)
+        self.slowed = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Set up the optimiser and the average for the present weights."""
+        groups = _groups(self._weights, RATE / SLOWER**self.slowed)
+        self._optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10)
         self._rates = [group["lr"] for group in self._optimiser.param_groups]
+        self._average = [weight.detach().clone() for weight in self._weights]
         self._done = 0
+
+    def slow_down(self, best: Best) -> None:
+        """Go back to the best weights so far, or to the start if they are not better, and on at a smaller rate.
+
+        Args:
+            best: The best weights so far.
+        """
+        held = [torch.from_numpy(best.weights[name]) for name in self._engine.weights]
+        is_better = best.loss < float(best.start.mean())
+        with torch.no_grad():
+            for weight, value in zip(
+                self._weights, held if is_better else self._start, strict=True
+            ):
+                weight.copy_(value)
+        self.slowed += 1
+        self._begin()
 
     def _feature_variances(self) -> list[float]:
         """Variance of every feature about the means of its channels, on samples as they are."""
@@ -464,14 +495,14 @@ def _share(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def _groups(weights: Sequence[Tensor]) -> list[dict[str, object]]:
+def _groups(weights: Sequence[Tensor], rate: float) -> list[dict[str, object]]:
     """Groups of weights of about the same size, each with a rate that is proportional to it."""
     sizes = [float(weight.detach().square().mean().sqrt()) for weight in weights]
     usual = float(np.median([size for size in sizes if size > 0] or [1.0]))
     groups: dict[int, list[Tensor]] = defaultdict(list)
     for weight, size in zip(weights, sizes, strict=True):
         groups[round(math.log2(size if size > 0 else usual))].append(weight)
-    return [{"params": held, "lr": RATE * 2.0**power} for power, held in sorted(groups.items())]
+    return [{"params": held, "lr": rate * 2.0**power} for power, held in sorted(groups.items())]
 
 
 def _batch_size(task: Task) -> int:

@@ -347,6 +347,7 @@ def _recovery(found: Recovery) -> Document:
         "after": found.after,
         "steps": found.steps,
         "block_steps": found.block_steps,
+        "slowed": found.slowed,
         "best_step": found.best_step,
         "batch": found.batch,
         "held_bytes": found.held_bytes,

@@ -108,6 +108,7 @@ def test_notes_state_a_refusal_and_what_was_left_out() -> None:
         after=0.6,
         steps=10,
         block_steps=0,
+        slowed=0,
         best_step=10,
         batch=8,
         held_bytes=0,

@@ -106,6 +106,17 @@ def test_worse_result_is_not_taken(case: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(np.array_equal(new[name], old[name]) for name in old)
 
 
+def test_rate_that_is_too_large_is_divided(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training goes back to the start and on, and gets below it in the end."""
+    monkeypatch.setattr(training, "RATE", 30.0)
+    found = recover(
+        case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=200)
+    )
+    assert found.recovery.slowed >= 2
+    assert found.recovery.accepted
+    assert max(loss for _, loss in found.recovery.curve) > training.WORSE * found.recovery.before
+
+
 def test_blocks_are_trained_for_themselves_first(
     case: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ class Recovery:
         after: The lowest one found by training; None where nothing was trained.
         steps: Steps that were done.
         block_steps: Those of them in which every block was trained for itself.
+        slowed: Times that the rate was divided because it was too large.
         best_step: Steps behind the lowest loss.
         batch: Samples of one step.
         held_bytes: Bytes of answers of the original that were held to be used again; 0 where all were computed anew.
@@ -151,6 +152,7 @@ class Recovery:
     after: float | None
     steps: int
     block_steps: int
+    slowed: int
     best_step: int
     batch: int
     held_bytes: int
