@@ -43,9 +43,9 @@ WARM_UP = 0.05
 """Share of the budget in which the rate rises."""
 LEAST_RATE = 0.1
 """Share of the full rate at the first step."""
-WORSE = 1.25
+WORSE = 3.0
 """Loss over the lowest one so far, or over that of the start, from which the rate was too large."""
-SLOWER = 3.0
+SLOWER = 10.0
 """Divisor of the rate where it was too large."""
 BLOCK_SHARE = 0.3
 """Share of the budget in which every block is trained for itself."""
