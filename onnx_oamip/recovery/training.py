@@ -410,12 +410,11 @@ class _Run:
         Args:
             best: The best weights so far.
         """
-        held = [torch.from_numpy(best.weights[name]) for name in self._engine.weights]
-        is_better = best.loss < float(best.start.mean())
+        values = self._start
+        if best.loss < float(best.start.mean()):
+            values = [torch.from_numpy(best.weights[name]) for name in self._engine.weights]
         with torch.no_grad():
-            for weight, value in zip(
-                self._weights, held if is_better else self._start, strict=True
-            ):
+            for weight, value in zip(self._weights, values, strict=True):
                 weight.copy_(value)
         self.slowed += 1
         self._begin()

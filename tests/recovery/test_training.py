@@ -21,6 +21,7 @@ from onnx_oamip.objective import compare
 torch = pytest.importorskip("torch")
 
 from onnx_oamip.recovery import losses, training  # noqa: E402
+from onnx_oamip.recovery.judge import Judge  # noqa: E402
 
 NETWORK = """(float[N, 8] x) => (float[N, 4] y)
 <float[8, 24] w1, float[24] b1, float[24, 16] w2, float[16] b2, float[16, 4] w3> {
@@ -115,6 +116,25 @@ def test_rate_that_is_too_large_is_divided(case: Path, monkeypatch: pytest.Monke
     assert found.recovery.slowed >= 2
     assert found.recovery.accepted
     assert max(loss for _, loss in found.recovery.curve) > training.WORSE * found.recovery.before
+
+
+def test_infinite_loss_at_the_first_evaluation_goes_back_to_the_start(
+    case: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = Judge.losses
+    calls = []
+
+    def losses(judge: Judge, proto: onnx.ModelProto) -> np.ndarray:
+        calls.append(None)
+        found = judged(judge, proto)
+        return np.full_like(found, np.inf) if len(calls) == 2 else found  # the first is the start
+
+    monkeypatch.setattr(Judge, "losses", losses)
+    found = recover(
+        case / "half.onnx", case / "model.onnx", case / "data.npz", settings(recover=200)
+    )
+    assert found.recovery.slowed == 1
+    assert found.recovery.accepted
 
 
 def test_blocks_are_trained_for_themselves_first(
