@@ -29,7 +29,7 @@ from onnx_oamip.core.records import Frontier, Point
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.sources import Source, source_name
 from onnx_oamip.planning import iterative, search
-from onnx_oamip.planning.search import Prepared
+from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.reporting import documents
 from onnx_oamip.verification import equivalence
 

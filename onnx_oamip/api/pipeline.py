@@ -50,8 +50,18 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import find
 from onnx_oamip.objective import at_outputs, find_objective, scale
 from onnx_oamip.objective import metric as metrics
-from onnx_oamip.planning import iterative, latency_tables, score_draws, search
-from onnx_oamip.planning.search import Attempt, Prepared
+from onnx_oamip.planning import (
+    attempts,
+    execution,
+    iterative,
+    latency_search,
+    latency_tables,
+    recorded_answers,
+    score_draws,
+    search,
+)
+from onnx_oamip.planning.attempts import Prepared
+from onnx_oamip.planning.execution import Attempt
 from onnx_oamip.programs.program_files import check_solutions_read
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.recovery import recover as recovery
@@ -160,7 +170,7 @@ def pruned(
         path, source, settings, eval_data=eval_data, progress=progress, clock=clock, scores=scores
     )
     with clock("verify"):  # before the plan: a run that is killed in between has it already
-        answers = search.answers(ready, ready.comparison_batch)
+        answers = recorded_answers.answers(ready, ready.comparison_batch)
     with clock("plan and refit"):
         ready, result = iterative.approach(ready)
     check_solutions_read(settings, [*ready.scores.programs, *result.plan.programs])
@@ -329,7 +339,7 @@ def plan(
             *ready.store.notes(),
         ),
         objective=ready.objective,
-        losses=tuple(search.losses(ready, chosen)),
+        losses=tuple(attempts.losses(ready, chosen)),
     )
     if target is None:
         return planned
@@ -421,7 +431,7 @@ def applied(
     keep, notes = plan_files.match_units(found, *ready.in_file, name)
     chosen = plan_files.to_plan(found, keep, ready.coupling, ready.ledger, notes=notes)
     with clock("refit"):
-        result = search.carry_out(ready, chosen)
+        result = execution.carry_out(ready, chosen)
     budget = Budget(**{n: found.budget.get(n) for n in BUDGETS})
     asked = {**settings.model_dump(mode="json"), "device": ready.device, "plan": name}
     asked |= {"data": source_name(source), "eval_data": source_name(eval_data)}
@@ -764,7 +774,7 @@ def prove(
         )
     answers = (
         answers
-        or search.answers(ready, ready.comparison_batch)
+        or recorded_answers.answers(ready, ready.comparison_batch)
         or equivalence.watch(model, objective, device, what=model.path)
     )
     size = ready.comparison_batch
@@ -844,11 +854,11 @@ def _gate_latency(ready: Context, result: Attempt, found: Latency) -> None:
         fails = is_slower(found) and not is_overhead(found)
         what = "slower than the original"
     else:
-        fails = found.low > budget * (1 + search.LATENCY_SLACK)
+        fails = found.low > budget * (1 + latency_search.LATENCY_SLACK)
         what = f"over `latency={budget}`"
     if not fails:
         return
-    named = " ".join(f"`exclude='{name}'`" for name in search.adding(ready, result.plan)[:3])
+    named = " ".join(f"`exclude='{name}'`" for name in attempts.adding(ready, result.plan)[:3])
     if named:
         advice = f"{named}, where a cut adds nodes"
     else:

@@ -44,16 +44,17 @@ from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import (
     allocation,
     critical_units,
+    drop_search,
+    execution,
     idle_branches,
     iterative,
     latency_tables,
     limits,
     plan_constraints,
     scoring,
-    search,
     width_losses,
 )
-from onnx_oamip.planning.search import Prepared
+from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.recovery import recover as recovery
 from onnx_oamip.recovery.judge import split
@@ -155,7 +156,7 @@ def open_for_plan(
         raise DataError(
             f"`refit={settings.refit}` needs calibration data; give `data`, or `refit=none`."
         )
-    if source is None and search.folds_constants(settings):
+    if source is None and execution.folds_constants(settings):
         raise DataError(
             f"what units removed by {settings.importance} leave behind is found by running; give `data`."
         )
@@ -433,7 +434,7 @@ def open_context(
     for note in objective.notes:
         LOG.warning("%s", note)
     if settings.max_drop is not None and source is not None:
-        bound = search.bounded(objective, metric)
+        bound = drop_search.bounded(objective, metric)
         objective = replace(objective, notes=(*objective.notes, bound))
         LOG.warning("%s", bound)
     with clock("couple"):
@@ -468,7 +469,7 @@ def _scored_by(given: Scores, settings: Settings, source: Source | None) -> Sett
     """The settings as if the method that made given scores had been asked for. Raises OamipError where it cannot be."""
     settings = settings.model_copy(update={"importance": given.method})
     find(given.method)
-    if source is None and search.folds_constants(settings):
+    if source is None and execution.folds_constants(settings):
         raise DataError(
             f"what units removed by {given.method} leave behind is found by running the model; give `data`."
         )

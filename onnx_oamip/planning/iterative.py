@@ -22,7 +22,8 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import loading as models
 from onnx_oamip.planning import idle_branches, scoring, search, width_losses
-from onnx_oamip.planning.search import Attempt, Prepared
+from onnx_oamip.planning.attempts import Prepared
+from onnx_oamip.planning.execution import Attempt
 from onnx_oamip.statistics.context import Collected
 
 

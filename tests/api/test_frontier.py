@@ -34,7 +34,7 @@ from onnx_oamip.core.errors import (
     SettingsError,
 )
 from onnx_oamip.core.records import Frontier, Group, Point
-from onnx_oamip.planning import search
+from onnx_oamip.planning import attempts, search
 from onnx_oamip.reporting.documents import document
 from onnx_oamip.reporting.documents import frontier as frontier_document
 from onnx_oamip.reporting.html import frontier_page
@@ -169,7 +169,7 @@ def test_frontier_prepares_the_model_once(folder: Path, monkeypatch: pytest.Monk
         prepared.append(args)
         return prepare(*args, **kwargs)  # type: ignore[arg-type]
 
-    def spy(ready: search.Prepared, *rest: object) -> object:
+    def spy(ready: attempts.Prepared, *rest: object) -> object:
         budgets.append(ready.settings.macs)
         return look(ready, *rest)  # type: ignore[arg-type]
 
@@ -209,7 +209,7 @@ def test_model_that_fails_a_gate_is_not_saved(
 ) -> None:
     prove = pipeline.prove
 
-    def fail(ready: search.Prepared, *rest: object) -> object:
+    def fail(ready: attempts.Prepared, *rest: object) -> object:
         if ready.settings.macs == 0.4:
             raise GateFailed("it differs from the masked original.")
         return prove(ready, *rest)  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ def test_prune_is_score_plan_and_apply(task: Path, name: str) -> None:
 def test_latency_plan_is_applied(
     task: Path, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnx_oamip.planning.search.latency_ratio", lambda *_, **__: 0.88)
+    monkeypatch.setattr("onnx_oamip.planning.latency_search.latency_ratio", lambda *_, **__: 0.88)
     measure = latency_model.interleave
     monkeypatch.setattr(
         latency_model,

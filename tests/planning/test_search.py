@@ -41,11 +41,22 @@ from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.objective.metric import Metric
-from onnx_oamip.planning import allocation, budget_program, search
+from onnx_oamip.planning import (
+    allocation,
+    attempts,
+    budget_program,
+    calibration_loss,
+    drop_search,
+    execution,
+    latency_search,
+    search,
+)
 from onnx_oamip.planning.allocation import best_units
+from onnx_oamip.planning.attempts import Prepared
 from onnx_oamip.planning.budget_program import Ladder
+from onnx_oamip.planning.drop_search import Drop, drop
+from onnx_oamip.planning.execution import Attempt
 from onnx_oamip.planning.latency_model import LatencyModel
-from onnx_oamip.planning.search import Attempt, Drop, Prepared, drop
 from onnx_oamip.planning.sensitivity import Sensitivity
 from onnx_oamip.planning.width_losses import interpolate, rungs
 from onnx_oamip.programs.solvers import SolverLimits
@@ -254,8 +265,8 @@ def test_program_loses_less_than_equal_shares() -> None:
     ratios = {}
     for macs in (0.7, 0.5, 0.3, 0.2):
         limit = allocation.limits(settings(macs=macs).budget, ready.before, 0)
-        mine = search.allocate(asked(ready, macs=macs), limit)
-        uniform = search.allocate(
+        mine = attempts.allocate(asked(ready, macs=macs), limit)
+        uniform = attempts.allocate(
             replace(asked(ready, macs=macs, allocate="uniform"), ladder=None), limit
         )
         ratios[macs] = _predicted_loss(ready, mine.widths) / _predicted_loss(ready, uniform.widths)
@@ -324,7 +335,7 @@ def _plan(ready: Prepared, **values: object) -> Plan:
     )
     ladder = rungs(ready.coupling, measured, steps, asked_.settings.floor)
     asked_ = replace(asked_, steps=steps, ladder=ladder)
-    return search.allocate(asked_, allocation.limits(asked_.settings.budget, ready.before, 0))
+    return attempts.allocate(asked_, allocation.limits(asked_.settings.budget, ready.before, 0))
 
 
 @pytest.mark.parametrize("align", [4, 8])
@@ -400,7 +411,7 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refit a fraction of the time; the drop is measured on what it gives."""
     monkeypatch.setattr(least_squares, "MAX_ROWS", 1024)
     monkeypatch.setattr(least_squares, "MIN_ROWS", 512)
-    monkeypatch.setattr(search, "DROP_TRIES", 5)
+    monkeypatch.setattr(drop_search, "DROP_TRIES", 5)
 
 
 @pytest.mark.parametrize("points", [0.4, 3.0])
@@ -476,23 +487,23 @@ def test_file_size_budget_is_met(
     sizes: list[float] = []
     # Only as much of the drop as the size allows: the search ends at the plan within the other budgets.
     monkeypatch.setattr(
-        search,
-        "_drop",
+        drop_search,
+        "measured_drop",
         lambda ready, _, found: Drop(9.0 * (found.after.macs < 0.5 * ready.before.macs), "m"),
     )
-    carry_out = search.carry_out
+    carry_out = execution.carry_out
 
     def record(*args: object) -> Attempt:
         found = carry_out(*args)  # type: ignore[arg-type]
         sizes.append(found.after.bytes / ready.before.bytes)
         return found
 
-    monkeypatch.setattr(search, "carry_out", record)
+    monkeypatch.setattr(attempts, "carry_out", record)
     found = search.search(ready)
     assert max(sizes) > 0.75, "an attempt was to miss"
     assert 0.6 * ready.before.bytes < found.after.bytes <= 0.75 * ready.before.bytes
     if "max_drop" not in budgets:
-        assert 2 <= len(sizes) <= 1 + search.SIZE_TRIES
+        assert 2 <= len(sizes) <= 1 + attempts.SIZE_TRIES
 
 
 # ---------------------------------------------------------------------------------------------------------- latency
@@ -555,11 +566,11 @@ def test_latency_estimate_is_corrected_until_the_budget_is_met(
         calls.append(measure(*args, **named))
         return calls[-1]
 
-    monkeypatch.setattr(search, "profile", lambda *_, **__: table)
-    monkeypatch.setattr(search, "latency_ratio", counted)
+    monkeypatch.setattr(latency_search, "profile", lambda *_, **__: table)
+    monkeypatch.setattr(latency_search, "latency_ratio", counted)
     found = search.search(ready)
     assert share * 0.95 <= measure(ready, found.pruned.raw) <= share
-    assert len(calls) <= search.LATENCY_TRIES
+    assert len(calls) <= latency_search.LATENCY_TRIES
     if name == "additive":
         assert len(calls) == 1
     assert "latency" in found.plan.programs[-1]["used"]
@@ -569,11 +580,13 @@ def test_latency_budget_is_met_despite_noise(monkeypatch: pytest.MonkeyPatch) ->
     """Measurements that jump by a few percent must not end the search with nothing."""
     ready = asked(prepared("resnet20-fashion"), latency=0.6, refit="none")
     table, measure = _clock(ready, CLOCKS["less than proportional"], _linear)
-    monkeypatch.setattr(search, "profile", lambda *_, **__: table)
+    monkeypatch.setattr(latency_search, "profile", lambda *_, **__: table)
     for seed in range(3):
         rng = np.random.default_rng(seed)
         monkeypatch.setattr(
-            search, "latency_ratio", lambda *a, r=rng, **n: measure(*a, **n) * r.uniform(0.97, 1.03)
+            latency_search,
+            "latency_ratio",
+            lambda *a, r=rng, **n: measure(*a, **n) * r.uniform(0.97, 1.03),
         )
         found = search.search(ready)
         assert 0.6 * 0.9 <= measure(ready, found.pruned.raw) <= 0.6 * 1.05
@@ -583,8 +596,8 @@ def test_latency_combines_with_a_macs_budget(monkeypatch: pytest.MonkeyPatch) ->
     """If the other budget is tighter, it decides, and the latency is below its share."""
     ready = asked(prepared("resnet20-fashion"), latency=0.9, macs=0.3, refit="none")
     table, measure = _clock(ready, _linear, _linear)
-    monkeypatch.setattr(search, "profile", lambda *_, **__: table)
-    monkeypatch.setattr(search, "latency_ratio", measure)
+    monkeypatch.setattr(latency_search, "profile", lambda *_, **__: table)
+    monkeypatch.setattr(latency_search, "latency_ratio", measure)
     found = search.search(ready)
     assert 0.29 < found.after.macs / ready.before.macs <= 0.3
     assert measure(ready, found.pruned.raw) < 0.9
@@ -594,10 +607,12 @@ def test_latency_combines_with_a_macs_budget(monkeypatch: pytest.MonkeyPatch) ->
 def test_unreachable_latency_is_refused(overhead: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of the time does not depend on widths, whether the model knows it or not."""
     ready = asked(prepared("resnet20-fashion"), latency=0.3, refit="none")
-    monkeypatch.setattr(search, "profile", lambda *_, **__: _clock(ready, _linear, predicted)[0])
+    monkeypatch.setattr(
+        latency_search, "profile", lambda *_, **__: _clock(ready, _linear, predicted)[0]
+    )
     for predicted in (_linear, lambda m: overhead + 1e-9 * float(m.sum())):
         _, measure = _clock(ready, lambda m: overhead + 1e-9 * float(m.sum()), predicted)
-        monkeypatch.setattr(search, "latency_ratio", measure)
+        monkeypatch.setattr(latency_search, "latency_ratio", measure)
         with pytest.raises(BudgetNotMet, match="latency"):
             search.search(ready)
 
@@ -693,14 +708,14 @@ def test_images_are_refitted_with_copies_too_where_they_are_few(
     names = ("refit", "refit_with_copies", "none")
     rows = []
     for lost in ((0.1, 0.2, 0.5), (0.2, 0.1, 0.5)):
-        monkeypatch.setattr(search.calibration_loss, "losses", lambda *_, lost=lost: list(lost))
+        monkeypatch.setattr(calibration_loss, "losses", lambda *_, lost=lost: list(lost))
         found = search.search(ready)
         monkeypatch.setattr(least_squares, "least_squares", None)
         assert found.pruned.losses == dict(zip(names, lost, strict=True))
         rows.append(max(fit.rows for fit in found.pruned.fits))
     assert rows[0] < rows[1]
     without = ready.settings.model_copy(update={"augment": "none"})
-    monkeypatch.setattr(search.calibration_loss, "losses", lambda *_: [0.1, 0.5])
+    monkeypatch.setattr(calibration_loss, "losses", lambda *_: [0.1, 0.5])
     found = search.search(replace(ready, settings=without))
     assert set(found.pruned.losses) == {"refit", "none"}
 
@@ -746,8 +761,8 @@ def test_step_of_widths_gives_way_where_it_misses_the_latency(
         return 1e-6 * float(macs.sum())
 
     table, measure = _clock(ready, seconds, seconds)
-    monkeypatch.setattr(search, "profile", lambda *_, **__: table)
-    monkeypatch.setattr(search, "latency_ratio", measure)
+    monkeypatch.setattr(latency_search, "profile", lambda *_, **__: table)
+    monkeypatch.setattr(latency_search, "latency_ratio", measure)
     found = search.search(ready)
     assert found.plan.widths.tolist() == [38]
     assert any("steps of 2 units in place of 16" in note for note in found.plan.notes)
@@ -760,15 +775,15 @@ def _judged(*kinds: str) -> Objective:
 
 
 def test_measure_of_max_drop_is_stated_for_every_term() -> None:
-    found = search.bounded(_judged("classes", "binary", "values", "embedding", "ignore"), None)
+    found = drop_search.bounded(_judged("classes", "binary", "values", "embedding", "ignore"), None)
     assert found == (
         "`max_drop` bounds points of agreement with the original's classes of 'y0'; agreement, recall and precision of "
         "decisions of 'y1'; error over variance, worst column of 'y2'; mean cosine of 'y3'"
     )
     labelled = Objective((replace(_judged("classes").terms[0], labelled=True),))
-    assert search.bounded(labelled, None) == "`max_drop` bounds points of accuracy of 'y0'"
+    assert drop_search.bounded(labelled, None) == "`max_drop` bounds points of accuracy of 'y0'"
     metric = Metric("m:f", len)
-    assert search.bounded(_judged("exact"), metric) == (
+    assert drop_search.bounded(_judged("exact"), metric) == (
         "`max_drop` bounds the metric m:f, in its own units"
     )
 
@@ -779,4 +794,4 @@ def test_measure_of_max_drop_is_stated_for_every_term() -> None:
 )
 def test_max_drop_without_a_meaning_is_refused(kinds: tuple[str, ...], words: str) -> None:
     with pytest.raises(DataError, match=words):
-        search.bounded(_judged(*kinds), None)
+        drop_search.bounded(_judged(*kinds), None)

@@ -28,7 +28,7 @@ from onnx_oamip.graph import cost
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.linear_layers import linear_consumers
 from onnx_oamip.importance import find, names
-from onnx_oamip.planning import allocation, plan_constraints, width_losses
+from onnx_oamip.planning import allocation, attempts, plan_constraints, width_losses
 from onnx_oamip.published.dependence import layer_pairs, operating_limits, pooled_activations, snacs
 from onnx_oamip.published.dependence.correlation import partial
 from onnx_oamip.published.dependence.layer_pairs import standardise
@@ -464,9 +464,8 @@ def test_budget_beyond_the_limits_names_the_limits(tmp_path: Path) -> None:
 
 
 def _allocated(ready):
-    from onnx_oamip.planning import search
 
-    return search.allocate(ready, allocation.limits(ready.settings.budget, ready.before, 0))
+    return attempts.allocate(ready, allocation.limits(ready.settings.budget, ready.before, 0))
 
 
 @pytest.mark.parametrize("allocate", ["mip", "global", "uniform"])

@@ -97,7 +97,7 @@ STAGES = {
         "published.dependence.operating_limits.executor", SCORES, {"limits": "snacs"}, spreads=True
     ),
     "sensitivity": Stage("planning.sensitivity.measure", STEPS, spreads=True),
-    "answers": Stage("planning.search.answers", LOSSES),
+    "answers": Stage("planning.recorded_answers.answers", LOSSES),
     "plan": Stage("planning.allocation.allocate", OUTPUTS, solves=True),
     "refit": Stage("repair.least_squares.least_squares", OUTPUTS),
     "verify": Stage("verification.equivalence.prove", REFIT),

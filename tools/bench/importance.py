@@ -14,7 +14,7 @@ from onnx_oamip.api import pipeline
 from onnx_oamip.core.records import Plan
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph import cost
-from onnx_oamip.planning import allocation, search
+from onnx_oamip.planning import allocation, execution
 from onnx_oamip.verification import equivalence
 
 from .studies import MODELS, Row, paths, save
@@ -49,7 +49,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
                     widths = np.maximum(1, np.round(share * full)).astype(np.int64)
                     keep = allocation.best_units(ready.coupling, ready.scores.values, widths)
                     chosen = Plan(keep, widths, "uniform", replace(ready.before))
-                    cut = search.carry_out(ready, chosen)
+                    cut = execution.carry_out(ready, chosen)
                     after = equivalence.watch(
                         ready.model, ready.objective, ready.device, cut.pruned.proto
                     )

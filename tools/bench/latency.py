@@ -29,7 +29,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph import cost
 from onnx_oamip.graph.runtime import Session, resolve_device
-from onnx_oamip.planning import search
+from onnx_oamip.planning import attempts, search
 from onnx_oamip.planning.latency_model import profile
 from onnx_oamip.verification.latency import (
     caller,
@@ -117,7 +117,7 @@ def run(out: Path, seed: int, names: tuple[str, ...] = ()) -> str:
 class _Made:
     """The pruned models of a network by (method, budget), with the widths of ours, and what they were made from."""
 
-    def __init__(self, ready: search.Prepared) -> None:
+    def __init__(self, ready: attempts.Prepared) -> None:
         self.ready = ready
         self.protos: dict[tuple[str, float], onnx.ModelProto] = {}
         self.widths: dict[tuple[str, float], Ints] = {}
@@ -174,7 +174,7 @@ def _accuracy(bench: Bench, budget: float, made: _Made) -> Row:
     return row
 
 
-def _added(ready: search.Prepared, proto: onnx.ModelProto) -> str | None:
+def _added(ready: attempts.Prepared, proto: onnx.ModelProto) -> str | None:
     """Kinds of nodes that a cut has more of: around a normalisation of odd width, zeros are put back."""
     before = Counter(node.op_type for node in ready.model.proto.graph.node)
     more = Counter(node.op_type for node in proto.graph.node) - before

@@ -26,7 +26,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph import cost
-from onnx_oamip.planning import search
+from onnx_oamip.planning import drop_search
 from onnx_oamip.published.nnrelief.rounds import ConnectionPruner, Thinned
 from onnx_oamip.published.nnrelief.state import State
 from onnx_oamip.statistics.context import Context
@@ -259,7 +259,7 @@ def _smallest(pruner: ConnectionPruner, points: float) -> Thinned:
             samples=evaluation,
             batch_size=context.batch,
         )
-        return search.drop(measured).lost
+        return drop_search.drop(measured).lost
 
     smallest: Thinned | None = None
     low = np.log(LEAST_SHARE)

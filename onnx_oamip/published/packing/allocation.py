@@ -29,7 +29,7 @@ from onnx_oamip.core.records import (
 from onnx_oamip.data.dataset import Samples
 from onnx_oamip.graph.outputs import with_outputs
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.planning import search
+from onnx_oamip.planning import drop_search
 from onnx_oamip.published.packing import codebook
 from onnx_oamip.published.packing.codebook import Codebook
 from onnx_oamip.published.packing.layout import Files, Place
@@ -134,7 +134,7 @@ class Judge:
                 f"no output of {self.model.path} is a float that is not zero on {self.held_out.source}, so that what "
                 "is lost cannot be measured; give `clusters` without `data`, or leave both out to lose nothing."
             )
-        return search.drop(verification).lost
+        return drop_search.drop(verification).lost
 
 
 def watch_file(

@@ -16,7 +16,7 @@ from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.runtime import Session
 from onnx_oamip.graph.surgery import attention_scale, rewrite
-from onnx_oamip.planning import search
+from onnx_oamip.planning import allocation, attempts
 
 _TEXT = """(float[N,5,6] x) => (float[N,5,4] y{out}) <float[6,16] wq, float[16] bq, float[6,16] wk, float[6,16] wv,
 int64[4] in = {{0, 5, 2, 8}}, int64[3] to = {{0, 5, 16}}, float[16,4] wo, float s = {{{number}}}{constants}> {{
@@ -153,7 +153,7 @@ def test_scale_is_rewritten_after_the_refit(fit: str, tmp_path: Path) -> None:
         macs=0.6, refit=fit, importance="l2", allocate="uniform", align=1, seed=1
     )
     ready = pipeline.prepare(tmp_path / "case.onnx", values, settings)
-    found = search.attempt(ready, search.allocation.limits(settings.budget, ready.before, 0), ())
+    found = attempts.attempt(ready, allocation.limits(settings.budget, ready.before, 0), ())
     kept = int(
         found.plan.keep[
             next(g for g in ready.coupling.groups if ("wk", 1) in g.multiplicity).units

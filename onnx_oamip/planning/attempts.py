@@ -1,0 +1,276 @@
+"""Attempts: plans for given limits, carried out and repeated where the model missed them.
+
+Statistics, scores and sensitivities are made once (``Prepared``). ``allocate`` chooses a plan; ``attempt`` also carries
+it out, with a tighter limit while the file is too large, and with ``effort=high`` with losses measured around the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnx_oamip.core.errors import BudgetNotMet
+from onnx_oamip.core.records import (
+    Bools,
+    Ints,
+    Plan,
+    Scores,
+    Sensitivity,
+)
+from onnx_oamip.planning import (
+    allocation,
+    calibration_loss,
+    width_losses,
+)
+from onnx_oamip.planning.budget_program import Ladder, LinearisedLimit
+from onnx_oamip.planning.execution import Attempt, carry_out
+from onnx_oamip.planning.plan_constraints import Constraints
+from onnx_oamip.statistics.context import Context
+
+SIZE_TRIES = 3
+NEAR_LIMIT = 0.95
+"""Share of a limit that a plan with the measured step of widths uses at least; below it the step gives way."""
+LOOKS = 2
+"""Times that losses are measured again around a plan, with ``effort=high``."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared(Context):
+    """A context with its scores, constraints and measured losses: everything that does not depend on the budget.
+
+    Attributes:
+        scores: Scores with the constraints applied.
+        constraints: Floors and limits that every plan meets.
+        steps: Units per alignment step of every group (groups,).
+        ladder: Losses at every width that a plan may choose; None where no program needs them.
+        curves: The measured losses that the ladder was made from.
+    """
+
+    scores: Scores
+    constraints: Constraints
+    steps: Ints
+    ladder: Ladder | None
+    curves: tuple[Sensitivity, ...] = ()
+
+
+def attempt(
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+) -> Attempt:
+    """Allocate, cut and refit, and with ``effort=high`` choose the widths again around the plan.
+
+    Args:
+        ready: Scores and losses.
+        limit: Limits of the counted budgets.
+        extra: Further linear limits of the budget program.
+
+    Returns:
+        The attempt that loses least.
+
+    Raises:
+        BudgetNotMet: No plan meets the limits.
+    """
+    first = _attempt(ready, limit, extra)
+    if ready.settings.effort == "normal" or ready.ladder is None:
+        return first
+    return _look_again(ready, limit, extra, first)
+
+
+def _look_again(
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+    first: Attempt,
+) -> Attempt:
+    """Measure the losses of groups around the plan, and choose widths by their mean with those in the original.
+
+    The attempt that loses least on samples that no refit used is kept.
+    """
+    (best_loss,) = calibration_loss.losses(ready, [first.pruned.proto])
+    before, best, keep = best_loss, first, first.plan.keep
+    for _ in range(LOOKS):
+        curves, ladder = losses_around(ready, keep)
+        again = _attempt(replace(ready, curves=curves, ladder=ladder), limit, extra)
+        if np.array_equal(again.plan.keep, keep):
+            break
+        keep = again.plan.keep
+        (lost,) = calibration_loss.losses(ready, [again.pruned.proto])
+        if lost < best_loss:
+            best_loss, best = lost, again
+    if best is first:
+        return first
+    note = (
+        f"widths were chosen again around the first plan: on calibration samples that no refit used the model loses "
+        f"{best_loss:.3g} in place of {before:.3g}"
+    )
+    return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
+
+
+def losses_around(ready: Prepared, keep: Bools) -> tuple[tuple[Sensitivity, ...], Ladder]:
+    """Losses of groups by the mean of those in the original and those around a plan.
+
+    A group that others stand in for loses least as the first one to be narrowed, and most as the last one: the mean of
+    both is the trapezoid rule for its share of the whole loss on the way from the original to the plan. It never counts
+    for less than alone: a layer near the output can seem to gain where it only damps the errors in front of it.
+
+    Args:
+        ready: Scores and the losses in the original.
+        keep: Keep mask of the plan (n_units,).
+
+    Returns:
+        The mean losses of every group, and the levels that a program chooses from.
+    """
+    around = width_losses.losses_of_groups(ready, ready.scores, keep)
+    curves = tuple(
+        Sensitivity(alone.widths, (alone.loss + np.maximum(alone.loss, last.loss)) / 2)
+        for alone, last in zip(ready.curves, around, strict=True)
+    )
+    floor = ready.constraints.floor
+    return curves, width_losses.rungs(ready.coupling, curves, ready.steps, floor)
+
+
+def _attempt(
+    ready: Prepared, limit: allocation.Limits, extra: tuple[LinearisedLimit, ...]
+) -> Attempt:
+    """Allocate, cut and refit; repeat with a tighter limit while the file is larger than predicted.
+
+    Args:
+        ready: Scores and losses.
+        limit: Limits of the counted budgets.
+        extra: Further linear limits of the budget program.
+
+    Returns:
+        The attempt. If the file is too large after ``SIZE_TRIES`` repeats, it is returned as it is.
+
+    Raises:
+        BudgetNotMet: No plan meets the limits.
+    """
+    found = carry_out(ready, allocate(ready, limit, extra))
+    size = ready.settings.budget.size
+    for _ in range(SIZE_TRIES):
+        # A file holds more than its tensors (names, repaired constants): the first size is a prediction.
+        over = 0.0 if size is None else found.after.bytes - size * ready.before.bytes
+        if over <= 0 or "size" not in limit.values:
+            break
+        tighter = limit.values["size"] - over
+        if found.plan.predicted.bytes <= tighter:  # the same plan would be chosen again
+            tighter = found.plan.predicted.bytes - over
+        limit = limit.with_limit("size", tighter)
+        found = carry_out(ready, allocate(ready, limit, extra))
+    return found
+
+
+def allocate(
+    ready: Prepared,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...] = (),
+) -> Plan:
+    """Choose a plan under absolute limits.
+
+    A step of widths that ``align=auto`` chose gives way, half by half, if no plan meets the limits with it, or if the
+    plan keeps much less than they allow.
+
+    Args:
+        ready: Scores, losses and constraints.
+        limit: Counted limits.
+        extra: Limits that are measured.
+
+    Returns:
+        The plan.
+
+    Raises:
+        BudgetNotMet: No plan meets the limits.
+    """
+    steps = ready.steps
+    ladder = ready.ladder
+    best: Plan | None = None
+    while True:
+        missed: BudgetNotMet | None = None
+        try:
+            plan = _allocate(ready, steps, ladder, limit, extra)
+            if best is None or plan.predicted.macs > best.predicted.macs:
+                note = () if steps is ready.steps else (_gave_way(ready.steps, steps),)
+                best = replace(plan, notes=(*plan.notes, *note))
+        except BudgetNotMet as error:
+            missed = error
+        near = best is not None and _used(best, limit, extra) >= NEAR_LIMIT
+        if near or ready.settings.align != "auto" or steps.max(initial=1) == 1:
+            if best is None and missed is not None:
+                raise missed
+            assert best is not None
+            return best
+        steps = np.maximum(steps // 2, 1)
+        if ladder is not None:
+            floor = ready.constraints.floor
+            ladder = width_losses.rungs(ready.coupling, ready.curves, steps, floor)
+
+
+def _allocate(
+    ready: Prepared,
+    steps: Ints,
+    ladder: Ladder | None,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+) -> Plan:
+    return allocation.allocate(
+        ready.coupling,
+        ready.ledger,
+        ready.scores,
+        limit,
+        ready.settings,
+        step=steps,
+        ladder=ladder,
+        extra=extra,
+        floor=ready.constraints.floor,
+    )
+
+
+def _used(
+    plan: Plan,
+    limit: allocation.Limits,
+    extra: tuple[LinearisedLimit, ...],
+) -> float:
+    """The largest share of a limit that a plan uses; 1 without limits."""
+    used = limit.shares(plan.predicted)
+    if extra:  # the program that chose the plan reports what it uses of them
+        used |= {row.name: plan.programs[-1]["used"][row.name] for row in extra}
+    return max(used.values(), default=1.0)
+
+
+def _gave_way(before: Ints, after: Ints) -> str:
+    return (
+        f"channels are in steps of {int(after.max())} units in place of {int(before.max())}, as the larger step misses "
+        "the budget"
+    )
+
+
+def losses(ready: Prepared, chosen: Plan) -> list[float | None]:
+    """Return the measured loss of every group at its planned width.
+
+    Args:
+        ready: Scores and losses.
+        chosen: The plan.
+
+    Returns:
+        Per group the loss of the model with only that group pruned; None where no losses were measured.
+    """
+    if ready.ladder is None:
+        return [None] * len(ready.coupling.groups)
+    rows = zip(ready.ladder.widths, ready.ladder.cost, chosen.widths.tolist(), strict=True)
+    return [float(np.interp(width, widths, cost)) for widths, cost, width in rows]
+
+
+def adding(ready: Context, chosen: Plan) -> list[str]:
+    """Name the groups whose cut inserts nodes, because a normalisation needs zeros in place of removed channels.
+
+    Args:
+        ready: The model and its costs.
+        chosen: The plan.
+
+    Returns:
+        Names of the groups.
+    """
+    brought = ready.ledger.one_off.inserting_groups(chosen.widths)
+    return [ready.coupling.groups[g].name for g in np.flatnonzero(brought)]
