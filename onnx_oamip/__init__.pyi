@@ -1,5 +1,6 @@
 """Public names of the package; ``__init__.py`` imports each from here when it is first used."""
 
+from onnx_oamip.api.comparison import compare as compare
 from onnx_oamip.api.frontier import frontier as frontier
 from onnx_oamip.api.in_memory import (
     Feeds as Feeds,
@@ -10,10 +11,7 @@ from onnx_oamip.api.in_memory import (
     prune as prune,
     verify as verify,
 )
-from onnx_oamip.api.pipeline import (
-    compare as compare,
-    score as score,
-)
+from onnx_oamip.api.pipeline import score as score
 from onnx_oamip.api.recovery import recover as recover
 from onnx_oamip.api.results import (
     Inspection as Inspection,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.api.prepare import prepare
 from onnx_oamip.artifacts.output import check_new_folder, check_output, write
 from onnx_oamip.core.atomic_files import output_errors
@@ -156,8 +156,8 @@ def _point(ready: Prepared, share: float, target: Path | None) -> Point:
     try:
         ready, found = iterative.approach(ready)
         search.meets(ready.settings.budget, ready.before, found.after)
-        verification = pipeline.prove(ready, found)
-        proto = pipeline.in_file(ready, found)
+        verification = proof.prove(ready, found)
+        proto = proof.in_file(ready, found)
     except (BudgetNotMet, GateFailed, ModelError) as error:
         return Point(share, reason=str(error))
     point = Point(share, found.after, np.asarray(found.plan.widths, np.int64), verification)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Literal, TypeAlias, overload
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import comparison, pipeline
 from onnx_oamip.api.results import Inspection, Result
 from onnx_oamip.artifacts.output import Page
 from onnx_oamip.artifacts.plan_files import Planned, PlanSource
@@ -300,7 +300,7 @@ def verify(
     """
     other = pruned.model if isinstance(pruned, Result) else pruned
     with _shown(progress) as callback:
-        return pipeline.compare(original, other, data, _settings(settings, options), callback)
+        return comparison.compare(original, other, data, _settings(settings, options), callback)
 
 
 class Feeds:

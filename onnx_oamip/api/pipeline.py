@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import onnx
-
 from onnx_oamip.api import prepare as preparing
+from onnx_oamip.api import proof
 from onnx_oamip.api.prepare import BUDGETS, prepare
 from onnx_oamip.api.results import Result, finished, write
 from onnx_oamip.artifacts import plan_files, score_files
@@ -29,33 +27,21 @@ from onnx_oamip.core.progress import APPLY, PLAN, PREPARATION, PRUNE, Progress
 from onnx_oamip.core.records import (
     Budget,
     ContactSheet,
-    Latency,
-    Measure,
-    Model,
     Recovery,
     Report,
     Verification,
 )
 from onnx_oamip.core.settings import Settings
-from onnx_oamip.data import batching, dataset
 from onnx_oamip.data.contact_sheet import contact_sheet
-from onnx_oamip.data.dataset import Samples
-from onnx_oamip.data.feeds import comparison_size
 from onnx_oamip.data.sources import File, Source, source_name
-from onnx_oamip.graph import cost, op_libraries, taken_branches
+from onnx_oamip.graph import cost
 from onnx_oamip.graph import loading as models
 from onnx_oamip.graph.loading import ModelSource
-from onnx_oamip.graph.runtime import Session, resolve_device
-from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.importance import find
-from onnx_oamip.objective import at_outputs, find_objective, scale
-from onnx_oamip.objective import metric as metrics
 from onnx_oamip.planning import (
     attempts,
     execution,
     iterative,
-    latency_search,
-    latency_tables,
     recorded_answers,
     score_draws,
     search,
@@ -67,20 +53,8 @@ from onnx_oamip.published.nnrelief import connections
 from onnx_oamip.recovery import recover as recovery
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.verification import equivalence
-from onnx_oamip.verification.latency import (
-    compare_latency,
-    described,
-    is_overhead,
-    is_slower,
-)
 
 LOG = logging.getLogger("onnx_oamip")
-PROOF_SAMPLES = 64
-"""Samples on which pruned and masked are compared: exactness does not need more."""
-GATE_SECONDS = (0.3, 2.0)
-"""Time for the latency gate: a first look, and a longer one where that does not show the pruned model to be faster."""
-BUDGET_SECONDS = (3.0, 6.0)
-"""Time for the gate of a latency budget, and a longer one where the first ratio is in doubt."""
 MAX_SILENT_DROP = 1.0
 """Points above which a loss is warned of if no budget bounds a cost or the drop."""
 
@@ -493,8 +467,8 @@ def _finish(
     result, found = _recovered(ready, result)
     with clock("verify"):
         try:
-            verification = prove(ready, result, answers)
-            proto = in_file(ready, result)
+            verification = proof.prove(ready, result, answers)
+            proto = proof.in_file(ready, result)
             if ready.whole is not None:  # the other branches were cut as well
                 written = cost.count(models.remade(ready.whole.model, proto))
                 result = replace(result, after=replace(result.after, params=written.params))
@@ -527,8 +501,8 @@ def _finish(
             *_unbounded_loss(budget, verification),
             *(text for measure in verification.outputs for text in measure.warnings),
             *equivalence.few_samples(verification.samples),
-            *_slowdown(verification.latency),
-            *_elsewhere(ready, result),
+            *proof.slowdown(verification.latency),
+            *proof.elsewhere(ready, result),
             *ready.store.notes(),
         ),
         fits=result.pruned.fits,
@@ -541,38 +515,6 @@ def _finish(
         recovery=found,
     )
     return finished(report, proto)
-
-
-def in_file(ready: Context, result: Attempt) -> onnx.ModelProto:
-    """Return the branches of If nodes that were analysed in the main graph to their nodes.
-
-    Args:
-        ready: Context of the run.
-        result: The cut and refitted model.
-
-    Returns:
-        The model to write, which computes the same.
-
-    Raises:
-        GateFailed: It does not.
-    """
-    whole = ready.whole
-    if whole is None:
-        unchanged: onnx.ModelProto = result.pruned.proto
-        return unchanged
-    cut = rewrite.cut(whole.model, whole.coupling, result.plan.keep)
-    proto = taken_branches.put_back(cut, result.pruned.proto, whole.returns)
-    equivalence.structure(proto)
-    equivalence.same(
-        ready.model, result.pruned.proto, proto, _few(ready.samples), ready.comparison_batch
-    )
-    return proto
-
-
-def _few(samples: Samples) -> Samples:
-    """The first samples, as many as show exactness."""
-    count = min(samples.count, max(PROOF_SAMPLES, samples.fixed_batch or 1))
-    return samples.take(np.arange(count))
 
 
 def _unbounded_loss(budget: Budget, verification: Verification) -> tuple[str, ...]:
@@ -611,112 +553,6 @@ def _asked(ready: Prepared, scores: File | None) -> dict[str, Any]:
     }
 
 
-def compare(
-    original: ModelSource,
-    pruned: ModelSource,
-    source: Source,
-    settings: Settings,
-    progress: Progress | None = None,
-) -> Verification:
-    """Compare a pruned model with its original: validity, two batch sizes, output error, agreement, accuracy.
-
-    Args:
-        original: Model before pruning, a file or in memory.
-        pruned: Model after pruning.
-        source: Samples to compare on; the evaluation part if there is one.
-        settings: Device, batch size and options for images and tables.
-        progress: Called as ``progress(stage, done, total)``.
-
-    Returns:
-        The checks and measurements.
-
-    Raises:
-        OamipError: Bad input or a missing package.
-        GateFailed: The models have different inputs or outputs, or the pruned model is not valid.
-    """
-    dataset.check_extras(source)
-    op_libraries.use(settings.op_library)
-    device = resolve_device(settings.device)
-    model, other = (models.load(path, stated=settings.shapes) for path in (original, pruned))
-    for ours, theirs, what in (
-        (model.inputs, other.inputs, "inputs"),
-        (model.outputs, other.outputs, "outputs"),
-    ):
-        if [(p.name, p.dtype) for p in ours] != [(p.name, p.dtype) for p in theirs]:
-            names = [", ".join(p.name for p in ports) for ports in (ours, theirs)]
-            raise GateFailed(
-                f"the two models have different {what}: {names[0]} against {names[1]}."
-            )
-    held = dataset.load(source, model, dataset.EVALUATION, settings.reading)
-    samples = held or dataset.load(source, model, reading=settings.reading)
-    assert samples is not None
-    return compare_on(model, other, samples, settings, device=device, progress=progress)
-
-
-def compare_on(
-    model: Model,
-    other: Model,
-    samples: Samples,
-    settings: Settings,
-    *,
-    device: str,
-    progress: Progress | None = None,
-) -> Verification:
-    """Compare two loaded models with the same interface on samples.
-
-    Args:
-        model: Model before pruning.
-        other: Model after pruning.
-        samples: Samples to compare on.
-        settings: Objective, batch size and metric.
-        device: Device to run on.
-        progress: Called as ``progress(stage, done, total)``.
-
-    Returns:
-        The checks and measurements.
-
-    Raises:
-        GateFailed: The second model is not valid.
-        DataError: The samples do not fit the model.
-    """
-    model = dataset.at_data(model, samples)
-    size = comparison_size(model, settings.batch_size, settings.activation_memory_limit)
-    trial = Session(model.proto, device, what=model.path)
-    samples = batching.tried(trial, samples, size)
-    named = {name for node in other.nodes for name in node.outputs}
-    objective = find_objective(model, settings, samples)
-    lacking = [t for t in objective.tensors if t not in named | {p.name for p in other.outputs}]
-    objective = at_outputs(model, objective, lacking)
-    objective = scale(model, objective, samples, device, batch_size=size)
-    equivalence.structure(other.proto)
-    after = equivalence.watch(model, objective, device, other.proto, other.path)
-    before = equivalence.watch(model, objective, device, what=model.path)
-    batches = equivalence.runs_at(model, after, samples, lambda: before)
-    found = equivalence.compare(
-        model,
-        objective,
-        before,
-        after,
-        samples=samples,
-        batch_size=size,
-        progress=progress,
-    )
-    equivalence.numbers(model, found)
-    if settings.metric is not None:
-        metric = metrics.load(settings.metric)
-        values = equivalence.user_metric(
-            metric,
-            model,
-            other.proto,
-            samples=samples,
-            device=device,
-            batch_size=size,
-        )
-        found = replace(found, metric=values)
-    notes = (*objective.notes, *equivalence.few_samples(found.samples))
-    return replace(found, batches=batches, objective=replace(objective, notes=notes))
-
-
 def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:
     """A plan that was edited may keep more than its budget says: worth a note, and no more."""
     try:
@@ -724,180 +560,3 @@ def _unmet(budget: Budget, ready: Context, result: Attempt) -> tuple[str, ...]:
     except GateFailed:
         return ("the plan keeps more than the budget that it was made for",)
     return ()
-
-
-def prove(
-    ready: Context, result: Attempt, answers: equivalence.Answers | None = None
-) -> Verification:
-    """Run every gate and measurement on the final model.
-
-    Args:
-        ready: Context of the run: the original, its samples and its objective.
-        result: The cut and refitted model, with its plan.
-        answers: Recorded outputs of the original on the held-out samples; None to compute them.
-
-    Returns:
-        The verification. Without held-out data it has the results of the gates only.
-
-    Raises:
-        GateFailed: A gate does not hold.
-    """
-    model = ready.model
-    samples = ready.samples
-    device = ready.device
-    pruned = result.pruned
-    equivalence.structure(pruned.proto)
-    masked = rewrite.mask(model, ready.coupling, result.plan.keep)
-    objective = ready.objective
-    proof = equivalence.prove(
-        model, masked, pruned.raw, _few(samples), ready.comparison_batch, objective=objective
-    )
-    final = equivalence.watch(model, objective, device, pruned.proto, "the pruned model")
-    batches = equivalence.runs_at(
-        model, final, samples, lambda: Session(model.proto, device, what=model.path)
-    )
-    if result.plan.keep.all():
-        latency = None
-    else:
-        latency = _measured_latency(ready, result)
-    if ready.held_out is None:
-        return Verification(
-            proof.distance,
-            None,
-            None,
-            None,
-            None,
-            batches,
-            0,
-            latency=latency,
-            rounding=proof.rounding,
-        )
-    answers = (
-        answers
-        or recorded_answers.answers(ready, ready.comparison_batch)
-        or equivalence.watch(model, objective, device, what=model.path)
-    )
-    size = ready.comparison_batch
-    found = equivalence.compare(
-        model,
-        objective,
-        answers,
-        final,
-        samples=ready.held_out,
-        batch_size=size,
-        progress=ready.progress,
-    )
-    equivalence.numbers(model, found)
-    raw: tuple[Measure, ...] = ()
-    if pruned.fits:
-        cut = equivalence.watch(model, objective, device, pruned.raw, "the cut model")
-        measured = equivalence.compare(
-            model, objective, answers, cut, samples=ready.held_out, batch_size=size
-        )
-        raw = measured.outputs
-    metric = None
-    if ready.metric is not None:
-        metric = equivalence.user_metric(
-            ready.metric,
-            model,
-            pruned.proto,
-            samples=ready.held_out,
-            device=device,
-            batch_size=size,
-        )
-    return replace(
-        found,
-        outputs_before_refit=raw,
-        metric=metric,
-        masked_equivalence=proof.distance,
-        rounding=proof.rounding,
-        batches=batches,
-        latency=latency,
-    )
-
-
-def _measured_latency(ready: Context, result: Attempt) -> Latency:
-    """Latency over the original's. Raises GateFailed where it breaks the budget or is a slowdown.
-
-    With a latency table nothing is refused: its budget holds for another device, on which nothing is measured.
-    """
-    budget = ready.settings.latency
-    is_elsewhere = ready.settings.latency_table is not None
-    durations: tuple[float, ...]
-    if is_elsewhere:
-        durations = GATE_SECONDS[:1]
-    elif budget is None:
-        durations = GATE_SECONDS
-    else:
-        durations = BUDGET_SECONDS
-    share = _share_of_work(ready, result)
-    for seconds in durations:
-        ratio = compare_latency(
-            ready.model.proto, result.pruned.proto, ready.samples, ready.device, seconds=seconds
-        )
-        found = described(ratio, share=share)
-        is_clear = found.high < 1 or budget is not None
-        if is_clear and not found.doubt:
-            break
-    if not is_elsewhere and not ready.settings.force:
-        _gate_latency(ready, result, found)
-    return found
-
-
-def _gate_latency(ready: Context, result: Attempt, found: Latency) -> None:
-    """Raises GateFailed for a latency over the budget by more than 5 %, or without one, for a slowdown.
-
-    A slowdown within the overhead of calls and nodes is a note: see ``_slowdown``.
-    """
-    budget = ready.settings.latency
-    if budget is None:
-        fails = is_slower(found) and not is_overhead(found)
-        what = "slower than the original"
-    else:
-        fails = found.low > budget * (1 + latency_search.LATENCY_SLACK)
-        what = f"over `latency={budget}`"
-    if not fails:
-        return
-    named = " ".join(f"`exclude='{name}'`" for name in attempts.adding(ready, result.plan)[:3])
-    if named:
-        advice = f"{named}, where a cut adds nodes"
-    else:
-        advice = "`align` 8 or 16"
-    raise GateFailed(
-        f"the pruned model was measured {what} on {ready.device}: {found.median:.2f} of its time; nothing was "
-        f"written; try {advice}, another budget, or `force`."
-    )
-
-
-def _slowdown(found: Latency | None) -> tuple[str, ...]:
-    """Note and warning if a model that is written was measured slower than the original."""
-    if found is None or found.doubt or not is_slower(found):
-        return ()
-    note = (
-        f"the pruned model was measured slower than the original: {found.median:.2f} of its time, "
-        f"{found.added_ms:.3f} ms more per run"
-    )
-    if is_overhead(found):
-        note += ", which is within the overhead of calls and of nodes that a cut adds"
-    LOG.warning("%s", note)
-    return (note,)
-
-
-def _elsewhere(ready: Context, result: Attempt) -> tuple[str, ...]:
-    """Predicted latency on the device of a latency table."""
-    table = ready.settings.latency_table
-    if table is None or result.plan.keep.all():
-        return ()
-    ratio = latency_tables.predicted(table, ready.model, ready.coupling, result.plan.widths)
-    note = (
-        f"by {table}, one sample takes {ratio:.3f} of the original's time there; the latency that is shown was "
-        "measured here"
-    )
-    return (note,)
-
-
-def _share_of_work(ready: Context, result: Attempt) -> float | None:
-    """Share of the multiply-accumulates that is kept; None if not all of them are counted."""
-    if cost.uncounted(ready.model) or not ready.before.macs:
-        return None
-    return result.after.macs / ready.before.macs

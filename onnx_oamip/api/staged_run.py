@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onnx_oamip.api import pipeline, recovery
+from onnx_oamip.api import comparison, pipeline, recovery
 from onnx_oamip.api import prepare as preparing
 from onnx_oamip.api.quantisation import int8
 from onnx_oamip.artifacts import cache, stage_files
@@ -440,7 +440,7 @@ class _Work:
                 "verification": None,
             }
             if name != ORIGINAL:
-                found = pipeline.compare_on(
+                found = comparison.compare_on(
                     self.original,
                     model,
                     samples,

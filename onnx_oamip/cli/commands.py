@@ -161,14 +161,14 @@ def verify(
 
     The exit status is 1 where a check of the pruned model does not hold.
     """
-    from onnx_oamip.api import pipeline
+    from onnx_oamip.api import comparison
     from onnx_oamip.core.settings import Settings
     from onnx_oamip.graph.loading import load
     from onnx_oamip.reporting import documents
 
     settings = Settings.create(**choices)
     with Progress() as progress:
-        verification = pipeline.compare(original, pruned, data, settings, progress=progress)
+        verification = comparison.compare(original, pruned, data, settings, progress=progress)
     before, after = (load(path, stated=settings.shapes) for path in (original, pruned))
     show(documents.comparison(before, after, verification), as_json)
     if verification.failures:

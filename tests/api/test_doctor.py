@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onnx_oamip.api import doctor, pipeline
+from onnx_oamip.api import doctor, proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import GateFailed
 from onnx_oamip.core.json_values import plain
@@ -17,7 +17,7 @@ from onnx_oamip.verification.latency import Ratio
 
 @pytest.fixture(autouse=True)
 def _fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def test_healthy_installation(

@@ -23,7 +23,7 @@ from headless_browser import (
 
 from onnx_oamip import Settings, prune
 from onnx_oamip.api import frontier as frontiers
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.api.frontier import frontier
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import (
@@ -83,7 +83,7 @@ def settings(**values: object) -> Settings:
 def _quiet() -> Iterator[None]:
     """Latency is not measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+        patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
         yield
 
 
@@ -207,14 +207,14 @@ def test_unreachable_level_is_reported(folder: Path) -> None:
 def test_model_that_fails_a_gate_is_not_saved(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prove = pipeline.prove
+    prove = proof.prove
 
     def fail(ready: attempts.Prepared, *rest: object) -> object:
         if ready.settings.macs == 0.4:
             raise GateFailed("it differs from the masked original.")
         return prove(ready, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "prove", fail)
+    monkeypatch.setattr(proof, "prove", fail)
     run = frontier(
         folder / "net.onnx", str(folder / "data.npz"), settings(), LEVELS, save_dir=tmp_path
     )
@@ -226,7 +226,7 @@ def test_frontier_keeps_models_slower_than_the_original(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Ratio(1.5, 1.4, 1.6, 9, added=2e-4)
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: slow)
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: slow)
     run = frontier(
         folder / "net.onnx", str(folder / "data.npz"), settings(), LEVELS, save_dir=tmp_path
     )

@@ -16,7 +16,7 @@ from onnx import ModelProto
 
 import onnx_oamip
 from onnx_oamip import DataError, ModelError, Planned, Report, Result, Settings, SettingsError
-from onnx_oamip.api import pipeline, results
+from onnx_oamip.api import proof, results
 from onnx_oamip.cli import main
 from onnx_oamip.graph import external_data
 from onnx_oamip.verification.latency import Ratio
@@ -48,7 +48,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 @pytest.fixture(autouse=True)
 def _fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def arrays() -> Arrays:
 @pytest.fixture(scope="module")
 def expected(model: ModelProto, arrays: Arrays) -> bytes:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+        patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
         return content(onnx_oamip.prune(model, arrays, **OPTIONS))
 
 

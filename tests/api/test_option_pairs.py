@@ -19,7 +19,7 @@ import pytest
 from graphs import CNN, MLP, RESIDUAL, build, constants, feed
 
 from onnx_oamip import apply, document, frontier, plan, prune, score
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.api.prepare import prepare
 from onnx_oamip.core.errors import BudgetNotMet, OamipError, SettingsError
 from onnx_oamip.core.records import Array, Bools, Coupling, Floats, Model, Report
@@ -146,7 +146,7 @@ def name(row: Row) -> str:
 
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def given(folder: Path, net: str) -> Path:

@@ -18,7 +18,7 @@ from onnx import ModelProto, numpy_helper
 from rich.console import Console
 
 from onnx_oamip import compare, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.artifacts import output, provenance
 from onnx_oamip.core.errors import (
     BudgetNotMet,
@@ -59,7 +59,7 @@ TEXT = """(float[batch,3,8,8] image) => (float[batch,5] scores)
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times on a busy machine decide nothing here; the gate on them has a test of its own."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def settings(**values: object) -> Settings:
@@ -393,10 +393,10 @@ def test_latency_in_doubt_is_measured_again_and_then_not_shown(
         seconds.append(options["seconds"])
         return found.pop(0)
 
-    monkeypatch.setattr(pipeline, "compare_latency", measured)
+    monkeypatch.setattr(proof, "compare_latency", measured)
     found = [unsure, Ratio(0.5, 0.4, 0.6, 9)]
     report = _prune(task)
-    assert seconds == list(pipeline.GATE_SECONDS)
+    assert seconds == list(proof.GATE_SECONDS)
     assert report.verification.latency_ratio == 0.5
     found = [unsure, unsure]
     report = _prune(task, force=True)
@@ -416,7 +416,7 @@ def test_model_slower_than_the_original_is_refused(
     task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Ratio(1.5, 1.4, 1.6, 9, added=2e-4)
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: slow)
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: slow)
     with pytest.raises(GateFailed, match="measured slower than the original"):
         _prune(task)
     _untouched(task)
@@ -436,7 +436,7 @@ def test_model_slower_than_the_original_is_refused(
 def test_slowdown_within_noise_or_overhead_is_written(
     task: Path, monkeypatch: pytest.MonkeyPatch, ratio: Ratio, is_noted: bool
 ) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: ratio)
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: ratio)
     report = _prune(task)
     _untouched(task, "out.onnx")
     notes = [text for text in report.notes if "measured slower than the original" in text]
@@ -503,7 +503,7 @@ def test_slower_model_error_names_the_cut_that_added_nodes(
 ) -> None:
     """A normalisation has to see the zeros of what went; without its stream nothing has to be put back."""
     slow = Ratio(1.5, 1.4, 1.6, 9, added=2e-4)
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: slow)
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: slow)
     text = """(float[N,8] x) => (float[N,3] y)
     <float[8,12] w0, float[12] scale, float[12] bias, float[12,16] w1, float[16,3] w2> {
         s = MatMul(x, w0)

@@ -23,7 +23,7 @@ from onnx_oamip import (
     score,
 )
 from onnx_oamip import plan as make_plan
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.artifacts import cache, cache_entries, plan_files
 from onnx_oamip.core.errors import DataError, GateFailed, OutputError
 from onnx_oamip.core.settings import Settings
@@ -45,7 +45,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 @pytest.fixture
@@ -267,7 +267,7 @@ def test_groups_missing_from_a_plan_keep_all_units(task: Path) -> None:
 def test_apply_runs_the_gates(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_plan(task / "model.onnx", task / "data.npz", task / "p.json", asked())
     slow = Ratio(1.5, 1.4, 1.6, 9, added=2e-4)
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: slow)
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: slow)
     with pytest.raises(GateFailed, match="slower"):
         apply(task / "model.onnx", task / "p.json", task / "data.npz", task / "b.onnx")
     assert not (task / "b.onnx").exists()

@@ -11,7 +11,7 @@ import pytest
 from graphs import build, load
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.core.errors import DataError
 from onnx_oamip.data import dataset
 from onnx_oamip.graph.coupling import couple
@@ -36,7 +36,7 @@ Feed = dict[str, np.ndarray[Any, Any]]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency is not measured."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def _feeds(count: int, seed: int) -> list[Feed]:

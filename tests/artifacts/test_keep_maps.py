@@ -12,7 +12,7 @@ from graphs import build
 from safetensors.numpy import load_file, save_file
 
 from onnx_oamip import apply, plan, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.artifacts import keep_maps
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import DataError, OutputError
@@ -27,7 +27,7 @@ QUICK = {"importance": "l2", "allocate": "uniform", "refit": "none", "align": 1,
 
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def asked(**values: object) -> Settings:
@@ -39,7 +39,7 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pruned ResNet-20, its keep-map, and the weights it was exported from."""
     folder = tmp_path_factory.mktemp("resnet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+        patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
         prune(
             MODELS / "resnet20-fashion.onnx",
             None,

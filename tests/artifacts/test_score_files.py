@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_oamip import prune, score
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.artifacts import score_files
 from onnx_oamip.artifacts.score_files import load_scores, save_scores
 from onnx_oamip.core.errors import DataError, OamipError, OutputError
@@ -291,7 +291,7 @@ def test_score_file_has_the_default_permissions(
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with model.onnx and data.npz."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     (tmp_path / "model.onnx").write_bytes(build(CNN).SerializeToString())
     images = np.random.default_rng(0).standard_normal((40, 3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=images, labels=np.arange(40) % 5)
@@ -365,7 +365,7 @@ def test_scores_of_folded_constants_require_data(
         prune(model, None, task / "a.onnx", published, scores=task / "s.npz")
     folded = prune(model, source, task / "a.onnx", published, scores=task / "s.npz")
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     lost = prune(model, source, task / "b.onnx", published, scores=task / "s.npz")
     assert folded.verification.masked_equivalence == lost.verification.masked_equivalence
     assert folded.output_sha256 != lost.output_sha256

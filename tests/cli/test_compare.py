@@ -16,7 +16,7 @@ from headless_browser import (
     needs_chromium,
 )
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.verification.latency import Ratio
 
@@ -28,7 +28,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the reports of a network pruned to half, and to a third."""
     folder = tmp_path_factory.mktemp("reports")
     with pytest.MonkeyPatch.context() as patch, pytest.MonkeyPatch.context() as place:
-        patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+        patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
         place.chdir(folder)
         perceptron(folder / "m.onnx", 64)
         np.savez(folder / "d.npz", input=samples(60), labels=np.arange(60) % 4)

@@ -13,7 +13,7 @@ import pytest
 from command_line import check_schema, perceptron, samples
 from headless_browser import Tree, assert_fetches_nothing
 
-from onnx_oamip.api import pipeline, staged_run
+from onnx_oamip.api import proof, staged_run
 from onnx_oamip.cli import main
 from onnx_oamip.core.records import Budget
 from onnx_oamip.verification import latency
@@ -42,7 +42,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return tuple(Timing("m", 1.0, 2.0, 1.0, 1e3, 9, None, ratio) for ratio in ratios)
 
     monkeypatch.setattr(latency, "bench", bench)
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     monkeypatch.chdir(tmp_path)
     perceptron(tmp_path / "m.onnx", 64)
     np.savez(tmp_path / "d.npz", input=samples(60), labels=np.arange(60) % 4)

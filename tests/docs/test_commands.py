@@ -23,7 +23,7 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import save_file
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import cli, main
 from onnx_oamip.planning import latency_model
 from onnx_oamip.verification import latency
@@ -183,7 +183,7 @@ def test_commands_and_programs_of_pages_run(
     separate_registry: None,
 ) -> None:
     """In their order, on a small network under the names of the larger ones, whose speed says nothing about them."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     monkeypatch.chdir(tmp_path)
     materials(tmp_path, page)
     before = set(sys.modules)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.verification.latency import Ratio
 
 NOTEBOOK = ROOT / "docs" / "guide" / "first-model.ipynb"
@@ -38,7 +38,7 @@ def test_cells_run_in_order(
     cells: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On fewer samples, in the folder of a copy."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     place = tmp_path / "docs" / "guide"
     place.mkdir(parents=True)
     models = tmp_path / "models"

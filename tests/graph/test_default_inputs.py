@@ -11,7 +11,7 @@ from graphs import build, constants, distance
 from onnx import ModelProto, helper, numpy_helper
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.core.records import Report
 from onnx_oamip.graph import loading as models
 from onnx_oamip.verification.latency import Ratio
@@ -41,7 +41,7 @@ ROWS = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times decide nothing here, and measuring them takes longer than the rest."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def _pruned(proto: ModelProto, folder: Path) -> tuple[Report, ModelProto]:

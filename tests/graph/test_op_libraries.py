@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 import onnx_oamip
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.api.prepare import open_context
 from onnx_oamip.core.errors import EnvironmentMissing, ModelError
 from onnx_oamip.core.settings import Settings
@@ -48,7 +48,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def nothing_in_use(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every test starts and ends without libraries, and does not measure latency."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     op_libraries.use([])
     yield
     op_libraries.use([])

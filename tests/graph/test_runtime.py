@@ -14,7 +14,7 @@ from conftest import ROOT
 from graphs import RUNTIME, build
 
 from onnx_oamip import prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.core.errors import ModelError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.graph.runtime import (
@@ -152,7 +152,7 @@ def test_error_without_fusion_is_reported_once() -> None:
 def test_unfused_model_is_pruned_and_noted_in_the_report(
     operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     (tmp_path / "a.onnx").write_bytes(spread(operator).SerializeToString())
     data = {"x": np.random.default_rng(1).standard_normal((60, 3, 6, 6)).astype(np.float32)}
     report = prune(

@@ -12,7 +12,7 @@ from graphs import build, load
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import BudgetNotMet, ModelError
 from onnx_oamip.core.records import Array, Report
@@ -41,7 +41,7 @@ ROWS = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times decide nothing here, and measuring them takes longer than the rest."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def _pruned(proto: ModelProto, folder: Path) -> tuple[Report, ModelProto, list[Array]]:

@@ -28,7 +28,7 @@ from onnxruntime.quantization import (
 )
 
 from onnx_oamip import Settings, load, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import cli
 from onnx_oamip.data import dataset
 from onnx_oamip.data.dataset import EVALUATION, Samples
@@ -54,7 +54,7 @@ def pruned(name: str, data_file: str, folder: Path) -> tuple[Path, Samples, Samp
     model, whole = load(source), dict(np.load(MODELS / data_file))
     few = {k: v[:256] if v.ndim else v for k, v in whole.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+        patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
         prune(source, few, out, settings)
     calibration, held = dataset.load(few, model), dataset.load(few, model, EVALUATION)
     assert calibration is not None

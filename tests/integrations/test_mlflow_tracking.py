@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import MODELS
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import pipeline, proof
 from onnx_oamip.cli import main
 from onnx_oamip.integrations import mlflow_tracking
 from onnx_oamip.verification.latency import Ratio
@@ -24,7 +24,7 @@ ASKED = ("--importance", "l2", "--allocate", "global", "--align", "1", "--seed",
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A few samples; latency is not what is tested."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     monkeypatch.chdir(tmp_path)
     whole = np.load(MODELS / "mnist.npz")
     np.savez("data.npz", **{k: whole[k][:64] if whole[k].ndim else whole[k] for k in whole.files})

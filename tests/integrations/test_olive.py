@@ -11,7 +11,7 @@ import onnx
 import pytest
 from conftest import MODELS, ROOT
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import pipeline, proof
 from onnx_oamip.core.errors import DataError, SettingsError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.verification.latency import Ratio
@@ -40,7 +40,7 @@ def olive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     pytest.importorskip("olive.passes", reason="olive-ai is not installed", exc_type=ImportError)
     from onnx_oamip.integrations import olive
 
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data_sets.py").write_text(DATA_SETS)
     return olive

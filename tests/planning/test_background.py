@@ -15,7 +15,7 @@ from network_texts import MEASURED as NETS
 from onnx import ModelProto, numpy_helper
 
 from onnx_oamip import Settings, SettingsError, apply, plan, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.core.records import Array, Bools, Coupling, Model, Objective
 from onnx_oamip.graph.coupling import couple
 from onnx_oamip.graph.outputs import with_outputs
@@ -139,7 +139,7 @@ TWINS = """(float[N,6] x) => (float[N,3] y)
 @pytest.fixture
 def twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, np.ndarray]]:
     """A network whose first two branches compute the same: each may go alone, and not both."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     proto = build(TWINS)
     constants = {t.name: t for t in proto.graph.initializer}
     values = {name: numpy_helper.to_array(tensor) for name, tensor in constants.items()}

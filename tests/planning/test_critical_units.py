@@ -11,7 +11,7 @@ import pytest
 from graphs import build
 from onnx import numpy_helper
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import pipeline, proof
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.records import Array, Budget, Report, Scores
 from onnx_oamip.core.settings import Settings
@@ -30,7 +30,7 @@ TEXT = f"""(float[batch,6] x) => (float[batch,4] scores)
 @pytest.fixture(autouse=True)
 def no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times decide nothing here."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 @pytest.fixture

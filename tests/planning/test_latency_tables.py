@@ -14,7 +14,7 @@ from graphs import build, load
 
 import onnx_oamip
 from onnx_oamip import BudgetNotMet, DataError
-from onnx_oamip.api import pipeline, profiling
+from onnx_oamip.api import profiling, proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.records import Coupling, Model
 from onnx_oamip.graph.cost import full_widths, ledger
@@ -162,7 +162,7 @@ def test_slower_result_here_is_no_failure_for_another_device(
     proto: onnx.ModelProto, write: Callable[[object], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Ratio(1.5, 1.4, 1.6, 9, added=2e-4)
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: slow)
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: slow)
     images = np.random.default_rng(0).standard_normal((40, 1, 6, 6)).astype(np.float32)
     path = write(SLOW_FIRST)
     result = onnx_oamip.prune(proto, images, latency=0.5, latency_table=path, **OPTIONS)

@@ -14,10 +14,10 @@ from graphs import load as load_case
 from onnx import ModelProto, numpy_helper
 
 from onnx_oamip import prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import BudgetNotMet
-from onnx_oamip.core.records import Array, Report
+from onnx_oamip.core.records import Array, Budget, Report
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
 from onnx_oamip.graph import loading as models
@@ -47,7 +47,7 @@ CHAIN = """(float[batch,1,10,10] image) => (float[batch,4] scores)
 
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def folder(path: Path, text: str = CHAIN, count: int = 240) -> Path:
@@ -418,4 +418,4 @@ def test_connection_settings_have_their_defaults() -> None:
         1,
         False,
     )
-    assert replace(asked.budget) == pipeline.Budget()
+    assert replace(asked.budget) == Budget()

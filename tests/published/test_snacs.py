@@ -464,7 +464,6 @@ def test_budget_beyond_the_limits_names_the_limits(tmp_path: Path) -> None:
 
 
 def _allocated(ready):
-
     return attempts.allocate(ready, allocation.limits(ready.settings.budget, ready.before, 0))
 
 
@@ -473,7 +472,7 @@ def test_floors_per_group_hold(tmp_path: Path, allocate: str) -> None:
     """The group that would be cut most may only lose one unit."""
     from dataclasses import replace
 
-    from onnx_oamip.planning import search
+    from onnx_oamip.core.records import Sensitivity
 
     model, _, arrays = _learnable(tmp_path)
     wish = Settings.create(
@@ -500,7 +499,7 @@ def test_floors_per_group_hold(tmp_path: Path, allocate: str) -> None:
     ).widths
     assert held[g] >= full[g] - 1
     assert held.sum() < full.sum()
-    losses = search.Sensitivity(np.asarray([1, full[g]]), np.asarray([1.0, 0.0]))
+    losses = Sensitivity(np.asarray([1, full[g]]), np.asarray([1.0, 0.0]))
     rungs = width_losses.rungs(ready.coupling, (losses,) * len(full), ready.steps, floor)
     assert rungs.widths[g].tolist() == [full[g] - 1, full[g]]
     assert all(rungs.widths[i][0] == 1 for i in range(len(full)) if i != g)

@@ -18,7 +18,7 @@ from conftest import ROOT
 from graphs import build, distance, load
 
 from onnx_oamip import prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.core.records import Array, Coupling, Model
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
@@ -142,7 +142,7 @@ def test_only_interface_and_length_axes_are_pinned(exported: tuple[str, Path]) -
 def test_pipeline_reaches_seventy_percent(
     exported: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     name, path = exported
     np.savez(tmp_path / "data.npz", **_inputs(name, 40, 7))
     settings = Settings.create(
@@ -288,7 +288,7 @@ def test_text_recognition_model_is_pruned_exactly(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     path, size, other = recogniser
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "data.npz", x=rng.standard_normal((8, 3, *size), np.float32))

@@ -10,7 +10,7 @@ import pytest
 from conftest import MODELS
 
 from onnx_oamip import prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.verification.latency import Ratio
@@ -52,7 +52,7 @@ def test_half_of_the_units_is_cut_exactly(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Times on a busy machine decide nothing here.
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     settings = Settings.create(
         macs=0.5, importance="activation", allocate="uniform", refit="bias", align=1, device="cpu"
     )

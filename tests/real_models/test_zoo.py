@@ -11,7 +11,7 @@ import pytest
 from zoo_networks import FOLDER, NAMES, image, images, with_weights
 
 from onnx_oamip import prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.verification.latency import Ratio
 
@@ -37,7 +37,7 @@ def test_every_zoo_network_is_tested() -> None:
 def test_half_of_the_units_is_cut_exactly(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(1.0, 1.0, 1.0, 1))
     proto = with_weights(name)
     source = image(proto)
     onnx.save(proto, tmp_path / "model.onnx")

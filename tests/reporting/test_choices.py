@@ -11,7 +11,7 @@ from command_line import perceptron, samples
 from rich.console import Console
 
 from onnx_oamip import Settings
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.api.frontier import frontier
 from onnx_oamip.cli import main
 from onnx_oamip.reporting.progress import Bars
@@ -24,7 +24,7 @@ OPTIONS = ["--importance", "l2", "--refit", "none", "--cache", "off"]
 @pytest.fixture(autouse=True)
 def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network with samples; latency is not measured."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     monkeypatch.chdir(tmp_path)
     perceptron(tmp_path / "m.onnx", 64)
     np.savez(tmp_path / "d.npz", input=samples(60), labels=np.arange(60) % 4)

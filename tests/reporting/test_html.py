@@ -23,7 +23,7 @@ from headless_browser import (
 )
 
 from onnx_oamip import Settings, prune
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import pipeline, proof
 from onnx_oamip.cli import main
 from onnx_oamip.core.printable import visible
 from onnx_oamip.core.records import (
@@ -68,7 +68,7 @@ HOSTILE = (
 def _quiet() -> Iterator[None]:
     """Latency is not measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+        patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
         yield
 
 

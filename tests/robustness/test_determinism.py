@@ -22,7 +22,7 @@ from onnx_oamip import (
     prune,
     score,
 )
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import comparison, proof
 from onnx_oamip.core.errors import SettingsError
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.data import dataset
@@ -46,7 +46,7 @@ FEW_DIVIDED = tuple(
 
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def samples(name: str, count: int) -> dict[str, np.ndarray]:
@@ -215,7 +215,7 @@ def test_models_are_compared_on_as_many_samples_as_fit_into_memory(
     prune(path, arrays, pruned, settings)
     assert max(taken) == 7
     taken.clear()
-    pipeline.compare(path, pruned, arrays, settings)
+    comparison.compare(path, pruned, arrays, settings)
     assert max(taken) == 7
 
 

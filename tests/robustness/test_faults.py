@@ -31,7 +31,7 @@ from knapsack_programs import knapsack
 from network_texts import RESIDUAL_CNN as TEXT
 
 from onnx_oamip import importance, prune, published
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.core import atomic_files
 from onnx_oamip.core.errors import OutOfMemory, OutputError, SolverError
@@ -101,7 +101,7 @@ STAGES = {
     "plan": Stage("planning.allocation.allocate", OUTPUTS, solves=True),
     "refit": Stage("repair.least_squares.least_squares", OUTPUTS),
     "verify": Stage("verification.equivalence.prove", REFIT),
-    "latency": Stage("api.pipeline.compare_latency", REFIT),
+    "latency": Stage("api.proof.compare_latency", REFIT),
     "write": Stage("api.pipeline.write", REFIT),
     "rename": Stage("core.atomic_files._backup", REFIT),
 }
@@ -144,7 +144,7 @@ WRITTEN = ("out.onnx", "keep.safetensors", "page.html")
 
 @pytest.fixture(autouse=True)
 def fast_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
 
 
 def _given(folder: Path) -> None:
@@ -234,7 +234,7 @@ def whole(
             folder = tmp_path_factory.mktemp("whole")
             _given(folder)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+                patch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
                 go(folder, **values)
             found[key] = (folder / "out.onnx").read_bytes(), folder / "cache"
         return found[key]
@@ -526,7 +526,7 @@ from importlib import import_module
 from pathlib import Path
 
 import onnx_oamip
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import pipeline, proof
 from onnx_oamip.verification.latency import Ratio
 for name in (
     "planning.allocation", "planning.scoring", "planning.sensitivity", "programs.solvers", "reporting.html",
@@ -536,7 +536,7 @@ for name in (
 import gurobipy, highspy, onnxruntime, scipy.optimize
 
 task, stages = Path(sys.argv[1]), json.loads(sys.argv[2])
-pipeline.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)
+proof.compare_latency = lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9)
 ends = {}
 
 def strike(place):

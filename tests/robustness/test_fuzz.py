@@ -24,7 +24,7 @@ from onnx import ModelProto, TensorProto, helper
 from PIL import Image
 from safetensors.numpy import save
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.artifacts import keep_maps
 from onnx_oamip.cli import main
 from onnx_oamip.core.errors import MOST, DataError, ModelError
@@ -328,7 +328,7 @@ BROKEN: dict[str, tuple[Callable[[], ModelProto], str]] = {
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a secret beside it, and no clock."""
-    monkeypatch.setattr(pipeline, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
+    monkeypatch.setattr(proof, "compare_latency", lambda *_, **__: Ratio(0.5, 0.4, 0.6, 9))
     (tmp_path / "secret.bin").write_bytes(bytes(4096))
     folder = tmp_path / "in"
     folder.mkdir()

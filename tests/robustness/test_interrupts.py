@@ -51,7 +51,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gurobipy, highspy, numpy as np, onnx, onnxruntime, scipy.optimize
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import proof
 from onnx_oamip.cli import main
 from onnx_oamip.graph import runtime
 from onnx_oamip.planning import sensitivity
@@ -109,7 +109,7 @@ def stick(place, started):
     elif place == "runtime in threads":
         sensitivity._Part.losses = loop
     elif place == "latency":
-        pipeline.compare_latency = timed
+        proof.compare_latency = timed
     elif place == "process":
         run = latency.subprocess.run
         latency.subprocess.run = weighed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_oamip.api import pipeline
+from onnx_oamip.api import comparison, pipeline
 from onnx_oamip.core.records import Array
 from onnx_oamip.core.settings import Settings
 from onnx_oamip.published import packing
@@ -61,7 +61,7 @@ def _row(model: Path, data: Path, folder: Path, seed: int) -> Row:
         model, folder / "lossy.oamip", data=data, eval_data=searched, max_drop=MAX_DROP, seed=seed
     )
     packing.unpack(folder / "lossy.oamip", folder / "lossy.onnx")
-    found = pipeline.compare(model, folder / "lossy.onnx", unseen, Settings.create())
+    found = comparison.compare(model, folder / "lossy.onnx", unseen, Settings.create())
     told = document.packing(exact, rivals=True)
     sizes = {"lossless": exact.nbytes, "lossy": lossy.nbytes, **told["rivals"]}
     sizes["fp16, zip"] = sizes.pop("fp16_zip")
