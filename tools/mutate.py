@@ -48,7 +48,10 @@ PLANS = [
 ]
 REFITS = [
     "tests/repair/test_least_squares.py",
-    "tests/repair/test_bias.py",
+    "tests/repair/test_mean_folding.py",
+    "tests/repair/test_channel_mixing.py",
+    "tests/repair/test_row_sampling.py",
+    "tests/repair/test_shared_weights.py",
     "-k",
     "not trained_model",
 ]
@@ -60,7 +63,10 @@ TESTS = {
         "-k",
         "not test_allocation or exclude",
     ],
-    "graph.linear_layers": ["tests/graph/test_linear_layers.py", "tests/repair/test_bias.py"],
+    "graph.linear_layers": [
+        "tests/graph/test_linear_layers.py",
+        "tests/repair/test_mean_folding.py",
+    ],
     "objective.losses": ["tests/objective/test_losses.py"],
     "objective.measures": ["tests/objective/test_measures.py"],
     "planning.allocation": PLANS,
@@ -70,7 +76,21 @@ TESTS = {
         "-k",
         "not every_operator_case",
     ],
-    "repair.least_squares": REFITS,
+    **{
+        f"repair.{name}": REFITS
+        for name in (
+            "channel_mixing",
+            "cut_model",
+            "least_squares",
+            "mean_folding",
+            "node_refit",
+            "problems",
+            "refit_scope",
+            "row_sampling",
+            "stored_weights",
+            "targets",
+        )
+    },
     "repair.residual_joins": ["tests/repair/test_residual_joins.py", *REFITS],
     "repair.ridge": ["tests/repair/test_ridge.py", *REFITS],
 }

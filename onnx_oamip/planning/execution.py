@@ -28,7 +28,7 @@ from onnx_oamip.objective.position_weights import has_rare_decisions, weighting
 from onnx_oamip.planning import (
     calibration_loss,
 )
-from onnx_oamip.repair import least_squares, removed_constants
+from onnx_oamip.repair import least_squares, mean_folding, refit_scope, removed_constants
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Context
 from onnx_oamip.statistics.requests import MOMENTS
@@ -89,7 +89,7 @@ def _refits(ready: Context, chosen: Plan, raw: onnx.ModelProto) -> dict[str, Pru
     """Refits of a cut model by their names in the report, that of the settings first."""
     if ready.settings.refit == "bias":
         moments = collect(ready, {MOMENTS})
-        folded = least_squares.fold_means(ready.model, ready.coupling, chosen.keep, moments, raw)
+        folded = mean_folding.fold_means(ready.model, ready.coupling, chosen.keep, moments, raw)
         return {REFIT: folded}
     if ready.settings.refit != "least-squares":
         return {}
@@ -108,7 +108,7 @@ def _change(ready: Context, chosen: Plan) -> Augment | None:
     if change is None:
         return None
     model, coupling, units = ready.model, ready.coupling, chosen.keep
-    is_short = least_squares.is_short_of_samples(model, coupling, units, samples)
+    is_short = refit_scope.is_short_of_samples(model, coupling, units, samples)
     return change if is_short else None
 
 

@@ -31,7 +31,7 @@ from onnx_oamip.importance import Method, find
 from onnx_oamip.objective import document, loss, sums
 from onnx_oamip.planning import foreign_scores, score_draws, sensitivity
 from onnx_oamip.planning.allocation import best_units
-from onnx_oamip.repair import least_squares
+from onnx_oamip.repair import mean_folding
 from onnx_oamip.statistics.collector import collect, parts
 from onnx_oamip.statistics.context import Collected, Context
 from onnx_oamip.statistics.requests import COVARIANCE, MOMENTS
@@ -245,7 +245,7 @@ def _together(context: Context, orders: Floats, alone: Ints) -> Ints:
             keep = best_units(coupling, values, widths)
             proto = rewrite.cut(model, coupling, keep)
             if moments is not None:
-                proto = least_squares.fold_means(model, coupling, keep, moments, proto).proto
+                proto = mean_folding.fold_means(model, coupling, keep, moments, proto).proto
             session = Session(with_outputs(model, wanted, proto), device, what="the cut model")
             found = sum(
                 sums(objective, t, session.run(f, wanted))

@@ -23,7 +23,7 @@ from onnx_oamip.planning.critical_search import fewest_units
 from onnx_oamip.planning.drop_search import smallest
 from onnx_oamip.planning.execution import Attempt, folds_constants
 from onnx_oamip.planning.latency_search import latency_limit
-from onnx_oamip.repair import least_squares
+from onnx_oamip.repair import refit_scope
 
 
 def plan(ready: Prepared) -> Plan:
@@ -93,7 +93,7 @@ def _limits(ready: Prepared) -> tuple[allocation.Limits, tuple[LinearisedLimit, 
     """Limits of the counted budgets, and the linear constraint of a latency budget."""
     adds = ready.settings.refit != "none" or folds_constants(ready.settings)
     limit = allocation.limits(
-        ready.settings.budget, ready.before, least_squares.new_biases(ready.model) if adds else 0
+        ready.settings.budget, ready.before, refit_scope.new_biases(ready.model) if adds else 0
     )
     if ready.settings.latency is None:
         return limit, ()

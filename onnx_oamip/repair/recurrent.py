@@ -15,7 +15,7 @@ Rows are steps of sequences. A step behind the end of a sequence (``sequence_len
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,27 +23,23 @@ import onnx
 from scipy.special import expit
 
 from onnx_oamip.core.records import Array, Bools, Coupling, Fit, Floats, Ints, Model, Node
-from onnx_oamip.graph.im2col import pick, pick_weighted
 from onnx_oamip.graph.linear_layers import Editor
 from onnx_oamip.graph.ops import recurrent
 from onnx_oamip.graph.ops.handles import operand
 from onnx_oamip.graph.partial_execution import Frontier, stream
 from onnx_oamip.objective.position_weights import PositionWeights
 from onnx_oamip.repair.ridge import RidgeFit, choose_ridge, ridge_regression
+from onnx_oamip.repair.row_sampling import (
+    FEWEST_ROWS,
+    VALUE_BYTES,
+    leading_rows,
+    row_choice,
+    wanted_rows,
+)
+from onnx_oamip.repair.stored_weights import SINGLE_BYTES
 
-ROWS_PER_UNKNOWN = 16
-MIN_ROWS = 4096
-MAX_ROWS = 24576
-FEWEST_ROWS = 32
-"""Rows that are sampled however little memory there is."""
-VALUE_BYTES = 8
-"""Inputs, states and sums at the sampled rows are float64."""
 COPIES = 3
 """Arrays of inputs and sums during a fit."""
-HELD_OUT = 0.2
-"""Share of the rows on which the ridge strength is chosen."""
-SINGLE_BYTES = 4
-"""Bytes of a number in single precision; weights that are stored in fewer are not fitted."""
 
 
 @dataclass(frozen=True)
@@ -186,14 +182,9 @@ def collect(
             continue
         one = layers[i]
         count = -(-_row_limit(one, memory_limit) // len(feeds))
-
-        def choose(shape: tuple[int, int], feed: int = feed, count: int = count) -> Ints:
-            if weights is None:
-                return pick(shape[0] * shape[1], count, rng)
-            return pick_weighted(weights[feed].rows(shape), count, rng)
-
+        rows = row_choice(count, rng, weights)(feed, _step_axes(value))
         values = {**model.constants, **held}
-        found[one.node.name].append(_steps(one, values, value, choose))
+        found[one.node.name].append(_steps(one, values, value, rows))
         held = {}
     return found
 
@@ -221,18 +212,23 @@ def _row_limit(one: Layer, memory_limit: int) -> int:
     directions, outputs, inputs = one.w.shape
     units = one.r.shape[2]
     unknowns = inputs + units
-    wanted: int = min(MAX_ROWS, max(MIN_ROWS, ROWS_PER_UNKNOWN * unknowns))
     held_per_row = inputs + directions * units
     fitted_per_row = COPIES * (unknowns + outputs)
     most: int = memory_limit // (VALUE_BYTES * (held_per_row + fitted_per_row))
-    return min(wanted, max(FEWEST_ROWS, most))
+    return min(wanted_rows(unknowns), max(FEWEST_ROWS, most))
+
+
+def _step_axes(states: Array) -> tuple[int, int]:
+    """Time and samples of the states at all steps (time, directions, samples, units)."""
+    time, _, samples, _ = states.shape
+    return time, samples
 
 
 def _steps(
     one: Layer,
     values: Mapping[str, Array],
     states: Array,
-    choose: Callable[[tuple[int, int]], Ints],
+    rows: Ints,
 ) -> Steps:
     """Steps of one feed: inputs, and in every direction the state of the step before.
 
@@ -240,7 +236,7 @@ def _steps(
         one: The layer.
         values: Constants, and the tensors that it reads at the feed.
         states: Its states at all steps (time, directions, samples, units).
-        choose: Chooses rows of (time, samples).
+        rows: Numbers of the chosen rows of (time, samples).
 
     Returns:
         The chosen steps in front of the ends of their sequences.
@@ -264,7 +260,6 @@ def _steps(
             shifted[0] = first[k]
         before.append(shifted.reshape(time * samples, units))
     is_inside = (np.arange(time)[:, None] < ends).reshape(-1)
-    rows = choose((time, samples))
     rows = rows[is_inside[rows]]
     x = values[one.node.inputs[0]].reshape(time * samples, -1)
     return Steps(rows, x[rows], np.stack(before)[:, rows])
@@ -355,7 +350,7 @@ def refit(
     finite = np.isfinite(cut_x).all(axis=1) & np.isfinite(x).all(axis=1)
     finite &= np.isfinite(h).all(axis=(0, 2))
     cut_x, x, h = cut_x[finite], x[finite], h[:, finite]
-    split = int(np.ceil((1 - HELD_OUT) * len(x)))
+    split = leading_rows(len(x))
     if split == len(x):
         return None, ["one row is too few to fit and to judge, so it is not refitted"]
     w, r = (value.astype(np.float64) for value in present if value is not None)

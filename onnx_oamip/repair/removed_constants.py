@@ -33,7 +33,7 @@ from onnx_oamip.graph.linear_layers import Editor
 from onnx_oamip.graph.ops import lookup
 from onnx_oamip.graph.outputs import is_float
 from onnx_oamip.graph.runtime import Session
-from onnx_oamip.repair.least_squares import fold_means
+from onnx_oamip.repair.mean_folding import fold_means
 from onnx_oamip.statistics.requests import MOMENTS
 
 SAMPLES = 16

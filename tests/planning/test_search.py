@@ -60,7 +60,7 @@ from onnx_oamip.planning.latency_model import LatencyModel
 from onnx_oamip.planning.sensitivity import Sensitivity
 from onnx_oamip.planning.width_losses import interpolate, rungs
 from onnx_oamip.programs.solvers import SolverLimits
-from onnx_oamip.repair import least_squares
+from onnx_oamip.repair import least_squares, refit_scope, row_sampling
 from onnx_oamip.statistics import collector
 from onnx_oamip.verification.equivalence import compare, watch
 from onnx_oamip.verification.latency import Step
@@ -168,7 +168,7 @@ def test_refit_adds_biases_only(name: str) -> None:
     created = sum(v.size for k, v in after.items() if k not in before)
     assert all(after[k].shape == before[k].shape for k in before)
     assert counted.params == predicted.params + created
-    assert created <= least_squares.new_biases(model)
+    assert created <= refit_scope.new_biases(model)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_refit_adds_biases_only(name: str) -> None:
 def test_pruned_model_meets_the_budgets(
     name: str, budgets: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(least_squares, "MAX_ROWS", 512)
-    monkeypatch.setattr(least_squares, "MIN_ROWS", 256)
+    monkeypatch.setattr(row_sampling, "MAX_ROWS", 512)
+    monkeypatch.setattr(row_sampling, "MIN_ROWS", 256)
     ready = asked(prepared(name), **budgets)
     found = search.search(replace(ready, samples=ready.samples.take(np.arange(16))))
     used = shares(ready, found)
@@ -409,8 +409,8 @@ def _measured_drop(ready: Prepared, found: Attempt) -> float:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refit a fraction of the time; the drop is measured on what it gives."""
-    monkeypatch.setattr(least_squares, "MAX_ROWS", 1024)
-    monkeypatch.setattr(least_squares, "MIN_ROWS", 512)
+    monkeypatch.setattr(row_sampling, "MAX_ROWS", 1024)
+    monkeypatch.setattr(row_sampling, "MIN_ROWS", 512)
     monkeypatch.setattr(drop_search, "DROP_TRIES", 5)
 
 

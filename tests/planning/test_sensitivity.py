@@ -34,7 +34,7 @@ from onnx_oamip.graph.surgery import rewrite
 from onnx_oamip.objective import detect, loss, sums
 from onnx_oamip.planning import sensitivity
 from onnx_oamip.planning.sensitivity import Sensitivity, levels
-from onnx_oamip.repair import least_squares
+from onnx_oamip.repair import mean_folding
 from onnx_oamip.statistics import calibration, covariances, layer_problems
 
 
@@ -543,7 +543,7 @@ def test_losses_with_folded_means_equal_those_of_the_pruned_model(
             losses.append(
                 loss_by_hand(
                     model,
-                    least_squares.fold_means(model, coupling, keep, statistics, cut).proto,
+                    mean_folding.fold_means(model, coupling, keep, statistics, cut).proto,
                     feeds,
                 )
             )

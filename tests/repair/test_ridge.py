@@ -150,3 +150,33 @@ def test_fit_does_not_depend_on_the_scale_of_a_few_inputs(rows: int) -> None:
     np.testing.assert_allclose(fits[0], fits[1], rtol=1e-6, atol=1e-9)
     plain = ridge.ridge_regression(x, residual, rows // 2)(rows, 0.1)
     np.testing.assert_allclose(fits[0], plain, rtol=0.2, atol=0.2)
+
+
+def test_solve_ridge_gives_dead_inputs_no_weight() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 50, 6))
+    x[:, :, 3] = 0
+    gram = x.transpose(0, 2, 1) @ x
+    cross = x.transpose(0, 2, 1) @ rng.standard_normal((2, 50, 4))
+    for stack in (slice(0, 1), slice(0, 2)):
+        found = ridge.solve_ridge(gram[stack], cross[stack], 1e-3)
+        assert not found[:, 3].any()
+        for g, c, w in zip(gram[stack], cross[stack], found, strict=True):
+            np.testing.assert_allclose(
+                (g + 1e-3 * np.trace(g) / 6 * np.eye(6)) @ w, c, rtol=1e-6, atol=1e-8
+            )
+    assert not ridge.solve_ridge(np.zeros((1, 3, 3)), np.zeros((1, 3, 2)), 1e-2).any()
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1e-8, 1e8])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_solve_ridge_does_not_depend_on_units_of_measure(scale: float, groups: int) -> None:
+    """Strengths are relative: inputs in other units give the same outputs, also where some input is dead."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(groups, 50, 6))
+    x[:, :, 2] = 0
+    y = rng.normal(size=(groups, 50, 4))
+    turned = x.transpose(0, 2, 1)
+    plain = ridge.solve_ridge(turned @ x, turned @ y, 1e-2)
+    other = ridge.solve_ridge(scale * turned @ x, scale * turned @ y, 1e-2)
+    np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)

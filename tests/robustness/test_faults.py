@@ -906,7 +906,7 @@ def test_failure_of_a_worker_leaves_the_old_files(
     [
         ("planning.sensitivity._Part.losses", {}, r"the losses of the group 'w\d'"),
         ("statistics.covariances._Sum", {}, r"the second moments of what Conv '.*' reads"),
-        ("repair.least_squares._refit", {}, r"the refit of Conv '.*'"),
+        ("repair.least_squares.refit_family", {}, r"the refit of Conv '.*'"),
         (
             "importance.oamip.decoupled._solve_group",
             _oamip("decoupled"),

@@ -13,8 +13,9 @@ from onnx_oamip.graph.linear_layers import Editor
 from onnx_oamip.graph.ops.matrix_view import Site
 from onnx_oamip.graph.partial_execution import Frontier
 from onnx_oamip.published.nnrelief.masked_ridge import masked_solver
-from onnx_oamip.repair.least_squares import HELD_OUT, Target
 from onnx_oamip.repair.ridge import RIDGES, choose_ridge
+from onnx_oamip.repair.row_sampling import leading_rows
+from onnx_oamip.repair.targets import Target
 
 ROUNDING = 1e-10
 """Error, relative to the variance of a layer's outputs, that single precision alone causes."""
@@ -124,7 +125,7 @@ def refit(
 
     difference = y - x @ by_row.transpose(0, 2, 1) - layer.bias.reshape(groups, 1, outs)
     residual = np.where(live, difference, 0.0)
-    split = min(int(np.ceil((1 - HELD_OUT) * count)), count - 1)
+    split = min(leading_rows(count), count - 1)
     support = np.repeat(layer.mask, taps, axis=2) & live.transpose(0, 2, 1)
     solve = None
     if not bias_only and support.any():

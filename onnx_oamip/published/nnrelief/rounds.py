@@ -37,13 +37,9 @@ from onnx_oamip.published.nnrelief.requests import ABSOLUTE_ACTIVATIONS
 from onnx_oamip.published.nnrelief.selection import Rules, Selection
 from onnx_oamip.published.nnrelief.state import State, realise, view
 from onnx_oamip.published.nnrelief.unit_worth import worth
-from onnx_oamip.repair.least_squares import (
-    GRAM_CAP,
-    Target,
-    collect_targets,
-    is_wide,
-)
 from onnx_oamip.repair.ridge import RIDGES
+from onnx_oamip.repair.row_sampling import GRAM_CAP, is_wide
+from onnx_oamip.repair.targets import Target, collect_targets
 from onnx_oamip.statistics.collector import collect
 from onnx_oamip.statistics.context import Collected, Context
 

@@ -1,0 +1,171 @@
+"""Refit of one weight, for all nodes that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from onnx_oamip.core.records import Array, Fit, Floats
+from onnx_oamip.graph.linear_layers import Editor
+from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.graph.partial_execution import Frontier
+from onnx_oamip.repair.channel_mixing import channel_mixing
+from onnx_oamip.repair.cut_model import Cut
+from onnx_oamip.repair.problems import Copied, CutLayer, use_of
+from onnx_oamip.repair.ridge import Solve, best_shift, choose_ridge, ridge_regression
+from onnx_oamip.repair.row_sampling import HELD_OUT, leading_rows
+from onnx_oamip.repair.shared_weights import Family, Rows, Spread, pooled_variance, stacked
+from onnx_oamip.repair.stored_weights import as_stored, weight_name, write_weight
+from onnx_oamip.repair.targets import Target
+
+
+def refit_family(
+    cut: Cut,
+    editor: Editor,
+    family: Family,
+    frontier: Frontier,
+    targets: Mapping[str, Target],
+    *,
+    copies: Copied | None,
+) -> tuple[Fit | None, list[str]]:
+    """Refits one weight, for all nodes that share it.
+
+    Args:
+        cut: The original model and the kept units.
+        editor: The cut model, changed in place.
+        family: The nodes in the original model.
+        frontier: Activations of the cut model.
+        targets: Outputs of the nodes in the original model.
+        copies: Augmented copies of the samples, if any.
+
+    Returns:
+        A record of the fit, None if there is none, and remarks for the user.
+    """
+    remarks: list[str] = []
+    layers: list[CutLayer] = []
+    parts: list[Rows] = []
+    spreads: list[Spread] = []
+    wide_inputs: Array | None = None
+    for place in family.uses:
+        name = place.node.name
+        source = None if name in family.late else frontier
+        use = use_of(
+            cut, editor, place, source, target=targets[name], remarks=remarks, copies=copies
+        )
+        if use is None:
+            return None, remarks
+        layers.append(use.layer)
+        parts.append(use.rows.times(use.layer.here.factor / layers[0].here.factor))
+        spreads.append(use.spread)
+        wide_inputs = use.wide_inputs
+        del use  # memory holds one copy of the rows
+    first = layers[0]
+    if any(part.count < 2 for part in parts):
+        if not family.is_shared:
+            editor.add_bias(first.here, parts[0].residual.reshape(-1))
+        remarks.append("one row is too few to fit and to judge, so only its bias moves")
+        return None, remarks
+    has_common_bias = family.is_shared and _has_common_bias(editor, layers)
+    own_biases = family.is_shared and not has_common_bias
+    means = [part.means for part in parts]
+    rows, split = stacked(parts, HELD_OUT, centred=own_biases)
+    form, solve, remark = _solver(
+        cut,
+        family.uses[0],
+        rows,
+        wide_inputs,
+        weight=first.weight,
+        split=split,
+    )
+    if remark:
+        remarks.append(remark)
+    found = choose_ridge(rows.x, rows.residual, split, solve)
+    stored = as_stored(editor, first, rows, split, found=found)
+    if stored is None:
+        kind = editor.stored_type(weight_name(editor, first.here))
+        remarks.append(f"fitted weights are out of range for {kind}, so it is not refitted")
+        return None, remarks
+    found = stored
+    scale = pooled_variance(spreads, own_means=own_biases) or 1.0
+    before, after = found.errors
+    _, count, unknowns = rows.x.shape
+    fit = Fit(family.title, form, count, unknowns, found.ridge, before / scale, after / scale)
+    improves = after < before
+    if improves and found.change is not None:
+        write_weight(editor, first, found.change, for_all=family.is_shared)
+    if not own_biases:
+        if improves:
+            editor.add_bias(first.here, found.shift.reshape(-1), for_all=family.is_shared)
+        return fit, remarks
+    change = found.change if improves else None
+    for layer, (mean_input, mean_residual) in zip(layers, means, strict=True):
+        if layer.here.node.name not in family.late:
+            shift = best_shift(mean_input, mean_residual, change)
+            editor.add_bias(layer.here, shift.reshape(-1))
+    return fit, remarks
+
+
+def _solver(
+    cut: Cut,
+    place: Site,
+    sampled: Rows,
+    wide_inputs: Array | None,
+    *,
+    weight: Floats,
+    split: int,
+) -> tuple[str, Solve, str]:
+    """Chooses the form of a fit: (name for the report, solver for the weights, remark for the user).
+
+    A wide node with channels of several inputs each has fewer unknowns if whole channels are mixed. Any other is solved
+    for all its unknowns: in its dual form the system is no larger than the number of rows.
+    """
+    rows, unknowns = sampled.x.shape[1:]
+    if wide_inputs is None:
+        remark = ""
+        if rows < unknowns:
+            remark = f"{rows} rows for {unknowns} unknowns, so more calibration samples would help"
+        return "least squares", ridge_regression(sampled.x, sampled.residual, split), remark
+    mixing = channel_mixing(cut, place, wide_inputs, sampled.x, weight)
+    too_many = f"{unknowns} unknowns are too many for a Gram matrix"
+    return "channel mixing", mixing, f"{too_many}, so removed channels are mixed into kept ones"
+
+
+def _has_common_bias(editor: Editor, layers: Sequence[CutLayer]) -> bool:
+    """Tests for uses of a weight that share their bias too, and with no other node."""
+    names = {editor.source(editor.bias_name(layer.here)) for layer in layers}
+    readers = len(layers)
+    return len(names) == 1 and "" not in names and len(editor.readers_of(names.pop())) == readers
+
+
+def shift_bias(
+    cut: Cut,
+    editor: Editor,
+    place: Site,
+    frontier: Frontier,
+    target: Target,
+) -> None:
+    """Refits the bias of a node whose weight was refitted before its input was known.
+
+    Args:
+        cut: The original model and the kept units.
+        editor: The cut model, changed in place.
+        place: The node in the original model.
+        frontier: Activations of the cut model.
+        target: Outputs of the node in the original model.
+    """
+    remarks: list[str] = []
+    use = use_of(cut, editor, place, frontier, target=target, remarks=remarks)
+    if use is None or _shares_bias(editor, use.layer):
+        return
+    split = leading_rows(use.rows.count)
+    if split == use.rows.count:
+        return
+    found = choose_ridge(use.rows.x, use.rows.residual, split, None)
+    before, after = found.errors
+    if after < before:
+        editor.add_bias(use.layer.here, found.shift.reshape(-1))
+
+
+def _shares_bias(editor: Editor, use: CutLayer) -> bool:
+    """Tests for a node whose bias other nodes read as well."""
+    name = editor.bias_name(use.here)
+    return bool(name) and len(editor.readers_of(editor.source(name))) > 1

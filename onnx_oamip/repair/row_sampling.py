@@ -1,0 +1,121 @@
+"""Sampling of rows for the refit: how many rows of a node or recurrent layer, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from onnx_oamip.core.records import Array, Ints
+from onnx_oamip.graph.im2col import pick, pick_weighted
+from onnx_oamip.graph.linear_layers import matrix_shape
+from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.objective.position_weights import PositionWeights
+
+ROWS_PER_UNKNOWN = 16
+MIN_ROWS = 4096
+MAX_ROWS = 24576
+GRAM_CAP = 4608
+"""Unknowns per output above which their Gram matrix gets too large: fewer rows are sampled."""
+HELD_OUT = 0.2
+"""Share of the rows on which the ridge strength is chosen."""
+WIDE_VALUES = 1 << 25
+"""Most values (rows x unknowns) sampled of a node that is too wide for a Gram matrix."""
+FEWEST_ROWS = 32
+"""Rows that are sampled however little memory there is."""
+VALUE_BYTES = 8
+"""Inputs, states and outputs at the sampled rows are float64."""
+WIDE_COPIES = 4
+"""Arrays of that size during the refit of a wide node."""
+
+RowChoice = Callable[[int, tuple[int, ...]], Ints]
+"""(index of a feed, lengths of the axes that its rows run over) -> numbers of the chosen rows."""
+
+
+def row_choice(
+    count: int,
+    rng: np.random.Generator,
+    weights: Sequence[PositionWeights] | None,
+) -> RowChoice:
+    """Make the choice of the rows of a node or recurrent layer.
+
+    Args:
+        count: Rows to choose of every feed.
+        rng: Source of randomness.
+        weights: Weights of positions by feed: rows are sampled in proportion to them. None to sample all rows alike.
+
+    Returns:
+        The choice.
+    """
+
+    def choose(feed: int, axes: tuple[int, ...]) -> Ints:
+        if weights is None:
+            return pick(int(np.prod(axes)), count, rng)
+        return pick_weighted(weights[feed].rows(axes), count, rng)
+
+    return choose
+
+
+def leading_rows(count: int) -> int:
+    """Count the rows that are fitted to while the ridge strength is chosen on the others.
+
+    Args:
+        count: All rows.
+
+    Returns:
+        Number of leading rows; all where there is a single row.
+    """
+    return int(np.ceil((1 - HELD_OUT) * count))
+
+
+def wanted_rows(unknowns: int) -> int:
+    """Count the rows that a fit should have.
+
+    Args:
+        unknowns: Unknowns per output.
+
+    Returns:
+        Number of rows, whatever memory they need.
+    """
+    return int(np.clip(ROWS_PER_UNKNOWN * unknowns, MIN_ROWS, MAX_ROWS))
+
+
+def is_wide(place: Site, weight: Array, cap: int = GRAM_CAP) -> bool:
+    """Test whether a node has too many unknowns per output for a Gram matrix.
+
+    Args:
+        place: The linear node.
+        weight: Its weight.
+        cap: Most unknowns.
+
+    Returns:
+        True if it has more.
+    """
+    _, _, ins, taps = matrix_shape(place, weight)
+    return ins * taps > cap
+
+
+def row_limit(
+    shape: tuple[int, int, int, int],
+    cap: int,
+    memory_limit: int,
+) -> int:
+    """Count the rows to sample for a node.
+
+    Args:
+        shape: Groups, outputs and inputs per group, and taps.
+        cap: Unknowns per output above which it is wide.
+        memory_limit: Upper bound in bytes on one array of its inputs and outputs.
+
+    Returns:
+        Number of rows of all feeds together.
+    """
+    groups, outs, ins, taps = shape
+    unknowns = ins * taps
+    values_per_row = groups * (unknowns + outs)
+    most_values = memory_limit // VALUE_BYTES
+    if unknowns <= cap:
+        return min(wanted_rows(unknowns), max(FEWEST_ROWS, most_values // values_per_row))
+    # Rows this wide are many values each: bound the values instead.
+    most_values = min(WIDE_VALUES, most_values // WIDE_COPIES)
+    return max(FEWEST_ROWS, min(MIN_ROWS, most_values // (groups * max(unknowns, outs))))

@@ -1,0 +1,211 @@
+"""Wanted outputs of a refit: outputs of the linear nodes of the original model at sampled rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from onnx_oamip.core.records import Array, Ints, Model
+from onnx_oamip.data.feeds import DEFAULT_MEMORY_LIMIT
+from onnx_oamip.graph.im2col import data_rows, output_rows, row_axes
+from onnx_oamip.graph.linear_layers import matrix_shape
+from onnx_oamip.graph.ops.matrix_view import Site
+from onnx_oamip.graph.partial_execution import Slicer, stream
+from onnx_oamip.objective.position_weights import PositionWeights
+from onnx_oamip.repair.residual_joins import Join, join
+from onnx_oamip.repair.row_sampling import RowChoice, row_choice, row_limit
+
+
+@dataclass(frozen=True)
+class Target:
+    """Outputs of an original node at sampled rows, per feed.
+
+    Attributes:
+        shapes: Shape of the whole output.
+        rows: Numbers of the sampled rows.
+        values: Outputs (rows, outputs).
+        inputs: Inputs (rows, groups, inputs * taps), only of nodes whose channels are mixed and of late ones.
+        join: Residual sum that the output reaches, if its other branch is not refitted later.
+        joined: Other branch of that sum (rows, outputs); else empty.
+        is_late: Whether the node shares a weight that is refitted before its input in the cut model is known.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    rows: tuple[Ints, ...]
+    values: tuple[Array, ...]
+    inputs: tuple[Array, ...]
+    join: Join | None
+    joined: tuple[Array, ...]
+    is_late: bool = False
+
+
+def collect_targets(
+    model: Model,
+    places: Sequence[Site],
+    feeds: Sequence[Mapping[str, Array]],
+    *,
+    types: dict[str, int],
+    device: str,
+    rng: np.random.Generator,
+    cap: int,
+    mixed: Collection[str] = (),
+    uses: Mapping[str, int] = MappingProxyType({}),
+    late: Collection[str] = (),
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    weights: Sequence[PositionWeights] | None = None,
+    only: Collection[str] | None = None,
+) -> dict[str, Target]:
+    """Samples the outputs of linear nodes in one run through the original model.
+
+    Args:
+        model: The original model.
+        places: Linear nodes in topological order.
+        feeds: Values of the graph inputs, one mapping per batch.
+        types: ONNX element types by tensor name.
+        device: ``cpu`` or ``cuda``.
+        rng: Chooses the rows.
+        cap: Unknowns per output above which a node is wide: fewer of its rows are sampled.
+        mixed: Names of the nodes whose channels are mixed, for which inputs are sampled too.
+        uses: Number of nodes that share the weight of a node, by its name.
+        late: Names of the nodes that need their inputs in the original model.
+        memory_limit: Upper bound in bytes on one array of inputs and outputs at the sampled rows.
+        weights: Weights of positions by feed: rows are sampled in proportion to them. None to sample all rows alike.
+        only: Names of the nodes to sample; None for all.
+
+    Returns:
+        The samples by node name.
+    """
+    samplers = _samplers(
+        model,
+        places,
+        batches=len(feeds),
+        rng=rng,
+        cap=cap,
+        needs_inputs={*mixed, *late},
+        uses=uses,
+        memory_limit=memory_limit,
+        weights=weights,
+    )
+    samplers = [s for s in samplers if only is None or s.place.node.name in only]
+    asked = [(sampler, tensor) for sampler in samplers for tensor in sampler.tensors]
+    tensors = [tensor for _, tensor in asked]
+    for _, number, value in stream(model.proto, feeds, tensors, types, device):
+        sampler, tensor = asked[number]
+        sampler.take(tensor, value)
+    return {sampler.place.node.name: sampler.target(late) for sampler in samplers}
+
+
+class _Sampler:
+    """Samples the tensors around one linear node, one feed after another.
+
+    Attributes:
+        place: The node.
+        tensors: Tensors to sample, in the order in which they are taken; the output is the last one.
+    """
+
+    def __init__(
+        self,
+        place: Site,
+        *,
+        choose: RowChoice,
+        needs_inputs: bool,
+        join: Join | None,
+    ) -> None:
+        """Begins with no feed.
+
+        Args:
+            place: The node.
+            choose: Chooses the rows of a feed.
+            needs_inputs: Whether inputs are sampled too.
+            join: Residual sum whose other branch is sampled too.
+        """
+        self.place = place
+        self.join = join
+        self.tensors = [
+            *([place.data] if needs_inputs else []),
+            *([join.other] if join else []),
+            place.node.outputs[0],
+        ]
+        self._needs_inputs = needs_inputs
+        self._choose = choose
+        self._held: dict[str, Array] = {}
+        self._found: dict[str, list[Any]] = defaultdict(list)
+
+    def take(self, tensor: str, value: Array) -> None:
+        """Takes the value of the next tensor at one feed; rows are chosen once the output is known."""
+        self._held[tensor] = value
+        output = self.place.node.outputs[0]
+        if tensor != output:
+            return
+        found = self._found
+        rows = self._choose(len(found["rows"]), row_axes(self.place, value.shape))
+        found["shapes"].append(value.shape)
+        found["rows"].append(rows)
+        found["values"].append(_sampled(self.place, value, rows))
+        if self._needs_inputs:
+            data = self._held[self.place.data]
+            inputs = data_rows(self.place, data, rows, value.shape)
+            found["inputs"].append(inputs.astype(np.promote_types(data.dtype, np.float32)))
+        if self.join is not None:
+            found["joined"].append(_sampled(self.place, self._held[self.join.other], rows))
+        self._held = {}
+
+    def target(self, late: Collection[str]) -> Target:
+        """The samples of all feeds, for a node that is among the late ones or not."""
+        found = {name: tuple(values) for name, values in self._found.items()}
+        return Target(
+            shapes=found.get("shapes", ()),
+            rows=found.get("rows", ()),
+            values=found.get("values", ()),
+            inputs=found.get("inputs", ()),
+            join=self.join,
+            joined=found.get("joined", ()),
+            is_late=self.place.node.name in late,
+        )
+
+
+def _samplers(
+    model: Model,
+    places: Sequence[Site],
+    *,
+    batches: int,
+    rng: np.random.Generator,
+    cap: int,
+    needs_inputs: Collection[str],
+    uses: Mapping[str, int],
+    memory_limit: int,
+    weights: Sequence[PositionWeights] | None,
+) -> list[_Sampler]:
+    """Samplers of linear nodes, each with a generator of its own, so that their rows do not depend on each other."""
+    slicer = Slicer(model.proto)
+    waiting = {place.node.name for place in places}
+    result = []
+    for place, own_rng in zip(places, rng.spawn(len(places)), strict=True):
+        name = place.node.name
+        count = uses.get(name, 1)
+        joint = None if count > 1 else join(model, place)
+        if joint is not None:
+            before_sum = slicer.needed([joint.other], ())
+            if any(slicer.nodes[i].name in waiting for i in before_sum):
+                joint = None  # the other branch is refitted later, and will compensate the error of this one
+        waiting.discard(name)
+        shape = matrix_shape(place, model.constants[place.weight])
+        rows_per_feed = -(-row_limit(shape, cap, memory_limit) // (batches * count))
+        sampler = _Sampler(
+            place,
+            choose=row_choice(rows_per_feed, own_rng, weights),
+            needs_inputs=name in needs_inputs,
+            join=joint,
+        )
+        result.append(sampler)
+    return result
+
+
+def _sampled(place: Site, output: Array, rows: Ints) -> Array:
+    # Numbers of a float64 model may be beyond the range of float32.
+    return output_rows(place, output, rows).astype(np.promote_types(output.dtype, np.float32))

@@ -1,0 +1,33 @@
+"""Scope of the refit: the nodes that augmented copies are for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from graphs import build, load, random_keep
+from refits import random_calibration
+
+from onnx_oamip.graph.coupling import couple
+from onnx_oamip.repair import refit_scope
+
+IMAGES = """(float[N, 3, 8, 8] x) => (float[N, 6] y)
+    <float[8, 3, 3, 3] v, float[16, 8, 3, 3] w, float[16, 6] u>
+    {
+        a = Conv<pads = [1, 1, 1, 1]>(x, v)
+        b = Relu(a)
+        c = Conv<pads = [1, 1, 1, 1]>(b, w)
+        d = Relu(c)
+        e = ReduceMean<axes = [2, 3], keepdims = 0>(d)
+        y = MatMul(e, u)
+    }"""
+
+
+def test_copies_are_left_out_where_samples_suffice(tmp_path: Path) -> None:
+    model = load(build(IMAGES), tmp_path)
+    coupling = couple(model)
+    keep = random_keep(coupling, np.random.default_rng(0), 0.6)
+    many = replace(random_calibration(model, 4), count=1_000_000)
+    assert refit_scope.is_short_of_samples(model, coupling, keep, random_calibration(model, 4))
+    assert not refit_scope.is_short_of_samples(model, coupling, keep, many)
