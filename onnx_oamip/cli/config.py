@@ -176,7 +176,7 @@ def unknown(name: str, known: Iterable[str], where: str, what: str) -> SettingsE
         The error, with the closest of the known names.
     """
     close = difflib.get_close_matches(name, sorted(known), 1)
-    hint = f"; is it {close[0]}?" if close else "."
+    hint = f"; did you mean {close[0]}?" if close else "."
     return SettingsError(f"{where} '{name}', which is {what}{hint}")
 
 

@@ -47,6 +47,7 @@ from onnx_oamip.graph import (
     external_data,
     finite_weights,
     input_guards,
+    random_numbers,
     subgraphs,
 )
 from onnx_oamip.graph.ops import fused, kinds
@@ -156,6 +157,7 @@ def _remarks(file: ModelFile) -> tuple[str, ...]:
             f"fused operators ({names}) are written out in their parts, which ONNX Runtime fuses again when it loads "
             "the result"
         )
+    notes += random_numbers.remarks(file.proto)
     others = [value.name for value in file.proto.graph.output if not is_tensor(value)]
     if others:
         names = ", ".join(f"'{name}'" for name in others)

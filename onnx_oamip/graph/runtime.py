@@ -26,6 +26,7 @@ from onnx_oamip.graph import (
     input_guards,
     integer_weights,
     op_libraries,
+    random_numbers,
     subgraphs,
 )
 from onnx_oamip.graph.ops import kinds
@@ -277,6 +278,8 @@ class Session:
             else:
                 if exact:
                     proto = integer_weights.separated(proto)
+                if not spin:  # speed is measured with the model's own operators
+                    proto = random_numbers.repeatable(proto)
                 nodes = list(subgraphs.nodes(proto.graph))
                 self._is_watched = not spin and any(n.op_type in kinds.LOOP for n in nodes)
                 if device == "cpu":

@@ -104,7 +104,10 @@ def test_schema_has_every_setting() -> None:
 
 
 WRONG = {
-    "a name": ("mcas = 0.5", r"sets 'mcas', which is no option of any command; is it macs\?"),
+    "a name": (
+        "mcas = 0.5",
+        r"sets 'mcas', which is no option of any command; did you mean macs\?",
+    ),
     "a name of nothing": ("qwertz = 1", "sets 'qwertz', which is no option"),
     "a table": ("[macs]\nx = 1", "has a table 'macs'"),
     "no TOML": ("macs = = 3", "no valid TOML: .*line 1"),

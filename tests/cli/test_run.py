@@ -69,7 +69,7 @@ WRONG = {
     "no stage": ('model = "m.onnx"\ndata = "d.npz"\n', "no stage is described"),
     "a name": (
         RUN.replace("macs", "mcas"),
-        "in [prune] 'mcas', which is no option of prune; is it macs?",
+        "in [prune] 'mcas', which is no option of prune; did you mean macs?",
     ),
     "a name at the top": ("qwertz = 1\n" + RUN, "sets 'qwertz', which is no option of a stage."),
     "a table": (RUN + "[report]\nx = 1\n", "'report' to a table; tables are prune"),

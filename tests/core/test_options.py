@@ -92,7 +92,7 @@ def test_values_are_read_as_on_the_command_line(name: str, text: object, value: 
         ({"time_limit": math.nan}, "`time_limit`: nan is not a number of seconds above 0; "),
         ({"allocate": "best"}, "`allocate`: 'best' is not one of 'mip', 'global', 'uniform'."),
         ({"relax": "maybe"}, "`relax`: 'maybe' is not true or false."),
-        ({"mcas": 0.5}, "there is no setting `mcas`; is it `macs`."),
+        ({"mcas": 0.5}, "there is no setting `mcas`; did you mean `macs`?"),
         ({"qwertz": 0.5}, "there is no setting `qwertz`."),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_value_that_does_not_fit_is_one_sentence(values: dict[str, Any], messa
         Settings(**values)
     text = str(caught.value)
     assert text.startswith(message)
-    assert re.fullmatch(r"[^.]+(\d\.\d[^.]*)*\.", text), text
+    assert re.fullmatch(r"[^.]+(\d\.\d[^.]*)*[.?]", text), text
 
 
 def test_an_owner_alone_checks_its_options() -> None:

@@ -31,7 +31,7 @@ class Options(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             name = str(error.errors(include_url=False)[0]["loc"][0])
-            raise SettingsError(f"{_refusal_by_name(type(self), name, values)}.") from error
+            raise SettingsError(_refusal_by_name(type(self), name, values)) from error
 
 
 def kind_of(field: FieldInfo) -> Kind | None:
@@ -124,7 +124,7 @@ def _refusal_by_name(
     values: dict[str, Any],
 ) -> str:
     if name in options.model_fields:
-        return f"`{name}`: {refusal(options.model_fields[name], values[name])}"
+        return f"`{name}`: {refusal(options.model_fields[name], values[name])}."
     close = difflib.get_close_matches(name, options.model_fields, 1)
-    hint = f"; is it `{close[0]}`" if close else ""
+    hint = f"; did you mean `{close[0]}`?" if close else "."
     return f"there is no setting `{name}`{hint}"
